@@ -77,6 +77,10 @@ def test_errors_of_an_evaluation_speak_of_its_data(tokenizer, tmp_path):
     data = str(write(tmp_path / "x.jsonl", [{"a": 1}]))
     with pytest.raises(InputError, match="no usable row in the evaluation data, 1 refused"):
         load_eval_set(data, DataSettings(), tokenizer)
+    own = tmp_path / "shop.json"
+    own.write_text('{"shop": "Harbor", "open": {"from": 9}}')
+    with pytest.raises(InputError, match=r"list of rows: \[\{"):
+        load_eval_set(str(own), DataSettings(), tokenizer)
     with pytest.raises(InputError, match="--strict: 1 unusable evaluation row"):
         load_eval_set(str(write(tmp_path / "y.jsonl", [*USUAL, {"a": 1}])), DataSettings(strict=True), tokenizer)
 
@@ -462,3 +466,16 @@ def test_load_says_that_it_quantizes_once(tmp_path, capfd):
     assert "to 4 bits; this is done once" in capfd.readouterr().err
     mlx_lora.load(folder, bits=4)
     assert "4 bits" not in capfd.readouterr().err
+
+
+def test_a_table_of_two_columns_gets_the_flags_that_read_it(tokenizer, tmp_path):
+    table = tmp_path / "shop.csv"
+    table.write_text("customer asks,we_reply\nWhen do you open?,At nine.\nWhere are you?,In Mill Street.\n")
+    with pytest.raises(InputError) as refused:
+        load_eval_set(str(table), DataSettings(), tokenizer)
+    assert "--prompt-column 'customer asks' --completion-column we_reply" in str(refused.value)
+    columns = DataSettings(prompt_column="customer asks", completion_column="we_reply")
+    assert len(load_eval_set(str(table), columns, tokenizer)) == 2
+    table.write_text("customer asks,we_reply,date\nWhen do you open?,At nine.,3 May\n")
+    with pytest.raises(InputError, match="--prompt-column and --completion-column"):  # which of three, only you know
+        load_eval_set(str(table), DataSettings(), tokenizer)

@@ -19,7 +19,7 @@ from mlx_lora.artifacts.diagnosis import (
     Evidence,
     diagnose,
 )
-from mlx_lora.artifacts.verdict import BAD, GOOD, PLAIN, Beside, verdict
+from mlx_lora.artifacts.verdict import BAD, GOOD, PLAIN, Beside, change_words, verdict
 from mlx_lora.data.spoken import spoken_turns, without_markers
 from mlx_lora.training.held_out_rows import RowLosses, RowsFile, paired_change, read_rows_file
 
@@ -162,6 +162,7 @@ def test_the_interval_is_over_rows_and_pairs_them():
     assert not paired_change(before, losses_of(2.5, 1.5)).certain
     few = paired_change(losses_of(3.0, rows=2), losses_of(2.5, rows=2))
     assert (few.low, few.high) == (-math.inf, math.inf)
+    assert "2 rows" in change_words(few), "a figure of two rows says that it is one"
     # Longer rows count for more.
     long = RowLosses(np.array([10.0, 300.0]), np.array([10, 100]))
     assert long.loss == pytest.approx(310 / 110)
