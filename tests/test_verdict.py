@@ -180,6 +180,18 @@ def test_a_short_run_is_told_how_long_a_longer_one_takes(tmp_path):
     assert "rate" in slow.mend
 
 
+def test_a_rise_on_one_row_sends_to_the_answers_instead_of_another_run(tmp_path):
+    records = run_of([3.0, 5.0], [2.0, 0.1])
+    of_one = {records[0]["step"]: losses_of(3.0, rows=1), records[-1]["step"]: losses_of(5.0, rows=1)}
+    found = verdict(records, {"model": "m"}, beside=Beside(tmp_path / "run", rows=of_one))
+    assert found.name in (OVER_FITTED, WORSE)
+    assert "1 row" in found.headline
+    assert "evaluate" in found.command
+    assert "--show" in found.command
+    of_many = {step: losses_of(rows.loss, rows=12) for step, rows in of_one.items()}
+    assert "evaluate" not in verdict(records, {"model": "m"}, beside=Beside(tmp_path / "run", rows=of_many)).command
+
+
 def test_rows_of_validations_are_kept_and_resumed(tmp_path):
     path = tmp_path / "rows.jsonl"
     file = RowsFile(path)
