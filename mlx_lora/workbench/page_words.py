@@ -29,7 +29,7 @@ LABELS = {
     "system_column": "Column of a system prompt",
     "chat_column": "Column of a chat",
     "text_column": "Column of plain text",
-    "speaker": "Whose messages are the answers",
+    "speaker": "Speaker to learn from",
     "temp": "Sampling temperature",
     "resume_adapter_file": "Start from adapter",
     "loraplus_lr_ratio": "LoRA+ learning rate ratio",

@@ -10,7 +10,7 @@ const ON_PAGE = 20;
 // The settings that change what rows become. A column left empty is recognized by its usual names.
 const OF_ROWS = ["max_seq_length", "mask_prompt", "data_format", "prompt_column", "completion_column", "system_column", "chat_column", "text_column", "speaker", "conversation_gap", "chat_template", "strict", "valid_fraction", "objective"];
 // The fields under "How rows are read" without which some files cannot be read. Labels are those of page_words.py, because errors name them.
-const OF_FILES = { prompt_column: "Column of the prompt", completion_column: "Column of the answer", system_column: "Column of a system prompt", chat_column: "Column of a chat", text_column: "Column of plain text", speaker: "Whose messages are the answers" };
+const OF_FILES = { prompt_column: "Column of the prompt", completion_column: "Column of the answer", system_column: "Column of a system prompt", chat_column: "Column of a chat", text_column: "Column of plain text", speaker: "Speaker to learn from" };
 const namesField = (text) => Object.values(OF_FILES).some((label) => text.includes(`“${label}”`));
 
 const WEIGHT = numberReader({ range: [0, 1000], exclusive: true }), LENGTH = numberReader({ whole: true, range: [8, null] }), SHARE = numberReader({ range: [0, 0.9] });
