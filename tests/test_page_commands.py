@@ -60,7 +60,10 @@ def stock(tmp_path_factory) -> Path:
     assert exported.code == 0, exported.err
     shutil.copytree(ROOT / "data", folder / "data")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
-    shutil.copy(ROOT / "data" / "messages" / "train.jsonl", folder / "chats.jsonl")
+    # What continues it needs the settings of its run.
+    (folder / "my-adapter" / "run.yaml").write_text("model: smollm2\ndata: chats.jsonl\nrank: 4\n")
+    for name in ("chats.jsonl", "more.jsonl", "new-questions.jsonl"):
+        shutil.copy(ROOT / "data" / "messages" / "train.jsonl", folder / name)
     (folder / "benchmarks").mkdir()
     shutil.copytree(ROOT / "benchmarks" / "results", folder / "benchmarks" / "results")
     for name in ("model.gguf", "FILE.gguf"):

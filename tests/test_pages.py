@@ -90,7 +90,7 @@ def test_every_block_says_what_it_is():
 def test_a_block_is_read_with_its_title_and_lines(tmp_path):
     page = ROOT / "docs" / "first-run.md"
     titled = [block for block in blocks_of(page) if block.title]
-    assert [block.title for block in titled] == ["my-data.jsonl"]
+    assert [block.title for block in titled] == ["my-data.jsonl", "new-questions.jsonl"]
     block = Block(
         "x.md", 1, "bash", None, "A=1 mlx-lora train \\\n  --rank 8   # why\nprintf 'a' | mlx-lora chat --model m"
     )

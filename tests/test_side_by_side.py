@@ -109,6 +109,7 @@ def test_exact_counts_only_where_few_words_are_expected():
         "exact": {"base": False, "adapter": True},
     }
     lines = side_by_side([long, short])
+    assert [line.split()[0] for line in lines if line.endswith("(exact)")] == ["adapter", "adapter"]
     assert "1 question" in lines[-2]
     assert "base 0, adapter 1" in lines[-2]
     assert side_by_side([]) == []

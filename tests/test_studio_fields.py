@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import pytest
 from studio_browser import Watched, chromium, open_studio
 from studio_stand_in import StandIn
+
+from mlx_lora.data.examples import MissingColumn
+from mlx_lora.data.formats import parse_record
+from mlx_lora.workbench.page_words import in_page_words, label_of
 
 PROJECT = {"model": "Qwen/Qwen3-0.6B", "sets": [{"path": "/home/me/tutor.jsonl", "weight": 1}], "settings": {}}
 
@@ -105,3 +110,47 @@ def test_what_is_not_complete_stays_is_told_and_stops_the_start(browser, server)
     assert field.input_value() == "2e-35"
     assert watched.problems == []
     page.close()
+
+
+def test_a_table_with_other_columns_opens_the_fields_that_its_error_names(browser, server):
+    with pytest.raises(MissingColumn) as error:
+        parse_record({"frage": "Wann?", "antwort": "Um neun."})
+    said = in_page_words(str(error.value))
+    counts = dict.fromkeys(("rows", "tokens", "trained_tokens", "cut", "doubled", "empty"), 0) | {"refused": 1}
+    answer = {
+        "total": 0, "forms": {}, "counts": counts, "histogram": [], "rows": [], "notes": [], "task": None,
+        "problems": [{"file": "/home/me/tutor.csv", "line": 2, "message": said}],
+    }  # fmt: skip
+    watched = open_studio(browser, server.url, project=PROJECT)
+    page, asked = watched.page, []
+
+    def preview(route: Any) -> None:
+        asked.append(route.request.post_data_json["settings"])
+        route.fulfill(json=answer)
+
+    page.route("**/api/data/preview", preview)
+    watched.go("data")
+    named = re.findall("“(.*?)”", said)
+    assert named[:2] == [label_of("prompt_column"), label_of("completion_column")]
+    for label in named:
+        page.get_by_label(label, exact=True).wait_for()  # seen, so not in a folded part of the page
+    assert "“Column of the prompt” frage" in said
+    page.get_by_label(label_of("speaker"), exact=True).fill("Lena")
+    page.keyboard.press("Tab")
+    page.wait_for_function("document.querySelector('#speaker').value === 'Lena'")
+    until = time.monotonic() + 20
+    while asked[-1].get("speaker") != "Lena":  # a chat is read again with the name
+        assert time.monotonic() < until, asked
+        page.wait_for_timeout(50)
+    assert watched.problems == []
+    page.close()
+
+
+def test_the_figures_of_a_card_stay_inside_it(browser, server):
+    watched = open_studio(browser, server.url, project=PROJECT)
+    watched.page.set_viewport_size({"width": 1280, "height": 900})
+    watched.go("train")
+    watched.page.locator(".run-card dd").first.wait_for()
+    room = "one => one.closest('.run-card').getBoundingClientRect().right - one.getBoundingClientRect().right"
+    assert min(watched.page.locator(".run-card dd").evaluate_all(f"all => all.map({room})")) >= 8
+    watched.page.close()

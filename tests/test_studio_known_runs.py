@@ -22,12 +22,24 @@ def file(tmp_path, monkeypatch):
 def test_train_notes_its_folder_and_the_studio_shows_it(tiny_folder, chats, tmp_path, file, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").symlink_to(tiny_folder)
-    words = ["--model", "base", "--data", str(chats), "--iters", "1", "--max-seq-length", "64", "--sample-tokens", "0"]
+    words = [
+        "--model",
+        "base",
+        "--data",
+        str(chats),
+        "--epochs",
+        "0.2",
+        "--max-seq-length",
+        "64",
+        "--sample-tokens",
+        "0",
+    ]
     train([*words, "--adapter-path", "my-adapter", "--val-batches", "0"], standalone_mode=False)
     folder = (tmp_path / "my-adapter").resolve()
     with studio(tmp_path / "home", known_runs=file) as client:
         (run,) = client.get("/api/runs").json()["runs"]
         assert (run["name"], run["path"], run["state"]) == ("my-adapter", str(folder), "done")
+        assert run["steps"] == run["step"] > 0, "known from its epochs: a terminal's run has no log here"
         (adapter,) = client.get("/api/adapters").json()["adapters"]
         assert adapter["base"] == str(tmp_path / "base"), "the model's name was relative to where the command was given"
         # Its base may be talked to, though it lies in none of the studio's folders.

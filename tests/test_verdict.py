@@ -19,7 +19,7 @@ from mlx_lora.artifacts.diagnosis import (
     Evidence,
     diagnose,
 )
-from mlx_lora.artifacts.verdict import BAD, GOOD, PLAIN, Beside, verdict
+from mlx_lora.artifacts.verdict import BAD, GOOD, PLAIN, Beside, change_words, verdict
 from mlx_lora.data.spoken import spoken_turns, without_markers
 from mlx_lora.training.held_out_rows import RowLosses, RowsFile, paired_change, read_rows_file
 
@@ -162,6 +162,7 @@ def test_the_interval_is_over_rows_and_pairs_them():
     assert not paired_change(before, losses_of(2.5, 1.5)).certain
     few = paired_change(losses_of(3.0, rows=2), losses_of(2.5, rows=2))
     assert (few.low, few.high) == (-math.inf, math.inf)
+    assert "2 rows" in change_words(few), "a figure of two rows says that it is one"
     # Longer rows count for more.
     long = RowLosses(np.array([10.0, 300.0]), np.array([10, 100]))
     assert long.loss == pytest.approx(310 / 110)
@@ -177,6 +178,18 @@ def test_a_short_run_is_told_how_long_a_longer_one_takes(tmp_path):
     slow = verdict(run_of([3.0, 2.9999, 3.0, 3.0, 3.0, 3.0, 3.0], [3.0] * 7), {"learning_rate": 1e-6})
     assert slow.name == UNCHANGED
     assert "rate" in slow.mend
+
+
+def test_a_rise_on_one_row_sends_to_the_answers_instead_of_another_run(tmp_path):
+    records = run_of([3.0, 5.0], [2.0, 0.1])
+    of_one = {records[0]["step"]: losses_of(3.0, rows=1), records[-1]["step"]: losses_of(5.0, rows=1)}
+    found = verdict(records, {"model": "m"}, beside=Beside(tmp_path / "run", rows=of_one))
+    assert found.name in (OVER_FITTED, WORSE)
+    assert "1 row" in found.headline
+    assert "evaluate" in found.command
+    assert "--show" in found.command
+    of_many = {step: losses_of(rows.loss, rows=12) for step, rows in of_one.items()}
+    assert "evaluate" not in verdict(records, {"model": "m"}, beside=Beside(tmp_path / "run", rows=of_many)).command
 
 
 def test_rows_of_validations_are_kept_and_resumed(tmp_path):

@@ -22,7 +22,7 @@ from mlx_lora.artifacts.diagnosis import (
 )
 from mlx_lora.system.program import command_line
 from mlx_lora.system.units import counted, format_duration
-from mlx_lora.training.held_out_rows import KnownRows
+from mlx_lora.training.held_out_rows import FEWEST_ROWS, KnownRows
 
 AIM_STEPS = 60  # updates that a mending run of a small set gets at least
 VALIDATIONS = 8  # in a run that looks for the lowest held-out loss
@@ -82,16 +82,16 @@ def mending(diagnosis: Diagnosis, run: RunFacts, known: KnownRows | None = None)
         return f"{known.words()} If the rows are facts to remember, keep this adapter. If not: {mend}", command
     if diagnosis.name == TOO_FEW_STEPS:
         return _more_steps(run)
+    if diagnosis.name in (OVER_FITTED, WORSE) and diagnosis.change and 0 < diagnosis.change.rows < FEWEST_ROWS:
+        few = counted(diagnosis.change.rows, "held-out row")
+        return (
+            f"{few} cannot tell: before you train again, look at the answers to questions that are not in the training rows.",
+            _new_questions(run, "--show", "10"),
+        )
     if diagnosis.name == OVER_FITTED:
         return _earlier(diagnosis, run)
     if diagnosis.name == MEMORIZED:
-        if run.folder is None:
-            return "Measure on questions that are not in the training rows.", ""
-        words = ["evaluate", "--model", str(run.settings.get("model")), "--adapter-path", str(run.folder)]
-        return (
-            "Measure on questions that are not in the training rows.",
-            command_line([*words, "--data", "new-questions.jsonl"]),
-        )
+        return "Measure on questions that are not in the training rows.", _new_questions(run)
     if diagnosis.name == UNCHANGED:
         if run.rate < LOW_RATE:
             rate = f"{min(2e-4, run.rate * FACTOR * 20):.0e}"
@@ -108,6 +108,14 @@ def mending(diagnosis: Diagnosis, run: RunFacts, known: KnownRows | None = None)
     if diagnosis.name == UNKNOWN and math.isnan(diagnosis.first):
         return "Hold some rows out to see it.", run.train_again("--valid-fraction", "0.1")
     return "", ""
+
+
+def _new_questions(run: RunFacts, *flags: str) -> str:
+    """Return the command that measures an adapter on another file; nothing without a folder."""
+    if run.folder is None:
+        return ""
+    words = ["evaluate", "--model", str(run.settings.get("model")), "--adapter-path", str(run.folder)]
+    return command_line([*words, "--data", "new-questions.jsonl", *flags])
 
 
 def _more_steps(run: RunFacts) -> tuple[str, str]:

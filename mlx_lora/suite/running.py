@@ -14,6 +14,7 @@ from typing import Any
 
 from mlx_lora.settings.setting_row import flag_of
 from mlx_lora.sources.embedded_models import SMOLLM2_GGUF, embedded_model
+from mlx_lora.sources.hub import model_file
 from mlx_lora.suite.energy import EnergyMeter, energy_meter
 from mlx_lora.suite.figures import LEAST_STEPS, counted_records, run_figures
 from mlx_lora.suite.fresh_process import Ended, run_process
@@ -95,7 +96,7 @@ def prepare_embedded(packed: bool, work: Path) -> Path:
     folder = work / f"embedded-{'packed' if packed else 'float'}"
     if folder.exists():
         return folder
-    gguf = embedded_model(SMOLLM2_GGUF, say=console.echo)
+    gguf = embedded_model(SMOLLM2_GGUF, say=console.echo, hub=model_file)
     command = [sys.executable, "-m", "mlx_lora.convert", "--model", str(gguf), "--out", str(folder)]
     ended = run_process([*command, *([] if packed else ["--no-quantize"])], work / f"{folder.name}.log")
     if ended.code:

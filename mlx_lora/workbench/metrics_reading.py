@@ -83,7 +83,7 @@ def last_values(path: Path) -> dict[str, Any]:
         found["step"] = record["step"]
         if record.get("val_loss") is not None and record["step"] > 0:
             found["val_loss"], found["val_step"] = record["val_loss"], record["step"]
-        for name in ("loss", "tokens_per_s", "elapsed_s", "reward", "accuracy"):
+        for name in ("loss", "tokens_per_s", "elapsed_s", "epoch", "reward", "accuracy"):
             if record.get(name) is not None and (record.get("loss") is not None or name != "tokens_per_s"):
                 found[name] = record[name]
         peak = record.get("peak_memory_bytes")

@@ -135,6 +135,7 @@ class RunListing:
         settings, last = self.settings_of(folder, started), last_values(folder / METRICS)
         begun = started.created if started else _time(folder / SETTINGS)
         steps = (started.steps if started else None) or settings.get("iters") or _steps_said(folder)
+        steps = steps or _steps_of_epochs(settings.get("epochs"), last)
         facts = facts_of(folder)
         return {
             "id": run_id(folder), "name": folder.name, "path": str(folder),
@@ -249,6 +250,18 @@ def _steps_said(folder: Path) -> int | None:
         if found := STEPS.match(line.strip()):
             return int((found[1] or found[2]).replace(",", ""))
     return None
+
+
+def _steps_of_epochs(epochs: Any, last: dict[str, Any]) -> int | None:
+    """Return how many steps a run of so many epochs takes, by its last report; None where rounding does not tell.
+
+    A run that was started in a terminal says its steps nowhere else. `epoch` has four digits behind the point.
+    """
+    step, epoch = last.get("step") or 0, last.get("epoch") or 0
+    if not isinstance(epochs, int | float) or not epoch:
+        return None
+    steps = step * epochs / epoch
+    return round(steps) if steps * 0.00005 / epoch < 0.5 else None
 
 
 def _version(folder: Path) -> tuple[Any, ...]:

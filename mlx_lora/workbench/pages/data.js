@@ -8,7 +8,10 @@ import * as api from "./api.js";
 
 const ON_PAGE = 20;
 // The settings that change what rows become. A column left empty is recognized by its usual names.
-const OF_ROWS = ["max_seq_length", "mask_prompt", "data_format", "prompt_column", "completion_column", "system_column", "chat_column", "text_column", "chat_template", "strict", "valid_fraction", "objective"];
+const OF_ROWS = ["max_seq_length", "mask_prompt", "data_format", "prompt_column", "completion_column", "system_column", "chat_column", "text_column", "speaker", "conversation_gap", "chat_template", "strict", "valid_fraction", "objective"];
+// The fields under "How rows are read" without which some files cannot be read. Labels are those of page_words.py, because errors name them.
+const OF_FILES = { prompt_column: "Column of the prompt", completion_column: "Column of the answer", system_column: "Column of a system prompt", chat_column: "Column of a chat", text_column: "Column of plain text", speaker: "Speaker to learn from" };
+const namesField = (text) => Object.values(OF_FILES).some((label) => text.includes(`“${label}”`));
 
 const WEIGHT = numberReader({ range: [0, 1000], exclusive: true }), LENGTH = numberReader({ whole: true, range: [8, null] }), SHARE = numberReader({ range: [0, 0.9] });
 
@@ -87,13 +90,13 @@ function DataRow({ row }) {
 
 const Tiles = ({ counts }) => html`<dl class="tiles">${[["rows", "rows"], ["tokens", "tokens"], ["trained_tokens", "trained tokens"]].map(([key, words]) => html`<div key=${key}><dt>${words}</dt><dd class="number">${count(counts[key])}</dd></div>`)}</dl>`;
 
-function Options({ settings }) {
+function Options({ settings, open }) {
   const take = (name) => (value) => changeSettings({ [name]: value });
-  const text = (name, label, placeholder) => html`<${Field} label=${label} id=${name}><${Typed} id=${name} name=${label} value=${settings[name]} placeholder=${placeholder} onValue=${take(name)} /><//>`;
-  return html`<details><summary>How rows are read</summary><div class="fields">
+  const text = (name, placeholder) => html`<${Field} label=${OF_FILES[name]} id=${name}><${Typed} id=${name} name=${OF_FILES[name]} value=${settings[name]} placeholder=${placeholder} onValue=${take(name)} /><//>`;
+  return html`<details open=${open}><summary>How rows are read</summary><div class="fields">
     <${Field} label="Longest row, in tokens" id="max_seq_length"><${Typed} id="max_seq_length" name="Longest row, in tokens" numeric value=${settings.max_seq_length} read=${LENGTH} placeholder="2048" onValue=${take("max_seq_length")} /><//>
-    <${Field} label="Share held out for validation" id="valid_fraction"><${Typed} id="valid_fraction" name="Share held out for validation" numeric value=${settings.valid_fraction} read=${SHARE} placeholder="0.05" onValue=${take("valid_fraction")} /><//>
-    ${text("prompt_column", "Column of the prompt", "recognized")}${text("completion_column", "Column of the answer", "recognized")}${text("system_column", "Column of a system prompt", "none")}${text("chat_column", "Column of a chat", "recognized")}${text("text_column", "Column of plain text", "recognized")}
+    <${Field} label="Share of rows held out" id="valid_fraction"><${Typed} id="valid_fraction" name="Share of rows held out" numeric value=${settings.valid_fraction} read=${SHARE} placeholder="0.05" onValue=${take("valid_fraction")} /><//>
+    ${text("prompt_column", "recognized")}${text("completion_column", "recognized")}${text("system_column", "none")}${text("chat_column", "recognized")}${text("text_column", "recognized")}${text("speaker", "for a chat of a phone")}
     <label class="check"><input type="checkbox" checked=${settings.mask_prompt ?? true} onChange=${(event) => changeSettings({ mask_prompt: event.target.checked ? undefined : false })} /> Train on answers only, not on prompts</label></div></details>`;
 }
 
@@ -102,7 +105,7 @@ function TaskOf({ id }) {
   return task ? html`<${TaskLine} task=${task} />` : html`<${Waiting}>Reading and tokenizing<//>`;
 }
 
-function Preview({ model, sets, settings }) {
+function Preview({ model, sets, settings, onUnread }) {
   const [filter, setFilter] = useState("all"), [page, setPage] = useState(0);
   const used = Object.fromEntries(OF_ROWS.filter((name) => name in settings).map((name) => [name, settings[name]]));
   const question = useLater({ model, data: sets, settings: used, offset: page * ON_PAGE, limit: ON_PAGE, filter }, 200);
@@ -110,6 +113,8 @@ function Preview({ model, sets, settings }) {
   const task = answer?.task && (answer.task.id || answer.task);
   useEffect(() => { if (task) onTaskEnd(task, again); }, [task]);
   useEffect(() => setPage(0), [filter, JSON.stringify([model, sets, used])]);
+  const why = problem || (answer?.counts?.rows === 0 && answer.problems[0]?.message) || "";
+  useEffect(() => { if (namesField(why)) onUnread(true); }, [why]);
   if (problem) return html`<${Card} title="Rows"><${Problem} again=${again}>${problem}<//><//>`;
   if (!answer || !answer.counts) return html`<${Card} title="Rows">${task ? html`<${TaskOf} id=${task} />` : html`<${Waiting}>Reading and tokenizing<//>`}<//>`;
   const { counts, forms, histogram, rows, problems, notes, total } = answer;
@@ -127,11 +132,11 @@ function Preview({ model, sets, settings }) {
 }
 
 export function DataPlace() {
-  const { model, sets, settings } = useStore(project), [answer, , again] = useAsked(() => api.readSets(), []);
+  const { model, sets, settings } = useStore(project), [answer, , again] = useAsked(() => api.readSets(), []), [unread, setUnread] = useState(false);
   return html`<${Heading} title="Data" actions=${sets.length > 0 && html`<${Button} kind="first" onClick=${() => go("train")}>Next: train<//>`}>What the model learns from. Every row is shown as it will be trained.<//>
     <div class="two wide-right"><div class="side stack"><${Card} title="Sets" note=${sets.length > 1 ? "mixed by weight" : ""}>
-        ${sets.length > 0 && html`<${Mixture} sets=${sets} />`}<${Drop} onAdded=${again} /><${Known} sets=${sets} answer=${answer} /><${Options} settings=${settings} /><//></div>
+        ${sets.length > 0 && html`<${Mixture} sets=${sets} />`}<${Drop} onAdded=${again} /><${Known} sets=${sets} answer=${answer} /><${Options} settings=${settings} open=${unread} /><//></div>
       <div class="stack">${!sets.length ? html`<${Card}><${Empty} icon="data" title="No data yet">Drop a file on the left. Chats, prompts with answers, preference pairs and plain text are recognized by themselves, record by record.<//><//>`
         : !model ? html`<${Card}><${Empty} icon="model" title="Choose a model first" action=${html`<${Button} kind="first" onClick=${() => go("model")}>Choose a model<//>`}>Its tokenizer and chat template decide what is trained of each row.<//><//>`
-          : html`<${Preview} model=${model} sets=${sets} settings=${settings} />`}</div></div>`;
+          : html`<${Preview} model=${model} sets=${sets} settings=${settings} onUnread=${setUnread} />`}</div></div>`;
 }
