@@ -1,7 +1,7 @@
 """Small made sets for benchmarks/verdicts.py: four whose answers follow from the question, and four of arbitrary facts.
 
 What follows from the question can be learned for new rows; an arbitrary fact can only be remembered, so a long run on such a
-set over-fits once it has learned the form.
+set overfits once it has learned the form.
 """
 
 from __future__ import annotations

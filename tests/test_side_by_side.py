@@ -47,7 +47,7 @@ def test_a_run_says_what_became_of_it_in_terminal_page_and_facts(trained):
     folder, ran = trained
     facts = json.loads((folder / "report.json").read_text())
     found = facts["verdict"]
-    assert found["name"] in ("learned", "memorized", "over-fitted", "too few steps")
+    assert found["name"] in ("learned", "memorized", "overfitted", "too few steps")
     assert found["headline"] in ran.err
     assert found["headline"] in (folder / "report.html").read_text()
     lines = (folder / "held_out_rows.jsonl").read_text().splitlines()

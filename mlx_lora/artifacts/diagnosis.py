@@ -1,4 +1,4 @@
-"""What became of a run: learned, too few steps, over-fitted, memorized, nothing changed, or worse; and what mends it.
+"""What became of a run: learned, too few steps, overfitted, memorized, nothing changed, or worse; and what mends it.
 
 `diagnose` is a pure function of `Evidence`, which a run folder holds: metrics.jsonl, held_out_rows.jsonl, and the texts
 before and after in report.json. benchmarks/verdicts.py measures how often it names a run rightly.
@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_lora.training.held_out_rows import Change, RowLosses, paired_change
 
-LEARNED, TOO_FEW_STEPS, OVER_FITTED = "learned", "too few steps", "over-fitted"
+LEARNED, TOO_FEW_STEPS, OVER_FITTED = "learned", "too few steps", "overfitted"
 MEMORIZED, UNCHANGED, WORSE, UNKNOWN = "memorized", "nothing changed", "worse", "not measured"
 
 ENOUGH_STEPS = 40  # updates; a LoRA that took fewer has rarely learned what it can
@@ -66,7 +66,7 @@ class Diagnosis:
         name: one of the words above.
         first, last: the held-out losses that are compared; NaN without any.
         change: from one to the other, with its interval; None: there are no two validations.
-        best_step: where the held-out loss was lowest, if the run is over-fitted or worse; else None.
+        best_step: where the held-out loss was lowest, if the run is overfitted or worse; else None.
         best: that loss; NaN where `best_step` is None.
     """
 

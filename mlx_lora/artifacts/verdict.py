@@ -160,10 +160,10 @@ def headline_of(found: Diagnosis, evidence: Evidence) -> str:
         f"held-out perplexity {perplexity(found.first)} to {perplexity(found.last)}, {change_words(found.change)}"
     )
     if found.name == OVER_FITTED and not found.best_step:
-        return f"Over-fitted: {measured}, while the training loss fell"
+        return f"Overfitted: {measured}, while the training loss fell"
     if found.name == OVER_FITTED:
         return (
-            f"Over-fitted from step {found.best_step:,} on: the held-out loss was lowest there ({found.best:.3f}) and rose to "
+            f"Overfitted from step {found.best_step:,} on: the held-out loss was lowest there ({found.best:.3f}) and rose to "
             f"{found.last:.3f}, while the training loss fell"
         )
     if found.name == MEMORIZED:
