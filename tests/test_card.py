@@ -78,10 +78,13 @@ def test_the_run_folders_card_says_what_was_done(place, tiny_folder, chats):
 def test_the_cards_commands_run(place):
     text = (place / "adapter" / CARD_FILE).read_text()
     lines = [line for block in blocks(text, "bash") for line in block.splitlines()]
-    assert [line.split()[0] for line in lines] == ["python", "mlx_lm.generate", "python"]
+    assert [line.split()[0] for line in lines] == ["mlx-lora", "mlx_lm.generate", "mlx-lora"]
+    modules = {"mlx-lora": ["mlx_lora"], "mlx_lm.generate": ["mlx_lm", "generate"]}
     for line in lines:
-        words = shlex.split(line.replace("mlx_lm.generate", "python -m mlx_lm generate"))
-        done = subprocess.run([sys.executable, *words[1:]], cwd=place, capture_output=True, text=True, check=False)
+        program, *words = shlex.split(line)
+        done = subprocess.run(
+            [sys.executable, "-m", *modules[program], *words], cwd=place, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, (line, done.stderr)
     assert (place / "peft-adapter/adapter_model.safetensors").exists()
 

@@ -180,9 +180,9 @@ def test_gguf_shapes_from_the_header(tmp_path):
 def test_data_is_measured_for_a_gguf_file_and_for_a_recipe(tmp_path):
     path, data = tmp_path / "tiny.gguf", tmp_path / "texts.jsonl"
     letters = [chr(0x100 + n) for n in range(256) if n not in range(33, 127)]
-    tokens = [*map(chr, range(33, 127)), *letters, "<|end|>"]
+    tokens = [*map(chr, range(33, 127)), *letters, "te", "<|end|>"]
     write_tiny_gguf(
-        path, {"model": "gpt2", "pre": "default", "tokens": tokens, "merges": [], "eos_token_id": len(tokens) - 1}
+        path, {"model": "gpt2", "pre": "default", "tokens": tokens, "merges": ["t e"], "eos_token_id": len(tokens) - 1}
     )
     data.write_text("".join(json.dumps({"text": f"text {n}, and so on"}) + "\n" for n in range(30)))
     plan = planned("--model", path, "--data", data)
