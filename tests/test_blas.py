@@ -51,6 +51,14 @@ def test_the_shim_serves_where_no_system_library_is(tmp_path):
     assert list((tmp_path / "blas").glob("shim-*.so"))
 
 
+def test_other_libraries_do_not_find_functions_that_mlx_does_not_need(tmp_path):
+    """With all of OpenBLAS in front of its own functions, torch ends with a segmentation fault."""
+    code = "import ctypes, mlx_lora; names = ctypes.CDLL(None); print([hasattr(names, n) for n in {names}])"
+    names = ["cblas_sgemm", "cblas_sgemm_batch", "cblas_saxpy"]
+    out = in_a_process(code.replace("{names}", repr(names)), MLX_LORA_BLAS="auto", MLX_LORA_CACHE=str(tmp_path))
+    assert out == "[True, False, False]"
+
+
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 300, 129), (300, 1, 129), (1, 1, 64), (1, 7, 1), (2, 5, 3)])
 def test_products_with_one_row_or_column_are_right_in_every_layout(m, n, k):
     """The shim passes these to another function of OpenBLAS."""

@@ -53,11 +53,16 @@ def load_fast_blas() -> Blas:
         except OSError as error:
             return Blas(SLOW, fast=False, advice=f"MLX_LORA_BLAS={wish} did not load: {error}")
         return Blas(f"MLX_LORA_BLAS={wish}", fast=True)
+    # Prefer the shim: it has only the names that MLX needs. A system library has all of OpenBLAS's, which torch then finds
+    # before its own; its batched products of four dimensions end with a segmentation fault (torch 2.13, OpenBLAS 0.3.29).
+    found = _load_pypi_openblas()
+    if found.fast:
+        return found
     try:
         ctypes.CDLL(SYSTEM_OPENBLAS, mode=ctypes.RTLD_GLOBAL)
-        return Blas(f"OpenBLAS ({SYSTEM_OPENBLAS})", fast=True)
     except OSError:
-        return _load_pypi_openblas()
+        return found
+    return Blas(f"OpenBLAS ({SYSTEM_OPENBLAS})", fast=True)
 
 
 def _load_pypi_openblas() -> Blas:
