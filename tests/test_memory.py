@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
+from mlx_lora.data.encoded_set import EncodedSet
 from mlx_lora.planner.chips import CHIPS, find_chip, known_chip, working_set
+from mlx_lora.planner.fitting import fit
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Block, Layer, Machine, ModelShape, Run
 from mlx_lora.planner.speed import Ceilings, count_step, listed_ceilings, step_seconds
+from mlx_lora.settings.resolve import train_settings
 from mlx_lora.system.errors import InputError
 from mlx_lora.system.units import GIB
+from mlx_lora.training.run_fit import batch_shapes, training_plan
 
 CPU = Machine("a CPU", "cpu", 24 * GIB, 22 * GIB, 4)
 M2 = find_chip("M2").machine(16)
@@ -221,3 +226,24 @@ def test_a_run_of_few_steps_on_a_cpu_is_planned_as_not_compiled():
     assert one_by_one[0] - one_by_one[1] > 0.95 * 4 * many.trained
     on_gpu = [plan_memory(loss, replace(RUN, steps=steps), M2).phases for steps in (3, 200, None)]
     assert on_gpu[0] == on_gpu[1] == on_gpu[2]
+
+
+def test_a_full_batch_of_short_rows_may_take_more_than_the_longest_row():
+    settings = train_settings({"grad_checkpoint": "none", "batch_tokens": 835})
+    longest = fit(settings, SHAPE, M2, 466)
+    shapes = {835: [(1, 466), (5, 152), (7, 100)]}
+    found = fit(settings, SHAPE, M2, 466, shapes=shapes.__getitem__)
+    assert (longest.rows, longest.width) == (1, 466)
+    assert (found.rows, found.width) == (5, 152)
+    assert found.memory.peak_bytes > longest.memory.peak_bytes
+    # With pairs, a shape has the rows of both answers.
+    pairs = train_settings({"grad_checkpoint": "none", "batch_tokens": 835, "objective": "dpo"})
+    assert fit(pairs, SHAPE, M2, 466, shapes=lambda tokens: [(4, 200)]).rows == 4
+
+
+def test_the_shapes_are_those_of_the_run():
+    rows = EncodedSet.from_rows([(np.arange(n), np.arange(n) > n // 2) for n in (467, 153, 150, 140, 120, 101)])
+    settings = train_settings({"batch_tokens": 835, "epochs": 2.0})
+    found = batch_shapes(settings, rows, None)(835)
+    plan = training_plan(settings.loop, rows, 2.0)
+    assert sorted(found) == sorted({plan.batch(0, n).inputs.shape for n in range(len(plan))})

@@ -10,6 +10,7 @@ from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.planner.fitting import (
     Fitted,
     Prompts,
+    Shapes,
     largest_batch,
     run_of,
 )
@@ -37,6 +38,7 @@ class DataSize:
         prompts: that answers are sampled to, as `fit` takes them; not part of the plan's JSON.
         facts: what the defaults follow; not part of the plan's JSON.
         trained_share: of the positions of trained rows; not part of the plan's JSON.
+        shapes: of the batches, as `fit` takes them; not part of the plan's JSON.
     """
 
     rows: int
@@ -47,11 +49,13 @@ class DataSize:
     prompts: Prompts = ()
     facts: DataFacts | None = None
     trained_share: float = 1.0
+    shapes: Shapes | None = None
 
     def numbers(self) -> dict[str, int]:
         """Return the numbers by name."""
-        left_out = ("prompts", "facts", "trained_share")
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
+        left_out = ("prompts", "facts", "trained_share", "shapes")
+        fields = (field.name for field in dataclasses.fields(self) if field.name not in left_out)
+        return {name: getattr(self, name) for name in fields}
 
 
 def predict(

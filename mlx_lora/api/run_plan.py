@@ -26,7 +26,6 @@ from mlx_lora.planner.fitting import (
     advice,
     budget_of,
     fit,
-    largest_batch,
     largest_batch_size,
     largest_sequence,
     run_of,
@@ -35,7 +34,6 @@ from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Machine, ModelShape
 from mlx_lora.planner.speed import Ceilings, listed_ceilings
 from mlx_lora.planner.this_machine import this_machine
-from mlx_lora.runs.composition import training_plan
 from mlx_lora.settings.config import TrainSettings
 from mlx_lora.settings.defaults import batch_tokens_for, length_problem, rate_problem, with_learning_rate, with_length
 from mlx_lora.settings.resolve import train_settings
@@ -44,11 +42,13 @@ from mlx_lora.system.errors import InputError
 from mlx_lora.training.held_out import choose_held_out
 from mlx_lora.training.prefix_sharing import layout_problem
 from mlx_lora.training.run_fit import (
+    batch_shapes,
     data_facts,
     outlined_shape,
     prompts_of,
     quantized_shape,
     trained_share,
+    training_plan,
     with_kernels,
 )
 from mlx_lora.training.trainer import total_steps
@@ -196,7 +196,10 @@ def measure_data(
     prompts = prompts_of(settings.objective, rows)
     facts = data_facts(rows, splits.valid)
     share = trained_share(settings.objective, rows)
-    size = DataSize(len(rows), longest, len(rows.tokens), rows.supervised_tokens, measured, prompts, facts, share)
+    shapes = batch_shapes(settings, rows, facts)
+    size = DataSize(
+        len(rows), longest, len(rows.tokens), rows.supervised_tokens, measured, prompts, facts, share, shapes
+    )
     return settings, size
 
 
@@ -249,7 +252,7 @@ def fitted_for(settings: TrainSettings, shape: ModelShape, machine: Machine, siz
     """Return what `train` would choose for memory on a machine."""
     width, rows, prompts = settings.data.max_seq_length - 1, size and size.rows, size.prompts if size else ()
     most_tokens = batch_tokens_for(settings, size and size.facts)
-    return fit(settings, shape, machine, width, rows, prompts, most_tokens=most_tokens)
+    return fit(settings, shape, machine, width, rows, prompts, most_tokens=most_tokens, shapes=size and size.shapes)
 
 
 def plan_for(
@@ -260,9 +263,8 @@ def plan_for(
     fitted = fitted_for(settings, shape, machine, size)
     settings = with_length(settings, fitted.batch_tokens, size and size.facts)
     memory, budget = fitted.memory, budget_of(settings.loop, machine)
-    rows, columns = largest_batch(width, settings, fitted.batch_tokens, size and size.rows)
     modes = {
-        mode: plan_memory(shape, run_of(settings, rows, columns, mode), machine, budget).peak_bytes
+        mode: plan_memory(shape, run_of(settings, fitted.rows, fitted.width, mode), machine, budget).peak_bytes
         for mode in dict.fromkeys([*AUTO_MODES, fitted.checkpointing])
     }
     predicted = predict(settings, shape, machine, ceilings, fitted, size)
@@ -280,7 +282,7 @@ def plan_for(
         "phase": memory.phase,
         "phases": memory.phases,
         "peak_bytes_by_checkpointing": modes,
-        "settings": chosen_settings(settings, fitted, rows),
+        "settings": chosen_settings(settings, fitted),
         "largest_sequence": {
             mode: largest_sequence(settings, shape, machine, mode)
             for mode in dict.fromkeys([fitted.checkpointing, "block"])
@@ -311,15 +313,16 @@ def plan_for(
     }
 
 
-def chosen_settings(settings: TrainSettings, fitted: Fitted, rows: int) -> dict[str, Any]:
-    """Return the settings that `train` would choose."""
+def chosen_settings(settings: TrainSettings, fitted: Fitted) -> dict[str, Any]:
+    """Return the settings that `train` would choose, and the batch that takes the most memory."""
     return {
         "learning_rate": settings.optimizer.learning_rate,
         "epochs": settings.loop.epochs,
         "iters": settings.loop.iters,
         "early_stopping_patience": settings.loop.early_stopping_patience,
         "batch_tokens": fitted.batch_tokens,
-        "rows": rows,
+        "rows": fitted.rows,
+        "row_tokens": fitted.width + 1,
         "grad_checkpoint": fitted.checkpointing,
         "max_seq_length": settings.data.max_seq_length,
         "method": settings.adapter.method_name,

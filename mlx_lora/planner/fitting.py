@@ -21,6 +21,8 @@ FEWEST_NEW_TOKENS = 32  # of an answer, that the advice goes down to
 LONGEST_SEQUENCE = 1 << 20
 
 
+Shapes = Callable[[int], Sequence[tuple[int, int]]]
+"""Tokens of a batch -> (rows, width) of the batches that the data are divided into."""
 Prompts = Sequence[tuple[int, int]]
 """Lengths of the prompts that answers are sampled to, in tokens, each with how many prompts are no longer."""
 
@@ -32,12 +34,15 @@ class Fitted:
     Attributes:
         batch_tokens: of a micro-batch.
         checkpointing: the mode.
-        memory: the plan for the largest batch.
+        memory: the plan for the batch that takes the most.
+        rows, width: of that batch; its trained rows, and the positions of the longest.
     """
 
     batch_tokens: int
     checkpointing: str
     memory: MemoryPlan
+    rows: int = 1
+    width: int = 1
 
 
 def largest_batch(
@@ -131,6 +136,7 @@ def fit(
     prompts: Prompts = (),
     ranks: int = 1,
     most_tokens: int = DEFAULT_BATCH_TOKENS,
+    shapes: Shapes | None = None,
 ) -> Fitted:
     """Choose batch tokens and checkpointing if the settings leave them open.
 
@@ -145,17 +151,41 @@ def fit(
         prompts: that answers are sampled to; without any, that of the longest row.
         ranks: processes that a batch's examples are dealt to.
         most_tokens: of a batch that suits the data (settings/defaults.py).
+        shapes: of the data's batches; None: not known, so that a batch is taken to be full of the longest row.
     """
     budget, together = budget_of(settings.loop, machine), settings.objective.trained_rows_per_example
     for tokens, mode in _choices(settings.loop, width * settings.objective.rows_per_example, most_tokens):
-        rows, columns = largest_batch(width, settings, tokens, most_rows)
-        rows = -(-rows // (together * ranks)) * together
-        run = run_of(settings, rows, columns, mode)
-        run = replace(run, rollout=largest_rollout(settings, tokens, prompts) or run.rollout)
-        found = Fitted(tokens, mode, plan_memory(shape, run, machine, budget))
+        found: Fitted | None = None
+        for rows, columns in _batches(shapes, width, settings, tokens, most_rows):
+            rows = -(-rows // (together * ranks)) * together
+            run = run_of(settings, rows, columns, mode)
+            run = replace(run, rollout=largest_rollout(settings, tokens, prompts) or run.rollout)
+            one = Fitted(tokens, mode, plan_memory(shape, run, machine, budget), rows, columns)
+            if found is None or one.memory.peak_bytes > found.memory.peak_bytes:
+                found = one
+        assert found is not None
         if found.memory.fits:
             break
     return found
+
+
+def _batches(
+    shapes: Shapes | None, width: int, settings: TrainSettings, tokens: int, most_rows: int | None
+) -> list[tuple[int, int]]:
+    """Return (trained rows, width) of the batches that may take the most: none has both fewer positions and a shorter row."""
+    if shapes is None or settings.objective.samples:
+        return [largest_batch(width, settings, tokens, most_rows)]
+    objective, wide = settings.objective, 0
+    trained = [
+        (rows // objective.rows_per_example * objective.trained_rows_per_example, columns)
+        for rows, columns in shapes(tokens)
+    ]
+    found = []
+    for rows, columns in sorted(trained, key=lambda one: (one[0] * one[1], one[1]), reverse=True):
+        if columns > wide:
+            found.append((rows, columns))
+            wide = columns
+    return found or [largest_batch(width, settings, tokens, most_rows)]
 
 
 def _choices(loop: LoopSettings, longest: int, most_tokens: int) -> Iterator[tuple[int, str]]:

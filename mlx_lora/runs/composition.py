@@ -11,11 +11,9 @@ import mlx.core as mx
 from mlx_lora.adapters.model_shape import model_shape
 from mlx_lora.artifacts.checkpoint import Checkpoint
 from mlx_lora.artifacts.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
-from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.joining import joined
 from mlx_lora.data.loading import DataSplits
-from mlx_lora.data.widths import ShapePrice
 from mlx_lora.models.attention import attend
 from mlx_lora.models.kernel_choice import AUTO, OURS, KernelChoice, choose_model_kernels
 from mlx_lora.models.kernel_row import MLX
@@ -57,7 +55,7 @@ from mlx_lora.training.plan_loss import loss_of_plan
 from mlx_lora.training.policy_task import at_temperature
 from mlx_lora.training.prefix_sharing import layout_problem, sharing_problem
 from mlx_lora.training.rollouts import AnyPlan
-from mlx_lora.training.run_fit import data_facts, fit_run
+from mlx_lora.training.run_fit import data_facts, fit_run, training_plan
 from mlx_lora.training.state import Position
 from mlx_lora.training.step import Step
 from mlx_lora.training.taught_answers import Scorer
@@ -361,20 +359,6 @@ def as_begun(asked: TrainSettings, begun: Mapping[str, Any] | None) -> TrainSett
     optimizer = replace(asked.optimizer, learning_rate=begun.get("learning_rate") if rate is None else rate)
     loop = replace(asked.loop, batch_tokens=begun.get("batch_tokens") if tokens is None else tokens)
     return replace(asked, optimizer=optimizer, loop=loop)
-
-
-def training_plan(loop: LoopSettings, rows: EncodedSet, epochs: float) -> BatchPlan:
-    """Plan the batches to train on.
-
-    Args:
-        loop: of the run; its --batch-tokens is chosen by now.
-        rows: to train on.
-        epochs: that a new shape's price is weighed against. A resumed run with more steps keeps the shapes that it began
-            with.
-    """
-    tokens: Any = loop.batch_tokens
-    price = ShapePrice(epochs=epochs)
-    return BatchPlan(rows, batch_tokens=tokens, batch_size=loop.batch_size, seed=loop.seed, price=price)
 
 
 def make_step(

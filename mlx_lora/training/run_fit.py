@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import mlx.nn as nn
@@ -12,8 +13,10 @@ import numpy as np
 from mlx_lora.adapters.adapt import adapt_model
 from mlx_lora.adapters.cut_layers import Wire
 from mlx_lora.adapters.model_shape import model_shape
+from mlx_lora.data.batches import BatchPlan
 from mlx_lora.data.encode import EncodedSet
 from mlx_lora.data.joining import joined
+from mlx_lora.data.widths import ShapePrice
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.kernel_choice import KernelChoice, planned_kernels
 from mlx_lora.models.kernel_row import MLX
@@ -25,6 +28,7 @@ from mlx_lora.planner.fitting import (
     SMALLEST_BATCH,
     Fitted,
     Prompts,
+    Shapes,
     answer_room,
     budget_of,
     check_fits,
@@ -36,8 +40,8 @@ from mlx_lora.planner.memory import MemoryPlan, plan_memory
 from mlx_lora.planner.shapes import KernelTerms, Machine, ModelShape, NotKnown
 from mlx_lora.planner.tensor_plan import cut_config
 from mlx_lora.planner.this_machine import this_machine
-from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, ObjectiveSettings, TrainSettings
-from mlx_lora.settings.defaults import DataFacts, batch_tokens_for
+from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS, LoopSettings, ObjectiveSettings, TrainSettings
+from mlx_lora.settings.defaults import DataFacts, batch_tokens_for, with_length
 from mlx_lora.system import device
 from mlx_lora.system.errors import InputError
 from mlx_lora.training.beside import beside_bytes
@@ -73,9 +77,37 @@ def fit_run(
     width = max(1, int(rows.lengths.max(initial=2)) - 1)
     prompts = prompts_of(settings.objective, rows)
     shape = replace(shape, trained_share=trained_share(settings.objective, rows))
-    fitted = fit(settings, shape, machine, width, len(rows), prompts, ranks, batch_tokens_for(settings, facts))
+    shapes, tokens = batch_shapes(settings, rows, facts), batch_tokens_for(settings, facts)
+    fitted = fit(settings, shape, machine, width, len(rows), prompts, ranks, tokens, shapes)
     check_fits(settings, fitted, shape, machine, width, most_rows=len(rows), prompts=prompts)
     return fitted
+
+
+def batch_shapes(settings: TrainSettings, rows: EncodedSet, facts: DataFacts | None) -> Shapes:
+    """Return what gives the shapes of the batches that some rows are divided into.
+
+    Short rows may take more memory together than the longest one: a batch of them is fuller.
+    """
+
+    def shapes(tokens: int) -> list[tuple[int, int]]:
+        loop = with_length(settings, tokens, facts).loop
+        return [(count, width) for count, width, _ in training_plan(loop, rows, loop.epochs or 1.0).shapes]
+
+    return lru_cache(shapes)
+
+
+def training_plan(loop: LoopSettings, rows: EncodedSet, epochs: float) -> BatchPlan:
+    """Plan the batches to train on.
+
+    Args:
+        loop: of the run; its --batch-tokens is chosen by now.
+        rows: to train on.
+        epochs: that a new shape's price is weighed against. A resumed run with more steps keeps the shapes that it began
+            with.
+    """
+    tokens: Any = loop.batch_tokens
+    price = ShapePrice(epochs=epochs)
+    return BatchPlan(rows, batch_tokens=tokens, batch_size=loop.batch_size, seed=loop.seed, price=price)
 
 
 def trained_share(objective: ObjectiveSettings, rows: EncodedSet) -> float:
