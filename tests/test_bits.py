@@ -38,7 +38,8 @@ def trained(tiny_folder, chats, tmp_path_factory):
     ran = run("train", "--model", tiny_folder, "--bits", 4, "--data", chats, "--adapter-path", folder, *SHORT)
     assert ran.code == 0, ran.err
     assert "4-bit affine (group 64)" in ran.err
-    told = [line.strip() for line in ran.lines if line.strip().startswith("mlx-lora ")]
+    following = ran.lines[ran.lines.index("What to do next:") :]
+    told = [line.strip() for line in following if line.strip().startswith("mlx-lora ")]
     assert [line for line in told if f"--model {tiny_folder} --bits 4 " in line] == [told[0], told[1], told[3]]
     assert told[2].startswith("mlx-lora export")
     return folder

@@ -106,7 +106,10 @@ def test_only_the_completion_of_two_message_lists_is_trained():
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"frage": "q", "antwort": "a"}, "found columns frage, antwort; name yours: --prompt-column and --completion"),
+        (
+            {"frage": "q", "antwort": "a"},
+            "found columns frage, antwort; name yours: --prompt-column frage --completion-column antwort",
+        ),
         ({}, "found no columns"),
         ({"instruction": "q", "output": 3}, "output is a int, not a string"),
         ({"messages": {"role": "user"}}, "messages is a dict, not a list"),

@@ -245,7 +245,7 @@ def take_steps(
         run.trunk.end()
     if page is not None:
         if not outcome.interrupted and ranks.size == 1 and not folder.info.scores:
-            page.report.known = known_rows(base, splits.train, run.task, settings)
+            page.report.known = known_rows(base, splits.train, settings)
         page.end(outcome.interrupted, say, at.best_at if settings.loop.keep_best and at.best_at else None)
         leave_card(folder.path, base, folder.info, say)
         say(outcome_line(settings.loop, outcome, best, settings.objective.rewarded))

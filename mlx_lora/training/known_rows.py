@@ -12,27 +12,24 @@ import numpy as np
 
 from mlx_lora.data.encoded_set import EncodedSet
 from mlx_lora.models.load import Base
+from mlx_lora.objectives.objective_table import objective_of
 from mlx_lora.settings.config import TrainSettings
-from mlx_lora.system.distributed import ALONE
-from mlx_lora.training.held_out import held_out_plan, spaced_by_length
+from mlx_lora.training.held_out import spaced_by_length
 from mlx_lora.training.held_out_rows import KnownRows
-from mlx_lora.training.objective_loss import Task
-from mlx_lora.training.sharing import own_batches
-from mlx_lora.training.trainer import mean_loss
+from mlx_lora.training.trainer import held_out_loss
 
 MOST_ROWS = 32
 MOST_POSITIONS = 8192  # of all measured rows together
 SHORT = 48  # trained tokens of a row, on average; longer answers are seldom meant to be repeated word for word
 
 
-def known_rows(base: Base, rows: EncodedSet, task: Task, settings: TrainSettings) -> KnownRows | None:
+def known_rows(base: Base, rows: EncodedSet, settings: TrainSettings) -> KnownRows | None:
     """Measure a sample of the training rows with the trained model.
 
     Args:
         base: with its adapter.
         rows: that were trained on.
-        task: of the run, which ran in one process.
-        settings: of the run.
+        settings: of the run, which ran in one process.
 
     Returns:
         None where the question has no meaning: another objective, plain text, trained prompts, long answers.
@@ -43,8 +40,8 @@ def known_rows(base: Base, rows: EncodedSet, task: Task, settings: TrainSettings
     sample = rows.select(spaced_by_length(rows, count)) if count else rows
     if not len(sample) or not _has_short_answers(sample):
         return None
-    batches = own_batches(held_out_plan(sample, settings.loop), -1, ALONE, together=False)
-    losses = mean_loss(base.model, task, batches).rows
+    # With a loss of its own: that of a run may read what its frozen blocks gave for a row of the whole set.
+    losses = held_out_loss(base, sample, settings.loop, objective_of(settings.objective)).rows
     if losses is None or not np.isfinite(losses.sums).all():
         return None
     return KnownRows(int((losses.sums < math.log(2)).sum()), len(losses.sums))
