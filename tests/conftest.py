@@ -45,6 +45,23 @@ TINY = {
 def pytest_addoption(parser):
     """Add an option for machines on which another kernel would be measured as the fastest."""
     parser.addoption("--kernels", help="Use this candidate wherever a kernel has it: mlx, tiled, polynomial, rows ...")
+    parser.addoption("--rehearse", action="store_true", help="Run as on a Mac, as far as Linux can: tests/rehearsal.")
+
+
+def pytest_configure(config):
+    """With --rehearse, let this process be a Mac before any test is imported."""
+    if config.getoption("--rehearse"):
+        from rehearsal import installing
+
+        installing.install_all()
+
+
+def pytest_collection_modifyitems(config, items):
+    """A rehearsal leaves out what only a CPU does, by name and with its reason."""
+    if config.getoption("--rehearse"):
+        for item in items:
+            if mark := item.get_closest_marker("cpu"):
+                item.add_marker(pytest.mark.skip(reason=f"only on a CPU: {mark.args[0]}"))
 
 
 @pytest.fixture(autouse=True, scope="session")
