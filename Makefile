@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-kernels test-all fuzz parity lint docs format bench gate soak clean
+.PHONY: setup demo test test-kernels rehearse test-all fuzz parity lint docs format bench gate soak clean
 
 # Made again whenever the dependency list changes.
 $(VENV)/.ready: pyproject.toml
@@ -28,6 +28,12 @@ test: setup
 CORE ?= Haswell
 test-kernels: setup
 	OPENBLAS_NUM_THREADS=1 OPENBLAS_CORETYPE=$(CORE) $(BIN)/python -m pytest -n 2 --dist loadfile $(if $(KERNELS),--kernels $(KERNELS))
+
+# The tests as on a Mac, as far as Linux can enforce it: Metal's refusals, bfloat16, memory limits, no /proc (docs/development/
+# metal.md). QUICK=1 runs the share that CI runs; COMPILE=1 compiles kernels, too, which takes g++ a long time.
+QUICK_SHARE := tests/test_rehearsal.py tests/test_host_syncs.py tests/test_device.py tests/test_step.py
+rehearse: setup
+	OPENBLAS_NUM_THREADS=1 $(if $(COMPILE),,MLX_DISABLE_COMPILE=1) $(BIN)/python -m pytest -n 2 --dist loadfile --rehearse $(if $(QUICK),$(QUICK_SHARE))
 
 # Everything: the embedded real models and the judges (torch, PEFT, transformers, llama.cpp).
 test-all: setup

@@ -42,9 +42,9 @@ def ours_called() -> bool:
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(STANDARD) or f"{os.sep}site-packages{os.sep}" in name:
-            if os.path.dirname(name) != os.path.dirname(__file__):
-                return OURS in name and f"{os.sep}tests{os.sep}" not in name
+        library = name.startswith(STANDARD) and f"{os.sep}site-packages{os.sep}" not in name
+        if not library and os.path.dirname(name) != os.path.dirname(__file__):
+            return OURS in name and f"{os.sep}tests{os.sep}" not in name
         frame = frame.f_back
     return False
 
