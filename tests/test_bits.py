@@ -40,8 +40,8 @@ def trained(tiny_folder, chats, tmp_path_factory):
     assert "4-bit affine (group 64)" in ran.err
     following = ran.lines[ran.lines.index("What to do next:") :]
     told = [line.strip() for line in following if line.strip().startswith("mlx-lora ")]
-    assert [line for line in told if f"--model {tiny_folder} --bits 4 " in line] == [told[0], told[1], told[3]]
-    assert told[2].startswith("mlx-lora export")
+    assert [line for line in told if f"--model {tiny_folder} --bits 4 " in line] == [told[0], told[1], told[2], told[4]]
+    assert told[3].startswith("mlx-lora export")
     return folder
 
 

@@ -189,7 +189,7 @@ def test_a_run_leaves_a_page_with_texts_before_and_after(tiny_folder, chats, tmp
     assert end[1].split() == ["User", *sample["prompt"].split("user\n")[1].split("<|im_end|>")[0].split()]
     assert f"Report: {tmp_path / 'a' / 'report.html'}" in end
     assert [line.split()[1] for line in end[end.index("What to do next:") + 1 :]] == [
-        "chat", "generate", "export", "serve",
+        "chat", "generate", "evaluate", "export", "serve",
     ]  # fmt: skip
     assert "learning_rate" in page
     # Going on: the text from before the first step is still that; without texts, the page has none.

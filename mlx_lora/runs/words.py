@@ -175,9 +175,12 @@ def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
         out = ["fuse", *model, *adapter, "--out", f"{path}-fused"]
         if info.method != "full":
             out = ["export", *model, *adapter, "--to", "peft", "--out", f"{path}-peft"]
+        # The rows that the run held out, and what base and adapter answer to them.
+        judge = [["evaluate", *trained_on, *adapter, "--show", "5"]] if settings.objective.objective == "sft" else []
         lines = [
             ["chat", *trained_on, "--adapter", f"{name}={path}"],
             ["generate", *trained_on, *adapter, "--prompt", _own_prompt(samples)],
+            *judge,
             out,
             ["serve", *trained_on, "--adapter", f"{name}={path}"],
         ]
