@@ -178,7 +178,7 @@ def test_flags_at_the_end_of_a_composed_command_take_the_place_of_its_own():
         "--seed",
         "-1",
     ]
-    restarted = last_given([*begun, *smaller(2)])
+    restarted = last_given([*begun, "--resume", *smaller(2)])
     assert restarted == [
         "python", "-m", "mlx_lora.train", "--rank=4", "-c", "a.yaml", "--force", "--seed", "-1",
         "--resume", "--batch-parts", "2", "--grad-checkpoint", "block",

@@ -23,9 +23,11 @@ from run_cli import run
 from mlx_lora.artifacts.checkpoint import read_checkpoint
 from mlx_lora.data.batches import Batch
 from mlx_lora.system import device, supervise
+from mlx_lora.system.console import describe_error
 from mlx_lora.training.interrupts import interrupt_flag
 from mlx_lora.training.memory_guard import MemoryGuard, split_rows
 from mlx_lora.training.state import Position
+from mlx_lora.training.step import Step
 
 POISON = "Q"
 
@@ -426,7 +428,8 @@ from pathlib import Path
 calls = Path(sys.argv[1])
 calls.open("a").write(" ".join(sys.argv[2:]) + "\\n")
 if len(calls.read_text().splitlines()) <= int(os.environ["DEATHS"]):
-    os.kill(os.getpid(), getattr(signal, os.environ["BY"]))
+    by = os.environ["BY"]
+    sys.exit(int(by)) if by.isdigit() else os.kill(os.getpid(), getattr(signal, by))
 sys.exit(int(os.environ.get("CODE", 0)))
 """
 FATES = {  # deaths, by which signal, the code it would end with -> code, processes
@@ -435,6 +438,8 @@ FATES = {  # deaths, by which signal, the code it would end with -> code, proces
     "twice": (2, "SIGKILL", 0, 0, 3),
     "too often": (9, "SIGSEGV", 0, 1, 3),
     "an error of its own": (0, "SIGSEGV", 2, 2, 1),
+    "the GPU's memory, twice": (2, str(supervise.OUT_OF_MEMORY), 0, 0, 3),
+    "the GPU's time": (1, str(supervise.OUT_OF_TIME), 0, 0, 2),
     "ended by somebody": (9, "SIGTERM", 0, 128 + signal.SIGTERM, 1),
 }
 
@@ -459,7 +464,44 @@ def test_the_supervisor_goes_on_after_deaths_alone(fate, tmp_path):
     assert (ran.returncode, len(calls)) == (expected, processes)
     assert "Traceback" not in ran.stderr
     added = ["", " --resume --batch-parts 2", " --resume --batch-parts 2 --grad-checkpoint block"]
+    if by == str(supervise.OUT_OF_TIME):
+        added[1] = " --resume --short-buffers"
     assert calls == [f"--iters 5{extra}" for extra in added[:processes]]
+
+
+OF_METAL = "[METAL] Command buffer execution failed: {}."
+GPU_FAILURES = {
+    "Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)": supervise.OUT_OF_MEMORY,
+    "Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackErrorTimeout)": supervise.OUT_OF_TIME,
+    "Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)": supervise.OUT_OF_TIME,
+}
+
+
+@pytest.mark.parametrize("told", GPU_FAILURES)
+def test_a_gpu_that_gives_up_is_one_line_and_the_run_goes_on(tiny_folder, chats, tmp_path, monkeypatch, told):
+    words = ["--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", "--iters", 8, "--save-every", 2]
+    plain = Step.__call__
+
+    def failing(self, *args, **named):
+        if self.taken == 5:
+            raise RuntimeError(OF_METAL.format(told))
+        return plain(self, *args, **named)
+
+    monkeypatch.setattr(Step, "__call__", failing)
+    ran = run("train", *words)
+    assert (ran.code, "--resume" in ran.lines[-1]) == (GPU_FAILURES[told], True), ran.err
+    assert told in ran.lines[-1]
+    monkeypatch.setattr(Step, "__call__", plain)
+    again = run("train", *words, "--resume")
+    assert again.code == 0, again.err
+    assert "Resuming from step 4" in again.err
+
+
+def test_another_error_of_mlx_stays_a_traceback():
+    assert describe_error(RuntimeError(OF_METAL.format("Invalid Resource (00000009)"))) is None
+    assert describe_error(RuntimeError("Insufficient Memory")) is None
+    longest = "[metal::malloc] Attempting to allocate 9000000000 bytes which is greater than the maximum allowed buffer size of 1 bytes."
+    assert describe_error(RuntimeError(longest))[1] == supervise.OUT_OF_MEMORY
 
 
 def test_a_supervised_run_dies_and_goes_on(tiny_folder, chats, tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from mlx_lora.system.errors import InputError, RunError
+from mlx_lora.system.gpu_failures import describe_gpu_failure
 from mlx_lora.system.spelling import did_you_mean
 
 HELP_COLUMNS = 100
@@ -261,7 +262,7 @@ def describe_error(error: BaseException) -> tuple[str, int] | None:
         return f"{path}{error.strerror}", 1
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return "interrupted", 130
-    return None
+    return describe_gpu_failure(error)
 
 
 def printable(text: str, limit: int = MOST_CHARACTERS) -> str:

@@ -1,9 +1,10 @@
-"""Run a training command, and restart it if its process dies (`--max-restarts N`).
+"""Run a training command, and restart it if its process dies, or its GPU gives up (`--max-restarts N`).
 
-If memory runs out, MLX cannot raise an error: the process aborts on Metal (134), has a segmentation fault on the CPU
-(139), or is killed by the system (137). So another process restarts it from the last checkpoint, with batches in smaller
-parts, then also with every block checkpointed: both give the same updates. A training process that exits by itself,
-with an exit code, is not restarted.
+If memory runs out, the process aborts (134), has a segmentation fault on the CPU (139), is killed by the system (137), or, on
+a GPU since mlx 0.32, gets an error and exits with OUT_OF_MEMORY. So another process restarts it from the last checkpoint, with
+batches in smaller parts, then also with every block checkpointed: both give the same updates. If macOS ended work that kept
+the GPU too long (OUT_OF_TIME), it is restarted with short command buffers. A training process that exits by itself with
+another code is not restarted.
 
 This file is run as a script, so that only the standard library is in memory beside the training. The training has its
 own session, so that Ctrl-C reaches it once, through this process, and not a second time from the terminal.
@@ -29,28 +30,38 @@ REPEATED = (
     "--data-folder",
     "--runs-folder",
 )  # options that may be given several times
+# Exit codes of a run whose GPU failed (system/gpu_failures.py); this file is a script, and so has them itself.
+OUT_OF_MEMORY, OUT_OF_TIME = 75, 76
 DEATHS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGKILL)
 
 
 def smaller(restarts: int) -> list[str]:
     """Return the flags of the n-th restart: 2 parts; 2 parts and checkpointing; 4 parts and checkpointing; 8 ..."""
     parts = 2 ** max(1, restarts - 1)
-    return ["--resume", "--batch-parts", str(parts), *(["--grad-checkpoint", "block"] if restarts > 1 else [])]
+    return ["--batch-parts", str(parts), *(["--grad-checkpoint", "block"] if restarts > 1 else [])]
 
 
 def run(command: list[str], max_restarts: int) -> int:
     """Run a training command until it ends by itself, and return its exit code, or 1 if no restart is left."""
+    extra: list[str] = []
+    of_memory, name = 0, ""
     for restarts in range(max_restarts + 1):
-        extra = smaller(restarts) if restarts else []
         code = run_once(last_given([*command, *extra]))
-        if code >= 0:
+        if code == OUT_OF_TIME:
+            name, why = "the GPU worked too long at a time", ""
+        elif code == OUT_OF_MEMORY:
+            name, why = "the GPU ran out of memory", ""
+        elif code >= 0:
             return code
-        name = signal.Signals(-code).name
-        if -code not in DEATHS:  # someone sent the signal on purpose
-            return 128 - code
+        else:
+            name, why = signal.Signals(-code).name, ", most likely because memory ran out"
+            if -code not in DEATHS:  # someone sent the signal on purpose
+                return 128 - code
+        of_memory += code != OUT_OF_TIME
+        short = ["--short-buffers"] if code == OUT_OF_TIME or "--short-buffers" in extra else []
+        extra = ["--resume", *(smaller(of_memory) if of_memory else []), *short]
         if restarts < max_restarts:
-            more = " ".join(smaller(restarts + 1))
-            say(f"The training process died ({name}), most likely because memory ran out; restarting with {more}")
+            say(f"The training process died ({name}){why}; restarting with {' '.join(extra)}")
     say(
         f"Error: the training process died {max_restarts + 1} times (last: {name}); lower --max-seq-length, use "
         "--bits 4, or close other programs; if the display of this Mac froze before, use --short-buffers"
