@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from mlx_lm.models import gated_delta
+from rehearsal import kernels
 
 SITE = Path(__file__).parent / "rehearsal" / "site"
 # A program of ours on a Mac: each function is one fault, or its right form.
@@ -171,3 +174,21 @@ def test_a_program_of_a_rehearsed_test_believes_that_it_runs_on_a_mac(planted):
     assert "no attribute 'sched_getaffinity'" in planted["affinity"][1]
     assert planted["svd_on_the_cpu"] == ["passed", 3.0]
     assert planted["experts_in_16_bits"] == ["passed", 128.0]
+
+
+def test_a_metal_kernel_of_mlx_lm_has_no_gradient():
+    q, k, v = (mx.random.normal((1, 5, 2, 32), key=mx.random.key(seed)) for seed in range(3))
+    gates = [mx.random.normal((1, 5, 2), key=mx.random.key(9)), mx.random.normal((1, 5, 2), key=mx.random.key(8))]
+    constants = [mx.zeros((2,)), mx.zeros((2,))]
+
+    def total(q, use_kernel):
+        return gated_delta.gated_delta_update(q, k, v, *gates, *constants, use_kernel=use_kernel)[0].sum()
+
+    kernels.install()
+    try:
+        assert total(q, True).item() == pytest.approx(total(q, False).item(), rel=1e-4)
+        mx.eval(mx.grad(lambda q: total(q, False))(q))
+        with pytest.raises(ValueError, match="CustomKernel"):
+            mx.eval(mx.grad(lambda q: total(q, True))(q))
+    finally:
+        kernels.remove()

@@ -13,8 +13,10 @@ _installed: list[str] = []
 
 def install_all() -> None:
     """Let this process be a Mac, and import what has to know."""
-    from rehearsal import system
+    from rehearsal import kernels, system
 
+    # Only here: a program that a test starts should not wait for mlx-lm, and no such test has these models.
+    kernels.install()
     modules = [importlib.import_module(name) for name in system.PLATFORM_READERS]
     install()
     for module in modules:
