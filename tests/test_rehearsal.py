@@ -108,6 +108,9 @@ def the_device(folder):
     device.wire_working_set()
     assert 10**7 < process.peak_bytes() < 10**11, "bytes, not KiB"
     assert process.start_mark(os.getpid())
+    with mx.stream(mx.cpu):
+        assert not device.on_gpu()
+    assert device.on_gpu()
     return [here.backend, str(device.compute_dtype()), multiprocessing.get_start_method()]
 
 

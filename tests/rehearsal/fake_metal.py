@@ -8,6 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from rehearsal import refusals
+
 GIB = 1 << 30
 MEMORY_BYTES = int(os.environ.get("REHEARSED_MEMORY_GIB", "16")) * GIB
 # Metal recommends two thirds of up to 36 GiB, and lends one buffer of at most half of the memory and a little (CHIPS).
@@ -45,8 +47,10 @@ class FakeMetal:
         return getattr(self._real, name)
 
     def default_device(self) -> Any:
-        """Return the GPU, or what `set_default_device` chose."""
-        return self._real.default_device() if self._replaced("default_device") else self._device
+        """Return the GPU, what `set_default_device` chose, or inside `with mx.stream(mx.cpu)` the CPU."""
+        if self._replaced("default_device"):
+            return self._real.default_device()
+        return self._real.Device(self._real.cpu) if refusals.on_cpu(None) else self._device
 
     def set_default_device(self, device: Any) -> None:
         """Choose the device; this build still computes on its CPU."""
@@ -56,7 +60,7 @@ class FakeMetal:
         """Return what mlx reads from Metal."""
         if self._replaced("device_info"):
             return self._real.device_info()
-        if (device or self._device) == self._real.Device(self._real.cpu):
+        if (device or self.default_device()) == self._real.Device(self._real.cpu):
             return {**self._real.device_info(), "device_name": "Apple M2"}
         return {
             "device_name": "Apple M2", "architecture": "applegpu_g14g", "memory_size": MEMORY_BYTES, "resource_limit": 499000,
