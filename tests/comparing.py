@@ -9,6 +9,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_lora.system import device
+
+
+def by_dtype(float32: float, bfloat16: float) -> float:
+    """Return the tolerance for what a command computes in the dtype of this machine: bfloat16 on a GPU."""
+    return float32 if device.compute_dtype() == mx.float32 else bfloat16
+
 
 def close(got: mx.array, expected: mx.array, tolerance: float) -> bool:
     """Return whether no value is further off than `tolerance` times the largest expected one."""

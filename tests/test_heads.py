@@ -19,6 +19,7 @@ from mlx_lora.adapters.targets import select_targets
 from mlx_lora.models.folder import complete_module
 from mlx_lora.models.head import QUANTIZED_HEADS, Head, find_head
 from mlx_lora.models.matmul import use_measured_matmul
+from mlx_lora.system import device
 from mlx_lora.training.loss_choice import TILES
 from mlx_lora.training.losses import PLAIN, Arrays, check_arrays, choose_loss, head_loss
 from mlx_lora.training.probe import disagreement, probe
@@ -90,6 +91,8 @@ def test_a_familys_head_gives_its_own_losses_and_gradients(name, tied):
     kind = type(head.layer)
     batch = odd_batch(head.vocabulary)
     own = losses(model, PLAIN.tokens, batch)
+    if name == "rwkv7" and device.on_gpu():
+        pytest.skip("mlx-lm's own kernel has no gradient on a GPU that ours could be compared with")
     assert own.gradients
     assert len(own.losses) == TOKENS - TOKENS // 3 - 1
     cut = losses(model, head_loss(head, TILES, TILE_BYTES).tokens, batch)
