@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from byte_tokenizer import byte_tokenizer
+from half_arrays import let_numpy_read_halves
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
@@ -49,11 +50,13 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """With --rehearse, let this process be a Mac before any test is imported."""
+    """With --rehearse, let this process be a Mac before any test is imported; and let numpy read what a GPU computes."""
     if config.getoption("--rehearse"):
         from rehearsal import installing
 
         installing.install_all()
+    if device.on_gpu():
+        let_numpy_read_halves()
 
 
 def pytest_collection_modifyitems(config, items):

@@ -15,7 +15,7 @@ from mlx_lora.api.export_uses import check_gguf_type, uses_of
 from mlx_lora.api.python_errors import speaks_python
 from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
 from mlx_lora.artifacts.card import CARD_FILE, read_facts, write_card
-from mlx_lora.artifacts.fused_model import write_fused
+from mlx_lora.artifacts.fused_model import take_stored_dtypes, write_fused
 from mlx_lora.artifacts.gguf_adapter import write_gguf_adapter
 from mlx_lora.artifacts.gguf_model import DEFAULT_TYPE, write_gguf_model
 from mlx_lora.artifacts.ollama import write_ollama
@@ -147,6 +147,8 @@ def write_export(
     # Only merged files need no adapter.
     info: Any = load_adapter(base, adapter, ignore_fingerprint, scores) if adapter else None
     gguf_type = settings.gguf_type or DEFAULT_TYPE
+    if to in MERGED_GGUF and not keep_dtype:
+        take_stored_dtypes(base, info.full if info else (), casts_full=False)
     if to == "gguf":
         export_gguf(base, info, out, gguf_type, force)
     elif to == "ollama":

@@ -145,7 +145,7 @@ def write_fused(
         raise InputError(f"--out {out}: holds the base {base.folder}; give another folder")
     mark = merge_mark(base.model, base.config)
     if not keep_dtype and not (dequantize and base.quantization):
-        _take_stored_dtypes(base, full)
+        take_stored_dtypes(base, full)
     survival = fuse_adapter(base.model, dequantize, bits)
     model, config = base.model, dict(base.config)
     if dequantize:
@@ -176,10 +176,15 @@ def _has_own_code(base: Base) -> bool:
     return base.config.get("model_file") is not None
 
 
-def _take_stored_dtypes(base: Base, full: tuple[str, ...]) -> None:
-    """Restore the base's arrays from its files; parameters trained in full get the dtype of those they replace.
+def take_stored_dtypes(base: Base, full: tuple[str, ...], casts_full: bool = True) -> None:
+    """Restore the base's arrays from its files.
 
     Loading casts to the compute dtype, for example on a Mac float16 scales and float32 norms to bfloat16.
+
+    Args:
+        base: its model is changed in place; it may have an adapter.
+        full: names of the parameters that were trained in full.
+        casts_full: give these the dtype of those that they replace; else they stay as they are.
     """
     untouched, _ = load_weights(base.folder, trust_remote_code=_has_own_code(base))
     stored = {name: p for name, p in tree_flatten(untouched.parameters()) if mx.issubdtype(p.dtype, mx.floating)}
@@ -192,6 +197,8 @@ def _take_stored_dtypes(base: Base, full: tuple[str, ...]) -> None:
         plain = name.replace(".linear.", ".").replace(".embedding.", ".")  # the name without the adapter
         if name == SCORE_WEIGHT:
             continue  # stays float32
+        if name in full and not casts_full:
+            continue
         if name in full:
             changed.append((name, p.astype(stored[plain].dtype if plain in stored else usual)))
         elif plain in stored and stored[plain].shape == p.shape and stored[plain].dtype != p.dtype:

@@ -267,10 +267,18 @@ def _others(path: str, base: nn.Module) -> Iterator[tuple[str, Source]]:
 
 def _merged(base: nn.Module, adapter: nn.Module | None) -> Callable[[], mx.array]:
     def values() -> mx.array:
-        weight = dense_weight(base).astype(mx.float32)
+        weight = _exact_weight(base)
         return weight if adapter is None else weight + adapter.delta()
 
     return values
+
+
+def _exact_weight(base: nn.Module) -> mx.array:
+    """Return a layer's weight in float32; 16-bit scales are widened before they multiply, not their rounded products."""
+    if isinstance(base, QUANTIZED) and base.mode == "affine":
+        scales, biases = base.scales.astype(mx.float32), base.biases.astype(mx.float32)
+        return mx.dequantize(base.weight, scales, biases, group_size=base.group_size, bits=base.bits, mode=base.mode)
+    return dense_weight(base).astype(mx.float32)
 
 
 def _floats(array: mx.array) -> Callable[[], mx.array]:
