@@ -38,7 +38,7 @@ def test_a_float_result_gives_the_adapters_logits(model, extra, targets, tmp_pat
     report, found = fuse(folder, tmp_path, *extra)
     assert np.allclose(found, expected, atol=1e-4)
     assert not np.allclose(found, load_base(ModelSettings(model=str(folder))).model(TOKENS), atol=1e-2)
-    assert report["error_most"] < 1e-4
+    assert report["error_most"] < by_dtype(1e-4, 2e-2)
     assert "quantization" not in json.loads((tmp_path / "f" / "config.json").read_text())
 
 

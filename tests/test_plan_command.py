@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +109,8 @@ def same(folder: Path, rank: int = 4) -> ModelShape:
     loaded, base_bytes, trained = loaded_shape(folder, rank)
     outline = outline_of(str(folder), dtype=device.compute_dtype())
     outlined = outlined_shape(outline, settings_of(rank=rank))
-    assert outlined == loaded
+    # What is read and then cast is known from the files alone.
+    assert dataclasses.replace(outlined, source_bytes=0) == dataclasses.replace(loaded, source_bytes=0)
     assert (outlined.base_bytes, outlined.trained) == (base_bytes, trained)
     return outlined
 
