@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +40,7 @@ class Finding:
         wanted: its bound, or the number that was expected; None without one.
         unit: of both.
         advice: what to do; empty if nothing.
+        values: further numbers by name, which the page draws.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Finding:
     wanted: float | None = None
     unit: str = ""
     advice: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -52,15 +52,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def random_model(config: dict[str, Any], dtype: mx.Dtype = mx.float32, layout: dict[str, Any] | None = None) -> nn.Module:
+def random_model(
+    config: dict[str, Any], dtype: mx.Dtype = mx.float32, layout: dict[str, Any] | None = None, seed: int = 0
+) -> nn.Module:
     """Return a model of random weights in evaluation mode, the same each time.
 
     Args:
         config: config.json's entries.
         dtype: of the weights that are not quantized.
         layout: `group_size`, `bits` and `mode`; None: nothing is quantized.
+        seed: of the weights.
     """
-    mx.random.seed(0)
+    mx.random.seed(seed)
     model = build_model(config)
     model.set_dtype(dtype)
     if layout is not None:
@@ -71,7 +74,11 @@ def random_model(config: dict[str, Any], dtype: mx.Dtype = mx.float32, layout: d
 
 
 def write_model(
-    folder: Path, config: dict[str, Any], dtype: mx.Dtype = mx.float32, layout: dict[str, Any] | None = None
+    folder: Path,
+    config: dict[str, Any],
+    dtype: mx.Dtype = mx.float32,
+    layout: dict[str, Any] | None = None,
+    seed: int = 0,
 ) -> Path:
     """Write a folder with a model of random weights and the byte tokenizer, unless it is there; arguments as in `random_model`."""
     if (folder / "config.json").exists():
@@ -79,7 +86,7 @@ def write_model(
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(folder)
-    model = random_model(config, dtype, layout)
+    model = random_model(config, dtype, layout, seed)
     save_tensors(folder / "model.safetensors", dict(tree_flatten(model.parameters())))
     content = {**config, "eos_token_id": tokenizer.eos_token_id}
     if layout is not None:
@@ -92,3 +99,8 @@ def write_model(
 def tiny_folder(work: Path, packed: bool = False) -> Path:
     """Return the folder of a model of two blocks."""
     return write_model(work / f"tiny{'-4bit' if packed else ''}", TINY, layout=TINY_4BIT if packed else None)
+
+
+def other_tiny_folder(work: Path) -> Path:
+    """Return the folder of a model of the same shape with other weights: a teacher."""
+    return write_model(work / "tiny-teacher", TINY, seed=1)
