@@ -109,9 +109,7 @@ def _served(folder: Path, adapter: Path) -> Iterator[Finding]:
     base = load(folder, dtype="float32")
     names: tuple[str | None, ...] = (None, "adapter")
     wanted = {
-        (name, prompt): base.generate(
-            prompt, adapter if name else None, max_tokens=TOKENS, ignore_chat_template=True
-        )
+        (name, prompt): base.generate(prompt, adapter if name else None, max_tokens=TOKENS, ignore_chat_template=True)
         for name in names
         for prompt in PROMPTS
     }

@@ -29,7 +29,7 @@ from mlx_lora.owner_kit.kit_compare import (
 from mlx_lora.planner.this_machine import loss_tile_bytes
 from mlx_lora.system import device, exponentials
 from mlx_lora.system.measuring import TOLERANCE
-from mlx_lora.training.loss_choice import NAME, loss_kernels
+from mlx_lora.training.loss_choice import NAME, TokenLosses, loss_kernels
 
 # Heads of SmolLM2, Llama 3, Gemma 3, DeepSeek (values narrower than keys), GPT-OSS (a window and sinks).
 ATTENTION: tuple[ShapeClass, ...] = (
@@ -79,9 +79,7 @@ def check_kernel(name: str, shape: ShapeClass, kit: Kit) -> Iterator[Finding]:
             advice = OF_MLX if candidate == "mlx" else ADVICE
             # Recurrences multiply roundings over their tokens.
             times = 2.0 if name in ("gated delta", "state space") else 1.0
-            yield from compare_passes(
-                label, trial.wrap(function), exact, trial.arrays, trial.cotangents, advice, times
-            )
+            yield from compare_passes(label, trial.wrap(function), exact, trial.arrays, trial.cotangents, advice, times)
 
 
 class _Body(nn.Module):
@@ -134,30 +132,32 @@ def _log_of_sums(logits: mx.array) -> mx.array:
 def check_loss(make: Callable[[mx.Dtype], Head], kit: Kit) -> Iterator[Finding]:
     """Compare the loss kernels on one head with all logits at once in float32."""
     for dtype in dtypes_of(kit):
-        head = make(dtype)
-        width = head.dense(head.arrays, mx.float32).shape[-1]
-        positions = 33 if head.vocabulary > 10_000 else 150
-        hidden = normal(positions, width, seed=3, dtype=dtype)
-        targets = mx.array([(7919 * n) % head.vocabulary for n in range(positions)])
-        weights, ones = mx.ones((positions,)), [mx.ones((positions, 1))]
+        yield from _compare_losses(make(dtype), dtype, "" if dtype == dtypes_of(kit)[0] else f", {dtype_name(dtype)}")
 
-        def exactly(hidden: mx.array, head: Head = head, targets: mx.array = targets) -> list[mx.array]:
-            logits = head.finish(hidden @ head.dense(head.arrays, mx.float32).T, slice(None)).astype(mx.float32)
-            own = mx.take_along_axis(logits, targets[:, None], axis=-1)
-            return [_log_of_sums(logits) - own]
 
-        exact = exact_passes(exactly, [hidden], ones)
-        # Small tiles, so that several are joined whatever this machine's own are.
-        tile_bytes = min(loss_tile_bytes(), 400_000)
-        for name, kernel in loss_kernels().items():
+def _compare_losses(head: Head, dtype: mx.Dtype, after: str) -> Iterator[Finding]:
+    width = head.dense(head.arrays, mx.float32).shape[-1]
+    positions = 33 if head.vocabulary > 10_000 else 150
+    hidden = normal(positions, width, seed=3, dtype=dtype)
+    targets = mx.array([(7919 * n) % head.vocabulary for n in range(positions)])
+    weights, ones = mx.ones((positions,)), [mx.ones((positions, 1))]
+    # Small tiles, so that several are joined whatever this machine's own are.
+    tile_bytes = min(loss_tile_bytes(), 400_000)
 
-            def losses(hidden: mx.array, kernel=kernel, head: Head = head) -> list[mx.array]:
-                return [kernel(head, hidden, targets, weights, tile_bytes=tile_bytes)[:, None]]
+    def exactly(hidden: mx.array) -> list[mx.array]:
+        logits = head.finish(hidden @ head.dense(head.arrays, mx.float32).T, slice(None)).astype(mx.float32)
+        own = mx.take_along_axis(logits, targets[:, None], axis=-1)
+        return [_log_of_sums(logits) - own]
 
-            label = f"{name} {NAME}" + ("" if dtype == dtypes_of(kit)[0] else f", {dtype_name(dtype)}")
-            # mx.fast.cross_entropy adds a row's exponentials one after the other on a CPU.
-            times = 3.0 if head.vocabulary > 10_000 else 1.0
-            yield from compare_passes(label, losses, exact, [hidden], ones, ADVICE, times)
+    exact = exact_passes(exactly, [hidden], ones)
+    for name, kernel in loss_kernels().items():
+
+        def losses(hidden: mx.array, kernel: TokenLosses = kernel) -> list[mx.array]:
+            return [kernel(head, hidden, targets, weights, tile_bytes=tile_bytes)[:, None]]
+
+        # mx.fast.cross_entropy adds a row's exponentials one after the other on a CPU.
+        times = 3.0 if head.vocabulary > 10_000 else 1.0
+        yield from compare_passes(f"{name} {NAME}{after}", losses, exact, [hidden], ones, ADVICE, times)
 
 
 def check_exponentials(kit: Kit) -> Iterator[Finding]:

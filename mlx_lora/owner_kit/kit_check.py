@@ -96,7 +96,9 @@ class KitCheck:
     needs: Callable[[Kit], str] = lambda kit: ""
 
 
-def bounded(name: str, error: float, bound: float, what: str, advice: str = "", unit: str = "relative error") -> Finding:
+def bounded(
+    name: str, error: float, bound: float, what: str, advice: str = "", unit: str = "relative error"
+) -> Finding:
     """Return a finding that is ok if an error is within its bound; one that is not finite never is.
 
     Args:

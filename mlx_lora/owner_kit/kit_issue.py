@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import webbrowser
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
+
+from mlx_lora.owner_kit.kit_run import finding_line, summary_line
 
 ISSUES = "https://github.com/mlx-lora/mlx-lora/issues"
 TEMPLATE = "doctor.yml"  # .github/ISSUE_TEMPLATE, whose fields have these names
@@ -39,3 +42,25 @@ def issue_url(content: Mapping[str, Any], summary: str, lines: Sequence[str], pa
         if len(address) <= MOST_CHARACTERS or not kept:
             return address
         kept.pop()
+
+
+def show_issue(content: Mapping[str, Any], path: Path, say: Callable[[str], None]) -> str:
+    """Open the address in a browser, or print it where there is none, and return it.
+
+    Args:
+        content: of the result.
+        path: of the result file.
+        say: takes lines.
+    """
+    lines = [
+        f"{status}  {check['group']}: {check['name']}: {finding_line(finding)}"
+        for status in ("failed", "warning")
+        for check in content["checks"]
+        for finding in check["findings"]
+        if finding["status"] == status
+    ]
+    address = issue_url(content, summary_line(content), lines, path)
+    opened = webbrowser.open(address)
+    say("A prefilled issue is open in the browser; nothing is sent before you press its button" if opened else address)
+    say(f"Attach {path} to it")
+    return address

@@ -209,5 +209,9 @@ def _unfit_groups(kit: Kit) -> dict[str, str]:
         return {}
     problem = gpu_problem(kit)
     if problem:
-        return {group: f"{virtual_words(kit.here)}, which does not compute: {problem}" for group in GROUPS if group != "machine"}
+        return {
+            group: f"{virtual_words(kit.here)}, which does not compute: {problem}"
+            for group in GROUPS
+            if group != "machine"
+        }
     return {group: f"{virtual_words(kit.here)}, whose numbers say nothing about a chip" for group in NOT_VIRTUAL}

@@ -87,7 +87,9 @@ class KitState:
         """
         findings = [one["status"] for entry in self.content["checks"] for one in entry["findings"]]
         seconds = sum(entry["seconds"] or 0.0 for entry in self.content["checks"])
-        self.content["summary"] = {status: findings.count(status) for status in STATUSES} | {"seconds": round(seconds, 3)}
+        self.content["summary"] = {status: findings.count(status) for status in STATUSES} | {
+            "seconds": round(seconds, 3)
+        }
         if problems := kit_problems(self.content):
             raise ValueError(f"{self.path.name}: {'; '.join(problems[:3])}")
         with replacing_file(self.path) as temporary:

@@ -87,21 +87,26 @@ def check_layer(case: Case, kit: Kit) -> Iterator[Finding]:
         if case.kind == "experts" and not (dtype == mx.float32 or device.multiplies_16_bit_experts()):
             yield Finding(label, "skipped", "mlx has no 16-bit experts on this device")
             continue
-        layer = build_layer(case, dtype)
-        arrays = {name: layer[name] for name in layer.trained}
-        x, call = _input(case, dtype)
-        found = _numbers(lambda x, layer=layer, call=call: call(layer, x), layer, arrays, x)
-        with on_cpu():
-            # The same numbers: weights and scales are cast up from their 16 bits.
-            exact_layer = build_layer(case, dtype)
-            exact_layer.base.set_dtype(mx.float32)
-            wide = x if x.dtype == mx.int32 else x.astype(mx.float32)
-            exact = _numbers(lambda x: _definition(case, exact_layer, x), exact_layer, arrays, wide)
-        bound = 2 * TOLERANCE[dtype]
-        what = f"{label} against the adapted weight in float32 on the CPU"
-        yield bounded(f"{label}: output", apart(found.pop("output"), exact.pop("output")), bound, what, ADVICE)
-        error, worst = largest_apart(found, exact)
-        yield bounded(f"{label}: gradients", error, bound, f"{what}; the farthest: {worst}", ADVICE)
+        yield from _compare_layer(case, dtype)
+
+
+def _compare_layer(case: Case, dtype: mx.Dtype) -> Iterator[Finding]:
+    label = dtype_name(dtype)
+    layer = build_layer(case, dtype)
+    arrays = {name: layer[name] for name in layer.trained}
+    x, call = _input(case, dtype)
+    found = _numbers(lambda x, layer=layer, call=call: call(layer, x), layer, arrays, x)
+    with on_cpu():
+        # The same numbers: weights and scales are cast up from their 16 bits.
+        exact_layer = build_layer(case, dtype)
+        exact_layer.base.set_dtype(mx.float32)
+        wide = x if x.dtype == mx.int32 else x.astype(mx.float32)
+        exact = _numbers(lambda x: _definition(case, exact_layer, x), exact_layer, arrays, wide)
+    bound = 2 * TOLERANCE[dtype]
+    what = f"{label} against the adapted weight in float32 on the CPU"
+    yield bounded(f"{label}: output", apart(found.pop("output"), exact.pop("output")), bound, what, ADVICE)
+    error, worst = largest_apart(found, exact)
+    yield bounded(f"{label}: gradients", error, bound, f"{what}; the farthest: {worst}", ADVICE)
 
 
 def build_layer(case: Case, dtype: mx.Dtype) -> AdapterLayer:

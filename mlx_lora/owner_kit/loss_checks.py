@@ -22,8 +22,15 @@ from mlx_lora.adapters.parts import QUANTIZED, dense_weight, with_weight
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.data.batches import Batch
 from mlx_lora.objectives import pair_losses
-from mlx_lora.objectives.divergences import FORWARD_KL, JSD, REVERSE_KL, DivergenceOptions, Known, divergence_of_logits
-from mlx_lora.objectives.divergences import likeliest
+from mlx_lora.objectives.divergences import (
+    FORWARD_KL,
+    JSD,
+    REVERSE_KL,
+    DivergenceOptions,
+    Known,
+    divergence_of_logits,
+    likeliest,
+)
 from mlx_lora.objectives.pair_losses import PAIR_LOSSES, PairLoss, PairOptions, Pairs
 from mlx_lora.objectives.policy_losses import RATIO_OF, PolicyOptions, Sampled, policy_loss
 from mlx_lora.objectives.rated_losses import RATED_LOSSES, RatedOptions, Ratings

@@ -81,7 +81,9 @@ def check_power(kit: Kit) -> Iterator[Finding]:
     yield _power_line("heat", hot, words, "let the machine cool down, then run --again --group speed")
     load = power["load_average"]
     words = f"load {load:g} over the last minute on {cores} cores"
-    yield _power_line("other programs", load > BUSY_LOAD * cores, words, "close other programs before you compare speeds")
+    yield _power_line(
+        "other programs", load > BUSY_LOAD * cores, words, "close other programs before you compare speeds"
+    )
 
 
 def _power_line(name: str, slows: bool, words: str, advice: str) -> Finding:

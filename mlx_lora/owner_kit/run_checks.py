@@ -185,6 +185,7 @@ def check_resume(changes: dict[str, Any], kit: Kit) -> Iterator[Finding]:
 def _other_arrays(root: Path) -> str:
     """Return how many stored arrays are not equal."""
     one, other = (mx.load(str(root / name / WEIGHTS)) for name in ("whole", "stopped"))
-    assert isinstance(one, dict) and isinstance(other, dict)
+    assert isinstance(one, dict)
+    assert isinstance(other, dict)
     changed = [name for name in one if not mx.array_equal(one[name], other[name]).item()]
     return f"{len(changed)} of {len(read_safetensors_header(root / 'whole' / WEIGHTS))} arrays"

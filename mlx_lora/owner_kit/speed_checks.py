@@ -57,7 +57,13 @@ def check_speed(number: int, kit: Kit) -> Iterator[Finding]:
     model, length = speed_models(kit)[number], ON_GPU if kit.on_gpu else ON_CPU
     folder, data = model.write(kit), kit.work / "speed.jsonl"
     data.write_text(chat_rows(length.rows, (3, 6), length.words, 0), encoding="utf-8")
-    settings = {"batch_size": BATCH, "rank": RANK, "alpha": 2.0 * RANK, "max_seq_length": 2048, "epochs": 1 + length.passes}
+    settings = {
+        "batch_size": BATCH,
+        "rank": RANK,
+        "alpha": 2.0 * RANK,
+        "max_seq_length": 2048,
+        "epochs": 1 + length.passes,
+    }
     run = train_child(kit, f"speed-{number}", folder, data, {**settings, "grad_checkpoint": "none"})
     each = length.rows // BATCH
     ends = [record["elapsed_s"] for record in run.records]
@@ -69,10 +75,28 @@ def check_speed(number: int, kit: Kit) -> Iterator[Finding]:
         f"{model.words}: mlx-lora", "ok", f"{ours:,.0f} tokens/s", ours, None, "tokens/s", values={"mlx-lora": ours}
     )
     for name, module in PEERS.items():
-        yield _beside(kit, model, name, module, folder, data, length, tokens, ours)
+        yield _beside(kit, model, name, module, length, Ours(folder, data, tokens, ours, ends[-1]))
 
 
 PEERS = {"mlx_lm.lora": "mlx_lora.owner_kit.peer_mlx_lm", "torch": "mlx_lora.owner_kit.peer_torch"}
+
+
+@dataclass(frozen=True)
+class Ours:
+    """Our own run, which a peer is compared with.
+
+    Attributes:
+        folder, data: its model and rows.
+        tokens: of the counted passes, without padding.
+        tokens_per_s: in them.
+        all_s: seconds of all passes.
+    """
+
+    folder: Path
+    data: Path
+    tokens: int
+    tokens_per_s: float
+    all_s: float
 
 
 def _beside(
@@ -80,27 +104,22 @@ def _beside(
     model: SpeedModel,
     name: str,
     module: str,
-    folder: Path,
-    data: Path,
     length: Length,
-    tokens: int,
-    ours: float,
+    ours: Ours,
 ) -> Finding:
     """Return how much faster we are than a peer.
 
     Args:
         kit, model, length: what is measured.
         name, module: of the peer.
-        folder, data: its model and rows.
-        tokens: of the counted passes.
-        ours: our tokens per second.
+        ours: our run.
     """
     label = f"{model.words}: {name}"
     if name == "torch" and (missing := [one for one in ("torch", "peft") if peer_versions()[one] is None]):
         return Finding(label, "skipped", f"{' and '.join(missing)} not installed (pip install torch peft)")
     each = length.rows // BATCH
     job = {
-        "model": str(folder), "data": str(data), "batch_size": BATCH, "rank": RANK, "steps": each * (1 + length.passes),
+        "model": str(ours.folder), "data": str(ours.data), "batch_size": BATCH, "rank": RANK, "steps": each * (1 + length.passes),
         "ends": str(kit.work / "peer-steps.txt"),
     }  # fmt: skip
     (kit.work / "job.json").write_text(json.dumps(job), encoding="utf-8")
@@ -110,11 +129,12 @@ def _beside(
     ended = run_process(command, kit.work / "peer.log", watch)
     lines = Path(job["ends"]).read_text(encoding="utf-8").splitlines() if Path(job["ends"]).exists() else []
     if watch.stopped:
-        return Finding(label, "ok", f"stopped after {length.limit_s:.0f} s at step {len(lines)} of {job['steps']}: much slower")
+        words = f"stopped after {length.limit_s:.0f} s, start included, at step {len(lines)} of {job['steps']}"
+        return Finding(label, "ok", f"{words}; mlx-lora's steps took {ours.all_s:.1f} s")
     if ended.code or len(lines) < job["steps"]:
-        return Finding(label, "skipped", f"it ended with code {ended.code}: {ended.last_words}"[:300])
-    theirs = tokens / (float(lines[-1]) - float(lines[each - 1]))
-    ratio = ours / theirs
+        return Finding(label, "warning", f"it ended with code {ended.code}: {ended.last_words}"[:300])
+    theirs = ours.tokens / (float(lines[-1]) - float(lines[each - 1]))
+    ratio = ours.tokens_per_s / theirs
     note = " in float weights, as it has no 4-bit base here" if name == "torch" and model.packed else ""
     words = f"{theirs:,.0f} tokens/s{note}; mlx-lora is {ratio:.2f} times as fast"
     slower = ratio < FASTER
