@@ -29,7 +29,7 @@ def write_kit_page(path: Path, content: Mapping[str, Any]) -> None:
         date=content["created"][:10],
         tiles=_tiles(content),
         facts=_facts(content),
-        urgent=[line for status in LINES for line in _lines(content["checks"], status)],
+        urgent=_by_check([line for status in LINES for line in _lines(content["checks"], status)], True),
         groups=[group for name, asks in GROUPS.items() if (group := _group(name, asks, content["checks"]))],
     )
     with replacing_file(path) as temporary:
@@ -102,22 +102,22 @@ def _lines(checks: Iterable[Mapping[str, Any]], *statuses: str) -> list[dict[str
     ]
 
 
+def _by_check(lines: Iterable[dict[str, str]], with_group: bool) -> list[dict[str, Any]]:
+    """Return lines under their check's name, for urgent ones with that of the group."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for line in lines:
+        found.setdefault(f"{line['group']}: {line['check']}" if with_group else line["check"], []).append(line)
+    return [{"title": title, "lines": own} for title, own in found.items()]
+
+
 def _numbers(finding: Mapping[str, Any]) -> str:
     """Return a finding's number and its bound."""
     if finding["found"] is None:
         return ""
-    found = "not finite" if finding["found"] >= LARGEST else _short(finding["found"])
-    return (
-        found
-        if finding["wanted"] is None
-        else f"{found} ≤ {_short(finding['wanted'])}"
-        if _within(finding)
-        else f"{found} > {_short(finding['wanted'])}"
-    )
-
-
-def _within(finding: Mapping[str, Any]) -> bool:
-    return finding["found"] <= finding["wanted"]
+    found, wanted = "not finite" if finding["found"] >= LARGEST else _short(finding["found"]), finding["wanted"]
+    if wanted is None:
+        return found
+    return f"{found} {'≤' if finding['found'] <= wanted else '>'} {_short(wanted)}"
 
 
 def _short(value: float) -> str:
@@ -139,7 +139,7 @@ def _group(name: str, asks: str, checks: Sequence[Mapping[str, Any]]) -> dict[st
         "counts": ", ".join([*words, f"{len(own)} checks in {format_duration(seconds)}"]),
         "charts": _charts(name, own),
         "skipped": _skipped(lines),
-        "lines": [line for line in lines if line["status"] != "skipped"],
+        "lines": _by_check([line for line in lines if line["status"] != "skipped"], False),
     }
 
 
