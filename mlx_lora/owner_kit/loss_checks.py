@@ -97,12 +97,13 @@ def check_pair_losses(losses: dict[str, PairLoss], kit: Kit) -> Iterator[Finding
     """Compare losses of pairs."""
     options = PairOptions(label_smoothing=0.1)
     chosen, rejected, likelihood = _logps(EXAMPLES, 1), _logps(EXAMPLES, 2), -_logps(EXAMPLES, 3)
-    reference = [chosen + normal(EXAMPLES, seed=4), rejected + normal(EXAMPLES, seed=5)]
-    tokens, real = [mx.arange(5, 5 + EXAMPLES).astype(mx.float32)] * 2, mx.ones((EXAMPLES,))
+    other_chosen, other_rejected = chosen + normal(EXAMPLES, seed=4), rejected + normal(EXAMPLES, seed=5)
+    tokens, real = mx.arange(5, 5 + EXAMPLES).astype(mx.float32), mx.ones((EXAMPLES,))
     for name, loss in losses.items():
 
         def function(chosen: mx.array, rejected: mx.array, likelihood: mx.array, loss: PairLoss = loss) -> mx.array:
-            return loss(Pairs(chosen, rejected, *reference, *tokens, likelihood, real), options)
+            pairs = Pairs(chosen, rejected, other_chosen, other_rejected, tokens, tokens[::-1], likelihood, real)
+            return loss(pairs, options)
 
         yield from _compare(name, function, chosen, rejected, likelihood)
 

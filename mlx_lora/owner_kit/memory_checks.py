@@ -51,7 +51,7 @@ RUNS = (
     Planned(64, 2, "none"),
     Planned(8, 2, "block"),
     Planned(16, 4, "block"),
-    Planned(16, 2, "none", packed=True),
+    Planned(16, 4, "none", packed=True),
     Planned(16, 4, "block", "dora", packed=True),
     Planned(8, 2, "none", objective="dpo"),
     Planned(8, 4, "block", packed=True, objective="dpo"),
@@ -72,13 +72,10 @@ def check_peak(one: Planned, kit: Kit) -> Iterator[Finding]:
     config = ON_GPU if kit.on_gpu else ON_CPU
     model = write_model(folder, config, device.compute_dtype(), LAYOUT if one.packed else None)
     settings, data = _settings(one, positions), _data(kit.work, one, positions)
-    for attempt in range(2):
-        run = train_child(kit, f"memory-{RUNS.index(one)}", model, data, settings)
-        measured = max(record["peak_memory_bytes"] for record in run.records)
-        planned = run.facts["planned_peak_bytes"]
+    planned, measured = _peaks(kit, one, model, data, settings)
+    if planned is not None and abs(planned / measured - 1) > BOUND:
         # The first run of a shape on a machine also measures kernels, and the plan is for the run alone.
-        if planned is None or abs(planned / measured - 1) <= BOUND or attempt:
-            break
+        planned, measured = _peaks(kit, one, model, data, settings)
     if planned is None:
         yield Finding("peak", "failed", "the run was not planned", advice=ADVICE)
         return
@@ -89,6 +86,12 @@ def check_peak(one: Planned, kit: Kit) -> Iterator[Finding]:
         "peak", "ok" if good else "warning", words, abs(ratio - 1), BOUND, "of the measured peak",
         "" if good else ADVICE, {"planned GB": planned / 1e9, "measured GB": measured / 1e9},
     )  # fmt: skip
+
+
+def _peaks(kit: Kit, one: Planned, model: Path, data: Path, settings: dict[str, Any]) -> tuple[int | None, int]:
+    """Return the planned and the measured peak of one run, in bytes."""
+    run = train_child(kit, f"memory-{RUNS.index(one)}", model, data, settings)
+    return run.facts["planned_peak_bytes"], max(record["peak_memory_bytes"] for record in run.records)
 
 
 def _settings(one: Planned, positions: int) -> dict[str, Any]:

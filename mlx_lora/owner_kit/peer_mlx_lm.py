@@ -41,7 +41,8 @@ def main() -> None:
     model.freeze()
     linear_to_lora_layers(model, -1, {"rank": job["rank"], "scale": 2.0, "dropout": 0.0})
     records = [json.loads(line) for line in Path(job["data"]).read_text(encoding="utf-8").splitlines()]
-    rows = CacheDataset(create_dataset(records, tokenizer, SimpleNamespace(mask_prompt=True)))
+    asked = SimpleNamespace(mask_prompt=True)
+    rows = CacheDataset(create_dataset(records, tokenizer, asked))  # pyright: ignore[reportArgumentType] # as it does
     settings = TrainingArgs(
         batch_size=job["batch_size"], iters=job["steps"], val_batches=0, steps_per_report=1, steps_per_eval=10**9,
         steps_per_save=10**9, adapter_file=str(Path(job["ends"]).with_suffix(".safetensors")), max_seq_length=2048,

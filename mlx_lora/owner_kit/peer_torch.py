@@ -52,7 +52,7 @@ def main() -> None:
     device, dtype = torch_device()
     config = AutoConfig.from_pretrained(job["model"])
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # mlx's, which transformers cannot read
+        delattr(config, "quantization_config")  # mlx's, which transformers cannot read
     model = AutoModelForCausalLM.from_config(config).to(dtype).to(device)
     settings = LoraConfig(r=job["rank"], lora_alpha=2 * job["rank"], target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, settings)

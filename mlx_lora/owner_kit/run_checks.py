@@ -102,8 +102,8 @@ def train_tiny(kit: Kit, name: str, folder: Path, steps: int, **changes: Any) ->
     asked = {**COMMON, **OBJECTIVES[name], **changes}
     packed = asked.pop("packed", False)
     # Our dense product of a quantized weight has its own lines.
-    paths = {"quantized_matmul": "packed"} if packed else {}
-    base = load(tiny_folder(kit.work, packed), dtype=asked.pop("dtype", "auto"), **paths)
+    path = "packed" if packed else "auto"
+    base = load(tiny_folder(kit.work, packed), dtype=asked.pop("dtype", "auto"), quantized_matmul=path)
     if asked.pop("teacher", False):
         asked["teacher"] = str(other_tiny_folder(kit.work))
     if asked.get("reward") == "letters":
