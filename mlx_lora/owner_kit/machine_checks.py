@@ -78,7 +78,7 @@ def check_power(kit: Kit) -> Iterator[Finding]:
     heat, state = power["temperature_c"], power["thermal_state"]
     hot = state in HOT or (heat is not None and heat > HOT_C)
     words = state or ("not known" if heat is None else f"{heat:.0f} °C at the hottest sensor")
-    yield _power_line("heat", hot, words, "let the machine cool down, then run --again --group speed")
+    yield _power_line("heat", hot, words, "let the machine cool, then run --again --group speed")
     load = power["load_average"]
     words = f"load {load:g} over the last minute on {cores} cores"
     yield _power_line(
