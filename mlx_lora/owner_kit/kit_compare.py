@@ -79,12 +79,11 @@ def passes(function: Outputs, arrays: Sequence[mx.array], cotangents: Sequence[m
     return made[: len(cotangents)], made[len(cotangents) :]
 
 
-def exact_passes(
-    function: Outputs, arrays: Sequence[mx.array], cotangents: Sequence[mx.array], dtype: mx.Dtype = mx.float32
-):
-    """Return `passes` on the CPU in float32, or in another dtype."""
+def exact_passes(function: Outputs, arrays: Sequence[mx.array], cotangents: Sequence[mx.array], double: bool = False):
+    """Return `passes` on the CPU in float32, or with `double` in float64, which a GPU does not have."""
     mx.eval(list(arrays), list(cotangents))
     with on_cpu():
+        dtype = mx.float64 if double else mx.float32
         return passes(function, [x.astype(dtype) for x in arrays], [c.astype(dtype) for c in cotangents])
 
 

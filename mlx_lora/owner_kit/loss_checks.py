@@ -84,7 +84,7 @@ def _compare(name: str, function: Callable[..., mx.array], *arrays: mx.array) ->
         return [function(*arrays)]
 
     cotangent = [normal(*function(*arrays).shape, seed=9)]
-    exact = exact_passes(outputs, arrays, cotangent, mx.float64)
+    exact = exact_passes(outputs, arrays, cotangent, double=True)
     yield from compare_passes(name, outputs, exact, arrays, cotangent, ADVICE, against=AGAINST)
 
 
