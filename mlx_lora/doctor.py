@@ -3,6 +3,7 @@
 python -m mlx_lora.doctor
 python -m mlx_lora.doctor --json --no-hub
 python -m mlx_lora.doctor --kernels
+python -m mlx_lora.doctor --full
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import shutil
 import tempfile
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -26,6 +29,8 @@ from mlx_lora.planner.ceilings import measure_ceilings
 from mlx_lora.settings import flags
 from mlx_lora.system import console, device
 from mlx_lora.system.cache import cache_dir
+from mlx_lora.system.errors import InputError
+from mlx_lora.system.files import check_writable
 from mlx_lora.system.units import GIB
 from mlx_lora.system.versions import installed_versions
 from mlx_lora.training.kernel_report import known_table, measure_usual, table_lines
@@ -38,6 +43,7 @@ KNOWN_BAD = (
 )
 ROOM_BYTES = 20e9  # a 7B model in float16, its 4-bit copy and checkpoints
 HUB_TIMEOUT_S = 5.0
+FOLDER = "mlx-lora-doctor"
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,34 @@ class Check:
 @click.option(
     "--kernels", "show_kernels", is_flag=True, help="Measure the training kernels in common shapes and show the table."
 )
+@click.option(
+    "--full",
+    is_flag=True,
+    help="Check kernels, formats, layers, losses, runs, memory and speed, in about a quarter of an hour; a second call goes on.",
+)
+@click.option("--quick", is_flag=True, help="With --full: take a share of about a minute.")
+@click.option(
+    "--group", "groups", multiple=True, help="With --full: run this group only, such as kernels; may be repeated."
+)
+@click.option("--again", is_flag=True, help="With --full: repeat what is done already.")
+@click.option("--minutes", type=click.FloatRange(0.1, 120), help="With --full: length of the steady load [default: 2].")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help=f"With --full: folder for the results [default: {FOLDER}]."
+)
+@click.option(
+    "--send", is_flag=True, help="With --full: open a prefilled issue in the browser; it sends nothing by itself."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(hub: bool, show_kernels: bool, as_json: bool) -> int:
+def main(hub: bool, show_kernels: bool, full: bool, as_json: bool, **kit: Any) -> int:
     """Check that this machine is ready to train; the exit code is 1 if something is wrong."""
+    if full:
+        if show_kernels:
+            raise InputError("--kernels with --full: the group kernels checks them all; leave --kernels out")
+        return full_check(hub, as_json, **kit)
+    if given := [f"--{'group' if name == 'groups' else name}" for name, value in kit.items() if value]:
+        raise InputError(
+            f"{' and '.join(given)} without --full: only the full check uses it; add --full, or leave it out"
+        )
     here, versions = device.current_device(), installed_versions()
     checks = [*check_versions(versions), check_memory(here), check_blas(here), *check_arithmetic(), check_repeats()]
     rates, speed = check_speed()
@@ -82,6 +113,46 @@ def main(hub: bool, show_kernels: bool, as_json: bool) -> int:
     else:
         click.echo("\n".join([*screen(here, versions, checks), *(["", *table_lines(table)] if show_kernels else [])]))
     return 1 if any(check.status == "failed" for check in checks) else 0
+
+
+def full_check(
+    hub: bool,
+    as_json: bool,
+    quick: bool,
+    groups: tuple[str, ...],
+    again: bool,
+    minutes: float | None,
+    out: Path | None,
+    send: bool,
+) -> int:
+    """Run the owner's kit, and return the exit code: 1 if a line is red, 130 if it was interrupted."""
+    # Imported here, because the short check needs none of it.
+    from mlx_lora.owner_kit.kit_check import GROUPS, Finding, Kit, KitCheck
+    from mlx_lora.owner_kit.kit_issue import show_issue
+    from mlx_lora.owner_kit.kit_run import Asked, all_checks, run_kit, summary_line
+    from mlx_lora.owner_kit.kit_state import PAGE_FILE, RESULT_FILE
+
+    if unknown := [name for name in groups if name not in GROUPS]:
+        raise InputError(f"--group {', '.join(unknown)}: no such group; choose from {', '.join(GROUPS)}")
+
+    def short(kit: Kit) -> Iterator[Finding]:
+        here = kit.here
+        speed = check_speed()[1]
+        found = [*check_versions(installed_versions()), check_memory(here), check_blas(here), *check_arithmetic()]
+        for one in [*found, check_repeats(), *speed, check_cache(), *([check_hub()] if hub else [])]:
+            yield Finding(one.name, one.status, one.found, advice=one.advice)
+
+    asked = Asked(out or Path(FOLDER), quick, groups, again, minutes or Asked.minutes)
+    check_writable(asked.folder, "--out", needed_bytes=10_000_000)
+    content, interrupted = run_kit(asked, all_checks([KitCheck("machine", "short check", short)]), console.echo)
+    console.echo(f"{summary_line(content)}\nWritten to {asked.folder / RESULT_FILE} and {asked.folder / PAGE_FILE}")
+    if as_json:
+        console.print_json(content)
+    if interrupted:
+        return 130
+    if send:
+        show_issue(content, asked.folder / RESULT_FILE, console.echo)
+    return 1 if content["summary"]["failed"] else 0
 
 
 def screen(here: device.Device, versions: dict[str, str | None], checks: list[Check]) -> list[str]:

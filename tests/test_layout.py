@@ -16,7 +16,7 @@ PROJECT = (PACKAGE.parent / "pyproject.toml").read_text()
 OLDEST = (3, int(re.search(r'requires-python = ">=3\.(\d+)"', PROJECT)[1]))
 STAGES = (
     "sources", "data", "models", "adapters", "objectives", "training", "artifacts", "runs", "serving", "suite", "api",
-    "workbench",
+    "owner_kit", "workbench",
 )  # fmt: skip
 BELOW = ("system", "settings", "planner")  # of all stages; each imports only from its own left as well
 COMMANDS = (

@@ -30,7 +30,7 @@ from mlx_lora.suite.prediction import (
 from mlx_lora.suite.rates import measure_rates
 from mlx_lora.suite.result import read_result
 from mlx_lora.suite.running import Length, run_workload, train_command
-from mlx_lora.suite.schema import RATES, _check
+from mlx_lora.suite.schema import RATES, field_problems
 from mlx_lora.suite.workload_models import MODELS
 from mlx_lora.suite.workloads import ROW_SHAPES, TIERS, WORKLOADS, choose_workloads, digest_of
 
@@ -213,7 +213,7 @@ def test_energy_goes_on_where_the_counter_begins_anew(tmp_path):
 
 def test_rates_are_of_the_schema():
     rates = measure_rates(rounds=1, sides=(64,), pass_bytes=1 << 16)
-    assert list(_check({"rates": rates}, RATES)) == []
+    assert list(field_problems({"rates": rates}, RATES)) == []
     assert rates["gemm_flops_per_s"]["float32"] > 0
 
 

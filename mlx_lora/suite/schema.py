@@ -228,13 +228,13 @@ def problems_of(content: Any) -> list[str]:
         advice = "update mlx-lora to read it" if version > VERSION else "run the benchmark again"
         age = "newer" if version > VERSION else "older"
         return [f"schema version {version}, {age} than {VERSION}, which is read here; {advice}"]
-    found = [line for fields in (TOP, MACHINE, DEVICE, SOFTWARE, RATES) for line in _check(content, fields)]
+    found = [line for fields in (TOP, MACHINE, DEVICE, SOFTWARE, RATES) for line in field_problems(content, fields)]
     for number, entry in enumerate(content["results"] if isinstance(content.get("results"), list) else []):
-        found += _under(f"results[{number}]", _entry_problems(entry))
+        found += under(f"results[{number}]", _entry_problems(entry))
     return found
 
 
-def _under(path: str, lines: Iterable[str]) -> list[str]:
+def under(path: str, lines: Iterable[str]) -> list[str]:
     """Return problems with the path of the part that they are in; some are about the part itself (`is missing`)."""
     return [f"{path} {line}" if line.startswith("is ") else f"{path}.{line}" for line in lines]
 
@@ -245,10 +245,10 @@ def _entry_problems(entry: Any) -> Iterator[str]:
         yield "is not a mapping"
         return
     own = [Field(f.path.removeprefix("results[]."), f.kind, f.meaning, f.may_be_null) for f in RESULT]
-    yield from _check(entry, own)
+    yield from field_problems(entry, own)
     for moment in ("power_before", "power_after"):
         if isinstance(entry.get(moment), dict):
-            yield from _under(moment, _check(entry[moment], POWER))
+            yield from under(moment, field_problems(entry[moment], POWER))
     workload = entry.get("workload")
     if isinstance(workload, dict) and workload.get("digest") != digest_of(workload):
         yield "workload.digest does not belong to the definition: it was edited"
@@ -258,7 +258,7 @@ def _entry_problems(entry: Any) -> Iterator[str]:
     if status == "measured":
         for part, fields in (("figures", FIGURES), ("predicted", PREDICTED)):
             content = entry.get(part)
-            yield from _under(part, _check(content, fields) if content else ["is missing"])
+            yield from under(part, field_problems(content, fields) if content else ["is missing"])
     elif status in STATUSES and not entry.get("reason"):
         yield "reason is missing"
     figures = entry.get("figures")
@@ -268,7 +268,7 @@ def _entry_problems(entry: Any) -> Iterator[str]:
             yield f"figures.{name} is zero"
 
 
-def _check(content: Any, fields: Any) -> Iterator[str]:
+def field_problems(content: Any, fields: Any) -> Iterator[str]:
     """Yield the problems of a mapping's fields; fields inside a wrong one are not checked."""
     if not isinstance(content, dict):
         yield "is not a mapping"

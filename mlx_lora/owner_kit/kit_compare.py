@@ -1,0 +1,134 @@
+"""Compute something on the device and on the CPU in one process, and compare the numbers.
+
+The device computes in the dtype that training uses, and on a GPU in float32 too. The CPU always computes in float32, from
+the same (rounded) inputs, so what remains is the device's rounding and its faults. On a machine without a GPU, both are
+the CPU, and what is compared are our functions and their definitions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_lora.owner_kit.kit_check import Finding, Kit, bounded
+from mlx_lora.system import device
+from mlx_lora.system.measuring import TOLERANCE
+
+Outputs = Callable[..., list[mx.array]]
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Compute on the CPU inside the block; device.py's functions then answer for the CPU."""
+    with mx.stream(mx.cpu):
+        yield
+
+
+def dtypes_of(kit: Kit) -> list[mx.Dtype]:
+    """Return the dtypes in which the device is checked: that of runs, and on a GPU float32 as well."""
+    used = device.compute_dtype()
+    return [used] if kit.quick or used == mx.float32 or not kit.on_gpu else [used, mx.float32]
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """Return a dtype's name, as in bfloat16."""
+    return str(dtype).rpartition(".")[2]
+
+
+def normal(*shape: int, seed: int, dtype: mx.Dtype = mx.float32, size: float = 1.0) -> mx.array:
+    """Return random numbers, the same on every device: they are drawn by numpy."""
+    return mx.array(size * np.random.default_rng(seed).standard_normal(shape, np.float32)).astype(dtype)
+
+
+def host(array: mx.array) -> np.ndarray:
+    """Return an array's numbers in float64; a float64 array may only be read on the CPU."""
+    with on_cpu():
+        return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def apart(found: mx.array, exact: mx.array) -> float:
+    """Return |found - exact| / |exact| over all numbers, in float64 on the host; infinite for what is not finite."""
+    one, other = host(found), host(exact)
+    if one.shape != other.shape or not np.isfinite(one).all():
+        return math.inf
+    size = float(np.sqrt(np.square(other).sum()))
+    return float(np.sqrt(np.square(one - other).sum())) / (size + 1e-30)
+
+
+def passes(function: Outputs, arrays: Sequence[mx.array], cotangents: Sequence[mx.array], compiled: bool = False):
+    """Return a function's outputs and its gradients with respect to all arrays, computed.
+
+    Args:
+        function: takes the arrays.
+        arrays: its arguments.
+        cotangents: of its outputs.
+        compiled: through mx.compile, as in a training step.
+    """
+
+    def both(*arrays: mx.array) -> list[mx.array]:
+        outputs, gradients = mx.vjp(function, list(arrays), list(cotangents))
+        return [*outputs, *gradients]
+
+    made = (mx.compile(both) if compiled else both)(*arrays)
+    mx.eval(made)
+    return made[: len(cotangents)], made[len(cotangents) :]
+
+
+def exact_passes(function: Outputs, arrays: Sequence[mx.array], cotangents: Sequence[mx.array], double: bool = False):
+    """Return `passes` on the CPU in float32, or with `double` in float64, which a GPU does not have."""
+    mx.eval(list(arrays), list(cotangents))
+    with on_cpu():
+        dtype = mx.float64 if double else mx.float32
+        return passes(function, [x.astype(dtype) for x in arrays], [c.astype(dtype) for c in cotangents])
+
+
+def compare_passes(
+    name: str,
+    function: Outputs,
+    exact: tuple[Sequence[mx.array], Sequence[mx.array]],
+    arrays: Sequence[mx.array],
+    cotangents: Sequence[mx.array],
+    advice: str,
+    times: float = 1.0,
+    against: str = "float32 on the CPU",
+) -> Iterator[Finding]:
+    """Yield two findings: the outputs of a function and its gradients, against `exact_passes` of its definition.
+
+    Args:
+        name: of the function.
+        function: takes the arrays.
+        exact: the numbers that it should give.
+        arrays: in the dtype that is checked; all are differentiated.
+        cotangents: of the outputs.
+        advice: what to do if they differ.
+        times: factor on the tolerance of the dtype, for what sums more roundings.
+        against: what the exact numbers are, in words.
+    """
+    dtype = arrays[0].dtype
+    bound = times * TOLERANCE[dtype]
+    outputs, gradients = passes(function, arrays, cotangents, device.compiling_is_cheap())
+    pairs = (("output", outputs, exact[0]), ("gradient", gradients, exact[1]))
+    for part, found, wanted in pairs:
+        errors = [apart(one, other) for one, other in zip(found, wanted, strict=True)]
+        yield bounded(f"{name}: {part}", max(errors), bound, f"{dtype_name(dtype)} against {against}", advice)
+
+
+def largest_apart(found: Mapping[str, Any], exact: Mapping[str, Any]) -> tuple[float, str]:
+    """Return the largest distance of arrays of the same names, relative to the largest array, and the array's name.
+
+    A gradient that is nearly zero has no size of its own, so distances are relative to the largest of them all, and to the
+    array's own size where that is at least a hundredth.
+    """
+    if found.keys() != exact.keys():
+        return math.inf, ", ".join(sorted(found.keys() ^ exact.keys())[:3])
+    sizes = {name: float(np.sqrt(np.square(host(x)).sum())) for name, x in exact.items()}
+    most, worst = max(sizes.values()), (0.0, "")
+    for name, size in sizes.items():
+        whole = apart(found[name], exact[name]) * (size + 1e-30) / max(size, 0.01 * most, 1e-30)
+        worst = max(worst, (whole, name))
+    return worst
