@@ -88,7 +88,9 @@ def test_id(classname: str, name: str) -> str:
         if (ROOT / path).is_file():
             return "::".join([path.as_posix(), *parts[count:], name])
     file = Path(*name.split(".")).with_suffix(".py") if name and not parts else None  # a file that was not collected
-    return file.as_posix() if file is not None and (ROOT / file).is_file() else "::".join(filter(None, [classname, name]))
+    return (
+        file.as_posix() if file is not None and (ROOT / file).is_file() else "::".join(filter(None, [classname, name]))
+    )
 
 
 def compare(before: Run | None, after: Run, again: Run | None = None) -> dict[str, Any]:

@@ -88,7 +88,8 @@ class Environment:
 def clean_environment() -> dict[str, str]:
     """Return this process's variables without those that would bring other packages or the token in."""
     dropped = ("PYTHONPATH", "PYTHONHOME", "GITHUB_TOKEN", "GH_TOKEN")
-    return {name: value for name, value in os.environ.items() if name not in dropped}
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {"CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1), **kept}  # mlx's build takes one core otherwise
 
 
 def requirements(versions: Sequence[str]) -> list[str]:
@@ -203,7 +204,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--found", nargs="+", type=Path, default=[], metavar="JSON", help="take these; run nothing")
     parser.add_argument("--expect", type=int, default=1, help="with --found: how many there must be (default 1)")
     parser.add_argument("--tests", nargs="+", default=[], help="files or ids of tests (default: all of `make test`)")
-    parser.add_argument("--baseline", type=Path, help="before.json of an earlier run, instead of a run before the change")
+    parser.add_argument(
+        "--baseline", type=Path, help="before.json of an earlier run, instead of a run before the change"
+    )
     parser.add_argument("--out", type=Path, default=Path("nightly"), help="folder of the results (default: nightly)")
     parser.add_argument("--environment", type=Path, help="folder of the environment (default: a temporary one)")
     parser.add_argument("--processes", type=int, default=2, help="of pytest (default 2)")
