@@ -38,6 +38,8 @@ MAIN = {
 }
 # mlx's wheel for Linux has no backend of its own.
 MLX = "mlx[cpu]" if sys.platform == "linux" else "mlx"
+HANGS_S = 900  # a test that takes longer has its stack written to the log
+GRACE_S = 30.0
 LISTING = """
 import json
 from importlib import metadata
@@ -133,6 +135,7 @@ def run_tests(environment: Environment, tests: Sequence[str], args: argparse.Nam
     junit, log = args.out / f"{name}.xml", args.out / f"{name}.log"
     junit.unlink(missing_ok=True)
     command = [str(environment.python), "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={junit}"]
+    command += ["--continue-on-collection-errors", "-o", f"faulthandler_timeout={HANGS_S}"]
     command += ["-n", str(args.processes), "--dist", "loadfile"] if args.processes > 1 else []
     variables = {**clean_environment(), "OPENBLAS_NUM_THREADS": "1"}  # as `make test` does
     start, error = time.monotonic(), None
@@ -143,17 +146,28 @@ def run_tests(environment: Environment, tests: Sequence[str], args: argparse.Nam
         try:
             code = child.wait(args.timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            code, error = child.wait(), f"the tests took longer than {args.timeout:g} s (--timeout)"
+            code, error = end(child), f"the tests took longer than {args.timeout:g} s (--timeout)"
     found = read_junit(junit) if junit.exists() else {}
-    if error is None and (code not in (0, 1) or not found):
-        last = "\n".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:])
-        # Code 2 with results: files could not be imported, which the results name.
-        error = None if code == 2 and found else f"pytest ended with {code}:\n{last}"
+    last = "\n".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:])
+    if error is not None:
+        error = f"{error}; the end of its output:\n{last}"
+    elif code not in (0, 1) or not found:
+        error = f"pytest ended with {code}:\n{last}"
     run = Run(environment.packages(), found, round(time.monotonic() - start, 1), error)
     run.write(args.out / f"{name}.json")
     say(f"{name}: {run.summary()} in {run.seconds:.0f} s")
     return run
+
+
+def end(child: subprocess.Popen) -> int:
+    """End pytest and its workers, and return its code: it first gets the time to write what it has."""
+    for stop in (signal.SIGINT, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, stop)
+            return child.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            continue
+    return child.wait()
 
 
 def run_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

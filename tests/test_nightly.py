@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import os
 import subprocess
 import sys
 import urllib.error
@@ -59,7 +60,8 @@ def pytest_results(results: ModuleType, folder: Path, monkeypatch) -> dict[str, 
     junit = folder / "results.xml"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={junit}"]
     command += ["--continue-on-collection-errors", "tests"]
-    subprocess.run(command, cwd=folder, capture_output=True, check=False)
+    variables = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    subprocess.run(command, cwd=folder, capture_output=True, check=False, env=variables)
     monkeypatch.setattr(results, "ROOT", folder)
     return results.read_junit(junit)
 
@@ -331,12 +333,31 @@ def test_a_comparison_is_read_again(script, results, tmp_path, capsys):
     assert "1 of 2" in capsys.readouterr().out
 
 
-def test_a_hang_is_ended_and_told(script, tmp_path):
+@pytest.fixture
+def here(monkeypatch):
+    """This environment, with as few of its pytest plugins as possible."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    return SimpleNamespace(python=Path(sys.executable), packages=dict)
+
+
+def test_a_hang_is_ended_and_told(script, here, tmp_path, monkeypatch):
     nightly = script("nightly")
-    (tmp_path / "test_hang.py").write_text("import time\ndef test_hang(): time.sleep(600)\n")
+    monkeypatch.setattr(nightly, "GRACE_S", 0.2)  # it does not hear an interrupt
+    hang = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ndef test_hang(): time.sleep(600)\n"
+    (tmp_path / "test_hang.py").write_text(hang)
     args = SimpleNamespace(out=tmp_path, processes=1, timeout=1.0)
-    here = SimpleNamespace(python=Path(sys.executable), packages=dict)
     run = nightly.run_tests(here, [str(tmp_path / "test_hang.py")], args, "after")
     assert "--timeout" in run.error
     assert not run.tests
     assert nightly.Run.read(tmp_path / "after.json") == run
+
+
+def test_what_ended_before_an_interrupt_is_kept(script, results, here, tmp_path):
+    nightly = script("nightly")
+    lines = "import os, signal\ndef test_quick(): pass\ndef test_hang(): os.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "test_cut.py").write_text(lines)
+    args = SimpleNamespace(out=tmp_path, processes=1, timeout=60.0)
+    run = nightly.run_tests(here, [str(tmp_path / "test_cut.py")], args, "after")
+    assert [test["outcome"] for name, test in run.tests.items() if "test_quick" in name] == ["passed"]
+    assert run.error
+    assert not results.compare(None, run)["green"]

@@ -140,7 +140,7 @@ def test_the_last_lines_name_what_was_not_run(tmp_path):
         ran = subprocess.run(
             [sys.executable, "-m", "pytest", "-p", "virtual_gpu", "-p", "gpu", "-p", "no:cacheprovider", "test_it.py"],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": paths, "GPU": name},
+            env={**os.environ, "PYTHONPATH": paths, "GPU": name, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
             capture_output=True,
             text=True,
         )
