@@ -16,6 +16,8 @@ import pytest
 import virtual_gpu
 import yaml
 
+from mlx_lora import doctor
+
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / ".github/workflows").glob("*.yml"))
 FLOWS = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in FILES}
@@ -80,7 +82,9 @@ def test_the_kit_runs_after_red_tests_and_its_json_is_kept():
     assert kit["if"] == kept["if"] == "always()"
     assert "continue-on-error" not in kit
     words = shlex.split(kit["run"])
-    assert words[words.index("--json-file") + 1] == kept["with"]["path"]
+    assert words[words.index("--out") + 1] == kept["with"]["path"].rstrip("/")
+    known = {name for option in doctor.main.params for name in option.opts}
+    assert {word for word in words if word.startswith("--")} <= known
 
 
 def test_the_job_that_writes_issues_installs_nothing(monkeypatch):
