@@ -89,7 +89,7 @@ class Environment:
 
 def clean_environment() -> dict[str, str]:
     """Return this process's variables without those that would bring other packages or the token in."""
-    dropped = ("PYTHONPATH", "PYTHONHOME", "GITHUB_TOKEN", "GH_TOKEN")
+    dropped = ("PYTHONPATH", "PYTHONHOME", "PYTEST_ADDOPTS", "GITHUB_TOKEN", "GH_TOKEN")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return {"CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1), **kept}  # mlx's build takes one core otherwise
 

@@ -314,6 +314,64 @@ def test_versions_are_asked_of_the_registry_or_the_main_branches(script, monkeyp
         assert any("--pre" in words for words in asked) is not built
 
 
+@pytest.fixture
+def whole_run(script, results, monkeypatch, tmp_path):
+    """Run `run_all` with an environment that installs nothing and tests whose outcomes are given."""
+    nightly = script("nightly")
+
+    def run(versions: list[str], outcomes: dict[str, dict[str, str]], report: list[str], refused: bool = False) -> Any:
+        ran: list[tuple[str, list[str]]] = []
+
+        class Made(Pip):
+            def __init__(self, folder: Path, log: Path):
+                super().__init__(report)
+
+            def pip(self, *words: str) -> str:
+                if refused and "numpy" in words:
+                    raise nightly.Failed("no such version")
+                return super().pip(*words)
+
+            def packages(self) -> dict[str, str]:
+                return {"mlx": "2" if len(self.calls) > 2 else "1", "mlx-lm": "5"}
+
+        def run_tests(environment: Made, tests: list[str], args: Any, name: str) -> Any:
+            ran.append((name, list(tests)))
+            return run_of(results, mlx=environment.packages()["mlx"], **outcomes[name])
+
+        monkeypatch.setattr(nightly, "Environment", Made)
+        monkeypatch.setattr(nightly, "run_tests", run_tests)
+        monkeypatch.setattr(nightly, "requirements", lambda versions: ["numpy"] if refused else ["mlx==2"])
+        args = SimpleNamespace(out=tmp_path, versions=versions, tests=["tests/test_a.py"], baseline=None)
+        return nightly.run_all(args, tmp_path / "environment"), ran
+
+    return run
+
+
+def test_tests_run_before_and_after_and_what_broke_once_more(whole_run):
+    before, after = {"a": "passed", "b": "passed", "c": "passed"}, {"a": "passed", "b": "failed", "c": "failed"}
+    outcomes = {"before": before, "after": after, "again": {"b": "failed", "c": "passed"}}
+    found, ran = whole_run(["mlx==2"], outcomes, ["mlx"])
+    both = ["tests/test_a.py::b", "tests/test_a.py::c"]
+    assert ran == [("before", ["tests/test_a.py"]), ("after", ["tests/test_a.py"]), ("again", both)]
+    assert (names(found["broke"]), names(found["unsteady"])) == (["b"], ["c"])
+    assert found["changed"] == {"mlx": ["1", "2"]}
+    assert found["asked"] == "mlx==2"
+
+
+def test_the_released_versions_run_once(whole_run):
+    found, ran = whole_run(["newest"], {"after": {"a": "passed", "b": "failed"}}, [])
+    assert [name for name, _ in ran] == ["after"]
+    assert found["green"]
+    assert names(found["failed_before"]) == ["b"]
+
+
+def test_versions_that_cannot_be_installed_are_not_green(whole_run):
+    found, ran = whole_run(["mlx==2"], {"before": {"a": "passed"}}, ["mlx"], refused=True)
+    assert ran == []
+    assert not found["green"]
+    assert "no such version" in found["error"]
+
+
 def test_tests_get_no_token(script, monkeypatch):
     monkeypatch.setenv("GITHUB_TOKEN", "secret")
     monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
