@@ -66,9 +66,9 @@ def update_issue(hub: GitHub, found: list[dict[str, Any]], expected: int = 1) ->
     issue = find_issue(hub)
     green = len(found) >= expected and all(row["green"] for row in found)
     head = title(found, expected)
-    if green and issue is None:
-        return "nothing broke, and no issue is open"
     if green:
+        if issue is None:
+            return "nothing broke, and no issue is open"
         number = issue["number"]
         hub.request("POST", f"/issues/{number}/comments", {"body": text_of(found, expected)})
         hub.request("PATCH", f"/issues/{number}", {"state": "closed", "state_reason": "completed"})

@@ -115,8 +115,8 @@ def change(environment: Environment, versions: Sequence[str]) -> None:
     """Replace the released mlx and mlx-lm.
 
     mlx-lm's main branch is Python alone. mlx's is built on Linux, where only its CPU backend is compiled. On a Mac its Metal
-    kernels would be compiled too, which takes most of an hour on a hosted runner, whose GPU is a virtual one: there
-    the registry's newest pre-release serves.
+    kernels would be compiled too, on a hosted runner's three cores and for its virtual GPU: there the registry's newest
+    pre-release serves.
     """
     if list(versions) != ["main"]:
         environment.pip("install", "--quiet", *requirements(versions))
