@@ -15,6 +15,9 @@ from typing import Any
 
 Step = dict[str, Any]
 
+# What a check allows more where a side computes in 16 bits; docs/benchmarks.md has what was measured.
+COARSER = 5.0
+
 
 def run_figures(steps: Sequence[Step], first_step_s: float) -> dict[str, float | int | None]:
     """Return one run's figures.
@@ -73,6 +76,12 @@ def steady_steps(steps: Sequence[Step]) -> list[int]:
         steady += [number] if _shape(step) in seen else []
         seen.add(_shape(step))
     return steady
+
+
+def coarser(*checks: dict[str, Any]) -> float:
+    """Return what a tolerance between these sides is multiplied by: 1 where all compute in float32."""
+    dtypes = {dtype for check in checks for dtype in check.get("facts", {}).get("dtypes", ())}
+    return COARSER if dtypes & {"bfloat16", "float16"} else 1.0
 
 
 def _shape(step: Step) -> tuple[int | str, ...]:

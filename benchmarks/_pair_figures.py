@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from _figures import Step, paired_ratio, run_figures, seconds_of, spread, steady_steps
+from _figures import Step, coarser, paired_ratio, run_figures, seconds_of, spread, steady_steps
 
 START = math.log(2)  # of DPO's loss: policy and reference are the same
 START_TOLERANCE = 1e-4
@@ -85,25 +85,26 @@ def check_curves(checks: dict[str, dict[str, Any]], reference: str) -> None:
     """
     wanted, problems = checks[reference], []
     for name, found in checks.items():
+        more = coarser(found, wanted)
         first, last = found["losses"][0], found["losses"][-1]
-        if not abs(first - START) <= START_TOLERANCE:  # NaN too
+        if not abs(first - START) <= START_TOLERANCE * more:  # NaN too
             problems.append(
                 f"{name}: first loss {first:.6f}, and policy and reference are the same: ln 2 is {START:.6f}"
             )
         if not first - last >= LEAST_FALL:
             problems.append(f"{name}: its loss goes from {first:.4f} to {last:.4f}: nothing is trained")
-        if (apart := furthest(found["losses"], wanted["losses"])) > LOSS_TOLERANCE:
+        if (apart := furthest(found["losses"], wanted["losses"])) > LOSS_TOLERANCE * more:
             losses = ", ".join(f"{loss:.4f}" for loss in found["losses"])
             theirs = ", ".join(f"{loss:.4f}" for loss in wanted["losses"])
             problems.append(
-                f"{name}: losses {losses}; {reference} {theirs}: {apart:.1e} apart, {LOSS_TOLERANCE:g} allowed"
+                f"{name}: losses {losses}; {reference} {theirs}: {apart:.1e} apart, {LOSS_TOLERANCE * more:g} allowed"
             )
         for logps in ("chosen_logps", "rejected_logps"):
             size = max(abs(value) for value in wanted[logps])
-            if (apart := furthest(found[logps], wanted[logps]) / size) > LOGPS_TOLERANCE:
+            if (apart := furthest(found[logps], wanted[logps]) / size) > LOGPS_TOLERANCE * more:
                 problems.append(
                     f"{name}: {logps} {found[logps][0]:.3f} to {found[logps][-1]:.3f}, {reference} "
-                    f"{wanted[logps][0]:.3f} to {wanted[logps][-1]:.3f}: {apart:.1e} apart, {LOGPS_TOLERANCE:g} allowed"
+                    f"{wanted[logps][0]:.3f} to {wanted[logps][-1]:.3f}: {apart:.1e} apart, {LOGPS_TOLERANCE * more:g} allowed"
                 )
     if problems:
         raise Disagreement("; ".join(problems))

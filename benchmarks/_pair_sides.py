@@ -15,7 +15,7 @@ from _figures import steps_from_metrics
 from _ours import read_metrics, train_timed
 from _pair_figures import pair_figures
 from _processes import ChildFailed
-from _sides import ENDLESS, OURS, TORCH, Bench, Side, command_of, our_command, own_flags, run_script
+from _sides import ENDLESS, OURS, TORCH, Bench, Side, command_of, our_command, our_facts, own_flags, run_script
 
 # The check: one batch of --check-pairs, some steps at a rate that moves the loss far from its start.
 CHECK_STEPS, CHECK_RATE = 3, 3e-4
@@ -185,7 +185,8 @@ def _run_ours(
     for step, record in zip(steps, records, strict=True):
         step |= {"pairs": record["examples"], "reports": {name: record[name] for name in REPORTS}}
     seconds = reference_seconds(bench.log(name).read_text(encoding="utf-8", errors="replace"))
-    return {**run, "steps": steps, "reference_s": seconds, "notes": [], "command": command}, ended
+    facts = our_facts(bench, side)
+    return {**run, "steps": steps, "reference_s": seconds, "notes": [], "facts": facts, "command": command}, ended
 
 
 def _pairs_in(file: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from _figures import coarser
 from _pair_figures import LOGPS_TOLERANCE, LOSS_TOLERANCE, START_TOLERANCE
 from _table import GB, cell, versions_of
 
@@ -77,6 +78,7 @@ def _header(result: dict[str, Any]) -> list[str]:
 
 def _notes(result: dict[str, Any]) -> list[str]:
     checks, reference = result["checks"], result["arguments"]["reference"]
+    more = coarser(*checks.values())
     lines = [
         "Counted: pairs that were trained on, over wall-clock time with data and host work; the first step is left out.",
         "steady: only steps whose shape had run before. with reference: one epoch over the pairs with the pass that",
@@ -85,8 +87,8 @@ def _notes(result: dict[str, Any]) -> list[str]:
         "buffers; RSS: the whole process, of all sides alike. "
         f"Median (least-largest) of {result['arguments']['rounds']} rounds.",
         f"Check: {len(next(iter(checks.values()))['losses'])} steps on one batch of pairs at a large rate: all first losses "
-        f"are ln 2 within {START_TOLERANCE:g}, losses agree within {LOSS_TOLERANCE:g}, mean log-probabilities of answers "
-        f"within {LOGPS_TOLERANCE:g} of their size ({reference}):",
+        f"are ln 2 within {START_TOLERANCE * more:g}, losses agree within {LOSS_TOLERANCE * more:g}, mean log-probabilities of answers "
+        f"within {LOGPS_TOLERANCE * more:g} of their size ({reference}):",
     ]
     for name, check in checks.items():
         losses = " ".join(f"{loss:.5f}" for loss in check["losses"])

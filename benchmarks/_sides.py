@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ class Bench:
         pythons: side or peer name -> interpreter, for a side that needs other packages.
         timeout_s: for each child.
         quick: every round takes the same batches, and ours writes no texts; otherwise round n shuffles with seed n.
+        computes: `dtypes` and `blas` of ours without flags, as the preparation found them; empty before it.
     """
 
     folder: Path
@@ -105,6 +107,7 @@ class Bench:
     pythons: dict[str, str] = field(default_factory=dict)
     passes: int | None = None
     quick: bool = False
+    computes: dict[str, Any] = field(default_factory=dict)
 
     def log(self, name: str) -> Path:
         """Return the log file of a child."""
@@ -228,6 +231,12 @@ def own_flags(bench: Bench, side: Side) -> list[str]:
     return [*(["--grad-checkpoint", mode] if mode else []), *shlex.split(bench.ours), *side.flags]
 
 
+def our_facts(bench: Bench, side: Side) -> dict[str, Any]:
+    """Return what ours computes in and with, by its flags and this machine."""
+    given = dict(pairwise(own_flags(bench, side))).get("--dtype", "auto")
+    return bench.computes if given == "auto" or not bench.computes else {**bench.computes, "dtypes": [given]}
+
+
 def _check_ours(bench: Bench, side: Side, adapter: Path) -> dict[str, Any]:
     """Train one epoch over the check rows with a rate near zero, with the loss and batches that are timed."""
     folder = bench.folder / f"{side.name}.check"
@@ -246,7 +255,7 @@ def _check_ours(bench: Bench, side: Side, adapter: Path) -> dict[str, Any]:
         "count": sum(step["supervised"] for step in steps),
         "same_ids": True,
         "notes": [],
-        "facts": {},
+        "facts": our_facts(bench, side),
     }
 
 

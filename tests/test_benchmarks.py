@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,6 +109,121 @@ def test_other_work_is_refused(module, other, words):
     versus = module("versus")
     with pytest.raises(versus.Disagreement, match=words):
         versus.check_agreement({"a": found(300.0), "b": other}, "a")
+
+
+@pytest.mark.parametrize("coarse", ["bfloat16", "float16", "float32"])
+def test_sixteen_bits_may_differ_more(module, coarse):
+    figures, versus = module("_figures"), module("versus")
+    exact = {**found(300.0), "facts": {"dtypes": ["float32"]}}
+    other = {**found(300.0 * (1 + 2e-3)), "facts": {"dtypes": [coarse]}}
+    if coarse == "float32":
+        with pytest.raises(versus.Disagreement):
+            versus.check_agreement({"a": exact, "b": other}, "a")
+        return
+    assert versus.check_agreement({"a": exact, "b": other}, "a") == versus.TOLERANCE * figures.COARSER
+    # But not as much as a factor that is lost, and not between two sides that compute in float32.
+    with pytest.raises(versus.Disagreement):
+        versus.check_agreement({"a": exact, "b": {**other, "loss_sum": 300.0 * 1.02}}, "a")
+    with pytest.raises(versus.Disagreement, match="c: loss sum"):
+        versus.check_agreement({"a": exact, "b": other, "c": {**other, "facts": exact["facts"]}}, "a")
+
+
+# --- where torch computes
+
+
+class Torch:
+    """What torch_place asks of torch, on a machine with some GPU or none."""
+
+    __version__ = "9"
+    float32, bfloat16 = "torch.float32", "torch.bfloat16"
+
+    def __init__(self, *gpus: str):
+        self.backends = SimpleNamespace(
+            mps=SimpleNamespace(is_available=lambda: "mps" in gpus), mkl=SimpleNamespace(is_available=lambda: True)
+        )
+        self.waits: list[str] = []
+        self.live = [5, 9, 7]
+        self.cuda = SimpleNamespace(
+            is_available=lambda: "cuda" in gpus,
+            synchronize=lambda: self.waits.append("cuda"),
+            max_memory_allocated=lambda: 11,
+        )
+        self.mps = SimpleNamespace(
+            synchronize=lambda: self.waits.append("mps"),
+            current_allocated_memory=lambda: self.live.pop(0),
+            driver_allocated_memory=lambda: 20,
+        )
+
+    def get_num_threads(self) -> int:
+        return 4
+
+    def autocast(self, device_type: str, dtype: str) -> tuple[str, str]:
+        return device_type, dtype
+
+
+@pytest.fixture
+def torch_place(module, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "sides"))
+    return module("torch_place").torch_place
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "device", "dtype"),
+    [
+        ((), ("auto", "auto"), "cpu", "float32"),
+        (("mps",), ("auto", "auto"), "mps", "bfloat16"),
+        (("cuda",), ("auto", "auto"), "cuda", "bfloat16"),
+        (("mps",), ("cpu", "auto"), "cpu", "float32"),
+        (("mps",), ("mps", "float32"), "mps", "float32"),
+        ((), ("cpu", "bfloat16"), "cpu", "bfloat16"),
+    ],
+)
+def test_torch_computes_where_and_in_what_ours_does(torch_place, gpus, asked, device, dtype):
+    place = torch_place(Torch(*gpus), *asked)
+    assert (place.device, place.dtype) == (device, dtype)
+    assert place.facts()["device"] == device
+    assert place.facts()["dtypes"] == [dtype]
+    if dtype == "bfloat16":
+        assert place.computing() == (device, "torch.bfloat16")
+    else:
+        with place.computing():
+            pass
+
+
+def test_a_device_that_torch_does_not_find_is_refused(torch_place):
+    with pytest.raises(ValueError, match=r"--torch-device mps.*cuda, cpu"):
+        torch_place(Torch("cuda"), "mps")
+
+
+def test_a_clock_waits_for_the_gpu_and_its_memory_is_noted(torch_place):
+    torch = Torch("mps")
+    place = torch_place(torch)
+    place.wait()
+    for _ in range(3):
+        place.note_memory()
+    assert torch.waits == ["mps"]
+    assert place.peak_bytes() == 9  # the most that was alive
+    assert place.facts()["most_driver_bytes"] == 20
+    torch = Torch("cuda")
+    place = torch_place(torch)
+    place.wait()
+    place.note_memory()
+    assert torch.waits == ["cuda"]
+    assert place.peak_bytes() == 11
+    torch = Torch()
+    place = torch_place(torch)
+    place.wait()
+    place.note_memory()
+    assert torch.waits == []
+    assert place.peak_bytes() is None
+
+
+def test_ours_says_what_it_computes_in(module, tmp_path):
+    sides = module("_sides")
+    facts = {"dtypes": ["bfloat16"], "blas": "MLX on metal"}
+    for flags, dtype in (("", "bfloat16"), ("--dtype float32", "float32"), ("--dtype auto", "bfloat16")):
+        bench = sides.Bench(tmp_path, {}, 2, None, flags, 60, computes=facts)
+        assert sides.our_facts(bench, sides.SIDES["mlx_lora"])["dtypes"] == [dtype]
 
 
 # --- preferences
@@ -286,6 +402,7 @@ def test_what_needs_pairs_is_told_apart(module):
         (["--objective", "dpo", "--python", "peft-padded=/x"], "--python peft-padded=/x"),
         (["--objective", "dpo", "--as-text"], "--as-text"),
         (["--variant", "wide=--rank 2"], "--objective dpo"),
+        (["--torch-device", "gpu"], "--torch-device"),
     ],
 )
 def test_bad_arguments_are_refused(module, arguments, words, capsys):
@@ -385,6 +502,22 @@ def test_peft_sides_compute_the_same_loss(tiny_folder, chats, tmp_path):
     assert set(checks) == set(names.split(","))
     for check in checks.values():
         assert check["loss_sum"] == pytest.approx(checks["mlx-lm"]["loss_sum"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_peft_in_bfloat16_computes_the_same_loss_within_its_rounding(tiny_folder, chats, tmp_path):
+    pytest.importorskip("peft")
+    out = tmp_path / "out.json"
+    common = ["--model", tiny_folder, "--data", chats, "--rounds", 1, "--steps", 2, "--torch-device", "cpu"]
+    ran = run_versus(*common, "--sides", "mlx-lm,peft-padded", "--torch-dtype", "bfloat16", "--out", out)
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(out.read_text())
+    facts = result["checks"]["peft-padded"]["facts"]
+    assert (facts["device"], facts["dtypes"]) == ("cpu", ["bfloat16"])
+    sums = [check["loss_sum"] for check in result["checks"].values()]
+    assert sums[0] != sums[1]
+    assert sums[0] == pytest.approx(sums[1], rel=result["tolerance"])
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""PEFT on torch float32 as a side: padded, packed or grouped batches under torch's AdamW.
+"""PEFT on torch as a side: padded, packed or grouped batches under torch's AdamW, where torch_place.py says.
 
     python benchmarks/sides/peft_side.py JOB.json      (versus.py runs this)
 
@@ -22,15 +22,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from shared import Rows, StepLog, read_job, write_result
+from torch_place import TorchPlace, torch_place
 from transformers import AutoModelForCausalLM
 
 IGNORED = -100
 
 
-def load_side(job: dict[str, Any]) -> PeftModel:
-    """Load the model in float32 with the job's factors in PEFT's LoRA layers."""
+def load_side(job: dict[str, Any], place: TorchPlace) -> PeftModel:
+    """Load the model with the job's factors in PEFT's LoRA layers; PEFT keeps factors in float32."""
     factors = load_file(job["adapter"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=place.torch_dtype).to(place.device)
     paths = sorted({name.rsplit(".", 1)[0] for name in factors})
     settings = LoraConfig(
         r=job["rank"], lora_alpha=job["scale"] * job["rank"], target_modules=paths, task_type="CAUSAL_LM"
@@ -112,51 +113,60 @@ def micro_batches(rows: Rows, job: dict[str, Any]) -> Iterator[tuple[list[int], 
             yield numbers, lay_out(rows, numbers)
 
 
-def loss_of(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """Return transformers' mean loss over the trained tokens, and their count."""
+def loss_of(model: PeftModel, batch: dict[str, torch.Tensor], place: TorchPlace) -> tuple[torch.Tensor, int]:
+    """Return transformers' mean loss over the trained tokens, and their count, of a batch that is still on the CPU."""
     count = int((batch["labels"] != IGNORED).sum())
-    return model(**batch, num_items_in_batch=count, use_cache=False).loss, count
+    moved = {name: values.to(place.device) for name, values in batch.items()}
+    with place.computing():
+        return model(**moved, num_items_in_batch=count, use_cache=False).loss, count
 
 
 def check(job: dict[str, Any], rows: Rows) -> dict[str, Any]:
     """Compute the loss on the check rows, in this side's own batches."""
-    model = load_side(job).eval()
+    place = place_of(job)
+    model = load_side(job, place).eval()
     loss_sum, count = 0.0, 0
     lay_out = packed_batch if job["batching"] == "packed" else padded_batch
     batches = plan(rows, {**job, "batch_size": min(job["batch_size"], 2)}, np.random.default_rng(0))
     with torch.no_grad():
         for numbers in batches:
-            mean, tokens = loss_of(model, lay_out(rows, numbers))
+            mean, tokens = loss_of(model, lay_out(rows, numbers), place)
             loss_sum, count = loss_sum + mean.item() * tokens, count + tokens
-    return {"loss_sum": loss_sum, "count": count, "same_ids": True, "notes": [], "facts": facts()}
+    return {"loss_sum": loss_sum, "count": count, "same_ids": True, "notes": [], "facts": place.facts()}
 
 
-def facts() -> dict[str, Any]:
-    """What this side computes in and with."""
-    blas = "MKL" if torch.backends.mkl.is_available() else "other"
-    return {"blas": f"torch ({blas})", "fast_blas": True, "dtypes": ["float32"], "threads": torch.get_num_threads()}
+def place_of(job: dict[str, Any]) -> TorchPlace:
+    """Return where the job is to compute; a process whose device is not there ends with the reason."""
+    try:
+        return torch_place(torch, job["torch_device"], job["torch_dtype"])
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
 
 
 def train_run(job: dict[str, Any], rows: Rows) -> dict[str, Any]:
     """Train until the job's steps or seconds are over."""
     torch.manual_seed(job["seed"])
-    model = load_side(job).train()
+    place = place_of(job)
+    model = load_side(job, place).train()
     if job["grad_checkpoint"]:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=job["learning_rate"])
     log = StepLog(rows, job["steps"], job["seconds"])
+    place.wait()
     log.begin()
     for numbers, batch in micro_batches(rows, job):
-        loss, _ = loss_of(model, batch)
+        loss, _ = loss_of(model, batch, place)
+        place.note_memory()  # everything that the backward pass needs is alive
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        place.wait()
         if log.end_step(numbers, batch["input_ids"].shape, loss.item()):
             break
-    return {**log.result(), "peak_allocator_bytes": None, "facts": facts()}
+    return {**log.result(), "peak_allocator_bytes": place.peak_bytes(), "facts": place.facts()}
 
 
 def main() -> None:

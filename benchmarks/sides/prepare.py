@@ -111,6 +111,13 @@ def gemm_gflops(size: int = 1024, repeats: int = 5) -> float:
     return round(2 * size**3 / best_s / 1e9, 1)
 
 
+def computes() -> dict[str, Any]:
+    """Return the dtype that ours computes in on this machine, and what multiplies its matrices."""
+    on = device.current_device().backend
+    blas = mlx_lora.BLAS.name if on == "cpu" else f"MLX on {on}"
+    return {"dtypes": [str(device.compute_dtype()).removeprefix("mlx.core.")], "blas": blas}
+
+
 def main() -> None:
     """Do the job."""
     job = read_job()
@@ -143,6 +150,7 @@ def main() -> None:
         "parameters_bytes": sum(p.nbytes for p in parameters),
         "device": {"name": machine.name, "backend": machine.backend, "memory_bytes": machine.memory_bytes},
         "blas": {"name": mlx_lora.BLAS.name, "fast": mlx_lora.BLAS.fast, "gemm_gflops": gemm_gflops()},
+        "computes": computes(),
         "model_fingerprint": base.fingerprint,
         "rows_fingerprint": rows.fingerprint,
         "rows": len(rows),

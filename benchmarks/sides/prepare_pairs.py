@@ -17,7 +17,7 @@ from typing import Any
 import mlx_lora  # isort: skip  (first: it gives MLX a fast BLAS)
 import numpy as np
 from mlx.utils import tree_flatten
-from prepare import gemm_gflops, write_adapters
+from prepare import computes, gemm_gflops, write_adapters
 from shared import read_job, write_result
 
 from mlx_lora.data.answers import encode_entries
@@ -128,6 +128,7 @@ def main() -> None:
         "parameters_bytes": sum(p.nbytes for _, p in tree_flatten(base.model.parameters())),
         "device": {"name": machine.name, "backend": machine.backend, "memory_bytes": machine.memory_bytes},
         "blas": {"name": mlx_lora.BLAS.name, "fast": mlx_lora.BLAS.fast, "gemm_gflops": gemm_gflops()},
+        "computes": computes(),
         "pairs": rows.examples,
         "left_out": dict(left_out),
         "mean_prompt_tokens": round(float(rows.lengths.mean() - trained.mean()), 1),

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on torch float32 with PEFT as a side.
+"""TRL's DPOTrainer on torch with PEFT as a side, where torch_place.py says.
 
     python benchmarks/sides/trl_side.py JOB.json      (versus.py --objective dpo runs this)
 
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from peft_side import facts as torch_facts
-from peft_side import renamed_factors
+from peft_side import place_of, renamed_factors
 from safetensors.torch import load_file
 from shared import PairLog, PairRows, read_job, write_result
+from torch_place import TorchPlace
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -32,6 +32,7 @@ class NotedTrainer(DPOTrainer):
 
     numbers: dict[tuple[tuple[int, ...], tuple[int, ...]], int]
     pairs: list[int]
+    place: TorchPlace
     width = 0
     loss = 0.0
     reference_s = 0.0
@@ -54,6 +55,7 @@ class NotedTrainer(DPOTrainer):
         self.pairs = [self.numbers[both] for both in zip(rows[:half], rows[half:], strict=True)]
         self.width = inputs["input_ids"].shape[1] - 1
         loss = super().training_step(model, inputs, *args, **kwargs)
+        self.place.note_memory()
         self.loss = loss.item()
         return loss
 
@@ -69,12 +71,13 @@ class Clock(TrainerCallback):
             return  # the summary at the end
         names = {"chosen_logps": "logps/chosen", "rejected_logps": "logps/rejected", "accuracy": "rewards/accuracies"}
         reports = {name: float(logs[theirs]) for name, theirs in names.items()}
+        self._running.place.wait()
         # The logged loss is rounded, so the step's own is taken.
         if self._log.end_pairs(self._running.pairs, self._running.width, self._running.loss, reports):
             control.should_training_stop = True
 
 
-def settings_of(job: dict[str, Any]) -> DPOConfig:
+def settings_of(job: dict[str, Any], place: TorchPlace) -> DPOConfig:
     """Return its settings; what is not here is as it comes."""
     grouped = {"train_sampling_strategy": "group_by_length"} if job["precompute"] else {}
     return DPOConfig(
@@ -89,8 +92,8 @@ def settings_of(job: dict[str, Any]) -> DPOConfig:
         max_length=job["max_seq_length"],
         beta=job["beta"],
         precompute_ref_log_probs=job["precompute"],
-        bf16=False,
-        use_cpu=True,
+        bf16=place.dtype == "bfloat16",
+        use_cpu=place.device == "cpu",
         dataloader_pin_memory=False,
         remove_unused_columns=False,  # the sampler by length reads the column `length`
         logging_steps=1,
@@ -112,15 +115,19 @@ def records(rows: PairRows, by_length: bool) -> list[dict[str, Any]]:
     return sorted(found, key=lambda record: record["length"]) if by_length else found
 
 
-def load_trainer(job: dict[str, Any], rows: PairRows) -> NotedTrainer:
-    """Load the model and put the job's factors into PEFT's LoRA layers."""
+def load_trainer(job: dict[str, Any], rows: PairRows, place: TorchPlace) -> NotedTrainer:
+    """Load the model and put the job's factors into PEFT's LoRA layers.
+
+    Raises:
+        ValueError: PEFT adapts other layers, or the trainer takes another device.
+    """
     factors = load_file(job["adapter"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=place.torch_dtype)
     paths = sorted({name.rsplit(".", 1)[0] for name in factors})
     lora = LoraConfig(r=job["rank"], lora_alpha=job["scale"] * job["rank"], target_modules=paths, task_type="CAUSAL_LM")
     running = NotedTrainer(
         model,
-        args=settings_of(job),
+        args=settings_of(job, place),
         train_dataset=Dataset.from_list(records(rows, job["precompute"])),
         processing_class=AutoTokenizer.from_pretrained(job["model"]),
         peft_config=lora,
@@ -129,24 +136,28 @@ def load_trainer(job: dict[str, Any], rows: PairRows) -> NotedTrainer:
     trainable = {name for name, p in running.model.named_parameters() if p.requires_grad}
     if trainable != set(renamed):
         raise ValueError(f"PEFT adapts other layers than we do: {sorted(trainable ^ set(renamed))[:4]}")
+    if running.args.device.type != place.device:
+        raise ValueError(f"--torch-device {place.device}: TRL computes on {running.args.device.type}")
     running.model.load_state_dict(renamed, strict=False)
+    running.place = place
     running.numbers = rows.number_of()
     return running
 
 
 def train_run(job: dict[str, Any], rows: PairRows) -> dict[str, Any]:
     """Run its loop until the job's steps, passes or seconds are over."""
-    log = PairLog(rows, job)
-    running = load_trainer(job, rows)
+    log, place = PairLog(rows, job), place_of(job)
+    running = load_trainer(job, rows, place)
     running.add_callback(Clock(running, log))
+    place.wait()
     log.begin()
     running.train()
     versions = {name: metadata.version(name) for name in ("trl", "peft", "transformers", "torch")}
     return {
         **log.result(),
-        "peak_allocator_bytes": None,
+        "peak_allocator_bytes": place.peak_bytes(),
         "reference_s": running.reference_s,
-        "facts": {**torch_facts(), "versions": versions},
+        "facts": {**place.facts(), "versions": versions},
         "notes": [],
     }
 
