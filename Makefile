@@ -31,7 +31,7 @@ test-kernels: setup
 
 # The tests as on a Mac, as far as Linux can enforce it: Metal's refusals, bfloat16, memory limits, no /proc (docs/development/
 # metal.md). QUICK=1 runs the share that CI runs; COMPILE=1 compiles kernels, too, which takes g++ a long time.
-QUICK_SHARE := tests/test_rehearsal.py tests/test_host_syncs.py tests/test_device.py tests/test_step.py
+QUICK_SHARE := $(patsubst %,tests/test_%.py,rehearsal host_syncs device step metal_support heads gguf_export)
 rehearse: setup
 	OPENBLAS_NUM_THREADS=1 $(if $(COMPILE),,MLX_DISABLE_COMPILE=1) $(BIN)/python -m pytest -n 2 --dist loadfile --rehearse $(if $(QUICK),$(QUICK_SHARE))
 
