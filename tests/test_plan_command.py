@@ -118,7 +118,8 @@ def same(folder: Path, rank: int = 4) -> ModelShape:
 def test_dense_tied_and_untied_shapes(tiny_folder, tmp_path):
     tied = same(tiny_folder)
     untied = same(write_folder(tmp_path / "u", tiny_model(tie_word_embeddings=False), {"tie_word_embeddings": False}))
-    assert untied.base_bytes - tied.base_bytes == 4 * TINY["hidden_size"] * TINY["vocab_size"]
+    head = TINY["hidden_size"] * TINY["vocab_size"]
+    assert untied.base_bytes - tied.base_bytes == head * device.compute_dtype().size
     assert not tied.head_packed
     assert {layer.name for layer in tied.blocks[0].layers if layer.is_end} == {"o_proj", "down_proj"}
 
@@ -134,10 +135,10 @@ def test_a_gemmas_head_is_tied_unless_one_is_stored(ties, tmp_path):
     (path / "config.json").write_text(json.dumps(config))
     shape = same(path)
     alone = outlined_shape(
-        outline_of_config({**config, **({} if ties else {"tie_word_embeddings": False})}, mx.float32),
+        outline_of_config({**config, **({} if ties else {"tie_word_embeddings": False})}, device.compute_dtype()),
         settings_of(rank=4),
     )
-    assert alone == shape
+    assert dataclasses.replace(alone, source_bytes=0) == dataclasses.replace(shape, source_bytes=0)
 
 
 def test_quantized_shapes(tiny_folder, tiny_4bit_folder):
@@ -241,6 +242,7 @@ def test_the_text_has_words_for_every_moment_and_sums_that_are_right(tiny_folder
     assert facts["needed_bytes"] == facts["peak_bytes"] + facts["cache_bytes"]
 
 
+@pytest.mark.cpu("a GPU computes exponentials as fast as it reads numbers, and has no fast form of them")
 def test_fast_exponentials_count_only_where_a_run_may_use_them(tiny_folder, tmp_path, monkeypatch):
     measured = []
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path))  # the rates of an earlier plan are kept for a day
@@ -304,7 +306,7 @@ def test_the_fastest_that_fits_is_chosen(big):
     ("flags", "words"),
     [
         (("--chip", "M9"), "not a known chip"),
-        (("--memory-gb", 16), "--chip"),
+        pytest.param(("--memory-gb", 16), "--chip", marks=pytest.mark.cpu("a Mac's chip is in the table")),
         (("--rank", 0), "--rank"),
         (("--target-modules", "nothing"), "matches no layer"),
         (("--memory-budget", 0), "--memory-budget"),
@@ -393,6 +395,7 @@ def test_train_refuses_what_cannot_fit_and_says_what_would(tiny_folder, chats, t
     assert forced.code == 0, forced.err
 
 
+@pytest.mark.cpu("in 16 bits, the tiny model's smallest batch needs more than four fifths of its default one")
 def test_train_takes_its_defaults_from_the_plan(tiny_folder, chats, tmp_path):
     def chosen(name: str, *more: object) -> tuple:
         ran = train(tiny_folder, chats, tmp_path / name, *more)
