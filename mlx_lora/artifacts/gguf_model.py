@@ -276,7 +276,7 @@ def _merged(base: nn.Module, adapter: nn.Module | None) -> Callable[[], mx.array
 def _exact_weight(base: nn.Module) -> mx.array:
     """Return a layer's weight in float32; 16-bit scales are widened before they multiply, not their rounded products."""
     if isinstance(base, QUANTIZED) and base.mode == "affine":
-        scales, biases = base.scales.astype(mx.float32), base.biases.astype(mx.float32)
+        scales, biases = (base[name].astype(mx.float32) for name in ("scales", "biases"))
         return mx.dequantize(base.weight, scales, biases, group_size=base.group_size, bits=base.bits, mode=base.mode)
     return dense_weight(base).astype(mx.float32)
 
