@@ -62,6 +62,7 @@ COMPOSED = ["linalg.pinv", "linalg.solve_triangular"]
 # mlx gives these a CPU stream itself when the caller gives none (load.cpp, and each backend's communication_stream).
 OWN_STREAM = {"load"} | {name for names in FUNCTIONS.values() for name in names if name.startswith("distributed.")}
 NO_ATTRIBUTE = "float64"
+CPU_BLOCKS = ("mx.stream(mx.cpu)", "on_cpu()")  # the second is the owner kit's, for the first
 
 
 class Use(NamedTuple):
@@ -178,7 +179,7 @@ def uses_in(text: str, file: str, names: set[str]) -> Iterator[Use]:
 
     def visit(node: ast.AST, in_cpu_block: bool) -> Iterator[Use]:
         if isinstance(node, ast.With):
-            in_cpu_block |= any(ast.unparse(item.context_expr) == "mx.stream(mx.cpu)" for item in node.items)
+            in_cpu_block |= any(ast.unparse(item.context_expr) in CPU_BLOCKS for item in node.items)
         if isinstance(node, ast.Call) and (name := _mx_name(node.func)) in names:
             given = next((ast.unparse(word.value) for word in node.keywords if word.arg == "stream"), None)
             own = "mlx's own CPU stream" if name in OWN_STREAM else None
