@@ -60,8 +60,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """A rehearsal leaves out what only a CPU does, by name and with its reason."""
-    if config.getoption("--rehearse"):
+    """A GPU, also one of a rehearsal, leaves out what only a CPU does, by name and with its reason."""
+    if device.on_gpu():
         for item in items:
             if mark := item.get_closest_marker("cpu"):
                 item.add_marker(pytest.mark.skip(reason=f"only on a CPU: {mark.args[0]}"))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 
 from mlx_lora.owner_kit.kit_check import Finding, Kit, KitCheck
 from mlx_lora.suite.fresh_process import run_process
 from mlx_lora.suite.machine_facts import describe_machine, describe_power
 from mlx_lora.system import device
+from mlx_lora.system.versions import package_versions
 
 PEERS = ("torch", "peft", "transformers")
 BUSY_LOAD = 1.0  # per core
@@ -30,13 +30,7 @@ def machine_checks() -> list[KitCheck]:
 
 def peer_versions() -> dict[str, str | None]:
     """Return the versions of packages that training is compared with; None for those that are not installed."""
-    found: dict[str, str | None] = {}
-    for name in PEERS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return package_versions(PEERS)
 
 
 def is_virtual(here: device.Device) -> bool:

@@ -37,13 +37,13 @@ def describe_gpu_failure(error: BaseException) -> tuple[str, int] | None:
     told, lower = first_line(error), text.lower()
     if any(word in lower for word in MEMORY):
         return (
-            f"memory ran out on the GPU; use --grad-checkpoint block, a smaller --batch-tokens or --max-seq-length, or --bits 4. "
+            f"memory ran out on the GPU; for training, use --grad-checkpoint block, a smaller --batch-tokens or --max-seq-length, or --bits 4. "
             f"Checkpoints are kept: --resume goes on from the last, and --max-restarts 2 does so by itself ({told})",
             OUT_OF_MEMORY,
         )
     if any(word in lower for word in TIME):
         return (
-            f"macOS ended GPU work that took too long; use --short-buffers or a smaller --batch-tokens. Checkpoints are kept: "
+            f"macOS ended GPU work that took too long; for training, use --short-buffers or a smaller --batch-tokens. Checkpoints are kept: "
             f"--resume goes on from the last, and --max-restarts 2 does so by itself ({told})",
             OUT_OF_TIME,
         )

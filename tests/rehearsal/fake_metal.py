@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ import mlx.core as mx
 from rehearsal import refusals
 
 GIB = 1 << 30
-MEMORY_BYTES = int(os.environ.get("REHEARSED_MEMORY_GIB", "16")) * GIB
+MEMORY_BYTES = 16 * GIB
 # Metal recommends two thirds of up to 36 GiB, and lends one buffer of at most half of the memory and a little (CHIPS).
 WORKING_SET_BYTES = MEMORY_BYTES * 2 // 3
 LONGEST_BUFFER_BYTES = MEMORY_BYTES * 9 // 16
@@ -25,7 +24,7 @@ class FakeMetal:
     """
 
     def __init__(self, real: Any = mx):
-        self._real, self.wired_bytes, self.cache_limit_bytes = real, 0, MEMORY_BYTES
+        self._real, self._wired_bytes = real, 0
         self._device = real.Device(real.gpu)
         self.metal = SimpleNamespace(is_available=self._available)
         self._own = {
@@ -75,10 +74,5 @@ class FakeMetal:
             raise ValueError(
                 "[metal::set_wired_limit] Setting a wired limit larger than the maximum working set size is not allowed."
             )
-        before, self.wired_bytes = self.wired_bytes, limit
+        before, self._wired_bytes = self._wired_bytes, limit
         return before
-
-    def set_cache_limit(self, limit: int) -> int:
-        """Note the limit, and pass it on."""
-        self.cache_limit_bytes = limit
-        return self._real.set_cache_limit(limit)

@@ -43,15 +43,3 @@ def install() -> None:
         os.environ.setdefault(name, device.SHORT_BUFFERS[name])
     paths = [str(Path(__file__).parent / "site"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
-
-
-def remove() -> None:
-    """Bring this process back."""
-    from mlx_lora.system import device
-    from rehearsal import refusals, system
-
-    _installed.clear()
-    system.remove()
-    device.mx = device.mx._real
-    refusals.remove()
-    os.environ.pop(SWITCH, None)

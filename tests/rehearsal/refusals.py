@@ -6,7 +6,6 @@ import functools
 import sys
 import threading
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +20,6 @@ FACTORIZATIONS = (
 _streams = threading.local()
 _plain_stream = mx.stream
 _plain_gather = mx.gather_mm
-_undo: list[Callable[[], None]] = []
 
 
 def on_cpu(stream: Any) -> bool:
@@ -85,25 +83,10 @@ _float64 = mx.float64
 
 
 def install() -> None:
-    """Replace these functions of mlx.core."""
-    _put(mx, "stream", _Stream)
-    _put(mx, "gather_mm", _gather_mm)
+    """Replace these functions of mlx.core for the rest of this process."""
+    mx.stream, mx.gather_mm = _Stream, _gather_mm
     for name in FACTORIZATIONS:
         if hasattr(mx.linalg, name):
-            _put(mx.linalg, name, _factorization(name))
+            setattr(mx.linalg, name, _factorization(name))
     del mx.float64
     mx.__getattr__ = _no_float64
-    _undo.append(lambda: setattr(mx, "float64", _float64))
-    _undo.append(lambda: delattr(mx, "__getattr__"))
-
-
-def remove() -> None:
-    """Bring mlx.core back."""
-    while _undo:
-        _undo.pop()()
-
-
-def _put(owner: ModuleType, name: str, value: Any) -> None:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    _undo.append(lambda: setattr(owner, name, before))

@@ -7,8 +7,7 @@ import os
 import resource
 import sys
 import unicodedata
-from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 OURS = f"{os.sep}mlx_lora{os.sep}"
@@ -18,10 +17,6 @@ PLATFORM_READERS = (
     "mlx_lora.suite.energy", "mlx_lora.suite.machine_facts", "mlx_lora.system.device", "mlx_lora.system.process",
     "mlx_lora.training.interrupts",
 )  # fmt: skip
-
-_undo: list[Callable[[], None]] = []
-_watching = False
-_hooked = False
 
 
 class OtherSpelling(OSError):
@@ -50,8 +45,6 @@ def ours_called() -> bool:
 
 
 def _watch(event: str, args: tuple[Any, ...]) -> None:
-    if not _watching:
-        return
     if event in ("open", "os.listdir", "os.scandir", "os.chdir"):
         path = args[0]
         if isinstance(path, (str, bytes, os.PathLike)):
@@ -102,38 +95,16 @@ _plain_usage = resource.getrusage
 
 
 def install() -> None:
-    """Take from this process what a Mac lacks."""
-    global _watching, _hooked
+    """Take from this process what a Mac lacks, for the rest of it."""
     for name in LINUX_ONLY:
         if hasattr(os, name):
-            value = getattr(os, name)
             delattr(os, name)
-            _undo.append(lambda name=name, value=value: setattr(os, name, value))
     multiprocessing.set_start_method("spawn", force=True)
-    if not _hooked:
-        sys.addaudithook(_watch)
-        _hooked = True
-    _watching = True
+    sys.addaudithook(_watch)
 
 
-def tell(module: ModuleType) -> None:
+def tell(module: Any) -> None:
     """Let a module of PLATFORM_READERS read macOS's platform, and macOS's units of memory."""
-    if isinstance(module.sys, Darwin):
-        return
-    _put(module, "sys", Darwin())
+    module.sys = Darwin()
     if hasattr(module, "resource"):
-        _put(module, "resource", SimpleNamespace(getrusage=_usage, RUSAGE_SELF=resource.RUSAGE_SELF))
-
-
-def remove() -> None:
-    """Bring this process back to Linux; the audit hook stays, and watches nothing."""
-    global _watching
-    _watching = False
-    while _undo:
-        _undo.pop()()
-
-
-def _put(owner: Any, name: str, value: Any) -> None:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    _undo.append(lambda: setattr(owner, name, before))
+        module.resource = SimpleNamespace(getrusage=_usage, RUSAGE_SELF=resource.RUSAGE_SELF)
