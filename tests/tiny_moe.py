@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from comparing import by_dtype
 from conftest import TINY
 from mlx.utils import tree_flatten
 from mlx_lm.models import gpt_oss, mixtral, qwen2_moe, qwen3_moe
@@ -57,9 +58,21 @@ def loaded(folder) -> Base:
 
 def logits(model) -> list[np.ndarray]:
     """Return the logits of few tokens and of many."""
-    return [np.array(model(ids)) for ids in (FEW, MANY)]
+    return [np.array(model(ids).astype(mx.float32)) for ids in (FEW, MANY)]
 
 
 def close(found: list[np.ndarray], expected: list[np.ndarray], atol: float) -> bool:
-    """Return whether both pairs of logits agree."""
-    return all(np.allclose(a, b, atol=atol) for a, b in zip(found, expected, strict=True))
+    """Return whether both pairs of logits agree.
+
+    In bfloat16 at three of five positions and to 6% of the largest logit: rounding sends a few tokens to other experts.
+    """
+    shares = []
+    for a, b in zip(found, expected, strict=True):
+        within = np.abs(a - b) <= max(atol, by_dtype(0.0, 0.06) * np.abs(b).max())
+        shares.append(within.all(axis=-1).mean())
+    return min(shares) >= by_dtype(1.0, 0.6)
+
+
+def differ(found: list[np.ndarray], expected: list[np.ndarray], atol: float) -> bool:
+    """Return whether some logit of each pair is further off than `atol`."""
+    return all(np.abs(a - b).max() > atol for a, b in zip(found, expected, strict=True))
