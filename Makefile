@@ -11,7 +11,7 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[dev]'
-	@$(BIN)/python -c "import mlx_lora; from mlx_lora.system.device import current_device; print('Ready:', current_device().header())"
+	@$(BIN)/python -c "import mlx_lora; from mlx_lora.utils.device import current_device; print('Ready:', current_device().header())"
 	@touch $@
 
 setup: $(VENV)/.ready

@@ -24,7 +24,7 @@ from typing import Any
 OTHER = "everything else"
 # Module -> name in it -> phase. A name that a checkout does not have is left out.
 PHASES = {
-    "mlx_lora.runs.training_run": {
+    "mlx_lora.trainer.run": {
         "check_base_fits": "whether the base fits",
         "load_base": "load the model",
         "load_data": "read and tokenize the data",
@@ -35,7 +35,7 @@ PHASES = {
         "use_measured_matmul": "measure the two matmuls",
         "load_folder_tokenizer": "load the tokenizer",
     },
-    "mlx_lora.runs.composition": {
+    "mlx_lora.trainer.build": {
         "adapt": "put the adapter on",
         "choose_loss": "compare the loss",
         "choose_model_kernels": "choose kernels",
@@ -50,11 +50,11 @@ PHASES = {
         "check_one_run": "agree with other ranks",
         "take_first_ranks": "agree with other ranks",
     },
-    "mlx_lora.training.losses": {"loss_figures": "measure losses"},
-    "mlx_lora.models.kernel_choice": {"measured_now": "measure kernels"},
-    "mlx_lora.runs.report_page": {"RunPage._write_first_texts": "texts before training"},
-    "mlx_lora.training.trainer": {"mean_loss": "validation before training"},
-    "mlx_lora.training.step": {"Step.__call__": "the first step"},
+    "mlx_lora.losses.cross_entropy": {"loss_figures": "measure losses"},
+    "mlx_lora.kernels.choose": {"measured_now": "measure kernels"},
+    "mlx_lora.trainer.report_callback": {"RunPage._write_first_texts": "texts before training"},
+    "mlx_lora.trainer.trainer": {"mean_loss": "validation before training"},
+    "mlx_lora.trainer.step": {"Step.__call__": "the first step"},
 }
 
 

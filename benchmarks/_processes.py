@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_lora.system.supervise import last_given
+from mlx_lora.utils.supervise import last_given
 
 POLL_S = 0.02
 REPOSITORY = Path(__file__).parents[1]

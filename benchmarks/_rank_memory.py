@@ -21,13 +21,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
 
+from mlx_lora.cli.train import main
 from mlx_lora.models.head import find_head
-from mlx_lora.planner.tensor_plan import TENSOR
-from mlx_lora.runs import composition, training_run
-from mlx_lora.system import process
-from mlx_lora.train import main
-from mlx_lora.training.base_shards import frozen_bytes
-from mlx_lora.training.shared_tables import units_of
+from mlx_lora.parallel.sharded_base import frozen_bytes
+from mlx_lora.parallel.sharded_tables import units_of
+from mlx_lora.planner.several_macs import TENSOR
+from mlx_lora.trainer import build as composition
+from mlx_lora.trainer import run as training_run
+from mlx_lora.utils import text as process
 
 FEW_TOKENS = 8
 

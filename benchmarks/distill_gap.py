@@ -19,18 +19,17 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 from _environment import environment
 
-from mlx_lora.data.batches import collate
-from mlx_lora.data.encoded_set import EncodedSet
-from mlx_lora.data.loading import load_eval_set
-from mlx_lora.data.teacher_rows import read_teacher_prompt
+from mlx_lora.config.load import train_settings
+from mlx_lora.data.batch import collate
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.load import load_eval_set
+from mlx_lora.data.teacher_prompt import read_teacher_prompt
 from mlx_lora.data.teacher_table import TableFormat
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.divergence import DivergenceOptions, bins, divergence, head_of, known_of_batch, likeliest
 from mlx_lora.models.head import Head
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.objectives.divergences import DivergenceOptions, bins, divergence, likeliest
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.training.distill_loss import head_of, known_of_batch
-from mlx_lora.training.losses import choose_loss
-from mlx_lora.training.teacher import facts_of, load_teacher
+from mlx_lora.objectives.teacher import facts_of, load_teacher
 
 
 def logps_of(base: Base, head: Head | None, rows: EncodedSet, row: int, vocabulary: int) -> mx.array:

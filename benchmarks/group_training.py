@@ -24,25 +24,25 @@ import numpy as np
 from _environment import environment
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.adapt import adapt_model
-from mlx_lora.adapters.model_shape import model_shape
-from mlx_lora.data.batches import Batch
-from mlx_lora.models.attention import attend
-from mlx_lora.models.kernel_choice import choose_model_kernels
+from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import AdapterSettings, ModelSettings
+from mlx_lora.data.batch import Batch
+from mlx_lora.kernels.attention import attend
+from mlx_lora.kernels.choose import choose_model_kernels
+from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.models.shared_prefix import rotate_by_token
-from mlx_lora.objectives.objective_table import objective_of
-from mlx_lora.settings.config import AdapterSettings, ModelSettings, ObjectiveSettings
-from mlx_lora.system import device
-from mlx_lora.system.distributed import ALONE
-from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.joined_answers import Joining, joined_batch
-from mlx_lora.training.losses import choose_loss
-from mlx_lora.training.objective_loss import task_of
-from mlx_lora.training.policy_task import ADVANTAGES, LENGTHS
-from mlx_lora.training.prefix_sharing import sharing_problem, work_of
-from mlx_lora.training.rollouts import WIDTH_STEP
-from mlx_lora.training.step import differentiation
+from mlx_lora.models.meta import model_shape
+from mlx_lora.models.prefix_attention import rotate_by_token
+from mlx_lora.objectives.policy_task import ADVANTAGES, LENGTHS
+from mlx_lora.objectives.prefix_sharing import Joining, joined_batch, sharing_problem, work_of
+from mlx_lora.objectives.table import objective_of
+from mlx_lora.objectives.task import task_of
+from mlx_lora.parallel.ranks import ALONE
+from mlx_lora.rollouts.rollout import WIDTH_STEP
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
+from mlx_lora.trainer.step import differentiation
+from mlx_lora.utils import device
 
 APART, TOGETHER = "apart", "together"
 

@@ -25,16 +25,18 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 from _environment import environment
 
-from mlx_lora.adapters.adapt import adapt_model
-from mlx_lora.data.batches import Batch, BatchPlan
-from mlx_lora.data.loading import load_data
-from mlx_lora.models.attention import attend
+from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.config.settings import AdapterSettings, DataSettings, ModelSettings
+from mlx_lora.data.batch import Batch
+from mlx_lora.data.load import load_data
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.kernels.attention import attend
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.cross_entropy import Arrays
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.settings.config import AdapterSettings, DataSettings, ModelSettings
-from mlx_lora.system import device
-from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.losses import Arrays, choose_loss
-from mlx_lora.training.step import differentiation
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
+from mlx_lora.trainer.step import differentiation
+from mlx_lora.utils import device
 
 
 def batch_of(args: argparse.Namespace, base: Base) -> Batch:

@@ -39,13 +39,13 @@ from _figures import seconds_of, steps_from_metrics
 from _ours import read_metrics
 from _processes import ChildFailed, child_environment, last_lines, run_child
 
-from mlx_lora.models.outline import outline_of
-from mlx_lora.planner.macs_plan import Link, Units, sending, sends_beside
+from mlx_lora.config.load import train_settings
+from mlx_lora.models.meta import outline_of
+from mlx_lora.parallel.sharded_tables import units_of
 from mlx_lora.planner.memory import SINGLE
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.system.device import current_device
-from mlx_lora.training.run_fit import outlined_shape
-from mlx_lora.training.shared_tables import units_of
+from mlx_lora.planner.several_macs import Link, Units, sending, sends_beside
+from mlx_lora.trainer.fit import outlined_shape
+from mlx_lora.utils.device import current_device
 
 WITHIN = 0.25
 RANK = 4
@@ -198,7 +198,7 @@ class Pair:
 
     def link(self) -> Link:
         """Return the bandwidth and latency that `mlx-lora cluster` measures."""
-        found = json.loads(self.run(["-m", "mlx_lora.cluster", "--json"], "probe")[0])["link"]
+        found = json.loads(self.run(["-m", "mlx_lora", "cluster", "--json"], "probe")[0])["link"]
         return Link(found["bytes_per_s"], found["latency_s"])
 
 

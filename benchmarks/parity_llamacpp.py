@@ -25,13 +25,12 @@ import gguf
 import numpy as np
 import xllamacpp
 
-from mlx_lora.models.converting import convert_model
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.gguf.reader import read_gguf
+from mlx_lora.models.convert import convert_model, token_logprobs
 from mlx_lora.models.load import load_base
-from mlx_lora.models.perplexity import token_logprobs
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.sources.gguf_reader import read_gguf
-from mlx_lora.sources.hub import resolve_model
-from mlx_lora.system import device
+from mlx_lora.utils import device
+from mlx_lora.utils.hub import resolve_model
 
 PROMPTS = (
     "The capital of France is",

@@ -39,18 +39,17 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.artifacts.adapter import WEIGHTS_FILE
-from mlx_lora.data.batches import Batch, BatchPlan
-from mlx_lora.data.loading import load_data
-from mlx_lora.data.widths import ShapePrice
+from mlx_lora.config.load import read_settings, train_settings
+from mlx_lora.config.presets import PRESETS
+from mlx_lora.config.settings import OptimizerSettings, TrainSettings
+from mlx_lora.data.batch import Batch
+from mlx_lora.data.load import load_data
+from mlx_lora.data.sampler import BatchPlan, ShapePrice
+from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.models.load import load_base
-from mlx_lora.runs.adapting import adapt
-from mlx_lora.settings.config import OptimizerSettings, TrainSettings
-from mlx_lora.settings.methods import PRESETS
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.settings.settings_file import read_settings
-from mlx_lora.system import device
-from mlx_lora.training.trainer import micro_batches
+from mlx_lora.trainer.build import adapt
+from mlx_lora.trainer.trainer import micro_batches
+from mlx_lora.utils import device
 
 LOSS_BAR = 1e-4
 COSINE_BAR = 0.9999

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.system import device  # isort: skip  (loads the BLAS, so it comes before mlx)
+from mlx_lora.utils import device  # isort: skip  (loads the BLAS, so it comes before mlx)
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,14 +33,15 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.data.batches import Batch
-from mlx_lora.models.attention import AttentionCall, tiled_attention
-from mlx_lora.models.kernels import training_kernels
+from mlx_lora.config.settings import ModelSettings, OptimizerSettings
+from mlx_lora.data.batch import Batch
+from mlx_lora.kernels.attention import AttentionCall, tiled_attention
+from mlx_lora.kernels.table import training_kernels
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.cross_entropy import Arrays, LossFunction
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import ModelSettings, OptimizerSettings
-from mlx_lora.training.losses import Arrays, LossFunction, choose_loss
-from mlx_lora.training.optim import build_optimizer
-from mlx_lora.training.step import Step, differentiation
+from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.step import Step, differentiation
 
 SIDE = Path(__file__).parent / "sides" / "transformers_side.py"
 BAR = 1e-4

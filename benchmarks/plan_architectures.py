@@ -24,14 +24,14 @@ from architectures.configs import CONFIGS
 from architectures.scaling import scaled
 from plan_memory import measure, read_measured
 
-from mlx_lora.models.outline import outline_of_config
-from mlx_lora.planner.fitting import run_of
+from mlx_lora.config.load import train_settings
+from mlx_lora.models.meta import outline_of_config
+from mlx_lora.planner.fit import run_of
+from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import MemoryPlan, plan_memory
-from mlx_lora.planner.this_machine import this_machine
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.system import device
-from mlx_lora.system.errors import InputError
-from mlx_lora.training.run_fit import outlined_shape
+from mlx_lora.trainer.fit import outlined_shape
+from mlx_lora.utils import device
+from mlx_lora.utils.errors import InputError
 
 KEY = ("architecture", "length", "rows", "checkpointing", "width", "layers")
 

@@ -116,7 +116,7 @@ def _measured(flags: Sequence[str], folder: Path, more: Sequence[str]) -> dict[s
 
 def planned(case: dict[str, Any]) -> dict[str, Any]:
     """Return the plan for this machine."""
-    command = [sys.executable, "-m", "mlx_lora.plan", *flags_of(case), "--json"]
+    command = [sys.executable, "-m", "mlx_lora", "plan", *flags_of(case), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), check=True)
     return json.loads(done.stdout)
 

@@ -15,13 +15,13 @@ import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
 
 import mlx.core as mx  # isort: skip
 
-from mlx_lora.models.outline import outline_of_config
+from mlx_lora.config.load import train_settings
+from mlx_lora.models.meta import outline_of_config
 from mlx_lora.planner.chips import find_chip
-from mlx_lora.planner.fitting import run_of
+from mlx_lora.planner.fit import run_of
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.speed import listed_ceilings, step_seconds
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.training.run_fit import outlined_shape
+from mlx_lora.trainer.fit import outlined_shape
 
 PACKED = {"quantization": {"group_size": 64, "bits": 4}}
 

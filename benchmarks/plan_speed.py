@@ -21,7 +21,7 @@ from typing import Any
 from _environment import environment
 from _processes import child_environment
 
-from mlx_lora.planner.this_machine import this_machine
+from mlx_lora.planner.machine import this_machine
 
 
 def one(
@@ -34,20 +34,20 @@ def one(
     import mlx.core as mx  # isort: skip
     import numpy as np
 
-    from mlx_lora.adapters.adapt import adapt_model
-    from mlx_lora.adapters.model_shape import model_shape
-    from mlx_lora.data.batches import Batch
-    from mlx_lora.models.attention import tiled_attention
+    from mlx_lora.adapters.inject import adapt_model
+    from mlx_lora.config.settings import AdapterSettings, ModelSettings, OptimizerSettings
+    from mlx_lora.data.batch import Batch
+    from mlx_lora.kernels.attention import tiled_attention
+    from mlx_lora.losses.check import choose_loss
     from mlx_lora.models.load import load_base
-    from mlx_lora.planner.ceilings import measure_ceilings
+    from mlx_lora.models.meta import model_shape
+    from mlx_lora.planner.machine import measure_ceilings
     from mlx_lora.planner.shapes import Run
     from mlx_lora.planner.speed import Ceilings, step_seconds
-    from mlx_lora.settings.config import AdapterSettings, ModelSettings, OptimizerSettings
-    from mlx_lora.system import device
-    from mlx_lora.training.checkpointing import apply_checkpointing
-    from mlx_lora.training.losses import choose_loss
-    from mlx_lora.training.optim import build_optimizer
-    from mlx_lora.training.step import Step
+    from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
+    from mlx_lora.trainer.optimizer import build_optimizer
+    from mlx_lora.trainer.step import Step
+    from mlx_lora.utils import device
 
     device.set_cache_limit(None)
     base = load_base(ModelSettings(model=folder))

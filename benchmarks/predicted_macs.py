@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
-from mlx_lora.api.several_macs import LATENCY_S, SharedModel, parse_macs, planned_on, shared_model, suggested
-from mlx_lora.planner.macs_plan import Link
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.system.units import gigabytes
+from mlx_lora.api.plan_macs import LATENCY_S, SharedModel, parse_macs, planned_on, shared_model, suggested
+from mlx_lora.config.load import train_settings
+from mlx_lora.planner.several_macs import Link
+from mlx_lora.utils.text import gigabytes
 
 CONFIGS = Path(__file__).parent / "configs"
 MACS = (

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
-from mlx_lora.planner.this_machine import loss_tile_bytes
+from mlx_lora.planner.machine import loss_tile_bytes
 
 import mlx.core as mx  # isort: skip
 import numpy as np
@@ -37,20 +37,19 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.data.batches import Batch
-from mlx_lora.models.activations import lean_swiglu, polynomial_swiglu
-from mlx_lora.models.attention import Tiles, attend, tiled_attention
+from mlx_lora.config.settings import ModelSettings, OptimizerSettings
+from mlx_lora.data.batch import Batch
+from mlx_lora.kernels.activations import lean_swiglu, polynomial_swiglu
+from mlx_lora.kernels.attention import Tiles, attend, tiled_attention
+from mlx_lora.kernels.measure import POLYNOMIAL, Kernel, ShapeClass
+from mlx_lora.losses.cross_entropy import TILES, Arrays, head_loss
+from mlx_lora.losses.fused import fused_token_losses
 from mlx_lora.models.head import find_head
-from mlx_lora.models.kernel_row import POLYNOMIAL, Kernel, ShapeClass
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.settings.config import ModelSettings, OptimizerSettings
-from mlx_lora.system import device
-from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.fused import fused_token_losses
-from mlx_lora.training.loss_choice import TILES
-from mlx_lora.training.losses import Arrays, head_loss
-from mlx_lora.training.optim import build_optimizer
-from mlx_lora.training.step import Step
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
+from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.step import Step
+from mlx_lora.utils import device
 
 # No data moves: these only describe how an array is read.
 FREE = [

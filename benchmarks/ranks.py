@@ -35,7 +35,7 @@ from _ours import read_metrics
 from _processes import ChildFailed, child_environment, last_lines
 from _random_llama import write_random_llama
 
-from mlx_lora.system.supervise import last_given
+from mlx_lora.utils.supervise import last_given
 
 FIGURES = ("tokens_per_s", "supervised_tokens_per_s", "steady_tokens_per_s")
 

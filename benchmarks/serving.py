@@ -38,14 +38,13 @@ from mlx_lm.generate import generate_step
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, save_adapter
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.serving.adapter_store import AdapterStore, Source
-from mlx_lora.serving.engine import Engine, Limits
-from mlx_lora.serving.requests import Event, Request
-from mlx_lora.serving.routed import ROUTED, unrouted_twin
+from mlx_lora.serving.engine import Engine, Event, Limits, Request
+from mlx_lora.serving.pools import ROUTED, unrouted_twin
 from mlx_lora.serving.sampling import Sampling
-from mlx_lora.settings.config import ModelSettings
 
 PROMPT = "Write a short letter to a friend about the weather. Number"
 MB = 1e6

@@ -243,7 +243,7 @@ def main() -> None:
         if not arguments.model:
             arguments.model, adapters = small_model(Path(folder))
         root = next(iter(adapters.values())).resolve().parent
-        command = [sys.executable, "-m", "mlx_lora.serve", "--model", str(arguments.model), "--port", "0"]
+        command = [sys.executable, "-m", "mlx_lora", "serve", "--model", str(arguments.model), "--port", "0"]
         command += ["--adapters-from", str(root), "--max-batch", "8"]
         command += [part for name, path in adapters.items() for part in ("--adapter", f"{name}={path}")]
         log = Path(folder) / "log"

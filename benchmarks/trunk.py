@@ -93,7 +93,7 @@ def measured(base: Any, data: Path, folder: Path, asked: str, args: argparse.Nam
         args: the command line.
     """
     import mlx_lora
-    from mlx_lora.training.callbacks import Callback
+    from mlx_lora.trainer.callbacks import Callback
 
     class Told(Clock, Callback):
         """A clock that a run accepts as a callback."""
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data.write_text(json.dumps(records_of(Path(args.data), args.rows)))
         base = mlx_lora.load(args.model)
         if args.dense:
-            from mlx_lora.convert import main as convert
+            from mlx_lora.cli.convert import main as convert
 
             convert.main(["--model", args.model, "--out", f"{room}/dense", "--no-quantize"], standalone_mode=False)
             base = mlx_lora.load(f"{room}/dense")

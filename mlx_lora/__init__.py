@@ -10,23 +10,20 @@ Importing this package loads neither MLX nor a model: each name below is importe
 does load a fast BLAS, which must come before the first `import mlx.core`; so import mlx_lora before mlx.core.
 """
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mlx_lora.system.blas import load_fast_blas
-from mlx_lora.system.cores import share_cores
+from mlx_lora.utils.blas import load_fast_blas
+from mlx_lora.utils.cores import share_cores
 
 if TYPE_CHECKING:
     from mlx_lora.api.base import Base, generate, load
-    from mlx_lora.api.evaluation import evaluate
-    from mlx_lora.api.exporting import export
-    from mlx_lora.api.python_errors import InputError
-    from mlx_lora.api.run import Run, train
-    from mlx_lora.api.run_plan import plan
-    from mlx_lora.system.errors import RunError
-    from mlx_lora.training.callbacks import Callback
-    from mlx_lora.training.loggers import SwanLab, TensorBoard, Trackio, Wandb
+    from mlx_lora.api.errors import InputError
+    from mlx_lora.api.evaluate import evaluate
+    from mlx_lora.api.export import export
+    from mlx_lora.api.plan import plan
+    from mlx_lora.api.train import Run, train
+    from mlx_lora.trainer.callbacks import Callback, SwanLab, TensorBoard, Trackio, Wandb
+    from mlx_lora.utils.errors import RunError
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,32 +38,21 @@ BLAS = load_fast_blas()
 # Public name -> the module that defines it.
 _HOMES = {
     "Base": "mlx_lora.api.base",
-    "Callback": "mlx_lora.training.callbacks",
-    "InputError": "mlx_lora.api.python_errors",
-    "Run": "mlx_lora.api.run",
-    "RunError": "mlx_lora.system.errors",
-    "SwanLab": "mlx_lora.training.loggers",
-    "TensorBoard": "mlx_lora.training.loggers",
-    "Trackio": "mlx_lora.training.loggers",
-    "Wandb": "mlx_lora.training.loggers",
-    "evaluate": "mlx_lora.api.evaluation",
-    "export": "mlx_lora.api.exporting",
+    "Callback": "mlx_lora.trainer.callbacks",
+    "InputError": "mlx_lora.api.errors",
+    "Run": "mlx_lora.api.train",
+    "RunError": "mlx_lora.utils.errors",
+    "SwanLab": "mlx_lora.trainer.callbacks",
+    "TensorBoard": "mlx_lora.trainer.callbacks",
+    "Trackio": "mlx_lora.trainer.callbacks",
+    "Wandb": "mlx_lora.trainer.callbacks",
+    "evaluate": "mlx_lora.api.evaluate",
+    "export": "mlx_lora.api.export",
     "generate": "mlx_lora.api.base",
     "load": "mlx_lora.api.base",
-    "plan": "mlx_lora.api.run_plan",
-    "train": "mlx_lora.api.run",
+    "plan": "mlx_lora.api.plan",
+    "train": "mlx_lora.api.train",
 }
-
-
-class _Package(ModuleType):
-    """This package; `mlx_lora.train` stays the function, even after the command's module of that name is imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):  # Python sets an imported submodule on its package
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ import importlib
 import click
 
 from mlx_lora import __version__
-from mlx_lora.system import console
+from mlx_lora.utils import console
 
 COMMANDS = {
     "convert": "Convert a model from the hub, a folder or a GGUF file to MLX's format.",
@@ -41,7 +41,7 @@ class LazyGroup(console.Group):
         return super().parse_args(ctx, args)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        return importlib.import_module(f"mlx_lora.{name}").main if name in COMMANDS else None
+        return importlib.import_module(f"mlx_lora.cli.{name}").main if name in COMMANDS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

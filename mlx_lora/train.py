@@ -1,87 +1,9 @@
-"""Train an adapter.
+"""`python -m mlx_lora.train`: the command `mlx-lora train` under the name that many documents give it.
 
-python -m mlx_lora.train --model HuggingFaceTB/SmolLM2-135M-Instruct --data data/alpaca --adapter-path my-adapter
-python -m mlx_lora.train --model model.Q4_1.gguf --data tiny-shakespeare --adapter-path bard --iters 200
-python -m mlx_lora.train --config run.yaml --learning-rate 1e-4
-python -m mlx_lora.train --model model.Q4_1.gguf --data chats.csv --dry-run
+Only Python's -m runs this file. Do not import it: its name would hide the function `mlx_lora.train`.
 """
 
-from __future__ import annotations
-
-import sys
-from dataclasses import replace
-from typing import Any
-
-import click
-
-from mlx_lora.settings import flags
-from mlx_lora.settings.config import TRAINING, TrainSettings
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.settings.settings_file import read_settings
-from mlx_lora.system import console, device
-from mlx_lora.system.distributed import together
-from mlx_lora.system.errors import InputError
-from mlx_lora.system.supervise import run_supervised
-from mlx_lora.system.units import counted
-
-
-def _starting() -> None:
-    """Say what takes the first seconds, unless it is loaded already."""
-    if "mlx_lm" not in sys.modules:
-        console.echo("Starting: loading MLX and the libraries for models and tokenizers")
-
-
-@click.command(cls=flags.Command)
-@flags.config_option
-@click.option(
-    "--dry-run", is_flag=True, cls=console.Option, group=TRAINING,
-    help="Report on the data and plan the run as `plan` does; train and write nothing.",
-)  # fmt: skip
-@flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop")
-def main(config_file: str | None, dry_run: bool, **options: Any) -> int:
-    """Train an adapter for --model on --data, and write it to --adapter-path."""
-    given = flags.given(options)
-    settings = train_settings(given, read_settings(config_file, given, console.echo))
-    try:
-        return run(settings, dry_run)
-    except InputError as refused:
-        from mlx_lora.data.teaching_notes import ToolsNotShown  # slow to import, see `run`
-
-        if not isinstance(refused, ToolsNotShown) or not console.agreed(
-            f"The model's chat template does not show the tool calls of {counted(refused.rows, 'row')}. Train with the built-in "
-            "template chatml, which does?"
-        ):
-            raise
-        return run(replace(settings, data=replace(settings.data, chat_template="chatml")), dry_run)
-
-
-def run(settings: TrainSettings, dry_run: bool) -> int:
-    """Train, or with --dry-run only plan, and return the exit code."""
-    if dry_run:
-        _starting()
-        from mlx_lora.api.dry_run import dry_run as dry_plan
-        from mlx_lora.api.plan_text import render
-
-        click.echo(render(dry_plan(settings, console.echo)))
-        return 0
-    if settings.loop.max_restarts:
-        run_supervised(settings.loop.max_restarts)
-    if settings.loop.short_buffers:
-        device.restart_with_short_buffers()
-    if settings.loop.shard_base != "off":
-        device.plan_whole_graphs()
-    with together(console.describe_error) as ranks:
-        _starting()
-        # These take seconds, so they are imported when the user knows that something happens.
-        from mlx_lora.runs.training_run import train_run
-        from mlx_lora.runs.words import interrupted_line
-        from mlx_lora.training.progress import LiveProgress
-
-        outcome = train_run(settings, ranks, console.echo, LiveProgress if sys.stderr.isatty() else None)
-        if outcome.interrupted:
-            console.echo(interrupted_line(settings.loop.adapter_path, outcome))
-    return 130 if outcome.interrupted else 0
-
+from mlx_lora.cli.train import main
 
 if __name__ == "__main__":
     main()

@@ -12,9 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mlx_lora.sources.embedded_models import GEMMA3_GGUF, SMOLLM2_GGUF, embedded_model
-from mlx_lora.system.console import echo
-from mlx_lora.system.errors import InputError, RunError
+from mlx_lora.utils.console import echo
+from mlx_lora.utils.downloads import GEMMA3_GGUF, SMOLLM2_GGUF, embedded_model
+from mlx_lora.utils.errors import InputError, RunError
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_lora.system import device
+from mlx_lora.utils import device
 
 
 def by_dtype(float32: float, bfloat16: float) -> float:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 # First of all: it loads the fast BLAS, which must come before mlx.core.
 # isort: off
-from mlx_lora.system import device
-from mlx_lora.system.cache import cache_dir
-from mlx_lora.models.kernel_row import MLX, Kernel
-from mlx_lora.system.measuring import SWITCH
-from mlx_lora.training.loss_choice import LOSS_KERNELS, ROWS
+from mlx_lora.utils import device
+from mlx_lora.utils.cache import cache_dir
+from mlx_lora.kernels.measure import MLX, Kernel
+from mlx_lora.kernels.measure import SWITCH
+from mlx_lora.losses.cross_entropy import LOSS_KERNELS, ROWS
 
 # isort: on
 import mlx.core as mx
@@ -23,7 +23,7 @@ from half_arrays import let_numpy_read_halves
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
-from mlx_lora.artifacts.known_runs import runs_file
+from mlx_lora.trainer.run_folder import runs_file
 
 # The judges of ORPO, CPO and SimPO lie in TRL's experimental part, which warns; and warnings are errors here.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -87,7 +87,7 @@ def _force(name: str, patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(Kernel, "__init__", made)
     if of_loss in LOSS_KERNELS:
-        patch.setattr("mlx_lora.training.losses.choose_kernel", lambda figures: of_loss)
+        patch.setattr("mlx_lora.losses.cross_entropy.choose_kernel", lambda figures: of_loss)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -99,7 +99,7 @@ def _own_cache(tmp_path_factory):
         # Kernels as the table has them: the clock of a busy machine must not decide what a test runs.
         patch.setenv(SWITCH, "0")
         # One text before and after each run instead of three, to save time.
-        patch.setattr("mlx_lora.runs.report_page.TEXTS", 1)
+        patch.setattr("mlx_lora.trainer.report_callback.TEXTS", 1)
         yield
 
 

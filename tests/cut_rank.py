@@ -17,17 +17,17 @@ from architectures.build import tiny_architecture, tiny_config
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from mlx_lora.adapters.cut_layers import Wire
+from mlx_lora.adapters.base import Wire
 from mlx_lora.adapters.inject import adapter_layers, inject
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.models.attention import attend
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.kernels.attention import attend
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.system.distributed import SeveralRanks, together
-from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.sharing import SameRows
-from mlx_lora.training.step import differentiation
-from mlx_lora.training.tensor_parallel import cut_model, in_branches
+from mlx_lora.parallel.ranks import SeveralRanks, together
+from mlx_lora.parallel.strategy import SameRows
+from mlx_lora.parallel.tensor import cut_model, in_branches
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
+from mlx_lora.trainer.step import differentiation
 
 IDS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4, 5, 9, 0, 4, 5]])
 

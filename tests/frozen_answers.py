@@ -5,12 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora.adapters.adapt import adapt_model
-from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.data.batches import Batch
+from mlx_lora.adapters.inject import adapt_model, adapter_parameters
+from mlx_lora.config.settings import AdapterSettings, ModelSettings
+from mlx_lora.data.batch import Batch
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import AdapterSettings, ModelSettings
-from mlx_lora.training.policy_task import ADVANTAGES, REWARDS
+from mlx_lora.objectives.policy_task import ADVANTAGES, REWARDS
 
 RANK, ALPHA, PROMPTS, GROUP, LONGEST = 4, 8.0, 3, 4, 11
 

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Kind
 from hf_to_gguf import gguf_tensors, write_gguf
 from mlx.utils import tree_map
 
-from mlx_lora.models.gguf_scaling import llama3_rope_factors
+from mlx_lora.gguf.mapping import llama3_rope_factors
 
 SHARED = {
     "hidden_size": 64,

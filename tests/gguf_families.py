@@ -12,7 +12,7 @@ from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model, write_folder
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.models.converting import build_model
+from mlx_lora.models.convert import build_model
 
 MERGES = (("a", "b"), ("Ġ", "t"), ("ab", "c"))
 _SHARED = {

@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from mlx_lora.sources.gguf_reader import GGUFTensor
+from mlx_lora.gguf.reader import GGUFTensor
 
 ROWS, WIDTH = 6, 512
 K_TYPES = {Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K}

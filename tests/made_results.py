@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.suite.figures import spread
-from mlx_lora.suite.workloads import WORKLOADS, Workload
+from mlx_lora.bench.run import spread
+from mlx_lora.bench.workloads import WORKLOADS, Workload
 
 GIB = 1 << 30
 

@@ -8,10 +8,10 @@ import mlx.core as mx
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.artifacts.adapter import AdapterInfo, save_adapter
-from mlx_lora.artifacts.peft import write_peft
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.exporters.adapter_folder import AdapterInfo, save_adapter
+from mlx_lora.exporters.peft import write_peft
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import ModelSettings
 
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 

@@ -7,8 +7,8 @@ import importlib.util
 
 import click
 
-from mlx_lora.settings.config import FIELDS
-from mlx_lora.settings.setting_row import read_value
+from mlx_lora.config.fields import read_value
+from mlx_lora.config.settings import FIELDS
 
 
 def parse(words: tuple[str, ...]) -> click.Command:

@@ -11,8 +11,8 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from mlx_lora.system import console
-from mlx_lora.system.distributed import together
+from mlx_lora.parallel.ranks import together
+from mlx_lora.utils import console
 
 
 def main(file: str) -> None:

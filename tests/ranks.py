@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_lora.system.supervise import last_given
+from mlx_lora.utils.supervise import last_given
 
 REPOSITORY = Path(__file__).parents[1]
 TIMEOUT_S = 240.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from mlx_lora.system.supervise import last_given
+from mlx_lora.utils.supervise import last_given
 
 STEPS = 12
 

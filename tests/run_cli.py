@@ -7,7 +7,7 @@ import importlib
 import io
 from typing import NamedTuple
 
-from mlx_lora.system.supervise import last_given
+from mlx_lora.utils.supervise import last_given
 
 
 class Ran(NamedTuple):

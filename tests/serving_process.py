@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Server:
-    """`python -m mlx_lora.serve`, or the studio, on a free port, until the block ends."""
+    """`python -m mlx_lora serve`, or the studio, on a free port, until the block ends."""
 
     def __init__(
         self,

@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 from starlette.testclient import TestClient
 
-from mlx_lora.serving.request_guard import GuardLimits
-from mlx_lora.workbench.places import Places
-from mlx_lora.workbench.studio_app import make_studio
+from mlx_lora.serving.guard import GuardLimits
+from mlx_lora.studio.places import Places
+from mlx_lora.studio.studio_app import make_studio
 
 ADDRESS = "http://127.0.0.1:8090"
 UPLOAD = "/api/data/upload"

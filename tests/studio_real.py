@@ -26,7 +26,18 @@ def studio(home: Path, models: Path, **variables: str) -> Iterator[str]:
     """Run the command as a user does, and give the page's address."""
     home.mkdir(parents=True, exist_ok=True)
     log = home / "server.log"
-    words = ["-m", "mlx_lora.studio", "--home", str(home), "--model-folder", str(models), "--port", "0", "--no-browser"]
+    words = [
+        "-m",
+        "mlx_lora",
+        "studio",
+        "--home",
+        str(home),
+        "--model-folder",
+        str(models),
+        "--port",
+        "0",
+        "--no-browser",
+    ]
     with log.open("w") as out:
         process = subprocess.Popen(
             [sys.executable, *words],

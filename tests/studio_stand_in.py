@@ -23,9 +23,9 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from mlx_lora.workbench import studio_app
-from mlx_lora.workbench.setting_groups import setting_groups
-from mlx_lora.workbench.web import SafeHeaders
+from mlx_lora.studio import studio_app
+from mlx_lora.studio.setting_groups import setting_groups
+from mlx_lora.studio.web import SafeHeaders
 
 PAGES = Path(studio_app.__file__).parent / "pages"
 PACKAGE = PAGES.parents[1]

@@ -12,17 +12,15 @@ from conftest import TINY, tiny_model
 from tiny_steps import batch
 from torch_judge import torch_base
 
-from mlx_lora.adapters.adapt import adapt_model
-from mlx_lora.adapters.inject import adapter_layers, adapter_parameters
-from mlx_lora.artifacts.adapter import AdapterInfo, stored_parameters
+from mlx_lora.adapters.inject import adapt_model, adapter_layers, adapter_parameters
+from mlx_lora.adapters.schedules import BudgetSchedule, budget_schedule, make_events
+from mlx_lora.config.settings import AdapterSettings, ModelSettings, OptimizerSettings
+from mlx_lora.exporters.adapter_folder import AdapterInfo, stored_parameters
+from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import AdapterSettings, ModelSettings, OptimizerSettings
-from mlx_lora.system.errors import InputError
-from mlx_lora.training.hooks_from_settings import budget_schedule, make_events
-from mlx_lora.training.losses import choose_loss
-from mlx_lora.training.optim import build_optimizer
-from mlx_lora.training.rank_budget import BudgetSchedule
-from mlx_lora.training.step import Step
+from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.step import Step
+from mlx_lora.utils.errors import InputError
 
 STEPS = 30
 # With a cut every 2nd or 4th step, two ranks come to within one rounding of the threshold in the end, and either

@@ -14,10 +14,10 @@ from mlx_lm.utils import load as mlx_lm_load
 from mlx_lm.utils import load_model
 
 from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.system.errors import InputError
+from mlx_lora.utils.errors import InputError
 
 
 @pytest.mark.parametrize(

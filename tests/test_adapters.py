@@ -10,13 +10,13 @@ from comparing import weights_checksum
 from conftest import quantized, tiny_model
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.initial_factors import kaiming_factors
+from mlx_lora.adapters.base import base_dims, dense_weight
+from mlx_lora.adapters.initialize import kaiming_factors
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
-from mlx_lora.adapters.layers import LoRAEmbedding, LoRALinear
-from mlx_lora.adapters.parts import base_dims, dense_weight
+from mlx_lora.adapters.lora import LoRAEmbedding, LoRALinear
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.models.fingerprint import base_fingerprint
-from mlx_lora.system.errors import InputError
+from mlx_lora.models.folder import base_fingerprint
+from mlx_lora.utils.errors import InputError
 
 ALL = "all-linear,embed_tokens"
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
 
-from mlx_lora.data.answers import encode_entries
-from mlx_lora.data.batches import BatchPlan
-from mlx_lora.data.data_report import SplitReport
-from mlx_lora.data.encode import Encoder
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.encode import encode_entries
 from mlx_lora.data.examples import Completion
-from mlx_lora.data.loading import load_data
+from mlx_lora.data.load import load_data
 from mlx_lora.data.preferences import Pair, Rated
-from mlx_lora.settings.config import DataSettings
-from mlx_lora.system.errors import InputError
+from mlx_lora.data.report import SplitReport
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.data.tokenize import Encoder
+from mlx_lora.utils.errors import InputError
 
 
 def encoder(length: int = 200) -> Encoder:

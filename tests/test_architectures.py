@@ -17,15 +17,15 @@ from byte_tokenizer import byte_tokenizer
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from transformers import CONFIG_MAPPING, AutoTokenizer
 
-from mlx_lora.adapters.adapt import adapt_model
+from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.config.settings import AdapterSettings, ModelSettings
+from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.models.load import load_base
-from mlx_lora.models.outline import outline_of_config
+from mlx_lora.models.meta import outline_of_config
 from mlx_lora.models.quantize import fitting_choice
 from mlx_lora.models.tokenizer import load_folder_tokenizer
-from mlx_lora.models.unchanged import left_unchanged
-from mlx_lora.settings.config import AdapterSettings, ModelSettings
-from mlx_lora.system.errors import InputError
-from mlx_lora.training.checkpointing import apply_checkpointing
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
+from mlx_lora.utils.errors import InputError
 
 # One of each kind: dense, windows, parallel blocks, sinks and experts, delta rule, state space, latent attention, wrappers.
 FAMILIES = [

@@ -11,11 +11,12 @@ from conftest import TINY, tiny_model
 from mlx_lm.models import activations, base, gemma3_text, gpt_oss, llama
 from tiny_steps import adapted
 
-from mlx_lora.models.activations import lean_swiglu
-from mlx_lora.models.attention import Tiles, tiled_attention
-from mlx_lora.models.kernel_choice import choose_model_kernels
-from mlx_lora.models.kernels import training_kernels
-from mlx_lora.training.losses import PLAIN, check_kernels
+from mlx_lora.kernels.activations import lean_swiglu
+from mlx_lora.kernels.attention import Tiles, tiled_attention
+from mlx_lora.kernels.choose import choose_model_kernels
+from mlx_lora.kernels.table import training_kernels
+from mlx_lora.losses.check import check_kernels
+from mlx_lora.losses.cross_entropy import PLAIN
 
 T, S, WIDTH = 37, 37, 16
 SHAPES = {"grouped": (2, 6, 2), "one key head": (1, 4, 1), "every head its own": (3, 2, 2)}  # B, H, N
@@ -38,7 +39,7 @@ MASKS = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("keep", [False, True])
 def test_attention_and_its_gradients_equal_mlx(keep, shape, mask, sunk, tile, monkeypatch):
-    monkeypatch.setattr("mlx_lora.system.device.keep_exponentials", lambda: keep)
+    monkeypatch.setattr("mlx_lora.utils.device.keep_exponentials", lambda: keep)
     batch, heads, key_heads = shape
     q, d = (mx.random.normal((batch, heads, T, WIDTH)) for _ in range(2))
     k, v = (mx.random.normal((batch, key_heads, S, WIDTH)) for _ in range(2))
@@ -137,7 +138,7 @@ def test_kernels_are_used_inside_agree_and_are_put_back(family, monkeypatch):
     assert words.startswith("tiled attention (--kernels ours)")
     assert {name: vars(module)[name] for name in before} == before
     # A wrong kernel is caught, so the right one was really called.
-    monkeypatch.setattr("mlx_lora.models.attention.TILE_QUERIES", 8)
+    monkeypatch.setattr("mlx_lora.kernels.attention.TILE_QUERIES", 8)
     with training_kernels(
         model, lambda q, k, v, tiles, sinks=None: tiled_attention(q, k, v, Tiles(1.01 * tiles.scale, tiles.mask))
     ):
@@ -149,7 +150,7 @@ def test_a_disagreeing_kernel_is_not_used(monkeypatch):
     model = adapted()
     choice = choose_model_kernels(model, [128], "ours", mx.float32)
     assert check_kernels(model, TINY, PLAIN, choice)[0] is choice
-    monkeypatch.setattr("mlx_lora.models.kernel_table.lean_swiglu", lambda keep, gate, up: gate * up)
+    monkeypatch.setattr("mlx_lora.kernels.table.lean_swiglu", lambda keep, gate, up: gate * up)
     use, words = check_kernels(model, TINY, PLAIN, choice)
     assert use is None
     assert "tiled attention differs by" in words

@@ -16,7 +16,7 @@ import pytest
 from conftest import TINY, tiny_model, write_folder
 from run_cli import run
 
-from mlx_lora.system import files
+from mlx_lora.utils import files
 
 ROW = json.dumps({"prompt": "a", "completion": "b"})
 

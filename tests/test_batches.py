@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_lora.data.batches import BatchPlan
-from mlx_lora.data.encode import EncodedSet
-from mlx_lora.data.widths import ShapePrice
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.sampler import BatchPlan, ShapePrice
 
 
 def encoded(lengths: list[int], seed: int = 0) -> EncodedSet:

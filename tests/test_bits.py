@@ -16,9 +16,9 @@ from ranks import Started, rank_environment
 from real_models import smollm2_gguf
 from run_cli import one_line, run
 
+from mlx_lora.config.settings import ModelSettings
 from mlx_lora.models.load import load_base
-from mlx_lora.models.outline import outline_for
-from mlx_lora.settings.config import ModelSettings
+from mlx_lora.models.meta import outline_for
 
 SHORT = ("--iters", 3, "--batch-tokens", 240, "--rank", 4, "--val-batches", 2, "--sample-tokens", 0)
 
@@ -140,9 +140,9 @@ MEASURED = """
 import sys
 import mlx.core as mx
 from pathlib import Path
-from mlx_lora.models.converted_models import folder_of
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.sources.hub import resolve_model
+from mlx_lora.models.convert import folder_of
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.utils.hub import resolve_model
 folder_of(ModelSettings(model=sys.argv[1], bits=4, dtype="float32"), resolve_model(sys.argv[1]))
 print(mx.get_peak_memory())
 """

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mlx_lora
-from mlx_lora.system.cores import THREAD_VARIABLES, local_ranks, usable_cores
+from mlx_lora.utils.cores import THREAD_VARIABLES, local_ranks, usable_cores
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="macOS has Accelerate")
 PRINT = "import mlx_lora; print(mlx_lora.BLAS.fast, mlx_lora.BLAS.advice)"
@@ -44,7 +44,7 @@ def test_it_can_be_turned_off_and_says_why_it_is_slow():
 
 
 def test_the_shim_serves_where_no_system_library_is(tmp_path):
-    code = "from mlx_lora.system import blas; blas.SYSTEM_OPENBLAS = 'none.so'; print(blas.load_fast_blas())"
+    code = "from mlx_lora.utils import blas; blas.SYSTEM_OPENBLAS = 'none.so'; print(blas.load_fast_blas())"
     code = f"import sys; import importlib.util; {code}"
     out = in_a_process(code, MLX_LORA_CACHE=str(tmp_path))
     assert "scipy-openblas32" in out

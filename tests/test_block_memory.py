@@ -10,20 +10,20 @@ import mlx.nn as nn
 import pytest
 from architectures.build import tiny_config
 
-from mlx_lora.adapters.adapt import adapt_model
-from mlx_lora.models.activations import polynomial_swiglu
+from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import AdapterSettings
+from mlx_lora.kernels.activations import polynomial_swiglu
 from mlx_lora.models.graph import gradient_graph
 from mlx_lora.models.liveness import count_memory
-from mlx_lora.models.outline import outline_of_config
-from mlx_lora.planner.fitting import planned_words
+from mlx_lora.models.meta import outline_of_config
+from mlx_lora.planner.fit import planned_words
+from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import kept_by, plan_memory
 from mlx_lora.planner.shapes import NotKnown, Run
-from mlx_lora.planner.this_machine import this_machine
-from mlx_lora.settings.config import AdapterSettings
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.system import device
-from mlx_lora.training.block_memory import trace_blocks
-from mlx_lora.training.run_fit import adapted_shape, outlined_shape
+from mlx_lora.trainer.block_memory import trace_blocks
+from mlx_lora.trainer.fit import adapted_shape, outlined_shape
+from mlx_lora.utils import device
 
 X = mx.zeros((8, 16))
 W = mx.zeros((16, 32))
@@ -188,10 +188,10 @@ sys.path[:0] = ["tests"]
 import mlx.core as mx
 from architectures.build import tiny_architecture
 from architectures.scaling import scaled
-from mlx_lora.adapters.adapt import adapt_model
-from mlx_lora.settings.config import AdapterSettings
+from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.config.settings import AdapterSettings
 from mlx_lora.models.head import find_head, with_last_block
-from mlx_lora.models.kernels import training_kernels
+from mlx_lora.kernels.table import training_kernels
 import mlx.nn as nn
 
 name, width, slots = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

@@ -9,8 +9,7 @@ import pytest
 from run_cli import one_line, run
 
 import mlx_lora
-from mlx_lora.training.callbacks import EVENTS
-from mlx_lora.training.loggers import numbers_of
+from mlx_lora.trainer.callbacks import EVENTS, numbers_of
 
 QUICK = {"iters": 4, "learning_rate": 5e-3, "batch_tokens": 256, "max_seq_length": 128, "steps_per_report": 2}
 QUICK |= {"sample_tokens": 0, "progress": False, "val_batches": 1}

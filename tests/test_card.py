@@ -14,7 +14,7 @@ from hub_stand_in import hub_server, run_with_hub
 from huggingface_hub import ModelCard
 from run_cli import run
 
-from mlx_lora.artifacts.card import CARD_FILE, MARK, RunFacts, read_facts
+from mlx_lora.exporters.card import CARD_FILE, MARK, RunFacts, read_facts
 
 SHORT = (
     "--iters",
@@ -181,7 +181,7 @@ def test_facts_of_folders_that_tell_none(tmp_path):
 @pytest.mark.slow
 def test_pushed_is_what_was_written_and_it_comes_back(place, exported, tiny_folder, tmp_path):
     with hub_server() as server:
-        command = ["-m", "mlx_lora.export", "--model", tiny_folder, "--adapter-path", place / "adapter"]
+        command = ["-m", "mlx_lora", "export", "--model", tiny_folder, "--adapter-path", place / "adapter"]
         push = ["--push-to-hub", "me/tuned", "--private"]
         out = tmp_path / "out"
         done = run_with_hub(
@@ -201,7 +201,7 @@ def test_pushed_is_what_was_written_and_it_comes_back(place, exported, tiny_fold
         server.folders["org/tuned"] = out
         ask = ["--model", tiny_folder, "--prompt", "Say 1.", "--max-tokens", 8, "--json"]
         found = [
-            run_with_hub(tmp_path / "home", server.endpoint, ["-m", "mlx_lora.generate", *ask, *adapter])
+            run_with_hub(tmp_path / "home", server.endpoint, ["-m", "mlx_lora", "generate", *ask, *adapter])
             for adapter in (["--adapter-path", "org/tuned"], ["--adapter-path", exported], [])
         ]
     texts = [json.loads(done.stdout)["text"] for done in found]
@@ -211,8 +211,8 @@ def test_pushed_is_what_was_written_and_it_comes_back(place, exported, tiny_fold
 PUSH = """
 import sys
 from pathlib import Path
-from mlx_lora.artifacts.push import push
-from mlx_lora.system.errors import RunError
+from mlx_lora.exporters.card import push
+from mlx_lora.utils.errors import RunError
 try:
     print(push(Path(sys.argv[1]), "me/tuned", sys.argv[2] == "private"))
 except RunError as error:

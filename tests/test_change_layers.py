@@ -17,8 +17,8 @@ GAINED = '''"""LoRA whose output has a trained gain for each feature."""
 
 import mlx.core as mx
 
-from mlx_lora.adapters.adapter_layer import AdapterLayer
-from mlx_lora.adapters.parts import LINEAR
+from mlx_lora.adapters.base import AdapterLayer
+from mlx_lora.adapters.base import LINEAR
 
 
 class GainedLinear(AdapterLayer):
@@ -41,7 +41,7 @@ class GainedLinear(AdapterLayer):
 OPTIMIZER_TEST = """
 from run_cli import run
 from tiny_steps import adapted, batch, factors, make_step
-from mlx_lora.adapters.model_shape import model_shape
+from mlx_lora.models.meta import model_shape
 from mlx_lora.planner.chips import find_chip
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Run
@@ -65,17 +65,17 @@ import mlx.core as mx
 from conftest import TINY, tiny_model, write_folder
 from tiny_steps import batch, make_step
 from mlx_lora.adapters.inject import adapter_layers, inject
-from mlx_lora.adapters.model_shape import model_shape
+from mlx_lora.models.meta import model_shape
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, read_adapter_config, save_adapter
-from mlx_lora.artifacts.fused_model import fuse_adapter
-from mlx_lora.artifacts.gguf_adapter import write_gguf_adapter
-from mlx_lora.artifacts.peft import write_peft
+from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, read_adapter_config, save_adapter
+from mlx_lora.exporters.fuse import fuse_adapter
+from mlx_lora.gguf.write import write_gguf_adapter
+from mlx_lora.exporters.peft import write_peft
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.factors import read_factors
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.system.errors import InputError
-from mlx_lora.training.checkpointing import apply_checkpointing
+from mlx_lora.serving.adapter_store import read_factors
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.utils.errors import InputError
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 
 def refusal(call, *arguments):
     try:
@@ -154,7 +154,7 @@ def found(tmp_path_factory) -> dict:
         add_line(
             adapters / "registry.py",
             "from mlx_lora.adapters.gained import GainedLinear\n",
-            before="from mlx_lora.adapters.layers import",
+            before="from mlx_lora.adapters.lora import",
         ),
         add_line(adapters / "registry.py", "    GainedLinear,\n", before="    DoRASwitchLinear,\n)"),
         write(root / "layer_check.py", LAYER_TEST),

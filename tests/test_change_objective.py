@@ -12,8 +12,8 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lora
 from conftest import tiny_model, write_folder
-from mlx_lora.runs.training_run import train_run
-from mlx_lora.settings.resolve import train_settings
+from mlx_lora.trainer.run import train_run
+from mlx_lora.config.load import train_settings
 
 folder = write_folder(Path("tiny"), tiny_model())
 rows = [{"prompt": f"{n}?", "chosen": f"{n} yes", "rejected": "no"} for n in range(8)]
@@ -31,7 +31,7 @@ print(json.dumps({"package": mlx_lora.__file__, "losses": losses, "margin": line
 
 def test_a_new_pairwise_loss_is_one_function_and_one_row(tmp_path):
     package = copied(tmp_path)
-    file = "objectives/pair_losses.py"
+    file = "losses/preference.py"
     package.edit(file, "# DPO's family by TRL's names.\n", '''def cubic(pairs: Pairs, options: PairOptions) -> mx.array:
     """Cube of the distance from a margin of 1."""
     return mx.abs(1 - options.beta * pairs.delta) ** 3

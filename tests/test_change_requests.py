@@ -13,13 +13,13 @@ import contextlib, io, json
 from pathlib import Path
 from types import SimpleNamespace
 import mlx_lora
-from mlx_lora.artifacts.run_folder import RunFolder, check_continuation, identity_of
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.settings.settings_file import read_settings
-from mlx_lora.system.distributed import ALONE
-from mlx_lora.system.errors import InputError
-from mlx_lora.train import main
-from mlx_lora.training.agreement import check_one_run
+from mlx_lora.trainer.run_folder import RunFolder, check_continuation, identity_of
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.load import read_settings
+from mlx_lora.parallel.ranks import ALONE
+from mlx_lora.utils.errors import InputError
+from mlx_lora.cli.train import main
+from mlx_lora.parallel.agreement import check_one_run
 
 def told(call, *arguments):
     try:
@@ -71,12 +71,12 @@ print(json.dumps({
 def test_a_new_setting_is_one_row(tmp_path):
     package = copied(tmp_path)
     before = "    epochs: float | None = setting("
-    package.edit("settings/config.py", before, f'''\
+    package.edit("config/settings.py", before, f'''\
     target_spread: float = setting(0.0, "Share of the target spread over all tokens.", TRAINING, at_least=0, at_most=0.9)
     report_color: str = setting("green", "Color of the curves.", OUTPUT, common=True, may_change=True, per_machine=True,
         choices=("green", "blue"))
 {before}''')  # fmt: skip
-    assert package.touched() == ["settings/config.py"]
+    assert package.touched() == ["config/settings.py"]
     seen = package.python(NEW_SETTINGS)
     assert Path(seen["package"]).is_relative_to(tmp_path)
     assert "--target-spread X" in seen["help-all"]

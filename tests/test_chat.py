@@ -18,14 +18,14 @@ from make_adapters import OWN_TEMPLATE, make_three
 from run_cli import Ran, run
 from serving_process import ROOT
 
-from mlx_lora.chat import shown
+from mlx_lora.cli.chat import shown
+from mlx_lora.config.settings import ModelSettings
 from mlx_lora.models.load import load_base
 from mlx_lora.serving.adapter_store import Source
 from mlx_lora.serving.conversation import AnswerSettings, Conversation, figures_together
 from mlx_lora.serving.engine import Engine, Limits
 from mlx_lora.serving.sampling import Sampling
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.system.errors import RunError
+from mlx_lora.utils.errors import RunError
 
 FIRST, SECOND = "Wherefore art thou?", "And who am I?"
 COUNT = 20
@@ -330,7 +330,7 @@ def test_no_web_server_is_needed(folder):
 
 
 def test_a_reader_that_leaves_ends_it(folder):
-    command = [sys.executable, "-m", "mlx_lora.chat", "--model", str(folder), "-m", "400"]
+    command = [sys.executable, "-m", "mlx_lora", "chat", "--model", str(folder), "-m", "400"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
         process.stdout.close()
@@ -348,7 +348,7 @@ class Terminal:
     def __init__(self, *arguments: object):
         self.screen, theirs = os.openpty()
         self.seen = ""
-        command = [sys.executable, "-m", "mlx_lora.chat", *map(str, arguments)]
+        command = [sys.executable, "-m", "mlx_lora", "chat", *map(str, arguments)]
         environment = {**os.environ, "TERM": "dumb"}
         # Tests that a shell runs in the background ignore SIGINT, and what they start would too.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,12 +11,12 @@ import yaml
 from byte_tokenizer import CHATML, byte_tokenizer
 from run_cli import run
 
-from mlx_lora.artifacts import run_folder
-from mlx_lora.data import encode
-from mlx_lora.data.loading import load_data, load_eval_set
+from mlx_lora.config.settings import DataSettings, LoopSettings
+from mlx_lora.data import tokenize as encode
+from mlx_lora.data.load import load_data, load_eval_set
 from mlx_lora.data.sandbox import render_chat
-from mlx_lora.settings.config import DataSettings, LoopSettings
-from mlx_lora.system.errors import InputError
+from mlx_lora.trainer import run_folder
+from mlx_lora.utils.errors import InputError
 
 DATED = "{{ 'On ' + strftime_now('%d %b %Y') + ': ' }}" + CHATML
 FIRST, NEXT = date(2026, 1, 5), date(2026, 1, 6)

@@ -8,16 +8,16 @@ from datetime import datetime
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer
 
-from mlx_lora.api.run_columns import with_columns_of_run
-from mlx_lora.data import chat_sides
-from mlx_lora.data.loading import load_data, load_eval_set
-from mlx_lora.settings.checks import settings_problems
-from mlx_lora.settings.config import DataSettings
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.sources.chat_exports import chat_kind, read_chats
-from mlx_lora.sources.chat_messages import DELETED, MEDIA, SYSTEM_LINE
-from mlx_lora.system.errors import InputError
-from mlx_lora.workbench.preview_index import build_index
+from mlx_lora.api.evaluate import with_columns_of_run
+from mlx_lora.config.checks import settings_problems
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data import chat_exports as chat_sides
+from mlx_lora.data.chat_exports import chat_kind, read_chats
+from mlx_lora.data.chat_files import DELETED, MEDIA, SYSTEM_LINE
+from mlx_lora.data.load import load_data, load_eval_set
+from mlx_lora.studio.preview_index import build_index
+from mlx_lora.utils.errors import InputError
 
 TOKENIZER = byte_tokenizer(CHATML)
 NNBSP, LRM = "\u202f", "\u200e"

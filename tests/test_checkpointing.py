@@ -11,15 +11,15 @@ from conftest import TINY, quantized, tiny_model
 from tiny_steps import CHECKPOINT_MODES, adapted, batch, factors, gradients, make_step
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
-from mlx_lora.adapters.layers import LoRAEmbedding
+from mlx_lora.adapters.lora import LoRAEmbedding
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.models.kernels import training_kernels
-from mlx_lora.models.matmul import use_measured_matmul
-from mlx_lora.settings.config import OptimizerSettings
-from mlx_lora.training.checkpointing import Checkpointed, apply_checkpointing, checkpoint_blocks
-from mlx_lora.training.losses import Arrays, plain_loss
-from mlx_lora.training.optim import build_optimizer
-from mlx_lora.training.step import Step
+from mlx_lora.config.settings import OptimizerSettings
+from mlx_lora.kernels.quantized_matmul import use_measured_matmul
+from mlx_lora.kernels.table import training_kernels
+from mlx_lora.losses.cross_entropy import Arrays, plain_loss
+from mlx_lora.trainer.gradient_checkpointing import Checkpointed, apply_checkpointing, checkpoint_blocks
+from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.step import Step
 
 
 @pytest.mark.parametrize("kernels", [True, False])

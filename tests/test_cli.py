@@ -13,11 +13,10 @@ from make_adapters import adapt_and_save
 from mlx.utils import tree_flatten
 from run_cli import one_line, run
 
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.settings.settings_file import read_settings
-from mlx_lora.system import console
-from mlx_lora.system.errors import InputError
-from mlx_lora.system.supervise import last_given, smaller
+from mlx_lora.config.load import read_settings, train_settings
+from mlx_lora.utils import console
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.supervise import last_given, smaller
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 from ranks import free_ports, rank_environment
 from run_cli import run
 
-from mlx_lora.cluster import facts_here, files_sum, problems_of
-from mlx_lora.system.errors import InputError
-from mlx_lora.system.hosts import hosts_of
+from mlx_lora.cli.cluster import facts_here, files_sum, problems_of
+from mlx_lora.parallel.hosts import hosts_of
+from mlx_lora.utils.errors import InputError
 
 
 def test_two_processes_find_each_other_equal(tiny_folder, tmp_path):
@@ -21,7 +21,7 @@ def test_two_processes_find_each_other_equal(tiny_folder, tmp_path):
     (tmp_path / "hosts.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "mlx_lora.cluster", "--model", str(tiny_folder), "--json"],
+            [sys.executable, "-m", "mlx_lora", "cluster", "--model", str(tiny_folder), "--json"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

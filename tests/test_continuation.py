@@ -21,7 +21,7 @@ from serving_process import Server
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_lora.models.continuation import Continuation
+from mlx_lora.models.tokenizer import Continuation
 
 
 def spm_tokenizer() -> PreTrainedTokenizerFast:

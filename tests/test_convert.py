@@ -18,15 +18,13 @@ from gguf_cases import tiny_model as any_model
 from mlx.utils import tree_flatten
 from real_models import gemma3_gguf, smollm2_gguf
 
-from mlx_lora.convert import main
-from mlx_lora.models import converting
-from mlx_lora.models.converted_models import cached_gguf_folder
-from mlx_lora.models.converting import convert_model
-from mlx_lora.models.perplexity import measure_text_loss
+from mlx_lora.cli.convert import main
+from mlx_lora.models import convert as converting
+from mlx_lora.models.convert import cached_gguf_folder, convert_model, measure_text_loss
+from mlx_lora.models.folder import ShardWriter
 from mlx_lora.models.quantize import Quantization
-from mlx_lora.models.saving import ShardWriter
-from mlx_lora.sources.hub import resolve_model
-from mlx_lora.system.errors import InputError, RunError
+from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.hub import resolve_model
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -12,19 +12,18 @@ from byte_tokenizer import byte_tokenizer
 from run_cli import one_line, run
 
 import mlx_lora.data
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.columns import NamedColumns, without_names
+from mlx_lora.data.examples import BadRow, Record
+from mlx_lora.data.files import find_sets, find_splits, named_sets
 from mlx_lora.data.formats import parse_record
-from mlx_lora.data.loading import load_data, load_eval_set
+from mlx_lora.data.load import load_data, load_eval_set
 from mlx_lora.data.preferences import parse_pairs, parse_rated
-from mlx_lora.data.reading import Rows, parse_rows
+from mlx_lora.data.read import Rows, parse_rows
+from mlx_lora.data.records import read_records
 from mlx_lora.planner.speed import Ceilings
-from mlx_lora.settings.config import DataSettings
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.sources.data_sets import find_sets, named_sets
-from mlx_lora.sources.record_types import BadRow, Record
-from mlx_lora.sources.records import read_records
-from mlx_lora.sources.splits import find_splits
-from mlx_lora.system.errors import InputError
+from mlx_lora.utils.errors import InputError
 
 ASKED = [{"Question": f"What is {n};{n}, in words?", "Answer": f"Number {n},\nör so."} for n in range(4)]
 SHORT = ("--iters", 1, "--batch-size", 2, "--val-batches", 0, "--sample-tokens", 0, "--rank", 2)
@@ -45,7 +44,7 @@ def messages(record: dict, **settings: object) -> list[tuple[str, str]]:
 def ceilings(monkeypatch):
     """What this machine can do, without half a second of measuring for each plan."""
     found = Ceilings(1e11, 1e10, 1e8, 0.0, "measured here")
-    monkeypatch.setattr("mlx_lora.api.run_plan.ceilings_here", lambda dtype, **_: found)
+    monkeypatch.setattr("mlx_lora.api.plan.ceilings_here", lambda dtype, **_: found)
 
 
 def refused(ran, words: str) -> None:

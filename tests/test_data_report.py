@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer, template
 
-from mlx_lora.data.data_report import DataReport, DroppedRow, Location, cut, reasons
-from mlx_lora.data.loading import load_data
-from mlx_lora.settings.config import DataSettings
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.load import load_data
+from mlx_lora.data.report import DataReport, DroppedRow, Location, cut, reasons
 
 TOKENIZER = byte_tokenizer(CHATML)
 EXAMPLES = Path(__file__).parents[1] / "data"

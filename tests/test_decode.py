@@ -16,22 +16,21 @@ from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 from run_cli import run
 
 import mlx_lora
-from mlx_lora.models import decode_weights, token_steps
-from mlx_lora.models.decode_weights import choose_weights, hold_weights, layers_with_copies, release_weights
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.kernels.measure import SWITCH
+from mlx_lora.kernels.quantized_matmul import DENSE
+from mlx_lora.kernels.self_test import known_table
 from mlx_lora.models.load import load_base
-from mlx_lora.models.matmul import DENSE
-from mlx_lora.models.shared_prefix import SharedPrefix, rotate_by_token
-from mlx_lora.models.token_steps import TokenSteps
+from mlx_lora.models.prefix_attention import SharedPrefix, rotate_by_token
+from mlx_lora.rollouts import decode as decode_weights
+from mlx_lora.rollouts import decode as token_steps
+from mlx_lora.rollouts.decode import TokenSteps, choose_weights, hold_weights, layers_with_copies, release_weights
 from mlx_lora.serving.adapter_store import Source
-from mlx_lora.serving.engine import Engine, Limits
-from mlx_lora.serving.requests import Request
+from mlx_lora.serving.engine import Engine, Limits, Request
 from mlx_lora.serving.sampling import Sampling
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.system import device
-from mlx_lora.system.errors import InputError
-from mlx_lora.system.measuring import SWITCH
-from mlx_lora.training.kernel_report import known_table
-from mlx_lora.training.samples import greedy_text
+from mlx_lora.trainer.report_callback import greedy_text
+from mlx_lora.utils import device
+from mlx_lora.utils.errors import InputError
 
 PROMPT = mx.array([[72, 101, 108, 108, 111]])
 GREEDY = Sampling(temperature=0)
@@ -150,7 +149,7 @@ def test_a_float_model_has_no_choice(tiny_folder):
 def test_the_flag_reaches_the_model(folder, monkeypatch):
     seen = []
     real = hold_weights
-    monkeypatch.setattr("mlx_lora.api.generation.hold_weights", lambda base: seen.append(real(base)))
+    monkeypatch.setattr("mlx_lora.api.base.hold_weights", lambda base: seen.append(real(base)))
     for form in ("packed", "dense"):
         ran = run("generate", "--model", folder, "--prompt", "a", "--max-tokens", 2, "--decode-weights", form)
         assert ran.code == 0, ran.err

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from run_cli import run
 
-from mlx_lora.settings import defaults
-from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS
-from mlx_lora.settings.defaults import DataFacts, preset_settings, rows_per_step, with_learning_rate, with_length
-from mlx_lora.settings.resolve import train_settings
+from mlx_lora.config import defaults
+from mlx_lora.config.defaults import DataFacts, preset_settings, rows_per_step, with_learning_rate, with_length
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS
 
 
 def rate(model_type: str, width: int, **settings: object) -> float:
@@ -149,7 +149,7 @@ def test_a_resumed_run_keeps_its_choices(by_default, tiny_folder, chats, tmp_pat
     half = tmp_path / "half"
     asked = ("train", "--model", tiny_folder, "--data", chats, "--adapter-path", half, "--sample-tokens", 0)
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_lora.training.trainer.diverged", _fail_at(20))
+        patch.setattr("mlx_lora.trainer.trainer.diverged", _fail_at(20))
         with pytest.raises(RuntimeError):
             run(*asked, "--save-every", 10)
     # Another version may have other rules; the run goes on by those that it began with.
@@ -162,7 +162,7 @@ def test_a_resumed_run_keeps_its_choices(by_default, tiny_folder, chats, tmp_pat
 
 
 def _fail_at(step: int):
-    from mlx_lora.training.trainer import diverged
+    from mlx_lora.trainer.trainer import diverged
 
     def stop(at, result):
         if at.taken >= step:

@@ -20,13 +20,12 @@ from gguf_cases import write_case
 from rich.console import Console
 from run_cli import one_line, run
 
-from mlx_lora.settings.named_recipes import RECIPES
-from mlx_lora.suite import verse_demo
-from mlx_lora.suite.demo_screen import Answers, DemoScreen, called_as, newest_report
-from mlx_lora.suite.verse_demo import QUESTIONS, STAGES, Demo, get_model
-from mlx_lora.training.callbacks import Callback
-from mlx_lora.training.interrupts import WORDS as INTERRUPTED
-from mlx_lora.training.interrupts import interrupt_flag
+from mlx_lora.api import demo as verse_demo
+from mlx_lora.api.demo import QUESTIONS, STAGES, Answers, Demo, DemoScreen, called_as, get_model, newest_report
+from mlx_lora.config.load import RECIPES
+from mlx_lora.trainer.callbacks import Callback
+from mlx_lora.trainer.guards import WORDS as INTERRUPTED
+from mlx_lora.trainer.guards import interrupt_flag
 
 
 def made_screen(width: int = 100, terminal: bool = True) -> tuple[DemoScreen, Console, Console]:

@@ -11,12 +11,12 @@ import pytest
 from run_cli import run
 from tiny_steps import adapted, batch, factors, make_step
 
-from mlx_lora.system import device
-from mlx_lora.system.distributed import SeveralRanks
-from mlx_lora.training.losses import PLAIN, plain_loss
-from mlx_lora.training.objective_loss import Task
-from mlx_lora.training.step import Step
-from mlx_lora.training.trainer import mean_loss
+from mlx_lora.losses.cross_entropy import PLAIN, plain_loss
+from mlx_lora.objectives.task import Task
+from mlx_lora.parallel.ranks import SeveralRanks
+from mlx_lora.trainer.evaluate import mean_loss
+from mlx_lora.trainer.step import Step
+from mlx_lora.utils import device
 
 
 @pytest.fixture

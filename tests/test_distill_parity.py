@@ -13,17 +13,17 @@ from frozen_answers import ALPHA, RANK, moved_base
 from mlx.utils import tree_flatten
 from torch_judge import name_here, torch_base
 
-from mlx_lora.data.batches import BatchPlan
-from mlx_lora.data.encoded_set import EncodedSet
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.divergence import DivergenceOptions, distill_loss, divergence_of_logits, likeliest
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.divergences import DivergenceOptions, divergence_of_logits, likeliest
-from mlx_lora.objectives.objective_table import objective_of
-from mlx_lora.runs.distilling import with_teacher
-from mlx_lora.settings.config import ModelSettings, ObjectiveSettings
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.training.distill_loss import distill_loss
-from mlx_lora.training.losses import choose_loss
-from mlx_lora.training.objective_loss import task_of
+from mlx_lora.objectives.distill import with_teacher
+from mlx_lora.objectives.table import objective_of
+from mlx_lora.objectives.task import task_of
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
 POSITIONS, VOCABULARY = 40, 300

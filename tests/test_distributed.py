@@ -20,16 +20,17 @@ from rank_runs import STEPS, assert_same_run, command, records, train, weights
 from ranks import REPOSITORY, Started, free_ports, namespace_pair, rank_environment
 from run_cli import run
 
-from mlx_lora.data.batches import Batch, BatchPlan
-from mlx_lora.data.encode import EncodedSet
-from mlx_lora.runs.training_run import check_request
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.system.distributed import ALONE, OneRank, SeveralRanks, find_launch, together
-from mlx_lora.system.errors import InputError
-from mlx_lora.training.agreement import Agreement
-from mlx_lora.training.losses import Arrays, plain_loss
-from mlx_lora.training.sharing import deal_rows, share_of
-from mlx_lora.training.step import StepResult
+from mlx_lora.config.load import train_settings
+from mlx_lora.data.batch import Batch, share_of
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.losses.cross_entropy import Arrays, plain_loss
+from mlx_lora.parallel.agreement import Agreement
+from mlx_lora.parallel.ranks import ALONE, OneRank, SeveralRanks, find_launch, together
+from mlx_lora.parallel.strategy import deal_rows
+from mlx_lora.trainer.run import check_request
+from mlx_lora.trainer.step import StepResult
+from mlx_lora.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +109,8 @@ def test_a_killed_rank_ends_the_others(killed, tiny_folder, chats, tmp_path):
 
 
 FAILING = """
-import mlx_lora.training.step as step
-from mlx_lora.system.errors import RunError
+import mlx_lora.trainer.step as step
+from mlx_lora.utils.errors import RunError
 whole = step.Step.__call__
 def call(self, *words):
     if self.taken == 4:
@@ -117,7 +118,7 @@ def call(self, *words):
     return whole(self, *words)
 if {here}:
     step.Step.__call__ = call
-from mlx_lora.train import main
+from mlx_lora.cli.train import main
 main()
 """
 
@@ -299,14 +300,14 @@ def test_two_resume_bit_for_bit_with_dropout(tiny_folder, chats, tmp_path):
 
 APART = """
 import mlx.core as mx
-import mlx_lora.training.step as step
+import mlx_lora.trainer.step as step
 init = step.Step.__init__
 def start(self, *words, **named):
     init(self, *words, **named)
     self.masters.put({name: array + 1e-3 for name, array in self.masters.arrays.items()})
     self.masters.hand_out()
 step.Step.__init__ = start
-from mlx_lora.train import main
+from mlx_lora.cli.train import main
 main()
 """
 
@@ -336,13 +337,13 @@ def test_a_frozen_machine_is_noticed(tiny_folder, chats, tmp_path):
 
 
 NAN = """
-import mlx_lora.training.sharing as sharing
+import mlx_lora.parallel.strategy as sharing
 whole = sharing.Sharing.sums
 def sums(self, total, flag):
     self.times = getattr(self, "times", 0) + 1
     return whole(self, [total[0] * float("nan"), *total[1:]] if self.times in {steps} else total, flag)
 sharing.Sharing.sums = sums
-from mlx_lora.train import main
+from mlx_lora.cli.train import main
 main()
 """
 

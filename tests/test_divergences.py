@@ -11,17 +11,17 @@ import pytest
 from conftest import quantized, tiny_model
 
 from mlx_lora.data.teacher_table import TableFormat
-from mlx_lora.models.head import find_head
-from mlx_lora.objectives.divergences import (
+from mlx_lora.losses import divergence as distill_loss
+from mlx_lora.losses.divergence import (
     DivergenceOptions,
     Known,
     bins,
+    chunked_divergence,
     divergence,
     divergence_of_logits,
     likeliest,
 )
-from mlx_lora.training import distill_loss
-from mlx_lora.training.distill_loss import chunked_divergence
+from mlx_lora.models.head import find_head
 
 POSITIONS, VOCABULARY = 13, 50
 CASES = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.3}

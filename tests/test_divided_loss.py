@@ -6,11 +6,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_lora.adapters.cut_layers import Wire
+from mlx_lora.adapters.base import Wire
+from mlx_lora.losses.fused import fused_token_losses, row_token_losses
 from mlx_lora.models.head import Head
-from mlx_lora.training.divided_loss import divided
-from mlx_lora.training.fused import fused_token_losses
-from mlx_lora.training.row_loss import row_token_losses
+from mlx_lora.parallel.tensor import divided
 
 V, D = 97, 32
 KERNELS = {"tiles": fused_token_losses, "rows": row_token_losses}

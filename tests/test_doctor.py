@@ -10,8 +10,8 @@ import pytest
 from huggingface_hub import constants
 from run_cli import run
 
-from mlx_lora.doctor import check_hub, check_repeats, check_versions
-from mlx_lora.models import self_test
+from mlx_lora.cli.doctor import check_hub, check_repeats, check_versions
+from mlx_lora.kernels import self_test
 
 
 @pytest.fixture(scope="module")

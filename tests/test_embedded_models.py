@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from mlx_lora.sources import embedded_models, hub
-from mlx_lora.sources.embedded_models import SMOLLM2_GGUF, EmbeddedModel, embedded_model
-from mlx_lora.sources.hub import resolve_config, resolve_model
-from mlx_lora.system.errors import InputError
+from mlx_lora.utils import downloads as embedded_models
+from mlx_lora.utils import hub
+from mlx_lora.utils.downloads import SMOLLM2_GGUF, EmbeddedModel, embedded_model
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.hub import resolve_config, resolve_model
 
 PIECES = (b"GGUF, the first half, ", b"and the second")
 WHOLE = b"".join(PIECES)

@@ -9,10 +9,11 @@ import pytest
 from byte_tokenizer import CHATML, byte_tokenizer, template
 from transformers import PreTrainedTokenizerFast
 
-from mlx_lora.data.encode import EncodedSet, Encoder, windows
-from mlx_lora.data.formats import Completion, Conversation, Text
-from mlx_lora.data.templates import prefix_tokens, resolve_template
-from mlx_lora.system.errors import InputError
+from mlx_lora.data.chat_template import prefix_tokens, resolve_template
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.examples import Completion, Conversation, Text
+from mlx_lora.data.tokenize import Encoder, windows
+from mlx_lora.utils.errors import InputError
 
 
 def chat(*contents, system=None, **last):
@@ -317,7 +318,7 @@ def test_batches_of_rows_do_not_change_the_result(monkeypatch):
     tokenizer = byte_tokenizer(CHATML)
     rows = [chat("q" * n, "a" * (n + 1)) for n in range(7)]
     once = encoder(tokenizer).encode(rows).rows
-    monkeypatch.setattr("mlx_lora.data.encode.BATCH_ROWS", 3)
+    monkeypatch.setattr("mlx_lora.data.tokenize.BATCH_ROWS", 3)
     assert encoder(tokenizer).encode(rows).rows.fingerprint == once.fingerprint
 
 
@@ -370,8 +371,8 @@ def test_the_real_smollm2(tmp_path):
     from real_models import smollm2_gguf
     from transformers import AutoTokenizer
 
-    from mlx_lora.sources.gguf_reader import read_gguf
-    from mlx_lora.sources.gguf_tokenizer import write_tokenizer
+    from mlx_lora.gguf.reader import read_gguf
+    from mlx_lora.gguf.tokenizer import write_tokenizer
 
     write_tokenizer(read_gguf(smollm2_gguf()).metadata, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)

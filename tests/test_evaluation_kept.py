@@ -13,10 +13,10 @@ from browser import look
 from byte_tokenizer import byte_tokenizer
 from run_cli import one_line, run
 
-from mlx_lora.artifacts.checkpoint import locked
-from mlx_lora.artifacts.evaluation_page import keep_evaluation, read_evaluation, shown_evaluation, write_evaluation_page
-from mlx_lora.data.encoded_set import EncodedSet
-from mlx_lora.data.seen_rows import seen_rows
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.duplicates import seen_rows
+from mlx_lora.reports.evaluation import keep_evaluation, read_evaluation, shown_evaluation, write_evaluation_page
+from mlx_lora.trainer.checkpoint import locked
 
 EVIL = "<script>alert(1)</script>"
 
@@ -227,7 +227,7 @@ def test_near_rows_are_seen_and_other_answers_are_not():
 
 def test_plain_text_on_a_terminal_is_measured_without_questions(tiny_folder, tmp_path, monkeypatch):
     text = written(tmp_path / "text.jsonl", [{"text": "Once upon a time."}] * 3)
-    command = sys.modules["mlx_lora.evaluate"]
+    command = sys.modules["mlx_lora.cli.evaluate"]
 
     class Terminal:
         def __getattr__(self, name):
@@ -245,7 +245,7 @@ def test_a_folder_that_cannot_be_written_is_a_note(evaluate, folder, chats, monk
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sys.modules["mlx_lora.evaluate"], "keep_evaluation", full)
+    monkeypatch.setattr(sys.modules["mlx_lora.cli.evaluate"], "keep_evaluation", full)
     ran = evaluate("--data", chats, "--json")
     assert (ran.code, "No space left" in ran.err) == (0, True)
     monkeypatch.undo()

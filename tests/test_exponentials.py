@@ -15,20 +15,21 @@ from comparing import close
 from conftest import TINY, tiny_model
 from tiny_steps import adapted, batch, factors
 
-from mlx_lora.models.activations import polynomial_swiglu
-from mlx_lora.models.attention import Tiles, attend, attention, tiled_attention
+from mlx_lora.config.settings import OptimizerSettings
+from mlx_lora.kernels import activations as exponentials
+from mlx_lora.kernels.activations import polynomial_swiglu
+from mlx_lora.kernels.attention import Tiles, attend, attention, tiled_attention
+from mlx_lora.kernels.choose import KernelChoice, choose_model_kernels
+from mlx_lora.kernels.measure import POLYNOMIAL
+from mlx_lora.kernels.table import kernel_rows
+from mlx_lora.losses.check import check_kernels
+from mlx_lora.losses.cross_entropy import PLAIN, TILES, head_loss
+from mlx_lora.losses.fused import fused_token_losses
 from mlx_lora.models.head import Head, find_head
-from mlx_lora.models.kernel_choice import KernelChoice, choose_model_kernels
-from mlx_lora.models.kernel_row import POLYNOMIAL
-from mlx_lora.models.kernel_table import kernel_rows
-from mlx_lora.settings.config import OptimizerSettings
-from mlx_lora.system import device, exponentials
-from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.fused import fused_token_losses
-from mlx_lora.training.loss_choice import TILES
-from mlx_lora.training.losses import PLAIN, check_kernels, head_loss
-from mlx_lora.training.optim import build_optimizer
-from mlx_lora.training.step import Step
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
+from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.step import Step
+from mlx_lora.utils import device
 
 pytestmark = pytest.mark.skipif(not exponentials.usable(mx.zeros(1)), reason="mlx does not compile on a CPU here")
 
@@ -217,10 +218,10 @@ def test_a_step_is_the_same_compiled_and_not_and_near_the_other_kernels(mode, mo
 def test_the_polynomials_are_two_kernels_however_many_shapes(tmp_path):
     """mlx calls g++ once for each; a constant too many would make several of one, and slow ones."""
     code = """
-import mlx_lora.system.device as device
+import mlx_lora.utils.device as device
 import mlx.core as mx
-from mlx_lora.models.activations import polynomial_swiglu
-from mlx_lora.system import exponentials
+from mlx_lora.kernels.activations import polynomial_swiglu
+from mlx_lora.utils import exponentials
 device.compile_for(1)
 for shape in ((3, 5), (2, 3, 4), (8,), (2, 3, 4, 5)):
     x = mx.random.normal(shape)
@@ -258,10 +259,10 @@ def test_a_compiler_that_does_not_work_is_as_none(tmp_path):
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ]\n')
     compiler.chmod(0o755)
     code = """
-import mlx_lora.system.device as device
+import mlx_lora.utils.device as device
 import mlx.core as mx
-from mlx_lora.models.activations import polynomial_swiglu
-from mlx_lora.system import exponentials
+from mlx_lora.kernels.activations import polynomial_swiglu
+from mlx_lora.utils import exponentials
 x = mx.ones((4,))
 assert not exponentials.usable(x)
 assert abs(polynomial_swiglu(x, x)[0].item() - 0.7310586) < 1e-6

@@ -12,8 +12,8 @@ from run_cli import run
 
 from mlx_lora.adapters.targets import has_weights, select_targets
 from mlx_lora.models.tokenizer import load_folder_tokenizer
-from mlx_lora.runs import report_page as page
-from mlx_lora.system.errors import InputError
+from mlx_lora.trainer import report_callback as page
+from mlx_lora.utils.errors import InputError
 
 
 def test_a_config_that_transformers_refuses_is_not_blamed_on_the_tokenizer(tmp_path):

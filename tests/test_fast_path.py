@@ -16,14 +16,13 @@ from tiny_steps import batch
 
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.data.batches import Batch
-from mlx_lora.models.attention import tiled_attention
+from mlx_lora.data.batch import Batch
+from mlx_lora.kernels.attention import tiled_attention
+from mlx_lora.kernels.quantized_matmul import use_measured_matmul
+from mlx_lora.kernels.table import training_kernels
+from mlx_lora.losses.cross_entropy import TILES, Arrays, head_loss, plain_loss
 from mlx_lora.models.head import find_head
-from mlx_lora.models.kernels import training_kernels
-from mlx_lora.models.matmul import use_measured_matmul
-from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.loss_choice import TILES
-from mlx_lora.training.losses import Arrays, head_loss, plain_loss
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 
 TOLERANCE = 1e-5
 ODD_ROWS, ODD_WIDTH = 3, 131  # two tiles of attention, of unlike sizes

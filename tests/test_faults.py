@@ -20,14 +20,12 @@ from byte_tokenizer import byte_tokenizer
 from conftest import tiny_model, write_folder
 from run_cli import run
 
-from mlx_lora.artifacts.checkpoint import read_checkpoint
-from mlx_lora.data.batches import Batch
-from mlx_lora.system import device, supervise
-from mlx_lora.system.console import describe_error
-from mlx_lora.training.interrupts import interrupt_flag
-from mlx_lora.training.memory_guard import MemoryGuard, split_rows
-from mlx_lora.training.state import Position
-from mlx_lora.training.step import Step
+from mlx_lora.data.batch import Batch, split_rows
+from mlx_lora.trainer.checkpoint import Position, read_checkpoint
+from mlx_lora.trainer.guards import MemoryGuard, interrupt_flag
+from mlx_lora.trainer.step import Step
+from mlx_lora.utils import device, supervise
+from mlx_lora.utils.console import describe_error
 
 POISON = "Q"
 
@@ -226,7 +224,7 @@ def test_a_second_run_in_a_folder_is_refused(tiny_folder, chats, tmp_path):
 
 SPARED = """
 import os, pathlib, subprocess, sys
-from mlx_lora.training.interrupts import interrupt_flag
+from mlx_lora.trainer.guards import interrupt_flag
 slow = pathlib.Path(sys.argv[1])
 slow.joinpath("g++").write_text("#!/bin/sh\\necho ready\\nsleep 1\\necho done $1\\n")
 slow.joinpath("g++").chmod(0o755)

@@ -17,18 +17,17 @@ from tiny_steps import adapted
 
 from mlx_lora.adapters.inject import inject, without_adapters
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.models.attention import Tiles, attend, tiled_attention
-from mlx_lora.models.few_blocks import enough_blocks, few_blocks
-from mlx_lora.models.kernel_choice import choose_model_kernels, traced_calls
-from mlx_lora.models.kernel_table import kernel_rows
-from mlx_lora.models.kernels import training_kernels
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.kernels.attention import Tiles, attend, tiled_attention
+from mlx_lora.kernels.choose import choose_model_kernels, traced_calls
+from mlx_lora.kernels.measure import SWITCH
+from mlx_lora.kernels.table import kernel_rows, training_kernels
+from mlx_lora.losses import cross_entropy as losses
+from mlx_lora.losses.check import check_kernels, choose_loss
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.system.cache import cache_dir
-from mlx_lora.system.measuring import SWITCH
-from mlx_lora.training import losses
-from mlx_lora.training.losses import check_kernels, choose_loss
-from mlx_lora.training.samples import greedy_text
+from mlx_lora.models.meta import enough_blocks, few_blocks
+from mlx_lora.trainer.report_callback import greedy_text
+from mlx_lora.utils.cache import cache_dir
 
 TOKENS = 24
 
@@ -71,7 +70,7 @@ def test_a_model_whose_own_list_decides_keeps_as_many_as_it_needs(monkeypatch):
     model, row = tiny_model(num_hidden_layers=7), kernel_rows()[0]
     for needed, some in ((1, [6]), (2, [5, 6]), (3, [3, 4, 5, 6]), (5, list(range(7)))):
         monkeypatch.setattr(
-            "mlx_lora.models.few_blocks.traced_calls",
+            "mlx_lora.models.meta.traced_calls",
             lambda model, tokens, needed=needed: [(row, (min(needed, len(model.layers)),))],
         )
         assert enough_blocks(model, TOKENS) == some
@@ -138,7 +137,7 @@ def test_a_check_that_passed_is_not_repeated(measuring, monkeypatch):
     halves.set_dtype(mx.bfloat16)
     assert checks(halves) == first
     assert checks(adapted(seed=1)) == first  # other norms: another base
-    monkeypatch.setattr("mlx_lora.training.passed_checks._package_sum", lambda: 0)
+    monkeypatch.setattr("mlx_lora.losses.check._package_sum", lambda: 0)
     assert checks() == first
     assert checks() == 0
     monkeypatch.setenv(SWITCH, "0")
@@ -176,10 +175,10 @@ def test_texts_of_the_untrained_model_are_written_before_the_first_step_only_if_
     flags, first, tiny_folder, chats, tmp_path, monkeypatch
 ):
     happened: list[str] = []
-    text = "mlx_lora.runs.report_page.greedy_text"
+    text = "mlx_lora.trainer.report_callback.greedy_text"
     monkeypatch.setattr(text, lambda *given: happened.append("text") or greedy_text(*given))
-    step = "mlx_lora.training.step.Step.__call__"
-    from mlx_lora.training.step import Step
+    step = "mlx_lora.trainer.step.Step.__call__"
+    from mlx_lora.trainer.step import Step
 
     taken = Step.__call__
     monkeypatch.setattr(step, lambda *given, **named: happened.append("step") or taken(*given, **named))
@@ -195,7 +194,7 @@ def test_texts_of_the_untrained_model_are_written_before_the_first_step_only_if_
 
 
 def test_a_line_comes_before_the_libraries_are_loaded(tmp_path):
-    code = "import sys; sys.modules['transformers'] = None; from mlx_lora.train import main; main(sys.argv[1:])"
+    code = "import sys; sys.modules['transformers'] = None; from mlx_lora.cli.train import main; main(sys.argv[1:])"
     words = [sys.executable, "-c", code, "--model", "m", "--data", "d", "--adapter-path", str(tmp_path / "a")]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
     said, _, problem = done.stderr.partition("Traceback")

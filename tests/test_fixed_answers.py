@@ -13,22 +13,23 @@ import pytest
 from browser import look
 from run_cli import run
 
-from mlx_lora.artifacts.plots import Series
-from mlx_lora.artifacts.rollout_page import (
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.models.load import load_base
+from mlx_lora.reports.charts import Series
+from mlx_lora.reports.diagnosis import verdict
+from mlx_lora.reports.run_report import (
     MOST_CHARACTERS,
     MOST_VALIDATIONS,
+    RunReport,
     add_answers,
     keep_answers,
     read_answers,
     rollout_charts,
     shown_answers,
+    tiles,
 )
-from mlx_lora.artifacts.run_report import RunReport, tiles
-from mlx_lora.artifacts.verdict import verdict
-from mlx_lora.data.encode import EncodedSet
-from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.training.fixed_answers import fixed_prompts
+from mlx_lora.trainer.report_callback import fixed_prompts
 
 EVIL = "<script>alert(1)</script> & \"'\u2028"
 REWARD = """
@@ -55,7 +56,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture
 def three(monkeypatch):
     """Three prompts, as outside of tests."""
-    monkeypatch.setattr("mlx_lora.runs.report_page.TEXTS", 3)
+    monkeypatch.setattr("mlx_lora.trainer.report_callback.TEXTS", 3)
 
 
 def command(model: Path, data: Path, folder: Path, *more: object) -> tuple:

@@ -16,13 +16,11 @@ from conftest import TINY, quantized, tiny_model, write_folder
 from make_adapters import make_adapter
 from run_cli import run
 
-from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.artifacts.forgetting_page import TONES, badges
-from mlx_lora.data.batches import Batch
+from mlx_lora.api.forgetting import GENERAL, TONES, Drift, Probe, Readout, adapter_names, badges, measure_drifts
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.data.batch import Batch
+from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
-from mlx_lora.runs.forgetting_test import GENERAL, Probe, adapter_names
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.training.drift import Drift, Readout, measure_drifts
 
 EVIL = "<script>alert(1)</script>"
 # Head kinds: what Readout has to cut, or has to leave whole.
@@ -118,7 +116,7 @@ def adapted(tmp_path_factory):
 def test_figures_are_the_definitions(adapted, kind, adapter, monkeypatch):
     base, tuned = adapted(kind, adapter)
     monkeypatch.setattr(
-        "mlx_lora.training.drift.loss_tile_bytes", lambda: 4 * TINY["vocab_size"] * 7
+        "mlx_lora.api.forgetting.loss_tile_bytes", lambda: 4 * TINY["vocab_size"] * 7
     )  # several tiles a batch
     batches = some_batches(TINY["vocab_size"])
     found = drift_of(base, tuned, batches)

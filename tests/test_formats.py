@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from mlx_lora.data.examples import EmptyRecord
-from mlx_lora.data.formats import Completion, Conversation, FormatError, Text, parse_record
+from mlx_lora.data.examples import Completion, Conversation, EmptyRecord, FormatError, Text
+from mlx_lora.data.formats import parse_record
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "function": {"name": "sum", "arguments": {"x": 1}}}

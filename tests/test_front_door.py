@@ -12,18 +12,18 @@ import pytest
 from run_cli import one_line, run
 
 import mlx_lora
-from mlx_lora.artifacts.run_report import Sample
-from mlx_lora.data.loading import load_data, load_eval_set
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import DataSettings, ModelSettings
+from mlx_lora.data.load import load_data, load_eval_set
+from mlx_lora.data.records import read_records
 from mlx_lora.models.load import load_base
-from mlx_lora.runs.words import next_commands
-from mlx_lora.serving.adapter_names import named_source
-from mlx_lora.serving.requests import failed_words
-from mlx_lora.settings.config import DataSettings, ModelSettings
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.sources.records import read_records
-from mlx_lora.system import program
-from mlx_lora.system.errors import InputError
-from mlx_lora.system.spelling import closest, did_you_mean, similar_paths
+from mlx_lora.reports.run_report import Sample
+from mlx_lora.serving.adapter_store import named_source
+from mlx_lora.serving.engine import failed_words
+from mlx_lora.trainer.header import next_commands
+from mlx_lora.utils import text as program
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.text import closest, did_you_mean, similar_paths
 
 GERMAN = [{"frage": f"Wie viel ist {n}?", "antwort": f"{n}!", "thema": "x" if n < 3 else ""} for n in range(8)]
 USUAL = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(8)]
@@ -347,7 +347,7 @@ def test_commands_are_spelled_as_a_person_can_start_them(monkeypatch, tmp_path):
     monkeypatch.setattr(program.shutil, "which", lambda name: None)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    assert program.command_line(["chat", "--model", "my model"]) == "python -m mlx_lora.chat --model 'my model'"
+    assert program.command_line(["chat", "--model", "my model"]) == "python -m mlx_lora chat --model 'my model'"
     (tmp_path / "mlx-lora").touch()
     assert program.command_line(["chat", "--model", "m"]) == "mlx-lora chat --model m"
     for started in (["-m", "mlx_lora.train"], ["-m", "mlx_lora", "train"], ["/bin/mlx-lora", "train"]):
@@ -423,9 +423,9 @@ def test_a_table_of_another_program_changes_nothing(tmp_path):
     ],
 )  # fmt: skip
 def test_columns_and_tags_of_a_table(entry, wanted, left, tmp_path):
-    from mlx_lora.settings.config import FIELDS
-    from mlx_lora.settings.migration.dataset_info import find_dataset
-    from mlx_lora.settings.migration.sheet import Sheet
+    from mlx_lora.config.migration.dataset_info import find_dataset
+    from mlx_lora.config.migration.sheet import Sheet
+    from mlx_lora.config.settings import FIELDS
 
     (tmp_path / "dataset_info.json").write_text(json.dumps({"s": {"file_name": "s.json", **entry}}))
     sheet = Sheet("f", {}, FIELDS)

@@ -7,8 +7,8 @@ import json
 import pytest
 from byte_tokenizer import byte_tokenizer
 
-from mlx_lora.data.loading import load_data, load_eval_set
-from mlx_lora.settings.config import DataSettings
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.load import load_data, load_eval_set
 
 GREETING = {"prompt": "Hi", "chosen": "Hi! How can I help you?", "rejected": "Hi."}
 

@@ -17,11 +17,11 @@ from make_adapters import TOKENS, adapt_and_save, make_adapter
 from run_cli import one_line, run
 
 from mlx_lora.api.fused_gain import Gain
-from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, load_adapter
-from mlx_lora.fuse import summarize, words
+from mlx_lora.cli.fuse import summarize, words
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.system.errors import InputError
+from mlx_lora.utils.errors import InputError
 
 
 def fuse(model, folder, *extra):
@@ -156,8 +156,8 @@ def test_an_adapter_is_not_put_on_its_own_fused_model(form, marked, tmp_path, mo
     command, flags = FUSED_FORMS[form]
     out = tmp_path / ("f.gguf" if form == "gguf" else "f")
     if not marked:  # as another program writes it
-        monkeypatch.setattr("mlx_lora.models.fingerprint.fused_mark", lambda config: "")
-        monkeypatch.setattr("mlx_lora.models.converting.fused_mark", lambda config: "")
+        monkeypatch.setattr("mlx_lora.models.folder.fused_mark", lambda config: "")
+        monkeypatch.setattr("mlx_lora.models.convert.fused_mark", lambda config: "")
     ran = run(command, "--model", base, "--adapter-path", adapter, "--out", out, *flags)
     assert ran.code == 0, ran.err
     models = [out]

@@ -13,13 +13,13 @@ from tiny_steps import adapted, batch, factors, make_step
 
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.cross_entropy import TILES, Arrays, head_loss, plain_loss
+from mlx_lora.losses.fused import fused_token_losses, row_token_losses
 from mlx_lora.models.head import Head, find_head
-from mlx_lora.system import device
-from mlx_lora.training.fused import fused_token_losses, tile_shape
-from mlx_lora.training.loss_choice import TILES
-from mlx_lora.training.losses import Arrays, choose_loss, head_loss, plain_loss
-from mlx_lora.training.row_loss import row_token_losses
-from mlx_lora.training.step import Step
+from mlx_lora.planner.memory import tile_shape
+from mlx_lora.trainer.step import Step
+from mlx_lora.utils import device
 
 V, D, P = 301, 64, 37
 HEADS = {
@@ -123,7 +123,7 @@ def test_tokens_beyond_all_doubt_give_zero_not_nan(dtype):
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (2.0, 5.0)])
 @pytest.mark.parametrize("layer", HEADS.values(), ids=HEADS)
 def test_losses_by_whole_rows_equal_the_definition(layer, scale, cap, rows, monkeypatch):
-    monkeypatch.setattr("mlx_lora.training.row_loss.MAX_SLICE", 77)
+    monkeypatch.setattr("mlx_lora.losses.fused.MAX_SLICE", 77)
     head = Head(nn.Module(), layer(), scale, cap)
     h, targets = 2 * mx.random.normal((P, D)), mx.random.randint(0, V, (P,))
     weights, d = (mx.random.uniform(shape=(P,)) < 0.7).astype(mx.float32), mx.random.normal((P,))

@@ -16,12 +16,17 @@ from tiny_steps import batch
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.models import gated_delta
-from mlx_lora.models.decay import Decay, lower_triangle, unit_lower_inverse
-from mlx_lora.models.gated_delta import chunked_gated_delta_update, fused_gated_delta_update
-from mlx_lora.models.kernels import training_kernels
-from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.losses import Arrays, plain_loss
+from mlx_lora.kernels import gated_delta
+from mlx_lora.kernels.gated_delta import (
+    Decay,
+    chunked_gated_delta_update,
+    fused_gated_delta_update,
+    lower_triangle,
+    unit_lower_inverse,
+)
+from mlx_lora.kernels.table import training_kernels
+from mlx_lora.losses.cross_entropy import Arrays, plain_loss
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 
 LENGTHS = [1, 2, 5, 37, 64, 65, 150]
 SHAPES = {

@@ -13,11 +13,11 @@ from real_models import gemma3_gguf, smollm2_gguf
 from run_cli import run
 
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.models.gguf_mapping import rope_order
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.gguf.mapping import rope_order
+from mlx_lora.models.convert import token_logprobs
 from mlx_lora.models.load import load_base
-from mlx_lora.models.perplexity import token_logprobs
-from mlx_lora.settings.config import ModelSettings
 
 
 def export(model, folder):

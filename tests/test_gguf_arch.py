@@ -14,11 +14,11 @@ from gguf_cases import CASES, IDS, SHARED, tiny_model, write_case
 from hf_to_gguf import gguf_tensors, write_gguf
 from mlx.utils import tree_flatten
 
-from mlx_lora.models.converting import convert_model
-from mlx_lora.models.gguf_arch import model_config
-from mlx_lora.sources.gguf_reader import read_gguf
-from mlx_lora.sources.hub import resolve_model
-from mlx_lora.system.errors import InputError
+from mlx_lora.gguf.arch import model_config
+from mlx_lora.gguf.reader import read_gguf
+from mlx_lora.models.convert import convert_model
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.hub import resolve_model
 
 
 @pytest.mark.parametrize("name", CASES)

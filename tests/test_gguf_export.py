@@ -23,20 +23,19 @@ from run_cli import one_line, run
 from tokenizer_judge import differing
 from varied_strings import varied_strings
 
+from mlx_lora.adapters.base import dense_weight
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.adapters.parts import dense_weight
-from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.artifacts.gguf_model import TYPES
-from mlx_lora.models.converting import convert_model
-from mlx_lora.models.gguf_arch import model_config, weight_map
-from mlx_lora.models.gguf_mapping import rope_order
-from mlx_lora.models.gguf_weights import import_weights
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.gguf.arch import model_config, weight_map
+from mlx_lora.gguf.mapping import rope_order
+from mlx_lora.gguf.reader import read_gguf
+from mlx_lora.gguf.weights import import_weights
+from mlx_lora.gguf.write import TYPES
+from mlx_lora.models.convert import convert_model, token_logprobs
 from mlx_lora.models.load import load_base
-from mlx_lora.models.perplexity import token_logprobs
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.sources.gguf_reader import read_gguf
-from mlx_lora.sources.hub import resolve_model
-from mlx_lora.system import device
+from mlx_lora.utils import device
+from mlx_lora.utils.hub import resolve_model
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

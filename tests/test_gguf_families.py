@@ -21,22 +21,20 @@ from mlx.utils import tree_flatten
 from tiny_moe import with_quantized_experts
 
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.artifacts.gguf_adapter import write_gguf_adapter
-from mlx_lora.artifacts.gguf_model import write_gguf_model
-from mlx_lora.models.converting import build_model, convert_model
-from mlx_lora.models.gguf_arch import ARCHITECTURES, model_config, weight_map
-from mlx_lora.models.gguf_blocks import carry_blocks, mxfp4_blocks
-from mlx_lora.models.gguf_mapping import Order, TensorMapping
-from mlx_lora.models.gguf_settings import gguf_settings
-from mlx_lora.models.gguf_weights import check_shapes, import_weights
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.gguf.arch import ARCHITECTURES, gguf_settings, model_config, weight_map
+from mlx_lora.gguf.blocks import carry_blocks, mxfp4_blocks
+from mlx_lora.gguf.mapping import Order, TensorMapping
+from mlx_lora.gguf.reader import GGUFFile, GGUFTensor, read_gguf
+from mlx_lora.gguf.weights import check_shapes, import_weights
+from mlx_lora.gguf.write import write_gguf_adapter, write_gguf_model
+from mlx_lora.models.convert import build_model, convert_model
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.models.outline import outline_of
+from mlx_lora.models.meta import outline_of
 from mlx_lora.models.quantize import Quantization
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.sources.gguf_reader import GGUFFile, GGUFTensor, read_gguf
-from mlx_lora.sources.hub import resolve_model
-from mlx_lora.system.errors import InputError
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.hub import resolve_model
 
 IDS = mx.array([[3, 250, 17, 99, 42, 7, 7, 201, 5, 88, 31, 60, 2, 140]])
 

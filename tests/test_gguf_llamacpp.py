@@ -13,12 +13,11 @@ from make_adapters import adapt_and_save
 from mlx_lm.models import gemma4_text
 from tiny_moe import with_quantized_experts
 
-from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.artifacts.gguf_adapter import write_gguf_adapter
-from mlx_lora.artifacts.gguf_model import write_gguf_model
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.gguf.reader import read_gguf
+from mlx_lora.gguf.write import write_gguf_adapter, write_gguf_model
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.sources.gguf_reader import read_gguf
 
 pytestmark = pytest.mark.parity
 # llama.cpp looks GELU up in a table of 16-bit floats, and Gemma 4 has it in every block. With the same table here what

@@ -10,8 +10,8 @@ import gguf
 import numpy as np
 import pytest
 
-from mlx_lora.sources.gguf_reader import is_gguf, read_gguf
-from mlx_lora.system.errors import InputError
+from mlx_lora.gguf.reader import is_gguf, read_gguf
+from mlx_lora.utils.errors import InputError
 
 
 def write_sample(path: Path) -> Path:

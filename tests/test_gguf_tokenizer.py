@@ -11,8 +11,8 @@ from tiny_vocabularies import byte_level_vocabulary, spm_model, spm_vocabulary
 from transformers import AutoTokenizer
 from varied_strings import varied_strings
 
-from mlx_lora.sources.gguf_tokenizer import vocabulary_from_metadata, write_tokenizer
-from mlx_lora.system.errors import InputError
+from mlx_lora.gguf.tokenizer import vocabulary_from_metadata, write_tokenizer
+from mlx_lora.utils.errors import InputError
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 

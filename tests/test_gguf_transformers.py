@@ -13,9 +13,9 @@ from byte_tokenizer import byte_tokenizer
 from gguf_families import FAMILIES, MERGES
 from gguf_judge import compare, judge, listen, prompts  # noqa: F401
 
-from mlx_lora.artifacts.gguf_model import write_gguf_model
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.gguf.write import write_gguf_model
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import ModelSettings
 
 pytestmark = pytest.mark.parity
 CLASSES = {

@@ -12,11 +12,11 @@ from conftest import tiny_model
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.data.batches import Batch
-from mlx_lora.models import group_sampling
-from mlx_lora.models.group_sampling import SamplingOptions, answer_keys
-from mlx_lora.training.losses import choose_loss
-from mlx_lora.training.policy_task import at_temperature, token_logps
+from mlx_lora.data.batch import Batch
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.objectives.policy_task import at_temperature, token_logps
+from mlx_lora.rollouts import sampler as group_sampling
+from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys
 
 PROMPTS = [[5, 9, 3, 7, 7], [4, 8]]
 NO_END = frozenset()

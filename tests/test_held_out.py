@@ -13,14 +13,14 @@ import yaml
 from rich.console import Console
 from run_cli import run
 
-from mlx_lora.api import display
-from mlx_lora.data.batches import BatchPlan
-from mlx_lora.data.encode import EncodedSet
-from mlx_lora.settings.config import LoopSettings
-from mlx_lora.system import long_task
-from mlx_lora.training import progress
-from mlx_lora.training.held_out import FEWEST, VALIDATED, choose_held_out, spaced_by_length, validations
-from mlx_lora.training.progress import LiveProgress, PlainProgress
+from mlx_lora.config.settings import LoopSettings
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.trainer import progress
+from mlx_lora.trainer import progress as display
+from mlx_lora.trainer.evaluate import FEWEST, VALIDATED, choose_held_out, spaced_by_length, validations
+from mlx_lora.trainer.progress import LiveProgress, PlainProgress
+from mlx_lora.utils import progress as long_task
 
 STEPS = 20
 

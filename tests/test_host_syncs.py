@@ -8,7 +8,7 @@ import pytest
 from rehearsal.host_syncs import counted_syncs
 from run_cli import run
 
-from mlx_lora.training.step import Step
+from mlx_lora.trainer.step import Step
 
 FEW, MANY = 6, 18
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from hub_stand_in import COMMIT, hub_server, run_with_hub
 
-from mlx_lora.sources.hub import resolve_adapter, resolve_model
-from mlx_lora.system.errors import InputError
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.hub import resolve_adapter, resolve_model
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,8 @@ def endpoint() -> Iterator[str]:
 # The client reads its environment at import, so each setting needs a process of its own; one takes several calls.
 CALLS = """
 import json, sys
-from mlx_lora.system.errors import InputError, RunError
-from mlx_lora.sources import hub
+from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.data import hub
 for name, args in json.loads(sys.argv[1]):
     try:
         found = getattr(hub, name)(*args)

@@ -14,30 +14,29 @@ import pytest
 from mlx.utils import tree_flatten
 from run_cli import run
 
-from mlx_lora.adapters.adapt import adapt_model
-from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.adapters.model_shape import model_shape
-from mlx_lora.data.batches import EMPTY, Batch, BatchPlan
-from mlx_lora.data.encode import EncodedSet
+from mlx_lora.adapters.inject import adapt_model, adapter_parameters
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import AdapterSettings, ModelSettings
+from mlx_lora.data.batch import EMPTY, Batch, split_rows
+from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion
-from mlx_lora.data.joining import joined
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.cross_entropy import plain
+from mlx_lora.losses.policy import RATIO_OF
 from mlx_lora.models.load import load_base
-from mlx_lora.models.sampling_form import SamplingForm
-from mlx_lora.models.shared_prefix import rotate_by_token
-from mlx_lora.objectives.objective_table import objective_of
-from mlx_lora.objectives.policy_losses import RATIO_OF
-from mlx_lora.objectives.rewards import Reward
-from mlx_lora.settings.config import AdapterSettings, ModelSettings, ObjectiveSettings
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.system.distributed import ALONE
-from mlx_lora.training.joined_answers import Joining, apart, joined_batch, slots_of, sums_of_answers
-from mlx_lora.training.losses import choose_loss, plain
-from mlx_lora.training.memory_guard import split_rows
-from mlx_lora.training.objective_loss import task_of
-from mlx_lora.training.policy_task import ADVANTAGES, LENGTHS, OLD, REFERENCE, TRUNCATED, at_temperature
-from mlx_lora.training.prefix_sharing import work_of
-from mlx_lora.training.rollout_sharing import Planned
-from mlx_lora.training.rollouts import Answering
+from mlx_lora.models.meta import model_shape
+from mlx_lora.models.prefix_attention import rotate_by_token
+from mlx_lora.objectives.policy_task import ADVANTAGES, LENGTHS, OLD, REFERENCE, TRUNCATED, at_temperature
+from mlx_lora.objectives.prefix_sharing import Joining, apart, joined, joined_batch, slots_of, sums_of_answers, work_of
+from mlx_lora.objectives.table import objective_of
+from mlx_lora.objectives.task import task_of
+from mlx_lora.parallel.ranks import ALONE
+from mlx_lora.rollouts.decode import SamplingForm
+from mlx_lora.rollouts.rewards import Reward
+from mlx_lora.rollouts.rollout import Answering
+from mlx_lora.rollouts.sharing import Planned
 
 GROUP, LONGEST = 4, 9
 CASES = [(name, beta) for name in RATIO_OF for beta in (0.0, 0.3)]
@@ -379,7 +378,7 @@ def test_a_plan_counts_joined_rows(tiny_folder, data):
 
 
 def test_a_model_that_cannot_share_says_so(tiny_folder, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_lora.training.prefix_sharing.unshareable", lambda model: "a layer of it cannot")
+    monkeypatch.setattr("mlx_lora.objectives.prefix_sharing.unshareable", lambda model: "a layer of it cannot")
     text, _ = train(tmp_path / "auto", tiny_folder, data / "long.jsonl", "--iters", 1)
     assert "a row for each answer (a layer of it cannot)" in text
     ran = run(

@@ -19,24 +19,23 @@ from run_cli import run
 from tiny_recurrent import recurrent_model
 from tiny_steps import adapted, batch
 
-from mlx_lora.models import kernel_choice
-from mlx_lora.models.attention import Tiles, attend, tiled_attention
+from mlx_lora.kernels import choose as kernel_choice
+from mlx_lora.kernels.attention import Tiles, attend, tiled_attention
+from mlx_lora.kernels.choose import KernelChoice, choose_model_kernels, figures_key, measured_figures
+from mlx_lora.kernels.measure import MLX, SWITCH, TOLERANCE, Figures, Trial, choose, keep_figures, measure, read_figures
+from mlx_lora.kernels.table import activation_class, attention_class, kernel_rows, training_kernels
+from mlx_lora.losses import cross_entropy as loss_choice
+from mlx_lora.losses.check import Probe, check_kernels, choose_loss, disagreement
+from mlx_lora.losses.cross_entropy import Arrays, plain_loss
+from mlx_lora.losses.fused import fused_token_losses
 from mlx_lora.models.head import find_head
-from mlx_lora.models.kernel_choice import KernelChoice, choose_model_kernels, figures_key, measured_figures
-from mlx_lora.models.kernel_row import MLX
-from mlx_lora.models.kernel_table import activation_class, attention_class, kernel_rows
-from mlx_lora.models.kernels import training_kernels
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Block, KernelTerms, Layer, Machine, ModelShape, Run
 from mlx_lora.planner.speed import Ceilings
-from mlx_lora.system import device, long_task
-from mlx_lora.system.measuring import SWITCH, TOLERANCE, Figures, Trial, choose, keep_figures, measure, read_figures
-from mlx_lora.system.units import GIB
-from mlx_lora.training import loss_choice
-from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.fused import fused_token_losses
-from mlx_lora.training.losses import Arrays, check_kernels, choose_loss, plain_loss
-from mlx_lora.training.probe import Probe, disagreement
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
+from mlx_lora.utils import device
+from mlx_lora.utils import progress as long_task
+from mlx_lora.utils.text import GIB
 
 ROWS = {row.name: row for row in kernel_rows()}
 SHORT = (
@@ -134,8 +133,8 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize(("name", "shape"), SHAPES, ids=str)
 def test_every_candidate_is_right_and_a_slightly_wrong_one_is_not(name, shape, dtype, monkeypatch):
-    monkeypatch.setattr("mlx_lora.models.kernel_table.TRIAL_POSITIONS", 64)
-    monkeypatch.setattr("mlx_lora.models.kernel_table.TRIAL_NUMBERS", 1 << 12)
+    monkeypatch.setattr("mlx_lora.kernels.table.TRIAL_POSITIONS", 64)
+    monkeypatch.setattr("mlx_lora.kernels.table.TRIAL_NUMBERS", 1 << 12)
     row = ROWS[name]
     trial, reference = row.trial(shape, dtype)
 
@@ -152,8 +151,8 @@ def test_every_candidate_is_right_and_a_slightly_wrong_one_is_not(name, shape, d
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv(SWITCH, "1")
-    monkeypatch.setattr("mlx_lora.models.kernel_table.TRIAL_POSITIONS", 64)
-    monkeypatch.setattr("mlx_lora.models.kernel_table.TRIAL_NUMBERS", 1 << 12)
+    monkeypatch.setattr("mlx_lora.kernels.table.TRIAL_POSITIONS", 64)
+    monkeypatch.setattr("mlx_lora.kernels.table.TRIAL_NUMBERS", 1 << 12)
     return tmp_path / "cache"
 
 
@@ -236,7 +235,7 @@ def test_the_kernels_of_a_device_that_prefers_the_others_run_and_the_numbers_agr
         used.append(tiles.kernel)
         return attend(q, k, v, tiles, sinks)
 
-    monkeypatch.setattr("mlx_lora.runs.composition.attend", noted)
+    monkeypatch.setattr("mlx_lora.trainer.build.attend", noted)
     common = ("--model", tiny_folder, "--data", chats, *SHORT, "--grad-checkpoint", "none")
     ran, curves = {}, {}
     for name, loss in (("tiled", "tiles"), (MLX, "rows")):
@@ -331,9 +330,9 @@ def test_a_chosen_kernel_that_is_wrong_on_this_model_is_not_used(own_cache, tiny
         # In 16 bits, the tiny model's rounding would hide 5%.
         return tiled_attention(q, k, v, Tiles(by_dtype(1.05, 4.0) * tiles.scale, tiles.mask), sinks)
 
-    monkeypatch.setattr("mlx_lora.models.kernels.attend", wrong)
+    monkeypatch.setattr("mlx_lora.kernels.table.attend", wrong)
     monkeypatch.setattr(
-        "mlx_lora.training.losses.training_kernels", lambda model, choose: training_kernels(model, wrong, choose)
+        "mlx_lora.losses.cross_entropy.training_kernels", lambda model, choose: training_kernels(model, wrong, choose)
     )
     ran = run("train", "--model", tiny_folder, "--data", chats, *SHORT, "--adapter-path", tmp_path / "out", "--verbose")
     assert ran.code == 0, ran.err
@@ -343,7 +342,7 @@ def test_a_chosen_kernel_that_is_wrong_on_this_model_is_not_used(own_cache, tiny
 def test_a_form_of_the_loss_that_is_wrong_on_this_model_gives_way_to_the_other(own_cache, monkeypatch):
     prefer("tiled", loss="rows", dtype=mx.float32)
     monkeypatch.setattr(
-        "mlx_lora.training.losses.has_passed", lambda name: False
+        "mlx_lora.losses.cross_entropy.has_passed", lambda name: False
     )  # the kernels below change while the program runs
     model = adapted()
     assert choose_loss(model, TINY).kernel == "rows"
@@ -460,7 +459,7 @@ def test_terms_are_what_was_measured(own_cache, monkeypatch):
 def test_plan_reads_what_was_measured_here(own_cache, tiny_folder, monkeypatch):
     monkeypatch.setattr(kernel_choice, "measure", None)  # a plan measures nothing
     monkeypatch.setattr(
-        "mlx_lora.api.run_plan.ceilings_here", lambda dtype, **_: Ceilings(1e11, 1e10, 1e8, 0.0, "measured here")
+        "mlx_lora.api.plan.ceilings_here", lambda dtype, **_: Ceilings(1e11, 1e10, 1e8, 0.0, "measured here")
     )
 
     def planned(*flags) -> dict:
@@ -485,9 +484,9 @@ def test_plan_reads_what_was_measured_here(own_cache, tiny_folder, monkeypatch):
 def test_the_doctor_shows_the_table(own_cache, monkeypatch):
     prefer(MLX, loss="tiles")
     for name in ("ATTENTION", "ACTIVATION"):
-        monkeypatch.setattr(f"mlx_lora.training.kernel_report.{name}", ())
-    monkeypatch.setattr("mlx_lora.training.kernel_report.RECURRENT", {})
-    monkeypatch.setattr("mlx_lora.training.kernel_report.HEAD", (300, 32))
+        monkeypatch.setattr(f"mlx_lora.kernels.self_test.{name}", ())
+    monkeypatch.setattr("mlx_lora.kernels.self_test.RECURRENT", {})
+    monkeypatch.setattr("mlx_lora.kernels.self_test.HEAD", (300, 32))
     monkeypatch.setattr(device, "trial_flops", lambda: 1e5)
     for slow, found in (("arithmetic", []), ("speed", ({}, []))):  # test_doctor.py has them
         monkeypatch.setattr(f"mlx_lora.doctor.check_{slow}", lambda *here, found=found: found)

@@ -7,10 +7,9 @@ import json
 import pytest
 
 import mlx_lora
-from mlx_lora.artifacts.diagnosis import LEARNED, OVER_FITTED, Diagnosis
-from mlx_lora.artifacts.mending import MOST_EPOCHS, RunFacts, mending
-from mlx_lora.artifacts.run_report import read_report
-from mlx_lora.training.held_out_rows import KnownRows
+from mlx_lora.reports.diagnosis import LEARNED, MOST_EPOCHS, OVER_FITTED, Diagnosis, RunFacts, mending
+from mlx_lora.reports.run_report import read_report
+from mlx_lora.trainer.evaluate import KnownRows
 
 ROWS = [{"prompt": f"key {n}?", "completion": word} for n, word in enumerate(("red", "blue", "gold", "pink"))]
 

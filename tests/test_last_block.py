@@ -16,19 +16,20 @@ from conftest import TINY, tiny_model
 from mlx.utils import tree_flatten
 from tiny_steps import CHECKPOINT_MODES, adapted, batch
 
-from mlx_lora.adapters.adapt import adapt_model
-from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.adapters.score_head import put_score_head
+from mlx_lora.adapters.inject import adapt_model, adapter_parameters
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import AdapterSettings
+from mlx_lora.kernels.attention import attend
+from mlx_lora.kernels.measure import left_unchanged
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.cross_entropy import Arrays
 from mlx_lora.models import head as heads
-from mlx_lora.models import last_block
-from mlx_lora.models.attention import attend
-from mlx_lora.models.unchanged import left_unchanged
-from mlx_lora.runs import composition
-from mlx_lora.settings.config import AdapterSettings, ObjectiveSettings
-from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.losses import Arrays, choose_loss
-from mlx_lora.training.objective_loss import score_loss, task_of
-from mlx_lora.training.step import compiled_over, differentiation
+from mlx_lora.models import head as last_block
+from mlx_lora.models.head import put_score_head
+from mlx_lora.objectives.task import score_loss, task_of
+from mlx_lora.trainer import build as composition
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
+from mlx_lora.trainer.step import compiled_over, differentiation
 
 SEVERAL = ("llama", "phi3", "gemma2", "gemma3_text", "olmo2", "cohere2", "gpt_neox", "qwen3_moe", "gpt_oss")
 OTHERS = sorted({*last_block.DENSE, *last_block.EXPERTS, *last_block.HYBRID} - {*SEVERAL})

@@ -11,8 +11,8 @@ import mlx.core as mx
 import pytest
 from run_cli import run
 
-from mlx_lora.runs import training_run
-from mlx_lora.training.callbacks import Callback
+from mlx_lora.trainer import run as training_run
+from mlx_lora.trainer.callbacks import Callback
 
 pytestmark = pytest.mark.slow
 

@@ -9,10 +9,10 @@ import click
 import pytest
 from rich.console import Console
 
-from mlx_lora.sources import hub
-from mlx_lora.system import console, long_task
-from mlx_lora.system.long_task import tracked
-from mlx_lora.training.progress import LiveProgress, Metrics, PlainProgress, format_metrics
+from mlx_lora.trainer.progress import LiveProgress, Metrics, PlainProgress, format_metrics
+from mlx_lora.utils import console, hub
+from mlx_lora.utils import progress as long_task
+from mlx_lora.utils.progress import tracked
 
 
 def metrics(step, loss=None, val_loss=None, **changes):

@@ -10,10 +10,10 @@ from byte_tokenizer import GEMMA, HARMONY, MISTRAL, SPECIAL_TOKENS, byte_tokeniz
 from made_conversations import ASKED, CALL, HANDMADE, TOOLS, conversations, rows_of
 from mask_reference import Reference, unmarked
 
-from mlx_lora.data.encode import Encoder
+from mlx_lora.data.chat_template import resolve_template
 from mlx_lora.data.examples import EmptyRecord
 from mlx_lora.data.formats import parse_record
-from mlx_lora.data.templates import resolve_template
+from mlx_lora.data.tokenize import Encoder
 
 
 def marked_chatml() -> str:

@@ -14,14 +14,14 @@ import pytest
 from conftest import quantized, tiny_model
 from run_cli import run
 
-from mlx_lora.models import matmul
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.kernels import quantized_matmul as matmul
+from mlx_lora.kernels.quantized_matmul import dequantized_matmul, use_measured_matmul
 from mlx_lora.models.graph import gradient_graph
 from mlx_lora.models.load import load_base
-from mlx_lora.models.matmul import dequantized_matmul, use_measured_matmul
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.system import device
-from mlx_lora.system.cache import cache_dir
-from mlx_lora.system.errors import InputError
+from mlx_lora.utils import device
+from mlx_lora.utils.cache import cache_dir
+from mlx_lora.utils.errors import InputError
 
 
 def operations(model: nn.Module, rows: int) -> Counter[str]:

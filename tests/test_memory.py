@@ -8,16 +8,16 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mlx_lora.data.encoded_set import EncodedSet
+from mlx_lora.config.load import train_settings
+from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.planner.chips import CHIPS, find_chip, known_chip, working_set
-from mlx_lora.planner.fitting import fit
+from mlx_lora.planner.fit import fit
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Block, Layer, Machine, ModelShape, Run
 from mlx_lora.planner.speed import Ceilings, count_step, listed_ceilings, step_seconds
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.system.errors import InputError
-from mlx_lora.system.units import GIB
-from mlx_lora.training.run_fit import batch_shapes, training_plan
+from mlx_lora.trainer.fit import batch_shapes, training_plan
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.text import GIB
 
 CPU = Machine("a CPU", "cpu", 24 * GIB, 22 * GIB, 4)
 M2 = find_chip("M2").machine(16)

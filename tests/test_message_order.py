@@ -22,11 +22,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from conftest import tiny_model
-from mlx_lora.adapters.adapt import adapt_model
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.system import device
-from mlx_lora.training import base_shards
-from mlx_lora.training.shared_tables import share_base
+from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.config.load import train_settings
+from mlx_lora.utils import device
+from mlx_lora.trainer import base_shards
+from mlx_lora.parallel.sharded_tables import share_base
 
 device.plan_whole_graphs()
 BLOCKS, SENT, END, LEVELS = {blocks}, {sent}, {end}, {levels}

@@ -16,19 +16,19 @@ from run_cli import run
 from tiny_moe import tiny_moe, with_quantized_experts
 from tiny_steps import batch
 
-from mlx_lora.adapters.adapt import adapt_model
-from mlx_lora.adapters.inject import adapter_layers, adapter_parameters
-from mlx_lora.adapters.parts import dense_weight
-from mlx_lora.artifacts.adapter import AdapterInfo, load_adapter, save_adapter
+from mlx_lora.adapters.base import dense_weight
+from mlx_lora.adapters.inject import adapt_model, adapter_layers, adapter_parameters
+from mlx_lora.adapters.schedules import make_events, restart_every, restart_warmup
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.presets import PRESETS
+from mlx_lora.config.settings import AdapterSettings, ModelSettings, OptimizerSettings
+from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, save_adapter
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.cross_entropy import Arrays, plain_loss
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import AdapterSettings, ModelSettings, OptimizerSettings
-from mlx_lora.settings.methods import PRESETS
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.system.errors import InputError
-from mlx_lora.training.hooks_from_settings import make_events, restart_every, restart_warmup
-from mlx_lora.training.losses import Arrays, choose_loss, plain_loss
-from mlx_lora.training.optim import build_optimizer
-from mlx_lora.training.step import Step
+from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.step import Step
+from mlx_lora.utils.errors import InputError
 
 RANK = 4
 EVERYWHERE = "all-linear,embed_tokens,lm_head"
@@ -183,7 +183,7 @@ def test_pissa_starts_from_the_bases_principal_directions():
 
 
 def test_pissas_subspace_iteration_finds_them_too(monkeypatch):
-    from mlx_lora.adapters import initial_factors as init
+    from mlx_lora.adapters import initialize as init
 
     rng = np.random.default_rng(0)
     u, v = (np.linalg.qr(rng.normal(size=(n, 96)))[0] for n in (200, 96))

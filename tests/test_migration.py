@@ -10,14 +10,13 @@ import pytest
 import yaml
 from run_cli import run
 
-from mlx_lora.objectives.objective_table import OBJECTIVES, OWN_OPTIONS, SMOOTHED, objective_of
-from mlx_lora.settings import config
-from mlx_lora.settings.methods import PRESETS
-from mlx_lora.settings.migration import preference_keys
-from mlx_lora.settings.migration.migrate import DIALECTS, find_dialect, migrate
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.settings.settings_file import read_settings
-from mlx_lora.system.errors import InputError
+from mlx_lora.config import settings as config
+from mlx_lora.config.load import read_settings, train_settings
+from mlx_lora.config.migration import preference_keys
+from mlx_lora.config.migration.migrate import DIALECTS, find_dialect, migrate
+from mlx_lora.config.presets import PRESETS
+from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS, SMOOTHED, objective_of
+from mlx_lora.utils.errors import InputError
 
 FOREIGN = Path(__file__).parent / "foreign"
 KNOWN = set(config.FIELDS)

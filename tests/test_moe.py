@@ -13,14 +13,14 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from tiny_moe import tiny_moe, with_quantized_experts
 from tiny_steps import CHECKPOINT_MODES, batch, gradients, make_step
 
-from mlx_lora.adapters.initial_factors import kaiming_factors
+from mlx_lora.adapters.base import base_dims, dense_weight
+from mlx_lora.adapters.initialize import kaiming_factors
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
-from mlx_lora.adapters.moe import DoRASwitchLinear, LoRASwitchLinear
-from mlx_lora.adapters.parts import base_dims, dense_weight
+from mlx_lora.adapters.lora import DoRASwitchLinear, LoRASwitchLinear
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.models import matmul
-from mlx_lora.models.matmul import MeasuredQuantizedSwitchLinear, use_measured_matmul
-from mlx_lora.training.losses import Arrays, plain_loss
+from mlx_lora.kernels import quantized_matmul as matmul
+from mlx_lora.kernels.quantized_matmul import MeasuredQuantizedSwitchLinear, use_measured_matmul
+from mlx_lora.losses.cross_entropy import Arrays, plain_loss
 
 E, IN, OUT, R = 3, 96, 40, 5
 LAYOUTS = {

@@ -18,12 +18,12 @@ from run_cli import run
 from tiny_moe import close, loaded, logits, tiny_moe, with_quantized_experts
 
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
-from mlx_lora.adapters.moe import DoRASwitchLinear, LoRASwitchLinear
+from mlx_lora.adapters.lora import DoRASwitchLinear, LoRASwitchLinear
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.artifacts.adapter import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, load_adapter, save_adapter
-from mlx_lora.artifacts.fused_model import fuse_adapter
-from mlx_lora.system import device
-from mlx_lora.system.errors import InputError
+from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, AdapterInfo, load_adapter, save_adapter
+from mlx_lora.exporters.fuse import fuse_adapter
+from mlx_lora.utils import device
+from mlx_lora.utils.errors import InputError
 
 FORM_4BIT = {"group_size": 32, "bits": 4, "mode": "affine"}
 

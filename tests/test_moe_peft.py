@@ -17,11 +17,11 @@ from run_cli import run
 from tiny_moe import FEW, MANY, close, differ, loaded, logits, tiny_moe
 
 from mlx_lora.adapters.inject import adapter_layers, inject
-from mlx_lora.adapters.moe import LoRASwitchLinear
-from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.artifacts.peft import PEFT_CONFIG, PEFT_WEIGHTS, write_peft
-from mlx_lora.artifacts.peft_experts import THEIRS, expert_tensors
-from mlx_lora.system.errors import InputError
+from mlx_lora.adapters.lora import LoRASwitchLinear
+from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.exporters.peft import PEFT_CONFIG, PEFT_WEIGHTS, write_peft
+from mlx_lora.exporters.peft_experts import THEIRS, expert_tensors
+from mlx_lora.utils.errors import InputError
 
 KINDS = ["gpt_oss", "qwen3_moe", "qwen2_moe", "mixtral"]
 EXPERTS = {"gpt_oss": "mlp.experts", "mixtral": "block_sparse_moe.switch_mlp"}

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer
 
-from mlx_lora.data import near_duplicates
-from mlx_lora.data.data_report import DataReport
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data import duplicates as near_duplicates
+from mlx_lora.data.duplicates import near_pairs
 from mlx_lora.data.examples import Completion, Conversation, Text
-from mlx_lora.data.loading import load_data
-from mlx_lora.data.near_duplicates import near_pairs
-from mlx_lora.settings.config import DataSettings
+from mlx_lora.data.load import load_data
+from mlx_lora.data.report import DataReport
 
 TOKENIZER = byte_tokenizer(CHATML)
 WORDS = [a + b + c for a in "bdfgklmnprstvz" for b in "aeiou" for c in "lmnrst"]

@@ -19,10 +19,10 @@ from nbclient import NotebookClient
 from real_models import smollm2_gguf
 
 import mlx_lora
-from mlx_lora.api.shown_figure import ShownFigure
-from mlx_lora.settings.config import FIELDS
-from mlx_lora.sources.hub import TerminalBar
-from mlx_lora.system.console import in_notebook
+from mlx_lora.api.train import ShownFigure
+from mlx_lora.config.settings import FIELDS
+from mlx_lora.utils.console import in_notebook
+from mlx_lora.utils.hub import TerminalBar
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = ("quickstart", "colab")

@@ -16,8 +16,8 @@ from make_adapters import adapt_and_save
 from run_cli import one_line, run
 
 import mlx_lora.data
-from mlx_lora.artifacts.ollama import FAMILIES, Chat, recognize
-from mlx_lora.sources.gguf_reader import read_gguf
+from mlx_lora.exporters.ollama import FAMILIES, Chat, recognize
+from mlx_lora.gguf.reader import read_gguf
 
 BUILT_IN = Path(mlx_lora.data.__file__).parent / "templates"
 CHATML_GO = (

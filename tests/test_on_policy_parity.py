@@ -15,16 +15,17 @@ from frozen_answers import ALPHA, RANK, frozen_batch, moved_base
 from mlx.utils import tree_flatten
 from torch_judge import name_here, torch_base
 
-from mlx_lora.data.encoded_set import EncodedSet
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.objective_table import objective_of
-from mlx_lora.settings.config import ModelSettings, ObjectiveSettings
-from mlx_lora.system.distributed import ALONE
-from mlx_lora.training.losses import choose_loss
-from mlx_lora.training.objective_loss import task_of
-from mlx_lora.training.policy_task import OLD, token_logps
-from mlx_lora.training.taught_answers import Scorer, taught_loss
-from mlx_lora.training.teacher import Teacher
+from mlx_lora.objectives.distill import Scorer, taught_loss
+from mlx_lora.objectives.policy_task import OLD, token_logps
+from mlx_lora.objectives.table import objective_of
+from mlx_lora.objectives.task import task_of
+from mlx_lora.objectives.teacher import Teacher
+from mlx_lora.parallel.ranks import ALONE
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
 VOCABULARY = 288

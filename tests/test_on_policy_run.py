@@ -13,7 +13,7 @@ from ranks import Started
 from resumed_runs import stopped_after, weights
 from run_cli import one_line, run
 
-from mlx_lora.objectives.objective_table import OF_SAMPLING, OF_TEACHER
+from mlx_lora.objectives.table import OF_SAMPLING, OF_TEACHER
 
 QUICK = ("--learning-rate", "1e-2", "--batch-size", 4, "--max-new-tokens", 8, "--sample-tokens", 0, "--kernels", "ours",
          "--val-batches", 1, "--steps-per-report", 1, "--rank", 4, "--warmup", 0)  # fmt: skip
@@ -142,7 +142,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(flags, tiny_folder, data, tmp_pa
 def test_a_run_killed_between_a_rollout_and_its_update_resumes_to_the_same_bytes(
     tiny_folder, teacher, data, tmp_path, monkeypatch
 ):
-    from mlx_lora.training.taught_answers import Scorer
+    from mlx_lora.objectives.distill import Scorer
 
     asked = ("--teacher", teacher, "--iters", 6, "--save-every", 2, "--val-batches", 0)
     assert run(*command(tiny_folder, data, tmp_path / "whole", *asked)).code == 0

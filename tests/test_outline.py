@@ -13,9 +13,9 @@ from architectures.build import tiny_config, write_architecture
 from architectures.configs import CONFIGS, ways
 from mlx.utils import tree_flatten
 
-from mlx_lora.models.converting import TIED_BY_WEIGHTS
+from mlx_lora.models.convert import TIED_BY_WEIGHTS
 from mlx_lora.models.folder import load_weights
-from mlx_lora.models.outline import outline_of
+from mlx_lora.models.meta import outline_of
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -18,16 +18,17 @@ import pytest
 import yaml
 from run_cli import run
 
-from mlx_lora.models import kernel_table
-from mlx_lora.owner_kit import kit_issue, kit_run, memory_checks, speed_checks
-from mlx_lora.owner_kit.child_runs import TrainedRun
-from mlx_lora.owner_kit.kit_check import GROUPS, Finding, Kit, KitCheck, bounded
-from mlx_lora.owner_kit.kit_compare import apart, dtypes_of, largest_apart, on_cpu
-from mlx_lora.owner_kit.kit_run import Asked, all_checks, run_kit
-from mlx_lora.owner_kit.kit_schema import kit_problems
-from mlx_lora.owner_kit.kit_state import PAGE_FILE, RESULT_FILE
-from mlx_lora.suite.fresh_process import Ended
-from mlx_lora.system import device
+from mlx_lora.bench.run import Ended
+from mlx_lora.doctor import kit as kit_issue
+from mlx_lora.doctor import kit as kit_run
+from mlx_lora.doctor import machine as memory_checks
+from mlx_lora.doctor import speed as speed_checks
+from mlx_lora.doctor.check import GROUPS, Finding, Kit, KitCheck, apart, bounded, dtypes_of, largest_apart, on_cpu
+from mlx_lora.doctor.kit import Asked, all_checks, run_kit
+from mlx_lora.doctor.runs import TrainedRun
+from mlx_lora.doctor.state import PAGE_FILE, RESULT_FILE, kit_problems
+from mlx_lora.kernels import table as kernel_table
+from mlx_lora.utils import device
 
 ROOT = Path(__file__).parents[1]
 IN_PROCESS = ("kernels", "formats", "adapters", "losses")
@@ -154,8 +155,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import mlx_lora
-from mlx_lora.owner_kit.kit_check import Finding, KitCheck
-from mlx_lora.owner_kit.kit_run import Asked, run_kit
+from mlx_lora.doctor.check import Finding, KitCheck
+from mlx_lora.doctor.kit import Asked, run_kit
 
 def good(kit):
     yield Finding("line", "ok", "fine")

@@ -20,10 +20,10 @@ from page_parsing import parse
 from page_reasons import NOT_RUN, reason_not_to_run
 from run_cli import run
 
-from mlx_lora.settings.config import FIELDS
-from mlx_lora.settings.migration.migrate import DIALECTS
-from mlx_lora.settings.other_names import OTHER_NAMES
-from mlx_lora.settings.setting_row import read_value
+from mlx_lora.config.aliases import OTHER_NAMES
+from mlx_lora.config.fields import read_value
+from mlx_lora.config.migration.migrate import DIALECTS
+from mlx_lora.config.settings import FIELDS
 
 DOCS = ROOT / "docs"
 COMMANDS = [command for block in all_blocks() for command in commands_of(block)]

@@ -6,11 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lora.objectives import pair_losses
-from mlx_lora.objectives.objective import AnswerSums
-from mlx_lora.objectives.objective_table import objective_of
-from mlx_lora.objectives.pair_losses import PAIR_LOSSES, PairOptions, Pairs, preferred
-from mlx_lora.settings.config import ObjectiveSettings
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.losses import preference as pair_losses
+from mlx_lora.losses.preference import PAIR_LOSSES, PairOptions, Pairs, preferred
+from mlx_lora.objectives.base import AnswerSums
+from mlx_lora.objectives.table import objective_of
 
 WIDTH, COUNT = 9, 5
 

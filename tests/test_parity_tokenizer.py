@@ -11,12 +11,8 @@ from tiny_vocabularies import byte_level_vocabulary, gemma4_vocabulary, spm_mode
 from tokenizer_judge import differing
 from varied_strings import varied_strings
 
-from mlx_lora.sources.gguf_reader import read_gguf
-from mlx_lora.sources.gguf_tokenizer import (
-    build_tokenizer,
-    vocabulary_from_metadata,
-    write_tokenizer,
-)
+from mlx_lora.gguf.reader import read_gguf
+from mlx_lora.gguf.tokenizer import build_tokenizer, vocabulary_from_metadata, write_tokenizer
 
 pytestmark = pytest.mark.parity
 COUNT = 2500

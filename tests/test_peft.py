@@ -12,11 +12,11 @@ from make_adapters import TOKENS, adapt_and_save, make_adapter
 from run_cli import run
 from torch_judge import torch_base
 
-from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.artifacts.peft import PEFT_CONFIG, PEFT_WEIGHTS
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.exporters.peft import PEFT_CONFIG, PEFT_WEIGHTS
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.system.errors import InputError
+from mlx_lora.utils.errors import InputError
 
 # PEFT calls what transformers has deprecated, and has advice of its own on tied layers.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning")]

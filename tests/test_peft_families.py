@@ -12,12 +12,12 @@ from byte_tokenizer import byte_tokenizer
 from make_adapters import TOKENS, adapt_and_save
 from run_cli import run
 
-from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.artifacts.peft import PEFT_WEIGHTS
-from mlx_lora.artifacts.peft_families import folded_rows
-from mlx_lora.artifacts.peft_names import own_path, peft_path
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.exporters.peft import PEFT_WEIGHTS
+from mlx_lora.exporters.peft_experts import folded_rows
+from mlx_lora.exporters.peft_names import own_path, peft_path
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import ModelSettings
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning")]
 

@@ -7,11 +7,11 @@ import json
 import mlx.core as mx
 import pytest
 
-from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.artifacts.peft_patterns import rank_problems
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.exporters.peft_names import rank_problems
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.system.errors import InputError
+from mlx_lora.utils.errors import InputError
 
 LAYER = "model.layers.0.self_attn.q_proj"
 

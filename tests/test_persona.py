@@ -18,14 +18,14 @@ from ranks import Started
 from run_cli import run
 
 import mlx_lora
-from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.models import batch_writing
-from mlx_lora.models.group_sampling import SamplingOptions, answer_keys, sample_groups
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
-from mlx_lora.runs.teacher_answers import read_answers
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.system.cache import cache_dir
-from mlx_lora.training.samples import greedy_text
+from mlx_lora.objectives.teacher_answers import read_answers
+from mlx_lora.rollouts import sampler as batch_writing
+from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
+from mlx_lora.trainer.report_callback import greedy_text
+from mlx_lora.utils.cache import cache_dir
 
 QUICK = ("--rank", 4, "--iters", 4, "--val-batches", 1, "--sample-tokens", 8, "--kernels", "ours", "--save-every", 2)
 SHORT = ("--max-new-tokens", 12)

@@ -20,17 +20,19 @@ from run_cli import run
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.artifacts.adapter import load_adapter, load_factors
-from mlx_lora.data.batches import Batch, BatchPlan
-from mlx_lora.data.encode import EncodedSet
+from mlx_lora.config import settings as config
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import LoopSettings, ModelSettings
+from mlx_lora.data.batch import Batch
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.exporters.adapter_folder import load_adapter, load_factors
+from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.load import load_base
-from mlx_lora.settings import config
-from mlx_lora.settings.config import LoopSettings, ModelSettings, ObjectiveSettings
-from mlx_lora.system.errors import RunError
-from mlx_lora.training.losses import PLAIN
-from mlx_lora.training.objective_loss import Task
-from mlx_lora.training.step import StepResult
-from mlx_lora.training.trainer import MAX_SKIPPED_IN_A_ROW, micro_batches, total_steps, train
+from mlx_lora.objectives.task import Task
+from mlx_lora.trainer.step import StepResult
+from mlx_lora.trainer.trainer import MAX_SKIPPED_IN_A_ROW, micro_batches, total_steps, train
+from mlx_lora.utils.errors import RunError
 
 SHORT = ("--iters", 2, "--batch-tokens", 128, "--max-seq-length", 96, "--learning-rate", "5e-3", "--val-batches", 1)
 

@@ -21,30 +21,23 @@ from run_cli import run
 from tiny_gguf import write_tiny_gguf
 from tiny_moe import CONFIGS, MXFP4, tiny_moe, with_quantized_experts
 
-from mlx_lora.adapters.adapt import adapt_model
-from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.adapters.model_shape import model_shape
+from mlx_lora.adapters.inject import adapt_model, adapter_parameters
 from mlx_lora.api.plan_text import PART_WORDS, PHASE_WORDS, time_words
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import AdapterSettings, ModelSettings, TrainSettings
+from mlx_lora.data.files import is_local
+from mlx_lora.kernels import activations as exponentials
 from mlx_lora.models.load import load_base
-from mlx_lora.models.outline import outline_of, outline_of_config
-from mlx_lora.planner import ceilings
+from mlx_lora.models.meta import model_shape, outline_of, outline_of_config
+from mlx_lora.objectives import answer_logps as reference
+from mlx_lora.objectives.task import row_log_probabilities
+from mlx_lora.planner import machine as ceilings
 from mlx_lora.planner.chips import CHIPS
-from mlx_lora.planner.fitting import (
-    fit,
-    largest_batch,
-    largest_batch_size,
-    largest_sequence,
-    largest_that_fits,
-    run_of,
-)
+from mlx_lora.planner.fit import fit, largest_batch, largest_batch_size, largest_sequence, largest_that_fits, run_of
 from mlx_lora.planner.shapes import ModelShape
-from mlx_lora.runs import composition, reference
-from mlx_lora.settings.config import AdapterSettings, ModelSettings, TrainSettings
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.sources.data_sets import is_local
-from mlx_lora.system import device, exponentials
-from mlx_lora.training.objective_loss import row_log_probabilities
-from mlx_lora.training.run_fit import outlined_shape
+from mlx_lora.trainer import build as composition
+from mlx_lora.trainer.fit import outlined_shape
+from mlx_lora.utils import device
 
 LLAMA_8B = {
     **TINY, "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "num_attention_heads": 32,
@@ -423,9 +416,11 @@ def test_hub_ids_are_planned_without_their_weights(tmp_path):
     with hub_server() as server:
         server.folders["org/tiny"] = folder
         done = run_with_hub(
-            tmp_path / "home", server.endpoint, ["-m", "mlx_lora.plan", "--model", "org/tiny", "--json"]
+            tmp_path / "home", server.endpoint, ["-m", "mlx_lora", "plan", "--model", "org/tiny", "--json"]
         )
-        picked = run_with_hub(tmp_path / "home", server.endpoint, ["-m", "mlx_lora.plan", "--model", "org/ggufs:Q8_0"])
+        picked = run_with_hub(
+            tmp_path / "home", server.endpoint, ["-m", "mlx_lora", "plan", "--model", "org/ggufs:Q8_0"]
+        )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["fits"]
     assert not list((tmp_path / "home").rglob("*.safetensors"))

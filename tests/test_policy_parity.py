@@ -11,13 +11,13 @@ from frozen_answers import ALPHA, LONGEST, RANK, frozen_batch, moved_base
 from mlx.utils import tree_flatten
 from torch_judge import name_here, torch_base
 
-from mlx_lora.objectives.objective_table import objective_of
-from mlx_lora.objectives.policy_losses import RATIO_OF
-from mlx_lora.settings.config import ObjectiveSettings
-from mlx_lora.system.distributed import ALONE
-from mlx_lora.training.losses import choose_loss
-from mlx_lora.training.objective_loss import task_of
-from mlx_lora.training.policy_task import ADVANTAGES, OLD, REFERENCE, token_logps
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.policy import RATIO_OF
+from mlx_lora.objectives.policy_task import ADVANTAGES, OLD, REFERENCE, token_logps
+from mlx_lora.objectives.table import objective_of
+from mlx_lora.objectives.task import task_of
+from mlx_lora.parallel.ranks import ALONE
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
 # rloo takes the divergence from the reward.

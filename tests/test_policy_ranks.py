@@ -17,9 +17,9 @@ import pytest
 from ranks import REPOSITORY, Started
 from run_cli import run
 
-from mlx_lora.system.distributed import ALONE
-from mlx_lora.system.supervise import last_given
-from mlx_lora.training.rollout_sharing import Answered, deal_prompts, gathered
+from mlx_lora.parallel.ranks import ALONE
+from mlx_lora.rollouts.sharing import Answered, deal_prompts, gathered
+from mlx_lora.utils.supervise import last_given
 
 # Each process notes what it was asked to reward, in order; the file's folder is the test's own.
 REWARD = """
@@ -154,7 +154,7 @@ def test_ranks_with_other_rewards_in_a_file_of_the_same_name_are_refused(tiny_fo
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine.py").write_text((home / "mine.py").read_text())
         words.append(command(tiny_folder, data, tmp_path / name / "run", "--reward", "mine.py:odd"))
-    program = "import os, sys; os.chdir(sys.argv.pop(1)); from mlx_lora.train import main; main()"
+    program = "import os, sys; os.chdir(sys.argv.pop(1)); from mlx_lora.cli.train import main; main()"
     started = [["-c", program, tmp_path / name, *given] for name, given in zip("ab", words, strict=True)]
     ended = Started(started, tmp_path / "ranks").wait(60)
     assert ended.codes == [2, 2], ended.errs
@@ -200,16 +200,16 @@ def call(*words, **named):
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(*words, **named)
 setattr(home, name, call)
-from mlx_lora.train import main
+from mlx_lora.cli.train import main
 main()
 """
 # Two updates on each rollout, saved after both: rollouts begin with steps 1, 3, 5 and 7, and have 8 tokens at most.
 UPDATES = ("--updates-per-rollout", 2, "--iters", 8, "--save-every", 2, "--val-batches", 0, "--steps-per-eval", 0)
 MOMENTS = {
-    "while sampling": ("mlx_lora.models.group_sampling::_drawn:20", None),
-    "between rollout and update": ("mlx_lora.training.step:Step:__call__:5", 4),
-    "between two updates of a rollout": ("mlx_lora.training.step:Step:__call__:6", 4),
-    "while rewarding": ("mlx_lora.training.rollouts::rewards_for:3", 4),
+    "while sampling": ("mlx_lora.rollouts.sampler::_drawn:20", None),
+    "between rollout and update": ("mlx_lora.trainer.step:Step:__call__:5", 4),
+    "between two updates of a rollout": ("mlx_lora.trainer.step:Step:__call__:6", 4),
+    "while rewarding": ("mlx_lora.rollouts.rollout::rewards_for:3", 4),
 }
 FAST = ("between rollout and update",)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from run_cli import one_line, run
 
-from mlx_lora.objectives.objective_table import OWN_OPTIONS, POLICY_REPORTS
-from mlx_lora.settings.objective_settings import SAMPLING
+from mlx_lora.config.objectives import SAMPLING
+from mlx_lora.objectives.table import OWN_OPTIONS, POLICY_REPORTS
 
 REWARD = """
 def odd(prompts, completions, completion_ids, answer, **columns):

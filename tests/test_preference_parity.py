@@ -12,20 +12,21 @@ from real_models import smollm2_gguf
 from run_cli import run
 from torch_judge import name_here, torch_base
 
-from mlx_lora.adapters.adapt import adapt_model
-from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.data.batches import BatchPlan, collate
-from mlx_lora.data.encode import EncodedSet
-from mlx_lora.data.joining import joined
+from mlx_lora.adapters.inject import adapt_model, adapter_parameters
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import AdapterSettings, ModelSettings, OptimizerSettings
+from mlx_lora.data.batch import collate
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import load_base
-from mlx_lora.models.shared_prefix import rotate_by_token
-from mlx_lora.objectives.objective_table import objective_of
-from mlx_lora.settings.config import AdapterSettings, ModelSettings, ObjectiveSettings, OptimizerSettings
-from mlx_lora.system.distributed import ALONE
-from mlx_lora.training.losses import choose_loss
-from mlx_lora.training.objective_loss import row_log_probabilities, task_of
-from mlx_lora.training.optim import build_optimizer
-from mlx_lora.training.step import Step
+from mlx_lora.models.prefix_attention import rotate_by_token
+from mlx_lora.objectives.prefix_sharing import joined
+from mlx_lora.objectives.table import objective_of
+from mlx_lora.objectives.task import row_log_probabilities, task_of
+from mlx_lora.parallel.ranks import ALONE
+from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.step import Step
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
 

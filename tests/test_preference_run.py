@@ -14,12 +14,11 @@ import pytest
 from conftest import tiny_model, write_folder
 from run_cli import one_line, run
 
-from mlx_lora.objectives.objective_table import OBJECTIVES, OWN_OPTIONS
-from mlx_lora.settings.config import ObjectiveSettings
-from mlx_lora.settings.objective_settings import IMITATION, SAMPLING
-from mlx_lora.training import trainer
-from mlx_lora.training.state import Position
-from mlx_lora.training.trainer import Measured
+from mlx_lora.config.objectives import IMITATION, SAMPLING, ObjectiveSettings
+from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS
+from mlx_lora.trainer import trainer
+from mlx_lora.trainer.checkpoint import Position
+from mlx_lora.trainer.evaluate import Measured
 
 QUICK = ("--iters", 3, "--learning-rate", "5e-3", "--batch-size", 4, "--sample-tokens", 0, "--kernels", "ours",
          "--val-batches", 1, "--steps-per-report", 1, "--rank", 4)  # fmt: skip

@@ -17,11 +17,11 @@ import yaml
 from run_cli import run
 
 import mlx_lora
-from mlx_lora.api.display import NotebookProgress, display_here
-from mlx_lora.api.given_data import data_source
-from mlx_lora.api.python_errors import python_words
-from mlx_lora.system import errors
-from mlx_lora.training.interrupts import interrupt_flag
+from mlx_lora.api.errors import python_words
+from mlx_lora.api.train import data_source
+from mlx_lora.trainer.guards import interrupt_flag
+from mlx_lora.trainer.progress import NotebookProgress, display_here
+from mlx_lora.utils import errors
 
 QUICK = {"iters": 6, "learning_rate": 5e-3, "batch_tokens": 256, "max_seq_length": 128, "steps_per_report": 2}
 QUICK |= {"sample_tokens": 0, "save_every": 0}

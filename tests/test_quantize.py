@@ -13,9 +13,9 @@ from architectures.build import write_architecture
 from conftest import TINY, tiny_model
 from mlx.utils import tree_flatten
 
-from mlx_lora.models.converting import convert_model
+from mlx_lora.models.convert import convert_model
 from mlx_lora.models.folder import load_weights
-from mlx_lora.models.outline import outline_of_config
+from mlx_lora.models.meta import outline_of_config
 from mlx_lora.models.quantize import (
     FIXED_MODES,
     HEADS_FROM_STORED,
@@ -26,8 +26,8 @@ from mlx_lora.models.quantize import (
     quantize_weight,
     relative_error,
 )
-from mlx_lora.sources.hub import resolve_model
-from mlx_lora.system.errors import InputError
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.hub import resolve_model
 
 IDS = mx.array([[1, 2, 3, 4, 5]])
 

@@ -15,8 +15,8 @@ from mlx_lm.utils import load as mlx_lm_load
 from real_models import smollm2_gguf
 from run_cli import run
 
+from mlx_lora.config.settings import ModelSettings
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import ModelSettings
 
 pytestmark = pytest.mark.slow
 DATA = Path(__file__).parents[1] / "data"

@@ -20,9 +20,9 @@ from made_conversations import conversations, rows_of
 from template_judge import REFUSED, rendered_by_both
 from transformers import PreTrainedTokenizerFast
 
-from mlx_lora.data.encode import Encoder
 from mlx_lora.data.examples import EmptyRecord
 from mlx_lora.data.formats import parse_record
+from mlx_lora.data.tokenize import Encoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.parity]
 DAY = date(2026, 1, 5)

@@ -12,10 +12,8 @@ import pytest
 import yaml
 from run_cli import one_line, run
 
-from mlx_lora.objectives.user_rewards import rewards_for, rewards_of, summed
-from mlx_lora.settings.named_recipes import RECIPES, names_recipe
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.settings.settings_file import read_settings
+from mlx_lora.config.load import RECIPES, names_recipe, read_settings, train_settings
+from mlx_lora.rollouts.rewards import rewards_for, rewards_of, summed
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from mlx_lora.sources import records, shakespeare
-from mlx_lora.sources.records import BadRow, Record, read_records
-from mlx_lora.sources.splits import find_splits
-from mlx_lora.system.errors import InputError
+from mlx_lora.data import records
+from mlx_lora.data.examples import BadRow, Record
+from mlx_lora.data.files import find_splits
+from mlx_lora.data.records import read_records
+from mlx_lora.utils import downloads as shakespeare
+from mlx_lora.utils.errors import InputError
 
 ROWS = [{"text": "one"}, {"text": "zwei ü 😀"}]
 

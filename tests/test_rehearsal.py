@@ -96,13 +96,13 @@ def experts_in_16_bits(folder):
 
 
 def wired_more_than_the_working_set(folder):
-    from mlx_lora.system import device
+    from mlx_lora.utils import device
 
     device.mx.set_wired_limit(device.current_device().working_set_bytes + 1)
 
 
 def the_device(folder):
-    from mlx_lora.system import device, process
+    from mlx_lora.utils import device, process
 
     here = device.current_device()
     device.wire_working_set()
@@ -133,7 +133,7 @@ def evaluated_by_another_thread(folder):
 RUN = """
 import importlib.util, json, sys, tempfile
 from pathlib import Path
-import mlx_lora.system.device, mlx_lora.system.process
+import mlx_lora.utils.device, mlx_lora.utils.text
 spec = importlib.util.spec_from_file_location("mlx_lora.planted", sys.argv[1])
 planted = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(planted)

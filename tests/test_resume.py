@@ -15,8 +15,8 @@ import pytest
 from resumed_runs import STEPS, command, stopped_after, weights
 from run_cli import run
 
-from mlx_lora.artifacts.checkpoint import ARRAYS_FILE, STATE_FILE, locked
-from mlx_lora.system.errors import InputError
+from mlx_lora.trainer.checkpoint import ARRAYS_FILE, STATE_FILE, locked
+from mlx_lora.utils.errors import InputError
 
 RUNS = {
     "lora": ("--dropout", 0.1),

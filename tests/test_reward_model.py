@@ -12,15 +12,15 @@ import pytest
 from conftest import tiny_model, write_folder
 from run_cli import one_line, run
 
-from mlx_lora.adapters.score_head import SCORE_WEIGHT
-from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.artifacts.reward_model import check_fusing, classifier_of, padding_token
-from mlx_lora.data.encode import EncodedSet
+from mlx_lora.config.settings import DataSettings, ModelSettings
+from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation
+from mlx_lora.exporters.adapter_config import check_fusing, classifier_of, padding_token
+from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.settings.config import DataSettings, ModelSettings
-from mlx_lora.system.errors import InputError
-from mlx_lora.training.scores import score_answers
+from mlx_lora.objectives.reward_model import score_answers
+from mlx_lora.utils.errors import InputError
 
 # PEFT calls what transformers has deprecated.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning")]

@@ -12,19 +12,19 @@ from mlx.utils import tree_flatten
 from real_models import smollm2_gguf
 from run_cli import run
 
-from mlx_lora.adapters.adapt import adapt_model
-from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.adapters.score_head import SCORE_WEIGHT, put_score_head
-from mlx_lora.data.batches import BatchPlan
-from mlx_lora.data.encode import EncodedSet
+from mlx_lora.adapters.inject import adapt_model, adapter_parameters
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import AdapterSettings, ModelSettings, OptimizerSettings
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.objective_table import objective_of
-from mlx_lora.settings.config import AdapterSettings, ModelSettings, ObjectiveSettings, OptimizerSettings
-from mlx_lora.system.distributed import ALONE
-from mlx_lora.training.losses import choose_loss
-from mlx_lora.training.objective_loss import row_log_probabilities, score_loss, task_of
-from mlx_lora.training.optim import build_optimizer
-from mlx_lora.training.step import Step
+from mlx_lora.objectives.table import objective_of
+from mlx_lora.objectives.task import row_log_probabilities, score_loss, task_of
+from mlx_lora.parallel.ranks import ALONE
+from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.step import Step
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
 

@@ -10,12 +10,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mlx_lora.api.given_settings import named_rewards
-from mlx_lora.objectives.reward_calls import SilentRewards, TrainerState
-from mlx_lora.objectives.rewards import Reward, ready_reward
-from mlx_lora.objectives.user_rewards import means_of_known, reports_of, rewards_for, rewards_of, summed
-from mlx_lora.settings.config import ObjectiveSettings
-from mlx_lora.system.errors import InputError, RunError
+from mlx_lora.api.train import named_rewards
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.rollouts.rewards import (
+    Reward,
+    SilentRewards,
+    TrainerState,
+    means_of_known,
+    ready_reward,
+    reports_of,
+    rewards_for,
+    rewards_of,
+    summed,
+)
+from mlx_lora.utils.errors import InputError, RunError
 
 ASKED = ObjectiveSettings("grpo")
 

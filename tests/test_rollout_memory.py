@@ -12,18 +12,16 @@ from conftest import tiny_model
 from real_models import smollm2_gguf
 from run_cli import run
 
-from mlx_lora.adapters.model_shape import model_shape
-from mlx_lora.models.group_sampling import SamplingOptions, answer_keys, sample_groups
-from mlx_lora.models.layer_caches import layer_caches
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import ModelSettings, TrainSettings
 from mlx_lora.models.load import load_base
-from mlx_lora.planner.fitting import fit, largest_rollout, run_of
-from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.rollout_memory import rollout_parts
+from mlx_lora.models.meta import layer_caches, model_shape
+from mlx_lora.planner.fit import fit, largest_rollout, run_of
+from mlx_lora.planner.machine import this_machine
+from mlx_lora.planner.memory import plan_memory, rollout_parts
 from mlx_lora.planner.shapes import LayerCache, Machine, ModelShape, Rollout, Run
-from mlx_lora.planner.this_machine import this_machine
-from mlx_lora.settings.config import ModelSettings, TrainSettings
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.system.units import GIB
+from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
+from mlx_lora.utils.text import GIB
 
 NO_END = frozenset()
 CPU = Machine("a CPU", "cpu", 24 * GIB, 22 * GIB, 4)

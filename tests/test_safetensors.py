@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_lora.sources.safetensors import READABLE, read_safetensors_header
-from mlx_lora.system.errors import InputError
+from mlx_lora.models.folder import READABLE, read_safetensors_header
+from mlx_lora.utils.errors import InputError
 
 BYTES = {"F64": 8, "C64": 8, "U64": 8, "I64": 8, "U32": 4, "I32": 4, "F32": 4, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
 

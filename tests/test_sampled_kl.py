@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lora.objectives.sampled_kl import sampled_kl
+from mlx_lora.losses.divergence import sampled_kl
 
 
 def three_policies(seed: int = 0, count: int = 37):

@@ -13,21 +13,19 @@ import numpy as np
 import pytest
 from run_cli import run
 
-from mlx_lora.adapters.adapt import adapt_model
-from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.artifacts.checkpoint import read_checkpoint
-from mlx_lora.models import sampling_form
-from mlx_lora.models.group_sampling import SamplingOptions, answer_keys, sample_groups
+from mlx_lora.adapters.inject import adapt_model, adapter_layers
+from mlx_lora.config.settings import AdapterSettings, ModelSettings
+from mlx_lora.kernels.quantized_matmul import DENSE
 from mlx_lora.models.load import load_base
-from mlx_lora.models.matmul import DENSE
-from mlx_lora.models.sampling_form import SamplingForm, choose_sampling
-from mlx_lora.models.token_steps import TokenSteps
+from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.planner.memory import MemoryPlan
-from mlx_lora.settings.config import AdapterSettings, ModelSettings
-from mlx_lora.system import device
-from mlx_lora.system.distributed import ALONE
-from mlx_lora.system.errors import InputError
-from mlx_lora.training.checkpointing import apply_checkpointing
+from mlx_lora.rollouts import decode as sampling_form
+from mlx_lora.rollouts.decode import SamplingForm, TokenSteps, choose_sampling
+from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
+from mlx_lora.trainer.checkpoint import read_checkpoint
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
+from mlx_lora.utils import device
+from mlx_lora.utils.errors import InputError
 
 PLENTY = 1 << 40
 PROMPTS = [[72, 101, 108, 108], [111, 33]]

@@ -15,13 +15,13 @@ from architectures.build import tiny_config, write_architecture
 from architectures.trial import relative
 from transformers import CONFIG_MAPPING
 
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.gguf.arch import gguf_settings
+from mlx_lora.models.config import check_rotation, translate_config
 from mlx_lora.models.folder import read_config
-from mlx_lora.models.gguf_settings import gguf_settings
 from mlx_lora.models.load import load_base
-from mlx_lora.models.outline import outline_of
-from mlx_lora.models.saved_config import check_rotation, translate_config
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.system.errors import InputError
+from mlx_lora.models.meta import outline_of
+from mlx_lora.utils.errors import InputError
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip

@@ -16,19 +16,18 @@ from conftest import tiny_model, write_folder
 from mlx.utils import tree_flatten
 from run_cli import one_line, run
 
-from mlx_lora.adapters.adapt import adapt_model
-from mlx_lora.adapters.score_head import SCORE_WEIGHT
-from mlx_lora.artifacts.adapter import load_adapter
+from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import AdapterSettings, ModelSettings, TrainSettings
 from mlx_lora.data.examples import Completion, Conversation
+from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.objectives.rewards import Reward
-from mlx_lora.objectives.user_rewards import reward_names, rewards_for
-from mlx_lora.runs.reward_models import load_rewards
-from mlx_lora.settings.config import AdapterSettings, ModelSettings, ObjectiveSettings, TrainSettings
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.system.errors import RunError
-from mlx_lora.training.beside import beside_bytes
-from mlx_lora.training.scores import score_answers
+from mlx_lora.objectives.reward_model import score_answers
+from mlx_lora.rollouts.reward_models import beside_bytes, load_rewards
+from mlx_lora.rollouts.rewards import Reward, reward_names, rewards_for
+from mlx_lora.utils.errors import RunError
 
 # PEFT calls what transformers has deprecated.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning")]

@@ -19,15 +19,15 @@ from run_cli import run
 from template_judge import REFUSED, rendered_by_both
 from transformers.utils import chat_template_utils
 
-from mlx_lora.artifacts import peft_patterns
-from mlx_lora.artifacts.card import plain
-from mlx_lora.artifacts.peft_patterns import names_layer
 from mlx_lora.data import sandbox
 from mlx_lora.data.formats import parse_record
 from mlx_lora.data.sandbox import render_chat
-from mlx_lora.models.config_check import check_config
-from mlx_lora.system.errors import InputError
-from mlx_lora.system.parsing import parse_json, parse_yaml
+from mlx_lora.exporters import peft_names as peft_patterns
+from mlx_lora.exporters.card import plain
+from mlx_lora.exporters.peft_names import names_layer
+from mlx_lora.models.config import check_config
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.parsing import parse_json, parse_yaml
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
 

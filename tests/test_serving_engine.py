@@ -15,13 +15,12 @@ from conftest import quantized, tiny_model, write_folder
 from make_adapters import make_adapter
 from run_cli import run
 
+from mlx_lora.config.settings import ModelSettings
 from mlx_lora.models.load import load_base
 from mlx_lora.serving.adapter_store import Source, UnknownAdapter
-from mlx_lora.serving.engine import Engine, Limits
-from mlx_lora.serving.requests import QueueFull, Request, Stopped
+from mlx_lora.serving.engine import Engine, Limits, QueueFull, Request, Stopped
 from mlx_lora.serving.sampling import Sampling
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.system.errors import InputError
+from mlx_lora.utils.errors import InputError
 
 GREEDY = Sampling(temperature=0)
 

@@ -10,16 +10,13 @@ from conftest import quantized, tiny_model, write_folder
 from make_adapters import make_adapter
 from mlx.utils import tree_flatten
 
-from mlx_lora.artifacts.adapter import load_adapter
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.adapter_store import AdapterStore, Source, UnknownAdapter
-from mlx_lora.serving.factors import read_factors
-from mlx_lora.serving.pools import LayerFactors, LayerPools, Routing
-from mlx_lora.serving.routed import ROUTED, route, unrouted_twin
-from mlx_lora.serving.sampling import Sampler, Sampling, sample_rows
-from mlx_lora.serving.text import TextStream, TokenReport
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.system.errors import InputError
+from mlx_lora.serving.adapter_store import AdapterStore, Source, UnknownAdapter, read_factors
+from mlx_lora.serving.pools import ROUTED, LayerFactors, LayerPools, Routing, route, unrouted_twin
+from mlx_lora.serving.sampling import Sampler, Sampling, TextStream, TokenReport, sample_rows
+from mlx_lora.utils.errors import InputError
 
 TOKENS = mx.array([[3, 1, 4], [1, 5, 9], [2, 6, 5], [3, 5, 8], [9, 7, 9]])
 

@@ -12,12 +12,11 @@ import sys
 import pytest
 from run_cli import Ran, run
 
-from mlx_lora.settings.config import FIELDS, ROWS
-from mlx_lora.settings.other_names import OTHER_NAMES
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.settings.serve_settings import ServeSettings
-from mlx_lora.settings.setting_row import flag_of, read_value, row_of
-from mlx_lora.system.errors import InputError
+from mlx_lora.config.aliases import OTHER_NAMES
+from mlx_lora.config.fields import flag_of, read_value, row_of
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import FIELDS, ROWS, ServeSettings
+from mlx_lora.utils.errors import InputError
 
 # As they were when each was a table of its own: may a resumed run change it, may the ranks differ -> settings of then.
 RULES = {
@@ -208,7 +207,7 @@ def test_a_misspelled_command_is_answered(capsys):
 
 
 def test_settings_are_resolved_without_the_other_trainers_files():
-    code = "import sys, mlx_lora.settings.{} as _; print([m for m in sys.modules if 'migration' in m])"
+    code = "import sys, mlx_lora.config.{} as _; print([m for m in sys.modules if 'migration' in m])"
     loaded = {
         module: subprocess.run(
             [sys.executable, "-c", code.format(module)], capture_output=True, text=True, check=True
@@ -216,4 +215,4 @@ def test_settings_are_resolved_without_the_other_trainers_files():
         for module in ("resolve", "settings_file")
     }
     assert loaded["resolve"] == "[]\n"
-    assert "mlx_lora.settings.migration.migrate" in loaded["settings_file"]
+    assert "mlx_lora.config.migration.migrate" in loaded["settings_file"]

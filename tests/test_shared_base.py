@@ -9,7 +9,7 @@ from rank_runs import assert_same_run, command, train
 from ranks import Started
 from run_cli import run
 
-from mlx_lora.training.base_shards import ALIGNMENT, cut
+from mlx_lora.parallel.sharded_base import ALIGNMENT, cut
 
 
 @pytest.fixture(scope="module")

@@ -13,20 +13,20 @@ from mlx.utils import tree_flatten
 from run_cli import run
 from tiny_steps import adapted
 
-from mlx_lora.adapters.adapt import adapt_model
-from mlx_lora.data.batches import EMPTY, BatchPlan
-from mlx_lora.data.encode import EncodedSet
-from mlx_lora.data.joining import joined, saved_share, shared_tokens
-from mlx_lora.models.attention import attend
-from mlx_lora.models.kernels import assumed, training_kernels
-from mlx_lora.models.shared_prefix import SharedPrefix, rotate_by_token, unshareable
-from mlx_lora.settings.config import AdapterSettings
-from mlx_lora.training import prefix_sharing
-from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.losses import PLAIN, choose_loss
-from mlx_lora.training.objective_loss import row_log_probabilities
-from mlx_lora.training.prefix_sharing import sharing_problem
-from mlx_lora.training.probe import probe
+from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.config.settings import AdapterSettings
+from mlx_lora.data.batch import EMPTY
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.kernels.attention import attend
+from mlx_lora.kernels.table import assumed, training_kernels
+from mlx_lora.losses.check import choose_loss, probe
+from mlx_lora.losses.cross_entropy import PLAIN
+from mlx_lora.models.prefix_attention import SharedPrefix, rotate_by_token, unshareable
+from mlx_lora.objectives import prefix_sharing
+from mlx_lora.objectives.prefix_sharing import joined, saved_share, shared_tokens, sharing_problem
+from mlx_lora.objectives.task import row_log_probabilities
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 
 SHARING = ("llama", "gemma3_text", "gemma4_text", "gpt_oss", "phi3", "cohere2", "deepseek_v3")
 SEPARATE = {"qwen3_5": "ArraysCache", "falcon_h1": "CacheList", "llama4": "ChunkedKVCache", "mistral3": "fails"}

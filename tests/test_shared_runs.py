@@ -39,7 +39,7 @@ def started(words: list, ranks: int, folder: Path):
 def test_evaluate_measures_what_one_process_measures(alone, tiny_folder, chats, tmp_path):
     words = ("--model", tiny_folder, "--adapter-path", alone, "--data", chats, "--json", "--batch-tokens", 300)
     expected = json.loads(run("evaluate", *words).out)
-    ended = started(["-m", "mlx_lora.evaluate", *words, "--shard-base", "3:1"], 2, tmp_path)
+    ended = started(["-m", "mlx_lora", "evaluate", *words, "--shard-base", "3:1"], 2, tmp_path)
     found = json.loads(ended.outs[0])
     assert abs(found.pop("loss") - expected["loss"]) < 1e-5 * expected.pop("loss")
     assert abs(found.pop("perplexity") / expected.pop("perplexity") - 1) < 1e-5
@@ -51,7 +51,7 @@ def test_evaluate_measures_what_one_process_measures(alone, tiny_folder, chats, 
 def test_generate_writes_the_text_of_one_process(alone, tiny_folder, tmp_path):
     words = ("--model", tiny_folder, "--adapter-path", alone, "--prompt", "Say 3. #10", "--max-tokens", 12, "--json")
     expected = json.loads(run("generate", *words).out)
-    ended = started(["-m", "mlx_lora.generate", *words, *SHARED], 2, tmp_path)
+    ended = started(["-m", "mlx_lora", "generate", *words, *SHARED], 2, tmp_path)
     found = json.loads(ended.outs[0])
     for name in ("text", "tokens", "prompt_tokens", "finish_reason"):
         assert found[name] == expected[name]
@@ -76,8 +76,8 @@ def test_ranks_draw_the_same_tokens(alone, tiny_folder, tmp_path):
         "--json",
     ]
     expected = json.loads(run("generate", *words, "--seed", 5).out)["text"]
-    apart = "import mlx.core as mx; mx.random.seed = lambda seed: None; from mlx_lora.generate import main; main()"
-    first = ["-m", "mlx_lora.generate", *words, "--seed", 5, *SHARED]
+    apart = "import mlx.core as mx; mx.random.seed = lambda seed: None; from mlx_lora.cli.generate import main; main()"
+    first = ["-m", "mlx_lora", "generate", *words, "--seed", 5, *SHARED]
     ended = Started([first, ["-c", apart, *first[2:]]], tmp_path).wait()
     assert ended.codes == [0, 0], ended.errs
     assert json.loads(ended.outs[0])["text"] == expected
@@ -272,7 +272,7 @@ def test_smollm2_shares_its_base(form, ranks, parts, chats, tmp_path):
 MEASURED = """
 import sys
 import mlx.core as mx
-from mlx_lora.export import main
+from mlx_lora.cli.export import main
 main.main(sys.argv[1:], standalone_mode=False)
 print(mx.get_peak_memory())
 """

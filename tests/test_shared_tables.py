@@ -8,15 +8,21 @@ import pytest
 from mlx_lm.models import gemma2, llama, qwen2
 from safetensors.numpy import load_file
 
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.losses.fused import fused_token_losses, row_token_losses
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.load import load_base
-from mlx_lora.models.stored_rows import read_rows
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.system.distributed import ALONE
-from mlx_lora.training.base_shards import Messages, Unit
-from mlx_lora.training.fused import fused_token_losses
-from mlx_lora.training.row_loss import row_token_losses
-from mlx_lora.training.shared_tables import SharedTable, share_base, slice_bytes, slices_of, tables_of, units_of
+from mlx_lora.parallel.ranks import ALONE
+from mlx_lora.parallel.sharded_base import Messages, Unit
+from mlx_lora.parallel.sharded_tables import (
+    SharedTable,
+    read_rows,
+    share_base,
+    slice_bytes,
+    slices_of,
+    tables_of,
+    units_of,
+)
 
 SMALL = {
     "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 2,

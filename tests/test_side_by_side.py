@@ -12,9 +12,9 @@ import pytest
 from run_cli import one_line, run
 
 import mlx_lora
-from mlx_lora.evaluate import side_by_side
-from mlx_lora.runs.side_by_side import normalized
-from mlx_lora.training.held_out_rows import student_quantile
+from mlx_lora.api.evaluate import normalized
+from mlx_lora.cli.evaluate import side_by_side
+from mlx_lora.trainer.evaluate import student_quantile
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ class Stop:
 
 @pytest.fixture
 def stopped_after(monkeypatch):
-    command = sys.modules["mlx_lora.evaluate"]  # as an attribute of the package, it is the function
+    command = sys.modules["mlx_lora.cli.evaluate"]  # as an attribute of the package, it is the function
 
     def begin(count: int) -> None:
         monkeypatch.setattr(command, "interrupt_flag", lambda words: contextlib.nullcontext(Stop(count)))

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer
 
-from mlx_lora.data.formats import Completion, Conversation, Text
-from mlx_lora.data.loading import load_data, load_eval_set
-from mlx_lora.data.split import content_key, cut_text, joined_groups, prompt_key, split_by_group
-from mlx_lora.settings.config import DataSettings
-from mlx_lora.system.errors import InputError
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.examples import Completion, Conversation, Text
+from mlx_lora.data.load import load_data, load_eval_set
+from mlx_lora.data.mix import content_key, cut_text, joined_groups, prompt_key, split_by_group
+from mlx_lora.utils.errors import InputError
 
 TOKENIZER = byte_tokenizer(CHATML)
 

@@ -20,16 +20,18 @@ from tiny_steps import batch
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.models import recurrent_layers, spans, state_space
-from mlx_lora.models.kernel_choice import choose_model_kernels
-from mlx_lora.models.kernels import training_kernels
-from mlx_lora.models.recurrent_layers import EXCHANGES, recurrent_kernels
-from mlx_lora.models.spans import in_lanes, linear_scan, out_of_lanes
-from mlx_lora.models.state_space import selective_scan, state_space_dual
+from mlx_lora.kernels import recurrent as recurrent_layers
+from mlx_lora.kernels import state_space
+from mlx_lora.kernels import state_space as spans
+from mlx_lora.kernels.choose import choose_model_kernels
+from mlx_lora.kernels.recurrent import EXCHANGES, recurrent_kernels
+from mlx_lora.kernels.state_space import in_lanes, linear_scan, out_of_lanes, selective_scan, state_space_dual
+from mlx_lora.kernels.table import training_kernels
+from mlx_lora.losses import cross_entropy as losses
+from mlx_lora.losses.check import check_kernels, choose_loss
+from mlx_lora.losses.cross_entropy import PLAIN, Arrays, plain_loss
 from mlx_lora.planner.memory import RECURRENT_CHECK_TOKENS
-from mlx_lora.training import losses
-from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.losses import PLAIN, Arrays, check_kernels, choose_loss, plain_loss
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 
 Arrayed = Callable[..., Sequence[mx.array]]
 WORDS = {

@@ -16,13 +16,13 @@ from tiny_steps import batch
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.models import state_space
-from mlx_lora.models.attention import attend
-from mlx_lora.models.kernels import training_kernels
-from mlx_lora.settings.config import OptimizerSettings
-from mlx_lora.training.losses import Arrays, plain_loss
-from mlx_lora.training.optim import build_optimizer
-from mlx_lora.training.step import Step
+from mlx_lora.config.settings import OptimizerSettings
+from mlx_lora.kernels import state_space
+from mlx_lora.kernels.attention import attend
+from mlx_lora.kernels.table import training_kernels
+from mlx_lora.losses.cross_entropy import Arrays, plain_loss
+from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.step import Step
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -15,13 +15,13 @@ from mlx.utils import tree_flatten
 from tiny_steps import adapted, batch, factors, make_step
 
 from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.data.batches import Batch
-from mlx_lora.models.matmul import MeasuredQuantizedLinear
-from mlx_lora.settings.config import OptimizerSettings
-from mlx_lora.system.errors import InputError
-from mlx_lora.training.losses import Arrays, plain_loss
-from mlx_lora.training.optim import build_optimizer, clip_scale, learning_rate_schedule
-from mlx_lora.training.step import Step
+from mlx_lora.config.settings import OptimizerSettings
+from mlx_lora.data.batch import Batch
+from mlx_lora.kernels.quantized_matmul import MeasuredQuantizedLinear
+from mlx_lora.losses.cross_entropy import Arrays, plain_loss
+from mlx_lora.trainer.optimizer import build_optimizer, clip_scale, learning_rate_schedule
+from mlx_lora.trainer.step import Step
+from mlx_lora.utils.errors import InputError
 
 FACTORS = frozenset({"lora_a", "lora_b"})
 
@@ -163,7 +163,7 @@ def test_every_optimizer_lowers_the_loss(name):
 def test_one_flat_array_gets_the_update_of_many(monkeypatch):
     runs = {}
     for flat in (True, False):
-        monkeypatch.setattr("mlx_lora.training.step.ELEMENTWISE", (optim.Adam, optim.SGD) if flat else ())
+        monkeypatch.setattr("mlx_lora.trainer.step.ELEMENTWISE", (optim.Adam, optim.SGD) if flat else ())
         model = adapted(seed=3)
         step = make_step(model, clip=0.5, weight_decay=0.1)
         for s in range(4):

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
 
-from mlx_lora.data import encode
-from mlx_lora.data import encoded_cache as store
-from mlx_lora.data.encode import EncodedSet, Encoder
-from mlx_lora.data.encoded_cache import entry_folder, read_entry, write_entry
-from mlx_lora.data.loading import load_data, load_eval_set
-from mlx_lora.settings.config import DataSettings
-from mlx_lora.system import long_task
-from mlx_lora.system.errors import InputError
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data import cache as store
+from mlx_lora.data import tokenize as encode
+from mlx_lora.data.cache import entry_folder, read_entry, write_entry
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.load import load_data, load_eval_set
+from mlx_lora.data.tokenize import Encoder
+from mlx_lora.utils import progress as long_task
+from mlx_lora.utils.errors import InputError
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from studio_client import furnish, studio, write_run
 from studio_real import PATIENCE_MS
 from studio_real import studio as real_studio
 
-from mlx_lora.artifacts.evaluation_page import EVALUATION_FILE, keep_evaluation
-from mlx_lora.workbench.evaluation_routes import MOST_TEXT, words_of_asking
-from mlx_lora.workbench.run_states import run_id
-from mlx_lora.workbench.tasks import Tasks
+from mlx_lora.reports.evaluation import EVALUATION_FILE, keep_evaluation
+from mlx_lora.studio.evaluation_routes import MOST_TEXT, words_of_asking
+from mlx_lora.studio.run_states import run_id
+from mlx_lora.studio.tasks import Tasks
 
 CHANGE = {"change": -1.0, "low": -1.5, "high": -0.5, "rows": 9}
 EXAMPLE = {"question": "q" * 9000, "expected": "Yes.", "base": "No", "adapter": "yes", "exact": {"base": False, "adapter": True}}  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_lora.artifacts import page_template
+from mlx_lora.reports import charts as page_template
 
 PAGES = Path(page_template.__file__).parents[1] / "workbench" / "pages"
 VENDOR = PAGES / "vendor"

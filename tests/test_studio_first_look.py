@@ -11,14 +11,14 @@ import time
 
 from studio_client import metric, studio, write_run
 
-from mlx_lora.artifacts.checkpoint import LOCK_FILE
-from mlx_lora.sources.embedded_models import SMOLLM2_GGUF
-from mlx_lora.system.cache import cache_dir
-from mlx_lora.system.process import start_mark
-from mlx_lora.workbench.metrics_reading import last_values
-from mlx_lora.workbench.run_listing import samples_of
-from mlx_lora.workbench.run_routes import RunNews
-from mlx_lora.workbench.run_states import Started, run_id
+from mlx_lora.studio.metrics_reading import last_values
+from mlx_lora.studio.run_listing import samples_of
+from mlx_lora.studio.run_routes import RunNews
+from mlx_lora.studio.run_states import Started, run_id
+from mlx_lora.trainer.checkpoint import LOCK_FILE
+from mlx_lora.utils.cache import cache_dir
+from mlx_lora.utils.downloads import SMOLLM2_GGUF
+from mlx_lora.utils.text import start_mark
 
 
 def test_texts_are_shown_without_a_templates_markers(tmp_path):

@@ -8,9 +8,9 @@ import os
 import pytest
 from studio_client import furnish, studio, write_run
 
-from mlx_lora.artifacts.known_runs import KnownRun, known_runs, note_run, runs_file
-from mlx_lora.train import main as train
-from mlx_lora.workbench.run_states import run_id
+from mlx_lora.cli.train import main as train
+from mlx_lora.studio.run_states import run_id
+from mlx_lora.trainer.run_folder import KnownRun, known_runs, note_run, runs_file
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import pytest
 import yaml
 from studio_client import furnish, studio, upload, wait_for
 
-from mlx_lora.settings.config import FIELDS
-from mlx_lora.workbench.model_stores import ollama_models
-from mlx_lora.workbench.run_plans import Plans
-from mlx_lora.workbench.setting_groups import OWN
-from mlx_lora.workbench.tasks import Tasks
+from mlx_lora.config.settings import FIELDS
+from mlx_lora.studio.model_stores import ollama_models
+from mlx_lora.studio.run_plans import Plans
+from mlx_lora.studio.setting_groups import OWN
+from mlx_lora.studio.tasks import Tasks
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_plans_are_traced_beside_a_model_that_answers(client, named, monkeypatch
     def traced(*_, **__):
         raise AssertionError("this process replaced MLX's functions")
 
-    monkeypatch.setattr("mlx_lora.training.block_memory.gradient_graph", traced)
+    monkeypatch.setattr("mlx_lora.trainer.block_memory.gradient_graph", traced)
     body = {"model": named[0], "settings": {"max_seq_length": 96}}
     answer = client.post("/api/models/plan", json=body).json()
     assert answer.get("peak_bytes"), answer
@@ -268,7 +268,7 @@ def test_a_server_that_ends_waits_for_no_plan(tmp_path):
 
 @pytest.mark.slow
 def test_large_data_is_read_in_a_process_of_its_own(client, named, monkeypatch):
-    from mlx_lora.workbench import previews
+    from mlx_lora.studio import previews
 
     monkeypatch.setattr(previews, "AT_ONCE_BYTES", 10)
     first = preview(client, *named, settings={"max_seq_length": 61}).json()
@@ -282,7 +282,7 @@ def test_large_data_is_read_in_a_process_of_its_own(client, named, monkeypatch):
 
 
 def test_the_hub_out_of_reach_is_one_line(client, monkeypatch):
-    from mlx_lora.workbench import model_routes
+    from mlx_lora.studio import model_routes
 
     def unreachable():
         raise OSError("no route to host")

@@ -8,10 +8,10 @@ import os
 import pytest
 from studio_client import UPLOAD, furnish, studio, upload, write_run
 
-from mlx_lora.system.errors import InputError
-from mlx_lora.workbench import previews
-from mlx_lora.workbench.run_states import run_id
-from mlx_lora.workbench.web import POLICY
+from mlx_lora.studio import previews
+from mlx_lora.studio.run_states import run_id
+from mlx_lora.studio.web import POLICY
+from mlx_lora.utils.errors import InputError
 
 KEY = "correct horse"
 READ = (
@@ -67,7 +67,7 @@ def unplanned(monkeypatch):
     def refuse(*_, **__):
         raise InputError("not planned here")
 
-    monkeypatch.setattr("mlx_lora.workbench.run_plans.Plans._planned", refuse)
+    monkeypatch.setattr("mlx_lora.studio.run_plans.Plans._planned", refuse)
 
 
 def message(answer) -> str:

@@ -17,11 +17,11 @@ from run_cli import one_line, run
 from serving_process import ROOT, Server
 from studio_client import wait_for
 
-from mlx_lora.studio import only_one
-from mlx_lora.system.errors import InputError
-from mlx_lora.workbench import tasks as tasks_module
-from mlx_lora.workbench.talking import Talk
-from mlx_lora.workbench.tasks import Cancelled, Tasks
+from mlx_lora.cli.studio import only_one
+from mlx_lora.studio import tasks as tasks_module
+from mlx_lora.studio.talking import Talk
+from mlx_lora.studio.tasks import Cancelled, Tasks
+from mlx_lora.utils.errors import InputError
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import re
 import pytest
 from studio_client import furnish, studio
 
-from mlx_lora.settings.config import FIELDS
-from mlx_lora.settings.setting_row import flag_of
-from mlx_lora.workbench.page_words import fields_in, in_page_words, label_of
-from mlx_lora.workbench.setting_groups import setting_groups
+from mlx_lora.config.fields import flag_of
+from mlx_lora.config.settings import FIELDS
+from mlx_lora.studio.page_words import fields_in, in_page_words, label_of
+from mlx_lora.studio.setting_groups import setting_groups
 
 
 def test_flags_of_settings_become_fields():

@@ -12,12 +12,10 @@ from conftest import write_folder
 from made_results import made_entry, made_rates
 from run_cli import run
 
-from mlx_lora.suite import machine_facts as machine
-from mlx_lora.suite import running
-from mlx_lora.suite.energy import POWER, EnergyMeter
-from mlx_lora.suite.figures import run_figures, spread
-from mlx_lora.suite.fresh_process import run_process
-from mlx_lora.suite.prediction import (
+from mlx_lora.bench import machine
+from mlx_lora.bench import run as running
+from mlx_lora.bench.machine import measure_rates
+from mlx_lora.bench.predict import (
     batches_of,
     listed_flops,
     measured_machine,
@@ -27,12 +25,10 @@ from mlx_lora.suite.prediction import (
     predict_sizes,
     typical_batches,
 )
-from mlx_lora.suite.rates import measure_rates
-from mlx_lora.suite.result import read_result
-from mlx_lora.suite.running import Length, run_workload, train_command
-from mlx_lora.suite.schema import RATES, field_problems
-from mlx_lora.suite.workload_models import MODELS
-from mlx_lora.suite.workloads import ROW_SHAPES, TIERS, WORKLOADS, choose_workloads, digest_of
+from mlx_lora.bench.results import read_result
+from mlx_lora.bench.run import POWER, EnergyMeter, Length, run_figures, run_process, run_workload, spread, train_command
+from mlx_lora.bench.schema import RATES, field_problems
+from mlx_lora.bench.workloads import MODELS, ROW_SHAPES, TIERS, WORKLOADS, choose_workloads, digest_of
 
 BY_NAME = {one.name: one for one in WORKLOADS}
 CHAT = BY_NAME["embedded-smollm2-135m-chat-qlora"]
@@ -299,7 +295,7 @@ def test_an_interrupted_run_keeps_what_is_done(tmp_path, monkeypatch):
         return made_entry(workload)
 
     monkeypatch.setattr("mlx_lora.bench.measure_rates", lambda work: PROBE)
-    monkeypatch.setattr("mlx_lora.bench.run_one", one)
+    monkeypatch.setattr("mlx_lora.cli.bench.run_one", one)
     ran = run("bench", "run", "--workload", CHAT.name, "--workload", HUB.name, "--out", tmp_path / "mine.json")
     assert ran.code == 130
     assert [entry["workload"]["name"] for entry in read_result(tmp_path / "mine.json").content["results"]] == [

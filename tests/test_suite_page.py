@@ -9,10 +9,10 @@ from browser import look
 from made_results import made_entry, made_result, write
 from run_cli import run
 
-from mlx_lora.artifacts.bars import Bar, bar_chart
-from mlx_lora.suite.result import read_results
-from mlx_lora.suite.results_page import write_page
-from mlx_lora.suite.workloads import WORKLOADS
+from mlx_lora.bench.page import write_page
+from mlx_lora.bench.results import read_results
+from mlx_lora.bench.workloads import WORKLOADS
+from mlx_lora.reports.charts import Bar, bar_chart
 
 EVIL = "<script>alert(1)</script> & \"'"
 

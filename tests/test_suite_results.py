@@ -10,12 +10,18 @@ import pytest
 from made_results import made_entry, made_result, write
 from run_cli import run
 
-from mlx_lora.suite.compare import compare
-from mlx_lora.suite.result import ResultFile, default_path, read_result, read_results, write_result
-from mlx_lora.suite.schema import FIGURES, POWER, PREDICTED, document, problems_of
-from mlx_lora.suite.tables import render_tables
-from mlx_lora.suite.workloads import WORKLOADS, digest_of
-from mlx_lora.system.errors import InputError
+from mlx_lora.bench.results import (
+    ResultFile,
+    compare,
+    default_path,
+    read_result,
+    read_results,
+    render_tables,
+    write_result,
+)
+from mlx_lora.bench.schema import FIGURES, POWER, PREDICTED, document, problems_of
+from mlx_lora.bench.workloads import WORKLOADS, digest_of
+from mlx_lora.utils.errors import InputError
 
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results"

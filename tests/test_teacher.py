@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from byte_tokenizer import SPECIAL_TOKENS, byte_tokenizer, template
 
-from mlx_lora.data.answers import encode_entries
-from mlx_lora.data.batches import BatchPlan
-from mlx_lora.data.encode import Encoder
+from mlx_lora.data.encode import encode_entries
 from mlx_lora.data.examples import Completion, Conversation, FormatError, Text
-from mlx_lora.data.prompt_records import parse_prompt
-from mlx_lora.data.teacher_rows import read_teacher_prompt, seen_by_teacher, with_prompt
-from mlx_lora.models.fingerprint import model_sample
-from mlx_lora.system.errors import InputError
-from mlx_lora.training.teacher import as_seen, check_tokenizers, tokenizer_difference
+from mlx_lora.data.prompts import parse_prompt
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.data.teacher_prompt import read_teacher_prompt, seen_by_teacher, with_prompt
+from mlx_lora.data.tokenize import Encoder
+from mlx_lora.models.folder import model_sample
+from mlx_lora.objectives.teacher import as_seen, check_tokenizers, tokenizer_difference
+from mlx_lora.utils.errors import InputError
 
 PROMPT = "You are a pirate."
 CHAT = Conversation(

@@ -13,7 +13,7 @@ from ranks import Started
 from run_cli import run
 from tiny_moe import tiny_moe, with_quantized_experts
 
-from mlx_lora.planner.tensor_plan import ARCHITECTURES, cut_problem
+from mlx_lora.planner.several_macs import ARCHITECTURES, cut_problem
 
 SCRIPT, SESSION = (Path(__file__).with_name(name) for name in ("cut_rank.py", "rank_session.py"))
 # Widths that four ranks divide into whole groups of 32 quantized weights.

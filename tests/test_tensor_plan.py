@@ -8,10 +8,18 @@ from dataclasses import replace
 from run_cli import run
 
 from mlx_lora.planner.chips import find_chip
-from mlx_lora.planner.macs_plan import Link, Mac
+from mlx_lora.planner.several_macs import (
+    Link,
+    Mac,
+    Split,
+    best,
+    cut_config,
+    split_by_rows,
+    split_by_tensor,
+    sums_of_step,
+)
 from mlx_lora.planner.shapes import Block, KernelTerms, Layer, ModelShape, Run
 from mlx_lora.planner.speed import listed_ceilings
-from mlx_lora.planner.tensor_plan import Split, best, cut_config, split_by_rows, split_by_tensor, sums_of_step
 
 
 def shape_of(parts: int) -> ModelShape:

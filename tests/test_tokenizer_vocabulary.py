@@ -11,11 +11,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 from varied_strings import varied_strings
 
-from mlx_lora.sources.gguf_tokenizer import build_tokenizer, vocabulary_from_metadata, write_folder
-from mlx_lora.sources.pre_tokenizers import PRE_TOKENIZERS
-from mlx_lora.sources.pre_tokenizers import PUBLISHED as SPELLED
-from mlx_lora.sources.tokenizer_vocabulary import PROBES, _cut, _words, tokenizer_metadata, tokenizer_vocabulary
-from mlx_lora.system.errors import InputError
+from mlx_lora.gguf.tokenizer import PRE_TOKENIZERS, build_tokenizer, vocabulary_from_metadata, write_folder
+from mlx_lora.gguf.tokenizer import PUBLISHED as SPELLED
+from mlx_lora.gguf.vocabulary import PROBES, _cut, _words, tokenizer_metadata, tokenizer_vocabulary
+from mlx_lora.utils.errors import InputError
 
 # As the published tokenizer.json files spell them.
 _INSENSITIVE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"

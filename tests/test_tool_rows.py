@@ -16,15 +16,14 @@ from conftest import tiny_model, write_folder
 from run_cli import run
 
 import mlx_lora
-from mlx_lora.data.loading import load_data
-from mlx_lora.data.prompts import encode_prompt
-from mlx_lora.data.teaching_notes import ToolsNotShown
-from mlx_lora.data.templates import resolve_template
-from mlx_lora.data.tool_lists import read_tools
-from mlx_lora.settings.config import DataSettings
-from mlx_lora.system import console
-from mlx_lora.system.errors import InputError
-from mlx_lora.training.samples import held_out_prompts
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.chat_template import encode_prompt, resolve_template
+from mlx_lora.data.files import read_tools
+from mlx_lora.data.load import load_data
+from mlx_lora.data.notes import ToolsNotShown
+from mlx_lora.trainer.report_callback import held_out_prompts
+from mlx_lora.utils import console
+from mlx_lora.utils.errors import InputError
 
 TOKENIZER = byte_tokenizer(CHATML)
 TOOLS = [
@@ -98,7 +97,7 @@ def test_texts_of_the_report_are_made_with_the_tools_of_the_row(tmp_path):
 @pytest.mark.parametrize(("key", "answer"), [("y", "True"), ("\r", "True"), ("n", "False"), ("\x1b", "False")])
 def test_one_key_answers_on_a_terminal(key, answer):
     ours, theirs = pty.openpty()
-    program = "from mlx_lora.system import console; print(console.agreed('Train with chatml?'))"
+    program = "from mlx_lora.utils import console; print(console.agreed('Train with chatml?'))"
     child = subprocess.Popen(
         [sys.executable, "-c", program], stdin=theirs, stderr=theirs, stdout=subprocess.PIPE, text=True
     )

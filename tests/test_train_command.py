@@ -16,12 +16,12 @@ import yaml
 from conftest import tiny_model, write_folder
 from run_cli import run
 
-from mlx_lora.runs.training_run import train_run
-from mlx_lora.settings.config import LoopSettings
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.system.errors import InputError
-from mlx_lora.training.interrupts import interrupt_flag
-from mlx_lora.training.trainer import Outcome, report_interval
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import LoopSettings
+from mlx_lora.trainer.guards import interrupt_flag
+from mlx_lora.trainer.run import train_run
+from mlx_lora.trainer.trainer import Outcome, report_interval
+from mlx_lora.utils.errors import InputError
 
 QUICK = (
     "--iters",
@@ -344,7 +344,7 @@ def test_a_forced_run_that_is_interrupted_before_its_first_step_leaves_the_earli
     before = contents(out)
 
     with monkeypatch.context() as at_once:
-        at_once.setattr("mlx_lora.training.trainer.interrupt_flag", lambda: nullcontext(lambda: True))
+        at_once.setattr("mlx_lora.trainer.trainer.interrupt_flag", lambda: nullcontext(lambda: True))
         interrupted = run(*arguments, "--seed", 1, "--force")
     assert interrupted.code == 130
     assert contents(out) == before

@@ -20,9 +20,9 @@ from mlx_lm.utils import load as mlx_lm_load
 from real_models import smollm2_gguf
 from run_cli import run
 
-from mlx_lora.artifacts.adapter import load_adapter
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import ModelSettings
 
 # PEFT calls what transformers has deprecated, and has advice of its own on tied layers and on fan_in_fan_out.
 pytestmark = [

@@ -15,15 +15,15 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.data.batches import BatchPlan
-from mlx_lora.data.encode import EncodedSet
-from mlx_lora.models.attention import tiled_attention
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.kernels.attention import tiled_attention
+from mlx_lora.losses.check import choose_loss, choose_step_variant
+from mlx_lora.losses.cross_entropy import PLAIN, Arrays, plain_loss
 from mlx_lora.models.folder import is_foreign
 from mlx_lora.planner.memory import tile_shape
-from mlx_lora.system.errors import InputError
-from mlx_lora.training.losses import PLAIN, Arrays, choose_loss, plain_loss
-from mlx_lora.training.step import Step
-from mlx_lora.training.trial import choose_step_variant
+from mlx_lora.trainer.step import Step
+from mlx_lora.utils.errors import InputError
 
 
 def adapted(model: nn.Module) -> nn.Module:

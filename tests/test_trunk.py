@@ -17,29 +17,28 @@ from mlx.utils import tree_flatten
 from resumed_runs import command, stopped_after, weights
 from run_cli import one_line, run
 
-from mlx_lora.adapters.adapt import adapt_model
-from mlx_lora.adapters.model_shape import model_shape
+from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import AdapterSettings
 from mlx_lora.data import row_store
-from mlx_lora.data.batches import BatchPlan
-from mlx_lora.data.encode import EncodedSet
+from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.row_store import VALUES_FILE, RowStore, evict, used_bytes
-from mlx_lora.models.attention import attend
-from mlx_lora.models.fingerprint import parameter_sums
-from mlx_lora.models.trunk import Trunk, trunk_outputs
-from mlx_lora.objectives.objective_table import objective_of
-from mlx_lora.planner.trunk_plan import TrunkPlan
-from mlx_lora.runs import trunk_choice
-from mlx_lora.runs.trunk_choice import TrunkAsked, choose_trunk
-from mlx_lora.settings.config import AdapterSettings, ObjectiveSettings
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.system.cache import cache_dir
-from mlx_lora.system.errors import InputError
-from mlx_lora.training.losses import PLAIN, choose_loss
-from mlx_lora.training.objective_loss import Task
-from mlx_lora.training.step import differentiation
-from mlx_lora.training.trial import StepVariant
-from mlx_lora.training.trunk_check import trunk_problem
-from mlx_lora.training.trunk_rows import Record, TrunkRows, with_trunk
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.kernels.attention import attend
+from mlx_lora.losses.check import StepVariant, choose_loss
+from mlx_lora.losses.cross_entropy import PLAIN
+from mlx_lora.models.folder import parameter_sums
+from mlx_lora.models.frozen_prefix import Trunk, trunk_outputs
+from mlx_lora.models.meta import model_shape
+from mlx_lora.objectives.table import objective_of
+from mlx_lora.objectives.task import Task
+from mlx_lora.planner.speed import TrunkPlan
+from mlx_lora.trainer import frozen_prefix as trunk_choice
+from mlx_lora.trainer.frozen_prefix import Record, TrunkAsked, TrunkRows, choose_trunk, trunk_problem, with_trunk
+from mlx_lora.trainer.step import differentiation
+from mlx_lora.utils.cache import cache_dir
+from mlx_lora.utils.errors import InputError
 
 # Full attention, sliding windows, experts, and recurrent blocks beside attention.
 KEPT = ("llama", "gemma3_text", "qwen3_moe", "gpt_oss", "qwen3_next", "falcon_h1")

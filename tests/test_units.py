@@ -6,8 +6,8 @@ import hashlib
 
 import pytest
 
-from mlx_lora.system.files import sha256_of
-from mlx_lora.system.units import counted
+from mlx_lora.utils.files import sha256_of
+from mlx_lora.utils.text import counted
 
 
 @pytest.mark.parametrize(

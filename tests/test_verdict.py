@@ -8,20 +8,25 @@ import numpy as np
 import pytest
 from byte_tokenizer import CHATML, GEMMA, HARMONY, MISTRAL, SPECIAL_TOKENS, TEMPLATES, byte_tokenizer
 
-from mlx_lora.artifacts.diagnosis import (
+from mlx_lora.data.chat_template import spoken_turns, without_markers
+from mlx_lora.reports.diagnosis import (
+    BAD,
+    GOOD,
     LEARNED,
     MEMORIZED,
     OVER_FITTED,
+    PLAIN,
     TOO_FEW_STEPS,
     UNCHANGED,
     UNKNOWN,
     WORSE,
+    Beside,
     Evidence,
+    change_words,
     diagnose,
+    verdict,
 )
-from mlx_lora.artifacts.verdict import BAD, GOOD, PLAIN, Beside, change_words, verdict
-from mlx_lora.data.spoken import spoken_turns, without_markers
-from mlx_lora.training.held_out_rows import RowLosses, RowsFile, paired_change, read_rows_file
+from mlx_lora.trainer.evaluate import RowLosses, RowsFile, paired_change, read_rows_file
 
 MESSAGES = [
     {"role": "user", "content": "Who\nare you?"},

@@ -6,10 +6,9 @@ import mlx.nn as nn
 import pytest
 from architectures.build import tiny_architecture, tiny_config, write_architecture
 
-from mlx_lora.models.load import check_token_ids, load_base
-from mlx_lora.models.vocabulary import embedding_rows
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.system.errors import InputError
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.models.load import check_token_ids, embedding_rows, load_base
+from mlx_lora.utils.errors import InputError
 
 
 @pytest.mark.parametrize("kind", ["mistral3", "qwen3_vl", "gemma3", "baichuan_m1", "youtu_llm"])

@@ -79,8 +79,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(installed):
         (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
         facts = wheel.read(metadata).decode()
     assert held == tracked
-    assert {"mlx_lora/py.typed", "mlx_lora/recipes/bard/train.jsonl", "mlx_lora/artifacts/pages/page.html"} <= held
-    assert {"mlx_lora/workbench/pages/index.html", "mlx_lora/workbench/pages/vendor/preact.module.js"} <= held
+    assert {"mlx_lora/py.typed", "mlx_lora/recipes/bard/train.jsonl", "mlx_lora/reports/pages/page.html"} <= held
+    assert {"mlx_lora/studio/pages/index.html", "mlx_lora/studio/pages/vendor/preact.module.js"} <= held
     assert f"\nVersion: {mlx_lora.__version__}\n" in facts
     assert "\nProject-URL: Homepage, https://" in facts
 

@@ -10,19 +10,20 @@ import pytest
 from conftest import TINY, tiny_model
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.adapt import adapt_model
-from mlx_lora.data.batches import BatchPlan
-from mlx_lora.data.encode import EncodedSet
-from mlx_lora.data.joining import joined
-from mlx_lora.models.shared_prefix import rotate_by_token
-from mlx_lora.objectives.objective_table import objective_of
-from mlx_lora.settings.config import AdapterSettings, ObjectiveSettings, OptimizerSettings
-from mlx_lora.system.distributed import ALONE
-from mlx_lora.training.losses import choose_loss
-from mlx_lora.training.objective_loss import task_of
-from mlx_lora.training.optim import build_optimizer
-from mlx_lora.training.step import Step
-from mlx_lora.training.trainer import mean_loss
+from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import AdapterSettings, OptimizerSettings
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.models.prefix_attention import rotate_by_token
+from mlx_lora.objectives.prefix_sharing import joined
+from mlx_lora.objectives.table import objective_of
+from mlx_lora.objectives.task import task_of
+from mlx_lora.parallel.ranks import ALONE
+from mlx_lora.trainer.evaluate import mean_loss
+from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.step import Step
 
 CASES = {
     "orpo": {},

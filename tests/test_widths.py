@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from mlx_lora.data.widths import ShapePrice, choose_widths
+from mlx_lora.data.sampler import ShapePrice, choose_widths
 
 
 def positions(lengths, widths, budget):

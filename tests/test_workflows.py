@@ -16,7 +16,7 @@ import pytest
 import virtual_gpu
 import yaml
 
-from mlx_lora import doctor
+from mlx_lora.cli import doctor
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / ".github/workflows").glob("*.yml"))

@@ -11,8 +11,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gpt_oss, mixtral, qwen2_moe, qwen3_moe
 from mlx_lm.models.switch_layers import SwitchLinear
 
+from mlx_lora.config.settings import ModelSettings
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.settings.config import ModelSettings
 
 MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
 SHARED = {**TINY, "tie_word_embeddings": False, "num_experts_per_tok": 2}

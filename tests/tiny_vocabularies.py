@@ -10,7 +10,7 @@ import sentencepiece
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from varied_strings import varied_strings
 
-from mlx_lora.sources.gguf_tokenizer import BYTE, NORMAL, UNUSED, merges_from_scores, vocabulary_from_metadata
+from mlx_lora.gguf.tokenizer import BYTE, NORMAL, UNUSED, merges_from_scores, vocabulary_from_metadata
 
 
 def byte_level_vocabulary(pre: str, n_tokens: int = 2500) -> dict[str, Any]:

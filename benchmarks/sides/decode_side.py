@@ -29,18 +29,17 @@ def ours(settings: dict[str, Any]) -> Callable[[int, int], Answer]:
 
     import mlx.core as mx  # isort: skip
 
-    from mlx_lora.api.generation import generated
+    from mlx_lora.api.base import generated
+    from mlx_lora.config.load import train_settings
     from mlx_lora.models.load import load_base
     from mlx_lora.serving.batch import Batch, Prefill, Row
     from mlx_lora.serving.pools import Routing
     from mlx_lora.serving.sampling import Sampler, Sampling
-    from mlx_lora.settings.resolve import train_settings
 
     base = load_base(train_settings(settings).model)
     base.tokenizer._eos_token_ids = set()
     try:
-        from mlx_lora.models.decode_weights import hold_weights
-        from mlx_lora.models.token_steps import TokenSteps
+        from mlx_lora.rollouts.decode import TokenSteps, hold_weights
 
         model: Any = TokenSteps(base.model)
         chosen = hold_weights(base)

@@ -22,16 +22,18 @@ from shared import read_job, write_result
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
-from mlx_lora.data.encode import EncodedSet, Encoder
-from mlx_lora.data.formats import Completion, Conversation, Example, FormatError, Text, parse_record
-from mlx_lora.data.loading import load_data
-from mlx_lora.data.templates import resolve_template
+from mlx_lora.config.settings import DataSettings, ModelSettings
+from mlx_lora.data.chat_template import resolve_template
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.examples import BadRow, Completion, Conversation, Example, FormatError, Text
+from mlx_lora.data.files import find_splits
+from mlx_lora.data.formats import parse_record
+from mlx_lora.data.load import load_data
+from mlx_lora.data.records import read_records
+from mlx_lora.data.tokenize import Encoder
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import DataSettings, ModelSettings
-from mlx_lora.sources.records import BadRow, read_records
-from mlx_lora.sources.splits import find_splits
-from mlx_lora.system import device
-from mlx_lora.system.errors import InputError
+from mlx_lora.utils import device
+from mlx_lora.utils.errors import InputError
 
 # Large enough that a factor lost, swapped or scaled wrongly moves the loss far past the tolerance.
 PERTURBATION = 0.05

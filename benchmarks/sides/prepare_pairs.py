@@ -20,18 +20,19 @@ from mlx.utils import tree_flatten
 from prepare import computes, gemm_gflops, write_adapters
 from shared import read_job, write_result
 
-from mlx_lora.data.answers import encode_entries
-from mlx_lora.data.encode import EncodedSet, Encoder
-from mlx_lora.data.examples import FormatError
-from mlx_lora.data.loading import load_data
+from mlx_lora.config.settings import DataSettings, ModelSettings
+from mlx_lora.data.chat_template import resolve_template
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.encode import encode_entries
+from mlx_lora.data.examples import BadRow, FormatError
+from mlx_lora.data.files import find_splits
+from mlx_lora.data.load import load_data
 from mlx_lora.data.preferences import parse_pairs
-from mlx_lora.data.templates import resolve_template
+from mlx_lora.data.records import read_records
+from mlx_lora.data.tokenize import Encoder
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import DataSettings, ModelSettings
-from mlx_lora.sources.records import BadRow, read_records
-from mlx_lora.sources.splits import find_splits
-from mlx_lora.system import device
-from mlx_lora.system.errors import InputError
+from mlx_lora.utils import device
+from mlx_lora.utils.errors import InputError
 
 
 def read_pairs(data: str) -> tuple[list[dict[str, Any]], Counter[str]]:

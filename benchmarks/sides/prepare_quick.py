@@ -15,12 +15,12 @@ import mlx_lora  # noqa: F401  # isort: skip  (first: it gives MLX a fast BLAS)
 import mlx.core as mx
 from shared import read_job, write_result
 
-from mlx_lora.models.converting import convert_model
-from mlx_lora.settings.named_recipes import RECIPES
-from mlx_lora.sources.embedded_models import SMOLLM2_GGUF, embedded_model
-from mlx_lora.sources.hub import resolve_model
-from mlx_lora.system.cache import cache_dir
-from mlx_lora.system.files import replacing_folder
+from mlx_lora.config.load import RECIPES
+from mlx_lora.models.convert import convert_model
+from mlx_lora.utils.cache import cache_dir
+from mlx_lora.utils.downloads import SMOLLM2_GGUF, embedded_model
+from mlx_lora.utils.files import replacing_folder
+from mlx_lora.utils.hub import resolve_model
 
 BLOCKS = 8
 RECIPE_NAMES = ("tutor", "customer-service")

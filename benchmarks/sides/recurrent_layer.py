@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.system import device  # `mlx_lora` loads the BLAS, so it comes before mlx
+from mlx_lora.utils import device  # `mlx_lora` loads the BLAS, so it comes before mlx
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import jamba, kimi_linear, mamba, mamba2, qwen3_5, rwkv7
 from mlx_lm.models.ssm import ssm_update
 
-from mlx_lora.models.kernels import training_kernels
+from mlx_lora.kernels.table import training_kernels
 
 
 def gated_delta(heads: int, width: int, hidden: int) -> nn.Module:

@@ -14,16 +14,15 @@ from typing import Any
 import mlx_lora  # noqa: F401  # isort: skip  (first: it gives MLX a fast BLAS)
 from shared import read_job, write_result
 
-from mlx_lora.data.encode import EncodedSet
-from mlx_lora.data.loading import load_eval_set
-from mlx_lora.models.group_sampling import SamplingOptions, answer_keys, sample_groups
+from mlx_lora.config.load import read_settings, train_settings
+from mlx_lora.config.settings import TrainSettings
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.load import load_eval_set
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.objectives.objective_table import objective_of
-from mlx_lora.objectives.user_rewards import rewards_for, rewards_of, summed
-from mlx_lora.runs.adapting import put_adapter
-from mlx_lora.settings.config import TrainSettings
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.settings.settings_file import read_settings
+from mlx_lora.objectives.table import objective_of
+from mlx_lora.rollouts.rewards import rewards_for, rewards_of, summed
+from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
+from mlx_lora.trainer.build import put_adapter
 
 PROMPTS_AT_ONCE = 8
 GREEDY = 1e-4  # a temperature at which the likeliest token is drawn

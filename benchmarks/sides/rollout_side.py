@@ -32,9 +32,9 @@ def ours(settings: dict[str, Any]) -> tuple[Any, Any, Answers]:
     """Load a base of ours, and sample as a training step does."""
     from mlx_lora.adapters.inject import inject
     from mlx_lora.adapters.targets import select_targets
-    from mlx_lora.models.group_sampling import SamplingOptions, answer_keys, sample_groups
+    from mlx_lora.config.load import train_settings
     from mlx_lora.models.load import load_base
-    from mlx_lora.settings.resolve import train_settings
+    from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
 
     base = load_base(train_settings({"model": settings["model"]}).model)
     inject(base.model, select_targets(base.model).paths, settings["rank"], settings["scale"])

@@ -10,10 +10,10 @@ from fnmatch import fnmatchcase
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.parts import LINEAR, SWITCH
-from mlx_lora.adapters.registry import adapter_class
-from mlx_lora.settings.methods import Method
-from mlx_lora.system.errors import InputError
+from mlx_lora.adapters.base import LINEAR, SWITCH
+from mlx_lora.adapters.lora import adapter_class
+from mlx_lora.config.presets import Method
+from mlx_lora.utils.errors import InputError
 
 ALL_LINEAR = "all-linear"
 # The names, in mlx-lm's mixtures, of the layers that choose a token's experts.

@@ -14,18 +14,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.api.run_columns import with_columns_of_run
-from mlx_lora.api.run_rows import data_of_run
-from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.data.encode import EncodedSet
-from mlx_lora.data.loading import load_eval_set
+from mlx_lora.api.evaluate import data_of_run, with_columns_of_run
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import LoopSettings, ModelSettings
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.load import load_eval_set
+from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import Base, check_token_ids, load_base
-from mlx_lora.objectives.objective_table import objective_of
-from mlx_lora.runs.adapting import adapter_template
-from mlx_lora.settings.config import LoopSettings, ModelSettings
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.training.held_out import held_out_plan, spaced_by_length
-from mlx_lora.training.trainer import held_out_loss
+from mlx_lora.objectives.table import objective_of
+from mlx_lora.trainer.build import adapter_template
+from mlx_lora.trainer.evaluate import held_out_loss, held_out_plan, spaced_by_length
 
 ROWS = 32  # measured, at most
 LEAST_ROWS = 16  # of them, on a slow machine too: on fewer rows the share is chance

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlx_lora.data.examples import EmptyRecord, FormatError, MissingColumn, Record
+from mlx_lora.config.checks import COLUMNS, turn_names
+from mlx_lora.config.fields import flag_of
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.examples import EmptyRecord, Fields, FormatError, MissingColumn
 from mlx_lora.data.messages import parsed
-from mlx_lora.settings.checks import COLUMNS, turn_names
-from mlx_lora.settings.config import DataSettings
-from mlx_lora.settings.setting_row import flag_of
-from mlx_lora.system.spelling import closest, did_you_mean
+from mlx_lora.utils.text import closest, did_you_mean
 
 # A prompt has one of QUESTIONS, or what GIVEN names, or both; an answer has exactly one of ANSWERS.
 QUESTIONS = ("prompt", "question", "instruction", "query", "problem")
@@ -71,7 +71,7 @@ class NamedColumns:
         turns = turn_names(settings.turn_names)
         return cls(**names, fields=turns["fields"], roles=turns["roles"])
 
-    def renamed(self, record: Record, records: str) -> tuple[str | None, Record]:
+    def renamed(self, record: Fields, records: str) -> tuple[str | None, Fields]:
         """Return a record under our names, and the names of the columns that it had them in.
 
         Args:
@@ -98,7 +98,7 @@ class NamedColumns:
         kept = {key: value for key, value in record.items() if key in KEPT and key not in used}
         return " + ".join(used), {**kept, **_of_one_kind(found, records)}
 
-    def _parts(self, record: Record, records: str) -> tuple[Record, list[str]]:
+    def _parts(self, record: Fields, records: str) -> tuple[Fields, list[str]]:
         """Return prompt and completion, or the chat, or the text, and the columns that they were in."""
         if records == "pairs":
             return self._prompt(record) if self.prompt else ({**record}, [])
@@ -119,7 +119,7 @@ class NamedColumns:
             f"found {columns_of(record, name)}; {' and '.join(given)} name others{did_you_mean(name, map(str, record))}"
         )
 
-    def _prompt_and_answer(self, record: Record, required: bool) -> tuple[Record, list[str]] | None:
+    def _prompt_and_answer(self, record: Fields, required: bool) -> tuple[Fields, list[str]] | None:
         """Return prompt and completion with their columns; None if one is not there and not `required`."""
         try:
             prompt, asked = self._prompt(record)
@@ -138,7 +138,7 @@ class NamedColumns:
             raise EmptyRecord(are_empty([found[0]]))
         return {**prompt, "completion": value}, [*asked, *found]
 
-    def _prompt(self, record: Record) -> tuple[Record, list[str]]:
+    def _prompt(self, record: Fields) -> tuple[Fields, list[str]]:
         if self.prompt:
             names = [self.prompt] if self.prompt in record else [name.strip() for name in self.prompt.split(",")]
         else:
@@ -165,7 +165,7 @@ class NamedColumns:
         return turns
 
 
-def _of_one_kind(found: Record, records: str) -> Record:
+def _of_one_kind(found: Fields, records: str) -> Fields:
     """Return prompt, completion and system as a record that our formats read with the system prompt."""
     if records != "examples" or "system" not in found or "completion" not in found:
         return found
@@ -180,7 +180,7 @@ def without_names(settings: DataSettings) -> DataSettings:
     return replace(settings, data_format="auto", turn_names=None, speaker=None, **dict.fromkeys(COLUMNS))
 
 
-def usual_names(record: Record) -> Record:
+def usual_names(record: Fields) -> Fields:
     """Return a record with its columns' names in lower case, with `_` for spaces; as it is if two become one."""
     names = {key: _plain(key) for key in record}
     if len(set(names.values())) < len(names):
@@ -192,19 +192,19 @@ def _plain(name: str) -> str:
     return "_".join(str(name).lower().replace("-", " ").split())
 
 
-def usual_question(record: Record, without: tuple[str | None, ...] = ()) -> list[str]:
+def usual_question(record: Fields, without: tuple[str | None, ...] = ()) -> list[str]:
     """Return the columns that make up the prompt by their names; none if it is not clear."""
     questions = [name for name in record if _plain(name) in QUESTIONS and name not in without]
     given = [name for name in record if _plain(name) in GIVEN and name not in without]
     return [] if len(questions) > 1 else [*questions, *given]
 
 
-def usual_answers(record: Record, without: list[str]) -> list[str]:
+def usual_answers(record: Fields, without: list[str]) -> list[str]:
     """Return the columns that are answers by their names."""
     return [name for name in record if _plain(name) in ANSWERS and name not in without]
 
 
-def question_and_answer(record: Record) -> tuple[str, Record] | None:
+def question_and_answer(record: Fields) -> tuple[str, Fields] | None:
     """Return a question and its answer by the usual names, as an Alpaca record; None if they are not clear.
 
     Args:
@@ -227,13 +227,13 @@ def question_and_answer(record: Record) -> tuple[str, Record] | None:
     return " + ".join([*system, *asked, *answers]), found
 
 
-def joined_parts(record: Record, names: list[str]) -> str:
+def joined_parts(record: Fields, names: list[str]) -> str:
     """Return the texts of some columns, each that is not empty on lines of its own."""
     texts = [_text(record[name], name) for name in names]
     return "\n".join(text for text in texts if text.strip())
 
 
-def empty_cells(record: Record, settings: DataSettings) -> list[str]:
+def empty_cells(record: Fields, settings: DataSettings) -> list[str]:
     """Return the columns of a prompt, an answer, a chat or a text whose cell is absent or blank."""
     blank = {key for key, value in record.items() if value is None or (isinstance(value, str) and not value.strip())}
     named = {name.strip() for column in COLUMNS for name in (getattr(settings, column) or "").split(",")}
@@ -250,7 +250,7 @@ def are_empty(cells: list[str]) -> str:
     return f"the cell {cells[0]} is empty; fill it in, or remove the row"
 
 
-def ignored_columns(record: Record, kind: str) -> list[str]:
+def ignored_columns(record: Fields, kind: str) -> list[str]:
     """Return the columns of a plain example that have content and are not read.
 
     Args:
@@ -270,17 +270,17 @@ def _is_id(name: str) -> bool:
     return name in ("id", "idx", "index", "uuid", "row", "row_idx", "__index_level_0__") or name.endswith("_id")
 
 
-def _present(record: Record) -> Record:
+def _present(record: Fields) -> Fields:
     return {key: value for key, value in record.items() if value is not None}
 
 
-def not_there(record: Record, flag: str, *names: str) -> str:
+def not_there(record: Fields, flag: str, *names: str) -> str:
     """Return that a record does not have the columns that a flag names, with those it has, the most similar first."""
     hint = did_you_mean(names[0], map(str, record))
     return f"found {columns_of(record, names[0])}; {flag} {', '.join(names)} is not there{hint}"
 
 
-def columns_of(record: Record, near: str = "") -> str:
+def columns_of(record: Fields, near: str = "") -> str:
     """Return the names of a record's columns in words, for an error; those similar to `near` come first."""
     names = [str(name) for name in record]
     first = closest(near, names, most=3)

@@ -1,298 +1,137 @@
-"""Encode examples as token ids with an exact loss mask, in flat arrays.
+"""Encode the answers of each record, one or several, and keep them together.
 
-Shapes: N tokens of all rows together, R rows. Each text is tokenized once as a whole, and the tokenizer's alignment turns
-character spans into token masks; a token that holds any trained character is trained.
+example   one row
+pair      two rows: the chosen answer, then the rejected one; their label is the margin
+prompt    one row, in which nothing is trained; its answers are sampled during the run
+rated     two rows: the answer, then the answer to another prompt after the same prompt, which tells how far the policy
+          is from the reference (KTO, arXiv 2402.01306, section 4.2); the label is 1 for a good answer and 0 for a bad one
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from datetime import date
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mlx_lora.data.controls import controls_of
-from mlx_lora.data.encoded_set import EncodedSet
-from mlx_lora.data.examples import Completion, Conversation, Example, FormatError, Text
-from mlx_lora.data.panics import tokenizer_panics
-from mlx_lora.data.render import Rendered, Renderer, Rendering
-from mlx_lora.data.sandbox import CLOCK
-from mlx_lora.data.templates import prefix_tokens
-from mlx_lora.system.errors import InputError
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.examples import Example
+from mlx_lora.data.preferences import Pair, Rated
+from mlx_lora.data.prompts import Prompt, encode_prompts
+from mlx_lora.data.teacher_prompt import with_teacher_rows
+from mlx_lora.data.tokenize import Encoded, Encoder
 
-BATCH_ROWS = 1000
+Entry = Example | Pair | Rated | Prompt
+"""The content of one record in canonical form."""
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """The rows of some examples, and what happened to each example.
-
-    Attributes:
-        rows: the encoded set.
-        source: (R,) int64, the example that a row comes from (a long text gives several rows, and so does a chat whose
-            template hides the thinking of earlier turns).
-        dropped: example number -> why it gave no row.
-        truncated: numbers of the examples that were cut at the maximum length.
-        unshown: field with content that the chat template does not show -> numbers of the examples that have it.
-        divided: numbers of the chats that gave several rows.
-        controls: control token that content spells -> numbers of the examples.
-    """
-
-    rows: EncodedSet
-    source: np.ndarray
-    dropped: dict[int, str]
-    truncated: list[int]
-    unshown: dict[str, list[int]]
-    divided: list[int]
-    controls: dict[str, list[int]] = field(default_factory=dict)
+def answers_of(entry: Entry) -> list[Example]:
+    """Return the examples of an entry, each of which becomes a row."""
+    if isinstance(entry, Pair):
+        return [entry.chosen, entry.rejected]
+    if isinstance(entry, Prompt):
+        return [entry.example]
+    return [entry.answer] if isinstance(entry, Rated) else [entry]
 
 
-@dataclass
-class _Found:
-    """The rows that were encoded so far, the example of each, and what happened to the examples."""
-
-    rows: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-    source: list[int] = field(default_factory=list)
-    dropped: dict[int, str] = field(default_factory=dict)
-    truncated: set[int] = field(default_factory=set)
-    unshown: dict[str, list[int]] = field(default_factory=dict)
-    divided: list[int] = field(default_factory=list)
-    controls: dict[str, list[int]] = field(default_factory=dict)
-
-    def result(self) -> Encoded:
-        """Return the result; an example only counts as dropped if none of its rows is left."""
-        for number in set(self.source) & self.dropped.keys():
-            del self.dropped[number]
-        rows, source = EncodedSet.from_rows(self.rows), np.array(self.source, np.int64)
-        dropped, truncated = dict(sorted(self.dropped.items())), sorted(self.truncated)
-        return Encoded(rows, source, dropped, truncated, self.unshown, self.divided, self.controls)
-
-
-class Encoder:
-    """Encodes examples with a tokenizer, a template and the settings that decide what is trained."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        template: str | None,
-        *,
-        max_seq_length: int,
-        mask_prompt: bool = True,
-        plain_completions: bool = False,
-        day: date | None = None,
-        allow_special_tokens: bool = False,
-    ):
-        """Prepare to encode.
-
-        Args:
-            tokenizer: A fast tokenizer (one with offsets), not mlx-lm's wrapper.
-            template: Chat template, Jinja text; None if only plain text will be encoded.
-            max_seq_length: The most tokens per row.
-            mask_prompt: Only train assistant turns and completions; otherwise every token but the first.
-            plain_completions: Join prompt and completion as they are, for models without a template.
-            day: The day that a template shows as today; None: today.
-            allow_special_tokens: A message that spells a control token brings that token in.
-
-        Raises:
-            InputError: the tokenizer gives no offsets, or the length leaves no room for a target.
-        """
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise InputError(
-                f"the tokenizer is a {type(tokenizer).__name__}, which does not give the positions of tokens in the "
-                "text; training requires a fast tokenizer (a tokenizer.json)"
-            )
-        self.prefix = prefix_tokens(tokenizer)
-        if max_seq_length < (fewest := len(self.prefix) + 2):
-            raise InputError(f"--max-seq-length {max_seq_length} leaves no token to train; use {fewest} or more")
-        self.renderer = None if template is None else Renderer(tokenizer, template, day, allow_special_tokens)
-        self.allow_special_tokens = allow_special_tokens
-        self.tokenizer, self.template, self.day, self.max_tokens = tokenizer, template, day, max_seq_length
-        self._mask_prompt = mask_prompt
-        self.plain = plain_completions
-        self._eos: Any = tokenizer.eos_token_id
-        self._backend = _offset_tokenizer(tokenizer)
-
-    def encode(self, examples: Sequence[Example], on_rows: Callable[[int], None] = lambda done: None) -> Encoded:
-        """Encode examples in order.
-
-        Args:
-            examples: What to encode.
-            on_rows: Called from time to time with the number of examples done.
-
-        Returns:
-            Every row has at least one trained target; examples without any are in `dropped`.
-        """
-        found = _Found()
-        # The tokenizer uses all cores without Python's lock, so the next batch can be rendered at the same time.
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            waiting: tuple[list[tuple[int, Rendered]], Future[list[Encoding]]] | None = None
-            for start in range(0, len(examples), BATCH_ROWS):
-                rendered = self._render_batch(examples[start : start + BATCH_ROWS], start, found)
-                texts = [text.text for _, text in rendered]
-                ahead = pool.submit(self._backend.encode_batch, texts, add_special_tokens=False)
-                if waiting:
-                    self._add_rows(examples, *waiting, found)
-                    on_rows(start)
-                waiting = rendered, ahead
-            if waiting:
-                self._add_rows(examples, *waiting, found)
-        return found.result()
-
-    def _render_batch(self, examples: Sequence[Example], first: int, found: _Found) -> list[tuple[int, Rendered]]:
-        """Return (number, text) of the examples that can be rendered; drop the others with the reason."""
-        rendered = []
-        with CLOCK.held():
-            for number, example in enumerate(examples, first):
-                try:
-                    rendering = self._render(example)
-                except FormatError as error:
-                    found.dropped[number] = str(error)
-                    continue
-                rendered += [(number, row) for row in rendering.rows]
-                if len(rendering.rows) > 1:
-                    found.divided.append(number)
-                for name in rendering.unshown:
-                    found.unshown.setdefault(name, []).append(number)
-                for name in rendering.controls:
-                    found.controls.setdefault(name, []).append(number)
-        return rendered
-
-    def _add_rows(
-        self,
-        examples: Sequence[Example],
-        rendered: list[tuple[int, Rendered]],
-        encodings: Future[list[Encoding]],
-        found: _Found,
-    ) -> None:
-        """Turn one batch's encodings into rows of `found`."""
-        with tokenizer_panics("the data"):
-            found_encodings = encodings.result()
-        for (number, text), encoding in zip(rendered, found_encodings, strict=True):
-            example = examples[number]
-            tokens, mask = self._row(text, encoding, plain=self._is_plain(example))
-            if isinstance(example, Text):
-                pieces = windows(tokens, mask, self.max_tokens, len(self.prefix))
-            else:
-                pieces = [(tokens[: self.max_tokens], mask[: self.max_tokens])]
-                if len(tokens) > self.max_tokens:
-                    found.truncated.add(number)
-            pieces = [piece for piece in pieces if piece[1].any()]
-            if not pieces:
-                found.dropped[number] = f"no trained token among the first {self.max_tokens} (--max-seq-length)"
-            found.rows += pieces
-            found.source += [number] * len(pieces)
-
-    def shows_tools(self, conversation: Conversation) -> bool:
-        """Return whether the template shows the conversation's tools to the model."""
-        return self.renderer is not None and self.renderer.shows_tools(conversation)
-
-    def _is_plain(self, example: Example) -> bool:
-        return isinstance(example, Text) or (isinstance(example, Completion) and self.plain)
-
-    def _render(self, example: Example) -> Rendering:
-        if isinstance(example, Text):
-            return Rendering([Rendered(example.text, [(0, len(example.text))], append_eos=example.ends)])
-        if isinstance(example, Completion):
-            prompt, completion = example.prompt, example.completion
-            if self.plain:
-                text = prompt + completion
-                return Rendering([Rendered(text, [(len(prompt), len(text))], append_eos=True)])
-            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-            example = Conversation(turns)
-        if self.renderer is None:
-            raise InputError("conversations require a chat template, but none was given; give one with --chat-template")
-        return self.renderer.render(example)
-
-    def _row(self, rendered: Rendered, encoding: Encoding, plain: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens and mask (n,) of one text, before it is cut."""
-        ids = np.array(encoding.ids, np.int32)
-        mask = np.zeros(len(ids), bool)
-        for span in rendered.spans:
-            mask[slice(*token_range(encoding, span, len(rendered.text)))] = True
-        if rendered.ordinary:
-            controls = controls_of(self.tokenizer)
-            found, origin = controls.as_text(rendered.text, encoding.ids, encoding.offsets, rendered.ordinary)
-            ids, mask = np.array(found, np.int32), mask[origin]
-        eos_missing = len(ids) == 0 or ids[-1] != self._eos
-        if rendered.append_eos and self._eos is not None and eos_missing:
-            ids, mask = np.append(ids, np.int32(self._eos)), np.append(mask, True)
-        if plain and self.prefix:
-            # A plain text may itself begin with the BOS text. A chat only has a BOS if its template writes one.
-            have = ids[: len(self.prefix)].tolist() == self.prefix
-            prefix = np.array([] if have else self.prefix, np.int32)
-            ids = np.concatenate([prefix, ids])
-            mask = np.concatenate([np.zeros(len(prefix), bool), mask])
-            mask[: len(self.prefix)] = False
-        if not self._mask_prompt:
-            mask = np.ones(len(ids), bool)
-        mask[:1] = False
-        return ids, mask
-
-
-def windows(
-    tokens: np.ndarray, mask: np.ndarray, max_tokens: int, prefix: int = 0
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return a long row as windows that together keep every target.
-
-    Each window repeats the row's first `prefix` tokens (a BOS), then the last token of the window before it as context
-    for its first target; neither is a target there.
+def encode_entries(
+    encoder: Encoder,
+    entries: Sequence[Entry],
+    on_rows: Callable[[int], None] = lambda done: None,
+    teacher_prompt: str | None = None,
+) -> Encoded:
+    """Encode entries of one kind.
 
     Args:
-        tokens: (n,) int32.
-        mask: (n,) bool.
-        max_tokens: Tokens per window.
-        prefix: Number of tokens at the row's start that every window repeats.
+        encoder: how.
+        entries: all examples, all pairs, all rated answers or all prompts.
+        on_rows: as in `Encoder.encode`.
+        teacher_prompt: a text that only a teacher sees; the rows of examples and prompts then have its rows beside them.
 
     Returns:
-        (tokens, mask) per window; together they hold each of the row's targets once.
+        As `Encoder.encode`, with numbers of entries. A pair is dropped if one of its answers gave no row.
     """
-    if len(tokens) <= max_tokens:
-        return [(tokens, mask)]
-    head = tokens[:prefix], mask[:prefix] & False
-    found = [(tokens[:max_tokens], mask[:max_tokens])]
-    start = max_tokens - 1  # the overlapping token
-    while start + 1 < len(tokens):
-        stop = start + max_tokens - prefix
-        part = mask[start:stop].copy()
-        part[0] = False
-        found.append((np.concatenate([head[0], tokens[start:stop]]), np.concatenate([head[1], part])))
-        start = stop - 1
+    prompts = [entry for entry in entries if isinstance(entry, Prompt)]
+    if prompts:
+        return encode_prompts(encoder, prompts, teacher_prompt)
+    pairs = [entry for entry in entries if isinstance(entry, Pair)]
+    rated = [entry for entry in entries if isinstance(entry, Rated)]
+    size = 2 if pairs else 1
+    answers = [answer for entry in entries for answer in answers_of(entry)]
+    encoded = encoder.encode(answers, lambda done: on_rows(done // size))
+    if teacher_prompt is not None:
+        return with_teacher_rows(encoded, answers, teacher_prompt, encoder)
+    return _as_pairs(encoded, pairs) if pairs else _as_rated(encoded, rated) if rated else encoded
+
+
+def _as_pairs(encoded: Encoded, pairs: Sequence[Pair]) -> Encoded:
+    """Put the two rows of each pair side by side, and number the results by pairs instead of answers."""
+    rows_of: dict[int, list[int]] = {}
+    for row, answer in enumerate(encoded.source.tolist()):
+        rows_of.setdefault(answer, []).append(row)
+    dropped = {}
+    for answer, why in sorted(
+        encoded.dropped.items(), reverse=True
+    ):  # if both are dropped, the chosen answer's reason counts
+        dropped[answer // 2] = f"{'rejected' if answer % 2 else 'chosen'} answer: {why}"
+    rows, source, equal = [], [], []
+    for pair in range(len(pairs)):
+        both = [rows_of.get(2 * pair + side, []) for side in range(2)]
+        if pair in dropped or not all(both):
+            continue
+        found = [encoded.rows.row(side[-1]) for side in both]  # its last row: earlier ones show the prompt's turns
+        if np.array_equal(found[0][0], found[1][0]):
+            equal.append(pair)  # equal within --max-seq-length
+            continue
+        rows += found
+        source.append(pair)
+    dropped |= dict.fromkeys(equal, "the answers are equal after the cut at --max-seq-length")
+    margins = np.array([value for pair in source for value in (pairs[pair].margin, 0.0)], np.float32)
+    return _numbered(encoded, EncodedSet.from_rows(rows).grouped(2, margins), source, dropped, 2)
+
+
+def _as_rated(encoded: Encoded, rated: Sequence[Rated]) -> Encoded:
+    """Add a row after each answer: the answer of the next record with another prompt, after this record's prompt."""
+    last = {answer: row for row, answer in enumerate(encoded.source.tolist())}
+    source = sorted(last)
+    rows = [encoded.rows.row(last[number]) for number in source]
+    starts = [int(np.argmax(mask)) for _, mask in rows]  # the first token of each answer
+    following = _next_others([tokens[:start].tobytes() for (tokens, _), start in zip(rows, starts, strict=True)])
+    joined = []
+    for i, (tokens, mask) in enumerate(rows):
+        joined.append((tokens, mask))
+        other_tokens, other_mask = rows[following[i]]
+        other = starts[following[i]]
+        together = np.concatenate([tokens[: starts[i]], other_tokens[other:]])
+        trained = np.concatenate([np.zeros(starts[i], bool), other_mask[other:]])
+        joined.append((together, trained))
+    labels = np.array([value for number in source for value in (float(rated[number].good), 0.0)], np.float32)
+    return _numbered(
+        encoded, EncodedSet.from_rows(joined).grouped(2, labels, trained_rows=1), source, dict(encoded.dropped), 1
+    )
+
+
+def _next_others(prompts: Sequence[bytes]) -> list[int]:
+    """Return for each prompt the number of the next one that differs, in a circle; if none does, of the next one."""
+    count = len(prompts)
+    found = [(number + 1) % count for number in range(count)]
+    if len(set(prompts)) > 1:
+        for number in reversed(range(2 * count)):  # twice around, so that the last ones know the first ones' next
+            after = (number + 1) % count
+            if prompts[after] == prompts[number % count]:
+                found[number % count] = found[after]
     return found
 
 
-def token_range(encoding: Encoding, span: tuple[int, int], text_chars: int) -> tuple[int, int]:
-    """Return the range of tokens that hold any character of `span`.
-
-    Args:
-        encoding: The encoding of the whole text, with untrimmed offsets.
-        span: Characters [start, end).
-        text_chars: Length of the text.
-    """
-    start, end = span
-    # A normalizer may remove characters, which then belong to no token: try the next character.
-    held = (token for char in range(start, end) if (token := encoding.char_to_token(char)) is not None)
-    first = next(held, None)
-    if first is None:
-        return 0, 0
-    after = (token for char in range(end, text_chars) if (token := encoding.char_to_token(char)) is not None)
-    stop = next(after, len(encoding.ids))
-    if stop < len(encoding.ids) and (held_by := encoding.token_to_chars(stop)) and held_by[0] < end:
-        stop += 1  # this token straddles the span's end
-    return first, stop
-
-
-def _offset_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """Return a copy of the tokenizer's core that neither adds, cuts nor pads, with exact offsets.
-
-    The post-processor is removed: GPT-2's trims white space from offsets, so that "\\n" would have no position.
-    """
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.post_processor = None
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+def _numbered(encoded: Encoded, rows: EncodedSet, source: list[int], dropped: dict[int, str], size: int) -> Encoded:
+    """Return the result with numbers of entries instead of answers, `size` answers per entry."""
+    return replace(
+        encoded,
+        rows=rows,
+        source=np.array(source, np.int64),
+        dropped=dict(sorted(dropped.items())),
+        truncated=sorted({number // size for number in encoded.truncated}),
+        unshown={name: sorted({n // size for n in numbers}) for name, numbers in encoded.unshown.items()},
+        divided=sorted({number // size for number in encoded.divided}),
+        controls={name: sorted({n // size for n in numbers}) for name, numbers in encoded.controls.items()},
+    )

@@ -23,10 +23,10 @@ from mlx_lora.data.examples import (
     Conversation,
     EmptyPart,
     Example,
+    Fields,
     FormatError,
     Message,
     MissingColumn,
-    Record,
     Text,
 )
 from mlx_lora.data.messages import as_list, as_string, conversation, keys_of
@@ -53,7 +53,7 @@ EXPECTED = {
 }
 
 
-def parse_record(record: Record, data_format: str = "auto") -> tuple[str, Example]:
+def parse_record(record: Fields, data_format: str = "auto") -> tuple[str, Example]:
     """Return a record's format and the example that it holds.
 
     Args:
@@ -76,7 +76,7 @@ def parse_record(record: Record, data_format: str = "auto") -> tuple[str, Exampl
     return name, PARSERS[name](record)
 
 
-def _format_of(record: Record) -> str | None:
+def _format_of(record: Fields) -> str | None:
     """Return the name of the format whose keys the record has, None if it has those of none."""
     if "messages" in record:
         return "messages"
@@ -89,7 +89,7 @@ def _format_of(record: Record) -> str | None:
     return "text" if "text" in record else None  # last: Alpaca's own set repeats each row as one text
 
 
-def _by_usual_names(record: Record) -> tuple[str, Example]:
+def _by_usual_names(record: Fields) -> tuple[str, Example]:
     """Read a record whose columns have other names than those of the formats.
 
     Raises:
@@ -115,7 +115,7 @@ def _by_usual_names(record: Record) -> tuple[str, Example]:
     return columns, _alpaca(example)
 
 
-def _column_flags(record: Record) -> str:
+def _column_flags(record: Fields) -> str:
     """Return the flags that name the columns of question and answer; of two text columns, the first is the question's."""
     names = [shlex.quote(str(name)) for name, value in record.items() if isinstance(value, str)]
     if len(names) == len(record) == 2:
@@ -123,7 +123,7 @@ def _column_flags(record: Record) -> str:
     return "--prompt-column and --completion-column"
 
 
-def _refuse_preference(record: Record) -> None:
+def _refuse_preference(record: Fields) -> None:
     """Refuse a row that compares or rates answers: as a chat, it would train bad answers as if they were good."""
     for pair in PREFERENCE_PAIRS:
         if record.keys() >= set(pair):
@@ -144,7 +144,7 @@ def _is_rating(value: object) -> bool:
     return str(value).strip().lower() in ("true", "false", "0", "1")
 
 
-def _alpaca(record: Record) -> Conversation:
+def _alpaca(record: Fields) -> Conversation:
     instruction, output = (
         _need_string(record, "instruction", "alpaca"),
         _need_string(record, "output", "alpaca"),
@@ -160,7 +160,7 @@ def _alpaca(record: Record) -> Conversation:
     return Conversation(messages)
 
 
-def opening(record: Record) -> list[Message]:
+def opening(record: Fields) -> list[Message]:
     """Return the turns that a record's columns `system` and `history` give.
 
     Raises:
@@ -177,7 +177,7 @@ def opening(record: Record) -> list[Message]:
     return messages
 
 
-def _sharegpt(record: Record) -> Conversation:
+def _sharegpt(record: Fields) -> Conversation:
     key = "conversations" if "conversations" in record else "conversation"
     turns = as_list(_need(record, key, "sharegpt"), key)
     if turns and all(isinstance(turn, dict) and "role" in turn and "from" not in turn for turn in turns):
@@ -209,12 +209,12 @@ def sharegpt_messages(turns: Any) -> list[Message]:
     return messages
 
 
-def _messages(record: Record) -> Conversation:
+def _messages(record: Fields) -> Conversation:
     turns = _need(record, "messages", "messages")
     return conversation(turns, record.get("tools"), None, record.get("functions"))
 
 
-def _completions(record: Record) -> Conversation | Completion:
+def _completions(record: Fields) -> Conversation | Completion:
     prompt, completion = _need(record, "prompt", "completions"), _need(record, "completion", "completions")
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
@@ -227,14 +227,14 @@ def _completions(record: Record) -> Conversation | Completion:
     raise FormatError("prompt and completion must both be strings, or both lists of messages")
 
 
-def _text(record: Record) -> Text:
+def _text(record: Fields) -> Text:
     text = _need_string(record, "text", "text")
     if not text.strip():
         raise EmptyPart("empty text")
     return Text(text)
 
 
-PARSERS: dict[str, Callable[[Record], Example]] = {
+PARSERS: dict[str, Callable[[Fields], Example]] = {
     "alpaca": _alpaca,
     "sharegpt": _sharegpt,
     "messages": _messages,
@@ -243,11 +243,11 @@ PARSERS: dict[str, Callable[[Record], Example]] = {
 }
 
 
-def _need(record: Record, key: str, name: str) -> object:
+def _need(record: Fields, key: str, name: str) -> object:
     if key not in record:
         raise MissingColumn(f"found {keys_of(record)}; the {name} format requires {EXPECTED[name]}")
     return record[key]
 
 
-def _need_string(record: Record, key: str, name: str) -> str:
+def _need_string(record: Fields, key: str, name: str) -> str:
     return as_string(_need(record, key, name), key)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlx_lora.data.examples import Conversation, EmptyRecord, FormatError, Message
-from mlx_lora.system.parsing import parse_json
+from mlx_lora.utils.parsing import parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING = ("reasoning_content", "thinking", "reasoning")

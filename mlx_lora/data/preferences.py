@@ -21,20 +21,20 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
+from mlx_lora.data.assistant_spans import common_prefix
 from mlx_lora.data.columns import ANSWER_LISTS, usual_names
 from mlx_lora.data.examples import (
     Completion,
     Conversation,
     EmptyPart,
     EmptyRecord,
+    Fields,
     FormatError,
     Message,
     MissingColumn,
-    Record,
 )
 from mlx_lora.data.formats import opening, parse_record, sharegpt_messages
 from mlx_lora.data.messages import as_list, as_string, conversation, keys_of, usual_role
-from mlx_lora.data.turns import common_prefix
 
 Answer = Conversation | Completion
 ASKER, SPEAKER = "\n\nHuman:", "\n\nAssistant:"  # start a question and an answer in a dialogue of Anthropic's HH
@@ -71,7 +71,7 @@ class Rated:
     repeats: bool | None = field(default=None, compare=False)
 
 
-def parse_pairs(record: Record, all_pairs: bool = False) -> list[Pair]:
+def parse_pairs(record: Fields, all_pairs: bool = False) -> list[Pair]:
     """Read one record as preference pairs: one, or several if it ranks more than two answers.
 
     Args:
@@ -100,7 +100,7 @@ def parse_pairs(record: Record, all_pairs: bool = False) -> list[Pair]:
     return pairs
 
 
-def parse_rated(record: Record) -> list[Rated]:
+def parse_rated(record: Fields) -> list[Rated]:
     """Read one record as rated answers: one with a label, or a pair as a good and a bad one.
 
     Raises:
@@ -139,7 +139,7 @@ _NAMES = {
 _COMPARED = frozenset(("chosen", "rejected", *_NAMES, *ANSWER_LISTS, *LABELS))
 
 
-def _known(record: Record) -> Record:
+def _known(record: Fields) -> Fields:
     """Return a record without absent values, with our names of its columns."""
     record = {key: value for key, value in record.items() if value is not None}
     if record.keys().isdisjoint(_COMPARED):  # else they are ours as they are
@@ -151,12 +151,12 @@ def _known(record: Record) -> Record:
     return record
 
 
-def _answer_list(record: Record) -> str | None:
+def _answer_list(record: Fields) -> str | None:
     """Return the column that holds several answers, each an object; None if the record has none."""
     return next((name for name in ANSWER_LISTS if isinstance(record.get(name), list)), None)
 
 
-def _answered(record: Record) -> Any:
+def _answered(record: Fields) -> Any:
     """Return the example that a rated record holds, without its label."""
     answer = record.get("completion")
     if isinstance(answer, list) and answer and isinstance(answer[0], dict) and answer[0].get("role") != "assistant":
@@ -169,7 +169,7 @@ def _answered(record: Record) -> Any:
     return _conversation(context, _answer_messages(answer, "completion"), record)
 
 
-def _pair(record: Record, chosen: Any, rejected: Any, margin: float = 0.0) -> Pair:
+def _pair(record: Fields, chosen: Any, rejected: Any, margin: float = 0.0) -> Pair:
     """Return the pair of two answers, in any of the supported shapes."""
     context = _context(record, chosen, rejected)
     if context is None and isinstance(chosen, str) and isinstance(rejected, str):
@@ -187,7 +187,7 @@ def _pair(record: Record, chosen: Any, rejected: Any, margin: float = 0.0) -> Pa
     return Pair(better, worse, margin)
 
 
-def _check_prompt(record: Record, context: list[Message], dialogues: list[list[Message]]) -> None:
+def _check_prompt(record: Fields, context: list[Message], dialogues: list[list[Message]]) -> None:
     """Refuse a record if one of its two dialogues does not begin with its prompt."""
     prompt, bare = record.get("prompt"), context[len(opening(record)) :]
     for name, dialogue in zip(("chosen", "rejected"), dialogues, strict=True):
@@ -199,7 +199,7 @@ def _check_prompt(record: Record, context: list[Message], dialogues: list[list[M
             raise FormatError(f"the prompt is not the beginning of the {name} dialogue; leave one of them out")
 
 
-def _text_pair(record: Record, chosen: str, rejected: str, margin: float) -> Pair:
+def _text_pair(record: Fields, chosen: str, rejected: str, margin: float) -> Pair:
     """Return a pair of plain texts: after a prompt, or two dialogues in one text each."""
     if isinstance(prompt := record.get("prompt"), str):
         begins = [bool(prompt) and text.startswith(prompt) for text in (chosen, rejected)]
@@ -221,7 +221,7 @@ def _text_pair(record: Record, chosen: str, rejected: str, margin: float) -> Pai
     return Pair(Completion(shared, chosen[len(shared) :]), Completion(shared, rejected[len(shared) :]), margin)
 
 
-def _context(record: Record, *answers: Any) -> list[Message] | None:
+def _context(record: Fields, *answers: Any) -> list[Message] | None:
     """Return the turns before the answers, None if the record has none, or has them as plain text."""
     if isinstance(given := record.get("input"), dict):  # OpenAI's
         return as_list(given.get("messages"), "input.messages")
@@ -270,7 +270,7 @@ def _shared_turns(chosen: list[Message], rejected: list[Message]) -> list[Messag
     return chosen[:count]
 
 
-def _conversation(context: list[Message], answer: list[Message], record: Record) -> Conversation:
+def _conversation(context: list[Message], answer: list[Message], record: Fields) -> Conversation:
     """Return a conversation in which only the answer is trained, with the tools of its record."""
     if not answer:
         raise EmptyRecord("an answer without text")
@@ -288,7 +288,7 @@ def _last_answer_only(example: Answer) -> Answer:
     return Conversation(messages, example.tools, example.reasoning_field, example.unread)
 
 
-def _scored(record: Record, name: str, all_pairs: bool) -> list[Pair]:
+def _scored(record: Fields, name: str, all_pairs: bool) -> list[Pair]:
     """Return pairs of the answers that a list holds with scores or ranks, each better one against a worse one."""
     answers = []
     for entry in record[name]:
@@ -311,14 +311,14 @@ def _scored(record: Record, name: str, all_pairs: bool) -> list[Pair]:
     return [_pair(record, good[1], bad[1], good[0] - bad[0]) for good, bad in found]
 
 
-def _margin(record: Record) -> float:
+def _margin(record: Fields) -> float:
     value = record.get("margin", 0.0)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise FormatError(f"margin is {value!r}; it must be a number")
     return float(value)
 
 
-def _tools(record: Record) -> Any:
+def _tools(record: Fields) -> Any:
     given = record.get("input")
     return given.get("tools") if isinstance(given, dict) else record.get("tools")
 

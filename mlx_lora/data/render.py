@@ -35,14 +35,13 @@ from functools import cached_property
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.data.controls import controls_of
+from mlx_lora.data.assistant_spans import Span, Turns
+from mlx_lora.data.chat_template import PROBE
 from mlx_lora.data.examples import Conversation, EmptyRecord, FormatError, Message
 from mlx_lora.data.messages import call_of
 from mlx_lora.data.sandbox import render_chat
-from mlx_lora.data.specials import Specials
-from mlx_lora.data.templates import PROBE
-from mlx_lora.data.turns import Span, Turns
-from mlx_lora.system.files import sha256_of
+from mlx_lora.data.special_tokens import Specials, controls_of
+from mlx_lora.utils.files import sha256_of
 
 A_CALL = {"id": "aaaaaaaaa", "type": "function", "function": {"name": "qzx", "arguments": {}}}
 NOTHING = {"type": "object", "properties": {}, "required": []}

@@ -1,4 +1,8 @@
-"""Render chat templates, which are programs from model and adapter folders, with bounds on time and memory.
+"""Merge.
+
+Turn a crash inside the tokenizers library into an error with a message.
+
+Render chat templates, which are programs from model and adapter folders, with bounds on time and memory.
 
 jinja2's sandbox keeps templates from Python's objects. It does not limit cost: two nested loops can run for hours, and
 `'a' * 10**10` takes ten gigabytes in one operation. So the sandbox here refuses single operations that make something
@@ -30,8 +34,29 @@ from jinja2.parser import Parser
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.messages import REASONING
-from mlx_lora.system import process
-from mlx_lora.system.errors import InputError
+from mlx_lora.utils import text as process
+from mlx_lora.utils.errors import InputError
+
+
+@contextmanager
+def tokenizer_panics(what: str) -> Iterator[None]:
+    """Report a tokenizer that crashes: the library panics if one of its patterns takes too long.
+
+    Args:
+        what: what is being encoded.
+
+    Raises:
+        InputError: instead of the panic.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # pyo3 makes this class at run time, so it cannot be imported; it does not derive from Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the model's tokenizer crashes on {what} ({reason}); download the model again") from None
+
 
 MAX_TEMPLATE_CHARACTERS = 500_000  # the longest published ones have 30,000
 MAX_SIZE = 10_000_000  # characters or items that one operation may make

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mlx_lora.data.row_store import RowStore
-from mlx_lora.system.errors import RunError
+from mlx_lora.utils.errors import RunError
 
 LOWEST = -6e4  # of float16, whose exponential is 0 in any case
 SMALL_VOCABULARY = 1 << 16

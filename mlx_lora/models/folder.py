@@ -1,9 +1,29 @@
-"""Read a model folder: check its files, then build mlx-lm's model from them."""
+"""Merge.
+
+Compute a base model's fingerprint from what no quantization changes, so that a QLoRA adapter fits its float base.
+
+0123456789abcdef               a model as it was published, at any quantization and dtype
+0123456789abcdef+89abcdef      the same with an adapter fused into it, which changes its matrices but not its vectors
+
+Check a safetensors file before MLX maps it: MLX trusts the header, and the header may be wrong.
+
+The safetensors library checks the format's own rules (sizes that fit the file, no gaps, no overlaps); this file adds
+what MLX needs beyond them.
+
+Read a model folder: check its files, then build mlx-lm's model from them.
+
+Write model folders shard by shard.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
+import shutil
 import traceback
+import zlib
+from collections.abc import Collection
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -11,23 +31,160 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
+import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
+from safetensors import SafetensorError, safe_open
 
 import mlx_lora
-from mlx_lora.models.config_check import check_config
-from mlx_lora.models.saved_config import check_rotation, translate_config
-from mlx_lora.models.stored_rows import Watched
-from mlx_lora.sources.safetensors import read_safetensors_header
-from mlx_lora.system.errors import InputError
-from mlx_lora.system.parsing import read_json
+from mlx_lora.models.config import check_config, check_rotation, translate_config
+from mlx_lora.parallel.sharded_tables import Watched
+from mlx_lora.utils.errors import InputError, RunError, first_line
+from mlx_lora.utils.parsing import read_json
+
+FUSED_KEY = "mlx_lora.fused"  # in a GGUF file's metadata
+PIECES, PIECE_BYTES = 512, 4096  # of each file of weights, in the sample that tells two folders apart
+
+
+def base_fingerprint(model: nn.Module, config: dict[str, Any]) -> str:
+    """Return 16 hex digits that are the same at every quantization and dtype, and the mark of what is fused into it.
+
+    The hash covers the model type and every one-dimensional float parameter (norm weights, biases of norms), rounded
+    to bfloat16: converters quantize matrices and leave these alone. Two fine-tunes of one base differ in them, so adapters
+    of one are not taken for adapters of the other. Adapter factors are two-dimensional and not included.
+
+    Args:
+        model: an mlx-lm model, adapted or not.
+        config: its config.json.
+    """
+    digest = hashlib.sha256(str(config.get("model_type")).encode())
+    vectors = [
+        (name, p) for name, p in tree_flatten(model.parameters()) if p.ndim == 1 and mx.issubdtype(p.dtype, mx.floating)
+    ]
+    for name, value in sorted(vectors):
+        rounded = value.astype(mx.bfloat16).view(mx.uint16)
+        digest.update(name.replace(".linear.", ".").encode())  # an adapted layer has its bias one level deeper
+        digest.update(np.array(rounded).tobytes())
+    mark = fused_mark(config)
+    return digest.hexdigest()[:16] + (f"+{mark}" if mark else "")
+
+
+def model_sample(folder: Path) -> str:
+    """Return a hash of a folder's config.json and of pieces of its weights, evenly spaced, with their files' sizes.
+
+    What is computed with a model and kept for later runs is kept under it. A base's fingerprint is the same for all
+    quantizations, and for what other programs fused into it. This is not, and it takes no time, however large the model is.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("config.json")):
+        digest.update(path.read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for piece in range(PIECES):
+                file.seek(piece * max(0, size - PIECE_BYTES) // (PIECES - 1))
+                digest.update(file.read(PIECE_BYTES))
+    return digest.hexdigest()
+
+
+def without_mark(fingerprint: str) -> str:
+    """Return the fingerprint without the mark, as earlier versions wrote it."""
+    return fingerprint.partition("+")[0]
+
+
+def fused_mark(config: dict[str, Any]) -> str:
+    """Return config.json's mark of what is fused into the model, empty for a model as it was published."""
+    own = config.get("mlx_lora")
+    mark = own.get("fused") if isinstance(own, dict) else None
+    return mark[:40] if isinstance(mark, str) else "fused" if mark else ""  # earlier versions wrote true
+
+
+def merge_mark(model: nn.Module, config: dict[str, Any]) -> str:
+    """Return 8 hex digits that identify the adapter on `model` and whatever was fused into its base before.
+
+    Args:
+        model: adapted.
+        config: its base's config.json.
+    """
+    digest = hashlib.sha256(fused_mark(config).encode())
+    for path, layer in model.named_modules():
+        for name in ("lora_a", "lora_b", "m"):
+            if isinstance(layer.get(name), mx.array):
+                digest.update(f"{path}.{name}".encode())
+                digest.update(np.array(layer[name].astype(mx.float32)).tobytes())
+    return digest.hexdigest()[:8]
+
+
+def parameter_sums(model: nn.Module, without: Collection[int] = ()) -> dict[str, int]:
+    """Return a check sum of the bytes of each parameter, which any change of dtype, quantization or weights changes.
+
+    Args:
+        model: its arrays are read once, about a second per gigabyte.
+        without: ids of arrays to leave out.
+    """
+    sums = {}
+    for name, value in tree_flatten(model.parameters()):
+        if id(value) not in without:
+            # numpy has no bfloat16; other views are not copied
+            array = np.array(value.view(mx.uint16) if value.dtype == mx.bfloat16 else value, copy=False)
+            sums[f"{name} {value.dtype} {value.shape}"] = zlib.crc32(np.ascontiguousarray(array).data)
+    return sums
+
+
+MAX_DIM = 2**31 - 1  # MLX's shapes are 32-bit
+MAX_DIMS = 32
+READABLE = [
+    "BOOL",
+    "U8",
+    "I8",
+    "F8_E4M3",
+    "F8_E8M0",
+    "U16",
+    "I16",
+    "F16",
+    "BF16",
+    "U32",
+    "I32",
+    "F32",
+    "U64",
+    "I64",
+    "C64",
+]  # the types that mx.load supports
+MAX_SHOWN = 200  # characters of the library's message, which may quote a name of any length
+
+
+def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the tensor table of `path` after checking every size in it against the file.
+
+    Returns:
+        {name: {"dtype", "shape"}}, without the metadata entry.
+
+    Raises:
+        InputError: the file cannot be read or is truncated, or its header does not fit it.
+    """
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            header = {name: {"dtype": part.get_dtype(), "shape": part.get_shape()} for name, part in slices.items()}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({first_line(error)}); check the path") from None
+    except SafetensorError as error:
+        found = first_line(error).removeprefix("Error while deserializing header: ")[:MAX_SHOWN]
+        raise InputError(f"{path}: truncated or damaged safetensors ({found}); download or save it again") from None
+    for name, entry in header.items():
+        if entry["dtype"] not in READABLE:
+            found = f"{name[:MAX_SHOWN]} is {entry['dtype']}"
+            raise InputError(f"{path}: {found}, which MLX cannot read; save it as float32 or bfloat16")
+        if len(entry["shape"]) > MAX_DIMS or max(entry["shape"], default=0) > MAX_DIM:
+            raise InputError(f"{path}: the shape of {name[:MAX_SHOWN]} is larger than MLX can read; save it again")
+    return header
+
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 OURS = Path(mlx_lora.__file__).parent
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
 # The errors that third-party code raises when it builds a model or a tokenizer from unexpected files: Python's ordinary
 # errors on unexpected data. Catch them only around such calls, or, with `is_foreign`, around a model's own code if there
 # is a fallback.
@@ -208,3 +365,94 @@ def short(error: BaseException, limit: int = 300) -> str:
     """Return an error's text on one line, of bounded length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[:limit] + " ..."
+
+
+MAX_SHARD_BYTES = 5 << 30  # what mlx-lm and the hub use
+
+
+def save_tensors(path: Path, tensors: dict[str, mx.array], file_format: str = "mlx") -> None:
+    """Write a safetensors file and check that it is complete.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        file_format: its "format" entry: mlx, or pt for files that PEFT and transformers read.
+
+    Raises:
+        RunError: the disk is full or disconnected.
+    """
+    mx.eval(tensors)
+    try:
+        mx.save_safetensors(str(path), tensors, metadata={"format": file_format})
+        read_safetensors_header(path)  # a disk that filled up leaves a short file
+    except (RuntimeError, InputError) as error:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        raise RunError(
+            f"{path}: writing {size / 1e6:.1f} MB failed, with {free / 1e6:.1f} MB free ({error})"
+        ) from error
+
+
+class ShardWriter:
+    """Collect parameters and write them as safetensors shards with an index.
+
+    Memory holds one shard. The names are mlx-lm's: `model.safetensors`, or `model-00001-of-0000N.safetensors`.
+    """
+
+    def __init__(self, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES):
+        self.folder, self.max_shard_bytes = folder, max_shard_bytes
+        self.shard: dict[str, mx.array] = {}
+        self.shard_bytes = self.total_bytes = 0
+        self.names: list[list[str]] = []
+
+    def add(self, parameters: dict[str, mx.array]) -> None:
+        """Add parameters; they are evaluated when their shard is written, at the latest."""
+        size = sum(array.nbytes for array in parameters.values())
+        if self.shard and self.shard_bytes + size > self.max_shard_bytes:
+            self._write()
+        self.shard |= parameters
+        self.shard_bytes += size
+        self.total_bytes += size
+
+    def close(self) -> int:
+        """Write the last shard, rename all to their final names, write the index; return the bytes of all tensors."""
+        self._write()
+        count = len(self.names)
+        weight_map = {}
+        for i, names in enumerate(self.names):
+            final = f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+            (self.folder / f"part-{i}.safetensors").rename(self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(self.folder / "model.safetensors.index.json", index)
+        return self.total_bytes
+
+    def _write(self) -> None:
+        save_tensors(self.folder / f"part-{len(self.names)}.safetensors", self.shard)
+        self.names.append(list(self.shard))
+        self.shard, self.shard_bytes = {}, 0
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write one JSON file, indented, UTF-8."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_out(out: Path, *, force: bool) -> None:
+    """Check that `out` may be written, before any work is done.
+
+    Raises:
+        InputError: `out` is a file, or a folder that must not be replaced.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"--out {out}: is a file; give a new folder")
+    if not any(out.iterdir()):
+        return
+    if not force:
+        raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force to replace it")
+    if not (out / "config.json").is_file():
+        raise InputError(
+            f"--out {out}: --force only replaces model folders, and this one has no config.json; remove it first"
+        )

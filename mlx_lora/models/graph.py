@@ -21,7 +21,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora.system import device, exponentials
+from mlx_lora.kernels import activations as exponentials
+from mlx_lora.utils import device
 
 Arrays = list[mx.array]
 Shape = tuple[int, ...]
@@ -229,7 +230,7 @@ def as_on_gpu() -> Iterator[None]:
 
 @contextmanager
 def _kernels_as_nodes() -> Iterator[None]:
-    """List the compiled kernels of system/exponentials.py as one node each, as they run, instead of what replaces them."""
+    """List the compiled kernels of kernels/activations.py as one node each, as they run, instead of what replaces them."""
     theirs = {name: vars(exponentials)[name] for name in ("usable", "exp_minus", "gated_silu")}
     exponentials.usable = lambda *arrays: all(array.dtype == mx.float32 for array in arrays)
     exponentials.exp_minus = lambda x: _kernel(x, x)

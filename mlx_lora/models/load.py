@@ -1,4 +1,9 @@
-"""Load a base model for a run: find it, convert it if it is a GGUF file, check it, cast it and freeze it."""
+"""Merge.
+
+Find how many token ids a model has rows for, by watching its embeddings, because a config may not say so.
+
+Load a base model for a run: find it, convert it if it is a GGUF file, check it, cast it and freeze it.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +22,66 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.models.converted_models import folder_of
-from mlx_lora.models.fingerprint import base_fingerprint
-from mlx_lora.models.folder import load_classifier_weights, load_weights
-from mlx_lora.models.matmul import MatmulPaths, use_measured_matmul
-from mlx_lora.models.stored_rows import StoredTensor, Watched
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.kernels.quantized_matmul import MatmulPaths, use_measured_matmul
+from mlx_lora.models.convert import folder_of
+from mlx_lora.models.folder import base_fingerprint, load_classifier_weights, load_weights
 from mlx_lora.models.tokenizer import load_folder_tokenizer
-from mlx_lora.models.vocabulary import embedding_rows
-from mlx_lora.settings.config import ModelSettings
-from mlx_lora.sources.hub import resolve_model
-from mlx_lora.system import device
-from mlx_lora.system.console import echo
-from mlx_lora.system.errors import InputError
+from mlx_lora.parallel.sharded_tables import StoredTensor, Watched
+from mlx_lora.utils import device
+from mlx_lora.utils.console import echo
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.hub import resolve_model
+
+EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+
+
+class WatchedEmbedding(nn.Module):
+    """A mix-in for an embedding's class that records its calls."""
+
+    seen: list[tuple[nn.Module, mx.array]]
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        self.seen.append((self, tokens))
+        return super().__call__(tokens)
+
+
+def embedding_rows(model: nn.Module, config: dict[str, Any]) -> int | None:
+    """Return the number of rows of the token embedding: higher ids would read memory beyond it.
+
+    The model is called with two tokens, but nothing is computed.
+
+    Args:
+        model: an mlx-lm model, adapted or not; for a multimodal one, this calls its text part.
+        config: its config.json, used if the model does not call an embedding with the ids.
+
+    Returns:
+        The fewest rows of the embeddings that are called with the ids; else the config's number, None if it has none.
+    """
+    ids = mx.zeros((1, 2), mx.int32)
+    with _watched(model) as seen:
+        model(ids)
+    rows = [embedding.weight.shape[0] for embedding, tokens in seen if tokens is ids]
+    if rows:
+        return min(rows)
+    said = config.get("text_config", config).get("vocab_size", config.get("vocab_size"))
+    return said if isinstance(said, int) else None
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[list[tuple[nn.Module, mx.array]]]:
+    """Watch the model's embeddings inside the block, by changing the class of these instances for its duration."""
+    seen: list[tuple[nn.Module, mx.array]] = []
+    embeddings: list[tuple[Any, type]] = [
+        (module, type(module)) for module in model.modules() if isinstance(module, EMBEDDINGS)
+    ]
+    for module, own in embeddings:
+        module.__class__ = type(own.__name__, (WatchedEmbedding, own), {"seen": seen})
+    try:
+        yield seen
+    finally:
+        for module, own in embeddings:
+            module.__class__ = own
 
 
 @dataclass(frozen=True)
@@ -45,7 +98,7 @@ class Base:
         fingerprint: see fingerprint.py.
         matmul_paths: which product its quantized layers use.
         size_bytes: of its parameters, without any adapter.
-        decode_weights: --decode-weights: the form of its quantized weights while it generates (models/decode_weights.py).
+        decode_weights: --decode-weights: the form of its quantized weights while it generates (rollouts/decode.py).
         stored: where parameters that were not read yet are stored, by path; only those that are as stored.
     """
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 
-from mlx_lora.system.errors import InputError
+from mlx_lora.utils.errors import InputError
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)

@@ -13,8 +13,8 @@ import difflib
 from dataclasses import dataclass
 
 from mlx_lora.planner.shapes import Machine
-from mlx_lora.system.errors import InputError
-from mlx_lora.system.units import GIB
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.text import GIB
 
 # The fraction of the listed peaks that real products and real passes over memory reach (module docstring).
 REACHED_FLOPS = 2.9 / 4.3

@@ -1,10 +1,20 @@
-"""Predict the bytes that training holds at its peak, part by part, by arithmetic.
+"""Merge.
+
+Predict the bytes that sampling holds at its peak: keys and values of all answers, and the scores of the vocabulary.
+
+Sampling has two moments (rollouts/sampler.py). First, prompts are computed one by one, and each layer keeps a prompt's
+keys and values. Then these are copied for each answer, and grow with it: mlx-lm's caches by CACHE_STEP tokens at a time. A
+layer's old buffer is there until its new one is filled. Base, adapter and optimizer are held all along.
+
+Shapes: N prompts, G answers to each, A = N G rows, V vocabulary.
+
+Predict the bytes that training holds at its peak, part by part, by arithmetic.
 
 A run has phases, and its peak is that of the largest phase:
 
     load       the weights, and what casts and checks hold temporarily
-    check      one block of each kind, and the plain loss of a few tokens, with whole logits (training/losses.py)
-    loss       everything that the blocks keep, and tiles of logits (training/fused.py)
+    check      one block of each kind, and the plain loss of a few tokens, with whole logits (losses/cross_entropy.py)
+    loss       everything that the blocks keep, and tiles of logits (losses/fused.py)
     backward   everything that the blocks keep, and the gradients of one block
     last       the adapter's gradients, and one block
     update     gradients, and the new optimizer state beside the old
@@ -13,7 +23,7 @@ A run has phases, and its peak is that of the largest phase:
     rollout    keys and values of sampled answers, if a run samples them (rollout_memory.py)
 
 In all phases: the base, the adapter's float32 masters, the optimizer's moments, a teacher that stays. What a block keeps, and what its backward
-pass allocates at a time, is read from the block's graph (training/block_memory.py) and given as `Block.memory`. If a
+pass allocates at a time, is read from the block's graph (trainer/block_memory.py) and given as `Block.memory`. If a
 graph cannot be read, the formulas here count the block as a llama block, and the plan says that its memory is not known.
 docs/planner.md compares predictions with measurements.
 
@@ -23,16 +33,75 @@ Source: arXiv 2205.05198, section 4 (activations of a block).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import ceil
 
-from mlx_lora.planner.rollout_memory import rollout_parts
-from mlx_lora.planner.shapes import Block, Layer, Machine, ModelShape, Run
-from mlx_lora.settings.checks import checkpoint_every
-from mlx_lora.settings.config import DEFAULT_BATCH_TOKENS
-from mlx_lora.settings.optimizers import OPTIMIZERS
+from mlx_lora.config.checks import checkpoint_every
+from mlx_lora.config.presets import OPTIMIZERS
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS
+from mlx_lora.planner.shapes import Block, Layer, LayerCache, Machine, ModelShape, Rollout, Run, in_steps
 
+PREFILL_TOKENS = 512  # of a prompt that are computed at once (rollouts/sampler.py)
 SINGLE = 4  # bytes of a float32
+# Fitted on a CPU (tests/test_rollout_memory.py compares with measured peaks).
+GROWING_LAYERS = 1  # layers whose old keys and values, and room for new ones, are there beside both together
+SCORE_ARRAYS = 6.0  # arrays of A x V: logits, their softmax, and the noise that a token is drawn with
+DENSE_ROWS = (
+    4  # rows from which a CPU multiplies by a quantized head as floats (kernels/quantized_matmul.py measures it)
+)
+PREFILL_ARRAYS = 1.0  # of a block's layers, widths in and out summed, per position
+PREFILL_SCORES = 3.0  # arrays of mlx's attention on a CPU: scores, masked scores, their softmax
+
+
+def rollout_parts(shape: ModelShape, rollout: Rollout, machine: Machine) -> dict[str, int]:
+    """Return what sampling takes at its peak beside the held parts, by name.
+
+    Args:
+        shape: the model, with what its layers keep.
+        rollout: the largest batch of prompts.
+        machine: that it runs on.
+    """
+    rows = rollout.prompts * rollout.group
+    of_prompts = rollout.prompts * _bytes_of(shape.caches, in_steps(rollout.prompt_tokens - 1))
+    whole = rows * _bytes_of(shape.caches, rollout.cached_tokens)
+    first = {"keys and values": of_prompts, "work ahead": _prefill_window(shape.blocks, rollout, machine)}
+    later = {
+        "keys and values": whole,
+        "copies of them": int(whole * min(1.0, GROWING_LAYERS / max(1, len(shape.caches)))),
+        "logits": int(SCORE_ARRAYS * rows * shape.vocabulary * SINGLE) + _dense_head(shape, rows, machine),
+    }
+    return max(first, later, key=lambda parts: sum(parts.values()))
+
+
+def _bytes_of(caches: Iterable[LayerCache], tokens: int) -> int:
+    """Return the bytes that all layers keep of a row with room for so many tokens."""
+    return sum(
+        cache.fixed_bytes
+        + cache.token_bytes * (tokens if cache.most_tokens is None else min(tokens, cache.most_tokens))
+        for cache in caches
+    )
+
+
+def _dense_head(shape: ModelShape, rows: int, machine: Machine) -> int:
+    """Return the bytes of a quantized head as floats: a CPU multiplies by it, a GPU by the packed one for so few rows."""
+    if not shape.head_packed or machine.backend != "cpu" or rows < DENSE_ROWS:
+        return 0
+    return shape.vocabulary * shape.width * machine.number_bytes * machine.dense_copies
+
+
+def _prefill_window(blocks: Iterable[Block], rollout: Rollout, machine: Machine) -> int:
+    """Return the bytes of a forward pass over a prompt, or its first part, of which one block is in memory at a time."""
+    tokens, size = min(PREFILL_TOKENS, rollout.prompt_tokens), machine.number_bytes
+    most = 0.0
+    for block in blocks:
+        layers = PREFILL_ARRAYS * block.widths * tokens
+        packed = max((layer.numbers for layer in block.layers if layer.packed and layer.experts == 1), default=0)
+        scores = PREFILL_SCORES * block.heads * tokens * rollout.prompt_tokens if machine.backend == "cpu" else 0
+        most = max(most, max(layers + packed * machine.dense_copies, scores))
+    return int(most * size)
+
+
 ROLLOUT = "rollout"  # the phase in which answers are sampled
 # Tokens of the check of losses and kernels before the first step (two tiles of attention).
 CHECK_TOKENS = 128
@@ -49,7 +118,6 @@ TILE_QUERIES = 64
 # If exponentials are expensive (device.py), rows of up to this many keys keep their probabilities, which then take no more
 # memory than the block's other activations do (SmolLM2: about three quarters of them at this length).
 MAX_KEPT_KEYS = 1536
-
 # What MLX allocates at a time, including work that it has not run yet; fitted on a CPU. It runs a fixed number of operations
 # ahead, so a tile that takes more of them is ahead fewer times: dequantizing takes some, and a step that is not compiled
 # has one for each that compiling would join.
@@ -60,7 +128,6 @@ TOP_K_ARRAYS, ALL_TOKENS_ARRAYS = 6.5, 22.0  # the same with a teacher's likelie
 PACKED_COPIES = 3  # copies of a quantized head as floats, in the same case
 BACKWARD_AHEAD = 1.45  # of a block's layers, widths in and out summed, per position
 ATTENTION_AHEAD = 30.0  # tile-sized arrays of scores
-
 # Also fitted: what mlx's own operations keep, in arrays of their width.
 GATE_ARRAYS = 3.1  # of a gated activation that is not the lean one (GELU by tanh), beside inputs and product
 NORM_ARRAYS = 2.0  # of a norm behind a branch
@@ -362,9 +429,9 @@ def _check_bytes(shape: ModelShape, machine: Machine, tokens: int) -> int:
 def _check_parts(shape: ModelShape, machine: Machine) -> tuple[int, int, int]:
     """Return what blocks keep in the check, its gradients, and its logits or, if a shared block needs more, that block.
 
-    One block of each kind is checked (models/few_blocks.py), and the gradients of two computations are compared. Ranks that
+    One block of each kind is checked (models/meta.py), and the gradients of two computations are compared. Ranks that
     share a base check all blocks. Theirs are checkpointed from the beginning, and MLX does not allocate ahead then
-    (system/device.py).
+    (utils/device.py).
     """
     gradients = 2 * SINGLE * shape.trained
     if not shape.shared:
@@ -391,7 +458,7 @@ def tile_shape(positions: int, vocabulary: int, tile_bytes: int) -> tuple[int, i
 
 
 def chunk_rows(positions: int, vocabulary: int, tile_bytes: int) -> int:
-    """Return the rows of a chunk of the loss that computes whole rows of logits (training/row_loss.py)."""
+    """Return the rows of a chunk of the loss that computes whole rows of logits (losses/fused.py)."""
     return _even(positions, min(MAX_ROWS, tile_bytes // (4 * vocabulary)))
 
 

@@ -1,6 +1,6 @@
 """The planner's types: a model's shape, a machine, and a run's largest batch.
 
-adapters/model_shape.py fills them in from a module tree, this_machine.py from a device, and chips.py from a table.
+models/meta.py fills them in from a module tree, this_machine.py from a device, and chips.py from a table.
 
 Shapes: T positions of a batch (rows x width), P trained positions, D model width, V vocabulary, A trained numbers.
 """
@@ -245,7 +245,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class KernelTerms:
-    """The properties of a run's kernels that decide memory; the default is our kernels (models/kernel_choice.py).
+    """The properties of a run's kernels that decide memory; the default is our kernels (kernels/choose.py).
 
     Attributes:
         attention: (keys, kept, ahead) for each row length that mlx's attention is chosen for, in arrays of scores with a
@@ -253,7 +253,7 @@ class KernelTerms:
         tiled: row lengths that our attention is chosen for.
         gate_arrays: arrays that a gated activation keeps beside its inputs and its product; None: one if exponentials
             are expensive, otherwise none.
-        loss: `tiles` or `rows`, how logits are computed (training/loss_choice.py).
+        loss: `tiles` or `rows`, how logits are computed (losses/cross_entropy.py).
     """
 
     attention: tuple[tuple[int, float, float], ...] = ()
@@ -288,7 +288,7 @@ class Machine:
         working_set_bytes: the most that a run should use.
         number_bytes: of an activation: 4 on a CPU, 2 on a GPU, unless --dtype says otherwise.
         kernels: the memory terms of the kernels that were chosen for it.
-        compiles_from: steps of a run from which its step is compiled (system/device.py); 0: always.
+        compiles_from: steps of a run from which its step is compiled (utils/device.py); 0: always.
     """
 
     name: str

@@ -1,28 +1,125 @@
-"""Hold the adapters that a server knows, some of them in memory.
+"""Merge.
+
+Read an adapter into factors for a row of a served batch, and blend several into one.
+
+Adapters that cannot differ between the rows of a batch are refused with a reason: those with parameters trained in full or
+of a mixture's experts (`fuse` folds them into a model, which can then be the base), and DoRA on embeddings.
+
+Hold the adapters that a server knows, some of them in memory.
 
 A known adapter is read again when a request needs it; the least recently used are evicted when the budget is full.
 An adapter that is replaced or unloaded while rows use it stays in memory for those rows, under its own number.
 
 Everything here runs in the engine's thread; other threads only read `cards`, which is never changed, only replaced.
+
+Read the adapter flags of `serve` and `chat`, and find the base's name and context length.
+
+This file does not need the web framework.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import mlx.core as mx
 
+from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import Base
-from mlx_lora.serving.factors import AdapterFactors, blend_factors, read_factors
-from mlx_lora.serving.pools import Routing
-from mlx_lora.serving.routed import route
-from mlx_lora.system.errors import InputError
+from mlx_lora.serving.pools import LayerFactors, Routing, route, unrouted_twin
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.hub import HUB_ID, no_adapter_folder, resolve_adapter
+
+
+@dataclass(frozen=True)
+class AdapterFactors:
+    """An adapter, ready to be served.
+
+    Attributes:
+        layers: path -> its factors.
+        method: the method that trained it.
+        chat_template: the Jinja text that it was trained with, if that is not the base's own.
+    """
+
+    layers: dict[str, LayerFactors]
+    method: str
+    chat_template: str | None
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all its factors."""
+        return sum(layer.nbytes for layer in self.layers.values())
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its layers."""
+        return max(layer.a.shape[1] for layer in self.layers.values())
+
+
+def read_factors(base: Base, folder: Path, dtype: mx.Dtype, ignore_fingerprint: bool = False) -> AdapterFactors:
+    """Read an adapter folder from us, mlx-lm or PEFT.
+
+    Args:
+        base: the served base; its model may be routed, and is not changed.
+        folder: of the adapter.
+        dtype: of the activations; the factors are rounded to it, as `generate` does in each call.
+        ignore_fingerprint: allow an adapter that was trained on another base of the same shape.
+
+    Raises:
+        InputError: it does not fit this base, or cannot differ by row.
+    """
+    twin = dataclasses.replace(base, model=unrouted_twin(base.model))
+    info = load_adapter(twin, folder, ignore_fingerprint)
+    layers = adapter_layers(twin.model)
+    problems = [f"trains {len(info.full)} parameters in full ({info.full[0]} ...)"] if info.full else []
+    problems += sorted({layer.NOT_FOR_A_ROW for layer in layers.values() if layer.NOT_FOR_A_ROW})
+    if problems:
+        raise InputError(
+            f"{folder}: {' and '.join(problems)}, which cannot differ by row of a batch; "
+            "fuse it with mlx-lora fuse and serve the result as a base"
+        )
+    factors = {
+        path: LayerFactors(*layer.serving_factors(dtype), adapts_head=layer.adapts_head)
+        for path, layer in layers.items()
+    }
+    mx.eval([(f.a, f.b) if f.gain is None else (f.a, f.b, f.gain) for f in factors.values()])
+    return AdapterFactors(factors, info.method, info.chat_template)
+
+
+def blend_factors(parts: Sequence[tuple[str, AdapterFactors, float]]) -> AdapterFactors:
+    """Return the adapter that adds sum_i w_i D_i: its factors are concatenated, with the weights in B, so ranks add up.
+
+    Args:
+        parts: name, adapter and weight of each.
+
+    Raises:
+        InputError: there are no parts, a DoRA, whose update is not a sum, or embeddings that do not adapt the same.
+    """
+    if not parts:
+        raise InputError("a blend without adapters; name adapters and their weights")
+    doras = [name for name, part, _ in parts if any(layer.gain is not None for layer in part.layers.values())]
+    if doras:
+        raise InputError(f"blend with {', '.join(doras)}: a DoRA's update is not a sum; blend LoRA adapters")
+    layers: dict[str, LayerFactors] = {}
+    for path in {path: None for _, part, _ in parts for path in part.layers}:
+        own = [(part.layers[path], weight) for _, part, weight in parts if path in part.layers]
+        if len({layer.adapts_head for layer, _ in own}) > 1:
+            raise InputError(f"blend: {path} is adapted as the output head by some and not by others; leave one out")
+        a = mx.concatenate([layer.a for layer, _ in own], axis=1)
+        b = mx.concatenate([weight * layer.b for layer, weight in own], axis=0)
+        layers[path] = LayerFactors(a, b, adapts_head=own[0][0].adapts_head)
+    mx.eval([(layer.a, layer.b) for layer in layers.values()])
+    templates = {part.chat_template for _, part, _ in parts}
+    return AdapterFactors(layers, "blend", templates.pop() if len(templates) == 1 else None)
+
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -302,3 +399,103 @@ class AdapterStore:
         card = self.cards[name]
         changed = Card(**{**vars(card), "resident": resident})
         self.cards = MappingProxyType({**self.cards, name: changed})
+
+
+# For a model whose config does not have it.
+DEFAULT_CONTEXT = 8192
+USAGE = {"--blend": "NAME=ADAPTER:WEIGHT,..."}
+
+
+def adapter_sources(adapters: tuple[str, ...], blends: tuple[str, ...]) -> dict[str, Source]:
+    """Return the source of each adapter name, given the values of --adapter and --blend.
+
+    Raises:
+        InputError: a value is malformed, a name is given twice, or a hub id cannot be downloaded.
+    """
+    sources: dict[str, Source] = {}
+    for flag, given in (("--adapter", adapters), ("--blend", blends)):
+        for text in given:
+            name, source = named_source(flag, text)
+            if name in sources:
+                raise InputError(f"{flag} {name}: given twice; choose another name")
+            sources[name] = source
+    return sources
+
+
+def named_source(flag: str, text: str) -> tuple[str, Source]:
+    """Return name and source for NAME=DIR, NAME=OWNER/NAME, either without NAME=, or a blend.
+
+    Without NAME=, an adapter has the last part of its folder's or hub id's name.
+
+    Args:
+        flag: the flag, for messages; `--blend` means a blend.
+        text: the flag's value.
+
+    Raises:
+        InputError: the value is malformed, or a hub id cannot be downloaded.
+    """
+    name, equals, value = text.partition("=")
+    if flag != "--blend" and (not equals or Path(text).expanduser().is_dir()):
+        name, equals, value = own_name(flag, text), "=", text
+    if not equals or not name or not value:
+        raise InputError(f"{flag} {text}: write it as {USAGE.get(flag, 'NAME=DIR')}")
+    return name, Source(blend=blend_weights(text)) if flag == "--blend" else Source(folder=resolve_adapter(value))
+
+
+def own_name(flag: str, text: str) -> str:
+    """Return the name of an adapter that was given without one.
+
+    Raises:
+        InputError: it is neither a folder nor a hub id, or its own name cannot be the name of an adapter.
+    """
+    path = Path(text).expanduser()
+    if not path.is_dir() and not HUB_ID.fullmatch(text):
+        raise InputError(f"{flag} {text}: write it as NAME=DIR or DIR ({no_adapter_folder(path)})")
+    name = path.resolve().name if path.is_dir() else path.name
+    if not NAME.fullmatch(name):
+        raise InputError(f"{flag} {text}: {name!r} cannot be a name for requests; write it as NAME={text}")
+    return name
+
+
+def blend_weights(text: str) -> dict[str, float]:
+    """Return {adapter: weight} for NAME=a:0.7,b:0.3.
+
+    Raises:
+        InputError: the text is malformed.
+    """
+    found = {}
+    for part in text.partition("=")[2].split(","):
+        name, _, number = part.strip().rpartition(":")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            name = ""
+        if not name or not abs(found[name]) <= 100:
+            raise InputError(
+                f"--blend {text}: write it as NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT, with weights from -100 to 100"
+            )
+    return found
+
+
+def check_names(flag: str, names: Iterable[str], own: tuple[str, ...]) -> None:
+    """Refuse adapter names that mean the base.
+
+    Raises:
+        InputError: a name is the base's own.
+    """
+    for name in names:
+        if name in own:
+            raise InputError(f"{flag} {name}: that is the base's own name; choose another")
+
+
+def base_name(base: Base) -> str:
+    """Return the base's model id: the hub id, or the name of a local folder or file, without its path."""
+    path = Path(base.model_id).expanduser()
+    return (path.stem if path.is_file() else path.resolve().name) if path.exists() else base.model_id
+
+
+def context_of(config: dict[str, Any]) -> int | None:
+    """Return the number of tokens of the model's context, None if its config does not have it."""
+    text = config.get("text_config")
+    found = config.get("max_position_embeddings") or (isinstance(text, dict) and text.get("max_position_embeddings"))
+    return found if isinstance(found, int) and found > 0 else None

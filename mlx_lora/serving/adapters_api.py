@@ -16,12 +16,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mlx_lora.serving.adapter_store import NAME, Card, NoRoom, Source, UnknownAdapter
-from mlx_lora.serving.answering import api_error
-from mlx_lora.serving.asking import ApiError, read_json
-from mlx_lora.serving.engine import Engine
-from mlx_lora.serving.requests import Stopped
-from mlx_lora.sources.hub import resolve_adapter
-from mlx_lora.system.errors import InputError, RunError
+from mlx_lora.serving.app import api_error
+from mlx_lora.serving.engine import Engine, Stopped
+from mlx_lora.serving.schema import ApiError, read_json
+from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.hub import resolve_adapter
 
 FIELDS = {"name", "path", "hub", "revision", "blend"}
 

@@ -1,37 +1,301 @@
-"""The server's routes: OpenAI's completions, the models, health, metrics and the page.
+"""Merge.
+
+Send an answer from the engine's thread to one client, complete or as a stream, until either ends.
+
+Serve the chat page, which shows two models side by side in a browser and uses the same endpoints as other clients.
+
+The page, `pages/chat.html`, is served as a single file, with `pages/markdown.js` and the common
+tokens.css inside. Its policy only allows its own script and style to run, whatever a model
+writes. It has no secrets, so it is served without an API key; its requests to the server need the key.
+
+Render the server's counters in Prometheus' text format.
+
+The server's routes: OpenAI's completions, the models, health, metrics and the page.
 
 Guard -> routes -> asking (checks the body) -> prompts (makes tokens) -> engine -> answering -> client
+
+Open the server's socket, so that a port in use is found before the server reports that it is ready.
 """
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import re
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.to_thread
+import mlx.core as mx
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from mlx_lora.serving.adapter_names import base_name
-from mlx_lora.serving.adapter_store import Card
-from mlx_lora.serving.answering import Answer, ClientGone, Reply, send_stream, send_whole
-from mlx_lora.serving.asking import ApiError, Ask, read_chat, read_completion, read_json
-from mlx_lora.serving.chat_page import page_route
-from mlx_lora.serving.engine import Engine
-from mlx_lora.serving.metrics import metrics_text
-from mlx_lora.serving.replies import ChatReply, CompletionReply
-from mlx_lora.serving.request_guard import Guard, GuardLimits, send_error
-from mlx_lora.serving.request_prompts import prompt_tokens
-from mlx_lora.serving.requests import Request
+from mlx_lora.reports.charts import tokens_css
+from mlx_lora.serving.adapter_store import Card, NoRoom, UnknownAdapter, base_name
+from mlx_lora.serving.conversation import prompt_tokens
+from mlx_lora.serving.engine import Engine, Event, QueueFull, Request, Stopped
+from mlx_lora.serving.guard import Guard, GuardLimits, send_error
+from mlx_lora.serving.schema import ApiError, Ask, ChatReply, CompletionReply, read_chat, read_completion, read_json
+from mlx_lora.utils.errors import InputError
+
+Reply = ChatReply | CompletionReply
+RETRY_AFTER_S = 1
+
+
+class ClientGone(Exception):
+    """The client has closed the connection."""
+
+
+def api_error(error: Exception) -> ApiError:
+    """Return the error that a client gets for an error of the engine."""
+    if isinstance(error, UnknownAdapter):
+        return ApiError(
+            404, f"no model or adapter {str(error)!r}; GET /v1/models lists them", "model_not_found", "model"
+        )
+    if isinstance(error, QueueFull):
+        return ApiError(429, f"{error}; try again later", "queue_full", retry_after_s=RETRY_AFTER_S)
+    if isinstance(error, NoRoom):
+        return ApiError(503, f"{error}; try again later", "no_room", retry_after_s=RETRY_AFTER_S)
+    if isinstance(error, Stopped):
+        return ApiError(503, f"{error}", "shutting_down")
+    if isinstance(error, (InputError, OSError)):
+        return ApiError(400, " ".join(str(error).split()), "invalid_adapter")
+    raise error
+
+
+class Answer:
+    """One request's events in the server's event loop; leaving it as a context frees the request's row."""
+
+    def __init__(self, engine: Engine, request: Request, receive: Callable[[], Awaitable[Any]], timeout_s: float):
+        """Submit the request.
+
+        Args:
+            engine: answers the request.
+            request: the request.
+            receive: ASGI's function; after the body it only tells when the client disconnects.
+            timeout_s: for the whole answer.
+
+        Raises:
+            ApiError: 429 if the queue is full, 503 if the engine has stopped.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._deadline = self._loop.time() + timeout_s
+        self._timeout_s = timeout_s
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        try:
+            self._ticket = engine.submit(request, self._emit)
+        except (QueueFull, Stopped) as error:
+            raise api_error(error) from None
+        self._gone = self._loop.create_task(_until_gone(receive))
+
+    def _emit(self, event: Event) -> None:
+        # The loop is already closed if the process ends while requests are running.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ticket.cancel()
+        self._gone.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        """Yield the events up to the last one.
+
+        Raises:
+            ClientGone: the client disconnected.
+            ApiError: the answer is an error, or is not done in time.
+        """
+        while True:
+            event = await self._within_time(self._events.get())
+            if event.error is not None:
+                raise api_error(event.error)
+            yield event
+            if event.last:
+                return
+
+    async def send(self, sending: Awaitable[None]) -> None:
+        """Await a send within the answer's time limit, since a client can delay it by not reading."""
+        await self._within_time(sending)
+
+    async def _within_time(self, doing: Awaitable[Any]) -> Any:
+        task = asyncio.ensure_future(doing)
+        left = self._deadline - self._loop.time()
+        try:
+            await asyncio.wait({task, self._gone}, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+        finally:
+            task.cancel()
+        if self._gone.done():
+            raise ClientGone
+        raise ApiError(504, f"the answer took longer than {self._timeout_s:g} s; ask for fewer tokens", "timeout")
+
+
+async def _until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def send_whole(answer: Answer, reply: Reply, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+    """Send the complete answer at once."""
+    pieces, reports = [], []
+    event: Any = None  # the last event, of which there is one at least
+    async for event in answer:
+        pieces.append(event.piece.text)
+        reports += event.piece.reports
+    content = json.dumps(reply.whole("".join(pieces), reports, event)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    await answer.send(send({"type": "http.response.start", "status": 200, "headers": headers}))
+    await answer.send(send({"type": "http.response.body", "body": content}))
+
+
+async def send_stream(
+    answer: Answer, reply: Reply, include_usage: bool, send: Callable[[dict[str, Any]], Awaitable[None]]
+) -> None:
+    """Send the answer as server-sent events; an error before the first event is sent as an ordinary error."""
+    opened = False
+    headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+
+    async def send_event(content: str, more: bool = True) -> None:
+        await answer.send(
+            send({"type": "http.response.body", "body": f"data: {content}\n\n".encode(), "more_body": more})
+        )
+
+    try:
+        async for event in answer:
+            if not opened:
+                await answer.send(send({"type": "http.response.start", "status": 200, "headers": headers}))
+                opened = True
+            await send_event(json.dumps(reply.chunk(event)))
+            if event.usage and include_usage:
+                await send_event(json.dumps(reply.usage_chunk(event.usage)))
+    except ApiError as error:
+        if not opened:
+            raise
+        # The status was already sent, so send the error as an event, unless the client does not read.
+        content = f"data: {json.dumps(error.body())}\n\n".encode()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(send({"type": "http.response.body", "body": content}), timeout=1)
+        return
+    await send_event("[DONE]", more=False)
+
+
+FOLDER = Path(__file__).parent / "pages"
+SCRIPTS = ("markdown.js",)  # each stands in the page where a line names it
+
+
+def page_route() -> Route:
+    """Return the route GET / that serves the page."""
+    text = page_text()
+    headers = {
+        "Content-Security-Policy": policy(text),
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",  # frame-ancestors, for old browsers
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cache-Control": "no-store",
+    }
+
+    async def page(request: HttpRequest) -> HTMLResponse:
+        return HTMLResponse(text, headers=headers)
+
+    return Route("/", page, methods=["GET"])
+
+
+def page_text() -> str:
+    """Return the page with its scripts, and the colors and type sizes that all pages of ours share."""
+    text = (FOLDER / "chat.html").read_text(encoding="utf-8").replace("/* tokens.css */\n", tokens_css())
+    for name in SCRIPTS:
+        text = text.replace(f"// {name}\n", (FOLDER / name).read_text(encoding="utf-8"))
+    return text
+
+
+def policy(text: str) -> str:
+    """Return a Content-Security-Policy that allows the page's own inline script and style, and nothing else."""
+    rules = {
+        "default-src": "'none'",
+        "script-src": " ".join(_hashes(text, "script")),
+        "style-src": " ".join(_hashes(text, "style")),
+        "connect-src": "'self'",
+        "img-src": "data:",  # for the empty icon, without which browsers request one
+        "frame-ancestors": "'none'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        # If the page ever used a model's text as markup, the browser would raise an error instead of running it.
+        "require-trusted-types-for": "'script'",
+        "trusted-types": "'none'",
+    }
+    return "; ".join(f"{name} {value}" for name, value in rules.items())
+
+
+def _hashes(text: str, tag: str) -> list[str]:
+    inside = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+    return [f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'" for part in inside]
+
+
+# Paths with ids are counted under their prefix, so that clients cannot create new series.
+KNOWN = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/adapters", "/health", "/metrics")
+
+
+def metrics_text(engine: Engine, answers: Counter[tuple[str, int]]) -> str:
+    """Return all metrics.
+
+    Args:
+        engine: read without a lock, because numbers of different steps do no harm.
+        answers: (path, status) -> count.
+    """
+    counts, store, prompts = engine.counts, engine.store, engine.prompt_cache
+    lines = ["# TYPE mlx_lora_answers_total counter"]
+    by_route: Counter[tuple[str, int]] = Counter()
+    for (path, status), count in answers.items():
+        by_route[next((known for known in KNOWN if path.startswith(known)), "other"), status] += count
+    lines += [
+        f'mlx_lora_answers_total{{path="{path}",status="{status}"}} {count}'
+        for (path, status), count in sorted(by_route.items())
+    ]
+    totals = {
+        "prompt_tokens": counts.prompt_tokens,
+        "reused_prompt_tokens": prompts.reused_tokens,
+        "generated_tokens": counts.generated_tokens,
+        "steps": counts.steps,
+        "finished": counts.finished,
+        "canceled": counts.canceled,
+        "failed": counts.failed,
+        "adapter_loads": store.loads,
+        "adapter_evictions": store.evictions,
+    }
+    now = {
+        "running": engine.running,
+        "unfinished": engine.unfinished,
+        "adapters_known": len(store.cards),
+        "adapters_resident": sum(card.resident for card in store.cards.values()),
+        "adapter_bytes": store.nbytes,
+        "prompt_cache_bytes": prompts.nbytes,
+        "prompt_cache_entries": len(prompts),
+        "memory_bytes": mx.get_active_memory(),
+        "peak_memory_bytes": mx.get_peak_memory(),
+    }
+    for name, value in totals.items():
+        lines += [f"# TYPE mlx_lora_{name}_total counter", f"mlx_lora_{name}_total {value}"]
+    for name, value in now.items():
+        lines += [f"# TYPE mlx_lora_{name} gauge", f"mlx_lora_{name} {value}"]
+    return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True)
@@ -214,3 +478,24 @@ async def _as_json(request: HttpRequest, error: Any) -> Response:
 async def _not_here(request: HttpRequest, error: Any) -> Response:
     code = "method_not_allowed" if error.status_code == 405 else "not_found"
     return _ErrorResponse(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", code))
+
+
+def listen(host: str, port: int) -> tuple[socket.socket, str]:
+    """Return an open listening socket and its URL.
+
+    Args:
+        host: name or address of this machine.
+        port: 0 for any free port.
+
+    Raises:
+        InputError: it cannot be opened.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        opened = socket.create_server((host, port), family=family, backlog=256)
+    except OSError as error:
+        raise InputError(
+            f"--host {host} --port {port}: cannot listen on this address ({error.strerror or error}); choose another"
+        ) from None
+    shown = f"[{host}]" if ":" in host else host
+    return opened, f"http://{shown}:{opened.getsockname()[1]}"

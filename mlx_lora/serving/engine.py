@@ -1,4 +1,8 @@
-"""Run the model in one thread, which takes requests, emits tokens, and loads and unloads adapters between steps.
+"""Merge.
+
+The engine's requests and its answers.
+
+Run the model in one thread, which takes requests, emits tokens, and loads and unloads adapters between steps.
 
     submit -> waiting -> Prefill (computes a prompt in parts) -> Batch (one token per row and step) -> Event
 
@@ -18,19 +22,103 @@ from typing import Any, TypeVar
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_lora.models.continuation import Continuation
-from mlx_lora.models.decode_weights import ANSWERS, hold_weights
 from mlx_lora.models.load import Base
-from mlx_lora.models.token_steps import TokenSteps
+from mlx_lora.models.tokenizer import Continuation
+from mlx_lora.rollouts.decode import ANSWERS, TokenSteps, hold_weights
 from mlx_lora.serving.adapter_store import AdapterStore, NoRoom, Resident, UnknownAdapter
-from mlx_lora.serving.batch import Batch, Prefill, Row
+from mlx_lora.serving.batch import Batch, Prefill, PromptCache, Row
 from mlx_lora.serving.pools import Routing
-from mlx_lora.serving.prompt_cache import PromptCache
-from mlx_lora.serving.requests import Event, QueueFull, Request, Stopped, Ticket, Usage
-from mlx_lora.serving.sampling import Likelihoods, Sampler
-from mlx_lora.serving.text import Piece, TextStream, TokenReport
-from mlx_lora.system import device
-from mlx_lora.system.errors import InputError
+from mlx_lora.serving.sampling import Likelihoods, Piece, Sampler, Sampling, TextStream, TokenReport
+from mlx_lora.utils import device
+from mlx_lora.utils.errors import InputError, first_line
+
+
+class QueueFull(Exception):
+    """The queue of waiting requests is full."""
+
+
+class Stopped(Exception):
+    """The engine takes no more requests."""
+
+
+def failed_words(failure: BaseException | None) -> str:
+    """Return what a user reads when the engine has ended because of an error."""
+    why = f" ({first_line(failure)})" if failure is not None else ""
+    return f"the engine failed{why}; start the command again, and report it if this happens again"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation.
+
+    Attributes:
+        tokens: the prompt, at least one token.
+        adapter: name of a known adapter, or None for the base.
+        max_tokens: the most new tokens.
+        sampling: how tokens are drawn.
+        stops: texts before which the answer ends.
+        ignore_eos: continue after an end token (for measurements).
+        continues: the text continues the prompt, as in a completion; a chat's answer is a new text.
+    """
+
+    tokens: list[int]
+    adapter: str | None
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stops: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    continues: bool = False
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Numbers of tokens: the prompt's, those of them that came from the cache, and new ones without the end token."""
+
+    prompt: int
+    cached: int
+    completion: int
+
+
+@dataclass(frozen=True)
+class Event:
+    """A part of an answer; the last has a finish reason or an error.
+
+    Attributes:
+        piece: new text.
+        finish: `stop`, `length`, or None if more follows.
+        usage: only in the last event.
+        error: why there is no answer: UnknownAdapter, InputError, OSError or Stopped.
+    """
+
+    piece: Piece
+    finish: str | None = None
+    usage: Usage | None = None
+    error: Exception | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether no event follows."""
+        return self.finish is not None or self.error is not None
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request that was submitted to the engine.
+
+    Attributes:
+        request: the request.
+        emit: called with every event, in the engine's thread; must not block.
+        canceled: set when the answer is no longer wanted.
+    """
+
+    request: Request
+    emit: Callable[[Event], None]
+    canceled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """Ask the engine to free the row at its next step; ignore events that still come."""
+        self.canceled.set()
+
 
 T = TypeVar("T")
 # Steps after which unused buffers are freed, as in mlx-lm.

@@ -17,8 +17,8 @@ from huggingface_hub.errors import StrictDataclassError
 from architectures.build import SPREAD, tiny_config
 from architectures.parts import SLIDING_THEN_FULL
 from architectures.trial import LOGIT_BAR, ROWS, WIDTH, NotRun, Trial, Wrong, relative
+from mlx_lora.config.settings import ModelSettings
 from mlx_lora.models.load import load_base
-from mlx_lora.settings.config import ModelSettings
 
 THETA = 50000.0
 MOST_PARAMETERS = 20_000_000

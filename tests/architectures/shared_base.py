@@ -22,12 +22,12 @@ import mlx.nn as nn
 
 from architectures.build import tiny_architecture, tiny_config, write_model
 from architectures.configs import CONFIGS, ways
-from mlx_lora.runs.training_run import train_run
-from mlx_lora.settings.config import TrainSettings
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.system import device
-from mlx_lora.system.distributed import SeveralRanks
-from mlx_lora.system.errors import InputError, RunError
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import TrainSettings
+from mlx_lora.parallel.ranks import SeveralRanks
+from mlx_lora.trainer.run import train_run
+from mlx_lora.utils import device
+from mlx_lora.utils.errors import InputError, RunError
 
 LONGEST_S = 300  # for one architecture; then all traces are printed, and the process ends
 VOCABULARY = 2304  # of a model in 4 bits, so that its embedding is large enough to be shared

@@ -43,16 +43,15 @@ from architectures.trial import (
     vocabulary_of,
     write_data,
 )
-from mlx_lora.adapters.adapt import adapt_model
-from mlx_lora.adapters.inject import adapter_parameters
+from mlx_lora.adapters.inject import adapt_model, adapter_parameters
+from mlx_lora.config.settings import AdapterSettings, ModelSettings
+from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.models.load import load_base
-from mlx_lora.models.outline import outline_of
-from mlx_lora.models.unchanged import left_unchanged
-from mlx_lora.planner.fitting import run_of
+from mlx_lora.models.meta import outline_of
+from mlx_lora.planner.fit import run_of
+from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.this_machine import this_machine
-from mlx_lora.settings.config import AdapterSettings, ModelSettings
-from mlx_lora.training.run_fit import check_base_fits, outlined_shape
+from mlx_lora.trainer.fit import check_base_fits, outlined_shape
 
 
 def load(trial: Trial) -> None:

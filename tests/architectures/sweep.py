@@ -26,7 +26,7 @@ import click
 from architectures.configs import CONFIGS, architecture_modules, ways
 from architectures.stages import STAGES
 from architectures.trial import NotRun, Refused, Trial, Wrong
-from mlx_lora.system.errors import InputError
+from mlx_lora.utils.errors import InputError
 
 # A fresh process now and then: compiled functions of a hundred models would pile up in one.
 AT_ONCE = 6

@@ -23,19 +23,19 @@ import run_cli
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.artifacts.adapter import load_adapter
-from mlx_lora.data.batches import Batch
-from mlx_lora.models.attention import attend
-from mlx_lora.models.kernel_choice import choose_model_kernels
-from mlx_lora.models.kernels import assumed, training_kernels
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import ModelSettings, TrainSettings
+from mlx_lora.data.batch import Batch
+from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.kernels.attention import attend
+from mlx_lora.kernels.choose import choose_model_kernels
+from mlx_lora.kernels.measure import left_unchanged
+from mlx_lora.kernels.table import assumed, training_kernels
+from mlx_lora.losses.check import StepVariant, check_kernels, choose_loss, choose_step_variant
+from mlx_lora.losses.cross_entropy import Arrays
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.models.unchanged import left_unchanged
-from mlx_lora.settings.config import ModelSettings, TrainSettings
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.system import device
-from mlx_lora.training.checkpointing import apply_checkpointing
-from mlx_lora.training.losses import Arrays, check_kernels, choose_loss
-from mlx_lora.training.trial import StepVariant, choose_step_variant
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
+from mlx_lora.utils import device
 
 ROWS, WIDTH = 2, 21  # longer than the tiny models' windows and their indexers' choices, and odd
 RANK = 4

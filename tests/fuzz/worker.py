@@ -23,16 +23,15 @@ from pathlib import Path
 from typing import Any
 
 # First of all, as everywhere: the fast BLAS comes before mlx.core.
-import mlx_lora.system.device  # noqa: F401  isort: skip
+import mlx_lora.utils.device  # noqa: F401  isort: skip
 
 import click
 
 from fuzz.kinds import Command, make_case
 from fuzz.seeds import Seeds
+from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.data import sandbox
-from mlx_lora.settings.resolve import train_settings
-from mlx_lora.settings.settings_file import read_settings
-from mlx_lora.system import console
+from mlx_lora.utils import console
 
 MEMORY_BYTES = 6 << 30  # address space beyond what the process has at its start: a lie that is believed dies here
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND

@@ -1,4 +1,4 @@
-"""What mlx.core answers on a Mac, for the one module that asks: mlx_lora.system.device."""
+"""What mlx.core answers on a Mac, for the one module that asks: mlx_lora.utils.device."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def install() -> None:
     if SWITCH in _installed:
         return
     _installed.append(SWITCH)
-    from mlx_lora.system import device
+    from mlx_lora.utils import device
     from rehearsal import fake_metal, refusals, system
 
     refusals.install()

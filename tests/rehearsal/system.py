@@ -14,8 +14,8 @@ OURS = f"{os.sep}mlx_lora{os.sep}"
 STANDARD = (os.path.dirname(os.__file__) + os.sep, "<frozen ")
 LINUX_ONLY = ("sched_getaffinity", "sched_setaffinity", "posix_fadvise", "posix_fallocate", "memfd_create")
 PLATFORM_READERS = (
-    "mlx_lora.suite.energy", "mlx_lora.suite.machine_facts", "mlx_lora.system.device", "mlx_lora.system.process",
-    "mlx_lora.training.interrupts",
+    "mlx_lora.bench.run", "mlx_lora.bench.machine", "mlx_lora.utils.device", "mlx_lora.utils.text",
+    "mlx_lora.trainer.guards",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import sys
 
-DEVICE = "mlx_lora.system.device"
+DEVICE = "mlx_lora.utils.device"
 
 
 class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -1,0 +1,327 @@
+"""LoRA and DoRA over linear, embedding, experts; REGISTRY.
+
+DoRA layers: a low-rank update changes the direction of each row of a frozen weight, and its length is trained.
+
+    before   self_attn.q_proj: Linear | QuantizedLinear
+    after    self_attn.q_proj: DoRALinear(linear: the same object, lora_a, lora_b, m)
+
+Shapes: B batch, T time, V vocabulary, r rank; in and out are the base's widths. Stored names are mlx-lm's.
+
+LoRA layers over a frozen linear layer or embedding, quantized or not.
+
+LoRA and DoRA layers over a mixture's experts, with one pair of factors for each expert.
+
+    before   mlp.switch_mlp.up_proj: SwitchLinear | QuantizedSwitchLinear
+    after    mlp.switch_mlp.up_proj: LoRASwitchLinear(linear: the same object, lora_a, lora_b)
+
+Shapes: E experts, N rows (a token has one for each expert it is sent to), r rank; in and out are the base's widths.
+`lora_a` is (E, r, in) and `lora_b` (E, out, r), the transposes of a plain layer's.
+
+mlx-lm sorts the rows by expert if there are 64 or more (`sorted_indices`); then x is (N, 1, in) and indices (N,).
+For fewer rows x is (B, T, 1, 1, in) and indices (B, T, k), with the same x for a token's k experts.
+
+The table of adapter classes, with one row for each layer type and kind of base.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora.adapters.base import EMBEDDING, LINEAR, SWITCH, AdapterLayer, is_exactly
+
+
+class DoRALayer(AdapterLayer):
+    """The common part of all DoRA layers: the trained lengths, and the adapted weight.
+
+        W' = m / |W + D| (W + D),  D = scale A B, |.| the length of each row
+
+    `m` is initialized to the rows' lengths, float32: (out,), (vocabulary,) or (E, out).
+    """
+
+    LAYER_TYPE = "dora"
+    BESIDE = ("m",)
+    KEEPS_PRODUCT = True
+    NOT_IN_GGUF = "is a DoRA layer"
+
+    def __init__(self, base: nn.Module, lora_a: mx.array, lora_b: mx.array, scale: float, dropout: float = 0.0):
+        """Wrap `base`; arguments as in AdapterLayer."""
+        super().__init__(base, lora_a, lora_b, scale, dropout)
+        self._squares = mx.square(self.weight).sum(axis=-1)
+        self.m = mx.sqrt(self._squares)
+        self._kept_lengths: mx.array | None = None
+        mx.eval(self._squares, self.m)
+
+    def row_lengths(self, dtype: mx.Dtype) -> mx.array:
+        """Return |W + D| in the shape of m, float32, without gradient; products with W are computed in `dtype`."""
+        raise NotImplementedError
+
+    def lengths(self, dtype: mx.Dtype) -> mx.array:
+        """Return `row_lengths`, newly computed or as kept by `finish`."""
+        return self.row_lengths(dtype) if self._kept_lengths is None else self._kept_lengths
+
+    def finish(self) -> None:
+        """Compute |W + D| once, because generation calls the layer for every token."""
+        self._kept_lengths = self.row_lengths(mx.float32)
+        mx.eval(self._kept_lengths)
+
+    def merged(self) -> mx.array:
+        """Return the adapted weight, float32."""
+        turned = self.weight + self.product()
+        return turned * (self.m / mx.maximum(mx.linalg.norm(turned, axis=-1), 1e-15))[..., None]
+
+    def delta(self) -> mx.array:
+        """Return the change of the weight, float32."""
+        return self.merged() - self.weight
+
+
+class DoRALinear(DoRALayer):
+    """A frozen linear layer with a low-rank update of its rows' directions and trained row lengths m:
+
+        y = m / |W + D| (W x + D x) + bias,  D = scale (A B)^T
+
+    |W + D| are the row lengths, which get no gradient. They are computed from |W|^2, which never changes, and
+    products with the factors, so neither a dense W nor D is needed:
+
+        |W + D|^2 = |W|^2 + 2 scale sum_r (W A) B^T + scale^2 sum_r (B^T A^T A) B^T      (each per row)
+
+    Source: DoRA, arXiv 2402.09353, eq. 5 and section 4.3 (no gradient through the length).
+    """
+
+    OVER = LINEAR
+    NOT_IN_PEFT = NOT_FOR_A_ROW = None
+
+    def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
+        """Apply the layer; arguments as in LoRALinear."""
+        z = self.dropout(x, key) @ self.lora_a.astype(x.dtype)  # (..., r)
+        y = mx.addmm(self._without_bias(x), z, (self.scale * self.lora_b).astype(x.dtype))  # (..., out)
+        y = y * (self.m / self.lengths(x.dtype)).astype(x.dtype)
+        return y + self.linear.bias if "bias" in self.linear else y
+
+    def row_lengths(self, dtype: mx.Dtype) -> mx.array:
+        """Return |W + D|, (out,)."""
+        a, b = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b)
+        across = self._without_bias(a.T.astype(dtype)).astype(mx.float32)  # (r, out)
+        squares = self._squares + (self.scale * b * (2 * across + self.scale * (a.T @ a) @ b)).sum(axis=0)
+        return mx.sqrt(mx.maximum(squares, 1e-30))
+
+    def _without_bias(self, x: mx.array) -> mx.array:
+        y = self.linear(x)
+        return y - self.linear.bias if "bias" in self.linear else y
+
+    def to_peft(self, name: str, row_factors: mx.array | None, tied: bool) -> dict[str, dict[str, mx.array]]:
+        """Return the factors and the lengths in PEFT's format."""
+        own = super().to_peft(name, row_factors, tied)[name]
+        return {name: {**own, "lora_magnitude_vector": self.m if row_factors is None else self.m / row_factors[:, 0]}}
+
+    def serving_factors(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array | None]:
+        """Return the arrays for a row of a served batch; the gains are m / |W + D|."""
+        a, b, _ = super().serving_factors(dtype)
+        return a, b, (self.m / self.row_lengths(mx.float32)).astype(dtype)
+
+
+class DoRAEmbedding(DoRALayer):
+    """A frozen embedding with a low-rank update of its rows' directions and trained row lengths m, one per token:
+
+        row(t) = m_t / |E_t + D_t| (E_t + D_t),  D = scale A B
+
+    The lengths |E + D| get no gradient. As a tied head it multiplies by the same rows, as in mlx-lm;
+    PEFT has one length per column of an embedding instead, which is another function.
+
+    Source: DoRA, arXiv 2402.09353, eq. 5 and section 4.3.
+    """
+
+    OVER = EMBEDDING
+    NOT_IN_PEFT = "is a DoRA with a length for each token, while PEFT's has one for each column"
+    NOT_IN_GGUF = "is an embedding"
+    NOT_FOR_A_ROW = "is a DoRA over an embedding"
+
+    def __call__(self, tokens: mx.array, key: mx.array | None = None) -> mx.array:
+        """Look up tokens; arguments as in LoRAEmbedding."""
+        y = self.embedding(tokens)  # (B, T, width)
+        z = self.dropout(self.lora_a[tokens].astype(y.dtype), key)  # (B, T, r)
+        turned = y + z @ (self.scale * self.lora_b).astype(y.dtype)
+        if self._kept_lengths is not None:
+            lengths = self._kept_lengths[tokens]
+        else:
+            # Only these tokens' rows, not the whole vocabulary.
+            whole = y + (self.lora_a[tokens] @ (self.scale * self.lora_b)).astype(y.dtype)
+            lengths = mx.stop_gradient(mx.linalg.norm(whole.astype(mx.float32), axis=-1))
+        return turned * (self.m[tokens] / mx.maximum(lengths, 1e-15)).astype(y.dtype)[..., None]
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        y = self.embedding.as_linear(x)  # (B, T, V)
+        z = self.dropout(x) @ (self.scale * self.lora_b).T.astype(x.dtype)  # (B, T, r)
+        return (y + z @ self.lora_a.T.astype(x.dtype)) * (self.m / self.lengths(x.dtype)).astype(x.dtype)
+
+    def row_lengths(self, dtype: mx.Dtype) -> mx.array:
+        """Return |E + D| per row, (V,)."""
+        a, b = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b)
+        across = self.embedding.as_linear(b.astype(dtype)).T.astype(mx.float32)  # (V, r)
+        squares = self._squares + (self.scale * a * (2 * across + self.scale * a @ (b @ b.T))).sum(axis=-1)
+        return mx.sqrt(mx.maximum(squares, 1e-30))
+
+
+class LoRALinear(AdapterLayer):
+    """A frozen linear layer plus scale * (x A) B."""
+
+    LAYER_TYPE, OVER = "lora", LINEAR
+    NOT_IN_PEFT = NOT_IN_GGUF = NOT_FOR_A_ROW = None
+
+    def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
+        """Apply the layer.
+
+        Args:
+            x: (..., in).
+            key: random key of the dropout; None: a new one is drawn.
+        """
+        y = self.linear(x)  # (..., out)
+        a, b = self.called_factors()
+        z = self.dropout(x, key) @ a.astype(x.dtype)  # (..., r)
+        # This takes one pass over the output instead of two.
+        y = mx.addmm(y, z, (self.scale * b).astype(x.dtype))
+        if "fixed_a" not in self:
+            return y
+        a, b = self.called_fixed()
+        return mx.addmm(y, x @ a.astype(x.dtype), b.astype(x.dtype))
+
+
+class LoRAEmbedding(AdapterLayer):
+    """A frozen embedding plus scale * A[tokens] B; as a tied output head it adds scale * (x B^T) A^T.
+
+    With `adapts_head = False` the tied head is not adapted: PEFT adapts the two separately.
+    """
+
+    LAYER_TYPE, OVER = "lora", EMBEDDING
+    NOT_IN_PEFT = NOT_FOR_A_ROW = None
+    NOT_IN_GGUF = "is an embedding"
+
+    def __call__(self, tokens: mx.array, key: mx.array | None = None) -> mx.array:
+        """Look up tokens (B, T); `key` is the random key of the dropout; None: a new one is drawn."""
+        y = self.embedding(tokens)  # (B, T, width)
+        a, b = self.effective_factors()
+        z = self.dropout(a[tokens].astype(y.dtype), key)  # (B, T, r)
+        y = y + z @ (self.scale * b).astype(y.dtype)
+        return y + (self.fixed_a[tokens] @ self.fixed_b).astype(y.dtype) if "fixed_a" in self else y
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        y = self.embedding.as_linear(x)  # (B, T, vocabulary)
+        if not self.adapts_head:
+            return y
+        a, b = self.effective_factors()
+        z = self.dropout(x) @ (self.scale * b).T.astype(x.dtype)  # (B, T, r)
+        y = y + z @ a.T.astype(x.dtype)
+        if "fixed_a" not in self:
+            return y
+        return y + (x @ self.fixed_b.T.astype(x.dtype)) @ self.fixed_a.T.astype(x.dtype)
+
+    def to_peft(self, name: str, row_factors: mx.array | None, tied: bool) -> dict[str, dict[str, mx.array]]:
+        """Return the tensors in PEFT's format; it adapts a tied head separately, so the head gets a copy of the factors."""
+        ((a, b),) = (own.values() for own in super().to_peft(name, row_factors, tied).values())
+        head = {"lm_head": {"lora_A.weight": b.T, "lora_B.weight": a.T}} if tied and self.adapts_head else {}
+        return {name: {"lora_embedding_A": a, "lora_embedding_B": b}, **head}
+
+
+class LoRASwitchLinear(AdapterLayer):
+    """Frozen experts plus, for expert e, scale * (x A_e^T) B_e^T.
+
+    The arrays of other methods have the experts' axis first: `lora_e` is (E, r).
+
+    Source: LoRA, arXiv 2106.09685, eq. 3; a pair per expert as in "LoRA Without Regret" (2025).
+    """
+
+    LAYER_TYPE, OVER = "lora", SWITCH
+    NOT_IN_PEFT = NOT_IN_GGUF = None
+    NOT_FOR_A_ROW = "adapts a mixture's experts"
+
+    def __call__(
+        self, x: mx.array, indices: mx.array, sorted_indices: bool = False, key: mx.array | None = None
+    ) -> mx.array:
+        """Apply its expert to each row.
+
+        Args:
+            x: (N, 1, in), or (..., 1, 1, in) with the experts in the last axis of `indices`.
+            indices: (N,) or (..., k), the expert of each row.
+            sorted_indices: whether they ascend.
+            key: random key of the dropout; None: a new one is drawn.
+
+        Returns:
+            (N, 1, out) or (..., k, 1, out).
+        """
+        through = partial(_through_experts, indices=indices, sorted_indices=sorted_indices)
+        y = self.linear(x, indices, sorted_indices=sorted_indices)
+        a, b = self.called_factors()
+        z = through(self.dropout(x, key), a)  # (N, 1, r)
+        y = y + through(z, self.scale * b)
+        if "fixed_a" in self:
+            a, b = self.called_fixed()
+            y = y + through(through(x, a), b)
+        return y
+
+
+class DoRASwitchLinear(DoRALayer):
+    """Frozen experts with low-rank updates of their rows' directions and trained row lengths m.
+
+    As DoRALinear, for each expert: y = m / |W + D| (W x + D x) + bias, with no gradient through |W + D|.
+    mlx-lm has no such layer and cannot load these adapters; to use one there, fuse it.
+
+    Source: DoRA, arXiv 2402.09353, eq. 5 and section 4.3.
+    """
+
+    OVER = SWITCH
+    NOT_IN_PEFT = "is a DoRA over experts, which PEFT does not have"
+    NOT_FOR_A_ROW = "adapts a mixture's experts"
+
+    def __call__(
+        self, x: mx.array, indices: mx.array, sorted_indices: bool = False, key: mx.array | None = None
+    ) -> mx.array:
+        """Apply its expert to each row; arguments and result as in LoRASwitchLinear."""
+        through = partial(_through_experts, indices=indices, sorted_indices=sorted_indices)
+        z = through(self.dropout(x, key), self.lora_a)  # (N, 1, r)
+        y = self._without_bias(x, indices, sorted_indices) + through(z, self.scale * self.lora_b)  # (N, 1, out)
+        y = y * _rows_of((self.m / self.lengths(x.dtype)).astype(x.dtype), indices)
+        return y + _rows_of(self.linear.bias, indices) if "bias" in self.linear else y
+
+    def row_lengths(self, dtype: mx.Dtype) -> mx.array:
+        """Return |W + D|, (E, out)."""
+        a, b = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b).swapaxes(-1, -2)  # b: (E, r, out)
+        every = mx.arange(a.shape[0])
+        across = self._without_bias(a.astype(dtype), every, True).astype(mx.float32)  # (E, r, out)
+        gram = a @ a.swapaxes(-1, -2)  # (E, r, r)
+        squares = self._squares + (self.scale * b * (2 * across + self.scale * (gram @ b))).sum(axis=1)
+        return mx.sqrt(mx.maximum(squares, 1e-30))
+
+    def _without_bias(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
+        y = self.linear(x, indices, sorted_indices=sorted_indices)
+        return y - _rows_of(self.linear.bias, indices) if "bias" in self.linear else y
+
+
+def _through_experts(x: mx.array, weight: mx.array, *, indices: mx.array, sorted_indices: bool) -> mx.array:
+    """Return x W_e^T, where e is the expert of each row; weight (E, out, in) is cast to x's dtype."""
+    transposed = weight.astype(x.dtype).swapaxes(-1, -2)
+    return mx.gather_mm(x, transposed, rhs_indices=indices, sorted_indices=sorted_indices)
+
+
+def _rows_of(values: mx.array, indices: mx.array) -> mx.array:
+    """Return the values of each row's expert, (E, out) -> (N, 1, out) or (..., k, 1, out)."""
+    return mx.expand_dims(values[indices], -2)
+
+
+_CLASSES = (
+    LoRALinear,
+    LoRAEmbedding,
+    LoRASwitchLinear,
+    DoRALinear,
+    DoRAEmbedding,
+    DoRASwitchLinear,
+)
+REGISTRY: dict[tuple[str, tuple[type, ...]], type[AdapterLayer]] = {(one.LAYER_TYPE, one.OVER): one for one in _CLASSES}
+LAYER_TYPES = tuple(dict.fromkeys(name for name, _ in REGISTRY))
+
+
+def adapter_class(base: nn.Module, layer_type: str = "lora") -> type[AdapterLayer] | None:
+    """Return the class that wraps `base` in a layer of this type, or None if there is none."""
+    kind = next((kind for kind in (LINEAR, EMBEDDING, SWITCH) if is_exactly(base, kind)), None)
+    return None if kind is None else REGISTRY.get((layer_type, kind))

@@ -1,0 +1,555 @@
+"""Evaluate.
+
+Read evaluation data by the columns that its adapter was trained with.
+
+Read the data of the run that made an adapter again: what it trained on, and what it held out.
+
+Measure a base and its adapter on the same rows, and put their answers side by side.
+
+Both models see a batch before either sees the next, so a measurement that is stopped compares them on the same rows.
+
+Measure the loss of a model, with or without an adapter, on data.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from mlx_lora.api.base import Base as PublicBase
+from mlx_lora.api.base import PathLike, as_base
+from mlx_lora.api.errors import speaks_python
+from mlx_lora.api.train import data_source, run_settings
+from mlx_lora.config.checks import COLUMNS, settings_problems
+from mlx_lora.config.fields import flag_of
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import FIELDS, DataSettings, LoopSettings, TrainSettings
+from mlx_lora.data.chat_exports import chat_kind
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.duplicates import seen_rows
+from mlx_lora.data.examples import Record
+from mlx_lora.data.files import find_sets, is_local, named_sets
+from mlx_lora.data.load import DataSplits, load_data, load_eval_set
+from mlx_lora.data.records import read_records
+from mlx_lora.data.teacher_prompt import read_teacher_prompt
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.models.load import Base, check_token_ids
+from mlx_lora.objectives.answer_logps import with_reference
+from mlx_lora.objectives.base import Objective
+from mlx_lora.objectives.distill import with_teacher
+from mlx_lora.objectives.table import objective_of
+from mlx_lora.objectives.task import task_of
+from mlx_lora.objectives.teacher import check_teacher
+from mlx_lora.parallel.agreement import check_one_run
+from mlx_lora.parallel.ranks import ALONE, Ranks
+from mlx_lora.reports.evaluation import MODELS, SHORT_WORDS
+from mlx_lora.reports.run_report import Sample, read_facts
+from mlx_lora.rollouts.reward_models import load_rewards
+from mlx_lora.rollouts.sampled_answers import sampled_plan
+from mlx_lora.trainer.build import adapter_template, put_adapter
+from mlx_lora.trainer.evaluate import RowLosses, held_out_loss, held_out_plan, mean_loss, paired_change
+from mlx_lora.trainer.fit import share_among
+from mlx_lora.trainer.report_callback import before_answer, greedy_text, row_answer
+from mlx_lora.utils import console
+from mlx_lora.utils.console import perplexity
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.hub import resolve_adapter
+from mlx_lora.utils.parsing import parse_yaml
+from mlx_lora.utils.progress import tracked
+
+NAMES = (*COLUMNS, "turn_names")
+OF_CHATS = ("speaker", "conversation_gap")
+
+
+def with_columns_of_run(
+    settings: TrainSettings, given: Collection[str], adapter: Path | None, say: Callable[[str], None]
+) -> TrainSettings:
+    """Return the settings with the columns and turn names of the run that made the adapter, if the data has them.
+
+    Args:
+        settings: Of the evaluation.
+        given: Settings that the user gave; if one names columns, format or turns, it decides, and not the run.
+        adapter: The adapter's folder; one without run.yaml changes nothing.
+        say: Called with a line about what was taken.
+    """
+    if adapter is None or not settings.data.data or not {*NAMES, *OF_CHATS, "data_format"}.isdisjoint(given):
+        return settings
+    run = run_of(adapter)
+    if isinstance(run.get("speaker"), str) and _is_chat(settings.data.data):
+        found = {name: run[name] for name in OF_CHATS if name in run}
+    else:
+        found = {name: value for name, value in run.items() if name in NAMES and value and isinstance(value, str)}
+    changed = replace(settings, data=replace(settings.data, **found))
+    if not found or settings_problems(changed.to_flat()) or not _has_columns(settings.data.data, found):
+        return settings
+    named = ", ".join(f"{flag_of(name)} {value}" for name, value in found.items())
+    say(f"Columns as in the run that trained {adapter}: {named}")
+    return changed
+
+
+def run_of(adapter: Path) -> dict[str, Any]:
+    """Return the contents of run.yaml, nothing if there is none or it cannot be read."""
+    try:
+        content = parse_yaml((adapter / "run.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_chat(data: str) -> bool:
+    """Tell whether the first file is a chat export."""
+    return any(chat_kind(files[0].path) for files in find_sets(data)[0].splits.values())
+
+
+def _has_columns(data: str, found: dict[str, str]) -> bool:
+    """Tell whether the first record has one of the columns; names of turns alone are taken for any data."""
+    columns = {part.strip() for name, value in found.items() if name in COLUMNS for part in (value, *value.split(","))}
+    if not columns:
+        return True
+    for files in find_sets(data)[0].splits.values():
+        for record in read_records(files[0].path, files[0].sheet):
+            if isinstance(record, Record):
+                return not columns.isdisjoint(record.value)
+    return False
+
+
+OF_DATA = (*(field.name for field in dataclasses.fields(DataSettings)), "seed", "objective")
+
+
+def settings_of_run(adapter: Path | None, given: Mapping[str, Any]) -> TrainSettings:
+    """Return settings with the data of the run that made an adapter, for measuring the rows that it held out.
+
+    Args:
+        adapter: its folder.
+        given: the other settings, by name.
+
+    Raises:
+        InputError: there is no run of imitation whose data is named, or a setting would change how the data is read.
+    """
+    run = {} if adapter is None else run_of(adapter)
+    found = {name: run[name] for name in OF_DATA if run.get(name) is not None}
+    if not found.get("data"):
+        raise InputError(
+            "--data is required: a data file, or a folder with a test or valid split; only the adapter of a run can do "
+            "without, and the rows that the run held out are measured"
+        )
+    if (objective := given.get("objective") or found.get("objective", "sft")) != "sft":
+        raise InputError(f"--data is required with --objective {objective}: name the rows to measure")
+    if changed := [flag_of(name) for name in given if name in OF_DATA and name != "objective"]:
+        raise InputError(
+            f"{', '.join(changed)} without --data: held-out rows are read as the run read them; name the data"
+        )
+    return train_settings({**found, **given})
+
+
+def held_out_rows(
+    adapter: Path, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+) -> tuple[EncodedSet, EncodedSet]:
+    """Return the rows that a run held out, its test rows if it has some, and those that it trained on.
+
+    Raises:
+        InputError: it held nothing out, or its data is not there as it was.
+    """
+    splits = data_of_run(adapter, tokenizer, say)
+    held_out = splits if isinstance(splits, str) else splits.test or splits.valid
+    if isinstance(splits, str) or not isinstance(held_out, EncodedSet):
+        why = splits if isinstance(splits, str) else "the run held no rows out"
+        raise InputError(f"no --data, and no held-out rows of {adapter}: {why}; give --data FILE")
+    return held_out, splits.train
+
+
+def data_of_run(
+    adapter: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], None],
+    most_bytes: float = math.inf,
+) -> DataSplits | str:
+    """Return the data of the run that made an adapter, split as in the run, or why there is none.
+
+    Args:
+        adapter: its folder.
+        tokenizer: with the adapter's chat template.
+        say: takes lines of progress.
+        most_bytes: larger files are not read.
+    """
+    run = {name: value for name, value in run_of(adapter).items() if name in FIELDS}
+    data = run.get("data")
+    if not data:
+        return "the adapter's folder does not name its data"
+    try:
+        settings = train_settings(run)
+        if settings.objective.objective != "sft":
+            return f"the adapter was trained with --objective {settings.objective.objective}"
+        if not all(is_local(name) for name, _ in named_sets(data)):
+            return "the data of its run is not on this disk"
+        if _bytes_of(data) > most_bytes:
+            return "the data of its run is large"
+        splits = load_data(settings.data, tokenizer, settings.loop.seed, say)
+    except InputError as error:
+        return f"the data of its run cannot be read ({error})"
+    return splits if _as_it_was(adapter, splits) else "the data of its run has changed"
+
+
+def _as_it_was(adapter: Path, splits: DataSplits) -> bool:
+    """Tell whether the training rows have the sizes that the run's report has; without a report nobody knows."""
+    known = (read_facts(adapter).get("data") or {}).get("splits", {}).get("train")
+    return known is None or known == splits.report.to_dict()["splits"]["train"]
+
+
+def _bytes_of(data: str) -> int:
+    return sum(file.path.stat().st_size for one in find_sets(data) for part in one.splits.values() for file in part)
+
+
+BASE, ADAPTER = MODELS
+USUAL = 5  # questions, where nobody says how many
+MOST_TOKENS = 64  # of a text
+MORE_TOKENS = 8  # than the expected answer has, which a text may take to end
+MOST_PROMPT_TOKENS = 1024
+
+
+def never() -> bool:
+    """Say that nobody asked to stop."""
+    return False
+
+
+def without_adapter(base: Base) -> Base:
+    """Return the same model for an adapter to be put on, or to stay without one; the arrays are shared."""
+    return replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The losses of models on the same rows, and their answers to some of them.
+
+    Attributes:
+        rows: model -> its row losses: `base`, and `adapter` if there is one.
+        whole: whether all rows were measured, and all that were asked answered.
+        examples: what was asked; see `ask`.
+    """
+
+    rows: dict[str, RowLosses]
+    whole: bool
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values: those of the model that was asked for by their own names, those of the base with `base_`."""
+        found: dict[str, Any] = {}
+        last = list(self.rows)[-1] if self.rows else None
+        for name, rows in self.rows.items():
+            prefix = "" if name == last else f"{name}_"
+            found |= {f"{prefix}loss": rows.loss, f"{prefix}perplexity": perplexity(rows.loss)}
+        if len(self.rows) == 2:
+            found["change"] = asdict(paired_change(self.rows[BASE], self.rows[ADAPTER]))
+        for name in self.rows if self.examples else ():
+            exact = [one["exact"][name] for one in self.examples if one["exact"] is not None]
+            found[f"{'' if name == last else f'{name}_'}exact_match"] = sum(exact) / len(exact) if exact else None
+        return found | ({"examples": self.examples} if self.examples else {}) | {"partial": not self.whole}
+
+
+def measure_rows(
+    models: Mapping[str, Base],
+    rows: EncodedSet,
+    loop: LoopSettings,
+    objective: Objective,
+    say: Callable[[str], None],
+    stopped: Callable[[], bool] = never,
+) -> tuple[dict[str, RowLosses], bool]:
+    """Return the losses of the rows for each model, and whether all rows were measured.
+
+    Args:
+        models: name -> model.
+        rows: to measure.
+        loop: how rows are put into batches.
+        objective: whose loss is a mean over tokens.
+        say: takes lines of progress where there is no bar.
+        stopped: asked before each batch whether to end.
+    """
+    tasks = {
+        name: task_of(objective, choose_loss(one.model, one.config, loop.kernels), one.model)
+        for name, one in models.items()
+    }
+    plan = held_out_plan(rows, loop)
+    found: dict[str, list[RowLosses]] = {name: [] for name in models}
+    batches = takewhile(lambda _: not stopped(), plan.batches())
+    for batch in tracked(batches, "Measuring", len(plan), "batches", say):
+        for name, one in models.items():
+            measured = mean_loss(one.model, tasks[name], [batch]).rows
+            if measured is not None:
+                found[name].append(measured)
+    done = sum(len(one.tokens) for one in next(iter(found.values())))
+    joined = {name: _joined(parts) for name, parts in found.items() if parts}
+    return joined, done == int((rows.supervised_counts > 0).sum())
+
+
+def _joined(parts: Iterable[RowLosses]) -> RowLosses:
+    parts = list(parts)
+    return RowLosses(np.concatenate([p.sums for p in parts]), np.concatenate([p.tokens for p in parts]))
+
+
+def questions_of(rows: EncodedSet, most: int | None) -> list[int]:
+    """Return the numbers of the rows whose questions are asked, spaced evenly over all.
+
+    Args:
+        rows: of prompts and answers; rows of plain text ask nothing.
+        most: how many to ask; None: a few, or none if no row has a prompt.
+
+    Raises:
+        InputError: no row has a prompt.
+    """
+    if most == 0:
+        return []
+    asked = [number for number in range(0, len(rows), rows.group) if row_answer(rows, number)]
+    if not asked and most is not None:
+        raise InputError("--show: the rows are plain text without questions; leave it out, or give --show 0")
+    most = USUAL if most is None else most
+    return [asked[(2 * i + 1) * len(asked) // (2 * most)] for i in range(most)] if most < len(asked) else asked
+
+
+def ask(
+    models: Mapping[str, Base],
+    rows: EncodedSet,
+    chosen: Sequence[int],
+    say: Callable[[str], None],
+    stopped: Callable[[], bool] = never,
+) -> tuple[list[dict[str, Any]], bool]:
+    """Ask each model the questions of some rows, and return question, expected answer and texts, and whether all were asked.
+
+    Args:
+        models: name -> model.
+        rows: of prompts and answers.
+        chosen: numbers of the rows; see `questions_of`.
+        say: takes lines of progress where there is no bar.
+        stopped: asked before each question whether to end.
+
+    Returns:
+        For each row `question`, `expected`, the text of each model by its name, and `exact`: name -> whether the text is
+        the expected one but for case, space and punctuation; None where more than 8 words are expected.
+    """
+    found = []
+    pending = takewhile(lambda _: not stopped(), chosen)
+    for number in tracked(pending, "Asking", len(chosen), "questions", say):
+        found.append(_answers(models, rows, number))
+    return found, len(found) == len(chosen)
+
+
+def _answers(models: Mapping[str, Base], rows: EncodedSet, number: int) -> dict[str, Any]:
+    tokenizer = next(iter(models.values())).hf_tokenizer
+    prompt, answer = before_answer(rows, number), row_answer(rows, number)
+    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    most = min(MOST_TOKENS, len(answer) + MORE_TOKENS)
+    shown = Sample(str(tokenizer.decode(prompt)), "", specials=specials)
+    texts = {
+        name: shown.said(greedy_text(one, prompt[-MOST_PROMPT_TOKENS:], most)).strip() for name, one in models.items()
+    }
+    expected = shown.said(str(tokenizer.decode(answer))).strip()
+    question = shown.turns[-1][1] if shown.turns else shown.prompt
+    short = len(expected.split()) <= SHORT_WORDS
+    exact = {name: normalized(text) == normalized(expected) for name, text in texts.items()} if short else None
+    return {"question": question, "expected": expected, **texts, "exact": exact}
+
+
+def normalized(text: str) -> str:
+    """Return a text for an exact match: lower case, without punctuation at the ends of words, with single spaces."""
+    words = (re.sub(r"^\W+|\W+$", "", word) for word in text.lower().split())
+    return " ".join(filter(None, words))
+
+
+MOST_SEEN_BYTES = 20_000_000  # of a run's data; larger data takes long to compare with
+
+
+@speaks_python(adapter_path="adapter")
+def evaluate(
+    base: PublicBase | PathLike,
+    data: Any,
+    adapter: PathLike | None = None,
+    *,
+    objective: str = "sft",
+    batch_tokens: int | None = None,
+    ignore_fingerprint: bool = False,
+    show: int = 0,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Return the losses of adapter and base, and their answers, as `mlx-lora evaluate --json` prints them.
+
+    Args:
+        base: from `load`, or a model's name; it stays as it is.
+        data: as for `train`; of several splits, test is measured, else validation.
+        adapter: folder or hub id of an adapter to put on the base; None: the base alone.
+        objective: what the data is: sft, or the objective of a preference run (dpo, kto, reward ...).
+        batch_tokens: tokens per batch, padding included; None: the default.
+        ignore_fingerprint: use an adapter that was trained on another base of the same shape.
+        show: questions of the data to ask base and adapter, whose answers come back as `examples`; each takes a second or
+            more.
+        settings: of data and objective, as for `train`: `max_seq_length`, `mask_prompt`, `chat_template`, `beta` ...
+
+    Returns:
+        `loss`, `perplexity` (or what the objective reports), `supervised_tokens` (`answers` if they were sampled), `rows`,
+        `model`, `adapter_path`, `data`. For imitation with an adapter also `base_loss`, `base_perplexity`, and `change`:
+        the `change` of the loss, `low` and `high` of its 95% interval, and over how many `rows`; and `near_training`, how many
+        rows repeat or nearly repeat rows that the adapter's run trained on (None: not known). With `show` also `examples`, and
+        `exact_match` and `base_exact_match`: the share of answers that are the expected ones, of those for
+        which at most 8 words are expected.
+
+    Raises:
+        InputError: base, adapter, data or a setting that cannot be used.
+    """
+    base, source = as_base(base, "evaluate"), data_source(data)
+    resolved = run_settings(base.settings, {**settings, "objective": objective, "data": source})
+    check_adapter(resolved, adapter)
+    if batch_tokens is not None and batch_tokens < 2:
+        raise InputError(f"--batch-tokens {batch_tokens}: must be at least 2")
+    check_show(resolved, show)
+    folder = None if adapter is None else resolve_adapter(os.fspath(adapter), None)
+    resolved = with_columns_of_run(resolved, settings, folder, lambda line: None)
+    with base.loaded.lent() as lent:
+        found = measure_loss(resolved, lent, folder, ignore_fingerprint, batch_tokens, show=show)
+    return found | {"adapter_path": None if adapter is None else os.fspath(adapter), "data": source}
+
+
+def check_adapter(settings: TrainSettings, adapter: PathLike | None) -> None:
+    """Refuse to measure scores without the adapter that gives them, before a model is loaded.
+
+    Raises:
+        InputError: there is none.
+    """
+    if objective_of(settings.objective).scores and not adapter:
+        raise InputError("--objective reward without --adapter-path: no score head; give a reward model's adapter")
+
+
+def measure_loss(
+    settings: TrainSettings,
+    base: Base,
+    adapter: Path | None,
+    ignore_fingerprint: bool = False,
+    batch_tokens: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    ranks: Ranks = ALONE,
+    show: int | None = 0,
+    stopped: Callable[[], bool] = never,
+    held_out: bool = False,
+) -> dict[str, Any]:
+    """Return what `evaluate` returns, without adapter_path and data.
+
+    Args:
+        settings: data and objective.
+        base: the model; it gets the adapter.
+        adapter: folder to put on the model.
+        ignore_fingerprint: as for load_adapter.
+        batch_tokens: positions per batch; None: the default.
+        say: takes lines of progress.
+        ranks: that share the base, if the settings say so.
+        show: rows of which to ask the questions; None: a few, if the rows have questions.
+        stopped: asked whether to end with what is measured so far; the result then has `partial`.
+        held_out: measure the rows that the adapter's run held out, and not --data.
+
+    Raises:
+        InputError: adapter or data that cannot be used.
+    """
+    objective = objective_of(settings.objective)
+    if objective.reference and settings.loop.shard_base != "off":
+        raise InputError(
+            f"--objective {settings.objective.objective} with --shard-base: the reference is the whole base without the "
+            "adapter; leave out one of the two"
+        )
+    settings = replace(settings, loop=replace(settings.loop, batch_tokens=batch_tokens, test_batches=-1))
+    data = settings.data
+    if not data.chat_template and (template := adapter_template(adapter)):
+        base.hf_tokenizer.chat_template = template
+    check_teacher(settings, base.hf_tokenizer)
+    prompt = read_teacher_prompt(settings.objective.teacher_prompt)
+    if held_out and adapter:
+        rows, trained = held_out_rows(adapter, base.hf_tokenizer, say)
+    else:
+        rows, trained = load_eval_set(data.data or "", data, base.hf_tokenizer, say, objective.records, prompt), None
+    check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
+    rows = objective.targets_of(rows)
+    if objective.reference:
+        rows = with_reference(settings, base, {"rows": rows}, say)["rows"]
+    if compares(settings):
+        near = {"near_training": _near_training(adapter, base, rows, trained, say)} if adapter else {}
+        asked = questions_of(rows, show)
+        return _compared(settings, base, adapter, rows, ignore_fingerprint, say, asked, stopped) | near
+    taught = with_teacher(settings, base, {"rows": rows}, say)  # before the adapter: the base may be the teacher
+    rows = taught.sets["rows"]
+    rewards = load_rewards(settings, base, say)  # before the adapter is on the base
+    if adapter:
+        put_adapter(base, adapter, data, objective, ignore_fingerprint)
+    settings, shared = share_among(settings, base, ranks)
+    if shared.words:
+        say(shared.words)
+        check_one_run(ranks, settings, {"base": base.fingerprint, "rows": rows.fingerprint})
+    answered = sampled_plan(settings, base, say, rewards, scorer=taught.scorer)
+    found = held_out_loss(base, rows, settings.loop, objective, ranks, say, answered)
+    means = found.reports or {"perplexity": console.perplexity(found.loss)}
+    counted = {"answers": found.count} if objective.policy else {"supervised_tokens": rows.supervised_tokens}
+    counts = {**counted, "rows": rows.examples}
+    return {"loss": found.loss, **means, **counts, "model": base.model_id}
+
+
+def compares(settings: TrainSettings) -> bool:
+    """Return whether base and adapter are measured together: where a row's loss is its tokens', and this process has the base."""
+    return settings.objective.objective == "sft" and settings.loop.shard_base == "off"
+
+
+def check_show(settings: TrainSettings, show: int) -> None:
+    """Refuse to ask questions where nothing is compared.
+
+    Raises:
+        InputError: it is asked to.
+    """
+    if show and not compares(settings):
+        what = "--shard-base" if settings.loop.shard_base != "off" else f"--objective {settings.objective.objective}"
+        raise InputError(f"--show {show} with {what}: only imitation with the whole base shows answers; leave it out")
+
+
+def _near_training(
+    adapter: Path, base: Base, rows: EncodedSet, trained: EncodedSet | None, say: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Return how many rows the adapter's run has seen, as JSON values; None where its training rows are not known."""
+    if trained is None:
+        if not run_of(adapter).get("data"):
+            return None
+        splits = data_of_run(adapter, base.hf_tokenizer, say, MOST_SEEN_BYTES)
+        if isinstance(splits, str):
+            say(f"Not compared with the rows that the run trained on: {splits}")
+            return None
+        trained = splits.train
+    seen = seen_rows(rows, trained, base.hf_tokenizer)
+    if words := seen.words():
+        say(f"Note: {words}")
+    return asdict(seen)
+
+
+def _compared(
+    settings: TrainSettings,
+    base: Base,
+    adapter: Path | None,
+    rows: EncodedSet,
+    ignore_fingerprint: bool,
+    say: Callable[[str], None],
+    asked: Sequence[int],
+    stopped: Callable[[], bool],
+) -> dict[str, Any]:
+    """Measure base and adapter on the same rows, and ask both what some rows ask."""
+    models = {BASE: base}
+    if adapter:
+        models = {BASE: without_adapter(base), ADAPTER: base}
+        put_adapter(base, adapter, settings.data, objective_of(settings.objective), ignore_fingerprint)
+    found, whole = measure_rows(models, rows, settings.loop, objective_of(settings.objective), say, stopped)
+    examples, answered = ask(models, rows, asked, say, stopped) if asked and whole else ([], whole)
+    result = Compared(found, whole and answered, examples).to_dict()
+    measured = next(iter(found.values())).tokens if found else []
+    counts = {"supervised_tokens": int(sum(measured)), "rows": len(measured)}
+    losses = {name: result.pop(name) for name in ("loss", "perplexity") if name in result}
+    return {**losses, **counts, "model": base.model_id, **result}

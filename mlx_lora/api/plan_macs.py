@@ -1,0 +1,378 @@
+"""Plan for several Macs.
+
+Predict what the other ways to divide a run on several Macs would do, beside a shared base.
+
+Predict whether a run fits on several Macs that share its base, and whether their link or their chips decide the speed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from mlx_lora.config.checks import shard_parts, whole_base_reasons
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
+from mlx_lora.kernels.choose import KernelChoice
+from mlx_lora.models.meta import outline_for
+from mlx_lora.parallel.sharded_tables import units_of
+from mlx_lora.planner.chips import CHIPS, find_chip
+from mlx_lora.planner.fit import largest_batch, run_of
+from mlx_lora.planner.memory import MemoryPlan
+from mlx_lora.planner.several_macs import (
+    TENSOR,
+    Link,
+    Mac,
+    MacsPlan,
+    Split,
+    Units,
+    best,
+    cut_problem,
+    least_tokens,
+    memory_shares,
+    plan_macs,
+    split_by_rows,
+    split_by_tensor,
+    split_with_shared_base,
+)
+from mlx_lora.planner.shapes import KernelTerms, ModelShape, Run
+from mlx_lora.planner.speed import listed_ceilings
+from mlx_lora.trainer.fit import outlined_shape
+from mlx_lora.utils import device
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.text import GIB
+
+
+def predicted_splits(
+    settings: TrainSettings, shape: ModelShape, batch: Run, macs: Sequence[Mac], link: Link, shared: MacsPlan
+) -> list[dict[str, Any]]:
+    """Return each way to divide a run and what is predicted of it, as JSON values; one of them is `best`.
+
+    Args:
+        settings: of the run.
+        shape: of the whole adapted model.
+        batch: of all Macs.
+        macs, link: what it runs on.
+        shared: the plan with a shared base.
+    """
+    splits = [
+        split_with_shared_base(shared, batch.positions),
+        split_by_rows(shape, batch, macs, link),
+        _by_tensor(settings, batch, macs, link),
+    ]
+    chosen = best(splits)
+    return [
+        {
+            "name": split.words,
+            "fits": not split.problem and split.fits,
+            "tokens_per_s": split.tokens_per_s,
+            "needed_bytes": split.most_needed_bytes,
+            "verdict": split.verdict,
+            "best": split is chosen,
+        }
+        for split in splits
+    ]
+
+
+def _by_tensor(settings: TrainSettings, batch: Run, macs: Sequence[Mac], link: Link) -> Split:
+    part = _part_of_layers(settings, len(macs))
+    if isinstance(part, str):
+        return Split(TENSOR, problem=part)
+    return split_by_tensor(part, batch, macs, link, macs[0].machine.number_bytes)
+
+
+@lru_cache(maxsize=8)
+def _part_of_layers(settings: TrainSettings, count: int) -> ModelShape | str:
+    """Return the shape of one Mac's part of each layer, or why there is none."""
+    dtype = settings.model.dtype if settings.model.dtype != "auto" else "bfloat16"
+    outline = outline_for(settings.model, device.compute_dtype(dtype))
+    architecture = type(outline.model).__module__.rpartition(".")[2]
+    reasons = [f"{setting}: {reason}" for setting, reason in whole_base_reasons(settings.to_flat())]
+    problem = cut_problem(architecture, outline.config, count) or next(iter(reasons), "")
+    return problem or outlined_shape(outline, settings, KernelChoice(settings.loop.kernels), cut_by=count)
+
+
+def splits_line(splits: Sequence[dict[str, Any]]) -> str:
+    """Return the ways to divide a run in a line of text, the best one last."""
+    told = "; ".join(f"{split['name']} {split['verdict']}" for split in splits)
+    chosen = next(split["name"] for split in splits if split["best"])
+    return f"Ways to divide it (--parallel): {told}. Best: {chosen}"
+
+
+# Thunderbolt 5 is sold as 80 Gbit/s; half of it is assumed for messages of a block's size, and was not measured.
+LINK_GBIT = 40.0
+MOST_GB = 4096
+# What macOS needs beside the GPU's memory, where the limit for the GPU is raised by hand.
+FOR_MACOS_GB = 4
+LATENCY_S = 5e-5  # assumed, of a message
+EQUAL_MACS = re.compile(r"(?P<count>\d{1,3})\s*[xX]\s*(?P<rest>.+)")
+# What takes less memory, in the order in which it is tried.
+RANKS, LENGTHS = (16, 8, 4), (2048, 1024, 512)
+ATTENTION = "q_proj,k_proj,v_proj,o_proj"
+
+
+@dataclass(frozen=True)
+class Given:
+    """One Mac as it is given.
+
+    Attributes:
+        chip: its name.
+        memory_gb: as Apple sells it.
+        working_set_bytes: that a run may use, as the Mac itself says; None: about two thirds or three quarters.
+    """
+
+    chip: str
+    memory_gb: int
+    working_set_bytes: int | None = None
+
+
+def parse_macs(text: str) -> list[Given]:
+    """Return each Mac in `M4 Pro:48,M2 Max:32` or `2 x M4 Pro:48`; `M2 Max:32:28` has 28 GB for the GPU.
+
+    Raises:
+        InputError: it is written otherwise, or names one Mac only.
+    """
+    macs = []
+    for part in text.split(","):
+        several = EQUAL_MACS.fullmatch(part.strip())
+        count = int(several["count"]) if several else 1
+        chip, *sizes = (several["rest"] if several else part).split(":")
+        numbers = [int(size) for size in sizes if size.strip().isdecimal() and len(size) < 6]
+        if len(numbers) != len(sizes) or not 1 <= len(sizes) <= 2 or not min(numbers) >= 1 or not 1 <= count <= 256:
+            raise InputError(f'--macs {text!r}: write chip and memory of each Mac, as in "M4 Pro:48,M2 Max:32"')
+        memory_gb, *wired = numbers
+        if memory_gb > MOST_GB or max(wired, default=0) > memory_gb:
+            raise InputError(
+                f"--macs {part.strip()}: no Mac has {max(numbers)} GB of {memory_gb} for its GPU; write at most {MOST_GB}"
+            )
+        macs += [Given(find_chip(chip).name, memory_gb, wired[0] * GIB if wired else None)] * count
+    if len(macs) < 2:
+        raise InputError(f"--macs {text!r}: one Mac; use --chip and --memory-gb, or name two or more")
+    return macs
+
+
+@dataclass(frozen=True)
+class SharedModel:
+    """A model whose base Macs share, with its adapter.
+
+    Attributes:
+        settings: of the run.
+        shape, units: of the model.
+    """
+
+    settings: TrainSettings
+    shape: ModelShape
+    units: Units
+
+    @property
+    def number_bytes(self) -> int:
+        """Of an activation."""
+        return 4 if self.settings.model.dtype == "float32" else 2
+
+    def with_batch(self, max_seq_length: int, batch_tokens: int) -> SharedModel:
+        """Return the same with other batches."""
+        data = dataclasses.replace(self.settings.data, max_seq_length=max_seq_length)
+        loop = dataclasses.replace(self.settings.loop, batch_tokens=batch_tokens, batch_size=None)
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, data=data, loop=loop))
+
+
+@lru_cache(maxsize=8)
+def shared_model(settings: TrainSettings) -> SharedModel:
+    """Return a model, from its config alone.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    dtype = settings.model.dtype if settings.model.dtype != "auto" else "bfloat16"
+    outline = outline_for(settings.model, device.compute_dtype(dtype))
+    shape = outlined_shape(outline, settings, KernelChoice(settings.loop.kernels))
+    return SharedModel(settings, shape, units_of(outline.model))
+
+
+def plan_on_macs(settings: TrainSettings, macs: Sequence[Given], link: Link) -> dict[str, Any]:
+    """Return the plan of a run on several Macs that share its base, as JSON values.
+
+    Args:
+        settings: of the run; each row counts as --max-seq-length tokens, and a batch is that of all Macs together.
+        macs: what it runs on.
+        link: between them.
+
+    Raises:
+        InputError: there is no such chip or model, or the parts do not fit the Macs.
+    """
+    model = shared_model(settings)
+    planned = planned_on(model, macs, link)
+    found = None if planned["fits"] else suggested(model, macs, link)
+    return {**planned, "suggested": found and found.words}
+
+
+def equal_macs(settings: TrainSettings, count: int, link: Link) -> list[dict[str, Any]]:
+    """Return a plan for `count` equal Macs of every chip and memory size.
+
+    Raises:
+        InputError: there is no such model, or the parts do not fit the Macs.
+    """
+    model = shared_model(settings)
+    sizes = [Given(chip.name, memory) for chip in CHIPS for memory in chip.memory_gib]
+    return [planned_on(model, [mac] * count, link) for mac in sizes]
+
+
+def planned_on(model: SharedModel, macs: Sequence[Given], link: Link) -> dict[str, Any]:
+    """Return a model's plan on some Macs, as JSON values."""
+    chosen, run, shares = _asked(model, macs)
+    found = plan_macs(model.shape, model.units, run, chosen, shares, link)
+    return {
+        "fits": found.fits,
+        "macs": [_mac_row(*row) for row in zip(chosen, shares, found.memory, found.computing_s, strict=True)],
+        "shard_base": split_of(model.settings),
+        "rank": model.settings.adapter.rank,
+        "batch_tokens": run.positions,
+        "max_seq_length": run.width + 1,
+        "grad_checkpoint": run.checkpointing,
+        "units": {
+            "blocks": len(model.units.blocks),
+            "largest_bytes": max((*model.units.blocks, *model.units.tables)),
+            "bytes": model.units.bytes,
+        },
+        "sent_bytes_per_step": found.sending.sent_bytes,
+        "link_gbit_per_s": link.bytes_per_s * 8 / 1e9,
+        "predicted": _predicted(found, run.positions, model),
+        "least_batch_tokens": least_tokens(model.shape, model.units, run, chosen, shares, link),
+        "splits": predicted_splits(model.settings, model.shape, run, chosen, link, found),
+        "whole_base_bytes": model.shape.base_bytes,
+    }
+
+
+def _asked(model: SharedModel, macs: Sequence[Given]) -> tuple[list[Mac], Run, list[float]]:
+    """Return the Macs, the largest batch and each Mac's part of the base, as the settings ask for them."""
+    settings = model.settings
+    chosen = [_mac(mac, model.number_bytes) for mac in macs]
+    mode = "block" if settings.loop.grad_checkpoint == "auto" else settings.loop.grad_checkpoint
+    tokens = settings.loop.batch_tokens or DEFAULT_BATCH_TOKENS
+    rows, width = largest_batch(settings.data.max_seq_length - 1, settings, tokens)
+    return chosen, run_of(settings, max(rows, len(macs)), width, mode), _shares(settings, chosen)
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Settings with which a run fits.
+
+    Attributes:
+        words: flags, and what to do on the Macs.
+        model: with these settings.
+        macs: with more memory for the GPU, if that is what fits.
+    """
+
+    words: str
+    model: SharedModel
+    macs: Sequence[Given]
+
+
+def suggested(model: SharedModel, macs: Sequence[Given], link: Link) -> Suggestion | None:
+    """Return the settings nearest to the asked ones with which a run fits, None if none of those that are tried does.
+
+    First with the memory that macOS gives the GPU by default, then with all but a few GB.
+    """
+    raised = [
+        dataclasses.replace(mac, working_set_bytes=max(mac.memory_gb - FOR_MACOS_GB, 1) * GIB)
+        if mac.working_set_bytes is None and mac.memory_gb > 2 * FOR_MACOS_GB
+        else mac
+        for mac in macs
+    ]
+    limits = {mac.memory_gb: more.working_set_bytes for mac, more in zip(macs, raised, strict=True) if mac != more}
+    sizes = " or ".join(f"{limit >> 20} with {memory} GB" for memory, limit in sorted(limits.items()) if limit)
+    command = f"`sudo sysctl iogpu.wired_limit_mb=N` on each Mac, N = {sizes}; then "
+    smaller = [
+        (f"{words}{flags}", other)
+        for words, adapted in _smaller_adapters(model)
+        for flags, other in _shorter_rows(adapted, len(macs))
+    ]
+    for given, first in ((macs, ""), (raised, command)):
+        for words, other in smaller:
+            chosen, run, shares = _asked(other, given)
+            if plan_macs(other.shape, other.units, run, chosen, shares, link).fits:
+                return Suggestion(first + words, other, given)
+    return None
+
+
+def _smaller_adapters(model: SharedModel) -> Iterator[tuple[str, SharedModel]]:
+    """Yield the model with its parts by memory and adapters that take less and less memory, with their flags."""
+    settings = model.settings
+    split = "" if split_of(settings) == "memory" else "--shard-base memory "
+    by_memory = dataclasses.replace(settings, loop=dataclasses.replace(settings.loop, shard_base="memory"))
+    yield split, dataclasses.replace(model, settings=by_memory)
+    smaller: list[tuple[str, dict[str, Any]]] = [
+        (f"--rank {rank} ", {"rank": rank}) for rank in RANKS if rank < settings.adapter.rank
+    ]
+    if any(layer.experts > 1 and layer.rank for block in model.shape.blocks for layer in block.layers):
+        smaller.append((f"--target-modules {ATTENTION} ", {"target_modules": ATTENTION}))
+    for words, fields in smaller:
+        adapter = dataclasses.replace(settings.adapter, **fields)
+        yield split + words, shared_model(dataclasses.replace(by_memory, adapter=adapter))
+
+
+def _shorter_rows(model: SharedModel, count: int) -> Iterator[tuple[str, SharedModel]]:
+    """Yield the model with a row for each of `count` Macs, of the asked length and shorter, with the flags."""
+    longest = model.settings.data.max_seq_length
+    for length in (longest, *(shorter for shorter in LENGTHS if shorter < longest)):
+        words = "" if length == longest else f"--max-seq-length {length} "
+        tokens = count * (length - 1)
+        yield f"{words}--batch-tokens {tokens}", model.with_batch(length, tokens)
+
+
+def split_of(settings: TrainSettings) -> str:
+    """Return the --shard-base that a plan is for; without one, parts follow each Mac's memory."""
+    return "memory" if settings.loop.shard_base == "off" else settings.loop.shard_base
+
+
+def _mac(given: Given, number_bytes: int) -> Mac:
+    chip = find_chip(given.chip)
+    machine = dataclasses.replace(chip.machine(given.memory_gb, number_bytes), kernels=KernelTerms())
+    if given.working_set_bytes:
+        machine = dataclasses.replace(machine, working_set_bytes=given.working_set_bytes)
+    return Mac(machine, listed_ceilings(chip, number_bytes))
+
+
+def _shares(settings: TrainSettings, macs: list[Mac]) -> list[float]:
+    """Return each Mac's part of the base: those of --shard-base, or in proportion to what each may use."""
+    asked = split_of(settings)
+    parts = shard_parts(asked)
+    if asked == "even":
+        parts = [1.0] * len(macs)
+    if parts is None:
+        return memory_shares([mac.machine for mac in macs])
+    if len(parts) != len(macs):
+        raise InputError(f"--shard-base {asked}: {len(parts)} parts for {len(macs)} Macs; give one for each")
+    return [part / sum(parts) for part in parts]
+
+
+def _mac_row(mac: Mac, share: float, memory: MemoryPlan, computing_s: float) -> dict[str, Any]:
+    return {
+        "name": mac.machine.name,
+        "share": share,
+        "fits": memory.fits,
+        "peak_bytes": memory.peak_bytes,
+        "needed_bytes": memory.needed_bytes,
+        "budget_bytes": memory.budget_bytes,
+        "parts": memory.parts,
+        "phase": memory.phase,
+        "computing_s": computing_s,
+    }
+
+
+def _predicted(found: MacsPlan, tokens: int, model: SharedModel) -> dict[str, Any]:
+    computing_s = max(found.computing_s)
+    return {
+        "note": "predicted, not measured",
+        "step_s": found.step_s,
+        "computing_s": computing_s,
+        "link_s": found.sending.link_s,
+        "waiting_s": found.step_s - computing_s,
+        "gradients_s": found.sending.sum_s,
+        "decides": "link" if found.link_decides else "chips",
+        "tokens_per_s": tokens / found.step_s,
+        "sent_of_base": sum(model.units.of_step(model.shape.first_trained)) / max(1, model.units.bytes),
+    }

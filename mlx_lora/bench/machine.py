@@ -1,0 +1,308 @@
+"""Facts about the machine; peak rates.
+
+Read what a result records about the machine, its power and the software; None for what cannot be read.
+
+This file does not import mlx: bench/machine.py asks the backend in a process of its own. On macOS, facts come from
+`sysctl`, `ioreg`, `sw_vers`, `pmset` and, for the thermal state, `osascript`, all of which are part of macOS; on Linux,
+from /proc and /sys.
+
+Measure a machine's peak rates, in a process of its own: `python -m mlx_lora.bench.machine`.
+
+It prints one JSON object with the device, as MLX describes it, and the rates. Each rate is the best of several rounds,
+since other programs can only slow it down. Products grow until one takes long enough to be timed well, so that a slow
+dtype does not take minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+import mlx_lora
+from mlx_lora.planner.machine import measure_ceilings
+from mlx_lora.utils import device
+
+# Both change OpenBLAS's kernels or block sizes, and figures must not depend on them.
+DROPPED_VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+RECORDED_VARIABLES = (
+    *DROPPED_VARIABLES,
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "MLX_LORA_BLAS",
+    "MLX_MAX_OPS_PER_BUFFER",
+    "MLX_MAX_MB_PER_BUFFER",
+    "MLX_METAL_FAST_SYNCH",
+)
+PACKAGES = ("mlx-lora", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy", "scipy-openblas32")
+THERMAL_STATES = ("nominal", "fair", "serious", "critical")
+# NSProcessInfo has the state; JavaScript for Automation can read it without a package.
+THERMAL_SCRIPT = 'ObjC.import("Foundation"); $.NSProcessInfo.processInfo.thermalState'
+
+
+def answer(*command: str, timeout_s: float = 10) -> str | None:
+    """Return what a system program prints, None if it does not exist, fails or takes too long."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return facts about the hardware and the operating system."""
+    common = {"architecture": platform.machine(), "cpu_cores": os.cpu_count(), "memory_bytes": memory_bytes()}
+    return {**common, **(_mac() if sys.platform == "darwin" else _linux())}
+
+
+def memory_bytes() -> int:
+    """Return the machine's memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _mac() -> dict[str, Any]:
+    return {
+        "chip": answer("sysctl", "-n", "machdep.cpu.brand_string"),
+        "model": answer("sysctl", "-n", "hw.model"),
+        "gpu_cores": gpu_core_count(answer("ioreg", "-rc", "AGXAccelerator", "-d", "1") or ""),
+        "performance_cores": _whole(answer("sysctl", "-n", "hw.perflevel0.physicalcpu")),
+        "efficiency_cores": _whole(answer("sysctl", "-n", "hw.perflevel1.physicalcpu")),
+        "system": "macOS",
+        "system_version": answer("sw_vers", "-productVersion"),
+        "system_build": answer("sw_vers", "-buildVersion"),
+    }
+
+
+def gpu_core_count(registry: str) -> int | None:
+    """Return the number of GPU cores in the output of `ioreg`."""
+    found = re.search(r'"gpu-core-count" = (\d+)', registry)
+    return int(found[1]) if found else None
+
+
+def _linux() -> dict[str, Any]:
+    name = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo") or "", re.MULTILINE)
+    return {
+        "chip": name[1].strip() if name else None,
+        "model": _read("/sys/devices/virtual/dmi/id/product_name"),
+        "gpu_cores": None,
+        "performance_cores": None,
+        "efficiency_cores": None,
+        "system": platform.system(),
+        "system_version": platform.release(),
+        "system_build": None,
+    }
+
+
+def describe_power() -> dict[str, Any]:
+    """Return what may slow the machine down now: power source, low-power mode, heat, other programs."""
+    readings = _mac_power() if sys.platform == "darwin" else _linux_power(Path("/sys"))
+    return {**readings, "load_average": round(os.getloadavg()[0], 2)}
+
+
+def _mac_power() -> dict[str, Any]:
+    """Return macOS's readings; it does not tell users' programs the temperature."""
+    return {
+        "source": mac_source(answer("pmset", "-g", "batt") or ""),
+        "low_power_mode": mac_low_power(answer("pmset", "-g") or ""),
+        "thermal_state": thermal_state(answer("osascript", "-l", "JavaScript", "-e", THERMAL_SCRIPT)),
+        "temperature_c": None,
+    }
+
+
+def mac_source(batteries: str) -> str | None:
+    """Return `ac` or `battery`, given the output of `pmset -g batt`."""
+    found = re.search(r"Now drawing from '(AC|Battery) Power'", batteries)
+    return {"AC": "ac", "Battery": "battery"}[found[1]] if found else None
+
+
+def mac_low_power(settings: str) -> bool | None:
+    """Tell whether the output of `pmset -g` has `lowpowermode` 1, or `powermode` 1 on Macs that also have a high mode."""
+    found = re.search(r"^\s*(?:lowpowermode|powermode)\s+(\d)", settings, re.MULTILINE)
+    return found[1] == "1" if found else None
+
+
+def thermal_state(number: str | None) -> str | None:
+    """Return the name of a thermal state of NSProcessInfo."""
+    value = _whole(number)
+    return THERMAL_STATES[value] if value is not None and 0 <= value < len(THERMAL_STATES) else None
+
+
+def _linux_power(system: Path) -> dict[str, Any]:
+    """Return Linux's readings.
+
+    Args:
+        system: /sys, or a replacement in tests.
+    """
+    supplies = {
+        (_read(one / "type") or "", _read(one / "online")) for one in (system / "class" / "power_supply").glob("*")
+    }
+    online = {state for kind, state in supplies if kind in ("Mains", "USB")}
+    source = "ac" if "1" in online else "battery" if any(kind == "Battery" for kind, _ in supplies) else None
+    profile = _read(system / "firmware" / "acpi" / "platform_profile")
+    zones = [_whole(_read(file)) for file in (system / "class" / "thermal").glob("thermal_zone*/temp")]
+    heat = [zone for zone in zones if zone is not None]
+    return {
+        "source": source,
+        "low_power_mode": None if profile is None else profile == "low-power",
+        "thermal_state": None,
+        "temperature_c": max(heat) / 1000 if heat else None,
+    }
+
+
+def describe_software() -> dict[str, Any]:
+    """Return versions, the commit of a checkout, and the environment variables that change speed."""
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "variables": {name: os.environ.get(name) for name in RECORDED_VARIABLES},
+        "removed_variables": list(DROPPED_VARIABLES),
+    }
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout that runs, with `-dirty` if files differ; None if the package is installed."""
+    root = Path(mlx_lora.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    return answer("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _read(path: str | Path) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip() or None
+    except OSError:
+        return None
+
+
+def _whole(text: str | None) -> int | None:
+    try:
+        return int(text or "")
+    except ValueError:
+        return None
+
+
+SIDES = (512, 1024, 2048, 4096)
+ENOUGH_S = 0.1
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+QUANTIZED_SIDE = 2048
+# Larger than every cache of a GPU. On a CPU, MLX allocates large outputs anew each time, and their page faults would be
+# measured.
+PASS_BYTES, CPU_PASS_BYTES = 256 << 20, 16 << 20
+LAYOUT: dict[str, Any] = {"group_size": 64, "bits": 4}
+
+
+def measure_rates(rounds: int = 5, sides: tuple[int, ...] = SIDES, pass_bytes: int | None = None) -> dict[str, Any]:
+    """Return the rates of this machine.
+
+    Args:
+        rounds: of each measurement.
+        sides: of the square products, smallest first.
+        pass_bytes: size of the array that bandwidth is measured on; default: 256 MB, on a CPU 16 MB.
+
+    Returns:
+        `gemm_flops_per_s` by dtype; `quantized_matmul_flops_per_s` of 4-bit weights by rows (`1` is limited by reading
+        weights, `1024` by computing) and of `dequantize_then_gemm`; `copy_bytes_per_s` and `triad_bytes_per_s` (read
+        and written); `ceilings`: the rates that predictions use (mlx_lora/planner/machine.py).
+    """
+    kind = device.compute_dtype()
+    on_cpu = device.current_device().backend == "cpu"
+    pass_bytes = pass_bytes or (CPU_PASS_BYTES if on_cpu else PASS_BYTES)
+    ceilings = measure_ceilings(rounds=rounds)
+    return {
+        "gemm_flops_per_s": {name: _gemm(dtype, rounds, sides) for name, dtype in DTYPES.items()},
+        "quantized_matmul_flops_per_s": _quantized(kind, rounds, min(QUANTIZED_SIDE, max(sides))),
+        "copy_bytes_per_s": _pass(lambda a, b: a + 1, 2, kind, rounds, pass_bytes),
+        "triad_bytes_per_s": _pass(lambda a, b: a + b, 3, kind, rounds, pass_bytes),
+        "ceilings": {
+            "dtype": str(kind).removeprefix("mlx.core."),
+            "flops_per_s": ceilings.flops_per_s,
+            "bytes_per_s": ceilings.bytes_per_s,
+            # On a GPU they take no longer than reading their argument; JSON has no infinity.
+            "exponentials_per_s": ceilings.exponentials_per_s if math.isfinite(ceilings.exponentials_per_s) else None,
+            "launch_s": ceilings.launch_s,
+        },
+    }
+
+
+def describe_device() -> dict[str, Any]:
+    """Return the default device as MLX describes it."""
+    here = device.current_device()
+    return {
+        "name": here.name,
+        "backend": here.backend,
+        "memory_bytes": here.memory_bytes,
+        "working_set_bytes": here.working_set_bytes,
+        "blas": here.blas or None,
+        "compute_dtype": str(device.compute_dtype()).removeprefix("mlx.core."),
+    }
+
+
+def _gemm(dtype: mx.Dtype, rounds: int, sides: tuple[int, ...]) -> float:
+    """Return the best rate over square products, in floating-point operations per second."""
+    best = 0.0
+    for side in sides:
+        a, b = (mx.random.normal((side, side), key=mx.random.key(n)).astype(dtype) for n in (0, 1))
+        mx.eval(a, b)
+        spent = _best_s(lambda a=a, b=b: a @ b, rounds)
+        best = max(best, 2 * side**3 / spent)
+        if spent > ENOUGH_S:
+            break
+    return best
+
+
+def _quantized(dtype: mx.Dtype, rounds: int, side: int) -> dict[str, float]:
+    """Return the rates of both ways to multiply by a 4-bit weight (side, side)."""
+    packed = mx.quantize(mx.random.normal((side, side), key=mx.random.key(0)).astype(dtype), **LAYOUT)
+    mx.eval(packed)
+    rates = {}
+    for rows in (1, 1024):
+        x = mx.random.normal((rows, side), key=mx.random.key(1)).astype(dtype)
+        mx.eval(x)
+        # The packed kernel takes a second for 1,024 rows on a CPU; fewer rows give the same rate.
+        few = x[:64] if rows > 1 and device.current_device().backend == "cpu" else x
+        spent = _best_s(lambda x=few: mx.quantized_matmul(x, *packed, transpose=True, **LAYOUT), rounds)
+        rates[str(rows)] = 2 * len(few) * side**2 / spent
+    spent = _best_s(lambda x=x: x @ mx.dequantize(*packed, **LAYOUT).T, rounds)
+    rates["dequantize_then_gemm"] = 2 * len(x) * side**2 / spent
+    return rates
+
+
+def _pass(make: Callable, passes: int, dtype: mx.Dtype, rounds: int, pass_bytes: int) -> float:
+    """Return the bytes per second of an elementwise operation over `pass_bytes`."""
+    a, b = (mx.random.normal((pass_bytes // dtype.size,), key=mx.random.key(n)).astype(dtype) for n in (0, 1))
+    mx.eval(a, b)
+    return passes * a.nbytes / _best_s(lambda: make(a, b), rounds)
+
+
+def _best_s(make: Callable[[], mx.array], rounds: int) -> float:
+    mx.eval(make())  # pays for compilation
+    best = math.inf
+    for _ in range(rounds):
+        start = time.perf_counter()
+        mx.eval(make())
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+if __name__ == "__main__":
+    print(json.dumps({"device": describe_device(), "rates": measure_rates()}))

@@ -1,0 +1,409 @@
+"""Workloads, their models, their data.
+
+Generate the workloads' training data from a seed: the same bytes everywhere, and nothing to download.
+
+The text consists of common English words, drawn by rank (a word further down the list is less likely), in sentences of 6
+to 18 words. It has no meaning, and neither has a loss on it; a benchmark only needs token counts, lengths and shapes.
+Only `random.random` is used, because Python guarantees its sequence for a seed.
+
+The models of the workloads: their hub ids, and their shapes, so that a plan needs no download.
+
+The shapes are those of the published config.json files, reduced to what decides memory and speed.
+
+The fixed, versioned workloads: the same work on every machine, in tiers by the memory they need.
+
+A workload never changes: if it must, it gets the next version, and figures of the two are not compared. Batch shape and
+checkpointing are part of it, so that a large Mac does the same work as a small one. Tiers are memory sizes in GB: by the
+planner, all workloads of a tier fit the chips sold with that memory (tests/test_suite.py checks it).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lora.utils.downloads import SMOLLM2_GGUF
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import sha256_of
+
+_LIST = """
+the of and to in that it was for on with as his they at be this have from or one had by but not what all were we when
+your can said there use an each which she do how their if will up other about out many then them these so some her
+would make like him into time has look two more write go see number no way could people my than first water been call
+who oil its now find long down day did get come made may part over new sound take only little work know place year
+live me back give most very after thing our just name good sentence man think say great where help through much before
+line right too mean old any same tell boy follow came want show also around form three small set put end does another
+well large must big even such because turn here why ask went men read need land different home us move try kind hand
+picture again change off play spell air away animal house point page letter mother answer found study still learn
+should world high every near add food between own below country plant last school father keep tree never start city
+earth eye light thought head under story saw left few while along might close something seem next hard open example
+begin life always those both paper together got group often run important until children side feet car mile night walk
+white sea began grow took river four carry state once book hear stop without second later miss idea enough eat face
+watch far really almost let above girl sometimes mountain cut young talk soon list song being leave family
+"""
+WORDS = tuple(_LIST.split())
+
+
+def chat_rows(count: int, prompt_words: tuple[int, int], answer_words: tuple[int, int], seed: int) -> str:
+    """Return `count` single-turn chats as JSON lines, in the messages format.
+
+    Args:
+        count: the number of rows.
+        prompt_words, answer_words: least and most words. Lengths are evenly distributed on a logarithmic scale: as in
+            real instructions, many are short and few are long.
+        seed: of the words and lengths.
+    """
+    source = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        prompt, answer = (_text(source, _length(source, *bounds)) for bounds in (prompt_words, answer_words))
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": messages}))
+    return "\n".join(lines) + "\n"
+
+
+def pair_rows(count: int, prompt_words: tuple[int, int], answer_words: tuple[int, int], seed: int) -> str:
+    """Return `count` preference pairs as JSON lines, in TRL's conversational format; arguments as in `chat_rows`."""
+    source = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        prompt = _text(source, _length(source, *prompt_words))
+        answers = [_text(source, _length(source, *answer_words)) for _ in range(2)]
+        chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in answers)
+        record = {"prompt": [{"role": "user", "content": prompt}], "chosen": chosen, "rejected": rejected}
+        lines.append(json.dumps(record))
+    return "\n".join(lines) + "\n"
+
+
+def _length(source: random.Random, least: int, most: int) -> int:
+    return round(least * (most / least) ** source.random())
+
+
+def _text(source: random.Random, words: int) -> str:
+    """Return this many words as sentences."""
+    sentences: list[str] = []
+    left = words
+    while left > 0:
+        size = min(left, 6 + int(source.random() * 13))
+        # The square of a uniform number makes early words far more frequent, as in any language.
+        chosen = [WORDS[int(source.random() ** 2 * len(WORDS))] for _ in range(size)]
+        sentences.append(" ".join(chosen).capitalize() + ".")
+        left -= size
+    return " ".join(sentences)
+
+
+@dataclass(frozen=True)
+class SuiteModel:
+    """A base model, in bfloat16 and in 4 bits.
+
+    Attributes:
+        name: in workload names and tables.
+        float_id, packed_id: hub ids of the bfloat16 and the 4-bit model; None: no workload uses it.
+        parameters: the published number of weights.
+        config: the fields of config.json that decide its shape.
+        quantization: of the 4-bit model.
+    """
+
+    name: str
+    float_id: str | None
+    packed_id: str | None
+    parameters: float
+    config: dict[str, Any]
+    quantization: dict[str, Any]
+
+
+AFFINE = {"group_size": 64, "bits": 4, "mode": "affine"}
+
+
+def _config(model_type: str, width: int, blocks: int, inner: int, heads: int, key_heads: int, **more: Any) -> dict:
+    return {
+        "model_type": model_type,
+        "hidden_size": width,
+        "num_hidden_layers": blocks,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 32768,
+        **more,
+    }
+
+
+SMOLLM2 = SuiteModel(
+    "smollm2-135m",
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "mlx-community/SmolLM2-135M-Instruct-4bit",
+    134.5e6,
+    _config("llama", 576, 30, 1536, 9, 3, vocab_size=49152, tie_word_embeddings=True),
+    AFFINE,
+)
+LLAMA_1B = SuiteModel(
+    "llama-3.2-1b",
+    "mlx-community/Llama-3.2-1B-Instruct-bf16",
+    "mlx-community/Llama-3.2-1B-Instruct-4bit",
+    1.236e9,
+    _config("llama", 2048, 16, 8192, 32, 8, head_dim=64, vocab_size=128256, tie_word_embeddings=True),
+    AFFINE,
+)
+LLAMA_3B = SuiteModel(
+    "llama-3.2-3b",
+    "mlx-community/Llama-3.2-3B-Instruct-bf16",
+    "mlx-community/Llama-3.2-3B-Instruct-4bit",
+    3.213e9,
+    _config("llama", 3072, 28, 8192, 24, 8, head_dim=128, vocab_size=128256, tie_word_embeddings=True),
+    AFFINE,
+)
+QWEN3_4B = SuiteModel(
+    "qwen3-4b",
+    "mlx-community/Qwen3-4B-bf16",
+    "mlx-community/Qwen3-4B-4bit",
+    4.022e9,
+    _config("qwen3", 2560, 36, 9728, 32, 8, head_dim=128, vocab_size=151936, tie_word_embeddings=True),
+    AFFINE,
+)
+QWEN3_8B = SuiteModel(
+    "qwen3-8b",
+    "mlx-community/Qwen3-8B-bf16",
+    "mlx-community/Qwen3-8B-4bit",
+    8.191e9,
+    _config("qwen3", 4096, 36, 12288, 32, 8, head_dim=128, vocab_size=151936, tie_word_embeddings=False),
+    AFFINE,
+)
+GEMMA3_1B = SuiteModel(
+    "gemma-3-1b",
+    "mlx-community/gemma-3-1b-it-bf16",
+    "mlx-community/gemma-3-1b-it-4bit",
+    1.0e9,
+    _config(
+        "gemma3_text",
+        1152,
+        26,
+        6912,
+        4,
+        1,
+        head_dim=256,
+        vocab_size=262144,
+        query_pre_attn_scalar=256,
+        rope_local_base_freq=10000.0,
+        sliding_window=512,
+        sliding_window_pattern=6,
+    ),
+    AFFINE,
+)
+GPT_OSS_20B = SuiteModel(
+    "gpt-oss-20b",
+    None,
+    "mlx-community/gpt-oss-20b-MXFP4-Q8",
+    20.9e9,
+    _config(
+        "gpt_oss",
+        2880,
+        24,
+        2880,
+        64,
+        8,
+        head_dim=64,
+        vocab_size=201088,
+        num_local_experts=32,
+        num_experts_per_tok=4,
+        sliding_window=128,
+        tie_word_embeddings=False,
+    ),
+    {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+)
+MODELS = {m.name: m for m in (SMOLLM2, LLAMA_1B, LLAMA_3B, QWEN3_4B, QWEN3_8B, GEMMA3_1B, GPT_OSS_20B)}
+TIERS = ("embedded", "8", "16", "32", "64", "128")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The training data to generate (see rows.py).
+
+    Attributes:
+        count: the number of rows.
+        prompt_words, answer_words: least and most words.
+        seed: of the words and lengths.
+    """
+
+    count: int
+    prompt_words: tuple[int, int]
+    answer_words: tuple[int, int]
+    seed: int = 0
+
+    def text(self) -> str:
+        """Return the data file's content."""
+        return chat_rows(self.count, self.prompt_words, self.answer_words, self.seed)
+
+
+@dataclass(frozen=True)
+class Pairs(Rows):
+    """Preference pairs to generate: two answers to each prompt."""
+
+    def text(self) -> str:
+        """Return the data file's content."""
+        return pair_rows(self.count, self.prompt_words, self.answer_words, self.seed)
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """The data of a workload and the lengths of its rows.
+
+    Attributes:
+        rows: the data.
+        max_seq_length: in tokens; `2k` and `8k` rows are longer and are cut, so that all batches have one shape.
+        typical_width: positions of a typical row, for predictions without a tokenizer.
+        real_share, trained_share: fractions of a batch's positions that are not padding, and that are trained, for the
+            same use.
+        objective: what is trained toward.
+    """
+
+    rows: Rows
+    max_seq_length: int
+    typical_width: int
+    real_share: float
+    trained_share: float
+    objective: str = "sft"
+
+
+# There are few rows, because the first pass over them, which compiles every batch shape, is the warm-up.
+ROW_SHAPES = {
+    "chat": RowShape(Rows(48, (8, 60), (16, 320)), 1024, 204, 0.94, 0.61),
+    "2k": RowShape(Rows(3, (20, 40), (2600, 2600)), 2049, 2048, 1.0, 0.97),
+    "dpo": RowShape(Pairs(24, (8, 60), (16, 160)), 1024, 168, 0.76, 0.40, "dpo"),
+    "8k": RowShape(Rows(3, (20, 40), (10400, 10400)), 8193, 8192, 1.0, 0.99),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One workload.
+
+    Attributes:
+        tier: a memory size in GB, or `embedded`: a model that PyPI has too, for machines without access to the hub.
+        model: a name in bench/workloads.py.
+        form: a key of ROW_SHAPES: `chat` (short rows), `2k` or `8k` (full rows), `dpo` (pairs of short answers).
+        packed: 4-bit base (QLoRA), else floats (LoRA).
+        batch_tokens: the most positions per step.
+        checkpointing: --grad-checkpoint.
+        epochs: passes over the rows that are counted, after one that is not.
+        rank: of the adapter on all linear layers; alpha is twice that.
+        version: of this definition.
+    """
+
+    tier: str
+    model: str
+    form: str
+    packed: bool
+    batch_tokens: int = 2048
+    checkpointing: str = "block"
+    epochs: int = 3
+    rank: int = 16
+    version: int = 1
+
+    @property
+    def name(self) -> str:
+        """The name, such as `llama-3.2-1b-2k-qlora`; it starts with `embedded-` in that tier."""
+        plain = f"{self.model}-{self.form}-{'qlora' if self.packed else 'lora'}"
+        return f"embedded-{plain}" if self.tier == "embedded" else plain
+
+    @property
+    def shape(self) -> RowShape:
+        """The data and lengths of its rows."""
+        return ROW_SHAPES[self.form]
+
+    @property
+    def source(self) -> str:
+        """The hub id of its model, or the file and hash of the embedded one."""
+        if self.tier == "embedded":
+            return f"{SMOLLM2_GGUF.file_name}, sha256 {SMOLLM2_GGUF.sha256[:12]}"
+        found = MODELS[self.model]
+        return (found.packed_id if self.packed else found.float_id) or ""
+
+    def flags(self) -> dict[str, Any]:
+        """Return its train settings by name."""
+        # Imitation is not named, so that definitions from the time when it was the only objective stay the same.
+        toward = {} if self.shape.objective == "sft" else {"objective": self.shape.objective, "beta": 0.1}
+        return {
+            **toward,
+            "method": "lora",
+            "rank": self.rank,
+            "alpha": 2.0 * self.rank,
+            "target_modules": "all-linear",
+            "max_seq_length": self.shape.max_seq_length,
+            "batch_tokens": self.batch_tokens,
+            "grad_checkpoint": self.checkpointing,
+            "optimizer": "adamw",
+            "learning_rate": 1e-4,
+            "seed": 0,
+        }
+
+    def definition(self) -> dict[str, Any]:
+        """Return its complete definition as JSON values."""
+        rows = dataclasses.asdict(self.shape.rows)
+        content = {
+            "name": self.name,
+            **dataclasses.asdict(self),
+            "rows": {key: list(value) if isinstance(value, tuple) else value for key, value in rows.items()},
+            "source": self.source,
+            "flags": self.flags(),
+        }
+        return {**content, "digest": digest_of(content)}
+
+
+def digest_of(definition: dict[str, Any]) -> str:
+    """Return 12 hex digits that identify a definition, computed from everything but the digest itself."""
+    content = {key: value for key, value in definition.items() if key != "digest"}
+    return sha256_of(json.dumps(content, sort_keys=True))[:12]
+
+
+def _of(tier: str, model: SuiteModel, form: str, packed: bool, **changes: Any) -> Workload:
+    return Workload(tier, model.name, form, packed, **changes)
+
+
+SHORT = {"batch_tokens": 1024, "checkpointing": "none", "epochs": 2}
+LONG = {"batch_tokens": 8192, "epochs": 2}
+WORKLOADS = (
+    _of("embedded", SMOLLM2, "chat", False, **SHORT),
+    _of("embedded", SMOLLM2, "chat", True, **SHORT),
+    _of("embedded", SMOLLM2, "2k", True, epochs=2),
+    _of("embedded", SMOLLM2, "dpo", False, **SHORT),
+    _of("8", SMOLLM2, "chat", False, checkpointing="none"),
+    _of("8", SMOLLM2, "2k", False),
+    _of("8", LLAMA_1B, "chat", True),
+    _of("8", LLAMA_1B, "2k", True),
+    _of("8", GEMMA3_1B, "chat", True),
+    _of("16", LLAMA_1B, "chat", False),
+    _of("16", GEMMA3_1B, "2k", False),
+    _of("16", LLAMA_3B, "chat", True),
+    _of("16", LLAMA_3B, "2k", True),
+    _of("16", QWEN3_4B, "chat", True),
+    _of("32", LLAMA_3B, "chat", False),
+    _of("32", QWEN3_4B, "2k", True),
+    _of("32", QWEN3_8B, "chat", True),
+    _of("32", QWEN3_8B, "2k", True),
+    _of("32", GPT_OSS_20B, "chat", True),
+    _of("64", QWEN3_4B, "2k", False),
+    _of("64", QWEN3_8B, "chat", False),
+    _of("64", QWEN3_8B, "8k", True, **LONG),
+    _of("64", GPT_OSS_20B, "2k", True),
+    _of("128", QWEN3_8B, "2k", False),
+    _of("128", QWEN3_8B, "8k", False, **LONG),
+    _of("128", GPT_OSS_20B, "8k", True, **LONG),
+)
+
+
+def choose_workloads(tiers: tuple[str, ...], names: tuple[str, ...]) -> list[Workload]:
+    """Return the workloads with these tiers or names, in the table's order.
+
+    Raises:
+        InputError: a name is unknown.
+    """
+    known = {one.name: one for one in WORKLOADS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(f"--workload {', '.join(unknown)}: no such workload; choose from {', '.join(known)}")
+    return [one for one in WORKLOADS if one.tier in tiers or one.name in names]

@@ -1,0 +1,385 @@
+"""`chat`: terminal loop and its slash commands.
+
+Handle the lines that a user types into a chat: questions, and commands that begin with a slash.
+
+Chat with a base and its adapters in a terminal, without a server.
+
+python -m mlx_lora chat --model DIR --adapter bard=runs/bard --adapter tutor=runs/tutor
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from mlx_lora.cli import options as flags
+from mlx_lora.config.load import train_settings
+from mlx_lora.models.load import load_base
+from mlx_lora.serving.adapter_store import (
+    DEFAULT_CONTEXT,
+    UnknownAdapter,
+    adapter_sources,
+    base_name,
+    check_names,
+    context_of,
+    named_source,
+)
+from mlx_lora.serving.conversation import BASE, Answer, AnswerSettings, Conversation, figures_together
+from mlx_lora.serving.engine import Engine, Limits, Stopped, failed_words
+from mlx_lora.serving.sampling import Sampling
+from mlx_lora.utils import console
+from mlx_lora.utils.errors import InputError, RunError
+
+
+@dataclass(frozen=True)
+class Screen:
+    """The functions that show output.
+
+    Attributes:
+        write: shows pieces of answers, which include line ends.
+        say: shows a line about the chat.
+        complain: shows an error's line.
+        figures: shows a line with counts and speed; some screens leave it out.
+    """
+
+    write: Callable[[str], None]
+    say: Callable[[str], None]
+    complain: Callable[[str], None]
+    figures: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        usage: how to write it.
+        words: what it does.
+        run: takes the text after its name; returns True to end the chat.
+        wants: whether text after the name is required (True), optional (None) or not allowed (False).
+    """
+
+    usage: str
+    words: str
+    run: Callable[[str], bool | None]
+    wants: bool | None
+
+
+class ChatLines:
+    """Runs the commands and asks the questions of each line."""
+
+    def __init__(self, conversation: Conversation, screen: Screen):
+        self._chat, self._screen = conversation, screen
+        self._answering = self._stopped = False
+        self._answers: list[Answer] = []
+        self._commands = {
+            "adapter": Command(
+                "/adapter NAME", "lets NAME answer from now on; the name base stands for the base", self._adapter, True
+            ),
+            "adapters": Command("/adapters", "lists the base and the adapters", self._list, False),
+            "compare": Command(
+                "/compare TEXT",
+                "lets the base and all adapters answer TEXT; their answers are not added to the chat; "
+                "to choose some, write @NAME ... before TEXT",
+                self._compare,
+                True,
+            ),
+            "load": Command("/load NAME=DIR", "loads an adapter, or replaces one", self._load, True),
+            "system": Command("/system TEXT", "sets the system prompt; without TEXT, removes it", self._system, None),
+            "reset": Command("/reset", "empties the conversation", self._reset, False),
+            "help": Command("/help", "shows this list", self._help, False),
+            "quit": Command("/quit", "ends the chat, as Ctrl-D does; Ctrl-C stops an answer", self._quit, False),
+        }
+
+    def take(self, line: str) -> bool:
+        """Handle a line; return False if it ends the chat.
+
+        Raises:
+            RunError: the engine has failed.
+        """
+        try:
+            line.encode()
+        except UnicodeEncodeError:  # bytes that are not UTF-8 arrive as lone surrogates
+            self._screen.complain("the line is not UTF-8; set the terminal, or save the file, as UTF-8")
+            return True
+        if not line.strip():
+            return True
+        try:
+            if line.startswith("/") and not line.startswith("//"):
+                return not self._command(*line[1:].strip().partition(" ")[::2])
+            self._question(line[1:] if line.startswith("//") else line)
+        except UnknownAdapter as error:
+            self._screen.complain(f"adapter {error}: it is no longer loaded; /adapters lists those that are")
+        except InputError as error:
+            self._screen.complain(str(error))
+        return True
+
+    def interrupt(self) -> bool:
+        """Stop the current answers; return False if there are none. A signal handler may call this."""
+        if not self._answering:
+            return False
+        self._stopped = True
+        for answer in self._answers:
+            answer.stop()
+        return True
+
+    def _command(self, name: str, rest: str) -> bool | None:
+        command, rest = self._commands.get(name), rest.strip()
+        if command is None:
+            raise InputError(f"/{name}: no such command; /help lists them, and //{name} sends it to the model")
+        if command.wants is not None and command.wants != bool(rest):
+            raise InputError(f"/{name} {rest}".strip() + f": write it as {command.usage}")
+        return command.run(rest)
+
+    def _question(self, text: str) -> None:
+        with self._answers_of(text, [self._chat.adapter]) as (answer,):
+            self._show(answer)
+            self._chat.keep(text, answer)
+
+    def _compare(self, rest: str) -> None:
+        names = []
+        while rest.startswith("@"):
+            word, _, rest = rest.partition(" ")
+            names.append(word[1:])
+            rest = rest.lstrip()
+        if not rest:
+            raise InputError("/compare: nothing to answer; write it as /compare TEXT, or /compare @NAME @NAME TEXT")
+        names = names or [name for name in self._chat.names if self._chat.has_template(name)]
+        adapters = [self._chat.adapter_named(name) for name in names]
+        with self._answers_of(rest, list(dict.fromkeys(adapters))) as answers:
+            for answer in answers:
+                if self._stopped:
+                    break
+                self._screen.write(f"[{answer.name}]\n")
+                self._show(answer, alone=len(answers) == 1)
+                self._screen.write("\n")
+            if len(answers) > 1 and not self._stopped:
+                self._screen.figures(figures_together(answers))
+
+    @contextmanager
+    def _answers_of(self, text: str, adapters: list[str | None]) -> Iterator[list[Answer]]:
+        """Start the answers of all `adapters`, which are generated in one batch; leaving the block ends them."""
+        self._answering, self._stopped = True, False
+        try:
+            for adapter in adapters:
+                self._answers.append(self._chat.ask(text, adapter))
+            if self._stopped:  # interrupted before all answers were started
+                self.interrupt()
+            yield self._answers
+        finally:
+            for answer in self._answers:
+                answer.cancel()
+            self._answering, self._answers = False, []
+
+    def _show(self, answer: Answer, alone: bool = True) -> None:
+        try:
+            for piece in answer:
+                self._screen.write(piece)
+        finally:
+            self._screen.write("\n")
+        self._screen.figures(answer.figures(alone))
+        if answer.finish == "length" and answer.cut_by_context:
+            self._screen.say(
+                "(the answer ends here because the model's context is full; /reset empties the conversation)"
+            )
+
+    def _adapter(self, name: str) -> None:
+        self._chat.adapter = self._chat.adapter_named(name)
+
+    def _list(self, rest: str) -> None:
+        for name in self._chat.names:
+            card = self._chat.engine.store.cards.get(name)
+            about = card.describe() if card else self._chat.base_names[-1]
+            self._screen.say(f"{'*' if name == self._chat.name else ' '} {name}: {about}")
+
+    def _load(self, rest: str) -> None:
+        try:
+            name, source = named_source("/load", rest)
+            check_names("/load", [name], self._chat.base_names)
+            card = self._chat.engine.call(lambda store: store.add({name: source})).result()[0]
+        except (OSError, RunError) as error:  # an error of the disk or the hub, so the chat can continue
+            raise InputError(f"/load {rest}: {error}") from None
+        except Stopped:
+            raise RunError(failed_words(self._chat.engine.failure)) from None
+        self._screen.say(f"{name}: {card.describe()}; type /adapter {name} to use it")
+
+    def _system(self, text: str) -> None:
+        self._chat.system = text or None
+        self._screen.say("the system prompt is set" if text else "there is no system prompt now")
+
+    def _reset(self, rest: str) -> None:
+        self._chat.turns.clear()
+        self._screen.say("the conversation is empty")
+
+    def _help(self, rest: str) -> None:
+        width = max(len(command.usage) for command in self._commands.values())
+        for command in self._commands.values():
+            self._screen.say(f"{command.usage:{width}}  {command.words}")
+
+    def _quit(self, rest: str) -> bool:
+        return True
+
+
+# A comparison may ask more adapters than generate at once; the others wait.
+WAITING = 4096
+
+
+@click.command(cls=flags.ShortCommand)
+@flags.settings_options("model")
+@click.option(
+    "--adapter",
+    "--adapter-path",
+    "adapters",
+    multiple=True,
+    help="Adapter: DIR, NAME=DIR, or NAME=OWNER/NAME of the hub; may be repeated. The first one answers at the start.",
+)
+@click.option(
+    "--blend",
+    "blends",
+    multiple=True,
+    help="Blend of loaded adapters: NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT ...; may be repeated.",
+)
+@flags.ignore_fingerprint_option
+@click.option("--system-prompt", type=str, default=None, help="System message before the conversation.")
+@click.option(
+    "-m",
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Maximum number of tokens of an answer.",
+)
+@click.option(
+    "--temp",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Sampling temperature; 0 always takes the most likely token.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1),
+    default=1.0,
+    show_default=True,
+    help="Sample from the most likely tokens whose probabilities add up to this.",
+)
+@click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=None, help="Seed for sampling every answer.")
+def main(
+    adapters: tuple[str, ...], blends: tuple[str, ...], ignore_fingerprint: bool, system_prompt: str | None,
+    max_tokens: int, temp: float, top_p: float, seed: int | None, **options: Any,
+) -> None:  # fmt: skip
+    """Chat with --model and its --adapter; type /help in the chat to list the commands."""
+    if not math.isfinite(temp):
+        raise InputError(f"--temp {temp}: not a finite number; give 0 for greedy, or about 0.7")
+    model = train_settings(flags.given(options)).model
+    sources = adapter_sources(adapters, blends)
+    sampling = Sampling(temperature=temp, top_p=top_p, seed=seed)
+    engine = Engine(lambda: load_base(model), Limits(max_waiting=WAITING), ignore_fingerprint)
+    try:
+        check_names("--adapter", sources, (BASE, base_name(engine.base)))
+        cards = engine.call(lambda store: store.add(sources)).result()
+        context = context_of(engine.base.config) or DEFAULT_CONTEXT
+        chat = Conversation(engine, AnswerSettings(max_tokens, context, sampling), system_prompt)
+        chat.adapter = next(iter(sources), None)
+        check(chat)
+        console.echo(f"base   {base_name(engine.base)}: {engine.base.describe()}")
+        if engine.weights:
+            console.echo(f"weights {engine.weights.describe()}")
+        for card in cards:
+            console.echo(f"model  {card.name}: {card.describe()}")
+        talk(ChatLines(chat, screen()), chat)
+    finally:
+        engine.close()
+
+
+def check(chat: Conversation) -> None:
+    """Check before the first question that a model can answer, and with the system prompt.
+
+    Raises:
+        InputError: there is no chat template, or it does not accept the system prompt.
+    """
+    if not any(chat.has_template(name) for name in chat.names):
+        raise InputError("--model: has no chat template, and no --adapter has one; use mlx-lora generate")
+    if chat.system and chat.has_template(chat.name):
+        try:
+            chat.check_system()
+        except InputError as error:
+            raise InputError(f"--system-prompt: {error}") from None
+
+
+def talk(lines: ChatLines, chat: Conversation) -> None:
+    """Read lines until Ctrl-D or Ctrl-C at the prompt, or the end of standard input."""
+    read = reader()
+    console.echo(f"{chat.name} answers; /help lists the commands")
+    with contextlib.suppress(EOFError, KeyboardInterrupt), interrupts(lines.interrupt):
+        while lines.take(read(f"{chat.name}> ")):
+            pass
+        return
+    if sys.stdin.isatty():
+        console.echo()  # so that the shell's prompt begins a new line
+
+
+@contextlib.contextmanager
+def interrupts(stop: Callable[[], bool]) -> Iterator[None]:
+    """Let Ctrl-C call `stop` while it has something to stop; otherwise it raises KeyboardInterrupt."""
+
+    def handle(number: int, frame: Any) -> None:
+        if not stop():
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:  # a parent that starts us in the background may ignore it
+        signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def reader() -> Callable[[str], str]:
+    """Return a function that reads a line, on a terminal with a prompt and line editing."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  gives input() its editing and history
+        return input
+
+    def read(prompt: str) -> str:
+        if sys.stdin.isatty():
+            click.echo(prompt, nl=False, err=True)
+        line = sys.stdin.buffer.readline()
+        if not line:
+            raise EOFError
+        return line.decode(errors="surrogateescape").rstrip("\r\n")
+
+    return read
+
+
+def screen() -> Screen:
+    """Return a screen with answers on standard output, unchanged in a pipe, and all else on standard error."""
+    terminal = sys.stdout.isatty()
+
+    def write(text: str) -> None:
+        click.echo(shown(text) if terminal else text, nl=False)
+
+    def figures(line: str) -> None:
+        if sys.stderr.isatty():
+            console.echo(click.style(line, dim=True) if console.wants_color() else line)
+
+    return Screen(write, console.echo, lambda line: console.echo("Error: " + console.printable(line)), figures)
+
+
+def shown(text: str) -> str:
+    """Return a model's text without control characters of terminals."""
+    return "".join(c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else f"\\x{ord(c):02x}" for c in text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Convert a GGUF file or a Hugging Face model into an MLX folder.
+
+python -m mlx_lora convert --model model.gguf --out model-mlx                 GGUF blocks unchanged
+python -m mlx_lora convert --model Qwen/Qwen3-0.6B --out qwen3-4bit           4-bit affine, group 64
+python -m mlx_lora convert --model DIR --out DIR --no-quantize --dtype bfloat16
+python -m mlx_lora convert --model DIR --out DIR --bits 3 --report text.txt   and the loss of quality
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_lora.cli.options import ShortCommand
+from mlx_lora.config import settings as config
+from mlx_lora.config.fields import flag_of
+from mlx_lora.gguf.weights import Target
+from mlx_lora.models.convert import REPORT_TOKENS, Conversion, compare_on_text, convert_model
+from mlx_lora.models.quantize import MODES, choose_quantization
+from mlx_lora.utils import console
+from mlx_lora.utils.device import compute_dtype
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.hub import resolve_model
+
+
+@click.command(cls=ShortCommand)
+@click.option("--model", required=True, help="Hub id, local folder or .gguf file.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--bits", type=int, help="Quantize to 2, 3, 4, 5, 6 or 8 bits [default: 4; a GGUF file keeps its own].")
+@click.option("--group-size", type=int, help="Number of weights that share a scale: 32, 64 or 128 [default: 64].")
+@click.option("--mode", type=click.Choice(MODES), help="Kind of quantization [default: affine].")
+@click.option("--no-quantize", is_flag=True, help="Do not quantize: write all weights in --dtype.")
+@click.option(
+    "--dtype",
+    type=click.Choice(config.DTYPES),
+    default="auto",
+    help="Dtype of float weights and scales; auto: float32 on a CPU, bfloat16 on a GPU.",
+)
+@click.option("--revision", help="Hub branch, tag or commit of the model.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    help=f"Text file: compare perplexity of source and result on its first {REPORT_TOKENS} tokens.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@click.option("--trust-remote-code", is_flag=True, help="Let the model's repository run its own code.")
+@click.option("--force", is_flag=True, help="Replace an existing model folder.")
+def main(model: str, out: Path, revision: str | None, report: Path | None, **flags: Any) -> None:
+    """Convert a model into a folder that mlx-lm and mlx-lora load."""
+    text = _read_text(report)
+    target = _target(flags)
+    dtype = compute_dtype(flags["dtype"])
+    trust = flags["trust_remote_code"]
+    source = resolve_model(model, revision, trust_remote_code=trust)
+    conversion = convert_model(
+        source,
+        out,
+        target=target,
+        dtype=dtype,
+        force=flags["force"],
+        measure=report is not None,
+        trust_remote_code=trust,
+    )
+    result = {"out": str(out), "source": source.model_id, **conversion.summary()}
+    _print_summary(out, conversion)
+    if text is not None:
+        result["perplexity"] = compare_on_text(source, out, text, trust)
+        _print_perplexity(report, result["perplexity"])
+    if flags["as_json"]:
+        console.print_json(result)
+
+
+def _target(flags: dict[str, Any]) -> Target | None:
+    given = [name for name in ("bits", "group_size", "mode") if flags[name] is not None]
+    if flags["no_quantize"]:
+        if given:
+            raise InputError(f"--no-quantize with {', '.join(map(flag_of, given))}: keep one of the two")
+        return "float"
+    return choose_quantization(flags["bits"], flags["group_size"], flags["mode"]) if given else None
+
+
+def _read_text(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--report {path}: cannot be read ({error.strerror}); give a text file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"--report {path}: is not UTF-8; give a text file") from None
+    if not text.strip():
+        raise InputError(f"--report {path}: is empty; give a text file")
+    return text
+
+
+def _print_summary(out: Path, conversion: Conversion) -> None:
+    counts = f"{conversion.lossless} carried over, {conversion.requantized} quantized, {conversion.floats} float"
+    size = f"{conversion.size_bytes / 1e6:.1f} MB, {conversion.bits_per_weight:.2f} bits per weight"
+    console.echo(f"{out}: {conversion.model_type}, tensors: {counts}; {size}; {conversion.elapsed_s:.1f} s")
+    for kind, errors in conversion.summary()["errors"].items():
+        figures = f"mean {errors['mean']:.2%}, max {errors['max']:.2%}"
+        console.echo(f"  {kind} requantized: {errors['tensors']} tensors, relative error {figures}")
+    if conversion.skipped:
+        shown = ", ".join(conversion.skipped[:4]) + (" ..." if len(conversion.skipped) > 4 else "")
+        console.echo(f"  left in float, width not a multiple of the group: {len(conversion.skipped)} ({shown})")
+
+
+def _print_perplexity(report: Path | None, figures: dict[str, Any]) -> None:
+    change = figures["converted"] / figures["source"] - 1
+    console.echo(
+        f"  perplexity on {figures['tokens']} tokens of {report}: "
+        f"{figures['source']:.4f} source in float, {figures['converted']:.4f} converted ({change:+.2%})"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""Check this machine before training: memory, versions, arithmetic, speed, disk, hub.
+
+python -m mlx_lora doctor
+python -m mlx_lora doctor --json --no-hub
+python -m mlx_lora doctor --kernels
+python -m mlx_lora doctor --full
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shutil
+import tempfile
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+from huggingface_hub import constants
+from packaging.version import Version
+
+from mlx_lora import BLAS
+from mlx_lora.cli import options as flags
+from mlx_lora.kernels.self_test import changing_gradients, known_table, measure_usual, self_test, table_lines
+from mlx_lora.planner.machine import measure_ceilings
+from mlx_lora.utils import console, device
+from mlx_lora.utils.cache import cache_dir
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import check_writable
+from mlx_lora.utils.text import GIB, installed_versions
+
+# Package, first good version, and the fault of earlier ones. The self-test also finds faults of unlisted versions.
+KNOWN_BAD = (
+    ("mlx", "0.32.0", "quantized products of more than 32,768 rows are wrong on Metal (mflux#489)"),
+    ("mlx", "0.32.1", "nvfp4 products with few rows are wrong on Metal (mlx#3854)"),
+    ("mlx-lm", "0.32", "older than the version that this program is built for"),
+)
+ROOM_BYTES = 20e9  # a 7B model in float16, its 4-bit copy and checkpoints
+HUB_TIMEOUT_S = 5.0
+FOLDER = "mlx-lora-doctor"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report: what was checked, its status, what was found, and advice."""
+
+    name: str
+    status: Literal["ok", "warning", "failed"]
+    found: str
+    advice: str = ""
+
+
+@click.command(cls=flags.ShortCommand)
+@click.option("--hub/--no-hub", default=True, help="Check that the Hugging Face hub can be reached.", show_default=True)
+@click.option(
+    "--kernels", "show_kernels", is_flag=True, help="Measure the training kernels in common shapes and show the table."
+)
+@click.option(
+    "--full",
+    is_flag=True,
+    help="Check kernels, formats, layers, losses, runs, memory and speed, in about a quarter of an hour; a second call goes on.",
+)
+@click.option("--quick", is_flag=True, help="With --full: take a share of about a minute.")
+@click.option(
+    "--group", "groups", multiple=True, help="With --full: run this group only, such as kernels; may be repeated."
+)
+@click.option("--again", is_flag=True, help="With --full: repeat what is done already.")
+@click.option("--minutes", type=click.FloatRange(0.1, 120), help="With --full: length of the steady load [default: 2].")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help=f"With --full: folder for the results [default: {FOLDER}]."
+)
+@click.option(
+    "--send", is_flag=True, help="With --full: open a prefilled issue in the browser; it sends nothing by itself."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def main(hub: bool, show_kernels: bool, full: bool, as_json: bool, **kit: Any) -> int:
+    """Check that this machine is ready to train; the exit code is 1 if something is wrong."""
+    if full:
+        if show_kernels:
+            raise InputError("--kernels with --full: the group kernels checks them all; leave --kernels out")
+        return full_check(hub, as_json, **kit)
+    if given := [f"--{'group' if name == 'groups' else name}" for name, value in kit.items() if value]:
+        raise InputError(
+            f"{' and '.join(given)} without --full: only the full check uses it; add --full, or leave it out"
+        )
+    here, versions = device.current_device(), installed_versions()
+    checks = [*check_versions(versions), check_memory(here), check_blas(here), *check_arithmetic(), check_repeats()]
+    rates, speed = check_speed()
+    if show_kernels:
+        measure_usual(console.echo)
+    table = known_table()
+    checks += [*speed, check_kernels(table), check_cache(), *([check_hub()] if hub else [])]
+    if as_json:
+        console.print_json(
+            {
+                "device": here.name,
+                "backend": here.backend,
+                "memory_bytes": here.memory_bytes,
+                "working_set_bytes": here.working_set_bytes,
+                "blas": BLAS.name,
+                "versions": versions,
+                "ceilings": rates,
+                "kernels": table,
+                "checks": [dataclasses.asdict(check) for check in checks],
+            }
+        )
+    else:
+        click.echo("\n".join([*screen(here, versions, checks), *(["", *table_lines(table)] if show_kernels else [])]))
+    return 1 if any(check.status == "failed" for check in checks) else 0
+
+
+def full_check(
+    hub: bool,
+    as_json: bool,
+    quick: bool,
+    groups: tuple[str, ...],
+    again: bool,
+    minutes: float | None,
+    out: Path | None,
+    send: bool,
+) -> int:
+    """Run the owner's kit, and return the exit code: 1 if a line is red, 130 if it was interrupted."""
+    # Imported here, because the short check needs none of it.
+    from mlx_lora.doctor.check import GROUPS, Finding, Kit, KitCheck
+    from mlx_lora.doctor.kit import Asked, all_checks, run_kit, show_issue, summary_line
+    from mlx_lora.doctor.state import PAGE_FILE, RESULT_FILE
+
+    if unknown := [name for name in groups if name not in GROUPS]:
+        raise InputError(f"--group {', '.join(unknown)}: no such group; choose from {', '.join(GROUPS)}")
+
+    def short(kit: Kit) -> Iterator[Finding]:
+        here = kit.here
+        speed = check_speed()[1]
+        found = [*check_versions(installed_versions()), check_memory(here), check_blas(here), *check_arithmetic()]
+        for one in [*found, check_repeats(), *speed, check_cache(), *([check_hub()] if hub else [])]:
+            yield Finding(one.name, one.status, one.found, advice=one.advice)
+
+    asked = Asked(out or Path(FOLDER), quick, groups, again, minutes or Asked.minutes)
+    check_writable(asked.folder, "--out", needed_bytes=10_000_000)
+    content, interrupted = run_kit(asked, all_checks([KitCheck("machine", "short check", short)]), console.echo)
+    console.echo(f"{summary_line(content)}\nWritten to {asked.folder / RESULT_FILE} and {asked.folder / PAGE_FILE}")
+    if as_json:
+        console.print_json(content)
+    if interrupted:
+        return 130
+    if send:
+        show_issue(content, asked.folder / RESULT_FILE, console.echo)
+    return 1 if content["summary"]["failed"] else 0
+
+
+def screen(here: device.Device, versions: dict[str, str | None], checks: list[Check]) -> list[str]:
+    """Return the report's lines."""
+    installed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    lines = [f"{here.header()}; {platform.platform()}", installed, ""]
+    for check in checks:
+        mark = {"ok": "ok     ", "warning": "warning", "failed": "FAILED "}[check.status]
+        lines.append(f"{mark}  {check.name:<12} {check.found}")
+        if check.advice:
+            lines.append(f"{'':<22} -> {check.advice}")
+    bad = sum(check.status == "failed" for check in checks)
+    doubtful = sum(check.status == "warning" for check in checks)
+    return [*lines, "", f"{len(checks)} checks: {bad} failed, {doubtful} with a warning"]
+
+
+def check_versions(versions: dict[str, str | None]) -> list[Check]:
+    """Check for versions that are known to give wrong results."""
+    bad = [
+        Check("versions", "failed", f"{name} {versions[name]}: {why}", f"pip install -U {name}")
+        for name, below, why in KNOWN_BAD
+        if (found := versions[name]) and Version(found) < Version(below)
+    ]
+    return bad or [Check("versions", "ok", "none is known to give wrong results")]
+
+
+def check_memory(here: device.Device) -> Check:
+    """Return the memory that a run may use."""
+    found = f"{here.memory_bytes / GIB:.0f} GiB, of which a run may use {here.working_set_bytes / GIB:.1f}"
+    if here.working_set_bytes < 4 * GIB:
+        advice = "enough for models up to 1B in 4 bits with --grad-checkpoint block"
+        return Check("memory", "warning", found, advice)
+    return Check("memory", "ok", found)
+
+
+def check_blas(here: device.Device) -> Check:
+    """Check which library computes products on a CPU."""
+    if here.backend != "cpu":
+        return Check("BLAS", "ok", f"{BLAS.name}; products run on the GPU")
+    return Check("BLAS", "ok" if BLAS.fast else "warning", BLAS.name, BLAS.advice)
+
+
+def check_arithmetic() -> list[Check]:
+    """Run the self-test; each wrong product gets its own line."""
+    findings = list(self_test())
+    bad = [
+        Check(
+            "arithmetic",
+            "failed",
+            f"{one.what}: off by {one.error:.1e} of the largest number, rounding explains {one.bound:.0e}",
+            "do not train here with that dtype or quantization; try another mlx version, and report this to mlx",
+        )
+        for one in findings
+        if not one.good
+    ]
+    worst = max(findings, key=lambda one: one.error / one.bound)
+    good = f"{len(findings)} products and attention agree with float64; nearest to its limit: {worst.what}, error {worst.error:.1e}"
+    return bad or [Check("arithmetic", "ok", good)]
+
+
+def check_repeats() -> Check:
+    """Check whether the same step gives the same bits each time."""
+    changing = changing_gradients()
+    if changing:
+        found = f"gradients of {' and '.join(changing)} change in their last bits from run to run"
+        return Check(
+            "repeats", "warning", found, "two runs with the same seed will agree up to rounding, not bit for bit"
+        )
+    return Check("repeats", "ok", "gradients of embeddings and experts have the same bits each time")
+
+
+def check_speed() -> tuple[dict[str, dict[str, float]], list[Check]]:
+    """Measure products per dtype and memory, and compare the dtype that runs use with the others."""
+    rates = {}
+    for name in ("float32", "bfloat16", "float16"):
+        ceilings = measure_ceilings(name, rounds=3)
+        rates[name] = {"flops_per_s": ceilings.flops_per_s, "bytes_per_s": ceilings.bytes_per_s}
+    taken = str(device.compute_dtype()).rpartition(".")[2]
+    products = ", ".join(f"{name} {one['flops_per_s'] / 1e9:,.0f}" for name, one in rates.items())
+    found = f"{products} GFLOP/s in products; memory {rates[taken]['bytes_per_s'] / 1e9:.1f} GB/s; runs use {taken}"
+    best = max(("float32", "bfloat16"), key=lambda name: rates[name]["flops_per_s"])
+    if rates[best]["flops_per_s"] > 1.5 * rates[taken]["flops_per_s"]:
+        return rates, [
+            Check(
+                "speed",
+                "warning",
+                found,
+                f"--dtype {best} multiplies faster here, but changes the memory that a run needs",
+            )
+        ]
+    return rates, [Check("speed", "ok", found)]
+
+
+def check_kernels(table: list[dict[str, Any]]) -> Check:
+    """Return which training kernels were measured here, and which are used; wrong ones are not."""
+    if not table:
+        return Check(
+            "kernels", "ok", "none measured here yet; the first training run measures them, and so does --kernels"
+        )
+    counts = Counter((row["kernel"], row["chosen"]) for row in table)
+    found = ", ".join(f"{kernel} {name} in {count}" for (kernel, name), count in sorted(counts.items()))
+    wrong = sorted(
+        {f"{row['kernel']} {name}" for row in table for name, one in row["candidates"].items() if not one["correct"]}
+    )
+    if wrong:
+        return Check("kernels", "warning", f"shapes measured: {found}", f"wrong here and not used: {', '.join(wrong)}")
+    return Check("kernels", "ok", f"shapes measured: {found}")
+
+
+def check_cache() -> Check:
+    """Check whether downloads and converted models can be stored."""
+    folder = cache_dir("models").parent
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        return Check(
+            "disk", "failed", f"{folder}: cannot write there ({error.strerror})", "set MLX_LORA_CACHE to a folder"
+        )
+    free = shutil.disk_usage(existing).free
+    found = f"{folder}: {free / 1e9:.0f} GB free"
+    return (
+        Check("disk", "ok", found)
+        if free > ROOM_BYTES
+        else Check("disk", "warning", found, "a 7B model takes 20 GB in all")
+    )
+
+
+def check_hub() -> Check:
+    """Check whether the hub can be reached."""
+    if constants.HF_HUB_OFFLINE:
+        return Check("hub", "warning", "HF_HUB_OFFLINE is set", "unset it to download models")
+    try:
+        with urllib.request.urlopen(f"{constants.ENDPOINT}/api/models/gpt2", timeout=HUB_TIMEOUT_S):
+            return Check("hub", "ok", f"{constants.ENDPOINT} answers")
+    except (OSError, ValueError) as error:
+        why = str(getattr(error, "reason", error)) or type(error).__name__
+        advice = "models on this disk still work; check the connection, a proxy (HTTPS_PROXY) or HF_ENDPOINT"
+        return Check("hub", "warning", f"{constants.ENDPOINT} cannot be reached ({why})", advice)
+
+
+if __name__ == "__main__":
+    main()

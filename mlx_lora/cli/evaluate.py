@@ -1,0 +1,248 @@
+"""Measure a model with and without an adapter on a data file, side by side; or what an adapter made it forget.
+
+python -m mlx_lora evaluate --model DIR --adapter-path my-adapter --data data/alpaca/valid.jsonl --json
+python -m mlx_lora evaluate --model DIR --adapter-path my-adapter --data questions.jsonl --show 20 --report answers.html
+python -m mlx_lora evaluate --model DIR --adapter-path my-adapter                      the rows that the run held out
+python -m mlx_lora evaluate --model DIR --adapter-path my-adapter --data my-data --forgetting --report forgetting.html
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_lora.api.evaluate import (
+    check_adapter,
+    check_show,
+    compares,
+    measure_loss,
+    normalized,
+    settings_of_run,
+    with_columns_of_run,
+)
+from mlx_lora.api.forgetting import CHAT, NO_CHANGE, SMALL_CHANGE, TEXT, measure_forgetting, verdict_rows, write_page
+from mlx_lora.cli import options as flags
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import TrainSettings
+from mlx_lora.data.report import UNITS
+from mlx_lora.models.load import load_base
+from mlx_lora.objectives.table import objective_of
+from mlx_lora.parallel.ranks import sharing_ranks
+from mlx_lora.reports.evaluation import exact_words, keep_evaluation, loss_words, write_evaluation_page
+from mlx_lora.reports.run_report import REPORT_FILE, read_report
+from mlx_lora.trainer.checkpoint import lock_holder
+from mlx_lora.trainer.guards import interrupt_flag
+from mlx_lora.trainer.header import MOST_SHOWN
+from mlx_lora.utils import console, device
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.hub import resolve_adapter
+from mlx_lora.utils.text import this_command, words_of
+
+STOPPING = "Stopping; what is measured so far is printed. Press Ctrl-C again to quit at once"
+STOPPED = "Interrupted: these figures are of a part of the data"
+
+
+@click.command(cls=flags.Command)
+@flags.settings_options("model", "data", "objective", leave_out=("decode_weights", "valid_fraction", "shared_prefix"))
+@flags.adapter_option(help="Adapter folder, or hub id, to put on the model.")
+@click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
+@flags.ignore_fingerprint_option
+@click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")
+@click.option(
+    "--forgetting", is_flag=True, help="Compare with the base on --data, general text and chat, and probe questions."
+)
+@click.option("--against", multiple=True, help="With --forgetting: another adapter to measure; may be repeated.")
+@click.option("--general-text", type=str, default=None, help="With --forgetting: data instead of the built-in texts.")
+@click.option("--general-chat", type=str, default=None, help="With --forgetting: data instead of the built-in chats.")
+@click.option("--report", type=str, default=None, help="Write an HTML page with the results to this file.")
+@click.option(
+    "--show", type=click.IntRange(min=0), default=None,
+    help="Ask base and adapter so many of the questions, and show their answers (default: 5 on a terminal and with "
+    "--report, else 0).",
+)  # fmt: skip
+@flags.setting_option("shard_base")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def main(
+    adapter_path: str | None, adapter_revision: str | None, ignore_fingerprint: bool, batch_tokens: int | None,
+    forgetting: bool, against: tuple[str, ...], general_text: str | None, general_chat: str | None,
+    report: str | None, show: int | None, as_json: bool, **options: Any,
+) -> int:  # fmt: skip
+    """Measure loss and perplexity on --data, or with --forgetting what the adapter made the model forget.
+
+    Without --data, the rows that the adapter's run held out are measured.
+    """
+    given, page = flags.given(options), _page(report)
+    settings = train_settings(given)
+    general = {name: source for name, source in ((TEXT, general_text), (CHAT, general_chat)) if source}
+    if forgetting:
+        if show is not None:
+            raise InputError("--show with --forgetting: it asks questions of its own; leave out one of the two")
+        if not settings.data.data:
+            raise InputError(
+                "--data is required with --forgetting: a data file, or a folder with a test or valid split"
+            )
+        adapters = forgetting_adapters(settings, adapter_path, adapter_revision, against)
+        return _forgetting(settings, given, adapters, general, ignore_fingerprint, batch_tokens, page, as_json)
+    only = {"--against": against, "--general-text": general_text, "--general-chat": general_chat}
+    if useless := [flag for flag, value in only.items() if value]:
+        raise InputError(f"{', '.join(useless)}: only with --forgetting; add it")
+    adapter = resolve_adapter(adapter_path, adapter_revision)
+    if held_out := not settings.data.data:
+        settings = settings_of_run(adapter, given)
+    check_adapter(settings, adapter)
+    check_show(settings, show or 0)
+    if page is not None and not compares(settings):
+        raise InputError("--report: only imitation with the whole base has a page; leave it out, or use --json")
+    if not held_out:
+        settings = with_columns_of_run(settings, given, adapter, console.echo)
+    if show is None and not (page is not None or (sys.stdout.isatty() and not as_json)):
+        show = 0  # answers take long, and a script asks for them
+    with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks, interrupt_flag(STOPPING) as stopped:
+        base = load_base(settings.model, read=settings.loop.shard_base == "off")
+        result = measure_loss(
+            settings, base, adapter, ignore_fingerprint, batch_tokens, console.echo, ranks, show, stopped, held_out
+        )
+        if ranks.leads:
+            facts = {**result, "adapter_path": adapter_path, "data": settings.data.data}
+            print_loss(settings, facts, as_json)
+            if "loss" in facts:
+                _keep(facts | {"held_out": held_out}, adapter, page)
+    return 130 if result.get("partial") else 0
+
+
+def _page(report: str | None) -> Path | None:
+    """Return the file of --report.
+
+    Raises:
+        InputError: it cannot be one.
+    """
+    page = Path(report).expanduser() if report else None
+    if page is not None and (page.is_dir() or not page.parent.is_dir()):
+        raise InputError(f"--report {report}: not a file in an existing folder; name one, as in answers.html")
+    return page
+
+
+def _keep(facts: dict[str, Any], adapter: Path | None, page: Path | None) -> None:
+    """Write the page of --report, and keep whole results in the folder of the adapter's run, with its report page."""
+    if page is not None:
+        write_evaluation_page(page, facts, this_command(), device.current_device().header())
+        console.echo(f"page   {page}")
+    if adapter is None or "base_loss" not in facts or facts["partial"] or not (adapter / "run.yaml").is_file():
+        return
+    if lock_holder(adapter) is not None:
+        console.echo(f"Note: the run in {adapter} goes on, so these results are not kept there")
+        return
+    try:
+        keep_evaluation(adapter, facts)
+        if (report := read_report(adapter)) is not None:
+            report.rewrite_page(adapter)
+            console.echo(f"report {adapter / REPORT_FILE}")
+    except OSError as error:
+        console.echo(f"Note: these results cannot be kept in {adapter}: {error.strerror}")
+
+
+def forgetting_adapters(
+    settings: TrainSettings, adapter_path: str | None, adapter_revision: str | None, against: tuple[str, ...]
+) -> list[Path]:
+    """Return the folders of the adapters that --forgetting compares."""
+    if settings.loop.shard_base != "off":
+        raise InputError("--forgetting with --shard-base: it needs the whole base; leave out one of the two")
+    if not adapter_path:
+        raise InputError("--forgetting: no adapter; give --adapter-path")
+    others = (resolve_adapter(flags.adapter_source(one)) for one in against)
+    found = [resolve_adapter(adapter_path, adapter_revision), *others]
+    return [folder for folder in found if folder is not None]
+
+
+def _forgetting(
+    settings: TrainSettings, given: dict[str, Any], adapters: list[Path], general: dict[str, str],
+    ignore_fingerprint: bool, batch_tokens: int | None, page: Path | None, as_json: bool,
+) -> int:  # fmt: skip
+    """Measure and print what adapters made the model forget, and return the exit code."""
+    settings = with_columns_of_run(settings, given, adapters[0], console.echo)
+    base = load_base(settings.model)
+    with interrupt_flag(STOPPING) as stopped:
+        found = measure_forgetting(
+            base, adapters, settings.data, general, ignore_fingerprint, batch_tokens, console.echo, stopped
+        )
+        facts = found.to_dict() | {"partial": stopped()}
+    if page is not None and facts["sets"]:
+        command = this_command()
+        write_page(page, facts, (NO_CHANGE, SMALL_CHANGE), command, device.current_device().header())
+        console.echo(f"page   {page}")
+    if as_json:
+        console.print_json(facts)
+    elif facts["sets"]:
+        print_table(verdict_rows(facts))
+    if facts["partial"]:
+        console.echo(STOPPED)
+    return 130 if facts["partial"] else 0
+
+
+def print_loss(settings: TrainSettings, result: dict[str, Any], as_json: bool) -> None:
+    """Print what `measure_loss` found."""
+    if as_json:
+        console.print_json(result)
+        return
+    if result.get("partial") and "loss" not in result:
+        console.echo("Interrupted before anything was measured")
+        return
+    sampled = settings.objective.samples  # then the loss is minus the reward
+    unit_name = "answers" if "answers" in result else "supervised_tokens"
+    aside = (unit_name, "rows", "model", "base_loss", "base_perplexity", "base_exact_match", "exact_match")
+    words = ", ".join(
+        f"{words_of(name)} {_figure(value, 3 if name == 'perplexity' else 4)}"
+        for name, value in result.items()
+        if isinstance(value, float) and name not in aside and (name != "loss" or not sampled)
+    )
+    unit = UNITS[objective_of(settings.objective).records][: -1 if result["rows"] == 1 else None]
+    for line in side_by_side(result.get("examples", [])):
+        click.echo(line)
+    click.echo(f"{words}, {result[unit_name]} {words_of(unit_name)} in {result['rows']} {unit}")
+    if "base_loss" in result:
+        click.echo(loss_words(result))
+    if result.get("partial"):
+        console.echo(STOPPED)
+
+
+def side_by_side(examples: list[dict[str, Any]]) -> list[str]:
+    """Return lines with question, expected answer and the models' answers under each other, and how many are exact.
+
+    Every exact answer is marked. Only those to questions with a short answer are counted, because a long one can be as good
+    in other words.
+    """
+    lines, models = [], [name for name in ("base", "adapter") if examples and name in examples[0]]
+    for number, one in enumerate(examples, 1):
+        lines.append(f"{number}. {'question':<10}{_line(one['question'])}")
+        lines.append(f"   {'expected':<10}{_line(one['expected'])}")
+        for name in models:
+            same = "  (exact)" if normalized(one[name]) == normalized(one["expected"]) else ""
+            lines.append(f"   {name:<10}{_line(one[name])}{same}")
+    exact = exact_words(examples, models)
+    return [*lines, *filter(None, [exact]), ""] if lines else []
+
+
+def _line(text: str) -> str:
+    """Return a text on one line, without control characters, cut to a few lines of a terminal."""
+    return textwrap.shorten(console.printable(text, 10**6), MOST_SHOWN, placeholder=" ...")
+
+
+def _figure(value: float, digits: int) -> str:
+    """Return a mean in words; `-` if there was nothing to take it of."""
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def print_table(rows: list[dict[str, str]]) -> None:
+    """Print rows of equal columns, each as wide as its widest cell."""
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    for cells in ({name: name for name in rows[0]}, *rows):
+        click.echo("  ".join(cells[name].ljust(width) for name, width in widths.items()).rstrip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Write an adapter, or a model with it, for other programs.
+
+python -m mlx_lora export --model DIR --adapter-path my-adapter --to peft --out peft-adapter     PEFT, transformers
+python -m mlx_lora export --model DIR --adapter-path my-adapter --to mlx-lm --out mlx-adapter    stock mlx-lm, any method
+python -m mlx_lora export --model DIR --adapter-path my-adapter --to hf   --out merged           transformers
+python -m mlx_lora export --model DIR --adapter-path my-adapter --to gguf-adapter --out a.gguf   llama.cpp --lora
+python -m mlx_lora export --model DIR --adapter-path my-adapter --to gguf --out m.gguf           llama.cpp, LM Studio
+python -m mlx_lora export --model DIR --adapter-path my-adapter --to ollama --out folder         ollama create
+
+The merged GGUF is F16 unless --gguf-type says otherwise; without --adapter-path it is the model itself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_lora.api.export import OF_ADAPTER, READERS, ExportSettings, write_export
+from mlx_lora.cli import options as flags
+from mlx_lora.config.load import train_settings
+from mlx_lora.gguf.write import DEFAULT_TYPE, TYPES
+from mlx_lora.models.load import load_base
+from mlx_lora.utils import console
+from mlx_lora.utils.hub import resolve_adapter
+
+
+@click.command(cls=flags.ShortCommand)
+@flags.settings_options("model", leave_out=("quantized_matmul", "decode_weights"))
+@flags.adapter_option(
+    help="Adapter folder or hub id, ours, mlx-lm's or PEFT's; optional for gguf and ollama.",
+)
+@click.option(
+    "--to",
+    "to",
+    type=click.Choice(tuple(READERS), False),  # in any case
+    required=True,
+    help="PEFT or stock mlx-lm adapter, merged Hugging Face folder, llama.cpp adapter, merged GGUF, or Ollama's Modelfile.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder or .gguf file to write.")
+@click.option(
+    "--base-id", type=str, default=None, help="Hub id that a PEFT adapter names as its base [default: the base's own]."
+)
+@click.option(
+    "--gguf-type",
+    type=str,
+    callback=lambda _, __, text: text and text.lower(),
+    default=None,
+    metavar="[" + "|".join(TYPES) + "]",
+    help=f"Type of the weights of a merged GGUF; norms and biases stay f32 [default: {DEFAULT_TYPE}].",
+)
+@click.option(
+    "--ollama-base",
+    type=str,
+    default=None,
+    help="Ollama model or .gguf file that a Modelfile applies the adapter to [default: none, the merged model].",
+)
+@click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
+@flags.ignore_fingerprint_option
+@click.option("--force", is_flag=True, help="Replace what is in --out.")
+@click.option(
+    "--push-to-hub", type=str, default=None, help="Also upload the result to this hub repository, owner/name."
+)
+@click.option("--private", is_flag=True, help="Create that repository as private.")
+def main(
+    adapter_path: str | None,
+    adapter_revision: str | None,
+    to: str,
+    out: Path,
+    base_id: str | None,
+    gguf_type: str | None,
+    ollama_base: str | None,
+    ignore_fingerprint: bool,
+    force: bool,
+    push_to_hub: str | None,
+    private: bool,
+    **options: Any,
+) -> None:
+    """Write the adapter on --model in another program's format."""
+    asked = ExportSettings(to, out, base_id, gguf_type, ollama_base, force, push_to_hub, private)
+    asked.check(bool(adapter_path))
+    adapter = resolve_adapter(adapter_path, adapter_revision)
+    settings = train_settings(flags.given(options)).model
+    keep_dtype = settings.dtype != "auto"
+    base = load_base(settings, read=to not in OF_ADAPTER)  # a base that ranks share may be too large for this machine
+    write_export(asked, base, adapter, ignore_fingerprint, keep_dtype, console.echo)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Open the studio: one page on this machine for models, data, training, runs, chat and export.
+
+python -m mlx_lora studio
+python -m mlx_lora studio --home ~/mlx-lora-studio --model-folder ~/models --data-folder ~/data --no-browser
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import webbrowser
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_lora.cli import options as flags
+from mlx_lora.utils import console
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.text import parse_size
+
+KEY_VARIABLE = "MLX_LORA_API_KEY"
+SHUTDOWN_S = 2  # an open page keeps its event streams; they are cut
+HEAD_TIMEOUT_S = 10.0
+
+
+@click.command(cls=flags.ShortCommand)
+@click.option(
+    "--home",
+    default="~/mlx-lora-studio",
+    metavar="DIR",
+    show_default=True,
+    help="The studio's folder: uploads, runs, exports and the queue.",
+)
+@click.option(
+    "--model-folder",
+    "model_folders",
+    multiple=True,
+    metavar="DIR",
+    help="Also list the models in this folder; may be repeated.",
+)
+@click.option(
+    "--data-folder",
+    "data_folders",
+    multiple=True,
+    metavar="DIR",
+    help="Also list the data sets in this folder; may be repeated.",
+)
+@click.option(
+    "--runs-folder",
+    "runs_folders",
+    multiple=True,
+    metavar="DIR",
+    help="Also list the runs in this folder, besides ./runs and those of this machine's list; may be repeated.",
+)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; any other than this machine's own requires an API key.",
+)
+@click.option(
+    "--port", default=8090, show_default=True, type=click.IntRange(0, 65535), help="Port to listen on; 0: any free one."
+)
+@click.option(
+    "--api-key",
+    default=None,
+    metavar="TEXT",
+    help=f"Key that the page asks for; {KEY_VARIABLE} sets it without showing it in process lists.",
+)
+@click.option("--max-upload", default="2GB", show_default=True, help="Largest file that the page may upload.")
+@click.option("--browser/--no-browser", default=True, help="Open the page in the browser.")  # fmt: skip
+def main(
+    home: str,
+    model_folders: tuple[str, ...],
+    data_folders: tuple[str, ...],
+    runs_folders: tuple[str, ...],
+    host: str,
+    port: int,
+    api_key: str | None,
+    max_upload: str,
+    browser: bool,
+) -> None:
+    """Serve the studio's page until you press Ctrl-C; runs that it started continue."""
+    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"studio: {' and '.join(missing)} not installed; pip install 'mlx-lora[serve]'")
+    # Imported here, because packages that they need may not be installed.
+    from mlx_lora.serving.guard import GuardLimits, is_local
+    from mlx_lora.studio.data_routes import UPLOAD
+    from mlx_lora.studio.places import Places
+    from mlx_lora.studio.studio_app import make_studio
+    from mlx_lora.trainer.run_folder import runs_file
+
+    key = api_key or os.environ.get(KEY_VARIABLE) or None
+    if not is_local(host) and not key:
+        raise InputError(
+            f"--host {host}: reachable from other machines and no API key; set {KEY_VARIABLE}, or use 127.0.0.1"
+        )
+    places = Places(
+        Path(home).expanduser().resolve(),
+        folders_of("--model-folder", model_folders),
+        folders_of("--data-folder", data_folders),
+        (*folders_of("--runs-folder", runs_folders), *(here for here in [Path("runs").resolve()] if here.is_dir())),
+        runs_file(),
+    )
+    try:
+        places.make()
+    except OSError as error:
+        raise InputError(f"--home {home}: cannot be made ({error.strerror or error}); choose another folder") from None
+    guard = GuardLimits(
+        key,
+        is_local(host),
+        max_body_bytes=10**6,
+        read_timeout_s=HEAD_TIMEOUT_S,
+        open_folder="/static/",
+        streamed=(UPLOAD,),
+    )
+    with only_one(places.home):
+        run_studio(make_studio(places, guard, parse_size(max_upload)), host, port, browser)
+
+
+@contextlib.contextmanager
+def only_one(home: Path) -> Iterator[None]:
+    """Let no second studio start runs of the same home's queue.
+
+    Raises:
+        InputError: another one has it open.
+    """
+    import fcntl
+
+    with (home / ".studio.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"--home {home}: another studio has it open; use that one, or choose another folder"
+            ) from None
+        yield
+
+
+def folders_of(flag: str, given: tuple[str, ...]) -> tuple[Path, ...]:
+    """Return folders of the command line, resolved.
+
+    Raises:
+        InputError: one does not exist.
+    """
+    found = [Path(name).expanduser().resolve() for name in given]
+    for folder, name in zip(found, given, strict=True):
+        if not folder.is_dir():
+            raise InputError(f"{flag} {name}: no such folder; create it, or leave it out")
+    return tuple(found)
+
+
+def run_studio(app: Any, host: str, port: int, browser: bool) -> None:
+    """Listen until interrupted.
+
+    Raises:
+        InputError: the address is not available.
+    """
+    import uvicorn
+
+    from mlx_lora.serving.app import listen
+    from mlx_lora.serving.guard import timed_protocol
+
+    config = uvicorn.Config(
+        app,
+        http=timed_protocol(HEAD_TIMEOUT_S),
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+        limit_concurrency=256,
+    )
+    socket, address = listen(host, port)
+    console.echo(f"ready  {address} (the studio; Ctrl-C stops the page, and runs go on)")
+    # uvicorn raises the signal that ended it again; for a server this is the normal end.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if browser:
+        webbrowser.open(address)
+    server = uvicorn.Server(config)
+    app.state.ending = lambda: server.should_exit
+    with socket, contextlib.suppress(KeyboardInterrupt):
+        server.run([socket])
+    console.echo("ended")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""Check settings and their combinations before anything is loaded, and report all problems at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import date
+from typing import Any
+
+from mlx_lora.config.fields import flag_of
+from mlx_lora.config.objectives import IMITATION, SAMPLING, WITHOUT_PAIRS
+from mlx_lora.config.presets import PRESETS
+from mlx_lora.config.settings import FIELDS, LOGGERS, ROWS, SHARDING
+
+COLUMNS = ("prompt_column", "completion_column", "system_column", "chat_column", "text_column")
+TURN_FIELDS, TURN_ROLES = ("role", "content"), ("system", "user", "assistant", "tool")
+CONVERSATION_GAP = FIELDS["conversation_gap"].default
+CHECKPOINTING = ("none", "auto", "selective", "block")
+
+
+def is_day(text: str) -> bool:
+    """Return whether a text is a date in the form 2026-11-26."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+def checkpoint_every(mode: str) -> int | None:
+    """Return n if every n-th block is recomputed, 1 for all, None for none."""
+    if mode == "none":
+        return None
+    return int(mode) if mode.isdecimal() else 1
+
+
+def settings_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return every problem in a run's settings; settings are spelled as flags.
+
+    Args:
+        settings: all of them by field name, with the right types.
+    """
+    problems, mode = [], settings["grad_checkpoint"]
+    if mode not in CHECKPOINTING and not (mode.isdecimal() and 1 <= int(mode) < 10**6):
+        problems.append(f"--grad-checkpoint {mode!r}: not one of {', '.join(CHECKPOINTING)}, or a number of at least 1")
+    if settings["chat_date"] is not None and not is_day(settings["chat_date"]):
+        problems.append(f"--chat-date {settings['chat_date']!r}: not a date; write it like 2026-11-26")
+    problems += _adapter_problems(settings)
+    problems += sharing_problems(settings) + _tensor_problems(settings)
+    if settings["iters"] is not None and settings["epochs"] is not None:
+        problems.append("--iters and --epochs: both given; keep one")
+    loggers = [name.strip().lower() for name in (settings["report_to"] or "").split(",")]
+    if settings["report_to"] and not set(loggers) <= set(LOGGERS):
+        problems.append(f"--report-to {settings['report_to']}: only {', '.join(LOGGERS)}, by comma")
+    problems += _data_problems(settings) + _validation_problems(settings)
+    return problems + _rollout_problems(settings) + _teacher_problems(settings)
+
+
+def _teacher_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return the problems of a run with a teacher."""
+    problems = []
+    if settings["objective"] != "distill":
+        return problems  # the objective refuses settings of a teacher
+    if not settings["teacher"] and not settings["teacher_prompt"]:
+        problems.append(
+            "--objective distill without a teacher: give --teacher MODEL, or --teacher-prompt FILE to make the untrained "
+            "model with that prompt the teacher"
+        )
+    if settings["own_prompts"] and settings["data"]:
+        problems.append("--own-prompts with --data: the prompts are in the data; leave out one of the two")
+    if settings["jsd_beta"] != 0.5 and settings["divergence"] != "jsd":
+        problems.append("--jsd-beta without --divergence jsd: only that uses it; leave it out")
+    if settings["teacher_prompt"] and not settings["mask_prompt"]:
+        problems.append(
+            "--no-mask-prompt with --teacher-prompt: the two see other prompts, so only answers can be compared; leave it out"
+        )
+    return problems
+
+
+def shard_parts(text: str) -> list[float] | None:
+    """Return the parts by rank that --shard-base names, such as 3:1; None for other texts."""
+    parts = text.split(":")
+    if len(parts) < 2 or not all(part.isdecimal() and 1 <= int(part) <= 10**6 for part in parts):
+        return None
+    return [float(part) for part in parts]
+
+
+def sharing_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return what a run whose base is shared by its processes cannot do."""
+    shared, problems = settings["shard_base"], []
+    if shared not in (*SHARDING, "off") and shard_parts(shared) is None:
+        problems.append(f"--shard-base {shared!r}: not off, {', '.join(SHARDING)}, or parts by rank such as 3:1")
+    if shared == "off":
+        return problems
+    with_it = f"with --shard-base {shared}"
+    if settings["grad_checkpoint"] not in ("auto", "selective", "block", "1"):
+        problems.append(
+            f"--grad-checkpoint {settings['grad_checkpoint']} {with_it}: each block must be computed again in the "
+            "backward pass; give block or selective, or leave it out"
+        )
+    method = settings["fine_tune_type"] or settings["method"]
+    if method in ("pissa", "full", "relora"):
+        problems.append(f"--method {method} {with_it}: it needs or changes whole weights; use lora or dora")
+    if settings["modules_to_save"]:
+        problems.append(
+            f"--modules-to-save {with_it}: weights that are trained cannot be shared; leave out one of the two"
+        )
+    if settings["objective"] in (*SAMPLING, "distill"):
+        problems.append(
+            f"--objective {settings['objective']} {with_it}: sampling or a teacher needs the whole base in one process; "
+            "leave it out"
+        )
+    if settings["reference_adapter"]:
+        problems.append(
+            f"--reference-adapter {with_it}: it is put on the whole base; leave out one of the two (without it, the "
+            "untrained model is the reference)"
+        )
+    if settings["decode_weights"] == "dense":
+        problems.append(f"--decode-weights dense {with_it}: no process has the whole weights; leave out one of the two")
+    if settings["cache_trunk"] == "on":
+        problems.append(f"--cache-trunk on {with_it}: works in a single process only; leave it out")
+    return problems
+
+
+def whole_base_reasons(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (setting, reason) for all that does not allow a model of which each process has a part of every layer."""
+    method, found = settings["fine_tune_type"] or settings["method"], []
+    if method in ("pissa", "full", "dora"):
+        found.append((f"--method {method}", "it needs or changes whole weights; use lora"))
+    if settings["modules_to_save"]:
+        found.append(("--modules-to-save", "weights that are trained cannot be cut; leave out one of the two"))
+    if settings["bias"] != "none":
+        found.append((f"--bias {settings['bias']}", "biases are cut; leave out one of the two"))
+    if settings["objective"] in (*SAMPLING, "dpo", "kto", "distill"):
+        reason = "sampling, a reference, or a teacher needs the whole base in one process; leave it out"
+        found.append((f"--objective {settings['objective']}", reason))
+    if settings["batch_parts"] > 1:
+        found.append(
+            (f"--batch-parts {settings['batch_parts']}", "all processes compute the same; use a smaller batch")
+        )
+    if settings["cache_trunk"] == "on":
+        found.append(("--cache-trunk on", "works in a single process only; leave it out"))
+    return found
+
+
+def _tensor_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return what a run whose processes divide the model's layers, or may, cannot do."""
+    asked, shared = settings["parallel"], settings["shard_base"]
+    if asked == "data":
+        return []
+    with_it = f"with --parallel {asked}"
+    problems = [f"--shard-base {shared} {with_it}: it decides what each process has; leave out one of the two"]
+    problems = problems if shared != "off" else []
+    if asked == "tensor":
+        problems += [f"{setting} {with_it}: {reason}" for setting, reason in whole_base_reasons(settings)]
+    return problems
+
+
+def _rollout_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return the problems of a run that samples its answers.
+
+    These are intervals that would save or end it between two updates on the same answers, and a reference that it cannot
+    go back to.
+    """
+    updates, problems = settings["updates_per_rollout"], []
+    if settings["objective"] not in SAMPLING and not settings["on_policy"]:
+        return problems
+    if settings["kl_beta"] and (settings["fine_tune_type"] or settings["method"]) == "relora":
+        problems.append(
+            "--kl-beta with --method relora: relora merges its finished cycles into the model, so the untrained model is gone; leave out one of the two"
+        )
+    if updates == 1:
+        return problems
+    return problems + [
+        f"{flag_of(name)} {settings[name]} with --updates-per-rollout {updates}: give a multiple of {updates}"
+        for name in ("iters", "save_every", "steps_per_eval")
+        if settings[name] and settings[name] % updates
+    ]
+
+
+def _data_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return a problem for each setting of the data that the objective would ignore."""
+    objective, problems = settings["objective"], _column_problems(settings)
+    imitates = objective in IMITATION and not settings["on_policy"]
+    if settings["pairs"] != "best" and objective in WITHOUT_PAIRS:
+        problems.append(
+            f"--pairs {settings['pairs']} with --objective {objective}: it reads no pairs; leave --pairs out"
+        )
+    if not imitates and settings["data_format"] != "auto":
+        what = "prompts" if objective in (*SAMPLING, "distill") else "preference data"
+        problems.append(
+            f"--data-format {settings['data_format']} with --objective {objective}: the format of {what} is "
+            "recognized by its keys; leave out --data-format"
+        )
+    if settings["speaker"] is not None and settings["data_format"] != "auto":
+        problems.append(
+            f"--speaker with --data-format {settings['data_format']}: a chat export is recognized by its content; leave "
+            "--data-format out"
+        )
+    if settings["conversation_gap"] != CONVERSATION_GAP and settings["speaker"] is None:
+        problems.append("--conversation-gap without --speaker: only that uses it; leave it out")
+    if not imitates and not settings["mask_prompt"]:
+        problems.append(f"--no-mask-prompt with --objective {objective}: only answers are trained; leave it out")
+    return problems
+
+
+def _column_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return the named columns that the objective or the format does not read, and names that are none."""
+    objective, problems = settings["objective"], []
+    given = [name for name in COLUMNS if settings[name]]
+    if given and settings["data_format"] != "auto":
+        flags = " and ".join(map(flag_of, given))
+        problems.append(
+            f"{flags} with --data-format {settings['data_format']}: the columns already determine the format; leave --data-format out"
+        )
+    read = ("prompt_column", "system_column") if objective not in WITHOUT_PAIRS else COLUMNS
+    read = [name for name in read if objective != "kto" or name != "text_column"]
+    if objective not in IMITATION and (unread := [flag_of(name) for name in given if name not in read]):
+        problems.append(f"{' and '.join(unread)} with --objective {objective}: it reads no such column; leave it out")
+    try:
+        turn_names(settings["turn_names"])
+    except ValueError as error:
+        problems.append(
+            f"--turn-names {error}: write {' or '.join((*TURN_FIELDS, *TURN_ROLES))}, then = and the name in the data"
+        )
+    return problems
+
+
+def turn_names(text: str | None) -> dict[str, dict[str, str]]:
+    """Read `role=speaker,user=customer` as the fields {speaker: role} and the roles {customer: user}.
+
+    Raises:
+        ValueError: a part is not written like this; the message has it.
+    """
+    found: dict[str, dict[str, str]] = {"fields": {}, "roles": {}}
+    for part in (text or "").split(","):
+        ours, _, theirs = (word.strip() for word in part.partition("="))
+        kind = "fields" if ours in TURN_FIELDS else "roles" if ours in TURN_ROLES else None
+        if part.strip() and (kind is None or not theirs):
+            raise ValueError(repr(part.strip()))
+        if kind:
+            found[kind][theirs] = ours
+    return found
+
+
+def _validation_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return a problem for each setting that needs validations or checkpoints if the run has none."""
+    problems = []
+    asking = [name for name in ("keep_best", "early_stopping_patience") if settings[name]]
+    asking += ["metric_for_best_model"] if settings["metric_for_best_model"] != "loss" else []
+    for flag in map(flag_of, asking):
+        if settings["val_batches"] == 0:
+            problems.append(f"{flag} with --val-batches 0: no validation takes place; leave out one of the two")
+        elif settings["steps_per_eval"] == 0:
+            problems.append(
+                f"{flag} with --steps-per-eval 0: the only validation is at the end; give a number of steps"
+            )
+    if settings["keep_best"] and settings["save_every"] == 0:
+        problems.append(
+            "--keep-best with --save-every 0: there is no checkpoint to go back to; leave out one of the two"
+        )
+    if settings["early_stopping_threshold"] and not settings["early_stopping_patience"]:
+        problems.append(
+            "--early-stopping-threshold without --early-stopping-patience: nothing ends the run early; give both"
+        )
+    return problems
+
+
+def _adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
+    """Return a problem for each setting that the method would ignore or does not support."""
+    method, problems = adapter["fine_tune_type"] or adapter["method"], []
+    for owner in PRESETS:
+        given = [name for name, row in ROWS.items() if row.method == owner != method and adapter[name] is not None]
+        if given:
+            flags = " and ".join(map(flag_of, given))
+            problems.append(f"{flags} with --method {method}: only --method {owner} uses it; leave it out")
+    if method == "full":
+        given = [name for name in ("rank_pattern", "alpha_pattern", "modules_to_save") if adapter[name]]
+        given += [name for name in ("dropout",) if adapter[name]]
+        given += ["bias"] if adapter["bias"] != "none" else []
+        if given:
+            flags = " and ".join(map(flag_of, given))
+            problems.append(
+                f"{flags} with --method full: it trains the modules in --target-modules and nothing else; leave it out"
+            )
+    if method in ("pissa", "adalora", "relora") and adapter["resume_adapter_file"]:
+        problems.append(
+            f"--resume-adapter-file with --method {method}: it cannot start from LoRA factors; "
+            "continue with --method lora and the file's rank"
+        )
+    if method == "adalora" and (
+        adapter["rank_pattern"] or (adapter["adalora_init_rank"] or adapter["rank"]) < adapter["rank"]
+    ):
+        what = "--rank-pattern" if adapter["rank_pattern"] else f"--adalora-init-rank {adapter['adalora_init_rank']}"
+        problems.append(
+            f"{what} with --method adalora: it reduces all ranks from one initial rank to --rank; leave it out"
+        )
+    for name in ("rank_pattern", "alpha_pattern"):
+        try:
+            values = parse_pattern(adapter[name])
+        except ValueError as error:
+            problems.append(f"{flag_of(name)} {error}: write name=number, separated by commas")
+            continue
+        whole = name == "rank_pattern"
+        bad = [key for key, value in values.items() if not 0 < value < 1e9 or (whole and value != int(value))]
+        if bad:
+            kind = "a whole number of at least 1" if whole else "more than 0"
+            problems.append(f"{flag_of(name)} {', '.join(bad)}: must be {kind}")
+    return problems
+
+
+def parse_pattern(text: str | None) -> dict[str, float]:
+    """Parse `q_proj=32,*.mlp.*=8` as name -> number.
+
+    Raises:
+        ValueError: a part does not have this form; the message is that part.
+    """
+    values = {}
+    for part in (text or "").split(","):
+        name, equals, number = part.strip().rpartition("=")
+        if not part.strip():
+            continue
+        try:
+            values[name.strip()] = float(number)
+        except ValueError:
+            raise ValueError(repr(part.strip())) from None
+        if not equals or not name.strip():
+            raise ValueError(repr(part.strip()))
+    return values

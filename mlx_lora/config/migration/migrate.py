@@ -1,0 +1,71 @@
+"""Convert the `--config` file of Axolotl, LLaMA-Factory, TRL, mlx-lm-lora or mlx-lm to settings of ours.
+
+A migrated file keeps its meaning: if a default of its trainer differs from ours and changes the result, that default
+is used for what the file leaves out, and is printed. Flags override the file, and run.yaml has the result with our names.
+Any other file is read as ours, where an unknown key is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from mlx_lora.config.migration.axolotl import AXOLOTL
+from mlx_lora.config.migration.llama_factory import LLAMA_FACTORY
+from mlx_lora.config.migration.mlx_lm import MLX_LM
+from mlx_lora.config.migration.mlx_lm_lora import MLX_LM_LORA
+from mlx_lora.config.migration.sheet import Dialect, Sheet
+from mlx_lora.config.migration.trl import TRL
+
+DIALECTS = (AXOLOTL, LLAMA_FACTORY, TRL, MLX_LM_LORA, MLX_LM)
+
+
+def migrate(
+    content: dict[str, Any],
+    known: Collection[str],
+    given: Collection[str],
+    file: str,
+    say: Callable[[str], None],
+    objective: str | None = None,
+) -> dict[str, Any]:
+    """Return a file's settings with our names; a file of ours is returned as it is.
+
+    Args:
+        content: the file's content, with underscores in keys.
+        known: names of our settings.
+        given: settings given as flags, for which the other trainer's defaults are not printed.
+        file: its name, for messages.
+        say: called with each line on the migration: the trainer, what has another meaning, and what is left out.
+        objective: the value of the flag --objective, for files that do not name their objective.
+
+    Raises:
+        InputError: the file asks for another kind of training, or has an invalid value.
+    """
+    dialect = find_dialect(content)
+    if dialect is None:
+        return content
+    sheet = dialect.read(content, known, file, objective)
+    for line in account(sheet, dialect, given, file):
+        say(line)
+    return sheet.found
+
+
+def find_dialect(content: dict[str, Any]) -> Dialect | None:
+    """Return the dialect of a file, None if it is ours."""
+    return next((dialect for dialect in DIALECTS if dialect.recognizes(content)), None)
+
+
+def account(sheet: Sheet, dialect: Dialect, given: Collection[str], file: str) -> list[str]:
+    """Return the lines to print on a migrated file."""
+    lines = [f"{file}: read as a settings file of {dialect.name}"]
+    lines += [f"  {note}" for note in sheet.notes]
+    told = [
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in sheet.assumed.items()
+        if name not in given
+    ]
+    if told:
+        lines.append(f"  {dialect.name}'s defaults for what it leaves out: {', '.join(told)}")
+    if sheet.left_out:
+        lines.append(f"  keys without a counterpart here, left out: {', '.join(dict.fromkeys(sheet.left_out))}")
+    return lines

@@ -1,0 +1,136 @@
+"""Settings of a run's objective: what it trains towards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlx_lora.config.fields import setting
+
+OBJECTIVE = "Objective"  # heading of the help
+SAMPLING = ("grpo", "rloo")  # objectives whose answers are sampled during the run, and rewarded
+IMITATION = ("sft", "distill")  # objectives that train the answers of the data, token by token
+WITHOUT_PAIRS = (*IMITATION, "kto", *SAMPLING)  # objectives whose examples are not pairs of answers
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "sampled_kl")
+
+
+# fmt: off
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """What the run trains toward. Names and defaults are TRL's."""
+
+    objective: str = setting("sft",
+        "What to train toward. sft: imitate answers; dpo, orpo, simpo, cpo: prefer the chosen answer of each pair; "
+        "kto: answers rated good or bad; reward: a reward model, which scores answers; grpo, rloo: sample answers to "
+        "prompts, and learn from their rewards; distill: give each token the probabilities that a teacher gives it.",
+        OBJECTIVE, common=True)
+    loss_type: str = setting("sigmoid",
+        "dpo: loss on the pairs, by TRL's names (sigmoid, hinge, ipo, apo_zero ...); several, by commas, are added. "
+        "kto: kto or apo_zero_unpaired.", OBJECTIVE)
+    loss_weights: str | None = setting(None,
+        "dpo: weights of several losses in --loss-type, separated by commas (default 1 each).", OBJECTIVE)
+    beta: float = setting(0.1,
+        "How strongly the model is kept close to the reference; for orpo, the weight of the loss on pairs.",
+        OBJECTIVE, more_than=0, at_most=1000)
+    label_smoothing: float = setting(0.0, "Share of pairs that are assumed to have swapped labels (exo_pair, robust, "
+        "aot, cpo, simpo).", OBJECTIVE, at_least=0, at_most=0.49)
+    rpo_alpha: float = setting(0.0, "dpo: weight of the chosen answers' likelihood, added to the loss (RPO).",
+        OBJECTIVE, at_least=0, at_most=1000)
+    length_normalize: bool = setting(False, "dpo: use log-ratios per token, as --loss-type sigmoid_norm does.", OBJECTIVE)
+    discopop_tau: float = setting(0.05, "dpo: temperature of --loss-type discopop.",
+        OBJECTIVE, more_than=0, at_most=1000)
+    simpo_gamma: float = setting(0.5, "simpo: margin by which the chosen answer should win.",
+        OBJECTIVE, at_least=0, at_most=1000)
+    cpo_alpha: float = setting(1.0, "cpo: weight of the chosen answers' likelihood.",
+        OBJECTIVE, at_least=0, at_most=1000)
+    desirable_weight: float = setting(1.0, "kto: weight of good answers.", OBJECTIVE, at_least=0, at_most=1000)
+    undesirable_weight: float = setting(1.0, "kto: weight of bad answers.", OBJECTIVE, at_least=0, at_most=1000)
+    shared_prefix: str = setting("auto", "Compute a prompt once for all its answers (a pair's, or the sampled ones): "
+        "on, off, or auto, if it saves work and the model supports it.", OBJECTIVE, choices=("auto", "on", "off"), may_change=True)
+    center_rewards: float = setting(0.0, "reward: weight of the squared sum of a pair's scores, which keeps them near 0.",
+        OBJECTIVE, at_least=0, at_most=1000)
+    reference_adapter: str | None = setting(None,
+        "Adapter folder whose model is the reference (default: the model at the start of the run).",
+        OBJECTIVE, may_change=True, per_machine=True)
+    reward: str | None = setting(None,
+        "grpo, rloo: what rewards an answer: FILE.py:FUNCTION with TRL's signature, the folder of a reward model, or "
+        "exact_match, number_match, think_format, length:N, regex:PATTERN, json_schema:FILE; several are separated by "
+        "commas and added.", OBJECTIVE)
+    reward_weights: str | None = setting(None, "Weights of several rewards, separated by commas (default 1 each).",
+        OBJECTIVE)
+    reward_errors: str = setting("stop", "If a reward fails: stop the run, or skip its answers.",
+        OBJECTIVE, choices=("stop", "skip"), may_change=True)
+    reward_timeout: float = setting(60.0, "Seconds that a reward function may take for the answers of a batch.",
+        OBJECTIVE, more_than=0, at_most=86400, may_change=True)
+    group_size: int | None = setting(None, "grpo, rloo, --on-policy: answers that are sampled to each prompt (default 8; "
+        "with --on-policy 1).", OBJECTIVE, at_least=1, at_most=1024)
+    max_new_tokens: int = setting(256, "grpo, rloo, distill: maximum number of tokens of a sampled answer.",
+        OBJECTIVE, at_least=1, at_most=10**6)
+    temp: float = setting(1.0, "grpo, rloo, distill: temperature of sampling.", OBJECTIVE, more_than=0, at_most=100)
+    top_p: float = setting(1.0, "grpo, rloo, distill: sample from the most likely tokens whose probabilities add up to this.",
+        OBJECTIVE, more_than=0, at_most=1)
+    min_p: float = setting(0.0, "grpo, rloo, distill: leave out tokens less likely than this share of the most likely token.",
+        OBJECTIVE, at_least=0, at_most=1)
+    grpo_loss: str = setting("dapo", "grpo: how the losses of tokens are averaged (grpo, bnpo, dapo, dr_grpo), or gspo, "
+        "which takes one ratio for an answer.", OBJECTIVE, choices=("grpo", "bnpo", "dapo", "dr_grpo", "gspo"))
+    epsilon: float = setting(0.2, "grpo, rloo: clip the ratio of the new probability to the old this far below 1.",
+        OBJECTIVE, more_than=0, at_most=1)
+    epsilon_high: float | None = setting(None, "grpo, rloo: clip the ratio this far above 1 (default: as --epsilon).",
+        OBJECTIVE, more_than=0, at_most=1000)
+    kl_beta: float = setting(0.0, "grpo, rloo: weight of the divergence from the untrained model (TRL's beta).",
+        OBJECTIVE, at_least=0, at_most=1000)
+    scale_rewards: str = setting("group", "grpo: divide advantages by the standard deviation of the rewards of the "
+        "prompt's group, of the whole batch, or not at all.", OBJECTIVE, choices=("group", "batch", "none"))
+    mask_truncated: bool = setting(False, "grpo, rloo, --on-policy: do not train answers that were cut at --max-new-tokens.",
+        OBJECTIVE)
+    updates_per_rollout: int = setting(1, "grpo, rloo, --on-policy: how often each sampled answer is trained on.",
+        OBJECTIVE, at_least=1, at_most=1000)
+    teacher: str | None = setting(None,
+        "distill: the teacher, a model given as for --model and with the same tokenizer (default: --model itself, "
+        "untrained, which then needs --teacher-prompt).", OBJECTIVE, may_change=True, per_machine=True)
+    teacher_prompt: str | None = setting(None, "distill: text file that only the teacher sees, as a system message in "
+        "every chat.", OBJECTIVE, may_change=True, per_machine=True)
+    own_prompts: int | None = setting(None, "distill without --data: prompts that the model writes itself, and the teacher "
+        "answers (default 200).", OBJECTIVE, at_least=8, at_most=10**6)
+    teacher_top_k: int = setting(64, "distill: keep the teacher's probabilities of this many likeliest tokens, and of all "
+        "others together; 0: of every token.", OBJECTIVE, at_least=0, at_most=10**6)
+    divergence: str | None = setting(None, "distill: the divergence to minimize. forward_kl: KL(teacher, student), reverse_kl: "
+        "KL(student, teacher), jsd: between the two, as in TRL's GKD; sampled_kl: with --on-policy, reverse_kl from the "
+        "sampled tokens alone (default forward_kl; with --on-policy reverse_kl).", OBJECTIVE, choices=DIVERGENCES)
+    jsd_beta: float = setting(0.5, "distill: place of --divergence jsd between forward_kl (0) and reverse_kl (1).",
+        OBJECTIVE, at_least=0, at_most=1)
+    distill_temp: float = setting(1.0, "distill: divide the logits of teacher and student by this.",
+        OBJECTIVE, more_than=0, at_most=100)
+    on_policy: bool = setting(False, "distill: sample the answers to the prompts in --data from the model as it is "
+        "trained; the teacher stays in memory.", OBJECTIVE)
+
+    @property
+    def rows_per_example(self) -> int:
+        """Rows that stay together in a batch: one, a pair's two answers, or a rated answer and one to compare it with.
+
+        With --shared-prefix on, which a run sets when it has decided, all answers to a prompt are one row.
+        """
+        if self.objective in IMITATION and not self.samples:
+            return 1
+        if self.shared_prefix == "on":
+            return 1
+        return self.answers_per_prompt if self.samples else 2
+
+    @property
+    def samples(self) -> bool:
+        """Whether the answers are sampled during the run."""
+        return self.rewarded or self.on_policy
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether sampled answers are rewarded."""
+        return self.objective in SAMPLING
+
+    @property
+    def answers_per_prompt(self) -> int:
+        """The number of answers that are sampled to each prompt."""
+        return self.group_size or (8 if self.rewarded else 1)
+
+    @property
+    def trained_rows_per_example(self) -> int:
+        """The number of these rows that are trained; for kto, the answer to compare with is only measured."""
+        return 1 if self.objective == "kto" else self.rows_per_example

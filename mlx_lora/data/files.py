@@ -1,0 +1,302 @@
+"""`--data` to files per split; weights, sheets.
+
+Read the tools that a model is shown from a file: a JSON list of them, or the first row of a data set that has some.
+
+Find the files of each split that `--data` names.
+
+Read `--data` as one data set or several: `a.jsonl`, `a.jsonl=2,b/`, `book.xlsx#Sheet2`.
+
+    a.jsonl=2      each epoch has the set's training rows twice; 0.5: the same half of them in every epoch
+    book.xlsx#B    the sheet B of an Excel file
+
+A file whose own name has a comma, `=` or `#` is meant where it exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_lora.config.load import RECIPES, recipe_names
+from mlx_lora.data.examples import FormatError
+from mlx_lora.data.messages import tools_of
+from mlx_lora.data.records import DOCUMENTS, MARKDOWN, SUFFIXES, check_file
+from mlx_lora.utils.cache import GIVEN, shown_data
+from mlx_lora.utils.downloads import tiny_shakespeare
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.parsing import parse_json
+
+
+def read_tools(file: str) -> list[dict[str, Any]]:
+    """Return the tools in a file, each `{type, function: {name, ...}}`.
+
+    Args:
+        file: `.json` with a list, or with an object that has `tools`; `.jsonl`, whose first row with `tools` counts.
+
+    Raises:
+        InputError: there is no such file, or it has no tools.
+    """
+    path = Path(file).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = (
+            [parse_json(line) for line in text.splitlines() if line.strip()]
+            if path.suffix == ".jsonl"
+            else [parse_json(text)]
+        )
+    except OSError as error:
+        raise InputError(
+            f"--tools {file}: cannot be read ({error.strerror}); give a JSON file with a list of tools"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"--tools {file}: not valid JSON ({error}); give a JSON file with a list of tools") from None
+    lists = [row if isinstance(row, list) else row.get("tools") for row in rows if isinstance(row, list | dict)]
+    try:
+        found = next((tools for tools in map(tools_of, lists) if tools), None)
+    except FormatError as error:
+        raise InputError(f"--tools {file}: {error}") from None
+    if found is None:
+        raise InputError(f"--tools {file}: no tools in it; give a list of objects, or rows with the field tools")
+    return found
+
+
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "valid": "valid",
+    "validation": "valid",
+    "val": "valid",
+    "dev": "valid",
+    "test": "test",
+}
+TINY_SHAKESPEARE = "tiny-shakespeare"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SHARD = re.compile(r"(?P<split>[a-z]+)(-\d{5}-of-\d{5}.*)?")  # the hub's names for the parts of one split
+NOT_DATA = re.compile(r"(readme|license|requirements|dataset_infos?|config|notice)\b.*", re.IGNORECASE)
+
+
+def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
+    """Return the files of each split that `--data` names.
+
+    Args:
+        data: A file, a folder, `tiny-shakespeare`, a recipe's name or a hub dataset id `owner/name` (`@revision` may follow).
+
+    Returns:
+        `train`, `valid`, `test` -> the split's files, ordered by name (one, unless a hub dataset has several
+        parts). A single file, or the only data file of a folder, is `train`; so are all files of a folder of documents,
+        those in its subfolders too.
+
+    Raises:
+        InputError: there are no data files, or two files have the name of the same split.
+    """
+    path = Path(data).expanduser()
+    if path.is_file():
+        return {"train": (path,)}
+    if path.is_dir():
+        return _folder_splits(path)
+    if data == TINY_SHAKESPEARE:
+        return {"train": (tiny_shakespeare(),)}
+    if data in recipe_names():
+        return _folder_splits(RECIPES / data)
+    if is_dataset_id(data):
+        from mlx_lora.utils.hub import download_dataset_files  # the hub client is slow to import
+
+        dataset, _, revision = data.partition("@")
+        return _folder_splits(download_dataset_files(dataset, revision or None))
+    raise InputError(_not_found(data, path))
+
+
+def is_dataset_id(data: str) -> bool:
+    """Tell whether a text that names no file or folder can be the id of a hub dataset, `owner/name@revision`."""
+    path, dataset = Path(data).expanduser(), data.partition("@")[0]
+    return bool(HUB_ID.fullmatch(dataset)) and path.suffix.lower() not in SUFFIXES and not path.parent.is_dir()
+
+
+def _folder_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
+    for subfolder in (folder, folder / "data", folder / "default"):
+        splits = _named_splits(subfolder)
+        if splits:
+            return {name: splits[name] for name in ("train", "valid", "test") if name in splits}
+    files = [file for file in _data_files(folder) if not NOT_DATA.fullmatch(file.name)]
+    if len(files) == 1:
+        return {"train": (files[0],)}
+    if files and all(file.suffix.lower() in DOCUMENTS for file in files):
+        return {"train": _documents(folder)}
+    found = ", ".join(file.name for file in files[:8]) or ", ".join(sorted(p.name for p in folder.iterdir())[:8])
+    raise InputError(
+        f"{folder} has no train.jsonl (or train{' train'.join(SUFFIXES[1:])}); "
+        f"found: {found or 'nothing'}; name the file itself, or rename it"
+    )
+
+
+def _named_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
+    """Return the files of each split: those with its name in `folder`, and all in subfolders with its name."""
+    candidates: dict[str, list[Path]] = {}
+    for file in _data_files(folder):
+        match = SHARD.fullmatch(file.stem)
+        if match and match["split"] in SPLIT_NAMES:
+            candidates.setdefault(SPLIT_NAMES[match["split"]], []).append(file)
+    for name, split in SPLIT_NAMES.items():
+        candidates.setdefault(split, []).extend(_data_files(folder / name))
+    for split, files in candidates.items():
+        in_parts = all("-of-" in file.stem or file.parent != folder for file in files)
+        if len(files) > 1 and not in_parts:
+            names = ", ".join(file.name for file in files)
+            raise InputError(f"{folder} has several {split} files: {names}; keep one, or name the file itself")
+    return {split: tuple(files) for split, files in candidates.items() if files}
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """Return the data files of a folder; Markdown beside others than texts describes them."""
+    if not folder.is_dir():
+        return []
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    if all(file.suffix.lower() in DOCUMENTS for file in files):
+        return files
+    return [file for file in files if file.suffix.lower() not in MARKDOWN]
+
+
+def _documents(folder: Path) -> tuple[Path, ...]:
+    """Return the texts in a folder and its subfolders, without hidden ones."""
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in DOCUMENTS and p.is_file())
+    seen = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    return tuple(sorted(p for p in seen if not NOT_DATA.fullmatch(p.name)))
+
+
+def _not_found(data: str, path: Path) -> str:
+    parent = path.parent
+    near = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, near, n=3) or difflib.get_close_matches(data, ["tiny-shakespeare"])
+    hint = f"similar names: {', '.join(close)}" if close else f"no similar name in {parent.resolve()}"
+    return (
+        f"--data {data}: no such file or folder, and no hub dataset id (owner/name); {hint}; "
+        f"give a {' '.join(SUFFIXES)} file, a folder with train.jsonl, a dataset id or tiny-shakespeare"
+    )
+
+
+MAX_WEIGHT = 1000.0
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of a data set.
+
+    Attributes:
+        path: The file.
+        name: Its name in messages, which no other file of the run has.
+        sheet: The sheet of an .xlsx file; None: the first.
+    """
+
+    path: Path
+    name: str
+    sheet: str | None = None
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One of the sets that `--data` names.
+
+    Attributes:
+        name: As `--data` has it, without its weight.
+        weight: How often each epoch has its training rows.
+        splits: `train`, `valid`, `test` -> the split's files.
+    """
+
+    name: str
+    weight: float
+    splits: dict[str, tuple[DataFile, ...]]
+
+
+def named_sets(data: str) -> list[tuple[str, float]]:
+    """Return the names of the sets that `--data` names, each with its weight, without looking into them.
+
+    Raises:
+        InputError: a weight is no number, or outside of its range.
+    """
+    parts, found, start = data.split(","), [], 0
+    while start < len(parts):
+        # The longest run of parts that exists is one name, in which the commas belong.
+        ends = range(len(parts), start, -1)
+        whole = {end: _name_and_weight(",".join(parts[start:end])) for end in ends}
+        end = next((end for end in ends if _exists(whole[end][0]) and "," not in (whole[end][1] or "")), start + 1)
+        name, weight = whole[end]
+        if name:
+            found.append((name, _weight(name, weight)))
+        start = end
+    if not found:
+        raise InputError(f"--data {data}: names no file; give a file, a folder, a dataset id, or several by comma")
+    return found
+
+
+def is_local(name: str) -> bool:
+    """Tell whether a set is on this disk, a recipe's among them, and not on the hub."""
+    return _exists(name) or name in recipe_names()
+
+
+def find_sets(data: str) -> list[DataSet]:
+    """Return the sets that `--data` names, with their files; each can be opened.
+
+    Raises:
+        InputError: a set is not there, or has a file of an unknown kind.
+    """
+    sets = []
+    for name, weight in named_sets(data):
+        path, sheet = _sheet(name)
+        splits = find_splits(path)
+        for file in (file for files in splits.values() for file in files):
+            check_file(file)
+        sets.append((name, weight, {split: [(file, sheet) for file in files] for split, files in splits.items()}))
+    names = _names([file for _, _, splits in sets for files in splits.values() for file, _ in files])
+    names |= {file: f"the given {file.stem} list" for file in names if shown_data(str(file)) == GIVEN}
+    return [
+        DataSet(
+            name,
+            weight,
+            {key: tuple(DataFile(file, names[file], sheet) for file, sheet in files) for key, files in splits.items()},
+        )
+        for name, weight, splits in sets
+    ]
+
+
+def _name_and_weight(text: str) -> tuple[str, str | None]:
+    """Split `name=weight`, unless the whole is the name of something that exists."""
+    text = text if _exists(text) else text.strip()
+    name, equals, weight = text.rpartition("=")
+    return (text, None) if _exists(text) or not equals else (name, weight)
+
+
+def _weight(name: str, text: str | None) -> float:
+    try:
+        weight = 1.0 if text is None else float(text)
+    except ValueError:
+        weight = 0.0
+    if not 0 < weight <= MAX_WEIGHT:
+        raise InputError(f"--data {name}={text}: a weight must be a number above 0 and at most {MAX_WEIGHT:g}")
+    return weight
+
+
+def _exists(name: str) -> bool:
+    path, _ = _sheet(name)
+    return bool(name.strip()) and Path(path).expanduser().exists()
+
+
+def _sheet(name: str) -> tuple[str, str | None]:
+    """Split `book.xlsx#Sheet`, unless that is the name of a file."""
+    path, mark, sheet = name.rpartition("#")
+    if not mark or not path.lower().endswith(".xlsx") or Path(name).expanduser().exists():
+        return name, None
+    return path, sheet
+
+
+def _names(files: list[Path]) -> dict[Path, str]:
+    """Return a name for each file: its own, with as many folders before it as tell it from the others."""
+    names, depth = {file: file.name for file in files}, 1
+    while len(set(names.values())) < len(names) and depth < max(len(file.parts) for file in files):
+        depth += 1
+        often = Counter(names.values())
+        names = {file: "/".join(file.parts[-depth:]) if often[name] > 1 else name for file, name in names.items()}
+    return names

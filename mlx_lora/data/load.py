@@ -1,0 +1,406 @@
+"""Load `--data`: read, encode and split it into training, validation and test sets, and report on them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.cache import entry_folder, read_entry, write_entry
+from mlx_lora.data.chat_template import resolve_template, shows_date
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.duplicates import find_repeats, repeat_notes
+from mlx_lora.data.encode import answers_of, encode_entries
+from mlx_lora.data.examples import Completion, Conversation
+from mlx_lora.data.files import DataSet, find_sets
+from mlx_lora.data.mix import Part, content_key, joined_sets, mix, read_sets
+from mlx_lora.data.notes import (
+    ToolsNotShown,
+    called_functions,
+    data_notes,
+    evaluation_notes,
+    refused_tools,
+    split_notes,
+    teaching_notes,
+)
+from mlx_lora.data.read import Rows, check_speaker, cut_repeated_prompts, read_rows, repeated_notes
+from mlx_lora.data.report import (
+    MAX_LISTED,
+    DataReport,
+    DroppedRow,
+    Location,
+    SetReport,
+    SplitReport,
+    example_pieces,
+    reasons,
+)
+from mlx_lora.data.teacher_prompt import prompt_notes
+from mlx_lora.data.tokenize import Encoded, Encoder
+from mlx_lora.utils.cache import shown_data
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import one_at_a_time, sha256_of
+from mlx_lora.utils.progress import long_task
+from mlx_lora.utils.text import counted
+
+EVALUATION = "evaluation"  # what errors call the data that is only measured
+UNCACHED = "prompts"  # what rewards see of these records is not stored
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """The data of a run.
+
+    Attributes:
+        train, valid, test: Encoded sets, or None.
+        report: What was read, kept and dropped.
+        chat_template: Jinja text that the chats were rendered with; None if nothing was rendered.
+        chat_day: The day that it shows as today; None if it shows none.
+        written: The folder of what models wrote for the run, in the same splits; None: nothing.
+    """
+
+    train: EncodedSet
+    valid: EncodedSet | None
+    test: EncodedSet | None
+    report: DataReport
+    chat_template: str | None
+    chat_day: date | None = None
+    written: Path | None = None
+
+    @property
+    def sets(self) -> dict[str, EncodedSet]:
+        """The sets that are there, by name."""
+        parts = {"train": self.train, "valid": self.valid, "test": self.test}
+        return {name: rows for name, rows in parts.items() if rows}
+
+    def changed(self, change: Callable[[dict[str, EncodedSet]], dict[str, EncodedSet]]) -> DataSplits:
+        """Return the same data with its sets changed; `change` takes and returns those that are there, by name."""
+        return replace(self, **change(self.sets))
+
+
+def load_data(
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    say: Callable[[str], None] = lambda line: None,
+    today: date | None = None,
+    records: str = "examples",
+    teacher_prompt: str | None = None,
+) -> DataSplits:
+    """Return the data of a run, encoded and split, or taken from the cache of an earlier run.
+
+    Args:
+        settings: `--data`, and which of its tokens to train.
+        tokenizer: A fast tokenizer, not mlx-lm's wrapper.
+        seed: Of the held-out split.
+        say: Called with a line from time to time during a long encoding.
+        today: The day for templates that show the date, unless the settings name one; None: today.
+        records: `examples`, `pairs`, `rated` or `prompts`: what the run's objective trains on.
+        teacher_prompt: A text that only a teacher sees (--teacher-prompt); the rows then have its rows beside them.
+
+    Returns:
+        The sets and the report. Without a validation file, `valid_fraction` of the rows, or the last part of a single
+        long text, is held out of training.
+
+    Raises:
+        InputError: there is no data or no usable row, or, with `strict`, any unusable one.
+    """
+    if settings.data is None:
+        raise InputError("no data given; name a file, a folder, a hub dataset or tiny-shakespeare with --data")
+    sets = find_sets(settings.data)
+    for one in sets:
+        if "train" not in one.splits:
+            raise InputError(f"--data {one.name} has no train file, only {', '.join(one.splits)}; add train.jsonl")
+    day = chat_day(settings, tokenizer, today)
+    kind = f"{records} splits{_seen_with(teacher_prompt)}"
+    folder = entry_folder(kind, _paths(sets), settings, tokenizer, seed, day, _mixed(sets))
+    with one_at_a_time(folder):  # ranks on one machine encode once
+        splits = _read_or_make_splits(folder, sets, settings, tokenizer, seed, say, day, records, teacher_prompt)
+        return replace(splits, chat_day=day)
+
+
+def _seen_with(teacher_prompt: str | None) -> str:
+    """Return what tells rows with a teacher's prompt apart, for the key of encoded data."""
+    return "" if teacher_prompt is None else f", seen with {sha256_of(teacher_prompt)}"
+
+
+def chat_day(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, today: date | None) -> date | None:
+    """Return the day that the chat template shows, or None if it shows none.
+
+    Raises:
+        InputError: the settings name a day, but the template shows none.
+    """
+    if shows_date(settings.chat_template, tokenizer):
+        return date.fromisoformat(settings.chat_date) if settings.chat_date else today or date.today()
+    if settings.chat_date:
+        raise InputError(f"--chat-date {settings.chat_date}: the chat template shows no date; leave it out")
+    return None
+
+
+def _read_or_make_splits(
+    folder: Path,
+    sets: Sequence[DataSet],
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    say: Callable[[str], None],
+    day: date | None,
+    records: str,
+    teacher_prompt: str | None,
+) -> DataSplits:
+    cached = records != UNCACHED
+    if cached and (entry := read_entry(folder)):
+        rows, details = entry
+        report = replace(DataReport.from_dict(details["report"]), data=shown_data(settings.data or ""))
+        return DataSplits(rows["train"], rows.get("valid"), rows.get("test"), report, details["chat_template"])
+    splits = _make_splits(sets, settings, tokenizer, seed, say, day, records, teacher_prompt)
+    rows = {"train": splits.train, "valid": splits.valid, "test": splits.test}
+    details = {"report": splits.report.to_dict(), "chat_template": splits.chat_template}
+    if cached:
+        _keep(folder, {name: part for name, part in rows.items() if part is not None}, details, say)
+    return splits
+
+
+def _paths(sets: Sequence[DataSet]) -> dict[str, list[Path]]:
+    """Return the files of each split, of all sets."""
+    names = [name for name in ("train", "valid", "test") if any(name in one.splits for one in sets)]
+    return {name: [file.path for one in sets for file in one.splits.get(name, ())] for name in names}
+
+
+def _mixed(sets: Sequence[DataSet]) -> list[Any]:
+    """Return what the cache must tell apart beside the files' content: weights, sheets, and which file is whose."""
+    parts = [
+        [one.weight, {key: [(f.name, f.sheet) for f in files] for key, files in one.splits.items()}] for one in sets
+    ]
+    return [*parts, [one.name for one in sets] if _are_mixed(sets) else None]
+
+
+def _are_mixed(sets: Sequence[DataSet]) -> bool:
+    return len(sets) > 1 or sets[0].weight != 1
+
+
+def _keep(folder: Path, sets: dict[str, EncodedSet], details: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Write the encoded sets to the cache; if that fails, print a note and continue."""
+    try:
+        write_entry(folder, sets, details)
+    except OSError as error:
+        say(f"Note: the encoded data cannot be kept for the next run: {folder.parent}: {error.strerror}")
+
+
+def _make_splits(
+    sets: Sequence[DataSet],
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    say: Callable[[str], None],
+    day: date | None,
+    records: str,
+    teacher_prompt: str | None,
+) -> DataSplits:
+    parts, train_parts, repeated = read_sets(sets, settings, records)
+    encoder, template, origin = _make_encoder(parts.values(), settings, tokenizer, day)
+    encoded = {name: _encode(rows, encoder, say, teacher_prompt) for name, rows in parts.items()}
+    _check(settings, parts, encoded)
+
+    keys = {name: _keys(parts[name], encoded[name], content_key) for name in encoded}
+    truncated = [location for rows in parts.values() for location in rows.truncated]
+    doubled = _doubled(parts["train"], encoded["train"], keys["train"])
+    repeats = find_repeats(parts, encoded, keys, settings.valid_fraction)
+    mixed = mix(encoded["train"], keys["train"], repeats.groups, train_parts, settings.valid_fraction, seed)
+    train, held = mixed.train, mixed.held
+    _check_sets(mixed.sets)
+    near = repeats.across(mixed.held_records)
+    rows = {name: part.rows for name, part in encoded.items() if len(part.rows)} | {"train": train}
+    own = _valid_sources(sets, train_parts, held)
+    if valid := joined_sets(rows.get("valid"), held):
+        rows["valid"] = valid
+    pieces = example_pieces(train, tokenizer, called_functions(parts["train"]))
+    report = DataReport(
+        data=shown_data(settings.data or ""),
+        rows_read=sum(rows.rows_read for rows in parts.values()),
+        formats=dict(sum((rows.formats for rows in parts.values()), Counter())),
+        splits={name: SplitReport.of(part) for name, part in rows.items()},
+        valid_source=" and ".join(own) if "valid" in rows else "none",
+        template=origin,
+        max_seq_length=settings.max_seq_length,
+        truncated=len(truncated),
+        empty=sum(rows.empty for rows in parts.values()),
+        duplicates=len(doubled),
+        dropped=sum(len(rows.dropped) for rows in parts.values()),
+        dropped_rows=[row for rows in parts.values() for row in rows.dropped][:MAX_LISTED],
+        truncated_rows=truncated[:MAX_LISTED],
+        duplicate_rows=doubled[:MAX_LISTED],
+        notes=[
+            *repeated_notes(repeated),
+            *teaching_notes(parts, settings, encoder),
+            *data_notes(parts, encoded, keys, encoder, day if template else None),
+            *prompt_notes(encoder, teacher_prompt),
+            *repeat_notes(near, repeats.too_many, held is not None),
+            *split_notes(mixed, parts["train"], valid, settings.valid_fraction),
+        ],
+        example=pieces[0],
+        rejected=[piece for piece in pieces[1] if piece[1]] if records == "pairs" else [],
+        records=records,
+        sets=mixed.sets if _are_mixed(sets) else [],
+        near_duplicates=near,
+    )
+    return DataSplits(train, rows.get("valid"), rows.get("test"), report, template)
+
+
+def load_eval_set(
+    data: str,
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], None] = lambda line: None,
+    records: str = "examples",
+    teacher_prompt: str | None = None,
+) -> EncodedSet:
+    """Return the encoded set for `evaluate --data`: all rows of a file, or a folder's test or else validation file.
+
+    Args:
+        data: As `--data`.
+        settings: Format, template, length and mask; its `data` is ignored.
+        tokenizer: A fast tokenizer.
+        say, records, teacher_prompt: As for `load_data`.
+
+    Raises:
+        InputError: as for `load_data`.
+    """
+    sets = find_sets(data)
+    files = _paths(sets)
+    name = next(name for name in ("test", "valid", "train") if name in files)
+    if name == "train" and len(files["train"]) == 1 and Path(data).is_dir():
+        raise InputError(f"--data {data} has neither a test nor a validation file; name a file inside it")
+    for one in sets:
+        if one.weight != 1:
+            raise InputError(f"--data {one.name}={one.weight:g}: a weight is for training; leave it out")
+        if name not in one.splits:
+            raise InputError(f"--data {one.name} has no {name} file, and others have; name the files themselves")
+    day = chat_day(settings, tokenizer, None)
+    chosen = {name: files[name]}
+    kind = f"{records} evaluation{_seen_with(teacher_prompt)}"
+    folder = entry_folder(kind, chosen, settings, tokenizer, 0, day, _mixed(sets))
+    cached = records != UNCACHED
+    if cached and (entry := read_entry(folder)):
+        for line in entry[1]["notes"]:
+            say(line)
+        return entry[0][name]
+    settings = replace(settings, data=data)
+    parts = {EVALUATION: read_rows([file for one in sets for file in one.splits[name]], settings, records)}
+    repeated = cut_repeated_prompts([(parts[EVALUATION], 0)])
+    check_speaker(parts.values(), settings)
+    encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer, day)
+    encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, say, teacher_prompt)}
+    _check(settings, parts, encoded)
+    notes = [f"Note: {note}" for note in repeated_notes([repeated])]
+    notes += evaluation_notes(parts[EVALUATION], encoded[EVALUATION])
+    for line in notes:
+        say(line)
+    if cached:
+        _keep(folder, {name: encoded[EVALUATION].rows}, {"notes": notes}, say)
+    return encoded[EVALUATION].rows
+
+
+def _make_encoder(
+    parts: Collection[Rows], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, day: date | None
+) -> tuple[Encoder, str | None, str]:
+    """Return the encoder, the template's text (None if all data is plain text), and the template's origin."""
+    plain_completions = settings.chat_template is None and not tokenizer.chat_template
+    rendered = (Conversation,) if plain_completions else (Conversation, Completion)
+    template, origin = None, "none (plain text)"
+    if any(isinstance(answer, rendered) for rows in parts for entry in rows.entries for answer in answers_of(entry)):
+        template, origin = resolve_template(settings.chat_template, tokenizer)
+        if origin == "model":
+            origin = "the model's own"
+        elif plain_completions:
+            origin += " (the model has no chat template)"
+    encoder = Encoder(
+        tokenizer,
+        template,
+        max_seq_length=settings.max_seq_length,
+        mask_prompt=settings.mask_prompt,
+        plain_completions=plain_completions,
+        day=day,
+        allow_special_tokens=settings.allow_special_tokens,
+    )
+    return encoder, template, origin
+
+
+def prompt_encoder(
+    rows: Rows, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, today: date | None
+) -> Encoder:
+    """Return what encodes prompts before a run has its data, as `load_data` would; arguments and errors as there."""
+    return _make_encoder([rows], settings, tokenizer, chat_day(settings, tokenizer, today))[0]
+
+
+def _encode(rows: Rows, encoder: Encoder, say: Callable[[str], None], teacher_prompt: str | None = None) -> Encoded:
+    with long_task("Encoding", len(rows.entries), "records", say) as task:
+        encoded = encode_entries(encoder, rows.entries, task.reach, teacher_prompt)
+    for number, why in encoded.dropped.items():
+        location = rows.locations[number]
+        rows.dropped.append(DroppedRow(location.file, location.line, why, location.unit))
+    rows.dropped.sort(key=lambda row: (row.file, row.line))
+    rows.truncated = [rows.locations[number] for number in encoded.truncated]
+    return encoded
+
+
+def _valid_sources(sets: Sequence[DataSet], parts: Sequence[Part], held: EncodedSet | None) -> list[str]:
+    """Return in words where the validation rows are from."""
+    cut = any(not part.held_out and "valid" not in one.splits for part, one in zip(parts, sets, strict=True))
+    from_file = any("valid" in one.splits for one in sets)
+    return ["file"] * from_file + ["held out"] * bool(held or cut)
+
+
+def _keys(rows: Rows, encoded: Encoded, key_of: Callable[..., str]) -> list[str]:
+    """Return a key of each record that gave rows, in order."""
+    return [key_of(*answers_of(rows.entries[number])) for number in dict.fromkeys(encoded.source.tolist())]
+
+
+def _doubled(rows: Rows, encoded: Encoded, keys: list[str]) -> list[Location]:
+    """Return the locations of duplicate rows; `keys` are those of the examples that gave rows."""
+    seen: set[str] = set()
+    found = []
+    for number, key in zip(dict.fromkeys(encoded.source.tolist()), keys, strict=True):
+        if key in seen:
+            found.append(rows.locations[number])
+        seen.add(key)
+    return found
+
+
+def _check_sets(reports: Sequence[SetReport]) -> None:
+    """Raise if one of several sets has nothing to train on."""
+    for one in reports:
+        if not one.rows and len(reports) > 1:
+            raise InputError(f"no usable row in --data {one.name}, {one.rows_read} read; fix it, or leave it out")
+
+
+def _check(settings: DataSettings, parts: dict[str, Rows], encoded: dict[str, Encoded]) -> None:
+    """Raise if a split has no row, or, with `strict`, if any row was dropped."""
+    refused, read = refused_tools(parts["train"]) if "train" in parts else 0, len(parts.get("train", Rows()).entries)
+    if settings.chat_template is None and read > refused > read / 2:
+        raise ToolsNotShown(
+            f"--data {shown_data(settings.data or '')}: {refused:,} of {read:,} rows have tool calls, which the model's chat "
+            "template does not show; train with --chat-template chatml, which does, or remove these rows",
+            refused,
+        )
+    for name, rows in parts.items():
+        if len(encoded[name].rows) and not (settings.strict and rows.dropped):
+            continue
+        found = len(rows.dropped)
+        if not found:
+            raise InputError(
+                f"--data {shown_data(settings.data or '')}: the {name} data has no record; it needs at least one"
+            )
+        if len(encoded[name].rows):
+            raise InputError(
+                f"--strict: {counted(found, f'unusable {name} row')}: {reasons(rows.dropped)}; fix or remove them"
+            )
+        words = f"no usable row in the {name} data, {found} refused: {reasons(rows.dropped)}"
+        if found == 1 and (settings.data or "").lower().endswith(".json"):  # the whole file was taken for one row
+            words += "; if that is the whole file, write a list of rows: [{...}, ...]"
+        raise ToolsNotShown(words, refused_tools(rows)) if refused_tools(rows) else InputError(words)

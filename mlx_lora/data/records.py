@@ -1,0 +1,274 @@
+"""Read plain records from data files, each with its line.
+
+This file does not interpret records; data/formats.py does. A file that cannot be read is an InputError; one bad line
+among good ones is a BadRow, which the caller counts and reports. Tables are read in spreadsheets.py.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mlx_lora.data.examples import MAX_LINE_BYTES, BadRow, Record, as_record, checked
+from mlx_lora.data.tables import read_csv, read_parquet, read_xlsx, text_encoding
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.parsing import parse_json, parse_yaml
+
+MARKDOWN = (".md", ".markdown")
+DOCUMENTS = (".txt", *MARKDOWN)  # a file is one text
+FRONT_MATTER = re.compile(r"---[ \t]*\n(?P<settings>.*?\n)(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet", *DOCUMENTS)
+INSTEAD = {  # what to do with files of other kinds
+    **dict.fromkeys((".xls", ".ods", ".numbers"), "save it as .xlsx or .csv"),
+    **dict.fromkeys(
+        (".pdf", ".doc", ".docx", ".rtf", ".pages", ".odt", ".html", ".htm"),
+        "save its text as .txt to teach its style; to teach answers, write rows of a question and an answer (.csv)",
+    ),
+    ".zip": "unpack it, and give a file inside, such as WhatsApp's _chat.txt",
+}
+# Lists of rows in an object, those that are found first; the viewer of hub data sets writes `rows`.
+ROW_LISTS = ("rows", "data", "examples", "conversations", "records", "items", "dataset")
+# Lists that are a part of one record.
+_OF_ANSWERS = ("completion", "completions", "answers", "chosen", "rejected", "chosen_messages", "rejected_messages")
+RECORD_LISTS = frozenset(("prompt", "messages", "conversation", "history", "tools", "functions", *_OF_ANSWERS))
+TURN_KEYS = ({"role", "content"}, {"from", "value"})
+
+
+def read_records(path: Path, sheet: str | None = None) -> Iterator[Record | BadRow]:
+    """Yield the records of one data file in order, without holding a whole .jsonl, .csv or .parquet in memory.
+
+    Args:
+        path: A file with one of SUFFIXES; text is UTF-8, with or without a BOM, or UTF-16 with one.
+        sheet: The sheet of an .xlsx file; None: the first.
+
+    Returns:
+        Records and bad rows; a .txt or .md file is one record `{"text": ...}`.
+
+    Raises:
+        InputError: the file cannot be read in the format of its suffix.
+    """
+    check_file(path)
+    readers = {
+        ".jsonl": _jsonl,
+        ".json": _json,
+        ".csv": read_csv,
+        ".tsv": read_csv,
+        ".xlsx": partial(read_xlsx, sheet=sheet),
+        ".parquet": read_parquet,
+    }
+    yield from readers.get(path.suffix.lower(), _document)(path)
+
+
+def check_file(path: Path) -> None:
+    """Raise InputError unless `path` is a readable file with a known suffix; tables are not empty, .jsonl is not UTF-16."""
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        raise InputError(f"{path} is a folder where a data file was expected; name a file inside it")
+    if not path.is_file():
+        raise InputError(f"data file {path} does not exist")
+    if suffix in INSTEAD:
+        raise InputError(f"{path}: cannot read {suffix}; {INSTEAD[suffix]}")
+    if suffix not in SUFFIXES:
+        raise InputError(f"{path}: cannot read {path.suffix or 'a name without a suffix'}; use {' '.join(SUFFIXES)}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; check its permissions") from error
+    if not head and suffix not in DOCUMENTS:  # an empty note in a folder of notes is a bad row, which the report counts
+        raise InputError(f"{path} is empty (0 bytes); it needs at least one record")
+    if suffix == ".jsonl" and head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(f"{path} is UTF-16; save it as UTF-8")
+
+
+def _jsonl(path: Path) -> Iterator[Record | BadRow]:
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                _skip_line(file, line)
+                yield BadRow(number, f"line longer than {MAX_LINE_BYTES // 2**20} MiB")
+                continue
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield _parse_line(number, line)
+
+
+def _skip_line(file: BinaryIO, part: bytes) -> None:
+    """Skip to the end of a line that begins with `part`, and hold only one piece of it at a time."""
+    while part and not part.endswith(b"\n"):
+        part = file.readline(1 << 20)
+
+
+def _parse_line(number: int, line: bytes) -> Record | BadRow:
+    try:
+        value = parse_json(line)
+    except UnicodeDecodeError as error:
+        return BadRow(number, f"not UTF-8: byte {line[error.start]:#04x} at byte {error.start + 1} of the line")
+    except json.JSONDecodeError as error:
+        if ends_early(error):
+            return BadRow(number, f"not JSON: the line ends too early, after {len(error.doc.rstrip()):,} characters")
+        return BadRow(number, f"not JSON: {error.msg} at column {error.colno}")
+    except ValueError as error:  # half a surrogate pair, or a number or nesting beyond the limits
+        return BadRow(number, f"not usable JSON: {error}")
+    return as_record(number, value)
+
+
+def ends_early(error: json.JSONDecodeError) -> bool:
+    """Tell whether a text is no JSON because its end is missing: json then names the place where more would begin."""
+    return error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string")
+
+
+def _where(error: json.JSONDecodeError) -> str:
+    """Return what is wrong with a file, and in which line."""
+    if ends_early(error):
+        last = error.doc.rstrip().count("\n") + 1
+        return f"the file ends too early, in line {last}; download it again, or complete it"
+    return f"{error.msg} at line {error.lineno}, column {error.colno}"
+
+
+def _json(path: Path) -> Iterator[Record | BadRow]:
+    text = decoded_text(path)
+    start = _next_char(text, 0)
+    if start == len(text):
+        raise InputError(f"{path} only has white space; it needs a list of objects")
+    if text[start] == "{":
+        yield from _json_objects(path, text)
+        return
+    if text[start] != "[":
+        raise InputError(f"{path} is not a JSON list of objects; write [{{...}}, ...] or one object per line as .jsonl")
+    # In a file with one line, count records instead of lines.
+    unit, rows = ("line" if "\n" in text.strip() else "record"), 0
+    decoder, position, line, counted = json.JSONDecoder(), _next_char(text, start + 1), 1, 0
+    while text[position : position + 1] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        rows += 1
+        value, end = _decode_element(path, text, position, line, decoder)
+        yield checked(line if unit == "line" else rows, value, text[position:end], unit)
+        position = _next_char(text, end)
+        mark = text[position : position + 1]
+        if mark == ",":
+            position = _next_char(text, position + 1)
+        elif mark != "]":
+            line += text.count("\n", counted, position)
+            raise InputError(f"{path}, line {line}: the JSON list is cut off: expected ',' or ']', found {mark!r}")
+
+
+def _decode_element(path: Path, text: str, position: int, line: int, decoder: json.JSONDecoder) -> tuple[Any, int]:
+    try:
+        return decoder.raw_decode(text, position)
+    except json.JSONDecodeError as error:
+        # What follows a syntax error cannot be trusted, so refuse the whole file.
+        raise InputError(f"{path} is not valid JSON: {_where(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not usable JSON near line {line}: {error}") from error
+
+
+def _json_objects(path: Path, text: str) -> Iterator[Record | BadRow]:
+    """Yield the records of a .json file that begins with `{` and has one object per line, as many data sets do."""
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise InputError(f"{path} is not valid JSON: {_where(error)}") from error
+        yield from _jsonl(path)
+        return
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not usable JSON: {error}") from None
+    rows = _rows_of(whole)
+    if rows is not None:
+        for number, row in enumerate(rows, 1):
+            yield _row(number, row)
+    elif len(text.splitlines()) == 1:
+        yield checked(1, whole, text, "record")
+    else:
+        keys = ", ".join(list(whole)[:5])
+        raise InputError(f"{path} is one JSON object (keys: {keys}) with no list of rows; write [{{...}}, ...]")
+
+
+def _rows_of(whole: dict[str, Any]) -> list[Any] | None:
+    """Return the rows that an object holds: in a list, or in columns as pandas and datasets write them; None: none."""
+    lists = [name for name, value in whole.items() if name not in RECORD_LISTS and _holds_rows(value)]
+    named = [name for name in ROW_LISTS if name in lists]
+    if named or len(lists) == 1:
+        return whole[(named or lists)[0]]
+    columns = list(whole.values())
+    if columns and all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
+        if all(name.isdecimal() for name in whole):  # rows by their numbers
+            return columns
+        return [{name: column[row] for name, column in whole.items()} for row in columns[0]]
+    lists = all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns)
+    if len(columns) < 2 or not lists or any(_is_turn(value) for column in columns for value in column):
+        return None  # turns are one record's
+    return [dict(zip(whole, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _holds_rows(value: Any) -> bool:
+    """Tell whether a value is a list of rows: of objects that are no turns of one chat, or of lists of turns."""
+    if not isinstance(value, list) or not value:
+        return False
+    if all(isinstance(row, list) and row and all(map(_is_turn, row)) for row in value):
+        return True
+    return all(isinstance(row, dict) for row in value) and not all(map(_is_turn, value))
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and any(value.keys() >= keys for keys in TURN_KEYS)
+
+
+def _row(number: int, row: Any) -> Record | BadRow:
+    """Return one row of such a list; one of the viewer's is unwrapped, and a list of turns is a conversation."""
+    if isinstance(row, list):
+        row = {"conversations": row}
+    elif isinstance(row, dict) and isinstance(row.get("row"), dict) and "row_idx" in row:
+        if row.get("truncated_cells"):
+            return BadRow(number, f"the viewer cut {', '.join(map(str, row['truncated_cells']))} short", "record")
+        row = row["row"]
+    return checked(number, row, json.dumps(row, ensure_ascii=False), "record")
+
+
+def _next_char(text: str, position: int) -> int:
+    """Return the index of the next character that is not JSON white space, or the text's length."""
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _document(path: Path) -> Iterator[Record | BadRow]:
+    text = decoded_text(path)
+    front = _front_matter(text) if path.suffix.lower() in MARKDOWN else ""
+    text = text[len(front) :]
+    if not text.strip():
+        yield BadRow(1, "no text after its front matter" if front else "empty file")
+        return
+    yield Record(1, {"text": text.lstrip("\n") if front else text}, without="YAML front matter" if front else "")
+
+
+def _front_matter(text: str) -> str:
+    """Return the block of settings between two lines `---` with which a Markdown file may begin; empty if it has none."""
+    found = FRONT_MATTER.match(text)
+    try:
+        return found[0] if found and isinstance(parse_yaml(found["settings"]), dict) else ""
+    except ValueError:
+        return ""  # a rule, then text, then another rule
+
+
+def decoded_text(path: Path) -> str:
+    """Return a file's text with `\\n` line ends and without a BOM."""
+    data, encoding = path.read_bytes(), text_encoding(path)
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        name = encoding.removesuffix("-sig").upper()
+        line = error.object.count(b"\n", 0, error.start) + 1  # the decoder's bytes, without a BOM
+        raise InputError(
+            f"{path} is not {name} (line {line}, byte {error.object[error.start]:#04x}); save it as UTF-8"
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,0 +1,241 @@
+"""The types of the owner's kit: a check, what it is given, and what it finds.
+
+Compute something on the device and on the CPU in one process, and compare the numbers.
+
+The device computes in the dtype that training uses, and on a GPU in float32 too. The CPU always computes in float32, from
+the same (rounded) inputs, so what remains is the device's rounding and its faults. On a machine without a GPU, both are
+the CPU, and what is compared are our functions and their definitions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_lora.kernels.measure import TOLERANCE
+from mlx_lora.utils import device
+from mlx_lora.utils.device import Device
+
+Status = Literal["ok", "warning", "failed", "skipped"]
+STATUSES: tuple[Status, ...] = ("ok", "warning", "failed", "skipped")
+# Group -> what it asks, in the order in which the groups run.
+GROUPS = {
+    "machine": "Is this machine ready: versions, memory, arithmetic, disk, power?",
+    "kernels": "Does every kernel and its gradient give the numbers of a float32 reference on the CPU?",
+    "formats": "Do the quantized formats give the numbers of their dequantized weights, forward and backward?",
+    "adapters": "Does every adapter layer give the numbers of the CPU, forward and in every gradient?",
+    "losses": "Does every loss give the numbers of the CPU, forward and backward?",
+    "objectives": "Does a training step of each objective run, and give the numbers of the CPU?",
+    "resume": "Does a run that was stopped and resumed end with the same bytes?",
+    "decode": "Does a batch write what each of its rows writes alone, with and without an adapter?",
+    "memory": "Does a run need the memory that the plan says?",
+    "speed": "How fast is training, beside mlx_lm.lora and torch on the same rows, and after some minutes?",
+}
+LARGEST = 1e30  # what an infinite error is written as, because JSON has no infinity
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the result.
+
+    Attributes:
+        name: what was looked at, unique within its check.
+        status: `failed` for what is wrong, `warning` for what an owner should know, `skipped` for what cannot run here.
+        words: what was found; for `skipped`, why.
+        found: the number that was measured; None if the words say all.
+        wanted: its bound, or the number that was expected; None without one.
+        unit: of both.
+        advice: what to do; empty if nothing.
+        values: further numbers by name, which the page draws.
+    """
+
+    name: str
+    status: Status
+    words: str
+    found: float | None = None
+    wanted: float | None = None
+    unit: str = ""
+    advice: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Kit:
+    """What a check is given.
+
+    Attributes:
+        here: the device.
+        quick: take the small share of about a minute.
+        work: a folder for models, data and runs, which is removed at the end.
+        minutes: length of the steady load.
+        say: takes a line of progress.
+    """
+
+    here: Device
+    quick: bool
+    work: Path
+    minutes: float
+    say: Callable[[str], None]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is a GPU, so that the CPU can judge it."""
+        return self.here.backend != "cpu"
+
+
+@dataclass(frozen=True)
+class KitCheck:
+    """One check.
+
+    Attributes:
+        group: a key of GROUPS.
+        name: unique within the kit.
+        run: yields what it finds; if it raises, that is a finding too.
+        quick: whether `--quick` includes it.
+        needs: returns why it cannot run here, or an empty text.
+    """
+
+    group: str
+    name: str
+    run: Callable[[Kit], Iterable[Finding]]
+    quick: bool = True
+    needs: Callable[[Kit], str] = lambda kit: ""
+
+
+def bounded(
+    name: str, error: float, bound: float, what: str, advice: str = "", unit: str = "relative error"
+) -> Finding:
+    """Return a finding that is ok if an error is within its bound; one that is not finite never is.
+
+    Args:
+        name: of the finding.
+        error, bound: the error and the largest allowed one.
+        what: what was compared with what.
+        advice: if it is not.
+        unit: of both.
+    """
+    good = math.isfinite(error) and error <= bound
+    found = error if math.isfinite(error) else LARGEST
+    return Finding(name, "ok" if good else "failed", what, found, bound, unit, "" if good else advice)
+
+
+Outputs = Callable[..., list[mx.array]]
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Compute on the CPU inside the block; device.py's functions then answer for the CPU."""
+    with mx.stream(mx.cpu):
+        yield
+
+
+def dtypes_of(kit: Kit) -> list[mx.Dtype]:
+    """Return the dtypes in which the device is checked: that of runs, and on a GPU float32 as well."""
+    used = device.compute_dtype()
+    return [used] if kit.quick or used == mx.float32 or not kit.on_gpu else [used, mx.float32]
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """Return a dtype's name, as in bfloat16."""
+    return str(dtype).rpartition(".")[2]
+
+
+def normal(*shape: int, seed: int, dtype: mx.Dtype = mx.float32, size: float = 1.0) -> mx.array:
+    """Return random numbers, the same on every device: they are drawn by numpy."""
+    return mx.array(size * np.random.default_rng(seed).standard_normal(shape, np.float32)).astype(dtype)
+
+
+def host(array: mx.array) -> np.ndarray:
+    """Return an array's numbers in float64; a float64 array may only be read on the CPU."""
+    with on_cpu():
+        return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def apart(found: mx.array, exact: mx.array) -> float:
+    """Return |found - exact| / |exact| over all numbers, in float64 on the host; infinite for what is not finite."""
+    one, other = host(found), host(exact)
+    if one.shape != other.shape or not np.isfinite(one).all():
+        return math.inf
+    size = float(np.sqrt(np.square(other).sum()))
+    return float(np.sqrt(np.square(one - other).sum())) / (size + 1e-30)
+
+
+def passes(function: Outputs, arrays: Sequence[mx.array], cotangents: Sequence[mx.array], compiled: bool = False):
+    """Return a function's outputs and its gradients with respect to all arrays, computed.
+
+    Args:
+        function: takes the arrays.
+        arrays: its arguments.
+        cotangents: of its outputs.
+        compiled: through mx.compile, as in a training step.
+    """
+
+    def both(*arrays: mx.array) -> list[mx.array]:
+        outputs, gradients = mx.vjp(function, list(arrays), list(cotangents))
+        return [*outputs, *gradients]
+
+    made = (mx.compile(both) if compiled else both)(*arrays)
+    mx.eval(made)
+    return made[: len(cotangents)], made[len(cotangents) :]
+
+
+def exact_passes(function: Outputs, arrays: Sequence[mx.array], cotangents: Sequence[mx.array], double: bool = False):
+    """Return `passes` on the CPU in float32, or with `double` in float64, which a GPU does not have."""
+    mx.eval(list(arrays), list(cotangents))
+    with on_cpu():
+        dtype = mx.float64 if double else mx.float32
+        return passes(function, [x.astype(dtype) for x in arrays], [c.astype(dtype) for c in cotangents])
+
+
+def compare_passes(
+    name: str,
+    function: Outputs,
+    exact: tuple[Sequence[mx.array], Sequence[mx.array]],
+    arrays: Sequence[mx.array],
+    cotangents: Sequence[mx.array],
+    advice: str,
+    times: float = 1.0,
+    against: str = "float32 on the CPU",
+) -> Iterator[Finding]:
+    """Yield two findings: the outputs of a function and its gradients, against `exact_passes` of its definition.
+
+    Args:
+        name: of the function.
+        function: takes the arrays.
+        exact: the numbers that it should give.
+        arrays: in the dtype that is checked; all are differentiated.
+        cotangents: of the outputs.
+        advice: what to do if they differ.
+        times: factor on the tolerance of the dtype, for what sums more roundings.
+        against: what the exact numbers are, in words.
+    """
+    dtype = arrays[0].dtype
+    bound = times * TOLERANCE[dtype]
+    outputs, gradients = passes(function, arrays, cotangents, device.compiling_is_cheap())
+    pairs = (("output", outputs, exact[0]), ("gradient", gradients, exact[1]))
+    for part, found, wanted in pairs:
+        errors = [apart(one, other) for one, other in zip(found, wanted, strict=True)]
+        yield bounded(f"{name}: {part}", max(errors), bound, f"{dtype_name(dtype)} against {against}", advice)
+
+
+def largest_apart(found: Mapping[str, Any], exact: Mapping[str, Any]) -> tuple[float, str]:
+    """Return the largest distance of arrays of the same names, relative to the largest array, and the array's name.
+
+    A gradient that is nearly zero has no size of its own, so distances are relative to the largest of them all, and to the
+    array's own size where that is at least a hundredth.
+    """
+    if found.keys() != exact.keys():
+        return math.inf, ", ".join(sorted(found.keys() ^ exact.keys())[:3])
+    sizes = {name: float(np.sqrt(np.square(host(x)).sum())) for name, x in exact.items()}
+    most, worst = max(sizes.values()), (0.0, "")
+    for name, size in sizes.items():
+        whole = apart(found[name], exact[name]) * (size + 1e-30) / max(size, 0.01 * most, 1e-30)
+        worst = max(worst, (whole, name))
+    return worst

@@ -1,0 +1,275 @@
+"""Run `mlx-lora train` in a process of its own for the kit, and read what its run folder says.
+
+Check whole runs: a step of each objective, and an exact resume.
+
+A run goes through the same function as `mlx-lora train`. It uses mlx's own kernels (`--kernels mlx`), because ours have
+their own lines: a line here is red for what is wrong in the run itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_lora.api.base import load
+from mlx_lora.api.train import train
+from mlx_lora.bench.run import run_process
+from mlx_lora.bench.workloads import chat_rows, pair_rows
+from mlx_lora.config.fields import flag_of
+from mlx_lora.doctor.check import Finding, Kit, KitCheck, bounded, dtype_name, on_cpu
+from mlx_lora.doctor.models import other_tiny_folder, tiny_folder
+from mlx_lora.models.folder import read_safetensors_header
+from mlx_lora.reports.run_report import FACTS_FILE
+from mlx_lora.rollouts.rewards import text_of
+from mlx_lora.utils import device
+from mlx_lora.utils.errors import RunError
+
+INTERRUPTED = 130
+# Nothing is held out, validated, sampled or saved: the steps alone are looked at.
+QUIET = {
+    "valid_fraction": 0, "val_batches": 0, "steps_per_eval": 0, "save_every": 0, "steps_per_report": 1,
+    "sample_tokens": 0, "learning_rate": 1e-4, "seed": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run that has ended.
+
+    Attributes:
+        records: lines of metrics.jsonl with a loss.
+        facts: report.json.
+    """
+
+    records: list[dict[str, Any]]
+    facts: dict[str, Any]
+
+
+class Interrupter:
+    """Interrupts a run some seconds after its first step, as Ctrl-C does."""
+
+    def __init__(self, metrics: Path, seconds: float):
+        self._metrics, self._seconds = metrics, seconds
+        self._begun: float | None = None
+        self._sent = False
+
+    def __call__(self, child: subprocess.Popen) -> None:
+        if self._begun is None:
+            if self._metrics.exists() and self._metrics.stat().st_size:
+                self._begun = time.perf_counter()
+        elif not self._sent and time.perf_counter() - self._begun >= self._seconds:
+            child.send_signal(signal.SIGINT)
+            self._sent = True
+
+
+def train_child(
+    kit: Kit, name: str, model: Path, data: Path, settings: Mapping[str, Any], seconds: float | None = None
+) -> TrainedRun:
+    """Train in a new process and return its figures.
+
+    Args:
+        kit: its work folder takes the run.
+        name: of the run.
+        model, data: --model and --data.
+        settings: further settings by name; True is a flag without a value.
+        seconds: interrupt it that long after its first step; None: never.
+
+    Raises:
+        RunError: it failed.
+    """
+    folder = kit.work / "runs" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    asked = {"model": model, "data": data, "adapter_path": folder, **QUIET, **settings}
+    words = [word for key, value in asked.items() for word in _words(key, value)]
+    watch = Interrupter(folder / "metrics.jsonl", seconds) if seconds is not None else lambda child: None
+    ended = run_process([sys.executable, "-m", "mlx_lora.train", *words], kit.work / f"{name}.log", watch)
+    if ended.code not in (0, INTERRUPTED):
+        raise RunError(f"train ended with code {ended.code}: {ended.last_words}")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+    return TrainedRun([line for line in lines if line["val_loss"] is None], facts)
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """Return a setting as words of the command line."""
+    if isinstance(value, bool):
+        return [flag_of(name) if value else f"--no-{flag_of(name).removeprefix('--')}"]
+    return [flag_of(name), str(value)]
+
+
+WEIGHTS = "adapters.safetensors"
+STEPS, STOPPED = 6, 3  # of the run that is resumed
+LOSS_BOUND = 1e-3  # two steps in float32: the second sees what the first changed
+COMMON = {
+    "batch_size": 2, "max_seq_length": 256, "rank": 4, "learning_rate": 1e-3, "warmup": 0.0, "kernels": "mlx",
+    "valid_fraction": 0.0, "val_batches": 0, "sample_tokens": 0, "steps_per_report": 1, "progress": False,
+    "cache_trunk": "off", "target_modules": "all-linear",
+}  # fmt: skip
+ADVICE = "do not train toward this objective here; report it with these numbers"
+
+
+def run_checks() -> list[KitCheck]:
+    """Return a check for each objective, and for resuming."""
+    steps = [
+        KitCheck("objectives", name, partial(check_step, name), quick=name in ("sft", "sft, 4-bit base", "dpo"))
+        for name in OBJECTIVES
+    ]
+    resume = [
+        KitCheck("resume", name, partial(check_resume, changes), quick=number == 0)
+        for number, (name, changes) in enumerate(RESUMED.items())
+    ]
+    return [*steps, *resume]
+
+
+def _chats() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in chat_rows(8, (4, 8), (4, 12), 0).splitlines()]
+
+
+def _pairs() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in pair_rows(8, (4, 8), (4, 12), 0).splitlines()]
+
+
+def _rated() -> list[dict[str, Any]]:
+    """Return single answers, good and bad by turns."""
+    return [
+        {"prompt": one["prompt"], "completion": one["chosen"], "label": bool(number % 2)}
+        for number, one in enumerate(_pairs())
+    ]
+
+
+def _prompts() -> list[dict[str, Any]]:
+    return [{"prompt": row["messages"][0]["content"], "answer": "a"} for row in _chats()]
+
+
+SAMPLED = {"group_size": 2, "max_new_tokens": 8}
+# Name -> settings of the run. Sampled answers may differ between devices by a rounding, so only their runs are checked.
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "sft, 4-bit base": {"packed": True},
+    "sft, dora": {"method": "dora"},
+    "sft, full": {"method": "full", "learning_rate": 1e-4},
+    "dpo": {"objective": "dpo"},
+    "orpo": {"objective": "orpo"},
+    "simpo": {"objective": "simpo"},
+    "cpo": {"objective": "cpo"},
+    "kto": {"objective": "kto", "batch_size": 4},
+    "reward": {"objective": "reward"},
+    "distill": {"objective": "distill", "teacher": True},
+    "grpo": {"objective": "grpo", "reward": "letters", **SAMPLED},
+    "rloo": {"objective": "rloo", "reward": "letters", **SAMPLED},
+    "distill, on policy": {"objective": "distill", "teacher": True, "on_policy": True, **SAMPLED},
+}
+ROWS = {"sft": _chats, "kto": _rated, "grpo": _prompts, "rloo": _prompts, "distill": _chats}
+
+
+def letters(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Return the share of letters in each answer: a reward that differs between the answers of a random model."""
+    texts = [text_of(completion) for completion in completions]
+    return [sum(letter.isalpha() for letter in text) / max(1, len(text)) for text in texts]
+
+
+def train_tiny(kit: Kit, name: str, folder: Path, steps: int, **changes: Any) -> list[dict[str, Any]]:
+    """Train from a new folder, and return the lines of metrics.jsonl."""
+    asked = {**COMMON, **OBJECTIVES[name], **changes}
+    packed = asked.pop("packed", False)
+    # Our dense product of a quantized weight has its own lines.
+    path = "packed" if packed else "auto"
+    base = load(tiny_folder(kit.work, packed), dtype=asked.pop("dtype", "auto"), quantized_matmul=path)
+    if asked.pop("teacher", False):
+        asked["teacher"] = str(other_tiny_folder(kit.work))
+    if asked.get("reward") == "letters":
+        asked["reward"] = letters
+    rows = ROWS.get(asked.get("objective", "sft"), _pairs)()
+    run = train(base, rows, folder, iters=steps, **asked)
+    if run.interrupted:
+        raise KeyboardInterrupt
+    return [line for line in run.metrics if line["val_loss"] is None]
+
+
+def check_step(name: str, kit: Kit) -> Iterator[Finding]:
+    """Take two steps of one objective: the loss must be finite, and the factors must move."""
+    root = Path(kit.work) / f"step-{name.replace(', ', '-').replace(' ', '-')}"
+    shutil.rmtree(root, ignore_errors=True)
+    dtype = dtype_name(device.compute_dtype())
+    lines = train_tiny(kit, name, root / "a", 2)
+    losses = [line["loss"] for line in lines]
+    finite = len(losses) == 2 and all(loss is not None and math.isfinite(loss) for loss in losses)
+    norms = [line["grad_norm"] for line in lines]
+    moves = finite and all(norm is not None and math.isfinite(norm) and norm > 0 for norm in norms)
+    words = f"two steps in {dtype}: losses {_listed(losses)}, gradient norms {_listed(norms)}"
+    yield Finding("steps", "ok" if moves else "failed", words, advice="" if moves else ADVICE)
+    sampled = OBJECTIVES[name].keys() & SAMPLED.keys()
+    if sampled:
+        return
+    mine = train_tiny(kit, name, root / "b", 2, dtype="float32")
+    if kit.on_gpu:
+        with on_cpu():
+            exact = train_tiny(kit, name, root / "c", 2, dtype="float32")
+        what = "losses and gradient norms of two float32 steps against the CPU's"
+    else:
+        exact = train_tiny(kit, name, root / "c", 2, dtype="float32", grad_checkpoint="block")
+        what = "losses and gradient norms of two steps against the same with --grad-checkpoint block"
+    yield bounded("numbers", _farthest(mine, exact), LOSS_BOUND, what, ADVICE)
+
+
+def _farthest(lines: list[dict[str, Any]], exact: list[dict[str, Any]]) -> float:
+    """Return the largest relative distance of losses and gradient norms."""
+    if len(lines) != len(exact):
+        return math.inf
+    both = [(one[key], other[key]) for one, other in zip(lines, exact, strict=True) for key in ("loss", "grad_norm")]
+    if any(value is None for pair in both for value in pair):
+        return math.inf
+    return max(abs(found - wanted) / max(abs(wanted), 1e-3) for found, wanted in both)
+
+
+def _listed(values: list[float | None]) -> str:
+    return " and ".join("none" if value is None else f"{value:.4g}" for value in values)
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "lora with dropout": {"dropout": 0.1},
+    "dora, block checkpoints, 4-bit base": {"method": "dora", "grad_checkpoint": "block", "packed": True},
+}
+
+
+def check_resume(changes: dict[str, Any], kit: Kit) -> Iterator[Finding]:
+    """Train, and train again from a checkpoint: the stored factors must be the same bytes."""
+    root = Path(kit.work) / f"resume-{changes.get('method', 'lora')}"
+    shutil.rmtree(root, ignore_errors=True)
+    train_tiny(kit, "sft", root / "whole", STEPS, save_every=STOPPED, keep=0, **changes)
+    whole = (root / "whole" / WEIGHTS).read_bytes()
+    shutil.copytree(root / "whole", root / "stopped")
+    for checkpoint in (root / "stopped" / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step-")) > STOPPED:
+            shutil.rmtree(checkpoint)
+    before = (root / "stopped" / "checkpoints" / f"step-{STOPPED:06d}" / WEIGHTS).read_bytes()
+    train_tiny(kit, "sft", root / "stopped", STEPS, save_every=STOPPED, keep=0, resume="auto", **changes)
+    again = (root / "stopped" / WEIGHTS).read_bytes()
+    same = again == whole and before != whole
+    words = f"stopped after step {STOPPED} of {STEPS}: " + (
+        "the same bytes" if same else f"{_other_arrays(root)} differ from the run that never stopped"
+    )
+    advice = "" if same else "train without stopping; see the line `repeats` of the group machine first; report it"
+    yield Finding("stored factors", "ok" if same else "failed", words, advice=advice)
+
+
+def _other_arrays(root: Path) -> str:
+    """Return how many stored arrays are not equal."""
+    one, other = (mx.load(str(root / name / WEIGHTS)) for name in ("whole", "stopped"))
+    assert isinstance(one, dict)
+    assert isinstance(other, dict)
+    changed = [name for name in one if not mx.array_equal(one[name], other[name]).item()]
+    return f"{len(changed)} of {len(read_safetensors_header(root / 'whole' / WEIGHTS))} arrays"

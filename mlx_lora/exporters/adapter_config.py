@@ -1,0 +1,230 @@
+"""Adapter_config.json of ours, mlx-lm, PEFT; how reward models are stored.
+
+Check the contents of an adapter_config.json, ours, mlx-lm's or PEFT's, before they are used.
+
+How a reward model is stored: how its adapter is recognized, and what transformers needs to load it.
+
+transformers calls it sequence classification with one label, and reads the score at the last token that is not padding. So
+the padding token must never end a text: if a tokenizer pads with its end token, we choose another token.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+from mlx_lora.config.presets import PRESETS
+from mlx_lora.models.folder import write_json
+from mlx_lora.models.head import SCORE_WEIGHT
+from mlx_lora.models.load import Base
+from mlx_lora.utils.errors import InputError
+
+Check = tuple[Callable[[Any], bool], str]
+"""(test, description of a valid value)"""
+MAX_RANK = 65536  # --rank's own bound
+MAX_KEYS = 10_000
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a finite number; JSON's true is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def is_share(value: Any) -> bool:
+    """Tell whether a value is a probability below 1."""
+    return is_number(value) and 0 <= value < 1
+
+
+def is_rank(value: Any) -> bool:
+    """Tell whether a value is a rank."""
+    return type(value) is int and 1 <= value <= MAX_RANK
+
+
+def is_text(value: Any) -> bool:
+    """Tell whether a value is a string."""
+    return isinstance(value, str)
+
+
+def is_names(value: Any) -> bool:
+    """Tell whether a value is a list of names."""
+    return isinstance(value, list) and len(value) <= MAX_KEYS and all(isinstance(name, str) for name in value)
+
+
+def shape_problems(shape: dict[str, Any]) -> list[str]:
+    """Return what is wrong in `lora_parameters`."""
+    wrong = [name for name in ("rank", "scale") if not is_number(shape.get(name)) or shape[name] <= 0]
+    if wrong:
+        return [f"lora_parameters without a positive {' and '.join(wrong)}"]
+    problems = [] if is_rank(shape["rank"]) else [f"lora_parameters.rank {shape['rank']:g} is not a rank"]
+    checks = {"dropout": (is_share, "a fraction below 1"), "keys": (is_names, "a list of names")}
+    return problems + problems_of(shape, checks, "lora_parameters.")
+
+
+def own_entries(config: dict[str, Any]) -> dict[str, Any]:
+    """Return our part of the file; another program's has none."""
+    own = config.get("mlx_lora")
+    return own if isinstance(own, dict) else {}
+
+
+def own_problems(config: dict[str, Any]) -> list[str]:
+    """Return what is wrong in our part of the file, which another program's file does not have."""
+    own = config.get("mlx_lora")
+    if own is None:
+        return []
+    if not isinstance(own, dict):
+        return ["mlx_lora is not an object"]
+    texts = ("base_model", "base_revision", "base_fingerprint", "chat_template")
+    checks: dict[str, Check] = dict.fromkeys(texts, (is_text, "a string"))
+    checks |= {
+        "method": (lambda value: isinstance(value, str) and value in PRESETS, "a method of this version"),
+        "alpha": (is_number, "a number"),
+        "full": (is_names, "a list of names"),
+        "overlap": (_is_overlap, "in this version's format"),
+    }
+    return problems_of(own, checks, "mlx_lora.")
+
+
+def peft_problems(config: dict[str, Any]) -> list[str]:
+    """Return what is wrong in the part of PEFT's file that we read."""
+    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "r": (is_rank, "a rank"),
+        "init_r": (is_rank, "a rank"),
+        "lora_alpha": (lambda value: is_number(value) and value > 0, "a positive number"),
+        "lora_dropout": (is_share, "a fraction below 1"),
+        "modules_to_save": (is_names, "a list of names"),
+        "base_model_name_or_path": (is_text, "a string"),
+        "bias": (is_text, "a string"),
+        "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+        "use_dora": (lambda value: isinstance(value, bool), "true or false"),
+        "alpha_pattern": (_is_numbers, "an object with numbers"),
+    }
+    return problems_of(config, checks, "")
+
+
+def _is_overlap(value: Any) -> bool:
+    names = {"inner", "size", "noise"}
+    return isinstance(value, dict) and (
+        not value or (value.keys() == names and all(is_number(value[name]) for name in names) and value["size"] > 0)
+    )
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) <= MAX_KEYS and all(is_number(n) and n > 0 for n in value.values())
+
+
+def problems_of(table: dict[str, Any], checks: dict[str, Check], prefix: str) -> list[str]:
+    """Return a line for each entry that exists and is not valid.
+
+    Args:
+        table: read from a file.
+        checks: name -> (test, description of a valid value).
+        prefix: of the names, for the message.
+    """
+    return [
+        f"{prefix}{name} {_shown(table[name])} is not {words}"
+        for name, (test, words) in checks.items()
+        if table.get(name) is not None and not test(table[name])
+    ]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (str, int, float)):
+        return str(value)[:40] if not isinstance(value, float) or math.isfinite(value) else str(value)
+    return f"(a {type(value).__name__})"
+
+
+SEQ_CLS = "SEQ_CLS"  # PEFT's task
+# The families with transformers' names and layouts in mlx-lm; it renames or stacks (experts) others while loading.
+SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+
+
+def is_reward_model(config: dict[str, Any]) -> bool:
+    """Tell whether an adapter_config.json, ours or PEFT's, is that of a reward model."""
+    return config.get("task_type") == SEQ_CLS or SCORE_WEIGHT in (own_entries(config).get("full") or [])
+
+
+def check_use(config: dict[str, Any], origin: Path, scores: bool | None) -> None:
+    """Refuse a reward model if the caller needs text, and any other adapter if the caller needs scores.
+
+    Args:
+        config: of the adapter.
+        origin: its file or folder, for the message.
+        scores: whether the caller needs scores; None: either.
+
+    Raises:
+        InputError: the adapter gives the other one.
+    """
+    found = is_reward_model(config)
+    if found and scores is False:
+        raise InputError(
+            f"{origin}: this adapter is a reward model, which gives scores, not text; use evaluate --objective reward, or "
+            "export --to peft or hf"
+        )
+    if scores and not found:
+        raise InputError(f"{origin}: has no score head; give an adapter that was trained with --objective reward")
+
+
+def classifier_of(kind: str) -> str:
+    """Return transformers' class of a reward model.
+
+    Args:
+        kind: the config's model_type.
+
+    Raises:
+        InputError: transformers has no such class.
+    """
+    name = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(kind)
+    if not isinstance(name, str):
+        raise InputError(f"a reward model of {kind}: transformers has no such class; use it with mlx-lora evaluate")
+    return name
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) -> str | None:
+    """Return the token to pad with, which must not end a text; None if there is no such token."""
+    ends = config.get("eos_token_id")
+    ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
+    special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    candidates = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, *special]
+    return next((t for t in candidates if t and tokenizer.convert_tokens_to_ids(t) not in ends), None)
+
+
+def check_fusing(base: Base, dequantize: bool) -> None:
+    """Refuse a base whose fused reward model transformers could not read.
+
+    Raises:
+        InputError: with the reason.
+    """
+    kind = str(base.config.get("model_type"))
+    classifier_of(kind)
+    if kind not in SAME_LAYOUT:
+        raise InputError(
+            f"a fused reward model of {kind}: it has another layout in MLX than in transformers; we can write "
+            f"{', '.join(SAME_LAYOUT)}; use export --to peft"
+        )
+    if base.quantization and not dequantize:
+        raise InputError("a fused reward model is for transformers, which needs float weights; give --dequantize")
+
+
+def classifier_config(base: Base) -> dict[str, Any]:
+    """Return the entries of config.json that make a model a reward model for transformers."""
+    token = padding_token(base.hf_tokenizer, base.config)
+    return {
+        "architectures": [classifier_of(base.config["model_type"])],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": None if token is None else base.hf_tokenizer.convert_tokens_to_ids(token),
+    }
+
+
+def set_padding_token(folder: Path, token: str | None) -> None:
+    """Make the tokenizer in a model folder pad with the token that its config names."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        file = folder / name
+        if token is not None and file.is_file():
+            write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "pad_token": token})

@@ -1,0 +1,479 @@
+"""Adapters.safetensors: write, read, is it already in the base?.
+
+Detect whether an adapter is already in its base's weights, fused by any program and possibly quantized since.
+
+A base's fingerprint depends on norms and biases (models/folder.py), and fusing changes neither; a folder that
+another program fused has no mark. But the update D is known. The adapter stores its base's share along D:
+
+    share(W) = <W, D> / <D, D>          share(W + D) = share(W) + 1
+
+Rounding and quantizing W add noise that is independent of D: its standard deviation is s / |D| for a noise of s per
+number, a few thousandths over the rows sampled here. An update too small to tell from that noise is not judged.
+
+Shapes: n rows of a layer, r rank.
+
+Write the adapter folder atomically in mlx-lm's layout, and read it with errors that name every mismatch.
+
+adapters.safetensors   plain factors, float32, `model.layers.0.self_attn.q_proj.lora_a` ..., for every method:
+                       PiSSA's have rank 2r, ReLoRA's n r, AdaLoRA's differ by layer. All layers have the same
+                       scale; if a pattern gives a layer another alpha, the difference is multiplied into B.
+                       Parameters trained in full have their own names.
+adapter_config.json    mlx-lm's keys (fine_tune_type, num_layers, lora_parameters), ours under "mlx_lora"
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_lora import __version__
+from mlx_lora.adapters.base import LINEAR, QUANTIZED, AdapterLayer, is_parameter
+from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, train_in_full
+from mlx_lora.adapters.lora import LAYER_TYPES
+from mlx_lora.adapters.targets import select_targets
+from mlx_lora.exporters.adapter_config import check_use, is_reward_model, own_entries, own_problems, shape_problems
+from mlx_lora.exporters.peft import PEFT_WEIGHTS, PeftAdapter, is_peft, read_peft
+from mlx_lora.models.folder import read_safetensors_header, save_tensors, without_mark
+from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
+from mlx_lora.models.load import Base
+from mlx_lora.parallel.sharded_base import with_weights
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import replacing_file
+from mlx_lora.utils.parsing import read_json
+from mlx_lora.utils.text import similar_paths
+
+LAYERS, ROWS = 8, 1024  # the most that are sampled, so that it takes little time
+PRESENT = 0.5  # the least share of a fused update; quantized bases lose some of it
+# The noise of a quantized weight, relative to its size, by bits; a float one may have been quantized to four before.
+NOISE = {2: 0.45, 3: 0.2}
+LEAST_NOISE = 0.1
+MOST_DEVIATION = 0.1  # the largest standard deviation of the share, from noise; PRESENT is five times this
+
+
+def measure_overlap(model: nn.Module) -> dict[str, float]:
+    """Return the inner products of an adapted model's weights with its update.
+
+    Ranks that share the base must all call this.
+
+    Returns:
+        `inner` <W, D>, `size` <D, D> and `noise`, the mean square of the noise that quantizing may have added to W, all
+        over the sampled rows, to six digits; empty without linear layers whose update is not zero, and where this process
+        has only a part of them (--parallel tensor): such an adapter is not judged.
+    """
+    layers = [layer for layer in adapter_layers(model).values() if layer.OVER is LINEAR]
+    if any(layer.cut is not None for layer in layers):
+        return {}
+    chosen = [layers[len(layers) * i // LAYERS] for i in range(LAYERS)] if len(layers) > LAYERS else layers
+    if not chosen:
+        return {}
+    blocks = {id(module): block for block in model.layers for module in block.modules()}
+    sums = mx.zeros((4,))
+    for layer in chosen:
+        with with_weights(blocks.get(id(layer))):
+            sums = sums + _sums(layer)
+        mx.eval(sums)  # one block of a shared base at a time
+    inner, size, noise, numbers = sums.tolist()
+    if not size > 0:  # NaN too
+        return {}
+    return {"inner": _digits(inner), "size": _digits(size), "noise": _digits(noise / numbers)}
+
+
+def _sums(layer: AdapterLayer) -> mx.array:
+    """Return <W, D>, <D, D>, the noise's square and the count of numbers, over one layer's first rows."""
+    base = layer.base
+    names = [name for name in ("weight", "scales", "biases") if name in base]
+    rows = [base[name][:ROWS] for name in names]
+    if isinstance(base, QUANTIZED):
+        weight = mx.dequantize(*rows, group_size=base.group_size, bits=base.bits, mode=base.mode)
+    else:
+        weight = rows[0]
+    weight = weight.astype(mx.float32)  # (n, in)
+    a, b = layer.plain_factors()  # (in, r), (r, out)
+    update = layer.scale * (b.T[: len(weight)] @ a.T)  # (n, in)
+    noise = NOISE.get(base.bits, LEAST_NOISE) if isinstance(base, QUANTIZED) else LEAST_NOISE
+    squares = noise**2 * mx.square(weight).sum()
+    return mx.stack([(weight * update).sum(), mx.square(update).sum(), squares, mx.array(float(weight.size))])
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def share_present(model: nn.Module, stored: dict[str, Any]) -> float | None:
+    """Return the share of its adapter's update in a model's weights: about 0, or about 1 if it was fused.
+
+    Args:
+        model: adapted.
+        stored: what `measure_overlap` returned when the adapter was written.
+
+    Returns:
+        The share; None if it is not known, because the factors are not those measured or the update is too small.
+    """
+    found = measure_overlap(model)
+    if not found or not stored or abs(found["size"] - stored["size"]) > 1e-3 * stored["size"]:
+        return None
+    deviation = (max(found["noise"], stored["noise"]) / found["size"]) ** 0.5
+    if deviation > MOST_DEVIATION:
+        return None
+    return (found["inner"] - stored["inner"]) / found["size"]
+
+
+WEIGHTS_FILE = "adapters.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """The facts about an adapter, without its factors.
+
+    Attributes:
+        method: a key of methods.PRESETS.
+        rank, alpha, scale, dropout: of the run; stored layers have their own ranks, and `scale` is the factor on
+            the product of every stored pair.
+        num_layers: the number of last blocks that `keys` applies to.
+        keys: block-relative or full names, as mlx-lm reads them.
+        base_model, base_revision, base_fingerprint: the model it was trained on.
+        chat_template: the Jinja text it was trained with if that is not the model's own, else None.
+        full: names of parameters trained in full, alone or in addition to factors.
+    """
+
+    method: str
+    rank: int
+    alpha: float
+    scale: float
+    dropout: float
+    num_layers: int
+    keys: tuple[str, ...]
+    base_model: str
+    base_revision: str | None
+    base_fingerprint: str
+    chat_template: str | None = None
+    full: tuple[str, ...] = ()
+
+    @property
+    def scores(self) -> bool:
+        """Whether this is a reward model, which gives scores instead of text."""
+        return SCORE_WEIGHT in self.full
+
+    def to_config(self, layer_type: str, rank: int) -> dict[str, Any]:
+        """Return adapter_config.json: the keys that stock mlx-lm reads, and ours.
+
+        Args:
+            layer_type: of the stored layers; `full` if there are none.
+            rank: the largest of the stored layers.
+        """
+        shape = {"rank": rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
+        return {
+            "fine_tune_type": layer_type,
+            "num_layers": self.num_layers,
+            "lora_parameters": shape,
+            "model": self.base_model,
+            "mlx_lora": {"version": __version__, **asdict(self)},
+        }
+
+
+def save_adapter(
+    folder: Path,
+    model: nn.Module,
+    info: AdapterInfo,
+    same_rank: bool = False,
+    overlap: dict[str, float] | None = None,
+) -> None:
+    """Write the trained parameters of `model` and `info` into `folder`; each file is replaced atomically.
+
+    Args:
+        folder: created if missing.
+        model: adapted.
+        info: the facts about the adapter.
+        same_rank: pad layers with zeros to the largest rank, which stock mlx-lm requires.
+        overlap: what `measure_overlap` returned, if it was measured before.
+    """
+    stored = stored_parameters(model, info)
+    ranks = [value.shape[1] for name, value in stored.items() if name.endswith(".lora_a")]
+    rank = max(ranks, default=info.rank)
+    layers = adapter_layers(model)
+    if same_rank:
+        stored = {name: _padded(name, value, rank, layers) for name, value in stored.items()}
+    config = info.to_config(next((layer.LAYER_TYPE for layer in layers.values()), "full"), rank)
+    config["mlx_lora"]["overlap"] = measure_overlap(model) if overlap is None else overlap
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing_file(folder / CONFIG_FILE) as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with replacing_file(folder / WEIGHTS_FILE) as temporary:
+        save_tensors(temporary, stored)
+
+
+def stored_parameters(model: nn.Module, info: AdapterInfo) -> dict[str, mx.array]:
+    """Return the stored arrays of an adapted model: plain factors for `info.scale`, and parameters trained in full."""
+    layers, parameters = adapter_layers(model), dict(tree_flatten(model.parameters()))
+    stored = {f"{path}.{name}": p for path, layer in layers.items() for name, p in layer.stored(info.scale).items()}
+    return {**stored, **{name: parameters[name] for name in info.full}}
+
+
+def _padded(name: str, value: mx.array, rank: int, layers: dict[str, AdapterLayer]) -> mx.array:
+    """Return a stored factor with its rank axis padded with zeros."""
+    path, _, leaf = name.rpartition(".")
+    if path not in layers or leaf not in ("lora_a", "lora_b"):
+        return value
+    axis = layers[path].rank_axes[leaf]
+    widths = [(0, rank - value.shape[axis] if i == axis else 0) for i in range(value.ndim)]
+    return mx.pad(value, widths)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Return adapter_config.json, mlx-lm's or PEFT's.
+
+    Raises:
+        InputError: it is missing, unreadable, or describes a kind of adapter that we cannot load.
+    """
+    path = folder / CONFIG_FILE
+    if not folder.is_dir():
+        near = similar_paths(folder, lambda p: (p / CONFIG_FILE).is_file())
+        if near:
+            raise InputError(f"--adapter-path {folder}: no such folder; did you mean {near[0]}?")
+        raise InputError(f"--adapter-path {folder}: no such folder; give the folder that a training run wrote")
+    if not path.is_file():
+        raise InputError(f"{path}: cannot be read (no such file); give the folder that a training run wrote")
+    config = read_json(path, "restore it from a checkpoint")
+    if is_peft(config):
+        return config
+    layer_type = config.get("fine_tune_type", "lora")
+    if layer_type not in (*LAYER_TYPES, "full"):
+        known = ", ".join(LAYER_TYPES)
+        raise InputError(f"{path}: fine_tune_type {str(layer_type)[:40]!r}; this version loads {known} and full")
+    problems = own_problems(config)
+    if layer_type == "full":  # mlx-lm's config has nothing else that is needed
+        config = {"num_layers": -1, **config, "lora_parameters": {"rank": 1, "scale": 1.0, "keys": []}}
+    elif not isinstance(config.get("lora_parameters"), dict) or type(config.get("num_layers")) is not int:
+        raise InputError(f"{path}: lora_parameters or num_layers is missing; give the folder of an MLX or PEFT adapter")
+    problems += shape_problems(config["lora_parameters"])
+    if problems:
+        raise InputError(f"{path}: {'; '.join(problems)}; restore it from a checkpoint")
+    return config
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """Return the files that decide what an adapter does: its config and its weights, in PEFT's names too."""
+    names = (CONFIG_FILE, WEIGHTS_FILE, PEFT_WEIGHTS)
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def check_base(base: Base, config: dict[str, Any], origin: Path) -> None:
+    """Refuse an adapter whose config says that it was trained on another base.
+
+    Raises:
+        InputError: the bases differ; the message names both.
+    """
+    own = own_entries(config)
+    trained_on = own.get("base_fingerprint")
+    if "overlap" not in own and own.get("base_model") == base.model_id:  # from a version that ignored fused bases
+        trained_on = trained_on if trained_on != without_mark(base.fingerprint) else base.fingerprint
+    if trained_on and trained_on != base.fingerprint:
+        if trained_on == without_mark(base.fingerprint):
+            raise InputError(
+                f"{origin}: trained on {own.get('base_model')}, but --model {base.model_id} is that model with an adapter "
+                "fused into it; give the base, or --ignore-fingerprint to put the adapter on top"
+            )
+        raise InputError(
+            f"{origin}: was trained on a different base, {own.get('base_model')} (fingerprint {trained_on}; --model "
+            f"{base.model_id} has {base.fingerprint}); pass that one, or --ignore-fingerprint to use it anyway"
+        )
+
+
+def load_adapter(
+    base: Base, folder: Path, ignore_fingerprint: bool = False, scores: bool | None = False
+) -> AdapterInfo:
+    """Put the adapter in `folder` onto `base.model`, which is changed in place.
+
+    Args:
+        base: an unadapted base.
+        folder: from us, stock mlx-lm or PEFT.
+        ignore_fingerprint: allow another base of the same shape.
+        scores: whether the caller needs scores, which a reward model gives instead of text; None: either.
+
+    Raises:
+        InputError: the base, names or shapes do not fit; one message has all problems.
+    """
+    config = read_adapter_config(folder)
+    check_use(config, folder, scores)
+    if is_peft(config):
+        if is_reward_model(config):
+            put_score_head(base.model, base.config)
+        return _load_peft(base, read_peft(folder, config, base.model))
+    own = own_entries(config)
+    if not ignore_fingerprint:
+        check_base(base, config, folder)
+    shape = config["lora_parameters"]
+    layer_type, scale, file = config.get("fine_tune_type", "lora"), float(shape["scale"]), folder / WEIGHTS_FILE
+    header = read_safetensors_header(file)
+    full = tuple(own.get("full", [])) if layer_type != "full" else tuple(header)
+    if is_reward_model(config):
+        put_score_head(base.model, base.config)
+    _check_full(base.model, full, file)
+    if layer_type != "full":
+        paths = _target_paths(base.model, config, folder)
+        shapes = {path: (_stored_rank(header, path, shape["rank"]), scale) for path in paths}
+        dropout = float(shape.get("dropout") or 0.0)
+        inject(base.model, paths, shape["rank"], scale, dropout, shapes=shapes, layer_type=layer_type)
+    restore_full(base.model, full)
+    load_factors(base.model, file)
+    if not ignore_fingerprint:
+        _check_not_fused(base, own, folder)
+    _finish(base.model)
+    return AdapterInfo(
+        method=own.get("method", layer_type),
+        rank=shape["rank"],
+        alpha=float(own.get("alpha", shape["scale"] * shape["rank"])),
+        scale=float(shape["scale"]),
+        dropout=float(shape.get("dropout", 0.0)),
+        num_layers=config["num_layers"],
+        keys=tuple(shape.get("keys") or ()),
+        base_model=own.get("base_model", base.model_id),
+        base_revision=own.get("base_revision"),
+        base_fingerprint=base.fingerprint,
+        chat_template=own.get("chat_template"),
+        full=full,
+    )
+
+
+def _check_not_fused(base: Base, own: dict[str, Any], origin: Path) -> None:
+    """Refuse an adapter whose update is already in the base's weights; another program's config has no record of it."""
+    share = share_present(base.model, own.get("overlap") or {})
+    if share is not None and share > PRESENT:
+        raise InputError(
+            f"{origin}: --model {base.model_id} already contains this adapter ({share:.0%} of its update is in the weights); "
+            f"use the model as it is, or give {own.get('base_model')}, or --ignore-fingerprint to add it once more"
+        )
+
+
+def _stored_rank(header: dict[str, Any], path: str, default: int) -> int:
+    """Return a stored layer's rank, or the config's rank if it is missing or misshapen (load_factors then names it)."""
+    found = header.get(f"{path}.lora_a", {}).get("shape", [])
+    return found[1] if len(found) > 1 and found[1] > 0 else default
+
+
+def _check_full(model: nn.Module, names: tuple[str, ...], file: Path) -> None:
+    """Refuse parameters trained in full that the model does not have, before anything is changed."""
+    modules = dict(model.named_modules())
+    # An adapted layer's base has its own name inside the layer.
+    outer = [re.sub(r"\.(linear|embedding)(?=\.[^.]+$)", "", name).rpartition(".") for name in names]
+    lost = [".".join((path, leaf)) for path, _, leaf in outer if not is_parameter(modules.get(path), leaf)]
+    if lost:
+        raise InputError(f"{file}: the model does not have {', '.join(lost[:5])}; give the base it was trained on")
+
+
+def restore_full(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Prepare a model for loading parameters trained in full: make their modules dense and the parameters trainable."""
+    modules = dict(model.named_modules())
+    train_in_full(model, tuple({path for path, _, leaf in (n.rpartition(".") for n in names) if leaf == "weight"}))
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        if leaf != "weight":
+            modules[path].unfreeze(keys=[leaf], recurse=False)
+
+
+def _finish(model: nn.Module) -> None:
+    """Make an adapted model ready for use: freeze it."""
+    for layer in adapter_layers(model).values():
+        layer.finish()
+    model.freeze()
+    model.eval()
+
+
+def _load_peft(base: Base, adapter: PeftAdapter) -> AdapterInfo:
+    """Put a PEFT adapter onto `base.model`, which is changed in place."""
+    paths = tuple(adapter.factors)
+    rank, scale = next(iter(adapter.shapes.values()))
+    layer_type = "dora" if adapter.magnitudes else "lora"
+    inject(base.model, paths, rank, scale, adapter.dropout, shapes=adapter.shapes, layer_type=layer_type)
+    layers = adapter_layers(base.model)
+    for path, layer in layers.items():
+        layer.lora_a, layer.lora_b = adapter.factors[path]
+        if adapter.magnitudes:
+            layer.m = adapter.magnitudes[path]
+    if adapter.leaves_head is not None:
+        layers[adapter.leaves_head].adapts_head = False
+    full = _put_full(base.model, adapter.full)
+    mx.eval(base.model.trainable_parameters())
+    _finish(base.model)
+    return AdapterInfo(
+        method=layer_type,
+        rank=rank,
+        alpha=scale * rank,
+        scale=scale,
+        dropout=adapter.dropout,
+        num_layers=len(base.model.layers),
+        keys=paths,
+        base_model=adapter.base_model or base.model_id,
+        base_revision=None,
+        base_fingerprint=base.fingerprint,
+        full=full,
+    )
+
+
+def _put_full(model: nn.Module, parameters: dict[tuple[str, str], mx.array]) -> tuple[str, ...]:
+    """Put parameters trained in full, (path, leaf) -> value, onto an adapted model, and return their names in it."""
+    layers = adapter_layers(model)
+    names = {}
+    for (path, leaf), value in parameters.items():
+        inside = f".{layers[path].holds}" if path in layers else ""
+        names[f"{path}{inside}.{leaf}"] = value
+    restore_full(model, tuple(names))
+    own = adapter_parameters(model)
+    model.load_weights([(name, value.astype(own[name].dtype)) for name, value in names.items()], strict=False)
+    return tuple(names)
+
+
+def _target_paths(model: nn.Module, config: dict[str, Any], folder: Path) -> tuple[str, ...]:
+    """Return the paths that `keys` and `num_layers` mean in mlx-lm: names inside the last blocks, or full paths."""
+    blocks = len(model.layers)
+    count = max(config["num_layers"], 0)  # mlx-lm: -1 and 0 both mean every block
+    if count > blocks:
+        raise InputError(
+            f"--adapter-path {folder}: adapts {count} blocks, --model has {blocks}; give the base it was trained on"
+        )
+    keys = config["lora_parameters"].get("keys")
+    wish = ",".join(keys) if keys else "all-linear"
+    return select_targets(model, wish, count or -1, flag=f"{folder / CONFIG_FILE}: key", stored=True).paths
+
+
+def load_factors(model: nn.Module, file: Path, scale: float | None = None, fresh: tuple[str, ...] = ()) -> None:
+    """Load stored factors into the adapter layers of `model`; names and shapes must match exactly.
+
+    Args:
+        model: adapted.
+        file: adapters.safetensors.
+        scale: the factor on the stored products; in a layer with another scale, the difference is multiplied into
+            B. None: each layer's own scale.
+        fresh: names of parameters that stay as they are where the file does not have them.
+
+    Raises:
+        InputError: tensors are missing, unknown or misshapen; one message has all of them.
+    """
+    header = read_safetensors_header(file)
+    wanted = adapter_parameters(model)
+    wanted = {name: value for name, value in wanted.items() if name in header or name not in fresh}
+    problems = [f"{name} is missing" for name in wanted if name not in header]
+    problems += [f"{name} is not in the model" for name in header if name not in wanted]
+    problems += [
+        f"{name} is {tuple(header[name]['shape'])}, the model needs {value.shape}"
+        for name, value in wanted.items()
+        if name in header and tuple(header[name]["shape"]) != value.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise InputError(f"{file}: does not fit this model: {shown}; give the base it was trained on")
+    stored = mx.load(str(file))
+    # Factors are float32 masters; a parameter trained in full has the model's dtype.
+    model.load_weights([(name, stored[name].astype(wanted[name].dtype)) for name in wanted], strict=False)
+    for layer in adapter_layers(model).values():
+        if scale is not None and layer.scale != scale:
+            layer.lora_b = layer.lora_b * (scale / layer.scale)
+    mx.eval(model.trainable_parameters())

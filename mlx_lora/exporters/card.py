@@ -1,0 +1,361 @@
+"""Model card (jinja template) and hub upload.
+
+Write the README.md of an adapter folder: its facts, its training, and commands that run it.
+
+A README.md that the user wrote is never replaced: ours has a line that marks it.
+
+Upload an export to the hub; the local files stay if this fails.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+
+from mlx_lora.config.presets import PRESETS
+from mlx_lora.exporters.adapter_config import padding_token
+from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
+from mlx_lora.models.folder import read_safetensors_header
+from mlx_lora.models.load import Base
+from mlx_lora.utils.cache import shown_data
+from mlx_lora.utils.errors import InputError, RunError, first_line
+from mlx_lora.utils.files import replacing_file
+from mlx_lora.utils.hub import HUB_ID, REQUEST_ERRORS
+from mlx_lora.utils.parsing import parse_json, parse_yaml
+
+CARD_FILE = "README.md"
+OURS = "which replaces this file on its next run unless this line is gone. -->"
+MARK = f"<!-- Written by mlx-lora, {OURS}"
+FLOAT_MODEL = "OWNER/FLOAT-MODEL"  # placeholder for a name that only the user knows
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Facts about a run's training; None if its folder does not have them.
+
+    Attributes:
+        data: as given to --data.
+        steps: optimizer steps.
+        val_loss: held-out loss of the saved adapter.
+        objective: what was trained toward.
+    """
+
+    data: str | None = None
+    steps: int | None = None
+    val_loss: float | None = None
+    objective: str = "sft"
+
+
+def read_facts(folder: Path) -> RunFacts:
+    """Read a run folder's run.yaml and metrics.jsonl, if they exist and are readable."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        taken = [(record["step"], record["val_loss"]) for record in map(parse_json, lines)]
+    except (OSError, ValueError, KeyError, TypeError):
+        taken = []
+    taken = [(step, loss) for step, loss in taken if type(step) is int and (loss is None or isinstance(loss, float))]
+    try:
+        settings = parse_yaml((folder / "run.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        settings = None
+    steps = max((step for step, _ in taken), default=None)
+    losses = [loss for step, loss in taken if step == steps and loss is not None]
+    data = settings.get("data") if isinstance(settings, dict) else None
+    data = data if isinstance(data, str) else None
+    objective = settings.get("objective", "sft") if isinstance(settings, dict) else "sft"
+    return RunFacts(data, steps, losses[-1] if losses else None, plain(str(objective)))
+
+
+def write_card(
+    folder: Path,
+    format: Literal["mlx", "peft"],
+    base: Base,
+    info: AdapterInfo,
+    facts: RunFacts,
+    base_id: str | None = None,
+    repo: str | None = None,
+) -> bool:
+    """Write README.md into an adapter folder, unless the user wrote one.
+
+    Args:
+        folder: with the adapter.
+        format: of the adapter in it.
+        base: the model that it was trained on, or one used instead.
+        info: the facts about the adapter.
+        facts: about its training.
+        base_id: hub id of the base, if the user gave one.
+        repo: hub id that the folder will have, if any, for the commands.
+
+    Returns:
+        Whether it was written.
+    """
+    path = folder / CARD_FILE
+    if path.exists() and OURS not in path.read_text(encoding="utf-8", errors="replace"):
+        return False
+    # A --base-id for a PEFT adapter names a model that PEFT can load.
+    in_float = base_id is not None or not (base.quantization or _is_gguf(info.base_model))
+    card = _Card(format, base, info, base_id or _hub_base(base, info), in_float, repo or "adapter")
+    text = "\n".join([card.front_matter(), MARK, "", *card.description(facts), *card.usage(_ranks(folder)), ""])
+    with replacing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return True
+
+
+def _hub_base(base: Base, info: AdapterInfo) -> str | None:
+    """Return the base's hub id, None for a folder or file: only downloaded models are known to have an id."""
+    if info.base_revision:
+        return info.base_model
+    return base.model_id if base.revision else None
+
+
+def _is_gguf(model: str) -> bool:
+    return model.lower().endswith(".gguf")
+
+
+def _ranks(folder: Path) -> set[int]:
+    """Return the ranks of an MLX adapter's layers."""
+    file = folder / WEIGHTS_FILE
+    header = read_safetensors_header(file) if file.exists() else {}
+    return {entry["shape"][1] for name, entry in header.items() if name.endswith(".lora_a")}
+
+
+@dataclass(frozen=True)
+class _Card:
+    """One card's text.
+
+    Attributes:
+        format, base, info: as in `write_card`.
+        hub_base: the base's hub id, if it has one.
+        in_float: whether that is a model for transformers, not one quantized for MLX or a GGUF file.
+        location: of the adapter in commands, a hub id or a folder's name.
+    """
+
+    format: str
+    base: Base
+    info: AdapterInfo
+    hub_base: str | None
+    in_float: bool
+    location: str
+
+    @property
+    def model(self) -> str:
+        """The base in commands; for a path only its last part, because the rest shows the author's folders."""
+        named = self.hub_base or self.info.base_model
+        return plain(named if HUB_ID.fullmatch(named) else Path(named).name) or "base"
+
+    def front_matter(self) -> str:
+        """Return the YAML block that the hub reads."""
+        tags = ["lora", "mlx", "mlx-lora"] if self.format == "mlx" else ["lora", "peft", "mlx-lora"]
+        data = ModelCardData(
+            base_model=plain(self.hub_base.split(":")[0]) if self.hub_base else None,
+            library_name=self.format,
+            pipeline_tag="text-classification" if self.info.scores else "text-generation",
+            tags=tags + [self.info.method] * (self.info.method not in tags),
+        )
+        return f"---\n{data.to_yaml()}\n---"
+
+    def description(self, facts: RunFacts) -> list[str]:
+        """Return the title and the table."""
+        info = self.info
+        names = ", ".join(dict.fromkeys(plain(key.rsplit(".", 1)[-1]) for key in info.keys))
+        rows: list[tuple[str, Any]] = [
+            ("base", self.model + (f", revision {plain(info.base_revision)}" if info.base_revision else "")),
+            ("method", info.method),
+            *([] if facts.objective == "sft" else [("objective", facts.objective)]),
+        ]
+        if PRESETS[info.method].layer_type != "full":
+            rows += [("rank", info.rank), ("alpha", f"{info.alpha:g}"), ("targets", names)]
+        else:
+            rows += [("weights trained in full", len(info.full))]
+        rows += [("data", _shown_data(facts.data)), ("steps", facts.steps)]
+        if facts.val_loss is not None:
+            likelihood = facts.objective == "sft" and facts.val_loss < 700
+            perplexity = f" (perplexity {math.exp(facts.val_loss):.3f})" if likelihood else ""
+            rows.append(("held-out loss", f"{facts.val_loss:.4f}{perplexity}"))
+        table = [f"| {name} | {value} |" for name, value in rows if value is not None]
+        return [f"# {info.method} adapter for {self.model}", "", "| | |", "|---|---|", *table, ""]
+
+    def usage(self, ranks: set[int]) -> list[str]:
+        """Return the commands for each program that reads the adapter."""
+        lines = ["## Use", ""]
+        if self.location == "adapter":
+            lines += ["In the commands, `adapter` is this folder; mlx-lora and PEFT also accept a hub id.", ""]
+        if self.info.scores:
+            ours = f"--model {self.model} --adapter-path {self.location}"
+            lines += [
+                "This adapter makes a reward model: it scores answers and does not write text.",
+                "",
+                "### mlx-lora",
+                "",
+            ]
+            lines += _block("bash", f"mlx-lora evaluate {ours} --objective reward --data pairs.jsonl")
+            return [*lines, "### PEFT", "", *self._peft()]
+        generate = f'mlx-lora generate --model {self.model} --adapter-path {self.location} --prompt "Hello"'
+        lines += ["### mlx-lora", "", *_block("bash", generate)]
+        return [*lines, "### mlx-lm", "", *self._mlx_lm(ranks), "### PEFT", "", *self._peft()]
+
+    def _mlx_lm(self, ranks: set[int]) -> list[str]:
+        """Return how mlx-lm runs the adapter: unchanged if it can, else exported to mlx-lm's format, else fused."""
+        ours = f"--model {self.model} --adapter-path {self.location}"
+        if _is_gguf(self.model) or (self.info.full and self.info.method != "full"):
+            fuse = f"mlx-lora fuse {ours} --out fused"
+            return _block("bash", fuse, 'mlx_lm.generate --model fused --prompt "Hello"')
+        folder, first = "adapter", []
+        if self.format != "mlx" or len(ranks) > 1:  # mlx-lm requires one rank
+            folder, first = "mlx-adapter", [f"mlx-lora export {ours} --to mlx-lm --out mlx-adapter"]
+        elif self.location != folder:
+            first = [f"hf download {self.location} --local-dir {folder}"]
+        return _block("bash", *first, f'mlx_lm.generate --model {self.model} --adapter-path {folder} --prompt "Hello"')
+
+    def _peft(self) -> list[str]:
+        """Return how PEFT runs the adapter, after an export if it is in our format."""
+        lines, location = [], self.location
+        if PRESETS[self.info.method].layer_type == "full":
+            return [
+                "It has no LoRA factors, so PEFT cannot load it; `mlx-lora export --to hf` writes the whole model.",
+                "",
+            ]
+        if self.format == "mlx":
+            location = "peft-adapter"
+            export = f"mlx-lora export --model {self.model} --adapter-path {self.location} --to peft --out {location}"
+            lines += _block("bash", export)
+        model = self.model
+        if not self.in_float:
+            model = FLOAT_MODEL
+            lines += [
+                "The base here is quantized for MLX; transformers needs the float model that it was made from:",
+                "",
+            ]
+        tokenizer = self.base.hf_tokenizer
+        if self.info.scores:
+            return lines + _block("python", *_score_code(model, location, padding_token(tokenizer, self.base.config)))
+        return lines + _block("python", *_peft_code(model, location, bool(tokenizer.chat_template)))
+
+
+def _peft_code(model: str, location: str, is_chat: bool) -> list[str]:
+    """Return a program that generates text with PEFT."""
+    chat = 'tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, '
+    encode = chat + 'return_dict=True, return_tensors="pt")' if is_chat else 'tokenizer("Hello", return_tensors="pt")'
+    return [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{model}")',
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "{location}")',
+        f"inputs = {encode}",
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))",
+    ]
+
+
+def _score_code(model: str, location: str, padding: str | None) -> list[str]:
+    """Return a program that scores a conversation with PEFT.
+
+    Args:
+        model, location: of the base and the adapter.
+        padding: the token to pad with; None: there is none, and texts are scored one by one.
+    """
+    pad = [] if padding is None else [f"tokenizer.pad_token = {padding!r}  # ends no text"]
+    option = "" if padding is None else ", pad_token_id=tokenizer.pad_token_id"
+    return [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{model}")',
+        *pad,
+        f'base = AutoModelForSequenceClassification.from_pretrained("{model}", num_labels=1{option})',
+        f'model = PeftModel.from_pretrained(base, "{location}").eval()',
+        'chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello!"}]',
+        'inputs = tokenizer.apply_chat_template(chat, return_dict=True, return_tensors="pt")',
+        "print(model(**inputs).logits)",
+    ]
+
+
+def _shown_data(data: str | None) -> str | None:
+    """Return a data set's name, for a path its last part."""
+    if data is None or (HUB_ID.fullmatch(data) and not Path(data).exists()):
+        return data
+    return plain(Path(shown_data(data)).name)
+
+
+def plain(name: str) -> str:
+    """Return a name that is safe in a command, a program or a table, because an adapter's file may have any text."""
+    return re.sub(r"[^\w.:/@*+ -]", "_", name)[:200]
+
+
+def _block(language: str, *lines: str) -> list[str]:
+    return [f"```{language}", *lines, "```", ""]
+
+
+# The meanings of the hub's answers, with advice.
+REFUSALS = {
+    401: "no valid token; run `hf auth login`, or set HF_TOKEN",
+    403: "the token may not write there; use one with write access to that name",
+    404: "no such user or organization, or the token may not see it; check the name and `hf auth whoami`",
+}
+
+
+def check_repo(repo: str) -> None:
+    """Refuse an invalid hub id, before the work.
+
+    Raises:
+        InputError: it is not owner/name.
+    """
+    found = HUB_ID.fullmatch(repo)
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        found = None
+    if found is None or found["pick"]:
+        raise InputError(f"--push-to-hub {repo}: not a hub id; give owner/name")
+
+
+def push(path: Path, repo: str, private: bool) -> str:
+    """Upload a folder or a file into a model repository, which is created if missing.
+
+    Args:
+        path: of the export.
+        repo: `owner/name`.
+        private: create a private repository, and refuse an existing public one.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        RunError: the hub refuses or cannot be reached; the message has advice.
+    """
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        if private and not api.model_info(repo).private:
+            raise _failure(
+                repo, path, "already exists, and is public; make it private on the hub, or give another name"
+            )
+        message = f"Upload {path.name}"
+        if path.is_dir():
+            return api.upload_folder(repo_id=repo, folder_path=path, commit_message=message).commit_url
+        return api.upload_file(
+            repo_id=repo, path_or_fileobj=path, path_in_repo=path.name, commit_message=message
+        ).commit_url
+    except LocalTokenNotFoundError:
+        raise _failure(repo, path, REFUSALS[401]) from None
+    except OfflineModeIsEnabled:
+        raise _failure(repo, path, "HF_HUB_OFFLINE is set; unset it, then push again") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        raise _failure(repo, path, REFUSALS.get(status, f"the hub refused the upload ({first_line(error)})")) from None
+    except REQUEST_ERRORS as error:
+        raise _failure(repo, path, f"Hugging Face is unreachable ({first_line(error)}); check the connection") from None
+
+
+def _failure(repo: str, path: Path, reason: str) -> RunError:
+    return RunError(f"--push-to-hub {repo}: {reason}; the written files stay in {path}")

@@ -1,0 +1,278 @@
+"""Fold an adapter into its base, and measure the error that quantizing or rounding adds to it.
+
+A quantized weight changes in steps of its scale; an update smaller than half a step vanishes (mlx-lm#1172). So
+for each layer the actual change R is compared with the update D:
+
+    D = scale B A,  R = stored(W + D) - W
+    projection = <R, D> / <D, D>   1 if R has the whole update in it, 0 if nothing; blind to what else is in R
+    error = |R - D| / |D|          all that was added or lost
+
+Neither is what the adapter's effect lost: that takes data (api/fused_gain.py).
+
+The folder has the dtypes of the base's files, because a run's compute dtype depends only on the machine. Before it is
+put under its final name it is read back as mlx-lm will read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_lora.adapters.base import QUANTIZED, dense_weight
+from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.exporters.adapter_config import check_fusing, classifier_config, padding_token, set_padding_token
+from mlx_lora.models.convert import copy_side_files
+from mlx_lora.models.folder import ShardWriter, check_out, load_weights, merge_mark
+from mlx_lora.models.head import SCORE_WEIGHT
+from mlx_lora.models.load import Base
+from mlx_lora.models.quantize import dequantize_model
+from mlx_lora.utils.console import echo
+from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.files import check_writable, replacing_folder
+from mlx_lora.utils.progress import tracked
+
+LEAST_GROUP = 32  # weights of an affine group; nvfp4 has groups of 16
+
+
+@dataclass(frozen=True)
+class Survival:
+    """What rounding did to one layer's update.
+
+    Attributes:
+        projection: the part of the change that points where the update does, relative to the update.
+        error: size of the difference of change and update, relative to the update.
+        bits: of the layer that was written; None: float.
+    """
+
+    projection: float
+    error: float
+    bits: int | None = None
+
+
+def fuse_adapter(model: nn.Module, dequantize: bool, bits: int | None = None) -> dict[str, Survival]:
+    """Replace every adapter layer of `model` by one layer with the adapter folded into its base.
+
+    Args:
+        model: adapted; it and its base are changed in place.
+        dequantize: leave fused layers in float; else those of a quantized base are quantized like it.
+        bits: of the fused layers of a quantized base; None: its own.
+
+    Returns:
+        path -> survival of the update; a zero update counts as one that survived.
+
+    Raises:
+        InputError: an embedding's tied head is not adapted, and one weight cannot be both adapted and not.
+    """
+    survival, fused = {}, []
+    layers = adapter_layers(model)
+    for path, layer in tracked(layers.items(), "Fusing", len(layers), "layers", echo):
+        layer.check_tied_head(path, tied="lm_head" not in model)
+        base, whole = layer.base, layer.fuse()
+        if isinstance(base, QUANTIZED) and not dequantize:
+            whole = _quantized_like(base, whole, bits)
+        survival[path] = _survival(dense_weight(base), dense_weight(whole), layer.delta(), bits_of(whole))
+        fused.append((path, whole))
+    model.update_modules(tree_unflatten(fused))
+    return survival
+
+
+def bits_of(layer: Any) -> int | None:
+    """Return the bits of a layer's weights; None: float."""
+    return layer.bits if isinstance(layer, QUANTIZED) else None
+
+
+def _quantized_like(base: Any, whole: Any, bits: int | None) -> Any:
+    """Return a float layer quantized like its base, or if its base has fewer bits than asked for, with so many."""
+    if bits is not None and base.bits < bits:
+        return whole.to_quantized(max(base.group_size, LEAST_GROUP), bits, "affine")
+    own_scale = {"global_scale": True} if "global_scale" in base else {}  # nvfp4 experts have one each
+    return whole.to_quantized(base.group_size, base.bits, base.mode, **own_scale)
+
+
+def _survival(before: mx.array, after: mx.array, update: mx.array, bits: int | None) -> Survival:
+    arrived = after.astype(mx.float32) - before.astype(mx.float32)
+    size = mx.square(update).sum().item()
+    if size == 0:
+        return Survival(1.0, 0.0, bits)
+    projection = (arrived * update).sum().item() / size
+    return Survival(projection, (mx.square(arrived - update).sum().item() / size) ** 0.5, bits)
+
+
+def write_fused(
+    base: Base,
+    out: Path,
+    *,
+    dequantize: bool,
+    force: bool,
+    chat_template: str | None,
+    full: tuple[str, ...] = (),
+    keep_dtype: bool = False,
+    bits: int | None = None,
+) -> dict[str, Survival]:
+    """Fuse the adapter on `base.model` and write the result as a model folder, atomically.
+
+    Args:
+        base: adapted; not usable as the base afterwards.
+        out: the folder to write.
+        dequantize: make the whole model float.
+        force: replace an existing model folder.
+        chat_template: the adapter's, which becomes the model's.
+        full: names of parameters trained in full.
+        keep_dtype: write the dtype that the base was cast to on request, not that of its files. A dequantized base
+            always keeps it, because its files have no float dtype.
+        bits: of the fused layers of a quantized base; None: its own.
+
+    Raises:
+        InputError: `out` must not be written.
+        RunError: the written model cannot be read back.
+    """
+    out, scores = out.resolve(), SCORE_WEIGHT in full
+    if scores:
+        check_fusing(base, dequantize)
+    check_bits(base, bits, dequantize)
+    check_out(out, force=force)
+    stored = sum(p.nbytes for _, p in tree_flatten(base.model.parameters()))
+    check_writable(out, "--out", stored)
+    if base.folder.resolve().is_relative_to(out):
+        raise InputError(f"--out {out}: holds the base {base.folder}; give another folder")
+    mark = merge_mark(base.model, base.config)
+    if not keep_dtype and not (dequantize and base.quantization):
+        take_stored_dtypes(base, full)
+    survival = fuse_adapter(base.model, dequantize, bits)
+    model, config = base.model, dict(base.config)
+    if dequantize:
+        model, config = dequantize_model(model, config)
+    with replacing_folder(out) as folder:
+        writer = ShardWriter(folder)
+        parameters = tree_flatten(model.parameters())
+        for name, array in tracked(parameters, "Writing", len(parameters), "tensors", echo):
+            mx.eval(array)  # here, so that the progress is that of the work
+            if not (scores and name.startswith("lm_head.")):  # a reward model has no other head
+                writer.add({name: array})
+        writer.close()
+        config = {**_with_true_layouts(config, model), "mlx_lora": _provenance(base, mark)}
+        config |= classifier_config(base) if scores else {}
+        mlx_lm.utils.save_config(config, folder / "config.json")
+        copy_side_files(base.folder, folder)
+        if chat_template:
+            (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        if scores:  # not a model of mlx-lm's, which could read it back
+            set_padding_token(folder, padding_token(base.hf_tokenizer, base.config))
+            return survival
+        _check_written(folder, model, out, trust_remote_code=_has_own_code(base))
+    return survival
+
+
+def _has_own_code(base: Base) -> bool:
+    """Tell whether the base's folder has Python code, which the user allowed when loading it."""
+    return base.config.get("model_file") is not None
+
+
+def take_stored_dtypes(base: Base, full: tuple[str, ...], casts_full: bool = True) -> None:
+    """Restore the base's arrays from its files.
+
+    Loading casts to the compute dtype, for example on a Mac float16 scales and float32 norms to bfloat16.
+
+    Args:
+        base: its model is changed in place; it may have an adapter.
+        full: names of the parameters that were trained in full.
+        casts_full: give these the dtype of those that they replace; else they stay as they are.
+    """
+    untouched, _ = load_weights(base.folder, trust_remote_code=_has_own_code(base))
+    stored = {name: p for name, p in tree_flatten(untouched.parameters()) if mx.issubdtype(p.dtype, mx.floating)}
+    sizes: dict[mx.Dtype, int] = {}
+    for p in stored.values():
+        sizes[p.dtype] = sizes.get(p.dtype, 0) + p.nbytes
+    usual = max(sizes, key=sizes.__getitem__)
+    changed = []
+    for name, p in tree_flatten(base.model.parameters()):
+        plain = name.replace(".linear.", ".").replace(".embedding.", ".")  # the name without the adapter
+        if name == SCORE_WEIGHT:
+            continue  # stays float32
+        if name in full and not casts_full:
+            continue
+        if name in full:
+            changed.append((name, p.astype(stored[plain].dtype if plain in stored else usual)))
+        elif plain in stored and stored[plain].shape == p.shape and stored[plain].dtype != p.dtype:
+            changed.append((name, stored[plain]))
+    base.model.load_weights(changed, strict=False)
+
+
+def _with_true_layouts(config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return the config with the layouts of the layers as they are now: those with other bits, and float ones, have changed."""
+    if "quantization" not in config:
+        return config
+    modules = dict(model.named_modules())
+    if not any(isinstance(module, QUANTIZED) for module in modules.values()):
+        return {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+    kept = {
+        key: value
+        for key, value in config["quantization"].items()
+        if key not in modules or isinstance(modules[key], QUANTIZED)
+    }
+    for path, layer in modules.items():
+        if isinstance(layer, QUANTIZED):
+            own = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+            if own != {name: kept.get(path, kept).get(name, "affine") for name in own}:
+                kept[path] = own
+    return {**config, "quantization": kept, "quantization_config": kept}
+
+
+def check_bits(base: Base, bits: int | None, dequantize: bool) -> None:
+    """Refuse bits for fused layers that the base cannot have, before the work.
+
+    Raises:
+        InputError: it is not quantized, has so many bits already, or becomes float.
+    """
+    if bits is None:
+        return
+    if dequantize:
+        raise InputError("--fused-bits with --dequantize: a float model has no bits; leave out one of them")
+    own = [layer.base.bits for layer in adapter_layers(base.model).values() if isinstance(layer.base, QUANTIZED)]
+    if not own:
+        raise InputError(f"--fused-bits {bits}: --model is not quantized, and fuses without loss; leave it out")
+    if min(own) >= bits:
+        raise InputError(
+            f"--fused-bits {bits}: the base's layers have {min(own)} bits already; give more, or leave it out"
+        )
+
+
+def _check_written(folder: Path, model: nn.Module, out: Path, *, trust_remote_code: bool) -> None:
+    """Read a folder back like mlx-lm, and check every name, shape and dtype, and the values of all vectors.
+
+    mlx-lm changes some families' weights while loading (shifted norms, transposed convolutions). It must not change
+    the weights of the fused model, which it has already changed once.
+
+    Raises:
+        RunError: something differs; the folder is not kept.
+    """
+    try:
+        found, _ = load_weights(folder, trust_remote_code)
+    except InputError as error:
+        raise RunError(
+            f"--out {out}: not written, mlx-lm cannot load the fused model ({error}); keep the adapter separate"
+        ) from error
+    wanted, read = dict(tree_flatten(model.parameters())), dict(tree_flatten(found.parameters()))
+    differ = sorted(wanted.keys() ^ read.keys()) or [
+        name
+        for name, p in wanted.items()
+        if (p.shape, p.dtype) != (read[name].shape, read[name].dtype)
+        or (p.ndim == 1 and not mx.array_equal(p, read[name], equal_nan=True).item())
+    ]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise RunError(
+            f"--out {out}: not written, mlx-lm reads {', '.join(differ[:3])}{more} back differently; keep the adapter "
+            "separate"
+        )
+
+
+def _provenance(base: Base, mark: str) -> dict[str, Any]:
+    """Return the origin of the fused model for config.json; `fused` marks it as a different base."""
+    return {"fused": mark, "base_model": base.model_id, "base_revision": base.revision}

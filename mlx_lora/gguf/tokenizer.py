@@ -1,0 +1,431 @@
+"""Tokenizer from metadata and back.
+
+The pre-tokenizers of byte-level BPE vocabularies, by their name in a GGUF file (`tokenizer.ggml.pre`).
+
+Each recipe is a sequence of patterns; every pattern isolates its matches in the pieces that the patterns before it left.
+The patterns are those that llama.cpp applies, so that an adapter trained here gets the same tokens there.
+
+Build a fast tokenizer from a GGUF file's metadata, with the same ids as llama.cpp.
+
+There are three kinds: byte-level BPE (`gpt2`: merges and a named pre-tokenizer), SentencePiece (`llama`: scores, byte
+fallback) and Gemma 4's (`gemma4`: like SentencePiece, but with merges instead of scores, and runs of newlines are split
+off). All become a `tokenizers` BPE model, so that transformers and mlx-lm can load the folder.
+
+Keep a GGUF file's config and tokenizer as a folder in the cache, for what needs them and not the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from mlx_lora.gguf.arch import model_config
+from mlx_lora.gguf.reader import read_gguf
+from mlx_lora.utils.cache import cache_dir
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import replacing_folder, sha256_of
+
+_CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED = r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+"
+_UPPER = r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))+((?=[\p{L}])([^A-Z]))*"
+_CASED_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_ASCII_PUNCTUATION = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_LLAMA3 = rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_TAIL}"
+_QWEN2 = rf"{_CONTRACTION}|{_WORD}|\p{{N}}|{_TAIL}"
+_QWEN35 = (
+    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = rf"{_CASED}|{_UPPER}|\p{{N}}|{_CASED_TAIL}"
+_GPT4O = rf"{_CASED}{_CONTRACTION}?|{_UPPER}{_CONTRACTION}?|\p{{N}}{{1,3}}|{_CASED_TAIL}"
+_DEEPSEEK3 = (
+    rf"{_ASCII_PUNCTUATION}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The range from U+0800 includes spaces, which llama.cpp leaves to the patterns for spaces.
+_DEEPSEEK_CJK = r"(?:(?!\s)[一-龥ࠀ-一가-퟿])+"
+_SEED_CODER = rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """One recipe: the patterns in order, and the other properties that llama.cpp gives the name."""
+
+    patterns: tuple[str, ...]
+    ignore_merges: bool = False  # a word that is a token is used whole, whatever the merges
+    add_bos: bool = False  # the default if the file has no setting
+
+
+_GPT2_WORDS = PreTokenizer((_GPT2,))
+_SINGLE_DIGITS = PreTokenizer((r"\p{N}", _GPT2))
+_LLAMA3_WORDS = PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True)
+_QWEN2_WORDS = PreTokenizer((_QWEN2,))
+_DEEPSEEK3_WORDS = PreTokenizer((r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _DEEPSEEK3))
+_GPT4O_WORDS = PreTokenizer((_GPT4O,))
+PRE_TOKENIZERS: dict[str, PreTokenizer] = {
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling"), _GPT2_WORDS),
+    **dict.fromkeys(("gigachat", "a.x-4.0", "mellum", "modern-bert", "exaone4"), _GPT2_WORDS),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _SINGLE_DIGITS),
+    **dict.fromkeys(("exaone", "minerva-7b", "mellum2"), _SINGLE_DIGITS),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral"), _LLAMA3_WORDS),
+    **dict.fromkeys(("midm-2.0", "lfm2"), _LLAMA3_WORDS),
+    **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), PreTokenizer((_LLAMA3,))),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan", "solar-open"), _QWEN2_WORDS),
+    **dict.fromkeys(("grok-2", "kormo"), _QWEN2_WORDS),
+    "qwen35": PreTokenizer((_QWEN35,)),
+    "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), _GPT4O_WORDS),
+    "deepseek-coder": PreTokenizer(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_CJK, r"\p{N}")),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm"), _DEEPSEEK3_WORDS),
+    "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
+    "seed-coder": PreTokenizer((_SEED_CODER,)),
+}
+# Two published patterns that llama.cpp only approximates: it splits combining marks, and letters with case beyond A-Z,
+# differently. They are recognized by their text, because they split texts differently than the recipe.
+_CASED_PUBLISHED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+{C}"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*{C}"
+)
+PUBLISHED = {
+    _CASED_PUBLISHED.replace("{C}", "") + rf"|\p{{N}}|{_CASED_TAIL}": "tekken",
+    _CASED_PUBLISHED.replace("{C}", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?") + rf"|\p{{N}}{{1,3}}|{_CASED_TAIL}": "gpt-4o",
+}
+# tokenizer.ggml.token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+MAX_TOKEN_CHARACTERS = 4096  # published vocabularies stay below 300
+SPACE = "▁"  # SentencePiece's character for a space
+# Tokens that end a turn, recognized by their text, because few files name more than one end token by id. `</s>` is not
+# among them, because Gemma's vocabulary has it as the closing tag of an HTML element.
+END_TOKENS = frozenset(
+    [
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>"),
+        *("<|eom_id|>", "<EOT>", "[EOT]", "<|end_of_text|>", "<end_of_utterance>", "<turn|>"),
+        "<｜end▁of▁sentence｜>",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer's content, from any kind of file; list positions are token ids."""
+
+    model: str  # "gpt2" (byte-level BPE), "llama" (SentencePiece) or "gemma4"
+    tokens: list[str]
+    types: list[int]
+    scores: list[float]  # SentencePiece only; a higher score merges first
+    merges: list[tuple[str, str]]  # all but SentencePiece
+    pre: str
+    special: dict[str, int]  # "bos", "eos", "unk", "pad", "eot", "eom" -> token id, if known
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    chat_template: str | None
+
+    def text(self, name: str) -> str | None:
+        """Return the text of a named special token, or None."""
+        return self.tokens[self.special[name]] if name in self.special else None
+
+    def end_ids(self) -> list[int]:
+        """Return the ids that end a generation: eos first, then end-of-turn tokens."""
+        ids = [self.special[name] for name in ("eos", "eot", "eom") if name in self.special]
+        by_text = [i for i, token in enumerate(self.tokens) if token in END_TOKENS and self.types[i] != UNUSED]
+        texts = {self.tokens[i] for i in by_text}
+        if {"<|return|>", "<|call|>"} <= texts:  # in harmony, <|end|> ends a message, not the turn
+            by_text = [i for i in by_text if self.tokens[i] != "<|end|>"]
+        return list(dict.fromkeys(ids + by_text))
+
+
+def write_tokenizer(metadata: dict[str, Any], out: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json, the chat template and generation_config.json.
+
+    Args:
+        metadata: a GGUF file's key-value pairs (`tokenizer.ggml.*`, `tokenizer.chat_template`).
+        out: folder to write into; created if it does not exist.
+
+    Raises:
+        InputError: the file has no tokenizer, or one of an unsupported kind.
+    """
+    vocabulary = vocabulary_from_metadata(metadata)
+    write_folder(vocabulary, build_tokenizer(vocabulary), out)
+
+
+def vocabulary_from_metadata(metadata: dict[str, Any]) -> Vocabulary:
+    """Return the vocabulary in a GGUF file's metadata, after checking it.
+
+    Raises:
+        InputError: the vocabulary cannot be used; the message has all problems.
+    """
+    problems = _kind_problems(metadata)
+    if problems:
+        raise InputError("GGUF tokenizer: " + "; ".join(problems))
+    model = metadata.get("tokenizer.ggml.model", "none")
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(metadata.get("tokenizer.ggml.tokens", ()))]
+    types = [int(kind) for kind in metadata.get("tokenizer.ggml.token_type", ())] or [NORMAL] * len(tokens)
+    scores = [float(score) for score in metadata.get("tokenizer.ggml.scores", ())]
+    merges = [_pair(merge) for merge in metadata.get("tokenizer.ggml.merges", ())]
+    problems = _problems(model, pre, tokens, types, scores, merges)
+    if problems:
+        raise InputError("GGUF tokenizer: " + "; ".join(problems))
+    byte_level = model == "gpt2"
+    # llama.cpp's defaults if the file has no setting: SentencePiece models add bos and a leading space.
+    add_bos = PRE_TOKENIZERS[pre].add_bos if byte_level else True
+    special = _special_ids(metadata, len(tokens))
+    return Vocabulary(
+        model=model,
+        tokens=tokens,
+        types=types,
+        scores=scores,
+        merges=merges,
+        pre=pre,
+        special=special,
+        # For Gemma 4, llama.cpp always adds bos, whatever the file says.
+        add_bos=(model == "gemma4" or bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))) and "bos" in special,
+        add_eos=bool(metadata.get("tokenizer.ggml.add_eos_token", False)) and "eos" in special,
+        add_space_prefix=model == "llama" and bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
+        chat_template=metadata.get("tokenizer.chat_template"),
+    )
+
+
+# The type of each metadata entry, if it is present.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("ggml.model", "ggml.pre", "chat_template"), (lambda value: isinstance(value, str), "a string")),
+    **dict.fromkeys(
+        ("ggml.tokens", "ggml.merges"),
+        (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of strings"),
+    ),
+    "ggml.token_type": (lambda value: _is_numbers(value, "iu"), "whole numbers"),
+    "ggml.scores": (lambda value: _is_numbers(value, "iuf") and bool(np.isfinite(value).all()), "finite numbers"),
+    **dict.fromkeys(
+        (f"ggml.{key}_token_id" for key in ("bos", "eos", "unknown", "padding", "eot", "eom")),
+        (lambda value: isinstance(value, int), "a token id"),
+    ),
+    **dict.fromkeys(
+        ("ggml.add_bos_token", "ggml.add_eos_token", "ggml.add_space_prefix"),
+        (lambda value: isinstance(value, int), "true or false"),
+    ),
+}
+
+
+def _is_numbers(value: Any, kinds: str) -> bool:
+    """Return whether a value is an array or list of numbers; `kinds` are numpy's letters for their types."""
+    if isinstance(value, list):
+        value = np.array(value) if all(type(item) in (int, float) for item in value) else None
+    return isinstance(value, np.ndarray) and value.ndim == 1 and (not value.size or value.dtype.kind in kinds)
+
+
+def _kind_problems(metadata: dict[str, Any]) -> list[str]:
+    """Return a problem for each entry of a wrong type."""
+    found = {key: metadata.get(f"tokenizer.{key}") for key in _KINDS}
+    return [
+        f"tokenizer.{key} is not {words}; convert the file again"
+        for key, (fits, words) in _KINDS.items()
+        if found[key] is not None and not fits(found[key])
+    ]
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    """Return the two parts of a merge, split at its space; the first character may itself be a space."""
+    at = merge.find(" ", 1)
+    return merge[:at], merge[at + 1 :]
+
+
+def _special_ids(metadata: dict[str, Any], n_tokens: int) -> dict[str, int]:
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
+    found = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+    return {name: int(i) for name, i in found.items() if i is not None and 0 <= int(i) < n_tokens}
+
+
+def _problems(
+    model: str, pre: str, tokens: list[str], types: list[int], scores: list[float], merges: list[tuple[str, str]]
+) -> list[str]:
+    """Return the problems that make this vocabulary unusable."""
+    if model not in ("gpt2", "llama", "gemma4"):
+        return [
+            f"kind {model!r} is not supported (known: gpt2, llama, gemma4); give the model's original folder instead"
+        ]
+    problems = []
+    if not tokens:
+        problems.append("it has no tokens; give a complete model file")
+    if len(set(tokens)) != len(tokens):
+        repeated, _ = Counter(tokens).most_common(1)[0]
+        problems.append(f"token {repeated!r} appears twice; convert the file again")
+    longest = max(map(len, tokens), default=0)
+    if longest > MAX_TOKEN_CHARACTERS:  # merges_from_scores tries every way to cut it in two
+        problems.append(f"a token has {longest} characters; convert the file again")
+    if len(types) != len(tokens):
+        problems.append(f"{len(types)} token types for {len(tokens)} tokens; convert the file again")
+    if model == "llama" and len(scores) != len(tokens):
+        problems.append(f"{len(scores)} scores for {len(tokens)} tokens; convert the file again")
+    if model == "gpt2" and pre not in PRE_TOKENIZERS:
+        known = ", ".join(sorted(PRE_TOKENIZERS))
+        problems.append(
+            f"pre-tokenizer {pre!r} is not supported (known: {known}); give the model's original folder instead"
+        )
+    if model != "llama":
+        known_tokens = set(tokens)
+        lost = [f"{a} {b}" for a, b in merges if not {a, b, a + b} <= known_tokens]
+        if lost or not merges:
+            what = (
+                f"{len(lost)} of the merges join texts that are not tokens (first {lost[0]!r})"
+                if lost
+                else "it has no merges"
+            )
+            problems.append(f"{what}; convert the file again")
+    return problems
+
+
+def write_folder(vocabulary: Vocabulary, tokenizer: Tokenizer, out: Path) -> None:
+    """Write a tokenizer folder that transformers and mlx-lm can load.
+
+    Args:
+        vocabulary: has the special tokens and the chat template.
+        tokenizer: the tokenizer that was built from it.
+        out: folder to write into; created if it does not exist.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out / "tokenizer.json"), pretty=False)
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unk", "pad_token": "pad"}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,  # the tokenizer has no limit; the trainer has --max-seq-length
+        **{key: vocabulary.text(name) for key, name in names.items() if name in vocabulary.special},
+    }
+    if vocabulary.chat_template:
+        config["chat_template"] = vocabulary.chat_template
+        (out / "chat_template.jinja").write_text(vocabulary.chat_template, encoding="utf-8")
+    _write_json(out / "tokenizer_config.json", config)
+    generation: dict[str, Any] = {
+        f"{name}_token_id": vocabulary.special[name] for name in ("bos", "pad") if name in vocabulary.special
+    }
+    end_ids = vocabulary.end_ids()
+    if end_ids:
+        generation["eos_token_id"] = end_ids[0] if len(end_ids) == 1 else end_ids
+    _write_json(out / "generation_config.json", generation)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
+    """Return the `tokenizers` pipeline: normalizer, words, BPE, added tokens, bos and eos, decoder."""
+    tokenizer = _byte_level(vocabulary) if vocabulary.model == "gpt2" else _sentencepiece(vocabulary)
+    # These are matched in the raw text before anything else. Control tokens can be left out of decoded text;
+    # user-defined ones (Gemma's runs of newlines) are ordinary text that is never split.
+    added = [
+        AddedToken(token, normalized=False, special=kind != USER_DEFINED)
+        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED) or token in END_TOKENS
+    ]
+    tokenizer.add_tokens(added)
+    template = bos_eos_template(vocabulary)
+    if template is not None:
+        tokenizer.post_processor = template
+    return tokenizer
+
+
+def bos_eos_template(vocabulary: Vocabulary) -> processors.TemplateProcessing | None:
+    """Return the post-processor that puts bos before and eos after each text, or None if the model uses neither."""
+    used = [name for name, wanted in (("bos", vocabulary.add_bos), ("eos", vocabulary.add_eos)) if wanted]
+    if not used:
+        return None
+    before = ["{bos}"] if "bos" in used else []
+    after = ["{eos}"] if "eos" in used else []
+    # Use names in braces instead of the tokens' texts: in a text, a colon would start a segment number.
+    return processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, *(f"{name}:1" for name in before), "$B:1", *(f"{name}:1" for name in after)],
+        special_tokens=[
+            {"id": f"{{{name}}}", "ids": [vocabulary.special[name]], "tokens": [vocabulary.text(name)]} for name in used
+        ],
+    )
+
+
+def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
+    """Return byte-level BPE: words by the named patterns, bytes as letters, merges in the file's order."""
+    recipe = PRE_TOKENIZERS[vocabulary.pre]
+    vocab = {token: i for i, token in enumerate(vocabulary.tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab, vocabulary.merges, ignore_merges=recipe.ignore_merges))
+    words = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in recipe.patterns]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
+    """Return SentencePiece BPE: the whole text is one word, and characters without a token become bytes.
+
+    Gemma 4's is also split at runs of newlines.
+    """
+    vocab = {token: i for i, token in enumerate(vocabulary.tokens)}
+    unk = vocabulary.text("unk")
+    merges = vocabulary.merges or merges_from_scores(vocabulary, (NORMAL, UNUSED, BYTE))
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
+    if vocabulary.model == "gemma4":
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+"), "isolated")
+    steps = [normalizers.Prepend(SPACE)] if vocabulary.add_space_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if vocabulary.add_space_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
+
+
+def merges_from_scores(vocabulary: Vocabulary, kinds: tuple[int, ...]) -> list[tuple[str, str]]:
+    """Return ranked BPE merges for SentencePiece scores.
+
+    SentencePiece joins the two neighbors whose joined text is the token with the best score. So every split of
+    a token into two tokens is a merge, and the merges are ordered by the joined token's score. Tokens that are matched
+    before BPE (control, user-defined) are never the result of a merge.
+
+    Args:
+        vocabulary: tokens with their scores.
+        kinds: token types that a merge may join and make.
+
+    Returns:
+        Pairs, best first; tokens with equal scores keep the order of their ids.
+    """
+    parts = {token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind in kinds}
+    order = sorted(range(len(vocabulary.tokens)), key=lambda i: -vocabulary.scores[i])
+    merges = []
+    for i in order:
+        token = vocabulary.tokens[i]
+        if token in parts:
+            merges += [
+                (token[:at], token[at:]) for at in range(1, len(token)) if token[:at] in parts and token[at:] in parts
+            ]
+    return merges
+
+
+def gguf_tokenizer_folder(path: Path) -> Path:
+    """Return the cached folder with a GGUF file's config.json and tokenizer, which is written the first time.
+
+    Raises:
+        InputError: the file is damaged, or its tokenizer is of a kind that cannot be rebuilt.
+    """
+    stat = path.stat()
+    folder = (
+        cache_dir("previews") / f"tokenizer-{sha256_of(f'{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}')[:16]}"
+    )
+    if not (folder / "config.json").is_file():
+        file = read_gguf(path)
+        with replacing_folder(folder) as temporary:
+            write_tokenizer(file.metadata, temporary)
+            (temporary / "config.json").write_text(json.dumps(model_config(file), default=str), encoding="utf-8")
+    return folder

@@ -1,0 +1,375 @@
+"""Write a model or an adapter as GGUF.
+
+Write an adapter as a GGUF file that llama.cpp applies to the base GGUF (`llama-cli -m base.gguf --lora FILE`).
+
+Tensors are named after the base's, `blk.0.attn_q.weight.lora_a` (r, in) and `.lora_b` (out, r), both float32; those of
+experts have the experts' axis in front. llama.cpp multiplies their product by alpha / r; rows of B and columns of A are
+reordered like the base's.
+
+Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp.
+
+Write a model, with its adapter folded in, as one GGUF file for llama.cpp, Ollama and LM Studio.
+
+    base + adapter, float32, one tensor at a time -> llama.cpp's order and offsets -> the chosen type -> file
+
+Types follow llama.cpp's converter: tensors of one axis (norms, biases), routers and convolutions stay F32, and rows
+that a block type cannot divide are F16. In files of 4 and 5 bits the output head, or the embedding tied to it, is
+Q8_0. MXFP4 weights that no adapter changed are copied bit for bit, except into f32 files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFWriter, LlamaFileType
+
+from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, base_dims, dense_weight
+from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.data.chat_template import own_template
+from mlx_lora.exporters.peft_experts import joined_experts
+from mlx_lora.gguf.arch import gguf_settings, gguf_weights, text_model
+from mlx_lora.gguf.blocks import MXFP4, mxfp4_blocks
+from mlx_lora.gguf.mapping import TensorMapping
+from mlx_lora.gguf.vocabulary import tokenizer_metadata, tokenizer_vocabulary
+from mlx_lora.models.folder import FUSED_KEY, fused_mark, merge_mark
+from mlx_lora.models.load import Base
+from mlx_lora.models.quantize import PackedWeight
+from mlx_lora.utils.console import echo
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import check_writable, replacing_file
+from mlx_lora.utils.progress import tracked
+
+
+def write_gguf_adapter(file: Path, model: nn.Module, base_name: str, full: tuple[str, ...] = ()) -> None:
+    """Write the adapter on `model` as a LoRA GGUF.
+
+    Args:
+        file: replaced atomically.
+        model: adapted.
+        base_name: the base's id, for the metadata.
+        full: names of parameters trained in full, which the format cannot hold.
+
+    Raises:
+        InputError: llama.cpp's adapters do not support the architecture or the layers.
+    """
+    layers = adapter_layers(model)
+    architecture, tensors = gguf_weights(model)
+    known = {layer for mapping in tensors.values() for layer in mapping.layers}
+    problems = [f"{path} has no tensor in a {architecture} GGUF" for path in layers if path not in known]
+    # Newer versions scale the base's product before they add the adapter's, older ones scale the sum.
+    scaled = {layer for mapping in tensors.values() if mapping.scaled for layer in mapping.layers}
+    problems += [
+        f"{path} has a scale for each expert, which only some versions of llama.cpp apply to the adapter"
+        for path in layers
+        if path in scaled
+    ]
+    problems += [f"{path} {layer.NOT_IN_GGUF}" for path, layer in layers.items() if layer.NOT_IN_GGUF]
+    problems += [f"{name} was trained in full" for name in full]
+    problems += [] if layers else ["the model has no adapter"]
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise InputError(f"--to gguf-adapter: {'; '.join(problems[:4])}{more}; fuse it instead, or adapt other layers")
+    alphas = {layer.scale * layer.rank for layer in layers.values()}
+    # The file has one alpha: if layers differ, it is the rank, and the scale is multiplied into B.
+    alpha = alphas.pop() if len(alphas) == 1 else None
+    with replacing_file(file) as temporary:
+        writer = GGUFWriter(str(temporary), architecture)
+        writer.add_type("adapter")
+        writer.add_name(base_name)
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", 0.0 if alpha is None else alpha)  # 0: multiply by 1
+        for name, mapping in tensors.items():
+            own = [layers.get(path) for path in mapping.layers]
+            if name.endswith(".weight") and any(layer is not None for layer in own):
+                a, b = _factors(own, alpha, mapping)
+                writer.add_tensor(f"{name}.lora_a", a)
+                writer.add_tensor(f"{name}.lora_b", b)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _factors(layers: list[Any], alpha: float | None, mapping: TensorMapping) -> tuple[np.ndarray, np.ndarray]:
+    """Return A (r, in) and B (out, r), float32, in the base's order; for experts (E, r, in) and (E, out, r).
+
+    Args:
+        layers: the adapters of the tensor's parts; of several, None stands for one that is not adapted.
+        alpha: the file's; None: the scale is multiplied into B.
+        mapping: of the tensor.
+    """
+    if len(layers) > 1:
+        a, b, scale = joined_experts(layers, in_turns=False)
+    else:
+        (layer,) = layers
+        (a, b), scale = layer.transposed_factors(), layer.scale
+    b = b * (scale if alpha is None else scale * a.shape[-2] / alpha)
+    a, b = np.array(a.astype(mx.float32)), np.array(b.astype(mx.float32))
+    a = a if mapping.columns is None else a[..., mapping.columns.to_file(a.shape[-1])]
+    b = b if mapping.rows is None else b[mapping.rows.to_file(len(b))]
+    return np.ascontiguousarray(a), np.ascontiguousarray(b)
+
+
+# --gguf-type: the type of matrices, and its number in the file.
+TYPES = {
+    "f32": (Kind.F32, LlamaFileType.ALL_F32),
+    "f16": (Kind.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (Kind.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (Kind.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+    "q4_1": (Kind.Q4_1, LlamaFileType.MOSTLY_Q4_1),
+    "q5_0": (Kind.Q5_0, LlamaFileType.MOSTLY_Q5_0),
+    "q5_1": (Kind.Q5_1, LlamaFileType.MOSTLY_Q5_1),
+}
+DEFAULT_TYPE = "f16"  # as in llama.cpp's converter; `llama-quantize` makes K-quants from it
+_COARSE = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One float parameter of an adapted model, which is not computed yet.
+
+    Attributes:
+        shape: of the values, row-major.
+        values: computes them, float32.
+        packed: the same values as MXFP4, if the model has them.
+    """
+
+    shape: tuple[int, ...]
+    values: Callable[[], mx.array]
+    packed: PackedWeight | None = None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of the file: its name, its source, and its stored type."""
+
+    name: str
+    source: Source
+    mapping: TensorMapping
+    kind: Kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.mapping.file_shape(self.source.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        return int(np.prod(gguf.quant_shape_to_byte_shape(self.shape, self.kind)))
+
+    def stored(self) -> np.ndarray:
+        """Compute the tensor as it is stored in the file.
+
+        Raises:
+            InputError: the type cannot hold the values.
+        """
+        if self.kind is Kind.MXFP4:
+            return mxfp4_blocks(self.source.packed)  # pyright: ignore[reportArgumentType] # MXFP4 is always packed
+        values = self.mapping.to_file(np.array(self.source.values()))  # a copy, so that mlx's buffer is freed
+        largest = np.abs(values).max()
+        limit = np.inf if self.kind in (Kind.F32, Kind.BF16) else np.finfo(np.float16).max
+        if not largest < limit:
+            raise InputError(
+                f"--gguf-type: {self.name} has {largest:g}, too large for {self.kind.name}; use bf16 or f32"
+                if np.isfinite(largest)
+                else f"--to gguf: {self.name} has values that are not finite; the adapter or the base is broken"
+            )
+        return np.ascontiguousarray(gguf.quants.quantize(values, self.kind))
+
+
+def write_gguf_model(
+    file: Path,
+    base: Base,
+    *,
+    gguf_type: str = DEFAULT_TYPE,
+    name: str,
+    chat_template: str | None = None,
+    asked: Path | None = None,
+) -> int:
+    """Write `base.model` with its adapter, if it has one, as a GGUF model, atomically.
+
+    This takes memory for the base and one float tensor.
+
+    Args:
+        file: replaced atomically.
+        base: adapted or not; not changed.
+        gguf_type: key of TYPES.
+        name: of the model, for the metadata.
+        chat_template: the adapter's, which becomes the model's.
+        asked: the value of --out, if that is not `file`.
+
+    Returns:
+        The file's size in bytes.
+
+    Raises:
+        InputError: llama.cpp does not support the architecture, settings, layers or tokenizer, or the disk is too full.
+    """
+    kind, file_type = TYPES[gguf_type]
+    architecture, mappings = gguf_weights(base.model)
+    settings, extra = gguf_settings(base.model, architecture)
+    planned = _plan(base.model, architecture, mappings, kind)
+    n_rows = text_model(base.model)[1].args.vocab_size
+    template = chat_template or own_template(base.hf_tokenizer)
+    ends = sorted(base.tokenizer.eos_token_ids)
+    vocabulary = tokenizer_vocabulary(base.hf_tokenizer, n_rows, ends, template, architecture)
+    check_writable(asked or file.parent, "--out", sum(tensor.n_bytes for tensor in planned))
+    with replacing_file(file) as temporary:
+        writer = GGUFWriter(str(temporary), architecture)
+        writer.add_type("model")
+        writer.add_name(name)
+        writer.add_file_type(file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for key, value in settings.items():
+            _add(writer, f"{architecture}.{key}", value)
+        for key, value in tokenizer_metadata(vocabulary).items():
+            _add(writer, key, value)
+        mark = merge_mark(base.model, base.config) if adapter_layers(base.model) else fused_mark(base.config)
+        if mark:
+            writer.add_string(FUSED_KEY, mark)
+        _write_tensors(writer, planned, extra)
+    return file.stat().st_size
+
+
+def _write_tensors(writer: GGUFWriter, planned: list[Planned], extra: dict[str, np.ndarray]) -> None:
+    """Write the table, which needs only shapes, and then the data, so that one tensor at a time is computed."""
+    for name, values in extra.items():
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+    for tensor in planned:
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, raw_dtype=tensor.kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    try:
+        for values in extra.values():
+            writer.write_tensor_data(values)
+        for tensor in tracked(planned, "Writing", len(planned), "tensors", echo):
+            writer.write_tensor_data(tensor.stored())
+    finally:
+        writer.close()
+
+
+def _plan(model: nn.Module, architecture: str, mappings: dict[str, TensorMapping], kind: Kind) -> list[Planned]:
+    """Choose a type for every tensor that the model has, in the file's order.
+
+    Raises:
+        InputError: the model has parameters that the file cannot hold, or lacks some that it needs.
+    """
+    sources = dict(merged_parameters(model))
+    known = {name for mapping in mappings.values() for name in mapping.names}
+    homeless = [name for name in sources if name not in known]
+    if homeless:
+        more = f" and {len(homeless) - 3} more" if len(homeless) > 3 else ""
+        raise InputError(
+            f"--to gguf: {', '.join(homeless[:3])}{more} have no tensor in a {architecture} GGUF; use --to peft or hf"
+        )
+    prefix, _ = text_model(model)
+    head = next(name for name in ("lm_head.weight", "model.embed_tokens.weight") if prefix + name in sources)
+    return [
+        Planned(name, source, mapping, _kind(source, mapping, kind, prefix + head))
+        for name, mapping in mappings.items()
+        if (source := _source(mapping, sources)) is not None
+    ]
+
+
+def _source(mapping: TensorMapping, sources: dict[str, Source]) -> Source | None:
+    """Return the source of a tensor: one parameter, or several with concatenated rows."""
+    parts = [sources[name] for name in mapping.names if name in sources]
+    if len(parts) != len(mapping.names):
+        return None
+    if len(parts) == 1:
+        return parts[0]
+    *before, rows, width = parts[0].shape
+    shape = (*before, rows * len(parts), width)
+    return Source(shape, lambda: mx.concatenate([part.values() for part in parts], axis=-2))
+
+
+def _kind(source: Source, mapping: TensorMapping, wanted: Kind, head: str) -> Kind:
+    """Return the type in which a tensor is stored."""
+    shape = mapping.file_shape(source.shape)
+    if len(shape) == 1 or mapping.exact:
+        return Kind.F32
+    if source.packed is not None and wanted is not Kind.F32 and not mapping.moves:
+        return Kind.MXFP4
+    kind = Kind.Q8_0 if mapping.name == head and wanted in _COARSE else wanted
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    return kind if shape[-1] % block == 0 else Kind.F16
+
+
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Source]]:
+    """Yield every parameter with its name without adapter and quantization; nothing is computed yet.
+
+    Raises:
+        InputError: an embedding's tied head is not adapted, and one weight cannot be both adapted and not.
+    """
+    adapters, adapter = adapter_layers(model), None
+    # In this order an adapter's parts follow it directly.
+    for path, module in sorted(model.named_modules(), key=lambda item: item[0].split(".")):
+        if adapter is not None and path.startswith(f"{adapter}."):
+            continue
+        if path in adapters:
+            adapter = path
+            module.check_tied_head(path, tied="lm_head" not in text_model(model)[1])
+            yield f"{path}.weight", Source(_weight_shape(module.base), _merged(module.base, module))
+            yield from _others(path, module.base)
+        elif isinstance(module, QUANTIZED):
+            yield f"{path}.weight", Source(_weight_shape(module), _merged(module, None), _mxfp4(module))
+            yield from _others(path, module)
+        else:
+            for name, value in module.items():
+                if isinstance(value, mx.array) and not name.startswith("_"):  # RoPE's frequencies have such names
+                    yield f"{path}.{name}" if path else name, Source(value.shape, _floats(value))
+
+
+def _weight_shape(base: nn.Module) -> tuple[int, ...]:
+    width, rows = base_dims(base)
+    shape = (width, rows) if isinstance(base, EMBEDDING) else (rows, width)
+    return (*base.weight.shape[:-2], *shape)  # experts have an axis before
+
+
+def _mxfp4(base: nn.Module) -> PackedWeight | None:
+    """Return a layer's packed weight if it is MXFP4, which GGUF has too, else None."""
+    is_mxfp4 = (base.mode, base.group_size) == (MXFP4.mode, MXFP4.group_size)
+    return PackedWeight([base.weight, base.scales], MXFP4) if is_mxfp4 else None
+
+
+def _others(path: str, base: nn.Module) -> Iterator[tuple[str, Source]]:
+    """Yield a layer's bias, if it has one."""
+    if "bias" in base:
+        yield f"{path}.bias", Source(base.bias.shape, _floats(base.bias))
+
+
+def _merged(base: nn.Module, adapter: nn.Module | None) -> Callable[[], mx.array]:
+    def values() -> mx.array:
+        weight = _exact_weight(base)
+        return weight if adapter is None else weight + adapter.delta()
+
+    return values
+
+
+def _exact_weight(base: nn.Module) -> mx.array:
+    """Return a layer's weight in float32; 16-bit scales are widened before they multiply, not their rounded products."""
+    if isinstance(base, QUANTIZED) and base.mode == "affine":
+        scales, biases = (base[name].astype(mx.float32) for name in ("scales", "biases"))
+        return mx.dequantize(base.weight, scales, biases, group_size=base.group_size, bits=base.bits, mode=base.mode)
+    return dense_weight(base).astype(mx.float32)
+
+
+def _floats(array: mx.array) -> Callable[[], mx.array]:
+    return lambda: array.astype(mx.float32)
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    """Add one metadata entry with the GGUF type for its Python type."""
+    if isinstance(value, list):
+        writer.add_array(key, value)  # of int32, bool or text: GGUF takes the first one's type
+    else:
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](key, value)

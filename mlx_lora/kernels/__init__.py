@@ -1,0 +1,1 @@
+"""Kernels for training, their table and their measured choice."""

@@ -1,0 +1,250 @@
+"""Multiply by a quantized weight in one of two ways, chosen per call.
+
+`mx.quantized_matmul` reads packed weights once per block of rows, which is best for few rows (generation).
+Dequantizing first costs one pass over the weight, and then the dense kernel is best for many rows (training), by 100x on
+an x86 CPU. The number of rows from which the second is faster is measured (device.py), never assumed;
+`--quantized-matmul` forces one of them. While text is generated, a layer may hold a dense copy, which then always
+multiplies (rollouts/decode.py).
+
+Shapes: x (..., in), packed weight (out, in * bits / 32) uint32, scales and biases (out, in / group_size); the weights of
+experts have a first axis of E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+
+from mlx_lora.planner.machine import dense_experts_bytes
+from mlx_lora.planner.memory import MAX_SLICE
+from mlx_lora.utils import device
+from mlx_lora.utils.errors import InputError
+
+# A layer's dense copy, (out, in). The underscore keeps it from being a parameter.
+DENSE = "_dense"
+
+
+def dequantized_matmul(x: mx.array, packed: list[mx.array], *, group_size: int, bits: int, mode: str) -> mx.array:
+    """Return `x @ dequantize(packed).T`, and keep no dense weight between forward and backward pass.
+
+    A large vocabulary's head is dequantized in slices of its rows: as a whole, Gemma 3's would take more memory than the
+    rest of a run of its smallest model.
+
+    Args:
+        x: (..., in), float.
+        packed: `[weight, scales]` or `[weight, scales, biases]`, as mx.quantize returns them.
+        group_size, bits, mode: as given to mx.quantize.
+
+    Returns:
+        (..., out), in x's dtype. The vjp with respect to x dequantizes again; the packed arrays are frozen and get zero
+        cotangents.
+    """
+
+    outputs = packed[0].shape[0]
+    slices = [slice(start, start + MAX_SLICE) for start in range(0, outputs, MAX_SLICE)]
+
+    def dense(arrays: list[mx.array], rows: slice, after: mx.array) -> mx.array:
+        some = arrays if len(slices) == 1 else [array[rows] for array in arrays]
+        some = [mx.depends(array, after) for array in some]
+        return mx.dequantize(*some, group_size=group_size, bits=bits, mode=mode).astype(x.dtype)  # (rows, in)
+
+    @mx.custom_function
+    def product(x: mx.array, *arrays: mx.array) -> mx.array:
+        # Depend on x: a checkpointed block's second pass has another x, and is not merged with the first. A further slice
+        # depends on the one before, so that they are not all dense at a time.
+        parts, before = [], x
+        for rows in slices:
+            before = x @ dense(list(arrays), rows, before).T
+            parts.append(before)
+        return before if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+
+    @product.vjp
+    def product_vjp(primals, cotangent, _):
+        _, *arrays = primals
+        # Depend on the cotangent: otherwise compiling would merge this dequantization with the forward pass's, and keep
+        # every layer's dense weight until the backward pass.
+        first, *further = slices
+        part = cotangent[..., first] if further else cotangent
+        total = part @ dense(arrays, first, cotangent)
+        for rows in further:
+            total = total + cotangent[..., rows] @ dense(arrays, rows, total)
+        return (total, *(mx.zeros_like(array) for array in arrays))
+
+    return product(x, *packed)
+
+
+def dequantized_gather_mm(
+    x: mx.array, packed: list[mx.array], indices: mx.array, *, group_size: int, bits: int, mode: str
+) -> mx.array:
+    """Return each row of x times its expert's dequantized weight, and keep no dense weight for the backward pass.
+
+    All experts are dequantized at once: rows are sorted on the device, so the host does not know which are used.
+
+    Args:
+        x: (N, M, in), float.
+        packed: as in `dequantized_matmul`, each with the experts first.
+        indices: (N,), the expert of each, ascending.
+        group_size, bits, mode: as given to mx.quantize.
+
+    Returns:
+        (N, M, out), in x's dtype; differentiable in x, the packed arrays get zero cotangents.
+    """
+
+    def dense(arrays: list[mx.array]) -> mx.array:
+        return mx.dequantize(*arrays, group_size=group_size, bits=bits, mode=mode).astype(x.dtype)  # (E, out, in)
+
+    @mx.custom_function
+    def product(x: mx.array, indices: mx.array, *arrays: mx.array) -> mx.array:
+        transposed = dense([mx.depends(array, x) for array in arrays]).swapaxes(-1, -2)  # see `dequantized_matmul`
+        return mx.gather_mm(x, transposed, rhs_indices=indices, sorted_indices=True)
+
+    @product.vjp
+    def product_vjp(primals, cotangent, _):
+        _, indices, *arrays = primals
+        again = dense([mx.depends(array, cotangent) for array in arrays])  # see `dequantized_matmul`
+        d = mx.gather_mm(cotangent, again, rhs_indices=indices, sorted_indices=True)
+        return (d, mx.zeros_like(indices), *(mx.zeros_like(array) for array in arrays))
+
+    return product(x, indices, *packed)
+
+
+def packed_arrays(layer: nn.Module) -> list[mx.array]:
+    """Return a quantized layer's `[weight, scales]`, with `biases` in the affine mode."""
+    arrays = [layer["weight"], layer["scales"]]
+    return arrays if layer.get("biases") is None else [*arrays, layer["biases"]]
+
+
+def _many_rows(layer: nn.Module, x: mx.array) -> bool:
+    return math.prod(x.shape[:-1]) >= layer.dense_from_rows
+
+
+class MeasuredQuantizedLinear(nn.QuantizedLinear):
+    """A QuantizedLinear that uses the dense path for at least `dense_from_rows` rows."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if DENSE in self:
+            y = x @ self[DENSE].T
+            return y + self["bias"] if "bias" in self else y
+        if not _many_rows(self, x):
+            return super().__call__(x)
+        y = dequantized_matmul(x, packed_arrays(self), group_size=self.group_size, bits=self.bits, mode=self.mode)
+        return y + self["bias"] if "bias" in self else y
+
+
+class MeasuredQuantizedEmbedding(nn.QuantizedEmbedding):
+    """A QuantizedEmbedding whose tied head uses the dense path for at least `dense_from_rows` rows."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        if DENSE in self:
+            return x @ self[DENSE].T
+        if not _many_rows(self, x):
+            return super().as_linear(x)
+        return dequantized_matmul(x, packed_arrays(self), group_size=self.group_size, bits=self.bits, mode=self.mode)
+
+
+class MeasuredQuantizedSwitchLinear(QuantizedSwitchLinear):
+    """Quantized experts that use the dense path if each has at least `dense_from_rows` rows on average.
+
+    This requires sorted rows; mlx-lm sorts them if there are many. The bound is that of a plain product.
+    """
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        many = math.prod(x.shape[:-1]) >= self.dense_from_rows * self.num_experts
+        has_product = x.dtype == mx.float32 or device.multiplies_16_bit_experts()
+        few_bytes = self._dense_bytes(x.dtype) <= dense_experts_bytes()
+        if not (sorted_indices and many and has_product and few_bytes):
+            return super().__call__(x, indices, sorted_indices=sorted_indices)
+        layout = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        y = dequantized_gather_mm(x, packed_arrays(self), indices, **layout)
+        return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
+
+    def _dense_bytes(self, dtype: mx.Dtype) -> int:
+        return self.num_experts * self.output_dims * self.input_dims * dtype.size
+
+
+MEASURED = {
+    nn.QuantizedLinear: MeasuredQuantizedLinear,
+    nn.QuantizedEmbedding: MeasuredQuantizedEmbedding,
+    QuantizedSwitchLinear: MeasuredQuantizedSwitchLinear,
+}
+FORCED_FROM_ROWS = {"packed": device.NEVER, "dense": 1}
+
+
+@dataclass(frozen=True)
+class MatmulPaths:
+    """Which product a model's quantized layers use.
+
+    Attributes:
+        path: `auto`, `packed` or `dense`, as asked for.
+        dense_from_rows: kind of weight (`4-bit/64 affine`) -> the numbers of rows from which its layers, of all shape
+            classes, use the dense product; device.NEVER: they never do.
+        others: type -> count of other quantized layers, which always use the packed product.
+    """
+
+    path: str
+    dense_from_rows: dict[str, set[int]]
+    others: dict[str, int]
+
+    def describe(self) -> list[str]:
+        """Return a line for each kind of weight, for the run header."""
+        if self.path != "auto":
+            lines = [f"{kind}: {self.path} product, forced" for kind in self.dense_from_rows]
+        else:
+            lines = [f"{kind}: {_describe_rows(rows)}" for kind, rows in self.dense_from_rows.items()]
+        if self.path == "dense":
+            lines += [
+                f"{count} {name} layers: packed product, the only one for them" for name, count in self.others.items()
+            ]
+        return lines
+
+
+def _describe_rows(rows: set[int]) -> str:
+    found = sorted(rows - {device.NEVER})
+    if not found:
+        return "packed product"
+    span = f"{found[0]}" if len(found) == 1 else f"{found[0]}-{found[-1]}"
+    return f"dense product from {span} rows" + (", depending on the shape" if len(rows) > 1 else "")
+
+
+def has_two_ways(layer: nn.Module) -> bool:
+    """Return whether a layer's product can be computed both ways."""
+    # Experts with scales of their own (nvfp4) only run on a GPU, packed.
+    return type(layer) in (*MEASURED, *MEASURED.values()) and "global_scale" not in layer
+
+
+def use_measured_matmul(model: nn.Module, path: str = "auto") -> MatmulPaths:
+    """Make every quantized layer of `model` use the faster of the two paths for each row count, or a forced one.
+
+    Only the class of each layer's instance changes, so names and parameters stay, and so do other models in this process.
+
+    Args:
+        model: an mlx-lm model.
+        path: `packed` or `dense` to force that product for every row count; `auto` for the faster one.
+
+    Raises:
+        InputError: a path is forced on a model that has no quantized layer with both paths.
+    """
+    dense_from_rows: dict[str, set[int]] = {}
+    others: Counter[str] = Counter()
+    known: dict[tuple, int] = {}  # a model has many layers of a few kinds, and each lookup reads a file
+    for _, layer in model.named_modules():
+        if not has_two_ways(layer):
+            others.update([type(layer).__name__] if "scales" in layer else [])
+            continue
+        shape = layer.weight.shape[-2], layer.weight.shape[-1] * 32 // layer.bits
+        kind = (device.shape_class(shape), layer.bits, layer.group_size, layer.mode, layer.scales.dtype)
+        if kind not in known:
+            known[kind] = FORCED_FROM_ROWS.get(path) or device.dense_matmul_from_rows(*kind)
+        layer.dense_from_rows = known[kind]
+        layer.__class__ = MEASURED.get(type(layer), type(layer))
+        dense_from_rows.setdefault(f"{layer.bits}-bit/{layer.group_size} {layer.mode}", set()).add(known[kind])
+    if path != "auto" and not dense_from_rows:
+        raise InputError(
+            f"--quantized-matmul {path}: the model has no quantized linear layer; give a quantized model, or leave --quantized-matmul out"
+        )
+    return MatmulPaths(path, dense_from_rows, dict(others))

@@ -1,0 +1,555 @@
+"""Does ours agree with the model's own? Which variant of loss, kernels, compile works.
+
+Remember which checks of a model passed on this machine, so that its second run does not compute them again.
+
+A check is named by all that its result depends on: processor, BLAS and mlx; the source of this package and of the model's
+architecture; the model's configuration, fingerprint, types, shapes and dtypes, and what of it is trained; and what was
+compared. If anything of that changes, it is another check. Only passed checks are remembered: one that failed is repeated.
+
+Check whether two computations agree on a model: in each token's loss, and in the gradient of its parameters.
+
+A summed loss alone would hide errors that cancel, and those of the backward pass.
+
+Shapes: P positions.
+
+Differentiate a few tokens before the run, to see whether a model can be trained, and with which of our kernels.
+
+mlx-lm's models are third-party code that was written for generation. Some compute values while they are traced, some
+have kernels without a gradient. Features that fail here are switched off one by one, which the run's header reports; a
+model for which nothing works is refused before the run begins.
+
+The graph is only built, not computed: both faults show there, in a fifth of the time. The checks of its values
+(losses.py) have already computed the forward pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_lora.adapters.base import Dropout
+from mlx_lora.kernels.attention import AttentionCall
+from mlx_lora.kernels.choose import AUTO, OURS, KernelChoice
+from mlx_lora.kernels.measure import MLX, left_unchanged, may_measure, read_store, write_store
+from mlx_lora.kernels.table import Choose, assumed, has_recurrence, training_kernels
+from mlx_lora.losses.cross_entropy import (
+    PLAIN,
+    PLAIN_LOGITS,
+    ROWS,
+    TILES,
+    Arrays,
+    Loss,
+    choose_kernel,
+    head_loss,
+    loss_figures,
+    loss_kernels,
+    plain,
+)
+from mlx_lora.models.folder import FOREIGN_ERRORS, base_fingerprint, is_foreign, short
+from mlx_lora.models.head import Head, find_head, with_last_block
+from mlx_lora.models.load import embedding_rows
+from mlx_lora.models.meta import few_blocks
+from mlx_lora.models.prefix_attention import shared_caches
+from mlx_lora.parallel.sharded_base import is_shared, unshareable_words
+from mlx_lora.parallel.strategy import called_together
+from mlx_lora.parallel.tensor import wire_of
+from mlx_lora.planner.machine import loss_tile_bytes
+from mlx_lora.planner.memory import CHECK_TOKENS, LOSS_TOKENS, RECURRENT_CHECK_TOKENS
+from mlx_lora.trainer.step import compiled_over, differentiation
+from mlx_lora.utils import device
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.progress import long_task
+
+STORE = "passed_checks"
+MOST = 500  # checks that are remembered, the latest ones
+
+
+def check_name(model: nn.Module, config: dict[str, Any], *compared: Any) -> str:
+    """Return the name of a check, 32 hex digits; empty if it may not be left out.
+
+    Nothing is left out if nothing is measured (MLX_LORA_MEASURE_KERNELS=0), or if ranks call the model together: one of them
+    would wait for another that remembers.
+
+    Args:
+        model: as it is checked, with its adapters.
+        config: its config.json.
+        compared: what else the result depends on; anything with a `repr` that is the same in every process.
+    """
+    if not may_measure() or called_together(model):
+        return ""
+    settings = [
+        (path, type(module).__qualname__, sorted((k, v) for k, v in vars(module).items() if _is_setting(v)))
+        for path, module in model.named_modules()
+    ]
+    arrays = [(name, p.shape, str(p.dtype)) for name, p in tree_flatten(model.parameters())]
+    trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    modules = {type(module).__module__ for module in model.modules()}
+    sources = sorted((name, _source_sum(Path(sys.modules[name].__file__ or ""))) for name in modules)
+    facts = (
+        device.measured_on(),
+        device.compiles(),
+        version("mlx-lm"),
+        _package_sum(),
+        sources,
+        json.dumps(config, sort_keys=True, default=str),
+        base_fingerprint(model, config),
+        settings,
+        arrays,
+        trained,
+        compared,
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+
+def has_passed(name: str) -> bool:
+    """Return whether a check has passed before; never if its name is empty."""
+    return bool(name) and name in read_store(STORE)
+
+
+def keep_passed(name: str, words: str) -> None:
+    """Remember that a check passed.
+
+    Args:
+        name: of the check; empty: it is not remembered.
+        words: what was checked, for people who read the file.
+    """
+    if name:
+        known = {**read_store(STORE), name: words}
+        write_store(STORE, dict([*known.items()][-MOST:]))
+
+
+def _is_setting(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, mx.Dtype))
+
+
+@cache
+def _package_sum() -> int:
+    """Return a check sum of this package's source: its version alone does not change with each change of it."""
+    package = Path(__file__).parents[1]
+    total = 0
+    for path in sorted(package.rglob("*.py")):
+        total = zlib.crc32(path.read_bytes(), total)
+    return total
+
+
+@cache
+def _source_sum(path: Path) -> int:
+    return zlib.crc32(path.read_bytes()) if path.is_file() else 0
+
+
+# The most by which two correct results may differ: float32 sums in another order, or logits near ten rounded to 16 bits.
+LOSS_TOLERANCE, HALVES_LOSS_TOLERANCE = 1e-4, 1e-1
+GRADIENT_TOLERANCE, HALVES_GRADIENT_TOLERANCE = 1e-3, 1e-1
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The results of one computation.
+
+    Attributes:
+        losses: (P,) float32.
+        gradients: by parameter; empty if nothing is trained.
+    """
+
+    losses: mx.array
+    gradients: dict[str, mx.array]
+
+
+def probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], gradient: bool = True) -> Probe:
+    """Return the losses and, if anything is trained, the gradient of their sum, without dropout.
+
+    If the model's own code has no gradient, only losses are returned; trial.py decides whether the model trains.
+
+    Args:
+        model: is not changed.
+        token_losses: takes the model and returns (P,).
+        gradient: whether to compute the gradient.
+    """
+    if gradient and tree_flatten(model.trainable_parameters()):
+        try:
+            return _probe(model, token_losses, trains=True)
+        except FOREIGN_ERRORS as error:
+            if not is_foreign(error):
+                raise
+    return _probe(model, token_losses, trains=False)
+
+
+def _probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], trains: bool) -> Probe:
+    training = model.training
+    # In training mode for a gradient, because some models otherwise run a kernel without one.
+    model.train(trains)
+    for module in model.modules():
+        if isinstance(module, (nn.Dropout, Dropout)):
+            module.eval()
+
+    def total(model: nn.Module) -> tuple[mx.array, mx.array]:
+        losses = token_losses(model)
+        return losses.sum(), losses
+
+    gradients: dict[str, mx.array] = {}
+    try:
+        with left_unchanged(model):
+            if trains:
+                (_, losses), tree = nn.value_and_grad(model, total)(model)
+                gradients = dict(tree_flatten(tree))
+            else:
+                _, losses = total(model)
+            mx.eval(losses)  # separately, so that a quantized head is not dequantized for both at a time
+            mx.eval(gradients)
+    finally:
+        model.train(training)
+    return Probe(losses, gradients)
+
+
+def has_halves(model: nn.Module) -> bool:
+    """Tell whether anything in the model has 16 bits."""
+    return any(p.dtype in (mx.bfloat16, mx.float16) for _, p in tree_flatten(model.parameters()))
+
+
+def disagreement(model: nn.Module, expected: Probe, found: Probe) -> str | None:
+    """Return in a few words how `found` differs from `expected`, None if only by rounding.
+
+    Args:
+        model: its dtype decides the size of rounding.
+        expected, found: results for the same tokens.
+    """
+    halves = has_halves(model)
+    count = len(expected.losses)
+    # Relative to the mean loss, because a token that the model is sure of has nearly no loss.
+    size = mx.maximum(mx.abs(expected.losses).mean(), 1e-6)
+    apart = (mx.abs(found.losses - expected.losses).max() / size).item()
+    if not apart <= (HALVES_LOSS_TOLERANCE if halves else LOSS_TOLERANCE):  # NaN too
+        return f"differs by {apart:.1e} in the worst of {count} tokens' losses"
+    if not expected.gradients:
+        return None
+    if not found.gradients:
+        return "has no gradient on this model"
+    # RecurrentGemma's own gradients are NaN in 16 bits, ours are not; such gradients are not compared.
+    squares = [
+        mx.where(
+            mx.isfinite(one).all(), mx.stack([mx.square(found.gradients[name] - one).sum(), mx.square(one).sum()]), 0
+        )
+        for name, one in expected.gradients.items()
+    ]
+    difference, whole = mx.sqrt(mx.stack(squares).sum(axis=0)).tolist()
+    apart = difference / max(whole, 1e-12)
+    if not apart <= (HALVES_GRADIENT_TOLERANCE if halves else GRADIENT_TOLERANCE):
+        return f"differs by {apart:.1e} in the gradient of {count} tokens"
+    return None
+
+
+# What a check is called while it runs.
+CHECKING_LOSS = "Checking that the faster loss gives the model's own numbers"
+CHECKING_KERNELS = "Checking that the faster kernels give the model's own numbers"
+
+
+def choose_loss(
+    model: nn.Module,
+    config: dict[str, Any],
+    asked: str = AUTO,
+    say: Callable[[str], None] | None = None,
+    whole_because: str = "",
+) -> Loss:
+    """Return the fastest loss that agrees with the plain loss on this model, or the plain loss if none does.
+
+    Args:
+        model: the model to train, with its adapters, or one to measure.
+        config: its config.json.
+        asked: --kernels; `mlx` is the model's own logits.
+        say: called with one line before something is measured; None: nothing is measured, and our kernel is used
+            if there are no measurements.
+        whole_because: why the whole last block is computed although the model may allow less; empty: no reason.
+
+    Raises:
+        InputError: the model's own forward pass fails.
+    """
+    if asked == MLX:
+        return plain(f"plain cross-entropy (--kernels {MLX})")
+    if called_together(model):  # what one rank measures, another might not
+        asked = OURS
+    if is_shared(model):
+        whole_because = whole_because or "it gets its weights in whole"
+    head = find_head(model, config)
+    if isinstance(head, str):
+        return plain(f"plain cross-entropy ({head})")
+    figures = None if asked == OURS else loss_figures(head, _dtype(model), say)
+    kernel = choose_kernel(figures)
+    if kernel == PLAIN_LOGITS:
+        return plain("plain cross-entropy (measured)")
+    # A head that ranks share is at hand a slice at a time, which whole rows of logits cannot use.
+    others = [other for other in loss_kernels() if other != kernel and not (other == ROWS and len(head.parts()) > 1)]
+    part, whole_because = (head, whole_because) if whole_because else with_last_block(head, model)
+    first = head_loss(part, kernel, loss_tile_bytes(), whole_because, wire_of(model))
+    check = check_name(model, config, "loss", first.description)
+    if has_passed(check):
+        return first
+    # Two passes over one block of each kind, unless the first candidate is wrong.
+    with long_task(CHECKING_LOSS, 2, "computations", say) as task, _few_blocks(model):
+        expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary, LOSS_TOKENS), []
+        task.advance()
+        for name in (kernel, *others):
+            for one in [head] if part is head else [part, head]:
+                loss = head_loss(one, name, loss_tile_bytes(), whole_because, wire_of(model))
+                problem = _problem(model, expected, loss, head.vocabulary, tokens=LOSS_TOKENS)
+                if problem is None:
+                    keep_passed(check if loss.description == first.description else "", loss.description)
+                    return loss
+                whole_because = whole_because or f"less {problem}"
+            reasons.append(f"{'fused' if name == TILES else name} {problem}")
+    return plain(f"plain cross-entropy ({'; '.join(reasons)})")
+
+
+def _few_blocks(model: nn.Module) -> AbstractContextManager:
+    """Check one block of each kind; where ranks call the model together, all."""
+    return nullcontext() if called_together(model) else few_blocks(model, CHECK_TOKENS)
+
+
+def _dtype(model: nn.Module) -> mx.Dtype:
+    """Return the dtype of most of a model's numbers, which is that of its activations."""
+    sizes: Counter[mx.Dtype] = Counter()
+    for _, p in tree_flatten(model.parameters()):
+        if mx.issubdtype(p.dtype, mx.floating):
+            sizes[p.dtype] += p.size
+    return sizes.most_common(1)[0][0]
+
+
+def check_kernels(
+    model: nn.Module,
+    config: dict[str, Any],
+    loss: Loss,
+    choice: KernelChoice,
+    say: Callable[[str], None] | None = None,
+) -> tuple[KernelChoice | None, str]:
+    """Return the kernels if the model's results with them agree with its own, else None; and a text for the header.
+
+    Args:
+        model: the model to train, with its adapters.
+        config: its config.json.
+        loss: the loss that was chosen for the model.
+        choice: the kernels that were chosen for the model.
+        say: takes a line if it takes long.
+    """
+    if choice.asked == MLX:
+        return None, f"the model's own kernels (--kernels {MLX})"
+    head = find_head(model, config)
+    vocabulary = config.get("vocab_size", 256) if isinstance(head, str) else head.vocabulary
+    expected, variants = None, choice.variants()
+    for variant in variants:
+        with training_kernels(model, choose=variant) as exchanged:
+            if not exchanged:
+                return None, "the model's own kernels"
+    of_blocks = loss
+    if loss.kernel != PLAIN_LOGITS and not isinstance(head, str):  # no kernel of a block changes what the head does
+        last = with_last_block(head, model)[0] if loss.part_of_last else head
+        of_blocks = replace(loss, tokens=partial(_along_a_direction, last))
+    check = check_name(model, config, "kernels", loss.description, sorted(choice.classes.items()))
+    if not has_passed(check):
+        with long_task(CHECKING_KERNELS, 1 + len(variants), "computations", say) as task, _few_blocks(model):
+            for variant in variants:
+                expected = expected or _own_probe(model, config, of_blocks, vocabulary)
+                task.advance()
+                problem = _problem(model, expected, of_blocks, vocabulary, variant)
+                if problem:
+                    names = " and ".join(variant.names()) or "ours"
+                    return None, f"the model's own kernels ({names} {problem})"
+        keep_passed(check, f"{config.get('model_type')}: {', '.join(choice.names())}")
+    others = [name for name in exchanged if name not in {kernel for kernel, _ in choice.classes}]
+    return choice, "; ".join([*choice.describe(), *(f"ours for {name}" for name in others)])
+
+
+def _along_a_direction(head: Head, model: nn.Module, *batch: mx.array) -> mx.array:
+    """Return the hidden state of each position along one random direction, (P,): a large vocabulary would take seconds."""
+    inputs, _targets, _mask, positions, weights, *starts = batch
+    hidden = head.hidden_at(positions, inputs, **shared_caches(model, inputs, *starts)).astype(mx.float32)  # (P, D)
+    return hidden @ mx.random.normal(hidden.shape[-1:], key=mx.random.key(1)) * weights
+
+
+def _own_probe(
+    model: nn.Module, config: dict[str, Any], loss: Loss, vocabulary: int, tokens: int = CHECK_TOKENS
+) -> Probe:
+    """Try a loss with the model's own kernels.
+
+    Raises:
+        InputError: the model's own forward pass fails, or has no weights where ranks share them.
+    """
+    try:
+        found = _probe_loss(model, loss, vocabulary, has_recurrence(model), tokens)
+    except FOREIGN_ERRORS as error:
+        if not is_foreign(error):
+            raise
+        raise InputError(
+            f"mlx-lm's {config.get('model_type')}: its forward pass fails here ({short(error, 200)}); {way_out(model)}"
+        ) from error
+    if is_shared(model) and not mx.isfinite(found.losses).all().item():
+        raise InputError(unshareable_words(config))
+    return found
+
+
+def _problem(
+    model: nn.Module,
+    expected: Probe,
+    loss: Loss,
+    vocabulary: int,
+    choose: KernelChoice | None = None,
+    tokens: int = CHECK_TOKENS,
+) -> str | None:
+    """Return in a few words what is wrong with a loss, or with the kernels below it, on this model; None: nothing."""
+    recurrent = has_recurrence(model)  # must look at the model's own functions, before ours replace them
+    try:
+        with nullcontext() if choose is None else training_kernels(model, choose=choose):
+            found = _probe_loss(model, loss, vocabulary, recurrent, tokens)
+    except FOREIGN_ERRORS as error:
+        if not is_foreign(error):
+            raise
+        return f"fails on this model: {short(error, 100)}"
+    return disagreement(model, expected, found)
+
+
+def _probe_loss(model: nn.Module, loss: Loss, vocabulary: int, recurrent: bool, tokens: int) -> Probe:
+    """Try a loss on some tokens.
+
+    mlx-lm differentiates a recurrence token by token and keeps several states of each, which takes gigabytes for a whole
+    model. For such a model, the gradient covers only RECURRENT_CHECK_TOKENS, and the longer row only a forward pass.
+    """
+
+    def on(tokens: int, gradient: bool) -> Probe:
+        batch = check_arrays(vocabulary, tokens)
+        return probe(model, lambda model: loss.tokens(model, *batch), gradient)
+
+    if not recurrent:
+        return on(tokens, True)
+    long, short_row = on(tokens, False), on(RECURRENT_CHECK_TOKENS, True)
+    return Probe(mx.concatenate([long.losses, short_row.losses]), short_row.gradients)
+
+
+def check_arrays(vocabulary: int, tokens: int) -> Arrays:
+    """Return one row with this many random tokens, the same ones in every call, three in four of them trained."""
+    ids = mx.random.randint(0, vocabulary, (1, tokens + 1), key=mx.random.key(0))
+    trained = np.arange(tokens) % 4 != 0  # not all, or a last block that leaves out the others would not be tried
+    positions = np.flatnonzero(trained).astype(np.int32)
+    return Arrays(ids[:, :-1], ids[:, 1:], mx.array(trained[None]), mx.array(positions), mx.ones((len(positions),)))
+
+
+def way_out(model: nn.Module) -> str:
+    """Return advice about a model that fails; float32 may help, because mlx lacks a few 16-bit products on a CPU."""
+    if has_halves(model) and not device.multiplies_16_bit_experts():
+        return "give --dtype float32, or choose another model"
+    return "choose another model"
+
+
+TRIAL_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class StepVariant:
+    """The loss and kernels that a step computes with.
+
+    Attributes:
+        loss: fused or plain.
+        attend: our attention, None for the model's own kernels.
+        choose: says which kernels are used, by shape.
+        compiled: whether loss and gradient are compiled.
+        notes: for the run header, about features that had to be switched off.
+    """
+
+    loss: Loss
+    attend: AttentionCall | None
+    choose: Choose = assumed
+    compiled: bool = True
+    notes: tuple[str, ...] = ()
+
+
+def choose_step_variant(
+    model: nn.Module,
+    config: dict[str, Any],
+    loss: Loss,
+    attend: AttentionCall | None,
+    name: str,
+    choose: Choose = assumed,
+    compiles: bool = True,
+) -> StepVariant:
+    """Return the fastest variant of the step that this model can be differentiated with.
+
+    Args:
+        model: the model to train, with adapters and checkpointing; it is not changed.
+        config: its config.json.
+        loss, attend: the ones that were chosen for it.
+        name: of the model, for the error.
+        choose: says which kernels are used, by shape.
+        compiles: whether the step may be compiled.
+
+    Raises:
+        InputError: it cannot be differentiated.
+    """
+    batch = check_arrays(embedding_rows(model, config) or 256, TRIAL_TOKENS)
+    problems: list[Exception] = []
+    for variant in _variants(loss, attend, choose, (True, False) if compiles else (False,)):
+        problem = _problem_of(model, variant, batch)
+        if problem is None:
+            return replace(variant, notes=(_note(variant, loss, attend, problems[0]),)) if problems else variant
+        problems.append(problem)
+    raise InputError(
+        f"--model {name}: mlx-lm's {config.get('model_type')} cannot be trained here ({short(problems[-1], 200)}); "
+        f"{way_out(model)}"
+    ) from problems[-1]
+
+
+def _variants(
+    loss: Loss, attend: AttentionCall | None, choose: Choose, compiles: tuple[bool, ...]
+) -> Iterator[StepVariant]:
+    """Yield the variants of a step, the fastest first."""
+    kernels = [attend] if attend is None else [attend, None]
+    choices = [(loss, own) for own in kernels]
+    if loss.train is not PLAIN.train:
+        choices.append((PLAIN, None))
+    yield from (StepVariant(*choice, choose, compiled) for choice in choices for compiled in compiles)
+
+
+def _note(variant: StepVariant, loss: Loss, attend: AttentionCall | None, problem: Exception) -> str:
+    """Return a note for the header: the features that a variant does without, and the error that is the reason."""
+    without = [
+        words
+        for words, missing in (
+            ("not compiled", not variant.compiled),
+            ("the model's own kernels instead of ours", variant.attend is not attend),
+            ("plain instead of fused loss", variant.loss is not loss),
+        )
+        if missing
+    ]
+    return f"{', '.join(without)}, since that fails on this model ({short(problem, 160)})"
+
+
+def _problem_of(model: nn.Module, variant: StepVariant, batch: Arrays) -> Exception | None:
+    """Differentiate the batch and return the error of foreign code, if any. The model is not changed."""
+    arrays = [(name, value) for name, value in tree_flatten(model.state) if isinstance(value, mx.array)]
+    high, low = mx.random.state[0].tolist()
+    training = model.training
+    model.train()
+    step = differentiation(model, variant.loss.train, variant.attend, variant.choose)
+    try:
+        (compiled_over(model, step) if variant.compiled else step)(*batch)
+    except FOREIGN_ERRORS as error:
+        if not is_foreign(error):
+            raise
+        return error
+    finally:
+        # A trace that fails leaves placeholder arrays in the model.
+        model.update(tree_unflatten(arrays))
+        mx.random.seed(high << 32 | low)
+        model.train(training)
+    return None

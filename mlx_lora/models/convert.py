@@ -1,0 +1,512 @@
+"""GGUF or HF folder to MLX folder, kept in the cache; what it cost.
+
+Convert a model, from GGUF or from a Hugging Face folder, into a folder that mlx-lm loads.
+
+    source, target -> weights, config, tokenizer in a temporary folder -> out
+
+By default, GGUF blocks are carried over as they are, and a Hugging Face model is quantized to 4 bits.
+
+Measure how well a model predicts a text, to show what a conversion cost.
+
+Measure what a conversion cost: the perplexity of the float source and of the result on a text.
+
+Find the folder that a model is loaded from: its own, or one in the cache that it is converted into the first time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.gguf.arch import model_config, weight_map
+from mlx_lora.gguf.reader import read_gguf
+from mlx_lora.gguf.tokenizer import write_tokenizer
+from mlx_lora.gguf.weights import Imported, Target, check_shapes, import_weights
+from mlx_lora.kernels.quantized_matmul import use_measured_matmul
+from mlx_lora.models.config import check_rotation, translate_config
+from mlx_lora.models.folder import (
+    FOREIGN_ERRORS,
+    ShardWriter,
+    check_out,
+    complete_module,
+    fused_mark,
+    import_architecture,
+    load_weights,
+    read_config,
+    write_json,
+)
+from mlx_lora.models.quantize import Quantization, choose_quantization, dequantize_model, quantize_model
+from mlx_lora.models.tokenizer import load_folder_tokenizer, write_tokenizer_from_spm
+from mlx_lora.utils import device
+from mlx_lora.utils.cache import cache_dir
+from mlx_lora.utils.console import echo
+from mlx_lora.utils.device import compute_dtype
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import check_writable, one_at_a_time, replacing_folder, sha256_of
+from mlx_lora.utils.hub import ModelSource
+from mlx_lora.utils.progress import tracked
+from mlx_lora.utils.text import format_duration
+
+# The files beside weights and config that belong to a model folder: tokenizer, templates, license.
+_SIDE_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "chat_template*", "*.jinja", "*.tiktoken", "generation_config.json", "LICENSE*", "NOTICE*", "*.py",
+)  # fmt: skip
+# mlx-lm's architectures whose `sanitize` removes the head if the weights hold none.
+TIED_BY_WEIGHTS = ("gemma3_text", "recurrent_gemma")
+
+
+@dataclass
+class Conversion:
+    """The result of a conversion.
+
+    Attributes:
+        model_type: mlx-lm's.
+        lossless, requantized, floats: how many tensors (layers, for a Hugging Face source) were treated in each way.
+        errors: source type -> relative error of each tensor that was quantized again.
+        skipped: layers left in float because their width does not divide into groups.
+        size_bytes: of all tensors written.
+        n_values: the number of weights, counted before packing.
+        elapsed_s: wall-clock time.
+    """
+
+    model_type: str
+    lossless: int = 0
+    requantized: int = 0
+    floats: int = 0
+    errors: dict[str, list[float]] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    size_bytes: int = 0
+    n_values: int = 0
+    elapsed_s: float = 0.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, scales included."""
+        return 8 * self.size_bytes / self.n_values
+
+    def summary(self) -> dict[str, Any]:
+        """Return the fields for JSON output, with errors as count, mean and maximum per source type."""
+        plain = dataclasses.asdict(self) | {"bits_per_weight": round(self.bits_per_weight, 3)}
+        plain["errors"] = {
+            kind: {"tensors": len(values), "mean": sum(values) / len(values), "max": max(values)}
+            for kind, values in self.errors.items()
+        }
+        return plain
+
+
+def convert_model(
+    source: ModelSource,
+    out: Path,
+    *,
+    target: Target | None = None,
+    dtype: mx.Dtype = mx.float32,
+    force: bool = False,
+    measure: bool = False,
+    trust_remote_code: bool = False,
+) -> Conversion:
+    """Write `source` as a model folder; an error leaves nothing half-written.
+
+    Args:
+        source: from `resolve_model`.
+        out: the folder to make.
+        target: how to store the weights; None: a GGUF file's own blocks, else 4 bits in groups of 64.
+        dtype: of float weights, norms, scales and biases.
+        force: replace an existing model folder.
+        measure: compute quantization errors for a Hugging Face source too (reads all weights into memory).
+        trust_remote_code: let a Hugging Face folder run its own model code.
+
+    Raises:
+        InputError: the source cannot be used, or `out` must not be written.
+        RunError: writing failed.
+    """
+    out, start = out.resolve(), time.perf_counter()
+    if target is None and source.kind == "gguf":
+        target = "carry"
+    check_out(out, force=force)
+    check_writable(out, "--out", _least_bytes(source, target))
+    if source.path.resolve().is_relative_to(out):
+        raise InputError(f"--out {out}: contains the source {source.path}; give another folder")
+    if target == "carry" and source.kind != "gguf":
+        raise InputError(f"{source.path}: only the blocks of a GGUF file can be kept; give --bits or --no-quantize")
+    with replacing_folder(out) as folder:
+        if source.kind == "gguf":
+            conversion = _convert_gguf(source, folder, target or "carry", dtype)
+        else:
+            conversion = _convert_folder(source, folder, target, dtype, measure, trust_remote_code)
+        load_weights(folder, trust_remote_code)  # check that mlx-lm can load it before it appears at `out`
+    conversion.elapsed_s = time.perf_counter() - start
+    return conversion
+
+
+def _least_bytes(source: ModelSource, target: Target | None) -> int:
+    """Return a lower bound of the bytes to write, from file sizes; a float source has at most 32 bits per weight."""
+    files = [source.path] if source.path.is_file() else source.path.glob("*.safetensors")
+    size = sum(file.stat().st_size for file in files)
+    bits = target.bits if isinstance(target, Quantization) else 4 if target is None else 32
+    return size * bits // 32 if source.kind == "folder" or isinstance(target, Quantization) else size
+
+
+def load_float_model(source: ModelSource, dtype: mx.Dtype, trust_remote_code: bool = False) -> nn.Module:
+    """Return a source's model with float weights, as the reference that a conversion is compared with."""
+    if source.kind == "gguf":
+        file = read_gguf(source.path)
+        config = model_config(file)
+        model = build_model(config)
+        imported = import_weights(file.tensors, weight_map(file, config), "float", dtype)
+        model.load_weights([item for tensor in imported for item in tensor.parameters.items()])
+        return model
+    model, config = load_weights(source.path, trust_remote_code)
+    model, _ = dequantize_model(model, config)
+    cast_model(model, dtype)
+    return model
+
+
+def build_model(config: dict[str, Any], names: frozenset[str] | None = None) -> nn.Module:
+    """Return mlx-lm's model for a config; its parameters are not computed yet.
+
+    Args:
+        config: config.json.
+        names: of the stored tensors, if known; they show whether the model has a separate head.
+
+    Raises:
+        InputError: mlx-lm cannot build it.
+    """
+    import_architecture(config)
+    origin = f"model_type {config.get('model_type')}"
+    config = translate_config(config, origin)
+    try:
+        model_class, args_class = mlx_lm.utils._get_classes(config)
+        model = model_class(args_class.from_dict(config))
+    except FOREIGN_ERRORS as error:
+        raise InputError(f"{origin}: mlx-lm cannot build this model ({error}); choose another model") from error
+    complete_module(model)
+    check_rotation(model, config, origin)
+    _drop_tied_head(model, config, names)
+    return model
+
+
+def _drop_tied_head(model: nn.Module, config: dict[str, Any], names: frozenset[str] | None) -> None:
+    """Remove the head of the few families (TIED_BY_WEIGHTS) that mlx-lm always builds with one.
+
+    mlx-lm removes it when it loads weights without a head, so the stored names decide here too. If they are not known,
+    the config decides; its default is tied, as in transformers for these families.
+    """
+    owner = model.get("language_model", model)  # multimodal wrappers
+    if type(owner).__module__.rsplit(".", 1)[-1] not in TIED_BY_WEIGHTS or "lm_head" not in owner:
+        return
+    if names is not None:
+        tied = not any(name.endswith("lm_head.weight") for name in names)
+    else:
+        tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", True))
+    if tied:
+        owner.tie_word_embeddings = True
+        owner.pop("lm_head")
+
+
+def cast_model(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Cast float parameters, except those that the model's `cast_predicate` protects, as mlx-lm's converter does."""
+    may_cast = model.cast_predicate if hasattr(model, "cast_predicate") else lambda _: True
+    cast = [
+        (name, array.astype(dtype))
+        for name, array in tree_flatten(model.parameters())
+        if mx.issubdtype(array.dtype, mx.floating) and may_cast(name)
+    ]
+    model.update(tree_unflatten(cast))
+
+
+def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.Dtype) -> Conversion:
+    file = read_gguf(source.path)
+    config = model_config(file)
+    mappings = weight_map(file, config)
+    shapes = {name: array.shape for name, array in tree_flatten(build_model(config).parameters())}
+    check_shapes(str(file.path), file.tensors, mappings, shapes)
+    write_tokenizer(file.metadata, folder)
+    conversion, writer = Conversion(config["model_type"]), ShardWriter(folder)
+    quantizations: dict[str, Quantization] = {}
+    imported = import_weights(file.tensors, mappings, target, dtype)
+    for tensor in tracked(imported, "Converting", len(mappings), "tensors", echo):
+        writer.add(tensor.parameters)
+        mx.eval(tensor.parameters)
+        mapping = mappings[tensor.source]
+        could_pack = len(file.tensors[tensor.source].shape) > 1 and target != "float" and not mapping.exact
+        _count(conversion, tensor, could_pack)
+        if tensor.quantization is not None:
+            quantizations |= dict.fromkeys(mapping.layers, tensor.quantization)
+    conversion.size_bytes = writer.close()
+    config |= quantization_entries(quantizations)
+    config["torch_dtype"] = str(dtype).removeprefix("mlx.core.")
+    config["mlx_lora"] = _provenance(source, conversion, config) | {"sha256": sha256_of(source.path)}
+    write_json(folder / "config.json", config)
+    return conversion
+
+
+def _count(conversion: Conversion, tensor: Imported, could_pack: bool) -> None:
+    conversion.n_values += tensor.n_values
+    if tensor.quantization is None:
+        conversion.floats += 1
+        if could_pack and tensor.source_type not in ("F32", "F16", "BF16"):
+            conversion.skipped.append(tensor.source)
+    elif tensor.lossless:
+        conversion.lossless += 1
+    else:
+        conversion.requantized += 1
+        conversion.errors.setdefault(tensor.source_type, []).append(tensor.error)
+
+
+def quantization_entries(quantizations: dict[str, Quantization]) -> dict[str, Any]:
+    """Return config.json's `quantization`: the most common one, then that of each layer that differs."""
+    if not quantizations:
+        return {}
+    ((commonest, _),) = Counter(quantizations.values()).most_common(1)
+    entries = commonest.layout | {layer: own.layout for layer, own in quantizations.items() if own != commonest}
+    return {"quantization": entries, "quantization_config": entries}
+
+
+def _convert_folder(
+    source: ModelSource,
+    folder: Path,
+    target: Target | None,
+    dtype: mx.Dtype,
+    measure: bool,
+    trust_remote_code: bool,
+) -> Conversion:
+    model, config = load_weights(source.path, trust_remote_code)
+    if target is None:
+        if "quantization" in config or "quantization_config" in config:
+            choice = "give --bits to quantize it again, or --no-quantize to convert it to floats"
+            raise InputError(f"{source.path}: already quantized; {choice}")
+        target = Quantization(4, 64)
+    model, config = dequantize_model(model, config)
+    cast_model(model, dtype)
+    names = tree_flatten(model.parameters())
+    conversion = Conversion(config["model_type"], n_values=sum(array.size for _, array in names))
+    if isinstance(target, Quantization):
+        model, config, conversion.skipped, errors = quantize_model(model, config, target, measure=measure)
+        conversion.errors = {"float": list(errors.values())} if errors else {}
+    parameters = dict(tree_flatten(model.parameters()))
+    conversion.requantized = sum(name.endswith(".scales") for name in parameters)
+    conversion.floats = len(names) - conversion.requantized
+    writer = ShardWriter(folder)
+    del model, names
+    # One by one, so that the arrays of a written shard are freed; the work is done where an array is computed.
+    for name in tracked(list(parameters), "Converting", len(parameters), "tensors", echo):
+        mx.eval(parameters[name])
+        writer.add({name: parameters.pop(name)})
+    conversion.size_bytes = writer.close()
+    config["mlx_lora"] = _provenance(source, conversion, config)
+    mlx_lm.utils.save_config(config, folder / "config.json")
+    copy_side_files(source.path, folder)
+    return conversion
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Copy tokenizer, templates and license, and write a tokenizer.json if the source only has a SentencePiece model."""
+    for pattern in _SIDE_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)  # follows links, which the hub cache uses
+    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        write_tokenizer_from_spm(folder / "tokenizer.model", source, folder)
+
+
+def _provenance(source: ModelSource, conversion: Conversion, config: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json's `mlx_lora` entry, which records where the weights come from; mlx-lm ignores it."""
+    mark = fused_mark(config)
+    return {
+        **({"fused": mark} if mark else {}),
+        "source": source.model_id,
+        "revision": source.revision,
+        "carried": {
+            "lossless": conversion.lossless,
+            "requantized": conversion.requantized,
+            "float": conversion.floats,
+        },
+    }
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """The summed negative log-likelihood (nats) of `tokens` predicted tokens."""
+
+    loss_sum: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the mean loss."""
+        return math.exp(self.loss_sum / self.tokens)
+
+
+def measure_text_loss(model: nn.Module, ids: list[int], bos_id: int | None, window_tokens: int = 512) -> TextLoss:
+    """Return a text's loss, predicted window by window, each with an empty context.
+
+    Args:
+        model: an mlx-lm model.
+        ids: the text's tokens, without BOS; at least two.
+        bos_id: put before every window, so that its first token is predicted too; None: the first is not predicted.
+        window_tokens: tokens per window, BOS included.
+    """
+    loss_sum, tokens = 0.0, 0
+    step = window_tokens if bos_id is None else window_tokens - 1
+    for start in range(0, len(ids), step):
+        window = ids[start : start + step]
+        window = window if bos_id is None else [bos_id, *window]
+        if len(window) > 1:
+            loss_sum += -token_logprobs(model, window).sum().item()
+            tokens += len(window) - 1
+    return TextLoss(loss_sum, tokens)
+
+
+def token_logprobs(model: nn.Module, ids: list[int]) -> mx.array:
+    """Return (len(ids) - 1,) float32: the log-probability of each token but the first, given those before it."""
+    inputs = mx.array(ids)
+    logits = model(inputs[None, :-1])[0].astype(mx.float32)  # (T - 1, V)
+    chosen = mx.take_along_axis(logits, inputs[1:, None], axis=-1)[:, 0]
+    return chosen - mx.logsumexp(logits, axis=-1)
+
+
+REPORT_TOKENS = 2048
+
+
+def compare_on_text(source: ModelSource, out: Path, text: str, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Measure both models on the text's first REPORT_TOKENS tokens, with one model in memory at a time.
+
+    Both compute in this device's dtype, so that only their weights differ.
+
+    Args:
+        source: what was converted.
+        out: the converted folder, whose tokenizer splits the text.
+        text: at least two tokens.
+
+    Returns:
+        {"source": perplexity, "converted": perplexity, "tokens": how many were predicted}.
+
+    Raises:
+        InputError: the text is too short.
+    """
+    converted, config = load_weights(out, trust_remote_code)
+    ids, bos_id = _encode(load_folder_tokenizer(out, config, trust_remote_code), text)
+    cast_model(converted, compute_dtype())
+    use_measured_matmul(converted)
+    result = measure_text_loss(converted, ids, bos_id)
+    del converted
+    mx.clear_cache()
+    reference = measure_text_loss(load_float_model(source, compute_dtype(), trust_remote_code), ids, bos_id)
+    return {"source": reference.perplexity, "converted": result.perplexity, "tokens": result.tokens}
+
+
+def _encode(tokenizer: TokenizerWrapper, text: str) -> tuple[list[int], int | None]:
+    """Return a text's first tokens, and the id of the BOS that the tokenizer puts before texts; None if it puts none."""
+    ids = tokenizer.encode(text, add_special_tokens=False)[:REPORT_TOKENS]
+    if len(ids) < 2:
+        raise InputError(f"--report: the text has {len(ids)} tokens; give a longer one")
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+    return ids, tokenizer.bos_token_id if adds_bos else None
+
+
+# Part of the cache key of converted models: raise it when the same file would convert differently.
+_FORMAT = 1
+
+
+def folder_of(settings: ModelSettings, source: ModelSource, say: Callable[[str], None] = echo) -> Path:
+    """Return the folder to load a model from: its own, or one in the cache that it is converted into the first time.
+
+    Args:
+        settings: of the model.
+        source: what they name, from `resolve_model`.
+        say: takes a line before a model is quantized, and one after it.
+
+    Raises:
+        InputError: see `cached_quantized_folder` and `convert_model`.
+    """
+    if settings.bits is not None:
+        dtype = device.compute_dtype(settings.dtype)
+        return cached_quantized_folder(source, settings.bits, dtype, settings.trust_remote_code, say)
+    return cached_gguf_folder(source) if source.kind == "gguf" else source.path
+
+
+def cached_gguf_folder(source: ModelSource) -> Path:
+    """Return the cached folder that a GGUF file converts to; the first call converts it.
+
+    Blocks are carried over with float32 scales, so the folder does not depend on the compute dtype.
+    The cache key is the file's path, size and modification time.
+    """
+    stat = source.path.stat()
+    key = f"{_FORMAT}|{source.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    folder = cache_dir("converted") / f"{source.path.stem}-{sha256_of(key)[:12]}"
+    with one_at_a_time(folder):
+        if not (folder / "config.json").is_file():
+            check_writable(folder, f"MLX_LORA_CACHE: converting {source.path.name} into", stat.st_size)
+            convert_model(source, folder, target="carry")
+    return folder
+
+
+def cached_quantized_folder(
+    source: ModelSource,
+    bits: int,
+    dtype: mx.Dtype,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Return a model quantized at `bits`, as a folder in the cache; the first call converts it, as `convert --bits` does.
+
+    A folder that already has these bits is returned as it is.
+
+    Args:
+        source: from `resolve_model`.
+        bits: per weight, in groups of 64.
+        dtype: of what stays in float.
+        trust_remote_code: as for `convert_model`.
+        say: takes a line before the conversion, and one after it.
+
+    Raises:
+        InputError: MLX has no such bits, or the model is quantized at others.
+    """
+    target = choose_quantization(bits, None, None)
+    if source.kind == "folder" and has_bits(read_config(source.path, trust_remote_code), bits, source.model_id):
+        return source.path
+    files = sorted(source.path.glob("*.*")) if source.kind == "folder" else [source.path]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = sha256_of(f"{_FORMAT}|{source.path.resolve()}|{target}|{dtype}|{stats}")
+    folder = cache_dir("converted") / f"{source.model_id.rstrip('/').rpartition('/')[2]}-{bits}bit-{key[:12]}"
+    with one_at_a_time(folder):
+        if not (folder / "config.json").is_file():
+            say(f"Quantizing {source.model_id} to {bits} bits; this is done once, and kept in the cache")
+            made = convert_model(source, folder, target=target, dtype=dtype, trust_remote_code=trust_remote_code)
+            say(f"Quantized: {made.size_bytes / 1e6:.0f} MB, {format_duration(made.elapsed_s)}")
+    return folder
+
+
+def has_bits(config: dict[str, Any], bits: int, model_id: str) -> bool:
+    """Return whether a model folder is quantized at these bits already, so that --bits has nothing to do.
+
+    Args:
+        config: its config.json.
+        bits: as --bits takes them.
+        model_id: its name, for the message.
+
+    Raises:
+        InputError: it is quantized at others.
+    """
+    found = config.get("quantization") or config.get("quantization_config")
+    if found and found.get("bits") != bits:
+        raise InputError(
+            f"--bits {bits}: {model_id} is already quantized ({found.get('bits', '?')} bits); leave --bits out, or give the "
+            "model that it was made from"
+        )
+    return bool(found)

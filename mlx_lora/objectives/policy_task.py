@@ -1,0 +1,180 @@
+"""The loss of sampled answers, from the losses of their tokens, as steps and validations use it.
+
+Shapes: B rows, A answers (B, or B K where a row holds K), T columns, P positions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_lora.data.batch import Batch
+from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, Arrays, Loss, head_loss
+from mlx_lora.losses.policy import PolicyOptions, Sampled, policy_loss
+from mlx_lora.models.head import Head, find_head
+from mlx_lora.models.prefix_attention import answers_at, shared_caches
+from mlx_lora.parallel.ranks import Ranks
+from mlx_lora.planner.machine import loss_tile_bytes
+
+# What a batch of sampled answers has beside its tokens: (B, T) of each target, and of each answer (B,), or (B, K) where a
+# row holds K.
+OLD, REFERENCE = "old", "reference"
+ADVANTAGES, REWARDS, LENGTHS, TRUNCATED = "advantages", "reward", "length", "truncated"
+KL, CLIPPED = "kl", "clipped"  # what a policy loss reports
+
+
+class PolicyArrays(NamedTuple):
+    """The arrays of a batch of sampled answers in addition to `Arrays`, on the device.
+
+    Attributes:
+        old, reference: (P,) float32, log-probabilities under the policy that sampled them, and under the reference.
+        advantages, rewards, lengths, truncated, real: (A,) float32.
+        share: (2,) float32: answers / tokens of the step, and 1 if `old` is the policy itself, whose ratio is 1.
+        more: (M, A) float32, what else is reported of each answer.
+    """
+
+    old: mx.array
+    reference: mx.array
+    advantages: mx.array
+    rewards: mx.array
+    lengths: mx.array
+    truncated: mx.array
+    real: mx.array
+    share: mx.array
+    more: mx.array
+
+
+def more_reports(reports: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the reports that a batch has of each of its answers, beside those of every policy loss."""
+    return tuple(name for name in reports if name not in (REWARDS, LENGTHS, TRUNCATED, KL, CLIPPED))
+
+
+def policy_arrays(batch: Batch, more: tuple[str, ...] = ()) -> tuple[mx.array, ...]:
+    """Copy a batch of sampled answers to the device; if rows hold several answers, the last array is `Batch.starts`.
+
+    Args:
+        batch: with what was sampled.
+        more: names of further reports; what the batch does not have is 0.
+    """
+    sampled = batch.sampled
+    if sampled is None:
+        raise ValueError("a batch without sampled answers")
+    answers = len(batch.inputs) * batch.answers_per_row
+    nothing = np.zeros(len(batch.positions), np.float32)
+
+    def of_tokens(name: str) -> mx.array:
+        return mx.array(sampled[name].ravel()[batch.positions] * batch.weights if name in sampled else nothing)
+
+    def of_answers(name: str) -> mx.array:
+        return mx.array(sampled[name].ravel() if name in sampled else np.zeros(answers, np.float32))
+
+    real = np.repeat(batch.real, batch.answers_per_row).astype(np.float32)
+    share = (batch.shares[0] if batch.shares else 0.0, float(OLD not in sampled))
+    others = mx.stack([of_answers(name) for name in more]) if more else mx.zeros((1, answers))
+    return (
+        *Arrays.of(batch), of_tokens(OLD), of_tokens(REFERENCE), of_answers(ADVANTAGES), of_answers(REWARDS),
+        of_answers(LENGTHS), of_answers(TRUNCATED), mx.array(real), mx.array(np.array(share, np.float32)), others,
+        *starts_of(batch),
+    )  # fmt: skip
+
+
+def starts_of(batch: Batch) -> tuple[mx.array, ...]:
+    """Return where the answers in a row start, on the device; nothing if each row holds one."""
+    return () if batch.starts is None else (mx.array(batch.starts),)
+
+
+def _parts(batch: tuple[mx.array, ...]) -> tuple[Arrays, PolicyArrays, tuple[mx.array, ...]]:
+    """Return the arrays of `policy_arrays` by name, and the starts if there are any."""
+    first, last = len(Arrays._fields), len(Arrays._fields) + len(PolicyArrays._fields)
+    return Arrays(*batch[:first]), PolicyArrays(*batch[first:last]), batch[last:]
+
+
+def policy_loss_of(loss: Loss, options: PolicyOptions, words: str, more: tuple[str, ...] = ()) -> Loss:
+    """Return the loss of sampled answers from that of tokens; its measure is minus the mean reward.
+
+    Args:
+        loss: of tokens.
+        options: of the policy loss.
+        words: on the objective, for the run header.
+        more: names of what else is reported, as for `policy_arrays`.
+    """
+
+    def train(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+        arrays, policy, starts = _parts(batch)
+        logps = -loss.tokens(model, *arrays, *starts)  # (P,)
+        old = mx.where(policy.share[1] > 0, mx.stop_gradient(logps), policy.old)
+        answers = answers_at(arrays.positions, arrays.inputs.shape[1], *starts)
+        sampled = Sampled(
+            logps, old, policy.reference, arrays.weights, answers,
+            policy.advantages, mx.stop_gradient(policy.share[0]),
+        )  # fmt: skip
+        losses, reports = policy_loss(sampled, options)  # (A,)
+        return _summed(policy, losses, reports, more)
+
+    def measure(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+        _, policy, _ = _parts(batch)
+        nothing = mx.full(policy.rewards.shape, math.nan)  # a step reports these, a validation does not
+        return _summed(policy, -policy.rewards, {KL: nothing, CLIPPED: nothing}, more)
+
+    return replace(loss, train=train, measure=measure, description=f"{words}; {loss.description}")
+
+
+def _summed(
+    policy: PolicyArrays, losses: mx.array, reports: dict[str, mx.array], more: tuple[str, ...]
+) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+    """Return sums over real answers of the loss, of 1, and of what is reported."""
+    known = {REWARDS: policy.rewards, LENGTHS: policy.lengths, TRUNCATED: policy.truncated}
+    known |= {name: policy.more[place] for place, name in enumerate(more)}
+    sums = {name: (values * policy.real).sum() for name, values in (known | reports).items()}
+    return (losses * policy.real).sum(), policy.real.sum(), sums
+
+
+def prepared(batches: list[Batch], ranks: Ranks) -> list[Batch]:
+    """Compute what depends on a whole step: answers divided by tokens.
+
+    All ranks have the same batches by now, each other's answers included (rollouts/sharing.py).
+    """
+    answers = sum(int(b.real.sum()) * b.answers_per_row for b in batches)
+    tokens = sum(int(b.mask.sum()) for b in batches)
+    return [replace(batch, shares=(answers / max(1, tokens),)) for batch in batches]
+
+
+def at_temperature(loss: Loss, model: nn.Module, config: dict[str, Any], temperature: float) -> Loss:
+    """Return the loss of tokens under the distribution that answers are sampled from: logits / temperature, as in TRL.
+
+    Args:
+        loss: of tokens, chosen for this model.
+        model, config: the model and its config.json.
+        temperature: of sampling.
+    """
+    if temperature == 1:
+        return loss
+    head = None if loss.kernel == PLAIN_LOGITS else find_head(model, config)
+    if isinstance(head, Head) and head.soft_cap is None:
+        return head_loss(replace(head, scale=head.scale / temperature), loss.kernel, loss_tile_bytes())
+
+    def tokens(model: nn.Module, *batch: mx.array) -> mx.array:
+        arrays = Arrays(*batch[:5])
+        caches = shared_caches(model, arrays.inputs, *batch[5:])
+        logits = model(arrays.inputs, **caches).astype(mx.float32) / temperature  # (B, T, V)
+        logps = mx.take_along_axis(logits, arrays.targets[..., None], axis=-1).squeeze(-1) - mx.logsumexp(
+            logits, axis=-1
+        )
+        return mx.where(arrays.weights > 0, -logps.reshape(-1)[arrays.positions] * arrays.weights, 0.0)
+
+    return replace(loss, tokens=tokens, measure_tokens=None, kernel=PLAIN_LOGITS)
+
+
+def token_logps(model: nn.Module, loss: Loss, batch: Batch) -> np.ndarray:
+    """Return the log-probabilities of a batch's trained targets under the model as it is, (B, T) float32."""
+    tokens = loss.measure_tokens or loss.tokens
+    found = np.zeros(batch.mask.shape, np.float32).ravel()
+    logps = np.array(-tokens(model, *Arrays.of(batch), *starts_of(batch)).astype(mx.float32))
+    real = batch.weights > 0
+    found[batch.positions[real]] = logps[real]
+    return found.reshape(batch.mask.shape)

@@ -1,0 +1,361 @@
+"""Measure an objective on held-out answers: one loss over all of them together, however they were divided into batches.
+
+Some losses are not means over examples: a likelihood is a mean over tokens (ORPO, CPO, RPO), KTO compares each answer with
+the mean divergence of others, and AOT sorts all margins. A mean over batches of these depends on the batches. So a batch
+only gives the sums of its answers, a few numbers each, and the loss is computed once, at the end.
+
+Shapes: B rows of a batch, N answers of the set.
+
+The loss of an objective over whole answers, from the losses of single tokens.
+
+The fused head computes the loss of each trained position and its gradient in one forward pass. Here, positions are summed
+to answers; in the backward pass, the cotangent brings the answer's weight to each position. So no objective needs logits,
+and a step takes as much memory as one of imitation.
+
+Shapes: B rows, A answers (B, or B K where a row holds K), E examples, T columns, P positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_lora.data.batch import Batch
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction, TokenLosses
+from mlx_lora.losses.divergence import distill_arrays
+from mlx_lora.models.head import body_of, score_at, with_last_block
+from mlx_lora.models.prefix_attention import answers_at
+from mlx_lora.objectives.base import AnswerSums, LossOfAnswers, Objective
+from mlx_lora.objectives.distill import taught_arrays
+from mlx_lora.objectives.policy_task import more_reports, policy_arrays, policy_loss_of, prepared
+from mlx_lora.parallel.ranks import ALONE, Ranks
+from mlx_lora.parallel.sharded_base import is_shared
+from mlx_lora.parallel.strategy import dealt_batches, own_batches
+
+ARRAYS = ("logps", "tokens", "likelihood", "reference", "labels", "real")
+UNWEIGHTED = (1.0, 0.0)  # `Batch.shares` for sums whose likelihood is not yet divided by tokens
+
+
+@dataclass(frozen=True)
+class WholeSet:
+    """How an objective is measured on a whole set.
+
+    Attributes:
+        sums: (model, *arrays of a batch) -> the sums of its answers.
+        loss: of the objective.
+        rated: whether an example is one rated answer, with a second row that only tells the divergence.
+        divergence: whether the loss needs that.
+    """
+
+    sums: Callable[..., AnswerSums]
+    loss: LossOfAnswers
+    rated: bool
+    divergence: bool
+
+
+def whole_set_loss(
+    model: nn.Module,
+    whole: WholeSet,
+    arrays_of: Callable[[Batch], tuple[mx.array, ...]],
+    batches: Iterable[Batch],
+    ranks: Ranks,
+    counted: bool = True,
+) -> tuple[float, int, dict[str, float]]:
+    """Return the mean loss over all examples of all ranks' batches, their number, and the means that are reported.
+
+    Args:
+        model: In eval mode.
+        whole: The objective's part.
+        arrays_of: Returns the arguments of `WholeSet.sums` for a batch.
+        batches: This rank's.
+        ranks: That call this together.
+        counted: False: another rank has computed the same batches, and counts them.
+    """
+    found, targets = [np.zeros((len(ARRAYS), 0), np.float32)], 0
+    for batch in batches:
+        sums = whole.sums(model, *arrays_of(replace(batch, shares=UNWEIGHTED)))
+        rows = np.array(mx.stack([getattr(sums, name) for name in ARRAYS]))  # (6, B)
+        if counted:
+            found.append(rows[:, rows[-1] > 0])  # without padding
+            targets += batch.first_targets
+    ranks.meet()  # they finish at different times, and the host must wait for the others, not the device
+    told = ranks.everyone([targets, np.concatenate(found, axis=1).tolist()])
+    rows = np.concatenate([np.array(one, np.float32).reshape(len(ARRAYS), -1) for _, one in told], axis=1)
+    examples = rows.shape[1] // 2
+    if not examples:
+        return math.nan, 0, {}
+    sums = _sums_of(rows, examples / max(1, sum(number for number, _ in told)), whole)
+    losses, reports = whole.loss(sums)
+    return _mean(losses), examples, {name: _mean(values) for name, values in reports.items()}
+
+
+def _sums_of(rows: np.ndarray, share: float, whole: WholeSet) -> AnswerSums:
+    """Return the sums of a set's answers, (6, N), as the loss takes them; `share` is the set's examples per target."""
+    named = dict(zip(ARRAYS, rows, strict=True))
+    divergence = 0.0
+    if whole.divergence:
+        ratios = (named["logps"] - named["reference"])[1::2]
+        divergence = max(0.0, float(ratios.mean(dtype=np.float64)))
+    named["likelihood"] = named["likelihood"] * np.float32(share)
+    sums = AnswerSums(**{name: mx.array(values) for name, values in named.items()}, divergence=mx.array(divergence))
+    return sums.side(0) if whole.rated else sums
+
+
+def _mean(values: mx.array) -> float:
+    return float(np.array(values).mean(dtype=np.float64))
+
+
+FIRST, SECOND = 0, 1  # rows of an example
+
+
+class AnswerArrays(NamedTuple):
+    """The arrays of a batch that an objective needs in addition to `Arrays`, on the device.
+
+    Attributes:
+        answers: (P,) float32, 1 where a position belongs to an answer.
+        labels, reference, real: (A,) float32, see `AnswerSums`.
+        shares: (2,) float32, the factor on the likelihood and the divergence.
+    """
+
+    answers: mx.array
+    labels: mx.array
+    reference: mx.array
+    real: mx.array
+    shares: mx.array
+
+    @classmethod
+    def of(cls, batch: Batch) -> AnswerArrays:
+        """Copy a batch's to the device."""
+        answers = batch.weights
+        if batch.answers is not None:
+            answers = batch.answers.ravel()[batch.positions] * batch.weights
+        real = np.repeat(batch.real, batch.answers_per_row).astype(np.float32)
+        none = np.zeros_like(real)
+        return cls(
+            mx.array(answers.astype(np.float32)),
+            mx.array(none if batch.labels is None else batch.labels.ravel()),
+            mx.array(none if batch.reference is None else batch.reference.ravel()),
+            mx.array(real),
+            mx.array(np.array(batch.shares or (0.0, 0.0), np.float32)),
+        )
+
+
+def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
+    """Return all arrays of a batch of answers; if rows hold several answers, the last one is `Batch.starts`."""
+    starts = () if batch.starts is None else (mx.array(batch.starts),)
+    return (*Arrays.of(batch), *AnswerArrays.of(batch), *starts)
+
+
+def answer_sums(
+    losses: mx.array, width: int, arrays: Arrays, answers: AnswerArrays, starts: mx.array | None = None
+) -> AnswerSums:
+    """Sum the losses of positions, (P,), to answers, (A,)."""
+    owners = answers_at(arrays.positions, width, starts)
+    own = owners[None, :] == mx.arange(len(answers.real))[:, None]  # (A, P)
+
+    def by_answer(values: mx.array) -> mx.array:
+        return mx.where(own, values[None, :], 0.0).sum(axis=1)
+
+    logps, tokens = by_answer(-losses * answers.answers), by_answer(answers.answers)
+    likelihood = by_answer(losses * arrays.weights) * answers.shares[0]
+    return AnswerSums(
+        logps, tokens, likelihood, answers.reference, answers.labels, answers.real, mx.stop_gradient(answers.shares[1])
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """The parts of a run's objective that steps and validations use.
+
+    Attributes:
+        loss: the sum of the loss, and the count to divide it by.
+        arrays_of: returns the loss's arguments for a batch.
+        prepare: brings all batches of a step into the form that the loss needs.
+        reports: names of the sums that the loss returns in addition to its own.
+        finish: see `Objective`.
+        rates: reads what a report of steps adds on the time since the last one.
+        whole_set: how a set is measured, if the loss is of whole answers; None: as a mean over tokens or examples.
+    """
+
+    loss: Loss
+    arrays_of: Callable[[Batch], tuple[mx.array, ...]] = Arrays.of
+    prepare: Callable[[list[Batch], Ranks], list[Batch]] = lambda batches, ranks: batches
+    reports: tuple[str, ...] = ()
+    finish: Callable[[dict[str, float]], dict[str, float]] = dict
+    rates: Callable[[], dict[str, float]] = dict
+    whole_set: WholeSet | None = None
+
+
+def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
+    """Return the task of an objective on a model.
+
+    Args:
+        objective: of the run.
+        loss: the loss of tokens, whose kernels are kept; a reward model has a loss of its own. With a teacher, that of
+            distillation.
+        model: the model that is trained or measured.
+    """
+    of_answers = objective.loss
+    if objective.distills is not None:
+        arrays = taught_arrays if objective.samples else distill_arrays
+        return Task(loss, arrays, reports=objective.reports, finish=objective.finish)
+    if objective.policy is not None:
+        more = more_reports(objective.reports)
+        whole = policy_loss_of(loss, objective.policy, objective.description, more)
+        arrays = partial(policy_arrays, more=more)
+        return Task(whole, arrays, prepared, objective.reports, lambda means: _only_numbers(objective.finish(means)))
+    if of_answers is None:
+        return Task(loss)
+    loss = score_loss(model, loss.part_of_last) if objective.scores else loss
+    group = 1 if objective.records == "rated" else 2
+    measure_tokens = loss.measure_tokens or loss.tokens
+
+    def of(tokens: TokenLosses) -> LossFunction:
+        def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+            sums = _answer_sums_of(model, tokens, *batch)
+            losses, reports = of_answers(sums)  # (E,)
+            real = sums.real[::group]
+            return (losses * real).sum(), real.sum(), {name: (r * real).sum() for name, r in reports.items()}
+
+        return summed
+
+    def prepare(batches: list[Batch], ranks: Ranks) -> list[Batch]:
+        return _prepared(objective, measure_tokens, model, batches, ranks)
+
+    words = f"{objective.description}; {loss.description}"
+    whole = replace(loss, train=of(loss.tokens), measure=of(measure_tokens), description=words)
+    measured = WholeSet(
+        lambda model, *batch: _answer_sums_of(model, measure_tokens, *batch),
+        of_answers,
+        objective.records == "rated",
+        objective.divergence,
+    )
+    return Task(whole, arrays_of, prepare, objective.reports, objective.finish, whole_set=measured)
+
+
+def _only_numbers(means: dict[str, float]) -> dict[str, float]:
+    """Leave out what only a step reports, and a validation does not."""
+    return {name: value for name, value in means.items() if not math.isnan(value)}
+
+
+def score_loss(model: nn.Module, part_of_last: bool = False) -> Loss:
+    """Return a loss that is the negative score at each position, so that an answer's "log-probability" is its score.
+
+    Args:
+        model: with a score head.
+        part_of_last: compute the last block at these positions only, as the loss of tokens that was tried on this model.
+    """
+    body = body_of(model)
+    body = with_last_block(body, model)[0] if part_of_last else body
+    block = "last block where scored" if body.last is not None else "whole last block"
+
+    def tokens(model: nn.Module, *batch: mx.array) -> mx.array:
+        arrays, starts = Arrays(*batch[:5]), batch[5:]
+        return -score_at(model, body, arrays.inputs, arrays.positions, *starts) * arrays.weights
+
+    def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array]:
+        return tokens(model, *batch).sum(), batch[-1].sum()
+
+    return Loss(summed, summed, f"scores of last tokens; {block}", tokens, part_of_last=body.last is not None)
+
+
+def _prepared(
+    objective: Objective, measure_tokens: TokenLosses, model: nn.Module, batches: list[Batch], ranks: Ranks
+) -> list[Batch]:
+    """Compute what depends on the whole step, before the step is divided into parts and among ranks.
+
+    These are the factor that makes the likelihood a mean over the step's tokens, and the divergence, for which rated
+    answers have a second row. All ranks get the same numbers.
+    """
+    share = divergence = 0.0
+    if objective.likelihood != "none":
+        examples = sum(b.examples for b in batches)
+        tokens = sum(b.first_targets for b in batches)
+        share = examples / max(1, tokens)
+    if objective.divergence:
+        others = (_only(batch, SECOND) for batch in batches)
+        divergence = mean_log_ratio(model, measure_tokens, others, ranks)
+    if objective.records == "rated":
+        batches = [_only(batch, FIRST) for batch in batches]
+    return [replace(batch, shares=(share, divergence)) for batch in batches]
+
+
+def _only(batch: Batch, row: int) -> Batch:
+    """Return a batch of each example's row `row` alone."""
+    rows = np.arange(row, len(batch.inputs), batch.group)
+    # Keep the whole batch's number of slots: the number that this row's targets need differs from epoch to epoch.
+    slots = min(len(batch.positions), batch.mask[rows].size)
+    return batch.take(rows, slots, batch.real_tokens if row == FIRST else 0, group=1)
+
+
+def mean_log_ratio(model: nn.Module, tokens: TokenLosses, batches: Iterable[Batch], ranks: Ranks = ALONE) -> float:
+    """Return the mean log-ratio of policy to reference over rows, at least 0 (KTO's estimate of the divergence)."""
+    total, count = mx.array(0.0), mx.array(0.0)
+    training = model.training
+    model.eval()
+    for batch in dealt_batches(list(batches), ranks, is_shared(model)):
+        sums = _sums(model, tokens, batch)
+        total = total + ((sums.logps - sums.reference) * sums.real).sum()
+        count = count + sums.real.sum()
+        mx.eval(total, count)
+    total, count = ranks.sum(mx.stack([total, count]))
+    model.train(training)
+    return max(0.0, total.item() / count.item()) if count.item() else 0.0
+
+
+def row_log_probabilities(
+    model: nn.Module,
+    tokens: TokenLosses,
+    rows: EncodedSet,
+    batch_tokens: int,
+    say: Callable[[int], None] = lambda done: None,
+    finite: bool = True,
+    ranks: Ranks = ALONE,
+) -> np.ndarray:
+    """Return the log-probability of each answer, (A,) float32, in the order of the rows.
+
+    Args:
+        model: is put in eval mode meanwhile.
+        tokens: losses of tokens, without a gradient.
+        rows: rows with one answer each, or joined rows with several.
+        batch_tokens: the most positions of a batch.
+        say: called with the number of finished answers after each batch.
+        finite: raise ArithmeticError if one is not finite.
+        ranks: that share the base and call this together; each computes some of the batches, and all get all answers.
+    """
+    apart = replace(rows, group=1)
+    found = np.zeros((len(rows), 1 if rows.starts is None else rows.starts.shape[1]), np.float32)
+    training, done = model.training, 0
+    model.eval()
+    plan = BatchPlan(apart, batch_tokens=batch_tokens, batch_size=None, seed=0)
+    for batch in own_batches(plan, -1, ranks, is_shared(model)):
+        logps = np.array(_sums(model, tokens, batch).logps).reshape(-1, found.shape[1])
+        numbers: Any = batch.numbers  # there are some: the batch is of a set
+        found[numbers[batch.real]] = logps[batch.real]
+        done += logps[batch.real].size
+        say(min(ranks.size * done, found.size))
+    found = np.array(ranks.sum(mx.array(found.ravel())))  # a rank has zeros for the others' answers
+    model.train(training)
+    if finite and not np.isfinite(found).all():
+        bad = int(np.flatnonzero(~np.isfinite(found))[0])
+        raise ArithmeticError(f"answer {bad}: its log-probability under the reference is {found[bad]}")
+    return found
+
+
+def _sums(model: nn.Module, tokens: TokenLosses, batch: Batch) -> AnswerSums:
+    return _answer_sums_of(model, tokens, *arrays_of(batch))
+
+
+def _answer_sums_of(model: nn.Module, tokens: TokenLosses, *batch: mx.array) -> AnswerSums:
+    """Return the sums of a batch that `arrays_of` put on the device."""
+    arrays, answers, starts = Arrays(*batch[:5]), AnswerArrays(*batch[5:10]), batch[10:]
+    return answer_sums(tokens(model, *arrays, *starts), arrays.inputs.shape[1], arrays, answers, *starts)

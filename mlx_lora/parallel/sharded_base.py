@@ -1,0 +1,375 @@
+"""Blocks gathered from ranks (later: from disk) just before use.
+
+Share a frozen base between ranks: each keeps a part of every block's weights, and all have a block while they compute it.
+
+    gather     all ranks' parts of a block become its weights, just before the block is computed
+    compute    forward, or in the backward pass again and then backward: the block is checkpointed
+    drop       the weights are freed as soon as nothing that is still to be computed reads them
+
+A frozen base has no gradients and no optimizer state, and never changes, so this is all that sharing takes. A block is
+one message, which holds its arrays as bytes, packed weights as they are. Messages are sent in the order in which blocks
+are called, which is the same on all ranks: each waits for the one before. One is scheduled before the block before it
+computes. The embedding and the head are shared in slices (shared_tables.py), which are units like blocks.
+
+Every rank must call the model equally often; `Sharing` and `mean_loss` see to that.
+
+Shapes: N ranks.
+Source: fully sharded data parallelism, arXiv 1910.02054 (stage 3) and 2304.11277, without what training a base takes.
+
+Use a model whose base ranks share (base_shards.py) for other things than a step: one text for all, weights of one block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_lora.parallel.ranks import SeveralRanks
+from mlx_lora.utils.errors import InputError
+
+ALIGNMENT = 16  # bytes; of each array in a message
+# Smaller modules outside the blocks (norms) stay whole: a message for them would cost more than their bytes.
+LEAST_BYTES = 1 << 16
+# Operations of a message that do nothing: more than there are one after the other in a block, forward and backward.
+LEVELS = 200
+Named = Sequence[tuple[str, mx.array]]
+
+
+@dataclass
+class Messages:
+    """The order of a rank's messages, and who keeps what.
+
+    Attributes:
+        ranks: that share the base.
+        shares: of each rank in all units together; they add up to 1.
+        sent: a number that is computed from the last message, for the next one to wait for.
+        before: what the last unit waited for.
+        cut_bytes: of the units so far.
+        held_bytes: of those, what each rank keeps.
+    """
+
+    ranks: SeveralRanks
+    shares: Sequence[float]
+    sent: list[mx.array] = field(default_factory=list)
+    before: list[mx.array] = field(default_factory=list)
+    cut_bytes: int = 0
+    held_bytes: list[int] = field(default_factory=list)
+
+    def gather(self, even: mx.array, rest: mx.array, at: slice, before: Sequence[mx.array]) -> list[mx.array]:
+        """Return a unit's bytes, lazily: those of its even part and those of the rest.
+
+        Args:
+            even: (E,) uint8, this rank's of N equal parts.
+            rest: (at.stop - at.start,) uint8, this rank's part of the rest.
+            at: where that is; its step is the size of the rest.
+            before: arrays that this unit's computation starts from. The message waits only for those of the unit before, so
+                that it is on its way while that unit computes.
+        """
+        content, waited = [], [*self.before, *self.sent]
+        # Not in the computation's own stream, where this would wait for all that was planned before it.
+        with self.ranks.beside():
+            if even.size:
+                [own] = mx.depends([even], waited)
+                every = mx.stop_gradient(self.ranks.gathered(own)).reshape(-1)
+                waited = [every[:1] + 0]  # a copy: a view would keep the whole message alive
+                content.append(_planned_early(every))
+            if at.step:
+                [own] = mx.depends([rest], waited)
+                every = mx.stop_gradient(self.ranks.put_together(own.view(mx.uint32), at.start // 4, at.step // 4))
+                every = every.view(mx.uint8)
+                waited = [every[:1] + 0]
+                content.append(_planned_early(every))
+        self.before, self.sent = list(before), waited
+        return content
+
+    def divide(self, sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Decide which arrays of the next unit are kept in equal parts, and each rank's bytes of the others.
+
+        Equal parts are gathered, which sends the least; what only some ranks keep is added to the others' zeros. Neither
+        takes memory beside the unit itself. Unequal ranks keep as much in equal parts as the smallest has room for.
+
+        Args:
+            sizes: bytes of its arrays, multiples of ALIGNMENT.
+
+        Returns:
+            Numbers of the arrays in equal parts, and (N,) bytes.
+        """
+        count = len(self.shares)
+        self.held_bytes = self.held_bytes or [0] * count
+        self.cut_bytes += sum(sizes)
+        if max(self.shares) - min(self.shares) < 1e-6:
+            even = list(range(len(sizes)))
+        else:
+            missing = [share * self.cut_bytes - size for share, size in zip(self.shares, self.held_bytes, strict=True)]
+            room, even = count * min(missing), []
+            for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+                if sizes[number] <= room:
+                    even.append(number)
+                    room -= sizes[number]
+        in_even = sum(sizes[number] for number in even)
+        rest = sum(sizes) - in_even
+        held = [size + in_even / count for size in self.held_bytes]
+        missing = [max(0.0, share * self.cut_bytes - size) for share, size in zip(self.shares, held, strict=True)]
+        parts = cut(rest, missing if sum(missing) else self.shares)
+        self.held_bytes = [round(size + part) for size, part in zip(held, parts, strict=True)]
+        return sorted(even), parts
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an array is in a unit's bytes.
+
+    Attributes:
+        name: its path in the module.
+        message: 0 for the first of the unit's messages, 1 for the second.
+        begin, bytes, dtype, shape: of it.
+    """
+
+    name: str
+    message: int
+    begin: int
+    bytes: int
+    dtype: mx.Dtype
+    shape: tuple[int, ...]
+
+    def of(self, content: Sequence[mx.array]) -> mx.array:
+        """Return the array, a view of the unit's bytes."""
+        return content[self.message][self.begin : self.begin + self.bytes].view(self.dtype).reshape(self.shape)
+
+
+class Unit:
+    """This rank's part of some frozen arrays that are computed with together."""
+
+    def __init__(self, arrays: Named, messages: Messages):
+        """Keep only this rank's part of the arrays.
+
+        Args:
+            arrays: by name; they may be lazy, and are read here.
+            messages: the order of messages.
+        """
+        arrays = sorted(arrays, key=lambda pair: -pair[1].dtype.size)
+        sizes = [_aligned(array.nbytes) for _, array in arrays]
+        numbers, parts = messages.divide(sizes)
+        even = [arrays[number] for number in numbers]
+        rest = [pair for number, pair in enumerate(arrays) if number not in numbers]
+        in_even = sum(sizes[number] for number in numbers)
+        count, rank = messages.ranks.size, messages.ranks.rank
+        even_part = _aligned(-(-in_even // count))
+        begin = sum(parts[:rank])
+        self.messages = messages
+        self.places = [*_places(even, 0), *_places(rest, int(bool(even)))]
+        self.at = slice(begin, begin + parts[rank], sum(parts))
+        self.even = _bytes_of(even, rank * even_part, (rank + 1) * even_part)
+        self.rest = _bytes_of(rest, begin, begin + parts[rank])
+        self.parts = [even_part + part for part in parts]
+        mx.eval(self.even, self.rest)
+
+    @property
+    def bytes(self) -> int:
+        """Of all ranks' parts."""
+        return sum(self.parts)
+
+    def gathered(self, before: Sequence[mx.array]) -> list[tuple[str, mx.array]]:
+        """Return the arrays, lazily; `before` as for `Messages.gather`."""
+        content = self.messages.gather(self.even, self.rest, self.at, before)
+        return [(place.name, place.of(content)) for place in self.places]
+
+
+class Held:
+    """A module's frozen arrays, and what stands in for them while they are not at hand."""
+
+    def __init__(self, module: nn.Module, messages: Messages):
+        """Leave only this rank's part of a module's frozen arrays in memory."""
+        arrays = frozen_arrays(module)
+        self.unit = Unit(arrays, messages)
+        self.stand_ins = tree_unflatten(stand_ins(arrays))
+        mx.eval(self.stand_ins, module.trainable_parameters())
+        module.update(self.stand_ins)
+
+    @contextmanager
+    def at_hand(self, module: nn.Module, before: Sequence[mx.array]) -> Iterator[None]:
+        """Give the module its arrays inside this context."""
+        module.update(tree_unflatten(self.unit.gathered(before)))
+        try:
+            yield
+        finally:
+            module.update(self.stand_ins)
+
+
+def _planned_early(message: mx.array) -> mx.array:
+    """Return a message through operations that do nothing, so that MLX sends it before it computes the unit before.
+
+    MLX plans a graph from its end, level by level, so a message that only the next unit needs would be sent after nearly all
+    operations of this one. These add levels, if MLX plans whole graphs (device.plan_whole_graphs).
+    """
+    for _ in range(LEVELS):
+        message = mx.stop_gradient(message)
+    return message
+
+
+def cut(size: int, shares: Sequence[float]) -> list[int]:
+    """Return the bytes of each rank's part, as the shares say; multiples of ALIGNMENT, but for the last."""
+    whole = sum(shares)
+    edges = [int(size * end / whole) // ALIGNMENT * ALIGNMENT for end in accumulate(shares)]
+    edges[-1] = size
+    return [end - begin for begin, end in zip([0, *edges], edges, strict=False)]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _places(arrays: Named, message: int) -> Iterator[Place]:
+    begin = 0
+    for name, array in arrays:
+        yield Place(name, message, begin, array.nbytes, array.dtype, array.shape)
+        begin += _aligned(array.nbytes)
+
+
+def _bytes_of(arrays: Named, begin: int, end: int) -> mx.array:
+    """Return some of the bytes of arrays that lie one after the other, with zeros after the last."""
+    pieces, start = [mx.zeros((0,), mx.uint8)], 0
+    for _, array in arrays:
+        stop = start + _aligned(array.nbytes)
+        if start < end and stop > begin:
+            flat = mx.pad(array.reshape(-1).view(mx.uint8), (0, stop - start - array.nbytes))
+            pieces.append(flat[max(0, begin - start) : end - start])
+        start = stop
+    return mx.concatenate([*pieces, mx.zeros((end - max(begin, start) if end > start else 0,), mx.uint8)])
+
+
+def frozen_arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
+    """Return a module's arrays that are not trained, by path."""
+    trained = {name for name, _ in tree_flatten(module.trainable_parameters())}
+    return [(name, array) for name, array in tree_flatten(module.parameters()) if name not in trained]
+
+
+def frozen_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module's arrays that are not trained."""
+    return sum(array.nbytes for _, array in frozen_arrays(module))
+
+
+def stand_ins(arrays: Named) -> list[tuple[str, mx.array]]:
+    """Return arrays of the same shapes and dtypes that take no memory.
+
+    Floats are NaN: code that reads a weight past its module (an embedding's, as a head) must not go unnoticed.
+    """
+    values = [math.nan if mx.issubdtype(array.dtype, mx.floating) else 0 for _, array in arrays]
+    return [
+        (name, mx.broadcast_to(mx.array(value, array.dtype), array.shape))
+        for (name, array), value in zip(arrays, values, strict=True)
+    ]
+
+
+class SharedBlock(nn.Module):
+    """A mixin that comes before a checkpointed block's own class, and has the block's weights only while it is computed."""
+
+    _held: Held
+
+    def at_hand(self, before: Sequence[mx.array]):
+        return self._held.at_hand(self, before)
+
+    def in_turn(self, own: list[mx.array], given: list[mx.array]) -> list[mx.array]:
+        """Let the block before wait for this one's gradients, or MLX plans many blocks' gradients before any message."""
+        return mx.depends(given, own) if own and given else given
+
+
+def share_blocks(blocks: Sequence[nn.Module], messages: Messages) -> list[Unit]:
+    """Leave only this rank's part of blocks in memory, and return their units.
+
+    Args:
+        blocks: checkpointed; their arrays may be lazy, and are then read one block at a time.
+        messages: the order of messages.
+
+    Raises:
+        InputError: blocks have weights in common.
+    """
+    _check_apart(blocks)
+    units = []
+    for one in blocks:
+        module: Any = one
+        module._held = Held(module, messages)
+        mix_in(SharedBlock, module)
+        units.append(module._held.unit)
+    return units
+
+
+def mix_in(mixin: type, module: nn.Module) -> None:
+    """Give a module a class in which `mixin` comes before its own."""
+    base = type(module)
+    module.__class__ = type(f"Shared{base.__name__}", (mixin, base), {})
+
+
+def end_of_trial(model: nn.Module) -> None:
+    """Forget messages that were planned and not sent, so that the next one does not wait for them."""
+    for module in model.layers[:1]:
+        if isinstance(module, SharedBlock):
+            messages = module._held.unit.messages
+            messages.sent, messages.before = [], []
+
+
+def is_shared(model: nn.Module) -> bool:
+    """Return whether ranks share the model's base, so that each must call it equally often."""
+    return any(isinstance(module, SharedBlock) for module in getattr(model, "layers", ()))
+
+
+def _check_apart(blocks: Sequence[nn.Module]) -> None:
+    """Refuse blocks that have weights in common: the second of them would find them cut."""
+    seen: set[int] = set()
+    for block in blocks:
+        own = {id(array) for _, array in tree_flatten(block.parameters())}
+        if own & seen:
+            raise InputError("--shard-base: blocks of this model have weights in common; leave it out")
+        seen |= own
+
+
+def first_ranks_choice(model: nn.Module, choose: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    """Return a function that chooses as rank 0 does, so that ranks that share a base generate one text.
+
+    Args:
+        model: whose base may be shared.
+        choose: log-probabilities (1, V) -> a token, (1,) uint32; for a whole base it is returned as it is.
+    """
+    if not is_shared(model):
+        return choose
+    messages = _messages(model)
+
+    def choose_first(logprobs: mx.array) -> mx.array:
+        [own] = mx.depends([choose(logprobs)], [*messages.before, *messages.sent])
+        with messages.ranks.beside():
+            every = messages.ranks.gathered(own)  # (N, 1)
+        messages.before, messages.sent = [every], [every]
+        return every[0]
+
+    return choose_first
+
+
+def await_messages(model: nn.Module) -> None:
+    """Wait for the messages that were submitted ahead: a rank must not end before the others have them."""
+    if is_shared(model):
+        mx.eval(_messages(model).sent)
+
+
+def with_weights(block: nn.Module | None) -> AbstractContextManager:
+    """Return a context in which a block has its weights; all ranks must enter it. None: nothing is to be done."""
+    return block.at_hand([]) if isinstance(block, SharedBlock) else nullcontext()
+
+
+def unshareable_words(config: dict[str, Any]) -> str:
+    """Return why a model's base cannot be shared, if its numbers are not finite then."""
+    return (
+        f"--shard-base: mlx-lm's {config.get('model_type')} reads weights of its blocks outside of them, where a process "
+        "does not have them; leave it out"
+    )
+
+
+def _messages(model: nn.Module) -> Messages:
+    return model.layers[0]._held.unit.messages

@@ -1,0 +1,365 @@
+"""Choose settings with which a run fits in memory, or advise other settings if it does not fit.
+
+The arithmetic is in memory.py; this file calls it repeatedly with different settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
+from mlx_lora.planner.memory import ROLLOUT, MemoryPlan, plan_memory
+from mlx_lora.planner.shapes import Machine, ModelShape, Rollout, Run
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.text import gigabytes
+
+# Fastest first. Checkpointing is tried before smaller batches, because it does not change the run's results.
+AUTO_MODES = ("none", "selective", "block")
+SMALLEST_BATCH = 64
+FEWEST_NEW_TOKENS = 32  # of an answer, that the advice goes down to
+LONGEST_SEQUENCE = 1 << 20
+
+
+Shapes = Callable[[int], Sequence[tuple[int, int]]]
+"""Tokens of a batch -> (rows, width) of the batches that the data are divided into."""
+Prompts = Sequence[tuple[int, int]]
+"""Lengths of the prompts that answers are sampled to, in tokens, each with how many prompts are no longer."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The settings that were chosen, and their memory.
+
+    Attributes:
+        batch_tokens: of a micro-batch.
+        checkpointing: the mode.
+        memory: the plan for the batch that takes the most.
+        rows, width: of that batch; its trained rows, and the positions of the longest.
+    """
+
+    batch_tokens: int
+    checkpointing: str
+    memory: MemoryPlan
+    rows: int = 1
+    width: int = 1
+
+
+def largest_batch(
+    width: int, settings: TrainSettings, batch_tokens: int, most_rows: int | None = None
+) -> tuple[int, int]:
+    """Return (trained rows, width) of the largest batch whose longest row has `width` positions.
+
+    Args:
+        width: positions of the longest row.
+        settings: may set the number of examples per batch, and decide how many rows an example has.
+        batch_tokens: of a batch, if the settings do not set its examples.
+        most_rows: the number of rows in the data; None: not known.
+    """
+    objective = settings.objective
+    together = objective.rows_per_example
+    examples = settings.loop.batch_size or max(1, batch_tokens // (together * width))
+    if most_rows is not None:
+        examples = max(1, min(examples, most_rows // together))
+    return objective.trained_rows_per_example * examples, width
+
+
+def run_of(settings: TrainSettings, rows: int, width: int, mode: str, slots: int | None = None) -> Run:
+    """Return the settings that decide memory, for one batch shape with `slots` trained positions.
+
+    With --batch-parts, this is the largest part of the batch; the rows of an example stay together in one part.
+    """
+    loop, together = settings.loop, settings.objective.trained_rows_per_example
+    return Run(
+        rows=-(-rows // (together * loop.batch_parts)) * together,
+        width=width,
+        trained_positions=slots,
+        checkpointing=mode,
+        optimizer=settings.optimizer.optimizer,
+        dropout=settings.adapter.dropout > 0,
+        accumulates=loop.grad_accumulation_steps * loop.batch_parts > 1,
+        teacher_top_k=settings.objective.teacher_top_k if settings.objective.objective == "distill" else None,
+        rollout=_rollout_of(settings.objective, rows // together, width),
+        steps=loop.iters,
+    )
+
+
+def _rollout_of(objective: ObjectiveSettings, prompts: int, width: int) -> Rollout | None:
+    """Return the answers that are sampled for a batch whose rows have room for them; None if the data have them.
+
+    Args:
+        objective: of the run.
+        prompts: of the batch.
+        width: positions of its longest row.
+    """
+    if not objective.samples:
+        return None
+    prompt = max(1, width - answer_room(objective))
+    return Rollout(prompts, objective.answers_per_prompt, prompt, objective.max_new_tokens)
+
+
+def largest_rollout(settings: TrainSettings, batch_tokens: int, prompts: Prompts) -> Rollout | None:
+    """Return the batch of prompts whose answers take the most; None without prompts.
+
+    Short prompts may take more than long ones: more of them fit into a batch, and mlx-lm's caches grow in large steps.
+    """
+    objective, found = settings.objective, []
+    for tokens, count in prompts:
+        most_rows = count * objective.rows_per_example
+        rows, _ = largest_batch(tokens + answer_room(objective), settings, batch_tokens, most_rows)
+        batch = rows // objective.trained_rows_per_example
+        found.append(Rollout(batch, objective.answers_per_prompt, tokens, objective.max_new_tokens))
+    return max(found, key=lambda one: one.prompts * one.cached_tokens, default=None)
+
+
+def answer_room(objective: ObjectiveSettings) -> int:
+    """Return the positions of a row beyond its prompt's tokens, with answers of full length (EncodedSet.with_room)."""
+    if objective.rows_per_example > 1:
+        return objective.max_new_tokens - 1
+    return (
+        objective.answers_per_prompt * (1 + objective.max_new_tokens) - 2
+    )  # each answer begins with the prompt's last token
+
+
+def budget_of(loop: LoopSettings, machine: Machine) -> int:
+    """Return the bytes a run may use: --memory-budget, at most the machine's working set."""
+    given = machine.working_set_bytes if loop.memory_budget is None else int(loop.memory_budget * 1e9)
+    return min(given, machine.working_set_bytes)
+
+
+def fit(
+    settings: TrainSettings,
+    shape: ModelShape,
+    machine: Machine,
+    width: int,
+    most_rows: int | None = None,
+    prompts: Prompts = (),
+    ranks: int = 1,
+    most_tokens: int = DEFAULT_BATCH_TOKENS,
+    shapes: Shapes | None = None,
+) -> Fitted:
+    """Choose batch tokens and checkpointing if the settings leave them open.
+
+    The first choice that fits is returned: `most_tokens`, then halves of it, each with the fastest mode first. If nothing
+    fits, the smallest is returned, and its plan says that it does not fit.
+
+    Args:
+        settings: --batch-tokens and --grad-checkpoint may be open (None, auto).
+        shape, machine: the model and the machine.
+        width: positions of the longest row.
+        most_rows: the number of rows in the data; None: not known.
+        prompts: that answers are sampled to; without any, that of the longest row.
+        ranks: processes that a batch's examples are dealt to.
+        most_tokens: of a batch that suits the data (config/defaults.py).
+        shapes: of the data's batches; None: not known, so that a batch is taken to be full of the longest row.
+    """
+    budget, together = budget_of(settings.loop, machine), settings.objective.trained_rows_per_example
+    for tokens, mode in _choices(settings.loop, width * settings.objective.rows_per_example, most_tokens):
+        found: Fitted | None = None
+        for rows, columns in _batches(shapes, width, settings, tokens, most_rows):
+            rows = -(-rows // (together * ranks)) * together
+            run = run_of(settings, rows, columns, mode)
+            run = replace(run, rollout=largest_rollout(settings, tokens, prompts) or run.rollout)
+            one = Fitted(tokens, mode, plan_memory(shape, run, machine, budget), rows, columns)
+            if found is None or one.memory.peak_bytes > found.memory.peak_bytes:
+                found = one
+        assert found is not None
+        if found.memory.fits:
+            break
+    return found
+
+
+def _batches(
+    shapes: Shapes | None, width: int, settings: TrainSettings, tokens: int, most_rows: int | None
+) -> list[tuple[int, int]]:
+    """Return (trained rows, width) of the batches that may take the most: none has both fewer positions and a shorter row."""
+    if shapes is None or settings.objective.samples:
+        return [largest_batch(width, settings, tokens, most_rows)]
+    objective, wide = settings.objective, 0
+    trained = [
+        (rows // objective.rows_per_example * objective.trained_rows_per_example, columns)
+        for rows, columns in shapes(tokens)
+    ]
+    found = []
+    for rows, columns in sorted(trained, key=lambda one: (one[0] * one[1], one[1]), reverse=True):
+        if columns > wide:
+            found.append((rows, columns))
+            wide = columns
+    return found or [largest_batch(width, settings, tokens, most_rows)]
+
+
+def _choices(loop: LoopSettings, longest: int, most_tokens: int) -> Iterator[tuple[int, str]]:
+    """Yield (batch tokens, mode), the preferred ones first; `longest` is the positions of the longest example."""
+    modes = AUTO_MODES if loop.grad_checkpoint == "auto" else (loop.grad_checkpoint,)
+    tokens = loop.batch_tokens or most_tokens
+    while True:
+        yield from ((tokens, mode) for mode in modes)
+        if loop.batch_tokens or loop.batch_size or tokens // 2 < max(SMALLEST_BATCH, longest):
+            return  # an example that is longer than the budget gets its own batch anyway
+        tokens //= 2
+
+
+def largest_that_fits(fits: Callable[[int], bool], most: int, step: int = 32) -> int:
+    """Return the largest multiple of `step` up to `most` that fits, 0 if none does; `fits` must be monotone."""
+    low, high = 0, most // step
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle * step) else (low, middle - 1)
+    return low * step
+
+
+def largest_sequence(
+    settings: TrainSettings, shape: ModelShape, machine: Machine, mode: str, most: int = LONGEST_SEQUENCE
+) -> int:
+    """Return the longest row that fits in a batch of one example, in positions; a pair has two rows of that length."""
+    budget, rows = budget_of(settings.loop, machine), settings.objective.trained_rows_per_example
+    return largest_that_fits(
+        lambda width: plan_memory(shape, run_of(settings, rows, width, mode), machine, budget).fits, most
+    )
+
+
+def largest_batch_size(settings: TrainSettings, shape: ModelShape, machine: Machine, mode: str, width: int) -> int:
+    """Return how many examples with rows of `width` positions fit into one batch."""
+    budget, rows = budget_of(settings.loop, machine), settings.objective.trained_rows_per_example
+    return largest_that_fits(
+        lambda examples: plan_memory(shape, run_of(settings, rows * examples, width, mode), machine, budget).fits,
+        max(1, LONGEST_SEQUENCE // width),
+        step=1,
+    )
+
+
+def planned_words(memory: MemoryPlan) -> str:
+    """Return the planned memory for the run's header, or that it is not known."""
+    if memory.not_known:
+        limit = gigabytes(memory.budget_bytes)
+        return f"memory use not known in advance ({memory.not_known[0]}), so the run is watched against {limit}"
+    moment = " while answers are sampled" if memory.phase == ROLLOUT else ""
+    return f"planned peak {gigabytes(memory.peak_bytes)}{moment}, limit {gigabytes(memory.budget_bytes)}"
+
+
+def check_fits(
+    settings: TrainSettings,
+    fitted: Fitted,
+    shape: ModelShape,
+    machine: Machine,
+    width: int,
+    quantized: Callable[[], ModelShape | None] = lambda: None,
+    most_rows: int | None = None,
+    prompts: Prompts = (),
+) -> None:
+    """Refuse a run that does not fit, unless --no-memory-check is given.
+
+    Args:
+        settings: of the run.
+        fitted: the result of `fit`.
+        shape, machine, width, most_rows, prompts: as for `fit`.
+        quantized: returns the shape with a 4-bit base, or None if it is already quantized.
+
+    Raises:
+        InputError: the run does not fit; the message has the nearest settings that do.
+    """
+    memory = fitted.memory
+    if memory.fits or not settings.loop.memory_check or shape.not_known:
+        return  # memory that is not known is watched during the run (trainer/guards.py)
+    limit = "--memory-budget" if settings.loop.memory_budget else f"the working set of {machine.name}"
+    moment = "while answers are sampled" if memory.phase == ROLLOUT else "at its peak"
+    raise InputError(
+        f"this run: needs {gigabytes(memory.needed_bytes)} {moment} by the plan, but {limit} is "
+        f"{gigabytes(memory.budget_bytes)}; {advice(settings, shape, machine, width, quantized, most_rows, prompts)}, or "
+        "--no-memory-check to try it anyway"
+    )
+
+
+def advice(
+    settings: TrainSettings,
+    shape: ModelShape,
+    machine: Machine,
+    width: int,
+    quantized: Callable[[], ModelShape | None] = lambda: None,
+    most_rows: int | None = None,
+    prompts: Prompts = (),
+) -> str:
+    """Return the settings that fit and change the run least, as flags."""
+    for model, words in ((lambda: shape, []), (quantized, ["--bits 4"])):
+        found = model()
+        if found is None:
+            continue
+        if settings.objective.samples:
+            flags = _nearest_sampling(settings, found, machine, width, most_rows, prompts)
+        else:
+            flags = _nearest(settings, found, machine, width, most_rows)
+        if flags is not None:
+            return " ".join(["try", *words, *flags])
+    smaller = "--teacher, or one with fewer bits" if shape.teacher is not None else "model"
+    return f"even short sequences and small batches do not fit: choose a smaller {smaller}"
+
+
+def _nearest(
+    settings: TrainSettings, shape: ModelShape, machine: Machine, width: int, most_rows: int | None
+) -> list[str] | None:
+    """Return the flags with which the run fits (empty: it fits as it is), or None if there are none."""
+    widths = [width]
+    while widths[-1] > SMALLEST_BATCH:
+        widths.append(max(SMALLEST_BATCH, widths[-1] // 2))
+    for columns in widths:
+        for loop in _easier(settings.loop, columns):
+            eased = replace(settings, loop=loop)
+            found = fit(eased, shape, machine, columns, most_rows)
+            if found.memory.fits:
+                return _flags(settings.loop, loop, found, columns if columns < width else None)
+    return None
+
+
+def _nearest_sampling(
+    settings: TrainSettings, shape: ModelShape, machine: Machine, width: int, most_rows: int | None, prompts: Prompts
+) -> list[str] | None:
+    """Return the same for a run that samples answers: fewer prompts in a batch, then shorter answers, then fewer."""
+    prompt, loop = max(1, width - answer_room(settings.objective)), settings.loop
+    one = [replace(loop, grad_checkpoint="auto")]
+    if loop.batch_size != 1:
+        one.append(replace(loop, grad_checkpoint="auto", batch_size=1))
+    for objective in _fewer_answers(settings.objective):
+        for eased_loop in one:
+            eased = replace(settings, objective=objective, loop=eased_loop)
+            found = fit(eased, shape, machine, prompt + answer_room(objective), most_rows, prompts)
+            if not found.memory.fits:
+                continue
+            flags = _flags(loop, replace(eased_loop, batch_size=loop.batch_size), found, None)
+            changed = [("--batch-size", loop.batch_size, eased_loop.batch_size)]
+            changed += [
+                (f"--{name.replace('_', '-')}", getattr(settings.objective, name), getattr(objective, name))
+                for name in ("max_new_tokens", "group_size")
+            ]
+            return flags + [f"{flag} {now}" for flag, before, now in changed if before != now]
+    return None
+
+
+def _fewer_answers(objective: ObjectiveSettings) -> Iterator[ObjectiveSettings]:
+    """Yield settings with shorter and shorter answers, then the same with half as many of them, and so on."""
+    group = objective.answers_per_prompt
+    while group >= 2:
+        tokens = objective.max_new_tokens
+        yield replace(objective, group_size=group)
+        while tokens > FEWEST_NEW_TOKENS:
+            tokens = max(FEWEST_NEW_TOKENS, tokens // 2)
+            yield replace(objective, group_size=group, max_new_tokens=tokens)
+        group //= 2
+
+
+def _easier(loop: LoopSettings, width: int) -> Iterator[LoopSettings]:
+    """Yield settings with more and more checkpointing and smaller batches."""
+    yield replace(loop, grad_checkpoint="auto")
+    yield replace(loop, grad_checkpoint="auto", batch_size=None, batch_tokens=None)
+    yield replace(loop, grad_checkpoint="block", batch_size=None, batch_tokens=max(2, min(width, SMALLEST_BATCH)))
+
+
+def _flags(before: LoopSettings, after: LoopSettings, found: Fitted, width: int | None) -> list[str]:
+    flags = []
+    if before.grad_checkpoint not in ("auto", found.checkpointing):
+        flags.append(f"--grad-checkpoint {found.checkpointing}")
+    if (before.batch_size, before.batch_tokens) != (after.batch_size, after.batch_tokens):
+        flags.append(f"--batch-tokens {found.batch_tokens}")
+    if width is not None:
+        flags.append(f"--max-seq-length {width + 1}")
+    return flags

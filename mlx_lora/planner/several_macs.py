@@ -1,0 +1,495 @@
+"""Shared base, tensor plan, links.
+
+Plan a run whose base several Macs share: each Mac's memory, what goes over the link, and which of the two decides.
+
+A step sends every unit (a block, a slice of the embedding or of the head) once for the forward pass, and each trained block
+once more for the backward pass. On a CPU, sending and computing take turns. On a GPU, a unit is taken to be on its way while
+the one before it is computed (predicted), so a step is a pipeline of two stages: the first units wait for the link, and later ones wait for the link or for the chips, whichever takes longer. At the
+end the adapter's gradients are added up.
+
+Nothing here was measured on a Mac: computing is predicted from listed rates, and the link's rate is an assumption.
+
+Shapes: N Macs.
+
+Choose how several processes divide a run: rows with a whole base, rows with a shared base, or layers.
+
+    data, whole base     a rank computes its rows; the gradients are added up once a step
+    data, shared base    the same, and each block's weights go around once or twice in each batch, while blocks compute
+    tensor               a rank computes all rows with its part of each layer; each block adds up a batch's activations
+                         at four places, and each of these sums is waited for
+
+So tensor parallelism sends tokens x width, and a shared base sends weights: small batches on a link with little latency
+speak for the first, large batches for the second. A whole base sends least, if it fits.
+
+Shapes: N ranks, T tokens of a batch, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlx_lora.planner.memory import SINGLE, MemoryPlan, plan_memory
+from mlx_lora.planner.shapes import Machine, ModelShape, Run
+from mlx_lora.planner.speed import Ceilings, step_seconds
+from mlx_lora.utils.text import gigabytes
+
+MOST_TOKENS = 1 << 20  # of a batch that is looked for
+EQUAL = 1e-6  # parts that differ less are equal
+LEAST_ROW = 128  # tokens of a row of that batch, if rows are not shorter
+HIDDEN = 1.1  # a link is hidden if a step takes at most this many times as long as computing
+
+
+@dataclass(frozen=True)
+class Units:
+    """The bytes that are gathered and dropped together.
+
+    Attributes:
+        blocks: of each block's frozen weights.
+        tables: of each slice of the embedding, and of the head where it is not the same.
+        tied: whether the embedding is the head too, and so is sent twice.
+        head_rows: tokens of a slice of the head; 0: it is not shared.
+    """
+
+    blocks: tuple[int, ...]
+    tables: tuple[int, ...] = ()
+    tied: bool = False
+    head_rows: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Of all units."""
+        return sum(self.blocks) + sum(self.tables)
+
+    @property
+    def largest(self) -> int:
+        """Of the two largest units, which are in memory while one is computed and the next one comes in."""
+        return sum(sorted((*self.blocks, *self.tables))[-2:])
+
+    def in_order(self, first_trained: int) -> list[tuple[int, int]]:
+        """Return each message of a micro-batch: its bytes, and how many products of each of its weights wait for it.
+
+        A product of the forward pass, or two: the fused loss computes its gradient at once, and a checkpointed block is
+        computed again. An embedding has none.
+        """
+        # Embedding and head have as many slices each, unless they are the same.
+        middle = 0 if self.tied else len(self.tables) // 2
+        embedding, head = (self.tables, self.tables) if self.tied else (self.tables[:middle], self.tables[middle:])
+        return [
+            *((size, 0) for size in embedding),
+            *((size, 1) for size in self.blocks),
+            *((size, 2) for size in head),
+            *((size, 2) for size in reversed(self.blocks[first_trained:])),
+        ]
+
+    def of_step(self, first_trained: int) -> list[int]:
+        """Return the bytes of each message of a micro-batch."""
+        return [size for size, _ in self.in_order(first_trained)]
+
+
+def sent_of_unit(size: int, shares: Sequence[float]) -> float:
+    """Return the bytes that each Mac sends until all have a unit.
+
+    Args:
+        size: bytes of the unit.
+        shares: each Mac's part of it, which add up to 1.
+    """
+    count = len(shares)
+    even = min(shares) * count
+    return size * (count - 1) / count * (even + 2 * (1 - even))
+
+
+@dataclass(frozen=True)
+class Link:
+    """A network between Macs.
+
+    Attributes:
+        bytes_per_s: that one Mac sends while it receives as many.
+        latency_s: of a message.
+    """
+
+    bytes_per_s: float
+    latency_s: float = 5e-5
+
+    def gather_s(self, size: int, shares: Sequence[float]) -> float:
+        """Return the seconds in which all Macs get all parts of a unit.
+
+        What all keep equal parts of goes around the ring in N - 1 turns. The rest is added to the others' zeros, in twice as
+        many turns.
+        """
+        return sent_of_unit(size, shares) / self.bytes_per_s + self.latency_s * (
+            len(shares) - 1 if max(shares) - min(shares) < EQUAL else 3 * (len(shares) - 1)
+        )
+
+    def sum_s(self, size: int, macs: int) -> float:
+        """Return the seconds in which all Macs add up an array."""
+        return 2 * (macs - 1) * (size / macs / self.bytes_per_s + self.latency_s)
+
+
+@dataclass(frozen=True)
+class Sending:
+    """What goes over the link in a step.
+
+    Attributes:
+        units: seconds and weight (bytes times products) of each message of the base, in order.
+        sum_s: of adding up the gradients.
+        sent_bytes: that each Mac sends.
+        beside: whether messages go out while units are computed; see `sends_beside`.
+    """
+
+    units: tuple[tuple[float, int], ...]
+    sum_s: float
+    sent_bytes: int
+    beside: bool = True
+
+    @property
+    def link_s(self) -> float:
+        """Seconds in which the base is sent."""
+        return sum(seconds for seconds, _ in self.units)
+
+    def step_s(self, computing_s: float) -> float:
+        """Return the seconds of a step.
+
+        A message is sent as soon as the one before has arrived and the unit before can be computed; a unit is computed as
+        soon as it has arrived and the one before is computed.
+
+        Args:
+            computing_s: of the slowest Mac, for which the others wait.
+        """
+        if not self.beside:
+            return computing_s + self.link_s + self.sum_s
+        whole = sum(weight for _, weight in self.units) or 1
+        arrived = computed = could_begin = 0.0
+        for seconds, weight in self.units:
+            arrived = max(arrived, could_begin) + seconds
+            could_begin = computed
+            computed = max(arrived, computed) + computing_s * weight / whole
+        return computed + self.sum_s
+
+
+def sends_beside(backend: str) -> bool:
+    """Return whether messages go out while units are computed.
+
+    On a CPU they did not: a step was as long as computing and sending in turn (benchmarks/limited_links.py, mlx 0.32.4). The
+    threads of mlx's ring keep all cores busy while they send. A GPU leaves those cores free, which nobody has measured.
+
+    Args:
+        backend: `cpu`, `metal` or `cuda`.
+    """
+    return backend != "cpu"
+
+
+def sending(
+    units: Units, first_trained: int, gradient_bytes: int, shares: Sequence[float], link: Link, beside: bool = True
+) -> Sending:
+    """Return what goes over the link in a step of one micro-batch.
+
+    Args:
+        units: of the model.
+        first_trained: the first block with an adapter.
+        gradient_bytes: of all adapters, in float32.
+        shares: each Mac's part of the base, which add up to 1.
+        link: between the Macs.
+        beside: see `Sending`.
+    """
+    messages, count = units.in_order(first_trained), len(shares)
+    base = sum(sent_of_unit(size, shares) for size, _ in messages)
+    return Sending(
+        tuple((link.gather_s(size, shares), size * products) for size, products in messages),
+        link.sum_s(gradient_bytes, count),
+        round(base) + 2 * (count - 1) * gradient_bytes // count,
+        beside,
+    )
+
+
+@dataclass(frozen=True)
+class Mac:
+    """One of the Macs.
+
+    Attributes:
+        machine: its memory.
+        ceilings: its rates.
+    """
+
+    machine: Machine
+    ceilings: Ceilings
+
+
+@dataclass(frozen=True)
+class MacsPlan:
+    """A run on several Macs.
+
+    Attributes:
+        shares: each Mac's part of every unit, from 0 to 1.
+        memory: each Mac's plan.
+        computing_s: each Mac's seconds of a step, predicted.
+        sending: what goes over the link in a step.
+    """
+
+    shares: tuple[float, ...]
+    memory: tuple[MemoryPlan, ...]
+    computing_s: tuple[float, ...]
+    sending: Sending
+
+    @property
+    def fits(self) -> bool:
+        """Whether each Mac's part fits."""
+        return all(plan.fits for plan in self.memory)
+
+    @property
+    def step_s(self) -> float:
+        """The seconds of a step."""
+        return self.sending.step_s(max(self.computing_s))
+
+    @property
+    def link_decides(self) -> bool:
+        """Whether sending takes longer than computing."""
+        return self.sending.link_s > max(self.computing_s)
+
+
+def rank_part(shape: ModelShape, units: Units, share: float) -> ModelShape:
+    """Return the shape of one Mac's part of a model: its share of each unit, and the two largest units in whole.
+
+    Args:
+        shape: of the whole model.
+        units: of it.
+        share: from 0 to 1.
+    """
+    kept = shape.base_bytes - units.bytes + int(share * units.bytes)
+    # Read a unit at a time.
+    source_bytes = units.largest if shape.source_bytes else 0
+    return replace(
+        shape, base_bytes=kept + units.largest, source_bytes=source_bytes, shared=True, head_rows=units.head_rows
+    )
+
+
+def memory_shares(macs: Sequence[Machine]) -> list[float]:
+    """Return parts in proportion to what each Mac may use."""
+    whole = sum(mac.working_set_bytes for mac in macs)
+    return [mac.working_set_bytes / whole for mac in macs]
+
+
+def plan_macs(
+    shape: ModelShape, units: Units, run: Run, macs: Sequence[Mac], shares: Sequence[float], link: Link
+) -> MacsPlan:
+    """Return the plan of a run.
+
+    Args:
+        shape: the whole model with its adapter.
+        units: of it.
+        run: the largest batch of all Macs together; its rows are dealt evenly.
+        macs, link: what it runs on.
+        shares: each Mac's part of the base, which add up to 1.
+    """
+    own = _own_part(run, len(macs))
+    memory = [
+        plan_memory(rank_part(shape, units, share), own, mac.machine) for mac, share in zip(macs, shares, strict=True)
+    ]
+    beside = all(sends_beside(mac.machine.backend) for mac in macs)
+    sent = sending(units, shape.first_trained, SINGLE * shape.trained, shares, link, beside)
+    return MacsPlan(tuple(shares), tuple(memory), tuple(_computing(shape, own, macs)), sent)
+
+
+def _own_part(run: Run, count: int) -> Run:
+    """Return what one of `count` Macs computes of a batch."""
+    slots = None if run.trained_positions is None else -(-run.trained_positions // count)
+    return replace(run, rows=-(-run.rows // count), trained_positions=slots)
+
+
+def _computing(shape: ModelShape, own: Run, macs: Sequence[Mac]) -> list[float]:
+    """Return each Mac's seconds of computing its part of a step."""
+    return [step_seconds(shape, own, mac.machine, mac.ceilings)[0] for mac in macs]
+
+
+def least_tokens(
+    shape: ModelShape, units: Units, run: Run, macs: Sequence[Mac], shares: Sequence[float], link: Link
+) -> int | None:
+    """Return about how many tokens a batch must have for the link to be hidden behind computing; None: over a million.
+
+    Args:
+        As for `plan_macs`; the rows of `run` are replaced.
+    """
+
+    beside = all(sends_beside(mac.machine.backend) for mac in macs)
+    sent = sending(units, shape.first_trained, SINGLE * shape.trained, shares, link, beside)
+    width = min(run.width, LEAST_ROW)
+
+    def hidden(rows: int) -> bool:
+        trained = run.slots * rows * width // run.positions
+        larger = replace(run, rows=rows, width=width, trained_positions=trained)
+        computing_s = max(_computing(shape, _own_part(larger, len(macs)), macs))
+        return sent.step_s(computing_s) <= HIDDEN * computing_s
+
+    low, high = 0, len(macs)
+    while not hidden(high):
+        low, high = high, 2 * high
+        if high * width > MOST_TOKENS:
+            return None
+    while high - low > len(macs):
+        middle = (low + high) // 2
+        low, high = (low, middle) if hidden(middle) else (middle, high)
+    return high * width
+
+
+# mlx-lm's modules whose cut was read and is tested (tests/test_tensor_parallel.py).
+ARCHITECTURES = (
+    "deepseek_v2", "deepseek_v3", "exaone_moe", "glm4_moe", "glm4_moe_lite", "gpt_oss", "llama", "ministral3", "mistral4",
+    "qwen2", "qwen3", "qwen3_moe", "step3p5",
+)  # fmt: skip
+DATA, TENSOR = "data", "tensor"
+
+
+def cut_problem(architecture: str, config: Mapping[str, Any], size: int) -> str | None:
+    """Return in a few words why a model cannot be cut into so many parts, None if it can as far as its config says.
+
+    Args:
+        architecture: mlx-lm's module, such as `llama`, which also has Mistral.
+        config: config.json.
+        size: N.
+    """
+    if architecture not in ARCHITECTURES:
+        return f"mlx-lm's {architecture} is not one of the architectures that are cut ({', '.join(ARCHITECTURES)})"
+    text = {**config, **(config.get("text_config") or {})}
+    heads = text.get("num_attention_heads")
+    counts = {
+        "attention heads": heads,
+        "key-value heads": text.get("num_key_value_heads") or heads,
+        "MLP columns": text.get("intermediate_size"),
+        "expert columns": text.get("moe_intermediate_size"),
+    }
+    uneven = [f"{count} {name}" for name, count in counts.items() if isinstance(count, int) and count % size]
+    return f"the model has {' and '.join(uneven)}, which cannot be divided by {size}" if uneven else None
+
+
+def cut_config(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Return config.json of one rank's part, as far as the planner reads it: its heads."""
+    text = {**config, **(config.get("text_config") or {})}
+    heads = int(text.get("num_attention_heads") or 0)
+    if not heads:
+        return dict(config)
+    width = text.get("head_dim") or text.get("hidden_size", 0) // heads
+    key_heads = int(text.get("num_key_value_heads") or heads)
+    own = {"num_attention_heads": heads // size, "num_key_value_heads": key_heads // size, "head_dim": width}
+    return {**config, **own, **({"text_config": {**config["text_config"], **own}} if "text_config" in config else {})}
+
+
+def sums_of_step(shape: ModelShape, checkpointing: str) -> int:
+    """Return how often a batch's activations are added up over the ranks in a step.
+
+    Two branches of each block end with a sum in the forward pass, and begin with one in the backward pass. A block that is
+    computed again, without its products, adds up its attention's output once more. The loss, whose positions are divided, adds
+    up the gradient of its inputs.
+    """
+    trained = len(shape.blocks) - shape.first_trained
+    again = trained if checkpointing not in ("none", "selective") else 0
+    return 2 * len(shape.blocks) + 2 * trained + again + (not shape.plain_loss)
+
+
+@dataclass(frozen=True)
+class Split:
+    """One way to divide a run, and what is predicted of it.
+
+    Attributes:
+        name: `data` or `tensor`.
+        shared: whether the base is in parts; only with `data`.
+        tokens: of a batch of all ranks.
+        memory: each rank's plan.
+        computing_s: of a step, of the slowest rank.
+        waiting_s: in which nothing is computed, for the link.
+        problem: why it cannot be used; empty if it can.
+    """
+
+    name: str
+    shared: bool = False
+    tokens: int = 0
+    memory: tuple[MemoryPlan, ...] = ()
+    computing_s: float = 0.0
+    waiting_s: float = 0.0
+    problem: str = ""
+
+    @property
+    def step_s(self) -> float:
+        """The seconds of a step."""
+        return self.computing_s + self.waiting_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all ranks together."""
+        return self.tokens / self.step_s if self.step_s else 0.0
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits each rank."""
+        return all(plan.fits for plan in self.memory)
+
+    @property
+    def most_needed_bytes(self) -> int:
+        """By the rank that needs most."""
+        return max((plan.needed_bytes for plan in self.memory), default=0)
+
+    @property
+    def words(self) -> str:
+        """Its name for messages."""
+        return f"{self.name} with {'a shared' if self.shared else 'a whole'} base" if self.name == DATA else self.name
+
+    @property
+    def verdict(self) -> str:
+        """Its speed, or why it cannot be used."""
+        if self.problem:
+            return f"not possible ({self.problem})"
+        if not self.fits:
+            least = min(plan.budget_bytes for plan in self.memory)
+            return f"does not fit (needs {gigabytes(self.most_needed_bytes)} of {gigabytes(least)})"
+        return f"{self.tokens_per_s:,.0f} tokens/s"
+
+
+def split_by_tensor(shape: ModelShape, batch: Run, macs: Sequence[Mac], link: Link, number_bytes: int) -> Split:
+    """Return what is predicted of tensor parallelism.
+
+    Args:
+        shape: of one rank's part of the model, with the whole adapter.
+        batch: of all ranks, each of which computes all of it.
+        macs, link: what it runs on.
+        number_bytes: of an activation.
+    """
+    memory = tuple(plan_memory(shape, batch, mac.machine) for mac in macs)
+    computing = max(step_seconds(shape, batch, mac.machine, mac.ceilings)[0] for mac in macs)
+    one = link.sum_s(batch.positions * shape.width * number_bytes, len(macs))
+    waiting = sums_of_step(shape, batch.checkpointing) * one + link.sum_s(SINGLE * shape.trained, len(macs))
+    return Split(TENSOR, tokens=batch.positions, memory=memory, computing_s=computing, waiting_s=waiting)
+
+
+def split_by_rows(shape: ModelShape, batch: Run, macs: Sequence[Mac], link: Link) -> Split:
+    """Return what is predicted of rows that are dealt, with the whole base on each rank.
+
+    Args:
+        shape: of the whole model.
+        batch: of all ranks.
+        macs, link: what it runs on.
+    """
+    own = replace(batch, rows=-(-batch.rows // len(macs)))
+    memory = tuple(plan_memory(shape, own, mac.machine) for mac in macs)
+    computing = max(step_seconds(shape, own, mac.machine, mac.ceilings)[0] for mac in macs)
+    waiting = link.sum_s(SINGLE * shape.trained, len(macs))
+    return Split(DATA, tokens=batch.positions, memory=memory, computing_s=computing, waiting_s=waiting)
+
+
+def split_with_shared_base(plan: MacsPlan, tokens: int) -> Split:
+    """Return what is predicted of rows that are dealt, with a part of the base on each rank.
+
+    Args:
+        plan: of such a run.
+        tokens: of a batch of all ranks.
+    """
+    computing = max(plan.computing_s)
+    return Split(DATA, True, tokens, plan.memory, computing, plan.step_s - computing)
+
+
+def best(splits: Sequence[Split]) -> Split:
+    """Return the fastest split that fits; if none does, the one that needs least."""
+    possible = [split for split in splits if not split.problem]
+    fitting = [split for split in possible if split.fits]
+    if fitting:
+        return max(fitting, key=lambda split: split.tokens_per_s)
+    return min(possible, key=lambda split: split.most_needed_bytes)

@@ -1,0 +1,537 @@
+"""What became of a run: learned, too few steps, overfitted, memorized, nothing changed, or worse; and what mends it.
+
+`diagnose` is a pure function of `Evidence`, which a run folder holds: metrics.jsonl, held_out_rows.jsonl, and the texts
+before and after in report.json. benchmarks/verdicts.py measures how often it names a run rightly.
+
+What to do after a run that did not go well: a sentence, and the command that does it.
+
+What a run's metrics say about it: one headline, notes on what went wrong, and the command that mends it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_lora.reports.charts import perplexity
+from mlx_lora.trainer.checkpoint import numbered
+from mlx_lora.trainer.evaluate import FEWEST_ROWS, Change, KnownRows, RowLosses, paired_change
+from mlx_lora.utils.text import command_line, counted, format_duration
+
+LEARNED, TOO_FEW_STEPS, OVER_FITTED = "learned", "too few steps", "overfitted"
+MEMORIZED, UNCHANGED, WORSE, UNKNOWN = "memorized", "nothing changed", "worse", "not measured"
+ENOUGH_STEPS = 40  # updates; a LoRA that took fewer has rarely learned what it can
+# Falls are shares of the first held-out loss, so that they mean the same for any tokenizer.
+SMALL = 0.05  # a fall that is little: a loss of 2.5 to 2.375, 12% of perplexity
+NONE = 0.002  # a fall that is none
+LARGE = 0.4  # a fall after which a short run is not too short
+RISE = 0.004  # a rise above the lowest held-out loss, as a share of that
+RISE_SHARE = 0.05  # and the share of the fall before it that is lost again
+STILL_FALLING = 0.25  # share of the whole fall in the last third of the run, from which more steps are worth it
+MOST_ALIKE = 0.5  # share of held-out rows that nearly repeat training rows, from which they measure memory
+AVERAGED = 3  # training reports that are compared as one, because single ones are noisy
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a run leaves that tells how it went.
+
+    Attributes:
+        steps: optimizer steps taken.
+        losses: (step, training loss) of each report.
+        held_out: (step, held-out loss) of each validation, the first before the first step.
+        rows: step -> the losses of the held-out rows; may be empty.
+        kept: the step of the adapter that is in the folder; None: the last validation's.
+        texts: the model's texts before and after.
+        held_out_rows: how many rows are held out.
+        near_duplicates: held-out rows that nearly repeat a training row; None: nobody looked.
+    """
+
+    steps: int
+    losses: Sequence[tuple[int, float]]
+    held_out: Sequence[tuple[int, float]]
+    rows: Mapping[int, RowLosses] = field(default_factory=dict)
+    kept: int | None = None
+    texts: Sequence[tuple[str, str]] = ()
+    held_out_rows: int = 0
+    near_duplicates: int | None = None
+
+    @property
+    def same_texts(self) -> int:
+        """How many texts are the same before and after."""
+        return sum(before.strip() == after.strip() for before, after in self.texts)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What became of a run.
+
+    Attributes:
+        name: one of the words above.
+        first, last: the held-out losses that are compared; NaN without any.
+        change: from one to the other, with its interval; None: there are no two validations.
+        best_step: where the held-out loss was lowest, if the run is overfitted or worse; else None.
+        best: that loss; NaN where `best_step` is None.
+    """
+
+    name: str
+    first: float = math.nan
+    last: float = math.nan
+    change: Change | None = None
+    best_step: int | None = None
+    best: float = math.nan
+
+
+def diagnose(evidence: Evidence) -> Diagnosis:
+    """Return what became of a run.
+
+    The order decides where two are true: rows that the model has seen make every held-out figure void, a rise is
+    certain, and few steps explain why nothing changed.
+    """
+    held_out = [(step, loss) for step, loss in evidence.held_out if math.isfinite(loss)]
+    if len(held_out) < 2:
+        return Diagnosis(UNKNOWN, held_out[0][1] if held_out else math.nan)
+    (first_step, first), (last_step, last) = held_out[0], _kept(evidence, held_out)
+    change = change_between(evidence, first_step, last_step)
+    found: dict[str, Any] = {"first": first, "last": last, "change": change}
+    gain = -change.change / first if first > 0 else 0.0
+    alike = (evidence.near_duplicates or 0) / max(1, evidence.held_out_rows)
+    if alike >= MOST_ALIKE and gain > NONE:
+        return Diagnosis(MEMORIZED, **found)
+    best_step, best = min(held_out, key=lambda pair: pair[1])
+    if last_step > best_step and _rose(evidence, best_step, last_step, first - best):
+        fell, looked = _training_fell(evidence, best_step), best_step > first_step or len(held_out) < 3
+        if fell and looked:
+            return Diagnosis(OVER_FITTED, **found, best_step=best_step, best=best)
+        if last >= first:
+            return Diagnosis(WORSE, **found, best_step=best_step, best=best)
+    if evidence.steps < ENOUGH_STEPS and gain < LARGE and (gain < SMALL or still_falling(held_out)):
+        return Diagnosis(TOO_FEW_STEPS, **found)
+    if gain < NONE or not _is_certain(change) or (evidence.texts and _all_same(evidence) and gain < SMALL):
+        return Diagnosis(UNCHANGED, **found)
+    if gain < SMALL and still_falling(held_out):
+        return Diagnosis(TOO_FEW_STEPS, **found)
+    return Diagnosis(LEARNED, **found)
+
+
+def change_between(evidence: Evidence, before: int, after: int) -> Change:
+    """Return the change of the held-out loss from one validation to another, by rows where their losses are known."""
+    one, other = evidence.rows.get(before), evidence.rows.get(after)
+    if one is not None and other is not None and len(one.tokens) == len(other.tokens):
+        return paired_change(one, other)
+    losses = dict(evidence.held_out)
+    return Change(losses[after] - losses[before], -math.inf, math.inf, 0)
+
+
+def still_falling(held_out: Sequence[tuple[int, float]]) -> bool:
+    """Return whether the last third of the run brought more of the fall than a run that is nearly done would have."""
+    (first_step, first), (last_step, last) = held_out[0], held_out[-1]
+    earlier = [pair for pair in held_out if pair[0] <= first_step + (last_step - first_step) * 2 / 3]
+    if first <= last or len(held_out) < 3:
+        return False  # two validations do not say how it fell
+    return (earlier[-1][1] - last) / (first - last) >= STILL_FALLING
+
+
+def _kept(evidence: Evidence, held_out: Sequence[tuple[int, float]]) -> tuple[int, float]:
+    """Return the validation of the adapter in the folder."""
+    return next((pair for pair in held_out if pair[0] == evidence.kept), held_out[-1])
+
+
+def _is_certain(change: Change) -> bool:
+    """Return whether a change is not chance; with too few rows for an interval nobody knows, and its size decides."""
+    return change.certain or not math.isfinite(change.low)
+
+
+def _rose(evidence: Evidence, best_step: int, last_step: int, fall: float) -> bool:
+    """Return whether the held-out loss rose from its lowest by more than chance and by a share of the fall before."""
+    rise, best = change_between(evidence, best_step, last_step), dict(evidence.held_out)[best_step]
+    return rise.change >= max(RISE * best, RISE_SHARE * fall) and _is_certain(rise)
+
+
+def _training_fell(evidence: Evidence, since: int) -> bool:
+    """Return whether the training loss went on falling after a step."""
+    losses = [(step, loss) for step, loss in evidence.losses if math.isfinite(loss)]
+    before = [loss for step, loss in losses if step <= since][-AVERAGED:] or [loss for _, loss in losses[:1]]
+    after = [loss for step, loss in losses if step > since][-AVERAGED:]
+    return bool(after) and sum(after) / len(after) < sum(before) / len(before)
+
+
+def _all_same(evidence: Evidence) -> bool:
+    return evidence.same_texts == len(evidence.texts)
+
+
+AIM_STEPS = 60  # updates that a mending run of a small set gets at least
+VALIDATIONS = 8  # in a run that looks for the lowest held-out loss
+LOW_RATE = 1e-4  # below this, a run that changed nothing had too low a rate
+FACTOR = 5  # between the rate that was wrong and the one to try, and between epochs for a form and for facts
+FEWEST_EPOCHS, MOST_EPOCHS = 10, 40  # of a run over facts
+FEW_KNOWN, MOST_KNOWN = 0.5, 0.9  # shares of training rows that are answered word for word
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the commands need to know of a run.
+
+    Attributes:
+        folder: of the run; None: there is none, so no command can be given.
+        settings: of run.yaml.
+        steps: that were taken.
+        epochs: that they went over the data.
+        step_s: seconds per step, validations included.
+    """
+
+    folder: Path | None
+    settings: Mapping[str, Any]
+    steps: int
+    epochs: float
+    step_s: float
+
+    @property
+    def rate(self) -> float:
+        """The learning rate at its peak."""
+        return float(self.settings.get("learning_rate") or 2e-4)
+
+    def train_again(self, *flags: str) -> str:
+        """Return the command that repeats the run with other settings in another folder."""
+        if self.folder is None:
+            return ""
+        return command_line(
+            ["train", "--config", str(self.folder / "run.yaml"), "--adapter-path", f"{self.folder}-2", *flags]
+        )
+
+
+def mending(diagnosis: Diagnosis, run: RunFacts, known: KnownRows | None = None) -> tuple[str, str]:
+    """Return what mends a run as a sentence, and as a command; both empty if nothing is to mend.
+
+    Args:
+        diagnosis: what became of it.
+        run: for the command.
+        known: how many training rows it answers word for word; None: nobody asked.
+    """
+    if known is not None and diagnosis.name == LEARNED and known.share < FEW_KNOWN:
+        epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, math.ceil(FACTOR * run.epochs)))
+        flags = ["--epochs", str(epochs), "--no-keep-best", "--early-stopping-patience", "0"]
+        if epochs > run.epochs:
+            return f"{known.words()} If the rows are facts to remember, train for more epochs:", run.train_again(*flags)
+    if known is not None and diagnosis.name == OVER_FITTED and known.share >= MOST_KNOWN:
+        mend, command = mending(diagnosis, run)
+        return f"{known.words()} If the rows are facts to remember, keep this adapter. If not: {mend}", command
+    if diagnosis.name == TOO_FEW_STEPS:
+        return _more_steps(run)
+    if diagnosis.name in (OVER_FITTED, WORSE) and diagnosis.change and 0 < diagnosis.change.rows < FEWEST_ROWS:
+        few = counted(diagnosis.change.rows, "held-out row")
+        return (
+            f"{few} cannot tell: before you train again, look at the answers to questions that are not in the training rows.",
+            _new_questions(run, "--show", "10"),
+        )
+    if diagnosis.name == OVER_FITTED:
+        return _earlier(diagnosis, run)
+    if diagnosis.name == MEMORIZED:
+        return "Measure on questions that are not in the training rows.", _new_questions(run)
+    if diagnosis.name == UNCHANGED:
+        if run.rate < LOW_RATE:
+            rate = f"{min(2e-4, run.rate * FACTOR * 20):.0e}"
+            return f"The learning rate of {run.rate:g} is low; try {float(rate):g}.", run.train_again(
+                "--learning-rate", rate
+            )
+        return _more_steps(run)
+    if diagnosis.name == WORSE:
+        rate = run.rate / FACTOR
+        return (
+            f"Try a lower learning rate, such as {rate:.1g}, and check that the held-out rows are like the training rows.",
+            run.train_again("--learning-rate", f"{rate:.1g}"),
+        )
+    if diagnosis.name == UNKNOWN and math.isnan(diagnosis.first):
+        return "Hold some rows out to see it.", run.train_again("--valid-fraction", "0.1")
+    return "", ""
+
+
+def _new_questions(run: RunFacts, *flags: str) -> str:
+    """Return the command that measures an adapter on another file; nothing without a folder."""
+    if run.folder is None:
+        return ""
+    words = ["evaluate", "--model", str(run.settings.get("model")), "--adapter-path", str(run.folder)]
+    return command_line([*words, "--data", "new-questions.jsonl", *flags])
+
+
+def _more_steps(run: RunFacts) -> tuple[str, str]:
+    """Return advice to train longer: enough epochs for the aim, and at least twice as many as now."""
+    per_epoch = run.steps / run.epochs if run.epochs else float(max(1, run.steps))
+    least = 2 * run.steps if run.steps >= ENOUGH_STEPS else max(AIM_STEPS, 2 * run.steps)
+    epochs = max(1, math.ceil(least / max(per_epoch, 1e-9)))
+    steps = max(1, round(epochs * per_epoch))
+    time = f", about {format_duration(steps * run.step_s)}" if run.step_s else ""
+    return f"--epochs {epochs} gives {counted(steps, 'step')}{time}.", run.train_again("--epochs", str(epochs))
+
+
+def _earlier(diagnosis: Diagnosis, run: RunFacts) -> tuple[str, str]:
+    """Return advice to end with the adapter of the lowest held-out loss."""
+    every = str(max(1, run.steps // VALIDATIONS))
+    again = run.train_again("--keep-best", "--steps-per-eval", every)
+    best = diagnosis.best_step
+    if not best:
+        return f"--keep-best with --steps-per-eval {every} finds the step to end at, or train for fewer epochs.", again
+    kept = [] if run.folder is None else [path for step, path in numbered(run.folder / "checkpoints") if step == best]
+    if kept:
+        return f"The adapter of step {best:,} is in {kept[0]}; --keep-best puts it into the run's folder.", again
+    fewer = (
+        f"--iters {best}" if run.settings.get("iters") else f"--epochs {max(0.1, run.epochs * best / run.steps):.2g}"
+    )
+    return f"Train again with --keep-best, or for less long ({fewer}).", again
+
+
+SAME = 0.005  # a smaller relative change of a divergence is none
+MOST_WITHOUT_SPREAD = (
+    0.5  # share of prompts without any spread of rewards, from which nothing is learned, that is worth a note
+)
+GOOD, BAD, PLAIN = "good", "bad", "plain"
+TONES = {LEARNED: GOOD, OVER_FITTED: BAD, WORSE: BAD}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The beginning of a report.
+
+    Attributes:
+        headline: one sentence.
+        tone: `good`, `bad` or `plain`.
+        notes: what else to know, whole sentences.
+        name: what became of the run, in the words of diagnosis.py; empty for objectives that have a measure of their own.
+        mend: what to do, a sentence; empty: nothing is to mend.
+        command: that does it; may be empty.
+        change: of the held-out loss in nats per token, `change`, `low`, `high`, `rows`; None: not known.
+    """
+
+    headline: str
+    tone: str = PLAIN
+    notes: list[str] = field(default_factory=list)
+    name: str = ""
+    mend: str = ""
+    command: str = ""
+    change: dict[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        change = self.change and {k: v if math.isfinite(v) else None for k, v in self.change.items()}
+        return {**asdict(self), "change": change}
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a verdict needs beside metrics and settings.
+
+    Attributes:
+        folder: of the run, for commands; None: none are given.
+        rows: step -> the losses of the held-out rows.
+        texts: the model's texts before and after.
+        held_out_rows: how many rows are held out.
+        near_duplicates: held-out rows that nearly repeat a training row; None: nobody looked.
+        known: how many training rows the model answers word for word; None: nobody asked.
+        seconds: that the run took.
+    """
+
+    folder: Path | None = None
+    rows: Mapping[int, RowLosses] = field(default_factory=dict)
+    texts: Sequence[tuple[str, str]] = ()
+    held_out_rows: int = 0
+    near_duplicates: int | None = None
+    known: KnownRows | None = None
+    seconds: float = 0.0
+
+
+def verdict(
+    records: list[dict[str, Any]], settings: dict[str, Any], ended: bool = True, beside: Beside | None = None
+) -> Verdict:
+    """Return the verdict on a run.
+
+    Args:
+        records: of metrics.jsonl.
+        settings: of run.yaml.
+        ended: whether all steps are done; only then has --keep-best put its adapter back.
+        beside: what else is known of the run.
+    """
+    beside = beside or Beside()
+    validations = [r for r in records if r["val_loss"] is not None]
+    notes = [note for note in (_alike(records), _skipped(records)) if note]
+    run = facts_of_run(records, settings, beside)
+    if not validations:
+        losses = [r["loss"] for r in records if r["loss"] is not None]
+        words = f"Training loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "No step has been reported yet"
+        mend, command = mending(Diagnosis(UNKNOWN), run) if losses else ("", "")
+        nothing = "No held-out data was measured, so this run shows no effect on new text."
+        return Verdict(words, PLAIN, [nothing, *notes], UNKNOWN, mend, command)
+    kept = _kept_validation(validations, settings) if ended else validations[-1]
+    if kept is not validations[-1]:
+        notes.append(f"--keep-best kept the adapter of step {kept['step']:,}, and the headline is about that one.")
+    of_its_own = (
+        (any(r.get("reward") is not None for r in validations), _of_rewards),
+        (any("margin" in r for r in validations), _of_preferences),
+        (settings.get("objective") == "distill", _of_divergence),
+    )
+    evidence = evidence_of(records, kept["step"], beside)
+    for applies, words_of_objective in of_its_own:
+        if applies:
+            headline, tone = words_of_objective(validations, kept)
+            if words_of_objective is not _of_rewards:  # the loss of sampled answers says nothing about that
+                notes = [note for note in (_loss_note(diagnose(evidence), run),) if note] + notes
+            return Verdict(headline, tone, notes)
+    found = diagnose(evidence)
+    if found.name == UNKNOWN:
+        return Verdict(f"Held-out perplexity {perplexity(kept['val_loss'])}, measured once", PLAIN, notes, UNKNOWN)
+    mend, command = mending(found, run, beside.known)
+    change = found.change and asdict(found.change)
+    return Verdict(headline_of(found, evidence), TONES.get(found.name, PLAIN), notes, found.name, mend, command, change)
+
+
+def evidence_of(records: Sequence[Mapping[str, Any]], kept: int | None, beside: Beside) -> Evidence:
+    """Return the evidence that a run's records and texts are.
+
+    Args:
+        records: of metrics.jsonl.
+        kept: the step of the adapter that is in the folder.
+        beside: what else is known.
+    """
+    return Evidence(
+        steps=max((r["step"] for r in records), default=0),
+        losses=[(r["step"], r["loss"]) for r in records if r["loss"] is not None],
+        held_out=[(r["step"], r["val_loss"]) for r in records if r["val_loss"] is not None],
+        rows=beside.rows,
+        kept=kept,
+        texts=beside.texts,
+        held_out_rows=beside.held_out_rows,
+        near_duplicates=beside.near_duplicates,
+    )
+
+
+def facts_of_run(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], beside: Beside) -> RunFacts:
+    """Return what the commands that mend a run need."""
+    steps = max((r["step"] for r in records), default=0)
+    epochs = max((float(r.get("epoch") or 0) for r in records), default=0.0)
+    return RunFacts(beside.folder, settings, steps, epochs, beside.seconds / steps if steps else 0.0)
+
+
+def headline_of(found: Diagnosis, evidence: Evidence) -> str:
+    """Return a diagnosis as a sentence."""
+    measured = (
+        f"held-out perplexity {perplexity(found.first)} to {perplexity(found.last)}, {change_words(found.change)}"
+    )
+    if found.name == OVER_FITTED and not found.best_step:
+        return f"Overfitted: {measured}, while the training loss fell"
+    if found.name == OVER_FITTED:
+        return (
+            f"Overfitted from step {found.best_step:,} on: the held-out loss was lowest there ({found.best:.3f}) and rose to "
+            f"{found.last:.3f}, while the training loss fell"
+        )
+    if found.name == MEMORIZED:
+        return (
+            f"Memorized: {evidence.near_duplicates} of {counted(evidence.held_out_rows, 'held-out row')} nearly repeat "
+            f"training rows, so {measured}, says little about new questions"
+        )
+    if found.name == TOO_FEW_STEPS:
+        return f"Too few steps: {counted(evidence.steps, 'update')}, {measured}"
+    if found.name == UNCHANGED:
+        same = evidence.same_texts
+        texts = f", and {same} of {counted(len(evidence.texts), 'text')} the same as before" if same else ""
+        return f"Nothing changed: {measured}{texts}"
+    return f"{found.name.capitalize()}: {measured}"
+
+
+def change_words(change: Change | None) -> str:
+    """Return a change of the loss as one of perplexity, with its interval: `35% lower (95% interval 31% to 39%, 12 rows)`."""
+    if change is None:
+        return "measured once"
+    ratio = math.exp(min(change.change, 700.0))
+    lower = ratio <= 1
+    words = f"{ratio:.3g} times as high" if ratio > 2 else f"{abs(1 - ratio):.0%} {'lower' if lower else 'higher'}"
+    if not math.isfinite(change.low):
+        return f"{words} ({counted(change.rows, 'row')}, too few for an interval)" if change.rows else words
+    ends = sorted((math.exp(min(end, 700.0)) - 1) * (-1 if lower else 1) for end in (change.low, change.high))
+    return f"{words} (95% interval {ends[0]:.0%} to {ends[1]:.0%}, {counted(change.rows, 'row')})"
+
+
+def _loss_note(found: Diagnosis, run: RunFacts) -> str:
+    """Return a note on the loss of an objective whose headline is about another number."""
+    if found.name not in (OVER_FITTED, WORSE):
+        return ""
+    where = f"at step {found.best_step:,}" if found.best_step else "before training"
+    mend, _ = mending(found, run)
+    return f"The held-out loss was lowest {where} ({found.best:.3f}) and ended at {found.last:.3f}. {mend}"
+
+
+def _kept_validation(validations: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the validation of the adapter that is in the folder."""
+    later = [r for r in validations if r["step"]]
+    if not settings.get("keep_best") or not later:
+        return validations[-1]
+    if settings.get("metric_for_best_model") == "accuracy":
+        return max(later, key=lambda r: (r.get("accuracy") or 0.0, -r["val_loss"]))
+    best = min(validations, key=lambda r: r["val_loss"])
+    return best if best["step"] else validations[-1]
+
+
+def _of_preferences(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
+    """Return headline and tone for preference training, whose loss is no likelihood."""
+    parts = []
+    ranked = [r["accuracy"] for r in validations if r.get("accuracy") is not None]
+    if ranked and kept.get("accuracy") is not None:
+        ends = dict.fromkeys(
+            [f"{ranked[0]:.0%}", f"{kept['accuracy']:.0%}"] if len(ranked) > 1 else [f"{ranked[0]:.0%}"]
+        )
+        parts.append(f"held-out accuracy {' to '.join(ends)}")
+    # The held-out ratings of KTO may all be good or all be bad: then there is no margin, and the loss stands for it.
+    name, key, better = "reward margin", "margin", 1
+    if any(one.get("margin") is None for one in (validations[0], kept)):
+        name, key, better = "loss", "val_loss", -1
+    first, last = better * validations[0][key], better * kept[key]
+    # Adding 0 makes a zero of a rounded -0.
+    ends = dict.fromkeys(f"{round(better * value, 2) + 0:.2f}" for value in (first, last))
+    parts.append(f"{'' if parts else 'held-out '}{name} {' to '.join(ends)}")
+    words = ", ".join(parts)
+    tone = PLAIN if len(validations) == 1 or abs(last - first) < 0.005 else GOOD if last > first else BAD
+    return words[0].upper() + words[1:], tone
+
+
+def _of_rewards(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
+    """Return headline and tone for answers that were sampled and rewarded."""
+    first, last = validations[0]["reward"], kept["reward"]
+    ends = dict.fromkeys(f"{round(value, 3) + 0:.3f}" for value in (first, last))
+    tone = PLAIN if len(validations) == 1 or abs(last - first) < 0.0005 else GOOD if last > first else BAD
+    return f"Held-out reward {' to '.join(ends)}", tone
+
+
+def _of_divergence(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
+    """Return headline and tone for distillation, whose loss is how far the student's probabilities are from the teacher's."""
+    first, last = validations[0]["val_loss"], kept["val_loss"]
+    ends = dict.fromkeys(f"{round(value, 4) + 0:.4f}" for value in (first, last))
+    words = f"Held-out divergence from the teacher {' to '.join(ends)} per token"
+    if len(validations) == 1:
+        return f"{words}, measured once", PLAIN
+    if first <= 0 or abs(last / first - 1) < SAME:
+        return f"{words}, unchanged", PLAIN
+    change = abs(last / first - 1)
+    return (f"{words}, {change:.0%} lower", GOOD) if last < first else (f"{words}, {change:.0%} higher", BAD)
+
+
+def _alike(records: list[dict[str, Any]]) -> str:
+    """Return a note if the answers to most prompts of the last reports all had the same reward; else an empty string."""
+    shares = [r["frac_reward_zero_std"] for r in records if r["loss"] is not None and "frac_reward_zero_std" in r]
+    last = shares[-AVERAGED:]
+    share = sum(last) / len(last) if last else 0.0
+    if share < MOST_WITHOUT_SPREAD:
+        return ""
+    return (
+        f"At the end, all answers to {share:.0%} of the prompts had the same reward, and nothing is learned from those. "
+        "Mix easier or harder prompts in, reward more finely, or raise --group-size or --temp."
+    )
+
+
+def _skipped(records: list[dict[str, Any]]) -> str:
+    count = max((r["skipped_steps"] for r in records), default=0)
+    if not count:
+        return ""
+    return (
+        f"{count:,} {'update was' if count == 1 else 'updates were'} skipped because loss or gradient was not finite."
+    )

@@ -1,0 +1,1 @@
+"""Sampling during training: answers, environments and rewards."""

@@ -1,0 +1,230 @@
+"""Load reward models on or beside the base; their memory.
+
+Count the memory of the reward models that a run holds beside its base, without reading their weights.
+
+Load the reward models among a run's rewards: on the run's own base where they were trained on it, else beside it.
+
+A reward model of the run's base shares its arrays: modules are copied, and the adapter is put on the copy, so that only the
+adapter takes memory. This has to happen before the run's own adapter is put on the base.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+from mlx.utils import tree_flatten
+
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings, ModelSettings, TrainSettings
+from mlx_lora.data.examples import Completion, Conversation
+from mlx_lora.exporters.adapter_config import SAME_LAYOUT, check_use, own_entries
+from mlx_lora.exporters.adapter_folder import CONFIG_FILE as ADAPTER_CONFIG
+from mlx_lora.exporters.adapter_folder import load_adapter, read_adapter_config
+from mlx_lora.models.folder import CONFIG_FILE, is_classifier, read_safetensors_header
+from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
+from mlx_lora.models.load import Base, load_base, load_classifier
+from mlx_lora.models.meta import outline_of
+from mlx_lora.models.tokenizer import load_folder_tokenizer
+from mlx_lora.objectives.reward_model import known_scores
+from mlx_lora.objectives.table import objective_of
+from mlx_lora.rollouts.rewards import NO_FUNCTIONS, Functions, Reward, reward_folders, rewards_of
+from mlx_lora.utils import device
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.parsing import read_json
+
+PEFT_CONFIG = "adapter_config.json"
+SINGLE_BYTES = 4  # of a number of an adapter, and of a score head
+
+
+def beside_bytes(settings: TrainSettings) -> int:
+    """Return the bytes of a run's reward models: their adapters, and a base for those that are not the run's own.
+
+    A base that is named otherwise than --model is counted, though the run shares it if it turns out to be the same.
+
+    Raises:
+        InputError: a folder's files cannot be read.
+    """
+    if not settings.objective.samples:
+        return 0
+    dtype, total = device.compute_dtype(settings.model.dtype), 0
+    bases: list[tuple[str, str | None]] = []
+    for folder in reward_folders(settings.objective):
+        file = folder / PEFT_CONFIG
+        if not file.is_file():
+            total += _numbers(folder, "model*.safetensors") * dtype.size if (folder / CONFIG_FILE).is_file() else 0
+            continue
+        total += _numbers(folder, "adapter*.safetensors") * SINGLE_BYTES
+        named = base_named(file)
+        known = [settings.model.model or "", *(name for name, _ in bases)]
+        if named is not None and not any(is_same_model(named[0], name) for name in known):
+            bases.append(named)
+    for name, revision in bases:
+        outline = outline_of(name, revision, dtype)
+        total += sum(array.nbytes for _, array in tree_flatten(outline.model.parameters()))
+    return total
+
+
+def base_named(file: Path) -> tuple[str, str | None] | None:
+    """Return the model that an adapter_config.json, ours or PEFT's, names, with its revision; None if it names none."""
+    config = read_json(file, "restore it from a checkpoint")
+    own = config.get("mlx_lora")
+    if isinstance(own, dict) and own.get("base_model"):
+        return str(own["base_model"]), own.get("base_revision")
+    name = config.get("base_model_name_or_path") or config.get("model")
+    return (str(name), None) if name else None
+
+
+def is_same_model(one: str, other: str) -> bool:
+    """Tell whether two names are the same, or lead to the same file or folder."""
+    if one == other:
+        return True
+    paths = Path(one).expanduser(), Path(other).expanduser()
+    return all(path.exists() for path in paths) and paths[0].resolve() == paths[1].resolve()
+
+
+def _numbers(folder: Path, pattern: str) -> int:
+    """Return how many numbers the files of a folder hold."""
+    headers = [read_safetensors_header(file) for file in sorted(folder.glob(pattern))]
+    return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
+
+
+# Nothing is cut: a prompt has at most --max-seq-length tokens, and its answer at most --max-new-tokens.
+UNCUT = DataSettings(max_seq_length=1 << 20)
+
+
+@dataclass(frozen=True)
+class ModelReward:
+    """A reward model that is ready: called with conversations, it returns their scores, NaN for those that it cannot render.
+
+    Attributes:
+        base: with the score head, its own tokenizer and chat template.
+        own_bytes: of its parameters that no other model in memory has.
+        day: that its template shows as today.
+    """
+
+    base: Base
+    own_bytes: int
+    day: date | None = None
+
+    def __call__(self, conversations: Sequence[Conversation | Completion]) -> list[float | None]:
+        scores, _ = known_scores(self.base, conversations, UNCUT, DEFAULT_BATCH_TOKENS, self.day)
+        return scores.tolist()
+
+
+def check_reward_model(folder: Path) -> None:
+    """Refuse a folder that holds no reward model, before a model is loaded.
+
+    Raises:
+        InputError: with the reason.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        check_use(read_adapter_config(folder), folder, scores=True)
+        return
+    file = folder / CONFIG_FILE
+    config = read_json(file, "download the model again") if file.is_file() else {}
+    if not is_classifier(config):
+        raise InputError(
+            f"--reward {folder}: not a reward model; give the folder of a run with --objective reward, or that of its "
+            "export --to hf or peft"
+        )
+    if config.get("model_type") not in SAME_LAYOUT:
+        raise InputError(
+            f"--reward {folder}: a {config.get('model_type')} classifier; {', '.join(SAME_LAYOUT)} can be read; give the "
+            "adapter that it was made from"
+        )
+
+
+def check_rewards(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS) -> None:
+    """Refuse rewards that cannot be used, before a model is loaded.
+
+    Raises:
+        InputError: a name is unknown, a user's file does not load, or a folder holds no reward model.
+    """
+    for reward in rewards_of(settings, functions):
+        if reward.model is not None:
+            check_reward_model(reward.model)
+
+
+def load_rewards(
+    settings: TrainSettings,
+    base: Base,
+    say: Callable[[str], None],
+    day: date | None = None,
+    functions: Functions = NO_FUNCTIONS,
+) -> tuple[Reward, ...]:
+    """Return the rewards of a run or a measurement, with their reward models loaded.
+
+    Args:
+        settings: with --reward.
+        base: of the run, not yet adapted.
+        say: takes a line on each reward model.
+        day: that templates show as today, unless --chat-date names one; None: today.
+        functions: those that were given in Python, by what --reward calls them.
+
+    Raises:
+        InputError: a reward or a reward model cannot be loaded.
+    """
+    if objective_of(settings.objective).policy is None:
+        return ()
+    day = date.fromisoformat(settings.data.chat_date) if settings.data.chat_date else day
+    bases, rewards = [base], []
+    for reward in rewards_of(settings.objective, functions):
+        if reward.model is not None:
+            reward = replace(reward, function=_model_reward(reward.model, settings.model, bases, say, day))
+        rewards.append(reward)
+    return tuple(rewards)
+
+
+def _model_reward(
+    folder: Path, asked: ModelSettings, bases: list[Base], say: Callable[[str], None], day: date | None
+) -> ModelReward:
+    """Load one reward model; a base that none of the known ones is, is added to them."""
+    check_reward_model(folder)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        base, score = load_classifier(folder, asked, SCORE_WEIGHT)
+        put_score_head(base.model, base.config)
+        base.model.score.weight = score.astype(base.model.score.weight.dtype)
+        base.model.freeze()
+        held, where = 0, "a model beside the base"
+    else:
+        known = next((one for one in bases if _is_of(folder, one)), None)
+        of = known or _other_base(folder, asked)
+        held, where = (
+            (of.size_bytes, f"on {of.model_id}, shared") if known else (0, f"on {of.model_id}, beside the base")
+        )
+        if known is None:
+            bases.append(of)
+        # The weights are shared; the tokenizer is its own, because an adapter may bring a template.
+        tokenizer = load_folder_tokenizer(of.folder, of.config, asked.trust_remote_code)
+        base = replace(of, model=copy.deepcopy(of.model), tokenizer=tokenizer)
+        template = load_adapter(base, folder, scores=True).chat_template
+        if template:
+            base.hf_tokenizer.chat_template = template
+    own = sum(array.nbytes for _, array in tree_flatten(base.model.parameters())) - held
+    say(f"Reward model {folder}: {where}; {own / 1e6:.1f} MB of its own")
+    return ModelReward(base, own, day)
+
+
+def _is_of(folder: Path, base: Base) -> bool:
+    """Tell whether an adapter was trained on this base: by fingerprint, or if it has none (PEFT), by name."""
+    trained_on = own_entries(read_adapter_config(folder)).get("base_fingerprint")
+    if trained_on:
+        return trained_on == base.fingerprint
+    named = base_named(folder / ADAPTER_CONFIG)
+    return named is not None and any(is_same_model(named[0], name) for name in (base.model_id, str(base.folder)))
+
+
+def _other_base(folder: Path, asked: ModelSettings) -> Base:
+    """Load the base that an adapter names."""
+    named = base_named(folder / ADAPTER_CONFIG)
+    if named is None:
+        raise InputError(f"--reward {folder}: does not name its base; give a folder that a run wrote")
+    try:
+        return load_base(replace(asked, model=named[0], revision=named[1], bits=None))  # --bits is of --model
+    except InputError as error:
+        raise InputError(f"--reward {folder}: its base cannot be loaded: {error}") from None

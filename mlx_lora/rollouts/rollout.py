@@ -1,0 +1,390 @@
+"""Sample the answers that a step trains on: prompts in, a batch with answers, rewards and advantages out.
+
+Or, in place of rewards, with what a teacher says about the answers (objectives/distill.py).
+
+A planned batch has G rows for each prompt, with room for answers (EncodedSet.with_room), so memory and shapes are known
+before the run. When the loop asks for a batch, the model as it is then answers its prompts, the answers are put into the
+rows, and their rewards are computed. What is sampled depends on the adapter, the seed and the batch's number only, so a
+resumed run samples the same answers.
+
+The `grad_accumulation_steps` batches of a step are a cycle: they are answered together, several ranks divide their prompts
+(rollouts/sharing.py), and with several updates per rollout they are trained on `updates_per_rollout` times. A run
+is only saved and ended between cycles.
+
+Shapes: A = N G rows, T columns.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_lora.config.settings import TrainSettings
+from mlx_lora.data.batch import EMPTY, Batch
+from mlx_lora.data.prompts import example_with_answer
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.losses.cross_entropy import Loss
+from mlx_lora.losses.policy import group_advantages, leave_one_out_advantages
+from mlx_lora.models.load import Base
+from mlx_lora.objectives.distill import Scorer
+from mlx_lora.objectives.policy_task import ADVANTAGES, LENGTHS, OLD, REFERENCE, REWARDS, TRUNCATED, token_logps
+from mlx_lora.objectives.prefix_sharing import Joining, apart, by_answer, slots_of, sums_of_answers
+from mlx_lora.objectives.task import Task
+from mlx_lora.parallel.ranks import ALONE, Ranks
+from mlx_lora.rollouts.decode import SamplingForm
+from mlx_lora.rollouts.rewards import Reward, SilentRewards, TrainerState, reports_of, rewards_for, summed
+from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
+from mlx_lora.rollouts.sharing import Answered, Planned, deal_prompts, gathered, of_own_rows
+
+WIDTH_STEP = 32  # widths of batches of sampled answers are a multiple of this, so that few shapes occur
+HELD_OUT_STREAM = 1 << 40  # the numbers of rollouts on held-out prompts start here
+
+
+@dataclass
+class Spent:
+    """What rollouts have taken since this was last read."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    began_s: float = field(default_factory=time.perf_counter)
+
+    def read(self) -> dict[str, float]:
+        """Return sampled tokens per second of sampling, and its share of all time; then start again."""
+        now = time.perf_counter()
+        found = {
+            "rollout_tokens_per_s": self.tokens / self.seconds if self.seconds else math.nan,
+            "rollout_share": self.seconds / max(now - self.began_s, 1e-9),
+        }
+        self.seconds, self.tokens, self.began_s = 0.0, 0, now
+        return found
+
+
+@dataclass(frozen=True)
+class Answering:
+    """What a rollout needs beside its prompts.
+
+    Attributes:
+        base: with the adapter as it is trained.
+        settings: of the run.
+        rewards: what rewards answers.
+        loss: of tokens, for the log-probabilities before the first update and those of the reference.
+        say: takes a line if a reward fails and is skipped.
+        start: the adapter's parameters as the run began, with which the model is the reference.
+        form: what computes sampled tokens.
+        scorer: scores answers as the teacher; None: they are rewarded.
+        joining: when the answers to a prompt share its row; None: never.
+        spent: time and tokens of sampling.
+        state: where the run is, for rewards that take it.
+        silent: counts rewards that gave nothing to a batch.
+    """
+
+    base: Base
+    settings: TrainSettings
+    rewards: Sequence[Reward]
+    loss: Loss
+    say: Callable[[str], None]
+    start: dict[str, Any]
+    form: SamplingForm = field(default_factory=SamplingForm)
+    scorer: Scorer | None = None
+    joining: Joining | None = None
+    spent: Spent = field(default_factory=Spent)
+    state: TrainerState = field(default_factory=TrainerState)
+    silent: SilentRewards = field(default_factory=SilentRewards)
+
+    @classmethod
+    def of(
+        cls,
+        base: Base,
+        settings: TrainSettings,
+        rewards: Sequence[Reward],
+        loss: Loss,
+        say: Callable[[str], None],
+        form: SamplingForm,
+        scorer: Scorer | None = None,
+        joining: Joining | None = None,
+    ) -> Answering:
+        """Return it for an adapted base that is not yet trained."""
+        return cls(base, settings, rewards, loss, say, base.model.trainable_parameters(), form, scorer, joining)
+
+    def reported(self, task: Task) -> Task:
+        """Return a task whose steps also report the rate of sampling and its share of the time."""
+        return replace(task, rates=self.spent.read)
+
+    def answer(self, planned: Sequence[Planned], trains: bool, ranks: Ranks = ALONE) -> list[Batch]:
+        """Return planned batches with sampled answers in their rows.
+
+        Args:
+            planned: batches that are trained on together.
+            trains: whether they will be trained on; else only rewards are computed.
+            ranks: that divide the prompts among themselves; each returns all batches.
+
+        Raises:
+            RunError: a reward failed.
+        """
+        model = self.base.model
+        training = model.training
+        model.eval()
+        try:
+            planned = [replace(one, batch=apart(one.batch)) for one in planned]
+            dealt = deal_prompts([len(one.facts) for one in planned], ranks.size)
+            own = [self._answered(one, prompts[ranks.rank]) for one, prompts in zip(planned, dealt, strict=True)]
+            start = time.perf_counter()
+            every = gathered(own, dealt, self.settings.objective.answers_per_prompt, ranks)
+            self.spent.seconds += time.perf_counter() - start  # until the slowest rank has sampled
+            for note in (note for answered in every for note in answered.notes):
+                self.say(note)
+            mine = [prompts[ranks.rank] for prompts in dealt]
+            return [self._trained(*of, trains, ranks) for of in zip(planned, every, mine, strict=True)]
+        finally:
+            model.train(training)
+
+    def _answered(self, planned: Planned, prompts: list[int]) -> Answered:
+        """Sample answers to some prompts of a batch, and reward them."""
+        answers = self._sample(planned.batch, np.flatnonzero(planned.batch.real), planned.rollout, prompts)
+        if self.scorer is not None:
+            return Answered(answers, np.zeros((len(answers), 0)))
+        notes: list[str] = []
+        rewards = self.rewards_of([planned.facts[prompt] for prompt in prompts], answers, notes.append)
+        return Answered(answers, rewards, notes)
+
+    def _trained(self, planned: Planned, answered: Answered, prompts: list[int], trains: bool, ranks: Ranks) -> Batch:
+        """Return the batch that is trained on, or measured; its log-probabilities of `prompts` are computed by this rank."""
+        batch, objective = planned.batch, self.settings.objective
+        rows = np.flatnonzero(batch.real)
+        self.spent.tokens += sum(map(len, answered.answers))
+        filled = self._filled(batch, rows, answered.answers)
+        if trains and self.joining is not None:
+            filled = self.joining(filled, batch.mask.argmax(axis=1))
+        own = np.flatnonzero(filled.real).reshape(-1, filled.group)[prompts].ravel()
+        of_old = self.scorer is None or self.scorer.uses_old
+        if trains and of_old and (objective.updates_per_rollout > 1 or objective.kl_beta):
+            filled = self._with_logps(filled, own, ranks)
+        if self.scorer is not None:
+            return self.scorer.scored(filled, planned.rows, own, ranks)
+        return self._with_rewards(filled, rows, answered.rewards)
+
+    def _sample(self, batch: Batch, rows: np.ndarray, rollout: int, chosen: list[int]) -> list[list[int]]:
+        """Return the tokens of the answers to chosen prompts; the random streams are those of all rows' answers."""
+        objective, group = self.settings.objective, batch.group
+        if not chosen:
+            return []
+        first = rows[::group][chosen]
+        begins = batch.mask[first].argmax(axis=1)  # the prompt's last token predicts the first target
+        prompts = [batch.inputs[row, : begin + 1].tolist() for row, begin in zip(first, begins, strict=True)]
+        options = SamplingOptions(group, objective.max_new_tokens, objective.temp, objective.top_p, objective.min_p)
+        start = time.perf_counter()
+        ends = frozenset(self.base.tokenizer.eos_token_ids)
+        keys = answer_keys(self.settings.loop.seed, rollout, len(rows)).reshape(-1, group, 2)
+        own = keys[mx.array(chosen)].reshape(-1, 2)
+        with self.form.model_of(self.base) as model:
+            answers, _ = sample_groups(model, prompts, options, ends, own)
+        self.spent.seconds += time.perf_counter() - start
+        return answers
+
+    def _filled(self, batch: Batch, rows: np.ndarray, answers: list[list[int]]) -> Batch:
+        """Put answers into the rows of a planned batch, and cut columns that none of them needs."""
+        begins = batch.mask.argmax(axis=1)  # the column of each row's first target
+        longest = max(begins[row] + len(answer) for row, answer in zip(rows, answers, strict=True))
+        width = min(batch.inputs.shape[1], -(-int(longest) // WIDTH_STEP) * WIDTH_STEP)
+        inputs, targets = batch.inputs[:, :width].copy(), batch.targets[:, :width].copy()
+        mask = np.zeros_like(inputs, bool)
+        ends, most = frozenset(self.base.tokenizer.eos_token_ids), self.settings.objective.max_new_tokens
+        lengths, truncated = np.zeros(len(inputs), np.float32), np.zeros(len(inputs), np.float32)
+        for row, answer in zip(rows, answers, strict=True):
+            begin, end = begins[row], begins[row] + len(answer)
+            inputs[row, begin + 1 :], targets[row, begin:] = 0, 0
+            targets[row, begin:end] = answer
+            inputs[row, begin + 1 : end] = answer[:-1]
+            lengths[row] = len(answer)
+            truncated[row] = len(answer) == most and answer[-1] not in ends
+            mask[row, begin:end] = not (truncated[row] and self.settings.objective.mask_truncated)
+        real_tokens = int(begins[rows].sum()) + sum(map(len, answers))
+        slots = slots_of(int(mask.sum()), len(batch.positions), mask.size)
+        sampled = {LENGTHS: lengths, TRUNCATED: truncated}
+        return Batch.of(
+            inputs, targets, mask, real_tokens, slots, group=batch.group, numbers=batch.numbers, sampled=sampled
+        )
+
+    def rewards_of(
+        self,
+        facts: Sequence[dict[str, Any]],
+        answers: Sequence[list[int]],
+        say: Callable[[str], None] | None = None,
+    ) -> np.ndarray:
+        """Return what every reward gives every answer, (A, F) float64, NaN for none.
+
+        Args:
+            facts: what rewards see of each prompt, (N,).
+            answers: the tokens of each answer; those to one prompt are neighbors, as many to each.
+            say: takes a line if a reward fails and is skipped; None: that of the run does.
+
+        Raises:
+            RunError: a reward failed.
+        """
+        if not answers:
+            return np.zeros((0, len(self.rewards)))
+        of_rows = [fact for fact in facts for _ in range(len(answers) // len(facts))]
+        texts = [self.text_of(answer) for answer in answers]
+        completions = [
+            [{"role": "assistant", "content": text}] if fact["chat"] else text
+            for fact, text in zip(of_rows, texts, strict=True)
+        ]
+        names = dict.fromkeys(name for fact in facts for name in fact["columns"])
+        columns = {name: [fact["columns"].get(name) for fact in of_rows] for name in names}
+        for name in ("prompt", "completion", "prompts", "completions", "completion_ids"):
+            columns.pop(name, None)
+        arguments = {"prompts": [fact["prompt"] for fact in of_rows], "completions": completions}
+        arguments = {**columns, **arguments, "completion_ids": answers}
+        whole = [example_with_answer(fact["example"], text) for fact, text in zip(of_rows, texts, strict=True)]
+        say = say or self.say
+        found = rewards_for(self.rewards, arguments, self.settings.objective, say, whole, self.state)
+        self.silent.watch([reward.name for reward in self.rewards], found, say)
+        return found
+
+    def text_of(self, answer: list[int]) -> str:
+        """Return an answer's text, as rewards see it."""
+        return str(self.base.hf_tokenizer.decode(answer, skip_special_tokens=True))
+
+    def _with_logps(self, batch: Batch, own: np.ndarray, ranks: Ranks) -> Batch:
+        """Add the log-probabilities of the sampled tokens under the policy, and under the reference.
+
+        Args:
+            batch: with answers.
+            own: the rows that this rank computes.
+            ranks: that compute the others.
+        """
+        objective, model, sampled = self.settings.objective, self.base.model, dict(batch.sampled or {})
+
+        def logps(rows: Batch) -> np.ndarray:
+            return token_logps(model, self.loss, rows)
+
+        if objective.updates_per_rollout > 1 or objective.objective == "rloo":
+            sampled[OLD] = of_own_rows(logps, batch, own, ranks)
+        if objective.kl_beta:
+            now = model.trainable_parameters()
+            model.update(self.start)
+            sampled[REFERENCE] = of_own_rows(logps, batch, own, ranks)
+            model.update(now)
+        return replace(batch, sampled=sampled)
+
+    def _with_rewards(self, batch: Batch, rows: np.ndarray, found: np.ndarray) -> Batch:
+        """Add rewards and advantages, those of an answer without a reward being 0, as in TRL.
+
+        Args:
+            batch: in any layout.
+            rows: (A,) the numbers of the real answers.
+            found: (A, F) what each reward gives them.
+        """
+        objective, sampled = self.settings.objective, dict(batch.sampled or {})
+        rewards, group = summed(found, self.rewards), objective.answers_per_prompt
+        if objective.objective == "rloo" and objective.kl_beta and REFERENCE in sampled:
+            away = sums_of_answers(batch, sampled[OLD] - sampled[REFERENCE])[rows]
+            advantages = leave_one_out_advantages(rewards - objective.kl_beta * away, group)
+        elif objective.objective == "rloo":
+            advantages = leave_one_out_advantages(rewards, group)
+        else:
+            advantages = group_advantages(rewards, group, objective.scale_rewards)
+        known = np.isfinite(rewards)
+        shown = np.where(known, rewards, rewards[known].mean() if known.any() else 0.0)  # does not change the mean
+        more = reports_of(found, self.rewards, group)
+        for name, values in ({ADVANTAGES: advantages, REWARDS: shown} | more).items():
+            sampled[name] = by_answer(batch, rows, values)
+        return replace(batch, sampled=sampled)
+
+
+class RolloutPlan:
+    """A plan of batches whose answers are sampled when a batch is asked for; it takes the place of a `BatchPlan`."""
+
+    def __init__(self, plan: BatchPlan, answering: Answering, held_out: bool = False, ranks: Ranks = ALONE):
+        """Answer the prompts of a plan.
+
+        Args:
+            plan: of rows with room for answers.
+            answering: how.
+            held_out: whether the prompts are only measured; then each has the same random streams every time.
+            ranks: that answer the prompts of a step together; a held-out batch is answered by the rank that asks for it.
+        """
+        loop = answering.settings.loop
+        self._ranks = ranks
+        self.prompts, self._answering, self._held_out = plan, answering, held_out
+        self._cycle = loop.grad_accumulation_steps
+        self._updates = 1 if held_out else answering.settings.objective.updates_per_rollout
+        self._kept: dict[int, Batch] = {}
+        # With --epochs the last cycle may be shorter: what is not trained on is not sampled.
+        self._last = None if loop.iters is not None else max(1, math.ceil(len(self) * (loop.epochs or 1.0)))
+        self._steps = loop.iters or math.ceil((self._last or 0) / self._cycle)
+
+    def __len__(self) -> int:
+        """Return the number of batches per epoch, each as often as it is trained on."""
+        return len(self.prompts) * self._updates
+
+    @property
+    def answering(self) -> Answering:
+        """What samples and rewards the answers."""
+        return self._answering
+
+    @property
+    def updates(self) -> int:
+        """How many steps train on the same answers; a run is saved and ended between them only."""
+        return self._updates
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """What scores the answers as the teacher; None: they are rewarded."""
+        return self._answering.scorer
+
+    @property
+    def rows(self) -> Any:
+        """The prompts' rows."""
+        return self.prompts.rows
+
+    @property
+    def shapes(self) -> set[tuple[int, int, int]]:
+        """All (B, T, P) that are planned; what is sampled may need fewer columns."""
+        return self.prompts.shapes
+
+    @property
+    def padding_fraction(self) -> float:
+        """The fraction of an epoch's positions without a token, if every answer takes all of its room."""
+        return self.prompts.padding_fraction
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        """Return batch `index` of `epoch`, sampled with those that follow in its cycle, or before."""
+        number_of_all = epoch * len(self) + index
+        cycle, place = divmod(number_of_all, self._cycle * self._updates)
+        number = cycle * self._cycle + place % self._cycle
+        if number not in self._kept:
+            if place == 0:
+                self._kept.clear()
+                self._answering.state.global_step = number_of_all // self._cycle
+                self._answering.state.max_steps = self._steps
+                self._answering.state.epoch = number_of_all / len(self)
+            left = self._cycle if self._last is None else self._last - (number_of_all - place)
+            numbers = range(number, max(number + 1, cycle * self._cycle + min(self._cycle, left)))
+            planned = [self._planned(*divmod(one, len(self.prompts)), one) for one in numbers]
+            self._kept |= zip(numbers, self._answering.answer(planned, True, self._ranks), strict=True)
+        return self._kept[number]
+
+    def batches(self, limit: int = -1, first: int = 0, every: int = 1) -> Iterator[Batch]:
+        """Yield the first `limit` batches of epoch 0 (-1: all), for validation; see `BatchPlan.batches`."""
+        count = len(self) if limit < 0 else min(limit, len(self))
+        planned = (self._planned(0, index, HELD_OUT_STREAM + index) for index in range(first, count, every))
+        return (self._answering.answer([one], trains=not self._held_out)[0] for one in planned)
+
+    def _planned(self, epoch: int, index: int, rollout: int) -> Planned:
+        batch = self.prompts.batch(epoch, index)
+        if batch.numbers is None or self.prompts.rows.facts is None:
+            raise ValueError("a plan of other rows than prompts")
+        numbers = batch.numbers[:: batch.group]
+        facts = [self.prompts.rows.facts[number // batch.group] for number in numbers if number != EMPTY]
+        return Planned(batch, facts, rollout, self.prompts.rows)
+
+
+AnyPlan = BatchPlan | RolloutPlan
+"""Batches whose answers are in the data, or are sampled."""

@@ -1,0 +1,219 @@
+"""Sample G answers to each prompt in one batch.
+
+Sample several answers to each of several prompts in one batch, with the model as it is.
+
+A prompt is computed once, and its keys and values are copied for each of its answers; the beginning that all prompts have
+in common, such as a system text, is computed once for all of them. Each answer draws from a random stream of its own, so it
+does not depend on which others are sampled beside it, apart from rounding.
+
+Shapes: N prompts, G answers to each, A = N G answers, V vocabulary.
+
+Write a text after each of many prompts, several at once, with a base as it is.
+
+The texts do not depend on how they are batched, apart from rounding: each has a random stream of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import apply_min_p, apply_top_p
+
+from mlx_lora.models.load import Base
+from mlx_lora.rollouts.decode import TokenSteps, held_weights
+from mlx_lora.utils.errors import InputError
+
+PREFILL_TOKENS = 512  # of a prompt that are computed at once
+LEAST_SHARED = 16  # tokens that prompts have in common, from which on these are computed once
+# Rows that have ended stay in the batch until they are this share of it: taking rows out copies all keys and values.
+ENDED_SHARE = 0.25
+STEPS_PER_CLEARING = 256  # steps after which unused buffers are freed
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How answers are sampled.
+
+    Attributes:
+        group: G.
+        max_new_tokens: of an answer, with its end token.
+        temperature: above 0.
+        top_p: sample from the nucleus with this mass; 1 is off.
+        min_p: leave out tokens less likely than this share of the likeliest; 0 is off.
+    """
+
+    group: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+def check_groups(model: nn.Module, model_id: str) -> None:
+    """Refuse a model whose keys and values cannot be held for several rows.
+
+    Raises:
+        InputError: its caches cannot be merged.
+    """
+    rowless = [cache for cache in make_prompt_cache(model) if not hasattr(cache, "merge")]
+    if rowless:
+        raise InputError(
+            f"--model {model_id}: mlx-lm keeps its keys and values in a {type(rowless[0]).__name__}, which cannot hold "
+            "several answers; choose another model, or --objective dpo or sft"
+        )
+
+
+def sample_groups(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    ends: frozenset[int],
+    keys: mx.array,
+    say: Callable[[int], None] = lambda tokens: None,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Sample G answers to each prompt.
+
+    Args:
+        model: in eval mode, with or without an adapter.
+        prompts: token ids, at least one each.
+        options: how.
+        ends: tokens that end an answer.
+        keys: (A, 2) uint32, the key of each answer's random stream.
+        say: called with the number of steps done, from time to time.
+
+    Returns:
+        The tokens of each answer, (A,) lists, with its end token if it ended; and the log-probability of each token at the
+        temperature, before top_p and min_p.
+    """
+    answers: list[list[int]] = [[] for _ in range(len(prompts) * options.group)]
+    found: list[list[float]] = [[] for _ in answers]
+    caches = _group_caches(model, prompts, options.group)
+    tokens = mx.array([prompt[-1] for prompt in prompts for _ in range(options.group)], mx.uint32)
+    rows, ended = list(range(len(answers))), [False] * len(answers)
+    for step in range(options.max_new_tokens):
+        logits = model(tokens[:, None], cache=caches)[:, -1]  # (rows, V)
+        keys, tokens, logps = _drawn(logits, keys, options)
+        mx.eval(tokens, keys, logps)
+        for place, (token, logp) in enumerate(zip(tokens.tolist(), logps.tolist(), strict=True)):
+            if not ended[place]:
+                answers[rows[place]].append(token)
+                found[rows[place]].append(logp)
+                ended[place] = token in ends
+        if all(ended):
+            break
+        if sum(ended) >= ENDED_SHARE * len(ended):
+            keep = [place for place, done in enumerate(ended) if not done]
+            chosen = mx.array(keep)
+            for cache in caches:
+                cache.filter(chosen)
+            tokens, keys = tokens[chosen], keys[chosen]
+            rows, ended = [rows[place] for place in keep], [False] * len(keep)
+        if step % STEPS_PER_CLEARING == STEPS_PER_CLEARING - 1:
+            mx.clear_cache()
+            say(step + 1)
+    return answers, found
+
+
+def answer_keys(seed: int, rollout: int, count: int) -> mx.array:
+    """Return the keys of a rollout's answers, (count, 2) uint32; they differ in every rollout of a run."""
+    state = np.random.SeedSequence([seed, rollout]).generate_state(1, np.uint64)[0]
+    return mx.random.split(mx.random.key(int(state)), count)
+
+
+def _group_caches(model: nn.Module, prompts: Sequence[Sequence[int]], group: int) -> list[Any]:
+    """Compute each prompt without its last token, and return caches of A rows."""
+    common, of_prompts = _common_beginning(prompts), []
+    begun = make_prompt_cache(model)
+    _compute(model, common, begun)
+    for prompt in prompts:
+        caches = copy.deepcopy(begun) if common else make_prompt_cache(model)  # copies no array
+        _compute(model, prompt[len(common) : -1], caches)
+        of_prompts.append(caches)
+    layers = zip(*of_prompts, strict=True)
+    return [layer[0].merge([cache for cache in layer for _ in range(group)]) for layer in layers]
+
+
+def _common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Return the tokens that all of several prompts begin with, without any prompt's last; empty if they are few."""
+    shortest = min(map(len, prompts)) - 1
+    count = next((n for n in range(shortest) if len({prompt[n] for prompt in prompts}) > 1), shortest)
+    return list(prompts[0][:count]) if len(prompts) > 1 and count >= LEAST_SHARED else []
+
+
+def _compute(model: nn.Module, tokens: Sequence[int], caches: list[Any]) -> None:
+    """Put the keys and values of tokens into caches."""
+    for start in range(0, len(tokens), PREFILL_TOKENS):
+        model(mx.array([tokens[start : start + PREFILL_TOKENS]]), cache=caches)
+        mx.eval([cache.state for cache in caches])
+
+
+def _drawn(logits: mx.array, keys: mx.array, options: SamplingOptions) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the next keys (rows, 2), a token for each row (rows,), and its log-probability."""
+    logits = logits.astype(mx.float32)
+    logprobs = nn.log_softmax(logits, axis=-1)
+    tempered = logprobs if options.temperature == 1 else nn.log_softmax(logits / options.temperature, axis=-1)
+    if options.top_p < 1:
+        logprobs = apply_top_p(logprobs, options.top_p)
+    if options.min_p > 0:
+        logprobs = apply_min_p(logprobs, options.min_p)
+    pairs = mx.vmap(mx.random.split)(keys)  # (rows, 2, 2)
+    tokens = _categorical(logprobs / options.temperature, pairs[:, 1])
+    return pairs[:, 0], tokens, mx.take_along_axis(tempered, tokens[:, None], axis=-1)[:, 0]
+
+
+def _categorical(logits: mx.array, keys: mx.array) -> mx.array:
+    return mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(logits, keys)
+
+
+MOST_ROWS = 32  # texts at once
+# Tokens of all texts at once, prompts included. Not a share of the free memory: rounding, and so now and then a text,
+# depends on which texts are batched, and should be the same on another day.
+MOST_TOKENS = 16_384
+
+
+def write_texts(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    numbers: Collection[int],
+    options: SamplingOptions,
+    ends: frozenset[int],
+    keys: mx.array,
+    take: Callable[[list[int], list[list[int]]], None],
+) -> None:
+    """Sample one text after each prompt.
+
+    Args:
+        base: without an adapter, or with one.
+        prompts: token ids, at least one each.
+        numbers: of the prompts to write after.
+        options: how; the group is 1.
+        ends: tokens that end a text.
+        keys: (prompts, 2) uint32, the key of each text's random stream.
+        take: called after each batch with its numbers and the tokens of its texts.
+
+    Raises:
+        InputError: the model cannot hold several texts at once.
+    """
+    check_groups(base.model, base.model_id)
+    order = sorted(numbers, key=lambda number: (len(prompts[number]), number))
+    if not order:
+        return
+    rows = max(1, min(MOST_ROWS, MOST_TOKENS // (len(prompts[order[-1]]) + options.max_new_tokens)))
+    training = base.model.training
+    base.model.eval()
+    try:
+        with held_weights(base, rows):
+            model = TokenSteps(base.model)
+            for start in range(0, len(order), rows):
+                batch = order[start : start + rows]
+                texts, _ = sample_groups(model, [prompts[n] for n in batch], options, ends, keys[mx.array(batch)])  # pyright: ignore[reportArgumentType] # it is called as a model
+                take(batch, texts)
+    finally:
+        base.model.train(training)

@@ -1,0 +1,235 @@
+"""Key, origin, size, speed, slow clients.
+
+Close connections whose client does not send a request's head in time.
+
+uvicorn closes idle connections, but a client that sends a byte from time to time could keep one open forever.
+
+Check requests before they reach the server's routes: API key, origin, size and speed.
+
+Every program on this machine can reach a server on its local address, and, through the browser, so can every web page.
+So requests from pages of other origins are refused, and so are host names other than this machine's (DNS rebinding).
+Bodies must be declared as JSON, which a page of another origin cannot send without permission.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import json
+from collections import Counter
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import anyio
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mlx_lora.serving.schema import ApiError
+
+
+def timed_protocol(head_timeout_s: float) -> type[H11Protocol]:
+    """Return uvicorn's HTTP protocol with a limit on how long a request's head may take.
+
+    Args:
+        head_timeout_s: counted from the connection, or from the first byte after the previous answer.
+    """
+
+    class TimedProtocol(H11Protocol):
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._arm()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._in_request():
+                self._disarm()
+            else:
+                self._arm()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._disarm()
+            super().connection_lost(exc)
+
+        def _in_request(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
+
+        def _arm(self) -> None:
+            if self._timer is None:
+                self._timer = self.loop.call_later(head_timeout_s, self._expire)
+
+        def _disarm(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        def _expire(self) -> None:
+            self._timer = None
+            if not self._in_request():
+                self.transport.close()
+
+    return TimedProtocol
+
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+PAGE = "/"
+# Paths without an API key: health only tells whether the server works, and monitoring has no key; the page has no
+# secrets, and asks the user for the key.
+OPEN_PATHS = ("/health", PAGE)
+
+
+@dataclass(frozen=True)
+class GuardLimits:
+    """Limits for requests.
+
+    Attributes:
+        api_key: the key that clients must send; None: no key is required.
+        local: only accept requests to this machine's local names.
+        origins: other origins whose pages are allowed.
+        max_body_bytes: the largest body.
+        read_timeout_s: the time within which a body must arrive.
+        open_folder: paths that begin so need no key either, such as a page's files; None: there are none.
+        streamed: paths whose body is a file of any size, which their route reads, and limits, itself.
+    """
+
+    api_key: str | None
+    local: bool
+    origins: tuple[str, ...] = ()
+    max_body_bytes: int = 10**6
+    read_timeout_s: float = 10.0
+    open_folder: str | None = None
+    streamed: tuple[str, ...] = ()
+
+
+def is_local(host: str) -> bool:
+    """Tell whether a host name or address can only be reached from this machine."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class Guard:
+    """ASGI middleware that checks requests and counts answers by path and status."""
+
+    def __init__(self, app: App, limits: GuardLimits, answers: Counter[tuple[str, int]]):
+        self._app, self._limits, self._answers = app, limits, answers
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Refuse the request, or pass it on with its complete body."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._answers[scope["path"], message["status"]] += 1
+            await send(message)
+
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            self._check(scope, headers)
+            streamed = scope["path"] in self._limits.streamed
+            body = None if streamed else await self._body(headers, receive)
+        except ApiError as error:
+            await send_error(counted, error, close=True)
+            return
+        await self._app(scope, receive if body is None else _replayed(body, receive), counted)
+
+    def _check(self, scope: MutableMapping[str, Any], headers: dict[str, str]) -> None:
+        """Check the head of a request.
+
+        Raises:
+            ApiError: 403 for another host or origin, 401 for a missing or wrong key, 415 if the body is not JSON.
+        """
+        host = headers.get("host", "")
+        if self._limits.local and not is_local(urlsplit(f"//{host}").hostname or ""):
+            raise ApiError(403, f"Host {host!r} is not this machine; use 127.0.0.1 or localhost", "wrong_host")
+        origin = headers.get("origin")
+        own = urlsplit(origin or "").netloc == host
+        if origin is not None and not own and origin not in self._limits.origins:
+            raise ApiError(403, f"pages of {origin} may not use this server; see --allow-origin", "cross_origin")
+        # A request for an image or a script has no Origin, but browsers send Sec-Fetch-Site. A link to the chat page is
+        # allowed: it opens as a separate document, which the other page cannot read.
+        linked = (scope["method"], scope["path"], headers.get("sec-fetch-dest")) == ("GET", PAGE, "document")
+        if origin is None and not linked and headers.get("sec-fetch-site", "none") in ("cross-site", "same-site"):
+            raise ApiError(403, "other sites' pages may not use this server; see --allow-origin", "cross_origin")
+        if self._limits.api_key and not self._open(scope["path"]) and scope["method"] != "OPTIONS":
+            kind, _, key = headers.get("authorization", "").partition(" ")
+            if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._limits.api_key.encode()):
+                raise ApiError(401, "missing or wrong API key; send Authorization: Bearer KEY", "invalid_api_key")
+        # Neither can be sent by a page of another origin without permission.
+        kind = "application/octet-stream" if scope["path"] in self._limits.streamed else "application/json"
+        if scope["method"] in ("POST", "PUT") and headers.get("content-type", "").split(";")[0].strip() != kind:
+            raise ApiError(415, f"the body's Content-Type must be {kind}", "unsupported_media_type")
+
+    def _open(self, path: str) -> bool:
+        """Tell whether a path needs no API key."""
+        folder = self._limits.open_folder
+        return path in OPEN_PATHS or (folder is not None and path.startswith(folder))
+
+    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
+        """Return the complete body.
+
+        Raises:
+            ApiError: 413 if it is too large, 408 if it is too slow, 400 if the client disconnects.
+        """
+        most = self._limits.max_body_bytes
+        too_large = ApiError(413, f"the body is larger than {most} bytes; send less", "body_too_large")
+        declared = headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared[:20]) > most:
+            raise too_large
+        body = bytearray()
+        with anyio.move_on_after(self._limits.read_timeout_s) as timer:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ApiError(400, "the client closed the connection", "disconnected")
+                body += message.get("body", b"")
+                if len(body) > most:
+                    raise too_large
+                if not message.get("more_body", False):
+                    break
+        if timer.cancelled_caught:
+            wait = f"{self._limits.read_timeout_s:g}"
+            raise ApiError(408, f"the body did not arrive within {wait} s; send it at once", "request_timeout")
+        return bytes(body)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that first gives the body in one message, and then the connection's messages."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+async def send_error(send: Send, error: ApiError, close: bool = False) -> None:
+    """Send an error as the whole answer.
+
+    Args:
+        send: ASGI's function.
+        error: has the status and body.
+        close: end the connection, because the rest of the request's body is not read.
+    """
+    content = json.dumps(error.body()).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    headers += [(b"connection", b"close")] if close else []
+    headers += [(b"www-authenticate", b"Bearer")] if error.status == 401 else []
+    headers += [(b"retry-after", str(error.retry_after_s).encode())] if error.retry_after_s else []
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

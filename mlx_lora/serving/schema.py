@@ -1,0 +1,376 @@
+"""Requests and replies as pydantic models.
+
+Read OpenAI's request bodies: check every field, and refuse fields that would be ignored.
+
+Source: OpenAI's API reference, chat/completions and completions.
+
+Build answers in OpenAI's formats: complete, or as chunks of a stream.
+
+Source: OpenAI's API reference: chat.completion, chat.completion.chunk, text_completion.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lora.serving.engine import Event, Usage
+from mlx_lora.serving.sampling import Sampling, TokenReport
+
+MAX_STOPS, MAX_TOP_LOGPROBS = 16, 20
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Fields that both endpoints, or one of them, read.
+_COMMON = {
+    "model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "logprobs",
+    "ignore_eos",
+}  # fmt: skip
+_CHAT = _COMMON | {"messages", "tools", "tool_choice", "max_completion_tokens", "top_logprobs"}
+_COMPLETION = _COMMON | {"prompt"}
+# Fields that do not change an answer.
+_HARMLESS = {
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "parallel_tool_calls",
+    "safety_identifier",
+    "prompt_cache_key",
+}
+# Fields that are not supported, except with these values.
+_NEUTRAL = {
+    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": (None, ""), "presence_penalty": (0,),
+    "frequency_penalty": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},),
+}  # fmt: skip
+
+
+class ApiError(Exception):
+    """An error answer in OpenAI's format."""
+
+    def __init__(
+        self, status: int, message: str, code: str, param: str | None = None, retry_after_s: int | None = None
+    ):
+        super().__init__(message)
+        self.status, self.code, self.param, self.retry_after_s = status, code, param, retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        """Return the JSON object."""
+        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request to either endpoint.
+
+    Attributes:
+        model: id of the base or of an adapter; None: the base.
+        messages, tools: of a chat; None for a completion.
+        prompt: text or token ids of a completion; None for a chat.
+        max_tokens: None: as many as allowed.
+        sampling, stops, ignore_eos: as in the engine's Request.
+        stream: send pieces as they come.
+        include_usage: end a stream with the token counts.
+    """
+
+    model: str | None
+    messages: list[dict[str, Any]] | None
+    tools: list[dict[str, Any]] | None
+    prompt: str | list[int] | None
+    max_tokens: int | None
+    sampling: Sampling
+    stops: tuple[str, ...]
+    ignore_eos: bool
+    stream: bool
+    include_usage: bool
+
+
+def read_json(raw: bytes) -> dict[str, Any]:
+    """Return a body's JSON object.
+
+    Raises:
+        ApiError: it is not a JSON object, or has text that is not valid Unicode.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not a JSON number")
+
+    try:
+        body = json.loads(raw.decode("utf-8"), parse_constant=refuse)
+        json.dumps(body, ensure_ascii=False).encode()  # refuses half a surrogate pair, which escapes can write
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON in UTF-8 ({error}); send a JSON object", "invalid_json") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, f"the body is a JSON {type(body).__name__}; send an object", "invalid_json")
+    return body
+
+
+def read_chat(body: dict[str, Any]) -> Ask:
+    """Return the request of a chat/completions body.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    _check_fields(body, _CHAT)
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise _bad("messages", messages, "a list with at least one message")
+    wanted = _typed(body, "logprobs", bool, False)
+    top = _number(body, "top_logprobs", int, 0, MAX_TOP_LOGPROBS)
+    if top is not None and not wanted:
+        raise ApiError(
+            400, "top_logprobs without logprobs: nothing is reported; set logprobs to true", "invalid", "logprobs"
+        )
+    most = _number(body, "max_completion_tokens", int, 1, 10**9)
+    choice = body.get("tool_choice")
+    if choice not in (None, "none", "auto"):
+        raise _bad("tool_choice", choice, "none or auto: the template shows the tools, and the model decides")
+    return Ask(
+        messages=[_message(n, message) for n, message in enumerate(messages)],
+        tools=None if choice == "none" else _tools(body),
+        prompt=None,
+        **_common(body, most, (top or 0) if wanted else None),
+    )
+
+
+def read_completion(body: dict[str, Any]) -> Ask:
+    """Return the request of a completions body.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    _check_fields(body, _COMPLETION)
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and not _is_int(prompt[0]):
+        prompt = prompt[0]
+    tokens = isinstance(prompt, list) and prompt and all(_is_int(token) for token in prompt)
+    if not (tokens or (isinstance(prompt, str) and prompt)):
+        raise _bad("prompt", prompt, "one string or one list of token ids, not empty")
+    top = _number(body, "logprobs", int, 0, MAX_TOP_LOGPROBS)
+    return Ask(messages=None, tools=None, prompt=prompt, **_common(body, None, top, default_tokens=16))
+
+
+def _common(
+    body: dict[str, Any], most: int | None, top_logprobs: int | None, default_tokens: int | None = None
+) -> dict[str, Any]:
+    most = most or _number(body, "max_tokens", int, 1, 10**9) or default_tokens
+    options = _typed(body, "stream_options", dict, {})
+    stream = _typed(body, "stream", bool, False)
+    temperature, top_p = _number(body, "temperature", float, 0, 100), _number(body, "top_p", float, 0, 1)
+    return {
+        "model": _typed(body, "model", str, None),
+        "max_tokens": most,
+        "sampling": Sampling(
+            temperature=1.0 if temperature is None else temperature,
+            top_p=1.0 if top_p is None else top_p,  # 0: the smallest nucleus, so greedy, as in llama.cpp
+            top_k=_number(body, "top_k", int, 0, 10**9) or 0,
+            seed=_number(body, "seed", int, -(2**63), 2**63 - 1, fold=2**63),
+            top_logprobs=top_logprobs,
+        ),
+        "stops": _stops(body),
+        "ignore_eos": _typed(body, "ignore_eos", bool, False),
+        "stream": stream,
+        "include_usage": stream and bool(_typed(options, "include_usage", bool, False)),
+    }
+
+
+def _check_fields(body: dict[str, Any], known: set[str]) -> None:
+    for name, value in body.items():
+        if name in known or name in _HARMLESS or value is None:
+            continue
+        if name not in _NEUTRAL:
+            raise ApiError(400, f"{name}: not a field of this endpoint; leave it out", "unknown_parameter", name)
+        if value not in _NEUTRAL[name]:
+            raise ApiError(
+                400,
+                f"{name} {_shown(value)}: this server does not support that; leave it out",
+                "unsupported_parameter",
+                name,
+            )
+
+
+def _stops(body: dict[str, Any]) -> tuple[str, ...]:
+    stops = body.get("stop")
+    stops = [stops] if isinstance(stops, str) else stops or []
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise _bad("stop", body["stop"], f"a string or up to {MAX_STOPS} of them, none empty")
+    return tuple(stops)
+
+
+def _tools(body: dict[str, Any]) -> list[dict[str, Any]] | None:
+    tools = _typed(body, "tools", list, None) or None
+    for tool in tools or []:
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise _bad("tools", tool, 'objects such as {"type": "function", "function": {"name": ...}}')
+    return tools
+
+
+def _message(index: int, message: Any) -> dict[str, Any]:
+    """Return a message in the format of templates: content as one text, arguments of calls as objects."""
+    name = f"messages[{index}]"
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise _bad(name, message, f"an object with a role of {', '.join(ROLES)}")
+    content = message.get("content")
+    if isinstance(content, list):
+        if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
+            raise _bad(f"{name}.content", content, "a string or parts of type text")
+        content = "".join(part["text"] for part in content)
+    calls = message.get("tool_calls")
+    if not isinstance(content, str) and not (content is None and calls):
+        raise _bad(f"{name}.content", content, "a string or parts of type text")
+    role = "system" if message["role"] == "developer" else message["role"]
+    plain = {**message, "role": role, "content": content or ""}
+    return plain if calls is None else {**plain, "tool_calls": _calls(name, calls)}
+
+
+def _calls(name: str, calls: Any) -> list[dict[str, Any]]:
+    try:
+        return [
+            {
+                **call,
+                "function": {**call["function"], "arguments": json.loads(call["function"].get("arguments") or "{}")},
+            }
+            for call in calls
+        ]
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise _bad(f"{name}.tool_calls", calls, "calls with a function's name and JSON arguments") from None
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(body: dict[str, Any], name: str, kind: type, low: float, high: float, fold: int | None = None) -> Any:
+    """Return a number after checking it, or None if it is not given."""
+    value = body.get(name)
+    if value is None:
+        return None
+    fits = _is_int(value) or (kind is float and isinstance(value, float) and math.isfinite(value))
+    if not fits or not low <= value <= high:
+        raise _bad(name, value, f"{'a whole number' if kind is int else 'a number'} from {low:g} to {high:g}")
+    return value % fold if fold else kind(value)
+
+
+def _typed(body: dict[str, Any], name: str, kind: type, default: Any) -> Any:
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, kind):
+        words = {bool: "true or false", str: "a string", dict: "an object", list: "a list"}
+        raise _bad(name, value, words[kind])
+    return value
+
+
+def _bad(name: str, value: Any, wanted: str) -> ApiError:
+    return ApiError(400, f"{name} {_shown(value)}: must be {wanted}", "invalid_value", name)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class ChatReply:
+    """Builds answers of chat/completions."""
+
+    def __init__(self, model: str):
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._opened = False
+
+    def chunk(self, event: Event) -> dict[str, Any]:
+        """Return a chunk with the new text; the first chunk also has the role."""
+        delta = {} if self._opened else {"role": "assistant"}
+        self._opened = True
+        if event.piece.text or not event.last:
+            delta["content"] = event.piece.text
+        return self._chunk([_choice({"delta": delta}, _chat_logprobs(event.piece.reports), event.finish)])
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        """Return the chunk that ends a stream with token counts."""
+        return {**self._chunk([]), "usage": usage_object(usage)}
+
+    def whole(self, text: str, reports: list[TokenReport], end: Event) -> dict[str, Any]:
+        """Return the answer in one piece."""
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = _choice({"message": message}, _chat_logprobs(reports), end.finish)
+        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage_object(end.usage)}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": "chat.completion.chunk", "choices": choices}
+
+
+class CompletionReply:
+    """Builds answers of completions."""
+
+    def __init__(self, model: str):
+        self._head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._offset = 0
+
+    def chunk(self, event: Event) -> dict[str, Any]:
+        """Return a chunk with the new text."""
+        logprobs = self._logprobs(event.piece.reports)
+        return {**self._head, "choices": [_choice({"text": event.piece.text}, logprobs, event.finish)]}
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        """Return the chunk that ends a stream with token counts."""
+        return {**self._head, "choices": [], "usage": usage_object(usage)}
+
+    def whole(self, text: str, reports: list[TokenReport], end: Event) -> dict[str, Any]:
+        """Return the answer in one piece."""
+        choice = _choice({"text": text}, self._logprobs(reports), end.finish)
+        return {**self._head, "choices": [choice], "usage": usage_object(end.usage)}
+
+    def _logprobs(self, reports: list[TokenReport] | tuple[TokenReport, ...]) -> dict[str, Any] | None:
+        if not reports:
+            return None
+        offsets = []
+        for report in reports:
+            offsets.append(self._offset)
+            self._offset += len(report.text)
+        return {
+            "tokens": [report.text for report in reports],
+            "token_logprobs": [report.logprob for report in reports],
+            "top_logprobs": [dict(report.top) for report in reports],
+            "text_offset": offsets,
+        }
+
+
+def usage_object(usage: Any) -> dict[str, Any]:
+    """Return the object with token counts of a Usage, which a last event has."""
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+    }
+
+
+def _choice(content: dict[str, Any], logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
+    return {"index": 0, **content, "logprobs": logprobs, "finish_reason": finish}
+
+
+def _chat_logprobs(reports: list[TokenReport] | tuple[TokenReport, ...]) -> dict[str, Any] | None:
+    if not reports:
+        return None
+    content = [
+        {
+            **_token(report.text, report.logprob),
+            "top_logprobs": [_token(text, logprob) for text, logprob in report.top],
+        }
+        for report in reports
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

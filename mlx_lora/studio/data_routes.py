@@ -1,0 +1,171 @@
+"""The routes of data: upload a file, list the sets on this disk, and show a page of rows."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from mlx_lora.config.load import recipe_names
+from mlx_lora.data.files import NOT_DATA, TINY_SHAKESPEARE
+from mlx_lora.data.records import SUFFIXES
+from mlx_lora.serving.schema import ApiError
+from mlx_lora.studio.places import Places, safe_name
+from mlx_lora.studio.previews import Previews
+from mlx_lora.studio.run_commands import Checker
+from mlx_lora.studio.web import json_route, whole_number
+from mlx_lora.utils.files import free_on_disk
+
+UPLOAD = "/api/data/upload"
+SILENCE_S = 30.0  # between two parts of an upload
+MOST_SETS, DEPTH = 2000, 3
+MOST_PAGE = 200
+HINT = f"Or a data set of the hub, OWNER/NAME; {TINY_SHAKESPEARE}; or a recipe: {', '.join(recipe_names())}."
+
+
+class DataRoutes:
+    """Data of a studio."""
+
+    def __init__(self, places: Places, checker: Checker, previews: Previews, max_upload_bytes: int):
+        self._places, self._checker, self._previews = places, checker, previews
+        self._most = max_upload_bytes
+
+    def routes(self) -> list[BaseRoute]:
+        """Return the routes."""
+        return [
+            Route(UPLOAD, self.upload, methods=["POST"]),
+            json_route("/api/data/sets", lambda request, body: {"sets": self.sets(), "hint": HINT}),
+            json_route("/api/data/preview", self.preview, "POST"),
+        ]
+
+    async def upload(self, request: Request) -> Response:
+        """POST /api/data/upload?name=FILE: the body is the file, written part by part."""
+        name = upload_name(request.query_params.get("name"))
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > self._most:
+            raise self._too_large()
+        if free_on_disk(self._places.data) < min(int(declared or 0) if declared.isdecimal() else 0, self._most):
+            raise ApiError(507, f"{name}: the disk is full; free space first", "disk_full")
+        part = self._places.data / f".{name}.{os.urandom(6).hex()}.part"
+        try:
+            await self._write(request, part)
+            path = await anyio.to_thread.run_sync(_place, part, self._places.data / name)
+        finally:
+            part.unlink(missing_ok=True)
+        return JSONResponse({"path": str(path), "name": path.name, "bytes": path.stat().st_size})
+
+    async def _write(self, request: Request, part: Path) -> None:
+        size, chunks = 0, request.stream().__aiter__()
+        async with await anyio.open_file(part, "wb") as file:
+            while True:
+                with anyio.move_on_after(SILENCE_S) as timer:
+                    try:
+                        chunk = await chunks.__anext__()
+                    except StopAsyncIteration:
+                        return
+                if timer.cancelled_caught:
+                    raise ApiError(408, f"the upload was silent for {SILENCE_S:g} s; send it again", "request_timeout")
+                size += len(chunk)
+                if size > self._most:
+                    raise self._too_large()
+                await file.write(chunk)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413, f"the file is larger than {self._most:,} bytes; put it into {self._places.data}, or start the studio with a larger "
+            "--max-upload",
+            "body_too_large",
+        )  # fmt: skip
+
+    def sets(self) -> list[dict[str, Any]]:
+        """Return the data files and folders of the studio's data folders, the newest first."""
+        found: list[dict[str, Any]] = []
+        for root in self._places.all_data:
+            _search(root, root, DEPTH, found)
+        return sorted(found, key=lambda one: one["changed"], reverse=True)
+
+    def preview(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        """POST /api/data/preview."""
+        sets = body.get("data")
+        if not isinstance(sets, list) or not sets or not all(isinstance(one, dict) for one in sets):
+            raise ApiError(400, "data: must be a list of {path, weight}; choose a file first", "invalid_value", "data")
+        settings = self._checker.settings(body.get("settings") or {})
+        settings |= {"model": self._checker.model(body.get("model")), "data": self._checker.data(data_text(sets))}
+        offset = whole_number(body.get("offset"), "offset", 0, 10**9, 0)
+        limit = whole_number(body.get("limit"), "limit", 1, MOST_PAGE, 50)
+        page = self._previews.page(settings, offset, limit, body.get("filter") or "all")
+        return {**page, "data": settings["data"]}
+
+
+def data_text(sets: list[dict[str, Any]]) -> str:
+    """Return sets as `--data` takes them: PATH=WEIGHT, by comma.
+
+    Raises:
+        ApiError: one is not {path, weight}.
+    """
+    parts = []
+    for one in sets[:100]:
+        path, weight = one.get("path"), one.get("weight", 1)
+        fits = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 < weight <= 1000
+        if not isinstance(path, str) or not path or not fits:
+            raise ApiError(
+                400, "data: each must be {path, weight}, the weight above 0 and at most 1000", "invalid_value"
+            )
+        parts.append(path if weight == 1 else f"{path}={weight:g}")
+    return ",".join(parts)
+
+
+def upload_name(given: str | None) -> str:
+    """Return the name of an uploaded file: no path, and of a kind that is read as data.
+
+    Raises:
+        ApiError: 400, it is not.
+    """
+    name = safe_name((given or "").replace("\\", "/").rpartition("/")[2], "name")
+    if Path(name).suffix.lower() not in SUFFIXES:
+        raise ApiError(400, f"name: {name}: not a data file; use {' '.join(SUFFIXES)}", "invalid_value", "name")
+    return name
+
+
+def _place(part: Path, wanted: Path) -> Path:
+    """Give an upload its name, or the next one that is free; a file that is there is never replaced."""
+    for number in range(1, 10_000):
+        path = wanted if number == 1 else wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            continue
+        return path
+    raise ApiError(409, f"{wanted.name}: too many files of this name; choose another", "name_taken")
+
+
+def _search(root: Path, folder: Path, left: int, found: list[dict[str, Any]]) -> None:
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:
+        return
+    names = {entry.stem for entry in entries if entry.suffix.lower() in SUFFIXES}
+    if folder != root and names & {"train", "training"}:
+        found.append(_set(root, folder, [entry for entry in entries if entry.suffix.lower() in SUFFIXES]))
+        return
+    for entry in entries:
+        if entry.name.startswith(".") or len(found) >= MOST_SETS or not entry.resolve().is_relative_to(root):
+            continue
+        if entry.is_dir() and left:
+            _search(root, entry, left - 1, found)
+        elif entry.suffix.lower() in SUFFIXES and entry.is_file() and not NOT_DATA.fullmatch(entry.name):
+            found.append(_set(root, entry, [entry]))
+
+
+def _set(root: Path, path: Path, files: list[Path]) -> dict[str, Any]:
+    stats = [file.stat() for file in files]
+    return {
+        "name": str(path.relative_to(root)), "path": str(path), "bytes": sum(stat.st_size for stat in stats),
+        "changed": max(stat.st_mtime for stat in stats),
+    }  # fmt: skip

@@ -1,0 +1,279 @@
+"""Find the models on this disk: the hub's cache, folders, GGUF files, and the stores of Ollama and LM Studio."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx_lm.utils
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from mlx_lora.gguf.arch import model_config
+from mlx_lora.gguf.reader import is_gguf, read_gguf
+from mlx_lora.models.folder import FOREIGN_ERRORS, import_architecture, read_safetensors_header, short
+from mlx_lora.studio.places import Places
+from mlx_lora.utils.cache import cache_dir
+from mlx_lora.utils.downloads import GEMMA3_GGUF, SMOLLM2_GGUF
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import replacing_file
+from mlx_lora.utils.hub import HUB_ID
+from mlx_lora.utils.parsing import parse_json
+
+DEPTH = 3  # of folders below a model folder: PUBLISHER/REPO/file
+MOST_MODELS = 2000
+MOST_SMALL_BYTES = 8 << 20  # a manifest or a config.json
+GGUF_LAYER = "application/vnd.ollama.image.model"
+ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model on this disk.
+
+    Attributes:
+        id: what `--model` takes.
+        name: for people.
+        kind: hub, folder, gguf, ollama, lmstudio or embedded.
+        path: of the folder or file.
+    """
+
+    id: str
+    name: str
+    kind: str
+    path: Path
+
+
+class ModelStores:
+    """All models of a studio, with what their headers say, which is kept on disk."""
+
+    def __init__(self, places: Places):
+        self._places = places
+        self._facts_file = places.home / "models" / ".facts.json"
+        self._facts: dict[str, dict[str, Any]] = _json(self._facts_file) or {}
+
+    def stores(self) -> list[dict[str, Any]]:
+        """Return the places that are searched."""
+        listed = [("hub", Path(HF_HUB_CACHE)), *(("folder", folder) for folder in self._places.all_models)]
+        listed += [("ollama", ollama_store()), *(("lmstudio", folder) for folder in lmstudio_stores())]
+        return [{"kind": kind, "path": str(path), "exists": path.is_dir()} for kind, path in listed]
+
+    def roots(self) -> tuple[Path, ...]:
+        """Return the folders that a model of a request may lie in, resolved."""
+        stores = (Path(HF_HUB_CACHE), ollama_store(), *lmstudio_stores())
+        # Besides the stores, the folder of the embedded models, which this program itself downloads.
+        return (*self._places.all_models, *(store.resolve() for store in (*stores, cache_dir("models"))))
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Return all models, each with what is known of it."""
+        known = len(self._facts)
+        models = []
+        for found in self._all():
+            facts = self._facts_of(found)
+            shown = {"id": found.id, "name": found.name, "kind": found.kind, "path": str(found.path)}
+            models.append(shown | facts)
+        if len(self._facts) != known:
+            with replacing_file(self._facts_file) as temporary:
+                temporary.write_text(json.dumps(self._facts), encoding="utf-8")
+        return models
+
+    def _all(self) -> list[Found]:
+        embedded = [cache_dir("models") / model.file_name for model in (SMOLLM2_GGUF, GEMMA3_GGUF)]
+        found = [Found(str(path), path.stem, "embedded", path) for path in embedded if path.is_file()]
+        found += hub_models(Path(HF_HUB_CACHE))
+        for folder in self._places.all_models:
+            found += folder_models(folder)
+        found += ollama_models(ollama_store(), self._places.models / "ollama")
+        for folder in lmstudio_stores():
+            found += [Found(one.id, one.name, "lmstudio", one.path) for one in folder_models(folder)]
+        seen: dict[str, Found] = {}
+        for one in found[:MOST_MODELS]:
+            seen.setdefault(one.id, one)
+        return list(seen.values())
+
+    def _facts_of(self, found: Found) -> dict[str, Any]:
+        """Return what a model's headers say, read once for each version of its files."""
+        try:
+            key = _version(found.path)
+            if key not in self._facts:
+                self._facts[key] = (gguf_facts if found.path.is_file() else folder_facts)(found.path)
+            return self._facts[key]
+        except OSError as error:
+            return _untrainable(f"cannot be read ({error.strerror or error}); check its permissions")
+
+
+def hub_models(cache: Path) -> Iterator[Found]:
+    """Yield the models of the hub client's cache that have weights."""
+    for folder in sorted(cache.glob("models--*")):
+        repo = folder.name.removeprefix("models--").replace("--", "/", 1)
+        snapshots = sorted(folder.glob("snapshots/*"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for snapshot in snapshots[:1]:
+            files = sorted(snapshot.iterdir())
+            ggufs = [file for file in files if file.suffix == ".gguf" and "mmproj" not in file.name]
+            for file in ggufs:
+                yield Found(f"{repo}:{file.name}", f"{repo} {file.name}", "hub", file)
+            if (snapshot / "config.json").is_file() and any(file.suffix == ".safetensors" for file in files):
+                yield Found(repo, repo, "hub", snapshot)
+
+
+def local_model(model: str) -> str:
+    """Return the file of the hub's cache that `OWNER/NAME:FILE.gguf` means, if it is there; else the model as it is."""
+    found = HUB_ID.fullmatch(model)
+    if not found or not found["pick"] or Path(model).exists():
+        return model
+    snapshots = Path(HF_HUB_CACHE) / f"models--{found['repo'].replace('/', '--')}" / "snapshots"
+    files = [file for file in sorted(snapshots.glob("*/*.gguf")) if found["pick"].lower() in file.name.lower()]
+    return str(files[-1]) if files else model
+
+
+def folder_models(root: Path, depth: int = DEPTH) -> list[Found]:
+    """Return the model folders and GGUF files below a folder; links out of it are left out."""
+    found: list[Found] = []
+
+    def search(folder: Path, left: int) -> None:
+        try:
+            entries = sorted(folder.iterdir())
+        except OSError:
+            return
+        names = {entry.name for entry in entries}
+        if "config.json" in names and ADAPTER not in names and folder != root:
+            found.append(Found(str(folder), str(folder.relative_to(root)), "folder", folder))
+            return
+        for entry in entries:
+            if entry.name.startswith(".") or len(found) >= MOST_MODELS:
+                continue
+            if not entry.resolve().is_relative_to(root):
+                continue
+            if entry.suffix.lower() == ".gguf" and entry.is_file() and "mmproj" not in entry.name.lower():
+                found.append(Found(str(entry), str(entry.relative_to(root)), "gguf", entry))
+            elif left and entry.is_dir() and entry.name != "ollama":
+                search(entry, left - 1)
+
+    search(root, depth)
+    return found
+
+
+def ollama_store() -> Path:
+    """Return where Ollama keeps its models."""
+    return Path(os.environ.get("OLLAMA_MODELS") or "~/.ollama/models").expanduser()
+
+
+def ollama_models(store: Path, links: Path) -> Iterator[Found]:
+    """Yield Ollama's models: a manifest names the blob, which gets a link that ends with .gguf, as `--model` requires.
+
+    Source: ollama/ollama, types/model/name.go and manifest: manifests/HOST/NAMESPACE/MODEL/TAG.
+    """
+    for manifest in sorted(store.glob("manifests/*/*/*/*")):
+        content = _json(manifest)
+        layers = content.get("layers") if isinstance(content, dict) else None
+        for layer in layers if isinstance(layers, list) else []:
+            if not isinstance(layer, dict) or layer.get("mediaType") != GGUF_LAYER:
+                continue
+            digest = str(layer.get("digest", ""))
+            blob = store / "blobs" / digest.replace(":", "-")
+            if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest) or not is_gguf(blob):
+                continue
+            namespace, model, tag = manifest.parts[-3:]
+            name = f"{model}:{tag}" if namespace == "library" else f"{namespace}/{model}:{tag}"
+            link = links / f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}.gguf"
+            if not link.is_symlink() or link.resolve() != blob.resolve():
+                links.mkdir(parents=True, exist_ok=True)
+                link.unlink(missing_ok=True)
+                link.symlink_to(blob)
+            yield Found(str(link), name, "ollama", link)
+
+
+def lmstudio_stores() -> list[Path]:
+    """Return where LM Studio keeps its models, in its new and its old place."""
+    return [Path("~/.lmstudio/models").expanduser(), Path("~/.cache/lm-studio/models").expanduser()]
+
+
+def folder_facts(folder: Path) -> dict[str, Any]:
+    """Return what a model folder's headers say."""
+    config = _json(folder / "config.json")
+    if not isinstance(config, dict):
+        return _untrainable("its config.json is not readable; download it again")
+    files = sorted(folder.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    stored = config.get("quantization") or config.get("quantization_config") or {}
+    stored = stored if isinstance(stored, dict) else {}
+    bits = stored.get("bits")
+    numbers, width = 0, 16
+    try:
+        for file in files:
+            for name, tensor in read_safetensors_header(file).items():
+                path, _, own = name.rpartition(".")
+                count = math.prod(tensor["shape"])
+                if own in ("scales", "biases") or (config.get("tie_word_embeddings") and path == "lm_head"):
+                    continue
+                if tensor["dtype"] == "U32" and bits:
+                    layout = stored.get(path)  # some layers have other bits than most
+                    numbers += count * 32 // (layout.get("bits", bits) if isinstance(layout, dict) else bits)
+                else:
+                    numbers, width = numbers + count, 32 if tensor["dtype"] == "F32" else width
+    except InputError as error:
+        return _untrainable(str(error))
+    why = "no .safetensors weights in it; use a copy that has them" if not files else _unknown(config)
+    return _facts(size, config.get("model_type"), numbers or None, bits or width, why)
+
+
+def gguf_facts(path: Path) -> dict[str, Any]:
+    """Return what a GGUF file's header says."""
+    size = path.stat().st_size
+    try:
+        file = read_gguf(path)
+        architecture = str(file.metadata.get("general.architecture", ""))[:40]
+        numbers = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
+        bits = round(8 * size / max(1, numbers), 1)
+    except InputError as error:
+        return _untrainable(str(error)) | {"bytes": size}
+    try:
+        why = _unknown(model_config(file))
+    except InputError as error:
+        why = str(error)
+    return _facts(size, architecture, numbers, bits, why)
+
+
+def _unknown(config: dict[str, Any]) -> str | None:
+    """Return why a config's architecture cannot be trained; None: it can."""
+    try:
+        import_architecture(config)
+        mlx_lm.utils._get_classes(config)
+    except InputError as error:
+        return str(error)
+    except FOREIGN_ERRORS as error:
+        return f"mlx-lm cannot build it ({short(error, 160)}); choose another model"
+    return None
+
+
+def _facts(size: int, architecture: Any, numbers: int | None, bits: float | None, why: str | None) -> dict[str, Any]:
+    name = str(architecture)[:80] if architecture else None
+    return {
+        "bytes": size, "architecture": name, "parameters": numbers, "bits": bits, "trainable": why is None, "why_not": why,
+    }  # fmt: skip
+
+
+def _untrainable(why: str) -> dict[str, Any]:
+    return _facts(0, None, None, None, why)
+
+
+def _version(path: Path) -> str:
+    """Return a text that changes with a model's files."""
+    files = [path] if path.is_file() else [path / "config.json", *sorted(path.glob("*.safetensors"))]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return json.dumps([str(path), stats])
+
+
+def _json(path: Path) -> Any:
+    """Return a small JSON file's value; None if it is not there or no JSON."""
+    try:
+        if path.stat().st_size > MOST_SMALL_BYTES:
+            return None
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,253 @@
+"""Start, pause, resume and stop runs, one at a time; those that wait stand in queue.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from mlx_lora.serving.schema import ApiError
+from mlx_lora.studio.child_processes import start_child
+from mlx_lora.studio.places import Places, safe_name
+from mlx_lora.studio.run_commands import resolved, train_words
+from mlx_lora.studio.run_listing import RESUMABLE, SETTINGS, RunListing
+from mlx_lora.studio.run_states import LOG_FILE, NOTES_FILE, Started, process_of, read_started, run_id, state_of
+from mlx_lora.trainer.run_folder import forget_run
+from mlx_lora.utils.files import replacing_file
+from mlx_lora.utils.text import start_mark
+
+QUEUE_FILE = "queue.json"
+POLL_S = 0.5
+MOST_NOTES = 100_000
+ASK_AGAIN_S = 10.0  # a second signal ends a run without saving, so it is not sent by a double click
+
+
+class RunControl:
+    """The runs that the page starts, and the queue."""
+
+    def __init__(self, places: Places, listing: RunListing):
+        self._places, self._listing = places, listing
+        self._lock = threading.RLock()
+        self._children: dict[Path, subprocess.Popen] = {}
+        self._asked: dict[Path, float] = {}
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="mlx-lora-queue", daemon=True)
+
+    def begin(self) -> None:
+        """Start to watch the queue."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the watching; runs go on."""
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join(5)
+
+    # --- the queue
+
+    @property
+    def queue(self) -> list[str]:
+        """The ids of the runs that wait, the next first."""
+        try:
+            found = json.loads((self._places.home / QUEUE_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return []
+        return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
+
+    def _write_queue(self, queue: list[str]) -> None:
+        with replacing_file(self._places.home / QUEUE_FILE) as temporary:
+            temporary.write_text(json.dumps(queue) + "\n", encoding="utf-8")
+
+    def queued(self) -> list[dict[str, Any]]:
+        """Return the lines of the runs that wait."""
+        folders = self._listing.folders()
+        return [self._listing.summary(folders[number], True) for number in self.queue if number in folders]
+
+    def move(self, number: str, to: int) -> None:
+        """Put a waiting run at another place."""
+        with self._lock:
+            queue = self._without(number)
+            queue.insert(max(0, to), number)
+            self._write_queue(queue)
+
+    def remove(self, number: str) -> None:
+        """Take a run out of the queue; its folder stays, and it can be started later."""
+        with self._lock:
+            self._write_queue(self._without(number))
+
+    def _without(self, number: str) -> list[str]:
+        queue = self.queue
+        if number not in queue:
+            raise ApiError(404, "this run is not waiting in the queue; reload the list", "not_found")
+        return [one for one in queue if one != number]
+
+    def _watch(self) -> None:
+        while not self._end.wait(POLL_S):
+            self._note_ends()
+            with self._lock:
+                queue = self.queue
+                if not queue or self.going_on() is not None:
+                    continue
+                self._write_queue(queue[1:])
+                folder = self._listing.folders().get(queue[0])
+                if folder is not None and (started := read_started(folder)) is not None:
+                    self._launch(folder, started, resume=(folder / SETTINGS).exists())
+
+    def _note_ends(self) -> None:
+        """Write down the exit codes of children that ended; this also frees their entries in the process table."""
+        with self._lock:
+            for folder, child in list(self._children.items()):
+                if child.poll() is not None:
+                    del self._children[folder]
+                    if (started := read_started(folder)) is not None and started.pid == child.pid:
+                        started.code = child.returncode
+                        started.write(folder)
+
+    def going_on(self) -> Path | None:
+        """Return the folder of a run of this studio that goes on."""
+        for folder in self._listing.folders().values():
+            if folder.parent == self._places.runs and state_of(folder, read_started(folder))[0] == "running":
+                return folder
+        return None
+
+    # --- runs
+
+    def start(self, settings: dict[str, Any], name: Any, queue: bool, peak_bytes: int | None, steps: int | None) -> str:
+        """Start a run, or put it into the queue.
+
+        Args:
+            settings: checked, without those at their default.
+            name: of the run, and of its folder.
+            queue: wait until the runs before it have ended.
+            peak_bytes, steps: of its plan.
+
+        Returns:
+            Its id.
+
+        Raises:
+            ApiError: the name is taken, or another run goes on and `queue` is off.
+            InputError: `train` would refuse the settings.
+        """
+        name = safe_name(name, "Name of the run")
+        folder = self._places.runs / name
+        resolved(settings, folder)
+        with self._lock:
+            if folder.exists():
+                raise ApiError(
+                    409, f"Name of the run: there is a run {name} already; choose another name", "name_taken", "name"
+                )
+            busy = self.going_on()
+            if busy is not None and not queue:
+                raise ApiError(
+                    409, f"the run {busy.name} is still running; put this one into the queue, or stop that one", "busy"
+                )
+            words = train_words(settings, folder)
+            started = Started(name, settings, words, time.time(), peak_bytes, steps)
+            started.write(folder)
+            if busy is None and not self.queue:
+                self._launch(folder, started)
+            else:
+                self._write_queue([*self.queue, run_id(folder)])
+        return run_id(folder)
+
+    def _launch(self, folder: Path, started: Started, resume: bool = False) -> None:
+        words = [*started.words, "--resume"] if resume else started.words
+        # The names in a terminal's run.yaml are relative to where its command was given.
+        known = self._places.runs_elsewhere().get(folder)
+        child = start_child(words, folder / LOG_FILE, append=resume, cwd=known.cwd if known else None)
+        started.pid, started.mark, started.asked, started.code = child.pid, start_mark(child.pid), None, None
+        started.at = time.time()
+        started.write(folder)
+        self._children[folder] = child
+        self._asked.pop(folder, None)
+
+    def ask_to_end(self, number: str, how: str) -> None:
+        """Ask a run to save and end.
+
+        Args:
+            number: its id.
+            how: pause or stop; they differ in what the list says.
+
+        Raises:
+            ApiError: 409, it does not go on.
+        """
+        folder = self._listing.folder(number)
+        with self._lock:
+            if number in self.queue and how == "stop":
+                self.remove(number)
+                return
+            started = read_started(folder)
+            process = process_of(folder, started)
+            if not process:
+                raise ApiError(409, f"{folder.name}: is not running; reload the list", "not_running")
+            if time.monotonic() - self._asked.get(folder, -ASK_AGAIN_S) < ASK_AGAIN_S:
+                return
+            self._asked[folder] = time.monotonic()
+            if started is not None:
+                started.asked = how
+                started.write(folder)
+            try:
+                os.kill(process, signal.SIGTERM)
+            except OSError as error:
+                raise ApiError(409, f"{folder.name}: cannot be ended ({error.strerror}); end it where it was started",
+                    "not_running") from None  # fmt: skip
+
+    def resume(self, number: str) -> None:
+        """Continue a run from its newest checkpoint, with the same command and --resume.
+
+        Raises:
+            ApiError: 409, it goes on, or is done, or another run goes on.
+        """
+        folder = self._listing.folder(number)
+        with self._lock:
+            self._note_ends()
+            started = read_started(folder)
+            state, _ = state_of(folder, started)
+            if state not in (*RESUMABLE, "waiting"):
+                raise ApiError(
+                    409, f"{folder.name}: is {state}; only a run that ended early is resumed", "not_resumable"
+                )
+            busy = self.going_on()
+            if busy is not None:
+                raise ApiError(409, f"the run {busy.name} is still running; wait for it, or stop it first", "busy")
+            if started is None:  # of a terminal
+                words = ["train", "--config", str(folder / SETTINGS), "--adapter-path", str(folder)]
+                started = Started(folder.name, {}, words, (folder / SETTINGS).stat().st_mtime)
+            self._launch(folder, started, resume=(folder / SETTINGS).exists())
+
+    def note(self, number: str, text: Any) -> None:
+        """Keep notes on a run."""
+        if not isinstance(text, str) or len(text) > MOST_NOTES:
+            raise ApiError(400, f"text: must be text of at most {MOST_NOTES} characters", "invalid_value", "text")
+        path = self._listing.folder(number) / NOTES_FILE
+        with replacing_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def delete(self, number: str, confirm: Any) -> None:
+        """Remove a run's folder with all that is in it; of a run elsewhere the folder stays, and it leaves the list.
+
+        Raises:
+            ApiError: 409 if it goes on, 400 if the name was not repeated.
+        """
+        folder = self._listing.folder(number)
+        with self._lock:
+            if confirm != folder.name:
+                raise ApiError(400, "confirm: must be the run's name, because its folder is removed", "not_confirmed")
+            if process_of(folder, read_started(folder)) is not None:
+                raise ApiError(409, f"{folder.name}: is still running; stop it first", "running")
+            if number in self.queue:
+                self.remove(number)
+            try:
+                if self._listing.elsewhere(folder):  # it may have other things in it, even be a project's folder
+                    forget_run(folder, self._places.known_runs)
+                else:
+                    shutil.rmtree(folder)
+            except OSError as error:
+                raise ApiError(409, f"{folder.name}: cannot be removed ({error.strerror}); check its permissions",
+                    "not_removed") from None  # fmt: skip

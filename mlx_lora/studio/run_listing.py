@@ -1,0 +1,307 @@
+"""List runs, and show one: everything comes from its folder, and is read again only if a file changed."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mlx_lora.data.chat_template import spoken_turns, without_markers
+from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
+from mlx_lora.reports.run_report import ANSWERS_FILE, FACTS_FILE, read_answers
+from mlx_lora.serving.schema import ApiError
+from mlx_lora.studio.evaluation_routes import side_by_side
+from mlx_lora.studio.forgetting_routes import what_was_forgotten
+from mlx_lora.studio.metrics_reading import last_values, read_columns
+from mlx_lora.studio.page_words import in_page_words
+from mlx_lora.studio.places import Places
+from mlx_lora.studio.run_states import (
+    NOTES_FILE,
+    STARTED_FILE,
+    Started,
+    last_checkpoint,
+    log_lines,
+    read_started,
+    run_id,
+    state_of,
+)
+from mlx_lora.trainer.checkpoint import LOCK_FILE
+from mlx_lora.trainer.run_folder import KnownRun
+from mlx_lora.utils.parsing import parse_json, parse_yaml
+from mlx_lora.utils.text import command_line
+
+METRICS, SETTINGS = "metrics.jsonl", "run.yaml"
+WATCHED = (SETTINGS, METRICS, FACTS_FILE, STARTED_FILE, CONFIG_FILE, LOCK_FILE)
+STEPS = re.compile(r"^Run: ([\d,]+) steps?,|^step \d+/(\d+)[,. ]")
+MOST_TEXT, MOST_SAMPLES = 4000, 60
+MOST_RUNS = 5000
+RESUMABLE = ("paused", "stopped", "killed", "failed")
+
+
+class RunListing:
+    """The runs of a studio."""
+
+    def __init__(self, places: Places):
+        self._places = places
+        self._kept: dict[Path, tuple[Any, dict[str, Any]]] = {}
+        self._lock = threading.Lock()
+
+    def folders(self) -> dict[str, Path]:
+        """Return the folders of all runs, by id."""
+        found: dict[str, Path] = {}
+        for root in self._places.all_runs:
+            try:
+                entries = sorted(root.iterdir())
+            except OSError:
+                continue
+            for folder in entries[:MOST_RUNS]:
+                is_run = (folder / SETTINGS).is_file() or (folder / STARTED_FILE).is_file()
+                if is_run and not folder.is_symlink():
+                    found[run_id(folder)] = folder
+        return found | {run_id(folder): folder for folder in self._places.runs_elsewhere()}
+
+    def elsewhere(self, folder: Path) -> bool:
+        """Return whether a run lies outside the studio's folders, and is listed because `train` noted it."""
+        return folder.parent not in self._places.all_runs
+
+    def settings_of(self, folder: Path, started: Started | None) -> dict[str, Any]:
+        """Return a run's settings; of a run elsewhere, with a local model as a whole path."""
+        known = self._places.runs_elsewhere().get(folder) if self.elsewhere(folder) else None
+        return _with_whole_model(read_settings_of(folder, started), known)
+
+    def begun_in(self, folder: Path) -> str | None:
+        """Return the folder that the names in the settings of a terminal's run start from, if that is known."""
+        known = self._places.runs_elsewhere().get(folder)
+        return known.cwd if known else None
+
+    def bases(self) -> list[Path]:
+        """Return the local base models of runs elsewhere, resolved: those may be talked to as well."""
+        elsewhere = self._places.runs_elsewhere().items()
+        named = [_with_whole_model(read_settings_of(folder, None), known).get("model") for folder, known in elsewhere]
+        return [Path(model).resolve() for model in named if isinstance(model, str) and Path(model).is_absolute()]
+
+    def folder(self, number: str) -> Path:
+        """Return a run's folder.
+
+        Raises:
+            ApiError: 404, there is no such run.
+        """
+        found = self.folders().get(number)
+        if found is None:
+            raise ApiError(404, "no such run; reload the list", "not_found")
+        return found
+
+    def listed(self, queued: list[str]) -> list[dict[str, Any]]:
+        """Return a line for each run, the newest first.
+
+        Args:
+            queued: ids of the runs that wait.
+        """
+        found = self.folders()
+        with self._lock:
+            for gone in self._kept.keys() - set(found.values()):
+                del self._kept[gone]
+        lines = [self.summary(folder, number in queued) for number, folder in found.items()]
+        return sorted(lines, key=lambda line: line["started"] or 0, reverse=True)
+
+    def summary(self, folder: Path, queued: bool = False) -> dict[str, Any]:
+        """Return a run's line."""
+        version = _version(folder)
+        with self._lock:
+            kept = self._kept.get(folder)
+        if kept is not None and kept[0] == version:
+            line, started = kept[1]["line"], kept[1]["started"]
+        else:
+            started = read_started(folder)
+            line = self._read(folder, started)
+        ended = kept is not None and kept[0] == version and kept[1]["ended"]
+        state, reason = kept[1]["state"] if kept is not None and ended else state_of(folder, started)
+        with self._lock:
+            # A run that does not go on stays as it is until a file of it changes.
+            self._kept[folder] = (
+                version,
+                {"line": line, "started": started, "state": (state, reason), "ended": state != "running"},
+            )
+        state = "queued" if queued else "stopped" if state == "waiting" else state
+        steps = line["steps"] or (_steps_said(folder) if state == "running" else None)
+        ending = started.asked if started is not None and state == "running" else None
+        reason = in_page_words(reason) if reason else reason
+        return {**line, "state": state, "reason": reason, "steps": steps, "ending": ending}
+
+    def _read(self, folder: Path, started: Started | None) -> dict[str, Any]:
+        settings, last = self.settings_of(folder, started), last_values(folder / METRICS)
+        begun = started.created if started else _time(folder / SETTINGS)
+        steps = (started.steps if started else None) or settings.get("iters") or _steps_said(folder)
+        steps = steps or _steps_of_epochs(settings.get("epochs"), last)
+        facts = facts_of(folder)
+        return {
+            "id": run_id(folder), "name": folder.name, "path": str(folder),
+            "step": last.get("step", 0), "steps": steps, "loss": last.get("loss"), "val_loss": last.get("val_loss"),
+            "val_step": last.get("val_step"),
+            "model": settings.get("model"), "method": settings.get("fine_tune_type") or settings.get("method") or "lora",
+            "objective": settings.get("objective") or "sft", "started": begun, "seconds": last.get("elapsed_s"),
+            "peak_bytes": last.get("peak_bytes"), "tokens_per_s": last.get("tokens_per_s"),
+            "plan_peak_bytes": facts.get("planned_peak_bytes") or (started.plan_peak_bytes if started else None),
+            "in_studio": started is not None, "elsewhere": self.elsewhere(folder),
+        }  # fmt: skip
+
+    def detail(self, number: str, queued: bool) -> dict[str, Any]:
+        """Return all about a run.
+
+        Raises:
+            ApiError: 404, there is no such run.
+        """
+        folder = self.folder(number)
+        line, started, facts = self.summary(folder, queued), read_started(folder), facts_of(folder)
+        checkpoint = last_checkpoint(folder)
+        adapter = folder if (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file() else None
+        again = (folder / SETTINGS).is_file() or started is not None
+        return {
+            **line,
+            "settings": self.settings_of(folder, started),
+            "command": command_line(started.words) if started else command_of(folder, facts),
+            "run_yaml": _text(folder / SETTINGS),
+            "metrics": read_columns(folder / METRICS),
+            "samples": samples_of(folder, facts, line["step"]),
+            "verdict": verdict_of(facts),
+            "log": log_lines(folder),
+            "notes": _text(folder / NOTES_FILE),
+            **what_was_forgotten(folder, self.settings_of(folder, started)),
+            **side_by_side(folder, self.settings_of(folder, started), facts.get("data")),
+            "checkpoint": checkpoint,
+            "can_resume": again and line["state"] in RESUMABLE,
+            "adapter": str(adapter) if adapter else None,
+            "data": facts.get("data"),
+        }
+
+    def adapters(self) -> list[dict[str, Any]]:
+        """Return the adapters that finished, stopped or paused runs left, the newest first."""
+        found, elsewhere = [], self._places.runs_elsewhere()
+        for number, folder in self.folders().items():
+            if (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file():
+                base = _with_whole_model(read_settings_of(folder, None), elsewhere.get(folder)).get("model")
+                changed = _time(folder / WEIGHTS_FILE) or 0
+                found.append((changed, {"name": folder.name, "path": str(folder), "base": base, "run": number}))
+        return [one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+def read_settings_of(folder: Path, started: Started | None) -> dict[str, Any]:
+    """Return a run's settings from run.yaml, or, before it is written, those that the page gave."""
+    try:
+        found = parse_yaml((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    return found if isinstance(found, dict) else dict(started.settings) if started else {}
+
+
+def _with_whole_model(settings: dict[str, Any], known: KnownRun | None) -> dict[str, Any]:
+    """Return settings with a local model as a whole path; a terminal's run may name it relative to where it began."""
+    model = settings.get("model")
+    if known is None or not isinstance(model, str):
+        return settings
+    local = Path(known.cwd, Path(model).expanduser())
+    return {**settings, "model": str(local)} if local.exists() else settings
+
+
+def command_of(folder: Path, facts: dict[str, Any]) -> str:
+    """Return the command that repeats a run of a terminal."""
+    given = facts.get("command")
+    return given if isinstance(given, str) and given else command_line(["train", "--config", str(folder / SETTINGS)])
+
+
+def samples_of(folder: Path, facts: dict[str, Any], step: int) -> list[dict[str, Any]]:
+    """Return the texts before and after training, or of every validation, each with its step, without a template's markers."""
+    found = []
+    answers = read_answers(folder / ANSWERS_FILE) if (folder / ANSWERS_FILE).exists() else []
+    for one in answers[-MOST_SAMPLES:]:
+        found.append(_sample(one.get("step"), one.get("prompt"), one.get("answer"), ()))
+    for sample in facts.get("samples") or [] if not found else []:
+        prompt, specials = sample.get("prompt"), sample.get("specials") or ()
+        expected = sample.get("expected")
+        found.append(_sample(0, prompt, sample.get("before"), specials, expected))
+        if sample.get("after") is not None:
+            found.append(_sample(step, prompt, sample["after"], specials, expected))
+    return found
+
+
+def verdict_of(facts: dict[str, Any]) -> dict[str, str] | None:
+    """Return what report.json says became of a run: headline, tone, mend and command; None: nothing yet."""
+    found = facts.get("verdict")
+    if not isinstance(found, dict) or not found.get("headline"):
+        return None
+    return {name: _cut(found.get(name)) for name in ("headline", "tone", "name", "mend", "command")}
+
+
+def _sample(step: int | None, prompt: Any, text: Any, specials: Iterable[str], expected: Any = None) -> dict[str, Any]:
+    turns = spoken_turns(str(prompt or ""), specials)
+    # Who speaks is told where it is not simply the user's question.
+    told = [content if role in ("", "User") else f"{role}: {content}" for role, content in turns]
+    said = without_markers(str(text or ""), specials) or "(empty text)"
+    more = {} if expected is None else {"expected": _cut(without_markers(str(expected), specials))}
+    return {"step": step, "prompt": _cut("\n\n".join(told)), "text": _cut(said), **more}
+
+
+def _steps_said(folder: Path) -> int | None:
+    """Return how many steps the command said that it takes."""
+    for line in reversed(log_lines(folder)):
+        if found := STEPS.match(line.strip()):
+            return int((found[1] or found[2]).replace(",", ""))
+    return None
+
+
+def _steps_of_epochs(epochs: Any, last: dict[str, Any]) -> int | None:
+    """Return how many steps a run of so many epochs takes, by its last report; None where rounding does not tell.
+
+    A run that was started in a terminal says its steps nowhere else. `epoch` has four digits behind the point.
+    """
+    step, epoch = last.get("step") or 0, last.get("epoch") or 0
+    if not isinstance(epochs, int | float) or not epoch:
+        return None
+    steps = step * epochs / epoch
+    return round(steps) if steps * 0.00005 / epoch < 0.5 else None
+
+
+def _version(folder: Path) -> tuple[Any, ...]:
+    found = []
+    for name in WATCHED:
+        try:
+            stat = (folder / name).stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((stat.st_mtime_ns, stat.st_size))
+    return tuple(found)
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """Return what report.json says; empty before a run's first save."""
+    found = _json(folder / FACTS_FILE)
+    return found if isinstance(found, dict) else {}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _time(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
+
+
+def _cut(text: Any) -> str:
+    text = str(text or "")
+    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]} … ({len(text) - MOST_TEXT:,} more characters)"

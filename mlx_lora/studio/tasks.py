@@ -1,0 +1,224 @@
+"""Work that takes longer than an answer: downloads, conversions, exports, and data that is being read."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from mlx_lora.serving.schema import ApiError
+from mlx_lora.studio.child_processes import ended_words, start_child
+from mlx_lora.studio.page_words import in_page_words
+from mlx_lora.studio.web import events, json_route
+from mlx_lora.utils.errors import InputError, RunError
+
+KEPT = 50  # finished tasks that are still listed
+POLL_S = 0.3
+TERMINATE_S = 5.0
+PUBLIC = ("id", "kind", "title", "state", "done", "total", "unit", "seconds_left", "message", "result")
+
+
+class Cancelled(Exception):
+    """The task is no longer wanted."""
+
+
+@dataclass(eq=False)
+class Task:
+    """A piece of work.
+
+    Attributes:
+        kind: download, convert, export, data, plan, forgetting or evaluation.
+        title: what the page shows.
+        state: running, done, failed or cancelled.
+        done, total, unit: how far it is; None: not known.
+        message: the last line about it.
+        result: what the work found, for the page.
+        wanted: cleared when it is cancelled.
+    """
+
+    id: str
+    kind: str
+    title: str
+    state: str = "running"
+    done: float = 0
+    total: float | None = None
+    unit: str = ""
+    message: str = ""
+    result: Any = None
+    started: float = field(default_factory=time.monotonic)
+    version: int = 0
+    wanted: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """About how long it still takes, by its speed so far."""
+        spent = time.monotonic() - self.started
+        if self.state != "running" or not self.total or not self.done or spent < 1:
+            return None
+        return spent / self.done * max(0.0, self.total - self.done)
+
+    def public(self) -> dict[str, Any]:
+        """Return what the page sees."""
+        return {name: getattr(self, name) for name in PUBLIC} | {"message": in_page_words(self.message)}
+
+
+class Tasks:
+    """All tasks of a studio, and their routes."""
+
+    def __init__(self, logs: Path):
+        """Take the folder for the output of child processes."""
+        self._tasks: dict[str, Task] = {}
+        self._lock, self._versions, self._logs = threading.Lock(), itertools.count(1), logs
+        self.ended = 0  # tasks since the server began
+
+    def routes(self) -> list[BaseRoute]:
+        """Return their routes."""
+        return [
+            json_route("/api/tasks", lambda request, body: {"tasks": self.listed()}),
+            Route("/api/tasks/events", self.events, methods=["GET"]),
+            json_route("/api/tasks/{id}/cancel", self.cancel, "POST"),
+        ]
+
+    @property
+    def running(self) -> int:
+        """How many go on."""
+        return sum(task.state == "running" for task in list(self._tasks.values()))
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Return all tasks, the newest first."""
+        return [task.public() for task in reversed(list(self._tasks.values()))]
+
+    async def events(self, request: Request) -> Response:
+        """GET /api/tasks/events: the state of each task now, and after every change."""
+
+        async def lines() -> AsyncIterator[dict[str, Any] | None]:
+            seen = 0
+            while True:
+                changed = [task for task in list(self._tasks.values()) if task.version > seen]
+                seen = max([seen, *(task.version for task in changed)])
+                for task in changed:
+                    yield task.public()
+                yield None
+                await anyio.sleep(POLL_S)
+
+        return events(request, lines())
+
+    def cancel(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        """POST /api/tasks/ID/cancel."""
+        task = self._tasks.get(request.path_params["id"])
+        if task is None:
+            raise ApiError(404, "no such task; reload the list", "not_found")
+        task.wanted.clear()
+        return {"task": task.public()}
+
+    def change(self, task: Task, **values: Any) -> None:
+        """Change a task, so that its listeners hear of it."""
+        with self._lock:
+            for name, value in values.items():
+                setattr(task, name, value)
+            task.version = next(self._versions)
+
+    def begin(self, kind: str, title: str, work: Callable[[Task], Any], unit: str = "") -> Task:
+        """Do work in a thread.
+
+        Args:
+            kind, title, unit: of the task.
+            work: takes the task, and returns its result; raises Cancelled when the task is no longer wanted.
+        """
+        task = Task(secrets.token_hex(6), kind, title, unit=unit)
+        task.wanted.set()
+        with self._lock:
+            finished = [one.id for one in self._tasks.values() if one.state != "running"]
+            for number in finished[: max(0, len(finished) - KEPT)]:
+                del self._tasks[number]
+            self._tasks[task.id] = task
+            task.version = next(self._versions)
+
+        def run() -> None:
+            try:
+                result = work(task)
+                with self._lock:
+                    self.ended += 1
+                self.change(task, result=result, state="done")
+            except Cancelled:
+                self.change(task, state="cancelled", message="Cancelled.")
+            except (InputError, RunError, ApiError, OSError) as error:
+                self.change(task, state="failed", message=" ".join(str(error).split()))
+            except BaseException as error:
+                self.change(task, state="failed", message=f"{type(error).__name__}: {error}")
+                raise
+
+        threading.Thread(target=run, name=f"mlx-lora-{kind}", daemon=True).start()
+        return task
+
+    def child(
+        self,
+        kind: str,
+        title: str,
+        words: list[str],
+        result: Any,
+        watch: Callable[[Task], None] = lambda task: None,
+        cwd: str | None = None,
+    ) -> Task:
+        """Run one of this program's commands as a child process, whose last line of output is the task's message.
+
+        Args:
+            kind, title: of the task.
+            words: the command's name and arguments.
+            result: of the task, if the command succeeds.
+            watch: called from time to time, to tell how far it is.
+            cwd: the folder that relative names start from; None: the studio's own.
+        """
+
+        def work(task: Task) -> Any:
+            log = self._logs / f"{kind}-{task.id}.log"
+            child = start_child(words, log, cwd=cwd)
+            while child.poll() is None:
+                if not task.wanted.is_set():
+                    _end(child)
+                    raise Cancelled
+                watch(task)
+                line = last_line(log)
+                if line and line != task.message:
+                    self.change(task, message=line)
+                time.sleep(POLL_S)
+            if child.returncode:
+                raise RunError(ended_words(child.returncode, last_line(log)))
+            self.change(task, message=last_line(log))
+            log.unlink(missing_ok=True)
+            return result
+
+        return self.begin(kind, title, work)
+
+
+def last_line(log: Path, most: int = 4096) -> str:
+    """Return the last line of a text file that is not empty."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - most))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _end(child: subprocess.Popen) -> None:
+    """Ask a child to end, then make it."""
+    child.send_signal(signal.SIGTERM)
+    try:
+        child.wait(TERMINATE_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()

@@ -1,0 +1,277 @@
+"""Read from each block's graph what the block keeps for the backward pass.
+
+The planner has no table of layer types: a block's own operations show its recurrent states, latent attention, windows,
+shared keys and experts. A block is called once inside its model, to record its arguments; then its gradient's graph is
+listed at a few widths (models/graph.py), and widths between them are interpolated. Nothing is computed.
+
+Shapes: B rows, T positions of a row, D width.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_lora.kernels.attention import Tiles, attend
+from mlx_lora.kernels.measure import left_unchanged
+from mlx_lora.kernels.table import Choose, assumed, training_kernels
+from mlx_lora.models.folder import FOREIGN_ERRORS
+from mlx_lora.models.graph import as_on_gpu, gradient_graph
+from mlx_lora.models.head import Head, find_head, only_at, with_last_block
+from mlx_lora.models.liveness import count_memory
+from mlx_lora.models.meta import block_kind
+from mlx_lora.planner.shapes import BlockBytes, ModelShape, NotKnown
+from mlx_lora.utils import device
+
+# The widths at which graphs are read; beyond the last, the last two are extrapolated. Between 512 and 640
+# positions, attention stops keeping its probabilities.
+WIDTHS = (32, 64, 128, 256, 512, 640, 1024, 2048, 4096)
+# The graph of a block that MLX runs a position at a time grows with the row, so it is only read in short rows.
+LOOP_WIDTHS = (16, 32)
+LOOP_NODES = 1500
+# The number of operations that MLX prepares ahead: fitted to peaks measured on a CPU (docs/planner.md).
+LAG = 40
+# The same if ranks share the base, on a CPU: memory beyond the plan is waited for (trainer/fit.py).
+SHARED_LAG = 20
+# A scan over tokens has thousands of small operations, of which MLX prepares more: fitted to Mamba only.
+SCAN_NODES, SCAN_LAG = 4000, 80
+
+
+@dataclass
+class TracedBlock:
+    """The memory of one kind of block, for any batch shape.
+
+    Attributes:
+        call: rows, width, whether on a GPU -> the block's memory.
+    """
+
+    call: Callable[[int, int, bool], BlockBytes]
+    _known: dict[tuple[int, int, bool], BlockBytes] = field(default_factory=dict)
+    _answers: dict[tuple[int, int, bool], BlockBytes] = field(default_factory=dict)
+
+    def at(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
+        """Return the block's memory for a batch; answers are kept, because a search for settings asks repeatedly.
+
+        Args:
+            rows: B.
+            width: T.
+            on_gpu: whether it runs on a GPU.
+
+        Raises:
+            NotKnown: the block's graph cannot be read.
+        """
+        case = (rows, width, on_gpu)
+        if case not in self._answers:
+            self._answers[case] = self._of_rows(*case)
+        return self._answers[case]
+
+    def _of_rows(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
+        one = self._between(1, width, on_gpu)
+        if rows == 1:
+            return one
+        # Count what does not grow with the rows (dense copies of packed weights) once.
+        further = self._between(2, width, on_gpu).minus(one)
+        return one.plus(further.times(rows - 1))
+
+    def _between(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
+        """Interpolate bytes per position, which is exact for what grows with the width or with its square."""
+        widths = LOOP_WIDTHS if self._read(1, LOOP_WIDTHS[-1], on_gpu).nodes > LOOP_NODES else WIDTHS
+        upper = min(max(bisect_left(widths, width), 1), len(widths) - 1)
+        low, high = widths[upper - 1], widths[upper]
+        first = self._read(rows, low, on_gpu)
+        if width == low:
+            return first
+        last = self._read(rows, high, on_gpu)
+        share = (width - low) / (high - low)
+        per_position = first.times(1 / low).times(1 - share).plus(last.times(1 / high).times(share))
+        return per_position.times(width)
+
+    def _read(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
+        case = (rows, width, on_gpu)
+        if case not in self._known:
+            self._known[case] = self.call(*case)
+        return self._known[case]
+
+
+def with_block_memory(
+    shape: ModelShape, model: nn.Module, config: dict[str, Any], choose: Choose = assumed, lag: int = LAG
+) -> ModelShape:
+    """Return the shape with the memory of every block whose graph can be read.
+
+    Args:
+        shape: of this model.
+        model: an mlx-lm model with its adapters; its arrays need not be computed yet.
+        config: its config.json.
+        choose: returns the kernels that it trains with, by shape.
+        lag: the number of operations that MLX prepares ahead on a CPU.
+    """
+    found, reasons = [], []
+    for block, traced in zip(shape.blocks, trace_blocks(model, config, choose, lag), strict=True):
+        try:
+            traced.at(1, WIDTHS[0], on_gpu=device.on_gpu())
+        except NotKnown as error:
+            reasons.append(str(error))
+            traced = None
+        found.append(replace(block, memory=traced))
+    if found and found[-1].memory is not None:
+        found[-1] = replace(found[-1], at_one=trace_last_at_one(model, config, choose, lag))
+    return replace(shape, blocks=tuple(found), not_known=tuple(dict.fromkeys(reasons)))
+
+
+def trace_blocks(
+    model: nn.Module, config: dict[str, Any], choose: Choose = assumed, lag: int = LAG
+) -> list[TracedBlock]:
+    """Return the memory of each block of an adapted model; blocks of the same kind share one object."""
+    head = find_head(model, config)
+    kinds = [block_kind(block) for block in model.layers]
+    first = {kind: number for number, kind in reversed(list(enumerate(kinds)))}
+    calls = _Calls(model, head.hidden if isinstance(head, Head) else model, max(first.values(), default=0))
+    traced = {kind: TracedBlock(_reader(model.layers[n], n, calls, choose, lag)) for kind, n in first.items()}
+    return [traced[kind] for kind in kinds]
+
+
+def trace_last_at_one(
+    model: nn.Module, config: dict[str, Any], choose: Choose = assumed, lag: int = LAG
+) -> TracedBlock | None:
+    """Return the memory of the last block with a single trained position, None if the whole block is computed anyway."""
+    head = find_head(model, config)
+    last = with_last_block(head, model)[0].last if isinstance(head, Head) else None
+    if not isinstance(head, Head) or last is None:
+        return None
+    number = len(model.layers) - 1
+    traced = TracedBlock(
+        _reader(last, number, _Calls(model, head.hidden, number), choose, lag, mx.zeros((1,), mx.int32))
+    )
+    try:
+        traced.at(1, WIDTHS[0], on_gpu=device.on_gpu())
+    except NotKnown:
+        return None
+    return traced
+
+
+def _reader(
+    block: nn.Module, number: int, calls: _Calls, choose: Choose, lag: int, positions: mx.array | None = None
+) -> Callable[[int, int, bool], BlockBytes]:
+    def read(rows: int, width: int, on_gpu: bool) -> BlockBytes:
+        try:
+            with as_on_gpu() if on_gpu and not device.on_gpu() else nullcontext():
+                call = calls.of(number, rows, width)
+                with nullcontext() if positions is None else only_at(block, positions, rows * width):
+                    return _read_block(block, choose, LAG if on_gpu else lag, *call)
+        except FOREIGN_ERRORS as error:
+            raise NotKnown(f"{type(block).__name__}: {' '.join(str(error).split())[:120]}") from error
+
+    return read
+
+
+def _read_block(
+    block: nn.Module, choose: Choose, lag: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> BlockBytes:
+    """List a block's graph and count its memory."""
+    own = tree_flatten(block.parameters())
+    trained = [name for name, _ in tree_flatten(block.trainable_parameters())]
+    frozen = [name for name, _ in own if name not in set(trained)]
+    of = dict(own)
+    leaves = [leaf for _, leaf in tree_flatten((args, kwargs)) if isinstance(leaf, mx.array)]
+    floats = [leaf for leaf in leaves if _is_float(leaf)]
+    others = [leaf for leaf in leaves if not _is_float(leaf)]
+    attended: list[int] = []
+
+    def function(varied: list[mx.array], fixed: list[mx.array]) -> list[mx.array]:
+        values = zip(trained + frozen, varied[len(floats) :] + fixed[len(others) :], strict=True)
+        block.update(tree_unflatten(list(values)))
+        given = iter(varied[: len(floats)]), iter(fixed[: len(others)])
+        new_args, new_kwargs = tree_map(
+            lambda leaf: next(given[not _is_float(leaf)]) if isinstance(leaf, mx.array) else leaf, (args, kwargs)
+        )
+        attended.clear()
+        returned = tree_flatten([block(*new_args, **new_kwargs)])
+        return [leaf for _, leaf in returned if _is_float(leaf)]
+
+    def noted(q: mx.array, k: mx.array, v: mx.array, tiles: Tiles, sinks: mx.array | None = None) -> mx.array:
+        out = attend(q, k, v, tiles, sinks)
+        attended.append(out.nbytes)
+        return out
+
+    was_training = block.training
+    block.train()  # with dropout, and anything else that a model does only in training
+    try:
+        with left_unchanged(block), training_kernels(block, noted, choose):
+            graph = gradient_graph(function, floats + [of[n] for n in trained], others + [of[n] for n in frozen])
+    finally:
+        block.train(was_training)
+    counted = count_memory(graph, lag if len(graph.nodes) < SCAN_NODES else SCAN_LAG)
+    inputs = sum(leaf.nbytes for leaf in floats[:1])
+    return BlockBytes(inputs + counted.kept_bytes, counted.window_bytes, inputs + sum(attended), len(graph.nodes))
+
+
+@dataclass
+class _Calls:
+    """The arguments of a model's calls of its blocks, by batch shape; their arrays are zeros.
+
+    Attributes:
+        model: whose blocks are called.
+        run: calls the model on token ids.
+        last: number of the last block whose arguments are asked for; blocks after it are not called.
+    """
+
+    model: nn.Module
+    run: Callable[[mx.array], mx.array]
+    last: int
+    _found: dict[tuple[int, int], dict[int, tuple[tuple, dict]]] = field(default_factory=dict)
+
+    def of(self, number: int, rows: int, width: int) -> tuple[tuple, dict]:
+        """Return block `number`'s arguments for a batch of token ids (rows, width)."""
+        if (rows, width) not in self._found:
+            with training_kernels(self.model), _recorded(self.model.layers, self.last) as found, device.uncompiled():
+                self.run(mx.zeros((rows, width), mx.int32))
+            self._found[rows, width] = {
+                index: tree_map(
+                    lambda leaf: mx.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, mx.array) else leaf, call
+                )
+                for index, call in found.items()
+            }
+        if number not in self._found[rows, width]:
+            raise ValueError("the model does not call this block as a whole")
+        return self._found[rows, width][number]
+
+
+class _EnoughRecorded(Exception):
+    """Ends a model's call when the arguments of all blocks that are asked for are known."""
+
+
+@contextmanager
+def _recorded(blocks: list[nn.Module], last: int) -> Iterator[dict[int, tuple[tuple, dict]]]:
+    """Record each block's arguments inside this context, which ends with the call of block `last`."""
+    found: dict[int, tuple[tuple, dict]] = {}
+    types = [type(block) for block in blocks]
+    for number, block in enumerate(blocks):
+        block.__class__ = _recording(types[number], number, found, last)
+    try:
+        yield found
+    except _EnoughRecorded:
+        pass
+    finally:
+        for block, own in zip(blocks, types, strict=True):
+            block.__class__ = own
+
+
+def _recording(base: type, number: int, found: dict[int, tuple[tuple, dict]], last: int) -> type:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        found[number] = (args, kwargs)
+        if found.keys() >= set(range(last + 1)):
+            raise _EnoughRecorded
+        return base.__call__(self, *args, **kwargs)
+
+    return type(f"Recorded{base.__name__}", (base,), {"__call__": call})
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)

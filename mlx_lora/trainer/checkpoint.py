@@ -1,0 +1,372 @@
+"""Position, arrays of a run, checkpoint files.
+
+The state of a run: its position, and every array that the next step reads.
+
+A run that is resumed from it takes the same steps, bit for bit, as one that never stopped. It consists of masters,
+moments and the schedule's step count, the method's own state (AdaLoRA's importance, ReLoRA's cycles), the random key
+of dropout, and the number of consumed micro-batches (the plan is a pure function of data, seed and epoch).
+
+Checkpoints: a complete adapter and everything that a run needs to resume, written atomically.
+
+    checkpoints/step-000100/   adapters.safetensors, adapter_config.json     the adapter, as in a run folder
+                               state.safetensors                             trainer/checkpoint.py's arrays
+                               state.json                                    position, identity, checksums
+
+Each is written under another name, flushed to disk and renamed: a kill at any moment leaves the earlier ones intact.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.models.folder import read_safetensors_header, save_tensors
+from mlx_lora.trainer.evaluate import VALIDATED
+from mlx_lora.trainer.step import Step
+from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.files import replacing_folder, sha256_of
+from mlx_lora.utils.parsing import read_json
+
+
+class Diverged(RunError):
+    """Ends a run because many updates in a row were not finite; `at` is the run's position."""
+
+    def __init__(self, at: Position):
+        super().__init__(f"step {at.taken}: loss or gradient was not finite {at.skipped_in_a_row} times in a row")
+        self.at = at
+
+
+# Frozen factors that a method keeps in addition to the trained ones.
+FROZEN = ("start_a", "start_b", "fixed_a", "fixed_b")
+
+
+@dataclass
+class Position:
+    """The position of a run, which the loop keeps up to date.
+
+    Attributes:
+        taken: optimizer steps so far.
+        consumed: micro-batches of the plan so far.
+        skipped, skipped_in_a_row: updates that were not finite.
+        val_loss, val_at: the last validation and its step.
+        best_loss, best_accuracy, best_at: the best validation so far and its step; None if it reported no accuracy.
+        worse: validations since then that were not better by the early stopping threshold.
+        parts: the number of parts in which each batch runs.
+    """
+
+    taken: int = 0
+    consumed: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    val_loss: float | None = None
+    val_at: int | None = None
+    best_loss: float | None = None
+    best_accuracy: float | None = None
+    best_at: int | None = None
+    worse: int = 0
+    parts: int = 1
+
+    def validated(
+        self, loss: float, threshold: float = 0.0, accuracy: float | None = None, by_accuracy: bool = False
+    ) -> bool:
+        """Record a validation, and return whether it is the best so far.
+
+        Args:
+            loss: mean per trained token, or per example of preference training.
+            threshold: an improvement up to this does not count for early stopping, as in transformers'
+                EarlyStoppingCallback.
+            accuracy: share of pairs that are preferred as labeled, if the objective reports it.
+            by_accuracy: whether the best validation is the one with the highest accuracy (of equal ones, the one with
+                the lowest loss); otherwise it is the one with the lowest loss. A validation before the first step is
+                then not a candidate: policy and reference are still the same, so its accuracy is only rounding.
+        """
+        self.val_loss, self.val_at = loss, self.taken
+        if by_accuracy and not self.taken:
+            return False
+        less = math.inf if self.best_loss is None else self.best_loss - loss
+        gain = less
+        if by_accuracy and accuracy is not None:
+            gain = math.inf if self.best_accuracy is None else accuracy - self.best_accuracy
+        better = math.isfinite(loss) and (gain > 0 or (gain == 0 and less > 0))
+        self.worse = 0 if better and (gain > threshold or not threshold) else self.worse + 1
+        if better:
+            self.best_loss, self.best_at = loss, self.taken
+            self.best_accuracy = accuracy if self.taken else None
+        return better
+
+
+def run_arrays(step: Step) -> dict[str, mx.array]:
+    """Return the arrays of a run by flat names."""
+    arrays = {f"masters.{name}": value for name, value in step.masters.arrays.items()}
+    arrays |= {f"optimizer.{name}": value for name, value in tree_flatten(step.optimizer.state)}
+    arrays["random"] = mx.random.state[0]
+    if step.events is not None:
+        arrays |= {f"events.{name}": value for name, value in tree_flatten(step.events.state)}
+        arrays |= {f"extras.{name}": value for name, value in step.events.extras().items()}
+    for path, layer in adapter_layers(step.model).items():
+        arrays |= {f"layers.{path}.{name}": layer[name] for name in FROZEN if name in layer}
+    return arrays
+
+
+def finite(step: Step) -> bool:
+    """Return whether all trained parameters are finite."""
+    return bool(mx.all(mx.stack([mx.isfinite(value).all() for value in step.masters.arrays.values()])).item())
+
+
+def restore_arrays(step: Step, arrays: dict[str, mx.array]) -> None:
+    """Restore the arrays of a run.
+
+    Args:
+        step: a new step with the same settings, and with a model adapted by them.
+        arrays: as `run_arrays` returned them.
+
+    Raises:
+        InputError: they have other names, shapes or types than this run's.
+    """
+    layers = adapter_layers(step.model)
+    _check_arrays(run_arrays(step), arrays, layers)
+
+    def part(prefix: str) -> dict[str, mx.array]:
+        return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+    for name, value in part("layers.").items():
+        path, _, leaf = name.rpartition(".")
+        layers[path][leaf] = value
+        layers[path].freeze(keys=[leaf], recurse=False)
+    step.masters.put(part("masters."))
+    # Everything is changed in place, because the compiled functions captured these containers.
+    step.optimizer.state.update(_filled(step.optimizer.state, part("optimizer.")))
+    # The random state cannot be assigned an array, but a seed is the key's two halves.
+    high, low = arrays["random"].tolist()
+    mx.random.seed(high << 32 | low)
+    if step.events is not None:
+        step.events.state.update(_filled(step.events.state, part("events.")))
+        step.events.restore(part("extras."))
+    step.taken = int(step.optimizer.state["step"].item())
+    step.masters.hand_out()
+    mx.eval(step.model.parameters(), step.masters.arrays, step.optimizer.state)
+
+
+def _check_arrays(own: dict[str, mx.array], stored: dict[str, mx.array], layers: Mapping[str, nn.Module]) -> None:
+    """Refuse arrays that differ from the run's, except those that a method adds during the run."""
+    added = [name for name in stored if name not in own]
+    strange = [name for name in added if not name.startswith("extras.") and not _is_frozen(name, layers)]
+    wrong = [
+        name
+        for name, value in own.items()
+        if not _is_frozen(name, layers)
+        and (name not in stored or (stored[name].shape, stored[name].dtype) != (value.shape, value.dtype))
+    ]
+    if wrong or strange:
+        raise InputError(
+            f"--resume: the checkpoint's state does not match this run: {', '.join((wrong + strange)[:3])}; "
+            "use an older checkpoint, or start a new run"
+        )
+
+
+def _is_frozen(name: str, layers: Mapping[str, nn.Module]) -> bool:
+    path, _, leaf = name.removeprefix("layers.").rpartition(".")
+    return name.startswith("layers.") and path in layers and leaf in FROZEN
+
+
+def _filled(tree: dict, arrays: dict[str, mx.array]) -> dict:
+    """Return a tree with this one's structure and other arrays; names contain dots, so they do not give the structure."""
+    return tree_map_with_path(lambda path, _: arrays[path], tree)
+
+
+STATE_FILE, ARRAYS_FILE, LOCK_FILE = "state.json", "state.safetensors", ".lock"
+NAME = re.compile(r"step-(\d{6,})")
+VERSION = 1
+MAX_EPOCHS, MAX_PARTS = 1e9, 10**6  # the bounds of --epochs and of rows in a batch
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and is complete.
+
+    Attributes:
+        folder: its folder.
+        position: of the run.
+        identity: everything that the run depends on; see `differences`.
+        arrays: as trainer/checkpoint.py returns them.
+    """
+
+    folder: Path
+    position: Position
+    identity: dict[str, Any]
+    arrays: dict[str, mx.array]
+
+
+def write_checkpoint(
+    folder: Path,
+    position: Position,
+    identity: dict[str, Any],
+    arrays: dict[str, mx.array],
+    save_adapter: Callable[[Path], None],
+) -> None:
+    """Write a checkpoint atomically.
+
+    Args:
+        folder: `checkpoints/step-NNNNNN`; replaced if it exists.
+        position, identity, arrays: see Checkpoint.
+        save_adapter: writes the adapter into a folder.
+    """
+    with replacing_folder(folder) as temporary:
+        save_adapter(temporary)
+        save_tensors(temporary / ARRAYS_FILE, arrays)
+        sums = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
+        state = {"version": VERSION, "position": asdict(position), "identity": identity, "sha256": sums}
+        (temporary / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+    _flush(folder.parent)
+
+
+def thin_out(room: Path, keep: int, best_at: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one; 0 keeps all."""
+    found = numbered(room)
+    for number, folder in found[keep:] if keep else []:
+        if number != best_at:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def numbered(room: Path) -> list[tuple[int, Path]]:
+    """Return (step, folder) of the checkpoints in a run folder's `checkpoints`, newest first."""
+    folders = room.iterdir() if room.is_dir() else ()
+    found = [(int(match[1]), path) for path in folders if (match := NAME.fullmatch(path.name))]
+    return sorted(found, reverse=True)
+
+
+def newest_checkpoint(room: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest complete checkpoint, None if there is none; damaged ones are reported.
+
+    Args:
+        room: a run folder's `checkpoints`.
+        say: called with one line about each damaged checkpoint.
+    """
+    for _, folder in numbered(room):
+        try:
+            return read_checkpoint(folder)
+        except InputError as error:
+            say(f"Checkpoint skipped: {error}")
+    return None
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint and check all of it.
+
+    Raises:
+        InputError: something is missing, damaged, or of another version.
+    """
+    if not (folder / STATE_FILE).is_file():
+        raise InputError(f"{folder}: no checkpoint to resume from (no {STATE_FILE}); give a step-NNNNNN folder")
+    state = read_json(folder / STATE_FILE, "use an older checkpoint")
+    try:
+        version, sums = state["version"], dict(state["sha256"])
+        position, identity = Position(**state["position"]), dict(state["identity"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{folder}: no checkpoint to resume from ({type(error).__name__} in {STATE_FILE})") from None
+    if version != VERSION:
+        raise InputError(
+            f"{folder}: the checkpoint has version {version}, this program reads {VERSION}; use the program that wrote it"
+        )
+    wrong = _position_problems(position)
+    epochs = identity.get("price_epochs", 1.0)
+    wrong += [] if isinstance(epochs, (int, float)) and 0 < epochs <= MAX_EPOCHS else ["price_epochs"]
+    examples = identity.get(VALIDATED, 0)
+    wrong += [] if type(examples) is int and 0 <= examples < 2**53 else [VALIDATED]
+    if wrong:
+        raise InputError(f"{folder}: {STATE_FILE} has impossible values ({', '.join(wrong)}); use an older checkpoint")
+    for name, expected in {ARRAYS_FILE: None, **sums}.items():
+        path = folder / Path(name).name
+        if not path.is_file() or sha256_of(path) != expected:
+            raise InputError(f"{folder}: {name} is missing or damaged; use an older checkpoint")
+    read_safetensors_header(folder / ARRAYS_FILE)
+    return Checkpoint(folder, position, identity, mx.load(str(folder / ARRAYS_FILE)))
+
+
+def _position_problems(position: Position) -> list[str]:
+    """Return the fields of a position with values that a run never writes."""
+    wrong = []
+    for name, value in asdict(position).items():
+        if name.endswith(("_loss", "_accuracy")):
+            fits = value is None or isinstance(value, float)
+        elif name == "parts":
+            fits = type(value) is int and 1 <= value <= MAX_PARTS
+        else:
+            fits = (value is None and name.endswith("_at")) or (type(value) is int and 0 <= value < 2**53)
+        wrong += [] if fits else [name]
+    return wrong
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return the differences between a checkpoint's identity and this run's, as text."""
+    return [
+        f"{name} was {then.get(name)!r}, is now {now.get(name)!r}"
+        for name in dict.fromkeys((*then, *now))
+        if then.get(name) != now.get(name)
+    ]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a run folder against other runs; the lock ends with the process, even if that is killed.
+
+    Raises:
+        InputError: another run has locked it.
+    """
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("a") as file:  # not "w": another run's number is in it
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"--adapter-path {folder}: another run is writing to it; wait for that run, or choose another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")  # for who wants to end the run: the studio
+        file.flush()
+        try:
+            yield
+        finally:
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+
+
+def lock_holder(folder: Path) -> int | None:
+    """Return the process that writes to a run folder now; None: there is none."""
+    import fcntl
+
+    try:
+        with (folder / LOCK_FILE).open("r") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                text = file.read(32).strip()
+                return int(text) if text.isdecimal() else 0  # 0: it is about to write its number
+    except OSError:
+        pass
+    return None
+
+
+def _flush(path: Path) -> None:
+    """Flush a file or a folder's entries to disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

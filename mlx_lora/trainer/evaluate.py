@@ -1,0 +1,427 @@
+"""Mean loss on held-out rows; which rows.
+
+Choose the held-out rows that a run validates on: as many as a tenth of its work allows.
+
+A validation is a forward pass; a trained token costs two of them, because the backward pass through a frozen base takes
+about as long again. So all validations of a run may take a fifth of its trained tokens, each of them an equal part, and
+never more than about 25 batches. A run too short for that validates on a few rows all the same: a loss over fewer says
+nothing.
+
+The rows are spaced evenly by length, and follow from settings and data alone. A checkpoint has their number, so that a
+resumed run, with more steps too, measures the same rows again.
+
+The loss of each held-out row, so that a change of the mean can be told from chance.
+
+Rows differ far more from each other than a row differs before and after training, so both are compared row by row. The
+change of the mean loss per token is a ratio of sums over rows; its standard error is that of such a ratio, because the
+tokens of one row are not independent (as in api/forgetting.py), and its interval is Student's, because rows are few.
+
+Shapes: R rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings
+from mlx_lora.data.batch import Batch
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.cross_entropy import Loss
+from mlx_lora.models.load import Base
+from mlx_lora.objectives.base import Objective
+from mlx_lora.objectives.sft import loss_of_plan
+from mlx_lora.objectives.task import Task, task_of, whole_set_loss
+from mlx_lora.parallel.ranks import ALONE, Ranks
+from mlx_lora.parallel.strategy import called_together, own_batches
+from mlx_lora.parallel.tensor import is_cut, row_ranks
+from mlx_lora.rollouts.rollout import AnyPlan
+from mlx_lora.utils.parsing import parse_json
+from mlx_lora.utils.progress import tracked
+from mlx_lora.utils.text import counted
+
+SHARE, SHARE_WORDS = 0.1, "a tenth"  # of the run's work, for all its validations together
+PASSES_PER_STEP = 2  # forward passes that a trained token costs
+FEWEST = 8  # examples
+MOST_BATCHES = 25  # per validation; until there was this rule, always so many
+VALIDATED = "validated_examples"  # the key in a checkpoint
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a run validates on.
+
+    Attributes:
+        plan: its batches; None: there is nothing to validate on.
+        val_batches: how many of them, the first ones; None: all.
+        examples, tokens: in one validation.
+        times: validations in the run, the one before the first step included.
+        words: for the run header; empty without validation.
+        identity: what a checkpoint keeps.
+    """
+
+    plan: BatchPlan | None = None
+    val_batches: int | None = None
+    examples: int = 0
+    tokens: int = 0
+    times: int = 0
+    words: str = ""
+    identity: dict[str, Any] = field(default_factory=dict)
+
+
+def held_out_plan(rows: EncodedSet, settings: LoopSettings) -> BatchPlan:
+    """Plan the batches of a held-out set; the seed is fixed, so that every measurement uses the same batches."""
+    tokens = settings.batch_tokens or DEFAULT_BATCH_TOKENS
+    return BatchPlan(rows, batch_tokens=tokens, batch_size=settings.batch_size, seed=0)
+
+
+def choose_held_out(
+    rows: EncodedSet | None,
+    loop: LoopSettings,
+    plan: BatchPlan,
+    steps: int,
+    identity: Mapping[str, Any] | None = None,
+) -> HeldOut:
+    """Choose the rows that the run validates on.
+
+    Args:
+        rows: held out; None or empty: nothing is.
+        loop: of the run; --val-batches is obeyed if it is given.
+        plan: of the rows to train on.
+        steps: of the run.
+        identity: of the checkpoint to go on from, whose rule is kept; None: the run begins.
+    """
+    kept = None if identity is None else identity.get(VALIDATED)
+    if rows is None or not rows.examples:
+        return HeldOut(val_batches=loop.val_batches, identity=_identity(identity, 0))
+    every: Any = loop.steps_per_eval  # chosen by now (config/defaults.py)
+    times, whole = validations(steps, every), held_out_plan(rows, loop)
+    passes = steps * loop.grad_accumulation_steps / max(1, len(plan))
+    trained_tokens = passes * int(_costs(plan.rows).sum())
+    count, why = _affordable(rows, whole, trained_tokens * SHARE * PASSES_PER_STEP / times)
+    identity_now = _identity(identity, count)
+    batches = loop.val_batches
+    if batches == 0:
+        return HeldOut(val_batches=0, identity=identity_now)
+    if batches is None and identity is not None and kept is None:  # a checkpoint from before there was this rule
+        batches, why = MOST_BATCHES, "as this run began"
+    elif batches is not None:
+        why = f"--val-batches {batches}"
+    elif kept and kept != count:
+        count, why = min(kept, rows.examples), "as this run began"
+    if batches is None and count < rows.examples:
+        whole = held_out_plan(rows.select(spaced_by_length(rows, count)), loop)
+    numbers = whole.examples_of(-1 if batches is None else batches)
+    tokens = int(_costs(whole.rows)[numbers].sum())
+    unit = "row" if rows.group == 1 else "example"
+    words = (
+        f"Validation: {len(numbers):,} of {counted(rows.examples, f'held-out {unit}')} ({tokens:,} tokens), "
+        f"{_often(times)}: {why}"
+    )
+    return HeldOut(whole, batches, len(numbers), tokens, times, words, identity_now)
+
+
+def validations(steps: int, every: int) -> int:
+    """Return the number of validations of a run: before the first step, after every so many, and after the last."""
+    return 2 + ((steps - 1) // every if every else 0)
+
+
+def spaced_by_length(rows: EncodedSet, count: int) -> np.ndarray:
+    """Return the numbers of `count` examples, spaced evenly in the order of their lengths; (count,) int64, ascending."""
+    order = np.argsort(_costs(rows), kind="stable")
+    return np.sort(order[((np.arange(count) + 0.5) * len(order) / count).astype(np.int64)])
+
+
+def _costs(rows: EncodedSet) -> np.ndarray:
+    """Return the positions of each example, all its rows together; (E,) int64."""
+    return (rows.lengths - 1).reshape(-1, rows.group).sum(axis=1)
+
+
+def _affordable(rows: EncodedSet, whole: BatchPlan, budget: float) -> tuple[int, str]:
+    """Return how many examples a budget of tokens allows, and what bounded them, in words."""
+    costs, all_of_them = _costs(rows), rows.examples
+    most = all_of_them if len(whole) <= MOST_BATCHES else max(FEWEST, all_of_them * MOST_BATCHES // len(whole))
+    least = min(FEWEST, all_of_them)
+    by_mean = int(1.2 * budget / max(1.0, float(costs.mean()))) + 1  # a sample's rows may be shorter than the mean
+    count = max(least, min(most, by_mean))
+    while count > least and costs[spaced_by_length(rows, count)].sum() > budget:
+        count -= 1
+    if count == all_of_them:
+        return count, "all of them"
+    more = "; --val-batches -1 takes all"
+    if count == most:
+        return count, f"about {MOST_BATCHES} batches{more}"
+    if costs[spaced_by_length(rows, count)].sum() > budget:
+        return count, f"the fewest possible, though they take more than {SHARE_WORDS} of this short run's work{more}"
+    return count, f"{SHARE_WORDS} of the run's work{more}"
+
+
+def _identity(before: Mapping[str, Any] | None, count: int) -> dict[str, Any]:
+    """Return what the run's checkpoints keep: what they kept before, or the number that was chosen now."""
+    if before is None:
+        return {VALIDATED: count}
+    return {VALIDATED: before[VALIDATED]} if VALIDATED in before else {}
+
+
+def _often(times: int) -> str:
+    return "before the first step and after the last" if times == 2 else f"{times:,} times"
+
+
+ROWS_FILE = "held_out_rows.jsonl"
+CONFIDENCE = 0.95
+FEWEST_ROWS = 3  # fewer give no interval that is worth a word
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """The losses of the held-out rows in one validation.
+
+    Attributes:
+        sums: (R,) float64, nats: each row's loss, summed over its trained tokens; rows are in the order of their numbers.
+        tokens: (R,) int64, the trained tokens of each row.
+    """
+
+    sums: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        """The mean per token."""
+        return float(self.sums.sum() / self.tokens.sum())
+
+    @classmethod
+    def gathered(cls, parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> RowLosses | None:
+        """Put the rows of several batches into the order of their numbers; None: there are none.
+
+        Args:
+            parts: numbers, sums and tokens, as `of_batch` returns them.
+        """
+        parts = list(parts)
+        if not parts:
+            return None
+        numbers, sums, tokens = (np.concatenate(column) for column in zip(*parts, strict=True))
+        order = np.argsort(numbers, kind="stable")
+        return cls(sums[order], tokens[order]) if len(numbers) else None
+
+
+def of_batch(batch: Batch, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the numbers, summed losses and trained tokens of a batch's rows; rows without a trained token are left out.
+
+    Args:
+        batch: of an encoded set.
+        losses: (P,) nats, of its positions.
+    """
+    width, count = batch.inputs.shape[1], len(batch.inputs)
+    owners, weights = batch.positions // width, batch.weights
+    tokens = np.bincount(owners, weights, count)
+    sums = np.bincount(owners, losses.astype(np.float64) * weights, count)
+    numbers = np.arange(count) if batch.numbers is None else batch.numbers
+    own = batch.real & (tokens > 0)
+    return numbers[own], sums[own], tokens[own].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the mean loss per token from one model to another, on the same rows.
+
+    Attributes:
+        change: nats; below 0 the second model is better.
+        low, high: the ends of its 95% interval; infinite if there are too few rows for one.
+        rows: how many.
+    """
+
+    change: float
+    low: float
+    high: float
+    rows: int
+
+    @property
+    def certain(self) -> bool:
+        """Whether the interval is on one side of 0."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_change(before: RowLosses, after: RowLosses) -> Change:
+    """Return the change of the mean loss from one measurement of some rows to another of the same rows."""
+    differences, tokens, rows = after.sums - before.sums, after.tokens, len(after.tokens)
+    change = float(differences.sum() / tokens.sum())
+    if rows < FEWEST_ROWS:
+        return Change(change, -math.inf, math.inf, rows)
+    spread = differences - change * tokens
+    error = math.sqrt(float((spread**2).sum()) * rows / (rows - 1)) / float(tokens.sum())
+    half = student_quantile(rows - 1) * error
+    return Change(change, change - half, change + half, rows)
+
+
+def student_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
+    """Return the two-sided quantile of Student's t, to about 1% from 3 degrees of freedom on (5% at 2).
+
+    Source: Cornish-Fisher expansion, Abramowitz and Stegun 26.7.5.
+    """
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
+
+
+@dataclass(frozen=True)
+class KnownRows:
+    """How many of some training rows are known.
+
+    Attributes:
+        known: rows whose whole answer has a probability above 1/2, so that greedy decoding writes it. A lower bound: it may
+            write others, too.
+        rows: that were measured.
+    """
+
+    known: int
+    rows: int
+
+    @property
+    def share(self) -> float:
+        """Known rows of all."""
+        return self.known / self.rows
+
+    def words(self) -> str:
+        """Return a sentence."""
+        return f"Of {counted(self.rows, 'training row')}, it answers {self.known} word for word."
+
+
+class RowsFile:
+    """Appends the row losses of each validation to a run folder's file, one flushed line each."""
+
+    def __init__(self, path: Path, resumed_at: int | None = None):
+        """Open the file.
+
+        Args:
+            path: of the file.
+            resumed_at: keep the lines up to this step; None: start an empty file.
+        """
+        kept = {} if resumed_at is None else read_rows_file(path)
+        self._file = path.open("w", encoding="utf-8")
+        for step, rows in kept.items():
+            if step <= (resumed_at or 0):
+                self(step, rows)
+
+    def __call__(self, step: int, rows: RowLosses | None) -> None:
+        """Write a line, unless there are no row losses or one is not finite."""
+        if rows is None or not np.isfinite(rows.sums).all():
+            return
+        line = {"step": step, "loss_sums": np.round(rows.sums, 5).tolist(), "tokens": rows.tokens.tolist()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_rows_file(path: Path) -> dict[int, RowLosses]:
+    """Return the row losses of each validation by its step, without lines that are not whole."""
+    found: dict[int, RowLosses] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            record = parse_json(line)
+            sums, tokens = np.array(record["loss_sums"], np.float64), np.array(record["tokens"], np.int64)
+            step = int(record["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        if sums.ndim == 1 and sums.shape == tokens.shape and len(sums) and (tokens > 0).all():
+            found[step] = RowLosses(sums, tokens)
+    return found
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A loss on data that are not trained on.
+
+    Attributes:
+        loss: mean over `count`; NaN without any.
+        count: trained tokens, or examples if the objective's loss is a mean over examples.
+        reports: the numbers that the objective reports, as means over `count`.
+        rows: the loss of each row that this rank measured, for a loss that is a mean over tokens; None: another loss.
+    """
+
+    loss: float
+    count: int
+    reports: dict[str, float] = field(default_factory=dict)
+    rows: RowLosses | None = None
+
+
+def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ranks = ALONE) -> Measured:
+    """Return the mean loss over the batches of all ranks, to each of which `batches` gives its own.
+
+    Meanwhile, the model is in eval mode (no dropout).
+    """
+    training = model.training
+    model.eval()
+    counts = ranks.leads or not is_cut(model)  # else all ranks compute the same: rank 0's numbers are everyone's
+    if task.whole_set:
+        loss, count, means = whole_set_loss(model, task.whole_set, task.arrays_of, batches, ranks, counts)
+        model.train(training)
+        return Measured(loss, count, task.finish(means) if count else {})
+    sums, rows = mx.zeros((2 + len(task.reports),)), []
+    tokens = task.loss.measure_tokens or task.loss.tokens
+    for batch in batches:
+        for part in task.prepare([batch], ALONE):
+            arrays = task.arrays_of(part)
+            if task.reports:
+                loss, count, reports = task.loss.measure(model, *arrays)
+                sums = sums + mx.stack([loss, count, *(reports[name] for name in task.reports)])
+                mx.eval(sums)
+            else:
+                losses = tokens(model, *arrays)  # (P,)
+                sums = sums + mx.stack([losses.sum(), arrays[4].sum()])
+                mx.eval(sums, losses)
+                rows.append(of_batch(part, np.array(losses)))
+    if not counts:
+        sums = mx.zeros_like(sums)
+    # Ranks finish at different times. On a GPU, the host must wait for the others, not the device: see `SeveralRanks.sum`.
+    total, count, *reported = ranks.sum(sums).tolist()
+    model.train(training)
+    if not count:
+        return Measured(math.nan, 0)
+    means = {name: value / count for name, value in zip(task.reports, reported, strict=True)}
+    return Measured(total / count, int(count), task.finish(means), RowLosses.gathered(rows))
+
+
+def held_out_loss(
+    base: Base,
+    rows: EncodedSet,
+    settings: LoopSettings,
+    objective: Objective,
+    ranks: Ranks = ALONE,
+    say: Callable[[str], None] | None = None,
+    answered: Callable[[BatchPlan, Loss], AnyPlan] = lambda plan, loss: plan,
+) -> Measured:
+    """Return the mean loss of the first --test-batches batches.
+
+    Args:
+        base, rows, settings, objective, ranks: what to measure on what.
+        say: takes lines of progress where there is no bar.
+        answered: makes a plan whose answers are sampled, if the objective samples them.
+    """
+    loss = choose_loss(base.model, base.config, settings.kernels)
+    plan = answered(held_out_plan(rows, settings), loss)
+    task = task_of(objective, loss_of_plan(objective, loss, base, plan), base.model)
+    count = len(plan) if settings.test_batches < 0 else min(len(plan), settings.test_batches)
+    dealt_to = row_ranks(base.model, ranks)
+    batches = own_batches(plan, settings.test_batches, dealt_to, called_together(base.model))
+    if ranks.size == 1:
+        batches = tracked(batches, "Measuring", count, "batches", say)
+    return mean_loss(base.model, task, batches, ranks)

@@ -1,0 +1,274 @@
+"""Gradient checkpointing per block instance: what a block keeps for the backward pass, and what it recomputes.
+
+A block without checkpointing keeps every intermediate result: norms, activations, products. A checkpointed block
+keeps its input and
+
+    selective   the outputs of its linear layers and of attention; the backward pass repeats the rest
+                (norms, rotations, activations), but no product with a base weight
+    block       the output of attention only; the backward pass repeats the block's products as well
+
+`selective` costs little time, because it repeats only memory traffic; `block` costs most of a forward pass.
+
+Source: arXiv 1604.06174 (recomputation per segment), 2205.05198 section 5 (selective); `selective` keeps the same
+results as JAX's `dots_saveable` policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_lora.adapters.base import LINEAR, SWITCH, Exit, is_exactly
+from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.config.checks import checkpoint_every
+from mlx_lora.kernels.attention import Tiles, attend, attend_gradient
+
+PRODUCTS = (*LINEAR, *SWITCH)
+
+STATELESS = (mx.array, str, bool, int, float, type(None))
+
+Gradient = Callable[[Sequence[mx.array], mx.array, mx.array], Sequence[mx.array]]
+"""(primals, cotangent, output) -> cotangents of the primals."""
+
+
+class Tape:
+    """The results that one block keeps, in the order in which its layers compute them.
+
+    Blocks run one after the other, so a model needs only one tape: each block records its forward pass, stores
+    the outputs, and replays them in its backward pass.
+
+    Attributes:
+        products: whether the outputs of linear layers are kept, not only attention's.
+        left_out: whether a block ran without checkpointing, because it is not a function of arrays.
+    """
+
+    def __init__(self, products: bool) -> None:
+        """Create a tape that records nothing yet.
+
+        Args:
+            products: keep the outputs of linear layers, not only attention's.
+        """
+        self.products = products
+        self.left_out = False
+        self._recorded: list[mx.array] | None = None
+        self._replayed: Iterator[mx.array] | None = None
+
+    @contextmanager
+    def recording(self) -> Iterator[list[mx.array]]:
+        """Collect the results that are kept inside this context."""
+        self._recorded = []
+        try:
+            yield self._recorded
+        finally:
+            self._recorded = None
+
+    @contextmanager
+    def replaying(self, kept: Sequence[mx.array]) -> Iterator[None]:
+        """Return the kept results inside this context, instead of computing them."""
+        self._replayed = iter(kept)
+        try:
+            yield
+        finally:
+            self._replayed = None
+
+    def draw(self, make: Callable[[], mx.array]) -> mx.array:
+        """Return `make()`, a random draw, or in a replay the draw of the forward pass."""
+        if self._replayed is not None:
+            return next(self._replayed)
+        drawn = make()
+        if self._recorded is not None:
+            self._recorded.append(drawn)
+        return drawn
+
+    def keep(self, function: Callable[..., mx.array], gradient: Gradient, *primals: mx.array) -> mx.array:
+        """Return `function(*primals)`, or in a replay the output kept from the forward pass.
+
+        Args:
+            function: of the primals alone.
+            gradient: its cotangents, given its output.
+            primals: all arrays that are differentiated.
+        """
+        if self._replayed is not None:
+            replayed = mx.custom_function(lambda output, *primals: output)
+            replayed.vjp(lambda all_primals, d, output: (mx.zeros_like(output), *gradient(all_primals[1:], d, output)))
+            return replayed(next(self._replayed), *primals)
+        output = function(*primals)
+        if self._recorded is not None:
+            self._recorded.append(output)
+        return output
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, tiles: Tiles, sinks: mx.array | None = None) -> mx.array:
+        """Compute attention (kernels/attention.py) and keep its output."""
+        primals = (q, k, v) if sinks is None else (q, k, v, sinks)
+        return self.keep(
+            lambda q, k, v, *sinks: attend(q, k, v, tiles, *sinks),
+            partial(attend_gradient, tiles),
+            *primals,
+        )
+
+
+class Kept(nn.Module):
+    """Records a linear layer's output on the tape; a mixin that comes before the layer's own class."""
+
+    tape: Tape
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        function, primals = _as_function(self, super().__call__, args, kwargs)
+
+        def gradient(primals: Sequence[mx.array], d: mx.array, output: mx.array) -> Sequence[mx.array]:
+            return mx.vjp(lambda *p: [function(*p)], list(primals), [d])[1]
+
+        return self.tape.keep(function, gradient, *primals) if self.tape.products else function(*primals)
+
+
+class KeptAdapter(Kept):
+    """Records an adapter layer's dropout key and output on the tape; a mixin that comes before the layer's own class."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        if self.dropout.active:
+            kwargs = {**kwargs, "key": self.tape.draw(self.dropout.draw)}
+        return super().__call__(*args, **kwargs)
+
+
+class Checkpointed(nn.Module):
+    """Keeps only the results on a block's tape and recomputes the others; a mixin that comes before the block's own class."""
+
+    tape: Tape
+
+    def at_hand(self, before: Sequence[mx.array]) -> AbstractContextManager:
+        """Return a context in which the block has its weights: always, unless they are shared (models/base_shards.py).
+
+        Args:
+            before: arrays that are computed before the weights are needed.
+        """
+        return nullcontext()
+
+    def in_turn(self, own: list[mx.array], given: list[mx.array]) -> list[mx.array]:
+        """Return the gradients of the block's arguments; a shared block's wait for those of its parameters.
+
+        Args:
+            own: gradients of its parameters.
+            given: of its arguments.
+        """
+        return given
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # In generation nothing is differentiated, and the cache has state, so the block runs as it is. The blocks of
+        # Kimi K3 and DeepSeek V4.1 have state too: they write into an object that the next block reads.
+        if not all(map(_is_stateless, (*args, *kwargs.values()))):
+            self.tape.left_out = True
+            with self.at_hand(_arrays((args, kwargs))):
+                return super().__call__(*args, **kwargs)
+        function, primals = _as_function(self, super().__call__, args, kwargs)
+        given = primals[-len(_arrays((args, kwargs))) :]
+        shape: list[Any] = []  # of what the block returns
+
+        @mx.custom_function
+        def run(*primals: mx.array) -> list[mx.array]:
+            with self.tape.recording() as kept, self.at_hand(given):
+                shape[:] = [function(*primals)]
+            return [*_arrays(shape[0]), *kept]
+
+        @run.vjp
+        def run_vjp(primals, cotangents, outputs):
+            returned = len(_arrays(shape[0]))
+            cotangents = list(cotangents[:returned])
+            # Wait until the backward pass gets here, or all blocks would be recomputed at once.
+            primals = mx.depends(list(primals), cotangents)
+            with self.tape.replaying(outputs[returned:]), self.at_hand(cotangents):
+                gradients = mx.vjp(lambda *p: _arrays(function(*p)), primals, cotangents)[1]
+            own = gradients[: len(gradients) - len(given)]
+            return [*own, *self.in_turn(own, gradients[len(own) :])]
+
+        outputs = run(*primals)
+        return _with_arrays(shape[0], outputs)
+
+
+def apply_checkpointing(model: nn.Module, mode: str) -> Tape | None:
+    """Checkpoint the model's blocks as `mode` says (`none`, `selective`, `block` or n) and return their tape."""
+    if mode == "none":
+        return None
+    return checkpoint_blocks(model.layers[:: checkpoint_every(mode)], products=mode == "selective")
+
+
+def checkpoint_blocks(blocks: list[nn.Module], products: bool) -> Tape:
+    """Make these block instances recompute in the backward pass.
+
+    mlx-lm patches the block's class, which affects every model of the process and nests when repeated. Here each
+    instance gets its own class, and a second call only replaces the tape.
+
+    Args:
+        blocks: of one model, with its adapters.
+        products: keep the outputs of linear layers (selective).
+
+    Returns:
+        The tape, whose `attend` the model must use for attention (kernels/table.py).
+    """
+    tape = Tape(products)
+    for block in blocks:
+        adapters = list(adapter_layers(block).values())
+        inside = {id(part) for layer in adapters for part in layer.modules()}
+        for layer in adapters:
+            _mix_in(KeptAdapter, layer, tape)
+        for layer in block.modules():
+            product = is_exactly(layer, PRODUCTS) or (isinstance(layer, Exit) and isinstance(layer, PRODUCTS))
+            if id(layer) not in inside and (isinstance(layer, Kept) or product):
+                _mix_in(Kept, layer, tape)
+        _mix_in(Checkpointed, block, tape)
+    return tape
+
+
+def _mix_in(mixin: type, module: nn.Module, tape: Tape) -> None:
+    base = type(module)
+    if not issubclass(base, mixin):
+        module.__class__ = type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})
+    module.tape = tape
+
+
+def _as_function(
+    module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], list[mx.array]]:
+    """Return `call(*args, **kwargs)` as a function of arrays alone, and those arrays.
+
+    Only arguments are differentiated, so the trainable parameters become arguments, in addition to the float
+    arrays of the call; masks and indices are not differentiated.
+    """
+    parameters = tree_flatten(module.trainable_parameters())
+    names = [name for name, _ in parameters]
+    own = [array for _, array in parameters]
+
+    def function(*primals: mx.array) -> Any:
+        module.update(tree_unflatten(list(zip(names, primals[: len(names)], strict=True))))
+        new_args, new_kwargs = _with_arrays((args, kwargs), primals[len(names) :])
+        try:
+            return call(*new_args, **new_kwargs)
+        finally:
+            module.update(tree_unflatten(list(zip(names, own, strict=True))))
+
+    return function, [*own, *_arrays((args, kwargs))]
+
+
+def _is_stateless(value: Any) -> bool:
+    """Tell whether a block can only read this argument, not change it."""
+    return isinstance(value, STATELESS) or (isinstance(value, tuple) and all(map(_is_stateless, value)))
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
+
+
+def _arrays(tree: Any) -> list[mx.array]:
+    """Return the float arrays of a tree, in order."""
+    return [leaf for _, leaf in tree_flatten(tree) if _is_float(leaf)]
+
+
+def _with_arrays(tree: Any, arrays: Sequence[mx.array]) -> Any:
+    """Return the tree with its float arrays replaced by the first of `arrays`."""
+    rest = iter(arrays)
+    return tree_map(lambda leaf: next(rest) if _is_float(leaf) else leaf, tree)

@@ -1,0 +1,153 @@
+"""Signals, memory guard.
+
+Handle signals: the first asks the loop to save and end, the second ends the process at once.
+
+The memory guard: when a run exceeds its memory limit, its batches run in parts, which does not change any update.
+
+A loss is a sum over trained tokens and is divided once, after all parts, so two halves give the gradient of the whole.
+The guard cannot catch an allocation that fails: MLX then ends the process, on every backend. supervise.py restarts
+it from the last checkpoint, in smaller parts.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import mlx.core as mx
+
+from mlx_lora.data.batch import Batch, split_rows
+from mlx_lora.trainer.checkpoint import Position
+from mlx_lora.utils.cache import cache_dir
+from mlx_lora.utils.files import replacing_file
+from mlx_lora.utils.progress import told_display
+from mlx_lora.utils.supervise import SUPERVISOR
+
+WORDS = "Stopping after this step, then saving; press Ctrl-C again to quit without saving"
+COMPILATION = "C++ shared library"  # part of MLX's error after a compiler was killed: MLX believes that it succeeded
+
+
+@contextmanager
+def interrupt_flag(words: str = WORDS) -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT, SIGTERM or SIGHUP (a closed terminal) into a flag that the loop reads, and say these words.
+
+    The second ends the process at once; a third reaches the system's handlers, which need no Python. A signal that the
+    parent ignores, as nohup does with SIGHUP, stays ignored. Compilers that MLX starts also ignore these signals:
+    otherwise the step that waits for them would fail. Outside of the main thread, where Python allows no handlers, the
+    flag is never set.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    seen: list[int] = []
+    signals = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if seen:
+            for each in signals:
+                signal.signal(each, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        seen.append(number)
+        if told_display(words):
+            return
+        try:
+            # os.write, not print: a handler may run in the middle of another write to the same stream.
+            os.write(2, f"\n{words}\n".encode())
+        except OSError:
+            # The terminal is closed. Printing must not end the run from here on before it has saved.
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+    # If the user ends the supervisor, this run must end too: nothing else would stop it.
+    supervisor = os.environ.get(SUPERVISOR)
+    old = {number: signal.signal(number, note) for number in signals}
+    try:
+        with compiler_spared():
+            yield lambda: bool(seen) or (supervisor is not None and str(os.getppid()) != supervisor)
+    except RuntimeError as error:
+        if seen and COMPILATION in str(error):
+            raise KeyboardInterrupt from error  # the signal arrived before the compiler could ignore it
+        raise
+    finally:
+        for number, handler in old.items():
+            if signal.getsignal(number) == note:  # not after a second signal
+                signal.signal(number, handler)
+
+
+@contextmanager
+def compiler_spared() -> Iterator[None]:
+    """Let the g++ that MLX starts for its kernels on a Linux CPU ignore the signals that end this process.
+
+    A terminal sends Ctrl-C to every process of the foreground group. MLX calls g++ by name, through a shell that
+    drops a signal mask but keeps ignored signals; so a script that ignores them and calls g++ is put first in PATH.
+    """
+    compiler = shutil.which("g++") if sys.platform == "linux" else None
+    script = cache_dir("bin") / "g++"
+    if compiler is None or compiler == str(script):
+        yield
+        return
+    words = f'#!/bin/sh\ntrap "" INT TERM HUP\nexec {shlex.quote(compiler)} "$@"\n'
+    try:
+        if not script.is_file() or script.read_text() != words:
+            with replacing_file(script) as temporary:
+                temporary.write_text(words)
+                temporary.chmod(0o755)
+    except OSError:
+        yield  # the cache cannot be written: Ctrl-C during a compilation ends the run without saving
+        return
+    before = os.environ["PATH"]
+    os.environ["PATH"] = f"{script.parent}{os.pathsep}{before}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+class MemoryGuard:
+    """Watches a run's memory, and says in how many parts its batches run."""
+
+    def __init__(self, at: Position, limit_bytes: int | None = None, say: Callable[[str], None] = lambda line: None):
+        """Begin to watch.
+
+        Args:
+            at: of the run; `at.parts` is kept here, so that a resumed run keeps it.
+            limit_bytes: for MLX's buffers in use, None for no limit; buffers that it keeps for reuse have another limit.
+            say: called with one line about each change.
+        """
+        self.at, self.limit_bytes, self.say = at, limit_bytes, say
+        self._told, self._earlier_peak_bytes = False, 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak of MLX's buffers in use since the process began."""
+        return max(self._earlier_peak_bytes, mx.get_peak_memory())
+
+    def divide(self, batches: list[Batch]) -> list[Batch]:
+        """Return the batches of one optimizer step, in parts."""
+        return [part for batch in batches for part in split_rows(batch, self.at.parts)]
+
+    def watch(self, rows: int) -> None:
+        """Double the parts when the peak since the last change is over the limit.
+
+        Args:
+            rows: of the largest batch in parts; a single row cannot be cut.
+        """
+        peak = mx.get_peak_memory()
+        if self.limit_bytes is None or peak <= self.limit_bytes:
+            return
+        over = f"step {self.at.taken}: {peak / 1e9:.2f} GB were in use, the limit is {self.limit_bytes / 1e9:.2f} GB"
+        if rows > 1:
+            self.at.parts *= 2
+            self.say(f"{over}; from now on, batches run in {self.at.parts} parts, with the same updates")
+            self._earlier_peak_bytes = self.peak_bytes
+            mx.reset_peak_memory()
+        elif not self._told:
+            self.say(f"{over}, with one row at a time; use --grad-checkpoint block or a smaller --max-seq-length")
+            self._told = True

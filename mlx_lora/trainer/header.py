@@ -1,0 +1,215 @@
+"""The lines that a run prints before its first step and after its last."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx.utils import tree_flatten
+
+from mlx_lora.adapters.inject import Adapted, adapter_parameters, starting_rank
+from mlx_lora.adapters.schedules import restart_every
+from mlx_lora.config.settings import AdapterSettings, LoopSettings, TrainSettings
+from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
+from mlx_lora.losses.divergence import KL
+from mlx_lora.models.load import Base
+from mlx_lora.reports.run_report import REPORT_FILE, Sample
+from mlx_lora.rollouts.rollout import AnyPlan
+from mlx_lora.trainer.evaluate import Measured
+from mlx_lora.trainer.run_folder import CHECKPOINTS
+from mlx_lora.trainer.trainer import Outcome
+from mlx_lora.utils import console
+from mlx_lora.utils.text import command_line, counted, words_of
+
+MOST_SHOWN = 200  # characters of a text that is shown at a run's end
+MOST_PROMPT = 80  # characters of the prompt in a command to try
+
+
+def describe_method(adapter: AdapterSettings, steps: int) -> str:
+    """Return the method and its own numbers, for the run header."""
+    if adapter.method_name == "full":
+        return "full"
+    words = f"{adapter.method_name}, rank {adapter.rank}, alpha {adapter.alpha:g}"
+    if adapter.method_name == "adalora":
+        words += f", from rank {starting_rank(adapter)} down"
+    if adapter.method_name == "relora":
+        words += f", a restart every {restart_every(adapter, steps)} steps"
+    return words
+
+
+def describe_run(
+    settings: TrainSettings,
+    base: Base,
+    adapted: Adapted,
+    plan: AnyPlan,
+    steps: int,
+    details: list[str],
+    about: list[str],
+    validation: str = "",
+) -> list[str]:
+    """Return lines on what will be trained: the adapter, the run, and what computes a step.
+
+    Args:
+        settings, base, adapted, plan, steps: of the run.
+        details: of what computes a step.
+        about: more on the run.
+        validation: a line on what is validated; empty: nothing is.
+    """
+    trainable = sum(p.size for p in adapter_parameters(base.model).values())
+    total = sum(p.size for _, p in tree_flatten(base.model.parameters()))
+    adapter, optimizer = settings.adapter, settings.optimizer
+    names = ", ".join(dict.fromkeys(key.rsplit(".", 1)[-1] for key in adapted.targets.keys))
+    what = (
+        f"Adapter: {describe_method(adapter, steps)}, "
+        f"{counted(len(adapted.targets.paths), 'layer')} ({names}), {trainable:,} trainable parameters, {trainable * 4 / 1e6:.1f} MB"
+        + (f" ({trainable / total:.2%} of what is in memory)" if not base.quantization else "")
+    )
+    run = (
+        f"Run: {counted(steps, 'step')}, {counted(len(plan), 'batch', 'batches')} per epoch, {optimizer.optimizer}, lr {optimizer.learning_rate:g} "
+        f"{optimizer.lr_schedule}, warm-up {optimizer.warmup:g}, clip {optimizer.max_grad_norm:g}, seed {settings.loop.seed}; {'; '.join(about)}"
+    )
+    details = [*details, counted(len(plan.shapes), "batch shape"), f"{plan.padding_fraction:.1%} padding"]
+    return [what, run, *filter(None, [validation]), "Step: " + "; ".join([*details, *base.matmul_paths.describe()])]
+
+
+def loss_words(measured: Measured) -> str:
+    """Write a loss on data that were not trained on."""
+    if measured.reports:
+        known = [(name, value) for name, value in measured.reports.items() if not math.isnan(value)]
+        reports = ", ".join(f"{words_of(name)} {value:.4f}" for name, value in known)
+        of_tokens = KL in measured.reports and "reward" not in measured.reports
+        unit = "supervised tokens" if of_tokens else "examples"
+        return f"loss {measured.loss:.4f}, {reports}, over {measured.count} {unit}"
+    perplexity = console.perplexity(measured.loss)
+    return f"loss {measured.loss:.4f}, perplexity {perplexity:.3f}, {measured.count} supervised tokens"
+
+
+def outcome_line(loop: LoopSettings, outcome: Outcome, best: str | None, rewarded: bool = False) -> str:
+    """Return a run's outcome and folder, in one line.
+
+    Args:
+        loop: the run's settings.
+        outcome: how it ended.
+        best: words on the adapter that --keep-best restored.
+        rewarded: whether the validation gives minus a mean reward instead of a loss.
+    """
+    folder = Path(loop.adapter_path)
+    file = folder / WEIGHTS_FILE
+    size = f"adapter of {file.stat().st_size / 1e6:.1f} MB" if file.exists() else "nothing to save"
+    val = "" if outcome.val_loss is None else f", held-out loss {outcome.val_loss:.4f}"
+    if rewarded and outcome.val_loss is not None:
+        val = f", held-out reward {-outcome.val_loss + 0:.4f}"
+    worse = {"loss": "the held-out loss no longer falls", "accuracy": "the held-out accuracy no longer rises"}
+    early = f", ended early: {worse[loop.metric_for_best_model]}" if outcome.stopped_early else ""
+    return f"{counted(outcome.steps, 'step')} done{early}{val}; {size} in {folder}{f'; {best}' if best else ''}"
+
+
+def told_after(verdict: Mapping[str, Any]) -> str:
+    """Return a run's verdict, what mends it, and the command for that, on lines of their own.
+
+    Args:
+        verdict: as report.json has it.
+    """
+    lines = [str(verdict.get("headline", "")), str(verdict.get("mend", ""))]
+    command = str(verdict.get("command", ""))
+    return "\n".join([*filter(None, lines), *([f"    {command}"] if command else [])])
+
+
+def left_by(loop: LoopSettings, outcome: Outcome) -> str:
+    """Return what a run leaves that ended because a callback failed, with advice."""
+    if not outcome.interrupted:
+        return f"the run itself is complete; its adapter is in {loop.adapter_path}"
+    if not outcome.steps:
+        return "nothing is saved yet; correct the callback, or leave it out"
+    saved = f"the adapter of step {outcome.steps} is saved in {loop.adapter_path}"
+    again = "continue with --resume" if loop.save_every else "start again"
+    return f"{saved}; correct the callback, or leave it out, and {again}"
+
+
+def closing_words(folder: Path, settings: TrainSettings, info: AdapterInfo, samples: list[Sample]) -> str:
+    """Return what is said after a run: a text before and after, the report's path, and the commands that come next.
+
+    Args:
+        folder: of the run.
+        settings: of the run.
+        info: of the adapter.
+        samples: texts of the report; the first with both is shown.
+    """
+    parts = []
+    for sample in [one for one in samples if one.after is not None][:1]:
+        turns = [(role or "Text", content) for role, content in sample.turns[-1:]]
+        turns += [("Expected", sample.said(sample.expected))] if sample.expected is not None else []
+        turns.append(("Before", sample.said(sample.before)))
+        turns += [("Teacher", sample.said(sample.teacher))] if sample.teacher is not None else []
+        turns.append(("After", sample.said(sample.after or "")))
+        parts.append("\n".join(["", "One text, before and after training:", *(_spoken(*turn) for turn in turns)]))
+    parts.append(f"\nReport: {folder / REPORT_FILE}")
+    parts.append(
+        "\n".join(["What to do next:", *(f"    {line}" for line in next_commands(folder, settings, info, samples))])
+    )
+    return "\n".join(parts)
+
+
+def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo, samples: list[Sample]) -> list[str]:
+    """Return the commands that use an adapter, as the user can paste them.
+
+    Args:
+        folder, settings, info: of the run.
+        samples: texts of the report; the first one's beginning is the prompt to try.
+    """
+    path, model = str(folder), ["--model", str(settings.model.model)]
+    trained_on = model if settings.model.bits is None else [*model, "--bits", str(settings.model.bits)]
+    adapter = ["--adapter-path", path]
+    if info.scores:
+        reward = ["--objective", "reward", "--data", str(settings.data.data)]
+        lines = [
+            ["evaluate", *trained_on, *adapter, *reward],
+            ["export", *model, *adapter, "--to", "peft", "--out", f"{path}-peft"],
+        ]
+    else:
+        name = folder.resolve().name
+        out = ["fuse", *model, *adapter, "--out", f"{path}-fused"]
+        if info.method != "full":
+            out = ["export", *model, *adapter, "--to", "peft", "--out", f"{path}-peft"]
+        # The rows that the run held out, and what base and adapter answer to them.
+        judge = [["evaluate", *trained_on, *adapter, "--show", "5"]] if settings.objective.objective == "sft" else []
+        lines = [
+            ["chat", *trained_on, "--adapter", f"{name}={path}"],
+            ["generate", *trained_on, *adapter, "--prompt", _own_prompt(samples)],
+            *judge,
+            out,
+            ["serve", *trained_on, "--adapter", f"{name}={path}"],
+        ]
+    return [command_line(line) for line in lines]
+
+
+def _own_prompt(samples: list[Sample]) -> str:
+    """Return the last turn of the first text's beginning, cut to a few words; `Hello` if there is none."""
+    for sample in samples:
+        for _, content in sample.turns[-1:]:
+            words = textwrap.shorten(console.printable(content, 10**6), MOST_PROMPT, placeholder="")
+            if words:
+                return words
+    return "Hello"
+
+
+def _spoken(who: str, text: str) -> str:
+    """Return one speaker's words, cut to a few lines beside the name."""
+    text = console.printable(text, 10**6)  # on one line, and without control characters
+    return f"    {who:<10}{textwrap.shorten(text, MOST_SHOWN, placeholder=' ...')}"
+
+
+def interrupted_line(folder: str, outcome: Outcome) -> str:
+    """Return what an interrupted run leaves in its folder, which may be an earlier run's adapter."""
+    if outcome.steps:
+        left = f"the adapter is saved in {folder}"
+        if any((Path(folder) / CHECKPOINTS).glob("step-*")):
+            command = command_line(["train", "--config", str(Path(folder) / "run.yaml"), "--resume"])
+            left += f". To continue: {command}"
+    else:
+        left = "nothing to save yet"
+        left += f"; the earlier adapter in {folder} is unchanged" if (Path(folder) / WEIGHTS_FILE).exists() else ""
+    return f"Interrupted after {counted(outcome.steps, 'step')}; {left}"

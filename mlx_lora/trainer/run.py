@@ -1,0 +1,260 @@
+"""A training run from its settings to its results, as the train command and Python call it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from mlx_lora.adapters.inject import adapter_parameters
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import TrainSettings
+from mlx_lora.data.load import DataSplits, load_data
+from mlx_lora.data.teacher_prompt import read_teacher_prompt
+from mlx_lora.exporters.adapter_folder import CONFIG_FILE
+from mlx_lora.models.load import Base, check_token_ids, load_base
+from mlx_lora.objectives.table import OBJECTIVES, objective_of
+from mlx_lora.objectives.teacher import check_teacher
+from mlx_lora.objectives.teacher_answers import DISTILL, data_with_answers
+from mlx_lora.parallel.agreement import take_first_ranks
+from mlx_lora.parallel.ranks import ALONE, Ranks
+from mlx_lora.parallel.sharded_base import is_shared
+from mlx_lora.rollouts.reward_models import check_rewards, load_rewards
+from mlx_lora.rollouts.rewards import NO_FUNCTIONS, Functions
+from mlx_lora.rollouts.sampled_answers import sampled_plan
+from mlx_lora.trainer.build import Composed, compared_with, compose, put_adapter
+from mlx_lora.trainer.callbacks import Callback, Callbacks, logger_callbacks
+from mlx_lora.trainer.checkpoint import Diverged
+from mlx_lora.trainer.evaluate import held_out_loss
+from mlx_lora.trainer.fit import check_base_fits, in_parts, settled_parallel
+from mlx_lora.trainer.guards import MemoryGuard
+from mlx_lora.trainer.header import closing_words, left_by, loss_words, outcome_line, told_after
+from mlx_lora.trainer.progress import Progress
+from mlx_lora.trainer.report_callback import RunPage, known_rows, leave_card, reporting
+from mlx_lora.trainer.run_folder import check_room, first_day, own_folder
+from mlx_lora.trainer.trainer import Outcome, train
+from mlx_lora.utils import console, device
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import check_writable
+from mlx_lora.utils.progress import waiting
+
+
+def train_run(
+    settings: TrainSettings,
+    ranks: Ranks = ALONE,
+    say: Callable[[str], None] = lambda line: None,
+    show: Callable[[int], Progress] | None = None,
+    base: Base | None = None,
+    callbacks: Sequence[Callback] = (),
+    functions: Functions = NO_FUNCTIONS,
+) -> Outcome:
+    """Train as the settings say and write the run folder; with --test, measure the loss on the test set.
+
+    Args:
+        settings: of the run. With --test alone nothing is trained: the adapter in --adapter-path is measured.
+        ranks: the processes that train together.
+        say: takes lines of progress and reports.
+        show: makes a live display from the number of steps; None: `say` takes a line for each report.
+        base: the model that the settings name, if it is already loaded; it is changed. None: it is loaded here.
+        callbacks: are told what happens, on the first rank, as are those of --report-to.
+        functions: rewards that were given in Python, by what --reward calls them.
+
+    Raises:
+        InputError: settings, model, data, callbacks or run folder that cannot be used.
+        RunError: the run diverged, its results could not be written, or a callback failed.
+    """
+    told = Callbacks([*callbacks, *logger_callbacks(settings)] if ranks.leads else ())
+    check_request(settings, ranks, functions)
+    device.compile_for(steps=settings.loop.iters or 0)  # until `compose` knows how many there are
+    folder, trains = Path(settings.loop.adapter_path), wants_training(settings)
+    settings = settled_parallel(settings, ranks, say)
+    if base is None:
+        with waiting("Loading the model", say):
+            if trains:
+                check_base_fits(settings)  # an outline, whose weights need not be read or downloaded in vain
+            base = load_base(settings.model, read=not in_parts(settings.loop))
+    rewards = load_rewards(settings, base, say, first_day(settings.loop, ranks), functions)  # before an adapter is on
+    untrained = base
+    if not trains:
+        untrained = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
+        put_adapter(base, folder, settings.data, objective_of(settings.objective))
+    with waiting("Reading the data", say):
+        splits = read_data(settings, base, untrained, ranks, say)
+    outcome, test, scorer = Outcome(0, None, False), splits.test, None
+    if trains:
+        with own_folder(folder, ranks), device.own_memory_limit():
+            with waiting("Preparing the run: memory, batches, kernels", say):
+                run = compose(settings, base, splits, ranks, say, rewards)
+            outcome, test, scorer = take_steps(run, base, splits, say, show, told), run.test, run.scorer
+    elif test is not None:
+        taught = compared_with(settings, untrained, {"test": test}, ranks, say)
+        test, scorer = taught.sets["test"], taught.scorer
+    if settings.loop.test and test is not None and not outcome.interrupted:
+        answered = sampled_plan(settings, base, say, rewards, ranks, scorer)
+        found = held_out_loss(base, test, settings.loop, objective_of(settings.objective), ranks, say, answered)
+        say(f"Test {loss_words(found)}")
+    return outcome
+
+
+def wants_training(settings: TrainSettings) -> bool:
+    """Train unless only --test was asked for, as in mlx_lm.lora."""
+    return not settings.loop.test if settings.loop.train is None else settings.loop.train
+
+
+def check_request(settings: TrainSettings, ranks: Ranks, functions: Functions = NO_FUNCTIONS) -> None:
+    """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
+    check_metric(settings)
+    read_teacher_prompt(settings.objective.teacher_prompt)  # a file that is not there is told now
+    if settings.objective.rewarded:
+        check_rewards(settings.objective, functions)  # a user's file that does not load is told now
+    loop, trains = settings.loop, wants_training(settings)
+    needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
+    if settings.objective.objective == DISTILL:
+        del needed["--data"]  # without it, the model writes the prompts itself
+    missing = [flag for flag, value in needed.items() if not value]
+    alone = [flag for flag, asked in (("--no-train", not trains), ("--max-restarts", loop.max_restarts)) if asked]
+    if alone and ranks.size > 1:
+        raise InputError(
+            f"{' and '.join(alone)} in {ranks.size} processes: works in a single process only; start it without a launcher"
+        )
+    if missing:
+        raise InputError(
+            f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} required (--help says what each takes)"
+        )
+    if not trains and loop.shard_base != "off":
+        raise InputError(f"--shard-base {loop.shard_base} with --no-train: only training shares a base; leave it out")
+    if not trains and loop.parallel != "data":
+        raise InputError(f"--parallel {loop.parallel} with --no-train: only training cuts a base; leave it out")
+    if not trains and not loop.test:
+        raise InputError("--no-train without --test: nothing to do; give --test, or leave --no-train out")
+    if not trains or not ranks.leads:
+        return
+    folder = Path(loop.adapter_path)
+    check_writable(folder, "--adapter-path", needed_bytes=1_000_000)
+    if (folder / CONFIG_FILE).exists() and not loop.force and loop.resume is None:
+        raise InputError(
+            f"--adapter-path {folder}: already holds an adapter; choose another folder, --resume to continue, or --force to overwrite it"
+        )
+
+
+def check_metric(settings: TrainSettings) -> None:
+    """Refuse an objective that cannot be trained as asked, or that does not report what the best validation is chosen by."""
+    metric = settings.loop.metric_for_best_model
+    if metric not in ("loss", *objective_of(settings.objective).reports):
+        reporting_it = [name for name in OBJECTIVES if metric in objective_of(ObjectiveSettings(name)).reports]
+        raise InputError(
+            f"--metric-for-best-model {metric} with --objective {settings.objective.objective}: only "
+            f"{', '.join(reporting_it)} report it; leave it out to keep the validation with the lowest loss"
+        )
+
+
+def check_test_split(settings: TrainSettings, splits: DataSplits) -> None:
+    """Refuse --test without a test split, before the training and not after it."""
+    if settings.loop.test and splits.test is None:
+        raise InputError(
+            f"--test: {splits.report.data} has no test split; add a test file to the folder, or leave --test out"
+        )
+
+
+def read_data(
+    settings: TrainSettings, base: Base, untrained: Base, ranks: Ranks, say: Callable[[str], None]
+) -> DataSplits:
+    """Read the data, check that the base can take them, and say what is trained on what.
+
+    Args:
+        settings, ranks, say: of the run.
+        base: with an adapter if it is only measured.
+        untrained: without one; it may have to write prompts and answers first.
+
+    Raises:
+        InputError: no usable data, --test without a test split, or tokens that the base does not have.
+    """
+    loop, objective = settings.loop, objective_of(settings.objective)
+    day = first_day(loop, ranks)
+    check_teacher(settings, base.hf_tokenizer)
+    given = data_with_answers(settings, untrained, ranks, say, day, wants_training(settings))
+    data, prompt = given.data, read_teacher_prompt(settings.objective.teacher_prompt)
+    splits = load_data(data, base.hf_tokenizer, loop.seed, say, day, objective.records, prompt)
+    if given.folder is not None:
+        splits = replace(splits, report=replace(splits.report, data=given.words), written=given.folder)
+    splits = splits.changed(lambda sets: {name: objective.targets_of(rows) for name, rows in sets.items()})
+    check_test_split(settings, splits)
+    for rows in filter(None, (splits.train, splits.valid, splits.test)):
+        check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
+    say(device.current_device().header())
+    say(f"Base: {base.model_id}: {base.describe()}")
+    say(splits.report.render(color=console.wants_color()))
+    return splits
+
+
+def take_steps(
+    run: Composed,
+    base: Base,
+    splits: DataSplits,
+    say: Callable[[str], None],
+    show: Callable[[int], Progress] | None,
+    told: Callbacks,
+) -> Outcome:
+    """Take the steps of a composed run, report and save meanwhile, and leave its results.
+
+    Args:
+        run: over the adapted base.
+        base, splits: that it was composed from.
+        say, show: see `train_run`.
+        told: the callbacks.
+
+    Raises:
+        RunError: the run diverged, its results could not be written, or a callback failed.
+    """
+    folder, budget_bytes = run.folder, run.memory.budget_bytes
+    settings, ranks, step, at = folder.settings, folder.ranks, folder.step, folder.at
+    _bound_memory(run, base)
+    say("\n".join(run.words if settings.loop.verbose else run.words[:-1]))
+    page = None
+    if ranks.leads:
+        check_room(settings.loop, run.steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
+        page = RunPage.begin(run, base, splits, say)
+    folder.begin(run.found, run.steps, say, splits.written)
+    guard = MemoryGuard(at, budget_bytes, say)
+
+    def save(step_number: int) -> None:
+        take_first_ranks(ranks, step, say)
+        folder.save()
+        if page is not None:
+            page.write()
+        told.tell("on_save", {"step": step_number, "adapter_path": str(folder.path)})
+
+    with told.around(run.steps, settings.to_flat()) as ending:
+        try:
+            with folder.kept_if_it_fails(), reporting(run, told, say, show, page) as (report, shown, watch):
+                outcome = train(
+                    base.model, step, run.task, run.plan, run.validation, settings.loop,
+                    report, shown, save, at, guard, ranks, told.failed, watch,
+                )  # fmt: skip
+                best = None if outcome.interrupted else folder.put_best()
+                take_first_ranks(ranks, step)  # rank 0 restored the best adapter
+        except Diverged as diverged:
+            raise folder.roll_back(diverged) from diverged
+        ending.update(asdict(outcome))
+    if not outcome.interrupted:
+        run.trunk.end()
+    if page is not None:
+        if not outcome.interrupted and ranks.size == 1 and not folder.info.scores:
+            page.report.known = known_rows(base, splits.train, settings)
+        page.end(outcome.interrupted, say, at.best_at if settings.loop.keep_best and at.best_at else None)
+        leave_card(folder.path, base, folder.info, say)
+        say(outcome_line(settings.loop, outcome, best, settings.objective.rewarded))
+        if not outcome.interrupted:
+            say(told_after(page.report.verdict))
+            say(closing_words(folder.path, settings, folder.info, page.report.samples))
+    told.raise_failure(left_by(settings.loop, outcome))
+    return outcome
+
+
+def _bound_memory(run: Composed, base: Base) -> None:
+    """Bound the memory of the steps: MLX's buffer cache, and with a shared base what it allocates ahead of its work."""
+    device.set_cache_limit(run.folder.settings.loop.clear_cache_threshold, run.memory.budget_bytes)
+    device.wire_working_set()
+    if is_shared(base.model):
+        device.wait_beyond(run.memory.peak_bytes)

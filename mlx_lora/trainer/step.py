@@ -1,0 +1,215 @@
+"""The compiled optimizer step: micro-batches in, one token-weighted, clipped, guarded update out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_map
+
+from mlx_lora.adapters.schedules import Events
+from mlx_lora.data.batch import Batch
+from mlx_lora.kernels.attention import AttentionCall
+from mlx_lora.kernels.measure import left_unchanged
+from mlx_lora.kernels.table import Choose, assumed, training_kernels
+from mlx_lora.losses.cross_entropy import Arrays, LossFunction
+from mlx_lora.parallel.strategy import Sharing
+from mlx_lora.trainer.optimizer import ELEMENTWISE, Masters, clip_scale, scaled
+
+
+class StepResult(NamedTuple):
+    """The report of one optimizer step, as lazy scalars, which cost nothing until they are read.
+
+    Attributes:
+        loss_sum: summed loss.
+        count: the number of trained tokens, or of examples for an objective whose loss is a mean over examples.
+        grad_norm: global norm of the mean gradient before the clip.
+        applied: False when the update was skipped because loss or gradient was not finite.
+        reports: sums of the numbers that the objective reports.
+        asked: how many ranks had been asked to stop when they took the step; None for a single process.
+    """
+
+    loss_sum: mx.array
+    count: mx.array
+    grad_norm: mx.array
+    applied: mx.array
+    reports: dict[str, mx.array]
+    asked: mx.array | None = None
+
+
+Differentiation = Callable[..., tuple[mx.array, mx.array, dict, dict]]
+"""(*Arrays) -> (loss sum, tokens, sums to report, gradients of the trainable parameters)."""
+
+
+def differentiation(
+    model: nn.Module, loss: LossFunction, attend: AttentionCall | None, choose: Choose = assumed
+) -> Differentiation:
+    """Return the loss of a micro-batch with its gradient, as `Step` takes them; not compiled."""
+    gradient = nn.value_and_grad(model, loss)
+
+    def differentiate(*arrays: mx.array) -> tuple[mx.array, mx.array, dict, dict]:
+        # The kernels around the backward pass as well: checkpointed blocks run again there.
+        with left_unchanged(model), training_kernels(model, attend, choose) if attend else nullcontext():
+            (loss_sum, tokens, *reports), grads = gradient(model, *arrays)
+        return loss_sum, tokens, reports[0] if reports else {}, grads
+
+    return differentiate
+
+
+def compiled_over(model: nn.Module, function: Differentiation) -> Differentiation:
+    """Compile a function of batches that reads the model and draws random numbers."""
+    return mx.compile(function, inputs=[model.state, mx.random.state], outputs=[mx.random.state])
+
+
+class Step:
+    """Runs optimizer steps on `model`; compiled once per batch shape."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        loss: LossFunction,
+        max_grad_norm: float,
+        attend: AttentionCall | None = None,
+        wait: bool = False,
+        rate_of: Callable[[str], float] | None = None,
+        events: Callable[[dict], Events] | None = None,
+        sharing: Sharing | None = None,
+        compiled: bool = True,
+        choose: Choose = assumed,
+        prepare: Callable[[list[Batch]], list[Batch]] = list,
+        arrays_of: Callable[[Batch], tuple[mx.array, ...]] = Arrays.of,
+        reports: tuple[str, ...] = (),
+    ):
+        """Set up the step.
+
+        Args:
+            model: its trainable parameters are what is trained.
+            optimizer: initialized here on those parameters.
+            loss: returns (sum, count), and if an objective reports more, a dict of sums.
+            max_grad_norm: global-norm clip; 0 for none.
+            attend: computes the model's attention; None: mlx's kernels are used for everything.
+            wait: wait for the device after each micro-batch, so that other programs (the display) can use it.
+            rate_of: parameter name -> multiple of the learning rate (LoRA+); None: 1 for all.
+            events: makes the method's own part of the step (AdaLoRA, ReLoRA), given Masters.arrays; None for none.
+            sharing: divides steps among ranks; None for a single process.
+            compiled: compile the loss and its gradient; a model that computes values on its way cannot be.
+            choose: says which kernels are used, by shape (kernels/choose.py).
+            prepare: brings the batches of a whole step into the form that the loss needs.
+            arrays_of: returns the arguments of the loss for a batch, on the device.
+            reports: names of the numbers that the loss reports besides sum and count.
+        """
+        self._prepare, self._arrays_of, self._report_names = prepare, arrays_of, reports
+        self.model = model
+        self._submit = mx.eval if wait else mx.async_eval
+        self.optimizer = optimizer
+        self.masters = Masters(model, flat=isinstance(optimizer, ELEMENTWISE))
+        optimizer.init(self.masters.arrays)
+        self._rates = None if rate_of is None else self.masters.rates(rate_of)
+        self._max_grad_norm = max_grad_norm
+        self.events = None if events is None else events(self.masters.arrays)
+        self.taken = 0
+        self._sharing = sharing
+        mx.eval(self._rates or {})
+        differentiate = differentiation(model, loss, attend, choose)
+
+        def micro(*arrays: mx.array) -> tuple[mx.array, mx.array, dict, dict]:
+            loss_sum, tokens, reports, grads = differentiate(*arrays)
+            own = grads if sharing is None else sharing.own_gradients(grads)
+            return loss_sum, tokens, reports, self.masters.gathered(own)
+
+        # Two functions: another batch shape traces the first again, never the optimizer.
+        self._micro = compiled_over(model, micro) if compiled else micro
+        self.state = [self.masters.arrays, optimizer.state, {} if self.events is None else self.events.state]
+        self._apply = mx.compile(self._update, inputs=self.state, outputs=self.state)
+
+    def __call__(
+        self,
+        batches: list[Batch],
+        asked: bool = False,
+        divide: Callable[[list[Batch]], list[Batch]] = list,
+    ) -> StepResult:
+        """Take one optimizer step over `batches`, weighted by their trained tokens.
+
+        Args:
+            batches: micro-batches, all ranks' together.
+            asked: whether this rank, one of several, has been asked to stop; the result tells every rank.
+            divide: cuts the part of this rank, one of several, into smaller batches.
+
+        Returns:
+            Lazy results; the update is already under way on the device (with `wait`, done).
+        """
+        batches = self._prepare(batches)
+        if self._sharing is None:
+            total, said = self._sum(map(self._arrays_of, batches), len(batches) > 1) or self._nothing(), None
+        else:
+            self._sharing.reseed(self.taken)
+            own = self._sum(map(self._arrays_of, self._sharing.own(batches, divide)), several=True)
+            total, said = self._sharing.sums(own or self._nothing(), asked)
+        result = self._apply(*total)._replace(asked=said)
+        self.taken += 1
+        if self.events is not None:
+            self.events.after(self.taken, self.masters, self.optimizer)
+        self.masters.hand_out()
+        self._submit(self.state, result)
+        return result
+
+    def _sum(self, micro_batches: Iterable[tuple[mx.array, ...]], several: bool) -> list | None:
+        """Return summed loss, tokens and gradients of micro-batches, None without any."""
+        total = None
+        for arrays in micro_batches:
+            part = list(self._micro(*arrays))
+            total = part if total is None else tree_map(mx.add, total, part)
+            if several:
+                self._submit(total)  # one micro-batch's activations at a time
+        return total
+
+    def _nothing(self) -> list:
+        """Return what a rank without rows adds to a step."""
+        zero = mx.array(0.0)
+        return [zero, zero, dict.fromkeys(self._report_names, zero), tree_map(mx.zeros_like, self.masters.arrays)]
+
+    def _with_penalty(self, grads: dict) -> dict:
+        """Return the gradients with that of the method's penalty. The reported loss stays the data's own."""
+        parameters = self.masters.by_name()
+        if self.events is None or self.events.penalty(parameters) is None:
+            return grads
+        # By name: the gradient of cutting up a flat array is as large as the array, once for each parameter.
+        own = mx.grad(self.events.penalty)(parameters)
+        return tree_map(mx.add, grads, self.masters.from_names(own))
+
+    def _update(self, loss_sum: mx.array, count: mx.array, reports: dict, grads: dict) -> StepResult:
+        """Update masters and optimizer by summed gradients; traced once."""
+        optimizer, rates = self.optimizer, self._rates
+        grads = scaled(grads, 1 / mx.maximum(count, 1))
+        if self.events is not None:
+            grads = self._with_penalty(grads)
+        norm, factor = clip_scale(grads, self._max_grad_norm)
+        # Nothing to count means no gradient: momentum and decay alone must not move the factors.
+        applied = mx.isfinite(loss_sum) & mx.isfinite(norm) & (count > 0)
+        state = tree_map(lambda a: a, optimizer.state)
+        grads = scaled(grads, factor)
+        updated = optimizer.apply_gradients(grads, self.masters.arrays)
+        if rates is not None:
+            # Each of our optimizers changes a number in proportion to its rate, weight decay included.
+            updated = tree_map(lambda new, old, rate: old + rate * (new - old), updated, self.masters.arrays, rates)
+        if self.events is not None:
+            self.events.observe(updated, grads, applied)
+        # Chosen on the device: the host need not wait for the answer.
+        self.masters.put(_choose(applied, updated, self.masters.arrays))
+        # In place, because the compiled function captured this dict.
+        optimizer.state.update(_choose(applied, optimizer.state, state))
+        return StepResult(loss_sum, count, norm, applied, reports)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the last step taken."""
+        return float(self.optimizer.learning_rate)
+
+
+def _choose(condition: mx.array, new: dict, old: dict) -> dict:
+    return tree_map(lambda a, b: mx.where(condition, a, b), new, old)

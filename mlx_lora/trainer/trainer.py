@@ -1,0 +1,285 @@
+"""The training loop, in the order it runs; model, step, batches and save come in as arguments."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count, islice, takewhile
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora.config.settings import LoopSettings
+from mlx_lora.data.batch import Batch
+from mlx_lora.objectives.task import Task
+from mlx_lora.parallel.agreement import Agreement
+from mlx_lora.parallel.ranks import ALONE, Ranks
+from mlx_lora.parallel.strategy import called_together, own_batches
+from mlx_lora.parallel.tensor import row_ranks
+from mlx_lora.rollouts.rollout import AnyPlan
+from mlx_lora.trainer.checkpoint import Diverged, Position
+from mlx_lora.trainer.evaluate import Measured, mean_loss
+from mlx_lora.trainer.guards import MemoryGuard, interrupt_flag
+from mlx_lora.trainer.progress import Metrics
+from mlx_lora.trainer.step import Step, StepResult
+from mlx_lora.utils import text as process
+
+# This many skipped updates in a row mean that the run has diverged, not that one batch was bad.
+MAX_SKIPPED_IN_A_ROW = 10
+# Without --steps-per-report: the number of reports in a run, and the most steps between two reports in a long run.
+REPORTS, MOST_BETWEEN_REPORTS = 20, 25
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        steps: the number of steps taken.
+        val_loss: the validation loss after the last step, if it was measured.
+        interrupted: whether a signal ended the run.
+        stopped_early: whether the run ended because the validations no longer got better.
+    """
+
+    steps: int
+    val_loss: float | None
+    interrupted: bool
+    stopped_early: bool = False
+
+
+@dataclass
+class Window:
+    """The results since the last report; the scalars stay on the device until they are read."""
+
+    results: list[StepResult] = field(default_factory=list)
+    examples: int = 0
+    real_tokens: int = 0
+    supervised_tokens: int = 0
+    positions: int = 0
+    shapes: set[tuple[int, int]] = field(default_factory=set)
+    paused_s: float = 0.0
+    started_s: float = field(default_factory=time.perf_counter)
+
+    def add(self, batches: list[Batch], result: StepResult) -> None:
+        self.results.append(result)
+        self.examples += sum(b.examples for b in batches)
+        self.real_tokens += sum(b.real_tokens for b in batches)
+        self.supervised_tokens += sum(b.supervised_tokens for b in batches)
+        self.positions += sum(b.inputs.size for b in batches)
+        self.shapes |= {b.inputs.shape for b in batches}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time spent inside this context (validation, saving) in the window's throughput."""
+        start = time.perf_counter()
+        yield
+        self.paused_s += time.perf_counter() - start
+
+    def spent_s(self) -> float:
+        return max(time.perf_counter() - self.started_s - self.paused_s, 1e-9)
+
+
+def diverged(at: Position, result: StepResult) -> bool:
+    """Count a skipped update, and say whether so many came in a row that the run has diverged."""
+    at.skipped_in_a_row = 0 if result.applied.item() else at.skipped_in_a_row + 1
+    at.skipped += at.skipped_in_a_row > 0
+    return at.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+
+
+def total_steps(plan: AnyPlan, settings: LoopSettings) -> int:
+    """Return the number of optimizer steps of the run: --iters, or the steps that --epochs (default: 1) take."""
+    if settings.iters is not None:
+        return settings.iters
+    return math.ceil(_epoch_batches(plan, settings) / settings.grad_accumulation_steps)
+
+
+def report_interval(total: int, settings: LoopSettings) -> int:
+    """Return the steps between reports: --steps-per-report, or by the run's length, so that a short run shows its loss early."""
+    return settings.steps_per_report or max(1, min(total // REPORTS, MOST_BETWEEN_REPORTS))
+
+
+def _epoch_batches(plan: AnyPlan, settings: LoopSettings) -> int:
+    return max(1, math.ceil(len(plan) * (settings.epochs or 1.0)))
+
+
+def micro_batches(plan: AnyPlan, settings: LoopSettings, start: int = 0) -> Iterator[Batch]:
+    """Yield batches epoch after epoch, from number `start` on: without end for --iters, else exactly those of --epochs.
+
+    With --epochs, the last step accumulates the batches that are left, even if there are fewer than usual: no row is
+    dropped, and none is taken from a further epoch.
+    """
+    numbers = count(start) if settings.iters is not None else range(start, _epoch_batches(plan, settings))
+    indices = (divmod(number, len(plan)) for number in numbers)
+    return (plan.batch(epoch, index) for epoch, index in indices)
+
+
+def train(
+    model: nn.Module,
+    step: Step,
+    task: Task,
+    plan: AnyPlan,
+    validation: AnyPlan | None,
+    settings: LoopSettings,
+    report: Callable[[Metrics], None],
+    on_step: Callable[[int], None],
+    save: Callable[[int], None],
+    at: Position | None = None,
+    guard: MemoryGuard | None = None,
+    ranks: Ranks = ALONE,
+    stop: Callable[[], bool] = lambda: False,
+    watch: Callable[[Iterable[Batch], int], Iterable[Batch]] = lambda batches, count: batches,
+) -> Outcome:
+    """Train until the run's steps are done, the validations no longer get better, or it is interrupted.
+
+    Args:
+        model: its trainable parameters are the adapter.
+        step: the compiled step over `model`.
+        task: for validation and reports; the step has its own loss.
+        plan: training batches.
+        validation: held-out batches, of which --val-batches are measured, or all if it is not set; None: there are none.
+        settings: how long the run is, and how often it reports, validates and saves.
+        report: called with each Metrics record.
+        on_step: called with the step number after each step, for a live display.
+        save: called with the step number; writes the adapter, and with --save-every a checkpoint.
+        at: the run's position, which the loop updates before it calls `save`; None: start at the beginning.
+        guard: watches memory; None: nothing is watched.
+        ranks: the processes that train together, each with the whole plan.
+        stop: asked after each step whether to end as after an interruption.
+        watch: yields a validation's batches, so many, and shows how far it is.
+
+    Returns:
+        The outcome; after an interruption the adapter has been saved.
+
+    Raises:
+        Diverged: many updates in a row, or all of a short run, were skipped because they were not finite; nothing is saved.
+    """
+    total = total_steps(plan, settings)
+    report_every = report_interval(total, settings)
+    at = at or Position()
+    guard = guard or MemoryGuard(at)
+    batches = micro_batches(plan, settings, at.consumed)
+    window = Window()
+    begun_s = time.perf_counter()
+    saved_at = at.taken if at.taken else None
+    previous: StepResult | None = None
+    model.train()
+
+    def record(gathered: Window, measured: Measured | None = None) -> Metrics:
+        peak, epoch = guard.peak_bytes, at.consumed / len(plan)
+        return _metrics(gathered, step, task, at.taken, epoch, at.skipped, measured, peak, begun_s)
+
+    def validate() -> bool:
+        if validation is None or settings.val_batches == 0:
+            return False
+        most = -1 if settings.val_batches is None else settings.val_batches
+        dealt_to = row_ranks(model, ranks)
+        number = len(range(dealt_to.rank, len(validation) if most < 0 else min(most, len(validation)), dealt_to.size))
+        # Ranks that have parts of the model go through a validation together, and so to its end.
+        together = called_together(model)
+        held_out = takewhile(lambda _: together or not asked(), own_batches(validation, most, dealt_to, together))
+        measured = mean_loss(model, task, watch(held_out, number), ranks)
+        interrupted.ask_all()
+        if not measured.count or interrupted():
+            return False
+        report(record(Window(), measured))  # the window continues: its tokens are counted once, in its own line
+        by_accuracy, accuracy = settings.metric_for_best_model == "accuracy", measured.reports.get("accuracy")
+        return at.validated(measured.loss, settings.early_stopping_threshold, accuracy, by_accuracy)
+
+    def stopped_early() -> bool:
+        return bool(settings.early_stopping_patience) and at.worse >= settings.early_stopping_patience
+
+    with interrupt_flag() as signaled:
+
+        def asked() -> bool:
+            return signaled() or stop()
+
+        interrupted = Agreement(asked, ranks)
+        if not at.taken:
+            validate()
+        window = Window()
+        while at.taken < total and not (at.taken % plan.updates == 0 and (interrupted() or stopped_early())):
+            chosen = list(islice(batches, settings.grad_accumulation_steps))
+            parts = guard.divide(chosen) if ranks.size == 1 else chosen  # several ranks divide their own rows
+            result = step(parts, asked(), guard.divide)
+            # The device works on this step while the host waits for the one before: one step ahead, no more.
+            interrupted.hear(previous)
+            if previous is not None and diverged(at, previous):
+                raise Diverged(at)
+            previous = result
+            at.taken, at.consumed = at.taken + 1, at.consumed + len(chosen)
+            window.add(parts, result)
+            on_step(at.taken)
+            guard.watch(-(-max(len(batch.inputs) for batch in chosen) // (ranks.size * at.parts)))
+            last = at.taken == total or interrupted()
+            to_report, to_validate, to_save = (
+                last or (every and at.taken % every == 0)
+                for every in (report_every, settings.steps_per_eval, settings.save_every)
+            )
+            gone = False
+            if to_report or to_validate or to_save:
+                interrupted.hear(result)
+                gone = diverged(at, result) or at.skipped_in_a_row == total
+                previous = None  # already counted: do not count it again
+            if to_report:
+                report(record(window))
+                window = Window()
+            if gone:
+                raise Diverged(at)
+            with window.paused():
+                best = to_validate and validate()
+                if to_save or stopped_early() or (best and settings.save_every):
+                    save(at.taken)
+                    saved_at = at.taken
+        if window.results:
+            report(record(window))
+        if at.taken and saved_at != at.taken:  # interrupted between steps; an untrained adapter is not worth a folder
+            save(at.taken)
+        val_loss = at.val_loss if at.val_at == at.taken else None
+        return Outcome(at.taken, val_loss, interrupted(), stopped_early())
+
+
+def _metrics(
+    window: Window,
+    step: Step,
+    task: Task,
+    taken: int,
+    epoch: float,
+    skipped: int,
+    measured: Measured | None,
+    peak_bytes: int,
+    begun_s: float,
+) -> Metrics:
+    """Read the window's scalars, once per report, and make its record."""
+    results = window.results
+    mx.eval(results)
+    spent_s = window.spent_s()
+    good = [r for r in results if r.applied.item()]
+    count = sum(r.count.item() for r in good)
+    loss = sum(r.loss_sum.item() for r in good) / count if count else math.nan
+    reports = {name: sum(r.reports[name].item() for r in good) / count for name in task.reports} if count else {}
+    reports = task.finish(reports) | task.rates() if reports else measured.reports if measured else {}
+    return Metrics(
+        step=taken,
+        epoch=round(epoch, 4),
+        loss=loss if results else None,
+        val_loss=measured.loss if measured else None,
+        learning_rate=step.learning_rate,
+        grad_norm=results[-1].grad_norm.item() if results else 0.0,
+        supervised_tokens_per_s=window.supervised_tokens / spent_s,
+        tokens_per_s=window.real_tokens / spent_s,
+        examples=window.examples,
+        supervised_tokens=window.supervised_tokens,
+        real_tokens=window.real_tokens,
+        positions=window.positions,
+        shapes=[f"{rows}x{width}" for rows, width in sorted(window.shapes)],
+        padding_fraction=1 - window.real_tokens / window.positions if window.positions else 0.0,
+        skipped_steps=skipped,
+        peak_memory_bytes=peak_bytes,
+        process_peak_bytes=process.peak_bytes(),
+        elapsed_s=round(time.perf_counter() - begun_s, 3),
+        reports=reports,
+        rows=measured.rows if measured else None,
+    )

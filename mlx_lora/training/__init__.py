@@ -1,1 +1,0 @@
-"""The loss, the optimizer, the compiled step and the training loop."""

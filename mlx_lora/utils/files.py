@@ -1,0 +1,110 @@
+"""Write files so that a crash, a full disk or Ctrl-C never leaves an incomplete file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlx_lora.utils.cache import cache_dir
+from mlx_lora.utils.errors import InputError
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, which replaces `path` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, which replaces `path` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Let one process at a time make the file or folder `path`; the others wait, and then find it finished.
+
+    If the cache cannot be written, processes do not wait.
+    """
+    import fcntl
+
+    try:
+        folder = cache_dir("locks")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / sha256_of(str(path.absolute()))[:32]).open("w")
+    except OSError:
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it if the process dies
+        yield
+
+
+def check_writable(folder: Path, flag: str, needed_bytes: int) -> None:
+    """Check that `folder` can hold what will be written, before the work is done.
+
+    Args:
+        folder: may not exist yet; then its nearest existing parent is checked.
+        flag: the flag that gave it, for the message.
+        needed_bytes: a lower bound of what will be written.
+
+    Raises:
+        InputError: it is not a folder, is not writable, or has too little space.
+    """
+    parent = _existing(folder)
+    if not parent.is_dir():
+        raise InputError(f"{flag} {folder}: {parent} is a file; give a folder")
+    try:
+        # os.access tells root that a read-only mount is writable, so try to write.
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{flag} {folder}: cannot write there ({error.strerror}); choose another folder") from None
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise InputError(
+            f"{flag} {folder}: needs {needed_bytes / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free; free up space "
+            "or choose another disk"
+        )
+
+
+def free_on_disk(folder: Path) -> int:
+    """Return the free bytes of the disk on which a folder lies, or will lie."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(path: Path) -> Path:
+    """Return a path, or its nearest parent that exists."""
+    parent = path.absolute()
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    return parent
+
+
+def sha256_of(content: Path | str) -> str:
+    """Return the SHA-256 of a file's bytes, or of a text, in hexadecimal."""
+    if isinstance(content, str):
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

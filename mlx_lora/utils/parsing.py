@@ -1,0 +1,199 @@
+"""Read untrusted JSON and YAML, with limits on depth, size and characters.
+
+Python's readers accept what later steps cannot handle: brackets nested to the recursion limit, half surrogate pairs,
+numbers with thousands of digits, YAML aliases that expand to gigabytes. Here, each of these is a ValueError.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from mlx_lora.utils.errors import InputError
+
+MAX_DEPTH = 100  # chat templates, tools and configs nest about ten deep
+MAX_JSON_BYTES = 256 << 20  # the largest tokenizer.json files have 35 MB
+MAX_YAML_CHARACTERS = 1 << 20
+MAX_YAML_NODES = 100_000  # with aliases expanded
+MAX_NUMBER = 10**30  # tokenizers' model_max_length uses this to mean "no limit"
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Return a JSON value that is safe to traverse and to write again.
+
+    Args:
+        data: UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is not UTF-8 or not JSON, is nested too deep, or has half of a surrogate pair.
+    """
+    text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise _too_deep() from None
+    check_value(value, text)
+    return value
+
+
+def check_value(value: Any, text: str) -> None:
+    """Check the depth and characters of a JSON value.
+
+    Args:
+        value: the parsed value.
+        text: the text that it was parsed from.
+
+    Raises:
+        ValueError: it is nested too deep, or has half of a surrogate pair.
+    """
+    check_depth(value, text)
+    if "\\ud" in text or "\\uD" in text:
+        check_characters(value)
+
+
+def read_json(path: Path, advice: str, check: bool = True) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Args:
+        path: the file.
+        advice: ends every error, and says what to do.
+        check: check the depth and characters, which takes a second for a tokenizer.json with a million entries.
+
+    Raises:
+        InputError: it cannot be read, or is not a JSON object.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES >> 20} MiB")
+        value = parse_json(data) if check else json.loads(data.decode("utf-8-sig"))
+    except RecursionError:
+        raise InputError(f"{path}: not usable JSON ({_too_deep()}); {advice}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {advice}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not usable JSON ({error}); {advice}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a JSON {type(value).__name__}, not an object; {advice}")
+    return value
+
+
+def check_depth(value: Any, text: bytes | str) -> None:
+    """Check how deep a parsed value is nested.
+
+    Args:
+        value: the parsed value.
+        text: the text that it was parsed from; counting its brackets is enough for most values.
+
+    Raises:
+        ValueError: it is nested deeper than MAX_DEPTH.
+    """
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    brackets = np.frombuffer(data.translate(None, _NOT_BRACKETS), np.uint8)
+    if len(brackets) <= MAX_DEPTH:
+        return
+    opening = (brackets == ord("[")) | (brackets == ord("{"))
+    if np.cumsum(np.where(opening, 1, -1)).max() > MAX_DEPTH:  # brackets inside strings count too: look closer
+        for _, depth in _walk(value):
+            if depth > MAX_DEPTH:
+                raise _too_deep()
+
+
+def check_characters(value: Any) -> None:
+    """Check that all text in a parsed value can be encoded.
+
+    Raises:
+        ValueError: a text has half of a surrogate pair, which escapes in JSON and YAML can write.
+    """
+    for part, _ in _walk(value):
+        if isinstance(part, str):
+            try:
+                part.encode("utf-8")
+            except UnicodeEncodeError:
+                raise ValueError("has half of a surrogate pair, which is not a character") from None
+
+
+def _walk(value: Any) -> Iterator[tuple[Any, int]]:
+    """Yield every value and key in a value, and its depth, without recursion."""
+    left = [(value, 1)]
+    while left:
+        part, depth = left.pop()
+        yield part, depth
+        if isinstance(part, dict):
+            left += [(key, depth) for key in part]
+            left += [(item, depth + 1) for item in part.values()]
+        elif isinstance(part, (list, tuple, set)):
+            left += [(item, depth + 1) for item in part]
+
+
+def _too_deep() -> ValueError:
+    return ValueError(f"nested more than {MAX_DEPTH} deep")
+
+
+def parse_yaml(text: str) -> Any:
+    """Return a YAML value of plain types (as `safe_load`), with limits on size, depth and numbers.
+
+    Raises:
+        ValueError: it is not YAML, is too large or too deep, or has an alias that contains itself.
+    """
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise ValueError(f"it has more than {MAX_YAML_CHARACTERS} characters")
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_nodes(node, {}, set())
+        value = loader.construct_document(node)
+    except RecursionError:
+        raise _too_deep() from None
+    except (yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
+        # If a tag does not fit its text (`!!bool x`), PyYAML's constructor may raise any of these.
+        raise ValueError(" ".join(str(error).split())[:300]) from None
+    _check_scalars(value)
+    return value
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, int], above: set[int]) -> int:
+    """Return the number of nodes in a node, with aliases expanded."""
+    number = id(node)
+    if number in known:
+        return known[number]
+    if number in above:
+        raise ValueError("an alias refers to a value that contains it")
+    if len(above) > MAX_DEPTH:
+        raise _too_deep()
+    above.add(number)
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    count = 1 + sum(_count_nodes(child, known, above) for child in children)
+    above.remove(number)
+    if count > MAX_YAML_NODES:
+        raise ValueError(f"its aliases expand to more than {MAX_YAML_NODES} values")
+    known[number] = count
+    return count
+
+
+def _check_scalars(value: Any) -> None:
+    """Refuse numbers and texts that no setting has, and with which printing or opening a file would fail."""
+    check_characters(value)
+    for part, _ in _walk(value):
+        if isinstance(part, int) and abs(part) > MAX_NUMBER:
+            raise ValueError("a number of more than 30 digits")
+        if isinstance(part, str) and "\0" in part:
+            raise ValueError("a text with a NUL character")
+
+
+def hashable(value: Any) -> Any:
+    """Return a value that can be looked up in a dict: a list or mapping becomes its text."""
+    return value if isinstance(value, Hashable) else str(value)
