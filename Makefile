@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-kernels rehearse test-all fuzz parity lint docs format bench gate soak clean
+.PHONY: setup demo test test-kernels rehearse test-all fuzz golden parity lint docs format bench gate soak clean
 
 # Made again whenever the dependency list changes.
 $(VENV)/.ready: pyproject.toml
@@ -47,6 +47,11 @@ CASES ?= 1200
 SEED ?= 0
 fuzz: setup
 	PYTHONPATH=tests $(BIN)/python -m fuzz --cases $(CASES) --seed $(SEED)
+
+# Does this tree compute what a commit before it did, bit for bit? Some 40 tiny runs of each, on this machine, one after the other
+# (docs/development/golden.md). BASE is the commit (tests/golden/BASE if it is not given); FLAGS="--case grpo" runs one case.
+golden: setup
+	PYTHONPATH=tests $(BIN)/python -m golden check $(if $(BASE),--base $(BASE)) $(FLAGS)
 
 # What is ours: a run folder that lies in the checkout has a README.md with code in it, too.
 LINTED := .github benchmarks data docs mlx_lora notebooks packaging scripts tests README.md CHANGELOG.md CONTRIBUTING.md

@@ -11,7 +11,7 @@ from page_blocks import Command
 NOT_RUN = {
     r"(pip|pipx|uv tool) install|uvx|brew install": "installs from the network; the wheel's own test installs it",
     r"make setup|python3 -m venv|source ": "makes the environment that the tests run in",
-    r"make (fuzz|gate|soak|demo|test|rehearse)": "takes from minutes to an hour",
+    r"make (fuzz|gate|golden|soak|demo|test|rehearse)": "takes from minutes to an hour",
     r"mlx-lora demo": "downloads a model and trains for minutes; the demo's own test runs it on a tiny one",
     r"mlx-lora train .*--own-prompts": "needs a model that can write prompts; test_persona.py runs it on a tiny one",
     r"mlx-lora (train|generate) .*tools\.jsonl": "tools are longer than the tests' short rows; test_tool_rows.py has such rows",
@@ -29,6 +29,7 @@ NOT_RUN = {
     r"(env .*|OPENBLAS.*|taskset .*)?python (benchmarks|scripts)/": "measures for minutes, or needs a real model",
     r"(env .*|taskset .*)": "measures for minutes on chosen cores",
     r"(python -m )?pytest": "is a test itself",
+    r"(PYTHONPATH=\S+ )?python -m golden": "takes minutes; test_golden.py runs it",
 }
 
 
