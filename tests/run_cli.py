@@ -28,13 +28,13 @@ def run(command: str, *arguments: object, exactly: bool = False) -> Ran:
 
     An error nobody foresaw propagates: to a test that is a traceback.
     """
-    main = importlib.import_module(f"mlx_lora.{command}").main
+    main = importlib.import_module(f"mlx_lora.cli.{command}").main
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             words = [str(a) for a in arguments]
-            main.main(words if exactly else last_given(words), prog_name=f"mlx_lora.{command}")
+            main.main(words if exactly else last_given(words), prog_name=f"mlx-lora {command}")
         except SystemExit as end:
             code = end.code or 0
     return Ran(code, out.getvalue(), err.getvalue())

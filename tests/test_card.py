@@ -113,7 +113,8 @@ def test_a_named_base_and_repository_are_in_card_and_commands(place, tiny_4bit_f
     with hub_server() as server:
         command = [
             "-m",
-            "mlx_lora.export",
+            "mlx_lora",
+            "export",
             "--model",
             tiny_4bit_folder,
             "--adapter-path",

@@ -97,7 +97,8 @@ def test_a_reader_that_leaves_gets_no_complaint(tiny_folder):
     command = [
         sys.executable,
         "-m",
-        "mlx_lora.generate",
+        "mlx_lora",
+        "generate",
         "--model",
         tiny_folder,
         "--prompt",

@@ -151,7 +151,3 @@ def report_command(paths: tuple[Path, ...], out: Path, across_versions: bool) ->
         console.echo(line)
     write_page(out, results, problems, across_versions)
     console.echo(f"{counted(len(results), 'result')} in {out}")
-
-
-if __name__ == "__main__":
-    main(prog_name="mlx_lora.bench")

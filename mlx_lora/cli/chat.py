@@ -379,7 +379,3 @@ def screen() -> Screen:
 def shown(text: str) -> str:
     """Return a model's text without control characters of terminals."""
     return "".join(c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else f"\\x{ord(c):02x}" for c in text)
-
-
-if __name__ == "__main__":
-    main()

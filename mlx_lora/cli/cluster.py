@@ -160,7 +160,3 @@ def show(machines: Sequence[dict[str, Any]], rates: LinkRates | None, problems: 
     for problem in problems:
         click.echo(f"FAILED {problem}")
     click.echo(f"{counted(len(machines), 'machine')}: {counted(len(problems), 'problem')}")
-
-
-if __name__ == "__main__":
-    main()

@@ -113,7 +113,3 @@ def _print_perplexity(report: Path | None, figures: dict[str, Any]) -> None:
         f"  perplexity on {figures['tokens']} tokens of {report}: "
         f"{figures['source']:.4f} source in float, {figures['converted']:.4f} converted ({change:+.2%})"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -31,7 +31,3 @@ def main(out: Path, model: str | None, iters: int, force: bool) -> int:
     To continue a demo that was interrupted, start it again with the same --out.
     """
     return run_demo(Demo(out, model, iters, force), DemoScreen())
-
-
-if __name__ == "__main__":
-    main()

@@ -290,7 +290,3 @@ def check_hub() -> Check:
         why = str(getattr(error, "reason", error)) or type(error).__name__
         advice = "models on this disk still work; check the connection, a proxy (HTTPS_PROXY) or HF_ENDPOINT"
         return Check("hub", "warning", f"{constants.ENDPOINT} cannot be reached ({why})", advice)
-
-
-if __name__ == "__main__":
-    main()

@@ -242,7 +242,3 @@ def print_table(rows: list[dict[str, str]]) -> None:
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
     for cells in ({name: name for name in rows[0]}, *rows):
         click.echo("  ".join(cells[name].ljust(width) for name, width in widths.items()).rstrip())
-
-
-if __name__ == "__main__":
-    main()

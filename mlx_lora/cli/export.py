@@ -85,7 +85,3 @@ def main(
     keep_dtype = settings.dtype != "auto"
     base = load_base(settings, read=to not in OF_ADAPTER)  # a base that ranks share may be too large for this machine
     write_export(asked, base, adapter, ignore_fingerprint, keep_dtype, console.echo)
-
-
-if __name__ == "__main__":
-    main()

@@ -145,7 +145,3 @@ def _ways_out(bits: int) -> str:
         f"To keep more: --dequantize (a float model, without this rounding), {more}or leave the adapter apart, as "
         "`mlx-lora serve --adapter` and `mlx-lora export` do"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -138,7 +138,3 @@ def read_prompt(prompt: str) -> str:
     if not text:
         raise InputError("--prompt: empty; give some text")
     return text
-
-
-if __name__ == "__main__":
-    main()

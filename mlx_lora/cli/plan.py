@@ -161,7 +161,3 @@ def render_chips(chips: list[dict[str, Any]]) -> str:
             f"| {row['largest_sequence']:,} | {speed} |"
         )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -131,7 +131,3 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
     if engine.failure is not None:
         raise RunError(failed_words(engine.failure))
     console.echo("ended")
-
-
-if __name__ == "__main__":
-    main()

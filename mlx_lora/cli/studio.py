@@ -188,7 +188,3 @@ def run_studio(app: Any, host: str, port: int, browser: bool) -> None:
     with socket, contextlib.suppress(KeyboardInterrupt):
         server.run([socket])
     console.echo("ended")
-
-
-if __name__ == "__main__":
-    main()

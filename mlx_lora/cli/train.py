@@ -80,7 +80,3 @@ def run(settings: TrainSettings, dry_run: bool) -> int:
         if outcome.interrupted:
             console.echo(interrupted_line(settings.loop.adapter_path, outcome))
     return 130 if outcome.interrupted else 0
-
-
-if __name__ == "__main__":
-    main()

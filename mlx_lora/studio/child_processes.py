@@ -28,7 +28,7 @@ def start_child(
     with contextlib.ExitStack() as files:
         output = files.enter_context(log.open("ab" if append else "wb"))
         return subprocess.Popen(
-            [sys.executable, "-m", f"{MODULE}.{words[0]}", *words[1:]],
+            [sys.executable, "-m", MODULE, *words],
             stdin=subprocess.DEVNULL,
             stdout=files.enter_context(result.open("wb")) if result else output,
             stderr=output,

@@ -62,7 +62,7 @@ def command_line(words: list[str]) -> str:
     Args:
         words: The command's name, and its arguments.
     """
-    return f"{SCRIPT} {shlex.join(words)}" if _has_script() else f"python -m {MODULE}.{shlex.join(words)}"
+    return f"{SCRIPT} {shlex.join(words)}" if _has_script() else f"python -m {MODULE} {shlex.join(words)}"
 
 
 def this_command() -> str:

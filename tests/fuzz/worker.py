@@ -130,11 +130,11 @@ def called(command: Command) -> tuple[int, str, str, str]:
     import importlib
 
     name, *arguments = command
-    main = settings if name == "settings" else importlib.import_module(f"mlx_lora.{name}").main
+    main = settings if name == "settings" else importlib.import_module(f"mlx_lora.cli.{name}").main
     out, err, trace, code = io.StringIO(), io.StringIO(), "", 0
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            main.main([str(part) for part in arguments], prog_name=f"mlx_lora.{name}")
+            main.main([str(part) for part in arguments], prog_name=f"mlx-lora {name}")
         except SystemExit as end:
             code = end.code or 0
         except BaseException:  # anything that got through is what the fuzzer looks for
