@@ -102,7 +102,8 @@ def wired_more_than_the_working_set(folder):
 
 
 def the_device(folder):
-    from mlx_lora.utils import device, process
+    from mlx_lora.utils import device
+    from mlx_lora.utils import text as process
 
     here = device.current_device()
     device.wire_working_set()

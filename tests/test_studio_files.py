@@ -10,7 +10,7 @@ import pytest
 
 from mlx_lora.reports import charts as page_template
 
-PAGES = Path(page_template.__file__).parents[1] / "workbench" / "pages"
+PAGES = Path(page_template.__file__).parents[1] / "studio" / "pages"
 VENDOR = PAGES / "vendor"
 TOKENS = (Path(page_template.__file__).parent / "pages" / "tokens.css").read_text(encoding="utf-8")
 OWN = sorted(PAGES.glob("*.js"))
