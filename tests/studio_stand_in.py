@@ -13,26 +13,20 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from mlx_lora.studio import studio_app
-from mlx_lora.studio.setting_groups import setting_groups
+from mlx_lora.studio.page_words import setting_groups
+from mlx_lora.studio.places import find_places
+from mlx_lora.studio.app import page_routes
 from mlx_lora.studio.web import SafeHeaders
 
-PAGES = Path(studio_app.__file__).parent / "pages"
-PACKAGE = PAGES.parents[1]
-ELSEWHERE = {
-    "tokens.css": PACKAGE / "artifacts" / "pages" / "tokens.css",
-    "markdown.js": PACKAGE / "serving" / "pages" / "markdown.js",
-}
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">&lt;b&gt;'
 STATES = ("done", "done", "done", "stopped", "failed", "killed", "paused", "queued")
 PARTS = (("base", 760e6), ("adapter", 40e6), ("optimizer", 80e6), ("activations", 3.1e9), ("work ahead", 0.4e9))
@@ -68,16 +62,22 @@ class StandIn:
         events: of the running run, all sent as fast as the page takes them.
         hostile: what stands in a row of the data and in an answer.
         running: whether the first run goes on.
+        answers: to more requests than those of the page's own places, by their path under /api.
     """
 
     def __init__(
-        self, n_runs: int = 12, events: tuple[dict[str, Any], ...] = (), hostile: str = HOSTILE, running: bool = True
+        self,
+        n_runs: int = 12,
+        events: tuple[dict[str, Any], ...] = (),
+        hostile: str = HOSTILE,
+        running: bool = True,
+        answers: dict[str, Any] | None = None,
     ):
         self.runs = [run_row(n, "running" if n == 0 and running else None) for n in range(n_runs)]
         self._events, self._hostile, self.asked = events, hostile, [("", {})]
+        self._answers = answers or {}
         routes = [
-            Route("/", lambda request: FileResponse(PAGES / "index.html")),
-            Route("/static/{path:path}", self._file),
+            *page_routes(find_places()),
             Route("/api/tasks/events", self._quiet),
             Route("/api/runs/{id}/events", self._live),
             Route("/api/talk", self._talk, methods=["POST"]),
@@ -99,10 +99,6 @@ class StandIn:
         self._server.should_exit = True
         self._thread.join(timeout=10)
         self._socket.close()
-
-    async def _file(self, request: Request) -> Response:
-        name = request.path_params["path"]
-        return FileResponse(ELSEWHERE.get(name, PAGES / name))
 
     async def _quiet(self, request: Request) -> Response:
         async def nothing() -> AsyncIterator[bytes]:
@@ -167,7 +163,7 @@ class StandIn:
             "train/plan": run_plan_of(body),
             "train/start": {"run": self.runs[0]["id"]}, "queue": {"queue": [run for run in self.runs if run["state"] == "queued"][:3]},
             "runs": {"runs": self.runs}, "adapters": {"adapters": ADAPTERS}, "talk/close": {}, "export/needs": NEEDS,
-            "export": {"task": "t1", "command": "mlx-lora export --to gguf"},
+            "export": {"task": "t1", "command": "mlx-lora export --to gguf"}, **self._answers,
         }.get(path)  # fmt: skip
         return (
             JSONResponse({"error": {"message": f"{path}: no such place"}}, 404)

@@ -203,7 +203,7 @@ def test_what_a_model_says_is_text(page):
     assert page.run(SHOWN) == [evil * 2] * 2
     assert page.run("document.querySelector('.question').textContent") == evil
     assert page.run("document.querySelectorAll('#log img, #log script, #log b').length") == 0
-    assert page.run("document.title") == "mlx_lora chat"
+    assert page.run("document.title") == "mlx-lora chat"
     assert page.problems == []
 
 
@@ -372,5 +372,5 @@ def test_wide_and_narrow_light_and_dark(live, server, width, dark):
     else:
         assert right[1] == left[1]
         assert right[0] > left[0]
-    assert (live.run("getComputedStyle(document.body).backgroundColor") == "rgb(253, 253, 251)") is not dark
+    assert (live.run("getComputedStyle(document.body).backgroundColor") == "rgb(245, 245, 247)") is not dark
     assert live.problems == []

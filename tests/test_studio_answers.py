@@ -12,8 +12,8 @@ from studio_real import PATIENCE_MS
 from studio_real import studio as real_studio
 
 from mlx_lora.reports.evaluation import EVALUATION_FILE, keep_evaluation
-from mlx_lora.studio.evaluation_routes import MOST_TEXT, words_of_asking
-from mlx_lora.studio.run_states import run_id
+from mlx_lora.studio.run_folders import run_id
+from mlx_lora.studio.run_measurements import MOST_TEXT, words_of_asking
 from mlx_lora.studio.tasks import Tasks
 
 CHANGE = {"change": -1.0, "low": -1.5, "high": -0.5, "rows": 9}

@@ -9,7 +9,7 @@ import pytest
 from studio_client import furnish, studio, write_run
 
 from mlx_lora.cli.train import main as train
-from mlx_lora.studio.run_states import run_id
+from mlx_lora.studio.run_folders import run_id
 from mlx_lora.trainer.run_folder import KnownRun, known_runs, note_run, runs_file
 
 

@@ -13,8 +13,8 @@ from studio_client import furnish, studio, upload, wait_for
 
 from mlx_lora.config.settings import FIELDS
 from mlx_lora.studio.model_stores import ollama_models
-from mlx_lora.studio.run_plans import Plans
-from mlx_lora.studio.setting_groups import OWN
+from mlx_lora.studio.page_words import OWN
+from mlx_lora.studio.plans import Plans
 from mlx_lora.studio.tasks import Tasks
 
 
@@ -282,7 +282,7 @@ def test_large_data_is_read_in_a_process_of_its_own(client, named, monkeypatch):
 
 
 def test_the_hub_out_of_reach_is_one_line(client, monkeypatch):
-    from mlx_lora.studio import model_routes
+    from mlx_lora.studio.places import model as model_routes
 
     def unreachable():
         raise OSError("no route to host")

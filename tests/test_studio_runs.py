@@ -13,9 +13,9 @@ import pytest
 from studio_client import metric, state_of, studio, write_run
 
 from mlx_lora.studio.metrics_reading import MOST_POINTS, Tail, read_columns
-from mlx_lora.studio.run_routes import RunNews
-from mlx_lora.studio.run_states import Started, read_started, run_id
-from mlx_lora.studio.run_states import state_of as state_of_folder
+from mlx_lora.studio.places.runs import RunNews
+from mlx_lora.studio.run_folders import Started, read_started, run_id
+from mlx_lora.studio.run_folders import state_of as state_of_folder
 from mlx_lora.trainer.checkpoint import lock_holder, locked
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import start_mark
@@ -149,7 +149,7 @@ def test_news_come_once(tmp_path):
 MEMORY_OF_NEWS = """
 import json, sys, tracemalloc
 from pathlib import Path
-from mlx_lora.studio.run_routes import RunNews
+from mlx_lora.studio.places.runs import RunNews
 
 folder, row = Path(sys.argv[1]), json.loads(sys.argv[2])
 news, read = RunNews(folder, lambda: {"step": 5}), 0
@@ -218,7 +218,7 @@ def test_the_queue_waits_is_ordered_and_outlives_the_server(home, monkeypatch):
     def refuse(*_, **__):  # it would ask the hub for a model that does not exist
         raise InputError("not planned here")
 
-    monkeypatch.setattr("mlx_lora.studio.run_plans.Plans._planned", refuse)
+    monkeypatch.setattr("mlx_lora.studio.plans.Plans._planned", refuse)
     busy = write_run(home / "runs" / "busy", ended=False)
     settings = {"model": "org/model", "data": "tiny-shakespeare", "iters": 3}
     with (busy / ".lock").open("w") as lock:

@@ -9,7 +9,7 @@ import pytest
 from studio_client import UPLOAD, furnish, studio, upload, write_run
 
 from mlx_lora.studio import previews
-from mlx_lora.studio.run_states import run_id
+from mlx_lora.studio.run_folders import run_id
 from mlx_lora.studio.web import POLICY
 from mlx_lora.utils.errors import InputError
 
@@ -67,7 +67,7 @@ def unplanned(monkeypatch):
     def refuse(*_, **__):
         raise InputError("not planned here")
 
-    monkeypatch.setattr("mlx_lora.studio.run_plans.Plans._planned", refuse)
+    monkeypatch.setattr("mlx_lora.studio.plans.Plans._planned", refuse)
 
 
 def message(answer) -> str:
@@ -255,6 +255,9 @@ def test_a_name_is_no_path(client, unplanned, name):
 def test_files_beside_the_page_cannot_be_read(client):
     for path in ("/static/../web.py", "/static/%2e%2e/web.py", "/static/..%2fweb.py", "/static//etc/passwd"):
         assert client.get(path).status_code in (400, 404)
+    assert client.get("/static/places/data.js").status_code == 200
+    for path in ("/static/places/data.py", "/static/places/__init__.py", "/static/places/", "/static/places/x.js"):
+        assert client.get(path).status_code == 404
 
 
 def test_what_the_studio_downloads_is_a_hub_id(client):

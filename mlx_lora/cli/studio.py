@@ -90,9 +90,9 @@ def main(
         raise InputError(f"studio: {' and '.join(missing)} not installed; pip install 'mlx-lora[serve]'")
     # Imported here, because packages that they need may not be installed.
     from mlx_lora.serving.guard import GuardLimits, is_local
-    from mlx_lora.studio.data_routes import UPLOAD
-    from mlx_lora.studio.places import Places
-    from mlx_lora.studio.studio_app import make_studio
+    from mlx_lora.studio.folders import Folders
+    from mlx_lora.studio.places.data import UPLOAD
+    from mlx_lora.studio.app import make_studio
     from mlx_lora.trainer.run_folder import runs_file
 
     key = api_key or os.environ.get(KEY_VARIABLE) or None
@@ -100,7 +100,7 @@ def main(
         raise InputError(
             f"--host {host}: reachable from other machines and no API key; set {KEY_VARIABLE}, or use 127.0.0.1"
         )
-    places = Places(
+    folders = Folders(
         Path(home).expanduser().resolve(),
         folders_of("--model-folder", model_folders),
         folders_of("--data-folder", data_folders),
@@ -108,7 +108,7 @@ def main(
         runs_file(),
     )
     try:
-        places.make()
+        folders.make()
     except OSError as error:
         raise InputError(f"--home {home}: cannot be made ({error.strerror or error}); choose another folder") from None
     guard = GuardLimits(
@@ -119,8 +119,8 @@ def main(
         open_folder="/static/",
         streamed=(UPLOAD,),
     )
-    with only_one(places.home):
-        run_studio(make_studio(places, guard, parse_size(max_upload)), host, port, browser)
+    with only_one(folders.home):
+        run_studio(make_studio(folders, guard, parse_size(max_upload)), host, port, browser)
 
 
 @contextlib.contextmanager

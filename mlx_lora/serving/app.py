@@ -4,8 +4,8 @@ Send an answer from the engine's thread to one client, complete or as a stream, 
 
 Serve the chat page, which shows two models side by side in a browser and uses the same endpoints as other clients.
 
-The page, `pages/chat.html`, is served as a single file, with `pages/markdown.js` and the common
-tokens.css inside. Its policy only allows its own script and style to run, whatever a model
+The page, `pages/chat.html`, is served as a single file, with its scripts `pages/markdown.js` and
+`pages/chat.js` and the common tokens.css inside. Its policy only allows its own script and style to run, whatever a model
 writes. It has no secrets, so it is served without an API key; its requests to the server need the key.
 
 Render the server's counters in Prometheus' text format.
@@ -197,7 +197,7 @@ async def send_stream(
 
 
 FOLDER = Path(__file__).parent / "pages"
-SCRIPTS = ("markdown.js",)  # each stands in the page where a line names it
+SCRIPTS = ("markdown.js", "chat.js")  # each stands in the page where a line names it
 
 
 def page_route() -> Route:

@@ -17,7 +17,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from mlx_lora.gguf.arch import model_config
 from mlx_lora.gguf.reader import is_gguf, read_gguf
 from mlx_lora.models.folder import FOREIGN_ERRORS, import_architecture, read_safetensors_header, short
-from mlx_lora.studio.places import Places
+from mlx_lora.studio.folders import Folders
 from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.downloads import GEMMA3_GGUF, SMOLLM2_GGUF
 from mlx_lora.utils.errors import InputError
@@ -52,14 +52,14 @@ class Found:
 class ModelStores:
     """All models of a studio, with what their headers say, which is kept on disk."""
 
-    def __init__(self, places: Places):
-        self._places = places
-        self._facts_file = places.home / "models" / ".facts.json"
+    def __init__(self, folders: Folders):
+        self._folders = folders
+        self._facts_file = folders.home / "models" / ".facts.json"
         self._facts: dict[str, dict[str, Any]] = _json(self._facts_file) or {}
 
     def stores(self) -> list[dict[str, Any]]:
         """Return the places that are searched."""
-        listed = [("hub", Path(HF_HUB_CACHE)), *(("folder", folder) for folder in self._places.all_models)]
+        listed = [("hub", Path(HF_HUB_CACHE)), *(("folder", folder) for folder in self._folders.all_models)]
         listed += [("ollama", ollama_store()), *(("lmstudio", folder) for folder in lmstudio_stores())]
         return [{"kind": kind, "path": str(path), "exists": path.is_dir()} for kind, path in listed]
 
@@ -67,7 +67,7 @@ class ModelStores:
         """Return the folders that a model of a request may lie in, resolved."""
         stores = (Path(HF_HUB_CACHE), ollama_store(), *lmstudio_stores())
         # Besides the stores, the folder of the embedded models, which this program itself downloads.
-        return (*self._places.all_models, *(store.resolve() for store in (*stores, cache_dir("models"))))
+        return (*self._folders.all_models, *(store.resolve() for store in (*stores, cache_dir("models"))))
 
     def listed(self) -> list[dict[str, Any]]:
         """Return all models, each with what is known of it."""
@@ -86,9 +86,9 @@ class ModelStores:
         embedded = [cache_dir("models") / model.file_name for model in (SMOLLM2_GGUF, GEMMA3_GGUF)]
         found = [Found(str(path), path.stem, "embedded", path) for path in embedded if path.is_file()]
         found += hub_models(Path(HF_HUB_CACHE))
-        for folder in self._places.all_models:
+        for folder in self._folders.all_models:
             found += folder_models(folder)
-        found += ollama_models(ollama_store(), self._places.models / "ollama")
+        found += ollama_models(ollama_store(), self._folders.models / "ollama")
         for folder in lmstudio_stores():
             found += [Found(one.id, one.name, "lmstudio", one.path) for one in folder_models(folder)]
         seen: dict[str, Found] = {}

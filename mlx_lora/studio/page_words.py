@@ -1,4 +1,4 @@
-"""Say in the page's words what the settings say in the command's: a field's label instead of its flag.
+"""Say in the page's words what the settings say in the command's: labels instead of flags, and all settings in groups.
 
 The command shown on the page keeps its flags, and so does anything between backticks.
 """
@@ -6,9 +6,11 @@ The command shown on the page keeps its flags, and so does anything between back
 from __future__ import annotations
 
 import re
+from typing import Any
 
-from mlx_lora.config.fields import flag_of
-from mlx_lora.config.settings import FIELDS
+from mlx_lora.config.fields import field_type, flag_of
+from mlx_lora.config.settings import FIELDS, ROWS
+from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS
 
 # Labels that are not simply the setting's name.
 LABELS = {
@@ -48,6 +50,10 @@ HELP = {
 }
 _ONLY_THERE = re.compile(r"[;,]? ?\(?(?:also |as )?the flag without a value\)?(?=[,);])|, as convert --bits does")
 _FLAG = re.compile(r"`[^`]*`|(?<![\w-])--(no-)?([a-z][a-z0-9]*(?:-[a-z0-9]+)*)(?![\w-])")
+# What the studio decides itself: where a run goes, and whether it continues one.
+OWN = frozenset(("adapter_path", "resume", "force", "train", "fine_tune_type", "trust_remote_code"))
+TYPES = {str: "text", int: "int", float: "float", bool: "bool"}
+UNBOUNDED = 10**12  # the upper bound of a setting without one
 
 
 def label_of(name: str) -> str:
@@ -84,3 +90,21 @@ def fields_in(text: str) -> list[str]:
     """Return the settings whose flags a message names, each once, in its order."""
     names = [found[2].replace("-", "_") for found in _FLAG.finditer(text) if found[2]]
     return [name for name in dict.fromkeys(names) if name in FIELDS and f"--{name}".replace("_", "-") == flag_of(name)]
+
+
+def setting_groups() -> list[dict[str, Any]]:
+    """Return every setting that the page may offer, in the groups of --help-all."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, field in FIELDS.items():
+        row = ROWS[name]
+        if name in OWN:
+            continue
+        low = row.more_than if row.at_least is None else row.at_least
+        bounds = None if low is None else [low, None if row.at_most >= UNBOUNDED else row.at_most]
+        choices = tuple(OBJECTIVES) if name == "objective" else row.choices
+        groups.setdefault(row.group, []).append({
+            "name": name, "label": label_of(name), "flag": flag_of(name), "type": "choice" if choices else TYPES[field_type(field)],
+            "default": field.default, "choices": choices, "range": bounds, "exclusive": row.more_than is not None,
+            "help": help_words(name, row.help), "common": row.common, "method": row.method, "objectives": OWN_OPTIONS.get(name),
+        })  # fmt: skip
+    return [{"name": name, "settings": settings} for name, settings in groups.items()]

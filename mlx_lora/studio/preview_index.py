@@ -3,16 +3,22 @@
 FOLDER/tokens.npy mask.npy offsets.npy     the rows, as `train` would encode them
        examples.npy                        (E, 6) int32: file, line, form, whether cut, the first equal example or -1, split
        meta.json                           names, counts, histogram, refused records, notes
+
+A large data set is encoded in a process of its own, so that the server goes on answering:
+
+    python -m mlx_lora.studio.preview_index REQUEST.json FOLDER
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
 from mlx_lora.config.load import train_settings
@@ -37,7 +43,8 @@ from mlx_lora.data.teacher_prompt import read_teacher_prompt
 from mlx_lora.data.tokenize import Encoded
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.utils.files import replacing_folder
+from mlx_lora.utils import console
+from mlx_lora.utils.files import replacing_file, replacing_folder
 from mlx_lora.utils.parsing import read_json
 
 SPLITS = ("train", "valid", "test")
@@ -48,6 +55,7 @@ FILE, LINE, FORM, CUT, DOUBLED, SPLIT = range(6)
 META = "meta.json"
 REPORT_EVERY = 500  # records that are parsed
 Report = Callable[[int, int | None], None]
+PROGRESS = "progress.json"
 
 
 def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda done, total: None) -> None:
@@ -212,3 +220,21 @@ def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     width = max(1, -(-(int(lengths.max()) + 1) // BARS))
     counts = np.bincount(lengths // width)
     return [{"from": i * width, "to": (i + 1) * width - 1, "count": int(n)} for i, n in enumerate(counts)]
+
+
+@click.command(cls=console.Command)
+@click.argument("request", type=click.Path(path_type=Path, exists=True))
+@click.argument("folder", type=click.Path(path_type=Path))
+def main(request: Path, folder: Path) -> None:
+    """Write the index of the data that REQUEST names into FOLDER."""
+    asked = json.loads(request.read_text(encoding="utf-8"))
+
+    def report(done: int, total: int | None) -> None:
+        with replacing_file(request.with_name(PROGRESS)) as temporary:
+            temporary.write_text(json.dumps([done, total]), encoding="utf-8")
+
+    build_index(asked, folder, report)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

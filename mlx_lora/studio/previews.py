@@ -18,12 +18,10 @@ from mlx_lora.data.report import row_pieces
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.studio.child_processes import ended_words, start_child
 from mlx_lora.studio.model_stores import local_model
 from mlx_lora.studio.page_words import in_page_words
-from mlx_lora.studio.preview_index import CUT, DOUBLED, FILE, FORM, LINE, META, SPLIT, SPLITS, build_index
-from mlx_lora.studio.preview_worker import PROGRESS
-from mlx_lora.studio.tasks import Cancelled, Task, Tasks, last_line
+from mlx_lora.studio.preview_index import CUT, DOUBLED, FILE, FORM, LINE, META, PROGRESS, SPLIT, SPLITS, build_index
+from mlx_lora.studio.tasks import Cancelled, Task, Tasks, ended_words, last_line, start_child
 from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import sha256_of
@@ -124,7 +122,7 @@ class Previews:
         room = self._logs / f"data-{task.id}"
         room.mkdir(parents=True)
         (room / "request.json").write_text(json.dumps(asked), encoding="utf-8")
-        child = start_child(["workbench.preview_worker", str(room / "request.json"), str(folder)], room / "log")
+        child = start_child(["studio.preview_index", str(room / "request.json"), str(folder)], room / "log")
         while child.poll() is None:
             if not task.wanted.is_set():
                 child.kill()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import secrets
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -19,10 +22,10 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.studio.child_processes import ended_words, start_child
 from mlx_lora.studio.page_words import in_page_words
 from mlx_lora.studio.web import events, json_route
 from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.text import MODULE
 
 KEPT = 50  # finished tasks that are still listed
 POLL_S = 0.3
@@ -176,7 +179,7 @@ class Tasks:
 
         Args:
             kind, title: of the task.
-            words: the command's name and arguments.
+            words: the command's name, or a module below this package (`studio.downloads`), and its arguments.
             result: of the task, if the command succeeds.
             watch: called from time to time, to tell how far it is.
             cwd: the folder that relative names start from; None: the studio's own.
@@ -222,3 +225,37 @@ def _end(child: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
+
+
+def start_child(
+    words: list[str], log: Path, append: bool = False, result: Path | None = None, cwd: str | None = None
+) -> subprocess.Popen:
+    """Start a command in a session of its own, with its output in a file.
+
+    Args:
+        words: the command's name, or a module below this package (`studio.downloads`), and its arguments.
+        log: where its output goes.
+        append: keep what the file has.
+        result: where its standard output goes, apart from the rest; None: into the log too.
+        cwd: the folder that its relative names start from, if it is still there; None: the studio's own.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    first, *rest = words
+    with contextlib.ExitStack() as files:
+        output = files.enter_context(log.open("ab" if append else "wb"))
+        return subprocess.Popen(
+            [sys.executable, "-m", *([f"{MODULE}.{first}"] if "." in first else [MODULE, first]), *rest],
+            stdin=subprocess.DEVNULL,
+            stdout=files.enter_context(result.open("wb")) if result else output,
+            stderr=output,
+            start_new_session=True,
+            cwd=cwd if cwd and os.path.isdir(cwd) else None,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+
+
+def ended_words(code: int, line: str) -> str:
+    """Return why a command failed: its own last line, or the signal that ended it."""
+    if code < 0:
+        return f"ended by {signal.Signals(-code).name}; start it again"
+    return line.removeprefix("Error: ") or f"ended with code {code}; run the command in a terminal to see why"

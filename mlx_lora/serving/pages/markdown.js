@@ -1,7 +1,8 @@
 // A model's text as elements: paragraphs, headings, lists, quotes, bold, italics, inline code and code blocks.
 // It makes elements and sets textContent; it never parses markup, so whatever a model writes is only ever text.
 // Links are written out, not made: a model's address should be read before it is followed.
-const INLINE = /(`+)([^`]|[^`][\s\S]*?[^`])\1(?!`)|\*\*(?=\S)([\s\S]*?\S)\*\*|(?<![\w*])\*(?=[^\s*])([^*]*?[^\s*])\*(?![\w*])/;
+const INLINE =
+  /(`+)([^`]|[^`][\s\S]*?[^`])\1(?!`)|\*\*(?=\S)([\s\S]*?\S)\*\*|(?<![\w*])\*(?=[^\s*])([^*]*?[^\s*])\*(?![\w*])/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
 const FENCE = /^\s*(```+|~~~+)\s*([\w+#.-]*)[^`]*$/;
 
@@ -15,7 +16,10 @@ function inline(text) {
   const parts = [];
   for (let rest = text; rest; ) {
     const found = INLINE.exec(rest);
-    if (!found) { parts.push(rest); break; }
+    if (!found) {
+      parts.push(rest);
+      break;
+    }
     const [whole, , code, bold, italic] = found;
     if (found.index) parts.push(rest.slice(0, found.index));
     if (code !== undefined) parts.push(element("code", code.replace(/^ (.*) $/, "$1")));
@@ -27,15 +31,19 @@ function inline(text) {
 }
 
 // Returns the elements of a text, which may be unfinished: an open code block reaches to its end.
+// biome-ignore lint/correctness/noUnusedVariables: the chat page and the studio's page call it.
 function markdown(text) {
-  const blocks = [], lines = text.split("\n");
+  const blocks = [];
+  const lines = text.split("\n");
   let paragraph = [];
   const flush = () => {
     if (paragraph.length) blocks.push(element("p", ...inline(paragraph.join("\n"))));
     paragraph = [];
   };
   for (let at = 0; at < lines.length; at++) {
-    const line = lines[at], fence = FENCE.exec(line), heading = /^#{1,6}\s+(.*)$/.exec(line);
+    const line = lines[at];
+    const fence = FENCE.exec(line);
+    const heading = /^#{1,6}\s+(.*)$/.exec(line);
     if (fence) {
       flush();
       const code = [];
@@ -54,7 +62,9 @@ function markdown(text) {
       flush();
       const quoted = [line];
       while (at + 1 < lines.length && /^>\s?/.test(lines[at + 1])) quoted.push(lines[++at]);
-      blocks.push(element("blockquote", element("p", ...inline(quoted.map((one) => one.replace(/^>\s?/, "")).join("\n")))));
+      blocks.push(
+        element("blockquote", element("p", ...inline(quoted.map((one) => one.replace(/^>\s?/, "")).join("\n")))),
+      );
     } else if (line.trim()) paragraph.push(line);
     else flush();
   }

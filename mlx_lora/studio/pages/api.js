@@ -11,17 +11,28 @@ export class Refused extends Error {
   }
 }
 
-export const onKeyWanted = (listener) => { whenKeyIsWanted = listener; };
-export const useKey = (text) => { key = text; };
+export const onKeyWanted = (listener) => {
+  whenKeyIsWanted = listener;
+};
+export const useKey = (text) => {
+  key = text;
+};
 
 const headersOf = (more = {}) => (key === null ? more : { ...more, Authorization: "Bearer " + key });
 
 function refusal(status, body) {
   if (status === 401) {
     whenKeyIsWanted(key !== null);
-    return new Refused(key === null ? "the server needs an API key" : "the server does not accept this API key", status);
+    return new Refused(
+      key === null ? "the server needs an API key" : "the server does not accept this API key",
+      status,
+    );
   }
-  try { return new Refused(JSON.parse(body).error.message, status); } catch { /* no JSON: the status has to do */ }
+  try {
+    return new Refused(JSON.parse(body).error.message, status);
+  } catch {
+    /* no JSON: the status has to do */
+  }
   return new Refused(`the server answered with status ${status}`, status);
 }
 
@@ -30,7 +41,9 @@ async function call(method, path, body, signal) {
   const options = { method, headers, signal, credentials: "omit", cache: "no-store" };
   if (body !== undefined) options.body = JSON.stringify(body);
   let response;
-  try { response = await fetch("/api/" + path, options); } catch (error) {
+  try {
+    response = await fetch("/api/" + path, options);
+  } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Refused("the studio's server does not answer; start `mlx-lora studio` again, runs go on without it");
   }
@@ -38,13 +51,15 @@ async function call(method, path, body, signal) {
   return response;
 }
 
-const get = async (path, signal) => (await call("GET", path, undefined, signal)).json();
-const post = async (path, body = {}, signal) => (await call("POST", path, body, signal)).json();
+// A new place asks with these two; what they refuse is an error whose message is the server's own line.
+export const get = async (path, signal) => (await call("GET", path, undefined, signal)).json();
+export const post = async (path, body = {}, signal) => (await call("POST", path, body, signal)).json();
 const part = encodeURIComponent;
 
 // The JSON objects of server-sent events, as they come. Comment lines (": alive") keep the connection and are skipped.
 async function* events(response) {
-  const reader = response.body.getReader(), decoder = new TextDecoder();
+  const reader = response.body.getReader();
+  const decoder = new TextDecoder();
   let rest = "";
   for (;;) {
     const { done, value } = await reader.read();
@@ -52,7 +67,11 @@ async function* events(response) {
     const whole = rest.split(/\r?\n\r?\n/);
     rest = whole.pop();
     for (const event of whole) {
-      const data = event.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trimStart()).join("\n");
+      const data = event
+        .split(/\r?\n/)
+        .filter((line) => line.startsWith("data:"))
+        .map((line) => line.slice(5).trimStart())
+        .join("\n");
       if (data === "[DONE]") return;
       if (data) yield JSON.parse(data);
     }
@@ -60,13 +79,22 @@ async function* events(response) {
   }
 }
 
-const wait = (ms, signal) => new Promise((resolve) => {
-  const timer = setTimeout(resolve, ms);
-  signal.addEventListener("abort", () => { clearTimeout(timer); resolve(); }, { once: true });
-});
+const wait = (ms, signal) =>
+  new Promise((resolve) => {
+    const timer = setTimeout(resolve, ms);
+    signal.addEventListener(
+      "abort",
+      () => {
+        clearTimeout(timer);
+        resolve();
+      },
+      { once: true },
+    );
+  });
 
-// Follow a stream until `signal`; connect again, ever more slowly, when the server went away. `heard` returns true to end it.
-// `lost` is called after each connection that ended, because what was sent meanwhile is not sent again; it returns true to end.
+// Follow a stream until `signal`; connect again, ever more slowly, when the server went away. `heard` returns true to
+// end it. `lost` is called after each connection that ended, because what was sent meanwhile is not sent again; it
+// returns true to end.
 async function follow(path, heard, signal, lost = () => false) {
   for (let pause = 500; !signal.aborted; pause = Math.min(pause * 2, 8000)) {
     try {
@@ -104,9 +132,13 @@ export function uploadFile(file, progress) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
     request.open("POST", "/api/data/upload?name=" + part(file.name));
-    for (const [name, value] of Object.entries(headersOf({ "Content-Type": "application/octet-stream" }))) request.setRequestHeader(name, value);
+    for (const [name, value] of Object.entries(headersOf({ "Content-Type": "application/octet-stream" })))
+      request.setRequestHeader(name, value);
     request.upload.onprogress = (event) => progress(event.lengthComputable ? event.loaded / event.total : null);
-    request.onload = () => (request.status < 300 ? resolve(JSON.parse(request.responseText)) : reject(refusal(request.status, request.responseText)));
+    request.onload = () =>
+      request.status < 300
+        ? resolve(JSON.parse(request.responseText))
+        : reject(refusal(request.status, request.responseText));
     request.onerror = () => reject(new Refused(`${file.name}: the file was not taken; the server does not answer`));
     request.send(file);
   });
@@ -126,7 +158,8 @@ export const removeFromQueue = (run) => post("queue/remove", { run });
 
 export const readRuns = () => get("runs");
 export const readRun = (id, signal) => get("runs/" + part(id), signal);
-export const followRun = (id, after, heard, signal, lost) => follow(`runs/${part(id)}/events?after=${after}`, heard, signal, lost);
+export const followRun = (id, after, heard, signal, lost) =>
+  follow(`runs/${part(id)}/events?after=${after}`, heard, signal, lost);
 export const steerRun = (id, verb) => post(`runs/${part(id)}/${verb}`);
 export const measureForgetting = (id) => post(`runs/${part(id)}/forgetting`);
 export const askBoth = (id, data) => post(`runs/${part(id)}/evaluation`, data ? { data } : {});

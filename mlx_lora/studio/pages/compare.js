@@ -6,31 +6,147 @@ import { Chart, joined } from "./chart.js";
 import { bytes, count, duration, loss, rate, value } from "./format.js";
 import * as api from "./api.js";
 
-const CURVES = [["loss", "Loss", loss], ["val_loss", "Held-out loss", loss], ["tokens_per_s", "Speed, tokens/s", rate], ["peak_memory_bytes", "Peak memory", bytes]];
-const RESULTS = [["state", (run) => html`<${StateChip} state=${run.state} />`], ["steps", (run) => count(run.step || 0)], ["loss", (run) => loss(run.loss)], ["held-out loss", (run) => loss(run.val_loss)], ["tokens/s", (run) => rate(run.tokens_per_s)], ["peak memory", (run) => bytes(run.peak_bytes)], ["time", (run) => duration(run.seconds)], ["what was forgotten", (run) => run.forgetting?.sentence || "not measured"]];
+const CURVES = [
+  ["loss", "Loss", loss],
+  ["val_loss", "Held-out loss", loss],
+  ["tokens_per_s", "Speed, tokens/s", rate],
+  ["peak_memory_bytes", "Peak memory", bytes],
+];
+const RESULTS = [
+  ["state", (run) => html`<${StateChip} state=${run.state} />`],
+  ["steps", (run) => count(run.step || 0)],
+  ["loss", (run) => loss(run.loss)],
+  ["held-out loss", (run) => loss(run.val_loss)],
+  ["tokens/s", (run) => rate(run.tokens_per_s)],
+  ["peak memory", (run) => bytes(run.peak_bytes)],
+  ["time", (run) => duration(run.seconds)],
+  ["what was forgotten", (run) => run.forgetting?.sentence || "not measured"],
+];
 // These differ between any two runs, and say nothing about how they were trained.
 const NAMES_ONLY = new Set(["adapter_path", "resume", "force"]);
 
 function Curve({ runs, name, title, words }) {
   const data = useMemo(() => joined(runs, name), [runs]);
   if (!data.slice(1).some((values) => values.some((one) => one !== null))) return null;
-  return html`<${Chart} title=${title} series=${runs.map((run, n) => ({ label: run.name, color: "c" + n, dots: name === "val_loss" }))} data=${data} words=${words} zero=${!name.endsWith("loss")} height=${230} />`;
+  return html`
+    <${Chart}
+      title=${title}
+      series=${runs.map((run, n) => ({ label: run.name, color: "c" + n, dots: name === "val_loss" }))}
+      data=${data}
+      words=${words}
+      zero=${!name.endsWith("loss")}
+      height=${230}
+    />
+  `;
 }
 
 function Table({ runs }) {
-  const [all, setAll] = useState(false), names = [...new Set(runs.flatMap((run) => Object.keys(run.settings || {})))].filter((name) => !NAMES_ONLY.has(name));
-  const differ = names.filter((name) => new Set(runs.map((run) => JSON.stringify(run.settings?.[name] ?? null))).size > 1), same = names.filter((name) => !differ.includes(name));
-  const row = (name, cells, kind) => html`<tr key=${name} class=${kind}><th scope="row">${name}</th>${cells.map((one, n) => html`<td key=${n} class="wrap number left">${one}</td>`)}</tr>`;
-  return html`<${Card} title="Side by side" actions=${html`<label class="check"><input type="checkbox" checked=${all} onChange=${() => setAll(!all)} /> Also equal settings</label>`}>
-    <div class="scroll" tabindex="0" role="region" aria-label="Runs side by side"><table class="side-by-side"><thead><tr><td></td>${runs.map((run, n) => html`<th key=${run.id} scope="col"><span class=${"stroke c" + n}></span><a href=${linkTo("runs", run.id)}>${run.name}</a></th>`)}</tr></thead>
-      <tbody>${RESULTS.map(([name, tell]) => row(name, runs.map(tell)))}</tbody>
-      <tbody><tr><th class="group" scope="rowgroup" colspan=${runs.length + 1}>${differ.length ? "Settings that differ" : "All settings are equal"}</th></tr>${differ.map((name) => row(name, runs.map((run) => value(run.settings?.[name])), "differs"))}</tbody>
-      ${all && html`<tbody><tr><th class="group" scope="rowgroup" colspan=${runs.length + 1}>Equal settings</th></tr>${same.map((name) => row(name, runs.map((run) => value(run.settings?.[name]))))}</tbody>`}</table></div><//>`;
+  const [all, setAll] = useState(false);
+  const names = [...new Set(runs.flatMap((run) => Object.keys(run.settings || {})))].filter(
+    (name) => !NAMES_ONLY.has(name),
+  );
+  const differ = names.filter(
+    (name) => new Set(runs.map((run) => JSON.stringify(run.settings?.[name] ?? null))).size > 1,
+  );
+  const same = names.filter((name) => !differ.includes(name));
+  const row = (name, cells, kind) => html`
+    <tr key=${name} class=${kind}>
+      <th scope="row">${name}</th>
+      ${cells.map((one, n) => html`<td key=${n} class="wrap number left">${one}</td>`)}
+    </tr>
+  `;
+  return html`
+    <${Card}
+      title="Side by side"
+      actions=${html`
+        <label class="check">
+          <input type="checkbox" checked=${all} onChange=${() => setAll(!all)} /> Also equal settings
+        </label>
+      `}
+    >
+      <div class="scroll" tabindex="0" role="region" aria-label="Runs side by side">
+        <table class="side-by-side">
+          <thead>
+            <tr>
+              <td></td>
+              ${runs.map(
+                (run, n) => html`
+                  <th key=${run.id} scope="col">
+                    <span class=${"stroke c" + n}></span>
+                    <a href=${linkTo("runs", run.id)}>${run.name}</a>
+                  </th>
+                `,
+              )}
+            </tr>
+          </thead>
+          <tbody>${RESULTS.map(([name, tell]) => row(name, runs.map(tell)))}</tbody>
+          <tbody>
+            <tr>
+              <th class="group" scope="rowgroup" colspan=${runs.length + 1}>
+                ${differ.length ? "Settings that differ" : "All settings are equal"}
+              </th>
+            </tr>
+            ${differ.map((name) =>
+              row(
+                name,
+                runs.map((run) => value(run.settings?.[name])),
+                "differs",
+              ),
+            )}
+          </tbody>
+          ${
+            all &&
+            html`
+              <tbody>
+                <tr>
+                  <th class="group" scope="rowgroup" colspan=${runs.length + 1}>Equal settings</th>
+                </tr>
+                ${same.map((name) =>
+                  row(
+                    name,
+                    runs.map((run) => value(run.settings?.[name])),
+                  ),
+                )}
+              </tbody>
+            `
+          }
+        </table>
+      </div>
+    <//>
+  `;
 }
 
 export function Compare({ ids }) {
-  const [runs, problem, again] = useAsked((signal) => Promise.all(ids.map((id) => api.readRun(id, signal))), [ids.join()]);
-  return html`<a class="back" href=${linkTo("runs")}><${Icon} name="back" />All runs</a><${Heading} title="Compare">${runs ? `${runs.length} runs over the same steps. Point at a curve to read its values.` : ""}<//>
-    <${Problem} again=${again}>${problem}<//>${!runs && !problem && html`<${Waiting}>Reading the runs<//>`}
-    ${runs && html`<div class="stack"><${Card} title="Curves"><div class="charts compared">${CURVES.map(([name, title, words]) => html`<${Curve} key=${name} runs=${runs} name=${name} title=${title} words=${words} />`)}</div><//><${Table} runs=${runs} /></div>`}`;
+  const [runs, problem, again] = useAsked(
+    (signal) => Promise.all(ids.map((id) => api.readRun(id, signal))),
+    [ids.join()],
+  );
+  return html`
+    <a class="back" href=${linkTo("runs")}>
+      <${Icon} name="back" />
+      All runs
+    </a>
+    <${Heading} title="Compare">
+      ${runs ? `${runs.length} runs over the same steps. Point at a curve to read its values.` : ""}
+    <//>
+    <${Problem} again=${again}>${problem}<//>
+    ${!runs && !problem && html`<${Waiting}>Reading the runs<//>`}
+    ${
+      runs &&
+      html`
+        <div class="stack">
+          <${Card} title="Curves">
+            <div class="charts compared">
+              ${CURVES.map(
+                ([name, title, words]) => html`
+                  <${Curve} key=${name} runs=${runs} name=${name} title=${title} words=${words} />
+                `,
+              )}
+            </div>
+          <//>
+          <${Table} runs=${runs} />
+        </div>
+      `
+    }
+  `;
 }

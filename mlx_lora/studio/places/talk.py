@@ -1,4 +1,4 @@
-"""The routes of talk and of export."""
+"""The Talk place: answers in columns, and exports."""
 
 from __future__ import annotations
 
@@ -17,16 +17,25 @@ from starlette.routing import BaseRoute, Route
 from mlx_lora.api.export import READERS, ExportSettings
 from mlx_lora.gguf.write import TYPES
 from mlx_lora.serving.schema import ApiError, read_json
-from mlx_lora.studio.places import Places, safe_name
-from mlx_lora.studio.run_commands import Checker
+from mlx_lora.studio.folders import Checker, Folders, safe_name
+from mlx_lora.studio.places import Studio
 from mlx_lora.studio.talking import MOST_COLUMNS, MOST_PARTS, MOST_WEIGHT, Talk
 from mlx_lora.studio.tasks import Tasks
 from mlx_lora.studio.web import events, json_route
+from mlx_lora.utils.device import current_device
 from mlx_lora.utils.text import command_line
 
 FIELDS = ("messages", "max_tokens", "temperature", "seed", "top_p", "top_k", "stop")
 HUB = "hub"
 OPTIONS = {"gguf_type": "--gguf-type", "base_id": "--base-id", "ollama_base": "--ollama-base"}
+
+
+def routes(studio: Studio) -> list[BaseRoute]:
+    """Return the routes of talk and of export."""
+    talk = Talk(studio.listing.going_on, current_device().working_set_bytes)
+    studio.closing.callback(talk.close)
+    exports = ExportRoutes(studio.folders, studio.checker, studio.tasks)
+    return [*TalkRoutes(talk, studio.checker).routes(), *exports.routes()]
 
 
 class TalkRoutes:
@@ -87,8 +96,8 @@ class TalkRoutes:
 class ExportRoutes:
     """Exports, each a child process of the export command."""
 
-    def __init__(self, places: Places, checker: Checker, tasks: Tasks):
-        self._places, self._checker, self._tasks = places, checker, tasks
+    def __init__(self, folders: Folders, checker: Checker, tasks: Tasks):
+        self._folders, self._checker, self._tasks = folders, checker, tasks
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes."""
@@ -112,7 +121,7 @@ class ExportRoutes:
             raise ApiError(400, "options.repo: must be the hub id to upload to, owner/name", "invalid_value", "options")
         if kind in ("gguf", "gguf-adapter") and not name.endswith(".gguf"):
             name += ".gguf"
-        out = self._places.exports / name
+        out = self._folders.exports / name
         force = bool(options.get("force"))
         if out.exists() and not force:
             raise ApiError(409, f"out: there is {name} already; choose another name", "name_taken", "out")

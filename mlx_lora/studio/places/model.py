@@ -1,4 +1,4 @@
-"""The routes of models: what is on this disk, the hub's search, plans, downloads and conversions."""
+"""The Model place: what is on this disk, the hub's search, plans, downloads and conversions."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from starlette.requests import Request
 from starlette.routing import BaseRoute
 
 from mlx_lora.serving.schema import ApiError
+from mlx_lora.studio.folders import Checker, Folders, is_hub_model, safe_name
 from mlx_lora.studio.model_stores import ModelStores
-from mlx_lora.studio.places import Places, safe_name
-from mlx_lora.studio.run_commands import Checker, is_hub_model
-from mlx_lora.studio.run_plans import Plans, refused_plan, shown_plan
+from mlx_lora.studio.places import Studio
+from mlx_lora.studio.plans import Plans, refused_plan, shown_plan
 from mlx_lora.studio.tasks import Task, Tasks
 from mlx_lora.studio.web import json_route, text_of, whole_number
 from mlx_lora.utils.errors import InputError, first_line
@@ -31,11 +31,16 @@ KEPT_S = 10.0  # the list of models is searched again after this
 BITS = (2, 3, 4, 5, 6, 8)
 
 
+def routes(studio: Studio) -> list[BaseRoute]:
+    """Return the routes of models."""
+    return ModelRoutes(studio.folders, studio.stores, studio.checker, studio.plans, studio.tasks).routes()
+
+
 class ModelRoutes:
     """Models of a studio."""
 
-    def __init__(self, places: Places, stores: ModelStores, checker: Checker, plans: Plans, tasks: Tasks):
-        self._places, self._stores, self._checker = places, stores, checker
+    def __init__(self, folders: Folders, stores: ModelStores, checker: Checker, plans: Plans, tasks: Tasks):
+        self._folders, self._stores, self._checker = folders, stores, checker
         self._plans, self._tasks = plans, tasks
         self._listed: tuple[float, int, list[dict[str, Any]]] = (-KEPT_S, 0, [])
 
@@ -100,7 +105,7 @@ class ModelRoutes:
             if done != task.done:
                 self._tasks.change(task, done=done)
 
-        words = ["workbench.hub_download", model]
+        words = ["studio.downloads", model]
         return {"task": self._tasks.child("download", f"Download {model}", words, {"model": model}, watch).public()}
 
     def convert(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +114,7 @@ class ModelRoutes:
         bits = whole_number(body.get("bits"), "bits", 2, 8, 4)
         if bits not in BITS:
             raise ApiError(400, f"bits: must be one of {', '.join(map(str, BITS))}", "invalid_value", "bits")
-        out = self._places.models / name
+        out = self._folders.models / name
         if out.exists():
             raise ApiError(409, f"name: there is {name} already; choose another name", "name_taken", "name")
         words = ["convert", "--model", model, "--out", str(out), "--bits", str(bits)]

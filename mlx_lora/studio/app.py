@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -22,21 +22,12 @@ from mlx_lora.reports import charts as page_template
 from mlx_lora.serving import app as chat_page
 from mlx_lora.serving.guard import Guard, GuardLimits
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.studio.data_routes import DataRoutes
-from mlx_lora.studio.evaluation_routes import EvaluationRoutes
-from mlx_lora.studio.example_routes import ExampleRoutes
-from mlx_lora.studio.forgetting_routes import ForgettingRoutes
-from mlx_lora.studio.model_routes import ModelRoutes
+from mlx_lora.studio.control import RunControl
+from mlx_lora.studio.folders import Checker, Folders
 from mlx_lora.studio.model_stores import ModelStores
-from mlx_lora.studio.places import Places
-from mlx_lora.studio.previews import Previews
-from mlx_lora.studio.run_commands import Checker
-from mlx_lora.studio.run_control import RunControl
-from mlx_lora.studio.run_listing import RunListing
-from mlx_lora.studio.run_plans import Plans
-from mlx_lora.studio.run_routes import RunRoutes, TrainRoutes
-from mlx_lora.studio.talk_routes import ExportRoutes, TalkRoutes
-from mlx_lora.studio.talking import Talk
+from mlx_lora.studio.places import Place, Studio, find_places
+from mlx_lora.studio.plans import Plans
+from mlx_lora.studio.run_folders import RunListing
 from mlx_lora.studio.tasks import Tasks
 from mlx_lora.studio.web import SafeHeaders, json_route, told
 from mlx_lora.utils.device import current_device
@@ -53,7 +44,7 @@ SHARED = {
 class State:
     """GET /api/state: what the page shows at its top."""
 
-    def __init__(self, places: Places, key_required: bool, tasks: Tasks):
+    def __init__(self, folders: Folders, key_required: bool, tasks: Tasks):
         self._tasks = tasks
         device = current_device()
         self._fixed = {
@@ -64,7 +55,7 @@ class State:
                 "working_set_bytes": device.working_set_bytes,
                 "device": device.backend,
             },
-            "home": str(places.home),
+            "home": str(folders.home),
             "key_required": key_required,
         }
 
@@ -77,42 +68,22 @@ class State:
         return {**self._fixed, "tasks_running": self._tasks.running}
 
 
-def make_studio(places: Places, guard: GuardLimits, max_upload_bytes: int) -> Starlette:
+def make_studio(folders: Folders, guard: GuardLimits, max_upload_bytes: int) -> Starlette:
     """Return the studio as an ASGI application.
 
     Args:
-        places: its folders.
+        folders: its folders.
         guard: limits for requests.
         max_upload_bytes: of one file.
+
+    Raises:
+        RunError: a place lacks one of its files.
     """
-    logs = places.home / "logs"
-    tasks, stores = Tasks(logs), ModelStores(places)
-    plans, listing = Plans(tasks), RunListing(places)
-    checker = Checker(places, stores.roots(), listing.bases)
-    control = RunControl(places, listing)
-    talk = Talk(lambda: going_on(listing), current_device().working_set_bytes)
-    parts: Sequence[Any] = [
-        State(places, guard.api_key is not None, tasks),
-        ModelRoutes(places, stores, checker, plans, tasks),
-        tasks,
-        ExampleRoutes(tasks),
-        DataRoutes(places, checker, Previews(tasks, logs), max_upload_bytes),
-        TrainRoutes(plans, checker, control, places.runs),
-        RunRoutes(listing, control),
-        ForgettingRoutes(listing, tasks),
-        EvaluationRoutes(listing, checker.data, tasks),
-        TalkRoutes(talk, checker),
-        ExportRoutes(places, checker, tasks),
-    ]
-
-    async def page(request: Request) -> Response:
-        return FileResponse(PAGES / "index.html")
-
-    def shared(path: Path) -> Callable[[Request], Awaitable[Response]]:
-        async def file(request: Request) -> Response:
-            return FileResponse(path)
-
-        return file
+    tasks, stores, listing = Tasks(folders.logs), ModelStores(folders), RunListing(folders)
+    checker = Checker(folders, stores.roots(), listing.bases)
+    control, plans = RunControl(folders, listing), Plans(tasks)
+    studio = Studio(folders, checker, stores, listing, control, plans, tasks, max_upload_bytes)
+    places = find_places()
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -122,16 +93,16 @@ def make_studio(places: Places, guard: GuardLimits, max_upload_bytes: int) -> St
         control.begin()
         yield
         await anyio.to_thread.run_sync(control.close)
-        await anyio.to_thread.run_sync(talk.close)
+        await anyio.to_thread.run_sync(studio.closing.close)
         plans.close()
 
     app = Starlette(
         routes=[
-            Route("/", page),
+            *page_routes(places),
             Route("/health", health),
-            *(Route(f"/static/{name}", shared(path)) for name, path in SHARED.items()),
-            Mount("/static", StaticFiles(directory=PAGES, check_dir=False)),
-            *(route for part in parts for route in part.routes()),
+            *State(folders, guard.api_key is not None, tasks).routes(),
+            *tasks.routes(),
+            *(route for place in places for route in place.routes(studio)),
         ],
         middleware=[Middleware(SafeHeaders), Middleware(Guard, limits=guard, answers=Counter())],
         exception_handlers=dict.fromkeys((ApiError, InputError, RunError, HTTPException), told),
@@ -141,6 +112,35 @@ def make_studio(places: Places, guard: GuardLimits, max_upload_bytes: int) -> St
     return app
 
 
-def going_on(listing: RunListing) -> list[dict[str, Any]]:
-    """Return the lines of the runs that go on."""
-    return [line for line in listing.listed([]) if line["state"] == "running"]
+def page_routes(places: Sequence[Place]) -> list[BaseRoute]:
+    """Return the routes of the page and of its files, which lie under /static as they lie in this folder.
+
+    Args:
+        places: whose scripts the page loads; studio.js reads their names from the page.
+    """
+
+    async def page(request: Request) -> Response:
+        text = (PAGES / "index.html").read_text(encoding="utf-8")
+        return HTMLResponse(text.replace("<!-- places -->", "\n".join(map(_link, places))))
+
+    return [
+        Route("/", page),
+        *(Route(f"/static/{name}", _file(path)) for name, path in SHARED.items()),
+        *(Route(_address(place), _file(place.script)) for place in places),
+        Mount("/static/pages", StaticFiles(directory=PAGES, check_dir=False)),
+    ]
+
+
+def _address(place: Place) -> str:
+    return f"/static/places/{place.name}.js"
+
+
+def _link(place: Place) -> str:
+    return f'<link rel="modulepreload" href="{_address(place)}" data-place="{place.name}">'
+
+
+def _file(path: Path) -> Callable[[Request], Awaitable[Response]]:
+    async def file(request: Request) -> Response:
+        return FileResponse(path)
+
+    return file

@@ -1,4 +1,4 @@
-"""Start, pause, resume and stop runs, one at a time; those that wait stand in queue.json."""
+"""Start, pause, resume and stop runs, one at a time; those that wait stand in queue.json. A run is a `train` command."""
 
 from __future__ import annotations
 
@@ -9,15 +9,30 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from mlx_lora.config.fields import field_type, flag_of
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import FIELDS, TrainSettings
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.studio.child_processes import start_child
-from mlx_lora.studio.places import Places, safe_name
-from mlx_lora.studio.run_commands import resolved, train_words
-from mlx_lora.studio.run_listing import RESUMABLE, SETTINGS, RunListing
-from mlx_lora.studio.run_states import LOG_FILE, NOTES_FILE, Started, process_of, read_started, run_id, state_of
+from mlx_lora.studio.folders import Folders, safe_name
+from mlx_lora.studio.run_folders import (
+    LOG_FILE,
+    NOTES_FILE,
+    RESUMABLE,
+    SETTINGS,
+    RunListing,
+    Started,
+    process_of,
+    read_started,
+    run_id,
+    state_of,
+)
+from mlx_lora.studio.tasks import start_child
 from mlx_lora.trainer.run_folder import forget_run
 from mlx_lora.utils.files import replacing_file
 from mlx_lora.utils.text import start_mark
@@ -31,8 +46,8 @@ ASK_AGAIN_S = 10.0  # a second signal ends a run without saving, so it is not se
 class RunControl:
     """The runs that the page starts, and the queue."""
 
-    def __init__(self, places: Places, listing: RunListing):
-        self._places, self._listing = places, listing
+    def __init__(self, folders: Folders, listing: RunListing):
+        self._folders, self._listing = folders, listing
         self._lock = threading.RLock()
         self._children: dict[Path, subprocess.Popen] = {}
         self._asked: dict[Path, float] = {}
@@ -55,13 +70,13 @@ class RunControl:
     def queue(self) -> list[str]:
         """The ids of the runs that wait, the next first."""
         try:
-            found = json.loads((self._places.home / QUEUE_FILE).read_text(encoding="utf-8"))
+            found = json.loads((self._folders.home / QUEUE_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return []
         return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
 
     def _write_queue(self, queue: list[str]) -> None:
-        with replacing_file(self._places.home / QUEUE_FILE) as temporary:
+        with replacing_file(self._folders.home / QUEUE_FILE) as temporary:
             temporary.write_text(json.dumps(queue) + "\n", encoding="utf-8")
 
     def queued(self) -> list[dict[str, Any]]:
@@ -112,7 +127,7 @@ class RunControl:
     def going_on(self) -> Path | None:
         """Return the folder of a run of this studio that goes on."""
         for folder in self._listing.folders().values():
-            if folder.parent == self._places.runs and state_of(folder, read_started(folder))[0] == "running":
+            if folder.parent == self._folders.runs and state_of(folder, read_started(folder))[0] == "running":
                 return folder
         return None
 
@@ -135,7 +150,7 @@ class RunControl:
             InputError: `train` would refuse the settings.
         """
         name = safe_name(name, "Name of the run")
-        folder = self._places.runs / name
+        folder = self._folders.runs / name
         resolved(settings, folder)
         with self._lock:
             if folder.exists():
@@ -159,7 +174,7 @@ class RunControl:
     def _launch(self, folder: Path, started: Started, resume: bool = False) -> None:
         words = [*started.words, "--resume"] if resume else started.words
         # The names in a terminal's run.yaml are relative to where its command was given.
-        known = self._places.runs_elsewhere().get(folder)
+        known = self._folders.runs_elsewhere().get(folder)
         child = start_child(words, folder / LOG_FILE, append=resume, cwd=known.cwd if known else None)
         started.pid, started.mark, started.asked, started.code = child.pid, start_mark(child.pid), None, None
         started.at = time.time()
@@ -245,9 +260,45 @@ class RunControl:
                 self.remove(number)
             try:
                 if self._listing.elsewhere(folder):  # it may have other things in it, even be a project's folder
-                    forget_run(folder, self._places.known_runs)
+                    forget_run(folder, self._folders.known_runs)
                 else:
                     shutil.rmtree(folder)
             except OSError as error:
                 raise ApiError(409, f"{folder.name}: cannot be removed ({error.strerror}); check its permissions",
                     "not_removed") from None  # fmt: skip
+
+
+def train_words(settings: Mapping[str, Any], folder: Path, resume: bool = False) -> list[str]:
+    """Return the words of the `train` command with these settings.
+
+    Args:
+        settings: by name, checked.
+        folder: of the run.
+        resume: continue from its newest checkpoint.
+    """
+    words = ["train"]
+    first = [name for name in ("model", "data") if name in settings]
+    for name in (*first, *(name for name in settings if name not in first)):
+        value, flag = settings[name], flag_of(name)
+        if field_type(FIELDS[name]) is bool:
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif str(value).startswith("-"):
+            words.append(f"{flag}={value}")  # else it would be read as a flag
+        else:
+            words += [flag, f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)]
+    words += ["--adapter-path", str(folder)]
+    return [*words, "--resume"] if resume else words
+
+
+def resolved(settings: Mapping[str, Any], folder: Path) -> TrainSettings:
+    """Return the settings as the command of `train_words` resolves them.
+
+    Raises:
+        InputError: the command would refuse them.
+    """
+    return train_settings({**settings, "adapter_path": str(folder)})
+
+
+def run_yaml(settings: TrainSettings) -> str:
+    """Return run.yaml as the run will write it, before it chooses what is left to it (a date, shared prompts)."""
+    return yaml.safe_dump({**settings.to_flat(), "resume": None, "force": False}, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,242 @@
+"""The folders that the studio may read and write, and the checks that what a request names lies in one of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_lora.config.fields import read_value
+from mlx_lora.config.load import recipe_names
+from mlx_lora.config.settings import FIELDS
+from mlx_lora.data.files import TINY_SHAKESPEARE, find_splits, is_dataset_id, named_sets
+from mlx_lora.serving.schema import ApiError
+from mlx_lora.studio.page_words import OWN
+from mlx_lora.trainer.run_folder import KnownRun, known_runs
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.hub import HUB_ID
+
+# A run's, an upload's or an export's name: it becomes a folder or a file, and never a path.
+NAME = re.compile(r"[\w][\w .+-]{0,99}")
+RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
+# Settings whose value may be a file or folder; a reward may be FILE.py:FUNCTION, which runs that file.
+PATHS = ("resume_adapter_file", "chat_template", "reference_adapter", "teacher", "teacher_prompt", "reward")
+
+
+@dataclass(frozen=True)
+class Folders:
+    """The folders of one studio, all of them resolved.
+
+    Attributes:
+        home: has `data/`, `runs/`, `exports/`, `models/` and the queue.
+        model_folders: also searched for models.
+        data_folders: also searched for data sets.
+        runs_folders: also searched for runs that were started elsewhere.
+        known_runs: the list of runs that `train` keeps; None: it is not read.
+    """
+
+    home: Path
+    model_folders: tuple[Path, ...] = ()
+    data_folders: tuple[Path, ...] = ()
+    runs_folders: tuple[Path, ...] = ()
+    known_runs: Path | None = None
+
+    @property
+    def data(self) -> Path:
+        """Where uploads go."""
+        return self.home / "data"
+
+    @property
+    def runs(self) -> Path:
+        """Where runs go that the page starts."""
+        return self.home / "runs"
+
+    @property
+    def exports(self) -> Path:
+        """Where exports go."""
+        return self.home / "exports"
+
+    @property
+    def logs(self) -> Path:
+        """Where the output of tasks goes."""
+        return self.home / "logs"
+
+    @property
+    def models(self) -> Path:
+        """Where converted models go."""
+        return self.home / "models"
+
+    def make(self) -> None:
+        """Make the folders of the studio's own."""
+        for folder in (self.data, self.runs, self.exports, self.models):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def all_runs(self) -> tuple[Path, ...]:
+        """The folders whose subfolders are runs, the studio's own first."""
+        return tuple(dict.fromkeys((self.runs, *self.runs_folders)))
+
+    def runs_elsewhere(self) -> dict[Path, KnownRun]:
+        """The listed runs whose folders lie in none of those, by folder; each is still there and has a run.yaml."""
+        listed = known_runs(self.known_runs) if self.known_runs else []
+        return {one.folder: one for one in listed if one.folder.parent not in self.all_runs}
+
+    @property
+    def all_data(self) -> tuple[Path, ...]:
+        """The folders that data sets may come from."""
+        return tuple(dict.fromkeys((self.data, *self.data_folders)))
+
+    @property
+    def all_models(self) -> tuple[Path, ...]:
+        """The folders that models may come from, besides the stores of other programs."""
+        return tuple(dict.fromkeys((self.models, *self.model_folders)))
+
+
+def within(path: object, folders: Iterable[Path], field: str, named: Iterable[Path] = ()) -> Path:
+    """Return a path of a request, with its links followed, if it lies in one of these folders.
+
+    Args:
+        path: as the request gave it.
+        folders: resolved.
+        field: of the request, for errors.
+        named: resolved; files and folders that are allowed themselves, with what is in them.
+
+    Raises:
+        ApiError: 400 if it is not a path, 403 if it lies elsewhere, 404 if there is nothing.
+    """
+    if not isinstance(path, str) or not path or "\0" in path or len(path) > 4096:
+        raise ApiError(400, f"{field}: must be the path of a file or folder that the studio lists", "invalid_value")
+    try:
+        found = Path(path).expanduser().resolve()
+    except (OSError, RuntimeError):  # a circle of links, or a user that does not exist
+        raise ApiError(400, f"{field}: not a usable path; choose one that the studio lists", "invalid_value") from None
+    inside = any(found.is_relative_to(folder) and found != folder for folder in folders)
+    if not inside and not any(found.is_relative_to(one) for one in named):
+        raise ApiError(
+            403, f"{field}: outside the folders of this studio; copy it there, or start the studio with its folder",
+            "path_outside",
+        )  # fmt: skip
+    if not found.exists():
+        raise ApiError(404, f"{field}: {found.name}: no such file or folder here; reload the list", "not_found")
+    return found
+
+
+def safe_name(name: object, field: str = "name") -> str:
+    """Return a name that can be a file or folder of its own, below a folder that is given otherwise.
+
+    Raises:
+        ApiError: 400, it is none.
+    """
+    text = name.strip() if isinstance(name, str) else ""
+    if not NAME.fullmatch(text) or text.endswith(".") or RESERVED.fullmatch(text):
+        raise ApiError(
+            400, f"{field}: must be 1 to 100 letters, digits, spaces, . _ + or -, and begin with a letter or digit",
+            "invalid_value",
+        )  # fmt: skip
+    return text
+
+
+def is_hub_model(value: Any) -> bool:
+    """Tell whether a request's model is a hub id, and neither a path nor a flag."""
+    found = HUB_ID.fullmatch(value) if isinstance(value, str) else None
+    return (
+        found is not None and all(part[0].isalnum() for part in found["repo"].split("/")) and not Path(value).exists()
+    )
+
+
+class Checker:
+    """Checks the names of models and files in requests."""
+
+    def __init__(self, folders: Folders, model_roots: tuple[Path, ...], bases: Callable[[], list[Path]] = lambda: []):
+        """Take the studio's folders, those of models, and what returns the base models of runs elsewhere."""
+        self._folders, self._models, self._bases = folders, model_roots, bases
+
+    def model(self, value: Any) -> str:
+        """Return a model as `--model` takes it.
+
+        Raises:
+            ApiError: it is neither a hub id nor in a folder of this studio.
+        """
+        if is_hub_model(value):
+            return value
+        within(value, (*self._models, self._folders.home), "model", self._bases())
+        return str(Path(value).expanduser().absolute())  # links keep their name: a blob has no suffix
+
+    def adapter(self, value: Any) -> Path:
+        """Return an adapter's folder below the folders of runs or the studio's home, or in a run that `train` noted.
+
+        Raises:
+            ApiError: it lies elsewhere, or is not there.
+        """
+        return within(value, (*self._folders.all_runs, self._folders.home), "adapter", self._folders.runs_elsewhere())
+
+    def data(self, value: Any) -> str:
+        """Return data as `--data` takes it, with local names made absolute.
+
+        Raises:
+            ApiError: a file lies outside the folders of this studio.
+        """
+        if not isinstance(value, str) or not value.strip() or len(value) > 20_000:
+            raise ApiError(400, "data: choose a file or a hub data set first", "invalid_value", "data")
+        parts = []
+        for name, weight in named_sets(value):
+            known = name == TINY_SHAKESPEARE or name in recipe_names()
+            if not known and not (is_dataset_id(name) and not Path(name).expanduser().exists()):
+                book, mark, sheet = name.partition("#") if ".xlsx#" in name.lower() else (name, "", "")
+                path = within(book, self._folders.all_data, "data")
+                for file in _files_of(path):  # a folder may hold links out of it
+                    within(str(file), self._folders.all_data, "data")
+                name = f"{path}{mark}{sheet}"
+            parts.append(name if weight == 1 else f"{name}={weight:g}")
+        return ",".join(parts)
+
+    def settings(self, given: Any) -> dict[str, Any]:
+        """Return the page's settings with checked paths, without those at their default.
+
+        Raises:
+            ApiError: a name is unknown, or a path lies elsewhere.
+        """
+        if not isinstance(given, dict):
+            raise ApiError(400, "settings: must be an object of setting names and values", "invalid_value", "settings")
+        refused = sorted(key for key in given if key not in FIELDS or key in OWN)
+        if refused:
+            raise ApiError(
+                400, f"settings: {', '.join(map(str, refused))}: not a setting of the page; GET /api/settings lists them",
+                "invalid_value", "settings",
+            )  # fmt: skip
+        kept = {name: value for name, value in given.items() if value is not None and value != ""}
+        for name in PATHS:
+            for part in str(kept.get(name, "")).split(","):
+                self._named_file(name, part.strip())
+        if "model" in kept:
+            kept["model"] = self.model(kept["model"])
+        if "data" in kept:
+            kept["data"] = self.data(kept["data"])
+        return {name: value for name, value in kept.items() if not _is_default(name, value)}
+
+    def _named_file(self, name: str, value: str) -> None:
+        """Refuse a value that names a file outside the folders of this studio."""
+        file = re.sub(r"(?<=\.py):\w+$", "", value).removeprefix("json_schema:")
+        if not file or not (Path(file).expanduser().exists() or file[0] in "/~." or ".." in file):
+            return
+        folders = (*self._folders.all_data, *self._folders.all_runs, *self._models, self._folders.home)
+        within(file, folders, name, self._folders.runs_elsewhere())
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Return the files that `train` reads of a data folder; none of a folder that it refuses, with the reason."""
+    if not path.is_dir():
+        return []
+    try:
+        return [file for files in find_splits(str(path)).values() for file in files]
+    except InputError:
+        return []
+
+
+def _is_default(name: str, value: Any) -> bool:
+    try:
+        return read_value(FIELDS[name], value) == FIELDS[name].default
+    except ValueError:
+        return False  # resolving the settings says what is wrong

@@ -1,0 +1,443 @@
+// Talk & ship: the same question to two models side by side, base, adapters or blends of them; then take one along.
+import { useEffect, useMemo, useRef, useState } from "../pages/vendor/hooks.module.js";
+import { html, Button, Card, Empty, Field, Heading, Problem, Segments, Waiting } from "../pages/parts.js";
+import { go, machine, project, tell, useAsked, useStore } from "../pages/state.js";
+import { counted, lastPart, rate } from "../pages/format.js";
+import { Ship } from "../pages/ship.js";
+import { numberReader, Typed } from "../pages/typed.js";
+import * as api from "../pages/api.js";
+
+export const title = "Talk & ship";
+export const order = 50;
+export const icon = "talk";
+
+const LONGEST = 100000; // characters that are shown with Markdown; longer answers are plain text
+const SIDES = ["A", "B"];
+const WEIGHT = numberReader({ range: [0, 10] });
+const TEMPERATURE = numberReader({ range: [0, 5] });
+const AT_LEAST_1 = numberReader({ whole: true, range: [1, null] });
+const AT_LEAST_0 = numberReader({ whole: true, range: [0, null] });
+
+// A model's text through markdown.js, which makes elements and sets their text; it never parses markup.
+function Said({ text, busy }) {
+  const box = useRef(null);
+  useEffect(() => {
+    box.current.replaceChildren(...(text.length > LONGEST ? [text] : globalThis.markdown(text)));
+  }, [text]);
+  return html`<div class="said" ref=${box} aria-busy=${busy}></div>`;
+}
+
+const nameOf = (column, adapters) =>
+  column.adapters.length
+    ? column.adapters
+        .map((one) => adapters.find((other) => other.path === one.path)?.name || lastPart(one.path))
+        .join(" + ")
+    : "base";
+
+function Column({ side, column, adapters, onChange }) {
+  const chosen = new Map(column.adapters.map((one) => [one.path, one.weight]));
+  const whole = [...chosen.values()].reduce((sum, one) => sum + one, 0);
+  const toggle = (path) =>
+    onChange({
+      adapters: chosen.has(path)
+        ? column.adapters.filter((one) => one.path !== path)
+        : [...column.adapters, { path, weight: 1 }],
+    });
+  const weigh = (path, weight) =>
+    onChange({ adapters: column.adapters.map((one) => (one.path === path ? { path, weight } : one)) });
+  return html`
+    <fieldset class=${"column-choice side-" + side}>
+      <legend>Column ${side}</legend>
+      <p class="chosen-name">${nameOf(column, adapters)}</p>
+      <details open=${false}>
+        <summary>Change</summary>
+        <p class="help">
+          Check one adapter to hear it alone. Check several to blend them: their effects are added, each times
+          its weight.
+        </p>
+        <ul class="plain choices">
+          <li>
+            <label class="check">
+              <input
+                type="checkbox"
+                checked=${!column.adapters.length}
+                disabled=${!column.adapters.length}
+                onChange=${() => onChange({ adapters: [] })}
+              />${" "}
+              base, without an adapter
+            </label>
+          </li>
+          ${adapters.slice(0, 100).map(
+            (one) => html`
+              <li key=${one.path}>
+                <label class="check">
+                  <input type="checkbox" checked=${chosen.has(one.path)} onChange=${() => toggle(one.path)} />${" "}
+                  ${one.name}
+                </label>
+                ${
+                  chosen.has(one.path) &&
+                  column.adapters.length > 1 &&
+                  html`
+                    <${Typed}
+                      id=${`weight-${side}-${one.path}`}
+                      name=${`Weight of ${one.name} in column ${side}`}
+                      numeric
+                      value=${chosen.get(one.path)}
+                      read=${WEIGHT}
+                      aria-label=${`Weight of ${one.name} in column ${side}`}
+                      onValue=${(weight) => weigh(one.path, weight ?? 1)}
+                    />
+                  `
+                }
+              </li>
+            `,
+          )}
+        </ul>
+        ${column.adapters.length > 1 && !whole && html`<p class="soft">All weights are 0, so this is the base.</p>`}
+      </details>
+    </fieldset>
+  `;
+}
+
+function figuresOf({ done, stopped, problem, text }) {
+  if (done) {
+    const first = (done.first_token_s ?? 0).toFixed(2);
+    return `${counted(done.tokens, "token")}, ${rate(done.tokens_per_s)} tokens/s, first token in ${first} s`;
+  }
+  if (stopped) return "stopped";
+  if (problem) return "";
+  return text ? "writing" : "waiting";
+}
+
+function Answer({ side, name, answer }) {
+  return html`
+    <article class=${"answer side-" + side} aria-label=${`Answer of column ${side}, ${name}`}>
+      <h3>${name}</h3>
+      <${Said} text=${answer.text} busy=${!answer.done && !answer.stopped && !answer.problem} />
+      <${Problem}>${answer.problem}<//>
+      <p class="soft number">${figuresOf(answer)}</p>
+    </article>
+  `;
+}
+
+function Turn({ turn }) {
+  return html`
+    <section class="turn">
+      <p class="question">${turn.question}</p>
+      <div class=${"answers n" + turn.answers.length}>
+        ${turn.answers.map(
+          (answer, n) => html`<${Answer} key=${n} side=${SIDES[n]} name=${turn.names[n]} answer=${answer} />`,
+        )}
+      </div>
+    </section>
+  `;
+}
+
+// The turns of a conversation as messages for the model, those of one column.
+const spoken = (turns, n) =>
+  turns
+    .filter((turn) => turn.answers[n]?.text)
+    .flatMap((turn) => [
+      { role: "user", content: turn.question },
+      { role: "assistant", content: turn.answers[n].text },
+    ]);
+
+function useTalk(model, columns, adapters, options) {
+  const [turns, setTurns] = useState([]);
+  const [stop, setStop] = useState(null);
+  const [problem, setProblem] = useState("");
+  const [said, setSaid] = useState("");
+  const live = useRef([]);
+  const show = () => setTurns([...live.current]);
+  const ask = async (question) => {
+    const control = new AbortController();
+    const before = live.current;
+    const turn = {
+      question,
+      names: columns.map((one) => nameOf(one, adapters)),
+      answers: columns.map(() => ({ text: "" })),
+    };
+    live.current = [...before, turn];
+    setStop(control);
+    setProblem("");
+    show();
+    let timer = 0;
+    const later = () => {
+      if (!timer)
+        timer = setTimeout(() => {
+          timer = 0;
+          show();
+        }, 100);
+    }; // long answers are not laid out again for each token
+    const change = (n, what) => {
+      turn.answers[n] = { ...turn.answers[n], ...what };
+      later();
+    };
+    const heard = (event) => {
+      if (event.status || event.warning) {
+        setSaid(event.status || event.warning);
+        return;
+      }
+      if (event.error && event.column === undefined) throw new api.Refused(event.error);
+      setSaid("");
+      if (event.error) change(event.column, { problem: event.error });
+      else if (event.done) change(event.column, { done: event });
+      else change(event.column, { text: turn.answers[event.column].text + event.text });
+    };
+    // Each column has its own conversation: what the other said is not among its messages.
+    const messages = columns.map((_, n) => [...spoken(before, n), { role: "user", content: question }]);
+    const same = messages.every((one) => JSON.stringify(one) === JSON.stringify(messages[0]));
+    const asked = { model, ...options, messages: messages[0] }; // the server leaves out what is null
+    let refused = false;
+    try {
+      await api.talk(
+        { ...asked, columns: columns.map((one, n) => (same ? one : { ...one, messages: messages[n] })) },
+        heard,
+        control.signal,
+      );
+    } catch (error) {
+      if (error.name !== "AbortError") {
+        setProblem(error.message);
+        refused = true;
+      }
+    }
+    clearTimeout(timer);
+    turn.answers = turn.answers.map((one) => (one.done || one.problem ? one : { ...one, stopped: true }));
+    // Nothing was said: the question stays in its field.
+    if (refused && turn.answers.every((one) => !one.text)) live.current = before;
+    show();
+    setSaid("");
+    setStop(null);
+    return !refused;
+  };
+  const reset = () => {
+    stop?.abort();
+    live.current = [];
+    setProblem("");
+    show();
+  };
+  return { turns, ask, stop: stop && (() => stop.abort()), reset, problem, said };
+}
+
+function Options({ options, onChange }) {
+  const number = (id, name, label, read, usual, placeholder) => html`
+    <${Field} label=${label} id=${id}>
+      <${Typed}
+        id=${id}
+        name=${label}
+        numeric
+        value=${options[name]}
+        read=${read}
+        placeholder=${placeholder}
+        onValue=${(value) => onChange({ [name]: value ?? usual })}
+      />
+    <//>
+  `;
+  return html`
+    <details>
+      <summary>Sampling and system prompt</summary>
+      <div class="fields">
+        ${number("temperature", "temperature", "Temperature", TEMPERATURE, null)}
+        ${number("max-tokens", "max_tokens", "Max tokens", AT_LEAST_1, 256)}
+        ${number("seed", "seed", "Seed", AT_LEAST_0, null, "random")}
+        <${Field} label="System prompt" id="system" wide>
+          <textarea
+            id="system"
+            rows="3"
+            value=${options.system}
+            onChange=${(event) => onChange({ system: event.target.value })}
+          ></textarea>
+        <//>
+      </div>
+    </details>
+  `;
+}
+
+// Questions to begin with, of the example's own test rows.
+function Beginnings({ onAsk }) {
+  const { sets } = useStore(project);
+  const [about] = useAsked(() => api.readExample(), []);
+  if (!about || sets[0]?.path !== about.data) return null;
+  return html`
+    <div class="actions beginnings">
+      ${about.questions.map((one) => html`<${Button} key=${one} small onClick=${() => onAsk(one)}>${one}<//>`)}
+    </div>
+  `;
+}
+
+function Chat({ model, adapters, first }) {
+  const own = adapters.filter((one) => !one.base || one.base === model);
+  const list = own.length ? own : adapters;
+  const [two, setTwo] = useState(true);
+  const [columns, setColumns] = useState(() => [
+    { adapters: [] },
+    { adapters: (first ? [first] : list.slice(0, 1)).map((one) => ({ path: one.path, weight: 1 })) },
+  ]);
+  const [options, setOptions] = useState({ temperature: 0.7, max_tokens: 256, seed: null, system: "" });
+  const [question, setQuestion] = useState("");
+  const shown = columns.slice(0, two ? 2 : 1);
+  const { turns, ask, stop, reset, problem, said } = useTalk(model, shown, adapters, options);
+  const end = useRef(null);
+  useEffect(() => {
+    const near = innerHeight + scrollY > document.documentElement.scrollHeight - 240;
+    if (near && turns.length) end.current?.scrollIntoView({ block: "end" });
+  }, [turns]);
+  const put = async (text) => {
+    if (!text || stop) return;
+    setQuestion("");
+    if (!(await ask(text))) setQuestion(text);
+  };
+  const send = (event) => {
+    event.preventDefault();
+    put(question.trim());
+  };
+  const keys = (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
+    if (event.key === "Escape" && stop) stop();
+  };
+  return html`
+    <div class="talk">
+      <${Card}>
+        <div class="columns">
+          <div class=${"column-choices n" + shown.length}>
+            ${shown.map(
+              (one, n) => html`
+                <${Column}
+                  key=${n}
+                  side=${SIDES[n]}
+                  column=${one}
+                  adapters=${list}
+                  onChange=${(next) => setColumns(columns.map((other, m) => (m === n ? next : other)))}
+                />
+              `,
+            )}
+          </div>
+        </div>
+        <div class="talk-options">
+          <label class="check">
+            <input type="checkbox" checked=${two} onChange=${() => setTwo(!two)} /> Two columns
+          </label>
+          <${Options} options=${options} onChange=${(change) => setOptions({ ...options, ...change })} />
+        </div>
+      <//>
+      <div class="turns" role="log" aria-label="Conversation" aria-live="polite">
+        ${turns.map((turn, n) => html`<${Turn} key=${n} turn=${turn} />`)}
+        ${
+          !turns.length &&
+          html`
+            <p class="soft hint">
+              Write a message.${" "}
+              ${two ? "Both columns answer the same question, side by side." : "One model answers."}
+            </p>
+            <${Beginnings} onAsk=${put} />
+          `
+        }
+      </div>
+      <form class="ask" onSubmit=${send}>
+        <${Problem}>${problem}<//>
+        ${said && html`<p class="soft waiting" role="status">${said}</p>`}
+        <textarea
+          rows="2"
+          aria-label="Message"
+          placeholder="Message"
+          value=${question}
+          onInput=${(event) => setQuestion(event.target.value)}
+          onKeyDown=${keys}
+        ></textarea>
+        <div class="actions">
+          <button class="button first" disabled=${Boolean(stop) || !question.trim()}>Send</button>
+          <${Button} disabled=${!stop} onClick=${() => stop?.()}>Stop<//>
+          <${Button} onClick=${reset} disabled=${!turns.length}>New chat<//>
+          <span class="soft keys">Enter sends, Shift+Enter starts a new line, Escape stops</span>
+        </div>
+      </form>
+      <div ref=${end}></div>
+    </div>
+  `;
+}
+
+export function Place({ path }) {
+  const { model: chosen } = useStore(project);
+  const [view, setView] = useState("talk");
+  const [answer, problem, again] = useAsked(() => Promise.all([api.readAdapters(), api.readModels()]), []);
+  const adapters = answer?.[0].adapters || [];
+  const bases = useMemo(
+    () => [...new Set([chosen, ...adapters.map((one) => one.base)].filter(Boolean))],
+    [answer, chosen],
+  );
+  const [picked, pick] = useState(null);
+  const wanted = adapters.find((one) => one.run === path[0]);
+  const model = picked || wanted?.base || (bases.includes(chosen) && chosen) || bases[0];
+  const free = () =>
+    api.closeTalk().then(
+      () => tell("The model left the memory"),
+      (error) => tell(error.message),
+    );
+  return html`
+    <${Heading}
+      title="Talk & ship"
+      actions=${html`
+        <${Segments}
+          label="What to do"
+          name="talk-view"
+          value=${view}
+          options=${[["talk", "Talk"], ["ship", "Ship"]]}
+          onChange=${setView}
+        />
+      `}
+    >
+      ${
+        view === "talk"
+          ? "Ask two models the same question, and see what training changed."
+          : "Take an adapter along to other programs."
+      }
+    <//>
+    <${Problem} again=${again}>${problem}<//>
+    ${!answer && !problem && html`<${Waiting}>Looking for adapters<//>`}
+    ${
+      answer &&
+      !model &&
+      html`
+        <${Card}>
+          <${Empty}
+            icon="talk"
+            title="Nobody to talk to yet"
+            action=${html`<${Button} kind="first" onClick=${() => go("model")}>Choose a model<//>`}
+          >
+            Choose a model to talk to it, and train it to compare.
+          <//>
+        <//>
+      `
+    }
+    ${
+      answer &&
+      model &&
+      html`
+        <div class="stack">
+          <div class="toolbar">
+            <${Field} label="Model" id="talk-model">
+              <select id="talk-model" onChange=${(event) => pick(event.target.value)}>
+                ${bases.map(
+                  (one) => html`<option key=${one} value=${one} selected=${one === model}>${lastPart(one)}</option>`,
+                )}
+              </select>
+            <//>
+            ${view === "talk" && html`<${Button} small onClick=${free}>Free its memory<//>`}
+          </div>
+          ${
+            view === "talk"
+              ? html`
+                <${Chat}
+                  key=${model}
+                  model=${model}
+                  adapters=${adapters}
+                  first=${wanted?.base === model ? wanted : null}
+                />
+              `
+              : html`<${Ship} key=${model} model=${model} adapters=${adapters} home=${machine.get()?.home} />`
+          }
+        </div>
+      `
+    }
+  `;
+}
