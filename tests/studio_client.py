@@ -14,8 +14,8 @@ import yaml
 from starlette.testclient import TestClient
 
 from mlx_lora.serving.guard import GuardLimits
-from mlx_lora.studio.folders import Folders
 from mlx_lora.studio.app import make_studio
+from mlx_lora.studio.folders import Folders
 
 ADDRESS = "http://127.0.0.1:8090"
 UPLOAD = "/api/data/upload"

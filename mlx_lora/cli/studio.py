@@ -90,9 +90,9 @@ def main(
         raise InputError(f"studio: {' and '.join(missing)} not installed; pip install 'mlx-lora[serve]'")
     # Imported here, because packages that they need may not be installed.
     from mlx_lora.serving.guard import GuardLimits, is_local
+    from mlx_lora.studio.app import make_studio
     from mlx_lora.studio.folders import Folders
     from mlx_lora.studio.places.data import UPLOAD
-    from mlx_lora.studio.app import make_studio
     from mlx_lora.trainer.run_folder import runs_file
 
     key = api_key or os.environ.get(KEY_VARIABLE) or None
