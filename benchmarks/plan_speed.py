@@ -49,7 +49,7 @@ def one(
     from mlx_lora.trainer.step import Step
     from mlx_lora.utils import device
 
-    device.set_cache_limit(None)
+    device.set_cache_limit()
     base = load_base(ModelSettings(model=folder))
     adapt_model(base.model, AdapterSettings(rank=rank), 0)
     loss = choose_loss(base.model, base.config)

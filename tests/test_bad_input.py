@@ -154,7 +154,7 @@ CASES = {
     "warm-up longer than the run": (lambda p: p.train("--warmup", 50), "--warmup 50: the run has 1 step;"),
     "target that matches nothing": (lambda p: p.train("--target-modules", "qproj"), "did you mean q_proj"),
     "more layers than there are": (lambda p: p.train("--num-layers", 9), "the model has 2 blocks"),
-    "cache limit in words": (lambda p: p.train("--clear-cache-threshold", "lots"), "write it as 512MB"),
+    "cache limit": (lambda p: p.train("--clear-cache-threshold", "1GB"), "use --memory-budget"),
     "test without a test split": (lambda p: p.train("--train", "--test"), "no test split"),
     "revision of a local folder": (lambda p: p.train("--revision", "main"), "--revision main"),
     "unknown logger": (lambda p: p.train("--report-to", "paper"), "--report-to paper"),

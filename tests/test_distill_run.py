@@ -116,7 +116,7 @@ def test_a_prompt_is_distilled_into_the_adapter(tiny_folder, prompt, chats, tmp_
     folder.mkdir()
     shutil.copy(chats, folder / "train.jsonl")
     shutil.copy(chats, folder / "test.jsonl")
-    ran = run(*command(tiny_folder, folder, tmp_path / "a", *flags[:-2], "--test", "--no-train"))
+    ran = run(*command(tiny_folder, folder, tmp_path / "a", *flags[:-2], "--test"))
     assert ran.code == 0, ran.err
     assert "supervised tokens" in ran.err
     after = float(ran.err.rpartition("Test loss ")[2].partition(",")[0])

@@ -423,12 +423,11 @@ def test_a_table_of_another_program_changes_nothing(tmp_path):
     ],
 )  # fmt: skip
 def test_columns_and_tags_of_a_table(entry, wanted, left, tmp_path):
-    from mlx_lora.config.migration.dataset_info import find_dataset
-    from mlx_lora.config.migration.sheet import Sheet
-    from mlx_lora.config.settings import FIELDS
+    from mlx_lora.config.migrate.common import Sheet
+    from mlx_lora.config.migrate.llama_factory import find_dataset
 
     (tmp_path / "dataset_info.json").write_text(json.dumps({"s": {"file_name": "s.json", **entry}}))
-    sheet = Sheet("f", {}, FIELDS)
+    sheet = Sheet("f", {})
     assert find_dataset(sheet, "s", tmp_path) == str(tmp_path / "s.json")
     assert (sheet.found, sheet.left_out) == (wanted, left)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,8 +25,8 @@ from mlx_lora.losses.cross_entropy import Arrays
 from mlx_lora.models import head as heads
 from mlx_lora.models import head as last_block
 from mlx_lora.models.head import put_score_head
+from mlx_lora.objectives.table import objective_of
 from mlx_lora.objectives.task import score_loss, task_of
-from mlx_lora.trainer import build as composition
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.step import compiled_over, differentiation
 
@@ -155,7 +154,7 @@ def test_scores_of_last_tokens(monkeypatch):
     part, whole = (score_loss(model, one) for one in (True, False))
     assert part.description == "scores of last tokens; last block where scored"
     assert_equal(loss_and_gradient(model, part, arrays), loss_and_gradient(model, whole, arrays))
-    objective = composition.objective_of(ObjectiveSettings("reward"))
+    objective = objective_of(ObjectiveSettings("reward"))
     for why, taken in (("", True), (NOT_PART, False)):
         assert task_of(objective, choose_loss(model, TINY, "ours", None, why), model).loss.part_of_last in (
             taken,
@@ -205,24 +204,14 @@ def losses(folder) -> list[float]:
     return [record["loss"] for record in records if record.get("loss") is not None]
 
 
-def test_a_run_equals_the_version_that_computed_the_whole_block_and_its_checkpoints_go_on(
-    tiny_folder, chats, tmp_path, monkeypatch
-):
-    new = run_cli.run(*command(tiny_folder, chats, tmp_path / "new", "--save-every", 0))
-    assert "; last block where trained" in new.err
-    monkeypatch.setattr(composition, "whole_last_block", lambda found: "as before the checkpoint")
-    old = run_cli.run(*command(tiny_folder, chats, tmp_path / "old", "--save-every", 2))
-    assert (new.code, old.code) == (0, 0), new.err + old.err
-    assert losses(tmp_path / "new") == pytest.approx(losses(tmp_path / "old"), rel=1e-5)
-    monkeypatch.undo()
-    before = (tmp_path / "old" / "adapters.safetensors").read_bytes()
-    shutil.rmtree(tmp_path / "old" / "checkpoints" / "step-000004")
-    again = run_cli.run(*command(tiny_folder, chats, tmp_path / "old", "--save-every", 2, "--resume"))
-    assert again.code == 0, again.err
-    assert "whole last block (as before the checkpoint)" in again.err
-    assert (tmp_path / "old" / "adapters.safetensors").read_bytes() == before
-    kept = json.loads((tmp_path / "old" / "checkpoints" / "step-000004" / "state.json").read_text())["identity"]
-    assert "last_block" not in kept
+def test_a_run_equals_one_that_computes_the_whole_block(tiny_folder, chats, tmp_path, monkeypatch):
+    part = run_cli.run(*command(tiny_folder, chats, tmp_path / "part", "--save-every", 0))
+    assert "; last block where trained" in part.err
+    monkeypatch.setattr("mlx_lora.losses.cross_entropy.with_last_block", lambda head, model: (head, NOT_PART))
+    whole = run_cli.run(*command(tiny_folder, chats, tmp_path / "whole", "--save-every", 0))
+    assert (part.code, whole.code) == (0, 0), part.err + whole.err
+    assert f"whole last block ({NOT_PART})" in whole.err
+    assert losses(tmp_path / "part") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
 @pytest.mark.parametrize("flags", [("--kernels", "mlx"), ("--objective", "reward")])

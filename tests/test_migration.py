@@ -12,16 +12,12 @@ from run_cli import run
 
 from mlx_lora.config import settings as config
 from mlx_lora.config.load import read_settings, train_settings
-from mlx_lora.config.migration import preference_keys
-from mlx_lora.config.migration.migrate import DIALECTS, find_dialect, migrate
-from mlx_lora.config.presets import PRESETS
+from mlx_lora.config.migrate import DIALECTS, find_dialect, migrate, objective_keys
 from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS, SMOOTHED, objective_of
 from mlx_lora.utils.errors import InputError
 
 FOREIGN = Path(__file__).parent / "foreign"
 KNOWN = set(config.FIELDS)
-# Of the newest methods: taken where this version has them.
-NEWER = {"modules_to_save", "relora_every", "relora_warmup", "relora_prune_ratio", "center_rewards"}
 LEFT_OUT = "keys without a counterpart here, left out: "
 
 # File -> what it must become, and every key that it must leave out.
@@ -143,7 +139,7 @@ CASES = {
     ),
     "mlx-lm-example.yaml": (
         {
-            "model": "mlx_model", "train": True, "fine_tune_type": "lora", "optimizer": "adamw", "data": "training/data",
+            "model": "mlx_model", "train": True, "method": "lora", "optimizer": "adamw", "data": "training/data",
             "seed": 0, "num_layers": 16, "batch_size": 4, "iters": 1000, "val_batches": 25, "learning_rate": "1e-5",
             "steps_per_report": 10, "steps_per_eval": 200, "adapter_path": "adapters", "save_every": 100, "test": False,
             "test_batches": 100, "max_seq_length": 2048, "grad_checkpoint": False, "rank": 8, "alpha": 160.0,
@@ -162,7 +158,7 @@ CASES = {
     ),
     "mlx-lm-dora-config.yaml": (
         {
-            "model": "someone/phi", "train": True, "test": True, "fine_tune_type": "dora", "data": "data",
+            "model": "someone/phi", "train": True, "test": True, "method": "dora", "data": "data",
             "optimizer": "adamw", "weight_decay": 0.05, "rank": 16, "alpha": 32.0, "dropout": 0.05,
             "grad_checkpoint": True, "lr_schedule": "constant", "warmup": 0, "num_layers": 16, "batch_size": 4,
             "iters": 1000, "learning_rate": 1e-5, "max_grad_norm": 0.0, "mask_prompt": False, "valid_fraction": 0.0,
@@ -189,7 +185,7 @@ CASES = {
     ),
     "mlx-lm-full.yaml": (
         {
-            "model": "someone/phi", "train": True, "data": "data", "fine_tune_type": "full", "num_layers": 4,
+            "model": "someone/phi", "train": True, "data": "data", "method": "full", "num_layers": 4,
             "learning_rate": 1e-5, "lr_schedule": "linear", "warmup": 0, "batch_tokens": 4096, "optimizer": "adam",
             "batch_size": 4, "iters": 1000, "max_grad_norm": 0.0, "mask_prompt": False, "valid_fraction": 0.0,
         },
@@ -216,7 +212,7 @@ CASES = {
     "mlx-lm-lora-dpo.yaml": (
         {"bits": 4,
             "model": "someone/qwen2.5-0.5b", "train": True, "data": "./preference_data", "objective": "dpo", "beta": 0.3,
-            "loss_type": "hinge", "fine_tune_type": "dora", "rank": 16, "alpha": 160.0, "dropout": 0.0,
+            "loss_type": "hinge", "method": "dora", "rank": 16, "alpha": 160.0, "dropout": 0.0,
             "batch_size": 2, "grad_accumulation_steps": 4, "epochs": 2, "learning_rate": "5e-6", "steps_per_eval": 10,
             "steps_per_report": 2, "save_every": 25, "report_to": "wandb", "project_name": "pairs", "optimizer": "adam",
             "lr_schedule": "constant", "warmup": 0, "max_grad_norm": 0.0, "valid_fraction": 0.0,
@@ -259,7 +255,7 @@ CASES = {
     ),
     "mlx-lm-lora-grpo.yaml": (
         {
-            "model": "someone/qwen3-0.6b", "train": True, "fine_tune_type": "lora", "objective": "grpo",
+            "model": "someone/qwen3-0.6b", "train": True, "method": "lora", "objective": "grpo",
             "optimizer": "adamw", "data": "/path/to/data", "num_layers": 16, "batch_size": 2, "iters": 300,
             "learning_rate": "2e-4", "group_size": 6, "max_new_tokens": 100, "temp": 0.7, "epsilon": 0.1,
             "epsilon_high": 0.3, "grpo_loss": "bnpo", "kl_beta": 0.05, "reward": "mine.py:right_answer,mine.py:short_answer",
@@ -290,11 +286,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-def read(name: str, folder: Path, known=frozenset(KNOWN | NEWER)) -> tuple[dict, list[str]]:
+def read(name: str, folder: Path) -> tuple[dict, list[str]]:
     """Migrate a file of tests/foreign; return the settings and what is said."""
     content = yaml.safe_load((FOREIGN / name).read_text().replace("{folder}", str(folder)))
     said: list[str] = []
-    return migrate(content, known, (), name, said.append), said
+    return migrate(content, (), name, said.append), said
 
 
 def from_file(file: Path, flags=MappingProxyType({}), say=print) -> config.TrainSettings:
@@ -325,17 +321,9 @@ def test_every_key_is_mapped_or_listed(name, folder):
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_the_file_becomes_are_valid_settings(name, folder):
-    found, _ = read(name, folder, KNOWN)
-    if found.get("method", found.get("fine_tune_type", "lora")) not in PRESETS:
-        pytest.skip("a method of a later version")
+    found, _ = read(name, folder)
     flat = train_settings(found).to_flat()
     assert flat["model"].startswith(("someone/", "mlx_model"))
-
-
-def test_settings_that_this_version_lacks_are_left_out(folder):
-    found, said = read("axolotl-relora.yml", folder, KNOWN - NEWER)
-    assert not NEWER & found.keys()
-    assert {"lora_modules_to_save", "jagged_restart_steps", "jagged_restart_warmup_steps"} <= set(left_out(said))
 
 
 @pytest.mark.parametrize(
@@ -367,7 +355,7 @@ def test_flags_beat_the_file_and_its_trainers_defaults(tmp_path):
     flags = {"epochs": 2.0, "learning_rate": 1e-3, "method": "rslora", "batch_tokens": 512, "mask_prompt": True}
     settings = from_file(file, flags, said.append)
     assert (settings.loop.iters, settings.loop.epochs) == (None, 2.0)
-    assert (settings.adapter.method, settings.adapter.fine_tune_type) == ("rslora", None)
+    assert settings.adapter.method == "rslora"
     assert (settings.loop.batch_size, settings.loop.batch_tokens) == (None, 512)
     assert (settings.adapter.rank, settings.adapter.alpha) == (4, 8.0)
     defaults = next(line for line in said if "defaults" in line)
@@ -379,7 +367,8 @@ def test_flags_beat_the_file_and_its_trainers_defaults(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "model: m\ndata: d\niters: 5\nfine_tune_type: lora\nnum_layers: 4\nadapter_path: a\n",  # flags of both: ours
+        "model: m\ndata: d\niters: 5\nnum_layers: 4\nadapter_path: a\n",  # flags of both: ours
+        "model: m\nmethod: lora\nfine_tune_type: null\n",  # run.yaml of an earlier version
         "model: m\ndata: d\nlr_schedule: cosine\nrank: 4\n",
         "model: m\nlora_r: 4\nsequence_len: 5\n",
         "rank: 4\nlora_r: 4\n",
@@ -391,7 +380,7 @@ def test_other_files_are_ours(text):
     content = yaml.safe_load(text)
     assert find_dialect(content) is None
     said: list[str] = []
-    assert migrate(content, KNOWN, (), "f", said.append) == content
+    assert migrate(content, (), "f", said.append) == content
     assert said == []
 
 
@@ -400,6 +389,14 @@ def test_no_dialect_takes_our_own_run_yaml_or_anothers_file(folder):
     for name in CASES:
         content = yaml.safe_load((FOREIGN / name).read_text())
         assert sum(dialect.recognizes(content) for dialect in DIALECTS) == 1, name
+
+
+def test_tables_name_settings_that_exist():
+    tables = [name for dialect in DIALECTS for name in (*dialect.names.values(), *dialect.defaults)]
+    tables += [name for options in objective_keys.OPTIONS.values() for name in options]
+    assert len(tables) > 80
+    assert not set(tables) - KNOWN
+    assert {"lora_alpha"} - KNOWN  # another trainer's name is none of ours
 
 
 def test_our_own_file_stays_strict(tmp_path):
@@ -482,7 +479,7 @@ def test_train_runs_an_axolotl_file(tiny_folder, chats, tmp_path):
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("base_model: m\nadapter: lora\nlora_r: 8\nrl: dpo\nrl_beta: 0.2\nrpo_alpha: 1\n", {"objective": "dpo", "beta": 0.2, "rpo_alpha": 1}),
+        ("base_model: m\nadapter: lora\nlora_r: 8\nrl: dpo\nrl_beta: 0.2\nrpo_alpha: 1\n", {"objective": "dpo", "beta": 0.2, "loss_type": "sigmoid,sft", "loss_weights": "1,1"}),
         ("base_model: m\nadapter: lora\nlora_r: 8\nrl: ipo\n", {"objective": "dpo", "loss_type": "ipo", "beta": 0.1}),
         ("base_model: m\nadapter: lora\nlora_r: 8\nrl: orpo\norpo_alpha: 0.3\n", {"objective": "orpo", "beta": 0.3}),
         ("base_model: m\nadapter: lora\nlora_r: 8\nrl: kto\nkto_undesirable_weight: 0.2\n", {"objective": "kto", "undesirable_weight": 0.2}),
@@ -490,8 +487,12 @@ def test_train_runs_an_axolotl_file(tiny_folder, chats, tmp_path):
         ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\npref_loss: simpo\nsimpo_gamma: 0.7\n", {"objective": "simpo", "simpo_gamma": 0.7}),
         ("model_name_or_path: m\nstage: kto\nlora_rank: 8\npref_beta: 0.3\n", {"objective": "kto", "beta": 0.3}),
         ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\npref_loss: kto_pair\n", {"objective": "kto", "loss_type": "sigmoid"}),
-        ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\npref_ftx: 0.5\nref_model: m\n", {"objective": "dpo", "rpo_alpha": 0.5}),
-        ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\npref_loss: orpo\npref_ftx: 0.5\n", {"objective": "orpo", "rpo_alpha": 0}),
+        ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\npref_ftx: 0.5\nref_model: m\n", {"objective": "dpo", "loss_type": "sigmoid,sft", "loss_weights": "1,0.5"}),
+        ("model_name_or_path: m\ndataset_name: d\nrpo_alpha: 0.3\nloss_type: [ipo, hinge]\nloss_weights: [2, 1]\n",
+         {"objective": "dpo", "loss_type": "ipo,hinge,sft", "loss_weights": "2,1,0.3"}),
+        ("model_name_or_path: m\ndataset_name: d\nrpo_alpha: 0\nloss_type: ipo\n", {"loss_type": "ipo", "loss_weights": None}),
+        ("model: m\nfine_tune_type: dora\nlearning_rate: 1e-4\n", {"method": "dora", "alpha": 160, "learning_rate": 1e-4}),
+        ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\npref_loss: orpo\npref_ftx: 0.5\n", {"objective": "orpo", "loss_type": "sigmoid"}),
         ("model_name_or_path: m\nstage: kto\nkto_chosen_weight: 2\nkto_rejected_weight: 3\nref_model_adapters: a\n",
          {"objective": "kto", "desirable_weight": 2, "undesirable_weight": 3, "reference_adapter": "a"}),
         ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\ndpo_label_smoothing: 0.1\n", {"objective": "dpo", "label_smoothing": 0}),
@@ -504,7 +505,7 @@ def test_train_runs_an_axolotl_file(tiny_folder, chats, tmp_path):
         ("model: m\ntrain_mode: orpo\nbeta: 0.2\nreward_scaling: 1.0\n", {"objective": "orpo", "beta": 0.2, "mask_prompt": True}),
         ("model: m\ntrain_mode: cpo\n", {"objective": "cpo", "cpo_alpha": 0, "alpha": 80}),
         ("model: m\ntrain_mode: sft\nbeta: 0.2\nalpha: 1e-5\n", {"objective": "sft", "beta": 0.1, "alpha": 80, "mask_prompt": False}),
-        ("model: m\ntrain_type: full\niters: 8\nepochs: 3\n", {"objective": "sft", "fine_tune_type": "full", "iters": 8, "epochs": None}),
+        ("model: m\ntrain_type: full\niters: 8\nepochs: 3\n", {"objective": "sft", "method": "full", "iters": 8, "epochs": None}),
         ("model_name_or_path: m\ndataset_name: d\nuse_peft: true\ndesirable_weight: 2\n", {"objective": "kto", "desirable_weight": 2, "rank": 16}),
         ("model_name_or_path: m\ndataset_name: d\ncenter_rewards_coefficient: 0.01\n", {"objective": "reward", "method": "full", "learning_rate": 1e-4}),
         ("model_name_or_path: m\ndataset_name: d\ncpo_alpha: 0\nsimpo_gamma: 1\nloss_type: simpo\n", {"objective": "simpo", "simpo_gamma": 1}),
@@ -609,14 +610,14 @@ def test_the_flag_says_what_a_file_of_trl_is_for(tmp_path):
 
 
 # Options that no other trainer's file has.
-NOT_IN_FILES = {"length_normalize", "shared_prefix", "reward_errors", "reward_timeout"}
+NOT_IN_FILES = {"shared_prefix", "reward_errors", "reward_timeout"}
 
 
 def test_a_file_sets_just_the_options_that_its_objective_has():
-    for objective in OBJECTIVES.keys() & preference_keys.OPTIONS.keys():
+    for objective in OBJECTIVES.keys() & objective_keys.OPTIONS.keys():
         owned = {name for name, owners in OWN_OPTIONS.items() if objective in owners}
-        assert set(preference_keys.OPTIONS[objective]) == owned - NOT_IN_FILES, objective
-    assert preference_keys.SMOOTHED == SMOOTHED
+        assert set(objective_keys.OPTIONS[objective]) == owned - NOT_IN_FILES, objective
+    assert objective_keys.SMOOTHED == SMOOTHED
 
 
 @pytest.mark.parametrize(
@@ -636,7 +637,7 @@ def test_types_of_axolotls_preference_data(kind, template, told):
         f"base_model: m\nadapter: lora\nrl: orpo\nval_set_size: 0\ndatasets: [{{path: d, type: {kind}}}]\n"
     )
     said: list[str] = []
-    found = migrate(content, KNOWN, (), "f", said.append)
+    found = migrate(content, (), "f", said.append)
     assert (found.get("chat_template"), found.get("data_format")) == (template, None)
     assert any((told or "datasets.type") in line for line in said) == bool(told)
 
@@ -667,7 +668,7 @@ AXOLOTL_SET = "base_model: m\nadapter: lora\ndatasets: [{{path: d, {}}}]\n"
 )  # fmt: skip
 def test_names_of_columns_and_turns_are_read(text, wanted):
     said: list[str] = []
-    found = migrate(yaml.safe_load(text), KNOWN, (), "f", said.append)
+    found = migrate(yaml.safe_load(text), (), "f", said.append)
     names = ("prompt_column", "completion_column", "system_column", "chat_column", "text_column", "turn_names")
     assert {name: found[name] for name in names if name in found} == wanted
     assert not any("field" in key or "feature" in key for key in left_out(said))
@@ -676,9 +677,6 @@ def test_names_of_columns_and_turns_are_read(text, wanted):
 
 def test_sets_that_are_read_alike_are_joined():
     two = "base_model: m\nadapter: lora\ndatasets: [{path: a, type: alpaca}, {path: b, type: %s}]\n"
-    assert migrate(yaml.safe_load(two % "alpaca"), KNOWN, (), "f", print)["data"] == "a,b"
-    assert migrate(yaml.safe_load(two % "sharegpt"), KNOWN, (), "f", print)["data"] == "a"
-    assert (
-        migrate(yaml.safe_load("model: m\nhf_dataset: [{path: a}, {path: b}]\n"), KNOWN, (), "f", print)["data"]
-        == "a,b"
-    )
+    assert migrate(yaml.safe_load(two % "alpaca"), (), "f", print)["data"] == "a,b"
+    assert migrate(yaml.safe_load(two % "sharegpt"), (), "f", print)["data"] == "a"
+    assert migrate(yaml.safe_load("model: m\nhf_dataset: [{path: a}, {path: b}]\n"), (), "f", print)["data"] == "a,b"

@@ -76,7 +76,7 @@ def test_evaluate_and_test_measure_sampled_answers(tiny_folder, teacher, data, t
     tested = next(line for line in ran.lines if line.startswith("Test loss"))
     assert "kl" in tested
     assert "supervised tokens" in tested
-    again = run(*command(tiny_folder, data, tmp_path / "a", *asked, "--test", "--no-train"))
+    again = run(*command(tiny_folder, data, tmp_path / "a", *asked, "--test"))
     assert again.code == 0, again.err
     assert tested.split(", over")[0] in again.err
     found = []

@@ -22,7 +22,7 @@ from run_cli import run
 
 from mlx_lora.config.aliases import OTHER_NAMES
 from mlx_lora.config.fields import read_value
-from mlx_lora.config.migration.migrate import DIALECTS
+from mlx_lora.config.migrate import DIALECTS
 from mlx_lora.config.settings import FIELDS
 
 DOCS = ROOT / "docs"
@@ -216,9 +216,9 @@ def test_keys_of_other_trainers_mean_what_the_page_says(trainer):
     dialect = next(d for d in DIALECTS if d.name == trainer)
     rows = table_of("coming-from.md", trainer)
     assert len(rows) >= 12
-    without = dialect.read(dict(BASES[trainer]), set(FIELDS), "f").found
+    without = dialect.read(dict(BASES[trainer]), "f").found
     for theirs, ours in rows:
-        read = dialect.read({**BASES[trainer], **yaml.safe_load(theirs)}, set(FIELDS), "f").found
+        read = dialect.read({**BASES[trainer], **yaml.safe_load(theirs)}, "f").found
         for name, value in settings_of(ours).items():
             got = read.get(name)
             got = ",".join(got) if isinstance(got, list) else got

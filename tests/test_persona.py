@@ -325,11 +325,11 @@ def test_the_test_set_of_an_adapter_is_the_one_that_was_written(model, asked, tm
     first = run(*command(model, asked, tmp_path / "a", *SHORT, "--train", "--test"))
     assert first.code == 0, first.err
     shutil.rmtree(cache_dir("answers"))
-    again = run(*command(model, asked, tmp_path / "a", *SHORT, "--test", "--no-train"))
+    again = run(*command(model, asked, tmp_path / "a", *SHORT, "--test"))
     assert again.code == 0, again.err
     assert said_of_test(again) == said_of_test(first)
     shutil.rmtree(tmp_path / "a" / "written")
-    written = run(*command(model, asked, tmp_path / "a", *SHORT, "--test", "--no-train"))
+    written = run(*command(model, asked, tmp_path / "a", *SHORT, "--test"))
     assert "Answers: 18 written by the teacher" in written.err  # the untrained model's, not the adapter's
     assert written.lines[-1] == said_of_test(first)
 

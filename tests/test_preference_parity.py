@@ -149,8 +149,6 @@ def trl_loss(settings, model, batch, reference):
         names = settings.loss_type.split(",")
         weights = None if settings.loss_weights is None else [float(w) for w in settings.loss_weights.split(",")]
         weights = weights or [1.0] * len(names)
-        if settings.rpo_alpha:
-            names, weights = [*names, "sft"], [*weights, settings.rpo_alpha]
         options = {"beta": settings.beta, "label_smoothing": settings.label_smoothing}
         return dpo_objective(answers, known, answer_mask, names, weights, **options)
     if settings.objective == "kto":
@@ -180,7 +178,7 @@ CASES = {
     "dpo robust": settings_of("dpo", loss_type="robust", label_smoothing=0.1),
     "dpo aot": settings_of("dpo", loss_type="aot"),
     "dpo apo_zero": settings_of("dpo", loss_type="apo_zero"),
-    "dpo mixed": settings_of("dpo", loss_type="sigmoid,bco_pair", loss_weights="0.8,0.2", rpo_alpha=0.5),
+    "dpo mixed": settings_of("dpo", loss_type="sigmoid,bco_pair,sft", loss_weights="0.8,0.2,0.5"),
     "orpo": settings_of("orpo"),
     "simpo": settings_of("simpo", simpo_gamma=0.4),
     "cpo": settings_of("cpo", cpo_alpha=0.7),

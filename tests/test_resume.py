@@ -104,6 +104,26 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(kind, finished, 
     assert weights(stopped) == weights(finished)
 
 
+@pytest.mark.parametrize(("version", "program"), [(1, None), (3, "9.8.7"), (3, "9\n8")])
+def test_a_checkpoint_of_another_version_is_refused_and_the_run_stays_as_it_is(
+    version, program, finished, tiny_folder, chats, tmp_path
+):
+    stopped = stopped_after(finished, tmp_path / "a", 5)
+    for path in stopped.glob(f"checkpoints/*/{STATE_FILE}"):
+        state = json.loads(path.read_text()) | {"version": version}
+        path.write_text(json.dumps(state | {"program": program} if program else state))
+    before = weights(stopped)
+    for named in ("auto", stopped / "checkpoints" / "step-000005"):  # auto does not begin again
+        ran = run(*command(tiny_folder, chats, stopped, "--resume", named))
+        assert (ran.code, len(ran.lines[-1:])) == (2, 1)
+        assert f"version {version} " in ran.lines[-1]
+        assert "--resume-adapter-file" in ran.lines[-1]
+        assert ("mlx-lora 9.8.7" in ran.lines[-1]) == (program == "9.8.7")
+    assert weights(stopped) == before
+    again = run(*command(tiny_folder, chats, tmp_path / "b", "--resume-adapter-file", named))
+    assert again.code == 0, again.err
+
+
 OTHER = {
     "rank": ("--rank", 5),
     "learning_rate": ("--learning-rate", 1e-3),

@@ -12,7 +12,7 @@ import sys
 import pytest
 from run_cli import Ran, run
 
-from mlx_lora.config.aliases import OTHER_NAMES
+from mlx_lora.config.aliases import GONE, OTHER_NAMES
 from mlx_lora.config.fields import flag_of, read_value, row_of
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import FIELDS, ROWS, ServeSettings
@@ -22,7 +22,7 @@ from mlx_lora.utils.errors import InputError
 RULES = {
     (True, True): (
         "model revision trust_remote_code data strict resume_adapter_file adapter_path batch_parts max_restarts "
-        "grad_checkpoint kernels memory_budget memory_check resume sample_tokens clear_cache_threshold "
+        "grad_checkpoint kernels memory_budget memory_check resume sample_tokens "
         "short_buffers report_to project_name force"
     ),
     (True, False): (
@@ -31,7 +31,7 @@ RULES = {
     ),
     (False, True): ("quantized_matmul chat_template"),
     (False, False): (
-        "dtype data_format max_seq_length mask_prompt allow_special_tokens valid_fraction method fine_tune_type loraplus_lr_ratio rank "
+        "dtype data_format max_seq_length mask_prompt allow_special_tokens valid_fraction method loraplus_lr_ratio rank "
         "alpha rank_pattern alpha_pattern modules_to_save bias dropout target_modules num_layers adalora_init_rank "
         "adalora_tinit adalora_tfinal adalora_delta_t orth_reg_weight relora_every relora_warmup relora_prune_ratio "
         "optimizer learning_rate lr_schedule warmup weight_decay max_grad_norm batch_size batch_tokens "
@@ -48,6 +48,51 @@ ALL = FIELDS | SERVE
 RANGED = [name for name, f in ALL.items() if (row_of(f).at_least, row_of(f).more_than) != (None, None)]
 
 
+# Settings of earlier versions -> a value that meant something, and what the answer names.
+WENT = {
+    "fine_tune_type": ("dora", "'method'"),
+    "length_normalize": (True, "--loss-type sigmoid_norm"),
+    "rpo_alpha": (0.5, "--loss-type sigmoid,sft --loss-weights"),
+    "clear_cache_threshold": ("2GB", "--memory-budget"),
+}
+
+
+@pytest.mark.parametrize("name", WENT)
+def test_a_setting_that_went_is_answered_with_its_replacement(name):
+    value, instead = WENT[name]
+    for of_flags, of_file in (({name: value}, {}), ({}, {name: value})):
+        with pytest.raises(InputError) as caught:
+            train_settings(of_flags, of_file)
+        assert name in str(caught.value)
+        assert instead in str(caught.value)
+    for unchanged in GONE[name]:  # as run.yaml of an earlier version has it
+        assert train_settings({}, {name: unchanged, "rank": 3}) == train_settings({"rank": 3})
+
+
+def test_every_setting_that_went_has_an_answer():
+    assert WENT.keys() == GONE.keys()
+    assert not WENT.keys() & FIELDS.keys()
+    for flag, instead in (("--rpo-alpha", "--loss-type sigmoid,sft"), ("--clear-cache-threshold", "--memory-budget")):
+        ran = run("train", flag, 1)
+        assert (ran.code, ran.lines[-1].count(flag), instead in ran.err) == (2, 1, True)
+
+
+def test_mlx_lms_spelling_of_the_method_is_a_spelling_only():
+    command = importlib.import_module("mlx_lora.train").main
+    option = next(one for one in command.params if one.name == "method")
+    assert option.opts == ["--method", "--fine-tune-type"]
+    with pytest.raises(InputError, match=r"--method 'lorax'"):
+        train_settings({"method": "lorax"})
+
+
+def test_not_to_train_is_answered_with_evaluate():
+    with pytest.raises(InputError, match=r"evaluate --model m --adapter-path a --data 'd e'") as caught:
+        train_settings({"model": "m", "data": "d e", "adapter_path": "a", "train": False, "test": True})
+    assert "--no-train" in str(caught.value)
+    for given in ({"test": True}, {"train": True}, {"train": True, "test": True}):
+        train_settings(given)
+
+
 def test_what_follows_from_the_rows_is_as_it_was():
     for rules, names in RULES.items():
         for name in names.split():
@@ -55,7 +100,7 @@ def test_what_follows_from_the_rows_is_as_it_was():
     for method, names in ONE_METHOD.items():
         assert {name for name, row in ROWS.items() if row.method == method} == names
     assert len(RANGED) >= 44
-    assert sum(len(names.split()) for names in RULES.values()) == 72
+    assert sum(len(names.split()) for names in RULES.values()) == 70
 
 
 @pytest.mark.parametrize("name", RANGED)
@@ -207,7 +252,7 @@ def test_a_misspelled_command_is_answered(capsys):
 
 
 def test_settings_are_resolved_without_the_other_trainers_files():
-    code = "import sys, mlx_lora.config.{} as _; print([m for m in sys.modules if 'migration' in m])"
+    code = "import sys, mlx_lora.config.{} as _; print([m for m in sys.modules if 'migrate' in m])"
     loaded = {
         module: subprocess.run(
             [sys.executable, "-c", code.format(module)], capture_output=True, text=True, check=True
@@ -215,4 +260,4 @@ def test_settings_are_resolved_without_the_other_trainers_files():
         for module in ("resolve", "settings_file")
     }
     assert loaded["resolve"] == "[]\n"
-    assert "mlx_lora.config.migration.migrate" in loaded["settings_file"]
+    assert "mlx_lora.config.migrate" in loaded["settings_file"]

@@ -159,7 +159,7 @@ def test_resumed_with_as_many_ranks_it_is_the_same_run_and_else_by_rounding(tiny
 def test_what_cannot_be_cut_is_refused(tiny_folder, chats, tmp_path):
     asked = command(tiny_folder, chats, tmp_path / "a", "--parallel", "tensor")
     assert "this run is a single process" in run("train", *asked).err
-    assert "only training cuts a base" in run("train", *asked, "--no-train", "--test").err
+    assert "only training cuts a base" in run("train", *asked, "--test").err
     for extra, words in (
         (("--method", "dora"), "it needs or changes whole weights"),
         (("--objective", "dpo"), "needs the whole base"),

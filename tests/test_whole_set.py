@@ -28,7 +28,7 @@ from mlx_lora.trainer.step import Step
 CASES = {
     "orpo": {},
     "cpo": {"cpo_alpha": 0.7},
-    "rpo": {"objective": "dpo", "rpo_alpha": 0.5},
+    "rpo": {"objective": "dpo", "loss_type": "sigmoid,sft", "loss_weights": "1,0.5"},
     "sft": {"objective": "dpo", "loss_type": "sft"},
     "aot": {"objective": "dpo", "loss_type": "aot"},
     "dpo": {},

@@ -206,7 +206,7 @@ class Adapted:
 
 def starting_rank(settings: AdapterSettings) -> int:
     """Return the layers' initial rank, which for AdaLoRA is 1.5 times its target (arXiv 2303.10512, 4.1)."""
-    if settings.method_name != "adalora":
+    if settings.method != "adalora":
         return settings.rank
     return settings.adalora_init_rank or -(-3 * settings.rank // 2)
 
@@ -222,7 +222,7 @@ def adapt_model(model: nn.Module, settings: AdapterSettings, seed: int) -> Adapt
     Raises:
         InputError: the settings name layers, modules or biases that the model does not have, or contradict each other.
     """
-    method = PRESETS[settings.method_name]
+    method = PRESETS[settings.method]
     model.freeze()
     rank = starting_rank(settings)
     scale = method.scale_of(settings.alpha, rank)

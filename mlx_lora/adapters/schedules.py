@@ -287,7 +287,7 @@ def _triplets(scores: dict[str, mx.array], path: str) -> mx.array:
 
 def restart_every(settings: AdapterSettings, total_steps: int) -> int | None:
     """Return the steps between ReLoRA's restarts, by default a quarter of the run; None for other methods."""
-    if PRESETS[settings.method_name].events != "restarts":
+    if PRESETS[settings.method].events != "restarts":
         return None
     return settings.relora_every or max(1, -(-total_steps // 4))
 
@@ -339,7 +339,7 @@ def make_events(
         total_steps: of the run.
         seed: for the new factors after ReLoRA's restarts.
     """
-    kind = PRESETS[settings.method_name].events
+    kind = PRESETS[settings.method].events
     if every := restart_every(settings, total_steps):
         prune = 0.99 if settings.relora_prune_ratio is None else settings.relora_prune_ratio
 
@@ -356,6 +356,6 @@ def make_events(
 
 def rates_of(adapter: AdapterSettings) -> Callable[[str], float] | None:
     """Return a function that gives each parameter's multiple of the learning rate by name, None if all rates are equal."""
-    preset = PRESETS[adapter.method_name]
+    preset = PRESETS[adapter.method]
     ratio = preset.rate_of_b if adapter.loraplus_lr_ratio is None else adapter.loraplus_lr_ratio
     return None if ratio == 1 else lambda name: ratio if name.endswith("lora_b") else 1.0

@@ -304,7 +304,7 @@ def steps_and_validation(
     objective, loop = objective_of(settings.objective), settings.loop
     splits = splits.changed(lambda sets: {name: objective.targets_of(rows) for name, rows in sets.items()})
     rows, shared = splits.train, settings.objective.shared_prefix == "on"
-    epochs = identity.get("price_epochs", 1.0) if identity else loop.epochs or 1.0
+    epochs = identity["price_epochs"] if identity else loop.epochs or 1.0
     plan = training_plan(loop, joined(rows) if shared else rows, epochs)
     steps = total_steps(plan, loop)
     found = choose_held_out(splits.valid, loop, plan, steps, identity)
@@ -413,7 +413,7 @@ def chosen_settings(settings: TrainSettings, fitted: Fitted) -> dict[str, Any]:
         "row_tokens": fitted.width + 1,
         "grad_checkpoint": fitted.checkpointing,
         "max_seq_length": settings.data.max_seq_length,
-        "method": settings.adapter.method_name,
+        "method": settings.adapter.method,
         "rank": settings.adapter.rank,
         "optimizer": settings.optimizer.optimizer,
         "dtype": settings.model.dtype,
@@ -463,7 +463,7 @@ def dry_run(settings: TrainSettings, say: Callable[[str], None]) -> dict[str, An
     """
     check_request(settings, ALONE)
     if not wants_training(settings):
-        raise InputError("--dry-run: nothing would be trained with --no-train or --test alone; give --train too")
+        raise InputError("--dry-run: nothing would be trained with --test alone; give --train too")
     with waiting("Planning the run", say):
         return _planned(settings, say)
 

@@ -156,7 +156,8 @@ def _option(f: dataclasses.Field) -> Callable[[Callable], Callable]:
     if row.alone:
         shown |= {"is_flag": False, "flag_value": row.alone}
         metavar = f"[{metavar}]"
-    return click.option(flag, f.name, type=kind, metavar=metavar, **shown)
+    spellings = [flag, row.also] if row.also else [flag]
+    return click.option(*spellings, f.name, type=kind, metavar=metavar, **shown)
 
 
 def _help(row: Row, default: Any) -> str:

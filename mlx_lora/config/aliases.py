@@ -1,6 +1,6 @@
 """Translate the names of settings in PEFT, TRL, transformers, Axolotl, LLaMA-Factory and Unsloth into ours.
 
-Errors about unknown flags and keys of our settings file use this table for advice. `migration/` reads whole files of other
+Errors about unknown flags and keys of our settings file use this table for advice. `migrate/` reads whole files of other
 trainers, and uses this table for settings that differ only in name.
 """
 
@@ -26,6 +26,7 @@ _NAMES = {
     "mask_prompt": "completion_only_loss assistant_only_loss train_on_responses_only",
     "chat_template": "template",
     "valid_fraction": "val_set_size val_size test_size eval_split",
+    "method": "fine_tune_type train_type finetuning_type",
     "rank": "lora_r lora_rank r lora_dim",
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
@@ -57,7 +58,6 @@ _NAMES = {
     "loss_weights": "dpo_loss_weights",
     "beta": "pref_beta rl_beta dpo_beta orpo_alpha",
     "label_smoothing": "dpo_label_smoothing",
-    "rpo_alpha": "pref_ftx",
     "desirable_weight": "kto_chosen_weight kto_desirable_weight",
     "undesirable_weight": "kto_rejected_weight kto_undesirable_weight",
     "reference_adapter": "ref_model_adapters ref_adapter_name",
@@ -74,6 +74,7 @@ _NAMES = {
 OTHER_NAMES = {theirs: ours for ours, names in _NAMES.items() for theirs in names.split()}
 
 _FOUR_BITS = "use --bits 4"
+_LIKELIHOOD = "use --loss-type sigmoid,sft --loss-weights 1,WEIGHT"
 _REFERENCE = "leave it out; the reference is the model at the start of the run, unless you give --reference-adapter"
 # Names that are not a setting here -> advice.
 _OTHER_WAYS = {
@@ -88,7 +89,18 @@ _OTHER_WAYS = {
     "ref_model": _REFERENCE,
     "reference_model_path": _REFERENCE,
     "precompute_ref_log_probs": "leave it out; the reference is always computed before the first step",
+    "rpo_alpha": _LIKELIHOOD,
+    "pref_ftx": _LIKELIHOOD,
+    "length_normalize": "use --loss-type sigmoid_norm",
+    "clear_cache_threshold": "use --memory-budget; MLX's buffer cache is a sixteenth of it",
     "packing": "leave it out; rows of similar length share a batch of --batch-tokens",
+}
+# Settings of earlier versions -> their values in a file, such as run.yaml, that changed nothing; others are refused with advice.
+GONE = {
+    "fine_tune_type": (None,),
+    "length_normalize": (False,),
+    "rpo_alpha": (0,),
+    "clear_cache_threshold": (None, 0),
 }
 # A flag of some commands -> the flag of the others that takes the same.
 _OTHER_COMMANDS = {"adapter_path": "adapter", "adapter_name_or_path": "adapter", "max_new_tokens": "max_tokens"}

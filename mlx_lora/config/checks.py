@@ -10,6 +10,7 @@ from mlx_lora.config.fields import flag_of
 from mlx_lora.config.objectives import IMITATION, SAMPLING, WITHOUT_PAIRS
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.config.settings import FIELDS, LOGGERS, ROWS, SHARDING
+from mlx_lora.utils.text import command_line
 
 COLUMNS = ("prompt_column", "completion_column", "system_column", "chat_column", "text_column")
 TURN_FIELDS, TURN_ROLES = ("role", "content"), ("system", "user", "assistant", "tool")
@@ -45,6 +46,10 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
         problems.append(f"--chat-date {settings['chat_date']!r}: not a date; write it like 2026-11-26")
     problems += _adapter_problems(settings)
     problems += sharing_problems(settings) + _tensor_problems(settings)
+    if settings["train"] is False:
+        flags = {flag_of(name): settings[name] for name in ("model", "adapter_path", "data")}
+        words = ["evaluate", *(word for flag, value in flags.items() if value for word in (flag, value))]
+        problems.append(f"--no-train: to measure an adapter, run `{command_line(words)}`; or give --test alone")
     if settings["iters"] is not None and settings["epochs"] is not None:
         problems.append("--iters and --epochs: both given; keep one")
     loggers = [name.strip().lower() for name in (settings["report_to"] or "").split(",")]
@@ -96,7 +101,7 @@ def sharing_problems(settings: Mapping[str, Any]) -> list[str]:
             f"--grad-checkpoint {settings['grad_checkpoint']} {with_it}: each block must be computed again in the "
             "backward pass; give block or selective, or leave it out"
         )
-    method = settings["fine_tune_type"] or settings["method"]
+    method = settings["method"]
     if method in ("pissa", "full", "relora"):
         problems.append(f"--method {method} {with_it}: it needs or changes whole weights; use lora or dora")
     if settings["modules_to_save"]:
@@ -122,7 +127,7 @@ def sharing_problems(settings: Mapping[str, Any]) -> list[str]:
 
 def whole_base_reasons(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (setting, reason) for all that does not allow a model of which each process has a part of every layer."""
-    method, found = settings["fine_tune_type"] or settings["method"], []
+    method, found = settings["method"], []
     if method in ("pissa", "full", "dora"):
         found.append((f"--method {method}", "it needs or changes whole weights; use lora"))
     if settings["modules_to_save"]:
@@ -163,7 +168,7 @@ def _rollout_problems(settings: Mapping[str, Any]) -> list[str]:
     updates, problems = settings["updates_per_rollout"], []
     if settings["objective"] not in SAMPLING and not settings["on_policy"]:
         return problems
-    if settings["kl_beta"] and (settings["fine_tune_type"] or settings["method"]) == "relora":
+    if settings["kl_beta"] and settings["method"] == "relora":
         problems.append(
             "--kl-beta with --method relora: relora merges its finished cycles into the model, so the untrained model is gone; leave out one of the two"
         )
@@ -266,7 +271,7 @@ def _validation_problems(settings: Mapping[str, Any]) -> list[str]:
 
 def _adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
     """Return a problem for each setting that the method would ignore or does not support."""
-    method, problems = adapter["fine_tune_type"] or adapter["method"], []
+    method, problems = adapter["method"], []
     for owner in PRESETS:
         given = [name for name, row in ROWS.items() if row.method == owner != method and adapter[name] is not None]
         if given:

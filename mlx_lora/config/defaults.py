@@ -70,8 +70,8 @@ def learning_rate_for(model_type: str, width: int, settings: TrainSettings) -> f
     if family in ("mistral", "ministral", "ministral3", "smollm3"):  # Llama's architecture under other names
         exponent = EXPONENTS["llama"]
     rate = FULL_RATE * LORA_OVER_FULL * (WIDTH / (width or WIDTH)) ** exponent
-    rate *= OF_METHOD.get(adapter.method_name, 1)
-    if PRESETS[adapter.method_name].scale == "sqrt_rank":  # the update is sqrt(r) times as large as with alpha / r
+    rate *= OF_METHOD.get(adapter.method, 1)
+    if PRESETS[adapter.method].scale == "sqrt_rank":  # the update is sqrt(r) times as large as with alpha / r
         rate /= math.sqrt(adapter.rank)
     if settings.objective.objective not in ("sft", "distill"):
         rate *= OTHER_OBJECTIVES
@@ -146,7 +146,7 @@ def steps_per_epoch(loop: LoopSettings, data: DataFacts | None) -> int:
 
 def _early_stopping(settings: TrainSettings, loop: LoopSettings, data: DataFacts | None) -> dict[str, Any]:
     """Return settings with which a run ends when its held-out loss no longer falls; none if too little is held out."""
-    whole = PRESETS[settings.adapter.method_name].events != "none"  # AdaLoRA's and ReLoRA's schedules need their end
+    whole = PRESETS[settings.adapter.method].events != "none"  # AdaLoRA's and ReLoRA's schedules need their end
     validates = loop.val_batches != 0 and loop.steps_per_eval != 0 and loop.save_every != 0
     if data is None or data.held_out < ENOUGH_HELD_OUT or whole or not validates:
         return {}
@@ -183,7 +183,7 @@ def chosen_words(asked: TrainSettings, chosen: TrainSettings, model: str, data: 
 def rate_problem(settings: TrainSettings, model_type: str, width: int) -> str:
     """Return a warning of a learning rate far from what suits the model; empty: it may do."""
     given, usual = settings.optimizer.learning_rate, learning_rate_for(model_type, width, settings)
-    strength = 1 if settings.adapter.method_name == "full" else settings.adapter.alpha / ALPHA
+    strength = 1 if settings.adapter.method == "full" else settings.adapter.alpha / ALPHA
     if given is None or TOO_LOW <= given * strength / usual <= TOO_HIGH:
         return ""
     usual = float(f"{usual / strength:.1e}")

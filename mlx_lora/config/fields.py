@@ -24,6 +24,7 @@ class Row:
         per_machine: whether the ranks of a distributed run may have different values.
         method: the only --method that has this setting; None: all have it.
         alone: the value of a flag without a value, and of `true` in a settings file.
+        also: mlx-lm's spelling of the flag, which the command line takes too.
     """
 
     help: str
@@ -37,6 +38,7 @@ class Row:
     per_machine: bool = False
     method: str | None = None
     alone: str | None = None
+    also: str | None = None
 
     def check(self, value: Any) -> None:
         """Check a value of the right type.

@@ -4,7 +4,7 @@ The recipes that come with the package: settings files with their data, found by
 
 Turn flags and the contents of a settings file into checked settings.
 
-Read the file of `--config`: ours, or with `migration/` another trainer's.
+Read the file of `--config`: ours, or with `migrate/` another trainer's.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.config.aliases import OTHER_VALUES, instead_of
+from mlx_lora.config.aliases import GONE, OTHER_VALUES, instead_of
 from mlx_lora.config.checks import settings_problems
 from mlx_lora.config.fields import flag_of, read_value, row_of
-from mlx_lora.config.migration.migrate import migrate
+from mlx_lora.config.migrate import migrate
 from mlx_lora.config.settings import FIELDS, SECTIONS, ModelSettings, ServeSettings, TrainSettings
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import MAX_YAML_CHARACTERS, parse_yaml
@@ -62,7 +62,7 @@ def beside_recipes(settings: dict[str, Any]) -> dict[str, Any]:
 
 # Pairs of settings with the same meaning: a flag for either overrides both in the file.
 TWO_NAMES = (
-    ("iters", "epochs"), ("method", "fine_tune_type"), ("batch_size", "batch_tokens"), ("data", "own_prompts")
+    ("iters", "epochs"), ("batch_size", "batch_tokens"), ("data", "own_prompts")
 )  # fmt: skip
 
 
@@ -82,7 +82,8 @@ def train_settings(flags: Mapping[str, Any], content: Mapping[str, Any] | None =
         InputError: there are unknown keys or bad values; the message has all of them, in the flags' spelling.
     """
     decided = decided_by(flags)
-    values = {key: value for key, value in (content or {}).items() if key not in decided} | dict(flags)
+    content = {key: value for key, value in (content or {}).items() if value not in GONE.get(key, ())}
+    values = {key: value for key, value in content.items() if key not in decided} | dict(flags)
     problems = [
         f"{'settings' if key in flags else '--config'}: unknown setting {key!r}; {instead_of(key, FIELDS, repr)}"
         for key in values
@@ -106,9 +107,9 @@ def _of_table(values: Mapping[str, Any]) -> dict[str, Any]:
     path = Path(values.get("data") or "").expanduser()
     if not any((folder / "dataset_info.json").is_file() for folder in (path, path.parent)):
         return {}
-    from mlx_lora.config.migration.dataset_info import settings_of_table  # few runs need it
+    from mlx_lora.config.migrate.llama_factory import settings_of_table  # few runs need it
 
-    return settings_of_table(values["data"], FIELDS) if values.get("data") else {}
+    return settings_of_table(values["data"]) if values.get("data") else {}
 
 
 def serve_settings(flags: Mapping[str, Any]) -> tuple[ModelSettings, ServeSettings]:
@@ -152,7 +153,7 @@ def read_settings(path: str | None, flags: Mapping[str, Any], say: Callable[[str
     if not path:
         return {}
     content = beside_recipes(read_yaml(str(recipe_file(path)))) if names_recipe(path) else read_yaml(path)
-    return migrate(content, FIELDS, decided_by(flags), path, say, flags.get("objective"))
+    return migrate(content, decided_by(flags), path, say, flags.get("objective"))
 
 
 def read_yaml(path: str) -> dict[str, Any]:

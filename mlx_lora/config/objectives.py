@@ -24,7 +24,8 @@ class ObjectiveSettings:
         "prompts, and learn from their rewards; distill: give each token the probabilities that a teacher gives it.",
         OBJECTIVE, common=True)
     loss_type: str = setting("sigmoid",
-        "dpo: loss on the pairs, by TRL's names (sigmoid, hinge, ipo, apo_zero ...); several, by commas, are added. "
+        "dpo: loss on the pairs, by TRL's names (sigmoid, sigmoid_norm, hinge, ipo ...); several, by commas, are added, "
+        "such as sigmoid,sft, which also imitates the chosen answers. "
         "kto: kto or apo_zero_unpaired.", OBJECTIVE)
     loss_weights: str | None = setting(None,
         "dpo: weights of several losses in --loss-type, separated by commas (default 1 each).", OBJECTIVE)
@@ -33,9 +34,6 @@ class ObjectiveSettings:
         OBJECTIVE, more_than=0, at_most=1000)
     label_smoothing: float = setting(0.0, "Share of pairs that are assumed to have swapped labels (exo_pair, robust, "
         "aot, cpo, simpo).", OBJECTIVE, at_least=0, at_most=0.49)
-    rpo_alpha: float = setting(0.0, "dpo: weight of the chosen answers' likelihood, added to the loss (RPO).",
-        OBJECTIVE, at_least=0, at_most=1000)
-    length_normalize: bool = setting(False, "dpo: use log-ratios per token, as --loss-type sigmoid_norm does.", OBJECTIVE)
     discopop_tau: float = setting(0.05, "dpo: temperature of --loss-type discopop.",
         OBJECTIVE, more_than=0, at_most=1000)
     simpo_gamma: float = setting(0.5, "simpo: margin by which the chosen answer should win.",

@@ -145,8 +145,7 @@ class AdapterSettings:
     """The adapter's shape. Defaults: LoRA 2106.09685 (alpha = 2r), all linear layers as in QLoRA 2305.14314."""
 
     method: str = setting("lora", "Training method, which sets layer type, scale, initial factors and learning rates.",
-        ADAPTER, common=True, choices=tuple(PRESETS))
-    fine_tune_type: str | None = setting(None, "mlx-lm's name for --method.", ADAPTER, choices=tuple(PRESETS))
+        ADAPTER, common=True, choices=tuple(PRESETS), also="--fine-tune-type")
     loraplus_lr_ratio: float | None = setting(None,
         "lora-plus: learning rate of B as a multiple of A's (default 16).",
         ONE_METHOD, method="lora-plus", more_than=0, at_most=10**6)
@@ -185,11 +184,6 @@ class AdapterSettings:
         ONE_METHOD, method="relora", at_least=0, at_most=1)
     resume_adapter_file: str | None = setting(None, "Start from this adapter's factors: a run's or PEFT's folder, or its file.",
         ADAPTER, may_change=True, per_machine=True)
-
-    @property
-    def method_name(self) -> str:
-        """The method, given by either of its two names."""
-        return self.fine_tune_type or self.method
 
 
 @dataclass(frozen=True)
@@ -254,7 +248,7 @@ class LoopSettings:
         "latency), or auto (the fastest that fits, by the measured link; it may also share the base).",
         MEMORY, may_change=True, choices=PARALLEL)
     memory_budget: float | None = setting(None,
-        "GB (10^9 bytes) that the run may use (default: what the device recommends).",
+        "GB (10^9 bytes) that the run may use, a sixteenth of it for MLX's buffer cache (default: what the device recommends).",
         MEMORY, may_change=True, per_machine=True, more_than=0, at_most=10**6)
     memory_check: bool = setting(True, "Refuse a run that does not fit by the plan; --no-memory-check tries it anyway.",
         MEMORY, may_change=True, per_machine=True)
@@ -295,13 +289,10 @@ class LoopSettings:
         "Tokens per text that report.html shows, generated before the first step and after the last (grpo, rloo: whole "
         "answers, at every validation); 0: no texts.",
         OUTPUT, may_change=True, per_machine=True, at_least=0, at_most=10**5)
-    train: bool | None = setting(None, "Train. On unless only --test is given.", TRAINING, may_change=True)
+    train: bool | None = setting(None, "Train before --test; without --test, a run always trains.", TRAINING, may_change=True)
     test: bool = setting(False, "Measure the loss on the test set (after training, with --train).",
         VALIDATION, may_change=True)
     test_batches: int = setting(500, "Test batches; -1: all.", VALIDATION, may_change=True, at_least=-1)
-    clear_cache_threshold: str | None = setting(None,
-        "Limit of MLX's buffer cache, such as 2GB (default: a sixteenth of the working set).",
-        MEMORY, may_change=True, per_machine=True)
     short_buffers: bool = setting(False,
         "Use short GPU command buffers, so that a Mac's display keeps responding (slower).",
         MEMORY, may_change=True, per_machine=True)

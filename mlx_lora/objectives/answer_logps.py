@@ -155,7 +155,7 @@ def _key(settings: TrainSettings, base: Base, rows: EncodedSet, kernels: KernelC
         files = [sha256_of(file) for file in (start, *adapter_files(start.parent))] + [adapter.rank, adapter.alpha]
     facts = [base.fingerprint, model_sample(base.folder), base.describe(), rows.fingerprint]
     facts += [str(device.compute_dtype(settings.model.dtype))]
-    facts += [settings.loop.kernels, adapter.method_name, device.measured_on(), _shares(settings)]
+    facts += [settings.loop.kernels, adapter.method, device.measured_on(), _shares(settings)]
     facts += [kernels and kernels.names(), *files]
     return sha256_of(json.dumps(facts))[:32]
 

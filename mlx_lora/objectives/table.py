@@ -59,12 +59,6 @@ def _sft(settings: ObjectiveSettings) -> Objective:
 
 def _dpo(settings: ObjectiveSettings) -> Objective:
     names = _names(settings.loss_type, PAIR_LOSSES)
-    if settings.length_normalize:
-        if names != ["sigmoid"]:
-            raise InputError(
-                f"--length-normalize with --loss-type {settings.loss_type}: only sigmoid can be normalized; leave it out"
-            )
-        names = ["sigmoid_norm"]
     weights = _weights(settings.loss_weights, names)
     smoothed = [name for name in names if name in SMOOTHED]
     if settings.label_smoothing and not smoothed:
@@ -75,8 +69,6 @@ def _dpo(settings: ObjectiveSettings) -> Objective:
         raise InputError(f"--discopop-tau with --loss-type {settings.loss_type}: only discopop uses it; leave it out")
     if "exo_pair" in names and not settings.label_smoothing:
         raise InputError("--loss-type exo_pair requires --label-smoothing above 0 (the paper uses 0.001)")
-    if settings.rpo_alpha:
-        names, weights = [*names, "sft"], [*weights, settings.rpo_alpha]
     parts = [(weight, PAIR_LOSSES[name]) for name, weight in zip(names, weights, strict=True)]
     words = " + ".join(
         name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(names, weights, strict=True)
@@ -234,8 +226,6 @@ OWN_OPTIONS = {
     "loss_weights": ("dpo",),
     "beta": ("dpo", "orpo", "simpo", "cpo", "kto"),
     "label_smoothing": ("dpo", "simpo", "cpo"),
-    "rpo_alpha": ("dpo",),
-    "length_normalize": ("dpo",),
     "discopop_tau": ("dpo",),
     "simpo_gamma": ("simpo",),
     "cpo_alpha": ("cpo",),

@@ -460,26 +460,18 @@ def attention_of_tokens(
 
 SAMPLED_BY = "sampled_by"  # the key in a checkpoint
 FLOATS = "floats"  # its value for a model without quantized layers
-AS_THE_MODEL = "the model"  # of checkpoints without the key: packed weights, and mlx-lm's own steps
 
 
 @dataclass(frozen=True)
 class SamplingForm:
-    """What computes sampled tokens.
-
-    Attributes:
-        weights: the form of quantized weights; None: there are none.
-        short_steps: whether steps of one token take fewer operations (rollouts/decode.py).
-    """
+    """What computes sampled tokens: the form of quantized weights, None if there are none, and short steps of one token."""
 
     weights: DecodeWeights | None = None
-    short_steps: bool = True
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with its checkpoint."""
-        form = FLOATS if self.weights is None else self.weights.form
-        return {SAMPLED_BY: form} if self.short_steps else {}
+        return {SAMPLED_BY: FLOATS if self.weights is None else self.weights.form}
 
     @property
     def copied_bytes(self) -> int:
@@ -496,7 +488,7 @@ class SamplingForm:
         if self.copied_bytes:
             copy_weights(base)
         try:
-            yield TokenSteps(base.model) if self.short_steps else base.model
+            yield TokenSteps(base.model)
         finally:
             if self.copied_bytes:
                 release_weights(base.model)
@@ -523,11 +515,9 @@ def choose_sampling(
     Raises:
         InputError: the form to keep, or that is asked for, does not fit the memory of one rank.
     """
-    known = None if identity is None else identity.get(SAMPLED_BY, AS_THE_MODEL)
-    asked, short_steps = base.decode_weights, True
-    if known == AS_THE_MODEL and asked in (AUTO, PACKED):
-        weights, short_steps = _as_before(base, PACKED), False
-    elif known in (PACKED, IN_FULL) and asked in (AUTO, known):
+    known = None if identity is None else identity.get(SAMPLED_BY)
+    asked = base.decode_weights
+    if known in (PACKED, IN_FULL) and asked in (AUTO, known):
         weights = _as_before(base, known)
     else:
         weights = choose_weights(base, min(rows, ANSWERS), free_bytes)
@@ -538,11 +528,11 @@ def choose_sampling(
             f"--resume: the run samples its answers by dense copies of {weights.copied_bytes / 1e9:.1f} GB, and "
             f"{max(0, free_bytes) / 1e9:.1f} GB are free; free some, or give --decode-weights packed"
         )
-    forms, short = zip(*ranks.everyone([weights and weights.form, short_steps]), strict=True)
+    forms = ranks.everyone(weights and weights.form)
     if weights is not None and weights.form == IN_FULL and set(forms) != {IN_FULL}:
         other = next(rank for rank, form in enumerate(forms) if form != IN_FULL)
         weights = DecodeWeights(PACKED, f"as rank {other} chose", weights.copied_bytes)
-    return SamplingForm(weights, all(short))
+    return SamplingForm(weights)
 
 
 def kept_form(identity: Mapping[str, Any]) -> dict[str, Any]:

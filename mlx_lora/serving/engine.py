@@ -290,7 +290,7 @@ class Engine:
             device.end_thread()
 
     def _prepare(self, base: Base) -> None:
-        device.set_cache_limit(None)
+        device.set_cache_limit()
         rowless = [cache for cache in make_prompt_cache(base.model) if not hasattr(cache, "merge")]
         if rowless:
             raise InputError(

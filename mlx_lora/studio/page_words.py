@@ -35,7 +35,6 @@ LABELS = {
     "temp": "Sampling temperature",
     "resume_adapter_file": "Start from adapter",
     "loraplus_lr_ratio": "LoRA+ learning rate ratio",
-    "rpo_alpha": "RPO alpha",
     "cpo_alpha": "CPO alpha",
     "simpo_gamma": "SimPO gamma",
     "kl_beta": "KL beta",
@@ -51,7 +50,7 @@ HELP = {
 _ONLY_THERE = re.compile(r"[;,]? ?\(?(?:also |as )?the flag without a value\)?(?=[,);])|, as convert --bits does")
 _FLAG = re.compile(r"`[^`]*`|(?<![\w-])--(no-)?([a-z][a-z0-9]*(?:-[a-z0-9]+)*)(?![\w-])")
 # What the studio decides itself: where a run goes, and whether it continues one.
-OWN = frozenset(("adapter_path", "resume", "force", "train", "fine_tune_type", "trust_remote_code"))
+OWN = frozenset(("adapter_path", "resume", "force", "train", "trust_remote_code"))
 TYPES = {str: "text", int: "int", float: "float", bool: "bool"}
 UNBOUNDED = 10**12  # the upper bound of a setting without one
 

@@ -87,7 +87,7 @@ def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tup
     if start:
         put_start(base.model, start, full)
     return adapted, AdapterInfo(
-        method=adapter.method_name,
+        method=adapter.method,
         rank=adapted.rank,
         alpha=adapter.alpha,
         scale=adapted.scale,
@@ -201,7 +201,7 @@ def compose(
     fingerprint = splits.train.fingerprint  # of the rows apart, so that a run may be resumed whatever shares a row
     splits = layout.of(splits)
     loop = settings.loop
-    epochs = found.identity.get("price_epochs", 1.0) if found else loop.epochs or 1.0
+    epochs = found.identity["price_epochs"] if found else loop.epochs or 1.0
     form, memory = form_of(settings, base, memory, ranks, found.identity if found else None, say)
     answering = answering_of(settings, base, objective, chosen.loss, say, rewards, form, taught.scorer, layout.joining)
     plan: Any = answered_by(answering, training_plan(loop, splits.train, epochs), ranks=ranks)
@@ -211,7 +211,7 @@ def compose(
     settings = replace(settings, loop=replace(loop, val_batches=held_out.val_batches))
     device.compile_for(steps)
     identity = identity_of(settings, base.fingerprint, fingerprint, plan, epochs)
-    identity |= layout.identity | held_out.identity | taught.identity | part_of_last(found)
+    identity |= layout.identity | held_out.identity | taught.identity
     passes = steps * loop.grad_accumulation_steps / len(plan)
     of_trunk = TrunkAsked(settings, base, plan, validation, passes, ranks, blocks_before(found, loop.cache_trunk))
     if found:
@@ -254,20 +254,6 @@ def compared_with(
     return with_teacher(settings, base, sets, say, ranks)
 
 
-# In the identity of every run since its version computes the last block where trained, if the model allows it.
-PART_OF_LAST = {"last_block": "where trained"}
-
-
-def part_of_last(found: Checkpoint | None) -> dict[str, str]:
-    """Return what a run says in its identity of how it computes its last block."""
-    return {} if whole_last_block(found) else PART_OF_LAST
-
-
-def whole_last_block(found: Checkpoint | None) -> str:
-    """Return why a run must compute the whole last block: a version that always did has begun it; empty: it need not."""
-    return "" if found is None or PART_OF_LAST.items() <= found.identity.items() else "as before the checkpoint"
-
-
 def choose_loss_and_kernels(
     settings: TrainSettings,
     base: Base,
@@ -287,7 +273,7 @@ def choose_loss_and_kernels(
         joined_too: the same rows joined, if some batches will be.
     """
     asked = settings.loop.kernels
-    loss = choose_loss(base.model, base.config, asked, say, whole_last_block(found))
+    loss = choose_loss(base.model, base.config, asked, say)
     dtype = device.compute_dtype(settings.model.dtype)
     asked = (
         OURS if asked == AUTO and called_together(base.model) else asked
@@ -378,7 +364,7 @@ def fit_settings(
     dealt_to = 1 if shared.cut_by > 1 else ranks.size  # ranks with parts of layers all compute every row
     facts = data_facts(splits.train, splits.valid)
     fitted = fit_run(asked, shape, splits.train, chosen.terms, dealt_to, facts)
-    asked = with_length(asked, fitted.batch_tokens, facts, begun.get("price_epochs") if begun else None)
+    asked = with_length(asked, fitted.batch_tokens, facts, begun["price_epochs"] if begun else None)
     day = splits.chat_day.isoformat() if splits.chat_day else None  # the same one with --resume on another day
     checkpointing = shared.checkpointing(fitted.checkpointing, ranks)
     loop = replace(asked.loop, grad_checkpoint=checkpointing)

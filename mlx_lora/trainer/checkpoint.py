@@ -10,7 +10,7 @@ Checkpoints: a complete adapter and everything that a run needs to resume, writt
 
     checkpoints/step-000100/   adapters.safetensors, adapter_config.json     the adapter, as in a run folder
                                state.safetensors                             trainer/checkpoint.py's arrays
-                               state.json                                    position, identity, checksums
+                               state.json                                    version, program, position, identity, checksums
 
 Each is written under another name, flushed to disk and renamed: a kill at any moment leaves the earlier ones intact.
 """
@@ -32,6 +32,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from mlx_lora import __version__
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.models.folder import read_safetensors_header, save_tensors
 from mlx_lora.trainer.evaluate import VALIDATED
@@ -39,6 +40,7 @@ from mlx_lora.trainer.step import Step
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import replacing_folder, sha256_of
 from mlx_lora.utils.parsing import read_json
+from mlx_lora.utils.text import command_line
 
 
 class Diverged(RunError):
@@ -188,9 +190,13 @@ def _filled(tree: dict, arrays: dict[str, mx.array]) -> dict:
 
 
 STATE_FILE, ARRAYS_FILE, LOCK_FILE = "state.json", "state.safetensors", ".lock"
-NAME = re.compile(r"step-(\d{6,})")
-VERSION = 1
+NAME, PROGRAM = re.compile(r"step-(\d{6,})"), re.compile(r"\d[\w.+]{0,30}")
+VERSION = 2  # of the format; a program reads no other
 MAX_EPOCHS, MAX_PARTS = 1e9, 10**6  # the bounds of --epochs and of rows in a batch
+
+
+class OtherVersionError(InputError):
+    """A checkpoint is whole, and of a version of its format that this program does not read."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +234,8 @@ def write_checkpoint(
         save_adapter(temporary)
         save_tensors(temporary / ARRAYS_FILE, arrays)
         sums = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
-        state = {"version": VERSION, "position": asdict(position), "identity": identity, "sha256": sums}
+        state = {"version": VERSION, "program": __version__}
+        state |= {"position": asdict(position), "identity": identity, "sha256": sums}
         (temporary / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
@@ -256,10 +263,15 @@ def newest_checkpoint(room: Path, say: Callable[[str], None]) -> Checkpoint | No
     Args:
         room: a run folder's `checkpoints`.
         say: called with one line about each damaged checkpoint.
+
+    Raises:
+        OtherVersionError: another version wrote it; the run must not begin again in its folder.
     """
     for _, folder in numbered(room):
         try:
             return read_checkpoint(folder)
+        except OtherVersionError:
+            raise
         except InputError as error:
             say(f"Checkpoint skipped: {error}")
     return None
@@ -269,24 +281,24 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint and check all of it.
 
     Raises:
-        InputError: something is missing, damaged, or of another version.
+        OtherVersionError: another version wrote it.
+        InputError: something is missing or damaged.
     """
     if not (folder / STATE_FILE).is_file():
         raise InputError(f"{folder}: no checkpoint to resume from (no {STATE_FILE}); give a step-NNNNNN folder")
     state = read_json(folder / STATE_FILE, "use an older checkpoint")
     try:
-        version, sums = state["version"], dict(state["sha256"])
+        version = state["version"]
+        if type(version) is int and version != VERSION and 0 < version < 1000:
+            raise OtherVersionError(_other_version(folder, state))
+        sums = dict(state["sha256"])
         position, identity = Position(**state["position"]), dict(state["identity"])
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{folder}: no checkpoint to resume from ({type(error).__name__} in {STATE_FILE})") from None
-    if version != VERSION:
-        raise InputError(
-            f"{folder}: the checkpoint has version {version}, this program reads {VERSION}; use the program that wrote it"
-        )
-    wrong = _position_problems(position)
-    epochs = identity.get("price_epochs", 1.0)
+    wrong = _position_problems(position) + ([] if version == VERSION else ["version"])
+    epochs = identity.get("price_epochs")
     wrong += [] if isinstance(epochs, (int, float)) and 0 < epochs <= MAX_EPOCHS else ["price_epochs"]
-    examples = identity.get(VALIDATED, 0)
+    examples = identity.get(VALIDATED)
     wrong += [] if type(examples) is int and 0 <= examples < 2**53 else [VALIDATED]
     if wrong:
         raise InputError(f"{folder}: {STATE_FILE} has impossible values ({', '.join(wrong)}); use an older checkpoint")
@@ -296,6 +308,18 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise InputError(f"{folder}: {name} is missing or damaged; use an older checkpoint")
     read_safetensors_header(folder / ARRAYS_FILE)
     return Checkpoint(folder, position, identity, mx.load(str(folder / ARRAYS_FILE)))
+
+
+def _other_version(folder: Path, state: dict[str, Any]) -> str:
+    """Return which program wrote a checkpoint of another version, and what to do."""
+    program = str(state.get("program"))
+    name = f"mlx-lora {program}" if PROGRAM.fullmatch(program) else "an mlx-lora that did not leave its version"
+    command = command_line(["train", "--resume-adapter-file", str(folder), "..."])
+    return (
+        f"--resume {folder}: {name} wrote this checkpoint, in version {state['version']} of the format, and this program "
+        f"({__version__}) reads version {VERSION}; finish the run with the program that began it, or begin a new run from its "
+        f"adapter: {command}"
+    )
 
 
 def _position_problems(position: Position) -> list[str]:

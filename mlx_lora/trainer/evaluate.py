@@ -54,7 +54,7 @@ from mlx_lora.utils.text import counted
 SHARE, SHARE_WORDS = 0.1, "a tenth"  # of the run's work, for all its validations together
 PASSES_PER_STEP = 2  # forward passes that a trained token costs
 FEWEST = 8  # examples
-MOST_BATCHES = 25  # per validation; until there was this rule, always so many
+MOST_BATCHES = 25  # per validation
 VALIDATED = "validated_examples"  # the key in a checkpoint
 
 
@@ -102,7 +102,7 @@ def choose_held_out(
         steps: of the run.
         identity: of the checkpoint to go on from, whose rule is kept; None: the run begins.
     """
-    kept = None if identity is None else identity.get(VALIDATED)
+    kept = None if identity is None else identity[VALIDATED]
     if rows is None or not rows.examples:
         return HeldOut(val_batches=loop.val_batches, identity=_identity(identity, 0))
     every: Any = loop.steps_per_eval  # chosen by now (config/defaults.py)
@@ -114,9 +114,7 @@ def choose_held_out(
     batches = loop.val_batches
     if batches == 0:
         return HeldOut(val_batches=0, identity=identity_now)
-    if batches is None and identity is not None and kept is None:  # a checkpoint from before there was this rule
-        batches, why = MOST_BATCHES, "as this run began"
-    elif batches is not None:
+    if batches is not None:
         why = f"--val-batches {batches}"
     elif kept and kept != count:
         count, why = min(kept, rows.examples), "as this run began"
@@ -169,9 +167,7 @@ def _affordable(rows: EncodedSet, whole: BatchPlan, budget: float) -> tuple[int,
 
 def _identity(before: Mapping[str, Any] | None, count: int) -> dict[str, Any]:
     """Return what the run's checkpoints keep: what they kept before, or the number that was chosen now."""
-    if before is None:
-        return {VALIDATED: count}
-    return {VALIDATED: before[VALIDATED]} if VALIDATED in before else {}
+    return {VALIDATED: count if before is None else before[VALIDATED]}
 
 
 def _often(times: int) -> str:

@@ -216,8 +216,8 @@ def outlined_shape(
         InputError: the adapter does not fit the model, or it cannot be cut.
     """
     adapter = settings.adapter
-    if adapter.method_name == "pissa":  # its initial factors need weights, which an outline does not have
-        adapter = replace(adapter, method="lora", fine_tune_type=None)
+    if adapter.method == "pissa":  # its initial factors need weights, which an outline does not have
+        adapter = replace(adapter, method="lora")
     adapt_model(outline.model, adapter, settings.loop.seed)
     if any(has_two_ways(layer) for layer in outline.model.modules()):  # a packed model may have none of these layers
         use_measured_matmul(outline.model, "dense")  # it takes more memory; for a plan the faster one is not measured
@@ -243,7 +243,7 @@ def adapted_shape(
         source_bytes: see `ModelShape`.
         kernels: the kernels that it trains with; None: chosen from this machine's measurements.
     """
-    shape = model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method_name, 0))
+    shape = model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method, 0))
     plain_loss = shape.plain_loss or settings.loop.kernels == MLX
     shape = replace(shape, plain_loss=plain_loss, beside_bytes=beside_bytes(settings))
     choice = known_kernels(settings, shape) if kernels is None else kernels

@@ -30,12 +30,12 @@ MOST_PROMPT = 80  # characters of the prompt in a command to try
 
 def describe_method(adapter: AdapterSettings, steps: int) -> str:
     """Return the method and its own numbers, for the run header."""
-    if adapter.method_name == "full":
+    if adapter.method == "full":
         return "full"
-    words = f"{adapter.method_name}, rank {adapter.rank}, alpha {adapter.alpha:g}"
-    if adapter.method_name == "adalora":
+    words = f"{adapter.method}, rank {adapter.rank}, alpha {adapter.alpha:g}"
+    if adapter.method == "adalora":
         words += f", from rank {starting_rank(adapter)} down"
-    if adapter.method_name == "relora":
+    if adapter.method == "relora":
         words += f", a restart every {restart_every(adapter, steps)} steps"
     return words
 

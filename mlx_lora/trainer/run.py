@@ -99,7 +99,7 @@ def train_run(
 
 def wants_training(settings: TrainSettings) -> bool:
     """Train unless only --test was asked for, as in mlx_lm.lora."""
-    return not settings.loop.test if settings.loop.train is None else settings.loop.train
+    return bool(settings.loop.train) or not settings.loop.test
 
 
 def check_request(settings: TrainSettings, ranks: Ranks, functions: Functions = NO_FUNCTIONS) -> None:
@@ -113,7 +113,9 @@ def check_request(settings: TrainSettings, ranks: Ranks, functions: Functions = 
     if settings.objective.objective == DISTILL:
         del needed["--data"]  # without it, the model writes the prompts itself
     missing = [flag for flag, value in needed.items() if not value]
-    alone = [flag for flag, asked in (("--no-train", not trains), ("--max-restarts", loop.max_restarts)) if asked]
+    alone = [
+        flag for flag, asked in (("--test without --train", not trains), ("--max-restarts", loop.max_restarts)) if asked
+    ]
     if alone and ranks.size > 1:
         raise InputError(
             f"{' and '.join(alone)} in {ranks.size} processes: works in a single process only; start it without a launcher"
@@ -123,11 +125,9 @@ def check_request(settings: TrainSettings, ranks: Ranks, functions: Functions = 
             f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} required (--help says what each takes)"
         )
     if not trains and loop.shard_base != "off":
-        raise InputError(f"--shard-base {loop.shard_base} with --no-train: only training shares a base; leave it out")
+        raise InputError(f"--shard-base {loop.shard_base} with --test alone: only training shares a base; leave it out")
     if not trains and loop.parallel != "data":
-        raise InputError(f"--parallel {loop.parallel} with --no-train: only training cuts a base; leave it out")
-    if not trains and not loop.test:
-        raise InputError("--no-train without --test: nothing to do; give --test, or leave --no-train out")
+        raise InputError(f"--parallel {loop.parallel} with --test alone: only training cuts a base; leave it out")
     if not trains or not ranks.leads:
         return
     folder = Path(loop.adapter_path)
@@ -254,7 +254,7 @@ def take_steps(
 
 def _bound_memory(run: Composed, base: Base) -> None:
     """Bound the memory of the steps: MLX's buffer cache, and with a shared base what it allocates ahead of its work."""
-    device.set_cache_limit(run.folder.settings.loop.clear_cache_threshold, run.memory.budget_bytes)
+    device.set_cache_limit(run.memory.budget_bytes)
     device.wire_working_set()
     if is_shared(base.model):
         device.wait_beyond(run.memory.peak_bytes)

@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx_lora import BLAS
 from mlx_lora.kernels.measure import best_s, read_store, write_store
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.text import GIB, parse_size
+from mlx_lora.utils.text import GIB
 
 ROW_PARTS = 64  # of a row, which are added to each other first
 
@@ -91,16 +91,15 @@ def compute_dtype(name: str = "auto") -> mx.Dtype:
     return dtypes[name]
 
 
-def set_cache_limit(limit: str | None, budget_bytes: int | None = None) -> int:
-    """Limit MLX's buffer cache, once for the whole run, and return the limit in bytes.
+def set_cache_limit(budget_bytes: int | None = None) -> int:
+    """Limit MLX's buffer cache to a sixteenth of what the run may use, once for the whole run; return the limit in bytes.
+
+    Batches of many shapes leave buffers behind that no later batch can use, but that still count as the process's memory.
 
     Args:
-        limit: a size such as `2GB`, or None for a sixteenth of what the run may use. Batches of many shapes leave
-            buffers behind that no later batch can use, but that still count as the process's memory.
         budget_bytes: what the run may use; None: the working set.
     """
-    share = (budget_bytes or current_device().working_set_bytes) // 16
-    bound = share if limit is None else parse_size(limit)
+    bound = (budget_bytes or current_device().working_set_bytes) // 16
     mx.set_cache_limit(bound)
     return bound
 

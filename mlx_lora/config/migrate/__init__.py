@@ -10,19 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-from mlx_lora.config.migration.axolotl import AXOLOTL
-from mlx_lora.config.migration.llama_factory import LLAMA_FACTORY
-from mlx_lora.config.migration.mlx_lm import MLX_LM
-from mlx_lora.config.migration.mlx_lm_lora import MLX_LM_LORA
-from mlx_lora.config.migration.sheet import Dialect, Sheet
-from mlx_lora.config.migration.trl import TRL
+from mlx_lora.config.migrate.axolotl import AXOLOTL
+from mlx_lora.config.migrate.common import Dialect, Sheet
+from mlx_lora.config.migrate.llama_factory import LLAMA_FACTORY
+from mlx_lora.config.migrate.mlx_lm import MLX_LM, MLX_LM_LORA
+from mlx_lora.config.migrate.trl import TRL
 
 DIALECTS = (AXOLOTL, LLAMA_FACTORY, TRL, MLX_LM_LORA, MLX_LM)
 
 
 def migrate(
     content: dict[str, Any],
-    known: Collection[str],
     given: Collection[str],
     file: str,
     say: Callable[[str], None],
@@ -32,7 +30,6 @@ def migrate(
 
     Args:
         content: the file's content, with underscores in keys.
-        known: names of our settings.
         given: settings given as flags, for which the other trainer's defaults are not printed.
         file: its name, for messages.
         say: called with each line on the migration: the trainer, what has another meaning, and what is left out.
@@ -44,8 +41,8 @@ def migrate(
     dialect = find_dialect(content)
     if dialect is None:
         return content
-    sheet = dialect.read(content, known, file, objective)
-    for line in account(sheet, dialect, given, file):
+    sheet = dialect.read(content, file, objective)
+    for line in account(sheet, dialect, given):
         say(line)
     return sheet.found
 
@@ -55,10 +52,9 @@ def find_dialect(content: dict[str, Any]) -> Dialect | None:
     return next((dialect for dialect in DIALECTS if dialect.recognizes(content)), None)
 
 
-def account(sheet: Sheet, dialect: Dialect, given: Collection[str], file: str) -> list[str]:
+def account(sheet: Sheet, dialect: Dialect, given: Collection[str]) -> list[str]:
     """Return the lines to print on a migrated file."""
-    lines = [f"{file}: read as a settings file of {dialect.name}"]
-    lines += [f"  {note}" for note in sheet.notes]
+    lines = [f"{sheet.file}: read as a settings file of {dialect.name}", *(f"  {note}" for note in sheet.notes)]
     told = [
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in sheet.assumed.items()

@@ -1,0 +1,456 @@
+"""What the trainers' tables share: a file while it is read, and the topics that the files of several trainers have.
+
+A trainer is a `Dialect`: a table of names, and a few functions for what a table cannot say. Axolotl, LLaMA-Factory and TRL
+all use transformers' trainer and PEFT, so that most of what they have differs in its names only (`Names`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_lora.config.settings import LOGGERS
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.parsing import hashable
+
+
+@dataclass
+class Sheet:
+    """One file, or a mapping in it, while the functions of its trainer read it.
+
+    Attributes:
+        file: its name, for errors.
+        rest: keys that have not been read yet.
+        objective: the value of the flag --objective, for files that do not name their objective; None: not given.
+        prefix: of a mapping's keys in messages, such as `trl.`.
+        found: our settings, with values from the file; a mapping writes into those of its file.
+        assumed: those of `found` that the file leaves out, with its trainer's defaults.
+        notes: what has another meaning here, one line each.
+        left_out: keys whose value has no counterpart.
+    """
+
+    file: str
+    rest: dict[str, Any]
+    objective: str | None = None
+    prefix: str = ""
+    found: dict[str, Any] = field(default_factory=dict)
+    assumed: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def take(self, key: str) -> Any:
+        """Return a key's value and mark it as read; None if the file does not set it."""
+        return self.rest.pop(key, None)
+
+    def number(self, key: str) -> int | float | None:
+        """Take a number; a text such as 2e-5, which YAML does not read as a number, is accepted.
+
+        Raises:
+            InputError: it is not a number.
+        """
+        value = self.take(key)
+        if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+            return value
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise self.refusal(f"{key} {value!r}: not a number; fix the file")
+        return int(number) if number.is_integer() else number
+
+    def switch(self, key: str) -> bool:
+        """Take true or false; false if it is left out.
+
+        Raises:
+            InputError: it is neither.
+        """
+        value = self.take(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.refusal(f"{key} {value!r}: neither true nor false; fix the file")
+        return bool(value)
+
+    def copy(self, names: Mapping[str, str], read: Callable[[Sheet, str], Any] = take) -> None:
+        """Set ours from those keys of a table, key -> setting, that the file has; `read` takes a value of one type."""
+        for key, name in names.items():
+            if key in self.rest:
+                self.found[name] = read(self, key)
+
+    def part(self, key: str) -> Sheet:
+        """Take a mapping as a sheet, to read its keys; an empty one if it is left out.
+
+        Raises:
+            InputError: it is not a mapping.
+        """
+        value = self.take(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.refusal(f"{key} {value!r}: not a mapping of names to values; fix the file")
+        return self.within(filled(value or {}), key)
+
+    def within(self, rest: dict[str, Any], key: str) -> Sheet:
+        """Return a sheet of a mapping in this one."""
+        prefix = f"{self.prefix}{key}."
+        return Sheet(self.file, rest, self.objective, prefix, self.found, self.assumed, self.notes, self.left_out)
+
+    def assume(self, **values: Any) -> None:
+        """Set ours to the other trainer's defaults, unless the file set them."""
+        for name, value in values.items():
+            if name not in self.found:
+                self.found[name] = self.assumed[name] = value
+
+    def drop(self, usual: Mapping[str, Collection[Any]]) -> None:
+        """Drop the keys of a table that have one of its values, because that is what we do without being told."""
+        self.rest = {key: value for key, value in self.rest.items() if value not in usual.get(key, ())}
+
+    def leave(self, *keys: str) -> None:
+        """Leave out keys that have no meaning here, if the file sets them."""
+        self.left_out += [self.prefix + key for key in keys if self.take(key) is not None]
+
+    def leave_rest(self) -> None:
+        """Leave out all keys that have not been read."""
+        self.left_out += [self.prefix + key for key in self.rest]
+
+    def note(self, text: str) -> None:
+        """Note that something has another meaning here."""
+        self.notes.append(text)
+
+    def refusal(self, problem: str) -> InputError:
+        """Return the error to raise if the file cannot be migrated."""
+        return InputError(f"--config {self.file}: {problem}")
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One trainer's format of settings files.
+
+    Attributes:
+        name: of the trainer.
+        recognizes: tells whether a file is this trainer's.
+        rules: functions that each read the keys of one topic; they run in order.
+        names: key -> our setting with the same meaning; read after the rules.
+        defaults: our setting -> the trainer's default, if it differs from ours and changes the result.
+    """
+
+    name: str
+    recognizes: Callable[[Mapping[str, Any]], bool]
+    rules: tuple[Callable[[Sheet], None], ...]
+    names: Mapping[str, str]
+    defaults: Mapping[str, Any]
+
+    def read(self, content: Mapping[str, Any], file: str, objective: str | None = None) -> Sheet:
+        """Return a file of this dialect, read.
+
+        Raises:
+            InputError: it asks for another kind of training, or has an invalid value.
+        """
+        sheet = Sheet(file, filled(content), objective)
+        for rule in self.rules:
+            rule(sheet)
+        sheet.copy(self.names)
+        sheet.assume(**self.defaults)
+        sheet.leave_rest()
+        return sheet
+
+
+def filled(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a mapping without its empty keys, such as `wandb_project:`."""
+    return {key: value for key, value in content.items() if value is not None and value not in ("", [], {})}
+
+
+# --- transformers' trainer and PEFT
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a trainer calls the settings of transformers' trainer and of PEFT, and its defaults for some of them.
+
+    Attributes:
+        length: key of the longest sequence in tokens.
+        held_out: key of the share of rows to validate on.
+        targets, modules_to_save: keys of the layers to adapt, and of those to train in full.
+        all_layers: the value of `targets` that means all linear layers.
+        rows: key of the rows per micro-batch.
+        packing: key that is true if rows are packed to the longest sequence.
+        default_rows, default_length, default_epochs: None: as here.
+    """
+
+    length: str
+    held_out: str
+    targets: str
+    modules_to_save: str
+    all_layers: str
+    default_length: int
+    epochs: str = "num_train_epochs"
+    rows: str = "per_device_train_batch_size"
+    packing: str = "packing"
+    schedule: str = "lr_scheduler_type"
+    optimizer: str = "optim"
+    default_rows: int = 8
+    default_epochs: float | None = 3.0
+
+
+# Keys with the same meaning in each of these trainers.
+SHARED = {
+    "trust_remote_code": "trust_remote_code", "learning_rate": "learning_rate", "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm", "gradient_accumulation_steps": "grad_accumulation_steps",
+    "output_dir": "adapter_path", "seed": "seed",
+}  # fmt: skip
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
+OPTIMIZERS = {
+    "adamw": "adamw", "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "sgd": "sgd",
+    "adafactor": "adafactor", "muon": "muon",
+}  # fmt: skip
+INTERVALS = {"logging_steps": "steps_per_report", "eval_steps": "steps_per_eval", "save_steps": "save_every"}
+# "no" is 0 here, and "steps" is what we do.
+STRATEGIES = {"eval_strategy": "val_batches", "evaluation_strategy": "val_batches", "save_strategy": "save_every"}
+# Chat templates that we have with the same name and text.
+TEMPLATES = ("alpaca", "chatml")
+HALF_PRECISION = ("bf16", "fp16", "bfloat16", "float16", "pure_bf16")
+# If several methods are on, the first of these is used.
+PRECEDENCE = ("full", "dora", "pissa", "relora", "lora-plus", "rslora")
+# The last part of a regular expression on layer names, such as (up|down)_proj; ([qkv]_proj) is not supported.
+LAST_NAMES = re.compile(r"(?:.*[.)*+])?(?P<before>\w*)\((?P<names>\w+(?:\|\w+)*)\)(?P<after>\w*)\$?")
+
+
+def read_loop(sheet: Sheet, names: Names, rows: Callable[[Sheet, Names], None] | None = None) -> None:
+    """Set length, batch, schedule, optimizer, held-out rows, intervals and dtype; `rows` instead of `read_batch`."""
+    steps, passes = sheet.number("max_steps"), sheet.number(names.epochs)
+    if steps is not None and steps > 0:  # it overrides epochs there too
+        sheet.found["iters"] = steps
+    elif passes is not None:
+        sheet.found["epochs"] = passes
+    if "iters" not in sheet.found and names.default_epochs:
+        sheet.assume(epochs=names.default_epochs)
+    (rows or read_batch)(sheet, names)
+    read_warmup(sheet, names.schedule)
+    read_optimizer(sheet, names.optimizer)
+    share = sheet.number(names.held_out)
+    if share is not None:
+        sheet.found["valid_fraction"] = share if share < 1 else 0.05
+        if share >= 1:
+            sheet.note(
+                f"{names.held_out} {share}: a number of rows has no counterpart here, so 5% of the rows are held out"
+            )
+    sheet.assume(valid_fraction=0.0)
+    read_intervals(sheet)
+    asked = [key for key in HALF_PRECISION if sheet.take(key) not in (None, False)]
+    if sheet.switch("float32"):
+        sheet.found["dtype"] = "float32"
+    elif asked:
+        sheet.note(f"{' and '.join(asked)}: dtype auto is used (bfloat16 on a GPU, float32 on a CPU), or --dtype")
+
+
+def read_batch(sheet: Sheet, names: Names) -> None:
+    """Set the longest sequence and the rows per micro-batch; packed rows become a budget of as many tokens."""
+    count, tokens, packed = sheet.number(names.rows), sheet.number(names.length), sheet.switch(names.packing)
+    if tokens is not None:
+        sheet.found["max_seq_length"] = tokens
+    sheet.assume(max_seq_length=names.default_length)
+    if packed:
+        budget = (count or names.default_rows) * (tokens or names.default_length)
+        sheet.found["batch_tokens"] = budget
+        sheet.note(
+            f"{names.packing}: rows of similar length share a batch of {budget} tokens instead; rows are not joined"
+        )
+    elif count is not None:
+        sheet.found["batch_size"] = count
+    else:
+        sheet.assume(batch_size=names.default_rows)
+
+
+def read_warmup(sheet: Sheet, schedule: str) -> None:
+    """Set schedule and warm-up; a number of steps overrides a fraction of them, as in transformers."""
+    steps, share = sheet.number("warmup_steps"), sheet.number("warmup_ratio")
+    name = hashable(sheet.take(schedule))
+    warmup = steps if steps or share is None else share
+    if warmup is not None:
+        sheet.found["warmup"] = warmup
+    if name in SCHEDULES:
+        sheet.found["lr_schedule"] = SCHEDULES[name]
+    elif name is not None:
+        shape = "linear" if "linear" in str(name) or "polynomial" in str(name) else "cosine"
+        sheet.found["lr_schedule"] = shape
+        sheet.note(f"{schedule} {name}: not supported; a {shape} decay to zero is used instead")
+    if name == "constant":  # in transformers this schedule has no warm-up, whatever the file says
+        sheet.found["warmup"] = 0
+
+
+def read_optimizer(sheet: Sheet, key: str) -> None:
+    """Set the optimizer; the 8-bit and paged variants of AdamW only differ in how they store their state."""
+    name = sheet.take(key)
+    if name is None:
+        return
+    known = OPTIMIZERS.get(str(name))
+    sheet.found["optimizer"] = known or "adamw"
+    if known is None and "adamw" in str(name):
+        sheet.note(f"{key} {name}: adamw is used, with its state in float32, which is small for an adapter")
+    elif known is None:
+        sheet.note(f"{key} {name}: not supported; adamw is used instead, so check the learning rate")
+
+
+def read_intervals(sheet: Sheet) -> None:
+    """Set the steps between reports, validations and checkpoints; fractions of the run have no counterpart."""
+    for key, name in INTERVALS.items():
+        steps = sheet.number(key)
+        if steps is not None and steps >= 1:
+            sheet.found[name] = steps
+        elif steps is not None:
+            sheet.left_out.append(key)
+    for key, name in STRATEGIES.items():
+        when = sheet.take(key)
+        if when in ("no", False):  # YAML 1.1 reads an unquoted no as false
+            sheet.found[name] = 0
+        elif when not in (None, "steps"):
+            sheet.left_out.append(key)
+
+
+def read_layers(sheet: Sheet, names: Names) -> None:
+    """Set the layers to adapt, and the modules that are trained in full beside them."""
+    read_targets(sheet, names.targets, names.all_layers)
+    if sheet.rest.get(names.modules_to_save):
+        sheet.found["modules_to_save"] = sheet.take(names.modules_to_save)
+
+
+def read_targets(sheet: Sheet, key: str, all_layers: str) -> None:
+    """Set the target layers from names, or from the last part of a regular expression."""
+    asked = sheet.take(key)
+    if asked in (None, []):
+        return
+    names = asked if isinstance(asked, list) else [part.strip() for part in str(asked).split(",")]
+    if all_layers in names:
+        sheet.found["target_modules"] = "all-linear"
+    elif all(re.fullmatch(r"[\w.]+", str(name)) for name in names):
+        sheet.found["target_modules"] = ",".join(map(str, names))
+    elif match := LAST_NAMES.fullmatch(str(asked[0] if isinstance(asked, list) else asked)):
+        layers = ",".join(match["before"] + name + match["after"] for name in match["names"].split("|"))
+        sheet.found["target_modules"] = layers
+        sheet.note(f"{key}: a regular expression, read as {layers} in all modules")
+    else:
+        sheet.left_out.append(key)
+        sheet.note(f"{key}: an unsupported regular expression; all-linear is used unless --target-modules is given")
+
+
+def read_template(sheet: Sheet, key: str, own: str | None = None) -> None:
+    """Set the chat template if we have it; otherwise, as for the name `own`, the model's own template is used."""
+    name = sheet.take(key)
+    if name in TEMPLATES:
+        sheet.found["chat_template"] = name
+    elif name is not None and name != own:
+        sheet.note(f"{key} {name}: chats are rendered with the model's own template; --chat-template sets another")
+
+
+def choose_method(sheet: Sheet, on: Mapping[str, str | None], ratio: float | None = None) -> None:
+    """Set the method from the switches that are on; we have one method, so others are left out.
+
+    An exception is rsLoRA, which only scales by alpha / sqrt(r) instead of alpha / r: together with another method, it
+    becomes that method's alpha.
+
+    Args:
+        sheet: already has rank and alpha.
+        on: method -> the key that turned it on, or None.
+        ratio: the learning rate of B over that of A, for lora-plus.
+    """
+    method = next((name for name in PRECEDENCE if on.get(name)), "lora")
+    sheet.found["method"] = method
+    for other, key in on.items():
+        if other == method or key is None:
+            continue
+        rank, alpha = sheet.found.get("rank"), sheet.found.get("alpha")
+        if other == "rslora" and method != "full" and rank and alpha:
+            sheet.found["alpha"] = alpha * rank**0.5
+            sheet.note(
+                f"{key}: with {method}, alpha {alpha:g} / sqrt({rank}) becomes alpha {sheet.found['alpha']:g} / {rank}"
+            )
+        else:
+            sheet.left_out.append(key)
+    if method == "lora-plus":
+        sheet.found["loraplus_lr_ratio"] = ratio
+    elif method == "full":
+        sheet.leave("lora_r", "lora_rank", "lora_alpha", "lora_dropout", "lora_modules_to_save", "additional_target")
+        sheet.note("full: trains the layers that --target-modules names, which are all-linear by default")
+
+
+def switched(sheet: Sheet, keys: Mapping[str, str]) -> dict[str, str | None]:
+    """Take the switches of a table, method -> key; return it with None for those that are off."""
+    return {method: key if sheet.switch(key) else None for method, key in keys.items()}
+
+
+def put_bits(sheet: Sheet, key: str, bits: Any) -> None:
+    """Set the bits that the base is quantized to."""
+    sheet.found["bits"] = bits
+    sheet.note(f"{key}: the base is quantized to {bits} bits by MLX's affine mode, in groups of 64 weights")
+
+
+def read_loggers(sheet: Sheet) -> None:
+    """Set the loggers that are supported; others are left out."""
+    asked = sheet.take("report_to")
+    names = asked if isinstance(asked, list) else [] if asked is None else [asked]
+    if sheet.switch("use_swanlab"):
+        names = [*names, "swanlab"]
+    if ours := [name for name in names if hashable(name) in LOGGERS]:
+        sheet.found["report_to"] = ",".join(ours)
+    if any(name not in (*LOGGERS, "none") for name in names):
+        sheet.left_out.append("report_to")
+
+
+# --- Data
+
+
+# mlx-lm's key of a column -> our setting, and the columns that need none; mlx-lm itself takes the first.
+FEATURES = {
+    "prompt_feature": ("prompt_column", ("prompt",)),
+    "completion_feature": ("completion_column", ("completion",)),
+    "chat_feature": ("chat_column", ("messages",)),
+    "text_feature": ("text_column", ("text",)),
+}
+# Fields and roles of a turn that are recognized by themselves.
+USUAL = {
+    "role": ("role", "from"),
+    "content": ("content", "value"),
+    "system": ("system",),
+    "user": ("user", "human"),
+    "assistant": ("assistant", "gpt", "model", "chatgpt"),
+    "tool": ("tool", "observation"),
+}
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def read_columns(sheet: Sheet, names: Mapping[str, tuple[str, tuple[str, ...]]]) -> None:
+    """Set our columns from a data set's keys: key -> our setting, and the columns that we recognize without it."""
+    for key, (ours, usual) in names.items():
+        if isinstance(sheet.rest.get(key), str):
+            value = sheet.take(key)
+            if value not in usual:
+                sheet.found[ours] = value
+                sheet.found.pop("data_format", None)  # the columns tell it
+
+
+def put_turn_names(sheet: Sheet, fields: Mapping[str, Any], roles: Mapping[str, Any], key: str) -> None:
+    """Set the names in the data of a turn's fields and roles, unless we recognize them; `key` is left out if we cannot."""
+    parts = [f"{ours}={theirs}" for ours, theirs in fields.items() if theirs not in USUAL[ours]]
+    for ours, theirs in roles.items():
+        names = theirs if isinstance(theirs, list) else [theirs]
+        parts += [f"{ours}={name}" for name in names if str(name).lower() not in USUAL.get(ours, ())]
+    if not parts:
+        return
+    if any("," in part or part.count("=") > 1 for part in parts) or not set(roles) <= set(ROLES):
+        sheet.left_out.append(key)
+        return
+    before = sheet.found.get("turn_names")
+    sheet.found["turn_names"] = ",".join([*([before] if before else []), *parts])
+
+
+def put_sets(sheet: Sheet, key: str, paths: list[Any], alike: bool) -> None:
+    """Set the data from several sets' paths: joined if all are read alike, or else the first."""
+    if paths[0]:
+        sheet.found["data"] = ",".join(str(path) for path in paths if path) if alike else paths[0]
+    if not alike:
+        note_first_set(sheet, f"{key}: {len(paths)} sets that are read differently", paths[0])
+
+
+def note_first_set(sheet: Sheet, sets: str, first: Any) -> None:
+    """Note that only the first of several sets is used."""
+    sheet.note(f"{sets}, only the first ({first}) is used; join them in one file to use all of them")

@@ -1,0 +1,301 @@
+"""Read LLaMA-Factory's settings file, and its dataset_info.json.
+
+For what the file leaves out, LLaMA-Factory's defaults are used if they change the result: rank 8, alpha twice the rank,
+8 rows per micro-batch, three epochs at 5e-5 with linear decay and no warm-up, no weight decay, nothing held out.
+
+LLaMA-Factory refers to datasets by name; dataset_info.json in dataset_dir (`data`) lists the file or hub id of each, and what
+its columns, fields and roles are called. It is read if it exists, relative to the working folder as in LLaMA-Factory; without
+it, give the data with --data. `--data FOLDER` reads the table of a folder, too: its only set, or `--data FOLDER/NAME`.
+
+    {"shop": {"file_name": "shop.json", "columns": {"prompt": "frage", "query": "dazu", "response": "antwort"}},
+     "chats": {"file_name": "chats.json", "formatting": "sharegpt", "columns": {"messages": "dialog"},
+               "tags": {"role_tag": "wer", "content_tag": "was", "user_tag": "kunde", "assistant_tag": "shop"}}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_lora.config.migrate import common, objective_keys
+from mlx_lora.config.migrate.common import SHARED, Dialect, Names, Sheet
+from mlx_lora.config.objectives import WITHOUT_PAIRS
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.parsing import hashable, read_json
+from mlx_lora.utils.text import did_you_mean
+
+# Keys of its own; those of transformers' trainer (per_device_train_batch_size) are used by other tools too.
+MARKS = (
+    *("model_name_or_path", "stage", "finetuning_type", "template", "cutoff_len", "lora_rank", "lora_target"),
+    *("dataset", "dataset_dir", "quantization_bit"),
+)
+NAMES = Names(
+    length="cutoff_len", held_out="val_size", targets="lora_target", all_layers="all",
+    modules_to_save="additional_target", default_length=2048,
+)  # fmt: skip
+STAGES = ("sft", "pt", "rm", "dpo", "kto")
+# Its `pref_loss` -> our objective and its loss type.
+PREFERENCE_LOSSES = {
+    "sigmoid": ("dpo", None), "hinge": ("dpo", "hinge"), "ipo": ("dpo", "ipo"), "orpo": ("orpo", None),
+    "simpo": ("simpo", None), "kto_pair": ("kto", None),
+}  # fmt: skip
+PREFERENCE_OPTIONS = {
+    "pref_loss": "loss_type",
+    "pref_beta": "beta",
+    "simpo_gamma": "simpo_gamma",
+    "dpo_label_smoothing": "label_smoothing",
+    "kto_chosen_weight": "desirable_weight",
+    "kto_rejected_weight": "undesirable_weight",
+    "ref_model_adapters": "reference_adapter",
+}
+TABLE = "dataset_info.json"
+SOURCES = ("file_name", "hf_hub_url", "ms_hub_url", "script_url")
+# What a set's columns and tags may say without a word from us, because we detect it.
+COLUMNS = {
+    "messages": ("conversations", "conversation", "messages", "completion"),
+    "prompt": ("instruction", "question", "prompt", "input"),
+    "query": ("input",),
+    "response": ("output", "completion"),
+    "history": ("history",),
+    "system": ("system",),
+    "tools": ("tools",),
+    "chosen": ("chosen", "chosen_response"),
+    "rejected": ("rejected", "rejected_response"),
+    "kto_tag": ("kto_tag", "label"),
+}
+TAGS = {
+    "role_tag": ("role", "from"),
+    "content_tag": ("content", "value"),
+    "user_tag": ("user", "human"),
+    "assistant_tag": ("assistant", "gpt"),
+    "observation_tag": ("observation", "tool"),
+    "function_tag": ("function_call",),
+    "system_tag": ("system",),
+}
+# A tag -> our role.
+ROLES = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "system_tag": "system"}
+
+
+def recognizes(content: Mapping[str, Any]) -> bool:
+    """Return whether a file has two of LLaMA-Factory's own keys, and not our key for the model."""
+    return "model" not in content and sum(key in content for key in MARKS) >= 2
+
+
+def read_kind(sheet: Sheet) -> None:
+    """Set the objective; refuse training that is not supervised, on plain text or on preferences."""
+    stage = sheet.take("stage")
+    if stage not in (None, *STAGES):
+        raise sheet.refusal(f"stage {stage}: only {', '.join(STAGES)} are supported; use LLaMA-Factory for it")
+    if stage == "rm":
+        objective_keys.put_objective(sheet, "reward", {})
+    elif stage in ("dpo", "kto"):
+        read_preference(sheet, stage)
+    if stage == "pt":
+        sheet.found["data_format"] = "text"
+        sheet.rest.setdefault("packing", True)  # the default in this stage
+    sheet.copy({"do_train": "train"}, Sheet.switch)
+
+
+def read_preference(sheet: Sheet, stage: str) -> None:
+    """Set the objective of stage dpo or kto, its loss and its options."""
+    loss = hashable(sheet.take("pref_loss")) or "sigmoid"
+    if loss not in PREFERENCE_LOSSES:
+        known = ", ".join(PREFERENCE_LOSSES)
+        raise sheet.refusal(f"pref_loss {loss}: only {known} are supported; use LLaMA-Factory for it")
+    objective, loss_type = PREFERENCE_LOSSES[loss] if stage == "dpo" else ("kto", None)
+    if loss_type:
+        sheet.rest["pref_loss"] = loss_type
+    objective_keys.put_objective(sheet, objective, PREFERENCE_OPTIONS)
+    objective_keys.read_reference(sheet, "model_name_or_path", "ref_model")
+    if stage == "dpo" and objective == "kto":
+        sheet.note("pref_loss kto_pair: each pair becomes a good and a bad answer for kto")
+
+
+def read_method(sheet: Sheet) -> None:
+    """Set rank, alpha (twice the rank unless given) and method."""
+    kind = sheet.take("finetuning_type") or "lora"
+    if kind not in ("lora", "full", "freeze"):
+        raise sheet.refusal(f"finetuning_type {kind}: not supported; use lora, freeze or full")
+    ratio = sheet.number("loraplus_lr_ratio")
+    if kind == "lora":
+        sheet.copy({"lora_rank": "rank", "lora_alpha": "alpha"}, Sheet.number)
+        sheet.assume(rank=8)
+        sheet.assume(alpha=2 * sheet.found["rank"])
+    on = common.switched(sheet, {"dora": "use_dora", "rslora": "use_rslora", "pissa": "pissa_init"})
+    on |= {
+        "lora-plus": "loraplus_lr_ratio" if ratio is not None else None,
+        "full": None if kind == "lora" else "finetuning_type",
+    }
+    common.choose_method(sheet, on, ratio)
+    if kind == "freeze":
+        read_freeze(sheet)
+    bits = sheet.take("quantization_bit")
+    if bits:
+        common.put_bits(sheet, "quantization_bit", bits)
+    if sheet.switch("use_muon"):
+        sheet.found["optimizer"] = "muon"
+    common.read_layers(sheet, NAMES)
+
+
+def read_freeze(sheet: Sheet) -> None:
+    """Set the number of last blocks that freeze-tuning trains in full."""
+    blocks = sheet.number("freeze_trainable_layers")
+    blocks = 2 if blocks is None else blocks
+    if blocks < 1:
+        raise sheet.refusal(f"freeze_trainable_layers {blocks}: training only the first blocks is not supported")
+    sheet.found["num_layers"] = blocks
+    common.read_targets(sheet, "freeze_trainable_modules", "all")
+
+
+def read_data(sheet: Sheet) -> None:
+    """Set data from the first dataset's name, mask_prompt, and the chat template."""
+    folder, names = Path(str(sheet.take("dataset_dir") or "data")), sheet.take("dataset")
+    names = names if isinstance(names, list) else [name for name in objective_keys.texts(names or None) if name]
+    if len(names) > 1:
+        common.note_first_set(sheet, f"dataset: {len(names)} sets", names[0])
+    if names:
+        path = find_dataset(sheet, str(names[0]), folder)
+        if path:
+            sheet.found["data"] = path
+        else:
+            sheet.left_out.append("dataset")
+            sheet.note(f"dataset {names[0]}: not in {folder / TABLE}; give the file itself as --data")
+    objective_keys.read_prompts_trained(sheet, "train_on_prompt")
+    common.read_template(sheet, "template", "empty" if sheet.found.get("data_format") == "text" else None)
+
+
+def read_loop(sheet: Sheet) -> None:
+    """Set length, batch, schedule, optimizer, intervals."""
+    if sheet.switch("neat_packing"):
+        sheet.rest["packing"] = True
+    common.read_loop(sheet, NAMES)
+    sheet.copy({"gradient_checkpointing": "grad_checkpoint"}, Sheet.switch)
+    if sheet.switch("disable_gradient_checkpointing"):
+        sheet.found["grad_checkpoint"] = False
+    common.read_loggers(sheet)
+
+
+LLAMA_FACTORY = Dialect(
+    name="LLaMA-Factory",
+    recognizes=recognizes,
+    rules=(read_kind, read_method, read_data, read_loop),
+    names={
+        **SHARED,
+        "model_name_or_path": "model",
+        "model_revision": "revision",
+        "lora_dropout": "dropout",
+        "overwrite_output_dir": "force",
+        "swanlab_project": "project_name",
+    },
+    defaults={"learning_rate": 5e-5, "lr_schedule": "linear", "warmup": 0, "weight_decay": 0.0},
+)
+
+
+# --- dataset_info.json
+
+
+def find_dataset(sheet: Sheet, name: str, folder: Path) -> str | None:
+    """Return a set's file or hub id from the table in a folder, and set what it says of columns, fields and roles.
+
+    The result is None if the table or the entry is missing.
+
+    Raises:
+        InputError: the table is not a JSON object, or names no text as the source.
+    """
+    table = folder / TABLE
+    if not table.is_file():
+        return None
+    entry = read_json(table, "fix it, or give --data").get(name)
+    if not isinstance(entry, dict):
+        return None
+    source = entry.get("file_name") or entry.get("hf_hub_url")
+    if source is not None and not isinstance(source, str):
+        raise InputError(f"{table}: the source of {name} is not a text; fix it, or give --data")
+    for key in ("subset", "split", "num_samples"):
+        if entry.get(key) and (key, entry[key]) != ("split", "train"):
+            sheet.left_out.append(f"{TABLE} {name}.{key}")
+    pairs = bool(entry.get("ranking")) or sheet.found.get("objective", "sft") not in WITHOUT_PAIRS
+    if columns := _to_read(sheet, entry.get("columns"), COLUMNS, f"{TABLE} {name}.columns"):
+        put_columns(sheet, columns, pairs)
+    if tags := _to_read(sheet, entry.get("tags"), TAGS, f"{TABLE} {name}.tags"):
+        put_tags(sheet, tags)
+    return str(folder / source) if source and entry.get("file_name") else source
+
+
+def _to_read(sheet: Sheet, given: Any, detected: Mapping[str, tuple[str, ...]], key: str) -> Sheet | None:
+    """Return the names in a table's mapping as a sheet; None: all are detected from the records, or none can be read."""
+    given = given or {}
+    if isinstance(given, dict) and all(hashable(name) in detected.get(part, ()) for part, name in given.items()):
+        return None
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given.values()):
+        sheet.left_out.append(key)
+        return None
+    return sheet.within(dict(given), key)
+
+
+def put_columns(sheet: Sheet, columns: Sheet, pairs: bool) -> None:
+    """Set our columns from those of a set; if it has pairs of answers, only the prompt's column can have any name."""
+    found = sheet.found
+    if found.get("data_format") == "text":  # LLaMA-Factory's prompt is the text there
+        column = columns.rest.get("prompt", "text")
+        if column != "text":
+            found["text_column"] = column
+            del found["data_format"]  # the column tells it
+        return
+    asked = [column for column in (columns.take("prompt"), columns.take("query")) if column]
+    answer, system = columns.take("response"), columns.take("system")
+    chat = None if pairs else columns.take("messages")
+    told = {
+        "chat_column": chat,
+        "prompt_column": ",".join(asked) or ("instruction" if answer and not pairs else None),
+        "completion_column": None if pairs else answer or ("output" if asked else None),
+        "system_column": system,
+    }
+    found |= {name: column for name, column in told.items() if column}
+    found.pop("data_format", None)  # the columns tell it
+    columns.drop(COLUMNS)
+    columns.leave_rest()
+
+
+def put_tags(sheet: Sheet, tags: Sheet) -> None:
+    """Set the names of a turn's fields and roles."""
+    fields = {tag.removesuffix("_tag"): tags.take(tag) for tag in ("role_tag", "content_tag") if tag in tags.rest}
+    roles = {role: tags.take(tag) for tag, role in ROLES.items() if tag in tags.rest}
+    common.put_turn_names(sheet, fields, roles, tags.prefix.removesuffix("."))
+    tags.drop(TAGS)
+    tags.leave_rest()
+
+
+def settings_of_table(data: str) -> dict[str, Any]:
+    """Return the settings that a folder's table has for `--data`: the set's file and its columns.
+
+    Args:
+        data: a folder with a table, or such a folder and the name of a set in it; for anything else the result is empty.
+
+    Raises:
+        InputError: the table has several sets and none is named, or no such set.
+    """
+    path = Path(data).expanduser()
+    folder, name = (path, None) if path.is_dir() else (path.parent, path.name)
+    if path.is_file() or not (folder / TABLE).is_file() or any(folder.glob("train[.-]*")):
+        return {}
+    entries = read_json(folder / TABLE, "fix it, or name a data file as --data")
+    sets = [one for one, entry in entries.items() if isinstance(entry, dict) and any(key in entry for key in SOURCES)]
+    if not sets:  # datasets writes a file of this name too
+        return {}
+    if name is None:
+        here = [one for one in sets if (folder / str(entries[one].get("file_name", ""))).is_file()]
+        if len(here) != 1:
+            listed = ", ".join(sets[:8]) + (f" and {len(sets) - 8} more" if len(sets) > 8 else "")
+            raise InputError(f"--data {data}: {TABLE} there has the sets {listed}; name one as {folder / sets[0]}")
+        name = here[0]
+    elif name not in sets:
+        if not path.suffix and folder != Path() and (hint := did_you_mean(name, sets)):
+            raise InputError(f"--data {data}: no set {name!r} in {folder / TABLE}{hint}")
+        return {}  # another file of that folder, or no name of a set at all
+    sheet = Sheet(str(folder / TABLE), {})
+    source = find_dataset(sheet, name, folder)
+    if source is None:
+        raise InputError(f"--data {data}: {TABLE} there names no file and no hub id for {name}; name a data file")
+    return {**sheet.found, "data": source}

@@ -1,1 +1,0 @@
-"""Reads other trainers' YAML files as settings of ours."""
