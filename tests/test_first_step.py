@@ -22,7 +22,7 @@ from mlx_lora.kernels.attention import Tiles, attend, tiled_attention
 from mlx_lora.kernels.choose import choose_model_kernels, traced_calls
 from mlx_lora.kernels.measure import SWITCH
 from mlx_lora.kernels.table import kernel_rows, training_kernels
-from mlx_lora.losses import cross_entropy as losses
+from mlx_lora.losses import check as losses
 from mlx_lora.losses.check import check_kernels, choose_loss
 from mlx_lora.models.load import load_base
 from mlx_lora.models.meta import enough_blocks, few_blocks

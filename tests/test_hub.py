@@ -23,7 +23,7 @@ def endpoint() -> Iterator[str]:
 CALLS = """
 import json, sys
 from mlx_lora.utils.errors import InputError, RunError
-from mlx_lora.data import hub
+from mlx_lora.utils import hub
 for name, args in json.loads(sys.argv[1]):
     try:
         found = getattr(hub, name)(*args)

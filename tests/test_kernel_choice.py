@@ -332,7 +332,7 @@ def test_a_chosen_kernel_that_is_wrong_on_this_model_is_not_used(own_cache, tiny
 
     monkeypatch.setattr("mlx_lora.kernels.table.attend", wrong)
     monkeypatch.setattr(
-        "mlx_lora.losses.cross_entropy.training_kernels", lambda model, choose: training_kernels(model, wrong, choose)
+        "mlx_lora.losses.check.training_kernels", lambda model, choose: training_kernels(model, wrong, choose)
     )
     ran = run("train", "--model", tiny_folder, "--data", chats, *SHORT, "--adapter-path", tmp_path / "out", "--verbose")
     assert ran.code == 0, ran.err
@@ -342,7 +342,7 @@ def test_a_chosen_kernel_that_is_wrong_on_this_model_is_not_used(own_cache, tiny
 def test_a_form_of_the_loss_that_is_wrong_on_this_model_gives_way_to_the_other(own_cache, monkeypatch):
     prefer("tiled", loss="rows", dtype=mx.float32)
     monkeypatch.setattr(
-        "mlx_lora.losses.cross_entropy.has_passed", lambda name: False
+        "mlx_lora.losses.check.has_passed", lambda name: False
     )  # the kernels below change while the program runs
     model = adapted()
     assert choose_loss(model, TINY).kernel == "rows"
@@ -489,7 +489,7 @@ def test_the_doctor_shows_the_table(own_cache, monkeypatch):
     monkeypatch.setattr("mlx_lora.kernels.self_test.HEAD", (300, 32))
     monkeypatch.setattr(device, "trial_flops", lambda: 1e5)
     for slow, found in (("arithmetic", []), ("speed", ({}, []))):  # test_doctor.py has them
-        monkeypatch.setattr(f"mlx_lora.doctor.check_{slow}", lambda *here, found=found: found)
+        monkeypatch.setattr(f"mlx_lora.cli.doctor.check_{slow}", lambda *here, found=found: found)
     ran = run("doctor", "--no-hub", "--kernels", "--json")
     assert ran.code == 0, ran.err
     table = json.loads(ran.out)["kernels"]

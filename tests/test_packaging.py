@@ -63,7 +63,7 @@ def test_every_data_file_of_the_package_is_declared():
         if any(name.count("/") == p.count("/") and fnmatch.fnmatchcase(name, p) for p in patterns)
     ]  # fmt: skip
     assert declared == files
-    assert {"py.typed", "recipes/bard.yaml", "recipes/bard/train.jsonl", "artifacts/pages/page.css"} <= set(files)
+    assert {"py.typed", "recipes/bard.yaml", "recipes/bard/train.jsonl", "reports/pages/page.css"} <= set(files)
     assert not fnmatch.fnmatchcase("recipes/bard.yaml.orig", "*.yaml")
 
 

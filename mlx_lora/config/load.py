@@ -19,7 +19,6 @@ from typing import Any
 from mlx_lora.config.aliases import GONE, OTHER_VALUES, instead_of
 from mlx_lora.config.checks import settings_problems
 from mlx_lora.config.fields import flag_of, read_value, row_of
-from mlx_lora.config.migrate import migrate
 from mlx_lora.config.settings import FIELDS, SECTIONS, ModelSettings, ServeSettings, TrainSettings
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import MAX_YAML_CHARACTERS, parse_yaml
@@ -153,6 +152,8 @@ def read_settings(path: str | None, flags: Mapping[str, Any], say: Callable[[str
     if not path:
         return {}
     content = beside_recipes(read_yaml(str(recipe_file(path)))) if names_recipe(path) else read_yaml(path)
+    from mlx_lora.config.migrate import migrate  # only files need it
+
     return migrate(content, decided_by(flags), path, say, flags.get("objective"))
 
 
