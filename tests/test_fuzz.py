@@ -77,7 +77,7 @@ BROKEN = {
 WATCHED = """
 import json, pathlib, sys
 from fuzz import worker
-import mlx_lora.convert as convert
+import mlx_lora.cli.convert as convert
 
 root = pathlib.Path(sys.argv[1])
 watch = worker.Watch(root)

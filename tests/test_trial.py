@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import mlx.core as mx
@@ -66,8 +67,9 @@ def test_what_a_model_computes_on_its_way_does_not_stop_or_mislead_the_step(kind
     """DBRX reads values while it is traced; Gemma 3n overwrites frozen weights. Their steps are those of plain mlx."""
     model, config = adapted(tiny_architecture(kind)), tiny_config(kind)
     variant = choose_step_variant(model, config, choose_loss(model, config), tiled_attention, kind)
-    assert variant.compiled is (kind != "dbrx")
-    assert any("not compiled" in note for note in variant.notes) is (kind == "dbrx")
+    fails = kind == "dbrx" and "MLX_DISABLE_COMPILE" not in os.environ  # mlx then calls every function as it is
+    assert variant.compiled is not fails
+    assert any("not compiled" in note for note in variant.notes) is fails
     batch = some_batch()
     frozen = {name: value for name, value in parameters(model).items() if ".lora_" not in name}
     model.train()
