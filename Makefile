@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-kernels rehearse test-all fuzz golden parity lint docs format bench gate soak clean
+.PHONY: setup demo test check test-kernels rehearse test-all fuzz golden parity lint docs format bench gate soak clean
 
 # Made again whenever the dependency list changes.
 $(VENV)/.ready: pyproject.toml
@@ -23,6 +23,10 @@ demo: setup
 # Two processes with one BLAS thread each: most tests are too small to use two threads, and this halves the time.
 test: setup
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The tests that a change touches, in about a minute (scripts/check.py says which).
+check: setup
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python scripts/check.py
 
 # The same tests as on another CPU, or where another kernel is the fastest: make test-kernels CORE=Prescott KERNELS=mlx
 CORE ?= Haswell
