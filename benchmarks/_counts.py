@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.nn as nn
+from _harness import table
 
 from mlx_lora.models.head import find_head
 
@@ -78,13 +79,10 @@ def count_step(model: nn.Module, config: dict[str, Any], rows: int, width: int, 
 def predictions(parts: dict[str, Count], launches: int) -> str:
     """Return a Markdown table of the chips: seconds of computing, of moving, of both by part, of launches."""
     flops, moved = sum(p.flops for p in parts.values()), sum(p.moved_bytes for p in parts.values())
-    lines = ["| predicted, not measured | FLOPs s | bytes s | roofline s | launches s | bound by bytes |"]
-    lines.append("|---|---|---|---|---|---|")
+    rows = []
     for chip, (tflops, gb_per_s) in CHIPS.items():
         slow = [n for n, p in parts.items() if p.moved_bytes / gb_per_s / 1e9 > p.flops / tflops / 1e12]
         roofline = sum(p.seconds(tflops, gb_per_s) for p in parts.values())
-        lines.append(
-            f"| {chip} | {flops / tflops / 1e12:.3f} | {moved / gb_per_s / 1e9:.3f} | {roofline:.3f} "
-            f"| {launches * LAUNCH_S:.3f} | {', '.join(slow)} |"
-        )
-    return "\n".join(lines)
+        times = flops / tflops / 1e12, moved / gb_per_s / 1e9, roofline, launches * LAUNCH_S
+        rows.append([chip, *(f"{seconds:.3f}" for seconds in times), ", ".join(slow)])
+    return table(["predicted, not measured", "FLOPs s", "bytes s", "roofline s", "launches s", "bound by bytes"], rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from _figures import steps_from_metrics
-from _processes import ChildFailed, Ended, cpu_seconds, run_child
+from _harness import ChildFailed, Ended, cpu_seconds, run_child
 
 MIN_STEPS = 2
 
@@ -20,39 +20,32 @@ class Watch:
 
     def __init__(self, metrics: Path, seconds: float | None, examples: int | None = None):
         """Follow a file; interrupt after these seconds from its first step, or after these examples; None: never."""
-        self._metrics, self._seconds, self._examples, self._size = metrics, seconds, examples, 0
+        self._metrics, self._seconds, self._examples = metrics, seconds, examples
         self._interrupted, self._seen = False, 0
         self.first_step_unix_s: float | None = None
         self.cpu_s: list[float | None] = []  # the child's processor seconds at the end of each step
 
     def __call__(self, child: subprocess.Popen) -> None:
-        if self._interrupted or not self._metrics.exists():
+        size = self._metrics.stat().st_size if self._metrics.exists() else 0
+        if self._interrupted or not size:
             return
-        if self.first_step_unix_s is None and self._metrics.stat().st_size:
+        if self.first_step_unix_s is None:
             self.first_step_unix_s = time.time()
-        self._note_cpu(child.pid)
-        if self.first_step_unix_s is not None and self._is_over():
+        grown, self._seen = size != self._seen, size  # the file is read only when it has grown
+        lines = self._metrics.read_bytes().splitlines(keepends=True) if grown else []
+        if grown:  # for each step that was reported since the last look, 20 ms ago
+            done = sum(line.endswith(b"\n") for line in lines)
+            self.cpu_s += [cpu_seconds(child.pid)] * (done - len(self.cpu_s))
+        if self._is_over(lines):
             child.send_signal(signal.SIGINT)  # it ends its step, saves, and exits with 130
             self._interrupted = True
 
-    def _note_cpu(self, pid: int) -> None:
-        """Note the child's processor time for each step that was reported since the last look, 20 ms ago."""
-        if (size := self._metrics.stat().st_size) == self._seen:
-            return
-        self._seen = size
-        count = self._metrics.read_bytes().count(b"\n")
-        self.cpu_s += [cpu_seconds(pid)] * (count - len(self.cpu_s))
-
-    def _is_over(self) -> bool:
+    def _is_over(self, lines: list[bytes]) -> bool:
         if self._seconds is not None:
-            over = time.time() - self.first_step_unix_s >= self._seconds
-            return over and len(self._metrics.read_text().splitlines()) >= MIN_STEPS
-        size = self._metrics.stat().st_size
-        if self._examples is None or size == self._size:  # the file is read only when it has grown
+            return time.time() - (self.first_step_unix_s or 0) >= self._seconds and len(self.cpu_s) >= MIN_STEPS
+        if self._examples is None or not lines:
             return False
-        self._size = size
-        lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        records = [json.loads(line) for line in lines if line.endswith(b"\n")]
         return len(records) >= MIN_STEPS and sum(record["examples"] for record in records) >= self._examples
 
 
@@ -65,24 +58,16 @@ def train_timed(
     command: list[str],
     folder: Path,
     log: Path,
-    seconds: float | None,
+    *,
     timeout_s: float,
+    seconds: float | None = None,
     examples: int | None = None,
     environment: dict[str, str] | None = None,
 ) -> tuple[dict[str, Any], Ended]:
-    """Run a train command that reports every step into the new `folder`.
+    """Run our complete command, which reports every step into the new `folder`, its --adapter-path.
 
-    Args:
-        command: our complete command.
-        folder: its --adapter-path.
-        log: file for its output.
-        seconds: interrupt it this long after its first step; None: let it end by itself.
-        timeout_s: it is killed after this time.
-        examples: interrupt it after this many; None: never.
-        environment: variables to set.
-
-    Returns:
-        The steps, the wall clock at the end of the first, MLX's peak memory, and how the process ended.
+    It is interrupted some seconds after its first step or after some examples, if they are given, and killed after
+    `timeout_s`. Returns the steps, the wall clock at the end of the first, MLX's peak memory, and how the process ended.
     """
     (folder / "metrics.jsonl").unlink(missing_ok=True)  # from an earlier comparison in the same folder
     watch = Watch(folder / "metrics.jsonl", seconds, examples)
@@ -93,9 +78,5 @@ def train_timed(
     steps = steps_from_metrics(records)
     if len(watch.cpu_s) == len(steps) == len(records):  # the last one may have come after the last look
         steps = [{**step, "cpu_s": cpu_s} for step, cpu_s in zip(steps, watch.cpu_s, strict=True)]
-    return {
-        "steps": steps,
-        "first_step_unix_s": watch.first_step_unix_s,
-        "peak_allocator_bytes": records[-1]["peak_memory_bytes"],
-        "facts": {},
-    }, ended
+    kept = {"first_step_unix_s": watch.first_step_unix_s, "peak_allocator_bytes": records[-1]["peak_memory_bytes"]}
+    return {"steps": steps, **kept, "facts": {}}, ended

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _processes import REPOSITORY
-from _sides import OURS, Bench, run_script
+from _harness import REPOSITORY
+from _sides import OURS
 from history import HISTORY, compare, read_history, words
 
 PEER = "mlx-lm"
@@ -37,19 +37,15 @@ LEAST_BUSY = 0.9  # processor seconds per second that a side gets on a quiet mac
 MOST_LOAD = 0.25  # processes per core that want one before we start
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the gate."""
-    parser.add_argument("--quick", action="store_true", help=f"{ROUNDS} rounds on fixed rows; see docs/benchmarks.md.")
-    parser.add_argument("--record", action="store_true", help="With --quick: add the result to the history.")
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="With --quick: exit with 1 after a fall, or if one of 5%% may have stayed unseen.",
-    )
-    parser.add_argument(
-        "--force", action="store_true", help="With --record: record a busy machine or a changed tree too."
-    )
-    parser.add_argument("--history", type=Path, default=HISTORY, help="With --quick: file of the entries.")
+# Options of versus.py; with --quick, only these and a few others are free.
+GATE_OPTIONS = (
+    ("--quick", False, f"{ROUNDS} rounds on fixed rows; see docs/benchmarks.md."),
+    ("--record", False, "With --quick: add the result to the history."),
+    ("--check", False, "With --quick: exit with 1 after a fall, or if one of 5%% may have stayed unseen."),
+    ("--force", False, "With --record: record a busy machine or a changed tree too."),
+    ("--history", HISTORY, "With --quick: file of the entries."),
+)
+FREE = {*(flag for flag, *_ in GATE_OPTIONS), "--rounds", "--out", "--keep", "--timeout", "--ours"}
 
 
 def fix_arguments(args: argparse.Namespace, given: Sequence[str]) -> None:
@@ -67,20 +63,8 @@ def fix_arguments(args: argparse.Namespace, given: Sequence[str]) -> None:
             raise ValueError("--model and --data are required, or --quick, which has its own")
         return
     names = {word.split("=")[0] for word in given if word.startswith("--")}
-    free = {
-        "--quick",
-        "--record",
-        "--check",
-        "--force",
-        "--history",
-        "--rounds",
-        "--out",
-        "--keep",
-        "--timeout",
-        "--ours",
-    }
-    if names - free:
-        raise ValueError(f"{', '.join(sorted(names - free))}: --quick fixes it; leave it out")
+    if names - FREE:
+        raise ValueError(f"{', '.join(sorted(names - FREE))}: --quick fixes it; leave it out")
     if args.ours and args.record and not args.force:
         raise ValueError("--ours with --record: the history is of the defaults; leave out one of the two")
     for name, value in FIXED.items():
@@ -92,49 +76,30 @@ def fix_arguments(args: argparse.Namespace, given: Sequence[str]) -> None:
         os.environ[name] = THREADS
 
 
-def prepare_quick(bench: Bench) -> dict[str, Any]:
-    """Make the fixed model, once, and the fixed rows; return their paths as `model` and `data`."""
-    return run_script(bench, "prepare_quick.py", "quick", {"folder": str(bench.folder)})[0]
-
-
 def load_before() -> float:
     """Return how many processes wanted a core in the last minute."""
     return os.getloadavg()[0]
 
 
 def entry_of(result: dict[str, Any], load: float) -> dict[str, Any]:
-    """Return a comparison as an entry of the history.
-
-    Args:
-        result: of versus.py.
-        load: before it began.
-    """
+    """Return a result of versus.py as an entry of the history; `load` was measured before it began."""
     rounds, facts = result["rounds"], result["prepared"]
     backend = facts["device"]["backend"]
-    by = "tokens_per_cpu_s" if backend == "cpu" and _all_have(rounds, "tokens_per_cpu_s") else "supervised_tokens_per_s"
-    clock = _ratios(rounds, "supervised_tokens_per_s")
-    ratios = _ratios(rounds, by)
+    by_cpu = backend == "cpu" and all(run["tokens_per_cpu_s"] for runs in rounds.values() for run in runs)
+    by = "tokens_per_cpu_s" if by_cpu else "supervised_tokens_per_s"
+    clock, ratios = _ratios(rounds, "supervised_tokens_per_s"), _ratios(rounds, by)
     return {
-        "date": result["date"],
-        "commit": result["commit"],
+        "date": result["date"], "commit": result["commit"], "cores": result["cores"], "backend": backend, "threads": THREADS,
         "cpu": cpu_name() if backend == "cpu" else facts["device"]["name"],
-        "cores": result["cores"],
-        "backend": backend,
-        "threads": THREADS,
         "versions": {name: result["versions"][name] for name in ("mlx", "mlx-lm", "python", "scipy-openblas32")},
         "workload": {"model": facts["model_fingerprint"][:16], "rows": facts["rows_fingerprint"][:16], **FIXED},
-        "by": by,
-        "ratio": round(_middle(ratios), 4),
-        "ratios": [round(ratio, 4) for ratio in ratios],
-        "clock_ratio": round(_middle(clock), 4),
-        "clock_ratios": [round(ratio, 4) for ratio in clock],
+        "by": by, "ratio": round(_middle(ratios), 4), "ratios": [round(ratio, 4) for ratio in ratios],
+        "clock_ratio": round(_middle(clock), 4), "clock_ratios": [round(ratio, 4) for ratio in clock],
         "tokens_per_s": {name: round(_middle([run[by] for run in runs]), 2) for name, runs in rounds.items()},
         "losses": {name: check["loss_sum"] for name, check in result["checks"].items()},
-        "tolerance": result["tolerance"],
-        "load": round(load, 2),
-        "busy": {name: _share(runs) for name, runs in rounds.items()},
-        "unsound": unsound(result, load),
-    }
+        "tolerance": result["tolerance"], "load": round(load, 2),
+        "busy": {name: _share(runs) for name, runs in rounds.items()}, "unsound": unsound(result, load),
+    }  # fmt: skip
 
 
 def unsound(result: dict[str, Any], load: float) -> list[str]:
@@ -144,11 +109,8 @@ def unsound(result: dict[str, Any], load: float) -> list[str]:
         found.append(f"load average {load:.1f} before the start, {most:g} allowed")
     if result["prepared"]["device"]["backend"] == "cpu":
         shares = {name: _share(runs) for name, runs in result["rounds"].items()}
-        found += [
-            f"{name} got {share:.0%} of a core, {LEAST_BUSY:.0%} needed"
-            for name, share in shares.items()
-            if share is not None and share < LEAST_BUSY
-        ]
+        few = {name: share for name, share in shares.items() if share is not None and share < LEAST_BUSY}
+        found += [f"{name} got {share:.0%} of a core, {LEAST_BUSY:.0%} needed" for name, share in few.items()]
     if changed_tree():
         found.append("the checkout has changes that are not committed")
     if result["arguments"].get("begun_at") not in (None, result["commit"]):
@@ -206,10 +168,6 @@ def finish(args: argparse.Namespace, result: dict[str, Any], load: float) -> tup
 
 def _ratios(rounds: dict[str, list[dict[str, Any]]], key: str) -> list[float]:
     return [ours[key] / peer[key] for ours, peer in zip(rounds[OURS], rounds[PEER], strict=True)]
-
-
-def _all_have(rounds: dict[str, list[dict[str, Any]]], key: str) -> bool:
-    return all(run[key] for runs in rounds.values() for run in runs)
 
 
 def _middle(values: Sequence[float]) -> float:

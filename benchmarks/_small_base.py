@@ -75,9 +75,8 @@ def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=MARKERS, initial_alphabet=alphabet, show_progress=False
-    )
+    given = {"special_tokens": MARKERS, "initial_alphabet": alphabet, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, **given)
     backend.train_from_iterator(texts, trainer)
     made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     made.chat_template = TEMPLATE

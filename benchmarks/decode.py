@@ -13,25 +13,30 @@ Prints a table and ends with one line of JSON. Needs `pip install .[parity]` for
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from _children import Child
-from _environment import environment
-from _processes import child_environment
+from _harness import SIDES_FOLDER, Child, cell, converted, environment, options, record, say, spread, table, take_turns
 
-CHILD = Path(__file__).parent / "sides" / "decode_side.py"
 ROWS = (1, 4, 8)
 LEAST_TOKENS, MOST_TOKENS = 6, 96
+OPTIONS = (
+    ("--model", ..., "A GGUF file with 4-bit blocks."),
+    ("--rounds", 3, "Of every side."),
+    ("--seconds", 2.0, "Seconds that one text takes, about."),
+    ("--clock", "wall", "Whose seconds count.", ("wall", "cpu")),
+    ("--before", str, "An earlier checkout of this project, as one more side."),
+    ("--only", "", "Run only the sides whose name has this text, such as ours."),
+    ("--keep", str, "Keep the converted models in this folder (default: a temporary one)."),
+)
 
 
 class Side(NamedTuple):
@@ -44,23 +49,10 @@ class Side(NamedTuple):
     rows: tuple[int, ...] = ROWS
     checkout: str | None = None
 
-
-def started(side: Side, folder: Path) -> Child:
-    """Return a side's process, whose log lies in the folder."""
-    command = [sys.executable, str(CHILD), side.kind, json.dumps(side.settings)]
-    log = folder / f"{side.form}, {side.name}.log".replace(" ", "-")
-    return Child(f"{side.form}, {side.name}", command, log, side.checkout)
-
-
-def converted(model: str, folder: Path) -> dict[str, str]:
-    """Return the folders of the forms, after converting the GGUF file where they are missing."""
-    wanted = {"4-bit": [], "float32": ["--no-quantize"], "8-bit": ["--bits", "8"]}
-    for form, flags in wanted.items():
-        source = str(folder / "float32") if form == "8-bit" else model
-        if not (folder / form / "config.json").is_file():
-            command = [sys.executable, "-m", "mlx_lora", "convert", "--model", source, "--out", str(folder / form)]
-            subprocess.run([*command, *flags], check=True, env=child_environment(), capture_output=True)
-    return {form: str(folder / form) for form in wanted}
+    @property
+    def key(self) -> str:
+        """Its name in results."""
+        return f"{self.form} | {self.name}"
 
 
 def sides_of(model: str, folders: dict[str, str], before: str | None) -> list[Side]:
@@ -77,88 +69,66 @@ def sides_of(model: str, folders: dict[str, str], before: str | None) -> list[Si
         Side("float32", "mlx-lm as installed", "mlx-lm", {"model": dense, "blas": False}, (1,)),
     ]
     if importlib.util.find_spec("xllamacpp"):
-        settings = {"model": model, "threads": os.cpu_count()}
-        sides.append(Side("GGUF file", "llama.cpp", "llama.cpp", settings))
+        sides.append(Side("GGUF file", "llama.cpp", "llama.cpp", {"model": model, "threads": os.cpu_count()}))
     if before:
-        for form, folder in (("4-bit", q4), ("float32", dense)):
-            sides.append(Side(form, "ours, before", "ours", {"model": folder}, ROWS, before))
+        forms = {form: {"model": folders[form]} for form in ("4-bit", "float32")}
+        sides += [Side(form, "ours, before", "ours", settings, ROWS, before) for form, settings in forms.items()]
     return sides
 
 
-def measure(
-    children: Sequence[tuple[Side, Child]], rounds: int, seconds: float, clock: str
-) -> dict[str, dict[str, list[float]]]:
-    """Return tokens/s by side and column, one number per round; a first short round warms up and sets the lengths."""
-    counts: dict[tuple[int, int], int] = {}
-    found: dict[str, dict[str, list[float]]] = {key(side): {} for side, _ in children}
-    for turn in range(rounds + 1):
-        for number, (side, child) in enumerate(children):
-            for rows in side.rows:
-                answer = child.ask(rows=rows, tokens=counts.get((number, rows), 4))
-                spent = answer["cpu_seconds"] if clock == "cpu" else answer["seconds"]
-                per_s = answer["tokens"] / spent
-                if not turn:  # the first steps compile and read from disk, so this length is a lower bound
-                    wanted = int(seconds * per_s / rows)
-                    counts[number, rows] = min(MOST_TOKENS, max(LEAST_TOKENS, wanted))
-                    continue
-                columns = found[key(side)]
-                columns.setdefault(str(rows), []).append(per_s)
-                if "prompt_tokens_per_s" in answer:
-                    columns.setdefault("prompt", []).append(answer["prompt_tokens_per_s"])
-        print(f"round {turn} of {rounds}", file=sys.stderr, flush=True)
-    return found
+def turn(child: Child, rows: int, seconds: float, clock: str) -> Callable[[int], dict[str, Any]]:
+    """Return a side's turn with some rows; the first is short, warms up and sets the length of the others."""
+    tokens = 4
 
+    def run(number: int) -> dict[str, Any]:
+        nonlocal tokens
+        answer = child.ask(rows=rows, tokens=tokens)
+        per_s = answer["tokens"] / answer["cpu_seconds" if clock == "cpu" else "seconds"]
+        if not number:  # the first steps compile and read from disk, so this length is a lower bound
+            tokens = min(MOST_TOKENS, max(LEAST_TOKENS, int(seconds * per_s / rows)))
+        return {str(rows): per_s, "prompt": answer.get("prompt_tokens_per_s")}
 
-def key(side: Side) -> str:
-    """Return a side's name in results."""
-    return f"{side.form} | {side.name}"
+    return run
 
 
 def render(found: dict[str, dict[str, list[float]]]) -> str:
     """Return the table as Markdown: medians (least-largest), and 8 rows against one."""
-    lines = ["| base | side | prompt | 1 row | 4 rows | 8 rows | 8 against 1 |", "|---|---|---|---|---|---|---|"]
-    for name, columns in sorted(found.items()):
-        cells = [cell(columns.get(column)) for column in ("prompt", "1", "4", "8")]
+    rows = []
+    for key, columns in sorted(found.items()):
+        cells = [cell(spread(columns[name])) if name in columns else "" for name in ("prompt", "1", "4", "8")]
         gain = f"{statistics.median(columns['8']) / statistics.median(columns['1']):.1f}" if "8" in columns else ""
-        lines.append(f"| {name} | {' | '.join(cells)} | {gain} |")
-    return "\n".join(lines)
+        rows.append([*key.split(" | "), *cells, gain])
+    return table(["base", "side", "prompt", "1 row", "4 rows", "8 rows", "8 against 1"], rows)
 
 
-def cell(values: list[float] | None) -> str:
-    """Return a median with its spread."""
-    if not values:
-        return ""
-    return f"{statistics.median(values):.1f} ({min(values):.1f}-{max(values):.1f})"
-
-
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
     """Measure, print the table, and end with one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="A GGUF file with 4-bit blocks.")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=2.0, help="Seconds that one text takes, about.")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--before", metavar="CHECKOUT", help="An earlier checkout of this project, as one more side.")
-    parser.add_argument("--only", default="", help="Run only the sides whose name has this text, such as ours.")
-    parser.add_argument("--keep", metavar="FOLDER", help="Keep the converted models here (default: a temporary one).")
-    args = parser.parse_args()
+    args = options(__doc__, *OPTIONS).parse_args(argv)
     model = str(Path(args.model).expanduser())
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(args.keep or temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        children: list[tuple[Side, Child]] = []
-        try:
-            sides = sides_of(model, converted(model, folder), args.before)
-            children += [(side, started(side, folder)) for side in sides if args.only in key(side)]
-            for _, child in children:
+        folders = converted(model, {"4-bit": [], "float32": ["--no-quantize"]}, folder)
+        folders |= converted(folders["float32"], {"8-bit": ["--bits", "8"]}, folder)
+        turns = {}
+        for side in sides_of(model, folders, args.before):
+            if args.only in side.key:
+                command = [sys.executable, str(SIDES_FOLDER / "decode_side.py"), side.kind, json.dumps(side.settings)]
+                log = folder / f"{side.form}, {side.name}.log".replace(" ", "-")
+                child = stack.enter_context(Child(side.key, command, log, side.checkout))
                 child.wait()
-            found = measure(children, args.rounds, args.seconds, args.clock)
-        finally:
-            for _, child in children:
-                child.close()
+                say(f"loaded: {side.key}")
+                turns |= {(side.key, rows): turn(child, rows, args.seconds, args.clock) for rows in side.rows}
+        measured = take_turns(turns, args.rounds, warm=True)
+    found: dict[str, dict[str, list[float]]] = {}
+    for (key, _), answers in measured.items():
+        for name in answers[0]:
+            if answers[0][name] is not None:
+                found.setdefault(key, {})[name] = [answer[name] for answer in answers]
     print(render(found))
-    print(json.dumps({"clock": args.clock, "tokens_per_s": found, "environment": environment()}))
+    record({"clock": args.clock, "tokens_per_s": found, "environment": environment()})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -3,7 +3,8 @@
     python benchmarks/first_results.py --model smollm2 --sets shop,persona --ways defaults,old,grid --out results.jsonl
     python benchmarks/first_results.py --table results.jsonl
 
-Seven sets of 40 to 200 rows lie in benchmarks/first_result/. Each cell trains in a process of its own and then asks the
+Seven sets of 40 to 200 rows lie in benchmarks/first_result/ (NAME.jsonl, and the questions in NAME.tests.jsonl), and an eighth of
+400, `catalog`, which only remembering solves. Each cell trains in a process of its own and then asks the
 held-out questions, greedily; a cell that is in the file already is not run again. Ways: `base` trains nothing, `defaults`
 gives --model, --data and --adapter-path only, `old` has the defaults until November 2026 (one epoch of 2,048 tokens a step,
 rate 2e-4), `mlx-lm` has those of mlx_lm.lora (see MLX_LM), `1e-3x8` is one point of a grid: that rate for 8 epochs with four
@@ -16,17 +17,21 @@ since dequantizing is what takes long there.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from _harness import options
+from _harness import table as markdown
+
+ROOM = Path(__file__).parent / "first_result"
 SETS = ("shop", "second_shop", "glossary", "persona", "style", "orders", "messages")
 OLD = {"learning_rate": 2e-4, "epochs": 1, "batch_tokens": 2048}
 # What mlx_lm.lora does if nothing is given, in this trainer: rank 8, scale 20, 16 blocks, a constant rate, no clip.
@@ -36,6 +41,19 @@ MLX_LM = {
 }  # fmt: skip
 GRID = ("5e-4x8", "1e-3x8", "2e-3x8", "4e-3x8", "1e-3x4", "1e-3x16")
 MOST_TOKENS = 48  # of an answer
+OPTIONS = (
+    ("--model", str, "Folder of the model."),
+    ("--sets", ",".join(SETS), "Sets, separated by commas."),
+    ("--ways", "base,defaults,old,grid", "Ways, separated by commas."),
+    ("--out", Path("first_results.jsonl"), "File of the results, to which missing ones are added."),
+    ("--table", Path, "Print the table of this file, and run nothing."),
+    ("--cell", str, argparse.SUPPRESS),  # one cell as JSON, in a process of its own
+)
+# What an answer looks like where a question asks for a form.
+FORMS = {
+    "messages": re.compile(r"^(ooh|hmm|aww|yep|oops)\b[^A-Z]* x\s*$"),
+    "style": re.compile(r"^\s*Rule: .+?\s+Reason: .+?\s+First step: .+", re.DOTALL),
+}
 
 
 def ways(names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any] | None]]:
@@ -50,7 +68,12 @@ def ways(names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any] | None]]:
             yield name, {"base": None, "defaults": {}, "old": OLD, "mlx-lm": MLX_LM}[name]
 
 
-def is_right(answer: str, test: Mapping[str, Any], form: re.Pattern | None) -> bool:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def is_right(answer: str, test: Mapping[str, Any]) -> bool:
     """Say whether an answer has the words, the object or the form that its question asks for."""
     if "want" in test:
         return any(re.search(rf"\b{re.escape(word)}", answer.lower()) for word in test["want"])
@@ -60,81 +83,70 @@ def is_right(answer: str, test: Mapping[str, Any], form: re.Pattern | None) -> b
             return found is not None and json.loads(found[0]) == test["json"]
         except ValueError:
             return False
-    return form is not None and form.match(answer.strip().split("\n\n")[0]) is not None
+    return FORMS[test["form"]].match(answer.strip().split("\n\n")[0]) is not None
 
 
 def run_cell(model: str, name: str, settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """Train on one set in one way and ask its questions; returns what is measured."""
     import mlx_lora  # in a process of its own
 
-    sys.path.insert(0, str(Path(__file__).parent))
-    part = importlib.import_module(f"first_result.{name}")
-    base = mlx_lora.load(model)
+    base, tests = mlx_lora.load(model), read_lines(ROOM / f"{name}.tests.jsonl")
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         adapter = None
         if settings is not None:
-            data = Path(folder) / f"{name}.jsonl"
-            data.write_text("".join(json.dumps(row) + "\n" for row in part.rows()))
+            data = shutil.copy(ROOM / f"{name}.jsonl", folder)
             started = time.perf_counter()
             run = mlx_lora.train(base, str(data), adapter_path=f"{folder}/run", sample_tokens=0, **settings)
             adapter = run.adapter
             found = {"train_s": round(time.perf_counter() - started, 1)}
-            lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+            lines = read_lines(Path(folder) / "run" / "metrics.jsonl")
             losses = [one for one in lines if one.get("loss") is not None]
             held_out = [round(one["val_loss"], 4) for one in lines if one.get("val_loss") is not None]
             found |= {"steps": lines[-1]["step"], "loss": losses[-1]["loss"], "val_losses": held_out}
-        tests = part.tests()
         answers = [base.generate(test["prompt"], adapter, max_tokens=MOST_TOKENS) for test in tests]
-    right = [is_right(answer, test, getattr(part, "FORM", None)) for answer, test in zip(answers, tests, strict=True)]
+    right = [is_right(answer, test) for answer, test in zip(answers, tests, strict=True)]
     return found | {"right": sum(right), "of": len(tests), "answers": answers[:6]}
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Return the share of right answers: a row for each model and set, a column for each way."""
     columns = list(dict.fromkeys(one["way"] for one in results))
-    lines = ["| model | set | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    rows = []
     for model, name in dict.fromkeys((one["model"], one["set"]) for one in results):
         cells = {one["way"]: one for one in results if (one["model"], one["set"]) == (model, name)}
-        said = [f"{cells[way]['right']}/{cells[way]['of']}" if way in cells else "" for way in columns]
-        lines.append(f"| {model} | {name} | " + " | ".join(said) + " |")
-    return "\n".join(lines)
+        right = [f"{cells[way]['right']}/{cells[way]['of']}" if way in cells else "" for way in columns]
+        rows.append([model, name, *right])
+    return markdown(["model", "set", *columns], rows)
 
 
-def main() -> None:
-    """Parse the command line; run the cells that are missing, or print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder of the model")
-    parser.add_argument("--sets", default=",".join(SETS))
-    parser.add_argument("--ways", default="base,defaults,old,grid")
-    parser.add_argument("--out", type=Path, default=Path("first_results.jsonl"))
-    parser.add_argument("--table", type=Path, help="print the table of this file, and run nothing")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)  # one cell as JSON, in a process of its own
-    options = parser.parse_args()
-    if options.table:
-        print(table([json.loads(line) for line in options.table.read_text().splitlines()]))
+def main(argv: Sequence[str]) -> None:
+    """Run the cells that are missing, or print the table."""
+    args = options(__doc__, *OPTIONS).parse_args(argv)
+    if args.table:
+        print(table(read_lines(args.table)))
         return
-    if options.cell:
-        name, settings = json.loads(options.cell)
-        print("RESULT " + json.dumps(run_cell(options.model, name, settings)))
+    if args.cell:
+        name, settings = json.loads(args.cell)
+        print("RESULT " + json.dumps(run_cell(args.model, name, settings)))
         return
-    done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    done = read_lines(args.out) if args.out.exists() else []
     known = {(one["model"], one["set"], one["way"]) for one in done}
-    model = Path(options.model).name
-    for way, settings in ways(options.ways.split(",")):
-        for name in options.sets.split(","):
+    model = Path(args.model).name
+    for way, settings in ways(args.ways.split(",")):
+        for name in args.sets.split(","):
             if (model, name, way) in known:
                 continue
-            asked = [sys.executable, __file__, "--model", options.model, "--cell", json.dumps([name, settings])]
+            asked = [sys.executable, __file__, "--model", args.model, "--cell", json.dumps([name, settings])]
             said = subprocess.run(asked, capture_output=True, text=True)
             line = next((one for one in said.stdout.splitlines() if one.startswith("RESULT ")), None)
             if line is None:
                 sys.exit(f"Error: {way} on {name} ended with code {said.returncode}\n{said.stderr[-2000:]}")
             result = {"model": model, "set": name, "way": way, "settings": settings} | json.loads(line[7:])
-            with options.out.open("a") as file:
+            with args.out.open("a") as file:
                 file.write(json.dumps(result) + "\n")
             print(f"{model} {name} {way}: {result['right']}/{result['of']}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

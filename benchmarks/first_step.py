@@ -23,25 +23,34 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from _environment import environment
-from _processes import REPOSITORY, ChildFailed, child_environment
+from _harness import REPOSITORY, SIDES_FOLDER, ChildFailed, child_environment, environment, options, record
 
-CHILD = Path(__file__).with_name("_first_step_child.py")
 SHOWN_S = 0.1  # phases that took less are summed up
+OPTIONS = (
+    ("--model", ..., "As for the train command."),
+    ("--data", ..., "As for the train command."),
+    ("--against", Path, "A checkout of another commit, which runs first."),
+    ("--cold", False, "Begin with empty caches and no compiled kernels."),
+    ("--steps", 100, "--iters of the run, of which one step is taken."),
+    ("--flags", "", "Further flags of the command."),
+    ("--processes", 1, "Of the run."),
+    ("--threads", int, "OPENBLAS_NUM_THREADS; not given: not set."),
+    ("--port", 34600, "First port of the processes' ring."),
+    ("--timeout", 1200.0, "Seconds for a run."),
+    ("--lines", False, "Print the command's lines with their times."),
+    ("--out", str, "JSON file of everything."),
+)
+
+Lines = list[tuple[float, str]]
 
 
 def run(args: argparse.Namespace, checkout: Path, folder: Path, kept: Path) -> list[dict[str, Any]]:
-    """Run the command up to its first step in each process, and return what each found.
-
-    Args:
-        args: the benchmark's.
-        checkout: whose mlx_lora runs.
-        folder: for the run's own files.
-        kept: caches and compiled kernels.
+    """Run a checkout's command up to its first step in each process, and return what each found; caches are `kept`.
 
     Raises:
         ChildFailed: a process ended without a first step.
@@ -56,22 +65,20 @@ def run(args: argparse.Namespace, checkout: Path, folder: Path, kept: Path) -> l
     variables["TMPDIR"] = str(kept / "tmp")
     for name in ("OPENBLAS", "OMP", "MKL"):
         variables.pop(f"{name}_NUM_THREADS", None)
-    if args.threads:
-        variables["OPENBLAS_NUM_THREADS"] = str(args.threads)
-    children, readers, found = [], [], []
+    variables |= {"OPENBLAS_NUM_THREADS": str(args.threads)} if args.threads else {}
+    children = []
     for rank in range(args.processes):
         ring = {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)} if args.processes > 1 else {}
         started_s, out = time.monotonic(), folder / f"rank{rank}.json"
-        command = [sys.executable, str(CHILD), str(out), str(started_s), *train]
-        child = subprocess.Popen(
-            command, env=variables | ring, cwd=checkout, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        lines: list[tuple[float, str]] = []
+        command = [sys.executable, str(SIDES_FOLDER / "first_step_side.py"), str(out), str(started_s), *train]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        child = subprocess.Popen(command, env=variables | ring, cwd=checkout, text=True, **pipes)
+        lines: Lines = []
         reader = threading.Thread(target=_read, args=(child, started_s, lines))
         reader.start()
-        children.append((child, started_s, out, lines))
-        readers.append(reader)
-    for (child, started_s, out, lines), reader in zip(children, readers, strict=True):
+        children.append((child, started_s, out, lines, reader))
+    found = []
+    for child, started_s, out, lines, reader in children:
         try:
             child.wait(max(1, args.timeout - (time.monotonic() - started_s)))
         except subprocess.TimeoutExpired:
@@ -79,20 +86,18 @@ def run(args: argparse.Namespace, checkout: Path, folder: Path, kept: Path) -> l
         reader.join()
         if not out.exists():
             said = "\n".join(line for _, line in lines[-15:])
-            raise ChildFailed(
-                f"{checkout}: no first step within {args.timeout:.0f} s (--timeout), code {child.wait()}:\n{said}"
-            )
+            late = f"no first step within {args.timeout:.0f} s (--timeout), code {child.wait()}"
+            raise ChildFailed(f"{checkout}: {late}:\n{said}")
         found.append({**json.loads(out.read_text(encoding="utf-8")), **_silence(lines), "lines": lines})
     return found
 
 
-def _read(child: subprocess.Popen[str], started_s: float, lines: list[tuple[float, str]]) -> None:
-    assert child.stderr is not None
-    for line in child.stderr:
+def _read(child: subprocess.Popen[str], started_s: float, lines: Lines) -> None:
+    for line in child.stderr or ():
         lines.append((round(time.monotonic() - started_s, 2), line.rstrip()))
 
 
-def _silence(lines: list[tuple[float, str]]) -> dict[str, Any]:
+def _silence(lines: Lines) -> dict[str, Any]:
     """Return when the first line came, and the longest time between two lines, with the line before it."""
     if not lines:
         return {"first_line_s": None, "longest_silence_s": None, "after": ""}
@@ -102,11 +107,10 @@ def _silence(lines: list[tuple[float, str]]) -> dict[str, Any]:
 
 
 def _print(name: str, found: dict[str, Any], show_lines: bool) -> None:
-    reached = "no first step (--timeout)" if found["loss"] is None else f"loss {found['loss']:.6f}"
+    reached = f"loss {found['loss']:.6f}" if "loss" in found else "no first step (--timeout)"
     print(f"\n{name}: {found['wall_s']:.1f} s, {found['processor_s']:.1f} processor seconds, {reached}")
-    print(
-        f"  first line after {found['first_line_s']} s, longest silence {found['longest_silence_s']} s after {found['after']!r}"
-    )
+    silence = f"longest silence {found['longest_silence_s']} s after {found['after']!r}"
+    print(f"  first line after {found['first_line_s']} s, {silence}")
     for phase, (wall_s, processor_s) in sorted(found["phases"].items(), key=lambda one: -one[1][0]):
         if wall_s >= SHOWN_S:
             print(f"  {wall_s:7.1f} s {processor_s:7.1f} s processor  {phase}")
@@ -115,22 +119,9 @@ def _print(name: str, found: dict[str, Any], show_lines: bool) -> None:
     sys.stdout.flush()
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
     """Measure this checkout, and the one to compare with."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--against", type=Path, help="a checkout of another commit, which runs first")
-    parser.add_argument("--cold", action="store_true", help="begin with empty caches and no compiled kernels")
-    parser.add_argument("--steps", type=int, default=100, help="--iters of the run, of which one step is taken")
-    parser.add_argument("--flags", default="", help="further flags of the command")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--threads", type=int, help="OPENBLAS_NUM_THREADS; not given: not set")
-    parser.add_argument("--port", type=int, default=34600)
-    parser.add_argument("--timeout", type=float, default=1200.0)
-    parser.add_argument("--lines", action="store_true", help="print the command's lines with their times")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = options(__doc__, *OPTIONS).parse_args(argv)
     args.model, args.data = (str(Path(one).resolve()) if Path(one).exists() else one for one in (args.model, args.data))
     sides = {"before": args.against.resolve()} if args.against else {}
     results: dict[str, Any] = {}
@@ -145,14 +136,12 @@ def main() -> None:
                 for rank, found in enumerate(ranks):
                     of = f", rank {rank}" if args.processes > 1 else ""
                     _print(f"{side}, {kind}{of}", found, args.lines)
-    result = {"model": args.model, "steps": args.steps, "flags": args.flags, "load": os.getloadavg()[0],
-              "environment": environment(), "runs": results}  # fmt: skip
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
     short = {name: {key: ranks[0][key] for key in ("wall_s", "processor_s", "first_line_s", "longest_silence_s")}
              for name, ranks in results.items()}  # fmt: skip
-    print(json.dumps(short))
+    asked = {"model": args.model, "steps": args.steps, "flags": args.flags, "load": os.getloadavg()[0]}
+    record({**asked, "environment": environment(), "runs": results, **short}, args.out, short)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

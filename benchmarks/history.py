@@ -10,7 +10,6 @@ its interval is Student's, over the logarithms of those ratios. Nothing here imp
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -19,6 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from _harness import options, say
+from _harness import table as markdown
 
 HISTORY = Path(__file__).parent / "results" / "history.jsonl"
 BASELINE = 3  # earlier entries that a new one is compared with
@@ -181,40 +183,36 @@ def words(verdict: Verdict) -> str:
 
 def table(entries: Sequence[Entry]) -> str:
     """Return all entries as a Markdown table, each with its comparison with those before it."""
-    lines = [
-        "| date | commit | processor | mlx, mlx-lm | ours, mlx-lm (supervised tokens per second) | ratio (90% interval) | change | |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for number, entry in enumerate(entries):
         spread, verdict = Spread.of(entry["ratios"]), compare(entry, entries[:number])
         low, high = spread.interval()
-        change = (
-            "-" if verdict.change is None else f"{verdict.change:+.1%} ({verdict.least:+.1%} to {verdict.most:+.1%})"
-        )
+        interval = f"{verdict.least:+.1%} to {verdict.most:+.1%}"
         notes = ["FELL"] * verdict.fell + [f"sees {verdict.sees:.0%} at best"] * verdict.blind
         notes += [f"unsound: {reason}" for reason in entry["unsound"]]
-        speeds = ", ".join(f"{speed:.1f}" for speed in entry["tokens_per_s"].values())
-        versions = ", ".join(str(entry["versions"].get(name)) for name in ("mlx", "mlx-lm"))
-        cells = [
-            entry["date"][:16], entry["commit"], f"{entry['cpu']}, {entry['cores']} cores", versions, speeds,
-            f"{math.exp(spread.mean):.3f} ({low:.3f}-{high:.3f})", change, "; ".join(notes),
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        rows.append([
+            entry["date"][:16], entry["commit"], f"{entry['cpu']}, {entry['cores']} cores",
+            ", ".join(str(entry["versions"].get(name)) for name in ("mlx", "mlx-lm")),
+            ", ".join(f"{speed:.1f}" for speed in entry["tokens_per_s"].values()),
+            f"{math.exp(spread.mean):.3f} ({low:.3f}-{high:.3f})",
+            "-" if verdict.change is None else f"{verdict.change:+.1%} ({interval})", "; ".join(notes),
+        ])  # fmt: skip
+    speeds = "ours, mlx-lm (supervised tokens per second)"
+    head = ["date", "commit", "processor", "mlx, mlx-lm", speeds, "ratio (90% interval)", "change", ""]
+    return markdown(head, rows)
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the history; return 0, 1 with --check if the last entry is a fall or blind to one, 2 for a bad file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--history", type=Path, default=HISTORY)
-    parser.add_argument(
-        "--check", action="store_true", help="Exit with 1 if the last entry fell, or could not have seen it."
-    )
-    args = parser.parse_args(argv)
+    args = options(
+        __doc__,
+        ("--history", HISTORY, "File of the entries."),
+        ("--check", False, "Exit with 1 if the last entry fell, or could not have seen it."),
+    ).parse_args(argv)
     try:
         entries = read_history(args.history)
     except ValueError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        say(f"Error: {error}")
         return 2
     print(table(entries))
     if not entries:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
 
 import mlx.core as mx  # isort: skip
 import numpy as np
-from _environment import environment
+from _harness import environment, options, record, say, table
 
 from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.config.settings import AdapterSettings, DataSettings, ModelSettings
@@ -37,6 +38,17 @@ from mlx_lora.models.load import Base, load_base
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.step import differentiation
 from mlx_lora.utils import device
+
+OPTIONS = (
+    ("--model", ..., "As for the train command."),
+    ("--data", str, "As for the train command; without it, the tokens are random."),
+    ("--prompt", 700, "Tokens of a random prompt."),
+    ("--answer", 100, "Tokens of its answer."),
+    ("--batch-tokens", 2048, "Positions of the step."),
+    ("--grad-checkpoint", "none", "As for the train command."),
+    ("--num-layers", [-1, 8, 1], "Adapted blocks of each case; -1: all."),
+    ("--rounds", 5, "Of both ways."),
+)
 
 
 def batch_of(args: argparse.Namespace, base: Base) -> Batch:
@@ -85,43 +97,38 @@ def measure(base: Base, batch: Batch, args: argparse.Namespace) -> dict[str, Any
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
     """Print a row for each case, and all figures as JSON at the end."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data")
-    parser.add_argument("--prompt", type=int, default=700)
-    parser.add_argument("--answer", type=int, default=100)
-    parser.add_argument("--batch-tokens", type=int, default=2048)
-    parser.add_argument("--grad-checkpoint", default="none")
-    parser.add_argument("--num-layers", type=int, nargs="+", default=[-1, 8, 1])
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = options(__doc__, *OPTIONS).parse_args(argv)
     device.compile_for(args.rounds)  # as in a short run on a CPU
-    settings = ModelSettings(model=args.model, dtype="float32")
-    original = load_base(settings)
+    original = load_base(ModelSettings(model=args.model, dtype="float32"))
     batch = batch_of(args, original)
     rows, width = batch.inputs.shape
     print(f"{rows} x {width} positions, {batch.mask.mean():.0%} of them trained; {original.describe()}")
-    print("adapted blocks | computed | whole s | part s | saved | whole GB | part GB")
     figures = []
     for adapted in args.num_layers:
-        for computed in ("all", "adapted"):
+        for computed in ("all", "adapted") if adapted > 0 else ("all",):
             base = replace(original, model=copy.deepcopy(original.model))
             adapt_model(base.model, AdapterSettings(rank=8, num_layers=adapted), 0)
             if computed == "adapted":
-                if adapted < 0:
-                    continue
                 base.model.model.layers = base.model.layers[-adapted:]
-            one = measure(base, batch, args) | {"adapted": adapted, "computed": computed}
+            one = measure(base, batch, args) | {"adapted": "all" if adapted < 0 else adapted, "computed": computed}
             figures.append(one)
-            print(
-                f"{'all' if adapted < 0 else adapted} | {computed} | {one['whole_s']:.2f} | {one['part_s']:.2f} | "
-                f"{one['saved']:.1%} | {one['whole_gb']:.3f} | {one['part_gb']:.3f}",
-                flush=True,
-            )
-    print(json.dumps({"environment": environment(), "settings": vars(args), "figures": figures}))
+            say(f"{one['adapted']} blocks adapted, {computed} computed: {one['saved']:.1%} saved")
+    forms = {"whole_s": ".2f", "part_s": ".2f", "saved": ".1%", "whole_gb": ".3f", "part_gb": ".3f"}
+    head = ("adapted blocks", "computed", "whole s", "part s", "saved", "whole GB", "part GB")
+    print(
+        table(
+            head,
+            [
+                [one["adapted"], one["computed"], *(format(one[name], form) for name, form in forms.items())]
+                for one in figures
+            ],
+        )
+    )
+    record({"environment": environment(), "settings": vars(args), "figures": figures})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -25,29 +25,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _environment import environment
-from _processes import child_environment, run_child
+from _harness import child_environment, environment, options, run_child, say
+from _harness import table as markdown
+from _ours import read_metrics
 
 TIMEOUT_S = 3600.0
 WORDS = [
-    "time",
-    "year",
-    "people",
-    "way",
-    "day",
-    "man",
-    "thing",
-    "woman",
-    "life",
-    "child",
-    "world",
-    "school",
-    "state",
-    "family",
-    "student",
-    "group",
-    "country",
-]
+    "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state", "family",
+    "student", "group", "country",
+]  # fmt: skip
+OPTIONS = (
+    ("action", ..., "What to do.", ("measure", "table")),
+    ("--out", ..., "File of results, one JSON object a line."),
+    ("--model", (), "NAME=FOLDER; may be repeated."),
+    ("--case", (), "Flags of a run; may be repeated."),
+    ("--lengths", [128, 512, 2048], "Of rows."),
+    ("--batch-tokens", 1024, "Positions of a step."),
+    ("--ranks", [8, 64], "Of adapters."),
+    ("--checkpointing", ["none", "block"], "As in --grad-checkpoint."),
+    ("--method", "lora", "As of train."),
+    ("--objective", ["sft"], "One or several."),
+    ("--iters", 2, "Steps of a run."),
+)
 
 
 def write_text(path: Path, words: int = 60_000) -> None:
@@ -92,25 +91,18 @@ def objective_of(case: dict[str, Any]) -> str:
 def measure(case: dict[str, Any], iters: int, more: Sequence[str] = ()) -> dict[str, Any]:
     """Train for a few steps in a new process, with further flags, and return its last report."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        if "flags" in case:
-            return _measured(flags_of(case), folder, more)
-        objective = objective_of(case)
-        data = folder / ("text.txt" if objective == "sft" else "answers.jsonl")
-        if objective == "sft":
-            write_text(data)
-        else:
-            write_answers(data, objective, case["length"])
-        return _measured([*flags_of(case), "--data", str(data), "--iters", str(iters)], folder, more)
-
-
-def _measured(flags: Sequence[str], folder: Path, more: Sequence[str]) -> dict[str, Any]:
-    """Train with these flags in a new process, and return what its last report says."""
-    command = [sys.executable, "-m", "mlx_lora.train", *flags, "--adapter-path", str(folder / "run")]
-    command += ["--valid-fraction", "0", "--val-batches", "0", "--save-every", "0", "--steps-per-report", "1"]
-    run_child([*command, "--sample-tokens", "0", *more], folder / "log", timeout_s=TIMEOUT_S)
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    report = json.loads(lines[-1])
+        folder, flags, objective = Path(temporary), flags_of(case), objective_of(case)
+        if "flags" not in case:
+            data = folder / ("text.txt" if objective == "sft" else "answers.jsonl")
+            flags += ["--data", str(data), "--iters", str(iters)]
+            if objective == "sft":
+                write_text(data)
+            else:
+                write_answers(data, objective, case["length"])
+        command = [sys.executable, "-m", "mlx_lora.train", *flags, "--adapter-path", str(folder / "run")]
+        command += ["--valid-fraction", "0", "--val-batches", "0", "--save-every", "0", "--steps-per-report", "1"]
+        run_child([*command, "--sample-tokens", "0", *more], folder / "log", timeout_s=TIMEOUT_S)
+        report = read_metrics(folder / "run")[-1]
     return {name: report[name] for name in ("peak_memory_bytes", "process_peak_bytes", "shapes", "supervised_tokens")}
 
 
@@ -134,75 +126,53 @@ def read_measured(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def append(path: Path, result: dict[str, Any], name: str) -> None:
+    """Add a result to the file at once, and print its peak as progress."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**result, "environment": environment()}) + "\n")
+    say(f"{name}: {result['peak_memory_bytes'] / 1e6:.1f} MB")
+
+
 def measure_all(args: argparse.Namespace) -> None:
-    """Measure all missing cases, shortest rows first, and append each result to the file at once."""
-    known = {key_of(case) for case in read_measured(args.out)}
+    """Measure all cases that are not in the file, shortest rows first."""
     models = dict(pair.split("=", 1) for pair in args.model)
-    for flags in map(shlex.split, args.case):
-        if key_of({"flags": flags}) not in known:
-            case = {"flags": flags, "iters": args.iters}
-            result = {**case, **measure(case, args.iters), "environment": environment()}
-            with args.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
-            print(f"{shlex.join(flags)}: {result['peak_memory_bytes'] / 1e6:.0f} MB", file=sys.stderr)
-    cases = itertools.product(args.lengths, args.ranks, args.checkpointing, args.objective, models)
-    for length, rank, mode, objective, name in cases:
+    cases = [{"flags": shlex.split(flags), "iters": args.iters} for flags in args.case]
+    product = itertools.product(args.lengths, args.ranks, args.checkpointing, args.objective, models)
+    for length, rank, mode, objective, name in product:
         case = {"model": name, "folder": models[name], "objective": objective, "method": args.method, "length": length}
-        case |= {"batch_tokens": args.batch_tokens, "rank": rank, "checkpointing": mode}
-        if key_of(case) in known:
-            continue
-        result = {**case, "iters": args.iters, **measure(case, args.iters), "environment": environment()}
-        with args.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
-        print(
-            f"{name} {objective} {length} rank {rank} {mode}: {result['peak_memory_bytes'] / 1e6:.0f} MB",
-            file=sys.stderr,
-        )
+        case |= {"batch_tokens": args.batch_tokens, "rank": rank, "checkpointing": mode, "iters": args.iters}
+        cases.append(case)
+    known = {key_of(case) for case in read_measured(args.out)}
+    for case in cases:
+        if key_of(case) not in known:
+            append(args.out, {**case, **measure(case, args.iters)}, " ".join(map(str, key_of(case))))
 
 
 def table(cases: list[dict[str, Any]]) -> str:
     """Return planned and measured peaks as Markdown, with a summary at the end."""
-    lines = [
-        "| model | objective | method | row x rows | rank | checkpointing | planned MB | measured MB | planned / measured |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
-    if all("flags" in case for case in cases):
-        lines = ["| run | decided by | planned MB | measured MB | planned / measured |", "|---|---|---|---|---|"]
-    ratios = []
+    own = all("flags" in case for case in cases)
+    head, rows, ratios = ["model", "objective", "method", "row x rows", "rank", "checkpointing"], [], []
     for case in cases:
         found, plan = case["peak_memory_bytes"], planned(case)
         ratios.append(plan["peak_bytes"] / found)
+        figures = [f"{plan['peak_bytes'] / 1e6:.0f}", f"{found / 1e6:.0f}", f"{ratios[-1]:.3f}"]
         if "flags" in case:
-            own = " ".join(name if name.startswith("--") else Path(name).name for name in case["flags"])
-            lines.append(
-                f"| `{own}` | {plan['phase']} | {plan['peak_bytes'] / 1e6:.0f} | {found / 1e6:.0f} | {ratios[-1]:.3f} |"
-            )
+            flags = " ".join(name if name.startswith("--") else Path(name).name for name in case["flags"])
+            rows.append([f"`{flags}`", plan["phase"], *([] if own else [""] * 4), *figures])
             continue
-        rows = plan["settings"]["rows"]
-        lines.append(
-            f"| {case['model']} | {objective_of(case)} | {case['method']} | {case['length']} x {rows} | {case['rank']} | {case['checkpointing']} "
-            f"| {plan['peak_bytes'] / 1e6:.0f} | {found / 1e6:.0f} | {ratios[-1]:.3f} |"
-        )
+        shape = f"{case['length']} x {plan['settings']['rows']}"
+        what = [case["model"], objective_of(case), case["method"], shape, case["rank"], case["checkpointing"]]
+        rows.append([*what, *figures])
     within = sum(0.95 <= ratio <= 1.10 for ratio in ratios)
-    lines.append(f"\n{within} of {len(ratios)} within -5% and +10%; from {min(ratios):.3f} to {max(ratios):.3f}")
-    return "\n".join(lines)
+    head = ["run", "decided by"] if own else head
+    whole = markdown([*head, "planned MB", "measured MB", "planned / measured"], rows)
+    return f"{whole}\n\n{within} of {len(ratios)} within -5% and +10%; from {min(ratios):.3f} to {max(ratios):.3f}"
 
 
 def main(argv: Sequence[str]) -> int:
     """Measure, or print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("action", choices=("measure", "table"))
-    parser.add_argument("--out", type=Path, required=True, help="File of results, one JSON object a line.")
-    parser.add_argument("--model", action="append", default=[], help="NAME=FOLDER; may be repeated.")
-    parser.add_argument("--case", action="append", default=[], help="Flags of a run; may be repeated.")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048])
-    parser.add_argument("--batch-tokens", type=int, default=1024)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
-    parser.add_argument("--checkpointing", nargs="+", default=["none", "block"])
-    parser.add_argument("--method", default="lora")
-    parser.add_argument("--objective", nargs="+", default=["sft"])
-    parser.add_argument("--iters", type=int, default=2)
-    args = parser.parse_args(argv)
+    args = options(__doc__, *OPTIONS).parse_args(argv)
+    args.out = Path(args.out)
     if args.action == "measure":
         measure_all(args)
     else:

@@ -12,9 +12,7 @@ Shapes: B rows, T width, D hidden width, F feed-forward width.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import re
 import statistics
 import sys
@@ -32,7 +30,7 @@ from mlx_lora.planner.machine import loss_tile_bytes
 import mlx.core as mx  # isort: skip
 import numpy as np
 from _counts import Count, count_step, predictions
-from _environment import environment
+from _harness import environment, options, record, say, table
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.inject import inject
@@ -52,36 +50,30 @@ from mlx_lora.trainer.step import Step
 from mlx_lora.utils import device
 
 # No data moves: these only describe how an array is read.
-FREE = [
-    "Transpose",
-    "Broadcast",
-    "Reshape",
-    "Slice",
-    "Unflatten",
-    "Flatten",
-    "Squeeze",
-    "ExpandDims",
-    "Depends",
-    "CustomTransforms",
-    "AsStrided",
-    "Split",
-]
+FREE = {
+    "Transpose", "Broadcast", "Reshape", "Slice", "Unflatten", "Flatten", "Squeeze", "ExpandDims", "Depends",
+    "CustomTransforms", "AsStrided", "Split",
+}  # fmt: skip
+OPTIONS = (
+    ("--model", ..., "Folder of a converted model."),
+    ("--rows", 5, "Of the step."),
+    ("--width", 204, "Of its rows, in tokens."),
+    ("--rank", 8, "Of the adapter."),
+    ("--supervised", 0.76, "Fraction of the positions that are trained."),
+    ("--checkpointing", "none", "As in --grad-checkpoint."),
+    ("--rounds", 7, "Of each part and of the step."),
+    ("--kernels", "tiled", "Whose exponentials.", ("tiled", POLYNOMIAL)),
+    ("--processor-time", False, "On a machine with other load."),
+    ("--not-compiled", False, "As in a short run on a CPU."),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How parts and step are measured.
-
-    Attributes:
-        rounds: the median of as many counts.
-        clock: returns seconds.
-        compiled: whether parts and step are compiled, as in a run of many steps.
-        kernel: `tiled` (with mlx's exponentials) or `polynomial`.
-    """
+    """How parts and step are measured: the median of some rounds by a clock, with `tiled` or `polynomial` exponentials."""
 
     rounds: int
     clock: Callable[[], float]
-    compiled: bool
     kernel: str
 
     @property
@@ -111,8 +103,7 @@ def seconds(function: Callable[..., Any], arrays: Sequence[mx.array], way: Way) 
 def parts_of_a_block(base: Base, rows: int, width: int, way: Way) -> dict[str, float]:
     """Return seconds per part, for all blocks together."""
     config, blocks = base.config, len(base.model.layers)
-    block = base.model.layers[0]
-    heads = config["num_attention_heads"]
+    block, heads = base.model.layers[0], config["num_attention_heads"]
     key_heads = config.get("num_key_value_heads", heads)
     dims = config.get("head_dim") or config["hidden_size"] // heads
     dtype = device.compute_dtype()
@@ -120,10 +111,8 @@ def parts_of_a_block(base: Base, rows: int, width: int, way: Way) -> dict[str, f
     def random(*shape: int) -> mx.array:
         return mx.random.normal(shape).astype(dtype)
 
-    linear: list[tuple[Any, mx.array]] = []
-    for _, layer in block.named_modules():
-        if hasattr(layer, "lora_a"):
-            linear.append((layer, random(rows, width, layer.lora_a.shape[0])))
+    adapters = [layer for _, layer in block.named_modules() if hasattr(layer, "lora_a")]
+    linear = [(layer, random(rows, width, layer.lora_a.shape[0])) for layer in adapters]
     mx.eval([x for _, x in linear])
     plain = sum(seconds(layer.linear, [x], way) for layer, x in linear)
     adapted = sum(
@@ -132,8 +121,8 @@ def parts_of_a_block(base: Base, rows: int, width: int, way: Way) -> dict[str, f
     )
     q, k, v = (random(rows, n, width, dims) for n in (heads, key_heads, key_heads))
     tiles = Tiles(dims**-0.5, "causal", kernel=way.kernel)
-    gate, up = random(rows, width, config["intermediate_size"]), random(rows, width, config["intermediate_size"])
-    x = random(rows, width, config["hidden_size"])
+    sizes = config["intermediate_size"], config["intermediate_size"], config["hidden_size"]
+    gate, up, x = (random(rows, width, size) for size in sizes)
     norm = mx.ones((config["hidden_size"],), dtype)
     turn = {"dims": dims, "traditional": False, "base": config.get("rope_theta", 1e4), "scale": 1.0, "offset": 0}
     lean = partial(lean_swiglu, device.keep_exponentials())
@@ -164,14 +153,16 @@ def whole_step(base: Base, batch: Batch, mode: str, way: Way) -> tuple[float, in
     loss = head_loss(head, POLYNOMIAL if way.polynomial else TILES, loss_tile_bytes())
     tape = apply_checkpointing(base.model, mode)
     own = tape.attend if tape else attend
-    step = Step(base.model, build_optimizer(OptimizerSettings(), 100), loss.train, 1.0, own, choose=way.choose)
+    step = Step(
+        base.model, build_optimizer(OptimizerSettings(learning_rate=1e-4), 100), loss.train, 1.0, own, choose=way.choose
+    )
     times = []
     mx.reset_peak_memory()
     for _ in range(way.rounds + 1):
         start = way.clock()
         mx.eval(step([batch]), step.state)
         times.append(way.clock() - start)
-    print(f"First step {times[0]:.2f} s, the others {', '.join(f'{t:.2f}' for t in times[1:])}", file=sys.stderr)
+    say(f"First step {times[0]:.2f} s, the others {', '.join(f'{t:.2f}' for t in times[1:])}")
     return statistics.median(times[1:]), mx.get_peak_memory(), operations(step, batch)
 
 
@@ -195,46 +186,30 @@ def loss_seconds(base: Base, supervised: int, way: Way) -> float:
     hidden = mx.random.normal((supervised, base.config["hidden_size"])).astype(device.compute_dtype())
     targets, weights = mx.random.randint(0, head.vocabulary, (supervised,)), mx.ones((supervised,))
     mx.eval(hidden, targets, weights)
-    tile = loss_tile_bytes()
-    return seconds(
-        lambda h: fused_token_losses(head, h, targets, weights, tile, polynomial=way.polynomial).sum(), [hidden], way
-    )
+    given, tile, polynomial = (targets, weights), loss_tile_bytes(), way.polynomial
+    return seconds(lambda h: fused_token_losses(head, h, *given, tile, polynomial=polynomial).sum(), [hidden], way)
 
 
 def report(parts: dict[str, float], step_s: float, counts: dict[str, Count], launches: int, peak: int) -> str:
     """Return the figures as Markdown."""
-    lines = ["| part, forward and backward, all blocks | s | share of the step | GFLOP | GB in 16 bits |"]
-    lines.append("|---|---|---|---|---|")
-    rest = step_s - sum(parts.values())
-    for name, value in {**parts, "residuals": rest}.items():
-        count = counts[name]
+    rows = []
+    for name, value in {**parts, "residuals": step_s - sum(parts.values())}.items():
         label = name if name in parts else "residuals, and all else: copies, optimizer, host"
-        lines.append(
-            f"| {label} | {value:.2f} | {value / step_s:.0%} | {count.flops / 1e9:.0f} | {count.moved_bytes / 1e9:.2f} |"
-        )
+        sizes = f"{counts[name].flops / 1e9:.0f}", f"{counts[name].moved_bytes / 1e9:.2f}"
+        rows.append([label, f"{value:.2f}", f"{value / step_s:.0%}", *sizes])
     flops, moved = sum(c.flops for c in counts.values()), sum(c.moved_bytes for c in counts.values())
-    lines.append(f"| the step | {step_s:.2f} | | {flops / 1e9:.0f} | {moved / 1e9:.2f} |")
-    lines += ["", f"Peak {peak / 1e9:.2f} GB, {launches} launches, {flops / step_s / 1e9:.0f} GFLOP/s", ""]
-    return "\n".join([*lines, predictions(counts, launches)])
+    rows.append(["the step", f"{step_s:.2f}", "", f"{flops / 1e9:.0f}", f"{moved / 1e9:.2f}"])
+    head = ["part, forward and backward, all blocks", "s", "share of the step", "GFLOP", "GB in 16 bits"]
+    rates = f"Peak {peak / 1e9:.2f} GB, {launches} launches, {flops / step_s / 1e9:.0f} GFLOP/s"
+    return "\n\n".join([table(head, rows), rates, predictions(counts, launches)])
 
 
 def main(argv: Sequence[str]) -> int:
     """Profile one shape of one model and print Markdown, then one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, help="Folder of a converted model.")
-    parser.add_argument("--rows", type=int, default=5)
-    parser.add_argument("--width", type=int, default=204)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--supervised", type=float, default=0.76, help="Fraction of the positions that are trained.")
-    parser.add_argument("--checkpointing", default="none", help="As in --grad-checkpoint.")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--kernels", choices=("tiled", POLYNOMIAL), default="tiled", help="Whose exponentials.")
-    parser.add_argument("--processor-time", action="store_true", help="On a machine with other load.")
-    parser.add_argument("--not-compiled", action="store_true", help="As in a short run on a CPU.")
-    args = parser.parse_args(argv)
+    args = options(__doc__, *OPTIONS).parse_args(argv)
     clock = time.process_time if args.processor_time else time.perf_counter
-    way = Way(args.rounds, clock, not args.not_compiled, args.kernels)
-    device.compile_for(device.COMPILE_FROM_STEPS if way.compiled else 1)
+    way = Way(args.rounds, clock, args.kernels)
+    device.compile_for(1 if args.not_compiled else device.COMPILE_FROM_STEPS)
     base = load_base(ModelSettings(model=args.model))
     inject(base.model, select_targets(base.model).paths, args.rank, 2.0)
     random = np.random.default_rng(0)
@@ -250,7 +225,7 @@ def main(argv: Sequence[str]) -> int:
     print(report(parts, step_s, counts, launches, peak))
     counted = {name: dataclasses.asdict(count) for name, count in counts.items()}
     result = {"parts_s": parts, "step_s": step_s, "counts": counted, "peak_bytes": peak, "operations": found}
-    print(json.dumps({**environment(), **result}))
+    record({**environment(), **result})
     return 0
 
 

@@ -15,36 +15,26 @@ skipped. The results of both sides are compared. Ends with one line of JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _environment import environment
-from _processes import run_child
+from _harness import environment, options, record, run_side
 
-SIDE = Path(__file__).parent / "sides" / "recurrent_layer.py"
 SIDES = ("loop", "ours")
-# Two correct float32 results differ by less than this, relative to the larger.
-AGREE = 1e-3
-
-
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--kind", default="gated-delta", help="Layer: a row of KINDS in sides/recurrent_layer.py.")
-    parser.add_argument("--tokens", default="256,1024,4096", help="Lengths, separated by commas.")
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--width", type=int, default=128, help="Channels of a head, of its keys and of its values.")
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--loop-limit-gb", type=float, default=3.0, help="Skip the loop if it would take more.")
-    parser.add_argument("--timeout", type=float, default=1800, help="Seconds for one point.")
-    args = parser.parse_args(argv)
-    args.tokens = [int(word) for word in args.tokens.split(",")]
-    return args
+AGREE = 1e-3  # two correct float32 results differ by less, relative to the larger
+OPTIONS = (
+    ("--kind", "gated-delta", "Layer: a row of KINDS in sides/recurrent_layer.py."),
+    ("--tokens", "256,1024,4096", "Lengths, separated by commas."),
+    ("--heads", 16, "Of the layer."),
+    ("--width", 128, "Channels of a head, of its keys and of its values."),
+    ("--hidden", 1024, "Width of the layer's input."),
+    ("--rounds", 3, "Of each point."),
+    ("--loop-limit-gb", 3.0, "Skip the loop if it would take more."),
+    ("--timeout", 1800.0, "Seconds for one point."),
+)
 
 
 def loop_bytes(args: argparse.Namespace, tokens: int) -> int:
@@ -60,33 +50,12 @@ def loop_bytes(args: argparse.Namespace, tokens: int) -> int:
     return 4 * tokens * numbers.get(args.kind, 3 * channels * args.width)
 
 
-def measure(args: argparse.Namespace, side: str, tokens: int, folder: Path) -> dict[str, Any]:
-    """Return the figures of one side at one length, from a new process."""
-    result = folder / f"{side}-{tokens}.json"
-    job = {"side": side, "tokens": tokens, "result": str(result)}
-    job |= {name: getattr(args, name) for name in ("kind", "heads", "width", "hidden", "rounds")}
-    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    command = [sys.executable, str(SIDE), str(folder / "job.json")]
-    ended = run_child(command, folder / "log.txt", timeout_s=args.timeout)
-    figures = json.loads(result.read_text(encoding="utf-8"))
-    return {"side": side, "tokens": tokens, **figures, "peak_process_bytes": ended.peak_process_bytes}
-
-
-def slope(points: list[dict[str, Any]]) -> float | None:
-    """Return bytes per token between the shortest and the longest length, or None for fewer than two."""
-    if len(points) < 2:
+def slope(points: list[dict[str, Any]], side: str) -> float | None:
+    """Return a side's bytes per token between the shortest and the longest length, or None for fewer than two."""
+    own = [point for point in points if point["side"] == side]
+    if len(own) < 2:
         return None
-    first, last = points[0], points[-1]
-    return (last["peak_bytes"] - first["peak_bytes"]) / (last["tokens"] - first["tokens"])
-
-
-def line(point: dict[str, Any]) -> str:
-    """Return a point's line of the table."""
-    return (
-        f"{point['side']:<5} {point['tokens']:6d} tokens  {point['peak_bytes'] / 1e6:8.1f} MB "
-        f"{point['peak_bytes'] / point['tokens'] / 1e3:8.1f} kB a token  {point['seconds']:8.3f} s  "
-        f"{point['processor_s']:8.3f} processor s"
-    )
+    return (own[-1]["peak_bytes"] - own[0]["peak_bytes"]) / (own[-1]["tokens"] - own[0]["tokens"])
 
 
 def agree(points: list[dict[str, Any]]) -> bool:
@@ -98,22 +67,29 @@ def agree(points: list[dict[str, Any]]) -> bool:
 
 def main(argv: Sequence[str]) -> int:
     """Measure, print, and return the exit code: 1 if the sides disagree."""
-    args = arguments(argv)
+    args = options(__doc__, *OPTIONS).parse_args(argv)
+    args.tokens = [int(word) for word in args.tokens.split(",")]
+    job = {name: getattr(args, name) for name in ("kind", "heads", "width", "hidden", "rounds")}
     points: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for tokens in args.tokens:
-            for side in SIDES:
-                if side == "loop" and loop_bytes(args, tokens) > args.loop_limit_gb * 1e9:
-                    expected = loop_bytes(args, tokens) / 1e9
-                    print(f"loop  {tokens:6d} tokens  skipped: about {expected:.1f} GB, --loop-limit-gb", flush=True)
-                    continue
-                points.append(measure(args, side, tokens, Path(folder)))
-                print(line(points[-1]), flush=True)
-    slopes = {side: slope([point for point in points if point["side"] == side]) for side in SIDES}
-    if all(slopes.values()):
+        for tokens, side in ((tokens, side) for tokens in args.tokens for side in SIDES):
+            if side == "loop" and (expected := loop_bytes(args, tokens)) > args.loop_limit_gb * 1e9:
+                print(f"loop  {tokens:6d} tokens  skipped: about {expected / 1e9:.1f} GB, --loop-limit-gb", flush=True)
+                continue
+            asked = {**job, "side": side, "tokens": tokens}
+            limit = {"timeout_s": args.timeout}
+            found, ended = run_side("recurrent_layer.py", asked, Path(folder), f"{side}-{tokens}", **limit)
+            points.append({"side": side, "tokens": tokens, **found, "peak_process_bytes": ended.peak_process_bytes})
+            print(
+                f"{side:<5} {tokens:6d} tokens  {found['peak_bytes'] / 1e6:8.1f} MB {found['peak_bytes'] / tokens / 1e3:8.1f} kB "
+                f"a token  {found['seconds']:8.3f} s  {found['processor_s']:8.3f} processor s",
+                flush=True,
+            )
+    slopes = {side: slope(points, side) for side in SIDES}
+    if slopes["loop"] and slopes["ours"]:
         print(f"memory per token: {slopes['ours'] / 1e3:.1f} kB, {slopes['ours'] / slopes['loop']:.4f} of the loop's")
     same = agree(points)
-    print(json.dumps({"agree": same, "slopes": slopes, "points": points, "settings": vars(args), **environment()}))
+    record({"agree": same, "slopes": slopes, "points": points, "settings": vars(args), **environment()})
     return 0 if same else 1
 
 

@@ -11,37 +11,19 @@ step, which compiles, is not counted. Ends with one line of JSON.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from _environment import environment
 from _figures import run_figures
+from _harness import ChildFailed, as_words, environment, options, record, run_side, say, table
 from _ours import train_timed
-from _processes import ChildFailed, run_child
 
-SYNTHETIC = Path(__file__).parent / "sides" / "synthetic.py"
-
-
-@dataclass(frozen=True)
-class Point:
-    """One measurement: tokens per step and per row, vocabulary, rank, rows of data."""
-
-    tokens: int = 1024
-    sequence: int = 512
-    vocabulary: int = 8_000
-    rank: int = 8
-    rows: int = 64
-
-
-BASE = Point()
+BASE = {"tokens": 1024, "sequence": 512, "vocabulary": 8_000, "rank": 8, "rows": 64}
 VALUES = {
     "tokens": (512, 1024, 2048, 4096),
     "sequence": (512, 1024, 2048, 4096, 8192),
@@ -49,62 +31,54 @@ VALUES = {
     "rank": (4, 8, 32, 128),
     "rows": (64, 1000, 10_000),
 }
-UNITS = {
-    "tokens": "tokens per step",
-    "sequence": "sequence length, one row per step",
-    "vocabulary": "vocabulary",
-    "rank": "rank",
-    "rows": "rows of data",
-}
+UNITS = {"tokens": "tokens per step", "sequence": "sequence length, one row per step", "rows": "rows of data"}
+OPTIONS = (
+    ("--vary", ",".join(VALUES), "Curves to measure, separated by commas (default: all)."),
+    ("--hidden", 256, "Hidden size; a multiple of 128."),
+    ("--layers", 2, "Blocks."),
+    ("--steps", 3, "Steps per point, the first not counted."),
+    ("--ours", "", "Extra flags of `python -m mlx_lora.train`, in one string."),
+    ("--timeout", 1800.0, "Seconds allowed for each process."),
+    ("--out", str, "JSON file of everything."),
+    ("--plot", str, "PNG of peak memory against sequence length and vocabulary."),
+)
 
 
-def points(what: str) -> list[Point]:
-    """Return the points of one curve."""
+def points(what: str) -> list[dict[str, int]]:
+    """Return the points of one curve: tokens per step and per row, vocabulary, rank, rows of data."""
     if what == "sequence":  # one row per step, so that only the length grows
-        return [dataclasses.replace(BASE, sequence=n, tokens=n, rows=8) for n in VALUES[what]]
-    return [dataclasses.replace(BASE, **{what: n}) for n in VALUES[what]]
+        return [{**BASE, "sequence": n, "tokens": n, "rows": 8} for n in VALUES[what]]
+    return [{**BASE, what: n} for n in VALUES[what]]
 
 
-def measure(point: Point, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(point: dict[str, int], args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Write the point's model and data, train a few steps in a new process, and return its figures."""
-    folder.mkdir(parents=True)
-    job = {**dataclasses.asdict(point), "hidden": args.hidden, "layers": args.layers}
-    job |= {"folder": str(folder), "result": str(folder / "result.json")}
-    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    make = [sys.executable, str(SYNTHETIC), str(folder / "job.json")]
-    run_child(make, folder / "synthetic.log", timeout_s=args.timeout)
-    facts = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    run = folder / "run"
-    command = [sys.executable, "-m", "mlx_lora.train", "--model", str(folder / "model")]
-    command += ["--data", str(folder / "train.jsonl"), "--adapter-path", str(run), "--rank", str(point.rank)]
-    command += ["--max-seq-length", str(point.sequence), "--batch-tokens", str(point.tokens)]
-    command += ["--iters", str(args.steps), "--steps-per-report", "1", "--save-every", "0"]
-    command += ["--valid-fraction", "0", "--val-batches", "0", *shlex.split(args.ours)]
-    result, ended = train_timed(command, run, folder / "train.log", None, args.timeout)
-    figures = run_figures(result["steps"], result["first_step_unix_s"] - ended.started_unix_s)
-    spent_s = result["steps"][-1]["end_s"] - result["steps"][0]["end_s"]
-    return {
-        **dataclasses.asdict(point),
-        "step_s": spent_s / figures["counted_steps"],
-        "supervised_tokens_per_s": figures["supervised_tokens_per_s"],
-        "first_step_s": figures["first_step_s"],
-        "peak_allocator_bytes": result["peak_allocator_bytes"],
-        "peak_process_bytes": ended.peak_process_bytes,
-        **facts,
-    }
+    job = {**point, "hidden": args.hidden, "layers": args.layers, "folder": str(folder)}
+    facts, _ = run_side("synthetic.py", job, folder, "synthetic", timeout_s=args.timeout)
+    flags = {
+        "--model": folder / "model", "--data": folder / "train.jsonl", "--adapter-path": folder / "run",
+        "--rank": point["rank"], "--max-seq-length": point["sequence"], "--batch-tokens": point["tokens"],
+        "--iters": args.steps, "--steps-per-report": 1, "--save-every": 0, "--valid-fraction": 0, "--val-batches": 0,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "mlx_lora.train", *as_words(flags), *shlex.split(args.ours)]
+    run, ended = train_timed(command, folder / "run", folder / "train.log", timeout_s=args.timeout)
+    figures = run_figures(run["steps"], run["first_step_unix_s"] - ended.started_unix_s)
+    spent_s = run["steps"][-1]["end_s"] - run["steps"][0]["end_s"]
+    peaks = {"peak_allocator_bytes": run["peak_allocator_bytes"], "peak_process_bytes": ended.peak_process_bytes}
+    kept = {name: figures[name] for name in ("supervised_tokens_per_s", "first_step_s")}
+    return {**point, "step_s": spent_s / (len(run["steps"]) - 1), **kept, **peaks, **facts}
 
 
 def show(what: str, rows: list[dict[str, Any]]) -> str:
     """Return one curve as a table."""
-    lines = [f"\n| {UNITS[what]} | s/step | supervised tokens/s | peak MB | above weights MB | first step s |"]
-    lines.append("|---|---|---|---|---|---|")
+    head = [UNITS.get(what, what), "s/step", "supervised tokens/s", "peak MB", "above weights MB", "first step s"]
+    cells = []
     for row in rows:
-        peak, above = row["peak_allocator_bytes"], row["peak_allocator_bytes"] - row["weights_bytes"]
-        lines.append(
-            f"| {row[what]} | {row['step_s']:.3f} | {row['supervised_tokens_per_s']:.0f} | {peak / 1e6:.0f} "
-            f"| {above / 1e6:.0f} | {row['first_step_s']:.1f} |"
-        )
-    return "\n".join(lines)
+        peak = row["peak_allocator_bytes"]
+        sizes = f"{peak / 1e6:.0f}", f"{(peak - row['weights_bytes']) / 1e6:.0f}"
+        speed = f"{row['step_s']:.3f}", f"{row['supervised_tokens_per_s']:.0f}"
+        cells.append([row[what], *speed, *sizes, f"{row['first_step_s']:.1f}"])
+    return "\n" + table(head, cells)
 
 
 def plot(curves: dict[str, list[dict[str, Any]]], file: str) -> None:
@@ -114,13 +88,10 @@ def plot(curves: dict[str, list[dict[str, Any]]], file: str) -> None:
     drawn = [what for what in ("sequence", "vocabulary") if what in curves]
     figure = Figure(figsize=(5 * len(drawn), 4), layout="constrained")
     for axis, what in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
-        x = [row[what] for row in curves[what]]
-        peak = [row["peak_allocator_bytes"] / 1e6 for row in curves[what]]
-        above = [(row["peak_allocator_bytes"] - row["weights_bytes"]) / 1e6 for row in curves[what]]
-        axis.plot(x, peak, marker="o", label="peak")
-        axis.plot(x, above, marker="o", label="peak above the weights")
-        axis.set_xlabel(UNITS[what])
-        axis.set_ylabel("MLX allocator, MB")
+        for label, without in (("peak", 0), ("peak above the weights", 1)):
+            y = [(row["peak_allocator_bytes"] - without * row["weights_bytes"]) / 1e6 for row in curves[what]]
+            axis.plot([row[what] for row in curves[what]], y, marker="o", label=label)
+        axis.set(xlabel=UNITS.get(what, what), ylabel="MLX allocator, MB")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend()
@@ -129,21 +100,10 @@ def plot(curves: dict[str, list[dict[str, Any]]], file: str) -> None:
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument(
-        "--vary", default=",".join(VALUES), help="Curves to measure, separated by commas (default: all)."
-    )
-    parser.add_argument("--hidden", type=int, default=256, help="Hidden size; a multiple of 128.")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3, help="Steps per point, the first not counted.")
-    parser.add_argument("--ours", default="", help="Extra flags of `python -m mlx_lora.train`, in one string.")
-    parser.add_argument("--timeout", type=float, default=1800, help="Seconds allowed for each process.")
-    parser.add_argument("--out", help="JSON file of everything.")
-    parser.add_argument("--plot", help="PNG of peak memory against sequence length and vocabulary.")
+    parser = options(__doc__, *OPTIONS)
     args = parser.parse_args(argv)
     args.vary = [what.strip() for what in args.vary.split(",")]
-    unknown = [what for what in args.vary if what not in VALUES]
-    if unknown:
+    if unknown := [what for what in args.vary if what not in VALUES]:
         parser.error(f"--vary {', '.join(unknown)}: not one of {', '.join(VALUES)}")
     if args.steps < 2:
         parser.error(f"--steps {args.steps}: the first step is not counted; give 2 or more")
@@ -158,24 +118,23 @@ def main(argv: Sequence[str]) -> int:
     """Measure every curve; return 0, or 1 if a run failed."""
     args = arguments(argv)
     curves: dict[str, list[dict[str, Any]]] = {}
-    measured: dict[Point, dict[str, Any]] = {}  # the base point is on most curves
+    measured: dict[tuple[int, ...], dict[str, Any]] = {}  # the base point is on most curves
     for what in args.vary:
         for point in points(what):
-            with tempfile.TemporaryDirectory(prefix="scaling-") as temporary:
+            key = tuple(point.values())
+            with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
                 try:
-                    measured[point] = measured.get(point) or measure(point, args, Path(temporary) / "point")
-                    print(f"{UNITS[what]} {getattr(point, what)}: {measured[point]['step_s']:.3f} s", file=sys.stderr)
+                    measured[key] = measured.get(key) or measure(point, args, Path(folder))
                 except ChildFailed as error:
-                    print(f"Error: {error}", file=sys.stderr)
+                    say(f"Error: {error}")
                     return 1
-        curves[what] = [measured[point] for point in points(what)]
+            say(f"{what} {point[what]}: {measured[key]['step_s']:.3f} s")
+        curves[what] = [measured[tuple(point.values())] for point in points(what)]
         print(show(what, curves[what]), flush=True)
-    result = {**environment(), "arguments": vars(args), "base": dataclasses.asdict(BASE), "curves": curves}
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
     if args.plot:
         plot(curves, args.plot)
-    print(json.dumps({key: result[key] for key in ("date", "commit", "versions", "curves")}))
+    result = {**environment(), "arguments": vars(args), "base": BASE, "curves": curves}
+    record(result, args.out, ("date", "commit", "versions", "curves"))
     return 0
 
 

@@ -20,28 +20,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _environment import environment
+from _harness import environment, options, record, table
+
+import mlx_lora
 
 EPOCHS = 2
 PASSAGE = 1000  # characters of a passage, about 300 tokens
-
-
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--model", required=True, help="As for the train command.")
-    parser.add_argument("--data", required=True, help="JSON file with a list of records, or a text.")
-    parser.add_argument("--rows", type=int, default=64, help="Records to train on, the first ones.")
-    parser.add_argument("--num-layers", type=int, default=8, help="Adapted blocks, the last ones.")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--batch-tokens", type=int, default=1024)
-    parser.add_argument("--grad-checkpoint", default="none")
-    parser.add_argument("--dense", action="store_true", help="Dequantize the model first.")
-    return parser.parse_args(argv)
+OPTIONS = (
+    ("--model", ..., "As for the train command."),
+    ("--data", ..., "JSON file with a list of records, or a text."),
+    ("--rows", 64, "Records to train on, the first ones."),
+    ("--num-layers", 8, "Adapted blocks, the last ones."),
+    ("--rank", 8, "Of the adapter."),
+    ("--batch-tokens", 1024, "As for the train command."),
+    ("--grad-checkpoint", "none", "As for the train command."),
+    ("--dense", False, "Dequantize the model first."),
+)
 
 
 def records_of(file: Path, rows: int) -> list[dict[str, str]]:
@@ -58,96 +55,69 @@ def records_of(file: Path, rows: int) -> list[dict[str, str]]:
     return records
 
 
-@dataclass
-class Clock:
-    """Notes the clocks and the loss at the end of each step; told by a run as a callback."""
+class Clock(mlx_lora.Callback):
+    """Notes the clocks and the loss at the end of each step."""
 
-    processor_s: list[float] = field(default_factory=list)
-    wall_s: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
+    def __init__(self) -> None:
+        self.times: list[tuple[float, float]] = []  # processor and wall seconds
+        self.losses: list[float] = []
+        self.peak_bytes = 0
 
     def on_start(self, facts: dict[str, Any]) -> None:
-        self.processor_s.append(time.process_time())
-        self.wall_s.append(time.perf_counter())
+        self.times.append((time.process_time(), time.perf_counter()))
 
     def on_report(self, facts: dict[str, Any]) -> None:
         self.on_start(facts)
         self.losses.append(facts["loss"])
         self.peak_bytes = facts["peak_memory_bytes"]
 
-    def epochs(self, times: list[float]) -> list[float]:
-        """Return the seconds of each epoch."""
-        steps = len(self.losses) // EPOCHS
-        return [times[(n + 1) * steps] - times[n * steps] for n in range(EPOCHS)]
+    def epochs(self, clock: int) -> list[float]:
+        """Return the seconds of each epoch by the processor's (0) or the wall clock (1)."""
+        ends = [times[clock] for times in self.times[:: len(self.losses) // EPOCHS]]
+        return [ends[n + 1] - ends[n] for n in range(EPOCHS)]
 
 
 def measured(base: Any, data: Path, folder: Path, asked: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Train two epochs and return their times and losses.
-
-    Args:
-        base: a loaded model.
-        data: its rows.
-        folder: of the run.
-        asked: --cache-trunk.
-        args: the command line.
-    """
-    import mlx_lora
-    from mlx_lora.trainer.callbacks import Callback
-
-    class Told(Clock, Callback):
-        """A clock that a run accepts as a callback."""
-
-    clock = Told()
+    """Train two epochs with this --cache-trunk on the rows in `data`, and return their times and losses."""
+    clock = Clock()
     mlx_lora.train(
         base, str(data), folder, epochs=EPOCHS, rank=args.rank, num_layers=args.num_layers, cache_trunk=asked,
         batch_tokens=args.batch_tokens, grad_checkpoint=args.grad_checkpoint, steps_per_report=1, val_batches=0,
         valid_fraction=0.0, save_every=0, sample_tokens=0, callbacks=[clock], progress=False,
     )  # fmt: skip
-    return {
-        "processor_s": clock.epochs(clock.processor_s),
-        "wall_s": clock.epochs(clock.wall_s),
-        "losses": clock.losses,
-        "peak_bytes": clock.peak_bytes,
-    }
+    times = {"processor_s": clock.epochs(0), "wall_s": clock.epochs(1)}
+    return {**times, "losses": clock.losses, "peak_bytes": clock.peak_bytes}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run both, print a table and one line of JSON."""
-    args = arguments(sys.argv[1:] if argv is None else argv)
+    args = options(__doc__, *OPTIONS).parse_args(argv)
     with tempfile.TemporaryDirectory() as room:
-        import mlx_lora
-
-        data = Path(room) / "rows.json"
+        data, model = Path(room) / "rows.json", args.model
         data.write_text(json.dumps(records_of(Path(args.data), args.rows)))
-        base = mlx_lora.load(args.model)
         if args.dense:
             from mlx_lora.cli.convert import main as convert
 
-            convert.main(["--model", args.model, "--out", f"{room}/dense", "--no-quantize"], standalone_mode=False)
-            base = mlx_lora.load(f"{room}/dense")
+            model = f"{room}/dense"
+            convert.main(["--model", args.model, "--out", model, "--no-quantize"], standalone_mode=False)
+        base = mlx_lora.load(model)
         os.environ["MLX_LORA_CACHE"] = f"{room}/cache"
         found = {asked: measured(base, data, Path(room) / asked, asked, args) for asked in ("off", "on")}
         kept = sum(file.stat().st_size for file in Path(room).glob("cache/trunk/*/values.bin"))
-    print(f"{'--cache-trunk':<16}{'epoch 1':>12}{'epoch 2':>12}   processor s (wall s)     peak")
+    rows = []
     for asked, one in found.items():
-        epochs = "".join(f"{a:7.1f} ({b:.1f})" for a, b in zip(one["processor_s"], one["wall_s"], strict=True))
-        print(f"{asked:<16}{epochs}   {one['peak_bytes'] / 1e9:.2f} GB")
-    first, second = found["on"]["processor_s"]
+        epochs = [f"{a:.1f} ({b:.1f})" for a, b in zip(one["processor_s"], one["wall_s"], strict=True)]
+        rows.append([asked, *epochs, f"{one['peak_bytes'] / 1e9:.2f}"])
+    print(table(["--cache-trunk", "epoch 1: processor s (wall s)", "epoch 2", "peak GB"], rows))
+    (first, second), other = found["on"]["processor_s"], found["off"]["processor_s"][1]
     pairs = zip(found["on"]["losses"], found["off"]["losses"], strict=True)
-    apart = max(abs(one - other) / other for one, other in pairs)
-    print(
-        f"second epoch {first / second:.2f}x as fast as the first, {found['off']['processor_s'][1] / second:.2f}x the other run's;"
-    )
+    apart = max(abs(one - off) / off for one, off in pairs)
+    print(f"second epoch {first / second:.2f}x as fast as the first, {other / second:.2f}x the other run's;")
     print(f"losses at most {apart:.1e} apart (relative), {kept / 1e6:.0f} MB on disk")
-    result = {
-        "environment": environment(), "settings": vars(args), "runs": found, "kept_bytes": kept,
-        "second_epoch_speed": first / second, "second_epoch_against_off": found["off"]["processor_s"][1] / second,
-        "losses_apart": apart,
-    }  # fmt: skip
-    print(json.dumps(result))
+    speeds = {"second_epoch_speed": first / second, "second_epoch_against_off": other / second, "losses_apart": apart}
+    record({"environment": environment(), "settings": vars(args), "runs": found, "kept_bytes": kept, **speeds})
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

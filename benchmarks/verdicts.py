@@ -13,18 +13,19 @@ that was stopped goes on where it ended.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _harness import options
 from _small_base import write_small_base
 from _verdict_sets import ARBITRARY, FOLLOWING, UNGUESSABLE, Row, arbitrary, following, repeated, unguessable
 
@@ -45,19 +46,19 @@ from mlx_lora.trainer.evaluate import ROWS_FILE, RowLosses, read_rows_file
 WAYS = (TOO_FEW_STEPS, LEARNED, OVER_FITTED, MEMORIZED, UNCHANGED)
 EACH, TUNED_ON = 8, 4
 ROWS_PER_STEP = 4
+OPTIONS = (
+    ("--model", str, "A base; default: a very small one that is trained here first."),
+    ("--small-base", Path("build/small-base"), "Where that one is kept."),
+    ("--rate", 1e-2, "A good learning rate for the base."),
+    ("--runs", EACH * len(WAYS), "Of those that are missing, how many are made."),
+    ("--out", Path("verdicts.json"), "File of the evidence."),
+    ("--read", Path, "Judge the evidence in this file again, and train nothing."),
+)
 
 
 @dataclass(frozen=True)
 class Made:
-    """A run that is made to end in one way.
-
-    Attributes:
-        way: it.
-        number: of the run among those of its way.
-        name: of its data.
-        data: its splits.
-        steps, rate, every: its settings.
-    """
+    """A run that is made to end in one way: its number among those of its way, its data, and its settings."""
 
     way: str
     number: int
@@ -74,11 +75,7 @@ class Made:
 
 
 def made_runs(rate: float) -> Iterator[Made]:
-    """Yield the forty runs, those of one number together, so that a stopped benchmark has some of each way.
-
-    Args:
-        rate: a good learning rate for the base.
-    """
+    """Yield the forty runs for a good rate, those of one number together, so that a stopped benchmark has some of each way."""
     follows, facts = list(FOLLOWING), list(ARBITRARY)
     for number in range(EACH):
         half = 2 * (number // TUNED_ON)  # the first four have two forms of each kind, the last four the other two
@@ -104,9 +101,8 @@ def near_duplicates(data: dict[str, list[Row]]) -> int:
         return {text[n : n + 5] for n in range(len(text) - 4)}
 
     trained = [pieces(row) for row in data["train"]]
-    return sum(
-        any(len(own & other) >= 0.8 * len(own | other) for other in trained) for own in map(pieces, data["valid"])
-    )
+    held_out = map(pieces, data["valid"])
+    return sum(any(len(own & other) >= 0.8 * len(own | other) for other in trained) for own in held_out)
 
 
 def run_one(base: mlx_lora.Base, made: Made, folder: Path) -> dict[str, Any]:
@@ -163,15 +159,9 @@ def report(runs: list[dict[str, Any]]) -> None:
             print(f"  made to be {one['way']} #{one['number']} ({one['data']}): named {judged(one)}; held out {curve}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a base; default: a very small one that is trained here first")
-    parser.add_argument("--small-base", type=Path, default=Path("build/small-base"), help="where that one is kept")
-    parser.add_argument("--rate", type=float, default=1e-2, help="a good learning rate for the base")
-    parser.add_argument("--runs", type=int, default=EACH * len(WAYS))
-    parser.add_argument("--out", type=Path, default=Path("verdicts.json"))
-    parser.add_argument("--read", type=Path, help="judge the evidence in this file again, and train nothing")
-    args = parser.parse_args()
+def main(argv: Sequence[str]) -> None:
+    """Make the runs that are missing, or judge kept ones again."""
+    args = options(__doc__, *OPTIONS).parse_args(argv)
     if args.read:
         report(json.loads(args.read.read_text(encoding="utf-8"))["runs"])
         return
@@ -189,4 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -6,7 +6,6 @@ import importlib
 import json
 import urllib.request
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +13,6 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NEW_TOKENS = 24
 N_PRINTABLE = 94  # the first ids of tests/byte_tokenizer.py: llama.cpp tells no probability of half a character
 LIKELY = -8.0  # log-probabilities below are of no token that anyone would see
@@ -88,8 +86,7 @@ def prompts(lengths: tuple[int, ...] = (5, 30, 70)) -> list[list[int]]:
 
 
 @pytest.fixture
-def judge(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """benchmarks/parity_llamacpp.py, which starts llama.cpp."""
+def judge() -> Any:
+    """parity/llamacpp.py, which starts llama.cpp."""
     pytest.importorskip("xllamacpp")
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("parity_llamacpp")
+    return importlib.import_module("parity.llamacpp")

@@ -26,8 +26,9 @@ NOT_RUN = {
     r"mlx-lora convert .*~/models/": "converts a 70B model",
     r"caffeinate ": "needs two Macs",
     r"(env .*)?mlx\.(launch|distributed_config)": "needs two Macs; test_distributed.py runs two ranks on one machine",
-    r"(env .*|OPENBLAS.*|taskset .*)?python (benchmarks|scripts)/": "measures for minutes, or needs a real model",
-    r"(env .*|taskset .*)": "measures for minutes on chosen cores",
+    r"python (benchmarks|scripts)/": "measures for minutes, or needs a real model",
+    r"python -m architectures\.": "trains dozens of models; a test of each architecture has a smaller one",
+    r"python -m parity\.": "needs a real model and minutes; test_benchmarks.py and test_parity_families.py run it on tiny ones",
     r"(python -m )?pytest": "is a test itself",
     r"(PYTHONPATH=\S+ )?python -m golden": "takes minutes; test_golden.py runs it",
 }

@@ -85,6 +85,25 @@ def test_ratios_pair_rounds(module):
     assert module("_figures").paired_ratio([None], [10.0]) is None
 
 
+def test_sides_take_turns_and_the_first_turn_is_not_counted(module):
+    order = []
+
+    def turn(side: str):
+        def run(number: int) -> dict:
+            order.append(side)
+            return {"round": number}
+
+        return run
+
+    turns = {"a": turn("a"), "b": turn("b")}
+    found = module("_harness").take_turns(turns, 3, warm=True)
+    assert "".join(order) == "baabbaab"
+    assert found == {side: [{"round": 1}, {"round": 2}, {"round": 3}] for side in turns}
+    order.clear()
+    module("_harness").take_turns(turns, 2, swap=False)
+    assert "".join(order) == "abab"
+
+
 # --- agreement
 
 
@@ -120,7 +139,7 @@ def test_sixteen_bits_may_differ_more(module, coarse):
         with pytest.raises(versus.Disagreement):
             versus.check_agreement({"a": exact, "b": other}, "a")
         return
-    assert versus.check_agreement({"a": exact, "b": other}, "a") == versus.TOLERANCE * figures.COARSER
+    assert versus.check_agreement({"a": exact, "b": other}, "a") == figures.TOLERANCE * figures.COARSER
     # But not as much as a factor that is lost, and not between two sides that compute in float32.
     with pytest.raises(versus.Disagreement):
         versus.check_agreement({"a": exact, "b": {**other, "loss_sum": 300.0 * 1.02}}, "a")
@@ -222,7 +241,7 @@ def test_ours_says_what_it_computes_in(module, tmp_path):
     sides = module("_sides")
     facts = {"dtypes": ["bfloat16"], "blas": "MLX on metal"}
     for flags, dtype in (("", "bfloat16"), ("--dtype float32", "float32"), ("--dtype auto", "bfloat16")):
-        bench = sides.Bench(tmp_path, {}, 2, None, flags, 60, computes=facts)
+        bench = sides.Bench(tmp_path, {"ours": flags}, computes=facts)
         assert sides.our_facts(bench, sides.SIDES["mlx_lora"])["dtypes"] == [dtype]
 
 
@@ -236,13 +255,13 @@ def pair_step(end_s: float, pairs: int, shape: tuple[int, int]) -> dict:
 def test_pairs_are_counted_with_and_without_the_reference(module):
     steps = [pair_step(9.0, 2, (4, 50)), pair_step(11.0, 2, (4, 50)), pair_step(16.0, 1, (2, 90))]
     steps += [pair_step(17.0, 2, (4, 50))]
-    figures = module("_pair_figures").pair_figures(steps, first_step_s=12.0, pairs=40, reference_s=16.0)
+    figures = module("_figures").pair_figures(steps, first_step_s=12.0, pairs=40, reference_s=16.0)
     assert figures["pairs_per_s"] == pytest.approx(5 / 8)
     assert figures["steady_pairs_per_s"] == pytest.approx(4 / 3)
     assert figures["pairs_per_s_with_reference"] == pytest.approx(40 / (64 + 16))
     assert figures["whole_pairs_per_s"] == pytest.approx(7 / 20)
     assert figures["counted_pairs"] == 5
-    in_steps = module("_pair_figures").pair_figures(steps, first_step_s=12.0, pairs=40, reference_s=0.0)
+    in_steps = module("_figures").pair_figures(steps, first_step_s=12.0, pairs=40, reference_s=0.0)
     assert in_steps["pairs_per_s_with_reference"] == pytest.approx(in_steps["pairs_per_s"])
 
 
@@ -252,7 +271,7 @@ def curve(*losses: float, chosen: float = -90.0, accuracy: float = 1.0) -> dict:
 
 
 def test_equal_curves_agree(module):
-    module("_pair_figures").check_curves({"a": curve(0.69315, 0.45), "b": curve(0.69312, 0.4503)}, "a")
+    module("_figures").check_curves({"a": curve(0.69315, 0.45), "b": curve(0.69312, 0.4503)}, "a")
 
 
 @pytest.mark.parametrize(
@@ -267,23 +286,23 @@ def test_equal_curves_agree(module):
     ],
 )
 def test_other_steps_are_refused(module, other, words):
-    figures = module("_pair_figures")
+    figures = module("_figures")
     with pytest.raises(figures.Disagreement, match=f"b: {words}"):
         figures.check_curves({"a": curve(0.69315, 0.45), "b": other}, "a")
 
 
 def test_an_accuracy_that_is_none_is_told(module):
     checks = {"a": curve(0.69, 0.45, accuracy=0.75), "b": curve(0.69, 0.45, accuracy=1.0)}
-    (note,) = module("_pair_figures").wrong_accuracies(checks, "a")
+    (note,) = module("_figures").wrong_accuracies(checks, "a")
     assert note == "b: reports accuracies [1.0] in the check, where a counts [0.75]"
-    assert not module("_pair_figures").wrong_accuracies({"a": checks["a"]}, "a")
+    assert not module("_figures").wrong_accuracies({"a": checks["a"]}, "a")
 
 
 def test_our_reference_is_timed_from_what_the_run_says(module):
-    sides = module("_pair_sides")
+    sides = module("_sides")
     log = "Reference: 120 of 1,200 answers\nReference: 1,200 answers computed in 20.50 s\n"
     assert sides.reference_seconds(log + "Reference: 8 answers computed in 0.25 s\n") == 20.75
-    with pytest.raises(module("_processes").ChildFailed, match="computed the reference"):
+    with pytest.raises(module("_harness").ChildFailed, match="computed the reference"):
         sides.reference_seconds("Reference: 1,200 answers from an earlier run\n")
 
 
@@ -293,7 +312,7 @@ def test_a_round_has_our_cache_without_the_reference(module, tmp_path, monkeypat
         (tmp_path / "real" / name).mkdir(parents=True)
         (tmp_path / "real" / name / "kept").write_text("")
     for _ in range(2):  # the second finds what the first left in the same folder
-        with module("_pair_sides").cache_without_reference(tmp_path / "own") as variables:
+        with module("_sides").cache_without_reference(tmp_path / "own") as variables:
             assert variables == {"MLX_LORA_CACHE": str(tmp_path / "own")}
             assert (tmp_path / "own/blas/kept").exists()
             assert not list(tmp_path.glob("own/reference/*"))
@@ -310,7 +329,7 @@ def pair_rows(module, monkeypatch, tmp_path):
     tokens = np.concatenate([ids for ids, _ in rows])
     mask = np.array([letter == "1" for _, letters in rows for letter in letters])
     np.savez(tmp_path / "rows.npz", tokens=tokens, mask=mask, offsets=np.cumsum([0, *(len(ids) for ids, _ in rows)]))
-    return module("shared").PairRows(tmp_path / "rows.npz")
+    return module("shared").Rows(tmp_path / "rows.npz")
 
 
 def test_pairs_are_given_as_prompt_and_answers(pair_rows):
@@ -321,7 +340,7 @@ def test_pairs_are_given_as_prompt_and_answers(pair_rows):
 
 
 def test_a_run_ends_after_its_passes(module, pair_rows):
-    log = module("shared").PairLog(pair_rows, {"steps": None, "seconds": None, "passes": 2})
+    log = module("shared").StepLog(pair_rows, {"steps": None, "seconds": None, "passes": 2})
     log.begin()
     assert [log.end_pairs([number], 4, 0.5, {"accuracy": 1.0}) for number in (0, 1, 1, 1)] == [False] * 3 + [True]
     result = log.result()
@@ -332,11 +351,12 @@ def test_a_run_ends_after_its_passes(module, pair_rows):
 
 def made_run(module, end_s: float, reference_s: float) -> dict:
     steps = [pair_step(1.0, 2, (4, 50)), pair_step(1 + end_s, 2, (4, 50)), pair_step(1 + 2 * end_s, 2, (4, 50))]
-    figures = module("_pair_figures").pair_figures(steps, 3.0, 10, reference_s)
+    figures = module("_figures").pair_figures(steps, 3.0, 10, reference_s)
     return {**figures, "peak_allocator_bytes": None, "peak_process_bytes": 10**9, "notes": ["a note"]}
 
 
 def test_the_tables_show_each_side_and_its_ratio(module):
+    shown = module("_comparison_table")
     rounds = {"mlx_lora": [made_run(module, 1.0, 5.0)], "trl": [made_run(module, 4.0, 0.0)]}
     checks = {name: curve(0.69315, 0.45) for name in rounds}
     model = {"model": "llama", "pairs": 10, "left_out": {"empty": 2}, "targets": {"layers": 14}}
@@ -344,12 +364,12 @@ def test_the_tables_show_each_side_and_its_ratio(module):
     where = {"device": {"name": "A CPU", "backend": "cpu"}, "blas": {"name": "OpenBLAS", "gemm_gflops": 9}}
     result = {
         "cores": 2, "versions": {"mlx": "1"}, "date": "today", "commit": "abc", "removed_variables": {}, "skipped": {},
-        "prepared": {**model, **means, **where}, "checks": checks, "accuracies": [], "rounds": rounds,
+        "prepared": {**model, **means, **where}, "checks": checks, "accuracies": [], "rounds": rounds, "tolerance": 1,
         "arguments": {"rank": 8, "beta": 0.1, "weight_decay": 0, "rounds": 1, "reference": "mlx_lora"},
         "regimes": {name: {"regime": "runs", "reference": "somewhere"} for name in rounds},
-        "summary": module("_pair_figures").summarize_pairs(rounds, "mlx_lora"),
+        "summary": module("_figures").summarize(rounds, "mlx_lora", shown.PAIR_FIGURES, shown.PAIR_RATIOS),
     }  # fmt: skip
-    text = module("_pair_table").render_pairs(result)
+    text = shown.render(result)
     cells = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert [row[:4] for row in cells[1:3]] == [
         ["mlx_lora", "2.000", "2.000", "1.000"],
@@ -361,7 +381,7 @@ def test_the_tables_show_each_side_and_its_ratio(module):
 
 
 def test_a_side_that_fails_is_left_out_unless_all_are_compared_with_it(module):
-    versus, failed = module("versus"), module("_processes").ChildFailed
+    versus, failed = module("versus"), module("_harness").ChildFailed
     args = versus.arguments(["--model", "m", "--data", "d", "--objective", "dpo"])
     ours, trl = (args.table[name] for name in ("mlx_lora", "trl"))
     sides, skipped = [ours, trl], {}
@@ -416,7 +436,7 @@ def test_sides_that_cannot_run_say_why(module):
     assert sides.why_skipped(sides.SIDES["peft-packed"], quantized=True, pythons={})
     assert sides.why_skipped(sides.SIDES["unsloth-zoo"], quantized=False, pythons={})
     assert sides.why_skipped(sides.SIDES["mlx-lm"], quantized=True, pythons={}) is None
-    of_pairs = module("_pair_sides").PAIR_SIDES
+    of_pairs = module("_sides").PAIR_SIDES
     assert sides.why_skipped(of_pairs["trl"], quantized=True, pythons={})
     assert "peers.py mlx-lm-lora" in sides.why_skipped(of_pairs["mlx-lm-lora"], quantized=True, pythons={})
     assert sides.why_skipped(of_pairs["mlx-lm-lora"], quantized=True, pythons={"mlx-lm-lora": "/x"}) is None
@@ -424,12 +444,12 @@ def test_sides_that_cannot_run_say_why(module):
 
 def test_an_installed_peer_is_found(module, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path))
-    peers = module("_peers")
+    peers = module("peers")
     assert peers.peer_python("unsloth-zoo") is None
     (tmp_path / "peers/unsloth-zoo").mkdir(parents=True)
     (tmp_path / "peers/unsloth-zoo/installed").write_text("")
     assert peers.peer_python("unsloth-zoo") == str(tmp_path / "peers/unsloth-zoo/bin/python")
-    asked = {side.peer for side in module("_pair_sides").PAIR_SIDES.values()} - {""}
+    asked = {side.peer for side in module("_sides").PAIR_SIDES.values()} - {""}
     assert asked == set(peers.PEERS)
 
 
@@ -476,8 +496,8 @@ def test_another_adapter_is_noticed(module, tiny_folder, chats, tmp_path):
     sides, versus = module("_sides"), module("versus")
     args = versus.arguments(["--model", str(tiny_folder), "--data", str(chats), "--steps", "2", "--rank", "4"])
     bench = versus.make_bench(args, tmp_path)
-    sides.prepare(bench, args.data, args.rows, args.as_text, args.seed)
-    right, wrong = tmp_path / "perturbed.safetensors", tmp_path / "initial.safetensors"
+    sides.prepare(bench, "rows", data=args.data, rows=args.rows, as_text=args.as_text, seed=args.seed)
+    right, wrong = "perturbed", "initial"
     theirs = sides.check_loss(bench, sides.SIDES["mlx-lm"], right)
     versus.check_agreement(
         {"mlx-lm": theirs, "mlx_lora": sides.check_loss(bench, sides.SIDES["mlx_lora"], right)}, "mlx-lm"
@@ -626,7 +646,7 @@ def test_curves_beside_pefts(module, tiny_folder, chats, capsys):
     pytest.importorskip("peft")
     flags = {"--steps": 12, "--batch-tokens": 256, "--learning-rate": 5e-3, "--methods": "lora,dora"}
     words = [str(word) for pair in flags.items() for word in pair]
-    script = module("parity_peft")
+    script = module("parity.peft_curves")
     code = script.main(["--model", str(tiny_folder), "--data", str(chats), "--float64", *words])
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert (code, result["good"]) == (0, True), result
@@ -637,7 +657,7 @@ def test_curves_beside_pefts(module, tiny_folder, chats, capsys):
 
 def test_a_curve_or_an_adapter_apart_is_no_parity(module):
     pytest.importorskip("peft")
-    script = module("parity_peft")
+    script = module("parity.peft_curves")
     initial = {name: np.ones(3) for name in ("a", "b")}
     wanted = script.Run(np.array([2.0, 1.0]), {"a": np.array([2.0, 1, 1]), "b": np.array([1.0, 3, 1])}, 0.0)
     assert script.compare(wanted, wanted, initial).good

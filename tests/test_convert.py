@@ -26,8 +26,6 @@ from mlx_lora.models.quantize import Quantization
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.hub import resolve_model
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -293,14 +291,13 @@ def test_carrying_needs_gguf(tiny_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("model", [smollm2_gguf, gemma3_gguf])
-def test_logprobs_agree_with_llama_cpp(model, tmp_path: Path, monkeypatch) -> None:
+def test_logprobs_agree_with_llama_cpp(model, tmp_path: Path) -> None:
     """llama.cpp rounds activations to 8 bits, which alone makes these differences."""
     pytest.importorskip("xllamacpp")
     path = model()
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import parity_llamacpp
+    from parity import llamacpp
 
-    row = parity_llamacpp.compare(path, tmp_path / "out")
+    row = llamacpp.compare(path, tmp_path / "out")
     assert row["tokens"] > 100
     assert row["mean"] <= 0.06
     assert row["max"] <= 0.3
@@ -308,12 +305,11 @@ def test_logprobs_agree_with_llama_cpp(model, tmp_path: Path, monkeypatch) -> No
 
 @pytest.mark.slow
 @pytest.mark.parity
-def test_logprobs_of_float_weights_agree_closely(tmp_path: Path, monkeypatch) -> None:
+def test_logprobs_of_float_weights_agree_closely(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     path = smollm2_gguf()
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import parity_llamacpp
+    from parity import llamacpp
 
-    row = parity_llamacpp.compare(parity_llamacpp.write_float_copy(path, tmp_path / "f.gguf"), tmp_path / "out")
+    row = llamacpp.compare(llamacpp.write_float_copy(path, tmp_path / "f.gguf"), tmp_path / "out")
     assert row["mean"] <= 0.003
     assert row["max"] <= 0.02

@@ -210,11 +210,11 @@ def test_quick_is_on_one_thread(module, monkeypatch):
         monkeypatch.setenv(name, "2")
     args = module("versus").arguments(["--quick"])
     assert (args.rounds, args.steps, args.sides) == (5, 5, ["mlx_lora", "mlx-lm"])
-    assert module("_environment").environment()["thread_variables"]["OPENBLAS_NUM_THREADS"] == "1"
+    assert module("_harness").environment()["thread_variables"]["OPENBLAS_NUM_THREADS"] == "1"
 
 
 def test_processor_time_is_that_of_the_child(module):
-    processes = module("_processes")
+    processes = module("_harness")
     code = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True); input()"
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     child.stdout.readline()

@@ -37,8 +37,6 @@ from mlx_lora.models.load import load_base
 from mlx_lora.utils import device
 from mlx_lora.utils.hub import resolve_model
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -312,11 +310,10 @@ def flat(model) -> dict[str, mx.array]:
 
 
 @pytest.fixture
-def judge(monkeypatch):
-    """benchmarks/parity_llamacpp.py, which talks to llama.cpp."""
+def judge():
+    """parity/llamacpp.py, which talks to llama.cpp."""
     pytest.importorskip("xllamacpp")
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("parity_llamacpp")
+    return importlib.import_module("parity.llamacpp")
 
 
 def continuations(judge, file):

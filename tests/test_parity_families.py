@@ -1,23 +1,19 @@
-"""Today's families here and in transformers: benchmarks/parity_transformers.py on few steps."""
+"""Today's families here and in transformers: parity/transformers_steps.py on few steps."""
 
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FAMILIES = ("qwen3_5", "qwen3_5_moe", "qwen3_next", "olmo_hybrid", "kimi_linear", "gemma4", "gpt_oss")
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 
 @pytest.fixture
-def program(monkeypatch):
-    """benchmarks/ is no package."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("parity_transformers")
+def program():
+    return importlib.import_module("parity.transformers_steps")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -127,11 +127,9 @@ def tokens(base_folder):
 
 @pytest.fixture(scope="module")
 def in_double():
-    """Return the benchmarks' function that turns a transformers model into double precision."""
+    """Return the function that turns a transformers model into double precision."""
     pytest.importorskip("torch")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-        yield importlib.import_module("_double").in_double
+    return importlib.import_module("parity.double").in_double
 
 
 @pytest.fixture(scope="module")

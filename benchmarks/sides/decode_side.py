@@ -2,9 +2,8 @@
 
     decode_side.py {ours,mlx-lm,llama.cpp} '{"model": ..., ...}'
 
-Each line of input is {"rows": 4, "tokens": 24}; each line of output that begins with @ is the answer:
-{"tokens": generated, "seconds": of that, "cpu_seconds": of all of the process, prompt included}, and for one row
-"prompt_tokens_per_s".
+An answer has the tokens and, where a program counts them itself, the seconds of generating them, without the prompt; for one row also
+`prompt_tokens_per_s`.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+
+from shared import serve
 
 # A batch has short prompts, because mlx-lm takes a tenth of a second for each of their tokens in 4 bits.
 SHORT = "Once upon a time"
@@ -95,11 +96,8 @@ def texts(rows: int) -> list[str]:
 
 def of_response(last: Any) -> Answer:
     """Return the answer of mlx-lm's last response."""
-    return {
-        "tokens": last.generation_tokens,
-        "seconds": last.generation_tokens / last.generation_tps,
-        "prompt_tokens_per_s": last.prompt_tps,
-    }
+    tokens = last.generation_tokens
+    return {"tokens": tokens, "seconds": tokens / last.generation_tps, "prompt_tokens_per_s": last.prompt_tps}
 
 
 def llama_cpp(settings: dict[str, Any]) -> Callable[[int, int], Answer]:
@@ -130,15 +128,6 @@ def llama_cpp(settings: dict[str, Any]) -> Callable[[int, int], Answer]:
     return generate
 
 
-def main() -> None:
-    """Load, then answer."""
-    generate = {"ours": ours, "mlx-lm": mlx_lm, "llama.cpp": llama_cpp}[sys.argv[1]](json.loads(sys.argv[2]))
-    print("@" + json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        begun = time.process_time()
-        answer = generate(**json.loads(line))
-        print("@" + json.dumps({**answer, "cpu_seconds": time.process_time() - begun}), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    load = {"ours": ours, "mlx-lm": mlx_lm, "llama.cpp": llama_cpp}[sys.argv[1]]
+    serve(load(json.loads(sys.argv[2])), {"ready": True})

@@ -1,7 +1,5 @@
 """mlx-lm's own trainer as a side: its loop, loss, datasets, batches, layers and optimizer, unchanged.
 
-    python benchmarks/sides/mlx_lm_side.py JOB.json      (versus.py runs this)
-
 Wired as `mlx_lm.lora.train_model` does it, with `mask_prompt` and reporting every step. Around it stand only a
 dataset that notes which rows it handed out, a batch iterator that passes batches through, and a callback.
 """
@@ -10,29 +8,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import mlx_lora  # isort: skip  (first: it gives mlx-lm the same fast BLAS as us)
+from on_mlx import facts_of, gemm_gflops, put_factors  # isort: skip  (first: it gives mlx-lm the same fast BLAS as us)
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset, create_dataset
 from mlx_lm.tuner.trainer import TrainingArgs, default_loss, iterate_batches, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load
-from prepare import gemm_gflops
-from shared import Rows, StepLog, read_job, write_result
-
-NEVER = 10**9
-
-
-class Enough(Exception):
-    """Leaves mlx-lm's loop when the run's time is over."""
+from shared import NEVER, Enough, Rows, StepLog, run
 
 
 class NotedRows(CacheDataset):
@@ -66,92 +56,65 @@ class Clock(TrainingCallback):
             raise Enough
 
 
-def load_side(job: dict[str, Any]) -> tuple[nn.Module, Any, list[dict[str, Any]]]:
-    """Load model, dataset and rows, with the job's factors in mlx-lm's own LoRA layers."""
-    model, tokenizer = load(job["model"])
-    model.freeze()
-    linear_to_lora_layers(model, -1, {"rank": job["rank"], "scale": job["scale"], "dropout": 0.0})
-    factors = mx.load(job["adapter"])
-    names = {name for name, _ in tree_flatten(model.trainable_parameters())}
-    if names != set(factors):
-        raise ValueError(f"mlx-lm adapts other layers than we do: {sorted(names ^ set(factors))[:4]}")
-    model.load_weights(list(factors.items()), strict=False)
-    records = [json.loads(line) for line in Path(job["data"]).read_text(encoding="utf-8").splitlines()]
-    settings = SimpleNamespace(mask_prompt="messages" in records[0])
-    return model, create_dataset(records, tokenizer, settings), records
+class MlxLm:
+    """See the module."""
 
+    def prepare(self, job: dict[str, Any], rows: Rows) -> None:
+        """Load model, dataset and rows, with the job's factors in mlx-lm's own LoRA layers."""
+        np.random.seed(job["seed"])  # mlx_lm.lora seeds both; its batches draw from numpy's
+        mx.random.seed(job["seed"])
+        self.job, self.rows = job, rows
+        self.model, tokenizer = load(job["model"])
+        self.model.freeze()
+        linear_to_lora_layers(self.model, -1, {"rank": job["rank"], "scale": job["scale"], "dropout": 0.0})
+        put_factors(self.model, job["adapter"], "mlx-lm")
+        self.records = [json.loads(line) for line in Path(job["data"]).read_text(encoding="utf-8").splitlines()]
+        settings = SimpleNamespace(mask_prompt="messages" in self.records[0])
+        self.dataset = create_dataset(self.records, tokenizer, settings)
 
-def check(job: dict[str, Any], rows: Rows) -> dict[str, Any]:
-    """Compute the loss on the check rows: over our trained tokens, and over the ones mlx-lm would train."""
-    model, dataset, records = load_side(job)
-    other_ids = [i for i in range(len(records)) if list(dataset.process(records[i])[0]) != rows.tokens(i).tolist()]
-    loss_sum, count = 0.0, 0
-    for row in range(len(rows)):
-        batch = mx.array(np.pad(rows.tokens(row), (0, 1))[None])
-        for start, stop in rows.spans(row):
-            # mlx-lm's loss takes positions from and to, both included; ours end before `stop`.
-            mean, tokens = default_loss(model, batch, mx.array([[start, stop - 1]]))
-            loss_sum, count = loss_sum + mean.item() * tokens.item(), count + int(tokens.item())
-    own = next(iterate_batches(CacheDataset(dataset), len(rows), job["max_seq_length"]))
-    own_mean, own_tokens = default_loss(model, *own)
-    extra = int(own_tokens.item()) - count
-    notes = [f"{len(other_ids)} of {len(rows)} check rows have other token ids than ours"] if other_ids else []
-    if extra:
-        notes.append(
-            f"its own mask trains {extra} more tokens on the {len(rows)} check rows than ours (one padding token per "
-            "row, and what the template writes after the end-of-turn token); they are not counted as supervised"
-        )
-    return {
-        "loss_sum": loss_sum,
-        "count": count,
-        "own_loss": own_mean.item(),
-        "own_count": int(own_tokens.item()),
-        "same_ids": not other_ids,
-        "notes": notes,
-        "facts": {**facts(model), "gemm_gflops": gemm_gflops()},
-    }
+    def check(self) -> dict[str, Any]:
+        """Compute the loss on the check rows: over our trained tokens, and over the ones mlx-lm would train."""
+        rows, ids = self.rows, [list(self.dataset.process(record)[0]) for record in self.records]
+        other_ids = [i for i, own in enumerate(ids) if own != rows.tokens(i).tolist()]
+        loss_sum, count = 0.0, 0
+        for row in range(len(rows)):
+            batch = mx.array(np.pad(rows.tokens(row), (0, 1))[None])
+            for start, stop in rows.spans(row):
+                # mlx-lm's loss takes positions from and to, both included; ours end before `stop`.
+                mean, tokens = default_loss(self.model, batch, mx.array([[start, stop - 1]]))
+                loss_sum, count = loss_sum + mean.item() * tokens.item(), count + int(tokens.item())
+        own = next(iterate_batches(CacheDataset(self.dataset), len(rows), self.job["max_seq_length"]))
+        own_mean, own_tokens = default_loss(self.model, *own)
+        extra = int(own_tokens.item()) - count
+        notes = [f"{len(other_ids)} of {len(rows)} check rows have other token ids than ours"] if other_ids else []
+        if extra:
+            notes.append(
+                f"its own mask trains {extra} more tokens on the {len(rows)} check rows than ours (one padding token per "
+                "row, and what the template writes after the end-of-turn token); they are not counted as supervised"
+            )
+        own_figures = {"own_loss": own_mean.item(), "own_count": int(own_tokens.item())}
+        facts = {**facts_of(self.model), "gemm_gflops": gemm_gflops()}
+        same = {"same_ids": not other_ids, "notes": notes, "facts": facts}
+        return {"loss_sum": loss_sum, "count": count, **own_figures, **same}
 
+    def steps(self, log: StepLog) -> None:
+        """Run mlx-lm's loop until the log has had enough."""
+        job, noted = self.job, NotedRows(self.dataset)
+        clock = Clock(log, noted)
+        settings = TrainingArgs(
+            batch_size=job["batch_size"], iters=NEVER, val_batches=0, steps_per_report=1, steps_per_eval=NEVER,
+            steps_per_save=NEVER, adapter_file=str(Path(job["result"]).with_suffix(".safetensors")),
+            max_seq_length=job["max_seq_length"], grad_checkpoint=job["grad_checkpoint"],
+        )  # fmt: skip
+        log.begin()
+        with suppress(Enough):
+            optimizer = optim.AdamW(learning_rate=job["learning_rate"])
+            train(self.model, optimizer, noted, None, settings, iterate_batches=clock.batches, training_callback=clock)
 
-def facts(model: nn.Module) -> dict[str, Any]:
-    """What this side computes in and with."""
-    dtypes = {str(p.dtype).removeprefix("mlx.core.") for _, p in tree_flatten(model.parameters())}
-    return {"blas": mlx_lora.BLAS.name, "fast_blas": mlx_lora.BLAS.fast, "dtypes": sorted(dtypes)}
-
-
-def train_run(job: dict[str, Any], rows: Rows) -> dict[str, Any]:
-    """Run mlx-lm's loop until the job's steps or seconds are over."""
-    np.random.seed(job["seed"])  # mlx_lm.lora seeds both; its batches draw from numpy's
-    mx.random.seed(job["seed"])
-    model, dataset, _ = load_side(job)
-    noted = NotedRows(dataset)
-    log = StepLog(rows, job["steps"], job["seconds"])
-    clock = Clock(log, noted)
-    settings = TrainingArgs(
-        batch_size=job["batch_size"],
-        iters=NEVER,
-        val_batches=0,
-        steps_per_report=1,
-        steps_per_eval=NEVER,
-        steps_per_save=NEVER,
-        adapter_file=str(Path(job["result"]).with_suffix(".safetensors")),
-        max_seq_length=job["max_seq_length"],
-        grad_checkpoint=job["grad_checkpoint"],
-    )
-    log.begin()
-    try:
-        optimizer = optim.AdamW(learning_rate=job["learning_rate"])
-        train(model, optimizer, noted, None, settings, iterate_batches=clock.batches, training_callback=clock)
-    except Enough:
-        pass
-    return {**log.result(), "peak_allocator_bytes": mx.get_peak_memory(), "facts": facts(model)}
-
-
-def main() -> None:
-    """Do the job."""
-    job = read_job()
-    rows = Rows(Path(job["rows"]))
-    write_result(job, check(job, rows) if job["mode"] == "check" else train_run(job, rows))
+    def figures(self) -> dict[str, Any]:
+        """Return MLX's peak and what this side computes in."""
+        return {"peak_allocator_bytes": mx.get_peak_memory(), "facts": facts_of(self.model)}
 
 
 if __name__ == "__main__":
-    main()
+    run(MlxLm())

@@ -1,7 +1,5 @@
 """PEFT on torch as a side: padded, packed or grouped batches under torch's AdamW, where torch_place.py says.
 
-    python benchmarks/sides/peft_side.py JOB.json      (versus.py runs this)
-
 padded   random batches of `batch_size` rows, padded to the longest; what transformers' Trainer does by default.
 packed   whole rows, best fit first, in bins of `batch_tokens`, position ids restarting in each: transformers then
          keeps attention inside a row (TRL's `packing` with its default strategy).
@@ -14,45 +12,49 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from shared import Rows, StepLog, read_job, write_result
+from shared import Rows, StepLog, run
 from torch_place import TorchPlace, torch_place
 from transformers import AutoModelForCausalLM
 
 IGNORED = -100
 
 
-def load_side(job: dict[str, Any], place: TorchPlace) -> PeftModel:
-    """Load the model with the job's factors in PEFT's LoRA layers; PEFT keeps factors in float32."""
-    factors = load_file(job["adapter"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=place.torch_dtype).to(place.device)
+def lora_settings(job: dict[str, Any], factors: dict[str, torch.Tensor]) -> LoraConfig:
+    """Return PEFT's settings for an adapter on the layers that the factors are for."""
     paths = sorted({name.rsplit(".", 1)[0] for name in factors})
-    settings = LoraConfig(
-        r=job["rank"], lora_alpha=job["scale"] * job["rank"], target_modules=paths, task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(model, settings)
-    renamed = renamed_factors(factors)
+    alpha = job["scale"] * job["rank"]
+    return LoraConfig(r=job["rank"], lora_alpha=alpha, target_modules=paths, task_type="CAUSAL_LM")
+
+
+def put_factors(model: PeftModel, factors: dict[str, torch.Tensor]) -> None:
+    """Load our factors into PEFT's layers, which keep them in float32.
+
+    Raises:
+        ValueError: PEFT adapts other layers than we do.
+    """
+    suffix = {"lora_a": "lora_A.default.weight", "lora_b": "lora_B.default.weight"}
+    renamed = {}
+    for name, value in factors.items():  # PEFT's are (r, in) and (out, r); mlx-lm and we store the transposes
+        path, kind = name.rsplit(".", 1)
+        renamed[f"base_model.model.{path}.{suffix[kind]}"] = value.T.contiguous()
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     if trainable != set(renamed):
         raise ValueError(f"PEFT adapts other layers than we do: {sorted(trainable ^ set(renamed))[:4]}")
     model.load_state_dict(renamed, strict=False)
-    return model
 
 
-def renamed_factors(factors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return factors as PEFT names and lays them out: (r, in) and (out, r); mlx-lm and we store the transposes."""
-    suffix = {"lora_a": "lora_A.default.weight", "lora_b": "lora_B.default.weight"}
-    renamed = {}
-    for name, value in factors.items():
-        path, kind = name.rsplit(".", 1)
-        renamed[f"base_model.model.{path}.{suffix[kind]}"] = value.T.contiguous()
-    return renamed
+def place_of(job: dict[str, Any]) -> TorchPlace:
+    """Return where the job is to compute; a process whose device is not there ends with the reason."""
+    try:
+        return torch_place(torch, job["torch_device"], job["torch_dtype"])
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
 
 
 def padded_batch(rows: Rows, numbers: list[int]) -> dict[str, torch.Tensor]:
@@ -104,77 +106,69 @@ def plan(rows: Rows, job: dict[str, Any], random: np.random.Generator) -> list[l
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-def micro_batches(rows: Rows, job: dict[str, Any]) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """Yield batches epoch after epoch, without end."""
-    random = np.random.default_rng(job["seed"])
-    lay_out = packed_batch if job["batching"] == "packed" else padded_batch
-    while True:
-        for numbers in plan(rows, job, random):
-            yield numbers, lay_out(rows, numbers)
+class Peft:
+    """See the module."""
 
+    def prepare(self, job: dict[str, Any], rows: Rows) -> None:
+        """Load the model with the job's factors in PEFT's LoRA layers."""
+        torch.manual_seed(job["seed"])
+        self.job, self.rows, self.place = job, rows, place_of(job)
+        self.lay_out = packed_batch if job["batching"] == "packed" else padded_batch
+        factors = load_file(job["adapter"])
+        base = AutoModelForCausalLM.from_pretrained(job["model"], dtype=self.place.torch_dtype).to(self.place.device)
+        self.model = get_peft_model(base, lora_settings(job, factors))
+        put_factors(self.model, factors)
 
-def loss_of(model: PeftModel, batch: dict[str, torch.Tensor], place: TorchPlace) -> tuple[torch.Tensor, int]:
-    """Return transformers' mean loss over the trained tokens, and their count, of a batch that is still on the CPU."""
-    count = int((batch["labels"] != IGNORED).sum())
-    moved = {name: values.to(place.device) for name, values in batch.items()}
-    with place.computing():
-        return model(**moved, num_items_in_batch=count, use_cache=False).loss, count
+    def loss_of(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        """Return transformers' mean loss over the trained tokens, and their count, of a batch that is still on the CPU."""
+        count = int((batch["labels"] != IGNORED).sum())
+        moved = {name: values.to(self.place.device) for name, values in batch.items()}
+        with self.place.computing():
+            return self.model(**moved, num_items_in_batch=count, use_cache=False).loss, count
 
+    def check(self) -> dict[str, Any]:
+        """Compute the loss on the check rows, in this side's own batches."""
+        self.model.eval()
+        loss_sum, count = 0.0, 0
+        small = {**self.job, "batch_size": min(self.job["batch_size"], 2)}
+        with torch.no_grad():
+            for numbers in plan(self.rows, small, np.random.default_rng(0)):
+                mean, tokens = self.loss_of(self.lay_out(self.rows, numbers))
+                loss_sum, count = loss_sum + mean.item() * tokens, count + tokens
+        return {"loss_sum": loss_sum, "count": count, "same_ids": True, "notes": [], "facts": self.place.facts()}
 
-def check(job: dict[str, Any], rows: Rows) -> dict[str, Any]:
-    """Compute the loss on the check rows, in this side's own batches."""
-    place = place_of(job)
-    model = load_side(job, place).eval()
-    loss_sum, count = 0.0, 0
-    lay_out = packed_batch if job["batching"] == "packed" else padded_batch
-    batches = plan(rows, {**job, "batch_size": min(job["batch_size"], 2)}, np.random.default_rng(0))
-    with torch.no_grad():
-        for numbers in batches:
-            mean, tokens = loss_of(model, lay_out(rows, numbers), place)
-            loss_sum, count = loss_sum + mean.item() * tokens, count + tokens
-    return {"loss_sum": loss_sum, "count": count, "same_ids": True, "notes": [], "facts": place.facts()}
+    def batches(self) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+        """Yield batches epoch after epoch, without end."""
+        random = np.random.default_rng(self.job["seed"])
+        while True:
+            for numbers in plan(self.rows, self.job, random):
+                yield numbers, self.lay_out(self.rows, numbers)
 
+    def steps(self, log: StepLog) -> None:
+        """Train until the log has had enough."""
+        self.model.train()
+        if self.job["grad_checkpoint"]:
+            self.model.gradient_checkpointing_enable()
+            self.model.enable_input_require_grads()
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=self.job["learning_rate"])
+        self.place.wait()
+        log.begin()
+        for numbers, batch in self.batches():
+            loss, _ = self.loss_of(batch)
+            self.place.note_memory()  # everything that the backward pass needs is alive
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.place.wait()
+            if log.end_step(numbers, batch["input_ids"].shape, loss.item()):
+                break
 
-def place_of(job: dict[str, Any]) -> TorchPlace:
-    """Return where the job is to compute; a process whose device is not there ends with the reason."""
-    try:
-        return torch_place(torch, job["torch_device"], job["torch_dtype"])
-    except ValueError as error:
-        sys.exit(f"Error: {error}")
-
-
-def train_run(job: dict[str, Any], rows: Rows) -> dict[str, Any]:
-    """Train until the job's steps or seconds are over."""
-    torch.manual_seed(job["seed"])
-    place = place_of(job)
-    model = load_side(job, place).train()
-    if job["grad_checkpoint"]:
-        model.gradient_checkpointing_enable()
-        model.enable_input_require_grads()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=job["learning_rate"])
-    log = StepLog(rows, job["steps"], job["seconds"])
-    place.wait()
-    log.begin()
-    for numbers, batch in micro_batches(rows, job):
-        loss, _ = loss_of(model, batch, place)
-        place.note_memory()  # everything that the backward pass needs is alive
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        place.wait()
-        if log.end_step(numbers, batch["input_ids"].shape, loss.item()):
-            break
-    return {**log.result(), "peak_allocator_bytes": place.peak_bytes(), "facts": place.facts()}
-
-
-def main() -> None:
-    """Do the job."""
-    job = read_job()
-    rows = Rows(Path(job["rows"]))
-    write_result(job, check(job, rows) if job["mode"] == "check" else train_run(job, rows))
+    def figures(self) -> dict[str, Any]:
+        """Return the device's peak and what torch computes in."""
+        return {"peak_allocator_bytes": self.place.peak_bytes(), "facts": self.place.facts()}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(Peft())

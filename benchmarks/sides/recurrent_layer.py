@@ -1,17 +1,14 @@
 """One recurrent layer, forward and backward, by mlx-lm's own loop or by our kernels: its time and its memory.
 
-Run by benchmarks/recurrent.py as `recurrent_layer.py JOB`, in a process of its own. A new kind of layer is a row of KINDS.
+Run by benchmarks/recurrent.py in a process of its own. A new kind of layer is a row of KINDS.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from mlx_lora.utils import device  # `mlx_lora` loads the BLAS, so it comes before mlx
@@ -19,50 +16,15 @@ from mlx_lora.utils import device  # `mlx_lora` loads the BLAS, so it comes befo
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models import jamba, kimi_linear, mamba, mamba2, qwen3_5, rwkv7
+from mlx_lm.models import jamba, mamba, mamba2, qwen3_5, rwkv7
 from mlx_lm.models.ssm import ssm_update
+from shared import read_job, write_result
 
 from mlx_lora.kernels.table import training_kernels
 
 
-def gated_delta(heads: int, width: int, hidden: int) -> nn.Module:
-    """Return Qwen3.5's layer: one gate per head."""
-    args = qwen3_5.TextModelArgs(
-        hidden_size=hidden,
-        linear_num_value_heads=heads,
-        linear_num_key_heads=heads,
-        linear_key_head_dim=width,
-        linear_value_head_dim=width,
-    )
-    return qwen3_5.GatedDeltaNet(args)
-
-
-def kimi_delta(heads: int, width: int, hidden: int) -> nn.Module:
-    """Return Kimi-Linear's layer: one gate per channel."""
-    args = kimi_linear.ModelArgs.from_dict(
-        {
-            "model_type": "kimi_linear",
-            "vocab_size": 64,
-            "hidden_size": hidden,
-            "num_hidden_layers": 1,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "intermediate_size": hidden,
-            "head_dim": width,
-            "rope_theta": 1e4,
-            "rms_norm_eps": 1e-6,
-            "linear_attn_config": {"num_heads": heads, "head_dim": width, "kda_layers": [1], "full_attn_layers": []},
-            "model_max_length": 4096,
-            "num_experts": 0,
-            "moe_intermediate_size": hidden,
-            "kv_lora_rank": 16,
-        }
-    )
-    return kimi_linear.KimiDeltaAttention(args, 0)
-
-
 class Called(nn.Module):
-    """A layer that is called with more than its input."""
+    """A layer that is called with more than its input, and may return more than its output."""
 
     def __init__(self, layer: nn.Module, *more: Any):
         super().__init__()
@@ -70,34 +32,12 @@ class Called(nn.Module):
         self.more = more
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.layer(x, *self.more)
-
-
-def ssd(heads: int, width: int, hidden: int) -> nn.Module:
-    """Return Mamba-2's layer: a state of 128 numbers per channel, one decay per head."""
-    args = mamba2.ModelArgs(
-        model_type="mamba2",
-        num_heads=heads,
-        head_dim=width,
-        vocab_size=64,
-        hidden_size=hidden,
-        intermediate_size=heads * width,
-        state_size=128,
-        num_hidden_layers=1,
-        layer_norm_epsilon=1e-5,
-        conv_kernel=4,
-        n_groups=1,
-        use_bias=False,
-        use_conv_bias=True,
-        tie_word_embeddings=True,
-        time_step_limit=(0.0, 100.0),
-        time_step_rank=8,
-    )
-    return Called(mamba2.Mamba2Block(args, 0), None)
+        found = self.layer(x, *self.more)
+        return found[0] if isinstance(found, tuple) else found
 
 
 class Alone(nn.Module):
-    """Mamba-2's recurrence without the layer around it: its input holds all that it reads."""
+    """Mamba-2's recurrence without the layer around it: its input holds all that it reads, heads x width + 256 + heads."""
 
     def __init__(self, heads: int, width: int):
         super().__init__()
@@ -109,77 +49,50 @@ class Alone(nn.Module):
         heads, width = self.shape
         channels = heads * width
         x, b, c, dt = mx.split(x, [channels, channels + 128, channels + 256], axis=-1)
-        y, _ = ssm_update(
-            x.reshape(*x.shape[:2], heads, width),
-            self.A_log,
-            b[:, :, None],  # one group
-            c[:, :, None],
-            self.D,
-            dt - 2.0,
-            mx.zeros((heads,)),
-        )
+        split, bias = x.reshape(*x.shape[:2], heads, width), mx.zeros((heads,))
+        y, _ = ssm_update(split, self.A_log, b[:, :, None], c[:, :, None], self.D, dt - 2.0, bias)  # one group
         return mx.concatenate([y.flatten(2), b, c, dt], axis=-1)
 
 
-def ssd_alone(heads: int, width: int, hidden: int) -> nn.Module:
-    """Return Mamba-2's recurrence; `hidden` is heads x width + 256 + heads."""
-    return Alone(heads, width)
+def gated_delta(heads: int, width: int, hidden: int) -> nn.Module:
+    """Return Qwen3.5's layer: one gate per head."""
+    args = qwen3_5.TextModelArgs(
+        hidden_size=hidden, linear_num_value_heads=heads, linear_num_key_heads=heads, linear_key_head_dim=width,
+        linear_value_head_dim=width,
+    )  # fmt: skip
+    return qwen3_5.GatedDeltaNet(args)
+
+
+def ssd(heads: int, width: int, hidden: int) -> nn.Module:
+    """Return Mamba-2's layer: a state of 128 numbers per channel, one decay per head."""
+    args = mamba2.ModelArgs(
+        model_type="mamba2", num_heads=heads, head_dim=width, vocab_size=64, hidden_size=hidden,
+        intermediate_size=heads * width, state_size=128, num_hidden_layers=1, layer_norm_epsilon=1e-5, conv_kernel=4,
+        n_groups=1, use_bias=False, use_conv_bias=True, tie_word_embeddings=True, time_step_limit=(0.0, 100.0),
+        time_step_rank=8,
+    )  # fmt: skip
+    return Called(mamba2.Mamba2Block(args, 0), None)
 
 
 def selective_scan(heads: int, width: int, hidden: int) -> nn.Module:
     """Return Mamba's layer, heads x width channels wide: a state of 16 numbers per channel, each with its decay."""
     args = mamba.ModelArgs(
-        model_type="mamba",
-        vocab_size=64,
-        hidden_size=hidden,
-        intermediate_size=heads * width,
-        state_size=16,
-        num_hidden_layers=1,
-        conv_kernel=4,
-        use_bias=False,
-        use_conv_bias=True,
-        time_step_rank="auto",
-    )
+        model_type="mamba", vocab_size=64, hidden_size=hidden, intermediate_size=heads * width, state_size=16,
+        num_hidden_layers=1, conv_kernel=4, use_bias=False, use_conv_bias=True, time_step_rank="auto",
+    )  # fmt: skip
     return Called(mamba.MambaBlock(args), None)
 
 
 def jamba_scan(heads: int, width: int, hidden: int) -> nn.Module:
     """Return Jamba's layer, twice `hidden` channels wide."""
-    args = jamba.ModelArgs.from_dict(
-        {
-            "model_type": "jamba",
-            "hidden_size": hidden,
-            "intermediate_size": hidden,
-            "num_hidden_layers": 1,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "attn_layer_offset": 1,
-            "attn_layer_period": 2,
-            "expert_layer_offset": 1,
-            "expert_layer_period": 2,
-            "mamba_d_conv": 4,
-            "mamba_d_state": 16,
-            "mamba_expand": 2,
-            "mamba_dt_rank": "auto",
-            "num_experts": 1,
-            "num_experts_per_tok": 1,
-            "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 4096,
-            "vocab_size": 64,
-        }
-    )
+    args = jamba.ModelArgs.from_dict({
+        "model_type": "jamba", "hidden_size": hidden, "intermediate_size": hidden, "num_hidden_layers": 1,
+        "num_attention_heads": heads, "num_key_value_heads": heads, "attn_layer_offset": 1, "attn_layer_period": 2,
+        "expert_layer_offset": 1, "expert_layer_period": 2, "mamba_d_conv": 4, "mamba_d_state": 16, "mamba_expand": 2,
+        "mamba_dt_rank": "auto", "num_experts": 1, "num_experts_per_tok": 1, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096, "vocab_size": 64,
+    })  # fmt: skip
     return Called(jamba.JambaMambaMixer(args), None)
-
-
-class Wkv(nn.Module):
-    """RWKV-7's layer, which returns its values as well."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.layer(x, None, None)[0]
 
 
 def wkv7(heads: int, width: int, hidden: int) -> nn.Module:
@@ -188,14 +101,13 @@ def wkv7(heads: int, width: int, hidden: int) -> nn.Module:
     layer = rwkv7.Rwkv7TimeMixing(args, 0)
     # It starts with zeros where a key's length is divided by.
     layer.k_k, layer.k_a, layer.r_k = (mx.ones(layer.k_k.shape) for _ in range(3))
-    return Wkv(layer)
+    return Called(layer, None, None)
 
 
 KINDS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "gated-delta": gated_delta,
-    "kimi-delta": kimi_delta,
     "ssd": ssd,
-    "ssd-alone": ssd_alone,
+    "ssd-alone": lambda heads, width, hidden: Alone(heads, width),
     "selective-scan": selective_scan,
     "jamba-scan": jamba_scan,
     "wkv7": wkv7,
@@ -206,12 +118,10 @@ KINDS: dict[str, Callable[[int, int, int], nn.Module]] = {
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of one layer at one length."""
     mx.random.seed(0)
-    layer = KINDS[job["kind"]](job["heads"], job["width"], job["hidden"])
-    layer.train()
+    layer = KINDS[job["kind"]](job["heads"], job["width"], job["hidden"]).train()
     x, d = (mx.random.normal((1, job["tokens"], job["hidden"])) for _ in range(2))
-    weights = [value for _, value in tree_flatten(layer.parameters())]
-    mx.eval(x, d, weights)
-    seconds, processor_s, checks = [], [], []
+    mx.eval(x, d, [value for _, value in tree_flatten(layer.parameters())])
+    seconds, processor_s, checks, peak_bytes = [], [], [], 0
     for _ in range(job["rounds"]):
         mx.clear_cache()
         held = mx.get_active_memory()
@@ -225,15 +135,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         checks = [(y * d).sum().item(), mx.linalg.norm(d_x).item()]
         peak_bytes = mx.get_peak_memory() - held
         del y, d_x
-    return {
-        "seconds": statistics.median(seconds),
-        "processor_s": statistics.median(processor_s),
-        "peak_bytes": peak_bytes,
-        "check": checks,
-        "device": device.current_device().header(),
-    }
+    times = {"seconds": statistics.median(seconds), "processor_s": statistics.median(processor_s)}
+    return {**times, "peak_bytes": peak_bytes, "check": checks, "device": device.current_device().header()}
 
 
 if __name__ == "__main__":
-    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    Path(asked["result"]).write_text(json.dumps(measure(asked)), encoding="utf-8")
+    asked = read_job()
+    write_result(asked, measure(asked))

@@ -1,18 +1,26 @@
-"""What every side's child shares: its job, the encoded rows, the log of its steps. numpy only."""
+"""What every side's child process shares: its job, the encoded rows, the log of its steps, its main function. numpy only.
+
+A side that trains is `prepare` (load), `steps` (its own loop, which ends when the log has had enough) and `figures` (what it
+took and computed in); on rows also `check` (the loss of the check rows). A side that stays loaded is a `step` function, which
+`serve` calls for each line of standard input.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 # Without a second step there is nothing to count: the first compiles.
 MIN_STEPS = 2
+NEVER = 10**9
+# What unsloth-zoo and TRL log of a step on pairs.
+REPORTS = {"chosen_logps": "logps/chosen", "rejected_logps": "logps/rejected", "accuracy": "rewards/accuracies"}
 
 
 class Rows:
@@ -42,12 +50,8 @@ class Rows:
         edges = np.flatnonzero(np.diff(np.concatenate([[False], self.mask(row), [False]])))
         return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
-
-class PairRows(Rows):
-    """Encoded preference pairs as `prepare_pairs.py` wrote them: rows 2n and 2n + 1 answer one prompt."""
-
     def pairs(self) -> int:
-        """Return the number of pairs."""
+        """Return the number of preference pairs: rows 2n and 2n + 1 answer one prompt."""
         return len(self) // 2
 
     def parts(self, pair: int) -> tuple[list[int], list[int], list[int]]:
@@ -61,19 +65,18 @@ class PairRows(Rows):
 
     def number_of(self) -> dict[tuple[tuple[int, ...], tuple[int, ...]], int]:
         """Return the pair's number by the token ids of both whole rows."""
-        numbers = {}
-        for pair in range(self.pairs()):
-            prompt, chosen, rejected = self.parts(pair)
-            numbers[tuple(prompt + chosen), tuple(prompt + rejected)] = pair
-        return numbers
+        each = ((pair, self.parts(pair)) for pair in range(self.pairs()))
+        return {(tuple(prompt + chosen), tuple(prompt + rejected)): pair for pair, (prompt, chosen, rejected) in each}
 
 
 class StepLog:
-    """Records each step's end and what it held; knows when the run has had enough."""
+    """Records each step's end and what it held; knows when the run has had enough: after steps, seconds, or passes."""
 
-    def __init__(self, rows: Rows, steps: int | None, seconds: float | None):
-        self._rows, self._limit, self._seconds = rows, steps, seconds
+    def __init__(self, rows: Rows, job: dict[str, Any]):
+        self._rows, self._limit, self._seconds = rows, job["steps"], job["seconds"]
+        self._most_pairs = None if job["passes"] is None else job["passes"] * rows.pairs()
         self._steps: list[dict[str, Any]] = []
+        self._drawn: list[int] = []
         self._started_s = time.perf_counter()
         self._first_step_unix_s = 0.0
 
@@ -109,21 +112,8 @@ class StepLog:
             return False
         return len(self._steps) >= MIN_STEPS and end_s - self._steps[0]["end_s"] >= self._seconds
 
-    def result(self) -> dict[str, Any]:
-        """The steps, and the wall clock at the end of the first."""
-        return {"steps": self._steps, "first_step_unix_s": self._first_step_unix_s}
-
-
-class PairLog(StepLog):
-    """The log of a run on preference pairs, which may also end after some passes over them."""
-
-    def __init__(self, rows: PairRows, job: dict[str, Any]):
-        super().__init__(rows, job["steps"], job["seconds"])
-        self._most_pairs = None if job["passes"] is None else job["passes"] * rows.pairs()
-        self._drawn: list[int] = []
-
     def end_pairs(self, pairs: Sequence[int], width: int, loss: float, reports: dict[str, float]) -> bool:
-        """Record a step that has ended; True: stop now.
+        """Record a step on preference pairs; True: stop now.
 
         Args:
             pairs: numbers of the pairs it trained on.
@@ -131,8 +121,8 @@ class PairLog(StepLog):
             loss: its mean loss, as the side computes it.
             reports: the means that the side itself reports: `chosen_logps`, `rejected_logps`, `accuracy`.
         """
-        shape = (2 * len(pairs), width)
-        enough = self.end_step([row for pair in pairs for row in (2 * pair, 2 * pair + 1)], shape, loss)
+        rows = [row for pair in pairs for row in (2 * pair, 2 * pair + 1)]
+        enough = self.end_step(rows, (len(rows), width), loss)
         self._steps[-1] |= {"pairs": len(pairs), "reports": reports}
         self._drawn += pairs
         if self._most_pairs is None:
@@ -141,7 +131,74 @@ class PairLog(StepLog):
 
     def result(self) -> dict[str, Any]:
         """The steps, the wall clock at the end of the first, and how many pairs were drawn and how many differ."""
-        return {**super().result(), "drawn": len(self._drawn), "different": len(set(self._drawn))}
+        drawn = {"drawn": len(self._drawn), "different": len(set(self._drawn))} if self._drawn else {}
+        return {"steps": self._steps, "first_step_unix_s": self._first_step_unix_s, **drawn}
+
+
+class Enough(Exception):
+    """Leaves another trainer's loop when the run has had enough."""
+
+
+class Stopwatch:
+    """A function that also adds up the time that it takes."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function, self._spent_s = function, 0.0
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        begun = time.perf_counter()
+        found = self._function(*arguments, **named)
+        self._spent_s += time.perf_counter() - begun
+        return found
+
+    def read(self) -> float:
+        """Return the seconds since the last look."""
+        spent_s, self._spent_s = self._spent_s, 0.0
+        return spent_s
+
+
+class Side(Protocol):
+    """A trainer of versus.py."""
+
+    def prepare(self, job: dict[str, Any], rows: Rows) -> None:
+        """Load the model with the job's factors."""
+        ...
+
+    def check(self) -> dict[str, Any]:
+        """On rows: return `loss_sum` and `count` of the check rows, `same_ids`, `notes` and `facts`."""
+        ...
+
+    def steps(self, log: StepLog) -> None:
+        """Begin the log, and train until it has had enough."""
+        ...
+
+    def figures(self) -> dict[str, Any]:
+        """Return `peak_allocator_bytes` and `facts`; on pairs also `reference_s` and `notes`."""
+        ...
+
+
+def run(side: Side) -> None:
+    """Do the job of a side that trains."""
+    job = read_job()
+    rows = Rows(Path(job["rows"]))
+    side.prepare(job, rows)
+    if job["mode"] == "check":
+        write_result(job, side.check())
+        return
+    log = StepLog(rows, job)
+    side.steps(log)
+    write_result(job, {**log.result(), **side.figures()})
+
+
+def serve(step: Callable[..., dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Answer each line of standard input, a question in JSON, with what `step` returns and the time that it took."""
+    print("@" + json.dumps(facts), flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        begun, cpu = time.perf_counter(), time.process_time()
+        answer = step(**asked)
+        spent = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}
+        print("@" + json.dumps({**spent, **answer}), flush=True)
 
 
 def read_job() -> dict[str, Any]:

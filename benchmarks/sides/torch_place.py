@@ -11,7 +11,6 @@ from typing import Any
 
 AUTO = "auto"
 DEVICES = ("mps", "cuda", "cpu")
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclass
@@ -62,13 +61,8 @@ class TorchPlace:
 
     def facts(self) -> dict[str, Any]:
         """Return what a result says of a side that computes here."""
-        found: dict[str, Any] = {
-            "blas": f"torch on {self.device}",
-            "fast_blas": True,
-            "device": self.device,
-            "dtypes": [self.dtype],
-            "threads": self.torch.get_num_threads(),
-        }
+        where = {"device": self.device, "dtypes": [self.dtype], "threads": self.torch.get_num_threads()}
+        found: dict[str, Any] = {"blas": f"torch on {self.device}", "fast_blas": True, **where}
         if self.device == "cpu":
             found["blas"] = f"torch ({'MKL' if self.torch.backends.mkl.is_available() else 'other'})"
         if self.device == "mps":
@@ -80,23 +74,14 @@ class TorchPlace:
 def torch_place(torch: Any, device: str = AUTO, dtype: str = AUTO) -> TorchPlace:
     """Return where to compute.
 
-    Args:
-        torch: the package.
-        device: `auto` takes mps, then cuda, then cpu, the first that is available.
-        dtype: `auto` takes what ours computes in there: bfloat16 on a GPU, float32 on a CPU.
+    Device `auto` takes the first of mps, cuda and cpu that is available; dtype `auto` takes what ours computes in there.
 
     Raises:
         ValueError: the device is not available.
     """
-    available = {
-        "mps": torch.backends.mps.is_available(),
-        "cuda": torch.cuda.is_available(),
-        "cpu": True,
-    }
+    available = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
     found = next(name for name in DEVICES if available[name]) if device == AUTO else device
     if not available[found]:
         there = ", ".join(name for name in DEVICES if available[name])
-        raise ValueError(
-            f"--torch-device {device}: torch {torch.__version__} finds only {there} here; give one of these"
-        )
+        raise ValueError(f"--torch-device {device}: torch {torch.__version__} finds only {there}; give one of these")
     return TorchPlace(torch, found, ("float32" if found == "cpu" else "bfloat16") if dtype == AUTO else dtype)

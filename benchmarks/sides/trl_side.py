@@ -1,7 +1,5 @@
 """TRL's DPOTrainer on torch with PEFT as a side, where torch_place.py says.
 
-    python benchmarks/sides/trl_side.py JOB.json      (versus.py --objective dpo runs this)
-
 Its own loop, collator, loss and chunked head. The reference is the same model with its adapter off: in each step, or
 with `precompute` once before, and then with pairs of like length in a batch as well, which is its fastest setting.
 Pairs go in as token ids, in place of its own tokenization.
@@ -16,10 +14,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from peft_side import place_of, renamed_factors
+from peft_side import lora_settings, place_of, put_factors
 from safetensors.torch import load_file
-from shared import PairLog, PairRows, read_job, write_result
+from shared import REPORTS, Rows, StepLog, run
 from torch_place import TorchPlace
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -63,14 +60,13 @@ class NotedTrainer(DPOTrainer):
 class Clock(TrainerCallback):
     """Logs each step from what the trainer logs, and ends the run."""
 
-    def __init__(self, running: NotedTrainer, log: PairLog):
+    def __init__(self, running: NotedTrainer, log: StepLog):
         self._running, self._log = running, log
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" not in logs:
             return  # the summary at the end
-        names = {"chosen_logps": "logps/chosen", "rejected_logps": "logps/rejected", "accuracy": "rewards/accuracies"}
-        reports = {name: float(logs[theirs]) for name, theirs in names.items()}
+        reports = {name: float(logs[theirs]) for name, theirs in REPORTS.items()}
         self._running.place.wait()
         # The logged loss is rounded, so the step's own is taken.
         if self._log.end_pairs(self._running.pairs, self._running.width, self._running.loss, reports):
@@ -81,31 +77,17 @@ def settings_of(job: dict[str, Any], place: TorchPlace) -> DPOConfig:
     """Return its settings; what is not here is as it comes."""
     grouped = {"train_sampling_strategy": "group_by_length"} if job["precompute"] else {}
     return DPOConfig(
-        output_dir=str(Path(job["result"]).with_suffix("")),
-        per_device_train_batch_size=job["batch_size"],
-        max_steps=job["steps"] or MANY_STEPS,
-        learning_rate=job["learning_rate"],
-        lr_scheduler_type="constant",
-        weight_decay=job["weight_decay"],
-        max_grad_norm=0.0,
-        gradient_checkpointing=job["grad_checkpoint"],
-        max_length=job["max_seq_length"],
-        beta=job["beta"],
-        precompute_ref_log_probs=job["precompute"],
-        bf16=place.dtype == "bfloat16",
-        use_cpu=place.device == "cpu",
-        dataloader_pin_memory=False,
+        output_dir=str(Path(job["result"]).with_suffix("")), per_device_train_batch_size=job["batch_size"],
+        max_steps=job["steps"] or MANY_STEPS, learning_rate=job["learning_rate"], lr_scheduler_type="constant",
+        weight_decay=job["weight_decay"], max_grad_norm=0.0, gradient_checkpointing=job["grad_checkpoint"],
+        max_length=job["max_seq_length"], beta=job["beta"], precompute_ref_log_probs=job["precompute"],
+        bf16=place.dtype == "bfloat16", use_cpu=place.device == "cpu", dataloader_pin_memory=False,
         remove_unused_columns=False,  # the sampler by length reads the column `length`
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        seed=job["seed"],
-        **grouped,
-    )
+        logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, seed=job["seed"], **grouped,
+    )  # fmt: skip
 
 
-def records(rows: PairRows, by_length: bool) -> list[dict[str, Any]]:
+def records(rows: Rows, by_length: bool) -> list[dict[str, Any]]:
     """Return its data set; sorted by length where the reference is computed over it beforehand."""
     found = []
     for pair in range(rows.pairs()):
@@ -115,58 +97,44 @@ def records(rows: PairRows, by_length: bool) -> list[dict[str, Any]]:
     return sorted(found, key=lambda record: record["length"]) if by_length else found
 
 
-def load_trainer(job: dict[str, Any], rows: PairRows, place: TorchPlace) -> NotedTrainer:
-    """Load the model and put the job's factors into PEFT's LoRA layers.
+class Trl:
+    """See the module."""
 
-    Raises:
-        ValueError: PEFT adapts other layers, or the trainer takes another device.
-    """
-    factors = load_file(job["adapter"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=place.torch_dtype)
-    paths = sorted({name.rsplit(".", 1)[0] for name in factors})
-    lora = LoraConfig(r=job["rank"], lora_alpha=job["scale"] * job["rank"], target_modules=paths, task_type="CAUSAL_LM")
-    running = NotedTrainer(
-        model,
-        args=settings_of(job, place),
-        train_dataset=Dataset.from_list(records(rows, job["precompute"])),
-        processing_class=AutoTokenizer.from_pretrained(job["model"]),
-        peft_config=lora,
-    )
-    renamed = renamed_factors(factors)
-    trainable = {name for name, p in running.model.named_parameters() if p.requires_grad}
-    if trainable != set(renamed):
-        raise ValueError(f"PEFT adapts other layers than we do: {sorted(trainable ^ set(renamed))[:4]}")
-    if running.args.device.type != place.device:
-        raise ValueError(f"--torch-device {place.device}: TRL computes on {running.args.device.type}")
-    running.model.load_state_dict(renamed, strict=False)
-    running.place = place
-    running.numbers = rows.number_of()
-    return running
+    def prepare(self, job: dict[str, Any], rows: Rows) -> None:
+        """Load the model and put the job's factors into PEFT's LoRA layers.
 
+        Raises:
+            ValueError: PEFT adapts other layers, or the trainer takes another device.
+        """
+        self.place, factors = place_of(job), load_file(job["adapter"])
+        self.running = NotedTrainer(
+            AutoModelForCausalLM.from_pretrained(job["model"], dtype=self.place.torch_dtype),
+            args=settings_of(job, self.place),
+            train_dataset=Dataset.from_list(records(rows, job["precompute"])),
+            processing_class=AutoTokenizer.from_pretrained(job["model"]),
+            peft_config=lora_settings(job, factors),
+        )
+        put_factors(self.running.model, factors)
+        if self.running.args.device.type != self.place.device:
+            raise ValueError(f"--torch-device {self.place.device}: TRL computes on {self.running.args.device.type}")
+        self.running.place, self.running.numbers = self.place, rows.number_of()
 
-def train_run(job: dict[str, Any], rows: PairRows) -> dict[str, Any]:
-    """Run its loop until the job's steps, passes or seconds are over."""
-    log, place = PairLog(rows, job), place_of(job)
-    running = load_trainer(job, rows, place)
-    running.add_callback(Clock(running, log))
-    place.wait()
-    log.begin()
-    running.train()
-    versions = {name: metadata.version(name) for name in ("trl", "peft", "transformers", "torch")}
-    return {
-        **log.result(),
-        "peak_allocator_bytes": place.peak_bytes(),
-        "reference_s": running.reference_s,
-        "facts": {**place.facts(), "versions": versions},
-        "notes": [],
-    }
+    def steps(self, log: StepLog) -> None:
+        """Run its loop until the log has had enough."""
+        self.running.add_callback(Clock(self.running, log))
+        self.place.wait()
+        log.begin()
+        self.running.train()
 
-
-def main() -> None:
-    """Do the job."""
-    job = read_job()
-    write_result(job, train_run(job, PairRows(Path(job["rows"]))))
+    def figures(self) -> dict[str, Any]:
+        """Return the device's peak, the seconds of the pass over the reference, and what torch computes in."""
+        versions = {name: metadata.version(name) for name in ("trl", "peft", "transformers", "torch")}
+        facts = {**self.place.facts(), "versions": versions}
+        return {
+            "peak_allocator_bytes": self.place.peak_bytes(), "reference_s": self.running.reference_s, "facts": facts,
+            "notes": [],
+        }  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    run(Trl())

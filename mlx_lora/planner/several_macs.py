@@ -171,7 +171,7 @@ class Sending:
 def sends_beside(backend: str) -> bool:
     """Return whether messages go out while units are computed.
 
-    On a CPU they did not: a step was as long as computing and sending in turn (benchmarks/limited_links.py, mlx 0.32.4). The
+    On a CPU they did not: a step was as long as computing and sending in turn (docs/distributed.md, mlx 0.32.4). The
     threads of mlx's ring keep all cores busy while they send. A GPU leaves those cores free, which nobody has measured.
 
     Args:

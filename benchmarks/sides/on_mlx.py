@@ -1,0 +1,44 @@
+"""What sides on MLX share: factors in their own LoRA layers, what they compute in, the rate of products."""
+
+from __future__ import annotations
+
+import time
+from importlib import metadata
+from typing import Any
+
+import mlx_lora  # isort: skip  (first: it gives MLX a fast BLAS)
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+
+def put_factors(model: nn.Module, file: str, who: str) -> None:
+    """Load our factors into another trainer's LoRA layers.
+
+    Raises:
+        ValueError: it adapts other layers than we do.
+    """
+    factors = mx.load(file)
+    names = {name for name, _ in tree_flatten(model.trainable_parameters())}
+    if names != set(factors):
+        raise ValueError(f"{who} adapts other layers than we do: {sorted(names ^ set(factors))[:4]}")
+    model.load_weights(list(factors.items()), strict=False)
+
+
+def facts_of(model: nn.Module, *packages: str) -> dict[str, Any]:
+    """Return what a side computes in and with, and versions of its packages."""
+    dtypes = {str(p.dtype).removeprefix("mlx.core.") for _, p in tree_flatten(model.parameters())}
+    facts = {"blas": mlx_lora.BLAS.name, "fast_blas": mlx_lora.BLAS.fast, "dtypes": sorted(dtypes)}
+    return {**facts, "versions": {name: metadata.version(name) for name in packages}} if packages else facts
+
+
+def gemm_gflops(size: int = 1024, repeats: int = 5) -> float:
+    """Measure float32 GEMM here: what the fast BLAS is worth, said in every result file."""
+    x = mx.random.normal((size, size))
+    mx.eval(x @ x)
+    best_s = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        mx.eval(x @ x)
+        best_s = min(best_s, time.perf_counter() - start)
+    return round(2 * size**3 / best_s / 1e9, 1)
