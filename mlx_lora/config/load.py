@@ -47,7 +47,7 @@ def train_settings(flags: Mapping[str, Any], content: Mapping[str, Any] | None =
         if key not in FIELDS
     ]
     values = _read(values, FIELDS, problems)
-    values |= {name: value for name, value in _of_table(values).items() if name == "data" or name not in values}
+    values |= {name: value for name, value in _table_settings(values).items() if name == "data" or name not in values}
     sections = {
         name: section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
         for name, section in SECTIONS.items()
@@ -64,7 +64,7 @@ def decided_by(flags: Mapping[str, Any]) -> set[str]:
     return {*flags, *(name for pair in TWO_NAMES if not flags.keys().isdisjoint(pair) for name in pair)}
 
 
-def _of_table(values: Mapping[str, Any]) -> dict[str, Any]:
+def _table_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that LLaMA-Factory's dataset_info.json has for --data, if the folder that it names has one."""
     path = Path(values.get("data") or "").expanduser()
     if not any((folder / "dataset_info.json").is_file() for folder in (path, path.parent)):

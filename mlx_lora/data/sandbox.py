@@ -30,8 +30,8 @@ from jinja2.parser import Parser
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.messages import REASONING
-from mlx_lora.utils import text as process
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.text import peak_bytes
 
 MAX_TEMPLATE_CHARACTERS = 500_000  # the longest published ones have 30,000
 MAX_SIZE = 10_000_000  # characters or items that one operation may make
@@ -308,7 +308,7 @@ class _Clock:
         if not self._is_ours():
             self._elsewhere.watch = _Watch()
             return
-        self._began, self._held = time.monotonic(), process.peak_bytes()
+        self._began, self._held = time.monotonic(), peak_bytes()
         self._depth += 1
         if self._depth == 1:
             self._before = signal.signal(signal.SIGALRM, self._look)
@@ -351,7 +351,7 @@ class _Watch:
     """Watches one rendering in a thread that gets no signals, and raises TooMuch there."""
 
     def __init__(self) -> None:
-        self._began, self._held, self._thread = time.monotonic(), process.peak_bytes(), threading.get_ident()
+        self._began, self._held, self._thread = time.monotonic(), peak_bytes(), threading.get_ident()
         self._lock, self._ended = threading.Lock(), threading.Event()
         threading.Thread(target=self._look, name="mlx-lora-template", daemon=True).start()
 
@@ -377,7 +377,8 @@ def _raise_in(thread: int, error: type[BaseException] | None) -> None:
 
 
 def _over(began_s: float, held_bytes: int) -> bool:
-    return time.monotonic() - began_s > RENDER_S or process.peak_bytes() - held_bytes > RENDER_BYTES
+    return time.monotonic() - began_s > RENDER_S or peak_bytes() - held_bytes > RENDER_BYTES
 
 
-CLOCK, _compiled = _Clock(), functools.lru_cache(maxsize=128)(BoundedSandbox().from_string)
+CLOCK = _Clock()
+_compiled = functools.lru_cache(maxsize=128)(BoundedSandbox().from_string)

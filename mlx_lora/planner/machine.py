@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora.kernels import activations as exponentials
+from mlx_lora.kernels import activations
 from mlx_lora.kernels.measure import read_store, write_store
 from mlx_lora.planner.shapes import Machine
 from mlx_lora.planner.speed import Ceilings
@@ -131,7 +131,7 @@ def measure_ceilings(
     times = [_best_s(make, rounds, clock) for _, make in passes]
     moved = sum(arrays for arrays, _ in passes) * ELEMENTS * kind.size / sum(times)
     on_cpu = device.current_device().backend == "cpu"
-    power = exponentials.exp_minus if polynomials and exponentials.usable(a) else mx.exp
+    power = activations.exp_minus if polynomials and activations.usable(a) else mx.exp
     powers = _exponentials_per_s(power, a, 2 / 3 * times[0], rounds, clock) if on_cpu else float("inf")
     return Ceilings(flops, moved, powers, 0.0 if on_cpu else 5e-6, "measured here")
 
