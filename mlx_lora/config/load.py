@@ -1,10 +1,7 @@
-"""Flags over file over defaults; recipes by name.
+"""Turn flags and the file of `--config` into checked settings: flags override the file, which overrides the defaults.
 
-The recipes that come with the package: settings files with their data, found by name from any folder.
-
-Turn flags and the contents of a settings file into checked settings.
-
-Read the file of `--config`: ours, or with `migrate/` another trainer's.
+The file is ours, or with `migrate/` another trainer's. A bare word names a recipe: a settings file with its data that comes
+with the package, found from any folder.
 """
 
 from __future__ import annotations
@@ -23,51 +20,12 @@ from mlx_lora.config.settings import FIELDS, SECTIONS, ModelSettings, ServeSetti
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import MAX_YAML_CHARACTERS, parse_yaml
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-FILES = ("data", "teacher_prompt")  # settings that name a recipe's own files
-
-
-def recipe_names() -> list[str]:
-    """Return the names that `--config` accepts beside files, sorted."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def names_recipe(config: str) -> bool:
-    """Tell whether a value of `--config` is a recipe's name: a bare word, and no file of that name is here."""
-    return not Path(config).suffix and os.sep not in config and not os.path.isfile(config)
-
-
-def recipe_file(name: str) -> Path:
-    """Return a recipe's settings file.
-
-    Raises:
-        InputError: there is no such recipe; the message lists those there are.
-    """
-    names = recipe_names()
-    if name not in names:
-        close, listed = difflib.get_close_matches(name, names, n=1), ", ".join(names)
-        advice = f"did you mean {close[0]}? There are {listed}" if close else f"the recipes are {listed}"
-        raise InputError(f"--config {name}: no such file, and no recipe of that name; {advice}")
-    return RECIPES / f"{name}.yaml"
-
-
-def beside_recipes(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe's settings with the paths of its files from anywhere.
-
-    The recipes name them as a checkout sees them (`recipes/bard`), so that they can be given as files as well.
-    """
-    return settings | {name: str(RECIPES.parent / settings[name]) for name in FILES if name in settings}
-
-
 # Pairs of settings with the same meaning: a flag for either overrides both in the file.
 TWO_NAMES = (
     ("iters", "epochs"), ("batch_size", "batch_tokens"), ("data", "own_prompts")
 )  # fmt: skip
-
-
-def decided_by(flags: Mapping[str, Any]) -> set[str]:
-    """Return the settings that a file cannot change, because they were given as flags by either name."""
-    return {*flags, *(name for pair in TWO_NAMES if not flags.keys().isdisjoint(pair) for name in pair)}
+RECIPES = Path(__file__).parents[1] / "recipes"
+FILES = ("data", "teacher_prompt")  # settings that name a recipe's own files
 
 
 def train_settings(flags: Mapping[str, Any], content: Mapping[str, Any] | None = None) -> TrainSettings:
@@ -75,7 +33,7 @@ def train_settings(flags: Mapping[str, Any], content: Mapping[str, Any] | None =
 
     Args:
         flags: the flat settings that were given on the command line.
-        content: the file's flat settings with our names, as `settings_file.read_settings` returns them.
+        content: the file's flat settings with our names, as `read_settings` returns them.
 
     Raises:
         InputError: there are unknown keys or bad values; the message has all of them, in the flags' spelling.
@@ -89,7 +47,7 @@ def train_settings(flags: Mapping[str, Any], content: Mapping[str, Any] | None =
         if key not in FIELDS
     ]
     values = _read(values, FIELDS, problems)
-    values |= {name: value for name, value in _of_table(values).items() if name == "data" or name not in values}
+    values |= {name: value for name, value in _table_settings(values).items() if name == "data" or name not in values}
     sections = {
         name: section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})
         for name, section in SECTIONS.items()
@@ -101,7 +59,12 @@ def train_settings(flags: Mapping[str, Any], content: Mapping[str, Any] | None =
     return settings
 
 
-def _of_table(values: Mapping[str, Any]) -> dict[str, Any]:
+def decided_by(flags: Mapping[str, Any]) -> set[str]:
+    """Return the settings that a file cannot change, because they were given as flags by either name."""
+    return {*flags, *(name for pair in TWO_NAMES if not flags.keys().isdisjoint(pair) for name in pair)}
+
+
+def _table_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that LLaMA-Factory's dataset_info.json has for --data, if the folder that it names has one."""
     path = Path(values.get("data") or "").expanduser()
     if not any((folder / "dataset_info.json").is_file() for folder in (path, path.parent)):
@@ -138,6 +101,9 @@ def _read(values: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], pr
     return read
 
 
+# The file of --config
+
+
 def read_settings(path: str | None, flags: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
     """Return the settings in a file with our names; empty without a file.
 
@@ -151,7 +117,7 @@ def read_settings(path: str | None, flags: Mapping[str, Any], say: Callable[[str
     """
     if not path:
         return {}
-    content = beside_recipes(read_yaml(str(recipe_file(path)))) if names_recipe(path) else read_yaml(path)
+    content = with_recipe_paths(read_yaml(str(recipe_file(path)))) if names_recipe(path) else read_yaml(path)
     from mlx_lora.config.migrate import migrate  # only files need it
 
     return migrate(content, decided_by(flags), path, say, flags.get("objective"))
@@ -173,3 +139,38 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"--config {path}: has no settings; write one `flag_name: value` per line")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+# Recipes
+
+
+def recipe_names() -> list[str]:
+    """Return the names that `--config` accepts in place of a file, sorted."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def names_recipe(config: str) -> bool:
+    """Tell whether a value of `--config` is a recipe's name: a bare word, and no file of that name is here."""
+    return not Path(config).suffix and os.sep not in config and not os.path.isfile(config)
+
+
+def recipe_file(name: str) -> Path:
+    """Return a recipe's settings file.
+
+    Raises:
+        InputError: there is no such recipe; the message lists those there are.
+    """
+    names = recipe_names()
+    if name not in names:
+        close, listed = difflib.get_close_matches(name, names, n=1), ", ".join(names)
+        advice = f"did you mean {close[0]}? There are {listed}" if close else f"the recipes are {listed}"
+        raise InputError(f"--config {name}: no such file, and no recipe of that name; {advice}")
+    return RECIPES / f"{name}.yaml"
+
+
+def with_recipe_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe's settings with the paths of its files from anywhere.
+
+    The recipes name them as a checkout sees them (`recipes/bard`), so that they can be given as files as well.
+    """
+    return settings | {name: str(RECIPES.parent / settings[name]) for name in FILES if name in settings}

@@ -1,14 +1,11 @@
-"""Rows of optimizers and of LoRA methods.
+"""The tables of LoRA methods and of optimizers, one row each.
 
-The table of methods, each a preset of independent axes, not a layer class.
+A method is a preset of independent axes, not a layer class. The axes are the layer type (the function of base and
+factors), the scale of the product, the initial factors, the learning rate of B relative to A's, and events between steps
+(adapters/schedules.py). QLoRA is not in the table: it is any of these methods over a quantized base.
 
-The axes are the layer type (the function of base and factors), the scale of the product, the initial factors, the
-learning rate of B relative to A's, and events between steps (adapters/schedules.py). QLoRA is not in the table: it is
-any of these methods over a quantized base.
-
-The table of optimizers, one row each: how it is built, and the memory that the planner counts for it.
-
-To add an optimizer of mlx.optimizers, add a row: the flag's choices, the step and the planner read this table.
+A row of an optimizer says how it is built, and the memory that the planner counts for it. To add an optimizer of
+mlx.optimizers, add a row: the flag's choices, the step and the planner read this table.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Method:
-    """One preset.
+    """One LoRA method.
 
     Attributes:
         layer_type: `lora` (arXiv 2106.09685) or `dora` (2402.09353), a row of adapters/lora.py; `full` trains the
@@ -60,7 +57,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Optimizer:
-    """One row.
+    """One optimizer.
 
     Attributes:
         class_name: of the class in mlx.optimizers.

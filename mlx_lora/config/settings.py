@@ -1,8 +1,4 @@
-"""Model, Data, Adapter, Optimizer, Trainer, Serve sections; TrainSettings.
-
-The settings of `mlx-lora serve`, one row each, as in config.py.
-
-All settings of the program, one row each: name, type, default, and the attributes of `setting_row.Row`.
+"""All settings of training and of `mlx-lora serve`, one row each: name, type, default, and the attributes of `fields.Row`.
 
 The flag `--max-seq-length` is the field `max_seq_length`; the same name works in a YAML file. Options, checks, run.yaml
 and the rules of resumed and distributed runs follow from the rows, so a new setting is a new row and nothing else.
@@ -18,44 +14,6 @@ from mlx_lora.config.fields import row_of, setting
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.presets import OPTIMIZERS, PRESETS
 
-SERVER, LIMITS = "Server", "Limits"  # headings of the help
-
-
-# fmt: off
-@dataclass(frozen=True)
-class ServeSettings:
-    """A server's settings: what it offers, to whom, and its limits."""
-
-    host: str = setting("127.0.0.1", "Address to listen on; any other than this machine's own requires an API key.",
-        SERVER, common=True)
-    port: int = setting(8080, "Port to listen on; 0: any free one.", SERVER, common=True, at_least=0, at_most=65535)
-    api_key: str | None = setting(None,
-        "Key that clients must send as a bearer token; MLX_LORA_API_KEY sets it without showing it in process lists.",
-        SERVER, common=True)
-    allow_origin: str | None = setting(None,
-        "Web origins whose pages may use the server, separated by commas, such as https://example.org; "
-        "the server's own pages always may.", SERVER)
-    adapters_from: str | None = setting(None,
-        "Folder whose subfolders clients may load as adapters (default: none).", SERVER, common=True)
-    allow_hub: bool = setting(False, "Let clients load adapters from the hub.", SERVER)
-    adapter_memory: str | None = setting(None,
-        "Limit on memory for adapters, such as 2GB; the least recently used are evicted (default: no limit).", LIMITS)
-    prompt_cache: str = setting("256MB", "Limit on memory for the keys and values of earlier prompts.", LIMITS)
-    max_batch: int = setting(16, "Requests that are answered at the same time.", LIMITS, at_least=1, at_most=1024)
-    max_waiting: int = setting(64, "Requests that may wait in the queue; further ones get HTTP status 429.",
-        LIMITS, at_least=0, at_most=10**6)
-    max_tokens: int = setting(2048, "Maximum number of new tokens that a request may ask for.",
-        LIMITS, common=True, at_least=1, at_most=10**8)
-    max_context: int | None = setting(None,
-        "Maximum number of tokens of prompt and answer together (default: the model's own limit).",
-        LIMITS, at_least=2, at_most=10**8)
-    max_body: str = setting("1MB", "Largest request body.", LIMITS)
-    read_timeout: float = setting(10.0, "Seconds within which a request must arrive.",
-        LIMITS, more_than=0, at_most=10**6)
-    request_timeout: float = setting(300.0, "Seconds within which a request must be answered.",
-        LIMITS, more_than=0, at_most=10**6)
-
-
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "completions", "text")
 PAIRS = ("best", "all")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -70,6 +28,7 @@ DEFAULT_BATCH_TOKENS = 2048
 # Headings of the help.
 MODEL, ADAPTER, ONE_METHOD, TRAINING = "Model and data", "Adapter", "Settings of one method", "Training"
 OUTPUT, MEMORY, VALIDATION = "Output", "Memory and speed", "Validation and test"
+SERVER, LIMITS = "Server", "Limits"
 
 
 # fmt: off
@@ -307,6 +266,40 @@ class LoopSettings:
         OUTPUT, may_change=True, per_machine=True)
 
 
+@dataclass(frozen=True)
+class ServeSettings:
+    """A server's settings: what it offers, to whom, and its limits."""
+
+    host: str = setting("127.0.0.1", "Address to listen on; any other than this machine's own requires an API key.",
+        SERVER, common=True)
+    port: int = setting(8080, "Port to listen on; 0: any free one.", SERVER, common=True, at_least=0, at_most=65535)
+    api_key: str | None = setting(None,
+        "Key that clients must send as a bearer token; MLX_LORA_API_KEY sets it without showing it in process lists.",
+        SERVER, common=True)
+    allow_origin: str | None = setting(None,
+        "Web origins whose pages may use the server, separated by commas, such as https://example.org; "
+        "the server's own pages always may.", SERVER)
+    adapters_from: str | None = setting(None,
+        "Folder whose subfolders clients may load as adapters (default: none).", SERVER, common=True)
+    allow_hub: bool = setting(False, "Let clients load adapters from the hub.", SERVER)
+    adapter_memory: str | None = setting(None,
+        "Limit on memory for adapters, such as 2GB; the least recently used are evicted (default: no limit).", LIMITS)
+    prompt_cache: str = setting("256MB", "Limit on memory for the keys and values of earlier prompts.", LIMITS)
+    max_batch: int = setting(16, "Requests that are answered at the same time.", LIMITS, at_least=1, at_most=1024)
+    max_waiting: int = setting(64, "Requests that may wait in the queue; further ones get HTTP status 429.",
+        LIMITS, at_least=0, at_most=10**6)
+    max_tokens: int = setting(2048, "Maximum number of new tokens that a request may ask for.",
+        LIMITS, common=True, at_least=1, at_most=10**8)
+    max_context: int | None = setting(None,
+        "Maximum number of tokens of prompt and answer together (default: the model's own limit).",
+        LIMITS, at_least=2, at_most=10**8)
+    max_body: str = setting("1MB", "Largest request body.", LIMITS)
+    read_timeout: float = setting(10.0, "Seconds within which a request must arrive.",
+        LIMITS, more_than=0, at_most=10**6)
+    request_timeout: float = setting(300.0, "Seconds within which a request must be answered.",
+        LIMITS, more_than=0, at_most=10**6)
+
+
 # fmt: on
 
 
@@ -326,7 +319,7 @@ ROWS = {name: row_of(f) for name, f in FIELDS.items()}
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """All of a training run's settings, one section per stage."""
+    """All of a training run's settings, one section per topic."""
 
     model: ModelSettings
     data: DataSettings

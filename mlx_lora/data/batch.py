@@ -1,4 +1,7 @@
-"""TokenBatch, collate, select rows, split into parts."""
+"""A batch of encoded rows, ready for the loss: put together, cut into parts, and dealt out to ranks.
+
+Shapes: E examples, K rows of each, B = E K rows, T columns, P slots for trained targets.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,12 @@ from mlx_lora.data.teacher_table import TeacherTable
 
 EMPTY = -1  # the number of an example that is all padding
 SLOTS_STEP = 8  # P is a multiple of this
+# The number of slots for a part's targets has this many possible values, so that targets that are spread unevenly do
+# not make a new shape, which must be compiled, again and again.
+SIZES = 8
+# The slots for a share's targets increase in steps of this fraction of an even share, which makes few shapes and wastes
+# little of the head's work.
+ROOM_STEP = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class Batch:
         starts: (B, K) int32, as in `EncodedSet`; None: a row holds one text.
         numbers: (B,) row numbers in the encoded set, EMPTY for padding; None: not from a set.
         answers: (B, T) bool, the trained targets that belong to an answer; None: all of them.
-        shares: the factor on the likelihood, and the divergence, that the loss uses for this batch (objective_loss.py).
+        shares: the factor on the likelihood, and the divergence, that the loss uses for this batch (objectives/task.py).
         sampled: name -> (B,) or (B, T) float32 of rows whose answers were sampled (rollouts/rollout.py); None: others.
         table: what a teacher says about the trained targets of the encoded set's rows; None: nothing.
     """
@@ -176,11 +185,6 @@ def collate(rows: EncodedSet, numbers: np.ndarray, width: int, slots: int) -> Ba
     )  # fmt: skip
 
 
-# The number of slots for a part's targets has this many possible values, so that targets that are spread unevenly do
-# not make a new shape, which must be compiled, again and again.
-SIZES = 8
-
-
 def split_rows(batch: Batch, parts: int) -> list[Batch]:
     """Cut a batch (B, T) into up to `parts` batches of ceil(B / parts) rows, all of one shape; the rows of an example stay together.
 
@@ -202,11 +206,6 @@ def split_rows(batch: Batch, parts: int) -> list[Batch]:
     slots = next(size for size in sizes if size >= needed)
     # The real tokens of each part are not known here; only their sum counts.
     return [batch.take(numbers[start : start + count], slots, 0 if start else batch.real_tokens) for start in starts]
-
-
-# The slots for a share's targets increase in steps of this fraction of an even share, which makes few shapes and wastes
-# little of the head's work.
-ROOM_STEP = 1 / 16
 
 
 def share_of(batch: Batch, rows: np.ndarray) -> Batch:

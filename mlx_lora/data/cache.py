@@ -3,8 +3,8 @@
     <cache>/encoded/<key>/entry.json                 fingerprints, and details that the caller stores
                           train.tokens.npy ...       the arrays of each set, mapped into memory when read
 
-The key covers everything that decides the arrays: the data files' bytes, tokenizer, templates, settings, seed, and this
-stage's code. An entry is written completely or not at all, and a damaged entry counts as absent. At most MAX_ENTRIES
+The key covers everything that decides the arrays: the data files' bytes, tokenizer, templates, settings, seed, and the
+code in `data/`. An entry is written completely or not at all, and a damaged entry counts as absent. At most MAX_ENTRIES
 entries and MAX_BYTES are kept, the most recently used ones.
 """
 
@@ -166,9 +166,9 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def _code_hash() -> str:
     """Return a hash of the code that reads and encodes data: if it changes, old arrays must not be used."""
     digest = hashlib.sha256()
-    for package, suffix in (("mlx_lora.data", ".py"), ("mlx_lora.data", ".jinja")):
-        folder = resources.files(package)
-        for file in (folder / "templates" if suffix == ".jinja" else folder).iterdir():
+    folder = resources.files("mlx_lora.data")
+    for part, suffix in ((folder, ".py"), (folder / "templates", ".jinja")):
+        for file in part.iterdir():
             if file.name.endswith(suffix):
                 digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()

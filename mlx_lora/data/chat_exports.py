@@ -1,14 +1,13 @@
-"""Recognize a chat export by its content, whatever its name, and read its messages.
-
-Turn a chat export into conversations in which one person's messages are the answers (--speaker).
+"""Read a chat export as conversations in which one person's messages are the answers (--speaker).
 
     Ben     18:22  Are you coming?            user        Are you coming?
     Marta   18:23  In ten minutes.        ->  assistant   In ten minutes.
     Marta   18:23  Bring the keys?                        Bring the keys?
 
-Consecutive messages of one side are one turn, a line each. A pause of --conversation-gap hours begins a new conversation.
-In a chat of more than two, each line of the others begins with its writer's name. Left out, and counted: a conversation's
-messages before anyone else has written, because they answer nothing, and those after the last answer.
+An export is recognized by its content, whatever its name. Consecutive messages of one side are one turn, a line each. A
+pause of --conversation-gap hours begins a new conversation. In a chat of more than two, each line of the others begins
+with its writer's name. Left out, and counted: a conversation's messages before anyone else has written, because they
+answer nothing, and those after the last answer.
 """
 
 from __future__ import annotations
@@ -43,7 +42,11 @@ from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.text import counted, did_you_mean
 
 HEAD_BYTES = 1 << 17  # of a file, to recognize it by
+MOST_NAMED = 8  # speakers that a message lists
+CHARACTERS_PER_TOKEN = 2  # at least, also in languages that the tokenizer knows little of
+OF_A_TURN = 20  # characters that a template puts around a turn, about
 WHATSAPP, TELEGRAM, IMESSAGE, TRANSCRIPT = "WhatsApp chat", "Telegram chat", "iMessage chat", "transcript"
+OPENING, UNANSWERED, ELSEWHERE = "opening", "unanswered", "elsewhere"
 
 
 def chat_kind(path: Path) -> str | None:
@@ -83,12 +86,6 @@ def read_chats(path: Path) -> ChatExport | None:
     lines = text.split("\n")
     read = {WHATSAPP: read_whatsapp, IMESSAGE: read_imessage, TRANSCRIPT: read_transcript}[kind]
     return ChatExport(kind, [read(lines)])
-
-
-MOST_NAMED = 8  # speakers that a message lists
-CHARACTERS_PER_TOKEN = 2  # at least, also in languages that the tokenizer knows little of
-OF_A_TURN = 20  # characters that a template puts around a turn, about
-OPENING, UNANSWERED, ELSEWHERE = "opening", "unanswered", "elsewhere"
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,19 @@
-"""What a chat export holds: the messages of one chat or several, and counts of what was left out.
+"""Read the files that chat programs export: messages in order, and counts of what was left out.
 
-Read the JSON that Telegram Desktop exports: one chat (`messages`), or all of an account (`chats`: `list`).
+Telegram Desktop writes JSON: one chat (`messages`), or all of an account (`chats`: `list`). Messages have `from`, `date`,
+and `text`, which is a string or a list of strings and entities (links, bold text, custom emoji), each with its text.
 
-Messages have `from`, `date`, and `text`, which is a string or a list of strings and entities (links, bold text, custom
-emoji), each with its text.
-
-Read chats as text: what imessage-exporter writes, and transcripts with a name at the beginning of each line.
+imessage-exporter (https://github.com/ReagentX/imessage-exporter, its format `txt`) writes blocks. A transcript has a name
+at the beginning of each line:
 
     May 17, 2022  5:29:42 PM (Read by you after 3 minutes)         Marta: Are you coming?
     Marta                                                          Ben: In ten minutes.
     Are you coming?                                                Bring the keys?
 
-Source of the first: https://github.com/ReagentX/imessage-exporter, its format `txt`.
-
-Read WhatsApp's exports, as phones write them in many languages.
+WhatsApp writes text, in the language of the phone:
 
     iPhone    [12.03.24, 18:22:11] Marta: Are you coming?          a mark U+200E precedes what Marta did not write herself:
-              [12.03.24, 18:22:40] Marta: \u200eimage omitted      media, calls, and notices
+              [12.03.24, 18:22:40] Marta: ‎image omitted      media, calls, and notices
     Android   12/03/2024, 18:22 - Marta: Are you coming?           a notice has no name: 12/03/2024, 18:22 - Ben left
               3/12/24, 6:22 PM - Marta: <Media omitted>
 
@@ -39,6 +36,7 @@ from typing import Any
 SYSTEM_LINE, MEDIA, DELETED, FORWARDED = "system line", "media message", "deleted message", "forwarded message"
 # Marks that set the direction of writing, and a byte order mark within the text; they are no part of what was written.
 MARKS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+LOOKED_AT = 400  # lines of a file's beginning
 
 
 @dataclass(frozen=True)
@@ -93,6 +91,8 @@ def plain(text: str) -> str:
     return re.sub("[\u00a0\u202f]", " ", MARKS.sub("", text)).strip()
 
 
+# Telegram
+
 # What only this export has: the type of a chat. Its own program writes it before the messages.
 CHAT_TYPE = re.compile(
     r'"type"\s*:\s*"(?:personal_chat|bot_chat|saved_messages|(?:private|public)_(?:group|supergroup|channel))"'
@@ -120,14 +120,14 @@ def read_telegram(value: Any) -> list[Chat] | None:
         for message in messages:
             number += 1
             if isinstance(message, dict):
-                _add(chat, message, number)
+                _add_telegram(chat, message, number)
         found.append(chat)
     return found or None
 
 
-def _add(chat: Chat, message: dict[str, Any], number: int) -> None:
+def _add_telegram(chat: Chat, message: dict[str, Any], number: int) -> None:
     """Add a message to its chat, or count why it is left out."""
-    text = plain(_text(message.get("text")))
+    text = plain(_telegram_text(message.get("text")))
     if message.get("type") != "message":
         chat.left_out[SYSTEM_LINE] += 1
     elif message.get("forwarded_from") is not None or message.get("via_bot") is not None:
@@ -137,10 +137,10 @@ def _add(chat: Chat, message: dict[str, Any], number: int) -> None:
     else:
         speaker = message.get("from")
         name = plain(speaker) if isinstance(speaker, str) else ""
-        chat.messages.append(ChatMessage(number, name or NOBODY, text, _moment(message.get("date"))))
+        chat.messages.append(ChatMessage(number, name or NOBODY, text, _telegram_moment(message.get("date"))))
 
 
-def _text(text: Any) -> str:
+def _telegram_text(text: Any) -> str:
     """Return a message's text, with that of its entities."""
     if isinstance(text, str):
         return text
@@ -150,12 +150,14 @@ def _text(text: Any) -> str:
     )
 
 
-def _moment(date: Any) -> datetime | None:
+def _telegram_moment(date: Any) -> datetime | None:
     try:
         return datetime.fromisoformat(date).replace(tzinfo=None)
     except (TypeError, ValueError):
         return None
 
+
+# iMessage
 
 DATE = re.compile(r"(?P<date>[A-Z][a-z]{2} \d{1,2}, \d{4}) +(?P<time>\d{1,2}:\d{2}:\d{2} [AP]M)(?P<more>.*)")
 READ_BY = re.compile(r"(?: \(.*\))?")
@@ -166,10 +168,6 @@ EFFECT = re.compile(r"Sent with [A-Z][\w ]{2,20}")
 UNSENT = re.compile(r".{1,60} unsent (?:a|this) message.*")
 LATER = re.compile(r"Edited .{1,60} later: (?P<text>.*)")
 INDENT = "    "
-SAID = re.compile(r"(?P<name>[^\W\d_][\w .'’-]{0,39}):[ \t]+(?P<text>\S.*)")
-LOOKED_AT = 400  # lines of a file's beginning
-MOST_SPEAKERS = 12
-LEAST_TURNS = 4
 
 
 def is_imessage(lines: Sequence[str]) -> bool:
@@ -221,6 +219,13 @@ def _add_block(chat: Chat, start: int, block: list[str]) -> None:
         chat.messages.append(ChatMessage(start, plain(block[1]), text, when))
 
 
+# Transcripts
+
+SAID = re.compile(r"(?P<name>[^\W\d_][\w .'’-]{0,39}):[ \t]+(?P<text>\S.*)")
+MOST_SPEAKERS = 12
+LEAST_TURNS = 4
+
+
 def is_transcript(lines: Sequence[str]) -> bool:
     """Tell whether most lines of a text begin with one of a few names and a colon."""
     written = [line for line in lines[:LOOKED_AT] if line.strip()]
@@ -251,6 +256,8 @@ def read_transcript(lines: Iterable[str]) -> Chat:
     ]
     return chat
 
+
+# WhatsApp
 
 LRM = "\u200e"
 S = "[ \t\u00a0\u202f]"
@@ -304,7 +311,7 @@ EDITED = re.compile(
     re.IGNORECASE,
 )
 FILE_NAME = re.compile(r"\.\w{2,5}>")
-WHATSAPP_LOOKED_AT = 200  # lines of a file's beginning
+WHATSAPP_LOOKED_AT = 200  # the same for WhatsApp
 
 
 @dataclass
@@ -376,10 +383,10 @@ def _moments(found: list[_Line]) -> list[datetime | None]:
     """Return when each message was written, by the order of day and month under which the dates go forward."""
     orders = {"ymd": (0, 1, 2), "dmy": (2, 1, 0), "mdy": (2, 0, 1)}
     if any(one.date[0] > 31 for one in found):
-        return [_moment_of_line(one, orders["ymd"]) for one in found]
+        return [_read_moment(one, orders["ymd"]) for one in found]
     slashed = any(one.half for one in found)  # of those who write 3/12 for March 12, most have a clock of 12 hours
     tried = {
-        name: [_moment_of_line(one, orders[name]) for one in found]
+        name: [_read_moment(one, orders[name]) for one in found]
         for name in (("mdy", "dmy") if slashed else ("dmy", "mdy"))
     }
 
@@ -391,7 +398,7 @@ def _moments(found: list[_Line]) -> list[datetime | None]:
     return tried[min(tried, key=fits)]
 
 
-def _moment_of_line(one: _Line, order: tuple[int, int, int]) -> datetime | None:
+def _read_moment(one: _Line, order: tuple[int, int, int]) -> datetime | None:
     year, month, day = (one.date[i] for i in order)
     hour, minute, second = one.time
     if one.half and hour <= 12:

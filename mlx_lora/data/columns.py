@@ -31,7 +31,7 @@ PREFERENCE_PAIRS = (
 )
 # A row with a list of several answers compares them by scores or ranks; one with a rating says whether an answer is good.
 ANSWER_LISTS, RATING_COLUMNS = ("completions", "answers"), ("label", "kto_tag")
-# What a row has beside its prompt and answers, under names of our own.
+# What a row has in addition to its prompt and answers, under names of our own.
 _COMPARED = tuple(name for pair in PREFERENCE_PAIRS for name in pair)
 _BESIDE = ("system", "history", "tools", "functions", "chat_template_kwargs", "margin")
 _WHOLE = ("messages", "conversations", "conversation", "text")

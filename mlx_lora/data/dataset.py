@@ -26,11 +26,11 @@ class EncodedSet:
         offsets: (R + 1,) int64; row i is tokens[offsets[i]:offsets[i + 1]].
         group: Rows per example, K: the two answers of a pair are rows 2 i and 2 i + 1. Batches keep them together.
         trained_rows: How many rows of each example are trained, the first ones; the others are only measured. None: all.
-        labels: (R,) float32, what the data says about a row beside its tokens; None: nothing. (R, K) with `starts`.
+        labels: (R,) float32, what the data says about a row in addition to its tokens; None: nothing. (R, K) with `starts`.
         answers: (N,) bool, the trained targets that belong to an answer; None: all of them.
         reference: (R,) float32, log-probability of each row's answer under the reference; None: not computed. It follows
             from the other arrays and the base, and is not part of the fingerprint. (R, K) with `starts`.
-        facts: What rewards see of each example, beside its tokens; None: nothing. They are not part of the fingerprint.
+        facts: What rewards see of each example in addition to its tokens; None: nothing. They are not part of the fingerprint.
         starts: (R, K) int32, for rows with a prompt followed by K answers: where each answer starts (objectives/prefix_sharing.py);
             None: a row holds one text.
         teacher: The same rows as a teacher sees them, with another prompt before the same trained targets, or for

@@ -1,4 +1,7 @@
-"""Find rows that nearly repeat each other, so that they are not on both sides of the split.
+"""Find rows that repeat, or nearly repeat, each other.
+
+They must not be on both sides of the split. And a right answer to a row that the run trained on shows that the model
+remembers it, and not that it can do the same with other questions, so an evaluation counts such rows.
 
 Two rows are near duplicates if both their prompts and their answers are: at least 70% of the runs of three words that
 either has are in both (Jaccard similarity). Upper and lower case, punctuation and spaces do not count. Copies with a typo,
@@ -14,12 +17,7 @@ costs little here: a row changes its side.
 Because runs of a template are left out, few rows share any of those that remain. So all pairs are counted exactly, where
 MinHash would estimate (docs/decisions.md).
 
-Keep rows that nearly repeat each other on one side of the split, and count those that a validation file has.
-
-Count the measured rows that repeat, or nearly repeat, rows that a run trained on.
-
-A right answer to such a row shows that the model remembers it, and not that it can do the same with other questions. What
-nearly repeats is decided as in data/duplicates.py, on the rows' own texts: what is read, and what is trained.
+Shapes: R rows, W words of all rows together, P pairs.
 """
 
 from __future__ import annotations
@@ -46,17 +44,21 @@ from mlx_lora.utils.text import counted
 
 SIMILAR = 0.7
 WORDS = 3  # in a run
-FEW_ROWS, MOST_ROWS, SHARE_OF_ROWS = (
-    3,
-    10,
-    10,
-)  # a run in more rows than this (a tenth of them, from 3 to 10) is a template's
+# A run in more rows than this (a tenth of them, from 3 to 10) is a template's.
+FEW_ROWS, MOST_ROWS, SHARE_OF_ROWS = 3, 10, 10
 MOST_RUNS = 8_000_000  # of a side that are compared; of more, every second, third ... by their hash
 _IDEOGRAM = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # written without spaces, so that each is a word
 WORD = re.compile(rf"[{_IDEOGRAM}]|[^\W_{_IDEOGRAM}]+")
 # Odd numbers of 64 bits, which mix the words of a run into a hash (from SplitMix64 and MurmurHash3).
 FACTORS, MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB), 0xFF51AFD7ED558CCD
 PAD = 0  # the number of no word, after a text of one or two
+MOST_TOGETHER = 0.5  # of the rows; if more nearly repeat each other, they are split row by row
+NAMED = 3  # pairs of lines that a note names
+TRAIN, VALID = "train", "valid"
+MOST_SHOWN = 60  # characters of a row that stands for the others
+
+
+# Pairs of similar rows
 
 
 @dataclass(frozen=True)
@@ -182,9 +184,7 @@ def _equal_pairs(prompts: np.ndarray, answers: np.ndarray) -> np.ndarray:
     return order[:-1][equal] * count + order[1:][equal]
 
 
-MOST_TOGETHER = 0.5  # of the rows; if more nearly repeat each other, they are split row by row
-NAMED = 3  # pairs of lines that a note names
-TRAIN, VALID = "train", "valid"
+# Repeats across the split
 
 
 @dataclass(frozen=True)
@@ -329,7 +329,7 @@ def _place(location: Location) -> str:
     return f"{location.file} {location.unit} {location.line}"
 
 
-MOST_SHOWN = 60  # characters of a row that stands for the others
+# Measured rows that the run has seen
 
 
 @dataclass(frozen=True)
@@ -367,8 +367,8 @@ def seen_rows(measured: EncodedSet, trained: EncodedSet, tokenizer: PreTrainedTo
         tokenizer: that encoded them.
     """
     numbers: dict[tuple[str, str], int] = {}
-    known = {numbers.setdefault(sides, len(numbers)) for sides in _sides_of_rows(trained, tokenizer)}
-    asked = [numbers.setdefault(sides, len(numbers)) for sides in _sides_of_rows(measured, tokenizer)]
+    known = {numbers.setdefault(sides, len(numbers)) for sides in _row_sides(trained, tokenizer)}
+    asked = [numbers.setdefault(sides, len(numbers)) for sides in _row_sides(measured, tokenizer)]
     pairs = near_pairs([Completion(*sides) for sides in numbers])
     near = set(known)
     for one, other in zip(pairs.first.tolist(), pairs.second.tolist(), strict=True):
@@ -378,7 +378,7 @@ def seen_rows(measured: EncodedSet, trained: EncodedSet, tokenizer: PreTrainedTo
     return SeenRows(len(found), exact, len(asked), _question(measured, found[0], tokenizer) if found else "")
 
 
-def _sides_of_rows(rows: EncodedSet, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
+def _row_sides(rows: EncodedSet, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
     """Yield what is read and what is trained of each row, without control tokens."""
     for number in range(len(rows)):
         tokens, mask = rows.row(number)

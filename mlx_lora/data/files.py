@@ -1,11 +1,6 @@
-"""`--data` to files per split; weights, sheets.
+"""Find the files that `--data` names: one data set or several, with weights and sheets; and read the file of `--tools`.
 
-Read the tools that a model is shown from a file: a JSON list of them, or the first row of a data set that has some.
-
-Find the files of each split that `--data` names.
-
-Read `--data` as one data set or several: `a.jsonl`, `a.jsonl=2,b/`, `book.xlsx#Sheet2`.
-
+    a.jsonl,b/     two data sets, a file and a folder
     a.jsonl=2      each epoch has the set's training rows twice; 0.5: the same half of them in every epoch
     book.xlsx#B    the sheet B of an Excel file
 
@@ -30,40 +25,6 @@ from mlx_lora.utils.downloads import tiny_shakespeare
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_json
 
-
-def read_tools(file: str) -> list[dict[str, Any]]:
-    """Return the tools in a file, each `{type, function: {name, ...}}`.
-
-    Args:
-        file: `.json` with a list, or with an object that has `tools`; `.jsonl`, whose first row with `tools` counts.
-
-    Raises:
-        InputError: there is no such file, or it has no tools.
-    """
-    path = Path(file).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        rows = (
-            [parse_json(line) for line in text.splitlines() if line.strip()]
-            if path.suffix == ".jsonl"
-            else [parse_json(text)]
-        )
-    except OSError as error:
-        raise InputError(
-            f"--tools {file}: cannot be read ({error.strerror}); give a JSON file with a list of tools"
-        ) from None
-    except ValueError as error:
-        raise InputError(f"--tools {file}: not valid JSON ({error}); give a JSON file with a list of tools") from None
-    lists = [row if isinstance(row, list) else row.get("tools") for row in rows if isinstance(row, list | dict)]
-    try:
-        found = next((tools for tools in map(tools_of, lists) if tools), None)
-    except FormatError as error:
-        raise InputError(f"--tools {file}: {error}") from None
-    if found is None:
-        raise InputError(f"--tools {file}: no tools in it; give a list of objects, or rows with the field tools")
-    return found
-
-
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -77,6 +38,134 @@ TINY_SHAKESPEARE = "tiny-shakespeare"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SHARD = re.compile(r"(?P<split>[a-z]+)(-\d{5}-of-\d{5}.*)?")  # the hub's names for the parts of one split
 NOT_DATA = re.compile(r"(readme|license|requirements|dataset_infos?|config|notice)\b.*", re.IGNORECASE)
+MAX_WEIGHT = 1000.0
+
+
+# Several data sets
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of a data set.
+
+    Attributes:
+        path: The file.
+        name: Its name in messages, which no other file of the run has.
+        sheet: The sheet of an .xlsx file; None: the first.
+    """
+
+    path: Path
+    name: str
+    sheet: str | None = None
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One of the sets that `--data` names.
+
+    Attributes:
+        name: As `--data` has it, without its weight.
+        weight: How often each epoch has its training rows.
+        splits: `train`, `valid`, `test` -> the split's files.
+    """
+
+    name: str
+    weight: float
+    splits: dict[str, tuple[DataFile, ...]]
+
+
+def find_sets(data: str) -> list[DataSet]:
+    """Return the sets that `--data` names, with their files; each can be opened.
+
+    Raises:
+        InputError: a set is not there, or has a file of an unknown kind.
+    """
+    sets = []
+    for name, weight in named_sets(data):
+        path, sheet = _sheet(name)
+        splits = find_splits(path)
+        for file in (file for files in splits.values() for file in files):
+            check_file(file)
+        sets.append((name, weight, {split: [(file, sheet) for file in files] for split, files in splits.items()}))
+    names = _names([file for _, _, splits in sets for files in splits.values() for file, _ in files])
+    names |= {file: f"the given {file.stem} list" for file in names if shown_data(str(file)) == GIVEN}
+    return [
+        DataSet(
+            name,
+            weight,
+            {key: tuple(DataFile(file, names[file], sheet) for file, sheet in files) for key, files in splits.items()},
+        )
+        for name, weight, splits in sets
+    ]
+
+
+def named_sets(data: str) -> list[tuple[str, float]]:
+    """Return the names of the sets that `--data` names, each with its weight, without looking into them.
+
+    Raises:
+        InputError: a weight is no number, or outside of its range.
+    """
+    parts, found, start = data.split(","), [], 0
+    while start < len(parts):
+        # The longest run of parts that exists is one name, in which the commas belong.
+        ends = range(len(parts), start, -1)
+        whole = {end: _name_and_weight(",".join(parts[start:end])) for end in ends}
+        end = next((end for end in ends if _exists(whole[end][0]) and "," not in (whole[end][1] or "")), start + 1)
+        name, weight = whole[end]
+        if name:
+            found.append((name, _weight(name, weight)))
+        start = end
+    if not found:
+        raise InputError(f"--data {data}: names no file; give a file, a folder, a dataset id, or several by comma")
+    return found
+
+
+def is_local(name: str) -> bool:
+    """Tell whether a set is on this disk, a recipe's among them, and not on the hub."""
+    return _exists(name) or name in recipe_names()
+
+
+def _name_and_weight(text: str) -> tuple[str, str | None]:
+    """Split `name=weight`, unless the whole is the name of something that exists."""
+    text = text if _exists(text) else text.strip()
+    name, equals, weight = text.rpartition("=")
+    return (text, None) if _exists(text) or not equals else (name, weight)
+
+
+def _weight(name: str, text: str | None) -> float:
+    try:
+        weight = 1.0 if text is None else float(text)
+    except ValueError:
+        weight = 0.0
+    if not 0 < weight <= MAX_WEIGHT:
+        raise InputError(f"--data {name}={text}: a weight must be a number above 0 and at most {MAX_WEIGHT:g}")
+    return weight
+
+
+def _exists(name: str) -> bool:
+    path, _ = _sheet(name)
+    return bool(name.strip()) and Path(path).expanduser().exists()
+
+
+def _sheet(name: str) -> tuple[str, str | None]:
+    """Split `book.xlsx#Sheet`, unless that is the name of a file."""
+    path, mark, sheet = name.rpartition("#")
+    if not mark or not path.lower().endswith(".xlsx") or Path(name).expanduser().exists():
+        return name, None
+    return path, sheet
+
+
+def _names(files: list[Path]) -> dict[Path, str]:
+    """Return a name for each file: its own, with as many folders before it as tell it from the others."""
+    names, depth = {file: file.name for file in files}, 1
+    while len(set(names.values())) < len(names) and depth < max(len(file.parts) for file in files):
+        depth += 1
+        often = Counter(names.values())
+        names = {file: "/".join(file.parts[-depth:]) if often[name] > 1 else name for file, name in names.items()}
+    return names
+
+
+# The files of one data set
 
 
 def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
@@ -151,7 +240,7 @@ def _named_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """Return the data files of a folder; Markdown beside others than texts describes them."""
+    """Return the data files of a folder; Markdown among other files than texts describes them."""
     if not folder.is_dir():
         return []
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
@@ -178,125 +267,37 @@ def _not_found(data: str, path: Path) -> str:
     )
 
 
-MAX_WEIGHT = 1000.0
+# Tools
 
 
-@dataclass(frozen=True)
-class DataFile:
-    """A file of a data set.
+def read_tools(file: str) -> list[dict[str, Any]]:
+    """Return the tools in a file, each `{type, function: {name, ...}}`.
 
-    Attributes:
-        path: The file.
-        name: Its name in messages, which no other file of the run has.
-        sheet: The sheet of an .xlsx file; None: the first.
-    """
-
-    path: Path
-    name: str
-    sheet: str | None = None
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """One of the sets that `--data` names.
-
-    Attributes:
-        name: As `--data` has it, without its weight.
-        weight: How often each epoch has its training rows.
-        splits: `train`, `valid`, `test` -> the split's files.
-    """
-
-    name: str
-    weight: float
-    splits: dict[str, tuple[DataFile, ...]]
-
-
-def named_sets(data: str) -> list[tuple[str, float]]:
-    """Return the names of the sets that `--data` names, each with its weight, without looking into them.
+    Args:
+        file: `.json` with a list, or with an object that has `tools`; `.jsonl`, whose first row with `tools` counts.
 
     Raises:
-        InputError: a weight is no number, or outside of its range.
+        InputError: there is no such file, or it has no tools.
     """
-    parts, found, start = data.split(","), [], 0
-    while start < len(parts):
-        # The longest run of parts that exists is one name, in which the commas belong.
-        ends = range(len(parts), start, -1)
-        whole = {end: _name_and_weight(",".join(parts[start:end])) for end in ends}
-        end = next((end for end in ends if _exists(whole[end][0]) and "," not in (whole[end][1] or "")), start + 1)
-        name, weight = whole[end]
-        if name:
-            found.append((name, _weight(name, weight)))
-        start = end
-    if not found:
-        raise InputError(f"--data {data}: names no file; give a file, a folder, a dataset id, or several by comma")
-    return found
-
-
-def is_local(name: str) -> bool:
-    """Tell whether a set is on this disk, a recipe's among them, and not on the hub."""
-    return _exists(name) or name in recipe_names()
-
-
-def find_sets(data: str) -> list[DataSet]:
-    """Return the sets that `--data` names, with their files; each can be opened.
-
-    Raises:
-        InputError: a set is not there, or has a file of an unknown kind.
-    """
-    sets = []
-    for name, weight in named_sets(data):
-        path, sheet = _sheet(name)
-        splits = find_splits(path)
-        for file in (file for files in splits.values() for file in files):
-            check_file(file)
-        sets.append((name, weight, {split: [(file, sheet) for file in files] for split, files in splits.items()}))
-    names = _names([file for _, _, splits in sets for files in splits.values() for file, _ in files])
-    names |= {file: f"the given {file.stem} list" for file in names if shown_data(str(file)) == GIVEN}
-    return [
-        DataSet(
-            name,
-            weight,
-            {key: tuple(DataFile(file, names[file], sheet) for file, sheet in files) for key, files in splits.items()},
-        )
-        for name, weight, splits in sets
-    ]
-
-
-def _name_and_weight(text: str) -> tuple[str, str | None]:
-    """Split `name=weight`, unless the whole is the name of something that exists."""
-    text = text if _exists(text) else text.strip()
-    name, equals, weight = text.rpartition("=")
-    return (text, None) if _exists(text) or not equals else (name, weight)
-
-
-def _weight(name: str, text: str | None) -> float:
+    path = Path(file).expanduser()
     try:
-        weight = 1.0 if text is None else float(text)
-    except ValueError:
-        weight = 0.0
-    if not 0 < weight <= MAX_WEIGHT:
-        raise InputError(f"--data {name}={text}: a weight must be a number above 0 and at most {MAX_WEIGHT:g}")
-    return weight
-
-
-def _exists(name: str) -> bool:
-    path, _ = _sheet(name)
-    return bool(name.strip()) and Path(path).expanduser().exists()
-
-
-def _sheet(name: str) -> tuple[str, str | None]:
-    """Split `book.xlsx#Sheet`, unless that is the name of a file."""
-    path, mark, sheet = name.rpartition("#")
-    if not mark or not path.lower().endswith(".xlsx") or Path(name).expanduser().exists():
-        return name, None
-    return path, sheet
-
-
-def _names(files: list[Path]) -> dict[Path, str]:
-    """Return a name for each file: its own, with as many folders before it as tell it from the others."""
-    names, depth = {file: file.name for file in files}, 1
-    while len(set(names.values())) < len(names) and depth < max(len(file.parts) for file in files):
-        depth += 1
-        often = Counter(names.values())
-        names = {file: "/".join(file.parts[-depth:]) if often[name] > 1 else name for file, name in names.items()}
-    return names
+        text = path.read_text(encoding="utf-8-sig")
+        rows = (
+            [parse_json(line) for line in text.splitlines() if line.strip()]
+            if path.suffix == ".jsonl"
+            else [parse_json(text)]
+        )
+    except OSError as error:
+        raise InputError(
+            f"--tools {file}: cannot be read ({error.strerror}); give a JSON file with a list of tools"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"--tools {file}: not valid JSON ({error}); give a JSON file with a list of tools") from None
+    lists = [row if isinstance(row, list) else row.get("tools") for row in rows if isinstance(row, list | dict)]
+    try:
+        found = next((tools for tools in map(tools_of, lists) if tools), None)
+    except FormatError as error:
+        raise InputError(f"--tools {file}: {error}") from None
+    if found is None:
+        raise InputError(f"--tools {file}: no tools in it; give a list of objects, or rows with the field tools")
+    return found

@@ -173,7 +173,7 @@ def _paths(sets: Sequence[DataSet]) -> dict[str, list[Path]]:
 
 
 def _mixed(sets: Sequence[DataSet]) -> list[Any]:
-    """Return what the cache must tell apart beside the files' content: weights, sheets, and which file is whose."""
+    """Return what the cache must tell apart in addition to the files' content: weights, sheets, and which file is whose."""
     parts = [
         [one.weight, {key: [(f.name, f.sheet) for f in files] for key, files in one.splits.items()}] for one in sets
     ]

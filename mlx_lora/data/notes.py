@@ -1,11 +1,10 @@
-"""Find placeholders that were left in the data: `{{name}}`, `<insert ...>`, and `{name}` in prose.
+"""Say what a person should know about the data before training, in addition to the counts of the report.
 
-Data about templates, and code, have such braces on purpose, so text between code fences or backticks does not count, and
-`{name}` does not where its line has other signs of code. It is a note, and never an error.
+Among the notes are two on what the data teaches: plain text teaches no answering, and a template may not show tools.
 
-Say what a person should know about the data before training, beside the counts of the report.
-
-Say what the data teaches and what it does not: plain text teaches no answering, and a template may not show tools.
+Another is on placeholders that were left in the data: `{{name}}`, `<insert ...>`, and `{name}` in prose. Data about
+templates, and code, have such braces on purpose, so text between code fences or backticks does not count, and `{name}`
+does not where its line has other signs of code. It is a note, and never an error.
 """
 
 from __future__ import annotations
@@ -31,68 +30,21 @@ from mlx_lora.data.tokenize import Encoded, Encoder
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import counted
 
+MAX_CONTROLS = 5  # control tokens that get a note of their own
+MAX_NAMED = 3  # placeholders that a note names
+LOOKED_AT = 1000  # records
+# A text that was rendered with a template before: it has turns, and teaches answering.
+RENDERED = re.compile(
+    r"### ?(?:Response|Assistant)\b|\[/INST\]|<\|?(?:im_start|start_of_turn|turn|assistant|start_header_id)\b"
+)
+OUR_TEMPLATE = "--chat-template chatml"
+# Placeholders, and code, in which they are none.
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 # Not after what makes it LaTeX (\frac{{a}}{{b}}), HTML or a longer run of braces.
 DOUBLE = re.compile(r"(?<![\\{$>\w}^])\{\{ ?[A-Za-z][\w .-]{1,40}\}\}(?![}<{])")
 INSERT = re.compile(r"(?i)[<\[]insert (?:your |the |an? )?[\w' -]{2,60}[>\]]")
 SINGLE = re.compile(r"(?<![\\{$\w}^])\{[a-z][a-z_]{2,30}\}(?![\w{}^])")
 CODE_LINE = re.compile(r"""["=;$\\<>|&#]|(?<!\w)'|\bf'|[({\[]\s*$""")
-MAX_NAMED = 3
-
-
-def placeholder_notes(parts: dict[str, Rows]) -> list[str]:
-    """Return a note on the rows with placeholders, with their locations; nothing if there are none."""
-    found: dict[str, None] = {}
-    locations: dict[Location, None] = {}
-    for rows in parts.values():
-        for entry, location in zip(rows.entries, rows.locations, strict=True):
-            for text in placeholders(entry):
-                found[text] = None
-                locations[location] = None
-    if not locations:
-        return []
-    named = ", ".join(list(found)[:MAX_NAMED])
-    have = "has a placeholder" if len(locations) == 1 else "have placeholders"
-    first = where(list(locations)[:MAX_LISTED], len(locations))
-    return [f"{counted(len(locations), 'row')} {have} such as {named}: {first}; fill them in, or remove the rows"]
-
-
-def placeholders(entry: Entry) -> list[str]:
-    """Return the placeholders in the texts of an entry."""
-    return [match for text, is_prose in _texts(entry) for match in _found(text, is_prose)]
-
-
-def _texts(entry: Entry) -> Iterator[tuple[str, bool]]:
-    """Yield the texts of an entry, each with whether people talk in it."""
-    for answer in answers_of(entry):
-        yield from _texts_of(answer)
-
-
-def _texts_of(example: Example) -> Iterator[tuple[str, bool]]:
-    if isinstance(example, Conversation):
-        for message in example.messages:
-            if message["role"] != "tool":
-                yield message.get("content") or "", True
-    elif isinstance(example, Completion):
-        yield example.prompt, True
-        yield example.completion, True
-    else:
-        yield example.text, False
-
-
-def _found(text: str, is_prose: bool) -> Iterator[str]:
-    if "{" not in text and "insert" not in text.lower():
-        return
-    text = CODE.sub("", text)
-    yield from DOUBLE.findall(text)
-    yield from INSERT.findall(text)
-    if is_prose:
-        for line in text.splitlines():
-            if "{" in line and not CODE_LINE.search(line):
-                yield from SINGLE.findall(line)
-
-
-MAX_CONTROLS = 5  # control tokens that get a note of their own
 
 
 def data_notes(
@@ -181,7 +133,7 @@ def _control_notes(parts: dict[str, Rows], encoded: dict[str, Encoded], allowed:
 
 
 def _left_out(parts: dict[str, Rows]) -> list[str]:
-    """Return notes on what the records have beside what is trained."""
+    """Return notes on what the records have that is not trained."""
     notes = []
     ignored = sum((rows.ignored for rows in parts.values()), Counter())
     if ignored:
@@ -200,6 +152,19 @@ def _left_out(parts: dict[str, Rows]) -> list[str]:
     for what, count in sum((rows.without for rows in parts.values()), Counter()).items():
         notes.append(f"{what} of {counted(count, 'file')} is left out, and not trained")
     return notes
+
+
+def evaluation_notes(rows: Rows, encoded: Encoded) -> list[str]:
+    """Return notes on what an evaluation left out or cut, because that changes the loss."""
+    notes = [f"Note: {chat.words}" for chat in rows.chats]
+    if rows.dropped:
+        notes.append(f"Note: {counted(len(rows.dropped), 'unusable row')} left out: {reasons(rows.dropped)}")
+    if encoded.truncated:
+        notes.append(f"Note: {counted(len(encoded.truncated), 'row')} cut at --max-seq-length")
+    return notes
+
+
+# Rows that are held out
 
 
 def split_notes(mixed: Mixed, train: Rows, valid: EncodedSet | None, fraction: float) -> list[str]:
@@ -251,34 +216,7 @@ def shared_prompt_notes(divided: list[Location]) -> list[str]:
     ]
 
 
-def evaluation_notes(rows: Rows, encoded: Encoded) -> list[str]:
-    """Return notes on what an evaluation left out or cut, because that changes the loss."""
-    notes = [f"Note: {chat.words}" for chat in rows.chats]
-    if rows.dropped:
-        notes.append(f"Note: {counted(len(rows.dropped), 'unusable row')} left out: {reasons(rows.dropped)}")
-    if encoded.truncated:
-        notes.append(f"Note: {counted(len(encoded.truncated), 'row')} cut at --max-seq-length")
-    return notes
-
-
-LOOKED_AT = 1000  # records
-# A text that was rendered with a template before: it has turns, and teaches answering.
-RENDERED = re.compile(
-    r"### ?(?:Response|Assistant)\b|\[/INST\]|<\|?(?:im_start|start_of_turn|turn|assistant|start_header_id)\b"
-)
-OUR_TEMPLATE = "--chat-template chatml"
-
-
-class ToolsNotShown(InputError):
-    """All rows of a set were refused, some of them because the chat template does not show their tool calls.
-
-    Attributes:
-        rows: How many of them.
-    """
-
-    def __init__(self, message: str, rows: int):
-        super().__init__(message)
-        self.rows = rows
+# What the data teaches
 
 
 def teaching_notes(parts: dict[str, Rows], settings: DataSettings, encoder: Encoder) -> list[str]:
@@ -327,3 +265,70 @@ def called_functions(rows: Rows) -> frozenset[str]:
         for message in answer.messages
         for call in message.get("tool_calls", ())
     )
+
+
+class ToolsNotShown(InputError):
+    """All rows of a set were refused, some of them because the chat template does not show their tool calls.
+
+    Attributes:
+        rows: How many of them.
+    """
+
+    def __init__(self, message: str, rows: int):
+        super().__init__(message)
+        self.rows = rows
+
+
+# Placeholders
+
+
+def placeholder_notes(parts: dict[str, Rows]) -> list[str]:
+    """Return a note on the rows with placeholders, with their locations; nothing if there are none."""
+    found: dict[str, None] = {}
+    locations: dict[Location, None] = {}
+    for rows in parts.values():
+        for entry, location in zip(rows.entries, rows.locations, strict=True):
+            for text in placeholders(entry):
+                found[text] = None
+                locations[location] = None
+    if not locations:
+        return []
+    named = ", ".join(list(found)[:MAX_NAMED])
+    have = "has a placeholder" if len(locations) == 1 else "have placeholders"
+    first = where(list(locations)[:MAX_LISTED], len(locations))
+    return [f"{counted(len(locations), 'row')} {have} such as {named}: {first}; fill them in, or remove the rows"]
+
+
+def placeholders(entry: Entry) -> list[str]:
+    """Return the placeholders in the texts of an entry."""
+    return [match for text, is_prose in _texts(entry) for match in _found(text, is_prose)]
+
+
+def _texts(entry: Entry) -> Iterator[tuple[str, bool]]:
+    """Yield the texts of an entry, each with whether people talk in it."""
+    for answer in answers_of(entry):
+        yield from _texts_of(answer)
+
+
+def _texts_of(example: Example) -> Iterator[tuple[str, bool]]:
+    if isinstance(example, Conversation):
+        for message in example.messages:
+            if message["role"] != "tool":
+                yield message.get("content") or "", True
+    elif isinstance(example, Completion):
+        yield example.prompt, True
+        yield example.completion, True
+    else:
+        yield example.text, False
+
+
+def _found(text: str, is_prose: bool) -> Iterator[str]:
+    if "{" not in text and "insert" not in text.lower():
+        return
+    text = CODE.sub("", text)
+    yield from DOUBLE.findall(text)
+    yield from INSERT.findall(text)
+    if is_prose:
+        for line in text.splitlines():
+            if "{" in line and not CODE_LINE.search(line):
+                yield from SINGLE.findall(line)

@@ -53,7 +53,7 @@ class Pair:
     Attributes:
         chosen, rejected: the better and the worse one, each with its prompt.
         margin: how much better, if the record says so (a reward model's target).
-        repeats: whether both answers begin with the prompt, a text (full_texts.py); None: the prompt is no text.
+        repeats: whether both answers begin with the prompt, a text (data/read.py); None: the prompt is no text.
     """
 
     chosen: Answer

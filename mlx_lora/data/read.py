@@ -1,8 +1,6 @@
-"""Records of all sets in canonical form; mix, hold out, split.
+"""Read the records of one split into canonical form, with the reason for each that cannot be used.
 
-Read the records of one split into canonical form, with the reason for each that cannot be used.
-
-Tell data sets whose answers repeat their prompt (full texts, as some sets have them) from answers that begin like it.
+Some sets have full texts: their answers repeat the prompt, which is then cut. Other answers only begin like it:
 
     prompt "The sky is"    chosen "The sky is blue."          in every row: full texts, and the answer is " blue."
     prompt "Hi"            chosen "Hi! How can I help you?"   here and there: an answer that greets back
@@ -30,6 +28,8 @@ from mlx_lora.data.report import MAX_LISTED, DroppedRow, Location, where
 from mlx_lora.utils.cache import shown_data
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import counted
+
+NEARLY_ALL = 0.95  # of a set's pairs with a text as the prompt; then the few others are taken for mistakes
 
 
 @dataclass
@@ -152,7 +152,7 @@ def check_speaker(parts: Iterable[Rows], settings: DataSettings) -> None:
         )
 
 
-NEARLY_ALL = 0.95  # of a set's pairs with a text as the prompt; then the few others are taken for mistakes
+# Answers that begin with their prompt
 
 
 @dataclass(frozen=True)

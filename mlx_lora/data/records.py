@@ -1,7 +1,7 @@
 """Read plain records from data files, each with its line.
 
-This file does not interpret records; data/formats.py does. A file that cannot be read is an InputError; one bad line
-among good ones is a BadRow, which the caller counts and reports. Tables are read in spreadsheets.py.
+Records are not interpreted here, but in data/formats.py. A file that cannot be read is an InputError; one bad line
+among good ones is a BadRow, which the caller counts and reports. Tables are read in data/tables.py.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ prompt, up to and including the end-of-turn token.
 
 Fast path: the generation prompt occurs once per assistant turn, with each turn's content right after it, or after what
 the template puts there in every chat. This holds for nearly every row without tools and thinking, and takes one
-rendering. Otherwise the exact path (turns.py) renders each turn as at inference, with the messages before it as the
-prompt, and searches the full rendering for the result.
+rendering. Otherwise the exact path (data/assistant_spans.py) renders each turn as at inference, with the messages before
+it as the prompt, and searches the full rendering for the result.
 
 Most turns are found there, so a conversation is one row. A turn is not found if the template shows it differently once
 other turns follow. There are two cases:
@@ -57,7 +57,7 @@ class Rendered:
         text: Of a row.
         spans: Its trained characters.
         append_eos: Whether the end token must follow (and is trained).
-        ordinary: Where control tokens are content, and are encoded as ordinary text (controls.py).
+        ordinary: Where control tokens are content, and are encoded as ordinary text (data/special_tokens.py).
     """
 
     text: str

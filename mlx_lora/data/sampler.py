@@ -1,11 +1,4 @@
-"""LengthGroupedBatchSampler: which examples share a batch, at which width, in which order.
-
-Choose the few widths that batches are padded to, from the lengths of rows.
-
-Every width is another shape, and every shape is traced and compiled once; every position of padding is
-computed once per epoch. The widths are chosen so that both together cost the least time.
-
-Plan batches: which rows of token ids share a batch, at which width, and in which order.
+"""Plan batches: which rows of token ids share a batch, at which width, and in which order.
 
 The plan is a pure function of (data, seed, epoch), so a run is repeatable and a position in it is two integers
 (epoch, batch). Every row occurs exactly once per epoch. Several ranks have the same plan and share each batch's rows
@@ -14,6 +7,9 @@ The plan is a pure function of (data, seed, epoch), so a run is repeatable and a
 Rows of similar length share a batch, so there is little padding; batches are shuffled, so that lengths do not follow an
 order that would show in the loss. Padding is on the right: under a causal mask it cannot affect a real token, so no
 attention mask is needed.
+
+Batches are padded to a few widths. Every width is another shape, which is traced and compiled once; every position of
+padding is computed once per epoch. The widths are chosen so that both together cost the least time.
 
 An example may have several rows (a pair's two answers): they go into the same batch, next to each other.
 
@@ -34,6 +30,10 @@ from mlx_lora.data.dataset import EncodedSet
 
 # The search uses at most this many rows, evenly spaced by length: 0.2 s, and within 0.1% of the result for all rows.
 SAMPLED_ROWS = 3000
+DEALS = 4  # tries at a distribution whose targets fit into P
+
+
+# Widths
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _fewest_positions(
     return positions, step_to
 
 
-DEALS = 4  # tries at a distribution whose targets fit into P
+# Batches
 
 
 @dataclass(frozen=True)

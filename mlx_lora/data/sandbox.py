@@ -1,14 +1,10 @@
-"""Merge.
+"""Render chat templates with bounds on time and memory, and report a tokenizer that crashes as an error.
 
-Turn a crash inside the tokenizers library into an error with a message.
-
-Render chat templates, which are programs from model and adapter folders, with bounds on time and memory.
-
-jinja2's sandbox keeps templates from Python's objects. It does not limit cost: two nested loops can run for hours, and
-`'a' * 10**10` takes ten gigabytes in one operation. So the sandbox here refuses single operations that make something
-huge, and a clock checks time and memory every few milliseconds, which bounds everything else. Templates can use in
-it what transformers gives them (https://huggingface.co/docs/transformers/chat_templating_writing), and the result is the
-same as transformers'.
+A chat template is a program from a model or adapter folder. jinja2's sandbox keeps it from Python's objects. It does not
+limit cost: two nested loops can run for hours, and `'a' * 10**10` takes ten gigabytes in one operation. So the sandbox
+here refuses single operations that make something huge, and a clock checks time and memory every few milliseconds, which
+bounds everything else. Templates can use in it what transformers gives them
+(https://huggingface.co/docs/transformers/chat_templating_writing), and the result is the same as transformers'.
 """
 
 from __future__ import annotations
@@ -34,29 +30,8 @@ from jinja2.parser import Parser
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.messages import REASONING
-from mlx_lora.utils import text as process
 from mlx_lora.utils.errors import InputError
-
-
-@contextmanager
-def tokenizer_panics(what: str) -> Iterator[None]:
-    """Report a tokenizer that crashes: the library panics if one of its patterns takes too long.
-
-    Args:
-        what: what is being encoded.
-
-    Raises:
-        InputError: instead of the panic.
-    """
-    try:
-        yield
-    except BaseException as error:
-        # pyo3 makes this class at run time, so it cannot be imported; it does not derive from Exception.
-        if type(error).__name__ != "PanicException":
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the model's tokenizer crashes on {what} ({reason}); download the model again") from None
-
+from mlx_lora.utils.text import peak_bytes
 
 MAX_TEMPLATE_CHARACTERS = 500_000  # the longest published ones have 30,000
 MAX_SIZE = 10_000_000  # characters or items that one operation may make
@@ -130,6 +105,29 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return (list if isinstance(value, list) else tuple)(map(_plain, value))
     return value if value is None or type(value) in (str, int, float, bool) else f"<{type(value).__name__}>"
+
+
+@contextmanager
+def tokenizer_panics(what: str) -> Iterator[None]:
+    """Report a tokenizer that crashes: the library panics if one of its patterns takes too long.
+
+    Args:
+        what: what is being encoded.
+
+    Raises:
+        InputError: instead of the panic.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # pyo3 makes this class at run time, so it cannot be imported; it does not derive from Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the model's tokenizer crashes on {what} ({reason}); download the model again") from None
+
+
+# What a template may do
 
 
 class _Generation(jinja2.ext.Extension):
@@ -281,6 +279,9 @@ def _check(size: int, limit: int) -> None:
         raise jinja2.exceptions.SecurityError(f"a result of size {size:.3g} is not allowed in a chat template")
 
 
+# Time and memory
+
+
 class TooMuch(InputError):
     """A template takes too much time or memory."""
 
@@ -307,7 +308,7 @@ class _Clock:
         if not self._is_ours():
             self._elsewhere.watch = _Watch()
             return
-        self._began, self._held = time.monotonic(), process.peak_bytes()
+        self._began, self._held = time.monotonic(), peak_bytes()
         self._depth += 1
         if self._depth == 1:
             self._before = signal.signal(signal.SIGALRM, self._look)
@@ -350,7 +351,7 @@ class _Watch:
     """Watches one rendering in a thread that gets no signals, and raises TooMuch there."""
 
     def __init__(self) -> None:
-        self._began, self._held, self._thread = time.monotonic(), process.peak_bytes(), threading.get_ident()
+        self._began, self._held, self._thread = time.monotonic(), peak_bytes(), threading.get_ident()
         self._lock, self._ended = threading.Lock(), threading.Event()
         threading.Thread(target=self._look, name="mlx-lora-template", daemon=True).start()
 
@@ -376,7 +377,8 @@ def _raise_in(thread: int, error: type[BaseException] | None) -> None:
 
 
 def _over(began_s: float, held_bytes: int) -> bool:
-    return time.monotonic() - began_s > RENDER_S or process.peak_bytes() - held_bytes > RENDER_BYTES
+    return time.monotonic() - began_s > RENDER_S or peak_bytes() - held_bytes > RENDER_BYTES
 
 
-CLOCK, _compiled = _Clock(), functools.lru_cache(maxsize=128)(BoundedSandbox().from_string)
+CLOCK = _Clock()
+_compiled = functools.lru_cache(maxsize=128)(BoundedSandbox().from_string)

@@ -1,11 +1,11 @@
-"""Keep control tokens that a message's content spells (a user types `<|im_end|>`) from becoming control tokens.
+"""Tell special tokens that a chat template writes from those that a message only spells.
 
-A chat template puts its markers and the messages' content into one text, and the tokenizer cannot tell them apart. So
-content is rendered with stand-ins for such tokens, of the same length. Their places are known in the finished text, where
-the tokenizer's control tokens are then replaced by the tokens of the same characters as ordinary text. All other tokens
-stay as they are, and content without control tokens is not touched at all.
+A user may type `<|im_end|>`. A chat template puts its markers and the messages' content into one text, and the tokenizer
+cannot tell them apart. So content is rendered with stand-ins for such tokens, of the same length (`Controls`). Their places
+are known in the finished text, where the tokenizer's control tokens are then replaced by the tokens of the same characters
+as ordinary text. All other tokens stay as they are, and content without control tokens is not touched at all.
 
-Find a tokenizer's special tokens in rendered text, and which of them end a turn.
+`Specials` finds the special tokens in a rendered text, and tells which of them end a turn.
 """
 
 from __future__ import annotations

@@ -1,14 +1,8 @@
-"""The table of families; lookups; settings both ways.
+"""The table of architectures that can be read from and written to GGUF, and lookups in both directions.
 
-The table of architectures that can be read from and written to GGUF, and lookups in it.
-
-Each row is one of llama.cpp's architecture names; the rows are defined in gguf_dense.py, gguf_experts.py, gguf_hybrid.py
-and gguf_gemma4.py.
-
-Write a model's settings as GGUF metadata: the inverse of `gguf_arch.model_config`.
-
-The settings are taken from the arguments that mlx-lm built the model from, including defaults, so that llama.cpp runs
-the same model even if config.json leaves something out.
+Each row is one of llama.cpp's architecture names; gguf/dense.py and gguf/hybrid.py define the rows. Reading turns a file's
+metadata into config.json's fields. Writing takes the settings from the arguments that mlx-lm built the model from,
+including defaults, so that llama.cpp runs the same model even if config.json leaves something out.
 """
 
 from __future__ import annotations
@@ -41,6 +35,9 @@ ARCHITECTURES: dict[str, Family] = {
 }
 # Some files join two tensors in one: the rows of the second follow those of the first.
 JOINED = {"ffn_gate_up_exps.weight": ("ffn_gate_exps.weight", "ffn_up_exps.weight")}
+
+
+# Reading
 
 
 def gguf_architecture(file: GGUFFile) -> Family:
@@ -131,6 +128,27 @@ def _left_out(family: Family, config: dict[str, Any], name: str) -> bool:
     return (number.isdigit() and int(number) >= config["num_hidden_layers"]) or family.spare(config, name)
 
 
+def _listed(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _mappings(family: Family, config: dict[str, Any], prefix: str) -> dict[str, TensorMapping]:
+    """Return every tensor of an architecture's files, with its full names."""
+    mappings = {
+        name: TensorMapping(prefix + ours, offset=family.norm_offset if "norm" in name else 0.0)
+        for name, ours in family.top(config).items()
+    }
+    for layer in range(config["num_hidden_layers"]):
+        for name, mapping in family.block(config, layer).items():
+            offset = family.norm_offset if "norm" in name else mapping.offset
+            whole, *then = (f"{prefix}model.layers.{layer}.{part}" for part in mapping.names)
+            mappings[f"blk.{layer}.{name}"] = dataclasses.replace(mapping, name=whole, then=tuple(then), offset=offset)
+    return mappings
+
+
+# Writing
+
+
 def text_model(model: nn.Module) -> tuple[str, nn.Module]:
     """Return the prefix of the text model's parameter names, and the text model (all of it, unless multimodal)."""
     return ("language_model.", model["language_model"]) if "language_model" in model else ("", model)
@@ -166,29 +184,11 @@ def gguf_weights(model: nn.Module) -> tuple[str, dict[str, TensorMapping]]:
     return found[0], _mappings(ARCHITECTURES[found[0]], text_arguments(model), prefix)
 
 
-def _mappings(family: Family, config: dict[str, Any], prefix: str) -> dict[str, TensorMapping]:
-    """Return every tensor of an architecture's files, with its full names."""
-    mappings = {
-        name: TensorMapping(prefix + ours, offset=family.norm_offset if "norm" in name else 0.0)
-        for name, ours in family.top(config).items()
-    }
-    for layer in range(config["num_hidden_layers"]):
-        for name, mapping in family.block(config, layer).items():
-            offset = family.norm_offset if "norm" in name else mapping.offset
-            whole, *then = (f"{prefix}model.layers.{layer}.{part}" for part in mapping.names)
-            mappings[f"blk.{layer}.{name}"] = dataclasses.replace(mapping, name=whole, then=tuple(then), offset=offset)
-    return mappings
-
-
-def _listed(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def gguf_settings(model: nn.Module, architecture: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the settings that llama.cpp needs beside a model's weights and tokenizer.
+    """Return the settings that llama.cpp needs in addition to a model's weights and tokenizer.
 
     Args:
-        model: an mlx-lm model of an architecture in gguf_arch.py's table.
+        model: an mlx-lm model of an architecture in ARCHITECTURES.
         architecture: llama.cpp's name for it.
 
     Returns:
@@ -204,10 +204,10 @@ def gguf_settings(model: nn.Module, architecture: str) -> tuple[dict[str, Any], 
         raise InputError(
             f"--to gguf: {'; '.join(problems)}: llama.cpp's {architecture} does not support this; use --to peft or hf"
         )
-    return _shared(args) | own, tensors
+    return _shared_settings(args) | own, tensors
 
 
-def _shared(args: dict[str, Any]) -> dict[str, Any]:
+def _shared_settings(args: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that all architectures have; a family's own settings override them."""
     settings: dict[str, Any] = {
         "block_count": args["num_hidden_layers"],

@@ -1,16 +1,12 @@
-"""Llama, qwen2/3, gemma3, phi3, qwen3moe, gpt-oss.
-
-GGUF's llama, qwen2, qwen3, gemma3 and phi3, whose blocks have attention and one feed-forward layer.
+"""GGUF's llama, qwen2, qwen3, gemma3, phi3, qwen3moe and gpt-oss, in which every block has attention.
 
 llama.cpp's converter changes two things, which are undone here:
     llama   rows of q and k are permuted within each head, from [half, pair] to [pair, half] order
     gemma3  norm weights carry +1, where mlx-lm's norms multiply by (1 + w)
 Phi-3's joined q, k, v and joined gate, up are joined in mlx-lm too.
 
-GGUF's qwen3moe and gpt-oss, whose blocks have attention, and experts instead of one feed-forward layer.
-
-All experts of a projection are one tensor (E, out, in), in GGUF and in mlx-lm. GPT-OSS' are MXFP4 blocks, a format that
-MLX has too; see gguf_blocks.py.
+The blocks of qwen3moe and gpt-oss have E experts instead of one feed-forward layer. All experts of a projection are one
+tensor (E, out, in), in GGUF and in mlx-lm. GPT-OSS' are MXFP4 blocks, a format that MLX has too; see gguf/blocks.py.
 """
 
 from __future__ import annotations
@@ -62,6 +58,15 @@ def dense_fields(settings: Settings, config: Config) -> Config:
     return feed_forward(settings)
 
 
+def _heads_make_up_width(settings: Settings, config: Config) -> None:
+    """Note a problem if the heads together are wider or narrower than the model."""
+    if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
+        settings.problems.append(f"{settings.architecture} heads of {config['head_dim']} do not make up the width")
+
+
+# Llama
+
+
 def _llama_block(config: Config, layer: int) -> Block:
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     names = ATTENTION | POST_NORM | MLP | (ATTENTION_BIASES if config.get("attention_bias") else {})
@@ -84,10 +89,6 @@ def _llama_settings(args: Config, problems: list[str]) -> Written:
     return settings | write_scaling(args, problems), {}
 
 
-def _qwen_settings(args: Config, problems: list[str]) -> Written:
-    return _window(args, problems) | write_scaling(args, problems), {}
-
-
 def _window(args: Config, problems: list[str]) -> Config:
     """Return the sliding window that mlx-lm's llama keeps but ignores; note a problem if layers use one."""
     if "sliding_attention" in (args.get("layer_types") or ()):
@@ -97,15 +98,43 @@ def _window(args: Config, problems: list[str]) -> Config:
     return {"attention.sliding_window": args["sliding_window"]} if args.get("sliding_window") else {}
 
 
+LLAMA = Family("llama", "LlamaForCausalLM", _llama_block, _llama_fields, _llama_settings, absorbed=(ROPE_FACTORS,),
+               also=("mistral",))  # fmt: skip
+
+
+# Qwen2 and Qwen3
+
+
 def _qwen2_fields(settings: Settings, config: Config) -> Config:
-    if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
-        settings.problems.append(f"{settings.architecture} heads of {config['head_dim']} do not make up the width")
+    _heads_make_up_width(settings, config)
     return dense_fields(settings, config) | read_scaling(settings) | {"rope_traditional": False}
 
 
 def _qwen3_fields(settings: Settings, config: Config) -> Config:
     return dense_fields(settings, config) | read_scaling(settings)
 
+
+def _qwen_settings(args: Config, problems: list[str]) -> Written:
+    return _window(args, problems) | write_scaling(args, problems), {}
+
+
+QWEN2 = Family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    lambda config, layer: plain(ATTENTION | POST_NORM | MLP | QKV_BIASES),
+    _qwen2_fields,
+    _qwen_settings,
+)
+QWEN3 = Family(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    lambda config, layer: plain(ATTENTION | POST_NORM | MLP | HEAD_NORMS),
+    _qwen3_fields,
+    _qwen_settings,
+)
+
+
+# Gemma 3
 
 GEMMA_NORMS = {
     "post_attention_norm.weight": "post_attention_layernorm.weight",
@@ -145,6 +174,18 @@ def gemma3_attention_scalar(config: Config) -> float:
     return config["head_dim"]
 
 
+GEMMA3 = Family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    lambda config, layer: plain(ATTENTION | MLP | HEAD_NORMS | GEMMA_NORMS),
+    _gemma3_fields,
+    _gemma3_settings,
+    norm_offset=1.0,
+)
+
+
+# Phi-3
+
 _PHI3_BLOCK = {
     "attn_norm.weight": "input_layernorm.weight",
     "attn_qkv.weight": "self_attn.qkv_proj.weight",
@@ -156,8 +197,7 @@ _PHI3_BLOCK = {
 
 
 def _phi3_fields(settings: Settings, config: Config) -> Config:
-    if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
-        settings.problems.append(f"{settings.architecture} heads of {config['head_dim']} do not make up the width")
+    _heads_make_up_width(settings, config)
     same_key_heads(settings, config)
     turned = settings.count("rope.dimension_count", config["head_dim"])
     window = settings.count("attention.sliding_window", 0, zero=True)
@@ -180,30 +220,6 @@ def _phi3_settings(args: Config, problems: list[str]) -> Written:
     return settings | {"rope.dimension_count": turned, "attention.sliding_window": 0}, factors
 
 
-LLAMA = Family("llama", "LlamaForCausalLM", _llama_block, _llama_fields, _llama_settings, absorbed=(ROPE_FACTORS,),
-               also=("mistral",))  # fmt: skip
-QWEN2 = Family(
-    "qwen2",
-    "Qwen2ForCausalLM",
-    lambda config, layer: plain(ATTENTION | POST_NORM | MLP | QKV_BIASES),
-    _qwen2_fields,
-    _qwen_settings,
-)
-QWEN3 = Family(
-    "qwen3",
-    "Qwen3ForCausalLM",
-    lambda config, layer: plain(ATTENTION | POST_NORM | MLP | HEAD_NORMS),
-    _qwen3_fields,
-    _qwen_settings,
-)
-GEMMA3 = Family(
-    "gemma3_text",
-    "Gemma3ForCausalLM",
-    lambda config, layer: plain(ATTENTION | MLP | HEAD_NORMS | GEMMA_NORMS),
-    _gemma3_fields,
-    _gemma3_settings,
-    norm_offset=1.0,
-)
 PHI3 = Family(
     "phi3",
     "Phi3ForCausalLM",
@@ -214,12 +230,19 @@ PHI3 = Family(
 )
 
 
+# Experts: Qwen3 MoE and GPT-OSS
+
+
 def expert_names(module: str) -> dict[str, str]:
     """Return {GGUF name: mlx-lm's name} of the three projections of a block's experts."""
     return {f"ffn_{part}_exps.weight": f"{module}.{part}_proj.weight" for part in ("gate", "up", "down")}
 
 
-def _qwen3_block(config: Config, layer: int) -> Block:
+def _expert_settings(n_experts: int, used: int, width: int) -> Config:
+    return {"expert_count": n_experts, "expert_used_count": used, "expert_feed_forward_length": width}
+
+
+def _qwen3_moe_block(config: Config, layer: int) -> Block:
     router = plain({"ffn_gate_inp.weight": "mlp.gate.weight"}, exact=True)
     return plain(ATTENTION | POST_NORM | HEAD_NORMS | expert_names("mlp.switch_mlp")) | router
 
@@ -242,7 +265,7 @@ def _qwen3_moe_fields(settings: Settings, config: Config) -> Config:
     }
 
 
-def _qwen3_settings(args: Config, problems: list[str]) -> Written:
+def _qwen3_moe_settings(args: Config, problems: list[str]) -> Written:
     if kind_of(args) != "default":
         problems.append(f"rope_scaling {kind_of(args)}, which mlx-lm's qwen3_moe leaves out")
     if not args["norm_topk_prob"]:
@@ -252,10 +275,7 @@ def _qwen3_settings(args: Config, problems: list[str]) -> Written:
     return _expert_settings(args["num_experts"], args["num_experts_per_tok"], args["moe_intermediate_size"]), {}
 
 
-def _expert_settings(n_experts: int, used: int, width: int) -> Config:
-    return {"expert_count": n_experts, "expert_used_count": used, "expert_feed_forward_length": width}
-
-
+QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_moe_block, _qwen3_moe_fields, _qwen3_moe_settings)
 _GPT_OSS_BLOCK = {
     **ATTENTION,
     **ATTENTION_BIASES,
@@ -269,7 +289,7 @@ _GPT_OSS_FLOATS = {
     "ffn_gate_inp.weight": "mlp.router.weight",
     **{f"ffn_{part}_exps.bias": f"mlp.experts.{part}_proj.bias" for part in ("gate", "up", "down")},
 }
-_TURNS = ["sliding_attention", "full_attention"]
+_ALTERNATING = ["sliding_attention", "full_attention"]
 
 
 def _gpt_oss_block(config: Config, layer: int) -> Block:
@@ -285,7 +305,7 @@ def _gpt_oss_fields(settings: Settings, config: Config) -> Config:
     if scaling:
         scaling["rope_scaling"]["truncate"] = False  # as published; transformers heeds it
     layers = config["num_hidden_layers"]
-    if layers < len(_TURNS):
+    if layers < len(_ALTERNATING):
         settings.problems.append(
             f"{settings.architecture}.block_count is {layers}, too few for two kinds of layers that alternate"
         )
@@ -297,15 +317,15 @@ def _gpt_oss_fields(settings: Settings, config: Config) -> Config:
         "num_local_experts": n_experts,
         "num_experts_per_tok": used,
         "sliding_window": settings.count("attention.sliding_window"),
-        "layer_types": [_TURNS[layer % 2] for layer in range(layers)],
+        "layer_types": [_ALTERNATING[layer % 2] for layer in range(layers)],
         "attention_bias": True,
     }
 
 
 def _gpt_oss_settings(args: Config, problems: list[str]) -> Written:
     layers = args["num_hidden_layers"]
-    turns = [_TURNS[layer % 2] for layer in range(layers)]
-    if (args["layer_types"] or turns) != turns:
+    alternating = [_ALTERNATING[layer % 2] for layer in range(layers)]
+    if (args["layer_types"] or alternating) != alternating:
         problems.append("layer_types that do not alternate, sliding attention first")
     settings = {
         **write_scaling(args, problems),
@@ -315,5 +335,4 @@ def _gpt_oss_settings(args: Config, problems: list[str]) -> Written:
     return settings, {}
 
 
-QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_block, _qwen3_moe_fields, _qwen3_settings)
 GPT_OSS = Family("gpt_oss", "GptOssForCausalLM", _gpt_oss_block, _gpt_oss_fields, _gpt_oss_settings)

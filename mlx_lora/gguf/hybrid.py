@@ -1,18 +1,15 @@
-"""Gemma4, lfm2, qwen35, qwen35moe.
+"""GGUF's gemma4, lfm2, qwen35 and qwen35moe, whose blocks are of several kinds.
 
-GGUF's gemma4, which has heads of two widths and may have shared keys, per-layer inputs and experts.
+gemma4: blocks have sliding or full attention, with heads of two widths. One architecture name covers all sizes: the small
+ones have per-layer embeddings and share the keys of their last layers, the large ones use keys as values in full
+attention, and one has experts. Unlike Gemma 3's, norms have no offset. RoPE in full attention only rotates the first pairs
+of each head: `rope_freqs.weight` holds 1 for those, and for the others a divisor so large that they do not rotate.
 
-One architecture name covers all sizes: the small ones have per-layer embeddings and share the keys of their last layers,
-the large ones use keys as values in full attention, and one has experts. Unlike Gemma 3's, norms have no offset.
-RoPE in full attention only rotates the first pairs of each head: `rope_freqs.weight` holds 1 for those, and for the
-others a divisor so large that they do not rotate.
-
-GGUF's lfm2, qwen35 and qwen35moe, which mix attention blocks with recurrent or convolutional blocks.
-
-llama.cpp drops the axis of length one from the kernels of LFM2's short convolutions and Qwen3.5's gated delta nets. In
-Qwen3.5 a key head serves several value heads. mlx-lm groups value heads by key head; llama.cpp stores the first of every
-group, then the second of every group, so rows, and columns of the output projection, are reordered. Its `ssm_a` is
--exp(A_log). Its norms need no offset: mlx-lm and llama.cpp's converter both add 1 to the original weights.
+lfm2, qwen35, qwen35moe: attention blocks are mixed with convolutional or recurrent blocks. llama.cpp drops the axis of
+length one from the kernels of LFM2's short convolutions and Qwen3.5's gated delta nets. In Qwen3.5 a key head serves
+several value heads. mlx-lm groups value heads by key head; llama.cpp stores the first of every group, then the second of
+every group, so rows, and columns of the output projection, are reordered. Its `ssm_a` is -exp(A_log). Its norms need no
+offset: mlx-lm and llama.cpp's converter both add 1 to the original weights.
 """
 
 from __future__ import annotations
@@ -44,40 +41,44 @@ from mlx_lora.gguf.mapping import (
 )
 
 Config = dict[str, Any]
-SLIDING, FULL = "sliding_attention", "full_attention"
+SLIDING, FULL, CONV, LINEAR = "sliding_attention", "full_attention", "conv", "linear_attention"  # in layer_types
+
+
+# Gemma 4
+
 _STILL = 1e30  # the divisor for pairs that do not rotate
-_PER_LAYER_TOP = {
+_GEMMA4_PER_LAYER_TOP = {
     "per_layer_token_embd.weight": "model.embed_tokens_per_layer.weight",
     "per_layer_model_proj.weight": "model.per_layer_model_projection.weight",
     "per_layer_proj_norm.weight": "model.per_layer_projection_norm.weight",
 }
-_PER_LAYER = {
+_GEMMA4_PER_LAYER = {
     "inp_gate.weight": "per_layer_input_gate.weight",
     "proj.weight": "per_layer_projection.weight",
     "post_norm.weight": "post_per_layer_input_norm.weight",
 }
-_EXPERTS = {
+_GEMMA4_EXPERTS = {
     "ffn_gate_inp.scale": "router.scale",
     "ffn_down_exps.scale": "router.per_expert_scale",
     "pre_ffw_norm_2.weight": "pre_feedforward_layernorm_2.weight",
     "post_ffw_norm_1.weight": "post_feedforward_layernorm_1.weight",
     "post_ffw_norm_2.weight": "post_feedforward_layernorm_2.weight",
 }
-_KEYS = ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight")
+_GEMMA4_KEYS = ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight")
 
 
-def _block(config: Config, layer: int) -> Block:
+def _gemma4_block(config: Config, layer: int) -> Block:
     names = ATTENTION | HEAD_NORMS | MLP | GEMMA_NORMS | {"layer_output_scale.weight": "layer_scalar"}
     if _shares_keys(config, layer):
-        names = {tensor: ours for tensor, ours in names.items() if tensor not in _KEYS}
+        names = {tensor: ours for tensor, ours in names.items() if tensor not in _GEMMA4_KEYS}
     elif config["attention_k_eq_v"] and config["layer_types"][layer] == FULL:
         names = {tensor: ours for tensor, ours in names.items() if tensor != "attn_v.weight"}
     if config["hidden_size_per_layer_input"]:
-        names = names | _PER_LAYER
+        names = names | _GEMMA4_PER_LAYER
     if not config["enable_moe_block"]:
         return plain(names)
     gate, up = (f"experts.switch_glu.{part}_proj.weight" for part in ("gate", "up"))
-    return plain(names | _EXPERTS) | {
+    return plain(names | _GEMMA4_EXPERTS) | {
         "ffn_gate_up_exps.weight": TensorMapping(gate, then=(up,)),
         "ffn_down_exps.weight": TensorMapping("experts.switch_glu.down_proj.weight", scaled=True),
         "ffn_gate_inp.weight": TensorMapping("router.proj.weight", exact=True),
@@ -88,13 +89,13 @@ def _shares_keys(config: Config, layer: int) -> bool:
     return layer >= config["num_hidden_layers"] - config["num_kv_shared_layers"]
 
 
-def _spare(config: Config, tensor: str) -> bool:
+def _gemma4_spare(config: Config, tensor: str) -> bool:
     """Return whether a tensor is a key or value weight of a layer that shares keys: published files have these unused."""
     _, layer, name = tensor.split(".", 2) if tensor.startswith("blk.") else ("", "", "")
-    return name in _KEYS and layer.isdigit() and _shares_keys(config, int(layer))
+    return name in _GEMMA4_KEYS and layer.isdigit() and _shares_keys(config, int(layer))
 
 
-def _fields(settings: Settings, config: Config) -> Config:
+def _gemma4_fields(settings: Settings, config: Config) -> Config:
     refuse_scaling(settings, "gemma4_text")
     layers = config["num_hidden_layers"]
     sliding = settings.per_layer("attention.sliding_window_pattern", layers)
@@ -119,7 +120,7 @@ def _fields(settings: Settings, config: Config) -> Config:
             FULL: {
                 "rope_type": "proportional",
                 "rope_theta": config["rope_theta"],
-                "partial_rotary_factor": _turning_share(settings, wide, FULL in kinds),
+                "partial_rotary_factor": _rotating_share(settings, wide, FULL in kinds),
             },
             SLIDING: {"rope_type": "default", "rope_theta": settings.number("rope.freq_base_swa", 10000.0)},
         },
@@ -129,10 +130,15 @@ def _fields(settings: Settings, config: Config) -> Config:
     fields["vocab_size_per_layer_input"] = embedded.shape[0] if embedded and embedded.shape else config["vocab_size"]
     if fields["num_kv_shared_layers"] >= layers:
         settings.problems.append(f"{settings.architecture}.attention.shared_kv_layers covers all {layers} layers")
-    return fields | _key_heads(settings, kinds) | _widths(settings, fields, layers) | _mixture(settings)
+    return (
+        fields
+        | _gemma4_key_heads(settings, kinds)
+        | _gemma4_widths(settings, fields, layers)
+        | _gemma4_mixture(settings)
+    )
 
 
-def _turning_share(settings: Settings, head_dim: int, needed: bool) -> float:
+def _rotating_share(settings: Settings, head_dim: int, needed: bool) -> float:
     """Return the part of each head that RoPE rotates in full attention."""
     factors = settings.values(ROPE_FACTORS)
     if factors is None:
@@ -146,7 +152,7 @@ def _turning_share(settings: Settings, head_dim: int, needed: bool) -> float:
     return 2 * turning / head_dim
 
 
-def _key_heads(settings: Settings, kinds: list[str]) -> Config:
+def _gemma4_key_heads(settings: Settings, kinds: list[str]) -> Config:
     """Return the fields for the numbers of key heads and for whether full attention uses keys as values."""
     counts = settings.per_layer("attention.head_count_kv", len(kinds))
     if counts is None:
@@ -164,7 +170,7 @@ def _key_heads(settings: Settings, kinds: list[str]) -> Config:
     return {"num_key_value_heads": narrow, "num_global_key_value_heads": wide, "attention_k_eq_v": same}
 
 
-def _widths(settings: Settings, fields: Config, layers: int) -> Config:
+def _gemma4_widths(settings: Settings, fields: Config, layers: int) -> Config:
     """Return the fields for the feed-forward width, which may be double in layers that share keys."""
     widths = settings.per_layer("feed_forward_length", layers) or [settings.count("feed_forward_length")] * layers
     shared = fields["num_kv_shared_layers"]
@@ -174,7 +180,7 @@ def _widths(settings: Settings, fields: Config, layers: int) -> Config:
     return {"intermediate_size": widths[0], "use_double_wide_mlp": double}
 
 
-def _mixture(settings: Settings) -> Config:
+def _gemma4_mixture(settings: Settings) -> Config:
     if not settings.has("expert_count"):
         return {"enable_moe_block": False}
     width = settings.count("expert_feed_forward_length")
@@ -187,11 +193,11 @@ def _mixture(settings: Settings) -> Config:
     }
 
 
-def _settings(args: Config, problems: list[str]) -> Written:
+def _gemma4_settings(args: Config, problems: list[str]) -> Written:
     kinds, layers, shared = args["layer_types"], args["num_hidden_layers"], args["num_kv_shared_layers"]
     full, sliding = (args["rope_parameters"].get(kind, {}) for kind in (FULL, SLIDING))
     narrow, wide = args["head_dim"], args["global_head_dim"] or args["head_dim"]
-    _check_rope(args, full, sliding, problems)
+    _check_gemma4_rope(args, full, sliding, problems)
     width, keys = args["intermediate_size"], args["num_key_value_heads"]
     double = args["use_double_wide_mlp"] and 0 < shared < layers
     own_keys = args["attention_k_eq_v"] and args["num_global_key_value_heads"] is not None
@@ -228,7 +234,7 @@ def _settings(args: Config, problems: list[str]) -> Written:
     return settings, {ROPE_FACTORS: factors.astype(np.float32)}
 
 
-def _check_rope(args: Config, full: Config, sliding: Config, problems: list[str]) -> None:
+def _check_gemma4_rope(args: Config, full: Config, sliding: Config, problems: list[str]) -> None:
     kinds = {"full": full.get("rope_type", "default"), "sliding": sliding.get("rope_type", "default")}
     if kinds["full"] not in ("proportional", "default") or full.get("factor", 1.0) != 1.0:
         problems.append(f"rope_parameters {kinds['full']} by {full.get('factor', 1.0):g} in full attention")
@@ -243,16 +249,17 @@ def _check_rope(args: Config, full: Config, sliding: Config, problems: list[str]
 GEMMA4 = Family(
     "gemma4_text",
     "Gemma4ForCausalLM",
-    _block,
-    _fields,
-    _settings,
-    top=lambda config: TOP | (_PER_LAYER_TOP if config["hidden_size_per_layer_input"] else {}),
+    _gemma4_block,
+    _gemma4_fields,
+    _gemma4_settings,
+    top=lambda config: TOP | (_GEMMA4_PER_LAYER_TOP if config["hidden_size_per_layer_input"] else {}),
     absorbed=(ROPE_FACTORS,),
-    spare=_spare,
+    spare=_gemma4_spare,
     also=("gemma4", "gemma4_unified"),
 )
-CONV, FULL_ATTENTION, LINEAR = "conv", "full_attention", "linear_attention"
-# --- LFM2
+
+
+# LFM2
 
 _LFM2_BLOCK = {
     "attn_norm.weight": "operator_norm.weight",
@@ -308,7 +315,7 @@ def _lfm2_fields(settings: Settings, config: Config) -> Config:
         "block_ffn_dim_multiplier": 1.0,
         "block_auto_adjust_ff_dim": False,
         "full_attn_idxs": attention,
-        "layer_types": [FULL_ATTENTION if layer in attention else CONV for layer in range(layers)],
+        "layer_types": [FULL if layer in attention else CONV for layer in range(layers)],
     }
 
 
@@ -337,7 +344,20 @@ def _lfm2_width(args: Config) -> int:
     return -(-width // args["block_multiple_of"]) * args["block_multiple_of"]
 
 
-# --- Qwen3.5
+LFM2 = Family(
+    "lfm2",
+    "Lfm2ForCausalLM",
+    _lfm2_block,
+    _lfm2_fields,
+    _lfm2_settings,
+    top=lambda config: {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "token_embd_norm.weight": "model.embedding_norm.weight",
+    },
+)
+
+
+# Qwen3.5
 
 _DELTA = "linear_attn."
 _SHARED_EXPERT = {
@@ -351,11 +371,11 @@ def _qwen35_block(config: Config, layer: int) -> Block:
         "post_attention_norm.weight": "post_attention_layernorm.weight",
     }
     full = (layer + 1) % config["full_attention_interval"] == 0
-    mixer = plain(ATTENTION | HEAD_NORMS) if full else _delta_net(config)
-    return plain(norms) | mixer | (_mixture_block() if config["num_experts"] else plain(MLP))
+    mixer = plain(ATTENTION | HEAD_NORMS) if full else _qwen35_delta_net(config)
+    return plain(norms) | mixer | (_qwen35_mixture() if config["num_experts"] else plain(MLP))
 
 
-def _mixture_block() -> Block:
+def _qwen35_mixture() -> Block:
     return {
         **plain(expert_names("mlp.switch_mlp") | _SHARED_EXPERT),
         "ffn_gate_inp.weight": TensorMapping("mlp.gate.weight", exact=True),
@@ -363,7 +383,7 @@ def _mixture_block() -> Block:
     }
 
 
-def _delta_net(config: Config) -> Block:
+def _qwen35_delta_net(config: Config) -> Block:
     key_heads, value_heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
     width, per_key = config["linear_value_head_dim"], value_heads // key_heads
     start = 2 * key_heads * config["linear_key_head_dim"]  # queries and keys come first and are not reordered
@@ -389,7 +409,7 @@ def _qwen35_fields(settings: Settings, config: Config) -> Config:
     same_key_heads(settings, config)
     layers = config["num_hidden_layers"]
     interval = settings.count("full_attention_interval", 4)
-    kinds = [FULL_ATTENTION if (layer + 1) % interval == 0 else LINEAR for layer in range(layers)]
+    kinds = [FULL if (layer + 1) % interval == 0 else LINEAR for layer in range(layers)]
     stated = settings.per_layer("attention.recurrent_layers", layers)
     if stated and [bool(linear) for linear in stated] != [kind == LINEAR for kind in kinds]:
         settings.problems.append(f"{settings.architecture}.attention.recurrent_layers is not every {interval} but one")
@@ -407,10 +427,10 @@ def _qwen35_fields(settings: Settings, config: Config) -> Config:
         "mrope_interleaved": True,
     }
     fields = {"full_attention_interval": interval, "layer_types": kinds, "rope_parameters": rope}
-    return fields | _delta_fields(settings) | {"attention_bias": False}
+    return fields | _qwen35_delta_fields(settings) | {"attention_bias": False}
 
 
-def _delta_fields(settings: Settings) -> Config:
+def _qwen35_delta_fields(settings: Settings) -> Config:
     value_heads, inner = settings.count("ssm.time_step_rank"), settings.count("ssm.inner_size")
     key_heads, width = settings.count("ssm.group_count"), settings.count("ssm.state_size")
     if inner != value_heads * width or value_heads % key_heads:
@@ -484,17 +504,6 @@ def _sections(given: list[int] | None, pairs: int) -> list[int]:
     return [third, third, third, 0]
 
 
-LFM2 = Family(
-    "lfm2",
-    "Lfm2ForCausalLM",
-    _lfm2_block,
-    _lfm2_fields,
-    _lfm2_settings,
-    top=lambda config: {
-        "token_embd.weight": "model.embed_tokens.weight",
-        "token_embd_norm.weight": "model.embedding_norm.weight",
-    },
-)
 QWEN35 = Family(
     "qwen3_5",
     "Qwen3_5ForCausalLM",

@@ -1,20 +1,14 @@
-"""Family row, tensor mappings, shared keys, RoPE scaling.
-
-Read a GGUF file's settings, and turn them into the config.json fields that all architectures share.
-
-Map a GGUF tensor to mlx-lm's parameters, in both directions.
+"""The parts that a row of the table of architectures is made of: settings, tensors and RoPE scaling, in both directions.
 
 llama.cpp's converter reorders rows and columns, adds an offset to norms, joins tensors and drops axes of length one. A
 `TensorMapping` records which of these were applied to a tensor. Reordering moves whole rows, or whole groups of columns,
 so packed weights keep their bits.
 
-The row type of the table of GGUF architectures: a family's tensors and settings, in both directions.
+RoPE scaling for long contexts is stored in several ways:
 
-Convert RoPE scaling for long contexts between GGUF's settings and tensors and config.json's fields.
-
-linear, YaRN   settings under rope.scaling
-Llama 3        rope_freqs.weight, (head_dim / 2,) divisors of the frequencies
-LongRoPE       rope_factors_short.weight and rope_factors_long.weight, the same for short and long contexts
+    linear, YaRN   settings under rope.scaling
+    Llama 3        rope_freqs.weight, (head_dim / 2,) divisors of the frequencies
+    LongRoPE       rope_factors_short.weight and rope_factors_long.weight, the same for short and long contexts
 """
 
 from __future__ import annotations
@@ -28,6 +22,8 @@ import numpy as np
 
 from mlx_lora.gguf.reader import GGUFFile
 from mlx_lora.models.config import MOST_BLOCKS
+
+# Settings
 
 
 class Settings:
@@ -161,6 +157,9 @@ def experts(settings: Settings, config: dict[str, Any]) -> tuple[int, int, int]:
     return n_experts, used, settings.count("expert_feed_forward_length", config["intermediate_size"])
 
 
+# Tensors
+
+
 @dataclass(frozen=True)
 class Order:
     """A reordering of an axis: its entries are split into (outer, first, second, inner) and the middle two are swapped.
@@ -204,7 +203,7 @@ class TensorMapping:
     """The mlx-lm parameters that one GGUF tensor holds, and how it stores them.
 
     Attributes:
-        name: mlx-lm's parameter, e.g. `model.layers.0.self_attn.q_proj.weight`.
+        name: mlx-lm's parameter, such as `model.layers.0.self_attn.q_proj.weight`.
         then: further parameters of the same shape, whose rows follow those of `name` in the file.
         rows, columns: how the file reorders them; None: not at all.
         offset: what the file adds to the values (1 for Gemma's norms).
@@ -270,7 +269,6 @@ class TensorMapping:
 
 
 Block = dict[str, TensorMapping]
-Written = tuple[dict[str, Any], dict[str, np.ndarray]]
 TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -301,9 +299,19 @@ QKV_BIASES = {
 ATTENTION_BIASES = {**QKV_BIASES, "attn_output.bias": "self_attn.o_proj.bias"}
 
 
+def plain(names: dict[str, str], **how: Any) -> Block:
+    """Return a mapping for each {GGUF name: mlx-lm's name}, all with the same further attributes `how`."""
+    return {tensor: TensorMapping(name, **how) for tensor, name in names.items()}
+
+
+# A row of the table of architectures
+
+Written = tuple[dict[str, Any], dict[str, np.ndarray]]
+
+
 @dataclass(frozen=True)
 class Family:
-    """One row of the table.
+    """One architecture: a row of the table in gguf/arch.py.
 
     Attributes:
         model_type: mlx-lm's.
@@ -333,10 +341,7 @@ class Family:
     also: tuple[str, ...] = ()
 
 
-def plain(names: dict[str, str], **how: Any) -> Block:
-    """Return a mapping for each {GGUF name: mlx-lm's name}, all with the same further attributes `how`."""
-    return {tensor: TensorMapping(name, **how) for tensor, name in names.items()}
-
+# RoPE scaling
 
 ROPE_FACTORS = "rope_freqs.weight"
 SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"

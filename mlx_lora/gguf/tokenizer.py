@@ -1,17 +1,12 @@
-"""Tokenizer from metadata and back.
-
-The pre-tokenizers of byte-level BPE vocabularies, by their name in a GGUF file (`tokenizer.ggml.pre`).
-
-Each recipe is a sequence of patterns; every pattern isolates its matches in the pieces that the patterns before it left.
-The patterns are those that llama.cpp applies, so that an adapter trained here gets the same tokens there.
-
-Build a fast tokenizer from a GGUF file's metadata, with the same ids as llama.cpp.
+"""Build a fast tokenizer from a GGUF file's metadata, with the same ids as llama.cpp.
 
 There are three kinds: byte-level BPE (`gpt2`: merges and a named pre-tokenizer), SentencePiece (`llama`: scores, byte
 fallback) and Gemma 4's (`gemma4`: like SentencePiece, but with merges instead of scores, and runs of newlines are split
 off). All become a `tokenizers` BPE model, so that transformers and mlx-lm can load the folder.
 
-Keep a GGUF file's config and tokenizer as a folder in the cache, for what needs them and not the weights.
+A byte-level vocabulary names its pre-tokenizer (`tokenizer.ggml.pre`). Its recipe is a sequence of patterns; every pattern
+isolates its matches in the pieces that the patterns before it left. The patterns are those that llama.cpp applies, so that
+an adapter trained here gets the same tokens there.
 """
 
 from __future__ import annotations
@@ -31,6 +26,53 @@ from mlx_lora.gguf.reader import read_gguf
 from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replacing_folder, sha256_of
+
+# tokenizer.ggml.token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+MAX_TOKEN_CHARACTERS = 4096  # published vocabularies stay below 300
+SPACE = "▁"  # SentencePiece's character for a space
+# Tokens that end a turn, recognized by their text, because few files name more than one end token by id. `</s>` is not
+# among them, because Gemma's vocabulary has it as the closing tag of an HTML element.
+END_TOKENS = frozenset(
+    [
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>"),
+        *("<|eom_id|>", "<EOT>", "[EOT]", "<|end_of_text|>", "<end_of_utterance>", "<turn|>"),
+        "<｜end▁of▁sentence｜>",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer's content, from any kind of file; list positions are token ids."""
+
+    model: str  # "gpt2" (byte-level BPE), "llama" (SentencePiece) or "gemma4"
+    tokens: list[str]
+    types: list[int]
+    scores: list[float]  # SentencePiece only; a higher score merges first
+    merges: list[tuple[str, str]]  # all but SentencePiece
+    pre: str
+    special: dict[str, int]  # "bos", "eos", "unk", "pad", "eot", "eom" -> token id, if known
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    chat_template: str | None
+
+    def text(self, name: str) -> str | None:
+        """Return the text of a named special token, or None."""
+        return self.tokens[self.special[name]] if name in self.special else None
+
+    def end_ids(self) -> list[int]:
+        """Return the ids that end a generation: eos first, then end-of-turn tokens."""
+        ids = [self.special[name] for name in ("eos", "eot", "eom") if name in self.special]
+        by_text = [i for i, token in enumerate(self.tokens) if token in END_TOKENS and self.types[i] != UNUSED]
+        texts = {self.tokens[i] for i in by_text}
+        if {"<|return|>", "<|call|>"} <= texts:  # in harmony, <|end|> ends a message, not the turn
+            by_text = [i for i in by_text if self.tokens[i] != "<|end|>"]
+        return list(dict.fromkeys(ids + by_text))
+
+
+# Pre-tokenizers
 
 _CONTRACTION = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -101,63 +143,9 @@ PUBLISHED = {
     _CASED_PUBLISHED.replace("{C}", "") + rf"|\p{{N}}|{_CASED_TAIL}": "tekken",
     _CASED_PUBLISHED.replace("{C}", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?") + rf"|\p{{N}}{{1,3}}|{_CASED_TAIL}": "gpt-4o",
 }
-# tokenizer.ggml.token_type
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-MAX_TOKEN_CHARACTERS = 4096  # published vocabularies stay below 300
-SPACE = "▁"  # SentencePiece's character for a space
-# Tokens that end a turn, recognized by their text, because few files name more than one end token by id. `</s>` is not
-# among them, because Gemma's vocabulary has it as the closing tag of an HTML element.
-END_TOKENS = frozenset(
-    [
-        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>"),
-        *("<|eom_id|>", "<EOT>", "[EOT]", "<|end_of_text|>", "<end_of_utterance>", "<turn|>"),
-        "<｜end▁of▁sentence｜>",
-    ]
-)
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """A tokenizer's content, from any kind of file; list positions are token ids."""
-
-    model: str  # "gpt2" (byte-level BPE), "llama" (SentencePiece) or "gemma4"
-    tokens: list[str]
-    types: list[int]
-    scores: list[float]  # SentencePiece only; a higher score merges first
-    merges: list[tuple[str, str]]  # all but SentencePiece
-    pre: str
-    special: dict[str, int]  # "bos", "eos", "unk", "pad", "eot", "eom" -> token id, if known
-    add_bos: bool
-    add_eos: bool
-    add_space_prefix: bool
-    chat_template: str | None
-
-    def text(self, name: str) -> str | None:
-        """Return the text of a named special token, or None."""
-        return self.tokens[self.special[name]] if name in self.special else None
-
-    def end_ids(self) -> list[int]:
-        """Return the ids that end a generation: eos first, then end-of-turn tokens."""
-        ids = [self.special[name] for name in ("eos", "eot", "eom") if name in self.special]
-        by_text = [i for i, token in enumerate(self.tokens) if token in END_TOKENS and self.types[i] != UNUSED]
-        texts = {self.tokens[i] for i in by_text}
-        if {"<|return|>", "<|call|>"} <= texts:  # in harmony, <|end|> ends a message, not the turn
-            by_text = [i for i in by_text if self.tokens[i] != "<|end|>"]
-        return list(dict.fromkeys(ids + by_text))
-
-
-def write_tokenizer(metadata: dict[str, Any], out: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json, the chat template and generation_config.json.
-
-    Args:
-        metadata: a GGUF file's key-value pairs (`tokenizer.ggml.*`, `tokenizer.chat_template`).
-        out: folder to write into; created if it does not exist.
-
-    Raises:
-        InputError: the file has no tokenizer, or one of an unsupported kind.
-    """
-    vocabulary = vocabulary_from_metadata(metadata)
-    write_folder(vocabulary, build_tokenizer(vocabulary), out)
+# Metadata to vocabulary
 
 
 def vocabulary_from_metadata(metadata: dict[str, Any]) -> Vocabulary:
@@ -218,13 +206,6 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _is_numbers(value: Any, kinds: str) -> bool:
-    """Return whether a value is an array or list of numbers; `kinds` are numpy's letters for their types."""
-    if isinstance(value, list):
-        value = np.array(value) if all(type(item) in (int, float) for item in value) else None
-    return isinstance(value, np.ndarray) and value.ndim == 1 and (not value.size or value.dtype.kind in kinds)
-
-
 def _kind_problems(metadata: dict[str, Any]) -> list[str]:
     """Return a problem for each entry of a wrong type."""
     found = {key: metadata.get(f"tokenizer.{key}") for key in _KINDS}
@@ -233,6 +214,13 @@ def _kind_problems(metadata: dict[str, Any]) -> list[str]:
         for key, (fits, words) in _KINDS.items()
         if found[key] is not None and not fits(found[key])
     ]
+
+
+def _is_numbers(value: Any, kinds: str) -> bool:
+    """Return whether a value is an array or list of numbers; `kinds` are numpy's letters for their types."""
+    if isinstance(value, list):
+        value = np.array(value) if all(type(item) in (int, float) for item in value) else None
+    return isinstance(value, np.ndarray) and value.ndim == 1 and (not value.size or value.dtype.kind in kinds)
 
 
 def _pair(merge: str) -> tuple[str, str]:
@@ -286,38 +274,7 @@ def _problems(
     return problems
 
 
-def write_folder(vocabulary: Vocabulary, tokenizer: Tokenizer, out: Path) -> None:
-    """Write a tokenizer folder that transformers and mlx-lm can load.
-
-    Args:
-        vocabulary: has the special tokens and the chat template.
-        tokenizer: the tokenizer that was built from it.
-        out: folder to write into; created if it does not exist.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(out / "tokenizer.json"), pretty=False)
-    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unk", "pad_token": "pad"}
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 10**30,  # the tokenizer has no limit; the trainer has --max-seq-length
-        **{key: vocabulary.text(name) for key, name in names.items() if name in vocabulary.special},
-    }
-    if vocabulary.chat_template:
-        config["chat_template"] = vocabulary.chat_template
-        (out / "chat_template.jinja").write_text(vocabulary.chat_template, encoding="utf-8")
-    _write_json(out / "tokenizer_config.json", config)
-    generation: dict[str, Any] = {
-        f"{name}_token_id": vocabulary.special[name] for name in ("bos", "pad") if name in vocabulary.special
-    }
-    end_ids = vocabulary.end_ids()
-    if end_ids:
-        generation["eos_token_id"] = end_ids[0] if len(end_ids) == 1 else end_ids
-    _write_json(out / "generation_config.json", generation)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+# Vocabulary to tokenizer
 
 
 def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
@@ -411,6 +368,57 @@ def merges_from_scores(vocabulary: Vocabulary, kinds: tuple[int, ...]) -> list[t
                 (token[:at], token[at:]) for at in range(1, len(token)) if token[:at] in parts and token[at:] in parts
             ]
     return merges
+
+
+# Folders
+
+
+def write_tokenizer(metadata: dict[str, Any], out: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json, the chat template and generation_config.json.
+
+    Args:
+        metadata: a GGUF file's key-value pairs (`tokenizer.ggml.*`, `tokenizer.chat_template`).
+        out: folder to write into; created if it does not exist.
+
+    Raises:
+        InputError: the file has no tokenizer, or one of an unsupported kind.
+    """
+    vocabulary = vocabulary_from_metadata(metadata)
+    write_folder(vocabulary, build_tokenizer(vocabulary), out)
+
+
+def write_folder(vocabulary: Vocabulary, tokenizer: Tokenizer, out: Path) -> None:
+    """Write a tokenizer folder that transformers and mlx-lm can load.
+
+    Args:
+        vocabulary: has the special tokens and the chat template.
+        tokenizer: the tokenizer that was built from it.
+        out: folder to write into; created if it does not exist.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out / "tokenizer.json"), pretty=False)
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unk", "pad_token": "pad"}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,  # the tokenizer has no limit; the trainer has --max-seq-length
+        **{key: vocabulary.text(name) for key, name in names.items() if name in vocabulary.special},
+    }
+    if vocabulary.chat_template:
+        config["chat_template"] = vocabulary.chat_template
+        (out / "chat_template.jinja").write_text(vocabulary.chat_template, encoding="utf-8")
+    _write_json(out / "tokenizer_config.json", config)
+    generation: dict[str, Any] = {
+        f"{name}_token_id": vocabulary.special[name] for name in ("bos", "pad") if name in vocabulary.special
+    }
+    end_ids = vocabulary.end_ids()
+    if end_ids:
+        generation["eos_token_id"] = end_ids[0] if len(end_ids) == 1 else end_ids
+    _write_json(out / "generation_config.json", generation)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def gguf_tokenizer_folder(path: Path) -> Path:

@@ -48,7 +48,7 @@ PROBES = (
     "a\nb\n c\n\nd \ne\n\n\nf   g\n    h\t\n",
     "word\u00a0nbsp em\u2003space\u3000wide",
 )
-_MOST_ENDS = 2  # eot and eom, beside eos
+_MOST_ENDS = 2  # eot and eom, in addition to eos
 
 
 def tokenizer_vocabulary(

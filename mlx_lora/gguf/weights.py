@@ -45,7 +45,7 @@ class Imported:
 def import_weights(
     tensors: dict[str, GGUFTensor], mappings: dict[str, TensorMapping], target: Target, dtype: mx.Dtype
 ) -> Iterator[Imported]:
-    """Yield every tensor as mlx-lm's parameters; memory holds one at a time, beside what the caller keeps.
+    """Yield every tensor as mlx-lm's parameters; memory holds one at a time, and what the caller keeps.
 
     Args:
         tensors: the file's tensors.

@@ -1,20 +1,18 @@
-"""Write a model or an adapter as GGUF.
+"""Write a model, with its adapter folded in, as one GGUF file, or the adapter alone.
 
-Write an adapter as a GGUF file that llama.cpp applies to the base GGUF (`llama-cli -m base.gguf --lora FILE`).
-
-Tensors are named after the base's, `blk.0.attn_q.weight.lora_a` (r, in) and `.lora_b` (out, r), both float32; those of
-experts have the experts' axis in front. llama.cpp multiplies their product by alpha / r; rows of B and columns of A are
-reordered like the base's.
-
-Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp.
-
-Write a model, with its adapter folded in, as one GGUF file for llama.cpp, Ollama and LM Studio.
+A model, for llama.cpp, Ollama and LM Studio:
 
     base + adapter, float32, one tensor at a time -> llama.cpp's order and offsets -> the chosen type -> file
 
 Types follow llama.cpp's converter: tensors of one axis (norms, biases), routers and convolutions stay F32, and rows
 that a block type cannot divide are F16. In files of 4 and 5 bits the output head, or the embedding tied to it, is
 Q8_0. MXFP4 weights that no adapter changed are copied bit for bit, except into f32 files.
+
+An adapter, which llama.cpp applies to the base GGUF (`llama-cli -m base.gguf --lora FILE`): tensors are named after the
+base's, `blk.0.attn_q.weight.lora_a` (r, in) and `.lora_b` (out, r), both float32; those of experts have the experts' axis
+in front. llama.cpp multiplies their product by alpha / r; rows of B and columns of A are reordered like the base's.
+
+Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp.
 """
 
 from __future__ import annotations
@@ -47,77 +45,6 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable, replacing_file
 from mlx_lora.utils.progress import tracked
 
-
-def write_gguf_adapter(file: Path, model: nn.Module, base_name: str, full: tuple[str, ...] = ()) -> None:
-    """Write the adapter on `model` as a LoRA GGUF.
-
-    Args:
-        file: replaced atomically.
-        model: adapted.
-        base_name: the base's id, for the metadata.
-        full: names of parameters trained in full, which the format cannot hold.
-
-    Raises:
-        InputError: llama.cpp's adapters do not support the architecture or the layers.
-    """
-    layers = adapter_layers(model)
-    architecture, tensors = gguf_weights(model)
-    known = {layer for mapping in tensors.values() for layer in mapping.layers}
-    problems = [f"{path} has no tensor in a {architecture} GGUF" for path in layers if path not in known]
-    # Newer versions scale the base's product before they add the adapter's, older ones scale the sum.
-    scaled = {layer for mapping in tensors.values() if mapping.scaled for layer in mapping.layers}
-    problems += [
-        f"{path} has a scale for each expert, which only some versions of llama.cpp apply to the adapter"
-        for path in layers
-        if path in scaled
-    ]
-    problems += [f"{path} {layer.NOT_IN_GGUF}" for path, layer in layers.items() if layer.NOT_IN_GGUF]
-    problems += [f"{name} was trained in full" for name in full]
-    problems += [] if layers else ["the model has no adapter"]
-    if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise InputError(f"--to gguf-adapter: {'; '.join(problems[:4])}{more}; fuse it instead, or adapt other layers")
-    alphas = {layer.scale * layer.rank for layer in layers.values()}
-    # The file has one alpha: if layers differ, it is the rank, and the scale is multiplied into B.
-    alpha = alphas.pop() if len(alphas) == 1 else None
-    with replacing_file(file) as temporary:
-        writer = GGUFWriter(str(temporary), architecture)
-        writer.add_type("adapter")
-        writer.add_name(base_name)
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", 0.0 if alpha is None else alpha)  # 0: multiply by 1
-        for name, mapping in tensors.items():
-            own = [layers.get(path) for path in mapping.layers]
-            if name.endswith(".weight") and any(layer is not None for layer in own):
-                a, b = _factors(own, alpha, mapping)
-                writer.add_tensor(f"{name}.lora_a", a)
-                writer.add_tensor(f"{name}.lora_b", b)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-
-def _factors(layers: list[Any], alpha: float | None, mapping: TensorMapping) -> tuple[np.ndarray, np.ndarray]:
-    """Return A (r, in) and B (out, r), float32, in the base's order; for experts (E, r, in) and (E, out, r).
-
-    Args:
-        layers: the adapters of the tensor's parts; of several, None stands for one that is not adapted.
-        alpha: the file's; None: the scale is multiplied into B.
-        mapping: of the tensor.
-    """
-    if len(layers) > 1:
-        a, b, scale = joined_experts(layers, in_turns=False)
-    else:
-        (layer,) = layers
-        (a, b), scale = layer.transposed_factors(), layer.scale
-    b = b * (scale if alpha is None else scale * a.shape[-2] / alpha)
-    a, b = np.array(a.astype(mx.float32)), np.array(b.astype(mx.float32))
-    a = a if mapping.columns is None else a[..., mapping.columns.to_file(a.shape[-1])]
-    b = b if mapping.rows is None else b[mapping.rows.to_file(len(b))]
-    return np.ascontiguousarray(a), np.ascontiguousarray(b)
-
-
 # --gguf-type: the type of matrices, and its number in the file.
 TYPES = {
     "f32": (Kind.F32, LlamaFileType.ALL_F32),
@@ -131,6 +58,9 @@ TYPES = {
 }
 DEFAULT_TYPE = "f16"  # as in llama.cpp's converter; `llama-quantize` makes K-quants from it
 _COARSE = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1)
+
+
+# A model
 
 
 @dataclass(frozen=True)
@@ -228,9 +158,9 @@ def write_gguf_model(
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in settings.items():
-            _add(writer, f"{architecture}.{key}", value)
+            _add_metadata(writer, f"{architecture}.{key}", value)
         for key, value in tokenizer_metadata(vocabulary).items():
-            _add(writer, key, value)
+            _add_metadata(writer, key, value)
         mark = merge_mark(base.model, base.config) if adapter_layers(base.model) else fused_mark(base.config)
         if mark:
             writer.add_string(FUSED_KEY, mark)
@@ -264,11 +194,11 @@ def _plan(model: nn.Module, architecture: str, mappings: dict[str, TensorMapping
     """
     sources = dict(merged_parameters(model))
     known = {name for mapping in mappings.values() for name in mapping.names}
-    homeless = [name for name in sources if name not in known]
-    if homeless:
-        more = f" and {len(homeless) - 3} more" if len(homeless) > 3 else ""
+    unplaced = [name for name in sources if name not in known]
+    if unplaced:
+        more = f" and {len(unplaced) - 3} more" if len(unplaced) > 3 else ""
         raise InputError(
-            f"--to gguf: {', '.join(homeless[:3])}{more} have no tensor in a {architecture} GGUF; use --to peft or hf"
+            f"--to gguf: {', '.join(unplaced[:3])}{more} have no tensor in a {architecture} GGUF; use --to peft or hf"
         )
     prefix, _ = text_model(model)
     head = next(name for name in ("lm_head.weight", "model.embed_tokens.weight") if prefix + name in sources)
@@ -318,10 +248,10 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Source]]:
             adapter = path
             module.check_tied_head(path, tied="lm_head" not in text_model(model)[1])
             yield f"{path}.weight", Source(_weight_shape(module.base), _merged(module.base, module))
-            yield from _others(path, module.base)
+            yield from _bias_source(path, module.base)
         elif isinstance(module, QUANTIZED):
             yield f"{path}.weight", Source(_weight_shape(module), _merged(module, None), _mxfp4(module))
-            yield from _others(path, module)
+            yield from _bias_source(path, module)
         else:
             for name, value in module.items():
                 if isinstance(value, mx.array) and not name.startswith("_"):  # RoPE's frequencies have such names
@@ -340,7 +270,7 @@ def _mxfp4(base: nn.Module) -> PackedWeight | None:
     return PackedWeight([base.weight, base.scales], MXFP4) if is_mxfp4 else None
 
 
-def _others(path: str, base: nn.Module) -> Iterator[tuple[str, Source]]:
+def _bias_source(path: str, base: nn.Module) -> Iterator[tuple[str, Source]]:
     """Yield a layer's bias, if it has one."""
     if "bias" in base:
         yield f"{path}.bias", Source(base.bias.shape, _floats(base.bias))
@@ -366,10 +296,83 @@ def _floats(array: mx.array) -> Callable[[], mx.array]:
     return lambda: array.astype(mx.float32)
 
 
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+def _add_metadata(writer: GGUFWriter, key: str, value: Any) -> None:
     """Add one metadata entry with the GGUF type for its Python type."""
     if isinstance(value, list):
         writer.add_array(key, value)  # of int32, bool or text: GGUF takes the first one's type
     else:
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add[type(value)](key, value)
+
+
+# An adapter
+
+
+def write_gguf_adapter(file: Path, model: nn.Module, base_name: str, full: tuple[str, ...] = ()) -> None:
+    """Write the adapter on `model` as a LoRA GGUF.
+
+    Args:
+        file: replaced atomically.
+        model: adapted.
+        base_name: the base's id, for the metadata.
+        full: names of parameters trained in full, which the format cannot hold.
+
+    Raises:
+        InputError: llama.cpp's adapters do not support the architecture or the layers.
+    """
+    layers = adapter_layers(model)
+    architecture, tensors = gguf_weights(model)
+    known = {layer for mapping in tensors.values() for layer in mapping.layers}
+    problems = [f"{path} has no tensor in a {architecture} GGUF" for path in layers if path not in known]
+    # Newer versions scale the base's product before they add the adapter's, older ones scale the sum.
+    scaled = {layer for mapping in tensors.values() if mapping.scaled for layer in mapping.layers}
+    problems += [
+        f"{path} has a scale for each expert, which only some versions of llama.cpp apply to the adapter"
+        for path in layers
+        if path in scaled
+    ]
+    problems += [f"{path} {layer.NOT_IN_GGUF}" for path, layer in layers.items() if layer.NOT_IN_GGUF]
+    problems += [f"{name} was trained in full" for name in full]
+    problems += [] if layers else ["the model has no adapter"]
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise InputError(f"--to gguf-adapter: {'; '.join(problems[:4])}{more}; fuse it instead, or adapt other layers")
+    alphas = {layer.scale * layer.rank for layer in layers.values()}
+    # The file has one alpha: if layers differ, it is the rank, and the scale is multiplied into B.
+    alpha = alphas.pop() if len(alphas) == 1 else None
+    with replacing_file(file) as temporary:
+        writer = GGUFWriter(str(temporary), architecture)
+        writer.add_type("adapter")
+        writer.add_name(base_name)
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", 0.0 if alpha is None else alpha)  # 0: multiply by 1
+        for name, mapping in tensors.items():
+            own = [layers.get(path) for path in mapping.layers]
+            if name.endswith(".weight") and any(layer is not None for layer in own):
+                a, b = _factors(own, alpha, mapping)
+                writer.add_tensor(f"{name}.lora_a", a)
+                writer.add_tensor(f"{name}.lora_b", b)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _factors(layers: list[Any], alpha: float | None, mapping: TensorMapping) -> tuple[np.ndarray, np.ndarray]:
+    """Return A (r, in) and B (out, r), float32, in the base's order; for experts (E, r, in) and (E, out, r).
+
+    Args:
+        layers: the adapters of the tensor's parts; of several, None stands for one that is not adapted.
+        alpha: the file's; None: the scale is multiplied into B.
+        mapping: of the tensor.
+    """
+    if len(layers) > 1:
+        a, b, scale = joined_experts(layers, in_turns=False)
+    else:
+        (layer,) = layers
+        (a, b), scale = layer.transposed_factors(), layer.scale
+    b = b * (scale if alpha is None else scale * a.shape[-2] / alpha)
+    a, b = np.array(a.astype(mx.float32)), np.array(b.astype(mx.float32))
+    a = a if mapping.columns is None else a[..., mapping.columns.to_file(a.shape[-1])]
+    b = b if mapping.rows is None else b[mapping.rows.to_file(len(b))]
+    return np.ascontiguousarray(a), np.ascontiguousarray(b)

@@ -1,6 +1,6 @@
 """Choose settings with which a run fits in memory, or advise other settings if it does not fit.
 
-The arithmetic is in memory.py; this file calls it repeatedly with different settings.
+The arithmetic is in planner/memory.py, which is called repeatedly with different settings.
 """
 
 from __future__ import annotations

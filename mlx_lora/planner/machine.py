@@ -1,12 +1,8 @@
-"""This machine and its peak rates.
+"""Describe this machine for the planner: its memory, and its peak rates, from which speed is predicted.
 
-Measure this machine's peak rates, from which speed is predicted.
-
-This takes seconds. Each rate is the best of several rounds, since other programs can only slow a round down. Plans read the
-rates of one measurement, which is kept on disk: two plans, made at the same time by two processes or an hour apart, would
-otherwise predict speeds for one model that differ by a factor of three.
-
-Describe this machine with the planner's types.
+Measuring the rates takes seconds. Each is the best of several rounds, since other programs can only slow a round down.
+Plans read the rates of one measurement, which is kept on disk: two plans, made at the same time by two processes or an hour
+apart, would otherwise predict speeds for one model that differ by a factor of three.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora.kernels import activations as exponentials
+from mlx_lora.kernels import activations
 from mlx_lora.kernels.measure import read_store, write_store
 from mlx_lora.planner.shapes import Machine
 from mlx_lora.planner.speed import Ceilings
@@ -33,6 +29,36 @@ ROWS, INNER, OUTER = 1024, 576, 1536
 ELEMENTS = 1 << 22  # 16 MB in float32, larger than any cache
 STORE = "ceilings"
 KEPT_S = 86_400.0  # after a day they are measured again, and the better of both figures is kept
+
+
+def this_machine(dtype: str = "auto") -> Machine:
+    """Return the planner's description of this device.
+
+    Args:
+        dtype: --dtype of the run.
+    """
+    here = current_device()
+    return Machine(
+        here.name,
+        here.backend,
+        here.memory_bytes,
+        here.working_set_bytes,
+        compute_dtype(dtype).size,
+        compiles_from=compiles_from_steps(),
+    )
+
+
+def loss_tile_bytes() -> int:
+    """Return the bytes that one tile of the fused loss's logits may take."""
+    return this_machine().tile_bytes
+
+
+def dense_experts_bytes() -> int:
+    """Return the bytes that one layer's experts may take as floats during their product."""
+    return this_machine().dense_experts_bytes
+
+
+# Peak rates
 
 
 def ceilings_here(
@@ -105,7 +131,7 @@ def measure_ceilings(
     times = [_best_s(make, rounds, clock) for _, make in passes]
     moved = sum(arrays for arrays, _ in passes) * ELEMENTS * kind.size / sum(times)
     on_cpu = device.current_device().backend == "cpu"
-    power = exponentials.exp_minus if polynomials and exponentials.usable(a) else mx.exp
+    power = activations.exp_minus if polynomials and activations.usable(a) else mx.exp
     powers = _exponentials_per_s(power, a, 2 / 3 * times[0], rounds, clock) if on_cpu else float("inf")
     return Ceilings(flops, moved, powers, 0.0 if on_cpu else 5e-6, "measured here")
 
@@ -133,30 +159,3 @@ def _best_s(make: Callable[[], mx.array], rounds: int, clock: Callable[[], float
         mx.eval(make())
         best = min(best, clock() - start)
     return best
-
-
-def this_machine(dtype: str = "auto") -> Machine:
-    """Return the planner's description of this device.
-
-    Args:
-        dtype: --dtype of the run.
-    """
-    here = current_device()
-    return Machine(
-        here.name,
-        here.backend,
-        here.memory_bytes,
-        here.working_set_bytes,
-        compute_dtype(dtype).size,
-        compiles_from=compiles_from_steps(),
-    )
-
-
-def loss_tile_bytes() -> int:
-    """Return the bytes that one tile of the fused loss's logits may take."""
-    return this_machine().tile_bytes
-
-
-def dense_experts_bytes() -> int:
-    """Return the bytes that one layer's experts may take as floats during their product."""
-    return this_machine().dense_experts_bytes

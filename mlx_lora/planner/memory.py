@@ -1,14 +1,4 @@
-"""Merge.
-
-Predict the bytes that sampling holds at its peak: keys and values of all answers, and the scores of the vocabulary.
-
-Sampling has two moments (rollouts/sampler.py). First, prompts are computed one by one, and each layer keeps a prompt's
-keys and values. Then these are copied for each answer, and grow with it: mlx-lm's caches by CACHE_STEP tokens at a time. A
-layer's old buffer is there until its new one is filled. Base, adapter and optimizer are held all along.
-
-Shapes: N prompts, G answers to each, A = N G rows, V vocabulary.
-
-Predict the bytes that training holds at its peak, part by part, by arithmetic.
+"""Predict the bytes that a run holds at its peak, part by part, by arithmetic.
 
 A run has phases, and its peak is that of the largest phase:
 
@@ -17,17 +7,22 @@ A run has phases, and its peak is that of the largest phase:
     loss       everything that the blocks keep, and tiles of logits (losses/fused.py)
     backward   everything that the blocks keep, and the gradients of one block
     last       the adapter's gradients, and one block
-    update     gradients, and the new optimizer state beside the old
+    update     gradients, and the new optimizer state in addition to the old
     teacher    the base, a teacher's weights, and its forward pass; only with --teacher. Before the first step, or if it
                scores sampled answers, between the steps
-    rollout    keys and values of sampled answers, if a run samples them (rollout_memory.py)
+    rollout    keys and values of sampled answers, and the scores of the vocabulary; only if a run samples answers
 
-In all phases: the base, the adapter's float32 masters, the optimizer's moments, a teacher that stays. What a block keeps, and what its backward
-pass allocates at a time, is read from the block's graph (trainer/block_memory.py) and given as `Block.memory`. If a
-graph cannot be read, the formulas here count the block as a llama block, and the plan says that its memory is not known.
-docs/planner.md compares predictions with measurements.
+In all phases: the base, the adapter's float32 masters, the optimizer's moments, a teacher that stays. What a block keeps,
+and what its backward pass allocates at a time, is read from the block's graph (trainer/block_memory.py) and given as
+`Block.memory`. If a graph cannot be read, the formulas here count the block as a llama block, and the plan says that its
+memory is not known. docs/planner.md compares predictions with measurements.
 
-Shapes: T positions of a batch (rows x width), P trained positions, D model width, V vocabulary, A trained numbers.
+A rollout has two moments (rollouts/sampler.py). First, prompts are computed one by one, and each layer keeps a prompt's
+keys and values. Then these are copied for each answer, and grow with it: mlx-lm's caches by CACHE_STEP tokens at a time. A
+layer's old buffer is there until its new one is filled.
+
+Shapes: T positions of a batch (rows x width), P trained positions, D model width, V vocabulary, A trained numbers. In a
+rollout: N prompts, G answers to each, N G rows.
 Source: arXiv 2205.05198, section 4 (activations of a block).
 """
 
@@ -42,67 +37,8 @@ from mlx_lora.config.presets import OPTIMIZERS
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS
 from mlx_lora.planner.shapes import Block, Layer, LayerCache, Machine, ModelShape, Rollout, Run, in_steps
 
-PREFILL_TOKENS = 512  # of a prompt that are computed at once (rollouts/sampler.py)
-SINGLE = 4  # bytes of a float32
-# Fitted on a CPU (tests/test_rollout_memory.py compares with measured peaks).
-GROWING_LAYERS = 1  # layers whose old keys and values, and room for new ones, are there beside both together
-SCORE_ARRAYS = 6.0  # arrays of A x V: logits, their softmax, and the noise that a token is drawn with
-DENSE_ROWS = (
-    4  # rows from which a CPU multiplies by a quantized head as floats (kernels/quantized_matmul.py measures it)
-)
-PREFILL_ARRAYS = 1.0  # of a block's layers, widths in and out summed, per position
-PREFILL_SCORES = 3.0  # arrays of mlx's attention on a CPU: scores, masked scores, their softmax
-
-
-def rollout_parts(shape: ModelShape, rollout: Rollout, machine: Machine) -> dict[str, int]:
-    """Return what sampling takes at its peak beside the held parts, by name.
-
-    Args:
-        shape: the model, with what its layers keep.
-        rollout: the largest batch of prompts.
-        machine: that it runs on.
-    """
-    rows = rollout.prompts * rollout.group
-    of_prompts = rollout.prompts * _bytes_of(shape.caches, in_steps(rollout.prompt_tokens - 1))
-    whole = rows * _bytes_of(shape.caches, rollout.cached_tokens)
-    first = {"keys and values": of_prompts, "work ahead": _prefill_window(shape.blocks, rollout, machine)}
-    later = {
-        "keys and values": whole,
-        "copies of them": int(whole * min(1.0, GROWING_LAYERS / max(1, len(shape.caches)))),
-        "logits": int(SCORE_ARRAYS * rows * shape.vocabulary * SINGLE) + _dense_head(shape, rows, machine),
-    }
-    return max(first, later, key=lambda parts: sum(parts.values()))
-
-
-def _bytes_of(caches: Iterable[LayerCache], tokens: int) -> int:
-    """Return the bytes that all layers keep of a row with room for so many tokens."""
-    return sum(
-        cache.fixed_bytes
-        + cache.token_bytes * (tokens if cache.most_tokens is None else min(tokens, cache.most_tokens))
-        for cache in caches
-    )
-
-
-def _dense_head(shape: ModelShape, rows: int, machine: Machine) -> int:
-    """Return the bytes of a quantized head as floats: a CPU multiplies by it, a GPU by the packed one for so few rows."""
-    if not shape.head_packed or machine.backend != "cpu" or rows < DENSE_ROWS:
-        return 0
-    return shape.vocabulary * shape.width * machine.number_bytes * machine.dense_copies
-
-
-def _prefill_window(blocks: Iterable[Block], rollout: Rollout, machine: Machine) -> int:
-    """Return the bytes of a forward pass over a prompt, or its first part, of which one block is in memory at a time."""
-    tokens, size = min(PREFILL_TOKENS, rollout.prompt_tokens), machine.number_bytes
-    most = 0.0
-    for block in blocks:
-        layers = PREFILL_ARRAYS * block.widths * tokens
-        packed = max((layer.numbers for layer in block.layers if layer.packed and layer.experts == 1), default=0)
-        scores = PREFILL_SCORES * block.heads * tokens * rollout.prompt_tokens if machine.backend == "cpu" else 0
-        most = max(most, max(layers + packed * machine.dense_copies, scores))
-    return int(most * size)
-
-
 ROLLOUT = "rollout"  # the phase in which answers are sampled
+SINGLE = 4  # bytes of a float32
 # Tokens of the check of losses and kernels before the first step (two tiles of attention).
 CHECK_TOKENS = 128
 LOSS_TOKENS = CHECK_TOKENS // 2  # for the plain loss and those compared with it: the plain one makes all logits of each
@@ -115,8 +51,8 @@ MAX_ROWS = 2048
 # Queries of one tile of attention: small enough to leave out nearly half of the scores (those above the diagonal) even in
 # short rows, large enough for a tile's products to fill the machine.
 TILE_QUERIES = 64
-# If exponentials are expensive (device.py), rows of up to this many keys keep their probabilities, which then take no more
-# memory than the block's other activations do (SmolLM2: about three quarters of them at this length).
+# If exponentials are expensive (utils/device.py), rows of up to this many keys keep their probabilities, which then take
+# no more memory than the block's other activations do (SmolLM2: about three quarters of them at this length).
 MAX_KEPT_KEYS = 1536
 # What MLX allocates at a time, including work that it has not run yet; fitted on a CPU. It runs a fixed number of operations
 # ahead, so a tile that takes more of them is ahead fewer times: dequantizing takes some, and a step that is not compiled
@@ -255,6 +191,9 @@ def _record_bytes(shape: ModelShape, run: Run) -> int:
     return run.slots * min(number * shape.vocabulary, number * (most + 1) + 4 * most)
 
 
+# Blocks
+
+
 def kept_by(block: Block, run: Run, machine: Machine) -> float:
     """Return the bytes that a block keeps for the backward pass without checkpointing, attention's probabilities included."""
     case = run.rows, run.width, machine.backend != "cpu"
@@ -383,6 +322,9 @@ def _dense_path(layer: Layer, machine: Machine) -> bool:
     return layer.experts == 1 or layer.numbers * machine.number_bytes <= machine.dense_experts_bytes
 
 
+# Loss, check and loading
+
+
 def _loss_window(shape: ModelShape, run: Run, machine: Machine) -> int:
     """Return the bytes of the loss: tiles of logits and exponentials, slices of the head, sums of the gradient."""
     slots, size = -(-run.slots // shape.loss_ranks), machine.number_bytes
@@ -466,3 +408,63 @@ def _even(length: int, most: int) -> int:
     """Return the size of parts if `length` is split into the fewest equal parts of at most `most`."""
     parts = max(1, -(-length // max(1, most)))
     return max(1, -(-length // parts))
+
+
+# Sampled answers
+
+PREFILL_TOKENS = 512  # of a prompt that are computed at once (rollouts/sampler.py)
+# Fitted on a CPU (tests/test_rollout_memory.py compares with measured peaks).
+GROWING_LAYERS = 1  # layers whose old keys and values, and room for new ones, are there in addition to both together
+SCORE_ARRAYS = 6.0  # arrays of (N G, V): logits, their softmax, and the noise that a token is drawn with
+# Rows from which a CPU multiplies by a quantized head as floats (kernels/quantized_matmul.py measures it).
+DENSE_ROWS = 4
+PREFILL_ARRAYS = 1.0  # of a block's layers, widths in and out summed, per position
+PREFILL_SCORES = 3.0  # arrays of mlx's attention on a CPU: scores, masked scores, their softmax
+
+
+def rollout_parts(shape: ModelShape, rollout: Rollout, machine: Machine) -> dict[str, int]:
+    """Return what sampling takes at its peak in addition to the held parts, by name.
+
+    Args:
+        shape: the model, with what its layers keep.
+        rollout: the largest batch of prompts.
+        machine: that it runs on.
+    """
+    rows = rollout.prompts * rollout.group
+    of_prompts = rollout.prompts * _cache_bytes(shape.caches, in_steps(rollout.prompt_tokens - 1))
+    whole = rows * _cache_bytes(shape.caches, rollout.cached_tokens)
+    first = {"keys and values": of_prompts, "work ahead": _prefill_window(shape.blocks, rollout, machine)}
+    later = {
+        "keys and values": whole,
+        "copies of them": int(whole * min(1.0, GROWING_LAYERS / max(1, len(shape.caches)))),
+        "logits": int(SCORE_ARRAYS * rows * shape.vocabulary * SINGLE) + _dense_head(shape, rows, machine),
+    }
+    return max(first, later, key=lambda parts: sum(parts.values()))
+
+
+def _cache_bytes(caches: Iterable[LayerCache], tokens: int) -> int:
+    """Return the bytes that all layers keep of a row with room for so many tokens."""
+    return sum(
+        cache.fixed_bytes
+        + cache.token_bytes * (tokens if cache.most_tokens is None else min(tokens, cache.most_tokens))
+        for cache in caches
+    )
+
+
+def _dense_head(shape: ModelShape, rows: int, machine: Machine) -> int:
+    """Return the bytes of a quantized head as floats: a CPU multiplies by it, a GPU by the packed one for so few rows."""
+    if not shape.head_packed or machine.backend != "cpu" or rows < DENSE_ROWS:
+        return 0
+    return shape.vocabulary * shape.width * machine.number_bytes * machine.dense_copies
+
+
+def _prefill_window(blocks: Iterable[Block], rollout: Rollout, machine: Machine) -> int:
+    """Return the bytes of a forward pass over a prompt, or its first part, of which one block is in memory at a time."""
+    tokens, size = min(PREFILL_TOKENS, rollout.prompt_tokens), machine.number_bytes
+    most = 0.0
+    for block in blocks:
+        layers = PREFILL_ARRAYS * block.widths * tokens
+        packed = max((layer.numbers for layer in block.layers if layer.packed and layer.experts == 1), default=0)
+        scores = PREFILL_SCORES * block.heads * tokens * rollout.prompt_tokens if machine.backend == "cpu" else 0
+        most = max(most, max(layers + packed * machine.dense_copies, scores))
+    return int(most * size)

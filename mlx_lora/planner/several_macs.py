@@ -1,17 +1,4 @@
-"""Shared base, tensor plan, links.
-
-Plan a run whose base several Macs share: each Mac's memory, what goes over the link, and which of the two decides.
-
-A step sends every unit (a block, a slice of the embedding or of the head) once for the forward pass, and each trained block
-once more for the backward pass. On a CPU, sending and computing take turns. On a GPU, a unit is taken to be on its way while
-the one before it is computed (predicted), so a step is a pipeline of two stages: the first units wait for the link, and later ones wait for the link or for the chips, whichever takes longer. At the
-end the adapter's gradients are added up.
-
-Nothing here was measured on a Mac: computing is predicted from listed rates, and the link's rate is an assumption.
-
-Shapes: N Macs.
-
-Choose how several processes divide a run: rows with a whole base, rows with a shared base, or layers.
+"""Plan a run of several processes, such as on several Macs: what each holds, what they send, and how best to divide the run.
 
     data, whole base     a rank computes its rows; the gradients are added up once a step
     data, shared base    the same, and each block's weights go around once or twice in each batch, while blocks compute
@@ -20,6 +7,14 @@ Choose how several processes divide a run: rows with a whole base, rows with a s
 
 So tensor parallelism sends tokens x width, and a shared base sends weights: small batches on a link with little latency
 speak for the first, large batches for the second. A whole base sends least, if it fits.
+
+With a shared base, a step sends every unit (a block, a slice of the embedding or of the head) once for the forward pass, and
+each trained block once more for the backward pass. On a CPU, sending and computing take turns. On a GPU, a unit is taken to
+be on its way while the one before it is computed (predicted), so a step is a pipeline of two stages: the first units wait
+for the link, and later ones wait for the link or for the chips, whichever takes longer. At the end the adapter's gradients
+are added up.
+
+Nothing here was measured on a Mac: computing is predicted from listed rates, and the link's rate is an assumption.
 
 Shapes: N ranks, T tokens of a batch, D model width.
 """
@@ -39,6 +34,15 @@ MOST_TOKENS = 1 << 20  # of a batch that is looked for
 EQUAL = 1e-6  # parts that differ less are equal
 LEAST_ROW = 128  # tokens of a row of that batch, if rows are not shorter
 HIDDEN = 1.1  # a link is hidden if a step takes at most this many times as long as computing
+# mlx-lm's modules whose cut was read and is tested (tests/test_tensor_parallel.py).
+ARCHITECTURES = (
+    "deepseek_v2", "deepseek_v3", "exaone_moe", "glm4_moe", "glm4_moe_lite", "gpt_oss", "llama", "ministral3", "mistral4",
+    "qwen2", "qwen3", "qwen3_moe", "step3p5",
+)  # fmt: skip
+DATA, TENSOR = "data", "tensor"
+
+
+# The link
 
 
 @dataclass(frozen=True)
@@ -203,6 +207,9 @@ def sending(
     )
 
 
+# A base that several Macs share
+
+
 @dataclass(frozen=True)
 class Mac:
     """One of the Macs.
@@ -248,6 +255,26 @@ class MacsPlan:
         return self.sending.link_s > max(self.computing_s)
 
 
+def plan_macs(
+    shape: ModelShape, units: Units, run: Run, macs: Sequence[Mac], shares: Sequence[float], link: Link
+) -> MacsPlan:
+    """Return the plan of a run.
+
+    Args:
+        shape: the whole model with its adapter.
+        units: of it.
+        run: the largest batch of all Macs together; its rows are dealt evenly.
+        macs, link: what it runs on.
+        shares: each Mac's part of the base, which add up to 1.
+    """
+    own = _own_part(run, len(macs))
+    memory = [
+        plan_memory(rank_part(shape, units, share), own, mac.machine) for mac, share in zip(macs, shares, strict=True)
+    ]
+    sent = _sent_in_step(shape, units, macs, shares, link)
+    return MacsPlan(tuple(shares), tuple(memory), tuple(_computing(shape, own, macs)), sent)
+
+
 def rank_part(shape: ModelShape, units: Units, share: float) -> ModelShape:
     """Return the shape of one Mac's part of a model: its share of each unit, and the two largest units in whole.
 
@@ -270,27 +297,6 @@ def memory_shares(macs: Sequence[Machine]) -> list[float]:
     return [mac.working_set_bytes / whole for mac in macs]
 
 
-def plan_macs(
-    shape: ModelShape, units: Units, run: Run, macs: Sequence[Mac], shares: Sequence[float], link: Link
-) -> MacsPlan:
-    """Return the plan of a run.
-
-    Args:
-        shape: the whole model with its adapter.
-        units: of it.
-        run: the largest batch of all Macs together; its rows are dealt evenly.
-        macs, link: what it runs on.
-        shares: each Mac's part of the base, which add up to 1.
-    """
-    own = _own_part(run, len(macs))
-    memory = [
-        plan_memory(rank_part(shape, units, share), own, mac.machine) for mac, share in zip(macs, shares, strict=True)
-    ]
-    beside = all(sends_beside(mac.machine.backend) for mac in macs)
-    sent = sending(units, shape.first_trained, SINGLE * shape.trained, shares, link, beside)
-    return MacsPlan(tuple(shares), tuple(memory), tuple(_computing(shape, own, macs)), sent)
-
-
 def _own_part(run: Run, count: int) -> Run:
     """Return what one of `count` Macs computes of a batch."""
     slots = None if run.trained_positions is None else -(-run.trained_positions // count)
@@ -298,8 +304,14 @@ def _own_part(run: Run, count: int) -> Run:
 
 
 def _computing(shape: ModelShape, own: Run, macs: Sequence[Mac]) -> list[float]:
-    """Return each Mac's seconds of computing its part of a step."""
+    """Return each Mac's seconds of computing its own part of a step."""
     return [step_seconds(shape, own, mac.machine, mac.ceilings)[0] for mac in macs]
+
+
+def _sent_in_step(shape: ModelShape, units: Units, macs: Sequence[Mac], shares: Sequence[float], link: Link) -> Sending:
+    """Return what these Macs send in a step."""
+    beside = all(sends_beside(mac.machine.backend) for mac in macs)
+    return sending(units, shape.first_trained, SINGLE * shape.trained, shares, link, beside)
 
 
 def least_tokens(
@@ -310,9 +322,7 @@ def least_tokens(
     Args:
         As for `plan_macs`; the rows of `run` are replaced.
     """
-
-    beside = all(sends_beside(mac.machine.backend) for mac in macs)
-    sent = sending(units, shape.first_trained, SINGLE * shape.trained, shares, link, beside)
+    sent = _sent_in_step(shape, units, macs, shares, link)
     width = min(run.width, LEAST_ROW)
 
     def hidden(rows: int) -> bool:
@@ -332,58 +342,7 @@ def least_tokens(
     return high * width
 
 
-# mlx-lm's modules whose cut was read and is tested (tests/test_tensor_parallel.py).
-ARCHITECTURES = (
-    "deepseek_v2", "deepseek_v3", "exaone_moe", "glm4_moe", "glm4_moe_lite", "gpt_oss", "llama", "ministral3", "mistral4",
-    "qwen2", "qwen3", "qwen3_moe", "step3p5",
-)  # fmt: skip
-DATA, TENSOR = "data", "tensor"
-
-
-def cut_problem(architecture: str, config: Mapping[str, Any], size: int) -> str | None:
-    """Return in a few words why a model cannot be cut into so many parts, None if it can as far as its config says.
-
-    Args:
-        architecture: mlx-lm's module, such as `llama`, which also has Mistral.
-        config: config.json.
-        size: N.
-    """
-    if architecture not in ARCHITECTURES:
-        return f"mlx-lm's {architecture} is not one of the architectures that are cut ({', '.join(ARCHITECTURES)})"
-    text = {**config, **(config.get("text_config") or {})}
-    heads = text.get("num_attention_heads")
-    counts = {
-        "attention heads": heads,
-        "key-value heads": text.get("num_key_value_heads") or heads,
-        "MLP columns": text.get("intermediate_size"),
-        "expert columns": text.get("moe_intermediate_size"),
-    }
-    uneven = [f"{count} {name}" for name, count in counts.items() if isinstance(count, int) and count % size]
-    return f"the model has {' and '.join(uneven)}, which cannot be divided by {size}" if uneven else None
-
-
-def cut_config(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """Return config.json of one rank's part, as far as the planner reads it: its heads."""
-    text = {**config, **(config.get("text_config") or {})}
-    heads = int(text.get("num_attention_heads") or 0)
-    if not heads:
-        return dict(config)
-    width = text.get("head_dim") or text.get("hidden_size", 0) // heads
-    key_heads = int(text.get("num_key_value_heads") or heads)
-    own = {"num_attention_heads": heads // size, "num_key_value_heads": key_heads // size, "head_dim": width}
-    return {**config, **own, **({"text_config": {**config["text_config"], **own}} if "text_config" in config else {})}
-
-
-def sums_of_step(shape: ModelShape, checkpointing: str) -> int:
-    """Return how often a batch's activations are added up over the ranks in a step.
-
-    Two branches of each block end with a sum in the forward pass, and begin with one in the backward pass. A block that is
-    computed again, without its products, adds up its attention's output once more. The loss, whose positions are divided, adds
-    up the gradient of its inputs.
-    """
-    trained = len(shape.blocks) - shape.first_trained
-    again = trained if checkpointing not in ("none", "selective") else 0
-    return 2 * len(shape.blocks) + 2 * trained + again + (not shape.plain_loss)
+# Ways to divide a run
 
 
 @dataclass(frozen=True)
@@ -444,20 +403,13 @@ class Split:
         return f"{self.tokens_per_s:,.0f} tokens/s"
 
 
-def split_by_tensor(shape: ModelShape, batch: Run, macs: Sequence[Mac], link: Link, number_bytes: int) -> Split:
-    """Return what is predicted of tensor parallelism.
-
-    Args:
-        shape: of one rank's part of the model, with the whole adapter.
-        batch: of all ranks, each of which computes all of it.
-        macs, link: what it runs on.
-        number_bytes: of an activation.
-    """
-    memory = tuple(plan_memory(shape, batch, mac.machine) for mac in macs)
-    computing = max(step_seconds(shape, batch, mac.machine, mac.ceilings)[0] for mac in macs)
-    one = link.sum_s(batch.positions * shape.width * number_bytes, len(macs))
-    waiting = sums_of_step(shape, batch.checkpointing) * one + link.sum_s(SINGLE * shape.trained, len(macs))
-    return Split(TENSOR, tokens=batch.positions, memory=memory, computing_s=computing, waiting_s=waiting)
+def best(splits: Sequence[Split]) -> Split:
+    """Return the fastest split that fits; if none does, the one that needs least."""
+    possible = [split for split in splits if not split.problem]
+    fitting = [split for split in possible if split.fits]
+    if fitting:
+        return max(fitting, key=lambda split: split.tokens_per_s)
+    return min(possible, key=lambda split: split.most_needed_bytes)
 
 
 def split_by_rows(shape: ModelShape, batch: Run, macs: Sequence[Mac], link: Link) -> Split:
@@ -470,7 +422,7 @@ def split_by_rows(shape: ModelShape, batch: Run, macs: Sequence[Mac], link: Link
     """
     own = replace(batch, rows=-(-batch.rows // len(macs)))
     memory = tuple(plan_memory(shape, own, mac.machine) for mac in macs)
-    computing = max(step_seconds(shape, own, mac.machine, mac.ceilings)[0] for mac in macs)
+    computing = max(_computing(shape, own, macs))
     waiting = link.sum_s(SINGLE * shape.trained, len(macs))
     return Split(DATA, tokens=batch.positions, memory=memory, computing_s=computing, waiting_s=waiting)
 
@@ -486,10 +438,63 @@ def split_with_shared_base(plan: MacsPlan, tokens: int) -> Split:
     return Split(DATA, True, tokens, plan.memory, computing, plan.step_s - computing)
 
 
-def best(splits: Sequence[Split]) -> Split:
-    """Return the fastest split that fits; if none does, the one that needs least."""
-    possible = [split for split in splits if not split.problem]
-    fitting = [split for split in possible if split.fits]
-    if fitting:
-        return max(fitting, key=lambda split: split.tokens_per_s)
-    return min(possible, key=lambda split: split.most_needed_bytes)
+def split_by_tensor(shape: ModelShape, batch: Run, macs: Sequence[Mac], link: Link, number_bytes: int) -> Split:
+    """Return what is predicted of tensor parallelism.
+
+    Args:
+        shape: of one rank's part of the model, with the whole adapter.
+        batch: of all ranks, each of which computes all of it.
+        macs, link: what it runs on.
+        number_bytes: of an activation.
+    """
+    memory = tuple(plan_memory(shape, batch, mac.machine) for mac in macs)
+    computing = max(_computing(shape, batch, macs))
+    one = link.sum_s(batch.positions * shape.width * number_bytes, len(macs))
+    waiting = sums_of_step(shape, batch.checkpointing) * one + link.sum_s(SINGLE * shape.trained, len(macs))
+    return Split(TENSOR, tokens=batch.positions, memory=memory, computing_s=computing, waiting_s=waiting)
+
+
+def sums_of_step(shape: ModelShape, checkpointing: str) -> int:
+    """Return how often a batch's activations are added up over the ranks in a step.
+
+    Two branches of each block end with a sum in the forward pass, and begin with one in the backward pass. A block that is
+    computed again, without its products, adds up its attention's output once more. The loss, whose positions are divided, adds
+    up the gradient of its inputs.
+    """
+    trained = len(shape.blocks) - shape.first_trained
+    again = trained if checkpointing not in ("none", "selective") else 0
+    return 2 * len(shape.blocks) + 2 * trained + again + (not shape.plain_loss)
+
+
+def cut_problem(architecture: str, config: Mapping[str, Any], size: int) -> str | None:
+    """Return in a few words why a model cannot be cut into so many parts, None if it can as far as its config says.
+
+    Args:
+        architecture: mlx-lm's module, such as `llama`, which also has Mistral.
+        config: config.json.
+        size: N.
+    """
+    if architecture not in ARCHITECTURES:
+        return f"mlx-lm's {architecture} is not one of the architectures that are cut ({', '.join(ARCHITECTURES)})"
+    text = {**config, **(config.get("text_config") or {})}
+    heads = text.get("num_attention_heads")
+    counts = {
+        "attention heads": heads,
+        "key-value heads": text.get("num_key_value_heads") or heads,
+        "MLP columns": text.get("intermediate_size"),
+        "expert columns": text.get("moe_intermediate_size"),
+    }
+    uneven = [f"{count} {name}" for name, count in counts.items() if isinstance(count, int) and count % size]
+    return f"the model has {' and '.join(uneven)}, which cannot be divided by {size}" if uneven else None
+
+
+def cut_config(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Return config.json of one rank's part, as far as the planner reads it: its heads."""
+    text = {**config, **(config.get("text_config") or {})}
+    heads = int(text.get("num_attention_heads") or 0)
+    if not heads:
+        return dict(config)
+    width = text.get("head_dim") or text.get("hidden_size", 0) // heads
+    key_heads = int(text.get("num_key_value_heads") or heads)
+    own = {"num_attention_heads": heads // size, "num_key_value_heads": key_heads // size, "head_dim": width}
+    return {**config, **own, **({"text_config": {**config["text_config"], **own}} if "text_config" in config else {})}

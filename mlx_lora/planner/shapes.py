@@ -1,6 +1,6 @@
 """The planner's types: a model's shape, a machine, and a run's largest batch.
 
-models/meta.py fills them in from a module tree, this_machine.py from a device, and chips.py from a table.
+models/meta.py fills them in from a module tree, planner/machine.py from a device, and planner/chips.py from a table.
 
 Shapes: T positions of a batch (rows x width), P trained positions, D model width, V vocabulary, A trained numbers.
 """

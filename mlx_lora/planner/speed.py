@@ -1,20 +1,15 @@
-"""Merge.
-
-Predict the seconds of a training step, part by part, with a roofline model.
+"""Predict the seconds of a training step, part by part, with a roofline model.
 
 Each part has floating-point operations, bytes of its passes over memory, and exponentials, each with the machine's rate.
 On a GPU a part takes the longer of computing and moving; on a CPU it takes the sum of all three. Parts run one after
 another. Real kernels are slower than listed peaks; chips.py has the fraction that they reach.
 
+The predictions also decide whether to keep the output of the frozen blocks on disk. With --num-layers, the blocks below the
+first adapted one compute the same numbers in every epoch. Kept on disk, they are read instead of computed from the second
+epoch on. An epoch then costs only the adapted part, and reading.
+
 Shapes: T positions, D width, F width of the gated activation, P trained positions, V vocabulary, A trained numbers.
 Source: roofline, Williams et al. 2009 (CACM 52:4).
-
-Decide whether to keep the output of the frozen blocks on disk, by bytes and predicted seconds.
-
-With --num-layers, the blocks below the first adapted one compute the same numbers in every epoch. Kept on disk, they are
-read instead of computed from the second epoch on. An epoch then costs only the adapted part, and reading.
-
-Shapes: D model width.
 """
 
 from __future__ import annotations
@@ -30,6 +25,12 @@ from mlx_lora.utils.text import counted, gigabytes
 
 LAUNCH_S = 5e-6  # the host's time to launch one operation on a GPU
 LAUNCHES_PER_BLOCK = 160  # forward and backward, counted in docs/performance.md: 4,832 for 30 blocks
+# Assumed, not measured: what was just written comes from the system's page cache as long as it fits there.
+DISK_BYTES_PER_S = 0.5e9
+# `auto` leaves the rest of the free disk to others, and does not fill a disk for a small gain.
+MOST_OF_FREE = 0.25
+LEAST_SAVED = 0.03  # of the run's predicted time
+ROOM_LEFT_BYTES = 10**9  # what `on` leaves free
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,27 @@ class Count:
             # A CPU does these one after another: products on all cores, passes and exponentials on one.
             return computing + moving + self.exponentials / ceilings.exponentials_per_s
         return max(computing, moving)
+
+
+def step_seconds(shape: ModelShape, run: Run, machine: Machine, ceilings: Ceilings) -> tuple[float, dict[str, float]]:
+    """Return the predicted seconds of a step and of each part."""
+    parts = {name: count.seconds(ceilings) for name, count in count_step(shape, run, machine).items()}
+    if ceilings.launch_s:
+        parts["launches"] = ceilings.launch_s * LAUNCHES_PER_BLOCK * len(shape.blocks)
+    # The host launches operations while the device computes: only the time by which launching takes longer counts.
+    hidden = parts.pop("launches", 0.0)
+    total = sum(parts.values())
+    return max(total, hidden), {**parts, **({"waiting for launches": hidden - total} if hidden > total else {})}
+
+
+def forward_seconds(shape: ModelShape, run: Run, machine: Machine, ceilings: Ceilings) -> float:
+    """Return the predicted seconds of the forward pass alone, which is how a reference computes its answers."""
+    frozen = replace(shape, first_trained=len(shape.blocks), trained=0)
+    counts = count_step(frozen, replace(run, checkpointing="none"), machine)
+    # Half of the loss's products and passes are for its gradient.
+    loss = counts.pop("loss")
+    half = Count(loss.flops / 2, loss.moved_bytes / 2, loss.exponentials)
+    return sum(count.seconds(ceilings) for count in (half, *counts.values()))
 
 
 def count_step(shape: ModelShape, run: Run, machine: Machine) -> dict[str, Count]:
@@ -133,33 +155,7 @@ def _gate_width(block: Block) -> int:
     return max((layer.inputs * layer.active for layer in block.layers if layer.is_end), default=0)
 
 
-def step_seconds(shape: ModelShape, run: Run, machine: Machine, ceilings: Ceilings) -> tuple[float, dict[str, float]]:
-    """Return the predicted seconds of a step and of each part."""
-    parts = {name: count.seconds(ceilings) for name, count in count_step(shape, run, machine).items()}
-    if ceilings.launch_s:
-        parts["launches"] = ceilings.launch_s * LAUNCHES_PER_BLOCK * len(shape.blocks)
-    # The host launches operations while the device computes: only the time by which launching takes longer counts.
-    hidden = parts.pop("launches", 0.0)
-    total = sum(parts.values())
-    return max(total, hidden), {**parts, **({"waiting for launches": hidden - total} if hidden > total else {})}
-
-
-def forward_seconds(shape: ModelShape, run: Run, machine: Machine, ceilings: Ceilings) -> float:
-    """Return the predicted seconds of the forward pass alone, which is how a reference computes its answers."""
-    frozen = replace(shape, first_trained=len(shape.blocks), trained=0)
-    counts = count_step(frozen, replace(run, checkpointing="none"), machine)
-    # Half of the loss's products and passes are for its gradient.
-    loss = counts.pop("loss")
-    half = Count(loss.flops / 2, loss.moved_bytes / 2, loss.exponentials)
-    return sum(count.seconds(ceilings) for count in (half, *counts.values()))
-
-
-# Assumed, not measured: what was just written comes from the system's page cache as long as it fits there.
-DISK_BYTES_PER_S = 0.5e9
-# `auto` leaves the rest of the free disk to others, and does not fill a disk for a small gain.
-MOST_OF_FREE = 0.25
-LEAST_SAVED = 0.03  # of the run's predicted time
-ROOM_LEFT_BYTES = 10**9  # what `on` leaves free
+# The frozen blocks' output on disk
 
 
 def no_use(blocks: int, epochs: float, asked: str) -> str | None:

@@ -160,7 +160,7 @@ def filled(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if value is not None and value not in ("", [], {})}
 
 
-# --- transformers' trainer and PEFT
+# transformers' trainer and PEFT
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ def read_intervals(sheet: Sheet) -> None:
 
 
 def read_layers(sheet: Sheet, names: Names) -> None:
-    """Set the layers to adapt, and the modules that are trained in full beside them."""
+    """Set the layers to adapt, and the modules that are trained in full with them."""
     read_targets(sheet, names.targets, names.all_layers)
     if sheet.rest.get(names.modules_to_save):
         sheet.found["modules_to_save"] = sheet.take(names.modules_to_save)
@@ -396,7 +396,7 @@ def read_loggers(sheet: Sheet) -> None:
         sheet.left_out.append("report_to")
 
 
-# --- Data
+# Data
 
 
 # mlx-lm's key of a column -> our setting, and the columns that need none; mlx-lm itself takes the first.

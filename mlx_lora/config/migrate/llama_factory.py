@@ -192,7 +192,7 @@ LLAMA_FACTORY = Dialect(
 )
 
 
-# --- dataset_info.json
+# dataset_info.json
 
 
 def find_dataset(sheet: Sheet, name: str, folder: Path) -> str | None:

@@ -2,11 +2,10 @@
 
 Most of mlx-lm's keys are flags of ours with the same meaning, so a file with only those is read as ours, with our defaults.
 It is read as mlx-lm's if it has a mapping that only mlx-lm reads: lora_parameters, lr_schedule, optimizer_config,
-hf_dataset; a name of a column (prompt_feature); or fine_tune_type. Then mlx-lm's defaults are used for what it leaves out, because they
-differ a lot: rank 8 and scale 20,
-constant learning rate 1e-5, no clip, 16 blocks, prompts trained, Adam, 1,000 iterations of 4 rows, nothing held out of
-the training file. Model and data have no default here. mlx-lm-lora's defaults are scale 10 and all blocks; its own keys are
-train_mode and train_type.
+hf_dataset; a name of a column (prompt_feature); or fine_tune_type. Then mlx-lm's defaults are used for what it leaves out,
+because they differ a lot: rank 8 and scale 20, constant learning rate 1e-5, no clip, 16 blocks, prompts trained, Adam,
+1,000 iterations of 4 rows, nothing held out of the training file. Model and data have no default here. mlx-lm-lora's
+defaults are scale 10 and all blocks; its own keys are train_mode and train_type.
 
 Such a file may also have settings of ours: mlx-lm ignores them, so one file can be used for both.
 """
@@ -180,8 +179,7 @@ MLX_LM = Dialect(
 )
 
 
-# --- mlx-lm-lora
-
+# mlx-lm-lora
 
 # Its names for keys that mlx-lm has too, and a name that it used in 2025.
 RENAMED = {

@@ -29,7 +29,10 @@ OPTIONS = {
     "rloo": OF_SAMPLING,
 }
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # of dpo's losses, those with label smoothing
-LIKELIHOOD = ("rpo_alpha", "pref_ftx")  # keys of the weight of the chosen answers' likelihood beside dpo's loss (RPO)
+LIKELIHOOD = (
+    "rpo_alpha",
+    "pref_ftx",
+)  # keys of the weight of the chosen answers' likelihood that is added to dpo's loss (RPO)
 LISTS = ("loss_type", "loss_weights", "reference_adapter")  # not numbers
 
 
@@ -95,6 +98,8 @@ def note_plain_simpo(sheet: Sheet) -> None:
             "--objective cpo has it"
         )
 
+
+# Sampled answers
 
 # TRL's names of numbers, which Axolotl has under `trl:`.
 NUMBERS = {

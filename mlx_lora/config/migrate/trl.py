@@ -126,7 +126,7 @@ def read_sampling(sheet: Sheet, objective: str) -> None:
 
 
 def read_distill(sheet: Sheet) -> None:
-    """Set what TRL's GKDTrainer has beside the keys of `trl sft`: the teacher, the divergence, the share of sampled answers.
+    """Set what TRL's GKDTrainer has in addition to the keys of `trl sft`: the teacher, the divergence, the share of sampled answers.
 
     Raises:
         InputError: the file has no teacher, or mixes given answers with sampled ones.
