@@ -87,7 +87,7 @@ def _force(name: str, patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(Kernel, "__init__", made)
     if of_loss in LOSS_KERNELS:
-        patch.setattr("mlx_lora.losses.cross_entropy.choose_kernel", lambda figures: of_loss)
+        patch.setattr("mlx_lora.losses.check.choose_kernel", lambda figures: of_loss)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -207,7 +207,7 @@ def losses(folder) -> list[float]:
 def test_a_run_equals_one_that_computes_the_whole_block(tiny_folder, chats, tmp_path, monkeypatch):
     part = run_cli.run(*command(tiny_folder, chats, tmp_path / "part", "--save-every", 0))
     assert "; last block where trained" in part.err
-    monkeypatch.setattr("mlx_lora.losses.cross_entropy.with_last_block", lambda head, model: (head, NOT_PART))
+    monkeypatch.setattr("mlx_lora.losses.check.with_last_block", lambda head, model: (head, NOT_PART))
     whole = run_cli.run(*command(tiny_folder, chats, tmp_path / "whole", "--save-every", 0))
     assert (part.code, whole.code) == (0, 0), part.err + whole.err
     assert f"whole last block ({NOT_PART})" in whole.err

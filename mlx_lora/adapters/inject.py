@@ -1,9 +1,4 @@
-"""Merge.
-
-Put adapters on a model, unfreeze the modules that are trained in full, and freeze everything else.
-
-Put an adapter on a model as a run's settings say: targets, ranks, layer type, init, and what is trained in full.
-"""
+"""Put an adapter on a model as a run's settings say, unfreeze what is trained in full, and freeze everything else."""
 
 from __future__ import annotations
 
@@ -23,6 +18,78 @@ from mlx_lora.config.checks import parse_pattern
 from mlx_lora.config.presets import PRESETS, Method
 from mlx_lora.config.settings import AdapterSettings
 from mlx_lora.utils.errors import InputError
+
+# From a run's settings
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """The adapter that was put on a model.
+
+    Attributes:
+        method: the preset.
+        targets: adapted layers; for `full`, the trained modules.
+        rank, scale: of layers without a pattern; for AdaLoRA, the initial rank.
+        full: names of parameters trained in addition to the factors.
+    """
+
+    method: Method
+    targets: Targets
+    rank: int
+    scale: float
+    full: tuple[str, ...]
+
+
+def adapt_model(model: nn.Module, settings: AdapterSettings, seed: int) -> Adapted:
+    """Freeze `model`, adapt it as the settings say, and unfreeze the parameters that are trained in full.
+
+    Args:
+        model: an unadapted mlx-lm model; changed in place.
+        settings: already checked.
+        seed: of the initial factors.
+
+    Raises:
+        InputError: the settings name layers, modules or biases that the model does not have, or contradict each other.
+    """
+    method = PRESETS[settings.method]
+    model.freeze()
+    rank = starting_rank(settings)
+    scale = method.scale_of(settings.alpha, rank)
+    if method.layer_type == "full":
+        targets = select_targets(model, settings.target_modules, settings.num_layers, has_weights)
+        train_in_full(model, targets.paths)
+        return Adapted(method, targets, rank, scale, tuple(full_parameters(model)))
+    targets = select_targets(model, settings.target_modules, settings.num_layers)
+    whole: tuple[str, ...] = ()
+    if settings.modules_to_save:
+        whole = select_targets(model, settings.modules_to_save, -1, has_weights, "--modules-to-save").paths
+        both = [path for path in whole if path in targets.paths]
+        if both:
+            raise InputError(
+                f"--modules-to-save {', '.join(both)}: also in --target-modules; train it in full or adapt it, not both"
+            )
+    shapes = layer_shapes(
+        targets.paths,
+        method,
+        rank,
+        settings.alpha,
+        parse_pattern(settings.rank_pattern),
+        parse_pattern(settings.alpha_pattern),
+    )
+    inject(model, targets.paths, rank, scale, settings.dropout, seed, shapes, method.layer_type, method.init)
+    train_in_full(model, whole)
+    train_biases(model, settings.bias)
+    return Adapted(method, targets, rank, scale, tuple(full_parameters(model)))
+
+
+def starting_rank(settings: AdapterSettings) -> int:
+    """Return the layers' initial rank, which for AdaLoRA is 1.5 times its target (arXiv 2303.10512, 4.1)."""
+    if settings.method != "adalora":
+        return settings.rank
+    return settings.adalora_init_rank or -(-3 * settings.rank // 2)
+
+
+# Changes of a model
 
 
 def inject(
@@ -47,7 +114,7 @@ def inject(
         seed: of the initial factors.
         shapes: path -> (rank, scale), for layers that have their own.
         layer_type: a layer type of the registry, `lora` or `dora`.
-        init: `kaiming`, `pissa` or `svd` (methods.py); the last two with the layer type `lora` only.
+        init: `kaiming`, `pissa` or `svd` (config/presets.py); the last two with the layer type `lora` only.
 
     Raises:
         InputError: the layer type does not support a layer, or a layer has fewer principal directions than the rank.
@@ -120,16 +187,14 @@ def train_in_full(model: nn.Module, paths: tuple[str, ...]) -> None:
     """
     modules = dict(model.named_modules())
     dense = [
-        (path, with_weight(modules[path], dense_weight(modules[path]))) for path in paths if _packed(modules[path])
+        (path, with_weight(modules[path], dense_weight(modules[path])))
+        for path in paths
+        if isinstance(modules[path], QUANTIZED)
     ]
     model.update_modules(tree_unflatten(dense))
     modules.update(dense)
     for path in paths:
         modules[path].unfreeze(recurse=False)
-
-
-def _packed(module: nn.Module) -> bool:
-    return isinstance(module, QUANTIZED)
 
 
 def train_biases(model: nn.Module, which: str) -> None:
@@ -154,11 +219,6 @@ def train_biases(model: nn.Module, which: str) -> None:
         holder.unfreeze(keys=["bias"], recurse=False)
 
 
-def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """Return the adapter layers of `model` by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, AdapterLayer)}
-
-
 def remove_adapters(model: nn.Module) -> None:
     """Put the frozen layers back in place of the adapter layers around them."""
     model.update_modules(tree_unflatten([(path, layer.base) for path, layer in adapter_layers(model).items()]))
@@ -175,6 +235,14 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
         model.update_modules(tree_unflatten([*layers.items()]))
 
 
+# What a model has
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    """Return the adapter layers of `model` by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, AdapterLayer)}
+
+
 def adapter_parameters(model: nn.Module) -> dict[str, mx.array]:
     """Return all trained parameters by their stored names (`model.layers.0.self_attn.q_proj.lora_a`)."""
     return dict(tree_flatten(model.trainable_parameters()))
@@ -184,70 +252,3 @@ def full_parameters(model: nn.Module) -> dict[str, mx.array]:
     """Return the parameters trained in addition to the factors: weights of modules trained in full, and biases."""
     factors = {f"{path}.{name}" for path, layer in adapter_layers(model).items() for name in layer.trained}
     return {name: value for name, value in adapter_parameters(model).items() if name not in factors}
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """The adapter that was put on a model.
-
-    Attributes:
-        method: the preset.
-        targets: adapted layers; for `full`, the trained modules.
-        rank, scale: of layers without a pattern; for AdaLoRA, the initial rank.
-        full: names of parameters trained in addition to the factors.
-    """
-
-    method: Method
-    targets: Targets
-    rank: int
-    scale: float
-    full: tuple[str, ...]
-
-
-def starting_rank(settings: AdapterSettings) -> int:
-    """Return the layers' initial rank, which for AdaLoRA is 1.5 times its target (arXiv 2303.10512, 4.1)."""
-    if settings.method != "adalora":
-        return settings.rank
-    return settings.adalora_init_rank or -(-3 * settings.rank // 2)
-
-
-def adapt_model(model: nn.Module, settings: AdapterSettings, seed: int) -> Adapted:
-    """Freeze `model`, adapt it as the settings say, and unfreeze the parameters that are trained in full.
-
-    Args:
-        model: an unadapted mlx-lm model; changed in place.
-        settings: already checked.
-        seed: of the initial factors.
-
-    Raises:
-        InputError: the settings name layers, modules or biases that the model does not have, or contradict each other.
-    """
-    method = PRESETS[settings.method]
-    model.freeze()
-    rank = starting_rank(settings)
-    scale = method.scale_of(settings.alpha, rank)
-    if method.layer_type == "full":
-        targets = select_targets(model, settings.target_modules, settings.num_layers, has_weights)
-        train_in_full(model, targets.paths)
-        return Adapted(method, targets, rank, scale, tuple(full_parameters(model)))
-    targets = select_targets(model, settings.target_modules, settings.num_layers)
-    whole: tuple[str, ...] = ()
-    if settings.modules_to_save:
-        whole = select_targets(model, settings.modules_to_save, -1, has_weights, "--modules-to-save").paths
-        both = [path for path in whole if path in targets.paths]
-        if both:
-            raise InputError(
-                f"--modules-to-save {', '.join(both)}: also in --target-modules; train it in full or adapt it, not both"
-            )
-    shapes = layer_shapes(
-        targets.paths,
-        method,
-        rank,
-        settings.alpha,
-        parse_pattern(settings.rank_pattern),
-        parse_pattern(settings.alpha_pattern),
-    )
-    inject(model, targets.paths, rank, scale, settings.dropout, seed, shapes, method.layer_type, method.init)
-    train_in_full(model, whole)
-    train_biases(model, settings.bias)
-    return Adapted(method, targets, rank, scale, tuple(full_parameters(model)))

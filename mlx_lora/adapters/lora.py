@@ -1,26 +1,21 @@
-"""LoRA and DoRA over linear, embedding, experts; REGISTRY.
-
-DoRA layers: a low-rank update changes the direction of each row of a frozen weight, and its length is trained.
+"""LoRA and DoRA layers over a frozen linear layer, an embedding or a mixture's experts, quantized or not.
 
     before   self_attn.q_proj: Linear | QuantizedLinear
-    after    self_attn.q_proj: DoRALinear(linear: the same object, lora_a, lora_b, m)
-
-Shapes: B batch, T time, V vocabulary, r rank; in and out are the base's widths. Stored names are mlx-lm's.
-
-LoRA layers over a frozen linear layer or embedding, quantized or not.
-
-LoRA and DoRA layers over a mixture's experts, with one pair of factors for each expert.
+    LoRA     self_attn.q_proj: LoRALinear(linear: the same object, lora_a, lora_b)
+    DoRA     self_attn.q_proj: DoRALinear(linear: the same object, lora_a, lora_b, m)
 
     before   mlp.switch_mlp.up_proj: SwitchLinear | QuantizedSwitchLinear
-    after    mlp.switch_mlp.up_proj: LoRASwitchLinear(linear: the same object, lora_a, lora_b)
+    LoRA     mlp.switch_mlp.up_proj: LoRASwitchLinear(linear: the same object, lora_a, lora_b)
 
-Shapes: E experts, N rows (a token has one for each expert it is sent to), r rank; in and out are the base's widths.
-`lora_a` is (E, r, in) and `lora_b` (E, out, r), the transposes of a plain layer's.
+In DoRA, the low-rank update changes the direction of each row of a frozen weight, and the row's length is trained. Experts
+have one pair of factors each. `REGISTRY` has the class for each layer type and kind of base.
 
-mlx-lm sorts the rows by expert if there are 64 or more (`sorted_indices`); then x is (N, 1, in) and indices (N,).
+mlx-lm sorts the rows of experts if there are 64 or more (`sorted_indices`); then x is (N, 1, in) and indices (N,).
 For fewer rows x is (B, T, 1, 1, in) and indices (B, T, k), with the same x for a token's k experts.
 
-The table of adapter classes, with one row for each layer type and kind of base.
+Shapes: B batch, T time, V vocabulary, E experts, N rows (a token has one for each expert it is sent to), r rank; in and out
+are the base's widths. Stored names are mlx-lm's. `lora_a` is (in, r) and `lora_b` (r, out); for experts they are the
+transposes, (E, r, in) and (E, out, r).
 """
 
 from __future__ import annotations
@@ -31,6 +26,108 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.adapters.base import EMBEDDING, LINEAR, SWITCH, AdapterLayer, is_exactly
+
+# LoRA
+
+
+class LoRALinear(AdapterLayer):
+    """A frozen linear layer plus scale * (x A) B."""
+
+    LAYER_TYPE, OVER = "lora", LINEAR
+    NOT_IN_PEFT = NOT_IN_GGUF = NOT_FOR_A_ROW = None
+
+    def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
+        """Apply the layer.
+
+        Args:
+            x: (..., in).
+            key: random key of the dropout; None: a new one is drawn.
+        """
+        y = self.linear(x)  # (..., out)
+        a, b = self.called_factors()
+        z = self.dropout(x, key) @ a.astype(x.dtype)  # (..., r)
+        # This takes one pass over the output instead of two.
+        y = mx.addmm(y, z, (self.scale * b).astype(x.dtype))
+        if "fixed_a" not in self:
+            return y
+        a, b = self.called_fixed()
+        return mx.addmm(y, x @ a.astype(x.dtype), b.astype(x.dtype))
+
+
+class LoRAEmbedding(AdapterLayer):
+    """A frozen embedding plus scale * A[tokens] B; as a tied output head it adds scale * (x B^T) A^T.
+
+    With `adapts_head = False` the tied head is not adapted: PEFT adapts the two separately.
+    """
+
+    LAYER_TYPE, OVER = "lora", EMBEDDING
+    NOT_IN_PEFT = NOT_FOR_A_ROW = None
+    NOT_IN_GGUF = "is an embedding"
+
+    def __call__(self, tokens: mx.array, key: mx.array | None = None) -> mx.array:
+        """Look up tokens (B, T); `key` is the random key of the dropout; None: a new one is drawn."""
+        y = self.embedding(tokens)  # (B, T, width)
+        a, b = self.effective_factors()
+        z = self.dropout(a[tokens].astype(y.dtype), key)  # (B, T, r)
+        y = y + z @ (self.scale * b).astype(y.dtype)
+        return y + (self.fixed_a[tokens] @ self.fixed_b).astype(y.dtype) if "fixed_a" in self else y
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        y = self.embedding.as_linear(x)  # (B, T, vocabulary)
+        if not self.adapts_head:
+            return y
+        a, b = self.effective_factors()
+        z = self.dropout(x) @ (self.scale * b).T.astype(x.dtype)  # (B, T, r)
+        y = y + z @ a.T.astype(x.dtype)
+        if "fixed_a" not in self:
+            return y
+        return y + (x @ self.fixed_b.T.astype(x.dtype)) @ self.fixed_a.T.astype(x.dtype)
+
+    def to_peft(self, name: str, row_factors: mx.array | None, tied: bool) -> dict[str, dict[str, mx.array]]:
+        """Return the tensors in PEFT's format; it adapts a tied head separately, so the head gets a copy of the factors."""
+        ((a, b),) = (own.values() for own in super().to_peft(name, row_factors, tied).values())
+        head = {"lm_head": {"lora_A.weight": b.T, "lora_B.weight": a.T}} if tied and self.adapts_head else {}
+        return {name: {"lora_embedding_A": a, "lora_embedding_B": b}, **head}
+
+
+class LoRASwitchLinear(AdapterLayer):
+    """Frozen experts plus, for expert e, scale * (x A_e^T) B_e^T.
+
+    The arrays of other methods have the experts' axis first: `lora_e` is (E, r).
+
+    Source: LoRA, arXiv 2106.09685, eq. 3; a pair per expert as in "LoRA Without Regret" (2025).
+    """
+
+    LAYER_TYPE, OVER = "lora", SWITCH
+    NOT_IN_PEFT = NOT_IN_GGUF = None
+    NOT_FOR_A_ROW = "adapts a mixture's experts"
+
+    def __call__(
+        self, x: mx.array, indices: mx.array, sorted_indices: bool = False, key: mx.array | None = None
+    ) -> mx.array:
+        """Apply its expert to each row.
+
+        Args:
+            x: (N, 1, in), or (..., 1, 1, in) with the experts in the last axis of `indices`.
+            indices: (N,) or (..., k), the expert of each row.
+            sorted_indices: whether they ascend.
+            key: random key of the dropout; None: a new one is drawn.
+
+        Returns:
+            (N, 1, out) or (..., k, 1, out).
+        """
+        through = partial(_through_experts, indices=indices, sorted_indices=sorted_indices)
+        y = self.linear(x, indices, sorted_indices=sorted_indices)
+        a, b = self.called_factors()
+        z = through(self.dropout(x, key), a)  # (N, 1, r)
+        y = y + through(z, self.scale * b)
+        if "fixed_a" in self:
+            a, b = self.called_fixed()
+            y = y + through(through(x, a), b)
+        return y
+
+
+# DoRA
 
 
 class DoRALayer(AdapterLayer):
@@ -164,103 +261,6 @@ class DoRAEmbedding(DoRALayer):
         return mx.sqrt(mx.maximum(squares, 1e-30))
 
 
-class LoRALinear(AdapterLayer):
-    """A frozen linear layer plus scale * (x A) B."""
-
-    LAYER_TYPE, OVER = "lora", LINEAR
-    NOT_IN_PEFT = NOT_IN_GGUF = NOT_FOR_A_ROW = None
-
-    def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
-        """Apply the layer.
-
-        Args:
-            x: (..., in).
-            key: random key of the dropout; None: a new one is drawn.
-        """
-        y = self.linear(x)  # (..., out)
-        a, b = self.called_factors()
-        z = self.dropout(x, key) @ a.astype(x.dtype)  # (..., r)
-        # This takes one pass over the output instead of two.
-        y = mx.addmm(y, z, (self.scale * b).astype(x.dtype))
-        if "fixed_a" not in self:
-            return y
-        a, b = self.called_fixed()
-        return mx.addmm(y, x @ a.astype(x.dtype), b.astype(x.dtype))
-
-
-class LoRAEmbedding(AdapterLayer):
-    """A frozen embedding plus scale * A[tokens] B; as a tied output head it adds scale * (x B^T) A^T.
-
-    With `adapts_head = False` the tied head is not adapted: PEFT adapts the two separately.
-    """
-
-    LAYER_TYPE, OVER = "lora", EMBEDDING
-    NOT_IN_PEFT = NOT_FOR_A_ROW = None
-    NOT_IN_GGUF = "is an embedding"
-
-    def __call__(self, tokens: mx.array, key: mx.array | None = None) -> mx.array:
-        """Look up tokens (B, T); `key` is the random key of the dropout; None: a new one is drawn."""
-        y = self.embedding(tokens)  # (B, T, width)
-        a, b = self.effective_factors()
-        z = self.dropout(a[tokens].astype(y.dtype), key)  # (B, T, r)
-        y = y + z @ (self.scale * b).astype(y.dtype)
-        return y + (self.fixed_a[tokens] @ self.fixed_b).astype(y.dtype) if "fixed_a" in self else y
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        y = self.embedding.as_linear(x)  # (B, T, vocabulary)
-        if not self.adapts_head:
-            return y
-        a, b = self.effective_factors()
-        z = self.dropout(x) @ (self.scale * b).T.astype(x.dtype)  # (B, T, r)
-        y = y + z @ a.T.astype(x.dtype)
-        if "fixed_a" not in self:
-            return y
-        return y + (x @ self.fixed_b.T.astype(x.dtype)) @ self.fixed_a.T.astype(x.dtype)
-
-    def to_peft(self, name: str, row_factors: mx.array | None, tied: bool) -> dict[str, dict[str, mx.array]]:
-        """Return the tensors in PEFT's format; it adapts a tied head separately, so the head gets a copy of the factors."""
-        ((a, b),) = (own.values() for own in super().to_peft(name, row_factors, tied).values())
-        head = {"lm_head": {"lora_A.weight": b.T, "lora_B.weight": a.T}} if tied and self.adapts_head else {}
-        return {name: {"lora_embedding_A": a, "lora_embedding_B": b}, **head}
-
-
-class LoRASwitchLinear(AdapterLayer):
-    """Frozen experts plus, for expert e, scale * (x A_e^T) B_e^T.
-
-    The arrays of other methods have the experts' axis first: `lora_e` is (E, r).
-
-    Source: LoRA, arXiv 2106.09685, eq. 3; a pair per expert as in "LoRA Without Regret" (2025).
-    """
-
-    LAYER_TYPE, OVER = "lora", SWITCH
-    NOT_IN_PEFT = NOT_IN_GGUF = None
-    NOT_FOR_A_ROW = "adapts a mixture's experts"
-
-    def __call__(
-        self, x: mx.array, indices: mx.array, sorted_indices: bool = False, key: mx.array | None = None
-    ) -> mx.array:
-        """Apply its expert to each row.
-
-        Args:
-            x: (N, 1, in), or (..., 1, 1, in) with the experts in the last axis of `indices`.
-            indices: (N,) or (..., k), the expert of each row.
-            sorted_indices: whether they ascend.
-            key: random key of the dropout; None: a new one is drawn.
-
-        Returns:
-            (N, 1, out) or (..., k, 1, out).
-        """
-        through = partial(_through_experts, indices=indices, sorted_indices=sorted_indices)
-        y = self.linear(x, indices, sorted_indices=sorted_indices)
-        a, b = self.called_factors()
-        z = through(self.dropout(x, key), a)  # (N, 1, r)
-        y = y + through(z, self.scale * b)
-        if "fixed_a" in self:
-            a, b = self.called_fixed()
-            y = y + through(through(x, a), b)
-        return y
-
-
 class DoRASwitchLinear(DoRALayer):
     """Frozen experts with low-rank updates of their rows' directions and trained row lengths m.
 
@@ -298,6 +298,9 @@ class DoRASwitchLinear(DoRALayer):
         return y - _rows_of(self.linear.bias, indices) if "bias" in self.linear else y
 
 
+# Rows of experts
+
+
 def _through_experts(x: mx.array, weight: mx.array, *, indices: mx.array, sorted_indices: bool) -> mx.array:
     """Return x W_e^T, where e is the expert of each row; weight (E, out, in) is cast to x's dtype."""
     transposed = weight.astype(x.dtype).swapaxes(-1, -2)
@@ -308,6 +311,8 @@ def _rows_of(values: mx.array, indices: mx.array) -> mx.array:
     """Return the values of each row's expert, (E, out) -> (N, 1, out) or (..., k, 1, out)."""
     return mx.expand_dims(values[indices], -2)
 
+
+# Registry
 
 _CLASSES = (
     LoRALinear,

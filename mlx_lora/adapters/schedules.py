@@ -1,11 +1,9 @@
-"""AdaLoRA budget and ReLoRA restarts as optimizer-step hooks.
+"""Run what a method does between the gradient and the next step: AdaLoRA's rank budget, ReLoRA's restarts, LoRA+'s rates.
 
-The code that a method runs between the gradient and the next step: AdaLoRA's rank budget, ReLoRA's restarts.
-
-The step calls a method three times: for a penalty to add to the gradient, to observe an update (both inside the
+The step calls a method's `Events` three times: for a penalty to add to the gradient, to observe an update (both inside the
 compiled function), and after the step (on the host, before the model gets its parameters).
 
-AdaLoRA's rank budget: unimportant ranks are switched off until the average rank is the target.
+AdaLoRA's rank budget switches unimportant ranks off until the average rank is the target:
 
     D = scale B diag(e) A,  and a rank i of a layer is the triplet (A_i, e_i, B_i)
     importance of a number   I = EMA(|w g|),  uncertainty  U = EMA(| |w g| - I |),  s = I U
@@ -16,8 +14,6 @@ A rank is off if its gain e_i is zero, so shapes do not change and nothing is co
 rank that is off may be switched on again.
 
 Source: AdaLoRA, arXiv 2303.10512, eq. 4, 7 to 11 and algorithm 1; order of operations as in PEFT's RankAllocator.
-
-Build a method's events (rank budgets, restarts) from a run's settings.
 """
 
 from __future__ import annotations
@@ -64,12 +60,94 @@ class Events(Protocol):
         """Restore what `extras` returned."""
 
 
+# From a run's settings
+
+
+def make_events(
+    settings: AdapterSettings, model: nn.Module, total_steps: int, seed: int
+) -> Callable[[dict], Events] | None:
+    """Return a function that creates the method's events for a step, or None if the method has none.
+
+    Args:
+        settings: of the adapter.
+        model: adapted.
+        total_steps: of the run.
+        seed: for the new factors after ReLoRA's restarts.
+    """
+    kind = PRESETS[settings.method].events
+    if every := restart_every(settings, total_steps):
+        prune = 0.99 if settings.relora_prune_ratio is None else settings.relora_prune_ratio
+
+        def fresh(path: str, layer: Any, cycle: int) -> tuple[mx.array, mx.array]:
+            return fresh_factors(f"{path}#{cycle}", layer, seed)
+
+        return lambda arrays: Restarts(model, every, total_steps, prune, fresh)
+    if kind == "rank-budget":
+        schedule = budget_schedule(settings, model, total_steps)
+        weight = 0.5 if settings.orth_reg_weight is None else settings.orth_reg_weight
+        return lambda arrays: RankBudget(model, arrays, schedule, weight)
+    return None
+
+
+def budget_schedule(settings: AdapterSettings, model: nn.Module, total_steps: int) -> BudgetSchedule:
+    """Return AdaLoRA's budget schedule for the run.
+
+    Args:
+        settings: give the phases in steps, or in fractions of the run.
+        model: adapted with gains.
+        total_steps: of the run.
+
+    Raises:
+        InputError: no step is left between the first and the final phase for reducing the rank.
+    """
+    gains = [layer.lora_e for layer in adapter_layers(model).values()]
+    initial = sum(gain.size for gain in gains)
+    target = sum(settings.rank * gain.size // gain.shape[-1] for gain in gains)
+
+    def steps(value: float | None, default: float) -> int:
+        value = default if value is None else value
+        return round(value * total_steps) if value < 1 else round(value)
+
+    warmup, final = steps(settings.adalora_tinit, 0.1), steps(settings.adalora_tfinal, 0.3)
+    if warmup + final >= total_steps:
+        raise InputError(
+            f"--adalora-tinit and --adalora-tfinal: {warmup} and {final} of {total_steps} steps leave none to reduce the rank; "
+            "lower them, or train longer"
+        )
+    every = settings.adalora_delta_t or max(1, total_steps // 100)
+    return BudgetSchedule(initial, target, total_steps, warmup, final, every)
+
+
+def restart_every(settings: AdapterSettings, total_steps: int) -> int | None:
+    """Return the steps between ReLoRA's restarts, by default a quarter of the run; None for other methods."""
+    if PRESETS[settings.method].events != "restarts":
+        return None
+    return settings.relora_every or max(1, -(-total_steps // 4))
+
+
+def restart_warmup(settings: AdapterSettings, total_steps: int) -> int:
+    """Return the warm-up steps after each restart, by default a tenth of a cycle; 0 for other methods."""
+    if settings.relora_warmup is not None:
+        return settings.relora_warmup
+    return (restart_every(settings, total_steps) or 0) // 10
+
+
+def rates_of(adapter: AdapterSettings) -> Callable[[str], float] | None:
+    """Return a function that gives each parameter's multiple of the learning rate by name, None if all rates are equal."""
+    preset = PRESETS[adapter.method]
+    ratio = preset.rate_of_b if adapter.loraplus_lr_ratio is None else adapter.loraplus_lr_ratio
+    return None if ratio == 1 else lambda name: ratio if name.endswith("lora_b") else 1.0
+
+
+# ReLoRA
+
+
 class Restarts:
     """ReLoRA: at regular intervals, freezes the factors and starts new ones.
 
     The base's weight is not changed: each cycle adds a pair of frozen factors, so the sum of all cycles is a LoRA of
     rank n * r. The optimizer's moments are pruned by magnitude, as in the paper; the learning rate warms up again after
-    each restart (optim.restarted).
+    each restart (`restarted` in trainer/optimizer.py).
 
     Source: ReLoRA, arXiv 2307.05695, algorithm 1 and section 3 (pruning of the optimizer's state).
     """
@@ -151,6 +229,8 @@ class Restarts:
         count = round(sizes.size * (1 - self._prune_ratio))
         return sizes >= mx.sort(sizes)[-count] if count else mx.zeros(sizes.shape, mx.bool_)
 
+
+# AdaLoRA
 
 BETA = 0.85  # of both averages, as in the paper's section 4.1 and PEFT
 
@@ -283,79 +363,3 @@ def _triplets(scores: dict[str, mx.array], path: str) -> mx.array:
     """Return each rank's importance, in the shape of the gains."""
     a, b = _factors(scores, path)
     return scores[f"{path}.lora_e"] + a.mean(axis=-1) + b.mean(axis=-2)
-
-
-def restart_every(settings: AdapterSettings, total_steps: int) -> int | None:
-    """Return the steps between ReLoRA's restarts, by default a quarter of the run; None for other methods."""
-    if PRESETS[settings.method].events != "restarts":
-        return None
-    return settings.relora_every or max(1, -(-total_steps // 4))
-
-
-def restart_warmup(settings: AdapterSettings, total_steps: int) -> int:
-    """Return the warm-up steps after each restart, by default a tenth of a cycle; 0 for other methods."""
-    if settings.relora_warmup is not None:
-        return settings.relora_warmup
-    return (restart_every(settings, total_steps) or 0) // 10
-
-
-def budget_schedule(settings: AdapterSettings, model: nn.Module, total_steps: int) -> BudgetSchedule:
-    """Return AdaLoRA's budget schedule for the run.
-
-    Args:
-        settings: give the phases in steps, or in fractions of the run.
-        model: adapted with gains.
-        total_steps: of the run.
-
-    Raises:
-        InputError: no step is left between the first and the final phase for reducing the rank.
-    """
-    gains = [layer.lora_e for layer in adapter_layers(model).values()]
-    initial = sum(gain.size for gain in gains)
-    target = sum(settings.rank * gain.size // gain.shape[-1] for gain in gains)
-
-    def steps(value: float | None, default: float) -> int:
-        value = default if value is None else value
-        return round(value * total_steps) if value < 1 else round(value)
-
-    warmup, final = steps(settings.adalora_tinit, 0.1), steps(settings.adalora_tfinal, 0.3)
-    if warmup + final >= total_steps:
-        raise InputError(
-            f"--adalora-tinit and --adalora-tfinal: {warmup} and {final} of {total_steps} steps leave none to reduce the rank; "
-            "lower them, or train longer"
-        )
-    every = settings.adalora_delta_t or max(1, total_steps // 100)
-    return BudgetSchedule(initial, target, total_steps, warmup, final, every)
-
-
-def make_events(
-    settings: AdapterSettings, model: nn.Module, total_steps: int, seed: int
-) -> Callable[[dict], Events] | None:
-    """Return a function that creates the method's events for a step, or None if the method has none.
-
-    Args:
-        settings: of the adapter.
-        model: adapted.
-        total_steps: of the run.
-        seed: for the new factors after ReLoRA's restarts.
-    """
-    kind = PRESETS[settings.method].events
-    if every := restart_every(settings, total_steps):
-        prune = 0.99 if settings.relora_prune_ratio is None else settings.relora_prune_ratio
-
-        def fresh(path: str, layer: Any, cycle: int) -> tuple[mx.array, mx.array]:
-            return fresh_factors(f"{path}#{cycle}", layer, seed)
-
-        return lambda arrays: Restarts(model, every, total_steps, prune, fresh)
-    if kind == "rank-budget":
-        schedule = budget_schedule(settings, model, total_steps)
-        weight = 0.5 if settings.orth_reg_weight is None else settings.orth_reg_weight
-        return lambda arrays: RankBudget(model, arrays, schedule, weight)
-    return None
-
-
-def rates_of(adapter: AdapterSettings) -> Callable[[str], float] | None:
-    """Return a function that gives each parameter's multiple of the learning rate by name, None if all rates are equal."""
-    preset = PRESETS[adapter.method]
-    ratio = preset.rate_of_b if adapter.loraplus_lr_ratio is None else adapter.loraplus_lr_ratio
-    return None if ratio == 1 else lambda name: ratio if name.endswith("lora_b") else 1.0

@@ -1,8 +1,8 @@
 """Choose the kernels that a model trains with, by measuring once per (device, mlx version, dtype, shape class).
 
     record     trace the model, without computing it, at each length of the data, to find the kernels and shapes it uses
-    measure    all candidates for every shape class that is not in the cache yet (measuring.py)
-    choose     by the rule of `measuring.choose`
+    measure    all candidates for every shape class that is not in the cache yet (kernels/measure.py)
+    choose     by the rule of `measure.choose`
 
 `--kernels ours` uses the table's `assumed` candidates without measuring; `--kernels mlx` uses those of mlx and mlx-lm.
 """

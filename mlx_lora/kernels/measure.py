@@ -1,18 +1,12 @@
-"""Which of several functions is fastest here; cached figures; the row type.
-
-Measure which of several equivalent functions is the best on this machine, once, and cache the figures.
+"""Measure which of several equivalent functions is the best on this machine, once, and cache the figures.
 
     correct     every output and gradient is compared with a float32 reference; wrong candidates are excluded
     fast, lean  forward and backward pass are measured together, as in a compiled training step; candidates alternate
     cached      figures are stored in the cache (`measured/`), and the choice is made from them each time
 
-This file knows nothing about devices: device.py gives it a text that identifies the device.
-
-The row type of the table of kernels (kernels/table.py).
-
-A shape class is (size, ...): a size rounded to a power of two, then properties that must be equal.
-
-Restore a model's arrays after it was differentiated.
+`Kernel` is the type of the rows in the table of kernels (kernels/table.py). A shape class is (size, ...): a size rounded to a
+power of two, then properties that must be equal. This file knows nothing about devices: utils/device.py gives it a text that
+identifies the device.
 """
 
 from __future__ import annotations
@@ -35,6 +29,7 @@ from mlx_lora.utils.cache import cache_dir
 
 # `0`: measure no kernel, and use the `assumed` candidate for what is not in the cache (tests, repeatable runs).
 SWITCH = "MLX_LORA_MEASURE_KERNELS"
+MLX, POLYNOMIAL = "mlx", "polynomial"
 # The largest relative error of a correct result: float32 sums in another order, 16-bit roundings.
 TOLERANCE = {mx.float32: 1e-4, mx.bfloat16: 5e-2, mx.float16: 5e-3}
 # The constants of the rule in `choose`.
@@ -44,6 +39,9 @@ MUCH_FASTER = 2.0
 HOPELESS = 4.0
 BEHIND = 2.0  # for candidates that take long: this far behind the fastest, they are not timed again
 TOO_LONG_S = 1.5
+# Private names that belong to mlx's Module.
+MODULE_OWN = ("_no_grad", "_training")
+ShapeClass = tuple[Any, ...]  # of numbers and words
 Outputs = Callable[..., list[mx.array]]
 
 
@@ -92,6 +90,38 @@ class Figures:
         return layers * (self.input_bytes + self.kept_bytes) + self.peak_bytes - self.kept_bytes
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """One row of the table.
+
+    Attributes:
+        name: shown to users, and used in the cache's keys.
+        shared: the name under which mlx-lm's architectures import the function.
+        theirs: mlx-lm's own function.
+        candidates: name -> function of the same signature; `mlx` is the same as `theirs`.
+        assumed: the candidate of ours that is used if nothing was measured.
+        class_of: takes a call's arguments and returns its shape class, or None if the call always uses `theirs`.
+        trial: takes a shape class and a dtype, returns the trial to measure and a function for its exact float32 outputs.
+        words: describes a shape class to users.
+        count: adds a candidate's memory for a shape class to the planner's terms, from its figures, or defaults if None.
+    """
+
+    name: str
+    shared: str
+    theirs: Callable[..., Any]
+    candidates: Mapping[str, Callable[..., Any]]
+    assumed: str
+    class_of: Callable[..., ShapeClass | None]
+    trial: Callable[[ShapeClass, mx.Dtype], tuple[Trial, Outputs]]
+    words: Callable[[ShapeClass], str]
+    count: Callable[[KernelTerms, ShapeClass, str, Figures | None], KernelTerms]
+
+
+def size_class(size: int, least: int, most: int) -> int:
+    """Return the power of two nearest to a size, within bounds."""
+    return min(max(1 << round(math.log2(max(1, size))), least), most)
+
+
 def choose(figures: Mapping[str, Figures], layers: int = LAYERS) -> str | None:
     """Return the best candidate's name, None if all are wrong.
 
@@ -108,6 +138,9 @@ def choose(figures: Mapping[str, Figures], layers: int = LAYERS) -> str | None:
     return fastest if MUCH_FASTER * right[fastest].seconds < right[best].seconds else best
 
 
+# Measuring
+
+
 def measure(
     candidates: Mapping[str, Callable[..., Any]],
     trial: Trial,
@@ -121,8 +154,8 @@ def measure(
         candidates: name -> function.
         trial: the arguments.
         reference: returns the exact outputs for `trial.arrays` in float32.
-        compiled: time them through mx.compile, as in a step; False if compiling is expensive (device.py).
-        own_kernels: names of candidates that compile kernels of their own in their first call (exponentials.py).
+        compiled: time them through mx.compile, as in a step; False if compiling is expensive (utils/device.py).
+        own_kernels: names of candidates that compile kernels of their own in their first call (kernels/activations.py).
     """
     exact = [array.astype(mx.float32) for array in trial.arrays]
     mx.eval(trial.arrays, trial.cotangents, exact)
@@ -240,6 +273,9 @@ def best_s(
     return best
 
 
+# Stored figures
+
+
 def may_measure() -> bool:
     """Return whether kernels that are not in the cache are measured."""
     return os.environ.get(SWITCH, "1") != "0"
@@ -284,44 +320,7 @@ def _store(name: str) -> Path:
     return cache_dir("measured") / f"{name}.json"
 
 
-ShapeClass = tuple[Any, ...]  # of numbers and words
-MLX, POLYNOMIAL = "mlx", "polynomial"
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One row of the table.
-
-    Attributes:
-        name: shown to users, and used in the cache's keys.
-        shared: the name under which mlx-lm's architectures import the function.
-        theirs: mlx-lm's own function.
-        candidates: name -> function of the same signature; `mlx` is the same as `theirs`.
-        assumed: the candidate of ours that is used if nothing was measured.
-        class_of: takes a call's arguments and returns its shape class, or None if the call always uses `theirs`.
-        trial: takes a shape class and a dtype, returns the trial to measure and a function for its exact float32 outputs.
-        words: describes a shape class to users.
-        count: adds a candidate's memory for a shape class to the planner's terms, from its figures, or defaults if None.
-    """
-
-    name: str
-    shared: str
-    theirs: Callable[..., Any]
-    candidates: Mapping[str, Callable[..., Any]]
-    assumed: str
-    class_of: Callable[..., ShapeClass | None]
-    trial: Callable[[ShapeClass, mx.Dtype], tuple[Trial, Outputs]]
-    words: Callable[[ShapeClass], str]
-    count: Callable[[KernelTerms, ShapeClass, str, Figures | None], KernelTerms]
-
-
-def size_class(size: int, least: int, most: int) -> int:
-    """Return the power of two nearest to a size, within bounds."""
-    return min(max(1 << round(math.log2(max(1, size))), least), most)
-
-
-# Private names that belong to mlx's Module.
-MODULE_OWN = ("_no_grad", "_training")
+# A model that is only tried
 
 
 @contextmanager

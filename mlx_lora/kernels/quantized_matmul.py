@@ -2,7 +2,7 @@
 
 `mx.quantized_matmul` reads packed weights once per block of rows, which is best for few rows (generation).
 Dequantizing first costs one pass over the weight, and then the dense kernel is best for many rows (training), by 100x on
-an x86 CPU. The number of rows from which the second is faster is measured (device.py), never assumed;
+an x86 CPU. The number of rows from which the second is faster is measured (utils/device.py), never assumed;
 `--quantized-matmul` forces one of them. While text is generated, a layer may hold a dense copy, which then always
 multiplies (rollouts/decode.py).
 

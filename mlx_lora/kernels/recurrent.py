@@ -1,19 +1,14 @@
-"""Rows and replacements for recurrent layers.
+"""Replace the recurrent layers of mlx-lm's architectures by our scans while a training step is traced.
 
-Replace the recurrent layers of mlx-lm's architectures by our scans while a training step is traced.
+A replacement has the signature of mlx-lm's function; EXCHANGES lists them. Calls during generation, which pass a state or a
+mask for padded prompts, go to mlx-lm's function.
 
-Each function here returns a replacement for one of mlx-lm's functions, with the same signature; EXCHANGES lists them.
-Calls during generation, which pass a state or a mask for padded prompts, go to mlx-lm's function.
+The gated delta rule and Mamba-2's state space also have rows in the table of kernels (kernels/table.py). A trial of them has
+short rows and few heads, because the costs of all candidates are linear in both. The planner needs no terms for their memory:
+it reads the graph of the chosen candidate.
 
-Shapes: B batch, T tokens, H heads, W channels.
-
-The rows for recurrences in the table of kernels: the gated delta rule and Mamba-2's state space.
-
-A trial has short rows and few heads, because the costs of all candidates are linear in both. The planner needs no terms
-for their memory: it reads the graph of the chosen candidate.
-
-Shapes: B batch, T tokens, K key heads, H heads (value heads), k and v head widths, P width of a head, G groups, N numbers
-of a state.
+Shapes: B batch, T tokens, W channels, K key heads, H heads (value heads), k and v head widths, P width of a head, G groups,
+N numbers of a state.
 """
 
 from __future__ import annotations
@@ -41,6 +36,8 @@ from mlx_lora.kernels.state_space import (
     state_space_dual,
 )
 from mlx_lora.planner.shapes import KernelTerms
+
+# Replacements
 
 WKV_TOKENS = 32  # tokens of a span of RWKV-7: all states of one span are in memory, and one per span is kept
 WithState = tuple[mx.array, mx.array]
@@ -239,6 +236,10 @@ EXCHANGES: dict[tuple[str, str], tuple[str, Callable[[Callable[..., Any]], Calla
     ("mlx_lm.models.rwkv7", "Rwkv7TimeMixing._wkv7"): ("RWKV-7's recurrence", rwkv7_scan),
 }
 """(module, qualified name) -> description for the header, and the function that returns our replacement."""
+
+
+# Rows of the table of kernels
+
 SHORTEST, LONGEST = 64, 128  # tokens of a trial of the gated delta rule; mlx-lm's loop keeps states of every token
 LONGEST_SPACE = 256  # tokens of a trial of a state space; mlx-lm computes it in pieces of this length
 MOST_HEADS = 4  # of a trial, at the model's ratio of value heads to key heads

@@ -1,8 +1,6 @@
-"""Are products right here? The table of kernels for doctor.
+"""Test whether this machine computes a training step's products correctly, and list its measured kernels, for `doctor`.
 
-Test whether this machine computes the products of a training step correctly, at shapes for which faults are known.
-
-Small products are correct on machines where a model's shapes return garbage, so these use the reported shapes:
+Small products are correct on machines where a model's shapes return garbage, so the test uses shapes with known faults:
 
     mlx#3797   half-precision products with a long inner side, from M N = 2048^2 on (M5)
     mlx#4411   float32 products with 11 bits (M5): two rows and more, never one
@@ -13,7 +11,7 @@ Small products are correct on machines where a model's shapes return garbage, so
 
 A sample of each result's rows is compared with numpy in float64. Shapes: (M, K) by (K, N).
 
-The table of kernels for `doctor`: all candidates measured on this machine, with time, memory and error.
+The table of kernels has all candidates measured on this machine, with time, memory and error.
 """
 
 from __future__ import annotations
@@ -35,6 +33,8 @@ from mlx_lora.models.head import Head
 from mlx_lora.rollouts.decode import NAME as WEIGHTS
 from mlx_lora.rollouts.decode import TOKEN, choose_form, kind_words, product_figures
 from mlx_lora.utils import device
+
+# Products
 
 SAMPLED_ROWS = 32
 # Relative to the largest exact number: a few roundings of the dtype. Float32 with 11 bits would reach 5e-4.
@@ -167,6 +167,8 @@ def changing_gradients(rounds: int = 4) -> list[str]:
             changing.append(name)
     return changing
 
+
+# Table of kernels
 
 # The shapes that `doctor --kernels` measures: widths of SmolLM2-135M, heads of Llama 3, recurrences of Qwen3.5 and Mamba-2.
 ATTENTION = ((9, 3, 64, 256), (9, 3, 64, 1024), (32, 8, 128, 1024))

@@ -1,23 +1,16 @@
-"""The rows (kernel -> candidates), and the patch of a model while a step is traced.
-
-The table of kernels that training may replace in a model's layers: one row per kernel, with its candidates.
-
-A row names one of mlx-lm's shared functions and the functions that may replace it, and tells how to classify a call by
-its shapes and how to try out a class. Candidates are chosen by measurement (kernels/choose.py) and put into the
-model's modules while a step is traced (kernels/table.py). The candidates for the loss are in losses/cross_entropy.py.
-
-Norms and rotations have no row: models call mx.fast.rms_norm and mx.fast.rope, and ours would not be faster
-(docs/decisions.md).
-
-Shapes: B batch, H query heads, N key heads, T positions, d head width, F width of the gated activation.
-
-Replace the kernels of a model's layers while a training step is traced.
+"""List the kernels that training may replace in a model's layers, and replace them while a training step is traced.
 
 mlx-lm's architectures share one attention function, one gated activation and one function for each common recurrence,
-which each imports by name. These names are replaced in the modules of this model's classes while the step is traced, and
-then restored, so generation and evaluation do not change. A call's shapes decide which function takes it.
+which each imports by name. A row of the table names one of these functions and the functions that may replace it, and tells
+how to classify a call by its shapes and how to try out a class. Candidates are chosen by measurement (kernels/choose.py). The
+names are replaced in the modules of this model's classes while the step is traced, and then restored, so generation and
+evaluation do not change. A call's shapes decide which function takes it.
 
-Recurrences of a single architecture (kernels/recurrent.py) have no row in the table: ours always replace them.
+The candidates for the loss are in losses/cross_entropy.py. Recurrences of a single architecture (kernels/recurrent.py) have
+no row: ours always replace them. Norms and rotations have none either: models call mx.fast.rms_norm and mx.fast.rope, and
+ours would not be faster (docs/decisions.md).
+
+Shapes: B batch, H query heads, N key heads, T positions, d head width, F width of the gated activation.
 """
 
 from __future__ import annotations
@@ -44,6 +37,13 @@ from mlx_lora.utils import device
 TRIAL_POSITIONS = 1024
 TRIAL_NUMBERS = 1 << 20  # of one array of an elementwise trial
 LONGEST = 1024  # keys of a trial; beyond that, the costs of both kernels grow at the same rate
+# Kernels without a state that passes from token to token.
+POSITIONWISE = frozenset({"attention", "gated activation"})
+Choose = Callable[[Kernel, ShapeClass], str]
+"""(row of the table, shape class of a call) -> name of the candidate that takes the call."""
+
+
+# Table
 
 
 def kernel_rows(attend: AttentionCall = attend) -> tuple[Kernel, ...]:
@@ -88,8 +88,65 @@ def kernel_rows(attend: AttentionCall = attend) -> tuple[Kernel, ...]:
 
 
 def polynomial_candidates() -> tuple[str, ...]:
-    """Return the name of the candidates that use polynomials for exponentials (kernels/activations.py), if it has any."""
+    """Return the name of the candidates with polynomials for exponentials (kernels/activations.py), if this device has any."""
     return (POLYNOMIAL,) if device.vectorizes_compiled_sums() else ()
+
+
+# Replacement
+
+
+def assumed(kernel: Kernel, shape: ShapeClass) -> str:
+    """Return the candidate that is used without measuring, which is ours."""
+    return kernel.assumed
+
+
+@contextmanager
+def training_kernels(model: nn.Module, attend: AttentionCall = attend, choose: Choose = assumed) -> Iterator[list[str]]:
+    """Let the model's layers use the chosen kernels inside the block.
+
+    Args:
+        model: any mlx-lm model; layers that do not use the shared functions keep their own.
+        attend: computes attention by the kernel that its `Tiles` name.
+        choose: returns the candidate for a call.
+
+    Yields:
+        The names of the kernels that the model uses, those of the table first.
+    """
+    rows = {row.shared: row for row in kernel_rows(attend)}
+    homes = [vars(sys.modules[name]) for name in {type(module).__module__ for module in model.modules()}]
+    exchanged = [(home, name) for home in homes for name, row in rows.items() if home.get(name) is row.theirs]
+    for home, name in exchanged:
+        home[name] = _by_shape(rows[name], choose)
+    try:
+        with recurrent_kernels(model) as recurrent:
+            yield [
+                *(row.name for name, row in rows.items() if any(name == other for _, other in exchanged)),
+                *recurrent,
+            ]
+    finally:
+        for home, name in exchanged:
+            home[name] = rows[name].theirs
+
+
+def _by_shape(row: Kernel, choose: Choose) -> Callable[..., Any]:
+    """Return a function that replaces mlx-lm's and passes each call to the candidate chosen for its shapes."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        shape = row.class_of(*args, **kwargs)
+        if shape is None:
+            return row.theirs(*args, **kwargs)
+        return row.candidates[choose(row, shape)](*args, **kwargs)
+
+    return call
+
+
+def has_recurrence(model: nn.Module) -> bool:
+    """Return whether any layer has a recurrence that we have a kernel for."""
+    with training_kernels(model) as names:
+        return not {*names} <= POSITIONWISE
+
+
+# Attention
 
 
 def _attention(
@@ -121,11 +178,6 @@ def attention_class(
         sinks: whether logits without a value take part in the softmax.
     """
     return size_class(keys, 64, LONGEST), heads, key_heads, width, value_width, mask, "sinks" if sinks else ""
-
-
-def activation_class(width: int) -> ShapeClass:
-    """Return the shape class of a gated activation of width F."""
-    return (size_class(width, 256, 8192),)
 
 
 def _attention_class(
@@ -183,8 +235,20 @@ def _trial_rows(shape: ShapeClass) -> tuple[int, int]:
     return min(max(1, TRIAL_POSITIONS // length), max(1, products // n)), n
 
 
+def _naive_attention(
+    scale: float, seen: mx.array, q: mx.array, k: mx.array, v: mx.array, sinks: mx.array | None = None
+) -> list[mx.array]:
+    """Return attention by its definition: softmax(scale Q K^T) V where `seen` (T, S); a sink adds a logit per row."""
+    k, v = (mx.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    scores = mx.where(seen, scale * q @ k.swapaxes(-1, -2), -mx.inf)  # (B, H, T, S)
+    if sinks is not None:
+        sunk = mx.broadcast_to(sinks[None, :, None, None], (*scores.shape[:3], 1))
+        scores = mx.concatenate([scores, sunk], axis=-1)
+    return [mx.softmax(scores, axis=-1)[..., : k.shape[2]] @ v]
+
+
 def _count_attention(terms: KernelTerms, shape: ShapeClass, name: str, figures: Figures | None) -> KernelTerms:
-    """Count our kernel by the tile (memory.py), mlx's by the arrays of scores that it kept and used when measured."""
+    """Count our kernel by the tile (planner/memory.py), mlx's by the arrays of scores that it kept and used when measured."""
     if name != MLX:
         return replace(terms, tiled=(*terms.tiled, shape[0]))
     if figures is None:
@@ -201,23 +265,12 @@ def _count_attention(terms: KernelTerms, shape: ShapeClass, name: str, figures: 
     return replace(terms, attention=(*terms.attention, (shape[0], kept, ahead)))
 
 
-def _count_swiglu(terms: KernelTerms, shape: ShapeClass, name: str, figures: Figures | None) -> KernelTerms:
-    """Count the arrays that are kept beside gate, up and the product; the most of all classes counts."""
-    assumed = {MLX: 2.0, "lean": 1.0, "leanest": 0.0, POLYNOMIAL: 0.0}[name]
-    arrays = assumed if figures is None else max(0.0, 2 * figures.kept_bytes / figures.input_bytes - 1)
-    return replace(terms, gate_arrays=max(arrays, terms.gate_arrays or 0.0))
+# Gated activation
 
 
-def _naive_attention(
-    scale: float, seen: mx.array, q: mx.array, k: mx.array, v: mx.array, sinks: mx.array | None = None
-) -> list[mx.array]:
-    """Return attention by its definition: softmax(scale Q K^T) V where `seen` (T, S); a sink adds a logit per row."""
-    k, v = (mx.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
-    scores = mx.where(seen, scale * q @ k.swapaxes(-1, -2), -mx.inf)  # (B, H, T, S)
-    if sinks is not None:
-        sunk = mx.broadcast_to(sinks[None, :, None, None], (*scores.shape[:3], 1))
-        scores = mx.concatenate([scores, sunk], axis=-1)
-    return [mx.softmax(scores, axis=-1)[..., : k.shape[2]] @ v]
+def activation_class(width: int) -> ShapeClass:
+    """Return the shape class of a gated activation of width F."""
+    return (size_class(width, 256, 8192),)
 
 
 def _swiglu_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs]:
@@ -231,58 +284,8 @@ def _swiglu_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs]:
     return Trial(arrays, [cotangent], lambda function: lambda gate, up: [function(gate, up)]), naive
 
 
-# Kernels without a state that passes from token to token.
-POSITIONWISE = frozenset({"attention", "gated activation"})
-Choose = Callable[[Kernel, ShapeClass], str]
-"""(row of the table, shape class of a call) -> name of the candidate that takes the call."""
-
-
-def assumed(kernel: Kernel, shape: ShapeClass) -> str:
-    """Return the candidate that is used without measuring, which is ours."""
-    return kernel.assumed
-
-
-@contextmanager
-def training_kernels(model: nn.Module, attend: AttentionCall = attend, choose: Choose = assumed) -> Iterator[list[str]]:
-    """Let the model's layers use the chosen kernels inside the block.
-
-    Args:
-        model: any mlx-lm model; layers that do not use the shared functions keep their own.
-        attend: computes attention by the kernel that its `Tiles` name.
-        choose: returns the candidate for a call.
-
-    Yields:
-        The names of the kernels that the model uses, those of the table first.
-    """
-    rows = {row.shared: row for row in kernel_rows(attend)}
-    homes = [vars(sys.modules[name]) for name in {type(module).__module__ for module in model.modules()}]
-    exchanged = [(home, name) for home in homes for name, row in rows.items() if home.get(name) is row.theirs]
-    for home, name in exchanged:
-        home[name] = _by_shape(rows[name], choose)
-    try:
-        with recurrent_kernels(model) as recurrent:
-            yield [
-                *(row.name for name, row in rows.items() if any(name == other for _, other in exchanged)),
-                *recurrent,
-            ]
-    finally:
-        for home, name in exchanged:
-            home[name] = rows[name].theirs
-
-
-def has_recurrence(model: nn.Module) -> bool:
-    """Return whether any layer has a recurrence that we have a kernel for."""
-    with training_kernels(model) as names:
-        return not {*names} <= POSITIONWISE
-
-
-def _by_shape(row: Kernel, choose: Choose) -> Callable[..., Any]:
-    """Return a function that replaces mlx-lm's and passes each call to the candidate chosen for its shapes."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        shape = row.class_of(*args, **kwargs)
-        if shape is None:
-            return row.theirs(*args, **kwargs)
-        return row.candidates[choose(row, shape)](*args, **kwargs)
-
-    return call
+def _count_swiglu(terms: KernelTerms, shape: ShapeClass, name: str, figures: Figures | None) -> KernelTerms:
+    """Count the arrays that are kept in addition to gate, up and the product; the most of all classes counts."""
+    assumed = {MLX: 2.0, "lean": 1.0, "leanest": 0.0, POLYNOMIAL: 0.0}[name]
+    arrays = assumed if figures is None else max(0.0, 2 * figures.kept_bytes / figures.input_bytes - 1)
+    return replace(terms, gate_arrays=max(arrays, terms.gate_arrays or 0.0))

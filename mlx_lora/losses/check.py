@@ -1,25 +1,20 @@
-"""Does ours agree with the model's own? Which variant of loss, kernels, compile works.
-
-Remember which checks of a model passed on this machine, so that its second run does not compute them again.
-
-A check is named by all that its result depends on: processor, BLAS and mlx; the source of this package and of the model's
-architecture; the model's configuration, fingerprint, types, shapes and dtypes, and what of it is trained; and what was
-compared. If anything of that changes, it is another check. Only passed checks are remembered: one that failed is repeated.
-
-Check whether two computations agree on a model: in each token's loss, and in the gradient of its parameters.
-
-A summed loss alone would hide errors that cancel, and those of the backward pass.
-
-Shapes: P positions.
-
-Differentiate a few tokens before the run, to see whether a model can be trained, and with which of our kernels.
+"""Check before a run that our loss, kernels and compiled step give a model's own results, and choose those that do.
 
 mlx-lm's models are third-party code that was written for generation. Some compute values while they are traced, some
-have kernels without a gradient. Features that fail here are switched off one by one, which the run's header reports; a
-model for which nothing works is refused before the run begins.
+have kernels without a gradient. What fails or disagrees here is switched off, one feature after the other, which the run's
+header reports; a model for which nothing works is refused before the run begins.
 
-The graph is only built, not computed: both faults show there, in a fifth of the time. The checks of its values
-(losses.py) have already computed the forward pass.
+    loss, kernels   compared with the model's own, in each token's loss and in the gradient of its parameters. A summed loss
+                    alone would hide errors that cancel, and those of the backward pass.
+    step            differentiated on a few tokens. The graph is only built, not computed: both faults show there, in a fifth
+                    of the time, and the comparison has already computed the forward pass.
+
+Checks that passed on this machine are remembered, so that a model's second run does not compute them again. A check is named
+by all that its result depends on: processor, BLAS and mlx; the source of this package and of the model's architecture; the
+model's configuration, fingerprint, types, shapes and dtypes, and what of it is trained; and what was compared. If anything
+of that changes, it is another check. A check that failed is repeated.
+
+Shapes: P positions.
 """
 
 from __future__ import annotations
@@ -75,183 +70,7 @@ from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.progress import long_task
 
-STORE = "passed_checks"
-MOST = 500  # checks that are remembered, the latest ones
-
-
-def check_name(model: nn.Module, config: dict[str, Any], *compared: Any) -> str:
-    """Return the name of a check, 32 hex digits; empty if it may not be left out.
-
-    Nothing is left out if nothing is measured (MLX_LORA_MEASURE_KERNELS=0), or if ranks call the model together: one of them
-    would wait for another that remembers.
-
-    Args:
-        model: as it is checked, with its adapters.
-        config: its config.json.
-        compared: what else the result depends on; anything with a `repr` that is the same in every process.
-    """
-    if not may_measure() or called_together(model):
-        return ""
-    settings = [
-        (path, type(module).__qualname__, sorted((k, v) for k, v in vars(module).items() if _is_setting(v)))
-        for path, module in model.named_modules()
-    ]
-    arrays = [(name, p.shape, str(p.dtype)) for name, p in tree_flatten(model.parameters())]
-    trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
-    modules = {type(module).__module__ for module in model.modules()}
-    sources = sorted((name, _source_sum(Path(sys.modules[name].__file__ or ""))) for name in modules)
-    facts = (
-        device.measured_on(),
-        device.compiles(),
-        version("mlx-lm"),
-        _package_sum(),
-        sources,
-        json.dumps(config, sort_keys=True, default=str),
-        base_fingerprint(model, config),
-        settings,
-        arrays,
-        trained,
-        compared,
-    )
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
-
-
-def has_passed(name: str) -> bool:
-    """Return whether a check has passed before; never if its name is empty."""
-    return bool(name) and name in read_store(STORE)
-
-
-def keep_passed(name: str, words: str) -> None:
-    """Remember that a check passed.
-
-    Args:
-        name: of the check; empty: it is not remembered.
-        words: what was checked, for people who read the file.
-    """
-    if name:
-        known = {**read_store(STORE), name: words}
-        write_store(STORE, dict([*known.items()][-MOST:]))
-
-
-def _is_setting(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str, mx.Dtype))
-
-
-@cache
-def _package_sum() -> int:
-    """Return a check sum of this package's source: its version alone does not change with each change of it."""
-    package = Path(__file__).parents[1]
-    total = 0
-    for path in sorted(package.rglob("*.py")):
-        total = zlib.crc32(path.read_bytes(), total)
-    return total
-
-
-@cache
-def _source_sum(path: Path) -> int:
-    return zlib.crc32(path.read_bytes()) if path.is_file() else 0
-
-
-# The most by which two correct results may differ: float32 sums in another order, or logits near ten rounded to 16 bits.
-LOSS_TOLERANCE, HALVES_LOSS_TOLERANCE = 1e-4, 1e-1
-GRADIENT_TOLERANCE, HALVES_GRADIENT_TOLERANCE = 1e-3, 1e-1
-
-
-@dataclass(frozen=True)
-class Probe:
-    """The results of one computation.
-
-    Attributes:
-        losses: (P,) float32.
-        gradients: by parameter; empty if nothing is trained.
-    """
-
-    losses: mx.array
-    gradients: dict[str, mx.array]
-
-
-def probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], gradient: bool = True) -> Probe:
-    """Return the losses and, if anything is trained, the gradient of their sum, without dropout.
-
-    If the model's own code has no gradient, only losses are returned; trial.py decides whether the model trains.
-
-    Args:
-        model: is not changed.
-        token_losses: takes the model and returns (P,).
-        gradient: whether to compute the gradient.
-    """
-    if gradient and tree_flatten(model.trainable_parameters()):
-        try:
-            return _probe(model, token_losses, trains=True)
-        except FOREIGN_ERRORS as error:
-            if not is_foreign(error):
-                raise
-    return _probe(model, token_losses, trains=False)
-
-
-def _probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], trains: bool) -> Probe:
-    training = model.training
-    # In training mode for a gradient, because some models otherwise run a kernel without one.
-    model.train(trains)
-    for module in model.modules():
-        if isinstance(module, (nn.Dropout, Dropout)):
-            module.eval()
-
-    def total(model: nn.Module) -> tuple[mx.array, mx.array]:
-        losses = token_losses(model)
-        return losses.sum(), losses
-
-    gradients: dict[str, mx.array] = {}
-    try:
-        with left_unchanged(model):
-            if trains:
-                (_, losses), tree = nn.value_and_grad(model, total)(model)
-                gradients = dict(tree_flatten(tree))
-            else:
-                _, losses = total(model)
-            mx.eval(losses)  # separately, so that a quantized head is not dequantized for both at a time
-            mx.eval(gradients)
-    finally:
-        model.train(training)
-    return Probe(losses, gradients)
-
-
-def has_halves(model: nn.Module) -> bool:
-    """Tell whether anything in the model has 16 bits."""
-    return any(p.dtype in (mx.bfloat16, mx.float16) for _, p in tree_flatten(model.parameters()))
-
-
-def disagreement(model: nn.Module, expected: Probe, found: Probe) -> str | None:
-    """Return in a few words how `found` differs from `expected`, None if only by rounding.
-
-    Args:
-        model: its dtype decides the size of rounding.
-        expected, found: results for the same tokens.
-    """
-    halves = has_halves(model)
-    count = len(expected.losses)
-    # Relative to the mean loss, because a token that the model is sure of has nearly no loss.
-    size = mx.maximum(mx.abs(expected.losses).mean(), 1e-6)
-    apart = (mx.abs(found.losses - expected.losses).max() / size).item()
-    if not apart <= (HALVES_LOSS_TOLERANCE if halves else LOSS_TOLERANCE):  # NaN too
-        return f"differs by {apart:.1e} in the worst of {count} tokens' losses"
-    if not expected.gradients:
-        return None
-    if not found.gradients:
-        return "has no gradient on this model"
-    # RecurrentGemma's own gradients are NaN in 16 bits, ours are not; such gradients are not compared.
-    squares = [
-        mx.where(
-            mx.isfinite(one).all(), mx.stack([mx.square(found.gradients[name] - one).sum(), mx.square(one).sum()]), 0
-        )
-        for name, one in expected.gradients.items()
-    ]
-    difference, whole = mx.sqrt(mx.stack(squares).sum(axis=0)).tolist()
-    apart = difference / max(whole, 1e-12)
-    if not apart <= (HALVES_GRADIENT_TOLERANCE if halves else GRADIENT_TOLERANCE):
-        return f"differs by {apart:.1e} in the gradient of {count} tokens"
-    return None
-
+# The loss and the kernels
 
 # What a check is called while it runs.
 CHECKING_LOSS = "Checking that the faster loss gives the model's own numbers"
@@ -312,20 +131,6 @@ def choose_loss(
                 whole_because = whole_because or f"less {problem}"
             reasons.append(f"{'fused' if name == TILES else name} {problem}")
     return plain(f"plain cross-entropy ({'; '.join(reasons)})")
-
-
-def _few_blocks(model: nn.Module) -> AbstractContextManager:
-    """Check one block of each kind; where ranks call the model together, all."""
-    return nullcontext() if called_together(model) else few_blocks(model, CHECK_TOKENS)
-
-
-def _dtype(model: nn.Module) -> mx.Dtype:
-    """Return the dtype of most of a model's numbers, which is that of its activations."""
-    sizes: Counter[mx.Dtype] = Counter()
-    for _, p in tree_flatten(model.parameters()):
-        if mx.issubdtype(p.dtype, mx.floating):
-            sizes[p.dtype] += p.size
-    return sizes.most_common(1)[0][0]
 
 
 def check_kernels(
@@ -445,12 +250,28 @@ def check_arrays(vocabulary: int, tokens: int) -> Arrays:
     return Arrays(ids[:, :-1], ids[:, 1:], mx.array(trained[None]), mx.array(positions), mx.ones((len(positions),)))
 
 
+def _few_blocks(model: nn.Module) -> AbstractContextManager:
+    """Check one block of each kind; where ranks call the model together, all."""
+    return nullcontext() if called_together(model) else few_blocks(model, CHECK_TOKENS)
+
+
+def _dtype(model: nn.Module) -> mx.Dtype:
+    """Return the dtype of most of a model's numbers, which is that of its activations."""
+    sizes: Counter[mx.Dtype] = Counter()
+    for _, p in tree_flatten(model.parameters()):
+        if mx.issubdtype(p.dtype, mx.floating):
+            sizes[p.dtype] += p.size
+    return sizes.most_common(1)[0][0]
+
+
 def way_out(model: nn.Module) -> str:
     """Return advice about a model that fails; float32 may help, because mlx lacks a few 16-bit products on a CPU."""
     if has_halves(model) and not device.multiplies_16_bit_experts():
         return "give --dtype float32, or choose another model"
     return "choose another model"
 
+
+# The step
 
 TRIAL_TOKENS = 8
 
@@ -499,7 +320,7 @@ def choose_step_variant(
     batch = check_arrays(embedding_rows(model, config) or 256, TRIAL_TOKENS)
     problems: list[Exception] = []
     for variant in _variants(loss, attend, choose, (True, False) if compiles else (False,)):
-        problem = _problem_of(model, variant, batch)
+        problem = _error_of(model, variant, batch)
         if problem is None:
             return replace(variant, notes=(_note(variant, loss, attend, problems[0]),)) if problems else variant
         problems.append(problem)
@@ -534,7 +355,7 @@ def _note(variant: StepVariant, loss: Loss, attend: AttentionCall | None, proble
     return f"{', '.join(without)}, since that fails on this model ({short(problem, 160)})"
 
 
-def _problem_of(model: nn.Module, variant: StepVariant, batch: Arrays) -> Exception | None:
+def _error_of(model: nn.Module, variant: StepVariant, batch: Arrays) -> Exception | None:
     """Differentiate the batch and return the error of foreign code, if any. The model is not changed."""
     arrays = [(name, value) for name, value in tree_flatten(model.state) if isinstance(value, mx.array)]
     high, low = mx.random.state[0].tolist()
@@ -553,3 +374,185 @@ def _problem_of(model: nn.Module, variant: StepVariant, batch: Arrays) -> Except
         mx.random.seed(high << 32 | low)
         model.train(training)
     return None
+
+
+# The comparison of two computations
+
+# The most by which two correct results may differ: float32 sums in another order, or logits near ten rounded to 16 bits.
+LOSS_TOLERANCE, HALVES_LOSS_TOLERANCE = 1e-4, 1e-1
+GRADIENT_TOLERANCE, HALVES_GRADIENT_TOLERANCE = 1e-3, 1e-1
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The results of one computation.
+
+    Attributes:
+        losses: (P,) float32.
+        gradients: by parameter; empty if nothing is trained.
+    """
+
+    losses: mx.array
+    gradients: dict[str, mx.array]
+
+
+def probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], gradient: bool = True) -> Probe:
+    """Return the losses and, if anything is trained, the gradient of their sum, without dropout.
+
+    If the model's own code has no gradient, only losses are returned; `choose_step_variant` decides whether the model trains.
+
+    Args:
+        model: is not changed.
+        token_losses: takes the model and returns (P,).
+        gradient: whether to compute the gradient.
+    """
+    if gradient and tree_flatten(model.trainable_parameters()):
+        try:
+            return _probe(model, token_losses, trains=True)
+        except FOREIGN_ERRORS as error:
+            if not is_foreign(error):
+                raise
+    return _probe(model, token_losses, trains=False)
+
+
+def _probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], trains: bool) -> Probe:
+    training = model.training
+    # In training mode for a gradient, because some models otherwise run a kernel without one.
+    model.train(trains)
+    for module in model.modules():
+        if isinstance(module, (nn.Dropout, Dropout)):
+            module.eval()
+
+    def total(model: nn.Module) -> tuple[mx.array, mx.array]:
+        losses = token_losses(model)
+        return losses.sum(), losses
+
+    gradients: dict[str, mx.array] = {}
+    try:
+        with left_unchanged(model):
+            if trains:
+                (_, losses), tree = nn.value_and_grad(model, total)(model)
+                gradients = dict(tree_flatten(tree))
+            else:
+                _, losses = total(model)
+            mx.eval(losses)  # separately, so that a quantized head is not dequantized for both at a time
+            mx.eval(gradients)
+    finally:
+        model.train(training)
+    return Probe(losses, gradients)
+
+
+def disagreement(model: nn.Module, expected: Probe, found: Probe) -> str | None:
+    """Return in a few words how `found` differs from `expected`, None if only by rounding.
+
+    Args:
+        model: its dtype decides the size of rounding.
+        expected, found: results for the same tokens.
+    """
+    halves = has_halves(model)
+    count = len(expected.losses)
+    # Relative to the mean loss, because a token that the model is sure of has nearly no loss.
+    size = mx.maximum(mx.abs(expected.losses).mean(), 1e-6)
+    apart = (mx.abs(found.losses - expected.losses).max() / size).item()
+    if not apart <= (HALVES_LOSS_TOLERANCE if halves else LOSS_TOLERANCE):  # NaN too
+        return f"differs by {apart:.1e} in the worst of {count} tokens' losses"
+    if not expected.gradients:
+        return None
+    if not found.gradients:
+        return "has no gradient on this model"
+    # RecurrentGemma's own gradients are NaN in 16 bits, ours are not; such gradients are not compared.
+    squares = [
+        mx.where(
+            mx.isfinite(one).all(), mx.stack([mx.square(found.gradients[name] - one).sum(), mx.square(one).sum()]), 0
+        )
+        for name, one in expected.gradients.items()
+    ]
+    difference, whole = mx.sqrt(mx.stack(squares).sum(axis=0)).tolist()
+    apart = difference / max(whole, 1e-12)
+    if not apart <= (HALVES_GRADIENT_TOLERANCE if halves else GRADIENT_TOLERANCE):
+        return f"differs by {apart:.1e} in the gradient of {count} tokens"
+    return None
+
+
+def has_halves(model: nn.Module) -> bool:
+    """Tell whether anything in the model has 16 bits."""
+    return any(p.dtype in (mx.bfloat16, mx.float16) for _, p in tree_flatten(model.parameters()))
+
+
+# Passed checks
+
+STORE = "passed_checks"
+MOST = 500  # checks that are remembered, the latest ones
+
+
+def check_name(model: nn.Module, config: dict[str, Any], *compared: Any) -> str:
+    """Return the name of a check, 32 hex digits; empty if it may not be left out.
+
+    Nothing is left out if nothing is measured (MLX_LORA_MEASURE_KERNELS=0), or if ranks call the model together: one of them
+    would wait for another that remembers.
+
+    Args:
+        model: as it is checked, with its adapters.
+        config: its config.json.
+        compared: what else the result depends on; anything with a `repr` that is the same in every process.
+    """
+    if not may_measure() or called_together(model):
+        return ""
+    settings = [
+        (path, type(module).__qualname__, sorted((k, v) for k, v in vars(module).items() if _is_setting(v)))
+        for path, module in model.named_modules()
+    ]
+    arrays = [(name, p.shape, str(p.dtype)) for name, p in tree_flatten(model.parameters())]
+    trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    modules = {type(module).__module__ for module in model.modules()}
+    sources = sorted((name, _source_sum(Path(sys.modules[name].__file__ or ""))) for name in modules)
+    facts = (
+        device.measured_on(),
+        device.compiles(),
+        version("mlx-lm"),
+        _package_sum(),
+        sources,
+        json.dumps(config, sort_keys=True, default=str),
+        base_fingerprint(model, config),
+        settings,
+        arrays,
+        trained,
+        compared,
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+
+def has_passed(name: str) -> bool:
+    """Return whether a check has passed before; never if its name is empty."""
+    return bool(name) and name in read_store(STORE)
+
+
+def keep_passed(name: str, words: str) -> None:
+    """Remember that a check passed.
+
+    Args:
+        name: of the check; empty: it is not remembered.
+        words: what was checked, for people who read the file.
+    """
+    if name:
+        known = {**read_store(STORE), name: words}
+        write_store(STORE, dict([*known.items()][-MOST:]))
+
+
+def _is_setting(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, mx.Dtype))
+
+
+@cache
+def _package_sum() -> int:
+    """Return a check sum of this package's source: its version alone does not change with each change of it."""
+    package = Path(__file__).parents[1]
+    total = 0
+    for path in sorted(package.rglob("*.py")):
+        total = zlib.crc32(path.read_bytes(), total)
+    return total
+
+
+@cache
+def _source_sum(path: Path) -> int:
+    return zlib.crc32(path.read_bytes()) if path.is_file() else 0

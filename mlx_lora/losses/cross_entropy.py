@@ -1,23 +1,19 @@
-"""TokenLoss: per-token NLL and sums; plain, fused, row-wise; at a temperature.
-
-The choice of the loss kernel, by measurements of the model's head, once per (device, mlx, dtype, head).
-
-    tiles   our kernel: some rows by a slice of the vocabulary at a time (fused.py)
-    polynomial  the same, with polynomials for exponentials (kernels/activations.py); on a CPU
-    rows    mx.fast.cross_entropy on whole rows of logits (row_loss.py)
-    plain   all logits at once, as the model computes them (losses.py)
-
-Shapes: P positions, D width, V vocabulary.
-
-The loss: a sum over trained tokens and their count, never a mean.
+"""Compute the cross-entropy of trained tokens, as a sum and a count, with the kernel that is best for the model's head.
 
 A mean cannot be added to another batch's mean; sums and counts can, so accumulation, validation and
 several ranks all divide once, at the end.
 
-Two kinds of loss compute the same number. `plain` uses the model's own logits of every position. `fused` uses
-the hidden states of the supervised positions only and never holds their logits (fused.py); where the model allows it, the
-last block computes only these positions too (models/head.py). Both are used if they agree with plain on a few tokens
-of this model; otherwise plain, or the whole block, is used, and the run header says why.
+Two kinds of loss compute the same number. `plain` uses the model's own logits of every position. A fused loss uses the
+hidden states of the supervised positions only and never holds their logits (losses/fused.py); where the model allows it, the
+last block computes only these positions too (models/head.py). It is used if it agrees with plain on a few tokens of this
+model (losses/check.py); otherwise plain, or the whole block, is used, and the run header says why.
+
+The kernel of the fused loss is chosen by measurements of the model's head, once per (device, mlx, dtype, head):
+
+    tiles        our kernel: some rows by a slice of the vocabulary at a time (losses/fused.py)
+    polynomial   the same, with polynomials for exponentials (kernels/activations.py); on a CPU
+    rows         mx.fast.cross_entropy on whole rows of logits (losses/fused.py)
+    plain        all logits at once, as the model computes them
 
 Shapes: B batch, T time, P supervised positions (padded), D width, V vocabulary.
 """
@@ -57,100 +53,19 @@ from mlx_lora.utils import device
 TILES, ROWS, PLAIN_LOGITS = "tiles", "rows", "plain"
 NAME = "cross-entropy"
 FEWEST, MOST = 32, 1024  # positions in a measurement
-TokenLosses = Callable[..., mx.array]
+HeadLosses = Callable[..., mx.array]
 """(head, hidden (P, D), targets (P,), weights (P,), tile_bytes=, gradient=) -> (P,) weighted losses."""
-LOSS_KERNELS: Mapping[str, TokenLosses] = {
+LOSS_KERNELS: Mapping[str, HeadLosses] = {
     TILES: fused_token_losses,
     POLYNOMIAL: partial(fused_token_losses, polynomial=True),
     ROWS: row_token_losses,
 }
-
-
-def loss_kernels() -> Mapping[str, TokenLosses]:
-    """Return those of LOSS_KERNELS that this device may use, the assumed one first."""
-    left_out = {POLYNOMIAL} - set(polynomial_candidates())
-    return {name: kernel for name, kernel in LOSS_KERNELS.items() if name not in left_out}
-
-
-def head_class(head: Head) -> ShapeClass:
-    """Return the key of a head's figures: V, D, how its weight is stored, and what is applied to its logits."""
-    layer, width = head.layer, 0
-    stored = "float"
-    if isinstance(layer, QUANTIZED_HEADS):
-        stored = f"{layer.bits}-bit/{layer.group_size} {layer.mode}"
-        width = layer.weight.shape[-1] * 32 // layer.bits
-    extras = [name for name, has in (("cap", head.soft_cap is not None), ("bias", head.bias is not None)) if has]
-    return head.vocabulary, width or layer.weight.shape[-1], " ".join([stored, *extras])
-
-
-def head_words(shape: ShapeClass) -> str:
-    """Return a head's class as text."""
-    return f"a vocabulary of {shape[0]:,} and width {shape[1]:,} ({shape[2]})"
-
-
-def loss_figures(head: Head, dtype: mx.Dtype, say: Callable[[str], None] | None) -> Mapping[str, Figures] | None:
-    """Return the kernels' figures for a head, None if they are not known and must not be measured.
-
-    Args:
-        head: the measurement uses its weight.
-        dtype: of the hidden states.
-        say: called with one line before measuring; None: nothing is measured.
-    """
-    shape = head_class(head)
-    key = figures_key(NAME, shape, dtype)
-    found = read_figures(key)
-    if found is not None and found.keys() - {PLAIN_LOGITS} == {*loss_kernels()}:
-        return found
-    if say is None or not may_measure():
-        return None
-    say(f"Measuring {NAME} for {head_words(shape)}, once on this machine")
-    figures = measure_loss(head, dtype)
-    keep_figures(key, figures)
-    return figures
-
-
-def choose_kernel(figures: Mapping[str, Figures] | None) -> str:
-    """Return the kernel to use: `tiles` if nothing was measured.
-
-    `plain` is used only if all others are wrong: its memory grows with all positions of a batch, trained or not, and the
-    measurement covers only a few positions.
-    """
-    if figures is None:
-        return TILES
-    return choose({name: figures[name] for name in loss_kernels()}, layers=1) or PLAIN_LOGITS  # a model has one head
-
-
-def measure_loss(head: Head, dtype: mx.Dtype) -> dict[str, Figures]:
-    """Measure the kernels on a head; `plain` too on a GPU, for comparison, and anywhere if no other kernel is right."""
-    vocabulary, width, _ = head_class(head)
-    positions = int(min(max(device.trial_flops() / (4 * vocabulary * width), FEWEST), MOST))
-    hidden = mx.random.normal((positions, width), key=mx.random.key(0)).astype(dtype)
-    targets = mx.random.randint(0, vocabulary, (positions,), key=mx.random.key(1))
-    weights, tile_bytes = mx.ones((positions,)), loss_tile_bytes()
-
-    def exactly(hidden: mx.array) -> mx.array:
-        dense = head.dense(head.arrays, mx.float32)
-        return _plain(head.finish(hidden.astype(mx.float32) @ dense.T, slice(None)), targets)
-
-    candidates: dict[str, Any] = {
-        name: lambda hidden, kernel=kernel: kernel(head, hidden, targets, weights, tile_bytes=tile_bytes)
-        for name, kernel in loss_kernels().items()
-    }
-    plain = {PLAIN_LOGITS: lambda hidden: _plain(head.logits(hidden), targets)}
-    trial = Trial([hidden], [mx.ones((positions, 1))], lambda function: lambda h: [function(h)[:, None]])
-    compiled = device.compiling_is_cheap()
-    if compiled:  # a GPU: it takes no time there, and seconds of a CPU if the vocabulary is large
-        candidates |= plain
-
-    def measured(some: dict[str, Any]) -> dict[str, Figures]:
-        return measure(some, trial, lambda h: [exactly(h)[:, None]], compiled, [POLYNOMIAL])
-
-    figures = measured(candidates)
-    return figures if any(one.correct for one in figures.values()) else {**figures, **measured(plain)}
-
-
-def _plain(logits: mx.array, targets: mx.array) -> mx.array:
-    return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)
+TokenLosses = Callable[..., mx.array]
+"""(model, *Arrays) -> (P,) float32 losses of the positions, 0 for padding. If a row holds a prompt and several answers,
+`Batch.starts` is a sixth array."""
+LossFunction = Callable[..., tuple]
+"""(model, *arrays) -> (sum, count), float32 scalars, and if an objective reports more, a dict of sums. An empty mask gives
+(0, 0): nothing is divided, so no NaN."""
 
 
 class Arrays(NamedTuple):
@@ -175,12 +90,6 @@ class Arrays(NamedTuple):
         return cls(*(mx.array(getattr(batch, name)) for name in cls._fields))
 
 
-"""(model, *Arrays) -> (P,) float32 losses of the positions, 0 for padding. If a row holds a prompt and several answers,
-`Batch.starts` is a sixth array."""
-LossFunction = Callable[..., tuple]
-"""(model, *arrays) -> (sum, count), float32 scalars, and if an objective reports more, a dict of sums. An empty mask gives (0, 0): nothing is divided, so no NaN."""
-
-
 @dataclass(frozen=True)
 class Loss:
     """A loss in its two uses.
@@ -190,7 +99,7 @@ class Loss:
         measure: the loss for validation and evaluation, without a gradient.
         description: for the run header.
         tokens: the loss of each position, which can be differentiated; the checks compare it.
-        kernel: its name (loss_choice.py); `plain` computes the model's own logits, of all positions at once.
+        kernel: its name; `plain` computes the model's own logits, of all positions at once.
         part_of_last: whether the model's last block computes only the supervised positions.
         measure_tokens: `tokens` without a gradient; None: use `tokens`.
     """
@@ -228,7 +137,11 @@ def plain_token_losses(
 
 
 def _plain_losses(model: nn.Module, inputs: mx.array, targets: mx.array, *starts: mx.array) -> mx.array:
-    logits = model(inputs, **shared_caches(model, inputs, *starts)).astype(mx.float32)  # (B, T, V)
+    return _of_logits(model(inputs, **shared_caches(model, inputs, *starts)).astype(mx.float32), targets)
+
+
+def _of_logits(logits: mx.array, targets: mx.array) -> mx.array:
+    """Return the cross-entropy of logits (..., V) at targets (...), one number per target."""
     return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
 
 
@@ -269,3 +182,89 @@ def head_loss(head: Head, kernel: str, tile_bytes: int, whole_because: str = "",
 
     of_tokens = partial(tokens, True), kernel, head.last is not None, partial(tokens, False)
     return Loss(partial(loss, True), partial(loss, False), f"{words[kernel]}; {block}", *of_tokens)
+
+
+# The choice of the kernel
+
+
+def loss_kernels() -> Mapping[str, HeadLosses]:
+    """Return those of LOSS_KERNELS that this device may use, the assumed one first."""
+    left_out = {POLYNOMIAL} - set(polynomial_candidates())
+    return {name: kernel for name, kernel in LOSS_KERNELS.items() if name not in left_out}
+
+
+def choose_kernel(figures: Mapping[str, Figures] | None) -> str:
+    """Return the kernel to use: `tiles` if nothing was measured.
+
+    `plain` is used only if all others are wrong: its memory grows with all positions of a batch, trained or not, and the
+    measurement covers only a few positions.
+    """
+    if figures is None:
+        return TILES
+    return choose({name: figures[name] for name in loss_kernels()}, layers=1) or PLAIN_LOGITS  # a model has one head
+
+
+def loss_figures(head: Head, dtype: mx.Dtype, say: Callable[[str], None] | None) -> Mapping[str, Figures] | None:
+    """Return the kernels' figures for a head, None if they are not known and must not be measured.
+
+    Args:
+        head: the measurement uses its weight.
+        dtype: of the hidden states.
+        say: called with one line before measuring; None: nothing is measured.
+    """
+    shape = head_class(head)
+    key = figures_key(NAME, shape, dtype)
+    found = read_figures(key)
+    if found is not None and found.keys() - {PLAIN_LOGITS} == {*loss_kernels()}:
+        return found
+    if say is None or not may_measure():
+        return None
+    say(f"Measuring {NAME} for {head_words(shape)}, once on this machine")
+    figures = measure_loss(head, dtype)
+    keep_figures(key, figures)
+    return figures
+
+
+def measure_loss(head: Head, dtype: mx.Dtype) -> dict[str, Figures]:
+    """Measure the kernels on a head; `plain` too on a GPU, for comparison, and anywhere if no other kernel is right."""
+    vocabulary, width, _ = head_class(head)
+    positions = int(min(max(device.trial_flops() / (4 * vocabulary * width), FEWEST), MOST))
+    hidden = mx.random.normal((positions, width), key=mx.random.key(0)).astype(dtype)
+    targets = mx.random.randint(0, vocabulary, (positions,), key=mx.random.key(1))
+    weights, tile_bytes = mx.ones((positions,)), loss_tile_bytes()
+
+    def exactly(hidden: mx.array) -> mx.array:
+        dense = head.dense(head.arrays, mx.float32)
+        return _of_logits(head.finish(hidden.astype(mx.float32) @ dense.T, slice(None)), targets)
+
+    candidates: dict[str, Any] = {
+        name: lambda hidden, kernel=kernel: kernel(head, hidden, targets, weights, tile_bytes=tile_bytes)
+        for name, kernel in loss_kernels().items()
+    }
+    all_logits = {PLAIN_LOGITS: lambda hidden: _of_logits(head.logits(hidden), targets)}
+    trial = Trial([hidden], [mx.ones((positions, 1))], lambda function: lambda h: [function(h)[:, None]])
+    compiled = device.compiling_is_cheap()
+    if compiled:  # a GPU: it takes no time there, and seconds of a CPU if the vocabulary is large
+        candidates |= all_logits
+
+    def measured(some: dict[str, Any]) -> dict[str, Figures]:
+        return measure(some, trial, lambda h: [exactly(h)[:, None]], compiled, [POLYNOMIAL])
+
+    figures = measured(candidates)
+    return figures if any(one.correct for one in figures.values()) else {**figures, **measured(all_logits)}
+
+
+def head_class(head: Head) -> ShapeClass:
+    """Return the key of a head's figures: V, D, how its weight is stored, and what is applied to its logits."""
+    layer, width = head.layer, 0
+    stored = "float"
+    if isinstance(layer, QUANTIZED_HEADS):
+        stored = f"{layer.bits}-bit/{layer.group_size} {layer.mode}"
+        width = layer.weight.shape[-1] * 32 // layer.bits
+    extras = [name for name, has in (("cap", head.soft_cap is not None), ("bias", head.bias is not None)) if has]
+    return head.vocabulary, width or layer.weight.shape[-1], " ".join([stored, *extras])
+
+
+def head_words(shape: ShapeClass) -> str:
+    """Return a head's class as text."""
+    return f"a vocabulary of {shape[0]:,} and width {shape[1]:,} ({shape[2]})"

@@ -1,39 +1,31 @@
-"""Forward/reverse KL, JSD, sampled KL; chunked over positions.
-
-Divergences between a teacher's distribution of the next token and a student's.
+"""Compute losses of distillation: how far a student's distribution of each trained token is from the teacher's.
 
     forward_kl   KL(teacher, student)    the student covers whatever the teacher may say
     reverse_kl   KL(student, teacher)    the student keeps to what the teacher is likely to say
     jsd          b KL(teacher, m) + (1 - b) KL(student, m), m = b teacher + (1 - b) student     arXiv 2306.13649, eq. 1
+    sampled_kl   reverse_kl, estimated from the tokens that the student sampled
 
 With b = 0 and b = 1, jsd is defined as the first two, as in TRL's GKD. Of a teacher, the probabilities of its k likeliest
 tokens may be known and, as one bin, that of all others together. The divergence of the k + 1 bins is exact for them, and
 a lower bound of the divergence over all tokens, because joining tokens to a bin can only hide differences.
 
-Shapes: P positions, V vocabulary, k likeliest tokens, N = k + 1 bins (N = V if every token is a bin of its own).
+As in the cross-entropy by rows (losses/fused.py), logits exist for a chunk of positions at a time: they are computed, compared
+with what is known of the teacher, and their gradient is multiplied by the head immediately. Only the gradient of the hidden
+states is kept, so a step takes about as much memory as one of imitation, plus the teacher's records of the batch.
 
-On-policy distillation as a policy gradient: the reverse KL of the tokens that the student sampled.
-
-The student as it was, p_old, samples a token x; the teacher q says how likely it finds it. The token's advantage is that
-of itself alone (a discount of 0), and there is no baseline:
+sampled_kl is on-policy distillation as a policy gradient. The student as it was, p_old, samples a token x; the teacher q says
+how likely it finds it. The token's advantage is that of itself alone (a discount of 0), and there is no baseline:
 
     A = log q(x) - log p_old(x)        loss = -(p(x) / p_old(x)) A
 
 While p is p_old, the loss is an estimate of KL(p || q) at its position, and its gradient one of the gradient of KL(p || q):
 both are right on average over x. A single token is a noisy estimate of a sum over the vocabulary, but needs one number of
-the teacher only.
+the teacher only. Source: K. Lu, On-Policy Distillation, Thinking Machines Lab, 2025
+(https://thinkingmachines.ai/blog/on-policy-distillation); the ratio is that of their loss `importance_sampling`, which does
+not clip it.
 
-Shapes: P positions, one for each sampled token, then padding.
-Source: K. Lu, On-Policy Distillation, Thinking Machines Lab, 2025 (https://thinkingmachines.ai/blog/on-policy-distillation);
-    the ratio is that of their loss `importance_sampling`, which does not clip it.
-
-The loss of distillation: how far a student's distribution of each trained token is from the teacher's.
-
-As for the cross-entropy (row_loss.py), logits exist for a chunk of positions at a time: they are computed, compared with
-what is known of the teacher, and their gradient is multiplied by the head immediately. Only the gradient of the hidden
-states is kept, so a step takes about as much memory as one of imitation, plus the teacher's records of the batch.
-
-Shapes: P supervised positions, R of a chunk, D width, V vocabulary, N bins, k likeliest tokens.
+Shapes: P supervised or sampled positions (then padding), R of a chunk, D width, V vocabulary, k likeliest tokens, N = k + 1
+bins (N = V if every token is a bin of its own).
 """
 
 from __future__ import annotations
@@ -55,9 +47,11 @@ from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.planner.memory import chunk_rows
 
 FORWARD_KL, REVERSE_KL, JSD = "forward_kl", "reverse_kl", "jsd"
-SAMPLED_KL = "sampled_kl"  # reverse_kl, estimated from sampled tokens (sampled_kl.py)
+SAMPLED_KL = "sampled_kl"  # reverse_kl, estimated from sampled tokens
 # The log-probability of what is impossible: its exponential is 0, and unlike infinity it has a product with 0.
 FLOOR = -1e4
+PART = "last block where trained"
+KL = "kl"  # what a step and a validation report: KL(teacher, student)
 
 
 @dataclass(frozen=True)
@@ -99,87 +93,7 @@ class Known:
     ids: mx.array | None = None
 
 
-def likeliest(logits: mx.array, options: DivergenceOptions) -> Known:
-    """Return the distribution that logits give, (P, V) float32, reduced to its `top_k` likeliest tokens."""
-    logits, top_k = _without_padding(logits, options), options.top_k
-    if not 0 < top_k < logits.shape[-1] - 1:
-        return Known(bins(logits, None, options.temperature))
-    found = mx.argpartition(-logits, top_k, axis=-1)[:, :top_k]
-    order = mx.argsort(-mx.take_along_axis(logits, found, axis=-1), axis=-1)
-    ids = mx.take_along_axis(found, order, axis=-1).astype(mx.int32)
-    return Known(bins(logits, ids, options.temperature), ids)
-
-
-def bins(logits: mx.array, ids: mx.array | None, temperature: float = 1.0) -> mx.array:
-    """Return the log-probabilities of some tokens and of all others together, (P, N) float32.
-
-    Args:
-        logits: (P, V) float32.
-        ids: (P, k) int, different tokens in each row; None: a bin for every token.
-        temperature: divides the logits.
-    """
-    found = logits if temperature == 1 else logits / temperature
-    if ids is not None:
-        own = mx.take_along_axis(found, ids, axis=-1)
-        # Summed over the others themselves: 1 minus the sum of the k would be all rounding where they have nearly all.
-        others = mx.logsumexp(mx.put_along_axis(found, ids, mx.array(-math.inf), axis=-1), axis=-1, keepdims=True)
-        found = mx.concatenate([own, others], axis=-1)
-    return mx.maximum(found - mx.logsumexp(found, axis=-1, keepdims=True), FLOOR)
-
-
-def kl(of: mx.array, to: mx.array) -> mx.array:
-    """Return KL(of, to) of log-probabilities (P, N), (P,)."""
-    return (mx.exp(of) * (of - to)).sum(axis=-1)
-
-
-def divergence(teacher: mx.array, student: mx.array, beta: float) -> mx.array:
-    """Return the generalized Jensen-Shannon divergence of TRL's GKD, (P,); gradients may go through both.
-
-    Args:
-        teacher, student: (P, N) log-probabilities.
-        beta: 0 is KL(teacher, student), 1 is KL(student, teacher).
-    """
-    if beta == 0:
-        return kl(teacher, student)
-    if beta == 1:
-        return kl(student, teacher)
-    mixed = mx.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
-    return beta * kl(teacher, mixed) + (1 - beta) * kl(student, mixed)
-
-
-def divergence_of_logits(logits: mx.array, known: Known, options: DivergenceOptions) -> tuple[mx.array, mx.array]:
-    """Return the loss of a student's logits, and the KL to report, each (P,).
-
-    Args:
-        logits: (P, V) float32, of the student.
-        known: of the teacher, by the same options.
-        options: how the two are compared.
-    """
-    student = bins(_without_padding(logits, options), known.ids, options.temperature)
-    shown = 1.0 if options.reports_reverse else 0.0
-    reported = divergence(known.logps, student, shown)
-    return (reported if options.beta == shown else divergence(known.logps, student, options.beta)), reported
-
-
-def _without_padding(logits: mx.array, options: DivergenceOptions) -> mx.array:
-    padded = options.vocabulary is not None and options.vocabulary < logits.shape[-1]
-    return logits[:, : options.vocabulary] if padded else logits
-
-
-def sampled_kl(logps: mx.array, old: mx.array, teacher: mx.array) -> mx.array:
-    """Return the loss of each sampled token, (P,) float32.
-
-    Args:
-        logps: (P,) float32, log-probabilities under the student that is trained.
-        old: (P,) float32, under the student that sampled them.
-        teacher: (P,) float32, under the teacher.
-    """
-    advantages = mx.stop_gradient(teacher - old)
-    return -mx.exp(logps - mx.stop_gradient(old)) * advantages
-
-
-PART = "last block where trained"
-KL = "kl"  # what a step and a validation report: KL(teacher, student)
+# The loss of a model
 
 
 def distill_arrays(batch: Batch) -> tuple[mx.array, ...]:
@@ -340,3 +254,85 @@ def known_of_batch(model: nn.Module, head: Head | None, batch: Batch, options: D
         part = states[start : start + rows]
         logits = part if head is None else head.logits(part)
         yield likeliest(logits.astype(mx.float32), options)
+
+
+# Divergences of distributions
+
+
+def divergence_of_logits(logits: mx.array, known: Known, options: DivergenceOptions) -> tuple[mx.array, mx.array]:
+    """Return the loss of a student's logits, and the KL to report, each (P,).
+
+    Args:
+        logits: (P, V) float32, of the student.
+        known: of the teacher, by the same options.
+        options: how the two are compared.
+    """
+    student = bins(_without_padding(logits, options), known.ids, options.temperature)
+    shown = 1.0 if options.reports_reverse else 0.0
+    reported = divergence(known.logps, student, shown)
+    return (reported if options.beta == shown else divergence(known.logps, student, options.beta)), reported
+
+
+def divergence(teacher: mx.array, student: mx.array, beta: float) -> mx.array:
+    """Return the generalized Jensen-Shannon divergence of TRL's GKD, (P,); gradients may go through both.
+
+    Args:
+        teacher, student: (P, N) log-probabilities.
+        beta: 0 is KL(teacher, student), 1 is KL(student, teacher).
+    """
+    if beta == 0:
+        return kl(teacher, student)
+    if beta == 1:
+        return kl(student, teacher)
+    mixed = mx.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
+    return beta * kl(teacher, mixed) + (1 - beta) * kl(student, mixed)
+
+
+def kl(of: mx.array, to: mx.array) -> mx.array:
+    """Return KL(of, to) of log-probabilities (P, N), (P,)."""
+    return (mx.exp(of) * (of - to)).sum(axis=-1)
+
+
+def likeliest(logits: mx.array, options: DivergenceOptions) -> Known:
+    """Return the distribution that logits give, (P, V) float32, reduced to its `top_k` likeliest tokens."""
+    logits, top_k = _without_padding(logits, options), options.top_k
+    if not 0 < top_k < logits.shape[-1] - 1:
+        return Known(bins(logits, None, options.temperature))
+    found = mx.argpartition(-logits, top_k, axis=-1)[:, :top_k]
+    order = mx.argsort(-mx.take_along_axis(logits, found, axis=-1), axis=-1)
+    ids = mx.take_along_axis(found, order, axis=-1).astype(mx.int32)
+    return Known(bins(logits, ids, options.temperature), ids)
+
+
+def bins(logits: mx.array, ids: mx.array | None, temperature: float = 1.0) -> mx.array:
+    """Return the log-probabilities of some tokens and of all others together, (P, N) float32.
+
+    Args:
+        logits: (P, V) float32.
+        ids: (P, k) int, different tokens in each row; None: a bin for every token.
+        temperature: divides the logits.
+    """
+    found = logits if temperature == 1 else logits / temperature
+    if ids is not None:
+        own = mx.take_along_axis(found, ids, axis=-1)
+        # Summed over the others themselves: 1 minus the sum of the k would be all rounding where they have nearly all.
+        others = mx.logsumexp(mx.put_along_axis(found, ids, mx.array(-math.inf), axis=-1), axis=-1, keepdims=True)
+        found = mx.concatenate([own, others], axis=-1)
+    return mx.maximum(found - mx.logsumexp(found, axis=-1, keepdims=True), FLOOR)
+
+
+def _without_padding(logits: mx.array, options: DivergenceOptions) -> mx.array:
+    padded = options.vocabulary is not None and options.vocabulary < logits.shape[-1]
+    return logits[:, : options.vocabulary] if padded else logits
+
+
+def sampled_kl(logps: mx.array, old: mx.array, teacher: mx.array) -> mx.array:
+    """Return the loss of each sampled token, (P,) float32.
+
+    Args:
+        logps: (P,) float32, log-probabilities under the student that is trained.
+        old: (P,) float32, under the student that sampled them.
+        teacher: (P,) float32, under the teacher.
+    """
+    advantages = mx.stop_gradient(teacher - old)
+    return -mx.exp(logps - mx.stop_gradient(old)) * advantages

@@ -1,37 +1,31 @@
-"""Fused linear cross-entropy, tiles or rows.
+"""Compute the linear cross-entropy without an array of all logits: loss and gradient of the hidden states in one forward pass.
 
-Linear cross-entropy without an array of all logits: loss and gradient of the hidden states in one forward pass.
+The input has only the supervised positions. The head is frozen, a quantized one is dequantized a slice at a time, and of the
+forward pass only the gradient of the hidden states, dh, is kept; the backward pass scales it. There are two kernels, and
+measurements decide between them (losses/cross_entropy.py).
 
-The input has only the supervised positions. Their logits are computed a tile at a time: some rows by a slice of the
-vocabulary. Each tile is exponentiated once, relative to the largest logit so far, added to both the loss and
-the gradient, and freed before the next tile starts. The target's own logit x is not in these sums:
+`fused_token_losses` computes logits a tile at a time: some rows by a slice of the vocabulary. Each tile is exponentiated
+once, relative to the largest logit so far, added to both the loss and the gradient, and freed before the next tile starts.
+Neither probabilities nor a one-hot array are computed. The target's own logit x is not in these sums:
 
     m' = max(m, max l),  a = exp(m - m'),  e = exp(l - m'), 0 for the target
     s' = a s + sum e,    g' = a g + e W
     at the end           loss = log(1 + exp(log s + m - x)),  dh = (g - s W[target]) / (s + exp(x - m))
 
-With `polynomial`, the exponentials are those of kernels/activations.py, and a tile's logits are scaled for them.
-
 x is computed separately, in float32, from the target's row. The tiles' logits are rounded if h has 16 bits: with
 the target among them, the loss of a token that the model is sure of would be mostly rounding error, often below zero.
 This way no loss is negative, and loss and gradient of a sure token have a small relative error.
 
-Neither probabilities nor a one-hot array are computed, a quantized head is dequantized a slice at a time, and the
-backward pass only scales dh.
+With `polynomial`, the exponentials are those of kernels/activations.py, and a tile's logits are scaled for them. If ranks
+share the head (parallel/sharded_tables.py), the outer loop is over the parts of the vocabulary that are at hand one after the
+other, and all positions keep their sums from one part to the next, so that each part is gathered once.
 
-If ranks share the head (parallel/sharded_tables.py), the outer loop is over the parts of the vocabulary that are at hand one
-after the other, and all positions keep their sums from one part to the next, so that each part is gathered once.
+`row_token_losses` uses `mx.fast.cross_entropy`, mlx's kernel, fused on Metal and CUDA, which takes finished logits. So a
+chunk has logits of whole rows of the vocabulary, computed once; the kernel returns the losses and their gradient, which is
+multiplied by the head immediately.
 
-Shapes: P supervised positions, R rows and S columns of a tile, D width, V vocabulary.
+Shapes: P supervised positions, R rows of a tile or a chunk, S columns of a tile, D width, V vocabulary.
 Source: online softmax, arXiv 1805.02867, algorithm 3; the loss in chunks, arXiv 2410.10989 (Liger Kernel).
-
-Linear cross-entropy with `mx.fast.cross_entropy`: whole rows of logits, some rows at a time.
-
-mlx's kernel, fused on Metal and CUDA, takes finished logits. So a chunk has logits of whole rows of the vocabulary,
-computed once; the kernel returns the losses and their gradient, which is multiplied by the head immediately. Like in
-fused.py, only the gradient of the hidden states is kept. Measurements decide between the two (losses/cross_entropy.py).
-
-Shapes: P supervised positions, R rows of a chunk, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -47,6 +41,8 @@ from mlx_lora.kernels import activations as exponentials
 from mlx_lora.models.head import Head
 from mlx_lora.planner.memory import MAX_SLICE, chunk_rows, tile_shape
 from mlx_lora.utils import device
+
+# Tiles
 
 Powers = Callable[..., tuple[mx.array, mx.array]]
 """(logits, before, own) -> exponentials and the largest logit; see `_exact_powers`."""
@@ -253,6 +249,9 @@ def _other_powers(logits: mx.array, largest: mx.array, own: mx.array) -> mx.arra
     return mx.where(mx.arange(logits.shape[1]) == own, 0.0, mx.exp(logits - largest))
 
 
+# Rows
+
+
 def row_token_losses(
     head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, tile_bytes: int, gradient: bool = True
 ) -> mx.array:
@@ -306,14 +305,6 @@ def _chunk_loss(
     return losses * weights, chunk_gradient(head, arrays, h, logits, d_logits)
 
 
-def _slices(head: Head) -> list[slice]:
-    """Return slices of the vocabulary.
-
-    In them, a quantized head is dequantized a slice at a time, and no matrix has a side of 262k (Gemma's vocabulary).
-    """
-    return [slice(start, start + MAX_SLICE) for start in range(0, head.vocabulary, MAX_SLICE)]
-
-
 def chunk_logits(head: Head, arrays: list[mx.array], h: mx.array) -> mx.array:
     """Return the logits of some positions, (R, V) float32.
 
@@ -341,3 +332,11 @@ def chunk_gradient(head: Head, arrays: list[mx.array], h: mx.array, logits: mx.a
         for kept in _slices(head)
     ]
     return (sum(pulls[1:], pulls[0]) * head.scale).astype(h.dtype)
+
+
+def _slices(head: Head) -> list[slice]:
+    """Return slices of the vocabulary.
+
+    In them, a quantized head is dequantized a slice at a time, and no matrix has a side of 262k (Gemma's vocabulary).
+    """
+    return [slice(start, start + MAX_SLICE) for start in range(0, head.vocabulary, MAX_SLICE)]

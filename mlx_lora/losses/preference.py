@@ -1,22 +1,17 @@
-"""DPO family, ORPO, SimPO, CPO, KTO, Bradley-Terry.
+"""Compute losses of preferences, as functions of the log-probabilities or the scores of whole answers.
 
-Losses of preference pairs, as functions of the log-probabilities of whole answers.
+    pairs           of a chosen and a rejected answer: DPO's family, SimPO, CPO, ORPO
+    rated answers   good or bad, without a second answer to compare with: KTO, APO-zero
+    scores          of a reward model on pairs: Bradley-Terry
 
-Each function takes `Pairs` and `PairOptions` and returns one loss per pair, (E,) float32. A new pairwise loss is one
-function here and one row in `PAIR_LOSSES`.
+Each loss of pairs takes `Pairs` and `PairOptions` and returns one loss per pair, (E,) float32. A new one is one function here
+and one row in `PAIR_LOSSES`.
 
 With r the log-ratio of policy to reference, log pi(y|x) - log pi_ref(y|x), and d = r(chosen) - r(rejected), DPO's loss is
--log sigmoid(beta d) (arXiv 2305.18290, eq. 7). Names and definitions are those of TRL's DPOTrainer and CPOTrainer.
+-log sigmoid(beta d) (arXiv 2305.18290, eq. 7). Names and definitions are those of TRL's DPOTrainer, CPOTrainer, KTOTrainer and
+RewardTrainer.
 
-Shapes: E pairs.
-
-Losses of single answers that are rated good or bad, without a second answer to compare with.
-
-Shapes: E rated answers.
-
-The loss of a reward model on preference pairs, as in TRL's RewardTrainer.
-
-Shapes: E pairs.
+Shapes: E pairs, or E rated answers.
 """
 
 from __future__ import annotations
@@ -27,6 +22,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+
+# Pairs
 
 # The share of a sum of log-probabilities that rounding may change: the same answer in another batch, or by another kernel.
 ROUNDING = 1e-5
@@ -269,6 +266,9 @@ def _at_least_one(count: mx.array) -> mx.array:
     return mx.maximum(count, 1.0)
 
 
+# Rated answers
+
+
 @dataclass(frozen=True)
 class RatedOptions:
     """The numbers that losses of rated answers take.
@@ -323,8 +323,11 @@ def _weighted(good: mx.array, bad: mx.array, ratings: Ratings, options: RatedOpt
     return mx.where(ratings.good > 0, desirable, undesirable)
 
 
+# Scores
+
+
 def bradley_terry(chosen: mx.array, rejected: mx.array, margin: mx.array, center: float = 0.0) -> mx.array:
-    """Return each pair's loss, (E,) float32: -log sigmoid(chosen - rejected - margin).
+    """Return a reward model's loss on each pair, (E,) float32: -log sigmoid(chosen - rejected - margin).
 
     Args:
         chosen, rejected: (E,) scores of the answers.

@@ -1,17 +1,15 @@
-"""Check the numbers in a model's config.json before a model is built from it.
+"""Read a model's config.json for mlx-lm: check its numbers, and translate what transformers 5 wrote.
 
 mlx-lm makes one Python object per layer that the config asks for, so a file that asks for a billion would keep the
 machine busy for hours before its weights are read. The number of stored tensors limits the number of layers.
-
-Translate a config.json that transformers 5 wrote into the keys that mlx-lm's architectures read.
 
 transformers 5 keeps everything about RoPE in one place:
 
     "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, ...}
     "rope_parameters": {"full_attention": {"rope_theta": 1e6, ...}, "sliding_attention": {"rope_theta": 1e4, ...}}
 
-Most of mlx-lm's classes read `rope_theta`, `rope_scaling` and `partial_rotary_factor` beside it, as transformers 4 wrote
-them, and take their defaults where these are missing: another model, without an error. `check_rotation` compares what a
+Most of mlx-lm's classes read `rope_theta`, `rope_scaling` and `partial_rotary_factor` as keys of their own, as transformers 4
+wrote them, and take their defaults where these are missing: another model, without an error. `check_rotation` compares what a
 built model does with what its config says, so that a class without such a field is refused. A few other keys have
 moved or have new names; they are in the tables and functions below.
 """
@@ -34,6 +32,12 @@ from transformers import CONFIG_MAPPING
 
 from mlx_lora.utils.errors import InputError
 
+PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
+Values = dict[str, Any]
+
+
+# Checks before a model is built
+
 MOST_BLOCKS = 4096  # the deepest published models have a few hundred
 MOST_REPEATS = 1 << 16  # of experts, groups, heads: mlx-lm loops over these
 # All names that mlx-lm's architectures have for the number of blocks.
@@ -42,7 +46,6 @@ BLOCKS = re.compile(r"(n|num)_(\w+_)?layers?|(n|num)_loops|loop_num")
 REPEATS = re.compile(r"\w*(experts?|heads?|groups?)(_\w+)?|\w+_(freq|interval|period|step|pattern)")
 # Keys that must be one whole number if they are present.
 WHOLE = ("hidden_size", "num_hidden_layers", "num_layers", "n_layers", "n_layer", "vocab_size", "head_dim")
-PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
 def check_config(config: dict[str, Any], file: Path, n_tensors: int) -> None:
@@ -96,6 +99,8 @@ def _is_ids(value: Any) -> bool:
     return value is None or all(type(i) is int and -1 <= i < 2**31 for i in ids)
 
 
+# Translation
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 # The names that mlx-lm's classes have for these, in this order; a class has at most one of each.
 THETA = ("rope_theta", "rotary_emb_base")
@@ -109,7 +114,6 @@ LAYER_WORDS = {"granitemoehybrid": {"linear_attention": "mamba", "full_attention
 # Gemma 4's layers with full attention have their own widths, which were keys and are now entries of these layers.
 PER_LAYER = {"global_head_dim": "head_dim", "num_global_key_value_heads": "num_key_value_heads"}
 PER_LAYER_NAMES = frozenset(PER_LAYER.values())
-Values = dict[str, Any]
 
 
 def translate_config(config: Values, origin: object) -> Values:
@@ -198,11 +202,6 @@ def _translated(part: Values, fields: frozenset[str], problems: list[str]) -> Va
     return added | own
 
 
-def _is_nested(rope: Values) -> bool:
-    """Tell whether RoPE's parameters are given for each type of layer."""
-    return any(isinstance(value, dict) for value in rope.values())
-
-
 def _named(fields: frozenset[str], names: Iterable[str], value: Any) -> Values:
     """Return a value under the name that the class has for it; {} if it has none, or if there is no value."""
     name = next((name for name in names if name in fields), None)
@@ -210,7 +209,7 @@ def _named(fields: frozenset[str], names: Iterable[str], value: Any) -> Values:
 
 
 def _scaling(part: Values, rope: Values, fields: frozenset[str]) -> Values:
-    """Return the scaling in transformers 4's form, `type` beside `rope_type` since mlx-lm reads either."""
+    """Return the scaling in transformers 4's form, with both `type` and `rope_type`, since mlx-lm reads either."""
     kind = _kind(rope)
     if kind in UNSCALED or "rope_scaling" not in fields or part.get("rope_scaling"):
         # transformers 4 wrote null where there is none, and a few classes require the key
@@ -226,10 +225,6 @@ def _scaling(part: Values, rope: Values, fields: frozenset[str]) -> Values:
     if "original_max_position_embeddings" in fields and "original_max_position_embeddings" not in part and original:
         found["original_max_position_embeddings"] = original
     return found
-
-
-def _kind(rope: Values) -> str:
-    return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
 def _renamed(part: Values, fields: frozenset[str]) -> Values:
@@ -271,6 +266,9 @@ def _per_layer(part: Values, fields: frozenset[str], problems: list[str]) -> Val
     return {
         old: first[new] for old, new in PER_LAYER.items() if new in first and old in fields and part.get(old) is None
     }
+
+
+# A check of the built model
 
 
 def check_rotation(model: nn.Module, config: Values, origin: object) -> None:
@@ -322,20 +320,32 @@ def _partial_problems(part: Values, plain: list[nn.RoPE]) -> list[str]:
     )
 
 
-def _ropes(part: Values) -> list[Values]:
-    """Return RoPE's parameters in a config or its text part, one for each type of layer."""
-    rope = part.get("rope_parameters")
-    if not isinstance(rope, dict):
-        return []
-    return [value for value in rope.values() if isinstance(value, dict)] if _is_nested(rope) else [rope]
-
-
 def _rotates(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.RoPE) or name.rpartition(".")[2] in ("rope", "rotary_emb", "index_rope")
 
 
 def _listed(numbers: Iterable[float]) -> str:
     return " or ".join(f"{number:g}" for number in sorted(numbers))
+
+
+# Reading values
+
+
+def _is_nested(rope: Values) -> bool:
+    """Tell whether RoPE's parameters are given for each type of layer."""
+    return any(isinstance(value, dict) for value in rope.values())
+
+
+def _kind(rope: Values) -> str:
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def _ropes(part: Values) -> list[Values]:
+    """Return RoPE's parameters in a config or its text part, one for each type of layer."""
+    rope = part.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return []
+    return [value for value in rope.values() if isinstance(value, dict)] if _is_nested(rope) else [rope]
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -1,16 +1,10 @@
-"""GGUF or HF folder to MLX folder, kept in the cache; what it cost.
-
-Convert a model, from GGUF or from a Hugging Face folder, into a folder that mlx-lm loads.
+"""Convert a model, from GGUF or from a Hugging Face folder, into a folder that mlx-lm loads, and measure what that costs.
 
     source, target -> weights, config, tokenizer in a temporary folder -> out
 
-By default, GGUF blocks are carried over as they are, and a Hugging Face model is quantized to 4 bits.
-
-Measure how well a model predicts a text, to show what a conversion cost.
-
-Measure what a conversion cost: the perplexity of the float source and of the result on a text.
-
-Find the folder that a model is loaded from: its own, or one in the cache that it is converted into the first time.
+By default, GGUF blocks are carried over as they are, and a Hugging Face model is quantized to 4 bits. A run finds its folder
+with `folder_of`: the model's own, or one in the cache that the model is converted into the first time. The cost of a
+conversion is the perplexity of the float source and of the result on a text.
 """
 
 from __future__ import annotations
@@ -54,20 +48,22 @@ from mlx_lora.models.tokenizer import load_folder_tokenizer, write_tokenizer_fro
 from mlx_lora.utils import device
 from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.console import echo
-from mlx_lora.utils.device import compute_dtype
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable, one_at_a_time, replacing_folder, sha256_of
 from mlx_lora.utils.hub import ModelSource
 from mlx_lora.utils.progress import tracked
 from mlx_lora.utils.text import format_duration
 
-# The files beside weights and config that belong to a model folder: tokenizer, templates, license.
+# The files that belong to a model folder in addition to weights and config: tokenizer, templates, license.
 _SIDE_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "chat_template*", "*.jinja", "*.tiktoken", "generation_config.json", "LICENSE*", "NOTICE*", "*.py",
 )  # fmt: skip
 # mlx-lm's architectures whose `sanitize` removes the head if the weights hold none.
 TIED_BY_WEIGHTS = ("gemma3_text", "recurrent_gemma")
+
+
+# Conversion
 
 
 @dataclass
@@ -159,74 +155,6 @@ def _least_bytes(source: ModelSource, target: Target | None) -> int:
     size = sum(file.stat().st_size for file in files)
     bits = target.bits if isinstance(target, Quantization) else 4 if target is None else 32
     return size * bits // 32 if source.kind == "folder" or isinstance(target, Quantization) else size
-
-
-def load_float_model(source: ModelSource, dtype: mx.Dtype, trust_remote_code: bool = False) -> nn.Module:
-    """Return a source's model with float weights, as the reference that a conversion is compared with."""
-    if source.kind == "gguf":
-        file = read_gguf(source.path)
-        config = model_config(file)
-        model = build_model(config)
-        imported = import_weights(file.tensors, weight_map(file, config), "float", dtype)
-        model.load_weights([item for tensor in imported for item in tensor.parameters.items()])
-        return model
-    model, config = load_weights(source.path, trust_remote_code)
-    model, _ = dequantize_model(model, config)
-    cast_model(model, dtype)
-    return model
-
-
-def build_model(config: dict[str, Any], names: frozenset[str] | None = None) -> nn.Module:
-    """Return mlx-lm's model for a config; its parameters are not computed yet.
-
-    Args:
-        config: config.json.
-        names: of the stored tensors, if known; they show whether the model has a separate head.
-
-    Raises:
-        InputError: mlx-lm cannot build it.
-    """
-    import_architecture(config)
-    origin = f"model_type {config.get('model_type')}"
-    config = translate_config(config, origin)
-    try:
-        model_class, args_class = mlx_lm.utils._get_classes(config)
-        model = model_class(args_class.from_dict(config))
-    except FOREIGN_ERRORS as error:
-        raise InputError(f"{origin}: mlx-lm cannot build this model ({error}); choose another model") from error
-    complete_module(model)
-    check_rotation(model, config, origin)
-    _drop_tied_head(model, config, names)
-    return model
-
-
-def _drop_tied_head(model: nn.Module, config: dict[str, Any], names: frozenset[str] | None) -> None:
-    """Remove the head of the few families (TIED_BY_WEIGHTS) that mlx-lm always builds with one.
-
-    mlx-lm removes it when it loads weights without a head, so the stored names decide here too. If they are not known,
-    the config decides; its default is tied, as in transformers for these families.
-    """
-    owner = model.get("language_model", model)  # multimodal wrappers
-    if type(owner).__module__.rsplit(".", 1)[-1] not in TIED_BY_WEIGHTS or "lm_head" not in owner:
-        return
-    if names is not None:
-        tied = not any(name.endswith("lm_head.weight") for name in names)
-    else:
-        tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", True))
-    if tied:
-        owner.tie_word_embeddings = True
-        owner.pop("lm_head")
-
-
-def cast_model(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Cast float parameters, except those that the model's `cast_predicate` protects, as mlx-lm's converter does."""
-    may_cast = model.cast_predicate if hasattr(model, "cast_predicate") else lambda _: True
-    cast = [
-        (name, array.astype(dtype))
-        for name, array in tree_flatten(model.parameters())
-        if mx.issubdtype(array.dtype, mx.floating) and may_cast(name)
-    ]
-    model.update(tree_unflatten(cast))
 
 
 def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.Dtype) -> Conversion:
@@ -339,6 +267,118 @@ def _provenance(source: ModelSource, conversion: Conversion, config: dict[str, A
     }
 
 
+# mlx-lm's model
+
+
+def build_model(config: dict[str, Any], names: frozenset[str] | None = None) -> nn.Module:
+    """Return mlx-lm's model for a config; its parameters are not computed yet.
+
+    Args:
+        config: config.json.
+        names: of the stored tensors, if known; they show whether the model has a separate head.
+
+    Raises:
+        InputError: mlx-lm cannot build it.
+    """
+    import_architecture(config)
+    origin = f"model_type {config.get('model_type')}"
+    config = translate_config(config, origin)
+    try:
+        model_class, args_class = mlx_lm.utils._get_classes(config)
+        model = model_class(args_class.from_dict(config))
+    except FOREIGN_ERRORS as error:
+        raise InputError(f"{origin}: mlx-lm cannot build this model ({error}); choose another model") from error
+    complete_module(model)
+    check_rotation(model, config, origin)
+    _drop_tied_head(model, config, names)
+    return model
+
+
+def _drop_tied_head(model: nn.Module, config: dict[str, Any], names: frozenset[str] | None) -> None:
+    """Remove the head of the few families (TIED_BY_WEIGHTS) that mlx-lm always builds with one.
+
+    mlx-lm removes it when it loads weights without a head, so the stored names decide here too. If they are not known,
+    the config decides; its default is tied, as in transformers for these families.
+    """
+    owner = model.get("language_model", model)  # multimodal wrappers
+    if type(owner).__module__.rsplit(".", 1)[-1] not in TIED_BY_WEIGHTS or "lm_head" not in owner:
+        return
+    if names is not None:
+        tied = not any(name.endswith("lm_head.weight") for name in names)
+    else:
+        tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", True))
+    if tied:
+        owner.tie_word_embeddings = True
+        owner.pop("lm_head")
+
+
+def cast_model(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Cast float parameters, except those that the model's `cast_predicate` protects, as mlx-lm's converter does."""
+    may_cast = model.cast_predicate if hasattr(model, "cast_predicate") else lambda _: True
+    cast = [
+        (name, array.astype(dtype))
+        for name, array in tree_flatten(model.parameters())
+        if mx.issubdtype(array.dtype, mx.floating) and may_cast(name)
+    ]
+    model.update(tree_unflatten(cast))
+
+
+def load_float_model(source: ModelSource, dtype: mx.Dtype, trust_remote_code: bool = False) -> nn.Module:
+    """Return a source's model with float weights, as the reference that a conversion is compared with."""
+    if source.kind == "gguf":
+        file = read_gguf(source.path)
+        config = model_config(file)
+        model = build_model(config)
+        imported = import_weights(file.tensors, weight_map(file, config), "float", dtype)
+        model.load_weights([item for tensor in imported for item in tensor.parameters.items()])
+        return model
+    model, config = load_weights(source.path, trust_remote_code)
+    model, _ = dequantize_model(model, config)
+    cast_model(model, dtype)
+    return model
+
+
+# The cost of a conversion
+
+REPORT_TOKENS = 2048
+
+
+def compare_on_text(source: ModelSource, out: Path, text: str, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Measure both models on the text's first REPORT_TOKENS tokens, with one model in memory at a time.
+
+    Both compute in this device's dtype, so that only their weights differ.
+
+    Args:
+        source: what was converted.
+        out: the converted folder, whose tokenizer splits the text.
+        text: at least two tokens.
+
+    Returns:
+        {"source": perplexity, "converted": perplexity, "tokens": how many were predicted}.
+
+    Raises:
+        InputError: the text is too short.
+    """
+    converted, config = load_weights(out, trust_remote_code)
+    ids, bos_id = _encode(load_folder_tokenizer(out, config, trust_remote_code), text)
+    cast_model(converted, device.compute_dtype())
+    use_measured_matmul(converted)
+    result = measure_text_loss(converted, ids, bos_id)
+    del converted
+    mx.clear_cache()
+    reference = measure_text_loss(load_float_model(source, device.compute_dtype(), trust_remote_code), ids, bos_id)
+    return {"source": reference.perplexity, "converted": result.perplexity, "tokens": result.tokens}
+
+
+def _encode(tokenizer: TokenizerWrapper, text: str) -> tuple[list[int], int | None]:
+    """Return a text's first tokens, and the id of the BOS that the tokenizer puts before texts; None if it puts none."""
+    ids = tokenizer.encode(text, add_special_tokens=False)[:REPORT_TOKENS]
+    if len(ids) < 2:
+        raise InputError(f"--report: the text has {len(ids)} tokens; give a longer one")
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+    return ids, tokenizer.bos_token_id if adds_bos else None
+
+
 @dataclass(frozen=True)
 class TextLoss:
     """The summed negative log-likelihood (nats) of `tokens` predicted tokens."""
@@ -380,44 +420,7 @@ def token_logprobs(model: nn.Module, ids: list[int]) -> mx.array:
     return chosen - mx.logsumexp(logits, axis=-1)
 
 
-REPORT_TOKENS = 2048
-
-
-def compare_on_text(source: ModelSource, out: Path, text: str, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Measure both models on the text's first REPORT_TOKENS tokens, with one model in memory at a time.
-
-    Both compute in this device's dtype, so that only their weights differ.
-
-    Args:
-        source: what was converted.
-        out: the converted folder, whose tokenizer splits the text.
-        text: at least two tokens.
-
-    Returns:
-        {"source": perplexity, "converted": perplexity, "tokens": how many were predicted}.
-
-    Raises:
-        InputError: the text is too short.
-    """
-    converted, config = load_weights(out, trust_remote_code)
-    ids, bos_id = _encode(load_folder_tokenizer(out, config, trust_remote_code), text)
-    cast_model(converted, compute_dtype())
-    use_measured_matmul(converted)
-    result = measure_text_loss(converted, ids, bos_id)
-    del converted
-    mx.clear_cache()
-    reference = measure_text_loss(load_float_model(source, compute_dtype(), trust_remote_code), ids, bos_id)
-    return {"source": reference.perplexity, "converted": result.perplexity, "tokens": result.tokens}
-
-
-def _encode(tokenizer: TokenizerWrapper, text: str) -> tuple[list[int], int | None]:
-    """Return a text's first tokens, and the id of the BOS that the tokenizer puts before texts; None if it puts none."""
-    ids = tokenizer.encode(text, add_special_tokens=False)[:REPORT_TOKENS]
-    if len(ids) < 2:
-        raise InputError(f"--report: the text has {len(ids)} tokens; give a longer one")
-    adds_bos = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
-    return ids, tokenizer.bos_token_id if adds_bos else None
-
+# Converted models in the cache
 
 # Part of the cache key of converted models: raise it when the same file would convert differently.
 _FORMAT = 1

@@ -1,8 +1,12 @@
-"""Merge.
+"""Split a model into the body, which computes hidden states, and the output head, with what is done to its logits.
 
-Compute a model's last block only at the positions that its loss reads.
+mlx-lm's models return logits of every position. A loss without logits needs the hidden states instead, and must
+apply what each family does after the head: scale (Cohere, Granite), soft cap (Gemma 2), bias. The tables below list the
+names of the parts and the settings that hold the factors. If a family is missing or wrong there, only memory is lost:
+the split is checked against the model's own logits before it is used (losses/check.py).
 
-No block follows it, so the last block needs a position without a trained target for its key and its value alone:
+The last block may be computed only at the positions that the loss reads. No block follows it, so it needs a position without
+a trained target for its key and its value alone:
 
     all positions       the norm before attention; queries, keys and values; attention
     chosen positions    attention's output projection, residual additions, all other norms, the MLP, the model's last norm
@@ -10,29 +14,15 @@ No block follows it, so the last block needs a position without a trained target
 The block's own code runs twice. The first run, on all positions, ends where it calls its attention, and shows what
 attention gets. The second run is on the chosen positions, and its call of attention returns these positions of attention
 over all. So a block may do anything with a position's own numbers: norms before or after its branches, parallel
-branches, scaled residuals, experts.
+branches, scaled residuals, experts. This is right for a block that mixes positions in its attention only, if attention ends
+with its output projection and the model with a norm. ARCHITECTURES lists those that were read and are tested. On the model to
+train, loss and gradient are also compared with those of the whole block before the run (losses/check.py).
 
-This is right for a block that mixes positions in its attention only, if attention ends with its output projection and the
-model with a norm. ARCHITECTURES lists those that were read and are tested. On the model to train, loss and gradient are
-also compared with those of the whole block before the run (losses/cross_entropy.py).
+The score head of a reward model gives one number for a text, from the hidden state of its last token. It is transformers'
+head for sequence classification with one label: a linear layer without a bias, after the model's last norm. It is trained in
+full, in float32, and saved with the adapter as `score.weight`.
 
-Shapes: B batch, T time, P chosen positions, D width.
-
-Split a model into the body, which computes hidden states, and the output head, with what is done to its logits.
-
-mlx-lm's models return logits of every position. A loss without logits needs the hidden states instead, and must
-apply what each family does after the head: scale (Cohere, Granite), soft cap (Gemma 2), bias. The tables below list the
-names of the parts and the settings that hold the factors. If a family is missing or wrong there, only memory is lost:
-the split is checked against the model's own logits before it is used (losses/cross_entropy.py).
-
-Shapes: B batch, T time, D width, V vocabulary.
-
-The score head of a reward model: one number for a text, from the hidden state of its last token.
-
-It is transformers' head for sequence classification with one label: a linear layer without a bias, after the model's last
-norm. It is trained in full, in float32, and saved with the adapter as `score.weight`.
-
-Shapes: B batch, T time, D width, P positions.
+Shapes: B batch, T time, P chosen positions, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -52,132 +42,7 @@ from mlx_lora.kernels.quantized_matmul import packed_arrays
 from mlx_lora.models.prefix_attention import shared_caches
 from mlx_lora.utils.errors import InputError
 
-# mlx-lm's modules whose blocks and bodies were read; tests/test_last_block.py tries each.
-DENSE = (
-    "llama", "qwen", "qwen2", "qwen3", "ministral3", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3",
-    "granite", "cohere", "cohere2", "glm", "glm4", "starcoder2", "stablelm", "internlm2", "internlm3", "helium", "exaone4",
-    "ernie4_5", "hunyuan_v1_dense", "seed_oss", "mimo", "minicpm", "nemotron", "apertus", "gpt2", "gpt_neox", "telechat3",
-)  # fmt: skip
-EXPERTS = (
-    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "glm4_moe", "ernie4_5_moe", "dots1", "bailing_moe",
-    "gpt_oss", "deepseek_v2", "deepseek_v3", "youtu_llm",
-)  # fmt: skip
-# Only some of their blocks have attention.
-HYBRID = ("lfm2", "granitemoehybrid", "qwen3_next", "qwen3_5")
-ARCHITECTURES = frozenset(f"mlx_lm.models.{name}" for name in (*DENSE, *EXPERTS, *HYBRID))
-# The names of attention and of its output projection.
-ATTENTIONS = ("self_attn", "attention", "attn")
-OUTPUTS = ("o_proj", "wo", "dense", "out_proj", "c_proj")
-
-
-class _Reached(Exception):
-    """A block has called its attention.
-
-    Attributes:
-        call: the arguments of that call.
-    """
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        super().__init__()
-        self.call = args, kwargs
-
-
-def last_block(model: nn.Module, body: nn.Module) -> nn.Module | str:
-    """Return the last block of a model, or in a few words why all of it must be computed.
-
-    Args:
-        model: an mlx-lm model, adapted or not, with or without checkpointing.
-        body: its part that calls the blocks.
-    """
-    block = model.layers[-1]
-    home = _own_class(block).__module__
-    if home not in ARCHITECTURES or _own_class(body).__module__ != home:
-        return "not known to allow less"
-    attention = _part(block, ATTENTIONS)
-    if attention is None or _part(attention, OUTPUTS) is None:
-        return "without attention"
-    return block
-
-
-@contextmanager
-def only_at(block: nn.Module, positions: mx.array, count: int) -> Iterator[None]:
-    """Let a block compute only some positions inside the context: its calls return (1, P, D) instead of (B, T, D).
-
-    Args:
-        block: as `last_block` returns it; if it is checkpointed, its backward pass computes the same positions again.
-        positions: (P,) int, row * T + column.
-        count: B T. A call with other rows, as in a model that runs its blocks twice, is left whole: positions that lie
-            beyond its rows would read and write memory that is not the array's.
-    """
-    kind, own = type(block), _own_class(block)
-
-    def call(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        if x.shape[0] * x.shape[1] != count:
-            return own.__call__(self, x, *args, **kwargs)
-        return _at(positions, own.__call__, self, x, *args, **kwargs)
-
-    block.__class__ = _with_call(kind, own, call)
-    try:
-        yield
-    finally:
-        block.__class__ = kind
-
-
-def _at(
-    positions: mx.array, call: Callable[..., Any], block: nn.Module, x: mx.array, *args: Any, **kwargs: Any
-) -> mx.array:
-    """Return a block's output at the positions, (1, P, D); `call` is its own code, which takes x (B, T, D)."""
-    attention = _part(block, ATTENTIONS)
-    output = _part(attention, OUTPUTS)
-
-    def stop(self: nn.Module, *given: Any, **named: Any) -> mx.array:
-        raise _Reached(given, named)
-
-    def pick(x: mx.array) -> mx.array:
-        return x.reshape(-1, x.shape[-1])[positions][None]
-
-    with _answering(attention, stop):
-        try:
-            call(block, x, *args, **kwargs)
-        except _Reached as reached:
-            given, named = reached.call
-        else:
-            raise ValueError("the block does not call its attention")
-    project = type(output).__call__
-    with _answering(output, lambda self, x, **named: project(self, pick(x), **named)):
-        attended = attention(*given, **named)  # (1, P, D)
-    with _answering(attention, lambda self, *given, **named: attended):
-        return call(block, pick(x), *args, **kwargs)
-
-
-@contextmanager
-def _answering(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
-    """Let `call` take the calls of one instance, by changing the class of this instance for its duration."""
-    kind = type(module)
-    module.__class__ = _with_call(kind, kind, call)
-    try:
-        yield
-    finally:
-        module.__class__ = kind
-
-
-def _with_call(kind: type, own: type, call: Callable[..., Any]) -> type:
-    """Return a class like `kind` with `call` for the `__call__` of `own`, below the mix-ins of this package."""
-    if kind is own:
-        return type(own.__name__, (own,), {"__call__": call, "__module__": own.__module__})
-    *mixins, base = kind.__bases__
-    return type(kind.__name__, (*mixins, _with_call(base, own, call)), {"__module__": kind.__module__})
-
-
-def _own_class(module: nn.Module) -> type:
-    """Return a module's class without the mix-ins of this package, which come first."""
-    return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("mlx_lora."))
-
-
-def _part(module: nn.Module, names: tuple[str, ...]) -> Any:
-    """Return the first of these parts that a module has, None if it has none."""
-    return next((module[name] for name in names if isinstance(module.get(name), nn.Module)), None)
-
+# The head and its logits
 
 AtHand = Callable[[Sequence[mx.array]], AbstractContextManager]
 """What is computed before the weights are needed -> a context in which they are at hand."""
@@ -215,7 +80,7 @@ class Head:
         scale: factor on the logits.
         soft_cap: logits become cap * tanh(logits / cap); None for most families.
         inner: whether the body itself calls the layer and returns logits.
-        last: the last block, if it may be computed at some positions alone (last_block.py).
+        last: the last block, if it may be computed at some positions alone.
     """
 
     body: nn.Module
@@ -332,36 +197,6 @@ class Head:
         return 1 - mx.square(logits / self.soft_cap)  # pyright: ignore[reportOperatorIssue] # asked only with a cap
 
 
-class _Intercepted(nn.Module):
-    """A mix-in for a head's class that records the hidden states and returns them unchanged."""
-
-    seen: list[mx.array]
-
-    def as_linear(self, hidden: mx.array) -> mx.array:
-        self.seen.append(hidden)
-        return hidden
-
-
-class _InterceptedLinear(_Intercepted):
-    """The same for a linear layer; an embedding's `__call__` must still embed."""
-
-    def __call__(self, hidden: mx.array) -> mx.array:
-        return self.as_linear(hidden)
-
-
-@contextmanager
-def _intercepted(layer: Any) -> Iterator[list[mx.array]]:
-    """Keep a head from computing logits inside the block, by changing the class of this instance for its duration."""
-    seen: list[mx.array] = []
-    own = type(layer)
-    mixed = _Intercepted if issubclass(own, EMBEDDING_HEADS) else _InterceptedLinear
-    layer.__class__ = type(own.__name__, (mixed, own), {"seen": seen})
-    try:
-        yield seen
-    finally:
-        layer.__class__ = own
-
-
 def find_head(model: nn.Module, config: dict[str, Any]) -> Head | str:
     """Return the head of `model`, or a short reason why none can be used.
 
@@ -375,7 +210,7 @@ def find_head(model: nn.Module, config: dict[str, Any]) -> Head | str:
     config = {**config, **(config.get("text_config") or {})}
     head = _first(model, HEADS)
     for wrapper in ("language_model", "model.language_model"):  # multimodal wrappers pass text straight through
-        inside = None if head is not None else _head_part(model, wrapper)
+        inside = None if head is not None else _part(model, wrapper)
         if inside is not None:
             return find_head(inside, config)
     layer, body = _first(model, INNER_HEADS), model
@@ -407,7 +242,7 @@ def with_last_block(head: Head, model: nn.Module) -> tuple[Head, str]:
     return (head, found) if isinstance(found, str) else (replace(head, last=found), "")
 
 
-def _head_part(module: nn.Module, path: str) -> Any:
+def _part(module: nn.Module, path: str) -> Any:
     """Return the part at a dotted path of names, None if there is none."""
     part: Any = module
     for name in path.split("."):
@@ -417,7 +252,7 @@ def _head_part(module: nn.Module, path: str) -> Any:
 
 def _first(module: nn.Module, paths: tuple[str, ...]) -> Any:
     """Return the first of these parts that a module has, None if it has none."""
-    return next((part for part in (_head_part(module, path) for path in paths) if part is not None), None)
+    return next((part for part in (_part(module, path) for path in paths) if part is not None), None)
 
 
 def _scale(config: dict[str, Any], tied: bool) -> float:
@@ -437,6 +272,162 @@ def _soft_cap(config: dict[str, Any]) -> float | None:
     caps = [config[name] for name in SOFT_CAPS if config.get(name)]
     return caps[0] if caps else FIXED_SOFT_CAPS.get(config.get("model_type", ""))
 
+
+class _Intercepted(nn.Module):
+    """A mix-in for a head's class that records the hidden states and returns them unchanged."""
+
+    seen: list[mx.array]
+
+    def as_linear(self, hidden: mx.array) -> mx.array:
+        self.seen.append(hidden)
+        return hidden
+
+
+class _InterceptedLinear(_Intercepted):
+    """The same for a linear layer; an embedding's `__call__` must still embed."""
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        return self.as_linear(hidden)
+
+
+@contextmanager
+def _intercepted(layer: Any) -> Iterator[list[mx.array]]:
+    """Keep a head from computing logits inside the block, by changing the class of this instance for its duration."""
+    seen: list[mx.array] = []
+    own = type(layer)
+    mixed = _Intercepted if issubclass(own, EMBEDDING_HEADS) else _InterceptedLinear
+    layer.__class__ = type(own.__name__, (mixed, own), {"seen": seen})
+    try:
+        yield seen
+    finally:
+        layer.__class__ = own
+
+
+# The last block at some positions
+
+# mlx-lm's modules whose blocks and bodies were read; tests/test_last_block.py tries each.
+DENSE = (
+    "llama", "qwen", "qwen2", "qwen3", "ministral3", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3",
+    "granite", "cohere", "cohere2", "glm", "glm4", "starcoder2", "stablelm", "internlm2", "internlm3", "helium", "exaone4",
+    "ernie4_5", "hunyuan_v1_dense", "seed_oss", "mimo", "minicpm", "nemotron", "apertus", "gpt2", "gpt_neox", "telechat3",
+)  # fmt: skip
+EXPERTS = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", "glm4_moe", "ernie4_5_moe", "dots1", "bailing_moe",
+    "gpt_oss", "deepseek_v2", "deepseek_v3", "youtu_llm",
+)  # fmt: skip
+# Only some of their blocks have attention.
+HYBRID = ("lfm2", "granitemoehybrid", "qwen3_next", "qwen3_5")
+ARCHITECTURES = frozenset(f"mlx_lm.models.{name}" for name in (*DENSE, *EXPERTS, *HYBRID))
+# The names of attention and of its output projection.
+ATTENTIONS = ("self_attn", "attention", "attn")
+OUTPUTS = ("o_proj", "wo", "dense", "out_proj", "c_proj")
+
+
+def last_block(model: nn.Module, body: nn.Module) -> nn.Module | str:
+    """Return the last block of a model, or in a few words why all of it must be computed.
+
+    Args:
+        model: an mlx-lm model, adapted or not, with or without checkpointing.
+        body: its part that calls the blocks.
+    """
+    block = model.layers[-1]
+    home = _own_class(block).__module__
+    if home not in ARCHITECTURES or _own_class(body).__module__ != home:
+        return "not known to allow less"
+    attention = _first(block, ATTENTIONS)
+    if attention is None or _first(attention, OUTPUTS) is None:
+        return "without attention"
+    return block
+
+
+@contextmanager
+def only_at(block: nn.Module, positions: mx.array, count: int) -> Iterator[None]:
+    """Let a block compute only some positions inside the context: its calls return (1, P, D) instead of (B, T, D).
+
+    Args:
+        block: as `last_block` returns it; if it is checkpointed, its backward pass computes the same positions again.
+        positions: (P,) int, row * T + column.
+        count: B T. A call with other rows, as in a model that runs its blocks twice, is left whole: positions that lie
+            beyond its rows would read and write memory that is not the array's.
+    """
+    kind, own = type(block), _own_class(block)
+
+    def call(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        if x.shape[0] * x.shape[1] != count:
+            return own.__call__(self, x, *args, **kwargs)
+        return _at(positions, own.__call__, self, x, *args, **kwargs)
+
+    block.__class__ = _with_call(kind, own, call)
+    try:
+        yield
+    finally:
+        block.__class__ = kind
+
+
+def _at(
+    positions: mx.array, call: Callable[..., Any], block: nn.Module, x: mx.array, *args: Any, **kwargs: Any
+) -> mx.array:
+    """Return a block's output at the positions, (1, P, D); `call` is its own code, which takes x (B, T, D)."""
+    attention = _first(block, ATTENTIONS)
+    output = _first(attention, OUTPUTS)
+
+    def stop(self: nn.Module, *given: Any, **named: Any) -> mx.array:
+        raise _Reached(given, named)
+
+    def pick(x: mx.array) -> mx.array:
+        return x.reshape(-1, x.shape[-1])[positions][None]
+
+    with _answering(attention, stop):
+        try:
+            call(block, x, *args, **kwargs)
+        except _Reached as reached:
+            given, named = reached.call
+        else:
+            raise ValueError("the block does not call its attention")
+    project = type(output).__call__
+    with _answering(output, lambda self, x, **named: project(self, pick(x), **named)):
+        attended = attention(*given, **named)  # (1, P, D)
+    with _answering(attention, lambda self, *given, **named: attended):
+        return call(block, pick(x), *args, **kwargs)
+
+
+class _Reached(Exception):
+    """A block has called its attention.
+
+    Attributes:
+        call: the arguments of that call.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        super().__init__()
+        self.call = args, kwargs
+
+
+@contextmanager
+def _answering(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+    """Let `call` take the calls of one instance, by changing the class of this instance for its duration."""
+    kind = type(module)
+    module.__class__ = _with_call(kind, kind, call)
+    try:
+        yield
+    finally:
+        module.__class__ = kind
+
+
+def _with_call(kind: type, own: type, call: Callable[..., Any]) -> type:
+    """Return a class like `kind` with `call` for the `__call__` of `own`, below the mix-ins of this package."""
+    if kind is own:
+        return type(own.__name__, (own,), {"__call__": call, "__module__": own.__module__})
+    *mixins, base = kind.__bases__
+    return type(kind.__name__, (*mixins, _with_call(base, own, call)), {"__module__": kind.__module__})
+
+
+def _own_class(module: nn.Module) -> type:
+    """Return a module's class without the mix-ins of this package, which come first."""
+    return next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("mlx_lora."))
+
+
+# The score head
 
 SCORE = "score"
 SCORE_WEIGHT = f"{SCORE}.weight"

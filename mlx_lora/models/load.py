@@ -1,8 +1,6 @@
-"""Merge.
+"""Load a base model for a run: find it, convert it if it is a GGUF file, check it, cast it and freeze it.
 
-Find how many token ids a model has rows for, by watching its embeddings, because a config may not say so.
-
-Load a base model for a run: find it, convert it if it is a GGUF file, check it, cast it and freeze it.
+The number of token ids that a model has rows for is found by watching its embeddings, because a config may not say it.
 """
 
 from __future__ import annotations
@@ -33,56 +31,6 @@ from mlx_lora.utils.console import echo
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_model
 
-EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
-
-
-class WatchedEmbedding(nn.Module):
-    """A mix-in for an embedding's class that records its calls."""
-
-    seen: list[tuple[nn.Module, mx.array]]
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        self.seen.append((self, tokens))
-        return super().__call__(tokens)
-
-
-def embedding_rows(model: nn.Module, config: dict[str, Any]) -> int | None:
-    """Return the number of rows of the token embedding: higher ids would read memory beyond it.
-
-    The model is called with two tokens, but nothing is computed.
-
-    Args:
-        model: an mlx-lm model, adapted or not; for a multimodal one, this calls its text part.
-        config: its config.json, used if the model does not call an embedding with the ids.
-
-    Returns:
-        The fewest rows of the embeddings that are called with the ids; else the config's number, None if it has none.
-    """
-    ids = mx.zeros((1, 2), mx.int32)
-    with _watched(model) as seen:
-        model(ids)
-    rows = [embedding.weight.shape[0] for embedding, tokens in seen if tokens is ids]
-    if rows:
-        return min(rows)
-    said = config.get("text_config", config).get("vocab_size", config.get("vocab_size"))
-    return said if isinstance(said, int) else None
-
-
-@contextmanager
-def _watched(model: nn.Module) -> Iterator[list[tuple[nn.Module, mx.array]]]:
-    """Watch the model's embeddings inside the block, by changing the class of these instances for its duration."""
-    seen: list[tuple[nn.Module, mx.array]] = []
-    embeddings: list[tuple[Any, type]] = [
-        (module, type(module)) for module in model.modules() if isinstance(module, EMBEDDINGS)
-    ]
-    for module, own in embeddings:
-        module.__class__ = type(own.__name__, (WatchedEmbedding, own), {"seen": seen})
-    try:
-        yield seen
-    finally:
-        for module, own in embeddings:
-            module.__class__ = own
-
 
 @dataclass(frozen=True)
 class Base:
@@ -95,7 +43,7 @@ class Base:
         folder: the folder with its files; for a GGUF file, the folder that it was converted to.
         model_id: what the user gave: hub id, folder or file.
         revision: the hub commit, if it came from the hub.
-        fingerprint: see fingerprint.py.
+        fingerprint: see `base_fingerprint`.
         matmul_paths: which product its quantized layers use.
         size_bytes: of its parameters, without any adapter.
         decode_weights: --decode-weights: the form of its quantized weights while it generates (rollouts/decode.py).
@@ -145,33 +93,6 @@ class Base:
         q = self.quantization
         packing = f"{q['bits']}-bit {q.get('mode', 'affine')} (group {q['group_size']})" if q else "not quantized"
         return f"{self.config.get('model_type')}, {len(self.model.layers)} blocks, {self.size_bytes / 1e6:.0f} MB in memory, {packing}, {'/'.join(sorted(floats))}"
-
-
-def check_token_ids(base: Base, highest: int, source: str) -> None:
-    """Refuse token ids that the embedding has no row for: MLX would read memory beyond it.
-
-    Args:
-        base: the model.
-        highest: the highest token id.
-        source: the origin of the ids, for the message.
-
-    Raises:
-        InputError: the embedding has too few rows.
-    """
-    check_highest(base.token_rows, highest, source, base.model_id)
-
-
-def check_highest(rows: int | None, highest: int, source: str, model_id: str) -> None:
-    """Refuse a token id beyond an embedding's rows, if their number is known.
-
-    Raises:
-        InputError: the embedding has too few rows.
-    """
-    if rows is not None and highest >= rows:
-        raise InputError(
-            f"{source}: has token {highest}, and --model {model_id} only has {rows} tokens; its tokenizer belongs "
-            "to another model, or has tokens for inputs other than text"
-        )
 
 
 def load_base(settings: ModelSettings, read: bool = True, say: Callable[[str], None] = echo) -> Base:
@@ -274,3 +195,83 @@ def _cast_floats(model: nn.Module, dtype: mx.Dtype) -> None:
     cast = [(name, p.astype(dtype)) for name, p in floats if name not in kept and p.dtype != dtype]
     if cast:
         model.update(tree_unflatten(cast))
+
+
+# Token ids
+
+EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+
+
+def check_token_ids(base: Base, highest: int, source: str) -> None:
+    """Refuse token ids that the embedding has no row for: MLX would read memory beyond it.
+
+    Args:
+        base: the model.
+        highest: the highest token id.
+        source: the origin of the ids, for the message.
+
+    Raises:
+        InputError: the embedding has too few rows.
+    """
+    check_highest(base.token_rows, highest, source, base.model_id)
+
+
+def check_highest(rows: int | None, highest: int, source: str, model_id: str) -> None:
+    """Refuse a token id beyond an embedding's rows, if their number is known.
+
+    Raises:
+        InputError: the embedding has too few rows.
+    """
+    if rows is not None and highest >= rows:
+        raise InputError(
+            f"{source}: has token {highest}, and --model {model_id} only has {rows} tokens; its tokenizer belongs "
+            "to another model, or has tokens for inputs other than text"
+        )
+
+
+def embedding_rows(model: nn.Module, config: dict[str, Any]) -> int | None:
+    """Return the number of rows of the token embedding: higher ids would read memory beyond it.
+
+    The model is called with two tokens, but nothing is computed.
+
+    Args:
+        model: an mlx-lm model, adapted or not; for a multimodal one, this calls its text part.
+        config: its config.json, used if the model does not call an embedding with the ids.
+
+    Returns:
+        The fewest rows of the embeddings that are called with the ids; else the config's number, None if it has none.
+    """
+    ids = mx.zeros((1, 2), mx.int32)
+    with _watched(model) as seen:
+        model(ids)
+    rows = [embedding.weight.shape[0] for embedding, tokens in seen if tokens is ids]
+    if rows:
+        return min(rows)
+    said = config.get("text_config", config).get("vocab_size", config.get("vocab_size"))
+    return said if isinstance(said, int) else None
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[list[tuple[nn.Module, mx.array]]]:
+    """Watch the model's embeddings inside the block, by changing the class of these instances for its duration."""
+    seen: list[tuple[nn.Module, mx.array]] = []
+    embeddings: list[tuple[Any, type]] = [
+        (module, type(module)) for module in model.modules() if isinstance(module, EMBEDDINGS)
+    ]
+    for module, own in embeddings:
+        module.__class__ = type(own.__name__, (WatchedEmbedding, own), {"seen": seen})
+    try:
+        yield seen
+    finally:
+        for module, own in embeddings:
+            module.__class__ = own
+
+
+class WatchedEmbedding(nn.Module):
+    """A mix-in for an embedding's class that records its calls."""
+
+    seen: list[tuple[nn.Module, mx.array]]
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        self.seen.append((self, tokens))
+        return super().__call__(tokens)

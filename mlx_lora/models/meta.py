@@ -1,23 +1,16 @@
-"""A model without weights (torch: meta device) and its ModelShape.
+"""Build a model without its weights (PyTorch's meta device), and read from its modules what the planner and checks need.
 
-Read a model's shape for the planner from the module tree, for every architecture of mlx-lm.
+Nothing is computed: MLX arrays have a shape before they are computed, and an outline's arrays are never read. So a model
+built from config.json is enough, for every architecture of mlx-lm, and even a 70B model takes hardly any memory.
 
-Nothing is computed: MLX arrays have a shape before they are computed, so a model built from config.json is enough.
-
-Shorten a model to one block of each kind, so that a check of its kernels and its loss does not compute all of them.
-
-Blocks of one kind have the same code and the same shapes: what computes one of them wrongly computes all of them wrongly. So
-a few of them are checked, between the model's own embedding and its own last norm and head.
-
-Read from a model's own caches what its layers keep of a row while they generate.
-
-The model is called on two tokens without computing them: the caches then hold arrays that have a shape, and a dtype, but no
-numbers. So latent attention, shared keys, sliding windows and recurrent states count as what they are.
-
-Build a model without its weights, from a config alone, for the planner.
-
-MLX only computes arrays when they are read. An outline's arrays are never read, so even a 70B model takes hardly any
-memory.
+    Outline        the model without weights, from config.json or from a GGUF file's header
+    model_shape    its shape for the planner, from the module tree
+    layer_caches   what its layers keep of a row while they generate. The model is called on two tokens: its caches then hold
+                   arrays that have a shape, and a dtype, but no numbers. So latent attention, shared keys, sliding windows
+                   and recurrent states count as what they are.
+    few_blocks     a model shortened to one block of each kind, so that a check of its kernels and its loss does not compute
+                   all of them. Blocks of one kind have the same code and the same shapes: what computes one of them wrongly
+                   computes all of them wrongly. They are checked between the model's own embedding, last norm and head.
 """
 
 from __future__ import annotations
@@ -54,250 +47,7 @@ from mlx_lora.planner.shapes import Block, Layer, LayerCache, ModelShape, NotKno
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_config
 
-
-def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int = 0, copies: int = 0) -> ModelShape:
-    """Return the shape of a model with its adapter.
-
-    Args:
-        model: an mlx-lm model with or without adapters; its arrays need not be computed yet.
-        config: its config.json.
-        source_bytes: see `ModelShape`.
-        copies: the number of frozen copies of the factors that the method will keep, if the model has none yet.
-    """
-    text = {**config, **config.get("text_config", {})}
-    head = find_head(model, dict(config))
-    trained = dict(tree_flatten(model.trainable_parameters()))
-    frozen = [(name, p) for name, p in tree_flatten(model.parameters()) if name not in trained]
-    layers = adapter_layers(model)
-    # The frozen arrays that a method keeps in the adapter layers in addition to the trained factors.
-    beside = sum(p.nbytes for name, p in frozen if name.rpartition(".")[0] in layers)
-    numbers = sum(p.size for p in trained.values())
-    # Parameters trained in full that are not float32 have a copy in their dtype in addition to the float32 master.
-    narrow = sum(p.nbytes for p in trained.values() if p.dtype.size < 4)
-    whole = isinstance(head, Head)
-    return ModelShape(
-        model_type=str(config.get("model_type")),
-        width=text.get("hidden_size") or _first_width(model),
-        vocabulary=head.vocabulary if whole else text.get("vocab_size", 0),
-        blocks=tuple(_block(block, text) for block in model.layers),
-        base_bytes=sum(p.nbytes for _, p in frozen) - beside + narrow,
-        trained=numbers,
-        trained_arrays=len(trained),
-        frozen_adapter_bytes=max(beside, 4 * numbers * copies),
-        first_trained=_first_trained(model, trained),
-        head_packed=whole and isinstance(head.layer, QUANTIZED),
-        plain_loss=not whole,
-        source_bytes=source_bytes,
-        parameters=count_parameters(model),
-    )
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of a model's own parameters: packed weights unpacked, a tied embedding once, no adapter's."""
-    layers = adapter_layers(model)
-    packed = {path: module for path, module in model.named_modules() if isinstance(module, QUANTIZED)}
-    total = 0
-    for name, p in tree_flatten(model.parameters()):
-        path, _, own = name.rpartition(".")
-        if path in packed:
-            total += p.size * 32 // packed[path].bits if own == "weight" else p.size * (own == "bias")
-        elif path not in layers:
-            total += p.size
-    return total
-
-
-def _first_width(model: nn.Module) -> int:
-    return next((base_dims(m)[0] for m in model.layers[0].modules() if isinstance(m, LINEAR)), 0)
-
-
-def _first_trained(model: nn.Module, trained: Mapping[str, Any]) -> int:
-    """Return the first block that a gradient must reach; 0 if something before the blocks is trained."""
-    with_own = [index for index, block in enumerate(model.layers) if tree_flatten(block.trainable_parameters())]
-    in_blocks = sum(len(tree_flatten(block.trainable_parameters())) for block in model.layers)
-    outside = [name for name in trained if ".layers." not in name and not name.startswith("layers.")]
-    before = len(trained) != in_blocks and any("embed" in name for name in outside)
-    return 0 if before else min(with_own, default=len(model.layers))
-
-
-def _block(block: nn.Module, config: Mapping[str, Any]) -> Block:
-    """Return one block's shape."""
-    adapted = {id(layer.base): (layer.rank, layer.KEEPS_PRODUCT) for layer in adapter_layers(block).values()}
-    active = config.get("num_experts_per_tok") or config.get("moe_topk") or 1
-    layers = []
-    for path, module in block.named_modules():
-        if not isinstance(module, (*LINEAR, *SWITCH)):
-            continue
-        parent, _, name = path.removesuffix(".linear").rpartition(".")
-        experts = module.weight.shape[0] if isinstance(module, SWITCH) else 1
-        rank, keeps_product = adapted.get(id(module), (0, False))
-        layers.append(
-            Layer(
-                parent,
-                name,
-                *base_dims(module),
-                experts=experts,
-                active=active if experts > 1 else 1,
-                packed=isinstance(module, QUANTIZED),
-                rank=rank,
-                keeps_product=keeps_product,
-            )
-        )
-    layers.sort(key=lambda layer: layer.is_end)  # the end of a branch last, for any order in the module
-    attends = any("attn" in layer.parent or "attention" in layer.parent for layer in layers)
-    heads = int(config.get("num_attention_heads") or 0) if attends else 0
-    norms = [m.weight.size for m in block.modules() if type(m).__name__.endswith("Norm") and "weight" in m]
-    return Block(
-        layers=tuple(layers),
-        norms=tuple(norms),
-        heads=heads,
-        key_heads=int(config.get("num_key_value_heads") or heads) if attends else 0,
-        head_width=_head_width(config, heads),
-        gated="silu" if _has_lean_activation(block) else "other",
-        window=config.get("sliding_window") if attends else None,
-    )
-
-
-def _head_width(config: Mapping[str, Any], heads: int) -> int:
-    if not heads:
-        return 0
-    return int(config.get("head_dim") or config.get("v_head_dim") or config.get("hidden_size", 0) // heads)
-
-
-def _has_lean_activation(block: nn.Module) -> bool:
-    """Return whether the block's modules use the gated activation that training replaces (kernels/table.py)."""
-    homes = (vars(sys.modules[type(module).__module__]) for module in block.modules())
-    return any(home.get("swiglu") is activations.swiglu for home in homes)
-
-
-def block_kind(block: nn.Module) -> tuple:
-    """Return what two blocks of the same kind have in common: types, shapes, and settings other than their index."""
-    parameters = tuple((name, p.shape, p.dtype) for name, p in tree_flatten(block.parameters()))
-    trained = tuple(name for name, _ in tree_flatten(block.trainable_parameters()))
-    settings = tuple(
-        (path, name, value)
-        for path, module in block.named_modules()
-        for name, value in sorted(vars(module).items())
-        if isinstance(value, (bool, str))
-        or (isinstance(value, (int, float)) and "idx" not in name and "index" not in name)
-    )
-    return tuple(type(m) for m in block.modules()), parameters, trained, settings
-
-
-@contextmanager
-def few_blocks(model: nn.Module, tokens: int) -> Iterator[list[int]]:
-    """Let a model have one block of each kind inside the block, or all of them if it cannot be shortened.
-
-    Args:
-        model: an mlx-lm model, adapted or not; its last block stays the last one.
-        tokens: in the rows that it is called on.
-
-    Yields:
-        The numbers of the blocks that it has.
-    """
-    some = enough_blocks(model, tokens)
-    with only_blocks(model, some):
-        yield some
-
-
-def enough_blocks(model: nn.Module, tokens: int) -> list[int]:
-    """Return the numbers of a model's last blocks of each kind, as many as are needed, ascending.
-
-    With these blocks alone, the model must use every kernel and shape that it uses with all of them: some choose a mask by a
-    list of their own (GPT-OSS), which no block's settings show.
-    """
-    of_kind: dict[tuple, list[int]] = {}
-    for number, block in enumerate(_blocks(model)):
-        of_kind.setdefault(block_kind(block), []).append(number)
-    everything, each = list(range(len(_blocks(model)))), 1
-    of_all = _used(model, tokens) if everything else None
-    while of_all is not None:
-        some = sorted(number for numbers in of_kind.values() for number in numbers[-each:])
-        with only_blocks(model, some) as shortened:
-            if len(some) == len(everything) or not shortened:
-                break
-            if _used(model, tokens) == of_all:
-                return some
-        each *= 2
-    return everything
-
-
-def _used(model: nn.Module, tokens: int) -> set[Any] | None:
-    """Return the kernels and shapes that the model uses, None if its code fails."""
-    try:
-        return {(kernel.name, shape) for kernel, shape in traced_calls(model, [tokens])}
-    except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
-        return None
-
-
-@contextmanager
-def only_blocks(model: nn.Module, some: Sequence[int]) -> Iterator[bool]:
-    """Let a model have only some of its blocks inside the block.
-
-    Args:
-        model: an mlx-lm model whose blocks are in a list of one of its modules.
-        some: the numbers of the blocks to keep.
-
-    Yields:
-        Whether it has only these.
-    """
-    blocks = _blocks(model)
-    homes = [
-        (module, name, value)
-        for module in model.modules()
-        for name, value in module.items()
-        if isinstance(value, list) and len(value) == len(blocks) and all(map(operator.is_, value, blocks))
-    ]
-    for module, name, value in homes:
-        module[name] = [value[number] for number in some]
-    try:
-        yield len(_blocks(model)) == len(some)
-    finally:
-        for module, name, value in homes:
-            module[name] = value
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the model's blocks; a model that shows none is left whole."""
-    return list(getattr(model, "layers", ()))
-
-
-def layer_caches(model: nn.Module) -> tuple[LayerCache, ...]:
-    """Return what each layer keeps of a row.
-
-    Args:
-        model: an mlx-lm model with or without adapters; its arrays need not be computed yet.
-
-    Raises:
-        NotKnown: the model cannot be called, or one of its caches cannot be read.
-    """
-    training = model.training
-    model.eval()
-    try:
-        with left_unchanged(model):
-            caches = make_prompt_cache(model)
-            model(mx.zeros((1, 2), mx.int32), cache=caches)
-            return tuple(found for cache in caches for found in _kept_by(cache))
-    except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
-        raise NotKnown(f"keys and values of answers: {short(error, 100)}") from error
-    finally:
-        model.train(training)
-
-
-def _kept_by(cache: Any) -> list[LayerCache]:
-    """Return what a cache keeps, one for each part of it."""
-    if isinstance(cache, CacheList):
-        return [found for part in cache.caches for found in _kept_by(part)]
-    if not isinstance(cache, KVCache | RotatingKVCache):
-        return [LayerCache(fixed_bytes=cache.nbytes)]
-    if cache.keys is None or cache.values is None:  # the layer uses another one's
-        return []
-    token_bytes = sum(array.nbytes // array.shape[2] for array in (cache.keys, cache.values))
-    return [LayerCache(token_bytes, cache.max_size if isinstance(cache, RotatingKVCache) else None)]
-
+# Models without weights
 
 # safetensors' names of the floats that models are stored in.
 STORED = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
@@ -464,3 +214,256 @@ def _of_gguf(path: Path, dtype: mx.Dtype) -> Outline:
     names = frozenset(name for mapping in mappings.values() for name in mapping.names)
     names |= {f"{layer}.scales" for layer in quantizations}
     return outline_of_config({**config, **quantization_entries(quantizations)}, dtype, names)
+
+
+# The shape of a model
+
+
+def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int = 0, copies: int = 0) -> ModelShape:
+    """Return the shape of a model with its adapter.
+
+    Args:
+        model: an mlx-lm model with or without adapters; its arrays need not be computed yet.
+        config: its config.json.
+        source_bytes: see `ModelShape`.
+        copies: the number of frozen copies of the factors that the method will keep, if the model has none yet.
+    """
+    text = {**config, **config.get("text_config", {})}
+    head = find_head(model, dict(config))
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    frozen = [(name, p) for name, p in tree_flatten(model.parameters()) if name not in trained]
+    layers = adapter_layers(model)
+    # The frozen arrays that a method keeps in the adapter layers in addition to the trained factors.
+    beside = sum(p.nbytes for name, p in frozen if name.rpartition(".")[0] in layers)
+    numbers = sum(p.size for p in trained.values())
+    # Parameters trained in full that are not float32 have a copy in their dtype in addition to the float32 master.
+    narrow = sum(p.nbytes for p in trained.values() if p.dtype.size < 4)
+    whole = isinstance(head, Head)
+    return ModelShape(
+        model_type=str(config.get("model_type")),
+        width=text.get("hidden_size") or _first_width(model),
+        vocabulary=head.vocabulary if whole else text.get("vocab_size", 0),
+        blocks=tuple(_block(block, text) for block in model.layers),
+        base_bytes=sum(p.nbytes for _, p in frozen) - beside + narrow,
+        trained=numbers,
+        trained_arrays=len(trained),
+        frozen_adapter_bytes=max(beside, 4 * numbers * copies),
+        first_trained=_first_trained(model, trained),
+        head_packed=whole and isinstance(head.layer, QUANTIZED),
+        plain_loss=not whole,
+        source_bytes=source_bytes,
+        parameters=count_parameters(model),
+    )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of a model's own parameters: packed weights unpacked, a tied embedding once, no adapter's."""
+    layers = adapter_layers(model)
+    packed = {path: module for path, module in model.named_modules() if isinstance(module, QUANTIZED)}
+    total = 0
+    for name, p in tree_flatten(model.parameters()):
+        path, _, own = name.rpartition(".")
+        if path in packed:
+            total += p.size * 32 // packed[path].bits if own == "weight" else p.size * (own == "bias")
+        elif path not in layers:
+            total += p.size
+    return total
+
+
+def _first_width(model: nn.Module) -> int:
+    return next((base_dims(m)[0] for m in model.layers[0].modules() if isinstance(m, LINEAR)), 0)
+
+
+def _first_trained(model: nn.Module, trained: Mapping[str, Any]) -> int:
+    """Return the first block that a gradient must reach; 0 if something before the blocks is trained."""
+    with_own = [index for index, block in enumerate(model.layers) if tree_flatten(block.trainable_parameters())]
+    in_blocks = sum(len(tree_flatten(block.trainable_parameters())) for block in model.layers)
+    outside = [name for name in trained if ".layers." not in name and not name.startswith("layers.")]
+    before = len(trained) != in_blocks and any("embed" in name for name in outside)
+    return 0 if before else min(with_own, default=len(model.layers))
+
+
+def _block(block: nn.Module, config: Mapping[str, Any]) -> Block:
+    """Return one block's shape."""
+    adapted = {id(layer.base): (layer.rank, layer.KEEPS_PRODUCT) for layer in adapter_layers(block).values()}
+    active = config.get("num_experts_per_tok") or config.get("moe_topk") or 1
+    layers = []
+    for path, module in block.named_modules():
+        if not isinstance(module, (*LINEAR, *SWITCH)):
+            continue
+        parent, _, name = path.removesuffix(".linear").rpartition(".")
+        experts = module.weight.shape[0] if isinstance(module, SWITCH) else 1
+        rank, keeps_product = adapted.get(id(module), (0, False))
+        layers.append(
+            Layer(
+                parent,
+                name,
+                *base_dims(module),
+                experts=experts,
+                active=active if experts > 1 else 1,
+                packed=isinstance(module, QUANTIZED),
+                rank=rank,
+                keeps_product=keeps_product,
+            )
+        )
+    layers.sort(key=lambda layer: layer.is_end)  # the end of a branch last, for any order in the module
+    attends = any("attn" in layer.parent or "attention" in layer.parent for layer in layers)
+    heads = int(config.get("num_attention_heads") or 0) if attends else 0
+    norms = [m.weight.size for m in block.modules() if type(m).__name__.endswith("Norm") and "weight" in m]
+    return Block(
+        layers=tuple(layers),
+        norms=tuple(norms),
+        heads=heads,
+        key_heads=int(config.get("num_key_value_heads") or heads) if attends else 0,
+        head_width=_head_width(config, heads),
+        gated="silu" if _has_lean_activation(block) else "other",
+        window=config.get("sliding_window") if attends else None,
+    )
+
+
+def _head_width(config: Mapping[str, Any], heads: int) -> int:
+    if not heads:
+        return 0
+    return int(config.get("head_dim") or config.get("v_head_dim") or config.get("hidden_size", 0) // heads)
+
+
+def _has_lean_activation(block: nn.Module) -> bool:
+    """Return whether the block's modules use the gated activation that training replaces (kernels/table.py)."""
+    homes = (vars(sys.modules[type(module).__module__]) for module in block.modules())
+    return any(home.get("swiglu") is activations.swiglu for home in homes)
+
+
+# What layers keep of a row
+
+
+def layer_caches(model: nn.Module) -> tuple[LayerCache, ...]:
+    """Return what each layer keeps of a row.
+
+    Args:
+        model: an mlx-lm model with or without adapters; its arrays need not be computed yet.
+
+    Raises:
+        NotKnown: the model cannot be called, or one of its caches cannot be read.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with left_unchanged(model):
+            caches = make_prompt_cache(model)
+            model(mx.zeros((1, 2), mx.int32), cache=caches)
+            return tuple(found for cache in caches for found in _kept_by(cache))
+    except FOREIGN_ERRORS as error:
+        if not is_foreign(error):
+            raise
+        raise NotKnown(f"keys and values of answers: {short(error, 100)}") from error
+    finally:
+        model.train(training)
+
+
+def _kept_by(cache: Any) -> list[LayerCache]:
+    """Return what a cache keeps, one for each part of it."""
+    if isinstance(cache, CacheList):
+        return [found for part in cache.caches for found in _kept_by(part)]
+    if not isinstance(cache, KVCache | RotatingKVCache):
+        return [LayerCache(fixed_bytes=cache.nbytes)]
+    if cache.keys is None or cache.values is None:  # the layer uses another one's
+        return []
+    token_bytes = sum(array.nbytes // array.shape[2] for array in (cache.keys, cache.values))
+    return [LayerCache(token_bytes, cache.max_size if isinstance(cache, RotatingKVCache) else None)]
+
+
+# One block of each kind
+
+
+@contextmanager
+def few_blocks(model: nn.Module, tokens: int) -> Iterator[list[int]]:
+    """Let a model have one block of each kind inside the block, or all of them if it cannot be shortened.
+
+    Args:
+        model: an mlx-lm model, adapted or not; its last block stays the last one.
+        tokens: in the rows that it is called on.
+
+    Yields:
+        The numbers of the blocks that it has.
+    """
+    some = enough_blocks(model, tokens)
+    with only_blocks(model, some):
+        yield some
+
+
+def enough_blocks(model: nn.Module, tokens: int) -> list[int]:
+    """Return the numbers of a model's last blocks of each kind, as many as are needed, ascending.
+
+    With these blocks alone, the model must use every kernel and shape that it uses with all of them: some choose a mask by a
+    list of their own (GPT-OSS), which no block's settings show.
+    """
+    of_kind: dict[tuple, list[int]] = {}
+    for number, block in enumerate(_blocks(model)):
+        of_kind.setdefault(block_kind(block), []).append(number)
+    everything, each = list(range(len(_blocks(model)))), 1
+    of_all = _used(model, tokens) if everything else None
+    while of_all is not None:
+        some = sorted(number for numbers in of_kind.values() for number in numbers[-each:])
+        with only_blocks(model, some) as shortened:
+            if len(some) == len(everything) or not shortened:
+                break
+            if _used(model, tokens) == of_all:
+                return some
+        each *= 2
+    return everything
+
+
+def block_kind(block: nn.Module) -> tuple:
+    """Return what two blocks of the same kind have in common: types, shapes, and settings other than their index."""
+    parameters = tuple((name, p.shape, p.dtype) for name, p in tree_flatten(block.parameters()))
+    trained = tuple(name for name, _ in tree_flatten(block.trainable_parameters()))
+    settings = tuple(
+        (path, name, value)
+        for path, module in block.named_modules()
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, (bool, str))
+        or (isinstance(value, (int, float)) and "idx" not in name and "index" not in name)
+    )
+    return tuple(type(m) for m in block.modules()), parameters, trained, settings
+
+
+def _used(model: nn.Module, tokens: int) -> set[Any] | None:
+    """Return the kernels and shapes that the model uses, None if its code fails."""
+    try:
+        return {(kernel.name, shape) for kernel, shape in traced_calls(model, [tokens])}
+    except FOREIGN_ERRORS as error:
+        if not is_foreign(error):
+            raise
+        return None
+
+
+@contextmanager
+def only_blocks(model: nn.Module, some: Sequence[int]) -> Iterator[bool]:
+    """Let a model have only some of its blocks inside the block.
+
+    Args:
+        model: an mlx-lm model whose blocks are in a list of one of its modules.
+        some: the numbers of the blocks to keep.
+
+    Yields:
+        Whether it has only these.
+    """
+    blocks = _blocks(model)
+    homes = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in module.items()
+        if isinstance(value, list) and len(value) == len(blocks) and all(map(operator.is_, value, blocks))
+    ]
+    for module, name, value in homes:
+        module[name] = [value[number] for number in some]
+    try:
+        yield len(_blocks(model)) == len(some)
+    finally:
+        for module, name, value in homes:
+            module[name] = value
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the model's blocks; a model that shows none is left whole."""
+    return list(getattr(model, "layers", ()))

@@ -1,17 +1,11 @@
-"""Merge.
+"""Load a folder's tokenizer through transformers, after checking the files that decide what transformers does.
 
-Decode text that continues a prompt, and keep its first space.
+For a folder that only has SentencePiece's `tokenizer.model`, a fast tokenizer is built. transformers converts such folders
+too, but by the rules of one class per model type, and the result differs from SentencePiece's (for texts that start with a
+space, or a dummy prefix that the model does not have). Here, the model file itself decides.
 
-mlx-lm's detokenizers remove a text's first space. That is right for a separate answer (SentencePiece puts a space before
-every text) and wrong after a prompt that ends between two words.
-
-Build a fast tokenizer for a folder that only has SentencePiece's `tokenizer.model`.
-
-transformers converts such folders too, but by the rules of one class per model type, and the result differs from
-SentencePiece's (for texts that start with a space, or a dummy prefix that the model does not have). Here, the model file
-itself decides.
-
-Load a folder's tokenizer through transformers, after checking the files that decide what transformers does.
+Text that continues a prompt keeps its first space. mlx-lm's detokenizers remove it, which is right for a separate answer
+(SentencePiece puts a space before every text) and wrong after a prompt that ends between two words.
 """
 
 from __future__ import annotations
@@ -51,52 +45,133 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replacing_folder, sha256_of
 from mlx_lora.utils.parsing import MAX_DEPTH, read_json
 
+# Loading
 
-class Continuation:
-    """A detokenizer for tokens that follow others, with the interface of mlx-lm's detokenizers."""
-
-    def __init__(self, tokenizer: TokenizerWrapper):
-        """Decode one letter first, so that the detokenizer does not treat the text as the start.
-
-        Args:
-            tokenizer: mlx-lm's wrapper.
-        """
-        self._detokenizer = tokenizer.detokenizer
-        for token in tokenizer.encode("a", add_special_tokens=False):
-            self._detokenizer.add_token(token)
-        self._start = self._told = len(self._detokenizer.text)
-
-    def add_token(self, token: int) -> None:
-        """Add the next token."""
-        self._detokenizer.add_token(token)
-
-    def finalize(self) -> None:
-        """Release the text that was held back until more tokens came."""
-        self._detokenizer.finalize()
-
-    @property
-    def text(self) -> str:
-        """All text so far."""
-        return self._detokenizer.text[self._start :]
-
-    @property
-    def last_segment(self) -> str:
-        """The text that is new since this was last read."""
-        text = self._detokenizer.text
-        segment, self._told = text[self._told :], len(text)
-        return segment
+# How many times longer a normalizer may make a text; published ones reach 3 for a single character.
+MOST_GROWTH = 1000
 
 
-def continued(responses: Iterable[GenerationResponse], tokenizer: TokenizerWrapper) -> Iterator[GenerationResponse]:
-    """Yield the responses of mlx-lm's `stream_generate`, with text that continues the prompt."""
-    text = Continuation(tokenizer)
-    for response in responses:
-        if response.finish_reason != "stop":  # then its token is the end token, which has no text
-            text.add_token(response.token)
-        if response.finish_reason is not None:
-            text.finalize()
-        yield replace(response, text=text.last_segment)
+def load_folder_tokenizer(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> TokenizerWrapper:
+    """Load a folder's tokenizer through transformers.
 
+    Args:
+        folder: the model's folder.
+        config: its config.json, for the end tokens.
+        trust_remote_code: let the repository's own tokenizer code run.
+
+    Raises:
+        InputError: it cannot be loaded, or requires code that was not allowed.
+    """
+    check_tokenizer_config(folder, trust_remote_code)
+    check_tokenizer_file(folder / "tokenizer.json")
+    # Always pass this: without it, transformers asks on the terminal whether to run the code.
+    extra: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    unknown = config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code
+    if unknown and (folder / "tokenizer.json").is_file():
+        # transformers reads the config of a model that it does not know, and fails if that uses YaRN. A config with
+        # nothing but the tokenizer's class avoids this.
+        alone: dict[str, Any] = {"tokenizer_class": config.get("tokenizer_class")}
+        extra["config"] = PreTrainedConfig(**alone)
+    try:
+        tokenizer = load_tokenizer(_tokenizer_folder(folder), extra, eos_token_ids=config.get("eos_token_id"))
+        with tokenizer_panics("one letter"):
+            tokenizer._tokenizer("x")
+    except InputError:
+        raise
+    except Exception as error:
+        # The tokenizers library raises plain Exception. Any other type that is not in FOREIGN_ERRORS is a bug.
+        if not isinstance(error, FOREIGN_ERRORS) and type(error) is not Exception:
+            raise
+        if _is_about_the_config(folder, trust_remote_code, error):
+            raise InputError(
+                f"{folder / CONFIG_FILE}: transformers refuses it ({short(error)}); fix that field, or download the "
+                "model again"
+            ) from error
+        raise InputError(
+            f"{folder}: its tokenizer cannot be loaded ({short(error)}); it requires tokenizer.json or tokenizer.model"
+        ) from error
+    return tokenizer
+
+
+def _is_about_the_config(folder: Path, trust_remote_code: bool, error: Exception) -> bool:
+    """Return whether transformers failed at the model's config, which it reads before the tokenizer."""
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except FOREIGN_ERRORS as of_config:
+        return str(of_config) == str(error)
+    return False
+
+
+def check_tokenizer_config(folder: Path, trust_remote_code: bool) -> None:
+    """Check the tokenizer's settings before transformers uses them.
+
+    Raises:
+        InputError: they require code that was not allowed, or name files outside their folder.
+    """
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return
+    settings = read_json(file, "download the model again")
+    own_code = isinstance(settings.get("auto_map"), (dict, list)) and settings["auto_map"]
+    if own_code and not trust_remote_code and not (folder / "tokenizer.json").is_file():
+        raise InputError(f"{file}: the tokenizer requires its own code; read it, then give --trust-remote-code")
+    named = {key: value for key, value in settings.items() if key.endswith("_file") and isinstance(value, str)}
+    versions = settings.get("fast_tokenizer_files")
+    for number, name in enumerate(versions if isinstance(versions, list) else []):
+        named[f"fast_tokenizer_files[{number}]"] = name
+    # Many published files name a path on their author's machine, which is harmless unless it exists here and is read.
+    outside = [key for key, name in named.items() if not inside(name) and (folder / str(name)).exists()]
+    if outside:
+        raise InputError(f"{file}: {outside[0]} names a file outside the folder; remove the key")
+
+
+def check_tokenizer_file(file: Path) -> None:
+    """Refuse a tokenizer.json whose normalizer makes texts too long: 40 doublings turn one letter into a terabyte.
+
+    Raises:
+        InputError: the normalizer does so, or the file is not JSON.
+    """
+    if not file.is_file():
+        return
+    growth = _growth(read_json(file, "download the model again", check=False).get("normalizer"))
+    if growth > MOST_GROWTH:
+        raise InputError(f"{file}: its normalizer makes texts {growth:.2g} times as long; download the model again")
+
+
+def _growth(normalizer: Any, depth: int = 0) -> float:
+    """Return how many times longer a normalizer can make one character; infinity if it is nested too deep."""
+    if not isinstance(normalizer, dict):
+        return 1.0
+    if depth > MAX_DEPTH:
+        return math.inf
+    if isinstance(normalizer.get("normalizers"), list):
+        growth = 1.0
+        for step in normalizer["normalizers"]:
+            growth = min(growth * _growth(step, depth + 1), 1e18)
+        return growth
+    pattern, put = normalizer.get("pattern"), normalizer.get("content", normalizer.get("prepend", ""))
+    taken = pattern.get("String") if isinstance(pattern, dict) else None  # a regular expression matches at least one
+    size = len(put) if isinstance(put, str) else 0
+    if normalizer.get("type") == "Prepend":
+        return 1.0 + size / 100  # once per text
+    return max(1.0, size / max(1, len(taken) if isinstance(taken, str) else 1) + (taken == ""))
+
+
+def _tokenizer_folder(folder: Path) -> Path:
+    """Return `folder`, or a cached rebuild of its SentencePiece tokenizer: transformers' conversion changes some ids."""
+    model_file = folder / "tokenizer.model"
+    if (folder / "tokenizer.json").exists() or not model_file.exists():
+        return folder
+    stat = model_file.stat()
+    key = f"{model_file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    rebuilt = cache_dir("converted") / f"tokenizer-{sha256_of(key)[:12]}"
+    if not rebuilt.exists():
+        with replacing_folder(rebuilt) as temporary:
+            write_tokenizer_from_spm(model_file, folder, temporary)
+    return rebuilt
+
+
+# SentencePiece models
 
 BPE = 2  # trainer_spec.model_type
 
@@ -230,125 +305,50 @@ def _normalizer(spec: Any) -> normalizers.Sequence:
     return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
 
 
-# How many times longer a normalizer may make a text; published ones reach 3 for a single character.
-MOST_GROWTH = 1000
+# Text that continues a prompt
 
 
-def load_folder_tokenizer(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> TokenizerWrapper:
-    """Load a folder's tokenizer through transformers.
+class Continuation:
+    """A detokenizer for tokens that follow others, with the interface of mlx-lm's detokenizers."""
 
-    Args:
-        folder: the model's folder.
-        config: its config.json, for the end tokens.
-        trust_remote_code: let the repository's own tokenizer code run.
+    def __init__(self, tokenizer: TokenizerWrapper):
+        """Decode one letter first, so that the detokenizer does not treat the text as the start.
 
-    Raises:
-        InputError: it cannot be loaded, or requires code that was not allowed.
-    """
-    check_tokenizer_config(folder, trust_remote_code)
-    check_tokenizer_file(folder / "tokenizer.json")
-    # Always pass this: without it, transformers asks on the terminal whether to run the code.
-    extra: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    unknown = config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code
-    if unknown and (folder / "tokenizer.json").is_file():
-        # transformers reads the config of a model that it does not know, and fails if that uses YaRN. A config with
-        # nothing but the tokenizer's class avoids this.
-        alone: dict[str, Any] = {"tokenizer_class": config.get("tokenizer_class")}
-        extra["config"] = PreTrainedConfig(**alone)
-    try:
-        tokenizer = load_tokenizer(_tokenizer_folder(folder), extra, eos_token_ids=config.get("eos_token_id"))
-        with tokenizer_panics("one letter"):
-            tokenizer._tokenizer("x")
-    except InputError:
-        raise
-    except Exception as error:
-        # The tokenizers library raises plain Exception. Any other type that is not in FOREIGN_ERRORS is a bug.
-        if not isinstance(error, FOREIGN_ERRORS) and type(error) is not Exception:
-            raise
-        if _is_about_the_config(folder, trust_remote_code, error):
-            raise InputError(
-                f"{folder / CONFIG_FILE}: transformers refuses it ({short(error)}); fix that field, or download the "
-                "model again"
-            ) from error
-        raise InputError(
-            f"{folder}: its tokenizer cannot be loaded ({short(error)}); it requires tokenizer.json or tokenizer.model"
-        ) from error
-    return tokenizer
+        Args:
+            tokenizer: mlx-lm's wrapper.
+        """
+        self._detokenizer = tokenizer.detokenizer
+        for token in tokenizer.encode("a", add_special_tokens=False):
+            self._detokenizer.add_token(token)
+        self._start = self._told = len(self._detokenizer.text)
+
+    def add_token(self, token: int) -> None:
+        """Add the next token."""
+        self._detokenizer.add_token(token)
+
+    def finalize(self) -> None:
+        """Release the text that was held back until more tokens came."""
+        self._detokenizer.finalize()
+
+    @property
+    def text(self) -> str:
+        """All text so far."""
+        return self._detokenizer.text[self._start :]
+
+    @property
+    def last_segment(self) -> str:
+        """The text that is new since this was last read."""
+        text = self._detokenizer.text
+        segment, self._told = text[self._told :], len(text)
+        return segment
 
 
-def _is_about_the_config(folder: Path, trust_remote_code: bool, error: Exception) -> bool:
-    """Return whether transformers failed at the model's config, which it reads before the tokenizer."""
-    try:
-        AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except FOREIGN_ERRORS as of_config:
-        return str(of_config) == str(error)
-    return False
-
-
-def check_tokenizer_config(folder: Path, trust_remote_code: bool) -> None:
-    """Check the tokenizer's settings before transformers uses them.
-
-    Raises:
-        InputError: they require code that was not allowed, or name files outside their folder.
-    """
-    file = folder / "tokenizer_config.json"
-    if not file.is_file():
-        return
-    settings = read_json(file, "download the model again")
-    own_code = isinstance(settings.get("auto_map"), (dict, list)) and settings["auto_map"]
-    if own_code and not trust_remote_code and not (folder / "tokenizer.json").is_file():
-        raise InputError(f"{file}: the tokenizer requires its own code; read it, then give --trust-remote-code")
-    named = {key: value for key, value in settings.items() if key.endswith("_file") and isinstance(value, str)}
-    versions = settings.get("fast_tokenizer_files")
-    for number, name in enumerate(versions if isinstance(versions, list) else []):
-        named[f"fast_tokenizer_files[{number}]"] = name
-    # Many published files name a path on their author's machine, which is harmless unless it exists here and is read.
-    outside = [key for key, name in named.items() if not inside(name) and (folder / str(name)).exists()]
-    if outside:
-        raise InputError(f"{file}: {outside[0]} names a file outside the folder; remove the key")
-
-
-def check_tokenizer_file(file: Path) -> None:
-    """Refuse a tokenizer.json whose normalizer makes texts too long: 40 doublings turn one letter into a terabyte.
-
-    Raises:
-        InputError: the normalizer does so, or the file is not JSON.
-    """
-    if not file.is_file():
-        return
-    growth = _growth(read_json(file, "download the model again", check=False).get("normalizer"))
-    if growth > MOST_GROWTH:
-        raise InputError(f"{file}: its normalizer makes texts {growth:.2g} times as long; download the model again")
-
-
-def _growth(normalizer: Any, depth: int = 0) -> float:
-    """Return how many times longer a normalizer can make one character; infinity if it is nested too deep."""
-    if not isinstance(normalizer, dict):
-        return 1.0
-    if depth > MAX_DEPTH:
-        return math.inf
-    if isinstance(normalizer.get("normalizers"), list):
-        growth = 1.0
-        for step in normalizer["normalizers"]:
-            growth = min(growth * _growth(step, depth + 1), 1e18)
-        return growth
-    pattern, put = normalizer.get("pattern"), normalizer.get("content", normalizer.get("prepend", ""))
-    taken = pattern.get("String") if isinstance(pattern, dict) else None  # a regular expression matches at least one
-    size = len(put) if isinstance(put, str) else 0
-    if normalizer.get("type") == "Prepend":
-        return 1.0 + size / 100  # once per text
-    return max(1.0, size / max(1, len(taken) if isinstance(taken, str) else 1) + (taken == ""))
-
-
-def _tokenizer_folder(folder: Path) -> Path:
-    """Return `folder`, or a cached rebuild of its SentencePiece tokenizer: transformers' conversion changes some ids."""
-    model_file = folder / "tokenizer.model"
-    if (folder / "tokenizer.json").exists() or not model_file.exists():
-        return folder
-    stat = model_file.stat()
-    key = f"{model_file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    rebuilt = cache_dir("converted") / f"tokenizer-{sha256_of(key)[:12]}"
-    if not rebuilt.exists():
-        with replacing_folder(rebuilt) as temporary:
-            write_tokenizer_from_spm(model_file, folder, temporary)
-    return rebuilt
+def continued(responses: Iterable[GenerationResponse], tokenizer: TokenizerWrapper) -> Iterator[GenerationResponse]:
+    """Yield the responses of mlx-lm's `stream_generate`, with text that continues the prompt."""
+    text = Continuation(tokenizer)
+    for response in responses:
+        if response.finish_reason != "stop":  # then its token is the end token, which has no text
+            text.add_token(response.token)
+        if response.finish_reason is not None:
+            text.finalize()
+        yield replace(response, text=text.last_segment)

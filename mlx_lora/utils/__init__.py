@@ -1,1 +1,1 @@
-"""Wraps the machine and the operating system: devices, files, caches, processes, other ranks."""
+"""Wraps the machine and the operating system: devices, files, caches, processes, the hub."""

@@ -37,7 +37,7 @@ def local_ranks(environment: Mapping[str, str]) -> int:
     """Return how many ranks of this run are on this machine, 1 if that is not known.
 
     Args:
-        environment: os.environ, or a mapping like it. What is wrong in it is reported later (distributed.py).
+        environment: os.environ, or a mapping like it. What is wrong in it is reported later (parallel/ranks.py).
     """
     for name in LOCAL_SIZES:
         if environment.get(name, "").isdecimal():

@@ -178,7 +178,7 @@ def uncompiled() -> Iterator[None]:
 def compiling_kernels() -> Iterator[None]:
     """Compile functions inside the block even in a run that is too short for compiling its whole step.
 
-    This is for the few kernels that pay after one step (exponentials.py), not if the user disabled compiling.
+    This is for the few kernels that pay after one step (kernels/activations.py), not if the user disabled compiling.
     """
     if _compiling or not _kernels_compiled:
         yield
@@ -361,7 +361,7 @@ def _measure_dense_matmul(shape: tuple[int, int], bits: int, group_size: int, mo
         ]
 
     def dense(x: mx.array, cotangent: mx.array) -> list[mx.array]:
-        # Dequantize for each product, as in matmul.py, where no dense weight is kept between them.
+        # Dequantize for each product, as in kernels/quantized_matmul.py, where no dense weight is kept between them.
         once, again = (mx.dequantize(*packed, **layout).astype(dtype) for _ in range(2))
         return [x @ once.T, cotangent @ again]
 

