@@ -1,4 +1,4 @@
-"""Fit a run in the memory of its processes: _choice_words it to the planner, and refuse, choose or divide.
+"""Fit a run into memory: describe its model to the planner, choose what is open, refuse what cannot fit, divide the base.
 
 A model's shape is read from the loaded model, or from an outline without weights, in the planner's types. A run that cannot
 fit is refused before anything is downloaded or read.
@@ -7,7 +7,7 @@ fit is refused before anything is downloaded or read.
 data have not been read by then, so a batch is assumed to have a row for every process. Memory and time are the planner's;
 the link, and each machine's peak rates, are measured.
 
-At last each rank gets its part of the base, as --shard-base and --parallel say.
+Each rank then gets its part of the base, as --shard-base and --parallel say.
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ def _planned(of: TrunkAsked, shape: ModelShape) -> TrunkPlan:
     machine = this_machine(settings.model.dtype)
     largest = max(of.plan.shapes, key=lambda shape: shape[0] * shape[1])
     run = run_of(settings, *largest[:2], settings.loop.grad_checkpoint, largest[2])
-    validated = 0 if of.validation is None else sum(b.real_tokens for b in _held_out(of))
+    validated = sum(batch.real_tokens for batch in _held_out(of))
     positions = int(rows.lengths.sum()) - len(rows) + validated
     high, low = mx.random.state[0].tolist()  # measuring draws numbers; dropout's must not depend on --cache-trunk
     ceilings = ceilings_here(settings.model.dtype)
@@ -214,11 +214,10 @@ def _planned(of: TrunkAsked, shape: ModelShape) -> TrunkPlan:
 
 
 def _held_out(of: TrunkAsked) -> Iterable[Batch]:
-    return (
-        ()
-        if of.validation is None
-        else of.validation.batches(-1 if of.settings.loop.val_batches is None else of.settings.loop.val_batches)
-    )
+    if of.validation is None:
+        return ()
+    most = of.settings.loop.val_batches
+    return of.validation.batches(-1 if most is None else most)
 
 
 def free_bytes() -> int:

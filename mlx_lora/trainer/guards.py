@@ -1,4 +1,4 @@
-"""Guard a run against signals and against its memory limit, without the loss of a step.
+"""Guard a run: save and end at the first signal, and divide batches when they exceed the memory limit.
 
 The first signal asks the loop to save and end, the second ends the process at once.
 
