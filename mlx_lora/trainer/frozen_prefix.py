@@ -1,4 +1,4 @@
-"""Keep the output of the frozen blocks below the first adapted one (the trunk), so that later epochs do not compute them again.
+"""Keep the output of the frozen blocks below the first adapted one (the trunk), for later epochs and later runs.
 
     <cache>/trunk/<key>/     one folder for the training rows, one for the validation rows
 

@@ -1,4 +1,4 @@
-"""Manage a run folder: set an earlier run's results aside, find the checkpoint for `--resume`, save results, and list the runs.
+"""Manage a run folder: set an earlier run's results aside, resume from a checkpoint, save results, and list the runs.
 
 A checkpoint must fit the run that goes on from it; all differences are told at once.
 
