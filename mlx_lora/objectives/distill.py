@@ -157,14 +157,12 @@ def _in_memory(
     highest = max((int(rows.tokens.max(initial=0)) for rows in seen), default=0)
     check_token_ids(teacher.base, highest, f"--teacher {teacher.base.model_id}")
     key = ranks.from_first(_key(settings, facts, TableFormat.of(facts.vocabulary, options.top_k)))
-    name = settings.objective.teacher or f"{base.model_id} as it is"
-    own = (
+    held = (
         f"{gigabytes(teacher.base.size_bytes)} beside the student"
         if settings.objective.teacher
         else "no copy of weights"
     )
-    prompt = ", with a prompt of its own" if settings.objective.teacher_prompt else ""
-    words = f"Teacher: {name}{prompt}; stays in memory ({own}) and scores each sampled token"
+    words = f"Teacher: {_name(settings, base)}; stays in memory ({held}) and scores each sampled token"
     return Taught(sets, words, {TEACHER: key}, Scorer.of(teacher, options, facts.vocabulary))
 
 
@@ -300,9 +298,6 @@ def _header_line(
     seconds: float,
 ) -> str:
     """Return the line about the teacher for the run header."""
-    objective = settings.objective
-    name = objective.teacher or f"{base.model_id} as it is"
-    seen = ", with a prompt of its own" if objective.teacher_prompt else ""
     tokens = sum(int(rows.supervised_counts.sum()) for rows in sets.values())
     size = sum(used_bytes(folder) for folder in folders)
     kept = (
@@ -310,9 +305,16 @@ def _header_line(
     )
     when = f"computed in {seconds:.1f} s" if seconds else "from an earlier run"
     return (
-        f"Teacher: {name}{seen}; of {counted(tokens, 'token')}, {kept}, in {size / max(1, tokens):,.0f} bytes each "
+        f"Teacher: {_name(settings, base)}; of {counted(tokens, 'token')}, {kept}, in {size / max(1, tokens):,.0f} bytes each "
         f"({size / 1e6:.1f} MB on disk), {when}"
     )
+
+
+def _name(settings: TrainSettings, base: Base) -> str:
+    """Return the teacher's name for the run header, and whether it sees a prompt of its own."""
+    objective = settings.objective
+    name = objective.teacher or f"{base.model_id} as it is"
+    return f"{name}, with a prompt of its own" if objective.teacher_prompt else name
 
 
 # The student's own answers
