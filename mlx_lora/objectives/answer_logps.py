@@ -72,7 +72,7 @@ def with_reference(
                 "base again; fuse it and train on the fused model"
             )
     found = {
-        name: replace(rows, reference=_of(settings, base, rows, ranks, say, loss, kernels))
+        name: replace(rows, reference=_logps_of(settings, base, rows, ranks, say, loss, kernels))
         for name, rows in sets.items()
     }
     if folder:
@@ -93,7 +93,7 @@ def _put_reference(base: Base, folder: Path) -> AdapterInfo:
     return load_adapter(base, folder)
 
 
-def _of(
+def _logps_of(
     settings: TrainSettings,
     base: Base,
     rows: EncodedSet,

@@ -1,35 +1,25 @@
-"""A prompt once for its answers: layout, decision.
+"""Compute a prompt once for all of its answers: join them in one row where that saves work and the model allows it.
 
-Join the rows of an example, which begin with the same tokens: the prompt once, then the rest of each row.
+The answers are the two of a pair, or those that are sampled to a prompt. Rows of known length, and those with room for
+answers, are joined before the run:
 
     rows      p p p p a a a         joined    p p p | p a a a | p b b
               p p p p b b           starts            3         7
 
-The prompt's last token is repeated, because it is the one that predicts an answer's first token, and each answer needs
-that prediction. models/prefix_attention.py computes such rows.
+How long sampled answers are is known only when they are there, so those rows are joined batch by batch. They are inputs, in
+which an answer's last token is missing, because it is only a target:
 
-Shapes: E examples, K rows of each.
+    inputs    p p p a a             joined    p p | p a a | p b
+              p p p b               starts          2       5
 
-Decide whether a run computes a prompt once for its answers: if that saves work and the model allows it.
+The prompt's last token is repeated, because it is the one that predicts an answer's first token, and each answer needs that
+prediction. models/prefix_attention.py computes such rows.
 
-The answers are the two of a pair, or those that are sampled to a prompt. First the model's structure is checked
-(models/prefix_attention.py). Then a random pair is computed both ways, with the run's own loss and kernels; the results may
-differ only by rounding.
+Before a run joins rows, the model's structure is checked (models/prefix_attention.py). Then a random pair is computed both
+ways, with the run's own loss and kernels; the results may differ only by rounding.
 
-Shapes: R rows.
-
-Put the sampled answers to a prompt behind it in one row, so that a training pass computes the prompt once.
-
-How long answers are is known only when they are sampled, so rows are joined batch by batch. A row's inputs (an answer's last
-token is only a target):
-
-    a row for each answer   p p p a a     joined   p p | p a a | p b     starts   2, 5
-                            p p p b
-
-The prompt's last token is repeated, because it is the one that predicts an answer's first token. models/prefix_attention.py
-computes such rows. objectives/prefix_sharing.py joins rows of known length, and plans those with room for answers.
-
-Shapes: E prompts, K answers to each, B rows (E K, or E where they are joined), T columns, P slots for trained targets.
+Shapes: E examples or prompts, K rows or answers of each; R rows of a set; B rows of a batch (E K, or E where they are
+joined), T columns, P slots for trained targets.
 """
 
 from __future__ import annotations
@@ -56,6 +46,8 @@ from mlx_lora.models.load import embedding_rows
 from mlx_lora.models.prefix_attention import rotate_by_token, unshareable
 from mlx_lora.objectives.policy_task import LENGTHS
 from mlx_lora.planner.shapes import ModelShape
+
+# Rows of a set
 
 
 def joined(rows: EncodedSet) -> EncodedSet:
@@ -112,12 +104,38 @@ def saved_share(rows: EncodedSet) -> float:
     return saved / int((rows.lengths - 1).sum())
 
 
+# Decision
+
 # What a score costs, in its two products: masks, exponentials and passes over memory included. From eight answers of 100
 # tokens to a prompt of 20, which took 19% longer in one row on a CPU (docs/rewards.md, SmolLM2).
 SCORE_COST = 4.0
 LEAST_SAVED = 0.02  # share of a step's products; a smaller saving is not worth a mask for each row
-PROMPT_TOKENS, ANSWER_TOKENS = 24, (20, 12)
-NEARER = 4.0  # a joined row must be this many times nearer to separate rows than the same tokens read as one text
+
+
+def layout_problem(asked: str, model: nn.Module, shape: ModelShape, rows: EncodedSet) -> str | None:
+    """Return in a few words why the answers to a prompt should stay in separate rows, None if they can share one.
+
+    Args:
+        asked: --shared-prefix.
+        model: its arrays need not be computed.
+        shape: of the model.
+        rows: each answer in a row of its own, or room for one.
+    """
+    problem = f"--shared-prefix {asked}" if asked == "off" else unshareable(model)
+    if problem is None and asked == "auto":
+        saved = saved_work(shape, rows)
+        problem = None if saved >= LEAST_SAVED else f"a shared prompt would save {max(0.0, saved):.0%} of the work"
+    return problem
+
+
+def saved_work(shape: ModelShape, rows: EncodedSet) -> float:
+    """Return the share of a pass's products that joining rows saves; it is below 0 if the longer rows cost more.
+
+    Fewer positions are multiplied by the weights, but each attends to a row that also holds the other answers.
+    """
+    cost = work_of(shape)
+    apart = cost(rows.lengths - 1)
+    return 1 - cost(joined(rows).lengths - 1) / apart if apart and saved_share(rows) else 0.0
 
 
 def work_of(shape: ModelShape) -> Callable[[np.ndarray], float]:
@@ -136,30 +154,10 @@ def work_of(shape: ModelShape) -> Callable[[np.ndarray], float]:
     return cost
 
 
-def saved_work(shape: ModelShape, rows: EncodedSet) -> float:
-    """Return the share of a pass's products that joining rows saves; it is below 0 if the longer rows cost more.
+# Check on the model
 
-    Fewer positions are multiplied by the weights, but each attends to a row that also holds the other answers.
-    """
-    cost = work_of(shape)
-    apart = cost(rows.lengths - 1)
-    return 1 - cost(joined(rows).lengths - 1) / apart if apart and saved_share(rows) else 0.0
-
-
-def layout_problem(asked: str, model: nn.Module, shape: ModelShape, rows: EncodedSet) -> str | None:
-    """Return in a few words why the answers to a prompt should stay in separate rows, None if they can share one.
-
-    Args:
-        asked: --shared-prefix.
-        model: its arrays need not be computed.
-        shape: of the model.
-        rows: each answer in a row of its own, or room for one.
-    """
-    problem = f"--shared-prefix {asked}" if asked == "off" else unshareable(model)
-    if problem is None and asked == "auto":
-        saved = saved_work(shape, rows)
-        problem = None if saved >= LEAST_SAVED else f"a shared prompt would save {max(0.0, saved):.0%} of the work"
-    return problem
+PROMPT_TOKENS, ANSWER_TOKENS = 24, (20, 12)
+NEARER = 4.0  # a joined row must be this many times nearer to separate rows than the same tokens read as one text
 
 
 def sharing_problem(
@@ -212,6 +210,8 @@ def _probe(model: nn.Module, loss: Loss, rows: EncodedSet) -> Probe:
     found = probe(model, lambda model: loss.tokens(model, *arrays))
     return Probe(found.losses[: sum(ANSWER_TOKENS)], found.gradients)  # without padding
 
+
+# Batches of sampled answers
 
 ROW_STEP = 64  # widths of joined rows are a multiple of this, so that few shapes occur
 

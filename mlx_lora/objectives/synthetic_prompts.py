@@ -1,6 +1,4 @@
-"""Tell data whose records are prompts alone, and read and write them, so that a teacher can answer them first.
-
-Let a chat model write a user's turn: the tokens that come before one, and what a usable turn is.
+r"""Prepare prompts that a teacher answers first: those of data without answers, or those that the base writes itself.
 
 A chat model has seen so many conversations that it continues the template's text before the user's turn with a question, as
 a user would ask it. Source: Magpie, arXiv:2406.08464, section 2.
@@ -8,7 +6,7 @@ a user would ask it. Source: Magpie, arXiv:2406.08464, section 2.
     <|im_start|>system\nYou are ...<|im_end|>\n<|im_start|>user\nWhat can I cook with leeks?<|im_end|>
     `----------------- given to the model ------------------'`------ the model writes ------'
 
-Let the base write the prompts of a distillation itself, for a run without data; they are kept for later runs.
+Only usable turns are kept, each once. They are stored for later runs.
 """
 
 from __future__ import annotations
@@ -46,10 +44,12 @@ from mlx_lora.utils.files import one_at_a_time, replacing_file, sha256_of
 from mlx_lora.utils.progress import LongTask, long_task
 from mlx_lora.utils.text import counted
 
+# Prompts of the data
+
 PEEKED = 100  # records of each file that are read to tell whether data has answers
 PROMPTS = "prompts"
 # Settings for records as the user has them; written ones have our names.
-OF_RECORDS = ("data_format", "prompt_column", "completion_column", "system_column", "chat_column", "text_column",
+RECORD_SETTINGS = ("data_format", "prompt_column", "completion_column", "system_column", "chat_column", "text_column",
     "turn_names", "speaker", "conversation_gap")  # fmt: skip
 
 
@@ -102,9 +102,103 @@ def write_records(file: Path, records: Iterable[Fields]) -> None:
 
 def written_data(settings: DataSettings, data: Path) -> DataSettings:
     """Return settings for data that `write_records` wrote."""
-    defaults: Mapping[str, Any] = {name: getattr(DataSettings(), name) for name in OF_RECORDS}
+    defaults: Mapping[str, Any] = {name: getattr(DataSettings(), name) for name in RECORD_SETTINGS}
     return replace(settings, data=str(data), **defaults)
 
+
+# Prompts that the base writes
+
+VERSION = 1  # of what is written; a higher one leaves older files unused
+DEFAULT_PROMPTS = 200
+MOST_PROMPT_TOKENS = 96  # of a usable prompt
+ROUND = 256  # the most prompts that are written before the usable ones are counted
+TRIES = 6  # how many are written in all, for each that is wanted
+LEAST_SHARE = 0.25  # of the wanted ones, below which a run does not begin
+HOPELESS = 64  # tries without a usable one, after which no more are made
+STREAM = 2 << 40  # the numbers of the random streams start here
+
+
+def own_prompts(settings: TrainSettings, base: Base, say: Callable[[str], None], today: date | None) -> Path:
+    """Return a file of prompts that the base wrote, now or for an earlier run.
+
+    Args:
+        settings: of the run.
+        base: without an adapter.
+        say: takes lines of progress, and how many there are.
+        today: the day for templates that show the date.
+
+    Raises:
+        InputError: the model or its template does not permit it, or too few of the prompts are usable.
+    """
+    day = chat_day(settings.data, base.hf_tokenizer, today)
+    ends = frozenset(base.tokenizer.eos_token_ids)
+    turn = user_turn(base.hf_tokenizer, settings.data.chat_template, day, ends)
+    wanted = settings.objective.own_prompts or DEFAULT_PROMPTS
+    options = sampling_options(settings, MOST_PROMPT_TOKENS)
+    facts = [
+        VERSION,
+        base.fingerprint,
+        model_sample(base.folder),
+        base.describe(),
+        str(device.compute_dtype(settings.model.dtype)),
+    ]
+    key = sha256_of(json.dumps([*facts, turn.before, sorted(turn.ends), repr(options), settings.loop.seed, wanted]))
+    file = cache_dir("prompts") / key[:32] / "train.jsonl"
+    with one_at_a_time(file):
+        if file.exists():
+            count = file.read_text(encoding="utf-8").count("\n")
+            say(f"Prompts: {count:,} that the model wrote for an earlier run")
+            return file
+        start = time.perf_counter()
+        with long_task("Writing prompts", wanted, "prompts", say) as task:
+            found = _write_prompts(base, turn, options, wanted, settings.loop.seed, task)
+        _check_enough(found, wanted)
+        write_records(file, ({"prompt": text} for text in found.kept))
+    reasons = ", ".join(f"{count:,} {why}" for why, count in found.left_out.most_common())
+    fewer = f", and {wanted:,} were wanted" if len(found.kept) < wanted else ""
+    left_out = f"; left out: {reasons}" if reasons else ""
+    say(f"Prompts: {len(found.kept):,} written by the model in {time.perf_counter() - start:.1f} s{fewer}{left_out}")
+    return file
+
+
+def sampling_options(settings: TrainSettings, max_new_tokens: int) -> SamplingOptions:
+    """Return how texts are sampled for a run, one to a prompt."""
+    asked = settings.objective
+    return SamplingOptions(1, max_new_tokens, asked.temp, asked.top_p, asked.min_p)
+
+
+def _write_prompts(
+    base: Base, turn: UserTurn, options: SamplingOptions, wanted: int, seed: int, task: LongTask
+) -> TurnFilter:
+    """Write prompts until enough are usable, or too many were tried."""
+    found, tried, number = TurnFilter(), 0, 0
+    while len(found.kept) < wanted and tried < TRIES * wanted and (found.kept or tried < HOPELESS):
+        usable = max(LEAST_SHARE, len(found.kept) / tried) if tried else 1.0
+        count = min(ROUND, TRIES * wanted - tried, math.ceil((wanted - len(found.kept)) / usable))
+
+        def take(batch: list[int], texts: list[list[int]]) -> None:
+            for tokens in texts:
+                found.take(*turn.read(tokens, base.hf_tokenizer))
+            task.reach(min(wanted, len(found.kept)))
+
+        keys = answer_keys(seed, STREAM + number, count)
+        write_texts(base, [turn.before] * count, range(count), options, turn.ends, keys, take)
+        tried, number = tried + count, number + 1
+    del found.kept[wanted:]
+    return found
+
+
+def _check_enough(found: TurnFilter, wanted: int) -> None:
+    """Refuse a model that hardly wrote usable prompts."""
+    if len(found.kept) < LEAST_SHARE * wanted:
+        reasons = ", ".join(f"{count:,} {why}" for why, count in found.left_out.most_common(3))
+        raise InputError(
+            f"no --data: of the prompts that the model wrote itself, {counted(len(found.kept), 'is', 'are')} usable and "
+            f"{wanted:,} are wanted ({reasons}); {ADVICE}"
+        )
+
+
+# A user's turn
 
 MARK = "qzx wvw"  # stands for what the user says
 FEWEST_WORDS, FEWEST_CHARACTERS = 3, 6  # of a usable turn; the second in scripts that write no spaces
@@ -203,7 +297,7 @@ class TurnFilter:
         """
         text = text.strip()
         same = re.sub(r"\W+", " ", text.casefold()).strip()
-        reason = "too long" if not ended else _problem(text) or ("twice" if same in self._seen else None)
+        reason = "too long" if not ended else _turn_problem(text) or ("twice" if same in self._seen else None)
         if reason:
             self.left_out[reason] += 1
             return
@@ -211,7 +305,7 @@ class TurnFilter:
         self.kept.append(text)
 
 
-def _problem(text: str) -> str | None:
+def _turn_problem(text: str) -> str | None:
     """Return why a text is not a user's turn; None if it may be one."""
     words = re.findall(r"\w+", text.casefold())
     if not words:
@@ -226,93 +320,3 @@ def _problem(text: str) -> str | None:
     if len(words) >= 12 and len(set(words)) < REPEATED_WORDS * len(words):
         return "repetitive"
     return None
-
-
-VERSION = 1  # of what is written; a higher one leaves older files unused
-DEFAULT_PROMPTS = 200
-MOST_PROMPT_TOKENS = 96  # of a usable prompt
-ROUND = 256  # the most prompts that are written before the usable ones are counted
-TRIES = 6  # how many are written in all, for each that is wanted
-LEAST_SHARE = 0.25  # of the wanted ones, below which a run does not begin
-HOPELESS = 64  # tries without a usable one, after which no more are made
-STREAM = 2 << 40  # the numbers of the random streams start here
-
-
-def own_prompts(settings: TrainSettings, base: Base, say: Callable[[str], None], today: date | None) -> Path:
-    """Return a file of prompts that the base wrote, now or for an earlier run.
-
-    Args:
-        settings: of the run.
-        base: without an adapter.
-        say: takes lines of progress, and how many there are.
-        today: the day for templates that show the date.
-
-    Raises:
-        InputError: the model or its template does not permit it, or too few of the prompts are usable.
-    """
-    day = chat_day(settings.data, base.hf_tokenizer, today)
-    ends = frozenset(base.tokenizer.eos_token_ids)
-    turn = user_turn(base.hf_tokenizer, settings.data.chat_template, day, ends)
-    wanted = settings.objective.own_prompts or DEFAULT_PROMPTS
-    options = sampling_options(settings, MOST_PROMPT_TOKENS)
-    facts = [
-        VERSION,
-        base.fingerprint,
-        model_sample(base.folder),
-        base.describe(),
-        str(device.compute_dtype(settings.model.dtype)),
-    ]
-    key = sha256_of(json.dumps([*facts, turn.before, sorted(turn.ends), repr(options), settings.loop.seed, wanted]))
-    file = cache_dir("prompts") / key[:32] / "train.jsonl"
-    with one_at_a_time(file):
-        if file.exists():
-            count = file.read_text(encoding="utf-8").count("\n")
-            say(f"Prompts: {count:,} that the model wrote for an earlier run")
-            return file
-        start = time.perf_counter()
-        with long_task("Writing prompts", wanted, "prompts", say) as task:
-            found = _written(base, turn, options, wanted, settings.loop.seed, task)
-        _check(found, wanted)
-        write_records(file, ({"prompt": text} for text in found.kept))
-    reasons = ", ".join(f"{count:,} {why}" for why, count in found.left_out.most_common())
-    fewer = f", and {wanted:,} were wanted" if len(found.kept) < wanted else ""
-    left_out = f"; left out: {reasons}" if reasons else ""
-    say(f"Prompts: {len(found.kept):,} written by the model in {time.perf_counter() - start:.1f} s{fewer}{left_out}")
-    return file
-
-
-def sampling_options(settings: TrainSettings, max_new_tokens: int) -> SamplingOptions:
-    """Return how texts are sampled for a run, one to a prompt."""
-    asked = settings.objective
-    return SamplingOptions(1, max_new_tokens, asked.temp, asked.top_p, asked.min_p)
-
-
-def _written(
-    base: Base, turn: UserTurn, options: SamplingOptions, wanted: int, seed: int, task: LongTask
-) -> TurnFilter:
-    """Write prompts until enough are usable, or too many were tried."""
-    found, tried, number = TurnFilter(), 0, 0
-    while len(found.kept) < wanted and tried < TRIES * wanted and (found.kept or tried < HOPELESS):
-        usable = max(LEAST_SHARE, len(found.kept) / tried) if tried else 1.0
-        count = min(ROUND, TRIES * wanted - tried, math.ceil((wanted - len(found.kept)) / usable))
-
-        def take(batch: list[int], texts: list[list[int]]) -> None:
-            for tokens in texts:
-                found.take(*turn.read(tokens, base.hf_tokenizer))
-            task.reach(min(wanted, len(found.kept)))
-
-        keys = answer_keys(seed, STREAM + number, count)
-        write_texts(base, [turn.before] * count, range(count), options, turn.ends, keys, take)
-        tried, number = tried + count, number + 1
-    del found.kept[wanted:]
-    return found
-
-
-def _check(found: TurnFilter, wanted: int) -> None:
-    """Refuse a model that hardly wrote usable prompts."""
-    if len(found.kept) < LEAST_SHARE * wanted:
-        reasons = ", ".join(f"{count:,} {why}" for why, count in found.left_out.most_common(3))
-        raise InputError(
-            f"no --data: of the prompts that the model wrote itself, {counted(len(found.kept), 'is', 'are')} usable and "
-            f"{wanted:,} are wanted ({reasons}); {ADVICE}"
-        )

@@ -1,18 +1,14 @@
-"""Measure an objective on held-out answers: one loss over all of them together, however they were divided into batches.
-
-Some losses are not means over examples: a likelihood is a mean over tokens (ORPO, CPO, RPO), KTO compares each answer with
-the mean divergence of others, and AOT sorts all margins. A mean over batches of these depends on the batches. So a batch
-only gives the sums of its answers, a few numbers each, and the loss is computed once, at the end.
-
-Shapes: B rows of a batch, N answers of the set.
-
-The loss of an objective over whole answers, from the losses of single tokens.
+"""Bring an objective onto a model: its loss over whole answers in a step, and its mean over a held-out set.
 
 The fused head computes the loss of each trained position and its gradient in one forward pass. Here, positions are summed
 to answers; in the backward pass, the cotangent brings the answer's weight to each position. So no objective needs logits,
 and a step takes as much memory as one of imitation.
 
-Shapes: B rows, A answers (B, or B K where a row holds K), E examples, T columns, P positions.
+Some losses are not means over examples: a likelihood is a mean over tokens (ORPO, CPO, RPO), KTO compares each answer with
+the mean divergence of others, and AOT sorts all margins. A mean over batches of these depends on the batches. So for a
+held-out set a batch only gives the sums of its answers, a few numbers each, and the loss is computed once, at the end.
+
+Shapes: B rows of a batch, A answers (B, or B K where a row holds K), E examples, T columns, P positions; N answers of a set.
 """
 
 from __future__ import annotations
@@ -41,135 +37,9 @@ from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.sharded_base import is_shared
 from mlx_lora.parallel.strategy import dealt_batches, own_batches
 
-ARRAYS = ("logps", "tokens", "likelihood", "reference", "labels", "real")
-UNWEIGHTED = (1.0, 0.0)  # `Batch.shares` for sums whose likelihood is not yet divided by tokens
-
-
-@dataclass(frozen=True)
-class WholeSet:
-    """How an objective is measured on a whole set.
-
-    Attributes:
-        sums: (model, *arrays of a batch) -> the sums of its answers.
-        loss: of the objective.
-        rated: whether an example is one rated answer, with a second row that only tells the divergence.
-        divergence: whether the loss needs that.
-    """
-
-    sums: Callable[..., AnswerSums]
-    loss: LossOfAnswers
-    rated: bool
-    divergence: bool
-
-
-def whole_set_loss(
-    model: nn.Module,
-    whole: WholeSet,
-    arrays_of: Callable[[Batch], tuple[mx.array, ...]],
-    batches: Iterable[Batch],
-    ranks: Ranks,
-    counted: bool = True,
-) -> tuple[float, int, dict[str, float]]:
-    """Return the mean loss over all examples of all ranks' batches, their number, and the means that are reported.
-
-    Args:
-        model: In eval mode.
-        whole: The objective's part.
-        arrays_of: Returns the arguments of `WholeSet.sums` for a batch.
-        batches: This rank's.
-        ranks: That call this together.
-        counted: False: another rank has computed the same batches, and counts them.
-    """
-    found, targets = [np.zeros((len(ARRAYS), 0), np.float32)], 0
-    for batch in batches:
-        sums = whole.sums(model, *arrays_of(replace(batch, shares=UNWEIGHTED)))
-        rows = np.array(mx.stack([getattr(sums, name) for name in ARRAYS]))  # (6, B)
-        if counted:
-            found.append(rows[:, rows[-1] > 0])  # without padding
-            targets += batch.first_targets
-    ranks.meet()  # they finish at different times, and the host must wait for the others, not the device
-    told = ranks.everyone([targets, np.concatenate(found, axis=1).tolist()])
-    rows = np.concatenate([np.array(one, np.float32).reshape(len(ARRAYS), -1) for _, one in told], axis=1)
-    examples = rows.shape[1] // 2
-    if not examples:
-        return math.nan, 0, {}
-    sums = _sums_of(rows, examples / max(1, sum(number for number, _ in told)), whole)
-    losses, reports = whole.loss(sums)
-    return _mean(losses), examples, {name: _mean(values) for name, values in reports.items()}
-
-
-def _sums_of(rows: np.ndarray, share: float, whole: WholeSet) -> AnswerSums:
-    """Return the sums of a set's answers, (6, N), as the loss takes them; `share` is the set's examples per target."""
-    named = dict(zip(ARRAYS, rows, strict=True))
-    divergence = 0.0
-    if whole.divergence:
-        ratios = (named["logps"] - named["reference"])[1::2]
-        divergence = max(0.0, float(ratios.mean(dtype=np.float64)))
-    named["likelihood"] = named["likelihood"] * np.float32(share)
-    sums = AnswerSums(**{name: mx.array(values) for name, values in named.items()}, divergence=mx.array(divergence))
-    return sums.side(0) if whole.rated else sums
-
-
-def _mean(values: mx.array) -> float:
-    return float(np.array(values).mean(dtype=np.float64))
-
+# Task
 
 FIRST, SECOND = 0, 1  # rows of an example
-
-
-class AnswerArrays(NamedTuple):
-    """The arrays of a batch that an objective needs in addition to `Arrays`, on the device.
-
-    Attributes:
-        answers: (P,) float32, 1 where a position belongs to an answer.
-        labels, reference, real: (A,) float32, see `AnswerSums`.
-        shares: (2,) float32, the factor on the likelihood and the divergence.
-    """
-
-    answers: mx.array
-    labels: mx.array
-    reference: mx.array
-    real: mx.array
-    shares: mx.array
-
-    @classmethod
-    def of(cls, batch: Batch) -> AnswerArrays:
-        """Copy a batch's to the device."""
-        answers = batch.weights
-        if batch.answers is not None:
-            answers = batch.answers.ravel()[batch.positions] * batch.weights
-        real = np.repeat(batch.real, batch.answers_per_row).astype(np.float32)
-        none = np.zeros_like(real)
-        return cls(
-            mx.array(answers.astype(np.float32)),
-            mx.array(none if batch.labels is None else batch.labels.ravel()),
-            mx.array(none if batch.reference is None else batch.reference.ravel()),
-            mx.array(real),
-            mx.array(np.array(batch.shares or (0.0, 0.0), np.float32)),
-        )
-
-
-def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
-    """Return all arrays of a batch of answers; if rows hold several answers, the last one is `Batch.starts`."""
-    starts = () if batch.starts is None else (mx.array(batch.starts),)
-    return (*Arrays.of(batch), *AnswerArrays.of(batch), *starts)
-
-
-def answer_sums(
-    losses: mx.array, width: int, arrays: Arrays, answers: AnswerArrays, starts: mx.array | None = None
-) -> AnswerSums:
-    """Sum the losses of positions, (P,), to answers, (A,)."""
-    owners = answers_at(arrays.positions, width, starts)
-    own = owners[None, :] == mx.arange(len(answers.real))[:, None]  # (A, P)
-
-    def by_answer(values: mx.array) -> mx.array:
-        return mx.where(own, values[None, :], 0.0).sum(axis=1)
-
-    logps, tokens = by_answer(-losses * answers.answers), by_answer(answers.answers)
-    likelihood = by_answer(losses * arrays.weights) * answers.shares[0]
-    return AnswerSums(
-        logps, tokens, likelihood, answers.reference, answers.labels, answers.real, mx.stop_gradient(answers.shares[1])
-    )
 
 
 @dataclass(frozen=True)
@@ -221,7 +91,7 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
 
     def of(tokens: TokenLosses) -> LossFunction:
         def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-            sums = _answer_sums_of(model, tokens, *batch)
+            sums = _array_sums(model, tokens, *batch)
             losses, reports = of_answers(sums)  # (E,)
             real = sums.real[::group]
             return (losses * real).sum(), real.sum(), {name: (r * real).sum() for name, r in reports.items()}
@@ -234,7 +104,7 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
     words = f"{objective.description}; {loss.description}"
     whole = replace(loss, train=of(loss.tokens), measure=of(measure_tokens), description=words)
     measured = WholeSet(
-        lambda model, *batch: _answer_sums_of(model, measure_tokens, *batch),
+        lambda model, *batch: _array_sums(model, measure_tokens, *batch),
         of_answers,
         objective.records == "rated",
         objective.divergence,
@@ -303,13 +173,81 @@ def mean_log_ratio(model: nn.Module, tokens: TokenLosses, batches: Iterable[Batc
     training = model.training
     model.eval()
     for batch in dealt_batches(list(batches), ranks, is_shared(model)):
-        sums = _sums(model, tokens, batch)
+        sums = _batch_sums(model, tokens, batch)
         total = total + ((sums.logps - sums.reference) * sums.real).sum()
         count = count + sums.real.sum()
         mx.eval(total, count)
     total, count = ranks.sum(mx.stack([total, count]))
     model.train(training)
     return max(0.0, total.item() / count.item()) if count.item() else 0.0
+
+
+# Sums of answers
+
+
+class AnswerArrays(NamedTuple):
+    """The arrays of a batch that an objective needs in addition to `Arrays`, on the device.
+
+    Attributes:
+        answers: (P,) float32, 1 where a position belongs to an answer.
+        labels, reference, real: (A,) float32, see `AnswerSums`.
+        shares: (2,) float32, the factor on the likelihood and the divergence.
+    """
+
+    answers: mx.array
+    labels: mx.array
+    reference: mx.array
+    real: mx.array
+    shares: mx.array
+
+    @classmethod
+    def of(cls, batch: Batch) -> AnswerArrays:
+        """Copy a batch's to the device."""
+        answers = batch.weights
+        if batch.answers is not None:
+            answers = batch.answers.ravel()[batch.positions] * batch.weights
+        real = np.repeat(batch.real, batch.answers_per_row).astype(np.float32)
+        none = np.zeros_like(real)
+        return cls(
+            mx.array(answers.astype(np.float32)),
+            mx.array(none if batch.labels is None else batch.labels.ravel()),
+            mx.array(none if batch.reference is None else batch.reference.ravel()),
+            mx.array(real),
+            mx.array(np.array(batch.shares or (0.0, 0.0), np.float32)),
+        )
+
+
+def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
+    """Return all arrays of a batch of answers; if rows hold several answers, the last one is `Batch.starts`."""
+    starts = () if batch.starts is None else (mx.array(batch.starts),)
+    return (*Arrays.of(batch), *AnswerArrays.of(batch), *starts)
+
+
+def answer_sums(
+    losses: mx.array, width: int, arrays: Arrays, answers: AnswerArrays, starts: mx.array | None = None
+) -> AnswerSums:
+    """Sum the losses of positions, (P,), to answers, (A,)."""
+    owners = answers_at(arrays.positions, width, starts)
+    own = owners[None, :] == mx.arange(len(answers.real))[:, None]  # (A, P)
+
+    def by_answer(values: mx.array) -> mx.array:
+        return mx.where(own, values[None, :], 0.0).sum(axis=1)
+
+    logps, tokens = by_answer(-losses * answers.answers), by_answer(answers.answers)
+    likelihood = by_answer(losses * arrays.weights) * answers.shares[0]
+    return AnswerSums(
+        logps, tokens, likelihood, answers.reference, answers.labels, answers.real, mx.stop_gradient(answers.shares[1])
+    )
+
+
+def _array_sums(model: nn.Module, tokens: TokenLosses, *batch: mx.array) -> AnswerSums:
+    """Return the sums of a batch that `arrays_of` put on the device."""
+    arrays, answers, starts = Arrays(*batch[:5]), AnswerArrays(*batch[5:10]), batch[10:]
+    return answer_sums(tokens(model, *arrays, *starts), arrays.inputs.shape[1], arrays, answers, *starts)
+
+
+def _batch_sums(model: nn.Module, tokens: TokenLosses, batch: Batch) -> AnswerSums:
+    return _array_sums(model, tokens, *arrays_of(batch))
 
 
 def row_log_probabilities(
@@ -338,7 +276,7 @@ def row_log_probabilities(
     model.eval()
     plan = BatchPlan(apart, batch_tokens=batch_tokens, batch_size=None, seed=0)
     for batch in own_batches(plan, -1, ranks, is_shared(model)):
-        logps = np.array(_sums(model, tokens, batch).logps).reshape(-1, found.shape[1])
+        logps = np.array(_batch_sums(model, tokens, batch).logps).reshape(-1, found.shape[1])
         numbers: Any = batch.numbers  # there are some: the batch is of a set
         found[numbers[batch.real]] = logps[batch.real]
         done += logps[batch.real].size
@@ -351,11 +289,76 @@ def row_log_probabilities(
     return found
 
 
-def _sums(model: nn.Module, tokens: TokenLosses, batch: Batch) -> AnswerSums:
-    return _answer_sums_of(model, tokens, *arrays_of(batch))
+# Whole sets
+
+SUM_NAMES = ("logps", "tokens", "likelihood", "reference", "labels", "real")
+UNWEIGHTED = (1.0, 0.0)  # `Batch.shares` for sums whose likelihood is not yet divided by tokens
 
 
-def _answer_sums_of(model: nn.Module, tokens: TokenLosses, *batch: mx.array) -> AnswerSums:
-    """Return the sums of a batch that `arrays_of` put on the device."""
-    arrays, answers, starts = Arrays(*batch[:5]), AnswerArrays(*batch[5:10]), batch[10:]
-    return answer_sums(tokens(model, *arrays, *starts), arrays.inputs.shape[1], arrays, answers, *starts)
+@dataclass(frozen=True)
+class WholeSet:
+    """How an objective is measured on a whole set.
+
+    Attributes:
+        sums: (model, *arrays of a batch) -> the sums of its answers.
+        loss: of the objective.
+        rated: whether an example is one rated answer, with a second row that only tells the divergence.
+        divergence: whether the loss needs that.
+    """
+
+    sums: Callable[..., AnswerSums]
+    loss: LossOfAnswers
+    rated: bool
+    divergence: bool
+
+
+def whole_set_loss(
+    model: nn.Module,
+    whole: WholeSet,
+    arrays_of: Callable[[Batch], tuple[mx.array, ...]],
+    batches: Iterable[Batch],
+    ranks: Ranks,
+    counted: bool = True,
+) -> tuple[float, int, dict[str, float]]:
+    """Return the mean loss over all examples of all ranks' batches, their number, and the means that are reported.
+
+    Args:
+        model: In eval mode.
+        whole: The objective's part.
+        arrays_of: Returns the arguments of `WholeSet.sums` for a batch.
+        batches: This rank's.
+        ranks: That call this together.
+        counted: False: another rank has computed the same batches, and counts them.
+    """
+    found, targets = [np.zeros((len(SUM_NAMES), 0), np.float32)], 0
+    for batch in batches:
+        sums = whole.sums(model, *arrays_of(replace(batch, shares=UNWEIGHTED)))
+        rows = np.array(mx.stack([getattr(sums, name) for name in SUM_NAMES]))  # (6, B)
+        if counted:
+            found.append(rows[:, rows[-1] > 0])  # without padding
+            targets += batch.first_targets
+    ranks.meet()  # they finish at different times, and the host must wait for the others, not the device
+    told = ranks.everyone([targets, np.concatenate(found, axis=1).tolist()])
+    rows = np.concatenate([np.array(one, np.float32).reshape(len(SUM_NAMES), -1) for _, one in told], axis=1)
+    examples = rows.shape[1] // 2
+    if not examples:
+        return math.nan, 0, {}
+    sums = _whole_set_sums(rows, examples / max(1, sum(number for number, _ in told)), whole)
+    losses, reports = whole.loss(sums)
+    return _mean(losses), examples, {name: _mean(values) for name, values in reports.items()}
+
+
+def _whole_set_sums(rows: np.ndarray, share: float, whole: WholeSet) -> AnswerSums:
+    """Return the sums of a set's answers, (6, N), as the loss takes them; `share` is the set's examples per target."""
+    named = dict(zip(SUM_NAMES, rows, strict=True))
+    divergence = 0.0
+    if whole.divergence:
+        ratios = (named["logps"] - named["reference"])[1::2]
+        divergence = max(0.0, float(ratios.mean(dtype=np.float64)))
+    named["likelihood"] = named["likelihood"] * np.float32(share)
+    sums = AnswerSums(**{name: mx.array(values) for name, values in named.items()}, divergence=mx.array(divergence))
+    return sums.side(0) if whole.rated else sums
+
+
+def _mean(values: mx.array) -> float:
+    return float(np.array(values).mean(dtype=np.float64))

@@ -1,8 +1,7 @@
-"""Host files, ssh, link rates.
+"""Ask the machines of a host file over ssh what they are, and measure the connection between ranks.
 
-Read a host file as mlx.launch does, and ask its machines over ssh.
-
-Measure the connection between ranks: how long a small message takes, and how fast a large one goes.
+A host file is read as mlx.launch reads it. Of a connection it is measured how long a small message takes, and how fast a
+large one goes.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ import mlx.core as mx
 from mlx_lora.parallel.ranks import SeveralRanks
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import GIB, counted
+
+# Machines
 
 SSH_S = 10
 HERE = ("localhost", "127.0.0.1")
@@ -46,7 +47,7 @@ def hosts_of(file: Path) -> list[str]:
     Raises:
         InputError: it is not a host file.
     """
-    entries = _read(file)
+    entries = _read_file(file)
     entries = entries.get("hosts", entries) if isinstance(entries, dict) else entries
     try:
         hosts = [str(entry["ssh"]) for entry in entries]
@@ -69,7 +70,7 @@ def macs_of(file: Path) -> tuple[list[HostMac], dict[str, float] | None]:
     Raises:
         InputError: it is neither, or a machine cannot be asked.
     """
-    found = _read(file)
+    found = _read_file(file)
     if isinstance(found, dict) and "machines" in found:
         try:
             macs = [
@@ -93,7 +94,7 @@ def ask(host: str, file: Path) -> HostMac:
     """
     words = ["sysctl", "-n", "machdep.cpu.brand_string", "hw.memsize"]
     try:
-        ran = subprocess.run([*_to(host), *words], capture_output=True, text=True, timeout=2 * SSH_S)
+        ran = subprocess.run([*_ssh_words(host), *words], capture_output=True, text=True, timeout=2 * SSH_S)
         chip, memory = ran.stdout.split("\n")[:2] if ran.returncode == 0 else ("", "")
         if memory.isdecimal():
             return HostMac(chip.strip(), round(int(memory) / GIB))
@@ -108,17 +109,17 @@ def ask(host: str, file: Path) -> HostMac:
 def reachable(host: str) -> bool:
     """Return whether ssh reaches a machine without a question; this machine is always reachable."""
     try:
-        return subprocess.run([*_to(host), "true"], capture_output=True, timeout=2 * SSH_S).returncode == 0
+        return subprocess.run([*_ssh_words(host), "true"], capture_output=True, timeout=2 * SSH_S).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
 
 
-def _to(host: str) -> list[str]:
+def _ssh_words(host: str) -> list[str]:
     """Return the words that come before a command on a machine."""
     return [] if host in HERE else ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_S}", "--", host]
 
 
-def _read(file: Path) -> Any:
+def _read_file(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -128,6 +129,8 @@ def _read(file: Path) -> Any:
             f'--hostfile {file}: not a JSON list of machines; write [{{"ssh": "first.local", "ips": ["10.0.0.1"]}}, ...]'
         ) from None
 
+
+# Connection
 
 SMALL_ROUNDS, LARGE_ROUNDS = 20, 5
 LARGE_BYTES = 1 << 25

@@ -1,6 +1,4 @@
-"""Blocks gathered from ranks (later: from disk) just before use.
-
-Share a frozen base between ranks: each keeps a part of every block's weights, and all have a block while they compute it.
+"""Share a frozen base between ranks: each keeps a part of every block's weights, and all have a block while they compute it.
 
     gather     all ranks' parts of a block become its weights, just before the block is computed
     compute    forward, or in the backward pass again and then backward: the block is checkpointed
@@ -9,14 +7,13 @@ Share a frozen base between ranks: each keeps a part of every block's weights, a
 A frozen base has no gradients and no optimizer state, and never changes, so this is all that sharing takes. A block is
 one message, which holds its arrays as bytes, packed weights as they are. Messages are sent in the order in which blocks
 are called, which is the same on all ranks: each waits for the one before. One is scheduled before the block before it
-computes. The embedding and the head are shared in slices (shared_tables.py), which are units like blocks.
+computes. The embedding and the head are shared in slices, which are units like blocks (parallel/sharded_tables.py).
 
-Every rank must call the model equally often; `Sharing` and `mean_loss` see to that.
+Every rank must call the model equally often; `Sharing` (parallel/strategy.py) and `mean_loss` (trainer/evaluate.py) see to
+that. Other uses of a shared base have helpers here: one text for all ranks, and the weights of one block.
 
 Shapes: N ranks.
 Source: fully sharded data parallelism, arXiv 1910.02054 (stage 3) and 2304.11277, without what training a base takes.
-
-Use a model whose base ranks share (base_shards.py) for other things than a step: one text for all, weights of one block.
 """
 
 from __future__ import annotations
@@ -35,12 +32,66 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lora.parallel.ranks import SeveralRanks
 from mlx_lora.utils.errors import InputError
 
+# Sharing
+
 ALIGNMENT = 16  # bytes; of each array in a message
 # Smaller modules outside the blocks (norms) stay whole: a message for them would cost more than their bytes.
 LEAST_BYTES = 1 << 16
 # Operations of a message that do nothing: more than there are one after the other in a block, forward and backward.
 LEVELS = 200
 Named = Sequence[tuple[str, mx.array]]
+
+
+def share_blocks(blocks: Sequence[nn.Module], messages: Messages) -> list[Unit]:
+    """Leave only this rank's part of blocks in memory, and return their units.
+
+    Args:
+        blocks: checkpointed; their arrays may be lazy, and are then read one block at a time.
+        messages: the order of messages.
+
+    Raises:
+        InputError: blocks have weights in common.
+    """
+    _check_apart(blocks)
+    units = []
+    for one in blocks:
+        module: Any = one
+        module._held = Held(module, messages)
+        mix_in(SharedBlock, module)
+        units.append(module._held.unit)
+    return units
+
+
+class SharedBlock(nn.Module):
+    """A mixin that comes before a checkpointed block's own class, and has the block's weights only while it is computed."""
+
+    _held: Held
+
+    def at_hand(self, before: Sequence[mx.array]):
+        return self._held.at_hand(self, before)
+
+    def in_turn(self, own: list[mx.array], given: list[mx.array]) -> list[mx.array]:
+        """Let the block before wait for this one's gradients, or MLX plans many blocks' gradients before any message."""
+        return mx.depends(given, own) if own and given else given
+
+
+def mix_in(mixin: type, module: nn.Module) -> None:
+    """Give a module a class in which `mixin` comes before its own."""
+    base = type(module)
+    module.__class__ = type(f"Shared{base.__name__}", (mixin, base), {})
+
+
+def _check_apart(blocks: Sequence[nn.Module]) -> None:
+    """Refuse blocks that have weights in common: the second of them would find them cut."""
+    seen: set[int] = set()
+    for block in blocks:
+        own = {id(array) for _, array in tree_flatten(block.parameters())}
+        if own & seen:
+            raise InputError("--shard-base: blocks of this model have weights in common; leave it out")
+        seen |= own
+
+
+# Messages and units
 
 
 @dataclass
@@ -269,43 +320,12 @@ def stand_ins(arrays: Named) -> list[tuple[str, mx.array]]:
     ]
 
 
-class SharedBlock(nn.Module):
-    """A mixin that comes before a checkpointed block's own class, and has the block's weights only while it is computed."""
-
-    _held: Held
-
-    def at_hand(self, before: Sequence[mx.array]):
-        return self._held.at_hand(self, before)
-
-    def in_turn(self, own: list[mx.array], given: list[mx.array]) -> list[mx.array]:
-        """Let the block before wait for this one's gradients, or MLX plans many blocks' gradients before any message."""
-        return mx.depends(given, own) if own and given else given
+# Use of a shared base
 
 
-def share_blocks(blocks: Sequence[nn.Module], messages: Messages) -> list[Unit]:
-    """Leave only this rank's part of blocks in memory, and return their units.
-
-    Args:
-        blocks: checkpointed; their arrays may be lazy, and are then read one block at a time.
-        messages: the order of messages.
-
-    Raises:
-        InputError: blocks have weights in common.
-    """
-    _check_apart(blocks)
-    units = []
-    for one in blocks:
-        module: Any = one
-        module._held = Held(module, messages)
-        mix_in(SharedBlock, module)
-        units.append(module._held.unit)
-    return units
-
-
-def mix_in(mixin: type, module: nn.Module) -> None:
-    """Give a module a class in which `mixin` comes before its own."""
-    base = type(module)
-    module.__class__ = type(f"Shared{base.__name__}", (mixin, base), {})
+def is_shared(model: nn.Module) -> bool:
+    """Return whether ranks share the model's base, so that each must call it equally often."""
+    return any(isinstance(module, SharedBlock) for module in getattr(model, "layers", ()))
 
 
 def end_of_trial(model: nn.Module) -> None:
@@ -314,21 +334,6 @@ def end_of_trial(model: nn.Module) -> None:
         if isinstance(module, SharedBlock):
             messages = module._held.unit.messages
             messages.sent, messages.before = [], []
-
-
-def is_shared(model: nn.Module) -> bool:
-    """Return whether ranks share the model's base, so that each must call it equally often."""
-    return any(isinstance(module, SharedBlock) for module in getattr(model, "layers", ()))
-
-
-def _check_apart(blocks: Sequence[nn.Module]) -> None:
-    """Refuse blocks that have weights in common: the second of them would find them cut."""
-    seen: set[int] = set()
-    for block in blocks:
-        own = {id(array) for _, array in tree_flatten(block.parameters())}
-        if own & seen:
-            raise InputError("--shard-base: blocks of this model have weights in common; leave it out")
-        seen |= own
 
 
 def first_ranks_choice(model: nn.Module, choose: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:

@@ -1,14 +1,10 @@
-"""Strategy: single, data, sharded, tensor: split, reduce, reseed, lockstep.
-
-Divide an optimizer step among ranks: each computes some rows of every micro-batch, and all ranks add up their results.
+"""Divide an optimizer step among ranks: each computes some rows of every micro-batch, and all ranks add up their results.
 
 Every rank has the same batch plan as a single process: it lays out the whole step and takes its own rows, so that the
 sums of losses, tokens and gradients over all ranks are those of the whole batch. So neither the order of the data nor
-the position of a run depends on the number of ranks.
+the position of a run depends on the number of ranks. Ranks with parts of the layers all compute all rows instead.
 
 Shapes: B rows, T columns, P slots for trained targets of a micro-batch; N ranks.
-
-Tell how the ranks of a run compute a step: whether they call the model together, and what each of them computes.
 """
 
 from __future__ import annotations
@@ -29,69 +25,16 @@ from mlx_lora.parallel.sharded_base import is_shared
 from mlx_lora.parallel.tensor import in_branches, is_cut
 
 
-def deal_rows(batches: list[Batch], size: int) -> list[list[np.ndarray]]:
-    """Deal the rows of a step's micro-batches to ranks, so that all have about the same work.
-
-    The rows of an example stay together. Every rank gets as many examples of a micro-batch as any other or one more;
-    the rank with the fewest positions in the step so far gets one more. Among these, targets are evened out.
-
-    Args:
-        batches: micro-batches of one step.
-        size: N.
-
-    Returns:
-        For each micro-batch, for each rank, (rows,) row numbers in rising order; none for a rank without work.
-    """
-    positions = np.zeros(size, np.int64)
-    dealt = []
-    for batch in batches:
-        group, (rows, width) = batch.group, batch.inputs.shape
-        examples = rows // group
-        quota = np.full(size, examples // size)
-        quota[np.argsort(positions, kind="stable")[: examples % size]] += 1
-        positions += quota * group * width
-        counts = batch.mask.reshape(examples, -1).sum(axis=1)
-        targets = np.zeros(size, np.int64)
-        own: list[list[int]] = [[] for _ in range(size)]
-        for example in np.argsort(-counts, kind="stable"):
-            open_ranks = [rank for rank in range(size) if len(own[rank]) < quota[rank]]
-            rank = min(open_ranks, key=lambda r: targets[r])
-            own[rank].append(int(example))
-            targets[rank] += counts[example]
-        numbers = [np.array(sorted(examples_of), np.int64) for examples_of in own]
-        dealt.append([(of[:, None] * group + np.arange(group)).ravel() for of in numbers])
-    return dealt
+def sharing_of(model: nn.Module, ranks: Ranks, seed: int) -> Sharing | SameRows | None:
+    """Return how ranks divide each step: not at all, by rows, or by parts of the layers."""
+    if ranks.size == 1:
+        return None
+    return SameRows(ranks, seed, in_branches(model)) if is_cut(model) else Sharing(ranks, seed, is_shared(model))
 
 
-class Batches(Protocol):
-    """A held-out plan, as `BatchPlan` and `RolloutPlan` are."""
-
-    def __len__(self) -> int: ...
-
-    def batches(self, limit: int = -1, first: int = 0, every: int = 1) -> Iterator[Batch]: ...
-
-
-def own_batches(plan: Batches, most: int, ranks: Ranks, together: bool) -> Iterator[Batch]:
-    """Yield the batches of a held-out plan that this rank measures.
-
-    Args:
-        plan: of all ranks.
-        most: batches of all ranks; -1: all.
-        ranks: that divide them.
-        together: whether all ranks must compute equally many, because they share the base; a rank for which none is left
-            then computes one without rows.
-    """
-    yield from plan.batches(most, ranks.rank, ranks.size)
-    count = len(plan) if most < 0 else min(most, len(plan))
-    if together and count % ranks.size and ranks.rank >= count % ranks.size:
-        yield from map(nothing_of, plan.batches(1))
-
-
-def dealt_batches(batches: list[Batch], ranks: Ranks, together: bool) -> Iterator[Batch]:
-    """Yield the batches of a step that this rank measures; see `own_batches`."""
-    yield from batches[ranks.rank :: ranks.size]
-    if together and ranks.rank >= len(batches) % ranks.size > 0:
-        yield nothing_of(batches[0])
+def called_together(model: nn.Module) -> bool:
+    """Return whether every rank must call the model equally often: its weights or its layers are in parts."""
+    return is_shared(model) or is_cut(model)
 
 
 class Sharing:
@@ -194,19 +137,72 @@ class SameRows(Sharing):
         return super().sums(total, flag)
 
 
+def deal_rows(batches: list[Batch], size: int) -> list[list[np.ndarray]]:
+    """Deal the rows of a step's micro-batches to ranks, so that all have about the same work.
+
+    The rows of an example stay together. Every rank gets as many examples of a micro-batch as any other or one more;
+    the rank with the fewest positions in the step so far gets one more. Among these, targets are evened out.
+
+    Args:
+        batches: micro-batches of one step.
+        size: N.
+
+    Returns:
+        For each micro-batch, for each rank, (rows,) row numbers in rising order; none for a rank without work.
+    """
+    positions = np.zeros(size, np.int64)
+    dealt = []
+    for batch in batches:
+        group, (rows, width) = batch.group, batch.inputs.shape
+        examples = rows // group
+        quota = np.full(size, examples // size)
+        quota[np.argsort(positions, kind="stable")[: examples % size]] += 1
+        positions += quota * group * width
+        counts = batch.mask.reshape(examples, -1).sum(axis=1)
+        targets = np.zeros(size, np.int64)
+        own: list[list[int]] = [[] for _ in range(size)]
+        for example in np.argsort(-counts, kind="stable"):
+            open_ranks = [rank for rank in range(size) if len(own[rank]) < quota[rank]]
+            rank = min(open_ranks, key=lambda r: targets[r])
+            own[rank].append(int(example))
+            targets[rank] += counts[example]
+        numbers = [np.array(sorted(examples_of), np.int64) for examples_of in own]
+        dealt.append([(of[:, None] * group + np.arange(group)).ravel() for of in numbers])
+    return dealt
+
+
 def reseed(seed: int, step: int, rank: int) -> None:
     """Seed this process's random numbers by (seed, step, rank)."""
     digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
     mx.random.seed(int.from_bytes(digest[:8], "little"))
 
 
-def called_together(model: nn.Module) -> bool:
-    """Return whether every rank must call the model equally often: its weights or its layers are in parts."""
-    return is_shared(model) or is_cut(model)
+class Batches(Protocol):
+    """A held-out plan, as `BatchPlan` and `RolloutPlan` are."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, limit: int = -1, first: int = 0, every: int = 1) -> Iterator[Batch]: ...
 
 
-def sharing_of(model: nn.Module, ranks: Ranks, seed: int) -> Sharing | SameRows | None:
-    """Return how ranks divide each step: not at all, by rows, or by parts of the layers."""
-    if ranks.size == 1:
-        return None
-    return SameRows(ranks, seed, in_branches(model)) if is_cut(model) else Sharing(ranks, seed, is_shared(model))
+def own_batches(plan: Batches, most: int, ranks: Ranks, together: bool) -> Iterator[Batch]:
+    """Yield the batches of a held-out plan that this rank measures.
+
+    Args:
+        plan: of all ranks.
+        most: batches of all ranks; -1: all.
+        ranks: that divide them.
+        together: whether all ranks must compute equally many, because they share the base; a rank for which none is left
+            then computes one without rows.
+    """
+    yield from plan.batches(most, ranks.rank, ranks.size)
+    count = len(plan) if most < 0 else min(most, len(plan))
+    if together and count % ranks.size and ranks.rank >= count % ranks.size:
+        yield from map(nothing_of, plan.batches(1))
+
+
+def dealt_batches(batches: list[Batch], ranks: Ranks, together: bool) -> Iterator[Batch]:
+    """Yield the batches of a step that this rank measures; see `own_batches`."""
+    yield from batches[ranks.rank :: ranks.size]
+    if together and ranks.rank >= len(batches) % ranks.size > 0:
+        yield nothing_of(batches[0])

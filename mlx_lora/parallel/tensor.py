@@ -1,17 +1,4 @@
-"""Heads, MLPs, experts cut; divided loss.
-
-Divide the loss over the vocabulary among ranks that have parts of the layers.
-
-Such ranks all have the hidden states of all positions, so each can compute the losses of some positions with the whole
-head. The losses are added up in the forward pass, and the gradients of the hidden states in the backward pass:
-
-    losses = sum of ranks (0 ... 0, own losses, 0 ... 0)          dh likewise
-
-The second message is made to wait for the first, because every rank must send its messages in the same order.
-
-Shapes: P supervised positions, N ranks, D width.
-
-Cut a base's attention heads, MLPs and experts among ranks, each of which computes its part of every layer.
+"""Cut a base's attention heads, MLPs and experts among ranks, each of which computes its part of every layer.
 
 mlx-lm says how an architecture is cut (`Model.shard`). What it makes of a layer is only its weights here: the layer
 stays what it was, smaller, so that measured products, checkpointing and the planner treat it as before. Messages are
@@ -21,7 +8,15 @@ it: two of each per block. adapters/base.py has them.
 All ranks have the same rows, so they send the same messages. Their order is the same too, whatever kernels a rank computes
 with: blocks and branches follow each other, so each message is computed from the one before it.
 
-Shapes: N ranks.
+The loss over the vocabulary is divided as well. All ranks have the hidden states of all positions, so each can compute the
+losses of some positions with the whole head. The losses are added up in the forward pass, and the gradients of the hidden
+states in the backward pass:
+
+    losses = sum of ranks (0 ... 0, own losses, 0 ... 0)          dh likewise
+
+The second message is made to wait for the first, because every rank must send its messages in the same order.
+
+Shapes: P supervised positions, N ranks, D width.
 Source: Megatron-LM, arXiv 1909.08053, section 3.
 """
 
@@ -61,44 +56,7 @@ from mlx_lora.parallel.ranks import ALONE, Ranks, SeveralRanks
 from mlx_lora.planner.several_macs import cut_problem
 from mlx_lora.utils.errors import InputError
 
-OfHidden = Callable[..., mx.array]
-"""(head, hidden (P, D), targets (P,), weights (P,), gradient=) -> (P,) losses, differentiable in `hidden`."""
-
-
-def divided(losses_of: OfHidden, wire: Wire) -> OfHidden:
-    """Return a function with the same results, of which each rank computes a part.
-
-    Args:
-        losses_of: computes each position by itself.
-        wire: connects the ranks.
-    """
-
-    def losses(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, gradient: bool = True) -> mx.array:
-        count = len(targets)
-        part = -(-count // wire.size)
-        own = slice(min(wire.rank * part, count), min((wire.rank + 1) * part, count))
-        around = (own.start, count - own.stop)
-        of_own = partial(losses_of, head, targets=targets[own], weights=weights[own], gradient=gradient)
-
-        @mx.custom_function
-        def forward(hidden: mx.array) -> tuple[mx.array, mx.array]:
-            h, made, slopes = hidden[own], mx.zeros((0,)), hidden[own]
-            if len(h) and gradient:
-                [made], [slopes] = mx.vjp(lambda h: [of_own(h)], [h], [mx.ones((len(h),))])
-            elif len(h):
-                made = of_own(h)
-            return wire.sum(mx.pad(made, around)), slopes
-
-        @forward.vjp
-        def forward_vjp(hidden: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
-            slopes = (cotangents[0][own][:, None] * outputs[1]).astype(hidden.dtype)
-            [slopes] = mx.depends([slopes], [outputs[0]])
-            return wire.sum(mx.pad(slopes, [around, (0, 0)]))
-
-        return forward(hidden)[0]
-
-    return losses
-
+# Layers
 
 _ENDS = (ShardedToAllLinear, QuantizedShardedToAllLinear)
 _PARTS = (AllToShardedLinear, QuantizedAllToShardedLinear, *_ENDS)
@@ -130,7 +88,7 @@ def cut_model(model: nn.Module, config: dict[str, Any], ranks: SeveralRanks) -> 
         InputError: the model cannot be cut, or not for so many ranks.
     """
     cut_layers(model, config, Place(ranks.rank, ranks.size), Wire(ranks.sum_inside, ranks.rank, ranks.size))
-    _read(model)
+    _read_parts(model)
 
 
 def cut_layers(model: nn.Module, config: dict[str, Any], place: Place, wire: Wire) -> None:
@@ -256,7 +214,7 @@ def _cut_adapter(layer: AdapterLayer, cut: Cut) -> None:
         layer.dropout = CutDropout(layer.dropout.probability, cut)
 
 
-def _read(model: nn.Module) -> None:
+def _read_parts(model: nn.Module) -> None:
     """Read what this rank keeps, an array at a time: a whole array is in memory until it is cut."""
     for _, array in tree_flatten(model.parameters()):
         mx.eval(array)
@@ -285,3 +243,44 @@ def in_branches(model: nn.Module) -> frozenset[str]:
         if isinstance(module, Entry)
         for name, _ in tree_flatten(module.trainable_parameters())
     )
+
+
+# Loss
+
+OfHidden = Callable[..., mx.array]
+"""(head, hidden (P, D), targets (P,), weights (P,), gradient=) -> (P,) losses, differentiable in `hidden`."""
+
+
+def divided(losses_of: OfHidden, wire: Wire) -> OfHidden:
+    """Return a function with the same results, of which each rank computes a part.
+
+    Args:
+        losses_of: computes each position by itself.
+        wire: connects the ranks.
+    """
+
+    def losses(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array, gradient: bool = True) -> mx.array:
+        count = len(targets)
+        part = -(-count // wire.size)
+        own = slice(min(wire.rank * part, count), min((wire.rank + 1) * part, count))
+        around = (own.start, count - own.stop)
+        of_own = partial(losses_of, head, targets=targets[own], weights=weights[own], gradient=gradient)
+
+        @mx.custom_function
+        def forward(hidden: mx.array) -> tuple[mx.array, mx.array]:
+            h, made, slopes = hidden[own], mx.zeros((0,)), hidden[own]
+            if len(h) and gradient:
+                [made], [slopes] = mx.vjp(lambda h: [of_own(h)], [h], [mx.ones((len(h),))])
+            elif len(h):
+                made = of_own(h)
+            return wire.sum(mx.pad(made, around)), slopes
+
+        @forward.vjp
+        def forward_vjp(hidden: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
+            slopes = (cotangents[0][own][:, None] * outputs[1]).astype(hidden.dtype)
+            [slopes] = mx.depends([slopes], [outputs[0]])
+            return wire.sum(mx.pad(slopes, [around, (0, 0)]))
+
+        return forward(hidden)[0]
+
+    return losses

@@ -1,1 +1,1 @@
-"""Sampling during training: answers, environments and rewards."""
+"""Sample answers during training, and reward them."""

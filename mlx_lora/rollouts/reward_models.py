@@ -1,11 +1,8 @@
-"""Load reward models on or beside the base; their memory.
+"""Load the reward models among a run's rewards, and count their memory before their weights are read.
 
-Count the memory of the reward models that a run holds beside its base, without reading their weights.
-
-Load the reward models among a run's rewards: on the run's own base where they were trained on it, else beside it.
-
-A reward model of the run's base shares its arrays: modules are copied, and the adapter is put on the copy, so that only the
-adapter takes memory. This has to happen before the run's own adapter is put on the base.
+A reward model that was trained on the run's own base shares that base's arrays: modules are copied, and the adapter is put
+on the copy, so that only the adapter takes memory. This has to happen before the run's own adapter is put on the base. Any
+other reward model has a base beside the run's.
 """
 
 from __future__ import annotations
@@ -37,61 +34,7 @@ from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import read_json
 
-PEFT_CONFIG = "adapter_config.json"
-SINGLE_BYTES = 4  # of a number of an adapter, and of a score head
-
-
-def beside_bytes(settings: TrainSettings) -> int:
-    """Return the bytes of a run's reward models: their adapters, and a base for those that are not the run's own.
-
-    A base that is named otherwise than --model is counted, though the run shares it if it turns out to be the same.
-
-    Raises:
-        InputError: a folder's files cannot be read.
-    """
-    if not settings.objective.samples:
-        return 0
-    dtype, total = device.compute_dtype(settings.model.dtype), 0
-    bases: list[tuple[str, str | None]] = []
-    for folder in reward_folders(settings.objective):
-        file = folder / PEFT_CONFIG
-        if not file.is_file():
-            total += _numbers(folder, "model*.safetensors") * dtype.size if (folder / CONFIG_FILE).is_file() else 0
-            continue
-        total += _numbers(folder, "adapter*.safetensors") * SINGLE_BYTES
-        named = base_named(file)
-        known = [settings.model.model or "", *(name for name, _ in bases)]
-        if named is not None and not any(is_same_model(named[0], name) for name in known):
-            bases.append(named)
-    for name, revision in bases:
-        outline = outline_of(name, revision, dtype)
-        total += sum(array.nbytes for _, array in tree_flatten(outline.model.parameters()))
-    return total
-
-
-def base_named(file: Path) -> tuple[str, str | None] | None:
-    """Return the model that an adapter_config.json, ours or PEFT's, names, with its revision; None if it names none."""
-    config = read_json(file, "restore it from a checkpoint")
-    own = config.get("mlx_lora")
-    if isinstance(own, dict) and own.get("base_model"):
-        return str(own["base_model"]), own.get("base_revision")
-    name = config.get("base_model_name_or_path") or config.get("model")
-    return (str(name), None) if name else None
-
-
-def is_same_model(one: str, other: str) -> bool:
-    """Tell whether two names are the same, or lead to the same file or folder."""
-    if one == other:
-        return True
-    paths = Path(one).expanduser(), Path(other).expanduser()
-    return all(path.exists() for path in paths) and paths[0].resolve() == paths[1].resolve()
-
-
-def _numbers(folder: Path, pattern: str) -> int:
-    """Return how many numbers the files of a folder hold."""
-    headers = [read_safetensors_header(file) for file in sorted(folder.glob(pattern))]
-    return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
-
+# Loading
 
 # Nothing is cut: a prompt has at most --max-seq-length tokens, and its answer at most --max-new-tokens.
 UNCUT = DataSettings(max_seq_length=1 << 20)
@@ -116,6 +59,17 @@ class ModelReward:
         return scores.tolist()
 
 
+def check_rewards(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS) -> None:
+    """Refuse rewards that cannot be used, before a model is loaded.
+
+    Raises:
+        InputError: a name is unknown, a user's file does not load, or a folder holds no reward model.
+    """
+    for reward in rewards_of(settings, functions):
+        if reward.model is not None:
+            check_reward_model(reward.model)
+
+
 def check_reward_model(folder: Path) -> None:
     """Refuse a folder that holds no reward model, before a model is loaded.
 
@@ -137,17 +91,6 @@ def check_reward_model(folder: Path) -> None:
             f"--reward {folder}: a {config.get('model_type')} classifier; {', '.join(SAME_LAYOUT)} can be read; give the "
             "adapter that it was made from"
         )
-
-
-def check_rewards(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS) -> None:
-    """Refuse rewards that cannot be used, before a model is loaded.
-
-    Raises:
-        InputError: a name is unknown, a user's file does not load, or a folder holds no reward model.
-    """
-    for reward in rewards_of(settings, functions):
-        if reward.model is not None:
-            check_reward_model(reward.model)
 
 
 def load_rewards(
@@ -228,3 +171,63 @@ def _other_base(folder: Path, asked: ModelSettings) -> Base:
         return load_base(replace(asked, model=named[0], revision=named[1], bits=None))  # --bits is of --model
     except InputError as error:
         raise InputError(f"--reward {folder}: its base cannot be loaded: {error}") from None
+
+
+# Memory
+
+PEFT_CONFIG = "adapter_config.json"
+SINGLE_BYTES = 4  # of a number of an adapter, and of a score head
+
+
+def beside_bytes(settings: TrainSettings) -> int:
+    """Return the bytes of a run's reward models: their adapters, and a base for those that are not the run's own.
+
+    A base that is named otherwise than --model is counted, though the run shares it if it turns out to be the same.
+
+    Raises:
+        InputError: a folder's files cannot be read.
+    """
+    if not settings.objective.samples:
+        return 0
+    dtype, total = device.compute_dtype(settings.model.dtype), 0
+    bases: list[tuple[str, str | None]] = []
+    for folder in reward_folders(settings.objective):
+        file = folder / PEFT_CONFIG
+        if not file.is_file():
+            total += (
+                _count_numbers(folder, "model*.safetensors") * dtype.size if (folder / CONFIG_FILE).is_file() else 0
+            )
+            continue
+        total += _count_numbers(folder, "adapter*.safetensors") * SINGLE_BYTES
+        named = base_named(file)
+        known = [settings.model.model or "", *(name for name, _ in bases)]
+        if named is not None and not any(is_same_model(named[0], name) for name in known):
+            bases.append(named)
+    for name, revision in bases:
+        outline = outline_of(name, revision, dtype)
+        total += sum(array.nbytes for _, array in tree_flatten(outline.model.parameters()))
+    return total
+
+
+def base_named(file: Path) -> tuple[str, str | None] | None:
+    """Return the model that an adapter_config.json, ours or PEFT's, names, with its revision; None if it names none."""
+    config = read_json(file, "restore it from a checkpoint")
+    own = config.get("mlx_lora")
+    if isinstance(own, dict) and own.get("base_model"):
+        return str(own["base_model"]), own.get("base_revision")
+    name = config.get("base_model_name_or_path") or config.get("model")
+    return (str(name), None) if name else None
+
+
+def is_same_model(one: str, other: str) -> bool:
+    """Tell whether two names are the same, or lead to the same file or folder."""
+    if one == other:
+        return True
+    paths = Path(one).expanduser(), Path(other).expanduser()
+    return all(path.exists() for path in paths) and paths[0].resolve() == paths[1].resolve()
+
+
+def _count_numbers(folder: Path, pattern: str) -> int:
+    """Return how many numbers the files of a folder hold."""
+    headers = [read_safetensors_header(file) for file in sorted(folder.glob(pattern))]
+    return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())

@@ -1,18 +1,11 @@
-"""Rewards by name, from a file, from a reward model; timeouts.
-
-Call a user's reward as TRL does: `async def` functions too, with the trainer's state where the function takes it.
-
-What rewards sampled answers: functions with the signature of TRL's, ready ones by name, and reward models.
+"""Reward sampled answers: with functions that have the signature of TRL's, with ready ones by name, and with reward models.
 
     def reward(prompts, completions, completion_ids, **columns) -> list[float | None]
 
 Prompts and completions are texts, or lists of messages for data with messages; each column of the data comes as a list
-with one value for each answer. None means: cannot be rewarded. A reward model scores whole conversations instead;
-rollouts/reward_models.py loads it.
-
-Shapes: A answers, F functions.
-
-Load rewards by name or from a user's Python file, and call them with a time limit.
+with one value for each answer. None means: cannot be rewarded. A function may be `async def`, and gets the trainer's state
+where it takes it, as in TRL. It is read from a user's Python file or given in Python, and has a time limit. A reward model
+scores whole conversations instead; rollouts/reward_models.py loads it.
 
 Shapes: A answers, F functions, G answers to one prompt.
 """
@@ -47,91 +40,12 @@ from mlx_lora.data.examples import Completion, Conversation
 from mlx_lora.losses.policy import group_deviation
 from mlx_lora.utils.errors import InputError, RunError
 
-STATE = "trainer_state"
-
-
-@dataclass
-class TrainerState:
-    """Where a run is, under the names of transformers' TrainerState.
-
-    Attributes:
-        global_step: Optimizer steps that are done.
-        max_steps: Of the run; 0 for a measurement.
-        epoch: Passes over the data that are done.
-    """
-
-    global_step: int = 0
-    max_steps: int = 0
-    epoch: float = 0.0
-
-
-def call_reward(function: Callable[..., Any], arguments: dict[str, Any], state: TrainerState) -> list[Any]:
-    """Return a reward's values.
-
-    Args:
-        function: Plain or `async def`.
-        arguments: By name.
-        state: Passed as `trainer_state` if the function has such a parameter, or takes any.
-    """
-    if STATE not in arguments and _takes_state(function):
-        arguments = {**arguments, STATE: state}
-    values = function(**arguments)
-    return list(_awaited(values) if inspect.isawaitable(values) else values)
-
-
-def _takes_state(function: Callable[..., Any]) -> bool:
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # of some callables written in C
-        return False
-    return STATE in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-
-
-def _awaited(values: Any) -> Any:
-    """Wait for an `async def` reward; a notebook has an event loop of its own, which cannot run another's."""
-
-    async def wait() -> Any:
-        return await values
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(wait())
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(asyncio.run, wait()).result()
-
-
-class SilentRewards:
-    """Counts the batches to which a reward gave nothing, and says so at the first, the 10th, the 100th ..."""
-
-    def __init__(self) -> None:
-        """Begin to count."""
-        self.batches: Counter[str] = Counter()
-
-    def watch(self, names: Sequence[str], found: np.ndarray, say: Callable[[str], None]) -> None:
-        """Count a batch.
-
-        Args:
-            names: Of the rewards, (F,).
-            found: (A, F), NaN where a reward gave none.
-            say: Takes a note.
-        """
-        gave_none: Any = np.isnan(found).all(axis=0)
-        for name, silent in zip(names, gave_none, strict=True):
-            if not silent or not len(found):
-                continue
-            self.batches[name] += 1
-            count = self.batches[name]
-            if str(count).strip("0") == "1":
-                times = "a batch" if count == 1 else f"{count:,} batches so far"
-                say(f"Note: --reward {name} gave None to every answer of {times}; it changes nothing there")
-
+# Rewards of a run
 
 RewardFunction = Callable[..., Sequence[float | None]]
-ANSWER_COLUMNS = ("answer", "solution", "completion", "output", "response")
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-FINAL_MARK = "####"  # before the result in GSM8K's answers
-THINKING = re.compile(r"^\s*<think>(?!.*<think>).*?</think>\s*\S.*$", re.DOTALL)
+Functions = Mapping[str, RewardFunction]
+NO_FUNCTIONS: Functions = MappingProxyType({})
+IN_PYTHON = "python:"  # before the name of a function that was given in Python
 
 
 @dataclass(frozen=True)
@@ -149,135 +63,6 @@ class Reward:
     function: RewardFunction
     weight: float = 1.0
     model: Path | None = None
-
-
-def text_of(completion: Any) -> str:
-    """Return a completion's text, given as text or as messages."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
-
-
-def exact_match(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-    """Give 1 for an answer that equals the record's own, without white space around it, else 0."""
-    return [
-        None if right is None else float(text_of(completion).strip() == str(right).strip())
-        for completion, right in zip(completions, _right_answers(completions, columns, "exact_match"), strict=True)
-    ]
-
-
-def number_match(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-    """Give 1 if an answer's last number is that of the record's own answer, else 0.
-
-    In both, a number after "####" (GSM8K) counts before the last one. Commas in numbers are ignored.
-    """
-    found = []
-    for completion, right in zip(completions, _right_answers(completions, columns, "number_match"), strict=True):
-        wanted = _number(str(right)) if right is not None else None
-        given = _number(text_of(completion))
-        found.append(None if wanted is None else float(given is not None and given == wanted))
-    return found
-
-
-def think_format(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-    """Give 1 for one thought in <think> tags, followed by an answer, else 0."""
-    return [float(THINKING.match(text_of(completion)) is not None) for completion in completions]
-
-
-def length(completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], most: int, **columns: Any) -> list:
-    """Give 0 up to `most` tokens, and beyond, minus the share by which an answer is longer."""
-    return [-max(0, len(tokens) - most) / most for tokens in completion_ids]
-
-
-def matches(completions: Sequence[Any], pattern: re.Pattern, **columns: Any) -> list[float | None]:
-    """Give 1 for an answer in which the pattern is found, else 0."""
-    return [float(pattern.search(text_of(completion)) is not None) for completion in completions]
-
-
-def fits_schema(completions: Sequence[Any], validator: Any, **columns: Any) -> list[float | None]:
-    """Give 1 for an answer that is JSON and fits the schema, half for JSON that does not fit, else 0."""
-    found: list[float | None] = []
-    for completion in completions:
-        try:
-            value = json.loads(text_of(completion))
-        except ValueError:
-            found.append(0.0)
-        else:
-            found.append(1.0 if validator.is_valid(value) else 0.5)
-    return found
-
-
-PLAIN: dict[str, RewardFunction] = {
-    "exact_match": exact_match,
-    "number_match": number_match,
-    "think_format": think_format,
-}
-WITH_ARGUMENT = ("length", "regex", "json_schema")
-NAMES = (*PLAIN, "length:N", "regex:PATTERN", "json_schema:FILE")
-
-
-def ready_reward(name: str) -> RewardFunction | None:
-    """Return the ready function of a name, such as exact_match or length:200; None if there is none.
-
-    Raises:
-        InputError: what follows the colon cannot be used.
-    """
-    kind, colon, argument = name.partition(":")
-    if not colon:
-        return PLAIN.get(kind)
-    if kind == "length":
-        if not argument.isdecimal() or not int(argument):
-            raise InputError(f"--reward {name}: write a number of tokens, as in length:200")
-        return partial(length, most=int(argument))
-    if kind == "regex":
-        try:
-            return partial(matches, pattern=re.compile(argument, re.DOTALL))
-        except re.error as error:
-            raise InputError(f"--reward {name}: not a regular expression ({error}); correct it") from None
-    return partial(fits_schema, validator=_validator(name, Path(argument))) if kind == "json_schema" else None
-
-
-def _validator(name: str, file: Path) -> Any:
-    try:
-        import jsonschema
-        from jsonschema.validators import validator_for
-    except ImportError:
-        raise InputError(f"--reward {name}: needs jsonschema; install it: pip install jsonschema") from None
-    try:
-        schema = json.loads(file.read_text(encoding="utf-8"))
-        kind = validator_for(schema)
-        kind.check_schema(schema)
-    except (OSError, ValueError, jsonschema.SchemaError) as error:
-        raise InputError(f"--reward {name}: {file} holds no JSON schema ({error}); correct it") from None
-    return kind(schema)
-
-
-def _right_answers(completions: Sequence[Any], columns: dict[str, Any], name: str) -> Sequence[Any]:
-    """Return the record's own answer for each completion."""
-    for column in ANSWER_COLUMNS:
-        if column in columns:
-            return columns[column]
-    raise ValueError(f"{name} needs the right answer in a column of the data: {', '.join(ANSWER_COLUMNS)}")
-
-
-def _number(text: str) -> float | None:
-    """Return the number after "####", else the last one; None without any."""
-    if FINAL_MARK in text:
-        text = text.rpartition(FINAL_MARK)[2]
-        numbers = NUMBER.findall(text)[:1]
-    else:
-        numbers = NUMBER.findall(text)[-1:]
-    return float(numbers[0].replace(",", "")) if numbers else None
-
-
-GIVE = f"a function as FILE.py:FUNCTION, the folder of a reward model, or {', '.join(NAMES)}"
-# What is reported of answers beside their reward; a reward's own mean has its name after OWN, and KNOWN before that its share.
-SPREAD, NO_SPREAD, OWN, KNOWN = "reward_std", "frac_reward_zero_std", "reward/", "known "
-Functions = Mapping[str, RewardFunction]
-NO_FUNCTIONS: Functions = MappingProxyType({})
-IN_PYTHON = "python:"  # before the name of a function that was given in Python
-
-
-class _TooLong(BaseException):
-    """A reward took longer than allowed; not an Exception, so that the user's code does not catch it."""
 
 
 def rewards_of(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS) -> list[Reward]:
@@ -335,6 +120,213 @@ def reward_files(settings: ObjectiveSettings) -> dict[str, str]:
         if digests:
             found[f"code of --reward {text}"] = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
     return found
+
+
+def _asked(settings: ObjectiveSettings) -> list[str]:
+    """Return what --reward names, one text each."""
+    return [text.strip() for text in (settings.reward or "").split(",") if text.strip()]
+
+
+def _model_folder(text: str) -> Path | None:
+    """Return the folder that a text of --reward names; None if it names something else."""
+    path = os.path.expanduser(text)
+    return Path(path) if text not in PLAIN and os.path.isdir(path) else None  # unlike Path's, False for any text
+
+
+def _not_loaded(conversations: Sequence[Any]) -> list[float | None]:
+    raise ValueError("a reward model that was not loaded")
+
+
+def _short(text: str) -> str:
+    """Return a short name for reports: the function's, the folder's, or the kind of a ready one."""
+    if folder := _model_folder(text):
+        return folder.resolve().name
+    path, _, function = text.rpartition(":")
+    return function if path.endswith(".py") or text.startswith(IN_PYTHON) else text.partition(":")[0]
+
+
+def _weights(text: str | None, count: int) -> list[float]:
+    if text is None:
+        return [1.0] * count
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != count or not all(map(math.isfinite, weights)):
+        raise InputError(f"--reward-weights {text}: give {count} numbers separated by commas, one for each --reward")
+    return weights
+
+
+def _function(name: str) -> RewardFunction:
+    found = ready_reward(name)
+    if found is not None:
+        return found
+    if name.startswith(IN_PYTHON):
+        raise InputError(f"--reward {name}: a function that was given in Python; continue with mlx_lora.train there")
+    path, colon, function = name.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        near = get_close_matches(name, PLAIN, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"give {GIVE}"
+        raise InputError(f"--reward {name}: {hint}")
+    module = _module(Path(path).expanduser(), name)
+    if not callable(getattr(module, function, None)):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise InputError(f"--reward {name}: {path} has no function {function}; it has {', '.join(known) or 'none'}")
+    return getattr(module, function)
+
+
+def _module(file: Path, name: str) -> ModuleType:
+    """Run a user's file and return it as a module."""
+    if not file.is_file():
+        raise InputError(f"--reward {name}: there is no file {file}; give its path")
+    spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"--reward {name}: {file} is not a Python file; give one")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a user's code may raise anything
+        words = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"--reward {name}: {file} cannot be run ({words}); correct it") from error
+    return module
+
+
+# Calls
+
+STATE = "trainer_state"
+
+
+@dataclass
+class TrainerState:
+    """Where a run is, under the names of transformers' TrainerState.
+
+    Attributes:
+        global_step: Optimizer steps that are done.
+        max_steps: Of the run; 0 for a measurement.
+        epoch: Passes over the data that are done.
+    """
+
+    global_step: int = 0
+    max_steps: int = 0
+    epoch: float = 0.0
+
+
+def call_reward(function: Callable[..., Any], arguments: dict[str, Any], state: TrainerState) -> list[Any]:
+    """Return a reward's values.
+
+    Args:
+        function: Plain or `async def`.
+        arguments: By name.
+        state: Passed as `trainer_state` if the function has such a parameter, or takes any.
+    """
+    if STATE not in arguments and _takes_state(function):
+        arguments = {**arguments, STATE: state}
+    values = function(**arguments)
+    return list(_awaited(values) if inspect.isawaitable(values) else values)
+
+
+def _takes_state(function: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of some callables written in C
+        return False
+    return STATE in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def _awaited(values: Any) -> Any:
+    """Wait for an `async def` reward; a notebook has an event loop of its own, which cannot run another's."""
+
+    async def wait() -> Any:
+        return await values
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait())
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(asyncio.run, wait()).result()
+
+
+def _called(
+    reward: Reward,
+    answers: dict[str, Any],
+    conversations: Sequence[Conversation | Completion],
+    settings: ObjectiveSettings,
+    say: Callable[[str], None],
+    state: TrainerState,
+) -> list[Any] | None:
+    """Return a function's values, None if it failed and that is skipped."""
+    count = len(answers["completions"])
+    try:
+        if reward.model is not None:
+            values = list(reward.function(conversations))
+        else:
+            with _at_most(settings.reward_timeout):
+                values = call_reward(reward.function, answers, state)
+    except _TooLong:
+        limit = f"{settings.reward_timeout:g} s"
+        _fail(f"--reward {reward.name} took longer than {limit} for {count} answers", settings, say, "--reward-timeout")
+        return None
+    except Exception as error:  # a user's code may raise anything
+        words = f"{type(error).__name__}: {error}".splitlines()[0]
+        _fail(f"--reward {reward.name} failed ({words}) for {_shown(answers, 0)}", settings, say)
+        return None
+    if len(values) != count:
+        _fail(f"--reward {reward.name} gave {len(values)} values for {count} answers", settings, say)
+        return None
+    return values
+
+
+class _TooLong(BaseException):
+    """A reward took longer than allowed; not an Exception, so that the user's code does not catch it."""
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise _TooLong in here after some seconds; only in the main thread, the others have no signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _fail(what: str, settings: ObjectiveSettings, say: Callable[[str], None], flag: str = "") -> None:
+    """Stop the run, or say what is skipped."""
+    if settings.reward_errors == "skip":
+        say(f"Note: {what}; skipped")
+        return
+    raise RunError(f"{what}; correct it{f', raise {flag}' if flag else ''}, or give --reward-errors skip")
+
+
+def _problem(value: Any) -> str | None:
+    """Return what is wrong with a reward, None if nothing is; None as a reward means that there is none."""
+    if value is None:
+        return None
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        return f"a {type(value).__name__}, not a number,"
+    return None if math.isfinite(float(value)) else str(float(value))
+
+
+def _shown(answers: dict[str, Any], row: int) -> str:
+    """Return the answer of a row in words, with its prompt."""
+    prompt, completion = (str(answers[name][row])[:60] for name in ("prompts", "completions"))
+    return f"the answer {completion!r} to {prompt!r}"
+
+
+# Values and reports
+
+# What is reported of answers beside their reward; a reward's own mean has its name after OWN, and KNOWN before that its share.
+SPREAD, NO_SPREAD, OWN, KNOWN = "reward_std", "frac_reward_zero_std", "reward/", "known "
 
 
 def rewards_for(
@@ -410,142 +402,153 @@ def means_of_known(means: dict[str, float]) -> dict[str, float]:
     return {name: own.get(name, value) for name, value in means.items() if not name.startswith(KNOWN)}
 
 
-def _called(
-    reward: Reward,
-    answers: dict[str, Any],
-    conversations: Sequence[Conversation | Completion],
-    settings: ObjectiveSettings,
-    say: Callable[[str], None],
-    state: TrainerState,
-) -> list[Any] | None:
-    """Return a function's values, None if it failed and that is skipped."""
-    count = len(answers["completions"])
-    try:
-        if reward.model is not None:
-            values = list(reward.function(conversations))
+class SilentRewards:
+    """Counts the batches to which a reward gave nothing, and says so at the first, the 10th, the 100th ..."""
+
+    def __init__(self) -> None:
+        """Begin to count."""
+        self.batches: Counter[str] = Counter()
+
+    def watch(self, names: Sequence[str], found: np.ndarray, say: Callable[[str], None]) -> None:
+        """Count a batch.
+
+        Args:
+            names: Of the rewards, (F,).
+            found: (A, F), NaN where a reward gave none.
+            say: Takes a note.
+        """
+        gave_none: Any = np.isnan(found).all(axis=0)
+        for name, silent in zip(names, gave_none, strict=True):
+            if not silent or not len(found):
+                continue
+            self.batches[name] += 1
+            count = self.batches[name]
+            if str(count).strip("0") == "1":
+                times = "a batch" if count == 1 else f"{count:,} batches so far"
+                say(f"Note: --reward {name} gave None to every answer of {times}; it changes nothing there")
+
+
+# Ready rewards
+
+ANSWER_COLUMNS = ("answer", "solution", "completion", "output", "response")
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+FINAL_MARK = "####"  # before the result in GSM8K's answers
+THINKING = re.compile(r"^\s*<think>(?!.*<think>).*?</think>\s*\S.*$", re.DOTALL)
+
+
+def text_of(completion: Any) -> str:
+    """Return a completion's text, given as text or as messages."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def exact_match(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Give 1 for an answer that equals the record's own, without white space around it, else 0."""
+    return [
+        None if right is None else float(text_of(completion).strip() == str(right).strip())
+        for completion, right in zip(completions, _right_answers(completions, columns, "exact_match"), strict=True)
+    ]
+
+
+def number_match(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Give 1 if an answer's last number is that of the record's own answer, else 0.
+
+    In both, a number after "####" (GSM8K) counts before the last one. Commas in numbers are ignored.
+    """
+    found = []
+    for completion, right in zip(completions, _right_answers(completions, columns, "number_match"), strict=True):
+        wanted = _number(str(right)) if right is not None else None
+        given = _number(text_of(completion))
+        found.append(None if wanted is None else float(given is not None and given == wanted))
+    return found
+
+
+def think_format(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Give 1 for one thought in <think> tags, followed by an answer, else 0."""
+    return [float(THINKING.match(text_of(completion)) is not None) for completion in completions]
+
+
+def length(completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], most: int, **columns: Any) -> list:
+    """Give 0 up to `most` tokens, and beyond, minus the share by which an answer is longer."""
+    return [-max(0, len(tokens) - most) / most for tokens in completion_ids]
+
+
+def matches(completions: Sequence[Any], pattern: re.Pattern, **columns: Any) -> list[float | None]:
+    """Give 1 for an answer in which the pattern is found, else 0."""
+    return [float(pattern.search(text_of(completion)) is not None) for completion in completions]
+
+
+def fits_schema(completions: Sequence[Any], validator: Any, **columns: Any) -> list[float | None]:
+    """Give 1 for an answer that is JSON and fits the schema, half for JSON that does not fit, else 0."""
+    found: list[float | None] = []
+    for completion in completions:
+        try:
+            value = json.loads(text_of(completion))
+        except ValueError:
+            found.append(0.0)
         else:
-            with _at_most(settings.reward_timeout):
-                values = call_reward(reward.function, answers, state)
-    except _TooLong:
-        limit = f"{settings.reward_timeout:g} s"
-        _fail(f"--reward {reward.name} took longer than {limit} for {count} answers", settings, say, "--reward-timeout")
-        return None
-    except Exception as error:  # a user's code may raise anything
-        words = f"{type(error).__name__}: {error}".splitlines()[0]
-        _fail(f"--reward {reward.name} failed ({words}) for {_shown(answers, 0)}", settings, say)
-        return None
-    if len(values) != count:
-        _fail(f"--reward {reward.name} gave {len(values)} values for {count} answers", settings, say)
-        return None
-    return values
+            found.append(1.0 if validator.is_valid(value) else 0.5)
+    return found
 
 
-def _fail(what: str, settings: ObjectiveSettings, say: Callable[[str], None], flag: str = "") -> None:
-    """Stop the run, or say what is skipped."""
-    if settings.reward_errors == "skip":
-        say(f"Note: {what}; skipped")
-        return
-    raise RunError(f"{what}; correct it{f', raise {flag}' if flag else ''}, or give --reward-errors skip")
+PLAIN: dict[str, RewardFunction] = {
+    "exact_match": exact_match,
+    "number_match": number_match,
+    "think_format": think_format,
+}
+WITH_ARGUMENT = ("length", "regex", "json_schema")
+NAMES = (*PLAIN, "length:N", "regex:PATTERN", "json_schema:FILE")
+GIVE = f"a function as FILE.py:FUNCTION, the folder of a reward model, or {', '.join(NAMES)}"
 
 
-def _problem(value: Any) -> str | None:
-    """Return what is wrong with a reward, None if nothing is; None as a reward means that there is none."""
-    if value is None:
-        return None
-    if isinstance(value, str) or not hasattr(value, "__float__"):
-        return f"a {type(value).__name__}, not a number,"
-    return None if math.isfinite(float(value)) else str(float(value))
+def ready_reward(name: str) -> RewardFunction | None:
+    """Return the ready function of a name, such as exact_match or length:200; None if there is none.
+
+    Raises:
+        InputError: what follows the colon cannot be used.
+    """
+    kind, colon, argument = name.partition(":")
+    if not colon:
+        return PLAIN.get(kind)
+    if kind == "length":
+        if not argument.isdecimal() or not int(argument):
+            raise InputError(f"--reward {name}: write a number of tokens, as in length:200")
+        return partial(length, most=int(argument))
+    if kind == "regex":
+        try:
+            return partial(matches, pattern=re.compile(argument, re.DOTALL))
+        except re.error as error:
+            raise InputError(f"--reward {name}: not a regular expression ({error}); correct it") from None
+    return partial(fits_schema, validator=_validator(name, Path(argument))) if kind == "json_schema" else None
 
 
-def _shown(answers: dict[str, Any], row: int) -> str:
-    """Return the answer of a row in words, with its prompt."""
-    prompt, completion = (str(answers[name][row])[:60] for name in ("prompts", "completions"))
-    return f"the answer {completion!r} to {prompt!r}"
-
-
-@contextmanager
-def _at_most(seconds: float) -> Iterator[None]:
-    """Raise _TooLong in here after some seconds; only in the main thread, the others have no signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: Any) -> None:
-        raise _TooLong
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+def _validator(name: str, file: Path) -> Any:
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def _function(name: str) -> RewardFunction:
-    found = ready_reward(name)
-    if found is not None:
-        return found
-    if name.startswith(IN_PYTHON):
-        raise InputError(f"--reward {name}: a function that was given in Python; continue with mlx_lora.train there")
-    path, colon, function = name.rpartition(":")
-    if not colon or not path.endswith(".py"):
-        near = get_close_matches(name, PLAIN, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"give {GIVE}"
-        raise InputError(f"--reward {name}: {hint}")
-    module = _module(Path(path).expanduser(), name)
-    if not callable(getattr(module, function, None)):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise InputError(f"--reward {name}: {path} has no function {function}; it has {', '.join(known) or 'none'}")
-    return getattr(module, function)
-
-
-def _module(file: Path, name: str) -> ModuleType:
-    """Run a user's file and return it as a module."""
-    if not file.is_file():
-        raise InputError(f"--reward {name}: there is no file {file}; give its path")
-    spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise InputError(f"--reward {name}: {file} is not a Python file; give one")
-    module = importlib.util.module_from_spec(spec)
+        import jsonschema
+        from jsonschema.validators import validator_for
+    except ImportError:
+        raise InputError(f"--reward {name}: needs jsonschema; install it: pip install jsonschema") from None
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # a user's code may raise anything
-        words = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"--reward {name}: {file} cannot be run ({words}); correct it") from error
-    return module
+        schema = json.loads(file.read_text(encoding="utf-8"))
+        kind = validator_for(schema)
+        kind.check_schema(schema)
+    except (OSError, ValueError, jsonschema.SchemaError) as error:
+        raise InputError(f"--reward {name}: {file} holds no JSON schema ({error}); correct it") from None
+    return kind(schema)
 
 
-def _asked(settings: ObjectiveSettings) -> list[str]:
-    """Return what --reward names, one text each."""
-    return [text.strip() for text in (settings.reward or "").split(",") if text.strip()]
+def _right_answers(completions: Sequence[Any], columns: dict[str, Any], name: str) -> Sequence[Any]:
+    """Return the record's own answer for each completion."""
+    for column in ANSWER_COLUMNS:
+        if column in columns:
+            return columns[column]
+    raise ValueError(f"{name} needs the right answer in a column of the data: {', '.join(ANSWER_COLUMNS)}")
 
 
-def _model_folder(text: str) -> Path | None:
-    """Return the folder that a text of --reward names; None if it names something else."""
-    path = os.path.expanduser(text)
-    return Path(path) if text not in PLAIN and os.path.isdir(path) else None  # unlike Path's, False for any text
-
-
-def _not_loaded(conversations: Sequence[Any]) -> list[float | None]:
-    raise ValueError("a reward model that was not loaded")
-
-
-def _short(text: str) -> str:
-    """Return a short name for reports: the function's, the folder's, or the kind of a ready one."""
-    if folder := _model_folder(text):
-        return folder.resolve().name
-    path, _, function = text.rpartition(":")
-    return function if path.endswith(".py") or text.startswith(IN_PYTHON) else text.partition(":")[0]
-
-
-def _weights(text: str | None, count: int) -> list[float]:
-    if text is None:
-        return [1.0] * count
-    try:
-        weights = [float(part) for part in text.split(",")]
-    except ValueError:
-        weights = []
-    if len(weights) != count or not all(map(math.isfinite, weights)):
-        raise InputError(f"--reward-weights {text}: give {count} numbers separated by commas, one for each --reward")
-    return weights
+def _number(text: str) -> float | None:
+    """Return the number after "####", else the last one; None without any."""
+    if FINAL_MARK in text:
+        text = text.rpartition(FINAL_MARK)[2]
+        numbers = NUMBER.findall(text)[:1]
+    else:
+        numbers = NUMBER.findall(text)[-1:]
+    return float(numbers[0].replace(",", "")) if numbers else None

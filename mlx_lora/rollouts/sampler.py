@@ -1,16 +1,10 @@
-"""Sample G answers to each prompt in one batch.
-
-Sample several answers to each of several prompts in one batch, with the model as it is.
+"""Sample texts after many prompts at once, with the model as it is: G answers to each, or one text after each.
 
 A prompt is computed once, and its keys and values are copied for each of its answers; the beginning that all prompts have
-in common, such as a system text, is computed once for all of them. Each answer draws from a random stream of its own, so it
+in common, such as a system text, is computed once for all of them. Each text draws from a random stream of its own, so it
 does not depend on which others are sampled beside it, apart from rounding.
 
 Shapes: N prompts, G answers to each, A = N G answers, V vocabulary.
-
-Write a text after each of many prompts, several at once, with a base as it is.
-
-The texts do not depend on how they are batched, apart from rounding: each has a random stream of its own.
 """
 
 from __future__ import annotations
@@ -35,6 +29,10 @@ LEAST_SHARED = 16  # tokens that prompts have in common, from which on these are
 # Rows that have ended stay in the batch until they are this share of it: taking rows out copies all keys and values.
 ENDED_SHARE = 0.25
 STEPS_PER_CLEARING = 256  # steps after which unused buffers are freed
+MOST_ROWS = 32  # texts that `write_texts` samples at once
+# Tokens of all these texts, prompts included. Not a share of the free memory: rounding, and so now and then a text,
+# depends on which texts are batched, and should be the same on another day.
+MOST_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -121,6 +119,47 @@ def sample_groups(
     return answers, found
 
 
+def write_texts(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    numbers: Collection[int],
+    options: SamplingOptions,
+    ends: frozenset[int],
+    keys: mx.array,
+    take: Callable[[list[int], list[list[int]]], None],
+) -> None:
+    """Sample one text after each prompt.
+
+    Args:
+        base: without an adapter, or with one.
+        prompts: token ids, at least one each.
+        numbers: of the prompts to write after.
+        options: how; the group is 1.
+        ends: tokens that end a text.
+        keys: (prompts, 2) uint32, the key of each text's random stream.
+        take: called after each batch with its numbers and the tokens of its texts.
+
+    Raises:
+        InputError: the model cannot hold several texts at once.
+    """
+    check_groups(base.model, base.model_id)
+    order = sorted(numbers, key=lambda number: (len(prompts[number]), number))
+    if not order:
+        return
+    rows = max(1, min(MOST_ROWS, MOST_TOKENS // (len(prompts[order[-1]]) + options.max_new_tokens)))
+    training = base.model.training
+    base.model.eval()
+    try:
+        with held_weights(base, rows):
+            model = TokenSteps(base.model)
+            for start in range(0, len(order), rows):
+                batch = order[start : start + rows]
+                texts, _ = sample_groups(model, [prompts[n] for n in batch], options, ends, keys[mx.array(batch)])  # pyright: ignore[reportArgumentType] # it is called as a model
+                take(batch, texts)
+    finally:
+        base.model.train(training)
+
+
 def answer_keys(seed: int, rollout: int, count: int) -> mx.array:
     """Return the keys of a rollout's answers, (count, 2) uint32; they differ in every rollout of a run."""
     state = np.random.SeedSequence([seed, rollout]).generate_state(1, np.uint64)[0]
@@ -170,50 +209,3 @@ def _drawn(logits: mx.array, keys: mx.array, options: SamplingOptions) -> tuple[
 
 def _categorical(logits: mx.array, keys: mx.array) -> mx.array:
     return mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(logits, keys)
-
-
-MOST_ROWS = 32  # texts at once
-# Tokens of all texts at once, prompts included. Not a share of the free memory: rounding, and so now and then a text,
-# depends on which texts are batched, and should be the same on another day.
-MOST_TOKENS = 16_384
-
-
-def write_texts(
-    base: Base,
-    prompts: Sequence[Sequence[int]],
-    numbers: Collection[int],
-    options: SamplingOptions,
-    ends: frozenset[int],
-    keys: mx.array,
-    take: Callable[[list[int], list[list[int]]], None],
-) -> None:
-    """Sample one text after each prompt.
-
-    Args:
-        base: without an adapter, or with one.
-        prompts: token ids, at least one each.
-        numbers: of the prompts to write after.
-        options: how; the group is 1.
-        ends: tokens that end a text.
-        keys: (prompts, 2) uint32, the key of each text's random stream.
-        take: called after each batch with its numbers and the tokens of its texts.
-
-    Raises:
-        InputError: the model cannot hold several texts at once.
-    """
-    check_groups(base.model, base.model_id)
-    order = sorted(numbers, key=lambda number: (len(prompts[number]), number))
-    if not order:
-        return
-    rows = max(1, min(MOST_ROWS, MOST_TOKENS // (len(prompts[order[-1]]) + options.max_new_tokens)))
-    training = base.model.training
-    base.model.eval()
-    try:
-        with held_weights(base, rows):
-            model = TokenSteps(base.model)
-            for start in range(0, len(order), rows):
-                batch = order[start : start + rows]
-                texts, _ = sample_groups(model, [prompts[n] for n in batch], options, ends, keys[mx.array(batch)])  # pyright: ignore[reportArgumentType] # it is called as a model
-                take(batch, texts)
-    finally:
-        base.model.train(training)

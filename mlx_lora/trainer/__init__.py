@@ -1,1 +1,1 @@
-"""Training runs: how the stages are combined, by a run's settings, for the train command."""
+"""Train a model as a run's settings say: build the run, take its steps, save and report its results."""

@@ -1,8 +1,6 @@
-"""`build_run`: adapt, choose kernels, fit memory, sampler, step.
+"""Build a run that is ready for its first step: `compose` takes the settings and does everything else in order.
 
-Put adapter layers on a base: new ones to train, or those of a trained adapter.
-
-From a run's settings to a run that is ready for its first step: `compose` reads top to bottom.
+It adapts the base, chooses loss, kernels and layout of rows, fits the run in memory, plans the batches, and makes the step.
 """
 
 from __future__ import annotations
@@ -67,60 +65,6 @@ from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 
 
-def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tuple[Adapted, AdapterInfo]:
-    """Adapt the base, and return the facts about the adapter.
-
-    Args:
-        settings: of the run.
-        base: gets adapter layers.
-        chat_template: that the data were rendered with; kept with the adapter when it is not the model's own, so that
-            generate renders prompts the same way.
-    """
-    own_template = chat_template == base.hf_tokenizer.chat_template
-    adapter = settings.adapter
-    scores = objective_of(settings.objective).scores
-    start = read_start(base, adapter.resume_adapter_file, scores) if adapter.resume_adapter_file else None
-    adapted, full = adapt_model(base.model, adapter, settings.loop.seed), ()
-    if scores:
-        put_score_head(base.model, base.config, settings.loop.seed)
-        full = (SCORE_WEIGHT,)
-    if start:
-        put_start(base.model, start, full)
-    return adapted, AdapterInfo(
-        method=adapter.method,
-        rank=adapted.rank,
-        alpha=adapter.alpha,
-        scale=adapted.scale,
-        dropout=adapter.dropout,
-        num_layers=adapted.targets.num_layers,
-        keys=adapted.targets.keys,
-        base_model=base.model_id,
-        base_revision=base.revision,
-        base_fingerprint=base.fingerprint,
-        chat_template=None if own_template else chat_template,
-        full=adapted.full + full,
-    )
-
-
-def adapter_template(folder: Path | None) -> str | None:
-    """Return the chat template that an adapter was trained with, None where it is the model's own."""
-    own = read_adapter_config(folder).get("mlx_lora") if folder else None
-    return own.get("chat_template") if isinstance(own, dict) else None
-
-
-def put_adapter(
-    base: Base, folder: Path, data: DataSettings, objective: Objective, ignore_fingerprint: bool = False
-) -> None:
-    """Put a trained adapter on the base, and its chat template on the tokenizer unless the settings name another.
-
-    Raises:
-        InputError: the adapter cannot be read, or does not fit the base.
-    """
-    template = load_adapter(base, folder, ignore_fingerprint, objective.scores).chat_template
-    if template and not data.chat_template:
-        base.hf_tokenizer.chat_template = template
-
-
 @dataclass(frozen=True)
 class Composed:
     """A run that is ready for its first step.
@@ -149,23 +93,6 @@ class Composed:
     trunk: KeptTrunk
     test: EncodedSet | None = None
     scorer: Scorer | None = None
-
-
-@dataclass(frozen=True)
-class LossAndKernels:
-    """What computes a run's numbers.
-
-    Attributes:
-        loss: of the supervised positions.
-        kernels: of the model's layers; None: its own.
-        terms: their memory, for the planner.
-        words: on the kernels, for the run header.
-    """
-
-    loss: Loss
-    kernels: KernelChoice | None
-    terms: KernelTerms
-    words: str
 
 
 def compose(
@@ -254,36 +181,56 @@ def compared_with(
     return with_teacher(settings, base, sets, say, ranks)
 
 
-def choose_loss_and_kernels(
-    settings: TrainSettings,
-    base: Base,
-    rows: EncodedSet,
-    found: Checkpoint | None,
-    say: Callable[[str], None],
-    joined_too: EncodedSet | None = None,
-) -> LossAndKernels:
-    """Choose loss and kernels: the best that were measured here, and that agree with the model's own on this model.
+def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tuple[Adapted, AdapterInfo]:
+    """Adapt the base, and return the facts about the adapter.
 
     Args:
         settings: of the run.
-        base: adapted.
-        rows: training data, whose lengths the kernels are chosen for.
-        found: a checkpoint to go on from.
-        say: takes a line before something is measured.
-        joined_too: the same rows joined, if some batches will be.
+        base: gets adapter layers.
+        chat_template: that the data were rendered with; kept with the adapter when it is not the model's own, so that
+            generate renders prompts the same way.
     """
-    asked = settings.loop.kernels
-    loss = choose_loss(base.model, base.config, asked, say)
-    dtype = device.compute_dtype(settings.model.dtype)
-    asked = (
-        OURS if asked == AUTO and called_together(base.model) else asked
-    )  # what one rank measures, another might not
-    rows_of = {one.starts is not None: one for one in (rows, joined_too) if one is not None}
-    lengths = {shared: sorted({max(1, int(n) - 1) for n in one.lengths}) for shared, one in rows_of.items()}
-    choice = choose_model_kernels(base.model, lengths.get(False, []), asked, dtype, say, lengths.get(True, []))
-    kernels, words = check_kernels(base.model, base.config, loss, choice, say)
-    terms = replace((kernels or choice.of_mlx()).terms(), loss=loss.kernel)
-    return LossAndKernels(loss, kernels, terms, words)
+    own_template = chat_template == base.hf_tokenizer.chat_template
+    adapter = settings.adapter
+    scores = objective_of(settings.objective).scores
+    start = read_start(base, adapter.resume_adapter_file, scores) if adapter.resume_adapter_file else None
+    adapted, full = adapt_model(base.model, adapter, settings.loop.seed), ()
+    if scores:
+        put_score_head(base.model, base.config, settings.loop.seed)
+        full = (SCORE_WEIGHT,)
+    if start:
+        put_start(base.model, start, full)
+    return adapted, AdapterInfo(
+        method=adapter.method,
+        rank=adapted.rank,
+        alpha=adapter.alpha,
+        scale=adapted.scale,
+        dropout=adapter.dropout,
+        num_layers=adapted.targets.num_layers,
+        keys=adapted.targets.keys,
+        base_model=base.model_id,
+        base_revision=base.revision,
+        base_fingerprint=base.fingerprint,
+        chat_template=None if own_template else chat_template,
+        full=adapted.full + full,
+    )
+
+
+@dataclass(frozen=True)
+class LossAndKernels:
+    """What computes a run's numbers.
+
+    Attributes:
+        loss: of the supervised positions.
+        kernels: of the model's layers; None: its own.
+        terms: their memory, for the planner.
+        words: on the kernels, for the run header.
+    """
+
+    loss: Loss
+    kernels: KernelChoice | None
+    terms: KernelTerms
+    words: str
 
 
 def choose_layout(
@@ -331,6 +278,37 @@ def choose_layout(
     return choose_loss_and_kernels(settings, base, rows, found, say), Layout(words=words)
 
 
+def choose_loss_and_kernels(
+    settings: TrainSettings,
+    base: Base,
+    rows: EncodedSet,
+    found: Checkpoint | None,
+    say: Callable[[str], None],
+    joined_too: EncodedSet | None = None,
+) -> LossAndKernels:
+    """Choose loss and kernels: the best that were measured here, and that agree with the model's own on this model.
+
+    Args:
+        settings: of the run.
+        base: adapted.
+        rows: training data, whose lengths the kernels are chosen for.
+        found: a checkpoint to go on from.
+        say: takes a line before something is measured.
+        joined_too: the same rows joined, if some batches will be.
+    """
+    asked = settings.loop.kernels
+    loss = choose_loss(base.model, base.config, asked, say)
+    dtype = device.compute_dtype(settings.model.dtype)
+    if asked == AUTO and called_together(base.model):
+        asked = OURS  # what one rank measures, another might not
+    rows_of = {one.starts is not None: one for one in (rows, joined_too) if one is not None}
+    lengths = {shared: sorted({max(1, int(n) - 1) for n in one.lengths}) for shared, one in rows_of.items()}
+    choice = choose_model_kernels(base.model, lengths.get(False, []), asked, dtype, say, lengths.get(True, []))
+    kernels, words = check_kernels(base.model, base.config, loss, choice, say)
+    terms = replace((kernels or choice.of_mlx()).terms(), loss=loss.kernel)
+    return LossAndKernels(loss, kernels, terms, words)
+
+
 def shape_of(asked: TrainSettings, base: Base, chosen: LossAndKernels, shared: SharedBase) -> ModelShape:
     """Return the shape of the adapted model, or of this rank's part of it, with the memory of what was chosen."""
     kernels = chosen.kernels or KernelChoice(MLX)
@@ -371,6 +349,16 @@ def fit_settings(
     return replace(asked, data=replace(asked.data, chat_date=day), loop=loop), fitted.memory
 
 
+def as_begun(asked: TrainSettings, begun: Mapping[str, Any] | None) -> TrainSettings:
+    """Return the settings with the rate and the batch that the run was begun with, where they are open."""
+    if begun is None:
+        return asked
+    rate, tokens = asked.optimizer.learning_rate, asked.loop.batch_tokens
+    optimizer = replace(asked.optimizer, learning_rate=begun.get("learning_rate") if rate is None else rate)
+    loop = replace(asked.loop, batch_tokens=begun.get("batch_tokens") if tokens is None else tokens)
+    return replace(asked, optimizer=optimizer, loop=loop)
+
+
 def choices(
     asked: TrainSettings, settings: TrainSettings, shape: ModelShape, splits: DataSplits, plan: AnyPlan, steps: int
 ) -> list[str]:
@@ -392,16 +380,6 @@ def choices(
             if problem
         ),
     ]
-
-
-def as_begun(asked: TrainSettings, begun: Mapping[str, Any] | None) -> TrainSettings:
-    """Return the settings with the rate and the batch that the run was begun with, where they are open."""
-    if begun is None:
-        return asked
-    rate, tokens = asked.optimizer.learning_rate, asked.loop.batch_tokens
-    optimizer = replace(asked.optimizer, learning_rate=begun.get("learning_rate") if rate is None else rate)
-    loop = replace(asked.loop, batch_tokens=begun.get("batch_tokens") if tokens is None else tokens)
-    return replace(asked, optimizer=optimizer, loop=loop)
 
 
 def make_step(
@@ -459,3 +437,25 @@ def make_step(
     about += ["a pause after each micro-batch"] if loop.short_buffers else []
     about += [f"rows shared by {ranks.size} processes"] if ranks.size > 1 and not is_cut(model) else []
     return step, trunk.for_validation(whole), trunk, details, about
+
+
+# Adapters that were trained before
+
+
+def put_adapter(
+    base: Base, folder: Path, data: DataSettings, objective: Objective, ignore_fingerprint: bool = False
+) -> None:
+    """Put a trained adapter on the base, and its chat template on the tokenizer unless the settings name another.
+
+    Raises:
+        InputError: the adapter cannot be read, or does not fit the base.
+    """
+    template = load_adapter(base, folder, ignore_fingerprint, objective.scores).chat_template
+    if template and not data.chat_template:
+        base.hf_tokenizer.chat_template = template
+
+
+def adapter_template(folder: Path | None) -> str | None:
+    """Return the chat template that an adapter was trained with, None where it is the model's own."""
+    own = read_adapter_config(folder).get("mlx_lora") if folder else None
+    return own.get("chat_template") if isinstance(own, dict) else None

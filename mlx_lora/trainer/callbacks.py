@@ -1,8 +1,6 @@
-"""Callback, and tensorboard, trackio, wandb, swanlab.
+"""Call a user's callbacks during a run, and those that log it with TensorBoard, trackio, wandb or swanlab (`--report-to`).
 
-Tell a user's code what happens during a run; an error in it ends the run after a save, and names the code.
-
-Callbacks that log a run with TensorBoard, trackio, wandb or swanlab, each with its own package (`--report-to`).
+An error in a callback ends the run after a save, and the message names the callback. Each logger needs its own package.
 """
 
 from __future__ import annotations
@@ -153,40 +151,28 @@ class Callbacks:
             raise RunError(f"callback {name} failed ({type(error).__name__}: {error}); {kept}") from error
 
 
+# Loggers (--report-to)
+
 PROJECT = "mlx-lora"  # where none is named
 
 
-def package_of(logger: str, module: str) -> ModuleType:
-    """Import a logger's package.
+def logger_callbacks(settings: TrainSettings) -> list[Callback]:
+    """Return the callbacks that --report-to names.
 
     Raises:
-        InputError: it is not installed, or cannot be imported.
+        InputError: a logger's package is not installed.
     """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise InputError(
-            f"--report-to {logger}: {module} cannot be imported ({error}); pip install 'mlx-lora[{logger}]', or leave "
-            f"{logger} out"
-        ) from None
+    project, made = settings.loop.project_name, []
+    makers = {"trackio": Trackio, "wandb": Wandb, "swanlab": SwanLab}
+    for name in LOGGERS:
+        if name in named_loggers(settings.loop.report_to):
+            made.append(TensorBoard() if name == "tensorboard" else makers[name](project))
+    return made
 
 
-def numbers_of(facts: Facts, group: str) -> dict[str, float]:
-    """Return the finite numbers of a line of metrics.jsonl as `group/name`; validations have no throughput."""
-    kept = {name: value for name, value in facts.items() if type(value) in (int, float) and math.isfinite(value)}
-    if group == "valid":
-        unused = (
-            "learning_rate",
-            "grad_norm",
-            "examples",
-            "positions",
-            "padding_fraction",
-            "skipped_steps",
-            "elapsed_s",
-        )
-        kept = {k: v for k, v in kept.items() if k not in unused and not k.endswith(("tokens", "_per_s", "_bytes"))}
-        kept["loss"] = kept.pop("val_loss", math.nan)
-    return {f"{group}/{name}": value for name, value in kept.items() if name != "step" and math.isfinite(value)}
+def named_loggers(report_to: str | None) -> list[str]:
+    """Return the names in --report-to."""
+    return [name.strip().lower() for name in (report_to or "").split(",") if name.strip()]
 
 
 class TensorBoard(Callback):
@@ -274,20 +260,34 @@ class SwanLab(_Tracker):
         return {"logdir": str(Path(folder) / "swanlog")}
 
 
-def logger_callbacks(settings: TrainSettings) -> list[Callback]:
-    """Return the callbacks that --report-to names.
+def package_of(logger: str, module: str) -> ModuleType:
+    """Import a logger's package.
 
     Raises:
-        InputError: a logger's package is not installed.
+        InputError: it is not installed, or cannot be imported.
     """
-    project, made = settings.loop.project_name, []
-    makers = {"trackio": Trackio, "wandb": Wandb, "swanlab": SwanLab}
-    for name in LOGGERS:
-        if name in named_loggers(settings.loop.report_to):
-            made.append(TensorBoard() if name == "tensorboard" else makers[name](project))
-    return made
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"--report-to {logger}: {module} cannot be imported ({error}); pip install 'mlx-lora[{logger}]', or leave "
+            f"{logger} out"
+        ) from None
 
 
-def named_loggers(report_to: str | None) -> list[str]:
-    """Return the names in --report-to."""
-    return [name.strip().lower() for name in (report_to or "").split(",") if name.strip()]
+def numbers_of(facts: Facts, group: str) -> dict[str, float]:
+    """Return the finite numbers of a line of metrics.jsonl as `group/name`; validations have no throughput."""
+    kept = {name: value for name, value in facts.items() if type(value) in (int, float) and math.isfinite(value)}
+    if group == "valid":
+        unused = (
+            "learning_rate",
+            "grad_norm",
+            "examples",
+            "positions",
+            "padding_fraction",
+            "skipped_steps",
+            "elapsed_s",
+        )
+        kept = {k: v for k, v in kept.items() if k not in unused and not k.endswith(("tokens", "_per_s", "_bytes"))}
+        kept["loss"] = kept.pop("val_loss", math.nan)
+    return {f"{group}/{name}": value for name, value in kept.items() if name != "step" and math.isfinite(value)}

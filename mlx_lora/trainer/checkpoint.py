@@ -1,18 +1,15 @@
-"""Position, arrays of a run, checkpoint files.
+"""Save and restore the state of a run, in checkpoints that are written atomically.
 
-The state of a run: its position, and every array that the next step reads.
-
-A run that is resumed from it takes the same steps, bit for bit, as one that never stopped. It consists of masters,
-moments and the schedule's step count, the method's own state (AdaLoRA's importance, ReLoRA's cycles), the random key
-of dropout, and the number of consumed micro-batches (the plan is a pure function of data, seed and epoch).
-
-Checkpoints: a complete adapter and everything that a run needs to resume, written atomically.
+A run that is resumed from a checkpoint takes the same steps, bit for bit, as one that never stopped. The state consists of
+masters, moments and the schedule's step count, the method's own state (AdaLoRA's importance, ReLoRA's cycles), the random
+key of dropout, and the number of consumed micro-batches (the plan is a pure function of data, seed and epoch).
 
     checkpoints/step-000100/   adapters.safetensors, adapter_config.json     the adapter, as in a run folder
-                               state.safetensors                             trainer/checkpoint.py's arrays
+                               state.safetensors                             the arrays that the next step reads
                                state.json                                    version, program, position, identity, checksums
 
-Each is written under another name, flushed to disk and renamed: a kill at any moment leaves the earlier ones intact.
+Each checkpoint is written under another name, flushed to disk and renamed: a kill at any moment leaves the earlier ones
+intact.
 """
 
 from __future__ import annotations
@@ -42,14 +39,7 @@ from mlx_lora.utils.files import replacing_folder, sha256_of
 from mlx_lora.utils.parsing import read_json
 from mlx_lora.utils.text import command_line
 
-
-class Diverged(RunError):
-    """Ends a run because many updates in a row were not finite; `at` is the run's position."""
-
-    def __init__(self, at: Position):
-        super().__init__(f"step {at.taken}: loss or gradient was not finite {at.skipped_in_a_row} times in a row")
-        self.at = at
-
+# Position and arrays
 
 # Frozen factors that a method keeps in addition to the trained ones.
 FROZEN = ("start_a", "start_b", "fixed_a", "fixed_b")
@@ -108,6 +98,14 @@ class Position:
             self.best_loss, self.best_at = loss, self.taken
             self.best_accuracy = accuracy if self.taken else None
         return better
+
+
+class Diverged(RunError):
+    """Ends a run because many updates in a row were not finite; `at` is the run's position."""
+
+    def __init__(self, at: Position):
+        super().__init__(f"step {at.taken}: loss or gradient was not finite {at.skipped_in_a_row} times in a row")
+        self.at = at
 
 
 def run_arrays(step: Step) -> dict[str, mx.array]:
@@ -189,14 +187,12 @@ def _filled(tree: dict, arrays: dict[str, mx.array]) -> dict:
     return tree_map_with_path(lambda path, _: arrays[path], tree)
 
 
+# Files
+
 STATE_FILE, ARRAYS_FILE, LOCK_FILE = "state.json", "state.safetensors", ".lock"
 NAME, PROGRAM = re.compile(r"step-(\d{6,})"), re.compile(r"\d[\w.+]{0,30}")
 VERSION = 2  # of the format; a program reads no other
 MAX_EPOCHS, MAX_PARTS = 1e9, 10**6  # the bounds of --epochs and of rows in a batch
-
-
-class OtherVersionError(InputError):
-    """A checkpoint is whole, and of a version of its format that this program does not read."""
 
 
 @dataclass(frozen=True)
@@ -207,13 +203,17 @@ class Checkpoint:
         folder: its folder.
         position: of the run.
         identity: everything that the run depends on; see `differences`.
-        arrays: as trainer/checkpoint.py returns them.
+        arrays: see `run_arrays`.
     """
 
     folder: Path
     position: Position
     identity: dict[str, Any]
     arrays: dict[str, mx.array]
+
+
+class OtherVersionError(InputError):
+    """A checkpoint is whole, and of a version of its format that this program does not read."""
 
 
 def write_checkpoint(
@@ -242,39 +242,13 @@ def write_checkpoint(
     _flush(folder.parent)
 
 
-def thin_out(room: Path, keep: int, best_at: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one; 0 keeps all."""
-    found = numbered(room)
-    for number, folder in found[keep:] if keep else []:
-        if number != best_at:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def numbered(room: Path) -> list[tuple[int, Path]]:
-    """Return (step, folder) of the checkpoints in a run folder's `checkpoints`, newest first."""
-    folders = room.iterdir() if room.is_dir() else ()
-    found = [(int(match[1]), path) for path in folders if (match := NAME.fullmatch(path.name))]
-    return sorted(found, reverse=True)
-
-
-def newest_checkpoint(room: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest complete checkpoint, None if there is none; damaged ones are reported.
-
-    Args:
-        room: a run folder's `checkpoints`.
-        say: called with one line about each damaged checkpoint.
-
-    Raises:
-        OtherVersionError: another version wrote it; the run must not begin again in its folder.
-    """
-    for _, folder in numbered(room):
-        try:
-            return read_checkpoint(folder)
-        except OtherVersionError:
-            raise
-        except InputError as error:
-            say(f"Checkpoint skipped: {error}")
-    return None
+def _flush(path: Path) -> None:
+    """Flush a file or a folder's entries to disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -336,6 +310,41 @@ def _position_problems(position: Position) -> list[str]:
     return wrong
 
 
+def newest_checkpoint(room: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest complete checkpoint, None if there is none; damaged ones are reported.
+
+    Args:
+        room: a run folder's `checkpoints`.
+        say: called with one line about each damaged checkpoint.
+
+    Raises:
+        OtherVersionError: another version wrote it; the run must not begin again in its folder.
+    """
+    for _, folder in numbered(room):
+        try:
+            return read_checkpoint(folder)
+        except OtherVersionError:
+            raise
+        except InputError as error:
+            say(f"Checkpoint skipped: {error}")
+    return None
+
+
+def numbered(room: Path) -> list[tuple[int, Path]]:
+    """Return (step, folder) of the checkpoints in a run folder's `checkpoints`, newest first."""
+    folders = room.iterdir() if room.is_dir() else ()
+    found = [(int(match[1]), path) for path in folders if (match := NAME.fullmatch(path.name))]
+    return sorted(found, reverse=True)
+
+
+def thin_out(room: Path, keep: int, best_at: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one; 0 keeps all."""
+    found = numbered(room)
+    for number, folder in found[keep:] if keep else []:
+        if number != best_at:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return the differences between a checkpoint's identity and this run's, as text."""
     return [
@@ -343,6 +352,9 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in dict.fromkeys((*then, *now))
         if then.get(name) != now.get(name)
     ]
+
+
+# Lock
 
 
 @contextmanager
@@ -385,12 +397,3 @@ def lock_holder(folder: Path) -> int | None:
     except OSError:
         pass
     return None
-
-
-def _flush(path: Path) -> None:
-    """Flush a file or a folder's entries to disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

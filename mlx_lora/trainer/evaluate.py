@@ -1,20 +1,14 @@
-"""Mean loss on held-out rows; which rows.
-
-Choose the held-out rows that a run validates on: as many as a tenth of its work allows.
+"""Measure the loss on held-out rows: which rows, their mean loss, and whether a change of it could be chance.
 
 A validation is a forward pass; a trained token costs two of them, because the backward pass through a frozen base takes
-about as long again. So all validations of a run may take a fifth of its trained tokens, each of them an equal part, and
-never more than about 25 batches. A run too short for that validates on a few rows all the same: a loss over fewer says
-nothing.
+about as long again. So all validations of a run may take a fifth of its trained tokens, which is a tenth of its work, each
+of them an equal part, and never more than about 25 batches. A run too short for that validates on a few rows all the same:
+a loss over fewer says nothing. The rows are spaced evenly by length, and follow from settings and data alone. A checkpoint
+has their number, so that a resumed run, with more steps too, measures the same rows again.
 
-The rows are spaced evenly by length, and follow from settings and data alone. A checkpoint has their number, so that a
-resumed run, with more steps too, measures the same rows again.
-
-The loss of each held-out row, so that a change of the mean can be told from chance.
-
-Rows differ far more from each other than a row differs before and after training, so both are compared row by row. The
-change of the mean loss per token is a ratio of sums over rows; its standard error is that of such a ratio, because the
-tokens of one row are not independent (as in api/forgetting.py), and its interval is Student's, because rows are few.
+Rows differ far more from each other than a row differs before and after training, so two measurements are compared row by
+row. The change of the mean loss per token is a ratio of sums over rows; its standard error is that of such a ratio, because
+the tokens of one row are not independent (as in api/forgetting.py), and its interval is Student's, because rows are few.
 
 Shapes: R rows.
 """
@@ -51,6 +45,8 @@ from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.progress import tracked
 from mlx_lora.utils.text import counted
 
+# Which rows
+
 SHARE, SHARE_WORDS = 0.1, "a tenth"  # of the run's work, for all its validations together
 PASSES_PER_STEP = 2  # forward passes that a trained token costs
 FEWEST = 8  # examples
@@ -78,12 +74,6 @@ class HeldOut:
     times: int = 0
     words: str = ""
     identity: dict[str, Any] = field(default_factory=dict)
-
-
-def held_out_plan(rows: EncodedSet, settings: LoopSettings) -> BatchPlan:
-    """Plan the batches of a held-out set; the seed is fixed, so that every measurement uses the same batches."""
-    tokens = settings.batch_tokens or DEFAULT_BATCH_TOKENS
-    return BatchPlan(rows, batch_tokens=tokens, batch_size=settings.batch_size, seed=0)
 
 
 def choose_held_out(
@@ -130,6 +120,12 @@ def choose_held_out(
     return HeldOut(whole, batches, len(numbers), tokens, times, words, identity_now)
 
 
+def held_out_plan(rows: EncodedSet, settings: LoopSettings) -> BatchPlan:
+    """Plan the batches of a held-out set; the seed is fixed, so that every measurement uses the same batches."""
+    tokens = settings.batch_tokens or DEFAULT_BATCH_TOKENS
+    return BatchPlan(rows, batch_tokens=tokens, batch_size=settings.batch_size, seed=0)
+
+
 def validations(steps: int, every: int) -> int:
     """Return the number of validations of a run: before the first step, after every so many, and after the last."""
     return 2 + ((steps - 1) // every if every else 0)
@@ -173,6 +169,92 @@ def _identity(before: Mapping[str, Any] | None, count: int) -> dict[str, Any]:
 def _often(times: int) -> str:
     return "before the first step and after the last" if times == 2 else f"{times:,} times"
 
+
+# Mean loss
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A loss on data that are not trained on.
+
+    Attributes:
+        loss: mean over `count`; NaN without any.
+        count: trained tokens, or examples if the objective's loss is a mean over examples.
+        reports: the numbers that the objective reports, as means over `count`.
+        rows: the loss of each row that this rank measured, for a loss that is a mean over tokens; None: another loss.
+    """
+
+    loss: float
+    count: int
+    reports: dict[str, float] = field(default_factory=dict)
+    rows: RowLosses | None = None
+
+
+def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ranks = ALONE) -> Measured:
+    """Return the mean loss over the batches of all ranks, to each of which `batches` gives its own.
+
+    Meanwhile, the model is in eval mode (no dropout).
+    """
+    training = model.training
+    model.eval()
+    counts = ranks.leads or not is_cut(model)  # else all ranks compute the same: rank 0's numbers are everyone's
+    if task.whole_set:
+        loss, count, means = whole_set_loss(model, task.whole_set, task.arrays_of, batches, ranks, counts)
+        model.train(training)
+        return Measured(loss, count, task.finish(means) if count else {})
+    sums, rows = mx.zeros((2 + len(task.reports),)), []
+    tokens = task.loss.measure_tokens or task.loss.tokens
+    for batch in batches:
+        for part in task.prepare([batch], ALONE):
+            arrays = task.arrays_of(part)
+            if task.reports:
+                loss, count, reports = task.loss.measure(model, *arrays)
+                sums = sums + mx.stack([loss, count, *(reports[name] for name in task.reports)])
+                mx.eval(sums)
+            else:
+                losses = tokens(model, *arrays)  # (P,)
+                sums = sums + mx.stack([losses.sum(), arrays[4].sum()])
+                mx.eval(sums, losses)
+                rows.append(of_batch(part, np.array(losses)))
+    if not counts:
+        sums = mx.zeros_like(sums)
+    # Ranks finish at different times. On a GPU, the host must wait for the others, not the device: see `SeveralRanks.sum`.
+    total, count, *reported = ranks.sum(sums).tolist()
+    model.train(training)
+    if not count:
+        return Measured(math.nan, 0)
+    means = {name: value / count for name, value in zip(task.reports, reported, strict=True)}
+    return Measured(total / count, int(count), task.finish(means), RowLosses.gathered(rows))
+
+
+def held_out_loss(
+    base: Base,
+    rows: EncodedSet,
+    settings: LoopSettings,
+    objective: Objective,
+    ranks: Ranks = ALONE,
+    say: Callable[[str], None] | None = None,
+    answered: Callable[[BatchPlan, Loss], AnyPlan] = lambda plan, loss: plan,
+) -> Measured:
+    """Return the mean loss of the first --test-batches batches.
+
+    Args:
+        base, rows, settings, objective, ranks: what to measure on what.
+        say: takes lines of progress where there is no bar.
+        answered: makes a plan whose answers are sampled, if the objective samples them.
+    """
+    loss = choose_loss(base.model, base.config, settings.kernels)
+    plan = answered(held_out_plan(rows, settings), loss)
+    task = task_of(objective, loss_of_plan(objective, loss, base, plan), base.model)
+    count = len(plan) if settings.test_batches < 0 else min(len(plan), settings.test_batches)
+    dealt_to = row_ranks(base.model, ranks)
+    batches = own_batches(plan, settings.test_batches, dealt_to, called_together(base.model))
+    if ranks.size == 1:
+        batches = tracked(batches, "Measuring", count, "batches", say)
+    return mean_loss(base.model, task, batches, ranks)
+
+
+# Losses of single rows
 
 ROWS_FILE = "held_out_rows.jsonl"
 CONFIDENCE = 0.95
@@ -340,84 +422,3 @@ def read_rows_file(path: Path) -> dict[int, RowLosses]:
         if sums.ndim == 1 and sums.shape == tokens.shape and len(sums) and (tokens > 0).all():
             found[step] = RowLosses(sums, tokens)
     return found
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A loss on data that are not trained on.
-
-    Attributes:
-        loss: mean over `count`; NaN without any.
-        count: trained tokens, or examples if the objective's loss is a mean over examples.
-        reports: the numbers that the objective reports, as means over `count`.
-        rows: the loss of each row that this rank measured, for a loss that is a mean over tokens; None: another loss.
-    """
-
-    loss: float
-    count: int
-    reports: dict[str, float] = field(default_factory=dict)
-    rows: RowLosses | None = None
-
-
-def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ranks = ALONE) -> Measured:
-    """Return the mean loss over the batches of all ranks, to each of which `batches` gives its own.
-
-    Meanwhile, the model is in eval mode (no dropout).
-    """
-    training = model.training
-    model.eval()
-    counts = ranks.leads or not is_cut(model)  # else all ranks compute the same: rank 0's numbers are everyone's
-    if task.whole_set:
-        loss, count, means = whole_set_loss(model, task.whole_set, task.arrays_of, batches, ranks, counts)
-        model.train(training)
-        return Measured(loss, count, task.finish(means) if count else {})
-    sums, rows = mx.zeros((2 + len(task.reports),)), []
-    tokens = task.loss.measure_tokens or task.loss.tokens
-    for batch in batches:
-        for part in task.prepare([batch], ALONE):
-            arrays = task.arrays_of(part)
-            if task.reports:
-                loss, count, reports = task.loss.measure(model, *arrays)
-                sums = sums + mx.stack([loss, count, *(reports[name] for name in task.reports)])
-                mx.eval(sums)
-            else:
-                losses = tokens(model, *arrays)  # (P,)
-                sums = sums + mx.stack([losses.sum(), arrays[4].sum()])
-                mx.eval(sums, losses)
-                rows.append(of_batch(part, np.array(losses)))
-    if not counts:
-        sums = mx.zeros_like(sums)
-    # Ranks finish at different times. On a GPU, the host must wait for the others, not the device: see `SeveralRanks.sum`.
-    total, count, *reported = ranks.sum(sums).tolist()
-    model.train(training)
-    if not count:
-        return Measured(math.nan, 0)
-    means = {name: value / count for name, value in zip(task.reports, reported, strict=True)}
-    return Measured(total / count, int(count), task.finish(means), RowLosses.gathered(rows))
-
-
-def held_out_loss(
-    base: Base,
-    rows: EncodedSet,
-    settings: LoopSettings,
-    objective: Objective,
-    ranks: Ranks = ALONE,
-    say: Callable[[str], None] | None = None,
-    answered: Callable[[BatchPlan, Loss], AnyPlan] = lambda plan, loss: plan,
-) -> Measured:
-    """Return the mean loss of the first --test-batches batches.
-
-    Args:
-        base, rows, settings, objective, ranks: what to measure on what.
-        say: takes lines of progress where there is no bar.
-        answered: makes a plan whose answers are sampled, if the objective samples them.
-    """
-    loss = choose_loss(base.model, base.config, settings.kernels)
-    plan = answered(held_out_plan(rows, settings), loss)
-    task = task_of(objective, loss_of_plan(objective, loss, base, plan), base.model)
-    count = len(plan) if settings.test_batches < 0 else min(len(plan), settings.test_batches)
-    dealt_to = row_ranks(base.model, ranks)
-    batches = own_batches(plan, settings.test_batches, dealt_to, called_together(base.model))
-    if ranks.size == 1:
-        batches = tracked(batches, "Measuring", count, "batches", say)
-    return mean_loss(base.model, task, batches, ranks)

@@ -1,13 +1,13 @@
-"""A run's shape for the planner; refuse what cannot fit; --parallel auto.
+"""Fit a run into memory: describe its model to the planner, choose what is open, refuse what cannot fit, divide the base.
 
-Check whether a run fits in memory: describe its model, loaded or only outlined, in the planner's types.
+A model's shape is read from the loaded model, or from an outline without weights, in the planner's types. A run that cannot
+fit is refused before anything is downloaded or read.
 
-Decide what the processes of a run divide, as --parallel auto asks: measure their link for some seconds, then compare plans.
+--parallel auto measures the link of the processes for some seconds, and then compares plans for what they could divide. The
+data have not been read by then, so a batch is assumed to have a row for every process. Memory and time are the planner's;
+the link, and each machine's peak rates, are measured.
 
-The data have not been read by then, so a batch is assumed to have a row for every process. Memory and time are the
-planner's; the link, and each machine's peak rates, are measured.
-
-Give each rank its part of a run's base, as --shard-base and --parallel say.
+Each rank then gets its part of the base, as --shard-base and --parallel say.
 """
 
 from __future__ import annotations
@@ -80,8 +80,7 @@ from mlx_lora.trainer.gradient_checkpointing import Tape
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 
-# Frozen copies of the factors that a method keeps: PiSSA's start, and ReLoRA's finished cycles.
-FROZEN_COPIES = {"pissa": 1, "relora": 3}
+# The run
 
 
 def fit_run(
@@ -203,29 +202,21 @@ def check_base_fits(settings: TrainSettings) -> None:
     check_fits(settings, fitted, shape, machine, SMALLEST_BATCH, lambda: quantized_shape(outline, settings))
 
 
-def outlined_shape(
-    outline: Outline, settings: TrainSettings, kernels: KernelChoice | None = None, cut_by: int = 1
-) -> ModelShape:
-    """Return the shape of an outline with the settings' adapter; kernels as in `adapted_shape`.
+def quantized_shape(
+    outline: Outline, settings: TrainSettings, kernels: KernelChoice | None = None
+) -> ModelShape | None:
+    """Return the shape of a float model with a 4-bit base, None if it is already quantized."""
+    if outline.is_quantized:
+        return None
+    quantization = choose_quantization(4, None, None)
+    quantized = with_quantization(outline, quantization, device.compute_dtype(settings.model.dtype))
+    return outlined_shape(quantized, settings, kernels)
 
-    Args:
-        outline, settings, kernels: of the run.
-        cut_by: the number of ranks that have parts of its layers; the shape is that of one rank's.
 
-    Raises:
-        InputError: the adapter does not fit the model, or it cannot be cut.
-    """
-    adapter = settings.adapter
-    if adapter.method == "pissa":  # its initial factors need weights, which an outline does not have
-        adapter = replace(adapter, method="lora")
-    adapt_model(outline.model, adapter, settings.loop.seed)
-    if any(has_two_ways(layer) for layer in outline.model.modules()):  # a packed model may have none of these layers
-        use_measured_matmul(outline.model, "dense")  # it takes more memory; for a plan the faster one is not measured
-    config = outline.config
-    if cut_by > 1:
-        cut_layers(outline.model, config, Place(0, cut_by), Wire(lambda x: x))
-        config = cut_config(config, cut_by)
-    return replace(adapted_shape(outline.model, config, settings, outline.cast_bytes, kernels), loss_ranks=cut_by)
+# The model
+
+# Frozen copies of the factors that a method keeps: PiSSA's start, and ReLoRA's finished cycles.
+FROZEN_COPIES = {"pissa": 1, "relora": 3}
 
 
 def adapted_shape(
@@ -251,6 +242,31 @@ def adapted_shape(
     shape = with_block_memory(shape, model, dict(config), choice, lag)
     shape = replace(shape, teacher=teacher_shape(settings), teacher_stays=settings.objective.on_policy)
     return with_caches(shape, model) if settings.objective.samples else shape
+
+
+def outlined_shape(
+    outline: Outline, settings: TrainSettings, kernels: KernelChoice | None = None, cut_by: int = 1
+) -> ModelShape:
+    """Return the shape of an outline with the settings' adapter; kernels as in `adapted_shape`.
+
+    Args:
+        outline, settings, kernels: of the run.
+        cut_by: the number of ranks that have parts of its layers; the shape is that of one rank's.
+
+    Raises:
+        InputError: the adapter does not fit the model, or it cannot be cut.
+    """
+    adapter = settings.adapter
+    if adapter.method == "pissa":  # its initial factors need weights, which an outline does not have
+        adapter = replace(adapter, method="lora")
+    adapt_model(outline.model, adapter, settings.loop.seed)
+    if any(has_two_ways(layer) for layer in outline.model.modules()):  # a packed model may have none of these layers
+        use_measured_matmul(outline.model, "dense")  # it takes more memory; for a plan the faster one is not measured
+    config = outline.config
+    if cut_by > 1:
+        cut_layers(outline.model, config, Place(0, cut_by), Wire(lambda x: x))
+        config = cut_config(config, cut_by)
+    return replace(adapted_shape(outline.model, config, settings, outline.cast_bytes, kernels), loss_ranks=cut_by)
 
 
 def teacher_shape(settings: TrainSettings) -> ModelShape | None:
@@ -289,16 +305,7 @@ def with_kernels(
     return replace(machine, kernels=KernelTerms.of_mlx(machine.backend) if kernels.asked == MLX else KernelTerms())
 
 
-def quantized_shape(
-    outline: Outline, settings: TrainSettings, kernels: KernelChoice | None = None
-) -> ModelShape | None:
-    """Return the shape of a float model with a 4-bit base, None if it is already quantized."""
-    if outline.is_quantized:
-        return None
-    quantization = choose_quantization(4, None, None)
-    quantized = with_quantization(outline, quantization, device.compute_dtype(settings.model.dtype))
-    return outlined_shape(quantized, settings, kernels)
-
+# --parallel auto
 
 PROBE_BYTES = 1 << 22  # seconds even at 100 Mbit/s
 AUTO = "auto"
@@ -331,7 +338,7 @@ def settled_parallel(settings: TrainSettings, ranks: Ranks, say: Callable[[str],
     ]
     splits = _splits(settings, macs, link)
     chosen = best(splits)
-    name, shared, words = ranks.from_first([chosen.name, chosen.shared, describe(chosen, splits, link)])
+    name, shared, words = ranks.from_first([chosen.name, chosen.shared, _choice_words(chosen, splits, link)])
     mx.clear_cache()
     mx.reset_peak_memory()  # the measurements' peak is not the run's
     loop = replace(settings.loop, parallel=name, shard_base="memory" if shared else "off")
@@ -339,7 +346,7 @@ def settled_parallel(settings: TrainSettings, ranks: Ranks, say: Callable[[str],
     return replace(settings, loop=loop)
 
 
-def describe(chosen: Split, splits: Sequence[Split], link: Link) -> str:
+def _choice_words(chosen: Split, splits: Sequence[Split], link: Link) -> str:
     """Return the choice and its reasons in a line."""
     told = [f"{split.words} {split.verdict}" for split in splits]
     return (
@@ -392,6 +399,9 @@ def _batch(settings: TrainSettings, count: int, of: tuple[ModelShape, Machine] |
     return run_of(settings, max(rows, count), width, mode)
 
 
+# Parts of the base
+
+
 @dataclass(frozen=True)
 class SharedBase:
     """How a run's base is shared.
@@ -426,44 +436,6 @@ class SharedBase:
             ranks: of the run.
         """
         return "block" if self.cut_by > 1 and len(set(ranks.everyone(own))) > 1 else own
-
-
-def rank_shape(settings: TrainSettings, share: float, kernels: KernelChoice | None = None) -> ModelShape:
-    """Return the shape of one rank's part of the adapted model.
-
-    Args:
-        settings: of the run.
-        share: of the rank, from 0 to 1.
-        kernels: see `adapted_shape`.
-    """
-    outline = _outline(settings)
-    shape = outlined_shape(outline, settings, kernels)
-    return rank_part(shape, units_of(outline.model), share)
-
-
-def _outline(settings: TrainSettings) -> Outline:
-    return outline_for(settings.model, device.compute_dtype(settings.model.dtype))
-
-
-def shares_of(settings: TrainSettings, ranks: Ranks) -> list[float]:
-    """Return each rank's share of the base, which add up to 1.
-
-    Raises:
-        InputError: as many parts were given as there are not processes.
-    """
-    asked = settings.loop.shard_base
-    if asked == "memory":
-        parts: Sequence[float] = ranks.everyone(this_machine(settings.model.dtype).working_set_bytes)
-    else:
-        parts = shard_parts(asked) or [1.0] * ranks.size
-    if len(parts) != ranks.size:
-        raise InputError(f"--shard-base {asked}: {len(parts)} parts for {ranks.size} processes; give one for each")
-    return [part / sum(parts) for part in parts]
-
-
-def in_parts(loop: LoopSettings) -> bool:
-    """Return whether a rank keeps only a part of the base, so that its weights are read when it is known which."""
-    return loop.shard_base != "off" or loop.parallel == TENSOR
 
 
 def share_among(settings: TrainSettings, base: Base, ranks: Ranks) -> tuple[TrainSettings, SharedBase]:
@@ -514,6 +486,44 @@ def _cut_among(settings: TrainSettings, base: Base, ranks: Ranks) -> tuple[Train
     # What tries kernels calls the model, so all ranks try the same ones.
     loop = replace(settings.loop, sample_tokens=0, kernels=ranks.from_first(settings.loop.kernels))
     return replace(settings, loop=loop), SharedBase(words=words, cut_by=ranks.size)
+
+
+def shares_of(settings: TrainSettings, ranks: Ranks) -> list[float]:
+    """Return each rank's share of the base, which add up to 1.
+
+    Raises:
+        InputError: as many parts were given as there are not processes.
+    """
+    asked = settings.loop.shard_base
+    if asked == "memory":
+        parts: Sequence[float] = ranks.everyone(this_machine(settings.model.dtype).working_set_bytes)
+    else:
+        parts = shard_parts(asked) or [1.0] * ranks.size
+    if len(parts) != ranks.size:
+        raise InputError(f"--shard-base {asked}: {len(parts)} parts for {ranks.size} processes; give one for each")
+    return [part / sum(parts) for part in parts]
+
+
+def in_parts(loop: LoopSettings) -> bool:
+    """Return whether a rank keeps only a part of the base, so that its weights are read when it is known which."""
+    return loop.shard_base != "off" or loop.parallel == TENSOR
+
+
+def rank_shape(settings: TrainSettings, share: float, kernels: KernelChoice | None = None) -> ModelShape:
+    """Return the shape of one rank's part of the adapted model.
+
+    Args:
+        settings: of the run.
+        share: of the rank, from 0 to 1.
+        kernels: see `adapted_shape`.
+    """
+    outline = _outline(settings)
+    shape = outlined_shape(outline, settings, kernels)
+    return rank_part(shape, units_of(outline.model), share)
+
+
+def _outline(settings: TrainSettings) -> Outline:
+    return outline_for(settings.model, device.compute_dtype(settings.model.dtype))
 
 
 def check_blocks_are_apart(base: Base, tape: Tape | None) -> None:

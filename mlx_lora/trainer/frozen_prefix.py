@@ -1,25 +1,21 @@
-"""Cache of the frozen blocks below the first adapter (--cache-frozen).
-
-The trunk's output for batches: computed when a row is first needed, kept on disk, and read from then on.
-
-What a row gets is always what was computed for it in its batch of epoch 0, at that batch's shape, and a loss always reads
-it from the store. So a step does not depend on what had been stored before: a resumed run whose store was lost, or is from
-a run that was interrupted in its first epoch, takes the same steps bit for bit as one that never stopped.
-
-Shapes: B rows, T columns, D the trunk's width, W bytes of a position.
-
-Check on a model that a step which starts at the first adapted block gives the same loss and gradient as a whole one.
-
-A model may hand more past its blocks than their output: keys that later blocks share, embeddings that they add again. No
-list of architectures is kept; rows of the data are computed both ways.
-
-Decide whether a run keeps the output of the frozen blocks below its first adapted one, and where.
+"""Keep the output of the frozen blocks below the first adapted one (the trunk), for later epochs and later runs.
 
     <cache>/trunk/<key>/     one folder for the training rows, one for the validation rows
+
+A row's output is computed when it is first needed, kept on disk, and read from then on. It is always what was computed for
+the row in its batch of epoch 0, at that batch's shape, and a loss always reads it from the store. So a step does not depend
+on what had been stored before: a resumed run whose store was lost, or is from a run that was interrupted in its first epoch,
+takes the same steps bit for bit as one that never stopped.
 
 The key covers everything that decides the bytes: the rows and their batches of epoch 0, the frozen weights, the kernels,
 the dtype, the device and the code. So a changed base or another seed never reads what an earlier run wrote, while a run
 with another learning rate or rank does. Folders stay after a run, up to a limit, like encoded data.
+
+A model may hand more past its blocks than their output: keys that later blocks share, embeddings that they add again. No
+list of architectures is kept; rows of the data are computed both ways, and a step that starts at the first adapted block
+must give the same loss and gradient as a whole one.
+
+Shapes: B rows, T columns, D the trunk's width, W bytes of a position.
 """
 
 from __future__ import annotations
@@ -63,6 +59,298 @@ from mlx_lora.utils import device
 from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import free_on_disk, sha256_of
+
+# Decision
+
+KEPT = "kept_trunk"  # in a checkpoint's identity: the number of frozen blocks whose output the run keeps
+
+
+@dataclass(frozen=True)
+class TrunkAsked:
+    """What a run is asked to do with its frozen blocks' output, and what it depends on.
+
+    Attributes:
+        settings: of the run, in which nothing is open.
+        base: adapted.
+        plan, validation: its batches; None without validation.
+        epochs: of the run.
+        ranks: its processes.
+        before: the number of blocks whose output the run to resume keeps; None: there is no such run.
+    """
+
+    settings: TrainSettings
+    base: Base
+    plan: BatchPlan
+    validation: BatchPlan | None
+    epochs: float
+    ranks: Ranks
+    before: int | None = None
+
+    @property
+    def asked(self) -> str:
+        """`on`, `off`, or `auto` if the run may choose."""
+        if self.before is None:
+            return self.settings.loop.cache_trunk
+        return "on" if self.before else "off"
+
+    @property
+    def identity(self) -> dict[str, int]:
+        """What the identity of the run to resume has of it."""
+        return {KEPT: self.before} if self.before else {}
+
+
+@dataclass(frozen=True)
+class KeptTrunk:
+    """What a run does with its frozen blocks' output.
+
+    Attributes:
+        blocks: how many; 0: every epoch computes everything.
+        words: for the run header; may be empty.
+        for_steps, for_validation: take a task, and return the one that starts at the first adapted block.
+    """
+
+    blocks: int = 0
+    words: str = ""
+    for_steps: Callable[[Task], Task] = lambda task: task
+    for_validation: Callable[[Task], Task] = lambda task: task
+
+    @property
+    def identity(self) -> dict[str, int]:
+        """What a resumed run must have in common with its checkpoint."""
+        return {KEPT: self.blocks} if self.blocks else {}
+
+    def end(self) -> None:
+        """After a complete run, leave what the cache's limit allows for the next one."""
+        if self.blocks:
+            evict(cache_dir("trunk"), MOST_KEPT_BYTES)
+
+
+def blocks_before(found: Checkpoint | None, asked: str) -> int | None:
+    """Return the number of blocks whose output the run to resume keeps, None if no run is resumed.
+
+    Args:
+        found: its checkpoint.
+        asked: --cache-trunk.
+
+    Raises:
+        InputError: it asks for what that run did not do, and steps would not be the same bit for bit.
+    """
+    if found is None:
+        return None
+    before = int(found.identity.get(KEPT, 0))
+    then = "on" if before else "off"
+    if asked not in ("auto", then):
+        raise InputError(f"--cache-trunk {asked}: the run that you resume has it {then}; leave the flag out")
+    return before
+
+
+def choose_trunk(of: TrunkAsked, variant: StepVariant, objective: Objective) -> KeptTrunk:
+    """Return whether the run keeps the output of its frozen blocks.
+
+    Args:
+        of: the run.
+        variant: what computes its step.
+        objective: of the run.
+
+    Raises:
+        InputError: it is asked to, but cannot.
+    """
+    if of.asked == "off":
+        return KeptTrunk()
+    problem, words = _layout_problem(of, objective), ""
+    if problem is None:
+        shape = model_shape(of.base.model, of.base.config)
+        problem = no_use(shape.first_trained, of.epochs, of.asked)  # before anything is measured
+    if problem is None:
+        planned = _planned(of, shape)
+        problem = planned.problem(of.asked)
+        if problem is None:
+            kept = _tasks_above(of, variant, planned)
+            if isinstance(kept, KeptTrunk):
+                return kept
+            problem, words = kept, f"frozen blocks computed in every epoch ({kept})"
+    if of.asked == "auto":
+        return KeptTrunk(words=words)
+    if of.before:
+        raise InputError(f"--resume: the run kept the output of its frozen blocks, but {problem}; start a new run")
+    raise InputError(f"--cache-trunk on: {problem}; leave the flag out")
+
+
+def _layout_problem(of: TrunkAsked, objective: Objective) -> str | None:
+    """Return in a few words why the rows of a run cannot start above its frozen blocks, None if they can."""
+    if of.ranks.size > 1:
+        return f"{of.ranks.size} processes share the rows"
+    return rows_problem(of.plan.rows.starts is not None, objective)
+
+
+def rows_problem(shared: bool, objective: Objective) -> str | None:
+    """Return in a few words why rows cannot start above frozen blocks, None if they can.
+
+    Args:
+        shared: whether a row holds a prompt and several answers.
+        objective: of the run.
+    """
+    if objective.samples:
+        return "answers are sampled during the run"
+    if shared:
+        return "a row holds a prompt and several answers (--shared-prefix off gives each its own row)"
+    if objective.records == "rated":
+        return "rated answers are also compared with others before each step"
+    return None
+
+
+def _planned(of: TrunkAsked, shape: ModelShape) -> TrunkPlan:
+    """Return the costs, by the planner."""
+    settings, rows = of.settings, of.plan.rows
+    machine = this_machine(settings.model.dtype)
+    largest = max(of.plan.shapes, key=lambda shape: shape[0] * shape[1])
+    run = run_of(settings, *largest[:2], settings.loop.grad_checkpoint, largest[2])
+    validated = sum(batch.real_tokens for batch in _held_out(of))
+    positions = int(rows.lengths.sum()) - len(rows) + validated
+    high, low = mx.random.state[0].tolist()  # measuring draws numbers; dropout's must not depend on --cache-trunk
+    ceilings = ceilings_here(settings.model.dtype)
+    mx.random.seed(high << 32 | low)
+    return plan_trunk(shape, run, machine, ceilings, positions, of.epochs, free_bytes())
+
+
+def _held_out(of: TrunkAsked) -> Iterable[Batch]:
+    if of.validation is None:
+        return ()
+    most = of.settings.loop.val_batches
+    return of.validation.batches(-1 if most is None else most)
+
+
+def free_bytes() -> int:
+    """Return the bytes that the kept output may take: what is free on the cache's disk, and what earlier runs left there."""
+    room = cache_dir("trunk")
+    return free_on_disk(room) + sum(map(used_bytes, room.iterdir() if room.is_dir() else ()))
+
+
+def _tasks_above(of: TrunkAsked, variant: StepVariant, planned: TrunkPlan) -> KeptTrunk | str:
+    """Return the tasks that start above the frozen blocks, or in a few words why there are none."""
+    model, choose = of.base.model, variant.choose
+    trunk = Trunk(model, min(planned.blocks, len(model.layers) - 1))
+    outputs = trunk_outputs(model, trunk, variant.attend, choose, variant.compiled)
+    record = trunk_problem(model, variant, trunk, outputs, of.plan.rows)
+    if isinstance(record, str):
+        return record
+    key = _key(of, variant, trunk, record)
+    plans = [plan for plan in (of.plan, of.validation) if plan is not None]
+    folders = [cache_dir("trunk") / key_of_rows(key, plan) for plan in plans]
+    crowded = free_on_disk(cache_dir("trunk")) < planned.disk_bytes + ROOM_LEFT_BYTES
+    evict(cache_dir("trunk"), 0 if crowded else MOST_KEPT_BYTES, folders)
+    try:
+        kept = [
+            TrunkRows(plan.rows, plan.layout(0), RowStore(folder, plan.rows.lengths - 1, record.bytes), record, outputs)
+            for plan, folder in zip(plans, folders, strict=True)
+        ]
+    except OSError as error:
+        return f"the cache cannot be written ({error.strerror or error})"
+    return KeptTrunk(
+        trunk.blocks,
+        planned.words(),
+        lambda task: with_trunk(task, trunk, kept[0]),
+        lambda task: with_trunk(task, trunk, kept[-1]),
+    )
+
+
+def _key(of: TrunkAsked, variant: StepVariant, trunk: Trunk, record: Record) -> str:
+    """Return a text of everything that decides the bytes of a row, besides the rows."""
+    own = {id(a) for block in of.base.model.layers[trunk.blocks :] for _, a in tree_flatten(block.parameters())}
+    trained = {id(a) for _, a in tree_flatten(of.base.model.trainable_parameters())}
+    choice = variant.choose
+    parts = {
+        "blocks": trunk.blocks,
+        "weights": parameter_sums(of.base.model, own | trained),
+        "config": of.base.config,
+        "record": [record.shape, str(record.dtype)],
+        "kernels": [sorted(choice.classes.items()) if isinstance(choice, KernelChoice) else "", variant.attend is None],
+        "products": of.base.matmul_paths.describe(),
+        "compiled": [variant.compiled, device.compiles()],
+        "machine": device.measured_on(),
+        "packages": metadata.version("mlx-lm"),
+        "code": _code_hash(),
+    }
+    return json.dumps(parts, sort_keys=True, default=str)
+
+
+def key_of_rows(key: str, plan: BatchPlan) -> str:
+    """Return the name of the folder for a plan's rows."""
+    layout = hashlib.sha256()
+    for width, numbers in plan.layout(0):
+        layout.update(f"{width} {len(numbers)} ".encode() + numbers.astype(np.int64).tobytes())
+    return sha256_of(f"{key} {plan.rows.fingerprint} {layout.hexdigest()}")[:32]
+
+
+def _code_hash() -> str:
+    """Return a hash of the code that computes a model's layers: another version may round in another way."""
+    digest = hashlib.sha256()
+    for room in ("models", "kernels", "adapters"):
+        for file in sorted(resources.files(f"mlx_lora.{room}").iterdir(), key=lambda file: file.name):
+            if file.name.endswith(".py"):
+                digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+# Check on the model
+
+CHECKED_ROWS = 2
+NEARER = 4.0  # kept outputs must be this many times nearer to the whole model's losses than outputs in another order
+
+
+def trunk_problem(
+    model: nn.Module,
+    variant: StepVariant,
+    trunk: Trunk,
+    outputs: Callable[[mx.array], mx.array],
+    rows: EncodedSet,
+) -> Record | str:
+    """Return what is kept for a position, or in a few words why this model's trunk cannot be kept.
+
+    Args:
+        model: adapted, with checkpointing.
+        variant: the loss and the kernels of the run.
+        trunk: of the model.
+        outputs: computes it.
+        rows: of the run's data.
+    """
+    dropping = [m for block in model.layers[: trunk.blocks] for m in block.modules() if isinstance(m, nn.Dropout)]
+    if any(m._p_1 < 1 for m in dropping):
+        return "its frozen blocks have dropout"
+    recurrent = variant.attend is None and has_recurrence(model)
+    arrays = Arrays.of(_cut_rows(rows, (RECURRENT_CHECK_TOKENS if recurrent else CHECK_TOKENS) // CHECKED_ROWS))
+    try:
+        with training_kernels(model, variant.attend, variant.choose) if variant.attend else nullcontext():
+            whole = probe(model, lambda model: variant.loss.tokens(model, *arrays))
+            output = outputs(arrays.inputs)
+            kept = Record.of(output).to_array(Record.of(output).to_bytes(output))
+            with trunk.given(kept):
+                above = probe(model, lambda model: variant.loss.tokens(model, *arrays))
+            with trunk.given(kept[:, ::-1]):
+                other = probe(model, lambda model: variant.loss.tokens(model, *arrays), gradient=False)
+    except NoTrunk as error:
+        return str(error)
+    except FOREIGN_ERRORS as error:
+        if not is_foreign(error):
+            raise
+        return f"fails on this model: {short(error, 100)}"
+    problem = disagreement(model, whole, above)
+    if problem:
+        return f"a step from it {problem}"
+    difference, wrong = (mx.abs(one.losses - whole.losses).max().item() for one in (above, other))
+    if not difference * NEARER <= wrong or not wrong:
+        return "this model's losses do not depend on it, or rounding is too large to tell"
+    return Record.of(output)
+
+
+def _cut_rows(rows: EncodedSet, most: int) -> Batch:
+    """Return a batch of the first rows, cut to `most` positions and less, so that one has padding; all of it is trained."""
+    chosen = [rows.row(number % len(rows))[0][: most + 1 - most // 4 * number] for number in range(CHECKED_ROWS)]
+    cut = EncodedSet.from_rows([(tokens, np.arange(len(tokens)) > 0) for tokens in chosen])
+    return BatchPlan(cut, batch_tokens=CHECKED_ROWS * most, batch_size=CHECKED_ROWS, seed=0).batch(0, 0)
+
+
+# Rows
 
 Result = TypeVar("Result")
 # numpy has no bfloat16: an array's bytes pass as integers of its size.
@@ -194,290 +482,3 @@ def with_trunk(task: Task, trunk: Trunk, rows: TrunkRows) -> Task:
     loss = replace(task.loss, train=above(task.loss.train), measure=above(task.loss.measure), measure_tokens=of_tokens)
     whole = task.whole_set and replace(task.whole_set, sums=above(task.whole_set.sums))
     return replace(task, loss=loss, whole_set=whole, arrays_of=lambda batch: (*task.arrays_of(batch), rows.of(batch)))
-
-
-ROWS = 2
-NEARER = 4.0  # kept outputs must be this many times nearer to the whole model's losses than outputs in another order
-
-
-def trunk_problem(
-    model: nn.Module,
-    variant: StepVariant,
-    trunk: Trunk,
-    outputs: Callable[[mx.array], mx.array],
-    rows: EncodedSet,
-) -> Record | str:
-    """Return what is kept for a position, or in a few words why this model's trunk cannot be kept.
-
-    Args:
-        model: adapted, with checkpointing.
-        variant: the loss and the kernels of the run.
-        trunk: of the model.
-        outputs: computes it.
-        rows: of the run's data.
-    """
-    dropping = [m for block in model.layers[: trunk.blocks] for m in block.modules() if isinstance(m, nn.Dropout)]
-    if any(m._p_1 < 1 for m in dropping):
-        return "its frozen blocks have dropout"
-    recurrent = variant.attend is None and has_recurrence(model)
-    arrays = Arrays.of(_cut(rows, (RECURRENT_CHECK_TOKENS if recurrent else CHECK_TOKENS) // ROWS))
-    try:
-        with training_kernels(model, variant.attend, variant.choose) if variant.attend else nullcontext():
-            whole = probe(model, lambda model: variant.loss.tokens(model, *arrays))
-            output = outputs(arrays.inputs)
-            kept = Record.of(output).to_array(Record.of(output).to_bytes(output))
-            with trunk.given(kept):
-                above = probe(model, lambda model: variant.loss.tokens(model, *arrays))
-            with trunk.given(kept[:, ::-1]):
-                other = probe(model, lambda model: variant.loss.tokens(model, *arrays), gradient=False)
-    except NoTrunk as error:
-        return str(error)
-    except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
-        return f"fails on this model: {short(error, 100)}"
-    problem = disagreement(model, whole, above)
-    if problem:
-        return f"a step from it {problem}"
-    difference, wrong = (mx.abs(one.losses - whole.losses).max().item() for one in (above, other))
-    if not difference * NEARER <= wrong or not wrong:
-        return "this model's losses do not depend on it, or rounding is too large to tell"
-    return Record.of(output)
-
-
-def _cut(rows: EncodedSet, most: int) -> Batch:
-    """Return a batch of the first rows, cut to `most` positions and less, so that one has padding; all of it is trained."""
-    chosen = [rows.row(number % len(rows))[0][: most + 1 - most // 4 * number] for number in range(ROWS)]
-    cut = EncodedSet.from_rows([(tokens, np.arange(len(tokens)) > 0) for tokens in chosen])
-    return BatchPlan(cut, batch_tokens=ROWS * most, batch_size=ROWS, seed=0).batch(0, 0)
-
-
-KEPT = "kept_trunk"  # in a checkpoint's identity: the number of frozen blocks whose output the run keeps
-
-
-@dataclass(frozen=True)
-class TrunkAsked:
-    """What a run is asked to do with its frozen blocks' output, and what it depends on.
-
-    Attributes:
-        settings: of the run, in which nothing is open.
-        base: adapted.
-        plan, validation: its batches; None without validation.
-        epochs: of the run.
-        ranks: its processes.
-        before: the number of blocks whose output the run to resume keeps; None: there is no such run.
-    """
-
-    settings: TrainSettings
-    base: Base
-    plan: BatchPlan
-    validation: BatchPlan | None
-    epochs: float
-    ranks: Ranks
-    before: int | None = None
-
-    @property
-    def asked(self) -> str:
-        """`on`, `off`, or `auto` if the run may choose."""
-        if self.before is None:
-            return self.settings.loop.cache_trunk
-        return "on" if self.before else "off"
-
-    @property
-    def identity(self) -> dict[str, int]:
-        """What the identity of the run to resume has of it."""
-        return {KEPT: self.before} if self.before else {}
-
-
-@dataclass(frozen=True)
-class KeptTrunk:
-    """What a run does with its frozen blocks' output.
-
-    Attributes:
-        blocks: how many; 0: every epoch computes everything.
-        words: for the run header; may be empty.
-        for_steps, for_validation: take a task, and return the one that starts at the first adapted block.
-    """
-
-    blocks: int = 0
-    words: str = ""
-    for_steps: Callable[[Task], Task] = lambda task: task
-    for_validation: Callable[[Task], Task] = lambda task: task
-
-    @property
-    def identity(self) -> dict[str, int]:
-        """What a resumed run must have in common with its checkpoint."""
-        return {KEPT: self.blocks} if self.blocks else {}
-
-    def end(self) -> None:
-        """After a complete run, leave what the cache's limit allows for the next one."""
-        if self.blocks:
-            evict(cache_dir("trunk"), MOST_KEPT_BYTES)
-
-
-def blocks_before(found: Checkpoint | None, asked: str) -> int | None:
-    """Return the number of blocks whose output the run to resume keeps, None if no run is resumed.
-
-    Args:
-        found: its checkpoint.
-        asked: --cache-trunk.
-
-    Raises:
-        InputError: it asks for what that run did not do, and steps would not be the same bit for bit.
-    """
-    if found is None:
-        return None
-    before = int(found.identity.get(KEPT, 0))
-    then = "on" if before else "off"
-    if asked not in ("auto", then):
-        raise InputError(f"--cache-trunk {asked}: the run that you resume has it {then}; leave the flag out")
-    return before
-
-
-def choose_trunk(of: TrunkAsked, variant: StepVariant, objective: Objective) -> KeptTrunk:
-    """Return whether the run keeps the output of its frozen blocks.
-
-    Args:
-        of: the run.
-        variant: what computes its step.
-        objective: of the run.
-
-    Raises:
-        InputError: it is asked to, but cannot.
-    """
-    if of.asked == "off":
-        return KeptTrunk()
-    problem, words = _layout_problem(of, objective), ""
-    if problem is None:
-        shape = model_shape(of.base.model, of.base.config)
-        problem = no_use(shape.first_trained, of.epochs, of.asked)  # before anything is measured
-    if problem is None:
-        planned = _planned(of, shape)
-        problem = planned.problem(of.asked)
-        if problem is None:
-            kept = _kept(of, variant, planned)
-            if isinstance(kept, KeptTrunk):
-                return kept
-            problem, words = kept, f"frozen blocks computed in every epoch ({kept})"
-    if of.asked == "auto":
-        return KeptTrunk(words=words)
-    if of.before:
-        raise InputError(f"--resume: the run kept the output of its frozen blocks, but {problem}; start a new run")
-    raise InputError(f"--cache-trunk on: {problem}; leave the flag out")
-
-
-def _layout_problem(of: TrunkAsked, objective: Objective) -> str | None:
-    """Return in a few words why the rows of a run cannot start above its frozen blocks, None if they can."""
-    if of.ranks.size > 1:
-        return f"{of.ranks.size} processes share the rows"
-    return rows_problem(of.plan.rows.starts is not None, objective)
-
-
-def rows_problem(shared: bool, objective: Objective) -> str | None:
-    """Return in a few words why rows cannot start above frozen blocks, None if they can.
-
-    Args:
-        shared: whether a row holds a prompt and several answers.
-        objective: of the run.
-    """
-    if objective.samples:
-        return "answers are sampled during the run"
-    if shared:
-        return "a row holds a prompt and several answers (--shared-prefix off gives each its own row)"
-    if objective.records == "rated":
-        return "rated answers are also compared with others before each step"
-    return None
-
-
-def _planned(of: TrunkAsked, shape: ModelShape) -> TrunkPlan:
-    """Return the costs, by the planner."""
-    settings, rows = of.settings, of.plan.rows
-    machine = this_machine(settings.model.dtype)
-    largest = max(of.plan.shapes, key=lambda shape: shape[0] * shape[1])
-    run = run_of(settings, *largest[:2], settings.loop.grad_checkpoint, largest[2])
-    validated = 0 if of.validation is None else sum(b.real_tokens for b in _held_out(of))
-    positions = int(rows.lengths.sum()) - len(rows) + validated
-    high, low = mx.random.state[0].tolist()  # measuring draws numbers; dropout's must not depend on --cache-trunk
-    ceilings = ceilings_here(settings.model.dtype)
-    mx.random.seed(high << 32 | low)
-    return plan_trunk(shape, run, machine, ceilings, positions, of.epochs, free_bytes())
-
-
-def _held_out(of: TrunkAsked) -> Iterable[Batch]:
-    return (
-        ()
-        if of.validation is None
-        else of.validation.batches(-1 if of.settings.loop.val_batches is None else of.settings.loop.val_batches)
-    )
-
-
-def free_bytes() -> int:
-    """Return the bytes that the kept output may take: what is free on the cache's disk, and what earlier runs left there."""
-    room = cache_dir("trunk")
-    return free_on_disk(room) + sum(map(used_bytes, room.iterdir() if room.is_dir() else ()))
-
-
-def _kept(of: TrunkAsked, variant: StepVariant, planned: TrunkPlan) -> KeptTrunk | str:
-    """Return the tasks that start above the frozen blocks, or in a few words why there are none."""
-    model, choose = of.base.model, variant.choose
-    trunk = Trunk(model, min(planned.blocks, len(model.layers) - 1))
-    outputs = trunk_outputs(model, trunk, variant.attend, choose, variant.compiled)
-    record = trunk_problem(model, variant, trunk, outputs, of.plan.rows)
-    if isinstance(record, str):
-        return record
-    key = _key(of, variant, trunk, record)
-    plans = [plan for plan in (of.plan, of.validation) if plan is not None]
-    folders = [cache_dir("trunk") / key_of_rows(key, plan) for plan in plans]
-    crowded = free_on_disk(cache_dir("trunk")) < planned.disk_bytes + ROOM_LEFT_BYTES
-    evict(cache_dir("trunk"), 0 if crowded else MOST_KEPT_BYTES, folders)
-    try:
-        kept = [
-            TrunkRows(plan.rows, plan.layout(0), RowStore(folder, plan.rows.lengths - 1, record.bytes), record, outputs)
-            for plan, folder in zip(plans, folders, strict=True)
-        ]
-    except OSError as error:
-        return f"the cache cannot be written ({error.strerror or error})"
-    return KeptTrunk(
-        trunk.blocks,
-        planned.words(),
-        lambda task: with_trunk(task, trunk, kept[0]),
-        lambda task: with_trunk(task, trunk, kept[-1]),
-    )
-
-
-def _key(of: TrunkAsked, variant: StepVariant, trunk: Trunk, record: Record) -> str:
-    """Return a text of everything that decides the bytes of a row, besides the rows."""
-    own = {id(a) for block in of.base.model.layers[trunk.blocks :] for _, a in tree_flatten(block.parameters())}
-    trained = {id(a) for _, a in tree_flatten(of.base.model.trainable_parameters())}
-    choice = variant.choose
-    parts = {
-        "blocks": trunk.blocks,
-        "weights": parameter_sums(of.base.model, own | trained),
-        "config": of.base.config,
-        "record": [record.shape, str(record.dtype)],
-        "kernels": [sorted(choice.classes.items()) if isinstance(choice, KernelChoice) else "", variant.attend is None],
-        "products": of.base.matmul_paths.describe(),
-        "compiled": [variant.compiled, device.compiles()],
-        "machine": device.measured_on(),
-        "packages": metadata.version("mlx-lm"),
-        "code": _code_hash(),
-    }
-    return json.dumps(parts, sort_keys=True, default=str)
-
-
-def key_of_rows(key: str, plan: BatchPlan) -> str:
-    """Return the name of the folder for a plan's rows."""
-    layout = hashlib.sha256()
-    for width, numbers in plan.layout(0):
-        layout.update(f"{width} {len(numbers)} ".encode() + numbers.astype(np.int64).tobytes())
-    return sha256_of(f"{key} {plan.rows.fingerprint} {layout.hexdigest()}")[:32]
-
-
-def _code_hash() -> str:
-    """Return a hash of the code that computes a model's layers: another version may round in another way."""
-    digest = hashlib.sha256()
-    for room in ("models", "kernels", "adapters"):
-        for file in sorted(resources.files(f"mlx_lora.{room}").iterdir(), key=lambda file: file.name):
-            if file.name.endswith(".py"):
-                digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()

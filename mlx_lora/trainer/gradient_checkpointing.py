@@ -142,7 +142,7 @@ class Checkpointed(nn.Module):
     tape: Tape
 
     def at_hand(self, before: Sequence[mx.array]) -> AbstractContextManager:
-        """Return a context in which the block has its weights: always, unless they are shared (models/base_shards.py).
+        """Return a context in which the block has its weights: always, unless they are shared (parallel/sharded_base.py).
 
         Args:
             before: arrays that are computed before the weights are needed.

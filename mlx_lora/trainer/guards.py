@@ -1,12 +1,11 @@
-"""Signals, memory guard.
+"""Guard a run: save and end at the first signal, and divide batches when they exceed the memory limit.
 
-Handle signals: the first asks the loop to save and end, the second ends the process at once.
+The first signal asks the loop to save and end, the second ends the process at once.
 
-The memory guard: when a run exceeds its memory limit, its batches run in parts, which does not change any update.
-
-A loss is a sum over trained tokens and is divided once, after all parts, so two halves give the gradient of the whole.
-The guard cannot catch an allocation that fails: MLX then ends the process, on every backend. supervise.py restarts
-it from the last checkpoint, in smaller parts.
+A run that exceeds its memory limit goes on with its batches in parts. That changes no update: a loss is a sum over trained
+tokens and is divided once, after all parts, so two halves give the gradient of the whole. An allocation that fails cannot
+be caught: MLX then ends the process, on every backend. utils/supervise.py restarts it from the last checkpoint, in smaller
+parts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""Metrics record, metrics.jsonl; bar, lines, notebook.
+"""Report a run's progress: one record per report, to metrics.jsonl and to a display.
 
-Report a run's progress: one record per report, to metrics.jsonl and to a live bar or plain lines.
-
-Where a run in Python shows its progress: a bar and a curve in a notebook, a bar on a terminal, or plain lines.
+The display is a bar and a curve in a notebook, a bar on a terminal, or plain lines.
 """
 
 from __future__ import annotations
@@ -29,10 +27,7 @@ from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.progress import QUIET_S, LongTask, long_task
 from mlx_lora.utils.text import counted, format_duration
 
-# The numbers reported by an objective that each line shows.
-SHOWN = ("reward", "accuracy", "margin")
-T = TypeVar("T")
-BOLD, RESET = "\x1b[1m", "\x1b[0m"
+# Records
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ class Metrics:
         elapsed_s: since the first step.
         reports: the numbers that the objective reports besides the loss, as means over its examples; in metrics.jsonl
             each has a key of its own.
-        rows: the loss of each held-out row, which a file of its own takes (held_out_rows.py); None: no such validation.
+        rows: the loss of each held-out row, which a file of its own takes (`evaluate.RowsFile`); None: no such validation.
     """
 
     step: int
@@ -133,6 +128,11 @@ def _lines_until(path: Path, step: int) -> list[str]:
     return kept
 
 
+# The numbers reported by an objective that each line shows.
+SHOWN = ("reward", "accuracy", "margin")
+BOLD, RESET = "\x1b[1m", "\x1b[0m"
+
+
 def format_metrics(metrics: Metrics, total_steps: int, seconds_left: float | None) -> str:
     """Return one line of a run's history; the columns of a run's lines stand under each other.
 
@@ -167,6 +167,20 @@ def format_metrics(metrics: Metrics, total_steps: int, seconds_left: float | Non
     return f"{position} {', '.join(parts)}"
 
 
+# Displays
+
+T = TypeVar("T")
+EVERY_S = 0.5  # between updates of a notebook's bar
+# The pages' own style sheet is made for whole pages; these are its colors, in a notebook's light or dark theme.
+STYLE = """<style>
+.mlx-lora { max-width: 40rem; } .mlx-lora progress { width: 100%; } .mlx-lora .chart { width: 100%; height: auto; }
+.mlx-lora .chart text { fill: currentColor; font-size: 13px; opacity: .7; }
+.mlx-lora .chart .grid { stroke: currentColor; opacity: .15; } .mlx-lora .line { fill: none; stroke-width: 2; }
+.mlx-lora .s0 { stroke: #2a6fdb; color: #2a6fdb; } .mlx-lora .s1 { stroke: #d9730d; color: #d9730d; }
+.mlx-lora .dot.s0 { fill: #2a6fdb; } .mlx-lora .dot.s1 { fill: #d9730d; } .mlx-lora span { margin-right: 1em; }
+</style>"""
+
+
 class Progress(Protocol):
     """Shows a run while it goes on."""
 
@@ -182,6 +196,13 @@ class Progress(Protocol):
 
     def close(self) -> None:
         """End."""
+
+
+def display_here() -> tuple[Callable[[str], None], Callable[[int], Progress] | None]:
+    """Return what takes lines, and what makes a live display here (None: a line for each report)."""
+    if console.in_notebook():
+        return print, NotebookProgress  # what goes to standard error has a red background in notebooks
+    return console.echo, LiveProgress if sys.stderr.isatty() else None
 
 
 class PlainProgress:
@@ -266,38 +287,6 @@ class LiveProgress:
         self._bar.stop()
 
 
-EVERY_S = 0.5  # between updates of a notebook's bar
-# The pages' own style sheet is made for whole pages; these are its colors, in a notebook's light or dark theme.
-STYLE = """<style>
-.mlx-lora { max-width: 40rem; } .mlx-lora progress { width: 100%; } .mlx-lora .chart { width: 100%; height: auto; }
-.mlx-lora .chart text { fill: currentColor; font-size: 13px; opacity: .7; }
-.mlx-lora .chart .grid { stroke: currentColor; opacity: .15; } .mlx-lora .line { fill: none; stroke-width: 2; }
-.mlx-lora .s0 { stroke: #2a6fdb; color: #2a6fdb; } .mlx-lora .s1 { stroke: #d9730d; color: #d9730d; }
-.mlx-lora .dot.s0 { fill: #2a6fdb; } .mlx-lora .dot.s1 { fill: #d9730d; } .mlx-lora span { margin-right: 1em; }
-</style>"""
-
-
-def display_here() -> tuple[Callable[[str], None], Callable[[int], Progress] | None]:
-    """Return what takes lines, and what makes a live display here (None: a line for each report)."""
-    if console.in_notebook():
-        return print, NotebookProgress  # what goes to standard error has a red background in notebooks
-    return console.echo, LiveProgress if sys.stderr.isatty() else None
-
-
-def curve_html(records: list[dict[str, Any]], heading: str) -> str:
-    """Return the curves of training and held-out loss as HTML, for a notebook.
-
-    Args:
-        records: lines of metrics.jsonl.
-        heading: HTML above the curves.
-    """
-    trained = [(r["step"], math.nan if r["loss"] is None else r["loss"]) for r in records if r["val_loss"] is None]
-    held_out = [(r["step"], r["val_loss"]) for r in records if r["val_loss"] is not None]
-    legend = '<span class="s0">— training loss</span><span class="s1">— held-out loss</span>'
-    chart = line_chart("Loss", [Series("training", trained), Series("held out", held_out)])
-    return f'{STYLE}<div class="mlx-lora">{heading}{legend + chart if trained or held_out else ""}</div>'
-
-
 class NotebookProgress:
     """Shows a bar, the last report and the curve below a notebook's cell, and updates them in place."""
 
@@ -342,3 +331,17 @@ class NotebookProgress:
     def _text(self) -> str:
         bar = f'<progress value="{self._step}" max="{self._total}"></progress>'
         return curve_html(self._records, f"{bar}<div>{escape(self._line)}</div>")
+
+
+def curve_html(records: list[dict[str, Any]], heading: str) -> str:
+    """Return the curves of training and held-out loss as HTML, for a notebook.
+
+    Args:
+        records: lines of metrics.jsonl.
+        heading: HTML above the curves.
+    """
+    trained = [(r["step"], math.nan if r["loss"] is None else r["loss"]) for r in records if r["val_loss"] is None]
+    held_out = [(r["step"], r["val_loss"]) for r in records if r["val_loss"] is not None]
+    legend = '<span class="s0">— training loss</span><span class="s1">— held-out loss</span>'
+    chart = line_chart("Loss", [Series("training", trained), Series("held out", held_out)])
+    return f'{STYLE}<div class="mlx-lora">{heading}{legend + chart if trained or held_out else ""}</div>'

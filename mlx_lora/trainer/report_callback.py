@@ -1,20 +1,14 @@
-"""Report.html, model card, samples and fixed answers during a run.
+"""Report on a run while it goes on and at its end: report.html, texts before and after, fixed answers, known rows, model card.
 
-Answer the same few held-out prompts at every validation, always with the likeliest token, so that one sees texts change.
+report.html is written at every save. After the last step it gets greedy texts that continue the beginnings of held-out rows,
+with the adapter and without. Those without it are the texts of the model before training, and nobody waits for them before
+the first step. Only a run that changes more than adapters, or goes on from another run's adapter, writes them first. A run
+that samples its answers has the same few held-out prompts answered at every validation instead, always with the likeliest
+token, so that one sees texts change.
 
-Sample greedy texts after the beginnings of held-out rows, to compare the model before and after training.
-
-Write report.html during a run: the page at every save, and after the last step texts with the adapter and without.
-
-The texts without it are those of the model before training, and nobody waits for them before the first step. Only a run that
-changes more than adapters, or goes on from another run's adapter, writes them first.
-
-Send a run's records to the display, metrics.jsonl and callbacks, and write its model card.
-
-After a run: how many of its training rows the model would answer word for word.
-
-A held-out loss tells whether the form of the answers was learned. Facts that stand in no held-out row do not show in it: a run
-over a catalog can halve its held-out loss and know nothing of the catalog. The rows that were trained tell.
+A held-out loss tells whether the form of the answers was learned. Facts that stand in no held-out row do not show in it: a
+run over a catalog can halve its held-out loss and know nothing of the catalog. So at the end the rows that were trained are
+measured: how many of them the model would answer word for word.
 """
 
 from __future__ import annotations
@@ -67,340 +61,7 @@ from mlx_lora.utils.console import in_notebook
 from mlx_lora.utils.progress import tracked
 from mlx_lora.utils.text import this_command
 
-LIKELIEST = 1.0  # min-p that leaves only the likeliest token
-
-
-@dataclass(frozen=True)
-class FixedPrompt:
-    """A held-out prompt.
-
-    Attributes:
-        tokens: up to where the answer begins.
-        fact: what rewards see of it.
-    """
-
-    tokens: list[int]
-    fact: dict[str, Any]
-
-
-def fixed_prompts(rows: EncodedSet, most: int) -> list[FixedPrompt]:
-    """Return up to `most` different prompts of rows with room for answers, spaced evenly by length."""
-    found: list[FixedPrompt] = []
-    for example in spaced_by_length(rows, min(most, rows.examples)).tolist():
-        tokens, mask = rows.row(example * rows.group)
-        begun = tokens[: int(np.argmax(mask))].tolist()
-        if rows.facts is not None and begun not in [one.tokens for one in found]:
-            found.append(FixedPrompt(begun, rows.facts[example]))
-    return found
-
-
-def greedy_answers(answering: Answering, prompts: Sequence[FixedPrompt]) -> list[dict[str, Any]]:
-    """Return an answer to each prompt with its rewards, as plain values; no random stream of the run is used.
-
-    Each has `prompt` (as rewards see it), `answer`, `length` in tokens, `truncated`, `reward` (the weighted sum, None
-    without one) and `rewards` by name.
-
-    Raises:
-        RunError: a reward failed.
-    """
-    base, most = answering.base, answering.settings.objective.max_new_tokens
-    ends, training = frozenset(base.tokenizer.eos_token_ids), base.model.training
-    options = SamplingOptions(1, most, min_p=LIKELIEST)
-    base.model.eval()
-    try:
-        tokens = [prompt.tokens for prompt in prompts]
-        with answering.form.model_of(base) as model:
-            answers, _ = sample_groups(model, tokens, options, ends, answer_keys(0, 0, len(prompts)))
-    finally:
-        base.model.train(training)
-    found = answering.rewards_of([prompt.fact for prompt in prompts], answers)
-    names, totals = [reward.name for reward in answering.rewards], summed(found, answering.rewards)
-    return [
-        {
-            "prompt": prompt.fact["prompt"],
-            "answer": answering.text_of(answer),
-            "length": len(answer),
-            "truncated": len(answer) == most and answer[-1] not in ends,
-            "reward": _known(total),
-            "rewards": {name: _known(value) for name, value in zip(names, own, strict=True)},
-        }
-        for prompt, answer, total, own in zip(prompts, answers, totals.tolist(), found.tolist(), strict=True)
-    ]
-
-
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-MOST_PROMPT_TOKENS = 2048  # a prompt that lost its beginning would lack the system text and the tools
-OF_PLAIN_TEXT = 24  # tokens of the beginning if a row is trained from its first token
-CANDIDATES = 25
-SENTENCE_ENDS = tuple(".!?\"'”’)")
-
-
-def held_out_beginnings(
-    rows: EncodedSet, most: int, begins_word: Callable[[int, int], bool] = lambda before, token: True
-) -> list[list[int]]:
-    """Return the tokens before the first trained token of some typical rows, the middle one by length first.
-
-    Args:
-        rows: at least one.
-        most: how many to return; fewer if the rows are few, or begin alike.
-        begins_word: whether a token after another one begins a word, so that plain text is not cut inside a word.
-
-    Returns:
-        Token ids, at most the last 2048 of each; for a row that is trained from the start, its first 24 or a few less.
-    """
-    return [beginning for _, beginning in held_out_prompts(rows, most, begins_word)]
-
-
-def held_out_prompts(
-    rows: EncodedSet, most: int, begins_word: Callable[[int, int], bool] = lambda before, token: True
-) -> list[tuple[int, list[int]]]:
-    """Return the number and the beginning of each row of `held_out_beginnings`."""
-    order = np.argsort(rows.lengths[:CANDIDATES], kind="stable").tolist()
-    middle = len(order) // 2
-    found: dict[int, list[int]] = {}
-    for number in sorted(order, key=lambda number: abs(order.index(number) - middle)):
-        beginning = _beginning(*rows.row(number), begins_word)
-        if len(found) < most and beginning not in found.values():
-            found[number] = beginning
-    return list(found.items())
-
-
-def before_answer(rows: EncodedSet, number: int) -> list[int]:
-    """Return all tokens before the first trained one of a row, or of a prompt alone, all of its tokens."""
-    tokens, mask = rows.row(number)
-    return tokens[: int(np.argmax(mask)) if mask.any() else len(tokens)].tolist()
-
-
-def row_answer(rows: EncodedSet, number: int) -> list[int]:
-    """Return the trained tokens after a row's prompt, up to the next turn; none for plain text, or for a prompt alone."""
-    tokens, mask = rows.row(number)
-    trained = np.flatnonzero(mask)
-    if not len(trained) or trained[0] <= 1:
-        return []
-    untrained = np.flatnonzero(~mask[trained[0] :])
-    end = trained[0] + untrained[0] if len(untrained) else len(tokens)
-    return tokens[trained[0] : end].tolist()
-
-
-def _beginning(tokens: np.ndarray, mask: np.ndarray, begins_word: Callable[[int, int], bool]) -> list[int]:
-    trained = np.flatnonzero(mask)
-    before = int(trained[0]) if len(trained) else len(tokens)
-    # The first token can never be trained, so plain text is trained from the second.
-    end = before
-    if before <= 1:
-        most = min(OF_PLAIN_TEXT, len(tokens) - 1)
-        ends = (n for n in range(most, most // 2, -1) if begins_word(int(tokens[n - 1]), int(tokens[n])))
-        end = next(ends, most)
-    return tokens[max(0, end - MOST_PROMPT_TOKENS) : max(end, 1)].tolist()
-
-
-def greedy_text(base: Base, prompt: list[int], max_tokens: int) -> str:
-    """Return the model's continuation of a prompt; this draws no random number and keeps the model's mode.
-
-    Args:
-        base: with or without an adapter.
-        prompt: token ids.
-        max_tokens: the most tokens to generate; a text that ends there ends with a whole word and three dots.
-    """
-    training = base.model.training
-    base.model.eval()
-    try:
-        with held_weights(base):
-            made = stream_generate(TokenSteps(base.model), base.tokenizer, prompt, max_tokens=max_tokens)  # pyright: ignore[reportArgumentType] # it is called as a model
-            pieces = list(continued(made, base.tokenizer))
-        text = "".join(piece.text for piece in pieces)
-        return whole_words(text) if pieces and pieces[-1].finish_reason == "length" else text
-    finally:
-        base.model.train(training)
-
-
-def whole_words(text: str) -> str:
-    """Return a text that was cut, without the beginning of a word at its end, and with three dots unless a sentence ends."""
-    kept = re.sub(r"(?<=\S)\s+\w{1,40}$", "", text).rstrip()
-    return kept if kept[-1:] in SENTENCE_ENDS else f"{kept} ..."
-
-
-TEXTS = 3
-MOST_S = 20.0  # for all texts of the untrained model; those of the trained one take no longer
-
-
-@dataclass(frozen=True)
-class RunPage:
-    """Writes a run folder's report.html.
-
-    Attributes:
-        folder: of the run.
-        base: the model that is trained.
-        prompts: token ids of the beginnings of held-out rows; if empty, no texts are generated.
-        max_tokens: the most tokens of each text.
-        seen: token ids of the same beginnings as a teacher sees them that is this model itself; empty: there is none.
-        answers: token ids of the rows' own answers; empty: the rows are plain text.
-        report: the page's facts in addition to metrics and settings.
-        answering: of a run that samples answers; None: another run.
-        fixed: its held-out prompts that are answered at every validation; those answers are the page's texts.
-    """
-
-    folder: Path
-    base: Base
-    prompts: list[list[int]]
-    max_tokens: int
-    report: RunReport
-    seen: list[list[int]]
-    answering: Answering | None = None
-    fixed: Sequence[FixedPrompt] = ()
-    answers: Sequence[list[int]] = ()
-
-    @classmethod
-    def begin(
-        cls, run: Composed, base: Base, splits: DataSplits, say: Callable[[str], None] = lambda line: None
-    ) -> RunPage:
-        """Begin the page; generate the texts before the training if the adapter cannot be taken off afterward.
-
-        Args:
-            run: ready for its first step.
-            base: with the new adapter, which changes nothing yet.
-            splits: its data.
-            say: called with lines of progress where no bar can be shown.
-        """
-        versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm"))
-        held_out = splits.valid if splits.valid is not None and len(splits.valid) else None
-        rows = splits.train if held_out is None else held_out
-        settings = run.folder.settings
-        tokens = 0 if run.folder.info.scores else settings.loop.sample_tokens
-        answering, fixed = _fixed(run) if tokens else (None, [])
-        beginnings = held_out_prompts(rows, TEXTS, _word_beginnings(base)) if tokens and not fixed else []
-        # An adapter to start from, or another model, is not the teacher.
-        other = settings.adapter.resume_adapter_file or settings.objective.teacher
-        teacher = None if other else rows.teacher
-        page = cls(
-            run.folder.path,
-            base,
-            [beginning for _, beginning in beginnings],
-            tokens,
-            RunReport(
-                command=_command(),
-                device=device.current_device().header(),
-                base=f"{base.model_id}: {base.describe()}",
-                adapter=run.words[0],
-                versions=f"mlx-lora {__version__}, {versions}",
-                data=splits.report.to_dict(),
-                planned_peak_bytes=run.memory.peak_bytes,
-                step=run.words[-1],
-                held_out=held_out is not None,
-            ),
-            [] if teacher is None else [before_answer(teacher, number) for number, _ in beginnings],
-            answering,
-            fixed,
-            [row_answer(rows, number) for number, _ in beginnings],
-        )
-        kept = run.found and page.report.keep_samples_of(page.folder)
-        changed = settings.adapter.resume_adapter_file or full_parameters(base.model)
-        if page.prompts and not kept and changed:
-            page._write_texts(say, "Writing texts before training")
-        return page
-
-    def begin_answers(self, resumed_at: int | None) -> None:
-        """Begin answers.jsonl, or keep its lines up to the step that the run goes on from."""
-        keep_answers(self.folder / ANSWERS_FILE, resumed_at)
-
-    def validated(self, step: int) -> None:
-        """Answer the fixed prompts, after the validation at a step.
-
-        Raises:
-            RunError: a reward failed.
-        """
-        if self.answering is not None and self.fixed:
-            add_answers(self.folder / ANSWERS_FILE, step, greedy_answers(self.answering, self.fixed))
-
-    def _write_texts(self, say: Callable[[str], None], what: str) -> None:
-        """Add a text of the present model for each prompt, or fewer if the first ones show that all would take long."""
-        tokenizer, start = self.base.hf_tokenizer, time.perf_counter()
-        for number, prompt in enumerate(tracked(self.prompts, what, len(self.prompts), "texts", say)):
-            if number and time.perf_counter() - start > MOST_S * number / (number + 1):
-                break
-            sample = self._sample(str(tokenizer.decode(prompt)), self._text(prompt))
-            sample.teacher = self._text(self.seen[number]) if self.seen else None
-            answer = self.answers[number] if self.answers else []
-            if answer:
-                text = str(tokenizer.decode(answer[: self.max_tokens])).strip()
-                sample.expected = text if len(answer) <= self.max_tokens else whole_words(text)
-            self.report.samples.append(sample)
-
-    def _sample(self, prompt: str, before: str, after: str | None = None) -> Sample:
-        tokens = self.base.hf_tokenizer.added_tokens_decoder.values()
-        known = [token.content for token in tokens if token.special and token.content in prompt]
-        return Sample(prompt, before, after, known)
-
-    def _samples_of_answers(self, kept_step: int | None) -> list[Sample]:
-        """Return the first answer to each fixed prompt, and that of the kept adapter, as texts before and after."""
-        decode = self.base.hf_tokenizer.decode
-        pairs = first_and_kept(read_answers(self.folder / ANSWERS_FILE), kept_step)
-        return [
-            self._sample(str(decode(prompt.tokens)), first["answer"], last["answer"])
-            for prompt, (first, last) in zip(self.fixed, pairs, strict=False)
-        ]
-
-    def _text(self, prompt: list[int]) -> str:
-        """Return the model's continuation, or why there is none: a run must not end because of a missing text."""
-        try:
-            return greedy_text(self.base, prompt, self.max_tokens)
-        except FOREIGN_ERRORS as error:
-            if not is_foreign(error):
-                raise
-            return f"(no text: generation fails with this model: {short(error, 200)})"
-
-    def write(self) -> None:
-        """Write the page with the current results."""
-        self.report.write(self.folder)
-
-    def end(
-        self, interrupted: bool, say: Callable[[str], None] = lambda line: None, kept_step: int | None = None
-    ) -> None:
-        """Generate the texts after the training, and write the page for the last time.
-
-        Args:
-            interrupted: whether the run was interrupted; then no text is generated, because the user does not want to wait.
-            say: called with lines of progress where no bar can be shown.
-            kept_step: the step whose adapter was put back; None: the last one's is there.
-        """
-        self.report.ended = not interrupted
-        if not interrupted and self.fixed:
-            self.report.samples = self._samples_of_answers(kept_step)
-        elif not interrupted:
-            if not self.report.samples:
-                with without_adapters(self.base.model):
-                    self._write_texts(say, "Writing texts of the model as it was")
-            pairs = list(zip(self.report.samples, self.prompts, strict=False))  # kept ones may be fewer
-            for sample, prompt in tracked(pairs, "Writing texts after training", len(pairs), "texts", say):
-                sample.after = self._text(prompt)
-        self.write()
-
-
-def _fixed(run: Composed) -> tuple[Answering | None, list[FixedPrompt]]:
-    """Return what answers a run's fixed prompts, and the prompts; nothing if it samples no answers, or validates on none."""
-    plan = run.validation
-    if not isinstance(plan, RolloutPlan) or plan.scorer is not None or run.folder.settings.loop.val_batches == 0:
-        return None, []
-    return plan.answering, fixed_prompts(plan.rows, TEXTS)
-
-
-def _command() -> str:
-    """Return the command that started this process; in a notebook and an interactive session it would say nothing."""
-    return "" if in_notebook() or not sys.argv[0] else this_command()
-
-
-def _word_beginnings(base: Base) -> Callable[[int, int], bool]:
-    """Return a function that tells whether a token begins a word after another token."""
-
-    def begins_word(before: int, token: int) -> bool:
-        first, both = (str(base.hf_tokenizer.decode(ids)) for ids in ([before], [before, token]))
-        return both[len(first) :][:1].isspace()
-
-    return begins_word
-
+# Records
 
 Watch = Callable[[Iterable[Batch], int], Iterable[Batch]]
 
@@ -465,6 +126,349 @@ def leave_card(folder: Path, base: Base, info: AdapterInfo, say: Callable[[str],
     if (folder / WEIGHTS_FILE).exists() and not write_card(folder, "mlx", base, info, read_facts(folder)):
         say(f"{folder / CARD_FILE}: your own file, left as it is")
 
+
+# report.html
+
+TEXTS = 3
+MOST_TEXTS_S = 20.0  # for all texts of the untrained model; those of the trained one take no longer
+
+
+@dataclass(frozen=True)
+class RunPage:
+    """Writes a run folder's report.html.
+
+    Attributes:
+        folder: of the run.
+        base: the model that is trained.
+        prompts: token ids of the beginnings of held-out rows; if empty, no texts are generated.
+        max_tokens: the most tokens of each text.
+        seen: token ids of the same beginnings as a teacher sees them that is this model itself; empty: there is none.
+        answers: token ids of the rows' own answers; empty: the rows are plain text.
+        report: the page's facts in addition to metrics and settings.
+        answering: of a run that samples answers; None: another run.
+        fixed: its held-out prompts that are answered at every validation; those answers are the page's texts.
+    """
+
+    folder: Path
+    base: Base
+    prompts: list[list[int]]
+    max_tokens: int
+    report: RunReport
+    seen: list[list[int]]
+    answering: Answering | None = None
+    fixed: Sequence[FixedPrompt] = ()
+    answers: Sequence[list[int]] = ()
+
+    @classmethod
+    def begin(
+        cls, run: Composed, base: Base, splits: DataSplits, say: Callable[[str], None] = lambda line: None
+    ) -> RunPage:
+        """Begin the page; generate the texts before the training if the adapter cannot be taken off afterward.
+
+        Args:
+            run: ready for its first step.
+            base: with the new adapter, which changes nothing yet.
+            splits: its data.
+            say: called with lines of progress where no bar can be shown.
+        """
+        versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm"))
+        held_out = splits.valid if splits.valid is not None and len(splits.valid) else None
+        rows = splits.train if held_out is None else held_out
+        settings = run.folder.settings
+        tokens = 0 if run.folder.info.scores else settings.loop.sample_tokens
+        answering, fixed = _fixed_prompts_of(run) if tokens else (None, [])
+        beginnings = held_out_prompts(rows, TEXTS, _word_beginnings(base)) if tokens and not fixed else []
+        # An adapter to start from, or another model, is not the teacher.
+        other = settings.adapter.resume_adapter_file or settings.objective.teacher
+        teacher = None if other else rows.teacher
+        page = cls(
+            run.folder.path,
+            base,
+            [beginning for _, beginning in beginnings],
+            tokens,
+            RunReport(
+                command=_command(),
+                device=device.current_device().header(),
+                base=f"{base.model_id}: {base.describe()}",
+                adapter=run.words[0],
+                versions=f"mlx-lora {__version__}, {versions}",
+                data=splits.report.to_dict(),
+                planned_peak_bytes=run.memory.peak_bytes,
+                step=run.words[-1],
+                held_out=held_out is not None,
+            ),
+            [] if teacher is None else [before_answer(teacher, number) for number, _ in beginnings],
+            answering,
+            fixed,
+            [row_answer(rows, number) for number, _ in beginnings],
+        )
+        kept = run.found and page.report.keep_samples_of(page.folder)
+        changed = settings.adapter.resume_adapter_file or full_parameters(base.model)
+        if page.prompts and not kept and changed:
+            page._write_texts(say, "Writing texts before training")
+        return page
+
+    def begin_answers(self, resumed_at: int | None) -> None:
+        """Begin answers.jsonl, or keep its lines up to the step that the run goes on from."""
+        keep_answers(self.folder / ANSWERS_FILE, resumed_at)
+
+    def validated(self, step: int) -> None:
+        """Answer the fixed prompts, after the validation at a step.
+
+        Raises:
+            RunError: a reward failed.
+        """
+        if self.answering is not None and self.fixed:
+            add_answers(self.folder / ANSWERS_FILE, step, greedy_answers(self.answering, self.fixed))
+
+    def _write_texts(self, say: Callable[[str], None], what: str) -> None:
+        """Add a text of the present model for each prompt, or fewer if the first ones show that all would take long."""
+        tokenizer, start = self.base.hf_tokenizer, time.perf_counter()
+        for number, prompt in enumerate(tracked(self.prompts, what, len(self.prompts), "texts", say)):
+            if number and time.perf_counter() - start > MOST_TEXTS_S * number / (number + 1):
+                break
+            sample = self._sample(str(tokenizer.decode(prompt)), self._text(prompt))
+            sample.teacher = self._text(self.seen[number]) if self.seen else None
+            answer = self.answers[number] if self.answers else []
+            if answer:
+                text = str(tokenizer.decode(answer[: self.max_tokens])).strip()
+                sample.expected = text if len(answer) <= self.max_tokens else whole_words(text)
+            self.report.samples.append(sample)
+
+    def _sample(self, prompt: str, before: str, after: str | None = None) -> Sample:
+        tokens = self.base.hf_tokenizer.added_tokens_decoder.values()
+        known = [token.content for token in tokens if token.special and token.content in prompt]
+        return Sample(prompt, before, after, known)
+
+    def _samples_of_answers(self, kept_step: int | None) -> list[Sample]:
+        """Return the first answer to each fixed prompt, and that of the kept adapter, as texts before and after."""
+        decode = self.base.hf_tokenizer.decode
+        pairs = first_and_kept(read_answers(self.folder / ANSWERS_FILE), kept_step)
+        return [
+            self._sample(str(decode(prompt.tokens)), first["answer"], last["answer"])
+            for prompt, (first, last) in zip(self.fixed, pairs, strict=False)
+        ]
+
+    def _text(self, prompt: list[int]) -> str:
+        """Return the model's continuation, or why there is none: a run must not end because of a missing text."""
+        try:
+            return greedy_text(self.base, prompt, self.max_tokens)
+        except FOREIGN_ERRORS as error:
+            if not is_foreign(error):
+                raise
+            return f"(no text: generation fails with this model: {short(error, 200)})"
+
+    def write(self) -> None:
+        """Write the page with the current results."""
+        self.report.write(self.folder)
+
+    def end(
+        self, interrupted: bool, say: Callable[[str], None] = lambda line: None, kept_step: int | None = None
+    ) -> None:
+        """Generate the texts after the training, and write the page for the last time.
+
+        Args:
+            interrupted: whether the run was interrupted; then no text is generated, because the user does not want to wait.
+            say: called with lines of progress where no bar can be shown.
+            kept_step: the step whose adapter was put back; None: the last one's is there.
+        """
+        self.report.ended = not interrupted
+        if not interrupted and self.fixed:
+            self.report.samples = self._samples_of_answers(kept_step)
+        elif not interrupted:
+            if not self.report.samples:
+                with without_adapters(self.base.model):
+                    self._write_texts(say, "Writing texts of the model as it was")
+            pairs = list(zip(self.report.samples, self.prompts, strict=False))  # kept ones may be fewer
+            for sample, prompt in tracked(pairs, "Writing texts after training", len(pairs), "texts", say):
+                sample.after = self._text(prompt)
+        self.write()
+
+
+def _fixed_prompts_of(run: Composed) -> tuple[Answering | None, list[FixedPrompt]]:
+    """Return what answers a run's fixed prompts, and the prompts; nothing if it samples no answers, or validates on none."""
+    plan = run.validation
+    if not isinstance(plan, RolloutPlan) or plan.scorer is not None or run.folder.settings.loop.val_batches == 0:
+        return None, []
+    return plan.answering, fixed_prompts(plan.rows, TEXTS)
+
+
+def _command() -> str:
+    """Return the command that started this process; in a notebook and an interactive session it would say nothing."""
+    return "" if in_notebook() or not sys.argv[0] else this_command()
+
+
+def _word_beginnings(base: Base) -> Callable[[int, int], bool]:
+    """Return a function that tells whether a token begins a word after another token."""
+
+    def begins_word(before: int, token: int) -> bool:
+        first, both = (str(base.hf_tokenizer.decode(ids)) for ids in ([before], [before, token]))
+        return both[len(first) :][:1].isspace()
+
+    return begins_word
+
+
+# Answers to fixed prompts
+
+LIKELIEST = 1.0  # min-p that leaves only the likeliest token
+
+
+@dataclass(frozen=True)
+class FixedPrompt:
+    """A held-out prompt.
+
+    Attributes:
+        tokens: up to where the answer begins.
+        fact: what rewards see of it.
+    """
+
+    tokens: list[int]
+    fact: dict[str, Any]
+
+
+def fixed_prompts(rows: EncodedSet, most: int) -> list[FixedPrompt]:
+    """Return up to `most` different prompts of rows with room for answers, spaced evenly by length."""
+    found: list[FixedPrompt] = []
+    for example in spaced_by_length(rows, min(most, rows.examples)).tolist():
+        tokens, mask = rows.row(example * rows.group)
+        begun = tokens[: int(np.argmax(mask))].tolist()
+        if rows.facts is not None and begun not in [one.tokens for one in found]:
+            found.append(FixedPrompt(begun, rows.facts[example]))
+    return found
+
+
+def greedy_answers(answering: Answering, prompts: Sequence[FixedPrompt]) -> list[dict[str, Any]]:
+    """Return an answer to each prompt with its rewards, as plain values; no random stream of the run is used.
+
+    Each has `prompt` (as rewards see it), `answer`, `length` in tokens, `truncated`, `reward` (the weighted sum, None
+    without one) and `rewards` by name.
+
+    Raises:
+        RunError: a reward failed.
+    """
+    base, most = answering.base, answering.settings.objective.max_new_tokens
+    ends, training = frozenset(base.tokenizer.eos_token_ids), base.model.training
+    options = SamplingOptions(1, most, min_p=LIKELIEST)
+    base.model.eval()
+    try:
+        tokens = [prompt.tokens for prompt in prompts]
+        with answering.form.model_of(base) as model:
+            answers, _ = sample_groups(model, tokens, options, ends, answer_keys(0, 0, len(prompts)))
+    finally:
+        base.model.train(training)
+    found = answering.rewards_of([prompt.fact for prompt in prompts], answers)
+    names, totals = [reward.name for reward in answering.rewards], summed(found, answering.rewards)
+    return [
+        {
+            "prompt": prompt.fact["prompt"],
+            "answer": answering.text_of(answer),
+            "length": len(answer),
+            "truncated": len(answer) == most and answer[-1] not in ends,
+            "reward": _finite_or_none(total),
+            "rewards": {name: _finite_or_none(value) for name, value in zip(names, own, strict=True)},
+        }
+        for prompt, answer, total, own in zip(prompts, answers, totals.tolist(), found.tolist(), strict=True)
+    ]
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+# Texts after held-out beginnings
+
+MOST_PROMPT_TOKENS = 2048  # a prompt that lost its beginning would lack the system text and the tools
+PLAIN_TEXT_TOKENS = 24  # tokens of the beginning if a row is trained from its first token
+CANDIDATES = 25
+SENTENCE_ENDS = tuple(".!?\"'”’)")
+
+
+def held_out_beginnings(
+    rows: EncodedSet, most: int, begins_word: Callable[[int, int], bool] = lambda before, token: True
+) -> list[list[int]]:
+    """Return the tokens before the first trained token of some typical rows, the middle one by length first.
+
+    Args:
+        rows: at least one.
+        most: how many to return; fewer if the rows are few, or begin alike.
+        begins_word: whether a token after another one begins a word, so that plain text is not cut inside a word.
+
+    Returns:
+        Token ids, at most the last 2048 of each; for a row that is trained from the start, its first 24 or a few less.
+    """
+    return [beginning for _, beginning in held_out_prompts(rows, most, begins_word)]
+
+
+def held_out_prompts(
+    rows: EncodedSet, most: int, begins_word: Callable[[int, int], bool] = lambda before, token: True
+) -> list[tuple[int, list[int]]]:
+    """Return the number and the beginning of each row of `held_out_beginnings`."""
+    order = np.argsort(rows.lengths[:CANDIDATES], kind="stable").tolist()
+    middle = len(order) // 2
+    found: dict[int, list[int]] = {}
+    for number in sorted(order, key=lambda number: abs(order.index(number) - middle)):
+        beginning = _beginning(*rows.row(number), begins_word)
+        if len(found) < most and beginning not in found.values():
+            found[number] = beginning
+    return list(found.items())
+
+
+def _beginning(tokens: np.ndarray, mask: np.ndarray, begins_word: Callable[[int, int], bool]) -> list[int]:
+    trained = np.flatnonzero(mask)
+    before = int(trained[0]) if len(trained) else len(tokens)
+    # The first token can never be trained, so plain text is trained from the second.
+    end = before
+    if before <= 1:
+        most = min(PLAIN_TEXT_TOKENS, len(tokens) - 1)
+        ends = (n for n in range(most, most // 2, -1) if begins_word(int(tokens[n - 1]), int(tokens[n])))
+        end = next(ends, most)
+    return tokens[max(0, end - MOST_PROMPT_TOKENS) : max(end, 1)].tolist()
+
+
+def before_answer(rows: EncodedSet, number: int) -> list[int]:
+    """Return all tokens before the first trained one of a row, or of a prompt alone, all of its tokens."""
+    tokens, mask = rows.row(number)
+    return tokens[: int(np.argmax(mask)) if mask.any() else len(tokens)].tolist()
+
+
+def row_answer(rows: EncodedSet, number: int) -> list[int]:
+    """Return the trained tokens after a row's prompt, up to the next turn; none for plain text, or for a prompt alone."""
+    tokens, mask = rows.row(number)
+    trained = np.flatnonzero(mask)
+    if not len(trained) or trained[0] <= 1:
+        return []
+    untrained = np.flatnonzero(~mask[trained[0] :])
+    end = trained[0] + untrained[0] if len(untrained) else len(tokens)
+    return tokens[trained[0] : end].tolist()
+
+
+def greedy_text(base: Base, prompt: list[int], max_tokens: int) -> str:
+    """Return the model's continuation of a prompt; this draws no random number and keeps the model's mode.
+
+    Args:
+        base: with or without an adapter.
+        prompt: token ids.
+        max_tokens: the most tokens to generate; a text that ends there ends with a whole word and three dots.
+    """
+    training = base.model.training
+    base.model.eval()
+    try:
+        with held_weights(base):
+            made = stream_generate(TokenSteps(base.model), base.tokenizer, prompt, max_tokens=max_tokens)  # pyright: ignore[reportArgumentType] # it is called as a model
+            pieces = list(continued(made, base.tokenizer))
+        text = "".join(piece.text for piece in pieces)
+        return whole_words(text) if pieces and pieces[-1].finish_reason == "length" else text
+    finally:
+        base.model.train(training)
+
+
+def whole_words(text: str) -> str:
+    """Return a text that was cut, without the beginning of a word at its end, and with three dots unless a sentence ends."""
+    kept = re.sub(r"(?<=\S)\s+\w{1,40}$", "", text).rstrip()
+    return kept if kept[-1:] in SENTENCE_ENDS else f"{kept} ..."
+
+
+# Known training rows
 
 MOST_ROWS = 32
 MOST_POSITIONS = 8192  # of all measured rows together

@@ -1,10 +1,9 @@
-"""Run folder: lock, set aside, save, roll back, best.
+"""Manage a run folder: set an earlier run's results aside, resume from a checkpoint, save results, and list the runs.
 
-The list of runs of this user's machine, in the cache, so that the studio finds those that were started in a terminal.
+A checkpoint must fit the run that goes on from it; all differences are told at once.
 
+The list of this user's runs is in the cache, so that the studio finds those that were started in a terminal. Its file
 runs.jsonl has one line for each run folder: `path`, `cwd` (names in its run.yaml are relative to it) and `at`, a UNIX time.
-
-Manage a run folder: find the checkpoint for `--resume`, check whether it fits this run, and save results.
 """
 
 from __future__ import annotations
@@ -66,77 +65,11 @@ from mlx_lora.utils.files import check_writable, one_at_a_time, replacing_file, 
 from mlx_lora.utils.parsing import parse_yaml
 from mlx_lora.utils.text import command_line
 
-MOST_RUNS = 1000  # the newest
-
-
-@dataclass(frozen=True)
-class KnownRun:
-    """A run folder, the folder in which its command was given, and when it began."""
-
-    path: str
-    cwd: str
-    at: float
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return Path(self.path)
-
-
-def runs_file() -> Path:
-    """Return where the list is."""
-    return cache_dir("runs") / "runs.jsonl"
-
-
-def note_run(folder: Path) -> None:
-    """Put a run at the end of the list; a cache that cannot be written costs the run its place there, and nothing else."""
-    new = KnownRun(str(folder.resolve()), os.getcwd(), time.time())
-    with contextlib.suppress(OSError):
-        _change(runs_file(), lambda known: [*(one for one in known if one.path != new.path), new])
-
-
-def forget_run(folder: Path, file: Path | None = None) -> None:
-    """Take a run off the list; its folder stays."""
-    _change(file or runs_file(), lambda known: [one for one in known if one.path != str(folder)])
-
-
-def known_runs(file: Path) -> list[KnownRun]:
-    """Return the runs whose folder is still there: the folder itself, not a link to another one."""
-    return [one for one in _read(file) if _is_there(one)]
-
-
-def _change(file: Path, change: Callable[[list[KnownRun]], list[KnownRun]]) -> None:
-    """Write the changed list, without the runs that are gone."""
-    with one_at_a_time(file):
-        kept = [one for one in change(_read(file)) if _is_there(one)][-MOST_RUNS:]
-        with replacing_file(file) as temporary:
-            temporary.write_text("".join(f"{json.dumps(asdict(one))}\n" for one in kept), encoding="utf-8")
-
-
-def _read(file: Path) -> list[KnownRun]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        return []
-    found = []
-    for line in lines:
-        with contextlib.suppress(ValueError, TypeError):
-            one = KnownRun(**json.loads(line))
-            if isinstance(one.path, str) and isinstance(one.cwd, str):
-                found.append(one)
-    return found
-
-
-def _is_there(one: KnownRun) -> bool:
-    try:
-        return (one.folder / "run.yaml").is_file() and str(one.folder.resolve()) == one.path
-    except (OSError, RuntimeError, ValueError):
-        return False
-
+# Results
 
 CHECKPOINTS = "checkpoints"
-# A run's results, and the folder that keeps an earlier run's results until this run has saved something.
 WRITTEN = "written"  # records that models wrote for the run
+# A run's results, and the folder that keeps an earlier run's results until this run has saved something.
 RESULTS = (
     WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", ROWS_FILE, ANSWERS_FILE, REPORT_FILE, FACTS_FILE, CHECKPOINTS,
     WRITTEN, EVALUATION_FILE,
@@ -155,6 +88,17 @@ def own_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
                 _end_aside(folder)
 
 
+def _end_aside(folder: Path) -> None:
+    """Remove an earlier run's results if this run has an adapter, else restore them."""
+    if not (folder / ASIDE).exists():
+        return
+    if not (folder / WEIGHTS_FILE).exists():
+        _remove_results(folder)
+        for path in (folder / ASIDE).iterdir():
+            path.replace(folder / path.name)
+    shutil.rmtree(folder / ASIDE, ignore_errors=True)
+
+
 def _set_aside(folder: Path) -> None:
     """Set an earlier run's results aside, unless a run that was killed before it saved anything already did so."""
     if (folder / ASIDE).exists() and not (folder / WEIGHTS_FILE).exists():
@@ -171,104 +115,6 @@ def _set_aside(folder: Path) -> None:
 def _remove_results(folder: Path) -> None:
     for path in (folder / name for name in RESULTS):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _end_aside(folder: Path) -> None:
-    """Remove an earlier run's results if this run has an adapter, else restore them."""
-    if not (folder / ASIDE).exists():
-        return
-    if not (folder / WEIGHTS_FILE).exists():
-        _remove_results(folder)
-        for path in (folder / ASIDE).iterdir():
-            path.replace(folder / path.name)
-    shutil.rmtree(folder / ASIDE, ignore_errors=True)
-
-
-def find_checkpoint(loop: LoopSettings, ranks: Ranks, say: Callable[[str], None]) -> Checkpoint | None:
-    """Return the checkpoint for `--resume`, None without `--resume` or if there is no checkpoint yet.
-
-    Rank 0 reads it and sends it to all ranks with its arrays: the other machines need not have the run folder.
-
-    Raises:
-        InputError: on rank 0, if a named checkpoint is damaged or missing.
-    """
-    found = None
-    if ranks.leads and loop.resume == "auto":
-        room = Path(loop.adapter_path) / CHECKPOINTS
-        found = newest_checkpoint(room, say)
-        if found is None:
-            say(f"--resume: no complete checkpoint in {room}; the run starts at the beginning")
-    elif ranks.leads and loop.resume is not None:
-        found = read_checkpoint(Path(loop.resume))
-    facts = ranks.from_first(found and [str(found.folder), asdict(found.position), found.identity])
-    if facts is None:
-        return None
-    folder, position, identity = facts
-    arrays = ranks.arrays_from_first(found.arrays if found else {})
-    return Checkpoint(Path(folder), Position(**position), identity, arrays)
-
-
-def first_day(loop: LoopSettings, ranks: Ranks = ALONE) -> date:
-    """Return the date for chat templates: the day on which the resumed run began, else today.
-
-    Rank 0 decides, by its clock and its run folder.
-    """
-    day = date.today().isoformat()
-    if loop.resume is not None and ranks.leads:
-        folder = Path(loop.adapter_path) if loop.resume == "auto" else Path(loop.resume).parent.parent
-        try:
-            settings = parse_yaml((folder / "run.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            settings = None  # no run yet, or another kind of run; find_checkpoint reports other problems
-        known = str(settings.get("chat_date")) if isinstance(settings, dict) else ""
-        day = known if is_day(known) else day
-    return date.fromisoformat(ranks.from_first(day))
-
-
-def identity_of(
-    settings: TrainSettings, base_fingerprint: str, data_fingerprint: str, plan: AnyPlan, price_epochs: float
-) -> dict[str, Any]:
-    """Return everything that a resumed run must have in common with its checkpoint, as JSON values."""
-    own = {name: value for name, value in settings.to_flat().items() if not ROWS[name].may_change}
-    shapes = hashlib.sha256(repr((len(plan), sorted(plan.shapes))).encode()).hexdigest()[:16]
-    facts = {"base": base_fingerprint, "rows": data_fingerprint, "batches": shapes, "price_epochs": price_epochs}
-    return {**facts, **own}
-
-
-# Parts of a run's identity that are hashes -> what a reader calls a change of them.
-HASHED = {"base": "the base model has changed", "rows": "the rows of the data have changed"}
-HASHED |= {"batches": "the batches have other shapes"}
-
-
-def check_continuation(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
-    """Refuse to resume from another run's checkpoint.
-
-    Raises:
-        InputError: the runs differ; the message has all differences.
-    """
-    # A setting that the checkpoint's version did not have yet was at its default.
-    then = {name: FIELDS[name].default for name in identity.keys() & ROWS.keys()} | checkpoint.identity
-    differ = differences(then, identity)
-    if not differ:
-        return
-    hashed = {name: words for name, words in HASHED.items() if then.get(name) != identity.get(name)}
-    shown = [*hashed.values(), *(one for one in differ if one.partition(" was ")[0] not in HASHED)]
-    advice = "use the same settings, or start a new run"
-    if "rows" in hashed:
-        run = checkpoint.folder.parents[1]
-        again = ["train", "--config", str(run / "run.yaml"), "--data", "NEW.jsonl", "--resume-adapter-file"]
-        again += [str(run / WEIGHTS_FILE), "--adapter-path", f"{run}-2"]
-        advice = (
-            "--resume goes on with the same rows only; to train this adapter further on other or more data, start a new run from "
-            f"it: {command_line(again)}"
-        )
-    raise InputError(f"--resume {checkpoint.folder}: it is from another run: {'; '.join(shown)}; {advice}")
-
-
-def check_room(loop: LoopSettings, steps: int, adapter_bytes: int) -> None:
-    """Refuse a disk without space for the run's checkpoints, each with adapter, masters, and for Adam two moments."""
-    checkpoints = min(steps // loop.save_every + 1, loop.keep + 1 if loop.keep else steps) if loop.save_every else 0
-    check_writable(Path(loop.adapter_path), "--adapter-path", adapter_bytes * (4 * checkpoints + 1))
 
 
 @dataclass(frozen=True)
@@ -448,3 +294,163 @@ class RunFolder:
         if self.settings.loop.metric_for_best_model == "accuracy":
             words = f"highest held-out accuracy, {at.best_accuracy:.3f}, and loss {at.best_loss:.4f}"
         return f"the adapter is that of step {at.best_at}, with the {words}"
+
+
+def check_room(loop: LoopSettings, steps: int, adapter_bytes: int) -> None:
+    """Refuse a disk without space for the run's checkpoints, each with adapter, masters, and for Adam two moments."""
+    checkpoints = min(steps // loop.save_every + 1, loop.keep + 1 if loop.keep else steps) if loop.save_every else 0
+    check_writable(Path(loop.adapter_path), "--adapter-path", adapter_bytes * (4 * checkpoints + 1))
+
+
+# Resuming
+
+
+def find_checkpoint(loop: LoopSettings, ranks: Ranks, say: Callable[[str], None]) -> Checkpoint | None:
+    """Return the checkpoint for `--resume`, None without `--resume` or if there is no checkpoint yet.
+
+    Rank 0 reads it and sends it to all ranks with its arrays: the other machines need not have the run folder.
+
+    Raises:
+        InputError: on rank 0, if a named checkpoint is damaged or missing.
+    """
+    found = None
+    if ranks.leads and loop.resume == "auto":
+        room = Path(loop.adapter_path) / CHECKPOINTS
+        found = newest_checkpoint(room, say)
+        if found is None:
+            say(f"--resume: no complete checkpoint in {room}; the run starts at the beginning")
+    elif ranks.leads and loop.resume is not None:
+        found = read_checkpoint(Path(loop.resume))
+    facts = ranks.from_first(found and [str(found.folder), asdict(found.position), found.identity])
+    if facts is None:
+        return None
+    folder, position, identity = facts
+    arrays = ranks.arrays_from_first(found.arrays if found else {})
+    return Checkpoint(Path(folder), Position(**position), identity, arrays)
+
+
+def first_day(loop: LoopSettings, ranks: Ranks = ALONE) -> date:
+    """Return the date for chat templates: the day on which the resumed run began, else today.
+
+    Rank 0 decides, by its clock and its run folder.
+    """
+    day = date.today().isoformat()
+    if loop.resume is not None and ranks.leads:
+        folder = Path(loop.adapter_path) if loop.resume == "auto" else Path(loop.resume).parent.parent
+        try:
+            settings = parse_yaml((folder / "run.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            settings = None  # no run yet, or another kind of run; find_checkpoint reports other problems
+        known = str(settings.get("chat_date")) if isinstance(settings, dict) else ""
+        day = known if is_day(known) else day
+    return date.fromisoformat(ranks.from_first(day))
+
+
+def identity_of(
+    settings: TrainSettings, base_fingerprint: str, data_fingerprint: str, plan: AnyPlan, price_epochs: float
+) -> dict[str, Any]:
+    """Return everything that a resumed run must have in common with its checkpoint, as JSON values."""
+    own = {name: value for name, value in settings.to_flat().items() if not ROWS[name].may_change}
+    shapes = hashlib.sha256(repr((len(plan), sorted(plan.shapes))).encode()).hexdigest()[:16]
+    facts = {"base": base_fingerprint, "rows": data_fingerprint, "batches": shapes, "price_epochs": price_epochs}
+    return {**facts, **own}
+
+
+# Parts of a run's identity that are hashes -> what a reader calls a change of them.
+HASHED = {"base": "the base model has changed", "rows": "the rows of the data have changed"}
+HASHED |= {"batches": "the batches have other shapes"}
+
+
+def check_continuation(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
+    """Refuse to resume from another run's checkpoint.
+
+    Raises:
+        InputError: the runs differ; the message has all differences.
+    """
+    # A setting that the checkpoint's version did not have yet was at its default.
+    then = {name: FIELDS[name].default for name in identity.keys() & ROWS.keys()} | checkpoint.identity
+    differ = differences(then, identity)
+    if not differ:
+        return
+    hashed = {name: words for name, words in HASHED.items() if then.get(name) != identity.get(name)}
+    shown = [*hashed.values(), *(one for one in differ if one.partition(" was ")[0] not in HASHED)]
+    advice = "use the same settings, or start a new run"
+    if "rows" in hashed:
+        run = checkpoint.folder.parents[1]
+        again = ["train", "--config", str(run / "run.yaml"), "--data", "NEW.jsonl", "--resume-adapter-file"]
+        again += [str(run / WEIGHTS_FILE), "--adapter-path", f"{run}-2"]
+        advice = (
+            "--resume goes on with the same rows only; to train this adapter further on other or more data, start a new run from "
+            f"it: {command_line(again)}"
+        )
+    raise InputError(f"--resume {checkpoint.folder}: it is from another run: {'; '.join(shown)}; {advice}")
+
+
+# The list of runs
+
+MOST_RUNS = 1000  # the newest
+
+
+@dataclass(frozen=True)
+class KnownRun:
+    """A run folder, the folder in which its command was given, and when it began."""
+
+    path: str
+    cwd: str
+    at: float
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.path)
+
+
+def runs_file() -> Path:
+    """Return where the list is."""
+    return cache_dir("runs") / "runs.jsonl"
+
+
+def note_run(folder: Path) -> None:
+    """Put a run at the end of the list; a cache that cannot be written costs the run its place there, and nothing else."""
+    new = KnownRun(str(folder.resolve()), os.getcwd(), time.time())
+    with contextlib.suppress(OSError):
+        _change_list(runs_file(), lambda known: [*(one for one in known if one.path != new.path), new])
+
+
+def forget_run(folder: Path, file: Path | None = None) -> None:
+    """Take a run off the list; its folder stays."""
+    _change_list(file or runs_file(), lambda known: [one for one in known if one.path != str(folder)])
+
+
+def known_runs(file: Path) -> list[KnownRun]:
+    """Return the runs whose folder is still there: the folder itself, not a link to another one."""
+    return [one for one in _read_list(file) if _is_there(one)]
+
+
+def _change_list(file: Path, change: Callable[[list[KnownRun]], list[KnownRun]]) -> None:
+    """Write the changed list, without the runs that are gone."""
+    with one_at_a_time(file):
+        kept = [one for one in change(_read_list(file)) if _is_there(one)][-MOST_RUNS:]
+        with replacing_file(file) as temporary:
+            temporary.write_text("".join(f"{json.dumps(asdict(one))}\n" for one in kept), encoding="utf-8")
+
+
+def _read_list(file: Path) -> list[KnownRun]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError):
+            one = KnownRun(**json.loads(line))
+            if isinstance(one.path, str) and isinstance(one.cwd, str):
+                found.append(one)
+    return found
+
+
+def _is_there(one: KnownRun) -> bool:
+    try:
+        return (one.folder / "run.yaml").is_file() and str(one.folder.resolve()) == one.path
+    except (OSError, RuntimeError, ValueError):
+        return False
