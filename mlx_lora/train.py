@@ -1,9 +1,15 @@
 """`python -m mlx_lora.train`: the command `mlx-lora train` under the name that many documents give it.
 
-Only Python's -m runs this file. Do not import it: its name would hide the function `mlx_lora.train`.
+`mlx_lora.train` is a function, which a module of that name would hide. So an import of this file gives the function.
 """
 
-from mlx_lora.cli.train import main
+import sys
 
 if __name__ == "__main__":
+    from mlx_lora.cli.train import main
+
     main()
+else:
+    from mlx_lora.api.train import train
+
+    sys.modules[__name__] = train  # type: ignore[assignment]

@@ -276,6 +276,7 @@ def test_the_help_of_all_commands_is_quick():
 def test_importing_a_command_does_not_hide_the_function_of_its_name():
     for name in ("train", "generate", "evaluate", "plan", "export"):
         assert isinstance(importlib.import_module(f"mlx_lora.cli.{name}"), types.ModuleType)
+        assert name != "train" or callable(importlib.import_module("mlx_lora.train"))  # what python -m runs
         assert isinstance(getattr(mlx_lora, name), types.FunctionType)
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         mlx_lora.trian  # noqa: B018
