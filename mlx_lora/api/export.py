@@ -35,10 +35,8 @@ READERS = {
     "ollama": "Ollama (ollama create NAME -f {out}/Modelfile, then ollama run NAME)",
 }
 MERGED_GGUF = ("gguf", "ollama")  # need no adapter, and have a --gguf-type
-CARD_LIBRARIES: dict[str, Any] = {
-    "peft": "peft",
-    "mlx-lm": "mlx",
-}  # the formats with a model card, and the library in it
+# The formats with a model card -> the library that it names.
+CARD_LIBRARIES: dict[str, Any] = {"peft": "peft", "mlx-lm": "mlx"}
 OF_ADAPTER = ("peft", "mlx-lm", "gguf-adapter")  # hold no weight of the base
 FOR_SCORES = ("peft", "hf")  # the formats that a reward model has
 

@@ -322,7 +322,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Beside:
+class RunContext:
     """What a verdict needs in addition to metrics and settings.
 
     Attributes:
@@ -345,7 +345,7 @@ class Beside:
 
 
 def verdict(
-    records: list[dict[str, Any]], settings: dict[str, Any], ended: bool = True, beside: Beside | None = None
+    records: list[dict[str, Any]], settings: dict[str, Any], ended: bool = True, context: RunContext | None = None
 ) -> Verdict:
     """Return the verdict on a run.
 
@@ -353,12 +353,12 @@ def verdict(
         records: of metrics.jsonl.
         settings: of run.yaml.
         ended: whether all steps are done; only then has --keep-best put its adapter back.
-        beside: what else is known of the run.
+        context: what else is known of the run.
     """
-    beside = beside or Beside()
+    context = context or RunContext()
     validations = [r for r in records if r["val_loss"] is not None]
     notes = [note for note in (_alike(records), _skipped(records)) if note]
-    run = facts_of_run(records, settings, beside)
+    run = facts_of_run(records, settings, context)
     if not validations:
         losses = [r["loss"] for r in records if r["loss"] is not None]
         words = f"Training loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "No step has been reported yet"
@@ -373,7 +373,7 @@ def verdict(
         (any("margin" in r for r in validations), _of_preferences),
         (settings.get("objective") == "distill", _of_divergence),
     )
-    evidence = evidence_of(records, kept["step"], beside)
+    evidence = evidence_of(records, kept["step"], context)
     for applies, words_of_objective in of_its_own:
         if applies:
             headline, tone = words_of_objective(validations, kept)
@@ -383,36 +383,36 @@ def verdict(
     found = diagnose(evidence)
     if found.name == UNKNOWN:
         return Verdict(f"Held-out perplexity {perplexity(kept['val_loss'])}, measured once", PLAIN, notes, UNKNOWN)
-    mend, command = mending(found, run, beside.known)
+    mend, command = mending(found, run, context.known)
     change = found.change and asdict(found.change)
     return Verdict(headline_of(found, evidence), TONES.get(found.name, PLAIN), notes, found.name, mend, command, change)
 
 
-def evidence_of(records: Sequence[Mapping[str, Any]], kept: int | None, beside: Beside) -> Evidence:
+def evidence_of(records: Sequence[Mapping[str, Any]], kept: int | None, context: RunContext) -> Evidence:
     """Return the evidence that a run's records and texts are.
 
     Args:
         records: of metrics.jsonl.
         kept: the step of the adapter that is in the folder.
-        beside: what else is known.
+        context: what else is known.
     """
     return Evidence(
         steps=max((r["step"] for r in records), default=0),
         losses=[(r["step"], r["loss"]) for r in records if r["loss"] is not None],
         held_out=[(r["step"], r["val_loss"]) for r in records if r["val_loss"] is not None],
-        rows=beside.rows,
+        rows=context.rows,
         kept=kept,
-        texts=beside.texts,
-        held_out_rows=beside.held_out_rows,
-        near_duplicates=beside.near_duplicates,
+        texts=context.texts,
+        held_out_rows=context.held_out_rows,
+        near_duplicates=context.near_duplicates,
     )
 
 
-def facts_of_run(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], beside: Beside) -> RunFacts:
+def facts_of_run(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], context: RunContext) -> RunFacts:
     """Return what the commands that mend a run need."""
     steps = max((r["step"] for r in records), default=0)
     epochs = max((float(r.get("epoch") or 0) for r in records), default=0.0)
-    return RunFacts(beside.folder, settings, steps, epochs, beside.seconds / steps if steps else 0.0)
+    return RunFacts(context.folder, settings, steps, epochs, context.seconds / steps if steps else 0.0)
 
 
 def headline_of(found: Diagnosis, evidence: Evidence) -> str:
