@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -19,7 +20,7 @@ from nbclient import NotebookClient
 from real_models import smollm2_gguf
 
 import mlx_lora
-from mlx_lora.api.train import ShownFigure
+from mlx_lora.api.train import shown_figure
 from mlx_lora.config.settings import FIELDS
 from mlx_lora.utils.console import in_notebook
 from mlx_lora.utils.hub import TerminalBar
@@ -104,9 +105,15 @@ def test_every_name_of_the_package_in_a_notebook_exists(name):
 
 
 def test_a_notebook_shows_our_figure_as_a_picture_without_pyplot():
-    shown = [DisplayFormatter().format(figure())[0] for figure in (ShownFigure, Figure)]
+    shown = [DisplayFormatter().format(figure())[0] for figure in (shown_figure, Figure)]
     assert shown[0]["image/png"].startswith(b"\x89PNG")
     assert "image/png" not in shown[1]
+
+
+def test_the_package_can_be_used_without_matplotlib():
+    """It is an extra, which only `plot` needs."""
+    without = "import sys; sys.modules['matplotlib'] = None; import mlx_lora; print(mlx_lora.train, mlx_lora.evaluate)"
+    subprocess.run([sys.executable, "-c", without], check=True, capture_output=True, timeout=120)
 
 
 def test_a_notebook_shows_the_bar_of_a_download(monkeypatch, capsys):

@@ -1,14 +1,8 @@
-"""Evaluate.
+"""Measure the loss of a model on data, with or without an adapter, and put both models' answers side by side.
 
-Read evaluation data by the columns that its adapter was trained with.
-
-Read the data of the run that made an adapter again: what it trained on, and what it held out.
-
-Measure a base and its adapter on the same rows, and put their answers side by side.
-
-Both models see a batch before either sees the next, so a measurement that is stopped compares them on the same rows.
-
-Measure the loss of a model, with or without an adapter, on data.
+A base and its adapter are measured on the same rows: both see a batch before either sees the next, so a measurement that is
+stopped compares them on the same rows. Rows are read by the columns of the run that made the adapter, and without data, they
+are those that the run held out.
 """
 
 from __future__ import annotations
@@ -68,304 +62,12 @@ from mlx_lora.utils.hub import resolve_adapter
 from mlx_lora.utils.parsing import parse_yaml
 from mlx_lora.utils.progress import tracked
 
-NAMES = (*COLUMNS, "turn_names")
-OF_CHATS = ("speaker", "conversation_gap")
-
-
-def with_columns_of_run(
-    settings: TrainSettings, given: Collection[str], adapter: Path | None, say: Callable[[str], None]
-) -> TrainSettings:
-    """Return the settings with the columns and turn names of the run that made the adapter, if the data has them.
-
-    Args:
-        settings: Of the evaluation.
-        given: Settings that the user gave; if one names columns, format or turns, it decides, and not the run.
-        adapter: The adapter's folder; one without run.yaml changes nothing.
-        say: Called with a line about what was taken.
-    """
-    if adapter is None or not settings.data.data or not {*NAMES, *OF_CHATS, "data_format"}.isdisjoint(given):
-        return settings
-    run = run_of(adapter)
-    if isinstance(run.get("speaker"), str) and _is_chat(settings.data.data):
-        found = {name: run[name] for name in OF_CHATS if name in run}
-    else:
-        found = {name: value for name, value in run.items() if name in NAMES and value and isinstance(value, str)}
-    changed = replace(settings, data=replace(settings.data, **found))
-    if not found or settings_problems(changed.to_flat()) or not _has_columns(settings.data.data, found):
-        return settings
-    named = ", ".join(f"{flag_of(name)} {value}" for name, value in found.items())
-    say(f"Columns as in the run that trained {adapter}: {named}")
-    return changed
-
-
-def run_of(adapter: Path) -> dict[str, Any]:
-    """Return the contents of run.yaml, nothing if there is none or it cannot be read."""
-    try:
-        content = parse_yaml((adapter / "run.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _is_chat(data: str) -> bool:
-    """Tell whether the first file is a chat export."""
-    return any(chat_kind(files[0].path) for files in find_sets(data)[0].splits.values())
-
-
-def _has_columns(data: str, found: dict[str, str]) -> bool:
-    """Tell whether the first record has one of the columns; names of turns alone are taken for any data."""
-    columns = {part.strip() for name, value in found.items() if name in COLUMNS for part in (value, *value.split(","))}
-    if not columns:
-        return True
-    for files in find_sets(data)[0].splits.values():
-        for record in read_records(files[0].path, files[0].sheet):
-            if isinstance(record, Record):
-                return not columns.isdisjoint(record.value)
-    return False
-
-
-OF_DATA = (*(field.name for field in dataclasses.fields(DataSettings)), "seed", "objective")
-
-
-def settings_of_run(adapter: Path | None, given: Mapping[str, Any]) -> TrainSettings:
-    """Return settings with the data of the run that made an adapter, for measuring the rows that it held out.
-
-    Args:
-        adapter: its folder.
-        given: the other settings, by name.
-
-    Raises:
-        InputError: there is no run of imitation whose data is named, or a setting would change how the data is read.
-    """
-    run = {} if adapter is None else run_of(adapter)
-    found = {name: run[name] for name in OF_DATA if run.get(name) is not None}
-    if not found.get("data"):
-        raise InputError(
-            "--data is required: a data file, or a folder with a test or valid split; only the adapter of a run can do "
-            "without, and the rows that the run held out are measured"
-        )
-    if (objective := given.get("objective") or found.get("objective", "sft")) != "sft":
-        raise InputError(f"--data is required with --objective {objective}: name the rows to measure")
-    if changed := [flag_of(name) for name in given if name in OF_DATA and name != "objective"]:
-        raise InputError(
-            f"{', '.join(changed)} without --data: held-out rows are read as the run read them; name the data"
-        )
-    return train_settings({**found, **given})
-
-
-def held_out_rows(
-    adapter: Path, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
-) -> tuple[EncodedSet, EncodedSet]:
-    """Return the rows that a run held out, its test rows if it has some, and those that it trained on.
-
-    Raises:
-        InputError: it held nothing out, or its data is not there as it was.
-    """
-    splits = data_of_run(adapter, tokenizer, say)
-    held_out = splits if isinstance(splits, str) else splits.test or splits.valid
-    if isinstance(splits, str) or not isinstance(held_out, EncodedSet):
-        why = splits if isinstance(splits, str) else "the run held no rows out"
-        raise InputError(f"no --data, and no held-out rows of {adapter}: {why}; give --data FILE")
-    return held_out, splits.train
-
-
-def data_of_run(
-    adapter: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    say: Callable[[str], None],
-    most_bytes: float = math.inf,
-) -> DataSplits | str:
-    """Return the data of the run that made an adapter, split as in the run, or why there is none.
-
-    Args:
-        adapter: its folder.
-        tokenizer: with the adapter's chat template.
-        say: takes lines of progress.
-        most_bytes: larger files are not read.
-    """
-    run = {name: value for name, value in run_of(adapter).items() if name in FIELDS}
-    data = run.get("data")
-    if not data:
-        return "the adapter's folder does not name its data"
-    try:
-        settings = train_settings(run)
-        if settings.objective.objective != "sft":
-            return f"the adapter was trained with --objective {settings.objective.objective}"
-        if not all(is_local(name) for name, _ in named_sets(data)):
-            return "the data of its run is not on this disk"
-        if _bytes_of(data) > most_bytes:
-            return "the data of its run is large"
-        splits = load_data(settings.data, tokenizer, settings.loop.seed, say)
-    except InputError as error:
-        return f"the data of its run cannot be read ({error})"
-    return splits if _as_it_was(adapter, splits) else "the data of its run has changed"
-
-
-def _as_it_was(adapter: Path, splits: DataSplits) -> bool:
-    """Tell whether the training rows have the sizes that the run's report has; without a report nobody knows."""
-    known = (read_facts(adapter).get("data") or {}).get("splits", {}).get("train")
-    return known is None or known == splits.report.to_dict()["splits"]["train"]
-
-
-def _bytes_of(data: str) -> int:
-    return sum(file.path.stat().st_size for one in find_sets(data) for part in one.splits.values() for file in part)
-
-
-BASE, ADAPTER = MODELS
-USUAL = 5  # questions, where nobody says how many
-MOST_TOKENS = 64  # of a text
-MORE_TOKENS = 8  # than the expected answer has, which a text may take to end
-MOST_PROMPT_TOKENS = 1024
+MOST_SEEN_BYTES = 20_000_000  # of a run's data; larger data takes long to compare with
 
 
 def never() -> bool:
     """Say that nobody asked to stop."""
     return False
-
-
-def without_adapter(base: Base) -> Base:
-    """Return the same model for an adapter to be put on, or to stay without one; the arrays are shared."""
-    return replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
-
-
-@dataclass(frozen=True)
-class Compared:
-    """The losses of models on the same rows, and their answers to some of them.
-
-    Attributes:
-        rows: model -> its row losses: `base`, and `adapter` if there is one.
-        whole: whether all rows were measured, and all that were asked answered.
-        examples: what was asked; see `ask`.
-    """
-
-    rows: dict[str, RowLosses]
-    whole: bool
-    examples: list[dict[str, Any]] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values: those of the model that was asked for by their own names, those of the base with `base_`."""
-        found: dict[str, Any] = {}
-        last = list(self.rows)[-1] if self.rows else None
-        for name, rows in self.rows.items():
-            prefix = "" if name == last else f"{name}_"
-            found |= {f"{prefix}loss": rows.loss, f"{prefix}perplexity": perplexity(rows.loss)}
-        if len(self.rows) == 2:
-            found["change"] = asdict(paired_change(self.rows[BASE], self.rows[ADAPTER]))
-        for name in self.rows if self.examples else ():
-            exact = [one["exact"][name] for one in self.examples if one["exact"] is not None]
-            found[f"{'' if name == last else f'{name}_'}exact_match"] = sum(exact) / len(exact) if exact else None
-        return found | ({"examples": self.examples} if self.examples else {}) | {"partial": not self.whole}
-
-
-def measure_rows(
-    models: Mapping[str, Base],
-    rows: EncodedSet,
-    loop: LoopSettings,
-    objective: Objective,
-    say: Callable[[str], None],
-    stopped: Callable[[], bool] = never,
-) -> tuple[dict[str, RowLosses], bool]:
-    """Return the losses of the rows for each model, and whether all rows were measured.
-
-    Args:
-        models: name -> model.
-        rows: to measure.
-        loop: how rows are put into batches.
-        objective: whose loss is a mean over tokens.
-        say: takes lines of progress where there is no bar.
-        stopped: asked before each batch whether to end.
-    """
-    tasks = {
-        name: task_of(objective, choose_loss(one.model, one.config, loop.kernels), one.model)
-        for name, one in models.items()
-    }
-    plan = held_out_plan(rows, loop)
-    found: dict[str, list[RowLosses]] = {name: [] for name in models}
-    batches = takewhile(lambda _: not stopped(), plan.batches())
-    for batch in tracked(batches, "Measuring", len(plan), "batches", say):
-        for name, one in models.items():
-            measured = mean_loss(one.model, tasks[name], [batch]).rows
-            if measured is not None:
-                found[name].append(measured)
-    done = sum(len(one.tokens) for one in next(iter(found.values())))
-    joined = {name: _joined(parts) for name, parts in found.items() if parts}
-    return joined, done == int((rows.supervised_counts > 0).sum())
-
-
-def _joined(parts: Iterable[RowLosses]) -> RowLosses:
-    parts = list(parts)
-    return RowLosses(np.concatenate([p.sums for p in parts]), np.concatenate([p.tokens for p in parts]))
-
-
-def questions_of(rows: EncodedSet, most: int | None) -> list[int]:
-    """Return the numbers of the rows whose questions are asked, spaced evenly over all.
-
-    Args:
-        rows: of prompts and answers; rows of plain text ask nothing.
-        most: how many to ask; None: a few, or none if no row has a prompt.
-
-    Raises:
-        InputError: no row has a prompt.
-    """
-    if most == 0:
-        return []
-    asked = [number for number in range(0, len(rows), rows.group) if row_answer(rows, number)]
-    if not asked and most is not None:
-        raise InputError("--show: the rows are plain text without questions; leave it out, or give --show 0")
-    most = USUAL if most is None else most
-    return [asked[(2 * i + 1) * len(asked) // (2 * most)] for i in range(most)] if most < len(asked) else asked
-
-
-def ask(
-    models: Mapping[str, Base],
-    rows: EncodedSet,
-    chosen: Sequence[int],
-    say: Callable[[str], None],
-    stopped: Callable[[], bool] = never,
-) -> tuple[list[dict[str, Any]], bool]:
-    """Ask each model the questions of some rows, and return question, expected answer and texts, and whether all were asked.
-
-    Args:
-        models: name -> model.
-        rows: of prompts and answers.
-        chosen: numbers of the rows; see `questions_of`.
-        say: takes lines of progress where there is no bar.
-        stopped: asked before each question whether to end.
-
-    Returns:
-        For each row `question`, `expected`, the text of each model by its name, and `exact`: name -> whether the text is
-        the expected one but for case, space and punctuation; None where more than 8 words are expected.
-    """
-    found = []
-    pending = takewhile(lambda _: not stopped(), chosen)
-    for number in tracked(pending, "Asking", len(chosen), "questions", say):
-        found.append(_answers(models, rows, number))
-    return found, len(found) == len(chosen)
-
-
-def _answers(models: Mapping[str, Base], rows: EncodedSet, number: int) -> dict[str, Any]:
-    tokenizer = next(iter(models.values())).hf_tokenizer
-    prompt, answer = before_answer(rows, number), row_answer(rows, number)
-    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    most = min(MOST_TOKENS, len(answer) + MORE_TOKENS)
-    shown = Sample(str(tokenizer.decode(prompt)), "", specials=specials)
-    texts = {
-        name: shown.said(greedy_text(one, prompt[-MOST_PROMPT_TOKENS:], most)).strip() for name, one in models.items()
-    }
-    expected = shown.said(str(tokenizer.decode(answer))).strip()
-    question = shown.turns[-1][1] if shown.turns else shown.prompt
-    short = len(expected.split()) <= SHORT_WORDS
-    exact = {name: normalized(text) == normalized(expected) for name, text in texts.items()} if short else None
-    return {"question": question, "expected": expected, **texts, "exact": exact}
-
-
-def normalized(text: str) -> str:
-    """Return a text for an exact match: lower case, without punctuation at the ends of words, with single spaces."""
-    words = (re.sub(r"^\W+|\W+$", "", word) for word in text.lower().split())
-    return " ".join(filter(None, words))
-
-
-MOST_SEEN_BYTES = 20_000_000  # of a run's data; larger data takes long to compare with
 
 
 @speaks_python(adapter_path="adapter")
@@ -553,3 +255,298 @@ def _compared(
     counts = {"supervised_tokens": int(sum(measured)), "rows": len(measured)}
     losses = {name: result.pop(name) for name in ("loss", "perplexity") if name in result}
     return {**losses, **counts, "model": base.model_id, **result}
+
+
+# Base and adapter on the same rows
+
+BASE, ADAPTER = MODELS
+USUAL = 5  # questions, where nobody says how many
+MOST_TOKENS = 64  # of a text
+MORE_TOKENS = 8  # than the expected answer has, which a text may take to end
+MOST_PROMPT_TOKENS = 1024
+
+
+def without_adapter(base: Base) -> Base:
+    """Return the same model for an adapter to be put on, or to stay without one; the arrays are shared."""
+    return replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The losses of models on the same rows, and their answers to some of them.
+
+    Attributes:
+        rows: model -> its row losses: `base`, and `adapter` if there is one.
+        whole: whether all rows were measured, and all that were asked answered.
+        examples: what was asked; see `ask`.
+    """
+
+    rows: dict[str, RowLosses]
+    whole: bool
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values: those of the model that was asked for by their own names, those of the base with `base_`."""
+        found: dict[str, Any] = {}
+        last = list(self.rows)[-1] if self.rows else None
+        for name, rows in self.rows.items():
+            prefix = "" if name == last else f"{name}_"
+            found |= {f"{prefix}loss": rows.loss, f"{prefix}perplexity": perplexity(rows.loss)}
+        if len(self.rows) == 2:
+            found["change"] = asdict(paired_change(self.rows[BASE], self.rows[ADAPTER]))
+        for name in self.rows if self.examples else ():
+            exact = [one["exact"][name] for one in self.examples if one["exact"] is not None]
+            found[f"{'' if name == last else f'{name}_'}exact_match"] = sum(exact) / len(exact) if exact else None
+        return found | ({"examples": self.examples} if self.examples else {}) | {"partial": not self.whole}
+
+
+def measure_rows(
+    models: Mapping[str, Base],
+    rows: EncodedSet,
+    loop: LoopSettings,
+    objective: Objective,
+    say: Callable[[str], None],
+    stopped: Callable[[], bool] = never,
+) -> tuple[dict[str, RowLosses], bool]:
+    """Return the losses of the rows for each model, and whether all rows were measured.
+
+    Args:
+        models: name -> model.
+        rows: to measure.
+        loop: how rows are put into batches.
+        objective: whose loss is a mean over tokens.
+        say: takes lines of progress where there is no bar.
+        stopped: asked before each batch whether to end.
+    """
+    tasks = {
+        name: task_of(objective, choose_loss(one.model, one.config, loop.kernels), one.model)
+        for name, one in models.items()
+    }
+    plan = held_out_plan(rows, loop)
+    found: dict[str, list[RowLosses]] = {name: [] for name in models}
+    batches = takewhile(lambda _: not stopped(), plan.batches())
+    for batch in tracked(batches, "Measuring", len(plan), "batches", say):
+        for name, one in models.items():
+            measured = mean_loss(one.model, tasks[name], [batch]).rows
+            if measured is not None:
+                found[name].append(measured)
+    done = sum(len(one.tokens) for one in next(iter(found.values())))
+    joined = {name: _joined(parts) for name, parts in found.items() if parts}
+    return joined, done == int((rows.supervised_counts > 0).sum())
+
+
+def _joined(parts: Iterable[RowLosses]) -> RowLosses:
+    parts = list(parts)
+    return RowLosses(np.concatenate([p.sums for p in parts]), np.concatenate([p.tokens for p in parts]))
+
+
+def questions_of(rows: EncodedSet, most: int | None) -> list[int]:
+    """Return the numbers of the rows whose questions are asked, spaced evenly over all.
+
+    Args:
+        rows: of prompts and answers; rows of plain text ask nothing.
+        most: how many to ask; None: a few, or none if no row has a prompt.
+
+    Raises:
+        InputError: no row has a prompt.
+    """
+    if most == 0:
+        return []
+    asked = [number for number in range(0, len(rows), rows.group) if row_answer(rows, number)]
+    if not asked and most is not None:
+        raise InputError("--show: the rows are plain text without questions; leave it out, or give --show 0")
+    most = USUAL if most is None else most
+    return [asked[(2 * i + 1) * len(asked) // (2 * most)] for i in range(most)] if most < len(asked) else asked
+
+
+def ask(
+    models: Mapping[str, Base],
+    rows: EncodedSet,
+    chosen: Sequence[int],
+    say: Callable[[str], None],
+    stopped: Callable[[], bool] = never,
+) -> tuple[list[dict[str, Any]], bool]:
+    """Ask each model the questions of some rows, and return question, expected answer and texts, and whether all were asked.
+
+    Args:
+        models: name -> model.
+        rows: of prompts and answers.
+        chosen: numbers of the rows; see `questions_of`.
+        say: takes lines of progress where there is no bar.
+        stopped: asked before each question whether to end.
+
+    Returns:
+        For each row `question`, `expected`, the text of each model by its name, and `exact`: name -> whether the text is
+        the expected one but for case, space and punctuation; None where more than 8 words are expected.
+    """
+    found = []
+    pending = takewhile(lambda _: not stopped(), chosen)
+    for number in tracked(pending, "Asking", len(chosen), "questions", say):
+        found.append(_answers(models, rows, number))
+    return found, len(found) == len(chosen)
+
+
+def _answers(models: Mapping[str, Base], rows: EncodedSet, number: int) -> dict[str, Any]:
+    tokenizer = next(iter(models.values())).hf_tokenizer
+    prompt, answer = before_answer(rows, number), row_answer(rows, number)
+    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    most = min(MOST_TOKENS, len(answer) + MORE_TOKENS)
+    shown = Sample(str(tokenizer.decode(prompt)), "", specials=specials)
+    texts = {
+        name: shown.said(greedy_text(one, prompt[-MOST_PROMPT_TOKENS:], most)).strip() for name, one in models.items()
+    }
+    expected = shown.said(str(tokenizer.decode(answer))).strip()
+    question = shown.turns[-1][1] if shown.turns else shown.prompt
+    short = len(expected.split()) <= SHORT_WORDS
+    exact = {name: normalized(text) == normalized(expected) for name, text in texts.items()} if short else None
+    return {"question": question, "expected": expected, **texts, "exact": exact}
+
+
+def normalized(text: str) -> str:
+    """Return a text for an exact match: lower case, without punctuation at the ends of words, with single spaces."""
+    words = (re.sub(r"^\W+|\W+$", "", word) for word in text.lower().split())
+    return " ".join(filter(None, words))
+
+
+# The run that made the adapter
+
+# Settings of a run that say how its data is read: of columns, of chat exports, and all that decide which rows it has.
+NAMES = (*COLUMNS, "turn_names")
+CHAT_COLUMNS = ("speaker", "conversation_gap")
+DATA_FIELDS = (*(field.name for field in dataclasses.fields(DataSettings)), "seed", "objective")
+
+
+def with_columns_of_run(
+    settings: TrainSettings, given: Collection[str], adapter: Path | None, say: Callable[[str], None]
+) -> TrainSettings:
+    """Return the settings with the columns and turn names of the run that made the adapter, if the data has them.
+
+    Args:
+        settings: of the evaluation.
+        given: settings that the user gave; if one names columns, format or turns, it decides, and not the run.
+        adapter: the adapter's folder; one without run.yaml changes nothing.
+        say: called with a line about what was taken.
+    """
+    if adapter is None or not settings.data.data or not {*NAMES, *CHAT_COLUMNS, "data_format"}.isdisjoint(given):
+        return settings
+    run = run_of(adapter)
+    if isinstance(run.get("speaker"), str) and _is_chat(settings.data.data):
+        found = {name: run[name] for name in CHAT_COLUMNS if name in run}
+    else:
+        found = {name: value for name, value in run.items() if name in NAMES and value and isinstance(value, str)}
+    changed = replace(settings, data=replace(settings.data, **found))
+    if not found or settings_problems(changed.to_flat()) or not _has_columns(settings.data.data, found):
+        return settings
+    named = ", ".join(f"{flag_of(name)} {value}" for name, value in found.items())
+    say(f"Columns as in the run that trained {adapter}: {named}")
+    return changed
+
+
+def run_of(adapter: Path) -> dict[str, Any]:
+    """Return the contents of run.yaml, nothing if there is none or it cannot be read."""
+    try:
+        content = parse_yaml((adapter / "run.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_chat(data: str) -> bool:
+    """Tell whether the first file is a chat export."""
+    return any(chat_kind(files[0].path) for files in find_sets(data)[0].splits.values())
+
+
+def _has_columns(data: str, found: dict[str, str]) -> bool:
+    """Tell whether the first record has one of the columns; names of turns alone are taken for any data."""
+    columns = {part.strip() for name, value in found.items() if name in COLUMNS for part in (value, *value.split(","))}
+    if not columns:
+        return True
+    for files in find_sets(data)[0].splits.values():
+        for record in read_records(files[0].path, files[0].sheet):
+            if isinstance(record, Record):
+                return not columns.isdisjoint(record.value)
+    return False
+
+
+def settings_of_run(adapter: Path | None, given: Mapping[str, Any]) -> TrainSettings:
+    """Return settings with the data of the run that made an adapter, for measuring the rows that it held out.
+
+    Args:
+        adapter: its folder.
+        given: the other settings, by name.
+
+    Raises:
+        InputError: there is no run of imitation whose data is named, or a setting would change how the data is read.
+    """
+    run = {} if adapter is None else run_of(adapter)
+    found = {name: run[name] for name in DATA_FIELDS if run.get(name) is not None}
+    if not found.get("data"):
+        raise InputError(
+            "--data is required: a data file, or a folder with a test or valid split; only the adapter of a run can do "
+            "without, and the rows that the run held out are measured"
+        )
+    if (objective := given.get("objective") or found.get("objective", "sft")) != "sft":
+        raise InputError(f"--data is required with --objective {objective}: name the rows to measure")
+    if changed := [flag_of(name) for name in given if name in DATA_FIELDS and name != "objective"]:
+        raise InputError(
+            f"{', '.join(changed)} without --data: held-out rows are read as the run read them; name the data"
+        )
+    return train_settings({**found, **given})
+
+
+def held_out_rows(
+    adapter: Path, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+) -> tuple[EncodedSet, EncodedSet]:
+    """Return the rows that a run held out, its test rows if it has some, and those that it trained on.
+
+    Raises:
+        InputError: it held nothing out, or its data is not there as it was.
+    """
+    splits = data_of_run(adapter, tokenizer, say)
+    held_out = splits if isinstance(splits, str) else splits.test or splits.valid
+    if isinstance(splits, str) or not isinstance(held_out, EncodedSet):
+        why = splits if isinstance(splits, str) else "the run held no rows out"
+        raise InputError(f"no --data, and no held-out rows of {adapter}: {why}; give --data FILE")
+    return held_out, splits.train
+
+
+def data_of_run(
+    adapter: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], None],
+    most_bytes: float = math.inf,
+) -> DataSplits | str:
+    """Return the data of the run that made an adapter, split as in the run, or why there is none.
+
+    Args:
+        adapter: its folder.
+        tokenizer: with the adapter's chat template.
+        say: takes lines of progress.
+        most_bytes: larger files are not read.
+    """
+    run = {name: value for name, value in run_of(adapter).items() if name in FIELDS}
+    data = run.get("data")
+    if not data:
+        return "the adapter's folder does not name its data"
+    try:
+        settings = train_settings(run)
+        if settings.objective.objective != "sft":
+            return f"the adapter was trained with --objective {settings.objective.objective}"
+        if not all(is_local(name) for name, _ in named_sets(data)):
+            return "the data of its run is not on this disk"
+        if _bytes_of(data) > most_bytes:
+            return "the data of its run is large"
+        splits = load_data(settings.data, tokenizer, settings.loop.seed, say)
+    except InputError as error:
+        return f"the data of its run cannot be read ({error})"
+    return splits if _as_it_was(adapter, splits) else "the data of its run has changed"
+
+
+def _as_it_was(adapter: Path, splits: DataSplits) -> bool:
+    """Tell whether the training rows have the sizes that the run's report has; without a report nobody knows."""
+    known = (read_facts(adapter).get("data") or {}).get("splits", {}).get("train")
+    return known is None or known == splits.report.to_dict()["splits"]["train"]
+
+
+def _bytes_of(data: str) -> int:
+    return sum(file.path.stat().st_size for one in find_sets(data) for part in one.splits.values() for file in part)

@@ -1,8 +1,10 @@
-"""Base and adapters on task, general text, chat, probes; drift; the page.
+"""Measure what fine-tuning made a model forget, with the base and its adapters on the same held-out tokens.
 
-The results of `evaluate --forgetting` as one page, with bars, verdicts and all answers, without network or script.
+    base ----------------------------+
+    base + adapter (shares arrays) --+--> the same tokens --> Drift per set --> table, JSON, page
 
-Measure how far a fine-tuned model has moved from its base, with both on the same held-out tokens.
+The sets are the task, general text and general chat; probe questions are asked as well. The general sets in the package
+(data/general) were written after the models that they test; users can give other sets.
 
 For each trained token x of the held-out rows, given the tokens before it:
 
@@ -14,18 +16,10 @@ fine-tuning, and learns less (arXiv 2405.09673). Errors are standard errors of a
 tokens of one row are not independent.
 
 Shapes: B rows, T columns, P trained positions, R of them at a time, D width, V vocabulary.
-
-Measure base and adapters on the task, general text, general chat, and probe questions (`evaluate --forgetting`).
-
-    base ----------------------------+
-    base + adapter (shares arrays) --+--> the same tokens --> Drift per set --> table, JSON, page
-
-The general sets in the package (data/general) were written after the models that they test; users can give other sets.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -41,7 +35,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.api.evaluate import never
+from mlx_lora.api.evaluate import never, without_adapter
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.data.chat_template import encode_prompt, own_template, resolve_template
@@ -58,153 +52,200 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replacing_file
 from mlx_lora.utils.progress import tracked
 
+GENERAL = Path(__file__).parents[1] / "data" / "general"
+TASK, TEXT, CHAT = "task", "general text", "general chat"
+PROBE_TOKENS = 24
 
-def verdict_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
-    """Return the table's rows (column -> cell), one per set and adapter, with the probes last.
 
-    Args:
-        facts: Forgetting.to_dict().
+@dataclass(frozen=True)
+class Probe:
+    """A question with a known answer, and each model's answer.
+
+    Attributes:
+        question: its text.
+        answers: words, any of which is right.
+        said: model's name -> greedy text, the base first.
     """
-    rows = []
-    for where, one in facts["sets"].items():
-        for name, drift in one["adapters"].items():
-            rows.append(
-                {
-                    "set": where,
-                    "adapter": name,
-                    "verdict": drift["verdict"],
-                    "tokens": f"{drift['tokens']:,}",
-                    "base perplexity": perplexity(drift["base_loss"]),
-                    "perplexity": perplexity(drift["loss"]),
-                    "change": f"{drift['change']:+.4f}{_error(drift['change_error'])}",
-                    "KL": f"{drift['kl']:.4f}{_error(drift['kl_error'])}",
-                    "same top token": f"{drift['same_top']:.1%}",
-                }
-            )
-    right, asked = facts["probes"]["right"], facts["probes"]["questions"]
-    for name in facts["adapters"] if rows and asked else ():
-        counts = {"base perplexity": f"{right['base']} right", "perplexity": f"{right[name]} right"}
-        rows.append(
-            {**dict.fromkeys(rows[0], ""), "set": "probes", "adapter": name, "tokens": f"{asked} asked", **counts}
-        )
-    return rows
+
+    question: str
+    answers: tuple[str, ...]
+    said: dict[str, str]
+
+    def right(self, name: str) -> bool:
+        """Tell whether a model's text contains an answer as a whole word, in any case."""
+        words = "|".join(re.escape(answer) for answer in self.answers)
+        return re.search(rf"(?<!\w)(?:{words})(?!\w)", self.said[name], re.IGNORECASE) is not None
 
 
-def _error(value: float | None) -> str:
-    """Return a standard error as text; nothing for a set of one row, which has none."""
-    return "" if value is None or math.isnan(value) else f" ± {value:.4f}"
+@dataclass(frozen=True)
+class Forgetting:
+    """The results of all measurements.
 
-
-TONES = {
-    "kept": "good", "learned": "good", "better than the base": "good", "slightly forgotten": "plain", "not learned": "plain",
-    "unclear, too few rows": "plain", "forgotten": "bad", "worse than the base": "bad",
-}  # fmt: skip
-
-
-def badges(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the page's beginning: for each adapter a sentence, and (set, verdict, tone) of each set.
-
-    Args:
-        facts: Forgetting.to_dict().
+    Attributes:
+        base: its model id.
+        adapters: name -> method and rank as text.
+        sets: set -> adapter -> Drift.
+        sources: set -> its file or id.
+        probes: with all models' answers.
     """
-    found = []
-    for name in facts["adapters"]:
-        verdicts = {where: one["adapters"][name]["verdict"] for where, one in facts["sets"].items()}
-        found.append(
-            {
-                "adapter": name,
-                "sentence": _sentence(verdicts),
-                "badges": [(where, words, TONES[words]) for where, words in verdicts.items()],
-                "right": f"{facts['probes']['right'][name]} of {facts['probes']['questions']}",
-                "base_right": facts["probes"]["right"]["base"],
+
+    base: str
+    adapters: dict[str, str]
+    sets: dict[str, dict[str, Drift]]
+    sources: dict[str, str]
+    probes: list[Probe]
+
+    def right(self, name: str) -> int:
+        """Return the number of probes that a model (such as `base`) got right."""
+        return sum(probe.right(name) for probe in self.probes)
+
+    def verdict(self, where: str, name: str) -> str:
+        """Return the verdict on an adapter for a set."""
+        return self.sets[where][name].verdict(learned=where == TASK)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        sets = {
+            where: {
+                "source": self.sources[where],
+                "adapters": {
+                    name: {**dataclasses.asdict(drift), "change": drift.change, "verdict": self.verdict(where, name)}
+                    for name, drift in drifts.items()
+                },
             }
+            for where, drifts in self.sets.items()
+        }
+        probes = {
+            "questions": len(self.probes),
+            "right": {name: self.right(name) for name in ("base", *self.adapters)},
+            "texts": [
+                {**dataclasses.asdict(probe), "right": {name: probe.right(name) for name in probe.said}}
+                for probe in self.probes
+            ],
+        }
+        return {"model": self.base, "adapters": self.adapters, "sets": sets, "probes": probes}
+
+
+def measure_forgetting(
+    base: Base,
+    folders: Sequence[Path],
+    settings: DataSettings,
+    general: dict[str, str],
+    ignore_fingerprint: bool,
+    batch_tokens: int | None,
+    say: Callable[[str], None],
+    stopped: Callable[[], bool] = never,
+) -> Forgetting:
+    """Measure every adapter against the base.
+
+    Args:
+        base: unadapted; it is not changed.
+        folders: of adapters.
+        settings: of the task's data; its template and lengths are used for the general sets as well.
+        general: set -> file or id, instead of the package's.
+        ignore_fingerprint: as for load_adapter.
+        batch_tokens: positions per batch; None: the default.
+        say: called with lines of progress.
+        stopped: asked before each batch and question whether to end; a set that was begun is of the batches so far.
+
+    Raises:
+        InputError: an adapter does not fit, adapters have different templates, or data have no trained token.
+    """
+    models, adapters, template = _put_adapters(base, folders, ignore_fingerprint)
+    if template and not settings.chat_template:
+        base.hf_tokenizer.chat_template = template
+    sources = {TASK: settings.data, TEXT: GENERAL / "text.jsonl", CHAT: GENERAL / "chat.jsonl", **general}
+    own = Readout(base.model, base.config)
+    readouts = {name: Readout(model.model, model.config) for name, model in models.items()}
+    vocabulary = base.model(mx.array([[0]])).shape[-1]
+    sets: dict[str, dict[str, Drift]] = {}
+    for where, source in takewhile(lambda _: not stopped(), sources.items()):
+        chosen = settings if where == TASK else without_names(settings)
+        rows = load_eval_set(str(source), chosen, base.hf_tokenizer, say)
+        check_token_ids(base, int(rows.tokens.max(initial=0)), str(source))
+        plan = BatchPlan(rows, batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
+        say(f"Measuring the set '{where}': {int(rows.supervised_counts.sum())} tokens in {len(rows)} rows")
+        try:
+            begun = takewhile(lambda _: not stopped(), plan.batches())
+            batches = tracked(begun, f"Measuring {where}", len(plan), "batches", say)
+            sets[where] = measure_drifts(own, readouts, batches, vocabulary)
+        except ValueError as error:
+            if stopped():
+                break
+            raise InputError(f"--data {source}: {error}; give rows with something to answer") from None
+    say(f"Asking {len(models) + 1} models the probe questions")
+    probes = ask_probes({"base": base, **models}, _chat_template(base, settings), say, stopped)
+    shown = {
+        where: str(source) if where == TASK or where in general else "built in" for where, source in sources.items()
+    }
+    return Forgetting(base.model_id, adapters, sets, shown, probes)
+
+
+def _put_adapters(
+    base: Base, folders: Sequence[Path], ignore_fingerprint: bool
+) -> tuple[dict[str, Base], dict[str, str], str | None]:
+    """Return name -> adapted model that shares the base's arrays, name -> description, and their common template."""
+    models, words, templates = {}, {}, {}
+    for folder, name in zip(folders, adapter_names(folders), strict=True):
+        adapted = without_adapter(base)
+        info = load_adapter(adapted, folder, ignore_fingerprint)
+        models[name], templates[name] = adapted, info.chat_template
+        words[name] = info.method if info.method == "full" else f"{info.method}, rank {info.rank}"
+    if len(set(templates.values())) > 1:
+        raise InputError(
+            f"--against: {', '.join(templates)} were trained with different chat templates; measure them one by one"
         )
-    return found
+    return models, words, next(iter(templates.values()))
 
 
-def _sentence(verdicts: dict[str, str]) -> str:
-    """Return what an adapter learned and forgot as one sentence."""
-    task, *general = verdicts.values()
-    learned = {
-        "learned": "learned the task",
-        "not learned": "did not measurably learn the task",
-        "worse than the base": "made the task worse",
-    }[task]
-    lost = [where for where, words in verdicts.items() if words in ("forgotten", "slightly forgotten")]
-    slightly = "slightly " if "forgotten" not in general else ""
-    if lost:
-        return f"{learned}, and {slightly}forgot {' and '.join(lost)}"
-    if any(words.startswith("unclear") for words in general):
-        return f"{learned}; the general sets have too few rows to tell what it forgot"
-    return f"{learned}, and kept what the base knew" if task == "learned" else f"{learned}; it kept what the base knew"
+def adapter_names(folders: Sequence[Path]) -> list[str]:
+    """Return a short name for each: the folder's name, or as much of its path as makes it unique."""
+    parts = [folder.resolve().parts for folder in folders]
+    names = []
+    for own in parts:
+        others = [other for other in parts if other is not own]
+        depth = next((n for n in range(1, len(own)) if all(o[-n:] != own[-n:] for o in others)), len(own) - 1)
+        names.append("/".join(own[-depth:]))
+    if len(set(names)) < len(names):
+        raise InputError(f"--against {folders[-1]}: given twice; give each adapter once")
+    return names
 
 
-def charts(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the page's charts, with a bar for each model: perplexity and KL of each set, and the probes.
-
-    Args:
-        facts: Forgetting.to_dict().
-    """
-    names = list(facts["adapters"])
-    drawn = []
-    for where, one in facts["sets"].items():
-        drifts = one["adapters"]
-        base_loss = drifts[names[0]]["base_loss"]
-        bars = [Bar("base", _capped(base_loss), words=perplexity(base_loss), color=2)]
-        for index, name in enumerate(names):
-            loss = drifts[name]["loss"]
-            bars.append(Bar(name, _capped(loss), words=perplexity(loss), color=index % 2, note=drifts[name]["verdict"]))
-        drawn.append((f"Perplexity, {where}", bars))
-    for where, one in facts["sets"].items():
-        bars = []
-        for index, name in enumerate(names):
-            drift = one["adapters"][name]
-            kl, error = max(drift["kl"], 0.0), drift["kl_error"] if math.isfinite(drift["kl_error"]) else 0.0
-            bars.append(Bar(name, kl, low=max(kl - error, 0.0), high=kl + error, color=index % 2))
-        drawn.append((f"KL from the base, {where}", bars))
-    right = facts["probes"]["right"]
-    answers = [Bar(name, right[name], color=2 if name == "base" else names.index(name) % 2) for name in right]
-    drawn.append((f"Right answers to {facts['probes']['questions']} probes", answers))
-    return [{"title": title, "svg": bar_chart(title, bars)} for title, bars in drawn]
+def _chat_template(base: Base, settings: DataSettings) -> str | None:
+    """Return the template for probes, None if the base model has none."""
+    if settings.chat_template:
+        return resolve_template(settings.chat_template, base.hf_tokenizer)[0]
+    return own_template(base.hf_tokenizer)
 
 
-def write_page(path: Path, facts: dict[str, Any], thresholds: tuple[float, float], command: str, device: str) -> None:
-    """Write the page.
+def ask_probes(
+    models: dict[str, Base],
+    template: str | None,
+    say: Callable[[str], None] | None = None,
+    stopped: Callable[[], bool] = never,
+) -> list[Probe]:
+    """Ask every model every probe question.
 
     Args:
-        path: its file; replaced atomically.
-        facts: Forgetting.to_dict().
-        thresholds: the largest rises in loss for the verdicts kept, and slightly forgotten.
-        command: the command that measured it.
-        device: a line about the machine.
+        models: name -> model.
+        template: Jinja text for questions; None: the models complete sentences instead.
+        say: takes lines of progress where there is no bar.
+        stopped: asked before each question whether to end.
     """
-    names = list(facts["adapters"])
-    page = render_page(
-        COMMON,
-        "forgetting.html",
-        facts=facts,
-        names=names,
-        badges=badges(facts),
-        charts=charts(facts),
-        rows=verdict_rows(facts),
-        small=thresholds,
-        sources={where: one["source"] for where, one in facts["sets"].items()},
-        probes=[
-            {"question": probe["question"], "said": [(probe["said"][n], probe["right"][n]) for n in ("base", *names)]}
-            for probe in facts["probes"]["texts"]
-        ],
-        command=command,
-        device=device,
-        date=date.today().isoformat(),
-    )
-    with replacing_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    probes = []
+    lines = (GENERAL / "probes.jsonl").read_text(encoding="utf-8").splitlines()
+    for line in tracked(takewhile(lambda _: not stopped(), lines), "Asking", len(lines), "questions", say):
+        row = json.loads(line)
+        prompt = row["question"] if template else row["completion"]
+        said = {}
+        for name, model in models.items():
+            tokens = encode_prompt(model.hf_tokenizer, prompt, template)
+            said[name] = greedy_text(model, tokens, PROBE_TOKENS).strip()
+        probes.append(Probe(prompt, tuple(row["answers"]), said))
+    return probes
 
 
-def _capped(loss: float) -> float:
-    """Return the perplexity as a bar's length, which is finite even for a diverged adapter."""
-    return math.exp(min(loss, 30.0))
-
+# Drift from the base
 
 # The largest rise in loss that counts as no change, and the largest that counts as small: 2% and 10% of perplexity.
 NO_CHANGE, SMALL_CHANGE = 0.02, 0.1
@@ -364,194 +405,151 @@ def _standard_error(values: np.ndarray, rows: np.ndarray) -> float:
     return float(np.sqrt((spread**2).sum() * len(counts) / (len(counts) - 1)) / counts.sum())
 
 
-GENERAL = Path(__file__).parents[1] / "data" / "general"
-TASK, TEXT, CHAT = "task", "general text", "general chat"
-PROBE_TOKENS = 24
+# The page
 
 
-@dataclass(frozen=True)
-class Probe:
-    """A question with a known answer, and each model's answer.
-
-    Attributes:
-        question: its text.
-        answers: words, any of which is right.
-        said: model's name -> greedy text, the base first.
-    """
-
-    question: str
-    answers: tuple[str, ...]
-    said: dict[str, str]
-
-    def right(self, name: str) -> bool:
-        """Tell whether a model's text contains an answer as a whole word, in any case."""
-        words = "|".join(re.escape(answer) for answer in self.answers)
-        return re.search(rf"(?<!\w)(?:{words})(?!\w)", self.said[name], re.IGNORECASE) is not None
-
-
-@dataclass(frozen=True)
-class Forgetting:
-    """The results of all measurements.
-
-    Attributes:
-        base: its model id.
-        adapters: name -> method and rank as text.
-        sets: set -> adapter -> Drift.
-        sources: set -> its file or id.
-        probes: with all models' answers.
-    """
-
-    base: str
-    adapters: dict[str, str]
-    sets: dict[str, dict[str, Drift]]
-    sources: dict[str, str]
-    probes: list[Probe]
-
-    def right(self, name: str) -> int:
-        """Return the number of probes that a model (such as `base`) got right."""
-        return sum(probe.right(name) for probe in self.probes)
-
-    def verdict(self, where: str, name: str) -> str:
-        """Return the verdict on an adapter for a set."""
-        return self.sets[where][name].verdict(learned=where == TASK)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
-        sets = {
-            where: {
-                "source": self.sources[where],
-                "adapters": {
-                    name: {**dataclasses.asdict(drift), "change": drift.change, "verdict": self.verdict(where, name)}
-                    for name, drift in drifts.items()
-                },
-            }
-            for where, drifts in self.sets.items()
-        }
-        probes = {
-            "questions": len(self.probes),
-            "right": {name: self.right(name) for name in ("base", *self.adapters)},
-            "texts": [
-                {**dataclasses.asdict(probe), "right": {name: probe.right(name) for name in probe.said}}
-                for probe in self.probes
-            ],
-        }
-        return {"model": self.base, "adapters": self.adapters, "sets": sets, "probes": probes}
-
-
-def measure_forgetting(
-    base: Base,
-    folders: Sequence[Path],
-    settings: DataSettings,
-    general: dict[str, str],
-    ignore_fingerprint: bool,
-    batch_tokens: int | None,
-    say: Callable[[str], None],
-    stopped: Callable[[], bool] = never,
-) -> Forgetting:
-    """Measure every adapter against the base.
+def write_page(path: Path, facts: dict[str, Any], thresholds: tuple[float, float], command: str, device: str) -> None:
+    """Write the page.
 
     Args:
-        base: unadapted; it is not changed.
-        folders: of adapters.
-        settings: of the task's data; its template and lengths are used for the general sets as well.
-        general: set -> file or id, instead of the package's.
-        ignore_fingerprint: as for load_adapter.
-        batch_tokens: positions per batch; None: the default.
-        say: called with lines of progress.
-        stopped: asked before each batch and question whether to end; a set that was begun is of the batches so far.
-
-    Raises:
-        InputError: an adapter does not fit, adapters have different templates, or data have no trained token.
+        path: its file; replaced atomically.
+        facts: Forgetting.to_dict().
+        thresholds: the largest rises in loss for the verdicts kept, and slightly forgotten.
+        command: the command that measured it.
+        device: a line about the machine.
     """
-    models, adapters, template = _put_adapters(base, folders, ignore_fingerprint)
-    if template and not settings.chat_template:
-        base.hf_tokenizer.chat_template = template
-    sources = {TASK: settings.data, TEXT: GENERAL / "text.jsonl", CHAT: GENERAL / "chat.jsonl", **general}
-    own = Readout(base.model, base.config)
-    readouts = {name: Readout(model.model, model.config) for name, model in models.items()}
-    vocabulary = base.model(mx.array([[0]])).shape[-1]
-    sets: dict[str, dict[str, Drift]] = {}
-    for where, source in takewhile(lambda _: not stopped(), sources.items()):
-        chosen = settings if where == TASK else without_names(settings)
-        rows = load_eval_set(str(source), chosen, base.hf_tokenizer, say)
-        check_token_ids(base, int(rows.tokens.max(initial=0)), str(source))
-        plan = BatchPlan(rows, batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
-        say(f"Measuring the set '{where}': {int(rows.supervised_counts.sum())} tokens in {len(rows)} rows")
-        try:
-            begun = takewhile(lambda _: not stopped(), plan.batches())
-            batches = tracked(begun, f"Measuring {where}", len(plan), "batches", say)
-            sets[where] = measure_drifts(own, readouts, batches, vocabulary)
-        except ValueError as error:
-            if stopped():
-                break
-            raise InputError(f"--data {source}: {error}; give rows with something to answer") from None
-    say(f"Asking {len(models) + 1} models the probe questions")
-    probes = ask_probes({"base": base, **models}, _chat_template(base, settings), say, stopped)
-    shown = {
-        where: str(source) if where == TASK or where in general else "built in" for where, source in sources.items()
-    }
-    return Forgetting(base.model_id, adapters, sets, shown, probes)
+    names = list(facts["adapters"])
+    page = render_page(
+        COMMON,
+        "forgetting.html",
+        facts=facts,
+        names=names,
+        badges=badges(facts),
+        charts=charts(facts),
+        rows=verdict_rows(facts),
+        small=thresholds,
+        sources={where: one["source"] for where, one in facts["sets"].items()},
+        probes=[
+            {"question": probe["question"], "said": [(probe["said"][n], probe["right"][n]) for n in ("base", *names)]}
+            for probe in facts["probes"]["texts"]
+        ],
+        command=command,
+        device=device,
+        date=date.today().isoformat(),
+    )
+    with replacing_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
-def _put_adapters(
-    base: Base, folders: Sequence[Path], ignore_fingerprint: bool
-) -> tuple[dict[str, Base], dict[str, str], str | None]:
-    """Return name -> adapted model that shares the base's arrays, name -> description, and their common template."""
-    models, words, templates = {}, {}, {}
-    for folder, name in zip(folders, adapter_names(folders), strict=True):
-        adapted = dataclasses.replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
-        info = load_adapter(adapted, folder, ignore_fingerprint)
-        models[name], templates[name] = adapted, info.chat_template
-        words[name] = info.method if info.method == "full" else f"{info.method}, rank {info.rank}"
-    if len(set(templates.values())) > 1:
-        raise InputError(
-            f"--against: {', '.join(templates)} were trained with different chat templates; measure them one by one"
+def verdict_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
+    """Return the table's rows (column -> cell), one per set and adapter, with the probes last.
+
+    Args:
+        facts: Forgetting.to_dict().
+    """
+    rows = []
+    for where, one in facts["sets"].items():
+        for name, drift in one["adapters"].items():
+            rows.append(
+                {
+                    "set": where,
+                    "adapter": name,
+                    "verdict": drift["verdict"],
+                    "tokens": f"{drift['tokens']:,}",
+                    "base perplexity": perplexity(drift["base_loss"]),
+                    "perplexity": perplexity(drift["loss"]),
+                    "change": f"{drift['change']:+.4f}{_error_words(drift['change_error'])}",
+                    "KL": f"{drift['kl']:.4f}{_error_words(drift['kl_error'])}",
+                    "same top token": f"{drift['same_top']:.1%}",
+                }
+            )
+    right, asked = facts["probes"]["right"], facts["probes"]["questions"]
+    for name in facts["adapters"] if rows and asked else ():
+        counts = {"base perplexity": f"{right['base']} right", "perplexity": f"{right[name]} right"}
+        rows.append(
+            {**dict.fromkeys(rows[0], ""), "set": "probes", "adapter": name, "tokens": f"{asked} asked", **counts}
         )
-    return models, words, next(iter(templates.values()))
+    return rows
 
 
-def adapter_names(folders: Sequence[Path]) -> list[str]:
-    """Return a short name for each: the folder's name, or as much of its path as makes it unique."""
-    parts = [folder.resolve().parts for folder in folders]
-    names = []
-    for own in parts:
-        others = [other for other in parts if other is not own]
-        depth = next((n for n in range(1, len(own)) if all(o[-n:] != own[-n:] for o in others)), len(own) - 1)
-        names.append("/".join(own[-depth:]))
-    if len(set(names)) < len(names):
-        raise InputError(f"--against {folders[-1]}: given twice; give each adapter once")
-    return names
+def _error_words(value: float | None) -> str:
+    """Return a standard error as text; nothing for a set of one row, which has none."""
+    return "" if value is None or math.isnan(value) else f" ± {value:.4f}"
 
 
-def _chat_template(base: Base, settings: DataSettings) -> str | None:
-    """Return the template for probes, None if the base model has none."""
-    if settings.chat_template:
-        return resolve_template(settings.chat_template, base.hf_tokenizer)[0]
-    return own_template(base.hf_tokenizer)
+TONES = {
+    "kept": "good", "learned": "good", "better than the base": "good", "slightly forgotten": "plain", "not learned": "plain",
+    "unclear, too few rows": "plain", "forgotten": "bad", "worse than the base": "bad",
+}  # fmt: skip
 
 
-def ask_probes(
-    models: dict[str, Base],
-    template: str | None,
-    say: Callable[[str], None] | None = None,
-    stopped: Callable[[], bool] = never,
-) -> list[Probe]:
-    """Ask every model every probe question.
+def badges(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the page's beginning: for each adapter a sentence, and (set, verdict, tone) of each set.
 
     Args:
-        models: name -> model.
-        template: Jinja text for questions; None: the models complete sentences instead.
-        say: takes lines of progress where there is no bar.
-        stopped: asked before each question whether to end.
+        facts: Forgetting.to_dict().
     """
-    probes = []
-    lines = (GENERAL / "probes.jsonl").read_text(encoding="utf-8").splitlines()
-    for line in tracked(takewhile(lambda _: not stopped(), lines), "Asking", len(lines), "questions", say):
-        row = json.loads(line)
-        prompt = row["question"] if template else row["completion"]
-        said = {}
-        for name, model in models.items():
-            tokens = encode_prompt(model.hf_tokenizer, prompt, template)
-            said[name] = greedy_text(model, tokens, PROBE_TOKENS).strip()
-        probes.append(Probe(prompt, tuple(row["answers"]), said))
-    return probes
+    found = []
+    for name in facts["adapters"]:
+        verdicts = {where: one["adapters"][name]["verdict"] for where, one in facts["sets"].items()}
+        found.append(
+            {
+                "adapter": name,
+                "sentence": _sentence(verdicts),
+                "badges": [(where, words, TONES[words]) for where, words in verdicts.items()],
+                "right": f"{facts['probes']['right'][name]} of {facts['probes']['questions']}",
+                "base_right": facts["probes"]["right"]["base"],
+            }
+        )
+    return found
+
+
+def _sentence(verdicts: dict[str, str]) -> str:
+    """Return what an adapter learned and forgot as one sentence."""
+    task, *general = verdicts.values()
+    learned = {
+        "learned": "learned the task",
+        "not learned": "did not measurably learn the task",
+        "worse than the base": "made the task worse",
+    }[task]
+    lost = [where for where, words in verdicts.items() if words in ("forgotten", "slightly forgotten")]
+    slightly = "slightly " if "forgotten" not in general else ""
+    if lost:
+        return f"{learned}, and {slightly}forgot {' and '.join(lost)}"
+    if any(words.startswith("unclear") for words in general):
+        return f"{learned}; the general sets have too few rows to tell what it forgot"
+    return f"{learned}, and kept what the base knew" if task == "learned" else f"{learned}; it kept what the base knew"
+
+
+def charts(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the page's charts, with a bar for each model: perplexity and KL of each set, and the probes.
+
+    Args:
+        facts: Forgetting.to_dict().
+    """
+    names = list(facts["adapters"])
+    drawn = []
+    for where, one in facts["sets"].items():
+        drifts = one["adapters"]
+        base_loss = drifts[names[0]]["base_loss"]
+        bars = [Bar("base", _capped(base_loss), words=perplexity(base_loss), color=2)]
+        for index, name in enumerate(names):
+            loss = drifts[name]["loss"]
+            bars.append(Bar(name, _capped(loss), words=perplexity(loss), color=index % 2, note=drifts[name]["verdict"]))
+        drawn.append((f"Perplexity, {where}", bars))
+    for where, one in facts["sets"].items():
+        bars = []
+        for index, name in enumerate(names):
+            drift = one["adapters"][name]
+            kl, error = max(drift["kl"], 0.0), drift["kl_error"] if math.isfinite(drift["kl_error"]) else 0.0
+            bars.append(Bar(name, kl, low=max(kl - error, 0.0), high=kl + error, color=index % 2))
+        drawn.append((f"KL from the base, {where}", bars))
+    right = facts["probes"]["right"]
+    answers = [Bar(name, right[name], color=2 if name == "base" else names.index(name) % 2) for name in right]
+    drawn.append((f"Right answers to {facts['probes']['questions']} probes", answers))
+    return [{"title": title, "svg": bar_chart(title, bars)} for title, bars in drawn]
+
+
+def _capped(loss: float) -> float:
+    """Return the perplexity as a bar's length, which is finite even for a diverged adapter."""
+    return math.exp(min(loss, 30.0))

@@ -1,8 +1,6 @@
-"""Plan for several Macs.
+"""Predict whether a run fits on several Macs, and whether their link or their chips decide the speed.
 
-Predict what the other ways to divide a run on several Macs would do, beside a shared base.
-
-Predict whether a run fits on several Macs that share its base, and whether their link or their chips decide the speed.
+The plan is for Macs that share the base; beside it stands what the other ways to divide the run would do.
 """
 
 from __future__ import annotations
@@ -45,67 +43,10 @@ from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import GIB
 
-
-def predicted_splits(
-    settings: TrainSettings, shape: ModelShape, batch: Run, macs: Sequence[Mac], link: Link, shared: MacsPlan
-) -> list[dict[str, Any]]:
-    """Return each way to divide a run and what is predicted of it, as JSON values; one of them is `best`.
-
-    Args:
-        settings: of the run.
-        shape: of the whole adapted model.
-        batch: of all Macs.
-        macs, link: what it runs on.
-        shared: the plan with a shared base.
-    """
-    splits = [
-        split_with_shared_base(shared, batch.positions),
-        split_by_rows(shape, batch, macs, link),
-        _by_tensor(settings, batch, macs, link),
-    ]
-    chosen = best(splits)
-    return [
-        {
-            "name": split.words,
-            "fits": not split.problem and split.fits,
-            "tokens_per_s": split.tokens_per_s,
-            "needed_bytes": split.most_needed_bytes,
-            "verdict": split.verdict,
-            "best": split is chosen,
-        }
-        for split in splits
-    ]
-
-
-def _by_tensor(settings: TrainSettings, batch: Run, macs: Sequence[Mac], link: Link) -> Split:
-    part = _part_of_layers(settings, len(macs))
-    if isinstance(part, str):
-        return Split(TENSOR, problem=part)
-    return split_by_tensor(part, batch, macs, link, macs[0].machine.number_bytes)
-
-
-@lru_cache(maxsize=8)
-def _part_of_layers(settings: TrainSettings, count: int) -> ModelShape | str:
-    """Return the shape of one Mac's part of each layer, or why there is none."""
-    dtype = settings.model.dtype if settings.model.dtype != "auto" else "bfloat16"
-    outline = outline_for(settings.model, device.compute_dtype(dtype))
-    architecture = type(outline.model).__module__.rpartition(".")[2]
-    reasons = [f"{setting}: {reason}" for setting, reason in whole_base_reasons(settings.to_flat())]
-    problem = cut_problem(architecture, outline.config, count) or next(iter(reasons), "")
-    return problem or outlined_shape(outline, settings, KernelChoice(settings.loop.kernels), cut_by=count)
-
-
-def splits_line(splits: Sequence[dict[str, Any]]) -> str:
-    """Return the ways to divide a run in a line of text, the best one last."""
-    told = "; ".join(f"{split['name']} {split['verdict']}" for split in splits)
-    chosen = next(split["name"] for split in splits if split["best"])
-    return f"Ways to divide it (--parallel): {told}. Best: {chosen}"
-
-
 # Thunderbolt 5 is sold as 80 Gbit/s; half of it is assumed for messages of a block's size, and was not measured.
 LINK_GBIT = 40.0
 MOST_GB = 4096
-# What macOS needs beside the GPU's memory, where the limit for the GPU is raised by hand.
+# What macOS needs in addition to the GPU's memory, where the limit for the GPU is raised by hand.
 FOR_MACOS_GB = 4
 LATENCY_S = 5e-5  # assumed, of a message
 EQUAL_MACS = re.compile(r"(?P<count>\d{1,3})\s*[xX]\s*(?P<rest>.+)")
@@ -376,3 +317,62 @@ def _predicted(found: MacsPlan, tokens: int, model: SharedModel) -> dict[str, An
         "tokens_per_s": tokens / found.step_s,
         "sent_of_base": sum(model.units.of_step(model.shape.first_trained)) / max(1, model.units.bytes),
     }
+
+
+# Other ways to divide the run
+
+
+def predicted_splits(
+    settings: TrainSettings, shape: ModelShape, batch: Run, macs: Sequence[Mac], link: Link, shared: MacsPlan
+) -> list[dict[str, Any]]:
+    """Return each way to divide a run and what is predicted of it, as JSON values; one of them is `best`.
+
+    Args:
+        settings: of the run.
+        shape: of the whole adapted model.
+        batch: of all Macs.
+        macs, link: what it runs on.
+        shared: the plan with a shared base.
+    """
+    splits = [
+        split_with_shared_base(shared, batch.positions),
+        split_by_rows(shape, batch, macs, link),
+        _by_tensor(settings, batch, macs, link),
+    ]
+    chosen = best(splits)
+    return [
+        {
+            "name": split.words,
+            "fits": not split.problem and split.fits,
+            "tokens_per_s": split.tokens_per_s,
+            "needed_bytes": split.most_needed_bytes,
+            "verdict": split.verdict,
+            "best": split is chosen,
+        }
+        for split in splits
+    ]
+
+
+def _by_tensor(settings: TrainSettings, batch: Run, macs: Sequence[Mac], link: Link) -> Split:
+    part = _part_of_layers(settings, len(macs))
+    if isinstance(part, str):
+        return Split(TENSOR, problem=part)
+    return split_by_tensor(part, batch, macs, link, macs[0].machine.number_bytes)
+
+
+@lru_cache(maxsize=8)
+def _part_of_layers(settings: TrainSettings, count: int) -> ModelShape | str:
+    """Return the shape of one Mac's part of each layer, or why there is none."""
+    dtype = settings.model.dtype if settings.model.dtype != "auto" else "bfloat16"
+    outline = outline_for(settings.model, device.compute_dtype(dtype))
+    architecture = type(outline.model).__module__.rpartition(".")[2]
+    reasons = [f"{setting}: {reason}" for setting, reason in whole_base_reasons(settings.to_flat())]
+    problem = cut_problem(architecture, outline.config, count) or next(iter(reasons), "")
+    return problem or outlined_shape(outline, settings, KernelChoice(settings.loop.kernels), cut_by=count)
+
+
+def splits_line(splits: Sequence[dict[str, Any]]) -> str:
+    """Return the ways to divide a run in a line of text, the best one last."""
+    told = "; ".join(f"{split['name']} {split['verdict']}" for split in splits)
+    chosen = next(split["name"] for split in splits if split["best"])
+    return f"Ways to divide it (--parallel): {told}. Best: {chosen}"

@@ -1,18 +1,12 @@
-"""Train, Run, data in memory.
+"""Train an adapter on a loaded base, from data and settings as Python has them, and hold the results of the run.
 
-Take data as Python has them: a path or hub id, or records in memory, which become a file in the cache.
+`data_source` takes a path or hub id, or records in memory, which become a file in the cache:
 
     "data.jsonl", "owner/name"                      as the command's --data
     [{"prompt": ..., "completion": ...}, ...]       one set; part of it is held out for validation
     {"train": [...], "validation": [...]}           several sets, as a datasets.DatasetDict has them
 
 The file is named by its content, so run.yaml repeats the run, and equal data is encoded only once.
-
-Turn keyword arguments into a run's settings.
-
-A matplotlib figure that a notebook shows; importing this file needs matplotlib, which is an extra.
-
-Train an adapter on a loaded base, and hold the results of the run.
 """
 
 from __future__ import annotations
@@ -31,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from matplotlib.figure import Figure
 
 from mlx_lora.api.base import Base, PathLike, as_base
 from mlx_lora.api.errors import speaks_python
@@ -49,218 +42,6 @@ from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replacing_folder, sha256_of
 from mlx_lora.utils.parsing import parse_yaml
-
-MOST_KEPT = 20  # sets of records in the cache, those used last
-
-
-def data_source(data: Any) -> str:
-    """Return what --data takes for the same data.
-
-    Args:
-        data: path, hub id, records (an iterable of dicts, or what has `to_list()`), or records by split.
-
-    Raises:
-        InputError: it is none of these, or has a record that is no dict of JSON values.
-    """
-    if isinstance(data, str | os.PathLike):
-        return os.fspath(data)
-    sets = {"train": data}
-    if isinstance(data, Mapping):
-        unknown = [str(name) for name in data if SPLIT_NAMES.get(str(name)) is None]
-        if unknown or not data:
-            raise InputError(
-                f"data: a dict with {', '.join(unknown) or 'nothing in it'}; give a list of records, or records by "
-                f"split ({', '.join(SPLIT_NAMES)})"
-            )
-        sets = {SPLIT_NAMES[str(name)]: records for name, records in data.items()}
-    texts = {name: "".join(_lines(name, records)) for name, records in sets.items()}
-    if empty := [name for name, text in texts.items() if not text]:
-        what = "an empty list" if list(texts) == ["train"] else f"no record in {' and '.join(empty)}"
-        raise InputError(f'data: {what}; give at least one record, as in {{"prompt": "...", "completion": "..."}}')
-    folder = cache_dir("records") / sha256_of(json.dumps(texts, sort_keys=True))[:32]
-    if not folder.is_dir():
-        with replacing_folder(folder) as temporary:
-            for name, text in texts.items():
-                (temporary / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    os.utime(folder)
-    _evict(folder.parent)
-    return str(folder / "train.jsonl" if list(texts) == ["train"] else folder)
-
-
-def _lines(name: str, records: Any) -> Iterator[str]:
-    """Yield the records as lines of JSON, so that record n is line n of every report."""
-    if callable(getattr(records, "to_list", None)):  # datasets.Dataset: plain values, whatever its format
-        records = records.to_list()
-    if isinstance(records, bytes) or not isinstance(records, Iterable):
-        raise InputError(f"data: found {type(records).__name__}; give a path, a hub id or a list of dicts")
-    for number, record in enumerate(records, start=1):
-        if not isinstance(record, Mapping):
-            hint = "; of a table, give table.to_dict('records')" if hasattr(records, "to_dict") else ""
-            raise InputError(
-                f"data, {name} record {number}: found {type(record).__name__}; each record is a dict, as in "
-                f'{{"prompt": "...", "completion": "..."}}{hint}'
-            )
-        try:
-            yield json.dumps(dict(record), ensure_ascii=False, allow_nan=False) + "\n"
-        except (TypeError, ValueError) as error:
-            raise InputError(f"data, {name} record {number}: {error}; keep texts, numbers and lists") from None
-
-
-def _evict(folder: Path) -> None:
-    """Remove the sets of records that were used longest ago."""
-    kept = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.stat().st_mtime)
-    for path in kept[:-MOST_KEPT]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-OF_THE_MODEL = tuple(field.name for field in fields(ModelSettings))
-# Settings that only the command has -> what Python does instead.
-ONLY_COMMAND = {
-    "train": "call mlx_lora.evaluate to measure only",
-    "test": "call mlx_lora.evaluate(base, data, adapter=run.adapter)",
-    "test_batches": "call mlx_lora.evaluate(base, data, adapter=run.adapter)",
-    "max_restarts": "it restarts the process; use the command `mlx-lora train`",
-    "short_buffers": "it restarts the process; use the command `mlx-lora train`",
-}
-
-
-def run_settings(model: ModelSettings, given: Mapping[str, Any]) -> TrainSettings:
-    """Return the settings of a run on a loaded model.
-
-    Args:
-        model: that the base was loaded with.
-        given: settings by name, as the caller wrote them.
-
-    Raises:
-        InputError: unknown names, values that are not allowed, or settings of `load` or of the command.
-    """
-    problems = [f"{name}: belongs to the model; give it to mlx_lora.load" for name in given if name in OF_THE_MODEL]
-    problems += [f"{name}: not available in Python; {advice}" for name, advice in ONLY_COMMAND.items() if name in given]
-    if problems:
-        raise InputError("; ".join(problems))
-    return replace(train_settings(plain(given)), model=model)
-
-
-def named_rewards(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, RewardFunction]]:
-    """Return settings in which names replace reward functions, and the functions by these names.
-
-    Args:
-        given: settings by name; `reward` is a function, or a list of functions and of texts as --reward has them.
-    """
-    asked = given.get("reward")
-    rewards: list[Any] = list(asked) if isinstance(asked, list | tuple) else [asked]
-    functions: dict[str, Any] = {}
-    texts = []
-    for reward in rewards:
-        if callable(reward):
-            name = str(getattr(reward, "__name__", type(reward).__name__)).replace(",", " ")
-            alike = sum(known.split("#")[0] == IN_PYTHON + name for known in functions)
-            text = IN_PYTHON + name + (f"#{alike + 1}" if alike else "")
-            functions[text] = reward
-            reward = text
-        texts.append(reward)
-    if not functions:
-        return dict(given), {}
-    return {**given, "reward": ",".join(map(str, texts))}, functions
-
-
-def plain(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with paths as text and sequences as lists, as a settings file has them."""
-    values: dict[str, Any] = {}
-    for name, value in given.items():
-        if isinstance(value, os.PathLike):
-            value = os.fspath(value)
-        values[name] = list(value) if isinstance(value, tuple | set | frozenset) else value
-    return values
-
-
-DOTS_PER_INCH = 120
-
-
-class ShownFigure(Figure):
-    """A figure with its picture: plain ones are only shown in notebooks that have imported pyplot and drawn with it."""
-
-    def _repr_png_(self) -> bytes:
-        """Return the picture, as IPython asks for it."""
-        picture = BytesIO()
-        self.savefig(picture, format="png", dpi=DOTS_PER_INCH)
-        return picture.getvalue()
-
-
-@dataclass(frozen=True)
-class Run:
-    """The results of a training run.
-
-    Attributes:
-        adapter: the run's folder, which `generate`, `evaluate` and `export` take as `adapter`.
-        steps: optimizer steps taken.
-        val_loss: of the validation at the end; None without one.
-        interrupted: whether the run was, with Ctrl-C or the notebook's stop button; the adapter is saved.
-        stopped_early: whether the validations no longer got better (`early_stopping_patience`).
-    """
-
-    adapter: Path
-    steps: int
-    val_loss: float | None
-    interrupted: bool
-    stopped_early: bool
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl: one per report, and one per validation, which has a `val_loss` and no `loss`."""
-        return read_records(self.adapter / "metrics.jsonl")
-
-    @property
-    def losses(self) -> list[float]:
-        """The training losses, one per report; `steps_per_report=1` gives one per step."""
-        return [_number(line["loss"]) for line in self.metrics if line["val_loss"] is None]
-
-    @property
-    def val_losses(self) -> list[float]:
-        """The losses on held-out rows, the first before the training."""
-        return [line["val_loss"] for line in self.metrics if line["val_loss"] is not None]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All settings of the run, as in run.yaml."""
-        return parse_yaml((self.adapter / "run.yaml").read_text(encoding="utf-8"))
-
-    @property
-    def report(self) -> Path:
-        """The page with curves, settings and texts before and after."""
-        return self.adapter / REPORT_FILE
-
-    @speaks_python()
-    def plot(self) -> Any:
-        """Return the curves of training and held-out loss as a matplotlib figure, which a notebook shows.
-
-        Raises:
-            InputError: matplotlib is not installed.
-        """
-        try:
-            import matplotlib.figure  # noqa: F401 # pyright: ignore[reportMissingImports] # an extra
-        except ImportError:
-            raise InputError("plot: matplotlib is not installed; pip install 'mlx-lora[plots]'") from None
-
-        figure = ShownFigure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        lines, marks = [m for m in self.metrics if m["val_loss"] is None], [m for m in self.metrics if m["val_loss"]]
-        axes.plot([m["step"] for m in lines], [_number(m["loss"]) for m in lines], label="training")
-        if marks:
-            axes.plot([m["step"] for m in marks], [m["val_loss"] for m in marks], "o--", label="held-out")
-        axes.set(xlabel="step", ylabel="loss", title=self.adapter.name)
-        axes.legend()
-        return figure
-
-    def _repr_html_(self) -> str:
-        """Show the curves where a notebook shows this object."""
-        words = f"{self.steps} steps; adapter and report.html in <code>{escape(str(self.adapter))}</code>"
-        return curve_html(self.metrics, f"<div>{words}</div>")
-
-
-def _number(loss: float | None) -> float:
-    """Return a loss of metrics.jsonl, where one that is not finite is null."""
-    return math.nan if loss is None else loss
 
 
 @speaks_python()
@@ -337,3 +118,229 @@ def train(
     if outcome.interrupted and not outcome.steps:
         raise KeyboardInterrupt
     return Run(Path(adapter_path), outcome.steps, outcome.val_loss, outcome.interrupted, outcome.stopped_early)
+
+
+# Results
+
+DOTS_PER_INCH = 120
+
+
+def shown_figure(**options: Any) -> Any:
+    """Return a matplotlib figure with its picture: notebooks show plain ones only after an import of pyplot and drawing with it.
+
+    Raises:
+        ImportError: matplotlib, an extra, is not installed.
+    """
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports] # an extra
+
+    class ShownFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            """Return the picture, as IPython asks for it."""
+            picture = BytesIO()
+            self.savefig(picture, format="png", dpi=DOTS_PER_INCH)
+            return picture.getvalue()
+
+    return ShownFigure(**options)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The results of a training run.
+
+    Attributes:
+        adapter: the run's folder, which `generate`, `evaluate` and `export` take as `adapter`.
+        steps: optimizer steps taken.
+        val_loss: of the validation at the end; None without one.
+        interrupted: whether the run was, with Ctrl-C or the notebook's stop button; the adapter is saved.
+        stopped_early: whether the validations no longer got better (`early_stopping_patience`).
+    """
+
+    adapter: Path
+    steps: int
+    val_loss: float | None
+    interrupted: bool
+    stopped_early: bool
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl: one per report, and one per validation, which has a `val_loss` and no `loss`."""
+        return read_records(self.adapter / "metrics.jsonl")
+
+    @property
+    def losses(self) -> list[float]:
+        """The training losses, one per report; `steps_per_report=1` gives one per step."""
+        return [_number(line["loss"]) for line in self.metrics if line["val_loss"] is None]
+
+    @property
+    def val_losses(self) -> list[float]:
+        """The losses on held-out rows, the first before the training."""
+        return [line["val_loss"] for line in self.metrics if line["val_loss"] is not None]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings of the run, as in run.yaml."""
+        return parse_yaml((self.adapter / "run.yaml").read_text(encoding="utf-8"))
+
+    @property
+    def report(self) -> Path:
+        """The page with curves, settings and texts before and after."""
+        return self.adapter / REPORT_FILE
+
+    @speaks_python()
+    def plot(self) -> Any:
+        """Return the curves of training and held-out loss as a matplotlib figure, which a notebook shows.
+
+        Raises:
+            InputError: matplotlib is not installed.
+        """
+        try:
+            figure = shown_figure(figsize=(7, 4), layout="constrained")
+        except ImportError:
+            raise InputError("plot: matplotlib is not installed; pip install 'mlx-lora[plots]'") from None
+
+        axes = figure.subplots()
+        lines, marks = [m for m in self.metrics if m["val_loss"] is None], [m for m in self.metrics if m["val_loss"]]
+        axes.plot([m["step"] for m in lines], [_number(m["loss"]) for m in lines], label="training")
+        if marks:
+            axes.plot([m["step"] for m in marks], [m["val_loss"] for m in marks], "o--", label="held-out")
+        axes.set(xlabel="step", ylabel="loss", title=self.adapter.name)
+        axes.legend()
+        return figure
+
+    def _repr_html_(self) -> str:
+        """Show the curves where a notebook shows this object."""
+        words = f"{self.steps} steps; adapter and report.html in <code>{escape(str(self.adapter))}</code>"
+        return curve_html(self.metrics, f"<div>{words}</div>")
+
+
+def _number(loss: float | None) -> float:
+    """Return a loss of metrics.jsonl, where one that is not finite is null."""
+    return math.nan if loss is None else loss
+
+
+# Settings
+
+MODEL_FIELDS = tuple(field.name for field in fields(ModelSettings))
+# Settings that only the command has -> what Python does instead.
+ONLY_COMMAND = {
+    "train": "call mlx_lora.evaluate to measure only",
+    "test": "call mlx_lora.evaluate(base, data, adapter=run.adapter)",
+    "test_batches": "call mlx_lora.evaluate(base, data, adapter=run.adapter)",
+    "max_restarts": "it restarts the process; use the command `mlx-lora train`",
+    "short_buffers": "it restarts the process; use the command `mlx-lora train`",
+}
+
+
+def run_settings(model: ModelSettings, given: Mapping[str, Any]) -> TrainSettings:
+    """Return the settings of a run on a loaded model.
+
+    Args:
+        model: that the base was loaded with.
+        given: settings by name, as the caller wrote them.
+
+    Raises:
+        InputError: unknown names, values that are not allowed, or settings of `load` or of the command.
+    """
+    problems = [f"{name}: belongs to the model; give it to mlx_lora.load" for name in given if name in MODEL_FIELDS]
+    problems += [f"{name}: not available in Python; {advice}" for name, advice in ONLY_COMMAND.items() if name in given]
+    if problems:
+        raise InputError("; ".join(problems))
+    return replace(train_settings(plain(given)), model=model)
+
+
+def named_rewards(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, RewardFunction]]:
+    """Return settings in which names replace reward functions, and the functions by these names.
+
+    Args:
+        given: settings by name; `reward` is a function, or a list of functions and of texts as --reward has them.
+    """
+    asked = given.get("reward")
+    rewards: list[Any] = list(asked) if isinstance(asked, list | tuple) else [asked]
+    functions: dict[str, Any] = {}
+    texts = []
+    for reward in rewards:
+        if callable(reward):
+            name = str(getattr(reward, "__name__", type(reward).__name__)).replace(",", " ")
+            alike = sum(known.split("#")[0] == IN_PYTHON + name for known in functions)
+            text = IN_PYTHON + name + (f"#{alike + 1}" if alike else "")
+            functions[text] = reward
+            reward = text
+        texts.append(reward)
+    if not functions:
+        return dict(given), {}
+    return {**given, "reward": ",".join(map(str, texts))}, functions
+
+
+def plain(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with paths as text and sequences as lists, as a settings file has them."""
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        values[name] = list(value) if isinstance(value, tuple | set | frozenset) else value
+    return values
+
+
+# Data
+
+MOST_KEPT = 20  # sets of records in the cache, those used last
+
+
+def data_source(data: Any) -> str:
+    """Return what --data takes for the same data.
+
+    Args:
+        data: path, hub id, records (an iterable of dicts, or what has `to_list()`), or records by split.
+
+    Raises:
+        InputError: it is none of these, or has a record that is no dict of JSON values.
+    """
+    if isinstance(data, str | os.PathLike):
+        return os.fspath(data)
+    sets = {"train": data}
+    if isinstance(data, Mapping):
+        unknown = [str(name) for name in data if SPLIT_NAMES.get(str(name)) is None]
+        if unknown or not data:
+            raise InputError(
+                f"data: a dict with {', '.join(unknown) or 'nothing in it'}; give a list of records, or records by "
+                f"split ({', '.join(SPLIT_NAMES)})"
+            )
+        sets = {SPLIT_NAMES[str(name)]: records for name, records in data.items()}
+    texts = {name: "".join(_lines(name, records)) for name, records in sets.items()}
+    if empty := [name for name, text in texts.items() if not text]:
+        what = "an empty list" if list(texts) == ["train"] else f"no record in {' and '.join(empty)}"
+        raise InputError(f'data: {what}; give at least one record, as in {{"prompt": "...", "completion": "..."}}')
+    folder = cache_dir("records") / sha256_of(json.dumps(texts, sort_keys=True))[:32]
+    if not folder.is_dir():
+        with replacing_folder(folder) as temporary:
+            for name, text in texts.items():
+                (temporary / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    os.utime(folder)
+    _evict(folder.parent)
+    return str(folder / "train.jsonl" if list(texts) == ["train"] else folder)
+
+
+def _lines(name: str, records: Any) -> Iterator[str]:
+    """Yield the records as lines of JSON, so that record n is line n of every report."""
+    if callable(getattr(records, "to_list", None)):  # datasets.Dataset: plain values, whatever its format
+        records = records.to_list()
+    if isinstance(records, bytes) or not isinstance(records, Iterable):
+        raise InputError(f"data: found {type(records).__name__}; give a path, a hub id or a list of dicts")
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, Mapping):
+            hint = "; of a table, give table.to_dict('records')" if hasattr(records, "to_dict") else ""
+            raise InputError(
+                f"data, {name} record {number}: found {type(record).__name__}; each record is a dict, as in "
+                f'{{"prompt": "...", "completion": "..."}}{hint}'
+            )
+        try:
+            yield json.dumps(dict(record), ensure_ascii=False, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise InputError(f"data, {name} record {number}: {error}; keep texts, numbers and lists") from None
+
+
+def _evict(folder: Path) -> None:
+    """Remove the sets of records that were used longest ago."""
+    kept = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.stat().st_mtime)
+    for path in kept[:-MOST_KEPT]:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,16 +1,11 @@
-"""Facts about the machine; peak rates.
+"""Read what a result records about the machine, its power and the software, and measure the machine's peak rates.
 
-Read what a result records about the machine, its power and the software; None for what cannot be read.
+Facts that cannot be read are None. On macOS, they come from `sysctl`, `ioreg`, `sw_vers`, `pmset` and, for the thermal state,
+`osascript`, all of which are part of macOS; on Linux, from /proc and /sys.
 
-This file does not import mlx: bench/machine.py asks the backend in a process of its own. On macOS, facts come from
-`sysctl`, `ioreg`, `sw_vers`, `pmset` and, for the thermal state, `osascript`, all of which are part of macOS; on Linux,
-from /proc and /sys.
-
-Measure a machine's peak rates, in a process of its own: `python -m mlx_lora.bench.machine`.
-
-It prints one JSON object with the device, as MLX describes it, and the rates. Each rate is the best of several rounds,
-since other programs can only slow it down. Products grow until one takes long enough to be timed well, so that a slow
-dtype does not take minutes.
+The rates are measured in a process of its own: `python -m mlx_lora.bench.machine` prints one JSON object with the device, as
+MLX describes it, and the rates. Each rate is the best of several rounds, since other programs can only slow it down. Products
+grow until one takes long enough to be timed well, so that a slow dtype does not take minutes.
 """
 
 from __future__ import annotations
@@ -33,6 +28,8 @@ import mlx.core as mx
 import mlx_lora
 from mlx_lora.planner.machine import measure_ceilings
 from mlx_lora.utils import device
+
+# Facts
 
 # Both change OpenBLAS's kernels or block sizes, and figures must not depend on them.
 DROPPED_VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
@@ -200,6 +197,8 @@ def _whole(text: str | None) -> int | None:
     except ValueError:
         return None
 
+
+# Peak rates
 
 SIDES = (512, 1024, 2048, 4096)
 ENOUGH_S = 0.1

@@ -50,7 +50,7 @@ class Batch:
 
 
 def model_shape_of(workload: Workload, dtype: str = "bfloat16") -> ModelShape:
-    """Return the shape of a workload's model with its adapter, from the suite's list; nothing is read or downloaded.
+    """Return the shape of a workload's model with its adapter, from the list of workloads; nothing is read or downloaded.
 
     Workloads of the same model and adapter get the same object: building it and reading its blocks takes a second.
 

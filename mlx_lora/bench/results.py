@@ -1,10 +1,7 @@
-"""Result files, schema, comparison, tables.
+"""Write and read result files, compare them, and render comparisons as text.
 
-Write and read result files; one that cannot be read is reported with one line.
-
-Compare results: one table per workload, with ratios only if the work and the versions are equal.
-
-Render comparisons as text: aligned for a terminal, or as Markdown.
+A file that cannot be read is reported with one line. There is one table per workload, with ratios only if the work and the
+versions are equal.
 """
 
 from __future__ import annotations
@@ -19,6 +16,8 @@ from typing import Any
 from mlx_lora.bench.schema import SCHEMA, VERSION, problems_of
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replacing_file
+
+# Files
 
 MOST_BYTES = 10_000_000
 SHOWN_PROBLEMS = 3
@@ -151,6 +150,8 @@ def read_results(paths: Iterable[Path]) -> tuple[list[ResultFile], list[str]]:
         raise InputError(f"no result that can be read ({reasons}); make one with `mlx-lora bench run`")
     return results, problems
 
+
+# Comparison
 
 # With different versions of these, a ratio would compare software, not machines.
 SAME_VERSIONS = ("mlx-lora", "mlx", "mlx-lm")
@@ -315,6 +316,8 @@ def _ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
         "memory_ratio": ours["peak_memory_bytes"] / theirs["peak_memory_bytes"],
     }
 
+
+# Tables as text (aligned for a terminal, or Markdown) and as JSON
 
 COLUMNS = (
     "machine",

@@ -1,16 +1,8 @@
-"""Fresh processes, figures, energy.
-
-Measure the energy of a run if the system allows it to be read without a password.
-
-Compute a result's figures from a run's metrics.
+"""Run workloads, each as `python -m mlx_lora.train` in a fresh process with a clean environment, and compute their figures.
 
 A step's time is the wall-clock time from the end of the step before it to its own end, data and host work included. The
 first pass over the rows is left out, because it compiles every batch shape; medians also leave out later steps with a
-new shape. Tokens do not include padding.
-
-Run a benchmark's commands, each in a fresh process with a clean environment.
-
-Run workloads, each as `python -m mlx_lora.train` in a fresh process, as a user would.
+new shape. Tokens do not include padding. Energy is measured if the system allows it to be read without a password.
 """
 
 from __future__ import annotations
@@ -41,220 +33,6 @@ from mlx_lora.utils.downloads import SMOLLM2_GGUF, embedded_model
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import sha256_of
 from mlx_lora.utils.hub import model_file
-
-PACKAGE_COUNTER = Path("/sys/class/powercap/intel-rapl:0")
-SAMPLE_MS = 500
-POWER = re.compile(r"Combined Power \(CPU \+ GPU \+ ANE\): (\d+) mW")
-
-
-class EnergyMeter:
-    """Measures the energy of the chip since the start (macOS: CPU, GPU and ANE; Linux: the CPU package).
-
-    Attributes:
-        source: what is read, or why nothing can be read.
-    """
-
-    def __init__(self, counter: Path = PACKAGE_COUNTER):
-        self._counter, self._child, self._joules = counter, None, 0.0
-        self._last: int | None = None
-        if sys.platform == "darwin":
-            self.source = self._start_powermetrics()
-        else:
-            self._last = self._read_counter()
-            readable = self._last is not None
-            self.source = "intel-rapl package" if readable else f"none: {counter} does not exist or is not readable"
-
-    def joules(self) -> float | None:
-        """Return the energy so far in joules, None if it cannot be read."""
-        if self._child is not None:
-            return self._joules
-        now = self._read_counter() if self._last is not None else None
-        if now is None or self._last is None:
-            return None
-        # The counter wraps around at the end of its range.
-        spent = now - self._last if now >= self._last else now - self._last + self._range()
-        self._last, self._joules = now, self._joules + spent / 1e6
-        return self._joules
-
-    def close(self) -> None:
-        """Stop reading."""
-        if self._child is not None:
-            self._child.terminate()
-            self._child.wait(timeout=10)
-
-    def _start_powermetrics(self) -> str:
-        """Start powermetrics if we are root, or can be without a password; return the source's name."""
-        prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
-        if prefix and answer("sudo", "-n", "-l", "powermetrics") is None:
-            return "none: powermetrics needs root (run as root, or allow it in sudoers without a password)"
-        command = [*prefix, "powermetrics", "--samplers", "cpu_power,gpu_power", "-i", str(SAMPLE_MS)]
-        try:
-            self._child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        except OSError as error:
-            return f"none: powermetrics did not start ({error.strerror})"
-        threading.Thread(target=self._follow, daemon=True).start()
-        return "powermetrics, combined power"
-
-    def _follow(self) -> None:
-        """Add up the samples, each of which is the mean power since the one before."""
-        before = time.monotonic()
-        for line in (self._child and self._child.stdout) or ():
-            if found := POWER.search(line):
-                now = time.monotonic()
-                self._joules += int(found[1]) / 1000 * (now - before)
-                before = now
-
-    def _read_counter(self) -> int | None:
-        try:
-            return int((self._counter / "energy_uj").read_text())
-        except (OSError, ValueError):
-            return None
-
-    def _range(self) -> int:
-        return int((self._counter / "max_energy_range_uj").read_text())
-
-
-@contextmanager
-def energy_meter() -> Iterator[EnergyMeter]:
-    """Yield a meter that is stopped at the end of the block, even after an error."""
-    meter = EnergyMeter()
-    try:
-        yield meter
-    finally:
-        meter.close()
-
-
-LEAST_STEPS = 2
-Record = dict[str, Any]
-
-
-def counted_records(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
-    """Return (warm-up, counted) steps from the lines of metrics.jsonl, each with its `seconds`.
-
-    In a run that ended before its second pass, only the first step is warm-up.
-
-    Raises:
-        ValueError: fewer than two steps would be counted.
-    """
-    steps = [record for record in records if record["positions"]]
-    before = [0.0, *(record["elapsed_s"] for record in steps)]
-    timed = [{**step, "seconds": step["elapsed_s"] - start} for step, start in zip(steps, before, strict=False)]
-    warm = sum(step["epoch"] <= 1 + 1e-9 for step in timed)
-    if len(timed) - warm < LEAST_STEPS:
-        warm = 1
-    if len(timed) - warm < LEAST_STEPS:
-        raise ValueError(f"{len(timed)} steps were run; at least {LEAST_STEPS} are needed after the warm-up")
-    return timed[:warm], timed[warm:]
-
-
-def run_figures(records: Sequence[Record], first_step_s: float) -> dict[str, Any]:
-    """Return the figures of one run.
-
-    Args:
-        records: lines of metrics.jsonl, one per step.
-        first_step_s: from the start of the process to the end of its first step.
-
-    Raises:
-        ValueError: there are too few steps.
-    """
-    warm, counted = counted_records(records)
-    seen = {tuple(step["shapes"]) for step in warm}
-    steady = []
-    for step in counted:
-        steady += [step] if tuple(step["shapes"]) in seen else []
-        seen.add(tuple(step["shapes"]))
-    if len(steady) < LEAST_STEPS:
-        steady = counted
-    spent = sum(step["seconds"] for step in counted)
-    total = {key: sum(step[key] for step in counted) for key in ("real_tokens", "supervised_tokens", "positions")}
-    losses = [step["loss"] for step in counted if step["loss"] is not None]
-    return {
-        "tokens_per_s": spread([step["real_tokens"] / step["seconds"] for step in steady]),
-        "supervised_tokens_per_s": spread([step["supervised_tokens"] / step["seconds"] for step in steady]),
-        "step_s": spread([step["seconds"] for step in steady]),
-        "overall_tokens_per_s": total["real_tokens"] / spent,
-        "first_step_s": first_step_s,
-        "warmup_steps": len(warm),
-        "counted_steps": len(counted),
-        "counted_s": spent,
-        "real_tokens": total["real_tokens"],
-        "supervised_tokens": total["supervised_tokens"],
-        "positions": total["positions"],
-        "shapes": dict(sorted(Counter("+".join(step["shapes"]) for step in counted).items())),
-        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
-        "process_peak_bytes": max(record["process_peak_bytes"] for record in records),
-        "skipped_steps": records[-1]["skipped_steps"],
-        "last_loss": losses[-1] if losses else None,
-    }
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, 10th and 90th percentile (nearest rank), minimum and maximum."""
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-
-    def rank(share: float) -> float:
-        return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-    return {"median": median, "p10": rank(0.1), "p90": rank(0.9), "min": ordered[0], "max": ordered[-1]}
-
-
-POLL_S = 0.02
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a process ended.
-
-    Attributes:
-        code: exit code; negative if a signal ended it.
-        log: everything that it printed.
-    """
-
-    code: int
-    log: str
-
-    @property
-    def last_words(self) -> str:
-        """The error that it printed, or its last line."""
-        lines = [line.strip() for line in self.log.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("Error: ")]
-        return errors[-1].removeprefix("Error: ") if errors else lines[-1] if lines else "it printed nothing"
-
-
-def clean_environment() -> dict[str, str]:
-    """Return this process's environment without the variables that would change OpenBLAS."""
-    kept = {name: value for name, value in os.environ.items() if name not in DROPPED_VARIABLES}
-    # The child must find this package, even if it is a checkout that is not installed.
-    root = str(Path(mlx_lora.__file__).resolve().parents[1])
-    kept["PYTHONPATH"] = os.pathsep.join(filter(None, [root, kept.get("PYTHONPATH")]))
-    return {**kept, "TOKENIZERS_PARALLELISM": "true", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
-
-
-def run_process(command: list[str], log: Path, watch: Callable[[subprocess.Popen], None] = lambda child: None) -> Ended:
-    """Run a command until it ends.
-
-    Args:
-        command: program and arguments.
-        log: the file for its standard output and error.
-        watch: called every 20 ms with the process, to check what it wrote or to interrupt it.
-    """
-    with log.open("w", encoding="utf-8") as output:
-        # A new session, so that Ctrl-C does not reach the child directly as well.
-        child = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=clean_environment(), start_new_session=True
-        )
-        try:
-            while child.poll() is None:
-                watch(child)
-                time.sleep(POLL_S)
-        except BaseException:
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-            raise
-    return Ended(child.returncode, log.read_text(encoding="utf-8", errors="replace"))
-
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -455,3 +233,223 @@ def _against_plan(
     figures["mfu"] = useful / machine["rates"]["gemm_flops_per_s"][machine["device"]["compute_dtype"]]
     figures["mfu_listed"] = None if listed is None else useful / listed
     return {**expected, "ceilings": ceilings.source}
+
+
+# Figures, from a run's metrics
+
+LEAST_STEPS = 2
+Record = dict[str, Any]
+
+
+def counted_records(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """Return (warm-up, counted) steps from the lines of metrics.jsonl, each with its `seconds`.
+
+    In a run that ended before its second pass, only the first step is warm-up.
+
+    Raises:
+        ValueError: fewer than two steps would be counted.
+    """
+    steps = [record for record in records if record["positions"]]
+    before = [0.0, *(record["elapsed_s"] for record in steps)]
+    timed = [{**step, "seconds": step["elapsed_s"] - start} for step, start in zip(steps, before, strict=False)]
+    warm = sum(step["epoch"] <= 1 + 1e-9 for step in timed)
+    if len(timed) - warm < LEAST_STEPS:
+        warm = 1
+    if len(timed) - warm < LEAST_STEPS:
+        raise ValueError(f"{len(timed)} steps were run; at least {LEAST_STEPS} are needed after the warm-up")
+    return timed[:warm], timed[warm:]
+
+
+def run_figures(records: Sequence[Record], first_step_s: float) -> dict[str, Any]:
+    """Return the figures of one run.
+
+    Args:
+        records: lines of metrics.jsonl, one per step.
+        first_step_s: from the start of the process to the end of its first step.
+
+    Raises:
+        ValueError: there are too few steps.
+    """
+    warm, counted = counted_records(records)
+    seen = {tuple(step["shapes"]) for step in warm}
+    steady = []
+    for step in counted:
+        steady += [step] if tuple(step["shapes"]) in seen else []
+        seen.add(tuple(step["shapes"]))
+    if len(steady) < LEAST_STEPS:
+        steady = counted
+    spent = sum(step["seconds"] for step in counted)
+    total = {key: sum(step[key] for step in counted) for key in ("real_tokens", "supervised_tokens", "positions")}
+    losses = [step["loss"] for step in counted if step["loss"] is not None]
+    return {
+        "tokens_per_s": spread([step["real_tokens"] / step["seconds"] for step in steady]),
+        "supervised_tokens_per_s": spread([step["supervised_tokens"] / step["seconds"] for step in steady]),
+        "step_s": spread([step["seconds"] for step in steady]),
+        "overall_tokens_per_s": total["real_tokens"] / spent,
+        "first_step_s": first_step_s,
+        "warmup_steps": len(warm),
+        "counted_steps": len(counted),
+        "counted_s": spent,
+        "real_tokens": total["real_tokens"],
+        "supervised_tokens": total["supervised_tokens"],
+        "positions": total["positions"],
+        "shapes": dict(sorted(Counter("+".join(step["shapes"]) for step in counted).items())),
+        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
+        "process_peak_bytes": max(record["process_peak_bytes"] for record in records),
+        "skipped_steps": records[-1]["skipped_steps"],
+        "last_loss": losses[-1] if losses else None,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median, 10th and 90th percentile (nearest rank), minimum and maximum."""
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+    def rank(share: float) -> float:
+        return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+    return {"median": median, "p10": rank(0.1), "p90": rank(0.9), "min": ordered[0], "max": ordered[-1]}
+
+
+# Processes
+
+POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended.
+
+    Attributes:
+        code: exit code; negative if a signal ended it.
+        log: everything that it printed.
+    """
+
+    code: int
+    log: str
+
+    @property
+    def last_words(self) -> str:
+        """The error that it printed, or its last line."""
+        lines = [line.strip() for line in self.log.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("Error: ")]
+        return errors[-1].removeprefix("Error: ") if errors else lines[-1] if lines else "it printed nothing"
+
+
+def clean_environment() -> dict[str, str]:
+    """Return this process's environment without the variables that would change OpenBLAS."""
+    kept = {name: value for name, value in os.environ.items() if name not in DROPPED_VARIABLES}
+    # The child must find this package, even if it is a checkout that is not installed.
+    root = str(Path(mlx_lora.__file__).resolve().parents[1])
+    kept["PYTHONPATH"] = os.pathsep.join(filter(None, [root, kept.get("PYTHONPATH")]))
+    return {**kept, "TOKENIZERS_PARALLELISM": "true", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
+
+
+def run_process(command: list[str], log: Path, watch: Callable[[subprocess.Popen], None] = lambda child: None) -> Ended:
+    """Run a command until it ends.
+
+    Args:
+        command: program and arguments.
+        log: the file for its standard output and error.
+        watch: called every 20 ms with the process, to check what it wrote or to interrupt it.
+    """
+    with log.open("w", encoding="utf-8") as output:
+        # A new session, so that Ctrl-C does not reach the child directly as well.
+        child = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=clean_environment(), start_new_session=True
+        )
+        try:
+            while child.poll() is None:
+                watch(child)
+                time.sleep(POLL_S)
+        except BaseException:
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            raise
+    return Ended(child.returncode, log.read_text(encoding="utf-8", errors="replace"))
+
+
+# Energy
+
+PACKAGE_COUNTER = Path("/sys/class/powercap/intel-rapl:0")
+SAMPLE_MS = 500
+POWER = re.compile(r"Combined Power \(CPU \+ GPU \+ ANE\): (\d+) mW")
+
+
+class EnergyMeter:
+    """Measures the energy of the chip since the start (macOS: CPU, GPU and ANE; Linux: the CPU package).
+
+    Attributes:
+        source: what is read, or why nothing can be read.
+    """
+
+    def __init__(self, counter: Path = PACKAGE_COUNTER):
+        self._counter, self._child, self._joules = counter, None, 0.0
+        self._last: int | None = None
+        if sys.platform == "darwin":
+            self.source = self._start_powermetrics()
+        else:
+            self._last = self._read_counter()
+            readable = self._last is not None
+            self.source = "intel-rapl package" if readable else f"none: {counter} does not exist or is not readable"
+
+    def joules(self) -> float | None:
+        """Return the energy so far in joules, None if it cannot be read."""
+        if self._child is not None:
+            return self._joules
+        now = self._read_counter() if self._last is not None else None
+        if now is None or self._last is None:
+            return None
+        # The counter wraps around at the end of its range.
+        spent = now - self._last if now >= self._last else now - self._last + self._range()
+        self._last, self._joules = now, self._joules + spent / 1e6
+        return self._joules
+
+    def close(self) -> None:
+        """Stop reading."""
+        if self._child is not None:
+            self._child.terminate()
+            self._child.wait(timeout=10)
+
+    def _start_powermetrics(self) -> str:
+        """Start powermetrics if we are root, or can be without a password; return the source's name."""
+        prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
+        if prefix and answer("sudo", "-n", "-l", "powermetrics") is None:
+            return "none: powermetrics needs root (run as root, or allow it in sudoers without a password)"
+        command = [*prefix, "powermetrics", "--samplers", "cpu_power,gpu_power", "-i", str(SAMPLE_MS)]
+        try:
+            self._child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        except OSError as error:
+            return f"none: powermetrics did not start ({error.strerror})"
+        threading.Thread(target=self._follow, daemon=True).start()
+        return "powermetrics, combined power"
+
+    def _follow(self) -> None:
+        """Add up the samples, each of which is the mean power since the one before."""
+        before = time.monotonic()
+        for line in (self._child and self._child.stdout) or ():
+            if found := POWER.search(line):
+                now = time.monotonic()
+                self._joules += int(found[1]) / 1000 * (now - before)
+                before = now
+
+    def _read_counter(self) -> int | None:
+        try:
+            return int((self._counter / "energy_uj").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _range(self) -> int:
+        return int((self._counter / "max_energy_range_uj").read_text())
+
+
+@contextmanager
+def energy_meter() -> Iterator[EnergyMeter]:
+    """Yield a meter that is stopped at the end of the block, even after an error."""
+    meter = EnergyMeter()
+    try:
+        yield meter
+    finally:
+        meter.close()

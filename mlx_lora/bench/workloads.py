@@ -1,20 +1,16 @@
-"""Workloads, their models, their data.
-
-Generate the workloads' training data from a seed: the same bytes everywhere, and nothing to download.
-
-The text consists of common English words, drawn by rank (a word further down the list is less likely), in sentences of 6
-to 18 words. It has no meaning, and neither has a loss on it; a benchmark only needs token counts, lengths and shapes.
-Only `random.random` is used, because Python guarantees its sequence for a seed.
-
-The models of the workloads: their hub ids, and their shapes, so that a plan needs no download.
-
-The shapes are those of the published config.json files, reduced to what decides memory and speed.
-
-The fixed, versioned workloads: the same work on every machine, in tiers by the memory they need.
+"""Define the fixed, versioned workloads: the same work on every machine, in tiers by the memory they need.
 
 A workload never changes: if it must, it gets the next version, and figures of the two are not compared. Batch shape and
 checkpointing are part of it, so that a large Mac does the same work as a small one. Tiers are memory sizes in GB: by the
 planner, all workloads of a tier fit the chips sold with that memory (tests/test_suite.py checks it).
+
+The shapes of the models are those of the published config.json files, reduced to what decides memory and speed, so that a plan
+needs no download.
+
+The training data is generated from a seed: the same bytes everywhere, and nothing to download. The text consists of common
+English words, drawn by rank (a word further down the list is less likely), in sentences of 6 to 18 words. It has no meaning, and
+neither has a loss on it; a benchmark only needs token counts, lengths and shapes. Only `random.random` is used, because Python
+guarantees its sequence for a seed.
 """
 
 from __future__ import annotations
@@ -29,70 +25,7 @@ from mlx_lora.utils.downloads import SMOLLM2_GGUF
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import sha256_of
 
-_LIST = """
-the of and to in that it was for on with as his they at be this have from or one had by but not what all were we when
-your can said there use an each which she do how their if will up other about out many then them these so some her
-would make like him into time has look two more write go see number no way could people my than first water been call
-who oil its now find long down day did get come made may part over new sound take only little work know place year
-live me back give most very after thing our just name good sentence man think say great where help through much before
-line right too mean old any same tell boy follow came want show also around form three small set put end does another
-well large must big even such because turn here why ask went men read need land different home us move try kind hand
-picture again change off play spell air away animal house point page letter mother answer found study still learn
-should world high every near add food between own below country plant last school father keep tree never start city
-earth eye light thought head under story saw left few while along might close something seem next hard open example
-begin life always those both paper together got group often run important until children side feet car mile night walk
-white sea began grow took river four carry state once book hear stop without second later miss idea enough eat face
-watch far really almost let above girl sometimes mountain cut young talk soon list song being leave family
-"""
-WORDS = tuple(_LIST.split())
-
-
-def chat_rows(count: int, prompt_words: tuple[int, int], answer_words: tuple[int, int], seed: int) -> str:
-    """Return `count` single-turn chats as JSON lines, in the messages format.
-
-    Args:
-        count: the number of rows.
-        prompt_words, answer_words: least and most words. Lengths are evenly distributed on a logarithmic scale: as in
-            real instructions, many are short and few are long.
-        seed: of the words and lengths.
-    """
-    source = random.Random(seed)
-    lines = []
-    for _ in range(count):
-        prompt, answer = (_text(source, _length(source, *bounds)) for bounds in (prompt_words, answer_words))
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        lines.append(json.dumps({"messages": messages}))
-    return "\n".join(lines) + "\n"
-
-
-def pair_rows(count: int, prompt_words: tuple[int, int], answer_words: tuple[int, int], seed: int) -> str:
-    """Return `count` preference pairs as JSON lines, in TRL's conversational format; arguments as in `chat_rows`."""
-    source = random.Random(seed)
-    lines = []
-    for _ in range(count):
-        prompt = _text(source, _length(source, *prompt_words))
-        answers = [_text(source, _length(source, *answer_words)) for _ in range(2)]
-        chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in answers)
-        record = {"prompt": [{"role": "user", "content": prompt}], "chosen": chosen, "rejected": rejected}
-        lines.append(json.dumps(record))
-    return "\n".join(lines) + "\n"
-
-
-def _length(source: random.Random, least: int, most: int) -> int:
-    return round(least * (most / least) ** source.random())
-
-
-def _text(source: random.Random, words: int) -> str:
-    """Return this many words as sentences."""
-    sentences: list[str] = []
-    left = words
-    while left > 0:
-        size = min(left, 6 + int(source.random() * 13))
-        # The square of a uniform number makes early words far more frequent, as in any language.
-        chosen = [WORDS[int(source.random() ** 2 * len(WORDS))] for _ in range(size)]
-        sentences.append(" ".join(chosen).capitalize() + ".")
-        left -= size
-    return " ".join(sentences)
+# Models
 
 
 @dataclass(frozen=True)
@@ -216,12 +149,16 @@ GPT_OSS_20B = SuiteModel(
     {"group_size": 32, "bits": 4, "mode": "mxfp4"},
 )
 MODELS = {m.name: m for m in (SMOLLM2, LLAMA_1B, LLAMA_3B, QWEN3_4B, QWEN3_8B, GEMMA3_1B, GPT_OSS_20B)}
+
+
+# Workloads
+
 TIERS = ("embedded", "8", "16", "32", "64", "128")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The training data to generate (see rows.py).
+    """The training data to generate, as chats.
 
     Attributes:
         count: the number of rows.
@@ -284,7 +221,7 @@ class Workload:
 
     Attributes:
         tier: a memory size in GB, or `embedded`: a model that PyPI has too, for machines without access to the hub.
-        model: a name in bench/workloads.py.
+        model: a key of MODELS.
         form: a key of ROW_SHAPES: `chat` (short rows), `2k` or `8k` (full rows), `dpo` (pairs of short answers).
         packed: 4-bit base (QLoRA), else floats (LoRA).
         batch_tokens: the most positions per step.
@@ -360,39 +297,39 @@ def digest_of(definition: dict[str, Any]) -> str:
     return sha256_of(json.dumps(content, sort_keys=True))[:12]
 
 
-def _of(tier: str, model: SuiteModel, form: str, packed: bool, **changes: Any) -> Workload:
+def _workload(tier: str, model: SuiteModel, form: str, packed: bool, **changes: Any) -> Workload:
     return Workload(tier, model.name, form, packed, **changes)
 
 
 SHORT = {"batch_tokens": 1024, "checkpointing": "none", "epochs": 2}
 LONG = {"batch_tokens": 8192, "epochs": 2}
 WORKLOADS = (
-    _of("embedded", SMOLLM2, "chat", False, **SHORT),
-    _of("embedded", SMOLLM2, "chat", True, **SHORT),
-    _of("embedded", SMOLLM2, "2k", True, epochs=2),
-    _of("embedded", SMOLLM2, "dpo", False, **SHORT),
-    _of("8", SMOLLM2, "chat", False, checkpointing="none"),
-    _of("8", SMOLLM2, "2k", False),
-    _of("8", LLAMA_1B, "chat", True),
-    _of("8", LLAMA_1B, "2k", True),
-    _of("8", GEMMA3_1B, "chat", True),
-    _of("16", LLAMA_1B, "chat", False),
-    _of("16", GEMMA3_1B, "2k", False),
-    _of("16", LLAMA_3B, "chat", True),
-    _of("16", LLAMA_3B, "2k", True),
-    _of("16", QWEN3_4B, "chat", True),
-    _of("32", LLAMA_3B, "chat", False),
-    _of("32", QWEN3_4B, "2k", True),
-    _of("32", QWEN3_8B, "chat", True),
-    _of("32", QWEN3_8B, "2k", True),
-    _of("32", GPT_OSS_20B, "chat", True),
-    _of("64", QWEN3_4B, "2k", False),
-    _of("64", QWEN3_8B, "chat", False),
-    _of("64", QWEN3_8B, "8k", True, **LONG),
-    _of("64", GPT_OSS_20B, "2k", True),
-    _of("128", QWEN3_8B, "2k", False),
-    _of("128", QWEN3_8B, "8k", False, **LONG),
-    _of("128", GPT_OSS_20B, "8k", True, **LONG),
+    _workload("embedded", SMOLLM2, "chat", False, **SHORT),
+    _workload("embedded", SMOLLM2, "chat", True, **SHORT),
+    _workload("embedded", SMOLLM2, "2k", True, epochs=2),
+    _workload("embedded", SMOLLM2, "dpo", False, **SHORT),
+    _workload("8", SMOLLM2, "chat", False, checkpointing="none"),
+    _workload("8", SMOLLM2, "2k", False),
+    _workload("8", LLAMA_1B, "chat", True),
+    _workload("8", LLAMA_1B, "2k", True),
+    _workload("8", GEMMA3_1B, "chat", True),
+    _workload("16", LLAMA_1B, "chat", False),
+    _workload("16", GEMMA3_1B, "2k", False),
+    _workload("16", LLAMA_3B, "chat", True),
+    _workload("16", LLAMA_3B, "2k", True),
+    _workload("16", QWEN3_4B, "chat", True),
+    _workload("32", LLAMA_3B, "chat", False),
+    _workload("32", QWEN3_4B, "2k", True),
+    _workload("32", QWEN3_8B, "chat", True),
+    _workload("32", QWEN3_8B, "2k", True),
+    _workload("32", GPT_OSS_20B, "chat", True),
+    _workload("64", QWEN3_4B, "2k", False),
+    _workload("64", QWEN3_8B, "chat", False),
+    _workload("64", QWEN3_8B, "8k", True, **LONG),
+    _workload("64", GPT_OSS_20B, "2k", True),
+    _workload("128", QWEN3_8B, "2k", False),
+    _workload("128", QWEN3_8B, "8k", False, **LONG),
+    _workload("128", GPT_OSS_20B, "8k", True, **LONG),
 )
 
 
@@ -407,3 +344,71 @@ def choose_workloads(tiers: tuple[str, ...], names: tuple[str, ...]) -> list[Wor
     if unknown:
         raise InputError(f"--workload {', '.join(unknown)}: no such workload; choose from {', '.join(known)}")
     return [one for one in WORKLOADS if one.tier in tiers or one.name in names]
+
+
+# Training data
+
+_LIST = """
+the of and to in that it was for on with as his they at be this have from or one had by but not what all were we when
+your can said there use an each which she do how their if will up other about out many then them these so some her
+would make like him into time has look two more write go see number no way could people my than first water been call
+who oil its now find long down day did get come made may part over new sound take only little work know place year
+live me back give most very after thing our just name good sentence man think say great where help through much before
+line right too mean old any same tell boy follow came want show also around form three small set put end does another
+well large must big even such because turn here why ask went men read need land different home us move try kind hand
+picture again change off play spell air away animal house point page letter mother answer found study still learn
+should world high every near add food between own below country plant last school father keep tree never start city
+earth eye light thought head under story saw left few while along might close something seem next hard open example
+begin life always those both paper together got group often run important until children side feet car mile night walk
+white sea began grow took river four carry state once book hear stop without second later miss idea enough eat face
+watch far really almost let above girl sometimes mountain cut young talk soon list song being leave family
+"""
+WORDS = tuple(_LIST.split())
+
+
+def chat_rows(count: int, prompt_words: tuple[int, int], answer_words: tuple[int, int], seed: int) -> str:
+    """Return `count` single-turn chats as JSON lines, in the messages format.
+
+    Args:
+        count: the number of rows.
+        prompt_words, answer_words: least and most words. Lengths are evenly distributed on a logarithmic scale: as in
+            real instructions, many are short and few are long.
+        seed: of the words and lengths.
+    """
+    source = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        prompt, answer = (_text(source, _length(source, *bounds)) for bounds in (prompt_words, answer_words))
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": messages}))
+    return "\n".join(lines) + "\n"
+
+
+def pair_rows(count: int, prompt_words: tuple[int, int], answer_words: tuple[int, int], seed: int) -> str:
+    """Return `count` preference pairs as JSON lines, in TRL's conversational format; arguments as in `chat_rows`."""
+    source = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        prompt = _text(source, _length(source, *prompt_words))
+        answers = [_text(source, _length(source, *answer_words)) for _ in range(2)]
+        chosen, rejected = ([{"role": "assistant", "content": answer}] for answer in answers)
+        record = {"prompt": [{"role": "user", "content": prompt}], "chosen": chosen, "rejected": rejected}
+        lines.append(json.dumps(record))
+    return "\n".join(lines) + "\n"
+
+
+def _length(source: random.Random, least: int, most: int) -> int:
+    return round(least * (most / least) ** source.random())
+
+
+def _text(source: random.Random, words: int) -> str:
+    """Return this many words as sentences."""
+    sentences: list[str] = []
+    left = words
+    while left > 0:
+        size = min(left, 6 + int(source.random() * 13))
+        # The square of a uniform number makes early words far more frequent, as in any language.
+        chosen = [WORDS[int(source.random() ** 2 * len(WORDS))] for _ in range(size)]
+        sentences.append(" ".join(chosen).capitalize() + ".")
+        left -= size
+    return " ".join(sentences)

@@ -123,7 +123,7 @@ def full_check(
     out: Path | None,
     send: bool,
 ) -> int:
-    """Run the owner's kit, and return the exit code: 1 if a line is red, 130 if it was interrupted."""
+    """Run the checks of `--full`, and return the exit code: 1 if a line is red, 130 if it was interrupted."""
     # Imported here, because the short check needs none of it.
     from mlx_lora.doctor.check import GROUPS, Finding, Kit, KitCheck
     from mlx_lora.doctor.kit import Asked, all_checks, run_kit, show_issue, summary_line

@@ -120,10 +120,10 @@ def settings_options(*sections: str, leave_out: tuple[str, ...] = ()) -> Callabl
     """Add one click option per field of the named settings sections.
 
     Options that the user does not give are left out (see `given`), so that a YAML file can set them. The defaults are
-    only in config.py.
+    only in config/settings.py.
 
     Args:
-        sections: keys of config.SECTIONS or config.COMMAND_SECTIONS.
+        sections: keys of SECTIONS or COMMAND_SECTIONS.
         leave_out: fields that this command does not use, and therefore must not accept.
     """
 

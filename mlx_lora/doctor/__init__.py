@@ -1,1 +1,1 @@
-"""The owner's kit: what `mlx-lora doctor --full` checks on one machine, its result file and its page."""
+"""`mlx-lora doctor --full`, called the kit: what it checks on one machine, its result file and its page."""

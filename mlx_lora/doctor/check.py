@@ -1,10 +1,8 @@
-"""The types of the owner's kit: a check, what it is given, and what it finds.
+"""Define what a check of `doctor --full` is given and finds, and compare what the device and the CPU compute.
 
-Compute something on the device and on the CPU in one process, and compare the numbers.
-
-The device computes in the dtype that training uses, and on a GPU in float32 too. The CPU always computes in float32, from
-the same (rounded) inputs, so what remains is the device's rounding and its faults. On a machine without a GPU, both are
-the CPU, and what is compared are our functions and their definitions.
+Both compute in one process. The device computes in the dtype that training uses, and on a GPU in float32 too. The CPU always
+computes in float32, from the same (rounded) inputs, so what remains is the device's rounding and its faults. On a machine
+without a GPU, both are the CPU, and what is compared are our functions and their definitions.
 """
 
 from __future__ import annotations
@@ -22,6 +20,8 @@ import numpy as np
 from mlx_lora.kernels.measure import TOLERANCE
 from mlx_lora.utils import device
 from mlx_lora.utils.device import Device
+
+# Checks and findings
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 STATUSES: tuple[Status, ...] = ("ok", "warning", "failed", "skipped")
@@ -125,6 +125,8 @@ def bounded(
     found = error if math.isfinite(error) else LARGEST
     return Finding(name, "ok" if good else "failed", what, found, bound, unit, "" if good else advice)
 
+
+# The device against the CPU
 
 Outputs = Callable[..., list[mx.array]]
 

@@ -1,13 +1,10 @@
-"""Check the quantized formats: packing, unpacking, and both products of a quantized weight, forward and backward.
+"""Check every candidate of every kernel, and the quantized formats, against a float32 reference on the CPU.
 
-The reference is the same packed weight, unpacked and multiplied in float32 on the CPU.
+Of kernels, output and gradients are compared. The training run does the same before it takes a kernel, and does not take a
+wrong one; here each is named, in shapes that published models have. Of formats, packing, unpacking, and both products of a
+quantized weight are compared, forward and backward, with the same packed weight, unpacked.
 
-Shapes: x (N, in), weight (out, in); experts (E, out, in), N rows in the experts' order.
-
-Check every candidate of every kernel: its output and its gradients against a float32 reference on the CPU.
-
-The training run does the same before it takes a kernel, and does not take a wrong one. Here each is named, in shapes that
-published models have.
+Shapes: x (N, in), weight (out, in); experts (E, out, in), N rows in the experts' order; P positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -42,6 +39,175 @@ from mlx_lora.losses.cross_entropy import NAME, TokenLosses, loss_kernels
 from mlx_lora.models.head import Head
 from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.utils import device
+
+# Kernels
+
+# Heads of SmolLM2, Llama 3, Gemma 3, DeepSeek (values narrower than keys), GPT-OSS (a window and sinks).
+ATTENTION: tuple[ShapeClass, ...] = (
+    attention_class(9, 3, 64, 64, 128),
+    attention_class(32, 8, 128, 128, 256),
+    attention_class(4, 1, 256, 256, 256),
+    attention_class(4, 4, 192, 128, 128),
+    attention_class(8, 1, 64, 64, 256, "array", sinks=True),
+    attention_class(4, 2, 64, 64, 128, "none"),
+)
+ACTIVATION: tuple[ShapeClass, ...] = (activation_class(1536), activation_class(8192))
+DELTA: tuple[ShapeClass, ...] = (
+    (64, 2, 4, 128, 128, "a gate per head"),
+    (64, 2, 2, 64, 64, "a gate per channel"),
+)
+SPACE: tuple[ShapeClass, ...] = ((64, 4, 64, 1, 128), (128, 8, 64, 2, 64))
+SHAPES = {"attention": ATTENTION, "gated activation": ACTIVATION, "gated delta": DELTA, "state space": SPACE}
+ADVICE = "training does not use it where it is wrong; with --kernels mlx it is never used; report it"
+ADVICE_FOR_MLX = "mlx's own kernel: try another mlx version, and report it to mlx"
+
+
+def kernel_checks() -> list[KitCheck]:
+    """Return a check for each kernel and shape, and for the loss and the exponentials."""
+    rows = {row.name: row for row in kernel_rows()}
+    checks = [
+        KitCheck("kernels", f"{name}, {rows[name].words(shape)}", partial(check_kernel, name, shape), quick=number == 0)
+        for name, shapes in SHAPES.items()
+        for number, shape in enumerate(shapes)
+    ]
+    for number, (words, make) in enumerate(HEADS.items()):
+        checks.append(KitCheck("kernels", f"{NAME}, {words}", partial(check_loss, make), quick=number < 2))
+    return [
+        *checks,
+        KitCheck("kernels", "exponentials", check_exponentials),
+        KitCheck("kernels", "tanh, power, sums", check_substitutes),
+    ]
+
+
+def check_kernel(name: str, shape: ShapeClass, kit: Kit) -> Iterator[Finding]:
+    """Compare all candidates of one row of the table in one shape."""
+    row: Kernel = next(row for row in kernel_rows() if row.name == name)
+    for dtype in dtypes_of(kit):
+        trial, reference = row.trial(shape, dtype)
+        exact = exact_passes(reference, trial.arrays, trial.cotangents)
+        for candidate, function in row.candidates.items():
+            label = f"{candidate} {name}" + ("" if dtype == dtypes_of(kit)[0] else f", {dtype_name(dtype)}")
+            advice = ADVICE_FOR_MLX if candidate == "mlx" else ADVICE
+            # Recurrences multiply roundings over their tokens.
+            times = 2.0 if name in ("gated delta", "state space") else 1.0
+            yield from compare_passes(label, trial.wrap(function), exact, trial.arrays, trial.cotangents, advice, times)
+
+
+class _Body(nn.Module):
+    """A body that no loss calls: the hidden states are given."""
+
+
+def _float_head(dtype: mx.Dtype) -> Head:
+    layer = nn.Linear(96, 4000, bias=True)
+    layer.weight, layer.bias = normal(4000, 96, seed=1, dtype=dtype, size=0.3), normal(4000, seed=2, dtype=dtype)
+    return Head(_Body(), layer)
+
+
+def _capped_head(dtype: mx.Dtype) -> Head:
+    layer = nn.Embedding(4000, 96)
+    layer.weight = normal(4000, 96, seed=1, dtype=dtype, size=0.3)
+    return Head(_Body(), layer, scale=0.5, soft_cap=30.0)
+
+
+def _packed_head(dtype: mx.Dtype) -> Head:
+    layer = nn.Embedding(4000, 128)
+    layer.weight = normal(4000, 128, seed=1, dtype=dtype, size=0.3)
+    return Head(_Body(), layer.to_quantized(64, 4))
+
+
+def _wide_head(dtype: mx.Dtype) -> Head:
+    """A vocabulary as large as Gemma's, whose inner side has ended processes on Metal (mlx#1363)."""
+    layer = nn.Embedding(262_144, 64)
+    layer.weight = normal(262_144, 64, seed=1, dtype=dtype, size=0.3)
+    return Head(_Body(), layer)
+
+
+HEADS: dict[str, Callable[[mx.Dtype], Head]] = {
+    "a head with a bias": _float_head,
+    "a 4-bit tied head": _packed_head,
+    "a tied head with a soft cap": _capped_head,
+    "a vocabulary of 262,144": _wide_head,
+}
+
+
+def _log_of_sums(logits: mx.array) -> mx.array:
+    """Return logsumexp of each row, (P, V) to (P, 1), in two steps.
+
+    mlx's CPU adds a row's numbers one after the other, which loses 7e-5 of a gradient over 262,144 tokens.
+    """
+    size = logits.shape[-1]
+    parts = next(n for n in range(math.isqrt(size), 0, -1) if size % n == 0)
+    return mx.logsumexp(mx.logsumexp(logits.reshape(-1, parts, size // parts), axis=-1), axis=-1, keepdims=True)
+
+
+def check_loss(make: Callable[[mx.Dtype], Head], kit: Kit) -> Iterator[Finding]:
+    """Compare the loss kernels on one head with all logits at once in float32."""
+    for dtype in dtypes_of(kit):
+        yield from _compare_losses(make(dtype), dtype, "" if dtype == dtypes_of(kit)[0] else f", {dtype_name(dtype)}")
+
+
+def _compare_losses(head: Head, dtype: mx.Dtype, after: str) -> Iterator[Finding]:
+    width = head.dense(head.arrays, mx.float32).shape[-1]
+    positions = 33 if head.vocabulary > 10_000 else 150
+    hidden = normal(positions, width, seed=3, dtype=dtype)
+    targets = mx.array([(7919 * n) % head.vocabulary for n in range(positions)])
+    weights, ones = mx.ones((positions,)), [mx.ones((positions, 1))]
+    # Small tiles, so that several are joined whatever this machine's own are.
+    tile_bytes = min(loss_tile_bytes(), 400_000)
+
+    def exactly(hidden: mx.array) -> list[mx.array]:
+        logits = head.finish(hidden @ head.dense(head.arrays, mx.float32).T, slice(None)).astype(mx.float32)
+        own = mx.take_along_axis(logits, targets[:, None], axis=-1)
+        return [_log_of_sums(logits) - own]
+
+    exact = exact_passes(exactly, [hidden], ones)
+    for name, kernel in loss_kernels().items():
+
+        def losses(hidden: mx.array, kernel: TokenLosses = kernel) -> list[mx.array]:
+            return [kernel(head, hidden, targets, weights, tile_bytes=tile_bytes)[:, None]]
+
+        # mx.fast.cross_entropy adds a row's exponentials one after the other on a CPU.
+        times = 3.0 if head.vocabulary > 10_000 else 1.0
+        yield from compare_passes(f"{name} {NAME}{after}", losses, exact, [hidden], ones, ADVICE, times)
+
+
+def check_exponentials(kit: Kit) -> Iterator[Finding]:
+    """Compare the polynomials for exponentials with mlx's own exponential."""
+    x = normal(64, 512, seed=4, size=4.0)
+    if not exponentials.usable(x) or not device.vectorizes_compiled_sums():
+        yield Finding("polynomials", "skipped", "used on a CPU that compiles kernels only")
+        return
+    made = [
+        ("exp(-x)", exponentials.exp_minus(x * exponentials.SCALE), mx.exp(-mx.abs(x))),
+        ("softmax", exponentials.softmax(x * exponentials.SCALE), mx.softmax(x, axis=-1)),
+        ("gated SiLU", exponentials.gated_silu(x, x)[0], x * mx.sigmoid(x) * x),
+    ]
+    for name, found, exact in made:
+        yield bounded(f"polynomial {name}", apart(found, exact), 2e-5, "float32 against mlx's exponential", ADVICE)
+
+
+def check_substitutes(kit: Kit) -> Iterator[Finding]:
+    """Compare what device.py computes differently on each backend with its definition."""
+    advice = "mlx_lora/utils/device.py chooses it by backend; report it"
+    for dtype in dtypes_of(kit):
+        x = normal(33, 5000, seed=5, dtype=dtype, size=2.0)
+        below = -mx.abs(x)
+        mx.eval(x, below)
+        with on_cpu():
+            wide = x.astype(mx.float32)
+            exact = [
+                1 / (1 + mx.exp(-wide)), mx.exp(below.astype(mx.float32)),
+                mx.exp(below.astype(mx.float32)).sum(axis=-1, keepdims=True),
+            ]  # fmt: skip
+            mx.eval(exact)
+        made = [device.sigmoid(x), device.exponential(below), device.row_sums(mx.exp(below.astype(mx.float32)))]
+        for name, found, wanted in zip(("sigmoid", "exponential", "row sums"), made, exact, strict=True):
+            label = f"{name}, {dtype_name(dtype)}"
+            what = "the device's form against its definition on the CPU"
+            yield bounded(label, apart(found, wanted), TOLERANCE[dtype], what, advice)
+
+
+# Quantized formats
 
 AFFINE_BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 FLOATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # bits and group, which are fixed
@@ -162,168 +328,3 @@ def _compare_experts(
     }
     for name, (function, advice) in functions.items():
         yield from compare_passes(f"{name}{after}", function, exact, [x], cotangent, advice)
-
-
-# Heads of SmolLM2, Llama 3, Gemma 3, DeepSeek (values narrower than keys), GPT-OSS (a window and sinks).
-ATTENTION: tuple[ShapeClass, ...] = (
-    attention_class(9, 3, 64, 64, 128),
-    attention_class(32, 8, 128, 128, 256),
-    attention_class(4, 1, 256, 256, 256),
-    attention_class(4, 4, 192, 128, 128),
-    attention_class(8, 1, 64, 64, 256, "array", sinks=True),
-    attention_class(4, 2, 64, 64, 128, "none"),
-)
-ACTIVATION: tuple[ShapeClass, ...] = (activation_class(1536), activation_class(8192))
-DELTA: tuple[ShapeClass, ...] = (
-    (64, 2, 4, 128, 128, "a gate per head"),
-    (64, 2, 2, 64, 64, "a gate per channel"),
-)
-SPACE: tuple[ShapeClass, ...] = ((64, 4, 64, 1, 128), (128, 8, 64, 2, 64))
-SHAPES = {"attention": ATTENTION, "gated activation": ACTIVATION, "gated delta": DELTA, "state space": SPACE}
-ADVICE = "training does not use it where it is wrong; with --kernels mlx it is never used; report it"
-OF_MLX = "mlx's own kernel: try another mlx version, and report it to mlx"
-
-
-def kernel_checks() -> list[KitCheck]:
-    """Return a check for each kernel and shape, and for the loss and the exponentials."""
-    rows = {row.name: row for row in kernel_rows()}
-    checks = [
-        KitCheck("kernels", f"{name}, {rows[name].words(shape)}", partial(check_kernel, name, shape), quick=number == 0)
-        for name, shapes in SHAPES.items()
-        for number, shape in enumerate(shapes)
-    ]
-    for number, (words, make) in enumerate(HEADS.items()):
-        checks.append(KitCheck("kernels", f"{NAME}, {words}", partial(check_loss, make), quick=number < 2))
-    return [
-        *checks,
-        KitCheck("kernels", "exponentials", check_exponentials),
-        KitCheck("kernels", "tanh, power, sums", check_substitutes),
-    ]
-
-
-def check_kernel(name: str, shape: ShapeClass, kit: Kit) -> Iterator[Finding]:
-    """Compare all candidates of one row of the table in one shape."""
-    row: Kernel = next(row for row in kernel_rows() if row.name == name)
-    for dtype in dtypes_of(kit):
-        trial, reference = row.trial(shape, dtype)
-        exact = exact_passes(reference, trial.arrays, trial.cotangents)
-        for candidate, function in row.candidates.items():
-            label = f"{candidate} {name}" + ("" if dtype == dtypes_of(kit)[0] else f", {dtype_name(dtype)}")
-            advice = OF_MLX if candidate == "mlx" else ADVICE
-            # Recurrences multiply roundings over their tokens.
-            times = 2.0 if name in ("gated delta", "state space") else 1.0
-            yield from compare_passes(label, trial.wrap(function), exact, trial.arrays, trial.cotangents, advice, times)
-
-
-class _Body(nn.Module):
-    """A body that no loss calls: the hidden states are given."""
-
-
-def _float_head(dtype: mx.Dtype) -> Head:
-    layer = nn.Linear(96, 4000, bias=True)
-    layer.weight, layer.bias = normal(4000, 96, seed=1, dtype=dtype, size=0.3), normal(4000, seed=2, dtype=dtype)
-    return Head(_Body(), layer)
-
-
-def _capped_head(dtype: mx.Dtype) -> Head:
-    layer = nn.Embedding(4000, 96)
-    layer.weight = normal(4000, 96, seed=1, dtype=dtype, size=0.3)
-    return Head(_Body(), layer, scale=0.5, soft_cap=30.0)
-
-
-def _packed_head(dtype: mx.Dtype) -> Head:
-    layer = nn.Embedding(4000, 128)
-    layer.weight = normal(4000, 128, seed=1, dtype=dtype, size=0.3)
-    return Head(_Body(), layer.to_quantized(64, 4))
-
-
-def _wide_head(dtype: mx.Dtype) -> Head:
-    """A vocabulary as large as Gemma's, whose inner side has ended processes on Metal (mlx#1363)."""
-    layer = nn.Embedding(262_144, 64)
-    layer.weight = normal(262_144, 64, seed=1, dtype=dtype, size=0.3)
-    return Head(_Body(), layer)
-
-
-HEADS: dict[str, Callable[[mx.Dtype], Head]] = {
-    "a head with a bias": _float_head,
-    "a 4-bit tied head": _packed_head,
-    "a tied head with a soft cap": _capped_head,
-    "a vocabulary of 262,144": _wide_head,
-}
-
-
-def _log_of_sums(logits: mx.array) -> mx.array:
-    """Return logsumexp of each row, (P, V) to (P, 1), in two steps.
-
-    mlx's CPU adds a row's numbers one after the other, which loses 7e-5 of a gradient over 262,144 tokens.
-    """
-    size = logits.shape[-1]
-    parts = next(n for n in range(math.isqrt(size), 0, -1) if size % n == 0)
-    return mx.logsumexp(mx.logsumexp(logits.reshape(-1, parts, size // parts), axis=-1), axis=-1, keepdims=True)
-
-
-def check_loss(make: Callable[[mx.Dtype], Head], kit: Kit) -> Iterator[Finding]:
-    """Compare the loss kernels on one head with all logits at once in float32."""
-    for dtype in dtypes_of(kit):
-        yield from _compare_losses(make(dtype), dtype, "" if dtype == dtypes_of(kit)[0] else f", {dtype_name(dtype)}")
-
-
-def _compare_losses(head: Head, dtype: mx.Dtype, after: str) -> Iterator[Finding]:
-    width = head.dense(head.arrays, mx.float32).shape[-1]
-    positions = 33 if head.vocabulary > 10_000 else 150
-    hidden = normal(positions, width, seed=3, dtype=dtype)
-    targets = mx.array([(7919 * n) % head.vocabulary for n in range(positions)])
-    weights, ones = mx.ones((positions,)), [mx.ones((positions, 1))]
-    # Small tiles, so that several are joined whatever this machine's own are.
-    tile_bytes = min(loss_tile_bytes(), 400_000)
-
-    def exactly(hidden: mx.array) -> list[mx.array]:
-        logits = head.finish(hidden @ head.dense(head.arrays, mx.float32).T, slice(None)).astype(mx.float32)
-        own = mx.take_along_axis(logits, targets[:, None], axis=-1)
-        return [_log_of_sums(logits) - own]
-
-    exact = exact_passes(exactly, [hidden], ones)
-    for name, kernel in loss_kernels().items():
-
-        def losses(hidden: mx.array, kernel: TokenLosses = kernel) -> list[mx.array]:
-            return [kernel(head, hidden, targets, weights, tile_bytes=tile_bytes)[:, None]]
-
-        # mx.fast.cross_entropy adds a row's exponentials one after the other on a CPU.
-        times = 3.0 if head.vocabulary > 10_000 else 1.0
-        yield from compare_passes(f"{name} {NAME}{after}", losses, exact, [hidden], ones, ADVICE, times)
-
-
-def check_exponentials(kit: Kit) -> Iterator[Finding]:
-    """Compare the polynomials for exponentials with mlx's own exponential."""
-    x = normal(64, 512, seed=4, size=4.0)
-    if not exponentials.usable(x) or not device.vectorizes_compiled_sums():
-        yield Finding("polynomials", "skipped", "used on a CPU that compiles kernels only")
-        return
-    made = [
-        ("exp(-x)", exponentials.exp_minus(x * exponentials.SCALE), mx.exp(-mx.abs(x))),
-        ("softmax", exponentials.softmax(x * exponentials.SCALE), mx.softmax(x, axis=-1)),
-        ("gated SiLU", exponentials.gated_silu(x, x)[0], x * mx.sigmoid(x) * x),
-    ]
-    for name, found, exact in made:
-        yield bounded(f"polynomial {name}", apart(found, exact), 2e-5, "float32 against mlx's exponential", ADVICE)
-
-
-def check_substitutes(kit: Kit) -> Iterator[Finding]:
-    """Compare what device.py computes differently on each backend with its definition."""
-    advice = "mlx_lora/utils/device.py chooses it by backend; report it"
-    for dtype in dtypes_of(kit):
-        x = normal(33, 5000, seed=5, dtype=dtype, size=2.0)
-        below = -mx.abs(x)
-        mx.eval(x, below)
-        with on_cpu():
-            wide = x.astype(mx.float32)
-            exact = [
-                1 / (1 + mx.exp(-wide)), mx.exp(below.astype(mx.float32)),
-                mx.exp(below.astype(mx.float32)).sum(axis=-1, keepdims=True),
-            ]  # fmt: skip
-            mx.eval(exact)
-        made = [device.sigmoid(x), device.exponential(below), device.row_sums(mx.exp(below.astype(mx.float32)))]
-        for name, found, wanted in zip(("sigmoid", "exponential", "row sums"), made, exact, strict=True):
-            label = f"{name}, {dtype_name(dtype)}"
-            what = "the device's form against its definition on the CPU"
-            yield bounded(label, apart(found, wanted), TOLERANCE[dtype], what, advice)

@@ -1,6 +1,6 @@
 """Run the kit's checks one after the other, keep each result at once, and go on whatever one of them does.
 
-Make the address of a prefilled issue: the summary and the red lines. Nothing is sent; the browser shows a form.
+The result can become a prefilled issue with the summary and the red lines: the browser shows a form, and nothing is sent.
 """
 
 from __future__ import annotations
@@ -218,6 +218,8 @@ def _unfit_groups(kit: Kit) -> dict[str, str]:
         }
     return {group: f"{virtual_words(kit.here)}, whose numbers say nothing about a chip" for group in NOT_VIRTUAL}
 
+
+# The prefilled issue
 
 ISSUES = "https://github.com/mlx-lora/mlx-lora/issues"
 TEMPLATE = "doctor.yml"  # .github/ISSUE_TEMPLATE, whose fields have these names

@@ -1,7 +1,7 @@
 """Check the losses of every objective, and the loss of a whole model: numbers and gradients against float64 on the CPU.
 
 Losses of whole answers take float32 numbers whatever the model computes in. The whole model computes in the dtype of runs,
-with mlx's own kernels: ours have their own lines (kernel_checks.py).
+with mlx's own kernels: ours have their own lines (kernels.py).
 
 Shapes: E pairs or answers, P tokens, V vocabulary.
 """

@@ -1,8 +1,7 @@
-"""Check what may slow this machine down or change its numbers: power, heat, other programs, a virtual GPU.
+"""Check what may slow this machine down or change its numbers (power, heat, other programs, a virtual GPU), and the planner.
 
-Check the planner: the peak memory of eight runs, as planned before the run and as measured by MLX's allocator.
-
-Each run is `mlx-lora train` in a process of its own, on a model of random weights, with rows that are full.
+The planner is checked with eight runs: their peak memory as planned before the run and as measured by MLX's allocator. Each run
+is `mlx-lora train` in a process of its own, on a model of random weights, with rows that are full.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from mlx_lora.doctor.models import write_model
 from mlx_lora.doctor.runs import train_child
 from mlx_lora.utils import device
 from mlx_lora.utils.text import package_versions
+
+# The machine
 
 PEERS = ("torch", "peft", "transformers")
 BUSY_LOAD = 1.0  # per core
@@ -96,6 +97,8 @@ def check_power(kit: Kit) -> Iterator[Finding]:
 def _power_line(name: str, slows: bool, words: str, advice: str) -> Finding:
     return Finding(name, "warning" if slows else "ok", words, advice=advice if slows else "")
 
+
+# The planner
 
 BOUND = 0.10  # of the measured peak
 LAYOUT = {"group_size": 64, "bits": 4, "mode": "affine"}

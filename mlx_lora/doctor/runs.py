@@ -1,9 +1,8 @@
-"""Run `mlx-lora train` in a process of its own for the kit, and read what its run folder says.
-
-Check whole runs: a step of each objective, and an exact resume.
+"""Check whole runs: a step of each objective, and an exact resume.
 
 A run goes through the same function as `mlx-lora train`. It uses mlx's own kernels (`--kernels mlx`), because ours have
-their own lines: a line here is red for what is wrong in the run itself.
+their own lines: a line here is red for what is wrong in the run itself. The checks of memory and speed train in a process of
+its own, with `train_child`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import mlx.core as mx
 
 from mlx_lora.api.base import load
 from mlx_lora.api.train import train
-from mlx_lora.bench.run import run_process
+from mlx_lora.bench.run import INTERRUPTED, run_process
 from mlx_lora.bench.workloads import chat_rows, pair_rows
 from mlx_lora.config.fields import flag_of
 from mlx_lora.doctor.check import Finding, Kit, KitCheck, bounded, dtype_name, on_cpu
@@ -35,80 +34,6 @@ from mlx_lora.reports.run_report import FACTS_FILE
 from mlx_lora.rollouts.rewards import text_of
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import RunError
-
-INTERRUPTED = 130
-# Nothing is held out, validated, sampled or saved: the steps alone are looked at.
-QUIET = {
-    "valid_fraction": 0, "val_batches": 0, "steps_per_eval": 0, "save_every": 0, "steps_per_report": 1,
-    "sample_tokens": 0, "learning_rate": 1e-4, "seed": 0,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """A run that has ended.
-
-    Attributes:
-        records: lines of metrics.jsonl with a loss.
-        facts: report.json.
-    """
-
-    records: list[dict[str, Any]]
-    facts: dict[str, Any]
-
-
-class Interrupter:
-    """Interrupts a run some seconds after its first step, as Ctrl-C does."""
-
-    def __init__(self, metrics: Path, seconds: float):
-        self._metrics, self._seconds = metrics, seconds
-        self._begun: float | None = None
-        self._sent = False
-
-    def __call__(self, child: subprocess.Popen) -> None:
-        if self._begun is None:
-            if self._metrics.exists() and self._metrics.stat().st_size:
-                self._begun = time.perf_counter()
-        elif not self._sent and time.perf_counter() - self._begun >= self._seconds:
-            child.send_signal(signal.SIGINT)
-            self._sent = True
-
-
-def train_child(
-    kit: Kit, name: str, model: Path, data: Path, settings: Mapping[str, Any], seconds: float | None = None
-) -> TrainedRun:
-    """Train in a new process and return its figures.
-
-    Args:
-        kit: its work folder takes the run.
-        name: of the run.
-        model, data: --model and --data.
-        settings: further settings by name; True is a flag without a value.
-        seconds: interrupt it that long after its first step; None: never.
-
-    Raises:
-        RunError: it failed.
-    """
-    folder = kit.work / "runs" / name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    asked = {"model": model, "data": data, "adapter_path": folder, **QUIET, **settings}
-    words = [word for key, value in asked.items() for word in _words(key, value)]
-    watch = Interrupter(folder / "metrics.jsonl", seconds) if seconds is not None else lambda child: None
-    ended = run_process([sys.executable, "-m", "mlx_lora.train", *words], kit.work / f"{name}.log", watch)
-    if ended.code not in (0, INTERRUPTED):
-        raise RunError(f"train ended with code {ended.code}: {ended.last_words}")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-    return TrainedRun([line for line in lines if line["val_loss"] is None], facts)
-
-
-def _words(name: str, value: Any) -> list[str]:
-    """Return a setting as words of the command line."""
-    if isinstance(value, bool):
-        return [flag_of(name) if value else f"--no-{flag_of(name).removeprefix('--')}"]
-    return [flag_of(name), str(value)]
-
 
 WEIGHTS = "adapters.safetensors"
 STEPS, STOPPED = 6, 3  # of the run that is resumed
@@ -273,3 +198,78 @@ def _other_arrays(root: Path) -> str:
     assert isinstance(other, dict)
     changed = [name for name in one if not mx.array_equal(one[name], other[name]).item()]
     return f"{len(changed)} of {len(read_safetensors_header(root / 'whole' / WEIGHTS))} arrays"
+
+
+# A run in a process of its own
+
+# Nothing is held out, validated, sampled or saved: the steps alone are looked at.
+QUIET = {
+    "valid_fraction": 0, "val_batches": 0, "steps_per_eval": 0, "save_every": 0, "steps_per_report": 1,
+    "sample_tokens": 0, "learning_rate": 1e-4, "seed": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run that has ended.
+
+    Attributes:
+        records: lines of metrics.jsonl with a loss.
+        facts: report.json.
+    """
+
+    records: list[dict[str, Any]]
+    facts: dict[str, Any]
+
+
+class Interrupter:
+    """Interrupts a run some seconds after its first step, as Ctrl-C does."""
+
+    def __init__(self, metrics: Path, seconds: float):
+        self._metrics, self._seconds = metrics, seconds
+        self._begun: float | None = None
+        self._sent = False
+
+    def __call__(self, child: subprocess.Popen) -> None:
+        if self._begun is None:
+            if self._metrics.exists() and self._metrics.stat().st_size:
+                self._begun = time.perf_counter()
+        elif not self._sent and time.perf_counter() - self._begun >= self._seconds:
+            child.send_signal(signal.SIGINT)
+            self._sent = True
+
+
+def train_child(
+    kit: Kit, name: str, model: Path, data: Path, settings: Mapping[str, Any], seconds: float | None = None
+) -> TrainedRun:
+    """Train in a new process and return its figures.
+
+    Args:
+        kit: its work folder takes the run.
+        name: of the run.
+        model, data: --model and --data.
+        settings: further settings by name; True is a flag without a value.
+        seconds: interrupt it that long after its first step; None: never.
+
+    Raises:
+        RunError: it failed.
+    """
+    folder = kit.work / "runs" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    asked = {"model": model, "data": data, "adapter_path": folder, **QUIET, **settings}
+    words = [word for key, value in asked.items() for word in _words(key, value)]
+    watch = Interrupter(folder / "metrics.jsonl", seconds) if seconds is not None else lambda child: None
+    ended = run_process([sys.executable, "-m", "mlx_lora.train", *words], kit.work / f"{name}.log", watch)
+    if ended.code not in (0, INTERRUPTED):
+        raise RunError(f"train ended with code {ended.code}: {ended.last_words}")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+    return TrainedRun([line for line in lines if line["val_loss"] is None], facts)
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """Return a setting as words of the command line."""
+    if isinstance(value, bool):
+        return [flag_of(name) if value else f"--no-{flag_of(name).removeprefix('--')}"]
+    return [flag_of(name), str(value)]

@@ -1,1 +1,1 @@
-"""The results of a run: adapter folders, checkpoints, fused models, exports and reports."""
+"""The files that leave a run: adapter folders, ours and PEFT's, model cards, fused models, and folders for Ollama."""

@@ -1,11 +1,7 @@
-"""Adapter_config.json of ours, mlx-lm, PEFT; how reward models are stored.
+"""Check the contents of an adapter_config.json (ours, mlx-lm's or PEFT's) before they are used, and describe reward models.
 
-Check the contents of an adapter_config.json, ours, mlx-lm's or PEFT's, before they are used.
-
-How a reward model is stored: how its adapter is recognized, and what transformers needs to load it.
-
-transformers calls it sequence classification with one label, and reads the score at the last token that is not padding. So
-the padding token must never end a text: if a tokenizer pads with its end token, we choose another token.
+transformers calls a reward model sequence classification with one label, and reads the score at the last token that is not
+padding. So the padding token must never end a text: if a tokenizer pads with its end token, we choose another token.
 """
 
 from __future__ import annotations
@@ -25,35 +21,18 @@ from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
 from mlx_lora.utils.errors import InputError
 
+# What an adapter_config.json may say
+
 Check = tuple[Callable[[Any], bool], str]
 """(test, description of a valid value)"""
 MAX_RANK = 65536  # --rank's own bound
 MAX_KEYS = 10_000
 
 
-def is_number(value: Any) -> bool:
-    """Tell whether a value is a finite number; JSON's true is not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
-
-
-def is_share(value: Any) -> bool:
-    """Tell whether a value is a probability below 1."""
-    return is_number(value) and 0 <= value < 1
-
-
-def is_rank(value: Any) -> bool:
-    """Tell whether a value is a rank."""
-    return type(value) is int and 1 <= value <= MAX_RANK
-
-
-def is_text(value: Any) -> bool:
-    """Tell whether a value is a string."""
-    return isinstance(value, str)
-
-
-def is_names(value: Any) -> bool:
-    """Tell whether a value is a list of names."""
-    return isinstance(value, list) and len(value) <= MAX_KEYS and all(isinstance(name, str) for name in value)
+def own_entries(config: dict[str, Any]) -> dict[str, Any]:
+    """Return our part of the file; another program's has none."""
+    own = config.get("mlx_lora")
+    return own if isinstance(own, dict) else {}
 
 
 def shape_problems(shape: dict[str, Any]) -> list[str]:
@@ -64,12 +43,6 @@ def shape_problems(shape: dict[str, Any]) -> list[str]:
     problems = [] if is_rank(shape["rank"]) else [f"lora_parameters.rank {shape['rank']:g} is not a rank"]
     checks = {"dropout": (is_share, "a fraction below 1"), "keys": (is_names, "a list of names")}
     return problems + problems_of(shape, checks, "lora_parameters.")
-
-
-def own_entries(config: dict[str, Any]) -> dict[str, Any]:
-    """Return our part of the file; another program's has none."""
-    own = config.get("mlx_lora")
-    return own if isinstance(own, dict) else {}
 
 
 def own_problems(config: dict[str, Any]) -> list[str]:
@@ -92,7 +65,7 @@ def own_problems(config: dict[str, Any]) -> list[str]:
 
 def peft_problems(config: dict[str, Any]) -> list[str]:
     """Return what is wrong in the part of PEFT's file that we read."""
-    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
+    checks: dict[str, Check] = {
         "r": (is_rank, "a rank"),
         "init_r": (is_rank, "a rank"),
         "lora_alpha": (lambda value: is_number(value) and value > 0, "a positive number"),
@@ -138,6 +111,33 @@ def _shown(value: Any) -> str:
         return str(value)[:40] if not isinstance(value, float) or math.isfinite(value) else str(value)
     return f"(a {type(value).__name__})"
 
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a finite number; JSON's true is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def is_share(value: Any) -> bool:
+    """Tell whether a value is a probability below 1."""
+    return is_number(value) and 0 <= value < 1
+
+
+def is_rank(value: Any) -> bool:
+    """Tell whether a value is a rank."""
+    return type(value) is int and 1 <= value <= MAX_RANK
+
+
+def is_text(value: Any) -> bool:
+    """Tell whether a value is a string."""
+    return isinstance(value, str)
+
+
+def is_names(value: Any) -> bool:
+    """Tell whether a value is a list of names."""
+    return isinstance(value, list) and len(value) <= MAX_KEYS and all(isinstance(name, str) for name in value)
+
+
+# Reward models
 
 SEQ_CLS = "SEQ_CLS"  # PEFT's task
 # The families with transformers' names and layouts in mlx-lm; it renames or stacks (experts) others while loading.

@@ -1,10 +1,6 @@
-"""Model card (jinja template) and hub upload.
+"""Write the model card of an adapter folder (README.md) with its facts, its training and commands that run it, and upload exports.
 
-Write the README.md of an adapter folder: its facts, its training, and commands that run it.
-
-A README.md that the user wrote is never replaced: ours has a line that marks it.
-
-Upload an export to the hub; the local files stay if this fails.
+A README.md that the user wrote is never replaced: ours has a line that marks it. An upload that fails leaves the local files.
 """
 
 from __future__ import annotations
@@ -30,6 +26,8 @@ from mlx_lora.utils.errors import InputError, RunError, first_line
 from mlx_lora.utils.files import replacing_file
 from mlx_lora.utils.hub import HUB_ID, REQUEST_ERRORS
 from mlx_lora.utils.parsing import parse_json, parse_yaml
+
+# The model card
 
 CARD_FILE = "README.md"
 OURS = "which replaces this file on its next run unless this line is gone. -->"
@@ -293,6 +291,8 @@ def plain(name: str) -> str:
 def _block(language: str, *lines: str) -> list[str]:
     return [f"```{language}", *lines, "```", ""]
 
+
+# Upload to the hub
 
 # The meanings of the hub's answers, with advice.
 REFUSALS = {

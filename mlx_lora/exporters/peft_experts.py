@@ -1,6 +1,6 @@
-"""Experts and odd families in PEFT.
+"""Convert the adapters of matrices that mlx-lm stores in another way than transformers: experts of a mixture, and scaled rows.
 
-Convert adapters of a mixture's experts, which are bare tensors in transformers (PEFT's `target_parameters`).
+A mixture's experts are bare tensors in transformers (PEFT's `target_parameters`):
 
     gate_proj, up_proj   ->  mlp.experts.gate_up_proj: rows of the gate, then of up; in GPT-OSS alternating
     down_proj            ->  mlp.experts.down_proj
@@ -14,15 +14,13 @@ innermost. The second adapted tensor of a module wraps the first, which is then 
 
 Source: huggingface/peft, lora/layer.py, ParamWrapper.get_delta_weight.
 
-Tables of families whose matrices in mlx-lm differ from transformers': scaled rows, and layers that PEFT cannot adapt.
-
 Falcon-H1 multiplies its layers' outputs by constants, which mlx-lm folds into the weights on loading. A factor learned on
 the folded weight diag(m) W is diag(m) times one on W, so PEFT's file has B / m:
 
     y = diag(m) (W + s B_peft A) x = (diag(m) W + s (diag(m) B_peft) A) x
 
-All `sanitize` functions of mlx-lm 0.32.2 were read for this table. The others that change an adapted matrix stack experts
-(peft_experts.py), rename layers (peft_names.py), or convert fp8 blocks to floats, which does not change values.
+All `sanitize` functions of mlx-lm 0.32.2 were read for the table of layers that PEFT cannot adapt. The others that change an
+adapted matrix stack experts (above), rename layers (peft_names.py), or convert fp8 blocks to floats, which does not change values.
 """
 
 from __future__ import annotations
@@ -37,6 +35,8 @@ import mlx.nn as nn
 
 from mlx_lora.adapters.base import SWITCH, AdapterLayer, base_dims
 from mlx_lora.utils.errors import InputError
+
+# Experts
 
 
 @dataclass(frozen=True)
@@ -257,6 +257,8 @@ def _fitting(
             return StoredExperts(f"{module}.{name}", paths, sides["A"], sides["B"], experts, rank, layout.in_turns)
     return None
 
+
+# Layers that PEFT cannot adapt, and scaled rows
 
 _DIRECT = "transformers multiplies by its weight directly, so PEFT's adapter has no effect"
 _SPLIT = "it is part of a larger matrix in transformers"

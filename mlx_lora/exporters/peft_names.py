@@ -1,7 +1,4 @@
-"""Translate between PEFT's names of layers and tensors and the paths in an mlx-lm model.
-
-Match the patterns of PEFT's configs with layers, and compare the ranks that they give with the stored factors.
-"""
+"""Translate between PEFT's names and the paths in an mlx-lm model, and check the ranks that its patterns give the factors."""
 
 from __future__ import annotations
 
@@ -28,6 +25,7 @@ RENAMED = {
     "gpt_neox": (("model.h.", "gpt_neox.layers."), ("model.embed_out", "lm_head"), ("model.", "gpt_neox.")),
     "nemotron_h": (("backbone.", "model."),),
 }
+PATTERN_S = 1.0  # limit for matching a config's pattern with a layer's name, which takes microseconds
 
 
 def own_path(layer: str, modules: dict[str, nn.Module]) -> str | None:
@@ -53,9 +51,6 @@ def peft_path(path: str, kind: str) -> str:
         if path.startswith(ours):
             return theirs + path.removeprefix(ours)
     return re.sub(r"^language_model\.model\.", "model.language_model.", path)
-
-
-PATTERN_S = 1.0  # limit for matching a config's pattern with a layer's name, which takes microseconds
 
 
 def names_layer(pattern: str, layer: str) -> bool:

@@ -1,1 +1,1 @@
-"""Pages without network access or scripts."""
+"""The verdict on a run, and report pages without network access or scripts."""

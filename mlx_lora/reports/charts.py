@@ -1,12 +1,7 @@
-"""SVG lines and bars; page template.
+"""Draw line and bar charts as SVG text, and render report pages, which need neither network nor script.
 
-Line charts as SVG text, for pages without network or script.
-
-Colors, fonts and dark mode come from the page's style sheet, by class.
-
-Bar charts as SVG text, in the style of plots.py's line charts: measured bars are filled, predicted ones hollow.
-
-Render report pages, with a common head and style sheet, and with all text escaped.
+Colors, fonts and dark mode come from the page's style sheet, by class. Measured bars are filled, predicted ones hollow.
+All text on a page is escaped.
 """
 
 from __future__ import annotations
@@ -20,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+
+# Line charts
 
 WIDTH, HEIGHT = 640, 260
 WIDE = (1240, 320)  # of a chart that has a page's whole width
@@ -182,11 +179,13 @@ def _line(one: Series, index: int, unit: str, locate: Callable) -> list[str]:
     return parts
 
 
+# Bar charts
+
 LABELS = 205  # width of the column of names
 LETTER = 12.5  # width of a letter of a value on a page as narrow as a phone
 ROW, BAR, BAR_TOP = 28, 16, 6
 MOST_LETTERS = 18
-BAR_WIDE = 1.5
+WIDE_LETTER = 1.5  # letters of usual width
 ENDING = 6  # letters at the end of a long name that are kept, because the names of a family differ there
 
 
@@ -252,13 +251,15 @@ def bar_chart(title: str, bars: Sequence[Bar], unit: str = "") -> str:
 
 def _cut(name: str) -> str:
     """Return a name shortened to about the width of its column."""
-    widths = [BAR_WIDE if letter in "<>=+~%@#&mwMW" else 1.0 for letter in name]
+    widths = [WIDE_LETTER if letter in "<>=+~%@#&mwMW" else 1.0 for letter in name]
     if sum(widths) <= MOST_LETTERS:
         return name
     room = MOST_LETTERS - 1 - sum(widths[-ENDING:])
     kept = next(n for n in range(len(name)) if sum(widths[: n + 1]) > room)
     return f"{name[:kept]}…{name[-ENDING:]}"
 
+
+# Pages
 
 COMMON = Path(__file__).parent / "pages"
 

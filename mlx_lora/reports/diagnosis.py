@@ -1,11 +1,8 @@
-"""What became of a run: learned, too few steps, overfitted, memorized, nothing changed, or worse; and what mends it.
+"""Tell from a run's metrics what became of it: one headline, notes on what went wrong, and the command that mends it.
 
-`diagnose` is a pure function of `Evidence`, which a run folder holds: metrics.jsonl, held_out_rows.jsonl, and the texts
-before and after in report.json. benchmarks/verdicts.py measures how often it names a run rightly.
-
-What to do after a run that did not go well: a sentence, and the command that does it.
-
-What a run's metrics say about it: one headline, notes on what went wrong, and the command that mends it.
+A run has learned, had too few steps, overfitted, memorized, changed nothing, or become worse. `diagnose` is a pure function of
+`Evidence`, which a run folder holds: metrics.jsonl, held_out_rows.jsonl, and the texts before and after in report.json.
+benchmarks/verdicts.py measures how often it names a run rightly.
 """
 
 from __future__ import annotations
@@ -20,6 +17,8 @@ from mlx_lora.reports.charts import perplexity
 from mlx_lora.trainer.checkpoint import numbered
 from mlx_lora.trainer.evaluate import FEWEST_ROWS, Change, KnownRows, RowLosses, paired_change
 from mlx_lora.utils.text import command_line, counted, format_duration
+
+# What became of a run
 
 LEARNED, TOO_FEW_STEPS, OVER_FITTED = "learned", "too few steps", "overfitted"
 MEMORIZED, UNCHANGED, WORSE, UNKNOWN = "memorized", "nothing changed", "worse", "not measured"
@@ -70,7 +69,7 @@ class Diagnosis:
     """What became of a run.
 
     Attributes:
-        name: one of the words above.
+        name: one of the words from LEARNED to UNKNOWN.
         first, last: the held-out losses that are compared; NaN without any.
         change: from one to the other, with its interval; None: there are no two validations.
         best_step: where the held-out loss was lowest, if the run is overfitted or worse; else None.
@@ -162,6 +161,8 @@ def _training_fell(evidence: Evidence, since: int) -> bool:
 def _all_same(evidence: Evidence) -> bool:
     return evidence.same_texts == len(evidence.texts)
 
+
+# What mends it: a sentence, and a command
 
 AIM_STEPS = 60  # updates that a mending run of a small set gets at least
 VALIDATIONS = 8  # in a run that looks for the lowest held-out loss
@@ -283,10 +284,11 @@ def _earlier(diagnosis: Diagnosis, run: RunFacts) -> tuple[str, str]:
     return f"Train again with --keep-best, or for less long ({fewer}).", again
 
 
+# The verdict, with which a report begins
+
 SAME = 0.005  # a smaller relative change of a divergence is none
-MOST_WITHOUT_SPREAD = (
-    0.5  # share of prompts without any spread of rewards, from which nothing is learned, that is worth a note
-)
+# Nothing is learned from a prompt whose rewards have no spread; from this share of such prompts on, a note says so.
+MOST_WITHOUT_SPREAD = 0.5
 GOOD, BAD, PLAIN = "good", "bad", "plain"
 TONES = {LEARNED: GOOD, OVER_FITTED: BAD, WORSE: BAD}
 
@@ -299,7 +301,7 @@ class Verdict:
         headline: one sentence.
         tone: `good`, `bad` or `plain`.
         notes: what else to know, whole sentences.
-        name: what became of the run, in the words of diagnosis.py; empty for objectives that have a measure of their own.
+        name: what became of the run, as in `Diagnosis`; empty for objectives that have a measure of their own.
         mend: what to do, a sentence; empty: nothing is to mend.
         command: that does it; may be empty.
         change: of the held-out loss in nats per token, `change`, `low`, `high`, `rows`; None: not known.
@@ -320,8 +322,8 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What a verdict needs beside metrics and settings.
+class RunContext:
+    """What a verdict needs in addition to metrics and settings.
 
     Attributes:
         folder: of the run, for commands; None: none are given.
@@ -343,7 +345,7 @@ class Beside:
 
 
 def verdict(
-    records: list[dict[str, Any]], settings: dict[str, Any], ended: bool = True, beside: Beside | None = None
+    records: list[dict[str, Any]], settings: dict[str, Any], ended: bool = True, context: RunContext | None = None
 ) -> Verdict:
     """Return the verdict on a run.
 
@@ -351,12 +353,12 @@ def verdict(
         records: of metrics.jsonl.
         settings: of run.yaml.
         ended: whether all steps are done; only then has --keep-best put its adapter back.
-        beside: what else is known of the run.
+        context: what else is known of the run.
     """
-    beside = beside or Beside()
+    context = context or RunContext()
     validations = [r for r in records if r["val_loss"] is not None]
     notes = [note for note in (_alike(records), _skipped(records)) if note]
-    run = facts_of_run(records, settings, beside)
+    run = facts_of_run(records, settings, context)
     if not validations:
         losses = [r["loss"] for r in records if r["loss"] is not None]
         words = f"Training loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "No step has been reported yet"
@@ -371,7 +373,7 @@ def verdict(
         (any("margin" in r for r in validations), _of_preferences),
         (settings.get("objective") == "distill", _of_divergence),
     )
-    evidence = evidence_of(records, kept["step"], beside)
+    evidence = evidence_of(records, kept["step"], context)
     for applies, words_of_objective in of_its_own:
         if applies:
             headline, tone = words_of_objective(validations, kept)
@@ -381,36 +383,36 @@ def verdict(
     found = diagnose(evidence)
     if found.name == UNKNOWN:
         return Verdict(f"Held-out perplexity {perplexity(kept['val_loss'])}, measured once", PLAIN, notes, UNKNOWN)
-    mend, command = mending(found, run, beside.known)
+    mend, command = mending(found, run, context.known)
     change = found.change and asdict(found.change)
     return Verdict(headline_of(found, evidence), TONES.get(found.name, PLAIN), notes, found.name, mend, command, change)
 
 
-def evidence_of(records: Sequence[Mapping[str, Any]], kept: int | None, beside: Beside) -> Evidence:
+def evidence_of(records: Sequence[Mapping[str, Any]], kept: int | None, context: RunContext) -> Evidence:
     """Return the evidence that a run's records and texts are.
 
     Args:
         records: of metrics.jsonl.
         kept: the step of the adapter that is in the folder.
-        beside: what else is known.
+        context: what else is known.
     """
     return Evidence(
         steps=max((r["step"] for r in records), default=0),
         losses=[(r["step"], r["loss"]) for r in records if r["loss"] is not None],
         held_out=[(r["step"], r["val_loss"]) for r in records if r["val_loss"] is not None],
-        rows=beside.rows,
+        rows=context.rows,
         kept=kept,
-        texts=beside.texts,
-        held_out_rows=beside.held_out_rows,
-        near_duplicates=beside.near_duplicates,
+        texts=context.texts,
+        held_out_rows=context.held_out_rows,
+        near_duplicates=context.near_duplicates,
     )
 
 
-def facts_of_run(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], beside: Beside) -> RunFacts:
+def facts_of_run(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], context: RunContext) -> RunFacts:
     """Return what the commands that mend a run need."""
     steps = max((r["step"] for r in records), default=0)
     epochs = max((float(r.get("epoch") or 0) for r in records), default=0.0)
-    return RunFacts(beside.folder, settings, steps, epochs, beside.seconds / steps if steps else 0.0)
+    return RunFacts(context.folder, settings, steps, epochs, context.seconds / steps if steps else 0.0)
 
 
 def headline_of(found: Diagnosis, evidence: Evidence) -> str:

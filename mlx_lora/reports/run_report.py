@@ -1,14 +1,10 @@
-"""Report.html: tiles, curves, sampled answers, verdict.
+"""Write a run folder's report.html: tiles, curves, sampled answers and the verdict, on one page without network or script.
 
-What a run's page shows of sampled answers: curves, and the answers to fixed prompts at every validation.
+The page is made from metrics.jsonl, run.yaml and report.json, which has what the other two do not: the command, the machine,
+the data, and texts before and after training. It is written at every save, so a killed run has one as well.
 
 answers.jsonl has one line for each fixed prompt at each validation: `step`, `number`, `prompt`, `answer`, `length`,
 `truncated`, `reward`, `rewards`.
-
-Write a run folder's report.html from metrics.jsonl, run.yaml and report.json: one page without network or script.
-
-report.json has what the other two do not: the command, the machine, the data, and texts before and after training.
-The page is written at every save, so a killed run has one as well.
 """
 
 from __future__ import annotations
@@ -27,18 +23,336 @@ import yaml
 from mlx_lora.data.chat_template import spoken_turns, without_markers
 from mlx_lora.data.report import UNITS
 from mlx_lora.objectives.table import OWN_OPTIONS
-from mlx_lora.reports.charts import WIDE, Series, line_chart, number, render_page
-from mlx_lora.reports.diagnosis import Beside, Verdict, verdict
+from mlx_lora.reports.charts import COMMON, WIDE, Series, line_chart, number, render_page
+from mlx_lora.reports.diagnosis import RunContext, Verdict, verdict
 from mlx_lora.reports.evaluation import read_evaluation, shown_evaluation
 from mlx_lora.trainer.evaluate import ROWS_FILE, KnownRows, read_rows_file
 from mlx_lora.utils.files import replacing_file
+
+Record = dict[str, Any]
+Chart = tuple[str, list[Series], str, bool]
+REPORT_FILE, FACTS_FILE = "report.html", "report.json"
+MEMORY_NOTE = "The plan is for MLX's buffers alone. The process also holds Python, its libraries, and freed buffers that MLX keeps."
+
+
+@dataclass
+class Sample:
+    """The beginning of a row, and its greedy continuations before and after training (None: not yet).
+
+    Attributes:
+        prompt: with the template's markers.
+        before, after: the model's texts.
+        specials: the tokenizer's special tokens in them.
+        teacher: the text of a teacher that the model learns from; None: there is no teacher, or its text is not known.
+        expected: the row's own answer, cut like the model's; None: not known.
+    """
+
+    prompt: str
+    before: str
+    after: str | None = None
+    specials: list[str] = field(default_factory=list)
+    teacher: str | None = None
+    expected: str | None = None
+
+    @property
+    def turns(self) -> list[tuple[str, str]]:
+        """The prompt as (role, content) of each turn, without markers."""
+        return spoken_turns(self.prompt, self.specials)
+
+    def said(self, text: str) -> str:
+        """Return one of the model's texts without markers."""
+        return without_markers(text, self.specials) or "(empty text)"
+
+
+@dataclass
+class RunReport:
+    """The facts on a page that are not in metrics and settings.
+
+    Attributes:
+        command: the run's command; empty if it was started in a notebook or an interactive session.
+        device, base, adapter, versions: a line each.
+        data: DataReport.to_dict().
+        planned_peak_bytes: the planner's prediction, None if nothing was planned.
+        samples: texts.
+        step: what computes a step, a line.
+        held_out: whether the texts' beginnings are from rows that are not trained on.
+        ended: whether all steps are done.
+        known: how many training rows the model answers word for word; None: nobody asked.
+        verdict: `Verdict.to_dict()` of the last `write`; the studio reads it.
+        date: the day of the run, as in 2026-11-28; empty: today.
+    """
+
+    command: str
+    device: str
+    base: str
+    adapter: str
+    versions: str
+    data: dict[str, Any]
+    planned_peak_bytes: int | None = None
+    samples: list[Sample] = field(default_factory=list)
+    step: str = ""
+    held_out: bool = True
+    ended: bool = False
+    known: KnownRows | None = None
+    verdict: dict[str, Any] = field(default_factory=dict)
+    date: str = ""
+
+    def keep_samples_of(self, folder: Path) -> bool:
+        """Copy the texts of the run that this one resumes, and return whether there are any."""
+        try:
+            earlier = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))["samples"]
+            self.samples = [Sample(**one) for one in earlier]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return bool(self.samples)
+
+    def write(self, folder: Path) -> None:
+        """Write report.json and report.html into a run folder that has metrics.jsonl and run.yaml."""
+        self.date = self.date or date.today().isoformat()
+        page = self._page(folder)
+        with replacing_file(folder / FACTS_FILE) as temporary:
+            temporary.write_text(
+                json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+        with replacing_file(folder / REPORT_FILE) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+
+    def rewrite_page(self, folder: Path) -> None:
+        """Write report.html alone, with what was measured since the run's end."""
+        page = self._page(folder)
+        with replacing_file(folder / REPORT_FILE) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+
+    def _page(self, folder: Path) -> str:
+        """Return the page's text, and keep the verdict that is on it."""
+        settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+        records = without_untrained_accuracy(read_records(folder / "metrics.jsonl"), settings)
+        found, evaluation = self._verdict_on(folder, records, settings), read_evaluation(folder)
+        self.verdict = found.to_dict()
+        return render_page(
+            COMMON,
+            "run_report.html",
+            name=folder.resolve().name,
+            facts=self,
+            verdict=found,
+            unit=UNITS[self.data.get("records", "examples")],
+            tiles=tiles(records),
+            charts=charts(records, self.planned_peak_bytes),
+            answers=shown_answers(read_answers(folder / ANSWERS_FILE)),
+            evaluation=shown_evaluation(evaluation) if evaluation else None,
+            settings=settings,
+        )
+
+    def _verdict_on(self, folder: Path, records: list[dict[str, Any]], settings: dict[str, Any]) -> Verdict:
+        splits, near = self.data.get("splits", {}), self.data.get("near_duplicates") or {}
+        context = RunContext(
+            folder=folder,
+            rows=read_rows_file(folder / ROWS_FILE),
+            texts=[(one.before, one.after) for one in self.samples if one.after is not None],
+            held_out_rows=int(splits["valid"]["rows"]) if "valid" in splits else 0,
+            near_duplicates=near.get("held_out_rows"),
+            known=self.known,
+            seconds=elapsed_s(records),
+        )
+        return verdict(records, settings, self.ended, context)
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Return what a run's report.json says; nothing for a folder without one."""
+    try:
+        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def has_ended(folder: Path) -> bool:
+    """Return whether the run of a folder took all its steps; False for a folder without a report."""
+    return read_facts(folder).get("ended") is True
+
+
+def read_report(folder: Path) -> RunReport | None:
+    """Return the report of a run as it was written last; None: there is none, or another version wrote it."""
+    facts = read_facts(folder)
+    try:
+        known = KnownRows(**facts["known"]) if facts.get("known") else None
+        samples = [Sample(**one) for one in facts.get("samples", [])]
+        report = RunReport(**{**facts, "samples": samples, "known": known})
+        report.date = report.date or date.fromtimestamp((folder / FACTS_FILE).stat().st_mtime).isoformat()
+    except (OSError, TypeError):
+        return None
+    return report
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl, without an incomplete line after a kill."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def without_untrained_accuracy(records: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Leave out the accuracy before the first step if the model is then its own reference: it would only show rounding."""
+    if settings.get("reference_adapter") or settings.get("objective") not in OWN_OPTIONS["reference_adapter"]:
+        return records
+    return [{k: v for k, v in one.items() if one["step"] or k != "accuracy"} for one in records]
+
+
+def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return the run's main numbers, (label, value): eight, once a step has been reported."""
+    trained = [r for r in records if r["loss"] is not None or r["supervised_tokens"]]
+    steps = ("steps", f"{max((r['step'] for r in records), default=0):,}")
+    if not trained:
+        return [steps]
+    # The first report includes compilations.
+    speeds = sorted(r["supervised_tokens_per_s"] for r in trained[1:] or trained)
+    return [
+        steps,
+        ("time", _duration(elapsed_s(records))),
+        ("trained tokens", f"{sum(r['supervised_tokens'] for r in trained):,}"),
+        ("trained tokens/s, median", number(speeds[len(speeds) // 2])),
+        *_outcomes(records),
+        ("peak memory, MLX", f"{max(r['peak_memory_bytes'] for r in records) / 1e9:.2f} GB"),
+        ("peak memory, process", f"{max(r['process_peak_bytes'] for r in records) / 1e9:.2f} GB"),
+    ]
+
+
+def _outcomes(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return the losses as (label, value); of a run that samples answers the rewards, because a loss there is no measure."""
+    if any("reward" in r for r in records):
+        trained, held_out = ([r for r in records if r[key] is not None] for key in ("loss", "val_loss"))
+        return [
+            ("training reward", _ends(trained, "reward") or "not measured"),
+            ("held-out reward", _ends(held_out, "reward") or "not measured"),
+        ]
+    return [
+        ("training loss", _ends(records, "loss")),
+        ("held-out loss", _ends(records, "val_loss") or "not measured"),
+    ]
+
+
+def _ends(records: list[dict[str, Any]], key: str) -> str:
+    """Return the first and the last value of a metric as text; an empty string without any."""
+    values = [r[key] for r in records if r.get(key) is not None]
+    return " → ".join(f"{value:.3f}" for value in values[:1] + values[1:][-1:])
+
+
+def elapsed_s(records: list[dict[str, Any]]) -> float:
+    """Return the time of all the run's parts, because each resumed process counts from zero."""
+    total = last = 0.0
+    for record in records:
+        if record["elapsed_s"] < last:
+            total += last
+        last = record["elapsed_s"]
+    return total + last
+
+
+def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> list[dict[str, Any]]:
+    """Return the page's charts: title, series, and SVG text."""
+    trained = [r for r in records if r["loss"] is not None or r["supervised_tokens"]]
+
+    def of(name: str, key: str, rows: list[dict[str, Any]], scale: float = 1.0) -> Series:
+        points = [(r["step"], math.nan if r[key] is None else r[key] * scale) for r in rows]
+        return Series(name, points, markers=rows is held_out or name.startswith("held out"))
+
+    held_out = [r for r in records if r["val_loss"] is not None]
+    memory = [
+        of("MLX's buffers, peak", "peak_memory_bytes", trained, 1e-9),
+        of("process, peak", "process_peak_bytes", trained, 1e-9),
+    ]
+    if planned_peak_bytes and trained:
+        ends = (trained[0]["step"], trained[-1]["step"])
+        memory.append(
+            Series("MLX's buffers, planned", [(step, planned_peak_bytes / 1e9) for step in ends], dashed=True)
+        )
+    tokens = [of("trained tokens", "supervised_tokens_per_s", trained), of("all real tokens", "tokens_per_s", trained)]
+    losses = [of("training", "loss", trained), of("held out", "val_loss", held_out)]
+    preferences, sampled = any("margin" in r for r in records), any("reward" in r for r in records)
+    if sampled:
+        # Held-out answers have only a reward. Rounded, because equal rewards give a loss of 0 but for rounding.
+        losses = [Series("training", [(step, round(loss, 6)) for step, loss in losses[0].points])]
+        while_sampling = [r for r in trained if r.get("rollout_tokens_per_s") is not None]
+        tokens.append(of("sampled, while sampling", "rollout_tokens_per_s", while_sampling))
+    counted = "rated answer" if any("divergence" in r for r in records) else "pair" if preferences else "trained token"
+    wanted = [
+        *rollout_charts(records, of),
+        (f"Loss per {'answer' if sampled else counted}", losses, "", False),
+        *_teacher_charts(records, of),
+        *_preference_charts(records, of),
+        ("Tokens per second", tokens, "", True),
+        ("Memory", memory, " GB", True),
+        ("Learning rate", [of("learning rate", "learning_rate", trained)], "", True),
+        ("Gradient norm, before the clip", [of("gradient norm", "grad_norm", trained)], "", True),
+    ]
+    drawn = [
+        {
+            "title": title,
+            "series": series,
+            "svg": line_chart(title, series, unit, from_zero),
+            "wide": "",
+            "note": MEMORY_NOTE if title == "Memory" else "",
+        }
+        for title, series, unit, from_zero in wanted
+    ]
+    # The first chart has the page's whole width; on a phone its usual shape is shown instead.
+    title, series, unit, from_zero = wanted[0]
+    drawn[0]["wide"] = line_chart(title, series, unit, from_zero, size=WIDE)
+    return drawn
+
+
+def _teacher_charts(records: list[dict[str, Any]], of: Callable[..., Series]) -> list[Chart]:
+    """Return a chart of KL(teacher, student) where the loss is another divergence; none for other runs."""
+    having = [r for r in records if r.get("kl") is not None and "reward" not in r]
+    if all(abs(r["kl"] - (r["val_loss"] if r["loss"] is None else r["loss"] or 0.0)) < 1e-6 for r in having):
+        return []
+    trained, held_out = ([r for r in having if r[key] is not None] for key in ("loss", "val_loss"))
+    series = [of(when, "kl", rows) for when, rows in (("training", trained), ("held out", held_out)) if rows]
+    return [("KL of teacher and student per token", series, "", True)]
+
+
+def _preference_charts(records: list[dict[str, Any]], of: Callable[..., Series]) -> list[Chart]:
+    """Return charts of what an objective on preferences reports; none for other runs."""
+    titles = {
+        "Pairs preferred as labeled": ("accuracy",),
+        "Margin of rewards": ("margin",),
+        "Rewards": ("chosen_rewards", "rejected_rewards"),
+        "Divergence from the reference": ("divergence",),
+    }
+    # Rounded, so that a first value that is 0 but for rounding does not open the axis below 0.
+    reported = [
+        {**r, **{name: round(r[name], 4) for names in titles.values() for name in names if r.get(name) is not None}}
+        for r in records
+        if "margin" in r
+    ]
+    trained, held_out = ([r for r in reported if r[key] is not None] for key in ("loss", "val_loss"))
+    charts = []
+    for title, names in titles.items():
+        series = [
+            of(f"{when}, {name.split('_')[0]}" if len(names) > 1 else when, name, having)
+            for name in names
+            for when, rows in (("training", trained), ("held out", held_out))
+            if (having := [r for r in rows if name in r])
+        ]
+        charts += [(title, series, "", False)] if series else []
+    return charts
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+# Sampled answers: their curves, and those to fixed prompts at every validation
 
 ANSWERS_FILE = "answers.jsonl"
 MOST_PROMPTS, MOST_VALIDATIONS = 3, 10  # on the page
 MOST_CHARACTERS, MOST_OF_TURN = 600, 800  # of an answer, and of a prompt's turn, on the page
 MOST_REWARDS = 12  # charts of single rewards
-Record = dict[str, Any]
-Chart = tuple[str, list[Series], str, bool]
 
 
 @dataclass(frozen=True)
@@ -193,324 +507,3 @@ def rollout_charts(records: list[Record], of: Callable[..., Series]) -> list[Cha
         series = [of(when, name, rows) for when, rows in having if rows]
         charts += [(title, series, "", from_zero)] if series else []
     return charts
-
-
-REPORT_FILE, FACTS_FILE = "report.html", "report.json"
-PAGES = Path(__file__).parent / "pages"
-MEMORY_NOTE = "The plan is for MLX's buffers alone. The process also holds Python, its libraries, and freed buffers that MLX keeps."
-
-
-@dataclass
-class Sample:
-    """The beginning of a row, and its greedy continuations before and after training (None: not yet).
-
-    Attributes:
-        prompt: with the template's markers.
-        before, after: the model's texts.
-        specials: the tokenizer's special tokens in them.
-        teacher: the text of a teacher that the model learns from; None: there is no teacher, or its text is not known.
-        expected: the row's own answer, cut like the model's; None: not known.
-    """
-
-    prompt: str
-    before: str
-    after: str | None = None
-    specials: list[str] = field(default_factory=list)
-    teacher: str | None = None
-    expected: str | None = None
-
-    @property
-    def turns(self) -> list[tuple[str, str]]:
-        """The prompt as (role, content) of each turn, without markers."""
-        return spoken_turns(self.prompt, self.specials)
-
-    def said(self, text: str) -> str:
-        """Return one of the model's texts without markers."""
-        return without_markers(text, self.specials) or "(empty text)"
-
-
-@dataclass
-class RunReport:
-    """The facts on a page that are not in metrics and settings.
-
-    Attributes:
-        command: the run's command; empty if it was started in a notebook or an interactive session.
-        device, base, adapter, versions: a line each.
-        data: DataReport.to_dict().
-        planned_peak_bytes: the planner's prediction, None if nothing was planned.
-        samples: texts.
-        step: what computes a step, a line.
-        held_out: whether the texts' beginnings are from rows that are not trained on.
-        ended: whether all steps are done.
-        known: how many training rows the model answers word for word; None: nobody asked.
-        verdict: `Verdict.to_dict()` of the last `write`; the studio reads it.
-        date: the day of the run, as in 2026-11-28; empty: today.
-    """
-
-    command: str
-    device: str
-    base: str
-    adapter: str
-    versions: str
-    data: dict[str, Any]
-    planned_peak_bytes: int | None = None
-    samples: list[Sample] = field(default_factory=list)
-    step: str = ""
-    held_out: bool = True
-    ended: bool = False
-    known: KnownRows | None = None
-    verdict: dict[str, Any] = field(default_factory=dict)
-    date: str = ""
-
-    def keep_samples_of(self, folder: Path) -> bool:
-        """Copy the texts of the run that this one resumes, and return whether there are any."""
-        try:
-            earlier = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))["samples"]
-            self.samples = [Sample(**one) for one in earlier]
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-        return bool(self.samples)
-
-    def write(self, folder: Path) -> None:
-        """Write report.json and report.html into a run folder that has metrics.jsonl and run.yaml."""
-        self.date = self.date or date.today().isoformat()
-        page = self._page(folder)
-        with replacing_file(folder / FACTS_FILE) as temporary:
-            temporary.write_text(
-                json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
-        with replacing_file(folder / REPORT_FILE) as temporary:
-            temporary.write_text(page, encoding="utf-8")
-
-    def rewrite_page(self, folder: Path) -> None:
-        """Write report.html alone, with what was measured since the run's end."""
-        page = self._page(folder)
-        with replacing_file(folder / REPORT_FILE) as temporary:
-            temporary.write_text(page, encoding="utf-8")
-
-    def _page(self, folder: Path) -> str:
-        """Return the page's text, and keep the verdict that is on it."""
-        settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-        records = without_untrained_accuracy(read_records(folder / "metrics.jsonl"), settings)
-        found, evaluation = self._verdict_on(folder, records, settings), read_evaluation(folder)
-        self.verdict = found.to_dict()
-        return render_page(
-            PAGES,
-            "run_report.html",
-            name=folder.resolve().name,
-            facts=self,
-            verdict=found,
-            unit=UNITS[self.data.get("records", "examples")],
-            tiles=tiles(records),
-            charts=charts(records, self.planned_peak_bytes),
-            answers=shown_answers(read_answers(folder / ANSWERS_FILE)),
-            evaluation=shown_evaluation(evaluation) if evaluation else None,
-            settings=settings,
-        )
-
-    def _verdict_on(self, folder: Path, records: list[dict[str, Any]], settings: dict[str, Any]) -> Verdict:
-        splits, near = self.data.get("splits", {}), self.data.get("near_duplicates") or {}
-        beside = Beside(
-            folder=folder,
-            rows=read_rows_file(folder / ROWS_FILE),
-            texts=[(one.before, one.after) for one in self.samples if one.after is not None],
-            held_out_rows=int(splits["valid"]["rows"]) if "valid" in splits else 0,
-            near_duplicates=near.get("held_out_rows"),
-            known=self.known,
-            seconds=elapsed_s(records),
-        )
-        return verdict(records, settings, self.ended, beside)
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """Return what a run's report.json says; nothing for a folder without one."""
-    try:
-        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
-def has_ended(folder: Path) -> bool:
-    """Return whether the run of a folder took all its steps; False for a folder without a report."""
-    return read_facts(folder).get("ended") is True
-
-
-def read_report(folder: Path) -> RunReport | None:
-    """Return the report of a run as it was written last; None: there is none, or another version wrote it."""
-    facts = read_facts(folder)
-    try:
-        known = KnownRows(**facts["known"]) if facts.get("known") else None
-        samples = [Sample(**one) for one in facts.get("samples", [])]
-        report = RunReport(**{**facts, "samples": samples, "known": known})
-        report.date = report.date or date.fromtimestamp((folder / FACTS_FILE).stat().st_mtime).isoformat()
-    except (OSError, TypeError):
-        return None
-    return report
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl, without an incomplete line after a kill."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
-
-
-def without_untrained_accuracy(records: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Leave out the accuracy before the first step if the model is then its own reference: it would only show rounding."""
-    if settings.get("reference_adapter") or settings.get("objective") not in OWN_OPTIONS["reference_adapter"]:
-        return records
-    return [{k: v for k, v in one.items() if one["step"] or k != "accuracy"} for one in records]
-
-
-def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Return the run's main numbers, (label, value): eight, once a step has been reported."""
-    trained = [r for r in records if r["loss"] is not None or r["supervised_tokens"]]
-    steps = ("steps", f"{max((r['step'] for r in records), default=0):,}")
-    if not trained:
-        return [steps]
-    # The first report includes compilations.
-    speeds = sorted(r["supervised_tokens_per_s"] for r in trained[1:] or trained)
-    return [
-        steps,
-        ("time", _duration(elapsed_s(records))),
-        ("trained tokens", f"{sum(r['supervised_tokens'] for r in trained):,}"),
-        ("trained tokens/s, median", number(speeds[len(speeds) // 2])),
-        *_outcomes(records),
-        ("peak memory, MLX", f"{max(r['peak_memory_bytes'] for r in records) / 1e9:.2f} GB"),
-        ("peak memory, process", f"{max(r['process_peak_bytes'] for r in records) / 1e9:.2f} GB"),
-    ]
-
-
-def _outcomes(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Return the losses as (label, value); of a run that samples answers the rewards, because a loss there is no measure."""
-    if any("reward" in r for r in records):
-        trained, held_out = ([r for r in records if r[key] is not None] for key in ("loss", "val_loss"))
-        return [
-            ("training reward", _ends(trained, "reward") or "not measured"),
-            ("held-out reward", _ends(held_out, "reward") or "not measured"),
-        ]
-    return [
-        ("training loss", _ends(records, "loss")),
-        ("held-out loss", _ends(records, "val_loss") or "not measured"),
-    ]
-
-
-def _ends(records: list[dict[str, Any]], key: str) -> str:
-    """Return the first and the last value of a metric as text; an empty string without any."""
-    values = [r[key] for r in records if r.get(key) is not None]
-    return " → ".join(f"{value:.3f}" for value in values[:1] + values[1:][-1:])
-
-
-def elapsed_s(records: list[dict[str, Any]]) -> float:
-    """Return the time of all the run's parts, because each resumed process counts from zero."""
-    total = last = 0.0
-    for record in records:
-        if record["elapsed_s"] < last:
-            total += last
-        last = record["elapsed_s"]
-    return total + last
-
-
-def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> list[dict[str, Any]]:
-    """Return the page's charts: title, series, and SVG text."""
-    trained = [r for r in records if r["loss"] is not None or r["supervised_tokens"]]
-
-    def of(name: str, key: str, rows: list[dict[str, Any]], scale: float = 1.0) -> Series:
-        points = [(r["step"], math.nan if r[key] is None else r[key] * scale) for r in rows]
-        return Series(name, points, markers=rows is held_out or name.startswith("held out"))
-
-    held_out = [r for r in records if r["val_loss"] is not None]
-    memory = [
-        of("MLX's buffers, peak", "peak_memory_bytes", trained, 1e-9),
-        of("process, peak", "process_peak_bytes", trained, 1e-9),
-    ]
-    if planned_peak_bytes and trained:
-        ends = (trained[0]["step"], trained[-1]["step"])
-        memory.append(
-            Series("MLX's buffers, planned", [(step, planned_peak_bytes / 1e9) for step in ends], dashed=True)
-        )
-    tokens = [of("trained tokens", "supervised_tokens_per_s", trained), of("all real tokens", "tokens_per_s", trained)]
-    losses = [of("training", "loss", trained), of("held out", "val_loss", held_out)]
-    preferences, sampled = any("margin" in r for r in records), any("reward" in r for r in records)
-    if sampled:
-        # Held-out answers have only a reward. Rounded, because equal rewards give a loss of 0 but for rounding.
-        losses = [Series("training", [(step, round(loss, 6)) for step, loss in losses[0].points])]
-        while_sampling = [r for r in trained if r.get("rollout_tokens_per_s") is not None]
-        tokens.append(of("sampled, while sampling", "rollout_tokens_per_s", while_sampling))
-    counted = "rated answer" if any("divergence" in r for r in records) else "pair" if preferences else "trained token"
-    wanted = [
-        *rollout_charts(records, of),
-        (f"Loss per {'answer' if sampled else counted}", losses, "", False),
-        *_teacher_charts(records, of),
-        *_preference_charts(records, of),
-        ("Tokens per second", tokens, "", True),
-        ("Memory", memory, " GB", True),
-        ("Learning rate", [of("learning rate", "learning_rate", trained)], "", True),
-        ("Gradient norm, before the clip", [of("gradient norm", "grad_norm", trained)], "", True),
-    ]
-    drawn = [
-        {
-            "title": title,
-            "series": series,
-            "svg": line_chart(title, series, unit, from_zero),
-            "wide": "",
-            "note": MEMORY_NOTE if title == "Memory" else "",
-        }
-        for title, series, unit, from_zero in wanted
-    ]
-    # The first chart has the page's whole width; on a phone its usual shape is shown instead.
-    title, series, unit, from_zero = wanted[0]
-    drawn[0]["wide"] = line_chart(title, series, unit, from_zero, size=WIDE)
-    return drawn
-
-
-def _teacher_charts(
-    records: list[dict[str, Any]], of: Callable[..., Series]
-) -> list[tuple[str, list[Series], str, bool]]:
-    """Return a chart of KL(teacher, student) where the loss is another divergence; none for other runs."""
-    having = [r for r in records if r.get("kl") is not None and "reward" not in r]
-    if all(abs(r["kl"] - (r["val_loss"] if r["loss"] is None else r["loss"] or 0.0)) < 1e-6 for r in having):
-        return []
-    trained, held_out = ([r for r in having if r[key] is not None] for key in ("loss", "val_loss"))
-    series = [of(when, "kl", rows) for when, rows in (("training", trained), ("held out", held_out)) if rows]
-    return [("KL of teacher and student per token", series, "", True)]
-
-
-def _preference_charts(
-    records: list[dict[str, Any]], of: Callable[..., Series]
-) -> list[tuple[str, list[Series], str, bool]]:
-    """Return charts of what an objective on preferences reports; none for other runs."""
-    titles = {
-        "Pairs preferred as labeled": ("accuracy",),
-        "Margin of rewards": ("margin",),
-        "Rewards": ("chosen_rewards", "rejected_rewards"),
-        "Divergence from the reference": ("divergence",),
-    }
-    # Rounded, so that a first value that is 0 but for rounding does not open the axis below 0.
-    reported = [
-        {**r, **{name: round(r[name], 4) for names in titles.values() for name in names if r.get(name) is not None}}
-        for r in records
-        if "margin" in r
-    ]
-    trained, held_out = ([r for r in reported if r[key] is not None] for key in ("loss", "val_loss"))
-    charts = []
-    for title, names in titles.items():
-        series = [
-            of(f"{when}, {name.split('_')[0]}" if len(names) > 1 else when, name, having)
-            for name in names
-            for when, rows in (("training", trained), ("held out", held_out))
-            if (having := [r for r in rows if name in r])
-        ]
-        charts += [(title, series, "", False)] if series else []
-    return charts
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

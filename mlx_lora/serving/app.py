@@ -1,20 +1,11 @@
-"""Merge.
+"""Serve OpenAI's completions, the models, health, metrics and the chat page over HTTP.
 
-Send an answer from the engine's thread to one client, complete or as a stream, until either ends.
+    Guard -> routes -> read_chat, read_completion (check the body) -> prompt_tokens -> engine -> Answer -> client
 
-Serve the chat page, which shows two models side by side in a browser and uses the same endpoints as other clients.
-
-The page, `pages/chat.html`, is served as a single file, with its scripts `pages/markdown.js` and
-`pages/chat.js` and the common tokens.css inside. Its policy only allows its own script and style to run, whatever a model
-writes. It has no secrets, so it is served without an API key; its requests to the server need the key.
-
-Render the server's counters in Prometheus' text format.
-
-The server's routes: OpenAI's completions, the models, health, metrics and the page.
-
-Guard -> routes -> asking (checks the body) -> prompts (makes tokens) -> engine -> answering -> client
-
-Open the server's socket, so that a port in use is found before the server reports that it is ready.
+The chat page shows two models side by side in a browser and uses the same endpoints as other clients. It is `pages/chat.html`,
+served as a single file, with its scripts `pages/markdown.js` and `pages/chat.js` and the common tokens.css inside. Its policy
+only allows its own script and style to run, whatever a model writes. It has no secrets, so it is served without an API key;
+its requests to the server need the key.
 """
 
 from __future__ import annotations
@@ -51,6 +42,193 @@ from mlx_lora.serving.engine import Engine, Event, QueueFull, Request, Stopped
 from mlx_lora.serving.guard import Guard, GuardLimits, send_error
 from mlx_lora.serving.schema import ApiError, Ask, ChatReply, CompletionReply, read_chat, read_completion, read_json
 from mlx_lora.utils.errors import InputError
+
+# Routes
+
+
+def make_app(
+    engine: Engine,
+    guard: GuardLimits,
+    limits: AnswerLimits,
+    started_s: int,
+    more_routes: Sequence[BaseRoute] = (),
+) -> Starlette:
+    """Return the server as an ASGI application, which closes the engine when it ends.
+
+    Args:
+        engine: a running engine.
+        guard: limits for requests.
+        limits: limits for answers.
+        started_s: UNIX time.
+        more_routes: routes in addition to the common ones.
+    """
+    completions, answers = Completions(engine, limits, started_s), Counter()
+
+    async def health(request: HttpRequest) -> Response:
+        alive = engine.alive
+        return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
+
+    async def metrics(request: HttpRequest) -> Response:
+        return PlainTextResponse(metrics_text(engine, answers), media_type="text/plain; version=0.0.4")
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await anyio.to_thread.run_sync(engine.close)
+
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=guard.origins,
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["Authorization", "Content-Type"],
+    )
+    return Starlette(
+        routes=[
+            page_route(),
+            Route("/v1/chat/completions", completions.chat, methods=["POST"]),
+            Route("/v1/completions", completions.completion, methods=["POST"]),
+            Route("/v1/models", completions.models),
+            Route("/v1/models/{model:path}", completions.model),
+            Route("/health", health),
+            Route("/metrics", metrics),
+            *more_routes,
+        ],
+        middleware=[*([cors] if guard.origins else []), Middleware(Guard, limits=guard, answers=answers)],
+        exception_handlers={ApiError: _as_json, HTTPException: _not_here},
+        lifespan=lifespan,
+    )
+
+
+@dataclass(frozen=True)
+class AnswerLimits:
+    """Limits for an answer.
+
+    Attributes:
+        max_tokens: the most new tokens.
+        max_context: the most tokens of prompt and answer together.
+        timeout_s: seconds until it must be complete.
+    """
+
+    max_tokens: int
+    max_context: int
+    timeout_s: float
+
+
+class Completions:
+    """The endpoints that generate, and those that list models."""
+
+    def __init__(self, engine: Engine, limits: AnswerLimits, started_s: int):
+        self._engine, self._limits = engine, limits
+        self._base_name, self._started_s = base_name(engine.base), started_s
+        self._one_at_a_time = anyio.CapacityLimiter(1)  # tokenizers are not thread-safe
+
+    async def chat(self, request: HttpRequest) -> Answering:
+        """POST /v1/chat/completions."""
+        return await self._answer(read_chat(read_json(await request.body())), ChatReply)
+
+    async def completion(self, request: HttpRequest) -> Answering:
+        """POST /v1/completions."""
+        return await self._answer(read_completion(read_json(await request.body())), CompletionReply)
+
+    async def models(self, request: HttpRequest) -> Response:
+        """GET /v1/models."""
+        cards = self._engine.store.cards.values()
+        return JSONResponse({"object": "list", "data": [self._model(None), *(self._model(card) for card in cards)]})
+
+    async def model(self, request: HttpRequest) -> Response:
+        """GET /v1/models/ID."""
+        return JSONResponse(self._model(self._card(request.path_params["model"])))
+
+    async def _answer(self, ask: Ask, make_reply: Callable[[str], Reply]) -> Answering:
+        card = self._card(ask.model)
+        tokens = await anyio.to_thread.run_sync(self._tokens, ask, card, limiter=self._one_at_a_time)
+        request = Request(
+            tokens=tokens,
+            adapter=card.name if card else None,
+            max_tokens=self._max_tokens(ask, len(tokens)),
+            sampling=ask.sampling,
+            stops=ask.stops,
+            ignore_eos=ask.ignore_eos,
+            continues=ask.messages is None,
+        )
+        return Answering(
+            self._engine, request, make_reply(card.name if card else self._base_name), ask, self._limits.timeout_s
+        )
+
+    def _tokens(self, ask: Ask, card: Card | None) -> list[int]:
+        template = card.chat_template if card else None
+        return prompt_tokens(self._engine.base.hf_tokenizer, ask, template, self._engine.vocabulary)
+
+    def _card(self, model: str | None) -> Card | None:
+        """Return the adapter that a model id means, None for the base."""
+        if model in (None, self._base_name):
+            return None
+        if model not in self._engine.store.cards:
+            raise ApiError(404, f"no model {model!r}; GET /v1/models lists them", "model_not_found", "model")
+        return self._engine.store.cards[model]
+
+    def _max_tokens(self, ask: Ask, prompt: int) -> int:
+        limits = self._limits
+        if ask.max_tokens and ask.max_tokens > limits.max_tokens:
+            message = f"max_tokens {ask.max_tokens}: this server allows at most {limits.max_tokens}"
+            raise ApiError(400, message, "too_many_tokens", "max_tokens")
+        room = limits.max_context - prompt
+        if room < (ask.max_tokens or 1):
+            message = (
+                f"{prompt} tokens in the prompt and {ask.max_tokens or 1} new ones: the limit is {limits.max_context}"
+            )
+            raise ApiError(400, message, "context_length_exceeded", "messages")
+        return ask.max_tokens or min(limits.max_tokens, room)
+
+    def _model(self, card: Card | None) -> dict[str, Any]:
+        model = {"id": card.name if card else self._base_name, "object": "model", "owned_by": "mlx_lora"}
+        return {
+            **model,
+            "created": card.created if card else self._started_s,
+            "parent": self._base_name if card else None,
+        }
+
+
+class Answering:
+    """A response that the engine generates."""
+
+    def __init__(self, engine: Engine, request: Request, reply: Reply, ask: Ask, timeout_s: float):
+        self._engine, self._request, self._reply, self._ask = engine, request, reply, ask
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Any]) -> None:
+        """Answer as an ASGI application; if the client disconnects, its row is freed."""
+        with Answer(self._engine, self._request, receive, self._timeout_s) as answer:
+            try:
+                if self._ask.stream:
+                    await send_stream(answer, self._reply, self._ask.include_usage, send)
+                else:
+                    await send_whole(answer, self._reply, send)
+            except ClientGone:
+                return
+
+
+class _ErrorResponse(Response):
+    """An ApiError as a response."""
+
+    def __init__(self, error: ApiError):
+        super().__init__(status_code=error.status)
+        self._error = error
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send_error(send, self._error)
+
+
+async def _as_json(request: HttpRequest, error: Any) -> Response:
+    return _ErrorResponse(error)
+
+
+async def _not_here(request: HttpRequest, error: Any) -> Response:
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    return _ErrorResponse(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", code))
+
+
+# One answer, from the engine's thread to its client
 
 Reply = ChatReply | CompletionReply
 RETRY_AFTER_S = 1
@@ -196,6 +374,8 @@ async def send_stream(
     await send_event("[DONE]", more=False)
 
 
+# The chat page
+
 FOLDER = Path(__file__).parent / "pages"
 SCRIPTS = ("markdown.js", "chat.js")  # each stands in the page where a line names it
 
@@ -249,6 +429,8 @@ def _hashes(text: str, tag: str) -> list[str]:
     return [f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'" for part in inside]
 
 
+# Counters
+
 # Paths with ids are counted under their prefix, so that clients cannot create new series.
 KNOWN = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/adapters", "/health", "/metrics")
 
@@ -298,190 +480,11 @@ def metrics_text(engine: Engine, answers: Counter[tuple[str, int]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@dataclass(frozen=True)
-class AnswerLimits:
-    """Limits for an answer.
-
-    Attributes:
-        max_tokens: the most new tokens.
-        max_context: the most tokens of prompt and answer together.
-        timeout_s: seconds until it must be complete.
-    """
-
-    max_tokens: int
-    max_context: int
-    timeout_s: float
-
-
-class Completions:
-    """The endpoints that generate, and those that list models."""
-
-    def __init__(self, engine: Engine, limits: AnswerLimits, started_s: int):
-        self._engine, self._limits = engine, limits
-        self._base_name, self._started_s = base_name(engine.base), started_s
-        self._one_at_a_time = anyio.CapacityLimiter(1)  # tokenizers are not thread-safe
-
-    async def chat(self, request: HttpRequest) -> Answering:
-        """POST /v1/chat/completions."""
-        return await self._answer(read_chat(read_json(await request.body())), ChatReply)
-
-    async def completion(self, request: HttpRequest) -> Answering:
-        """POST /v1/completions."""
-        return await self._answer(read_completion(read_json(await request.body())), CompletionReply)
-
-    async def models(self, request: HttpRequest) -> Response:
-        """GET /v1/models."""
-        cards = self._engine.store.cards.values()
-        return JSONResponse({"object": "list", "data": [self._model(None), *(self._model(card) for card in cards)]})
-
-    async def model(self, request: HttpRequest) -> Response:
-        """GET /v1/models/ID."""
-        return JSONResponse(self._model(self._card(request.path_params["model"])))
-
-    async def _answer(self, ask: Ask, make_reply: Callable[[str], Reply]) -> Answering:
-        card = self._card(ask.model)
-        tokens = await anyio.to_thread.run_sync(self._tokens, ask, card, limiter=self._one_at_a_time)
-        request = Request(
-            tokens=tokens,
-            adapter=card.name if card else None,
-            max_tokens=self._max_tokens(ask, len(tokens)),
-            sampling=ask.sampling,
-            stops=ask.stops,
-            ignore_eos=ask.ignore_eos,
-            continues=ask.messages is None,
-        )
-        return Answering(
-            self._engine, request, make_reply(card.name if card else self._base_name), ask, self._limits.timeout_s
-        )
-
-    def _tokens(self, ask: Ask, card: Card | None) -> list[int]:
-        template = card.chat_template if card else None
-        return prompt_tokens(self._engine.base.hf_tokenizer, ask, template, self._engine.vocabulary)
-
-    def _card(self, model: str | None) -> Card | None:
-        """Return the adapter that a model id means, None for the base."""
-        if model in (None, self._base_name):
-            return None
-        if model not in self._engine.store.cards:
-            raise ApiError(404, f"no model {model!r}; GET /v1/models lists them", "model_not_found", "model")
-        return self._engine.store.cards[model]
-
-    def _max_tokens(self, ask: Ask, prompt: int) -> int:
-        limits = self._limits
-        if ask.max_tokens and ask.max_tokens > limits.max_tokens:
-            message = f"max_tokens {ask.max_tokens}: this server allows at most {limits.max_tokens}"
-            raise ApiError(400, message, "too_many_tokens", "max_tokens")
-        room = limits.max_context - prompt
-        if room < (ask.max_tokens or 1):
-            message = (
-                f"{prompt} tokens in the prompt and {ask.max_tokens or 1} new ones: the limit is {limits.max_context}"
-            )
-            raise ApiError(400, message, "context_length_exceeded", "messages")
-        return ask.max_tokens or min(limits.max_tokens, room)
-
-    def _model(self, card: Card | None) -> dict[str, Any]:
-        model = {"id": card.name if card else self._base_name, "object": "model", "owned_by": "mlx_lora"}
-        return {
-            **model,
-            "created": card.created if card else self._started_s,
-            "parent": self._base_name if card else None,
-        }
-
-
-class Answering:
-    """A response that the engine generates."""
-
-    def __init__(self, engine: Engine, request: Request, reply: Reply, ask: Ask, timeout_s: float):
-        self._engine, self._request, self._reply, self._ask = engine, request, reply, ask
-        self._timeout_s = timeout_s
-
-    async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Any]) -> None:
-        """Answer as an ASGI application; if the client disconnects, its row is freed."""
-        with Answer(self._engine, self._request, receive, self._timeout_s) as answer:
-            try:
-                if self._ask.stream:
-                    await send_stream(answer, self._reply, self._ask.include_usage, send)
-                else:
-                    await send_whole(answer, self._reply, send)
-            except ClientGone:
-                return
-
-
-def make_app(
-    engine: Engine,
-    guard: GuardLimits,
-    limits: AnswerLimits,
-    started_s: int,
-    more_routes: Sequence[BaseRoute] = (),
-) -> Starlette:
-    """Return the server as an ASGI application, which closes the engine when it ends.
-
-    Args:
-        engine: a running engine.
-        guard: limits for requests.
-        limits: limits for answers.
-        started_s: UNIX time.
-        more_routes: routes besides those of this file.
-    """
-    completions, answers = Completions(engine, limits, started_s), Counter()
-
-    async def health(request: HttpRequest) -> Response:
-        alive = engine.alive
-        return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
-
-    async def metrics(request: HttpRequest) -> Response:
-        return PlainTextResponse(metrics_text(engine, answers), media_type="text/plain; version=0.0.4")
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        await anyio.to_thread.run_sync(engine.close)
-
-    cors = Middleware(
-        CORSMiddleware,
-        allow_origins=guard.origins,
-        allow_methods=["GET", "POST", "DELETE"],
-        allow_headers=["Authorization", "Content-Type"],
-    )
-    return Starlette(
-        routes=[
-            page_route(),
-            Route("/v1/chat/completions", completions.chat, methods=["POST"]),
-            Route("/v1/completions", completions.completion, methods=["POST"]),
-            Route("/v1/models", completions.models),
-            Route("/v1/models/{model:path}", completions.model),
-            Route("/health", health),
-            Route("/metrics", metrics),
-            *more_routes,
-        ],
-        middleware=[*([cors] if guard.origins else []), Middleware(Guard, limits=guard, answers=answers)],
-        exception_handlers={ApiError: _as_json, HTTPException: _not_here},
-        lifespan=lifespan,
-    )
-
-
-class _ErrorResponse(Response):
-    """An ApiError as a response."""
-
-    def __init__(self, error: ApiError):
-        super().__init__(status_code=error.status)
-        self._error = error
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await send_error(send, self._error)
-
-
-async def _as_json(request: HttpRequest, error: Any) -> Response:
-    return _ErrorResponse(error)
-
-
-async def _not_here(request: HttpRequest, error: Any) -> Response:
-    code = "method_not_allowed" if error.status_code == 405 else "not_found"
-    return _ErrorResponse(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", code))
+# Socket
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, str]:
-    """Return an open listening socket and its URL.
+    """Return an open listening socket and its URL; it is opened before the server says that it is ready, so a port in use is found.
 
     Args:
         host: name or address of this machine.

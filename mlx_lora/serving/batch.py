@@ -1,15 +1,12 @@
-"""Merge.
-
-Generate with a batch of rows, each with its own adapter, which join and leave between steps.
+"""Generate with a batch of rows, each with its own adapter, which join and leave between steps.
 
 mlx-lm's caches hold the rows. Its BatchGenerator does not tell the model which rows a call is for, but our layers have
 to know, so the loop is our own. As in mlx-lm, step n + 1 is computed while the host reads step n.
 
+The keys and values of earlier prompts are cached per adapter, within one byte budget: an adapter changes every key and value
+from its first layer on, so adapters cannot share them.
+
 Shapes: B rows, V vocabulary.
-
-Cache the keys and values of earlier prompts, per adapter, within one byte budget.
-
-An adapter changes every key and value from its first layer on, so adapters cannot share them.
 """
 
 from __future__ import annotations
@@ -141,6 +138,9 @@ class Batch:
         for cache in self._caches:
             cache.filter(chosen)
         self._next = self._next[chosen]
+
+
+# Keys and values of earlier prompts
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,4 @@
-"""Merge.
-
-The engine's requests and its answers.
-
-Run the model in one thread, which takes requests, emits tokens, and loads and unloads adapters between steps.
+"""Run the model in one thread, which takes requests, emits tokens, and loads and unloads adapters between steps.
 
     submit -> waiting -> Prefill (computes a prompt in parts) -> Batch (one token per row and step) -> Event
 
@@ -31,6 +27,13 @@ from mlx_lora.serving.pools import Routing
 from mlx_lora.serving.sampling import Likelihoods, Piece, Sampler, Sampling, TextStream, TokenReport
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, first_line
+
+T = TypeVar("T")
+# Steps after which unused buffers are freed, as in mlx-lm.
+STEPS_PER_CLEARING = 512
+
+
+# Requests and answers
 
 
 class QueueFull(Exception):
@@ -120,9 +123,7 @@ class Ticket:
         self.canceled.set()
 
 
-T = TypeVar("T")
-# Steps after which unused buffers are freed, as in mlx-lm.
-STEPS_PER_CLEARING = 512
+# The engine
 
 
 @dataclass(frozen=True)

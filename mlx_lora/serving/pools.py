@@ -1,20 +1,15 @@
-"""Merge.
-
-Hold the factors of all adapters in memory for one layer, stacked by rank, and find those that a batch's rows need.
-
-One pool holds the factors of one rank, so an adapter takes exactly its own bytes, whatever ranks the others have. A batch
-whose rows use different adapters reads them by index, without a copy; if the rows change, only index arrays change.
-
-Shapes: N adapters of a pool, r their rank; in, out of the layer (vocabulary and width of an embedding).
-
-Layers that apply to each row of a batch its own adapter, or none.
+"""Apply to each row of a batch its own adapter, or none: the factors of all adapters in memory, and the layers that use them.
 
     before   self_attn.q_proj: Linear | QuantizedLinear
     after    self_attn.q_proj: RoutedLinear(linear: the same object), with all adapters' factors in separate pools
 
 The pools' `Routing` has each row's adapter. A layer that no row's adapter uses computes only the base layer.
 
-Shapes: B rows, T tokens, n rows of one pool, r rank; in and out are the base's widths.
+One pool holds the factors of one rank, so an adapter takes exactly its own bytes, whatever ranks the others have. A batch
+whose rows use different adapters reads them by index, without a copy; if the rows change, only index arrays change.
+
+Shapes: B rows, T tokens, n rows of one pool; N adapters of a pool, r their rank; in, out of the layer (vocabulary and width
+of an embedding).
 """
 
 from __future__ import annotations
@@ -33,6 +28,9 @@ from mlx_lora.adapters.base import EMBEDDING
 Rows = tuple[int | None, ...]
 # A layer's plans and index arrays are kept for this many combinations of rows, which is more than are in use.
 REMEMBERED = 64
+
+
+# Pools
 
 
 @dataclass(frozen=True)
@@ -189,6 +187,9 @@ class LayerPools:
 
     def _count(self, kind: Kind) -> int:
         return self._stacks[kind][0].shape[0] if kind in self._stacks else 0
+
+
+# Layers
 
 
 class RoutedLinear(nn.Module):

@@ -1,12 +1,9 @@
-"""Merge.
+"""Draw each row's next token from its own random stream, report log-probabilities, and turn the tokens into text as they come.
 
-Draw each row's next token from its own random stream, and report log-probabilities.
+A request's tokens depend on its prompt, adapter, settings and seed, and not on the other rows of the batch. Its text ends
+before a stop sequence; text that may be the beginning of one is held back until the following tokens decide.
 
-A request's tokens depend on its prompt, adapter, settings and seed, and not on the other rows of the batch.
-
-Turn a request's tokens into text as they come, and end the text before a stop sequence.
-
-Text that may be the beginning of a stop sequence is held back until the following tokens decide.
+Shapes: B rows, V vocabulary, k likeliest tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +17,8 @@ from mlx_lm.sample_utils import apply_top_k, apply_top_p
 from mlx_lm.tokenizer_utils import StreamingDetokenizer
 
 from mlx_lora.models.tokenizer import Continuation
+
+# Tokens
 
 
 @dataclass(frozen=True)
@@ -127,6 +126,9 @@ def _likelihoods(logprobs: mx.array, token: mx.array, count: int) -> Likelihoods
         return Likelihoods(logprobs[token], None, None)
     ids = mx.argpartition(-logprobs, count - 1)[:count]
     return Likelihoods(logprobs[token], ids, logprobs[ids])
+
+
+# Text
 
 
 @dataclass(frozen=True)

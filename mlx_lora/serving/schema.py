@@ -1,12 +1,8 @@
-"""Requests and replies as pydantic models.
+"""Read OpenAI's request bodies and build answers in its formats, complete or as chunks of a stream.
 
-Read OpenAI's request bodies: check every field, and refuse fields that would be ignored.
+Every field is checked, and fields that would be ignored are refused.
 
-Source: OpenAI's API reference, chat/completions and completions.
-
-Build answers in OpenAI's formats: complete, or as chunks of a stream.
-
-Source: OpenAI's API reference: chat.completion, chat.completion.chunk, text_completion.
+Source: OpenAI's API reference: chat/completions and completions; chat.completion, chat.completion.chunk, text_completion.
 """
 
 from __future__ import annotations
@@ -20,6 +16,8 @@ from typing import Any
 
 from mlx_lora.serving.engine import Event, Usage
 from mlx_lora.serving.sampling import Sampling, TokenReport
+
+# Requests
 
 MAX_STOPS, MAX_TOP_LOGPROBS = 16, 20
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -273,6 +271,9 @@ def _bad(name: str, value: Any, wanted: str) -> ApiError:
 def _shown(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+# Answers
 
 
 class ChatReply:
