@@ -25,7 +25,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.base import EMBEDDING, LINEAR, SWITCH, AdapterLayer, is_exactly
+from mlx_lora.adapters.base import EMBEDDING, LINEAR, SWITCH, AdapterLayer
 
 # LoRA
 
@@ -310,23 +310,3 @@ def _through_experts(x: mx.array, weight: mx.array, *, indices: mx.array, sorted
 def _rows_of(values: mx.array, indices: mx.array) -> mx.array:
     """Return the values of each row's expert, (E, out) -> (N, 1, out) or (..., k, 1, out)."""
     return mx.expand_dims(values[indices], -2)
-
-
-# Registry
-
-_CLASSES = (
-    LoRALinear,
-    LoRAEmbedding,
-    LoRASwitchLinear,
-    DoRALinear,
-    DoRAEmbedding,
-    DoRASwitchLinear,
-)
-REGISTRY: dict[tuple[str, tuple[type, ...]], type[AdapterLayer]] = {(one.LAYER_TYPE, one.OVER): one for one in _CLASSES}
-LAYER_TYPES = tuple(dict.fromkeys(name for name, _ in REGISTRY))
-
-
-def adapter_class(base: nn.Module, layer_type: str = "lora") -> type[AdapterLayer] | None:
-    """Return the class that wraps `base` in a layer of this type, or None if there is none."""
-    kind = next((kind for kind in (LINEAR, EMBEDDING, SWITCH) if is_exactly(base, kind)), None)
-    return None if kind is None else REGISTRY.get((layer_type, kind))

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.adapters.base import LINEAR, SWITCH
-from mlx_lora.adapters.lora import adapter_class
+from mlx_lora.adapters.registry import adapter_class
 from mlx_lora.config.presets import Method
 from mlx_lora.utils.errors import InputError
 

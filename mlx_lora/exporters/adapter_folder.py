@@ -34,7 +34,7 @@ from mlx.utils import tree_flatten
 from mlx_lora import __version__
 from mlx_lora.adapters.base import LINEAR, QUANTIZED, AdapterLayer, is_parameter
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, train_in_full
-from mlx_lora.adapters.lora import LAYER_TYPES
+from mlx_lora.adapters.registry import LAYER_TYPES
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.exporters.adapter_config import check_use, is_reward_model, own_entries, own_problems, shape_problems
 from mlx_lora.exporters.peft import PEFT_WEIGHTS, PeftAdapter, is_peft, read_peft
