@@ -1,1 +1,1 @@
-"""The owner's kit: what `mlx-lora doctor --full` checks on one machine, its result file and its page."""
+"""The checks of `mlx-lora doctor --full`: what one machine computes and how fast, with a result file and a page."""

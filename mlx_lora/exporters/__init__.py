@@ -1,1 +1,1 @@
-"""The results of a run: adapter folders, checkpoints, fused models, exports and reports."""
+"""Writes and reads adapter folders, in our form and PEFT's, fuses adapters into models, and writes model cards."""

@@ -1,1 +1,1 @@
-"""Several processes as one run."""
+"""Trains in several processes as one run: ranks, what they exchange, and how they divide rows, a base or its layers."""

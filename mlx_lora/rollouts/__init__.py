@@ -1,1 +1,1 @@
-"""Sampling during training: answers, environments and rewards."""
+"""Samples answers during training, and rewards them."""

@@ -1,1 +1,1 @@
-"""Training runs: how the stages are combined, by a run's settings, for the train command."""
+"""A training run from its settings to its results: building it, the loop, the step, validation and checkpoints."""
