@@ -325,7 +325,11 @@ def main() -> None:
     """Draw the picture and print the table, or run a command and print its files."""
     if sys.argv[1:2] == ["--road"]:
         first: dict[str, str] = {}
-        follow(sys.argv[2:], first.setdefault)
+
+        def called(name: str, function: str) -> None:
+            first.setdefault(name, function)
+
+        follow(sys.argv[2:], called)
         for name, function in first.items():
             print(f"{name:<40} {function}")
         return
