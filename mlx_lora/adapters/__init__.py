@@ -1,1 +1,1 @@
-"""Low-rank layers over a frozen base, and the choice of the layers that get them."""
+"""Adapter layers over a frozen base, their first values, and the choice of the layers that get them."""

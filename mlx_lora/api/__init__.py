@@ -1,1 +1,1 @@
-"""What `mlx_lora` offers to Python, and the commands to a terminal: load, train, generate, evaluate, plan, export."""
+"""The functions that Python users and the commands call: load, train, generate, evaluate, plan, export."""

@@ -1,1 +1,1 @@
-"""The benchmark suite: fixed workloads, what a run of them records, and how results of several machines compare."""
+"""The benchmark suite: fixed workloads, what a run of them records, and the comparison of several machines."""

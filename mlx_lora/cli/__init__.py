@@ -1,1 +1,1 @@
-"""The commands: one file each, which parses, calls and prints."""
+"""The commands, one file each: it reads the flags, calls a function and prints the result."""

@@ -1,1 +1,1 @@
-"""Turns records into token ids with a loss mask, and these into batches."""
+"""Reads records, turns them into rows of token ids with a loss mask, and groups rows into batches."""

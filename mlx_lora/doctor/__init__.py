@@ -1,1 +1,1 @@
-"""`mlx-lora doctor --full`, called the kit: what it checks on one machine, its result file and its page."""
+"""The checks of `mlx-lora doctor --full`: what one machine computes and how fast, with a result file and a page."""

@@ -1,1 +1,1 @@
-"""The files that leave a run: adapter folders, ours and PEFT's, model cards, fused models, and folders for Ollama."""
+"""Writes and reads adapter folders, in our form and PEFT's, fuses adapters into models, and writes model cards."""

@@ -1,1 +1,1 @@
-"""GGUF files in and out."""
+"""Reads and writes GGUF files: weights, tokenizers, and the names of their tensors."""

@@ -1,1 +1,1 @@
-"""Kernels for training, their table and their measured choice."""
+"""Faster functions for training, and the choice among them by measurement on this machine."""

@@ -1,1 +1,1 @@
-"""Loss functions of arrays."""
+"""Loss functions of arrays: of tokens, of pairs of answers, of sampled answers, and of a teacher's probabilities."""

@@ -1,1 +1,1 @@
-"""The only door to mlx-lm's architectures: loading, heads, quantized weights."""
+"""Loads and converts models: the only door to mlx-lm's architectures, with heads and quantized weights."""

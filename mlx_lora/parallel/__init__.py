@@ -1,1 +1,1 @@
-"""Run several processes as one: ranks, and how they divide a step, a base or its layers."""
+"""Trains in several processes as one run: ranks, what they exchange, and how they divide rows, a base or its layers."""

@@ -1,1 +1,1 @@
-"""The verdict on a run, and report pages without network access or scripts."""
+"""Writes the pages about a run's results, which need no network access and no scripts."""

@@ -1,1 +1,1 @@
-"""Sample answers during training, and reward them."""
+"""Samples answers during training, and rewards them."""

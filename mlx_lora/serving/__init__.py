@@ -1,1 +1,1 @@
-"""Serves many adapters on one base; each row of a batch may use another adapter."""
+"""Serves many adapters on one base through HTTP; each row of a batch may use another adapter."""

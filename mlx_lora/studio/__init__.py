@@ -1,1 +1,1 @@
-"""The studio: one local page for models, data, runs, talk and export; everything that it does, a command can do."""
+"""The local page for models, data, runs, chat and export; everything that it does, a command can do."""

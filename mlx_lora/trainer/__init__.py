@@ -1,1 +1,1 @@
-"""Train a model as a run's settings say: build the run, take its steps, save and report its results."""
+"""A training run from its settings to its results: building it, the loop, the step, validation and checkpoints."""

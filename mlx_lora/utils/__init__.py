@@ -1,1 +1,1 @@
-"""Wraps the machine and the operating system: devices, files, caches, processes, the hub."""
+"""What all rooms share: errors, files, caches, the console, the device, and the libraries that compute."""
