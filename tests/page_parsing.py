@@ -20,9 +20,9 @@ def parse(words: tuple[str, ...]) -> click.Command:
     if words[0].startswith("-"):
         return click.Command("mlx-lora")
     name, rest = words[0], list(words[1:])
-    if importlib.util.find_spec(f"mlx_lora.{name}") is None:
+    if importlib.util.find_spec(f"mlx_lora.cli.{name}") is None:
         raise click.UsageError(f"no command {name}")
-    command = importlib.import_module(f"mlx_lora.{name}").main
+    command = importlib.import_module(f"mlx_lora.cli.{name}").main
     if isinstance(command, click.Group):
         command = command.commands[rest.pop(0)]
     values, _, _ = command.make_parser(click.Context(command)).parse_args(rest)

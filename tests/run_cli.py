@@ -21,14 +21,14 @@ class Ran(NamedTuple):
 
 
 def run(command: str, *arguments: object, exactly: bool = False) -> Ran:
-    """Run `mlx_lora.<command>` and return exit code, standard output and standard error.
+    """Run `mlx_lora.cli.<command>` and return exit code, standard output and standard error.
 
     Flags at the end beat the same flags before them, unless the arguments are to be given `exactly` so: commands refuse
     an option that is given twice.
 
     An error nobody foresaw propagates: to a test that is a traceback.
     """
-    main = importlib.import_module(f"mlx_lora.{command}").main
+    main = importlib.import_module(f"mlx_lora.cli.{command}").main
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -26,7 +26,7 @@ class Server:
         self.log = log
         with open(log, "w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", f"mlx_lora.{command}", *map(str, arguments), "--port", "0"],
+                [sys.executable, "-m", "mlx_lora", command, *map(str, arguments), "--port", "0"],
                 cwd=cwd,
                 stderr=out,
                 stdout=out,

@@ -56,7 +56,7 @@ def test_a_real_process_refuses_in_one_line_too(tmp_path, monkeypatch):
     for kind, number in random.Random(1).sample(cases, THROUGH_THE_SHELL):
         place = tmp_path / "world" / f"{kind.split()[0]}-{number}".replace(":", "")
         name, *arguments = make_case(kind, number, 0, place, seeds)
-        command = [sys.executable, "-m", f"mlx_lora.{name}", *map(str, arguments)]
+        command = [sys.executable, "-m", "mlx_lora", name, *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=place)
         assert done.returncode in (0, 1, 2), done.stderr
         assert "Traceback" not in done.stderr

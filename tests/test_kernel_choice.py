@@ -489,7 +489,7 @@ def test_the_doctor_shows_the_table(own_cache, monkeypatch):
     monkeypatch.setattr("mlx_lora.kernels.self_test.HEAD", (300, 32))
     monkeypatch.setattr(device, "trial_flops", lambda: 1e5)
     for slow, found in (("arithmetic", []), ("speed", ({}, []))):  # test_doctor.py has them
-        monkeypatch.setattr(f"mlx_lora.doctor.check_{slow}", lambda *here, found=found: found)
+        monkeypatch.setattr(f"mlx_lora.cli.doctor.check_{slow}", lambda *here, found=found: found)
     ran = run("doctor", "--no-hub", "--kernels", "--json")
     assert ran.code == 0, ran.err
     table = json.loads(ran.out)["kernels"]

@@ -266,7 +266,7 @@ def test_the_command_is_the_workload():
 
 def test_a_run_is_measured_recorded_and_read_again(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "prepare_embedded", lambda packed, work: tiny_folder)
-    monkeypatch.setattr("mlx_lora.bench.measure_rates", lambda work: PROBE)
+    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", lambda work: PROBE)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OPENBLAS_L2_SIZE", "1")
     names = ["--workload", CHAT.name, "--workload", DPO.name, "--workload", HUB.name]
@@ -294,7 +294,7 @@ def test_an_interrupted_run_keeps_what_is_done(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return made_entry(workload)
 
-    monkeypatch.setattr("mlx_lora.bench.measure_rates", lambda work: PROBE)
+    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", lambda work: PROBE)
     monkeypatch.setattr("mlx_lora.cli.bench.run_one", one)
     ran = run("bench", "run", "--workload", CHAT.name, "--workload", HUB.name, "--out", tmp_path / "mine.json")
     assert ran.code == 130
