@@ -18,6 +18,9 @@ from run_cli import run
 from serving_process import Server
 
 
+pytestmark = pytest.mark.float32("texts are compared with generate's: bfloat16 takes either of two tokens nearly as likely")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     model = tiny_model(tie_word_embeddings=False)
