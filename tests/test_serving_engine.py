@@ -22,7 +22,9 @@ from mlx_lora.serving.engine import Engine, Limits, QueueFull, Request, Stopped
 from mlx_lora.serving.sampling import Sampling
 from mlx_lora.utils.errors import InputError
 
-pytestmark = pytest.mark.float32("texts are compared: where two tokens are nearly as likely, bfloat16 takes either (test_serving_rounding)")
+pytestmark = pytest.mark.float32(
+    "texts are compared: where two tokens are nearly as likely, bfloat16 takes either (test_serving_rounding)"
+)
 GREEDY = Sampling(temperature=0)
 
 
