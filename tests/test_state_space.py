@@ -27,7 +27,7 @@ from mlx_lora.kernels.choose import choose_model_kernels
 from mlx_lora.kernels.recurrent import EXCHANGES, recurrent_kernels
 from mlx_lora.kernels.state_space import in_lanes, linear_scan, out_of_lanes, selective_scan, state_space_dual
 from mlx_lora.kernels.table import training_kernels
-from mlx_lora.losses import cross_entropy as losses
+from mlx_lora.losses import check as losses
 from mlx_lora.losses.check import check_kernels, choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN, Arrays, plain_loss
 from mlx_lora.planner.memory import RECURRENT_CHECK_TOKENS
