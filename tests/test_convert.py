@@ -53,6 +53,12 @@ def test_gguf_default_carries_blocks(gguf_file: Path, tmp_path: Path) -> None:
     # 4-bit codes, and two scales per group of 32, in the compute dtype
     assert report["bits_per_weight"] == pytest.approx(by_dtype(6, 5), abs=0.5)
     assert "23 carried over" in result.stderr
+    # The file's scales are float16, which bfloat16 does not hold: nobody shall read "carried over" as "unchanged".
+    assert (report["rounded"], report["dtype"]) == by_dtype((0, "float32"), (23, "bfloat16"))
+    for dtype, rounded in (("bfloat16", 23), ("float16", 0)):
+        result = run("--model", gguf_file, "--out", tmp_path / dtype, "--dtype", dtype, "--json")
+        assert json.loads(result.stdout)["rounded"] == rounded
+        assert ("--dtype float32" in result.stderr) is bool(rounded)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization"] == {"group_size": 32, "bits": 4, "mode": "affine"}
     ours = config["mlx_lora"]

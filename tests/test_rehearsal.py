@@ -179,6 +179,19 @@ def test_a_program_of_a_rehearsed_test_believes_that_it_runs_on_a_mac(planted):
     assert planted["experts_in_16_bits"] == ["passed", 128.0]
 
 
+def test_a_test_of_exact_equality_computes_in_float32_and_so_do_its_programs(tmp_path):
+    paths = os.pathsep.join([str(SITE), os.environ.get("PYTHONPATH", "")])
+    program = "from mlx_lora.utils import device; print(*map(device.compute_dtype, ('auto', 'bfloat16')))"
+    said = []
+    for marked in ({}, {"MLX_LORA_REHEARSE_FLOAT32": "1"}):
+        environment = {**os.environ, "MLX_LORA_REHEARSE": "1", "PYTHONPATH": paths, **marked}
+        ran = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
+        said.append(ran.stdout.split())
+    assert said == [["mlx.core.bfloat16", "mlx.core.bfloat16"], ["mlx.core.float32", "mlx.core.bfloat16"]]
+
+
 def test_a_metal_kernel_of_mlx_lm_has_no_gradient():
     q, k, v = (mx.random.normal((1, 5, 2, 32), key=mx.random.key(seed)) for seed in range(3))
     gates = [mx.random.normal((1, 5, 2), key=mx.random.key(9)), mx.random.normal((1, 5, 2), key=mx.random.key(8))]
