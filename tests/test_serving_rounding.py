@@ -38,9 +38,10 @@ def test_a_crowd_changes_no_more_than_rounding(engine):
     crowd = {name: Answer(engine, asked(name, sampling=sampling)) for name in names}
     pairs = {name: same_tokens(crowd[name], alone[name]) for name in names}
     assert sum(map(len, pairs.values())) > 4 * len(names)
-    # Where greedy answers part, both took a token that was likeliest but for rounding; near 8, bfloat16 has steps of 0.06.
+    # Where greedy answers part, both took a token that was likeliest but for rounding.
     for name, found in pairs.items():
         for mine, theirs in found:
-            assert mine == pytest.approx(theirs, abs=by_dtype(1e-4, 0.15)), name
-    others = same_tokens(alone[names[0]], alone[names[1]])
-    assert any(abs(mine - theirs) > 0.5 for mine, theirs in others), "another adapter's answer is not within rounding"
+            assert mine == pytest.approx(theirs, abs=by_dtype(1e-4, 0.1)), name
+    # Adapters differ by more than rounding does: an answer by another one would be found.
+    others = [same_tokens(alone[one], alone[other]) for one in names for other in names if one < other]
+    assert max(abs(mine - theirs) for found in others for mine, theirs in found) > 0.3
