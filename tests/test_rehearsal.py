@@ -102,12 +102,12 @@ def wired_more_than_the_working_set(folder):
 
 
 def the_device(folder):
-    from mlx_lora.utils import device, process
+    from mlx_lora.utils import device, text
 
     here = device.current_device()
     device.wire_working_set()
-    assert 10**7 < process.peak_bytes() < 10**11, "bytes, not KiB"
-    assert process.start_mark(os.getpid())
+    assert 10**7 < text.peak_bytes() < 10**11, "bytes, not KiB"
+    assert text.start_mark(os.getpid())
     with mx.stream(mx.cpu):
         assert not device.on_gpu()
     assert device.on_gpu()
