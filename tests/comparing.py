@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,9 +12,11 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.utils import device
 
+T = TypeVar("T")
 
-def by_dtype(float32: float, bfloat16: float) -> float:
-    """Return the tolerance for what a command computes in the dtype of this machine: bfloat16 on a GPU."""
+
+def by_dtype(float32: T, bfloat16: T) -> T:
+    """Return the tolerance, or what else differs, for what a command computes in this machine's dtype: bfloat16 on a GPU."""
     return float32 if device.compute_dtype() == mx.float32 else bfloat16
 
 

@@ -67,6 +67,15 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=f"only on a CPU: {mark.args[0]}"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A rehearsed GPU computes a test of exact equality in float32; a fixture would be too late for those of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        if item.config.getoption("--rehearse") and item.get_closest_marker("float32"):
+            patch.setenv("MLX_LORA_REHEARSE_FLOAT32", "1")
+        return (yield)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _forced_kernels(request):
     """With --kernels NAME, let every kernel that has this candidate use it; programs that a test starts do not know of it."""

@@ -138,6 +138,7 @@ def test_between_two_widths_it_is_interpolated():
     assert block.at(1, 8192, on_gpu=False).kept > 1.9 * block.at(1, 4096, on_gpu=False).kept
 
 
+@pytest.mark.cpu("a plan for a GPU is made on both; no plan for a CPU is made on a GPU")
 def test_a_gpu_keeps_no_exponentials():
     block = shape_of("llama").blocks[0].memory
     assert block.at(1, 128, on_gpu=True).kept < 0.9 * block.at(1, 128, on_gpu=False).kept

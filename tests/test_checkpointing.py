@@ -20,6 +20,7 @@ from mlx_lora.losses.cross_entropy import Arrays, plain_loss
 from mlx_lora.trainer.gradient_checkpointing import Checkpointed, apply_checkpointing, checkpoint_blocks
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step
+from mlx_lora.utils import device
 
 
 @pytest.mark.parametrize("kernels", [True, False])
@@ -129,7 +130,7 @@ def test_each_mode_holds_less_than_the_one_before(request):
     request.addfinalizer(lambda: mx.set_memory_limit(old))
     none, second, selective, block = (peak_bytes(mode) for mode in ("none", "2", "selective", "block"))
     assert block < 0.45 * none
-    assert selective < 0.7 * none
+    assert selective < (0.7 if device.keep_exponentials() else 0.75) * none  # a GPU keeps less without checkpoints, too
     assert block < selective
     assert block < second < none
 

@@ -32,6 +32,8 @@ from mlx_lora.trainer.run import check_request
 from mlx_lora.trainer.step import StepResult
 from mlx_lora.utils.errors import InputError
 
+STEPS_OF_ONE = pytest.mark.float32("ranks add a batch's sums in another order, and eight steps multiply the difference")
+
 
 @pytest.fixture(scope="module")
 def alone(tiny_folder, chats, tmp_path_factory):
@@ -64,6 +66,7 @@ def until(folder: Path, copy: Path, step: int) -> Path:
     return copy
 
 
+@STEPS_OF_ONE
 def test_two_processes_take_the_steps_of_one(alone, pair):
     folder, printed = pair
     assert_same_run(alone, folder)
@@ -72,6 +75,7 @@ def test_two_processes_take_the_steps_of_one(alone, pair):
     assert not list(folder.rglob(".*"))
 
 
+@STEPS_OF_ONE
 def test_one_process_goes_on_from_the_checkpoint_of_two(alone, pair, tiny_folder, chats, tmp_path):
     folder = until(pair[0], tmp_path / "a", 6)
     ran = run("train", *command(tiny_folder, chats, folder, "--resume"))
@@ -79,6 +83,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(alone, pair, tiny_folder
     assert_same_run(alone, folder)
 
 
+@STEPS_OF_ONE
 def test_two_go_on_from_the_checkpoint_of_one_which_only_rank_0_has(alone, tiny_folder, chats, tmp_path):
     folder = until(alone, tmp_path / "a", 3)
     elsewhere = tmp_path / "another machine" / "a"
@@ -271,6 +276,7 @@ MORE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE)
+@STEPS_OF_ONE
 def test_more_ranks_and_methods_take_the_steps_of_one(name, tiny_folder, chats, tmp_path):
     size, extra = MORE[name]
     assert run("train", *command(tiny_folder, chats, tmp_path / "one", *extra)).code == 0
@@ -313,6 +319,7 @@ main()
 
 
 @pytest.mark.slow
+@STEPS_OF_ONE
 def test_ranks_that_differ_take_the_parameters_of_rank_0(alone, tiny_folder, chats, tmp_path):
     words = command(tiny_folder, chats, tmp_path / "a")
     ended = Started([train(*words), ["-c", APART, *words]], tmp_path / "ranks").wait()
@@ -407,6 +414,7 @@ def namespaces():
 
 
 @pytest.mark.slow
+@STEPS_OF_ONE
 def test_two_network_namespaces(namespaces, alone, tiny_folder, chats, tmp_path):
     words = [train(*command(tiny_folder, chats, tmp_path / place / "a")) for place in ("here", "there")]
     ended = Started(words, tmp_path / "ranks", namespaces).wait()

@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from comparing import by_dtype
 from conftest import quantized, tiny_model
 from make_adapters import TOKENS
 from mlx.utils import tree_flatten
@@ -111,7 +112,8 @@ def test_round_trip_here_and_in_stock_mlx_lm(folder, request, tmp_path):
     assert np.allclose(again.model(TOKENS), expected, atol=1e-5)
     assert not np.allclose(bare, expected, atol=1e-2)
     stock, _ = mlx_lm_load(str(path), adapter_path=str(tmp_path))
-    assert np.allclose(stock(TOKENS), expected, atol=1e-3)
+    # The folder is float32, as mlx-lm then computes, whatever we compute in.
+    assert np.allclose(stock(TOKENS), expected, atol=by_dtype(1e-3, 3e-2 * np.abs(expected).max()))
 
 
 def test_exactly_its_parameters_are_trained_and_the_base_is_not():

@@ -87,6 +87,7 @@ def test_families_train_by_the_command(kind, chats, tmp_path):
     assert ("not compiled" in ran.err) is (kind == "dbrx")
 
 
+@pytest.mark.cpu("a GPU multiplies by 16-bit experts")
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_16_bit_experts_on_a_cpu_are_refused_in_one_line(command, chats, tmp_path):
     folder = write_architecture(tmp_path / "moe", "qwen3_moe")

@@ -240,6 +240,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.cpu("mlx compiles kernels with g++ for a CPU only, and only Linux's drops a signal mask")
 def test_ctrl_c_spares_the_compiler_that_a_step_waits_for(tmp_path):
     """A terminal's Ctrl-C reaches the whole process group, and MLX's g++ is in it."""
     process = subprocess.Popen(
@@ -387,6 +388,7 @@ def test_parts_hold_the_batch(rows, parts, shapes):
         assert part.weights.sum() == part.mask.sum()
 
 
+@pytest.mark.float32("the parts' sums round otherwise than the batch's, and each step multiplies the difference")
 def test_parts_give_the_same_updates(tiny_folder, chats, tmp_path):
     for name, parts in (("whole", 1), ("parts", 3)):
         assert run(*command(tiny_folder, chats, tmp_path / name, "--batch-parts", parts)).code == 0

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from browser import look
+from comparing import by_dtype
 from conftest import TINY, quantized, tiny_model, write_folder
 from make_adapters import make_adapter
 from run_cli import run
@@ -224,8 +225,9 @@ def test_losses_are_those_of_evaluate_alone(measured):
     for where in ("task", "general chat"):
         drifts = facts["sets"][where]["adapters"]
         for name, key in (("weak", "weak"), (strong, "strong")):
-            assert drifts[name]["base_loss"] == pytest.approx(alone["base"]["loss"], rel=1e-5)
-            assert drifts[name]["loss"] == pytest.approx(alone[key]["loss"], rel=1e-5)
+            limit = by_dtype(1e-5, 1e-3)  # computed in other kernels
+            assert drifts[name]["base_loss"] == pytest.approx(alone["base"]["loss"], rel=limit)
+            assert drifts[name]["loss"] == pytest.approx(alone[key]["loss"], rel=limit)
             assert drifts[name]["tokens"] == alone["base"]["supervised_tokens"]
     task = facts["sets"]["task"]["adapters"]
     assert task[strong]["kl"] > 10 * task["weak"]["kl"] > 0

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from comparing import by_dtype
 from mlx.utils import tree_flatten
 from run_cli import run
 
@@ -121,8 +122,9 @@ def assert_same(one, other) -> None:
     loss, reports, gradients = one
     assert other[0] == pytest.approx(loss, rel=1e-5, abs=1e-6)
     assert other[1] == pytest.approx(reports, rel=1e-5, abs=1e-6)
+    limit = by_dtype(1e-5, 2e-2)
     for name, value in gradients.items():
-        assert np.linalg.norm(other[2][name] - value) <= 1e-5 * np.linalg.norm(value) + 1e-9, name
+        assert np.linalg.norm(other[2][name] - value) <= limit * np.linalg.norm(value) + 1e-9, name
 
 
 def lengths_of(batch: Batch) -> list[int]:
@@ -143,8 +145,9 @@ def test_loss_and_gradients_are_those_of_separate_rows(name, beta, updates, base
     known = trained(base, settings, separate)
     assert np.linalg.norm(np.concatenate([g.ravel() for g in known[2].values()])) > 0
     assert_same(known, trained(base, settings, together))
-    wrong = replace(together, starts=together.starts + 1)
-    assert trained(base, settings, wrong)[0] != pytest.approx(known[0], rel=1e-4)
+    wrong = trained(base, settings, replace(together, starts=together.starts + 1))
+    assert wrong[0] != pytest.approx(known[0], rel=1e-4)
+    assert any(np.linalg.norm(wrong[2][name] - value) > 0.1 * np.linalg.norm(value) for name, value in known[2].items())
 
 
 def test_rows_that_are_planned_joined_give_the_same_batch(base):
@@ -323,6 +326,7 @@ def train(folder: Path, model: Path, data: Path, *more: object):
     return ran.err, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.float32("an update that rounds otherwise samples other answers in the next step")
 @pytest.mark.parametrize("more", [(), ("--updates-per-rollout", 2, "--kl-beta", 0.1)])
 def test_a_run_takes_the_same_steps(more, tiny_folder, data, tmp_path):
     asked = ("--iters", 4, "--save-every", 4, *more)

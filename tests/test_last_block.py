@@ -11,6 +11,7 @@ import pytest
 import run_cli
 from architectures.build import tiny_architecture, tiny_config
 from architectures.configs import ways
+from comparing import by_dtype
 from conftest import TINY, tiny_model
 from mlx.utils import tree_flatten
 from tiny_steps import CHECKPOINT_MODES, adapted, batch
@@ -211,7 +212,7 @@ def test_a_run_equals_one_that_computes_the_whole_block(tiny_folder, chats, tmp_
     whole = run_cli.run(*command(tiny_folder, chats, tmp_path / "whole", "--save-every", 0))
     assert (part.code, whole.code) == (0, 0), part.err + whole.err
     assert f"whole last block ({NOT_PART})" in whole.err
-    assert losses(tmp_path / "part") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert losses(tmp_path / "part") == pytest.approx(losses(tmp_path / "whole"), rel=by_dtype(1e-5, 5e-3))
 
 
 @pytest.mark.parametrize("flags", [("--kernels", "mlx"), ("--objective", "reward")])

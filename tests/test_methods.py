@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from comparing import by_dtype
 from conftest import TINY, quantized, tiny_model, write_folder
 from make_adapters import TOKENS
 from mlx.utils import tree_flatten
@@ -133,8 +134,9 @@ def test_it_learns_and_what_it_stores_is_the_same_model(method, base, tmp_path):
         return  # mlx-lm puts no dense weights into quantized layers (fuse first), and has no DoRA on a quantized embedding
     save_adapter(tmp_path / "b", loaded.model, info, same_rank=True)
     stock, _ = mlx_lm_load(str(folder), adapter_path=str(tmp_path / "b"))
-    # Its mxfp4 embedding gives bfloat16, and all that follows is computed in it.
-    assert np.allclose(stock(TOKENS), expected, atol=(4e-2 if base == "mxfp4" else 1e-4) * size)
+    # Its mxfp4 embedding gives bfloat16, and all that follows is computed in it; the other folders are float32, as mlx-lm
+    # then computes, whatever we compute in.
+    assert np.allclose(stock(TOKENS), expected, atol=(4e-2 if base == "mxfp4" else by_dtype(1e-4, 4e-2)) * size)
 
 
 @pytest.mark.parametrize("method", PRESETS)
@@ -148,7 +150,7 @@ def test_it_learns_on_a_mixtures_experts(method, kind, tmp_path):
     before = loaded.model(TOKENS)
     settings = AdapterSettings(method=method, rank=RANK, alpha=8.0)
     setup = adapt_model(loaded.model, settings, seed=1)
-    assert np.allclose(loaded.model(TOKENS), before, atol=(3e-2 if method == "full" else 1e-4) * mx.abs(before).max())
+    assert np.allclose(loaded.model(TOKENS), before, atol=(3e-2 if method == "full" else 1e-4) * np.abs(before).max())
     losses = train_steps(loaded.model, settings, 24, {"adalora": 5e-2, "full": 1e-3}.get(method, 5e-3))
     assert losses[-1] < 0.95 * losses[0]
     info = AdapterInfo(

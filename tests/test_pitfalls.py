@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from comparing import by_dtype
 from conftest import tiny_model
 from run_cli import run
 
@@ -188,7 +189,7 @@ OPTIONS = {
     "modules_to_save": ("--modules-to-save", "*norm"),
     "model": ("--model", "{other_model}"),
     "revision": ("--revision", "main"),
-    "dtype": ("--dtype", "bfloat16"),
+    "dtype": ("--dtype", by_dtype("bfloat16", "float32")),
     "data": ("--data", "{other_data}"),
     "data_format": ("--data-format", "text"),
     "max_seq_length": ("--max-seq-length", 40),

@@ -102,13 +102,12 @@ def wired_more_than_the_working_set(folder):
 
 
 def the_device(folder):
-    from mlx_lora.utils import device
-    from mlx_lora.utils import text as process
+    from mlx_lora.utils import device, text
 
     here = device.current_device()
     device.wire_working_set()
-    assert 10**7 < process.peak_bytes() < 10**11, "bytes, not KiB"
-    assert process.start_mark(os.getpid())
+    assert 10**7 < text.peak_bytes() < 10**11, "bytes, not KiB"
+    assert text.start_mark(os.getpid())
     with mx.stream(mx.cpu):
         assert not device.on_gpu()
     assert device.on_gpu()
@@ -178,6 +177,19 @@ def test_a_program_of_a_rehearsed_test_believes_that_it_runs_on_a_mac(planted):
     assert "no attribute 'sched_getaffinity'" in planted["affinity"][1]
     assert planted["svd_on_the_cpu"] == ["passed", 3.0]
     assert planted["experts_in_16_bits"] == ["passed", 128.0]
+
+
+def test_a_test_of_exact_equality_computes_in_float32_and_so_do_its_programs(tmp_path):
+    paths = os.pathsep.join([str(SITE), os.environ.get("PYTHONPATH", "")])
+    program = "from mlx_lora.utils import device; print(*map(device.compute_dtype, ('auto', 'bfloat16')))"
+    said = []
+    for marked in ({}, {"MLX_LORA_REHEARSE_FLOAT32": "1"}):
+        environment = {**os.environ, "MLX_LORA_REHEARSE": "1", "PYTHONPATH": paths, **marked}
+        ran = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
+        said.append(ran.stdout.split())
+    assert said == [["mlx.core.bfloat16", "mlx.core.bfloat16"], ["mlx.core.float32", "mlx.core.bfloat16"]]
 
 
 def test_a_metal_kernel_of_mlx_lm_has_no_gradient():

@@ -9,6 +9,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from comparing import by_dtype
 from conftest import tiny_model, write_folder
 from run_cli import one_line, run
 
@@ -202,7 +203,7 @@ def test_peft_reads_it_and_we_read_pefts(untied, trained, tmp_path):
     assert np.ptp(wanted) > 0.1
     assert np.abs(torch_scores(base, tokenizer) - wanted).max() > 1e-2  # without the adapter
     found = torch_scores(peft.PeftModel.from_pretrained(base, out), tokenizer)
-    assert np.abs(found - wanted).max() < 1e-4
+    assert np.abs(found - wanted).max() < by_dtype(1e-4, 3e-2)
     assert np.abs(scores_of(untied, out) - wanted).max() < 1e-5
     one_line(run("generate", "--model", untied, "--adapter-path", out, "--prompt", "x"), "is a reward model")
 
@@ -220,7 +221,7 @@ def test_transformers_reads_the_fused_model(command, untied, trained, tmp_path):
     assert (model.config.num_labels, model.config.pad_token_id) == (1, 256)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     wanted = scores_of(untied, trained)
-    assert np.abs(torch_scores(model, tokenizer) - wanted).max() < 1e-4
+    assert np.abs(torch_scores(model, tokenizer) - wanted).max() < by_dtype(1e-4, 3e-2)
     model.score.weight.data *= 1.1
     assert np.abs(torch_scores(model, tokenizer) - wanted).max() > 1e-2
     stored = mx.load(str(out / "model.safetensors"))

@@ -169,10 +169,10 @@ def test_in_a_browser(folder, width, dark):
 
 def test_a_run_leaves_a_page_with_texts_before_and_after(tiny_folder, chats, tmp_path):
     words = ("train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", "--iters", 12)
-    words += ("--learning-rate", 2e-2, "--batch-tokens", 384, "--save-every", 5)
+    words += ("--learning-rate", 2e-2, "--batch-tokens", 384, "--save-every", 5, "--dtype", "bfloat16")
     ran = run(*words, "--sample-tokens", 12)
     assert ran.code == 0
-    # The base is described as it was loaded: an adapter on it is not the base's memory.
+    # The base is described as it was loaded: an adapter on it is not the base's memory, nor its dtype.
     described = next(line for line in ran.lines if line.startswith("Base: ")).removeprefix("Base: ")
     assert json.loads((tmp_path / "a" / "report.json").read_text())["base"] == described
     (sample,) = json.loads((tmp_path / "a" / "report.json").read_text())["samples"]

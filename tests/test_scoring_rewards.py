@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from comparing import by_dtype
 from conftest import tiny_model, write_folder
 from mlx.utils import tree_flatten
 from run_cli import one_line, run
@@ -104,7 +105,7 @@ def test_scores_are_those_of_the_reward_model_alone(untied, judge, exported):
     _, (own, peft, hf) = loaded(untied, judge, *exported.values())
     assert own(CONVERSATIONS) == wanted.tolist()
     assert np.abs(np.array(peft(CONVERSATIONS)) - wanted).max() < 1e-5
-    assert np.abs(np.array(hf(CONVERSATIONS)) - wanted).max() < 1e-4
+    assert np.abs(np.array(hf(CONVERSATIONS)) - wanted).max() < by_dtype(1e-4, 3e-2)
     # Without messages the template makes the same turns of a prompt and its answer.
     texts = [Completion(chat[0]["content"], chat[1]["content"]) for chat in CHATS]
     assert own(texts) == wanted.tolist()
@@ -119,7 +120,7 @@ def test_scores_are_transformers(untied, judge, exported):
         wanted = model(**inputs).logits.squeeze(1).numpy()
     _, scorers = loaded(untied, judge, exported["hf"])
     for scorer in scorers:
-        assert np.abs(np.array(scorer(CONVERSATIONS)) - wanted).max() < 1e-4
+        assert np.abs(np.array(scorer(CONVERSATIONS)) - wanted).max() < by_dtype(1e-4, 3e-2)
 
 
 def test_a_reward_model_of_the_same_base_shares_its_weights(untied, judge, exported):

@@ -17,6 +17,10 @@ from make_adapters import make_adapter, make_three
 from run_cli import run
 from serving_process import Server
 
+pytestmark = pytest.mark.float32(
+    "texts are compared with generate's: bfloat16 takes either of two tokens nearly as likely"
+)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

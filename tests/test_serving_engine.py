@@ -4,52 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import json
-import queue
 import shutil
 import threading
 from pathlib import Path
 
 import pytest
-from byte_tokenizer import byte_tokenizer
 from conftest import quantized, tiny_model, write_folder
 from make_adapters import make_adapter
 from run_cli import run
+from serving_rows import PROMPT, Answer, asked, started, tokens_of
 
-from mlx_lora.config.settings import ModelSettings
-from mlx_lora.models.load import load_base
 from mlx_lora.serving.adapter_store import Source, UnknownAdapter
-from mlx_lora.serving.engine import Engine, Limits, QueueFull, Request, Stopped
+from mlx_lora.serving.engine import QueueFull, Stopped
 from mlx_lora.serving.sampling import Sampling
 from mlx_lora.utils.errors import InputError
 
-GREEDY = Sampling(temperature=0)
-
-
-class Answer:
-    """Collects a request's events."""
-
-    def __init__(self, engine: Engine, request: Request):
-        self._events: queue.SimpleQueue = queue.SimpleQueue()
-        self.ticket = engine.submit(request, self._events.put)
-        self.pieces, self.reports, self.end = [], [], None
-
-    def wait(self) -> Answer:
-        while self.end is None:
-            event = self._events.get(timeout=60)
-            self.pieces.append(event.piece.text)
-            self.reports += event.piece.reports
-            self.end = event if event.last else None
-        return self
-
-    def first(self) -> Answer:
-        event = self._events.get(timeout=60)
-        self.pieces.append(event.piece.text)
-        self.end = event if event.last else None
-        return self
-
-    @property
-    def text(self) -> str:
-        return "".join(self.wait().pieces)
+pytestmark = pytest.mark.float32(
+    "texts are compared: where two tokens are nearly as likely, bfloat16 takes either (test_serving_rounding)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,24 +47,11 @@ def adapters(folder, tmp_path_factory):
     return {name: make_adapter(folder, root / name, **kind) for name, kind in kinds.items()}
 
 
-def started(folder, named=(), **limits) -> Engine:
-    engine = Engine(lambda: load_base(ModelSettings(model=str(folder))), Limits(**limits))
-    engine.call(lambda store: store.add({name: Source(path) for name, path in dict(named).items()})).result(60)
-    return engine
-
-
 @pytest.fixture(scope="module")
 def engine(folder, adapters):
     engine = started(folder, adapters)
     yield engine
     engine.close()
-
-
-PROMPT = "O Romeo, wherefore art thou"
-
-
-def tokens_of(text: str) -> list[int]:
-    return byte_tokenizer().encode(text)
 
 
 def generated(folder, adapter, prompt=PROMPT, count=24) -> str:
@@ -102,10 +61,6 @@ def generated(folder, adapter, prompt=PROMPT, count=24) -> str:
         "generate", "--model", folder, *extra, "--prompt", prompt, "-m", count, "--ignore-chat-template", "--json"
     )
     return json.loads(ran.out)["text"]
-
-
-def asked(name, prompt=PROMPT, count=24, **changes) -> Request:
-    return Request(tokens_of(prompt), name, count, **{"sampling": GREEDY, "continues": True, **changes})
 
 
 def test_alone_and_mixed_every_adapter_says_what_generate_says(engine, folder, adapters):

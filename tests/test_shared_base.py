@@ -11,6 +11,8 @@ from run_cli import run
 
 from mlx_lora.parallel.sharded_base import ALIGNMENT, cut
 
+STEPS_OF_ONE = pytest.mark.float32("ranks add a batch's sums in another order, and eight steps multiply the difference")
+
 
 @pytest.fixture(scope="module")
 def alone(tiny_folder, chats, tmp_path_factory):
@@ -28,6 +30,7 @@ def shared(model, data, folder: Path, ranks: int, *extra) -> tuple[Path, str]:
 
 
 @pytest.mark.parametrize(("ranks", "parts"), [(2, "even"), (2, "3:1"), pytest.param(4, "even", marks=pytest.mark.slow)])
+@STEPS_OF_ONE
 def test_ranks_that_share_the_base_take_the_steps_of_one(ranks, parts, alone, tiny_folder, chats, tmp_path):
     folder, printed = shared(tiny_folder, chats, tmp_path, ranks, "--shard-base", parts)
     assert_same_run(alone, folder)
@@ -42,6 +45,7 @@ def test_a_rank_without_rows_keeps_up(tiny_folder, chats, tmp_path):
 
 
 @pytest.mark.slow
+@STEPS_OF_ONE
 def test_products_are_kept_and_dropout_is_drawn_once(tiny_folder, chats, tmp_path):
     extra = ("--shard-base", "even", "--dropout", 0.1)
     block = shared(tiny_folder, chats, tmp_path / "block", 2, *extra)[0]

@@ -241,7 +241,9 @@ def gradients(kind: str, exchange: bool, mode: str = "none") -> dict[str, mx.arr
 
 @pytest.mark.parametrize("kind", RECURRENT)
 def test_every_model_has_the_gradients_of_mlx_lms_own_layers(kind, small_spans):
-    expected = gradients(kind, exchange=False)
+    with mx.stream(mx.cpu):  # mlx-lm's own kernel for Metal has no gradient
+        expected = gradients(kind, exchange=False)
+        mx.eval(expected)
     assert all(mx.abs(value).max().item() > 0 for value in expected.values())
     for mode in ("none", "selective", "block"):
         got = gradients(kind, exchange=True, mode=mode)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from architectures.build import tiny_config, write_architecture
+from comparing import by_dtype
 from conftest import TINY, quantized, tiny_model, write_folder
 from rank_runs import assert_same_run, command, weights
 from ranks import Started
@@ -51,8 +52,9 @@ def test_parts_have_the_gradients_of_the_whole(tmp_path):
     assert_close(right)
     assert counted_twice["gradient"] > 0.5
     assert not_added["gradient"] > 0.01
-    assert loaded["part"] < 0.6 * loaded["whole"]
-    assert loaded["peak"] <= loaded["part"] + 2 * loaded["largest"]  # a whole array, and this rank's part of it
+    assert loaded["part"] < by_dtype(0.6, 0.7) * loaded["whole"]  # the adapter, which is float32, is not in the whole
+    # A whole array and this rank's part of it; and where they are cast to bfloat16, the array as it is stored.
+    assert loaded["peak"] <= loaded["part"] + by_dtype(2, 4) * loaded["largest"]
 
 
 @pytest.mark.slow

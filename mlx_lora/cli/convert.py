@@ -99,6 +99,9 @@ def _print_summary(out: Path, conversion: Conversion) -> None:
     counts = f"{conversion.lossless} carried over, {conversion.requantized} quantized, {conversion.floats} float"
     size = f"{conversion.size_bytes / 1e6:.1f} MB, {conversion.bits_per_weight:.2f} bits per weight"
     console.echo(f"{out}: {conversion.model_type}, tensors: {counts}; {size}; {conversion.elapsed_s:.1f} s")
+    if conversion.rounded:
+        words = f"of {conversion.rounded} carried tensors, scales are rounded to {conversion.dtype}"
+        console.echo(f"  {words}; --dtype float32 keeps the file's values")
     for kind, errors in conversion.summary()["errors"].items():
         figures = f"mean {errors['mean']:.2%}, max {errors['max']:.2%}"
         console.echo(f"  {kind} requantized: {errors['tensors']} tensors, relative error {figures}")

@@ -73,6 +73,8 @@ class Conversion:
     Attributes:
         model_type: mlx-lm's.
         lossless, requantized, floats: how many tensors (layers, for a Hugging Face source) were treated in each way.
+        rounded: of `lossless`, the tensors whose codes are the file's, but whose scales have more bits than `dtype`.
+        dtype: of float weights and of scales.
         errors: source type -> relative error of each tensor that was quantized again.
         skipped: layers left in float because their width does not divide into groups.
         size_bytes: of all tensors written.
@@ -84,6 +86,8 @@ class Conversion:
     lossless: int = 0
     requantized: int = 0
     floats: int = 0
+    rounded: int = 0
+    dtype: str = "float32"
     errors: dict[str, list[float]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     size_bytes: int = 0
@@ -164,7 +168,7 @@ def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.D
     shapes = {name: array.shape for name, array in tree_flatten(build_model(config).parameters())}
     check_shapes(str(file.path), file.tensors, mappings, shapes)
     write_tokenizer(file.metadata, folder)
-    conversion, writer = Conversion(config["model_type"]), ShardWriter(folder)
+    conversion, writer = Conversion(config["model_type"], dtype=_dtype_name(dtype)), ShardWriter(folder)
     quantizations: dict[str, Quantization] = {}
     imported = import_weights(file.tensors, mappings, target, dtype)
     for tensor in tracked(imported, "Converting", len(mappings), "tensors", echo):
@@ -177,10 +181,14 @@ def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.D
             quantizations |= dict.fromkeys(mapping.layers, tensor.quantization)
     conversion.size_bytes = writer.close()
     config |= quantization_entries(quantizations)
-    config["torch_dtype"] = str(dtype).removeprefix("mlx.core.")
+    config["torch_dtype"] = _dtype_name(dtype)
     config["mlx_lora"] = _provenance(source, conversion, config) | {"sha256": sha256_of(source.path)}
     write_json(folder / "config.json", config)
     return conversion
+
+
+def _dtype_name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
 
 
 def _count(conversion: Conversion, tensor: Imported, could_pack: bool) -> None:
@@ -191,6 +199,9 @@ def _count(conversion: Conversion, tensor: Imported, could_pack: bool) -> None:
             conversion.skipped.append(tensor.source)
     elif tensor.lossless:
         conversion.lossless += 1
+        # GGUF's scales are float16, and those of K types a product with six bits more; MXFP4's are exponents.
+        few_bits = {"bfloat16": True, "float16": tensor.source_type.endswith("_K")}.get(conversion.dtype, False)
+        conversion.rounded += few_bits and tensor.quantization.mode == "affine"
     else:
         conversion.requantized += 1
         conversion.errors.setdefault(tensor.source_type, []).append(tensor.error)
@@ -222,7 +233,8 @@ def _convert_folder(
     model, config = dequantize_model(model, config)
     cast_model(model, dtype)
     names = tree_flatten(model.parameters())
-    conversion = Conversion(config["model_type"], n_values=sum(array.size for _, array in names))
+    n_values = sum(array.size for _, array in names)
+    conversion = Conversion(config["model_type"], dtype=_dtype_name(dtype), n_values=n_values)
     if isinstance(target, Quantization):
         model, config, conversion.skipped, errors = quantize_model(model, config, target, measure=measure)
         conversion.errors = {"float": list(errors.values())} if errors else {}

@@ -46,6 +46,7 @@ class Base:
         fingerprint: see `base_fingerprint`.
         matmul_paths: which product its quantized layers use.
         size_bytes: of its parameters, without any adapter.
+        dtypes: of its float parameters, likewise: an adapter's are float32 on a base that computes in bfloat16.
         decode_weights: --decode-weights: the form of its quantized weights while it generates (rollouts/decode.py).
         stored: where parameters that were not read yet are stored, by path; only those that are as stored.
     """
@@ -59,6 +60,7 @@ class Base:
     fingerprint: str
     matmul_paths: MatmulPaths
     size_bytes: int
+    dtypes: str
     decode_weights: str = "auto"
     stored: Mapping[str, StoredTensor] = field(default_factory=dict)
 
@@ -88,11 +90,9 @@ class Base:
 
     def describe(self) -> str:
         """Return one line for the run header: type, blocks, size, quantization, dtypes."""
-        parameters = [p for _, p in tree_flatten(self.model.parameters())]
-        floats = {str(p.dtype).removeprefix("mlx.core.") for p in parameters if mx.issubdtype(p.dtype, mx.floating)}
         q = self.quantization
         packing = f"{q['bits']}-bit {q.get('mode', 'affine')} (group {q['group_size']})" if q else "not quantized"
-        return f"{self.config.get('model_type')}, {len(self.model.layers)} blocks, {self.size_bytes / 1e6:.0f} MB in memory, {packing}, {'/'.join(sorted(floats))}"
+        return f"{self.config.get('model_type')}, {len(self.model.layers)} blocks, {self.size_bytes / 1e6:.0f} MB in memory, {packing}, {self.dtypes}"
 
 
 def load_base(settings: ModelSettings, read: bool = True, say: Callable[[str], None] = echo) -> Base:
@@ -149,7 +149,8 @@ def _base_of(
     if read:
         mx.eval(model.parameters())
     tokenizer = load_folder_tokenizer(folder, config, settings.trust_remote_code)
-    size_bytes = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
+    parameters = [p for _, p in tree_flatten(model.parameters())]
+    floats = {str(p.dtype).removeprefix("mlx.core.") for p in parameters if mx.issubdtype(p.dtype, mx.floating)}
     return Base(
         model,
         tokenizer,
@@ -159,7 +160,8 @@ def _base_of(
         settings.revision,
         fingerprint,
         matmul_paths,
-        size_bytes,
+        sum(p.nbytes for p in parameters),
+        "/".join(sorted(floats)),
         settings.decode_weights,
     )
 
