@@ -73,13 +73,9 @@ def _peft(batching: str, regime: str) -> Side:
     return Side(f"peft-{batching}", "peft_side.py", regime, settings={"batching": batching}, packages=TORCH)
 
 
-def _checkpointed(mode: str) -> Side:
-    return Side(f"{OURS}-{mode}", None, f"the same with --grad-checkpoint {mode}", flags=("--grad-checkpoint", mode))
-
-
 SIDES = _by_name(
     Side(OURS, None, "python -m mlx_lora.train, batches by token budget"),
-    *map(_checkpointed, ("2", "selective", "block")),
+    *(Side(f"{OURS}-{mode}", None, f"the same with --grad-checkpoint {mode}", flags=("--grad-checkpoint", mode)) for mode in ("2", "selective", "block")),
     Side("mlx-lm", "mlx_lm_side.py", "mlx_lm.tuner.trainer.train, --batch-size rows"),
     Side("mlx-lm-sorted", "mlx_lm_side.py", "the same on rows sorted by length beforehand", data="sorted"),
     _peft("padded", "random --batch-size rows"),

@@ -5,10 +5,10 @@
     python benchmarks/plan_memory.py table --out measured.jsonl
 
 `measure` runs `mlx_lora.train` for each combination of model, length, rank and checkpointing that is not in the file,
-each in its own process: --iters steps on generated text that fills every row, with all tokens trained. With --objective
-it trains on generated pairs or rated answers, whose rows the answers fill. --case is a run on your own data, by its flags. It takes MLX's peak of the whole process
-(load, checks, reference and steps) from the run's last report. `table` runs `mlx-lora plan --json` with the same flags
-and prints both as Markdown.
+each in its own process: --iters steps on generated text that fills every row, with all tokens trained. With
+--objective it trains on generated pairs or rated answers, whose rows the answers fill. --case is a run on your own
+data, by its flags. It takes MLX's peak of the whole process (load, checks, reference and steps) from the run's last
+report. `table` runs `mlx-lora plan --json` with the same flags and prints both as Markdown.
 """
 
 from __future__ import annotations

@@ -4,11 +4,10 @@
     python benchmarks/trunk.py --model FILE.gguf --data FILE.json --rows 32 --dense     from a float32 copy of the model
     python benchmarks/trunk.py --model FILE.gguf --data FILE.txt                        long prompts, short answers
 
-A text file is cut into passages, each with a question whose answer is the passage's next line.
-
-Both runs take two epochs over the same rows in one process, in a cache of their own, so that nothing was kept before.
-Times are of steps, each with its data, its writing and its reading, without loading and validation: processor seconds of
-all threads, and wall seconds. Losses of all steps are compared. Ends with one line of JSON.
+A text file is cut into passages, each with a question whose answer is the passage's next line. Both runs take two
+epochs over the same rows in one process, in a cache of their own, so that nothing was kept before. Times are of
+steps, each with its data, its writing and its reading, without loading and validation: processor seconds of all
+threads, and wall seconds. Losses of all steps are compared. Ends with one line of JSON.
 """
 
 from __future__ import annotations
