@@ -16,7 +16,7 @@ from mlx_lora.utils import console
 
 
 def main(file: str) -> None:
-    train = importlib.import_module("mlx_lora.train")  # the package has a function of that name
+    train = importlib.import_module("mlx_lora.cli.train")  # the package has a function of that name
     with together(console.describe_error) as ranks:
         train.together = lambda describe: nullcontext(ranks)
         for words in json.loads(Path(file).read_text()):

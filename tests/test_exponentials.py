@@ -221,7 +221,7 @@ def test_the_polynomials_are_two_kernels_however_many_shapes(tmp_path):
 import mlx_lora.utils.device as device
 import mlx.core as mx
 from mlx_lora.kernels.activations import polynomial_swiglu
-from mlx_lora.utils import exponentials
+from mlx_lora.kernels import activations as exponentials
 device.compile_for(1)
 for shape in ((3, 5), (2, 3, 4), (8,), (2, 3, 4, 5)):
     x = mx.random.normal(shape)
@@ -262,7 +262,7 @@ def test_a_compiler_that_does_not_work_is_as_none(tmp_path):
 import mlx_lora.utils.device as device
 import mlx.core as mx
 from mlx_lora.kernels.activations import polynomial_swiglu
-from mlx_lora.utils import exponentials
+from mlx_lora.kernels import activations as exponentials
 x = mx.ones((4,))
 assert not exponentials.usable(x)
 assert abs(polynomial_swiglu(x, x)[0].item() - 0.7310586) < 1e-6

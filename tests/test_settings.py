@@ -78,7 +78,7 @@ def test_every_setting_that_went_has_an_answer():
 
 
 def test_mlx_lms_spelling_of_the_method_is_a_spelling_only():
-    command = importlib.import_module("mlx_lora.train").main
+    command = importlib.import_module("mlx_lora.cli.train").main
     option = next(one for one in command.params if one.name == "method")
     assert option.opts == ["--method", "--fine-tune-type"]
     with pytest.raises(InputError, match=r"--method 'lorax'"):
