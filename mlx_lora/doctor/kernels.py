@@ -35,7 +35,7 @@ from mlx_lora.kernels import activations as exponentials
 from mlx_lora.kernels.measure import TOLERANCE, Kernel, ShapeClass
 from mlx_lora.kernels.quantized_matmul import dequantized_gather_mm, dequantized_matmul, packed_arrays
 from mlx_lora.kernels.table import activation_class, attention_class, kernel_rows
-from mlx_lora.losses.cross_entropy import NAME, TokenLosses, loss_kernels
+from mlx_lora.losses.cross_entropy import NAME, HeadLosses, loss_kernels
 from mlx_lora.models.head import Head
 from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.utils import device
@@ -163,7 +163,7 @@ def _compare_losses(head: Head, dtype: mx.Dtype, after: str) -> Iterator[Finding
     exact = exact_passes(exactly, [hidden], ones)
     for name, kernel in loss_kernels().items():
 
-        def losses(hidden: mx.array, kernel: TokenLosses = kernel) -> list[mx.array]:
+        def losses(hidden: mx.array, kernel: HeadLosses = kernel) -> list[mx.array]:
             return [kernel(head, hidden, targets, weights, tile_bytes=tile_bytes)[:, None]]
 
         # mx.fast.cross_entropy adds a row's exponentials one after the other on a CPU.
