@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # First of all: it loads the fast BLAS, which must come before mlx.core.
@@ -24,6 +25,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from mlx_lora.trainer.run_folder import runs_file
+from mlx_lora.utils import console
 
 # The judges of ORPO, CPO and SimPO lie in TRL's experimental part, which warns; and warnings are errors here.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -148,6 +150,14 @@ def compiled_again():
     """A short run on a CPU turns compiling off for its process; the next test has it on."""
     yield
     device.compile_for(device.COMPILE_FROM_STEPS)
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """The lines that the package logs during the test."""
+    lines: list[str] = []
+    with console.log_to(lines.append):
+        yield lines
 
 
 @pytest.fixture
