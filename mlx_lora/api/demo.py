@@ -33,7 +33,7 @@ from mlx_lora.data.load import load_eval_set
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE
 from mlx_lora.models.convert import convert_model
 from mlx_lora.models.load import Base, check_token_ids, load_base
-from mlx_lora.objectives.context import RunContext
+from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.reports.run_report import REPORT_FILE, has_ended
 from mlx_lora.trainer.adapter import put_adapter

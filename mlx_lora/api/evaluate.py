@@ -40,8 +40,7 @@ from mlx_lora.data.records import read_records
 from mlx_lora.data.teacher_prompt import read_teacher_prompt
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import Base, check_token_ids
-from mlx_lora.objectives.base import Objective
-from mlx_lora.objectives.context import RunContext
+from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.agreement import check_one_run
 from mlx_lora.parallel.ranks import ALONE, Ranks

@@ -20,7 +20,7 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import Base, check_token_ids, load_base
-from mlx_lora.objectives.context import RunContext
+from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.trainer.adapter import adapter_template
 from mlx_lora.trainer.evaluate import held_out_loss, held_out_plan, spaced_by_length

@@ -270,6 +270,10 @@ class WholeSet:
     rated: bool
     divergence: bool
 
+    def above(self, given: Callable[[Callable[..., Any]], Callable[..., Any]]) -> WholeSet:
+        """Return it with `given` around what computes the sums of a batch's answers."""
+        return replace(self, sums=given(self.sums))
+
     def __call__(
         self,
         model: nn.Module,

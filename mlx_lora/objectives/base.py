@@ -16,8 +16,9 @@ Shapes: B rows of a batch, E = B / K examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import date
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import mlx.core as mx
@@ -30,15 +31,15 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.load import DataSplits, load_data
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.cross_entropy import Arrays, Loss
-from mlx_lora.objectives.compute import choose_compute
-from mlx_lora.objectives.context import RunContext
-from mlx_lora.parallel.ranks import Ranks
+from mlx_lora.models.load import Base
+from mlx_lora.objectives.compute import Compute, choose_compute
+from mlx_lora.parallel.ranks import ALONE, Ranks
+from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.shapes import ModelShape
 
 if TYPE_CHECKING:
     from mlx_lora.losses.divergence import DivergenceOptions
     from mlx_lora.losses.policy import PolicyOptions
-    from mlx_lora.objectives.answers import WholeSet
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,23 @@ LossOfAnswers = Callable[[AnswerSums], tuple[mx.array, dict[str, mx.array]]]
 """AnswerSums -> ((E,) losses, name -> (E,) numbers to report as means)."""
 
 
+class WholeSetLoss(Protocol):
+    """Measures an objective on a whole set, where a mean over batches would depend on the batches."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        arrays_of: Callable[[Batch], tuple[mx.array, ...]],
+        batches: Iterable[Batch],
+        ranks: Ranks,
+        counted: bool = True,
+    ) -> tuple[float, int, dict[str, float]]: ...
+
+    def above(self, given: Callable[[Callable[..., Any]], Callable[..., Any]]) -> WholeSetLoss:
+        """Return it with `given` around what computes the sums of a batch's answers."""
+        ...
+
+
 @dataclass(frozen=True)
 class BoundObjective:
     """An objective's loss on a model, as steps and validations compute it.
@@ -94,7 +112,71 @@ class BoundObjective:
     reports: tuple[str, ...] = ()
     finish: Callable[[dict[str, float]], dict[str, float]] = dict
     rates: Callable[[], dict[str, float]] = dict
-    whole_set: WholeSet | None = None
+    whole_set: WholeSetLoss | None = None
+
+
+@dataclass
+class RunRecord:
+    """What a run's header says, and what a resumed run must have in common with its checkpoint.
+
+    Attributes:
+        identity: name -> JSON value.
+        shared: name -> JSON value that all ranks must have in common, beside the identity.
+        lines: header lines of the objective.
+    """
+
+    identity: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+
+@dataclass
+class RunContext:
+    """A run, or a measurement, while it is built.
+
+    Attributes:
+        settings: replaced as open settings are chosen.
+        objective: of the run.
+        base: the model; an adapter is put on it.
+        ranks: the processes that train together.
+        functions: rewards that were given in Python, by what --reward calls them.
+        today: what chat templates show as today, unless --chat-date names a day; None: the day of the call.
+        trains: False: an adapter is only measured.
+        untrained: the model without an adapter, if `base` already has one.
+        resumed: the identity of the checkpoint to go on from; None: the run begins.
+        compute: what computes the numbers; None: not chosen yet.
+        memory: the plan; None: not planned yet.
+        record: what is said and kept.
+    """
+
+    settings: TrainSettings
+    objective: Objective
+    base: Base
+    ranks: Ranks = ALONE
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    today: date | None = None
+    trains: bool = True
+    untrained: Base | None = None
+    resumed: Mapping[str, Any] | None = None
+    compute: Compute | None = None
+    memory: MemoryPlan | None = None
+    record: RunRecord = field(default_factory=RunRecord)
+
+    @property
+    def plain_base(self) -> Base:
+        """The model without an adapter; until the run puts one on it, that is `base`."""
+        return self.untrained or self.base
+
+    @property
+    def chosen(self) -> Compute:
+        """What computes the numbers.
+
+        Raises:
+            ValueError: it is not chosen yet.
+        """
+        if self.compute is None:
+            raise ValueError("nothing has chosen what computes the run's numbers")
+        return self.compute
 
 
 @dataclass(frozen=True)

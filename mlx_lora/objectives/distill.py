@@ -46,8 +46,7 @@ from mlx_lora.losses.divergence import (
     known_of_batch,
 )
 from mlx_lora.models.load import Base, check_token_ids
-from mlx_lora.objectives.base import BoundObjective, Objective
-from mlx_lora.objectives.context import RunContext
+from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
 from mlx_lora.objectives.teacher import TEACHER, check_teacher, facts_of, load_teacher, teacher_key, teacher_name
 from mlx_lora.objectives.teacher_answers import read_answered
 from mlx_lora.parallel.ranks import ALONE, Ranks

@@ -25,8 +25,7 @@ from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.losses.policy import PolicyOptions
-from mlx_lora.objectives.base import BoundObjective
-from mlx_lora.objectives.context import RunContext
+from mlx_lora.objectives.base import BoundObjective, RunContext
 from mlx_lora.objectives.policy_arrays import at_temperature, more_reports, policy_arrays, policy_loss_of, prepared
 from mlx_lora.objectives.sampled import SampledObjective
 from mlx_lora.rollouts.decode import SamplingForm

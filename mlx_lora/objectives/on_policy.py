@@ -41,8 +41,7 @@ from mlx_lora.losses.divergence import (
 )
 from mlx_lora.models.head import Head
 from mlx_lora.models.load import check_token_ids
-from mlx_lora.objectives.base import BoundObjective
-from mlx_lora.objectives.context import RunContext
+from mlx_lora.objectives.base import BoundObjective, RunContext
 from mlx_lora.objectives.policy_arrays import LENGTHS, OLD, TRUNCATED
 from mlx_lora.objectives.sampled import SampledObjective
 from mlx_lora.objectives.teacher import TEACHER, Teacher, as_seen, check_teacher, facts_of, teacher_key, teacher_name

@@ -33,8 +33,7 @@ from mlx_lora.losses.preference import (
 )
 from mlx_lora.objectives.answer_logps import with_reference
 from mlx_lora.objectives.answers import bind_answers
-from mlx_lora.objectives.base import AnswerSums, BoundObjective, Objective
-from mlx_lora.objectives.context import RunContext
+from mlx_lora.objectives.base import AnswerSums, BoundObjective, Objective, RunContext
 from mlx_lora.objectives.row_layout import Layout, lay_out
 from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.utils.errors import InputError

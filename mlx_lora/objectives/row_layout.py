@@ -16,9 +16,8 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.load import DataSplits
 from mlx_lora.models.meta import model_shape
 from mlx_lora.models.prefix_attention import rotate_by_token
-from mlx_lora.objectives.base import Objective
+from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.compute import choose_compute
-from mlx_lora.objectives.context import RunContext
 from mlx_lora.objectives.prefix_sharing import Joining, joined, layout_problem, saved_share, sharing_problem, work_of
 from mlx_lora.planner.fit import budget_of, largest_batch, run_of
 from mlx_lora.planner.machine import this_machine

@@ -16,8 +16,7 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.load import DataSplits
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.cross_entropy import Loss
-from mlx_lora.objectives.base import HeldOutBatches, Objective, StepsDone
-from mlx_lora.objectives.context import RunContext
+from mlx_lora.objectives.base import HeldOutBatches, Objective, RunContext, StepsDone
 from mlx_lora.objectives.row_layout import Layout, lay_out, that_fits
 from mlx_lora.parallel.ranks import Ranks
 from mlx_lora.planner.memory import ROLLOUT, MemoryPlan

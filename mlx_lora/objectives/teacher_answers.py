@@ -30,8 +30,7 @@ from mlx_lora.data.read import Rows
 from mlx_lora.data.report import reasons
 from mlx_lora.data.teacher_prompt import read_teacher_prompt
 from mlx_lora.models.load import Base
-from mlx_lora.objectives.base import Objective
-from mlx_lora.objectives.context import RunContext
+from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.synthetic_prompts import (
     has_unanswered,
     own_prompts,

@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -38,9 +38,6 @@ from mlx_lora.rollouts.decode import SamplingForm
 from mlx_lora.rollouts.rewards import Reward, SilentRewards, TrainerState, reports_of, rewards_for, summed
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.rollouts.sharing import Answered, Planned, deal_prompts, gathered, of_own_rows
-
-if TYPE_CHECKING:
-    from mlx_lora.objectives.on_policy import Scorer
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +62,19 @@ class Spent:
         }
         self.seconds, self.tokens, self.began_s = 0.0, 0, now
         return found
+
+
+class Scorer(Protocol):
+    """A teacher that scores sampled answers (objectives/on_policy.py)."""
+
+    @property
+    def uses_old(self) -> bool:
+        """Whether further updates need the probabilities with which the answers were sampled."""
+        ...
+
+    def scored(self, batch: Batch, rows: EncodedSet, own: np.ndarray, ranks: Ranks) -> Batch:
+        """Return a batch of sampled answers with what the teacher says about them."""
+        ...
 
 
 @dataclass(frozen=True)

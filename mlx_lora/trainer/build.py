@@ -17,8 +17,7 @@ from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.table import assumed
 from mlx_lora.losses.check import choose_step_variant
-from mlx_lora.objectives.base import BoundObjective, HeldOutBatches
-from mlx_lora.objectives.context import RunContext
+from mlx_lora.objectives.base import BoundObjective, HeldOutBatches, RunContext
 from mlx_lora.parallel.agreement import check_one_run, take_first_ranks
 from mlx_lora.parallel.sharded_base import end_of_trial
 from mlx_lora.parallel.strategy import called_together, sharing_of

@@ -32,8 +32,7 @@ from mlx_lora.data.batch import Batch
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.check import choose_loss
-from mlx_lora.objectives.base import BoundObjective
-from mlx_lora.objectives.context import RunContext
+from mlx_lora.objectives.base import BoundObjective, RunContext
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.strategy import called_together, own_batches
 from mlx_lora.parallel.tensor import is_cut, row_ranks

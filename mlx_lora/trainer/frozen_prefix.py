@@ -481,5 +481,5 @@ def with_trunk(bound: BoundObjective, trunk: Trunk, rows: TrunkRows) -> BoundObj
     loss = replace(
         bound.loss, train=above(bound.loss.train), measure=above(bound.loss.measure), measure_tokens=of_tokens
     )
-    whole = bound.whole_set and replace(bound.whole_set, sums=above(bound.whole_set.sums))
+    whole = bound.whole_set and bound.whole_set.above(above)
     return replace(bound, loss=loss, whole_set=whole, arrays_of=lambda batch: (*bound.arrays_of(batch), rows.of(batch)))

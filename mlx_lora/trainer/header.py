@@ -18,7 +18,7 @@ from mlx_lora.data.load import DataSplits
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.losses.divergence import KL
-from mlx_lora.objectives.context import RunContext
+from mlx_lora.objectives.base import RunContext
 from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.reports.run_report import REPORT_FILE, Sample
 from mlx_lora.trainer.evaluate import Measured

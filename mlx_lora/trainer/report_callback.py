@@ -38,7 +38,7 @@ from mlx_lora.exporters.card import CARD_FILE, read_facts, write_card
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import continued
-from mlx_lora.objectives.context import RunContext
+from mlx_lora.objectives.base import RunContext
 from mlx_lora.reports.run_report import (
     ANSWERS_FILE,
     RunReport,

@@ -16,8 +16,7 @@ from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.load import DataSplits
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE
 from mlx_lora.models.load import Base, check_token_ids, load_base
-from mlx_lora.objectives.base import Objective
-from mlx_lora.objectives.context import RunContext
+from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.table import OBJECTIVES, objective_of
 from mlx_lora.parallel.agreement import take_first_ranks
 from mlx_lora.parallel.ranks import ALONE, Ranks
