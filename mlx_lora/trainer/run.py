@@ -32,7 +32,7 @@ from mlx_lora.trainer.header import closing_words, left_by, loss_words, outcome_
 from mlx_lora.trainer.progress import Progress
 from mlx_lora.trainer.report_callback import RunPage, known_rows, leave_card, reporting
 from mlx_lora.trainer.run_folder import check_room, first_day, own_folder
-from mlx_lora.trainer.trainer import Outcome, train
+from mlx_lora.trainer.trainer import LoopHooks, Outcome, Trainer
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
@@ -213,10 +213,10 @@ def take_steps(
     with told.around(run.steps, settings.to_flat()) as ending:
         try:
             with folder.kept_if_it_fails(), reporting(run, told, show, page) as (report, shown, watch):
-                outcome = train(
-                    base.model, step, run.ctx.objective, run.bound, run.plan, run.validation, settings.loop,
-                    report, shown, save, at, guard, ranks, told.failed, watch,
-                )  # fmt: skip
+                hooks = LoopHooks(report, save, shown, told.failed, watch)
+                outcome = Trainer(
+                    step, run.ctx.objective, run.bound, run.plan, run.validation, settings.loop, hooks, at, guard, ranks
+                ).fit()
                 best = None if outcome.interrupted else folder.put_best()
                 take_first_ranks(ranks, step)  # rank 0 restored the best adapter
         except Diverged as diverged:
