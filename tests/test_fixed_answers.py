@@ -29,7 +29,7 @@ from mlx_lora.reports.run_report import (
     shown_answers,
     tiles,
 )
-from mlx_lora.trainer.report_callback import fixed_prompts
+from mlx_lora.rollouts.fixed_prompts import fixed_prompts
 
 EVIL = "<script>alert(1)</script> & \"'\u2028"
 REWARD = """

@@ -14,11 +14,11 @@ from rich.console import Console
 from run_cli import run
 
 from mlx_lora.config.settings import LoopSettings
-from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.dataset import EncodedSet, spaced_by_length
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.trainer import progress
 from mlx_lora.trainer import progress as display
-from mlx_lora.trainer.evaluate import FEWEST, VALIDATED, choose_held_out, spaced_by_length, validations
+from mlx_lora.trainer.evaluate import FEWEST, VALIDATED, choose_held_out, validations
 from mlx_lora.trainer.progress import LiveProgress, PlainProgress
 from mlx_lora.utils import progress as long_task
 
