@@ -22,12 +22,16 @@ from byte_tokenizer import byte_tokenizer
 from half_arrays import let_numpy_read_halves
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
+from traced_blocks import TRACE, remembered
 
+from mlx_lora.config.settings import LoopSettings
+from mlx_lora.trainer import block_memory, report_callback
 from mlx_lora.trainer.run_folder import runs_file
 
 # The judges of ORPO, CPO and SimPO lie in TRL's experimental part, which warns; and warnings are errors here.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
+FEW_TOKENS = 8
 TINY = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -107,9 +111,27 @@ def _own_cache(tmp_path_factory):
         patch.setenv("MLX_LORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         # Kernels as the table has them: the clock of a busy machine must not decide what a test runs.
         patch.setenv(SWITCH, "0")
-        # One text before and after each run instead of three, to save time.
+        # One text before and after each run instead of three, and a few words of it unless a test says how many.
         patch.setattr("mlx_lora.trainer.report_callback.TEXTS", 1)
+        patch.setattr(report_callback, "greedy_text", _short_text)
         yield
+
+
+def _short_text(base, prompt: list[int], max_tokens: int, whole=report_callback.greedy_text) -> str:
+    return whole(base, prompt, FEW_TOKENS if max_tokens == LoopSettings().sample_tokens else max_tokens)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _remembered_traces():
+    """Trace a block's memory once for all runs of this process; the tests of tracing ask for `traced_anew`."""
+    with remembered():
+        yield
+
+
+@pytest.fixture
+def traced_anew(monkeypatch):
+    """Trace every block, known or not."""
+    monkeypatch.setattr(block_memory, "_read_block", TRACE)
 
 
 def tiny_model(seed: int = 0, **changes) -> llama.Model:

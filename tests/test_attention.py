@@ -10,6 +10,7 @@ from comparing import close
 from conftest import TINY, tiny_model
 from mlx_lm.models import activations, base, gemma3_text, gpt_oss, llama
 from tiny_steps import adapted
+from tiers import by_default, named
 
 from mlx_lora.kernels.activations import lean_swiglu
 from mlx_lora.kernels.attention import Tiles, tiled_attention
@@ -33,10 +34,10 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("tile", [1, 8, 1000])
+@pytest.mark.parametrize("tile", by_default([1, 8, 1000], 8))
 @pytest.mark.parametrize("sunk", [False, True])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", named(SHAPES, "grouped", "every head its own"))
 @pytest.mark.parametrize("keep", [False, True])
 def test_attention_and_its_gradients_equal_mlx(keep, shape, mask, sunk, tile, monkeypatch):
     monkeypatch.setattr("mlx_lora.utils.device.keep_exponentials", lambda: keep)

@@ -25,6 +25,7 @@ from mlx_lora.trainer.block_memory import trace_blocks
 from mlx_lora.trainer.fit import adapted_shape, outlined_shape
 from mlx_lora.utils import device
 
+pytestmark = pytest.mark.usefixtures("traced_anew")
 X = mx.zeros((8, 16))
 W = mx.zeros((16, 32))
 

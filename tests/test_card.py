@@ -210,37 +210,41 @@ def test_pushed_is_what_was_written_and_it_comes_back(place, exported, tiny_fold
 
 
 PUSH = """
-import sys
+import os, sys
 from pathlib import Path
 from mlx_lora.exporters.card import push
 from mlx_lora.utils.errors import RunError
-try:
-    print(push(Path(sys.argv[1]), "me/tuned", sys.argv[2] == "private"))
-except RunError as error:
-    print(error)
+for token in sys.argv[3:]:
+    os.environ["HF_TOKEN"] = token
+    try:
+        print(push(Path(sys.argv[1]), "me/tuned", sys.argv[2] == "private"))
+    except RunError as error:
+        print(error)
 """
 
 
 def test_refused_uploads_are_one_line_and_leave_the_files(exported, tmp_path):
     before = {p.name: p.read_bytes() for p in exported.iterdir()}
 
-    def attempt(endpoint: str, private: str = "public", **environment: str) -> str:
-        done = run_with_hub(tmp_path, endpoint, ["-c", PUSH, exported, private], **environment)
+    def attempts(endpoint: str, *tokens: str, private: str = "public", **environment: str) -> list[str]:
+        done = run_with_hub(tmp_path, endpoint, ["-c", PUSH, exported, private, *tokens], **environment)
         assert done.returncode == 0, done.stderr
-        (line,) = done.stdout.splitlines()
-        assert line.startswith("--push-to-hub me/tuned: ")
-        assert line.endswith(f"the written files stay in {exported}")
-        return line
+        lines = done.stdout.splitlines()
+        assert len(lines) == len(tokens)
+        assert all(line.startswith("--push-to-hub me/tuned: ") for line in lines)
+        assert all(line.endswith(f"the written files stay in {exported}") for line in lines)
+        return lines
 
     with hub_server() as server:
-        assert "hf auth login" in attempt(server.endpoint)
-        assert "hf auth login" in attempt(server.endpoint, HF_TOKEN="hf_unknown")
-        assert "may not write there" in attempt(server.endpoint, HF_TOKEN="hf_read")
-        assert "HF_HUB_OFFLINE" in attempt(server.endpoint, HF_TOKEN="hf_write", HF_HUB_OFFLINE="1")
+        none, unknown, reads = attempts(server.endpoint, "", "hf_unknown", "hf_read")
+        assert "hf auth login" in none
+        assert "hf auth login" in unknown
+        assert "may not write there" in reads
         server.repos["me/tuned"] = {"private": False, "files": {}}
-        assert "already exists, and is public" in attempt(server.endpoint, "private", HF_TOKEN="hf_write")
+        assert "already exists, and is public" in attempts(server.endpoint, "hf_write", private="private")[0]
         assert server.repos["me/tuned"]["files"] == {}
-    assert "Hugging Face is unreachable" in attempt("http://127.0.0.1:9", HF_TOKEN="hf_write")
+        assert "HF_HUB_OFFLINE" in attempts(server.endpoint, "hf_write", HF_HUB_OFFLINE="1")[0]
+    assert "Hugging Face is unreachable" in attempts("http://127.0.0.1:9", "hf_write")[0]
     assert {p.name: p.read_bytes() for p in exported.iterdir()} == before
 
 

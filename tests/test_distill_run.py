@@ -15,6 +15,7 @@ from conftest import TINY, tiny_model, write_folder
 from ranks import Started
 from resumed_runs import stopped_after, weights
 from run_cli import one_line, run
+from tiers import by_default
 
 from mlx_lora.objectives.table import OWN_OPTIONS
 from mlx_lora.utils.cache import cache_dir
@@ -77,7 +78,7 @@ def stores() -> list[Path]:
     return sorted(cache_dir("teacher").glob("*/values.bin"))
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("divergence", by_default(["forward_kl", "reverse_kl", "jsd"], "jsd"))
 def test_the_student_comes_closer(divergence, tiny_folder, teacher, chats, tmp_path):
     ran = run(
         *command(tiny_folder, chats, tmp_path / "a", "--teacher", teacher, "--divergence", divergence, "--iters", 30)
@@ -152,7 +153,12 @@ def test_a_second_run_reads_what_the_first_computed_and_repairs_it(tiny_folder, 
 
 
 @pytest.mark.parametrize(
-    "flags", [("--dropout", 0.1), ("--grad-accumulation-steps", 2, "--divergence", "jsd"), ("--batch-parts", 2)]
+    "flags",
+    [
+        ("--dropout", 0.1),
+        pytest.param(("--grad-accumulation-steps", 2, "--divergence", "jsd"), marks=pytest.mark.slow),
+        pytest.param(("--batch-parts", 2), marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_resumes_to_the_same_bytes(flags, tiny_folder, teacher, prompt, chats, tmp_path):
     asked = ("--teacher", teacher, "--teacher-prompt", prompt, *flags, "--iters", 8, "--save-every", 2)

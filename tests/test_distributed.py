@@ -83,6 +83,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(alone, pair, tiny_folder
     assert_same_run(alone, folder)
 
 
+@pytest.mark.slow
 @STEPS_OF_ONE
 def test_two_go_on_from_the_checkpoint_of_one_which_only_rank_0_has(alone, tiny_folder, chats, tmp_path):
     folder = until(alone, tmp_path / "a", 3)

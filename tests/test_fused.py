@@ -10,6 +10,7 @@ from conftest import TINY, quantized, tiny_model
 from mlx.utils import tree_flatten
 from mlx_lm.models import cohere, gemma2, granite
 from tiny_steps import adapted, batch, factors, make_step
+from tiers import by_default, named
 
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
@@ -46,8 +47,10 @@ def by_definition(head: Head, h: mx.array, targets: mx.array, weights: mx.array)
     return (losses * weights).sum()
 
 
-@pytest.mark.parametrize("tile", TILE_SIZES.values(), ids=TILE_SIZES)
-@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (1.0, 3.0), (2.0, 5.0)])
+@pytest.mark.parametrize("tile", named(TILE_SIZES, "one tile", "rows and slices"))
+@pytest.mark.parametrize(
+    ("scale", "cap"), by_default([(1.0, None), (0.25, None), (1.0, 3.0), (2.0, 5.0)], (1.0, None), (2.0, 5.0))
+)
 @pytest.mark.parametrize("layer", HEADS.values(), ids=HEADS)
 def test_value_and_gradient_equal_the_definition(layer, scale, cap, tile, monkeypatch):
     budget, most_rows = tile
@@ -82,7 +85,7 @@ def in_float64(head: Head, h: mx.array, targets: mx.array) -> tuple[np.ndarray, 
 
 
 @pytest.mark.parametrize("sure", [False, True])
-@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, 30.0)])
+@pytest.mark.parametrize(("scale", "cap"), by_default([(1.0, None), (0.25, 30.0)], (0.25, 30.0)))
 @pytest.mark.parametrize("layer", HEADS.values(), ids=HEADS)
 def test_in_bfloat16_no_tokens_loss_is_negative_and_all_are_near_float64(layer, scale, cap, sure):
     mx.random.seed(7)
@@ -119,7 +122,7 @@ def test_tokens_beyond_all_doubt_give_zero_not_nan(dtype):
     assert fused_token_losses(head, h, wrong, mx.ones((P,)), 4 * P * 50).sum().item() > 1000
 
 
-@pytest.mark.parametrize("rows", [5, 2048])
+@pytest.mark.parametrize("rows", by_default([5, 2048], 5))
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (2.0, 5.0)])
 @pytest.mark.parametrize("layer", HEADS.values(), ids=HEADS)
 def test_losses_by_whole_rows_equal_the_definition(layer, scale, cap, rows, monkeypatch):

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gated_delta as mlx_lms
 from mlx_lm.models import kimi_linear, olmo_hybrid, qwen3_5
 from tiny_steps import batch
+from tiers import by_default, named
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
@@ -73,7 +74,7 @@ def assert_close(got: list[mx.array], expected: list[mx.array], tolerance: float
 
 
 @pytest.mark.parametrize("per_channel", GATES.values(), ids=GATES)
-@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize("tokens", by_default(LENGTHS, 1, 65, 150))
 def test_every_length_equals_the_loop(tokens, per_channel):
     primals = given(tokens, per_channel=per_channel)
     expected = differentiated(mlx_lms.gated_delta_update, primals)
@@ -86,7 +87,7 @@ def test_every_length_equals_the_loop(tokens, per_channel):
 
 @pytest.mark.parametrize("options", [{}, {"allow_neg_eigval": True}, {"lower_bound": -5.0}])
 @pytest.mark.parametrize("per_channel", GATES.values(), ids=GATES)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", named(SHAPES, "grouped", "each its own"))
 def test_every_shape_and_option_equals_the_loop(shape, per_channel, options):
     primals = given(70, shape, per_channel)
     expected = differentiated(mlx_lms.gated_delta_update, primals, **options)

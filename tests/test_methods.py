@@ -16,6 +16,7 @@ from mlx_lm.utils import load as mlx_lm_load
 from run_cli import run
 from tiny_moe import tiny_moe, with_quantized_experts
 from tiny_steps import batch
+from tiers import by_default
 
 from mlx_lora.adapters.base import dense_weight
 from mlx_lora.adapters.inject import adapt_model, adapter_layers, adapter_parameters
@@ -92,7 +93,7 @@ def test_exactly_its_parameters_are_trained(method, base):
 
 
 @pytest.mark.parametrize("method", PRESETS)
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", by_default(BASES, "float", "4-bit"))
 def test_it_starts_as_the_base(method, base):
     model, before = adapted(method, base)
     tolerance = 3e-2 if base == "mxfp4" and method == "full" else 1e-4
@@ -105,7 +106,7 @@ def test_it_starts_as_the_base(method, base):
 
 
 @pytest.mark.parametrize("method", PRESETS)
-@pytest.mark.parametrize("base", ["float", "4-bit", "mxfp4"])
+@pytest.mark.parametrize("base", by_default(["float", "4-bit", "mxfp4"], "4-bit"))
 def test_it_learns_and_what_it_stores_is_the_same_model(method, base, tmp_path):
     config = {"tie_word_embeddings": False}
     if base != "float":
@@ -139,8 +140,8 @@ def test_it_learns_and_what_it_stores_is_the_same_model(method, base, tmp_path):
     assert np.allclose(stock(TOKENS), expected, atol=(4e-2 if base == "mxfp4" else by_dtype(1e-4, 4e-2)) * size)
 
 
-@pytest.mark.parametrize("method", PRESETS)
-@pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("method", by_default(PRESETS, "lora", "dora", "full"))
+@pytest.mark.parametrize("kind", by_default(["gpt_oss", "qwen3_moe"], "gpt_oss"))
 def test_it_learns_on_a_mixtures_experts(method, kind, tmp_path):
     model, config = tiny_moe(kind)
     if kind == "gpt_oss":
@@ -261,16 +262,20 @@ def test_a_module_is_adapted_or_trained_in_full():
 
 @pytest.mark.parametrize(
     ("method", "flags"),
-    [
-        ("adalora", ("--adalora-init-rank", 9)),
+    by_default(
+        [
+            ("adalora", ("--adalora-init-rank", 9)),
+            ("adalora", ("--adalora-tinit", 5)),
+            ("adalora", ("--adalora-tfinal", 5)),
+            ("adalora", ("--adalora-delta-t", 3)),
+            ("adalora", ("--orth-reg-weight", 0)),
+            ("relora", ("--relora-every", 5)),
+            ("relora", ("--relora-warmup", 2)),
+            ("relora", ("--relora-prune-ratio", 0)),
+        ],
         ("adalora", ("--adalora-tinit", 5)),
-        ("adalora", ("--adalora-tfinal", 5)),
-        ("adalora", ("--adalora-delta-t", 3)),
-        ("adalora", ("--orth-reg-weight", 0)),
         ("relora", ("--relora-every", 5)),
-        ("relora", ("--relora-warmup", 2)),
-        ("relora", ("--relora-prune-ratio", 0)),
-    ],
+    ),
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_each_methods_own_settings_change_its_run_and_no_others(method, flags, tiny_folder, chats, tmp_path):

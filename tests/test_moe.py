@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from tiny_moe import tiny_moe, with_quantized_experts
 from tiny_steps import CHECKPOINT_MODES, batch, gradients, make_step
+from tiers import by_default, named
 
 from mlx_lora.adapters.base import base_dims, dense_weight
 from mlx_lora.adapters.initialize import kaiming_factors
@@ -97,7 +98,7 @@ def test_nvfp4_experts_with_scales_of_their_own():
 
 @SORTED
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("form", ["float", *LAYOUTS])
+@pytest.mark.parametrize("form", by_default(["float", *LAYOUTS], "float", "3-bit", "4-bit", "mxfp4"))
 def test_forward_delta_and_fuse_agree(form, bias, is_sorted):
     mx.random.seed(1)
     base = base_of(form, bias)
@@ -215,7 +216,7 @@ def test_a_fresh_dora_changes_nothing():
 
 
 @SORTED
-@pytest.mark.parametrize("form", LAYOUTS)
+@pytest.mark.parametrize("form", by_default(LAYOUTS, "4-bit", "mxfp4"))
 def test_both_products_with_quantized_experts_are_one(form, is_sorted):
     mx.random.seed(3)
     base = base_of(form)
@@ -328,7 +329,7 @@ def pin_routers(model: nn.Module, ids: mx.array) -> None:
 
 @pytest.mark.parametrize("width", [6, 40])  # 24 rows for the experts: not sorted; 160: sorted
 @pytest.mark.parametrize("form", ["lora", "dora"])
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("model", named(MODELS, "gpt_oss-mxfp4", "qwen3_moe"))
 def test_gradients_equal_finite_differences(model, form, width):
     model = adapted(model(), form)
     arrays = Arrays.of(batch(2, width, seed=3))
@@ -358,7 +359,7 @@ def test_gradients_equal_finite_differences(model, form, width):
 
 @pytest.mark.parametrize("mode", CHECKPOINT_MODES)
 @pytest.mark.parametrize("form", ["lora", "dora"])
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("model", named(MODELS, "gpt_oss-mxfp4"))
 def test_checkpointed_gradients_are_the_same_dropout_included(model, form, mode):
     def drawn(mode: str, kernels: bool, seed: int = 7) -> dict[str, mx.array]:
         made = adapted(model(), form)
@@ -376,7 +377,7 @@ def test_checkpointed_gradients_are_the_same_dropout_included(model, form, mode)
 
 @pytest.mark.parametrize("form", ["lora", "dora"])
 @pytest.mark.parametrize("experts_only", [False, True])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", by_default(MODELS, "gpt_oss-mxfp4", "qwen3_moe-4bit"))
 def test_training_lowers_the_loss_and_moves_the_factors_alone(name, experts_only, form):
     model = MODELS[name]()
     checksum = weights_checksum(model)
@@ -392,7 +393,7 @@ def test_training_lowers_the_loss_and_moves_the_factors_alone(name, experts_only
 
 
 @pytest.mark.parametrize("init", ["kaiming", "pissa", "svd"])
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("model", named(MODELS, "gpt_oss-mxfp4", "qwen3_moe"))
 def test_every_start_leaves_a_mixture_as_it_was(model, init):
     model, ids = model(), mx.array([[1, 2, 3, 4, 5] * 8])
     before = model(ids)

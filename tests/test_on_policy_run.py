@@ -12,6 +12,7 @@ from conftest import tiny_model, write_folder
 from ranks import Started
 from resumed_runs import stopped_after, weights
 from run_cli import one_line, run
+from tiers import by_default
 
 from mlx_lora.objectives.table import OF_SAMPLING, OF_TEACHER
 from mlx_lora.utils import device
@@ -50,7 +51,9 @@ def held_out(folder: Path, name: str = "kl") -> list[float]:
     return [line[name] for line in lines(folder) if line["val_loss"] is not None]
 
 
-@pytest.mark.parametrize("flags", [(), ("--divergence", "sampled_kl", "--group-size", 16)])
+@pytest.mark.parametrize(
+    "flags", [(), pytest.param(("--divergence", "sampled_kl", "--group-size", 16), marks=pytest.mark.slow)]
+)
 def test_the_student_comes_closer_to_the_teacher(flags, tiny_folder, teacher, data, tmp_path):
     asked = ("--teacher", teacher, *flags, "--iters", 20, "--steps-per-eval", 20, "--val-batches", -1)
     ran = run(*command(tiny_folder, data, tmp_path / "a", *asked))
@@ -107,7 +110,7 @@ def test_the_base_is_its_own_teacher(tiny_folder, data, tmp_path):
     assert held_out(tmp_path / "same")[0] == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize("method", ["full", "dora", pytest.param("pissa", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", by_default(["full", "dora", "pissa"], "dora"))
 def test_every_method_leaves_the_teacher_as_it_is(method, tiny_folder, data, tmp_path):
     """The student moves; what is compared with it at the end is the base as it was."""
     asked = ("--teacher-prompt", data / "persona.txt", "--iters", 4, "--method", method, "--learning-rate", "1e-3")
@@ -119,7 +122,7 @@ def test_every_method_leaves_the_teacher_as_it_is(method, tiny_folder, data, tmp
 @pytest.mark.parametrize(
     "flags",
     [
-        (),
+        pytest.param((), marks=pytest.mark.slow),
         ("--divergence", "sampled_kl", "--updates-per-rollout", 2, "--dropout", 0.1),
         pytest.param(
             ("--divergence", "jsd", "--updates-per-rollout", 2, "--grad-accumulation-steps", 2, "--group-size", 2),
@@ -219,7 +222,7 @@ def test_bad_input_is_one_line(case, tiny_folder, teacher, data, tmp_path):
     one_line(run(*command(tiny_folder, data, tmp_path / "a", *given, *flags)), words)
 
 
-@pytest.mark.parametrize("flags", [(), ("--divergence", "sampled_kl")])
+@pytest.mark.parametrize("flags", [(), pytest.param(("--divergence", "sampled_kl"), marks=pytest.mark.slow)])
 def test_a_broken_teacher_ends_the_run(flags, tiny_folder, data, tmp_path):
     model = tiny_model(seed=4)
     model.model.norm.weight = mx.full(model.model.norm.weight.shape, float("nan"))

@@ -128,6 +128,7 @@ def test_several_processes_sample_the_answers_and_take_the_steps_of_one(name, ti
     assert len({line["reward"] for line in lines(tmp_path / "one")}) > 2
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_on_one_rank_ends_all_with_its_words(tiny_folder, data, tmp_path):
     words = command(tiny_folder, data, tmp_path / "a", "--val-batches", 0, reward="fails_on_one")
     ended = ranks_of(2, words, tmp_path / "ranks", 60)

@@ -85,7 +85,7 @@ def stopped_after(folder: Path, copy: Path, step: int) -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        ("grpo",),
+        pytest.param(("grpo",), marks=SLOW),
         ("grpo", "--updates-per-rollout", 2, "--kl-beta", 0.1),
         pytest.param(
             ("grpo", "--updates-per-rollout", 2, "--grad-accumulation-steps", 2, "--grpo-loss", "gspo"), marks=SLOW

@@ -13,6 +13,7 @@ import mlx.core as mx
 import pytest
 from conftest import tiny_model, write_folder
 from run_cli import one_line, run
+from tiers import by_default
 
 from mlx_lora.config.objectives import IMITATION, SAMPLING, ObjectiveSettings
 from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS
@@ -77,7 +78,10 @@ def trained(folder: Path, tiny_folder, data, objective: str, *more: object) -> l
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name not in (*IMITATION, *SAMPLING)])
+@pytest.mark.parametrize(
+    "objective",
+    by_default([name for name in OBJECTIVES if name not in (*IMITATION, *SAMPLING)], "dpo", "kto", "reward"),
+)
 def test_each_objective_widens_the_margin(objective, tiny_folder, data, tmp_path):
     lines = trained(tmp_path / "a", tiny_folder, data, objective, "--iters", 8)
     losses = [line["loss"] for line in lines if line["loss"] is not None]
@@ -129,7 +133,7 @@ def test_every_option_changes_the_loss_and_is_refused_elsewhere(name, tiny_folde
     assert f"{flag[0]} with --objective sft: only" in refused.err
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize("objective", by_default(["dpo", "kto"], "kto"))
 def test_a_run_that_was_cut_goes_on_to_the_same_bytes(objective, tiny_folder, data, tmp_path):
     more = ("--iters", 6, "--save-every", 2, "--dropout", 0.1)
     trained(tmp_path / "whole", tiny_folder, data, objective, *more)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from run_cli import one_line, run
+from tiers import by_default
 
 from mlx_lora.config.load import RECIPES, names_recipe, read_settings, train_settings
 from mlx_lora.rollouts.rewards import rewards_for, rewards_of, summed
@@ -78,9 +79,7 @@ def test_no_question_stands_twice(name):
         assert len(rows(name, split)) >= least
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == PERSONA else name for name in NAMES]
-)
+@pytest.mark.parametrize("name", by_default(NAMES, "customer-service", SUMS))
 def test_each_recipe_trains_and_drops_no_row(name, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())

@@ -11,6 +11,7 @@ from architectures.build import tiny_architecture
 from conftest import tiny_model
 from real_models import smollm2_gguf
 from run_cli import run
+from tiers import by_default
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ModelSettings, TrainSettings
@@ -51,7 +52,11 @@ CONFIG = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads"
 
 @pytest.mark.parametrize(
     "rollout",
-    [Rollout(1, 8, 300, 20), Rollout(4, 8, 20, 20), Rollout(2, 16, 100, 300), Rollout(8, 4, 200, 4)],
+    by_default(
+        [Rollout(1, 8, 300, 20), Rollout(4, 8, 20, 20), Rollout(2, 16, 100, 300), Rollout(8, 4, 200, 4)],
+        Rollout(4, 8, 20, 20),
+        Rollout(8, 4, 200, 4),
+    ),
     ids=lambda one: f"{one.prompts}x{one.group} of {one.prompt_tokens}+{one.new_tokens}",
 )
 def test_the_plan_is_near_the_measured_peak(rollout):

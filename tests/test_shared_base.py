@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from rank_runs import assert_same_run, command, train
-from ranks import Started
+from ranks import Started, in_one_session
 from run_cli import run
 
 from mlx_lora.parallel.sharded_base import ALIGNMENT, cut
@@ -29,19 +29,39 @@ def shared(model, data, folder: Path, ranks: int, *extra) -> tuple[Path, str]:
     return folder / "a", ended.errs[0]
 
 
-@pytest.mark.parametrize(("ranks", "parts"), [(2, "even"), (2, "3:1"), pytest.param(4, "even", marks=pytest.mark.slow)])
+ONE_ROW = ("--batch-size", 1, "--grad-accumulation-steps", 2)
+
+
+@pytest.fixture(scope="module")
+def two(tiny_folder, chats, tmp_path_factory):
+    """Runs of the same two processes: with unequal parts of the base, and with a row for one of them; and what they printed."""
+    root = tmp_path_factory.mktemp("two")
+    runs = [
+        command(tiny_folder, chats, root / "3:1", "--shard-base", "3:1"),
+        command(tiny_folder, chats, root / "a row", "--shard-base", "even", *ONE_ROW),
+    ]
+    return root, in_one_session(runs, 2, root / "session")
+
+
 @STEPS_OF_ONE
-def test_ranks_that_share_the_base_take_the_steps_of_one(ranks, parts, alone, tiny_folder, chats, tmp_path):
-    folder, printed = shared(tiny_folder, chats, tmp_path, ranks, "--shard-base", parts)
+def test_ranks_that_share_the_base_take_the_steps_of_one(alone, two):
+    folder, printed = two
+    assert_same_run(alone, folder / "3:1")
+    assert printed.count("base shared by 2 processes") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@STEPS_OF_ONE
+def test_so_do_more_of_them_with_equal_parts(ranks, alone, tiny_folder, chats, tmp_path):
+    folder, printed = shared(tiny_folder, chats, tmp_path, ranks, "--shard-base", "even")
     assert_same_run(alone, folder)
     assert f"base shared by {ranks} processes" in printed
 
 
-def test_a_rank_without_rows_keeps_up(tiny_folder, chats, tmp_path):
-    one = ("--batch-size", 1, "--grad-accumulation-steps", 2)
-    folder = tmp_path / "alone"
-    assert run("train", *command(tiny_folder, chats, folder, *one)).code == 0
-    assert_same_run(folder, shared(tiny_folder, chats, tmp_path / "two", 2, "--shard-base", "even", *one)[0])
+def test_a_rank_without_rows_keeps_up(two, tiny_folder, chats, tmp_path):
+    assert run("train", *command(tiny_folder, chats, tmp_path / "alone", *ONE_ROW)).code == 0
+    assert_same_run(tmp_path / "alone", two[0] / "a row")
 
 
 @pytest.mark.slow
@@ -69,7 +89,12 @@ def test_what_cannot_share_a_base_is_refused(tiny_folder, chats, tmp_path):
         assert words in ran.err
     ran = run("train", *command(tiny_folder, chats, tmp_path / "a", "--shard-base", "3;1"))
     assert "or parts by rank such as 3:1" in ran.err
-    ended = Started([train(*asked[:-1], "1:2:3")] * 2, tmp_path / "ranks").wait()
+
+
+@pytest.mark.slow
+def test_as_many_parts_as_processes_are_asked_for(tiny_folder, chats, tmp_path):
+    asked = command(tiny_folder, chats, tmp_path / "a", "--shard-base", "1:2:3")
+    ended = Started([train(*asked)] * 2, tmp_path / "ranks").wait()
     assert "3 parts for 2 processes" in ended.message(0)
 
 

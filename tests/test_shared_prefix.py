@@ -12,6 +12,7 @@ from architectures.build import tiny_architecture, tiny_config
 from mlx.utils import tree_flatten
 from run_cli import run
 from tiny_steps import adapted
+from tiers import by_default
 
 from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.config.settings import AdapterSettings
@@ -137,7 +138,7 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("name", SHARING)
-@pytest.mark.parametrize("kernels", [True, False], ids=["ours", "mlx"])
+@pytest.mark.parametrize("kernels", by_default([True, False], True), ids=["ours", "mlx"])
 def test_a_family_gives_the_numbers_of_separate_rows(name, kernels):
     """Rows are longer than every window of these models."""
     config = tiny_config(name)
@@ -226,7 +227,7 @@ def trained(folder, model, data, *more: object):
 
 
 @pytest.mark.float32("the runs part by rounding, which four steps of this rate multiply")
-@pytest.mark.parametrize("objective", ["dpo", "orpo", "reward"])
+@pytest.mark.parametrize("objective", by_default(["dpo", "orpo", "reward"], "dpo"))
 def test_a_run_takes_the_same_steps_with_fewer_positions(objective, tiny_folder, data, tmp_path):
     more = ("--objective", objective, "--batch-size", 100)  # one batch: its rows are dealt by their lengths
     text, shared = trained(tmp_path / "auto", tiny_folder, data, *more)

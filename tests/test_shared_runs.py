@@ -48,6 +48,7 @@ def test_evaluate_measures_what_one_process_measures(alone, tiny_folder, chats, 
     assert "base shared by 2 processes" in ended.errs[0]
 
 
+@pytest.mark.slow
 def test_generate_writes_the_text_of_one_process(alone, tiny_folder, tmp_path):
     words = ("--model", tiny_folder, "--adapter-path", alone, "--prompt", "Say 3. #10", "--max-tokens", 12, "--json")
     expected = json.loads(run("generate", *words).out)

@@ -10,13 +10,13 @@ from architectures.build import tiny_config, write_architecture
 from comparing import by_dtype
 from conftest import TINY, quantized, tiny_model, write_folder
 from rank_runs import assert_same_run, command, weights
-from ranks import Started
+from ranks import Started, in_one_session
 from run_cli import run
 from tiny_moe import tiny_moe, with_quantized_experts
 
 from mlx_lora.planner.several_macs import ARCHITECTURES, cut_problem
 
-SCRIPT, SESSION = (Path(__file__).with_name(name) for name in ("cut_rank.py", "rank_session.py"))
+SCRIPT = Path(__file__).with_name("cut_rank.py")
 # Widths that four ranks divide into whole groups of 32 quantized weights.
 WIDE = {"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4}
 FOUR_BITS = {"quantization": {"group_size": 32, "bits": 4, "mode": "affine"}}
@@ -70,15 +70,6 @@ def test_every_architecture_that_is_cut(ranks, tmp_path):
     assert_close(compared(cases, ranks, tmp_path))
 
 
-def cut(runs: list[list], ranks: int, folder: Path) -> str:
-    """Take runs in several processes, one after the other; return what rank 0 printed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "runs.json").write_text(json.dumps([list(map(str, words)) for words in runs]))
-    ended = Started([[SESSION, folder / "runs.json"]] * ranks, folder / "ranks").wait()
-    assert ended.codes == [0] * ranks, ended.errs
-    return ended.errs[0]
-
-
 def model_folder(kind: str, bits: str, folder: Path) -> Path:
     if kind == "gpt_oss":
         model, config = tiny_moe("gpt_oss")
@@ -106,7 +97,7 @@ def test_ranks_with_parts_of_layers_take_the_steps_of_one(ranks, chats, tmp_path
         model, name = model_folder(kind, bits, tmp_path / f"{kind}-{bits}"), f"{kind}-{bits}-alone"
         assert run("train", *command(model, chats, tmp_path / name)).code == 0
         commands[name] = command(model, chats, tmp_path / f"{name}-cut", *TENSOR)
-    printed = cut([*commands.values()], ranks, tmp_path / "session")
+    printed = in_one_session([*commands.values()], ranks, tmp_path / "session")
     for name in commands:
         # Where a gradient is near zero, Adam makes its rounding a step: of 8 steps of up to 5e-3.
         assert_same_run(tmp_path / name, tmp_path / f"{name}-cut", atol=1e-4)
@@ -130,7 +121,7 @@ def test_methods_and_objectives_of_whole_factors(tiny_folder, chats, tmp_path):
     runs = [
         command(tiny_folder, data, tmp_path / f"{name}-cut", *extra, *TENSOR) for name, (data, *extra) in asked.items()
     ]
-    cut(runs, 2, tmp_path / "session")
+    in_one_session(runs, 2, tmp_path / "session")
     for name in asked:
         # After a restart of ReLoRA, Adam makes the rounding of near-zero gradients a step, as above.
         assert_same_run(tmp_path / name, tmp_path / f"{name}-cut", atol=1e-4 if name == "relora" else 1e-5)
@@ -148,7 +139,7 @@ def test_resumed_with_as_many_ranks_it_is_the_same_run_and_else_by_rounding(tiny
         command(tiny_folder, chats, tmp_path / "auto", "--parallel", "auto"),
         command(tiny_folder, chats, tmp_path / "auto-pissa", "--parallel", "auto", "--method", "pissa"),
     ]
-    printed = cut(runs, 2, tmp_path / "session")
+    printed = in_one_session(runs, 2, tmp_path / "session")
     assert weights(tmp_path / "dropped-again") == weights(tmp_path / "dropped")
     assert_same_run(tmp_path / "plain", tmp_path / "data", since=3)
     assert run("train", *command(tiny_folder, chats, tmp_path / "one", "--resume", kept)).code == 0

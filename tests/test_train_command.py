@@ -15,6 +15,7 @@ import pytest
 import yaml
 from conftest import tiny_model, write_folder
 from run_cli import run
+from tiers import by_default
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import LoopSettings
@@ -228,7 +229,7 @@ def test_resume_adapter_file_starts_from_its_factors(trained, tiny_folder, chats
     assert records[0]["val_loss"] < before[0]["val_loss"] * 0.95
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_number", by_default([signal.SIGINT, signal.SIGTERM], signal.SIGINT))
 def test_interrupt_saves_and_exits_130(tiny_folder, chats, tmp_path, signal_number):
     out = tmp_path / "a"
     command = [sys.executable, "-m", "mlx_lora.train", "--model", tiny_folder, "--data", chats, "--adapter-path", out]
