@@ -9,8 +9,8 @@ import pytest
 from comparing import close
 from conftest import TINY, tiny_model
 from mlx_lm.models import activations, base, gemma3_text, gpt_oss, llama
-from tiny_steps import adapted
 from tiers import by_default, named
+from tiny_steps import adapted
 
 from mlx_lora.kernels.activations import lean_swiglu
 from mlx_lora.kernels.attention import Tiles, tiled_attention

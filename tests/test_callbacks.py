@@ -80,7 +80,8 @@ def test_an_error_in_a_callback_ends_the_run_with_a_checkpoint_that_resumes_to_t
 
 
 @pytest.mark.parametrize(
-    ("event", "kept"), [("on_start", "nothing is saved yet"), ("on_end", "run itself is complete")]
+    ("event", "kept"),
+    [pytest.param("on_start", "nothing is saved yet", marks=pytest.mark.slow), ("on_end", "run itself is complete")],
 )
 def test_an_error_before_or_after_the_steps(base, chats, tmp_path, event, kept):
     with pytest.raises(mlx_lora.RunError, match=rf"Recorder\.{event} failed.*{kept}"):

@@ -18,10 +18,10 @@ def check(monkeypatch):
 
 @pytest.fixture
 def tree(check, tmp_path, monkeypatch):
-    """A checkout with three tests: one imports a module, one a helper that does, one patches it by name."""
-    (tmp_path / "tests").mkdir()
+    """A checkout with three tests: one, in a room, imports a module, one a helper that does, one patches it by name."""
+    (tmp_path / "tests" / "data").mkdir(parents=True)
     for name, text in {
-        "test_direct": "from mlx_lora.data.read import Rows\n",
+        "data/test_direct": "from mlx_lora.data.read import Rows\n",
         "test_helped": "import helper\n",
         "helper": "from mlx_lora.data import read\n",
         "test_patched": "PLACE = 'mlx_lora.data.read.Rows'\n",
@@ -29,15 +29,20 @@ def tree(check, tmp_path, monkeypatch):
     }.items():
         (tmp_path / "tests" / f"{name}.py").write_text(text)
     monkeypatch.setattr(check, "ROOT", tmp_path)
-    check.imported.cache_clear()
+    forget(check)
     yield check
+    forget(check)
+
+
+def forget(check) -> None:
     check.imported.cache_clear()
+    check.reached.cache_clear()
 
 
 def test_a_module_finds_its_tests(tree):
     own, near = tree.touched_tests(["mlx_lora/data/read.py"])
     assert own == []
-    assert sorted(near) == ["tests/test_direct.py", "tests/test_helped.py", "tests/test_patched.py"]
+    assert sorted(near) == ["tests/data/test_direct.py", "tests/test_helped.py", "tests/test_patched.py"]
 
 
 def test_a_helper_a_test_and_a_page_find_theirs(tree):

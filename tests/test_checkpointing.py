@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from comparing import assert_equal
 from conftest import TINY, quantized, tiny_model
+from tiers import by_default
 from tiny_steps import CHECKPOINT_MODES, adapted, batch, factors, gradients, make_step
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
@@ -81,7 +82,7 @@ def test_so_does_that_of_an_embedding_in_a_block(products):
     assert not mx.allclose(gradient(True, 7), gradient(False, 8))
 
 
-@pytest.mark.parametrize("mode", CHECKPOINT_MODES)
+@pytest.mark.parametrize("mode", by_default(CHECKPOINT_MODES, "selective"))
 def test_compiled_steps_give_the_same_factors(mode):
     plain, kept = adapted(4), adapted(4)
     tape = apply_checkpointing(kept, mode)

@@ -174,7 +174,7 @@ def _fail_at(step: int):
 
 @pytest.mark.parametrize(("flags", "words"), [
     (("--learning-rate", 1, "--iters", 60), ("--learning-rate 1",)),
-    (("--learning-rate", 1e-7, "--iters", 60), ("--learning-rate 1e-07",)),
+    pytest.param(("--learning-rate", 1e-7, "--iters", 60), ("--learning-rate 1e-07",), marks=pytest.mark.slow),
     (("--epochs", 1, "--batch-tokens", 2048), ("--epochs",)),
 ])  # fmt: skip
 def test_what_will_not_work_is_said_before(tiny_folder, chats, tmp_path, flags, words):

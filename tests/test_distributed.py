@@ -162,6 +162,7 @@ def test_ranks_with_other_data_or_settings_are_refused(tiny_folder, chats, tmp_p
     assert not (tmp_path / "a" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_stop_of_one_rank_stops_all_after_the_same_step_and_saves(tiny_folder, chats, tmp_path):
     words = train(*command(tiny_folder, chats, tmp_path / "a", "--iters", 10**6, "--steps-per-report", 1000))
     ranks = Started([words, words], tmp_path / "ranks")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -11,6 +12,7 @@ from comparing import by_dtype
 from huggingface_hub import constants
 from run_cli import run
 
+from mlx_lora.cli import doctor
 from mlx_lora.cli.doctor import check_hub, check_repeats, check_versions
 from mlx_lora.kernels import self_test
 
@@ -19,8 +21,16 @@ A_CPUS_SIZES = pytest.mark.cpu(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def speeds():
+    """Measure this machine's speeds once; that takes most of doctor's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor, "check_speed", cache(doctor.check_speed))
+        yield
+
+
 @pytest.fixture(scope="module")
-def asked():
+def asked(speeds):
     return run("doctor", "--json", "--no-hub")
 
 

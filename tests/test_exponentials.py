@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from comparing import close
 from conftest import TINY, tiny_model
-from tiny_steps import adapted, batch, factors
 from tiers import by_default
+from tiny_steps import adapted, batch, factors
 
 from mlx_lora.config.settings import OptimizerSettings
 from mlx_lora.kernels import activations as exponentials

@@ -9,6 +9,7 @@ import pytest
 from architectures.build import tiny_architecture, tiny_config, write_architecture
 from architectures.configs import ways
 from run_cli import run
+from tiers import by_default
 
 from mlx_lora.adapters.targets import has_weights, select_targets
 from mlx_lora.models.tokenizer import load_folder_tokenizer
@@ -88,7 +89,7 @@ def test_families_train_by_the_command(kind, chats, tmp_path):
 
 
 @pytest.mark.cpu("a GPU multiplies by 16-bit experts")
-@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("command", by_default(["train", "evaluate"], "train"))
 def test_16_bit_experts_on_a_cpu_are_refused_in_one_line(command, chats, tmp_path):
     folder = write_architecture(tmp_path / "moe", "qwen3_moe")
     words = ("--model", folder, "--data", chats, "--dtype", "bfloat16")

@@ -12,6 +12,7 @@ import pytest
 from conftest import TINY, quantized, tiny_model
 from mlx.utils import tree_flatten
 from mlx_lm.models import cohere, gemma2, gemma3_text, granite
+from tiers import by_default, named
 from tiny_steps import batch
 
 from mlx_lora.adapters.inject import inject
@@ -118,13 +119,13 @@ def difference(got: tuple[float, dict], expected: tuple[float, dict]) -> float:
     return max(apart)
 
 
-@pytest.mark.parametrize("which", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("which", named(BATCHES, "half trained"))
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_every_gradient_equal_the_plain_paths(name, which):
     assert difference(fast(name, which()), plain(name, which())) < TOLERANCE
 
 
-@pytest.mark.parametrize("mode", ["selective", "block", "2"])
+@pytest.mark.parametrize("mode", by_default(["selective", "block", "2"], "selective", "block"))
 @pytest.mark.parametrize("name", ["tied", "4-bit, tied", "soft cap"])
 def test_so_do_checkpointed_ones(name, mode):
     which = BATCHES["half trained"]()

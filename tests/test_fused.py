@@ -9,8 +9,8 @@ import pytest
 from conftest import TINY, quantized, tiny_model
 from mlx.utils import tree_flatten
 from mlx_lm.models import cohere, gemma2, granite
-from tiny_steps import adapted, batch, factors, make_step
 from tiers import by_default, named
+from tiny_steps import adapted, batch, factors, make_step
 
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets

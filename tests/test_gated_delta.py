@@ -12,8 +12,8 @@ from comparing import close
 from mlx.utils import tree_flatten
 from mlx_lm.models import gated_delta as mlx_lms
 from mlx_lm.models import kimi_linear, olmo_hybrid, qwen3_5
-from tiny_steps import batch
 from tiers import by_default, named
+from tiny_steps import batch
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets

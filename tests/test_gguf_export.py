@@ -20,6 +20,7 @@ from gguf_families import MERGES, write_folder_with_merges
 from make_adapters import adapt_and_save, random_adapter
 from real_models import gemma3_gguf, smollm2_gguf
 from run_cli import one_line, run
+from tiers import by_default
 from tokenizer_judge import differing
 from varied_strings import varied_strings
 
@@ -145,7 +146,7 @@ def merged_weights(folder, adapter) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("source", ["folder", "folder_4bit"])
+@pytest.mark.parametrize("source", by_default(["folder", "folder_4bit"], "folder_4bit"))
 def test_every_type_holds_base_and_adapter(kind, source, tmp_path, request):
     model = request.getfixturevalue(source)
     adapt_and_save(model, tmp_path / "a")

@@ -16,6 +16,7 @@ from comparing import by_dtype
 from conftest import TINY, tiny_model
 from mlx.utils import tree_flatten
 from run_cli import run
+from tiers import by_default
 from tiny_recurrent import recurrent_model
 from tiny_steps import adapted, batch
 
@@ -130,7 +131,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("dtype", by_default([mx.float32, mx.bfloat16], mx.float32))
 @pytest.mark.parametrize(("name", "shape"), SHAPES, ids=str)
 def test_every_candidate_is_right_and_a_slightly_wrong_one_is_not(name, shape, dtype, monkeypatch):
     monkeypatch.setattr("mlx_lora.kernels.table.TRIAL_POSITIONS", 64)

@@ -215,7 +215,9 @@ def test_a_run_equals_one_that_computes_the_whole_block(tiny_folder, chats, tmp_
     assert losses(tmp_path / "part") == pytest.approx(losses(tmp_path / "whole"), rel=by_dtype(1e-5, 5e-3))
 
 
-@pytest.mark.parametrize("flags", [("--kernels", "mlx"), ("--objective", "reward")])
+@pytest.mark.parametrize(
+    "flags", [pytest.param(("--kernels", "mlx"), marks=pytest.mark.slow), ("--objective", "reward")]
+)
 def test_the_header_says_what_the_last_block_computes(flags, tiny_folder, chats, tmp_path):
     pairs = [
         {"prompt": f"Say {n:02}, please.", "chosen": f"It is {n:02}.", "rejected": f"No {n:02}!"} for n in range(12)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import quantized, tiny_model
 from run_cli import run
+from tiers import by_default
 
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels import quantized_matmul as matmul
@@ -117,7 +118,7 @@ def test_the_setting_reaches_the_layers(tiny_4bit_folder, path):
     assert base.model.layers[0].self_attn.q_proj.dense_from_rows == {"packed": device.NEVER, "dense": 1}[path]
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate"])
+@pytest.mark.parametrize("command", by_default(["train", "evaluate", "generate"], "train"))
 def test_every_command_that_shows_the_option_heeds_it(command, tiny_folder, chats, tmp_path):
     more = {
         "train": ("--data", chats, "--adapter-path", tmp_path / "a", "--iters", 1),

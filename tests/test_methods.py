@@ -14,9 +14,9 @@ from make_adapters import TOKENS
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load as mlx_lm_load
 from run_cli import run
+from tiers import by_default
 from tiny_moe import tiny_moe, with_quantized_experts
 from tiny_steps import batch
-from tiers import by_default
 
 from mlx_lora.adapters.base import dense_weight
 from mlx_lora.adapters.inject import adapt_model, adapter_layers, adapter_parameters

@@ -10,9 +10,9 @@ from comparing import assert_equal, weights_checksum
 from conftest import quantized
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
+from tiers import by_default, named
 from tiny_moe import tiny_moe, with_quantized_experts
 from tiny_steps import CHECKPOINT_MODES, batch, gradients, make_step
-from tiers import by_default, named
 
 from mlx_lora.adapters.base import base_dims, dense_weight
 from mlx_lora.adapters.initialize import kaiming_factors

@@ -205,7 +205,14 @@ def test_exports_that_cannot_hold_experts_say_so(form, kind, tmp_path, tmp_path_
 METHODS = [("--method", method) for method in ("dora", "pissa", "adalora", "relora")]
 
 
-@pytest.mark.parametrize("more", [(), *METHODS, ("--grad-checkpoint", "block", "--dropout", 0.1)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        *(pytest.param(flags, marks=() if "dora" in flags else pytest.mark.slow) for flags in METHODS),
+        pytest.param(("--grad-checkpoint", "block", "--dropout", 0.1), marks=pytest.mark.slow),
+    ],
+)
 def test_the_train_command_trains_experts(more, chats, tmp_path, tmp_path_factory):
     folder = folder_of("qwen3_moe-4bit", tmp_path_factory)
     ran = run(

@@ -66,6 +66,6 @@ def test_parameters_are_counted_alike_for_every_form_of_a_model(tiny_folder, tmp
         assert folder_facts(folder)["parameters"] == count
         planned = json.loads(run("plan", "--model", folder, "--chip", "M2", "--json").out)
         assert planned["model"]["parameters"] == count
-        ranked = json.loads(run("plan", "--model", folder, "--chip", "M2", "--rank", 32, "--json").out)
-        assert ranked["model"]["parameters"] == count
-        assert ranked["model"]["trained_parameters"] > planned["model"]["trained_parameters"]
+    ranked = json.loads(run("plan", "--model", tiny_folder, "--chip", "M2", "--rank", 32, "--json").out)
+    assert ranked["model"]["parameters"] == count
+    assert ranked["model"]["trained_parameters"] > planned["model"]["trained_parameters"]

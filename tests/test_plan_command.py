@@ -12,7 +12,7 @@ import pytest
 import yaml
 from architectures.build import write_architecture
 from byte_tokenizer import byte_tokenizer
-from conftest import TINY, tiny_model, write_folder
+from conftest import MEASURE, TINY, tiny_model, write_folder
 from hub_stand_in import hub_server, run_with_hub
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma3_text
@@ -239,6 +239,7 @@ def test_the_text_has_words_for_every_moment_and_sums_that_are_right(tiny_folder
 def test_fast_exponentials_count_only_where_a_run_may_use_them(tiny_folder, tmp_path, monkeypatch):
     measured = []
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path))  # the rates of an earlier plan are kept for a day
+    monkeypatch.setattr(ceilings, "measure_ceilings", MEASURE)
     monkeypatch.setattr(ceilings, "_best_s", lambda make, rounds, clock: 1e-3)
     monkeypatch.setattr(ceilings, "_exponentials_per_s", lambda power, *_: measured.append(power) or 1e8)
     monkeypatch.setattr(exponentials, "usable", lambda array: True)

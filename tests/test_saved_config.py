@@ -13,6 +13,7 @@ import run_cli
 from architectures import saved, stages, sweep, table
 from architectures.build import tiny_config, write_architecture
 from architectures.trial import relative
+from tiers import by_default
 from transformers import CONFIG_MAPPING
 
 from mlx_lora.config.settings import ModelSettings
@@ -154,7 +155,12 @@ def test_what_mlx_lm_cannot_express_is_refused_in_one_line(name, rope, fact, tmp
         outline_of(str(folder / "config.json"))
 
 
-@pytest.mark.parametrize("rope", ["x", [], {}, {"rope_theta": "x"}, {"full_attention": 3, "a": {}}, {"rope_type": []}])
+@pytest.mark.parametrize(
+    "rope",
+    by_default(
+        ["x", [], {}, {"rope_theta": "x"}, {"full_attention": 3, "a": {}}, {"rope_type": []}], "x", {"rope_theta": "x"}
+    ),
+)
 def test_damaged_rope_parameters_end_in_one_line(rope, tmp_path):
     folder = write_architecture(tmp_path / "model", "llama")
     config = json.loads((folder / "config.json").read_text())

@@ -11,8 +11,8 @@ import pytest
 from architectures.build import tiny_architecture, tiny_config
 from mlx.utils import tree_flatten
 from run_cli import run
-from tiny_steps import adapted
 from tiers import by_default
+from tiny_steps import adapted
 
 from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.config.settings import AdapterSettings

@@ -77,7 +77,7 @@ def test_base_and_adapter_are_measured_in_one_call(words, tiny_folder, chats):
     assert "95% interval" in shown
 
 
-def test_answers_stand_side_by_side(words, tiny_folder, trained, chats):
+def test_answers_stand_side_by_side(words, tiny_folder, trained, chats, tmp_path):
     found = json.loads(run(*words, "--show", 3, "--json").out)
     assert [one["question"].startswith("Say") for one in found["examples"]] == [True] * 3
     for one in found["examples"]:
@@ -90,8 +90,10 @@ def test_answers_stand_side_by_side(words, tiny_folder, trained, chats):
     assert all(one["expected"] in text for one in found["examples"])
     ours = mlx_lora.evaluate(tiny_folder, chats, trained[0], show=3)
     assert ours["examples"] == found["examples"]
-    everything = json.loads(run(*words, "--show", 400, "--json").out)["examples"]
-    assert len(everything) == 40
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(chats.read_text().splitlines(keepends=True)[:5]))
+    everything = json.loads(run(*words[:-1], few, "--show", 400, "--json").out)["examples"]
+    assert len(everything) == 5
     base_only = json.loads(run("evaluate", "--model", tiny_folder, "--data", chats, "--show", 2, "--json").out)
     assert [set(one["exact"]) for one in base_only["examples"]] == [{"base"}] * 2
 

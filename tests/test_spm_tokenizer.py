@@ -57,7 +57,9 @@ def test_other_files_are_refused_in_one_line(tmp_path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"no protobuf at all")
     with pytest.raises(InputError, match="not a SentencePiece model"):
         write_tokenizer_from_spm(tmp_path / "tokenizer.model", tmp_path, tmp_path / "out")
-    unigram = spm_model(model_type="unigram")
+    unigram = spm_model(
+        1000, model_type="unigram", input_sentence_size=300, shuffle_input_sentence=False, hard_vocab_limit=False
+    )
     (tmp_path / "tokenizer.model").write_bytes(unigram)
     with pytest.raises(InputError, match="unigram"):
         write_tokenizer_from_spm(tmp_path / "tokenizer.model", tmp_path, tmp_path / "out")

@@ -15,9 +15,9 @@ from architectures.build import tiny_architecture, tiny_config
 from mlx.utils import tree_flatten
 from mlx_lm.models import ssm
 from mlx_lm.models.cache import make_prompt_cache
+from tiers import by_default, named
 from tiny_recurrent import RECURRENT, recurrent_model
 from tiny_steps import batch
-from tiers import by_default, named
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
