@@ -226,7 +226,7 @@ def test_blocks_that_write_into_a_shared_state_are_not_checkpointed(uncompiled):
 def test_a_model_without_a_layer_to_adapt_is_told_so():
     """BitNet's layers are packed in a form of their own."""
     outline = outline_of_config(tiny_config("bitnet"), mx.float32)
-    with pytest.raises(InputError, match="the model's blocks have no linear layer that can be adapted"):
+    with pytest.raises(InputError, match="no linear layer"):
         adapt_model(outline.model, AdapterSettings(), seed=0)
 
 

@@ -67,7 +67,7 @@ def test_an_error_in_a_callback_ends_the_run_with_a_checkpoint_that_resumes_to_t
     base, chats, whole, tmp_path
 ):
     failing, other = Recorder("on_step", 1), Recorder()
-    with pytest.raises(mlx_lora.RunError, match=r"Recorder\.on_step failed \(ZeroDivisionError: of mine\).*step 1 is saved.*resume=\"auto\"") as caught:  # fmt: skip
+    with pytest.raises(mlx_lora.RunError, match=r"ZeroDivisionError: of mine.*step 1 is saved.*resume") as caught:  # fmt: skip
         mlx_lora.train(base, chats, tmp_path / "a", callbacks=[failing, other], **QUICK)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert (tmp_path / "a/checkpoints/step-000001").is_dir()

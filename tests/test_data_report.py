@@ -79,8 +79,8 @@ def test_lines_of_cut_and_doubled_rows_are_named_up_to_ten(tmp_path):
     found = report(tmp_path, rows, max_seq_length=150, valid_fraction=0.0)
     assert (found.truncated, found.duplicates) == (13, 12)
     text = found.render()
-    assert "  truncated: d.jsonl lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 3 more" in text
-    assert "  duplicate, trained as often as it occurs: d.jsonl lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more" in text
+    assert "d.jsonl lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 3 more" in text
+    assert "d.jsonl lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more" in text
     assert DataReport.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     none = report(tmp_path, rows[-1:], valid_fraction=0.0)
     assert "truncated:" not in none.render()

@@ -96,13 +96,13 @@ def test_16_bit_experts_on_a_cpu_are_refused_in_one_line(command, chats, tmp_pat
     words += ("--adapter-path", tmp_path / "a", "--iters", 1) if command == "train" else ()
     ran = run(command, *words)
     assert ran.code == 2
-    assert "a mixture of experts in bfloat16, which mlx can only compute on a GPU; give --dtype float32" in ran.err
+    assert "--dtype float32" in ran.err
     # Packed ones have a product of their own there; an adapter's factors have none.
     packed = tmp_path / "packed"
     assert run("convert", "--model", folder, "--out", packed, "--bits", 4, "--group-size", 32).code == 0
     ran = run(command, *words, "--model", packed)
     assert ran.code == (2 if command == "train" else 0), ran.err
-    assert "give --dtype float32, or choose another model" in ran.err or command == "evaluate"
+    assert "--dtype float32" in ran.err or command == "evaluate"
 
 
 def test_a_model_that_cannot_generate_trains_and_says_so(chats, tmp_path):

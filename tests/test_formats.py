@@ -174,7 +174,7 @@ def test_thinking_has_several_names_and_one_here(name):
 
 
 def test_thinking_that_contradicts_itself_is_refused():
-    with pytest.raises(FormatError, match="message 2 has reasoning_content and thinking, and they differ; keep one"):
+    with pytest.raises(FormatError, match="message 2 has reasoning_content and thinking"):
         assistant(reasoning_content="hm", thinking="ah")
 
 
@@ -211,7 +211,7 @@ def test_harmonys_channels_become_one_turn():
         {"role": "assistant", "content": "b"},
     ]
     for left_over in ([USER, say("analysis", "hm")], [USER, say("commentary", "hm"), USER, say("final", "a")]):
-        with pytest.raises(FormatError, match="channel analysis or commentary is followed by no answer and no call"):
+        with pytest.raises(FormatError, match="channel analysis or commentary"):
             parse_record({"messages": left_over})
     with pytest.raises(FormatError, match="message 2 has channel 'secret'; expected one of analysis"):
         parse_record({"messages": [USER, say("secret", "hm")]})

@@ -333,7 +333,7 @@ def test_a_run_takes_the_same_steps(more, tiny_folder, data, tmp_path):
     asked = ("--iters", 4, "--save-every", 4, *more)
     text, shared = train(tmp_path / "auto", tiny_folder, data / "one", *asked)
     other, separate = train(tmp_path / "off", tiny_folder, data / "one", *asked, "--shared-prefix", "off")
-    assert "a prompt shared by its 4 answers (at least" in text
+    assert "shared by its 4 answers" in text
     assert "a row for each answer (--shared-prefix off)" in other
     for name in ("loss", "val_loss", "reward", "length", "truncated", "kl", "clipped", "grad_norm"):
         ours, theirs = ([line[name] for line in lines if line.get(name) is not None] for lines in (shared, separate))
@@ -363,9 +363,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(name, tiny_folder, data, tmp_pat
 def test_short_prompts_are_shared_where_that_saves_work_or_if_asked(tiny_folder, data, tmp_path):
     asked = ("--iters", 2, *LONG_ANSWERS)
     text, _ = train(tmp_path / "auto", tiny_folder, data / "short.jsonl", *asked)
-    assert "a prompt shared by its answers where that saves work (a shared prompt would save 0% of the work" in text
+    assert "save 0% of the work" in text
     text, _ = train(tmp_path / "on", tiny_folder, data / "short.jsonl", *asked, "--shared-prefix", "on")
-    assert "a prompt shared by its 6 answers (at least" in text
+    assert "shared by its 6 answers" in text
 
 
 def test_a_plan_counts_joined_rows(tiny_folder, data):
@@ -385,7 +385,7 @@ def test_a_plan_counts_joined_rows(tiny_folder, data):
 def test_a_model_that_cannot_share_says_so(tiny_folder, data, tmp_path, monkeypatch):
     monkeypatch.setattr("mlx_lora.objectives.prefix_sharing.unshareable", lambda model: "a layer of it cannot")
     text, _ = train(tmp_path / "auto", tiny_folder, data / "long.jsonl", "--iters", 1)
-    assert "a row for each answer (a layer of it cannot)" in text
+    assert "(a layer of it cannot)" in text
     ran = run(
         "train", "--model", tiny_folder, "--data", data / "long.jsonl", "--adapter-path", tmp_path / "on",
         "--objective", "grpo", *QUICK, "--iters", 1, "--shared-prefix", "on",

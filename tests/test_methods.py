@@ -256,7 +256,7 @@ def test_modules_in_full_beside_the_adapter_are_stored_and_loaded(tmp_path):
 def test_a_module_is_adapted_or_trained_in_full():
     with pytest.raises(InputError, match=r"--modules-to-save .*q_proj.*not both"):
         adapt_model(tiny_model(), AdapterSettings(modules_to_save="q_proj"), seed=0)
-    with pytest.raises(InputError, match="--bias all: the model has no such bias"):
+    with pytest.raises(InputError, match="--bias all: "):
         adapt_model(tiny_model(), AdapterSettings(bias="all"), seed=0)
 
 

@@ -156,5 +156,5 @@ def test_pairs_that_peft_trained_together_are_read(kind, tmp_path):
         assert np.allclose(layer.delta(), expected, atol=1e-4)
     assert not np.allclose(parts[0], parts[1], atol=1e-2)
     mx.save_safetensors(str(tmp_path / "p" / PEFT_WEIGHTS), {name_a: a[:, 1:], name_b: b})
-    with pytest.raises(InputError, match="has factors that do not fit any of the model's experts"):
+    with pytest.raises(InputError, match="do not fit any"):
         load_adapter(loaded(folder), tmp_path / "p")

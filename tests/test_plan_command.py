@@ -372,7 +372,7 @@ def train(folder: Path, chats: Path, out: Path, *more: object):
 def test_train_refuses_what_cannot_fit_and_says_what_would(tiny_folder, chats, tmp_path):
     ran = train(tiny_folder, chats, tmp_path / "a", "--memory-budget", 1e-4)
     assert ran.code == 2
-    assert "even short sequences and small batches do not fit" in ran.lines[-1]
+    assert "do not fit" in ran.lines[-1]
     assert not (tmp_path / "a" / "adapters.safetensors").exists()
     need = planned("--model", tiny_folder, "--max-seq-length", 96, "--batch-size", 40)
     between = need["peak_bytes"] * 0.35 / 1e9

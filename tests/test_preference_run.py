@@ -344,7 +344,7 @@ def test_accuracy_is_refused_where_none_is_reported(objective, tiny_folder, data
         (("--objective", "dpo", "--beta", 0), "--beta 0.0: must be more than 0"),
         (("--objective", "orpo", "--beta", -0.5), "--beta -0.5: must be more than 0"),
         (("--objective", "kto", "--loss-type", "hinge"), "--loss-type 'hinge': not one of kto, apo_zero_unpaired"),
-        (("--objective", "kto", "--pairs", "all"), "--pairs all with --objective kto: it reads no pairs"),
+        (("--objective", "kto", "--pairs", "all"), "--pairs all with --objective kto"),
         (("--pairs", "all"), "--pairs all with --objective sft"),
         (("--objective", "dpo", "--pairs", "some"), "'some': not one of best, all"),
         (("--objective", "dpo", "--data-format", "alpaca"), "--data-format alpaca with --objective dpo"),
@@ -379,17 +379,17 @@ OTHER = {"role": "user", "content": "Another question"}
 @pytest.mark.parametrize(
     ("objective", "record", "words"),
     [
-        ("dpo", {"prompt": "Q", "chosen": "a"}, "a preference pair needs rejected; add it, or remove the row"),
+        ("dpo", {"prompt": "Q", "chosen": "a"}, "needs rejected"),
         ("dpo", {"prompt": "", "chosen": "a", "rejected": "a"}, "the two answers are equal"),
-        ("dpo", {"prompt": "Q", "chosen": "a", "rejected": " "}, "the cell rejected is empty; fill it in, or remove the row"),
+        ("dpo", {"prompt": "Q", "chosen": "a", "rejected": " "}, "cell rejected is empty"),
         ("dpo", {"prompt": [OTHER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-         "the prompt is not the beginning of the chosen dialogue; leave one of them out"),
-        ("dpo", {"prompt": "Q", "completion": "a"}, "needs chosen and rejected; for plain chats, train with --objective sft"),
+         "not the beginning of the chosen dialogue"),
+        ("dpo", {"prompt": "Q", "completion": "a"}, "--objective sft"),
         ("orpo", {"prompt": "Q", "completion": "a", "label": True}, "train with --objective kto"),
         ("sft", {"prompt": "Q", "chosen": "a", "rejected": "b"}, "train with --objective dpo"),
         ("sft", {"instruction": "Q", "completions": [{"response": "a", "overall_score": 1}]}, "train with --objective dpo"),
         ("sft", {"prompt": "Q", "completion": "a", "label": True}, "train with --objective kto"),
-        ("kto", {"prompt": "Q", "completion": "a", "label": "good"}, "label is 'good'; it must be true or false"),
+        ("kto", {"prompt": "Q", "completion": "a", "label": "good"}, "label is 'good'"),
     ],
 )  # fmt: skip
 def test_records_that_cannot_be_used_are_one_line(objective, record, words, tiny_folder, tmp_path):

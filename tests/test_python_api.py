@@ -149,7 +149,7 @@ def test_data_may_be_records_a_data_set_or_splits(chats):
     ("data", "words"),
     [
         ({"prompt": "a"}, "a dict with prompt; give a list of records"),
-        (["a"], r"train record 1: found str; each record is a dict"),
+        (["a"], r"train record 1: found str"),
         ([{"a": 1}, {"b": {1}}], "train record 2: .*set.* keep texts"),
         ([{"a": float("nan")}], "train record 1: .*keep texts"),
         (3, "found int; give a path"),

@@ -65,7 +65,7 @@ def test_a_recipe_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
 def test_an_unknown_recipe_is_answered_with_all_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command in ("train", "plan"):
-        one_line(run(command, "--config", "brad", "--model", "m"), "no recipe of that name; did you mean bard?", *NAMES)
+        one_line(run(command, "--config", "brad", "--model", "m"), "did you mean bard?", *NAMES)
     unlike = run("train", "--config", "nothing-like-it", "--model", "m")
     one_line(unlike, *NAMES)
     assert "did you mean" not in unlike.err

@@ -187,5 +187,5 @@ def test_a_run_says_and_keeps_its_form_and_a_resumed_one_has_it_too(tiny_4bit_fo
     assert one == two
     ran = again("c", "--decode-weights", "packed")
     assert ran.code == 0, ran.err
-    assert "not the form in which answers were sampled before" in ran.err
+    assert "not the form" in ran.err
     assert kept(tmp_path / "c", 6) == "packed"

@@ -225,7 +225,7 @@ def test_a_score_that_is_no_number_stops_the_run_or_is_skipped(untied, judge, tm
     settings = asked(untied, broken)
     rewards = load_rewards(settings, load_base(ModelSettings(model=str(untied))), print)
     answers = {"prompts": ["a"] * 4, "completions": ["b"] * 4, "completion_ids": [[1]] * 4}
-    with pytest.raises(RunError, match="--reward broken gave nan for the answer 'b'"):
+    with pytest.raises(RunError, match="--reward broken gave nan"):
         rewards_for(rewards, answers, settings.objective, print, CONVERSATIONS)
     said = []
     skipping = replace(settings.objective, reward_errors="skip")
@@ -274,7 +274,7 @@ def test_what_is_no_reward_model_is_one_line(untied, data, judge, exported, tmp_
     ran = run("train", "--model", untied, "--data", data / "prompts.jsonl", "--adapter-path", tmp_path / "a",
               "--objective", "grpo", "--reward", two)  # fmt: skip
     assert ran.code == 2
-    assert "its score.weight is (2, 64); a reward model has one of (1, width)" in ran.lines[-1]
+    assert "score.weight is (2, 64)" in ran.lines[-1]
     mx.save_safetensors(str(two / "model.safetensors"), {**stored, "model.extra.weight": mx.zeros((2, 2))})
     ran = run("train", "--model", untied, "--data", data / "prompts.jsonl", "--adapter-path", tmp_path / "a",
               "--objective", "grpo", "--reward", two)  # fmt: skip

