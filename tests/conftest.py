@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from mlx_lora.config.settings import LoopSettings
 from mlx_lora.planner import machine
 from mlx_lora.trainer import block_memory, report_callback
 from mlx_lora.trainer.run_folder import runs_file
+from mlx_lora.utils import console
 
 # The judges of ORPO, CPO and SimPO lie in TRL's experimental part, which warns; and warnings are errors here.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -199,6 +201,14 @@ def compiled_again():
     """A short run on a CPU turns compiling off for its process; the next test has it on."""
     yield
     device.compile_for(device.COMPILE_FROM_STEPS)
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """The lines that the package logs during the test."""
+    lines: list[str] = []
+    with console.log_to(lines.append):
+        yield lines
 
 
 @pytest.fixture

@@ -49,8 +49,8 @@ def identity(settings):
 plain = train_settings({})
 changed = {name: train_settings({name: value}) for name, value in (("target_spread", 0.5), ("report_color", "blue"))}
 changed["target_spread"] = train_settings({"target_spread": 0.5, "adapter_path": "."})
-RunFolder(changed["target_spread"], None, {}, ALONE, None, None).begin(None, 1, print)
-found = train_settings({}, read_settings("run.yaml", {}, print))
+RunFolder(changed["target_spread"], None, {}, ALONE, None, None).begin(None, 1)
+found = train_settings({}, read_settings("run.yaml", {}))
 
 begun = SimpleNamespace(folder="a", identity=identity(plain))
 ranks = Ranks()

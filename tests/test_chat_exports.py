@@ -337,16 +337,15 @@ def test_the_studios_preview_shows_a_chat(tmp_path, tiny_folder):
         build_index({**asked, "speaker": None}, tmp_path / "other")
 
 
-def test_evaluate_takes_the_speaker_of_the_run(tmp_path):
+def test_evaluate_takes_the_speaker_of_the_run(tmp_path, logged):
     (tmp_path / "run.yaml").write_text("speaker: Marta\nconversation_gap: 3.0\nprompt_column: null\n")
     chat, rows = write(tmp_path, GERMAN), write(tmp_path, '{"prompt": "a", "completion": "b"}\n', "rows.jsonl")
-    lines = []
 
     def taken(data, *given):
         settings = train_settings({"model": "m", "data": str(data), **dict(given)})
-        return with_columns_of_run(settings, dict(given), tmp_path, lines.append).data
+        return with_columns_of_run(settings, dict(given), tmp_path).data
 
     assert (taken(chat).speaker, taken(chat).conversation_gap) == ("Marta", 3.0)
-    assert "--speaker Marta" in lines[0]
+    assert "--speaker Marta" in logged[0]
     assert taken(rows).speaker is None
     assert taken(chat, ("speaker", "Ben")).speaker == "Ben"

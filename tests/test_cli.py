@@ -25,7 +25,7 @@ def resolve(tmp_path):
 
     def resolve(flags: dict, text: str):
         (tmp_path / "c.yaml").write_text(text)
-        return train_settings(flags, read_settings(str(tmp_path / "c.yaml"), flags, print))
+        return train_settings(flags, read_settings(str(tmp_path / "c.yaml"), flags))
 
     return resolve
 

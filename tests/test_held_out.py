@@ -155,12 +155,11 @@ def test_a_run_says_what_it_validates_and_measures_the_same_after_a_resume(begun
     assert set(losses(folder)) == {0, 2, 4, 6}
 
 
-def test_a_long_validation_shows_its_progress(monkeypatch):
-    lines = []
+def test_a_long_validation_shows_its_progress(monkeypatch, logged):
     monkeypatch.setattr(long_task, "LINE_EVERY_S", 0.0)
     monkeypatch.setattr(long_task, "QUIET_S", -1.0)
-    assert list(PlainProgress(4, lines.append).validating(iter("abc"), 3)) == ["a", "b", "c"]
-    assert any(line.startswith("Validating: 1 of 3 batches, about ") for line in lines)
+    assert list(PlainProgress(4).validating(iter("abc"), 3)) == ["a", "b", "c"]
+    assert any(line.startswith("Validating: 1 of 3 batches, about ") for line in logged)
     monkeypatch.setattr(progress, "QUIET_S", -1.0)
     console = Console(file=StringIO(), force_terminal=True, width=100)
     live = LiveProgress(4, console)

@@ -100,7 +100,7 @@ def sampled_batches(base, settings, rows: EncodedSet, shared: EncodedSet | None 
     found = []
     for how, planned in ((None, rows), (joining, shared or rows)):
         moved(base, 1)
-        answering = Answering.of(base, settings, [Reward("r", reward)], loss, print, SamplingForm(), joining=how)
+        answering = Answering.of(base, settings, [Reward("r", reward)], loss, SamplingForm(), joining=how)
         moved(base, 2)
         plan = BatchPlan(planned, batch_tokens=10**6, batch_size=4, seed=0)
         batch = plan.batch(0, 0)

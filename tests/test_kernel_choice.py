@@ -157,23 +157,22 @@ def own_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_measured_once_and_again_for_another_mlx(own_cache, monkeypatch):
-    lines: list[str] = []
+def test_measured_once_and_again_for_another_mlx(own_cache, monkeypatch, logged):
     model = tiny_model()
-    first = choose_model_kernels(model, [40, 130], "auto", mx.float32, lines.append)
+    first = choose_model_kernels(model, [40, 130], "auto", mx.float32)
     assert {(kernel, shape[0]) for kernel, shape in first.classes} == {
         ("attention", 64), ("attention", 128), ("gated activation", 256)}  # fmt: skip
-    assert len(lines) == 3
-    assert "attention for 64 keys, 4/2 heads of 16" in lines
-    again = choose_model_kernels(model, [40, 130], "auto", mx.float32, lines.append)
+    assert len(logged) == 3
+    assert any("attention for 64 keys, 4/2 heads of 16" in line for line in logged)
+    again = choose_model_kernels(model, [40, 130], "auto", mx.float32)
     assert again == first
-    assert len(lines) == 3
+    assert len(logged) == 3
     monkeypatch.setattr(device, "version", lambda package: "99.0")
-    choose_model_kernels(model, [40], "auto", mx.float32, lines.append)
-    assert len(lines) == 5
+    choose_model_kernels(model, [40], "auto", mx.float32)
+    assert len(logged) == 5
     (own_cache / "measured/kernels.json").write_text("{damaged")
-    assert choose_model_kernels(model, [40], "auto", mx.float32, lines.append).figures
-    assert len(lines) == 7
+    assert choose_model_kernels(model, [40], "auto", mx.float32).figures
+    assert len(logged) == 7
 
 
 def test_nothing_is_measured_where_that_is_switched_off(own_cache, monkeypatch):
@@ -375,18 +374,17 @@ def test_a_wrong_gradient_is_a_disagreement():
     assert "gradient" in disagreement(model, one, replace(one, gradients={**one.gradients, "b": mx.array([math.nan])}))
 
 
-def test_the_heads_loss_is_measured_on_the_models_own_head(own_cache, monkeypatch):
+def test_the_heads_loss_is_measured_on_the_models_own_head(own_cache, monkeypatch, logged):
     monkeypatch.setattr(device, "trial_flops", lambda: 1e5)
-    lines: list[str] = []
     model = adapted()
-    loss = choose_loss(model, TINY, say=lines.append)
-    assert lines == ["Measuring cross-entropy for a vocabulary of 288 and width 64 (float), once on this machine"]
+    loss = choose_loss(model, TINY, measure=True)
+    assert logged == ["Measuring cross-entropy for a vocabulary of 288 and width 64 (float), once on this machine"]
     found = read_figures(figures_key(loss_choice.NAME, loss_choice.head_class(find_head(model, TINY)), mx.float32))
     assert found.keys() - {"plain"} == {*loss_choice.loss_kernels()}
     assert all(one.correct for one in found.values())
     assert loss.kernel == loss_choice.choose_kernel(found)
-    choose_loss(model, TINY, say=lines.append)
-    assert len(lines) == 1
+    choose_loss(model, TINY, measure=True)
+    assert len(logged) == 1
 
 
 def test_the_models_own_loss_is_measured_if_no_kernel_is_right(own_cache, monkeypatch):
@@ -400,15 +398,14 @@ def test_the_models_own_loss_is_measured_if_no_kernel_is_right(own_cache, monkey
     assert loss_choice.choose_kernel(found) == "plain"
 
 
-def test_long_comparisons_with_the_models_own_are_told(own_cache, monkeypatch):
+def test_long_comparisons_with_the_models_own_are_told(own_cache, monkeypatch, logged):
     monkeypatch.setattr(long_task, "LINE_EVERY_S", 0.0)
     monkeypatch.setattr(long_task, "QUIET_S", -1.0)
-    lines: list[str] = []
     model = adapted()
     choice = choose_model_kernels(model, [40], "ours", mx.float32)
-    assert check_kernels(model, TINY, choose_loss(model, TINY, "ours", lines.append), choice, lines.append)[0]
+    assert check_kernels(model, TINY, choose_loss(model, TINY, "ours", measure=True), choice)[0]
     for what in ("loss", "kernels"):
-        assert any(what in line and "1 of 2 computations, about " in line for line in lines)
+        assert any(what in line and "1 of 2 computations, about " in line for line in logged)
 
 
 CPU = Machine("a CPU", "cpu", 24 * GIB, 22 * GIB, 4)

@@ -83,7 +83,7 @@ def test_loss_and_gradients_are_those_of_the_whole_block(name, uncompiled):
     tied = next(iter(ways(name)))
     model, config = moved(tiny_architecture(name, tied)), tiny_config(name, tied)
     model.train()
-    part, whole = (choose_loss(model, config, "ours", None, why) for why in ("", NOT_PART))
+    part, whole = (choose_loss(model, config, "ours", False, why) for why in ("", NOT_PART))
     assert part.part_of_last
     assert "last block where trained" in part.description
     assert whole.description.endswith(f"whole last block ({NOT_PART})")
@@ -99,7 +99,7 @@ def test_loss_and_gradients_are_those_of_the_whole_block(name, uncompiled):
 def test_checkpointed_and_compiled(mode, compiled):
     model = adapted()
     model.train()
-    part, whole = (choose_loss(model, TINY, "ours", None, why) for why in ("", NOT_PART))
+    part, whole = (choose_loss(model, TINY, "ours", False, why) for why in ("", NOT_PART))
     arrays = some_trained(2, 70, 48)
     found = loss_and_gradient(model, part, arrays, mode, compiled)
     assert_equal(found, loss_and_gradient(model, whole, arrays))
@@ -157,7 +157,7 @@ def test_scores_of_last_tokens(monkeypatch):
     assert_equal(loss_and_gradient(model, part, arrays), loss_and_gradient(model, whole, arrays))
     objective = objective_of(ObjectiveSettings("reward"))
     for why, taken in (("", True), (NOT_PART, False)):
-        assert task_of(objective, choose_loss(model, TINY, "ours", None, why), model).loss.part_of_last in (
+        assert task_of(objective, choose_loss(model, TINY, "ours", False, why), model).loss.part_of_last in (
             taken,
             False,
         )

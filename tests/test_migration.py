@@ -14,6 +14,7 @@ from mlx_lora.config import settings as config
 from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.config.migrate import DIALECTS, find_dialect, migrate, objective_keys
 from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS, SMOOTHED, objective_of
+from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 
 FOREIGN = Path(__file__).parent / "foreign"
@@ -290,12 +291,13 @@ def read(name: str, folder: Path) -> tuple[dict, list[str]]:
     """Migrate a file of tests/foreign; return the settings and what is said."""
     content = yaml.safe_load((FOREIGN / name).read_text().replace("{folder}", str(folder)))
     said: list[str] = []
-    return migrate(content, (), name, said.append), said
+    with console.log_to(said.append):
+        return migrate(content, (), name), said
 
 
-def from_file(file: Path, flags=MappingProxyType({}), say=print) -> config.TrainSettings:
+def from_file(file: Path, flags=MappingProxyType({})) -> config.TrainSettings:
     """Resolve settings as the commands do."""
-    return train_settings(flags, read_settings(str(file), flags, say))
+    return train_settings(flags, read_settings(str(file), flags))
 
 
 def left_out(said: list[str]) -> list[str]:
@@ -353,7 +355,8 @@ def test_flags_beat_the_file_and_its_trainers_defaults(tmp_path):
     file.write_text("model: m\ndata: d\nlora_parameters: {rank: 4, scale: 2.0}\nfine_tune_type: dora\nbatch_size: 8\n")
     said: list[str] = []
     flags = {"epochs": 2.0, "learning_rate": 1e-3, "method": "rslora", "batch_tokens": 512, "mask_prompt": True}
-    settings = from_file(file, flags, said.append)
+    with console.log_to(said.append):
+        settings = from_file(file, flags)
     assert (settings.loop.iters, settings.loop.epochs) == (None, 2.0)
     assert settings.adapter.method == "rslora"
     assert (settings.loop.batch_size, settings.loop.batch_tokens) == (None, 512)
@@ -525,7 +528,7 @@ def test_train_runs_an_axolotl_file(tiny_folder, chats, tmp_path):
 def test_files_of_preference_training_are_read(text, wanted, tmp_path):
     file = tmp_path / "theirs.yaml"
     file.write_text(text)
-    settings = train_settings({}, read_settings(str(file), {}, lambda line: None))
+    settings = train_settings({}, read_settings(str(file), {}))
     found = settings.to_flat()
     assert {name: found[name] for name in wanted} == wanted
     if settings.objective.objective in OBJECTIVES:
@@ -556,13 +559,12 @@ TRL_FILE = "model_name_or_path: m\ndataset_name: d\n"
         ("model: m\ntrain_mode: grpo\nreward_functions: r1_int_reward_func\n", {"reward": None}, "r1_int_reward_func: not a function"),
     ],
 )  # fmt: skip
-def test_files_of_training_on_rewards_are_read(text, wanted, told, tmp_path):
+def test_files_of_training_on_rewards_are_read(text, wanted, told, tmp_path, logged):
     file = tmp_path / "theirs.yaml"
     file.write_text(text)
-    said: list[str] = []
-    found = train_settings({}, read_settings(str(file), {}, said.append)).to_flat()
+    found = train_settings({}, read_settings(str(file), {})).to_flat()
     assert {name: found[name] for name in wanted} == wanted
-    assert any(told in line for line in said), said
+    assert any(told in line for line in logged), logged
 
 
 def test_a_run_starts_from_trls_grpo_file(tiny_folder, tmp_path, monkeypatch):
@@ -586,20 +588,20 @@ def test_a_run_starts_from_trls_grpo_file(tiny_folder, tmp_path, monkeypatch):
 def test_gkd_with_sampled_answers_is_on_policy(tmp_path):
     file = tmp_path / "gkd.yaml"
     file.write_text("model_name_or_path: m\ndataset_name: d\nteacher_model_name_or_path: big\nlmbda: 1\nbeta: 1\n")
-    found = train_settings({}, read_settings(str(file), {}, lambda line: None)).objective
+    found = train_settings({}, read_settings(str(file), {})).objective
     assert (found.on_policy, found.temp, found.max_new_tokens, found.divergence) == (True, 0.9, 128, "reverse_kl")
 
 
-def test_the_flag_says_what_a_file_of_trl_is_for(tmp_path):
+def test_the_flag_says_what_a_file_of_trl_is_for(tmp_path, logged):
     file = tmp_path / "trl.yaml"
     file.write_text("model_name_or_path: m\ndataset_name: d\nbeta: 0.2\n")
     found = {}
     for objective in (None, "orpo", "kto", "sft", "rloo"):
         flags = {"objective": objective} if objective else {}
-        said: list[str] = []
-        found[objective] = train_settings(flags, read_settings(str(file), flags, said.append)).objective
-        assert any("read as a file of trl dpo" in line for line in said) == (objective is None)
-        assert any("left out: beta" in line for line in said) == (objective == "sft")
+        logged.clear()
+        found[objective] = train_settings(flags, read_settings(str(file), flags)).objective
+        assert any("read as a file of trl dpo" in line for line in logged) == (objective is None)
+        assert any("left out: beta" in line for line in logged) == (objective == "sft")
     assert [(one.objective, one.beta, one.kl_beta) for one in found.values()] == [
         ("dpo", 0.2, 0),
         ("orpo", 0.2, 0),
@@ -632,14 +634,13 @@ def test_a_file_sets_just_the_options_that_its_objective_has():
         ("prompts.of_mine", None, "left out: datasets.type"),
     ],
 )  # fmt: skip
-def test_types_of_axolotls_preference_data(kind, template, told):
+def test_types_of_axolotls_preference_data(kind, template, told, logged):
     content = yaml.safe_load(
         f"base_model: m\nadapter: lora\nrl: orpo\nval_set_size: 0\ndatasets: [{{path: d, type: {kind}}}]\n"
     )
-    said: list[str] = []
-    found = migrate(content, (), "f", said.append)
+    found = migrate(content, (), "f")
     assert (found.get("chat_template"), found.get("data_format")) == (template, None)
-    assert any((told or "datasets.type") in line for line in said) == bool(told)
+    assert any((told or "datasets.type") in line for line in logged) == bool(told)
 
 
 AXOLOTL_SET = "base_model: m\nadapter: lora\ndatasets: [{{path: d, {}}}]\n"
@@ -677,6 +678,6 @@ def test_names_of_columns_and_turns_are_read(text, wanted):
 
 def test_sets_that_are_read_alike_are_joined():
     two = "base_model: m\nadapter: lora\ndatasets: [{path: a, type: alpaca}, {path: b, type: %s}]\n"
-    assert migrate(yaml.safe_load(two % "alpaca"), (), "f", print)["data"] == "a,b"
-    assert migrate(yaml.safe_load(two % "sharegpt"), (), "f", print)["data"] == "a"
-    assert migrate(yaml.safe_load("model: m\nhf_dataset: [{path: a}, {path: b}]\n"), (), "f", print)["data"] == "a,b"
+    assert migrate(yaml.safe_load(two % "alpaca"), (), "f")["data"] == "a,b"
+    assert migrate(yaml.safe_load(two % "sharegpt"), (), "f")["data"] == "a"
+    assert migrate(yaml.safe_load("model: m\nhf_dataset: [{path: a}, {path: b}]\n"), (), "f")["data"] == "a,b"

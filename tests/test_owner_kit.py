@@ -105,7 +105,7 @@ def test_a_wrong_kernel_is_named_and_nothing_else_is_red(tmp_path, monkeypatch):
     monkeypatch.setattr(kernel_table, "lean_swiglu", wrong)
     asked = {"kernels", "adapters", "losses"}
     checks = [one for one in all_checks() if one.group in asked or (one.group, one.name) == ("objectives", "sft")]
-    content, _ = run_kit(Asked(tmp_path, quick=True), checks, lambda line: None)
+    content, _ = run_kit(Asked(tmp_path, quick=True), checks)
     assert {line.rpartition(", ")[2].partition(": ")[2] for line in red(content)} == {
         "lean gated activation: output",
         "lean gated activation: gradient",
@@ -114,21 +114,20 @@ def test_a_wrong_kernel_is_named_and_nothing_else_is_red(tmp_path, monkeypatch):
     assert any(check["group"] == "objectives" for check in content["checks"])
 
 
-def test_a_check_that_raises_is_one_red_line(tmp_path):
+def test_a_check_that_raises_is_one_red_line(tmp_path, logged):
     def broken(kit):
         yield Finding("before", "ok", "fine")
         raise RuntimeError("[metal] out of order\nand much more")
 
-    said: list[str] = []
     checks = [good("a"), KitCheck("kernels", "b", broken), good("c")]
-    content, interrupted = run_kit(Asked(tmp_path), checks, said.append)
+    content, interrupted = run_kit(Asked(tmp_path), checks)
     assert (content["finished"], interrupted) == (True, False)
     assert [len(check["findings"]) for check in content["checks"]] == [1, 2, 1]
     assert len(red(content)) == 1
     words = content["checks"][1]["findings"][1]["words"]
     assert "[metal] out of order" in words
     assert "and much more" not in words
-    assert any("out of order" in line for line in said)
+    assert any("out of order" in line for line in logged)
 
 
 def test_after_an_interrupt_only_the_rest_is_run(tmp_path):
@@ -141,13 +140,13 @@ def test_after_an_interrupt_only_the_rest_is_run(tmp_path):
         yield Finding("line", "ok", "fine")
 
     checks = [good("a", calls=calls), KitCheck("kernels", "b", interrupted), good("c", calls=calls)]
-    content, stopped = run_kit(Asked(tmp_path), checks, lambda line: None)
+    content, stopped = run_kit(Asked(tmp_path), checks)
     assert (stopped, content["finished"], kept(tmp_path)["checks"][0]["done"]) == (True, False, True)
     assert (tmp_path / PAGE_FILE).exists()
-    content, stopped = run_kit(Asked(tmp_path), checks, lambda line: None)
+    content, stopped = run_kit(Asked(tmp_path), checks)
     assert (stopped, content["finished"]) == (False, True)
     assert calls == ["a", "b", "b", "c"]
-    run_kit(Asked(tmp_path, again=True, groups=("kernels",)), checks, lambda line: None)
+    run_kit(Asked(tmp_path, again=True, groups=("kernels",)), checks)
     assert calls == ["a", "b", "b", "c", "a", "b", "c"]
 
 
@@ -166,7 +165,7 @@ def killed(kit):
     yield
 
 checks = [KitCheck("kernels", "a", good), KitCheck("kernels", "b", killed), KitCheck("kernels", "c", good)]
-run_kit(Asked(Path(sys.argv[1])), checks, print)
+run_kit(Asked(Path(sys.argv[1])), checks)
 """
 
 
@@ -182,29 +181,29 @@ def test_a_kill_loses_nothing_and_a_check_that_kills_twice_is_passed_by(tmp_path
     state["checks"][1]["attempts"] += 1  # as a second kill leaves it
     state["key"] = kit_run._key(device.current_device(), "full")  # a rehearsal's device is not that of the process
     (tmp_path / RESULT_FILE).write_text(json.dumps(state))
-    content, _ = run_kit(Asked(tmp_path), checks, lambda line: None)
+    content, _ = run_kit(Asked(tmp_path), checks)
     assert calls == ["c"]
     assert red(content) == ["b: the process"]
 
 
-def test_another_version_or_device_starts_anew(tmp_path, monkeypatch):
+def test_another_version_or_device_starts_anew(tmp_path, monkeypatch, logged):
     calls: list[str] = []
-    checks, said = [good("a", calls=calls)], []
+    checks = [good("a", calls=calls)]
     for _ in range(2):
-        run_kit(Asked(tmp_path), checks, said.append)
+        run_kit(Asked(tmp_path), checks)
     assert calls == ["a"]
     versions = kit_run.installed_versions()
     monkeypatch.setattr(kit_run, "installed_versions", lambda: {**versions, "mlx": "99.0"})
-    run_kit(Asked(tmp_path), checks, said.append)
+    run_kit(Asked(tmp_path), checks)
     assert calls == ["a", "a"]
-    assert any("mlx" in line and "99.0" in line for line in said)
+    assert any("mlx" in line and "99.0" in line for line in logged)
     here = device.current_device()
     monkeypatch.setattr(
         kit_run.device, "current_device", lambda: device.Device("cpu", "another", *list(vars(here).values())[2:])
     )
-    run_kit(Asked(tmp_path), checks, said.append)
+    run_kit(Asked(tmp_path), checks)
     assert calls == ["a", "a", "a"]
-    run_kit(Asked(tmp_path, quick=True), checks, said.append)
+    run_kit(Asked(tmp_path, quick=True), checks)
     assert calls == ["a", "a", "a", "a"]
 
 
@@ -223,7 +222,7 @@ def test_a_virtual_gpu_is_named_and_what_it_cannot_do_is_skipped(problem, skippe
     monkeypatch.setattr(kit_run, "gpu_problem", lambda kit: problem)
     checks = [good(f"check of {group}", group) for group in GROUPS]
     checks.append(next(check for check in all_checks() if check.name == "GPU"))
-    content, _ = run_kit(Asked(tmp_path), checks, lambda line: None)
+    content, _ = run_kit(Asked(tmp_path), checks)
     assert content["device"]["virtual"]
     lines = {check["name"]: check["findings"][0] for check in content["checks"]}
     assert {group for group in GROUPS if lines[f"check of {group}"]["status"] == "skipped"} == skipped
@@ -293,7 +292,7 @@ def test_errors_that_are_not_finite_are_red():
 def test_the_cpu_judges_a_gpu_in_float32_too(tmp_path, monkeypatch):
     here = device.Device("metal", "Apple M2", 2**34, 2**33, "")
     monkeypatch.setattr(device, "compute_dtype", lambda name="auto": mx.bfloat16)
-    kits = [Kit(here, quick, tmp_path, 1.0, print) for quick in (True, False)]
+    kits = [Kit(here, quick, tmp_path, 1.0) for quick in (True, False)]
     assert [dtypes_of(kit) for kit in kits] == [[mx.bfloat16], [mx.bfloat16, mx.float32]]
     with on_cpu():
         assert mx.default_device() == mx.Device(mx.cpu)
@@ -305,7 +304,7 @@ def planned_run(planned: int, *peaks: int):
 
 
 def test_a_plan_that_is_off_is_a_warning(tmp_path, monkeypatch):
-    kit = Kit(device.current_device(), False, tmp_path, 1.0, print)
+    kit = Kit(device.current_device(), False, tmp_path, 1.0)
     monkeypatch.setattr(memory_checks, "write_model", lambda folder, *args: folder)
     cases = {(105, 100): "ok", (89, 100, 100): "warning", (111, 100, 100): "warning", (89, 100, 90): "ok"}
     for (planned, *peaks), status in cases.items():
@@ -315,7 +314,7 @@ def test_a_plan_that_is_off_is_a_warning(tmp_path, monkeypatch):
 
 
 def test_speeds_are_those_of_the_counted_passes(tmp_path, monkeypatch):
-    kit = Kit(device.Device("cpu", "a CPU", 2**34, 2**33, ""), False, tmp_path, 1.0, print)
+    kit = Kit(device.Device("cpu", "a CPU", 2**34, 2**33, ""), False, tmp_path, 1.0)
     steps = [{"elapsed_s": end, "real_tokens": 400} for end in (5.0, 9.0, 10.0, 11.0)]  # two of a pass, two counted
     monkeypatch.setattr(speed_checks, "train_child", lambda *args, **named: TrainedRun(steps, {}))
     monkeypatch.setattr(speed_checks.SpeedModel, "write", lambda model, kit: kit.work)

@@ -48,16 +48,16 @@ def test_there_are_six():
 def test_a_recipe_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert tmp_path not in RECIPES.parents
-    named = read_settings("bard", {}, print)
+    named = read_settings("bard", {})
     assert Path(named["data"]) == RECIPES / "bard"
-    file = read_settings(str(RECIPES / "bard.yaml"), {}, print)
+    file = read_settings(str(RECIPES / "bard.yaml"), {})
     assert file["data"] == "recipes/bard"
     assert {**named, "data": None} == {**file, "data": None}
     (tmp_path / "tutor").mkdir()  # a folder of that name changes nothing
-    assert Path(read_settings("tutor", {}, print)["data"]) == RECIPES / "tutor"
+    assert Path(read_settings("tutor", {})["data"]) == RECIPES / "tutor"
     (tmp_path / "tutor").rmdir()
     (tmp_path / "tutor").write_text("rank: 3\n")  # a file does
-    assert read_settings("tutor", {}, print) == {"rank": 3}
+    assert read_settings("tutor", {}) == {"rank": 3}
     assert not names_recipe("bard.yaml")
     assert not names_recipe("runs/bard")
 
@@ -110,11 +110,11 @@ def test_each_recipe_trains_and_drops_no_row(name, tiny_folder, tmp_path, monkey
 
 def test_the_persona_is_found_from_any_folder_and_another_may_take_its_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = read_settings(PERSONA, {}, print)
+    settings = read_settings(PERSONA, {})
     assert Path(settings["teacher_prompt"]).read_text().startswith("You are Captain")
     assert Path(settings["data"]) == RECIPES / PERSONA
     for name in ("data", "own_prompts"):  # either flag says where the prompts come from
-        own = train_settings({name: 9}, read_settings(PERSONA, {name: 9}, print))
+        own = train_settings({name: 9}, read_settings(PERSONA, {name: 9}))
         assert (own.data.data, own.objective.own_prompts) == (("9", None) if name == "data" else (None, 9))
 
 
@@ -155,7 +155,7 @@ def test_the_sums_are_those_of_the_script_and_no_split_has_another_ones(tmp_path
     ],
 )
 def test_the_sums_reward_the_number_and_the_form(text, reward):
-    settings = train_settings({}, read_settings(SUMS, {}, print)).objective
+    settings = train_settings({}, read_settings(SUMS, {})).objective
     given = {"prompts": ["?"], "completions": [text], "completion_ids": [[1]], "answer": ["7"]}
     rewards = rewards_of(settings)
     assert summed(rewards_for(rewards, given, settings, print), rewards).tolist() == [reward]

@@ -98,7 +98,7 @@ def test_an_error_leaves_no_copies(tiny_4bit_folder):
     assert not copies(base.model)
 
 
-def test_the_form_is_chosen_by_memory_and_kept_by_the_checkpoint(tiny_4bit_folder, tiny_folder, monkeypatch):
+def test_the_form_is_chosen_by_memory_and_kept_by_the_checkpoint(tiny_4bit_folder, tiny_folder, monkeypatch, logged):
     base = base_of(tiny_4bit_folder)
     chosen = choose_sampling(base, 8, PLENTY, ALONE)
     assert chosen.identity == {"sampled_by": "dense"}
@@ -110,9 +110,8 @@ def test_the_form_is_chosen_by_memory_and_kept_by_the_checkpoint(tiny_4bit_folde
         InputError, match=r"--resume: the run samples its answers by dense copies .* --decode-weights packed"
     ):
         choose_sampling(base, 8, needed - 1, ALONE, chosen.identity)
-    said: list[str] = []
-    other = choose_sampling(base_of(tiny_4bit_folder, "packed"), 8, PLENTY, ALONE, chosen.identity, said.append)
-    assert (other.identity, len(said)) == ({"sampled_by": "packed"}, 1)
+    other = choose_sampling(base_of(tiny_4bit_folder, "packed"), 8, PLENTY, ALONE, chosen.identity)
+    assert (other.identity, len(logged)) == ({"sampled_by": "packed"}, 1)
     plain = choose_sampling(base_of(tiny_folder), 8, PLENTY, ALONE)
     assert (plain.identity, plain.describe(), plain.copied_bytes) == ({"sampled_by": "floats"}, "", 0)
     with plain.model_of(base) as short:

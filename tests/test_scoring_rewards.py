@@ -90,7 +90,7 @@ def asked(model: Path, *folders: Path, **more: object) -> TrainSettings:
 def loaded(model: Path, *folders: Path) -> tuple[Base, list]:
     """Return a base, and the scorers of reward models beside it."""
     base = load_base(ModelSettings(model=str(model)))
-    return base, [reward.function for reward in load_rewards(asked(model, *folders), base, print)]
+    return base, [reward.function for reward in load_rewards(asked(model, *folders), base)]
 
 
 def wanted_scores(model: Path, judge: Path) -> np.ndarray:
@@ -126,7 +126,7 @@ def test_scores_are_transformers(untied, judge, exported):
 def test_a_reward_model_of_the_same_base_shares_its_weights(untied, judge, exported):
     base = load_base(ModelSettings(model=str(untied)))
     before = mx.get_active_memory()
-    rewards = load_rewards(asked(untied, judge, exported["peft"]), base, print)
+    rewards = load_rewards(asked(untied, judge, exported["peft"]), base)
     scorers = [reward.function for reward in rewards]
     factors = sum(entry.nbytes for entry in mx.load(str(judge / "adapters.safetensors")).values())
     assert [scorer.own_bytes for scorer in scorers] == [factors] * 2
@@ -141,16 +141,17 @@ def test_a_reward_model_of_the_same_base_shares_its_weights(untied, judge, expor
     assert SCORE_WEIGHT not in dict(tree_flatten(base.model.parameters()))
 
 
-def test_a_reward_model_of_another_base_is_loaded_beside_it_and_planned(untied, tiny_folder, data, judge, exported):
-    said = []
+def test_a_reward_model_of_another_base_is_loaded_beside_it_and_planned(
+    untied, tiny_folder, data, judge, exported, logged
+):
     base = load_base(ModelSettings(model=str(tiny_folder)))
-    rewards = load_rewards(asked(tiny_folder, judge, judge, exported["hf"]), base, said.append)
+    rewards = load_rewards(asked(tiny_folder, judge, judge, exported["hf"]), base)
     first, second, whole = (reward.function for reward in rewards)
     assert first(CONVERSATIONS) == second(CONVERSATIONS) == wanted_scores(untied, judge).tolist()
     assert first.own_bytes > base.size_bytes / 2
     assert second.own_bytes < base.size_bytes / 4, "two reward models of one other base share it"
-    assert "beside the base" in said[0]
-    assert "shared" in said[1]
+    assert "beside the base" in logged[0]
+    assert "shared" in logged[1]
     for folders, held in (((judge, judge), first.own_bytes + second.own_bytes), ((exported["hf"],), whole.own_bytes)):
         assert beside_bytes(asked(tiny_folder, *folders)) == pytest.approx(held, rel=0.01)
     common = ("plan", "--model", tiny_folder, "--data", data / "prompts.jsonl", "--objective", "grpo", "--reward")
@@ -161,13 +162,13 @@ def test_a_reward_model_of_another_base_is_loaded_beside_it_and_planned(untied, 
     assert "reward models" in run(*common, judge).out
 
 
-def test_bits_are_those_of_the_trained_model_alone(untied, tiny_folder, judge):
+def test_bits_are_those_of_the_trained_model_alone(untied, tiny_folder, judge, logged):
     plain, packed = asked(tiny_folder, judge), asked(tiny_folder, judge, bits=4)
     sizes = []
     for settings in (plain, packed):
-        base, said = load_base(settings.model), []
-        load_rewards(settings, base, said.append)
-        sizes.append((base.size_bytes, said[-1].rpartition("; ")[2]))
+        base = load_base(settings.model)
+        load_rewards(settings, base)
+        sizes.append((base.size_bytes, logged[-1].rpartition("; ")[2]))
     assert sizes[1][0] < sizes[0][0]
     assert sizes[1][1] == sizes[0][1]  # the judge's base, as it is stored
 
@@ -223,7 +224,7 @@ def test_a_score_that_is_no_number_stops_the_run_or_is_skipped(untied, judge, tm
     stored = mx.load(str(broken / "adapters.safetensors"))
     mx.save_safetensors(str(broken / "adapters.safetensors"), {**stored, SCORE_WEIGHT: stored[SCORE_WEIGHT] * math.nan})
     settings = asked(untied, broken)
-    rewards = load_rewards(settings, load_base(ModelSettings(model=str(untied))), print)
+    rewards = load_rewards(settings, load_base(ModelSettings(model=str(untied))))
     answers = {"prompts": ["a"] * 4, "completions": ["b"] * 4, "completion_ids": [[1]] * 4}
     with pytest.raises(RunError, match="--reward broken gave nan"):
         rewards_for(rewards, answers, settings.objective, print, CONVERSATIONS)

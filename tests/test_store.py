@@ -150,17 +150,16 @@ def test_a_damaged_entry_is_made_again(tmp_path, cache, encodes, file, damage):
     assert len(encodes) == 2
 
 
-def test_only_a_long_encoding_says_how_far_it_is(tmp_path, cache, monkeypatch):
+def test_only_a_long_encoding_says_how_far_it_is(tmp_path, cache, monkeypatch, logged):
     monkeypatch.setattr(encode, "BATCH_ROWS", 10)
-    said = []
-    load_data(write_chats(tmp_path / "a.jsonl"), byte_tokenizer(), 0, said.append)
-    assert said == []
+    load_data(write_chats(tmp_path / "a.jsonl"), byte_tokenizer(), 0)
+    assert logged == []
     monkeypatch.setattr(long_task, "QUIET_S", 0.0)
     monkeypatch.setattr(long_task, "LINE_EVERY_S", 0.0)
     monkeypatch.setattr(long_task.LongTask, "_after", lambda *_: None)  # no line before the first batch
-    load_data(write_chats(tmp_path / "b.jsonl"), byte_tokenizer(), 0, said.append)
-    assert said[0].startswith("Encoding: 10 of 41 records, about ")
-    assert len(said) == 4
+    load_data(write_chats(tmp_path / "b.jsonl"), byte_tokenizer(), 0)
+    assert logged[0].startswith("Encoding: 10 of 41 records, about ")
+    assert len(logged) == 4
 
 
 def test_refused_data_leaves_no_entry(tmp_path, cache):
@@ -171,14 +170,13 @@ def test_refused_data_leaves_no_entry(tmp_path, cache):
     assert not cache.exists()
 
 
-def test_a_cache_that_cannot_be_written_costs_a_note(tmp_path, cache):
+def test_a_cache_that_cannot_be_written_costs_a_note(tmp_path, cache, logged):
     cache.parent.mkdir()
     cache.write_text("a file in the way", encoding="utf-8")
-    said = []
-    splits = load_data(write_chats(tmp_path / "a.jsonl"), byte_tokenizer(), 0, said.append)
+    splits = load_data(write_chats(tmp_path / "a.jsonl"), byte_tokenizer(), 0)
     assert len(splits.train)
-    assert len(said) == 1
-    assert "cannot be kept" in said[0]
+    assert len(logged) == 1
+    assert "cannot be kept" in logged[0]
 
 
 def test_the_room_is_bounded_and_the_last_used_stay(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from mlx_lora.config.settings import LoopSettings
 from mlx_lora.trainer.guards import interrupt_flag
 from mlx_lora.trainer.run import train_run
 from mlx_lora.trainer.trainer import Outcome, report_interval
+from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 
 QUICK = (
@@ -134,8 +135,8 @@ def test_python_trains_to_the_same_bytes_as_the_command_and_prints_nothing(
     }
     flags |= {"model": str(tiny_folder), "data": str(chats), "save_every": 5}
 
-    def train(name: str, say=lambda line: None, **more) -> tuple[Outcome, bytes]:
-        outcome = train_run(train_settings({**flags, "adapter_path": str(tmp_path / name), **more}), say=say)
+    def train(name: str, **more) -> tuple[Outcome, bytes]:
+        outcome = train_run(train_settings({**flags, "adapter_path": str(tmp_path / name), **more}))
         return outcome, (tmp_path / name / "adapters.safetensors").read_bytes()
 
     outcome, same = train("same")
@@ -147,7 +148,8 @@ def test_python_trains_to_the_same_bytes_as_the_command_and_prints_nothing(
     settings = [yaml.safe_load((folder / "run.yaml").read_text()) for folder in (expected, tmp_path / "same")]
     assert {name for name in settings[0] if settings[0][name] != settings[1][name]} == {"adapter_path"}
     lines: list[str] = []
-    _, other = train("other", lines.append, seed=1, val_batches=0)
+    with console.log_to(lines.append):
+        _, other = train("other", seed=1, val_batches=0)
     assert other != same
     assert any(line.startswith("12 steps done") for line in lines)
     with pytest.raises(InputError, match="already holds an adapter"):

@@ -27,7 +27,7 @@ from mlx_lora.models.load import check_token_ids, load_base
 from mlx_lora.models.tokenizer import continued
 from mlx_lora.parallel.sharded_base import await_messages, first_ranks_choice, is_shared, unshareable_words
 from mlx_lora.rollouts.decode import TokenSteps, hold_weights, release_weights
-from mlx_lora.trainer.progress import display_here
+from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_adapter
 
@@ -155,7 +155,8 @@ def load(
         "quantized_matmul": quantized_matmul, "decode_weights": decode_weights,
     }  # fmt: skip
     settings = train_settings(given).model
-    return Base(load_base(settings, say=display_here()[0]), settings)
+    with console.log_to(console.show):
+        return Base(load_base(settings), settings)
 
 
 @speaks_python()

@@ -41,7 +41,7 @@ from mlx_lora.trainer.evaluate import held_out_loss
 from mlx_lora.trainer.report_callback import greedy_text
 from mlx_lora.trainer.run import train_run
 from mlx_lora.trainer.run_folder import CHECKPOINTS
-from mlx_lora.utils import device
+from mlx_lora.utils import console, device
 from mlx_lora.utils.console import perplexity
 from mlx_lora.utils.downloads import SMOLLM2_GGUF, embedded_model
 from mlx_lora.utils.errors import InputError
@@ -135,6 +135,11 @@ def run_demo(demo: Demo, screen: DemoScreen) -> int:
         InputError: the folder holds a run already, or a model that cannot be had or trained.
         RunError: the disk is full, or the run diverged.
     """
+    with console.log_to(console.drop):  # the stages show what is done
+        return _run_stages(demo, screen)
+
+
+def _run_stages(demo: Demo, screen: DemoScreen) -> int:
     check_folder(demo)
     taken = demo.steps_taken()
     if taken:
@@ -154,7 +159,8 @@ def run_demo(demo: Demo, screen: DemoScreen) -> int:
         with screen.stage(2) as done:
             lines = screen.training(demo.run_folder, demo.iters, taken)
             screen.doing("preparing the first step")
-            outcome = train_run(settings, say=lines)
+            with console.log_to(lines):
+                outcome = train_run(settings)
             if not outcome.interrupted:
                 done(f"{outcome.steps} steps, {demo.run_folder}")
         after = None
@@ -194,7 +200,8 @@ def get_model(demo: Demo, screen: DemoScreen) -> tuple[str, str]:
         return demo.model, demo.model
     folder = demo.out / SMOLLM2_GGUF.file_name.split(".")[0]
     if not (folder / "config.json").is_file():  # it is written whole or not at all
-        gguf = embedded_model(SMOLLM2_GGUF, say=screen.doing, hub=model_file)
+        with console.log_to(screen.doing):
+            gguf = embedded_model(SMOLLM2_GGUF, hub=model_file)
         convert_model(resolve_model(str(gguf)), folder, target=None, dtype=device.compute_dtype("auto"))
     return str(folder), f"{folder.name}, 4-bit"
 
@@ -214,7 +221,7 @@ def demo_settings(demo: Demo, model: str) -> TrainSettings:
         "resume": "auto" if demo.steps_taken() else None,
     }
     flags = {name: value for name, value in flags.items() if value is not None}
-    settings = train_settings(flags, read_settings(RECIPE, flags, lambda line: None))
+    settings = train_settings(flags, read_settings(RECIPE, flags))
     return replace(settings, loop=replace(settings.loop, test_batches=-1))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import math
 import os
 import re
@@ -62,6 +63,8 @@ from mlx_lora.utils.hub import resolve_adapter
 from mlx_lora.utils.parsing import parse_yaml
 from mlx_lora.utils.progress import tracked
 
+log = logging.getLogger(__name__)
+
 MOST_SEEN_BYTES = 20_000_000  # of a run's data; larger data takes long to compare with
 
 
@@ -113,7 +116,7 @@ def evaluate(
         raise InputError(f"--batch-tokens {batch_tokens}: must be at least 2")
     check_show(resolved, show)
     folder = None if adapter is None else resolve_adapter(os.fspath(adapter), None)
-    resolved = with_columns_of_run(resolved, settings, folder, lambda line: None)
+    resolved = with_columns_of_run(resolved, settings, folder)
     with base.loaded.lent() as lent:
         found = measure_loss(resolved, lent, folder, ignore_fingerprint, batch_tokens, show=show)
     return found | {"adapter_path": None if adapter is None else os.fspath(adapter), "data": source}
@@ -135,7 +138,6 @@ def measure_loss(
     adapter: Path | None,
     ignore_fingerprint: bool = False,
     batch_tokens: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
     ranks: Ranks = ALONE,
     show: int | None = 0,
     stopped: Callable[[], bool] = never,
@@ -149,7 +151,6 @@ def measure_loss(
         adapter: folder to put on the model.
         ignore_fingerprint: as for load_adapter.
         batch_tokens: positions per batch; None: the default.
-        say: takes lines of progress.
         ranks: that share the base, if the settings say so.
         show: rows of which to ask the questions; None: a few, if the rows have questions.
         stopped: asked whether to end with what is measured so far; the result then has `partial`.
@@ -171,28 +172,28 @@ def measure_loss(
     check_teacher(settings, base.hf_tokenizer)
     prompt = read_teacher_prompt(settings.objective.teacher_prompt)
     if held_out and adapter:
-        rows, trained = held_out_rows(adapter, base.hf_tokenizer, say)
+        rows, trained = held_out_rows(adapter, base.hf_tokenizer)
     else:
-        rows, trained = load_eval_set(data.data or "", data, base.hf_tokenizer, say, objective.records, prompt), None
+        rows, trained = load_eval_set(data.data or "", data, base.hf_tokenizer, objective.records, prompt), None
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
     rows = objective.targets_of(rows)
     if objective.reference:
-        rows = with_reference(settings, base, {"rows": rows}, say)["rows"]
+        rows = with_reference(settings, base, {"rows": rows})["rows"]
     if compares(settings):
-        near = {"near_training": _near_training(adapter, base, rows, trained, say)} if adapter else {}
+        near = {"near_training": _near_training(adapter, base, rows, trained)} if adapter else {}
         asked = questions_of(rows, show)
-        return _compared(settings, base, adapter, rows, ignore_fingerprint, say, asked, stopped) | near
-    taught = with_teacher(settings, base, {"rows": rows}, say)  # before the adapter: the base may be the teacher
+        return _compared(settings, base, adapter, rows, ignore_fingerprint, asked, stopped) | near
+    taught = with_teacher(settings, base, {"rows": rows})  # before the adapter: the base may be the teacher
     rows = taught.sets["rows"]
-    rewards = load_rewards(settings, base, say)  # before the adapter is on the base
+    rewards = load_rewards(settings, base)  # before the adapter is on the base
     if adapter:
         put_adapter(base, adapter, data, objective, ignore_fingerprint)
     settings, shared = share_among(settings, base, ranks)
     if shared.words:
-        say(shared.words)
+        log.info(shared.words)
         check_one_run(ranks, settings, {"base": base.fingerprint, "rows": rows.fingerprint})
-    answered = sampled_plan(settings, base, say, rewards, scorer=taught.scorer)
-    found = held_out_loss(base, rows, settings.loop, objective, ranks, say, answered)
+    answered = sampled_plan(settings, base, rewards, scorer=taught.scorer)
+    found = held_out_loss(base, rows, settings.loop, objective, ranks, answered)
     means = found.reports or {"perplexity": console.perplexity(found.loss)}
     counted = {"answers": found.count} if objective.policy else {"supervised_tokens": rows.supervised_tokens}
     counts = {**counted, "rows": rows.examples}
@@ -215,21 +216,19 @@ def check_show(settings: TrainSettings, show: int) -> None:
         raise InputError(f"--show {show} with {what}: only imitation with the whole base shows answers; leave it out")
 
 
-def _near_training(
-    adapter: Path, base: Base, rows: EncodedSet, trained: EncodedSet | None, say: Callable[[str], None]
-) -> dict[str, Any] | None:
+def _near_training(adapter: Path, base: Base, rows: EncodedSet, trained: EncodedSet | None) -> dict[str, Any] | None:
     """Return how many rows the adapter's run has seen, as JSON values; None where its training rows are not known."""
     if trained is None:
         if not run_of(adapter).get("data"):
             return None
-        splits = data_of_run(adapter, base.hf_tokenizer, say, MOST_SEEN_BYTES)
+        splits = data_of_run(adapter, base.hf_tokenizer, MOST_SEEN_BYTES)
         if isinstance(splits, str):
-            say(f"Not compared with the rows that the run trained on: {splits}")
+            log.info(f"Not compared with the rows that the run trained on: {splits}")
             return None
         trained = splits.train
     seen = seen_rows(rows, trained, base.hf_tokenizer)
     if words := seen.words():
-        say(f"Note: {words}")
+        log.info(f"Note: {words}")
     return asdict(seen)
 
 
@@ -239,7 +238,6 @@ def _compared(
     adapter: Path | None,
     rows: EncodedSet,
     ignore_fingerprint: bool,
-    say: Callable[[str], None],
     asked: Sequence[int],
     stopped: Callable[[], bool],
 ) -> dict[str, Any]:
@@ -248,8 +246,8 @@ def _compared(
     if adapter:
         models = {BASE: without_adapter(base), ADAPTER: base}
         put_adapter(base, adapter, settings.data, objective_of(settings.objective), ignore_fingerprint)
-    found, whole = measure_rows(models, rows, settings.loop, objective_of(settings.objective), say, stopped)
-    examples, answered = ask(models, rows, asked, say, stopped) if asked and whole else ([], whole)
+    found, whole = measure_rows(models, rows, settings.loop, objective_of(settings.objective), stopped)
+    examples, answered = ask(models, rows, asked, stopped) if asked and whole else ([], whole)
     result = Compared(found, whole and answered, examples).to_dict()
     measured = next(iter(found.values())).tokens if found else []
     counts = {"supervised_tokens": int(sum(measured)), "rows": len(measured)}
@@ -305,7 +303,6 @@ def measure_rows(
     rows: EncodedSet,
     loop: LoopSettings,
     objective: Objective,
-    say: Callable[[str], None],
     stopped: Callable[[], bool] = never,
 ) -> tuple[dict[str, RowLosses], bool]:
     """Return the losses of the rows for each model, and whether all rows were measured.
@@ -315,7 +312,6 @@ def measure_rows(
         rows: to measure.
         loop: how rows are put into batches.
         objective: whose loss is a mean over tokens.
-        say: takes lines of progress where there is no bar.
         stopped: asked before each batch whether to end.
     """
     tasks = {
@@ -325,7 +321,7 @@ def measure_rows(
     plan = held_out_plan(rows, loop)
     found: dict[str, list[RowLosses]] = {name: [] for name in models}
     batches = takewhile(lambda _: not stopped(), plan.batches())
-    for batch in tracked(batches, "Measuring", len(plan), "batches", say):
+    for batch in tracked(batches, "Measuring", len(plan), "batches"):
         for name, one in models.items():
             measured = mean_loss(one.model, tasks[name], [batch]).rows
             if measured is not None:
@@ -363,7 +359,6 @@ def ask(
     models: Mapping[str, Base],
     rows: EncodedSet,
     chosen: Sequence[int],
-    say: Callable[[str], None],
     stopped: Callable[[], bool] = never,
 ) -> tuple[list[dict[str, Any]], bool]:
     """Ask each model the questions of some rows, and return question, expected answer and texts, and whether all were asked.
@@ -372,7 +367,6 @@ def ask(
         models: name -> model.
         rows: of prompts and answers.
         chosen: numbers of the rows; see `questions_of`.
-        say: takes lines of progress where there is no bar.
         stopped: asked before each question whether to end.
 
     Returns:
@@ -381,7 +375,7 @@ def ask(
     """
     found = []
     pending = takewhile(lambda _: not stopped(), chosen)
-    for number in tracked(pending, "Asking", len(chosen), "questions", say):
+    for number in tracked(pending, "Asking", len(chosen), "questions"):
         found.append(_answers(models, rows, number))
     return found, len(found) == len(chosen)
 
@@ -416,16 +410,13 @@ CHAT_COLUMNS = ("speaker", "conversation_gap")
 DATA_FIELDS = (*(field.name for field in dataclasses.fields(DataSettings)), "seed", "objective")
 
 
-def with_columns_of_run(
-    settings: TrainSettings, given: Collection[str], adapter: Path | None, say: Callable[[str], None]
-) -> TrainSettings:
+def with_columns_of_run(settings: TrainSettings, given: Collection[str], adapter: Path | None) -> TrainSettings:
     """Return the settings with the columns and turn names of the run that made the adapter, if the data has them.
 
     Args:
         settings: of the evaluation.
         given: settings that the user gave; if one names columns, format or turns, it decides, and not the run.
         adapter: the adapter's folder; one without run.yaml changes nothing.
-        say: called with a line about what was taken.
     """
     if adapter is None or not settings.data.data or not {*NAMES, *CHAT_COLUMNS, "data_format"}.isdisjoint(given):
         return settings
@@ -438,7 +429,7 @@ def with_columns_of_run(
     if not found or settings_problems(changed.to_flat()) or not _has_columns(settings.data.data, found):
         return settings
     named = ", ".join(f"{flag_of(name)} {value}" for name, value in found.items())
-    say(f"Columns as in the run that trained {adapter}: {named}")
+    log.info(f"Columns as in the run that trained {adapter}: {named}")
     return changed
 
 
@@ -494,15 +485,13 @@ def settings_of_run(adapter: Path | None, given: Mapping[str, Any]) -> TrainSett
     return train_settings({**found, **given})
 
 
-def held_out_rows(
-    adapter: Path, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
-) -> tuple[EncodedSet, EncodedSet]:
+def held_out_rows(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedSet, EncodedSet]:
     """Return the rows that a run held out, its test rows if it has some, and those that it trained on.
 
     Raises:
         InputError: it held nothing out, or its data is not there as it was.
     """
-    splits = data_of_run(adapter, tokenizer, say)
+    splits = data_of_run(adapter, tokenizer)
     held_out = splits if isinstance(splits, str) else splits.test or splits.valid
     if isinstance(splits, str) or not isinstance(held_out, EncodedSet):
         why = splits if isinstance(splits, str) else "the run held no rows out"
@@ -513,7 +502,6 @@ def held_out_rows(
 def data_of_run(
     adapter: Path,
     tokenizer: PreTrainedTokenizerBase,
-    say: Callable[[str], None],
     most_bytes: float = math.inf,
 ) -> DataSplits | str:
     """Return the data of the run that made an adapter, split as in the run, or why there is none.
@@ -521,7 +509,6 @@ def data_of_run(
     Args:
         adapter: its folder.
         tokenizer: with the adapter's chat template.
-        say: takes lines of progress.
         most_bytes: larger files are not read.
     """
     run = {name: value for name, value in run_of(adapter).items() if name in FIELDS}
@@ -536,7 +523,7 @@ def data_of_run(
             return "the data of its run is not on this disk"
         if _bytes_of(data) > most_bytes:
             return "the data of its run is large"
-        splits = load_data(settings.data, tokenizer, settings.loop.seed, say)
+        splits = load_data(settings.data, tokenizer, settings.loop.seed)
     except InputError as error:
         return f"the data of its run cannot be read ({error})"
     return splits if _as_it_was(adapter, splits) else "the data of its run has changed"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from mlx_lora.models.load import Base
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
 from mlx_lora.utils.hub import resolve_adapter
+
+log = logging.getLogger(__name__)
 
 READERS = {
     "peft": "PEFT",
@@ -127,7 +129,6 @@ def write_export(
     adapter: Path | None,
     ignore_fingerprint: bool = False,
     keep_dtype: bool = False,
-    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Write what checked settings ask for, with its model card, and upload it.
 
@@ -137,7 +138,6 @@ def write_export(
         adapter: its folder.
         ignore_fingerprint: as for load_adapter.
         keep_dtype: write a merged model in the base's dtype instead of the stored one.
-        say: takes lines about what was written.
     """
     to, out, force = settings.to, settings.out, settings.force
     scores = None if to in FOR_SCORES else False
@@ -150,7 +150,7 @@ def write_export(
         export_gguf(base, info, out, gguf_type, force)
     elif to == "ollama":
         for note in write_ollama(out, base, info, gguf_type=gguf_type, ollama_base=settings.ollama_base, force=force):
-            say(f"  {note}")
+            log.info(f"  {note}")
     elif to == "peft":
         export_peft(base, info, out, settings.base_id, force)
     elif to == "mlx-lm":
@@ -162,12 +162,12 @@ def write_export(
     repo = settings.push_to_hub
     if adapter and to in CARD_LIBRARIES:
         card = write_card(out, CARD_LIBRARIES[to], base, info, read_facts(adapter), settings.base_id, repo)
-        say(f"{out / CARD_FILE}: {'the model card' if card else 'your own file, left as it is'}")
-    say(f"{out}: written for {READERS[to].format(out=out)}")
+        log.info(f"{out / CARD_FILE}: {'the model card' if card else 'your own file, left as it is'}")
+    log.info(f"{out}: written for {READERS[to].format(out=out)}")
     if uses := uses_of(to, out, base.model_id, gguf_type, info is not None and SCORE_WEIGHT in info.full):
-        say("What to do next:\n" + "\n".join(f"    {line}" for line in uses))
+        log.info("What to do next:\n" + "\n".join(f"    {line}" for line in uses))
     if repo:
-        say(f"{repo}: uploaded, {push(out, repo, settings.private)}")
+        log.info(f"{repo}: uploaded, {push(out, repo, settings.private)}")
 
 
 # Checks before the work

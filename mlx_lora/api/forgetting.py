@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -51,6 +52,8 @@ from mlx_lora.trainer.report_callback import greedy_text
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replacing_file
 from mlx_lora.utils.progress import tracked
+
+log = logging.getLogger(__name__)
 
 GENERAL = Path(__file__).parents[1] / "data" / "general"
 TASK, TEXT, CHAT = "task", "general text", "general chat"
@@ -133,7 +136,6 @@ def measure_forgetting(
     general: dict[str, str],
     ignore_fingerprint: bool,
     batch_tokens: int | None,
-    say: Callable[[str], None],
     stopped: Callable[[], bool] = never,
 ) -> Forgetting:
     """Measure every adapter against the base.
@@ -145,7 +147,6 @@ def measure_forgetting(
         general: set -> file or id, instead of the package's.
         ignore_fingerprint: as for load_adapter.
         batch_tokens: positions per batch; None: the default.
-        say: called with lines of progress.
         stopped: asked before each batch and question whether to end; a set that was begun is of the batches so far.
 
     Raises:
@@ -161,20 +162,20 @@ def measure_forgetting(
     sets: dict[str, dict[str, Drift]] = {}
     for where, source in takewhile(lambda _: not stopped(), sources.items()):
         chosen = settings if where == TASK else without_names(settings)
-        rows = load_eval_set(str(source), chosen, base.hf_tokenizer, say)
+        rows = load_eval_set(str(source), chosen, base.hf_tokenizer)
         check_token_ids(base, int(rows.tokens.max(initial=0)), str(source))
         plan = BatchPlan(rows, batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
-        say(f"Measuring the set '{where}': {int(rows.supervised_counts.sum())} tokens in {len(rows)} rows")
+        log.info(f"Measuring the set '{where}': {int(rows.supervised_counts.sum())} tokens in {len(rows)} rows")
         try:
             begun = takewhile(lambda _: not stopped(), plan.batches())
-            batches = tracked(begun, f"Measuring {where}", len(plan), "batches", say)
+            batches = tracked(begun, f"Measuring {where}", len(plan), "batches")
             sets[where] = measure_drifts(own, readouts, batches, vocabulary)
         except ValueError as error:
             if stopped():
                 break
             raise InputError(f"--data {source}: {error}; give rows with something to answer") from None
-    say(f"Asking {len(models) + 1} models the probe questions")
-    probes = ask_probes({"base": base, **models}, _chat_template(base, settings), say, stopped)
+    log.info(f"Asking {len(models) + 1} models the probe questions")
+    probes = ask_probes({"base": base, **models}, _chat_template(base, settings), stopped)
     shown = {
         where: str(source) if where == TASK or where in general else "built in" for where, source in sources.items()
     }
@@ -221,7 +222,6 @@ def _chat_template(base: Base, settings: DataSettings) -> str | None:
 def ask_probes(
     models: dict[str, Base],
     template: str | None,
-    say: Callable[[str], None] | None = None,
     stopped: Callable[[], bool] = never,
 ) -> list[Probe]:
     """Ask every model every probe question.
@@ -229,12 +229,11 @@ def ask_probes(
     Args:
         models: name -> model.
         template: Jinja text for questions; None: the models complete sentences instead.
-        say: takes lines of progress where there is no bar.
         stopped: asked before each question whether to end.
     """
     probes = []
     lines = (GENERAL / "probes.jsonl").read_text(encoding="utf-8").splitlines()
-    for line in tracked(takewhile(lambda _: not stopped(), lines), "Asking", len(lines), "questions", say):
+    for line in tracked(takewhile(lambda _: not stopped(), lines), "Asking", len(lines), "questions"):
         row = json.loads(line)
         prompt = row["question"] if template else row["completion"]
         said = {}

@@ -9,7 +9,6 @@ directions, and a model bears one better than the other: in one model, rounding 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,6 @@ def measure_gain(
     fused: Path,
     data: str | None,
     ignore_fingerprint: bool = False,
-    say: Callable[[str], None] = lambda line: None,
 ) -> Gain | str:
     """Measure the three losses on some rows.
 
@@ -87,7 +85,6 @@ def measure_gain(
         fused: the folder of the fused model.
         data: as `evaluate --data` takes it; None: what the adapter's run held out, if that is on this disk.
         ignore_fingerprint: as for load_adapter.
-        say: takes lines of progress.
 
     Returns:
         The losses, or why there are none.
@@ -98,41 +95,41 @@ def measure_gain(
     base = load_base(model)
     if template := adapter_template(adapter):
         base.hf_tokenizer.chat_template = template
-    rows, of = _given_rows(data, adapter, base, say) if data else _rows_of_run(adapter, base, say)
+    rows, of = _given_rows(data, adapter, base) if data else _rows_of_run(adapter, base)
     if rows is None:
         return of
     rows = rows.select(spaced_by_length(rows, min(ROWS, rows.examples)))
     loop = replace(train_settings({}).loop, batch_tokens=BATCH_TOKENS, test_batches=1)
-    _loss(base, rows, loop, say)  # compares kernels and compiles
+    _loss(base, rows, loop)  # compares kernels and compiles
     start = time.perf_counter()
-    _loss(base, rows, loop, say)
+    _loss(base, rows, loop)
     plan, batches = held_out_plan(rows, loop), max(1, int(BASE_S / (time.perf_counter() - start)))
     while len(plan.examples_of(batches)) < min(LEAST_ROWS, rows.examples):
         batches += 1
     measured, loop = len(plan.examples_of(batches)), replace(loop, test_batches=batches)
-    loss_base = _loss(base, rows, loop, say)
+    loss_base = _loss(base, rows, loop)
     load_adapter(base, adapter, ignore_fingerprint)
-    loss_adapter = _loss(base, rows, loop, say)
+    loss_adapter = _loss(base, rows, loop)
     del base  # two models at once may be too large
-    loss_fused = _loss(load_base(replace(model, model=str(fused), revision=None, bits=None)), rows, loop, say)
+    loss_fused = _loss(load_base(replace(model, model=str(fused), revision=None, bits=None)), rows, loop)
     return Gain(loss_base, loss_adapter, loss_fused, measured, f"{measured} {of}")
 
 
-def _loss(base: Base, rows: EncodedSet, loop: LoopSettings, say: Callable[[str], None]) -> float:
-    return held_out_loss(base, rows, loop, objective_of(train_settings({}).objective), say=say).loss
+def _loss(base: Base, rows: EncodedSet, loop: LoopSettings) -> float:
+    return held_out_loss(base, rows, loop, objective_of(train_settings({}).objective)).loss
 
 
-def _given_rows(data: str, adapter: Path, base: Base, say: Callable[[str], None]) -> tuple[EncodedSet, str]:
+def _given_rows(data: str, adapter: Path, base: Base) -> tuple[EncodedSet, str]:
     """Return the rows of --data, read with the columns of the run that trained the adapter."""
-    settings = with_columns_of_run(train_settings({"data": data}), ("data",), adapter, say)
-    rows = load_eval_set(data, settings.data, base.hf_tokenizer, say)
+    settings = with_columns_of_run(train_settings({"data": data}), ("data",), adapter)
+    rows = load_eval_set(data, settings.data, base.hf_tokenizer)
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data}")
     return rows, f"rows of {data}"
 
 
-def _rows_of_run(adapter: Path, base: Base, say: Callable[[str], None]) -> tuple[EncodedSet | None, str]:
+def _rows_of_run(adapter: Path, base: Base) -> tuple[EncodedSet | None, str]:
     """Return the rows that the adapter's run held out, or None and why there are none."""
-    splits = data_of_run(adapter, base.hf_tokenizer, say, MOST_DATA_BYTES)
+    splits = data_of_run(adapter, base.hf_tokenizer, MOST_DATA_BYTES)
     if isinstance(splits, str):
         return None, splits
     held_out = splits.test or splits.valid

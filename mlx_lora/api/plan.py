@@ -7,6 +7,7 @@ measured. `dry_run` plans as `train` would: it reads the data, reports on it, an
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import date
@@ -72,6 +73,8 @@ from mlx_lora.utils.hub import resolve_config, resolve_model
 from mlx_lora.utils.progress import waiting
 from mlx_lora.utils.text import gigabytes
 
+log = logging.getLogger(__name__)
+
 CHARACTERS_PER_TOKEN = 4  # about, in English; for the number of tokens in a data file
 
 
@@ -129,7 +132,6 @@ def plan_run(
     chip: str | None = None,
     memory_gb: int | None = None,
     all_chips: bool = False,
-    say: Callable[[str], None] = lambda line: None,
     read: Callable[[Outline], DataSplits | None] | None = None,
     identity: Mapping[str, Any] | None = None,
     parts: PlanParts | None = None,
@@ -139,7 +141,6 @@ def plan_run(
     Args:
         settings: of the run.
         chip, memory_gb, all_chips: as for `plan`.
-        say: takes a line from time to time while the data is encoded.
         read: returns the data for the model with this outline; None: what is on this disk is read.
         identity: of the checkpoint that the run goes on from, if it does.
         parts: makes machine and shape; None: they are made anew.
@@ -161,7 +162,7 @@ def plan_run(
     kernels = None if chip is None and memory_gb is None else elsewhere
     outline, shape = parts.shape(settings, dtype, kernels)
     machine = with_kernels(settings, shape, machine, kernels)
-    splits = read(outline) if read else local_data(settings, outline, say)
+    splits = read(outline) if read else local_data(settings, outline)
     if splits is not None:
         check_splits(settings, splits, outline)
     settings, size = measure_data(settings, splits, outline, shape)
@@ -385,7 +386,7 @@ def _chip_row(
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
-def local_data(settings: TrainSettings, outline: Outline, say: Callable[[str], None]) -> DataSplits | None:
+def local_data(settings: TrainSettings, outline: Outline) -> DataSplits | None:
     """Return the run's data; None if some of it is not on this disk, or the model's folder has no tokenizer.
 
     Raises:
@@ -405,14 +406,13 @@ def local_data(settings: TrainSettings, outline: Outline, say: Callable[[str], N
         folder = gguf_tokenizer_folder(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    return read_splits(settings, folder, outline.config, say)
+    return read_splits(settings, folder, outline.config)
 
 
 def read_splits(
     settings: TrainSettings,
     folder: Path,
     config: dict[str, Any],
-    say: Callable[[str], None],
     today: date | None = None,
 ) -> DataSplits:
     """Return the run's data, encoded with the tokenizer in a model's folder.
@@ -420,7 +420,7 @@ def read_splits(
     Args:
         settings: of the run.
         folder, config: of the model.
-        say, today: as for `load_data`.
+        today: as for `load_data`.
 
     Raises:
         InputError: the data cannot be used.
@@ -429,7 +429,7 @@ def read_splits(
     prompt = read_teacher_prompt(settings.objective.teacher_prompt)
     data, room = readable_data(settings)
     records = UNCACHED if room else objective_of(settings.objective).records
-    splits = load_data(data, tokenizer._tokenizer, settings.loop.seed, say, today, records, prompt)
+    splits = load_data(data, tokenizer._tokenizer, settings.loop.seed, today, records, prompt)
     if not room:
         return splits
     # Planned as if every answer took all of its room, as it will be only when the teacher has written them.
@@ -451,14 +451,13 @@ def check_splits(settings: TrainSettings, splits: DataSplits, outline: Outline) 
 # A run without training (--dry-run)
 
 
-def dry_run(settings: TrainSettings, say: Callable[[str], None]) -> dict[str, Any]:
+def dry_run(settings: TrainSettings) -> dict[str, Any]:
     """Read a run's data, report on it and return the run's plan. Nothing is trained, and no run folder is written.
 
     The model's files are downloaded as `train` would, and its tokenizer is used, but its weights are not loaded.
 
     Args:
         settings: of the run.
-        say: takes lines of progress and the report on the data.
 
     Raises:
         InputError: settings, model, data or run folder that `train` would refuse, or a run that does not fit.
@@ -466,24 +465,26 @@ def dry_run(settings: TrainSettings, say: Callable[[str], None]) -> dict[str, An
     check_request(settings, ALONE)
     if not wants_training(settings):
         raise InputError("--dry-run: nothing would be trained with --test alone; give --train too")
-    with waiting("Planning the run", say):
-        return _planned(settings, say)
+    with waiting("Planning the run"):
+        return _planned(settings)
 
 
-def _planned(settings: TrainSettings, say: Callable[[str], None]) -> dict[str, Any]:
+def _planned(settings: TrainSettings) -> dict[str, Any]:
     check_base_fits(settings)
     model = settings.model
     source = resolve_model(model.model or "", model.revision, trust_remote_code=model.trust_remote_code)
     folder = cached_gguf_folder(source) if source.kind == "gguf" else source.path
 
-    found = find_checkpoint(settings.loop, ALONE, say)
+    found = find_checkpoint(settings.loop, ALONE)
 
     def read(outline: Outline) -> DataSplits | None:
         if readable_data(settings)[0].data is None:
-            say("Data: the model writes the prompts itself when the run begins; planned for rows of --max-seq-length")
+            log.info(
+                "Data: the model writes the prompts itself when the run begins; planned for rows of --max-seq-length"
+            )
             return None
-        splits = read_splits(settings, folder, outline.config, say, first_day(settings.loop))
-        say(splits.report.render())
+        splits = read_splits(settings, folder, outline.config, first_day(settings.loop))
+        log.info(splits.report.render())
         if settings.objective.teacher:
             tokenizer = load_folder_tokenizer(folder, outline.config, model.trust_remote_code)
             check_teacher(settings, tokenizer._tokenizer)
@@ -491,7 +492,7 @@ def _planned(settings: TrainSettings, say: Callable[[str], None]) -> dict[str, A
             _check_resume(settings, splits, found)
         return splits
 
-    result = plan_run(settings, say=say, read=read, identity=found and found.identity)
+    result = plan_run(settings, read=read, identity=found and found.identity)
     if not result["fits"] and not result["not_known"] and settings.loop.memory_check:
         raise InputError(
             f"this run: needs {gigabytes(result['needed_bytes'])} at its peak by the plan, and may use "

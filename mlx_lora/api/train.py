@@ -37,7 +37,7 @@ from mlx_lora.rollouts.rewards import IN_PYTHON, RewardFunction
 from mlx_lora.trainer.callbacks import Callback
 from mlx_lora.trainer.progress import curve_html, display_here
 from mlx_lora.trainer.run import train_run
-from mlx_lora.utils import device
+from mlx_lora.utils import console, device
 from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replacing_folder, sha256_of
@@ -107,12 +107,12 @@ def train(
         base.settings,
         {**given, "adapter_path": os.fspath(adapter_path), "data": None if data is None else data_source(data)},
     )
-    say, show = display_here() if progress else (lambda line: None, None)
     base.release()
     mx.reset_peak_memory()  # an earlier run's peak is not this one's
     try:
-        with base.loaded.lent() as lent:
-            outcome = train_run(resolved, say=say, show=show, base=lent, callbacks=callbacks, functions=functions)
+        with base.loaded.lent() as lent, console.log_to(console.show if progress else None):
+            show = display_here() if progress else None
+            outcome = train_run(resolved, show=show, base=lent, callbacks=callbacks, functions=functions)
     finally:
         device.compile_for(device.COMPILE_FROM_STEPS)  # a short run turned compiling off
     if outcome.interrupted and not outcome.steps:

@@ -91,7 +91,7 @@ def main(hub: bool, show_kernels: bool, full: bool, as_json: bool, **kit: Any) -
     checks = [*check_versions(versions), check_memory(here), check_blas(here), *check_arithmetic(), check_repeats()]
     rates, speed = check_speed()
     if show_kernels:
-        measure_usual(console.echo)
+        measure_usual()
     table = known_table()
     checks += [*speed, check_kernels(table), check_cache(), *([check_hub()] if hub else [])]
     if as_json:
@@ -141,14 +141,14 @@ def full_check(
 
     asked = Asked(out or Path(FOLDER), quick, groups, again, minutes or Asked.minutes)
     check_writable(asked.folder, "--out", needed_bytes=10_000_000)
-    content, interrupted = run_kit(asked, all_checks([KitCheck("machine", "short check", short)]), console.echo)
+    content, interrupted = run_kit(asked, all_checks([KitCheck("machine", "short check", short)]))
     console.echo(f"{summary_line(content)}\nWritten to {asked.folder / RESULT_FILE} and {asked.folder / PAGE_FILE}")
     if as_json:
         console.print_json(content)
     if interrupted:
         return 130
     if send:
-        show_issue(content, asked.folder / RESULT_FILE, console.echo)
+        show_issue(content, asked.folder / RESULT_FILE)
     return 1 if content["summary"]["failed"] else 0
 
 

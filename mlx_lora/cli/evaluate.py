@@ -99,14 +99,12 @@ def main(
     if page is not None and not compares(settings):
         raise InputError("--report: only imitation with the whole base has a page; leave it out, or use --json")
     if not held_out:
-        settings = with_columns_of_run(settings, given, adapter, console.echo)
+        settings = with_columns_of_run(settings, given, adapter)
     if show is None and not (page is not None or (sys.stdout.isatty() and not as_json)):
         show = 0  # answers take long, and a script asks for them
     with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks, interrupt_flag(STOPPING) as stopped:
         base = load_base(settings.model, read=settings.loop.shard_base == "off")
-        result = measure_loss(
-            settings, base, adapter, ignore_fingerprint, batch_tokens, console.echo, ranks, show, stopped, held_out
-        )
+        result = measure_loss(settings, base, adapter, ignore_fingerprint, batch_tokens, ranks, show, stopped, held_out)
         if ranks.leads:
             facts = {**result, "adapter_path": adapter_path, "data": settings.data.data}
             print_loss(settings, facts, as_json)
@@ -164,12 +162,10 @@ def _forgetting(
     ignore_fingerprint: bool, batch_tokens: int | None, page: Path | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Measure and print what adapters made the model forget, and return the exit code."""
-    settings = with_columns_of_run(settings, given, adapters[0], console.echo)
+    settings = with_columns_of_run(settings, given, adapters[0])
     base = load_base(settings.model)
     with interrupt_flag(STOPPING) as stopped:
-        found = measure_forgetting(
-            base, adapters, settings.data, general, ignore_fingerprint, batch_tokens, console.echo, stopped
-        )
+        found = measure_forgetting(base, adapters, settings.data, general, ignore_fingerprint, batch_tokens, stopped)
         facts = found.to_dict() | {"partial": stopped()}
     if page is not None and facts["sets"]:
         command = this_command()

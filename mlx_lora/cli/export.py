@@ -22,7 +22,6 @@ from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.gguf.write import DEFAULT_TYPE, TYPES
 from mlx_lora.models.load import load_base
-from mlx_lora.utils import console
 from mlx_lora.utils.hub import resolve_adapter
 
 
@@ -84,4 +83,4 @@ def main(
     settings = train_settings(flags.given(options)).model
     keep_dtype = settings.dtype != "auto"
     base = load_base(settings, read=to not in OF_ADAPTER)  # a base that ranks share may be too large for this machine
-    write_export(asked, base, adapter, ignore_fingerprint, keep_dtype, console.echo)
+    write_export(asked, base, adapter, ignore_fingerprint, keep_dtype)

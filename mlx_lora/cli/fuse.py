@@ -96,7 +96,7 @@ def main(
         console.echo(f"{len(info.full)} parameters trained in full are in it unchanged, in float")
     gain: Gain | str | None = None
     if data or (rounding["error_mean"] > HARMLESS and not scores):
-        gain = measure_gain(settings, adapter, out, data, ignore_fingerprint, console.echo)
+        gain = measure_gain(settings, adapter, out, data, ignore_fingerprint)
     console.echo(f"{out}: {words(rounding, gain)}")
     if as_json:
         measured = gain.facts() if isinstance(gain, Gain) else NOT_MEASURED

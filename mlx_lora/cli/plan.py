@@ -90,7 +90,7 @@ def main(
 ) -> None:
     """Predict the memory and the speed of `train` with these flags, without reading any weights."""
     given = flags.given(options)
-    settings = train_settings(given, read_settings(config_file, given, console.echo))
+    settings = train_settings(given, read_settings(config_file, given))
     if macs is not None or hostfile is not None:
         if chip or memory_gb or (all_chips and not (macs or "").isdecimal()) or (macs and hostfile):
             raise InputError(
@@ -100,7 +100,7 @@ def main(
         planned, text = plan_several(settings, macs, hostfile, link_gbit)
         console.print_json(planned) if as_json else click.echo(text)
         return
-    result = plan_run(settings, chip, memory_gb, all_chips, console.echo)
+    result = plan_run(settings, chip, memory_gb, all_chips)
     if as_json:
         console.print_json(result)
     elif all_chips:

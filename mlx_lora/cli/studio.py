@@ -185,6 +185,6 @@ def run_studio(app: Any, host: str, port: int, browser: bool) -> None:
         webbrowser.open(address)
     server = uvicorn.Server(config)
     app.state.ending = lambda: server.should_exit
-    with socket, contextlib.suppress(KeyboardInterrupt):
+    with socket, contextlib.suppress(KeyboardInterrupt), console.log_to(console.drop):
         server.run([socket])
     console.echo("ended")

@@ -40,7 +40,7 @@ def _starting() -> None:
 def main(config_file: str | None, dry_run: bool, **options: Any) -> int:
     """Train an adapter for --model on --data, and write it to --adapter-path."""
     given = flags.given(options)
-    settings = train_settings(given, read_settings(config_file, given, console.echo))
+    settings = train_settings(given, read_settings(config_file, given))
     try:
         return run(settings, dry_run)
     except InputError as refused:
@@ -61,7 +61,7 @@ def run(settings: TrainSettings, dry_run: bool) -> int:
         from mlx_lora.api.plan import dry_run as dry_plan
         from mlx_lora.api.plan_text import render
 
-        click.echo(render(dry_plan(settings, console.echo)))
+        click.echo(render(dry_plan(settings)))
         return 0
     if settings.loop.max_restarts:
         run_supervised(settings.loop.max_restarts)
@@ -76,7 +76,7 @@ def run(settings: TrainSettings, dry_run: bool) -> int:
         from mlx_lora.trainer.progress import LiveProgress
         from mlx_lora.trainer.run import train_run
 
-        outcome = train_run(settings, ranks, console.echo, LiveProgress if sys.stderr.isatty() else None)
+        outcome = train_run(settings, ranks, LiveProgress if sys.stderr.isatty() else None)
         if outcome.interrupted:
             console.echo(interrupted_line(settings.loop.adapter_path, outcome))
     return 130 if outcome.interrupted else 0

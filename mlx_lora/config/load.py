@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +104,12 @@ def _read(values: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], pr
 # The file of --config
 
 
-def read_settings(path: str | None, flags: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+def read_settings(path: str | None, flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings in a file with our names; empty without a file.
 
     Args:
         path: the YAML file, or the name of a recipe.
         flags: the settings given on the command line; other trainers' defaults for these are not reported.
-        say: takes a line about each setting of another trainer's file that we interpret differently.
 
     Raises:
         InputError: there is no such file or recipe, or the file is not UTF-8 YAML, not a mapping, or cannot be read as ours.
@@ -120,7 +119,7 @@ def read_settings(path: str | None, flags: Mapping[str, Any], say: Callable[[str
     content = with_recipe_paths(read_yaml(str(recipe_file(path)))) if names_recipe(path) else read_yaml(path)
     from mlx_lora.config.migrate import migrate  # only files need it
 
-    return migrate(content, decided_by(flags), path, say, flags.get("objective"))
+    return migrate(content, decided_by(flags), path, flags.get("objective"))
 
 
 def read_yaml(path: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -48,6 +49,8 @@ from mlx_lora.utils.files import one_at_a_time, sha256_of
 from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import counted
 
+log = logging.getLogger(__name__)
+
 EVALUATION = "evaluation"  # what errors call the data that is only measured
 UNCACHED = "prompts"  # what rewards see of these records is not stored
 
@@ -87,7 +90,6 @@ def load_data(
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
-    say: Callable[[str], None] = lambda line: None,
     today: date | None = None,
     records: str = "examples",
     teacher_prompt: str | None = None,
@@ -98,7 +100,6 @@ def load_data(
         settings: `--data`, and which of its tokens to train.
         tokenizer: A fast tokenizer, not mlx-lm's wrapper.
         seed: Of the held-out split.
-        say: Called with a line from time to time during a long encoding.
         today: The day for templates that show the date, unless the settings name one; None: today.
         records: `examples`, `pairs`, `rated` or `prompts`: what the run's objective trains on.
         teacher_prompt: A text that only a teacher sees (--teacher-prompt); the rows then have its rows beside them.
@@ -120,7 +121,7 @@ def load_data(
     kind = f"{records} splits{_seen_with(teacher_prompt)}"
     folder = entry_folder(kind, _paths(sets), settings, tokenizer, seed, day, _mixed(sets))
     with one_at_a_time(folder):  # ranks on one machine encode once
-        splits = _read_or_make_splits(folder, sets, settings, tokenizer, seed, say, day, records, teacher_prompt)
+        splits = _read_or_make_splits(folder, sets, settings, tokenizer, seed, day, records, teacher_prompt)
         return replace(splits, chat_day=day)
 
 
@@ -148,7 +149,6 @@ def _read_or_make_splits(
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
-    say: Callable[[str], None],
     day: date | None,
     records: str,
     teacher_prompt: str | None,
@@ -158,11 +158,11 @@ def _read_or_make_splits(
         rows, details = entry
         report = replace(DataReport.from_dict(details["report"]), data=shown_data(settings.data or ""))
         return DataSplits(rows["train"], rows.get("valid"), rows.get("test"), report, details["chat_template"])
-    splits = _make_splits(sets, settings, tokenizer, seed, say, day, records, teacher_prompt)
+    splits = _make_splits(sets, settings, tokenizer, seed, day, records, teacher_prompt)
     rows = {"train": splits.train, "valid": splits.valid, "test": splits.test}
     details = {"report": splits.report.to_dict(), "chat_template": splits.chat_template}
     if cached:
-        _keep(folder, {name: part for name, part in rows.items() if part is not None}, details, say)
+        _keep(folder, {name: part for name, part in rows.items() if part is not None}, details)
     return splits
 
 
@@ -184,12 +184,12 @@ def _are_mixed(sets: Sequence[DataSet]) -> bool:
     return len(sets) > 1 or sets[0].weight != 1
 
 
-def _keep(folder: Path, sets: dict[str, EncodedSet], details: dict[str, Any], say: Callable[[str], None]) -> None:
+def _keep(folder: Path, sets: dict[str, EncodedSet], details: dict[str, Any]) -> None:
     """Write the encoded sets to the cache; if that fails, print a note and continue."""
     try:
         write_entry(folder, sets, details)
     except OSError as error:
-        say(f"Note: the encoded data cannot be kept for the next run: {folder.parent}: {error.strerror}")
+        log.info(f"Note: the encoded data cannot be kept for the next run: {folder.parent}: {error.strerror}")
 
 
 def _make_splits(
@@ -197,14 +197,13 @@ def _make_splits(
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
-    say: Callable[[str], None],
     day: date | None,
     records: str,
     teacher_prompt: str | None,
 ) -> DataSplits:
     parts, train_parts, repeated = read_sets(sets, settings, records)
     encoder, template, origin = _make_encoder(parts.values(), settings, tokenizer, day)
-    encoded = {name: _encode(rows, encoder, say, teacher_prompt) for name, rows in parts.items()}
+    encoded = {name: _encode(rows, encoder, teacher_prompt) for name, rows in parts.items()}
     _check(settings, parts, encoded)
 
     keys = {name: _keys(parts[name], encoded[name], content_key) for name in encoded}
@@ -256,7 +255,6 @@ def load_eval_set(
     data: str,
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
-    say: Callable[[str], None] = lambda line: None,
     records: str = "examples",
     teacher_prompt: str | None = None,
 ) -> EncodedSet:
@@ -266,7 +264,7 @@ def load_eval_set(
         data: As `--data`.
         settings: Format, template, length and mask; its `data` is ignored.
         tokenizer: A fast tokenizer.
-        say, records, teacher_prompt: As for `load_data`.
+        records, teacher_prompt: As for `load_data`.
 
     Raises:
         InputError: as for `load_data`.
@@ -288,21 +286,21 @@ def load_eval_set(
     cached = records != UNCACHED
     if cached and (entry := read_entry(folder)):
         for line in entry[1]["notes"]:
-            say(line)
+            log.info(line)
         return entry[0][name]
     settings = replace(settings, data=data)
     parts = {EVALUATION: read_rows([file for one in sets for file in one.splits[name]], settings, records)}
     repeated = cut_repeated_prompts([(parts[EVALUATION], 0)])
     check_speaker(parts.values(), settings)
     encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer, day)
-    encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, say, teacher_prompt)}
+    encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, teacher_prompt)}
     _check(settings, parts, encoded)
     notes = [f"Note: {note}" for note in repeated_notes([repeated])]
     notes += evaluation_notes(parts[EVALUATION], encoded[EVALUATION])
     for line in notes:
-        say(line)
+        log.info(line)
     if cached:
-        _keep(folder, {name: encoded[EVALUATION].rows}, {"notes": notes}, say)
+        _keep(folder, {name: encoded[EVALUATION].rows}, {"notes": notes})
     return encoded[EVALUATION].rows
 
 
@@ -338,8 +336,8 @@ def prompt_encoder(
     return _make_encoder([rows], settings, tokenizer, chat_day(settings, tokenizer, today))[0]
 
 
-def _encode(rows: Rows, encoder: Encoder, say: Callable[[str], None], teacher_prompt: str | None = None) -> Encoded:
-    with long_task("Encoding", len(rows.entries), "records", say) as task:
+def _encode(rows: Rows, encoder: Encoder, teacher_prompt: str | None = None) -> Encoded:
+    with long_task("Encoding", len(rows.entries), "records") as task:
         encoded = encode_entries(encoder, rows.entries, task.reach, teacher_prompt)
     for number, why in encoded.dropped.items():
         location = rows.locations[number]

@@ -75,14 +75,12 @@ class Kit:
         quick: take the small share of about a minute.
         work: a folder for models, data and runs, which is removed at the end.
         minutes: length of the steady load.
-        say: takes a line of progress.
     """
 
     here: Device
     quick: bool
     work: Path
     minutes: float
-    say: Callable[[str], None]
 
     @property
     def on_gpu(self) -> bool:

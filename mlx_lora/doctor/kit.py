@@ -5,11 +5,12 @@ The result can become a prefilled issue with the summary and the red lines: the 
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 import webbrowser
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ from mlx_lora.doctor.page import write_kit_page
 from mlx_lora.doctor.runs import run_checks
 from mlx_lora.doctor.speed import speed_checks
 from mlx_lora.doctor.state import MOST_ATTEMPTS, PAGE_FILE, RESULT_FILE, KitState, open_state
-from mlx_lora.utils import device
+from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import first_line
 from mlx_lora.utils.text import counted, format_duration, installed_versions
+
+log = logging.getLogger(__name__)
 
 # Groups whose numbers say nothing about a chip if the GPU is a virtual machine's.
 NOT_VIRTUAL = ("memory", "speed")
@@ -69,13 +72,12 @@ def all_checks(short: Sequence[KitCheck] = ()) -> list[KitCheck]:
     return sorted(made, key=lambda check: list(GROUPS).index(check.group))
 
 
-def run_kit(asked: Asked, checks: Sequence[KitCheck], say: Callable[[str], None]) -> tuple[dict[str, Any], bool]:
+def run_kit(asked: Asked, checks: Sequence[KitCheck]) -> tuple[dict[str, Any], bool]:
     """Run the checks that have not ended yet, write the result and the page, and return the result's content.
 
     Args:
         asked: what the owner asked for.
         checks: all of them.
-        say: takes lines of progress.
 
     Returns:
         The content, and whether the owner interrupted it.
@@ -87,7 +89,7 @@ def run_kit(asked: Asked, checks: Sequence[KitCheck], say: Callable[[str], None]
     share = "quick" if asked.quick else "full"
     state, why = open_state(asked.folder / RESULT_FILE, _facts(here), share, _key(here, share))
     if why:
-        say(f"Starting anew: {why}")
+        log.info(f"Starting anew: {why}")
     wanted = [
         check
         for check in checks
@@ -97,10 +99,12 @@ def run_kit(asked: Asked, checks: Sequence[KitCheck], say: Callable[[str], None]
         state.forget(wanted)
     left = [check for check in wanted if not state.is_done(check)]
     if len(left) < len(wanted):
-        say(f"Going on: {len(wanted) - len(left)} of {counted(len(wanted), 'check')} are done (--again repeats them)")
+        log.info(
+            f"Going on: {len(wanted) - len(left)} of {counted(len(wanted), 'check')} are done (--again repeats them)"
+        )
     interrupted = False
     with tempfile.TemporaryDirectory(prefix="mlx-lora-doctor-", ignore_cleanup_errors=True) as work:
-        kit = Kit(here, asked.quick, Path(work), asked.minutes, say)
+        kit = Kit(here, asked.quick, Path(work), asked.minutes)
         unfit = _unfit_groups(kit)
         try:
             for number, check in enumerate(wanted, 1):
@@ -127,8 +131,9 @@ def _run_one(state: KitState, check: KitCheck, kit: Kit, unfit: Mapping[str, str
     else:
         try:
             # One by one, so that what was found before a fault is kept.
-            for finding in check.run(kit):
-                findings.append(finding)
+            with console.log_to(console.drop):  # the lines of runs that the checks make
+                for finding in check.run(kit):
+                    findings.append(finding)
         except KeyboardInterrupt:
             state.take_back(check)
             raise
@@ -136,10 +141,10 @@ def _run_one(state: KitState, check: KitCheck, kit: Kit, unfit: Mapping[str, str
             findings.append(_raised(error, kit))
     seconds = time.perf_counter() - start
     state.end(check, findings, seconds)
-    kit.say(_line(place, check, findings, seconds))
+    log.info(_line(place, check, findings, seconds))
     for finding in findings:
         if finding.status in ("failed", "warning"):
-            kit.say(f"    {MARKS[finding.status]}  {finding_line(finding)}")
+            log.info(f"    {MARKS[finding.status]}  {finding_line(finding)}")
     mx.clear_cache()
 
 
@@ -255,13 +260,12 @@ def issue_url(content: Mapping[str, Any], summary: str, lines: Sequence[str], pa
         kept.pop()
 
 
-def show_issue(content: Mapping[str, Any], path: Path, say: Callable[[str], None]) -> str:
+def show_issue(content: Mapping[str, Any], path: Path) -> str:
     """Open the address in a browser, or print it where there is none, and return it.
 
     Args:
         content: of the result.
         path: of the result file.
-        say: takes lines.
     """
     lines = [
         f"{status}  {check['group']}: {check['name']}: {finding_line(finding)}"
@@ -272,6 +276,8 @@ def show_issue(content: Mapping[str, Any], path: Path, say: Callable[[str], None
     ]
     address = issue_url(content, summary_line(content), lines, path)
     opened = webbrowser.open(address)
-    say("A prefilled issue is open in the browser; nothing is sent before you press its button" if opened else address)
-    say(f"Attach {path} to it")
+    log.info(
+        "A prefilled issue is open in the browser; nothing is sent before you press its button" if opened else address
+    )
+    log.info(f"Attach {path} to it")
     return address

@@ -32,7 +32,6 @@ from mlx_lora.models.folder import ShardWriter, check_out, load_weights, merge_m
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import dequantize_model
-from mlx_lora.utils.console import echo
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import check_writable, replacing_folder
 from mlx_lora.utils.progress import tracked
@@ -71,7 +70,7 @@ def fuse_adapter(model: nn.Module, dequantize: bool, bits: int | None = None) ->
     """
     survival, fused = {}, []
     layers = adapter_layers(model)
-    for path, layer in tracked(layers.items(), "Fusing", len(layers), "layers", echo):
+    for path, layer in tracked(layers.items(), "Fusing", len(layers), "layers"):
         layer.check_tied_head(path, tied="lm_head" not in model)
         base, whole = layer.base, layer.fuse()
         if isinstance(base, QUANTIZED) and not dequantize:
@@ -151,7 +150,7 @@ def write_fused(
     with replacing_folder(out) as folder:
         writer = ShardWriter(folder)
         parameters = tree_flatten(model.parameters())
-        for name, array in tracked(parameters, "Writing", len(parameters), "tensors", echo):
+        for name, array in tracked(parameters, "Writing", len(parameters), "tensors"):
             mx.eval(array)  # here, so that the progress is that of the work
             if not (scores and name.startswith("lm_head.")):  # a reward model has no other head
                 writer.add({name: array})

@@ -40,7 +40,6 @@ from mlx_lora.gguf.vocabulary import tokenizer_metadata, tokenizer_vocabulary
 from mlx_lora.models.folder import FUSED_KEY, fused_mark, merge_mark
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import PackedWeight
-from mlx_lora.utils.console import echo
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable, replacing_file
 from mlx_lora.utils.progress import tracked
@@ -180,7 +179,7 @@ def _write_tensors(writer: GGUFWriter, planned: list[Planned], extra: dict[str, 
     try:
         for values in extra.values():
             writer.write_tensor_data(values)
-        for tensor in tracked(planned, "Writing", len(planned), "tensors", echo):
+        for tensor in tracked(planned, "Writing", len(planned), "tensors"):
             writer.write_tensor_data(tensor.stored())
     finally:
         writer.close()

@@ -9,7 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -35,6 +36,8 @@ from mlx_lora.models.prefix_attention import shared_caches
 from mlx_lora.planner.shapes import KernelTerms, ModelShape
 from mlx_lora.utils import device
 from mlx_lora.utils.progress import long_task
+
+log = logging.getLogger(__name__)
 
 AUTO, OURS = "auto", "ours"
 
@@ -120,7 +123,6 @@ def choose_model_kernels(
     lengths: Iterable[int],
     asked: str,
     dtype: mx.Dtype,
-    say: Callable[[str], None] = lambda line: None,
     joined_lengths: Iterable[int] = (),
 ) -> KernelChoice:
     """Return the kernels that a model trains with on this device, after measuring what is not in the cache.
@@ -130,15 +132,14 @@ def choose_model_kernels(
         lengths: of the rows with one text that it will be trained on, in positions.
         asked: --kernels.
         dtype: of its activations.
-        say: called with a line before each measurement.
         joined_lengths: of the rows that hold a prompt and several answers.
     """
     calls = [*recorded_calls(model, lengths), *recorded_calls(model, joined_lengths, shared=True)]
-    return choose_among(calls, asked, dtype, say)
+    return choose_among(calls, asked, dtype, measure=True)
 
 
 def choose_among(
-    calls: Iterable[tuple[Kernel, ShapeClass]], asked: str, dtype: mx.Dtype, say: Callable[[str], None] | None = None
+    calls: Iterable[tuple[Kernel, ShapeClass]], asked: str, dtype: mx.Dtype, measure: bool = False
 ) -> KernelChoice:
     """Return the kernels for some shape classes.
 
@@ -146,7 +147,7 @@ def choose_among(
         calls: rows of the table, with shape classes.
         asked: --kernels; with `mlx` kernels are measured too, because the planner needs their memory.
         dtype: of the activations.
-        say: called with a line before each measurement; None: nothing is measured.
+        measure: measure what is not in the cache.
     """
     kernels = {(kernel.name, shape): kernel for kernel, shape in calls}
     figures: dict[tuple[str, ShapeClass], Mapping[str, Figures]] = {}
@@ -154,8 +155,8 @@ def choose_among(
         known = {(name, shape): known_figures(kernel, shape, dtype) for (name, shape), kernel in kernels.items()}
         figures = {key: found for key, found in known.items() if found is not None}
     missing = {key: kernel for key, kernel in kernels.items() if key not in figures}
-    if missing and asked != OURS and say is not None and may_measure():
-        figures |= measured_now(missing, dtype, say)
+    if missing and asked != OURS and measure and may_measure():
+        figures |= measured_now(missing, dtype)
     classes: dict[tuple[str, ShapeClass], str] = {}
     for key, kernel in kernels.items():
         best = choose(figures[key]) or MLX if key in figures else kernel.assumed
@@ -164,16 +165,16 @@ def choose_among(
 
 
 def measured_now(
-    missing: Mapping[tuple[str, ShapeClass], Kernel], dtype: mx.Dtype, say: Callable[[str], None]
+    missing: Mapping[tuple[str, ShapeClass], Kernel], dtype: mx.Dtype
 ) -> dict[tuple[str, ShapeClass], Mapping[str, Figures]]:
     """Measure some shape classes, and say which, and how much is left."""
     figures: dict[tuple[str, ShapeClass], Mapping[str, Figures]] = {}
     # A single one has no progress to show, so that what is around it keeps the screen.
-    shown = long_task("Measuring kernels", len(missing), "shapes", say) if len(missing) > 1 else nullcontext()
+    shown = long_task("Measuring kernels", len(missing), "shapes") if len(missing) > 1 else nullcontext()
     with shown as task:
         for number, ((name, shape), kernel) in enumerate(missing.items(), 1):
             of = f" ({number} of {len(missing)})" if len(missing) > 1 else ""
-            say(f"Measuring {name} for {kernel.words(shape)}, once on this machine{of}")
+            log.info(f"Measuring {name} for {kernel.words(shape)}, once on this machine{of}")
             figures[name, shape] = measured_figures(kernel, shape, dtype)
             if task is not None:
                 task.advance()

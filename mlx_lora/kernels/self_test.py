@@ -178,12 +178,8 @@ PACKED = ((512, 512, 4, 64, "affine"), (2048, 2048, 4, 64, "affine"))  # weights
 RECURRENT = {"gated delta": (128, 16, 32, 128, 128, "a gate per head"), "state space": (256, 24, 64, 1, 128)}
 
 
-def measure_usual(say: Callable[[str], None]) -> None:
-    """Measure kernels in common shapes, unless they were measured before.
-
-    Args:
-        say: called with one line before each measurement.
-    """
+def measure_usual() -> None:
+    """Measure kernels in common shapes, unless they were measured before."""
     dtype, rows = device.compute_dtype(), {row.name: row for row in kernel_rows()}
     calls = [
         (rows["attention"], attention_class(heads, key_heads, width, width, keys))
@@ -191,14 +187,14 @@ def measure_usual(say: Callable[[str], None]) -> None:
     ]
     calls += [(rows["gated activation"], activation_class(width)) for width in ACTIVATION]
     calls += [(rows[name], shape) for name, shape in RECURRENT.items()]
-    choose_among(calls, "auto", dtype, say)
+    choose_among(calls, "auto", dtype, measure=True)
     head = nn.Embedding(*HEAD)
     head.weight = head.weight.astype(dtype)
     head.freeze()
     mx.eval(head.weight)
-    loss_figures(Head(nn.Module(), head), dtype, say)
+    loss_figures(Head(nn.Module(), head), dtype, measure=True)
     for kind in PACKED:
-        product_figures(kind, TOKEN, dtype, say)
+        product_figures(kind, TOKEN, dtype)
 
 
 def known_table() -> list[dict[str, Any]]:

@@ -81,7 +81,7 @@ def choose_loss(
     model: nn.Module,
     config: dict[str, Any],
     asked: str = AUTO,
-    say: Callable[[str], None] | None = None,
+    measure: bool = False,
     whole_because: str = "",
 ) -> Loss:
     """Return the fastest loss that agrees with the plain loss on this model, or the plain loss if none does.
@@ -90,8 +90,7 @@ def choose_loss(
         model: the model to train, with its adapters, or one to measure.
         config: its config.json.
         asked: --kernels; `mlx` is the model's own logits.
-        say: called with one line before something is measured; None: nothing is measured, and our kernel is used
-            if there are no measurements.
+        measure: measure the kernels if there are no measurements; False: then our kernel is used.
         whole_because: why the whole last block is computed although the model may allow less; empty: no reason.
 
     Raises:
@@ -106,7 +105,7 @@ def choose_loss(
     head = find_head(model, config)
     if isinstance(head, str):
         return plain(f"plain cross-entropy ({head})")
-    figures = None if asked == OURS else loss_figures(head, _dtype(model), say)
+    figures = None if asked == OURS else loss_figures(head, _dtype(model), measure)
     kernel = choose_kernel(figures)
     if kernel == PLAIN_LOGITS:
         return plain("plain cross-entropy (measured)")
@@ -118,7 +117,7 @@ def choose_loss(
     if has_passed(check):
         return first
     # Two passes over one block of each kind, unless the first candidate is wrong.
-    with long_task(CHECKING_LOSS, 2, "computations", say) as task, _few_blocks(model):
+    with long_task(CHECKING_LOSS, 2, "computations") as task, _few_blocks(model):
         expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary, LOSS_TOKENS), []
         task.advance()
         for name in (kernel, *others):
@@ -138,7 +137,6 @@ def check_kernels(
     config: dict[str, Any],
     loss: Loss,
     choice: KernelChoice,
-    say: Callable[[str], None] | None = None,
 ) -> tuple[KernelChoice | None, str]:
     """Return the kernels if the model's results with them agree with its own, else None; and a text for the header.
 
@@ -147,7 +145,6 @@ def check_kernels(
         config: its config.json.
         loss: the loss that was chosen for the model.
         choice: the kernels that were chosen for the model.
-        say: takes a line if it takes long.
     """
     if choice.asked == MLX:
         return None, f"the model's own kernels (--kernels {MLX})"
@@ -164,7 +161,7 @@ def check_kernels(
         of_blocks = replace(loss, tokens=partial(_along_a_direction, last))
     check = check_name(model, config, "kernels", loss.description, sorted(choice.classes.items()))
     if not has_passed(check):
-        with long_task(CHECKING_KERNELS, 1 + len(variants), "computations", say) as task, _few_blocks(model):
+        with long_task(CHECKING_KERNELS, 1 + len(variants), "computations") as task, _few_blocks(model):
             for variant in variants:
                 expected = expected or _own_probe(model, config, of_blocks, vocabulary)
                 task.advance()

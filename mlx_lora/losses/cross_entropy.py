@@ -20,6 +20,7 @@ Shapes: B batch, T time, P supervised positions (padded), D width, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +50,8 @@ from mlx_lora.models.prefix_attention import shared_caches
 from mlx_lora.parallel.tensor import divided
 from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.utils import device
+
+log = logging.getLogger(__name__)
 
 TILES, ROWS, PLAIN_LOGITS = "tiles", "rows", "plain"
 NAME = "cross-entropy"
@@ -204,22 +207,22 @@ def choose_kernel(figures: Mapping[str, Figures] | None) -> str:
     return choose({name: figures[name] for name in loss_kernels()}, layers=1) or PLAIN_LOGITS  # a model has one head
 
 
-def loss_figures(head: Head, dtype: mx.Dtype, say: Callable[[str], None] | None) -> Mapping[str, Figures] | None:
+def loss_figures(head: Head, dtype: mx.Dtype, measure: bool) -> Mapping[str, Figures] | None:
     """Return the kernels' figures for a head, None if they are not known and must not be measured.
 
     Args:
         head: the measurement uses its weight.
         dtype: of the hidden states.
-        say: called with one line before measuring; None: nothing is measured.
+        measure: measure them if they are not known.
     """
     shape = head_class(head)
     key = figures_key(NAME, shape, dtype)
     found = read_figures(key)
     if found is not None and found.keys() - {PLAIN_LOGITS} == {*loss_kernels()}:
         return found
-    if say is None or not may_measure():
+    if not (measure and may_measure()):
         return None
-    say(f"Measuring {NAME} for {head_words(shape)}, once on this machine")
+    log.info(f"Measuring {NAME} for {head_words(shape)}, once on this machine")
     figures = measure_loss(head, dtype)
     keep_figures(key, figures)
     return figures

@@ -10,11 +10,11 @@ conversion is the perplexity of the float source and of the result on a text.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,13 @@ from mlx_lora.models.quantize import Quantization, choose_quantization, dequanti
 from mlx_lora.models.tokenizer import load_folder_tokenizer, write_tokenizer_from_spm
 from mlx_lora.utils import device
 from mlx_lora.utils.cache import cache_dir
-from mlx_lora.utils.console import echo
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable, one_at_a_time, replacing_folder, sha256_of
 from mlx_lora.utils.hub import ModelSource
 from mlx_lora.utils.progress import tracked
 from mlx_lora.utils.text import format_duration
+
+log = logging.getLogger(__name__)
 
 # The files that belong to a model folder in addition to weights and config: tokenizer, templates, license.
 _SIDE_FILES = (
@@ -171,7 +172,7 @@ def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.D
     conversion, writer = Conversion(config["model_type"], dtype=_dtype_name(dtype)), ShardWriter(folder)
     quantizations: dict[str, Quantization] = {}
     imported = import_weights(file.tensors, mappings, target, dtype)
-    for tensor in tracked(imported, "Converting", len(mappings), "tensors", echo):
+    for tensor in tracked(imported, "Converting", len(mappings), "tensors"):
         writer.add(tensor.parameters)
         mx.eval(tensor.parameters)
         mapping = mappings[tensor.source]
@@ -244,7 +245,7 @@ def _convert_folder(
     writer = ShardWriter(folder)
     del model, names
     # One by one, so that the arrays of a written shard are freed; the work is done where an array is computed.
-    for name in tracked(list(parameters), "Converting", len(parameters), "tensors", echo):
+    for name in tracked(list(parameters), "Converting", len(parameters), "tensors"):
         mx.eval(parameters[name])
         writer.add({name: parameters.pop(name)})
     conversion.size_bytes = writer.close()
@@ -438,20 +439,19 @@ def token_logprobs(model: nn.Module, ids: list[int]) -> mx.array:
 _FORMAT = 1
 
 
-def folder_of(settings: ModelSettings, source: ModelSource, say: Callable[[str], None] = echo) -> Path:
+def folder_of(settings: ModelSettings, source: ModelSource) -> Path:
     """Return the folder to load a model from: its own, or one in the cache that it is converted into the first time.
 
     Args:
         settings: of the model.
         source: what they name, from `resolve_model`.
-        say: takes a line before a model is quantized, and one after it.
 
     Raises:
         InputError: see `cached_quantized_folder` and `convert_model`.
     """
     if settings.bits is not None:
         dtype = device.compute_dtype(settings.dtype)
-        return cached_quantized_folder(source, settings.bits, dtype, settings.trust_remote_code, say)
+        return cached_quantized_folder(source, settings.bits, dtype, settings.trust_remote_code)
     return cached_gguf_folder(source) if source.kind == "gguf" else source.path
 
 
@@ -476,7 +476,6 @@ def cached_quantized_folder(
     bits: int,
     dtype: mx.Dtype,
     trust_remote_code: bool = False,
-    say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Return a model quantized at `bits`, as a folder in the cache; the first call converts it, as `convert --bits` does.
 
@@ -487,7 +486,6 @@ def cached_quantized_folder(
         bits: per weight, in groups of 64.
         dtype: of what stays in float.
         trust_remote_code: as for `convert_model`.
-        say: takes a line before the conversion, and one after it.
 
     Raises:
         InputError: MLX has no such bits, or the model is quantized at others.
@@ -501,9 +499,9 @@ def cached_quantized_folder(
     folder = cache_dir("converted") / f"{source.model_id.rstrip('/').rpartition('/')[2]}-{bits}bit-{key[:12]}"
     with one_at_a_time(folder):
         if not (folder / "config.json").is_file():
-            say(f"Quantizing {source.model_id} to {bits} bits; this is done once, and kept in the cache")
+            log.info(f"Quantizing {source.model_id} to {bits} bits; this is done once, and kept in the cache")
             made = convert_model(source, folder, target=target, dtype=dtype, trust_remote_code=trust_remote_code)
-            say(f"Quantized: {made.size_bytes / 1e6:.0f} MB, {format_duration(made.elapsed_s)}")
+            log.info(f"Quantized: {made.size_bytes / 1e6:.0f} MB, {format_duration(made.elapsed_s)}")
     return folder
 
 

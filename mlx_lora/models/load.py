@@ -6,7 +6,7 @@ The number of token ids that a model has rows for is found by watching its embed
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,7 +27,6 @@ from mlx_lora.models.folder import base_fingerprint, load_classifier_weights, lo
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.parallel.sharded_tables import StoredTensor, Watched
 from mlx_lora.utils import device
-from mlx_lora.utils.console import echo
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_model
 
@@ -95,7 +94,7 @@ class Base:
         return f"{self.config.get('model_type')}, {len(self.model.layers)} blocks, {self.size_bytes / 1e6:.0f} MB in memory, {packing}, {self.dtypes}"
 
 
-def load_base(settings: ModelSettings, read: bool = True, say: Callable[[str], None] = echo) -> Base:
+def load_base(settings: ModelSettings, read: bool = True) -> Base:
     """Return the model that `settings.model` names, cast to the compute dtype and frozen.
 
     A .gguf file is first converted into the cache, once per file, with its blocks carried over. So is a 16-bit model that
@@ -104,7 +103,6 @@ def load_base(settings: ModelSettings, read: bool = True, say: Callable[[str], N
     Args:
         settings: what to load, and how.
         read: whether to read all weights now; otherwise they stay lazy, for ranks that keep only a part of them.
-        say: takes lines about a model that is quantized first.
 
     Raises:
         InputError: the model, architecture or dtype is unknown, files are damaged, or a matmul path is forced on a
@@ -113,7 +111,7 @@ def load_base(settings: ModelSettings, read: bool = True, say: Callable[[str], N
     if not settings.model:
         raise InputError("--model is required: a hub id, a folder or a .gguf file")
     source = resolve_model(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
-    folder = folder_of(settings, source, say)
+    folder = folder_of(settings, source)
     watched = None if read else Watched()
     model, config = load_weights(folder, settings.trust_remote_code, watched)
     stored = {} if watched is None else watched.unchanged(model, folder)

@@ -7,8 +7,8 @@ immediately. An untrained adapter changes nothing, so the model with it is the b
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -39,12 +39,13 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replacing_file, sha256_of
 from mlx_lora.utils.progress import long_task
 
+log = logging.getLogger(__name__)
+
 
 def with_reference(
     settings: TrainSettings,
     base: Base,
     sets: dict[str, EncodedSet],
-    say: Callable[[str], None],
     ranks: Ranks = ALONE,
     loss: Loss | None = None,
     kernels: KernelChoice | None = None,
@@ -55,7 +56,6 @@ def with_reference(
         settings: of the run; with --reference-adapter, that adapter is the reference instead of the untrained model.
         base: not yet adapted if there is a --reference-adapter, otherwise adapted but not yet trained.
         sets: pairs or rated answers.
-        say: called with lines of progress.
         ranks: rank 0 computes the reference, or all if they share the base, and all get the same numbers.
         loss: the loss to compute it with, that of the run's steps; None: choose one.
         kernels: the kernels to compute it with; None: the model's own.
@@ -72,7 +72,7 @@ def with_reference(
                 "base again; fuse it and train on the fused model"
             )
     found = {
-        name: replace(rows, reference=_logps_of(settings, base, rows, ranks, say, loss, kernels))
+        name: replace(rows, reference=_logps_of(settings, base, rows, ranks, loss, kernels))
         for name, rows in sets.items()
     }
     if folder:
@@ -98,7 +98,6 @@ def _logps_of(
     base: Base,
     rows: EncodedSet,
     ranks: Ranks,
-    say: Callable[[str], None],
     loss: Loss | None,
     kernels: KernelChoice | None,
 ) -> np.ndarray:
@@ -108,30 +107,28 @@ def _logps_of(
     together = is_shared(base.model)  # then a rank alone cannot compute
     logps = np.zeros(len(rows), np.float32) if kept is None else kept
     if kept is not None:
-        say(f"Reference: {len(rows):,} answers from an earlier run")
+        log.info(f"Reference: {len(rows):,} answers from an earlier run")
     computes = ranks.from_first(kept is None) if together else ranks.leads and kept is None
     if computes:
         start = time.perf_counter()
         with nullcontext() if kernels is None else training_kernels(base.model, choose=kernels):
-            logps = _compute(settings, base, rows, say, loss, ranks if together else ALONE)
-        say(f"Reference: {len(rows):,} answers computed in {time.perf_counter() - start:.2f} s")
+            logps = _compute(settings, base, rows, loss, ranks if together else ALONE)
+        log.info(f"Reference: {len(rows):,} answers computed in {time.perf_counter() - start:.2f} s")
         if ranks.leads:
-            _keep(file, logps, say)
+            _keep(file, logps)
     return np.array(ranks.arrays_from_first({"logps": mx.array(logps)})["logps"])
 
 
-def _compute(
-    settings: TrainSettings, base: Base, rows: EncodedSet, say: Callable[[str], None], loss: Loss | None, ranks: Ranks
-) -> np.ndarray:
+def _compute(settings: TrainSettings, base: Base, rows: EncodedSet, loss: Loss | None, ranks: Ranks) -> np.ndarray:
     answers, shares = len(rows), _shares(settings)
     if loss is None:  # before the run has chosen, and tried, its own
-        loss = choose_loss(base.model, base.config, settings.loop.kernels, say)
+        loss = choose_loss(base.model, base.config, settings.loop.kernels, measure=True)
         shares = shares and not (unshareable(base.model) or sharing_problem(base.model, base.config, loss))
     if shares:
         rows = joined(rows)
     tokens = settings.loop.batch_tokens or DEFAULT_BATCH_TOKENS
     try:
-        with long_task("Reference", answers, "answers", say) as task:
+        with long_task("Reference", answers, "answers") as task:
             of_tokens = loss.measure_tokens or loss.tokens
             return row_log_probabilities(base.model, of_tokens, rows, tokens, task.reach, ranks=ranks)
     except ArithmeticError as error:
@@ -169,10 +166,10 @@ def _read(file: Path, rows: int) -> np.ndarray | None:
     return found if found.shape == (rows,) and found.dtype == np.float32 and np.isfinite(found).all() else None
 
 
-def _keep(file: Path, logps: np.ndarray, say: Callable[[str], None]) -> None:
+def _keep(file: Path, logps: np.ndarray) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing_file(file) as temporary, temporary.open("wb") as out:
             np.save(out, logps)
     except OSError as error:
-        say(f"Note: the reference is not stored for the next run, because {file.parent}: {error.strerror}")
+        log.info(f"Note: the reference is not stored for the next run, because {file.parent}: {error.strerror}")

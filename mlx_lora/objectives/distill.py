@@ -95,7 +95,6 @@ def with_teacher(
     settings: TrainSettings,
     base: Base,
     sets: dict[str, EncodedSet],
-    say: Callable[[str], None],
     ranks: Ranks = ALONE,
 ) -> Taught:
     """Return the sets with what the teacher says about each trained token; about sampled ones, the teacher itself.
@@ -104,7 +103,6 @@ def with_teacher(
         settings: of the run.
         base: of the student, not yet adapted: without --teacher, it is the teacher. Their tokenizers have been compared.
         sets: examples or prompts, with `teacher` rows if the teacher sees a prompt of its own.
-        say: called with lines of progress.
         ranks: rank 0 computes, and all ranks get the same bytes.
 
     Raises:
@@ -130,7 +128,7 @@ def with_teacher(
             if any(len(rows) for rows in left.values()):
                 _check_room(sets, form)
                 start = time.perf_counter()
-                _compute_missing(settings, base, sets, stores, left, form, say)
+                _compute_missing(settings, base, sets, stores, left, form)
                 seconds = time.perf_counter() - start
         ranks.meet()
         stores = {name: _store(folders[name], rows, form) for name, rows in sets.items()}
@@ -200,7 +198,6 @@ def _compute_missing(
     stores: dict[str, RowStore],
     left: dict[str, np.ndarray],
     form: TableFormat,
-    say: Callable[[str], None],
 ) -> None:
     """Load the teacher, compute the records of the rows that are left, write them, and let the teacher go."""
     teacher = load_teacher(settings, base)
@@ -212,7 +209,7 @@ def _compute_missing(
         raise ValueError("an objective without a teacher")
     options = replace(options, vocabulary=form.vocabulary)
     total = sum(int(rows.supervised_counts[left[name]].sum()) for name, rows in sets.items())
-    with long_task("Teacher", total, "tokens", say) as task:
+    with long_task("Teacher", total, "tokens") as task:
         for name, rows in sets.items():
             seen, wanted = rows.teacher or rows, set(left[name].tolist())
             check_token_ids(teacher, int(seen.tokens.max(initial=0)), f"--teacher {teacher.model_id}")

@@ -12,11 +12,12 @@ Only usable turns are kept, each once. They are stored for later runs.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
 from itertools import islice
@@ -43,6 +44,8 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import one_at_a_time, replacing_file, sha256_of
 from mlx_lora.utils.progress import LongTask, long_task
 from mlx_lora.utils.text import counted
+
+log = logging.getLogger(__name__)
 
 # Prompts of the data
 
@@ -118,13 +121,12 @@ HOPELESS = 64  # tries without a usable one, after which no more are made
 STREAM = 2 << 40  # the numbers of the random streams start here
 
 
-def own_prompts(settings: TrainSettings, base: Base, say: Callable[[str], None], today: date | None) -> Path:
+def own_prompts(settings: TrainSettings, base: Base, today: date | None) -> Path:
     """Return a file of prompts that the base wrote, now or for an earlier run.
 
     Args:
         settings: of the run.
         base: without an adapter.
-        say: takes lines of progress, and how many there are.
         today: the day for templates that show the date.
 
     Raises:
@@ -147,17 +149,19 @@ def own_prompts(settings: TrainSettings, base: Base, say: Callable[[str], None],
     with one_at_a_time(file):
         if file.exists():
             count = file.read_text(encoding="utf-8").count("\n")
-            say(f"Prompts: {count:,} that the model wrote for an earlier run")
+            log.info(f"Prompts: {count:,} that the model wrote for an earlier run")
             return file
         start = time.perf_counter()
-        with long_task("Writing prompts", wanted, "prompts", say) as task:
+        with long_task("Writing prompts", wanted, "prompts") as task:
             found = _write_prompts(base, turn, options, wanted, settings.loop.seed, task)
         _check_enough(found, wanted)
         write_records(file, ({"prompt": text} for text in found.kept))
     reasons = ", ".join(f"{count:,} {why}" for why, count in found.left_out.most_common())
     fewer = f", and {wanted:,} were wanted" if len(found.kept) < wanted else ""
     left_out = f"; left out: {reasons}" if reasons else ""
-    say(f"Prompts: {len(found.kept):,} written by the model in {time.perf_counter() - start:.1f} s{fewer}{left_out}")
+    log.info(
+        f"Prompts: {len(found.kept):,} written by the model in {time.perf_counter() - start:.1f} s{fewer}{left_out}"
+    )
     return file
 
 

@@ -255,7 +255,7 @@ def row_log_probabilities(
     tokens: TokenLosses,
     rows: EncodedSet,
     batch_tokens: int,
-    say: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
     finite: bool = True,
     ranks: Ranks = ALONE,
 ) -> np.ndarray:
@@ -266,7 +266,7 @@ def row_log_probabilities(
         tokens: losses of tokens, without a gradient.
         rows: rows with one answer each, or joined rows with several.
         batch_tokens: the most positions of a batch.
-        say: called with the number of finished answers after each batch.
+        on_progress: called with the number of finished answers after each batch.
         finite: raise ArithmeticError if one is not finite.
         ranks: that share the base and call this together; each computes some of the batches, and all get all answers.
     """
@@ -280,7 +280,7 @@ def row_log_probabilities(
         numbers: Any = batch.numbers  # there are some: the batch is of a set
         found[numbers[batch.real]] = logps[batch.real]
         done += logps[batch.real].size
-        say(min(ranks.size * done, found.size))
+        on_progress(min(ranks.size * done, found.size))
     found = np.array(ranks.sum(mx.array(found.ravel())))  # a rank has zeros for the others' answers
     model.train(training)
     if finite and not np.isfinite(found).all():

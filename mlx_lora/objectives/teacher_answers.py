@@ -11,8 +11,9 @@ again.
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -49,6 +50,8 @@ from mlx_lora.utils.files import one_at_a_time, replacing_file, sha256_of
 from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import counted
 
+log = logging.getLogger(__name__)
+
 VERSION = 1  # of how answers are written; a higher one leaves older ones unused
 STREAM = 1 << 41  # the number of the answers' random streams
 DISTILL = "distill"
@@ -78,16 +81,13 @@ class Answer:
     ended: bool
 
 
-def data_with_answers(
-    settings: TrainSettings, base: Base, ranks: Ranks, say: Callable[[str], None], today: date, trains: bool = True
-) -> Given:
+def data_with_answers(settings: TrainSettings, base: Base, ranks: Ranks, today: date, trains: bool = True) -> Given:
     """Return the data of a run; what a teacher or the base has to write first is written here.
 
     Args:
         settings: of the run.
         base: without an adapter.
         ranks: the processes of the run; rank 0 writes, and all get the same.
-        say: takes lines of progress, and what was written.
         today: the day for templates that show the date.
         trains: whether the run trains; if not, what its run folder holds is read.
 
@@ -103,19 +103,19 @@ def data_with_answers(
     words = f"{data.data or 'prompts that the model wrote'}{'' if objective.on_policy else ', answered by the teacher'}"
     folder = None
     if ranks.leads:
-        folder = kept_folder(settings.loop, trains) or _written(settings, base, say, today)
+        folder = kept_folder(settings.loop, trains) or _written(settings, base, today)
     folder = _on_every_rank(folder, ranks)
     return Given(written_data(data, folder), folder, words)
 
 
-def _written(settings: TrainSettings, base: Base, say: Callable[[str], None], today: date) -> Path:
+def _written(settings: TrainSettings, base: Base, today: date) -> Path:
     """Return the folder of the run's data, after prompts and answers that it lacks were written."""
     if settings.data.data is None:
-        file = own_prompts(settings, base, say, today)
+        file = own_prompts(settings, base, today)
         if settings.objective.on_policy:
             return file.parent
         settings = replace(settings, data=written_data(settings.data, file))
-    return _answered(settings, base, say, today)
+    return _answered(settings, base, today)
 
 
 def _on_every_rank(folder: Path | None, ranks: Ranks) -> Path:
@@ -163,22 +163,22 @@ def readable_data(settings: TrainSettings) -> tuple[DataSettings, int]:
     return (data, objective.max_new_tokens) if kept is None else (written_data(data, kept), 0)
 
 
-def _answered(settings: TrainSettings, base: Base, say: Callable[[str], None], today: date) -> Path:
+def _answered(settings: TrainSettings, base: Base, today: date) -> Path:
     """Return the folder of the run's records with answers, from the cache or written now."""
     splits = read_prompts(settings.data)
     for name, rows in splits.items():
         if rows.dropped:
-            say(
+            log.info(
                 f"Note: {name}: {counted(len(rows.dropped), 'record is', 'records are')} not usable as a prompt: {reasons(rows.dropped)}"
             )
     asked = [(name, prompt) for name, rows in splits.items() for prompt in rows.entries if isinstance(prompt, Prompt)]
-    wanted = _wanted(settings, base, [prompt for _, prompt in asked], say, today)
+    wanted = _wanted(settings, base, [prompt for _, prompt in asked], today)
     facts = [VERSION, facts_of(settings, base).identity, str(device.compute_dtype(settings.model.dtype))]
     contents = [[name, with_answer(prompt, None)] for name, prompt in asked]
     how = [repr(answer_options(settings)), settings.loop.seed]
     folder = cache_dir("answers") / sha256_of(json.dumps([*facts, contents, sorted(wanted.items()), *how]))[:32]
     with one_at_a_time(folder):
-        answers = _write(settings, base, wanted, len(asked), folder / "written.jsonl", say)
+        answers = _write(settings, base, wanted, len(asked), folder / "written.jsonl")
         mx.clear_cache()  # a teacher of its own is gone by now
         for name in splits:
             numbers = [number for number, (split, _) in enumerate(asked) if split == name]
@@ -196,9 +196,7 @@ def answer_options(settings: TrainSettings) -> SamplingOptions:
     return sampling_options(settings, settings.objective.max_new_tokens)
 
 
-def _wanted(
-    settings: TrainSettings, base: Base, prompts: list[Prompt], say: Callable[[str], None], today: date
-) -> dict[int, list[int]]:
+def _wanted(settings: TrainSettings, base: Base, prompts: list[Prompt], today: date) -> dict[int, list[int]]:
     """Return number of a prompt without an answer -> its tokens, as the teacher sees it.
 
     Raises:
@@ -212,7 +210,7 @@ def _wanted(
     if not numbers:
         raise InputError(f"--data: the teacher cannot answer any prompt ({why})")
     if why:
-        say(f"Note: {counted(len(encoded.dropped), 'prompt is', 'prompts are')} not answered: {why}")
+        log.info(f"Note: {counted(len(encoded.dropped), 'prompt is', 'prompts are')} not answered: {why}")
     return {number: seen.row(row)[0].tolist() for row, number in numbers}
 
 
@@ -231,7 +229,6 @@ def _write(
     wanted: dict[int, list[int]],
     count: int,
     file: Path,
-    say: Callable[[str], None],
 ) -> dict[int, Answer]:
     """Write the answers that a file does not have yet, add them to it, and return all.
 
@@ -241,17 +238,16 @@ def _write(
         wanted: number of a prompt -> its tokens.
         count: of all prompts, which decides the random streams.
         file: of the answers.
-        say: takes lines of progress, and how many were written.
     """
     answers = {number: answer for number, answer in read_answers(file).items() if number in wanted}
     missing, found = sorted(wanted.keys() - answers.keys()), len(answers)
     if not missing:
-        say(f"Answers: {found:,} that the teacher wrote in an earlier run{_counts(answers, settings.objective)}")
+        log.info(f"Answers: {found:,} that the teacher wrote in an earlier run{_counts(answers, settings.objective)}")
         return answers
     teacher, start = load_teacher(settings, base), time.perf_counter()
     ends = frozenset(teacher.tokenizer.eos_token_ids)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with long_task("The teacher answers", len(wanted), "prompts", say) as task, file.open("a", encoding="utf-8") as out:
+    with long_task("The teacher answers", len(wanted), "prompts") as task, file.open("a", encoding="utf-8") as out:
         out.write("\n")  # after a line that a kill left incomplete
 
         def take(batch: list[int], texts: list[list[int]]) -> None:
@@ -269,7 +265,7 @@ def _write(
     seconds, tokens = time.perf_counter() - start, sum(answers[number].tokens for number in missing)
     earlier = f", {found:,} before" if found else ""
     rate = f"{len(missing):,} written by the teacher in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s{earlier}"
-    say(f"Answers: {rate}{_counts(answers, settings.objective)}")
+    log.info(f"Answers: {rate}{_counts(answers, settings.objective)}")
     return answers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,6 +17,8 @@ from mlx_lora.trainer.checkpoint import restore_arrays, run_arrays
 from mlx_lora.trainer.step import Step, StepResult
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def check_one_run(ranks: Ranks, settings: TrainSettings, identity: dict[str, Any]) -> None:
@@ -44,7 +47,7 @@ def check_one_run(ranks: Ranks, settings: TrainSettings, identity: dict[str, Any
             )
 
 
-def take_first_ranks(ranks: Ranks, step: Step, say: Callable[[str], None] = lambda line: None) -> None:
+def take_first_ranks(ranks: Ranks, step: Step) -> None:
     """Copy the arrays of rank 0's run to every rank, unless they are already equal.
 
     Ranks start equal and apply the same sums, so they stay equal, except for rounding: if a backend adds in a different
@@ -52,12 +55,11 @@ def take_first_ranks(ranks: Ranks, step: Step, say: Callable[[str], None] = lamb
 
     Args:
         ranks, step: of this run.
-        say: called with one line if the arrays differed.
     """
     arrays = run_arrays(step)
     if ranks.same_bits({name: value for name, value in arrays.items() if name != "random"}):  # each rank has its own
         return
-    say("The ranks' parameters were not exactly equal; all ranks continue with those of rank 0")
+    log.info("The ranks' parameters were not exactly equal; all ranks continue with those of rank 0")
     first = ranks.arrays_from_first(arrays)
     if not ranks.leads:
         restore_arrays(step, first)

@@ -28,9 +28,10 @@ Shapes: B rows, T tokens, H query heads, N key heads, S keys, d head width, V vo
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,8 @@ from mlx_lora.models.quantize import dequantized_weight
 from mlx_lora.parallel.ranks import Ranks
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
+
+log = logging.getLogger(__name__)
 
 # A run's choice
 
@@ -96,7 +99,6 @@ def choose_sampling(
     free_bytes: int,
     ranks: Ranks,
     identity: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = lambda line: None,
 ) -> SamplingForm:
     """Return what computes the answers of a run.
 
@@ -106,7 +108,6 @@ def choose_sampling(
         free_bytes: of memory, while nothing is trained.
         ranks: the processes of the run; copies are used if all of them choose so.
         identity: of the checkpoint to go on from, whose form is kept; None: the run begins.
-        say: takes a line if the user asks for another one.
 
     Raises:
         InputError: the form to keep, or that is asked for, does not fit the memory of one rank.
@@ -118,7 +119,9 @@ def choose_sampling(
     else:
         weights = choose_weights(base, min(rows, ANSWERS), free_bytes)
         if known is not None and weights is not None:
-            say(f"--decode-weights {asked}: not the form in which answers were sampled before, so not to the last bit")
+            log.info(
+                f"--decode-weights {asked}: not the form in which answers were sampled before, so not to the last bit"
+            )
     if weights is not None and weights.form == IN_FULL and weights.copied_bytes > free_bytes:
         raise InputError(
             f"--resume: the run samples its answers by dense copies of {weights.copied_bytes / 1e9:.1f} GB, and "
@@ -307,22 +310,19 @@ def choose_form(figures: dict[str, Figures]) -> str:
     return IN_FULL if WORTH * figures[IN_FULL].seconds < figures[PACKED].seconds else PACKED
 
 
-def product_figures(
-    kind: Kind, rows: int, dtype: mx.Dtype, say: Callable[[str], None] = lambda line: None
-) -> dict[str, Figures]:
+def product_figures(kind: Kind, rows: int, dtype: mx.Dtype) -> dict[str, Figures]:
     """Return the figures of both forms for a kind of weight and a number of rows, measured once per machine.
 
     Args:
         kind: of the weight.
         rows: one of ROWS.
         dtype: of the activations.
-        say: called with a line before a measurement.
     """
     before = f"{device.measured_on()}|{str(dtype).rpartition('.')[2]}|{NAME}"
     keys = {count: f"{before}|{count},{','.join(map(str, kind))}" for count in ROWS}
     figures = read_figures(keys[rows])
     if figures is None or figures.keys() != {PACKED, IN_FULL}:
-        say(f"Measuring {NAME} for {kind_words((rows, *kind))}, once on this machine")
+        log.info(f"Measuring {NAME} for {kind_words((rows, *kind))}, once on this machine")
         high, low = mx.random.state[0].tolist()  # a trial's layers draw numbers, a run must not miss them
         measured = _measure(kind, dtype)
         mx.random.seed(high << 32 | low)

@@ -8,8 +8,9 @@ other reward model has a base beside the run's.
 from __future__ import annotations
 
 import copy
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -33,6 +34,8 @@ from mlx_lora.rollouts.rewards import NO_FUNCTIONS, Functions, Reward, reward_fo
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import read_json
+
+log = logging.getLogger(__name__)
 
 # Loading
 
@@ -96,7 +99,6 @@ def check_reward_model(folder: Path) -> None:
 def load_rewards(
     settings: TrainSettings,
     base: Base,
-    say: Callable[[str], None],
     day: date | None = None,
     functions: Functions = NO_FUNCTIONS,
 ) -> tuple[Reward, ...]:
@@ -105,7 +107,6 @@ def load_rewards(
     Args:
         settings: with --reward.
         base: of the run, not yet adapted.
-        say: takes a line on each reward model.
         day: that templates show as today, unless --chat-date names one; None: today.
         functions: those that were given in Python, by what --reward calls them.
 
@@ -118,14 +119,12 @@ def load_rewards(
     bases, rewards = [base], []
     for reward in rewards_of(settings.objective, functions):
         if reward.model is not None:
-            reward = replace(reward, function=_model_reward(reward.model, settings.model, bases, say, day))
+            reward = replace(reward, function=_model_reward(reward.model, settings.model, bases, day))
         rewards.append(reward)
     return tuple(rewards)
 
 
-def _model_reward(
-    folder: Path, asked: ModelSettings, bases: list[Base], say: Callable[[str], None], day: date | None
-) -> ModelReward:
+def _model_reward(folder: Path, asked: ModelSettings, bases: list[Base], day: date | None) -> ModelReward:
     """Load one reward model; a base that none of the known ones is, is added to them."""
     check_reward_model(folder)
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -149,7 +148,7 @@ def _model_reward(
         if template:
             base.hf_tokenizer.chat_template = template
     own = sum(array.nbytes for _, array in tree_flatten(base.model.parameters())) - held
-    say(f"Reward model {folder}: {where}; {own / 1e6:.1f} MB of its own")
+    log.info(f"Reward model {folder}: {where}; {own / 1e6:.1f} MB of its own")
     return ModelReward(base, own, day)
 
 

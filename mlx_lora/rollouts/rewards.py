@@ -252,7 +252,7 @@ def _called(
     answers: dict[str, Any],
     conversations: Sequence[Conversation | Completion],
     settings: ObjectiveSettings,
-    say: Callable[[str], None],
+    note: Callable[[str], None],
     state: TrainerState,
 ) -> list[Any] | None:
     """Return a function's values, None if it failed and that is skipped."""
@@ -265,14 +265,16 @@ def _called(
                 values = call_reward(reward.function, answers, state)
     except _TooLong:
         limit = f"{settings.reward_timeout:g} s"
-        _fail(f"--reward {reward.name} took longer than {limit} for {count} answers", settings, say, "--reward-timeout")
+        _fail(
+            f"--reward {reward.name} took longer than {limit} for {count} answers", settings, note, "--reward-timeout"
+        )
         return None
     except Exception as error:  # a user's code may raise anything
         words = f"{type(error).__name__}: {error}".splitlines()[0]
-        _fail(f"--reward {reward.name} failed ({words}) for {_shown(answers, 0)}", settings, say)
+        _fail(f"--reward {reward.name} failed ({words}) for {_shown(answers, 0)}", settings, note)
         return None
     if len(values) != count:
-        _fail(f"--reward {reward.name} gave {len(values)} values for {count} answers", settings, say)
+        _fail(f"--reward {reward.name} gave {len(values)} values for {count} answers", settings, note)
         return None
     return values
 
@@ -300,10 +302,10 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _fail(what: str, settings: ObjectiveSettings, say: Callable[[str], None], flag: str = "") -> None:
-    """Stop the run, or say what is skipped."""
+def _fail(what: str, settings: ObjectiveSettings, note: Callable[[str], None], flag: str = "") -> None:
+    """Stop the run, or note what is skipped."""
     if settings.reward_errors == "skip":
-        say(f"Note: {what}; skipped")
+        note(f"Note: {what}; skipped")
         return
     raise RunError(f"{what}; correct it{f', raise {flag}' if flag else ''}, or give --reward-errors skip")
 
@@ -333,7 +335,7 @@ def rewards_for(
     rewards: Sequence[Reward],
     answers: dict[str, Any],
     settings: ObjectiveSettings,
-    say: Callable[[str], None],
+    note: Callable[[str], None],
     conversations: Sequence[Conversation | Completion] = (),
     state: TrainerState = TrainerState(),  # noqa: B008 (never changed here)
 ) -> np.ndarray:
@@ -343,7 +345,7 @@ def rewards_for(
         rewards: the functions.
         answers: their arguments by name: prompts, completions, completion_ids, and the data's columns.
         settings: the time limit, and what to do if a function fails.
-        say: takes a line if a failure is skipped.
+        note: takes a line if a failure is skipped.
         conversations: each prompt with its answer, for reward models.
         state: where the run is, for functions that take it.
 
@@ -353,13 +355,13 @@ def rewards_for(
     count = len(answers["completions"])
     found = np.full((count, len(rewards)), math.nan)
     for column, reward in enumerate(rewards):
-        values = _called(reward, answers, conversations, settings, say, state)
+        values = _called(reward, answers, conversations, settings, note, state)
         if values is None:
             continue
         for row, value in enumerate(values):
             problem = _problem(value)
             if problem:
-                _fail(f"--reward {reward.name} gave {problem} for {_shown(answers, row)}", settings, say)
+                _fail(f"--reward {reward.name} gave {problem} for {_shown(answers, row)}", settings, note)
             elif value is not None:
                 found[row, column] = float(value)
     return found
@@ -409,13 +411,13 @@ class SilentRewards:
         """Begin to count."""
         self.batches: Counter[str] = Counter()
 
-    def watch(self, names: Sequence[str], found: np.ndarray, say: Callable[[str], None]) -> None:
+    def watch(self, names: Sequence[str], found: np.ndarray, note: Callable[[str], None]) -> None:
         """Count a batch.
 
         Args:
             names: Of the rewards, (F,).
             found: (A, F), NaN where a reward gave none.
-            say: Takes a note.
+            note: Takes a note.
         """
         gave_none: Any = np.isnan(found).all(axis=0)
         for name, silent in zip(names, gave_none, strict=True):
@@ -425,7 +427,7 @@ class SilentRewards:
             count = self.batches[name]
             if str(count).strip("0") == "1":
                 times = "a batch" if count == 1 else f"{count:,} batches so far"
-                say(f"Note: --reward {name} gave None to every answer of {times}; it changes nothing there")
+                note(f"Note: --reward {name} gave None to every answer of {times}; it changes nothing there")
 
 
 # Ready rewards

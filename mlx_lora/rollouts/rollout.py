@@ -16,6 +16,7 @@ Shapes: A = N G rows, T columns.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +42,8 @@ from mlx_lora.rollouts.decode import SamplingForm
 from mlx_lora.rollouts.rewards import Reward, SilentRewards, TrainerState, reports_of, rewards_for, summed
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.rollouts.sharing import Answered, Planned, deal_prompts, gathered, of_own_rows
+
+log = logging.getLogger(__name__)
 
 WIDTH_STEP = 32  # widths of batches of sampled answers are a multiple of this, so that few shapes occur
 HELD_OUT_STREAM = 1 << 40  # the numbers of rollouts on held-out prompts start here
@@ -74,7 +77,6 @@ class Answering:
         settings: of the run.
         rewards: what rewards answers.
         loss: of tokens, for the log-probabilities before the first update and those of the reference.
-        say: takes a line if a reward fails and is skipped.
         start: the adapter's parameters as the run began, with which the model is the reference.
         form: what computes sampled tokens.
         scorer: scores answers as the teacher; None: they are rewarded.
@@ -88,7 +90,6 @@ class Answering:
     settings: TrainSettings
     rewards: Sequence[Reward]
     loss: Loss
-    say: Callable[[str], None]
     start: dict[str, Any]
     form: SamplingForm = field(default_factory=SamplingForm)
     scorer: Scorer | None = None
@@ -104,13 +105,12 @@ class Answering:
         settings: TrainSettings,
         rewards: Sequence[Reward],
         loss: Loss,
-        say: Callable[[str], None],
         form: SamplingForm,
         scorer: Scorer | None = None,
         joining: Joining | None = None,
     ) -> Answering:
         """Return it for an adapted base that is not yet trained."""
-        return cls(base, settings, rewards, loss, say, base.model.trainable_parameters(), form, scorer, joining)
+        return cls(base, settings, rewards, loss, base.model.trainable_parameters(), form, scorer, joining)
 
     def reported(self, task: Task) -> Task:
         """Return a task whose steps also report the rate of sampling and its share of the time."""
@@ -138,7 +138,7 @@ class Answering:
             every = gathered(own, dealt, self.settings.objective.answers_per_prompt, ranks)
             self.spent.seconds += time.perf_counter() - start  # until the slowest rank has sampled
             for note in (note for answered in every for note in answered.notes):
-                self.say(note)
+                log.info(note)
             mine = [prompts[ranks.rank] for prompts in dealt]
             return [self._trained(*of, trains, ranks) for of in zip(planned, every, mine, strict=True)]
         finally:
@@ -215,14 +215,14 @@ class Answering:
         self,
         facts: Sequence[dict[str, Any]],
         answers: Sequence[list[int]],
-        say: Callable[[str], None] | None = None,
+        note: Callable[[str], None] = log.info,
     ) -> np.ndarray:
         """Return what every reward gives every answer, (A, F) float64, NaN for none.
 
         Args:
             facts: what rewards see of each prompt, (N,).
             answers: the tokens of each answer; those to one prompt are neighbors, as many to each.
-            say: takes a line if a reward fails and is skipped; None: that of the run does.
+            note: called with a line if a reward fails and is skipped.
 
         Raises:
             RunError: a reward failed.
@@ -242,9 +242,8 @@ class Answering:
         arguments = {"prompts": [fact["prompt"] for fact in of_rows], "completions": completions}
         arguments = {**columns, **arguments, "completion_ids": answers}
         whole = [example_with_answer(fact["example"], text) for fact, text in zip(of_rows, texts, strict=True)]
-        say = say or self.say
-        found = rewards_for(self.rewards, arguments, self.settings.objective, say, whole, self.state)
-        self.silent.watch([reward.name for reward in self.rewards], found, say)
+        found = rewards_for(self.rewards, arguments, self.settings.objective, note, whole, self.state)
+        self.silent.watch([reward.name for reward in self.rewards], found, note)
         return found
 
     def text_of(self, answer: list[int]) -> str:

@@ -32,7 +32,6 @@ def form_of(
     memory: MemoryPlan,
     ranks: Ranks,
     identity: Mapping[str, Any] | None,
-    say: Callable[[str], None],
 ) -> tuple[SamplingForm, MemoryPlan]:
     """Return what computes the answers of a run, and its memory with that.
 
@@ -41,7 +40,6 @@ def form_of(
         memory: of the run, without float copies.
         ranks: the processes of the run.
         identity: of the checkpoint to go on from; None: the run begins.
-        say: takes a line on a form that is not kept.
 
     Raises:
         InputError: see `choose_sampling`.
@@ -50,7 +48,7 @@ def form_of(
         return SamplingForm(), memory
     held = memory.phases.get(ROLLOUT, memory.phases["update"])  # or a little more than is held while sampling
     free = min(device.free_bytes(), memory.budget_bytes - held)
-    form = choose_sampling(base, settings.objective.answers_per_prompt, free, ranks, identity, say)
+    form = choose_sampling(base, settings.objective.answers_per_prompt, free, ranks, identity)
     if not form.copied_bytes:
         return form, memory
     return form, memory.with_phase(ROLLOUT, {"base, adapter, sampling": held, "float copies": form.copied_bytes})
@@ -61,7 +59,6 @@ def answering_of(
     base: Base,
     objective: Objective,
     loss: Loss,
-    say: Callable[[str], None],
     rewards: Sequence[Reward],
     form: SamplingForm,
     scorer: Scorer | None = None,
@@ -72,7 +69,6 @@ def answering_of(
     Args:
         settings, base, objective: of the run.
         loss: of tokens, chosen for the base.
-        say: takes a line if a reward fails and is skipped.
         form: what computes sampled tokens.
         scorer: scores the answers as the teacher, if the objective has one.
         joining: when the answers to a prompt share its row.
@@ -86,9 +82,9 @@ def answering_of(
     if objective.distills is not None:
         if scorer is None:
             raise ValueError("sampled answers of a student without a teacher")
-        return Answering.of(base, settings, (), loss, say, form, scorer)
+        return Answering.of(base, settings, (), loss, form, scorer)
     loss = at_temperature(loss, base.model, base.config, settings.objective.temp)
-    return Answering.of(base, settings, rewards, loss, say, form, joining=joining)
+    return Answering.of(base, settings, rewards, loss, form, joining=joining)
 
 
 def answered_by(
@@ -121,7 +117,6 @@ def shared_words(plan: RolloutPlan, accumulation: int, ranks: Ranks) -> list[str
 def sampled_plan(
     settings: TrainSettings,
     base: Base,
-    say: Callable[[str], None],
     rewards: Sequence[Reward],
     ranks: Ranks = ALONE,
     scorer: Scorer | None = None,
@@ -133,7 +128,7 @@ def sampled_plan(
         if not objective.samples:
             return plan
         form = choose_sampling(base, settings.objective.answers_per_prompt, device.free_bytes(), ranks)
-        answering = answering_of(settings, base, objective, loss, say, rewards, form, scorer)
+        answering = answering_of(settings, base, objective, loss, rewards, form, scorer)
         return answered_by(answering, plan, held_out=True) or plan
 
     return answered

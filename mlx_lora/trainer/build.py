@@ -5,7 +5,7 @@ It adapts the base, chooses loss, kernels and layout of rows, fits the run in me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,8 +96,7 @@ class Composed:
 
 
 def compose(
-    asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, say: Callable[[str], None],
-    rewards: Sequence[Reward] = (),
+    asked: TrainSettings, base: Base, splits: DataSplits, ranks: Ranks, rewards: Sequence[Reward] = (),
 ) -> Composed:  # fmt: skip
     """Adapt the base, choose what the settings leave open, plan the batches and make the step.
 
@@ -105,32 +104,31 @@ def compose(
         asked: settings as they were given.
         base: a loaded model; gets adapter layers.
         splits, ranks, rewards: the data, the processes of the run, and what rewards sampled answers.
-        say: takes a line before something is measured, or if there is a problem.
 
     Raises:
         InputError: the adapter, a checkpoint or a rank does not belong to this run, or the machine cannot take it.
     """
     objective = objective_of(asked.objective)
-    taught = compared_with(asked, base, splits.sets, ranks, say)
+    taught = compared_with(asked, base, splits.sets, ranks)
     splits = replace(splits, **taught.sets)
     mx.random.seed(asked.loop.seed)
     adapted, info = adapt(asked, base, splits.chat_template)
     asked, shared = share_among(asked, base, ranks)
-    found = find_checkpoint(asked.loop, ranks, say)
-    chosen, layout = choose_layout(asked, base, splits.train, objective, found, say)
+    found = find_checkpoint(asked.loop, ranks)
+    chosen, layout = choose_layout(asked, base, splits.train, objective, found)
     shape = shape_of(asked, base, chosen, shared)
     begun = found.identity if found else None
     settings, memory = fit_settings(layout.settled(asked), shape, layout.of(splits), chosen, shared, ranks, begun)
     layout, memory = that_fits(layout, settings, shape, splits.train, chosen.terms, memory)
     if objective.reference and splits.train.reference is None:
         of = chosen.loss, chosen.kernels  # in batches that fit, so that its peak is below a step's
-        splits = splits.changed(lambda sets: with_reference(settings, base, sets, say, ranks, *of))
+        splits = splits.changed(lambda sets: with_reference(settings, base, sets, ranks, *of))
     fingerprint = splits.train.fingerprint  # of the rows apart, so that a run may be resumed whatever shares a row
     splits = layout.of(splits)
     loop = settings.loop
     epochs = found.identity["price_epochs"] if found else loop.epochs or 1.0
-    form, memory = form_of(settings, base, memory, ranks, found.identity if found else None, say)
-    answering = answering_of(settings, base, objective, chosen.loss, say, rewards, form, taught.scorer, layout.joining)
+    form, memory = form_of(settings, base, memory, ranks, found.identity if found else None)
+    answering = answering_of(settings, base, objective, chosen.loss, rewards, form, taught.scorer, layout.joining)
     plan: Any = answered_by(answering, training_plan(loop, splits.train, epochs), ranks=ranks)
     steps = total_steps(plan, loop)
     held_out = choose_held_out(splits.valid, loop, plan, steps, found.identity if found else None)
@@ -150,7 +148,7 @@ def compose(
         about += [form.describe(), *shared_words(plan, loop.grad_accumulation_steps, ranks)]
     about = [words for words in (*about, layout.words, trunk.words, shared.words) if words]
     check_one_run(ranks, settings, identity | reward_files(settings.objective))
-    take_first_ranks(ranks, step, say)
+    take_first_ranks(ranks, step)
     at = beginning(found, loop)
     first, *rest = describe_run(settings, base, adapted, plan, steps, details, about, held_out.words)
     words = [first, *filter(None, [taught.words, *choices(asked, settings, shape, splits, plan, steps)]), *rest]
@@ -165,20 +163,18 @@ def beginning(found: Checkpoint | None, loop: LoopSettings) -> Position:
     return at
 
 
-def compared_with(
-    settings: TrainSettings, base: Base, sets: dict[str, EncodedSet], ranks: Ranks, say: Callable[[str], None]
-) -> Taught:
+def compared_with(settings: TrainSettings, base: Base, sets: dict[str, EncodedSet], ranks: Ranks) -> Taught:
     """Return the sets with what another adapter as the reference, or a teacher, says about their rows.
 
     Args:
-        settings, ranks, say: as in `compose`.
+        settings, ranks: as in `compose`.
         base: not yet adapted: it may be the teacher, and the reference's adapter is put on it and taken off again.
         sets: name -> rows; `test` is left out without --test.
     """
     sets = {name: rows for name, rows in sets.items() if name != "test" or settings.loop.test}
     if objective_of(settings.objective).reference and settings.objective.reference_adapter:
-        sets = with_reference(settings, base, sets, say, ranks)
-    return with_teacher(settings, base, sets, say, ranks)
+        sets = with_reference(settings, base, sets, ranks)
+    return with_teacher(settings, base, sets, ranks)
 
 
 def adapt(settings: TrainSettings, base: Base, chat_template: str | None) -> tuple[Adapted, AdapterInfo]:
@@ -239,12 +235,11 @@ def choose_layout(
     rows: EncodedSet,
     objective: Objective,
     found: Checkpoint | None,
-    say: Callable[[str], None],
 ) -> tuple[LossAndKernels, Layout]:
     """Choose loss and kernels, and whether a prompt is computed once for its answers.
 
     Args:
-        settings, base, say: as in `compose`.
+        settings, base: as in `compose`.
         rows: to train on, apart.
         objective: of the run.
         found: a checkpoint to go on from, whose layout is kept.
@@ -260,7 +255,7 @@ def choose_layout(
         asked = before
     sampled = objective.policy is not None
     if objective.records != "pairs" and not sampled:
-        return choose_loss_and_kernels(settings, base, rows, found, say), Layout()
+        return choose_loss_and_kernels(settings, base, rows, found), Layout()
     shape = model_shape(base.model, base.config)
     problem = layout_problem(asked, base.model, shape, rows)
     # Sampled answers may be shorter than their room, so that sharing saves more work than is known here.
@@ -268,14 +263,14 @@ def choose_layout(
     if problem is None or little is not None:
         planned, also = (joined(rows), None) if little is None else (rows, joined(rows))
         rotate_by_token(base.model)  # before kernels are recorded on such rows
-        chosen = choose_loss_and_kernels(settings, base, planned, found, say, also)
+        chosen = choose_loss_and_kernels(settings, base, planned, found, also)
         problem = sharing_problem(base.model, base.config, chosen.loss, chosen.kernels)
         if problem is None:
             return chosen, shared_layout(objective, shape, rows, little)
     if asked == "on":
         raise InputError(f"--shared-prefix on: {problem}; leave the flag out")
     words = f"{'a row for each answer' if sampled else 'separate rows for both answers'} ({problem})"
-    return choose_loss_and_kernels(settings, base, rows, found, say), Layout(words=words)
+    return choose_loss_and_kernels(settings, base, rows, found), Layout(words=words)
 
 
 def choose_loss_and_kernels(
@@ -283,7 +278,6 @@ def choose_loss_and_kernels(
     base: Base,
     rows: EncodedSet,
     found: Checkpoint | None,
-    say: Callable[[str], None],
     joined_too: EncodedSet | None = None,
 ) -> LossAndKernels:
     """Choose loss and kernels: the best that were measured here, and that agree with the model's own on this model.
@@ -293,18 +287,17 @@ def choose_loss_and_kernels(
         base: adapted.
         rows: training data, whose lengths the kernels are chosen for.
         found: a checkpoint to go on from.
-        say: takes a line before something is measured.
         joined_too: the same rows joined, if some batches will be.
     """
     asked = settings.loop.kernels
-    loss = choose_loss(base.model, base.config, asked, say)
+    loss = choose_loss(base.model, base.config, asked, measure=True)
     dtype = device.compute_dtype(settings.model.dtype)
     if asked == AUTO and called_together(base.model):
         asked = OURS  # what one rank measures, another might not
     rows_of = {one.starts is not None: one for one in (rows, joined_too) if one is not None}
     lengths = {shared: sorted({max(1, int(n) - 1) for n in one.lengths}) for shared, one in rows_of.items()}
-    choice = choose_model_kernels(base.model, lengths.get(False, []), asked, dtype, say, lengths.get(True, []))
-    kernels, words = check_kernels(base.model, base.config, loss, choice, say)
+    choice = choose_model_kernels(base.model, lengths.get(False, []), asked, dtype, lengths.get(True, []))
+    kernels, words = check_kernels(base.model, base.config, loss, choice)
     terms = replace((kernels or choice.of_mlx()).terms(), loss=loss.kernel)
     return LossAndKernels(loss, kernels, terms, words)
 

@@ -15,6 +15,7 @@ intact.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -38,6 +39,8 @@ from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import replacing_folder, sha256_of
 from mlx_lora.utils.parsing import read_json
 from mlx_lora.utils.text import command_line
+
+log = logging.getLogger(__name__)
 
 # Position and arrays
 
@@ -310,12 +313,11 @@ def _position_problems(position: Position) -> list[str]:
     return wrong
 
 
-def newest_checkpoint(room: Path, say: Callable[[str], None]) -> Checkpoint | None:
+def newest_checkpoint(room: Path) -> Checkpoint | None:
     """Return the newest complete checkpoint, None if there is none; damaged ones are reported.
 
     Args:
         room: a run folder's `checkpoints`.
-        say: called with one line about each damaged checkpoint.
 
     Raises:
         OtherVersionError: another version wrote it; the run must not begin again in its folder.
@@ -326,7 +328,7 @@ def newest_checkpoint(room: Path, say: Callable[[str], None]) -> Checkpoint | No
         except OtherVersionError:
             raise
         except InputError as error:
-            say(f"Checkpoint skipped: {error}")
+            log.info(f"Checkpoint skipped: {error}")
     return None
 
 

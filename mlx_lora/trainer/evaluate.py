@@ -233,14 +233,12 @@ def held_out_loss(
     settings: LoopSettings,
     objective: Objective,
     ranks: Ranks = ALONE,
-    say: Callable[[str], None] | None = None,
     answered: Callable[[BatchPlan, Loss], AnyPlan] = lambda plan, loss: plan,
 ) -> Measured:
     """Return the mean loss of the first --test-batches batches.
 
     Args:
         base, rows, settings, objective, ranks: what to measure on what.
-        say: takes lines of progress where there is no bar.
         answered: makes a plan whose answers are sampled, if the objective samples them.
     """
     loss = choose_loss(base.model, base.config, settings.kernels)
@@ -250,7 +248,7 @@ def held_out_loss(
     dealt_to = row_ranks(base.model, ranks)
     batches = own_batches(plan, settings.test_batches, dealt_to, called_together(base.model))
     if ranks.size == 1:
-        batches = tracked(batches, "Measuring", count, "batches", say)
+        batches = tracked(batches, "Measuring", count, "batches")
     return mean_loss(base.model, task, batches, ranks)
 
 

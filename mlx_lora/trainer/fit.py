@@ -12,7 +12,8 @@ Each rank then gets its part of the base, as --shard-base and --parallel say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -79,6 +80,8 @@ from mlx_lora.trainer.block_memory import LAG, SHARED_LAG, with_block_memory
 from mlx_lora.trainer.gradient_checkpointing import Tape
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
+
+log = logging.getLogger(__name__)
 
 # The run
 
@@ -311,13 +314,12 @@ PROBE_BYTES = 1 << 22  # seconds even at 100 Mbit/s
 AUTO = "auto"
 
 
-def settled_parallel(settings: TrainSettings, ranks: Ranks, say: Callable[[str], None]) -> TrainSettings:
+def settled_parallel(settings: TrainSettings, ranks: Ranks) -> TrainSettings:
     """Return the settings with what the processes divide.
 
     Args:
         settings: of the run.
         ranks: of the run; every one must call this.
-        say: takes a line with the choice and its reasons, if there was one.
 
     Raises:
         InputError: the model cannot be read, or its adapter does not fit it.
@@ -342,7 +344,7 @@ def settled_parallel(settings: TrainSettings, ranks: Ranks, say: Callable[[str],
     mx.clear_cache()
     mx.reset_peak_memory()  # the measurements' peak is not the run's
     loop = replace(settings.loop, parallel=name, shard_base="memory" if shared else "off")
-    say(words)
+    log.info(words)
     return replace(settings, loop=loop)
 
 

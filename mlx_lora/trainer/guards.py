@@ -10,6 +10,7 @@ parts.
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
@@ -28,6 +29,8 @@ from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.files import replacing_file
 from mlx_lora.utils.progress import told_display
 from mlx_lora.utils.supervise import SUPERVISOR
+
+log = logging.getLogger(__name__)
 
 WORDS = "Stopping after this step, then saving; press Ctrl-C again to quit without saving"
 COMPILATION = "C++ shared library"  # part of MLX's error after a compiler was killed: MLX believes that it succeeded
@@ -112,15 +115,14 @@ def compiler_spared() -> Iterator[None]:
 class MemoryGuard:
     """Watches a run's memory, and says in how many parts its batches run."""
 
-    def __init__(self, at: Position, limit_bytes: int | None = None, say: Callable[[str], None] = lambda line: None):
+    def __init__(self, at: Position, limit_bytes: int | None = None):
         """Begin to watch.
 
         Args:
             at: of the run; `at.parts` is kept here, so that a resumed run keeps it.
             limit_bytes: for MLX's buffers in use, None for no limit; buffers that it keeps for reuse have another limit.
-            say: called with one line about each change.
         """
-        self.at, self.limit_bytes, self.say = at, limit_bytes, say
+        self.at, self.limit_bytes = at, limit_bytes
         self._told, self._earlier_peak_bytes = False, 0
 
     @property
@@ -144,9 +146,9 @@ class MemoryGuard:
         over = f"step {self.at.taken}: {peak / 1e9:.2f} GB were in use, the limit is {self.limit_bytes / 1e9:.2f} GB"
         if rows > 1:
             self.at.parts *= 2
-            self.say(f"{over}; from now on, batches run in {self.at.parts} parts, with the same updates")
+            log.info(f"{over}; from now on, batches run in {self.at.parts} parts, with the same updates")
             self._earlier_peak_bytes = self.peak_bytes
             mx.reset_peak_memory()
         elif not self._told:
-            self.say(f"{over}, with one row at a time; use --grad-checkpoint block or a smaller --max-seq-length")
+            log.info(f"{over}, with one row at a time; use --grad-checkpoint block or a smaller --max-seq-length")
             self._told = True

@@ -6,6 +6,7 @@ The display is a bar and a curve in a notebook, a bar on a terminal, or plain li
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import time
@@ -26,6 +27,8 @@ from mlx_lora.utils import console
 from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.progress import QUIET_S, LongTask, long_task
 from mlx_lora.utils.text import counted, format_duration
+
+log = logging.getLogger(__name__)
 
 # Records
 
@@ -198,20 +201,20 @@ class Progress(Protocol):
         """End."""
 
 
-def display_here() -> tuple[Callable[[str], None], Callable[[int], Progress] | None]:
-    """Return what takes lines, and what makes a live display here (None: a line for each report)."""
+def display_here() -> Callable[[int], Progress] | None:
+    """Return what makes a live display here from the number of steps; None: there is a line for each report."""
     if console.in_notebook():
-        return print, NotebookProgress  # what goes to standard error has a red background in notebooks
-    return console.echo, LiveProgress if sys.stderr.isatty() else None
+        return NotebookProgress
+    return LiveProgress if sys.stderr.isatty() else None
 
 
 class PlainProgress:
     """Prints one line per report on standard error."""
 
-    def __init__(self, total_steps: int, say: Callable[[str], None]):
-        self._total, self._say, self._start = total_steps, say, time.perf_counter()
+    def __init__(self, total_steps: int):
+        self._total, self._start = total_steps, time.perf_counter()
         self._reported = False
-        self._first = LongTask("First step, with everything that MLX compiles for it", 0, "", say, live=False)
+        self._first = LongTask("First step, with everything that MLX compiles for it", 0, "", live=False)
 
     def step(self, step: int) -> None:
         """Say once how long a step takes, because the first report may come many slow steps later."""
@@ -219,7 +222,7 @@ class PlainProgress:
         # The second step is under way, so the first is done.
         if step == 2 and self._total > 2 and not self._reported:
             spent = time.perf_counter() - self._start
-            self._say(f"step 1/{self._total} done {format_duration(spent)} after the start")
+            log.info(f"step 1/{self._total} done {format_duration(spent)} after the start")
 
     def report(self, metrics: Metrics) -> None:
         self._reported = self._reported or metrics.loss is not None
@@ -227,12 +230,12 @@ class PlainProgress:
             self._first.end()
         spent = time.perf_counter() - self._start
         left = spent / max(metrics.step, 1) * (self._total - metrics.step)
-        self._say(format_metrics(metrics, self._total, left))
+        log.info(format_metrics(metrics, self._total, left))
 
     def validating(self, batches: Iterable[T], count: int) -> Iterator[T]:
         """Yield a validation's batches, and say now and then how many of them are measured."""
         self._first.cover()  # it speaks for itself
-        with long_task("Validating", count, "batches", self._say, live=False) as task:
+        with long_task("Validating", count, "batches", live=False) as task:
             for batch in batches:
                 yield batch
                 task.advance()

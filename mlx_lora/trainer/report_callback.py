@@ -13,6 +13,7 @@ measured: how many of them the model would answer word for word.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import sys
@@ -61,6 +62,8 @@ from mlx_lora.utils.console import in_notebook
 from mlx_lora.utils.progress import tracked
 from mlx_lora.utils.text import this_command
 
+log = logging.getLogger(__name__)
+
 # Records
 
 Watch = Callable[[Iterable[Batch], int], Iterable[Batch]]
@@ -70,7 +73,6 @@ Watch = Callable[[Iterable[Batch], int], Iterable[Batch]]
 def reporting(
     run: Composed,
     told: Callbacks,
-    say: Callable[[str], None],
     show: Callable[[int], Progress] | None,
     page: RunPage | None = None,
 ) -> Iterator[tuple[Callable[[Metrics], None], Callable[[int], None], Watch]]:
@@ -79,7 +81,6 @@ def reporting(
     Args:
         run: ready for its first step.
         told: the callbacks, which are told of both.
-        say: takes a line per report where there is no display.
         show: makes a display from the number of steps; None: there is none.
         page: answers its fixed prompts after each validation; only the first rank has one.
     """
@@ -100,7 +101,7 @@ def reporting(
     rows = RowsFile(folder.path / ROWS_FILE, resumed_at)
     if page is not None:
         page.begin_answers(resumed_at)
-    progress = show(run.steps) if show else PlainProgress(run.steps, say)
+    progress = show(run.steps) if show else PlainProgress(run.steps)
 
     def report(record: Metrics) -> None:
         metrics(record)
@@ -121,10 +122,10 @@ def reporting(
         rows.close()
 
 
-def leave_card(folder: Path, base: Base, info: AdapterInfo, say: Callable[[str], None]) -> None:
+def leave_card(folder: Path, base: Base, info: AdapterInfo) -> None:
     """Write the model card of a run folder that has an adapter."""
     if (folder / WEIGHTS_FILE).exists() and not write_card(folder, "mlx", base, info, read_facts(folder)):
-        say(f"{folder / CARD_FILE}: your own file, left as it is")
+        log.info(f"{folder / CARD_FILE}: your own file, left as it is")
 
 
 # report.html
@@ -160,16 +161,13 @@ class RunPage:
     answers: Sequence[list[int]] = ()
 
     @classmethod
-    def begin(
-        cls, run: Composed, base: Base, splits: DataSplits, say: Callable[[str], None] = lambda line: None
-    ) -> RunPage:
+    def begin(cls, run: Composed, base: Base, splits: DataSplits) -> RunPage:
         """Begin the page; generate the texts before the training if the adapter cannot be taken off afterward.
 
         Args:
             run: ready for its first step.
             base: with the new adapter, which changes nothing yet.
             splits: its data.
-            say: called with lines of progress where no bar can be shown.
         """
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm"))
         held_out = splits.valid if splits.valid is not None and len(splits.valid) else None
@@ -205,7 +203,7 @@ class RunPage:
         kept = run.found and page.report.keep_samples_of(page.folder)
         changed = settings.adapter.resume_adapter_file or full_parameters(base.model)
         if page.prompts and not kept and changed:
-            page._write_texts(say, "Writing texts before training")
+            page._write_texts("Writing texts before training")
         return page
 
     def begin_answers(self, resumed_at: int | None) -> None:
@@ -221,10 +219,10 @@ class RunPage:
         if self.answering is not None and self.fixed:
             add_answers(self.folder / ANSWERS_FILE, step, greedy_answers(self.answering, self.fixed))
 
-    def _write_texts(self, say: Callable[[str], None], what: str) -> None:
+    def _write_texts(self, what: str) -> None:
         """Add a text of the present model for each prompt, or fewer if the first ones show that all would take long."""
         tokenizer, start = self.base.hf_tokenizer, time.perf_counter()
-        for number, prompt in enumerate(tracked(self.prompts, what, len(self.prompts), "texts", say)):
+        for number, prompt in enumerate(tracked(self.prompts, what, len(self.prompts), "texts")):
             if number and time.perf_counter() - start > MOST_TEXTS_S * number / (number + 1):
                 break
             sample = self._sample(str(tokenizer.decode(prompt)), self._text(prompt))
@@ -262,14 +260,11 @@ class RunPage:
         """Write the page with the current results."""
         self.report.write(self.folder)
 
-    def end(
-        self, interrupted: bool, say: Callable[[str], None] = lambda line: None, kept_step: int | None = None
-    ) -> None:
+    def end(self, interrupted: bool, kept_step: int | None = None) -> None:
         """Generate the texts after the training, and write the page for the last time.
 
         Args:
             interrupted: whether the run was interrupted; then no text is generated, because the user does not want to wait.
-            say: called with lines of progress where no bar can be shown.
             kept_step: the step whose adapter was put back; None: the last one's is there.
         """
         self.report.ended = not interrupted
@@ -278,9 +273,9 @@ class RunPage:
         elif not interrupted:
             if not self.report.samples:
                 with without_adapters(self.base.model):
-                    self._write_texts(say, "Writing texts of the model as it was")
+                    self._write_texts("Writing texts of the model as it was")
             pairs = list(zip(self.report.samples, self.prompts, strict=False))  # kept ones may be fewer
-            for sample, prompt in tracked(pairs, "Writing texts after training", len(pairs), "texts", say):
+            for sample, prompt in tracked(pairs, "Writing texts after training", len(pairs), "texts"):
                 sample.after = self._text(prompt)
         self.write()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,11 +40,12 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
 from mlx_lora.utils.progress import waiting
 
+log = logging.getLogger(__name__)
+
 
 def train_run(
     settings: TrainSettings,
     ranks: Ranks = ALONE,
-    say: Callable[[str], None] = lambda line: None,
     show: Callable[[int], Progress] | None = None,
     base: Base | None = None,
     callbacks: Sequence[Callback] = (),
@@ -54,8 +56,7 @@ def train_run(
     Args:
         settings: of the run. With --test alone nothing is trained: the adapter in --adapter-path is measured.
         ranks: the processes that train together.
-        say: takes lines of progress and reports.
-        show: makes a live display from the number of steps; None: `say` takes a line for each report.
+        show: makes a live display from the number of steps; None: a line is logged for each report.
         base: the model that the settings name, if it is already loaded; it is changed. None: it is loaded here.
         callbacks: are told what happens, on the first rank, as are those of --report-to.
         functions: rewards that were given in Python, by what --reward calls them.
@@ -68,32 +69,32 @@ def train_run(
     check_request(settings, ranks, functions)
     device.compile_for(steps=settings.loop.iters or 0)  # until `compose` knows how many there are
     folder, trains = Path(settings.loop.adapter_path), wants_training(settings)
-    settings = settled_parallel(settings, ranks, say)
+    settings = settled_parallel(settings, ranks)
     if base is None:
-        with waiting("Loading the model", say):
+        with waiting("Loading the model"):
             if trains:
                 check_base_fits(settings)  # an outline, whose weights need not be read or downloaded in vain
             base = load_base(settings.model, read=not in_parts(settings.loop))
-    rewards = load_rewards(settings, base, say, first_day(settings.loop, ranks), functions)  # before an adapter is on
+    rewards = load_rewards(settings, base, first_day(settings.loop, ranks), functions)  # before an adapter is on
     untrained = base
     if not trains:
         untrained = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
         put_adapter(base, folder, settings.data, objective_of(settings.objective))
-    with waiting("Reading the data", say):
-        splits = read_data(settings, base, untrained, ranks, say)
+    with waiting("Reading the data"):
+        splits = read_data(settings, base, untrained, ranks)
     outcome, test, scorer = Outcome(0, None, False), splits.test, None
     if trains:
         with own_folder(folder, ranks), device.own_memory_limit():
-            with waiting("Preparing the run: memory, batches, kernels", say):
-                run = compose(settings, base, splits, ranks, say, rewards)
-            outcome, test, scorer = take_steps(run, base, splits, say, show, told), run.test, run.scorer
+            with waiting("Preparing the run: memory, batches, kernels"):
+                run = compose(settings, base, splits, ranks, rewards)
+            outcome, test, scorer = take_steps(run, base, splits, show, told), run.test, run.scorer
     elif test is not None:
-        taught = compared_with(settings, untrained, {"test": test}, ranks, say)
+        taught = compared_with(settings, untrained, {"test": test}, ranks)
         test, scorer = taught.sets["test"], taught.scorer
     if settings.loop.test and test is not None and not outcome.interrupted:
-        answered = sampled_plan(settings, base, say, rewards, ranks, scorer)
-        found = held_out_loss(base, test, settings.loop, objective_of(settings.objective), ranks, say, answered)
-        say(f"Test {loss_words(found)}")
+        answered = sampled_plan(settings, base, rewards, ranks, scorer)
+        found = held_out_loss(base, test, settings.loop, objective_of(settings.objective), ranks, answered)
+        log.info(f"Test {loss_words(found)}")
     return outcome
 
 
@@ -157,13 +158,11 @@ def check_test_split(settings: TrainSettings, splits: DataSplits) -> None:
         )
 
 
-def read_data(
-    settings: TrainSettings, base: Base, untrained: Base, ranks: Ranks, say: Callable[[str], None]
-) -> DataSplits:
+def read_data(settings: TrainSettings, base: Base, untrained: Base, ranks: Ranks) -> DataSplits:
     """Read the data, check that the base can take them, and say what is trained on what.
 
     Args:
-        settings, ranks, say: of the run.
+        settings, ranks: of the run.
         base: with an adapter if it is only measured.
         untrained: without one; it may have to write prompts and answers first.
 
@@ -173,18 +172,18 @@ def read_data(
     loop, objective = settings.loop, objective_of(settings.objective)
     day = first_day(loop, ranks)
     check_teacher(settings, base.hf_tokenizer)
-    given = data_with_answers(settings, untrained, ranks, say, day, wants_training(settings))
+    given = data_with_answers(settings, untrained, ranks, day, wants_training(settings))
     data, prompt = given.data, read_teacher_prompt(settings.objective.teacher_prompt)
-    splits = load_data(data, base.hf_tokenizer, loop.seed, say, day, objective.records, prompt)
+    splits = load_data(data, base.hf_tokenizer, loop.seed, day, objective.records, prompt)
     if given.folder is not None:
         splits = replace(splits, report=replace(splits.report, data=given.words), written=given.folder)
     splits = splits.changed(lambda sets: {name: objective.targets_of(rows) for name, rows in sets.items()})
     check_test_split(settings, splits)
     for rows in filter(None, (splits.train, splits.valid, splits.test)):
         check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
-    say(device.current_device().header())
-    say(f"Base: {base.model_id}: {base.describe()}")
-    say(splits.report.render(color=console.wants_color()))
+    log.info(device.current_device().header())
+    log.info(f"Base: {base.model_id}: {base.describe()}")
+    log.info(splits.report.render(color=console.wants_color()))
     return splits
 
 
@@ -192,7 +191,6 @@ def take_steps(
     run: Composed,
     base: Base,
     splits: DataSplits,
-    say: Callable[[str], None],
     show: Callable[[int], Progress] | None,
     told: Callbacks,
 ) -> Outcome:
@@ -201,7 +199,7 @@ def take_steps(
     Args:
         run: over the adapted base.
         base, splits: that it was composed from.
-        say, show: see `train_run`.
+        show: see `train_run`.
         told: the callbacks.
 
     Raises:
@@ -210,16 +208,16 @@ def take_steps(
     folder, budget_bytes = run.folder, run.memory.budget_bytes
     settings, ranks, step, at = folder.settings, folder.ranks, folder.step, folder.at
     _bound_memory(run, base)
-    say("\n".join(run.words if settings.loop.verbose else run.words[:-1]))
+    log.info("\n".join(run.words if settings.loop.verbose else run.words[:-1]))
     page = None
     if ranks.leads:
         check_room(settings.loop, run.steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
-        page = RunPage.begin(run, base, splits, say)
-    folder.begin(run.found, run.steps, say, splits.written)
-    guard = MemoryGuard(at, budget_bytes, say)
+        page = RunPage.begin(run, base, splits)
+    folder.begin(run.found, run.steps, splits.written)
+    guard = MemoryGuard(at, budget_bytes)
 
     def save(step_number: int) -> None:
-        take_first_ranks(ranks, step, say)
+        take_first_ranks(ranks, step)
         folder.save()
         if page is not None:
             page.write()
@@ -227,7 +225,7 @@ def take_steps(
 
     with told.around(run.steps, settings.to_flat()) as ending:
         try:
-            with folder.kept_if_it_fails(), reporting(run, told, say, show, page) as (report, shown, watch):
+            with folder.kept_if_it_fails(), reporting(run, told, show, page) as (report, shown, watch):
                 outcome = train(
                     base.model, step, run.task, run.plan, run.validation, settings.loop,
                     report, shown, save, at, guard, ranks, told.failed, watch,
@@ -242,12 +240,12 @@ def take_steps(
     if page is not None:
         if not outcome.interrupted and ranks.size == 1 and not folder.info.scores:
             page.report.known = known_rows(base, splits.train, settings)
-        page.end(outcome.interrupted, say, at.best_at if settings.loop.keep_best and at.best_at else None)
-        leave_card(folder.path, base, folder.info, say)
-        say(outcome_line(settings.loop, outcome, best, settings.objective.rewarded))
+        page.end(outcome.interrupted, at.best_at if settings.loop.keep_best and at.best_at else None)
+        leave_card(folder.path, base, folder.info)
+        log.info(outcome_line(settings.loop, outcome, best, settings.objective.rewarded))
         if not outcome.interrupted:
-            say(told_after(page.report.verdict))
-            say(closing_words(folder.path, settings, folder.info, page.report.samples))
+            log.info(told_after(page.report.verdict))
+            log.info(closing_words(folder.path, settings, folder.info, page.report.samples))
     told.raise_failure(left_by(settings.loop, outcome))
     return outcome
 

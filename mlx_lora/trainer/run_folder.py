@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -64,6 +65,8 @@ from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import check_writable, one_at_a_time, replacing_file, replacing_folder
 from mlx_lora.utils.parsing import parse_yaml
 from mlx_lora.utils.text import command_line
+
+log = logging.getLogger(__name__)
 
 # Results
 
@@ -142,22 +145,19 @@ class RunFolder:
         """The folder of the results."""
         return Path(self.settings.loop.adapter_path)
 
-    def begin(
-        self, found: Checkpoint | None, steps: int, say: Callable[[str], None], written: Path | None = None
-    ) -> None:
+    def begin(self, found: Checkpoint | None, steps: int, written: Path | None = None) -> None:
         """Restore a checkpoint, or without --resume set an earlier run's results aside, and write run.yaml.
 
         Args:
             found: a checkpoint of this run, if there is one.
             steps: of the whole run.
-            say: takes a line about the checkpoint.
             written: a folder of records that models wrote for the run, which is copied, so that a person finds them.
         """
         done = found is not None and self.at.taken >= steps
         if found:
             restore_arrays(self.step, found.arrays)
             left = f"; all {steps} steps are done, so raise --iters or --epochs to train further" if done else ""
-            say(f"Resuming from step {self.at.taken} ({found.folder}){left}")
+            log.info(f"Resuming from step {self.at.taken} ({found.folder}){left}")
         if not self.ranks.leads:
             return
         self._clear_leftovers()
@@ -305,7 +305,7 @@ def check_room(loop: LoopSettings, steps: int, adapter_bytes: int) -> None:
 # Resuming
 
 
-def find_checkpoint(loop: LoopSettings, ranks: Ranks, say: Callable[[str], None]) -> Checkpoint | None:
+def find_checkpoint(loop: LoopSettings, ranks: Ranks) -> Checkpoint | None:
     """Return the checkpoint for `--resume`, None without `--resume` or if there is no checkpoint yet.
 
     Rank 0 reads it and sends it to all ranks with its arrays: the other machines need not have the run folder.
@@ -316,9 +316,9 @@ def find_checkpoint(loop: LoopSettings, ranks: Ranks, say: Callable[[str], None]
     found = None
     if ranks.leads and loop.resume == "auto":
         room = Path(loop.adapter_path) / CHECKPOINTS
-        found = newest_checkpoint(room, say)
+        found = newest_checkpoint(room)
         if found is None:
-            say(f"--resume: no complete checkpoint in {room}; the run starts at the beginning")
+            log.info(f"--resume: no complete checkpoint in {room}; the run starts at the beginning")
     elif ranks.leads and loop.resume is not None:
         found = read_checkpoint(Path(loop.resume))
     facts = ranks.from_first(found and [str(found.folder), asdict(found.position), found.identity])

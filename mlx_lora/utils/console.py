@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -23,6 +25,7 @@ MOST_CHARACTERS = 880  # the longest error message that is printed
 LEAST_COLUMNS = 40  # a narrower terminal wraps by itself
 LONGEST_WORD = 40  # a longer word may be cut in its middle
 HELP_FLAGS = ["-h", "--help"]
+LOGGER = logging.getLogger("mlx_lora")
 
 
 def echo(text: str = "") -> None:
@@ -33,6 +36,49 @@ def echo(text: str = "") -> None:
     if sys.stderr.isatty():
         text = wrapped(text, shutil.get_terminal_size().columns)
     click.echo(text, err=True)
+
+
+def show(text: str) -> None:
+    """Print a line of progress where Python code runs: in a notebook's cell, or on standard error."""
+    if in_notebook():
+        print(text)  # what goes to standard error has a red background in notebooks
+    else:
+        echo(text)
+
+
+class LineHandler(logging.Handler):
+    """Gives each log line to a function."""
+
+    def __init__(self, write: Callable[[str], None]):
+        super().__init__()
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._write(record.getMessage())
+
+
+def drop(line: str) -> None:
+    """Take a log line and show nothing, for `log_to`."""
+
+
+@contextmanager
+def log_to(write: Callable[[str], None] | None) -> Iterator[None]:
+    """Give the package's log lines to `write` in this block, instead of to an outer block's function.
+
+    Args:
+        write: called with each line of level INFO and above; None: logging stays as it is.
+    """
+    if write is None:
+        yield
+        return
+    before, level = LOGGER.handlers, LOGGER.level
+    LOGGER.handlers = [LineHandler(write)]
+    LOGGER.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        LOGGER.handlers = before
+        LOGGER.setLevel(level)
 
 
 def wrapped(text: str, columns: int) -> str:
@@ -107,6 +153,10 @@ class Command(click.Command):
 
     def get_help_option_names(self, ctx: click.Context) -> list[str]:
         return HELP_FLAGS  # whatever the context says: click keeps those of the first one
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with log_to(echo):
+            return super().invoke(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         _refuse_repeated(self.make_parser(ctx).parse_args(list(args))[2], args)

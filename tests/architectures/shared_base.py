@@ -26,7 +26,7 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.parallel.ranks import SeveralRanks
 from mlx_lora.trainer.run import train_run
-from mlx_lora.utils import device
+from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError, RunError
 
 LONGEST_S = 300  # for one architecture; then all traces are printed, and the process ends
@@ -92,7 +92,8 @@ def try_name(name: str, root: Path, data: Path, parts: str, ranks: SeveralRanks)
     if alone := ranks.from_first(alone):
         return {"alone": alone}
     try:
-        train_run(settings_of(model, data, root / f"{name} shared", parts), ranks, said.append)
+        with console.log_to(said.append):
+            train_run(settings_of(model, data, root / f"{name} shared", parts), ranks)
     except Exception as error:  # the point of a sweep: whatever it is, it is written down
         return {"error": f"{type(error).__name__}: {error}"}
     words = [part for line in said for part in line.replace("\n", "; ").split("; ") if part.startswith("base shared")]

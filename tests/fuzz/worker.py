@@ -74,7 +74,7 @@ class Watch:
 @click.option("--config", "file")
 def settings(file: str) -> None:
     """Resolve a settings file, as `train` does before anything else."""
-    click.echo(train_settings({}, read_settings(file, {}, console.echo)).to_flat())
+    click.echo(train_settings({}, read_settings(file, {})).to_flat())
 
 
 def main(plan_file: str) -> None:

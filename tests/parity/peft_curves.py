@@ -159,7 +159,7 @@ def train_here(args: argparse.Namespace, method: str, folder: Path) -> tuple[Run
     ended = run_child(command, folder.with_suffix(".log"), timeout_s=3600)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     run = Run(np.array([r["loss"] for r in records]), load_file(folder / WEIGHTS_FILE), ended.wall_s)
-    settings = read_settings(str(folder / "run.yaml"), {}, print)
+    settings = read_settings(str(folder / "run.yaml"), {})
     return run, [r["learning_rate"] for r in records], train_settings({}, settings)
 
 

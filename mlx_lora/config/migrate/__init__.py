@@ -7,7 +7,8 @@ Any other file is read as ours, where an unknown key is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import logging
+from collections.abc import Collection
 from typing import Any
 
 from mlx_lora.config.migrate.axolotl import AXOLOTL
@@ -16,6 +17,8 @@ from mlx_lora.config.migrate.llama_factory import LLAMA_FACTORY
 from mlx_lora.config.migrate.mlx_lm import MLX_LM, MLX_LM_LORA
 from mlx_lora.config.migrate.trl import TRL
 
+log = logging.getLogger(__name__)
+
 DIALECTS = (AXOLOTL, LLAMA_FACTORY, TRL, MLX_LM_LORA, MLX_LM)
 
 
@@ -23,7 +26,6 @@ def migrate(
     content: dict[str, Any],
     given: Collection[str],
     file: str,
-    say: Callable[[str], None],
     objective: str | None = None,
 ) -> dict[str, Any]:
     """Return a file's settings with our names; a file of ours is returned as it is.
@@ -32,7 +34,6 @@ def migrate(
         content: the file's content, with underscores in keys.
         given: settings given as flags, for which the other trainer's defaults are not printed.
         file: its name, for messages.
-        say: called with each line on the migration: the trainer, what has another meaning, and what is left out.
         objective: the value of the flag --objective, for files that do not name their objective.
 
     Raises:
@@ -43,7 +44,7 @@ def migrate(
         return content
     sheet = dialect.read(content, file, objective)
     for line in account(sheet, dialect, given):
-        say(line)
+        log.info(line)
     return sheet.found
 
 
