@@ -36,7 +36,7 @@ test-kernels: setup
 
 # The tests as on a Mac, as far as Linux can enforce it: Metal's refusals, bfloat16, memory limits, no /proc (docs/development/
 # metal.md). QUICK=1 runs the share that CI runs; COMPILE=1 compiles kernels, too, which takes g++ a long time.
-QUICK_SHARE := $(patsubst %,tests/test_%.py,rehearsal host_syncs device step metal_support heads gguf_export)
+QUICK_SHARE := $(foreach name,rehearsal host_syncs device step metal_support heads gguf_export,$(wildcard tests/*/test_$(name).py))
 rehearse: setup
 	OPENBLAS_NUM_THREADS=1 $(if $(COMPILE),,MLX_DISABLE_COMPILE=1) $(BIN)/python -m pytest -n 2 --dist loadfile --rehearse $(if $(QUICK),$(QUICK_SHARE))
 
