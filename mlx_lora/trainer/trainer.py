@@ -7,19 +7,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count, islice, takewhile
+from itertools import takewhile
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.config.settings import LoopSettings
 from mlx_lora.data.batch import Batch
-from mlx_lora.objectives.task import Task
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.objectives.base import BoundObjective, HeldOutBatches, Objective, StepsDone
 from mlx_lora.parallel.agreement import Agreement
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.strategy import called_together, own_batches
 from mlx_lora.parallel.tensor import row_ranks
-from mlx_lora.rollouts.rollout import AnyPlan
 from mlx_lora.trainer.checkpoint import Diverged, Position
 from mlx_lora.trainer.evaluate import Measured, mean_loss
 from mlx_lora.trainer.guards import MemoryGuard, interrupt_flag
@@ -89,11 +89,17 @@ def diverged(at: Position, result: StepResult) -> bool:
     return at.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
 
 
-def total_steps(plan: AnyPlan, settings: LoopSettings) -> int:
-    """Return the number of optimizer steps of the run: --iters, or the steps that --epochs (default: 1) take."""
+def total_steps(plan: BatchPlan, settings: LoopSettings, updates: int = 1) -> int:
+    """Return the number of optimizer steps of the run: --iters, or the steps that --epochs (default: 1) take.
+
+    Args:
+        plan: the batches of an epoch.
+        settings: of the run.
+        updates: steps on the same batches (`Objective.updates`).
+    """
     if settings.iters is not None:
         return settings.iters
-    return math.ceil(_epoch_batches(plan, settings) / settings.grad_accumulation_steps)
+    return math.ceil(_most_batches(plan, settings, updates) / settings.grad_accumulation_steps)
 
 
 def report_interval(total: int, settings: LoopSettings) -> int:
@@ -101,27 +107,61 @@ def report_interval(total: int, settings: LoopSettings) -> int:
     return settings.steps_per_report or max(1, min(total // REPORTS, MOST_BETWEEN_REPORTS))
 
 
-def _epoch_batches(plan: AnyPlan, settings: LoopSettings) -> int:
-    return max(1, math.ceil(len(plan) * (settings.epochs or 1.0)))
+def _most_batches(plan: BatchPlan, settings: LoopSettings, updates: int) -> int:
+    """Return the micro-batches of all steps of --epochs, each as often as it is trained on."""
+    return max(1, math.ceil(len(plan) * updates * (settings.epochs or 1.0)))
 
 
-def micro_batches(plan: AnyPlan, settings: LoopSettings, start: int = 0) -> Iterator[Batch]:
-    """Yield batches epoch after epoch, from number `start` on: without end for --iters, else exactly those of --epochs.
+def micro_batches(plan: BatchPlan, settings: LoopSettings, start: int = 0) -> Iterator[Batch]:
+    """Yield batches epoch after epoch, from number `start` on: without end for --iters, else exactly those of --epochs."""
+    for batches, _ in rounds(plan, settings, 1, start):
+        yield from batches
+
+
+def rounds(plan: BatchPlan, settings: LoopSettings, updates: int, start: int = 0) -> Iterator[tuple[list[Batch], int]]:
+    """Yield the planned batches of each of an objective's rounds of `updates` steps, and the number of the first one.
 
     With --epochs, the last step accumulates the batches that are left, even if there are fewer than usual: no row is
     dropped, and none is taken from a further epoch.
+
+    Args:
+        plan: the batches of an epoch.
+        settings: of the run.
+        updates: steps on the same batches.
+        start: micro-batches that are done, each as often as it was trained on; the end of a round.
     """
-    numbers = count(start) if settings.iters is not None else range(start, _epoch_batches(plan, settings))
-    indices = (divmod(number, len(plan)) for number in numbers)
-    return (plan.batch(epoch, index) for epoch, index in indices)
+    a_step, end = settings.grad_accumulation_steps, _most_batches(plan, settings, updates)
+    begin = start
+    while settings.iters is not None or begin < end:
+        wanted = a_step if settings.iters is not None else min(a_step, end - begin)
+        first = begin // updates
+        yield [plan.batch(*divmod(first + place, len(plan))) for place in range(wanted)], first
+        begin += a_step * updates
+
+
+def _steps(
+    objective: Objective, plan: BatchPlan, settings: LoopSettings, at: Position, total: int
+) -> Iterator[list[Batch]]:
+    """Yield the micro-batches of each step, from where the run is; the model is read as each round begins."""
+    size = settings.grad_accumulation_steps * objective.updates
+    within = at.consumed % size if objective.updates > 1 else 0  # of a round, which is begun again
+    begun = at.consumed - within
+    skipped = within // settings.grad_accumulation_steps
+    for batches, first in rounds(plan, settings, objective.updates, begun):
+        done = StepsDone(first, at.taken - skipped, total, first / len(plan))
+        for number, chosen in enumerate(objective.steps(batches, done)):
+            if number >= skipped:
+                yield chosen
+        skipped = 0
 
 
 def train(
     model: nn.Module,
     step: Step,
-    task: Task,
-    plan: AnyPlan,
-    validation: AnyPlan | None,
+    objective: Objective,
+    bound: BoundObjective,
+    plan: BatchPlan,
+    validation: HeldOutBatches | None,
     settings: LoopSettings,
     report: Callable[[Metrics], None],
     on_step: Callable[[int], None],
@@ -137,7 +177,8 @@ def train(
     Args:
         model: its trainable parameters are the adapter.
         step: the compiled step over `model`.
-        task: for validation and reports; the step has its own loss.
+        objective: says what is trained on.
+        bound: for validation and reports; the step has its own loss.
         plan: training batches.
         validation: held-out batches, of which --val-batches are measured, or all if it is not set; None: there are none.
         settings: how long the run is, and how often it reports, validates and saves.
@@ -156,11 +197,12 @@ def train(
     Raises:
         Diverged: many updates in a row, or all of a short run, were skipped because they were not finite; nothing is saved.
     """
-    total = total_steps(plan, settings)
+    updates = objective.updates
+    total = total_steps(plan, settings, updates)
     report_every = report_interval(total, settings)
     at = at or Position()
     guard = guard or MemoryGuard(at)
-    batches = micro_batches(plan, settings, at.consumed)
+    chosen_batches = _steps(objective, plan, settings, at, total)
     window = Window()
     begun_s = time.perf_counter()
     saved_at = at.taken if at.taken else None
@@ -168,8 +210,8 @@ def train(
     model.train()
 
     def record(gathered: Window, measured: Measured | None = None) -> Metrics:
-        peak, epoch = guard.peak_bytes, at.consumed / len(plan)
-        return _metrics(gathered, step, task, at.taken, epoch, at.skipped, measured, peak, begun_s)
+        peak, epoch = guard.peak_bytes, at.consumed / (len(plan) * updates)
+        return _metrics(gathered, step, bound, at.taken, epoch, at.skipped, measured, peak, begun_s)
 
     def validate() -> bool:
         if validation is None or settings.val_batches == 0:
@@ -180,7 +222,7 @@ def train(
         # Ranks that have parts of the model go through a validation together, and so to its end.
         together = called_together(model)
         held_out = takewhile(lambda _: together or not asked(), own_batches(validation, most, dealt_to, together))
-        measured = mean_loss(model, task, watch(held_out, number), ranks)
+        measured = mean_loss(model, bound, watch(held_out, number), ranks)
         interrupted.ask_all()
         if not measured.count or interrupted():
             return False
@@ -200,8 +242,8 @@ def train(
         if not at.taken:
             validate()
         window = Window()
-        while at.taken < total and not (at.taken % plan.updates == 0 and (interrupted() or stopped_early())):
-            chosen = list(islice(batches, settings.grad_accumulation_steps))
+        while at.taken < total and not (at.taken % updates == 0 and (interrupted() or stopped_early())):
+            chosen = next(chosen_batches)
             parts = guard.divide(chosen) if ranks.size == 1 else chosen  # several ranks divide their own rows
             result = step(parts, asked(), guard.divide)
             # The device works on this step while the host waits for the one before: one step ahead, no more.
@@ -244,7 +286,7 @@ def train(
 def _metrics(
     window: Window,
     step: Step,
-    task: Task,
+    bound: BoundObjective,
     taken: int,
     epoch: float,
     skipped: int,
@@ -259,8 +301,8 @@ def _metrics(
     good = [r for r in results if r.applied.item()]
     count = sum(r.count.item() for r in good)
     loss = sum(r.loss_sum.item() for r in good) / count if count else math.nan
-    reports = {name: sum(r.reports[name].item() for r in good) / count for name in task.reports} if count else {}
-    reports = task.finish(reports) | task.rates() if reports else measured.reports if measured else {}
+    reports = {name: sum(r.reports[name].item() for r in good) / count for name in bound.reports} if count else {}
+    reports = bound.finish(reports) | bound.rates() if reports else measured.reports if measured else {}
     return Metrics(
         step=taken,
         epoch=round(epoch, 4),

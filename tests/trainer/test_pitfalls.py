@@ -30,7 +30,7 @@ from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.exporters.adapter_folder import load_adapter, load_factors
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.task import Task
+from mlx_lora.objectives.base import BoundObjective, Objective
 from mlx_lora.trainer.step import StepResult
 from mlx_lora.trainer.trainer import MAX_SKIPPED_IN_A_ROW, micro_batches, total_steps, train
 from mlx_lora.utils.errors import RunError
@@ -62,7 +62,18 @@ def run_loop(plan, step, **settings):
     """Run the loop with a stub for the step and return its reports and its outcome."""
     reports, saved = [], []
     loop = LoopSettings(**{"steps_per_report": 1, "save_every": 0, "val_batches": 0, **settings})
-    train(tiny_model(), step, Task(PLAIN), plan, None, loop, reports.append, lambda _: None, saved.append)
+    train(
+        tiny_model(),
+        step,
+        Objective("sft"),
+        BoundObjective(PLAIN),
+        plan,
+        None,
+        loop,
+        reports.append,
+        lambda _: None,
+        saved.append,
+    )
     assert saved
     return reports
 
