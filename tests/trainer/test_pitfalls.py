@@ -18,6 +18,7 @@ import pytest
 from comparing import by_dtype
 from conftest import tiny_model
 from run_cli import run
+from tiers import by_default
 
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
@@ -323,7 +324,14 @@ def test_without_options_the_run_is_the_same(place):
     assert plain == again
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+# One of each way from a flag to the run: the model, the data, the adapter, the optimizer, the loop, the folder, and refusals.
+BY_DEFAULT = (
+    "rank_pattern", "model", "data", "max_seq_length", "mask_prompt", "strict", "method", "dropout", "resume_adapter_file", "optimizer",
+    "lr_schedule", "max_grad_norm", "epochs", "grad_accumulation_steps", "steps_per_eval", "seed", "force", "test",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", by_default(OPTIONS, *BY_DEFAULT))
 def test_every_option_changes_the_run(place, name, tmp_path):
     _, common, names, plain = place
     flags = [str(flag).format(**names) for flag in OPTIONS[name]]
