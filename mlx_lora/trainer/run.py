@@ -16,7 +16,7 @@ from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.load import DataSplits
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE
 from mlx_lora.models.load import Base, check_token_ids, load_base
-from mlx_lora.objectives.base import Objective, RunContext
+from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import OBJECTIVES, objective_of
 from mlx_lora.parallel.agreement import take_first_ranks
 from mlx_lora.parallel.ranks import ALONE, Ranks
@@ -32,7 +32,7 @@ from mlx_lora.trainer.header import closing_words, left_by, loss_words, outcome_
 from mlx_lora.trainer.progress import Progress
 from mlx_lora.trainer.report_callback import RunPage, known_rows, leave_card, reporting
 from mlx_lora.trainer.run_folder import check_room, first_day, own_folder
-from mlx_lora.trainer.trainer import Outcome, train
+from mlx_lora.trainer.trainer import LoopHooks, Outcome, Trainer
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
@@ -67,7 +67,7 @@ def train_run(
     """
     told = Callbacks([*callbacks, *logger_callbacks(settings)] if ranks.leads else ())
     objective = objective_of(settings.objective)
-    check_request(settings, ranks, objective, functions)
+    check_request(settings, ranks, functions)
     device.compile_for(steps=settings.loop.iters or 0)  # until `build_run` knows how many there are
     trains, settings = wants_training(settings), settled_parallel(settings, ranks)
     if base is None:
@@ -102,13 +102,11 @@ def wants_training(settings: TrainSettings) -> bool:
 
 
 def check_request(
-    settings: TrainSettings,
-    ranks: Ranks,
-    objective: Objective,
-    functions: Mapping[str, Callable[..., Any]] = NO_FUNCTIONS,
+    settings: TrainSettings, ranks: Ranks, functions: Mapping[str, Callable[..., Any]] = NO_FUNCTIONS
 ) -> None:
     """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
     check_metric(settings)
+    objective = objective_of(settings.objective)
     objective.check(settings.objective, functions)
     loop, trains = settings.loop, wants_training(settings)
     needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
@@ -213,10 +211,10 @@ def take_steps(
     with told.around(run.steps, settings.to_flat()) as ending:
         try:
             with folder.kept_if_it_fails(), reporting(run, told, show, page) as (report, shown, watch):
-                outcome = train(
-                    base.model, step, run.ctx.objective, run.bound, run.plan, run.validation, settings.loop,
-                    report, shown, save, at, guard, ranks, told.failed, watch,
-                )  # fmt: skip
+                hooks = LoopHooks(report, save, shown, told.failed, watch)
+                outcome = Trainer(
+                    step, run.ctx.objective, run.bound, run.plan, run.validation, settings.loop, hooks, at, guard, ranks
+                ).fit()
                 best = None if outcome.interrupted else folder.put_best()
                 take_first_ranks(ranks, step)  # rank 0 restored the best adapter
         except Diverged as diverged:
