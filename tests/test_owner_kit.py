@@ -23,7 +23,7 @@ from mlx_lora.doctor import kit as kit_issue
 from mlx_lora.doctor import kit as kit_run
 from mlx_lora.doctor import machine as memory_checks
 from mlx_lora.doctor import speed as speed_checks
-from mlx_lora.doctor.check import GROUPS, Finding, Kit, KitCheck, apart, bounded, dtypes_of, largest_apart, on_cpu
+from mlx_lora.doctor.check import GROUPS, CheckFinding, Kit, KitCheck, apart, bounded, dtypes_of, largest_apart, on_cpu
 from mlx_lora.doctor.kit import Asked, all_checks, run_kit
 from mlx_lora.doctor.runs import TrainedRun
 from mlx_lora.doctor.state import PAGE_FILE, RESULT_FILE, kit_problems
@@ -38,7 +38,7 @@ def good(name: str, group: str = "kernels", calls: list[str] | None = None) -> K
     def check(kit):
         if calls is not None:
             calls.append(name)
-        yield Finding("line", "ok", "fine")
+        yield CheckFinding("line", "ok", "fine")
 
     return KitCheck(group, name, check)
 
@@ -116,7 +116,7 @@ def test_a_wrong_kernel_is_named_and_nothing_else_is_red(tmp_path, monkeypatch):
 
 def test_a_check_that_raises_is_one_red_line(tmp_path, logged):
     def broken(kit):
-        yield Finding("before", "ok", "fine")
+        yield CheckFinding("before", "ok", "fine")
         raise RuntimeError("[metal] out of order\nand much more")
 
     checks = [good("a"), KitCheck("kernels", "b", broken), good("c")]
@@ -137,7 +137,7 @@ def test_after_an_interrupt_only_the_rest_is_run(tmp_path):
         calls.append("b")
         if calls.count("b") == 1:
             raise KeyboardInterrupt
-        yield Finding("line", "ok", "fine")
+        yield CheckFinding("line", "ok", "fine")
 
     checks = [good("a", calls=calls), KitCheck("kernels", "b", interrupted), good("c", calls=calls)]
     content, stopped = run_kit(Asked(tmp_path), checks)
@@ -278,7 +278,7 @@ def test_options_of_the_full_check_are_not_ignored_without_it(tmp_path):
 def test_errors_that_are_not_finite_are_red():
     assert bounded("x", 1e-6, 1e-4, "words").status == "ok"
     for error in (2e-4, math.nan, math.inf):
-        assert bounded("x", error, 1e-4, "words", "do this") == Finding(
+        assert bounded("x", error, 1e-4, "words", "do this") == CheckFinding(
             "x", "failed", "words", 2e-4 if error == 2e-4 else 1e30, 1e-4, "relative error", "do this"
         )
     one = mx.array([1.0, 2.0])

@@ -61,7 +61,7 @@ PROBE_TOKENS = 24
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeQuestion:
     """A question with a known answer, and each model's answer.
 
     Attributes:
@@ -96,7 +96,7 @@ class Forgetting:
     adapters: dict[str, str]
     sets: dict[str, dict[str, Drift]]
     sources: dict[str, str]
-    probes: list[Probe]
+    probes: list[ProbeQuestion]
 
     def right(self, name: str) -> int:
         """Return the number of probes that a model (such as `base`) got right."""
@@ -223,7 +223,7 @@ def ask_probes(
     models: dict[str, Base],
     template: str | None,
     stopped: Callable[[], bool] = never,
-) -> list[Probe]:
+) -> list[ProbeQuestion]:
     """Ask every model every probe question.
 
     Args:
@@ -240,7 +240,7 @@ def ask_probes(
         for name, model in models.items():
             tokens = encode_prompt(model.hf_tokenizer, prompt, template)
             said[name] = greedy_text(model, tokens, PROBE_TOKENS).strip()
-        probes.append(Probe(prompt, tuple(row["answers"]), said))
+        probes.append(ProbeQuestion(prompt, tuple(row["answers"]), said))
     return probes
 
 

@@ -35,7 +35,7 @@ EMBEDDED_QUANTIZATION = {
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchCounts:
     """A batch of a workload.
 
     Attributes:
@@ -77,17 +77,19 @@ def _settings(workload: Workload) -> TrainSettings:
     return train_settings(workload.flags())
 
 
-def typical_batches(workload: Workload) -> list[Batch]:
+def typical_batches(workload: Workload) -> list[BatchCounts]:
     """Return a typical batch, for predictions without a tokenizer."""
     shape = workload.shape
     rows = max(1, workload.batch_tokens // shape.typical_width)
     positions = rows * shape.typical_width
     return [
-        Batch(rows, shape.typical_width, round(positions * shape.trained_share), round(positions * shape.real_share))
+        BatchCounts(
+            rows, shape.typical_width, round(positions * shape.trained_share), round(positions * shape.real_share)
+        )
     ]
 
 
-def batches_of(records: Sequence[dict[str, Any]]) -> list[Batch]:
+def batches_of(records: Sequence[dict[str, Any]]) -> list[BatchCounts]:
     """Return the batches of a run's steps; several micro-batches of a step share its tokens in proportion to size."""
     found = []
     for record in records:
@@ -95,11 +97,11 @@ def batches_of(records: Sequence[dict[str, Any]]) -> list[Batch]:
             rows, width = (int(side) for side in shape.split("x"))
             share = rows * width / record["positions"]
             trained, real = (round(record[key] * share) for key in ("supervised_tokens", "real_tokens"))
-            found.append(Batch(rows, width, trained, real))
+            found.append(BatchCounts(rows, width, trained, real))
     return found
 
 
-def predict(workload: Workload, machine: Machine, ceilings: Ceilings, batches: Sequence[Batch]) -> dict[str, Any]:
+def predict(workload: Workload, machine: Machine, ceilings: Ceilings, batches: Sequence[BatchCounts]) -> dict[str, Any]:
     """Predict speed and memory of a workload.
 
     Args:

@@ -159,7 +159,7 @@ BUSY_LOAD = 1.0  # of other programs, per core, before a run
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One machine's figures on one workload.
 
     Attributes:
@@ -207,7 +207,7 @@ class Table:
 
     name: str
     reference: str | None
-    rows: tuple[Row, ...]
+    rows: tuple[ResultRow, ...]
 
 
 def labels_of(results: Sequence[ResultFile]) -> list[str]:
@@ -259,7 +259,7 @@ def _table(name: str, results: Sequence[ResultFile], labels: Sequence[str], acro
             notes += [f"commit {one.content['software']['commit'] or 'unknown'}"] if len(commits) > 1 else []
             if not mismatch:
                 ratios = _ratios(entry["figures"], first[2]["figures"])
-        rows.append(Row(label, str(one.path), entry, tuple(mismatch), tuple(notes), **ratios))
+        rows.append(ResultRow(label, str(one.path), entry, tuple(mismatch), tuple(notes), **ratios))
     return Table(name, first[0] if first else None, tuple(rows))
 
 
@@ -334,7 +334,7 @@ COLUMNS = (
 )
 
 
-def cells_of(row: Row) -> list[str]:
+def cells_of(row: ResultRow) -> list[str]:
     """Return a row's cells for `COLUMNS`; the planner's figures have their own columns."""
     if not row.measured:
         return [row.label, row.entry["status"], *[""] * (len(COLUMNS) - 2)]

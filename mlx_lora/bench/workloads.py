@@ -157,7 +157,7 @@ TIERS = ("embedded", "8", "16", "32", "64", "128")
 
 
 @dataclass(frozen=True)
-class Rows:
+class ChatData:
     """The training data to generate, as chats.
 
     Attributes:
@@ -177,7 +177,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Pairs(Rows):
+class PairData(ChatData):
     """Preference pairs to generate: two answers to each prompt."""
 
     def text(self) -> str:
@@ -198,7 +198,7 @@ class RowShape:
         objective: what is trained toward.
     """
 
-    rows: Rows
+    rows: ChatData
     max_seq_length: int
     typical_width: int
     real_share: float
@@ -208,10 +208,10 @@ class RowShape:
 
 # There are few rows, because the first pass over them, which compiles every batch shape, is the warm-up.
 ROW_SHAPES = {
-    "chat": RowShape(Rows(48, (8, 60), (16, 320)), 1024, 204, 0.94, 0.61),
-    "2k": RowShape(Rows(3, (20, 40), (2600, 2600)), 2049, 2048, 1.0, 0.97),
-    "dpo": RowShape(Pairs(24, (8, 60), (16, 160)), 1024, 168, 0.76, 0.40, "dpo"),
-    "8k": RowShape(Rows(3, (20, 40), (10400, 10400)), 8193, 8192, 1.0, 0.99),
+    "chat": RowShape(ChatData(48, (8, 60), (16, 320)), 1024, 204, 0.94, 0.61),
+    "2k": RowShape(ChatData(3, (20, 40), (2600, 2600)), 2049, 2048, 1.0, 0.97),
+    "dpo": RowShape(PairData(24, (8, 60), (16, 160)), 1024, 168, 0.76, 0.40, "dpo"),
+    "8k": RowShape(ChatData(3, (20, 40), (10400, 10400)), 8193, 8192, 1.0, 0.99),
 }
 
 

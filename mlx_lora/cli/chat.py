@@ -30,7 +30,7 @@ from mlx_lora.serving.adapter_store import (
     context_of,
     named_source,
 )
-from mlx_lora.serving.conversation import BASE, Answer, AnswerSettings, Conversation, figures_together
+from mlx_lora.serving.conversation import BASE, AnswerSettings, ChatAnswer, ChatSession, figures_together
 from mlx_lora.serving.engine import Engine, Limits, Stopped, failed_words
 from mlx_lora.serving.sampling import Sampling
 from mlx_lora.utils import console
@@ -95,7 +95,7 @@ def main(
         check_names("--adapter", sources, (BASE, base_name(engine.base)))
         cards = engine.call(lambda store: store.add(sources)).result()
         context = context_of(engine.base.config) or DEFAULT_CONTEXT
-        chat = Conversation(engine, AnswerSettings(max_tokens, context, sampling), system_prompt)
+        chat = ChatSession(engine, AnswerSettings(max_tokens, context, sampling), system_prompt)
         chat.adapter = next(iter(sources), None)
         check(chat)
         console.echo(f"base   {base_name(engine.base)}: {engine.base.describe()}")
@@ -108,7 +108,7 @@ def main(
         engine.close()
 
 
-def check(chat: Conversation) -> None:
+def check(chat: ChatSession) -> None:
     """Check before the first question that a model can answer, and with the system prompt.
 
     Raises:
@@ -123,7 +123,7 @@ def check(chat: Conversation) -> None:
             raise InputError(f"--system-prompt: {error}") from None
 
 
-def talk(lines: ChatLines, chat: Conversation) -> None:
+def talk(lines: ChatLines, chat: ChatSession) -> None:
     """Read lines until Ctrl-D or Ctrl-C at the prompt, or the end of standard input."""
     read = reader()
     console.echo(f"{chat.name} answers; /help lists the commands")
@@ -210,7 +210,7 @@ class Screen:
 
 
 @dataclass(frozen=True)
-class Command:
+class SlashCommand:
     """One command.
 
     Attributes:
@@ -229,27 +229,29 @@ class Command:
 class ChatLines:
     """Runs the commands and asks the questions of each line."""
 
-    def __init__(self, conversation: Conversation, screen: Screen):
+    def __init__(self, conversation: ChatSession, screen: Screen):
         self._chat, self._screen = conversation, screen
         self._answering = self._stopped = False
-        self._answers: list[Answer] = []
+        self._answers: list[ChatAnswer] = []
         self._commands = {
-            "adapter": Command(
+            "adapter": SlashCommand(
                 "/adapter NAME", "lets NAME answer from now on; the name base stands for the base", self._adapter, True
             ),
-            "adapters": Command("/adapters", "lists the base and the adapters", self._list, False),
-            "compare": Command(
+            "adapters": SlashCommand("/adapters", "lists the base and the adapters", self._list, False),
+            "compare": SlashCommand(
                 "/compare TEXT",
                 "lets the base and all adapters answer TEXT; their answers are not added to the chat; "
                 "to choose some, write @NAME ... before TEXT",
                 self._compare,
                 True,
             ),
-            "load": Command("/load NAME=DIR", "loads an adapter, or replaces one", self._load, True),
-            "system": Command("/system TEXT", "sets the system prompt; without TEXT, removes it", self._system, None),
-            "reset": Command("/reset", "empties the conversation", self._reset, False),
-            "help": Command("/help", "shows this list", self._help, False),
-            "quit": Command("/quit", "ends the chat, as Ctrl-D does; Ctrl-C stops an answer", self._quit, False),
+            "load": SlashCommand("/load NAME=DIR", "loads an adapter, or replaces one", self._load, True),
+            "system": SlashCommand(
+                "/system TEXT", "sets the system prompt; without TEXT, removes it", self._system, None
+            ),
+            "reset": SlashCommand("/reset", "empties the conversation", self._reset, False),
+            "help": SlashCommand("/help", "shows this list", self._help, False),
+            "quit": SlashCommand("/quit", "ends the chat, as Ctrl-D does; Ctrl-C stops an answer", self._quit, False),
         }
 
     def take(self, line: str) -> bool:
@@ -318,7 +320,7 @@ class ChatLines:
                 self._screen.figures(figures_together(answers))
 
     @contextmanager
-    def _answers_of(self, text: str, adapters: list[str | None]) -> Iterator[list[Answer]]:
+    def _answers_of(self, text: str, adapters: list[str | None]) -> Iterator[list[ChatAnswer]]:
         """Start the answers of all `adapters`, which are generated in one batch; leaving the block ends them."""
         self._answering, self._stopped = True, False
         try:
@@ -332,7 +334,7 @@ class ChatLines:
                 answer.cancel()
             self._answering, self._answers = False, []
 
-    def _show(self, answer: Answer, alone: bool = True) -> None:
+    def _show(self, answer: ChatAnswer, alone: bool = True) -> None:
         try:
             for piece in answer:
                 self._screen.write(piece)

@@ -125,19 +125,19 @@ def full_check(
 ) -> int:
     """Run the checks of `--full`, and return the exit code: 1 if a line is red, 130 if it was interrupted."""
     # Imported here, because the short check needs none of it.
-    from mlx_lora.doctor.check import GROUPS, Finding, Kit, KitCheck
+    from mlx_lora.doctor.check import GROUPS, CheckFinding, Kit, KitCheck
     from mlx_lora.doctor.kit import Asked, all_checks, run_kit, show_issue, summary_line
     from mlx_lora.doctor.state import PAGE_FILE, RESULT_FILE
 
     if unknown := [name for name in groups if name not in GROUPS]:
         raise InputError(f"--group {', '.join(unknown)}: no such group; choose from {', '.join(GROUPS)}")
 
-    def short(kit: Kit) -> Iterator[Finding]:
+    def short(kit: Kit) -> Iterator[CheckFinding]:
         here = kit.here
         speed = check_speed()[1]
         found = [*check_versions(installed_versions()), check_memory(here), check_blas(here), *check_arithmetic()]
         for one in [*found, check_repeats(), *speed, check_cache(), *([check_hub()] if hub else [])]:
-            yield Finding(one.name, one.status, one.found, advice=one.advice)
+            yield CheckFinding(one.name, one.status, one.found, advice=one.advice)
 
     asked = Asked(out or Path(FOLDER), quick, groups, again, minutes or Asked.minutes)
     check_writable(asked.folder, "--out", needed_bytes=10_000_000)

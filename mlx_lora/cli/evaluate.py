@@ -47,7 +47,7 @@ STOPPING = "Stopping; what is measured so far is printed. Press Ctrl-C again to 
 STOPPED = "Interrupted: these figures are of a part of the data"
 
 
-@click.command(cls=flags.Command)
+@click.command(cls=flags.SettingsCommand)
 @flags.settings_options("model", "data", "objective", leave_out=("decode_weights", "valid_fraction", "shared_prefix"))
 @flags.adapter_option(help="Adapter folder, or hub id, to put on the model.")
 @click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")

@@ -20,11 +20,11 @@ from mlx_lora.utils.errors import InputError
 METAVARS = {str: "TEXT", int: "N", float: "X"}
 
 
-class Command(console.LongCommand):
+class SettingsCommand(console.LongCommand):
     """A command with all settings of a run; its errors answer another trainer's flags with ours."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return _parsed(self, ctx, lambda: super(Command, self).parse_args(ctx, args), "--help-all")
+        return _parsed(self, ctx, lambda: super(SettingsCommand, self).parse_args(ctx, args), "--help-all")
 
 
 class ShortCommand(console.Command):

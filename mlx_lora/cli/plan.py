@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from mlx_lora.api.plan import plan_run
-from mlx_lora.api.plan_macs import LATENCY_S, LINK_GBIT, Given, equal_macs, parse_macs, plan_on_macs
+from mlx_lora.api.plan_macs import LATENCY_S, LINK_GBIT, MacSpec, equal_macs, parse_macs, plan_on_macs
 from mlx_lora.api.plan_text import ASSUMED, render, render_equal_macs, render_macs
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import read_settings, train_settings
@@ -33,7 +33,7 @@ MOST_GB = 4096
 MOST_MACS = 256
 
 
-@click.command(cls=flags.Command)
+@click.command(cls=flags.SettingsCommand)
 @flags.config_option
 @click.option("--chip", type=str, default=None, help='Plan for this chip ("M2 Pro") instead of this machine.')
 @click.option(
@@ -129,7 +129,7 @@ def plan_several(
         given = parse_macs(macs or "")
     else:
         found, measured = macs_of(hostfile)
-        given = [Given(find_chip(mac.chip).name, mac.memory_gb, mac.working_set_bytes) for mac in found]
+        given = [MacSpec(find_chip(mac.chip).name, mac.memory_gb, mac.working_set_bytes) for mac in found]
         if measured and link_gbit is None:
             link, source = Link(**measured), "the link's rate as `mlx-lora cluster` measured it"
     planned = plan_on_macs(settings, given, link)

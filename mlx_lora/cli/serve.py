@@ -30,7 +30,7 @@ KEY_VARIABLE = "MLX_LORA_API_KEY"
 SHUTDOWN_S = 5
 
 
-@click.command(cls=flags.Command)
+@click.command(cls=flags.SettingsCommand)
 @flags.settings_options("model", "serve")
 @click.option(
     "--adapter",

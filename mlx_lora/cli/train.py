@@ -30,7 +30,7 @@ def _starting() -> None:
         console.echo("Starting: loading MLX and the libraries for models and tokenizers")
 
 
-@click.command(cls=flags.Command)
+@click.command(cls=flags.SettingsCommand)
 @flags.config_option
 @click.option(
     "--dry-run", is_flag=True, cls=console.Option, group=TRAINING,

@@ -42,7 +42,7 @@ LARGEST = 1e30  # what an infinite error is written as, because JSON has no infi
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckFinding:
     """One line of the result.
 
     Attributes:
@@ -102,14 +102,14 @@ class KitCheck:
 
     group: str
     name: str
-    run: Callable[[Kit], Iterable[Finding]]
+    run: Callable[[Kit], Iterable[CheckFinding]]
     quick: bool = True
     needs: Callable[[Kit], str] = lambda kit: ""
 
 
 def bounded(
     name: str, error: float, bound: float, what: str, advice: str = "", unit: str = "relative error"
-) -> Finding:
+) -> CheckFinding:
     """Return a finding that is ok if an error is within its bound; one that is not finite never is.
 
     Args:
@@ -121,7 +121,7 @@ def bounded(
     """
     good = math.isfinite(error) and error <= bound
     found = error if math.isfinite(error) else LARGEST
-    return Finding(name, "ok" if good else "failed", what, found, bound, unit, "" if good else advice)
+    return CheckFinding(name, "ok" if good else "failed", what, found, bound, unit, "" if good else advice)
 
 
 # The device against the CPU
@@ -203,7 +203,7 @@ def compare_passes(
     advice: str,
     times: float = 1.0,
     against: str = "float32 on the CPU",
-) -> Iterator[Finding]:
+) -> Iterator[CheckFinding]:
     """Yield two findings: the outputs of a function and its gradients, against `exact_passes` of its definition.
 
     Args:

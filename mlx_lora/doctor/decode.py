@@ -19,13 +19,13 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lora.api.base import load
 from mlx_lora.config.settings import ModelSettings
-from mlx_lora.doctor.check import Finding, Kit, KitCheck, apart, bounded, dtype_name
+from mlx_lora.doctor.check import CheckFinding, Kit, KitCheck, apart, bounded, dtype_name
 from mlx_lora.doctor.models import tiny_folder
 from mlx_lora.doctor.runs import train_tiny
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.kernels.measure import TOLERANCE
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.serving.adapter_store import Source
+from mlx_lora.serving.adapter_store import AdapterSource
 from mlx_lora.serving.engine import Engine, Event, Limits, Request
 from mlx_lora.serving.sampling import Sampling
 from mlx_lora.utils import device
@@ -44,7 +44,7 @@ def decode_checks() -> list[KitCheck]:
     ]
 
 
-def check_decode(packed: bool, kit: Kit) -> Iterator[Finding]:
+def check_decode(packed: bool, kit: Kit) -> Iterator[CheckFinding]:
     """Compare rows of a batch with single rows, first without an adapter, then with one."""
     folder, dtype = tiny_folder(kit.work, packed), device.compute_dtype()
     adapter = _adapter(kit, packed)
@@ -102,7 +102,7 @@ def _merged(rows: list[list[Any]]) -> list[Any]:
     return [layer[0].merge(list(layer)) for layer in zip(*rows, strict=True)]
 
 
-def _served(folder: Path, adapter: Path) -> Iterator[Finding]:
+def _served(folder: Path, adapter: Path) -> Iterator[CheckFinding]:
     """Compare the texts of a server that answers all at once with those of `generate`, in float32."""
     base = load(folder, dtype="float32")
     names: tuple[str | None, ...] = (None, "adapter")
@@ -113,7 +113,7 @@ def _served(folder: Path, adapter: Path) -> Iterator[Finding]:
     }
     engine = Engine(lambda: load_base(ModelSettings(model=str(folder), dtype="float32")), Limits())
     try:
-        engine.call(lambda store: store.add({"adapter": Source(adapter)})).result(WAIT_S)
+        engine.call(lambda store: store.add({"adapter": AdapterSource(adapter)})).result(WAIT_S)
         waiting = {key: _asked(engine, *key) for key in wanted}
         found = {key: _answer(events) for key, events in waiting.items()}
     finally:
@@ -125,7 +125,7 @@ def _served(folder: Path, adapter: Path) -> Iterator[Finding]:
     good = not other and plain != adapted
     if plain == adapted:
         words += "; the adapter changes none of them"
-    yield Finding("served texts", "ok" if good else "failed", words, advice="" if good else ADVICE)
+    yield CheckFinding("served texts", "ok" if good else "failed", words, advice="" if good else ADVICE)
 
 
 def _asked(engine: Engine, name: str | None, prompt: str) -> queue.SimpleQueue[Event]:

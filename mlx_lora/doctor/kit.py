@@ -19,7 +19,7 @@ from urllib.parse import urlencode
 import mlx.core as mx
 
 from mlx_lora.bench.machine import describe_machine, describe_power, describe_software
-from mlx_lora.doctor.check import GROUPS, LARGEST, Finding, Kit, KitCheck
+from mlx_lora.doctor.check import GROUPS, LARGEST, CheckFinding, Kit, KitCheck
 from mlx_lora.doctor.decode import decode_checks
 from mlx_lora.doctor.kernels import format_checks, kernel_checks
 from mlx_lora.doctor.layers import layer_checks
@@ -125,9 +125,9 @@ def _run_one(state: KitState, check: KitCheck, kit: Kit, unfit: Mapping[str, str
     if state.begin(check) >= MOST_ATTEMPTS:
         words = f"the process ended {MOST_ATTEMPTS} times while this check ran"
         advice = "see the system's crash report for python; report it with the name of this check"
-        findings.append(Finding("the process", "failed", words, advice=advice))
+        findings.append(CheckFinding("the process", "failed", words, advice=advice))
     elif why := unfit.get(check.group) or check.needs(kit):
-        findings.append(Finding(check.name, "skipped", why))
+        findings.append(CheckFinding(check.name, "skipped", why))
     else:
         try:
             # One by one, so that what was found before a fault is kept.
@@ -148,19 +148,19 @@ def _run_one(state: KitState, check: KitCheck, kit: Kit, unfit: Mapping[str, str
     mx.clear_cache()
 
 
-def _raised(error: Exception, kit: Kit) -> Finding:
+def _raised(error: Exception, kit: Kit) -> CheckFinding:
     """Return the finding of a check that raised."""
     words = f"{type(error).__name__}: {first_line(error)}".replace(str(kit.work), "WORK")
-    return Finding("raised an error", "failed", words[:500], advice="report it; the other checks are not affected")
+    return CheckFinding("raised an error", "failed", words[:500], advice="report it; the other checks are not affected")
 
 
-def _line(place: str, check: KitCheck, findings: Sequence[Finding], seconds: float) -> str:
+def _line(place: str, check: KitCheck, findings: Sequence[CheckFinding], seconds: float) -> str:
     counts = Counter(finding.status for finding in findings)
     found = ", ".join(f"{counts[status]} {words}" for status, words in MARKS.items() if counts[status]) or "nothing"
     return f"{place} {check.group}: {check.name}: {found} ({seconds:.1f} s)"
 
 
-def finding_line(finding: Finding | Mapping[str, Any]) -> str:
+def finding_line(finding: CheckFinding | Mapping[str, Any]) -> str:
     """Return a finding as one line, with its numbers."""
     one = finding if isinstance(finding, Mapping) else vars(finding)
     numbers = ""

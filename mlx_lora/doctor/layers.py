@@ -21,7 +21,7 @@ from mlx_lora.adapters.base import EMBEDDING, SWITCH, AdapterLayer
 from mlx_lora.adapters.registry import adapter_class
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.doctor.check import (
-    Finding,
+    CheckFinding,
     Kit,
     KitCheck,
     apart,
@@ -89,17 +89,17 @@ def layer_checks() -> list[KitCheck]:
     return [KitCheck("adapters", case.words, partial(check_layer, case)) for case in CASES]
 
 
-def check_layer(case: Case, kit: Kit) -> Iterator[Finding]:
+def check_layer(case: Case, kit: Kit) -> Iterator[CheckFinding]:
     """Compare one layer with its definition in every dtype."""
     for dtype in dtypes_of(kit):
         label = dtype_name(dtype)
         if case.kind == "experts" and not (dtype == mx.float32 or device.multiplies_16_bit_experts()):
-            yield Finding(label, "skipped", "mlx has no 16-bit experts on this device")
+            yield CheckFinding(label, "skipped", "mlx has no 16-bit experts on this device")
             continue
         yield from _compare_layer(case, dtype)
 
 
-def _compare_layer(case: Case, dtype: mx.Dtype) -> Iterator[Finding]:
+def _compare_layer(case: Case, dtype: mx.Dtype) -> Iterator[CheckFinding]:
     label = dtype_name(dtype)
     layer = build_layer(case, dtype)
     arrays = {name: layer[name] for name in layer.trained}

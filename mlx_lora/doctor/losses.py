@@ -22,7 +22,7 @@ from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.data.batch import Batch
 from mlx_lora.doctor.check import (
-    Finding,
+    CheckFinding,
     Kit,
     KitCheck,
     apart,
@@ -74,7 +74,7 @@ OTHER_PAIR_LOSSES: dict[str, PairLoss] = {
 
 def loss_checks() -> list[KitCheck]:
     """Return a check for each family of losses, and for the loss of a model."""
-    families: dict[str, Callable[[Kit], Iterator[Finding]]] = {
+    families: dict[str, Callable[[Kit], Iterator[CheckFinding]]] = {
         "DPO's family": partial(check_pair_losses, PAIR_LOSSES),
         "ORPO, SimPO, CPO": partial(check_pair_losses, OTHER_PAIR_LOSSES),
         "KTO's family": check_rated_losses,
@@ -87,7 +87,7 @@ def loss_checks() -> list[KitCheck]:
     return [KitCheck("losses", name, check) for name, check in families.items()]
 
 
-def _compare(name: str, function: Callable[..., mx.array], *arrays: mx.array) -> Iterator[Finding]:
+def _compare(name: str, function: Callable[..., mx.array], *arrays: mx.array) -> Iterator[CheckFinding]:
     """Compare a function of float32 arrays with itself in float64 on the CPU."""
 
     def outputs(*arrays: mx.array) -> list[mx.array]:
@@ -103,7 +103,7 @@ def _logps(count: int, seed: int) -> mx.array:
     return -mx.abs(normal(count, seed=seed, size=8.0) + 20)
 
 
-def check_pair_losses(losses: dict[str, PairLoss], kit: Kit) -> Iterator[Finding]:
+def check_pair_losses(losses: dict[str, PairLoss], kit: Kit) -> Iterator[CheckFinding]:
     """Compare losses of pairs."""
     options = PairOptions(label_smoothing=0.1)
     chosen, rejected, likelihood = _logps(EXAMPLES, 1), _logps(EXAMPLES, 2), -_logps(EXAMPLES, 3)
@@ -118,7 +118,7 @@ def check_pair_losses(losses: dict[str, PairLoss], kit: Kit) -> Iterator[Finding
         yield from _compare(name, function, chosen, rejected, likelihood)
 
 
-def check_rated_losses(kit: Kit) -> Iterator[Finding]:
+def check_rated_losses(kit: Kit) -> Iterator[CheckFinding]:
     """Compare losses of answers that are rated good or bad."""
     good = mx.array([float(n % 2) for n in range(EXAMPLES)])
     for name, loss in RATED_LOSSES.items():
@@ -129,7 +129,7 @@ def check_rated_losses(kit: Kit) -> Iterator[Finding]:
         yield from _compare(name, function, normal(EXAMPLES, seed=1, size=3.0))
 
 
-def check_reward_loss(kit: Kit) -> Iterator[Finding]:
+def check_reward_loss(kit: Kit) -> Iterator[CheckFinding]:
     """Compare the loss of a reward model."""
     margin = mx.abs(normal(EXAMPLES, seed=3))
     yield from _compare(
@@ -140,7 +140,7 @@ def check_reward_loss(kit: Kit) -> Iterator[Finding]:
     )
 
 
-def check_policy_losses(kit: Kit) -> Iterator[Finding]:
+def check_policy_losses(kit: Kit) -> Iterator[CheckFinding]:
     """Compare losses of sampled answers."""
     answers = 6
     of = mx.array([answers * n // TOKENS for n in range(TOKENS)])
@@ -157,7 +157,7 @@ def check_policy_losses(kit: Kit) -> Iterator[Finding]:
     yield from _compare("sampled KL", lambda logps: sampled_kl(logps, old, reference), logps)
 
 
-def check_divergences(kit: Kit) -> Iterator[Finding]:
+def check_divergences(kit: Kit) -> Iterator[CheckFinding]:
     """Compare the divergences from a teacher, with its likeliest tokens and with all."""
     student, teacher = normal(TOKENS, VOCABULARY, seed=1, size=2.0), normal(TOKENS, VOCABULARY, seed=2, size=2.0)
     for name in (FORWARD_KL, REVERSE_KL, JSD):
@@ -171,7 +171,7 @@ def check_divergences(kit: Kit) -> Iterator[Finding]:
             yield from _compare(f"{name}, {f'{top_k} tokens' if top_k else 'all tokens'}", function, student)
 
 
-def check_model(layout: dict[str, Any] | None, kit: Kit) -> Iterator[Finding]:
+def check_model(layout: dict[str, Any] | None, kit: Kit) -> Iterator[CheckFinding]:
     """Compare the loss of a model of two blocks, and the gradient of each factor of its adapter."""
     arrays = Arrays.of(_batch())
     mx.eval(arrays)

@@ -17,7 +17,7 @@ from typing import Any
 from mlx_lora.bench.machine import describe_machine, describe_power
 from mlx_lora.bench.run import run_process
 from mlx_lora.bench.workloads import LLAMA_1B, SMOLLM2, chat_rows, pair_rows
-from mlx_lora.doctor.check import Finding, Kit, KitCheck
+from mlx_lora.doctor.check import CheckFinding, Kit, KitCheck
 from mlx_lora.doctor.models import write_model
 from mlx_lora.doctor.runs import train_child
 from mlx_lora.utils import device
@@ -63,20 +63,20 @@ def gpu_problem(kit: Kit) -> str:
     return "" if ended.code == 0 else f"a probe ended with code {ended.code}, {ended.last_words}"
 
 
-def check_gpu(kit: Kit) -> Iterator[Finding]:
+def check_gpu(kit: Kit) -> Iterator[CheckFinding]:
     """Say which device computes, and whether it is a real one."""
     if is_virtual(kit.here):
         words = f"{virtual_words(kit.here)}: its memory and speed are not those of a chip, so they are left out"
-        yield Finding("device", "warning", words, advice="run this on a Mac itself for memory and speed")
+        yield CheckFinding("device", "warning", words, advice="run this on a Mac itself for memory and speed")
     elif kit.on_gpu:
         cores = describe_machine()["gpu_cores"]
-        yield Finding("device", "ok", f"{kit.here.header()}{f', {cores} GPU cores' if cores else ''}")
+        yield CheckFinding("device", "ok", f"{kit.here.header()}{f', {cores} GPU cores' if cores else ''}")
     else:
         words = f"{kit.here.header()}: no GPU, so functions are compared with their definitions on the CPU"
-        yield Finding("device", "ok", words)
+        yield CheckFinding("device", "ok", words)
 
 
-def check_power(kit: Kit) -> Iterator[Finding]:
+def check_power(kit: Kit) -> Iterator[CheckFinding]:
     """Say what slows measurements down now."""
     power, cores = describe_power(), describe_machine()["cpu_cores"] or 1
     yield _power_line("source", power["source"] == "battery", power["source"] or "not known", "plug in the charger")
@@ -94,8 +94,8 @@ def check_power(kit: Kit) -> Iterator[Finding]:
     )
 
 
-def _power_line(name: str, slows: bool, words: str, advice: str) -> Finding:
-    return Finding(name, "warning" if slows else "ok", words, advice=advice if slows else "")
+def _power_line(name: str, slows: bool, words: str, advice: str) -> CheckFinding:
+    return CheckFinding(name, "warning" if slows else "ok", words, advice=advice if slows else "")
 
 
 # The planner
@@ -109,7 +109,7 @@ ON_GPU = {**LLAMA_1B.config, "num_hidden_layers": 8}
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """One run: rank, rows per step, --grad-checkpoint, method, whether the base is in 4 bits, and the objective."""
 
     rank: int
@@ -128,14 +128,14 @@ class Planned:
 
 
 RUNS = (
-    Planned(8, 2, "none"),
-    Planned(64, 2, "none"),
-    Planned(8, 2, "block"),
-    Planned(16, 4, "block"),
-    Planned(16, 4, "none", packed=True),
-    Planned(16, 4, "block", "dora", packed=True),
-    Planned(8, 2, "none", objective="dpo"),
-    Planned(8, 4, "block", packed=True, objective="dpo"),
+    PlannedRun(8, 2, "none"),
+    PlannedRun(64, 2, "none"),
+    PlannedRun(8, 2, "block"),
+    PlannedRun(16, 4, "block"),
+    PlannedRun(16, 4, "none", packed=True),
+    PlannedRun(16, 4, "block", "dora", packed=True),
+    PlannedRun(8, 2, "none", objective="dpo"),
+    PlannedRun(8, 4, "block", packed=True, objective="dpo"),
 )
 
 
@@ -146,7 +146,7 @@ def memory_checks() -> list[KitCheck]:
     ]
 
 
-def check_peak(one: Planned, kit: Kit) -> Iterator[Finding]:
+def check_peak(one: PlannedRun, kit: Kit) -> Iterator[CheckFinding]:
     """Compare the planned with the measured peak of one run."""
     positions = 1024 if kit.on_gpu else 256
     folder = kit.work / f"memory{'-4bit' if one.packed else ''}"
@@ -158,24 +158,24 @@ def check_peak(one: Planned, kit: Kit) -> Iterator[Finding]:
         # The first run of a shape on a machine also measures kernels, and the plan is for the run alone.
         planned, measured = _peaks(kit, one, model, data, settings)
     if planned is None:
-        yield Finding("peak", "failed", "the run was not planned", advice=ADVICE)
+        yield CheckFinding("peak", "failed", "the run was not planned", advice=ADVICE)
         return
     ratio = planned / measured
     good = abs(ratio - 1) <= BOUND
     words = f"planned {planned / 1e9:.3f} GB, measured {measured / 1e9:.3f} GB: {ratio:.3f} times"
-    yield Finding(
+    yield CheckFinding(
         "peak", "ok" if good else "warning", words, abs(ratio - 1), BOUND, "of the measured peak",
         "" if good else ADVICE, {"planned GB": planned / 1e9, "measured GB": measured / 1e9},
     )  # fmt: skip
 
 
-def _peaks(kit: Kit, one: Planned, model: Path, data: Path, settings: dict[str, Any]) -> tuple[int | None, int]:
+def _peaks(kit: Kit, one: PlannedRun, model: Path, data: Path, settings: dict[str, Any]) -> tuple[int | None, int]:
     """Return the planned and the measured peak of one run, in bytes."""
     run = train_child(kit, f"memory-{RUNS.index(one)}", model, data, settings)
     return run.facts["planned_peak_bytes"], max(record["peak_memory_bytes"] for record in run.records)
 
 
-def _settings(one: Planned, positions: int) -> dict[str, Any]:
+def _settings(one: PlannedRun, positions: int) -> dict[str, Any]:
     toward = {"objective": "dpo"} if one.objective == "dpo" else {"mask_prompt": False}
     return {
         **toward, "method": one.method, "rank": one.rank, "batch_size": one.rows, "iters": 3,
@@ -183,7 +183,7 @@ def _settings(one: Planned, positions: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _data(work: Path, one: Planned, positions: int) -> Path:
+def _data(work: Path, one: PlannedRun, positions: int) -> Path:
     """Write texts that each fill a row, or pairs of answers that nearly do; a token is a byte."""
     path = work / f"memory-{one.objective}.jsonl"
     if one.objective == "dpo":

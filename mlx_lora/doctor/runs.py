@@ -27,7 +27,7 @@ from mlx_lora.api.train import train
 from mlx_lora.bench.run import INTERRUPTED, run_process
 from mlx_lora.bench.workloads import chat_rows, pair_rows
 from mlx_lora.config.fields import flag_of
-from mlx_lora.doctor.check import Finding, Kit, KitCheck, bounded, dtype_name, on_cpu
+from mlx_lora.doctor.check import CheckFinding, Kit, KitCheck, bounded, dtype_name, on_cpu
 from mlx_lora.doctor.models import other_tiny_folder, tiny_folder
 from mlx_lora.models.folder import read_safetensors_header
 from mlx_lora.reports.run_report import FACTS_FILE
@@ -124,7 +124,7 @@ def train_tiny(kit: Kit, name: str, folder: Path, steps: int, **changes: Any) ->
     return [line for line in run.metrics if line["val_loss"] is None]
 
 
-def check_step(name: str, kit: Kit) -> Iterator[Finding]:
+def check_step(name: str, kit: Kit) -> Iterator[CheckFinding]:
     """Take two steps of one objective: the loss must be finite, and the factors must move."""
     root = Path(kit.work) / f"step-{name.replace(', ', '-').replace(' ', '-')}"
     shutil.rmtree(root, ignore_errors=True)
@@ -135,7 +135,7 @@ def check_step(name: str, kit: Kit) -> Iterator[Finding]:
     norms = [line["grad_norm"] for line in lines]
     moves = finite and all(norm is not None and math.isfinite(norm) and norm > 0 for norm in norms)
     words = f"two steps in {dtype}: losses {_listed(losses)}, gradient norms {_listed(norms)}"
-    yield Finding("steps", "ok" if moves else "failed", words, advice="" if moves else ADVICE)
+    yield CheckFinding("steps", "ok" if moves else "failed", words, advice="" if moves else ADVICE)
     sampled = OBJECTIVES[name].keys() & SAMPLED.keys()
     if sampled:
         return
@@ -170,7 +170,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
-def check_resume(changes: dict[str, Any], kit: Kit) -> Iterator[Finding]:
+def check_resume(changes: dict[str, Any], kit: Kit) -> Iterator[CheckFinding]:
     """Train, and train again from a checkpoint: the stored factors must be the same bytes."""
     root = Path(kit.work) / f"resume-{changes.get('method', 'lora')}"
     shutil.rmtree(root, ignore_errors=True)
@@ -188,7 +188,7 @@ def check_resume(changes: dict[str, Any], kit: Kit) -> Iterator[Finding]:
         "the same bytes" if same else f"{_other_arrays(root)} differ from the run that never stopped"
     )
     advice = "" if same else "train without stopping; see the line `repeats` of the group machine first; report it"
-    yield Finding("stored factors", "ok" if same else "failed", words, advice=advice)
+    yield CheckFinding("stored factors", "ok" if same else "failed", words, advice=advice)
 
 
 def _other_arrays(root: Path) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 from mlx_lora.bench.machine import describe_power
 from mlx_lora.bench.run import run_process
 from mlx_lora.bench.workloads import AFFINE, LLAMA_1B, QWEN3_4B, QWEN3_8B, SMOLLM2, chat_rows
-from mlx_lora.doctor.check import Finding, Kit, KitCheck
+from mlx_lora.doctor.check import CheckFinding, Kit, KitCheck
 from mlx_lora.doctor.machine import peer_versions
 from mlx_lora.doctor.models import write_model
 from mlx_lora.doctor.runs import train_child
@@ -37,7 +37,7 @@ MODELS = 4
 
 
 @dataclass(frozen=True)
-class Length:
+class SpeedLength:
     """How much is run: rows, passes that are counted after the first, words of an answer, and a peer's longest time."""
 
     rows: int
@@ -46,7 +46,7 @@ class Length:
     limit_s: float
 
 
-ON_CPU, ON_GPU = Length(8, 1, (4, 14), 60.0), Length(16, 3, (60, 200), 120.0)
+ON_CPU, ON_GPU = SpeedLength(8, 1, (4, 14), 60.0), SpeedLength(16, 3, (60, 200), 120.0)
 
 
 def speed_checks() -> list[KitCheck]:
@@ -58,7 +58,7 @@ def speed_checks() -> list[KitCheck]:
     return [*checks, KitCheck("speed", "steady load", check_steady, quick=False)]
 
 
-def check_speed(number: int, kit: Kit) -> Iterator[Finding]:
+def check_speed(number: int, kit: Kit) -> Iterator[CheckFinding]:
     """Compare our speed with the peers' on one model."""
     model, length = speed_models(kit)[number], ON_GPU if kit.on_gpu else ON_CPU
     folder, data = model.write(kit), kit.work / "speed.jsonl"
@@ -77,7 +77,7 @@ def check_speed(number: int, kit: Kit) -> Iterator[Finding]:
     if len(ends) != each * (1 + length.passes):
         raise RunError(f"{len(ends)} steps were reported, not {each * (1 + length.passes)}")
     ours = tokens / (ends[-1] - ends[each - 1])
-    yield Finding(
+    yield CheckFinding(
         f"{model.words}: mlx-lora", "ok", f"{ours:,.0f} tokens/s", ours, None, "tokens/s", values={"mlx-lora": ours}
     )
     for name, module in PEERS.items():
@@ -110,9 +110,9 @@ def _beside(
     model: SpeedModel,
     name: str,
     module: str,
-    length: Length,
+    length: SpeedLength,
     ours: Ours,
-) -> Finding:
+) -> CheckFinding:
     """Return how much faster we are than a peer.
 
     Args:
@@ -122,7 +122,7 @@ def _beside(
     """
     label = f"{model.words}: {name}"
     if name == "torch" and (missing := [one for one in ("torch", "peft") if peer_versions()[one] is None]):
-        return Finding(label, "skipped", f"{' and '.join(missing)} not installed (pip install torch peft)")
+        return CheckFinding(label, "skipped", f"{' and '.join(missing)} not installed (pip install torch peft)")
     each = length.rows // BATCH
     job = {
         "model": str(ours.folder), "data": str(ours.data), "batch_size": BATCH, "rank": RANK, "steps": each * (1 + length.passes),
@@ -136,16 +136,18 @@ def _beside(
     lines = Path(job["ends"]).read_text(encoding="utf-8").splitlines() if Path(job["ends"]).exists() else []
     if watch.stopped and len(lines) < job["steps"]:
         words = f"stopped after {length.limit_s:.0f} s, start included, at step {len(lines)} of {job['steps']}"
-        return Finding(label, "ok", f"{words}; mlx-lora's steps took {ours.all_s:.1f} s")
+        return CheckFinding(label, "ok", f"{words}; mlx-lora's steps took {ours.all_s:.1f} s")
     if len(lines) < job["steps"]:
-        return Finding(label, "warning", f"it ended with code {ended.code}: {ended.last_words}"[:300])
+        return CheckFinding(label, "warning", f"it ended with code {ended.code}: {ended.last_words}"[:300])
     theirs = ours.tokens / (float(lines[-1]) - float(lines[each - 1]))
     ratio = ours.tokens_per_s / theirs
     note = " in float weights, as it has no 4-bit base here" if name == "torch" and model.packed else ""
     words = f"{theirs:,.0f} tokens/s{note}; mlx-lora is {ratio:.2f} times as fast"
     slower = ratio < FASTER
     advice = "run it again on a quiet machine (--again --group speed); report it with these numbers" if slower else ""
-    return Finding(label, "warning" if slower else "ok", words, ratio, None, "times as fast", advice, {name: theirs})
+    return CheckFinding(
+        label, "warning" if slower else "ok", words, ratio, None, "times as fast", advice, {name: theirs}
+    )
 
 
 class Stopper:
@@ -160,7 +162,7 @@ class Stopper:
             child.kill()
 
 
-def check_steady(kit: Kit) -> Iterator[Finding]:
+def check_steady(kit: Kit) -> Iterator[CheckFinding]:
     """Compare the speed of the first minute of a steady load with that of its last minute."""
     model = speed_models(kit)[0]
     data = kit.work / "steady.jsonl"
@@ -178,7 +180,7 @@ def check_steady(kit: Kit) -> Iterator[Finding]:
     )
     slower = ratio > STEADY
     advice = "heat, the charger or another program: see the lines of the group machine" if slower else ""
-    yield Finding(
+    yield CheckFinding(
         "first over last", "warning" if slower else "ok", words, ratio, STEADY, "times", advice,
         {"first minute": first, "last minute": last},
     )  # fmt: skip

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.bench.schema import DEVICE, MACHINE, POWER, SOFTWARE, Field, field_problems, under
-from mlx_lora.doctor.check import GROUPS, LARGEST, STATUSES, Finding, KitCheck
+from mlx_lora.doctor.check import GROUPS, LARGEST, STATUSES, CheckFinding, KitCheck
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replacing_file
 
@@ -69,7 +69,7 @@ class KitState:
             entry["attempts"] -= 1
             self.write()
 
-    def end(self, check: KitCheck, findings: Sequence[Finding], seconds: float) -> None:
+    def end(self, check: KitCheck, findings: Sequence[CheckFinding], seconds: float) -> None:
         """Keep what a check found."""
         entry = self.entry(check)
         assert entry is not None
@@ -99,7 +99,7 @@ class KitState:
             temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def _written(finding: Finding) -> dict[str, Any]:
+def _written(finding: CheckFinding) -> dict[str, Any]:
     """Return a finding as JSON values; what a user's folders are called stays here."""
     made = asdict(finding)
     for name in ("found", "wanted"):  # JSON has no infinity, and the schema no negative number

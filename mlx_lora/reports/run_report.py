@@ -24,7 +24,7 @@ from mlx_lora.data.chat_template import spoken_turns, without_markers
 from mlx_lora.data.report import UNITS
 from mlx_lora.objectives.table import OWN_OPTIONS
 from mlx_lora.reports.charts import COMMON, WIDE, Series, line_chart, number, render_page
-from mlx_lora.reports.diagnosis import RunContext, Verdict, verdict
+from mlx_lora.reports.diagnosis import Verdict, VerdictContext, verdict
 from mlx_lora.reports.evaluation import read_evaluation, shown_evaluation
 from mlx_lora.trainer.evaluate import ROWS_FILE, KnownRows, read_rows_file
 from mlx_lora.utils.files import replacing_file
@@ -145,7 +145,7 @@ class RunReport:
 
     def _verdict_on(self, folder: Path, records: list[dict[str, Any]], settings: dict[str, Any]) -> Verdict:
         splits, near = self.data.get("splits", {}), self.data.get("near_duplicates") or {}
-        context = RunContext(
+        context = VerdictContext(
             folder=folder,
             rows=read_rows_file(folder / ROWS_FILE),
             texts=[(one.before, one.after) for one in self.samples if one.after is not None],

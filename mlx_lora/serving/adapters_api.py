@@ -15,7 +15,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from mlx_lora.serving.adapter_store import NAME, Card, NoRoom, Source, UnknownAdapter
+from mlx_lora.serving.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter
 from mlx_lora.serving.app import api_error
 from mlx_lora.serving.engine import Engine, Stopped
 from mlx_lora.serving.schema import ApiError, read_json
@@ -94,18 +94,18 @@ class Adapters:
                 told.args = (str(told).replace(str(folder), folder.name),)
             raise told from None
 
-    async def _source(self, body: dict[str, Any], kind: str) -> Source:
+    async def _source(self, body: dict[str, Any], kind: str) -> AdapterSource:
         if kind == "blend":
-            return Source(blend=_weights(body["blend"]))
+            return AdapterSource(blend=_weights(body["blend"]))
         if kind == "path":
-            return Source(folder=self._folder_of(body["path"]))
+            return AdapterSource(folder=self._folder_of(body["path"]))
         if not self._allow_hub:
             raise ApiError(403, "hub: loading from the hub is off; start the server with --allow-hub", "hub_off", "hub")
         hub, revision = body["hub"], body.get("revision")
         if not isinstance(hub, str) or Path(hub).expanduser().exists() or not isinstance(revision, (str, type(None))):
             raise ApiError(400, "hub: must be an id such as owner/name", "invalid_value", "hub")
         try:
-            return Source(folder=await anyio.to_thread.run_sync(resolve_adapter, hub, revision))
+            return AdapterSource(folder=await anyio.to_thread.run_sync(resolve_adapter, hub, revision))
         except (InputError, RunError) as error:
             raise ApiError(400, str(error), "invalid_adapter", "hub") from None
 

@@ -1,6 +1,6 @@
 """Serve OpenAI's completions, the models, health, metrics and the chat page over HTTP.
 
-    Guard -> routes -> read_chat, read_completion (check the body) -> prompt_tokens -> engine -> Answer -> client
+    Guard -> routes -> read_chat, read_completion (check the body) -> prompt_tokens -> engine -> HttpAnswer -> client
 
 The chat page shows two models side by side in a browser and uses the same endpoints as other clients. It is `pages/chat.html`,
 served as a single file, with its scripts `pages/markdown.js` and `pages/chat.js` and the common tokens.css inside. Its policy
@@ -122,11 +122,11 @@ class Completions:
         self._base_name, self._started_s = base_name(engine.base), started_s
         self._one_at_a_time = anyio.CapacityLimiter(1)  # tokenizers are not thread-safe
 
-    async def chat(self, request: HttpRequest) -> Answering:
+    async def chat(self, request: HttpRequest) -> EngineResponse:
         """POST /v1/chat/completions."""
         return await self._answer(read_chat(read_json(await request.body())), ChatReply)
 
-    async def completion(self, request: HttpRequest) -> Answering:
+    async def completion(self, request: HttpRequest) -> EngineResponse:
         """POST /v1/completions."""
         return await self._answer(read_completion(read_json(await request.body())), CompletionReply)
 
@@ -139,7 +139,7 @@ class Completions:
         """GET /v1/models/ID."""
         return JSONResponse(self._model(self._card(request.path_params["model"])))
 
-    async def _answer(self, ask: Ask, make_reply: Callable[[str], Reply]) -> Answering:
+    async def _answer(self, ask: Ask, make_reply: Callable[[str], Reply]) -> EngineResponse:
         card = self._card(ask.model)
         tokens = await anyio.to_thread.run_sync(self._tokens, ask, card, limiter=self._one_at_a_time)
         request = Request(
@@ -151,7 +151,7 @@ class Completions:
             ignore_eos=ask.ignore_eos,
             continues=ask.messages is None,
         )
-        return Answering(
+        return EngineResponse(
             self._engine, request, make_reply(card.name if card else self._base_name), ask, self._limits.timeout_s
         )
 
@@ -189,7 +189,7 @@ class Completions:
         }
 
 
-class Answering:
+class EngineResponse:
     """A response that the engine generates."""
 
     def __init__(self, engine: Engine, request: Request, reply: Reply, ask: Ask, timeout_s: float):
@@ -198,7 +198,7 @@ class Answering:
 
     async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Any]) -> None:
         """Answer as an ASGI application; if the client disconnects, its row is freed."""
-        with Answer(self._engine, self._request, receive, self._timeout_s) as answer:
+        with HttpAnswer(self._engine, self._request, receive, self._timeout_s) as answer:
             try:
                 if self._ask.stream:
                     await send_stream(answer, self._reply, self._ask.include_usage, send)
@@ -255,7 +255,7 @@ def api_error(error: Exception) -> ApiError:
     raise error
 
 
-class Answer:
+class HttpAnswer:
     """One request's events in the server's event loop; leaving it as a context frees the request's row."""
 
     def __init__(self, engine: Engine, request: Request, receive: Callable[[], Awaitable[Any]], timeout_s: float):
@@ -285,7 +285,7 @@ class Answer:
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-    def __enter__(self) -> Answer:
+    def __enter__(self) -> HttpAnswer:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -330,7 +330,7 @@ async def _until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
         pass
 
 
-async def send_whole(answer: Answer, reply: Reply, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+async def send_whole(answer: HttpAnswer, reply: Reply, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
     """Send the complete answer at once."""
     pieces, reports = [], []
     event: Any = None  # the last event, of which there is one at least
@@ -344,7 +344,7 @@ async def send_whole(answer: Answer, reply: Reply, send: Callable[[dict[str, Any
 
 
 async def send_stream(
-    answer: Answer, reply: Reply, include_usage: bool, send: Callable[[dict[str, Any]], Awaitable[None]]
+    answer: HttpAnswer, reply: Reply, include_usage: bool, send: Callable[[dict[str, Any]], Awaitable[None]]
 ) -> None:
     """Send the answer as server-sent events; an error before the first event is sent as an ordinary error."""
     opened = False

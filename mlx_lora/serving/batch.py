@@ -25,7 +25,7 @@ from mlx_lora.serving.sampling import Likelihoods, Sampler, sample_rows
 
 
 @dataclass(eq=False)
-class Row:
+class BatchRow:
     """One sequence.
 
     Attributes:
@@ -46,7 +46,7 @@ class Row:
 class Prefill:
     """A prompt that is computed in parts, so that running rows do not wait for a long prompt."""
 
-    def __init__(self, model: TokenSteps, routing: Routing, row: Row, tokens: list[int], caches: list[Any] | None):
+    def __init__(self, model: TokenSteps, routing: Routing, row: BatchRow, tokens: list[int], caches: list[Any] | None):
         """Prepare to compute a prompt.
 
         Args:
@@ -75,12 +75,12 @@ class Prefill:
         self.row.tokens += part
 
 
-class Batch:
+class RunningBatch:
     """The rows that generate together."""
 
     def __init__(self, model: TokenSteps, routing: Routing):
         self._model, self._routing = model, routing
-        self.rows: list[Row] = []
+        self.rows: list[BatchRow] = []
         self._caches: list[Any] = []
         self._next: Any = None  # (B,) each row's next token, which may not be computed yet
         self._reports: list[Likelihoods | None] = []
@@ -106,7 +106,7 @@ class Batch:
         self.rows.append(prefill.row)
         self._reports.append(None)
 
-    def step(self) -> list[tuple[Row, int, Likelihoods | None]]:
+    def step(self) -> list[tuple[BatchRow, int, Likelihoods | None]]:
         """Start computing every row's next token, and return the tokens that the previous step started."""
         known, reports = self._next, self._reports
         self._routing.rows = tuple(row.adapter for row in self.rows)
@@ -122,11 +122,11 @@ class Batch:
                 news.append((row, token, report))
         return news
 
-    def extract(self, row: Row) -> list[Any]:
+    def extract(self, row: BatchRow) -> list[Any]:
         """Return the caches of one row, for the prompt cache."""
         return [cache.extract(self.rows.index(row)) for cache in self._caches]
 
-    def leave(self, leaving: list[Row]) -> None:
+    def leave(self, leaving: list[BatchRow]) -> None:
         """Remove rows."""
         keep = [index for index, row in enumerate(self.rows) if row not in leaving]
         self.rows = [self.rows[index] for index in keep]

@@ -25,7 +25,7 @@ from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.control import RunControl
 from mlx_lora.studio.folders import Checker, Folders
 from mlx_lora.studio.model_stores import ModelStores
-from mlx_lora.studio.places import Place, Studio, find_places
+from mlx_lora.studio.places import Studio, StudioPlace, find_places
 from mlx_lora.studio.plans import Plans
 from mlx_lora.studio.run_folders import RunListing
 from mlx_lora.studio.tasks import Tasks
@@ -112,7 +112,7 @@ def make_studio(folders: Folders, guard: GuardLimits, max_upload_bytes: int) -> 
     return app
 
 
-def page_routes(places: Sequence[Place]) -> list[BaseRoute]:
+def page_routes(places: Sequence[StudioPlace]) -> list[BaseRoute]:
     """Return the routes of the page and of its files, which lie under /static as they lie in this folder.
 
     Args:
@@ -131,11 +131,11 @@ def page_routes(places: Sequence[Place]) -> list[BaseRoute]:
     ]
 
 
-def _address(place: Place) -> str:
+def _address(place: StudioPlace) -> str:
     return f"/static/places/{place.name}.js"
 
 
-def _link(place: Place) -> str:
+def _link(place: StudioPlace) -> str:
     return f'<link rel="modulepreload" href="{_address(place)}" data-place="{place.name}">'
 
 

@@ -43,7 +43,7 @@ from mlx_lora.planner.speed import Ceilings
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.model_stores import local_model
 from mlx_lora.studio.page_words import fields_in, in_page_words
-from mlx_lora.studio.tasks import Task, Tasks
+from mlx_lora.studio.tasks import BackgroundTask, Tasks
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.text import format_duration, gigabytes
@@ -95,7 +95,7 @@ class Plans:
         self._processes, self._wanted = _new_processes()
         self._kept: OrderedDict[str, dict[str, Any] | str] = OrderedDict()
         self._lock, self._tasks = threading.Lock(), tasks
-        self._reading: dict[str, Task] = {}
+        self._reading: dict[str, BackgroundTask] = {}
 
     def close(self) -> None:
         """End the processes, whatever they are planning."""
@@ -118,7 +118,7 @@ class Plans:
             return None
         return found if isinstance(found, dict) else None
 
-    def of_run(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Task | None]:
+    def of_run(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], BackgroundTask | None]:
         """Return the plan of a run, and the task that reads its data if that takes long; until then the data counts nothing.
 
         Raises:
@@ -288,7 +288,7 @@ class Cards:
 
     def own_settings(
         self, card: str, settings: Mapping[str, Any], given: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], Task | None]:
+    ) -> tuple[dict[str, Any], BackgroundTask | None]:
         """Return what a card adds to the settings, and the task that reads the data if the card's length waits for it.
 
         Args:

@@ -21,7 +21,7 @@ from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.model_stores import local_model
 from mlx_lora.studio.page_words import in_page_words
 from mlx_lora.studio.preview_index import CUT, DOUBLED, FILE, FORM, LINE, META, PROGRESS, SPLIT, SPLITS, build_index
-from mlx_lora.studio.tasks import Cancelled, Task, Tasks, ended_words, last_line, start_child
+from mlx_lora.studio.tasks import BackgroundTask, Cancelled, Tasks, ended_words, last_line, start_child
 from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import sha256_of
@@ -78,7 +78,7 @@ class Previews:
         self._open: OrderedDict[str, Index] = OrderedDict()
         self._tokenizers: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()  # tokenizers are not thread-safe
-        self._building: dict[str, Task] = {}
+        self._building: dict[str, BackgroundTask] = {}
 
     def page(self, settings: dict[str, Any], offset: int, limit: int, chosen: str) -> dict[str, Any]:
         """Return a page of rows, or the task that encodes the data.
@@ -107,7 +107,7 @@ class Previews:
             index = self._index(key, folder)
             return self._page(index, self._tokenizer(tokenizer), offset, limit, chosen)
 
-    def _begin(self, key: str, asked: dict[str, Any], folder: Path) -> Task:
+    def _begin(self, key: str, asked: dict[str, Any], folder: Path) -> BackgroundTask:
         with self._lock:
             task = self._building.get(key)
             if task is None or task.state != "running":
@@ -117,7 +117,7 @@ class Previews:
                 )
             return task
 
-    def _build(self, task: Task, asked: dict[str, Any], folder: Path) -> None:
+    def _build(self, task: BackgroundTask, asked: dict[str, Any], folder: Path) -> None:
         """Encode in a child process, and pass on how far it is."""
         room = self._logs / f"data-{task.id}"
         room.mkdir(parents=True)

@@ -21,7 +21,7 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.adapter_store import DEFAULT_CONTEXT, AdapterStore, Source, context_of
+from mlx_lora.serving.adapter_store import DEFAULT_CONTEXT, AdapterSource, AdapterStore, context_of
 from mlx_lora.serving.app import api_error
 from mlx_lora.serving.conversation import chat_tokens
 from mlx_lora.serving.engine import Engine, Event, Limits, Request, Ticket
@@ -142,11 +142,11 @@ def _named(store: AdapterStore, columns: list[list[tuple[Path, float]]]) -> list
     """Load what the columns need, in the engine's thread, and return each column's name of adapter or blend."""
     names: list[str | None] = []
     for parts in columns:
-        wanted: dict[str, Source] = {}
+        wanted: dict[str, AdapterSource] = {}
         for folder, _ in parts:
             # Trained further, the same folder is another adapter.
             name = f"a-{_hash([str(folder), (folder / WEIGHTS_FILE).stat().st_mtime_ns])}"
-            wanted[name] = Source(folder=folder)
+            wanted[name] = AdapterSource(folder=folder)
         whole = len(parts) == 1 and parts[0][1] == 1
         new = {name: source for name, source in wanted.items() if name not in store.cards}
         if new:
@@ -159,7 +159,7 @@ def _named(store: AdapterStore, columns: list[list[tuple[Path, float]]]) -> list
             weights[name] = weight
         blend = f"b-{_hash(sorted(weights.items()))}"
         if blend not in store.cards:
-            store.add({blend: Source(blend=weights)})
+            store.add({blend: AdapterSource(blend=weights)})
         names.append(blend)
     return names
 

@@ -38,7 +38,7 @@ class Cancelled(Exception):
 
 
 @dataclass(eq=False)
-class Task:
+class BackgroundTask:
     """A piece of work.
 
     Attributes:
@@ -82,7 +82,7 @@ class Tasks:
 
     def __init__(self, logs: Path):
         """Take the folder for the output of child processes."""
-        self._tasks: dict[str, Task] = {}
+        self._tasks: dict[str, BackgroundTask] = {}
         self._lock, self._versions, self._logs = threading.Lock(), itertools.count(1), logs
         self.ended = 0  # tasks since the server began
 
@@ -126,21 +126,21 @@ class Tasks:
         task.wanted.clear()
         return {"task": task.public()}
 
-    def change(self, task: Task, **values: Any) -> None:
+    def change(self, task: BackgroundTask, **values: Any) -> None:
         """Change a task, so that its listeners hear of it."""
         with self._lock:
             for name, value in values.items():
                 setattr(task, name, value)
             task.version = next(self._versions)
 
-    def begin(self, kind: str, title: str, work: Callable[[Task], Any], unit: str = "") -> Task:
+    def begin(self, kind: str, title: str, work: Callable[[BackgroundTask], Any], unit: str = "") -> BackgroundTask:
         """Do work in a thread.
 
         Args:
             kind, title, unit: of the task.
             work: takes the task, and returns its result; raises Cancelled when the task is no longer wanted.
         """
-        task = Task(secrets.token_hex(6), kind, title, unit=unit)
+        task = BackgroundTask(secrets.token_hex(6), kind, title, unit=unit)
         task.wanted.set()
         with self._lock:
             finished = [one.id for one in self._tasks.values() if one.state != "running"]
@@ -172,9 +172,9 @@ class Tasks:
         title: str,
         words: list[str],
         result: Any,
-        watch: Callable[[Task], None] = lambda task: None,
+        watch: Callable[[BackgroundTask], None] = lambda task: None,
         cwd: str | None = None,
-    ) -> Task:
+    ) -> BackgroundTask:
         """Run one of this program's commands as a child process, whose last line of output is the task's message.
 
         Args:
@@ -185,7 +185,7 @@ class Tasks:
             cwd: the folder that relative names start from; None: the studio's own.
         """
 
-        def work(task: Task) -> Any:
+        def work(task: BackgroundTask) -> Any:
             log = self._logs / f"{kind}-{task.id}.log"
             child = start_child(words, log, cwd=cwd)
             while child.poll() is None:

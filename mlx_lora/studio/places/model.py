@@ -19,7 +19,7 @@ from mlx_lora.studio.folders import Checker, Folders, is_hub_model, safe_name
 from mlx_lora.studio.model_stores import ModelStores
 from mlx_lora.studio.places import Studio
 from mlx_lora.studio.plans import Plans, refused_plan, shown_plan
-from mlx_lora.studio.tasks import Task, Tasks
+from mlx_lora.studio.tasks import BackgroundTask, Tasks
 from mlx_lora.studio.web import json_route, text_of, whole_number
 from mlx_lora.utils.errors import InputError, first_line
 from mlx_lora.utils.hub import REQUEST_ERRORS
@@ -98,7 +98,7 @@ class ModelRoutes:
             raise ApiError(400, f"model {model!r}: not a hub id; give owner/name", "invalid_value", "model")
         room = Path(HF_HUB_CACHE) / f"models--{model.split(':')[0].replace('/', '--')}" / "blobs"
 
-        def watch(task: Task) -> None:
+        def watch(task: BackgroundTask) -> None:
             if task.total is None and task.message.startswith("Bytes: "):
                 self._tasks.change(task, total=int(task.message.removeprefix("Bytes: ")), unit="bytes")
             done = _bytes_in(room)

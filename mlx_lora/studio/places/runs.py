@@ -23,7 +23,7 @@ from mlx_lora.studio.places import Studio
 from mlx_lora.studio.run_folders import COLOR, LOG_FILE, METRICS, RunListing, read_started, samples_of, state_of
 from mlx_lora.studio.run_folders import facts_of as run_facts
 from mlx_lora.studio.run_measurements import FACTS, words_of_asking, words_of_measuring
-from mlx_lora.studio.tasks import Cancelled, Task, Tasks, ended_words, last_line, start_child
+from mlx_lora.studio.tasks import BackgroundTask, Cancelled, Tasks, ended_words, last_line, start_child
 from mlx_lora.studio.web import events, json_route, text_of, whole_number
 from mlx_lora.utils.errors import RunError
 from mlx_lora.utils.text import command_line
@@ -208,7 +208,7 @@ class ForgettingRoutes:
         )
         return {"task": task.public(), "command": command_line(words)}
 
-    def _work(self, task: Task, folder: Path, words: list[str]) -> dict[str, str]:
+    def _work(self, task: BackgroundTask, folder: Path, words: list[str]) -> dict[str, str]:
         (folder / FACTS).parent.mkdir(exist_ok=True)
         child = start_child(words, folder / LOG, result=folder / PART)
         while child.poll() is None:
