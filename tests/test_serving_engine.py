@@ -15,8 +15,8 @@ from run_cli import run
 from serving_rows import PROMPT, Answer, asked, started, tokens_of
 
 from mlx_lora.serving.adapter_store import AdapterSource, UnknownAdapter
+from mlx_lora.serving.batch import Sampling
 from mlx_lora.serving.engine import QueueFull, Stopped
-from mlx_lora.serving.sampling import Sampling
 from mlx_lora.utils.errors import InputError
 
 pytestmark = pytest.mark.float32(

@@ -14,8 +14,8 @@ from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
 from mlx_lora.serving.adapter_store import AdapterSource, AdapterStore, UnknownAdapter, read_factors
+from mlx_lora.serving.batch import Sampler, Sampling, TextStream, TokenReport, sample_rows
 from mlx_lora.serving.pools import ROUTED, LayerFactors, LayerPools, Routing, route, unrouted_twin
-from mlx_lora.serving.sampling import Sampler, Sampling, TextStream, TokenReport, sample_rows
 from mlx_lora.utils.errors import InputError
 
 TOKENS = mx.array([[3, 1, 4], [1, 5, 9], [2, 6, 5], [3, 5, 8], [9, 7, 9]])

@@ -19,7 +19,7 @@ from studio_client import wait_for
 
 from mlx_lora.cli.studio import only_one
 from mlx_lora.studio import tasks as tasks_module
-from mlx_lora.studio.talking import Talk
+from mlx_lora.studio.places.talk import Talk
 from mlx_lora.studio.tasks import Cancelled, Tasks
 from mlx_lora.utils.errors import InputError
 

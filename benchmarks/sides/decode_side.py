@@ -33,9 +33,8 @@ def ours(settings: dict[str, Any]) -> Callable[[int, int], Answer]:
     from mlx_lora.api.base import generated
     from mlx_lora.config.load import train_settings
     from mlx_lora.models.load import load_base
-    from mlx_lora.serving.batch import BatchRow, Prefill, RunningBatch
+    from mlx_lora.serving.batch import BatchRow, Prefill, RunningBatch, Sampler, Sampling
     from mlx_lora.serving.pools import Routing
-    from mlx_lora.serving.sampling import Sampler, Sampling
 
     base = load_base(train_settings(settings).model)
     base.tokenizer._eos_token_ids = set()

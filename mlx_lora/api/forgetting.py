@@ -50,7 +50,7 @@ from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.reports.charts import COMMON, Bar, bar_chart, perplexity, render_page
 from mlx_lora.trainer.report_callback import greedy_text
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replacing_file
+from mlx_lora.utils.files import replace_text
 from mlx_lora.utils.progress import tracked
 
 log = logging.getLogger(__name__)
@@ -436,8 +436,7 @@ def write_page(path: Path, facts: dict[str, Any], thresholds: tuple[float, float
         device=device,
         date=date.today().isoformat(),
     )
-    with replacing_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    replace_text(path, page)
 
 
 def verdict_rows(facts: dict[str, Any]) -> list[dict[str, str]]:

@@ -19,7 +19,7 @@ from mlx_lora.bench.results import COLUMNS, ResultFile, Table, cells_of, compare
 from mlx_lora.bench.workloads import TIERS, WORKLOADS, Workload
 from mlx_lora.planner.chips import CHIPS
 from mlx_lora.reports.charts import Bar, Series, bar_chart, line_chart, render_page
-from mlx_lora.utils.files import replacing_file
+from mlx_lora.utils.files import replace_text
 
 PAGES = Path(__file__).parent / "pages"
 KNOWN = {one.name: one for one in WORKLOADS}
@@ -71,8 +71,7 @@ def write_page(
         tiers=[_tier(tier) for tier in TIERS],
         chips=CHIPS,
     )
-    with replacing_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    replace_text(path, page)
 
 
 def _tiles(results: Sequence[ResultFile], measured: Sequence[Table]) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_lora.bench.schema import SCHEMA, VERSION, problems_of
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replacing_file
+from mlx_lora.utils.files import replace_text
 
 # Files
 
@@ -83,8 +83,7 @@ def write_result(path: Path, content: dict[str, Any]) -> None:
     problems = problems_of(content)
     if problems:
         raise ValueError("; ".join(problems))
-    with replacing_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    replace_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def default_path(content: dict[str, Any], root: Path) -> Path:

@@ -127,7 +127,7 @@ def full_check(
     # Imported here, because the short check needs none of it.
     from mlx_lora.doctor.check import GROUPS, CheckFinding, Kit, KitCheck
     from mlx_lora.doctor.kit import Asked, all_checks, run_kit, show_issue, summary_line
-    from mlx_lora.doctor.state import PAGE_FILE, RESULT_FILE
+    from mlx_lora.doctor.result import PAGE_FILE, RESULT_FILE
 
     if unknown := [name for name in groups if name not in GROUPS]:
         raise InputError(f"--group {', '.join(unknown)}: no such group; choose from {', '.join(GROUPS)}")

@@ -59,7 +59,7 @@ def run(settings: TrainSettings, dry_run: bool) -> int:
     if dry_run:
         _starting()
         from mlx_lora.api.plan import dry_run as dry_plan
-        from mlx_lora.api.plan_text import render
+        from mlx_lora.cli.plan import render
 
         click.echo(render(dry_plan(settings)))
         return 0

@@ -20,15 +20,19 @@ import mlx.core as mx
 
 from mlx_lora.bench.machine import describe_machine, describe_power, describe_software
 from mlx_lora.doctor.check import GROUPS, LARGEST, CheckFinding, Kit, KitCheck
-from mlx_lora.doctor.decode import decode_checks
 from mlx_lora.doctor.kernels import format_checks, kernel_checks
-from mlx_lora.doctor.layers import layer_checks
-from mlx_lora.doctor.losses import loss_checks
-from mlx_lora.doctor.machine import gpu_problem, is_virtual, machine_checks, memory_checks, peer_versions, virtual_words
-from mlx_lora.doctor.page import write_kit_page
-from mlx_lora.doctor.runs import run_checks
-from mlx_lora.doctor.speed import speed_checks
-from mlx_lora.doctor.state import MOST_ATTEMPTS, PAGE_FILE, RESULT_FILE, KitState, open_state
+from mlx_lora.doctor.layers import layer_checks, loss_checks
+from mlx_lora.doctor.machine import (
+    gpu_problem,
+    is_virtual,
+    machine_checks,
+    memory_checks,
+    peer_versions,
+    speed_checks,
+    virtual_words,
+)
+from mlx_lora.doctor.result import MOST_ATTEMPTS, PAGE_FILE, RESULT_FILE, KitState, open_state, write_kit_page
+from mlx_lora.doctor.runs import decode_checks, run_checks
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import first_line
 from mlx_lora.utils.text import counted, format_duration, installed_versions

@@ -20,7 +20,7 @@ from mlx_lora.reports.charts import COMMON, render_page
 from mlx_lora.reports.diagnosis import change_words
 from mlx_lora.trainer.evaluate import Change
 from mlx_lora.utils.console import finite_values
-from mlx_lora.utils.files import replacing_file, sha256_of
+from mlx_lora.utils.files import replace_text, sha256_of
 from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.text import counted
 
@@ -44,8 +44,7 @@ def keep_evaluation(folder: Path, facts: Mapping[str, Any]) -> None:
         return
     date, adapter = datetime.now().astimezone().isoformat(timespec="seconds"), sha256_of(folder / WEIGHTS_FILE)
     text = json.dumps(finite_values({**facts, "date": date, "adapter": adapter}), indent=1, ensure_ascii=False)
-    with replacing_file(folder / EVALUATION_FILE) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    replace_text(folder / EVALUATION_FILE, text + "\n")
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:
@@ -124,5 +123,4 @@ def write_evaluation_page(path: Path, facts: Mapping[str, Any], command: str, de
     page = render_page(
         COMMON, "evaluation.html", facts=facts, evaluation=shown_evaluation(facts), command=command, device=device
     )
-    with replacing_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    replace_text(path, page)

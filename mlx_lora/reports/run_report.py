@@ -27,7 +27,8 @@ from mlx_lora.reports.charts import COMMON, WIDE, Series, line_chart, number, re
 from mlx_lora.reports.diagnosis import Verdict, VerdictContext, verdict
 from mlx_lora.reports.evaluation import read_evaluation, shown_evaluation
 from mlx_lora.trainer.evaluate import ROWS_FILE, KnownRows, read_rows_file
-from mlx_lora.utils.files import replacing_file
+from mlx_lora.utils.files import replace_text, replacing_file
+from mlx_lora.utils.parsing import parse_json
 
 Record = dict[str, Any]
 Chart = tuple[str, list[Series], str, bool]
@@ -110,18 +111,12 @@ class RunReport:
         """Write report.json and report.html into a run folder that has metrics.jsonl and run.yaml."""
         self.date = self.date or date.today().isoformat()
         page = self._page(folder)
-        with replacing_file(folder / FACTS_FILE) as temporary:
-            temporary.write_text(
-                json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
-        with replacing_file(folder / REPORT_FILE) as temporary:
-            temporary.write_text(page, encoding="utf-8")
+        replace_text(folder / FACTS_FILE, json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n")
+        replace_text(folder / REPORT_FILE, page)
 
     def rewrite_page(self, folder: Path) -> None:
         """Write report.html alone, with what was measured since the run's end."""
-        page = self._page(folder)
-        with replacing_file(folder / REPORT_FILE) as temporary:
-            temporary.write_text(page, encoding="utf-8")
+        replace_text(folder / REPORT_FILE, self._page(folder))
 
     def _page(self, folder: Path) -> str:
         """Return the page's text, and keep the verdict that is on it."""
@@ -160,7 +155,7 @@ class RunReport:
 def read_facts(folder: Path) -> dict[str, Any]:
     """Return what a run's report.json says; nothing for a folder without one."""
     try:
-        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        facts = parse_json((folder / FACTS_FILE).read_bytes())
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}

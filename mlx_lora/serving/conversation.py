@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.chat_template import encode_chat, own_template
 from mlx_lora.serving.adapter_store import base_name
+from mlx_lora.serving.batch import Sampling
 from mlx_lora.serving.engine import Engine, Event, Request, Stopped, Usage, failed_words
-from mlx_lora.serving.sampling import Sampling
 from mlx_lora.serving.schema import ApiError, Ask
 from mlx_lora.utils.errors import InputError, RunError, first_line
 

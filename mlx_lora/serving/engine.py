@@ -22,9 +22,19 @@ from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import Continuation
 from mlx_lora.rollouts.decode import ANSWERS, TokenSteps, hold_weights
 from mlx_lora.serving.adapter_store import AdapterStore, NoRoom, Resident, UnknownAdapter
-from mlx_lora.serving.batch import BatchRow, Prefill, PromptCache, RunningBatch
+from mlx_lora.serving.batch import (
+    BatchRow,
+    Likelihoods,
+    Piece,
+    Prefill,
+    PromptCache,
+    RunningBatch,
+    Sampler,
+    Sampling,
+    TextStream,
+    TokenReport,
+)
 from mlx_lora.serving.pools import Routing
-from mlx_lora.serving.sampling import Likelihoods, Piece, Sampler, Sampling, TextStream, TokenReport
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, first_line
 

@@ -14,8 +14,8 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_lora.serving.batch import Sampling, TokenReport
 from mlx_lora.serving.engine import Event, Usage
-from mlx_lora.serving.sampling import Sampling, TokenReport
 
 # Requests
 

@@ -22,8 +22,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.studio.page_words import in_page_words
-from mlx_lora.studio.web import events, json_route
+from mlx_lora.studio.web import events, in_page_words, json_route
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.text import MODULE
 
@@ -179,7 +178,7 @@ class Tasks:
 
         Args:
             kind, title: of the task.
-            words: the command's name, or a module below this package (`studio.downloads`), and its arguments.
+            words: the command's name, or a module below this package (`studio.model_stores`), and its arguments.
             result: of the task, if the command succeeds.
             watch: called from time to time, to tell how far it is.
             cwd: the folder that relative names start from; None: the studio's own.
@@ -233,7 +232,7 @@ def start_child(
     """Start a command in a session of its own, with its output in a file.
 
     Args:
-        words: the command's name, or a module below this package (`studio.downloads`), and its arguments.
+        words: the command's name, or a module below this package (`studio.model_stores`), and its arguments.
         log: where its output goes.
         append: keep what the file has.
         result: where its standard output goes, apart from the rest; None: into the log too.

@@ -105,7 +105,7 @@ class ModelRoutes:
             if done != task.done:
                 self._tasks.change(task, done=done)
 
-        words = ["studio.downloads", model]
+        words = ["studio.model_stores", model]
         return {"task": self._tasks.child("download", f"Download {model}", words, {"model": model}, watch).public()}
 
     def convert(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:

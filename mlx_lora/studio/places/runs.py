@@ -15,14 +15,26 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from mlx_lora.reports.run_report import ANSWERS_FILE, FACTS_FILE
+from mlx_lora.reports.run_report import ANSWERS_FILE, FACTS_FILE, read_facts
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.control import RunControl
-from mlx_lora.studio.metrics_reading import TAIL_BYTES, Tail, parsed
 from mlx_lora.studio.places import Studio
-from mlx_lora.studio.run_folders import COLOR, LOG_FILE, METRICS, RunListing, read_started, samples_of, state_of
-from mlx_lora.studio.run_folders import facts_of as run_facts
-from mlx_lora.studio.run_measurements import FACTS, words_of_asking, words_of_measuring
+from mlx_lora.studio.run_folders import (
+    COLOR,
+    FACTS,
+    LOG_FILE,
+    METRICS,
+    TAIL_BYTES,
+    RunListing,
+    Tail,
+    parsed,
+    read_started,
+    samples_of,
+    stamp,
+    state_of,
+    words_of_asking,
+    words_of_measuring,
+)
 from mlx_lora.studio.tasks import BackgroundTask, Cancelled, Tasks, ended_words, last_line, start_child
 from mlx_lora.studio.web import events, json_route, text_of, whole_number
 from mlx_lora.utils.errors import RunError
@@ -165,21 +177,13 @@ class RunNews:
         if state != self._state or any(one["type"] == "metrics" for one in found):
             found.append({"type": "state", **self._line()})
             self._state = state
-        texts = [_changed(self._folder / name) for name in (FACTS_FILE, ANSWERS_FILE)]
+        texts = [stamp(self._folder / name) for name in (FACTS_FILE, ANSWERS_FILE)]
         if texts != self._texts:
             if self._texts is not None:
-                samples = samples_of(self._folder, run_facts(self._folder), self._line()["step"])
+                samples = samples_of(self._folder, read_facts(self._folder), self._line()["step"])
                 found.append({"type": "sample", "samples": samples})
             self._texts = texts
         return found
-
-
-def _changed(path: Path) -> tuple[int, int] | None:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size
 
 
 class ForgettingRoutes:

@@ -13,11 +13,10 @@ from mlx_lora.api.demo import QUESTIONS, RECIPE, SHORT_STEPS
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.control import RunControl, resolved, run_yaml, train_words
 from mlx_lora.studio.folders import Checker, safe_name
-from mlx_lora.studio.page_words import setting_groups
 from mlx_lora.studio.places import Studio
 from mlx_lora.studio.plans import CARDS, USUAL_CARD, Cards, Plans, refused_plan, shown_plan
 from mlx_lora.studio.tasks import Tasks
-from mlx_lora.studio.web import json_route
+from mlx_lora.studio.web import json_route, setting_groups
 from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.downloads import SMOLLM2_GGUF
 from mlx_lora.utils.errors import InputError
@@ -135,5 +134,5 @@ class ExampleRoutes:
     def fetch(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """POST /api/example: get its model, or check the one that is here, as a task."""
         result = {"model": str(cache_dir("models") / SMOLLM2_GGUF.file_name)}
-        task = self._tasks.child("download", "Get the example's model", ["studio.downloads", "--example"], result)
+        task = self._tasks.child("download", "Get the example's model", ["studio.model_stores", "--example"], result)
         return {"task": task.public()}
