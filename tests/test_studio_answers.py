@@ -11,7 +11,7 @@ from studio_client import furnish, studio, write_run
 from studio_real import PATIENCE_MS
 from studio_real import studio as real_studio
 
-from mlx_lora.reports.evaluation import EVALUATION_FILE, keep_evaluation
+from mlx_lora.reports.run_report import EVALUATION_FILE, keep_evaluation
 from mlx_lora.studio.run_folders import MOST_SAID, run_id, words_of_asking
 from mlx_lora.studio.tasks import Tasks
 

@@ -48,8 +48,7 @@ from mlx_lora.objectives.task import task_of
 from mlx_lora.objectives.teacher import check_teacher
 from mlx_lora.parallel.agreement import check_one_run
 from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.reports.evaluation import MODELS, SHORT_WORDS
-from mlx_lora.reports.run_report import Sample, read_facts
+from mlx_lora.reports.run_report import MODELS, SHORT_WORDS, Sample, read_facts
 from mlx_lora.rollouts.reward_models import load_rewards
 from mlx_lora.rollouts.sampled_answers import sampled_plan
 from mlx_lora.trainer.build import adapter_template, put_adapter

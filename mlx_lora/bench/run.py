@@ -25,8 +25,7 @@ from typing import Any
 
 import mlx_lora
 from mlx_lora.bench.machine import DROPPED_VARIABLES, answer, describe_power
-from mlx_lora.bench.predict import batches_of, listed_flops, measured_machine, predict
-from mlx_lora.bench.workloads import Workload
+from mlx_lora.bench.workloads import Workload, batches_of, listed_flops, measured_machine, predict
 from mlx_lora.config.fields import flag_of
 from mlx_lora.utils.downloads import SMOLLM2_GGUF, embedded_model
 from mlx_lora.utils.errors import InputError, RunError

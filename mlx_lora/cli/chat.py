@@ -8,7 +8,6 @@ A line that the user types is a question, or a command that begins with a slash.
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,8 +17,10 @@ from typing import Any
 
 import click
 
+from mlx_lora.api.base import TextSettings
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import ModelSettings
 from mlx_lora.models.load import load_base
 from mlx_lora.serving.adapter_store import (
     DEFAULT_CONTEXT,
@@ -42,68 +43,41 @@ WAITING = 4096
 
 @click.command(cls=flags.ShortCommand)
 @flags.settings_options("model")
-@click.option(
-    "--adapter",
-    "--adapter-path",
-    "adapters",
-    multiple=True,
-    help="Adapter: DIR, NAME=DIR, or NAME=OWNER/NAME of the hub; may be repeated. The first one answers at the start.",
-)
-@click.option(
-    "--blend",
-    "blends",
-    multiple=True,
-    help="Blend of loaded adapters: NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT ...; may be repeated.",
-)
-@flags.ignore_fingerprint_option
+@flags.named_adapters_options(" The first one answers at the start.")
 @click.option("--system-prompt", type=str, default=None, help="System message before the conversation.")
-@click.option(
-    "-m",
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    default=512,
-    show_default=True,
-    help="Maximum number of tokens of an answer.",
-)
-@click.option(
-    "--temp",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="Sampling temperature; 0 always takes the most likely token.",
-)
-@click.option(
-    "--top-p",
-    type=click.FloatRange(min=0, max=1),
-    default=1.0,
-    show_default=True,
-    help="Sample from the most likely tokens whose probabilities add up to this.",
-)
-@click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=None, help="Seed for sampling every answer.")
-def main(
-    adapters: tuple[str, ...], blends: tuple[str, ...], ignore_fingerprint: bool, system_prompt: str | None,
-    max_tokens: int, temp: float, top_p: float, seed: int | None, **options: Any,
-) -> None:  # fmt: skip
+@flags.text_options(512, TextSettings)
+def main(named: flags.NamedAdapters, system_prompt: str | None, how: TextSettings, **options: Any) -> None:
     """Chat with --model and its --adapter; type /help in the chat to list the commands."""
-    if not math.isfinite(temp):
-        raise InputError(f"--temp {temp}: not a finite number; give 0 for greedy, or about 0.7")
     model = train_settings(flags.given(options)).model
-    sources = adapter_sources(adapters, blends)
-    sampling = Sampling(temperature=temp, top_p=top_p, seed=seed)
-    engine = Engine(lambda: load_base(model), Limits(max_waiting=WAITING), ignore_fingerprint)
-    try:
-        check_names("--adapter", sources, (BASE, base_name(engine.base)))
-        cards = engine.call(lambda store: store.add(sources)).result()
+    sampling = Sampling(temperature=how.temperature, top_p=how.top_p, seed=how.seed)
+    with begun_engine(model, Limits(max_waiting=WAITING), named, (BASE,)) as (engine, lines):
         context = context_of(engine.base.config) or DEFAULT_CONTEXT
-        chat = ChatSession(engine, AnswerSettings(max_tokens, context, sampling), system_prompt)
-        chat.adapter = next(iter(sources), None)
+        chat = ChatSession(engine, AnswerSettings(how.max_tokens, context, sampling), system_prompt)
+        chat.adapter = next(iter(engine.store.cards), None)
         check(chat)
-        console.echo(f"base   {base_name(engine.base)}: {engine.base.describe()}")
-        if engine.weights:
-            console.echo(f"weights {engine.weights.describe()}")
-        for card in cards:
-            console.echo(f"model  {card.name}: {card.describe()}")
+        console.echo("\n".join(lines))
         talk(ChatLines(chat, screen()), chat)
+
+
+@contextlib.contextmanager
+def begun_engine(
+    model: ModelSettings, limits: Limits, named: flags.NamedAdapters, own: tuple[str, ...] = ()
+) -> Iterator[tuple[Engine, list[str]]]:
+    """Yield an engine with the base and the adapters of a command line, and a line about each; it is closed afterwards.
+
+    Args:
+        model, limits: of the engine.
+        named: the adapters.
+        own: names of the base, in addition to its model's.
+    """
+    sources = adapter_sources(named.adapters, named.blends)
+    engine = Engine(lambda: load_base(model), limits, named.ignore_fingerprint)
+    try:
+        check_names("--adapter", sources, (*own, base_name(engine.base)))
+        cards = engine.call(lambda store: store.add(sources)).result()
+        lines = [f"base   {base_name(engine.base)}: {engine.base.describe()}"]
+        lines += [f"weights {engine.weights.describe()}"] if engine.weights else []
+        yield engine, [*lines, *(f"model  {card.name}: {card.describe()}" for card in cards)]
     finally:
         engine.close()
 

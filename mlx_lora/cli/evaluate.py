@@ -33,8 +33,14 @@ from mlx_lora.data.report import UNITS
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.ranks import sharing_ranks
-from mlx_lora.reports.evaluation import exact_words, keep_evaluation, loss_words, write_evaluation_page
-from mlx_lora.reports.run_report import REPORT_FILE, read_report
+from mlx_lora.reports.run_report import (
+    REPORT_FILE,
+    exact_words,
+    keep_evaluation,
+    loss_words,
+    read_report,
+    write_evaluation_page,
+)
 from mlx_lora.trainer.checkpoint import lock_holder
 from mlx_lora.trainer.guards import interrupt_flag
 from mlx_lora.trainer.header import MOST_SHOWN

@@ -26,8 +26,15 @@ from typing import Any
 from mlx_lora.api.forgetting import badges
 from mlx_lora.data.chat_template import spoken_turns, without_markers
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
-from mlx_lora.reports.evaluation import read_evaluation, shown_evaluation
-from mlx_lora.reports.run_report import ANSWERS_FILE, FACTS_FILE, has_ended, read_answers, read_facts
+from mlx_lora.reports.run_report import (
+    ANSWERS_FILE,
+    FACTS_FILE,
+    has_ended,
+    read_answers,
+    read_evaluation,
+    read_facts,
+    shown_evaluation,
+)
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.folders import Folders
 from mlx_lora.studio.web import in_page_words

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from mlx_lora.config.fields import field_type, flag_of
 from mlx_lora.config.settings import FIELDS, ROWS
 from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS
-from mlx_lora.serving.guard import App, Message, Receive, Send
+from mlx_lora.serving.guard import App, Message, Receive, Send, not_here
 from mlx_lora.serving.schema import ApiError, read_json
 from mlx_lora.utils.console import printable
 from mlx_lora.utils.errors import InputError, RunError
@@ -209,8 +209,7 @@ async def told(request: Request, error: Any) -> Response:
     elif isinstance(error, RunError):
         error = ApiError(500, str(error), "failed")
     elif isinstance(error, HTTPException):
-        code = "method_not_allowed" if error.status_code == 405 else "not_found"
-        error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", code)
+        error = not_here(request, error)
     body = error.body()
     body["error"]["message"] = in_page_words(printable(str(error)))
     return JSONResponse(body, error.status)
