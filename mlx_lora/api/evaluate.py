@@ -117,7 +117,7 @@ def evaluate(
     folder = None if adapter is None else resolve_adapter(os.fspath(adapter), None)
     resolved = with_columns_of_run(resolved, settings, folder)
     with base.loaded.lent() as lent:
-        found = measure_loss(resolved, lent, folder, ignore_fingerprint, batch_tokens, show=show)
+        found = measure_loss(resolved, lent, EvaluationRequest(folder, ignore_fingerprint, batch_tokens, show))
     return found | {"adapter_path": None if adapter is None else os.fspath(adapter), "data": source}
 
 
@@ -131,46 +131,52 @@ def check_adapter(settings: TrainSettings, adapter: PathLike | None) -> None:
         raise InputError("--objective reward without --adapter-path: no score head; give a reward model's adapter")
 
 
-def measure_loss(
-    settings: TrainSettings,
-    base: Base,
-    adapter: Path | None,
-    ignore_fingerprint: bool = False,
-    batch_tokens: int | None = None,
-    ranks: Ranks = ALONE,
-    show: int | None = 0,
-    stopped: Callable[[], bool] = never,
-    held_out: bool = False,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What is measured besides data and objective.
+
+    Attributes:
+        adapter: folder to put on the model; None: the base alone is measured.
+        ignore_fingerprint: as for load_adapter.
+        batch_tokens: positions per batch; None: the default.
+        show: rows of which to ask the questions; None: a few, if the rows have questions.
+        held_out: measure the rows that the adapter's run held out, and not --data.
+        stopped: asked whether to end with what is measured so far; the result then has `partial`.
+    """
+
+    adapter: Path | None = None
+    ignore_fingerprint: bool = False
+    batch_tokens: int | None = None
+    show: int | None = 0
+    held_out: bool = False
+    stopped: Callable[[], bool] = never
+
+
+def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Return what `evaluate` returns, without adapter_path and data.
 
     Args:
         settings: data and objective.
         base: the model; it gets the adapter.
-        adapter: folder to put on the model.
-        ignore_fingerprint: as for load_adapter.
-        batch_tokens: positions per batch; None: the default.
+        asked: what else is asked.
         ranks: that share the base, if the settings say so.
-        show: rows of which to ask the questions; None: a few, if the rows have questions.
-        stopped: asked whether to end with what is measured so far; the result then has `partial`.
-        held_out: measure the rows that the adapter's run held out, and not --data.
 
     Raises:
         InputError: adapter or data that cannot be used.
     """
-    objective = objective_of(settings.objective)
+    objective, adapter = objective_of(settings.objective), asked.adapter
     if objective.reference and settings.loop.shard_base != "off":
         raise InputError(
             f"--objective {settings.objective.objective} with --shard-base: the reference is the whole base without the "
             "adapter; leave out one of the two"
         )
-    settings = replace(settings, loop=replace(settings.loop, batch_tokens=batch_tokens, test_batches=-1))
+    settings = replace(settings, loop=replace(settings.loop, batch_tokens=asked.batch_tokens, test_batches=-1))
     data = settings.data
     if not data.chat_template and (template := adapter_template(adapter)):
         base.hf_tokenizer.chat_template = template
     check_teacher(settings, base.hf_tokenizer)
     prompt = read_teacher_prompt(settings.objective.teacher_prompt)
-    if held_out and adapter:
+    if asked.held_out and adapter:
         rows, trained = held_out_rows(adapter, base.hf_tokenizer)
     else:
         rows, trained = load_eval_set(data.data or "", data, base.hf_tokenizer, objective.records, prompt), None
@@ -180,13 +186,12 @@ def measure_loss(
         rows = with_reference(settings, base, {"rows": rows})["rows"]
     if compares(settings):
         near = {"near_training": _near_training(adapter, base, rows, trained)} if adapter else {}
-        asked = questions_of(rows, show)
-        return _compared(settings, base, adapter, rows, ignore_fingerprint, asked, stopped) | near
+        return _compared(settings, base, rows, asked) | near
     taught = with_teacher(settings, base, {"rows": rows})  # before the adapter: the base may be the teacher
     rows = taught.sets["rows"]
     rewards = load_rewards(settings, base)  # before the adapter is on the base
     if adapter:
-        put_adapter(base, adapter, data, objective, ignore_fingerprint)
+        put_adapter(base, adapter, data, objective, asked.ignore_fingerprint)
     settings, shared = share_among(settings, base, ranks)
     if shared.words:
         log.info(shared.words)
@@ -231,22 +236,14 @@ def _near_training(adapter: Path, base: Base, rows: EncodedSet, trained: Encoded
     return asdict(seen)
 
 
-def _compared(
-    settings: TrainSettings,
-    base: Base,
-    adapter: Path | None,
-    rows: EncodedSet,
-    ignore_fingerprint: bool,
-    asked: Sequence[int],
-    stopped: Callable[[], bool],
-) -> dict[str, Any]:
+def _compared(settings: TrainSettings, base: Base, rows: EncodedSet, asked: EvaluationRequest) -> dict[str, Any]:
     """Measure base and adapter on the same rows, and ask both what some rows ask."""
-    models = {BASE: base}
-    if adapter:
+    models, objective, questions = {BASE: base}, objective_of(settings.objective), questions_of(rows, asked.show)
+    if asked.adapter:
         models = {BASE: without_adapter(base), ADAPTER: base}
-        put_adapter(base, adapter, settings.data, objective_of(settings.objective), ignore_fingerprint)
-    found, whole = measure_rows(models, rows, settings.loop, objective_of(settings.objective), stopped)
-    examples, answered = ask(models, rows, asked, stopped) if asked and whole else ([], whole)
+        put_adapter(base, asked.adapter, settings.data, objective, asked.ignore_fingerprint)
+    found, whole = measure_rows(models, rows, settings.loop, objective, asked.stopped)
+    examples, answered = ask(models, rows, questions, asked.stopped) if questions and whole else ([], whole)
     result = Compared(found, whole and answered, examples).to_dict()
     measured = next(iter(found.values())).tokens if found else []
     counts = {"supervised_tokens": int(sum(measured)), "rows": len(measured)}

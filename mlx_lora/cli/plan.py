@@ -4,7 +4,8 @@ python -m mlx_lora plan --model Qwen/Qwen3-4B --chip "M2 Pro" --memory-gb 16
 python -m mlx_lora plan --model smollm2 --rank 64 --max-seq-length 4096 --json
 python -m mlx_lora plan --model config.json --all-chips
 python -m mlx_lora plan --model config.json --macs "M4 Pro:48,M2 Max:32"
-python -m mlx_lora plan --model config.json --macs 2 --all-chips"""
+python -m mlx_lora plan --model config.json --macs 2 --all-chips
+"""
 
 from __future__ import annotations
 
@@ -76,17 +77,10 @@ MOST_MACS = 256
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop")
 def main(
-    config_file: str | None,
-    chip: str | None,
-    memory_gb: int | None,
-    all_chips: bool,
-    macs: str | None,
-    hostfile: Path | None,
-    link_gbit: float | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
+    config_file: str | None, chip: str | None, memory_gb: int | None, all_chips: bool, macs: str | None, as_json: bool, **options: Any
+) -> None:  # fmt: skip
     """Predict the memory and the speed of `train` with these flags, without reading any weights."""
+    hostfile, link_gbit = options.pop("hostfile"), options.pop("link_gbit")
     given = flags.given(options)
     settings = train_settings(given, read_settings(config_file, given))
     if macs is not None or hostfile is not None:
