@@ -280,47 +280,43 @@ def _data_bytes(data: str) -> int:
     return sum(file.path.stat().st_size for file in _files(data))
 
 
-class Cards:
-    """The cards for a model, data, and what the user has set."""
+def own_settings(
+    plans: Plans, card: str, settings: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], BackgroundTask | None]:
+    """Return what a card adds to the settings, and the task that reads the data if the card's length waits for it.
 
-    def __init__(self, plans: Plans):
-        self._plans = plans
+    Args:
+        plans: that are kept.
+        card: one of CARDS.
+        settings: of the page, checked.
+        given: those that the user set, which win, as they came: a value that is the default counts here.
 
-    def own_settings(
-        self, card: str, settings: Mapping[str, Any], given: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], BackgroundTask | None]:
-        """Return what a card adds to the settings, and the task that reads the data if the card's length waits for it.
+    Raises:
+        InputError: the settings or the data cannot be used.
+    """
+    if card == USUAL_CARD:
+        return {}, None
+    plan, task = plans.of_run(settings)
+    return without(preset_settings(card, facts_of_plan(plan)), given), task
 
-        Args:
-            card: one of CARDS.
-            settings: of the page, checked.
-            given: those that the user set, which win, as they came: a value that is the default counts here.
 
-        Raises:
-            InputError: the settings or the data cannot be used.
-        """
-        if card == USUAL_CARD:
-            return {}, None
-        plan, task = self._plans.of_run(settings)
-        return without(preset_settings(card, facts_of_plan(plan)), given), task
+def cards_at_once(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what the rule says of each card, without the tokenizer and without planning.
 
-    def at_once(self, settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return what the rule says of each card, without the tokenizer and without planning.
-
-        Returns:
-            By card, `learning_rate`, `epochs`, `rank` and `steps`, which are about right; None where nothing is known.
-        """
-        kind, examples = kind_of_model(settings.get("model")), count_examples(settings)
-        facts = examples and DataFacts(examples, examples * ABOUT_TOKENS)
-        found = {}
-        for card in CARDS:
-            asked = train_settings({**without(preset_settings(card, facts or None), given), **settings})
-            rate, rank = asked.optimizer.learning_rate, asked.adapter.rank
-            if rate is None and kind is not None:
-                rate = learning_rate_for(*kind, asked)
-            epochs, steps = length_by_rule(asked, facts or None)
-            found[card] = {"learning_rate": rate, "rank": rank, "epochs": epochs, "steps": steps}
-        return found
+    Returns:
+        By card, `learning_rate`, `epochs`, `rank` and `steps`, which are about right; None where nothing is known.
+    """
+    kind, examples = kind_of_model(settings.get("model")), count_examples(settings)
+    facts = DataFacts(examples, examples * ABOUT_TOKENS) if examples else None
+    found = {}
+    for card in CARDS:
+        asked = train_settings({**without(preset_settings(card, facts), given), **settings})
+        rate = asked.optimizer.learning_rate
+        if rate is None and kind is not None:
+            rate = learning_rate_for(*kind, asked)
+        epochs, steps = length_by_rule(asked, facts)
+        found[card] = {"learning_rate": rate, "rank": asked.adapter.rank, "epochs": epochs, "steps": steps}
+    return found
 
 
 def without(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,11 @@ A large data set is encoded in a process of its own, so that the server goes on 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
 import threading
-import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -49,11 +49,11 @@ from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.model_stores import local_model
-from mlx_lora.studio.tasks import BackgroundTask, Cancelled, Tasks, ended_words, last_line, start_child
+from mlx_lora.studio.tasks import BackgroundTask, Tasks
 from mlx_lora.studio.web import in_page_words
 from mlx_lora.utils import console
 from mlx_lora.utils.cache import cache_dir
-from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replace_text, replacing_folder, sha256_of
 from mlx_lora.utils.hub import HUB_ID, resolve_config, resolve_tokenizer
 from mlx_lora.utils.parsing import read_json
@@ -346,26 +346,19 @@ class Previews:
         room = self._logs / f"data-{task.id}"
         room.mkdir(parents=True)
         (room / "request.json").write_text(json.dumps(asked), encoding="utf-8")
-        child = start_child(["studio.previews", str(room / "request.json"), str(folder)], room / "log")
-        while child.poll() is None:
-            if not task.wanted.is_set():
-                child.kill()
-                child.wait()
-                shutil.rmtree(room, ignore_errors=True)
-                raise Cancelled
-            try:
+
+        def watch(task: BackgroundTask) -> None:
+            with contextlib.suppress(OSError, ValueError):
                 done, total = json.loads((room / PROGRESS).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                pass
-            else:
                 if (done, total) != (task.done, task.total):
                     said = f"{done:,} records read" if total is None else "Encoding"
                     self._tasks.change(task, done=done, total=total, message=said)
-            time.sleep(POLL_S)
-        said = last_line(room / "log")
-        shutil.rmtree(room, ignore_errors=True)
-        if child.returncode:
-            raise RunError(ended_words(child.returncode, said))
+
+        try:
+            words = ["studio.previews", str(room / "request.json"), str(folder)]
+            self._tasks.run_child(task, words, room / "log", watch)
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
         self._tasks.change(task, done=task.total or 0, message="")
         _evict(folder.parent)
 

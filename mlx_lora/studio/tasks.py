@@ -186,23 +186,40 @@ class Tasks:
 
         def work(task: BackgroundTask) -> Any:
             log = self._logs / f"{kind}-{task.id}.log"
-            child = start_child(words, log, cwd=cwd)
-            while child.poll() is None:
-                if not task.wanted.is_set():
-                    _end(child)
-                    raise Cancelled
-                watch(task)
-                line = last_line(log)
-                if line and line != task.message:
-                    self.change(task, message=line)
-                time.sleep(POLL_S)
-            if child.returncode:
-                raise RunError(ended_words(child.returncode, last_line(log)))
-            self.change(task, message=last_line(log))
+            self.run_child(task, words, log, watch, cwd=cwd)
             log.unlink(missing_ok=True)
             return result
 
         return self.begin(kind, title, work)
+
+    def run_child(
+        self,
+        task: BackgroundTask,
+        words: list[str],
+        log: Path,
+        watch: Callable[[BackgroundTask], None] = lambda task: None,
+        output: Path | None = None,
+        cwd: str | None = None,
+    ) -> None:
+        """Run a command for a task until it ends; `log`, `output` and `cwd` are those of `start_child`.
+
+        Raises:
+            Cancelled: the task is no longer wanted.
+            RunError: the command failed.
+        """
+        child = start_child(words, log, result=output, cwd=cwd)
+        while child.poll() is None:
+            if not task.wanted.is_set():
+                _end(child)
+                raise Cancelled
+            watch(task)
+            line = last_line(log)
+            if line and line != task.message:
+                self.change(task, message=line)
+            time.sleep(POLL_S)
+        if child.returncode:
+            raise RunError(ended_words(child.returncode, last_line(log)))
+        self.change(task, message=last_line(log))
 
 
 def last_line(log: Path, most: int = 4096) -> str:

@@ -13,6 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,8 @@ from mlx_lora.serving.app import api_error
 from mlx_lora.serving.conversation import chat_tokens
 from mlx_lora.serving.engine import Engine, Event, Limits, Request, Ticket
 from mlx_lora.serving.schema import ApiError, Ask, read_chat, read_json
-from mlx_lora.studio.folders import Checker, Folders, safe_name
+from mlx_lora.studio.folders import safe_name
 from mlx_lora.studio.places import Studio
-from mlx_lora.studio.tasks import Tasks
 from mlx_lora.studio.web import events, json_route
 from mlx_lora.utils.device import current_device
 from mlx_lora.utils.text import command_line, gigabytes
@@ -97,8 +97,7 @@ class Talk:
         try:
             asks = [read_chat({**body, "messages": messages} if messages else body) for messages in own]
             if self._model != model:
-                warning = self._memory_warning(model)
-                if warning:
+                if warning := self._memory_warning(model):
                     yield {"warning": warning}
                 yield {"status": f"Loading {Path(model).name}"}
             engine = await anyio.to_thread.run_sync(self._ready, model)
@@ -108,11 +107,8 @@ class Talk:
                 await anyio.to_thread.run_sync(_tokens, engine, ask, name, limit, limiter=self._one_at_a_time)
                 for ask, name in zip(asks, names, strict=True)
             ]
-        except ApiError as error:
-            yield {"error": str(error)}
-            return
-        except Exception as error:
-            yield {"error": str(api_error(error))}  # raises what is nobody's input
+        except Exception as error:  # api_error raises what is nobody's input
+            yield {"error": str(error if isinstance(error, ApiError) else api_error(error))}
             return
         async for piece in _pieces(engine, asks[0], names, tokens):
             yield piece
@@ -148,21 +144,15 @@ def _named(store: AdapterStore, columns: list[list[tuple[Path, float]]]) -> list
     """Load what the columns need, in the engine's thread, and return each column's name of adapter or blend."""
     names: list[str | None] = []
     for parts in columns:
-        wanted: dict[str, AdapterSource] = {}
-        for folder, _ in parts:
-            # Trained further, the same folder is another adapter.
-            name = f"a-{_hash([str(folder), (folder / WEIGHTS_FILE).stat().st_mtime_ns])}"
-            wanted[name] = AdapterSource(folder=folder)
-        whole = len(parts) == 1 and parts[0][1] == 1
-        new = {name: source for name, source in wanted.items() if name not in store.cards}
-        if new:
+        # Trained further, the same folder is another adapter.
+        stamps = [[str(folder), (folder / WEIGHTS_FILE).stat().st_mtime_ns] for folder, _ in parts]
+        weights = {f"a-{_hash(stamp)}": weight for stamp, (_, weight) in zip(stamps, parts, strict=True)}
+        folders = dict(zip(weights, (folder for folder, _ in parts), strict=True))
+        if new := {name: AdapterSource(folder=folders[name]) for name in weights if name not in store.cards}:
             store.add(new)
-        if not parts or whole:
-            names.append(next(iter(wanted), None))
+        if list(weights.values()) in ([], [1]):
+            names.append(next(iter(weights), None))
             continue
-        weights: dict[str, float] = {}
-        for name, (_, weight) in zip(wanted, parts, strict=True):
-            weights[name] = weight
         blend = f"b-{_hash(sorted(weights.items()))}"
         if blend not in store.cards:
             store.add({blend: AdapterSource(blend=weights)})
@@ -262,114 +252,83 @@ def routes(studio: Studio) -> list[BaseRoute]:
     """Return the routes of talk and of export."""
     talk = Talk(studio.listing.going_on, current_device().working_set_bytes)
     studio.closing.callback(talk.close)
-    exports = ExportRoutes(studio.folders, studio.checker, studio.tasks)
-    return [*TalkRoutes(talk, studio.checker).routes(), *exports.routes()]
+    return [
+        Route("/api/talk", partial(answer, studio, talk), methods=["POST"]),
+        json_route("/api/talk/close", lambda request, body: talk.close() or {"closed": True}, "POST"),
+        json_route("/api/export", partial(export, studio), "POST"),
+        json_route("/api/export/needs", lambda request, body: needs()),
+    ]
 
 
-class TalkRoutes:
-    """Talk with several adapters."""
-
-    def __init__(self, talk: Talk, checker: Checker):
-        self._talk, self._checker = talk, checker
-
-    def routes(self) -> list[BaseRoute]:
-        """Return the routes."""
-        return [
-            Route("/api/talk", self.answer, methods=["POST"]),
-            json_route("/api/talk/close", self.close, "POST"),
-        ]
-
-    async def answer(self, request: HttpRequest) -> Response:
-        """POST /api/talk: server-sent events of all columns."""
-        body = read_json(await request.body())
-        model = await anyio.to_thread.run_sync(self._checker.model, body.get("model"))
-        columns = await anyio.to_thread.run_sync(self._columns, body.get("columns"))
-        asked = {name: body[name] for name in FIELDS if body.get(name) is not None}
-        own = [column.get("messages") for column in body["columns"]]
-        if system := body.get("system"):
-            first = {"role": "system", "content": system}
-            asked["messages"] = [first, *_list(asked.get("messages"))]
-            own = [messages and [first, *_list(messages)] for messages in own]
-        return events(request, self._talk.answer(model, columns, asked, own))
-
-    def _columns(self, given: Any) -> list[list[tuple[Path, float]]]:
-        """Return the columns of a request, each a list of adapters with weights.
-
-        Raises:
-            ApiError: they are malformed, or a folder is not one of this studio's.
-        """
-        if not isinstance(given, list) or not 1 <= len(given) <= MOST_COLUMNS:
-            raise ApiError(400, f"columns: must be a list of 1 to {MOST_COLUMNS}", "invalid_value", "columns")
-        columns = []
-        for column in given:
-            parts = column.get("adapters", []) if isinstance(column, dict) else None
-            if not isinstance(parts, list) or len(parts) > MOST_PARTS or not all(isinstance(p, dict) for p in parts):
-                raise ApiError(
-                    400,
-                    f"columns: each must be {{adapters: [{{path, weight}}]}}, {MOST_PARTS} at most",
-                    "invalid_value",
-                )
-            found: dict[Path, float] = {}
-            for part in parts:
-                found[self._checker.adapter(part.get("path"))] = _weight(part.get("weight", 1.0))
-            columns.append(list(found.items()))
-        return columns
-
-    def close(self, request: HttpRequest, body: dict[str, Any]) -> dict[str, Any]:
-        """POST /api/talk/close."""
-        self._talk.close()
-        return {"closed": True}
+async def answer(studio: Studio, talk: Talk, request: HttpRequest) -> Response:
+    """POST /api/talk: server-sent events of all columns."""
+    body = read_json(await request.body())
+    model = await anyio.to_thread.run_sync(studio.checker.model, body.get("model"))
+    columns = await anyio.to_thread.run_sync(_columns, studio, body.get("columns"))
+    asked = {name: body[name] for name in FIELDS if body.get(name) is not None}
+    own = [column.get("messages") for column in body["columns"]]
+    if system := body.get("system"):
+        first = {"role": "system", "content": system}
+        asked["messages"] = [first, *_list(asked.get("messages"))]
+        own = [messages and [first, *_list(messages)] for messages in own]
+    return events(request, talk.answer(model, columns, asked, own))
 
 
-class ExportRoutes:
-    """Exports, each a child process of the export command."""
+def _columns(studio: Studio, given: Any) -> list[list[tuple[Path, float]]]:
+    """Return the columns of a request, each a list of adapters with weights.
 
-    def __init__(self, folders: Folders, checker: Checker, tasks: Tasks):
-        self._folders, self._checker, self._tasks = folders, checker, tasks
+    Raises:
+        ApiError: they are malformed, or a folder is not one of this studio's.
+    """
+    if not isinstance(given, list) or not 1 <= len(given) <= MOST_COLUMNS:
+        raise ApiError(400, f"columns: must be a list of 1 to {MOST_COLUMNS}", "invalid_value", "columns")
+    columns = []
+    for column in given:
+        parts = column.get("adapters", []) if isinstance(column, dict) else None
+        if not isinstance(parts, list) or len(parts) > MOST_PARTS or not all(isinstance(p, dict) for p in parts):
+            message = f"columns: each must be {{adapters: [{{path, weight}}]}}, {MOST_PARTS} at most"
+            raise ApiError(400, message, "invalid_value")
+        found = {studio.checker.adapter(part.get("path")): _weight(part.get("weight", 1.0)) for part in parts}
+        columns.append(list(found.items()))
+    return columns
 
-    def routes(self) -> list[BaseRoute]:
-        """Return the routes."""
-        return [
-            json_route("/api/export", self.export, "POST"),
-            json_route("/api/export/needs", lambda request, body: needs()),
-        ]
 
-    def export(self, request: HttpRequest, body: dict[str, Any]) -> dict[str, Any]:
-        """POST /api/export."""
-        model, to, name = self._checker.model(body.get("model")), body.get("to"), safe_name(body.get("out"), "out")
-        adapter = self._checker.adapter(body["adapter"]) if body.get("adapter") else None
-        options = body.get("options") or {}
-        if not isinstance(options, dict) or not all(isinstance(value, (str, bool)) for value in options.values()):
-            raise ApiError(400, "options: must be an object of texts", "invalid_value", "options")
-        kind = "peft" if to == HUB else to
-        if kind not in READERS:
-            raise ApiError(400, f"to: must be one of {', '.join((*READERS, HUB))}", "invalid_value", "to")
-        repo = options.get("repo") if to == HUB else None
-        if to == HUB and not repo:
-            raise ApiError(400, "options.repo: must be the hub id to upload to, owner/name", "invalid_value", "options")
-        if kind in ("gguf", "gguf-adapter") and not name.endswith(".gguf"):
-            name += ".gguf"
-        out = self._folders.exports / name
-        force = bool(options.get("force"))
-        if out.exists() and not force:
-            raise ApiError(409, f"out: there is {name} already; choose another name", "name_taken", "out")
-        words = ["export", "--model", model, *(["--adapter-path", str(adapter)] if adapter else []), "--to", kind]
-        words += ["--out", str(out), *(["--force"] if force else [])]
-        given = {name: str(options[name]) for name in OPTIONS if options.get(name)}
-        for option, value in given.items():
-            words.append(f"{OPTIONS[option]}={value}" if value.startswith("-") else OPTIONS[option])
-            words += [] if value.startswith("-") else [value]
-        if repo:
-            words += [f"--push-to-hub={repo}", *(["--private"] if options.get("private") else [])]
-        asked = {key: given.get(key) for key in OPTIONS}
-        settings = ExportSettings(kind, out, asked["base_id"], asked["gguf_type"], asked["ollama_base"], force,
-            str(repo) if repo else None, bool(options.get("private")) and bool(repo))  # fmt: skip
-        settings.check(adapter is not None)
-        if given.get("ollama_base", "").endswith(".gguf"):
-            self._checker.model(given["ollama_base"])
-        title = f"Export {adapter.name if adapter else Path(model).name} for {to}"
-        result = {"path": str(out), "to": to, "next": READERS[kind].format(out=out)}
-        return {"task": self._tasks.child("export", title, words, result).public(), "command": command_line(words)}
+def export(studio: Studio, request: HttpRequest, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /api/export."""
+    model, to, name = studio.checker.model(body.get("model")), body.get("to"), safe_name(body.get("out"), "out")
+    adapter = studio.checker.adapter(body["adapter"]) if body.get("adapter") else None
+    options = body.get("options") or {}
+    if not isinstance(options, dict) or not all(isinstance(value, (str, bool)) for value in options.values()):
+        raise ApiError(400, "options: must be an object of texts", "invalid_value", "options")
+    kind = "peft" if to == HUB else to
+    if kind not in READERS:
+        raise ApiError(400, f"to: must be one of {', '.join((*READERS, HUB))}", "invalid_value", "to")
+    repo = options.get("repo") if to == HUB else None
+    if to == HUB and not repo:
+        raise ApiError(400, "options.repo: must be the hub id to upload to, owner/name", "invalid_value", "options")
+    if kind in ("gguf", "gguf-adapter") and not name.endswith(".gguf"):
+        name += ".gguf"
+    out = studio.folders.exports / name
+    force = bool(options.get("force"))
+    if out.exists() and not force:
+        raise ApiError(409, f"out: there is {name} already; choose another name", "name_taken", "out")
+    words = ["export", "--model", model, *(["--adapter-path", str(adapter)] if adapter else []), "--to", kind]
+    words += ["--out", str(out), *(["--force"] if force else [])]
+    given = {name: str(options[name]) for name in OPTIONS if options.get(name)}
+    for option, value in given.items():
+        words.append(f"{OPTIONS[option]}={value}" if value.startswith("-") else OPTIONS[option])
+        words += [] if value.startswith("-") else [value]
+    if repo:
+        words += [f"--push-to-hub={repo}", *(["--private"] if options.get("private") else [])]
+    asked = {key: given.get(key) for key in OPTIONS}
+    settings = ExportSettings(kind, out, asked["base_id"], asked["gguf_type"], asked["ollama_base"], force,
+        str(repo) if repo else None, bool(options.get("private")) and bool(repo))  # fmt: skip
+    settings.check(adapter is not None)
+    if given.get("ollama_base", "").endswith(".gguf"):
+        studio.checker.model(given["ollama_base"])
+    title = f"Export {adapter.name if adapter else Path(model).name} for {to}"
+    result = {"path": str(out), "to": to, "next": READERS[kind].format(out=out)}
+    return {"task": studio.tasks.child("export", title, words, result).public(), "command": command_line(words)}
 
 
 def needs() -> dict[str, Any]:
