@@ -211,7 +211,6 @@ def compare_passes(
     cotangents: Sequence[mx.array],
     advice: str,
     times: float = 1.0,
-    against: str = "float32 on the CPU",
 ) -> Iterator[CheckFinding]:
     """Yield two findings: the outputs of a function and its gradients, against `exact_passes` of its definition.
 
@@ -223,15 +222,14 @@ def compare_passes(
         cotangents: of the outputs.
         advice: what to do if they differ.
         times: factor on the tolerance of the dtype, for what sums more roundings.
-        against: what the exact numbers are, in words.
     """
     dtype = arrays[0].dtype
     bound = times * TOLERANCE[dtype]
     outputs, gradients = passes(function, arrays, cotangents, device.compiling_is_cheap())
-    pairs = (("output", outputs, exact[0]), ("gradient", gradients, exact[1]))
-    for part, found, wanted in pairs:
+    what = f"{dtype_name(dtype)} against {dtype_name(exact[0][0].dtype)} on the CPU"
+    for part, found, wanted in (("output", outputs, exact[0]), ("gradient", gradients, exact[1])):
         errors = [apart(one, other) for one, other in zip(found, wanted, strict=True)]
-        yield bounded(f"{name}: {part}", max(errors), bound, f"{dtype_name(dtype)} against {against}", advice)
+        yield bounded(f"{name}: {part}", max(errors), bound, what, advice)
 
 
 def largest_apart(found: Mapping[str, Any], exact: Mapping[str, Any]) -> tuple[float, str]:

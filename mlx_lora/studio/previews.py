@@ -15,9 +15,10 @@ import json
 import shutil
 import sys
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import click
 import numpy as np
 
 from mlx_lora.config.load import train_settings
-from mlx_lora.config.settings import DataSettings, TrainSettings
+from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.encode import answers_of, encode_entries
 from mlx_lora.data.examples import BadRow, Record
 from mlx_lora.data.files import DataFile, find_sets
@@ -43,7 +44,6 @@ from mlx_lora.data.read import (
 )
 from mlx_lora.data.report import DroppedRow, row_pieces
 from mlx_lora.data.teacher_prompt import read_teacher_prompt
-from mlx_lora.data.tokenize import Encoded
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.table import objective_of
@@ -69,6 +69,15 @@ Report = Callable[[int, int | None], None]
 PROGRESS = "progress.json"
 
 
+@dataclass
+class SplitRows:
+    """A split that is being indexed: its rows, the form of each entry, and the entries as tokens."""
+
+    rows: Rows = field(default_factory=Rows)
+    forms: list[str] = field(default_factory=list)
+    encoded: Any = None  # Encoded, once all is read
+
+
 def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda done, total: None) -> None:
     """Encode data, and write the index of its rows.
 
@@ -80,56 +89,63 @@ def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda don
     Raises:
         InputError: the data cannot be read, or has no usable row at all, as `train` would say.
     """
-    tokenizer_folder = Path(asked["tokenizer"])
     settings = train_settings({name: value for name, value in asked.items() if name != "tokenizer"})
-    config = read_json(tokenizer_folder / "config.json", "download the model again")
-    tokenizer: Any = load_folder_tokenizer(tokenizer_folder, config, False)._tokenizer
-    records = objective_of(settings.objective).records
-    parts, forms, repeated = _read(settings.data, records, report)
+    tokenizer = _load_tokenizer(Path(asked["tokenizer"]))
+    parts, repeated = _read(settings.data, objective_of(settings.objective).records, report)
     joined = Rows()
-    for rows in parts.values():
-        joined.entries += rows.entries
+    for one in parts.values():
+        joined.entries += one.rows.entries
     encoder = prompt_encoder(joined, settings.data, tokenizer, None)
     total, before = len(joined.entries), 0
     teacher_prompt = read_teacher_prompt(settings.objective.teacher_prompt)
-    encoded: dict[str, Encoded] = {}
-    for name, rows in parts.items():
-        encoded[name] = encode_entries(
-            encoder, rows.entries, lambda done, start=before: report(start + done, total), teacher_prompt
+    for one in parts.values():
+        entries = one.rows.entries
+        one.encoded = encode_entries(
+            encoder, entries, lambda done, start=before: report(start + done, total), teacher_prompt
         )
-        before += len(rows.entries)
-        for number, why in encoded[name].dropped.items():
-            place = rows.locations[number]
-            rows.dropped.append(DroppedRow(place.file, place.line, why, place.unit))
-    day = chat_day(settings.data, tokenizer, None) if encoder.template else None
+        before += len(entries)
+        for number, why in one.encoded.dropped.items():
+            place = one.rows.locations[number]
+            one.rows.dropped.append(DroppedRow(place.file, place.line, why, place.unit))
+    names = list(dict.fromkeys(form for one in parts.values() for form in one.forms))
+    table, files, keys = _examples(parts, names)
+    notes = repeated_notes(repeated)
+    usable = {name: one for name, one in parts.items() if len(one.encoded.rows)}
+    if "train" in usable:
+        day = chat_day(settings.data, tokenizer, None) if encoder.template else None
+        rows, encoded = ({name: getattr(one, of) for name, one in usable.items()} for of in ("rows", "encoded"))
+        notes = notes + data_notes(rows, encoded, keys, encoder, day)
+    known = {"files": files, "forms": names, "notes": notes, "max_seq_length": settings.data.max_seq_length}
     with replacing_folder(folder) as temporary:
-        _write(temporary, settings, parts, forms, encoded, encoder, day, repeated_notes(repeated))
+        _write(temporary, parts, table, known)
 
 
-def _read(
-    settings: DataSettings, records: str, report: Report
-) -> tuple[dict[str, Rows], dict[str, list[str]], list[Repeated]]:
-    """Return the rows of each split, the form of each entry, and each set's rows whose answers repeat their prompt."""
-    parts: dict[str, Rows] = {}
-    repeated = []
-    forms: dict[str, list[str]] = {}
-    parsed = 0
+def _load_tokenizer(folder: Path) -> Any:
+    return load_folder_tokenizer(
+        folder, read_json(folder / "config.json", "download the model again"), False
+    )._tokenizer
+
+
+def _read(settings: DataSettings, records: str, report: Report) -> tuple[dict[str, SplitRows], list[Repeated]]:
+    """Return the rows of each split, and each set's rows whose answers repeat their prompt."""
+    parts: dict[str, SplitRows] = {}
+    repeated, parsed = [], 0
     for one in find_sets(settings.data or ""):
-        before = {split: len(rows.entries) for split, rows in parts.items()}
+        before = {split: len(part.rows.entries) for split, part in parts.items()}
         for split in SPLITS:
             for file in one.splits.get(split, ()):
-                rows, known = parts.setdefault(split, Rows()), forms.setdefault(split, [])
-                for _ in _read_file(file, settings, records, rows, known):
+                for _ in _read_file(file, settings, records, parts.setdefault(split, SplitRows())):
                     parsed += 1
                     if parsed % REPORT_EVERY == 0:
                         report(parsed, None)
-        repeated.append(cut_repeated_prompts([(rows, before.get(split, 0)) for split, rows in parts.items()]))
-    check_speaker(parts.values(), settings)
-    return parts, forms, repeated
+        repeated.append(cut_repeated_prompts([(part.rows, before.get(split, 0)) for split, part in parts.items()]))
+    check_speaker([part.rows for part in parts.values()], settings)
+    return parts, repeated
 
 
-def _read_file(file: DataFile, settings: DataSettings, records: str, rows: Rows, forms: list[str]) -> Iterator[None]:
+def _read_file(file: DataFile, settings: DataSettings, records: str, part: SplitRows) -> Iterator[None]:
     """Add a file's records one by one, so that each entry's form is known; yield after each."""
+    rows, forms = part.rows, part.forms
     all_forms = rows.formats
     for record in file_records(file, settings, rows):
         rows.formats = Counter()
@@ -141,39 +157,23 @@ def _read_file(file: DataFile, settings: DataSettings, records: str, rows: Rows,
     rows.formats = all_forms
 
 
-def _write(
-    folder: Path,
-    settings: TrainSettings,
-    parts: dict[str, Rows],
-    forms: dict[str, list[str]],
-    encoded: dict[str, Encoded],
-    encoder: Any,
-    day: Any,
-    notes: list[str],
-) -> None:
-    """Write the arrays and meta.json."""
-    found = list(encoded.values())
-    sizes = np.concatenate([np.zeros(0, np.int64), *(one.rows.lengths for one in found)])
-    masks = np.concatenate([np.zeros(0, bool), *(one.rows.mask for one in found)])
-    names = list(dict.fromkeys(form for known in forms.values() for form in known))
-    table, files, keys = _examples(parts, forms, encoded, names)
-    np.save(folder / "tokens.npy", np.concatenate([np.zeros(0, np.int32), *(one.rows.tokens for one in found)]))
+def _write(folder: Path, parts: dict[str, SplitRows], table: np.ndarray, known: dict[str, Any]) -> None:
+    """Write the arrays and meta.json, with what else is known."""
+    found = [part.encoded.rows for part in parts.values()]
+    sizes = np.concatenate([np.zeros(0, np.int64), *(rows.lengths for rows in found)])
+    masks = np.concatenate([np.zeros(0, bool), *(rows.mask for rows in found)])
+    np.save(folder / "tokens.npy", np.concatenate([np.zeros(0, np.int32), *(rows.tokens for rows in found)]))
     np.save(folder / "mask.npy", masks)
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
     np.save(folder / "examples.npy", table)
-    usable = {name for name, one in encoded.items() if len(one.rows)}
-    if "train" in usable:
-        kept = {name: rows for name, rows in parts.items() if name in usable}
-        notes = notes + data_notes(kept, {name: encoded[name] for name in kept}, keys, encoder, day)
-    refused = [(row, split) for split, rows in parts.items() for row in rows.dropped]
-    group = found[0].rows.group if found else 1
+    refused = [(row, split) for split, part in parts.items() for row in part.rows.dropped]
+    group = found[0].group if found else 1
     meta = {
-        "files": [{"name": name, "unit": unit} for name, unit in files],
-        "forms": names,
+        **known,
         "group": group,
         # Of a rated answer, the row that it is compared with is not shown.
-        "shown": (found[0].rows.trained_rows or group) if found else 1,
-        "form_counts": dict(sum((rows.formats for rows in parts.values()), Counter())),
+        "shown": (found[0].trained_rows or group) if found else 1,
+        "form_counts": dict(sum((part.rows.formats for part in parts.values()), Counter())),
         "counts": {
             "rows": len(table),
             "tokens": int(sizes.sum()),
@@ -181,7 +181,7 @@ def _write(
             "cut": int(table[:, CUT].sum()),
             "doubled": int((table[:, DOUBLED] >= 0).sum()),
             "refused": len(refused),
-            "empty": sum(rows.empty for rows in parts.values()),
+            "empty": sum(part.rows.empty for part in parts.values()),
             "longest": int(sizes.max(initial=0)),
         },
         "histogram": histogram(sizes),
@@ -189,24 +189,22 @@ def _write(
             {"file": row.file, "line": row.line, "unit": row.unit, "message": row.why[:MOST_WHY], "split": split}
             for row, split in refused[:MOST_REFUSED]
         ],
-        "notes": notes,
-        "max_seq_length": settings.data.max_seq_length,
     }
     (folder / META).write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _examples(
-    parts: dict[str, Rows], forms: dict[str, list[str]], encoded: dict[str, Encoded], names: list[str]
-) -> tuple[np.ndarray, dict[tuple[str, str], int], dict[str, list[str]]]:
-    """Return the table of examples, the number of each (file, unit) in it, and the keys of each split's records."""
+    parts: dict[str, SplitRows], names: list[str]
+) -> tuple[np.ndarray, list[dict[str, str]], dict[str, list[str]]]:
+    """Return the table of examples, the files whose numbers are in it, and the keys of each split's records."""
     files: dict[tuple[str, str], int] = {}
     examples: list[tuple[int, ...]] = []
     keys: dict[str, list[str]] = {}
     first: dict[str, int] = {}
-    for split, rows in parts.items():
-        cut = set(encoded[split].truncated)
+    for split, part in parts.items():
+        rows, cut = part.rows, set(part.encoded.truncated)
         known: dict[int, str] = {}
-        for number in encoded[split].source.tolist():
+        for number in part.encoded.source.tolist():
             place, here = rows.locations[number], len(examples)
             doubled = here
             if number not in known:  # a record may give several rows
@@ -214,10 +212,11 @@ def _examples(
                 doubled = first.setdefault(known[number], here)
             file = files.setdefault((place.file, place.unit), len(files))
             doubled = -1 if doubled == here else doubled
-            form = names.index(forms[split][number])
+            form = names.index(part.forms[number])
             examples.append((file, place.line, form, number in cut, doubled, SPLITS.index(split)))
         keys[split] = list(known.values())
-    return np.array(examples, np.int32).reshape(-1, 6), files, keys
+    named = [{"name": name, "unit": unit} for name, unit in files]
+    return np.array(examples, np.int32).reshape(-1, 6), named, keys
 
 
 def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
@@ -299,8 +298,7 @@ class Previews:
 
     def __init__(self, tasks: Tasks, logs: Path):
         self._tasks, self._logs = tasks, logs
-        self._open: OrderedDict[str, Index] = OrderedDict()
-        self._tokenizers: OrderedDict[str, Any] = OrderedDict()
+        self._opened, self._tokenizer = lru_cache(KEPT_OPEN)(Index), lru_cache(KEPT_TOKENIZERS)(_load_tokenizer)
         self._lock = threading.Lock()  # tokenizers are not thread-safe
         self._building: dict[str, BackgroundTask] = {}
 
@@ -328,8 +326,7 @@ class Previews:
                 build_index(asked, folder)
             _evict(folder.parent)
         with self._lock:
-            index = self._index(key, folder)
-            return self._page(index, self._tokenizer(tokenizer), offset, limit, chosen)
+            return self._page(self._opened(folder), self._tokenizer(tokenizer), offset, limit, chosen)
 
     def _begin(self, key: str, asked: dict[str, Any], folder: Path) -> BackgroundTask:
         with self._lock:
@@ -361,24 +358,6 @@ class Previews:
             shutil.rmtree(room, ignore_errors=True)
         self._tasks.change(task, done=task.total or 0, message="")
         _evict(folder.parent)
-
-    def _index(self, key: str, folder: Path) -> Index:
-        if key not in self._open:
-            self._open[key] = Index(folder)
-        self._open.move_to_end(key)
-        while len(self._open) > KEPT_OPEN:
-            self._open.popitem(last=False)
-        return self._open[key]
-
-    def _tokenizer(self, folder: Path) -> Any:
-        key = str(folder)
-        if key not in self._tokenizers:
-            config = read_json(folder / "config.json", "download the model again")
-            self._tokenizers[key] = load_folder_tokenizer(folder, config, False)._tokenizer
-        self._tokenizers.move_to_end(key)
-        while len(self._tokenizers) > KEPT_TOKENIZERS:
-            self._tokenizers.popitem(last=False)
-        return self._tokenizers[key]
 
     def _page(self, index: Index, tokenizer: Any, offset: int, limit: int, chosen: str) -> dict[str, Any]:
         meta, rows = index.meta, []
