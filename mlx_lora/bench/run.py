@@ -61,7 +61,7 @@ class Watch:
         joules: energy at that moment.
     """
 
-    def __init__(self, metrics: Path, seconds: float | None, meter: EnergyMeter):
+    def __init__(self, metrics: Path, seconds: float | None, meter: EnergyMeter | None = None):
         self._metrics, self._seconds, self._meter = metrics, seconds, meter
         self._begun, self._interrupted = time.perf_counter(), False
         self.first_step_s: float | None = None
@@ -72,7 +72,7 @@ class Watch:
             return
         spent = time.perf_counter() - self._begun
         if self.first_step_s is None and self._metrics.stat().st_size:
-            self.first_step_s, self.joules = spent, self._meter.joules()
+            self.first_step_s, self.joules = spent, self._meter and self._meter.joules()
         if self.first_step_s is None or self._seconds is None or spent - self.first_step_s < self._seconds:
             return
         if len(self._metrics.read_text(encoding="utf-8").splitlines()) > LEAST_STEPS:

@@ -56,7 +56,7 @@ def main(named: flags.NamedAdapters, system_prompt: str | None, how: TextSetting
         chat.adapter = next(iter(engine.store.cards), None)
         check(chat)
         console.echo("\n".join(lines))
-        talk(ChatLines(chat, screen()), chat)
+        talk(ChatLines(chat), chat)
 
 
 @contextlib.contextmanager
@@ -144,18 +144,20 @@ def reader() -> Callable[[str], str]:
     return read
 
 
-def screen() -> Screen:
-    """Return a screen with answers on standard output, unchanged in a pipe, and all else on standard error."""
-    terminal = sys.stdout.isatty()
+def write(text: str) -> None:
+    """Write a piece of an answer to standard output, unchanged in a pipe; all else goes to standard error."""
+    click.echo(shown(text) if sys.stdout.isatty() else text, nl=False)
 
-    def write(text: str) -> None:
-        click.echo(shown(text) if terminal else text, nl=False)
 
-    def figures(line: str) -> None:
-        if sys.stderr.isatty():
-            console.echo(click.style(line, dim=True) if console.wants_color() else line)
+def show_figures(line: str) -> None:
+    """Show a line with counts and speed on a terminal."""
+    if sys.stderr.isatty():
+        console.echo(click.style(line, dim=True) if console.wants_color() else line)
 
-    return Screen(write, console.echo, lambda line: console.echo("Error: " + console.printable(line)), figures)
+
+def complain(line: str) -> None:
+    """Show an error's line."""
+    console.echo(f"Error: {console.printable(line)}")
 
 
 def shown(text: str) -> str:
@@ -164,23 +166,6 @@ def shown(text: str) -> str:
 
 
 # What a user types
-
-
-@dataclass(frozen=True)
-class Screen:
-    """The functions that show output.
-
-    Attributes:
-        write: shows pieces of answers, which include line ends.
-        say: shows a line about the chat.
-        complain: shows an error's line.
-        figures: shows a line with counts and speed; some screens leave it out.
-    """
-
-    write: Callable[[str], None]
-    say: Callable[[str], None]
-    complain: Callable[[str], None]
-    figures: Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -203,8 +188,8 @@ class SlashCommand:
 class ChatLines:
     """Runs the commands and asks the questions of each line."""
 
-    def __init__(self, conversation: ChatSession, screen: Screen):
-        self._chat, self._screen = conversation, screen
+    def __init__(self, conversation: ChatSession):
+        self._chat = conversation
         self._answering = self._stopped = False
         self._answers: list[ChatAnswer] = []
         self._commands = {
@@ -237,7 +222,7 @@ class ChatLines:
         try:
             line.encode()
         except UnicodeEncodeError:  # bytes that are not UTF-8 arrive as lone surrogates
-            self._screen.complain("the line is not UTF-8; set the terminal, or save the file, as UTF-8")
+            complain("the line is not UTF-8; set the terminal, or save the file, as UTF-8")
             return True
         if not line.strip():
             return True
@@ -246,9 +231,9 @@ class ChatLines:
                 return not self._command(*line[1:].strip().partition(" ")[::2])
             self._question(line[1:] if line.startswith("//") else line)
         except UnknownAdapter as error:
-            self._screen.complain(f"adapter {error}: it is no longer loaded; /adapters lists those that are")
+            complain(f"adapter {error}: it is no longer loaded; /adapters lists those that are")
         except InputError as error:
-            self._screen.complain(str(error))
+            complain(str(error))
         return True
 
     def interrupt(self) -> bool:
@@ -287,11 +272,11 @@ class ChatLines:
             for answer in answers:
                 if self._stopped:
                     break
-                self._screen.write(f"[{answer.name}]\n")
+                write(f"[{answer.name}]\n")
                 self._show(answer, alone=len(answers) == 1)
-                self._screen.write("\n")
+                write("\n")
             if len(answers) > 1 and not self._stopped:
-                self._screen.figures(figures_together(answers))
+                show_figures(figures_together(answers))
 
     @contextmanager
     def _answers_of(self, text: str, adapters: list[str | None]) -> Iterator[list[ChatAnswer]]:
@@ -311,14 +296,12 @@ class ChatLines:
     def _show(self, answer: ChatAnswer, alone: bool = True) -> None:
         try:
             for piece in answer:
-                self._screen.write(piece)
+                write(piece)
         finally:
-            self._screen.write("\n")
-        self._screen.figures(answer.figures(alone))
+            write("\n")
+        show_figures(answer.figures(alone))
         if answer.finish == "length" and answer.cut_by_context:
-            self._screen.say(
-                "(the answer ends here because the model's context is full; /reset empties the conversation)"
-            )
+            console.echo("(the answer ends here because the model's context is full; /reset empties the conversation)")
 
     def _adapter(self, name: str) -> None:
         self._chat.adapter = self._chat.adapter_named(name)
@@ -327,7 +310,7 @@ class ChatLines:
         for name in self._chat.names:
             card = self._chat.engine.store.cards.get(name)
             about = card.describe() if card else self._chat.base_names[-1]
-            self._screen.say(f"{'*' if name == self._chat.name else ' '} {name}: {about}")
+            console.echo(f"{'*' if name == self._chat.name else ' '} {name}: {about}")
 
     def _load(self, rest: str) -> None:
         try:
@@ -338,20 +321,20 @@ class ChatLines:
             raise InputError(f"/load {rest}: {error}") from None
         except Stopped:
             raise RunError(failed_words(self._chat.engine.failure)) from None
-        self._screen.say(f"{name}: {card.describe()}; type /adapter {name} to use it")
+        console.echo(f"{name}: {card.describe()}; type /adapter {name} to use it")
 
     def _system(self, text: str) -> None:
         self._chat.system = text or None
-        self._screen.say("the system prompt is set" if text else "there is no system prompt now")
+        console.echo("the system prompt is set" if text else "there is no system prompt now")
 
     def _reset(self, rest: str) -> None:
         self._chat.turns.clear()
-        self._screen.say("the conversation is empty")
+        console.echo("the conversation is empty")
 
     def _help(self, rest: str) -> None:
         width = max(len(command.usage) for command in self._commands.values())
         for command in self._commands.values():
-            self._screen.say(f"{command.usage:{width}}  {command.words}")
+            console.echo(f"{command.usage:{width}}  {command.words}")
 
     def _quit(self, rest: str) -> bool:
         return True

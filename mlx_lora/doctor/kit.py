@@ -18,7 +18,7 @@ from urllib.parse import urlencode
 
 import mlx.core as mx
 
-from mlx_lora.bench.machine import describe_machine, describe_power, describe_software
+from mlx_lora.bench.machine import describe_device, describe_machine, describe_power, describe_software
 from mlx_lora.doctor.check import GROUPS, LARGEST, CheckFinding, Kit, KitCheck
 from mlx_lora.doctor.kernels import format_checks, kernel_checks
 from mlx_lora.doctor.layers import layer_checks, loss_checks
@@ -186,15 +186,7 @@ def _facts(here: device.Device) -> dict[str, Any]:
     """Return what the result says about this machine."""
     return {
         "machine": describe_machine(),
-        "device": {
-            "name": here.name,
-            "backend": here.backend,
-            "memory_bytes": here.memory_bytes,
-            "working_set_bytes": here.working_set_bytes,
-            "blas": here.blas or None,
-            "compute_dtype": str(device.compute_dtype()).rpartition(".")[2],
-            "virtual": is_virtual(here),
-        },
+        "device": {**describe_device(), "virtual": is_virtual(here)},
         "software": describe_software(),
         "peers": peer_versions(),
         "power_before": describe_power(),

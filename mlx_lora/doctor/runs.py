@@ -14,10 +14,7 @@ import json
 import math
 import queue
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +27,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lora.api.base import load
 from mlx_lora.api.train import train
-from mlx_lora.bench.run import INTERRUPTED, run_process
+from mlx_lora.bench.run import INTERRUPTED, Watch, run_process
 from mlx_lora.bench.workloads import chat_rows, pair_rows
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.settings import ModelSettings
@@ -244,23 +241,6 @@ class TrainedRun:
     facts: dict[str, Any]
 
 
-class Interrupter:
-    """Interrupts a run some seconds after its first step, as Ctrl-C does."""
-
-    def __init__(self, metrics: Path, seconds: float):
-        self._metrics, self._seconds = metrics, seconds
-        self._begun: float | None = None
-        self._sent = False
-
-    def __call__(self, child: subprocess.Popen) -> None:
-        if self._begun is None:
-            if self._metrics.exists() and self._metrics.stat().st_size:
-                self._begun = time.perf_counter()
-        elif not self._sent and time.perf_counter() - self._begun >= self._seconds:
-            child.send_signal(signal.SIGINT)
-            self._sent = True
-
-
 def train_child(
     kit: Kit, name: str, model: Path, data: Path, settings: Mapping[str, Any], seconds: float | None = None
 ) -> TrainedRun:
@@ -281,7 +261,7 @@ def train_child(
     folder.parent.mkdir(parents=True, exist_ok=True)
     asked = {"model": model, "data": data, "adapter_path": folder, **QUIET, **settings}
     words = [word for key, value in asked.items() for word in _words(key, value)]
-    watch = Interrupter(folder / "metrics.jsonl", seconds) if seconds is not None else lambda child: None
+    watch = Watch(folder / "metrics.jsonl", seconds)
     ended = run_process([sys.executable, "-m", "mlx_lora.train", *words], kit.work / f"{name}.log", watch)
     if ended.code not in (0, INTERRUPTED):
         raise RunError(f"train ended with code {ended.code}: {ended.last_words}")

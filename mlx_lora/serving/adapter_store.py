@@ -307,9 +307,7 @@ class AdapterStore:
         mx.clear_cache()
 
     def _set_card(self, name: str, resident: bool) -> None:
-        card = self.cards[name]
-        changed = Card(**{**vars(card), "resident": resident})
-        self.cards = MappingProxyType({**self.cards, name: changed})
+        self.cards = MappingProxyType({**self.cards, name: dataclasses.replace(self.cards[name], resident=resident)})
 
 
 # An adapter's factors
