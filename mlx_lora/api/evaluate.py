@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -323,13 +323,12 @@ def measure_rows(
             if measured is not None:
                 found[name].append(measured)
     done = sum(len(one.tokens) for one in next(iter(found.values())))
-    joined = {name: _joined(parts) for name, parts in found.items() if parts}
+    joined = {
+        name: RowLosses(*(np.concatenate([getattr(part, of) for part in parts]) for of in ("sums", "tokens")))
+        for name, parts in found.items()
+        if parts
+    }
     return joined, done == int((rows.supervised_counts > 0).sum())
-
-
-def _joined(parts: Iterable[RowLosses]) -> RowLosses:
-    parts = list(parts)
-    return RowLosses(np.concatenate([p.sums for p in parts]), np.concatenate([p.tokens for p in parts]))
 
 
 def questions_of(rows: EncodedSet, most: int | None) -> list[int]:
@@ -417,7 +416,8 @@ def with_columns_of_run(settings: TrainSettings, given: Collection[str], adapter
     if adapter is None or not settings.data.data or not {*NAMES, *CHAT_COLUMNS, "data_format"}.isdisjoint(given):
         return settings
     run = run_of(adapter)
-    if isinstance(run.get("speaker"), str) and _is_chat(settings.data.data):
+    firsts = [files[0].path for files in find_sets(settings.data.data)[0].splits.values()]
+    if isinstance(run.get("speaker"), str) and any(map(chat_kind, firsts)):  # a chat export
         found = {name: run[name] for name in CHAT_COLUMNS if name in run}
     else:
         found = {name: value for name, value in run.items() if name in NAMES and value and isinstance(value, str)}
@@ -436,11 +436,6 @@ def run_of(adapter: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _is_chat(data: str) -> bool:
-    """Tell whether the first file is a chat export."""
-    return any(chat_kind(files[0].path) for files in find_sets(data)[0].splits.values())
 
 
 def _has_columns(data: str, found: dict[str, str]) -> bool:

@@ -52,11 +52,6 @@ def machine_name(content: dict[str, Any]) -> str:
     return (name or content["device"]["name"]).removeprefix("Apple ")
 
 
-def slug(name: str) -> str:
-    """Return a folder name for a chip."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
-
-
 def new_result(
     created: str, tiers: Sequence[str], machine: dict[str, Any], software: dict[str, Any], probe: dict[str, Any]
 ) -> dict[str, Any]:
@@ -89,7 +84,8 @@ def write_result(path: Path, content: dict[str, Any]) -> None:
 def default_path(content: dict[str, Any], root: Path) -> Path:
     """Return `root/<chip>/<date>-<tier>.json`, with a number if that exists."""
     tiers = "-".join(content["tiers"]) or "workloads"
-    stem = root / slug(machine_name(content)) / f"{content['created'][:10]}-{tiers}"
+    chip = re.sub(r"[^a-z0-9]+", "-", machine_name(content).lower()).strip("-") or "unknown"
+    stem = root / chip / f"{content['created'][:10]}-{tiers}"
     path, number = stem.with_suffix(".json"), 2
     while path.exists():
         path, number = stem.with_name(f"{stem.name}-{number}.json"), number + 1

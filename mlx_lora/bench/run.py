@@ -150,7 +150,8 @@ def run_workload(
     data = folder / "train.jsonl"
     entry = _new_entry(workload, length, data)
     try:
-        source = model or _model_of(workload, work)
+        embedded = workload.tier == "embedded" and not model
+        source = str(prepare_embedded(workload.packed, work)) if embedded else model or workload.source
     except (InputError, RunError) as error:
         return {**entry, "reason": _without_home(str(error))}
     run = folder / "run"
@@ -188,11 +189,6 @@ def _new_entry(workload: Workload, length: Length, data: Path) -> dict[str, Any]
         "figures": None,
         "predicted": None,
     }
-
-
-def _model_of(workload: Workload, work: Path) -> str:
-    """Return what --model is given."""
-    return str(prepare_embedded(workload.packed, work)) if workload.tier == "embedded" else workload.source
 
 
 def _failure(ended: Ended) -> dict[str, Any]:
@@ -400,8 +396,9 @@ class EnergyMeter:
         now = self._read_counter() if self._last is not None else None
         if now is None or self._last is None:
             return None
-        # The counter wraps around at the end of its range.
-        spent = now - self._last if now >= self._last else now - self._last + self._range()
+        spent = now - self._last
+        if spent < 0:  # the counter wraps around at the end of its range
+            spent += int((self._counter / "max_energy_range_uj").read_text())
         self._last, self._joules = now, self._joules + spent / 1e6
         return self._joules
 
@@ -438,9 +435,6 @@ class EnergyMeter:
             return int((self._counter / "energy_uj").read_text())
         except (OSError, ValueError):
             return None
-
-    def _range(self) -> int:
-        return int((self._counter / "max_energy_range_uj").read_text())
 
 
 @contextmanager

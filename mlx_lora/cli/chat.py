@@ -210,7 +210,9 @@ class ChatLines:
             ),
             "reset": SlashCommand("/reset", "empties the conversation", self._reset, False),
             "help": SlashCommand("/help", "shows this list", self._help, False),
-            "quit": SlashCommand("/quit", "ends the chat, as Ctrl-D does; Ctrl-C stops an answer", self._quit, False),
+            "quit": SlashCommand(
+                "/quit", "ends the chat, as Ctrl-D does; Ctrl-C stops an answer", lambda rest: True, False
+            ),
         }
 
     def take(self, line: str) -> bool:
@@ -335,6 +337,3 @@ class ChatLines:
         width = max(len(command.usage) for command in self._commands.values())
         for command in self._commands.values():
             console.echo(f"{command.usage:{width}}  {command.words}")
-
-    def _quit(self, rest: str) -> bool:
-        return True

@@ -142,7 +142,9 @@ def _run_one(state: KitState, check: KitCheck, kit: Kit, unfit: Mapping[str, str
             state.take_back(check)
             raise
         except Exception as error:  # whatever it is, the owner wants to know it, and what the other checks find
-            findings.append(_raised(error, kit))
+            words = f"{type(error).__name__}: {first_line(error)}".replace(str(kit.work), "WORK")[:500]
+            advice = "report it; the other checks are not affected"
+            findings.append(CheckFinding("raised an error", "failed", words, advice=advice))
     seconds = time.perf_counter() - start
     state.end(check, findings, seconds)
     log.info(_line(place, check, findings, seconds))
@@ -150,12 +152,6 @@ def _run_one(state: KitState, check: KitCheck, kit: Kit, unfit: Mapping[str, str
         if finding.status in ("failed", "warning"):
             log.info(f"    {MARKS[finding.status]}  {finding_line(finding)}")
     mx.clear_cache()
-
-
-def _raised(error: Exception, kit: Kit) -> CheckFinding:
-    """Return the finding of a check that raised."""
-    words = f"{type(error).__name__}: {first_line(error)}".replace(str(kit.work), "WORK")
-    return CheckFinding("raised an error", "failed", words[:500], advice="report it; the other checks are not affected")
 
 
 def _line(place: str, check: KitCheck, findings: Sequence[CheckFinding], seconds: float) -> str:

@@ -109,7 +109,11 @@ def diagnose(evidence: Evidence) -> Diagnosis:
             return Diagnosis(WORSE, **found, best_step=best_step, best=best)
     if evidence.steps < ENOUGH_STEPS and gain < LARGE and (gain < SMALL or still_falling(held_out)):
         return Diagnosis(TOO_FEW_STEPS, **found)
-    if gain < NONE or not _is_certain(change) or (evidence.texts and _all_same(evidence) and gain < SMALL):
+    if (
+        gain < NONE
+        or not _is_certain(change)
+        or (evidence.texts and evidence.same_texts == len(evidence.texts) and gain < SMALL)
+    ):
         return Diagnosis(UNCHANGED, **found)
     if gain < SMALL and still_falling(held_out):
         return Diagnosis(TOO_FEW_STEPS, **found)
@@ -156,10 +160,6 @@ def _training_fell(evidence: Evidence, since: int) -> bool:
     before = [loss for step, loss in losses if step <= since][-AVERAGED:] or [loss for _, loss in losses[:1]]
     after = [loss for step, loss in losses if step > since][-AVERAGED:]
     return bool(after) and sum(after) / len(after) < sum(before) / len(before)
-
-
-def _all_same(evidence: Evidence) -> bool:
-    return evidence.same_texts == len(evidence.texts)
 
 
 # What mends it: a sentence, and a command

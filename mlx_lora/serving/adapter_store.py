@@ -258,7 +258,8 @@ class AdapterStore:
             free += self._residents[name].nbytes
             self._retire(name)
             self.evictions += 1
-            self._set_card(name, resident=False)
+            out = dataclasses.replace(self.cards[name], resident=False)
+            self.cards = MappingProxyType({**self.cards, name: out})
 
     def _install(self, read: Mapping[str, AdapterFactors]) -> None:
         """Put factors into the layers, after replacing these by routed layers where needed."""
@@ -305,9 +306,6 @@ class AdapterStore:
             modules[path].pools.drop(resident.number)
         self._dropped(resident.number)
         mx.clear_cache()
-
-    def _set_card(self, name: str, resident: bool) -> None:
-        self.cards = MappingProxyType({**self.cards, name: dataclasses.replace(self.cards[name], resident=resident)})
 
 
 # An adapter's factors

@@ -298,13 +298,13 @@ def route(model: nn.Module, paths: list[str], routing: Routing) -> dict[str, nn.
     """
     modules = dict(model.named_modules())
     routed = {path: modules[path] for path in paths}
-    fresh = {path: _routed(module, routing) for path, module in routed.items() if not isinstance(module, ROUTED)}
+    fresh: dict[str, nn.Module] = {
+        path: (RoutedEmbedding if isinstance(module, EMBEDDING) else RoutedLinear)(module, routing)
+        for path, module in routed.items()
+        if not isinstance(module, ROUTED)
+    }
     model.update_modules(tree_unflatten(list(fresh.items())))
     return {**routed, **fresh}
-
-
-def _routed(base: nn.Module, routing: Routing) -> nn.Module:
-    return RoutedEmbedding(base, routing) if isinstance(base, EMBEDDING) else RoutedLinear(base, routing)
 
 
 def unrouted_twin(model: nn.Module) -> nn.Module:

@@ -128,7 +128,7 @@ class Plans:
         if not data or not all(is_local(name) for name, _ in named_sets(data)):
             return self.of_config(settings), None
         key = _key(settings)
-        if key in self._kept or _data_bytes(data) <= AT_ONCE_BYTES:
+        if key in self._kept or sum(file.path.stat().st_size for file in _files(data)) <= AT_ONCE_BYTES:
             return self._planned(settings), None
         with self._lock:
             if key not in self._reading or self._reading[key].state != "running":
@@ -207,13 +207,10 @@ def _kept_parts() -> KeptParts:
 
 
 def _plan(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return plan_run(_readable(settings), parts=_kept_parts())
-
-
-def _readable(settings: Mapping[str, Any]) -> TrainSettings:
-    """Return settings whose model is the file itself, if it is one of the hub's cache."""
+    """Return a plan, of the file itself for a model of the hub's cache."""
     model = settings.get("model")
-    return train_settings({**settings, **({"model": local_model(model)} if model else {})})
+    readable = train_settings({**settings, **({"model": local_model(model)} if model else {})})
+    return plan_run(readable, parts=_kept_parts())
 
 
 def shown_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,10 +271,6 @@ def _files(data: str) -> list[Any]:
     if not all(is_local(name) for name, _ in named_sets(data)):
         return []
     return [file for one in find_sets(data) for files in one.splits.values() for file in files]
-
-
-def _data_bytes(data: str) -> int:
-    return sum(file.path.stat().st_size for file in _files(data))
 
 
 def own_settings(

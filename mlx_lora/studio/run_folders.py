@@ -160,11 +160,6 @@ def log_lines(folder: Path) -> list[str]:
     return [COLOR.sub("", line.rpartition("\r")[2])[:2000] for line in lines]
 
 
-def last_checkpoint(folder: Path) -> int | None:
-    """Return the step of the newest checkpoint; None: there is none."""
-    return next((step for step, _ in numbered(folder / CHECKPOINTS)), None)
-
-
 class RunListing:
     """The runs of a studio."""
 
@@ -276,7 +271,7 @@ class RunListing:
         """
         folder = self.folder(number)
         line, started, facts = self.summary(folder, queued), read_started(folder), read_facts(folder)
-        checkpoint = last_checkpoint(folder)
+        checkpoint = next((step for step, _ in numbered(folder / CHECKPOINTS)), None)
         adapter = folder if (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file() else None
         again = (folder / SETTINGS).is_file() or started is not None
         return {
