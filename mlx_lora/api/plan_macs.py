@@ -19,7 +19,6 @@ from mlx_lora.models.meta import outline_for
 from mlx_lora.parallel.sharded_tables import units_of
 from mlx_lora.planner.chips import CHIPS, find_chip
 from mlx_lora.planner.fit import largest_batch, run_of
-from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.several_macs import (
     TENSOR,
     Link,
@@ -50,6 +49,7 @@ MOST_GB = 4096
 FOR_MACOS_GB = 4
 LATENCY_S = 5e-5  # assumed, of a message
 EQUAL_MACS = re.compile(r"(?P<count>\d{1,3})\s*[xX]\s*(?P<rest>.+)")
+MEMORY_FACTS = ("fits", "peak_bytes", "needed_bytes", "budget_bytes", "parts", "phase")  # of a Mac, in the plan's JSON
 # What takes less memory, in the order in which it is tried.
 RANKS, LENGTHS = (16, 8, 4), (2048, 1024, 512)
 ATTENTION = "q_proj,k_proj,v_proj,o_proj"
@@ -167,7 +167,15 @@ def planned_on(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> dict[
     found = plan_macs(model.shape, model.units, run, chosen, shares, link)
     return {
         "fits": found.fits,
-        "macs": [_mac_row(*row) for row in zip(chosen, shares, found.memory, found.computing_s, strict=True)],
+        "macs": [
+            {
+                "name": mac.machine.name,
+                "share": share,
+                "computing_s": computing_s,
+                **{name: getattr(memory, name) for name in MEMORY_FACTS},
+            }
+            for mac, share, memory, computing_s in zip(chosen, shares, found.memory, found.computing_s, strict=True)
+        ],
         "shard_base": split_of(model.settings),
         "rank": model.settings.adapter.rank,
         "batch_tokens": run.positions,
@@ -288,20 +296,6 @@ def _shares(settings: TrainSettings, macs: list[Mac]) -> list[float]:
     if len(parts) != len(macs):
         raise InputError(f"--shard-base {asked}: {len(parts)} parts for {len(macs)} Macs; give one for each")
     return [part / sum(parts) for part in parts]
-
-
-def _mac_row(mac: Mac, share: float, memory: MemoryPlan, computing_s: float) -> dict[str, Any]:
-    return {
-        "name": mac.machine.name,
-        "share": share,
-        "fits": memory.fits,
-        "peak_bytes": memory.peak_bytes,
-        "needed_bytes": memory.needed_bytes,
-        "budget_bytes": memory.budget_bytes,
-        "parts": memory.parts,
-        "phase": memory.phase,
-        "computing_s": computing_s,
-    }
 
 
 def _predicted(found: MacsPlan, tokens: int, model: SharedModel) -> dict[str, Any]:
