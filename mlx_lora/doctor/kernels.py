@@ -97,36 +97,22 @@ class _Body(nn.Module):
     """A body that no loss calls: the hidden states are given."""
 
 
-def _float_head(dtype: mx.Dtype) -> Head:
-    layer = nn.Linear(96, 4000, bias=True)
-    layer.weight, layer.bias = normal(4000, 96, seed=1, dtype=dtype, size=0.3), normal(4000, seed=2, dtype=dtype)
-    return Head(_Body(), layer)
-
-
-def _capped_head(dtype: mx.Dtype) -> Head:
-    layer = nn.Embedding(4000, 96)
-    layer.weight = normal(4000, 96, seed=1, dtype=dtype, size=0.3)
-    return Head(_Body(), layer, scale=0.5, soft_cap=30.0)
-
-
-def _packed_head(dtype: mx.Dtype) -> Head:
-    layer = nn.Embedding(4000, 128)
-    layer.weight = normal(4000, 128, seed=1, dtype=dtype, size=0.3)
-    return Head(_Body(), layer.to_quantized(64, 4))
-
-
-def _wide_head(dtype: mx.Dtype) -> Head:
-    """A vocabulary as large as Gemma's, whose inner side has ended processes on Metal (mlx#1363)."""
-    layer = nn.Embedding(262_144, 64)
-    layer.weight = normal(262_144, 64, seed=1, dtype=dtype, size=0.3)
-    return Head(_Body(), layer)
+def _filled(layer: Any, dtype: mx.Dtype) -> Any:
+    """Return a layer with random numbers in its weight and its bias."""
+    layer.weight = normal(*layer.weight.shape, seed=1, dtype=dtype, size=0.3)
+    if "bias" in layer:
+        layer.bias = normal(*layer.bias.shape, seed=2, dtype=dtype)
+    return layer
 
 
 HEADS: dict[str, Callable[[mx.Dtype], Head]] = {
-    "a head with a bias": _float_head,
-    "a 4-bit tied head": _packed_head,
-    "a tied head with a soft cap": _capped_head,
-    "a vocabulary of 262,144": _wide_head,
+    "a head with a bias": lambda dtype: Head(_Body(), _filled(nn.Linear(96, 4000), dtype)),
+    "a 4-bit tied head": lambda dtype: Head(_Body(), _filled(nn.Embedding(4000, 128), dtype).to_quantized(64, 4)),
+    "a tied head with a soft cap": lambda dtype: Head(
+        _Body(), _filled(nn.Embedding(4000, 96), dtype), scale=0.5, soft_cap=30.0
+    ),
+    # As large as Gemma's: its inner side has ended processes on Metal (mlx#1363).
+    "a vocabulary of 262,144": lambda dtype: Head(_Body(), _filled(nn.Embedding(262_144, 64), dtype)),
 }
 
 

@@ -126,7 +126,8 @@ def run_kit(asked: Asked, checks: Sequence[KitCheck]) -> tuple[dict[str, Any], b
 def _run_one(state: KitState, check: KitCheck, kit: Kit, unfit: Mapping[str, str], place: str) -> None:
     """Run one check, and keep what it finds."""
     start, findings = time.perf_counter(), []
-    if state.begin(check) >= MOST_ATTEMPTS:
+    entry = state.begin(check)
+    if entry["attempts"] > MOST_ATTEMPTS:
         words = f"the process ended {MOST_ATTEMPTS} times while this check ran"
         advice = "see the system's crash report for python; report it with the name of this check"
         findings.append(CheckFinding("the process", "failed", words, advice=advice))
@@ -139,14 +140,14 @@ def _run_one(state: KitState, check: KitCheck, kit: Kit, unfit: Mapping[str, str
                 for finding in check.run(kit):
                     findings.append(finding)
         except KeyboardInterrupt:
-            state.take_back(check)
+            state.take_back(entry)
             raise
         except Exception as error:  # whatever it is, the owner wants to know it, and what the other checks find
             words = f"{type(error).__name__}: {first_line(error)}".replace(str(kit.work), "WORK")[:500]
             advice = "report it; the other checks are not affected"
             findings.append(CheckFinding("raised an error", "failed", words, advice=advice))
     seconds = time.perf_counter() - start
-    state.end(check, findings, seconds)
+    state.end(entry, findings, seconds)
     log.info(_line(place, check, findings, seconds))
     for finding in findings:
         if finding.status in ("failed", "warning"):

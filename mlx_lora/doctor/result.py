@@ -39,40 +39,33 @@ class KitState:
 
     def entry(self, check: KitCheck) -> dict[str, Any] | None:
         """Return a check's entry, None if it was never begun."""
-        for entry in self.content["checks"]:
-            if (entry["group"], entry["name"]) == (check.group, check.name):
-                return entry
-        return None
+        known = ((one["group"], one["name"], one) for one in self.content["checks"])
+        return next((one for group, name, one in known if (group, name) == (check.group, check.name)), None)
 
     def is_done(self, check: KitCheck) -> bool:
         """Return whether a check has ended."""
         entry = self.entry(check)
         return entry is not None and entry["done"]
 
-    def begin(self, check: KitCheck) -> int:
-        """Note that a check begins, and return how often it was begun before and did not end."""
+    def begin(self, check: KitCheck) -> dict[str, Any]:
+        """Note that a check begins, and return its entry: `attempts` counts how often it was begun, now included."""
         entry = self.entry(check)
         if entry is None:
             entry = {
                 "group": check.group, "name": check.name, "done": False, "attempts": 0, "seconds": None, "findings": [],
             }  # fmt: skip
             self.content["checks"].append(entry)
-        before = entry["attempts"]
         entry["attempts"] += 1
         self.write()
-        return before
+        return entry
 
-    def take_back(self, check: KitCheck) -> None:
+    def take_back(self, entry: dict[str, Any]) -> None:
         """Forget that a check was begun, because the user interrupted it."""
-        entry = self.entry(check)
-        if entry is not None:
-            entry["attempts"] -= 1
-            self.write()
+        entry["attempts"] -= 1
+        self.write()
 
-    def end(self, check: KitCheck, findings: Sequence[CheckFinding], seconds: float) -> None:
+    def end(self, entry: dict[str, Any], findings: Sequence[CheckFinding], seconds: float) -> None:
         """Keep what a check found."""
-        entry = self.entry(check)
-        assert entry is not None
         entry |= {"done": True, "seconds": round(seconds, 3), "findings": [_written(one) for one in findings]}
         self.write()
 

@@ -78,11 +78,6 @@ class Talk:
         gc.collect()
         mx.clear_cache()
 
-    @property
-    def model(self) -> str | None:
-        """What is loaded."""
-        return self._model
-
     async def answer(
         self, model: str, columns: list[Any], body: dict[str, Any], own: list[Any]
     ) -> AsyncIterator[dict[str, Any] | None]:
