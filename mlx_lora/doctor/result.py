@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.bench.schema import DEVICE, MACHINE, POWER, SOFTWARE, Field, field_problems, under
+from mlx_lora.bench.schema import DEVICE, MACHINE, POWER, SOFTWARE, field_problems, fields_of, under
 from mlx_lora.doctor.check import GROUPS, LARGEST, STATUSES, CheckFinding, KitCheck
 from mlx_lora.reports.charts import Bar, bar_chart, render_page
 from mlx_lora.utils.errors import InputError
@@ -149,12 +149,8 @@ def _earlier(path: Path) -> dict[str, Any] | None:
 SCHEMA, VERSION = "mlx-lora-doctor", 1
 
 
-def _fields(*rows: tuple[str, str, str]) -> tuple[Field, ...]:
-    """Return fields; a `?` after the kind allows null."""
-    return tuple(Field(path, kind.rstrip("?"), text, kind.endswith("?")) for path, kind, text in rows)
-
-
-TOP = _fields(
+TOP = fields_of(
+    "",
     ("schema", "text", f"`{SCHEMA}`"),
     ("schema_version", "whole", "1"),
     ("created", "text", "local date and time of the start, ISO 8601"),
@@ -173,7 +169,8 @@ TOP = _fields(
     ("summary.seconds", "number", "the sum of the checks' seconds"),
     ("checks", "list", "one entry per check, in the order in which they ran"),
 )
-CHECK = _fields(
+CHECK = fields_of(
+    "",
     ("group", "text", f"one of {', '.join(GROUPS)}"),
     ("name", "text", "unique within its group"),
     ("done", "yes/no", "whether it has ended"),
@@ -181,7 +178,8 @@ CHECK = _fields(
     ("seconds", "number?", "how long it took; null before its end"),
     ("findings", "list", "what it found"),
 )
-FINDING = _fields(
+FINDING = fields_of(
+    "",
     ("name", "text", "what was looked at"),
     ("status", "text", f"one of {', '.join(STATUSES)}"),
     ("words", "text", "what was found, in words; for `skipped`, why"),

@@ -18,12 +18,11 @@ import base64
 import contextlib
 import hashlib
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,16 @@ from mlx_lora.serving.adapter_store import NAME, AdapterSource, Card, NoRoom, Un
 from mlx_lora.serving.conversation import prompt_tokens
 from mlx_lora.serving.engine import Engine, Event, QueueFull, Request, Stopped
 from mlx_lora.serving.guard import Guard, GuardLimits, error_response, not_here
-from mlx_lora.serving.schema import ApiError, Ask, ChatReply, CompletionReply, read_chat, read_completion, read_json
+from mlx_lora.serving.schema import (
+    ApiError,
+    Ask,
+    ChatReply,
+    CompletionReply,
+    is_number,
+    read_chat,
+    read_completion,
+    read_json,
+)
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.hub import resolve_adapter
 
@@ -430,7 +438,7 @@ def metrics_text(engine: Engine, answers: Counter[tuple[str, int]]) -> str:
         engine: read without a lock, because numbers of different steps do no harm.
         answers: (path, status) -> count.
     """
-    counts, store, prompts = engine.counts, engine.store, engine.prompt_cache
+    store, prompts = engine.store, engine.prompt_cache
     lines = ["# TYPE mlx_lora_answers_total counter"]
     by_route: Counter[tuple[str, int]] = Counter()
     for (path, status), count in answers.items():
@@ -440,13 +448,8 @@ def metrics_text(engine: Engine, answers: Counter[tuple[str, int]]) -> str:
         for (path, status), count in sorted(by_route.items())
     ]
     totals = {
-        "prompt_tokens": counts.prompt_tokens,
+        **asdict(engine.counts),
         "reused_prompt_tokens": prompts.reused_tokens,
-        "generated_tokens": counts.generated_tokens,
-        "steps": counts.steps,
-        "finished": counts.finished,
-        "canceled": counts.canceled,
-        "failed": counts.failed,
         "adapter_loads": store.loads,
         "adapter_evictions": store.evictions,
     }
@@ -510,12 +513,8 @@ class Adapters:
             raise ApiError(400, f"{', '.join(sorted(strange))}: not a field of this endpoint", "unknown_parameter")
         name = body.get("name")
         if not isinstance(name, str) or not NAME.fullmatch(name) or name == self._base_name:
-            raise ApiError(
-                400,
-                "name: must be at most 64 letters, digits, . _ or -, and not the base's name",
-                "invalid_value",
-                "name",
-            )
+            message = "name: must be at most 64 letters, digits, . _ or -, and not the base's name"
+            raise ApiError(400, message, "invalid_value", "name")
         given = [key for key in ("path", "hub", "blend") if body.get(key) is not None]
         if len(given) > 1:
             raise ApiError(400, f"{' and '.join(given)}: give only one of them", "invalid_value")
@@ -577,32 +576,13 @@ class Adapters:
 def _weights(blend: Any) -> dict[str, float]:
     """Return the weights of a blend, {"name": weight}, after checking them."""
     fits = isinstance(blend, dict) and 0 < len(blend) <= 16
-    fits = fits and all(
-        isinstance(weight, (int, float))
-        and not isinstance(weight, bool)
-        and math.isfinite(weight)
-        and abs(weight) <= 100
-        for weight in blend.values()
-    )
-    if not fits:
-        raise ApiError(
-            400,
-            'blend: must be an object with 1 to 16 adapters, such as {"bard": 0.7, "tutor": 0.3}',
-            "invalid_value",
-            "blend",
-        )
+    if not fits or not all(is_number(weight, -100, 100) for weight in blend.values()):
+        message = 'blend: must be an object with 1 to 16 adapters, such as {"bard": 0.7, "tutor": 0.3}'
+        raise ApiError(400, message, "invalid_value", "blend")
     return {name: float(weight) for name, weight in blend.items()}
 
 
 def _described(card: Card) -> dict[str, Any]:
-    return {
-        "name": card.name,
-        "object": "adapter",
-        "source": card.source,
-        "method": card.method,
-        "rank": card.rank,
-        "bytes": card.nbytes,
-        "resident": card.resident,
-        "created": card.created,
-        "own_chat_template": card.chat_template is not None,
-    }
+    facts = {name: getattr(card, name) for name in ("name", "source", "method", "rank", "resident", "created")}
+    own_template = card.chat_template is not None
+    return {**facts, "object": "adapter", "bytes": card.nbytes, "own_chat_template": own_template}

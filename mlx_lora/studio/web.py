@@ -21,7 +21,7 @@ from mlx_lora.config.fields import field_type, flag_of
 from mlx_lora.config.settings import FIELDS, ROWS
 from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS
 from mlx_lora.serving.guard import App, Message, Receive, Send, not_here
-from mlx_lora.serving.schema import ApiError, read_json
+from mlx_lora.serving.schema import ApiError, is_number, read_json
 from mlx_lora.utils.console import printable
 from mlx_lora.utils.errors import InputError, RunError
 
@@ -235,6 +235,6 @@ def whole_number(value: Any, field: str, least: int, most: int, default: int) ->
     """
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+    if not is_number(value, least, most, whole=True):
         raise ApiError(400, f"{field}: must be a whole number from {least} to {most}", "invalid_value", field)
     return value

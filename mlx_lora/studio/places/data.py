@@ -16,7 +16,7 @@ from starlette.routing import BaseRoute, Route
 from mlx_lora.config.load import recipe_names
 from mlx_lora.data.files import NOT_DATA, TINY_SHAKESPEARE
 from mlx_lora.data.records import SUFFIXES
-from mlx_lora.serving.schema import ApiError
+from mlx_lora.serving.schema import ApiError, is_number
 from mlx_lora.studio.folders import safe_name
 from mlx_lora.studio.places import Studio
 from mlx_lora.studio.previews import Previews
@@ -113,11 +113,9 @@ def data_text(sets: list[dict[str, Any]]) -> str:
     parts = []
     for one in sets[:100]:
         path, weight = one.get("path"), one.get("weight", 1)
-        fits = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 < weight <= 1000
-        if not isinstance(path, str) or not path or not fits:
-            raise ApiError(
-                400, "data: each must be {path, weight}, the weight above 0 and at most 1000", "invalid_value"
-            )
+        if not isinstance(path, str) or not path or not is_number(weight, 0, 1000) or not weight:
+            message = "data: each must be {path, weight}, the weight above 0 and at most 1000"
+            raise ApiError(400, message, "invalid_value")
         parts.append(path if weight == 1 else f"{path}={weight:g}")
     return ",".join(parts)
 

@@ -8,7 +8,6 @@ import gc
 import hashlib
 import importlib.util
 import json
-import math
 import shutil
 import threading
 import time
@@ -34,7 +33,7 @@ from mlx_lora.serving.adapter_store import DEFAULT_CONTEXT, AdapterSource, Adapt
 from mlx_lora.serving.app import api_error
 from mlx_lora.serving.conversation import chat_tokens
 from mlx_lora.serving.engine import Engine, Event, Limits, Request, Ticket
-from mlx_lora.serving.schema import ApiError, Ask, read_chat, read_json
+from mlx_lora.serving.schema import ApiError, Ask, is_number, read_chat, read_json
 from mlx_lora.studio.folders import safe_name
 from mlx_lora.studio.places import Studio
 from mlx_lora.studio.web import events, json_route
@@ -355,8 +354,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _weight(value: Any) -> float:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or abs(value) > MOST_WEIGHT:
+    if not is_number(value, -MOST_WEIGHT, MOST_WEIGHT):
         raise ApiError(
             400, f"weight: must be a number from -{MOST_WEIGHT:g} to {MOST_WEIGHT:g}", "invalid_value", "weight"
         )
