@@ -416,8 +416,7 @@ def with_columns_of_run(settings: TrainSettings, given: Collection[str], adapter
     if adapter is None or not settings.data.data or not {*NAMES, *CHAT_COLUMNS, "data_format"}.isdisjoint(given):
         return settings
     run = run_of(adapter)
-    firsts = [files[0].path for files in find_sets(settings.data.data)[0].splits.values()]
-    if isinstance(run.get("speaker"), str) and any(map(chat_kind, firsts)):  # a chat export
+    if isinstance(run.get("speaker"), str) and _is_chat(settings.data.data):
         found = {name: run[name] for name in CHAT_COLUMNS if name in run}
     else:
         found = {name: value for name, value in run.items() if name in NAMES and value and isinstance(value, str)}
@@ -436,6 +435,11 @@ def run_of(adapter: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _is_chat(data: str) -> bool:
+    """Tell whether the first file is a chat export."""
+    return any(chat_kind(files[0].path) for files in find_sets(data)[0].splits.values())
 
 
 def _has_columns(data: str, found: dict[str, str]) -> bool:
