@@ -94,7 +94,7 @@ def main(
             )
         if settings.loop.shard_base != "off":
             raise InputError("--forgetting with --shard-base: it needs the whole base; leave out one of the two")
-        if not adapter.path:
+        if not adapter.adapter_path:
             raise InputError("--forgetting: no adapter; give --adapter-path")
         folders = [adapter.folder(), *(resolve_adapter(flags.adapter_source(one)) for one in only["against"])]
         general = {TEXT: only["general_text"], CHAT: only["general_chat"]}
@@ -123,7 +123,7 @@ def main(
         asked = EvaluationRequest(folder, adapter.ignore_fingerprint, batch_tokens, show, held_out, stopped)
         result = measure_loss(settings, base, asked, ranks)
         if ranks.leads:
-            facts = {**result, "adapter_path": adapter.path, "data": settings.data.data}
+            facts = {**result, "adapter_path": adapter.adapter_path, "data": settings.data.data}
             print_loss(settings, facts, as_json)
             if "loss" in facts:
                 _keep(facts | {"held_out": held_out}, folder, page)

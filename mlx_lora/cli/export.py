@@ -63,7 +63,7 @@ from mlx_lora.models.load import load_base
 def main(adapter: flags.OneAdapter, **options: Any) -> None:
     """Write the adapter on --model in another program's format."""
     asked = ExportSettings(**{field.name: options.pop(field.name) for field in fields(ExportSettings)})
-    asked.check(bool(adapter.path))
+    asked.check(bool(adapter.adapter_path))
     folder = adapter.folder()
     settings = train_settings(flags.given(options)).model
     keep_dtype = settings.dtype != "auto"

@@ -89,7 +89,9 @@ def main(
     console.echo(f"{out}: {words(rounding, gain)}")
     if as_json:
         measured = gain.facts() if isinstance(gain, Gain) else NOT_MEASURED
-        console.print_json({"out": str(out), "model": model_id, "adapter_path": adapter.path, **rounding, **measured})
+        console.print_json(
+            {"out": str(out), "model": model_id, "adapter_path": adapter.adapter_path, **rounding, **measured}
+        )
 
 
 def summarize(survival: dict[str, Survival]) -> dict[str, Any]:

@@ -119,15 +119,15 @@ _ignore_fingerprint = click.option(
 class OneAdapter:
     """The adapter of a command that reads one: folder or hub id, and how it is read."""
 
-    path: str | None
-    revision: str | None
+    adapter_path: str | None
+    adapter_revision: str | None
     ignore_fingerprint: bool
 
     def folder(self) -> Path | None:
         """Return its folder, downloaded if it is on the hub; None: none was given."""
         from mlx_lora.utils.hub import resolve_adapter  # slow to import, and --help does not need it
 
-        return resolve_adapter(self.path, self.revision)
+        return resolve_adapter(self.adapter_path, self.adapter_revision)
 
 
 def adapter_options(help: str, required: bool = False) -> Callable[[Callable], Callable]:
@@ -140,7 +140,7 @@ def adapter_options(help: str, required: bool = False) -> Callable[[Callable], C
         click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter."),
         _ignore_fingerprint,
     )  # fmt: skip
-    return _together(options, "adapter", OneAdapter, ("adapter_path", "adapter_revision", "ignore_fingerprint"))
+    return _together(options, "adapter", OneAdapter)
 
 
 @dataclass(frozen=True)
@@ -165,11 +165,11 @@ def named_adapters_options(more: str = "") -> Callable[[Callable], Callable]:
         ),
         _ignore_fingerprint,
     )  # fmt: skip
-    return _together(options, "named", NamedAdapters, ("adapters", "blends", "ignore_fingerprint"))
+    return _together(options, "named", NamedAdapters)
 
 
-def text_options(max_tokens: int, kind: Callable[..., Any], top_k: bool = False) -> Callable[[Callable], Callable]:
-    """Add the options of a command that generates text, which the function takes as `how`, made by `kind`."""
+def text_options(max_tokens: int, kind: type, top_k: bool = False) -> Callable[[Callable], Callable]:
+    """Add the options of a command that generates text, which the function takes as `how`, a dataclass `kind`."""
     shown: dict[str, Any] = {"show_default": True}
     options = [
         click.option(
@@ -189,20 +189,17 @@ def text_options(max_tokens: int, kind: Callable[..., Any], top_k: bool = False)
         least = click.IntRange(min=0)
         help = "Sample from the k most likely tokens; 0: all."
         options.insert(3, click.option("--top-k", type=least, default=0, help=help, **shown))
-    names = ("max_tokens", "temperature", "top_p", *(["top_k"] if top_k else []), "seed")
-    return _together(options, "how", lambda *values: kind(**dict(zip(names, values, strict=True))), names)
+    return _together(options, "how", kind)
 
 
-def _together(
-    options: Sequence[Callable], name: str, kind: Callable[..., Any], fields: Sequence[str]
-) -> Callable[[Callable], Callable]:
-    """Add options whose values a function takes as one argument, made by `kind`."""
+def _together(options: Sequence[Callable], name: str, kind: type) -> Callable[[Callable], Callable]:
+    """Add options whose values a function takes as one argument: a dataclass with fields of the same names."""
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
         def call(**given: Any) -> Any:
-            values = [given.pop(field) for field in fields]
-            return function(**given, **{name: kind(*values)})
+            values = {field.name: given.pop(field.name) for field in dataclasses.fields(kind) if field.name in given}
+            return function(**given, **{name: kind(**values)})
 
         for option in reversed(options):
             option(call)
