@@ -522,8 +522,10 @@ def predict(workload: Workload, machine: Machine, ceilings: Ceilings, batches: S
 
 def measured_machine(device: dict[str, Any], ceilings: dict[str, Any]) -> tuple[Machine, Ceilings]:
     """Return the results of bench/machine.py as the planner's types."""
-    facts = (device[name] for name in ("name", "backend", "memory_bytes", "working_set_bytes"))
-    machine = Machine(*facts, NUMBER_BYTES[device["compute_dtype"]])
+    machine = Machine(
+        device["name"], device["backend"], device["memory_bytes"], device["working_set_bytes"],
+        NUMBER_BYTES[device["compute_dtype"]],
+    )  # fmt: skip
     exponentials = ceilings["exponentials_per_s"]
     rates = Ceilings(
         ceilings["flops_per_s"],

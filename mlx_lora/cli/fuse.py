@@ -59,6 +59,8 @@ def main(
 ) -> None:  # fmt: skip
     """Write --model with the adapter folded in, and measure how much of what the adapter learned is in it."""
     folder, force = adapter.folder(), options.pop("force")
+    if folder is None:
+        raise InputError("--adapter-path: empty; give the adapter's folder or hub id")
     if data:
         find_sets(data)  # refused before the work if it is not there
     settings = train_settings(flags.given(options)).model
