@@ -19,7 +19,7 @@ from mlx_lora.exporters.adapter_folder import AdapterInfo, stored_parameters
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import load_base
 from mlx_lora.trainer.optimizer import build_optimizer
-from mlx_lora.trainer.step import Step
+from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils.errors import InputError
 
 STEPS = 30
@@ -38,7 +38,7 @@ def trained(model, settings=SETTINGS, rate=2e-2):
     """Train and return losses, the ranks that are on after each step, and the events."""
     optimizer = build_optimizer(OptimizerSettings(learning_rate=rate, lr_schedule="constant", warmup=0.0), STEPS)
     loss = choose_loss(model, TINY).train
-    step = Step(model, optimizer, loss, 1.0, events=make_events(settings, model, STEPS, seed=0))
+    step = Step(model, optimizer, loss, 1.0, StepOptions(events=make_events(settings, model, STEPS, seed=0)))
     losses, on = [], []
     for b in batches():
         result = step([b])
@@ -168,7 +168,11 @@ def test_the_penalty_takes_no_memory_to_speak_of():
         adapt_model(model, settings, seed=1)
         optimizer = build_optimizer(OptimizerSettings(learning_rate=1e-3), STEPS)
         step = Step(
-            model, optimizer, choose_loss(model, TINY).train, 1.0, events=make_events(settings, model, STEPS, seed=0)
+            model,
+            optimizer,
+            choose_loss(model, TINY).train,
+            1.0,
+            StepOptions(events=make_events(settings, model, STEPS, seed=0)),
         )
         mx.synchronize()
         mx.clear_cache()

@@ -19,7 +19,7 @@ from mlx_lora.kernels.table import training_kernels
 from mlx_lora.losses.cross_entropy import Arrays, plain_loss
 from mlx_lora.trainer.gradient_checkpointing import Checkpointed, apply_checkpointing, checkpoint_blocks
 from mlx_lora.trainer.optimizer import build_optimizer
-from mlx_lora.trainer.step import Step
+from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import device
 
 
@@ -91,7 +91,7 @@ def test_compiled_steps_give_the_same_factors(mode):
         build_optimizer(OptimizerSettings(learning_rate=1e-2, lr_schedule="constant", warmup=0.0), 20),
         plain_loss,
         1.0,
-        tape.attend,
+        StepOptions(tape.attend),
     )
     for s in range(3):
         a, b = step([batch(2, 11, seed=s)]), other([batch(2, 11, seed=s)])

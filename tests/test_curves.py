@@ -16,7 +16,7 @@ from mlx_lora.kernels.attention import tiled_attention
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import load_base
 from mlx_lora.trainer.optimizer import build_optimizer
-from mlx_lora.trainer.step import Step
+from mlx_lora.trainer.step import Step, StepOptions
 
 # PEFT calls what transformers has deprecated.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -47,7 +47,9 @@ def ours(folder, method: str):
         OptimizerSettings(learning_rate=RATES[method], lr_schedule="constant", warmup=0.0), STEPS
     )
     loss = choose_loss(base.model, base.config).train
-    step = Step(base.model, optimizer, loss, 1.0, tiled_attention, rate_of=rates_of(AdapterSettings(method=method)))
+    step = Step(
+        base.model, optimizer, loss, 1.0, StepOptions(tiled_attention, rate_of=rates_of(AdapterSettings(method=method)))
+    )
     losses = []
     for b in batches():
         result = step([b])

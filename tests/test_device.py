@@ -15,7 +15,7 @@ from mlx_lora.losses.cross_entropy import PLAIN, plain_loss
 from mlx_lora.objectives.base import BoundObjective
 from mlx_lora.parallel.ranks import SeveralRanks
 from mlx_lora.trainer.evaluate import mean_loss
-from mlx_lora.trainer.step import Step
+from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import device
 
 
@@ -54,7 +54,7 @@ def test_waiting_leaves_nothing_under_way_and_the_same_factors(monkeypatch):
     monkeypatch.setattr(mx, "async_eval", lambda *arrays: (submitted.append(arrays), real(*arrays)))
     plain, waiting = adapted(), adapted()
     step = make_step(plain)
-    patient = Step(waiting, make_step(waiting).optimizer, plain_loss, 1.0, wait=True)
+    patient = Step(waiting, make_step(waiting).optimizer, plain_loss, 1.0, StepOptions(wait=True))
     batches = [batch(2, 9, seed) for seed in range(2)]
     patient(batches)
     assert not submitted
@@ -67,7 +67,7 @@ def test_waiting_leaves_nothing_under_way_and_the_same_factors(monkeypatch):
 def test_the_flag_reaches_the_step_and_the_header(flag, tiny_folder, chats, tmp_path, monkeypatch):
     waits = []
     real = Step.__init__
-    monkeypatch.setattr(Step, "__init__", lambda self, *a, **k: (waits.append(k["wait"]), real(self, *a, **k))[1])
+    monkeypatch.setattr(Step, "__init__", lambda self, *a, **k: (waits.append(a[4].wait), real(self, *a, **k))[1])
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     arguments = ["--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "out", "--iters", 1]
     ran = run("train", *arguments, "--short-buffers" if flag else "--no-short-buffers")

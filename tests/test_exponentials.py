@@ -28,7 +28,7 @@ from mlx_lora.losses.fused import fused_token_losses
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.optimizer import build_optimizer
-from mlx_lora.trainer.step import Step
+from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import device
 
 pytestmark = pytest.mark.skipif(not exponentials.usable(mx.zeros(1)), reason="mlx does not compile on a CPU here")
@@ -200,7 +200,7 @@ def test_a_step_is_the_same_compiled_and_not_and_near_the_other_kernels(mode, mo
             tape = apply_checkpointing(model, mode)
             loss = head_loss(find_head(model, TINY), POLYNOMIAL if choose is polynomial else TILES, 1 << 20)
             optimizer = build_optimizer(OptimizerSettings(learning_rate=1e-3), 20)
-            step = Step(model, optimizer, loss.train, 1.0, tape.attend if tape else attend, choose=choose)
+            step = Step(model, optimizer, loss.train, 1.0, StepOptions(tape.attend if tape else attend, choose=choose))
             for seed in range(2):
                 mx.eval(step([batch(2, 70, seed)]), step.state)
             return mx.array(factors(model))

@@ -28,7 +28,7 @@ from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import Arrays, plain_loss
 from mlx_lora.models.load import load_base
 from mlx_lora.trainer.optimizer import build_optimizer
-from mlx_lora.trainer.step import Step
+from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils.errors import InputError
 
 RANK = 4
@@ -64,7 +64,7 @@ def train_steps(model: nn.Module, settings: AdapterSettings, steps: int, rate: f
         restart_warmup(settings, steps),
     )
     loss = choose_loss(model, TINY).train
-    step = Step(model, optimizer, loss, 1.0, events=make_events(settings, model, steps, seed=1))
+    step = Step(model, optimizer, loss, 1.0, StepOptions(events=make_events(settings, model, steps, seed=1)))
     results = [step([batch(3, 17, seed=number % 4)]) for number in range(steps)]
     return [result.loss_sum.item() / result.count.item() for result in results]
 

@@ -26,7 +26,7 @@ from mlx_lora.objectives.prefix_sharing import joined
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.trainer.optimizer import build_optimizer
-from mlx_lora.trainer.step import Step
+from mlx_lora.trainer.step import Step, StepOptions
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -75,10 +75,7 @@ def ours(
     initial = {name: np.array(value) for name, value in adapter_parameters(base.model).items()}
     task = objective.bind(loss, base.model)
     optimizer = build_optimizer(OptimizerSettings(learning_rate=rate, lr_schedule="constant", warmup=0.0), STEPS)
-    step = Step(
-        base.model, optimizer, task.loss.train, 1.0, prepare=lambda batches: task.prepare(batches, ALONE),
-        arrays_of=task.arrays_of, reports=task.reports,
-    )  # fmt: skip
+    step = Step(base.model, optimizer, task.loss.train, 1.0, StepOptions(prepare=lambda batches: task.prepare(batches, ALONE), arrays_of=task.arrays_of, reports=task.reports))  # fmt: skip
     if shared:
         rotate_by_token(base.model)
     plan = BatchPlan(joined(rows) if shared else rows, batch_tokens=400, batch_size=4, seed=0)

@@ -20,7 +20,7 @@ from mlx_lora.exporters.adapter_folder import AdapterInfo, stored_parameters
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import Arrays, plain_loss
 from mlx_lora.trainer.optimizer import build_optimizer
-from mlx_lora.trainer.step import Step
+from mlx_lora.trainer.step import Step, StepOptions
 
 STEPS, EVERY, RATE = 20, 6, 5e-3
 
@@ -35,7 +35,9 @@ def make_step(model: nn.Module, of: AdapterSettings, optimizer: str = "adamw", c
         OptimizerSettings(optimizer=optimizer, learning_rate=RATE, lr_schedule="constant", warmup=0.0),
         STEPS, restart_every(of, STEPS), restart_warmup(of, STEPS),
     )  # fmt: skip
-    return Step(model, built, choose_loss(model, TINY).train, 1.0, events=make_events(of, model, STEPS, seed=1))
+    return Step(
+        model, built, choose_loss(model, TINY).train, 1.0, StepOptions(events=make_events(of, model, STEPS, seed=1))
+    )
 
 
 def losses_of(step: Step) -> list[float]:

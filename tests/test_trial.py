@@ -22,7 +22,7 @@ from mlx_lora.losses.check import choose_loss, choose_step_variant
 from mlx_lora.losses.cross_entropy import PLAIN, Arrays, plain_loss
 from mlx_lora.models.folder import is_foreign
 from mlx_lora.planner.memory import tile_shape
-from mlx_lora.trainer.step import Step
+from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 
@@ -76,7 +76,7 @@ def test_what_a_model_computes_on_its_way_does_not_stop_or_mislead_the_step(kind
     (expected, count), grads = nn.value_and_grad(model, plain_loss)(model, *Arrays.of(batch))
     expected, count = expected.item(), count.item()
     norm = mx.sqrt(sum(mx.square(g).sum() for _, g in tree_flatten(grads))).item() / count
-    step = Step(model, optim.SGD(0.1), variant.loss.train, 0.0, variant.attend, compiled=variant.compiled)
+    step = Step(model, optim.SGD(0.1), variant.loss.train, 0.0, StepOptions(variant.attend, compiled=variant.compiled))
     found = step([batch])
     assert found.loss_sum.item() == pytest.approx(expected, rel=1e-4)
     assert found.grad_norm.item() == pytest.approx(norm, rel=1e-3)

@@ -22,7 +22,7 @@ from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.trainer.evaluate import mean_loss
 from mlx_lora.trainer.optimizer import build_optimizer
-from mlx_lora.trainer.step import Step
+from mlx_lora.trainer.step import Step, StepOptions
 
 CASES = {
     "orpo": {},
@@ -112,10 +112,7 @@ def test_a_step_does_not_depend_on_its_micro_batches(case, model):
         model.load_weights(list(initial.items()), strict=False)
         task = objective(case).bind(choose_loss(model, TINY), model)
         optimizer = build_optimizer(OptimizerSettings(learning_rate=1e-2, lr_schedule="constant", warmup=0.0), 1)
-        step = Step(
-            model, optimizer, task.loss.train, 0.0, prepare=lambda batches, task=task: task.prepare(batches, ALONE),
-            arrays_of=task.arrays_of, reports=task.reports,
-        )  # fmt: skip
+        step = Step(model, optimizer, task.loss.train, 0.0, StepOptions(prepare=lambda batches, task=task: task.prepare(batches, ALONE), arrays_of=task.arrays_of, reports=task.reports))  # fmt: skip
         result = step(list(BatchPlan(rows, batch_tokens=4096, batch_size=size, seed=0).batches()))
         ends.append(((result.loss_sum / result.count).item(), result.grad_norm.item()))
     assert ends[0] == pytest.approx(ends[1], rel=1e-5)
