@@ -36,7 +36,7 @@ from mlx_lora.reports.diagnosis import (
     OVER_FITTED,
     TOO_FEW_STEPS,
     UNCHANGED,
-    RunContext,
+    VerdictContext,
     diagnose,
     evidence_of,
 )
@@ -134,7 +134,7 @@ def judged(found: dict[str, Any]) -> str:
     records += [{"step": step, "loss": None, "val_loss": loss} for step, loss in found["held_out"]]
     rows = {int(step): RowLosses(np.array(sums), np.array(tokens)) for step, (sums, tokens) in found["rows"].items()}
     texts = [(before, after) for before, after in found["texts"]]
-    context = RunContext(
+    context = VerdictContext(
         None, rows, texts, held_out_rows=found["held_out_rows"], near_duplicates=found["near_duplicates"]
     )
     return diagnose(evidence_of(records, found["held_out"][-1][0], context)).name

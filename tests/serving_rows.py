@@ -8,9 +8,9 @@ from byte_tokenizer import byte_tokenizer
 
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.adapter_store import Source
+from mlx_lora.serving.adapter_store import AdapterSource
+from mlx_lora.serving.batch import Sampling
 from mlx_lora.serving.engine import Engine, Limits, Request
-from mlx_lora.serving.sampling import Sampling
 
 PROMPT = "O Romeo, wherefore art thou"
 GREEDY = Sampling(temperature=0)
@@ -45,7 +45,7 @@ class Answer:
 
 def started(folder, named=(), **limits) -> Engine:
     engine = Engine(lambda: load_base(ModelSettings(model=str(folder))), Limits(**limits))
-    engine.call(lambda store: store.add({name: Source(path) for name, path in dict(named).items()})).result(60)
+    engine.call(lambda store: store.add({name: AdapterSource(path) for name, path in dict(named).items()})).result(60)
     return engine
 
 

@@ -33,9 +33,8 @@ def ours(settings: dict[str, Any]) -> Callable[[int, int], Answer]:
     from mlx_lora.api.base import generated
     from mlx_lora.config.load import train_settings
     from mlx_lora.models.load import load_base
-    from mlx_lora.serving.batch import Batch, Prefill, Row
+    from mlx_lora.serving.batch import BatchRow, Prefill, RunningBatch, Sampler, Sampling
     from mlx_lora.serving.pools import Routing
-    from mlx_lora.serving.sampling import Sampler, Sampling
 
     base = load_base(train_settings(settings).model)
     base.tokenizer._eos_token_ids = set()
@@ -53,9 +52,9 @@ def ours(settings: dict[str, Any]) -> Callable[[int, int], Answer]:
         if rows == 1:
             *_, last = generated(base, prompts[0], tokens, lambda logprobs: mx.argmax(logprobs, axis=-1))
             return of_response(last)
-        batch = Batch(model, Routing())
+        batch = RunningBatch(model, Routing())
         for prompt in prompts:
-            prefill = Prefill(model, Routing(), Row(None, None, Sampler(Sampling(temperature=0), 1)), prompt, None)
+            prefill = Prefill(model, Routing(), BatchRow(None, None, Sampler(Sampling(temperature=0), 1)), prompt, None)
             prefill.advance(len(prompt))
             batch.join(prefill)
         batch.step()

@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from mlx_lora.models.convert import convert_model
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.reports.run_report import REPORT_FILE, has_ended
+from mlx_lora.reports.run_report import REPORT_FILE, has_ended, read_records
 from mlx_lora.trainer.adapter import put_adapter
 from mlx_lora.trainer.checkpoint import numbered
 from mlx_lora.trainer.evaluate import held_out_loss
@@ -48,7 +48,6 @@ from mlx_lora.utils.downloads import SMOLLM2_GGUF, embedded_model
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
 from mlx_lora.utils.hub import model_file, resolve_model
-from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.progress import screen_taken
 from mlx_lora.utils.text import counted, format_duration
 
@@ -285,21 +284,21 @@ class DemoScreen:
         self._spinner = Spinner("dots", style="cyan")
         self._notice = ""
 
-    def _note(self, line: str) -> None:
-        """Show a line below the stages; a signal handler may call this."""
-        self._notice = line
-
     @contextmanager
     def stages(self, stages: Sequence[Stage], out: Path) -> Iterator[None]:
         """Introduce the stages, and show them until the block ends."""
         self._rows = [_Row(stage) for stage in stages]
         minutes = round(sum(stage.usual_s for stage in stages) / 60)
         self._log.print(f"\n{INTRO}", style="bold" if self._terminal else None)
-        self._line(
+        self.say(
             f"{len(stages)} stages, about {minutes} minutes on two CPU cores. Everything is written to {shlex.quote(str(out))}.\n"
         )
-        live = Live(get_renderable=self._table, console=self._log, refresh_per_second=8) if self._terminal else None
-        with live or nullcontext(), screen_taken(self._note) if live else nullcontext():
+        if not self._terminal:
+            yield
+            return
+        live = Live(get_renderable=self._table, console=self._log, refresh_per_second=8)
+        # A signal handler may show a line below the stages.
+        with live, screen_taken(lambda line: setattr(self, "_notice", line)):
             yield
 
     @contextmanager
@@ -309,12 +308,12 @@ class DemoScreen:
         place = f"{number + 1}/{len(self._rows)}"
         row.started = time.perf_counter()
         if not self._terminal:
-            self._line(f"{place} {row.stage.name} (about {format_duration(row.stage.usual_s)})")
+            self.say(f"{place} {row.stage.name} (about {format_duration(row.stage.usual_s)})")
 
         def done(words: str) -> None:
             row.spent, row.words = time.perf_counter() - (row.started or 0), words
             if not self._terminal:
-                self._line(f"{place} done in {format_duration(row.spent)}: {words}")
+                self.say(f"{place} done in {format_duration(row.spent)}: {words}")
 
         try:
             yield done
@@ -328,11 +327,7 @@ class DemoScreen:
         if self._terminal:
             next(row for row in self._rows if row.spent is None).words = line
         else:
-            self._line(line)
-
-    def say(self, line: str) -> None:
-        """Print a line whole, because it may end with a command to copy."""
-        self._line(line)
+            self.say(line)
 
     def training(self, run_folder: Path, total_steps: int, taken: int = 0) -> Callable[[str], None]:
         """Follow a run by its metrics.jsonl; return a function that takes the run's own lines, which are not shown.
@@ -359,7 +354,7 @@ class DemoScreen:
             if record and record["step"] * PLAIN_REPORTS // total_steps > told:
                 told = record["step"] * PLAIN_REPORTS // total_steps
                 ending = _left(record, total_steps, taken)
-                self._line(f"    {_progress_words(record, total_steps)}{ending and ', '}{ending}")
+                self.say(f"    {_progress_words(record, total_steps)}{ending and ', '}{ending}")
 
         self._follow = follow
         return lines
@@ -397,8 +392,8 @@ class DemoScreen:
     def _columns(self) -> int:
         return min(self._log.width, self._out.width, MOST_COLUMNS)
 
-    def _line(self, text: str) -> None:
-        """Print a plain line whole, however long."""
+    def say(self, text: str) -> None:
+        """Print a plain line whole, however long: it may end with a command to copy."""
         self._log.print(Text(text), soft_wrap=True)
 
     def _table(self) -> RenderableType:
@@ -431,18 +426,7 @@ class DemoScreen:
 
 def newest_report(metrics: Path) -> dict[str, Any] | None:
     """Return the last complete record of a metrics.jsonl that has a training loss, None if there is none."""
-    try:
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            record = parse_json(line)
-        except ValueError:  # being written
-            continue
-        if isinstance(record, dict) and record.get("loss") is not None:
-            return record
-    return None
+    return next((one for one in reversed(read_records(metrics)) if one.get("loss") is not None), None)
 
 
 def called_as() -> str:

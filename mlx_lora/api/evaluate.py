@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -44,8 +44,7 @@ from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.agreement import check_one_run
 from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.reports.evaluation import MODELS, SHORT_WORDS
-from mlx_lora.reports.run_report import Sample, read_facts
+from mlx_lora.reports.run_report import MODELS, SHORT_WORDS, Sample, read_facts
 from mlx_lora.trainer.adapter import adapter_template, put_adapter
 from mlx_lora.trainer.evaluate import RowLosses, held_out_loss, held_out_plan, mean_loss, paired_change
 from mlx_lora.trainer.fit import share_among
@@ -112,7 +111,7 @@ def evaluate(
     folder = None if adapter is None else resolve_adapter(os.fspath(adapter), None)
     resolved = with_columns_of_run(resolved, settings, folder)
     with base.loaded.lent() as lent:
-        found = measure_loss(resolved, lent, folder, ignore_fingerprint, batch_tokens, show=show)
+        found = measure_loss(resolved, lent, EvaluationRequest(folder, ignore_fingerprint, batch_tokens, show))
     return found | {"adapter_path": None if adapter is None else os.fspath(adapter), "data": source}
 
 
@@ -126,47 +125,53 @@ def check_adapter(settings: TrainSettings, adapter: PathLike | None) -> None:
         raise InputError("--objective reward without --adapter-path: no score head; give a reward model's adapter")
 
 
-def measure_loss(
-    settings: TrainSettings,
-    base: Base,
-    adapter: Path | None,
-    ignore_fingerprint: bool = False,
-    batch_tokens: int | None = None,
-    ranks: Ranks = ALONE,
-    show: int | None = 0,
-    stopped: Callable[[], bool] = never,
-    held_out: bool = False,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What is measured besides data and objective.
+
+    Attributes:
+        adapter: folder to put on the model; None: the base alone is measured.
+        ignore_fingerprint: as for load_adapter.
+        batch_tokens: positions per batch; None: the default.
+        show: rows of which to ask the questions; None: a few, if the rows have questions.
+        held_out: measure the rows that the adapter's run held out, and not --data.
+        stopped: asked whether to end with what is measured so far; the result then has `partial`.
+    """
+
+    adapter: Path | None = None
+    ignore_fingerprint: bool = False
+    batch_tokens: int | None = None
+    show: int | None = 0
+    held_out: bool = False
+    stopped: Callable[[], bool] = never
+
+
+def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Return what `evaluate` returns, without adapter_path and data.
 
     Args:
         settings: data and objective.
         base: the model; it gets the adapter.
-        adapter: folder to put on the model.
-        ignore_fingerprint: as for load_adapter.
-        batch_tokens: positions per batch; None: the default.
+        asked: what else is asked.
         ranks: that share the base, if the settings say so.
-        show: rows of which to ask the questions; None: a few, if the rows have questions.
-        stopped: asked whether to end with what is measured so far; the result then has `partial`.
-        held_out: measure the rows that the adapter's run held out, and not --data.
 
     Raises:
         InputError: adapter or data that cannot be used.
     """
-    objective = objective_of(settings.objective)
+    objective, adapter = objective_of(settings.objective), asked.adapter
     if objective.reference and settings.loop.shard_base != "off":
         raise InputError(
             f"--objective {settings.objective.objective} with --shard-base: the reference is the whole base without the "
             "adapter; leave out one of the two"
         )
-    settings = replace(settings, loop=replace(settings.loop, batch_tokens=batch_tokens, test_batches=-1))
+    settings = replace(settings, loop=replace(settings.loop, batch_tokens=asked.batch_tokens, test_batches=-1))
     data = settings.data
     if not data.chat_template and (template := adapter_template(adapter)):
         base.hf_tokenizer.chat_template = template
     ctx = RunContext(settings, objective, base, ranks, trains=False)
     objective.open(ctx)  # before an adapter is on the base
     prompt = read_teacher_prompt(settings.objective.teacher_prompt)
-    if held_out and adapter:
+    if asked.held_out and adapter:
         rows, trained = held_out_rows(adapter, base.hf_tokenizer)
     else:
         rows, trained = load_eval_set(data.data or "", data, base.hf_tokenizer, objective.records, prompt), None
@@ -174,11 +179,10 @@ def measure_loss(
     rows = objective.targets_of(rows)
     if compares(settings):
         near = {"near_training": _near_training(adapter, base, rows, trained)} if adapter else {}
-        asked = questions_of(rows, show)
-        return _compared(settings, base, adapter, rows, ignore_fingerprint, asked, stopped) | near
+        return _compared(settings, base, rows, asked) | near
     rows = objective.compare(ctx, {"rows": rows})["rows"]  # before the adapter: the base may be the teacher
     if adapter:
-        put_adapter(base, adapter, data, objective, ignore_fingerprint)
+        put_adapter(base, adapter, data, objective, asked.ignore_fingerprint)
     ctx.settings, shared = share_among(settings, base, ranks)
     if shared.words:
         log.info(shared.words)
@@ -222,22 +226,14 @@ def _near_training(adapter: Path, base: Base, rows: EncodedSet, trained: Encoded
     return asdict(seen)
 
 
-def _compared(
-    settings: TrainSettings,
-    base: Base,
-    adapter: Path | None,
-    rows: EncodedSet,
-    ignore_fingerprint: bool,
-    asked: Sequence[int],
-    stopped: Callable[[], bool],
-) -> dict[str, Any]:
+def _compared(settings: TrainSettings, base: Base, rows: EncodedSet, asked: EvaluationRequest) -> dict[str, Any]:
     """Measure base and adapter on the same rows, and ask both what some rows ask."""
-    models = {BASE: base}
-    if adapter:
+    models, objective, questions = {BASE: base}, objective_of(settings.objective), questions_of(rows, asked.show)
+    if asked.adapter:
         models = {BASE: without_adapter(base), ADAPTER: base}
-        put_adapter(base, adapter, settings.data, objective_of(settings.objective), ignore_fingerprint)
-    found, whole = measure_rows(models, rows, settings.loop, objective_of(settings.objective), stopped)
-    examples, answered = ask(models, rows, asked, stopped) if asked and whole else ([], whole)
+        put_adapter(base, asked.adapter, settings.data, objective, asked.ignore_fingerprint)
+    found, whole = measure_rows(models, rows, settings.loop, objective, asked.stopped)
+    examples, answered = ask(models, rows, questions, asked.stopped) if questions and whole else ([], whole)
     result = Compared(found, whole and answered, examples).to_dict()
     measured = next(iter(found.values())).tokens if found else []
     counts = {"supervised_tokens": int(sum(measured)), "rows": len(measured)}
@@ -317,13 +313,12 @@ def measure_rows(
             if measured is not None:
                 found[name].append(measured)
     done = sum(len(one.tokens) for one in next(iter(found.values())))
-    joined = {name: _joined(parts) for name, parts in found.items() if parts}
+    joined = {
+        name: RowLosses(*(np.concatenate([getattr(part, of) for part in parts]) for of in ("sums", "tokens")))
+        for name, parts in found.items()
+        if parts
+    }
     return joined, done == int((rows.supervised_counts > 0).sum())
-
-
-def _joined(parts: Iterable[RowLosses]) -> RowLosses:
-    parts = list(parts)
-    return RowLosses(np.concatenate([p.sums for p in parts]), np.concatenate([p.tokens for p in parts]))
 
 
 def questions_of(rows: EncodedSet, most: int | None) -> list[int]:

@@ -26,7 +26,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from itertools import takewhile
 from pathlib import Path
@@ -50,7 +50,7 @@ from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.reports.charts import COMMON, Bar, bar_chart, perplexity, render_page
 from mlx_lora.trainer.report_callback import greedy_text
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replacing_file
+from mlx_lora.utils.files import replace_text
 from mlx_lora.utils.progress import tracked
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ PROBE_TOKENS = 24
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeQuestion:
     """A question with a known answer, and each model's answer.
 
     Attributes:
@@ -96,7 +96,7 @@ class Forgetting:
     adapters: dict[str, str]
     sets: dict[str, dict[str, Drift]]
     sources: dict[str, str]
-    probes: list[Probe]
+    probes: list[ProbeQuestion]
 
     def right(self, name: str) -> int:
         """Return the number of probes that a model (such as `base`) got right."""
@@ -129,30 +129,33 @@ class Forgetting:
         return {"model": self.base, "adapters": self.adapters, "sets": sets, "probes": probes}
 
 
-def measure_forgetting(
-    base: Base,
-    folders: Sequence[Path],
-    settings: DataSettings,
-    general: dict[str, str],
-    ignore_fingerprint: bool,
-    batch_tokens: int | None,
-    stopped: Callable[[], bool] = never,
-) -> Forgetting:
-    """Measure every adapter against the base.
+@dataclass(frozen=True)
+class ForgettingRequest:
+    """What is measured.
 
-    Args:
-        base: unadapted; it is not changed.
-        folders: of adapters.
-        settings: of the task's data; its template and lengths are used for the general sets as well.
+    Attributes:
+        task: the task's data; its template and lengths are used for the general sets as well.
         general: set -> file or id, instead of the package's.
         ignore_fingerprint: as for load_adapter.
         batch_tokens: positions per batch; None: the default.
         stopped: asked before each batch and question whether to end; a set that was begun is of the batches so far.
+    """
+
+    task: DataSettings
+    general: Mapping[str, str] = field(default_factory=dict)
+    ignore_fingerprint: bool = False
+    batch_tokens: int | None = None
+    stopped: Callable[[], bool] = never
+
+
+def measure_forgetting(base: Base, folders: Sequence[Path], asked: ForgettingRequest) -> Forgetting:
+    """Measure the adapters in some folders against the base, which is unadapted and is not changed.
 
     Raises:
         InputError: an adapter does not fit, adapters have different templates, or data have no trained token.
     """
-    models, adapters, template = _put_adapters(base, folders, ignore_fingerprint)
+    settings, general, stopped = asked.task, asked.general, asked.stopped
+    models, adapters, template = _put_adapters(base, folders, asked.ignore_fingerprint)
     if template and not settings.chat_template:
         base.hf_tokenizer.chat_template = template
     sources = {TASK: settings.data, TEXT: GENERAL / "text.jsonl", CHAT: GENERAL / "chat.jsonl", **general}
@@ -164,7 +167,7 @@ def measure_forgetting(
         chosen = settings if where == TASK else without_names(settings)
         rows = load_eval_set(str(source), chosen, base.hf_tokenizer)
         check_token_ids(base, int(rows.tokens.max(initial=0)), str(source))
-        plan = BatchPlan(rows, batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
+        plan = BatchPlan(rows, batch_tokens=asked.batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
         log.info(f"Measuring the set '{where}': {int(rows.supervised_counts.sum())} tokens in {len(rows)} rows")
         try:
             begun = takewhile(lambda _: not stopped(), plan.batches())
@@ -223,7 +226,7 @@ def ask_probes(
     models: dict[str, Base],
     template: str | None,
     stopped: Callable[[], bool] = never,
-) -> list[Probe]:
+) -> list[ProbeQuestion]:
     """Ask every model every probe question.
 
     Args:
@@ -240,7 +243,7 @@ def ask_probes(
         for name, model in models.items():
             tokens = encode_prompt(model.hf_tokenizer, prompt, template)
             said[name] = greedy_text(model, tokens, PROBE_TOKENS).strip()
-        probes.append(Probe(prompt, tuple(row["answers"]), said))
+        probes.append(ProbeQuestion(prompt, tuple(row["answers"]), said))
     return probes
 
 
@@ -407,13 +410,12 @@ def _standard_error(values: np.ndarray, rows: np.ndarray) -> float:
 # The page
 
 
-def write_page(path: Path, facts: dict[str, Any], thresholds: tuple[float, float], command: str, device: str) -> None:
+def write_page(path: Path, facts: dict[str, Any], command: str, device: str) -> None:
     """Write the page.
 
     Args:
         path: its file; replaced atomically.
         facts: Forgetting.to_dict().
-        thresholds: the largest rises in loss for the verdicts kept, and slightly forgotten.
         command: the command that measured it.
         device: a line about the machine.
     """
@@ -426,7 +428,7 @@ def write_page(path: Path, facts: dict[str, Any], thresholds: tuple[float, float
         badges=badges(facts),
         charts=charts(facts),
         rows=verdict_rows(facts),
-        small=thresholds,
+        small=(NO_CHANGE, SMALL_CHANGE),
         sources={where: one["source"] for where, one in facts["sets"].items()},
         probes=[
             {"question": probe["question"], "said": [(probe["said"][n], probe["right"][n]) for n in ("base", *names)]}
@@ -436,8 +438,7 @@ def write_page(path: Path, facts: dict[str, Any], thresholds: tuple[float, float
         device=device,
         date=date.today().isoformat(),
     )
-    with replacing_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    replace_text(path, page)
 
 
 def verdict_rows(facts: dict[str, Any]) -> list[dict[str, str]]:

@@ -9,16 +9,24 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mlx_lora.api.base import Base, PathLike
 from mlx_lora.api.errors import speaks_python
-from mlx_lora.api.predict import DataSize, planned_trunk, predict
 from mlx_lora.api.train import data_source, plain
-from mlx_lora.config.defaults import batch_tokens_for, length_problem, rate_problem, with_learning_rate, with_length
+from mlx_lora.config.defaults import (
+    DataFacts,
+    batch_tokens_for,
+    length_problem,
+    rate_problem,
+    with_learning_rate,
+    with_length,
+)
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ROWS, TrainSettings
 from mlx_lora.data.files import TINY_SHAKESPEARE, find_sets, find_splits, is_dataset_id, is_local, named_sets
@@ -40,17 +48,20 @@ from mlx_lora.planner.chips import CHIPS, Chip, find_chip, known_chip
 from mlx_lora.planner.fit import (
     AUTO_MODES,
     Fitted,
+    Prompts,
+    Shapes,
     advice,
     budget_of,
     fit,
+    largest_batch,
     largest_batch_size,
     largest_sequence,
     run_of,
 )
 from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.shapes import Machine, ModelShape
-from mlx_lora.planner.speed import Ceilings, listed_ceilings
+from mlx_lora.planner.shapes import Machine, ModelShape, Run
+from mlx_lora.planner.speed import Ceilings, count_step, forward_seconds, listed_ceilings, plan_trunk, step_seconds
 from mlx_lora.trainer.checkpoint import Checkpoint
 from mlx_lora.trainer.evaluate import choose_held_out
 from mlx_lora.trainer.fit import (
@@ -64,6 +75,7 @@ from mlx_lora.trainer.fit import (
     training_plan,
     with_kernels,
 )
+from mlx_lora.trainer.frozen_prefix import free_bytes, rows_problem
 from mlx_lora.trainer.run import check_request, check_test_split, wants_training
 from mlx_lora.trainer.run_folder import check_continuation, find_checkpoint, first_day
 from mlx_lora.trainer.trainer import total_steps
@@ -75,6 +87,11 @@ from mlx_lora.utils.text import gigabytes
 
 log = logging.getLogger(__name__)
 
+# What a plan's JSON has of the settings and of a MemoryPlan.
+CHOSEN = (
+    "learning_rate", "epochs", "iters", "early_stopping_patience", "max_seq_length", "method", "rank", "optimizer", "dtype",
+)  # fmt: skip
+MEMORY_FACTS = ("fits", "peak_bytes", "parts", "cache_bytes", "needed_bytes", "budget_bytes", "phase", "phases")
 CHARACTERS_PER_TOKEN = 4  # about, in English; for the number of tokens in a data file
 
 
@@ -163,85 +180,37 @@ def plan_run(
     outline, shape = parts.shape(settings, dtype, kernels)
     machine = with_kernels(settings, shape, machine, kernels)
     splits = read(outline) if read else local_data(settings, outline)
+    size = None
     if splits is not None:
         check_splits(settings, splits, outline)
-    settings, size = measure_data(settings, splits, outline, shape)
-    if size is not None:
-        settings = dataclasses.replace(
-            settings, data=dataclasses.replace(settings.data, max_seq_length=max(2, size.longest))
-        )
-    warning = rate_problem(settings, shape.model_type, shape.width)
+        settings, size = measure_data(settings, splits, outline, shape)
+        settings = replace(settings, data=replace(settings.data, max_seq_length=max(2, size.longest)))
+        shape = replace(shape, trained_share=size.trained_share)
+    problems = [rate_problem(settings, shape.model_type, shape.width)]
     settings = with_learning_rate(settings, shape.model_type, shape.width)
-    settings_of_base = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
-    if size is not None:
-        shape = dataclasses.replace(shape, trained_share=size.trained_share)
-    result = plan_for(settings, shape, machine, ceilings, size)
-    result["steps"], result["validation"], problems = settings.loop.iters, None, [warning]
-    if splits is not None and size is not None:
-        chosen = with_length(settings, result["settings"]["batch_tokens"], size.facts)
-        result["steps"], result["validation"], per_epoch = steps_and_validation(chosen, splits, identity)
+    planned = MachinePlan(settings, shape, machine, ceilings, size)
+    result = planned.to_dict()
+    result["steps"], result["validation"] = settings.loop.iters, None
+    if splits is not None:
+        result["steps"], result["validation"], per_epoch = steps_and_validation(planned.chosen, splits, identity)
         problems.append(length_problem(settings, result["steps"], per_epoch))
     result["warnings"] = [problem for problem in problems if problem]
     if not result["fits"]:
-        width, rows = settings.data.max_seq_length - 1, size and size.rows
-        quantized = lambda: quantized_shape(outline, settings_of_base, kernels)  # noqa: E731
-        prompts = size.prompts if size else ()
-        result["advice"] = advice(settings, shape, machine, width, quantized, rows, prompts)
+        of_base = replace(settings, model=replace(settings.model, dtype=dtype))
+        quantized = lambda: quantized_shape(outline, of_base, kernels)  # noqa: E731
+        rows, prompts = size and size.rows, size.prompts if size else ()
+        result["advice"] = advice(settings, shape, machine, planned.width, quantized, rows, prompts)
     if all_chips:
         if machine.backend != "metal" or kernels is None:
             outline = outline_for(settings.model, device.compute_dtype("bfloat16"))
-            shape = dataclasses.replace(outlined_shape(outline, settings, elsewhere), trained_share=shape.trained_share)
-        result["chips"] = list(for_all_chips(settings, shape, size))
+            shape = replace(outlined_shape(outline, settings, elsewhere), trained_share=shape.trained_share)
+        number_bytes = 4 if settings.model.dtype == "float32" else 2
+        result["chips"] = [
+            MachinePlan(settings, shape, one.machine(gib, number_bytes), listed_ceilings(one, number_bytes), size).chip_row(one)
+            for one in CHIPS
+            for gib in one.memory_gib
+        ]  # fmt: skip
     return result
-
-
-def measure_data(
-    settings: TrainSettings, splits: DataSplits | None, outline: Outline, shape: ModelShape
-) -> tuple[TrainSettings, DataSize | None]:
-    """Return the size of the data in tokens; None without data.
-
-    The settings come back with --shared-prefix on where all answers to a prompt would share its row.
-    """
-    if splits is None:
-        return settings, None
-    objective = objective_of(settings.objective)
-    rows = objective.targets_of(splits.train)
-    parts = [part for part in (splits.train, splits.valid, splits.test) if part is not None]
-    asked = settings.objective.shared_prefix
-    several = objective.records == "pairs" or objective.policy is not None
-    if several and layout_problem(asked, outline.model, shape, rows) is None:
-        settings = dataclasses.replace(settings, objective=dataclasses.replace(settings.objective, shared_prefix="on"))
-        rows, parts = joined(rows), [joined(part) for part in parts]
-    longest, measured = int(rows.lengths.max(initial=2)), sum(len((part.teacher or part).tokens) for part in parts)
-    prompts = prompts_of(settings.objective, rows)
-    facts = data_facts(rows, splits.valid)
-    share = trained_share(settings.objective, rows)
-    shapes = batch_shapes(settings, rows, facts)
-    size = DataSize(
-        len(rows), longest, len(rows.tokens), rows.supervised_tokens, measured, prompts, facts, share, shapes
-    )
-    return settings, size
-
-
-def steps_and_validation(
-    settings: TrainSettings, splits: DataSplits, identity: Mapping[str, Any] | None
-) -> tuple[int, dict[str, Any], float]:
-    """Return the run's steps, how much it validates on, how often and why, and the steps of one epoch.
-
-    Args:
-        settings: of the run with nothing open, and with --shared-prefix on where prompts are shared.
-        splits: its data.
-        identity: as for `plan_run`.
-    """
-    objective, loop = objective_of(settings.objective), settings.loop
-    splits = splits.changed(lambda sets: {name: objective.targets_of(rows) for name, rows in sets.items()})
-    rows, shared = splits.train, settings.objective.shared_prefix == "on"
-    epochs = identity["price_epochs"] if identity else loop.epochs or 1.0
-    plan = training_plan(loop, joined(rows) if shared else rows, epochs)
-    steps = total_steps(plan, loop, objective.updates)
-    found = choose_held_out(splits.valid, loop, plan, steps, identity, objective.updates)
-    validation = {"examples": found.examples, "tokens": found.tokens, "times": found.times, "words": found.words}
-    return steps, validation, len(plan) * objective.updates / loop.grad_accumulation_steps
 
 
 def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | None) -> tuple[Machine, Ceilings]:
@@ -268,122 +237,259 @@ def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | N
     return known.machine(memory_gb, number_bytes), listed_ceilings(known, number_bytes)
 
 
-def fitted_for(settings: TrainSettings, shape: ModelShape, machine: Machine, size: DataSize | None) -> Fitted:
-    """Return what `train` would choose for memory on a machine."""
-    width, rows, prompts = settings.data.max_seq_length - 1, size and size.rows, size.prompts if size else ()
-    most_tokens = batch_tokens_for(settings, size and size.facts)
-    return fit(settings, shape, machine, width, rows, prompts, most_tokens=most_tokens, shapes=size and size.shapes)
+@dataclass(frozen=True)
+class MachinePlan:
+    """A run on one machine, and what is predicted of it.
 
+    Attributes:
+        settings: of the run; --max-seq-length is that of the longest row where the data is known.
+        shape: of the model with its adapter.
+        machine, ceilings: what it runs on.
+        size: of the data; None: not read, so every row has --max-seq-length tokens.
+    """
 
-def plan_for(
-    settings: TrainSettings, shape: ModelShape, machine: Machine, ceilings: Ceilings, size: DataSize | None
-) -> dict[str, Any]:
-    """Return the plan for one machine, as JSON values."""
-    width = settings.data.max_seq_length - 1
-    fitted = fitted_for(settings, shape, machine, size)
-    settings = with_length(settings, fitted.batch_tokens, size and size.facts)
-    memory, budget = fitted.memory, budget_of(settings.loop, machine)
-    modes = {
-        mode: plan_memory(shape, run_of(settings, fitted.rows, fitted.width, mode), machine, budget).peak_bytes
-        for mode in dict.fromkeys([*AUTO_MODES, fitted.checkpointing])
-    }
-    predicted = predict(settings, shape, machine, ceilings, fitted, size)
-    trunk = planned_trunk(settings, shape, machine, ceilings, fitted, size)
-    if trunk and trunk["kept"] and predicted["hours"] is not None:
-        predicted["hours"] = max(0.0, predicted["hours"] - trunk["saved_s"] / 3600)
-    return {
-        "fits": memory.fits,
-        "not_known": list(shape.not_known),
-        "peak_bytes": memory.peak_bytes,
-        "parts": memory.parts,
-        "cache_bytes": memory.cache_bytes,
-        "needed_bytes": memory.needed_bytes,
-        "budget_bytes": memory.budget_bytes,
-        "phase": memory.phase,
-        "phases": memory.phases,
-        "peak_bytes_by_checkpointing": modes,
-        "settings": chosen_settings(settings, fitted),
-        "largest_sequence": {
-            mode: largest_sequence(settings, shape, machine, mode)
-            for mode in dict.fromkeys([fitted.checkpointing, "block"])
-        },
-        "largest_batch_size": {
-            mode: largest_batch_size(settings, shape, machine, mode, width)
-            for mode in dict.fromkeys([fitted.checkpointing, "block"])
-        },
-        "predicted": predicted,
-        "trunk": trunk,
-        "objective": {
-            "name": settings.objective.objective,
-            "records": objective_of(settings.objective).records,
-            "rows_per_example": settings.objective.rows_per_example,
-            "reference": objective_of(settings.objective).reference,
-            "teacher": objective_of(settings.objective).distills is not None,
-            "group_size": settings.objective.answers_per_prompt if settings.objective.samples else None,
-        },
-        "data": size and size.numbers(),
-        "machine": dataclasses.asdict(machine),
-        "model": {
-            "model_type": shape.model_type,
-            "blocks": len(shape.blocks),
-            "parameters": shape.parameters,
-            "trained_parameters": shape.trained,
-            "base_bytes": shape.base_bytes,
-        },
-    }
+    settings: TrainSettings
+    shape: ModelShape
+    machine: Machine
+    ceilings: Ceilings
+    size: DataSize | None
 
+    @property
+    def width(self) -> int:
+        """Positions of the longest row."""
+        return self.settings.data.max_seq_length - 1
 
-def chosen_settings(settings: TrainSettings, fitted: Fitted) -> dict[str, Any]:
-    """Return the settings that `train` would choose, and the batch that takes the most memory."""
-    return {
-        "learning_rate": settings.optimizer.learning_rate,
-        "epochs": settings.loop.epochs,
-        "iters": settings.loop.iters,
-        "early_stopping_patience": settings.loop.early_stopping_patience,
-        "batch_tokens": fitted.batch_tokens,
-        "rows": fitted.rows,
-        "row_tokens": fitted.width + 1,
-        "grad_checkpoint": fitted.checkpointing,
-        "max_seq_length": settings.data.max_seq_length,
-        "method": settings.adapter.method,
-        "rank": settings.adapter.rank,
-        "optimizer": settings.optimizer.optimizer,
-        "dtype": settings.model.dtype,
-    }
+    @cached_property
+    def fitted(self) -> Fitted:
+        """What `train` would choose for memory."""
+        size, most_tokens = self.size, batch_tokens_for(self.settings, self.size and self.size.facts)
+        rows, prompts, shapes = (size.rows, size.prompts, size.shapes) if size else (None, (), None)
+        return fit(
+            self.settings, self.shape, self.machine, self.width, rows, prompts, most_tokens=most_tokens, shapes=shapes
+        )
 
+    @cached_property
+    def chosen(self) -> TrainSettings:
+        """The settings with the run's length."""
+        return with_length(self.settings, self.fitted.batch_tokens, self.size and self.size.facts)
 
-def for_all_chips(settings: TrainSettings, shape: ModelShape, size: DataSize | None) -> Iterator[dict[str, Any]]:
-    """Yield one row for each chip and memory size."""
-    number_bytes = 4 if settings.model.dtype == "float32" else 2
-    for chip in CHIPS:
-        for memory_gib in chip.memory_gib:
-            machine = chip.machine(memory_gib, number_bytes)
-            fitted = fitted_for(settings, shape, machine, size)
-            yield _chip_row(settings, shape, chip, machine, fitted, size)
+    @cached_property
+    def largest_run(self) -> Run:
+        """The run's largest batch, with the data's share of trained positions."""
+        rows, width = largest_batch(self.width, self.settings, self.fitted.batch_tokens, self.size and self.size.rows)
+        run = run_of(self.settings, rows, width, self.fitted.checkpointing)
+        if self.size is None:
+            return run
+        # A row of n tokens has n - 1 positions.
+        share = self.size.supervised_tokens / max(1, self.size.tokens - self.size.rows)
+        return replace(run, trained_positions=round(share * run.positions))
 
+    def tokens(self, positions: int) -> float | None:
+        """Return about how many tokens the run trains on with micro-batches of so many positions, if known."""
+        loop, data = self.chosen.loop, self.chosen.data.data
+        if loop.iters is not None:
+            return float(loop.iters * loop.grad_accumulation_steps * positions)
+        if self.size is not None:
+            return self.size.tokens * (loop.epochs or 1.0)
+        if data is None or not Path(data).is_file():
+            return None
+        return Path(data).stat().st_size / CHARACTERS_PER_TOKEN * (loop.epochs or 1.0)
 
-def _chip_row(
-    settings: TrainSettings, shape: ModelShape, chip: Chip, machine: Machine, fitted: Fitted, size: DataSize | None
-) -> dict[str, Any]:
-    number_bytes = machine.number_bytes
-    speed = predict(settings, shape, machine, listed_ceilings(chip, number_bytes), fitted, size)
-    return {
-        "chip": chip.name,
-        "memory_bytes": machine.memory_bytes,
-        "budget_bytes": fitted.memory.budget_bytes,
-        "fits": fitted.memory.fits,
-        "peak_bytes": fitted.memory.peak_bytes,
-        "batch_tokens": fitted.batch_tokens,
-        "grad_checkpoint": fitted.checkpointing,
-        "largest_sequence": largest_sequence(settings, shape, machine, "block"),
-        "tokens_per_s": speed["tokens_per_s"] if fitted.memory.fits else None,
-        "ceilings": chip.status,
-    }
+    def speed(self) -> dict[str, Any]:
+        """Predict tokens per second of full rows, and the hours of the run if its length is known."""
+        run, size, objective = self.largest_run, self.size, self.settings.objective
+        shape, asked = self.shape, objective_of(objective)
+        seconds, parts = step_seconds(shape, run, self.machine, self.ceilings)
+        together = objective.rows_per_example // objective.trained_rows_per_example
+        forward_s = forward_seconds(shape, run, self.machine, self.ceilings)
+        teacher_s = (
+            forward_s if shape.teacher is None else forward_seconds(shape.teacher, run, self.machine, self.ceilings)
+        )
+        if together > 1:  # for each trained row, one that is only measured
+            parts["other answers"] = (together - 1) * forward_s
+            seconds += parts["other answers"]
+        if asked.distills is not None and asked.samples:
+            parts["teacher"] = teacher_s
+            seconds += teacher_s
+        tokens_per_s = together * run.positions / seconds
+        tokens, reference_s = self.tokens(together * run.rows * run.width), None
+        if size is not None and (asked.reference or asked.distills is not None) and not asked.samples:
+            reference_s = teacher_s * size.measured_tokens / run.positions  # measured before the first step
+        return {
+            "note": "predicted, not measured",
+            "ceilings": self.ceilings.source,
+            "tokens_per_s": tokens_per_s,
+            "step_s": seconds,
+            "parts_s": parts,
+            "gflop_per_step": sum(count.flops for count in count_step(shape, run, self.machine).values()) / 1e9,
+            "reference_s": reference_s,
+            "hours": None if tokens is None else (tokens / tokens_per_s + (reference_s or 0)) / 3600,
+            "hours_per_million_tokens": 1e6 / tokens_per_s / 3600,
+        }
+
+    def trunk(self) -> dict[str, Any] | None:
+        """Return what the run would do with the output of its frozen blocks; None without frozen blocks or data."""
+        size, settings = self.size, self.settings
+        if size is None or not self.shape.first_trained or settings.loop.cache_trunk == "off":
+            return None
+        run = self.largest_run
+        passes = (self.tokens(run.positions) or 0) / max(1, size.tokens)
+        # The disk of another machine is not known.
+        free = free_bytes() if self.machine == this_machine(settings.model.dtype) else 10**15
+        planned = plan_trunk(self.shape, run, self.machine, self.ceilings, size.tokens - size.rows, passes, free)
+        problem = rows_problem(settings.objective.shared_prefix == "on", objective_of(settings.objective))
+        problem = problem or planned.problem(settings.loop.cache_trunk)
+        return {
+            "kept": problem is None,
+            "words": planned.words() if problem is None else f"computed in every epoch ({problem})",
+            "blocks": planned.blocks,
+            "disk_bytes": planned.disk_bytes,
+            "epoch_s": planned.epoch_s,
+            "later_epoch_s": planned.later_s,
+            "saved_s": planned.saved_s,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        settings, shape, fitted, machine = self.chosen, self.shape, self.fitted, self.machine
+        memory, budget, objective = fitted.memory, budget_of(settings.loop, machine), settings.objective
+        asked, modes = objective_of(objective), dict.fromkeys([fitted.checkpointing, "block"])
+        predicted, trunk, flat = self.speed(), self.trunk(), settings.to_flat()
+        if trunk and trunk["kept"] and predicted["hours"] is not None:
+            predicted["hours"] = max(0.0, predicted["hours"] - trunk["saved_s"] / 3600)
+        return {
+            "not_known": list(shape.not_known),
+            **{name: getattr(memory, name) for name in MEMORY_FACTS},
+            "peak_bytes_by_checkpointing": {
+                mode: plan_memory(shape, run_of(settings, fitted.rows, fitted.width, mode), machine, budget).peak_bytes
+                for mode in dict.fromkeys([*AUTO_MODES, fitted.checkpointing])
+            },
+            # What `train` would choose, and the batch that takes the most memory.
+            "settings": {
+                **{name: flat[name] for name in CHOSEN},
+                "batch_tokens": fitted.batch_tokens,
+                "rows": fitted.rows,
+                "row_tokens": fitted.width + 1,
+                "grad_checkpoint": fitted.checkpointing,
+            },
+            "largest_sequence": {mode: largest_sequence(settings, shape, machine, mode) for mode in modes},
+            "largest_batch_size": {
+                mode: largest_batch_size(settings, shape, machine, mode, self.width) for mode in modes
+            },
+            "predicted": predicted,
+            "trunk": trunk,
+            "objective": {
+                "name": objective.objective,
+                "records": asked.records,
+                "rows_per_example": objective.rows_per_example,
+                "reference": asked.reference,
+                "teacher": asked.distills is not None,
+                "group_size": objective.answers_per_prompt if objective.samples else None,
+            },
+            "data": self.size and self.size.numbers(),
+            "machine": dataclasses.asdict(machine),
+            "model": {
+                "model_type": shape.model_type,
+                "blocks": len(shape.blocks),
+                "parameters": shape.parameters,
+                "trained_parameters": shape.trained,
+                "base_bytes": shape.base_bytes,
+            },
+        }
+
+    def chip_row(self, chip: Chip) -> dict[str, Any]:
+        """Return the row of the table of chips."""
+        memory = self.fitted.memory
+        return {
+            "chip": chip.name,
+            "memory_bytes": self.machine.memory_bytes,
+            "budget_bytes": memory.budget_bytes,
+            "fits": memory.fits,
+            "peak_bytes": memory.peak_bytes,
+            "batch_tokens": self.fitted.batch_tokens,
+            "grad_checkpoint": self.fitted.checkpointing,
+            "largest_sequence": largest_sequence(self.settings, self.shape, self.machine, "block"),
+            "tokens_per_s": self.speed()["tokens_per_s"] if memory.fits else None,
+            "ceilings": chip.status,
+        }
 
 
 # The data
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+COUNTS = ("rows", "longest", "tokens", "supervised_tokens", "measured_tokens")  # of the data, in the plan's JSON
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """The facts about the data that a plan needs.
+
+    Attributes:
+        rows: to train on; an example of preference training has two.
+        longest: tokens of the longest row.
+        tokens: of all rows.
+        supervised_tokens: those of them that are trained.
+        measured_tokens: of all rows, held-out ones included, which is what a reference, or a teacher, measures before the first step.
+        prompts, shapes: that answers are sampled to, and of the batches, as `fit` takes them.
+        facts: what the defaults follow.
+        trained_share: of the positions of trained rows.
+    """
+
+    rows: int
+    longest: int
+    tokens: int
+    supervised_tokens: int
+    measured_tokens: int
+    prompts: Prompts
+    facts: DataFacts
+    trained_share: float
+    shapes: Shapes | None
+
+    def numbers(self) -> dict[str, int]:
+        """Return the counts by name."""
+        return {name: getattr(self, name) for name in COUNTS}
+
+
+def measure_data(
+    settings: TrainSettings, splits: DataSplits, outline: Outline, shape: ModelShape
+) -> tuple[TrainSettings, DataSize]:
+    """Return the size of the data in tokens.
+
+    The settings come back with --shared-prefix on where all answers to a prompt would share its row.
+    """
+    objective = objective_of(settings.objective)
+    rows = objective.targets_of(splits.train)
+    parts = [part for part in (splits.train, splits.valid, splits.test) if part is not None]
+    several = objective.records == "pairs" or objective.policy is not None
+    if several and layout_problem(settings.objective.shared_prefix, outline.model, shape, rows) is None:
+        settings = replace(settings, objective=replace(settings.objective, shared_prefix="on"))
+        rows, parts = joined(rows), [joined(part) for part in parts]
+    longest, measured = int(rows.lengths.max(initial=2)), sum(len((part.teacher or part).tokens) for part in parts)
+    prompts, facts = prompts_of(settings.objective, rows), data_facts(rows, splits.valid)
+    share, shapes = trained_share(settings.objective, rows), batch_shapes(settings, rows, facts)
+    tokens, supervised = len(rows.tokens), rows.supervised_tokens
+    return settings, DataSize(len(rows), longest, tokens, supervised, measured, prompts, facts, share, shapes)
+
+
+def steps_and_validation(
+    settings: TrainSettings, splits: DataSplits, identity: Mapping[str, Any] | None
+) -> tuple[int, dict[str, Any], float]:
+    """Return the run's steps, how much it validates on, how often and why, and the steps of one epoch.
+
+    Args:
+        settings: of the run with nothing open, and with --shared-prefix on where prompts are shared.
+        splits: its data.
+        identity: as for `plan_run`.
+    """
+    objective, loop = objective_of(settings.objective), settings.loop
+    splits = splits.changed(lambda sets: {name: objective.targets_of(rows) for name, rows in sets.items()})
+    rows, shared = splits.train, settings.objective.shared_prefix == "on"
+    epochs = identity["price_epochs"] if identity else loop.epochs or 1.0
+    plan = training_plan(loop, joined(rows) if shared else rows, epochs)
+    steps = total_steps(plan, loop, objective.updates)
+    found = choose_held_out(splits.valid, loop, plan, steps, identity, objective.updates)
+    validation = {"examples": found.examples, "tokens": found.tokens, "times": found.times, "words": found.words}
+    return steps, validation, len(plan) * objective.updates / loop.grad_accumulation_steps
 
 
 def local_data(settings: TrainSettings, outline: Outline) -> DataSplits | None:
@@ -409,22 +515,8 @@ def local_data(settings: TrainSettings, outline: Outline) -> DataSplits | None:
     return read_splits(settings, folder, outline.config)
 
 
-def read_splits(
-    settings: TrainSettings,
-    folder: Path,
-    config: dict[str, Any],
-    today: date | None = None,
-) -> DataSplits:
-    """Return the run's data, encoded with the tokenizer in a model's folder.
-
-    Args:
-        settings: of the run.
-        folder, config: of the model.
-        today: as for `load_data`.
-
-    Raises:
-        InputError: the data cannot be used.
-    """
+def read_splits(settings: TrainSettings, folder: Path, config: dict[str, Any], today: date | None = None) -> DataSplits:
+    """Return the run's data, encoded with the tokenizer in a model's folder."""
     tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
     prompt = read_teacher_prompt(settings.objective.teacher_prompt)
     data, room = readable_data(settings)
@@ -455,9 +547,6 @@ def dry_run(settings: TrainSettings) -> dict[str, Any]:
     """Read a run's data, report on it and return the run's plan. Nothing is trained, and no run folder is written.
 
     The model's files are downloaded as `train` would, and its tokenizer is used, but its weights are not loaded.
-
-    Args:
-        settings: of the run.
 
     Raises:
         InputError: settings, model, data or run folder that `train` would refuse, or a run that does not fit.

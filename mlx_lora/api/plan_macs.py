@@ -19,7 +19,6 @@ from mlx_lora.models.meta import outline_for
 from mlx_lora.parallel.sharded_tables import units_of
 from mlx_lora.planner.chips import CHIPS, find_chip
 from mlx_lora.planner.fit import largest_batch, run_of
-from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.several_macs import (
     TENSOR,
     Link,
@@ -50,13 +49,14 @@ MOST_GB = 4096
 FOR_MACOS_GB = 4
 LATENCY_S = 5e-5  # assumed, of a message
 EQUAL_MACS = re.compile(r"(?P<count>\d{1,3})\s*[xX]\s*(?P<rest>.+)")
+MEMORY_FACTS = ("fits", "peak_bytes", "needed_bytes", "budget_bytes", "parts", "phase")  # of a Mac, in the plan's JSON
 # What takes less memory, in the order in which it is tried.
 RANKS, LENGTHS = (16, 8, 4), (2048, 1024, 512)
 ATTENTION = "q_proj,k_proj,v_proj,o_proj"
 
 
 @dataclass(frozen=True)
-class Given:
+class MacSpec:
     """One Mac as it is given.
 
     Attributes:
@@ -70,7 +70,7 @@ class Given:
     working_set_bytes: int | None = None
 
 
-def parse_macs(text: str) -> list[Given]:
+def parse_macs(text: str) -> list[MacSpec]:
     """Return each Mac in `M4 Pro:48,M2 Max:32` or `2 x M4 Pro:48`; `M2 Max:32:28` has 28 GB for the GPU.
 
     Raises:
@@ -89,7 +89,7 @@ def parse_macs(text: str) -> list[Given]:
             raise InputError(
                 f"--macs {part.strip()}: no Mac has {max(numbers)} GB of {memory_gb} for its GPU; write at most {MOST_GB}"
             )
-        macs += [Given(find_chip(chip).name, memory_gb, wired[0] * GIB if wired else None)] * count
+        macs += [MacSpec(find_chip(chip).name, memory_gb, wired[0] * GIB if wired else None)] * count
     if len(macs) < 2:
         raise InputError(f"--macs {text!r}: one Mac; use --chip and --memory-gb, or name two or more")
     return macs
@@ -133,7 +133,7 @@ def shared_model(settings: TrainSettings) -> SharedModel:
     return SharedModel(settings, shape, units_of(outline.model))
 
 
-def plan_on_macs(settings: TrainSettings, macs: Sequence[Given], link: Link) -> dict[str, Any]:
+def plan_on_macs(settings: TrainSettings, macs: Sequence[MacSpec], link: Link) -> dict[str, Any]:
     """Return the plan of a run on several Macs that share its base, as JSON values.
 
     Args:
@@ -157,17 +157,25 @@ def equal_macs(settings: TrainSettings, count: int, link: Link) -> list[dict[str
         InputError: there is no such model, or the parts do not fit the Macs.
     """
     model = shared_model(settings)
-    sizes = [Given(chip.name, memory) for chip in CHIPS for memory in chip.memory_gib]
+    sizes = [MacSpec(chip.name, memory) for chip in CHIPS for memory in chip.memory_gib]
     return [planned_on(model, [mac] * count, link) for mac in sizes]
 
 
-def planned_on(model: SharedModel, macs: Sequence[Given], link: Link) -> dict[str, Any]:
+def planned_on(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> dict[str, Any]:
     """Return a model's plan on some Macs, as JSON values."""
     chosen, run, shares = _asked(model, macs)
     found = plan_macs(model.shape, model.units, run, chosen, shares, link)
     return {
         "fits": found.fits,
-        "macs": [_mac_row(*row) for row in zip(chosen, shares, found.memory, found.computing_s, strict=True)],
+        "macs": [
+            {
+                "name": mac.machine.name,
+                "share": share,
+                "computing_s": computing_s,
+                **{name: getattr(memory, name) for name in MEMORY_FACTS},
+            }
+            for mac, share, memory, computing_s in zip(chosen, shares, found.memory, found.computing_s, strict=True)
+        ],
         "shard_base": split_of(model.settings),
         "rank": model.settings.adapter.rank,
         "batch_tokens": run.positions,
@@ -187,7 +195,7 @@ def planned_on(model: SharedModel, macs: Sequence[Given], link: Link) -> dict[st
     }
 
 
-def _asked(model: SharedModel, macs: Sequence[Given]) -> tuple[list[Mac], Run, list[float]]:
+def _asked(model: SharedModel, macs: Sequence[MacSpec]) -> tuple[list[Mac], Run, list[float]]:
     """Return the Macs, the largest batch and each Mac's part of the base, as the settings ask for them."""
     settings = model.settings
     chosen = [_mac(mac, model.number_bytes) for mac in macs]
@@ -209,10 +217,10 @@ class Suggestion:
 
     words: str
     model: SharedModel
-    macs: Sequence[Given]
+    macs: Sequence[MacSpec]
 
 
-def suggested(model: SharedModel, macs: Sequence[Given], link: Link) -> Suggestion | None:
+def suggested(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> Suggestion | None:
     """Return the settings nearest to the asked ones with which a run fits, None if none of those that are tried does.
 
     First with the memory that macOS gives the GPU by default, then with all but a few GB.
@@ -269,7 +277,7 @@ def split_of(settings: TrainSettings) -> str:
     return "memory" if settings.loop.shard_base == "off" else settings.loop.shard_base
 
 
-def _mac(given: Given, number_bytes: int) -> Mac:
+def _mac(given: MacSpec, number_bytes: int) -> Mac:
     chip = find_chip(given.chip)
     machine = dataclasses.replace(chip.machine(given.memory_gb, number_bytes), kernels=KernelTerms())
     if given.working_set_bytes:
@@ -288,20 +296,6 @@ def _shares(settings: TrainSettings, macs: list[Mac]) -> list[float]:
     if len(parts) != len(macs):
         raise InputError(f"--shard-base {asked}: {len(parts)} parts for {len(macs)} Macs; give one for each")
     return [part / sum(parts) for part in parts]
-
-
-def _mac_row(mac: Mac, share: float, memory: MemoryPlan, computing_s: float) -> dict[str, Any]:
-    return {
-        "name": mac.machine.name,
-        "share": share,
-        "fits": memory.fits,
-        "peak_bytes": memory.peak_bytes,
-        "needed_bytes": memory.needed_bytes,
-        "budget_bytes": memory.budget_bytes,
-        "parts": memory.parts,
-        "phase": memory.phase,
-        "computing_s": computing_s,
-    }
 
 
 def _predicted(found: MacsPlan, tokens: int, model: SharedModel) -> dict[str, Any]:

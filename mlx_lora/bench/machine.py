@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import mlx.core as mx
 import mlx_lora
 from mlx_lora.planner.machine import measure_ceilings
 from mlx_lora.utils import device
+from mlx_lora.utils.text import package_versions
 
 # Facts
 
@@ -163,7 +163,7 @@ def describe_software() -> dict[str, Any]:
     return {
         "commit": commit(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": package_versions(PACKAGES),
         "variables": {name: os.environ.get(name) for name in RECORDED_VARIABLES},
         "removed_variables": list(DROPPED_VARIABLES),
     }
@@ -175,13 +175,6 @@ def commit() -> str | None:
     if not (root / ".git").exists():
         return None
     return answer("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _read(path: str | Path) -> str | None:
@@ -246,14 +239,8 @@ def measure_rates(rounds: int = 5, sides: tuple[int, ...] = SIDES, pass_bytes: i
 def describe_device() -> dict[str, Any]:
     """Return the default device as MLX describes it."""
     here = device.current_device()
-    return {
-        "name": here.name,
-        "backend": here.backend,
-        "memory_bytes": here.memory_bytes,
-        "working_set_bytes": here.working_set_bytes,
-        "blas": here.blas or None,
-        "compute_dtype": str(device.compute_dtype()).removeprefix("mlx.core."),
-    }
+    facts = {name: getattr(here, name) for name in ("name", "backend", "memory_bytes", "working_set_bytes")}
+    return {**facts, "blas": here.blas or None, "compute_dtype": str(device.compute_dtype()).removeprefix("mlx.core.")}
 
 
 def _gemm(dtype: mx.Dtype, rounds: int, sides: tuple[int, ...]) -> float:

@@ -8,40 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.bench.predict import predict_chips, predict_sizes
 from mlx_lora.bench.results import COLUMNS, ResultFile, Table, cells_of, compare, labels_of, number, remarks_of
-from mlx_lora.bench.workloads import TIERS, WORKLOADS, Workload
+from mlx_lora.bench.workloads import TIERS, WORKLOADS, Workload, predict_chips, predict_sizes
 from mlx_lora.planner.chips import CHIPS
 from mlx_lora.reports.charts import Bar, Series, bar_chart, line_chart, render_page
-from mlx_lora.utils.files import replacing_file
+from mlx_lora.utils.files import replace_text
 
 PAGES = Path(__file__).parent / "pages"
 KNOWN = {one.name: one for one in WORKLOADS}
-
-
-@dataclass(frozen=True)
-class Section:
-    """One workload on the page.
-
-    Attributes:
-        table: the table of its rows.
-        words: its description.
-        measured, predicted: charts, with title, SVG text and legend of each.
-        cells, remarks: of the table.
-    """
-
-    table: Table
-    words: str
-    measured: list[dict[str, Any]]
-    predicted: list[dict[str, Any]]
-    cells: list[list[str]]
-    remarks: list[str]
 
 
 def write_page(
@@ -71,8 +50,7 @@ def write_page(
         tiers=[_tier(tier) for tier in TIERS],
         chips=CHIPS,
     )
-    with replacing_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    replace_text(path, page)
 
 
 def _tiles(results: Sequence[ResultFile], measured: Sequence[Table]) -> list[tuple[str, str]]:
@@ -113,17 +91,15 @@ def _machines(results: Sequence[ResultFile]) -> list[dict[str, str]]:
     return [{key: row.get(key, "–") for key in columns} for row in found]
 
 
-def _section(table: Table, results: Sequence[ResultFile]) -> Section:
+def _section(table: Table, results: Sequence[ResultFile]) -> dict[str, Any]:
+    """Return one workload for the page: its table, its description, and charts of what was measured and is predicted."""
     workload = KNOWN.get(table.name)
-    definition = table.rows[0].entry["workload"]
-    return Section(
-        table,
-        words_of(definition),
-        [_measured_speed(table), _measured_memory(table)],
-        [_predicted_speed(table, workload, results), _predicted_memory(table, workload)] if workload else [],
-        [cells_of(row) for row in table.rows],
-        remarks_of(table),
-    )
+    predicted = [_predicted_speed(table, workload, results), _predicted_memory(table, workload)] if workload else []
+    return {
+        "table": table, "words": words_of(table.rows[0].entry["workload"]), "predicted": predicted,
+        "measured": [_measured_speed(table), _measured_memory(table)],
+        "cells": [cells_of(row) for row in table.rows], "remarks": remarks_of(table),
+    }  # fmt: skip
 
 
 def words_of(definition: dict[str, Any]) -> str:

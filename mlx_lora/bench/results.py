@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_lora.bench.schema import SCHEMA, VERSION, problems_of
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replacing_file
+from mlx_lora.utils.files import replace_text
 
 # Files
 
@@ -52,11 +52,6 @@ def machine_name(content: dict[str, Any]) -> str:
     return (name or content["device"]["name"]).removeprefix("Apple ")
 
 
-def slug(name: str) -> str:
-    """Return a folder name for a chip."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
-
-
 def new_result(
     created: str, tiers: Sequence[str], machine: dict[str, Any], software: dict[str, Any], probe: dict[str, Any]
 ) -> dict[str, Any]:
@@ -83,14 +78,14 @@ def write_result(path: Path, content: dict[str, Any]) -> None:
     problems = problems_of(content)
     if problems:
         raise ValueError("; ".join(problems))
-    with replacing_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+    replace_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def default_path(content: dict[str, Any], root: Path) -> Path:
     """Return `root/<chip>/<date>-<tier>.json`, with a number if that exists."""
     tiers = "-".join(content["tiers"]) or "workloads"
-    stem = root / slug(machine_name(content)) / f"{content['created'][:10]}-{tiers}"
+    chip = re.sub(r"[^a-z0-9]+", "-", machine_name(content).lower()).strip("-") or "unknown"
+    stem = root / chip / f"{content['created'][:10]}-{tiers}"
     path, number = stem.with_suffix(".json"), 2
     while path.exists():
         path, number = stem.with_name(f"{stem.name}-{number}.json"), number + 1
@@ -159,7 +154,7 @@ BUSY_LOAD = 1.0  # of other programs, per core, before a run
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One machine's figures on one workload.
 
     Attributes:
@@ -207,7 +202,7 @@ class Table:
 
     name: str
     reference: str | None
-    rows: tuple[Row, ...]
+    rows: tuple[ResultRow, ...]
 
 
 def labels_of(results: Sequence[ResultFile]) -> list[str]:
@@ -259,7 +254,7 @@ def _table(name: str, results: Sequence[ResultFile], labels: Sequence[str], acro
             notes += [f"commit {one.content['software']['commit'] or 'unknown'}"] if len(commits) > 1 else []
             if not mismatch:
                 ratios = _ratios(entry["figures"], first[2]["figures"])
-        rows.append(Row(label, str(one.path), entry, tuple(mismatch), tuple(notes), **ratios))
+        rows.append(ResultRow(label, str(one.path), entry, tuple(mismatch), tuple(notes), **ratios))
     return Table(name, first[0] if first else None, tuple(rows))
 
 
@@ -334,7 +329,7 @@ COLUMNS = (
 )
 
 
-def cells_of(row: Row) -> list[str]:
+def cells_of(row: ResultRow) -> list[str]:
     """Return a row's cells for `COLUMNS`; the planner's figures have their own columns."""
     if not row.measured:
         return [row.label, row.entry["status"], *[""] * (len(COLUMNS) - 2)]

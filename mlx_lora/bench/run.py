@@ -25,8 +25,7 @@ from typing import Any
 
 import mlx_lora
 from mlx_lora.bench.machine import DROPPED_VARIABLES, answer, describe_power
-from mlx_lora.bench.predict import batches_of, listed_flops, measured_machine, predict
-from mlx_lora.bench.workloads import Workload
+from mlx_lora.bench.workloads import Workload, batches_of, listed_flops, measured_machine, predict
 from mlx_lora.config.fields import flag_of
 from mlx_lora.utils.downloads import SMOLLM2_GGUF, embedded_model
 from mlx_lora.utils.errors import InputError, RunError
@@ -62,7 +61,7 @@ class Watch:
         joules: energy at that moment.
     """
 
-    def __init__(self, metrics: Path, seconds: float | None, meter: EnergyMeter):
+    def __init__(self, metrics: Path, seconds: float | None, meter: EnergyMeter | None = None):
         self._metrics, self._seconds, self._meter = metrics, seconds, meter
         self._begun, self._interrupted = time.perf_counter(), False
         self.first_step_s: float | None = None
@@ -73,7 +72,7 @@ class Watch:
             return
         spent = time.perf_counter() - self._begun
         if self.first_step_s is None and self._metrics.stat().st_size:
-            self.first_step_s, self.joules = spent, self._meter.joules()
+            self.first_step_s, self.joules = spent, self._meter and self._meter.joules()
         if self.first_step_s is None or self._seconds is None or spent - self.first_step_s < self._seconds:
             return
         if len(self._metrics.read_text(encoding="utf-8").splitlines()) > LEAST_STEPS:
@@ -151,7 +150,8 @@ def run_workload(
     data = folder / "train.jsonl"
     entry = _new_entry(workload, length, data)
     try:
-        source = model or _model_of(workload, work)
+        embedded = workload.tier == "embedded" and not model
+        source = str(prepare_embedded(workload.packed, work)) if embedded else model or workload.source
     except (InputError, RunError) as error:
         return {**entry, "reason": _without_home(str(error))}
     run = folder / "run"
@@ -189,11 +189,6 @@ def _new_entry(workload: Workload, length: Length, data: Path) -> dict[str, Any]
         "figures": None,
         "predicted": None,
     }
-
-
-def _model_of(workload: Workload, work: Path) -> str:
-    """Return what --model is given."""
-    return str(prepare_embedded(workload.packed, work)) if workload.tier == "embedded" else workload.source
 
 
 def _failure(ended: Ended) -> dict[str, Any]:
@@ -401,8 +396,9 @@ class EnergyMeter:
         now = self._read_counter() if self._last is not None else None
         if now is None or self._last is None:
             return None
-        # The counter wraps around at the end of its range.
-        spent = now - self._last if now >= self._last else now - self._last + self._range()
+        spent = now - self._last
+        if spent < 0:  # the counter wraps around at the end of its range
+            spent += int((self._counter / "max_energy_range_uj").read_text())
         self._last, self._joules = now, self._joules + spent / 1e6
         return self._joules
 
@@ -439,9 +435,6 @@ class EnergyMeter:
             return int((self._counter / "energy_uj").read_text())
         except (OSError, ValueError):
             return None
-
-    def _range(self) -> int:
-        return int((self._counter / "max_energy_range_uj").read_text())
 
 
 @contextmanager

@@ -34,13 +34,13 @@ class Field:
     may_be_null: bool = False
 
 
-def _fields(prefix: str, *rows: tuple[str, str, str]) -> tuple[Field, ...]:
+def fields_of(prefix: str, *rows: tuple[str, str, str]) -> tuple[Field, ...]:
     """Return fields with a prefix; a `?` after the kind allows null."""
     return tuple(Field(f"{prefix}{name}", kind.rstrip("?"), text, kind.endswith("?")) for name, kind, text in rows)
 
 
 def _spread(prefix: str, of: str) -> tuple[Field, ...]:
-    return _fields(
+    return fields_of(
         prefix,
         ("median", "number", f"{of}: median over the counted steps"),
         ("p10", "number", "10th percentile, nearest rank"),
@@ -50,7 +50,7 @@ def _spread(prefix: str, of: str) -> tuple[Field, ...]:
     )
 
 
-TOP = _fields(
+TOP = fields_of(
     "",
     ("schema", "text", f"`{SCHEMA}`"),
     ("schema_version", "whole", "1"),
@@ -62,7 +62,7 @@ TOP = _fields(
     ("rates", "mapping", "speeds of single operations, the best of five measurements"),
     ("results", "list", "one entry per workload"),
 )
-MACHINE = _fields(
+MACHINE = fields_of(
     "machine.",
     ("chip", "text?", "chip or processor name"),
     ("model", "text?", "the machine's model name"),
@@ -76,7 +76,7 @@ MACHINE = _fields(
     ("system_version", "text?", "the version of macOS, or of the Linux kernel"),
     ("system_build", "text?", "the build number of macOS"),
 )
-DEVICE = _fields(
+DEVICE = fields_of(
     "device.",
     ("name", "text", "the device's name in MLX"),
     ("backend", "text", "`metal`, `cpu` or `cuda`"),
@@ -85,7 +85,7 @@ DEVICE = _fields(
     ("blas", "text?", "the linear algebra library of MLX's CPU backend"),
     ("compute_dtype", "text", "the dtype that all workloads compute in"),
 )
-SOFTWARE = _fields(
+SOFTWARE = fields_of(
     "software.",
     (
         "commit",
@@ -97,7 +97,7 @@ SOFTWARE = _fields(
     ("variables", "mapping", "environment variables that affect speed; null if unset"),
     ("removed_variables", "list", "environment variables that the benchmark removed before it measured"),
 )
-RATES = _fields(
+RATES = fields_of(
     "rates.",
     ("gemm_flops_per_s", "mapping", "speed of square matrix products by dtype, at the fastest size"),
     ("gemm_flops_per_s.{}", "number", "speed in this dtype"),
@@ -120,7 +120,7 @@ RATES = _fields(
     ),
     ("ceilings.launch_s", "number", "seconds to start one operation"),
 )
-RESULT = _fields(
+RESULT = fields_of(
     "results[].",
     ("workload", "mapping", "the whole definition (mlx_lora/bench/workloads.py)"),
     ("workload.name", "text", "the value for `--workload`"),
@@ -144,7 +144,7 @@ RESULT = _fields(
     ("figures", "mapping?", "the measurements, if `status` is `measured`"),
     ("predicted", "mapping?", "the planner's prediction for the counted steps, which is not a measurement"),
 )
-POWER = _fields(
+POWER = fields_of(
     "",
     ("source", "text?", "power source: `ac` or `battery`"),
     ("low_power_mode", "yes/no?", "whether macOS's low power mode, or Linux's low-power platform profile, is on"),
@@ -153,13 +153,13 @@ POWER = _fields(
     ("load_average", "number", "system load over the last minute; after the workload, it includes the workload"),
 )
 FIGURES = (
-    *_fields("", ("tokens_per_s", "mapping", "tokens per second in a step, without padding")),
+    *fields_of("", ("tokens_per_s", "mapping", "tokens per second in a step, without padding")),
     *_spread("tokens_per_s.", "tokens/s"),
-    *_fields("", ("supervised_tokens_per_s", "mapping", "trained tokens per second in a step")),
+    *fields_of("", ("supervised_tokens_per_s", "mapping", "trained tokens per second in a step")),
     *_spread("supervised_tokens_per_s.", "trained tokens/s"),
-    *_fields("", ("step_s", "mapping", "seconds per step")),
+    *fields_of("", ("step_s", "mapping", "seconds per step")),
     *_spread("step_s.", "seconds"),
-    *_fields(
+    *fields_of(
         "",
         (
             "overall_tokens_per_s",
@@ -197,7 +197,7 @@ FIGURES = (
         ("energy_source", "text", "where the energy was read, or why it could not be read"),
     ),
 )
-PREDICTED = _fields(
+PREDICTED = fields_of(
     "",
     ("tokens_per_s", "number", "tokens per second, without padding"),
     ("peak_memory_bytes", "whole", "peak memory of MLX's allocator"),

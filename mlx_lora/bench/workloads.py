@@ -1,4 +1,4 @@
-"""Define the fixed, versioned workloads: the same work on every machine, in tiers by the memory they need.
+"""Define the fixed, versioned workloads: the same work on every machine, in tiers by the memory they need; and predict them.
 
 A workload never changes: if it must, it gets the next version, and figures of the two are not compared. Batch shape and
 checkpointing are part of it, so that a large Mac does the same work as a small one. Tiers are memory sizes in GB: by the
@@ -11,6 +11,9 @@ The training data is generated from a seed: the same bytes everywhere, and nothi
 English words, drawn by rank (a word further down the list is less likely), in sentences of 6 to 18 words. It has no meaning, and
 neither has a loss on it; a benchmark only needs token counts, lengths and shapes. Only `random.random` is used, because Python
 guarantees its sequence for a seed.
+
+Useful work does not include padding and what checkpointing repeats. MFU is useful work per second divided by the rate of
+a large product.
 """
 
 from __future__ import annotations
@@ -18,9 +21,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
+import mlx.core as mx
+
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import TrainSettings
+from mlx_lora.models.meta import outline_of_config
+from mlx_lora.planner.chips import CHIPS, known_chip
+from mlx_lora.planner.fit import run_of
+from mlx_lora.planner.memory import plan_memory
+from mlx_lora.planner.shapes import Machine, ModelShape
+from mlx_lora.planner.speed import Ceilings, count_step, listed_ceilings, step_seconds
+from mlx_lora.trainer.fit import outlined_shape
 from mlx_lora.utils.downloads import SMOLLM2_GGUF
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import sha256_of
@@ -112,42 +128,22 @@ GEMMA3_1B = SuiteModel(
     "mlx-community/gemma-3-1b-it-4bit",
     1.0e9,
     _config(
-        "gemma3_text",
-        1152,
-        26,
-        6912,
-        4,
-        1,
-        head_dim=256,
-        vocab_size=262144,
-        query_pre_attn_scalar=256,
-        rope_local_base_freq=10000.0,
-        sliding_window=512,
-        sliding_window_pattern=6,
+        "gemma3_text", 1152, 26, 6912, 4, 1, head_dim=256, vocab_size=262144, query_pre_attn_scalar=256,
+        rope_local_base_freq=10000.0, sliding_window=512, sliding_window_pattern=6,
     ),
     AFFINE,
-)
+)  # fmt: skip
 GPT_OSS_20B = SuiteModel(
     "gpt-oss-20b",
     None,
     "mlx-community/gpt-oss-20b-MXFP4-Q8",
     20.9e9,
     _config(
-        "gpt_oss",
-        2880,
-        24,
-        2880,
-        64,
-        8,
-        head_dim=64,
-        vocab_size=201088,
-        num_local_experts=32,
-        num_experts_per_tok=4,
-        sliding_window=128,
-        tie_word_embeddings=False,
+        "gpt_oss", 2880, 24, 2880, 64, 8, head_dim=64, vocab_size=201088, num_local_experts=32, num_experts_per_tok=4,
+        sliding_window=128, tie_word_embeddings=False,
     ),
     {"group_size": 32, "bits": 4, "mode": "mxfp4"},
-)
+)  # fmt: skip
 MODELS = {m.name: m for m in (SMOLLM2, LLAMA_1B, LLAMA_3B, QWEN3_4B, QWEN3_8B, GEMMA3_1B, GPT_OSS_20B)}
 
 
@@ -157,7 +153,7 @@ TIERS = ("embedded", "8", "16", "32", "64", "128")
 
 
 @dataclass(frozen=True)
-class Rows:
+class ChatData:
     """The training data to generate, as chats.
 
     Attributes:
@@ -177,7 +173,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Pairs(Rows):
+class PairData(ChatData):
     """Preference pairs to generate: two answers to each prompt."""
 
     def text(self) -> str:
@@ -198,7 +194,7 @@ class RowShape:
         objective: what is trained toward.
     """
 
-    rows: Rows
+    rows: ChatData
     max_seq_length: int
     typical_width: int
     real_share: float
@@ -208,10 +204,10 @@ class RowShape:
 
 # There are few rows, because the first pass over them, which compiles every batch shape, is the warm-up.
 ROW_SHAPES = {
-    "chat": RowShape(Rows(48, (8, 60), (16, 320)), 1024, 204, 0.94, 0.61),
-    "2k": RowShape(Rows(3, (20, 40), (2600, 2600)), 2049, 2048, 1.0, 0.97),
-    "dpo": RowShape(Pairs(24, (8, 60), (16, 160)), 1024, 168, 0.76, 0.40, "dpo"),
-    "8k": RowShape(Rows(3, (20, 40), (10400, 10400)), 8193, 8192, 1.0, 0.99),
+    "chat": RowShape(ChatData(48, (8, 60), (16, 320)), 1024, 204, 0.94, 0.61),
+    "2k": RowShape(ChatData(3, (20, 40), (2600, 2600)), 2049, 2048, 1.0, 0.97),
+    "dpo": RowShape(PairData(24, (8, 60), (16, 160)), 1024, 168, 0.76, 0.40, "dpo"),
+    "8k": RowShape(ChatData(3, (20, 40), (10400, 10400)), 8193, 8192, 1.0, 0.99),
 }
 
 
@@ -412,3 +408,167 @@ def _text(source: random.Random, words: int) -> str:
         sentences.append(" ".join(chosen).capitalize() + ".")
         left -= size
     return " ".join(sentences)
+
+
+# Predictions
+
+NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# The quantization of the embedded model's GGUF file: Q4_1, and Q8_0 for the embedding, which is also the head.
+EIGHT_BITS = {"group_size": 32, "bits": 8, "mode": "affine"}
+EMBEDDED_QUANTIZATION = {**EIGHT_BITS, "bits": 4, "model.embed_tokens": EIGHT_BITS}
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """A batch of a workload.
+
+    Attributes:
+        rows, width: its shape.
+        trained, real: numbers of positions that are trained, and that are not padding.
+    """
+
+    rows: int
+    width: int
+    trained: int
+    real: int
+
+
+def model_shape_of(workload: Workload, dtype: str = "bfloat16") -> ModelShape:
+    """Return the shape of a workload's model with its adapter, from the list of workloads; nothing is read or downloaded.
+
+    Workloads of the same model and adapter get the same object: building it and reading its blocks takes a second.
+
+    Args:
+        workload: the workload.
+        dtype: of the floats.
+    """
+    packed_file = workload.packed and workload.tier == "embedded"
+    alike = Workload("embedded" if packed_file else "8", workload.model, "chat", workload.packed, rank=workload.rank)
+    return _shape_of(alike, dtype)
+
+
+@cache
+def _shape_of(workload: Workload, dtype: str) -> ModelShape:
+    model = MODELS[workload.model]
+    quantization = EMBEDDED_QUANTIZATION if workload.tier == "embedded" else model.quantization
+    config = {**model.config, **({"quantization": quantization} if workload.packed else {})}
+    outline = outline_of_config(config, getattr(mx, dtype))
+    return outlined_shape(outline, _settings(workload))
+
+
+@cache
+def _settings(workload: Workload) -> TrainSettings:
+    return train_settings(workload.flags())
+
+
+def typical_batches(workload: Workload) -> list[BatchCounts]:
+    """Return a typical batch, for predictions without a tokenizer."""
+    shape = workload.shape
+    rows = max(1, workload.batch_tokens // shape.typical_width)
+    positions = rows * shape.typical_width
+    return [
+        BatchCounts(
+            rows, shape.typical_width, round(positions * shape.trained_share), round(positions * shape.real_share)
+        )
+    ]
+
+
+def batches_of(records: Sequence[dict[str, Any]]) -> list[BatchCounts]:
+    """Return the batches of a run's steps; several micro-batches of a step share its tokens in proportion to size."""
+    found = []
+    for record in records:
+        for shape in record["shapes"]:
+            rows, width = (int(side) for side in shape.split("x"))
+            share = rows * width / record["positions"]
+            trained, real = (round(record[key] * share) for key in ("supervised_tokens", "real_tokens"))
+            found.append(BatchCounts(rows, width, trained, real))
+    return found
+
+
+def predict(workload: Workload, machine: Machine, ceilings: Ceilings, batches: Sequence[BatchCounts]) -> dict[str, Any]:
+    """Predict speed and memory of a workload.
+
+    Args:
+        workload: the workload.
+        machine: the machine that it would run on.
+        ceilings: the machine's rates.
+        batches: the batches of its steps.
+
+    Returns:
+        `tokens_per_s` of real tokens, `peak_memory_bytes` and `needed_bytes` (with the buffer cache), whether it
+        `fits`, and `flops_per_token` of useful work.
+    """
+    shape = model_shape_of(workload, "float32" if machine.number_bytes == 4 else "bfloat16")
+    settings, mode = _settings(workload), workload.checkpointing
+    seconds = flops = 0.0
+    peak, needed, fits = 0, 0, True
+    for batch in batches:
+        run = run_of(settings, batch.rows, batch.width, mode, batch.trained)
+        seconds += step_seconds(shape, run, machine, ceilings)[0]
+        counts = count_step(shape, replace(run, checkpointing="none"), machine)
+        flops += sum(count.flops for count in counts.values()) * batch.real / run.positions
+        memory = plan_memory(shape, run, machine)
+        peak, needed = max(peak, memory.peak_bytes), max(needed, memory.needed_bytes)
+        fits = fits and memory.fits
+    real = sum(batch.real for batch in batches)
+    return {
+        "tokens_per_s": real / seconds,
+        "peak_memory_bytes": peak,
+        "needed_bytes": needed,
+        "fits": fits,
+        "flops_per_token": flops / real,
+    }
+
+
+def measured_machine(device: dict[str, Any], ceilings: dict[str, Any]) -> tuple[Machine, Ceilings]:
+    """Return the results of bench/machine.py as the planner's types."""
+    machine = Machine(
+        device["name"], device["backend"], device["memory_bytes"], device["working_set_bytes"],
+        NUMBER_BYTES[device["compute_dtype"]],
+    )  # fmt: skip
+    exponentials = ceilings["exponentials_per_s"]
+    rates = Ceilings(
+        ceilings["flops_per_s"],
+        ceilings["bytes_per_s"],
+        float("inf") if exponentials is None else exponentials,
+        ceilings["launch_s"],
+        "measured here",
+    )
+    return machine, rates
+
+
+def listed_flops(device: dict[str, Any]) -> float | None:
+    """Return a chip's listed peak in the run's dtype, None if the chip is not in the table."""
+    chip = known_chip(device["name"]) if device["backend"] == "metal" else None
+    if chip is None:
+        return None
+    return chip.tflops * 1e12 * (chip.half_rate if NUMBER_BYTES[device["compute_dtype"]] == 2 else 1.0)
+
+
+def predict_chips(workload: Workload) -> list[dict[str, Any]]:
+    """Predict a workload for every chip of the table, with the smallest memory sold that it fits in.
+
+    Returns:
+        One dict per chip: `chip`, `gpu_cores`, `status` (of the listed figures), `memory_gib` (None: it does not fit in
+        any size that is sold), and what `predict` returns.
+    """
+    batches, found = typical_batches(workload), []
+    for chip in CHIPS:
+        expected: dict[str, Any] = {}
+        for size in chip.memory_gib:
+            expected = predict(workload, chip.machine(size), listed_ceilings(chip), batches) | {"memory_gib": size}
+            if expected["fits"]:
+                break
+        about = {"chip": chip.name, "gpu_cores": chip.gpu_cores, "status": chip.status}
+        found.append({**about, **expected, "memory_gib": expected["memory_gib"] if expected["fits"] else None})
+    return found
+
+
+def predict_sizes(workload: Workload) -> list[tuple[int, dict[str, Any]]]:
+    """Predict a workload for Macs with each tier's memory: (GB, what `predict` returns and `working_set_bytes`)."""
+    batches, found = typical_batches(workload), []
+    for size in (int(tier) for tier in TIERS if tier != "embedded"):
+        chip = next(chip for chip in CHIPS if size in chip.memory_gib)
+        expected = predict(workload, chip.machine(size), listed_ceilings(chip), batches)
+        found.append((size, {**expected, "working_set_bytes": chip.machine(size).working_set_bytes}))
+    return found

@@ -8,7 +8,6 @@ A line that the user types is a question, or a command that begins with a slash.
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,8 +17,10 @@ from typing import Any
 
 import click
 
+from mlx_lora.api.base import TextSettings
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import ModelSettings
 from mlx_lora.models.load import load_base
 from mlx_lora.serving.adapter_store import (
     DEFAULT_CONTEXT,
@@ -30,9 +31,9 @@ from mlx_lora.serving.adapter_store import (
     context_of,
     named_source,
 )
-from mlx_lora.serving.conversation import BASE, Answer, AnswerSettings, Conversation, figures_together
+from mlx_lora.serving.batch import Sampling
+from mlx_lora.serving.conversation import BASE, AnswerSettings, ChatAnswer, ChatSession, figures_together
 from mlx_lora.serving.engine import Engine, Limits, Stopped, failed_words
-from mlx_lora.serving.sampling import Sampling
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError, RunError
 
@@ -42,73 +43,46 @@ WAITING = 4096
 
 @click.command(cls=flags.ShortCommand)
 @flags.settings_options("model")
-@click.option(
-    "--adapter",
-    "--adapter-path",
-    "adapters",
-    multiple=True,
-    help="Adapter: DIR, NAME=DIR, or NAME=OWNER/NAME of the hub; may be repeated. The first one answers at the start.",
-)
-@click.option(
-    "--blend",
-    "blends",
-    multiple=True,
-    help="Blend of loaded adapters: NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT ...; may be repeated.",
-)
-@flags.ignore_fingerprint_option
+@flags.named_adapters_options(" The first one answers at the start.")
 @click.option("--system-prompt", type=str, default=None, help="System message before the conversation.")
-@click.option(
-    "-m",
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    default=512,
-    show_default=True,
-    help="Maximum number of tokens of an answer.",
-)
-@click.option(
-    "--temp",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="Sampling temperature; 0 always takes the most likely token.",
-)
-@click.option(
-    "--top-p",
-    type=click.FloatRange(min=0, max=1),
-    default=1.0,
-    show_default=True,
-    help="Sample from the most likely tokens whose probabilities add up to this.",
-)
-@click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=None, help="Seed for sampling every answer.")
-def main(
-    adapters: tuple[str, ...], blends: tuple[str, ...], ignore_fingerprint: bool, system_prompt: str | None,
-    max_tokens: int, temp: float, top_p: float, seed: int | None, **options: Any,
-) -> None:  # fmt: skip
+@flags.text_options(512, TextSettings)
+def main(named: flags.NamedAdapters, system_prompt: str | None, how: TextSettings, **options: Any) -> None:
     """Chat with --model and its --adapter; type /help in the chat to list the commands."""
-    if not math.isfinite(temp):
-        raise InputError(f"--temp {temp}: not a finite number; give 0 for greedy, or about 0.7")
     model = train_settings(flags.given(options)).model
-    sources = adapter_sources(adapters, blends)
-    sampling = Sampling(temperature=temp, top_p=top_p, seed=seed)
-    engine = Engine(lambda: load_base(model), Limits(max_waiting=WAITING), ignore_fingerprint)
-    try:
-        check_names("--adapter", sources, (BASE, base_name(engine.base)))
-        cards = engine.call(lambda store: store.add(sources)).result()
+    sampling = Sampling(temperature=how.temperature, top_p=how.top_p, seed=how.seed)
+    with begun_engine(model, Limits(max_waiting=WAITING), named, (BASE,)) as (engine, lines):
         context = context_of(engine.base.config) or DEFAULT_CONTEXT
-        chat = Conversation(engine, AnswerSettings(max_tokens, context, sampling), system_prompt)
-        chat.adapter = next(iter(sources), None)
+        chat = ChatSession(engine, AnswerSettings(how.max_tokens, context, sampling), system_prompt)
+        chat.adapter = next(iter(engine.store.cards), None)
         check(chat)
-        console.echo(f"base   {base_name(engine.base)}: {engine.base.describe()}")
-        if engine.weights:
-            console.echo(f"weights {engine.weights.describe()}")
-        for card in cards:
-            console.echo(f"model  {card.name}: {card.describe()}")
-        talk(ChatLines(chat, screen()), chat)
+        console.echo("\n".join(lines))
+        talk(ChatLines(chat), chat)
+
+
+@contextlib.contextmanager
+def begun_engine(
+    model: ModelSettings, limits: Limits, named: flags.NamedAdapters, own: tuple[str, ...] = ()
+) -> Iterator[tuple[Engine, list[str]]]:
+    """Yield an engine with the base and the adapters of a command line, and a line about each; it is closed afterwards.
+
+    Args:
+        model, limits: of the engine.
+        named: the adapters.
+        own: names of the base, in addition to its model's.
+    """
+    sources = adapter_sources(named.adapters, named.blends)
+    engine = Engine(lambda: load_base(model), limits, named.ignore_fingerprint)
+    try:
+        check_names("--adapter", sources, (*own, base_name(engine.base)))
+        cards = engine.call(lambda store: store.add(sources)).result()
+        lines = [f"base   {base_name(engine.base)}: {engine.base.describe()}"]
+        lines += [f"weights {engine.weights.describe()}"] if engine.weights else []
+        yield engine, [*lines, *(f"model  {card.name}: {card.describe()}" for card in cards)]
     finally:
         engine.close()
 
 
-def check(chat: Conversation) -> None:
+def check(chat: ChatSession) -> None:
     """Check before the first question that a model can answer, and with the system prompt.
 
     Raises:
@@ -123,7 +97,7 @@ def check(chat: Conversation) -> None:
             raise InputError(f"--system-prompt: {error}") from None
 
 
-def talk(lines: ChatLines, chat: Conversation) -> None:
+def talk(lines: ChatLines, chat: ChatSession) -> None:
     """Read lines until Ctrl-D or Ctrl-C at the prompt, or the end of standard input."""
     read = reader()
     console.echo(f"{chat.name} answers; /help lists the commands")
@@ -170,18 +144,20 @@ def reader() -> Callable[[str], str]:
     return read
 
 
-def screen() -> Screen:
-    """Return a screen with answers on standard output, unchanged in a pipe, and all else on standard error."""
-    terminal = sys.stdout.isatty()
+def write(text: str) -> None:
+    """Write a piece of an answer to standard output, unchanged in a pipe; all else goes to standard error."""
+    click.echo(shown(text) if sys.stdout.isatty() else text, nl=False)
 
-    def write(text: str) -> None:
-        click.echo(shown(text) if terminal else text, nl=False)
 
-    def figures(line: str) -> None:
-        if sys.stderr.isatty():
-            console.echo(click.style(line, dim=True) if console.wants_color() else line)
+def show_figures(line: str) -> None:
+    """Show a line with counts and speed on a terminal."""
+    if sys.stderr.isatty():
+        console.echo(click.style(line, dim=True) if console.wants_color() else line)
 
-    return Screen(write, console.echo, lambda line: console.echo("Error: " + console.printable(line)), figures)
+
+def complain(line: str) -> None:
+    """Show an error's line."""
+    console.echo(f"Error: {console.printable(line)}")
 
 
 def shown(text: str) -> str:
@@ -193,24 +169,7 @@ def shown(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Screen:
-    """The functions that show output.
-
-    Attributes:
-        write: shows pieces of answers, which include line ends.
-        say: shows a line about the chat.
-        complain: shows an error's line.
-        figures: shows a line with counts and speed; some screens leave it out.
-    """
-
-    write: Callable[[str], None]
-    say: Callable[[str], None]
-    complain: Callable[[str], None]
-    figures: Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Command:
+class SlashCommand:
     """One command.
 
     Attributes:
@@ -229,27 +188,31 @@ class Command:
 class ChatLines:
     """Runs the commands and asks the questions of each line."""
 
-    def __init__(self, conversation: Conversation, screen: Screen):
-        self._chat, self._screen = conversation, screen
+    def __init__(self, conversation: ChatSession):
+        self._chat = conversation
         self._answering = self._stopped = False
-        self._answers: list[Answer] = []
+        self._answers: list[ChatAnswer] = []
         self._commands = {
-            "adapter": Command(
+            "adapter": SlashCommand(
                 "/adapter NAME", "lets NAME answer from now on; the name base stands for the base", self._adapter, True
             ),
-            "adapters": Command("/adapters", "lists the base and the adapters", self._list, False),
-            "compare": Command(
+            "adapters": SlashCommand("/adapters", "lists the base and the adapters", self._list, False),
+            "compare": SlashCommand(
                 "/compare TEXT",
                 "lets the base and all adapters answer TEXT; their answers are not added to the chat; "
                 "to choose some, write @NAME ... before TEXT",
                 self._compare,
                 True,
             ),
-            "load": Command("/load NAME=DIR", "loads an adapter, or replaces one", self._load, True),
-            "system": Command("/system TEXT", "sets the system prompt; without TEXT, removes it", self._system, None),
-            "reset": Command("/reset", "empties the conversation", self._reset, False),
-            "help": Command("/help", "shows this list", self._help, False),
-            "quit": Command("/quit", "ends the chat, as Ctrl-D does; Ctrl-C stops an answer", self._quit, False),
+            "load": SlashCommand("/load NAME=DIR", "loads an adapter, or replaces one", self._load, True),
+            "system": SlashCommand(
+                "/system TEXT", "sets the system prompt; without TEXT, removes it", self._system, None
+            ),
+            "reset": SlashCommand("/reset", "empties the conversation", self._reset, False),
+            "help": SlashCommand("/help", "shows this list", self._help, False),
+            "quit": SlashCommand(
+                "/quit", "ends the chat, as Ctrl-D does; Ctrl-C stops an answer", lambda rest: True, False
+            ),
         }
 
     def take(self, line: str) -> bool:
@@ -261,7 +224,7 @@ class ChatLines:
         try:
             line.encode()
         except UnicodeEncodeError:  # bytes that are not UTF-8 arrive as lone surrogates
-            self._screen.complain("the line is not UTF-8; set the terminal, or save the file, as UTF-8")
+            complain("the line is not UTF-8; set the terminal, or save the file, as UTF-8")
             return True
         if not line.strip():
             return True
@@ -270,9 +233,9 @@ class ChatLines:
                 return not self._command(*line[1:].strip().partition(" ")[::2])
             self._question(line[1:] if line.startswith("//") else line)
         except UnknownAdapter as error:
-            self._screen.complain(f"adapter {error}: it is no longer loaded; /adapters lists those that are")
+            complain(f"adapter {error}: it is no longer loaded; /adapters lists those that are")
         except InputError as error:
-            self._screen.complain(str(error))
+            complain(str(error))
         return True
 
     def interrupt(self) -> bool:
@@ -311,14 +274,14 @@ class ChatLines:
             for answer in answers:
                 if self._stopped:
                     break
-                self._screen.write(f"[{answer.name}]\n")
+                write(f"[{answer.name}]\n")
                 self._show(answer, alone=len(answers) == 1)
-                self._screen.write("\n")
+                write("\n")
             if len(answers) > 1 and not self._stopped:
-                self._screen.figures(figures_together(answers))
+                show_figures(figures_together(answers))
 
     @contextmanager
-    def _answers_of(self, text: str, adapters: list[str | None]) -> Iterator[list[Answer]]:
+    def _answers_of(self, text: str, adapters: list[str | None]) -> Iterator[list[ChatAnswer]]:
         """Start the answers of all `adapters`, which are generated in one batch; leaving the block ends them."""
         self._answering, self._stopped = True, False
         try:
@@ -332,17 +295,15 @@ class ChatLines:
                 answer.cancel()
             self._answering, self._answers = False, []
 
-    def _show(self, answer: Answer, alone: bool = True) -> None:
+    def _show(self, answer: ChatAnswer, alone: bool = True) -> None:
         try:
             for piece in answer:
-                self._screen.write(piece)
+                write(piece)
         finally:
-            self._screen.write("\n")
-        self._screen.figures(answer.figures(alone))
+            write("\n")
+        show_figures(answer.figures(alone))
         if answer.finish == "length" and answer.cut_by_context:
-            self._screen.say(
-                "(the answer ends here because the model's context is full; /reset empties the conversation)"
-            )
+            console.echo("(the answer ends here because the model's context is full; /reset empties the conversation)")
 
     def _adapter(self, name: str) -> None:
         self._chat.adapter = self._chat.adapter_named(name)
@@ -351,7 +312,7 @@ class ChatLines:
         for name in self._chat.names:
             card = self._chat.engine.store.cards.get(name)
             about = card.describe() if card else self._chat.base_names[-1]
-            self._screen.say(f"{'*' if name == self._chat.name else ' '} {name}: {about}")
+            console.echo(f"{'*' if name == self._chat.name else ' '} {name}: {about}")
 
     def _load(self, rest: str) -> None:
         try:
@@ -362,20 +323,17 @@ class ChatLines:
             raise InputError(f"/load {rest}: {error}") from None
         except Stopped:
             raise RunError(failed_words(self._chat.engine.failure)) from None
-        self._screen.say(f"{name}: {card.describe()}; type /adapter {name} to use it")
+        console.echo(f"{name}: {card.describe()}; type /adapter {name} to use it")
 
     def _system(self, text: str) -> None:
         self._chat.system = text or None
-        self._screen.say("the system prompt is set" if text else "there is no system prompt now")
+        console.echo("the system prompt is set" if text else "there is no system prompt now")
 
     def _reset(self, rest: str) -> None:
         self._chat.turns.clear()
-        self._screen.say("the conversation is empty")
+        console.echo("the conversation is empty")
 
     def _help(self, rest: str) -> None:
         width = max(len(command.usage) for command in self._commands.values())
         for command in self._commands.values():
-            self._screen.say(f"{command.usage:{width}}  {command.words}")
-
-    def _quit(self, rest: str) -> bool:
-        return True
+            console.echo(f"{command.usage:{width}}  {command.words}")

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mlx_lora.parallel.ranks import SeveralRanks, find_launch, together
 from mlx_lora.utils import console, device
 from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import free_on_disk
 from mlx_lora.utils.text import counted, gigabytes, installed_versions
 
 HEADER_BYTES = 1 << 20  # of each file: names, shapes and dtypes of a safetensors file's tensors
@@ -59,7 +60,7 @@ def main(hostfile: str | None, backend: str, model: str | None, as_json: bool) -
             )
         return started_everywhere(hostfile, backend, model, as_json)
     with together(console.describe_error) as ranks:
-        machines = ranks.everyone(asdict(facts_here(model)))
+        machines = ranks.everyone(facts_here(model))
         rates = probe_link(ranks) if isinstance(ranks, SeveralRanks) else None
         problems = problems_of(machines)
         if ranks.leads:
@@ -78,37 +79,17 @@ def started_everywhere(hostfile: str, backend: str, model: str | None, as_json: 
     return subprocess.run(words).returncode
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What one machine says of itself.
+def facts_here(model: str | None) -> dict[str, Any]:
+    """Return what this machine says of itself.
 
-    Attributes:
-        host: its name.
-        device: chip or processor.
-        memory_bytes, working_set_bytes: of it.
-        free_bytes: on the disk of the cache.
-        versions: of the packages that matter.
-        model: a check sum of the model's files; empty: it does not have them; None: none was named.
+    `free_bytes` are on the disk of the cache; `model` is a check sum of the model's files, empty if it does not have them.
     """
-
-    host: str
-    device: str
-    memory_bytes: int
-    working_set_bytes: int
-    free_bytes: int
-    versions: dict[str, str | None]
-    model: str | None
-
-
-def facts_here(model: str | None) -> Facts:
-    """Return this machine's facts."""
     here = device.current_device()
-    cache = cache_dir("models")
-    folder = next(path for path in (cache, *cache.parents) if path.exists())
-    return Facts(
-        socket.gethostname(), here.name, here.memory_bytes, here.working_set_bytes, shutil.disk_usage(folder).free,
-        installed_versions(), None if model is None else files_sum(model),
-    )  # fmt: skip
+    return {
+        "host": socket.gethostname(), "device": here.name, "memory_bytes": here.memory_bytes,
+        "working_set_bytes": here.working_set_bytes, "free_bytes": free_on_disk(cache_dir("models")),
+        "versions": installed_versions(), "model": None if model is None else files_sum(model),
+    }  # fmt: skip
 
 
 def files_sum(model: str) -> str:

@@ -82,7 +82,7 @@ def main(hub: bool, show_kernels: bool, full: bool, as_json: bool, **kit: Any) -
     if full:
         if show_kernels:
             raise InputError("--kernels with --full: the group kernels checks them all; leave --kernels out")
-        return full_check(hub, as_json, **kit)
+        return full_check(hub, as_json, kit)
     if given := [f"--{'group' if name == 'groups' else name}" for name, value in kit.items() if value]:
         raise InputError(
             f"{' and '.join(given)} without --full: only the full check uses it; add --full, or leave it out"
@@ -95,51 +95,36 @@ def main(hub: bool, show_kernels: bool, full: bool, as_json: bool, **kit: Any) -
     table = known_table()
     checks += [*speed, check_kernels(table), check_cache(), *([check_hub()] if hub else [])]
     if as_json:
-        console.print_json(
-            {
-                "device": here.name,
-                "backend": here.backend,
-                "memory_bytes": here.memory_bytes,
-                "working_set_bytes": here.working_set_bytes,
-                "blas": BLAS.name,
-                "versions": versions,
-                "ceilings": rates,
-                "kernels": table,
-                "checks": [dataclasses.asdict(check) for check in checks],
-            }
-        )
+        facts = {
+            "device": here.name, "backend": here.backend, "memory_bytes": here.memory_bytes,
+            "working_set_bytes": here.working_set_bytes, "blas": BLAS.name, "versions": versions, "ceilings": rates,
+            "kernels": table, "checks": [dataclasses.asdict(check) for check in checks],
+        }  # fmt: skip
+        console.print_json(facts)
     else:
         click.echo("\n".join([*screen(here, versions, checks), *(["", *table_lines(table)] if show_kernels else [])]))
     return 1 if any(check.status == "failed" for check in checks) else 0
 
 
-def full_check(
-    hub: bool,
-    as_json: bool,
-    quick: bool,
-    groups: tuple[str, ...],
-    again: bool,
-    minutes: float | None,
-    out: Path | None,
-    send: bool,
-) -> int:
+def full_check(hub: bool, as_json: bool, given: dict[str, Any]) -> int:
     """Run the checks of `--full`, and return the exit code: 1 if a line is red, 130 if it was interrupted."""
     # Imported here, because the short check needs none of it.
-    from mlx_lora.doctor.check import GROUPS, Finding, Kit, KitCheck
+    from mlx_lora.doctor.check import GROUPS, CheckFinding, Kit, KitCheck
     from mlx_lora.doctor.kit import Asked, all_checks, run_kit, show_issue, summary_line
-    from mlx_lora.doctor.state import PAGE_FILE, RESULT_FILE
+    from mlx_lora.doctor.result import PAGE_FILE, RESULT_FILE
 
-    if unknown := [name for name in groups if name not in GROUPS]:
+    folder, send, minutes = given.pop("out") or Path(FOLDER), given.pop("send"), given.pop("minutes") or Asked.minutes
+    asked = Asked(folder, **given, minutes=minutes)
+    if unknown := [name for name in asked.groups if name not in GROUPS]:
         raise InputError(f"--group {', '.join(unknown)}: no such group; choose from {', '.join(GROUPS)}")
 
-    def short(kit: Kit) -> Iterator[Finding]:
+    def short(kit: Kit) -> Iterator[CheckFinding]:
         here = kit.here
         speed = check_speed()[1]
         found = [*check_versions(installed_versions()), check_memory(here), check_blas(here), *check_arithmetic()]
         for one in [*found, check_repeats(), *speed, check_cache(), *([check_hub()] if hub else [])]:
-            yield Finding(one.name, one.status, one.found, advice=one.advice)
+            yield CheckFinding(one.name, one.status, one.found, advice=one.advice)
 
-    asked = Asked(out or Path(FOLDER), quick, groups, again, minutes or Asked.minutes)
     check_writable(asked.folder, "--out", needed_bytes=10_000_000)
     content, interrupted = run_kit(asked, all_checks([KitCheck("machine", "short check", short)]))
     console.echo(f"{summary_line(content)}\nWritten to {asked.folder / RESULT_FILE} and {asked.folder / PAGE_FILE}")

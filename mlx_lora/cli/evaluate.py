@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mlx_lora.api.evaluate import (
+    EvaluationRequest,
     check_adapter,
     check_show,
     compares,
@@ -25,16 +27,23 @@ from mlx_lora.api.evaluate import (
     settings_of_run,
     with_columns_of_run,
 )
-from mlx_lora.api.forgetting import CHAT, NO_CHANGE, SMALL_CHANGE, TEXT, measure_forgetting, verdict_rows, write_page
+from mlx_lora.api.forgetting import CHAT, TEXT, ForgettingRequest, measure_forgetting, verdict_rows, write_page
 from mlx_lora.cli import options as flags
+from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.report import UNITS
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.ranks import sharing_ranks
-from mlx_lora.reports.evaluation import exact_words, keep_evaluation, loss_words, write_evaluation_page
-from mlx_lora.reports.run_report import REPORT_FILE, read_report
+from mlx_lora.reports.run_report import (
+    REPORT_FILE,
+    exact_words,
+    keep_evaluation,
+    loss_words,
+    read_report,
+    write_evaluation_page,
+)
 from mlx_lora.trainer.checkpoint import lock_holder
 from mlx_lora.trainer.guards import interrupt_flag
 from mlx_lora.trainer.header import MOST_SHOWN
@@ -47,11 +56,9 @@ STOPPING = "Stopping; what is measured so far is printed. Press Ctrl-C again to 
 STOPPED = "Interrupted: these figures are of a part of the data"
 
 
-@click.command(cls=flags.Command)
+@click.command(cls=flags.SettingsCommand)
 @flags.settings_options("model", "data", "objective", leave_out=("decode_weights", "valid_fraction", "shared_prefix"))
-@flags.adapter_option(help="Adapter folder, or hub id, to put on the model.")
-@click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
-@flags.ignore_fingerprint_option
+@flags.adapter_options(help="Adapter folder, or hub id, to put on the model.")
 @click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")
 @click.option(
     "--forgetting", is_flag=True, help="Compare with the base on --data, general text and chat, and probe questions."
@@ -68,17 +75,16 @@ STOPPED = "Interrupted: these figures are of a part of the data"
 @flags.setting_option("shard_base")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
-    adapter_path: str | None, adapter_revision: str | None, ignore_fingerprint: bool, batch_tokens: int | None,
-    forgetting: bool, against: tuple[str, ...], general_text: str | None, general_chat: str | None,
-    report: str | None, show: int | None, as_json: bool, **options: Any,
+    adapter: flags.OneAdapter, batch_tokens: int | None, forgetting: bool, report: str | None, show: int | None, as_json: bool,
+    **options: Any,
 ) -> int:  # fmt: skip
     """Measure loss and perplexity on --data, or with --forgetting what the adapter made the model forget.
 
     Without --data, the rows that the adapter's run held out are measured.
     """
+    only = {name: options.pop(name) for name in ("against", "general_text", "general_chat")}
     given, page = flags.given(options), _page(report)
     settings = train_settings(given)
-    general = {name: source for name, source in ((TEXT, general_text), (CHAT, general_chat)) if source}
     if forgetting:
         if show is not None:
             raise InputError("--show with --forgetting: it asks questions of its own; leave out one of the two")
@@ -86,30 +92,41 @@ def main(
             raise InputError(
                 "--data is required with --forgetting: a data file, or a folder with a test or valid split"
             )
-        adapters = forgetting_adapters(settings, adapter_path, adapter_revision, against)
-        return _forgetting(settings, given, adapters, general, ignore_fingerprint, batch_tokens, page, as_json)
-    only = {"--against": against, "--general-text": general_text, "--general-chat": general_chat}
-    if useless := [flag for flag, value in only.items() if value]:
+        if settings.loop.shard_base != "off":
+            raise InputError("--forgetting with --shard-base: it needs the whole base; leave out one of the two")
+        if not adapter.adapter_path:
+            raise InputError("--forgetting: no adapter; give --adapter-path")
+        folders = [adapter.folder(), *(resolve_adapter(flags.adapter_source(one)) for one in only["against"])]
+        general = {TEXT: only["general_text"], CHAT: only["general_chat"]}
+        asked = ForgettingRequest(
+            settings.data,
+            {name: source for name, source in general.items() if source},
+            adapter.ignore_fingerprint,
+            batch_tokens,
+        )
+        return _forgetting(settings, given, [folder for folder in folders if folder], asked, page, as_json)
+    if useless := [flag_of(name) for name, value in only.items() if value]:
         raise InputError(f"{', '.join(useless)}: only with --forgetting; add it")
-    adapter = resolve_adapter(adapter_path, adapter_revision)
+    folder = adapter.folder()
     if held_out := not settings.data.data:
-        settings = settings_of_run(adapter, given)
-    check_adapter(settings, adapter)
+        settings = settings_of_run(folder, given)
+    check_adapter(settings, folder)
     check_show(settings, show or 0)
     if page is not None and not compares(settings):
         raise InputError("--report: only imitation with the whole base has a page; leave it out, or use --json")
     if not held_out:
-        settings = with_columns_of_run(settings, given, adapter)
+        settings = with_columns_of_run(settings, given, folder)
     if show is None and not (page is not None or (sys.stdout.isatty() and not as_json)):
         show = 0  # answers take long, and a script asks for them
     with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks, interrupt_flag(STOPPING) as stopped:
         base = load_base(settings.model, read=settings.loop.shard_base == "off")
-        result = measure_loss(settings, base, adapter, ignore_fingerprint, batch_tokens, ranks, show, stopped, held_out)
+        asked = EvaluationRequest(folder, adapter.ignore_fingerprint, batch_tokens, show, held_out, stopped)
+        result = measure_loss(settings, base, asked, ranks)
         if ranks.leads:
-            facts = {**result, "adapter_path": adapter_path, "data": settings.data.data}
+            facts = {**result, "adapter_path": adapter.adapter_path, "data": settings.data.data}
             print_loss(settings, facts, as_json)
             if "loss" in facts:
-                _keep(facts | {"held_out": held_out}, adapter, page)
+                _keep(facts | {"held_out": held_out}, folder, page)
     return 130 if result.get("partial") else 0
 
 
@@ -144,32 +161,18 @@ def _keep(facts: dict[str, Any], adapter: Path | None, page: Path | None) -> Non
         console.echo(f"Note: these results cannot be kept in {adapter}: {error.strerror}")
 
 
-def forgetting_adapters(
-    settings: TrainSettings, adapter_path: str | None, adapter_revision: str | None, against: tuple[str, ...]
-) -> list[Path]:
-    """Return the folders of the adapters that --forgetting compares."""
-    if settings.loop.shard_base != "off":
-        raise InputError("--forgetting with --shard-base: it needs the whole base; leave out one of the two")
-    if not adapter_path:
-        raise InputError("--forgetting: no adapter; give --adapter-path")
-    others = (resolve_adapter(flags.adapter_source(one)) for one in against)
-    found = [resolve_adapter(adapter_path, adapter_revision), *others]
-    return [folder for folder in found if folder is not None]
-
-
 def _forgetting(
-    settings: TrainSettings, given: dict[str, Any], adapters: list[Path], general: dict[str, str],
-    ignore_fingerprint: bool, batch_tokens: int | None, page: Path | None, as_json: bool,
+    settings: TrainSettings, given: dict[str, Any], adapters: list[Path], asked: ForgettingRequest, page: Path | None,
+    as_json: bool,
 ) -> int:  # fmt: skip
     """Measure and print what adapters made the model forget, and return the exit code."""
     settings = with_columns_of_run(settings, given, adapters[0])
     base = load_base(settings.model)
     with interrupt_flag(STOPPING) as stopped:
-        found = measure_forgetting(base, adapters, settings.data, general, ignore_fingerprint, batch_tokens, stopped)
+        found = measure_forgetting(base, adapters, replace(asked, task=settings.data, stopped=stopped))
         facts = found.to_dict() | {"partial": stopped()}
     if page is not None and facts["sets"]:
-        command = this_command()
-        write_page(page, facts, (NO_CHANGE, SMALL_CHANGE), command, device.current_device().header())
+        write_page(page, facts, this_command(), device.current_device().header())
         console.echo(f"page   {page}")
     if as_json:
         console.print_json(facts)

@@ -12,6 +12,7 @@ The merged GGUF is F16 unless --gguf-type says otherwise; without --adapter-path
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,11 @@ from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.gguf.write import DEFAULT_TYPE, TYPES
 from mlx_lora.models.load import load_base
-from mlx_lora.utils.hub import resolve_adapter
 
 
 @click.command(cls=flags.ShortCommand)
 @flags.settings_options("model", leave_out=("quantized_matmul", "decode_weights"))
-@flags.adapter_option(
+@flags.adapter_options(
     help="Adapter folder or hub id, ours, mlx-lm's or PEFT's; optional for gguf and ollama.",
 )
 @click.option(
@@ -55,32 +55,19 @@ from mlx_lora.utils.hub import resolve_adapter
     default=None,
     help="Ollama model or .gguf file that a Modelfile applies the adapter to [default: none, the merged model].",
 )
-@click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
-@flags.ignore_fingerprint_option
 @click.option("--force", is_flag=True, help="Replace what is in --out.")
 @click.option(
     "--push-to-hub", type=str, default=None, help="Also upload the result to this hub repository, owner/name."
 )
 @click.option("--private", is_flag=True, help="Create that repository as private.")
-def main(
-    adapter_path: str | None,
-    adapter_revision: str | None,
-    to: str,
-    out: Path,
-    base_id: str | None,
-    gguf_type: str | None,
-    ollama_base: str | None,
-    ignore_fingerprint: bool,
-    force: bool,
-    push_to_hub: str | None,
-    private: bool,
-    **options: Any,
-) -> None:
+def main(adapter: flags.OneAdapter, **options: Any) -> None:
     """Write the adapter on --model in another program's format."""
-    asked = ExportSettings(to, out, base_id, gguf_type, ollama_base, force, push_to_hub, private)
-    asked.check(bool(adapter_path))
-    adapter = resolve_adapter(adapter_path, adapter_revision)
+    asked = ExportSettings(**{field.name: options.pop(field.name) for field in fields(ExportSettings)})
+    asked.check(bool(adapter.adapter_path))
+    folder = adapter.folder()
     settings = train_settings(flags.given(options)).model
     keep_dtype = settings.dtype != "auto"
-    base = load_base(settings, read=to not in OF_ADAPTER)  # a base that ranks share may be too large for this machine
-    write_export(asked, base, adapter, ignore_fingerprint, keep_dtype)
+    base = load_base(
+        settings, read=asked.to not in OF_ADAPTER
+    )  # a base that ranks share may be too large for this machine
+    write_export(asked, base, folder, adapter.ignore_fingerprint, keep_dtype)

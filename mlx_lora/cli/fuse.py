@@ -22,7 +22,6 @@ from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import load_base
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.hub import resolve_adapter
 
 # A larger error of rounding, relative to the update, is not taken for harmless without measuring.
 HARMLESS = 0.05
@@ -33,7 +32,7 @@ FUSED_BITS = ("5", "6", "8")
 
 @click.command(cls=flags.ShortCommand)
 @flags.settings_options("model", leave_out=("quantized_matmul", "decode_weights"))
-@flags.adapter_option(required=True, help="Adapter folder or hub id, ours, mlx-lm's or PEFT's.")
+@flags.adapter_options(required=True, help="Adapter folder or hub id, ours, mlx-lm's or PEFT's.")
 @click.option("--out", "--save-path", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option(
     "--dequantize",
@@ -52,29 +51,21 @@ FUSED_BITS = ("5", "6", "8")
     default=None,
     help="Measure on these rows what the fused model keeps [default: what the adapter's run held out, if it is there].",
 )
-@click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
-@flags.ignore_fingerprint_option
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
-    adapter_path: str,
-    adapter_revision: str | None,
-    out: Path,
-    dequantize: bool,
-    fused_bits: str | None,
-    data: str | None,
-    ignore_fingerprint: bool,
-    force: bool,
-    as_json: bool,
+    adapter: flags.OneAdapter, out: Path, dequantize: bool, fused_bits: str | None, data: str | None, as_json: bool,
     **options: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Write --model with the adapter folded in, and measure how much of what the adapter learned is in it."""
-    adapter = resolve_adapter(adapter_path, adapter_revision)
+    folder, force = adapter.folder(), options.pop("force")
+    if folder is None:
+        raise InputError("--adapter-path: empty; give the adapter's folder or hub id")
     if data:
         find_sets(data)  # refused before the work if it is not there
     settings = train_settings(flags.given(options)).model
     base = load_base(settings)
-    info = load_adapter(base, adapter, ignore_fingerprint, scores=None)
+    info = load_adapter(base, folder, adapter.ignore_fingerprint, scores=None)
     model_id, scores = base.model_id, SCORE_WEIGHT in info.full
     if data and scores:
         raise InputError(
@@ -96,11 +87,13 @@ def main(
         console.echo(f"{len(info.full)} parameters trained in full are in it unchanged, in float")
     gain: Gain | str | None = None
     if data or (rounding["error_mean"] > HARMLESS and not scores):
-        gain = measure_gain(settings, adapter, out, data, ignore_fingerprint)
+        gain = measure_gain(settings, folder, out, data, adapter.ignore_fingerprint)
     console.echo(f"{out}: {words(rounding, gain)}")
     if as_json:
         measured = gain.facts() if isinstance(gain, Gain) else NOT_MEASURED
-        console.print_json({"out": str(out), "model": model_id, "adapter_path": adapter_path, **rounding, **measured})
+        console.print_json(
+            {"out": str(out), "model": model_id, "adapter_path": adapter.adapter_path, **rounding, **measured}
+        )
 
 
 def summarize(survival: dict[str, Survival]) -> dict[str, Any]:

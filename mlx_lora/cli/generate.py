@@ -25,14 +25,11 @@ from mlx_lora.parallel.ranks import sharing_ranks
 from mlx_lora.trainer.fit import share_among
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.hub import resolve_adapter
 
 
 @click.command(cls=flags.ShortCommand)
 @flags.settings_options("model")
-@flags.adapter_option(help="Adapter folder, or hub id, to put on the model.")
-@click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter.")
-@flags.ignore_fingerprint_option
+@flags.adapter_options(help="Adapter folder, or hub id, to put on the model.")
 @click.option("-p", "--prompt", type=str, required=True, help="The prompt; - reads standard input.")
 @click.option("--system-prompt", type=str, default=None, help="System message for the chat template.")
 @click.option(
@@ -42,54 +39,23 @@ from mlx_lora.utils.hub import resolve_adapter
     metavar="FILE",
     help="Tools that the model may call: a JSON list, or a data file with tools.",
 )
-@click.option(
-    "-m",
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    default=100,
-    show_default=True,
-    help="Maximum number of tokens to generate.",
-)
-@click.option(
-    "--temp",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="Sampling temperature; 0 always takes the most likely token.",
-)
-@click.option(
-    "--top-p",
-    type=click.FloatRange(min=0, max=1),
-    default=1.0,
-    show_default=True,
-    help="Sample from the most likely tokens whose probabilities add up to this.",
-)
-@click.option(
-    "--top-k",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Sample from the k most likely tokens; 0: all.",
-)
-@click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=None, help="Seed of the sampling.")
+@flags.text_options(100, TextSettings, top_k=True)
 @click.option("--ignore-chat-template", is_flag=True, help="Give the prompt to the model unchanged.")
 @flags.setting_option("shard_base")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
-    adapter_path: str | None, adapter_revision: str | None, ignore_fingerprint: bool, prompt: str, system_prompt: str | None,
-    tools_file: str | None, max_tokens: int,
-    temp: float, top_p: float, top_k: int, seed: int | None, ignore_chat_template: bool, as_json: bool, **options: Any,
+    adapter: flags.OneAdapter, prompt: str, system_prompt: str | None, tools_file: str | None, how: TextSettings,
+    ignore_chat_template: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Generate the answer to --prompt, or its continuation if the model has no chat template."""
     text = read_prompt(prompt)
     tools = read_tools(tools_file) if tools_file else None
-    how = TextSettings(max_tokens, temp, top_p, top_k, seed)
-    adapter = resolve_adapter(adapter_path, adapter_revision)
+    folder = adapter.folder()
     settings = train_settings(flags.given(options))
     whole = settings.loop.shard_base == "off"
     with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks:
         base = load_base(settings.model, read=whole)
-        template = load_adapter(base, adapter, ignore_fingerprint).chat_template if adapter else None
+        template = load_adapter(base, folder, adapter.ignore_fingerprint).chat_template if folder else None
         template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)
         _, shared = share_among(settings, base, ranks)
         if shared.words:

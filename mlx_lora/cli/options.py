@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.util
+import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +21,15 @@ from mlx_lora.config.settings import COMMAND_SECTIONS, FIELDS, MODEL, SECTIONS
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 
+KEY_VARIABLE = "MLX_LORA_API_KEY"
 METAVARS = {str: "TEXT", int: "N", float: "X"}
 
 
-class Command(console.LongCommand):
+class SettingsCommand(console.LongCommand):
     """A command with all settings of a run; its errors answer another trainer's flags with ours."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return _parsed(self, ctx, lambda: super(Command, self).parse_args(ctx, args), "--help-all")
+        return _parsed(self, ctx, lambda: super(SettingsCommand, self).parse_args(ctx, args), "--help-all")
 
 
 class ShortCommand(console.Command):
@@ -103,17 +108,104 @@ def adapter_source(text: str) -> str:
     return source if named and not Path(text).expanduser().exists() else text
 
 
-def adapter_option(help: str, required: bool = False) -> Callable[[Callable], Callable]:
-    """Add the option of a command that reads one adapter, under both names that commands have for it."""
-    names = ("--adapter-path", "--adapter", "adapter_path")
-    return click.option(*names, cls=AdapterOption, type=str, default=None, required=required, help=help)
-
-
-ignore_fingerprint_option = click.option(
+_ignore_fingerprint = click.option(
     "--ignore-fingerprint",
     is_flag=True,
     help="Use an adapter even if it was trained on another base of the same shape.",
 )
+
+
+@dataclass(frozen=True)
+class OneAdapter:
+    """The adapter of a command that reads one: folder or hub id, and how it is read."""
+
+    adapter_path: str | None
+    adapter_revision: str | None
+    ignore_fingerprint: bool
+
+    def folder(self) -> Path | None:
+        """Return its folder, downloaded if it is on the hub; None: none was given."""
+        from mlx_lora.utils.hub import resolve_adapter  # slow to import, and --help does not need it
+
+        return resolve_adapter(self.adapter_path, self.adapter_revision)
+
+
+def adapter_options(help: str, required: bool = False) -> Callable[[Callable], Callable]:
+    """Add the options of a command that reads one adapter, which the function takes as `adapter`."""
+    options = (
+        click.option(
+            "--adapter-path", "--adapter", "adapter_path", cls=AdapterOption, type=str, default=None, required=required,
+            help=help,
+        ),
+        click.option("--adapter-revision", type=str, default=None, help="Hub branch, tag or commit of the adapter."),
+        _ignore_fingerprint,
+    )  # fmt: skip
+    return _together(options, "adapter", OneAdapter)
+
+
+@dataclass(frozen=True)
+class NamedAdapters:
+    """The adapters of a command that answers with several, as they were given."""
+
+    adapters: tuple[str, ...]
+    blends: tuple[str, ...]
+    ignore_fingerprint: bool
+
+
+def named_adapters_options(more: str = "") -> Callable[[Callable], Callable]:
+    """Add the options of a command that answers with several adapters, which the function takes as `named`."""
+    options = (
+        click.option(
+            "--adapter", "--adapter-path", "adapters", multiple=True,
+            help=f"Adapter: DIR, NAME=DIR, or NAME=OWNER/NAME of the hub; may be repeated.{more}",
+        ),
+        click.option(
+            "--blend", "blends", multiple=True,
+            help="Blend of loaded adapters: NAME=ADAPTER:WEIGHT,ADAPTER:WEIGHT ...; may be repeated.",
+        ),
+        _ignore_fingerprint,
+    )  # fmt: skip
+    return _together(options, "named", NamedAdapters)
+
+
+def text_options(max_tokens: int, kind: type, top_k: bool = False) -> Callable[[Callable], Callable]:
+    """Add the options of a command that generates text, which the function takes as `how`, a dataclass `kind`."""
+    shown: dict[str, Any] = {"show_default": True}
+    options = [
+        click.option(
+            "-m", "--max-tokens", type=click.IntRange(min=1), default=max_tokens, help="Maximum number of new tokens.", **shown
+        ),
+        click.option(
+            "--temp", "temperature", type=click.FloatRange(min=0), default=0.0,
+            help="Sampling temperature; 0 always takes the most likely token.", **shown,
+        ),
+        click.option(
+            "--top-p", type=click.FloatRange(min=0, max=1), default=1.0,
+            help="Sample from the most likely tokens whose probabilities add up to this.", **shown,
+        ),
+        click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=None, help="Seed of the sampling."),
+    ]  # fmt: skip
+    if top_k:
+        least = click.IntRange(min=0)
+        help = "Sample from the k most likely tokens; 0: all."
+        options.insert(3, click.option("--top-k", type=least, default=0, help=help, **shown))
+    return _together(options, "how", kind)
+
+
+def _together(options: Sequence[Callable], name: str, kind: type) -> Callable[[Callable], Callable]:
+    """Add options whose values a function takes as one argument: a dataclass with fields of the same names."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(**given: Any) -> Any:
+            values = {field.name: given.pop(field.name) for field in dataclasses.fields(kind) if field.name in given}
+            return function(**given, **{name: kind(**values)})
+
+        for option in reversed(options):
+            option(call)
+        return call
+
+    return decorate
 
 
 def settings_options(*sections: str, leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
@@ -165,6 +257,25 @@ def _help(row: Row, default: Any) -> str:
     if default is not None:
         notes.append(f"default: {('off', 'on')[default] if isinstance(default, bool) else default}")
     return f"{row.help} [{'; '.join(notes)}]" if notes else row.help
+
+
+def server_key(command: str, host: str, given: str | None) -> str | None:
+    """Return the API key of a server on `host`.
+
+    Raises:
+        InputError: a package is not installed, or other machines could reach the server without a key.
+    """
+    if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
+        raise InputError(f"{command}: {' and '.join(missing)} not installed; pip install 'mlx-lora[serve]'")
+    # Imported here, because packages that it needs may not be installed.
+    from mlx_lora.serving.guard import is_local
+
+    key = given or os.environ.get(KEY_VARIABLE) or None
+    if not is_local(host) and not key:
+        raise InputError(
+            f"--host {host}: reachable from other machines and no API key; set {KEY_VARIABLE}, or use 127.0.0.1"
+        )
+    return key
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,6 @@ python -m mlx_lora studio --home ~/mlx-lora-studio --model-folder ~/models --dat
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import os
-import signal
 import webbrowser
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +15,11 @@ from typing import Any
 import click
 
 from mlx_lora.cli import options as flags
+from mlx_lora.config.fields import flag_of
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import parse_size
 
-KEY_VARIABLE = "MLX_LORA_API_KEY"
 SHUTDOWN_S = 2  # an open page keeps its event streams; they are cut
 HEAD_TIMEOUT_S = 10.0
 
@@ -69,25 +66,15 @@ HEAD_TIMEOUT_S = 10.0
     "--api-key",
     default=None,
     metavar="TEXT",
-    help=f"Key that the page asks for; {KEY_VARIABLE} sets it without showing it in process lists.",
+    help=f"Key that the page asks for; {flags.KEY_VARIABLE} sets it without showing it in process lists.",
 )
 @click.option("--max-upload", default="2GB", show_default=True, help="Largest file that the page may upload.")
 @click.option("--browser/--no-browser", default=True, help="Open the page in the browser.")  # fmt: skip
 def main(
-    home: str,
-    model_folders: tuple[str, ...],
-    data_folders: tuple[str, ...],
-    runs_folders: tuple[str, ...],
-    host: str,
-    port: int,
-    api_key: str | None,
-    max_upload: str,
-    browser: bool,
+    home: str, host: str, port: int, api_key: str | None, max_upload: str, browser: bool, **more: tuple[str, ...]
 ) -> None:
     """Serve the studio's page until you press Ctrl-C; runs that it started continue."""
-    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(f"studio: {' and '.join(missing)} not installed; pip install 'mlx-lora[serve]'")
+    key = flags.server_key("studio", host, api_key)
     # Imported here, because packages that they need may not be installed.
     from mlx_lora.serving.guard import GuardLimits, is_local
     from mlx_lora.studio.app import make_studio
@@ -95,18 +82,10 @@ def main(
     from mlx_lora.studio.places.data import UPLOAD
     from mlx_lora.trainer.run_folder import runs_file
 
-    key = api_key or os.environ.get(KEY_VARIABLE) or None
-    if not is_local(host) and not key:
-        raise InputError(
-            f"--host {host}: reachable from other machines and no API key; set {KEY_VARIABLE}, or use 127.0.0.1"
-        )
-    folders = Folders(
-        Path(home).expanduser().resolve(),
-        folders_of("--model-folder", model_folders),
-        folders_of("--data-folder", data_folders),
-        (*folders_of("--runs-folder", runs_folders), *(here for here in [Path("runs").resolve()] if here.is_dir())),
-        runs_file(),
-    )
+    found = {name: folders_of(flag_of(name.removesuffix("s")), paths) for name, paths in more.items()}
+    if (here := Path("runs").resolve()).is_dir():
+        found["runs_folders"] += (here,)
+    folders = Folders(Path(home).expanduser().resolve(), **found, known_runs=runs_file())
     try:
         folders.make()
     except OSError as error:
@@ -161,30 +140,14 @@ def run_studio(app: Any, host: str, port: int, browser: bool) -> None:
     Raises:
         InputError: the address is not available.
     """
-    import uvicorn
+    from mlx_lora.serving.guard import ServerLimits, run_app
 
-    from mlx_lora.serving.app import listen
-    from mlx_lora.serving.guard import timed_protocol
+    def ready(server: Any, address: str) -> None:
+        console.echo(f"ready  {address} (the studio; Ctrl-C stops the page, and runs go on)")
+        app.state.ending = lambda: server.should_exit
+        if browser:
+            webbrowser.open(address)
 
-    config = uvicorn.Config(
-        app,
-        http=timed_protocol(HEAD_TIMEOUT_S),
-        ws="none",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=5,
-        timeout_graceful_shutdown=SHUTDOWN_S,
-        limit_concurrency=256,
-    )
-    socket, address = listen(host, port)
-    console.echo(f"ready  {address} (the studio; Ctrl-C stops the page, and runs go on)")
-    # uvicorn raises the signal that ended it again; for a server this is the normal end.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if browser:
-        webbrowser.open(address)
-    server = uvicorn.Server(config)
-    app.state.ending = lambda: server.should_exit
-    with socket, contextlib.suppress(KeyboardInterrupt), console.log_to(console.drop):
-        server.run([socket])
+    with console.log_to(console.drop):
+        run_app(app, host, port, ServerLimits(HEAD_TIMEOUT_S, SHUTDOWN_S, 256), ready)
     console.echo("ended")

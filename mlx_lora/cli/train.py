@@ -30,7 +30,7 @@ def _starting() -> None:
         console.echo("Starting: loading MLX and the libraries for models and tokenizers")
 
 
-@click.command(cls=flags.Command)
+@click.command(cls=flags.SettingsCommand)
 @flags.config_option
 @click.option(
     "--dry-run", is_flag=True, cls=console.Option, group=TRAINING,
@@ -59,7 +59,7 @@ def run(settings: TrainSettings, dry_run: bool) -> int:
     if dry_run:
         _starting()
         from mlx_lora.api.plan import dry_run as dry_plan
-        from mlx_lora.api.plan_text import render
+        from mlx_lora.cli.plan import render
 
         click.echo(render(dry_plan(settings)))
         return 0

@@ -1,12 +1,15 @@
-"""Define what a check of `doctor --full` is given and finds, and compare what the device and the CPU compute.
+"""Define what a check of `doctor --full` is given and finds, compare what the device and the CPU compute, and make models.
 
 Both compute in one process. The device computes in the dtype that training uses, and on a GPU in float32 too. The CPU always
 computes in float32, from the same (rounded) inputs, so what remains is the device's rounding and its faults. On a machine
 without a GPU, both are the CPU, and what is compared are our functions and their definitions.
-"""
+
+The models have random weights, and are tiny or of published shapes: nothing is downloaded. Their tokenizer has a token for each
+byte, so every text can be encoded, and ids are below 261 whatever the vocabulary."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,9 +18,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from mlx_lora.kernels.measure import TOLERANCE
+from mlx_lora.models.convert import build_model
+from mlx_lora.models.folder import save_tensors
 from mlx_lora.utils import device
 from mlx_lora.utils.device import Device
 
@@ -42,7 +51,7 @@ LARGEST = 1e30  # what an infinite error is written as, because JSON has no infi
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckFinding:
     """One line of the result.
 
     Attributes:
@@ -102,14 +111,14 @@ class KitCheck:
 
     group: str
     name: str
-    run: Callable[[Kit], Iterable[Finding]]
+    run: Callable[[Kit], Iterable[CheckFinding]]
     quick: bool = True
     needs: Callable[[Kit], str] = lambda kit: ""
 
 
 def bounded(
     name: str, error: float, bound: float, what: str, advice: str = "", unit: str = "relative error"
-) -> Finding:
+) -> CheckFinding:
     """Return a finding that is ok if an error is within its bound; one that is not finite never is.
 
     Args:
@@ -121,7 +130,7 @@ def bounded(
     """
     good = math.isfinite(error) and error <= bound
     found = error if math.isfinite(error) else LARGEST
-    return Finding(name, "ok" if good else "failed", what, found, bound, unit, "" if good else advice)
+    return CheckFinding(name, "ok" if good else "failed", what, found, bound, unit, "" if good else advice)
 
 
 # The device against the CPU
@@ -202,8 +211,7 @@ def compare_passes(
     cotangents: Sequence[mx.array],
     advice: str,
     times: float = 1.0,
-    against: str = "float32 on the CPU",
-) -> Iterator[Finding]:
+) -> Iterator[CheckFinding]:
     """Yield two findings: the outputs of a function and its gradients, against `exact_passes` of its definition.
 
     Args:
@@ -214,15 +222,14 @@ def compare_passes(
         cotangents: of the outputs.
         advice: what to do if they differ.
         times: factor on the tolerance of the dtype, for what sums more roundings.
-        against: what the exact numbers are, in words.
     """
     dtype = arrays[0].dtype
     bound = times * TOLERANCE[dtype]
     outputs, gradients = passes(function, arrays, cotangents, device.compiling_is_cheap())
-    pairs = (("output", outputs, exact[0]), ("gradient", gradients, exact[1]))
-    for part, found, wanted in pairs:
+    what = f"{dtype_name(dtype)} against {dtype_name(exact[0][0].dtype)} on the CPU"
+    for part, found, wanted in (("output", outputs, exact[0]), ("gradient", gradients, exact[1])):
         errors = [apart(one, other) for one, other in zip(found, wanted, strict=True)]
-        yield bounded(f"{name}: {part}", max(errors), bound, f"{dtype_name(dtype)} against {against}", advice)
+        yield bounded(f"{name}: {part}", max(errors), bound, what, advice)
 
 
 def largest_apart(found: Mapping[str, Any], exact: Mapping[str, Any]) -> tuple[float, str]:
@@ -239,3 +246,93 @@ def largest_apart(found: Mapping[str, Any], exact: Mapping[str, Any]) -> tuple[f
         whole = apart(found[name], exact[name]) * (size + 1e-30) / max(size, 0.01 * most, 1e-30)
         worst = max(worst, (whole, name))
     return worst
+
+
+# Models of random weights
+
+END, START, TEXT_END = "<|im_end|>", "<|im_start|>", "<|endoftext|>"
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 288,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+}
+TINY_4BIT = {"group_size": 32, "bits": 4, "mode": "affine"}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per byte, and ChatML's markers."""
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in (TEXT_END, START, END)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=END, pad_token=TEXT_END, chat_template=TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def random_model(
+    config: dict[str, Any], dtype: mx.Dtype = mx.float32, layout: dict[str, Any] | None = None, seed: int = 0
+) -> nn.Module:
+    """Return a model of random weights in evaluation mode, the same each time.
+
+    Args:
+        config: config.json's entries.
+        dtype: of the weights that are not quantized.
+        layout: `group_size`, `bits` and `mode`; None: nothing is quantized.
+        seed: of the weights.
+    """
+    mx.random.seed(seed)
+    model = build_model(config)
+    model.set_dtype(dtype)
+    if layout is not None:
+        nn.quantize(model, **layout)
+    mx.eval(model.parameters())
+    model.eval()
+    return model
+
+
+def write_model(
+    folder: Path,
+    config: dict[str, Any],
+    dtype: mx.Dtype = mx.float32,
+    layout: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write a folder with a model of random weights and the byte tokenizer, unless it is there; arguments as in `random_model`."""
+    if (folder / "config.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    model = random_model(config, dtype, layout, seed)
+    save_tensors(folder / "model.safetensors", dict(tree_flatten(model.parameters())))
+    content = {**config, "eos_token_id": tokenizer.eos_token_id}
+    if layout is not None:
+        content["quantization"] = layout
+    # Last, so that a folder with it is whole.
+    (folder / "config.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return folder
+
+
+def tiny_folder(work: Path, packed: bool = False) -> Path:
+    """Return the folder of a model of two blocks."""
+    return write_model(work / f"tiny{'-4bit' if packed else ''}", TINY, layout=TINY_4BIT if packed else None)
+
+
+def other_tiny_folder(work: Path) -> Path:
+    """Return the folder of a model of the same shape with other weights: a teacher."""
+    return write_model(work / "tiny-teacher", TINY, seed=1)

@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_lora.doctor.check import (
-    Finding,
+    CheckFinding,
     Kit,
     KitCheck,
     apart,
@@ -79,7 +79,7 @@ def kernel_checks() -> list[KitCheck]:
     ]
 
 
-def check_kernel(name: str, shape: ShapeClass, kit: Kit) -> Iterator[Finding]:
+def check_kernel(name: str, shape: ShapeClass, kit: Kit) -> Iterator[CheckFinding]:
     """Compare all candidates of one row of the table in one shape."""
     row: Kernel = next(row for row in kernel_rows() if row.name == name)
     for dtype in dtypes_of(kit):
@@ -97,36 +97,22 @@ class _Body(nn.Module):
     """A body that no loss calls: the hidden states are given."""
 
 
-def _float_head(dtype: mx.Dtype) -> Head:
-    layer = nn.Linear(96, 4000, bias=True)
-    layer.weight, layer.bias = normal(4000, 96, seed=1, dtype=dtype, size=0.3), normal(4000, seed=2, dtype=dtype)
-    return Head(_Body(), layer)
-
-
-def _capped_head(dtype: mx.Dtype) -> Head:
-    layer = nn.Embedding(4000, 96)
-    layer.weight = normal(4000, 96, seed=1, dtype=dtype, size=0.3)
-    return Head(_Body(), layer, scale=0.5, soft_cap=30.0)
-
-
-def _packed_head(dtype: mx.Dtype) -> Head:
-    layer = nn.Embedding(4000, 128)
-    layer.weight = normal(4000, 128, seed=1, dtype=dtype, size=0.3)
-    return Head(_Body(), layer.to_quantized(64, 4))
-
-
-def _wide_head(dtype: mx.Dtype) -> Head:
-    """A vocabulary as large as Gemma's, whose inner side has ended processes on Metal (mlx#1363)."""
-    layer = nn.Embedding(262_144, 64)
-    layer.weight = normal(262_144, 64, seed=1, dtype=dtype, size=0.3)
-    return Head(_Body(), layer)
+def _filled(layer: Any, dtype: mx.Dtype) -> Any:
+    """Return a layer with random numbers in its weight and its bias."""
+    layer.weight = normal(*layer.weight.shape, seed=1, dtype=dtype, size=0.3)
+    if "bias" in layer:
+        layer.bias = normal(*layer.bias.shape, seed=2, dtype=dtype)
+    return layer
 
 
 HEADS: dict[str, Callable[[mx.Dtype], Head]] = {
-    "a head with a bias": _float_head,
-    "a 4-bit tied head": _packed_head,
-    "a tied head with a soft cap": _capped_head,
-    "a vocabulary of 262,144": _wide_head,
+    "a head with a bias": lambda dtype: Head(_Body(), _filled(nn.Linear(96, 4000), dtype)),
+    "a 4-bit tied head": lambda dtype: Head(_Body(), _filled(nn.Embedding(4000, 128), dtype).to_quantized(64, 4)),
+    "a tied head with a soft cap": lambda dtype: Head(
+        _Body(), _filled(nn.Embedding(4000, 96), dtype), scale=0.5, soft_cap=30.0
+    ),
+    # As large as Gemma's: its inner side has ended processes on Metal (mlx#1363).
+    "a vocabulary of 262,144": lambda dtype: Head(_Body(), _filled(nn.Embedding(262_144, 64), dtype)),
 }
 
 
@@ -140,13 +126,13 @@ def _log_of_sums(logits: mx.array) -> mx.array:
     return mx.logsumexp(mx.logsumexp(logits.reshape(-1, parts, size // parts), axis=-1), axis=-1, keepdims=True)
 
 
-def check_loss(make: Callable[[mx.Dtype], Head], kit: Kit) -> Iterator[Finding]:
+def check_loss(make: Callable[[mx.Dtype], Head], kit: Kit) -> Iterator[CheckFinding]:
     """Compare the loss kernels on one head with all logits at once in float32."""
     for dtype in dtypes_of(kit):
         yield from _compare_losses(make(dtype), dtype, "" if dtype == dtypes_of(kit)[0] else f", {dtype_name(dtype)}")
 
 
-def _compare_losses(head: Head, dtype: mx.Dtype, after: str) -> Iterator[Finding]:
+def _compare_losses(head: Head, dtype: mx.Dtype, after: str) -> Iterator[CheckFinding]:
     width = head.dense(head.arrays, mx.float32).shape[-1]
     positions = 33 if head.vocabulary > 10_000 else 150
     hidden = normal(positions, width, seed=3, dtype=dtype)
@@ -171,11 +157,11 @@ def _compare_losses(head: Head, dtype: mx.Dtype, after: str) -> Iterator[Finding
         yield from compare_passes(f"{name} {NAME}{after}", losses, exact, [hidden], ones, ADVICE, times)
 
 
-def check_exponentials(kit: Kit) -> Iterator[Finding]:
+def check_exponentials(kit: Kit) -> Iterator[CheckFinding]:
     """Compare the polynomials for exponentials with mlx's own exponential."""
     x = normal(64, 512, seed=4, size=4.0)
     if not exponentials.usable(x) or not device.vectorizes_compiled_sums():
-        yield Finding("polynomials", "skipped", "used on a CPU that compiles kernels only")
+        yield CheckFinding("polynomials", "skipped", "used on a CPU that compiles kernels only")
         return
     made = [
         ("exp(-x)", exponentials.exp_minus(x * exponentials.SCALE), mx.exp(-mx.abs(x))),
@@ -186,7 +172,7 @@ def check_exponentials(kit: Kit) -> Iterator[Finding]:
         yield bounded(f"polynomial {name}", apart(found, exact), 2e-5, "float32 against mlx's exponential", ADVICE)
 
 
-def check_substitutes(kit: Kit) -> Iterator[Finding]:
+def check_substitutes(kit: Kit) -> Iterator[CheckFinding]:
     """Compare what device.py computes differently on each backend with its definition."""
     advice = "mlx_lora/utils/device.py chooses it by backend; report it"
     for dtype in dtypes_of(kit):
@@ -250,7 +236,7 @@ EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_layouts(layouts: list[dict[str, Any]], kit: Kit) -> Iterator[Finding]:
+def check_layouts(layouts: list[dict[str, Any]], kit: Kit) -> Iterator[CheckFinding]:
     """Check formats that differ in their group size."""
     for layout in layouts:
         words = f"group {layout['group_size']}"
@@ -259,7 +245,7 @@ def check_layouts(layouts: list[dict[str, Any]], kit: Kit) -> Iterator[Finding]:
             yield from check_layout(label, layout, dtype)
 
 
-def check_layout(label: str, layout: dict[str, Any], dtype: mx.Dtype) -> Iterator[Finding]:
+def check_layout(label: str, layout: dict[str, Any], dtype: mx.Dtype) -> Iterator[CheckFinding]:
     """Check one format in one dtype.
 
     Args:
@@ -292,11 +278,11 @@ def check_layout(label: str, layout: dict[str, Any], dtype: mx.Dtype) -> Iterato
     )
 
 
-def check_experts(layout: dict[str, Any], kit: Kit) -> Iterator[Finding]:
+def check_experts(layout: dict[str, Any], kit: Kit) -> Iterator[CheckFinding]:
     """Check quantized experts: mlx's gather of packed weights, and ours of dense ones."""
     for dtype in dtypes_of(kit):
         if not (dtype == mx.float32 or device.multiplies_16_bit_experts()):
-            yield Finding(f"{dtype_name(dtype)}", "skipped", "mlx has no 16-bit experts on this device")
+            yield CheckFinding(f"{dtype_name(dtype)}", "skipped", "mlx has no 16-bit experts on this device")
             continue
         layer = SwitchLinear(WIDE, OUT, EXPERTS, bias=False)
         layer.weight = normal(EXPERTS, OUT, WIDE, seed=1, dtype=dtype)
@@ -316,7 +302,7 @@ def _compare_experts(
     layout: dict[str, Any],
     dtype: mx.Dtype,
     first: bool,
-) -> Iterator[Finding]:
+) -> Iterator[CheckFinding]:
     x, cotangent = normal(ROWS, 1, WIDE, seed=2, dtype=dtype), [normal(ROWS, 1, OUT, seed=3, dtype=dtype)]
     chosen = mx.array([EXPERTS * n // ROWS for n in range(ROWS)])  # ascending, as mlx-lm sorts them
     exact = exact_passes(lambda x: [x @ plain[chosen].swapaxes(-1, -2)], [x], cotangent)

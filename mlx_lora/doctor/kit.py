@@ -18,17 +18,21 @@ from urllib.parse import urlencode
 
 import mlx.core as mx
 
-from mlx_lora.bench.machine import describe_machine, describe_power, describe_software
-from mlx_lora.doctor.check import GROUPS, LARGEST, Finding, Kit, KitCheck
-from mlx_lora.doctor.decode import decode_checks
+from mlx_lora.bench.machine import describe_device, describe_machine, describe_power, describe_software
+from mlx_lora.doctor.check import GROUPS, LARGEST, CheckFinding, Kit, KitCheck
 from mlx_lora.doctor.kernels import format_checks, kernel_checks
-from mlx_lora.doctor.layers import layer_checks
-from mlx_lora.doctor.losses import loss_checks
-from mlx_lora.doctor.machine import gpu_problem, is_virtual, machine_checks, memory_checks, peer_versions, virtual_words
-from mlx_lora.doctor.page import write_kit_page
-from mlx_lora.doctor.runs import run_checks
-from mlx_lora.doctor.speed import speed_checks
-from mlx_lora.doctor.state import MOST_ATTEMPTS, PAGE_FILE, RESULT_FILE, KitState, open_state
+from mlx_lora.doctor.layers import layer_checks, loss_checks
+from mlx_lora.doctor.machine import (
+    gpu_problem,
+    is_virtual,
+    machine_checks,
+    memory_checks,
+    peer_versions,
+    speed_checks,
+    virtual_words,
+)
+from mlx_lora.doctor.result import MOST_ATTEMPTS, PAGE_FILE, RESULT_FILE, KitState, open_state, write_kit_page
+from mlx_lora.doctor.runs import decode_checks, run_checks
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import first_line
 from mlx_lora.utils.text import counted, format_duration, installed_versions
@@ -122,12 +126,13 @@ def run_kit(asked: Asked, checks: Sequence[KitCheck]) -> tuple[dict[str, Any], b
 def _run_one(state: KitState, check: KitCheck, kit: Kit, unfit: Mapping[str, str], place: str) -> None:
     """Run one check, and keep what it finds."""
     start, findings = time.perf_counter(), []
-    if state.begin(check) >= MOST_ATTEMPTS:
+    entry = state.begin(check)
+    if entry["attempts"] > MOST_ATTEMPTS:
         words = f"the process ended {MOST_ATTEMPTS} times while this check ran"
         advice = "see the system's crash report for python; report it with the name of this check"
-        findings.append(Finding("the process", "failed", words, advice=advice))
+        findings.append(CheckFinding("the process", "failed", words, advice=advice))
     elif why := unfit.get(check.group) or check.needs(kit):
-        findings.append(Finding(check.name, "skipped", why))
+        findings.append(CheckFinding(check.name, "skipped", why))
     else:
         try:
             # One by one, so that what was found before a fault is kept.
@@ -135,12 +140,14 @@ def _run_one(state: KitState, check: KitCheck, kit: Kit, unfit: Mapping[str, str
                 for finding in check.run(kit):
                     findings.append(finding)
         except KeyboardInterrupt:
-            state.take_back(check)
+            state.take_back(entry)
             raise
         except Exception as error:  # whatever it is, the owner wants to know it, and what the other checks find
-            findings.append(_raised(error, kit))
+            words = f"{type(error).__name__}: {first_line(error)}".replace(str(kit.work), "WORK")[:500]
+            advice = "report it; the other checks are not affected"
+            findings.append(CheckFinding("raised an error", "failed", words, advice=advice))
     seconds = time.perf_counter() - start
-    state.end(check, findings, seconds)
+    state.end(entry, findings, seconds)
     log.info(_line(place, check, findings, seconds))
     for finding in findings:
         if finding.status in ("failed", "warning"):
@@ -148,19 +155,13 @@ def _run_one(state: KitState, check: KitCheck, kit: Kit, unfit: Mapping[str, str
     mx.clear_cache()
 
 
-def _raised(error: Exception, kit: Kit) -> Finding:
-    """Return the finding of a check that raised."""
-    words = f"{type(error).__name__}: {first_line(error)}".replace(str(kit.work), "WORK")
-    return Finding("raised an error", "failed", words[:500], advice="report it; the other checks are not affected")
-
-
-def _line(place: str, check: KitCheck, findings: Sequence[Finding], seconds: float) -> str:
+def _line(place: str, check: KitCheck, findings: Sequence[CheckFinding], seconds: float) -> str:
     counts = Counter(finding.status for finding in findings)
     found = ", ".join(f"{counts[status]} {words}" for status, words in MARKS.items() if counts[status]) or "nothing"
     return f"{place} {check.group}: {check.name}: {found} ({seconds:.1f} s)"
 
 
-def finding_line(finding: Finding | Mapping[str, Any]) -> str:
+def finding_line(finding: CheckFinding | Mapping[str, Any]) -> str:
     """Return a finding as one line, with its numbers."""
     one = finding if isinstance(finding, Mapping) else vars(finding)
     numbers = ""
@@ -182,15 +183,7 @@ def _facts(here: device.Device) -> dict[str, Any]:
     """Return what the result says about this machine."""
     return {
         "machine": describe_machine(),
-        "device": {
-            "name": here.name,
-            "backend": here.backend,
-            "memory_bytes": here.memory_bytes,
-            "working_set_bytes": here.working_set_bytes,
-            "blas": here.blas or None,
-            "compute_dtype": str(device.compute_dtype()).rpartition(".")[2],
-            "virtual": is_virtual(here),
-        },
+        "device": {**describe_device(), "virtual": is_virtual(here)},
         "software": describe_software(),
         "peers": peer_versions(),
         "power_before": describe_power(),

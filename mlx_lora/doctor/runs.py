@@ -1,19 +1,20 @@
-"""Check whole runs: a step of each objective, and an exact resume.
+"""Check whole runs: a step of each objective, an exact resume, and text generation with what a run trained.
 
 A run goes through the same function as `mlx-lora train`. It uses mlx's own kernels (`--kernels mlx`), because ours have
 their own lines: a line here is red for what is wrong in the run itself. The checks of memory and speed train in a process of
 its own, with `train_child`.
-"""
+
+Of generation, a row in a batch must get the numbers that it gets alone, with and without an adapter. Logits are compared while
+both decode the same tokens, so that a rounding that turns one token does not make the rest differ. In float32 the served texts must
+be equal, too: there, nothing is near enough to a tie."""
 
 from __future__ import annotations
 
 import json
 import math
+import queue
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,17 +22,35 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lora.api.base import load
 from mlx_lora.api.train import train
-from mlx_lora.bench.run import INTERRUPTED, run_process
+from mlx_lora.bench.run import INTERRUPTED, Watch, run_process
 from mlx_lora.bench.workloads import chat_rows, pair_rows
 from mlx_lora.config.fields import flag_of
-from mlx_lora.doctor.check import Finding, Kit, KitCheck, bounded, dtype_name, on_cpu
-from mlx_lora.doctor.models import other_tiny_folder, tiny_folder
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.doctor.check import (
+    CheckFinding,
+    Kit,
+    KitCheck,
+    apart,
+    bounded,
+    dtype_name,
+    on_cpu,
+    other_tiny_folder,
+    tiny_folder,
+)
+from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.kernels.measure import TOLERANCE
 from mlx_lora.models.folder import read_safetensors_header
+from mlx_lora.models.load import Base, load_base
 from mlx_lora.reports.run_report import FACTS_FILE
 from mlx_lora.rollouts.rewards import text_of
+from mlx_lora.serving.adapter_store import AdapterSource
+from mlx_lora.serving.batch import Sampling
+from mlx_lora.serving.engine import Engine, Event, Limits, Request
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import RunError
 
@@ -124,7 +143,7 @@ def train_tiny(kit: Kit, name: str, folder: Path, steps: int, **changes: Any) ->
     return [line for line in run.metrics if line["val_loss"] is None]
 
 
-def check_step(name: str, kit: Kit) -> Iterator[Finding]:
+def check_step(name: str, kit: Kit) -> Iterator[CheckFinding]:
     """Take two steps of one objective: the loss must be finite, and the factors must move."""
     root = Path(kit.work) / f"step-{name.replace(', ', '-').replace(' ', '-')}"
     shutil.rmtree(root, ignore_errors=True)
@@ -135,7 +154,7 @@ def check_step(name: str, kit: Kit) -> Iterator[Finding]:
     norms = [line["grad_norm"] for line in lines]
     moves = finite and all(norm is not None and math.isfinite(norm) and norm > 0 for norm in norms)
     words = f"two steps in {dtype}: losses {_listed(losses)}, gradient norms {_listed(norms)}"
-    yield Finding("steps", "ok" if moves else "failed", words, advice="" if moves else ADVICE)
+    yield CheckFinding("steps", "ok" if moves else "failed", words, advice="" if moves else ADVICE)
     sampled = OBJECTIVES[name].keys() & SAMPLED.keys()
     if sampled:
         return
@@ -170,7 +189,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
-def check_resume(changes: dict[str, Any], kit: Kit) -> Iterator[Finding]:
+def check_resume(changes: dict[str, Any], kit: Kit) -> Iterator[CheckFinding]:
     """Train, and train again from a checkpoint: the stored factors must be the same bytes."""
     root = Path(kit.work) / f"resume-{changes.get('method', 'lora')}"
     shutil.rmtree(root, ignore_errors=True)
@@ -188,7 +207,7 @@ def check_resume(changes: dict[str, Any], kit: Kit) -> Iterator[Finding]:
         "the same bytes" if same else f"{_other_arrays(root)} differ from the run that never stopped"
     )
     advice = "" if same else "train without stopping; see the line `repeats` of the group machine first; report it"
-    yield Finding("stored factors", "ok" if same else "failed", words, advice=advice)
+    yield CheckFinding("stored factors", "ok" if same else "failed", words, advice=advice)
 
 
 def _other_arrays(root: Path) -> str:
@@ -222,23 +241,6 @@ class TrainedRun:
     facts: dict[str, Any]
 
 
-class Interrupter:
-    """Interrupts a run some seconds after its first step, as Ctrl-C does."""
-
-    def __init__(self, metrics: Path, seconds: float):
-        self._metrics, self._seconds = metrics, seconds
-        self._begun: float | None = None
-        self._sent = False
-
-    def __call__(self, child: subprocess.Popen) -> None:
-        if self._begun is None:
-            if self._metrics.exists() and self._metrics.stat().st_size:
-                self._begun = time.perf_counter()
-        elif not self._sent and time.perf_counter() - self._begun >= self._seconds:
-            child.send_signal(signal.SIGINT)
-            self._sent = True
-
-
 def train_child(
     kit: Kit, name: str, model: Path, data: Path, settings: Mapping[str, Any], seconds: float | None = None
 ) -> TrainedRun:
@@ -259,7 +261,7 @@ def train_child(
     folder.parent.mkdir(parents=True, exist_ok=True)
     asked = {"model": model, "data": data, "adapter_path": folder, **QUIET, **settings}
     words = [word for key, value in asked.items() for word in _words(key, value)]
-    watch = Interrupter(folder / "metrics.jsonl", seconds) if seconds is not None else lambda child: None
+    watch = Watch(folder / "metrics.jsonl", seconds)
     ended = run_process([sys.executable, "-m", "mlx_lora.train", *words], kit.work / f"{name}.log", watch)
     if ended.code not in (0, INTERRUPTED):
         raise RunError(f"train ended with code {ended.code}: {ended.last_words}")
@@ -273,3 +275,121 @@ def _words(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag_of(name) if value else f"--no-{flag_of(name).removeprefix('--')}"]
     return [flag_of(name), str(value)]
+
+
+# Text generation
+
+PROMPTS = ("O Romeo", "wherefore art thou, and why", "Deny thy father and refuse thy name; or if thou wilt not")
+TOKENS = 16
+WAIT_S = 120.0
+SERVING_ADVICE = (
+    "serve one request at a time (--max-batch 1) and report it; mlx_lora/serving/batch.py makes the batches"
+)
+
+
+def decode_checks() -> list[KitCheck]:
+    """Return a check for a float base and one for a quantized one."""
+    return [
+        KitCheck("decode", "float base", partial(check_decode, False)),
+        KitCheck("decode", "4-bit base", partial(check_decode, True), quick=False),
+    ]
+
+
+def check_decode(packed: bool, kit: Kit) -> Iterator[CheckFinding]:
+    """Compare rows of a batch with single rows, first without an adapter, then with one."""
+    folder, dtype = tiny_folder(kit.work, packed), device.compute_dtype()
+    adapter = _adapter(kit, packed)
+    for words, path in (("without an adapter", None), ("with an adapter", adapter)):
+        base = load_base(ModelSettings(model=str(folder)))
+        if path is not None:
+            load_adapter(base, path)
+        error = _batch_error(base)
+        what = f"{dtype_name(dtype)} logits of {len(PROMPTS)} rows, {TOKENS} tokens each, in a batch against alone"
+        yield bounded(f"logits {words}", error, TOLERANCE[dtype], what, SERVING_ADVICE)
+    yield from _served(folder, adapter)
+
+
+def _adapter(kit: Kit, packed: bool) -> Path:
+    """Train an adapter that changes what the model says."""
+    folder = Path(kit.work) / f"spoken{'-4bit' if packed else ''}"
+    shutil.rmtree(folder, ignore_errors=True)
+    train_tiny(kit, "sft", folder, 6, packed=packed, learning_rate=3e-2)
+    return folder
+
+
+def _batch_error(base: Base) -> float:
+    """Return the largest relative distance of a row's logits in a batch from those alone, over all rows and tokens."""
+    base.model.eval()
+    prompts = [base.hf_tokenizer.encode(text) for text in PROMPTS]
+    alone = [_decode_alone(base.model, prompt) for prompt in prompts]
+    caches = _merged([cache for _, _, cache in alone])
+    tokens = [tokens for _, tokens, _ in alone]
+    worst = 0.0
+    for step in range(TOKENS):
+        logits = base.model(mx.array([row[step] for row in tokens])[:, None], cache=caches)[:, -1]  # (rows, V)
+        worst = max(worst, *(apart(logits[n], alone[n][0][step]) for n in range(len(prompts))))
+    return worst
+
+
+def _decode_alone(model: nn.Module, prompt: list[int]) -> tuple[list[mx.array], list[int], list[Any]]:
+    """Return the logits of each step, the tokens that each step is given, and the caches of the prompt before the first."""
+    caches = make_prompt_cache(model)
+    model(mx.array([prompt[:-1]]), cache=caches)
+    begun = make_prompt_cache(model)
+    model(mx.array([prompt[:-1]]), cache=begun)
+    mx.eval([cache.state for cache in (*caches, *begun)])
+    token, found, given = prompt[-1], [], []
+    for _ in range(TOKENS):
+        given.append(token)
+        logits = model(mx.array([[token]]), cache=caches)[0, -1]
+        mx.eval(logits)
+        found.append(logits)
+        token = int(mx.argmax(logits).item())
+    return found, given, begun
+
+
+def _merged(rows: list[list[Any]]) -> list[Any]:
+    """Return one cache per layer, which holds all rows."""
+    return [layer[0].merge(list(layer)) for layer in zip(*rows, strict=True)]
+
+
+def _served(folder: Path, adapter: Path) -> Iterator[CheckFinding]:
+    """Compare the texts of a server that answers all at once with those of `generate`, in float32."""
+    base = load(folder, dtype="float32")
+    names: tuple[str | None, ...] = (None, "adapter")
+    wanted = {
+        (name, prompt): base.generate(prompt, adapter if name else None, max_tokens=TOKENS, ignore_chat_template=True)
+        for name in names
+        for prompt in PROMPTS
+    }
+    engine = Engine(lambda: load_base(ModelSettings(model=str(folder), dtype="float32")), Limits())
+    try:
+        engine.call(lambda store: store.add({"adapter": AdapterSource(adapter)})).result(WAIT_S)
+        waiting = {key: _asked(engine, *key) for key in wanted}
+        found = {key: _answer(events) for key, events in waiting.items()}
+    finally:
+        engine.close()
+    other = [key for key in wanted if found[key] != wanted[key]]
+    plain = [wanted[None, prompt] for prompt in PROMPTS]
+    adapted = [wanted["adapter", prompt] for prompt in PROMPTS]
+    words = f"{len(wanted) - len(other)} of {len(wanted)} texts in one batch are those of `generate`"
+    good = not other and plain != adapted
+    if plain == adapted:
+        words += "; the adapter changes none of them"
+    yield CheckFinding("served texts", "ok" if good else "failed", words, advice="" if good else SERVING_ADVICE)
+
+
+def _asked(engine: Engine, name: str | None, prompt: str) -> queue.SimpleQueue[Event]:
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    tokens = engine.base.hf_tokenizer.encode(prompt)
+    engine.submit(Request(tokens, name, TOKENS, sampling=Sampling(temperature=0), continues=True), events.put)
+    return events
+
+
+def _answer(events: queue.SimpleQueue[Event]) -> str:
+    pieces: list[str] = []
+    while True:
+        event = events.get(timeout=WAIT_S)
+        pieces.append(event.piece.text)
+        if event.last:
+            return "".join(pieces)

@@ -109,7 +109,11 @@ def diagnose(evidence: Evidence) -> Diagnosis:
             return Diagnosis(WORSE, **found, best_step=best_step, best=best)
     if evidence.steps < ENOUGH_STEPS and gain < LARGE and (gain < SMALL or still_falling(held_out)):
         return Diagnosis(TOO_FEW_STEPS, **found)
-    if gain < NONE or not _is_certain(change) or (evidence.texts and _all_same(evidence) and gain < SMALL):
+    if (
+        gain < NONE
+        or not _is_certain(change)
+        or (evidence.texts and evidence.same_texts == len(evidence.texts) and gain < SMALL)
+    ):
         return Diagnosis(UNCHANGED, **found)
     if gain < SMALL and still_falling(held_out):
         return Diagnosis(TOO_FEW_STEPS, **found)
@@ -158,10 +162,6 @@ def _training_fell(evidence: Evidence, since: int) -> bool:
     return bool(after) and sum(after) / len(after) < sum(before) / len(before)
 
 
-def _all_same(evidence: Evidence) -> bool:
-    return evidence.same_texts == len(evidence.texts)
-
-
 # What mends it: a sentence, and a command
 
 AIM_STEPS = 60  # updates that a mending run of a small set gets at least
@@ -173,7 +173,7 @@ FEW_KNOWN, MOST_KNOWN = 0.5, 0.9  # shares of training rows that are answered wo
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class FinishedRun:
     """What the commands need to know of a run.
 
     Attributes:
@@ -204,7 +204,7 @@ class RunFacts:
         )
 
 
-def mending(diagnosis: Diagnosis, run: RunFacts, known: KnownRows | None = None) -> tuple[str, str]:
+def mending(diagnosis: Diagnosis, run: FinishedRun, known: KnownRows | None = None) -> tuple[str, str]:
     """Return what mends a run as a sentence, and as a command; both empty if nothing is to mend.
 
     Args:
@@ -250,7 +250,7 @@ def mending(diagnosis: Diagnosis, run: RunFacts, known: KnownRows | None = None)
     return "", ""
 
 
-def _new_questions(run: RunFacts, *flags: str) -> str:
+def _new_questions(run: FinishedRun, *flags: str) -> str:
     """Return the command that measures an adapter on another file; nothing without a folder."""
     if run.folder is None:
         return ""
@@ -258,7 +258,7 @@ def _new_questions(run: RunFacts, *flags: str) -> str:
     return command_line([*words, "--data", "new-questions.jsonl", *flags])
 
 
-def _more_steps(run: RunFacts) -> tuple[str, str]:
+def _more_steps(run: FinishedRun) -> tuple[str, str]:
     """Return advice to train longer: enough epochs for the aim, and at least twice as many as now."""
     per_epoch = run.steps / run.epochs if run.epochs else float(max(1, run.steps))
     least = 2 * run.steps if run.steps >= ENOUGH_STEPS else max(AIM_STEPS, 2 * run.steps)
@@ -268,7 +268,7 @@ def _more_steps(run: RunFacts) -> tuple[str, str]:
     return f"--epochs {epochs} gives {counted(steps, 'step')}{time}.", run.train_again("--epochs", str(epochs))
 
 
-def _earlier(diagnosis: Diagnosis, run: RunFacts) -> tuple[str, str]:
+def _earlier(diagnosis: Diagnosis, run: FinishedRun) -> tuple[str, str]:
     """Return advice to end with the adapter of the lowest held-out loss."""
     every = str(max(1, run.steps // VALIDATIONS))
     again = run.train_again("--keep-best", "--steps-per-eval", every)
@@ -322,7 +322,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class RunContext:
+class VerdictContext:
     """What a verdict needs in addition to metrics and settings.
 
     Attributes:
@@ -345,7 +345,7 @@ class RunContext:
 
 
 def verdict(
-    records: list[dict[str, Any]], settings: dict[str, Any], ended: bool = True, context: RunContext | None = None
+    records: list[dict[str, Any]], settings: dict[str, Any], ended: bool = True, context: VerdictContext | None = None
 ) -> Verdict:
     """Return the verdict on a run.
 
@@ -355,7 +355,7 @@ def verdict(
         ended: whether all steps are done; only then has --keep-best put its adapter back.
         context: what else is known of the run.
     """
-    context = context or RunContext()
+    context = context or VerdictContext()
     validations = [r for r in records if r["val_loss"] is not None]
     notes = [note for note in (_alike(records), _skipped(records)) if note]
     run = facts_of_run(records, settings, context)
@@ -388,7 +388,7 @@ def verdict(
     return Verdict(headline_of(found, evidence), TONES.get(found.name, PLAIN), notes, found.name, mend, command, change)
 
 
-def evidence_of(records: Sequence[Mapping[str, Any]], kept: int | None, context: RunContext) -> Evidence:
+def evidence_of(records: Sequence[Mapping[str, Any]], kept: int | None, context: VerdictContext) -> Evidence:
     """Return the evidence that a run's records and texts are.
 
     Args:
@@ -408,11 +408,13 @@ def evidence_of(records: Sequence[Mapping[str, Any]], kept: int | None, context:
     )
 
 
-def facts_of_run(records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], context: RunContext) -> RunFacts:
+def facts_of_run(
+    records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], context: VerdictContext
+) -> FinishedRun:
     """Return what the commands that mend a run need."""
     steps = max((r["step"] for r in records), default=0)
     epochs = max((float(r.get("epoch") or 0) for r in records), default=0.0)
-    return RunFacts(context.folder, settings, steps, epochs, context.seconds / steps if steps else 0.0)
+    return FinishedRun(context.folder, settings, steps, epochs, context.seconds / steps if steps else 0.0)
 
 
 def headline_of(found: Diagnosis, evidence: Evidence) -> str:
@@ -454,7 +456,7 @@ def change_words(change: Change | None) -> str:
     return f"{words} (95% interval {ends[0]:.0%} to {ends[1]:.0%}, {counted(change.rows, 'row')})"
 
 
-def _loss_note(found: Diagnosis, run: RunFacts) -> str:
+def _loss_note(found: Diagnosis, run: FinishedRun) -> str:
     """Return a note on the loss of an objective whose headline is about another number."""
     if found.name not in (OVER_FITTED, WORSE):
         return ""

@@ -5,33 +5,43 @@ the data, and texts before and after training. It is written at every save, so a
 
 answers.jsonl has one line for each fixed prompt at each validation: `step`, `number`, `prompt`, `answer`, `length`,
 `truncated`, `reward`, `rewards`.
+
+evaluation.json has what `evaluate --json` prints, and `date`, `held_out` (the rows are those that the run held out) and
+`adapter` (the SHA-256 of the weights that were measured). A run that trains further has another adapter, and the results of
+the earlier one are shown no more.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mlx_lora.data.chat_template import spoken_turns, without_markers
+from mlx_lora.data.duplicates import SeenRows
 from mlx_lora.data.report import UNITS
+from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.objectives.table import OWN_OPTIONS
 from mlx_lora.reports.charts import COMMON, WIDE, Series, line_chart, number, render_page
-from mlx_lora.reports.diagnosis import RunContext, Verdict, verdict
-from mlx_lora.reports.evaluation import read_evaluation, shown_evaluation
-from mlx_lora.trainer.evaluate import ROWS_FILE, KnownRows, read_rows_file
-from mlx_lora.utils.files import replacing_file
+from mlx_lora.reports.diagnosis import Verdict, VerdictContext, change_words, verdict
+from mlx_lora.trainer.evaluate import ROWS_FILE, Change, KnownRows, read_rows_file
+from mlx_lora.utils.console import finite_values
+from mlx_lora.utils.files import replace_text, replacing_file, sha256_of
+from mlx_lora.utils.parsing import parse_json
+from mlx_lora.utils.text import counted
 
 Record = dict[str, Any]
 Chart = tuple[str, list[Series], str, bool]
 REPORT_FILE, FACTS_FILE = "report.html", "report.json"
+WHEN = {"training": "loss", "held out": "val_loss"}  # a curve's name -> the loss that its records have
 MEMORY_NOTE = "The plan is for MLX's buffers alone. The process also holds Python, its libraries, and freed buffers that MLX keeps."
 
 
@@ -110,18 +120,12 @@ class RunReport:
         """Write report.json and report.html into a run folder that has metrics.jsonl and run.yaml."""
         self.date = self.date or date.today().isoformat()
         page = self._page(folder)
-        with replacing_file(folder / FACTS_FILE) as temporary:
-            temporary.write_text(
-                json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
-        with replacing_file(folder / REPORT_FILE) as temporary:
-            temporary.write_text(page, encoding="utf-8")
+        replace_text(folder / FACTS_FILE, json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n")
+        replace_text(folder / REPORT_FILE, page)
 
     def rewrite_page(self, folder: Path) -> None:
         """Write report.html alone, with what was measured since the run's end."""
-        page = self._page(folder)
-        with replacing_file(folder / REPORT_FILE) as temporary:
-            temporary.write_text(page, encoding="utf-8")
+        replace_text(folder / REPORT_FILE, self._page(folder))
 
     def _page(self, folder: Path) -> str:
         """Return the page's text, and keep the verdict that is on it."""
@@ -145,7 +149,7 @@ class RunReport:
 
     def _verdict_on(self, folder: Path, records: list[dict[str, Any]], settings: dict[str, Any]) -> Verdict:
         splits, near = self.data.get("splits", {}), self.data.get("near_duplicates") or {}
-        context = RunContext(
+        context = VerdictContext(
             folder=folder,
             rows=read_rows_file(folder / ROWS_FILE),
             texts=[(one.before, one.after) for one in self.samples if one.after is not None],
@@ -160,7 +164,7 @@ class RunReport:
 def read_facts(folder: Path) -> dict[str, Any]:
     """Return what a run's report.json says; nothing for a folder without one."""
     try:
-        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        facts = parse_json((folder / FACTS_FILE).read_bytes())
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}
@@ -185,14 +189,13 @@ def read_report(folder: Path) -> RunReport | None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl, without an incomplete line after a kill."""
+    """Return the records of a file such as metrics.jsonl, without an incomplete line after a kill; none without the file."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
+    # Not splitlines(), which also splits at characters that JSON strings may hold.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
+        with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
+    return [record for record in records if isinstance(record, dict)]
 
 
 def without_untrained_accuracy(records: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -223,15 +226,13 @@ def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def _outcomes(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Return the losses as (label, value); of a run that samples answers the rewards, because a loss there is no measure."""
-    if any("reward" in r for r in records):
-        trained, held_out = ([r for r in records if r[key] is not None] for key in ("loss", "val_loss"))
-        return [
-            ("training reward", _ends(trained, "reward") or "not measured"),
-            ("held-out reward", _ends(held_out, "reward") or "not measured"),
-        ]
+    trained, held_out = ([r for r in records if r[key] is not None] for key in ("loss", "val_loss"))
+    name, key, other = (
+        ("reward", "reward", "reward") if any("reward" in r for r in records) else ("loss", "loss", "val_loss")
+    )
     return [
-        ("training loss", _ends(records, "loss")),
-        ("held-out loss", _ends(records, "val_loss") or "not measured"),
+        (f"training {name}", _ends(trained, key) or "not measured"),
+        (f"held-out {name}", _ends(held_out, other) or "not measured"),
     ]
 
 
@@ -254,39 +255,37 @@ def elapsed_s(records: list[dict[str, Any]]) -> float:
 def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> list[dict[str, Any]]:
     """Return the page's charts: title, series, and SVG text."""
     trained = [r for r in records if r["loss"] is not None or r["supervised_tokens"]]
-
-    def of(name: str, key: str, rows: list[dict[str, Any]], scale: float = 1.0) -> Series:
-        points = [(r["step"], math.nan if r[key] is None else r[key] * scale) for r in rows]
-        return Series(name, points, markers=rows is held_out or name.startswith("held out"))
-
     held_out = [r for r in records if r["val_loss"] is not None]
     memory = [
-        of("MLX's buffers, peak", "peak_memory_bytes", trained, 1e-9),
-        of("process, peak", "process_peak_bytes", trained, 1e-9),
+        _series("MLX's buffers, peak", "peak_memory_bytes", trained, 1e-9),
+        _series("process, peak", "process_peak_bytes", trained, 1e-9),
     ]
     if planned_peak_bytes and trained:
         ends = (trained[0]["step"], trained[-1]["step"])
         memory.append(
             Series("MLX's buffers, planned", [(step, planned_peak_bytes / 1e9) for step in ends], dashed=True)
         )
-    tokens = [of("trained tokens", "supervised_tokens_per_s", trained), of("all real tokens", "tokens_per_s", trained)]
-    losses = [of("training", "loss", trained), of("held out", "val_loss", held_out)]
+    tokens = [
+        _series("trained tokens", "supervised_tokens_per_s", trained),
+        _series("all real tokens", "tokens_per_s", trained),
+    ]
+    losses = [_series("training", "loss", trained), _series("held out", "val_loss", held_out)]
     preferences, sampled = any("margin" in r for r in records), any("reward" in r for r in records)
     if sampled:
         # Held-out answers have only a reward. Rounded, because equal rewards give a loss of 0 but for rounding.
         losses = [Series("training", [(step, round(loss, 6)) for step, loss in losses[0].points])]
         while_sampling = [r for r in trained if r.get("rollout_tokens_per_s") is not None]
-        tokens.append(of("sampled, while sampling", "rollout_tokens_per_s", while_sampling))
+        tokens.append(_series("sampled, while sampling", "rollout_tokens_per_s", while_sampling))
     counted = "rated answer" if any("divergence" in r for r in records) else "pair" if preferences else "trained token"
     wanted = [
-        *rollout_charts(records, of),
+        *rollout_charts(records),
         (f"Loss per {'answer' if sampled else counted}", losses, "", False),
-        *_teacher_charts(records, of),
-        *_preference_charts(records, of),
+        *_teacher_charts(records),
+        *_preference_charts(records),
         ("Tokens per second", tokens, "", True),
         ("Memory", memory, " GB", True),
-        ("Learning rate", [of("learning rate", "learning_rate", trained)], "", True),
-        ("Gradient norm, before the clip", [of("gradient norm", "grad_norm", trained)], "", True),
+        ("Learning rate", [_series("learning rate", "learning_rate", trained)], "", True),
+        ("Gradient norm, before the clip", [_series("gradient norm", "grad_norm", trained)], "", True),
     ]
     drawn = [
         {
@@ -304,17 +303,27 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
     return drawn
 
 
-def _teacher_charts(records: list[dict[str, Any]], of: Callable[..., Series]) -> list[Chart]:
+def _series(name: str, key: str, rows: list[dict[str, Any]], scale: float = 1.0) -> Series:
+    points = [(r["step"], math.nan if r[key] is None else r[key] * scale) for r in rows]
+    return Series(name, points, markers=name.startswith("held out"))
+
+
+def _both(records: list[dict[str, Any]], key: str, ending: str = "") -> list[Series]:
+    """Return the curves of a metric over training and over validations, those that there are."""
+    having = [r for r in records if r.get(key) is not None]
+    parts = {when: [r for r in having if r[loss] is not None] for when, loss in WHEN.items()}
+    return [_series(f"{when}{ending}", key, rows) for when, rows in parts.items() if rows]
+
+
+def _teacher_charts(records: list[dict[str, Any]]) -> list[Chart]:
     """Return a chart of KL(teacher, student) where the loss is another divergence; none for other runs."""
     having = [r for r in records if r.get("kl") is not None and "reward" not in r]
     if all(abs(r["kl"] - (r["val_loss"] if r["loss"] is None else r["loss"] or 0.0)) < 1e-6 for r in having):
         return []
-    trained, held_out = ([r for r in having if r[key] is not None] for key in ("loss", "val_loss"))
-    series = [of(when, "kl", rows) for when, rows in (("training", trained), ("held out", held_out)) if rows]
-    return [("KL of teacher and student per token", series, "", True)]
+    return [("KL of teacher and student per token", _both(having, "kl"), "", True)]
 
 
-def _preference_charts(records: list[dict[str, Any]], of: Callable[..., Series]) -> list[Chart]:
+def _preference_charts(records: list[dict[str, Any]]) -> list[Chart]:
     """Return charts of what an objective on preferences reports; none for other runs."""
     titles = {
         "Pairs preferred as labeled": ("accuracy",),
@@ -328,15 +337,10 @@ def _preference_charts(records: list[dict[str, Any]], of: Callable[..., Series])
         for r in records
         if "margin" in r
     ]
-    trained, held_out = ([r for r in reported if r[key] is not None] for key in ("loss", "val_loss"))
     charts = []
     for title, names in titles.items():
-        series = [
-            of(f"{when}, {name.split('_')[0]}" if len(names) > 1 else when, name, having)
-            for name in names
-            for when, rows in (("training", trained), ("held out", held_out))
-            if (having := [r for r in rows if name in r])
-        ]
+        endings = {name: f", {name.split('_')[0]}" if len(names) > 1 else "" for name in names}
+        series = [one for name in names for one in _both(reported, name, endings[name])]
         charts += [(title, series, "", False)] if series else []
     return charts
 
@@ -410,16 +414,7 @@ def _line(record: Record) -> str:
 
 def read_answers(file: Path) -> list[Record]:
     """Return the lines of answers.jsonl that are whole; none without the file."""
-    found = []
-    # Not splitlines(), which also splits at characters that JSON strings may hold.
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and type(record.get("step")) is int and {"prompt", "answer"} <= record.keys():
-            found.append(record)
-    return found
+    return [one for one in read_records(file) if type(one.get("step")) is int and {"prompt", "answer"} <= one.keys()]
 
 
 def shown_answers(records: Sequence[Record]) -> list[ShownPrompt]:
@@ -475,15 +470,10 @@ def first_and_kept(records: Sequence[Record], kept_step: int | None) -> list[tup
     return [(next(one for one in records if one["prompt"] == end["prompt"]), end) for end in last]
 
 
-def rollout_charts(records: list[Record], of: Callable[..., Series]) -> list[Chart]:
-    """Return charts of what an objective reports that samples answers; none for other runs.
-
-    Args:
-        records: of metrics.jsonl.
-        of: makes a series of a legend's name, a metric, and the records that have it.
-    """
-    trained, held_out = ([r for r in records if r[key] is not None and "length" in r] for key in ("loss", "val_loss"))
-    rewarded = any("reward" in r for r in trained + held_out)
+def rollout_charts(records: list[Record]) -> list[Chart]:
+    """Return charts of what an objective reports that samples answers; none for other runs."""
+    sampled = [r for r in records if "length" in r]
+    rewarded = any("reward" in r for r in sampled)
     own = dict.fromkeys(name for r in records for name in r if name.startswith("reward/"))
     wanted = [("Reward", "reward", False)]
     wanted += [(f"Reward: {name.removeprefix('reward/')}", name, False) for name in list(own)[:MOST_REWARDS]]
@@ -498,12 +488,112 @@ def rollout_charts(records: list[Record], of: Callable[..., Series]) -> list[Cha
     ]
     charts = []
     for title, name, from_zero in wanted:
-        having = [
-            (when, [r for r in rows if r.get(name) is not None])
-            for when, rows in (("training", trained), ("held out", held_out))
-        ]
-        if from_zero and not any(r[name] for _, rows in having for r in rows):
+        if from_zero and not any(r.get(name) for r in sampled):
             continue  # nothing but zeros, as of a divergence that is not measured
-        series = [of(when, name, rows) for when, rows in having if rows]
+        series = _both(sampled, name)
         charts += [(title, series, "", from_zero)] if series else []
     return charts
+
+
+# What evaluate measured
+
+EVALUATION_FILE = "evaluation.json"
+MODELS = ("base", "adapter")
+SHORT_WORDS = 8  # an expected answer of at most so many words can be given exactly
+
+
+def keep_evaluation(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write evaluation.json; a measurement without questions does not replace one of the same adapter that asked some.
+
+    Args:
+        folder: of the run.
+        facts: what `evaluate --json` prints, and `held_out`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    earlier = read_evaluation(folder)
+    if earlier and earlier.get("examples") and not facts.get("examples"):
+        return
+    date, adapter = datetime.now().astimezone().isoformat(timespec="seconds"), sha256_of(folder / WEIGHTS_FILE)
+    text = json.dumps(finite_values({**facts, "date": date, "adapter": adapter}), indent=1, ensure_ascii=False)
+    replace_text(folder / EVALUATION_FILE, text + "\n")
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """Return what evaluation.json says of a run's adapter; None: nothing, or it is about another adapter."""
+    try:
+        facts = parse_json((folder / EVALUATION_FILE).read_bytes())
+        if not isinstance(facts, dict) or facts.get("adapter") != sha256_of(folder / WEIGHTS_FILE):
+            return None
+        shown_evaluation(facts)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return facts
+
+
+def shown_evaluation(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what pages show of an evaluation: texts, and a list of the questions with what each model said.
+
+    Args:
+        facts: what `evaluate --json` prints; `held_out` and `date` where they are known.
+
+    Returns:
+        `source`, `date`, `loss`, `exact` and `seen` (sentences, empty where there is nothing to say), `models`, and `rows`:
+        `question`, `expected` and `said`: (text, whether it is right, or None where no text can be called exact) of each.
+    """
+    examples = facts.get("examples") or []
+    models = [
+        name for name in MODELS if (name in examples[0] if examples else name == MODELS[0] or "base_loss" in facts)
+    ]
+    rows = [
+        {
+            "question": str(one["question"]),
+            "expected": str(one["expected"]),
+            "said": [(str(one[name]), one["exact"][name] if one["exact"] else None) for name in models],
+        }
+        for one in examples
+    ]
+    whose = "that the run held out of" if facts.get("held_out") else "of"
+    exact = exact_words(examples, models)
+    return {
+        "source": f"{counted(facts['rows'], 'row')} {whose} {facts['data']}",
+        "date": str(facts.get("date") or "")[:10],
+        "loss": loss_words(facts).replace("->", "→").capitalize(),
+        "exact": exact.capitalize(),
+        "seen": SeenRows(**facts["near_training"]).words() if facts.get("near_training") else "",
+        "models": models,
+        "rows": rows,
+    }
+
+
+def loss_words(facts: Mapping[str, Any]) -> str:
+    """Return the losses of base and adapter as text; that of the base alone where nothing is compared."""
+    if "base_loss" not in facts:
+        return f"base {facts['loss']:.4f}"
+    change: dict[str, Any] = {name: math.nan if value is None else value for name, value in facts["change"].items()}
+    return f"base {facts['base_loss']:.4f} -> adapter {facts['loss']:.4f}, perplexity {change_words(Change(**change))}"
+
+
+def exact_words(examples: Sequence[Mapping[str, Any]], models: Sequence[str]) -> str:
+    """Return how many answers of each model are exact; empty if no question expects a short answer."""
+    exact = [one["exact"] for one in examples if one["exact"] is not None]
+    if not exact:
+        return ""
+    counts = ", ".join(f"{name} {sum(one[name] for one in exact)}" for name in models)
+    return f"exact answers to the {counted(len(exact), 'question')} that expect at most {SHORT_WORDS} words: {counts}"
+
+
+def write_evaluation_page(path: Path, facts: Mapping[str, Any], command: str, device: str) -> None:
+    """Write an evaluation as a page of its own, without network or script.
+
+    Args:
+        path: its file; replaced atomically.
+        facts: as for `shown_evaluation`, and `model`, `adapter_path` and `partial`.
+        command: the command that measured it.
+        device: a line about the machine.
+    """
+    page = render_page(
+        COMMON, "evaluation.html", facts=facts, evaluation=shown_evaluation(facts), command=command, device=device
+    )
+    replace_text(path, page)

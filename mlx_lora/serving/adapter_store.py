@@ -44,7 +44,7 @@ class NoRoom(Exception):
 
 
 @dataclass(frozen=True)
-class Source:
+class AdapterSource:
     """Where an adapter comes from: a folder, or other adapters with weights."""
 
     folder: Path | None = None
@@ -132,7 +132,7 @@ class AdapterStore:
         self.budget_bytes = budget_bytes
         self.cards: Mapping[str, Card] = MappingProxyType({})
         self.evictions = self.loads = 0
-        self._sources: dict[str, Source] = {}
+        self._sources: dict[str, AdapterSource] = {}
         self._residents: dict[str, Resident] = {}  # the least recently used first
         self._retired: list[Resident] = []
         self._numbers = itertools.count()
@@ -142,7 +142,7 @@ class AdapterStore:
         """Bytes of all adapters in memory."""
         return sum(resident.nbytes for resident in (*self._residents.values(), *self._retired))
 
-    def add(self, named: Mapping[str, Source]) -> list[Card]:
+    def add(self, named: Mapping[str, AdapterSource]) -> list[Card]:
         """Read adapters into memory, all or none; one with a known name replaces the earlier adapter.
 
         Raises:
@@ -207,7 +207,7 @@ class AdapterStore:
             self._retired.remove(resident)
             self._drop(resident)
 
-    def _check_blend(self, name: str, source: Source, sources: Mapping[str, Source]) -> None:
+    def _check_blend(self, name: str, source: AdapterSource, sources: Mapping[str, AdapterSource]) -> None:
         """Refuse a blend of unknown adapters, or of blends, so that no blend can contain itself."""
         for part in source.blend:
             if part not in sources:
@@ -215,7 +215,7 @@ class AdapterStore:
             if sources[part].blend:
                 raise InputError(f"adapter {name!r}: blends {part!r}, which is itself a blend; give its parts instead")
 
-    def _read(self, source: Source, beside: Mapping[str, AdapterFactors]) -> AdapterFactors:
+    def _read(self, source: AdapterSource, beside: Mapping[str, AdapterFactors]) -> AdapterFactors:
         """Return an adapter's factors, from its folder or from the adapters that it blends.
 
         Args:
@@ -258,7 +258,8 @@ class AdapterStore:
             free += self._residents[name].nbytes
             self._retire(name)
             self.evictions += 1
-            self._set_card(name, resident=False)
+            out = dataclasses.replace(self.cards[name], resident=False)
+            self.cards = MappingProxyType({**self.cards, name: out})
 
     def _install(self, read: Mapping[str, AdapterFactors]) -> None:
         """Put factors into the layers, after replacing these by routed layers where needed."""
@@ -305,11 +306,6 @@ class AdapterStore:
             modules[path].pools.drop(resident.number)
         self._dropped(resident.number)
         mx.clear_cache()
-
-    def _set_card(self, name: str, resident: bool) -> None:
-        card = self.cards[name]
-        changed = Card(**{**vars(card), "resident": resident})
-        self.cards = MappingProxyType({**self.cards, name: changed})
 
 
 # An adapter's factors
@@ -404,13 +400,13 @@ DEFAULT_CONTEXT = 8192
 USAGE = {"--blend": "NAME=ADAPTER:WEIGHT,..."}
 
 
-def adapter_sources(adapters: tuple[str, ...], blends: tuple[str, ...]) -> dict[str, Source]:
+def adapter_sources(adapters: tuple[str, ...], blends: tuple[str, ...]) -> dict[str, AdapterSource]:
     """Return the source of each adapter name, given the values of --adapter and --blend.
 
     Raises:
         InputError: a value is malformed, a name is given twice, or a hub id cannot be downloaded.
     """
-    sources: dict[str, Source] = {}
+    sources: dict[str, AdapterSource] = {}
     for flag, given in (("--adapter", adapters), ("--blend", blends)):
         for text in given:
             name, source = named_source(flag, text)
@@ -420,7 +416,7 @@ def adapter_sources(adapters: tuple[str, ...], blends: tuple[str, ...]) -> dict[
     return sources
 
 
-def named_source(flag: str, text: str) -> tuple[str, Source]:
+def named_source(flag: str, text: str) -> tuple[str, AdapterSource]:
     """Return name and source for NAME=DIR, NAME=OWNER/NAME, either without NAME=, or a blend.
 
     Without NAME=, an adapter has the last part of its folder's or hub id's name.
@@ -437,7 +433,9 @@ def named_source(flag: str, text: str) -> tuple[str, Source]:
         name, equals, value = own_name(flag, text), "=", text
     if not equals or not name or not value:
         raise InputError(f"{flag} {text}: write it as {USAGE.get(flag, 'NAME=DIR')}")
-    return name, Source(blend=blend_weights(text)) if flag == "--blend" else Source(folder=resolve_adapter(value))
+    return name, AdapterSource(blend=blend_weights(text)) if flag == "--blend" else AdapterSource(
+        folder=resolve_adapter(value)
+    )
 
 
 def own_name(flag: str, text: str) -> str:

@@ -1,6 +1,9 @@
-"""Serve OpenAI's completions, the models, health, metrics and the chat page over HTTP.
+"""Serve OpenAI's completions, the models and adapters, health, metrics and the chat page over HTTP.
 
-    Guard -> routes -> read_chat, read_completion (check the body) -> prompt_tokens -> engine -> Answer -> client
+    Guard -> routes -> read_chat, read_completion (check the body) -> prompt_tokens -> engine -> HttpAnswer -> client
+
+Under /v1/adapters, adapters are listed, loaded and unloaded. A name is never a path. A path is only looked up below one folder that
+the operator chose, after following links.
 
 The chat page shows two models side by side in a browser and uses the same endpoints as other clients. It is `pages/chat.html`,
 served as a single file, with its scripts `pages/markdown.js` and `pages/chat.js` and the common tokens.css inside. Its policy
@@ -16,11 +19,10 @@ import contextlib
 import hashlib
 import json
 import re
-import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,22 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import BaseRoute, Route
 
 from mlx_lora.reports.charts import tokens_css
-from mlx_lora.serving.adapter_store import Card, NoRoom, UnknownAdapter, base_name
+from mlx_lora.serving.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name
 from mlx_lora.serving.conversation import prompt_tokens
 from mlx_lora.serving.engine import Engine, Event, QueueFull, Request, Stopped
-from mlx_lora.serving.guard import Guard, GuardLimits, send_error
-from mlx_lora.serving.schema import ApiError, Ask, ChatReply, CompletionReply, read_chat, read_completion, read_json
-from mlx_lora.utils.errors import InputError
+from mlx_lora.serving.guard import Guard, GuardLimits, error_response, not_here
+from mlx_lora.serving.schema import (
+    ApiError,
+    Ask,
+    ChatReply,
+    CompletionReply,
+    is_number,
+    read_chat,
+    read_completion,
+    read_json,
+)
+from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.hub import resolve_adapter
 
 # Routes
 
@@ -94,7 +106,7 @@ def make_app(
             *more_routes,
         ],
         middleware=[*([cors] if guard.origins else []), Middleware(Guard, limits=guard, answers=answers)],
-        exception_handlers={ApiError: _as_json, HTTPException: _not_here},
+        exception_handlers={ApiError: _as_json, HTTPException: _as_json},
         lifespan=lifespan,
     )
 
@@ -122,11 +134,11 @@ class Completions:
         self._base_name, self._started_s = base_name(engine.base), started_s
         self._one_at_a_time = anyio.CapacityLimiter(1)  # tokenizers are not thread-safe
 
-    async def chat(self, request: HttpRequest) -> Answering:
+    async def chat(self, request: HttpRequest) -> EngineResponse:
         """POST /v1/chat/completions."""
         return await self._answer(read_chat(read_json(await request.body())), ChatReply)
 
-    async def completion(self, request: HttpRequest) -> Answering:
+    async def completion(self, request: HttpRequest) -> EngineResponse:
         """POST /v1/completions."""
         return await self._answer(read_completion(read_json(await request.body())), CompletionReply)
 
@@ -139,7 +151,7 @@ class Completions:
         """GET /v1/models/ID."""
         return JSONResponse(self._model(self._card(request.path_params["model"])))
 
-    async def _answer(self, ask: Ask, make_reply: Callable[[str], Reply]) -> Answering:
+    async def _answer(self, ask: Ask, make_reply: Callable[[str], Reply]) -> EngineResponse:
         card = self._card(ask.model)
         tokens = await anyio.to_thread.run_sync(self._tokens, ask, card, limiter=self._one_at_a_time)
         request = Request(
@@ -151,7 +163,7 @@ class Completions:
             ignore_eos=ask.ignore_eos,
             continues=ask.messages is None,
         )
-        return Answering(
+        return EngineResponse(
             self._engine, request, make_reply(card.name if card else self._base_name), ask, self._limits.timeout_s
         )
 
@@ -189,7 +201,7 @@ class Completions:
         }
 
 
-class Answering:
+class EngineResponse:
     """A response that the engine generates."""
 
     def __init__(self, engine: Engine, request: Request, reply: Reply, ask: Ask, timeout_s: float):
@@ -198,7 +210,7 @@ class Answering:
 
     async def __call__(self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Any]) -> None:
         """Answer as an ASGI application; if the client disconnects, its row is freed."""
-        with Answer(self._engine, self._request, receive, self._timeout_s) as answer:
+        with HttpAnswer(self._engine, self._request, receive, self._timeout_s) as answer:
             try:
                 if self._ask.stream:
                     await send_stream(answer, self._reply, self._ask.include_usage, send)
@@ -208,24 +220,8 @@ class Answering:
                 return
 
 
-class _ErrorResponse(Response):
-    """An ApiError as a response."""
-
-    def __init__(self, error: ApiError):
-        super().__init__(status_code=error.status)
-        self._error = error
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await send_error(send, self._error)
-
-
 async def _as_json(request: HttpRequest, error: Any) -> Response:
-    return _ErrorResponse(error)
-
-
-async def _not_here(request: HttpRequest, error: Any) -> Response:
-    code = "method_not_allowed" if error.status_code == 405 else "not_found"
-    return _ErrorResponse(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", code))
+    return error_response(error if isinstance(error, ApiError) else not_here(request, error))
 
 
 # One answer, from the engine's thread to its client
@@ -255,7 +251,7 @@ def api_error(error: Exception) -> ApiError:
     raise error
 
 
-class Answer:
+class HttpAnswer:
     """One request's events in the server's event loop; leaving it as a context frees the request's row."""
 
     def __init__(self, engine: Engine, request: Request, receive: Callable[[], Awaitable[Any]], timeout_s: float):
@@ -285,7 +281,7 @@ class Answer:
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-    def __enter__(self) -> Answer:
+    def __enter__(self) -> HttpAnswer:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -330,7 +326,7 @@ async def _until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
         pass
 
 
-async def send_whole(answer: Answer, reply: Reply, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+async def send_whole(answer: HttpAnswer, reply: Reply, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
     """Send the complete answer at once."""
     pieces, reports = [], []
     event: Any = None  # the last event, of which there is one at least
@@ -344,7 +340,7 @@ async def send_whole(answer: Answer, reply: Reply, send: Callable[[dict[str, Any
 
 
 async def send_stream(
-    answer: Answer, reply: Reply, include_usage: bool, send: Callable[[dict[str, Any]], Awaitable[None]]
+    answer: HttpAnswer, reply: Reply, include_usage: bool, send: Callable[[dict[str, Any]], Awaitable[None]]
 ) -> None:
     """Send the answer as server-sent events; an error before the first event is sent as an ordinary error."""
     opened = False
@@ -442,7 +438,7 @@ def metrics_text(engine: Engine, answers: Counter[tuple[str, int]]) -> str:
         engine: read without a lock, because numbers of different steps do no harm.
         answers: (path, status) -> count.
     """
-    counts, store, prompts = engine.counts, engine.store, engine.prompt_cache
+    store, prompts = engine.store, engine.prompt_cache
     lines = ["# TYPE mlx_lora_answers_total counter"]
     by_route: Counter[tuple[str, int]] = Counter()
     for (path, status), count in answers.items():
@@ -452,13 +448,8 @@ def metrics_text(engine: Engine, answers: Counter[tuple[str, int]]) -> str:
         for (path, status), count in sorted(by_route.items())
     ]
     totals = {
-        "prompt_tokens": counts.prompt_tokens,
+        **asdict(engine.counts),
         "reused_prompt_tokens": prompts.reused_tokens,
-        "generated_tokens": counts.generated_tokens,
-        "steps": counts.steps,
-        "finished": counts.finished,
-        "canceled": counts.canceled,
-        "failed": counts.failed,
         "adapter_loads": store.loads,
         "adapter_evictions": store.evictions,
     }
@@ -480,25 +471,118 @@ def metrics_text(engine: Engine, answers: Counter[tuple[str, int]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# Socket
+# Adapters
+
+FIELDS = {"name", "path", "hub", "revision", "blend"}
 
 
-def listen(host: str, port: int) -> tuple[socket.socket, str]:
-    """Return an open listening socket and its URL; it is opened before the server says that it is ready, so a port in use is found.
+class Adapters:
+    """The endpoints."""
 
-    Args:
-        host: name or address of this machine.
-        port: 0 for any free port.
+    def __init__(self, engine: Engine, base_name: str, folder: Path | None, allow_hub: bool):
+        """Prepare the endpoints.
 
-    Raises:
-        InputError: it cannot be opened.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        opened = socket.create_server((host, port), family=family, backlog=256)
-    except OSError as error:
-        raise InputError(
-            f"--host {host} --port {port}: cannot listen on this address ({error.strerror or error}); choose another"
-        ) from None
-    shown = f"[{host}]" if ":" in host else host
-    return opened, f"http://{shown}:{opened.getsockname()[1]}"
+        Args:
+            engine: holds the adapters.
+            base_name: the base's model id, which no adapter may have as its name.
+            folder: its subfolders may be loaded; None: no folder may.
+            allow_hub: whether adapters may be loaded from the hub.
+        """
+        self._engine, self._base_name, self._folder, self._allow_hub = engine, base_name, folder, allow_hub
+
+    def routes(self) -> list[Route]:
+        """Return their routes."""
+        return [
+            Route("/v1/adapters", self.listing, methods=["GET"]),
+            Route("/v1/adapters", self.load, methods=["POST"]),
+            Route("/v1/adapters/{name}", self.unload, methods=["DELETE"]),
+        ]
+
+    async def listing(self, request: HttpRequest) -> Response:
+        """GET /v1/adapters."""
+        store = self._engine.store
+        data = [_described(card) for card in store.cards.values()]
+        sizes = {"resident_bytes": store.nbytes, "budget_bytes": store.budget_bytes}
+        return JSONResponse({"object": "list", "data": data, **sizes})
+
+    async def load(self, request: HttpRequest) -> Response:
+        """POST /v1/adapters: load a new adapter, or reload a known one."""
+        body = read_json(await request.body())
+        strange = body.keys() - FIELDS
+        if strange:
+            raise ApiError(400, f"{', '.join(sorted(strange))}: not a field of this endpoint", "unknown_parameter")
+        name = body.get("name")
+        if not isinstance(name, str) or not NAME.fullmatch(name) or name == self._base_name:
+            message = "name: must be at most 64 letters, digits, . _ or -, and not the base's name"
+            raise ApiError(400, message, "invalid_value", "name")
+        given = [key for key in ("path", "hub", "blend") if body.get(key) is not None]
+        if len(given) > 1:
+            raise ApiError(400, f"{' and '.join(given)}: give only one of them", "invalid_value")
+        if not given:
+            card = await self._run(lambda store: store.reload(name))
+        else:
+            source = await self._source(body, given[0])
+            card = (await self._run(lambda store: store.add({name: source}), source.folder))[0]
+        return JSONResponse(_described(card))
+
+    async def unload(self, request: HttpRequest) -> Response:
+        """DELETE /v1/adapters/NAME."""
+        name = request.path_params["name"]
+        await self._run(lambda store: store.remove(name))
+        return JSONResponse({"name": name, "object": "adapter", "deleted": True})
+
+    async def _run(self, function: Any, folder: Path | None = None) -> Any:
+        """Run a function on the adapter store in the engine's thread."""
+        try:
+            return await asyncio.wrap_future(self._engine.call(function))
+        except (UnknownAdapter, NoRoom, Stopped, InputError, OSError) as error:
+            told = api_error(error)
+            if folder is not None:  # do not tell clients the path on this machine
+                told.args = (str(told).replace(str(folder), folder.name),)
+            raise told from None
+
+    async def _source(self, body: dict[str, Any], kind: str) -> AdapterSource:
+        if kind == "blend":
+            return AdapterSource(blend=_weights(body["blend"]))
+        if kind == "path":
+            return AdapterSource(folder=self._folder_of(body["path"]))
+        if not self._allow_hub:
+            raise ApiError(403, "hub: loading from the hub is off; start the server with --allow-hub", "hub_off", "hub")
+        hub, revision = body["hub"], body.get("revision")
+        if not isinstance(hub, str) or Path(hub).expanduser().exists() or not isinstance(revision, (str, type(None))):
+            raise ApiError(400, "hub: must be an id such as owner/name", "invalid_value", "hub")
+        try:
+            return AdapterSource(folder=await anyio.to_thread.run_sync(resolve_adapter, hub, revision))
+        except (InputError, RunError) as error:
+            raise ApiError(400, str(error), "invalid_adapter", "hub") from None
+
+    def _folder_of(self, path: Any) -> Path:
+        """Return the folder that a client asks for, if it is allowed."""
+        if self._folder is None:
+            raise ApiError(
+                403, "path: loading from this disk is off; start the server with --adapters-from", "path_off", "path"
+            )
+        if not isinstance(path, str) or not path or "\0" in path:
+            raise ApiError(400, "path: must be a folder below the server's --adapters-from", "invalid_value", "path")
+        root = self._folder.resolve()
+        folder = (root / path).resolve()
+        if folder == root or not folder.is_relative_to(root):
+            raise ApiError(403, "path: outside the server's --adapters-from", "path_outside", "path")
+        if not folder.is_dir():
+            raise ApiError(404, "path: no such folder", "not_found", "path")
+        return folder
+
+
+def _weights(blend: Any) -> dict[str, float]:
+    """Return the weights of a blend, {"name": weight}, after checking them."""
+    fits = isinstance(blend, dict) and 0 < len(blend) <= 16
+    if not fits or not all(is_number(weight, -100, 100) for weight in blend.values()):
+        message = 'blend: must be an object with 1 to 16 adapters, such as {"bard": 0.7, "tutor": 0.3}'
+        raise ApiError(400, message, "invalid_value", "blend")
+    return {name: float(weight) for name, weight in blend.items()}
+
+
+def _described(card: Card) -> dict[str, Any]:
+    facts = {name: getattr(card, name) for name in ("name", "source", "method", "rank", "resident", "created")}
+    own_template = card.chat_template is not None
+    return {**facts, "object": "adapter", "bytes": card.nbytes, "own_chat_template": own_template}

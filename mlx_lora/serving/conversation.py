@@ -1,6 +1,6 @@
 """Hold a chat with one base and its adapters: the turns so far, the adapter that answers next, and its answers.
 
-    turns + question -> the adapter's chat template -> tokens -> engine -> Answer -> turns
+    turns + question -> the adapter's chat template -> tokens -> engine -> ChatAnswer -> turns
 
 A prompt is encoded in the same way as for `generate`: same template, same sandbox, same encoding. This module uses neither
 terminal nor HTTP: cli/chat.py handles what a user types, and app.py what a client sends.
@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.chat_template import encode_chat, own_template
 from mlx_lora.serving.adapter_store import base_name
+from mlx_lora.serving.batch import Sampling
 from mlx_lora.serving.engine import Engine, Event, Request, Stopped, Usage, failed_words
-from mlx_lora.serving.sampling import Sampling
 from mlx_lora.serving.schema import ApiError, Ask
 from mlx_lora.utils.errors import InputError, RunError, first_line
 
@@ -41,7 +41,7 @@ class AnswerSettings:
     sampling: Sampling
 
 
-class Answer:
+class ChatAnswer:
     """One answer, which may not be complete yet.
 
     Attributes:
@@ -134,7 +134,7 @@ def disk_words(error: OSError) -> str:
     return f"its files{where} cannot be read ({error.strerror or first_line(error)}); /load NAME=DIR loads it again"
 
 
-def figures_together(answers: list[Answer]) -> str:
+def figures_together(answers: list[ChatAnswer]) -> str:
     """Return one line with the total length and speed of answers that were generated at the same time."""
     done = [answer for answer in answers if answer.usage is not None]
     tokens = sum(answer.usage.completion for answer in done if answer.usage)
@@ -144,7 +144,7 @@ def figures_together(answers: list[Answer]) -> str:
     return line + (f", {(tokens - len(done)) / seconds:.1f} tokens/s together" if seconds > 0 else "")
 
 
-class Conversation:
+class ChatSession:
     """The turns of one chat, with an engine that has any number of adapters.
 
     Attributes:
@@ -185,7 +185,7 @@ class Conversation:
             raise InputError(f"no adapter {name!r}; there are {', '.join(self.names)}, and /load NAME=DIR loads one")
         return name
 
-    def ask(self, question: str, adapter: str | None) -> Answer:
+    def ask(self, question: str, adapter: str | None) -> ChatAnswer:
         """Return an adapter's answer to a further question; `keep` can add both to the conversation.
 
         Raises:
@@ -202,11 +202,11 @@ class Conversation:
         most = min(self.settings.max_tokens, room)
         request = Request(tokens, adapter, most, self.settings.sampling)
         try:
-            return Answer(self.engine, request, cut_by_context=room < self.settings.max_tokens)
+            return ChatAnswer(self.engine, request, cut_by_context=room < self.settings.max_tokens)
         except Stopped:
             raise RunError(failed_words(self.engine.failure)) from None
 
-    def keep(self, question: str, answer: Answer) -> None:
+    def keep(self, question: str, answer: ChatAnswer) -> None:
         """Add a question and its answer to the turns, unless the answer was stopped before its first word."""
         if answer.text or answer.finish != "stopped":
             self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer.text}]

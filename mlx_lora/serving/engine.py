@@ -22,9 +22,19 @@ from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import Continuation
 from mlx_lora.rollouts.decode import ANSWERS, TokenSteps, hold_weights
 from mlx_lora.serving.adapter_store import AdapterStore, NoRoom, Resident, UnknownAdapter
-from mlx_lora.serving.batch import Batch, Prefill, PromptCache, Row
+from mlx_lora.serving.batch import (
+    BatchRow,
+    Likelihoods,
+    Piece,
+    Prefill,
+    PromptCache,
+    RunningBatch,
+    Sampler,
+    Sampling,
+    TextStream,
+    TokenReport,
+)
 from mlx_lora.serving.pools import Routing
-from mlx_lora.serving.sampling import Likelihoods, Piece, Sampler, Sampling, TextStream, TokenReport
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, first_line
 
@@ -307,7 +317,7 @@ class Engine:
             base, routing, logits.dtype, self.limits.adapter_bytes, self._ignore_fingerprint, self.prompt_cache.drop
         )
         self._model, self._routing, self._tokenizer = TokenSteps(base.model), routing, base.tokenizer
-        self.batch = Batch(self._model, routing)
+        self.batch = RunningBatch(self._model, routing)
 
     def _take_messages(self) -> bool:
         """Handle the messages in the inbox, and wait for one if there is nothing else to do; return False to end."""
@@ -359,7 +369,7 @@ class Engine:
         caches, cached = self.prompt_cache.find(number, request.tokens)
         words = Continuation(self._tokenizer) if request.continues else self._tokenizer.detokenizer
         work = _Work(ticket, resident, TextStream(words, request.stops), cached)
-        row = Row(work, number, Sampler(request.sampling, self.vocabulary), request.tokens[:cached])
+        row = BatchRow(work, number, Sampler(request.sampling, self.vocabulary), request.tokens[:cached])
         self._prefill = Prefill(self._model, self._routing, row, request.tokens[cached:], caches)
         self.counts.prompt_tokens += len(request.tokens) - cached
 

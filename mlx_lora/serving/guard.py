@@ -11,9 +11,12 @@ sends a byte from time to time could keep one open forever.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import json
+import signal
+import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
@@ -21,9 +24,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
+import uvicorn
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlx_lora.serving.schema import ApiError
+from mlx_lora.utils.errors import InputError
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -91,7 +99,7 @@ class Guard:
             streamed = scope["path"] in self._limits.streamed
             body = None if streamed else await self._body(headers, receive)
         except ApiError as error:
-            await send_error(counted, error, close=True)
+            await error_response(error, close=True)(scope, receive, counted)
             return
         await self._app(scope, receive if body is None else _replayed(body, receive), counted)
 
@@ -169,24 +177,26 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def send_error(send: Send, error: ApiError, close: bool = False) -> None:
-    """Send an error as the whole answer.
+def error_response(error: ApiError, close: bool = False) -> Response:
+    """Return an error as the whole answer.
 
     Args:
-        send: ASGI's function.
         error: has the status and body.
         close: end the connection, because the rest of the request's body is not read.
     """
-    content = json.dumps(error.body()).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    headers += [(b"connection", b"close")] if close else []
-    headers += [(b"www-authenticate", b"Bearer")] if error.status == 401 else []
-    headers += [(b"retry-after", str(error.retry_after_s).encode())] if error.retry_after_s else []
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+    headers = {"connection": "close"} if close else {}
+    headers |= {"www-authenticate": "Bearer"} if error.status == 401 else {}
+    headers |= {"retry-after": str(error.retry_after_s)} if error.retry_after_s else {}
+    return Response(json.dumps(error.body()), error.status, headers, "application/json")
 
 
-# Slow clients
+def not_here(request: Request, error: HTTPException) -> ApiError:
+    """Return the error of a request that no route takes."""
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}", code)
+
+
+# Connections
 
 
 def timed_protocol(head_timeout_s: float) -> type[H11Protocol]:
@@ -232,3 +242,53 @@ def timed_protocol(head_timeout_s: float) -> type[H11Protocol]:
                 self.transport.close()
 
     return TimedProtocol
+
+
+def listen(host: str, port: int) -> tuple[socket.socket, str]:
+    """Return an open listening socket and its URL; it is opened before the server says that it is ready, so a port in use is found.
+
+    Args:
+        host: name or address of this machine.
+        port: 0 for any free port.
+
+    Raises:
+        InputError: it cannot be opened.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        opened = socket.create_server((host, port), family=family, backlog=256)
+    except OSError as error:
+        raise InputError(
+            f"--host {host} --port {port}: cannot listen on this address ({error.strerror or error}); choose another"
+        ) from None
+    shown = f"[{host}]" if ":" in host else host
+    return opened, f"http://{shown}:{opened.getsockname()[1]}"
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """Limits of a server: seconds for a request's head, seconds for unfinished answers at its end, and connections."""
+
+    head_timeout_s: float
+    shutdown_s: int
+    connections: int
+
+
+def run_app(app: Any, host: str, port: int, limits: ServerLimits, ready: Callable[[uvicorn.Server, str], None]) -> None:
+    """Serve an application until interrupted; `ready` is told the server and its URL before the first request.
+
+    Raises:
+        InputError: the address is not available.
+    """
+    config = uvicorn.Config(
+        app, http=timed_protocol(limits.head_timeout_s), ws="none", log_level="warning", access_log=False,
+        server_header=False, timeout_keep_alive=5, timeout_graceful_shutdown=limits.shutdown_s,
+        limit_concurrency=limits.connections,
+    )  # fmt: skip
+    opened, address = listen(host, port)
+    server = uvicorn.Server(config)
+    # uvicorn raises the signal that ended it again; for a server this is the normal end.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ready(server, address)
+    with opened, contextlib.suppress(KeyboardInterrupt):
+        server.run([opened])

@@ -63,7 +63,7 @@ class Kind(NamedTuple):
     adapts_head: bool
 
 
-class Group(NamedTuple):
+class RowGroup(NamedTuple):
     """The rows of a batch that use one pool.
 
     Attributes:
@@ -111,7 +111,7 @@ class LayerPools:
         self._slots: dict[int, tuple[Kind, int]] = {}
         self._stacks: dict[Kind, tuple[mx.array, ...]] = {}
         self._new: dict[Kind, list[LayerFactors]] = {}
-        self._plans: dict[Rows, list[Group]] = {}
+        self._plans: dict[Rows, list[RowGroup]] = {}
 
     def __contains__(self, adapter: int) -> bool:
         return adapter in self._slots
@@ -155,7 +155,7 @@ class LayerPools:
         a, b, *gain = (stack[slot] for stack in self._stacks[kind])
         return LayerFactors(a, b, gain[0] if gain else None, kind.adapts_head)
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[RowGroup]:
         """Return the groups of rows of the next call that need this layer's factors."""
         rows = self.routing.rows
         plan = self._plans.get(rows)
@@ -165,13 +165,13 @@ class LayerPools:
             plan = self._plans[rows] = self._planned(rows)
         return plan
 
-    def _planned(self, rows: Rows) -> list[Group]:
+    def _planned(self, rows: Rows) -> list[RowGroup]:
         if len(set(rows)) == 1:
             if rows[0] not in self._slots:
                 return []
             kind, slot = self._slots[rows[0]]
             a, b, *gain = (stack[slot] for stack in self._stacks[kind])
-            return [Group(kind, a, b, gain[0] if gain else None, one=True)]
+            return [RowGroup(kind, a, b, gain[0] if gain else None, one=True)]
         served: dict[Kind, list[tuple[int, int]]] = {}
         for row, adapter in enumerate(rows):
             if adapter in self._slots:
@@ -182,7 +182,7 @@ class LayerPools:
             a, b, *gain = self._stacks[kind]
             own_rows = None if len(pairs) == len(rows) else self.routing.indices(tuple(row for row, _ in pairs))
             slots = self.routing.indices(tuple(slot for _, slot in pairs))
-            plan.append(Group(kind, a, b, gain[0] if gain else None, one=False, rows=own_rows, slots=slots))
+            plan.append(RowGroup(kind, a, b, gain[0] if gain else None, one=False, rows=own_rows, slots=slots))
         return plan
 
     def _count(self, kind: Kind) -> int:
@@ -211,7 +211,7 @@ class RoutedLinear(nn.Module):
             y = self._applied(group, x, y)
         return y
 
-    def _applied(self, group: Group, x: mx.array, y: mx.array) -> mx.array:
+    def _applied(self, group: RowGroup, x: mx.array, y: mx.array) -> mx.array:
         bias = self.linear.bias if "bias" in self.linear else None
         if group.one:
             if group.gain is None:
@@ -298,13 +298,13 @@ def route(model: nn.Module, paths: list[str], routing: Routing) -> dict[str, nn.
     """
     modules = dict(model.named_modules())
     routed = {path: modules[path] for path in paths}
-    fresh = {path: _routed(module, routing) for path, module in routed.items() if not isinstance(module, ROUTED)}
+    fresh: dict[str, nn.Module] = {
+        path: (RoutedEmbedding if isinstance(module, EMBEDDING) else RoutedLinear)(module, routing)
+        for path, module in routed.items()
+        if not isinstance(module, ROUTED)
+    }
     model.update_modules(tree_unflatten(list(fresh.items())))
     return {**routed, **fresh}
-
-
-def _routed(base: nn.Module, routing: Routing) -> nn.Module:
-    return RoutedEmbedding(base, routing) if isinstance(base, EMBEDDING) else RoutedLinear(base, routing)
 
 
 def unrouted_twin(model: nn.Module) -> nn.Module:

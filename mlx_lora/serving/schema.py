@@ -14,8 +14,8 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_lora.serving.batch import Sampling, TokenReport
 from mlx_lora.serving.engine import Event, Usage
-from mlx_lora.serving.sampling import Sampling, TokenReport
 
 # Requests
 
@@ -143,9 +143,9 @@ def read_completion(body: dict[str, Any]) -> Ask:
     """
     _check_fields(body, _COMPLETION)
     prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and not _is_int(prompt[0]):
+    if isinstance(prompt, list) and len(prompt) == 1 and not _is_token(prompt[0]):
         prompt = prompt[0]
-    tokens = isinstance(prompt, list) and prompt and all(_is_int(token) for token in prompt)
+    tokens = isinstance(prompt, list) and prompt and all(map(_is_token, prompt))
     if not (tokens or (isinstance(prompt, str) and prompt)):
         raise _bad("prompt", prompt, "one string or one list of token ids, not empty")
     top = _number(body, "logprobs", int, 0, MAX_TOP_LOGPROBS)
@@ -239,8 +239,14 @@ def _calls(name: str, calls: Any) -> list[dict[str, Any]]:
         raise _bad(f"{name}.tool_calls", calls, "calls with a function's name and JSON arguments") from None
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_number(value: Any, low: float, high: float, whole: bool = False) -> bool:
+    """Tell whether a value of a body is a number, no truth value, in a range."""
+    kinds = int if whole else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_token(value: Any) -> bool:
+    return is_number(value, -math.inf, math.inf, whole=True)
 
 
 def _number(body: dict[str, Any], name: str, kind: type, low: float, high: float, fold: int | None = None) -> Any:
@@ -248,8 +254,7 @@ def _number(body: dict[str, Any], name: str, kind: type, low: float, high: float
     value = body.get(name)
     if value is None:
         return None
-    fits = _is_int(value) or (kind is float and isinstance(value, float) and math.isfinite(value))
-    if not fits or not low <= value <= high:
+    if not is_number(value, low, high, kind is int):
         raise _bad(name, value, f"{'a whole number' if kind is int else 'a number'} from {low:g} to {high:g}")
     return value % fold if fold else kind(value)
 

@@ -25,7 +25,7 @@ from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.control import RunControl
 from mlx_lora.studio.folders import Checker, Folders
 from mlx_lora.studio.model_stores import ModelStores
-from mlx_lora.studio.places import Place, Studio, find_places
+from mlx_lora.studio.places import Studio, StudioPlace, find_places
 from mlx_lora.studio.plans import Plans
 from mlx_lora.studio.run_folders import RunListing
 from mlx_lora.studio.tasks import Tasks
@@ -41,31 +41,13 @@ SHARED = {
 }
 
 
-class State:
-    """GET /api/state: what the page shows at its top."""
-
-    def __init__(self, folders: Folders, key_required: bool, tasks: Tasks):
-        self._tasks = tasks
-        device = current_device()
-        self._fixed = {
-            "version": __version__,
-            "machine": {
-                "chip": device.name,
-                "memory_bytes": device.memory_bytes,
-                "working_set_bytes": device.working_set_bytes,
-                "device": device.backend,
-            },
-            "home": str(folders.home),
-            "key_required": key_required,
-        }
-
-    def routes(self) -> list[BaseRoute]:
-        """Return its route."""
-        return [json_route("/api/state", self.state)]
-
-    def state(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the state."""
-        return {**self._fixed, "tasks_running": self._tasks.running}
+def state_of_studio(folders: Folders, key_required: bool) -> dict[str, Any]:
+    """Return what the page shows at its top and does not change (GET /api/state)."""
+    here = current_device()
+    machine = {
+        "chip": here.name, "memory_bytes": here.memory_bytes, "working_set_bytes": here.working_set_bytes, "device": here.backend,
+    }  # fmt: skip
+    return {"version": __version__, "machine": machine, "home": str(folders.home), "key_required": key_required}
 
 
 def make_studio(folders: Folders, guard: GuardLimits, max_upload_bytes: int) -> Starlette:
@@ -83,7 +65,7 @@ def make_studio(folders: Folders, guard: GuardLimits, max_upload_bytes: int) -> 
     checker = Checker(folders, stores.roots(), listing.bases)
     control, plans = RunControl(folders, listing), Plans(tasks)
     studio = Studio(folders, checker, stores, listing, control, plans, tasks, max_upload_bytes)
-    places = find_places()
+    places, fixed = find_places(), state_of_studio(folders, guard.api_key is not None)
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -100,7 +82,7 @@ def make_studio(folders: Folders, guard: GuardLimits, max_upload_bytes: int) -> 
         routes=[
             *page_routes(places),
             Route("/health", health),
-            *State(folders, guard.api_key is not None, tasks).routes(),
+            json_route("/api/state", lambda request, body: {**fixed, "tasks_running": tasks.running}),
             *tasks.routes(),
             *(route for place in places for route in place.routes(studio)),
         ],
@@ -112,7 +94,7 @@ def make_studio(folders: Folders, guard: GuardLimits, max_upload_bytes: int) -> 
     return app
 
 
-def page_routes(places: Sequence[Place]) -> list[BaseRoute]:
+def page_routes(places: Sequence[StudioPlace]) -> list[BaseRoute]:
     """Return the routes of the page and of its files, which lie under /static as they lie in this folder.
 
     Args:
@@ -121,7 +103,8 @@ def page_routes(places: Sequence[Place]) -> list[BaseRoute]:
 
     async def page(request: Request) -> Response:
         text = (PAGES / "index.html").read_text(encoding="utf-8")
-        return HTMLResponse(text.replace("<!-- places -->", "\n".join(map(_link, places))))
+        links = [f'<link rel="modulepreload" href="{_address(one)}" data-place="{one.name}">' for one in places]
+        return HTMLResponse(text.replace("<!-- places -->", "\n".join(links)))
 
     return [
         Route("/", page),
@@ -131,12 +114,8 @@ def page_routes(places: Sequence[Place]) -> list[BaseRoute]:
     ]
 
 
-def _address(place: Place) -> str:
+def _address(place: StudioPlace) -> str:
     return f"/static/places/{place.name}.js"
-
-
-def _link(place: Place) -> str:
-    return f'<link rel="modulepreload" href="{_address(place)}" data-place="{place.name}">'
 
 
 def _file(path: Path) -> Callable[[Request], Awaitable[Response]]:

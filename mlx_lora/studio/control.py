@@ -34,7 +34,7 @@ from mlx_lora.studio.run_folders import (
 )
 from mlx_lora.studio.tasks import start_child
 from mlx_lora.trainer.run_folder import forget_run
-from mlx_lora.utils.files import replacing_file
+from mlx_lora.utils.files import replace_text
 from mlx_lora.utils.text import start_mark
 
 QUEUE_FILE = "queue.json"
@@ -76,8 +76,7 @@ class RunControl:
         return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
 
     def _write_queue(self, queue: list[str]) -> None:
-        with replacing_file(self._folders.home / QUEUE_FILE) as temporary:
-            temporary.write_text(json.dumps(queue) + "\n", encoding="utf-8")
+        replace_text(self._folders.home / QUEUE_FILE, json.dumps(queue) + "\n")
 
     def queued(self) -> list[dict[str, Any]]:
         """Return the lines of the runs that wait."""
@@ -241,8 +240,7 @@ class RunControl:
         if not isinstance(text, str) or len(text) > MOST_NOTES:
             raise ApiError(400, f"text: must be text of at most {MOST_NOTES} characters", "invalid_value", "text")
         path = self._listing.folder(number) / NOTES_FILE
-        with replacing_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        replace_text(path, text)
 
     def delete(self, number: str, confirm: Any) -> None:
         """Remove a run's folder with all that is in it; of a run elsewhere the folder stays, and it leaves the list.

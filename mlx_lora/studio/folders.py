@@ -13,7 +13,7 @@ from mlx_lora.config.load import recipe_names
 from mlx_lora.config.settings import FIELDS
 from mlx_lora.data.files import TINY_SHAKESPEARE, find_splits, is_dataset_id, named_sets
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.studio.page_words import OWN
+from mlx_lora.studio.web import OWN
 from mlx_lora.trainer.run_folder import KnownRun, known_runs
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import HUB_ID

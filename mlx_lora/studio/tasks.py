@@ -22,8 +22,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.studio.page_words import in_page_words
-from mlx_lora.studio.web import events, json_route
+from mlx_lora.studio.web import events, in_page_words, json_route
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.text import MODULE
 
@@ -38,7 +37,7 @@ class Cancelled(Exception):
 
 
 @dataclass(eq=False)
-class Task:
+class BackgroundTask:
     """A piece of work.
 
     Attributes:
@@ -82,7 +81,7 @@ class Tasks:
 
     def __init__(self, logs: Path):
         """Take the folder for the output of child processes."""
-        self._tasks: dict[str, Task] = {}
+        self._tasks: dict[str, BackgroundTask] = {}
         self._lock, self._versions, self._logs = threading.Lock(), itertools.count(1), logs
         self.ended = 0  # tasks since the server began
 
@@ -126,21 +125,21 @@ class Tasks:
         task.wanted.clear()
         return {"task": task.public()}
 
-    def change(self, task: Task, **values: Any) -> None:
+    def change(self, task: BackgroundTask, **values: Any) -> None:
         """Change a task, so that its listeners hear of it."""
         with self._lock:
             for name, value in values.items():
                 setattr(task, name, value)
             task.version = next(self._versions)
 
-    def begin(self, kind: str, title: str, work: Callable[[Task], Any], unit: str = "") -> Task:
+    def begin(self, kind: str, title: str, work: Callable[[BackgroundTask], Any], unit: str = "") -> BackgroundTask:
         """Do work in a thread.
 
         Args:
             kind, title, unit: of the task.
             work: takes the task, and returns its result; raises Cancelled when the task is no longer wanted.
         """
-        task = Task(secrets.token_hex(6), kind, title, unit=unit)
+        task = BackgroundTask(secrets.token_hex(6), kind, title, unit=unit)
         task.wanted.set()
         with self._lock:
             finished = [one.id for one in self._tasks.values() if one.state != "running"]
@@ -172,38 +171,55 @@ class Tasks:
         title: str,
         words: list[str],
         result: Any,
-        watch: Callable[[Task], None] = lambda task: None,
+        watch: Callable[[BackgroundTask], None] = lambda task: None,
         cwd: str | None = None,
-    ) -> Task:
+    ) -> BackgroundTask:
         """Run one of this program's commands as a child process, whose last line of output is the task's message.
 
         Args:
             kind, title: of the task.
-            words: the command's name, or a module below this package (`studio.downloads`), and its arguments.
+            words: the command's name, or a module below this package (`studio.model_stores`), and its arguments.
             result: of the task, if the command succeeds.
             watch: called from time to time, to tell how far it is.
             cwd: the folder that relative names start from; None: the studio's own.
         """
 
-        def work(task: Task) -> Any:
+        def work(task: BackgroundTask) -> Any:
             log = self._logs / f"{kind}-{task.id}.log"
-            child = start_child(words, log, cwd=cwd)
-            while child.poll() is None:
-                if not task.wanted.is_set():
-                    _end(child)
-                    raise Cancelled
-                watch(task)
-                line = last_line(log)
-                if line and line != task.message:
-                    self.change(task, message=line)
-                time.sleep(POLL_S)
-            if child.returncode:
-                raise RunError(ended_words(child.returncode, last_line(log)))
-            self.change(task, message=last_line(log))
+            self.run_child(task, words, log, watch, cwd=cwd)
             log.unlink(missing_ok=True)
             return result
 
         return self.begin(kind, title, work)
+
+    def run_child(
+        self,
+        task: BackgroundTask,
+        words: list[str],
+        log: Path,
+        watch: Callable[[BackgroundTask], None] = lambda task: None,
+        output: Path | None = None,
+        cwd: str | None = None,
+    ) -> None:
+        """Run a command for a task until it ends; `log`, `output` and `cwd` are those of `start_child`.
+
+        Raises:
+            Cancelled: the task is no longer wanted.
+            RunError: the command failed.
+        """
+        child = start_child(words, log, result=output, cwd=cwd)
+        while child.poll() is None:
+            if not task.wanted.is_set():
+                _end(child)
+                raise Cancelled
+            watch(task)
+            line = last_line(log)
+            if line and line != task.message:
+                self.change(task, message=line)
+            time.sleep(POLL_S)
+        if child.returncode:
+            raise RunError(ended_words(child.returncode, last_line(log)))
+        self.change(task, message=last_line(log))
 
 
 def last_line(log: Path, most: int = 4096) -> str:
@@ -233,7 +249,7 @@ def start_child(
     """Start a command in a session of its own, with its output in a file.
 
     Args:
-        words: the command's name, or a module below this package (`studio.downloads`), and its arguments.
+        words: the command's name, or a module below this package (`studio.model_stores`), and its arguments.
         log: where its output goes.
         append: keep what the file has.
         result: where its standard output goes, apart from the rest; None: into the log too.

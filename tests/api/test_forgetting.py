@@ -17,7 +17,7 @@ from conftest import TINY, quantized, tiny_model, write_folder
 from make_adapters import make_adapter
 from run_cli import run
 
-from mlx_lora.api.forgetting import GENERAL, TONES, Drift, Probe, Readout, adapter_names, badges, measure_drifts
+from mlx_lora.api.forgetting import GENERAL, TONES, Drift, ProbeQuestion, Readout, adapter_names, badges, measure_drifts
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.exporters.adapter_folder import load_adapter
@@ -178,15 +178,17 @@ def test_the_built_in_sets_are_whole():
     probes = [json.loads(line) for line in (GENERAL / "probes.jsonl").read_text().splitlines()]
     assert len(probes) >= 20
     for row in probes:
-        unanswered = Probe(row["question"], tuple(row["answers"]), {"x": row["question"] + " " + row["completion"]})
+        unanswered = ProbeQuestion(
+            row["question"], tuple(row["answers"]), {"x": row["question"] + " " + row["completion"]}
+        )
         assert not unanswered.right("x"), row
-        assert Probe("", tuple(row["answers"]), {"x": f"It is {row['answers'][0].upper()}."}).right("x")
+        assert ProbeQuestion("", tuple(row["answers"]), {"x": f"It is {row['answers'][0].upper()}."}).right("x")
     for name, least in (("text", 30), ("chat", 40)):
         assert len((GENERAL / f"{name}.jsonl").read_text().splitlines()) >= least
 
 
 def test_probes_want_whole_words():
-    probe = Probe("How many?", ("nine",), {"a": "Nine.", "b": "feminine", "c": "It is nineteen", "d": "(nine)"})
+    probe = ProbeQuestion("How many?", ("nine",), {"a": "Nine.", "b": "feminine", "c": "It is nineteen", "d": "(nine)"})
     assert [probe.right(name) for name in "abcd"] == [True, False, False, True]
 
 

@@ -16,8 +16,17 @@ from run_cli import run
 from mlx_lora.bench import machine
 from mlx_lora.bench import run as running
 from mlx_lora.bench.machine import measure_rates
-from mlx_lora.bench.predict import (
+from mlx_lora.bench.results import read_result
+from mlx_lora.bench.run import POWER, EnergyMeter, Length, run_figures, run_process, run_workload, spread, train_command
+from mlx_lora.bench.schema import RATES, field_problems
+from mlx_lora.bench.workloads import (
+    MODELS,
+    ROW_SHAPES,
+    TIERS,
+    WORKLOADS,
     batches_of,
+    choose_workloads,
+    digest_of,
     listed_flops,
     measured_machine,
     model_shape_of,
@@ -26,10 +35,6 @@ from mlx_lora.bench.predict import (
     predict_sizes,
     typical_batches,
 )
-from mlx_lora.bench.results import read_result
-from mlx_lora.bench.run import POWER, EnergyMeter, Length, run_figures, run_process, run_workload, spread, train_command
-from mlx_lora.bench.schema import RATES, field_problems
-from mlx_lora.bench.workloads import MODELS, ROW_SHAPES, TIERS, WORKLOADS, choose_workloads, digest_of
 
 BY_NAME = {one.name: one for one in WORKLOADS}
 CHAT = BY_NAME["embedded-smollm2-135m-chat-qlora"]

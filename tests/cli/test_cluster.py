@@ -41,7 +41,7 @@ def test_two_processes_find_each_other_equal(tiny_folder, tmp_path):
 
 def test_what_differs_is_named(tiny_folder):
     one = facts_here(str(tiny_folder))
-    first, other = ({**vars(one), "versions": dict(one.versions)} for _ in range(2))
+    first, other = ({**one, "versions": dict(one["versions"])} for _ in range(2))
     assert problems_of([first, other]) == []
     other["versions"]["mlx"], other["model"] = "0.1", "0" * 16
     mlx, model = problems_of([first, other])

@@ -19,14 +19,12 @@ import yaml
 from run_cli import run
 
 from mlx_lora.bench.run import Ended
-from mlx_lora.doctor import kit as kit_issue
-from mlx_lora.doctor import kit as kit_run
-from mlx_lora.doctor import machine as memory_checks
-from mlx_lora.doctor import speed as speed_checks
-from mlx_lora.doctor.check import GROUPS, Finding, Kit, KitCheck, apart, bounded, dtypes_of, largest_apart, on_cpu
+from mlx_lora.doctor import kit as kit_module
+from mlx_lora.doctor import machine
+from mlx_lora.doctor.check import GROUPS, CheckFinding, Kit, KitCheck, apart, bounded, dtypes_of, largest_apart, on_cpu
 from mlx_lora.doctor.kit import Asked, all_checks, run_kit
+from mlx_lora.doctor.result import PAGE_FILE, RESULT_FILE, kit_problems
 from mlx_lora.doctor.runs import TrainedRun
-from mlx_lora.doctor.state import PAGE_FILE, RESULT_FILE, kit_problems
 from mlx_lora.kernels import table as kernel_table
 from mlx_lora.utils import device
 
@@ -38,7 +36,7 @@ def good(name: str, group: str = "kernels", calls: list[str] | None = None) -> K
     def check(kit):
         if calls is not None:
             calls.append(name)
-        yield Finding("line", "ok", "fine")
+        yield CheckFinding("line", "ok", "fine")
 
     return KitCheck(group, name, check)
 
@@ -116,7 +114,7 @@ def test_a_wrong_kernel_is_named_and_nothing_else_is_red(tmp_path, monkeypatch):
 
 def test_a_check_that_raises_is_one_red_line(tmp_path, logged):
     def broken(kit):
-        yield Finding("before", "ok", "fine")
+        yield CheckFinding("before", "ok", "fine")
         raise RuntimeError("[metal] out of order\nand much more")
 
     checks = [good("a"), KitCheck("kernels", "b", broken), good("c")]
@@ -137,7 +135,7 @@ def test_after_an_interrupt_only_the_rest_is_run(tmp_path):
         calls.append("b")
         if calls.count("b") == 1:
             raise KeyboardInterrupt
-        yield Finding("line", "ok", "fine")
+        yield CheckFinding("line", "ok", "fine")
 
     checks = [good("a", calls=calls), KitCheck("kernels", "b", interrupted), good("c", calls=calls)]
     content, stopped = run_kit(Asked(tmp_path), checks)
@@ -154,11 +152,11 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import mlx_lora
-from mlx_lora.doctor.check import Finding, KitCheck
+from mlx_lora.doctor.check import CheckFinding, KitCheck
 from mlx_lora.doctor.kit import Asked, run_kit
 
 def good(kit):
-    yield Finding("line", "ok", "fine")
+    yield CheckFinding("line", "ok", "fine")
 
 def killed(kit):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -179,7 +177,7 @@ def test_a_kill_loses_nothing_and_a_check_that_kills_twice_is_passed_by(tmp_path
     assert [(one["name"], one["done"]) for one in state["checks"]] == [("a", True), ("b", False)]
     checks = [good(name, calls=calls) for name in "abc"]
     state["checks"][1]["attempts"] += 1  # as a second kill leaves it
-    state["key"] = kit_run._key(device.current_device(), "full")  # a rehearsal's device is not that of the process
+    state["key"] = kit_module._key(device.current_device(), "full")  # a rehearsal's device is not that of the process
     (tmp_path / RESULT_FILE).write_text(json.dumps(state))
     content, _ = run_kit(Asked(tmp_path), checks)
     assert calls == ["c"]
@@ -192,14 +190,14 @@ def test_another_version_or_device_starts_anew(tmp_path, monkeypatch, logged):
     for _ in range(2):
         run_kit(Asked(tmp_path), checks)
     assert calls == ["a"]
-    versions = kit_run.installed_versions()
-    monkeypatch.setattr(kit_run, "installed_versions", lambda: {**versions, "mlx": "99.0"})
+    versions = kit_module.installed_versions()
+    monkeypatch.setattr(kit_module, "installed_versions", lambda: {**versions, "mlx": "99.0"})
     run_kit(Asked(tmp_path), checks)
     assert calls == ["a", "a"]
     assert any("mlx" in line and "99.0" in line for line in logged)
     here = device.current_device()
     monkeypatch.setattr(
-        kit_run.device, "current_device", lambda: device.Device("cpu", "another", *list(vars(here).values())[2:])
+        kit_module.device, "current_device", lambda: device.Device("cpu", "another", *list(vars(here).values())[2:])
     )
     run_kit(Asked(tmp_path), checks)
     assert calls == ["a", "a", "a"]
@@ -218,8 +216,8 @@ def test_a_file_of_another_program_is_not_overwritten(tmp_path):
 def test_a_virtual_gpu_is_named_and_what_it_cannot_do_is_skipped(problem, skipped, tmp_path, monkeypatch):
     name = "Apple Paravirtual device"
     virtual = device.Device("metal", name, 7 * 2**30, 5 * 2**30, "")
-    monkeypatch.setattr(kit_run.device, "current_device", lambda: virtual)
-    monkeypatch.setattr(kit_run, "gpu_problem", lambda kit: problem)
+    monkeypatch.setattr(kit_module.device, "current_device", lambda: virtual)
+    monkeypatch.setattr(kit_module, "gpu_problem", lambda kit: problem)
     checks = [good(f"check of {group}", group) for group in GROUPS]
     checks.append(next(check for check in all_checks() if check.name == "GPU"))
     content, _ = run_kit(Asked(tmp_path), checks)
@@ -236,25 +234,25 @@ def test_the_issue_is_prefilled_within_an_address(quick, monkeypatch):
     folder, _ = quick
     content = kept(folder)
     lines = [f"failed  kernels: attention {number}: {'x & y ' * 20}" for number in range(400)]
-    address = kit_issue.issue_url(content, "a summary", lines, folder / RESULT_FILE)
-    assert 2000 < len(address) <= kit_issue.MOST_CHARACTERS
+    address = kit_module.issue_url(content, "a summary", lines, folder / RESULT_FILE)
+    assert 2000 < len(address) <= kit_module.MOST_CHARACTERS
     fields = {key: value[0] for key, value in parse_qs(urlparse(address).query).items()}
     assert "a summary" in fields["summary"]
     assert RESULT_FILE in fields["summary"]
     assert str(folder) not in address
     assert fields["lines"].startswith(lines[0])
     assert "more" in fields["lines"].splitlines()[-1]
-    few = kit_issue.issue_url(content, "a summary", lines[:2], folder / RESULT_FILE)
+    few = kit_module.issue_url(content, "a summary", lines[:2], folder / RESULT_FILE)
     assert parse_qs(urlparse(few).query)["lines"] == ["\n".join(lines[:2])]
-    form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE" / kit_issue.TEMPLATE).read_text())
+    form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE" / kit_module.TEMPLATE).read_text())
     assert {"summary", "lines"} <= {field["id"] for field in form["body"]}
-    assert f'"{kit_issue.ISSUES}"' in (ROOT / "pyproject.toml").read_text()
+    assert f'"{kit_module.ISSUES}"' in (ROOT / "pyproject.toml").read_text()
     opened: list[str] = []
     for has_browser in (True, False):
         monkeypatch.setattr(webbrowser, "open", lambda url, has=has_browser: opened.append(url) or has)
         ran = run("doctor", "--full", "--quick", "--group", "losses", "--out", folder, "--send")
         assert ran.code == 0, ran.err
-        assert opened[-1].startswith(f"{kit_issue.ISSUES}/new?")
+        assert opened[-1].startswith(f"{kit_module.ISSUES}/new?")
         assert (opened[-1] in ran.err) != has_browser
         assert RESULT_FILE in ran.err
 
@@ -278,7 +276,7 @@ def test_options_of_the_full_check_are_not_ignored_without_it(tmp_path):
 def test_errors_that_are_not_finite_are_red():
     assert bounded("x", 1e-6, 1e-4, "words").status == "ok"
     for error in (2e-4, math.nan, math.inf):
-        assert bounded("x", error, 1e-4, "words", "do this") == Finding(
+        assert bounded("x", error, 1e-4, "words", "do this") == CheckFinding(
             "x", "failed", "words", 2e-4 if error == 2e-4 else 1e30, 1e-4, "relative error", "do this"
         )
     one = mx.array([1.0, 2.0])
@@ -305,45 +303,45 @@ def planned_run(planned: int, *peaks: int):
 
 def test_a_plan_that_is_off_is_a_warning(tmp_path, monkeypatch):
     kit = Kit(device.current_device(), False, tmp_path, 1.0)
-    monkeypatch.setattr(memory_checks, "write_model", lambda folder, *args: folder)
+    monkeypatch.setattr(machine, "write_model", lambda folder, *args: folder)
     cases = {(105, 100): "ok", (89, 100, 100): "warning", (111, 100, 100): "warning", (89, 100, 90): "ok"}
     for (planned, *peaks), status in cases.items():
-        monkeypatch.setattr(memory_checks, "train_child", planned_run(planned, *peaks))
-        [finding] = memory_checks.check_peak(memory_checks.RUNS[0], kit)
+        monkeypatch.setattr(machine, "train_child", planned_run(planned, *peaks))
+        [finding] = machine.check_peak(machine.RUNS[0], kit)
         assert finding.status == status, (planned, peaks)
 
 
 def test_speeds_are_those_of_the_counted_passes(tmp_path, monkeypatch):
     kit = Kit(device.Device("cpu", "a CPU", 2**34, 2**33, ""), False, tmp_path, 1.0)
     steps = [{"elapsed_s": end, "real_tokens": 400} for end in (5.0, 9.0, 10.0, 11.0)]  # two of a pass, two counted
-    monkeypatch.setattr(speed_checks, "train_child", lambda *args, **named: TrainedRun(steps, {}))
-    monkeypatch.setattr(speed_checks.SpeedModel, "write", lambda model, kit: kit.work)
+    monkeypatch.setattr(machine, "train_child", lambda *args, **named: TrainedRun(steps, {}))
+    monkeypatch.setattr(machine.SpeedModel, "write", lambda model, kit: kit.work)
     ends = {"mlx_lm.lora": (4.0, 8.0, 12.0, 16.0), "torch": (1.0, 2.0, 2.5, 3.0)}
 
     def peer(command, log, watch):
         job = json.loads(Path(command[-1]).read_text())
-        name = next(name for name, module in speed_checks.PEERS.items() if module == command[2])
+        name = next(name for name, peer in machine.PEERS.items() if peer == command[3])
         Path(job["ends"]).write_text("".join(f"{end}\n" for end in ends[name]))
         return Ended(0, "")
 
-    monkeypatch.setattr(speed_checks, "run_process", peer)
-    monkeypatch.setattr(speed_checks, "peer_versions", lambda: {"torch": "2", "peft": "1"})
-    ours, mlx_lm, torch = speed_checks.check_speed(0, kit)
+    monkeypatch.setattr(machine, "run_process", peer)
+    monkeypatch.setattr(machine, "peer_versions", lambda: {"torch": "2", "peft": "1"})
+    ours, mlx_lm, torch = machine.check_speed(0, kit)
     assert ours.found == pytest.approx(800 / 2)
     assert (mlx_lm.status, mlx_lm.found) == ("ok", pytest.approx(4.0))
     assert (torch.status, torch.found) == ("warning", pytest.approx(0.5))
-    monkeypatch.setattr(speed_checks, "peer_versions", lambda: {"torch": None, "peft": "1"})
-    *_, torch = speed_checks.check_speed(0, kit)
+    monkeypatch.setattr(machine, "peer_versions", lambda: {"torch": None, "peft": "1"})
+    *_, torch = machine.check_speed(0, kit)
     assert (torch.status, "torch" in torch.words) == ("skipped", True)
 
 
 def test_a_load_that_gets_slower_shows():
     steps = [{"elapsed_s": float(second), "real_tokens": 100} for second in range(1, 61)]
     steps += [{"elapsed_s": 60.0 + 2 * number, "real_tokens": 100} for number in range(1, 61)]  # half as fast
-    first, last = speed_checks.steady_speeds(steps, 180)
+    first, last = machine.steady_speeds(steps, 180)
     assert first == pytest.approx(100, rel=0.02)
     assert last == pytest.approx(50, rel=0.02)
-    first, last = speed_checks.steady_speeds(steps[:60], 60)
+    first, last = machine.steady_speeds(steps[:60], 60)
     assert first == pytest.approx(last, rel=0.02)
 
 

@@ -25,9 +25,9 @@ from mlx_lora.models.prefix_attention import SharedPrefix, rotate_by_token
 from mlx_lora.rollouts import decode as decode_weights
 from mlx_lora.rollouts import decode as token_steps
 from mlx_lora.rollouts.decode import TokenSteps, choose_weights, hold_weights, layers_with_copies, release_weights
-from mlx_lora.serving.adapter_store import Source
+from mlx_lora.serving.adapter_store import AdapterSource
+from mlx_lora.serving.batch import Sampling
 from mlx_lora.serving.engine import Engine, Limits, Request
-from mlx_lora.serving.sampling import Sampling
 from mlx_lora.trainer.report_callback import greedy_text
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
@@ -184,7 +184,7 @@ def test_the_faster_form_is_taken(folder, monkeypatch, faster, form):
 def answers(folder: Path, form: str, named: dict[str, Path]) -> list[str]:
     engine = Engine(lambda: base_of(folder, form), Limits())
     try:
-        engine.call(lambda store: store.add({name: Source(path) for name, path in named.items()})).result()
+        engine.call(lambda store: store.add({name: AdapterSource(path) for name, path in named.items()})).result()
         texts = []
         events: list[list] = [[] for _ in range(2 * len(named) + 1)]
         done = [engine.submit(Request(list(range(60, 66 + row)), name, 16, GREEDY, ignore_eos=True), events[row].append)

@@ -22,7 +22,7 @@ from tiny_gguf import write_tiny_gguf
 from tiny_moe import CONFIGS, MXFP4, tiny_moe, with_quantized_experts
 
 from mlx_lora.adapters.inject import adapt_model, adapter_parameters
-from mlx_lora.api.plan_text import PART_WORDS, PHASE_WORDS, time_words
+from mlx_lora.cli.plan import PART_WORDS, PHASE_WORDS, time_words
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import AdapterSettings, ModelSettings, TrainSettings
 from mlx_lora.data.files import is_local

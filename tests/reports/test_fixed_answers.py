@@ -16,7 +16,6 @@ from run_cli import run
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.models.load import load_base
-from mlx_lora.reports.charts import Series
 from mlx_lora.reports.diagnosis import verdict
 from mlx_lora.reports.run_report import (
     MOST_CHARACTERS,
@@ -184,17 +183,14 @@ def records() -> list[dict]:
 
 
 def test_curves_of_rewards():
-    def of(name, key, rows, scale=1.0):
-        return Series(name, [(r["step"], r[key]) for r in rows])
-
-    found = {title: series for title, series, _, _ in rollout_charts(records(), of)}
+    found = {title: series for title, series, _, _ in rollout_charts(records())}
     assert list(found) == [
         "Reward", "Reward: a rule", "Spread of a prompt's rewards", "Tokens of an answer",
         "Divergence from the untrained model", "Share of the time in rollouts",
     ]  # fmt: skip
     assert [one.name for one in found["Reward"]] == ["training", "held out"]
     assert found["Reward"][1].points == [(0, 0.0), (9, 0.9)], "a reward of zero is a point"
-    assert rollout_charts([{"step": 1, "loss": 1.0, "val_loss": None}], of) == []
+    assert rollout_charts([{"step": 1, "loss": 1.0, "val_loss": None}]) == []
 
 
 def test_tiles_and_notes_are_about_rewards():

@@ -7,7 +7,7 @@ import json
 import pytest
 
 import mlx_lora
-from mlx_lora.reports.diagnosis import LEARNED, MOST_EPOCHS, OVER_FITTED, Diagnosis, RunFacts, mending
+from mlx_lora.reports.diagnosis import LEARNED, MOST_EPOCHS, OVER_FITTED, Diagnosis, FinishedRun, mending
 from mlx_lora.reports.run_report import read_report
 from mlx_lora.trainer.evaluate import KnownRows
 
@@ -54,12 +54,12 @@ def test_where_nobody_repeats_answers_nothing_is_counted(tiny_folder, tmp_path, 
 
 
 def test_facts_that_are_not_known_need_more_epochs_and_known_ones_are_no_overfitting(tmp_path):
-    run = RunFacts(tmp_path / "run", {"model": "m"}, 96, 3.0, 1.0)
+    run = FinishedRun(tmp_path / "run", {"model": "m"}, 96, 3.0, 1.0)
     said, command = mending(Diagnosis(LEARNED, 3.0, 0.2), run, KnownRows(3, 32))
     assert all(word in said for word in ("32", "3 ", "facts"))
     assert all(word in command for word in ("--epochs 15", "--no-keep-best", "--early-stopping-patience 0"))
     assert mending(Diagnosis(LEARNED, 3.0, 0.2), run, KnownRows(30, 32)) == ("", "")
-    long = RunFacts(tmp_path / "run", {"model": "m"}, 96, float(MOST_EPOCHS), 1.0)
+    long = FinishedRun(tmp_path / "run", {"model": "m"}, 96, float(MOST_EPOCHS), 1.0)
     assert mending(Diagnosis(LEARNED, 3.0, 0.2), long, KnownRows(3, 32)) == ("", "")
     over = Diagnosis(OVER_FITTED, 3.0, 2.0, None, 20, 1.0)
     assert "keep this adapter" in mending(over, run, KnownRows(32, 32))[0]

@@ -21,7 +21,7 @@ from mlx_lora.reports.diagnosis import (
     UNKNOWN,
     WORSE,
     Evidence,
-    RunContext,
+    VerdictContext,
     change_words,
     diagnose,
     verdict,
@@ -74,14 +74,14 @@ FALLING = [0, 3.0, 2.0, 1.0, 0.5]
 
 def test_overfitting_is_told_with_its_step_and_what_to_do(tmp_path):
     overfit = run_of([4.0, 3.0, 2.8, 3.1, 3.4], FALLING)
-    found = verdict(overfit, {"iters": 40}, context=RunContext(tmp_path / "run"))
+    found = verdict(overfit, {"iters": 40}, context=VerdictContext(tmp_path / "run"))
     assert found.name == OVER_FITTED
     assert all(one in found.headline for one in ("step 20", "2.800", "3.400"))
     assert "--iters 20" in found.mend
     assert all(one in found.command for one in ("--keep-best", "run.yaml", "run-2"))
     # The best step's checkpoint is named if it is there.
     (tmp_path / "run" / "checkpoints" / "step-000020").mkdir(parents=True)
-    assert "step-000020" in verdict(overfit, {}, context=RunContext(tmp_path / "run")).mend
+    assert "step-000020" in verdict(overfit, {}, context=VerdictContext(tmp_path / "run")).mend
     # Not where both fall, where the rise is noise, or where the training loss rises as well.
     for held_out, training in (
         ([4.0, 3.0, 2.8, 2.7, 2.6], FALLING),
@@ -89,7 +89,9 @@ def test_overfitting_is_told_with_its_step_and_what_to_do(tmp_path):
         ([4.0, 3.0, 2.8, 3.1, 3.4], [0, 2.0, 2.0, 3.0, 3.0]),
     ):
         assert verdict(run_of(held_out, training), {}).name != OVER_FITTED
-    worse = verdict(run_of([2.0, 3.0, 3.1, 3.2, 3.3], FALLING), {"learning_rate": 1e-3}, context=RunContext(tmp_path))
+    worse = verdict(
+        run_of([2.0, 3.0, 3.1, 3.2, 3.3], FALLING), {"learning_rate": 1e-3}, context=VerdictContext(tmp_path)
+    )
     assert worse.name == WORSE
     assert "--learning-rate 0.0002" in worse.command
 
@@ -175,7 +177,9 @@ def test_the_interval_is_over_rows_and_pairs_them():
 
 def test_a_short_run_is_told_how_long_a_longer_one_takes(tmp_path):
     records = [{**one, "epoch": 1.0} for one in run_of([3.0, 2.98], [0, 2.9])]
-    found = verdict(records, {}, context=RunContext(tmp_path / "run", seconds=20.0))  # 10 steps in an epoch, 2 s each
+    found = verdict(
+        records, {}, context=VerdictContext(tmp_path / "run", seconds=20.0)
+    )  # 10 steps in an epoch, 2 s each
     assert found.name == TOO_FEW_STEPS
     assert "--epochs 6 gives 60 steps" in found.mend
     assert "2m00s" in found.mend
@@ -188,14 +192,15 @@ def test_a_short_run_is_told_how_long_a_longer_one_takes(tmp_path):
 def test_a_rise_on_one_row_sends_to_the_answers_instead_of_another_run(tmp_path):
     records = run_of([3.0, 5.0], [2.0, 0.1])
     of_one = {records[0]["step"]: losses_of(3.0, rows=1), records[-1]["step"]: losses_of(5.0, rows=1)}
-    found = verdict(records, {"model": "m"}, context=RunContext(tmp_path / "run", rows=of_one))
+    found = verdict(records, {"model": "m"}, context=VerdictContext(tmp_path / "run", rows=of_one))
     assert found.name in (OVER_FITTED, WORSE)
     assert "1 row" in found.headline
     assert "evaluate" in found.command
     assert "--show" in found.command
     of_many = {step: losses_of(rows.loss, rows=12) for step, rows in of_one.items()}
     assert (
-        "evaluate" not in verdict(records, {"model": "m"}, context=RunContext(tmp_path / "run", rows=of_many)).command
+        "evaluate"
+        not in verdict(records, {"model": "m"}, context=VerdictContext(tmp_path / "run", rows=of_many)).command
     )
 
 

@@ -21,10 +21,10 @@ from serving_process import ROOT
 from mlx_lora.cli.chat import shown
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.adapter_store import Source
-from mlx_lora.serving.conversation import AnswerSettings, Conversation, figures_together
+from mlx_lora.serving.adapter_store import AdapterSource
+from mlx_lora.serving.batch import Sampling
+from mlx_lora.serving.conversation import AnswerSettings, ChatSession, figures_together
 from mlx_lora.serving.engine import Engine, Limits
-from mlx_lora.serving.sampling import Sampling
 from mlx_lora.utils.errors import RunError
 
 FIRST, SECOND = "Wherefore art thou?", "And who am I?"
@@ -242,8 +242,8 @@ def test_a_base_without_a_template_leaves_the_chat_to_its_adapters(talk, said, t
 @pytest.fixture
 def chat(folder, adapters):
     engine = Engine(lambda: load_base(ModelSettings(model=str(folder))), Limits())
-    engine.call(lambda store: store.add({"bard": Source(adapters["bard"])})).result(60)
-    yield Conversation(engine, AnswerSettings(COUNT, 10_000, Sampling(temperature=0)))
+    engine.call(lambda store: store.add({"bard": AdapterSource(adapters["bard"])})).result(60)
+    yield ChatSession(engine, AnswerSettings(COUNT, 10_000, Sampling(temperature=0)))
     engine.close()
 
 

@@ -14,9 +14,9 @@ from make_adapters import make_adapter
 from run_cli import run
 from serving_rows import PROMPT, Answer, asked, started, tokens_of
 
-from mlx_lora.serving.adapter_store import Source, UnknownAdapter
+from mlx_lora.serving.adapter_store import AdapterSource, UnknownAdapter
+from mlx_lora.serving.batch import Sampling
 from mlx_lora.serving.engine import QueueFull, Stopped
-from mlx_lora.serving.sampling import Sampling
 from mlx_lora.utils.errors import InputError
 
 pytestmark = pytest.mark.float32(
@@ -167,14 +167,14 @@ def test_the_least_recently_used_adapters_leave_when_memory_is_full(folder, adap
     engine = started(folder, {name: adapters[name] for name in names}, adapter_bytes=budget)
     meant = {name: generated(folder, adapters[name]) for name in names}
     Answer(engine, asked("four")).wait()
-    engine.call(lambda store: store.add({"peft": Source(adapters["peft"])})).result(60)
+    engine.call(lambda store: store.add({"peft": AdapterSource(adapters["peft"])})).result(60)
     resident = {name for name, card in engine.store.cards.items() if card.resident}
     assert "four" in resident
     assert "four-too" not in resident, "the least recently used goes first"
     assert {name: Answer(engine, asked(name)).text for name in names} == meant, "who left comes back when asked for"
     assert engine.store.nbytes <= budget
     assert engine.store.evictions >= 2
-    big = Source(blend=dict.fromkeys((*names, "peft"), 1.0))
+    big = AdapterSource(blend=dict.fromkeys((*names, "peft"), 1.0))
     with pytest.raises(InputError, match="raise --adapter-memory"):
         engine.call(lambda store: store.add({"big": big})).result(60)
     engine.close()
@@ -190,7 +190,7 @@ def test_more_adapters_than_fit_wait_for_rows_to_end(folder, adapters):
     names = ("four", "four-too", "peft")
     engine = started(folder, adapter_bytes=started_cards(folder, {"four": adapters["four"]})["four"].nbytes)
     for name in names:
-        engine.call(lambda store, name=name: store.add({name: Source(adapters[name])})).result(60)
+        engine.call(lambda store, name=name: store.add({name: AdapterSource(adapters[name])})).result(60)
     answers = [(name, Answer(engine, asked(name))) for name in names * 2]
     assert [a.text for _, a in answers] == [generated(folder, adapters[name]) for name, _ in answers]
     engine.close()
@@ -199,8 +199,8 @@ def test_more_adapters_than_fit_wait_for_rows_to_end(folder, adapters):
 def test_a_blend_adds_what_its_parts_add(engine, folder, adapters):
     engine.call(
         lambda store: store.add({
-            "half": Source(blend={"four": 0.5, "eleven": 0.5}),
-            "all-four": Source(blend={"four": 1.0, "eleven": 0.0}),
+            "half": AdapterSource(blend={"four": 0.5, "eleven": 0.5}),
+            "all-four": AdapterSource(blend={"four": 1.0, "eleven": 0.0}),
         })
     ).result(60)  # fmt: skip
     assert Answer(engine, asked("all-four")).text == generated(folder, adapters["four"])
@@ -212,7 +212,7 @@ def test_a_blend_adds_what_its_parts_add(engine, folder, adapters):
         ({"nobody": 1.0}, "not loaded"),
     ):
         with pytest.raises(InputError, match=words):
-            engine.call(lambda store, blend=blend: store.add({"bad": Source(blend=blend)})).result(60)
+            engine.call(lambda store, blend=blend: store.add({"bad": AdapterSource(blend=blend)})).result(60)
 
 
 def test_what_a_row_cannot_have_is_refused_with_a_reason(folder, tmp_path):
@@ -225,9 +225,9 @@ def test_what_a_row_cannot_have_is_refused_with_a_reason(folder, tmp_path):
     engine = started(folder)
     for name, words in (("full", "trains 1 parameters in full"), ("dora", "DoRA over an embedding")):
         with pytest.raises(InputError, match=words):
-            engine.call(lambda store, name=name: store.add({name: Source(tmp_path / name)})).result(60)
+            engine.call(lambda store, name=name: store.add({name: AdapterSource(tmp_path / name)})).result(60)
     with pytest.raises(InputError, match="letters, digits"):
-        engine.call(lambda store: store.add({"../x": Source(tmp_path)})).result(60)
+        engine.call(lambda store: store.add({"../x": AdapterSource(tmp_path)})).result(60)
     assert not engine.store.cards
     engine.close()
 

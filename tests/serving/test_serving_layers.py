@@ -13,9 +13,9 @@ from mlx.utils import tree_flatten
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.adapter_store import AdapterStore, Source, UnknownAdapter, read_factors
+from mlx_lora.serving.adapter_store import AdapterSource, AdapterStore, UnknownAdapter, read_factors
+from mlx_lora.serving.batch import Sampler, Sampling, TextStream, TokenReport, sample_rows
 from mlx_lora.serving.pools import ROUTED, LayerFactors, LayerPools, Routing, route, unrouted_twin
-from mlx_lora.serving.sampling import Sampler, Sampling, TextStream, TokenReport, sample_rows
 from mlx_lora.utils.errors import InputError
 
 TOKENS = mx.array([[3, 1, 4], [1, 5, 9], [2, 6, 5], [3, 5, 8], [9, 7, 9]])
@@ -51,7 +51,7 @@ def base_of(folder):
 def store_of(base, named, budget=None):
     routing = Routing()
     store = AdapterStore(base, routing, mx.float32, budget)
-    store.add({name: Source(path) for name, path in named.items()})
+    store.add({name: AdapterSource(path) for name, path in named.items()})
     return store, routing
 
 
@@ -123,7 +123,7 @@ def test_a_failed_load_changes_nothing(folder, adapters):
     config["mlx_lora"]["base_fingerprint"] = "0" * 16
     (adapters["dora"] / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="was trained on a different base"):
-        store.add({"narrow": Source(adapters["narrow"]), "dora": Source(adapters["dora"])})
+        store.add({"narrow": AdapterSource(adapters["narrow"]), "dora": AdapterSource(adapters["dora"])})
     assert store.cards == cards
     assert [id(module) for module in base.model.modules()] == modules
 

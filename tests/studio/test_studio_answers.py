@@ -11,9 +11,8 @@ from studio_client import furnish, studio, write_run
 from studio_real import PATIENCE_MS
 from studio_real import studio as real_studio
 
-from mlx_lora.reports.evaluation import EVALUATION_FILE, keep_evaluation
-from mlx_lora.studio.run_folders import run_id
-from mlx_lora.studio.run_measurements import MOST_TEXT, words_of_asking
+from mlx_lora.reports.run_report import EVALUATION_FILE, keep_evaluation
+from mlx_lora.studio.run_folders import MOST_SAID, run_id, words_of_asking
 from mlx_lora.studio.tasks import Tasks
 
 CHANGE = {"change": -1.0, "low": -1.5, "high": -0.5, "rows": 9}
@@ -39,7 +38,7 @@ def test_a_run_shows_its_questions_and_answers(home):
         found = client.get(path).json()["evaluation"]
         assert found["models"] == ["base", "adapter"]
         assert [one["right"] for one in found["rows"][0]["said"]] == [False, True]
-        assert len(found["rows"][0]["question"]) == MOST_TEXT
+        assert len(found["rows"][0]["question"]) == MOST_SAID
         assert "9 rows of d.jsonl" in found["source"]
         (folder / EVALUATION_FILE).write_text("[]")
         assert client.get(path).json()["evaluation"] is None

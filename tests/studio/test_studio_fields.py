@@ -13,7 +13,7 @@ from studio_stand_in import StandIn
 
 from mlx_lora.data.examples import MissingColumn
 from mlx_lora.data.formats import parse_record
-from mlx_lora.studio.page_words import in_page_words, label_of
+from mlx_lora.studio.web import in_page_words, label_of
 
 PROJECT = {"model": "Qwen/Qwen3-0.6B", "sets": [{"path": "/home/me/tutor.jsonl", "weight": 1}], "settings": {}}
 

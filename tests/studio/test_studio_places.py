@@ -13,9 +13,9 @@ from studio_client import furnish, studio, upload, wait_for
 
 from mlx_lora.config.settings import FIELDS
 from mlx_lora.studio.model_stores import ollama_models
-from mlx_lora.studio.page_words import OWN
 from mlx_lora.studio.plans import Plans
 from mlx_lora.studio.tasks import Tasks
+from mlx_lora.studio.web import OWN
 
 
 @pytest.fixture(scope="module")

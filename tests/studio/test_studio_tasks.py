@@ -19,7 +19,7 @@ from studio_client import wait_for
 
 from mlx_lora.cli.studio import only_one
 from mlx_lora.studio import tasks as tasks_module
-from mlx_lora.studio.talking import Talk
+from mlx_lora.studio.places.talk import Talk
 from mlx_lora.studio.tasks import Cancelled, Tasks
 from mlx_lora.utils.errors import InputError
 
@@ -82,7 +82,7 @@ def test_each_change_is_an_event(tasks):
     ("code", "state"), [("print('wrote it')", "done"), ("import sys; sys.exit('Error: no room')", "failed")]
 )
 def test_a_childs_last_line_is_the_tasks_message(tasks, monkeypatch, code, state):
-    def start(words, log, cwd):
+    def start(words, log, result, cwd):
         with log.open("wb") as out:
             return subprocess.Popen([sys.executable, "-c", code], stdout=out, stderr=out)
 
@@ -95,7 +95,7 @@ def test_a_childs_last_line_is_the_tasks_message(tasks, monkeypatch, code, state
 def test_a_cancelled_child_is_ended(tasks, monkeypatch):
     children = []
 
-    def start(words, log, cwd):
+    def start(words, log, result, cwd):
         log.touch()
         children.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
         return children[0]

@@ -9,7 +9,7 @@ from studio_client import furnish, studio
 
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.settings import FIELDS
-from mlx_lora.studio.page_words import fields_in, in_page_words, label_of, setting_groups
+from mlx_lora.studio.web import fields_in, in_page_words, label_of, setting_groups
 
 
 def test_flags_of_settings_become_fields():

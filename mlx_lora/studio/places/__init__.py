@@ -71,7 +71,7 @@ class Studio:
 
 
 @dataclass(frozen=True)
-class Place:
+class StudioPlace:
     """A place: its name in addresses, its routes, and the script of its page."""
 
     name: str
@@ -79,7 +79,7 @@ class Place:
     script: Path
 
 
-def find_places() -> list[Place]:
+def find_places() -> list[StudioPlace]:
     """Return the places in this package's folders, by name.
 
     Raises:
@@ -90,4 +90,4 @@ def find_places() -> list[Place]:
     if halves := sorted(modules ^ set(scripts)):
         raise RunError(f"places: {', '.join(halves)}: a place requires a .py and a .js file; add the other one")
     found = {name: importlib.import_module(f"{__name__}.{name}") for name in sorted(modules)}
-    return [Place(name, module.routes, scripts[name]) for name, module in found.items()]
+    return [StudioPlace(name, module.routes, scripts[name]) for name, module in found.items()]

@@ -54,7 +54,7 @@ const OF_ROWS = [
   "valid_fraction",
   "objective",
 ];
-// The fields under "How rows are read" without which some files cannot be read. Labels are those of page_words.py,
+// The fields under "How rows are read" without which some files cannot be read. Labels are those of web.py,
 // because errors name them.
 const OF_FILES = {
   prompt_column: "Column of the prompt",

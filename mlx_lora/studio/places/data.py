@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from starlette.routing import BaseRoute, Route
 from mlx_lora.config.load import recipe_names
 from mlx_lora.data.files import NOT_DATA, TINY_SHAKESPEARE
 from mlx_lora.data.records import SUFFIXES
-from mlx_lora.serving.schema import ApiError
-from mlx_lora.studio.folders import Checker, Folders, safe_name
+from mlx_lora.serving.schema import ApiError, is_number
+from mlx_lora.studio.folders import safe_name
 from mlx_lora.studio.places import Studio
 from mlx_lora.studio.previews import Previews
 from mlx_lora.studio.web import json_route, whole_number
@@ -32,81 +33,75 @@ HINT = f"Or a data set of the hub, OWNER/NAME; {TINY_SHAKESPEARE}; or a recipe: 
 def routes(studio: Studio) -> list[BaseRoute]:
     """Return the routes of data."""
     previews = Previews(studio.tasks, studio.folders.logs)
-    return DataRoutes(studio.folders, studio.checker, previews, studio.max_upload_bytes).routes()
+    return [
+        Route(UPLOAD, partial(upload, studio), methods=["POST"]),
+        json_route("/api/data/sets", lambda request, body: {"sets": data_sets(studio), "hint": HINT}),
+        json_route("/api/data/preview", partial(preview, studio, previews), "POST"),
+    ]
 
 
-class DataRoutes:
-    """Data of a studio."""
+async def upload(studio: Studio, request: Request) -> Response:
+    """POST /api/data/upload?name=FILE: the body is the file, written part by part."""
+    name = upload_name(request.query_params.get("name"))
+    length = request.headers.get("content-length", "")
+    declared = int(length[:20]) if length.isdecimal() else 0
+    if declared > studio.max_upload_bytes:
+        raise _too_large(studio)
+    if free_on_disk(studio.folders.data) < declared:
+        raise ApiError(507, f"{name}: the disk is full; free space first", "disk_full")
+    part = studio.folders.data / f".{name}.{os.urandom(6).hex()}.part"
+    try:
+        await _write(studio, request, part)
+        path = await anyio.to_thread.run_sync(_place, part, studio.folders.data / name)
+    finally:
+        part.unlink(missing_ok=True)
+    return JSONResponse({"path": str(path), "name": path.name, "bytes": path.stat().st_size})
 
-    def __init__(self, folders: Folders, checker: Checker, previews: Previews, max_upload_bytes: int):
-        self._folders, self._checker, self._previews = folders, checker, previews
-        self._most = max_upload_bytes
 
-    def routes(self) -> list[BaseRoute]:
-        """Return the routes."""
-        return [
-            Route(UPLOAD, self.upload, methods=["POST"]),
-            json_route("/api/data/sets", lambda request, body: {"sets": self.sets(), "hint": HINT}),
-            json_route("/api/data/preview", self.preview, "POST"),
-        ]
+async def _write(studio: Studio, request: Request, part: Path) -> None:
+    size, chunks = 0, request.stream().__aiter__()
+    async with await anyio.open_file(part, "wb") as file:
+        while True:
+            with anyio.move_on_after(SILENCE_S) as timer:
+                try:
+                    chunk = await chunks.__anext__()
+                except StopAsyncIteration:
+                    return
+            if timer.cancelled_caught:
+                raise ApiError(408, f"the upload was silent for {SILENCE_S:g} s; send it again", "request_timeout")
+            size += len(chunk)
+            if size > studio.max_upload_bytes:
+                raise _too_large(studio)
+            await file.write(chunk)
 
-    async def upload(self, request: Request) -> Response:
-        """POST /api/data/upload?name=FILE: the body is the file, written part by part."""
-        name = upload_name(request.query_params.get("name"))
-        declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared[:20]) > self._most:
-            raise self._too_large()
-        if free_on_disk(self._folders.data) < min(int(declared or 0) if declared.isdecimal() else 0, self._most):
-            raise ApiError(507, f"{name}: the disk is full; free space first", "disk_full")
-        part = self._folders.data / f".{name}.{os.urandom(6).hex()}.part"
-        try:
-            await self._write(request, part)
-            path = await anyio.to_thread.run_sync(_place, part, self._folders.data / name)
-        finally:
-            part.unlink(missing_ok=True)
-        return JSONResponse({"path": str(path), "name": path.name, "bytes": path.stat().st_size})
 
-    async def _write(self, request: Request, part: Path) -> None:
-        size, chunks = 0, request.stream().__aiter__()
-        async with await anyio.open_file(part, "wb") as file:
-            while True:
-                with anyio.move_on_after(SILENCE_S) as timer:
-                    try:
-                        chunk = await chunks.__anext__()
-                    except StopAsyncIteration:
-                        return
-                if timer.cancelled_caught:
-                    raise ApiError(408, f"the upload was silent for {SILENCE_S:g} s; send it again", "request_timeout")
-                size += len(chunk)
-                if size > self._most:
-                    raise self._too_large()
-                await file.write(chunk)
+def _too_large(studio: Studio) -> ApiError:
+    return ApiError(
+        413, f"the file is larger than {studio.max_upload_bytes:,} bytes; put it into {studio.folders.data}, or start the studio with a larger "
+        "--max-upload",
+        "body_too_large",
+    )  # fmt: skip
 
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413, f"the file is larger than {self._most:,} bytes; put it into {self._folders.data}, or start the studio with a larger "
-            "--max-upload",
-            "body_too_large",
-        )  # fmt: skip
 
-    def sets(self) -> list[dict[str, Any]]:
-        """Return the data files and folders of the studio's data folders, the newest first."""
-        found: list[dict[str, Any]] = []
-        for root in self._folders.all_data:
-            _search(root, root, DEPTH, found)
-        return sorted(found, key=lambda one: one["changed"], reverse=True)
+def data_sets(studio: Studio) -> list[dict[str, Any]]:
+    """Return the data files and folders of the studio's data folders, the newest first."""
+    found: list[dict[str, Any]] = []
+    for root in studio.folders.all_data:
+        _search(root, root, DEPTH, found)
+    return sorted(found, key=lambda one: one["changed"], reverse=True)
 
-    def preview(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """POST /api/data/preview."""
-        sets = body.get("data")
-        if not isinstance(sets, list) or not sets or not all(isinstance(one, dict) for one in sets):
-            raise ApiError(400, "data: must be a list of {path, weight}; choose a file first", "invalid_value", "data")
-        settings = self._checker.settings(body.get("settings") or {})
-        settings |= {"model": self._checker.model(body.get("model")), "data": self._checker.data(data_text(sets))}
-        offset = whole_number(body.get("offset"), "offset", 0, 10**9, 0)
-        limit = whole_number(body.get("limit"), "limit", 1, MOST_PAGE, 50)
-        page = self._previews.page(settings, offset, limit, body.get("filter") or "all")
-        return {**page, "data": settings["data"]}
+
+def preview(studio: Studio, previews: Previews, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /api/data/preview."""
+    sets = body.get("data")
+    if not isinstance(sets, list) or not sets or not all(isinstance(one, dict) for one in sets):
+        raise ApiError(400, "data: must be a list of {path, weight}; choose a file first", "invalid_value", "data")
+    settings = studio.checker.settings(body.get("settings") or {})
+    settings |= {"model": studio.checker.model(body.get("model")), "data": studio.checker.data(data_text(sets))}
+    offset = whole_number(body.get("offset"), "offset", 0, 10**9, 0)
+    limit = whole_number(body.get("limit"), "limit", 1, MOST_PAGE, 50)
+    page = previews.page(settings, offset, limit, body.get("filter") or "all")
+    return {**page, "data": settings["data"]}
 
 
 def data_text(sets: list[dict[str, Any]]) -> str:
@@ -118,11 +113,9 @@ def data_text(sets: list[dict[str, Any]]) -> str:
     parts = []
     for one in sets[:100]:
         path, weight = one.get("path"), one.get("weight", 1)
-        fits = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 < weight <= 1000
-        if not isinstance(path, str) or not path or not fits:
-            raise ApiError(
-                400, "data: each must be {path, weight}, the weight above 0 and at most 1000", "invalid_value"
-            )
+        if not isinstance(path, str) or not path or not is_number(weight, 0, 1000) or not weight:
+            message = "data: each must be {path, weight}, the weight above 0 and at most 1000"
+            raise ApiError(400, message, "invalid_value")
         parts.append(path if weight == 1 else f"{path}={weight:g}")
     return ",".join(parts)
 

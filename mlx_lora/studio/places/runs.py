@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,26 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from mlx_lora.reports.run_report import ANSWERS_FILE, FACTS_FILE
+from mlx_lora.reports.run_report import ANSWERS_FILE, FACTS_FILE, read_facts
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.studio.control import RunControl
-from mlx_lora.studio.metrics_reading import TAIL_BYTES, Tail, parsed
 from mlx_lora.studio.places import Studio
-from mlx_lora.studio.run_folders import COLOR, LOG_FILE, METRICS, RunListing, read_started, samples_of, state_of
-from mlx_lora.studio.run_folders import facts_of as run_facts
-from mlx_lora.studio.run_measurements import FACTS, words_of_asking, words_of_measuring
-from mlx_lora.studio.tasks import Cancelled, Task, Tasks, ended_words, last_line, start_child
+from mlx_lora.studio.run_folders import (
+    COLOR,
+    FACTS,
+    LOG_FILE,
+    METRICS,
+    TAIL_BYTES,
+    Tail,
+    parsed,
+    read_started,
+    samples_of,
+    stamp,
+    state_of,
+    words_of_asking,
+    words_of_measuring,
+)
+from mlx_lora.studio.tasks import BackgroundTask
 from mlx_lora.studio.web import events, json_route, text_of, whole_number
-from mlx_lora.utils.errors import RunError
 from mlx_lora.utils.text import command_line
 
 POLL_S = 0.5
@@ -35,99 +43,94 @@ MOST_LINES = 200  # of a log, in one event
 
 def routes(studio: Studio) -> list[BaseRoute]:
     """Return the routes of runs, the queue, and what is measured of a run."""
-    listing, control, tasks = studio.listing, studio.control, studio.tasks
+    listing, control = studio.listing, studio.control
     return [
-        *RunRoutes(listing, control).routes(),
-        *ForgettingRoutes(listing, tasks).routes(),
-        *EvaluationRoutes(listing, studio.checker.data, tasks).routes(),
+        json_route("/api/queue", lambda request, body: {"queue": control.queued()}),
+        json_route("/api/queue/move", partial(move, studio), "POST"),
+        json_route("/api/queue/remove", partial(remove, studio), "POST"),
+        json_route("/api/runs", lambda request, body: {"runs": listing.listed(control.queue)}),
+        json_route("/api/runs/{id}", partial(detail, studio)),
+        Route("/api/runs/{id}/events", partial(news_events, studio), methods=["GET"]),
+        json_route("/api/runs/{id}/pause", partial(end, studio, "pause"), "POST"),
+        json_route("/api/runs/{id}/stop", partial(end, studio, "stop"), "POST"),
+        json_route("/api/runs/{id}/resume", partial(resume, studio), "POST"),
+        json_route("/api/runs/{id}/notes", partial(note, studio), "PUT"),
+        json_route("/api/runs/{id}", partial(delete, studio), "DELETE"),
+        json_route("/api/runs/{id}/forgetting", partial(measure, studio), "POST"),
+        json_route("/api/runs/{id}/evaluation", partial(ask, studio), "POST"),
+        json_route("/api/adapters", lambda request, body: {"adapters": listing.adapters()}),
     ]
 
 
-class RunRoutes:
-    """The runs and the queue."""
+def _line(studio: Studio, number: str) -> dict[str, Any]:
+    queued = number in studio.control.queue
+    return {"run": studio.listing.summary(studio.listing.folder(number), queued)}
 
-    def __init__(self, listing: RunListing, control: RunControl):
-        self._listing, self._control = listing, control
 
-    def routes(self) -> list[BaseRoute]:
-        """Return the routes."""
-        control = self._control
-        return [
-            json_route("/api/queue", lambda request, body: {"queue": control.queued()}),
-            json_route("/api/queue/move", self.move, "POST"),
-            json_route("/api/queue/remove", self.remove, "POST"),
-            json_route("/api/runs", lambda request, body: {"runs": self._listing.listed(control.queue)}),
-            json_route("/api/runs/{id}", self.detail),
-            Route("/api/runs/{id}/events", self.events, methods=["GET"]),
-            json_route("/api/runs/{id}/pause", partial(self.end, "pause"), "POST"),
-            json_route("/api/runs/{id}/stop", partial(self.end, "stop"), "POST"),
-            json_route("/api/runs/{id}/resume", self.resume, "POST"),
-            json_route("/api/runs/{id}/notes", self.note, "PUT"),
-            json_route("/api/runs/{id}", self.delete, "DELETE"),
-            json_route("/api/adapters", lambda request, body: {"adapters": self._listing.adapters()}),
-        ]
+def move(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /api/queue/move."""
+    studio.control.move(text_of(body, "run"), whole_number(body.get("to"), "to", 0, 10**6, 0))
+    return {"queue": studio.control.queued()}
 
-    def _line(self, number: str) -> dict[str, Any]:
-        queued = number in self._control.queue
-        return {"run": self._listing.summary(self._listing.folder(number), queued)}
 
-    def move(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """POST /api/queue/move."""
-        self._control.move(text_of(body, "run"), whole_number(body.get("to"), "to", 0, 10**6, 0))
-        return {"queue": self._control.queued()}
+def remove(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /api/queue/remove."""
+    studio.control.remove(text_of(body, "run"))
+    return {"queue": studio.control.queued()}
 
-    def remove(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """POST /api/queue/remove."""
-        self._control.remove(text_of(body, "run"))
-        return {"queue": self._control.queued()}
 
-    def detail(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """GET /api/runs/ID."""
-        number = request.path_params["id"]
-        return self._listing.detail(number, number in self._control.queue)
+def detail(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    """GET /api/runs/ID."""
+    number = request.path_params["id"]
+    return studio.listing.detail(number, number in studio.control.queue)
 
-    def end(self, how: str, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """POST /api/runs/ID/pause or stop."""
-        self._control.ask_to_end(request.path_params["id"], how)
-        return self._line(request.path_params["id"])
 
-    def resume(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """POST /api/runs/ID/resume."""
-        self._control.resume(request.path_params["id"])
-        return self._line(request.path_params["id"])
+def end(studio: Studio, how: str, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /api/runs/ID/pause or stop."""
+    studio.control.ask_to_end(request.path_params["id"], how)
+    return _line(studio, request.path_params["id"])
 
-    def note(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """PUT /api/runs/ID/notes."""
-        self._control.note(request.path_params["id"], body.get("text"))
-        return {"saved": True}
 
-    def delete(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """DELETE /api/runs/ID."""
-        self._control.delete(request.path_params["id"], body.get("confirm"))
-        return {"deleted": True}
+def resume(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /api/runs/ID/resume."""
+    studio.control.resume(request.path_params["id"])
+    return _line(studio, request.path_params["id"])
 
-    async def events(self, request: Request) -> Response:
-        """GET /api/runs/ID/events: new metrics, lines of the log, texts and states, as the run's files grow."""
-        folder = await anyio.to_thread.run_sync(self._listing.folder, request.path_params["id"])
-        news = RunNews(folder, lambda: self._line(request.path_params["id"])["run"])
-        after = request.query_params.get("after", "")
-        earlier = news.since(int(after)) if after.isdecimal() and len(after) < 16 else []
 
-        async def lines() -> AsyncIterator[dict[str, Any] | None]:
-            for one in earlier:
+def note(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    """PUT /api/runs/ID/notes."""
+    studio.control.note(request.path_params["id"], body.get("text"))
+    return {"saved": True}
+
+
+def delete(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    """DELETE /api/runs/ID."""
+    studio.control.delete(request.path_params["id"], body.get("confirm"))
+    return {"deleted": True}
+
+
+async def news_events(studio: Studio, request: Request) -> Response:
+    """GET /api/runs/ID/events: new metrics, lines of the log, texts and states, as the run's files grow."""
+    folder = await anyio.to_thread.run_sync(studio.listing.folder, request.path_params["id"])
+    news = RunNews(folder, lambda: _line(studio, request.path_params["id"])["run"])
+    after = request.query_params.get("after", "")
+    earlier = news.since(int(after)) if after.isdecimal() and len(after) < 16 else []
+
+    async def lines() -> AsyncIterator[dict[str, Any] | None]:
+        for one in earlier:
+            yield one
+        while True:
+            try:
+                found = await anyio.to_thread.run_sync(news.read)
+            except ApiError:
+                yield {"type": "gone"}
+                return
+            for one in found:
                 yield one
-            while True:
-                try:
-                    found = await anyio.to_thread.run_sync(news.read)
-                except ApiError:
-                    yield {"type": "gone"}
-                    return
-                for one in found:
-                    yield one
-                yield None
-                await anyio.sleep(POLL_S)
+            yield None
+            await anyio.sleep(POLL_S)
 
-        return events(request, lines())
+    return events(request, lines())
 
 
 class RunNews:
@@ -165,94 +168,51 @@ class RunNews:
         if state != self._state or any(one["type"] == "metrics" for one in found):
             found.append({"type": "state", **self._line()})
             self._state = state
-        texts = [_changed(self._folder / name) for name in (FACTS_FILE, ANSWERS_FILE)]
+        texts = [stamp(self._folder / name) for name in (FACTS_FILE, ANSWERS_FILE)]
         if texts != self._texts:
             if self._texts is not None:
-                samples = samples_of(self._folder, run_facts(self._folder), self._line()["step"])
+                samples = samples_of(self._folder, read_facts(self._folder), self._line()["step"])
                 found.append({"type": "sample", "samples": samples})
             self._texts = texts
         return found
 
 
-def _changed(path: Path) -> tuple[int, int] | None:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size
+def measure(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /api/runs/ID/forgetting measures what its adapter forgot, as a task.
 
+    Raises:
+        ApiError: 409, the run has no adapter yet, or goes on.
+    """
+    run, folder = _finished_run(studio, request)
+    words = words_of_measuring(folder, run["settings"])
 
-class ForgettingRoutes:
-    """POST /api/runs/ID/forgetting measures it, as a task."""
-
-    def __init__(self, listing: RunListing, tasks: Tasks):
-        self._listing, self._tasks = listing, tasks
-
-    def routes(self) -> list[BaseRoute]:
-        """Return the route."""
-        return [json_route("/api/runs/{id}/forgetting", self.measure, "POST")]
-
-    def measure(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """Start the measurement.
-
-        Raises:
-            ApiError: 409, the run has no adapter yet, or goes on.
-        """
-        run = self._listing.detail(request.path_params["id"], False)
-        if not run["adapter"] or run["state"] in ("running", "queued"):
-            raise ApiError(409, f"{run['name']}: no finished adapter yet; wait for the run's end", "no_adapter")
-        folder = Path(run["path"])
-        words = words_of_measuring(folder, run["settings"])
-        task = self._tasks.begin(
-            "forgetting", f"What {run['name']} forgot", lambda task: self._work(task, folder, words)
-        )
-        return {"task": task.public(), "command": command_line(words)}
-
-    def _work(self, task: Task, folder: Path, words: list[str]) -> dict[str, str]:
-        (folder / FACTS).parent.mkdir(exist_ok=True)
-        child = start_child(words, folder / LOG, result=folder / PART)
-        while child.poll() is None:
-            if not task.wanted.is_set():
-                child.kill()
-                child.wait()
-                raise Cancelled
-            line = last_line(folder / LOG)
-            if line != task.message:
-                self._tasks.change(task, message=line)
-            time.sleep(POLL_S)
-        if child.returncode:
-            raise RunError(ended_words(child.returncode, last_line(folder / LOG)))
+    def work(task: BackgroundTask) -> dict[str, str]:
+        studio.tasks.run_child(task, words, folder / LOG, output=folder / PART)
         os.replace(folder / PART, folder / FACTS)
         return {"path": str(folder / FACTS)}
 
+    task = studio.tasks.begin("forgetting", f"What {run['name']} forgot", work)
+    return {"task": task.public(), "command": command_line(words)}
 
-class EvaluationRoutes:
-    """POST /api/runs/ID/evaluation asks base and adapter, as a task."""
 
-    def __init__(self, listing: RunListing, data: Callable[[Any], str], tasks: Tasks):
-        """Take the runs, what checks the name of data in a request, and the tasks."""
-        self._listing, self._data, self._tasks = listing, data, tasks
+def _finished_run(studio: Studio, request: Request) -> tuple[dict[str, Any], Path]:
+    run = studio.listing.detail(request.path_params["id"], False)
+    if not run["adapter"] or run["state"] in ("running", "queued"):
+        raise ApiError(409, f"{run['name']}: no finished adapter yet; wait for the run's end", "no_adapter")
+    return run, Path(run["path"])
 
-    def routes(self) -> list[BaseRoute]:
-        """Return the route."""
-        return [json_route("/api/runs/{id}/evaluation", self.ask, "POST")]
 
-    def ask(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """Start the evaluation, on the data that the request names, or on the rows that the run held out.
+def ask(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /api/runs/ID/evaluation asks base and adapter, as a task, on the data that the request names, or on the rows that the run held out.
 
-        Raises:
-            ApiError: 409, the run has no adapter yet, or goes on, or imitates nothing; others: the data cannot be read.
-        """
-        run = self._listing.detail(request.path_params["id"], False)
-        if not run["adapter"] or run["state"] in ("running", "queued"):
-            raise ApiError(409, f"{run['name']}: no finished adapter yet; wait for the run's end", "no_adapter")
-        if run["objective"] != "sft":
-            raise ApiError(
-                409, f"{run['name']}: its rows have no single right answer; talk to it instead", "no_answers"
-            )
-        folder = Path(run["path"])
-        data = None if body.get("data") is None else self._data(body["data"])
-        words = words_of_asking(folder, run["settings"], run["data"], data)
-        cwd = None if data else self._listing.begun_in(folder)
-        task = self._tasks.child("evaluation", f"Questions to {run['name']}", words, {"path": str(folder)}, cwd=cwd)
-        return {"task": task.public(), "command": command_line(words)}
+    Raises:
+        ApiError: 409, the run has no adapter yet, or goes on, or imitates nothing; others: the data cannot be read.
+    """
+    run, folder = _finished_run(studio, request)
+    if run["objective"] != "sft":
+        raise ApiError(409, f"{run['name']}: its rows have no single right answer; talk to it instead", "no_answers")
+    data = None if body.get("data") is None else studio.checker.data(body["data"])
+    words = words_of_asking(folder, run["settings"], run["data"], data)
+    cwd = None if data else studio.listing.begun_in(folder)
+    task = studio.tasks.child("evaluation", f"Questions to {run['name']}", words, {"path": str(folder)}, cwd=cwd)
+    return {"task": task.public(), "command": command_line(words)}

@@ -1,29 +1,241 @@
-"""The Talk place: answers in columns, and exports."""
+"""The Talk place: one conversation answered in several columns, each with its adapters, over one base in memory; and exports."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import gc
+import hashlib
 import importlib.util
-import math
+import json
 import shutil
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
+import mlx.core as mx
 from huggingface_hub import get_token
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_lora.api.export import READERS, ExportSettings
+from mlx_lora.config.load import train_settings
+from mlx_lora.data.chat_template import own_template
+from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.gguf.write import TYPES
-from mlx_lora.serving.schema import ApiError, read_json
-from mlx_lora.studio.folders import Checker, Folders, safe_name
+from mlx_lora.models.load import load_base
+from mlx_lora.serving.adapter_store import DEFAULT_CONTEXT, AdapterSource, AdapterStore, context_of
+from mlx_lora.serving.app import api_error
+from mlx_lora.serving.conversation import chat_tokens
+from mlx_lora.serving.engine import Engine, Event, Limits, Request, Ticket
+from mlx_lora.serving.schema import ApiError, Ask, is_number, read_chat, read_json
+from mlx_lora.studio.folders import safe_name
 from mlx_lora.studio.places import Studio
-from mlx_lora.studio.talking import MOST_COLUMNS, MOST_PARTS, MOST_WEIGHT, Talk
-from mlx_lora.studio.tasks import Tasks
 from mlx_lora.studio.web import events, json_route
 from mlx_lora.utils.device import current_device
-from mlx_lora.utils.text import command_line
+from mlx_lora.utils.text import command_line, gigabytes
+
+MOST_COLUMNS, MOST_PARTS = 4, 8
+MOST_WEIGHT = 100.0
+ADAPTER_BYTES = 4 * 10**9  # of adapters in memory; those used longest ago leave it
+WAIT_S = 0.5  # for a piece, before it is seen whether the server ends
+ROOM = 1.1  # a loaded base takes about this much of its files' size
+
+
+class Talk:
+    """The model that the page talks to: one at a time, loaded when first asked."""
+
+    def __init__(self, running: Callable[[], list[dict[str, Any]]], working_set_bytes: int):
+        """Prepare to load a model.
+
+        Args:
+            running: returns the lines of runs that go on.
+            working_set_bytes: the most that this machine should use.
+        """
+        self._running, self._limit = running, working_set_bytes
+        self._engine: Engine | None = None
+        self._model: str | None = None
+        self._lock = threading.Lock()
+        self._one_at_a_time = anyio.CapacityLimiter(1)  # tokenizers are not thread-safe
+
+    def close(self) -> None:
+        """Free the model."""
+        with self._lock:
+            self._free()
+
+    def _free(self) -> None:
+        """End the engine, and give its memory back; a module's parts know each other, so they are collected now."""
+        if self._engine is None:
+            return
+        self._engine.close()
+        self._engine = self._model = None
+        gc.collect()
+        mx.clear_cache()
+
+    async def answer(
+        self, model: str, columns: list[Any], body: dict[str, Any], own: list[Any]
+    ) -> AsyncIterator[dict[str, Any] | None]:
+        """Yield the pieces of all columns' answers, as they come.
+
+        Args:
+            model: as `--model`, checked.
+            columns: lists of (folder, weight), checked.
+            body: messages and sampling, as OpenAI's chat has them.
+            own: of each column the messages of its own conversation; None: those of the body.
+        """
+        try:
+            asks = [read_chat({**body, "messages": messages} if messages else body) for messages in own]
+            if self._model != model:
+                if warning := self._memory_warning(model):
+                    yield {"warning": warning}
+                yield {"status": f"Loading {Path(model).name}"}
+            engine = await anyio.to_thread.run_sync(self._ready, model)
+            names = await asyncio.wrap_future(engine.call(lambda store: _named(store, columns)))
+            limit = context_of(engine.base.config) or DEFAULT_CONTEXT
+            tokens = [
+                await anyio.to_thread.run_sync(_tokens, engine, ask, name, limit, limiter=self._one_at_a_time)
+                for ask, name in zip(asks, names, strict=True)
+            ]
+        except Exception as error:  # api_error raises what is nobody's input
+            yield {"error": str(error if isinstance(error, ApiError) else api_error(error))}
+            return
+        async for piece in _pieces(engine, asks[0], names, tokens):
+            yield piece
+
+    def _ready(self, model: str) -> Engine:
+        """Return the engine of a model; another one is freed first."""
+        with self._lock:
+            if self._engine is not None and (self._model != model or not self._engine.alive):
+                self._free()
+            if self._engine is None:
+                settings = train_settings({"model": model}).model
+                limits = Limits(max_batch=MOST_COLUMNS * 2, max_waiting=16, adapter_bytes=ADAPTER_BYTES)
+                self._engine = Engine(lambda: load_base(settings), limits)
+                self._model = model
+            return self._engine
+
+    def _memory_warning(self, model: str) -> str | None:
+        """Return a line if a run that goes on leaves too little memory for the model."""
+        runs = self._running()
+        if not runs:
+            return None
+        needed = ROOM * _size(Path(model).expanduser())
+        taken = sum(run.get("peak_bytes") or run.get("plan_peak_bytes") or 0 for run in runs)
+        if needed + taken <= self._limit:
+            return None
+        return (
+            f"The run {runs[0]['name']} takes {gigabytes(taken)}, this model about {gigabytes(needed)}, and this machine "
+            f"should use at most {gigabytes(self._limit)} (predicted): both may become slow, or the run may end."
+        )
+
+
+def _named(store: AdapterStore, columns: list[list[tuple[Path, float]]]) -> list[str | None]:
+    """Load what the columns need, in the engine's thread, and return each column's name of adapter or blend."""
+    names: list[str | None] = []
+    for parts in columns:
+        # Trained further, the same folder is another adapter.
+        stamps = [[str(folder), (folder / WEIGHTS_FILE).stat().st_mtime_ns] for folder, _ in parts]
+        weights = {f"a-{_hash(stamp)}": weight for stamp, (_, weight) in zip(stamps, parts, strict=True)}
+        folders = dict(zip(weights, (folder for folder, _ in parts), strict=True))
+        if new := {name: AdapterSource(folder=folders[name]) for name in weights if name not in store.cards}:
+            store.add(new)
+        if list(weights.values()) in ([], [1]):
+            names.append(next(iter(weights), None))
+            continue
+        blend = f"b-{_hash(sorted(weights.items()))}"
+        if blend not in store.cards:
+            store.add({blend: AdapterSource(blend=weights)})
+        names.append(blend)
+    return names
+
+
+def _tokens(engine: Engine, ask: Ask, adapter: str | None, limit: int) -> list[int]:
+    """Return the conversation's tokens with the column's own template.
+
+    Raises:
+        ApiError: the model's context is too short for it.
+        InputError: the template refuses it.
+    """
+    base = engine.base
+    card = engine.store.cards[adapter] if adapter else None
+    template = (card and card.chat_template) or own_template(base.hf_tokenizer)
+    messages = ask.messages or []
+    if template:
+        tokens = chat_tokens(base.hf_tokenizer, messages, template, engine.vocabulary)
+    else:
+        tokens = base.hf_tokenizer.encode("\n".join(message["content"] for message in messages))
+    if not tokens or len(tokens) + 1 > limit:
+        raise ApiError(400, f"messages: {len(tokens):,} tokens, and this model takes {limit:,}; begin a new conversation",
+            "context_length_exceeded", "messages")  # fmt: skip
+    return tokens
+
+
+async def _pieces(
+    engine: Engine, ask: Ask, names: list[str | None], prompts: list[list[int]]
+) -> AsyncIterator[dict[str, Any] | None]:
+    """Submit a request for each column, and yield their events in the order in which they come."""
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
+    tickets: list[Ticket] = []
+    limit = context_of(engine.base.config) or DEFAULT_CONTEXT
+    begun, first = time.perf_counter(), dict[int, float]()
+
+    def emit_of(column: int) -> Callable[[Event], None]:
+        def emit(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the server ends
+                loop.call_soon_threadsafe(events.put_nowait, (column, event))
+
+        return emit
+
+    try:
+        for column, (name, tokens) in enumerate(zip(names, prompts, strict=True)):
+            most = min(ask.max_tokens or 512, limit - len(tokens))
+            request = Request(tokens, name, most, ask.sampling, ask.stops)
+            tickets.append(engine.submit(request, emit_of(column)))
+        left = len(tickets)
+        while left:
+            try:
+                column, event = await asyncio.wait_for(events.get(), WAIT_S)
+            except TimeoutError:
+                yield None
+                continue
+            now = time.perf_counter()
+            first.setdefault(column, now - begun)
+            if event.piece.text:
+                yield {"column": column, "text": event.piece.text}
+            if event.error is not None:
+                left -= 1
+                yield {"column": column, "done": True, "error": " ".join(str(event.error).split())}
+            elif event.usage is not None:
+                left -= 1
+                made, spent = event.usage.completion, now - begun - first[column]
+                speed = (made - 1) / spent if made > 1 and spent > 0 else None
+                yield {
+                    "column": column, "done": True, "tokens": made, "tokens_per_s": speed, "first_token_s": first[column],
+                    "prompt_tokens": event.usage.prompt, "finish": event.finish,
+                }  # fmt: skip
+    except Exception as error:
+        yield {"error": str(api_error(error))}
+    finally:
+        for ticket in tickets:
+            ticket.cancel()
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:20]
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a model's weights."""
+    files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files)
+
+
+# Routes
 
 FIELDS = ("messages", "max_tokens", "temperature", "seed", "top_p", "top_k", "stop")
 HUB = "hub"
@@ -34,114 +246,83 @@ def routes(studio: Studio) -> list[BaseRoute]:
     """Return the routes of talk and of export."""
     talk = Talk(studio.listing.going_on, current_device().working_set_bytes)
     studio.closing.callback(talk.close)
-    exports = ExportRoutes(studio.folders, studio.checker, studio.tasks)
-    return [*TalkRoutes(talk, studio.checker).routes(), *exports.routes()]
+    return [
+        Route("/api/talk", partial(answer, studio, talk), methods=["POST"]),
+        json_route("/api/talk/close", lambda request, body: talk.close() or {"closed": True}, "POST"),
+        json_route("/api/export", partial(export, studio), "POST"),
+        json_route("/api/export/needs", lambda request, body: needs()),
+    ]
 
 
-class TalkRoutes:
-    """Talk with several adapters."""
-
-    def __init__(self, talk: Talk, checker: Checker):
-        self._talk, self._checker = talk, checker
-
-    def routes(self) -> list[BaseRoute]:
-        """Return the routes."""
-        return [
-            Route("/api/talk", self.answer, methods=["POST"]),
-            json_route("/api/talk/close", self.close, "POST"),
-        ]
-
-    async def answer(self, request: Request) -> Response:
-        """POST /api/talk: server-sent events of all columns."""
-        body = read_json(await request.body())
-        model = await anyio.to_thread.run_sync(self._checker.model, body.get("model"))
-        columns = await anyio.to_thread.run_sync(self._columns, body.get("columns"))
-        asked = {name: body[name] for name in FIELDS if body.get(name) is not None}
-        own = [column.get("messages") for column in body["columns"]]
-        if system := body.get("system"):
-            first = {"role": "system", "content": system}
-            asked["messages"] = [first, *_list(asked.get("messages"))]
-            own = [messages and [first, *_list(messages)] for messages in own]
-        return events(request, self._talk.answer(model, columns, asked, own))
-
-    def _columns(self, given: Any) -> list[list[tuple[Path, float]]]:
-        """Return the columns of a request, each a list of adapters with weights.
-
-        Raises:
-            ApiError: they are malformed, or a folder is not one of this studio's.
-        """
-        if not isinstance(given, list) or not 1 <= len(given) <= MOST_COLUMNS:
-            raise ApiError(400, f"columns: must be a list of 1 to {MOST_COLUMNS}", "invalid_value", "columns")
-        columns = []
-        for column in given:
-            parts = column.get("adapters", []) if isinstance(column, dict) else None
-            if not isinstance(parts, list) or len(parts) > MOST_PARTS or not all(isinstance(p, dict) for p in parts):
-                raise ApiError(
-                    400,
-                    f"columns: each must be {{adapters: [{{path, weight}}]}}, {MOST_PARTS} at most",
-                    "invalid_value",
-                )
-            found: dict[Path, float] = {}
-            for part in parts:
-                found[self._checker.adapter(part.get("path"))] = _weight(part.get("weight", 1.0))
-            columns.append(list(found.items()))
-        return columns
-
-    def close(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """POST /api/talk/close."""
-        self._talk.close()
-        return {"closed": True}
+async def answer(studio: Studio, talk: Talk, request: HttpRequest) -> Response:
+    """POST /api/talk: server-sent events of all columns."""
+    body = read_json(await request.body())
+    model = await anyio.to_thread.run_sync(studio.checker.model, body.get("model"))
+    columns = await anyio.to_thread.run_sync(_columns, studio, body.get("columns"))
+    asked = {name: body[name] for name in FIELDS if body.get(name) is not None}
+    own = [column.get("messages") for column in body["columns"]]
+    if system := body.get("system"):
+        first = {"role": "system", "content": system}
+        asked["messages"] = [first, *_list(asked.get("messages"))]
+        own = [messages and [first, *_list(messages)] for messages in own]
+    return events(request, talk.answer(model, columns, asked, own))
 
 
-class ExportRoutes:
-    """Exports, each a child process of the export command."""
+def _columns(studio: Studio, given: Any) -> list[list[tuple[Path, float]]]:
+    """Return the columns of a request, each a list of adapters with weights.
 
-    def __init__(self, folders: Folders, checker: Checker, tasks: Tasks):
-        self._folders, self._checker, self._tasks = folders, checker, tasks
+    Raises:
+        ApiError: they are malformed, or a folder is not one of this studio's.
+    """
+    if not isinstance(given, list) or not 1 <= len(given) <= MOST_COLUMNS:
+        raise ApiError(400, f"columns: must be a list of 1 to {MOST_COLUMNS}", "invalid_value", "columns")
+    columns = []
+    for column in given:
+        parts = column.get("adapters", []) if isinstance(column, dict) else None
+        if not isinstance(parts, list) or len(parts) > MOST_PARTS or not all(isinstance(p, dict) for p in parts):
+            message = f"columns: each must be {{adapters: [{{path, weight}}]}}, {MOST_PARTS} at most"
+            raise ApiError(400, message, "invalid_value")
+        found = {studio.checker.adapter(part.get("path")): _weight(part.get("weight", 1.0)) for part in parts}
+        columns.append(list(found.items()))
+    return columns
 
-    def routes(self) -> list[BaseRoute]:
-        """Return the routes."""
-        return [
-            json_route("/api/export", self.export, "POST"),
-            json_route("/api/export/needs", lambda request, body: needs()),
-        ]
 
-    def export(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """POST /api/export."""
-        model, to, name = self._checker.model(body.get("model")), body.get("to"), safe_name(body.get("out"), "out")
-        adapter = self._checker.adapter(body["adapter"]) if body.get("adapter") else None
-        options = body.get("options") or {}
-        if not isinstance(options, dict) or not all(isinstance(value, (str, bool)) for value in options.values()):
-            raise ApiError(400, "options: must be an object of texts", "invalid_value", "options")
-        kind = "peft" if to == HUB else to
-        if kind not in READERS:
-            raise ApiError(400, f"to: must be one of {', '.join((*READERS, HUB))}", "invalid_value", "to")
-        repo = options.get("repo") if to == HUB else None
-        if to == HUB and not repo:
-            raise ApiError(400, "options.repo: must be the hub id to upload to, owner/name", "invalid_value", "options")
-        if kind in ("gguf", "gguf-adapter") and not name.endswith(".gguf"):
-            name += ".gguf"
-        out = self._folders.exports / name
-        force = bool(options.get("force"))
-        if out.exists() and not force:
-            raise ApiError(409, f"out: there is {name} already; choose another name", "name_taken", "out")
-        words = ["export", "--model", model, *(["--adapter-path", str(adapter)] if adapter else []), "--to", kind]
-        words += ["--out", str(out), *(["--force"] if force else [])]
-        given = {name: str(options[name]) for name in OPTIONS if options.get(name)}
-        for option, value in given.items():
-            words.append(f"{OPTIONS[option]}={value}" if value.startswith("-") else OPTIONS[option])
-            words += [] if value.startswith("-") else [value]
-        if repo:
-            words += [f"--push-to-hub={repo}", *(["--private"] if options.get("private") else [])]
-        asked = {key: given.get(key) for key in OPTIONS}
-        settings = ExportSettings(kind, out, asked["base_id"], asked["gguf_type"], asked["ollama_base"], force,
-            str(repo) if repo else None, bool(options.get("private")) and bool(repo))  # fmt: skip
-        settings.check(adapter is not None)
-        if given.get("ollama_base", "").endswith(".gguf"):
-            self._checker.model(given["ollama_base"])
-        title = f"Export {adapter.name if adapter else Path(model).name} for {to}"
-        result = {"path": str(out), "to": to, "next": READERS[kind].format(out=out)}
-        return {"task": self._tasks.child("export", title, words, result).public(), "command": command_line(words)}
+def export(studio: Studio, request: HttpRequest, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /api/export."""
+    model, to, name = studio.checker.model(body.get("model")), body.get("to"), safe_name(body.get("out"), "out")
+    adapter = studio.checker.adapter(body["adapter"]) if body.get("adapter") else None
+    options = body.get("options") or {}
+    if not isinstance(options, dict) or not all(isinstance(value, (str, bool)) for value in options.values()):
+        raise ApiError(400, "options: must be an object of texts", "invalid_value", "options")
+    kind = "peft" if to == HUB else to
+    if kind not in READERS:
+        raise ApiError(400, f"to: must be one of {', '.join((*READERS, HUB))}", "invalid_value", "to")
+    repo = options.get("repo") if to == HUB else None
+    if to == HUB and not repo:
+        raise ApiError(400, "options.repo: must be the hub id to upload to, owner/name", "invalid_value", "options")
+    if kind in ("gguf", "gguf-adapter") and not name.endswith(".gguf"):
+        name += ".gguf"
+    out = studio.folders.exports / name
+    force = bool(options.get("force"))
+    if out.exists() and not force:
+        raise ApiError(409, f"out: there is {name} already; choose another name", "name_taken", "out")
+    words = ["export", "--model", model, *(["--adapter-path", str(adapter)] if adapter else []), "--to", kind]
+    words += ["--out", str(out), *(["--force"] if force else [])]
+    given = {name: str(options[name]) for name in OPTIONS if options.get(name)}
+    for option, value in given.items():
+        words.append(f"{OPTIONS[option]}={value}" if value.startswith("-") else OPTIONS[option])
+        words += [] if value.startswith("-") else [value]
+    if repo:
+        words += [f"--push-to-hub={repo}", *(["--private"] if options.get("private") else [])]
+    asked = {key: given.get(key) for key in OPTIONS}
+    settings = ExportSettings(kind, out, asked["base_id"], asked["gguf_type"], asked["ollama_base"], force,
+        str(repo) if repo else None, bool(options.get("private")) and bool(repo))  # fmt: skip
+    settings.check(adapter is not None)
+    if given.get("ollama_base", "").endswith(".gguf"):
+        studio.checker.model(given["ollama_base"])
+    title = f"Export {adapter.name if adapter else Path(model).name} for {to}"
+    result = {"path": str(out), "to": to, "next": READERS[kind].format(out=out)}
+    return {"task": studio.tasks.child("export", title, words, result).public(), "command": command_line(words)}
 
 
 def needs() -> dict[str, Any]:
@@ -173,8 +354,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _weight(value: Any) -> float:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or abs(value) > MOST_WEIGHT:
+    if not is_number(value, -MOST_WEIGHT, MOST_WEIGHT):
         raise ApiError(
             400, f"weight: must be a number from -{MOST_WEIGHT:g} to {MOST_WEIGHT:g}", "invalid_value", "weight"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -11,13 +11,11 @@ from starlette.routing import BaseRoute
 from mlx_lora.api.demo import ITERS as STEPS
 from mlx_lora.api.demo import QUESTIONS, RECIPE, SHORT_STEPS
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.studio.control import RunControl, resolved, run_yaml, train_words
-from mlx_lora.studio.folders import Checker, safe_name
-from mlx_lora.studio.page_words import setting_groups
+from mlx_lora.studio.control import resolved, run_yaml, train_words
+from mlx_lora.studio.folders import safe_name
 from mlx_lora.studio.places import Studio
-from mlx_lora.studio.plans import CARDS, USUAL_CARD, Cards, Plans, refused_plan, shown_plan
-from mlx_lora.studio.tasks import Tasks
-from mlx_lora.studio.web import json_route
+from mlx_lora.studio.plans import CARDS, USUAL_CARD, cards_at_once, own_settings, refused_plan, shown_plan
+from mlx_lora.studio.web import json_route, setting_groups
 from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.downloads import SMOLLM2_GGUF
 from mlx_lora.utils.errors import InputError
@@ -28,77 +26,67 @@ TEXT_TOKENS = 32  # of the texts before and after, some lines of verse
 
 def routes(studio: Studio) -> list[BaseRoute]:
     """Return the routes of what is chosen before a run, of its start, and of the example."""
-    train = TrainRoutes(studio.plans, studio.checker, studio.control, studio.folders.runs)
-    return [*train.routes(), *ExampleRoutes(studio.tasks).routes()]
+    return [
+        json_route("/api/settings", lambda request, body: {"groups": setting_groups()}),
+        json_route("/api/train/rule", partial(rule, studio), "POST"),
+        json_route("/api/train/plan", partial(plan, studio), "POST"),
+        json_route("/api/train/start", partial(start, studio), "POST"),
+        json_route("/api/example", about_example),
+        json_route("/api/example", partial(fetch_example, studio), "POST"),
+    ]
 
 
-class TrainRoutes:
-    """What is chosen before a run, and its start."""
+def rule(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /api/train/rule: what the rule of defaults says of each card, at once."""
+    settings = studio.checker.settings(body.get("settings"))
+    try:
+        return {"cards": cards_at_once(settings, body["settings"])}
+    except InputError:
+        return {"cards": {}}  # the plan says what is wrong
 
-    def __init__(self, plans: Plans, checker: Checker, control: RunControl, runs: Path):
-        self._plans, self._checker, self._control, self._runs = plans, checker, control, runs
-        self._cards = Cards(plans)
 
-    def routes(self) -> list[BaseRoute]:
-        """Return the routes."""
-        return [
-            json_route("/api/settings", lambda request, body: {"groups": setting_groups()}),
-            json_route("/api/train/rule", self.rule, "POST"),
-            json_route("/api/train/plan", self.plan, "POST"),
-            json_route("/api/train/start", self.start, "POST"),
-        ]
+def plan(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /api/train/plan: the plan of a card's run, its command, and the settings that the run begins with."""
+    settings, card = studio.checker.settings(body.get("settings")), card_of(body)
+    folder = studio.folders.runs / safe_name(body.get("name") or "my-run", "Name of the run")
+    command = command_line(train_words(settings, folder))
+    words: dict[str, Any] = {"card": card, "own": {}, "task": None, "run_yaml": "", "command": command}
+    try:
+        resolved(settings, folder)
+        if not settings.get("model"):
+            raise InputError("choose a model first")
+        words["own"], reads = own_settings(studio.plans, card, settings, body["settings"])
+        settings = {**words["own"], **settings}
+        words |= {
+            "command": command_line(train_words(settings, folder)),
+            "run_yaml": run_yaml(resolved(settings, folder)),
+        }
+        plan, task = (studio.plans.of_config(settings), reads) if reads else studio.plans.of_run(settings)
+    except InputError as error:
+        return {**refused_plan(str(error)), **words}
+    words["waits"] = reads is not None
+    return {**shown_plan(plan), **words, "task": task.public() if task else None}
 
-    def rule(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """POST /api/train/rule: what the rule of defaults says of each card, at once."""
-        settings = self._checker.settings(body.get("settings"))
-        try:
-            return {"cards": self._cards.at_once(settings, body["settings"])}
-        except InputError:
-            return {"cards": {}}  # the plan says what is wrong
 
-    def plan(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """POST /api/train/plan: the plan of a card's run, its command, and the settings that the run begins with."""
-        settings, card = self._checker.settings(body.get("settings")), card_of(body)
-        folder = self._runs / safe_name(body.get("name") or "my-run", "Name of the run")
-        words: dict[str, Any] = {"card": card, "own": {}, "task": None, "run_yaml": ""}
-        words["command"] = command_line(train_words(settings, folder))
-        try:
-            resolved(settings, folder)
-            if not settings.get("model"):
-                raise InputError("choose a model first")
-            words["own"], reads = self._cards.own_settings(card, settings, body["settings"])
-            settings = {**words["own"], **settings}
-            words |= {
-                "command": command_line(train_words(settings, folder)),
-                "run_yaml": run_yaml(resolved(settings, folder)),
-            }
-            plan, task = (self._plans.of_config(settings), reads) if reads else self._plans.of_run(settings)
-        except InputError as error:
-            return {**refused_plan(str(error)), **words}
-        words["waits"] = reads is not None
-        return {**shown_plan(plan), **words, "task": task.public() if task else None}
-
-    def start(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """POST /api/train/start."""
-        settings, card = self._checker.settings(body.get("settings")), card_of(body)
-        missing = [name for name in ("model", "data") if not settings.get(name)]
-        if settings.get("objective") == "distill":
-            missing = [name for name in missing if name != "data"]
-        if missing:
-            raise ApiError(400, f"no {' and no '.join(missing)} yet; choose them first", "missing")
-        peak = steps = None
-        try:
-            own, reads = self._cards.own_settings(card, settings, body["settings"])
-            if reads:
-                raise ApiError(409, f"the data is still being read, and the length of a {card} run depends on it; wait for its card",
-                    "data_is_read")  # fmt: skip
-            settings = {**own, **settings}
-            # A run does not wait for a plan that the page has not shown: it makes its own, and says how many steps it takes.
-            if plan := self._plans.known(settings):
-                peak, steps = plan["peak_bytes"], plan["steps"]
-        except InputError:
-            pass  # the command itself says what is wrong, in its log
-        return {"run": self._control.start(settings, body.get("name"), bool(body.get("queue")), peak, steps)}
+def start(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /api/train/start."""
+    settings, card = studio.checker.settings(body.get("settings")), card_of(body)
+    needed = ("model",) if settings.get("objective") == "distill" else ("model", "data")
+    if missing := [name for name in needed if not settings.get(name)]:
+        raise ApiError(400, f"no {' and no '.join(missing)} yet; choose them first", "missing")
+    peak = steps = None
+    try:
+        own, reads = own_settings(studio.plans, card, settings, body["settings"])
+        if reads:
+            raise ApiError(409, f"the data is still being read, and the length of a {card} run depends on it; wait for its card",
+                "data_is_read")  # fmt: skip
+        settings = {**own, **settings}
+        # A run does not wait for a plan that the page has not shown: it makes its own, and says how many steps it takes.
+        if plan := studio.plans.known(settings):
+            peak, steps = plan["peak_bytes"], plan["steps"]
+    except InputError:
+        pass  # the command itself says what is wrong, in its log
+    return {"run": studio.control.start(settings, body.get("name"), bool(body.get("queue")), peak, steps)}
 
 
 def card_of(body: dict[str, Any]) -> str:
@@ -113,27 +101,18 @@ def card_of(body: dict[str, Any]) -> str:
     return card
 
 
-class ExampleRoutes:
-    """The example's routes."""
+def about_example(request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    """GET /api/example: what it is made of, and whether its model is on this disk."""
+    model = cache_dir("models") / SMOLLM2_GGUF.file_name
+    settings = {"iters": STEPS, "steps_per_report": 1, "sample_tokens": TEXT_TOKENS, **SHORT_STEPS}
+    return {
+        "model": str(model), "here": model.is_file(), "mb": SMOLLM2_GGUF.size_mb, "data": RECIPE, "settings": settings,
+        "questions": QUESTIONS,
+    }  # fmt: skip
 
-    def __init__(self, tasks: Tasks):
-        self._tasks = tasks
 
-    def routes(self) -> list[BaseRoute]:
-        """Return the routes."""
-        return [json_route("/api/example", self.about), json_route("/api/example", self.fetch, "POST")]
-
-    def about(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """GET /api/example: what it is made of, and whether its model is on this disk."""
-        model = cache_dir("models") / SMOLLM2_GGUF.file_name
-        settings = {"iters": STEPS, "steps_per_report": 1, "sample_tokens": TEXT_TOKENS, **SHORT_STEPS}
-        return {
-            "model": str(model), "here": model.is_file(), "mb": SMOLLM2_GGUF.size_mb, "data": RECIPE, "settings": settings,
-            "questions": QUESTIONS,
-        }  # fmt: skip
-
-    def fetch(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        """POST /api/example: get its model, or check the one that is here, as a task."""
-        result = {"model": str(cache_dir("models") / SMOLLM2_GGUF.file_name)}
-        task = self._tasks.child("download", "Get the example's model", ["studio.downloads", "--example"], result)
-        return {"task": task.public()}
+def fetch_example(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /api/example: get its model, or check the one that is here, as a task."""
+    result = {"model": str(cache_dir("models") / SMOLLM2_GGUF.file_name)}
+    task = studio.tasks.child("download", "Get the example's model", ["studio.model_stores", "--example"], result)
+    return {"task": task.public()}
