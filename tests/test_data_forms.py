@@ -14,10 +14,9 @@ from run_cli import one_line, run
 import mlx_lora.data
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.columns import NamedColumns, without_names
 from mlx_lora.data.examples import BadRow, Record
 from mlx_lora.data.files import find_sets, find_splits, named_sets
-from mlx_lora.data.formats import parse_record
+from mlx_lora.data.formats import NamedColumns, parse_record, without_names
 from mlx_lora.data.load import load_data, load_eval_set
 from mlx_lora.data.preferences import parse_pairs, parse_rated
 from mlx_lora.data.read import Rows, parse_rows

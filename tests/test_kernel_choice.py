@@ -19,11 +19,19 @@ from run_cli import run
 from tiny_recurrent import recurrent_model
 from tiny_steps import adapted, batch
 
-from mlx_lora.kernels import choose as kernel_choice
+from mlx_lora.kernels import table as kernel_choice
 from mlx_lora.kernels.attention import Tiles, attend, tiled_attention
-from mlx_lora.kernels.choose import KernelChoice, choose_model_kernels, figures_key, measured_figures
 from mlx_lora.kernels.measure import MLX, SWITCH, TOLERANCE, Figures, Trial, choose, keep_figures, measure, read_figures
-from mlx_lora.kernels.table import activation_class, attention_class, kernel_rows, training_kernels
+from mlx_lora.kernels.table import (
+    KernelChoice,
+    activation_class,
+    attention_class,
+    choose_model_kernels,
+    figures_key,
+    kernel_rows,
+    measured_figures,
+    training_kernels,
+)
 from mlx_lora.losses import cross_entropy as loss_choice
 from mlx_lora.losses.check import Probe, check_kernels, choose_loss, disagreement
 from mlx_lora.losses.cross_entropy import Arrays, plain_loss

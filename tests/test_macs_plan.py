@@ -10,10 +10,9 @@ from run_cli import run
 
 from mlx_lora.api.plan_macs import parse_macs, plan_on_macs, planned_on, shared_model, suggested
 from mlx_lora.config.load import train_settings
-from mlx_lora.planner.chips import find_chip
 from mlx_lora.planner.several_macs import Link, Mac, Units, least_tokens, memory_shares, plan_macs, rank_part, sending
 from mlx_lora.planner.shapes import Block, Layer, ModelShape, Run
-from mlx_lora.planner.speed import listed_ceilings
+from mlx_lora.planner.speed import find_chip, listed_ceilings
 from mlx_lora.utils.errors import InputError
 
 LAYERS = (Layer("mlp", "up_proj", 4096, 16384, rank=8), Layer("mlp", "down_proj", 16384, 4096, rank=8))

@@ -20,8 +20,8 @@ from mlx_lora.kernels.quantized_matmul import dequantized_matmul, use_measured_m
 from mlx_lora.models.graph import gradient_graph
 from mlx_lora.models.load import load_base
 from mlx_lora.utils import device
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import cache_dir
 
 
 def operations(model: nn.Module, rows: int) -> Counter[str]:

@@ -10,11 +10,19 @@ import pytest
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.planner.chips import CHIPS, find_chip, known_chip, working_set
 from mlx_lora.planner.fit import fit
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Block, Layer, Machine, ModelShape, Run
-from mlx_lora.planner.speed import Ceilings, count_step, listed_ceilings, step_seconds
+from mlx_lora.planner.speed import (
+    CHIPS,
+    Ceilings,
+    count_step,
+    find_chip,
+    known_chip,
+    listed_ceilings,
+    step_seconds,
+    working_set,
+)
 from mlx_lora.trainer.fit import batch_shapes, training_plan
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import GIB

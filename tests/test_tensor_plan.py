@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from run_cli import run
 
-from mlx_lora.planner.chips import find_chip
 from mlx_lora.planner.several_macs import (
     Link,
     Mac,
@@ -19,7 +18,7 @@ from mlx_lora.planner.several_macs import (
     sums_of_step,
 )
 from mlx_lora.planner.shapes import Block, KernelTerms, Layer, ModelShape, Run
-from mlx_lora.planner.speed import listed_ceilings
+from mlx_lora.planner.speed import find_chip, listed_ceilings
 
 
 def shape_of(parts: int) -> ModelShape:

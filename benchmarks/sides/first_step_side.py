@@ -40,7 +40,7 @@ PHASES = {
         "check_one_run": "agree with other ranks", "take_first_ranks": "agree with other ranks",
     },
     "mlx_lora.losses.cross_entropy": {"loss_figures": "measure losses"},
-    "mlx_lora.kernels.choose": {"measured_now": "measure kernels"},
+    "mlx_lora.kernels.table": {"measured_now": "measure kernels"},
     "mlx_lora.trainer.report_callback": {"RunPage._write_first_texts": "texts before training"},
     "mlx_lora.trainer.trainer": {"mean_loss": "validation before training"},
     "mlx_lora.trainer.step": {"Step.__call__": "the first step"},

@@ -23,10 +23,10 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ROWS, TrainSettings
 from mlx_lora.data.files import TINY_SHAKESPEARE, find_sets, find_splits, is_dataset_id, is_local, named_sets
 from mlx_lora.data.load import UNCACHED, DataSplits, load_data
-from mlx_lora.data.teacher_prompt import read_teacher_prompt
+from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.gguf.reader import is_gguf
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
-from mlx_lora.kernels.choose import AUTO, KernelChoice
+from mlx_lora.kernels.table import AUTO, KernelChoice
 from mlx_lora.models.convert import cached_gguf_folder
 from mlx_lora.models.load import check_highest, embedding_rows
 from mlx_lora.models.meta import Outline, outline_for
@@ -36,7 +36,6 @@ from mlx_lora.objectives.table import objective_of
 from mlx_lora.objectives.teacher import check_teacher
 from mlx_lora.objectives.teacher_answers import readable_data
 from mlx_lora.parallel.ranks import ALONE
-from mlx_lora.planner.chips import CHIPS, Chip, find_chip, known_chip
 from mlx_lora.planner.fit import (
     AUTO_MODES,
     Fitted,
@@ -50,7 +49,7 @@ from mlx_lora.planner.fit import (
 from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Machine, ModelShape
-from mlx_lora.planner.speed import Ceilings, listed_ceilings
+from mlx_lora.planner.speed import CHIPS, Ceilings, Chip, find_chip, known_chip, listed_ceilings
 from mlx_lora.trainer.checkpoint import Checkpoint
 from mlx_lora.trainer.evaluate import choose_held_out
 from mlx_lora.trainer.fit import (

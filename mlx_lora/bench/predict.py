@@ -17,11 +17,10 @@ from mlx_lora.bench.workloads import MODELS, TIERS, Workload
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.models.meta import outline_of_config
-from mlx_lora.planner.chips import CHIPS, Chip, known_chip
 from mlx_lora.planner.fit import run_of
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Machine, ModelShape
-from mlx_lora.planner.speed import Ceilings, count_step, listed_ceilings, step_seconds
+from mlx_lora.planner.speed import CHIPS, Ceilings, Chip, count_step, known_chip, listed_ceilings, step_seconds
 from mlx_lora.trainer.fit import outlined_shape
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

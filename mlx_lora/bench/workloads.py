@@ -21,9 +21,9 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_lora.utils.downloads import SMOLLM2_GGUF
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import sha256_of
+from mlx_lora.utils.hub import SMOLLM2_GGUF
 
 # Models
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import click
 
-from mlx_lora.config.aliases import instead_of
 from mlx_lora.config.fields import Row, field_type, flag_of, row_of
-from mlx_lora.config.load import recipe_names
+from mlx_lora.config.load import instead_of, recipe_names
 from mlx_lora.config.settings import COMMAND_SECTIONS, FIELDS, MODEL, SECTIONS
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError

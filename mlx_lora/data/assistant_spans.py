@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from mlx_lora.data.chat_template import Specials
 from mlx_lora.data.examples import FormatError, Message
-from mlx_lora.data.special_tokens import Specials
 
 Span = tuple[int, int]  # characters [start, end)
 THINKING = (

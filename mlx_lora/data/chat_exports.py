@@ -35,8 +35,7 @@ from mlx_lora.data.chat_files import (
 )
 from mlx_lora.data.examples import Record
 from mlx_lora.data.files import DataFile
-from mlx_lora.data.records import decoded_text
-from mlx_lora.data.tables import text_encoding
+from mlx_lora.data.records import decoded_text, text_encoding
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.text import counted, did_you_mean

@@ -30,6 +30,7 @@ from mlx_lora.data.notes import (
     split_notes,
     teaching_notes,
 )
+from mlx_lora.data.prompts import prompt_notes
 from mlx_lora.data.read import Rows, check_speaker, cut_repeated_prompts, read_rows, repeated_notes
 from mlx_lora.data.report import (
     MAX_LISTED,
@@ -41,11 +42,9 @@ from mlx_lora.data.report import (
     example_pieces,
     reasons,
 )
-from mlx_lora.data.teacher_prompt import prompt_notes
 from mlx_lora.data.tokenize import Encoded, Encoder
-from mlx_lora.utils.cache import shown_data
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import one_at_a_time, sha256_of
+from mlx_lora.utils.files import one_at_a_time, sha256_of, shown_data
 from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import counted
 

@@ -16,17 +16,16 @@ from dataclasses import dataclass, field, replace
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.chat_exports import ChatSummary, chats_of, conversations_of, transcript_note
-from mlx_lora.data.columns import NamedColumns, are_empty, empty_cells, ignored_columns
 from mlx_lora.data.encode import Entry
 from mlx_lora.data.examples import BadRow, Completion, EmptyPart, EmptyRecord, FormatError, MissingColumn, Record
 from mlx_lora.data.files import DataFile
-from mlx_lora.data.formats import parse_record
+from mlx_lora.data.formats import NamedColumns, are_empty, empty_cells, ignored_columns, parse_record
 from mlx_lora.data.preferences import Answer, Pair, Rated, parse_pairs, parse_rated
 from mlx_lora.data.prompts import parse_prompt
 from mlx_lora.data.records import read_records
 from mlx_lora.data.report import MAX_LISTED, DroppedRow, Location, where
-from mlx_lora.utils.cache import shown_data
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import shown_data
 from mlx_lora.utils.text import counted
 
 NEARLY_ALL = 0.95  # of a set's pairs with a text as the prompt; then the few others are taken for mistakes

@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_lora.adapters.base import EMBEDDING, SWITCH, AdapterLayer
-from mlx_lora.adapters.registry import adapter_class
+from mlx_lora.adapters.targets import adapter_class
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.doctor.check import (
     Finding,

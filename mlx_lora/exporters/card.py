@@ -21,9 +21,8 @@ from mlx_lora.exporters.adapter_config import padding_token
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.models.folder import read_safetensors_header
 from mlx_lora.models.load import Base
-from mlx_lora.utils.cache import shown_data
 from mlx_lora.utils.errors import InputError, RunError, first_line
-from mlx_lora.utils.files import replacing_file
+from mlx_lora.utils.files import replacing_file, shown_data
 from mlx_lora.utils.hub import HUB_ID, REQUEST_ERRORS
 from mlx_lora.utils.parsing import parse_json, parse_yaml
 

@@ -29,14 +29,13 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter, LlamaFileType
 
-from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, base_dims, dense_weight
+from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, base_dims, dense_weight, joined_experts
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.data.chat_template import own_template
-from mlx_lora.exporters.peft_experts import joined_experts
 from mlx_lora.gguf.arch import gguf_settings, gguf_weights, text_model
-from mlx_lora.gguf.blocks import MXFP4, mxfp4_blocks
 from mlx_lora.gguf.mapping import TensorMapping
 from mlx_lora.gguf.vocabulary import tokenizer_metadata, tokenizer_vocabulary
+from mlx_lora.gguf.weights import MXFP4, mxfp4_blocks
 from mlx_lora.models.folder import FUSED_KEY, fused_mark, merge_mark
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import PackedWeight

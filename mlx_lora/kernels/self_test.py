@@ -25,9 +25,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.kernels.choose import choose_among
 from mlx_lora.kernels.measure import Figures, ShapeClass, choose, read_figures, read_store
-from mlx_lora.kernels.table import activation_class, attention_class, kernel_rows
+from mlx_lora.kernels.table import activation_class, attention_class, choose_among, kernel_rows
 from mlx_lora.losses.cross_entropy import NAME, choose_kernel, head_words, loss_figures
 from mlx_lora.models.head import Head
 from mlx_lora.rollouts.decode import NAME as WEIGHTS

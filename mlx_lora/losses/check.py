@@ -39,9 +39,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.base import Dropout
 from mlx_lora.kernels.attention import AttentionCall
-from mlx_lora.kernels.choose import AUTO, OURS, KernelChoice
 from mlx_lora.kernels.measure import MLX, left_unchanged, may_measure, read_store, write_store
-from mlx_lora.kernels.table import Choose, assumed, has_recurrence, training_kernels
+from mlx_lora.kernels.table import AUTO, OURS, Choose, KernelChoice, assumed, has_recurrence, training_kernels
 from mlx_lora.losses.cross_entropy import (
     PLAIN,
     PLAIN_LOGITS,

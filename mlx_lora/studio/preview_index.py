@@ -29,6 +29,7 @@ from mlx_lora.data.files import DataFile, find_sets
 from mlx_lora.data.load import chat_day, prompt_encoder
 from mlx_lora.data.mix import content_key
 from mlx_lora.data.notes import data_notes
+from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.data.read import (
     Repeated,
     Rows,
@@ -39,7 +40,6 @@ from mlx_lora.data.read import (
     repeated_notes,
 )
 from mlx_lora.data.report import DroppedRow
-from mlx_lora.data.teacher_prompt import read_teacher_prompt
 from mlx_lora.data.tokenize import Encoded
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.table import objective_of

@@ -22,9 +22,8 @@ from mlx_lora.studio.model_stores import local_model
 from mlx_lora.studio.page_words import in_page_words
 from mlx_lora.studio.preview_index import CUT, DOUBLED, FILE, FORM, LINE, META, PROGRESS, SPLIT, SPLITS, build_index
 from mlx_lora.studio.tasks import Cancelled, Task, Tasks, ended_words, last_line, start_child
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError, RunError
-from mlx_lora.utils.files import sha256_of
+from mlx_lora.utils.files import cache_dir, sha256_of
 from mlx_lora.utils.hub import HUB_ID, resolve_config, resolve_tokenizer
 from mlx_lora.utils.parsing import read_json
 

@@ -18,12 +18,10 @@ from mlx_lora.config.defaults import chosen_words, length_problem, rate_problem,
 from mlx_lora.config.settings import DataSettings, LoopSettings, TrainSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.load import DataSplits
-from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, read_adapter_config
-from mlx_lora.exporters.start_from import put_start, read_start
+from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, put_start, read_adapter_config, read_start
 from mlx_lora.kernels.attention import attend
-from mlx_lora.kernels.choose import AUTO, OURS, KernelChoice, choose_model_kernels
 from mlx_lora.kernels.measure import MLX
-from mlx_lora.kernels.table import assumed
+from mlx_lora.kernels.table import AUTO, OURS, KernelChoice, assumed, choose_model_kernels
 from mlx_lora.losses.check import check_kernels, choose_loss, choose_step_variant
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, Loss
 from mlx_lora.models.head import SCORE_WEIGHT, put_score_head

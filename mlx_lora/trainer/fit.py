@@ -30,9 +30,9 @@ from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan, ShapePrice
-from mlx_lora.kernels.choose import KernelChoice, planned_kernels
 from mlx_lora.kernels.measure import MLX
 from mlx_lora.kernels.quantized_matmul import has_two_ways, use_measured_matmul
+from mlx_lora.kernels.table import KernelChoice, planned_kernels
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.load import Base
 from mlx_lora.models.meta import Outline, layer_caches, model_shape, outline_for, outline_of, with_quantization

@@ -12,7 +12,7 @@ from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.load import DataSplits, load_data
-from mlx_lora.data.teacher_prompt import read_teacher_prompt
+from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.table import OBJECTIVES, objective_of

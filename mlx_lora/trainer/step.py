@@ -98,7 +98,7 @@ class Step:
             events: makes the method's own part of the step (AdaLoRA, ReLoRA), given Masters.arrays; None for none.
             sharing: divides steps among ranks; None for a single process.
             compiled: compile the loss and its gradient; a model that computes values on its way cannot be.
-            choose: says which kernels are used, by shape (kernels/choose.py).
+            choose: says which kernels are used, by shape (kernels/table.py).
             prepare: brings the batches of a whole step into the form that the loss needs.
             arrays_of: returns the arguments of the loss for a batch, on the device.
             reports: names of the numbers that the loss reports besides sum and count.
