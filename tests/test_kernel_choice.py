@@ -38,7 +38,7 @@ from mlx_lora.losses.cross_entropy import Arrays, plain_loss
 from mlx_lora.losses.fused import fused_token_losses
 from mlx_lora.models.head import find_head
 from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.shapes import Block, KernelTerms, Layer, Machine, ModelShape, Run
+from mlx_lora.planner.shapes import Block, KernelTerms, Layer, Machine, ModelShape, RunShape
 from mlx_lora.planner.speed import Ceilings
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.utils import device
@@ -432,7 +432,7 @@ def shape_of_llama() -> ModelShape:
 def test_the_plan_follows_the_choice():
     def peak(width: int = 512, mode: str = "none", **terms) -> int:
         machine = replace(CPU, kernels=KernelTerms(**terms))
-        return plan_memory(shape_of_llama(), Run(4, width, checkpointing=mode), machine).peak_bytes
+        return plan_memory(shape_of_llama(), RunShape(4, width, checkpointing=mode), machine).peak_bytes
 
     scores = 4 * 4 * 512 * 512 * 4  # rows, heads, queries, keys, bytes
     ours = peak()
@@ -489,9 +489,9 @@ def test_plan_reads_what_was_measured_here(own_cache, tiny_folder, monkeypatch):
 def test_the_doctor_shows_the_table(own_cache, monkeypatch):
     prefer(MLX, loss="tiles")
     for name in ("ATTENTION", "ACTIVATION"):
-        monkeypatch.setattr(f"mlx_lora.kernels.self_test.{name}", ())
-    monkeypatch.setattr("mlx_lora.kernels.self_test.RECURRENT", {})
-    monkeypatch.setattr("mlx_lora.kernels.self_test.HEAD", (300, 32))
+        monkeypatch.setattr(f"mlx_lora.doctor.self_test.{name}", ())
+    monkeypatch.setattr("mlx_lora.doctor.self_test.RECURRENT", {})
+    monkeypatch.setattr("mlx_lora.doctor.self_test.HEAD", (300, 32))
     monkeypatch.setattr(device, "trial_flops", lambda: 1e5)
     for slow, found in (("arithmetic", []), ("speed", ({}, []))):  # test_doctor.py has them
         monkeypatch.setattr(f"mlx_lora.cli.doctor.check_{slow}", lambda *here, found=found: found)

@@ -26,7 +26,7 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.teacher_table import VALUES_FILE, RowStore, evict, used_bytes
 from mlx_lora.kernels.attention import attend
-from mlx_lora.losses.check import StepVariant, choose_loss
+from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.folder import parameter_sums
 from mlx_lora.models.frozen_prefix import Trunk, trunk_outputs
@@ -37,6 +37,7 @@ from mlx_lora.planner.speed import TrunkPlan
 from mlx_lora.trainer import frozen_prefix as trunk_choice
 from mlx_lora.trainer.frozen_prefix import Record, TrunkAsked, TrunkRows, choose_trunk, trunk_problem, with_trunk
 from mlx_lora.trainer.step import differentiation
+from mlx_lora.trainer.step_variant import StepVariant
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir
 

@@ -269,10 +269,9 @@ def export_hf(base: Base, info: AdapterInfo, out: Path, force: bool, keep_dtype:
     write_fused(
         base,
         out,
+        info,
         dequantize=True,
         force=force,
-        chat_template=info.chat_template,
-        full=info.full,
         keep_dtype=keep_dtype,
     )
 

@@ -38,6 +38,8 @@ from mlx_lora.objectives.teacher_answers import readable_data
 from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.planner.fit import (
     AUTO_MODES,
+    NO_DATA,
+    DataLimits,
     Fitted,
     advice,
     budget_of,
@@ -182,10 +184,9 @@ def plan_run(
         problems.append(length_problem(settings, result["steps"], per_epoch))
     result["warnings"] = [problem for problem in problems if problem]
     if not result["fits"]:
-        width, rows = settings.data.max_seq_length - 1, size and size.rows
+        width, limits = settings.data.max_seq_length - 1, DataLimits(size.rows, size.prompts) if size else NO_DATA
         quantized = lambda: quantized_shape(outline, settings_of_base, kernels)  # noqa: E731
-        prompts = size.prompts if size else ()
-        result["advice"] = advice(settings, shape, machine, width, quantized, rows, prompts)
+        result["advice"] = advice(settings, shape, machine, width, quantized, limits)
     if all_chips:
         if machine.backend != "metal" or kernels is None:
             outline = outline_for(settings.model, device.compute_dtype("bfloat16"))
@@ -269,9 +270,9 @@ def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | N
 
 def fitted_for(settings: TrainSettings, shape: ModelShape, machine: Machine, size: DataSize | None) -> Fitted:
     """Return what `train` would choose for memory on a machine."""
-    width, rows, prompts = settings.data.max_seq_length - 1, size and size.rows, size.prompts if size else ()
-    most_tokens = batch_tokens_for(settings, size and size.facts)
-    return fit(settings, shape, machine, width, rows, prompts, most_tokens=most_tokens, shapes=size and size.shapes)
+    tokens = batch_tokens_for(settings, size and size.facts)
+    limits = DataLimits(size.rows, size.prompts, tokens, size.shapes) if size else DataLimits(most_tokens=tokens)
+    return fit(settings, shape, machine, settings.data.max_seq_length - 1, limits)
 
 
 def plan_for(

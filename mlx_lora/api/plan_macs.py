@@ -35,7 +35,7 @@ from mlx_lora.planner.several_macs import (
     split_by_tensor,
     split_with_shared_base,
 )
-from mlx_lora.planner.shapes import KernelTerms, ModelShape, Run
+from mlx_lora.planner.shapes import KernelTerms, ModelShape, RunShape
 from mlx_lora.planner.speed import CHIPS, find_chip, listed_ceilings
 from mlx_lora.trainer.fit import outlined_shape
 from mlx_lora.utils import device
@@ -186,7 +186,7 @@ def planned_on(model: SharedModel, macs: Sequence[Given], link: Link) -> dict[st
     }
 
 
-def _asked(model: SharedModel, macs: Sequence[Given]) -> tuple[list[Mac], Run, list[float]]:
+def _asked(model: SharedModel, macs: Sequence[Given]) -> tuple[list[Mac], RunShape, list[float]]:
     """Return the Macs, the largest batch and each Mac's part of the base, as the settings ask for them."""
     settings = model.settings
     chosen = [_mac(mac, model.number_bytes) for mac in macs]
@@ -322,7 +322,7 @@ def _predicted(found: MacsPlan, tokens: int, model: SharedModel) -> dict[str, An
 
 
 def predicted_splits(
-    settings: TrainSettings, shape: ModelShape, batch: Run, macs: Sequence[Mac], link: Link, shared: MacsPlan
+    settings: TrainSettings, shape: ModelShape, batch: RunShape, macs: Sequence[Mac], link: Link, shared: MacsPlan
 ) -> list[dict[str, Any]]:
     """Return each way to divide a run and what is predicted of it, as JSON values; one of them is `best`.
 
@@ -352,7 +352,7 @@ def predicted_splits(
     ]
 
 
-def _by_tensor(settings: TrainSettings, batch: Run, macs: Sequence[Mac], link: Link) -> Split:
+def _by_tensor(settings: TrainSettings, batch: RunShape, macs: Sequence[Mac], link: Link) -> Split:
     part = _part_of_layers(settings, len(macs))
     if isinstance(part, str):
         return Split(TENSOR, problem=part)

@@ -11,7 +11,7 @@ from mlx_lora.config.settings import TrainSettings
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.planner.fit import Fitted, Prompts, Shapes, largest_batch, run_of
 from mlx_lora.planner.machine import this_machine
-from mlx_lora.planner.shapes import Machine, ModelShape, Run
+from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
 from mlx_lora.planner.speed import Ceilings, count_step, forward_seconds, plan_trunk, step_seconds
 from mlx_lora.trainer.frozen_prefix import free_bytes, rows_problem
 
@@ -93,7 +93,7 @@ def predict(
     }
 
 
-def largest_run(settings: TrainSettings, fitted: Fitted, size: DataSize | None) -> Run:
+def largest_run(settings: TrainSettings, fitted: Fitted, size: DataSize | None) -> RunShape:
     """Return the run's largest batch, with the data's share of trained positions."""
     width = settings.data.max_seq_length - 1
     rows, columns = largest_batch(width, settings, fitted.batch_tokens, size and size.rows)

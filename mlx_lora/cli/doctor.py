@@ -25,7 +25,7 @@ from packaging.version import Version
 
 from mlx_lora import BLAS
 from mlx_lora.cli import options as flags
-from mlx_lora.kernels.self_test import changing_gradients, known_table, measure_usual, self_test, table_lines
+from mlx_lora.doctor.self_test import changing_gradients, known_table, measure_usual, self_test, table_lines
 from mlx_lora.planner.machine import measure_ceilings
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from mlx_lora.config.fields import Row, field_type, flag_of, row_of
+from mlx_lora.config.fields import SettingRow, field_type, flag_of, row_of
 from mlx_lora.config.load import instead_of, recipe_names
 from mlx_lora.config.settings import COMMAND_SECTIONS, FIELDS, MODEL, SECTIONS
 from mlx_lora.utils import console
@@ -159,7 +159,7 @@ def _option(f: dataclasses.Field) -> Callable[[Callable], Callable]:
     return click.option(*spellings, f.name, type=kind, metavar=metavar, **shown)
 
 
-def _help(row: Row, default: Any) -> str:
+def _help(row: SettingRow, default: Any) -> str:
     notes = [f"one of {', '.join(row.choices)}"] if row.choices else []
     if default is not None:
         notes.append(f"default: {('off', 'on')[default] if isinstance(default, bool) else default}")

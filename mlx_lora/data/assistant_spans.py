@@ -55,7 +55,7 @@ class Turn:
         return self.written.removesuffix(self.closing) if self.closing else self.written
 
 
-class Turns:
+class AssistantTurns:
     """The assistant turns of one conversation."""
 
     def __init__(

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.chat_files import (
-    Chat,
     ChatExport,
     ChatMessage,
+    ExportedChat,
     is_imessage,
     is_telegram,
     is_transcript,
@@ -228,7 +228,7 @@ def _resolved(export: ChatExport, name: str, asked: str) -> str:
     raise InputError(f"--speaker {asked}{several} in {name}; it has {named(speakers)}{hint}")
 
 
-def _conversations(chat: Chat, gap_hours: float) -> Iterator[list[ChatMessage]]:
+def _conversations(chat: ExportedChat, gap_hours: float) -> Iterator[list[ChatMessage]]:
     """Yield the messages between two long pauses."""
     gap, part = timedelta(hours=gap_hours), []
     for message in chat.messages:

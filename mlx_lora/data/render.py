@@ -35,7 +35,7 @@ from functools import cached_property
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.data.assistant_spans import Span, Turns
+from mlx_lora.data.assistant_spans import AssistantTurns, Span
 from mlx_lora.data.chat_template import PROBE, Specials, controls_of
 from mlx_lora.data.examples import Conversation, EmptyRecord, FormatError, Message, call_of
 from mlx_lora.data.sandbox import render_chat
@@ -145,7 +145,7 @@ class Renderer:
                 span for span, answer in zip(spans, _answers(messages), strict=True) if answer.get("weight") != 0
             ]
             return Rendering([Rendered(text, trained)], self._unshown(text, messages))
-        turns = Turns(
+        turns = AssistantTurns(
             messages,
             text,
             lambda part, prompt=False: self._text(part, conversation.tools, prompt),

@@ -33,7 +33,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lora import __version__
 from mlx_lora.adapters.base import LINEAR, QUANTIZED, AdapterLayer, is_parameter
-from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, train_in_full
+from mlx_lora.adapters.inject import adapt_layers, adapter_layers, adapter_parameters, train_in_full
 from mlx_lora.adapters.targets import LAYER_TYPES, select_targets
 from mlx_lora.exporters.adapter_config import check_use, is_reward_model, own_entries, own_problems, shape_problems
 from mlx_lora.exporters.peft import PEFT_WEIGHTS, PeftAdapter, is_peft, read_peft
@@ -242,7 +242,7 @@ def load_adapter(
         paths = _target_paths(base.model, config, folder)
         shapes = {path: (_stored_rank(header, path, shape["rank"]), scale) for path in paths}
         dropout = float(shape.get("dropout") or 0.0)
-        inject(base.model, paths, shape["rank"], scale, dropout, shapes=shapes, layer_type=layer_type)
+        adapt_layers(base.model, shapes, layer_type, dropout=dropout)
     restore_full(base.model, full)
     load_factors(base.model, file)
     if not ignore_fingerprint:
@@ -313,7 +313,7 @@ def _load_peft(base: Base, adapter: PeftAdapter) -> AdapterInfo:
     paths = tuple(adapter.factors)
     rank, scale = next(iter(adapter.shapes.values()))
     layer_type = "dora" if adapter.magnitudes else "lora"
-    inject(base.model, paths, rank, scale, adapter.dropout, shapes=adapter.shapes, layer_type=layer_type)
+    adapt_layers(base.model, {path: adapter.shapes[path] for path in paths}, layer_type, dropout=adapter.dropout)
     layers = adapter_layers(base.model)
     for path, layer in layers.items():
         layer.lora_a, layer.lora_b = adapter.factors[path]

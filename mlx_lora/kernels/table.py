@@ -82,9 +82,7 @@ def kernel_rows(attend: AttentionCall = attend) -> tuple[Kernel, ...]:
             name="attention",
             shared="scaled_dot_product_attention",
             theirs=base.scaled_dot_product_attention,
-            candidates={
-                kernel: partial(_attention, attend, kernel) for kernel in (MLX, "tiled", *polynomial_candidates())
-            },
+            candidates={kernel: _attention(attend, kernel) for kernel in (MLX, "tiled", *polynomial_candidates())},
             assumed="tiled",
             class_of=_attention_class,
             trial=_attention_trial,
@@ -174,20 +172,16 @@ def has_recurrence(model: nn.Module) -> bool:
 # Attention
 
 
-def _attention(
-    attend: AttentionCall,
-    kernel: str,
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    cache: Any,
-    scale: float,
-    mask: mx.array | str | None,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    """Return attention for mlx-lm's signature; only calls that have a shape class get here."""
-    tiles = Tiles(scale, mask, kernel=kernel, backward=isinstance(cache, SharedPrefix))
-    return attend(queries, keys, values, tiles, sinks)
+def _attention(attend: AttentionCall, kernel: str) -> Callable[..., mx.array]:
+    """Return a function that computes attention with mlx-lm's signature; only calls that have a shape class get there."""
+
+    def attention(
+        queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, sinks: Any = None
+    ) -> mx.array:
+        tiles = Tiles(scale, mask, kernel=kernel, backward=isinstance(cache, SharedPrefix))
+        return attend(queries, keys, values, tiles, sinks)
+
+    return attention
 
 
 def attention_class(

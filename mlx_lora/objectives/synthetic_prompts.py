@@ -33,7 +33,7 @@ from mlx_lora.data.examples import Fields
 from mlx_lora.data.files import find_sets
 from mlx_lora.data.load import chat_day
 from mlx_lora.data.prompts import Prompt
-from mlx_lora.data.read import Rows, check_speaker, file_records, parse_rows, read_rows
+from mlx_lora.data.read import SplitRows, check_speaker, file_records, parse_rows, read_rows
 from mlx_lora.data.sandbox import render_chat
 from mlx_lora.models.folder import model_sample
 from mlx_lora.models.load import Base
@@ -61,14 +61,14 @@ def has_unanswered(settings: DataSettings) -> bool:
     Raises:
         InputError: there is no such data.
     """
-    rows = Rows()
+    rows = SplitRows()
     for one in find_sets(settings.data or ""):
         for file in one.splits.get("train", ()):
             parse_rows(islice(file_records(file, settings, rows), PEEKED), file.name, settings, PROMPTS, rows)
     return any(isinstance(entry, Prompt) and not entry.answered for entry in rows.entries)
 
 
-def read_prompts(settings: DataSettings) -> dict[str, Rows]:
+def read_prompts(settings: DataSettings) -> dict[str, SplitRows]:
     """Return the records of each split of --data as prompts; those that have an answer keep it.
 
     Raises:

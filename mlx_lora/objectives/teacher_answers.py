@@ -26,7 +26,7 @@ from mlx_lora.config.settings import DataSettings, LoopSettings, TrainSettings
 from mlx_lora.data.examples import Fields
 from mlx_lora.data.load import prompt_encoder
 from mlx_lora.data.prompts import Prompt, encode_prompts, read_teacher_prompt, with_answer
-from mlx_lora.data.read import Rows
+from mlx_lora.data.read import SplitRows
 from mlx_lora.data.report import reasons
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.synthetic_prompts import (
@@ -200,7 +200,7 @@ def _wanted(settings: TrainSettings, base: Base, prompts: list[Prompt], today: d
     Raises:
         InputError: none can be encoded.
     """
-    encoder = prompt_encoder(Rows(entries=list(prompts)), settings.data, base.hf_tokenizer, today)
+    encoder = prompt_encoder(SplitRows(entries=list(prompts)), settings.data, base.hf_tokenizer, today)
     encoded = encode_prompts(encoder, prompts, read_teacher_prompt(settings.objective.teacher_prompt))
     seen = encoded.rows if encoded.rows.teacher is None else encoded.rows.teacher
     numbers = [(row, number) for row, number in enumerate(encoded.source.tolist()) if not prompts[number].answered]

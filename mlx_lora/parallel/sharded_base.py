@@ -175,7 +175,7 @@ class Messages:
 
 
 @dataclass(frozen=True)
-class Place:
+class ArraySlot:
     """Where an array is in a unit's bytes.
 
     Attributes:
@@ -278,10 +278,10 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _places(arrays: Named, message: int) -> Iterator[Place]:
+def _places(arrays: Named, message: int) -> Iterator[ArraySlot]:
     begin = 0
     for name, array in arrays:
-        yield Place(name, message, begin, array.nbytes, array.dtype, array.shape)
+        yield ArraySlot(name, message, begin, array.nbytes, array.dtype, array.shape)
         begin += _aligned(array.nbytes)
 
 

@@ -329,7 +329,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunShape:
     """The settings of a run that decide memory.
 
     Attributes:

@@ -25,7 +25,7 @@ from math import isfinite
 
 from mlx_lora.config.checks import checkpoint_every
 from mlx_lora.planner.memory import SINGLE, TILE_QUERIES, probabilities
-from mlx_lora.planner.shapes import Block, Machine, ModelShape, Run
+from mlx_lora.planner.shapes import Block, Machine, ModelShape, RunShape
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import GIB, counted, gigabytes
 
@@ -178,7 +178,9 @@ class Count:
         return max(computing, moving)
 
 
-def step_seconds(shape: ModelShape, run: Run, machine: Machine, ceilings: Ceilings) -> tuple[float, dict[str, float]]:
+def step_seconds(
+    shape: ModelShape, run: RunShape, machine: Machine, ceilings: Ceilings
+) -> tuple[float, dict[str, float]]:
     """Return the predicted seconds of a step and of each part."""
     parts = {name: count.seconds(ceilings) for name, count in count_step(shape, run, machine).items()}
     if ceilings.launch_s:
@@ -189,7 +191,7 @@ def step_seconds(shape: ModelShape, run: Run, machine: Machine, ceilings: Ceilin
     return max(total, hidden), {**parts, **({"waiting for launches": hidden - total} if hidden > total else {})}
 
 
-def forward_seconds(shape: ModelShape, run: Run, machine: Machine, ceilings: Ceilings) -> float:
+def forward_seconds(shape: ModelShape, run: RunShape, machine: Machine, ceilings: Ceilings) -> float:
     """Return the predicted seconds of the forward pass alone, which is how a reference computes its answers."""
     frozen = replace(shape, first_trained=len(shape.blocks), trained=0)
     counts = count_step(frozen, replace(run, checkpointing="none"), machine)
@@ -199,7 +201,7 @@ def forward_seconds(shape: ModelShape, run: Run, machine: Machine, ceilings: Cei
     return sum(count.seconds(ceilings) for count in (half, *counts.values()))
 
 
-def count_step(shape: ModelShape, run: Run, machine: Machine) -> dict[str, Count]:
+def count_step(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str, Count]:
     """Return the work of a step, part by part.
 
     Each position is multiplied by a frozen weight twice (output, input gradient), and by a factor three times; the
@@ -240,7 +242,7 @@ def count_step(shape: ModelShape, run: Run, machine: Machine) -> dict[str, Count
     }
 
 
-def _scores(block: Block, run: Run) -> float:
+def _scores(block: Block, run: RunShape) -> float:
     """Return the number of attention scores: about half of rows x keys, or all of them with a sliding window's mask."""
     if block.window and run.width > block.window:
         return run.rows * block.heads * run.width**2
@@ -333,13 +335,12 @@ class TrunkPlan:
 
 def plan_trunk(
     shape: ModelShape,
-    run: Run,
+    run: RunShape,
     machine: Machine,
     ceilings: Ceilings,
     positions: int,
     epochs: float,
     free_bytes: int,
-    position_bytes: int | None = None,
 ) -> TrunkPlan:
     """Return the costs of keeping the frozen blocks' output.
 
@@ -350,10 +351,9 @@ def plan_trunk(
         positions: of an epoch, without padding.
         epochs: of the run.
         free_bytes: on the cache's disk.
-        position_bytes: kept for a position; None: D numbers of the compute dtype.
     """
     blocks = shape.first_trained
-    size = positions * (position_bytes or shape.width * machine.number_bytes)
+    size = positions * shape.width * machine.number_bytes
     share = positions / max(1, run.positions)
     above = replace(shape, blocks=shape.blocks[blocks:], first_trained=0)
     epoch_s, above_s = (share * step_seconds(one, run, machine, ceilings)[0] for one in (shape, above))

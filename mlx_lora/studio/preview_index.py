@@ -32,7 +32,7 @@ from mlx_lora.data.notes import data_notes
 from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.data.read import (
     Repeated,
-    Rows,
+    SplitRows,
     check_speaker,
     cut_repeated_prompts,
     file_records,
@@ -75,7 +75,7 @@ def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda don
     tokenizer: Any = load_folder_tokenizer(tokenizer_folder, config, False)._tokenizer
     records = objective_of(settings.objective).records
     parts, forms, repeated = _read(settings.data, records, report)
-    joined = Rows()
+    joined = SplitRows()
     for rows in parts.values():
         joined.entries += rows.entries
     encoder = prompt_encoder(joined, settings.data, tokenizer, None)
@@ -97,9 +97,9 @@ def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda don
 
 def _read(
     settings: DataSettings, records: str, report: Report
-) -> tuple[dict[str, Rows], dict[str, list[str]], list[Repeated]]:
+) -> tuple[dict[str, SplitRows], dict[str, list[str]], list[Repeated]]:
     """Return the rows of each split, the form of each entry, and each set's rows whose answers repeat their prompt."""
-    parts: dict[str, Rows] = {}
+    parts: dict[str, SplitRows] = {}
     repeated = []
     forms: dict[str, list[str]] = {}
     parsed = 0
@@ -107,7 +107,7 @@ def _read(
         before = {split: len(rows.entries) for split, rows in parts.items()}
         for split in SPLITS:
             for file in one.splits.get(split, ()):
-                rows, known = parts.setdefault(split, Rows()), forms.setdefault(split, [])
+                rows, known = parts.setdefault(split, SplitRows()), forms.setdefault(split, [])
                 for _ in _read_file(file, settings, records, rows, known):
                     parsed += 1
                     if parsed % REPORT_EVERY == 0:
@@ -117,7 +117,9 @@ def _read(
     return parts, forms, repeated
 
 
-def _read_file(file: DataFile, settings: DataSettings, records: str, rows: Rows, forms: list[str]) -> Iterator[None]:
+def _read_file(
+    file: DataFile, settings: DataSettings, records: str, rows: SplitRows, forms: list[str]
+) -> Iterator[None]:
     """Add a file's records one by one, so that each entry's form is known; yield after each."""
     all_forms = rows.formats
     for record in file_records(file, settings, rows):
@@ -133,7 +135,7 @@ def _read_file(file: DataFile, settings: DataSettings, records: str, rows: Rows,
 def _write(
     folder: Path,
     settings: TrainSettings,
-    parts: dict[str, Rows],
+    parts: dict[str, SplitRows],
     forms: dict[str, list[str]],
     encoded: dict[str, Encoded],
     encoder: Any,
@@ -185,7 +187,7 @@ def _write(
 
 
 def _examples(
-    parts: dict[str, Rows], forms: dict[str, list[str]], encoded: dict[str, Encoded], names: list[str]
+    parts: dict[str, SplitRows], forms: dict[str, list[str]], encoded: dict[str, Encoded], names: list[str]
 ) -> tuple[np.ndarray, dict[tuple[str, str], int], dict[str, list[str]]]:
     """Return the table of examples, the number of each (file, unit) in it, and the keys of each split's records."""
     files: dict[tuple[str, str], int] = {}

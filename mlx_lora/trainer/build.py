@@ -13,7 +13,6 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lora.adapters.inject import Adapted, adapt_model
-from mlx_lora.adapters.schedules import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.config.defaults import chosen_words, length_problem, rate_problem, with_learning_rate, with_length
 from mlx_lora.config.settings import DataSettings, LoopSettings, TrainSettings
 from mlx_lora.data.dataset import EncodedSet
@@ -22,7 +21,7 @@ from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, put_sta
 from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.measure import MLX
 from mlx_lora.kernels.table import AUTO, OURS, KernelChoice, assumed, choose_model_kernels
-from mlx_lora.losses.check import check_kernels, choose_loss, choose_step_variant
+from mlx_lora.losses.check import check_kernels, choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, Loss
 from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
 from mlx_lora.models.load import Base
@@ -57,7 +56,9 @@ from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.header import describe_run
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
+from mlx_lora.trainer.schedules import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.trainer.step import Step
+from mlx_lora.trainer.step_variant import choose_step_variant
 from mlx_lora.trainer.trainer import total_steps
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError

@@ -11,7 +11,6 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.inject import Adapted, adapter_parameters, starting_rank
-from mlx_lora.adapters.schedules import restart_every
 from mlx_lora.config.settings import AdapterSettings, LoopSettings, TrainSettings
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.losses.divergence import KL
@@ -20,6 +19,7 @@ from mlx_lora.reports.run_report import REPORT_FILE, Sample
 from mlx_lora.rollouts.rollout import AnyPlan
 from mlx_lora.trainer.evaluate import Measured
 from mlx_lora.trainer.run_folder import CHECKPOINTS
+from mlx_lora.trainer.schedules import restart_every
 from mlx_lora.trainer.trainer import Outcome
 from mlx_lora.utils import console
 from mlx_lora.utils.text import command_line, counted, words_of

@@ -11,7 +11,6 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from mlx_lora.adapters.schedules import Events
 from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.attention import AttentionCall
 from mlx_lora.kernels.measure import left_unchanged
@@ -19,6 +18,7 @@ from mlx_lora.kernels.table import Choose, assumed, training_kernels
 from mlx_lora.losses.cross_entropy import Arrays, LossFunction
 from mlx_lora.parallel.strategy import Sharing
 from mlx_lora.trainer.optimizer import ELEMENTWISE, Masters, clip_scale, scaled
+from mlx_lora.trainer.schedules import Events
 
 
 class StepResult(NamedTuple):
