@@ -9,7 +9,7 @@ from mlx_lora.adapters.inject import adapt_model, adapter_parameters
 from mlx_lora.config.settings import AdapterSettings, ModelSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.policy_task import ADVANTAGES, REWARDS
+from mlx_lora.objectives.policy_arrays import ADVANTAGES, REWARDS
 
 RANK, ALPHA, PROMPTS, GROUP, LONGEST = 4, 8.0, 3, 4, 11
 

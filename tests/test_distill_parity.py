@@ -23,7 +23,6 @@ from mlx_lora.losses.divergence import DivergenceOptions, distill_loss, divergen
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.distill import with_teacher
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.objectives.task import task_of
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
 POSITIONS, VOCABULARY = 40, 300
@@ -129,11 +128,13 @@ def test_the_adapters_gradients_are_torchs(beta, top_k, tiny_folder, tmp_path):
     asked = replace(asked, jsd_beta=beta if NAMES[beta] == "jsd" else 0.5)
     settings = replace(train_settings({"model": str(tiny_folder)}), objective=asked)
     plain = load_base(ModelSettings(model=str(tiny_folder)))
-    rows = with_teacher(settings, plain, {"train": answered_rows()}).sets["train"]
+    rows = with_teacher(settings, plain, {"train": answered_rows()}, objective_of(settings.objective).distills).sets[
+        "train"
+    ]
     base, initial = moved_base(tiny_folder)
     objective = objective_of(asked)
     loss = distill_loss(choose_loss(base.model, base.config), base.model, base.config, objective.distills, rows, "")
-    task = task_of(objective, loss, base.model)
+    task = objective.bind(loss, base.model)
     batch = BatchPlan(rows, batch_tokens=10**4, batch_size=6, seed=0).batch(0, 0)
     (total, count, reports), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, *task.arrays_of(batch))
     ours = {key: np.array(value / count) for key, value in tree_flatten(grads)}

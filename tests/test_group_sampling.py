@@ -14,7 +14,7 @@ from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.data.batch import Batch
 from mlx_lora.losses.check import choose_loss
-from mlx_lora.objectives.policy_task import at_temperature, token_logps
+from mlx_lora.objectives.policy_arrays import at_temperature, token_logps
 from mlx_lora.rollouts import sampler as group_sampling
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys
 

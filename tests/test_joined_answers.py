@@ -29,14 +29,13 @@ from mlx_lora.losses.policy import RATIO_OF
 from mlx_lora.models.load import load_base
 from mlx_lora.models.meta import model_shape
 from mlx_lora.models.prefix_attention import rotate_by_token
-from mlx_lora.objectives.policy_task import ADVANTAGES, LENGTHS, OLD, REFERENCE, TRUNCATED, at_temperature
+from mlx_lora.objectives.policy_arrays import ADVANTAGES, LENGTHS, OLD, REFERENCE, TRUNCATED, at_temperature
 from mlx_lora.objectives.prefix_sharing import Joining, apart, joined, joined_batch, slots_of, sums_of_answers, work_of
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.objectives.task import task_of
 from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.rollouts.decode import SamplingForm
 from mlx_lora.rollouts.rewards import Reward
-from mlx_lora.rollouts.rollout import Answering
+from mlx_lora.rollouts.rollout import Rollouts
 from mlx_lora.rollouts.sharing import Planned
 
 GROUP, LONGEST = 4, 9
@@ -99,7 +98,7 @@ def sampled_batches(base, settings, rows: EncodedSet, shared: EncodedSet | None 
     found = []
     for how, planned in ((None, rows), (joining, shared or rows)):
         moved(base, 1)
-        answering = Answering.of(base, settings, [Reward("r", reward)], loss, SamplingForm(), joining=how)
+        answering = Rollouts.of(base, settings, [Reward("r", reward)], loss, SamplingForm(), joining=how)
         moved(base, 2)
         plan = BatchPlan(planned, batch_tokens=10**6, batch_size=4, seed=0)
         batch = plan.batch(0, 0)
@@ -111,7 +110,7 @@ def sampled_batches(base, settings, rows: EncodedSet, shared: EncodedSet | None 
 def trained(base, settings, batch: Batch):
     """Return mean loss, mean reports and mean gradients."""
     loss = at_temperature(choose_loss(base.model, base.config), base.model, base.config, settings.objective.temp)
-    task = task_of(objective_of(settings.objective), loss, base.model)
+    task = objective_of(settings.objective).bind(loss, base.model)
     [ready] = task.prepare([batch], ALONE)
     (total, count, reports), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, *task.arrays_of(ready))
     means = {name: (value / count).item() for name, value in reports.items()}
@@ -182,7 +181,7 @@ def test_the_models_own_logits_share_too(base):
     found = []
     for batch in (separate, together):
         loss = at_temperature(plain("own logits"), base.model, base.config, 0.8)
-        task = task_of(objective_of(settings.objective), loss, base.model)
+        task = objective_of(settings.objective).bind(loss, base.model)
         [ready] = task.prepare([batch], ALONE)
         found.append((task.loss.train(base.model, *task.arrays_of(ready))[0]).item())
     assert found[1] == pytest.approx(found[0], rel=1e-5)

@@ -26,8 +26,8 @@ from mlx_lora.losses.cross_entropy import Arrays
 from mlx_lora.models import head as heads
 from mlx_lora.models import head as last_block
 from mlx_lora.models.head import put_score_head
+from mlx_lora.objectives.answers import score_loss
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.objectives.task import score_loss, task_of
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.step import compiled_over, differentiation
 
@@ -157,7 +157,7 @@ def test_scores_of_last_tokens(monkeypatch):
     assert_equal(loss_and_gradient(model, part, arrays), loss_and_gradient(model, whole, arrays))
     objective = objective_of(ObjectiveSettings("reward"))
     for why, taken in (("", True), (NOT_PART, False)):
-        assert task_of(objective, choose_loss(model, TINY, "ours", False, why), model).loss.part_of_last in (
+        assert objective.bind(choose_loss(model, TINY, "ours", False, why), model).loss.part_of_last in (
             taken,
             False,
         )

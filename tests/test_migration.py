@@ -13,7 +13,8 @@ from run_cli import run
 from mlx_lora.config import settings as config
 from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.config.migrate import DIALECTS, find_dialect, migrate, objective_keys
-from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS, SMOOTHED, objective_of
+from mlx_lora.objectives.preference import SMOOTHED
+from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS, objective_of
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 

@@ -20,10 +20,9 @@ from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.distill import Scorer, taught_loss
-from mlx_lora.objectives.policy_task import OLD, token_logps
+from mlx_lora.objectives.on_policy import Scorer, taught_loss
+from mlx_lora.objectives.policy_arrays import OLD, token_logps
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.objectives.task import task_of
 from mlx_lora.objectives.teacher import Teacher
 from mlx_lora.parallel.ranks import ALONE
 
@@ -78,7 +77,7 @@ def test_loss_and_every_gradient(name, top_k, tiny_folder, teacher_folder):
     if name == "sampled_kl":
         scored = replace(scored, sampled={**(scored.sampled or {}), OLD: old})
     whole = taught_loss(loss, base.model, base.config, scorer.options, "")
-    task = task_of(objective, whole, base.model)
+    task = objective.bind(whole, base.model)
     (total, count, reports), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, *task.arrays_of(scored))
     ours = {key: np.array(value / count) for key, value in tree_flatten(grads)}
     assert count.item() == batch.mask.sum()
@@ -116,7 +115,7 @@ def test_without_a_further_update_the_loss_is_the_estimate_of_the_kl(tiny_folder
     teacher = Teacher(theirs, choose_loss(theirs.model, theirs.config))
     scorer = Scorer.of(teacher, objective.distills, VOCABULARY)
     scored = scorer.scored(batch, EncodedSet.from_rows([]), np.arange(len(batch.inputs)), ALONE)
-    task = task_of(objective, taught_loss(loss, base.model, base.config, scorer.options, ""), base.model)
+    task = objective.bind(taught_loss(loss, base.model, base.config, scorer.options, ""), base.model)
     for function in (task.loss.train, task.loss.measure):
         total, count, reports = function(base.model, *task.arrays_of(scored))
         away = (token_logps(base.model, loss, batch) - teacher.logps(batch))[batch.mask].mean()

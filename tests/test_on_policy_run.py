@@ -143,7 +143,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(flags, tiny_folder, data, tmp_pa
 def test_a_run_killed_between_a_rollout_and_its_update_resumes_to_the_same_bytes(
     tiny_folder, teacher, data, tmp_path, monkeypatch
 ):
-    from mlx_lora.objectives.distill import Scorer
+    from mlx_lora.objectives.on_policy import Scorer
 
     asked = ("--teacher", teacher, "--iters", 6, "--save-every", 2, "--val-batches", 0)
     assert run(*command(tiny_folder, data, tmp_path / "whole", *asked)).code == 0

@@ -30,9 +30,9 @@ from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.exporters.adapter_folder import load_adapter, load_factors
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.task import Task
+from mlx_lora.objectives.base import BoundObjective, Objective
 from mlx_lora.trainer.step import StepResult
-from mlx_lora.trainer.trainer import MAX_SKIPPED_IN_A_ROW, micro_batches, total_steps, train
+from mlx_lora.trainer.trainer import MAX_SKIPPED_IN_A_ROW, LoopHooks, Trainer, micro_batches, total_steps
 from mlx_lora.utils.errors import RunError
 
 SHORT = ("--iters", 2, "--batch-tokens", 128, "--max-seq-length", 96, "--learning-rate", "5e-3", "--val-batches", 1)
@@ -62,7 +62,9 @@ def run_loop(plan, step, **settings):
     """Run the loop with a stub for the step and return its reports and its outcome."""
     reports, saved = [], []
     loop = LoopSettings(**{"steps_per_report": 1, "save_every": 0, "val_batches": 0, **settings})
-    train(tiny_model(), step, Task(PLAIN), plan, None, loop, reports.append, lambda _: None, saved.append)
+    step.model = tiny_model()
+    hooks = LoopHooks(reports.append, saved.append)
+    Trainer(step, Objective("sft"), BoundObjective(PLAIN), plan, None, loop, hooks).fit()
     assert saved
     return reports
 

@@ -14,9 +14,8 @@ from torch_judge import name_here, torch_base
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.policy import RATIO_OF
-from mlx_lora.objectives.policy_task import ADVANTAGES, OLD, REFERENCE, token_logps
+from mlx_lora.objectives.policy_arrays import ADVANTAGES, OLD, REFERENCE, token_logps
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.objectives.task import task_of
 from mlx_lora.parallel.ranks import ALONE
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -40,7 +39,7 @@ def test_loss_and_every_gradient_are_trls(name, beta, tiny_folder):
     batch = replace(batch, sampled={**(batch.sampled or {}), OLD: old, REFERENCE: reference})
     asked = ObjectiveSettings("rloo") if name == "rloo" else ObjectiveSettings("grpo", grpo_loss=name, kl_beta=beta)
     asked = replace(asked, epsilon=0.15, epsilon_high=0.25, max_new_tokens=LONGEST, reward="exact_match")
-    task = task_of(objective_of(asked), loss, base.model)
+    task = objective_of(asked).bind(loss, base.model)
     [ready] = task.prepare([batch], ALONE)
     (total, count, _), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, *task.arrays_of(ready))
     ours = {key: np.array(value / count) for key, value in tree_flatten(grads)}

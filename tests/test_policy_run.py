@@ -10,7 +10,8 @@ import pytest
 from run_cli import one_line, run
 
 from mlx_lora.config.objectives import SAMPLING
-from mlx_lora.objectives.table import OWN_OPTIONS, POLICY_REPORTS
+from mlx_lora.objectives.grpo import POLICY_REPORTS
+from mlx_lora.objectives.table import OWN_OPTIONS
 
 REWARD = """
 def odd(prompts, completions, completion_ids, answer, **columns):

@@ -21,9 +21,9 @@ from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import load_base
 from mlx_lora.models.prefix_attention import rotate_by_token
+from mlx_lora.objectives.answers import row_log_probabilities
 from mlx_lora.objectives.prefix_sharing import joined
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.objectives.task import row_log_probabilities, task_of
 from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step
@@ -73,7 +73,7 @@ def ours(
         [(n, mx.array(v.astype(np.float32))) for n, v in moved.items() if "lora_b" in n], strict=False
     )
     initial = {name: np.array(value) for name, value in adapter_parameters(base.model).items()}
-    task = task_of(objective, loss, base.model)
+    task = objective.bind(loss, base.model)
     optimizer = build_optimizer(OptimizerSettings(learning_rate=rate, lr_schedule="constant", warmup=0.0), STEPS)
     step = Step(
         base.model, optimizer, task.loss.train, 1.0, prepare=lambda batches: task.prepare(batches, ALONE),

@@ -31,8 +31,8 @@ from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.folder import parameter_sums
 from mlx_lora.models.frozen_prefix import Trunk, trunk_outputs
 from mlx_lora.models.meta import model_shape
+from mlx_lora.objectives.base import BoundObjective
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.objectives.task import Task
 from mlx_lora.planner.speed import TrunkPlan
 from mlx_lora.trainer import frozen_prefix as trunk_choice
 from mlx_lora.trainer.frozen_prefix import Record, TrunkAsked, TrunkRows, choose_trunk, trunk_problem, with_trunk
@@ -86,7 +86,7 @@ def test_a_step_from_kept_output_has_the_loss_and_gradient_of_a_whole_one(name, 
     rows = texts()
     model, trunk, variant, outputs = prepared(name)
     plan = BatchPlan(rows, batch_tokens=64, batch_size=None, seed=0)
-    whole = Task(variant.loss)
+    whole = BoundObjective(variant.loss)
     above = with_trunk(whole, trunk, kept_rows(tmp_path / "a", rows, plan, model, trunk, variant, outputs))
     model.train()
     for epoch in (0, 3):

@@ -19,7 +19,6 @@ from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.prefix_attention import rotate_by_token
 from mlx_lora.objectives.prefix_sharing import joined
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.objectives.task import task_of
 from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.trainer.evaluate import mean_loss
 from mlx_lora.trainer.optimizer import build_optimizer
@@ -74,7 +73,7 @@ def model():
 
 
 def measured(case: str, rows: EncodedSet, model, **batches: int | None):
-    task = task_of(objective(case), choose_loss(model, TINY), model)
+    task = objective(case).bind(choose_loss(model, TINY), model)
     plan = BatchPlan(rows, **{"batch_tokens": 256, "batch_size": None, "seed": 0, **batches})
     return mean_loss(model, task, plan.batches()), len(plan)
 
@@ -96,7 +95,7 @@ def test_a_validation_does_not_depend_on_its_batches(case, model):
 @pytest.mark.parametrize("case", ["orpo", "cpo", "rpo"])
 def test_the_whole_set_has_the_loss_of_one_step_over_it(case, model):
     rows = answers(case)
-    task = task_of(objective(case), choose_loss(model, TINY), model)
+    task = objective(case).bind(choose_loss(model, TINY), model)
     [batch] = BatchPlan(rows, batch_tokens=4096, batch_size=11, seed=0).batches()
     [ready] = task.prepare([batch], ALONE)
     total, count, _ = task.loss.train(model, *task.arrays_of(ready))
@@ -111,7 +110,7 @@ def test_a_step_does_not_depend_on_its_micro_batches(case, model):
     ends = []
     for size in (11, 3):
         model.load_weights(list(initial.items()), strict=False)
-        task = task_of(objective(case), choose_loss(model, TINY), model)
+        task = objective(case).bind(choose_loss(model, TINY), model)
         optimizer = build_optimizer(OptimizerSettings(learning_rate=1e-2, lr_schedule="constant", warmup=0.0), 1)
         step = Step(
             model, optimizer, task.loss.train, 0.0, prepare=lambda batches, task=task: task.prepare(batches, ALONE),

@@ -26,19 +26,22 @@ OTHER = "everything else"
 PHASES = {
     "mlx_lora.trainer.run": {
         "check_base_fits": "whether the base fits", "load_base": "load the model",
-        "load_data": "read and tokenize the data", "compose": "compose, the rest",
+        "build_run": "build the run, the rest",
     },
     "mlx_lora.models.load": {
         "base_fingerprint": "fingerprint of the model", "use_measured_matmul": "measure the two matmuls",
         "load_folder_tokenizer": "load the tokenizer",
     },
     "mlx_lora.trainer.build": {
-        "adapt": "put the adapter on", "choose_loss": "compare the loss", "choose_model_kernels": "choose kernels",
-        "check_kernels": "compare kernels", "shape_of": "read the blocks' graphs", "fit_settings": "plan memory",
+        "adapt": "put the adapter on", "shape_of": "read the blocks' graphs", "fit_settings": "plan memory",
         "training_plan": "plan batches", "choose_held_out": "choose held-out rows",
         "choose_step_variant": "try to differentiate", "choose_trunk": "frozen blocks", "Step": "make the step",
         "check_one_run": "agree with other ranks", "take_first_ranks": "agree with other ranks",
     },
+    "mlx_lora.objectives.compute": {
+        "choose_loss": "compare the loss", "choose_model_kernels": "choose kernels", "check_kernels": "compare kernels",
+    },
+    "mlx_lora.objectives.base": {"load_data": "read and tokenize the data"},
     "mlx_lora.losses.cross_entropy": {"loss_figures": "measure losses"},
     "mlx_lora.kernels.table": {"measured_now": "measure kernels"},
     "mlx_lora.trainer.report_callback": {"RunPage._write_first_texts": "texts before training"},

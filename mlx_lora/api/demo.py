@@ -33,9 +33,10 @@ from mlx_lora.data.load import load_eval_set
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE
 from mlx_lora.models.convert import convert_model
 from mlx_lora.models.load import Base, check_token_ids, load_base
+from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.reports.run_report import REPORT_FILE, has_ended
-from mlx_lora.trainer.build import put_adapter
+from mlx_lora.trainer.adapter import put_adapter
 from mlx_lora.trainer.checkpoint import numbered
 from mlx_lora.trainer.evaluate import held_out_loss
 from mlx_lora.trainer.report_callback import greedy_text
@@ -231,7 +232,8 @@ def ask(settings: TrainSettings, adapter: Path | None) -> Answers:
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {settings.data.data}")
     if adapter:
         put_adapter(base, adapter, settings.data, objective)
-    loss = held_out_loss(base, objective.targets_of(rows), settings.loop, objective).loss
+    ctx = RunContext(settings, objective, base, trains=False)
+    loss = held_out_loss(ctx, objective.targets_of(rows)).loss
     return Answers(loss, rows.examples, tuple(answer(base, question) for question in QUESTIONS))
 
 

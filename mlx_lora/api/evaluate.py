@@ -40,19 +40,13 @@ from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.data.records import read_records
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import Base, check_token_ids
-from mlx_lora.objectives.answer_logps import with_reference
-from mlx_lora.objectives.base import Objective
-from mlx_lora.objectives.distill import with_teacher
+from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.objectives.task import task_of
-from mlx_lora.objectives.teacher import check_teacher
 from mlx_lora.parallel.agreement import check_one_run
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.reports.evaluation import MODELS, SHORT_WORDS
 from mlx_lora.reports.run_report import Sample, read_facts
-from mlx_lora.rollouts.reward_models import load_rewards
-from mlx_lora.rollouts.sampled_answers import sampled_plan
-from mlx_lora.trainer.build import adapter_template, put_adapter
+from mlx_lora.trainer.adapter import adapter_template, put_adapter
 from mlx_lora.trainer.evaluate import RowLosses, held_out_loss, held_out_plan, mean_loss, paired_change
 from mlx_lora.trainer.fit import share_among
 from mlx_lora.trainer.report_callback import before_answer, greedy_text, row_answer
@@ -169,7 +163,8 @@ def measure_loss(
     data = settings.data
     if not data.chat_template and (template := adapter_template(adapter)):
         base.hf_tokenizer.chat_template = template
-    check_teacher(settings, base.hf_tokenizer)
+    ctx = RunContext(settings, objective, base, ranks, trains=False)
+    objective.open(ctx)  # before an adapter is on the base
     prompt = read_teacher_prompt(settings.objective.teacher_prompt)
     if held_out and adapter:
         rows, trained = held_out_rows(adapter, base.hf_tokenizer)
@@ -177,23 +172,18 @@ def measure_loss(
         rows, trained = load_eval_set(data.data or "", data, base.hf_tokenizer, objective.records, prompt), None
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
     rows = objective.targets_of(rows)
-    if objective.reference:
-        rows = with_reference(settings, base, {"rows": rows})["rows"]
     if compares(settings):
         near = {"near_training": _near_training(adapter, base, rows, trained)} if adapter else {}
         asked = questions_of(rows, show)
         return _compared(settings, base, adapter, rows, ignore_fingerprint, asked, stopped) | near
-    taught = with_teacher(settings, base, {"rows": rows})  # before the adapter: the base may be the teacher
-    rows = taught.sets["rows"]
-    rewards = load_rewards(settings, base)  # before the adapter is on the base
+    rows = objective.compare(ctx, {"rows": rows})["rows"]  # before the adapter: the base may be the teacher
     if adapter:
         put_adapter(base, adapter, data, objective, ignore_fingerprint)
-    settings, shared = share_among(settings, base, ranks)
+    ctx.settings, shared = share_among(settings, base, ranks)
     if shared.words:
         log.info(shared.words)
-        check_one_run(ranks, settings, {"base": base.fingerprint, "rows": rows.fingerprint})
-    answered = sampled_plan(settings, base, rewards, scorer=taught.scorer)
-    found = held_out_loss(base, rows, settings.loop, objective, ranks, answered)
+        check_one_run(ranks, ctx.settings, {"base": base.fingerprint, "rows": rows.fingerprint})
+    found = held_out_loss(ctx, rows)
     means = found.reports or {"perplexity": console.perplexity(found.loss)}
     counted = {"answers": found.count} if objective.policy else {"supervised_tokens": rows.supervised_tokens}
     counts = {**counted, "rows": rows.examples}
@@ -314,8 +304,8 @@ def measure_rows(
         objective: whose loss is a mean over tokens.
         stopped: asked before each batch whether to end.
     """
-    tasks = {
-        name: task_of(objective, choose_loss(one.model, one.config, loop.kernels), one.model)
+    bound = {
+        name: objective.bind(choose_loss(one.model, one.config, loop.kernels), one.model)
         for name, one in models.items()
     }
     plan = held_out_plan(rows, loop)
@@ -323,7 +313,7 @@ def measure_rows(
     batches = takewhile(lambda _: not stopped(), plan.batches())
     for batch in tracked(batches, "Measuring", len(plan), "batches"):
         for name, one in models.items():
-            measured = mean_loss(one.model, tasks[name], [batch]).rows
+            measured = mean_loss(one.model, bound[name], [batch]).rows
             if measured is not None:
                 found[name].append(measured)
     done = sum(len(one.tokens) for one in next(iter(found.values())))

@@ -20,8 +20,9 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import Base, check_token_ids, load_base
+from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.trainer.build import adapter_template
+from mlx_lora.trainer.adapter import adapter_template
 from mlx_lora.trainer.evaluate import held_out_loss, held_out_plan, spaced_by_length
 
 ROWS = 32  # measured, at most
@@ -116,7 +117,8 @@ def measure_gain(
 
 
 def _loss(base: Base, rows: EncodedSet, loop: LoopSettings) -> float:
-    return held_out_loss(base, rows, loop, objective_of(train_settings({}).objective)).loss
+    settings = replace(train_settings({}), loop=loop)
+    return held_out_loss(RunContext(settings, objective_of(settings.objective), base, trains=False), rows).loss
 
 
 def _given_rows(data: str, adapter: Path, base: Base) -> tuple[EncodedSet, str]:

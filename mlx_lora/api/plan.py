@@ -238,10 +238,10 @@ def steps_and_validation(
     rows, shared = splits.train, settings.objective.shared_prefix == "on"
     epochs = identity["price_epochs"] if identity else loop.epochs or 1.0
     plan = training_plan(loop, joined(rows) if shared else rows, epochs)
-    steps = total_steps(plan, loop)
-    found = choose_held_out(splits.valid, loop, plan, steps, identity)
+    steps = total_steps(plan, loop, objective.updates)
+    found = choose_held_out(splits.valid, loop, plan, steps, identity, objective.updates)
     validation = {"examples": found.examples, "tokens": found.tokens, "times": found.times, "words": found.words}
-    return steps, validation, len(plan) / loop.grad_accumulation_steps
+    return steps, validation, len(plan) * objective.updates / loop.grad_accumulation_steps
 
 
 def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | None) -> tuple[Machine, Ceilings]:
@@ -462,7 +462,7 @@ def dry_run(settings: TrainSettings) -> dict[str, Any]:
     Raises:
         InputError: settings, model, data or run folder that `train` would refuse, or a run that does not fit.
     """
-    check_request(settings, ALONE)
+    check_request(settings, ALONE, objective_of(settings.objective))
     if not wants_training(settings):
         raise InputError("--dry-run: nothing would be trained with --test alone; give --train too")
     with waiting("Planning the run"):

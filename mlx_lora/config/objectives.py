@@ -8,6 +8,9 @@ from mlx_lora.config.fields import setting
 
 OBJECTIVE = "Objective"  # heading of the help
 SAMPLING = ("grpo", "rloo")  # objectives whose answers are sampled during the run, and rewarded
+# Settings of sampling, and those of them that are used for a teacher's answers too.
+OF_SAMPLING = ("group_size", "max_new_tokens", "temp", "top_p", "min_p", "mask_truncated", "updates_per_rollout")
+OF_WRITING = ("max_new_tokens", "temp", "top_p", "min_p")
 IMITATION = ("sft", "distill")  # objectives that train the answers of the data, token by token
 WITHOUT_PAIRS = (*IMITATION, "kto", *SAMPLING)  # objectives whose examples are not pairs of answers
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "sampled_kl")

@@ -161,8 +161,6 @@ class WidthClass:
 class BatchPlan:
     """Batches of one encoded set under a row or token budget."""
 
-    updates = 1  # steps that must be taken together, see RolloutPlan
-
     def __init__(
         self,
         rows: EncodedSet,

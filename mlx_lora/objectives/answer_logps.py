@@ -34,8 +34,8 @@ from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.models.folder import model_sample
 from mlx_lora.models.load import Base
 from mlx_lora.models.prefix_attention import unshareable
+from mlx_lora.objectives.answers import row_log_probabilities
 from mlx_lora.objectives.prefix_sharing import joined, sharing_problem
-from mlx_lora.objectives.task import row_log_probabilities
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.sharded_base import is_shared
 from mlx_lora.utils import device

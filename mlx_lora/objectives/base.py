@@ -16,14 +16,30 @@ Shapes: B rows of a batch, E = B / K examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import date
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import DataSettings, TrainSettings
+from mlx_lora.data.batch import Batch
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.losses.divergence import DivergenceOptions
-from mlx_lora.losses.policy import PolicyOptions
+from mlx_lora.data.load import DataSplits, load_data
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.losses.cross_entropy import Arrays, Loss
+from mlx_lora.models.load import Base
+from mlx_lora.objectives.compute import Compute, choose_compute
+from mlx_lora.parallel.ranks import ALONE, Ranks
+from mlx_lora.planner.memory import MemoryPlan
+from mlx_lora.planner.shapes import ModelShape
+
+if TYPE_CHECKING:
+    from mlx_lora.losses.divergence import DivergenceOptions
+    from mlx_lora.losses.policy import PolicyOptions
 
 
 @dataclass(frozen=True)
@@ -59,9 +75,141 @@ LossOfAnswers = Callable[[AnswerSums], tuple[mx.array, dict[str, mx.array]]]
 """AnswerSums -> ((E,) losses, name -> (E,) numbers to report as means)."""
 
 
+class WholeSetLoss(Protocol):
+    """Measures an objective on a whole set, where a mean over batches would depend on the batches."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        arrays_of: Callable[[Batch], tuple[mx.array, ...]],
+        batches: Iterable[Batch],
+        ranks: Ranks,
+        counted: bool = True,
+    ) -> tuple[float, int, dict[str, float]]: ...
+
+    def above(self, given: Callable[[Callable[..., Any]], Callable[..., Any]]) -> WholeSetLoss:
+        """Return it with `given` around what computes the sums of a batch's answers."""
+        ...
+
+
 @dataclass(frozen=True)
+class BoundObjective:
+    """An objective's loss on a model, as steps and validations compute it.
+
+    Attributes:
+        loss: the sum of the loss, and the count to divide it by.
+        arrays_of: returns the loss's arguments for a batch.
+        prepare: brings all batches of a step into the form that the loss needs.
+        reports: names of the sums that the loss returns in addition to its own.
+        finish: see `Objective`.
+        rates: reads what a report of steps adds on the time since the last one.
+        whole_set: how a set is measured, if the loss is of whole answers; None: as a mean over tokens or examples.
+    """
+
+    loss: Loss
+    arrays_of: Callable[[Batch], tuple[mx.array, ...]] = Arrays.of
+    prepare: Callable[[list[Batch], Ranks], list[Batch]] = lambda batches, ranks: batches
+    reports: tuple[str, ...] = ()
+    finish: Callable[[dict[str, float]], dict[str, float]] = dict
+    rates: Callable[[], dict[str, float]] = dict
+    whole_set: WholeSetLoss | None = None
+
+
+@dataclass
+class RunRecord:
+    """What a run's header says, and what a resumed run must have in common with its checkpoint.
+
+    Attributes:
+        identity: name -> JSON value.
+        shared: name -> JSON value that all ranks must have in common, beside the identity.
+        lines: header lines of the objective.
+    """
+
+    identity: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+
+@dataclass
+class RunContext:
+    """A run, or a measurement, while it is built.
+
+    Attributes:
+        settings: replaced as open settings are chosen.
+        objective: of the run.
+        base: the model; an adapter is put on it.
+        ranks: the processes that train together.
+        functions: rewards that were given in Python, by what --reward calls them.
+        today: what chat templates show as today, unless --chat-date names a day; None: the day of the call.
+        trains: False: an adapter is only measured.
+        untrained: the model without an adapter, if `base` already has one.
+        resumed: the identity of the checkpoint to go on from; None: the run begins.
+        compute: what computes the numbers; None: not chosen yet.
+        memory: the plan; None: not planned yet.
+        record: what is said and kept.
+    """
+
+    settings: TrainSettings
+    objective: Objective
+    base: Base
+    ranks: Ranks = ALONE
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    today: date | None = None
+    trains: bool = True
+    untrained: Base | None = None
+    resumed: Mapping[str, Any] | None = None
+    compute: Compute | None = None
+    memory: MemoryPlan | None = None
+    record: RunRecord = field(default_factory=RunRecord)
+
+    @property
+    def plain_base(self) -> Base:
+        """The model without an adapter; until the run puts one on it, that is `base`."""
+        return self.untrained or self.base
+
+    @property
+    def chosen(self) -> Compute:
+        """What computes the numbers.
+
+        Raises:
+            ValueError: it is not chosen yet.
+        """
+        if self.compute is None:
+            raise ValueError("nothing has chosen what computes the run's numbers")
+        return self.compute
+
+
+@dataclass(frozen=True)
+class StepsDone:
+    """Where a run is when its next steps begin.
+
+    Attributes:
+        batches: planned batches that are done; the next one has this number.
+        steps: optimizer steps that are done.
+        of_steps: steps of the whole run.
+        epochs: passes over the data that are done.
+    """
+
+    batches: int
+    steps: int
+    of_steps: int
+    epochs: float
+
+
+class HeldOutBatches(Protocol):
+    """Batches to measure: a `BatchPlan`, or one whose answers are sampled."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, limit: int = -1, first: int = 0, every: int = 1) -> Iterator[Batch]: ...
+
+
+@dataclass(eq=False)
 class Objective:
-    """One objective, with its options bound.
+    """One objective, with its options bound. This class is imitation (sft); the others override what differs.
+
+    An instance belongs to one run: methods that take its context may keep state in it. They are listed in the order in
+    which a run calls them.
 
     Attributes:
         name: as in --objective.
@@ -79,6 +227,7 @@ class Objective:
         room: how many answers are sampled to a prompt, and the most tokens of one.
         reports: names of the numbers that the loss reports.
         finish: turns the means of these numbers into the numbers that users see.
+        updates: steps on the same batches; a run is saved and ended between them only.
     """
 
     name: str
@@ -94,6 +243,9 @@ class Objective:
     room: tuple[int, int] = (1, 0)
     reports: tuple[str, ...] = ()
     finish: Callable[[dict[str, float]], dict[str, float]] = dict
+    updates: int = 1
+
+    needs_data: ClassVar[bool] = True  # False: the run can write its own
 
     @property
     def samples(self) -> bool:
@@ -107,3 +259,96 @@ class Objective:
         if self.samples:
             return rows.with_room(*self.room)
         return rows.with_whole_rows() if self.likelihood == "rows" else rows
+
+    def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
+        """Refuse, before anything is loaded, what the objective's settings name and what cannot be used."""
+
+    def open(self, ctx: RunContext) -> None:
+        """Load what must be there before an adapter is on the base, such as reward models."""
+
+    def load_data(self, ctx: RunContext) -> DataSplits:
+        """Read the run's data and encode it.
+
+        Raises:
+            InputError: there is no usable data.
+        """
+        return self.read_data(ctx, ctx.settings.data)
+
+    def read_data(self, ctx: RunContext, data: DataSettings, teacher_prompt: str | None = None) -> DataSplits:
+        """Read some data for this objective; see `load_data`."""
+        seed = ctx.settings.loop.seed
+        splits = load_data(data, ctx.base.hf_tokenizer, seed, ctx.today, self.records, teacher_prompt)
+        return splits.changed(lambda sets: {name: self.targets_of(rows) for name, rows in sets.items()})
+
+    def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
+        """Return the sets with what another model says about their rows, while the base has no adapter.
+
+        Args:
+            ctx: of the run; its record may get a line.
+            sets: name -> rows.
+        """
+        return sets
+
+    def lay_out(self, ctx: RunContext, rows: EncodedSet) -> None:
+        """Choose loss and kernels (`ctx.compute`), and how the answers to a prompt lie in rows."""
+        ctx.compute = choose_compute(ctx.settings, ctx.base, rows)
+
+    def settled(self, settings: TrainSettings) -> TrainSettings:
+        """Return the settings with what `lay_out` decided."""
+        return settings
+
+    def arrange(self, data: DataSplits) -> DataSplits:
+        """Return the data with its rows in the layout that `lay_out` chose."""
+        return data
+
+    def after_fit(self, ctx: RunContext, data: DataSplits, shape: ModelShape) -> DataSplits:
+        """Do what needs the memory plan (`ctx.memory`, which it may change), and return the data.
+
+        Args:
+            ctx: of the run, with settings in which nothing is open.
+            data: rows apart.
+            shape: of the adapted model.
+        """
+        return data
+
+    def begin_measuring(self, ctx: RunContext, loss: Loss) -> None:
+        """Get ready to measure a set, where nothing is trained.
+
+        Args:
+            ctx: of the measurement; the adapter is on the base.
+            loss: of tokens, chosen for the base.
+        """
+
+    def held_out(self, plan: BatchPlan) -> HeldOutBatches:
+        """Return what is measured of held-out rows."""
+        return plan
+
+    def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> Loss:
+        """Return the loss that this objective computes of tokens, from that of cross-entropy."""
+        return loss
+
+    def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
+        """Return the loss on a model.
+
+        Args:
+            loss: of tokens, whose kernels are kept.
+            model: that is trained or measured.
+        """
+        return BoundObjective(loss)
+
+    def kept_choices(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what of a checkpoint's identity a resumed run may choose anew, as the checkpoint has it."""
+        return {}
+
+    def header_words(self, plan: BatchPlan, ctx: RunContext) -> list[str]:
+        """Return words for the header's line on the run."""
+        return []
+
+    def steps(self, batches: list[Batch], done: StepsDone) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of each of the next `updates` optimizer steps.
+
+        Args:
+            batches: planned, the same for all of these steps.
+            done: where the run is.
+        """
+        yield batches

@@ -1,6 +1,4 @@
-"""Distill from a teacher: what it says about each trained token, and the loss of answers that the student samples itself.
-
-For data with answers, the teacher's records are computed once, before the first step:
+"""Distill from a teacher: what it says about each trained token, computed once before the first step.
 
     <cache>/teacher/<key>/     the records of one set's rows (data/teacher_table.py, data/teacher_table.py)
 
@@ -9,67 +7,121 @@ much of its distribution is kept, the temperature, the dtype, the device. So a s
 are missing or damaged are computed again, in the same batches as before, which gives the same bytes. The teacher is only
 loaded if rows are missing, and freed before the student is adapted.
 
-For the student's own answers (--on-policy), the teacher stays in memory:
+Answers that the student samples itself (--on-policy) are in objectives/on_policy.py.
 
-    --divergence forward_kl | reverse_kl | jsd    the teacher's likeliest tokens at each sampled position, compared with the
-                                                  student's distribution there (GKD with lambda 1, arXiv 2306.13649); the
-                                                  gradient goes through the whole distribution
-    --divergence sampled_kl                       the teacher's log-probability of the sampled token alone, as the advantage
-                                                  of a policy gradient (losses/divergence.py)
-
-It is asked right after a rollout, and its numbers stay with the batch, so that further updates on the same answers do not
-ask again. No gradient goes through the choice of the tokens.
-
-Shapes: B rows, T columns, P positions, N bins, k likeliest tokens, V vocabulary.
+Shapes: P positions, W bytes of a record.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_lora.config.objectives import OF_SAMPLING, OF_WRITING, ObjectiveSettings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.load import DataSplits
+from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.teacher_table import MOST_KEPT_BYTES, RowStore, TableFormat, TeacherTable, evict, used_bytes
 from mlx_lora.losses.check import choose_loss
-from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction
+from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.losses.divergence import (
-    KL,
+    FORWARD_KL,
+    REVERSE_KL,
     SAMPLED_KL,
     DivergenceOptions,
+    distill_arrays,
     distill_loss,
     head_of,
     known_of_batch,
-    sampled_kl,
 )
-from mlx_lora.models.head import Head
 from mlx_lora.models.load import Base, check_token_ids
-from mlx_lora.objectives.policy_task import LENGTHS, OLD, TRUNCATED
-from mlx_lora.objectives.table import objective_of
-from mlx_lora.objectives.teacher import Teacher, TeacherFacts, as_seen, facts_of, load_teacher
+from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
+from mlx_lora.objectives.teacher import TEACHER, check_teacher, facts_of, load_teacher, teacher_key, teacher_name
+from mlx_lora.objectives.teacher_answers import read_answered
 from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.rollouts.sharing import of_own_rows
-from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import cache_dir, free_on_disk, sha256_of
 from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import counted, gigabytes
 
-# Before the run
-
-TEACHER = "teacher"  # in a checkpoint's identity, and the folder in the cache
-FORMAT = 1  # part of the key: raise it if the same teacher would give other bytes
+REPORTS = ("kl",)
 SENT_BYTES = 16 << 20  # at a time, to ranks on other machines
+
+# The objective
+
+
+def distill(settings: ObjectiveSettings) -> Objective:
+    """Return the objective of --objective distill."""
+    name = settings.divergence or (REVERSE_KL if settings.on_policy else FORWARD_KL)
+    options = DivergenceOptions(
+        name, settings.jsd_beta, settings.distill_temp, settings.teacher_top_k, reports_reverse=settings.on_policy
+    )
+    words = f"distill: {name}"
+    words += f" {settings.jsd_beta:g}" if name == "jsd" else ""
+    words += f", temperature {settings.distill_temp:g}" if settings.distill_temp != 1 else ""
+    if not settings.on_policy:
+        _refuse_sampling(settings)
+        return Distillation("distill", description=words, distills=options, reports=REPORTS)
+    from mlx_lora.objectives.on_policy import on_policy  # sampling is only imported where it is asked for
+
+    return on_policy(settings, options, words)
+
+
+@dataclass(eq=False)
+class Distillation(Objective):
+    """Distillation on the data's answers, or on those that the teacher or the base writes before the run."""
+
+    needs_data = False
+
+    def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
+        read_teacher_prompt(settings.teacher_prompt)  # a file that is not there is told now
+
+    def open(self, ctx: RunContext) -> None:
+        check_teacher(ctx.settings, ctx.base.hf_tokenizer)
+
+    def load_data(self, ctx: RunContext) -> DataSplits:
+        return read_answered(self, ctx)
+
+    def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
+        """Return the sets with what the teacher says about each trained token."""
+        taught = with_teacher(ctx.settings, ctx.plain_base, sets, self._options, ctx.ranks)
+        ctx.record.lines.append(taught.words)
+        ctx.record.identity |= taught.identity
+        return taught.sets
+
+    def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> Loss:
+        return distill_loss(loss, ctx.base.model, ctx.base.config, self._options, rows, self.description)
+
+    def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
+        return BoundObjective(loss, distill_arrays, reports=self.reports, finish=self.finish)
+
+    @property
+    def _options(self) -> DivergenceOptions:
+        if self.distills is None:
+            raise ValueError("distillation without a divergence")
+        return self.distills
+
+
+def _refuse_sampling(settings: ObjectiveSettings) -> None:
+    """Refuse options of sampling for a run that samples nothing."""
+    if settings.divergence == SAMPLED_KL:
+        raise InputError(f"--divergence {SAMPLED_KL}: it needs sampled answers; add --on-policy, or give reverse_kl")
+    for name in [one for one in OF_SAMPLING if one not in OF_WRITING]:  # a teacher may write answers
+        if getattr(settings, name) != getattr(ObjectiveSettings, name):
+            raise InputError(f"--{name.replace('_', '-')} without --on-policy: nothing is sampled; leave it out")
+
+
+# Before the run
 
 
 @dataclass(frozen=True)
@@ -80,42 +132,36 @@ class Taught:
         sets: name -> rows, with what the teacher says about them.
         words: a line for the run header; empty without a teacher.
         identity: what a resumed run must have in common with its checkpoint.
-        scorer: the teacher in memory, which scores sampled answers; None: what it says is on disk.
     """
 
     sets: dict[str, EncodedSet]
     words: str = ""
     identity: dict[str, Any] = field(default_factory=dict)
-    scorer: Scorer | None = None
 
 
 def with_teacher(
     settings: TrainSettings,
     base: Base,
     sets: dict[str, EncodedSet],
+    options: DivergenceOptions,
     ranks: Ranks = ALONE,
 ) -> Taught:
-    """Return the sets with what the teacher says about each trained token; about sampled ones, the teacher itself.
+    """Return the sets with what the teacher says about each trained token.
 
     Args:
         settings: of the run.
         base: of the student, not yet adapted: without --teacher, it is the teacher. Their tokenizers have been compared.
-        sets: examples or prompts, with `teacher` rows if the teacher sees a prompt of its own.
+        sets: examples, with `teacher` rows if the teacher sees a prompt of its own.
+        options: how they are compared.
         ranks: rank 0 computes, and all ranks get the same bytes.
 
     Raises:
         InputError: the teacher cannot be used, or there is no room on the disk.
         RunError: its probabilities could not be written.
     """
-    objective = objective_of(settings.objective)
-    options = objective.distills
-    if options is None:
-        return Taught(sets)
-    if objective.samples:
-        return _in_memory(settings, base, sets, options, ranks)
     facts = facts_of(settings, base)
     form = TableFormat.of(facts.vocabulary, options.top_k)
-    key = ranks.from_first(_key(settings, facts, form))
+    key = ranks.from_first(teacher_key(settings, facts, form))
     folders = {name: cache_dir(TEACHER) / sha256_of(f"{key} {rows.fingerprint}")[:32] for name, rows in sets.items()}
     evict(cache_dir(TEACHER), MOST_KEPT_BYTES, list(folders.values()))
     seconds = 0.0
@@ -126,7 +172,7 @@ def with_teacher(
             if any(len(rows) for rows in left.values()):
                 _check_room(sets, form)
                 start = time.perf_counter()
-                _compute_missing(settings, base, sets, stores, left, form)
+                _compute_missing(settings, base, sets, stores, left, form, options)
                 seconds = time.perf_counter() - start
         ranks.meet()
         stores = {name: _store(folders[name], rows, form) for name, rows in sets.items()}
@@ -142,31 +188,6 @@ def with_teacher(
     }
     words = _header_line(settings, base, sets, form, list(folders.values()), seconds)
     return Taught(found, words, {TEACHER: key})
-
-
-def _in_memory(
-    settings: TrainSettings, base: Base, sets: dict[str, EncodedSet], options: DivergenceOptions, ranks: Ranks
-) -> Taught:
-    """Return the teacher of answers that are sampled during the run."""
-    facts, teacher = facts_of(settings, base), Teacher.of(settings, base)
-    seen = [rows.teacher or rows for rows in sets.values()]
-    highest = max((int(rows.tokens.max(initial=0)) for rows in seen), default=0)
-    check_token_ids(teacher.base, highest, f"--teacher {teacher.base.model_id}")
-    key = ranks.from_first(_key(settings, facts, TableFormat.of(facts.vocabulary, options.top_k)))
-    held = (
-        f"{gigabytes(teacher.base.size_bytes)} beside the student"
-        if settings.objective.teacher
-        else "no copy of weights"
-    )
-    words = f"Teacher: {_name(settings, base)}; stays in memory ({held}) and scores each sampled token"
-    return Taught(sets, words, {TEACHER: key}, Scorer.of(teacher, options, facts.vocabulary))
-
-
-def _key(settings: TrainSettings, facts: TeacherFacts, form: TableFormat) -> str:
-    """Return a name for everything that the records depend on, except the rows."""
-    parts = [FORMAT, facts.identity, form.vocabulary, form.top_k, settings.objective.distill_temp]
-    parts += [str(device.compute_dtype(settings.model.dtype)), settings.loop.kernels, device.measured_on()]
-    return sha256_of(json.dumps(parts))[:32]
 
 
 def _store(folder: Path, rows: EncodedSet, form: TableFormat) -> RowStore:
@@ -196,15 +217,14 @@ def _compute_missing(
     stores: dict[str, RowStore],
     left: dict[str, np.ndarray],
     form: TableFormat,
+    options: DivergenceOptions,
 ) -> None:
     """Load the teacher, compute the records of the rows that are left, write them, and let the teacher go."""
     teacher = load_teacher(settings, base)
-    model, options = teacher.model, objective_of(settings.objective).distills
+    model = teacher.model
     loss = choose_loss(model, teacher.config, settings.loop.kernels)
     head, done = head_of(loss, model, teacher.config), 0
     model.eval()
-    if options is None:
-        raise ValueError("an objective without a teacher")
     options = replace(options, vocabulary=form.vocabulary)
     total = sum(int(rows.supervised_counts[left[name]].sum()) for name, rows in sets.items())
     with long_task("Teacher", total, "tokens") as task:
@@ -300,191 +320,6 @@ def _header_line(
     )
     when = f"computed in {seconds:.1f} s" if seconds else "from an earlier run"
     return (
-        f"Teacher: {_name(settings, base)}; of {counted(tokens, 'token')}, {kept}, in {size / max(1, tokens):,.0f} bytes each "
+        f"Teacher: {teacher_name(settings, base)}; of {counted(tokens, 'token')}, {kept}, in {size / max(1, tokens):,.0f} bytes each "
         f"({size / 1e6:.1f} MB on disk), {when}"
     )
-
-
-def _name(settings: TrainSettings, base: Base) -> str:
-    """Return the teacher's name for the run header, and whether it sees a prompt of its own."""
-    objective = settings.objective
-    name = objective.teacher or f"{base.model_id} as it is"
-    return f"{name}, with a prompt of its own" if objective.teacher_prompt else name
-
-
-# The student's own answers
-
-# What a batch of sampled answers has of the teacher: (B, T) of each target, or (B, T, N) and (B, T, k).
-LOGP, BINS, IDS = "teacher_logp", "teacher_bins", "teacher_ids"
-FACTS = slice(5, 8)  # of the arrays of a batch: after `Arrays`
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """A teacher that scores sampled answers.
-
-    Attributes:
-        teacher: its model.
-        options: what is compared, and of how many tokens, which both models have.
-        vocabulary: their number.
-        head: of its model; None: its own logits are used.
-    """
-
-    teacher: Teacher
-    options: DivergenceOptions
-    vocabulary: int
-    head: Head | None
-
-    @classmethod
-    def of(cls, teacher: Teacher, options: DivergenceOptions, vocabulary: int) -> Scorer:
-        """Return it for a number of tokens that teacher and student have."""
-        head = head_of(teacher.loss, teacher.base.model, teacher.base.config)
-        return cls(teacher, replace(options, vocabulary=vocabulary), vocabulary, head)
-
-    @property
-    def uses_old(self) -> bool:
-        """Whether further updates need the probabilities with which the answers were sampled."""
-        return self.options.divergence == SAMPLED_KL
-
-    @property
-    def bins(self) -> tuple[int, int]:
-        """The numbers N and k of one position; k is 0 if every token is known, or the sampled one alone."""
-        top_k = self.options.top_k
-        if self.uses_old:
-            return 1, 0
-        return (top_k + 1, top_k) if 0 < top_k < self.vocabulary - 1 else (self.vocabulary, 0)
-
-    def scored(self, batch: Batch, rows: EncodedSet, own: np.ndarray, ranks: Ranks) -> Batch:
-        """Return a batch of sampled answers with what the teacher says about them.
-
-        Args:
-            batch: with answers.
-            rows: the set that its row numbers are of.
-            own: the rows that this rank asks about.
-            ranks: that ask about the others.
-
-        Raises:
-            RunError: the student sampled a token that the teacher does not have, or the teacher's answer is not finite.
-        """
-        self._check(batch)
-        bins, top_k = self.bins
-
-        def ask(part: Batch) -> np.ndarray:
-            return self.teacher.logps(part, rows)[..., None] if self.uses_old else self._distributions(part, rows)
-
-        found = of_own_rows(ask, batch, own, ranks, (bins + top_k,))
-        if not np.isfinite(found).all():
-            raise RunError("the teacher's probabilities are not finite; try --dtype float32, or another teacher")
-        sampled = dict(batch.sampled or {})
-        sampled[LOGP if self.uses_old else BINS] = found[..., 0] if self.uses_old else found[..., :bins]
-        if top_k:
-            sampled[IDS] = found[..., bins:].astype(np.int32)
-        return replace(batch, sampled=sampled)
-
-    def _check(self, batch: Batch) -> None:
-        """Refuse a sampled token that the teacher's embedding has no row for: MLX would read memory beyond it."""
-        rows, highest = self.teacher.base.token_rows, int(batch.targets[batch.mask].max(initial=0))
-        if rows is not None and highest >= rows:
-            raise RunError(
-                f"the model sampled token {highest}, and the teacher only has {rows} tokens; give a teacher with as many as "
-                "the student, or --min-p 0.01"
-            )
-
-    def _distributions(self, batch: Batch, rows: EncodedSet) -> np.ndarray:
-        """Return the log-probabilities and the ids that they are of at each trained target, (B, T, N + k) float32.
-
-        An id is exact as a float32: there are fewer than 2^24.
-        """
-        seen = batch if rows.teacher is None else as_seen(batch, rows)
-        parts = []
-        for known in known_of_batch(self.teacher.base.model, self.head, seen, self.options):
-            columns = [known.logps] if known.ids is None else [known.logps, known.ids.astype(mx.float32)]
-            parts.append(np.array(mx.concatenate(columns, axis=-1)))
-        found = np.zeros((*batch.mask.shape, sum(self.bins)), np.float32)
-        if parts:
-            found[batch.mask] = np.concatenate(parts)
-        return found
-
-
-class AnswerFacts(NamedTuple):
-    """What is reported of the answers of a batch, on the device.
-
-    Attributes:
-        lengths, truncated, real: (B,) float32.
-    """
-
-    lengths: mx.array
-    truncated: mx.array
-    real: mx.array
-
-    def sums(self) -> dict[str, mx.array]:
-        """Return sums over real answers, by the names of reports."""
-        return {
-            "length": (self.lengths * self.real).sum(),
-            "truncated": (self.truncated * self.real).sum(),
-            "answers": self.real.sum(),
-        }
-
-
-def taught_arrays(batch: Batch) -> tuple[mx.array, ...]:
-    """Copy a batch of sampled answers with what a teacher says about them to the device.
-
-    Returns:
-        `Arrays`, `AnswerFacts`; then the teacher's log-probability of each position, that of the student as it sampled it
-        (P,) and whether that is the student's own (1,); or the teacher's bins (P, N) and, unless it has all tokens, their
-        ids (P, k).
-    """
-    sampled = batch.sampled
-    if sampled is None:
-        raise ValueError("a batch without sampled answers")
-
-    def at_positions(name: str) -> mx.array:
-        values = sampled[name]
-        return mx.array(values.reshape(-1, *values.shape[2:])[batch.positions])
-
-    facts = [mx.array(sampled[name]) for name in (LENGTHS, TRUNCATED)]
-    both = (*Arrays.of(batch), *facts, mx.array(batch.real.astype(np.float32)))
-    if LOGP not in sampled:
-        return (*both, *(at_positions(name) for name in (BINS, IDS) if name in sampled))
-    teacher, is_own = at_positions(LOGP), OLD not in sampled
-    return (*both, teacher, mx.zeros_like(teacher) if is_own else at_positions(OLD), mx.array([float(is_own)]))
-
-
-def taught_loss(loss: Loss, model: nn.Module, config: dict[str, Any], options: DivergenceOptions, words: str) -> Loss:
-    """Return the loss of sampled answers that a teacher scored; a mean over tokens.
-
-    Args:
-        loss: of tokens, at the temperature of distillation.
-        model, config: the model and its config.json.
-        options: what is compared.
-        words: on the objective, for the run header.
-    """
-    if options.divergence == SAMPLED_KL:
-        measure = _sampled(loss.measure_tokens or loss.tokens)
-        return replace(loss, train=_sampled(loss.tokens), measure=measure, description=f"{words}; {loss.description}")
-    whole = distill_loss(loss, model, config, options, None, words)
-    return replace(whole, train=_compared(whole.train), measure=_compared(whole.measure))
-
-
-def _compared(of_tokens: LossFunction) -> LossFunction:
-    """Return a loss of distributions that also reports facts about answers."""
-
-    def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-        total, count, reports = of_tokens(model, *batch[: FACTS.start], *batch[FACTS.stop :])
-        return total, count, reports | AnswerFacts(*batch[FACTS]).sums()
-
-    return summed
-
-
-def _sampled(tokens: Callable[..., mx.array]) -> LossFunction:
-    """Return the loss of the sampled tokens' log-probabilities, from the losses of tokens."""
-
-    def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-        arrays, (teacher, old, is_own) = Arrays(*batch[:5]), batch[FACTS.stop :]
-        logps = -tokens(model, *arrays)  # (P,)
-        losses = sampled_kl(logps, mx.where(is_own > 0, mx.stop_gradient(logps), old), teacher)
-        real = arrays.weights > 0
-        kl = mx.where(real, mx.stop_gradient(logps) - teacher, 0.0).sum()
-        return mx.where(real, losses, 0.0).sum(), arrays.weights.sum(), {KL: kl} | AnswerFacts(*batch[FACTS]).sums()
-
-    return summed

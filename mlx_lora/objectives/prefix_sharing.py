@@ -43,7 +43,7 @@ from mlx_lora.losses.cross_entropy import Arrays, Loss
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import embedding_rows
 from mlx_lora.models.prefix_attention import rotate_by_token, unshareable
-from mlx_lora.objectives.policy_task import LENGTHS
+from mlx_lora.objectives.policy_arrays import LENGTHS
 from mlx_lora.planner.shapes import ModelShape
 
 # Rows of a set

@@ -17,7 +17,7 @@ from mlx_lora.data.examples import Completion, Conversation
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.models.head import SCORE
 from mlx_lora.models.load import Base
-from mlx_lora.objectives.task import row_log_probabilities, score_loss
+from mlx_lora.objectives.answers import row_log_probabilities, score_loss
 from mlx_lora.utils.errors import InputError
 
 

@@ -1,26 +1,11 @@
-"""The loss of a plan's tokens: that of an objective, or with a teacher, the divergence from it."""
+"""Imitation: cross-entropy on the tokens of the data's answers. All of it is what `Objective` does by itself."""
 
 from __future__ import annotations
 
-from mlx_lora.losses.cross_entropy import Loss
-from mlx_lora.losses.divergence import distill_loss
-from mlx_lora.models.load import Base
+from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.objectives.base import Objective
-from mlx_lora.objectives.distill import taught_loss
-from mlx_lora.rollouts.rollout import AnyPlan, RolloutPlan
 
 
-def loss_of_plan(objective: Objective, loss: Loss, base: Base, plan: AnyPlan) -> Loss:
-    """Return the loss that an objective computes of a plan's tokens.
-
-    Args:
-        objective: of the run.
-        loss: of tokens, chosen for the model.
-        base: the model that is trained or measured.
-        plan: its batches; what a teacher says about them is in the data, or comes with the answers.
-    """
-    if objective.distills is None:
-        return loss
-    if isinstance(plan, RolloutPlan) and plan.scorer is not None:
-        return taught_loss(loss, base.model, base.config, plan.scorer.options, objective.description)
-    return distill_loss(loss, base.model, base.config, objective.distills, plan.rows, objective.description)
+def sft(settings: ObjectiveSettings) -> Objective:
+    """Return the objective of --objective sft, which has no options of its own."""
+    return Objective("sft")

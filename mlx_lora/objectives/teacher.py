@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from mlx_lora.config.settings import ModelSettings, TrainSettings
 from mlx_lora.data.batch import EMPTY, Batch
 from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.teacher_table import TableFormat
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.models.convert import folder_of
@@ -30,10 +31,14 @@ from mlx_lora.models.folder import base_fingerprint, load_weights, model_sample,
 from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base, embedding_rows, load_base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
-from mlx_lora.objectives.policy_task import at_temperature, token_logps
+from mlx_lora.objectives.policy_arrays import at_temperature, token_logps
+from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import sha256_of
 from mlx_lora.utils.hub import resolve_model
 
+TEACHER = "teacher"  # in a checkpoint's identity, and the folder in the cache
+FORMAT = 1  # part of the key: raise it if the same teacher would give other bytes
 # Names that converters give to the rows of an embedding that no token has.
 PADDING = re.compile(r"\[PAD\d+\]")
 
@@ -266,3 +271,17 @@ def _same_length(one: list[str], other: list[str]) -> tuple[list[str | None], li
 
 def _shown(token: str | None) -> str:
     return "none" if token is None else repr(token)
+
+
+def teacher_key(settings: TrainSettings, facts: TeacherFacts, form: TableFormat) -> str:
+    """Return a name for everything that a teacher's records depend on, except the rows."""
+    parts = [FORMAT, facts.identity, form.vocabulary, form.top_k, settings.objective.distill_temp]
+    parts += [str(device.compute_dtype(settings.model.dtype)), settings.loop.kernels, device.measured_on()]
+    return sha256_of(json.dumps(parts))[:32]
+
+
+def teacher_name(settings: TrainSettings, base: Base) -> str:
+    """Return the teacher's name for the run header, and whether it sees a prompt of its own."""
+    objective = settings.objective
+    name = objective.teacher or f"{base.model_id} as it is"
+    return f"{name}, with a prompt of its own" if objective.teacher_prompt else name

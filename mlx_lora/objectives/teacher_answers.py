@@ -21,14 +21,15 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_lora.config.fields import flag_of
-from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.objectives import OF_WRITING, ObjectiveSettings
 from mlx_lora.config.settings import DataSettings, LoopSettings, TrainSettings
 from mlx_lora.data.examples import Fields
-from mlx_lora.data.load import prompt_encoder
+from mlx_lora.data.load import DataSplits, prompt_encoder
 from mlx_lora.data.prompts import Prompt, encode_prompts, read_teacher_prompt, with_answer
 from mlx_lora.data.read import SplitRows
 from mlx_lora.data.report import reasons
 from mlx_lora.models.load import Base
+from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.synthetic_prompts import (
     has_unanswered,
     own_prompts,
@@ -37,7 +38,6 @@ from mlx_lora.objectives.synthetic_prompts import (
     write_records,
     written_data,
 )
-from mlx_lora.objectives.table import OF_WRITING
 from mlx_lora.objectives.teacher import facts_of, load_teacher
 from mlx_lora.parallel.ranks import Ranks
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, write_texts
@@ -104,6 +104,15 @@ def data_with_answers(settings: TrainSettings, base: Base, ranks: Ranks, today: 
         folder = kept_folder(settings.loop, trains) or _written(settings, base, today)
     folder = _on_every_rank(folder, ranks)
     return Given(written_data(data, folder), folder, words)
+
+
+def read_answered(objective: Objective, ctx: RunContext) -> DataSplits:
+    """Read the data of a run of distillation, after a teacher has answered what had no answer; see `Objective.load_data`."""
+    given = data_with_answers(ctx.settings, ctx.plain_base, ctx.ranks, ctx.today or date.today(), ctx.trains)
+    splits = objective.read_data(ctx, given.data, read_teacher_prompt(ctx.settings.objective.teacher_prompt))
+    if given.folder is None:
+        return splits
+    return replace(splits, report=replace(splits.report, data=given.words), written=given.folder)
 
 
 def _written(settings: TrainSettings, base: Base, today: date) -> Path:

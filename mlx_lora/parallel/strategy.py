@@ -178,7 +178,7 @@ def reseed(seed: int, step: int, rank: int) -> None:
 
 
 class Batches(Protocol):
-    """A held-out plan, as `BatchPlan` and `RolloutPlan` are."""
+    """A held-out plan, as `BatchPlan` and `HeldOutRollouts` are."""
 
     def __len__(self) -> int: ...
 

@@ -1,15 +1,12 @@
 """Sample the answers that a step trains on: prompts in, a batch with answers, rewards and advantages out.
 
-Or, in place of rewards, with what a teacher says about the answers (objectives/distill.py).
+Or, in place of rewards, with what a teacher says about the answers (objectives/on_policy.py).
 
 A planned batch has G rows for each prompt, with room for answers (EncodedSet.with_room), so memory and shapes are known
-before the run. When the loop asks for a batch, the model as it is then answers its prompts, the answers are put into the
-rows, and their rewards are computed. What is sampled depends on the adapter, the seed and the batch's number only, so a
-resumed run samples the same answers.
-
-The `grad_accumulation_steps` batches of a step are a cycle: they are answered together, several ranks divide their prompts
-(rollouts/sharing.py), and with several updates per rollout they are trained on `updates_per_rollout` times. A run
-is only saved and ended between cycles.
+before the run. At the beginning of a step (`steps` of objectives/sampled.py) the model as it is then answers the prompts of
+the step's batches, of which several ranks divide the prompts (rollouts/sharing.py); the answers are put into the rows, and
+their rewards are computed. What is sampled depends on the adapter, the seed and the batch's number only, so a resumed run
+samples the same answers. With several updates per rollout, a run is only saved and ended between rollouts.
 
 Shapes: A = N G rows, T columns.
 """
@@ -21,22 +18,21 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.batch import EMPTY, Batch
+from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.prompts import example_with_answer
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.losses.policy import group_advantages, leave_one_out_advantages
 from mlx_lora.models.load import Base
-from mlx_lora.objectives.distill import Scorer
-from mlx_lora.objectives.policy_task import ADVANTAGES, LENGTHS, OLD, REFERENCE, REWARDS, TRUNCATED, token_logps
+from mlx_lora.objectives.policy_arrays import ADVANTAGES, LENGTHS, OLD, REFERENCE, REWARDS, TRUNCATED, token_logps
 from mlx_lora.objectives.prefix_sharing import Joining, apart, by_answer, slots_of, sums_of_answers
-from mlx_lora.objectives.task import Task
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.rollouts.decode import SamplingForm
 from mlx_lora.rollouts.rewards import Reward, SilentRewards, TrainerState, reports_of, rewards_for, summed
@@ -68,9 +64,22 @@ class Spent:
         return found
 
 
+class Scorer(Protocol):
+    """A teacher that scores sampled answers (objectives/on_policy.py)."""
+
+    @property
+    def uses_old(self) -> bool:
+        """Whether further updates need the probabilities with which the answers were sampled."""
+        ...
+
+    def scored(self, batch: Batch, rows: EncodedSet, own: np.ndarray, ranks: Ranks) -> Batch:
+        """Return a batch of sampled answers with what the teacher says about them."""
+        ...
+
+
 @dataclass(frozen=True)
-class Answering:
-    """What a rollout needs beside its prompts.
+class Rollouts:
+    """Samples answers to the prompts of planned batches, and rewards or scores them.
 
     Attributes:
         base: with the adapter as it is trained.
@@ -84,6 +93,7 @@ class Answering:
         spent: time and tokens of sampling.
         state: where the run is, for rewards that take it.
         silent: counts rewards that gave nothing to a batch.
+        ranks: that answer the prompts of a step together.
     """
 
     base: Base
@@ -97,6 +107,7 @@ class Answering:
     spent: Spent = field(default_factory=Spent)
     state: TrainerState = field(default_factory=TrainerState)
     silent: SilentRewards = field(default_factory=SilentRewards)
+    ranks: Ranks = ALONE
 
     @classmethod
     def of(
@@ -108,13 +119,28 @@ class Answering:
         form: SamplingForm,
         scorer: Scorer | None = None,
         joining: Joining | None = None,
-    ) -> Answering:
+        ranks: Ranks = ALONE,
+    ) -> Rollouts:
         """Return it for an adapted base that is not yet trained."""
-        return cls(base, settings, rewards, loss, base.model.trainable_parameters(), form, scorer, joining)
+        start = base.model.trainable_parameters()
+        return cls(base, settings, rewards, loss, start, form, scorer, joining, ranks=ranks)
 
-    def reported(self, task: Task) -> Task:
-        """Return a task whose steps also report the rate of sampling and its share of the time."""
-        return replace(task, rates=self.spent.read)
+    def run(self, batches: Sequence[Batch], rows: EncodedSet, first: int, state: TrainerState) -> list[Batch]:
+        """Return the batches of a step with sampled answers in their rows; all ranks get all of them.
+
+        Args:
+            batches: planned, of rows with room for answers.
+            rows: the set that they are of.
+            first: the number of the first one in the run; it decides the random streams, so that a resumed run samples the
+                same answers.
+            state: where the run is, for rewards that take it.
+
+        Raises:
+            RunError: a reward failed.
+        """
+        self.state.global_step, self.state.max_steps, self.state.epoch = state.global_step, state.max_steps, state.epoch
+        planned = [planned_rollout(batch, rows, first + place) for place, batch in enumerate(batches)]
+        return self.answer(planned, True, self.ranks)
 
     def answer(self, planned: Sequence[Planned], trains: bool, ranks: Ranks = ALONE) -> list[Batch]:
         """Return planned batches with sampled answers in their rows.
@@ -297,93 +323,39 @@ class Answering:
         return replace(batch, sampled=sampled)
 
 
-class RolloutPlan:
-    """A plan of batches whose answers are sampled when a batch is asked for; it takes the place of a `BatchPlan`."""
+class HeldOutRollouts:
+    """Held-out batches whose answers are sampled when they are measured; each prompt has the same random streams every time."""
 
-    def __init__(self, plan: BatchPlan, answering: Answering, held_out: bool = False, ranks: Ranks = ALONE):
-        """Answer the prompts of a plan.
+    def __init__(self, plan: BatchPlan, rollouts: Rollouts):
+        """Set up.
 
         Args:
             plan: of rows with room for answers.
-            answering: how.
-            held_out: whether the prompts are only measured; then each has the same random streams every time.
-            ranks: that answer the prompts of a step together; a held-out batch is answered by the rank that asks for it.
+            rollouts: answers and rewards, or scores, them; a batch is answered by the rank that asks for it.
         """
-        loop = answering.settings.loop
-        self._ranks = ranks
-        self.prompts, self._answering, self._held_out = plan, answering, held_out
-        self._cycle = loop.grad_accumulation_steps
-        self._updates = 1 if held_out else answering.settings.objective.updates_per_rollout
-        self._kept: dict[int, Batch] = {}
-        # With --epochs the last cycle may be shorter: what is not trained on is not sampled.
-        self._last = None if loop.iters is not None else max(1, math.ceil(len(self) * (loop.epochs or 1.0)))
-        self._steps = loop.iters or math.ceil((self._last or 0) / self._cycle)
+        self.rows, self.rollouts, self._plan = plan.rows, rollouts, plan
 
     def __len__(self) -> int:
-        """Return the number of batches per epoch, each as often as it is trained on."""
-        return len(self.prompts) * self._updates
-
-    @property
-    def answering(self) -> Answering:
-        """What samples and rewards the answers."""
-        return self._answering
-
-    @property
-    def updates(self) -> int:
-        """How many steps train on the same answers; a run is saved and ended between them only."""
-        return self._updates
-
-    @property
-    def scorer(self) -> Scorer | None:
-        """What scores the answers as the teacher; None: they are rewarded."""
-        return self._answering.scorer
-
-    @property
-    def rows(self) -> Any:
-        """The prompts' rows."""
-        return self.prompts.rows
-
-    @property
-    def shapes(self) -> set[tuple[int, int, int]]:
-        """All (B, T, P) that are planned; what is sampled may need fewer columns."""
-        return self.prompts.shapes
-
-    @property
-    def padding_fraction(self) -> float:
-        """The fraction of an epoch's positions without a token, if every answer takes all of its room."""
-        return self.prompts.padding_fraction
-
-    def batch(self, epoch: int, index: int) -> Batch:
-        """Return batch `index` of `epoch`, sampled with those that follow in its cycle, or before."""
-        number_of_all = epoch * len(self) + index
-        cycle, place = divmod(number_of_all, self._cycle * self._updates)
-        number = cycle * self._cycle + place % self._cycle
-        if number not in self._kept:
-            if place == 0:
-                self._kept.clear()
-                self._answering.state.global_step = number_of_all // self._cycle
-                self._answering.state.max_steps = self._steps
-                self._answering.state.epoch = number_of_all / len(self)
-            left = self._cycle if self._last is None else self._last - (number_of_all - place)
-            numbers = range(number, max(number + 1, cycle * self._cycle + min(self._cycle, left)))
-            planned = [self._planned(*divmod(one, len(self.prompts)), one) for one in numbers]
-            self._kept |= zip(numbers, self._answering.answer(planned, True, self._ranks), strict=True)
-        return self._kept[number]
+        return len(self._plan)
 
     def batches(self, limit: int = -1, first: int = 0, every: int = 1) -> Iterator[Batch]:
-        """Yield the first `limit` batches of epoch 0 (-1: all), for validation; see `BatchPlan.batches`."""
+        """Yield the first `limit` batches (-1: all), answered; see `BatchPlan.batches`."""
         count = len(self) if limit < 0 else min(limit, len(self))
-        planned = (self._planned(0, index, HELD_OUT_STREAM + index) for index in range(first, count, every))
-        return (self._answering.answer([one], trains=not self._held_out)[0] for one in planned)
-
-    def _planned(self, epoch: int, index: int, rollout: int) -> Planned:
-        batch = self.prompts.batch(epoch, index)
-        if batch.numbers is None or self.prompts.rows.facts is None:
-            raise ValueError("a plan of other rows than prompts")
-        numbers = batch.numbers[:: batch.group]
-        facts = [self.prompts.rows.facts[number // batch.group] for number in numbers if number != EMPTY]
-        return Planned(batch, facts, rollout, self.prompts.rows)
+        for index in range(first, count, every):
+            planned = planned_rollout(self._plan.batch(0, index), self.rows, HELD_OUT_STREAM + index)
+            yield self.rollouts.answer([planned], trains=False)[0]
 
 
-AnyPlan = BatchPlan | RolloutPlan
-"""Batches whose answers are in the data, or are sampled."""
+def planned_rollout(batch: Batch, rows: EncodedSet, number: int) -> Planned:
+    """Return a planned batch with what rewards see of its prompts.
+
+    Args:
+        batch: of rows with room for answers.
+        rows: the set that it is of.
+        number: of the rollout, which decides the random streams.
+    """
+    if batch.numbers is None or rows.facts is None:
+        raise ValueError("a batch of other rows than prompts")
+    numbers = batch.numbers[:: batch.group]
+    facts = [rows.facts[example // batch.group] for example in numbers if example != EMPTY]
+    return Planned(batch, facts, number, rows)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -32,15 +32,10 @@ from mlx_lora.data.batch import Batch
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.check import choose_loss
-from mlx_lora.losses.cross_entropy import Loss
-from mlx_lora.models.load import Base
-from mlx_lora.objectives.base import Objective
-from mlx_lora.objectives.sft import loss_of_plan
-from mlx_lora.objectives.task import Task, task_of, whole_set_loss
+from mlx_lora.objectives.base import BoundObjective, RunContext
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.strategy import called_together, own_batches
 from mlx_lora.parallel.tensor import is_cut, row_ranks
-from mlx_lora.rollouts.rollout import AnyPlan
 from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.progress import tracked
 from mlx_lora.utils.text import counted
@@ -82,6 +77,7 @@ def choose_held_out(
     plan: BatchPlan,
     steps: int,
     identity: Mapping[str, Any] | None = None,
+    updates: int = 1,
 ) -> HeldOut:
     """Choose the rows that the run validates on.
 
@@ -91,13 +87,14 @@ def choose_held_out(
         plan: of the rows to train on.
         steps: of the run.
         identity: of the checkpoint to go on from, whose rule is kept; None: the run begins.
+        updates: steps on the same batches.
     """
     kept = None if identity is None else identity[VALIDATED]
     if rows is None or not rows.examples:
         return HeldOut(val_batches=loop.val_batches, identity=_identity(identity, 0))
     every: Any = loop.steps_per_eval  # chosen by now (config/defaults.py)
     times, whole = validations(steps, every), held_out_plan(rows, loop)
-    passes = steps * loop.grad_accumulation_steps / max(1, len(plan))
+    passes = steps * loop.grad_accumulation_steps / max(1, len(plan) * updates)
     trained_tokens = passes * int(_costs(plan.rows).sum())
     count, why = _affordable(rows, whole, trained_tokens * SHARE * PASSES_PER_STEP / times)
     identity_now = _identity(identity, count)
@@ -190,7 +187,7 @@ class Measured:
     rows: RowLosses | None = None
 
 
-def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ranks = ALONE) -> Measured:
+def mean_loss(model: nn.Module, bound: BoundObjective, batches: Iterable[Batch], ranks: Ranks = ALONE) -> Measured:
     """Return the mean loss over the batches of all ranks, to each of which `batches` gives its own.
 
     Meanwhile, the model is in eval mode (no dropout).
@@ -198,18 +195,18 @@ def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ran
     training = model.training
     model.eval()
     counts = ranks.leads or not is_cut(model)  # else all ranks compute the same: rank 0's numbers are everyone's
-    if task.whole_set:
-        loss, count, means = whole_set_loss(model, task.whole_set, task.arrays_of, batches, ranks, counts)
+    if bound.whole_set:
+        loss, count, means = bound.whole_set(model, bound.arrays_of, batches, ranks, counts)
         model.train(training)
-        return Measured(loss, count, task.finish(means) if count else {})
-    sums, rows = mx.zeros((2 + len(task.reports),)), []
-    tokens = task.loss.measure_tokens or task.loss.tokens
+        return Measured(loss, count, bound.finish(means) if count else {})
+    sums, rows = mx.zeros((2 + len(bound.reports),)), []
+    tokens = bound.loss.measure_tokens or bound.loss.tokens
     for batch in batches:
-        for part in task.prepare([batch], ALONE):
-            arrays = task.arrays_of(part)
-            if task.reports:
-                loss, count, reports = task.loss.measure(model, *arrays)
-                sums = sums + mx.stack([loss, count, *(reports[name] for name in task.reports)])
+        for part in bound.prepare([batch], ALONE):
+            arrays = bound.arrays_of(part)
+            if bound.reports:
+                loss, count, reports = bound.loss.measure(model, *arrays)
+                sums = sums + mx.stack([loss, count, *(reports[name] for name in bound.reports)])
                 mx.eval(sums)
             else:
                 losses = tokens(model, *arrays)  # (P,)
@@ -223,33 +220,28 @@ def mean_loss(model: nn.Module, task: Task, batches: Iterable[Batch], ranks: Ran
     model.train(training)
     if not count:
         return Measured(math.nan, 0)
-    means = {name: value / count for name, value in zip(task.reports, reported, strict=True)}
-    return Measured(total / count, int(count), task.finish(means), RowLosses.gathered(rows))
+    means = {name: value / count for name, value in zip(bound.reports, reported, strict=True)}
+    return Measured(total / count, int(count), bound.finish(means), RowLosses.gathered(rows))
 
 
-def held_out_loss(
-    base: Base,
-    rows: EncodedSet,
-    settings: LoopSettings,
-    objective: Objective,
-    ranks: Ranks = ALONE,
-    answered: Callable[[BatchPlan, Loss], AnyPlan] = lambda plan, loss: plan,
-) -> Measured:
+def held_out_loss(ctx: RunContext, rows: EncodedSet) -> Measured:
     """Return the mean loss of the first --test-batches batches.
 
     Args:
-        base, rows, settings, objective, ranks: what to measure on what.
-        answered: makes a plan whose answers are sampled, if the objective samples them.
+        ctx: of the measurement; an adapter is on the base if one is measured.
+        rows: to measure.
     """
-    loss = choose_loss(base.model, base.config, settings.kernels)
-    plan = answered(held_out_plan(rows, settings), loss)
-    task = task_of(objective, loss_of_plan(objective, loss, base, plan), base.model)
-    count = len(plan) if settings.test_batches < 0 else min(len(plan), settings.test_batches)
-    dealt_to = row_ranks(base.model, ranks)
-    batches = own_batches(plan, settings.test_batches, dealt_to, called_together(base.model))
-    if ranks.size == 1:
+    base, loop, objective = ctx.base, ctx.settings.loop, ctx.objective
+    loss = choose_loss(base.model, base.config, loop.kernels)
+    objective.begin_measuring(ctx, loss)
+    plan = objective.held_out(held_out_plan(rows, loop))
+    bound = objective.bind(objective.token_loss(ctx, loss, rows), base.model)
+    count = len(plan) if loop.test_batches < 0 else min(len(plan), loop.test_batches)
+    dealt_to = row_ranks(base.model, ctx.ranks)
+    batches = own_batches(plan, loop.test_batches, dealt_to, called_together(base.model))
+    if ctx.ranks.size == 1:
         batches = tracked(batches, "Measuring", count, "batches")
-    return mean_loss(base.model, task, batches, ranks)
+    return mean_loss(base.model, bound, batches, ctx.ranks)
 
 
 # Losses of single rows

@@ -25,19 +25,21 @@ import numpy as np
 from mlx_lora.adapters.base import Wire
 from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.config.checks import shard_parts, sharing_problems, whole_base_reasons
-from mlx_lora.config.defaults import DataFacts, batch_tokens_for, with_length
+from mlx_lora.config.defaults import DataFacts, batch_tokens_for, with_learning_rate, with_length
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
 from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.load import DataSplits
 from mlx_lora.data.sampler import BatchPlan, ShapePrice
 from mlx_lora.kernels.measure import MLX
 from mlx_lora.kernels.quantized_matmul import has_two_ways, use_measured_matmul
 from mlx_lora.kernels.table import KernelChoice, planned_kernels
+from mlx_lora.losses.cross_entropy import PLAIN_LOGITS
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.load import Base
 from mlx_lora.models.meta import Outline, layer_caches, model_shape, outline_for, outline_of, with_quantization
 from mlx_lora.models.quantize import choose_quantization
-from mlx_lora.objectives.prefix_sharing import joined
+from mlx_lora.objectives.compute import Compute
 from mlx_lora.parallel.hosts import probe_link
 from mlx_lora.parallel.ranks import Ranks, SeveralRanks
 from mlx_lora.parallel.sharded_base import frozen_bytes, is_shared
@@ -57,7 +59,7 @@ from mlx_lora.planner.fit import (
     run_of,
 )
 from mlx_lora.planner.machine import measure_ceilings, this_machine
-from mlx_lora.planner.memory import MemoryPlan, plan_memory
+from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.several_macs import (
     DATA,
     TENSOR,
@@ -119,6 +121,56 @@ def fit_run(
     return fitted
 
 
+def fit_settings(
+    asked: TrainSettings,
+    shape: ModelShape,
+    splits: DataSplits,
+    chosen: Compute,
+    shared: SharedBase,
+    ranks: Ranks,
+    begun: Mapping[str, Any] | None = None,
+) -> tuple[TrainSettings, MemoryPlan]:
+    """Return the settings with everything chosen that was open, and the memory that the run needs.
+
+    Args:
+        asked: the settings as given.
+        shape, splits, chosen, shared, ranks: of the run.
+        begun: the identity of the checkpoint to go on from, whose choices are kept; None: the run begins.
+
+    Raises:
+        InputError: the run does not fit.
+    """
+    asked = with_learning_rate(as_begun(asked, begun), shape.model_type, shape.width)
+    dealt_to = 1 if shared.cut_by > 1 else ranks.size  # ranks with parts of layers all compute every row
+    facts = data_facts(splits.train, splits.valid)
+    fitted = fit_run(asked, shape, splits.train, chosen.terms, dealt_to, facts)
+    asked = with_length(asked, fitted.batch_tokens, facts, begun["price_epochs"] if begun else None)
+    day = splits.chat_day.isoformat() if splits.chat_day else None  # the same one with --resume on another day
+    checkpointing = shared.checkpointing(fitted.checkpointing, ranks)
+    loop = replace(asked.loop, grad_checkpoint=checkpointing)
+    return replace(asked, data=replace(asked.data, chat_date=day), loop=loop), fitted.memory
+
+
+def as_begun(asked: TrainSettings, begun: Mapping[str, Any] | None) -> TrainSettings:
+    """Return the settings with the rate and the batch that the run was begun with, where they are open."""
+    if begun is None:
+        return asked
+    rate, tokens = asked.optimizer.learning_rate, asked.loop.batch_tokens
+    optimizer = replace(asked.optimizer, learning_rate=begun.get("learning_rate") if rate is None else rate)
+    loop = replace(asked.loop, batch_tokens=begun.get("batch_tokens") if tokens is None else tokens)
+    return replace(asked, optimizer=optimizer, loop=loop)
+
+
+def shape_of(asked: TrainSettings, base: Base, chosen: Compute, shared: SharedBase) -> ModelShape:
+    """Return the shape of the adapted model, or of this rank's part of it, with the memory of what was chosen."""
+    kernels = chosen.kernels or KernelChoice(MLX)
+    shape = shared.shape(asked, base, kernels)
+    shape = replace(shape, plain_loss=chosen.loss.kernel == PLAIN_LOGITS)  # then the logits are whole
+    if not chosen.loss.part_of_last:
+        shape = replace(shape, blocks=tuple(replace(block, at_one=None) for block in shape.blocks))
+    return shape
+
+
 def batch_shapes(settings: TrainSettings, rows: EncodedSet, facts: DataFacts | None) -> Shapes:
     """Return what gives the shapes of the batches that some rows are divided into.
 
@@ -164,24 +216,6 @@ def prompts_of(objective: ObjectiveSettings, rows: EncodedSet) -> Prompts:
     longest = (rows.lengths - 1).reshape(-1, rows.group).max(axis=1)
     tokens, counts = np.unique(np.maximum(1, longest - answer_room(objective)), return_counts=True)
     return tuple(zip(tokens.tolist(), np.cumsum(counts).tolist(), strict=True))
-
-
-def joined_memory(settings: TrainSettings, shape: ModelShape, rows: EncodedSet, kernels: KernelTerms) -> MemoryPlan:
-    """Return the memory of a run's largest batch if the answers to a prompt share a row.
-
-    Args:
-        settings: of the run, with everything chosen for rows with one answer each.
-        shape: the adapted model.
-        rows: training data, with room for an answer in each row.
-        kernels: the memory of the chosen kernels.
-    """
-    machine = replace(this_machine(settings.model.dtype), kernels=kernels)
-    width, tokens = max(1, int(rows.lengths.max(initial=2)) - 1), settings.loop.batch_tokens or DEFAULT_BATCH_TOKENS
-    prompts = largest_batch(width, settings, tokens, len(rows))[0] // rows.group
-    together = replace(settings, objective=replace(settings.objective, shared_prefix="on"))
-    columns = int(joined(rows).lengths.max(initial=2)) - 1
-    run = run_of(together, prompts, columns, settings.loop.grad_checkpoint)
-    return plan_memory(shape, run, machine, budget_of(settings.loop, machine))
 
 
 def check_base_fits(settings: TrainSettings) -> None:

@@ -45,8 +45,7 @@ from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, parameter_sums, s
 from mlx_lora.models.frozen_prefix import NoTrunk, Trunk, trunk_outputs
 from mlx_lora.models.load import Base
 from mlx_lora.models.meta import model_shape
-from mlx_lora.objectives.base import Objective
-from mlx_lora.objectives.task import Task
+from mlx_lora.objectives.base import BoundObjective, Objective
 from mlx_lora.parallel.ranks import Ranks
 from mlx_lora.planner.fit import run_of
 from mlx_lora.planner.machine import ceilings_here, this_machine
@@ -105,13 +104,13 @@ class KeptTrunk:
     Attributes:
         blocks: how many; 0: every epoch computes everything.
         words: for the run header; may be empty.
-        for_steps, for_validation: take a task, and return the one that starts at the first adapted block.
+        for_steps, for_validation: take a bound objective, and return the one that starts at the first adapted block.
     """
 
     blocks: int = 0
     words: str = ""
-    for_steps: Callable[[Task], Task] = lambda task: task
-    for_validation: Callable[[Task], Task] = lambda task: task
+    for_steps: Callable[[BoundObjective], BoundObjective] = lambda bound: bound
+    for_validation: Callable[[BoundObjective], BoundObjective] = lambda bound: bound
 
     @property
     def identity(self) -> dict[str, int]:
@@ -226,7 +225,7 @@ def free_bytes() -> int:
 
 
 def _tasks_above(of: TrunkAsked, variant: StepVariant, planned: TrunkPlan) -> KeptTrunk | str:
-    """Return the tasks that start above the frozen blocks, or in a few words why there are none."""
+    """Return the bound objectives that start above the frozen blocks, or in a few words why there are none."""
     model, choose = of.base.model, variant.choose
     trunk = Trunk(model, min(planned.blocks, len(model.layers) - 1))
     outputs = trunk_outputs(model, trunk, variant.attend, choose, variant.compiled)
@@ -248,8 +247,8 @@ def _tasks_above(of: TrunkAsked, variant: StepVariant, planned: TrunkPlan) -> Ke
     return KeptTrunk(
         trunk.blocks,
         planned.words(),
-        lambda task: with_trunk(task, trunk, kept[0]),
-        lambda task: with_trunk(task, trunk, kept[-1]),
+        lambda bound: with_trunk(bound, trunk, kept[0]),
+        lambda bound: with_trunk(bound, trunk, kept[-1]),
     )
 
 
@@ -461,11 +460,11 @@ class TrunkRows:
             ) from error
 
 
-def with_trunk(task: Task, trunk: Trunk, rows: TrunkRows) -> Task:
-    """Return the task on a model that starts at its first adapted block.
+def with_trunk(bound: BoundObjective, trunk: Trunk, rows: TrunkRows) -> BoundObjective:
+    """Return the objective on a model that starts at its first adapted block.
 
     Args:
-        task: of an objective, on rows that hold one text each.
+        bound: on rows that hold one text each.
         trunk: of the model.
         rows: the trunk's output for the rows of the batches.
     """
@@ -477,7 +476,9 @@ def with_trunk(task: Task, trunk: Trunk, rows: TrunkRows) -> Task:
 
         return of_kept
 
-    of_tokens = above(task.loss.measure_tokens or task.loss.tokens)
-    loss = replace(task.loss, train=above(task.loss.train), measure=above(task.loss.measure), measure_tokens=of_tokens)
-    whole = task.whole_set and replace(task.whole_set, sums=above(task.whole_set.sums))
-    return replace(task, loss=loss, whole_set=whole, arrays_of=lambda batch: (*task.arrays_of(batch), rows.of(batch)))
+    of_tokens = above(bound.loss.measure_tokens or bound.loss.tokens)
+    loss = replace(
+        bound.loss, train=above(bound.loss.train), measure=above(bound.loss.measure), measure_tokens=of_tokens
+    )
+    whole = bound.whole_set and bound.whole_set.above(above)
+    return replace(bound, loss=loss, whole_set=whole, arrays_of=lambda batch: (*bound.arrays_of(batch), rows.of(batch)))

@@ -11,13 +11,17 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.inject import Adapted, adapter_parameters, starting_rank
+from mlx_lora.config.defaults import chosen_words, length_problem, rate_problem
 from mlx_lora.config.settings import AdapterSettings, LoopSettings, TrainSettings
+from mlx_lora.data.load import DataSplits
+from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.losses.divergence import KL
-from mlx_lora.models.load import Base
+from mlx_lora.objectives.base import RunContext
+from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.reports.run_report import REPORT_FILE, Sample
-from mlx_lora.rollouts.rollout import AnyPlan
 from mlx_lora.trainer.evaluate import Measured
+from mlx_lora.trainer.fit import data_facts
 from mlx_lora.trainer.run_folder import CHECKPOINTS
 from mlx_lora.trainer.schedules import restart_every
 from mlx_lora.trainer.trainer import Outcome
@@ -40,24 +44,41 @@ def describe_method(adapter: AdapterSettings, steps: int) -> str:
     return words
 
 
-def describe_run(
-    settings: TrainSettings,
-    base: Base,
-    adapted: Adapted,
-    plan: AnyPlan,
-    steps: int,
-    details: list[str],
-    about: list[str],
-    validation: str = "",
+def choices(
+    asked: TrainSettings, settings: TrainSettings, shape: ModelShape, data: DataSplits, steps: int, per_epoch: float
 ) -> list[str]:
-    """Return lines on what will be trained: the adapter, the run, and what computes a step.
+    """Return lines on what was chosen for this model and data, and warnings of what was given; some are empty.
 
     Args:
-        settings, base, adapted, plan, steps: of the run.
+        asked, settings: before and after everything was chosen.
+        shape, data, steps: of the run.
+        per_epoch: steps of an epoch.
+    """
+    facts = data_facts(data.train, data.valid)
+    return [
+        chosen_words(asked, settings, f"{shape.model_type} of width {shape.width:,}", facts, steps),
+        *(
+            f"Warning: {problem}."
+            for problem in (
+                rate_problem(asked, shape.model_type, shape.width),
+                length_problem(asked, steps, per_epoch),
+            )
+            if problem
+        ),
+    ]
+
+
+def describe_run(
+    ctx: RunContext, adapted: Adapted, plan: BatchPlan, steps: int, details: list[str], about: list[str]
+) -> list[str]:
+    """Return three lines on what will be trained: the adapter, the run, and what computes a step.
+
+    Args:
+        ctx, adapted, plan, steps: of the run.
         details: of what computes a step.
         about: more on the run.
-        validation: a line on what is validated; empty: nothing is.
     """
+    base, settings, epoch_batches = ctx.base, ctx.settings, len(plan) * ctx.objective.updates
     trainable = sum(p.size for p in adapter_parameters(base.model).values())
     total = sum(p.size for _, p in tree_flatten(base.model.parameters()))
     adapter, optimizer = settings.adapter, settings.optimizer
@@ -68,11 +89,11 @@ def describe_run(
         + (f" ({trainable / total:.2%} of what is in memory)" if not base.quantization else "")
     )
     run = (
-        f"Run: {counted(steps, 'step')}, {counted(len(plan), 'batch', 'batches')} per epoch, {optimizer.optimizer}, lr {optimizer.learning_rate:g} "
+        f"Run: {counted(steps, 'step')}, {counted(epoch_batches, 'batch', 'batches')} per epoch, {optimizer.optimizer}, lr {optimizer.learning_rate:g} "
         f"{optimizer.lr_schedule}, warm-up {optimizer.warmup:g}, clip {optimizer.max_grad_norm:g}, seed {settings.loop.seed}; {'; '.join(about)}"
     )
     details = [*details, counted(len(plan.shapes), "batch shape"), f"{plan.padding_fraction:.1%} padding"]
-    return [what, run, *filter(None, [validation]), "Step: " + "; ".join([*details, *base.matmul_paths.describe()])]
+    return [what, run, "Step: " + "; ".join([*details, *base.matmul_paths.describe()])]
 
 
 def loss_words(measured: Measured) -> str:

@@ -30,7 +30,6 @@ from mlx_lm import stream_generate
 
 from mlx_lora import __version__
 from mlx_lora.adapters.inject import full_parameters, without_adapters
-from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.load import DataSplits
@@ -39,7 +38,7 @@ from mlx_lora.exporters.card import CARD_FILE, read_facts, write_card
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import continued
-from mlx_lora.objectives.table import objective_of
+from mlx_lora.objectives.base import RunContext
 from mlx_lora.reports.run_report import (
     ANSWERS_FILE,
     RunReport,
@@ -51,9 +50,9 @@ from mlx_lora.reports.run_report import (
 )
 from mlx_lora.rollouts.decode import TokenSteps, held_weights
 from mlx_lora.rollouts.rewards import summed
-from mlx_lora.rollouts.rollout import Answering, RolloutPlan
+from mlx_lora.rollouts.rollout import HeldOutRollouts, Rollouts
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
-from mlx_lora.trainer.build import Composed
+from mlx_lora.trainer.build import BuiltRun
 from mlx_lora.trainer.callbacks import Callbacks
 from mlx_lora.trainer.evaluate import ROWS_FILE, KnownRows, RowsFile, held_out_loss, spaced_by_length
 from mlx_lora.trainer.progress import Metrics, MetricsFile, PlainProgress, Progress
@@ -71,7 +70,7 @@ Watch = Callable[[Iterable[Batch], int], Iterable[Batch]]
 
 @contextmanager
 def reporting(
-    run: Composed,
+    run: BuiltRun,
     told: Callbacks,
     show: Callable[[int], Progress] | None,
     page: RunPage | None = None,
@@ -156,22 +155,22 @@ class RunPage:
     max_tokens: int
     report: RunReport
     seen: list[list[int]]
-    answering: Answering | None = None
+    answering: Rollouts | None = None
     fixed: Sequence[FixedPrompt] = ()
     answers: Sequence[list[int]] = ()
 
     @classmethod
-    def begin(cls, run: Composed, base: Base, splits: DataSplits) -> RunPage:
+    def begin(cls, run: BuiltRun, data: DataSplits) -> RunPage:
         """Begin the page; generate the texts before the training if the adapter cannot be taken off afterward.
 
         Args:
-            run: ready for its first step.
-            base: with the new adapter, which changes nothing yet.
-            splits: its data.
+            run: ready for its first step, with the new adapter, which changes nothing yet.
+            data: of the run.
         """
+        base = run.ctx.base
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm"))
-        held_out = splits.valid if splits.valid is not None and len(splits.valid) else None
-        rows = splits.train if held_out is None else held_out
+        held_out = data.valid if data.valid is not None and len(data.valid) else None
+        rows = data.train if held_out is None else held_out
         settings = run.folder.settings
         tokens = 0 if run.folder.info.scores else settings.loop.sample_tokens
         answering, fixed = _fixed_prompts_of(run) if tokens else (None, [])
@@ -190,7 +189,7 @@ class RunPage:
                 base=f"{base.model_id}: {base.describe()}",
                 adapter=run.words[0],
                 versions=f"mlx-lora {__version__}, {versions}",
-                data=splits.report.to_dict(),
+                data=data.report.to_dict(),
                 planned_peak_bytes=run.memory.peak_bytes,
                 step=run.words[-1],
                 held_out=held_out is not None,
@@ -280,12 +279,16 @@ class RunPage:
         self.write()
 
 
-def _fixed_prompts_of(run: Composed) -> tuple[Answering | None, list[FixedPrompt]]:
+def _fixed_prompts_of(run: BuiltRun) -> tuple[Rollouts | None, list[FixedPrompt]]:
     """Return what answers a run's fixed prompts, and the prompts; nothing if it samples no answers, or validates on none."""
     plan = run.validation
-    if not isinstance(plan, RolloutPlan) or plan.scorer is not None or run.folder.settings.loop.val_batches == 0:
+    if (
+        not isinstance(plan, HeldOutRollouts)
+        or plan.rollouts.scorer is not None
+        or run.folder.settings.loop.val_batches == 0
+    ):
         return None, []
-    return plan.answering, fixed_prompts(plan.rows, TEXTS)
+    return plan.rollouts, fixed_prompts(plan.rows, TEXTS)
 
 
 def _command() -> str:
@@ -332,7 +335,7 @@ def fixed_prompts(rows: EncodedSet, most: int) -> list[FixedPrompt]:
     return found
 
 
-def greedy_answers(answering: Answering, prompts: Sequence[FixedPrompt]) -> list[dict[str, Any]]:
+def greedy_answers(answering: Rollouts, prompts: Sequence[FixedPrompt]) -> list[dict[str, Any]]:
     """Return an answer to each prompt with its rewards, as plain values; no random stream of the run is used.
 
     Each has `prompt` (as rewards see it), `answer`, `length` in tokens, `truncated`, `reward` (the weighted sum, None
@@ -470,25 +473,24 @@ MOST_POSITIONS = 8192  # of all measured rows together
 SHORT = 48  # trained tokens of a row, on average; longer answers are seldom meant to be repeated word for word
 
 
-def known_rows(base: Base, rows: EncodedSet, settings: TrainSettings) -> KnownRows | None:
+def known_rows(ctx: RunContext, rows: EncodedSet) -> KnownRows | None:
     """Measure a sample of the training rows with the trained model.
 
     Args:
-        base: with its adapter.
+        ctx: of the run, which ran in one process.
         rows: that were trained on.
-        settings: of the run, which ran in one process.
 
     Returns:
         None where the question has no meaning: another objective, plain text, trained prompts, long answers.
     """
-    if settings.objective.objective != "sft" or not settings.data.mask_prompt:
+    if ctx.objective.name != "sft" or not ctx.settings.data.mask_prompt:
         return None
     count = min(MOST_ROWS, len(rows), max(1, int(MOST_POSITIONS / max(1.0, float(rows.lengths.mean())))))
     sample = rows.select(spaced_by_length(rows, count)) if count else rows
     if not len(sample) or not _has_short_answers(sample):
         return None
     # With a loss of its own: that of a run may read what its frozen blocks gave for a row of the whole set.
-    losses = held_out_loss(base, sample, settings.loop, objective_of(settings.objective)).rows
+    losses = held_out_loss(ctx, sample).rows
     if losses is None or not np.isfinite(losses.sums).all():
         return None
     return KnownRows(int((losses.sums < math.log(2)).sum()), len(losses.sums))

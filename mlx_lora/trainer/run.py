@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import TrainSettings
-from mlx_lora.data.load import DataSplits, load_data
-from mlx_lora.data.prompts import read_teacher_prompt
+from mlx_lora.data.load import DataSplits
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE
 from mlx_lora.models.load import Base, check_token_ids, load_base
+from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.table import OBJECTIVES, objective_of
-from mlx_lora.objectives.teacher import check_teacher
-from mlx_lora.objectives.teacher_answers import DISTILL, data_with_answers
 from mlx_lora.parallel.agreement import take_first_ranks
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.sharded_base import is_shared
-from mlx_lora.rollouts.reward_models import check_rewards, load_rewards
-from mlx_lora.rollouts.rewards import NO_FUNCTIONS, Functions
-from mlx_lora.rollouts.sampled_answers import sampled_plan
-from mlx_lora.trainer.build import Composed, compared_with, compose, put_adapter
+from mlx_lora.trainer.adapter import put_adapter
+from mlx_lora.trainer.build import BuiltRun, build_run
 from mlx_lora.trainer.callbacks import Callback, Callbacks, logger_callbacks
 from mlx_lora.trainer.checkpoint import Diverged
 from mlx_lora.trainer.evaluate import held_out_loss
@@ -34,13 +32,15 @@ from mlx_lora.trainer.header import closing_words, left_by, loss_words, outcome_
 from mlx_lora.trainer.progress import Progress
 from mlx_lora.trainer.report_callback import RunPage, known_rows, leave_card, reporting
 from mlx_lora.trainer.run_folder import check_room, first_day, own_folder
-from mlx_lora.trainer.trainer import Outcome, train
+from mlx_lora.trainer.trainer import LoopHooks, Outcome, Trainer
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
 from mlx_lora.utils.progress import waiting
 
 log = logging.getLogger(__name__)
+
+NO_FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType({})
 
 
 def train_run(
@@ -49,7 +49,7 @@ def train_run(
     show: Callable[[int], Progress] | None = None,
     base: Base | None = None,
     callbacks: Sequence[Callback] = (),
-    functions: Functions = NO_FUNCTIONS,
+    functions: Mapping[str, Callable[..., Any]] = NO_FUNCTIONS,
 ) -> Outcome:
     """Train as the settings say and write the run folder; with --test, measure the loss on the test set.
 
@@ -66,34 +66,32 @@ def train_run(
         RunError: the run diverged, its results could not be written, or a callback failed.
     """
     told = Callbacks([*callbacks, *logger_callbacks(settings)] if ranks.leads else ())
-    check_request(settings, ranks, functions)
-    device.compile_for(steps=settings.loop.iters or 0)  # until `compose` knows how many there are
-    folder, trains = Path(settings.loop.adapter_path), wants_training(settings)
-    settings = settled_parallel(settings, ranks)
+    objective = objective_of(settings.objective)
+    check_request(settings, ranks, objective, functions)
+    device.compile_for(steps=settings.loop.iters or 0)  # until `build_run` knows how many there are
+    trains, settings = wants_training(settings), settled_parallel(settings, ranks)
     if base is None:
         with waiting("Loading the model"):
             if trains:
                 check_base_fits(settings)  # an outline, whose weights need not be read or downloaded in vain
             base = load_base(settings.model, read=not in_parts(settings.loop))
-    rewards = load_rewards(settings, base, first_day(settings.loop, ranks), functions)  # before an adapter is on
-    untrained = base
+    ctx = RunContext(settings, objective, base, ranks, functions, first_day(settings.loop, ranks), trains)
+    objective.open(ctx)  # before an adapter is on
     if not trains:
-        untrained = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
-        put_adapter(base, folder, settings.data, objective_of(settings.objective))
+        ctx.untrained = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
+        put_adapter(base, Path(settings.loop.adapter_path), settings.data, objective)
     with waiting("Reading the data"):
-        splits = read_data(settings, base, untrained, ranks)
-    outcome, test, scorer = Outcome(0, None, False), splits.test, None
+        data = read_data(ctx)
+    outcome, test = Outcome(0, None, False), data.test
     if trains:
-        with own_folder(folder, ranks), device.own_memory_limit():
+        with own_folder(Path(settings.loop.adapter_path), ranks), device.own_memory_limit():
             with waiting("Preparing the run: memory, batches, kernels"):
-                run = compose(settings, base, splits, ranks, rewards)
-            outcome, test, scorer = take_steps(run, base, splits, show, told), run.test, run.scorer
+                run = build_run(ctx, data)
+            outcome, test = take_steps(run, data, show, told), run.test
     elif test is not None:
-        taught = compared_with(settings, untrained, {"test": test}, ranks)
-        test, scorer = taught.sets["test"], taught.scorer
+        test = objective.compare(ctx, {"test": test})["test"]
     if settings.loop.test and test is not None and not outcome.interrupted:
-        answered = sampled_plan(settings, base, rewards, ranks, scorer)
-        found = held_out_loss(base, test, settings.loop, objective_of(settings.objective), ranks, answered)
+        found = held_out_loss(replace(ctx, settings=settings), test)  # with the batches of any measurement
         log.info(f"Test {loss_words(found)}")
     return outcome
 
@@ -103,15 +101,18 @@ def wants_training(settings: TrainSettings) -> bool:
     return bool(settings.loop.train) or not settings.loop.test
 
 
-def check_request(settings: TrainSettings, ranks: Ranks, functions: Functions = NO_FUNCTIONS) -> None:
+def check_request(
+    settings: TrainSettings,
+    ranks: Ranks,
+    objective: Objective,
+    functions: Mapping[str, Callable[..., Any]] = NO_FUNCTIONS,
+) -> None:
     """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
     check_metric(settings)
-    read_teacher_prompt(settings.objective.teacher_prompt)  # a file that is not there is told now
-    if settings.objective.rewarded:
-        check_rewards(settings.objective, functions)  # a user's file that does not load is told now
+    objective.check(settings.objective, functions)
     loop, trains = settings.loop, wants_training(settings)
     needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
-    if settings.objective.objective == DISTILL:
+    if not objective.needs_data:
         del needed["--data"]  # without it, the model writes the prompts itself
     missing = [flag for flag, value in needed.items() if not value]
     alone = [
@@ -158,63 +159,49 @@ def check_test_split(settings: TrainSettings, splits: DataSplits) -> None:
         )
 
 
-def read_data(settings: TrainSettings, base: Base, untrained: Base, ranks: Ranks) -> DataSplits:
-    """Read the data, check that the base can take them, and say what is trained on what.
-
-    Args:
-        settings, ranks: of the run.
-        base: with an adapter if it is only measured.
-        untrained: without one; it may have to write prompts and answers first.
+def read_data(ctx: RunContext) -> DataSplits:
+    """Read the data, check that the base can take them, and log what is trained on what.
 
     Raises:
         InputError: no usable data, --test without a test split, or tokens that the base does not have.
     """
-    loop, objective = settings.loop, objective_of(settings.objective)
-    day = first_day(loop, ranks)
-    check_teacher(settings, base.hf_tokenizer)
-    given = data_with_answers(settings, untrained, ranks, day, wants_training(settings))
-    data, prompt = given.data, read_teacher_prompt(settings.objective.teacher_prompt)
-    splits = load_data(data, base.hf_tokenizer, loop.seed, day, objective.records, prompt)
-    if given.folder is not None:
-        splits = replace(splits, report=replace(splits.report, data=given.words), written=given.folder)
-    splits = splits.changed(lambda sets: {name: objective.targets_of(rows) for name, rows in sets.items()})
-    check_test_split(settings, splits)
-    for rows in filter(None, (splits.train, splits.valid, splits.test)):
-        check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
+    data = ctx.objective.load_data(ctx)
+    check_test_split(ctx.settings, data)
+    for rows in filter(None, (data.train, data.valid, data.test)):
+        check_token_ids(ctx.base, int(rows.tokens.max(initial=0)), f"--data {data.report.data}")
     log.info(device.current_device().header())
-    log.info(f"Base: {base.model_id}: {base.describe()}")
-    log.info(splits.report.render(color=console.wants_color()))
-    return splits
+    log.info(f"Base: {ctx.base.model_id}: {ctx.base.describe()}")
+    log.info(data.report.render(color=console.wants_color()))
+    return data
 
 
 def take_steps(
-    run: Composed,
-    base: Base,
-    splits: DataSplits,
+    run: BuiltRun,
+    data: DataSplits,
     show: Callable[[int], Progress] | None,
     told: Callbacks,
 ) -> Outcome:
-    """Take the steps of a composed run, report and save meanwhile, and leave its results.
+    """Take the steps of a run, report and save meanwhile, and leave its results.
 
     Args:
         run: over the adapted base.
-        base, splits: that it was composed from.
+        data: that it was built from.
         show: see `train_run`.
         told: the callbacks.
 
     Raises:
         RunError: the run diverged, its results could not be written, or a callback failed.
     """
-    folder, budget_bytes = run.folder, run.memory.budget_bytes
+    folder, base, memory = run.folder, run.ctx.base, run.memory
     settings, ranks, step, at = folder.settings, folder.ranks, folder.step, folder.at
-    _bound_memory(run, base)
+    _bound_memory(run)
     log.info("\n".join(run.words if settings.loop.verbose else run.words[:-1]))
     page = None
     if ranks.leads:
         check_room(settings.loop, run.steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
-        page = RunPage.begin(run, base, splits)
-    folder.begin(run.found, run.steps, splits.written)
-    guard = MemoryGuard(at, budget_bytes)
+        page = RunPage.begin(run, data)
+    folder.begin(run.found, run.steps, data.written)
+    guard = MemoryGuard(at, memory.budget_bytes)
 
     def save(step_number: int) -> None:
         take_first_ranks(ranks, step)
@@ -226,10 +213,10 @@ def take_steps(
     with told.around(run.steps, settings.to_flat()) as ending:
         try:
             with folder.kept_if_it_fails(), reporting(run, told, show, page) as (report, shown, watch):
-                outcome = train(
-                    base.model, step, run.task, run.plan, run.validation, settings.loop,
-                    report, shown, save, at, guard, ranks, told.failed, watch,
-                )  # fmt: skip
+                hooks = LoopHooks(report, save, shown, told.failed, watch)
+                outcome = Trainer(
+                    step, run.ctx.objective, run.bound, run.plan, run.validation, settings.loop, hooks, at, guard, ranks
+                ).fit()
                 best = None if outcome.interrupted else folder.put_best()
                 take_first_ranks(ranks, step)  # rank 0 restored the best adapter
         except Diverged as diverged:
@@ -239,7 +226,7 @@ def take_steps(
         run.trunk.end()
     if page is not None:
         if not outcome.interrupted and ranks.size == 1 and not folder.info.scores:
-            page.report.known = known_rows(base, splits.train, settings)
+            page.report.known = known_rows(run.ctx, data.train)
         page.end(outcome.interrupted, at.best_at if settings.loop.keep_best and at.best_at else None)
         leave_card(folder.path, base, folder.info)
         log.info(outcome_line(settings.loop, outcome, best, settings.objective.rewarded))
@@ -250,9 +237,9 @@ def take_steps(
     return outcome
 
 
-def _bound_memory(run: Composed, base: Base) -> None:
+def _bound_memory(run: BuiltRun) -> None:
     """Bound the memory of the steps: MLX's buffer cache, and with a shared base what it allocates ahead of its work."""
     device.set_cache_limit(run.memory.budget_bytes)
     device.wire_working_set()
-    if is_shared(base.model):
+    if is_shared(run.ctx.base.model):
         device.wait_beyond(run.memory.peak_bytes)

@@ -28,6 +28,7 @@ import yaml
 
 from mlx_lora.config.checks import is_day
 from mlx_lora.config.settings import FIELDS, ROWS, LoopSettings, TrainSettings
+from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.exporters.adapter_config import own_entries
 from mlx_lora.exporters.adapter_folder import (
     CONFIG_FILE,
@@ -42,7 +43,6 @@ from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.sharded_base import is_shared
 from mlx_lora.reports.evaluation import EVALUATION_FILE
 from mlx_lora.reports.run_report import ANSWERS_FILE, FACTS_FILE, REPORT_FILE
-from mlx_lora.rollouts.rollout import AnyPlan
 from mlx_lora.trainer.checkpoint import (
     Checkpoint,
     Diverged,
@@ -346,11 +346,16 @@ def first_day(loop: LoopSettings, ranks: Ranks = ALONE) -> date:
 
 
 def identity_of(
-    settings: TrainSettings, base_fingerprint: str, data_fingerprint: str, plan: AnyPlan, price_epochs: float
+    settings: TrainSettings,
+    base_fingerprint: str,
+    data_fingerprint: str,
+    plan: BatchPlan,
+    price_epochs: float,
+    updates: int = 1,
 ) -> dict[str, Any]:
     """Return everything that a resumed run must have in common with its checkpoint, as JSON values."""
     own = {name: value for name, value in settings.to_flat().items() if not ROWS[name].may_change}
-    shapes = hashlib.sha256(repr((len(plan), sorted(plan.shapes))).encode()).hexdigest()[:16]
+    shapes = hashlib.sha256(repr((len(plan) * updates, sorted(plan.shapes))).encode()).hexdigest()[:16]
     facts = {"base": base_fingerprint, "rows": data_fingerprint, "batches": shapes, "price_epochs": price_epochs}
     return {**facts, **own}
 

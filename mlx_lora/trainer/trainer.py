@@ -1,4 +1,4 @@
-"""The training loop, in the order it runs; model, step, batches and save come in as arguments."""
+"""The training loop: `Trainer.fit` takes a run's steps, reports, validates and saves, and knows no objective by name."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count, islice, takewhile
+from itertools import takewhile
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_lora.config.settings import LoopSettings
 from mlx_lora.data.batch import Batch
-from mlx_lora.objectives.task import Task
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.objectives.base import BoundObjective, HeldOutBatches, Objective, StepsDone
 from mlx_lora.parallel.agreement import Agreement
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.strategy import called_together, own_batches
 from mlx_lora.parallel.tensor import row_ranks
-from mlx_lora.rollouts.rollout import AnyPlan
 from mlx_lora.trainer.checkpoint import Diverged, Position
 from mlx_lora.trainer.evaluate import Measured, mean_loss
 from mlx_lora.trainer.guards import MemoryGuard, interrupt_flag
@@ -89,11 +88,17 @@ def diverged(at: Position, result: StepResult) -> bool:
     return at.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
 
 
-def total_steps(plan: AnyPlan, settings: LoopSettings) -> int:
-    """Return the number of optimizer steps of the run: --iters, or the steps that --epochs (default: 1) take."""
+def total_steps(plan: BatchPlan, settings: LoopSettings, updates: int = 1) -> int:
+    """Return the number of optimizer steps of the run: --iters, or the steps that --epochs (default: 1) take.
+
+    Args:
+        plan: the batches of an epoch.
+        settings: of the run.
+        updates: steps on the same batches (`Objective.updates`).
+    """
     if settings.iters is not None:
         return settings.iters
-    return math.ceil(_epoch_batches(plan, settings) / settings.grad_accumulation_steps)
+    return math.ceil(_most_batches(plan, settings, updates) / settings.grad_accumulation_steps)
 
 
 def report_interval(total: int, settings: LoopSettings) -> int:
@@ -101,185 +106,243 @@ def report_interval(total: int, settings: LoopSettings) -> int:
     return settings.steps_per_report or max(1, min(total // REPORTS, MOST_BETWEEN_REPORTS))
 
 
-def _epoch_batches(plan: AnyPlan, settings: LoopSettings) -> int:
-    return max(1, math.ceil(len(plan) * (settings.epochs or 1.0)))
+def _most_batches(plan: BatchPlan, settings: LoopSettings, updates: int) -> int:
+    """Return the micro-batches of all steps of --epochs, each as often as it is trained on."""
+    return max(1, math.ceil(len(plan) * updates * (settings.epochs or 1.0)))
 
 
-def micro_batches(plan: AnyPlan, settings: LoopSettings, start: int = 0) -> Iterator[Batch]:
-    """Yield batches epoch after epoch, from number `start` on: without end for --iters, else exactly those of --epochs.
+def micro_batches(plan: BatchPlan, settings: LoopSettings, start: int = 0) -> Iterator[Batch]:
+    """Yield batches epoch after epoch, from number `start` on: without end for --iters, else exactly those of --epochs."""
+    for batches, _ in rounds(plan, settings, 1, start):
+        yield from batches
+
+
+def rounds(plan: BatchPlan, settings: LoopSettings, updates: int, start: int = 0) -> Iterator[tuple[list[Batch], int]]:
+    """Yield the planned batches of each of an objective's rounds of `updates` steps, and the number of the first one.
 
     With --epochs, the last step accumulates the batches that are left, even if there are fewer than usual: no row is
     dropped, and none is taken from a further epoch.
-    """
-    numbers = count(start) if settings.iters is not None else range(start, _epoch_batches(plan, settings))
-    indices = (divmod(number, len(plan)) for number in numbers)
-    return (plan.batch(epoch, index) for epoch, index in indices)
-
-
-def train(
-    model: nn.Module,
-    step: Step,
-    task: Task,
-    plan: AnyPlan,
-    validation: AnyPlan | None,
-    settings: LoopSettings,
-    report: Callable[[Metrics], None],
-    on_step: Callable[[int], None],
-    save: Callable[[int], None],
-    at: Position | None = None,
-    guard: MemoryGuard | None = None,
-    ranks: Ranks = ALONE,
-    stop: Callable[[], bool] = lambda: False,
-    watch: Callable[[Iterable[Batch], int], Iterable[Batch]] = lambda batches, count: batches,
-) -> Outcome:
-    """Train until the run's steps are done, the validations no longer get better, or it is interrupted.
 
     Args:
-        model: its trainable parameters are the adapter.
-        step: the compiled step over `model`.
-        task: for validation and reports; the step has its own loss.
+        plan: the batches of an epoch.
+        settings: of the run.
+        updates: steps on the same batches.
+        start: micro-batches that are done, each as often as it was trained on; the end of a round.
+    """
+    a_step, end = settings.grad_accumulation_steps, _most_batches(plan, settings, updates)
+    begin = start
+    while settings.iters is not None or begin < end:
+        wanted = a_step if settings.iters is not None else min(a_step, end - begin)
+        first = begin // updates
+        yield [plan.batch(*divmod(first + place, len(plan))) for place in range(wanted)], first
+        begin += a_step * updates
+
+
+def _steps(
+    objective: Objective, plan: BatchPlan, settings: LoopSettings, at: Position, total: int
+) -> Iterator[list[Batch]]:
+    """Yield the micro-batches of each step, from where the run is; the model is read as each round begins."""
+    size = settings.grad_accumulation_steps * objective.updates
+    within = at.consumed % size if objective.updates > 1 else 0  # of a round, which is begun again
+    begun = at.consumed - within
+    skipped = within // settings.grad_accumulation_steps
+    for batches, first in rounds(plan, settings, objective.updates, begun):
+        done = StepsDone(first, at.taken - skipped, total, first / len(plan))
+        for number, chosen in enumerate(objective.steps(batches, done)):
+            if number >= skipped:
+                yield chosen
+        skipped = 0
+
+
+@dataclass(frozen=True)
+class LoopHooks:
+    """What the loop calls.
+
+    Attributes:
+        report: takes each record.
+        save: takes the step's number; writes the adapter, and with --save-every a checkpoint.
+        on_step: takes the step's number after each step, for a live display.
+        stop: asked after each step whether to end as after an interruption.
+        watch: yields a validation's batches, so many, and shows how far it is.
+    """
+
+    report: Callable[[Metrics], None]
+    save: Callable[[int], None]
+    on_step: Callable[[int], None] = lambda step: None
+    stop: Callable[[], bool] = lambda: False
+    watch: Callable[[Iterable[Batch], int], Iterable[Batch]] = lambda batches, count: batches
+
+
+@dataclass
+class Trainer:
+    """Trains until the run's steps are done, the validations no longer get better, or it is interrupted.
+
+    Attributes:
+        step: the compiled step; the trainable parameters of its model are the adapter.
+        objective: says what is trained on.
+        bound: the objective on the model, for validation and reports; the step has its loss.
         plan: training batches.
         validation: held-out batches, of which --val-batches are measured, or all if it is not set; None: there are none.
         settings: how long the run is, and how often it reports, validates and saves.
-        report: called with each Metrics record.
-        on_step: called with the step number after each step, for a live display.
-        save: called with the step number; writes the adapter, and with --save-every a checkpoint.
-        at: the run's position, which the loop updates before it calls `save`; None: start at the beginning.
+        hooks: what the loop calls.
+        at: the run's position, which is up to date when `save` is called.
         guard: watches memory; None: nothing is watched.
         ranks: the processes that train together, each with the whole plan.
-        stop: asked after each step whether to end as after an interruption.
-        watch: yields a validation's batches, so many, and shows how far it is.
-
-    Returns:
-        The outcome; after an interruption the adapter has been saved.
-
-    Raises:
-        Diverged: many updates in a row, or all of a short run, were skipped because they were not finite; nothing is saved.
     """
-    total = total_steps(plan, settings)
-    report_every = report_interval(total, settings)
-    at = at or Position()
-    guard = guard or MemoryGuard(at)
-    batches = micro_batches(plan, settings, at.consumed)
-    window = Window()
-    begun_s = time.perf_counter()
-    saved_at = at.taken if at.taken else None
-    previous: StepResult | None = None
-    model.train()
 
-    def record(gathered: Window, measured: Measured | None = None) -> Metrics:
-        peak, epoch = guard.peak_bytes, at.consumed / len(plan)
-        return _metrics(gathered, step, task, at.taken, epoch, at.skipped, measured, peak, begun_s)
+    step: Step
+    objective: Objective
+    bound: BoundObjective
+    plan: BatchPlan
+    validation: HeldOutBatches | None
+    settings: LoopSettings
+    hooks: LoopHooks
+    at: Position = field(default_factory=Position)
+    guard: MemoryGuard | None = None
+    ranks: Ranks = ALONE
 
-    def validate() -> bool:
+    def __post_init__(self) -> None:
+        self.guard = self.guard or MemoryGuard(self.at)
+        self.total = total_steps(self.plan, self.settings, self.objective.updates)
+        self._window, self._begun_s = Window(), time.perf_counter()
+        self._saved_at = self.at.taken if self.at.taken else None
+        self._previous: StepResult | None = None  # the device works on it while the host prepares the next
+
+    def fit(self) -> Outcome:
+        """Take the run's steps.
+
+        Returns:
+            The outcome; after an interruption the adapter has been saved.
+
+        Raises:
+            Diverged: many updates in a row, or all of a short run, were skipped because they were not finite; nothing is
+                saved.
+        """
+        self.step.model.train()
+        with interrupt_flag() as signaled:
+            self._interrupted = Agreement(lambda: signaled() or self.hooks.stop(), self.ranks)
+            if not self.at.taken:
+                self.validate()
+            self._window = Window()
+            batches = _steps(self.objective, self.plan, self.settings, self.at, self.total)
+            while self.at.taken < self.total and not self._ends():
+                self._take(next(batches))
+            if self._window.results:
+                self._report()
+            if self.at.taken and self._saved_at != self.at.taken:
+                # Interrupted between steps; an untrained adapter is not worth a folder.
+                self._save()
+            val_loss = self.at.val_loss if self.at.val_at == self.at.taken else None
+            return Outcome(self.at.taken, val_loss, self._interrupted(), self._stopped_early())
+
+    def _ends(self) -> bool:
+        """Return whether the run ends before its last step: only after all updates on the same batches."""
+        return self.at.taken % self.objective.updates == 0 and (self._interrupted() or self._stopped_early())
+
+    def _take(self, chosen: list[Batch]) -> None:
+        """Take a step over some micro-batches, then report, validate and save if it is time."""
+        at, guard, previous = self.at, self._watched, self._previous
+        parts = guard.divide(chosen) if self.ranks.size == 1 else chosen  # several ranks divide their own rows
+        result = self.step(parts, self._interrupted.asked(), guard.divide)
+        # The device works on this step while the host waits for the one before: one step ahead, no more.
+        self._interrupted.hear(previous)
+        if previous is not None and diverged(at, previous):
+            raise Diverged(at)
+        self._previous = result
+        at.taken, at.consumed = at.taken + 1, at.consumed + len(chosen)
+        self._window.add(parts, result)
+        self.hooks.on_step(at.taken)
+        guard.watch(-(-max(len(batch.inputs) for batch in chosen) // (self.ranks.size * at.parts)))
+        self._tell(result)
+
+    def _tell(self, result: StepResult) -> None:
+        """Report, validate and save, each if it is time after the step just taken."""
+        at, settings = self.at, self.settings
+        last = at.taken == self.total or self._interrupted()
+        to_report, to_validate, to_save = (
+            last or (every and at.taken % every == 0)
+            for every in (report_interval(self.total, settings), settings.steps_per_eval, settings.save_every)
+        )
+        gone = False
+        if to_report or to_validate or to_save:
+            self._interrupted.hear(result)
+            gone = diverged(at, result) or at.skipped_in_a_row == self.total
+            self._previous = None  # already counted: do not count it again
+        if to_report:
+            self._report()
+        if gone:
+            raise Diverged(at)
+        with self._window.paused():
+            best = to_validate and self.validate()
+            if to_save or self._stopped_early() or (best and settings.save_every):
+                self._save()
+
+    def _report(self) -> None:
+        """Report the steps since the last report."""
+        self.hooks.report(self._record(self._window))
+        self._window = Window()
+
+    def _save(self) -> None:
+        self.hooks.save(self.at.taken)
+        self._saved_at = self.at.taken
+
+    def _stopped_early(self) -> bool:
+        patience = self.settings.early_stopping_patience
+        return bool(patience) and self.at.worse >= patience
+
+    @property
+    def _watched(self) -> MemoryGuard:
+        return self.guard or MemoryGuard(self.at)
+
+    def validate(self) -> bool:
+        """Measure the held-out batches and report them; returns whether this is the best validation so far."""
+        settings, validation, model = self.settings, self.validation, self.step.model
         if validation is None or settings.val_batches == 0:
             return False
         most = -1 if settings.val_batches is None else settings.val_batches
-        dealt_to = row_ranks(model, ranks)
+        dealt_to = row_ranks(model, self.ranks)
         number = len(range(dealt_to.rank, len(validation) if most < 0 else min(most, len(validation)), dealt_to.size))
         # Ranks that have parts of the model go through a validation together, and so to its end.
-        together = called_together(model)
+        together, asked = called_together(model), self._interrupted.asked
         held_out = takewhile(lambda _: together or not asked(), own_batches(validation, most, dealt_to, together))
-        measured = mean_loss(model, task, watch(held_out, number), ranks)
-        interrupted.ask_all()
-        if not measured.count or interrupted():
+        measured = mean_loss(model, self.bound, self.hooks.watch(held_out, number), self.ranks)
+        self._interrupted.ask_all()
+        if not measured.count or self._interrupted():
             return False
-        report(record(Window(), measured))  # the window continues: its tokens are counted once, in its own line
+        # The window continues: its tokens are counted once, in its own line.
+        self.hooks.report(self._record(Window(), measured))
         by_accuracy, accuracy = settings.metric_for_best_model == "accuracy", measured.reports.get("accuracy")
-        return at.validated(measured.loss, settings.early_stopping_threshold, accuracy, by_accuracy)
+        return self.at.validated(measured.loss, settings.early_stopping_threshold, accuracy, by_accuracy)
 
-    def stopped_early() -> bool:
-        return bool(settings.early_stopping_patience) and at.worse >= settings.early_stopping_patience
-
-    with interrupt_flag() as signaled:
-
-        def asked() -> bool:
-            return signaled() or stop()
-
-        interrupted = Agreement(asked, ranks)
-        if not at.taken:
-            validate()
-        window = Window()
-        while at.taken < total and not (at.taken % plan.updates == 0 and (interrupted() or stopped_early())):
-            chosen = list(islice(batches, settings.grad_accumulation_steps))
-            parts = guard.divide(chosen) if ranks.size == 1 else chosen  # several ranks divide their own rows
-            result = step(parts, asked(), guard.divide)
-            # The device works on this step while the host waits for the one before: one step ahead, no more.
-            interrupted.hear(previous)
-            if previous is not None and diverged(at, previous):
-                raise Diverged(at)
-            previous = result
-            at.taken, at.consumed = at.taken + 1, at.consumed + len(chosen)
-            window.add(parts, result)
-            on_step(at.taken)
-            guard.watch(-(-max(len(batch.inputs) for batch in chosen) // (ranks.size * at.parts)))
-            last = at.taken == total or interrupted()
-            to_report, to_validate, to_save = (
-                last or (every and at.taken % every == 0)
-                for every in (report_every, settings.steps_per_eval, settings.save_every)
-            )
-            gone = False
-            if to_report or to_validate or to_save:
-                interrupted.hear(result)
-                gone = diverged(at, result) or at.skipped_in_a_row == total
-                previous = None  # already counted: do not count it again
-            if to_report:
-                report(record(window))
-                window = Window()
-            if gone:
-                raise Diverged(at)
-            with window.paused():
-                best = to_validate and validate()
-                if to_save or stopped_early() or (best and settings.save_every):
-                    save(at.taken)
-                    saved_at = at.taken
-        if window.results:
-            report(record(window))
-        if at.taken and saved_at != at.taken:  # interrupted between steps; an untrained adapter is not worth a folder
-            save(at.taken)
-        val_loss = at.val_loss if at.val_at == at.taken else None
-        return Outcome(at.taken, val_loss, interrupted(), stopped_early())
-
-
-def _metrics(
-    window: Window,
-    step: Step,
-    task: Task,
-    taken: int,
-    epoch: float,
-    skipped: int,
-    measured: Measured | None,
-    peak_bytes: int,
-    begun_s: float,
-) -> Metrics:
-    """Read the window's scalars, once per report, and make its record."""
-    results = window.results
-    mx.eval(results)
-    spent_s = window.spent_s()
-    good = [r for r in results if r.applied.item()]
-    count = sum(r.count.item() for r in good)
-    loss = sum(r.loss_sum.item() for r in good) / count if count else math.nan
-    reports = {name: sum(r.reports[name].item() for r in good) / count for name in task.reports} if count else {}
-    reports = task.finish(reports) | task.rates() if reports else measured.reports if measured else {}
-    return Metrics(
-        step=taken,
-        epoch=round(epoch, 4),
-        loss=loss if results else None,
-        val_loss=measured.loss if measured else None,
-        learning_rate=step.learning_rate,
-        grad_norm=results[-1].grad_norm.item() if results else 0.0,
-        supervised_tokens_per_s=window.supervised_tokens / spent_s,
-        tokens_per_s=window.real_tokens / spent_s,
-        examples=window.examples,
-        supervised_tokens=window.supervised_tokens,
-        real_tokens=window.real_tokens,
-        positions=window.positions,
-        shapes=[f"{rows}x{width}" for rows, width in sorted(window.shapes)],
-        padding_fraction=1 - window.real_tokens / window.positions if window.positions else 0.0,
-        skipped_steps=skipped,
-        peak_memory_bytes=peak_bytes,
-        process_peak_bytes=process.peak_bytes(),
-        elapsed_s=round(time.perf_counter() - begun_s, 3),
-        reports=reports,
-        rows=measured.rows if measured else None,
-    )
+    def _record(self, window: Window, measured: Measured | None = None) -> Metrics:
+        """Read the window's scalars, once per report, and make its record."""
+        results, bound = window.results, self.bound
+        mx.eval(results)
+        spent_s = window.spent_s()
+        good = [r for r in results if r.applied.item()]
+        count = sum(r.count.item() for r in good)
+        loss = sum(r.loss_sum.item() for r in good) / count if count else math.nan
+        reports = {name: sum(r.reports[name].item() for r in good) / count for name in bound.reports} if count else {}
+        reports = bound.finish(reports) | bound.rates() if reports else measured.reports if measured else {}
+        return Metrics(
+            step=self.at.taken,
+            epoch=round(self.at.consumed / (len(self.plan) * self.objective.updates), 4),
+            loss=loss if results else None,
+            val_loss=measured.loss if measured else None,
+            learning_rate=self.step.learning_rate,
+            grad_norm=results[-1].grad_norm.item() if results else 0.0,
+            supervised_tokens_per_s=window.supervised_tokens / spent_s,
+            tokens_per_s=window.real_tokens / spent_s,
+            examples=window.examples,
+            supervised_tokens=window.supervised_tokens,
+            real_tokens=window.real_tokens,
+            positions=window.positions,
+            shapes=[f"{rows}x{width}" for rows, width in sorted(window.shapes)],
+            padding_fraction=1 - window.real_tokens / window.positions if window.positions else 0.0,
+            skipped_steps=self.at.skipped,
+            peak_memory_bytes=self._watched.peak_bytes,
+            process_peak_bytes=process.peak_bytes(),
+            elapsed_s=round(time.perf_counter() - self._begun_s, 3),
+            reports=reports,
+            rows=measured.rows if measured else None,
+        )

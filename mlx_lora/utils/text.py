@@ -83,6 +83,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
+def unknown_name(name: str, known: Iterable[str]) -> str:
+    """Return what an error says of a name that is none of the known ones: the closest, or all."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"not one of {', '.join(known)}"
+
+
 def similar_paths(path: Path, wanted: Callable[[Path], bool]) -> list[str]:
     """Return the paths that are similar to one that does not exist, the closest first; its folders may be misspelled too.
 

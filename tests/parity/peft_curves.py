@@ -45,7 +45,8 @@ from mlx_lora.data.load import load_data
 from mlx_lora.data.sampler import BatchPlan, ShapePrice
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.models.load import load_base
-from mlx_lora.trainer.build import adapt
+from mlx_lora.objectives.table import objective_of
+from mlx_lora.trainer.adapter import adapt
 from mlx_lora.trainer.trainer import micro_batches
 from mlx_lora.utils import device
 from parity.double import in_double
@@ -171,7 +172,7 @@ def beginnings(settings: TrainSettings) -> tuple[list[Batch], dict[str, np.ndarr
     plan = BatchPlan(
         splits.train, batch_tokens=loop.batch_tokens, batch_size=loop.batch_size, seed=loop.seed, price=price
     )
-    adapt(settings, base, base.hf_tokenizer.chat_template)
+    adapt(settings, base, objective_of(settings.objective), base.hf_tokenizer.chat_template)
     factors = {name: np.array(value) for name, value in adapter_parameters(base.model).items()}
     return list(islice(micro_batches(plan, loop), loop.iters)), factors
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -27,64 +26,29 @@ from mlx_lora.data.batch import Batch
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction, TokenLosses
-from mlx_lora.losses.divergence import distill_arrays
 from mlx_lora.models.head import body_of, score_at, with_last_block
 from mlx_lora.models.prefix_attention import answers_at
-from mlx_lora.objectives.base import AnswerSums, LossOfAnswers, Objective
-from mlx_lora.objectives.distill import taught_arrays
-from mlx_lora.objectives.policy_task import more_reports, policy_arrays, policy_loss_of, prepared
+from mlx_lora.objectives.base import AnswerSums, BoundObjective, LossOfAnswers, Objective
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.sharded_base import is_shared
 from mlx_lora.parallel.strategy import dealt_batches, own_batches
 
-# Task
+# Binding
 
 FIRST, SECOND = 0, 1  # rows of an example
 
 
-@dataclass(frozen=True)
-class Task:
-    """The parts of a run's objective that steps and validations use.
-
-    Attributes:
-        loss: the sum of the loss, and the count to divide it by.
-        arrays_of: returns the loss's arguments for a batch.
-        prepare: brings all batches of a step into the form that the loss needs.
-        reports: names of the sums that the loss returns in addition to its own.
-        finish: see `Objective`.
-        rates: reads what a report of steps adds on the time since the last one.
-        whole_set: how a set is measured, if the loss is of whole answers; None: as a mean over tokens or examples.
-    """
-
-    loss: Loss
-    arrays_of: Callable[[Batch], tuple[mx.array, ...]] = Arrays.of
-    prepare: Callable[[list[Batch], Ranks], list[Batch]] = lambda batches, ranks: batches
-    reports: tuple[str, ...] = ()
-    finish: Callable[[dict[str, float]], dict[str, float]] = dict
-    rates: Callable[[], dict[str, float]] = dict
-    whole_set: WholeSet | None = None
-
-
-def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
-    """Return the task of an objective on a model.
+def bind_answers(objective: Objective, loss: Loss, model: nn.Module) -> BoundObjective:
+    """Return an objective whose loss is of whole answers, on a model.
 
     Args:
-        objective: of the run.
-        loss: the loss of tokens, whose kernels are kept; a reward model has a loss of its own. With a teacher, that of
-            distillation.
-        model: the model that is trained or measured.
+        objective: of pairs or rated answers.
+        loss: of tokens, whose kernels are kept; a reward model has a loss of its own.
+        model: that is trained or measured.
     """
     of_answers = objective.loss
-    if objective.distills is not None:
-        arrays = taught_arrays if objective.samples else distill_arrays
-        return Task(loss, arrays, reports=objective.reports, finish=objective.finish)
-    if objective.policy is not None:
-        more = more_reports(objective.reports)
-        whole = policy_loss_of(loss, objective.policy, objective.description, more)
-        arrays = partial(policy_arrays, more=more)
-        return Task(whole, arrays, prepared, objective.reports, lambda means: _only_numbers(objective.finish(means)))
     if of_answers is None:
-        return Task(loss)
+        raise ValueError(f"{objective.name} has no loss of answers")
     loss = score_loss(model, loss.part_of_last) if objective.scores else loss
     group = 1 if objective.records == "rated" else 2
     measure_tokens = loss.measure_tokens or loss.tokens
@@ -109,12 +73,7 @@ def task_of(objective: Objective, loss: Loss, model: nn.Module) -> Task:
         objective.records == "rated",
         objective.divergence,
     )
-    return Task(whole, arrays_of, prepare, objective.reports, objective.finish, whole_set=measured)
-
-
-def _only_numbers(means: dict[str, float]) -> dict[str, float]:
-    """Leave out what only a step reports, and a validation does not."""
-    return {name: value for name, value in means.items() if not math.isnan(value)}
+    return BoundObjective(whole, arrays_of, prepare, objective.reports, objective.finish, whole_set=measured)
 
 
 def score_loss(model: nn.Module, part_of_last: bool = False) -> Loss:
@@ -311,41 +270,43 @@ class WholeSet:
     rated: bool
     divergence: bool
 
+    def above(self, given: Callable[[Callable[..., Any]], Callable[..., Any]]) -> WholeSet:
+        """Return it with `given` around what computes the sums of a batch's answers."""
+        return replace(self, sums=given(self.sums))
 
-def whole_set_loss(
-    model: nn.Module,
-    whole: WholeSet,
-    arrays_of: Callable[[Batch], tuple[mx.array, ...]],
-    batches: Iterable[Batch],
-    ranks: Ranks,
-    counted: bool = True,
-) -> tuple[float, int, dict[str, float]]:
-    """Return the mean loss over all examples of all ranks' batches, their number, and the means that are reported.
+    def __call__(
+        self,
+        model: nn.Module,
+        arrays_of: Callable[[Batch], tuple[mx.array, ...]],
+        batches: Iterable[Batch],
+        ranks: Ranks,
+        counted: bool = True,
+    ) -> tuple[float, int, dict[str, float]]:
+        """Return the mean loss over all examples of all ranks' batches, their number, and the means that are reported.
 
-    Args:
-        model: In eval mode.
-        whole: The objective's part.
-        arrays_of: Returns the arguments of `WholeSet.sums` for a batch.
-        batches: This rank's.
-        ranks: That call this together.
-        counted: False: another rank has computed the same batches, and counts them.
-    """
-    found, targets = [np.zeros((len(SUM_NAMES), 0), np.float32)], 0
-    for batch in batches:
-        sums = whole.sums(model, *arrays_of(replace(batch, shares=UNWEIGHTED)))
-        rows = np.array(mx.stack([getattr(sums, name) for name in SUM_NAMES]))  # (6, B)
-        if counted:
-            found.append(rows[:, rows[-1] > 0])  # without padding
-            targets += batch.first_targets
-    ranks.meet()  # they finish at different times, and the host must wait for the others, not the device
-    told = ranks.everyone([targets, np.concatenate(found, axis=1).tolist()])
-    rows = np.concatenate([np.array(one, np.float32).reshape(len(SUM_NAMES), -1) for _, one in told], axis=1)
-    examples = rows.shape[1] // 2
-    if not examples:
-        return math.nan, 0, {}
-    sums = _whole_set_sums(rows, examples / max(1, sum(number for number, _ in told)), whole)
-    losses, reports = whole.loss(sums)
-    return _mean(losses), examples, {name: _mean(values) for name, values in reports.items()}
+        Args:
+            model: in eval mode.
+            arrays_of: returns the arguments of `sums` for a batch.
+            batches: this rank's.
+            ranks: that call this together.
+            counted: False: another rank has computed the same batches, and counts them.
+        """
+        found, targets = [np.zeros((len(SUM_NAMES), 0), np.float32)], 0
+        for batch in batches:
+            sums = self.sums(model, *arrays_of(replace(batch, shares=UNWEIGHTED)))
+            rows = np.array(mx.stack([getattr(sums, name) for name in SUM_NAMES]))  # (6, B)
+            if counted:
+                found.append(rows[:, rows[-1] > 0])  # without padding
+                targets += batch.first_targets
+        ranks.meet()  # they finish at different times, and the host must wait for the others, not the device
+        told = ranks.everyone([targets, np.concatenate(found, axis=1).tolist()])
+        rows = np.concatenate([np.array(one, np.float32).reshape(len(SUM_NAMES), -1) for _, one in told], axis=1)
+        examples = rows.shape[1] // 2
+        if not examples:
+            return math.nan, 0, {}
+        sums = _whole_set_sums(rows, examples / max(1, sum(number for number, _ in told)), self)
+        losses, reports = self.loss(sums)
+        return _mean(losses), examples, {name: _mean(values) for name, values in reports.items()}
 
 
 def _whole_set_sums(rows: np.ndarray, share: float, whole: WholeSet) -> AnswerSums:

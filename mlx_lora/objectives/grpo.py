@@ -1,0 +1,108 @@
+"""Policy objectives (GRPO and its variants, RLOO): sample answers to prompts, reward them, and raise what is rewarded.
+
+One step, in order (`steps` of objectives/sampled.py):
+
+    prompts of the step's batches    `Rollouts.run`: ranks divide them, and each answers and rewards its own
+    answers, rewards                 all ranks get all of them
+    log-probabilities                as they were sampled, and under the reference, where the loss needs them
+    advantages                       from the rewards of a prompt's answers (losses/policy.py)
+    `updates_per_rollout` updates    on the same answers
+
+The rollout's parts are in rollouts/; the loss of a batch is in objectives/policy_arrays.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.losses.cross_entropy import Loss
+from mlx_lora.losses.policy import PolicyOptions
+from mlx_lora.objectives.base import BoundObjective, RunContext
+from mlx_lora.objectives.policy_arrays import at_temperature, more_reports, policy_arrays, policy_loss_of, prepared
+from mlx_lora.objectives.sampled import SampledObjective
+from mlx_lora.rollouts.decode import SamplingForm
+from mlx_lora.rollouts.reward_models import check_rewards, load_rewards
+from mlx_lora.rollouts.rewards import (
+    KNOWN,
+    NO_SPREAD,
+    SPREAD,
+    Reward,
+    means_of_known,
+    own_reports,
+    reward_files,
+    reward_names,
+)
+from mlx_lora.rollouts.rollout import Rollouts
+from mlx_lora.utils.errors import InputError
+
+POLICY_REPORTS = ("reward", SPREAD, NO_SPREAD, "length", "truncated", "kl", "clipped")
+
+
+@dataclass(eq=False)
+class Policy(SampledObjective):
+    """An objective whose sampled answers are rewarded."""
+
+    rewards: Sequence[Reward] = field(default_factory=tuple)
+
+    def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
+        check_rewards(settings, functions)  # a user's file that does not load is told now
+
+    def open(self, ctx: RunContext) -> None:
+        self.rewards = load_rewards(ctx.settings, ctx.base, ctx.today, ctx.functions)
+        ctx.record.shared |= reward_files(ctx.settings.objective)
+
+    def make_rollouts(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> Rollouts:
+        loss = self.token_loss(ctx, loss)
+        return Rollouts.of(
+            ctx.base, ctx.settings, self.rewards, loss, form, joining=self.layout.joining, ranks=ctx.ranks
+        )
+
+    def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet | None = None) -> Loss:
+        return at_temperature(loss, ctx.base.model, ctx.base.config, ctx.settings.objective.temp)
+
+    def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
+        if self.policy is None:
+            raise ValueError(f"{self.name} without a policy loss")
+        more = more_reports(self.reports)
+        whole = policy_loss_of(loss, self.policy, self.description, more)
+        bound = BoundObjective(whole, partial(policy_arrays, more=more), prepared, self.reports, self._finished)
+        return replace(bound, rates=self.rollouts.spent.read) if self.rollouts else bound
+
+    def _finished(self, means: dict[str, float]) -> dict[str, float]:
+        """Leave out what only a step reports, and a validation does not."""
+        return {name: value for name, value in self.finish(means).items() if not math.isnan(value)}
+
+
+def policy(settings: ObjectiveSettings) -> Policy:
+    name = settings.objective
+    if settings.group_size == 1:
+        raise InputError(
+            f"--group-size 1 with --objective {name}: it compares the answers to a prompt; give at least 2"
+        )
+    loss = name if name == "rloo" else settings.grpo_loss
+    high = settings.epsilon if settings.epsilon_high is None else settings.epsilon_high
+    # The penalty of rloo is taken from the reward, as in TRL; that of the others is part of the loss.
+    beta = 0.0 if name == "rloo" else settings.kl_beta
+    options = PolicyOptions(loss, settings.epsilon, high, beta, settings.kl_beta > 0, settings.max_new_tokens)
+    words = f"{name}: {'' if name == loss else f'{loss} loss, '}groups of {settings.answers_per_prompt}"
+    words += f", divergence weight {settings.kl_beta:g}" if settings.kl_beta else ""
+    room, own = (settings.answers_per_prompt, settings.max_new_tokens), own_reports(reward_names(settings))
+    reports = (*POLICY_REPORTS, *own, *(KNOWN + one for one in own))
+    return Policy(
+        name,
+        "prompts",
+        words,
+        reports=reports,
+        policy=options,
+        room=room,
+        finish=means_of_known,
+        updates=settings.updates_per_rollout,
+    )

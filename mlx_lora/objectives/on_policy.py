@@ -1,0 +1,330 @@
+"""On-policy distillation: the student samples answers, and a teacher in memory scores each of their tokens.
+
+    --divergence forward_kl | reverse_kl | jsd    the teacher's likeliest tokens at each sampled position, compared with the
+                                                  student's distribution there (GKD with lambda 1, arXiv 2306.13649); the
+                                                  gradient goes through the whole distribution
+    --divergence sampled_kl                       the teacher's log-probability of the sampled token alone, as the advantage
+                                                  of a policy gradient (losses/divergence.py)
+
+It is asked right after a rollout, and its numbers stay with the batch, so that further updates on the same answers do not
+ask again. No gradient goes through the choice of the tokens.
+
+Shapes: B rows, T columns, P positions, N bins, k likeliest tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.data.batch import Batch
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.load import DataSplits
+from mlx_lora.data.prompts import read_teacher_prompt
+from mlx_lora.data.teacher_table import TableFormat
+from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction
+from mlx_lora.losses.divergence import (
+    KL,
+    SAMPLED_KL,
+    DivergenceOptions,
+    distill_loss,
+    head_of,
+    known_of_batch,
+    sampled_kl,
+)
+from mlx_lora.models.head import Head
+from mlx_lora.models.load import check_token_ids
+from mlx_lora.objectives.base import BoundObjective, RunContext
+from mlx_lora.objectives.policy_arrays import LENGTHS, OLD, TRUNCATED
+from mlx_lora.objectives.sampled import SampledObjective
+from mlx_lora.objectives.teacher import TEACHER, Teacher, as_seen, check_teacher, facts_of, teacher_key, teacher_name
+from mlx_lora.objectives.teacher_answers import read_answered
+from mlx_lora.parallel.ranks import Ranks
+from mlx_lora.rollouts.decode import SamplingForm
+from mlx_lora.rollouts.rollout import Rollouts
+from mlx_lora.rollouts.sharing import of_own_rows
+from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.text import gigabytes
+
+REPORTS = ("kl", "length", "truncated", "answers")
+
+# The objective
+
+
+def on_policy(settings: ObjectiveSettings, options: DivergenceOptions, words: str) -> OnPolicyDistillation:
+    """Return the objective of --objective distill --on-policy.
+
+    Args:
+        settings: its options.
+        options: how student and teacher are compared.
+        words: on that, for the run header.
+    """
+    if options.divergence == SAMPLED_KL:
+        _refuse_beside_sampled_kl(settings)
+    group = settings.answers_per_prompt
+    words += f", {group} sampled answer{'s' * (group > 1)} to each prompt"
+    return OnPolicyDistillation(
+        "distill", "prompts", words, distills=options, room=(group, settings.max_new_tokens), reports=REPORTS,
+        finish=_per_answer, updates=settings.updates_per_rollout,
+    )  # fmt: skip
+
+
+@dataclass(eq=False)
+class OnPolicyDistillation(SampledObjective):
+    """Distillation of answers that the student samples.
+
+    Attributes:
+        scorer: the teacher; None: it is not loaded yet.
+    """
+
+    scorer: Scorer | None = None
+    needs_data = False
+
+    def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
+        read_teacher_prompt(settings.teacher_prompt)  # a file that is not there is told now
+
+    def open(self, ctx: RunContext) -> None:
+        check_teacher(ctx.settings, ctx.base.hf_tokenizer)
+
+    def load_data(self, ctx: RunContext) -> DataSplits:
+        return read_answered(self, ctx)
+
+    def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
+        """Load the teacher, which stays in memory; without --teacher, the base as it is now is the teacher."""
+        settings, base, options = ctx.settings, ctx.plain_base, self._options
+        facts, teacher = facts_of(settings, base), Teacher.of(settings, base)
+        seen = [rows.teacher or rows for rows in sets.values()]
+        highest = max((int(rows.tokens.max(initial=0)) for rows in seen), default=0)
+        check_token_ids(teacher.base, highest, f"--teacher {teacher.base.model_id}")
+        key = ctx.ranks.from_first(teacher_key(settings, facts, TableFormat.of(facts.vocabulary, options.top_k)))
+        held = "no copy of weights"
+        if settings.objective.teacher:
+            held = f"{gigabytes(teacher.base.size_bytes)} beside the student"
+        name = teacher_name(settings, base)
+        ctx.record.lines.append(f"Teacher: {name}; stays in memory ({held}) and scores each sampled token")
+        ctx.record.identity[TEACHER] = key
+        self.scorer = Scorer.of(teacher, options, facts.vocabulary)
+        return sets
+
+    def make_rollouts(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> Rollouts:
+        if self.scorer is None:
+            raise ValueError("sampled answers of a student without a teacher")
+        return Rollouts.of(ctx.base, ctx.settings, (), loss, form, scorer=self.scorer, ranks=ctx.ranks)
+
+    def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> Loss:
+        options = self._options if self.scorer is None else self.scorer.options
+        return taught_loss(loss, ctx.base.model, ctx.base.config, options, self.description)
+
+    def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
+        bound = BoundObjective(loss, taught_arrays, reports=self.reports, finish=self.finish)
+        return replace(bound, rates=self.rollouts.spent.read) if self.rollouts else bound
+
+    @property
+    def _options(self) -> DivergenceOptions:
+        if self.distills is None:
+            raise ValueError("distillation without a divergence")
+        return self.distills
+
+
+def _per_answer(means: dict[str, float]) -> dict[str, float]:
+    """Convert means over trained tokens to means over answers, where that is what they are about."""
+    answers = means.get("answers")
+    return {
+        "kl": means["kl"],
+        **{name: means[name] / answers if answers else math.nan for name in ("length", "truncated")},
+    }
+
+
+def _refuse_beside_sampled_kl(settings: ObjectiveSettings) -> None:
+    """Refuse options that change what is sampled or compared: the estimate holds for the student's own probabilities."""
+    for name in ("temp", "top_p", "min_p", "distill_temp", "teacher_top_k"):
+        if getattr(settings, name) != getattr(ObjectiveSettings, name):
+            raise InputError(
+                f"--{name.replace('_', '-')} with --divergence {SAMPLED_KL}: it compares the probabilities of tokens sampled "
+                "as the student itself would; leave it out, or give reverse_kl"
+            )
+
+
+# The teacher's scores
+
+# What a batch of sampled answers has of the teacher: (B, T) of each target, or (B, T, N) and (B, T, k).
+LOGP, BINS, IDS = "teacher_logp", "teacher_bins", "teacher_ids"
+FACTS = slice(5, 8)  # of the arrays of a batch: after `Arrays`
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A teacher that scores sampled answers.
+
+    Attributes:
+        teacher: its model.
+        options: what is compared, and of how many tokens, which both models have.
+        vocabulary: their number.
+        head: of its model; None: its own logits are used.
+    """
+
+    teacher: Teacher
+    options: DivergenceOptions
+    vocabulary: int
+    head: Head | None
+
+    @classmethod
+    def of(cls, teacher: Teacher, options: DivergenceOptions, vocabulary: int) -> Scorer:
+        """Return it for a number of tokens that teacher and student have."""
+        head = head_of(teacher.loss, teacher.base.model, teacher.base.config)
+        return cls(teacher, replace(options, vocabulary=vocabulary), vocabulary, head)
+
+    @property
+    def uses_old(self) -> bool:
+        """Whether further updates need the probabilities with which the answers were sampled."""
+        return self.options.divergence == SAMPLED_KL
+
+    @property
+    def bins(self) -> tuple[int, int]:
+        """The numbers N and k of one position; k is 0 if every token is known, or the sampled one alone."""
+        top_k = self.options.top_k
+        if self.uses_old:
+            return 1, 0
+        return (top_k + 1, top_k) if 0 < top_k < self.vocabulary - 1 else (self.vocabulary, 0)
+
+    def scored(self, batch: Batch, rows: EncodedSet, own: np.ndarray, ranks: Ranks) -> Batch:
+        """Return a batch of sampled answers with what the teacher says about them.
+
+        Args:
+            batch: with answers.
+            rows: the set that its row numbers are of.
+            own: the rows that this rank asks about.
+            ranks: that ask about the others.
+
+        Raises:
+            RunError: the student sampled a token that the teacher does not have, or the teacher's answer is not finite.
+        """
+        self._check(batch)
+        bins, top_k = self.bins
+
+        def ask(part: Batch) -> np.ndarray:
+            return self.teacher.logps(part, rows)[..., None] if self.uses_old else self._distributions(part, rows)
+
+        found = of_own_rows(ask, batch, own, ranks, (bins + top_k,))
+        if not np.isfinite(found).all():
+            raise RunError("the teacher's probabilities are not finite; try --dtype float32, or another teacher")
+        sampled = dict(batch.sampled or {})
+        sampled[LOGP if self.uses_old else BINS] = found[..., 0] if self.uses_old else found[..., :bins]
+        if top_k:
+            sampled[IDS] = found[..., bins:].astype(np.int32)
+        return replace(batch, sampled=sampled)
+
+    def _check(self, batch: Batch) -> None:
+        """Refuse a sampled token that the teacher's embedding has no row for: MLX would read memory beyond it."""
+        rows, highest = self.teacher.base.token_rows, int(batch.targets[batch.mask].max(initial=0))
+        if rows is not None and highest >= rows:
+            raise RunError(
+                f"the model sampled token {highest}, and the teacher only has {rows} tokens; give a teacher with as many as "
+                "the student, or --min-p 0.01"
+            )
+
+    def _distributions(self, batch: Batch, rows: EncodedSet) -> np.ndarray:
+        """Return the log-probabilities and the ids that they are of at each trained target, (B, T, N + k) float32.
+
+        An id is exact as a float32: there are fewer than 2^24.
+        """
+        seen = batch if rows.teacher is None else as_seen(batch, rows)
+        parts = []
+        for known in known_of_batch(self.teacher.base.model, self.head, seen, self.options):
+            columns = [known.logps] if known.ids is None else [known.logps, known.ids.astype(mx.float32)]
+            parts.append(np.array(mx.concatenate(columns, axis=-1)))
+        found = np.zeros((*batch.mask.shape, sum(self.bins)), np.float32)
+        if parts:
+            found[batch.mask] = np.concatenate(parts)
+        return found
+
+
+class AnswerFacts(NamedTuple):
+    """What is reported of the answers of a batch, on the device.
+
+    Attributes:
+        lengths, truncated, real: (B,) float32.
+    """
+
+    lengths: mx.array
+    truncated: mx.array
+    real: mx.array
+
+    def sums(self) -> dict[str, mx.array]:
+        """Return sums over real answers, by the names of reports."""
+        return {
+            "length": (self.lengths * self.real).sum(),
+            "truncated": (self.truncated * self.real).sum(),
+            "answers": self.real.sum(),
+        }
+
+
+def taught_arrays(batch: Batch) -> tuple[mx.array, ...]:
+    """Copy a batch of sampled answers with what a teacher says about them to the device.
+
+    Returns:
+        `Arrays`, `AnswerFacts`; then the teacher's log-probability of each position, that of the student as it sampled it
+        (P,) and whether that is the student's own (1,); or the teacher's bins (P, N) and, unless it has all tokens, their
+        ids (P, k).
+    """
+    sampled = batch.sampled
+    if sampled is None:
+        raise ValueError("a batch without sampled answers")
+
+    def at_positions(name: str) -> mx.array:
+        values = sampled[name]
+        return mx.array(values.reshape(-1, *values.shape[2:])[batch.positions])
+
+    facts = [mx.array(sampled[name]) for name in (LENGTHS, TRUNCATED)]
+    both = (*Arrays.of(batch), *facts, mx.array(batch.real.astype(np.float32)))
+    if LOGP not in sampled:
+        return (*both, *(at_positions(name) for name in (BINS, IDS) if name in sampled))
+    teacher, is_own = at_positions(LOGP), OLD not in sampled
+    return (*both, teacher, mx.zeros_like(teacher) if is_own else at_positions(OLD), mx.array([float(is_own)]))
+
+
+def taught_loss(loss: Loss, model: nn.Module, config: dict[str, Any], options: DivergenceOptions, words: str) -> Loss:
+    """Return the loss of sampled answers that a teacher scored; a mean over tokens.
+
+    Args:
+        loss: of tokens, at the temperature of distillation.
+        model, config: the model and its config.json.
+        options: what is compared.
+        words: on the objective, for the run header.
+    """
+    if options.divergence == SAMPLED_KL:
+        measure = _sampled(loss.measure_tokens or loss.tokens)
+        return replace(loss, train=_sampled(loss.tokens), measure=measure, description=f"{words}; {loss.description}")
+    whole = distill_loss(loss, model, config, options, None, words)
+    return replace(whole, train=_compared(whole.train), measure=_compared(whole.measure))
+
+
+def _compared(of_tokens: LossFunction) -> LossFunction:
+    """Return a loss of distributions that also reports facts about answers."""
+
+    def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+        total, count, reports = of_tokens(model, *batch[: FACTS.start], *batch[FACTS.stop :])
+        return total, count, reports | AnswerFacts(*batch[FACTS]).sums()
+
+    return summed
+
+
+def _sampled(tokens: Callable[..., mx.array]) -> LossFunction:
+    """Return the loss of the sampled tokens' log-probabilities, from the losses of tokens."""
+
+    def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+        arrays, (teacher, old, is_own) = Arrays(*batch[:5]), batch[FACTS.stop :]
+        logps = -tokens(model, *arrays)  # (P,)
+        losses = sampled_kl(logps, mx.where(is_own > 0, mx.stop_gradient(logps), old), teacher)
+        real = arrays.weights > 0
+        kl = mx.where(real, mx.stop_gradient(logps) - teacher, 0.0).sum()
+        return mx.where(real, losses, 0.0).sum(), arrays.weights.sum(), {KL: kl} | AnswerFacts(*batch[FACTS]).sums()
+
+    return summed
