@@ -442,11 +442,10 @@ class Exit(nn.Module):
         return wire.added(super().__call__(*args, **kwargs))  # pyright: ignore[reportCallIssue] # the layer's
 
 
-def mix_in(mixin: type[nn.Module], module: nn.Module, wire: Wire) -> None:
-    """Make one instance an entry or an exit; its class keeps its name's module, by which its kernels are found."""
+def mix_in(mixin: type[nn.Module], module: nn.Module) -> None:
+    """Give one instance a class in which `mixin` comes before its own; it keeps the module, by which its kernels are found."""
     own = type(module)
     module.__class__ = type(f"{mixin.__name__}{own.__name__}", (mixin, own), {"__module__": own.__module__})
-    module._wire = wire
 
 
 def _is_float(leaf: Any) -> bool:

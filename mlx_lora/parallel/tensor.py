@@ -120,10 +120,9 @@ def cut_layers(model: nn.Module, config: dict[str, Any], place: RankPosition, wi
         if cut is not None:
             _cut_adapter(layer, cut)
     at = dict(model.named_modules())
-    for path in ends:
-        mix_in(Exit, at[path], wire)
-    for branch in branches:
-        mix_in(Entry, branch, wire)
+    for mixin, module in [(Exit, at[path]) for path in ends] + [(Entry, branch) for branch in branches]:
+        mix_in(mixin, module)
+        module._wire = wire
 
 
 def _cut(model: nn.Module, place: RankPosition) -> tuple[list[nn.Module], list[str]]:
