@@ -20,9 +20,10 @@ setup: $(VENV)/.ready
 demo: setup
 	$(BIN)/mlx-lora demo $(FLAGS)
 
-# Two processes with one BLAS thread each: most tests are too small to use two threads, and this halves the time.
+# Two processes with one BLAS thread each: most tests are too small to use two threads, and this halves the time. The slowest 50
+# tests come last.
 test: setup
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=50
 
 # The tests that a change touches, in about a minute (scripts/check.py says which).
 check: setup
@@ -35,11 +36,11 @@ test-kernels: setup
 
 # The tests as on a Mac, as far as Linux can enforce it: Metal's refusals, bfloat16, memory limits, no /proc (docs/development/
 # metal.md). QUICK=1 runs the share that CI runs; COMPILE=1 compiles kernels, too, which takes g++ a long time.
-QUICK_SHARE := $(patsubst %,tests/test_%.py,rehearsal host_syncs device step metal_support heads gguf_export)
+QUICK_SHARE := $(foreach name,rehearsal host_syncs device step metal_support heads gguf_export,$(wildcard tests/*/test_$(name).py))
 rehearse: setup
 	OPENBLAS_NUM_THREADS=1 $(if $(COMPILE),,MLX_DISABLE_COMPILE=1) $(BIN)/python -m pytest -n 2 --dist loadfile --rehearse $(if $(QUICK),$(QUICK_SHARE))
 
-# Everything: the embedded real models and the judges (torch, PEFT, transformers, llama.cpp).
+# Everything, also all cases of each test: the embedded real models and the judges (torch, PEFT, transformers, llama.cpp).
 test-all: setup
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[dev,parity,studio-test]'
 	$(BIN)/python scripts/get_models.py

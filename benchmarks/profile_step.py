@@ -46,7 +46,7 @@ from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.optimizer import build_optimizer
-from mlx_lora.trainer.step import Step
+from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import device
 
 # No data moves: these only describe how an array is read.
@@ -154,7 +154,11 @@ def whole_step(base: Base, batch: Batch, mode: str, way: Way) -> tuple[float, in
     tape = apply_checkpointing(base.model, mode)
     own = tape.attend if tape else attend
     step = Step(
-        base.model, build_optimizer(OptimizerSettings(learning_rate=1e-4), 100), loss.train, 1.0, own, choose=way.choose
+        base.model,
+        build_optimizer(OptimizerSettings(learning_rate=1e-4), 100),
+        loss.train,
+        1.0,
+        StepOptions(own, choose=way.choose),
     )
     times = []
     mx.reset_peak_memory()

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ALWAYS = "tests/test_layout.py"
+ALWAYS = "test_layout.py"
 MOST = 8  # test files besides those that changed; the others are left to `make test`
 
 
@@ -47,14 +47,22 @@ def imported(path: Path) -> frozenset[str]:
     return frozenset(names)
 
 
-def reached(test: Path, seen: frozenset[Path] = frozenset()) -> set[str]:
+@cache
+def reached(test: Path) -> frozenset[str]:
     """Return what a test file and the test helpers that it imports import."""
-    names = set(imported(test))
-    for name in imported(test):
-        helper = ROOT / "tests" / f"{name.replace('.', '/')}.py"
-        if helper.is_file() and helper not in seen:
-            names |= reached(helper, seen | {test})
-    return names
+    names, seen, left = set(), {test}, [test]
+    while left:
+        found = imported(left.pop())
+        names |= found
+        helpers = {ROOT / "tests" / f"{name.replace('.', '/')}.py" for name in found}
+        left += [helper for helper in helpers - seen if helper.is_file()]
+        seen |= helpers
+    return frozenset(names)
+
+
+def test_files() -> list[Path]:
+    """Return all test files, in the rooms that are named like the package's and beside them."""
+    return sorted((ROOT / "tests").rglob("test_*.py"))
 
 
 def touched_tests(files: list[str]) -> tuple[list[str], list[str]]:
@@ -66,7 +74,7 @@ def touched_tests(files: list[str]) -> tuple[list[str], list[str]]:
     modules |= {name.removeprefix("tests.") for name in modules}
     others = {Path(file).name for file in files if not file.endswith(".py")}  # a page, a template, a workflow
     own, shares = [], {}
-    for test in sorted((ROOT / "tests").glob("test_*.py")):
+    for test in test_files():
         name = str(test.relative_to(ROOT))
         names = {one for one in reached(test) if one.startswith("mlx_lora.")} | imported(test)
         touching = {one for one in names if any(f"{one}.".startswith(f"{module}.") for module in modules)}
@@ -90,7 +98,8 @@ def main() -> int:
         print("Nothing changed.")
         return 0
     own, near = touched_tests(files)
-    tests = list(dict.fromkeys([*own, *near[:MOST], ALWAYS]))
+    always = [str(path.relative_to(ROOT)) for path in test_files() if path.name == ALWAYS]
+    tests = list(dict.fromkeys([*own, *near[:MOST], *always]))
     print(f"{len(files)} changed files, {len(tests)} test files:", *tests, sep="\n  ", flush=True)
     if near[MOST:]:
         print(f"{len(near) - MOST} more test files import what changed; make test runs them.", flush=True)

@@ -2,7 +2,7 @@
 
     python scripts/nightly.py --versions newest                         the newest of the registry, pre-releases too
     python scripts/nightly.py --versions main --out nightly             the main branches (mlx is built where it is quick)
-    python scripts/nightly.py --versions mlx==0.32.3 --tests tests/test_step.py tests/test_fused.py
+    python scripts/nightly.py --versions mlx==0.32.3 --tests tests/trainer/test_step.py tests/losses/test_fused.py
     python scripts/nightly.py --found a/nightly.json b/nightly.json --expect 2 --file-issue
 
 A new environment gets this checkout with the released versions, and the tests run in it; then it gets the other versions, and

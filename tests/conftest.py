@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 # First of all: it loads the fast BLAS, which must come before mlx.core.
@@ -23,13 +25,19 @@ from byte_tokenizer import byte_tokenizer
 from half_arrays import let_numpy_read_halves
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
+from traced_blocks import TRACE, remembered
 
+from mlx_lora.config.settings import LoopSettings
+from mlx_lora.planner import machine
+from mlx_lora.trainer import block_memory, report_callback
 from mlx_lora.trainer.run_folder import runs_file
 from mlx_lora.utils import console
 
 # The judges of ORPO, CPO and SimPO lie in TRL's experimental part, which warns; and warnings are errors here.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
+FEW_TOKENS = 8
+MEASURE = machine.measure_ceilings
 TINY = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -61,8 +69,25 @@ def pytest_configure(config):
         let_numpy_read_halves()
 
 
+# The helpers that a test file imports say what kind of tests it holds: the first tier of which it has a helper.
+TIERS = {
+    "page": {"browser", "page_parsing", "studio_browser"},
+    "integration": {"changed_package", "hub_stand_in", "ranks", "serving_process", "studio_client", "subprocess"},
+    "cli": {"run_cli"},
+}
+
+
+@cache
+def tier_of(path: Path) -> str:
+    """Return the tier of a test file."""
+    imported = set(re.findall(r"^(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+    return next((tier for tier, helpers in TIERS.items() if imported & helpers), "unit")
+
+
 def pytest_collection_modifyitems(config, items):
-    """A GPU, also one of a rehearsal, leaves out what only a CPU does, by name and with its reason."""
+    """Mark each test with its tier. A GPU, also one of a rehearsal, leaves out what only a CPU does, with its reason."""
+    for item in items:
+        item.add_marker(tier_of(item.path))
     if device.on_gpu():
         for item in items:
             if mark := item.get_closest_marker("cpu"):
@@ -109,9 +134,35 @@ def _own_cache(tmp_path_factory):
         patch.setenv("MLX_LORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         # Kernels as the table has them: the clock of a busy machine must not decide what a test runs.
         patch.setenv(SWITCH, "0")
-        # One text before and after each run instead of three, to save time.
+        # One text before and after each run instead of three, and a few words of it unless a test says how many.
         patch.setattr("mlx_lora.trainer.report_callback.TEXTS", 1)
+        patch.setattr(report_callback, "greedy_text", _short_text)
         yield
+
+
+def _short_text(base, prompt: list[int], max_tokens: int, whole=report_callback.greedy_text) -> str:
+    return whole(base, prompt, FEW_TOKENS if max_tokens == LoopSettings().sample_tokens else max_tokens)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _remembered_traces():
+    """Trace a block's memory once for all runs of this process; the tests of tracing ask for `traced_anew`."""
+    with remembered():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_measurement():
+    """Measure this machine's rates once for each test process, and not again for each test with a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "measure_ceilings", cache(MEASURE))
+        yield
+
+
+@pytest.fixture
+def traced_anew(monkeypatch):
+    """Trace every block, known or not."""
+    monkeypatch.setattr(block_memory, "_read_block", TRACE)
 
 
 def tiny_model(seed: int = 0, **changes) -> llama.Model:

@@ -18,6 +18,7 @@ from pathlib import Path
 from mlx_lora.utils.supervise import last_given
 
 REPOSITORY = Path(__file__).parents[1]
+SESSION = Path(__file__).with_name("rank_session.py")
 TIMEOUT_S = 240.0
 
 
@@ -140,3 +141,12 @@ class Started:
                     process.send_signal(signal.SIGKILL)
                     process.wait()
         return Ended(codes, self.texts(), [out.read_text() for out in self.outs])
+
+
+def in_one_session(runs: Sequence[Sequence[object]], ranks: int, folder: Path) -> str:
+    """Take runs of the train command in the same processes, one after the other; return what rank 0 printed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "runs.json").write_text(json.dumps([list(map(str, words)) for words in runs]))
+    ended = Started([[SESSION, folder / "runs.json"]] * ranks, folder / "ranks").wait()
+    assert ended.codes == [0] * ranks, ended.errs
+    return ended.errs[0]

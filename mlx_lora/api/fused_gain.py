@@ -16,14 +16,14 @@ from typing import Any
 from mlx_lora.api.evaluate import data_of_run, with_columns_of_run
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import LoopSettings, ModelSettings
-from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.dataset import EncodedSet, spaced_by_length
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.trainer.adapter import adapter_template
-from mlx_lora.trainer.evaluate import held_out_loss, held_out_plan, spaced_by_length
+from mlx_lora.trainer.evaluate import held_out_loss, held_out_plan
 
 ROWS = 32  # measured, at most
 LEAST_ROWS = 16  # of them, on a slow machine too: on fewer rows the share is chance

@@ -462,7 +462,7 @@ def dry_run(settings: TrainSettings) -> dict[str, Any]:
     Raises:
         InputError: settings, model, data or run folder that `train` would refuse, or a run that does not fit.
     """
-    check_request(settings, ALONE, objective_of(settings.objective))
+    check_request(settings, ALONE)
     if not wants_training(settings):
         raise InputError("--dry-run: nothing would be trained with --test alone; give --train too")
     with waiting("Planning the run"):

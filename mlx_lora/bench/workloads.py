@@ -2,7 +2,7 @@
 
 A workload never changes: if it must, it gets the next version, and figures of the two are not compared. Batch shape and
 checkpointing are part of it, so that a large Mac does the same work as a small one. Tiers are memory sizes in GB: by the
-planner, all workloads of a tier fit the chips sold with that memory (tests/test_suite.py checks it).
+planner, all workloads of a tier fit the chips sold with that memory (tests/bench/test_suite.py checks it).
 
 The shapes of the models are those of the published config.json files, reduced to what decides memory and speed, so that a plan
 needs no download.

@@ -156,3 +156,14 @@ class EncodedSet:
         if self.teacher is not None:
             digest.update(self.teacher.fingerprint.encode())
         return digest.hexdigest()
+
+
+def spaced_by_length(rows: EncodedSet, count: int) -> np.ndarray:
+    """Return the numbers of `count` examples, spaced evenly in the order of their lengths; (count,) int64, ascending."""
+    order = np.argsort(positions_by_example(rows), kind="stable")
+    return np.sort(order[((np.arange(count) + 0.5) * len(order) / count).astype(np.int64)])
+
+
+def positions_by_example(rows: EncodedSet) -> np.ndarray:
+    """Return the positions of each example, all its rows together; (E,) int64."""
+    return (rows.lengths - 1).reshape(-1, rows.group).sum(axis=1)

@@ -305,7 +305,7 @@ def _intercepted(layer: Any) -> Iterator[list[mx.array]]:
 
 # The last block at some positions
 
-# mlx-lm's modules whose blocks and bodies were read; tests/test_last_block.py tries each.
+# mlx-lm's modules whose blocks and bodies were read; tests/losses/test_last_block.py tries each.
 DENSE = (
     "llama", "qwen", "qwen2", "qwen3", "ministral3", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3",
     "granite", "cohere", "cohere2", "glm", "glm4", "starcoder2", "stablelm", "internlm2", "internlm3", "helium", "exaone4",

@@ -16,7 +16,7 @@ Shapes: B rows of a batch, E = B / K examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -196,8 +196,23 @@ class StepsDone:
     epochs: float
 
 
+@dataclass(frozen=True)
+class FixedPrompt:
+    """A held-out prompt.
+
+    Attributes:
+        tokens: up to where the answer begins.
+        fact: what rewards see of it.
+    """
+
+    tokens: list[int]
+    fact: dict[str, Any]
+
+
 class HeldOutBatches(Protocol):
     """Batches to measure: a `BatchPlan`, or one whose answers are sampled."""
+
+    rows: EncodedSet
 
     def __len__(self) -> int: ...
 
@@ -352,3 +367,22 @@ class Objective:
             done: where the run is.
         """
         yield batches
+
+    def fixed_prompts(self, rows: EncodedSet, most: int) -> list[FixedPrompt]:
+        """Return held-out prompts that are answered at every validation; none where the data have the answers."""
+        return []
+
+    def greedy_answers(self, prompts: Sequence[FixedPrompt]) -> list[dict[str, Any]]:
+        """Return an answer to each of the fixed prompts with its rewards, as plain values.
+
+        Each has `prompt` (as rewards see it), `answer`, `length` in tokens, `truncated`, `reward` (the weighted sum, None
+        without one) and `rewards` by name. No random stream of the run is used.
+
+        Raises:
+            RunError: a reward failed.
+        """
+        return []
+
+    def other_models_bytes(self, settings: TrainSettings) -> int:
+        """Return the bytes of models that stay in memory beside the base, such as reward models."""
+        return 0

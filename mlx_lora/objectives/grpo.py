@@ -22,14 +22,16 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.losses.policy import PolicyOptions
-from mlx_lora.objectives.base import BoundObjective, RunContext
+from mlx_lora.objectives.base import BoundObjective, FixedPrompt, RunContext
 from mlx_lora.objectives.policy_arrays import at_temperature, more_reports, policy_arrays, policy_loss_of, prepared
 from mlx_lora.objectives.sampled import SampledObjective
 from mlx_lora.rollouts.decode import SamplingForm
-from mlx_lora.rollouts.reward_models import check_rewards, load_rewards
+from mlx_lora.rollouts.fixed_prompts import fixed_prompts, greedy_answers
+from mlx_lora.rollouts.reward_models import beside_bytes, check_rewards, load_rewards
 from mlx_lora.rollouts.rewards import (
     KNOWN,
     NO_SPREAD,
@@ -75,6 +77,15 @@ class Policy(SampledObjective):
         whole = policy_loss_of(loss, self.policy, self.description, more)
         bound = BoundObjective(whole, partial(policy_arrays, more=more), prepared, self.reports, self._finished)
         return replace(bound, rates=self.rollouts.spent.read) if self.rollouts else bound
+
+    def fixed_prompts(self, rows: EncodedSet, most: int) -> list[FixedPrompt]:
+        return fixed_prompts(rows, most)
+
+    def greedy_answers(self, prompts: Sequence[FixedPrompt]) -> list[dict[str, Any]]:
+        return greedy_answers(self.sampling, prompts)
+
+    def other_models_bytes(self, settings: TrainSettings) -> int:
+        return beside_bytes(settings)
 
     def _finished(self, means: dict[str, float]) -> dict[str, float]:
         """Leave out what only a step reports, and a validation does not."""

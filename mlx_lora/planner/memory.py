@@ -413,7 +413,7 @@ def _even(length: int, most: int) -> int:
 # Sampled answers
 
 PREFILL_TOKENS = 512  # of a prompt that are computed at once (rollouts/sampler.py)
-# Fitted on a CPU (tests/test_rollout_memory.py compares with measured peaks).
+# Fitted on a CPU (tests/planner/test_rollout_memory.py compares with measured peaks).
 GROWING_LAYERS = 1  # layers whose old keys and values, and room for new ones, are there in addition to both together
 SCORE_ARRAYS = 6.0  # arrays of (N G, V): logits, their softmax, and the noise that a token is drawn with
 # Rows from which a CPU multiplies by a quantized head as floats (kernels/quantized_matmul.py measures it).

@@ -34,7 +34,7 @@ MOST_TOKENS = 1 << 20  # of a batch that is looked for
 EQUAL = 1e-6  # parts that differ less are equal
 LEAST_ROW = 128  # tokens of a row of that batch, if rows are not shorter
 HIDDEN = 1.1  # a link is hidden if a step takes at most this many times as long as computing
-# mlx-lm's modules whose cut was read and is tested (tests/test_tensor_parallel.py).
+# mlx-lm's modules whose cut was read and is tested (tests/parallel/test_tensor_parallel.py).
 ARCHITECTURES = (
     "deepseek_v2", "deepseek_v3", "exaone_moe", "glm4_moe", "glm4_moe_lite", "gpt_oss", "llama", "ministral3", "mistral4",
     "qwen2", "qwen3", "qwen3_moe", "step3p5",

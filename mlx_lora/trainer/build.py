@@ -32,7 +32,7 @@ from mlx_lora.trainer.header import choices, describe_run
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
 from mlx_lora.trainer.schedules import make_events, rates_of, restart_every, restart_warmup
-from mlx_lora.trainer.step import Step
+from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.trainer.step_variant import choose_step_variant
 from mlx_lora.trainer.trainer import total_steps
 from mlx_lora.utils import device
@@ -167,22 +167,22 @@ def make_step(
     whole = objective.bind(objective.token_loss(ctx, variant.loss, plan.rows), model)
     trunk = choose_trunk(of_trunk, variant, objective)  # after the checkpointing, whose blocks it wraps
     bound = trunk.for_steps(whole)
-    step = Step(
-        model,
-        build_optimizer(settings.optimizer, steps, restart_every(adapter, steps), restart_warmup(adapter, steps)),
-        bound.loss.train,
-        settings.optimizer.max_grad_norm,
+    options = StepOptions(
         variant.attend,
+        variant.choose,
+        variant.compiled,
         wait=loop.short_buffers,
         rate_of=rates_of(adapter),
         events=make_events(adapter, model, steps, loop.seed),
-        sharing=sharing_of(model, ctx.ranks, loop.seed),
-        compiled=variant.compiled,
-        choose=variant.choose,
         prepare=lambda batches: bound.prepare(batches, row_ranks(model, ctx.ranks)),
         arrays_of=bound.arrays_of,
         reports=bound.reports,
     )
+    optimizer = build_optimizer(
+        settings.optimizer, steps, restart_every(adapter, steps), restart_warmup(adapter, steps)
+    )
+    sharing = sharing_of(model, ctx.ranks, loop.seed)
+    step = Step(model, optimizer, bound.loss.train, settings.optimizer.max_grad_norm, options, sharing)
     details = [bound.loss.description, chosen.words]
     details += ["blocks that share a state are not checkpointed"] if tape is not None and tape.left_out else []
     about = [planned_words(ctx.memory)] if ctx.memory else []

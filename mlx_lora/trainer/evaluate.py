@@ -29,7 +29,7 @@ import numpy as np
 
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings
 from mlx_lora.data.batch import Batch
-from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.dataset import EncodedSet, positions_by_example, spaced_by_length
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.objectives.base import BoundObjective, RunContext
@@ -95,7 +95,7 @@ def choose_held_out(
     every: Any = loop.steps_per_eval  # chosen by now (config/defaults.py)
     times, whole = validations(steps, every), held_out_plan(rows, loop)
     passes = steps * loop.grad_accumulation_steps / max(1, len(plan) * updates)
-    trained_tokens = passes * int(_costs(plan.rows).sum())
+    trained_tokens = passes * int(positions_by_example(plan.rows).sum())
     count, why = _affordable(rows, whole, trained_tokens * SHARE * PASSES_PER_STEP / times)
     identity_now = _identity(identity, count)
     batches = loop.val_batches
@@ -108,7 +108,7 @@ def choose_held_out(
     if batches is None and count < rows.examples:
         whole = held_out_plan(rows.select(spaced_by_length(rows, count)), loop)
     numbers = whole.examples_of(-1 if batches is None else batches)
-    tokens = int(_costs(whole.rows)[numbers].sum())
+    tokens = int(positions_by_example(whole.rows)[numbers].sum())
     unit = "row" if rows.group == 1 else "example"
     words = (
         f"Validation: {len(numbers):,} of {counted(rows.examples, f'held-out {unit}')} ({tokens:,} tokens), "
@@ -128,20 +128,9 @@ def validations(steps: int, every: int) -> int:
     return 2 + ((steps - 1) // every if every else 0)
 
 
-def spaced_by_length(rows: EncodedSet, count: int) -> np.ndarray:
-    """Return the numbers of `count` examples, spaced evenly in the order of their lengths; (count,) int64, ascending."""
-    order = np.argsort(_costs(rows), kind="stable")
-    return np.sort(order[((np.arange(count) + 0.5) * len(order) / count).astype(np.int64)])
-
-
-def _costs(rows: EncodedSet) -> np.ndarray:
-    """Return the positions of each example, all its rows together; (E,) int64."""
-    return (rows.lengths - 1).reshape(-1, rows.group).sum(axis=1)
-
-
 def _affordable(rows: EncodedSet, whole: BatchPlan, budget: float) -> tuple[int, str]:
     """Return how many examples a budget of tokens allows, and what bounded them, in words."""
-    costs, all_of_them = _costs(rows), rows.examples
+    costs, all_of_them = positions_by_example(rows), rows.examples
     most = all_of_them if len(whole) <= MOST_BATCHES else max(FEWEST, all_of_them * MOST_BATCHES // len(whole))
     least = min(FEWEST, all_of_them)
     by_mean = int(1.2 * budget / max(1.0, float(costs.mean()))) + 1  # a sample's rows may be shorter than the mean

@@ -40,6 +40,7 @@ from mlx_lora.models.load import Base
 from mlx_lora.models.meta import Outline, layer_caches, model_shape, outline_for, outline_of, with_quantization
 from mlx_lora.models.quantize import choose_quantization
 from mlx_lora.objectives.compute import Compute
+from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.hosts import probe_link
 from mlx_lora.parallel.ranks import Ranks, SeveralRanks
 from mlx_lora.parallel.sharded_base import frozen_bytes, is_shared
@@ -78,7 +79,6 @@ from mlx_lora.planner.several_macs import (
 )
 from mlx_lora.planner.shapes import KernelTerms, Machine, ModelShape, NotKnown, RunShape
 from mlx_lora.planner.speed import Ceilings
-from mlx_lora.rollouts.reward_models import beside_bytes
 from mlx_lora.trainer.block_memory import LAG, SHARED_LAG, with_block_memory
 from mlx_lora.trainer.gradient_checkpointing import Tape
 from mlx_lora.utils import device
@@ -275,7 +275,8 @@ def adapted_shape(
     """
     shape = model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method, 0))
     plain_loss = shape.plain_loss or settings.loop.kernels == MLX
-    shape = replace(shape, plain_loss=plain_loss, beside_bytes=beside_bytes(settings))
+    others = objective_of(settings.objective).other_models_bytes(settings)
+    shape = replace(shape, plain_loss=plain_loss, beside_bytes=others)
     choice = known_kernels(settings, shape) if kernels is None else kernels
     lag = LAG if settings.loop.shard_base == "off" else SHARED_LAG
     shape = with_block_memory(shape, model, dict(config), choice, lag)

@@ -16,7 +16,6 @@ from mlx_lora.config.settings import AdapterSettings, LoopSettings, TrainSetting
 from mlx_lora.data.load import DataSplits
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
-from mlx_lora.losses.divergence import KL
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.reports.run_report import REPORT_FILE, Sample
@@ -101,7 +100,7 @@ def loss_words(measured: Measured) -> str:
     if measured.reports:
         known = [(name, value) for name, value in measured.reports.items() if not math.isnan(value)]
         reports = ", ".join(f"{words_of(name)} {value:.4f}" for name, value in known)
-        of_tokens = KL in measured.reports and "reward" not in measured.reports
+        of_tokens = "kl" in measured.reports and "reward" not in measured.reports
         unit = "supervised tokens" if of_tokens else "examples"
         return f"loss {measured.loss:.4f}, {reports}, over {measured.count} {unit}"
     perplexity = console.perplexity(measured.loss)

@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from mlx_lm import stream_generate
@@ -31,14 +30,14 @@ from mlx_lm import stream_generate
 from mlx_lora import __version__
 from mlx_lora.adapters.inject import full_parameters, without_adapters
 from mlx_lora.data.batch import Batch
-from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.dataset import EncodedSet, spaced_by_length
 from mlx_lora.data.load import DataSplits
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.exporters.card import CARD_FILE, read_facts, write_card
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import continued
-from mlx_lora.objectives.base import RunContext
+from mlx_lora.objectives.base import FixedPrompt, Objective, RunContext
 from mlx_lora.reports.run_report import (
     ANSWERS_FILE,
     RunReport,
@@ -49,12 +48,9 @@ from mlx_lora.reports.run_report import (
     read_answers,
 )
 from mlx_lora.rollouts.decode import TokenSteps, held_weights
-from mlx_lora.rollouts.rewards import summed
-from mlx_lora.rollouts.rollout import HeldOutRollouts, Rollouts
-from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.trainer.build import BuiltRun
 from mlx_lora.trainer.callbacks import Callbacks
-from mlx_lora.trainer.evaluate import ROWS_FILE, KnownRows, RowsFile, held_out_loss, spaced_by_length
+from mlx_lora.trainer.evaluate import ROWS_FILE, KnownRows, RowsFile, held_out_loss
 from mlx_lora.trainer.progress import Metrics, MetricsFile, PlainProgress, Progress
 from mlx_lora.utils import device
 from mlx_lora.utils.console import in_notebook
@@ -145,8 +141,8 @@ class RunPage:
         seen: token ids of the same beginnings as a teacher sees them that is this model itself; empty: there is none.
         answers: token ids of the rows' own answers; empty: the rows are plain text.
         report: the page's facts in addition to metrics and settings.
-        answering: of a run that samples answers; None: another run.
-        fixed: its held-out prompts that are answered at every validation; those answers are the page's texts.
+        objective: of the run; one that samples answers has prompts of its own answered.
+        fixed: held-out prompts that are answered at every validation; those answers are the page's texts.
     """
 
     folder: Path
@@ -155,7 +151,7 @@ class RunPage:
     max_tokens: int
     report: RunReport
     seen: list[list[int]]
-    answering: Rollouts | None = None
+    objective: Objective
     fixed: Sequence[FixedPrompt] = ()
     answers: Sequence[list[int]] = ()
 
@@ -173,7 +169,9 @@ class RunPage:
         rows = data.train if held_out is None else held_out
         settings = run.folder.settings
         tokens = 0 if run.folder.info.scores else settings.loop.sample_tokens
-        answering, fixed = _fixed_prompts_of(run) if tokens else (None, [])
+        objective, fixed = run.ctx.objective, []
+        if run.validation is not None and tokens and settings.loop.val_batches != 0:
+            fixed = objective.fixed_prompts(run.validation.rows, TEXTS)
         beginnings = held_out_prompts(rows, TEXTS, _word_beginnings(base)) if tokens and not fixed else []
         # An adapter to start from, or another model, is not the teacher.
         other = settings.adapter.resume_adapter_file or settings.objective.teacher
@@ -195,7 +193,7 @@ class RunPage:
                 held_out=held_out is not None,
             ),
             [] if teacher is None else [before_answer(teacher, number) for number, _ in beginnings],
-            answering,
+            objective,
             fixed,
             [row_answer(rows, number) for number, _ in beginnings],
         )
@@ -215,8 +213,8 @@ class RunPage:
         Raises:
             RunError: a reward failed.
         """
-        if self.answering is not None and self.fixed:
-            add_answers(self.folder / ANSWERS_FILE, step, greedy_answers(self.answering, self.fixed))
+        if self.fixed:
+            add_answers(self.folder / ANSWERS_FILE, step, self.objective.greedy_answers(self.fixed))
 
     def _write_texts(self, what: str) -> None:
         """Add a text of the present model for each prompt, or fewer if the first ones show that all would take long."""
@@ -279,18 +277,6 @@ class RunPage:
         self.write()
 
 
-def _fixed_prompts_of(run: BuiltRun) -> tuple[Rollouts | None, list[FixedPrompt]]:
-    """Return what answers a run's fixed prompts, and the prompts; nothing if it samples no answers, or validates on none."""
-    plan = run.validation
-    if (
-        not isinstance(plan, HeldOutRollouts)
-        or plan.rollouts.scorer is not None
-        or run.folder.settings.loop.val_batches == 0
-    ):
-        return None, []
-    return plan.rollouts, fixed_prompts(plan.rows, TEXTS)
-
-
 def _command() -> str:
     """Return the command that started this process; in a notebook and an interactive session it would say nothing."""
     return "" if in_notebook() or not sys.argv[0] else this_command()
@@ -304,73 +290,6 @@ def _word_beginnings(base: Base) -> Callable[[int, int], bool]:
         return both[len(first) :][:1].isspace()
 
     return begins_word
-
-
-# Answers to fixed prompts
-
-LIKELIEST = 1.0  # min-p that leaves only the likeliest token
-
-
-@dataclass(frozen=True)
-class FixedPrompt:
-    """A held-out prompt.
-
-    Attributes:
-        tokens: up to where the answer begins.
-        fact: what rewards see of it.
-    """
-
-    tokens: list[int]
-    fact: dict[str, Any]
-
-
-def fixed_prompts(rows: EncodedSet, most: int) -> list[FixedPrompt]:
-    """Return up to `most` different prompts of rows with room for answers, spaced evenly by length."""
-    found: list[FixedPrompt] = []
-    for example in spaced_by_length(rows, min(most, rows.examples)).tolist():
-        tokens, mask = rows.row(example * rows.group)
-        begun = tokens[: int(np.argmax(mask))].tolist()
-        if rows.facts is not None and begun not in [one.tokens for one in found]:
-            found.append(FixedPrompt(begun, rows.facts[example]))
-    return found
-
-
-def greedy_answers(answering: Rollouts, prompts: Sequence[FixedPrompt]) -> list[dict[str, Any]]:
-    """Return an answer to each prompt with its rewards, as plain values; no random stream of the run is used.
-
-    Each has `prompt` (as rewards see it), `answer`, `length` in tokens, `truncated`, `reward` (the weighted sum, None
-    without one) and `rewards` by name.
-
-    Raises:
-        RunError: a reward failed.
-    """
-    base, most = answering.base, answering.settings.objective.max_new_tokens
-    ends, training = frozenset(base.tokenizer.eos_token_ids), base.model.training
-    options = SamplingOptions(1, most, min_p=LIKELIEST)
-    base.model.eval()
-    try:
-        tokens = [prompt.tokens for prompt in prompts]
-        with answering.form.model_of(base) as model:
-            answers, _ = sample_groups(model, tokens, options, ends, answer_keys(0, 0, len(prompts)))
-    finally:
-        base.model.train(training)
-    found = answering.rewards_of([prompt.fact for prompt in prompts], answers)
-    names, totals = [reward.name for reward in answering.rewards], summed(found, answering.rewards)
-    return [
-        {
-            "prompt": prompt.fact["prompt"],
-            "answer": answering.text_of(answer),
-            "length": len(answer),
-            "truncated": len(answer) == most and answer[-1] not in ends,
-            "reward": _finite_or_none(total),
-            "rewards": {name: _finite_or_none(value) for name, value in zip(names, own, strict=True)},
-        }
-        for prompt, answer, total, own in zip(prompts, answers, totals.tolist(), found.tolist(), strict=True)
-    ]
-
-
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 # Texts after held-out beginnings

@@ -16,7 +16,7 @@ from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.load import DataSplits
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE
 from mlx_lora.models.load import Base, check_token_ids, load_base
-from mlx_lora.objectives.base import Objective, RunContext
+from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import OBJECTIVES, objective_of
 from mlx_lora.parallel.agreement import take_first_ranks
 from mlx_lora.parallel.ranks import ALONE, Ranks
@@ -67,7 +67,7 @@ def train_run(
     """
     told = Callbacks([*callbacks, *logger_callbacks(settings)] if ranks.leads else ())
     objective = objective_of(settings.objective)
-    check_request(settings, ranks, objective, functions)
+    check_request(settings, ranks, functions)
     device.compile_for(steps=settings.loop.iters or 0)  # until `build_run` knows how many there are
     trains, settings = wants_training(settings), settled_parallel(settings, ranks)
     if base is None:
@@ -102,13 +102,11 @@ def wants_training(settings: TrainSettings) -> bool:
 
 
 def check_request(
-    settings: TrainSettings,
-    ranks: Ranks,
-    objective: Objective,
-    functions: Mapping[str, Callable[..., Any]] = NO_FUNCTIONS,
+    settings: TrainSettings, ranks: Ranks, functions: Mapping[str, Callable[..., Any]] = NO_FUNCTIONS
 ) -> None:
     """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
     check_metric(settings)
+    objective = objective_of(settings.objective)
     objective.check(settings.objective, functions)
     loop, trains = settings.loop, wants_training(settings)
     needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}

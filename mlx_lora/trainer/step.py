@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -41,6 +42,23 @@ class StepResult(NamedTuple):
     asked: mx.array | None = None
 
 
+class StepSums(NamedTuple):
+    """The sums of an optimizer step's micro-batches, of all ranks.
+
+    Attributes:
+        loss_sum, count: as in `StepResult`.
+        reports: sums of the numbers that the objective reports.
+        gradients: of the masters, by name or flat.
+        asked: as in `StepResult`.
+    """
+
+    loss_sum: mx.array
+    count: mx.array
+    reports: dict[str, mx.array]
+    gradients: dict[str, mx.array]
+    asked: mx.array | None = None
+
+
 Differentiation = Callable[..., tuple[mx.array, mx.array, dict, dict]]
 """(*Arrays) -> (loss sum, tokens, sums to report, gradients of the trainable parameters)."""
 
@@ -65,8 +83,38 @@ def compiled_over(model: nn.Module, function: Differentiation) -> Differentiatio
     return mx.compile(function, inputs=[model.state, mx.random.state], outputs=[mx.random.state])
 
 
+@dataclass(frozen=True)
+class StepOptions:
+    """How a step is computed.
+
+    Attributes:
+        attend: computes the model's attention; None: mlx's kernels are used for everything.
+        choose: says which kernels are used, by shape (kernels/table.py).
+        compiled: compile the loss and its gradient; a model that computes values on its way cannot be.
+        wait: wait for the device after each micro-batch, so that other programs (the display) can use it.
+        rate_of: parameter name -> multiple of the learning rate (LoRA+); None: 1 for all.
+        events: makes the method's own part of the step (AdaLoRA, ReLoRA), given Masters.arrays; None for none.
+        prepare: brings the batches of a whole step into the form that the loss needs.
+        arrays_of: returns the arguments of the loss for a batch, on the device.
+        reports: names of the numbers that the loss reports besides sum and count.
+    """
+
+    attend: AttentionCall | None = None
+    choose: Choose = assumed
+    compiled: bool = True
+    wait: bool = False
+    rate_of: Callable[[str], float] | None = None
+    events: Callable[[dict], Events] | None = None
+    prepare: Callable[[list[Batch]], list[Batch]] = list
+    arrays_of: Callable[[Batch], tuple[mx.array, ...]] = Arrays.of
+    reports: tuple[str, ...] = ()
+
+
 class Step:
-    """Runs optimizer steps on `model`; compiled once per batch shape."""
+    """Runs optimizer steps on `model`; compiled once per batch shape.
+
+    `step(batches)` is `step.optim_step(step.forward_backward(batches))`.
+    """
 
     def __init__(
         self,
@@ -74,16 +122,8 @@ class Step:
         optimizer: optim.Optimizer,
         loss: LossFunction,
         max_grad_norm: float,
-        attend: AttentionCall | None = None,
-        wait: bool = False,
-        rate_of: Callable[[str], float] | None = None,
-        events: Callable[[dict], Events] | None = None,
+        options: StepOptions = StepOptions(),
         sharing: Sharing | None = None,
-        compiled: bool = True,
-        choose: Choose = assumed,
-        prepare: Callable[[list[Batch]], list[Batch]] = list,
-        arrays_of: Callable[[Batch], tuple[mx.array, ...]] = Arrays.of,
-        reports: tuple[str, ...] = (),
     ):
         """Set up the step.
 
@@ -92,30 +132,22 @@ class Step:
             optimizer: initialized here on those parameters.
             loss: returns (sum, count), and if an objective reports more, a dict of sums.
             max_grad_norm: global-norm clip; 0 for none.
-            attend: computes the model's attention; None: mlx's kernels are used for everything.
-            wait: wait for the device after each micro-batch, so that other programs (the display) can use it.
-            rate_of: parameter name -> multiple of the learning rate (LoRA+); None: 1 for all.
-            events: makes the method's own part of the step (AdaLoRA, ReLoRA), given Masters.arrays; None for none.
+            options: how it is computed.
             sharing: divides steps among ranks; None for a single process.
-            compiled: compile the loss and its gradient; a model that computes values on its way cannot be.
-            choose: says which kernels are used, by shape (kernels/table.py).
-            prepare: brings the batches of a whole step into the form that the loss needs.
-            arrays_of: returns the arguments of the loss for a batch, on the device.
-            reports: names of the numbers that the loss reports besides sum and count.
         """
-        self._prepare, self._arrays_of, self._report_names = prepare, arrays_of, reports
+        self._options = options
         self.model = model
-        self._submit = mx.eval if wait else mx.async_eval
+        self._submit = mx.eval if options.wait else mx.async_eval
         self.optimizer = optimizer
         self.masters = Masters(model, flat=isinstance(optimizer, ELEMENTWISE))
         optimizer.init(self.masters.arrays)
-        self._rates = None if rate_of is None else self.masters.rates(rate_of)
+        self._rates = None if options.rate_of is None else self.masters.rates(options.rate_of)
         self._max_grad_norm = max_grad_norm
-        self.events = None if events is None else events(self.masters.arrays)
+        self.events = None if options.events is None else options.events(self.masters.arrays)
         self.taken = 0
         self._sharing = sharing
         mx.eval(self._rates or {})
-        differentiate = differentiation(model, loss, attend, choose)
+        differentiate = differentiation(model, loss, options.attend, options.choose)
 
         def micro(*arrays: mx.array) -> tuple[mx.array, mx.array, dict, dict]:
             loss_sum, tokens, reports, grads = differentiate(*arrays)
@@ -123,7 +155,7 @@ class Step:
             return loss_sum, tokens, reports, self.masters.gathered(own)
 
         # Two functions: another batch shape traces the first again, never the optimizer.
-        self._micro = compiled_over(model, micro) if compiled else micro
+        self._micro = compiled_over(model, micro) if options.compiled else micro
         self.state = [self.masters.arrays, optimizer.state, {} if self.events is None else self.events.state]
         self._apply = mx.compile(self._update, inputs=self.state, outputs=self.state)
 
@@ -143,14 +175,28 @@ class Step:
         Returns:
             Lazy results; the update is already under way on the device (with `wait`, done).
         """
-        batches = self._prepare(batches)
+        return self.optim_step(self.forward_backward(batches, asked, divide))
+
+    def forward_backward(
+        self,
+        batches: list[Batch],
+        asked: bool = False,
+        divide: Callable[[list[Batch]], list[Batch]] = list,
+    ) -> StepSums:
+        """Return the summed loss and gradients of an optimizer step's micro-batches; arguments as for a call."""
+        batches, arrays_of = self._options.prepare(batches), self._options.arrays_of
         if self._sharing is None:
-            total, said = self._sum(map(self._arrays_of, batches), len(batches) > 1) or self._nothing(), None
-        else:
-            self._sharing.reseed(self.taken)
-            own = self._sum(map(self._arrays_of, self._sharing.own(batches, divide)), several=True)
-            total, said = self._sharing.sums(own or self._nothing(), asked)
-        result = self._apply(*total)._replace(asked=said)
+            loss_sum, count, reports, grads = self._sum(map(arrays_of, batches), len(batches) > 1) or self._nothing()
+            return StepSums(loss_sum, count, reports, grads)
+        self._sharing.reseed(self.taken)
+        own = self._sum(map(arrays_of, self._sharing.own(batches, divide)), several=True)
+        total, said = self._sharing.sums(own or self._nothing(), asked)
+        loss_sum, count, reports, grads = total
+        return StepSums(loss_sum, count, reports, grads, said)
+
+    def optim_step(self, sums: StepSums) -> StepResult:
+        """Update the parameters by summed gradients; the update is under way on the device when this returns."""
+        result = self._apply(sums.loss_sum, sums.count, sums.reports, sums.gradients)._replace(asked=sums.asked)
         self.taken += 1
         if self.events is not None:
             self.events.after(self.taken, self.masters, self.optimizer)
@@ -171,7 +217,7 @@ class Step:
     def _nothing(self) -> list:
         """Return what a rank without rows adds to a step."""
         zero = mx.array(0.0)
-        return [zero, zero, dict.fromkeys(self._report_names, zero), tree_map(mx.zeros_like, self.masters.arrays)]
+        return [zero, zero, dict.fromkeys(self._options.reports, zero), tree_map(mx.zeros_like, self.masters.arrays)]
 
     def _with_penalty(self, grads: dict) -> dict:
         """Return the gradients with that of the method's penalty. The reported loss stays the data's own."""

@@ -8,5 +8,5 @@
     worker.py    runs cases in a child process, each in its own folder, and watches
     runner.py    starts workers, times them, lays a death to the case that died, makes the table
 
-`make fuzz` prints the table; tests/test_fuzz.py holds a short form.
+`make fuzz` prints the table; tests/cli/test_fuzz.py holds a short form.
 """

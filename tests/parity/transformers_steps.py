@@ -39,7 +39,7 @@ from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import Arrays, LossFunction
 from mlx_lora.models.load import load_base
 from mlx_lora.trainer.optimizer import build_optimizer
-from mlx_lora.trainer.step import Step, differentiation
+from mlx_lora.trainer.step import Step, StepOptions, differentiation
 from parity.families import FAMILIES
 
 SIDE = Path(__file__).parent / "transformers_child.py"
@@ -143,7 +143,7 @@ def train_here(model: nn.Module, config: dict[str, Any], left_out: list[str], gi
     gradients, by_mlx_lm = (first_gradients(model, loss, first, attend) for attend in (tiled_attention, None))
     with training_kernels(model):
         logits = np.array(model(first.inputs))
-    step = Step(model, build_optimizer(SETTINGS, len(given)), loss, CLIP, tiled_attention, compiled=False)
+    step = Step(model, build_optimizer(SETTINGS, len(given)), loss, CLIP, StepOptions(tiled_attention, compiled=False))
     losses = []
     for one in given:
         result = step([one])

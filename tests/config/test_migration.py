@@ -1,0 +1,684 @@
+"""Settings files of Axolotl, LLaMA-Factory, TRL, mlx-lm-lora and mlx-lm: what each key becomes here, and what is left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+import yaml
+from run_cli import run
+
+from mlx_lora.config import settings as config
+from mlx_lora.config.load import read_settings, train_settings
+from mlx_lora.config.migrate import DIALECTS, find_dialect, migrate, objective_keys
+from mlx_lora.objectives.preference import SMOOTHED
+from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS, objective_of
+from mlx_lora.utils import console
+from mlx_lora.utils.errors import InputError
+
+FOREIGN = Path(__file__).parents[1] / "foreign"
+KNOWN = set(config.FIELDS)
+LEFT_OUT = "keys without a counterpart here, left out: "
+
+# File -> what it must become, and every key that it must leave out.
+CASES = {
+    "axolotl-qlora-packed.yml": (
+        {"bits": 4,
+            "model": "someone/tiny-llama", "data": "someone/alpaca_2k", "data_format": "alpaca", "chat_template": "alpaca",
+            "valid_fraction": 0.05, "adapter_path": "./outputs/qlora", "method": "lora", "max_seq_length": 4096,
+            "batch_tokens": 8192, "rank": 32, "alpha": 16, "dropout": 0.05, "target_modules": "all-linear", "epochs": 4,
+            "grad_accumulation_steps": 4, "optimizer": "adamw", "lr_schedule": "cosine", "learning_rate": 0.0002,
+            "grad_checkpoint": True, "steps_per_report": 1, "warmup": 0.1, "weight_decay": 0.0,
+        },
+        "model_type tokenizer_type eval_sample_packing tf32 flash_attention evals_per_epoch saves_per_epoch",
+    ),
+    "axolotl-chat-template.yml": (
+        {"bits": 8,
+            "model": "someone/llama-3-8b-instruct", "data": "someone/messages", "data_format": "auto", "valid_fraction": 0.1,
+            "adapter_path": "./out", "method": "lora", "rank": 8, "alpha": 16, "target_modules": "q_proj,v_proj",
+            "max_seq_length": 2048, "batch_size": 4, "iters": 300, "optimizer": "adamw", "lr_schedule": "constant",
+            "warmup": 10, "learning_rate": "5e-5", "mask_prompt": False, "max_grad_norm": 0.5, "save_every": 50, "seed": 7,
+            "report_to": "wandb", "project_name": "chats", "weight_decay": 0.0,
+        },
+        "strict datasets.split eval_steps",
+    ),
+    "axolotl-dora-regex.yml": (
+        {
+            "model": "someone/qwen", "data": "rows/train.jsonl", "data_format": "auto", "chat_template": "chatml",
+            "method": "dora", "rank": 16, "alpha": 128.0, "target_modules": "up_proj,down_proj,q_proj", "batch_size": 1,
+            "grad_accumulation_steps": 1, "learning_rate": "1e-4", "lr_schedule": "cosine", "optimizer": "adamw",
+            "max_seq_length": 512, "weight_decay": 0.0, "valid_fraction": 0.0,
+        },
+        "plugins liger_rope",
+    ),
+    "axolotl-loraplus.yml": (
+        {
+            "model": "someone/mistral", "trust_remote_code": True, "revision": "v0.3", "data": "someone/chats@abc123",
+            "data_format": "sharegpt", "method": "lora-plus", "loraplus_lr_ratio": 16, "rank": 64, "alpha": 32,
+            "target_modules": "all-linear", "max_seq_length": 8192, "batch_size": 4, "grad_accumulation_steps": 8,
+            "epochs": 1, "learning_rate": 0.0001, "lr_schedule": "linear", "warmup": 0, "weight_decay": 0.1,
+            "valid_fraction": 0, "val_batches": 0, "save_every": 0,
+        },
+        "test_datasets loraplus_lr_embedding neftune_noise_alpha",
+    ),
+    "axolotl-relora.yml": (
+        {"bits": 4,
+            "model": "someone/llama", "data": "someone/instructions", "data_format": "alpaca", "chat_template": "alpaca",
+            "method": "relora", "rank": 8, "alpha": 16, "target_modules": "all-linear",
+            "modules_to_save": ["embed_tokens", "lm_head"], "relora_every": 150, "relora_warmup": 10,
+            "relora_prune_ratio": 0.9, "batch_size": 4, "grad_accumulation_steps": 4, "epochs": 4, "learning_rate": 0.0002,
+            "valid_fraction": 0.05, "max_seq_length": 512, "weight_decay": 0.0,
+        },
+        "relora_cpu_offload",
+    ),
+    "axolotl-full.yaml": (
+        {
+            "model": "someone/llama", "data": "corpus", "data_format": "text", "chat_template": "templates/mine.jinja",
+            "method": "full", "max_seq_length": 8192, "batch_tokens": 8192, "grad_accumulation_steps": 8, "epochs": 1,
+            "optimizer": "adamw", "lr_schedule": "cosine", "learning_rate": "2e-5", "dtype": "float32",
+            "grad_checkpoint": False, "weight_decay": 0.0, "valid_fraction": 0.0,
+        },
+        "lora_dropout",
+    ),
+    "llama-factory-sft.yaml": (
+        {
+            "model": "someone/llama-3-8b-instruct", "trust_remote_code": True, "train": True, "method": "lora", "rank": 8,
+            "alpha": 16, "target_modules": "all-linear", "data": "{folder}/rows.json", "max_seq_length": 2048,
+            "adapter_path": "saves/llama3/lora/sft", "steps_per_report": 10, "save_every": 500, "force": True,
+            "batch_size": 1, "grad_accumulation_steps": 8, "learning_rate": 1e-4, "epochs": 3, "lr_schedule": "cosine",
+            "warmup": 0.1, "valid_fraction": 0.1, "steps_per_eval": 500, "weight_decay": 0.0,
+        },
+        "max_samples overwrite_cache preprocessing_num_workers plot_loss ddp_timeout per_device_eval_batch_size",
+    ),
+    "llama-factory-qlora.yaml": (
+        {"bits": 4,
+            "model": "someone/qwen3-4b", "method": "rslora", "rank": 16, "alpha": 16, "dropout": 0.1,
+            "target_modules": "q_proj,v_proj", "modules_to_save": "embed_tokens,lm_head", "data": "someone/hub-rows",
+            "chat_template": "chatml", "adapter_path": "saves/q", "optimizer": "adamw", "iters": 200,
+            "lr_schedule": "cosine", "warmup": 0, "batch_size": 8, "max_seq_length": 2048, "learning_rate": 5e-5,
+            "weight_decay": 0.0, "valid_fraction": 0.0, "report_to": "tensorboard",
+        },
+        "quantization_method",
+    ),
+    "llama-factory-loraplus-defaults.yaml": (
+        {
+            "model": "someone/llama", "method": "lora-plus", "loraplus_lr_ratio": 16, "rank": 8, "alpha": 16,
+            "chat_template": "alpaca", "batch_tokens": 8192, "max_seq_length": 1024, "adapter_path": "saves/plus",
+            "report_to": "swanlab", "project_name": "plus", "epochs": 3, "learning_rate": 5e-5, "lr_schedule": "linear",
+            "warmup": 0, "weight_decay": 0.0, "valid_fraction": 0.0,
+        },
+        "dataset swanlab_mode",
+    ),
+    "llama-factory-pissa.yaml": (
+        {
+            "model": "someone/llama", "method": "pissa", "rank": 8, "alpha": 16, "target_modules": "all-linear",
+            "data": "{folder}/rows.json", "mask_prompt": False, "batch_size": 2, "lr_schedule": "constant", "warmup": 0,
+            "weight_decay": 0.1, "max_grad_norm": 0.3, "val_batches": 0, "grad_checkpoint": False, "seed": 3,
+            "adapter_path": "saves/pissa", "max_seq_length": 2048, "epochs": 3, "learning_rate": 5e-5,
+            "valid_fraction": 0.0,
+        },
+        "pissa_iter pissa_convert",
+    ),
+    "llama-factory-pretrain.yaml": (
+        {
+            "model": "someone/llama", "data_format": "text", "train": True, "method": "dora", "rank": 8, "alpha": 16,
+            "target_modules": "all-linear", "data": "{folder}/text.txt", "max_seq_length": 512, "batch_tokens": 2048,
+            "adapter_path": "saves/pt", "learning_rate": 1e-4, "epochs": 1, "valid_fraction": 0.05, "lr_schedule": "linear",
+            "warmup": 0, "weight_decay": 0.0,
+        },
+        "mask_history",
+    ),
+    "llama-factory-freeze.yaml": (
+        {
+            "model": "someone/llama", "train": True, "method": "full", "num_layers": 8, "target_modules": "all-linear",
+            "data": "{folder}/rows.json", "adapter_path": "saves/freeze", "batch_size": 1, "learning_rate": 1e-5,
+            "epochs": 3, "optimizer": "muon", "max_seq_length": 2048, "lr_schedule": "linear", "warmup": 0,
+            "weight_decay": 0.0, "valid_fraction": 0.0,
+        },
+        "lora_rank use_llama_pro save_strategy",
+    ),
+    "mlx-lm-example.yaml": (
+        {
+            "model": "mlx_model", "train": True, "method": "lora", "optimizer": "adamw", "data": "training/data",
+            "seed": 0, "num_layers": 16, "batch_size": 4, "iters": 1000, "val_batches": 25, "learning_rate": "1e-5",
+            "steps_per_report": 10, "steps_per_eval": 200, "adapter_path": "adapters", "save_every": 100, "test": False,
+            "test_batches": 100, "max_seq_length": 2048, "grad_checkpoint": False, "rank": 8, "alpha": 160.0,
+            "dropout": 0.0, "target_modules": ["self_attn.q_proj", "self_attn.v_proj"], "lr_schedule": "constant",
+            "warmup": 0, "max_grad_norm": 0.0, "mask_prompt": False, "valid_fraction": 0.0,
+        },
+        "",
+    ),
+    "mlx-lm-schedule.yaml": (
+        {
+            "model": "someone/mistral-4bit", "train": True, "data": "data", "num_layers": -1, "iters": 600,
+            "mask_prompt": True, "learning_rate": 1e-4, "lr_schedule": "cosine", "warmup": 100, "rank": 8, "alpha": 160.0,
+            "optimizer": "adam", "batch_size": 4, "max_grad_norm": 0.0, "valid_fraction": 0.0,
+        },
+        "lr_schedule.warmup_init",
+    ),
+    "mlx-lm-dora-config.yaml": (
+        {
+            "model": "someone/phi", "train": True, "test": True, "method": "dora", "data": "data",
+            "optimizer": "adamw", "weight_decay": 0.05, "rank": 16, "alpha": 32.0, "dropout": 0.05,
+            "grad_checkpoint": True, "lr_schedule": "constant", "warmup": 0, "num_layers": 16, "batch_size": 4,
+            "iters": 1000, "learning_rate": 1e-5, "max_grad_norm": 0.0, "mask_prompt": False, "valid_fraction": 0.0,
+        },
+        "optimizer_config.adamw.betas",
+    ),
+    "mlx-lm-hub-data.yaml": (
+        {
+            "model": "someone/phi", "train": True, "data": "someone/summaries", "rank": 8, "alpha": 80.0,
+            "report_to": "wandb", "project_name": "sums", "optimizer": "adam", "lr_schedule": "constant", "warmup": 0,
+            "num_layers": 16, "batch_size": 4, "iters": 1000, "learning_rate": 1e-5, "max_grad_norm": 0.0,
+            "mask_prompt": False, "valid_fraction": 0.0, "prompt_column": "text", "completion_column": "summary",
+        },
+        "lora_parameters.alpha hf_dataset.train_split",
+    ),
+    "mlx-lm-accumulation.yaml": (
+        {
+            "model": "someone/phi", "train": True, "data": "data", "optimizer": "sgd", "weight_decay": 0.0, "iters": 100,
+            "grad_accumulation_steps": 8, "steps_per_eval": 10, "save_every": 1, "steps_per_report": 1,
+            "learning_rate": 0.01, "lr_schedule": "constant", "warmup": 0, "num_layers": 8, "rank": 8, "alpha": 160.0,
+            "batch_size": 4, "max_grad_norm": 0.0, "mask_prompt": False, "valid_fraction": 0.0,
+        },
+        "lr_schedule.name",
+    ),
+    "mlx-lm-full.yaml": (
+        {
+            "model": "someone/phi", "train": True, "data": "data", "method": "full", "num_layers": 4,
+            "learning_rate": 1e-5, "lr_schedule": "linear", "warmup": 0, "batch_tokens": 4096, "optimizer": "adam",
+            "batch_size": 4, "iters": 1000, "max_grad_norm": 0.0, "mask_prompt": False, "valid_fraction": 0.0,
+        },
+        "",
+    ),
+    "axolotl-dpo.yml": (
+        {"bits": 4,
+            "model": "someone/llama-3-8b-instruct", "chat_template": "chatml", "objective": "dpo", "beta": 0.2,
+            "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2], "data": "someone/dialogues", "method": "lora",
+            "rank": 8, "alpha": 16, "target_modules": "all-linear", "max_seq_length": 2048, "batch_size": 2, "epochs": 1,
+            "learning_rate": "1e-5", "adapter_path": "./outputs/dpo", "weight_decay": 0.0, "valid_fraction": 0.0,
+        },
+        "model_type dpo_use_weighting",
+    ),
+    "llama-factory-reward.yaml": (
+        {
+            "model": "someone/qwen3-4b", "objective": "reward", "train": True, "method": "lora", "rank": 8, "alpha": 16,
+            "target_modules": "all-linear", "data": "{folder}/ranked.json", "turn_names": "user=questioner", "max_seq_length": 2048,
+            "adapter_path": "saves/reward", "batch_size": 1, "grad_accumulation_steps": 8, "learning_rate": 1e-4,
+            "epochs": 3, "lr_schedule": "cosine", "warmup": 0.1, "weight_decay": 0.0, "valid_fraction": 0.0,
+        },
+        "plot_loss",
+    ),
+    "mlx-lm-lora-dpo.yaml": (
+        {"bits": 4,
+            "model": "someone/qwen2.5-0.5b", "train": True, "data": "./preference_data", "objective": "dpo", "beta": 0.3,
+            "loss_type": "hinge", "method": "dora", "rank": 16, "alpha": 160.0, "dropout": 0.0,
+            "batch_size": 2, "grad_accumulation_steps": 4, "epochs": 2, "learning_rate": "5e-6", "steps_per_eval": 10,
+            "steps_per_report": 2, "save_every": 25, "report_to": "wandb", "project_name": "pairs", "optimizer": "adam",
+            "lr_schedule": "constant", "warmup": 0, "max_grad_norm": 0.0, "valid_fraction": 0.0,
+        },
+        "delta alpha mask_prompt efficient_long_context",
+    ),
+    "trl-dpo.yaml": (
+        {"bits": 4,
+            "model": "someone/qwen2.5-0.5b", "data": "someone/ultrafeedback", "objective": "dpo",
+            "loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "beta": 0.2, "method": "lora",
+            "rank": 32, "alpha": 32, "dropout": 0.05, "target_modules": "q_proj,v_proj", "max_seq_length": 512,
+            "batch_size": 2, "grad_accumulation_steps": 8, "iters": 100, "val_batches": 0, "report_to": "wandb",
+            "adapter_path": "out/dpo", "learning_rate": 1e-6, "lr_schedule": "linear", "warmup": 0, "weight_decay": 0.0,
+            "valid_fraction": 0.0,
+        },
+        "dataset_test_split label_smoothing max_prompt_length num_processes",
+    ),
+    "trl-grpo.yaml": (
+        {
+            "model": "someone/qwen3-0.6b", "data": "someone/gsm8k", "objective": "grpo", "method": "lora", "rank": 32,
+            "alpha": 32, "dropout": 0.05, "target_modules": "q_proj,v_proj",
+            "reward": "think_format,my_lib/rewards.py:right_number", "reward_weights": "0.5,1.0", "group_size": 4,
+            "max_new_tokens": 128, "max_seq_length": 256, "temp": 0.9, "top_p": 0.95, "min_p": 0.02, "kl_beta": 0.001,
+            "epsilon": 0.1, "epsilon_high": 0.28, "grpo_loss": "dr_grpo", "scale_rewards": "none", "mask_truncated": True,
+            "updates_per_rollout": 3, "save_every": 102, "steps_per_eval": 201, "batch_size": 1,
+            "grad_accumulation_steps": 4, "iters": 90, "learning_rate": 1e-5, "adapter_path": "out/grpo",
+            "lr_schedule": "linear", "warmup": 0, "weight_decay": 0.0, "valid_fraction": 0.0,
+        },
+        "use_vllm log_completions",
+    ),
+    "axolotl-grpo.yml": (
+        {
+            "model": "someone/qwen2.5-0.5b", "data": "someone/gsm8k", "objective": "grpo", "kl_beta": 0.01,
+            "max_new_tokens": 200, "group_size": 4, "reward": "rewards.py:right,rewards.py:short",
+            "reward_weights": "1.0,0.1", "grpo_loss": "gspo", "method": "lora", "rank": 16, "alpha": 32,
+            "target_modules": "all-linear", "batch_size": 2, "grad_accumulation_steps": 2, "iters": 50,
+            "learning_rate": "1e-5", "adapter_path": "./outputs/grpo", "weight_decay": 0.0, "valid_fraction": 0.0,
+        },
+        "trl.use_vllm datasets.type steps_per_generation sequence_len",
+    ),
+    "mlx-lm-lora-grpo.yaml": (
+        {
+            "model": "someone/qwen3-0.6b", "train": True, "method": "lora", "objective": "grpo",
+            "optimizer": "adamw", "data": "/path/to/data", "num_layers": 16, "batch_size": 2, "iters": 300,
+            "learning_rate": "2e-4", "group_size": 6, "max_new_tokens": 100, "temp": 0.7, "epsilon": 0.1,
+            "epsilon_high": 0.3, "grpo_loss": "bnpo", "kl_beta": 0.05, "reward": "mine.py:right_answer,mine.py:short_answer",
+            "reward_weights": "1.0,0.5", "adapter_path": "adapters", "rank": 8, "alpha": 32.0, "lr_schedule": "constant",
+            "warmup": 0, "max_grad_norm": 0.0, "valid_fraction": 0.0,
+        },
+        "use_chat_template mask_prompt",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A LLaMA-Factory data folder."""
+    table = {
+        "rows": {"file_name": "rows.json"},
+        "hub_rows": {"hf_hub_url": "someone/hub-rows", "split": "train"},
+        "text": {"file_name": "text.txt", "columns": {"prompt": "text"}},
+        "ranked": {
+            "file_name": "ranked.json",
+            "ranking": True,
+            "formatting": "sharegpt",
+            "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"},
+            "tags": {"role_tag": "from", "user_tag": "questioner"},
+        },
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(table))
+    return tmp_path
+
+
+def read(name: str, folder: Path) -> tuple[dict, list[str]]:
+    """Migrate a file of tests/foreign; return the settings and what is said."""
+    content = yaml.safe_load((FOREIGN / name).read_text().replace("{folder}", str(folder)))
+    said: list[str] = []
+    with console.log_to(said.append):
+        return migrate(content, (), name), said
+
+
+def from_file(file: Path, flags=MappingProxyType({})) -> config.TrainSettings:
+    """Resolve settings as the commands do."""
+    return train_settings(flags, read_settings(str(file), flags))
+
+
+def left_out(said: list[str]) -> list[str]:
+    """Return the keys of the one line that lists them."""
+    lines = [line.strip() for line in said if LEFT_OUT in line]
+    assert len(lines) <= 1
+    return lines[0].removeprefix(LEFT_OUT).split(", ") if lines else []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_key_is_mapped_or_listed(name, folder):
+    wanted, without = CASES[name]
+    found, said = read(name, folder)
+    texts = {
+        key: value.replace("{folder}", str(folder)) if isinstance(value, str) else value
+        for key, value in wanted.items()
+    }
+    assert found == texts
+    assert sorted(left_out(said)) == sorted(part.replace("|", " ") for part in without.split())
+    dialect = name.split("-")[0]
+    assert dialect in said[0].lower().replace("llama-factory", "llama").split(" settings file of ")[1]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_the_file_becomes_are_valid_settings(name, folder):
+    found, _ = read(name, folder)
+    flat = train_settings(found).to_flat()
+    assert flat["model"].startswith(("someone/", "mlx_model"))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("axolotl-qlora-packed.yml", ["load_in_4bit", "quantized to 4 bits", "bf16", "paged_adamw_32bit", "8192 tokens", "alpaca prompt"]),
+        ("axolotl-chat-template.yml", ["load_in_8bit", "quantized to 8 bits", "chat_template llama3", "adamw_bnb_8bit"]),
+        ("axolotl-dora-regex.yml", ["2 sets that are read differently, only the first (rows/train.jsonl)", "peft_use_rslora", "alpha 128", "lion_8bit", "rex"]),
+        ("axolotl-relora.yml", ["val_set_size 200"]),
+        ("axolotl-full.yaml", ["full: trains the layers"]),
+        ("llama-factory-sft.yaml", ["2 sets, only the first (rows)", "template llama3", "weight_decay 0"]),
+        ("llama-factory-qlora.yaml", ["quantization_bit", "cosine_with_min_lr", "learning_rate 5e-05"]),
+        ("llama-factory-loraplus-defaults.yaml", ["dataset absent: not in", "--data", "rank 8, alpha 16"]),
+        ("mlx-lm-example.yaml", ["alpha 160", "bias is always corrected", "mask_prompt False", "max_grad_norm 0"]),
+        ("mlx-lm-schedule.yaml", ["to 1e-06 in 600 steps", "learning_rate 5e-05: lr_schedule's 0.0001 is used"]),
+        ("mlx-lm-accumulation.yaml", ["exponential_decay", "iters 100"]),
+    ],
+)  # fmt: skip
+def test_changed_meanings_are_told(name, told, folder):
+    said = "\n".join(read(name, folder)[1])
+    for part in told:
+        assert part in said
+
+
+def test_flags_beat_the_file_and_its_trainers_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: m\ndata: d\nlora_parameters: {rank: 4, scale: 2.0}\nfine_tune_type: dora\nbatch_size: 8\n")
+    said: list[str] = []
+    flags = {"epochs": 2.0, "learning_rate": 1e-3, "method": "rslora", "batch_tokens": 512, "mask_prompt": True}
+    with console.log_to(said.append):
+        settings = from_file(file, flags)
+    assert (settings.loop.iters, settings.loop.epochs) == (None, 2.0)
+    assert settings.adapter.method == "rslora"
+    assert (settings.loop.batch_size, settings.loop.batch_tokens) == (None, 512)
+    assert (settings.adapter.rank, settings.adapter.alpha) == (4, 8.0)
+    defaults = next(line for line in said if "defaults" in line)
+    for name in ("iters", "learning_rate", "mask_prompt"):
+        assert name not in defaults
+    assert "max_grad_norm 0" in defaults
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: m\ndata: d\niters: 5\nnum_layers: 4\nadapter_path: a\n",  # flags of both: ours
+        "model: m\nmethod: lora\nfine_tune_type: null\n",  # run.yaml of an earlier version
+        "model: m\ndata: d\nlr_schedule: cosine\nrank: 4\n",
+        "model: m\nlora_r: 4\nsequence_len: 5\n",
+        "rank: 4\nlora_r: 4\n",
+        "learning_rate: 1\n",
+        "model_name_or_path: m\nper_device_train_batch_size: 1\nlearning_rate: 1\nlora_r: 8\n",
+    ],
+)
+def test_other_files_are_ours(text):
+    content = yaml.safe_load(text)
+    assert find_dialect(content) is None
+    said: list[str] = []
+    assert migrate(content, (), "f", said.append) == content
+    assert said == []
+
+
+def test_no_dialect_takes_our_own_run_yaml_or_anothers_file(folder):
+    assert find_dialect(train_settings({}).to_flat()) is None
+    for name in CASES:
+        content = yaml.safe_load((FOREIGN / name).read_text())
+        assert sum(dialect.recognizes(content) for dialect in DIALECTS) == 1, name
+
+
+def test_tables_name_settings_that_exist():
+    tables = [name for dialect in DIALECTS for name in (*dialect.names.values(), *dialect.defaults)]
+    tables += [name for options in objective_keys.OPTIONS.values() for name in options]
+    assert len(tables) > 80
+    assert not set(tables) - KNOWN
+    assert {"lora_alpha"} - KNOWN  # another trainer's name is none of ours
+
+
+def test_our_own_file_stays_strict(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("rank: 4\nlora_alpha: 8\n")
+    with pytest.raises(InputError, match="unknown setting 'lora_alpha'"):
+        from_file(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base_model: m\ndatasets: [{path: p}]\nrl: gdpo\n", "rl gdpo: only dpo, ipo, orpo, simpo, kto, grpo"),
+        ("base_model: m\nadapter: lora\nrl: grpo\nmicro_batch_size: 6\ntrl: {num_generations: 4}\n",
+         "6 answers in a step cannot be divided into groups of 4"),
+        ("model_name_or_path: m\ndataset_name: d\nnum_generations: 8\nloss_type: cispo\n", "loss_type cispo: only grpo, bnpo"),
+        ("model_name_or_path: m\ndataset_name: d\nscale_rewards: [1]\n", "scale_rewards [1]: only group, batch"),
+        ("model_name_or_path: m\ndataset_name: d\nimportance_sampling_level: word\n", "importance_sampling_level word: only"),
+        ("model: m\ntrain_mode: grpo\ngrpo_loss_type: mine\n", "grpo_loss_type mine: only grpo"),
+        ("base_model: m\nadapter: llama-adapter\n", "adapter llama-adapter"),
+        ("base_model: m\nadapter: lora\nlora_r: many\n", "lora_r 'many': not a number"),
+        ("base_model: m\nadapter: lora\npeft_use_dora: 3\n", "neither true nor false"),
+        ("base_model: m\nadapter: lora\ndatasets: [3]\n", "datasets has no mappings"),
+        ("model_name_or_path: m\nstage: ppo\n", "stage ppo: only sft, pt, rm, dpo, kto"),
+        ("model_name_or_path: m\nstage: dpo\npref_loss: other\n", "pref_loss other: only sigmoid"),
+        ("model_name_or_path: m\nfinetuning_type: oft\n", "finetuning_type oft"),
+        ("model_name_or_path: m\nfinetuning_type: freeze\nfreeze_trainable_layers: -2\n", "freeze_trainable_layers -2"),
+        ("model: m\nlr_schedule: {name: cosine_decay}\n", "lr_schedule has no arguments"),
+        ("model: m\nlr_schedule: {name: cosine_decay, arguments: [null]}\n", "lr_schedule has no arguments"),
+        ("base_model: m\nadapter: lora\nrl: [dpo]\n", "rl ['dpo']: only dpo"),
+        ("model_name_or_path: m\nstage: dpo\npref_loss: [ipo]\n", "pref_loss ['ipo']: only sigmoid"),
+        ("base_model: m\nadapter: lora\nprocess_reward_model: true\n", "process_reward_model True"),
+        ("model_name_or_path: m\nstage: dpo\nref_model: other\n", "ref_model other: the reference is --model itself"),
+        *((f"model: m\ntrain_mode: {mode}\n", f"train_mode {mode.replace('-', '_')}: only sft, dpo, orpo, cpo, grpo")
+          for mode in ("online_dpo", "xpo", "rlhf", "rlhf-reinforce", "ppo", "ftpo")),
+        ("model: m\ntrain_mode: dpo\ndpo_cpo_loss_type: dpop\n", "dpo_cpo_loss_type dpop with train_mode dpo"),
+        ("model: m\ntrain_mode: cpo\ndpo_cpo_loss_type: hinge\n", "dpo_cpo_loss_type hinge with train_mode cpo"),
+        ("model: m\ntrain_mode: dpo\nreference_model_path: n\n", "reference_model_path n: the reference is --model"),
+        ("model_name_or_path: m\ndataset_name: d\nreward_model_path: r\n", "reward_model_path: only trl sft, dpo, kto"),
+        ("model_name_or_path: m\ndataset_name: d\ncpo_alpha: 1\nloss_type: ipo\n", "loss_type ipo with CPO"),
+        ("model_name_or_path: m\ndataset_name: d\nsimpo_gamma: 1\nloss_type: alphapo\n", "loss_type alphapo"),
+        ("model_name_or_path: m\ndataset_name: d\nteacher_model_name_or_path: big\n", "lmbda 0.5: a mixture of given"),
+        ("model_name_or_path: m\ndataset_name: d\nlmbda: 0\n", "no teacher_model_name_or_path"),
+        ("model_name_or_path: m\ndataset_name: d\nteacher_model_name_or_path: big\nseq_kd: true\n", "seq_kd"),
+        ("model: m\nlora_parameters: {rank: 8}\noptimizer_config: [1]\n", "not a mapping"),
+        ("model: m\nlora_parameters: {rank: 8}\nrankk: 8\nlr: 1\nlearning_rate: fast\n", "--learning-rate 'fast'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_one_line(tmp_path, text, message):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        from_file(file)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_train_runs_an_axolotl_file(tiny_folder, chats, tmp_path):
+    file = tmp_path / "axolotl.yaml"
+    file.write_text(
+        f"base_model: {tiny_folder}\ndatasets:\n  - path: {chats}\n    type: alpaca\nadapter: lora\nlora_r: 4\nlora_alpha: 8\n"
+        f"lora_target_modules: [q_proj, v_proj]\nsequence_len: 320\nmicro_batch_size: 4\nmax_steps: 3\nlearning_rate: 1e-3\n"
+        f"output_dir: {tmp_path / 'run'}\nlogging_steps: 1\nflash_attention: true\nval_set_size: 0.1\n"
+    )
+    ran = run("train", "--config", file, "--learning-rate", "2e-3")
+    assert ran.code == 0, ran.err
+    assert f"{LEFT_OUT}flash_attention" in ran.err
+    assert ran.out == ""
+    written = yaml.safe_load((tmp_path / "run/run.yaml").read_text())
+    assert written["model"] == str(tiny_folder)
+    assert (written["rank"], written["alpha"], written["iters"], written["learning_rate"]) == (4, 8.0, 3, 2e-3)
+    assert written.keys() <= KNOWN
+    again = run("train", "--config", tmp_path / "run/run.yaml", "--adapter-path", tmp_path / "again")
+    assert again.code == 0, again.err
+    assert "counterpart" not in again.err
+    one, two = ((tmp_path / name / "adapters.safetensors").read_bytes() for name in ("run", "again"))
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("base_model: m\nadapter: lora\nlora_r: 8\nrl: dpo\nrl_beta: 0.2\nrpo_alpha: 1\n", {"objective": "dpo", "beta": 0.2, "loss_type": "sigmoid,sft", "loss_weights": "1,1"}),
+        ("base_model: m\nadapter: lora\nlora_r: 8\nrl: ipo\n", {"objective": "dpo", "loss_type": "ipo", "beta": 0.1}),
+        ("base_model: m\nadapter: lora\nlora_r: 8\nrl: orpo\norpo_alpha: 0.3\n", {"objective": "orpo", "beta": 0.3}),
+        ("base_model: m\nadapter: lora\nlora_r: 8\nrl: kto\nkto_undesirable_weight: 0.2\n", {"objective": "kto", "undesirable_weight": 0.2}),
+        ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\npref_beta: 0.3\npref_loss: hinge\n", {"objective": "dpo", "loss_type": "hinge", "beta": 0.3}),
+        ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\npref_loss: simpo\nsimpo_gamma: 0.7\n", {"objective": "simpo", "simpo_gamma": 0.7}),
+        ("model_name_or_path: m\nstage: kto\nlora_rank: 8\npref_beta: 0.3\n", {"objective": "kto", "beta": 0.3}),
+        ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\npref_loss: kto_pair\n", {"objective": "kto", "loss_type": "sigmoid"}),
+        ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\npref_ftx: 0.5\nref_model: m\n", {"objective": "dpo", "loss_type": "sigmoid,sft", "loss_weights": "1,0.5"}),
+        ("model_name_or_path: m\ndataset_name: d\nrpo_alpha: 0.3\nloss_type: [ipo, hinge]\nloss_weights: [2, 1]\n",
+         {"objective": "dpo", "loss_type": "ipo,hinge,sft", "loss_weights": "2,1,0.3"}),
+        ("model_name_or_path: m\ndataset_name: d\nrpo_alpha: 0\nloss_type: ipo\n", {"loss_type": "ipo", "loss_weights": None}),
+        ("model: m\nfine_tune_type: dora\nlearning_rate: 1e-4\n", {"method": "dora", "alpha": 160, "learning_rate": 1e-4}),
+        ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\npref_loss: orpo\npref_ftx: 0.5\n", {"objective": "orpo", "loss_type": "sigmoid"}),
+        ("model_name_or_path: m\nstage: kto\nkto_chosen_weight: 2\nkto_rejected_weight: 3\nref_model_adapters: a\n",
+         {"objective": "kto", "desirable_weight": 2, "undesirable_weight": 3, "reference_adapter": "a"}),
+        ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\ndpo_label_smoothing: 0.1\n", {"objective": "dpo", "label_smoothing": 0}),
+        ("model_name_or_path: m\nstage: dpo\nlora_rank: 8\ntrain_on_prompt: true\n", {"objective": "dpo", "mask_prompt": True}),
+        ("base_model: m\nadapter: lora\nrl: simpo\ncpo_alpha: 0.5\nsimpo_gamma: 1.5\n", {"objective": "simpo", "simpo_gamma": 1.5, "cpo_alpha": 1}),
+        ("base_model: m\nadapter: lora\nrl: dpo\ntrl: {beta: 0.4}\nrl_beta: 0.2\n", {"objective": "dpo", "beta": 0.4}),
+        ("base_model: m\nadapter: lora\nrl: dpo\ndpo_label_smoothing: 0.1\ndpo_loss_type: [robust]\n",
+         {"objective": "dpo", "label_smoothing": 0.1, "loss_type": "robust"}),
+        ("base_model: m\nadapter: lora\nreward_model: true\n", {"objective": "reward"}),
+        ("model: m\ntrain_mode: orpo\nbeta: 0.2\nreward_scaling: 1.0\n", {"objective": "orpo", "beta": 0.2, "mask_prompt": True}),
+        ("model: m\ntrain_mode: cpo\n", {"objective": "cpo", "cpo_alpha": 0, "alpha": 80}),
+        ("model: m\ntrain_mode: sft\nbeta: 0.2\nalpha: 1e-5\n", {"objective": "sft", "beta": 0.1, "alpha": 80, "mask_prompt": False}),
+        ("model: m\ntrain_type: full\niters: 8\nepochs: 3\n", {"objective": "sft", "method": "full", "iters": 8, "epochs": None}),
+        ("model_name_or_path: m\ndataset_name: d\nuse_peft: true\ndesirable_weight: 2\n", {"objective": "kto", "desirable_weight": 2, "rank": 16}),
+        ("model_name_or_path: m\ndataset_name: d\ncenter_rewards_coefficient: 0.01\n", {"objective": "reward", "method": "full", "learning_rate": 1e-4}),
+        ("model_name_or_path: m\ndataset_name: d\ncpo_alpha: 0\nsimpo_gamma: 1\nloss_type: simpo\n", {"objective": "simpo", "simpo_gamma": 1}),
+        ("model_name_or_path: m\ndataset_name: d\ncpo_alpha: 0.3\n", {"objective": "cpo", "cpo_alpha": 0.3}),
+        ("model_name_or_path: m\ndataset_name: d\nloss_type: [ipo]\n", {"objective": "dpo", "loss_type": "ipo"}),
+        ("model_name_or_path: m\ndataset_name: d\nteacher_model_name_or_path: big\nlmbda: 0\nuse_peft: true\nlora_dropout: 0.1\n",
+         {"objective": "distill", "teacher": "big", "divergence": "jsd", "jsd_beta": 0.5, "dropout": 0, "rank": 16,
+          "learning_rate": 2e-5, "on_policy": False, "mask_prompt": True, "max_new_tokens": 256}),
+        ("model_name_or_path: m\ndataset_name: d\nteacher_model_name_or_path: big\nlmbda: 0.0\nbeta: 1\ntemperature: 0.7\n",
+         {"objective": "distill", "divergence": "reverse_kl", "jsd_beta": 0.5, "distill_temp": 1, "temp": 1}),
+        ("model_name_or_path: m\ndatasets: [{path: d}]\nloss_type: dft\n", {"objective": "sft", "data": "d", "learning_rate": 2e-5}),
+        ("model_name_or_path: m\nstage: sft\nlora_rank: 8\n", {"objective": "sft", "beta": 0.1}),
+        ("model: m\ntrain_mode: sft\ngroup_size: 4\nepsilon: 1e-4\ntemperature: 0.8\nreward_weights: '1'\n",
+         {"objective": "sft", "group_size": None, "reward_weights": None}),
+    ],
+)  # fmt: skip
+def test_files_of_preference_training_are_read(text, wanted, tmp_path):
+    file = tmp_path / "theirs.yaml"
+    file.write_text(text)
+    settings = train_settings({}, read_settings(str(file), {}))
+    found = settings.to_flat()
+    assert {name: found[name] for name in wanted} == wanted
+    if settings.objective.objective in OBJECTIVES:
+        assert objective_of(settings.objective).name == settings.objective.objective
+
+
+TRL_FILE = "model_name_or_path: m\ndataset_name: d\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "told"),
+    [
+        (TRL_FILE + "reward_funcs: my.lib.f\n", {"reward": "my/lib.py:f", "group_size": 8, "max_new_tokens": 512, "batch_size": 1, "kl_beta": 0},
+         "read as a file of trl grpo"),
+        (TRL_FILE + "num_generations: 4\nnormalize_advantages: true\n",
+         {"objective": "rloo", "group_size": 4, "kl_beta": 0.05, "batch_size": 2}, "left out: normalize_advantages"),
+        (TRL_FILE + "reward_clip_range: [0, 1]\n", {"objective": "rloo", "group_size": 2, "batch_size": 4}, "read as a file of trl rloo"),
+        (TRL_FILE + "reward_funcs: [accuracy_reward, my.f]\nreward_weights: [1, 2]\n", {"objective": "grpo", "reward": None, "reward_weights": None},
+         "reward_funcs accuracy_reward: not a function in a file of yours"),
+        (TRL_FILE + "reward_model_name_or_path: org/scores\nnum_generations: 8\n", {"objective": "grpo", "reward": None},
+         "reward_model_name_or_path org/scores: not a function"),
+        (TRL_FILE + "num_generations: 8\nimportance_sampling_level: sequence\n", {"grpo_loss": "gspo"}, "which takes every answer once"),
+        (TRL_FILE + "num_generations: 8\nsteps_per_generation: 4\n", {"batch_size": 1}, "answers are sampled for one step"),
+        (TRL_FILE + "num_generations: 8\nscale_rewards: true\nper_device_train_batch_size: 4\ngradient_accumulation_steps: 4\n",
+         {"scale_rewards": "group", "batch_size": 1, "grad_accumulation_steps": 2}, "answers there, prompts here"),
+        ("model: m\ntrain_mode: grpo\n", {"objective": "grpo", "group_size": 4, "epsilon": 1e-4, "kl_beta": 0.1, "grpo_loss": "grpo", "batch_size": 4},
+         "reward_functions: not named"),
+        ("model: m\ntrain_mode: grpo\nreward_functions: r1_int_reward_func\n", {"reward": None}, "r1_int_reward_func: not a function"),
+    ],
+)  # fmt: skip
+def test_files_of_training_on_rewards_are_read(text, wanted, told, tmp_path, logged):
+    file = tmp_path / "theirs.yaml"
+    file.write_text(text)
+    found = train_settings({}, read_settings(str(file), {})).to_flat()
+    assert {name: found[name] for name in wanted} == wanted
+    assert any(told in line for line in logged), logged
+
+
+def test_a_run_starts_from_trls_grpo_file(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "own.py").write_text(
+        "def f(completions, **c):\n    return [float(len(x)) for x in completions]\n"
+    )
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n}?"}) for n in range(12)))
+    (tmp_path / "c.yaml").write_text(
+        f"model_name_or_path: {tiny_folder}\ndataset_name: p.jsonl\nuse_peft: true\nreward_funcs: [mine.own.f]\n"
+        "num_generations: 4\nmax_completion_length: 4\nnum_iterations: 2\nmax_steps: 2\noutput_dir: out\n"
+    )
+    ran = run("train", "--config", "c.yaml", "--sample-tokens", 0)
+    assert ran.code == 0, ran.err
+    assert "groups of 4" in ran.err or "2 steps done" in ran.err
+    written = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
+    assert (written["objective"], written["reward"], written["batch_size"]) == ("grpo", "mine/own.py:f", 2)
+
+
+def test_gkd_with_sampled_answers_is_on_policy(tmp_path):
+    file = tmp_path / "gkd.yaml"
+    file.write_text("model_name_or_path: m\ndataset_name: d\nteacher_model_name_or_path: big\nlmbda: 1\nbeta: 1\n")
+    found = train_settings({}, read_settings(str(file), {})).objective
+    assert (found.on_policy, found.temp, found.max_new_tokens, found.divergence) == (True, 0.9, 128, "reverse_kl")
+
+
+def test_the_flag_says_what_a_file_of_trl_is_for(tmp_path, logged):
+    file = tmp_path / "trl.yaml"
+    file.write_text("model_name_or_path: m\ndataset_name: d\nbeta: 0.2\n")
+    found = {}
+    for objective in (None, "orpo", "kto", "sft", "rloo"):
+        flags = {"objective": objective} if objective else {}
+        logged.clear()
+        found[objective] = train_settings(flags, read_settings(str(file), flags)).objective
+        assert any("read as a file of trl dpo" in line for line in logged) == (objective is None)
+        assert any("left out: beta" in line for line in logged) == (objective == "sft")
+    assert [(one.objective, one.beta, one.kl_beta) for one in found.values()] == [
+        ("dpo", 0.2, 0),
+        ("orpo", 0.2, 0),
+        ("kto", 0.2, 0),
+        ("sft", 0.1, 0),
+        ("rloo", 0.1, 0.2),
+    ]
+
+
+# Options that no other trainer's file has.
+NOT_IN_FILES = {"shared_prefix", "reward_errors", "reward_timeout"}
+
+
+def test_a_file_sets_just_the_options_that_its_objective_has():
+    for objective in OBJECTIVES.keys() & objective_keys.OPTIONS.keys():
+        owned = {name for name, owners in OWN_OPTIONS.items() if objective in owners}
+        assert set(objective_keys.OPTIONS[objective]) == owned - NOT_IN_FILES, objective
+    assert objective_keys.SMOOTHED == SMOOTHED
+
+
+@pytest.mark.parametrize(
+    ("kind", "template", "told"),
+    [
+        ("chatml.intel", "chatml", "chatml prompt"),
+        ("llama3.ultra", None, "model's own template"),
+        ("zephyr.nectar", None, "model's own template"),
+        ("bradley_terry.chat_template", None, None),
+        ("{field_prompt: question, field_chosen: chosen, field_rejected: rejected}", None, None),
+        ("{field_prompt: query, prompt_format: '[INST]{prompt}'}", None, "left out: datasets.type.prompt_format"),
+        ("prompts.of_mine", None, "left out: datasets.type"),
+    ],
+)  # fmt: skip
+def test_types_of_axolotls_preference_data(kind, template, told, logged):
+    content = yaml.safe_load(
+        f"base_model: m\nadapter: lora\nrl: orpo\nval_set_size: 0\ndatasets: [{{path: d, type: {kind}}}]\n"
+    )
+    found = migrate(content, (), "f")
+    assert (found.get("chat_template"), found.get("data_format")) == (template, None)
+    assert any((told or "datasets.type") in line for line in logged) == bool(told)
+
+
+AXOLOTL_SET = "base_model: m\nadapter: lora\ndatasets: [{{path: d, {}}}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (AXOLOTL_SET.format("type: chat_template, field_messages: dialog, message_property_mappings: {role: speaker, content: text}, roles: {user: [customer], assistant: [agent, gpt]}"),
+         {"chat_column": "dialog", "turn_names": "role=speaker,content=text,user=customer,assistant=agent"}),
+        (AXOLOTL_SET.format("type: sharegpt, field_human: Kunde, field_model: Berater, message_field_role: wer"),
+         {"turn_names": "role=wer,user=Kunde,assistant=Berater"}),
+        (AXOLOTL_SET.format("type: completion, field: body"), {"text_column": "body"}),
+        (AXOLOTL_SET.format("type: {field_instruction: frage, field_input: dazu, field_output: antwort, field_system: rolle}"),
+         {"prompt_column": "frage,dazu", "completion_column": "antwort", "system_column": "rolle"}),
+        (AXOLOTL_SET.format("type: {field_instruction: frage}"), {"prompt_column": "frage", "completion_column": "output"}),
+        (AXOLOTL_SET.format("type: {field_instruction: instruction, field_output: output}"), {}),
+        (AXOLOTL_SET.format("type: {field_prompt: frage}") + "rl: orpo\n", {"prompt_column": "frage"}),
+        ("model: m\nprompt_feature: q\nhf_dataset: {path: d, completion_feature: a}\n", {"prompt_column": "q", "completion_column": "a"}),
+        ("model: m\nprompt_feature: q\n", {"prompt_column": "q", "completion_column": "completion"}),
+        ("model: m\nhf_dataset: {path: d, chat_feature: dialog}\n", {"chat_column": "dialog"}),
+        ("model: m\nhf_dataset: {path: d, text_feature: text, prompt_feature: prompt}\n", {}),
+        ("model_name_or_path: m\ndataset_name: d\ndataset_text_field: body\n", {"text_column": "body"}),
+        ("model_name_or_path: m\ndataset_name: d\ndataset_text_field: text\n", {}),
+    ],
+)  # fmt: skip
+def test_names_of_columns_and_turns_are_read(text, wanted):
+    said: list[str] = []
+    found = migrate(yaml.safe_load(text), (), "f", said.append)
+    names = ("prompt_column", "completion_column", "system_column", "chat_column", "text_column", "turn_names")
+    assert {name: found[name] for name in names if name in found} == wanted
+    assert not any("field" in key or "feature" in key for key in left_out(said))
+    train_settings(found)  # nothing excludes another thing
+
+
+def test_sets_that_are_read_alike_are_joined():
+    two = "base_model: m\nadapter: lora\ndatasets: [{path: a, type: alpaca}, {path: b, type: %s}]\n"
+    assert migrate(yaml.safe_load(two % "alpaca"), (), "f")["data"] == "a,b"
+    assert migrate(yaml.safe_load(two % "sharegpt"), (), "f")["data"] == "a"
+    assert migrate(yaml.safe_load("model: m\nhf_dataset: [{path: a}, {path: b}]\n"), (), "f")["data"] == "a,b"

@@ -1,0 +1,266 @@
+"""Training, validation and test sets: repeatable, disjoint, and never empty in silence."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from byte_tokenizer import CHATML, byte_tokenizer
+
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.examples import Completion, Conversation, Text
+from mlx_lora.data.load import load_data, load_eval_set
+from mlx_lora.data.mix import content_key, cut_text, joined_groups, prompt_key, split_by_group
+from mlx_lora.utils.errors import InputError
+
+TOKENIZER = byte_tokenizer(CHATML)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def alpaca(count, start=0):
+    return [{"instruction": f"q{n}", "output": f"answer {n}"} for n in range(start, start + count)]
+
+
+def texts(rows):
+    return [TOKENIZER.decode(rows.row(i)[0].tolist()) for i in range(len(rows))]
+
+
+def hold_out(keys, fraction, seed):
+    return split_by_group(keys, keys, fraction, seed).held
+
+
+def test_hold_out_is_a_function_of_content_and_seed():
+    keys = [f"k{n}" for n in range(200)]
+    held = hold_out(keys, 0.05, seed=0)
+    assert held.sum() == 10
+    assert np.array_equal(held, hold_out(keys, 0.05, seed=0))
+    assert not np.array_equal(held, hold_out(keys, 0.05, seed=1))
+    # In another order the same rows are held out.
+    assert np.array_equal(held[::-1], hold_out(keys[::-1], 0.05, seed=0))
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.3, 0.99])
+def test_duplicates_stay_on_one_side(fraction):
+    keys = [f"k{n % 7}" for n in range(50)]
+    held = hold_out(keys, fraction, seed=3)
+    sides = {key: {bool(h) for k, h in zip(keys, held, strict=True) if k == key} for key in keys}
+    assert all(len(side) == 1 for side in sides.values())
+    assert 0 < held.sum() < len(keys)
+
+
+def test_small_and_equal_data():
+    assert hold_out(["a", "b"], 0.05, 0).sum() == 1
+    assert not hold_out(["a"], 0.5, 0).any()
+    assert not hold_out(["a"] * 9, 0.5, 0).any()
+    assert not hold_out(["a", "b"], 0.0, 0).any()
+    assert not hold_out([], 0.5, 0).any()
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5])
+def test_groups_stay_on_one_side_and_the_share_is_kept(fraction):
+    rng = np.random.default_rng(0)
+    groups = np.sort(rng.integers(0, 120, 400)).tolist()
+    keys = [f"k{n}" for n in range(400)]
+    split = split_by_group(groups, keys, fraction, seed=3)
+    sides = {(group, bool(h)) for group, h in zip(groups, split.held, strict=True)}
+    assert len(sides) == len(set(groups))
+    assert not split.divided.any()
+    assert fraction <= split.held.mean() < fraction + 0.05
+    again = split_by_group(groups[::-1], keys[::-1], fraction, seed=3)
+    assert np.array_equal(split.held, again.held[::-1])
+    assert not np.array_equal(split.held, split_by_group(groups, keys, fraction, seed=4).held)
+
+
+def test_a_group_of_most_rows_is_split_row_by_row():
+    keys = [f"k{n % 90}" for n in range(100)]  # the last ten are duplicates
+    everything = split_by_group(["same"] * 100, keys, 0.1, 0)
+    assert everything.divided.all()
+    assert 9 <= everything.held.sum() <= 12
+    assert np.array_equal(everything.held[:10], everything.held[90:])
+    half = split_by_group(["same"] * 50 + list(range(50)), [f"k{n}" for n in range(100)], 0.1, 0)
+    assert half.divided.tolist() == [True] * 50 + [False] * 50
+    assert half.held.sum() == 10
+    assert 0 < half.held[:50].sum() < 10
+    # Duplicates are never divided, and two rows of one question are.
+    assert not split_by_group(["same"] * 9, ["k"] * 9, 0.5, 0).held.any()
+    assert split_by_group(["same"] * 2, ["a", "b"], 0.05, 0).held.sum() == 1
+
+
+def test_rows_that_may_not_be_held_out_keep_their_group():
+    groups, keys = [n // 2 for n in range(40)], [f"k{n}" for n in range(40)]
+    may = np.arange(40) != 6
+    for seed in range(12):
+        held = split_by_group(groups, keys, 0.9, seed, may).held
+        assert held.any()
+        assert not held[6:8].any()
+    assert any(split_by_group(groups, keys, 0.9, seed).held[6] for seed in range(12))
+
+
+def test_groups_are_joined_through_other_rows():
+    assert joined_groups("aabcd", [1, 2, 2, 3, 4]).tolist() == [0, 0, 0, 1, 2]
+    assert joined_groups("abcde").tolist() == [0, 1, 2, 3, 4]
+    assert joined_groups("abcde", [0, 1, 2, 3, 0], [0, 1, 2, 1, 1]).tolist() == [0, 0, 1, 0, 0]
+
+
+def test_the_prompt_is_what_comes_before_the_trained_answer():
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    first = Conversation([user, answer])
+    assert prompt_key(first) == prompt_key(Conversation([user, {**answer, "content": "b"}]))
+    assert prompt_key(first) == prompt_key(Conversation([user, answer, user, answer]))
+    assert prompt_key(first) == prompt_key(Completion("q", "a"))
+    assert prompt_key(first) != prompt_key(Conversation([user, {**answer, "weight": 0}, user, answer]))
+    assert prompt_key(first) != prompt_key(Conversation([{**user, "role": "system"}, user, answer]))
+    assert prompt_key(Completion("", "a")) != prompt_key(Completion("", "b"))
+    assert prompt_key(Text("a")) == prompt_key(Text("a")) != prompt_key(Text("b"))
+
+
+def test_the_key_is_of_the_content_not_the_format():
+    one = Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    same = Conversation([dict(reversed(message.items())) for message in one.messages])
+    assert content_key(one) == content_key(same)
+    assert content_key(one) != content_key(Conversation(one.messages, [{"name": "f"}]))
+    assert content_key(Text("a")) != content_key(Text("b"))
+
+
+def test_load_splits_disjoint_and_repeatable(tmp_path):
+    data = write_rows(tmp_path / "d.jsonl", alpaca(40) + alpaca(3))
+    splits = load_data(DataSettings(data=data, valid_fraction=0.2), TOKENIZER, seed=0)
+    train, valid = texts(splits.train), texts(splits.valid)
+    assert len(train) + len(valid) == 43
+    assert 8 <= len(valid) <= 11
+    assert set(train).isdisjoint(valid)
+    again = load_data(DataSettings(data=data, valid_fraction=0.2), TOKENIZER, seed=0)
+    assert again.train.fingerprint == splits.train.fingerprint
+    assert again.valid.fingerprint == splits.valid.fingerprint
+    other = load_data(DataSettings(data=data, valid_fraction=0.2), TOKENIZER, seed=1)
+    assert other.valid.fingerprint != splits.valid.fingerprint
+    assert splits.test is None
+    assert splits.chat_template == CHATML
+    none = load_data(DataSettings(data=data, valid_fraction=0.0), TOKENIZER, seed=0)
+    assert none.valid is None
+    assert len(none.train) == 43
+
+
+def test_a_row_that_is_refused_late_does_not_shift_the_split(tmp_path):
+    rows = alpaca(20)
+    clean = load_data(DataSettings(data=write_rows(tmp_path / "a.jsonl", rows)), TOKENIZER, 0)
+    rows.insert(3, {"instruction": "x" * 400, "output": "cut off"})
+    settings = DataSettings(data=write_rows(tmp_path / "b.jsonl", rows), max_seq_length=300)
+    cut = load_data(settings, TOKENIZER, 0)
+    assert cut.report.dropped == 1
+    assert cut.report.dropped_rows[0].line == 4
+    assert cut.valid.fingerprint == clean.valid.fingerprint
+    assert cut.train.fingerprint == clean.train.fingerprint
+
+
+def test_files_of_a_folder_are_used_as_they_are(tmp_path):
+    write_rows(tmp_path / "train.jsonl", alpaca(5))
+    write_rows(tmp_path / "valid.jsonl", alpaca(2, start=4))
+    write_rows(tmp_path / "test.jsonl", alpaca(3, start=50))
+    splits = load_data(DataSettings(data=str(tmp_path)), TOKENIZER, seed=0)
+    assert (len(splits.train), len(splits.valid), len(splits.test)) == (5, 2, 3)
+    assert splits.report.valid_source == "file"
+    assert splits.report.notes == ["1 valid row is also a training row; the valid loss will be too low"]
+    assert len(load_eval_set(str(tmp_path), DataSettings(), TOKENIZER)) == 3
+    (tmp_path / "test.jsonl").unlink()
+    assert len(load_eval_set(str(tmp_path), DataSettings(), TOKENIZER)) == 2
+    (tmp_path / "valid.jsonl").unlink()
+    with pytest.raises(InputError, match="neither a test nor a validation file"):
+        load_eval_set(str(tmp_path), DataSettings(), TOKENIZER)
+    assert len(load_eval_set(str(tmp_path / "train.jsonl"), DataSettings(), TOKENIZER)) == 5
+
+
+def test_the_end_of_one_long_text_is_held_out(tmp_path):
+    text = "".join(f"Line number {n}.\n" for n in range(200))
+    (tmp_path / "book.txt").write_text(text)
+    settings = DataSettings(data=str(tmp_path / "book.txt"), max_seq_length=64, valid_fraction=0.1)
+    splits = load_data(settings, TOKENIZER, seed=0)
+    assert splits.chat_template is None
+    joined = [
+        "".join(TOKENIZER.decode(rows.row(i)[0][1:].tolist()) for i in range(len(rows)))
+        for rows in (splits.train, splits.valid)
+    ]
+    # Every window's first token is context; the very first of each part is the only one never a target.
+    assert text == f"{text[0]}{joined[0]}L{joined[1].removesuffix('<|im_end|>')}"
+    assert 0.08 < len(joined[1]) / len(text) < 0.13
+    assert splits.report.rows_read == 1
+
+
+def test_cut_text_at_a_line_and_not_into_nothing():
+    first, last = cut_text(Text("a b\n" * 50), 0.5)
+    assert first.text.endswith("\n")
+    assert not first.ends
+    assert last.ends
+    assert first.text + last.text == "a b\n" * 50
+    assert cut_text(Text("a"), 0.5) is None
+    assert cut_text(Text("words " * 9), 0.0) is None
+
+
+def test_nothing_usable_is_an_error_with_reasons(tmp_path):
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"messages": []}\nnot json\n{"question": "q"}\n{"text": ""}\n')
+    with pytest.raises(InputError, match=r"no usable row in the train data, 4 refused: d.jsonl line 1: .*and 1 more"):
+        load_data(DataSettings(data=str(data)), TOKENIZER, seed=0)
+    data.write_text("\n \n")
+    with pytest.raises(InputError, match="has no record"):
+        load_data(DataSettings(data=str(data)), TOKENIZER, seed=0)
+    with pytest.raises(InputError, match="no data given"):
+        load_data(DataSettings(), TOKENIZER, seed=0)
+
+
+def test_strict_stops_at_bad_rows_of_every_stage(tmp_path):
+    good = [json.dumps(row) for row in alpaca(3)]
+    for bad in ("{", '{"text": 3}', json.dumps({"instruction": "q" * 500, "output": "a"})):
+        data = tmp_path / "d.jsonl"
+        data.write_text("\n".join([*good, bad]))
+        settings = {"data": str(data), "max_seq_length": 200}
+        assert len(load_data(DataSettings(**settings), TOKENIZER, 0).report.dropped_rows) == 1
+        with pytest.raises(InputError, match=r"d.jsonl line 4: "):
+            load_data(DataSettings(**settings, strict=True), TOKENIZER, 0)
+
+
+def test_base_models_get_alpaca_for_chats_only(tmp_path):
+    base = byte_tokenizer(None, eos="</s>")
+    chats = write_rows(tmp_path / "chats.jsonl", alpaca(4))
+    splits = load_data(DataSettings(data=chats), base, seed=0)
+    assert "### Response:" in splits.chat_template
+    assert splits.report.template == "built-in alpaca (the model has no chat template)"
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "2+2=", "completion": "4"}] * 2)
+    splits = load_data(DataSettings(data=pairs), base, seed=0)
+    assert splits.chat_template is None
+    assert base.decode(splits.train.row(0)[0].tolist()) == "2+2=4</s>"
+    asked = load_data(DataSettings(data=pairs, chat_template="alpaca"), base, seed=0)
+    assert "### Response:\n4</s>" in base.decode(asked.train.row(0)[0].tolist())
+
+
+ANSWERS = {  # several rows of one question, for every kind of records
+    "rated": lambda q: [{"prompt": f"q{q}", "chosen": f"good {q}", "rejected": f"bad {q}"}],
+    "pairs": lambda q: [{"prompt": f"q{q}", "chosen": f"good {n}", "rejected": "bad"} for n in range(2)],
+    "prompts": lambda q: [{"prompt": f"q{q}", "target": n} for n in range(2)],
+    "examples": lambda q: [{"prompt": f"q{q}", "completion": f"good {n}"} for n in range(2)],
+}
+
+
+@pytest.mark.parametrize("records", ANSWERS)
+def test_the_rows_of_one_prompt_are_on_one_side(tmp_path, records):
+    rows = [row for q in range(30) for row in ANSWERS[records](f"{q:02}")]
+    settings = DataSettings(data=write_rows(tmp_path / "d.jsonl", rows), valid_fraction=0.2)
+    splits = load_data(settings, TOKENIZER, seed=0, records=records)
+    train, valid = ({text[text.index("q") :][:3] for text in texts(part)} for part in (splits.train, splits.valid))
+    assert len(train) + len(valid) == 30
+    assert train.isdisjoint(valid)
+    assert splits.valid.examples == 12
+    assert not splits.report.notes
+
+
+def test_a_prompt_that_all_rows_share_is_said(tmp_path):
+    rows = [{"prompt": "Write a line.", "completion": f"line {n}"} for n in range(40)]
+    settings = DataSettings(data=write_rows(tmp_path / "d.jsonl", rows), valid_fraction=0.1)
+    splits = load_data(settings, TOKENIZER, seed=0)
+    assert splits.valid.examples == 4
+    assert any("40 rows" in note and "d.jsonl" in note for note in splits.report.notes)

@@ -1,0 +1,279 @@
+"""The model card of an adapter folder, and what `export --push-to-hub` sends to the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_stand_in import hub_server, run_with_hub
+from huggingface_hub import ModelCard
+from run_cli import run
+
+from mlx_lora.exporters.card import CARD_FILE, MARK, CardFacts, read_facts
+
+SHORT = (
+    "--iters",
+    4,
+    "--learning-rate",
+    "5e-3",
+    "--max-seq-length",
+    128,
+    "--rank",
+    4,
+    "--target-modules",
+    "q_proj,v_proj",
+)
+
+
+@pytest.fixture(scope="module")
+def place(tiny_folder, chats, tmp_path_factory):
+    """A working folder as the card assumes it: the base and the adapter by their names."""
+    root = tmp_path_factory.mktemp("card")
+    ran = run("train", "--model", tiny_folder, "--data", chats, "--adapter-path", root / "adapter", *SHORT)
+    assert ran.code == 0, ran.err
+    (root / tiny_folder.name).symlink_to(tiny_folder)
+    return root
+
+
+@pytest.fixture(scope="module")
+def exported(place, tiny_folder):
+    out = place / "peft"
+    ran = run("export", "--model", tiny_folder, "--adapter-path", place / "adapter", "--to", "peft", "--out", out)
+    assert ran.code == 0, ran.err
+    assert "README.md: the model card" in ran.err
+    return out
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def row(text: str, name: str) -> str:
+    return next(line.split("|")[2].strip() for line in text.splitlines() if line.startswith(f"| {name} |"))
+
+
+def test_the_run_folders_card_says_what_was_done(place, tiny_folder, chats):
+    text = (place / "adapter" / CARD_FILE).read_text()
+    card = ModelCard(text)
+    assert card.data.to_dict() == {
+        "library_name": "mlx",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "mlx", "mlx-lora"],
+    }
+    assert MARK in text
+    assert [row(text, name) for name in ("base", "method", "rank", "alpha", "targets", "data", "steps")] == [
+        tiny_folder.name, "lora", "4", "32", "q_proj, v_proj", chats.name, "4",
+    ]  # fmt: skip
+    last = json.loads((place / "adapter/metrics.jsonl").read_text().splitlines()[-1])
+    assert row(text, "held-out loss").startswith(f"{last['val_loss']:.4f} (perplexity ")
+    assert str(tiny_folder.parent) not in text  # the author's own disk
+
+
+@pytest.mark.slow
+def test_the_cards_commands_run(place):
+    text = (place / "adapter" / CARD_FILE).read_text()
+    lines = [line for block in blocks(text, "bash") for line in block.splitlines()]
+    assert [line.split()[0] for line in lines] == ["mlx-lora", "mlx_lm.generate", "mlx-lora"]
+    modules = {"mlx-lora": ["mlx_lora"], "mlx_lm.generate": ["mlx_lm", "generate"]}
+    for line in lines:
+        program, *words = shlex.split(line)
+        done = subprocess.run(
+            [sys.executable, "-m", *modules[program], *words], cwd=place, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (line, done.stderr)
+    assert (place / "peft-adapter/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parity
+def test_the_cards_peft_code_runs(place, exported):
+    pytest.importorskip("peft")
+    text = (exported / CARD_FILE).read_text().replace('"adapter"', '"peft"')
+    (code,) = blocks(text, "python")
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_a_peft_folders_card(exported, place):
+    text = (exported / CARD_FILE).read_text()
+    data = ModelCard(text).data.to_dict()
+    assert (data["library_name"], data["tags"]) == ("peft", ["lora", "peft", "mlx-lora"])
+    assert row(text, "steps") == "4"
+    assert "--to mlx-lm --out mlx-adapter" in text
+    assert "PeftModel.from_pretrained" in text
+    assert "--to peft" not in text
+
+
+def test_a_named_base_and_repository_are_in_card_and_commands(place, tiny_4bit_folder, tmp_path):
+    with hub_server() as server:
+        command = [
+            "-m",
+            "mlx_lora",
+            "export",
+            "--model",
+            tiny_4bit_folder,
+            "--adapter-path",
+            place / "adapter",
+            "--to",
+            "peft",
+        ]
+        command += [
+            "--out",
+            tmp_path / "out",
+            "--base-id",
+            "someone/base",
+            "--ignore-fingerprint",
+            "--push-to-hub",
+            "me/tuned",
+        ]
+        done = run_with_hub(tmp_path / "home", server.endpoint, command, HF_TOKEN="hf_write")
+        assert done.returncode == 0, done.stderr
+        text = server.repos["me/tuned"]["files"][CARD_FILE].decode()
+    assert ModelCard(text).data.base_model == "someone/base"
+    assert "--model someone/base --adapter-path me/tuned" in text
+    assert 'from_pretrained("someone/base"), "me/tuned")' in text
+
+
+def test_a_quantized_base_is_no_base_for_transformers(place, tiny_4bit_folder, tmp_path):
+    command = ("export", "--model", tiny_4bit_folder, "--adapter-path", place / "adapter", "--ignore-fingerprint")
+    assert run(*command, "--to", "peft", "--out", tmp_path / "out").code == 0
+    text = (tmp_path / "out" / CARD_FILE).read_text()
+    assert "transformers needs the float model" in text
+    assert "OWNER/FLOAT-MODEL" in text
+
+
+def test_layers_of_different_ranks_are_padded_for_mlx_lm(tiny_folder, chats, tmp_path):
+    command = ("train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", *SHORT)
+    assert run(*command, "--rank-pattern", "v_proj=2").code == 0
+    assert "--to mlx-lm --out mlx-adapter" in (tmp_path / "a" / CARD_FILE).read_text()
+
+
+def test_a_readme_of_the_users_own_stays(tiny_folder, chats, tmp_path):
+    folder = tmp_path / "a"
+    command = ("train", "--model", tiny_folder, "--data", chats, "--adapter-path", folder, "--max-seq-length", 128)
+    folder.mkdir()
+    (folder / CARD_FILE).write_text("# mine\n")
+    ran = run(*command, "--iters", 1)
+    assert ran.code == 0, ran.err
+    assert (folder / CARD_FILE).read_text() == "# mine\n"
+    assert "your own file, left as it is" in ran.err
+    (folder / CARD_FILE).write_text(f"---\n---\n{MARK}\nan earlier run\n")
+    assert run(*command, "--iters", 2, "--force").code == 0
+    text = (folder / CARD_FILE).read_text()
+    assert "an earlier run" not in text
+    assert row(text, "steps") == "2"
+
+
+def test_facts_of_folders_that_tell_none(tmp_path):
+    assert read_facts(tmp_path) == CardFacts()
+    (tmp_path / "run.yaml").write_text("[1]")
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
+    assert read_facts(tmp_path) == CardFacts()
+    (tmp_path / "run.yaml").write_text("data: d\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "val_loss": 2.0}\n{"step": 3, "val_loss": null}\n')
+    assert read_facts(tmp_path) == CardFacts("d", 3, None)  # the loss was another adapter's
+
+
+@pytest.mark.slow
+def test_pushed_is_what_was_written_and_it_comes_back(place, exported, tiny_folder, tmp_path):
+    with hub_server() as server:
+        command = ["-m", "mlx_lora", "export", "--model", tiny_folder, "--adapter-path", place / "adapter"]
+        push = ["--push-to-hub", "me/tuned", "--private"]
+        out = tmp_path / "out"
+        done = run_with_hub(
+            tmp_path / "home", server.endpoint, [*command, "--to", "peft", "--out", out, *push], HF_TOKEN="hf_write"
+        )
+        assert done.returncode == 0, done.stderr
+        assert "me/tuned: uploaded, http" in done.stderr
+        assert done.stdout == ""
+        assert "%|" not in done.stderr  # no bar where no terminal is
+        assert server.repos["me/tuned"]["private"] is True
+        assert server.repos["me/tuned"]["files"] == {p.name: p.read_bytes() for p in out.iterdir()}
+        file = [*command, "--to", "gguf-adapter", "--out", tmp_path / "a.gguf", "--push-to-hub", "me/files"]
+        done = run_with_hub(tmp_path / "home", server.endpoint, file, HF_TOKEN="hf_write")
+        assert done.returncode == 0, done.stderr
+        assert server.repos["me/files"] == {"private": False, "files": {"a.gguf": (tmp_path / "a.gguf").read_bytes()}}
+
+        server.folders["org/tuned"] = out
+        ask = ["--model", tiny_folder, "--prompt", "Say 1.", "--max-tokens", 8, "--json"]
+        found = [
+            run_with_hub(tmp_path / "home", server.endpoint, ["-m", "mlx_lora", "generate", *ask, *adapter])
+            for adapter in (["--adapter-path", "org/tuned"], ["--adapter-path", exported], [])
+        ]
+    texts = [json.loads(done.stdout)["text"] for done in found]
+    assert texts[0] == texts[1]
+
+
+PUSH = """
+import os, sys
+from pathlib import Path
+from mlx_lora.exporters.card import push
+from mlx_lora.utils.errors import RunError
+for token in sys.argv[3:]:
+    os.environ["HF_TOKEN"] = token
+    try:
+        print(push(Path(sys.argv[1]), "me/tuned", sys.argv[2] == "private"))
+    except RunError as error:
+        print(error)
+"""
+
+
+def test_refused_uploads_are_one_line_and_leave_the_files(exported, tmp_path):
+    before = {p.name: p.read_bytes() for p in exported.iterdir()}
+
+    def attempts(endpoint: str, *tokens: str, private: str = "public", **environment: str) -> list[str]:
+        done = run_with_hub(tmp_path, endpoint, ["-c", PUSH, exported, private, *tokens], **environment)
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert len(lines) == len(tokens)
+        assert all(line.startswith("--push-to-hub me/tuned: ") for line in lines)
+        assert all(line.endswith(f"the written files stay in {exported}") for line in lines)
+        return lines
+
+    with hub_server() as server:
+        none, unknown, reads = attempts(server.endpoint, "", "hf_unknown", "hf_read")
+        assert "hf auth login" in none
+        assert "hf auth login" in unknown
+        assert "may not write there" in reads
+        server.repos["me/tuned"] = {"private": False, "files": {}}
+        assert "already exists, and is public" in attempts(server.endpoint, "hf_write", private="private")[0]
+        assert server.repos["me/tuned"]["files"] == {}
+        assert "HF_HUB_OFFLINE" in attempts(server.endpoint, "hf_write", HF_HUB_OFFLINE="1")[0]
+    assert "Hugging Face is unreachable" in attempts("http://127.0.0.1:9", "hf_write")[0]
+    assert {p.name: p.read_bytes() for p in exported.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--push-to-hub", "tuned"), "not a hub id"),
+        (("--push-to-hub", "me/a:b"), "not a hub id"),
+        (("--push-to-hub", "me/-bad-"), "not a hub id"),
+        (("--private",), "--private without --push-to-hub"),
+    ],
+)
+def test_wrong_ids_are_refused_before_the_work(place, tiny_folder, tmp_path, flags, message):
+    ran = run(
+        "export",
+        "--model",
+        tiny_folder,
+        "--adapter-path",
+        place / "adapter",
+        "--to",
+        "peft",
+        "--out",
+        tmp_path / "o",
+        *flags,
+    )
+    assert ran.code == 2
+    assert message in ran.lines[-1]
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_cards_place_is_a_path_of_the_readers(exported):
+    assert "`adapter` is this folder" in (Path(exported) / CARD_FILE).read_text()

@@ -1,0 +1,368 @@
+"""Recurrent layers in spans against mlx-lm's own: outputs, states, every gradient, and what is kept."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from architectures.build import tiny_architecture, tiny_config
+from mlx.utils import tree_flatten
+from mlx_lm.models import ssm
+from mlx_lm.models.cache import make_prompt_cache
+from tiers import by_default, named
+from tiny_recurrent import RECURRENT, recurrent_model
+from tiny_steps import batch
+
+from mlx_lora.adapters.inject import adapter_parameters, inject
+from mlx_lora.adapters.targets import select_targets
+from mlx_lora.kernels import recurrent as recurrent_layers
+from mlx_lora.kernels import state_space
+from mlx_lora.kernels import state_space as spans
+from mlx_lora.kernels.recurrent import EXCHANGES, recurrent_kernels
+from mlx_lora.kernels.state_space import in_lanes, linear_scan, out_of_lanes, selective_scan, state_space_dual
+from mlx_lora.kernels.table import choose_model_kernels, training_kernels
+from mlx_lora.losses import check as losses
+from mlx_lora.losses.check import check_kernels, choose_loss
+from mlx_lora.losses.cross_entropy import PLAIN, Arrays, plain_loss
+from mlx_lora.planner.memory import RECURRENT_CHECK_TOKENS
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
+
+Arrayed = Callable[..., Sequence[mx.array]]
+WORDS = {
+    "state space": 5, "selective scan": 3, "lightning attention": 1, "gated recurrence": 1, "RWKV-7's recurrence": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def small_spans(monkeypatch):
+    """Make a short sequence several spans of several chunks."""
+    monkeypatch.setattr(state_space, "CHUNK", 8)
+    monkeypatch.setattr(state_space, "MAX_CHUNKS", 2)
+    monkeypatch.setattr(state_space, "SCAN_TOKENS", (7, 11))
+    monkeypatch.setattr(recurrent_layers, "WKV_TOKENS", 9)
+
+
+def difference(got: mx.array, expected: mx.array) -> float:
+    """Return the largest difference, in the largest number expected."""
+    got, expected = got.astype(mx.float32), expected.astype(mx.float32)
+    return (mx.abs(got - expected).max() / mx.maximum(mx.abs(expected).max(), 1e-6)).item()
+
+
+def worst(ours: Arrayed, theirs: Arrayed, primals: list[mx.array], compiled: bool = False) -> float:
+    """Return the worst difference among outputs and gradients."""
+    mx.random.seed(1)
+    cotangents = [mx.random.normal(out.shape).astype(out.dtype) for out in theirs(*primals)]
+
+    def both(function: Arrayed, *arrays: mx.array) -> list[mx.array]:
+        outs, gradients = mx.vjp(lambda *p: list(function(*p)), list(arrays), cotangents)
+        return [*outs, *gradients]
+
+    run = mx.compile(lambda *p: both(ours, *p)) if compiled else lambda *p: both(ours, *p)
+    return max(difference(g, e) for g, e in zip(run(*primals), both(theirs, *primals), strict=True))
+
+
+def dual_inputs(b: int, t: int, h: int, p: int, g: int, n: int, strength: float = 1.0) -> list[mx.array]:
+    """Return x, A_log, B, C, D, dt, dt_bias, state as mlx-lm's `ssm_attn` takes them."""
+    mx.random.seed(0)
+    a_log = mx.log(strength * mx.random.uniform(0.5, 4.0, (h,)))
+    shapes = [(b, t, h, p), (b, t, g, n), (b, t, g, n), (h,), (b, t, h), (h,), (b, h, p, n)]
+    x, b_, c, d, dt, bias, state = (mx.random.normal(shape) for shape in shapes)
+    return [x, a_log, b_, c, d, dt - 1.0, bias, state]
+
+
+def theirs_dual(x, a_log, b, c, d, dt, bias, state):
+    return ssm.ssm_attn(x, a_log, b, c, d, dt, bias, state, (0.0, 100.0))
+
+
+def ours_dual(x, a_log, b, c, d, dt, bias, state):
+    dt = ssm.compute_dt(dt, bias, (0.0, 100.0))
+    return state_space_dual(x, dt, dt * -mx.exp(a_log.astype(mx.float32)), b, c, d, state)
+
+
+DUAL_SHAPES = {
+    "one group": (2, 37, 4, 8, 1, 16),
+    "groups": (1, 50, 6, 5, 2, 3),
+    "a group each": (2, 16, 3, 4, 3, 8),
+    "one token": (2, 1, 4, 8, 2, 16),
+    "one chunk": (1, 5, 2, 4, 1, 4),
+}
+
+
+@pytest.mark.parametrize("shape", named(DUAL_SHAPES, *list(DUAL_SHAPES)[:2]))
+@pytest.mark.parametrize("strength", by_default([1e-3, 1.0, 300.0], 1.0, 300.0))
+def test_dual_equals_mlx_lms(shape, strength, small_spans):
+    assert worst(ours_dual, theirs_dual, dual_inputs(*shape, strength)) < 1e-5
+
+
+@pytest.mark.slow  # MLX has a compiler make some thirty kernels
+def test_dual_in_its_own_chunks_and_compiled():
+    assert worst(ours_dual, theirs_dual, dual_inputs(1, 150, 2, 8, 1, 4), compiled=True) < 1e-5
+
+
+def test_dual_reads_its_decay_and_its_state(small_spans):
+    primals = dual_inputs(*DUAL_SHAPES["groups"], strength=0.01)
+    y, last = ours_dual(*primals)
+    for place in (1, 7):  # A_log, state
+        changed = [array + 0.1 if index == place else array for index, array in enumerate(primals)]
+        other, other_last = ours_dual(*changed)
+        assert difference(other, y) > 1e-3
+        assert difference(other_last, last) > 1e-3
+
+
+def test_a_weak_decay_behind_a_strong_one_is_not_lost():
+    log_decay = mx.where(mx.arange(64) == 3, -5000.0, -1e-3)
+    between = np.array(state_space._decay_between(log_decay))
+    assert np.allclose(between[60, 4:60], np.exp(-1e-3 * np.arange(56, 0, -1)), rtol=1e-6)
+    assert not between[60, :3].any()
+    total = np.array(mx.cumsum(log_decay))
+    assert not np.allclose(np.exp(total[60] - total[4:60]), np.exp(-1e-3 * np.arange(56, 0, -1)), rtol=1e-6)
+
+
+def naive_scan(x, dt, a, b, c, skip, state):
+    """The definition (arXiv 2312.00752, equation 2 with the discretization of mlx-lm's Mamba), a token at a time."""
+    ys = []
+    for t in range(x.shape[1]):
+        state = mx.exp(dt[:, t, :, None] * a) * state + (dt[:, t] * x[:, t])[..., None] * b[:, t, None]
+        ys.append((state * c[:, t, None]).sum(axis=-1) + skip * x[:, t])
+    return mx.stack(ys, axis=1), state
+
+
+def scan_inputs(b: int, t: int, w: int, n: int, strength: float = 1.0) -> list[mx.array]:
+    """Return x, dt, a, b, c, skip, state."""
+    mx.random.seed(0)
+    x, dt, b_, c, skip, state = (
+        mx.random.normal(shape) for shape in [(b, t, w), (b, t, w), (b, t, n), (b, t, n), (w,), (b, w, n)]
+    )
+    return [x, nn.softplus(dt - 1.0), -strength * mx.random.uniform(0.5, 4.0, (w, n)), b_, c, skip, state]
+
+
+SCAN_SHAPES = {"odd": (2, 37, 6, 5), "one state": (1, 23, 8, 1), "one token": (2, 1, 6, 4), "one span": (3, 6, 5, 3)}
+
+
+@pytest.mark.parametrize("shape", named(SCAN_SHAPES, *list(SCAN_SHAPES)[:2]))
+@pytest.mark.parametrize("strength", by_default([1e-3, 1.0, 300.0], 1.0, 300.0))
+def test_selective_scan_equals_its_definition(shape, strength, small_spans):
+    assert worst(selective_scan, naive_scan, scan_inputs(*shape, strength)) < 1e-5
+
+
+def test_selective_scan_in_its_own_spans():
+    assert worst(selective_scan, naive_scan, scan_inputs(1, 280, 3, 2)) < 1e-5
+
+
+@pytest.mark.slow
+def test_selective_scan_compiled(small_spans):
+    assert worst(selective_scan, naive_scan, scan_inputs(*SCAN_SHAPES["odd"]), compiled=True) < 1e-5
+
+
+def test_selective_scan_reads_its_decay_and_its_state(small_spans):
+    primals = scan_inputs(*SCAN_SHAPES["odd"], strength=0.01)
+    y, last = selective_scan(*primals)
+    for place in (2, 6):  # a, state
+        changed = [1.1 * array if index == place else array for index, array in enumerate(primals)]
+        other, other_last = selective_scan(*changed)
+        assert difference(other, y) > 1e-3
+        assert difference(other_last, last) > 1e-3
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 5, 23])
+def test_lanes_do_not_change_a_scan(lanes):
+    mx.random.seed(0)
+    decay, added, state = (
+        mx.random.uniform(0.0, 1.0, (2, 23, 4)),
+        mx.random.normal((2, 23, 4)),
+        mx.random.normal((2, 4)),
+    )
+
+    def loop(decay, added, state):
+        states = []
+        for t in range(decay.shape[1]):
+            state = decay[:, t] * state + added[:, t]
+            states.append(state)
+        return [mx.stack(states, axis=1)]
+
+    def ours(decay, added, state):
+        return [out_of_lanes(linear_scan(in_lanes(decay, lanes), in_lanes(added, lanes), state), 23)]
+
+    assert worst(ours, loop, [decay, added, state]) < 1e-6
+    assert difference(ours(decay * 0.99, added, state)[0], loop(decay, added, state)[0]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("ours", "inputs", "exact"),
+    [(ours_dual, dual_inputs(2, 37, 4, 8, 1, 16), theirs_dual), (selective_scan, scan_inputs(2, 37, 6, 5), naive_scan)],
+    ids=["dual", "selective"],
+)
+def test_sixteen_bits_stay_sixteen_bits(ours, inputs, exact, small_spans):
+    *rest, state = inputs
+    halves = [array.astype(mx.bfloat16) for array in rest]
+    y, last = ours(*halves, state)
+    assert (y.dtype, last.dtype) == (mx.bfloat16, mx.float32)
+    rounded = [array.astype(mx.float32) for array in halves]
+    expected, expected_last = exact(*rounded, state)
+    # One rounding of the output; the state is not rounded at all, but for the time step that bfloat16 gave.
+    assert difference(y, expected) < 8e-3
+    assert difference(last, expected_last) < 8e-3
+    d = mx.random.normal(y.shape).astype(mx.bfloat16)
+    grads = mx.vjp(lambda *p: [ours(*p, state)[0]], halves, [d])[1]
+    exact_grads = mx.vjp(lambda *p: [exact(*p, state)[0]], rounded, [d.astype(mx.float32)])[1]
+    for one, other in zip(grads, exact_grads, strict=True):
+        assert one.dtype == mx.bfloat16
+        assert difference(one, other) < 2e-2
+
+
+def adapted(kind: str) -> nn.Module:
+    model, _ = recurrent_model(kind)
+    inject(model, select_targets(model).paths, rank=4, scale=2.0, seed=0)
+    mx.random.seed(2)  # a zero lora_b hides every gradient of lora_a
+    moved = [
+        (n, 0.05 * mx.random.normal(v.shape)) for n, v in adapter_parameters(model).items() if n.endswith("lora_b")
+    ]
+    model.load_weights(moved, strict=False)
+    model.train()
+    return model
+
+
+def gradients(kind: str, exchange: bool, mode: str = "none") -> dict[str, mx.array]:
+    model = adapted(kind)
+    arrays = Arrays.of(batch(2, 29, seed=1))
+    own = nn.value_and_grad(model, plain_loss)
+    if not exchange:
+        return dict(tree_flatten(own(model, *arrays)[1]))
+    tape = apply_checkpointing(model, mode)
+    with training_kernels(model, *([tape.attend] if tape else [])):
+        return dict(tree_flatten(own(model, *arrays)[1]))
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_every_model_has_the_gradients_of_mlx_lms_own_layers(kind, small_spans):
+    with mx.stream(mx.cpu):  # mlx-lm's own kernel for Metal has no gradient
+        expected = gradients(kind, exchange=False)
+        mx.eval(expected)
+    assert all(mx.abs(value).max().item() > 0 for value in expected.values())
+    for mode in ("none", "selective", "block"):
+        got = gradients(kind, exchange=True, mode=mode)
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            assert difference(got[name], value) < 3e-5, (mode, name)
+
+
+def homes(model: nn.Module) -> dict[tuple[Any, str], FunctionType]:
+    """Return where the functions of EXCHANGES stand, in the model's classes and their modules, and what stands there."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    owners = [*classes, *(sys.modules[cls.__module__] for cls in classes)]
+    found = [(owner, name, value) for owner in owners for name, value in vars(owner).items()]
+    return {
+        (owner, name): value
+        for owner, name, value in found
+        if isinstance(value, FunctionType) and (value.__module__, value.__qualname__) in EXCHANGES
+    }
+
+
+def test_each_of_mlx_lms_functions_is_exchanged_and_put_back():
+    counts: dict[str, int] = {}
+    for kind in RECURRENT:
+        model, _ = recurrent_model(kind)
+        before = homes(model)
+        with recurrent_kernels(model) as [words]:
+            assert not homes(model)
+        assert before
+        assert homes(model) == before
+        counts[words] = counts.get(words, 0) + 1
+    assert counts == WORDS
+    with pytest.raises(ZeroDivisionError), recurrent_kernels(model):
+        1 / 0  # noqa: B018
+    assert homes(model) == before
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_generation_is_mlx_lms_own(kind):
+    model, _ = recurrent_model(kind)
+    ids = mx.random.randint(0, 288, (1, 9))
+    cache = make_prompt_cache(model)
+    expected = [model(ids[:, :5], cache=cache), model(ids[:, 5:6], cache=cache)]
+    with recurrent_kernels(model):
+        cache = make_prompt_cache(model)
+        first = model(ids[:, :5], cache=cache)
+        second = model(ids[:, 5:6], cache=cache)  # from the state that ours left
+    assert difference(first, expected[0]) < 1e-5
+    assert difference(second, expected[1]) < 1e-5
+    assert difference(second, expected[0][:, -1:]) > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "jamba"])
+def test_the_check_before_a_run_accepts_them_and_finds_a_wrong_one(kind, monkeypatch):
+    model, config = recurrent_model(kind)
+    choice = choose_model_kernels(model, [128], "ours", mx.float32)
+    taken, words = check_kernels(model, config, PLAIN, choice)
+    assert taken is choice
+    assert {"mamba2": "state space", "mamba": "selective scan", "jamba": "selective scan"}[kind] in words
+    own = spans.run_in_spans
+
+    def wrong(*args, **kwargs):
+        out, last = own(*args, **kwargs)
+        return out + 0.3 * mx.abs(out), last
+
+    monkeypatch.setattr(state_space, "run_in_spans", wrong)
+    taken, words = check_kernels(model, config, PLAIN, choice)
+    assert taken is None
+    assert "differs" in words
+
+
+def test_memory_grows_with_a_tenth_of_what_a_state_per_token_takes(request):
+    old = mx.set_memory_limit(1)  # as in test_attention.py
+    request.addfinalizer(lambda: mx.set_memory_limit(old))
+
+    def peak(function: Arrayed, primals: list[mx.array]) -> int:
+        # An array is released when mlx's threads get to it: on a busy machine later, so the least of three counts.
+        return min(peak_once(function, primals) for _ in range(3))
+
+    def peak_once(function: Arrayed, primals: list[mx.array]) -> int:
+        d = mx.ones_like(primals[0])
+        mx.eval(primals, d)
+        mx.clear_cache()
+        start = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(mx.vjp(lambda *p: [function(*p)[0]], primals, [d]))
+        return mx.get_peak_memory() - start
+
+    def slope(function: Arrayed, make: Callable[[int], list[mx.array]], short: int, long: int) -> float:
+        return (peak(function, make(long)) - peak(function, make(short))) / (long - short)
+
+    def dual(t: int) -> list[mx.array]:
+        return dual_inputs(1, t, 8, 16, 1, 16)
+
+    def scan(t: int) -> list[mx.array]:
+        return scan_inputs(1, t, 128, 16)
+
+    assert slope(ours_dual, dual, 1024, 2048) < 0.1 * slope(theirs_dual, dual, 512, 1024)
+    assert slope(selective_scan, scan, 512, 1536) < 0.1 * slope(naive_scan, scan, 32, 96)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "llama"])
+def test_the_check_differentiates_a_loop_over_few_tokens(kind, monkeypatch):
+    """mlx-lm's own loop keeps states of each token: over a real model's layers, 128 tokens would take gigabytes."""
+    model, config = (tiny_architecture("llama"), tiny_config("llama")) if kind == "llama" else recurrent_model(kind)
+    model.freeze()
+    inject(model, select_targets(model).paths, rank=4, scale=2.0, seed=0)
+    own, own_probe, called, seen = type(model).__call__, losses.probe, [], []
+
+    def spy(model, loss, gradient):
+        called.clear()
+        found = own_probe(model, loss, gradient)
+        seen.extend((gradient, length) for length in called)
+        return found
+
+    monkeypatch.setattr(losses, "probe", spy)
+    monkeypatch.setattr(
+        type(model), "__call__", lambda self, ids, *rest: called.append(ids.shape[1]) or own(self, ids, *rest)
+    )
+    choose_loss(model, config)
+    differentiated = {length for gradient, length in seen if gradient}
+    assert differentiated == {losses.LOSS_TOKENS if kind == "llama" else RECURRENT_CHECK_TOKENS}
+    assert losses.LOSS_TOKENS in {length for _, length in seen}

@@ -1,0 +1,267 @@
+"""mlx-lm's architectures: a dozen families through the stages that decide, the table of all of them, and the tiny models."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+import run_cli
+from architectures import stages, sweep, table, trial
+from architectures.build import tiny_architecture, tiny_config, write_architecture
+from architectures.configs import CONFIGS, PARTS, architecture_modules, ways
+from architectures.scaling import scaled
+from architectures.sweep import Result, Stage
+from byte_tokenizer import byte_tokenizer
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from tiers import by_default
+from transformers import CONFIG_MAPPING, AutoTokenizer
+
+from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.config.settings import AdapterSettings, ModelSettings
+from mlx_lora.kernels.measure import left_unchanged
+from mlx_lora.models.load import load_base
+from mlx_lora.models.meta import outline_of_config
+from mlx_lora.models.quantize import fitting_choice
+from mlx_lora.models.tokenizer import load_folder_tokenizer
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
+from mlx_lora.utils.errors import InputError
+
+# One of each kind: dense, windows, parallel blocks, sinks and experts, delta rule, state space, latent attention, wrappers.
+FAMILIES = [
+    ("llama", True), ("qwen3", False), ("gemma3_text", True), ("gemma4_text", True), ("phi3", True), ("cohere2", True),
+    ("gpt_oss", False), ("qwen3_5", True), ("falcon_h1", False), ("deepseek_v3", False), ("lfm2", True),
+    ("mistral3", True), ("granitemoehybrid", True),
+]  # fmt: skip
+ESSENTIAL = ("load", "plan", "adapt", "gradients", "checkpointing")
+
+
+@pytest.fixture
+def uncompiled():
+    """Compiling every family's kernels takes minutes; the sweep does it."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+# One of attention with windows, of experts, of the delta rule, and of a state space.
+BY_DEFAULT = [one for one in FAMILIES if one[0] in ("gemma3_text", "gpt_oss", "qwen3_5", "falcon_h1")]
+
+
+@pytest.mark.parametrize(("name", "tied"), by_default(FAMILIES, *BY_DEFAULT), ids=[name for name, _ in FAMILIES])
+def test_a_family_is_right_in_the_essential_stages(name, tied, uncompiled):
+    result = sweep.try_architecture(name, tied, ESSENTIAL)
+    assert {stage: (found.outcome, found.text) for stage, found in result.stages.items()} == dict.fromkeys(
+        ESSENTIAL, ("right", "")
+    )
+    assert 0 < result.facts["worst_factor_error"] < trial.FACTOR_BAR
+    assert result.facts["loss_form"].startswith("fused")
+
+
+def test_the_sweep_sees_a_wrong_gradient(uncompiled, monkeypatch):
+    """The paired inequality: a loss whose gradient is 1% off is no match."""
+    right = stages.trained_gradients
+
+    def wrong(*arguments):
+        value, grads = right(*arguments)
+        return value, tree_map(lambda g: 1.01 * g, grads)
+
+    monkeypatch.setattr(stages, "trained_gradients", wrong)
+    found = sweep.try_architecture("llama", False, ("load", "adapt", "gradients")).stages["gradients"]
+    assert found.outcome == "fails"
+    assert "differs by 1.0e-02" in found.text
+
+
+def test_stages_go_on_after_one_that_fails(uncompiled, monkeypatch):
+    monkeypatch.setitem(stages.STAGES, "plan", lambda trial: 1 / 0)
+    found = sweep.try_architecture("llama", False, ("load", "plan", "adapt", "reload")).stages
+    assert [found[name].outcome for name in ("load", "plan", "adapt", "reload")] == [
+        "right",
+        "fails",
+        "right",
+        "not run",
+    ]
+    assert found["plan"].text == "ZeroDivisionError: division by zero"
+
+
+def test_every_installed_architecture_is_in_the_page():
+    stated = table.verdicts(table.PAGE.read_text(encoding="utf-8"))
+    tried = [name for name in architecture_modules() if name in CONFIGS]
+    assert len(tried) > 100
+    assert set(tried) <= stated.keys()
+    assert table.UNTRIED not in {stated[name] for name in tried}
+    assert PARTS.isdisjoint(stated)
+
+
+def test_an_unknown_architecture_shows_as_not_yet_tried(monkeypatch):
+    results = {("llama", False): Result("llama", False, {"train": Stage("right")})}
+    rows = {row.name: row.verdict for row in table.rows(["llama", "mamba9"], results)}
+    assert rows == {"llama": "right", "mamba9": table.UNTRIED}
+    text = table.page(table.rows(["llama", "mamba9"], results), results)
+    assert table.verdicts(text) == rows
+    monkeypatch.setattr(sweep, "architecture_modules", lambda: ["mamba9"])
+    assert sweep.asked_for(()) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict", "text"),
+    [
+        ({"load": Stage("right"), "train": Stage("right")}, "right", ""),
+        ({"load": Stage("right"), "train": Stage("right", "a note")}, "right, with a note", "a note"),
+        ({"load": Stage("refused", "m: no"), "train": Stage("refused", "m: no")}, "refused", "`Error: m: no`"),
+        ({"train": Stage("right"), "fuse": Stage("fails", "KeyError: x")}, "fails", "fuse: KeyError: x"),
+        ({"load": Stage("right"), "train": Stage("right"), "fuse": Stage("refused", "no")}, "in part", "fuse: `Error: no`"),
+    ],
+)  # fmt: skip
+def test_verdicts(found, verdict, text):
+    assert table.row_of("x", [Result("x", False, found)]) == table.Row("x", verdict, text)
+
+
+def test_one_form_that_cannot_be_loaded_is_a_note():
+    tied = Result("x", True, {"load": Stage("refused", "no"), "train": Stage("refused", "no")})
+    untied = Result("x", False, {"load": Stage("right"), "train": Stage("right")})
+    row = table.row_of("x", [untied, tied])
+    assert row == table.Row("x", "right, with a note", "with tied embeddings: `Error: no`")
+
+
+def test_a_process_that_dies_is_a_failure_of_its_stage(tmp_path, monkeypatch):
+    class Died:
+        returncode, stderr = -11, "llama untied load\nllama untied fuse\n"
+
+    monkeypatch.setattr(sweep.subprocess, "run", lambda *arguments, **named: Died)
+    done, died = sweep._in_a_process([("llama", False), ("phi", False)])
+    assert done == []
+    assert died == Result("llama", False, {"fuse": Stage("fails", died.stages["fuse"].text)})
+    assert "ended with -11" in died.stages["fuse"].text
+
+
+def test_results_are_kept_whole(tmp_path):
+    results = [Result("phi", False, {"load": Stage("right", "", 1.5)}, {"loss": 2.0}), Result("Klear", True)]
+    sweep.write_results(tmp_path / "r.json", results)
+    assert list(sweep.read_results(tmp_path / "r.json").values()) == [results[1], results[0]]
+
+
+def test_tied_models_have_no_head_of_their_own():
+    for name in ("llama", "gemma3_text", "qwen3_5", "openelm"):
+        names = [{key for key, _ in tree_flatten(tiny_architecture(name, tied).parameters())} for tied in ways(name)]
+        assert {key.rpartition(".")[0].rpartition(".")[2] for key in names[0] - names[1]} == {"lm_head"}, name
+    assert tiny_config("qwen3_5", True)["text_config"]["tie_word_embeddings"] is True
+
+
+def test_wider_models_keep_the_order_of_their_blocks():
+    config = scaled("qwen3_5", width=2, layers=2)["text_config"]
+    assert config["layer_types"] == ["linear_attention", "full_attention"] * 2
+    assert (config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]) == (128, 4, 4)
+    assert scaled("kimi_linear", layers=2)["linear_attn_config"]["kda_layers"] == [1, 2, 4, 5]
+    small, large = (tiny_architecture("jamba", config=scaled("jamba", width=width)) for width in (1, 2))
+    assert large.layers[0].mamba.in_proj.weight.shape[1] == 2 * small.layers[0].mamba.in_proj.weight.shape[1]
+
+
+def test_a_tokenizer_loads_beside_a_config_that_transformers_does_not_know(tmp_path):
+    """DeepSeek V4.1: transformers fails at its YaRN rotation before it comes to the tokenizer."""
+    folder = write_architecture(tmp_path / "model", "deepseek_v41")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] not in CONFIG_MAPPING
+    assert config["rope_scaling"]["type"] == "yarn"
+    with pytest.raises(AttributeError, match="max_position_embeddings"):
+        AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_folder_tokenizer(folder, config, trust_remote_code=False)
+    assert tokenizer._tokenizer.encode("hello") == byte_tokenizer().encode("hello")
+    assert tokenizer.eos_token_ids == {config["eos_token_id"]}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "width", "found"),
+    [
+        (True, 96, True),
+        (False, 96, False),
+        ({"bits": 8, "group_size": 64}, 128, {"bits": 8, "group_size": 64}),
+        ({"bits": 8, "group_size": 64}, 96, {"bits": 8, "group_size": 32}),
+        ({"bits": 8}, 32, {"bits": 8, "group_size": 32}),
+        ({"bits": 8}, 48, False),
+        ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, 96, {"bits": 4, "group_size": 32, "mode": "mxfp4"}),
+    ],
+)
+def test_a_models_wish_for_a_layer_fits_its_width(wanted, width, found):
+    assert fitting_choice(wanted, width) == found
+
+
+@pytest.mark.parametrize("name", ["granite", "rwkv7"])
+def test_models_with_wishes_for_some_layers_are_converted_in_small_groups(name, tmp_path):
+    """Both ended in a traceback: a layer of 96 inputs, or of 32, and groups of 64."""
+    folder, out = write_architecture(tmp_path / "model", name), tmp_path / "out"
+    assert run_cli.run("convert", "--model", folder, "--out", out, "--bits", 4, "--group-size", 32).code == 0
+    layouts = json.loads((out / "config.json").read_text())["quantization"]
+    assert {"group_size": 32, "bits": 8} in layouts.values()
+    model = load_base(ModelSettings(model=str(out), dtype="float32")).model
+    assert {layer.bits for layer in model.modules() if isinstance(layer, nn.QuantizedLinear)} == {4, 8}
+
+
+@pytest.mark.parametrize("name", ["stablelm", "phixtral"])
+def test_attention_with_queries_in_another_dtype_than_values(name, uncompiled):
+    """A ValueError in bfloat16, a Mac's dtype: these models bring float32 queries and bfloat16 values."""
+    found = sweep.try_architecture(name, False, ("load", "bfloat16")).stages["bfloat16"]
+    assert (found.outcome, found.text) == ("right", "")
+
+
+def test_recurrent_gemma_has_gradients_in_bfloat16(uncompiled):
+    """All of them were NaN."""
+    found = sweep.try_architecture("recurrent_gemma", True, ("load", "bfloat16")).stages["bfloat16"]
+    assert (found.outcome, found.text) == ("right", "")
+
+
+def test_blocks_that_write_into_a_shared_state_are_not_checkpointed(uncompiled):
+    """Kimi K3's blocks ran twice over the same object: gradients off by their own size."""
+    stages = ("load", "adapt", "checkpointing")
+    found = sweep.try_architecture("kimi_k3", False, stages).stages["checkpointing"]
+    assert (found.outcome, found.text) == ("right", "")
+    for name, left_out in (("kimi_k3", True), ("deepseek_v41", True), ("gemma4_text", False)):
+        model = tiny_architecture(name)
+        tape = apply_checkpointing(model, "block")
+        model(mx.array([[1, 2, 3]]))
+        assert tape.left_out is left_out, name
+
+
+def test_a_model_without_a_layer_to_adapt_is_told_so():
+    """BitNet's layers are packed in a form of their own."""
+    outline = outline_of_config(tiny_config("bitnet"), mx.float32)
+    with pytest.raises(InputError, match="no linear layer"):
+        adapt_model(outline.model, AdapterSettings(), seed=0)
+
+
+def test_what_a_model_remembers_between_passes_is_no_stand_in(uncompiled):
+    """Kimi K3 keeps products of its weights under private names; a traced pass left its own arrays there."""
+    model = tiny_architecture("kimi_k3")
+    ids = mx.array([[1, 2, 3]])
+    expected = model(ids)
+
+    names, own = zip(*tree_flatten(model.parameters()), strict=True)
+
+    def whole(*arrays: mx.array) -> mx.array:
+        model.update(tree_unflatten(list(zip(names, arrays, strict=True))))
+        return model(ids)
+
+    def trace() -> None:
+        model.train()
+        mx.export_function(lambda listed: None, whole, *own)
+        model.update(tree_unflatten(list(zip(names, own, strict=True))))
+        model.eval()
+
+    with left_unchanged(model):
+        trace()
+    assert mx.array_equal(model(ids), expected).item()
+    trace()
+    with pytest.raises(RuntimeError, match="without a primitive"):
+        mx.eval(model(ids))
+
+
+@pytest.mark.slow
+def test_the_page_says_what_the_sweep_finds(tmp_path):
+    """All architectures in all stages, about 20 minutes."""
+    results = {(result.name, result.tied): result for result in sweep.sweep(sweep.asked_for(()))}
+    sweep.write_results(tmp_path / "sweep.json", results.values())
+    found = {row.name: row.verdict for row in table.rows(architecture_modules(), results)}
+    stated = table.verdicts(table.PAGE.read_text(encoding="utf-8"))
+    assert {name: (verdict, stated.get(name)) for name, verdict in found.items() if verdict != stated.get(name)} == {}
+    assert json.loads((tmp_path / "sweep.json").read_text())

@@ -1,0 +1,224 @@
+"""Sampled answers through the command: rewards rise, runs resume to the same bytes, and bad input is one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from run_cli import one_line, run
+
+from mlx_lora.config.objectives import SAMPLING
+from mlx_lora.objectives.grpo import POLICY_REPORTS
+from mlx_lora.objectives.table import OWN_OPTIONS
+
+REWARD = """
+def odd(prompts, completions, completion_ids, answer, **columns):
+    assert len(prompts) == len(completions) == len(completion_ids) == len(answer)
+    return [sum(ord(letter) % 2 for letter in text) / max(1, len(text)) for text in completions]
+
+def broken(completions, **columns):
+    raise KeyError("the key")
+"""
+QUICK = ("--learning-rate", "1e-2", "--batch-size", 2, "--group-size", 6, "--max-new-tokens", 8, "--sample-tokens", 0,
+         "--kernels", "ours", "--val-batches", 1, "--steps-per-report", 1, "--rank", 4)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("prompts")
+    rows = [{"prompt": f"{n}+1=", "answer": str(n + 1), "level": n % 3} for n in range(16)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (folder / "mine.py").write_text(REWARD)
+    return folder
+
+
+def command(model, data, folder, objective: str, *more: object) -> tuple:
+    return ("train", "--model", model, "--data", data / "prompts.jsonl", "--adapter-path", folder,
+            "--objective", objective, "--reward", f"{data / 'mine.py'}:odd", *QUICK, *more)  # fmt: skip
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("grpo",),
+        pytest.param(("rloo", "--kl-beta", 0.01), marks=SLOW),
+        pytest.param(("grpo", "--grpo-loss", "dr_grpo"), marks=SLOW),
+    ],
+)
+def test_the_reward_rises(flags, tiny_folder, data, tmp_path):
+    ran = run(*command(tiny_folder, data, tmp_path / "a", *flags, "--iters", 30, "--steps-per-eval", 30))
+    assert ran.code == 0, ran.err
+    found = lines(tmp_path / "a")
+    first, last = (line["reward"] for line in found if line["val_loss"] is not None)
+    assert last > first + 0.1
+    trained = [line for line in found if line["loss"] is not None]
+    assert all(line["rollout_tokens_per_s"] > 0 and 0 < line["rollout_share"] < 1 for line in trained)
+    assert set(POLICY_REPORTS) <= trained[0].keys()
+    assert not [name for name in trained[0] if "/" in name]  # one reward has no mean of its own
+    assert all(line["reward_std"] > 0 and 0 <= line["frac_reward_zero_std"] < 1 for line in trained)
+    assert any(line["kl"] > 0 for line in trained) == ("--kl-beta" in flags)
+    assert "Held-out reward" in (tmp_path / "a" / "report.html").read_text()
+    measured = run(
+        "evaluate", "--model", tiny_folder, "--adapter-path", tmp_path / "a", "--data", data / "prompts.jsonl",
+        "--objective", "grpo", "--reward", f"{data / 'mine.py'}:odd", "--max-new-tokens", 8, "--json",
+    )  # fmt: skip
+    assert measured.code == 0, measured.err
+    assert json.loads(measured.out)["reward"] > first + 0.1
+
+
+def stopped_after(folder: Path, copy: Path, step: int) -> None:
+    """Copy a run folder as a kill right after a checkpoint leaves it."""
+    shutil.copytree(folder, copy)
+    for path in (copy / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(("grpo",), marks=SLOW),
+        ("grpo", "--updates-per-rollout", 2, "--kl-beta", 0.1),
+        pytest.param(
+            ("grpo", "--updates-per-rollout", 2, "--grad-accumulation-steps", 2, "--grpo-loss", "gspo"), marks=SLOW
+        ),
+        pytest.param(("rloo", "--kl-beta", 0.05, "--dropout", 0.1), marks=SLOW),
+    ],
+)
+def test_a_killed_run_resumes_to_the_same_bytes(flags, tiny_folder, data, tmp_path):
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    asked = (*flags, "--iters", 8, "--save-every", 2)
+    assert run(*command(tiny_folder, data, whole, *asked)).code == 0
+    stopped_after(whole, rest, 4)
+    ran = run(*command(tiny_folder, data, rest, *asked, "--resume"))
+    assert ran.code == 0, ran.err
+    weights = [(folder / "adapters.safetensors").read_bytes() for folder in (whole, rest)]
+    assert weights[0] == weights[1]
+    other = tmp_path / "other"
+    assert run(*command(tiny_folder, data, other, *asked, "--seed", 1)).code == 0
+    assert (other / "adapters.safetensors").read_bytes() != weights[0]
+
+
+def test_a_second_update_uses_the_ratio(tiny_folder, data, tmp_path):
+    """With one update the ratio is 1; with several the policy has moved away from the one that sampled."""
+    for updates in (1, 4):
+        flags = ("--updates-per-rollout", updates, "--iters", 4, "--warmup", 0, "--epsilon", 0.01, "--save-every", 4)
+        assert run(*command(tiny_folder, data, tmp_path / str(updates), "grpo", *flags)).code == 0
+    once, several = (
+        [line["clipped"] for line in lines(tmp_path / str(updates)) if line["loss"] is not None] for updates in (1, 4)
+    )
+    assert not any(once)
+    assert several[0] == 0
+    assert several[-1] > 0
+
+
+def test_messages_are_rewarded_as_messages(tiny_folder, tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": f"{n}?"}], "level": n} for n in range(6)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "r.py").write_text(
+        "def r(prompts, completions, level, **c):\n"
+        "    assert prompts[0][0]['role'] == 'user' and completions[0][0]['role'] == 'assistant'\n"
+        "    assert all(int(p[-1]['content'][:-1]) == n for p, n in zip(prompts, level))\n"
+        "    return [float(len(c[0]['content'])) for c in completions]\n"
+    )
+    ran = run("train", "--model", tiny_folder, "--data", tmp_path / "p.jsonl", "--adapter-path", tmp_path / "a",
+              "--objective", "grpo", "--reward", f"{tmp_path / 'r.py'}:r", *QUICK, "--iters", 1)  # fmt: skip
+    assert ran.code == 0, ran.err
+
+
+def test_a_failing_reward_ends_the_run_or_is_skipped(tiny_folder, data, tmp_path):
+    broken = ("--reward", f"{data / 'mine.py'}:broken", "--iters", 2, "--val-batches", 0)
+    ran = run(*command(tiny_folder, data, tmp_path / "a", "grpo", *broken))
+    assert ran.code == 1
+    assert "KeyError" in ran.err
+    assert "Traceback" not in ran.err
+    ran = run(*command(tiny_folder, data, tmp_path / "b", "grpo", *broken, "--reward-errors", "skip"))
+    assert ran.code == 0, ran.err
+    assert "skipped" in ran.err
+
+
+BAD = {
+    "a reference that is gone": (("--method", "relora", "--kl-beta", 0.1), "--kl-beta with --method relora"),
+    "no reward": (("--reward", ""), "requires --reward"),
+    "a reward without sampling": (("--objective", "dpo"), "--reward"),
+    "an option of grpo": (("--objective", "rloo", "--grpo-loss", "gspo"), "--grpo-loss"),
+    "saves between updates": (("--updates-per-rollout", 3, "--iters", 6, "--save-every", 2), "a multiple of 3"),
+    "groups of one": (("--group-size", 1), "--group-size"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(case, tiny_folder, data, tmp_path):
+    flags, words = BAD[case]
+    one_line(run(*command(tiny_folder, data, tmp_path / "a", "grpo", *flags)), words)
+
+
+# By name: the run to compare with, and what is added to it.
+CHANGES = {
+    "reward": ((), ("--reward", "length:4")),
+    "reward_weights": ((), ("--reward-weights", "3")),
+    "group_size": ((), ("--group-size", 4)),
+    "max_new_tokens": ((), ("--max-new-tokens", 4)),
+    "temp": ((), ("--temp", 0.5)),
+    "top_p": ((), ("--top-p", 0.5)),
+    "min_p": ((), ("--min-p", 0.5)),
+    "epsilon": (("--updates-per-rollout", 2), ("--epsilon", 1e-6)),
+    "epsilon_high": (("--updates-per-rollout", 2), ("--epsilon-high", 1e-6)),
+    "kl_beta": ((), ("--kl-beta", 1)),
+    "mask_truncated": ((), ("--mask-truncated",)),
+    "updates_per_rollout": ((), ("--updates-per-rollout", 2)),
+    "grpo_loss": ((), ("--grpo-loss", "dr_grpo")),
+    "scale_rewards": ((), ("--scale-rewards", "none")),
+}
+
+
+def test_every_option_is_tried():
+    own = {name for name, owners in OWN_OPTIONS.items() if set(owners) & set(SAMPLING)}
+    # A reward that fails: above, and test_rewards.py. Rows that are shared change nothing: test_joined_answers.py.
+    assert set(CHANGES) == own - {"reward_errors", "reward_timeout", "shared_prefix"}
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_folder, data, tmp_path_factory):
+    """What is compared of runs without the option under test, each made once."""
+    known = {}
+
+    def outcome(*more: object) -> list:
+        if more not in known:
+            known[more] = outcome_of(tiny_folder, data, tmp_path_factory.mktemp("plain") / "a", *more)
+        return known[more]
+
+    return outcome
+
+
+def outcome_of(model, data, folder: Path, *more: object) -> list:
+    ran = run(*command(model, data, folder, "grpo", "--iters", 4, "--warmup", 0, "--save-every", 4, *more))
+    assert ran.code == 0, ran.err
+    names = ("loss", "val_loss", "grad_norm", *POLICY_REPORTS)
+    return [{name: line.get(name) for name in names} for line in lines(folder)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_option_changes_the_run_and_is_refused_elsewhere(name, tiny_folder, data, plain, tmp_path):
+    common, more = CHANGES[name]
+    assert outcome_of(tiny_folder, data, tmp_path / "a", *common, *more) != plain(*common)
+    refused = run(
+        "train", "--model", tiny_folder, "--data", data / "prompts.jsonl", "--adapter-path", tmp_path / "b", *more
+    )
+    assert refused.code == 2
+    assert f"{more[0]} with --objective sft: only" in refused.err
+
+
+@pytest.mark.slow
+def test_without_options_the_run_is_the_same(tiny_folder, data, plain, tmp_path):
+    assert outcome_of(tiny_folder, data, tmp_path / "a") == plain()

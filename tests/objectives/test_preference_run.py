@@ -1,0 +1,429 @@
+"""Preference training through the command: every option counts, runs resume, and bad input is one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import tiny_model, write_folder
+from run_cli import one_line, run
+from tiers import by_default
+
+from mlx_lora.config.objectives import IMITATION, SAMPLING, ObjectiveSettings
+from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS
+from mlx_lora.trainer import trainer
+from mlx_lora.trainer.checkpoint import Position
+from mlx_lora.trainer.evaluate import Measured
+
+QUICK = ("--iters", 3, "--learning-rate", "5e-3", "--batch-size", 4, "--sample-tokens", 0, "--kernels", "ours",
+         "--val-batches", 1, "--steps-per-report", 1, "--rank", 4)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, Path]:
+    """Pairs and rated answers."""
+    folder = tmp_path_factory.mktemp("preferences")
+    pairs = [
+        {"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No idea" + "!" * (n % 5)} for n in range(24)
+    ]
+    rated = [
+        {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+        for row in pairs
+        for name in ("chosen", "rejected")
+    ]
+    files = {}
+    for name, rows in (("pairs", pairs), ("rated", rated)):
+        files[name] = folder / f"{name}.jsonl"
+        files[name].write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return files
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_folder, data, tmp_path_factory):
+    """Losses of runs without the option under test, each made once."""
+    known = {}
+
+    def losses(*flags: object) -> list[float]:
+        if flags not in known:
+            lines = trained(tmp_path_factory.mktemp("plain") / "a", tiny_folder, data, *flags, "--iters", 2)
+            known[flags] = [line["loss"] for line in lines]
+        return known[flags]
+
+    return losses
+
+
+def trained(folder: Path, tiny_folder, data, objective: str, *more: object) -> list[dict]:
+    """Train and return the lines of metrics.jsonl."""
+    file = data["rated" if objective == "kto" else "pairs"]
+    ran = run(
+        "train",
+        "--model",
+        tiny_folder,
+        "--data",
+        file,
+        "--adapter-path",
+        folder,
+        "--objective",
+        objective,
+        *QUICK,
+        *more,
+    )
+    assert ran.code == 0, ran.err
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "objective",
+    by_default([name for name in OBJECTIVES if name not in (*IMITATION, *SAMPLING)], "dpo", "kto", "reward"),
+)
+def test_each_objective_widens_the_margin(objective, tiny_folder, data, tmp_path):
+    lines = trained(tmp_path / "a", tiny_folder, data, objective, "--iters", 8)
+    losses = [line["loss"] for line in lines if line["loss"] is not None]
+    margins = [line["margin"] for line in lines if line["val_loss"] is not None]
+    assert losses[-1] < losses[0]
+    assert margins[-1] > margins[0]
+    assert lines[-1]["skipped_steps"] == 0
+    assert max(line["examples"] for line in lines) == 4  # pairs, not rows
+    if objective != "kto":
+        assert 0 <= lines[-1]["accuracy"] <= 1
+        assert ("chosen_logps" in lines[-1]) == (objective != "reward")
+        assert lines[-1].get("chosen_logps", -1) < 0
+
+
+CHANGES = {
+    "loss_type": ("dpo", "hinge"),
+    "loss_weights": ("dpo", "2"),
+    "beta": ("dpo", 0.5),
+    "label_smoothing": ("cpo", 0.2),
+    "discopop_tau": ("dpo", 1, "--loss-type", "discopop"),
+    "simpo_gamma": ("simpo", 2),
+    "cpo_alpha": ("cpo", 0.1),
+    "desirable_weight": ("kto", 2),
+    "undesirable_weight": ("kto", 2),
+    "center_rewards": ("reward", 0.5),
+}
+
+
+def test_every_option_is_tried():
+    names = {f.name for f in fields(ObjectiveSettings)} - {"objective"}
+    assert names == set(OWN_OPTIONS)
+    # test_policy_run.py, and the tests of distillation
+    elsewhere = {name for name, owners in OWN_OPTIONS.items() if set(owners) <= {*SAMPLING, *IMITATION}}
+    assert set(CHANGES) == names - elsewhere - {
+        "reference_adapter",
+        "shared_prefix",
+    }  # these two change no fresh run's loss
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_option_changes_the_loss_and_is_refused_elsewhere(name, tiny_folder, data, plain, tmp_path):
+    objective, value, *more = CHANGES[name]
+    flag = ["--" + name.replace("_", "-"), *([] if value is None else [value])]
+    changed = trained(tmp_path / "changed", tiny_folder, data, objective, *more, *flag, "--iters", 2)
+    assert [line["loss"] for line in changed] != plain(objective, *more)
+    refused = run("train", "--model", tiny_folder, "--data", data["pairs"], "--adapter-path", tmp_path / "b", *flag)
+    assert refused.code == 2
+    assert f"{flag[0]} with --objective sft: only" in refused.err
+
+
+@pytest.mark.parametrize("objective", by_default(["dpo", "kto"], "kto"))
+def test_a_run_that_was_cut_goes_on_to_the_same_bytes(objective, tiny_folder, data, tmp_path):
+    more = ("--iters", 6, "--save-every", 2, "--dropout", 0.1)
+    trained(tmp_path / "whole", tiny_folder, data, objective, *more)
+    trained(tmp_path / "cut", tiny_folder, data, objective, *more)
+    for step in ("step-000004", "step-000006"):
+        for path in (tmp_path / "cut/checkpoints" / step).iterdir():
+            path.unlink()
+        (tmp_path / "cut/checkpoints" / step).rmdir()
+    trained(tmp_path / "cut", tiny_folder, data, objective, *more, "--resume")
+    whole, cut = ((tmp_path / name / "adapters.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+    other = run(
+        "train", "--model", tiny_folder, "--data", data["rated" if objective == "kto" else "pairs"], "--adapter-path",
+        tmp_path / "cut", "--objective", objective, *QUICK, *more, "--resume", "--beta", 0.2,
+    )  # fmt: skip
+    assert other.code == 2
+    assert "beta was 0.1, is now 0.2" in other.err
+
+
+def test_parts_and_accumulation_are_the_same_update(tiny_folder, data, tmp_path):
+    """A likelihood averaged over tokens and pairs averaged over pairs, whatever the batch is cut into."""
+    lines = [
+        trained(tmp_path / name, tiny_folder, data, "orpo", "--batch-size", size, "--grad-accumulation-steps", steps,
+                "--batch-parts", parts, "--iters", 1)
+        for name, size, steps, parts in (("whole", 8, 1, 1), ("parts", 8, 1, 4), ("other", 4, 1, 1))
+    ]  # fmt: skip
+    whole, parts, other = (next(line for line in found if line["loss"] is not None) for found in lines)
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+    assert other["loss"] != pytest.approx(whole["loss"], rel=1e-4)
+
+
+def test_evaluate_reports_what_training_does(tiny_folder, data, tmp_path):
+    trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 8)
+    common = ("--model", tiny_folder, "--data", data["pairs"], "--objective", "dpo", "--json")
+    before, after = (
+        json.loads(run("evaluate", *common, *more).out) for more in ((), ("--adapter-path", tmp_path / "a"))
+    )
+    assert before["loss"] == pytest.approx(0.6931, abs=1e-4)
+    # Policy and reference are the same model: what differs is rounding, and no preference.
+    assert before["accuracy"] == 0
+    assert before["margin"] == pytest.approx(0, abs=1e-4)
+    assert after["accuracy"] > 0.9
+    assert after["margin"] > 0.1
+    assert after["loss"] < before["loss"]
+    assert {"chosen_logps", "rejected_logps"} <= after.keys()
+    words = run("evaluate", *common[:-1], "--adapter-path", tmp_path / "a").out
+    assert "chosen rewards " in words
+    assert words.endswith("supervised tokens in 24 pairs\n")
+    assert after["rows"] == 24
+
+
+def test_another_adapter_can_be_the_reference(tiny_folder, data, tmp_path):
+    trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 8)
+    plain = trained(tmp_path / "b", tiny_folder, data, "dpo")
+    other = trained(tmp_path / "c", tiny_folder, data, "dpo", "--reference-adapter", tmp_path / "a")
+    assert other[0]["val_loss"] != pytest.approx(plain[0]["val_loss"], rel=1e-3)
+    assert plain[0]["val_loss"] == pytest.approx(0.6931, abs=1e-4)
+    # From that adapter's factors, the policy starts as the reference.
+    more = ("--resume-adapter-file", tmp_path / "a/adapters.safetensors", "--reference-adapter", tmp_path / "a")
+    same = trained(tmp_path / "d", tiny_folder, data, "dpo", *more)
+    assert same[0]["val_loss"] == pytest.approx(0.6931, abs=1e-4)
+    from_file = trained(tmp_path / "e", tiny_folder, data, "dpo", *more[:2])  # the model as the run starts
+    assert from_file[0]["val_loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_a_merged_model_has_a_reference_of_its_own(tiny_folder, data, tmp_path, monkeypatch):
+    """The norms are the base's: their fingerprint alone took the base's reference for the merged model's."""
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    merged = tmp_path / "merged"
+    shutil.copytree(tiny_folder, merged)
+    weights = mx.load(str(merged / "model.safetensors"))
+    mx.eval(weights)  # before its file is written over
+    weights = {name: value * 1.5 if value.ndim == 2 and "proj" in name else value for name, value in weights.items()}
+    mx.save_safetensors(str(merged / "model.safetensors"), weights)
+    first = trained(tmp_path / "a", tiny_folder, data, "dpo")
+    second = trained(tmp_path / "b", merged, data, "dpo")
+    assert [run[0]["val_loss"] for run in (first, second)] == [pytest.approx(0.6931, abs=1e-4)] * 2
+    assert len(list((tmp_path / "cache/reference").iterdir())) == 4  # train and validation of both
+
+
+def test_another_scale_is_another_reference(tiny_folder, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 8)
+    shutil.copytree(tmp_path / "a", tmp_path / "scaled")
+    file = tmp_path / "scaled/adapter_config.json"
+    config = json.loads(file.read_text())
+    config["lora_parameters"]["scale"] *= 3
+    file.write_text(json.dumps(config))
+    plain, scaled = (
+        trained(tmp_path / f"of-{name}", tiny_folder, data, "dpo", "--reference-adapter", tmp_path / name)
+        for name in ("a", "scaled")
+    )
+    assert plain[0]["val_loss"] != pytest.approx(scaled[0]["val_loss"], rel=1e-3)
+
+
+def test_a_peft_folder_can_be_the_reference(tiny_folder, data, tmp_path, monkeypatch):
+    """A raw FileNotFoundError: its weights have another name."""
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 8)
+    ran = run(
+        "export", "--model", tiny_folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "peft"
+    )
+    assert ran.code == 0, ran.err
+    ours, theirs = (
+        trained(tmp_path / f"of-{name}", tiny_folder, data, "dpo", "--reference-adapter", tmp_path / name)
+        for name in ("a", "peft")
+    )
+    assert theirs[0]["val_loss"] == pytest.approx(ours[0]["val_loss"], rel=1e-4)
+    assert theirs[0]["val_loss"] != pytest.approx(0.6931, rel=1e-3)
+
+
+def test_a_second_run_takes_the_reference_from_disk(tiny_folder, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    first = trained(tmp_path / "a", tiny_folder, data, "dpo")
+    kept = sorted((tmp_path / "cache/reference").iterdir())
+    assert len(kept) == 2  # train and validation
+    times = [path.stat().st_mtime_ns for path in kept]
+    second = trained(tmp_path / "b", tiny_folder, data, "dpo", "--beta", 0.5)
+    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "cache/reference").iterdir())] == times
+    assert first[0]["val_loss"] == pytest.approx(second[0]["val_loss"], abs=1e-4)
+    kept[0].write_bytes(b"damaged")
+    third = trained(tmp_path / "c", tiny_folder, data, "dpo")
+    assert [line["loss"] for line in third] == [line["loss"] for line in first]
+
+
+# Held-out loss and accuracy by step. By accuracy step 6 is the best: the untrained model's is rounding, step 4 has the
+# higher loss. By loss step 2 is.
+HELD_OUT = {0: (0.69, 0.9), 2: (0.6, 0.6), 4: (0.7, 0.8), 6: (0.65, 0.8), 8: (0.5, 0.75), 10: (0.55, 0.7)}
+STOPPING = ("--iters", 30, "--steps-per-eval", 2, "--save-every", 2, "--keep", 0, "--keep-best",
+            "--early-stopping-patience", 2)  # fmt: skip
+
+
+@pytest.fixture
+def held_out(monkeypatch):
+    """Make validations find `HELD_OUT` from a step on, then ever worse numbers."""
+
+    def begin(step: int = 0) -> None:
+        found = iter([values for at, values in HELD_OUT.items() if at >= step] + [(0.9, 0.1)] * 20)
+
+        def mean_loss(model, task, batches, ranks):
+            loss, accuracy = next(found)
+            return Measured(loss, 8, dict.fromkeys(task.reports, 0.0) | {"accuracy": accuracy})
+
+        monkeypatch.setattr(trainer, "mean_loss", mean_loss)
+
+    return begin
+
+
+def adapter_of(folder: Path, step: int | None = None) -> bytes:
+    folder = folder if step is None else folder / "checkpoints" / f"step-{step:06d}"
+    return (folder / "adapters.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("metric", "best", "end"), [("accuracy", 6, 10), ("loss", 2, 6)])
+def test_the_best_validation_and_the_end_follow_the_metric(metric, best, end, tiny_folder, data, tmp_path, held_out):
+    held_out()
+    lines = trained(tmp_path / "a", tiny_folder, data, "dpo", *STOPPING, "--metric-for-best-model", metric)
+    assert lines[-1]["step"] == end
+    assert adapter_of(tmp_path / "a") == adapter_of(tmp_path / "a", best) != adapter_of(tmp_path / "a", end)
+
+
+def test_a_run_that_was_cut_keeps_its_best_accuracy(tiny_folder, data, tmp_path, held_out):
+    more = (*STOPPING, "--metric-for-best-model", "accuracy")
+    held_out()
+    trained(tmp_path / "whole", tiny_folder, data, "dpo", *more)
+    held_out()
+    trained(tmp_path / "cut", tiny_folder, data, "dpo", *more)
+    for step in (8, 10):
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"step-{step:06d}")
+    held_out(8)
+    lines = trained(tmp_path / "cut", tiny_folder, data, "dpo", *more, "--resume")
+    assert lines[-1]["step"] == 10
+    assert adapter_of(tmp_path / "cut") == adapter_of(tmp_path / "whole") == adapter_of(tmp_path / "whole", 6)
+    states = [
+        json.loads((tmp_path / name / "checkpoints/step-000010/state.json").read_text())["position"]
+        for name in ("cut", "whole")
+    ]
+    assert states[0] == states[1]
+    assert (states[0]["best_accuracy"], states[0]["best_at"], states[0]["worse"]) == (0.8, 6, 2)
+
+
+def test_the_threshold_is_of_the_accuracy():
+    at = Position(taken=1)
+    found = [at.validated(loss, 0.1, accuracy, by_accuracy=True) for loss, accuracy in
+             ((0.6, 0.5), (0.5, 0.5), (0.7, 0.55), (0.8, 0.7), (math.nan, 0.9), (0.9, 0.6))]  # fmt: skip
+    assert found == [True, True, True, True, False, False]
+    assert (at.best_accuracy, at.best_loss, at.worse) == (0.7, 0.8, 2)
+    untrained = Position()
+    assert not untrained.validated(0.6, accuracy=0.9, by_accuracy=True)
+    assert (untrained.best_accuracy, untrained.worse, untrained.val_loss) == (None, 0, 0.6)
+
+
+@pytest.mark.parametrize("objective", ["sft", "kto"])
+def test_accuracy_is_refused_where_none_is_reported(objective, tiny_folder, data, tmp_path):
+    ran = run(
+        "train", "--model", tiny_folder, "--data", data["rated"], "--adapter-path", tmp_path / "a", "--objective",
+        objective, *QUICK, *STOPPING, "--metric-for-best-model", "accuracy",
+    )  # fmt: skip
+    one_line(ran, f"--objective {objective}: only dpo, orpo, simpo, cpo, reward report it")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--objective", "dop"), "did you mean 'dpo'?"),
+        (("--objective", "dpo", "--loss-type", "sigmod"), "did you mean 'sigmoid'?"),
+        (("--objective", "dpo", "--beta", 0), "--beta 0.0: must be more than 0"),
+        (("--objective", "orpo", "--beta", -0.5), "--beta -0.5: must be more than 0"),
+        (("--objective", "kto", "--loss-type", "hinge"), "--loss-type 'hinge': not one of kto, apo_zero_unpaired"),
+        (("--objective", "kto", "--pairs", "all"), "--pairs all with --objective kto"),
+        (("--pairs", "all"), "--pairs all with --objective sft"),
+        (("--objective", "dpo", "--pairs", "some"), "'some': not one of best, all"),
+        (("--objective", "dpo", "--data-format", "alpaca"), "--data-format alpaca with --objective dpo"),
+        (("--objective", "kto", "--no-mask-prompt"), "--no-mask-prompt with --objective kto"),
+        (("--objective", "dpo", "--loss-weights", "1,2"), "give 1 numbers"),
+        (("--objective", "dpo", "--loss-type", "exo_pair"), "requires --label-smoothing"),
+        (("--objective", "dpo", "--label-smoothing", 0.1), "only exo_pair, robust"),
+        (("--objective", "dpo", "--discopop-tau", 1), "only discopop"),
+        (("--objective", "kto", "--loss-type", "kto,apo_zero_unpaired"), "kto has one loss"),
+        (("--objective", "kto"), "a rated answer needs"),
+        (("--objective", "dpo", "--reference-adapter", "/nowhere"), "/nowhere"),
+        ((), "--objective dpo"),
+    ],
+)
+def test_bad_input_is_one_line(flags, words, tiny_folder, data, tmp_path):
+    file = data["pairs"]
+    if flags == ("--objective", "kto"):
+        file = tmp_path / "chats.jsonl"
+        file.write_text('{"prompt": "a", "completion": "b"}\n')
+    ran = run("train", "--model", tiny_folder, "--data", file, "--adapter-path", tmp_path / "a", *QUICK, *flags)
+    assert ran.code == 2
+    assert words in ran.err.splitlines()[-1]
+    assert ran.err.splitlines()[-1].startswith("Error: ")
+
+
+USER, GOOD, BAD = (
+    {"role": role, "content": text} for role, text in (("user", "Q"), ("assistant", "a"), ("assistant", "b"))
+)
+OTHER = {"role": "user", "content": "Another question"}
+
+
+@pytest.mark.parametrize(
+    ("objective", "record", "words"),
+    [
+        ("dpo", {"prompt": "Q", "chosen": "a"}, "needs rejected"),
+        ("dpo", {"prompt": "", "chosen": "a", "rejected": "a"}, "the two answers are equal"),
+        ("dpo", {"prompt": "Q", "chosen": "a", "rejected": " "}, "cell rejected is empty"),
+        ("dpo", {"prompt": [OTHER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+         "not the beginning of the chosen dialogue"),
+        ("dpo", {"prompt": "Q", "completion": "a"}, "--objective sft"),
+        ("orpo", {"prompt": "Q", "completion": "a", "label": True}, "train with --objective kto"),
+        ("sft", {"prompt": "Q", "chosen": "a", "rejected": "b"}, "train with --objective dpo"),
+        ("sft", {"instruction": "Q", "completions": [{"response": "a", "overall_score": 1}]}, "train with --objective dpo"),
+        ("sft", {"prompt": "Q", "completion": "a", "label": True}, "train with --objective kto"),
+        ("kto", {"prompt": "Q", "completion": "a", "label": "good"}, "label is 'good'"),
+    ],
+)  # fmt: skip
+def test_records_that_cannot_be_used_are_one_line(objective, record, words, tiny_folder, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    more = ("--adapter-path", tmp_path / "a", "--objective", objective)
+    ran = run("train", "--model", tiny_folder, "--data", file, *more, *QUICK)
+    assert ran.code == 2
+    [line] = [line for line in ran.err.splitlines() if line.startswith("Error: ")]
+    assert line == ran.err.splitlines()[-1]
+    assert words in line
+    assert "rows.jsonl line 1" in line
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_reference_of_another_base_is_one_line(tiny_folder, data, tmp_path):
+    other = write_folder(tmp_path / "other", tiny_model(seed=9))
+    trained(tmp_path / "a", other, data, "orpo", "--iters", 1)
+    more = ("--adapter-path", tmp_path / "b", "--objective", "dpo", "--reference-adapter", tmp_path / "a")
+    ran = run("train", "--model", tiny_folder, "--data", data["pairs"], *more, *QUICK)
+    assert ran.code == 2
+    assert ran.err.splitlines()[-1].startswith(f"Error: --reference-adapter {tmp_path / 'a'}: ")
+    assert "another base" in ran.err.splitlines()[-1]
+
+
+def test_ratings_of_one_kind_are_noted_and_only_own_answers_count(tiny_folder, tmp_path):
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}.", "label": True} for n in range(8)]
+    file = tmp_path / "good.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    more = ("--valid-fraction", 0, "--iters", 2, "--batch-size", 8)
+    ran = run("train", "--model", tiny_folder, "--data", file, "--adapter-path", tmp_path / "a", "--objective", "kto",
+              *QUICK, *more)  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert "no answer is rated bad" in ran.err
+    told = int(re.search(r"8 rated answers, [\d,]+ tokens, (\d+) trained", ran.err)[1])
+    lines = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    assert [line["supervised_tokens"] for line in lines if line["loss"] is not None] == [told, told]

@@ -1,0 +1,300 @@
+"""Sampled answers in several processes: the answers and losses of one, one end for all, and the same bytes after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from ranks import REPOSITORY, Started
+from run_cli import run
+
+from mlx_lora.parallel.ranks import ALONE
+from mlx_lora.rollouts.sharing import Answered, deal_prompts, gathered
+from mlx_lora.utils.supervise import last_given
+
+# Each process notes what it was asked to reward, in order; the file's folder is the test's own.
+REWARD = """
+import json, os
+from pathlib import Path
+
+SEEN = Path(__file__).parent / f"seen-{os.getpid()}.jsonl"
+
+def odd(prompts, completions, completion_ids, **columns):
+    with SEEN.open("a") as file:
+        file.write("".join(json.dumps([p, list(ids)]) + "\\n" for p, ids in zip(prompts, completion_ids)))
+    return [sum(ord(letter) % 2 for letter in text) / max(1, len(text)) for text in completions]
+
+def fails_on_one(completions, **columns):
+    if os.environ.get("MLX_RANK") == "1":
+        raise KeyError("not on this rank")
+    return [float(len(text)) for text in completions]
+"""
+COMPARED = ("loss", "val_loss", "grad_norm", "reward", "length", "truncated", "kl", "clipped")
+COUNTS = ("step", "examples", "supervised_tokens", "real_tokens", "positions", "shapes")
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return written(tmp_path / "data")
+
+
+def written(folder: Path) -> Path:
+    """Write prompts and rewards."""
+    folder.mkdir()
+    rows = [{"prompt": "+".join(map(str, range(n, n + 2 + n % 3))) + "="} for n in range(22)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "mine.py").write_text(REWARD)
+    return folder
+
+
+def command(model: Path, data: Path, folder: Path, *more: object, reward: str = "odd") -> list:
+    return [
+        "--model", model, "--data", data / "prompts.jsonl", "--adapter-path", folder, "--objective", "grpo",
+        "--reward", f"{data / 'mine.py'}:{reward}", "--learning-rate", "1e-2", "--batch-size", 3, "--group-size", 4,
+        "--max-new-tokens", 8, "--sample-tokens", 0, "--kernels", "ours", "--val-batches", 2, "--steps-per-report", 1,
+        "--rank", 4, "--iters", 4, "--warmup", 0, "--keep", 0, *more,
+    ]  # fmt: skip
+
+
+def ranks_of(count: int, words: list, folder: Path, timeout_s: float = 240.0):
+    return Started([["-m", "mlx_lora.train", *words]] * count, folder).wait(timeout_s)
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "adapters.safetensors").read_bytes()
+
+
+def seen(data: Path) -> list[list]:
+    """Return all (prompt, answer) that were rewarded, in no particular order, and forget them."""
+    files = list(data.glob("seen-*.jsonl"))
+    found = [line for file in files for line in file.read_text().splitlines()]
+    for file in files:
+        file.unlink()
+    return sorted(found)
+
+
+def assert_same_run(one: Path, other: Path, since: int = 0) -> None:
+    """Compare the curves and the factors of two runs; they differ by rounding."""
+    pairs = zip(*([r for r in lines(folder) if r["step"] >= since] for folder in (one, other)), strict=True)
+    for expected, found in pairs:
+        assert {name: expected[name] for name in COUNTS} == {name: found[name] for name in COUNTS}
+        for name in COMPARED:
+            value = expected.get(name)
+            assert found.get(name) == (value if value is None else pytest.approx(value, rel=2e-4, abs=2e-5)), name
+    theirs, ours = (mx.load(str(folder / "adapters.safetensors")) for folder in (one, other))
+    for name, value in theirs.items():
+        assert np.allclose(np.array(value), np.array(ours[name]), rtol=1e-3, atol=1e-5), name
+
+
+VARIANTS = {
+    "two": (2, ()),
+    "two, updates with a reference": (2, ("--updates-per-rollout", 2, "--kl-beta", 0.1, "--scale-rewards", "batch")),
+    "four, some without a prompt": (4, ("--grpo-loss", "dapo", "--steps-per-eval", 2)),
+    "four, accumulation": (4, ("--batch-size", 1, "--grad-accumulation-steps", 3, "--grpo-loss", "gspo")),
+    "rloo": (2, ("--objective", "rloo", "--kl-beta", 0.05)),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "two" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
+@pytest.mark.float32("an update that rounds otherwise samples other answers in the next step")
+def test_several_processes_sample_the_answers_and_take_the_steps_of_one(name, tiny_folder, data, tmp_path):
+    size, more = VARIANTS[name]
+    ran = run("train", *command(tiny_folder, data, tmp_path / "one", *more))
+    assert ran.code == 0, ran.err
+    expected = seen(data)
+    ended = ranks_of(size, command(tiny_folder, data, tmp_path / "several", *more), tmp_path / "ranks")
+    assert ended.codes == [0] * size, ended.errs
+    assert f"prompts answered by {size} processes" in ended.errs[0]
+    assert (" may wait" in ended.errs[0]) == (size > 3)
+    parts = len(list(data.glob("seen-*.jsonl")))
+    assert parts == min(size, 3)  # each of the processes that have a prompt rewarded its own
+    assert seen(data) == expected
+    assert_same_run(tmp_path / "one", tmp_path / "several")
+    assert len({line["reward"] for line in lines(tmp_path / "one")}) > 2
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_on_one_rank_ends_all_with_its_words(tiny_folder, data, tmp_path):
+    words = command(tiny_folder, data, tmp_path / "a", "--val-batches", 0, reward="fails_on_one")
+    ended = ranks_of(2, words, tmp_path / "ranks", 60)
+    assert ended.codes == [1, 1], ended.errs
+    assert ended.message(0).startswith("Error: rank 1: --reward fails_on_one failed (KeyError: 'not on this rank') for")
+    assert "Traceback" not in ended.errs[0] + ended.errs[1]
+
+
+@pytest.mark.slow
+def test_what_another_rank_skips_is_said_by_the_first(tiny_folder, data, tmp_path):
+    more = ("--val-batches", 0, "--reward-errors", "skip")
+    words = command(tiny_folder, data, tmp_path / "a", *more, reward="fails_on_one")
+    ended = ranks_of(2, words, tmp_path / "ranks")
+    assert ended.codes == [0, 0], ended.errs
+    assert ended.errs[0].count("rank 1: Note: --reward fails_on_one failed") == 4
+
+
+@pytest.mark.slow
+def test_ranks_with_other_rewards_in_a_file_of_the_same_name_are_refused(tiny_folder, data, tmp_path):
+    """The path is the same on both machines, its content is not: here, a link that each rank resolves for itself."""
+    other = written(tmp_path / "other")
+    (other / "mine.py").write_text(REWARD + "\n# another version\n")
+    words = []
+    for name, home in (("a", data), ("b", other)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.py").write_text((home / "mine.py").read_text())
+        words.append(command(tiny_folder, data, tmp_path / name / "run", "--reward", "mine.py:odd"))
+    program = "import os, sys; os.chdir(sys.argv.pop(1)); from mlx_lora.cli.train import main; main()"
+    started = [["-c", program, tmp_path / name, *given] for name, given in zip("ab", words, strict=True)]
+    ended = Started(started, tmp_path / "ranks").wait(60)
+    assert ended.codes == [2, 2], ended.errs
+    assert "code of --reward mine.py:odd is" in ended.message(0)
+
+
+@pytest.mark.slow
+def test_one_goes_on_from_two_and_two_from_one(tiny_folder, data, tmp_path):
+    more = ("--iters", 6, "--save-every", 2)
+    assert run("train", *command(tiny_folder, data, tmp_path / "one", *more)).code == 0
+    ended = ranks_of(2, command(tiny_folder, data, tmp_path / "two", *more), tmp_path / "ranks")
+    assert ended.codes == [0, 0], ended.errs
+    for name, count in (("one", 2), ("two", 1)):
+        again = until(tmp_path / name, tmp_path / f"from {name}", 2)
+        words = command(tiny_folder, data, again, *more, "--resume")
+        ended = ranks_of(count, words, tmp_path / f"ranks from {name}")
+        assert ended.codes == [0] * count, ended.errs
+        assert "Resuming from step 2" in ended.errs[0]
+        assert_same_run(tmp_path / "one", again)
+        assert weights(again) != weights(again / "checkpoints" / "step-000002")
+
+
+def until(folder: Path, copy: Path, step: int) -> Path:
+    """Return a copy of a run folder as it was after a checkpoint."""
+    shutil.copytree(folder, copy)
+    for other in (copy / "checkpoints").iterdir():
+        if int(other.name.removeprefix("step-")) > step:
+            shutil.rmtree(other)
+    (copy / "adapters.safetensors").unlink()
+    return copy
+
+
+# Kills its own process when a function is called for the n-th time; then it is the train command.
+KILLED = """
+import importlib, os, signal, sys
+module, owner, name, count = sys.argv.pop(1).split(":")
+home = importlib.import_module(module)
+home = getattr(home, owner) if owner else home
+whole, calls = getattr(home, name), []
+def call(*words, **named):
+    calls.append(1)
+    if len(calls) == int(count):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*words, **named)
+setattr(home, name, call)
+from mlx_lora.cli.train import main
+main()
+"""
+# Two updates on each rollout, saved after both: rollouts begin with steps 1, 3, 5 and 7, and have 8 tokens at most.
+UPDATES = ("--updates-per-rollout", 2, "--iters", 8, "--save-every", 2, "--val-batches", 0, "--steps-per-eval", 0)
+MOMENTS = {
+    "while sampling": ("mlx_lora.rollouts.sampler::_drawn:20", None),
+    "between rollout and update": ("mlx_lora.trainer.step:Step:__call__:5", 4),
+    "between two updates of a rollout": ("mlx_lora.trainer.step:Step:__call__:6", 4),
+    "while rewarding": ("mlx_lora.rollouts.rollout::rewards_for:3", 4),
+}
+FAST = ("between rollout and update",)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_folder, tmp_path_factory):
+    """A run that was never killed; its data, and its adapter's bytes."""
+    folder = tmp_path_factory.mktemp("whole")
+    data = written(folder / "data")
+    assert run("train", *command(tiny_folder, data, folder / "a", *UPDATES, "--dropout", 0.1)).code == 0
+    return data, weights(folder / "a")
+
+
+@pytest.mark.parametrize(
+    "moment", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MOMENTS]
+)
+def test_a_run_killed_around_its_rollouts_ends_in_the_same_bytes(moment, whole, tiny_folder, tmp_path):
+    data, expected = whole
+    where, saved = MOMENTS[moment]
+    words = command(tiny_folder, data, tmp_path / "a", *UPDATES, "--dropout", 0.1)
+    paths = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, where, *last_given([str(word) for word in words])],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}, timeout=240,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    ran = run("train", *words, "--resume")
+    assert ran.code == 0, ran.err
+    assert "Resuming from step" in ran.err
+    assert saved is None or f"Resuming from step {saved}" in ran.err
+    assert weights(tmp_path / "a") == expected
+
+
+@pytest.mark.slow
+def test_two_ranks_of_which_one_is_killed_end_in_the_same_bytes(tiny_folder, data, tmp_path):
+    words = {name: command(tiny_folder, data, tmp_path / name, *UPDATES, "--dropout", 0.1) for name in "ab"}
+    assert ranks_of(2, words["a"], tmp_path / "whole").codes == [0, 0]
+    dying = [
+        ["-m", "mlx_lora.train", *words["b"]],
+        ["-c", KILLED, MOMENTS["between rollout and update"][0], *words["b"]],
+    ]
+    ended = Started(dying, tmp_path / "killed").wait(60)
+    assert ended.codes == [1, -signal.SIGKILL], ended.errs
+    ended = ranks_of(2, [*words["b"], "--resume"], tmp_path / "again")
+    assert ended.codes == [0, 0], ended.errs
+    assert "Resuming from step 4" in ended.errs[0]
+    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_every_prompt_is_dealt_once_and_ranks_get_about_as_many(size):
+    counts = [3, 1, 1, 4, 1]
+    dealt = deal_prompts(counts, size)
+    of_rank = np.zeros(size, int)
+    for count, prompts_of in zip(counts, dealt, strict=True):
+        assert sorted(prompt for prompts in prompts_of for prompt in prompts) == list(range(count))
+        of_rank += [len(prompts) for prompts in prompts_of]
+    assert np.ptp(of_rank) <= 1
+
+
+def test_answers_of_all_ranks_are_put_in_their_own_places():
+    """Two ranks, two batches; each answer's token is its place, so that a mix-up shows."""
+    group, counts = 2, [3, 2]
+    whole = [
+        Answered(
+            [[100 * batch + row] for row in range(group * count)], np.arange(2.0 * group * count).reshape(-1, 2) + batch
+        )
+        for batch, count in enumerate(counts)
+    ]
+    dealt = deal_prompts(counts, 2)
+    parts = []
+    for rank in range(2):
+        own = []
+        for one, prompts_of in zip(whole, dealt, strict=True):
+            rows = [group * prompt + place for prompt in prompts_of[rank] for place in range(group)]
+            own.append(Answered([one.answers[row] for row in rows], one.rewards[rows], [f"note of {rank}"]))
+        parts.append(own)
+    sent = json.loads(json.dumps([[[one.answers, one.rewards.tolist(), one.notes] for one in own] for own in parts]))
+    two = SimpleNamespace(size=2, everyone=lambda value: sent)
+    for found, expected in zip(gathered(parts[0], dealt, group, two), whole, strict=True):
+        assert found.answers == expected.answers
+        assert found.rewards.tolist() == expected.rewards.tolist()
+        assert found.notes == ["note of 0", "rank 1: note of 1"]
+    missing = Answered([[1], [2]], np.array([[np.nan], [1.0]]))
+    (alone,) = gathered([missing], deal_prompts([1], 1), 2, ALONE)
+    assert np.isnan(alone.rewards[0])

@@ -1,0 +1,687 @@
+"""benchmarks/: figures from records, agreement before speed, and whole comparisons on the tiny model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import TINY, tiny_model
+
+from mlx_lora.adapters.inject import inject
+from mlx_lora.adapters.targets import select_targets
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Import a module of benchmarks/, which is no package."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def step(end_s: float, supervised: int, shape: tuple[int, int], real: int = 90) -> dict:
+    return {"end_s": end_s, "supervised": supervised, "real": real, "positions": shape[0] * shape[1], "shape": shape}
+
+
+# --- figures
+
+
+def test_first_step_and_retraces_are_kept_apart(module):
+    steps = [
+        step(10.0, 50, (2, 50)),
+        step(12.0, 60, (2, 50)),
+        step(16.0, 80, (1, 100)),  # a new shape: slow
+        step(18.0, 70, (1, 100)),
+    ]
+    figures = module("_figures").run_figures(steps, first_step_s=13.0)
+    assert figures["supervised_tokens_per_s"] == pytest.approx((60 + 80 + 70) / 8)
+    assert figures["steady_tokens_per_s"] == pytest.approx((60 + 70) / 4)
+    assert figures["whole_tokens_per_s"] == pytest.approx((50 + 60 + 80 + 70) / (13 + 8))
+    assert figures["padding_fraction"] == pytest.approx(1 - 270 / 300)
+    assert (figures["counted_steps"], figures["steady_steps"], figures["shapes"]) == (3, 2, 2)
+
+
+def test_one_steady_step_is_no_figure(module):
+    figures = module("_figures").run_figures([step(1, 5, (1, 9)), step(2, 5, (1, 9)), step(3, 5, (1, 8))], 1)
+    assert figures["steady_tokens_per_s"] is None
+
+
+def test_one_step_is_refused(module):
+    with pytest.raises(ValueError, match="two steps"):
+        module("_figures").run_figures([step(1.0, 5, (1, 9))], 1.0)
+
+
+def test_our_metrics_become_steps_with_their_own_counts(module):
+    counts = {"supervised_tokens": 757, "real_tokens": 951, "positions": 1024, "shapes": ["4x256"]}
+    nothing = {"supervised_tokens": 0, "real_tokens": 0, "positions": 0, "shapes": []}
+    records = [
+        {"elapsed_s": 1.0, "loss": None, **nothing},  # a validation
+        {"elapsed_s": 2.0, "loss": 3.5, **counts},
+        {"elapsed_s": 4.0, "loss": None, **counts},  # a skipped step: it took its time all the same
+        {"elapsed_s": 5.0, "loss": 3.0, **counts, "shapes": ["2x512", "4x256"]},
+    ]
+    steps = module("_figures").steps_from_metrics(records)
+    assert [step["end_s"] for step in steps] == [2.0, 4.0, 5.0]
+    assert steps[0] == {
+        "end_s": 2.0, "loss": 3.5, "supervised": 757, "real": 951, "positions": 1024, "shape": ["4x256"]
+    }  # fmt: skip
+    assert math.isnan(steps[1]["loss"])
+    figures = module("_figures").run_figures(steps, first_step_s=1.0)
+    assert figures["supervised_tokens_per_s"] == pytest.approx(2 * 757 / 3)
+    assert figures["shapes"] == 2
+
+
+def test_ratios_pair_rounds(module):
+    ratio = module("_figures").paired_ratio([20.0, 30.0, 44.0], [10.0, 10.0, 11.0])
+    assert (ratio["median"], ratio["min"], ratio["max"]) == (3.0, 2.0, 4.0)
+    assert module("_figures").paired_ratio([None], [10.0]) is None
+
+
+def test_sides_take_turns_and_the_first_turn_is_not_counted(module):
+    order = []
+
+    def turn(side: str):
+        def run(number: int) -> dict:
+            order.append(side)
+            return {"round": number}
+
+        return run
+
+    turns = {"a": turn("a"), "b": turn("b")}
+    found = module("_harness").take_turns(turns, 3, warm=True)
+    assert "".join(order) == "baabbaab"
+    assert found == {side: [{"round": 1}, {"round": 2}, {"round": 3}] for side in turns}
+    order.clear()
+    module("_harness").take_turns(turns, 2, swap=False)
+    assert "".join(order) == "abab"
+
+
+# --- agreement
+
+
+def found(loss_sum: float, count: int = 100, same_ids: bool = True) -> dict:
+    return {"loss_sum": loss_sum, "count": count, "same_ids": same_ids, "notes": ["other ids"]}
+
+
+def test_equal_losses_agree(module):
+    module("versus").check_agreement({"a": found(300.0), "b": found(300.2)}, "a")
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (found(301.0), "loss sum"),
+        (found(float("nan")), "loss sum"),
+        (found(300.0, count=101), "101 tokens"),
+        (found(300.0, same_ids=False), "other ids"),
+    ],
+)
+def test_other_work_is_refused(module, other, words):
+    versus = module("versus")
+    with pytest.raises(versus.Disagreement, match=words):
+        versus.check_agreement({"a": found(300.0), "b": other}, "a")
+
+
+@pytest.mark.parametrize("coarse", ["bfloat16", "float16", "float32"])
+def test_sixteen_bits_may_differ_more(module, coarse):
+    figures, versus = module("_figures"), module("versus")
+    exact = {**found(300.0), "facts": {"dtypes": ["float32"]}}
+    other = {**found(300.0 * (1 + 2e-3)), "facts": {"dtypes": [coarse]}}
+    if coarse == "float32":
+        with pytest.raises(versus.Disagreement):
+            versus.check_agreement({"a": exact, "b": other}, "a")
+        return
+    assert versus.check_agreement({"a": exact, "b": other}, "a") == figures.TOLERANCE * figures.COARSER
+    # But not as much as a factor that is lost, and not between two sides that compute in float32.
+    with pytest.raises(versus.Disagreement):
+        versus.check_agreement({"a": exact, "b": {**other, "loss_sum": 300.0 * 1.02}}, "a")
+    with pytest.raises(versus.Disagreement, match="c: loss sum"):
+        versus.check_agreement({"a": exact, "b": other, "c": {**other, "facts": exact["facts"]}}, "a")
+
+
+# --- where torch computes
+
+
+class Torch:
+    """What torch_place asks of torch, on a machine with some GPU or none."""
+
+    __version__ = "9"
+    float32, bfloat16 = "torch.float32", "torch.bfloat16"
+
+    def __init__(self, *gpus: str):
+        self.backends = SimpleNamespace(
+            mps=SimpleNamespace(is_available=lambda: "mps" in gpus), mkl=SimpleNamespace(is_available=lambda: True)
+        )
+        self.waits: list[str] = []
+        self.live = [5, 9, 7]
+        self.cuda = SimpleNamespace(
+            is_available=lambda: "cuda" in gpus,
+            synchronize=lambda: self.waits.append("cuda"),
+            max_memory_allocated=lambda: 11,
+        )
+        self.mps = SimpleNamespace(
+            synchronize=lambda: self.waits.append("mps"),
+            current_allocated_memory=lambda: self.live.pop(0),
+            driver_allocated_memory=lambda: 20,
+        )
+
+    def get_num_threads(self) -> int:
+        return 4
+
+    def autocast(self, device_type: str, dtype: str) -> tuple[str, str]:
+        return device_type, dtype
+
+
+@pytest.fixture
+def torch_place(module, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "sides"))
+    return module("torch_place").torch_place
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "device", "dtype"),
+    [
+        ((), ("auto", "auto"), "cpu", "float32"),
+        (("mps",), ("auto", "auto"), "mps", "bfloat16"),
+        (("cuda",), ("auto", "auto"), "cuda", "bfloat16"),
+        (("mps",), ("cpu", "auto"), "cpu", "float32"),
+        (("mps",), ("mps", "float32"), "mps", "float32"),
+        ((), ("cpu", "bfloat16"), "cpu", "bfloat16"),
+    ],
+)
+def test_torch_computes_where_and_in_what_ours_does(torch_place, gpus, asked, device, dtype):
+    place = torch_place(Torch(*gpus), *asked)
+    assert (place.device, place.dtype) == (device, dtype)
+    assert place.facts()["device"] == device
+    assert place.facts()["dtypes"] == [dtype]
+    if dtype == "bfloat16":
+        assert place.computing() == (device, "torch.bfloat16")
+    else:
+        with place.computing():
+            pass
+
+
+def test_a_device_that_torch_does_not_find_is_refused(torch_place):
+    with pytest.raises(ValueError, match=r"--torch-device mps.*cuda, cpu"):
+        torch_place(Torch("cuda"), "mps")
+
+
+def test_a_clock_waits_for_the_gpu_and_its_memory_is_noted(torch_place):
+    torch = Torch("mps")
+    place = torch_place(torch)
+    place.wait()
+    for _ in range(3):
+        place.note_memory()
+    assert torch.waits == ["mps"]
+    assert place.peak_bytes() == 9  # the most that was alive
+    assert place.facts()["most_driver_bytes"] == 20
+    torch = Torch("cuda")
+    place = torch_place(torch)
+    place.wait()
+    place.note_memory()
+    assert torch.waits == ["cuda"]
+    assert place.peak_bytes() == 11
+    torch = Torch()
+    place = torch_place(torch)
+    place.wait()
+    place.note_memory()
+    assert torch.waits == []
+    assert place.peak_bytes() is None
+
+
+def test_ours_says_what_it_computes_in(module, tmp_path):
+    sides = module("_sides")
+    facts = {"dtypes": ["bfloat16"], "blas": "MLX on metal"}
+    for flags, dtype in (("", "bfloat16"), ("--dtype float32", "float32"), ("--dtype auto", "bfloat16")):
+        bench = sides.Bench(tmp_path, {"ours": flags}, computes=facts)
+        assert sides.our_facts(bench, sides.SIDES["mlx_lora"])["dtypes"] == [dtype]
+
+
+# --- preferences
+
+
+def pair_step(end_s: float, pairs: int, shape: tuple[int, int]) -> dict:
+    return {**step(end_s, 10 * pairs, shape), "pairs": pairs}
+
+
+def test_pairs_are_counted_with_and_without_the_reference(module):
+    steps = [pair_step(9.0, 2, (4, 50)), pair_step(11.0, 2, (4, 50)), pair_step(16.0, 1, (2, 90))]
+    steps += [pair_step(17.0, 2, (4, 50))]
+    figures = module("_figures").pair_figures(steps, first_step_s=12.0, pairs=40, reference_s=16.0)
+    assert figures["pairs_per_s"] == pytest.approx(5 / 8)
+    assert figures["steady_pairs_per_s"] == pytest.approx(4 / 3)
+    assert figures["pairs_per_s_with_reference"] == pytest.approx(40 / (64 + 16))
+    assert figures["whole_pairs_per_s"] == pytest.approx(7 / 20)
+    assert figures["counted_pairs"] == 5
+    in_steps = module("_figures").pair_figures(steps, first_step_s=12.0, pairs=40, reference_s=0.0)
+    assert in_steps["pairs_per_s_with_reference"] == pytest.approx(in_steps["pairs_per_s"])
+
+
+def curve(*losses: float, chosen: float = -90.0, accuracy: float = 1.0) -> dict:
+    values = {"chosen_logps": [chosen, chosen + 5], "rejected_logps": [-120.0, -130.0], "accuracy": [0.0, accuracy]}
+    return {"losses": list(losses), **values, "notes": [], "facts": {}}
+
+
+def test_equal_curves_agree(module):
+    module("_figures").check_curves({"a": curve(0.69315, 0.45), "b": curve(0.69312, 0.4503)}, "a")
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (curve(0.6945, 0.45), "first loss 0.694500"),
+        (curve(0.69315, 0.69315), "its loss goes from 0.6932 to 0.6932"),
+        (curve(0.69315, 0.46), "losses .*: 1.0e-02 apart, 0.002 allowed"),
+        (curve(0.69315, float("nan")), "its loss goes from 0.6932 to nan"),
+        (curve(0.69315), "its loss goes"),
+        (curve(0.69315, 0.45, chosen=-90.5), "chosen_logps"),
+    ],
+)
+def test_other_steps_are_refused(module, other, words):
+    figures = module("_figures")
+    with pytest.raises(figures.Disagreement, match=f"b: {words}"):
+        figures.check_curves({"a": curve(0.69315, 0.45), "b": other}, "a")
+
+
+def test_an_accuracy_that_is_none_is_told(module):
+    checks = {"a": curve(0.69, 0.45, accuracy=0.75), "b": curve(0.69, 0.45, accuracy=1.0)}
+    (note,) = module("_figures").wrong_accuracies(checks, "a")
+    assert note == "b: reports accuracies [1.0] in the check, where a counts [0.75]"
+    assert not module("_figures").wrong_accuracies({"a": checks["a"]}, "a")
+
+
+def test_our_reference_is_timed_from_what_the_run_says(module):
+    sides = module("_sides")
+    log = "Reference: 120 of 1,200 answers\nReference: 1,200 answers computed in 20.50 s\n"
+    assert sides.reference_seconds(log + "Reference: 8 answers computed in 0.25 s\n") == 20.75
+    with pytest.raises(module("_harness").ChildFailed, match="computed the reference"):
+        sides.reference_seconds("Reference: 1,200 answers from an earlier run\n")
+
+
+def test_a_round_has_our_cache_without_the_reference(module, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "real"))
+    for name in ("blas", "reference"):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        (tmp_path / "real" / name / "kept").write_text("")
+    for _ in range(2):  # the second finds what the first left in the same folder
+        with module("_sides").cache_without_reference(tmp_path / "own") as variables:
+            assert variables == {"MLX_LORA_CACHE": str(tmp_path / "own")}
+            assert (tmp_path / "own/blas/kept").exists()
+            assert not list(tmp_path.glob("own/reference/*"))
+            (tmp_path / "own/reference").mkdir(exist_ok=True)
+            (tmp_path / "own/reference/new").write_text("")
+    assert [path.name for path in tmp_path.glob("real/reference/*")] == ["kept"]
+
+
+@pytest.fixture
+def pair_rows(module, monkeypatch, tmp_path):
+    """Two pairs, whose answers are followed by a token that belongs to none."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "sides"))
+    rows = [([1, 2, 7, 8, 9], "00110"), ([1, 2, 6, 9], "0010"), ([3, 5, 9], "010"), ([3, 4, 4, 9], "0110")]
+    tokens = np.concatenate([ids for ids, _ in rows])
+    mask = np.array([letter == "1" for _, letters in rows for letter in letters])
+    np.savez(tmp_path / "rows.npz", tokens=tokens, mask=mask, offsets=np.cumsum([0, *(len(ids) for ids, _ in rows)]))
+    return module("shared").Rows(tmp_path / "rows.npz")
+
+
+def test_pairs_are_given_as_prompt_and_answers(pair_rows):
+    assert pair_rows.pairs() == 2
+    assert pair_rows.parts(0) == ([1, 2], [7, 8], [6])
+    assert pair_rows.parts(1) == ([3], [5], [4, 4])
+    assert pair_rows.number_of() == {((1, 2, 7, 8), (1, 2, 6)): 0, ((3, 5), (3, 4, 4)): 1}
+
+
+def test_a_run_ends_after_its_passes(module, pair_rows):
+    log = module("shared").StepLog(pair_rows, {"steps": None, "seconds": None, "passes": 2})
+    log.begin()
+    assert [log.end_pairs([number], 4, 0.5, {"accuracy": 1.0}) for number in (0, 1, 1, 1)] == [False] * 3 + [True]
+    result = log.result()
+    assert (result["drawn"], result["different"]) == (4, 2)
+    assert [(s["pairs"], s["supervised"], s["positions"]) for s in result["steps"][:2]] == [(1, 3, 8), (1, 3, 8)]
+    assert module("_figures").run_figures(result["steps"], 1.0)["counted_steps"] == 3
+
+
+def made_run(module, end_s: float, reference_s: float) -> dict:
+    steps = [pair_step(1.0, 2, (4, 50)), pair_step(1 + end_s, 2, (4, 50)), pair_step(1 + 2 * end_s, 2, (4, 50))]
+    figures = module("_figures").pair_figures(steps, 3.0, 10, reference_s)
+    return {**figures, "peak_allocator_bytes": None, "peak_process_bytes": 10**9, "notes": ["a note"]}
+
+
+def test_the_tables_show_each_side_and_its_ratio(module):
+    shown = module("_comparison_table")
+    rounds = {"mlx_lora": [made_run(module, 1.0, 5.0)], "trl": [made_run(module, 4.0, 0.0)]}
+    checks = {name: curve(0.69315, 0.45) for name in rounds}
+    model = {"model": "llama", "pairs": 10, "left_out": {"empty": 2}, "targets": {"layers": 14}}
+    means = dict.fromkeys(("mean_prompt_tokens", "mean_chosen_tokens", "mean_rejected_tokens"), 7.5)
+    where = {"device": {"name": "A CPU", "backend": "cpu"}, "blas": {"name": "OpenBLAS", "gemm_gflops": 9}}
+    result = {
+        "cores": 2, "versions": {"mlx": "1"}, "date": "today", "commit": "abc", "removed_variables": {}, "skipped": {},
+        "prepared": {**model, **means, **where}, "checks": checks, "accuracies": [], "rounds": rounds, "tolerance": 1,
+        "arguments": {"rank": 8, "beta": 0.1, "weight_decay": 0, "rounds": 1, "reference": "mlx_lora"},
+        "regimes": {name: {"regime": "runs", "reference": "somewhere"} for name in rounds},
+        "summary": module("_figures").summarize(rounds, "mlx_lora", shown.PAIR_FIGURES, shown.PAIR_RATIOS),
+    }  # fmt: skip
+    text = shown.render(result)
+    cells = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert [row[:4] for row in cells[1:3]] == [
+        ["mlx_lora", "2.000", "2.000", "1.000"],
+        ["trl", "0.500"] + ["0.500"] * 2,
+    ]
+    assert cells[4] == ["trl", "4.00", "4.00", "2.00", "4.00", "-", "1.00"]
+    assert "2 empty" in text
+    assert "trl: a note" in text
+
+
+def test_a_side_that_fails_is_left_out_unless_all_are_compared_with_it(module):
+    versus, failed = module("versus"), module("_harness").ChildFailed
+    args = versus.arguments(["--model", "m", "--data", "d", "--objective", "dpo"])
+    ours, trl = (args.table[name] for name in ("mlx_lora", "trl"))
+    sides, skipped = [ours, trl], {}
+    with versus.failing(args, trl, sides, skipped):
+        raise failed("ended with code 1:\n  no memory")
+    assert (sides, skipped) == ([ours], {"trl": "failed: no memory"})
+    with pytest.raises(failed), versus.failing(args, ours, sides, skipped):
+        raise failed("ended")
+
+
+def test_what_needs_pairs_is_told_apart(module):
+    versus = module("versus")
+    common = ["--model", "m", "--data", "d"]
+    args = versus.arguments([*common, "--objective", "dpo", "--variant", "wide=--batch-tokens 4096"])
+    assert args.sides == [
+        "mlx_lora", "mlx-lm-lora", "unsloth-zoo", "unsloth-zoo-precomputed", "trl", "trl-precomputed", "mlx_lora-wide",
+    ]  # fmt: skip
+    assert args.table["mlx_lora-wide"].flags == ("--batch-tokens", "4096")
+    assert (args.reference, args.batch_size, args.seconds) == ("mlx_lora", 2, 60)
+    args = versus.arguments(common)
+    assert (args.sides, args.reference, args.batch_size) == (["mlx_lora", "mlx-lm"], "mlx-lm", 4)
+
+
+# --- the command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sides", "mlx_lora,nothing"], "nothing"),
+        (["--sides", "mlx_lora"], "--reference"),
+        (["--steps", "1"], "--steps 1"),
+        (["--passes", "1"], "--passes 1"),
+        (["--objective", "dpo", "--passes", "0"], "--passes 0"),
+        (["--objective", "dpo", "--sides", "mlx-lm"], "mlx-lm"),
+        (["--objective", "dpo", "--variant", "wide"], "NAME=FLAGS"),
+        (["--objective", "dpo", "--variant", "pairs=--rank 2"], "already"),
+        (["--objective", "dpo", "--python", "peft-padded=/x"], "--python peft-padded=/x"),
+        (["--objective", "dpo", "--as-text"], "--as-text"),
+        (["--variant", "wide=--rank 2"], "--objective dpo"),
+        (["--torch-device", "gpu"], "--torch-device"),
+    ],
+)
+def test_bad_arguments_are_refused(module, arguments, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        module("versus").arguments(["--model", "m", "--data", "d", *arguments])
+    assert words in capsys.readouterr().err
+
+
+def test_sides_that_cannot_run_say_why(module):
+    sides = module("_sides")
+    assert sides.why_skipped(sides.SIDES["peft-packed"], quantized=True, pythons={})
+    assert sides.why_skipped(sides.SIDES["unsloth-zoo"], quantized=False, pythons={})
+    assert sides.why_skipped(sides.SIDES["mlx-lm"], quantized=True, pythons={}) is None
+    of_pairs = module("_sides").PAIR_SIDES
+    assert sides.why_skipped(of_pairs["trl"], quantized=True, pythons={})
+    assert "peers.py mlx-lm-lora" in sides.why_skipped(of_pairs["mlx-lm-lora"], quantized=True, pythons={})
+    assert sides.why_skipped(of_pairs["mlx-lm-lora"], quantized=True, pythons={"mlx-lm-lora": "/x"}) is None
+
+
+def test_an_installed_peer_is_found(module, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path))
+    peers = module("peers")
+    assert peers.peer_python("unsloth-zoo") is None
+    (tmp_path / "peers/unsloth-zoo").mkdir(parents=True)
+    (tmp_path / "peers/unsloth-zoo/installed").write_text("")
+    assert peers.peer_python("unsloth-zoo") == str(tmp_path / "peers/unsloth-zoo/bin/python")
+    asked = {side.peer for side in module("_sides").PAIR_SIDES.values()} - {""}
+    assert asked == set(peers.PEERS)
+
+
+# --- whole comparisons, in fresh processes
+
+
+def run_versus(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(BENCHMARKS / "versus.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "4bit", "text"])
+def test_compares_us_with_mlx_lm(kind, tiny_folder, tiny_4bit_folder, chats, tmp_path):
+    model = tiny_4bit_folder if kind == "4bit" else tiny_folder
+    out = tmp_path / "out.json"
+    extra = ["--as-text"] if kind == "text" else []
+    common = ["--rounds", 1, "--steps", 3, "--batch-tokens", 256, "--rank", 4, "--out", out]
+    ran = run_versus("--model", model, "--data", chats, *common, *extra)
+    assert ran.returncode == 0, ran.stderr
+    last = json.loads(ran.stdout.strip().splitlines()[-1])
+    result = json.loads(out.read_text())
+    assert last["summary"] == result["summary"]
+    assert {"versions", "commit", "date", "cores", "removed_variables", "arguments", "command_line"} <= set(result)
+    assert {"prepared", "checks", "skipped", "regimes", "rounds", "tolerance"} <= set(result)
+    ours, theirs = (result["checks"][name] for name in ("mlx_lora", "mlx-lm"))
+    assert ours["count"] == theirs["count"] == result["prepared"]["check_supervised_tokens"]
+    assert ours["loss_sum"] == pytest.approx(theirs["loss_sum"], rel=1e-4)
+    assert theirs["own_count"] >= theirs["count"] + 8  # a padding token per row, which we do not count
+    for name in ("mlx_lora", "mlx-lm"):
+        (only,) = result["rounds"][name]
+        assert len(only["steps"]) == 3
+        assert all(s["shape"] for s in only["steps"])
+        assert all(0 < s["supervised"] <= s["real"] <= s["positions"] for s in only["steps"])
+        assert only["peak_allocator_bytes"] > 0
+        assert only["peak_process_bytes"] > only["peak_allocator_bytes"]
+        assert 0 < only["first_step_s"] < only["process_s"]
+    assert result["summary"]["mlx-lm"]["ratio"]["supervised_tokens_per_s"]["median"] == 1.0
+    assert result["checks"]["mlx-lm"]["facts"]["blas"] == result["prepared"]["blas"]["name"]
+
+
+@pytest.mark.slow
+def test_another_adapter_is_noticed(module, tiny_folder, chats, tmp_path):
+    sides, versus = module("_sides"), module("versus")
+    args = versus.arguments(["--model", str(tiny_folder), "--data", str(chats), "--steps", "2", "--rank", "4"])
+    bench = versus.make_bench(args, tmp_path)
+    sides.prepare(bench, "rows", data=args.data, rows=args.rows, as_text=args.as_text, seed=args.seed)
+    right, wrong = "perturbed", "initial"
+    theirs = sides.check_loss(bench, sides.SIDES["mlx-lm"], right)
+    versus.check_agreement(
+        {"mlx-lm": theirs, "mlx_lora": sides.check_loss(bench, sides.SIDES["mlx_lora"], right)}, "mlx-lm"
+    )
+    with pytest.raises(versus.Disagreement, match="mlx_lora: loss sum"):
+        versus.check_agreement(
+            {"mlx-lm": theirs, "mlx_lora": sides.check_loss(bench, sides.SIDES["mlx_lora"], wrong)}, "mlx-lm"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_peft_sides_compute_the_same_loss(tiny_folder, chats, tmp_path):
+    pytest.importorskip("peft")
+    out = tmp_path / "out.json"
+    names = "mlx-lm,peft-padded,peft-packed,peft-grouped"
+    ran = run_versus(
+        "--model", tiny_folder, "--data", chats, "--sides", names, "--rounds", 1, "--steps", 2, "--out", out
+    )
+    assert ran.returncode == 0, ran.stderr
+    checks = json.loads(out.read_text())["checks"]
+    assert set(checks) == set(names.split(","))
+    for check in checks.values():
+        assert check["loss_sum"] == pytest.approx(checks["mlx-lm"]["loss_sum"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_peft_in_bfloat16_computes_the_same_loss_within_its_rounding(tiny_folder, chats, tmp_path):
+    pytest.importorskip("peft")
+    out = tmp_path / "out.json"
+    common = ["--model", tiny_folder, "--data", chats, "--rounds", 1, "--steps", 2, "--torch-device", "cpu"]
+    ran = run_versus(*common, "--sides", "mlx-lm,peft-padded", "--torch-dtype", "bfloat16", "--out", out)
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(out.read_text())
+    facts = result["checks"]["peft-padded"]["facts"]
+    assert (facts["device"], facts["dtypes"]) == ("cpu", ["bfloat16"])
+    sums = [check["loss_sum"] for check in result["checks"].values()]
+    assert sums[0] != sums[1]
+    assert sums[0] == pytest.approx(sums[1], rel=result["tolerance"])
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory) -> Path:
+    """Twelve pairs, and three records that are none."""
+    path = tmp_path_factory.mktemp("preferences") / "pairs.jsonl"
+    rows = [{"prompt": f"What is {n}?", "chosen": "It is " * (n + 1), "rejected": "No idea" * 3} for n in range(12)]
+    rows += [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "b"}]
+    rows += [{"prompt": "long", "chosen": "b" * 900, "rejected": "c"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.slow
+def test_compares_runs_of_ours_on_pairs(tiny_folder, preferences, tmp_path):
+    out = tmp_path / "out.json"
+    common = ["--objective", "dpo", "--model", tiny_folder, "--data", preferences, "--rounds", 1, "--rank", 4]
+    common += ["--sides", "mlx_lora,mlx_lora-pairs", "--max-seq-length", 400, "--out", out]
+    ran = run_versus(*common, "--rows", 8, "--passes", 2, "--variant", "block=--grad-checkpoint block")
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(out.read_text())
+    assert result["prepared"]["pairs"] == 8
+    assert sum(result["prepared"]["left_out"].values()) == 3
+    assert set(result["rounds"]) == {"mlx_lora", "mlx_lora-pairs", "mlx_lora-block"}
+    for (only,) in result["rounds"].values():
+        assert sum(s["pairs"] for s in only["steps"]) >= 16
+        assert only["pairs_per_s"] > only["pairs_per_s_with_reference"] > 0
+        assert only["reference_s"] > 0
+    assert {s["pairs"] for s in result["rounds"]["mlx_lora-pairs"][0]["steps"]} == {2}
+    wrong = run_versus(*common, "--steps", 2, "--variant", "wrong=--beta 0.5")
+    assert wrong.returncode == 1
+    assert "mlx_lora-wrong: losses" in wrong.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_trl_takes_the_same_steps(tiny_folder, preferences, tmp_path):
+    pytest.importorskip("trl")
+    out = tmp_path / "out.json"
+    common = ["--objective", "dpo", "--model", tiny_folder, "--data", preferences, "--rounds", 1, "--rank", 4]
+    ran = run_versus(*common, "--sides", "mlx_lora,trl,trl-precomputed", "--steps", 2, "--out", out)
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(out.read_text())
+    ours = result["checks"]["mlx_lora"]["losses"]
+    for name in ("trl", "trl-precomputed"):
+        assert result["checks"][name]["losses"] == pytest.approx(ours, abs=1e-4)
+        assert (result["summary"][name]["reference_s"]["median"] > 0) == (name == "trl-precomputed")
+
+
+@pytest.mark.slow
+def test_scaling_measures_its_curves(tmp_path):
+    out = tmp_path / "scaling.json"
+    command = [sys.executable, BENCHMARKS / "scaling.py", "--vary", "rank", "--hidden", "128", "--layers", "1"]
+    ran = subprocess.run([*map(str, command), "--steps", "2", "--out", str(out)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    curve = json.loads(out.read_text())["curves"]["rank"]
+    assert [row["rank"] for row in curve] == [4, 8, 32, 128]
+    assert all(row["step_s"] > 0 and row["peak_allocator_bytes"] > row["weights_bytes"] for row in curve)
+    # More rank, more memory: the points are not one point measured four times.
+    assert curve[-1]["peak_allocator_bytes"] > curve[0]["peak_allocator_bytes"]
+
+
+def test_a_steps_operations_are_counted_by_hand(module):
+    model = tiny_model()
+    inject(model, select_targets(model).paths, 4, 2.0)
+    parts = module("_counts").count_step(model, TINY, rows=3, width=10, supervised=20)
+    # Per block: q and o 64 x 64, k and v 64 x 32, gate, up and down 64 x 96; two blocks, 30 tokens.
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
+    sides = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
+    assert parts["products with base weights"].flops == 4 * weights * 30
+    assert parts["products with base weights"].moved_bytes == 2 * 2 * (30 * sides + weights)
+    assert parts["adapter branch"].flops == 6 * sides * 4 * 30
+    assert (
+        parts["attention"].flops == 7 * 2 * (3 * 4 * 10 * 10 / 2) * 16 * 2
+    )  # products, rows x heads x half, d, blocks
+    assert parts["loss"].flops == 4 * 20 * 288 * 64
+
+
+def test_a_part_takes_the_longer_of_computing_and_moving(module):
+    count = module("_counts").Count(flops=2e12, moved_bytes=1e9)
+    assert count.seconds(tflops=1, gb_per_s=1) == 2
+    assert count.seconds(tflops=4, gb_per_s=1) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_profile_times_and_counts_a_step(mode, tiny_folder):
+    command = [sys.executable, BENCHMARKS / "profile_step.py", "--model", tiny_folder, "--width", "70"]
+    ran = subprocess.run(
+        [*map(str, command), "--rounds", "2", "--checkpointing", mode], capture_output=True, text=True, timeout=600
+    )
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(ran.stdout.strip().splitlines()[-1])
+    assert result["step_s"] > 0 < result["peak_bytes"]
+    assert result["counts"].keys() - result["parts_s"].keys() == {"residuals"}
+    assert result["operations"]["Matmul"] > 2 * 7 * 4  # blocks, layers, products with weights and factors
+
+
+# --- parity with PEFT
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_curves_beside_pefts(module, tiny_folder, chats, capsys):
+    pytest.importorskip("peft")
+    flags = {"--steps": 12, "--batch-tokens": 256, "--learning-rate": 5e-3, "--methods": "lora,dora"}
+    words = [str(word) for pair in flags.items() for word in pair]
+    script = module("parity.peft_curves")
+    code = script.main(["--model", str(tiny_folder), "--data", str(chats), "--float64", *words])
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (code, result["good"]) == (0, True), result
+    for run in result["results"]:
+        assert run["comparisons"].keys() == {"ours, PEFT", "ours, float64", "PEFT, float64"}
+        assert run["losses"][-1] < 0.9 * run["losses"][0]
+
+
+def test_a_curve_or_an_adapter_apart_is_no_parity(module):
+    pytest.importorskip("peft")
+    script = module("parity.peft_curves")
+    initial = {name: np.ones(3) for name in ("a", "b")}
+    wanted = script.Run(np.array([2.0, 1.0]), {"a": np.array([2.0, 1, 1]), "b": np.array([1.0, 3, 1])}, 0.0)
+    assert script.compare(wanted, wanted, initial).good
+    later = script.compare(script.Run(np.array([2.0, 1.001]), wanted.adapter, 0.0), wanted, initial)
+    assert (later.good, later.step, later.loss) == (False, 2, pytest.approx(1e-3))
+    turned = script.compare(script.Run(wanted.losses, {**wanted.adapter, "b": np.ones(3)}, 0.0), wanted, initial)
+    assert (turned.good, turned.tensor) == (False, "b")
+    assert not script.compare(script.Run(np.array([2.0, np.nan]), wanted.adapter, 0.0), wanted, initial).good
+
+
+@pytest.mark.slow
+def test_planned_peaks_lie_beside_measured_ones(module, tiny_folder, tmp_path, capsys):
+    script = module("plan_memory")
+    out = tmp_path / "measured.jsonl"
+    few = ["--lengths", "64", "--ranks", "4", "--checkpointing", "block", "--batch-tokens", "128", "--iters", "1"]
+    measure = ["measure", "--model", f"tiny={tiny_folder}", "--out", str(out), *few]
+    assert script.main(measure) == script.main(measure) == 0
+    (case,) = script.read_measured(out)  # the second call found it there
+    assert case["peak_memory_bytes"] > 0
+    assert script.main(["table", "--out", str(out)]) == 0
+    assert f"| {case['peak_memory_bytes'] / 1e6:.0f} |" in capsys.readouterr().out
+
+
+def test_published_figures_lie_beside_predictions(module, capsys):
+    assert module("plan_published").main() == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| m")]
+    assert len(rows) == len(module("plan_published").FIGURES)

@@ -1,0 +1,191 @@
+"""The tree keeps its shape: which rooms may import which, no circles, short files and functions."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "mlx_lora"
+PROJECT = (PACKAGE.parent / "pyproject.toml").read_text()
+OLDEST = (3, int(re.search(r'requires-python = ">=3\.(\d+)"', PROJECT)[1]))
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(), feature_version=OLDEST) for path in FILES}
+ROOMS = {
+    "adapters", "api", "bench", "cli", "config", "data", "doctor", "exporters", "gguf", "kernels", "losses", "models",
+    "objectives", "parallel", "planner", "reports", "rollouts", "serving", "studio", "trainer", "utils",
+}  # fmt: skip
+# A room imports these and itself; a room that is not named here may import all but the `ABOVE` ones.
+ONLY = {"config": {"utils"}, "data": {"config", "utils"}, "planner": {"config", "kernels", "utils"}}
+# Only these import the room: what a person calls stands on top.
+ABOVE = {
+    "cli": set(), "studio": {"cli"}, "doctor": {"cli"}, "bench": {"cli", "doctor"}, "api": {"cli", "doctor", "studio"},
+    "serving": {"cli", "doctor", "studio"},
+}  # fmt: skip
+LONGEST_FILE, LONGEST_FUNCTION = 600, 80
+
+
+def names(path: Path, level: str = "") -> list[str]:
+    """All modules that a file imports, also in its functions; `from a import b` gives both `a` and `a.b`."""
+    found = []
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    return [name for name in found if name.startswith(level)]
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+def rooms_imported(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in names(path, "mlx_lora.")} & ROOMS
+
+
+def test_the_rooms_are_those_of_the_map():
+    assert {p.name for p in PACKAGE.iterdir() if p.is_dir() and list(p.glob("*.py"))} == ROOMS
+    assert {p.stem for p in PACKAGE.glob("*.py")} == {"__init__", "__main__", "train"}
+
+
+def test_imports_point_down():
+    wrong = []
+    for path in FILES:
+        room, used = room_of(path), rooms_imported(path)
+        allowed = ONLY.get(room, ROOMS) | {room}
+        wrong += [(str(path), other) for other in used - allowed]
+        wrong += [(str(path), other) for other in used if room and room not in ABOVE.get(other, ROOMS) | {other}]
+    assert not wrong
+
+
+def test_data_settings_and_planner_need_no_mlx():
+    """Only what measures or describes this very machine knows MLX."""
+    asking = [
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if room_of(path) in ("data", "config", "planner")
+        and any(name == "mlx" or name.startswith(("mlx.", "mlx_lora.utils.device")) for name in names(path))
+    ]
+    assert asking == ["planner/machine.py"]
+
+
+def test_files_and_functions_stay_short():
+    long = [str(path) for path in FILES if path.read_text().count("\n") > LONGEST_FILE]
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            if is_function and node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION:
+                long.append(f"{path}: {node.name}")
+    assert not long
+
+
+# What Python's standard library got after 3.11, of that which is used in programs like this one.
+NEWER = frozenset(
+    ["sumprod", "batched", "override", "is_junction", "process_cpu_count", "onexc", "walk_up", "case_sensitive"]
+)
+
+
+def test_the_oldest_python_that_is_promised_has_all_that_is_used():
+    newer = {}
+    for path, tree in TREES.items():
+        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        used |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        used |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword) if node.arg}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                used |= {alias.name for alias in node.names}
+        newer[path] = used & NEWER
+    assert OLDEST == (3, 11)
+    assert not {path: found for path, found in newer.items() if found}
+
+
+def test_files_that_the_package_declares_are_there():
+    declared = re.search(r"^mlx_lora = \[(.*?)\]", PROJECT, re.M | re.S)[1]
+    patterns = re.findall(r'"(.+?)"', declared)
+    assert "py.typed" in patterns
+    assert all(list(PACKAGE.glob(pattern)) for pattern in patterns)
+    assert not list(PACKAGE.glob("*.typo"))
+
+
+def imported_modules(source: str) -> set[str]:
+    """All module names that a source text imports, at its top or in a function."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+def test_no_test_imports_another():
+    """What several tests share stands in a helper module, so that each test file can be read and run alone."""
+    root = Path(__file__).parents[1]
+    tests = {path.stem for path in root.rglob("test_*.py")}
+    assert "test_layout" in tests
+    found = {str(p.relative_to(root)): imported_modules(p.read_text()) & tests for p in root.rglob("*.py")}
+    assert not {path: names for path, names in found.items() if names}
+    assert imported_modules("def f():\n    from test_layout import PACKAGE\n") & tests
+    assert imported_modules("import test_layout as other\n") & tests
+
+
+def test_the_linter_sees_all_that_is_ours_and_nothing_else():
+    """Run folders may lie anywhere in a checkout, and what they hold is nobody's code."""
+    root = PACKAGE.parent
+    listed = subprocess.run(
+        ["git", "ls-files", "*.py", "*.md", "*.ipynb"], cwd=root, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("no git checkout")
+    linted = re.search(r"^LINTED := (.+)$", (root / "Makefile").read_text(), re.M)[1].split()
+    assert {line.split("/")[0] for line in listed.stdout.splitlines()} == set(linted)
+    pinned = re.search(r'"ruff==(\d+\.\d+)\.\*"', PROJECT)[1]
+    hook = re.search(r"rev: v(\d+\.\d+)\.\d+", (root / ".pre-commit-config.yaml").read_text())[1]
+    assert hook == pinned == ".".join(metadata.version("ruff").split(".")[:2])
+    assert "make lint" in (root / ".ci" / "run").read_text()
+
+
+def test_types_are_checked_with_mlx_as_it_is(tmp_path, monkeypatch):
+    """`make lint` runs pyright, pinned, over declarations that hold what mlx's own leave open."""
+    assert re.search(r'"pyright\[nodejs\]==1\.1\.\d+"', PROJECT)
+    makefile = (PACKAGE.parent / "Makefile").read_text()
+    assert "scripts/typing_stubs.py" in makefile
+    assert "/pyright" in makefile
+    monkeypatch.syspath_prepend(str(PACKAGE.parent / "scripts"))
+    stubs = importlib.import_module("typing_stubs")
+    monkeypatch.setattr(stubs, "OUT", tmp_path / "mlx")
+    stubs.main()
+    core = (tmp_path / "mlx" / "core" / "__init__.pyi").read_text()
+    assert "def item(self) -> Any:" in core
+    assert "-> scalar:" not in core
+    monkeypatch.setitem(stubs.MENDED, "utils.py", [("no such line", "")])
+    with pytest.raises(AssertionError, match="no such line"):
+        stubs.main()
+
+
+def test_no_file_imports_in_a_circle():
+    names = {".".join(("mlx_lora", *p.relative_to(PACKAGE).with_suffix("").parts)): p for p in FILES}
+    graph = {}
+    for name, path in names.items():
+        used = set()
+        for node in ast.walk(TREES[path]):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                used.update(m for m in (node.module, *(f"{node.module}.{a.name}" for a in node.names)) if m in names)
+        graph[name] = used
+    while leaves := [name for name, used in graph.items() if not used]:
+        for leaf in leaves:
+            del graph[leaf]
+        graph = {name: used - set(leaves) for name, used in graph.items()}
+    assert not graph, f"these import each other: {sorted(graph)}"
+
+
+def test_the_page_of_changes_names_files_that_exist():
+    page = (PACKAGE.parent / "docs" / "development" / "where.md").read_text()
+    named = set(re.findall(r"`((?:mlx_lora|tests|benchmarks|scripts|packaging|\.github)/[\w/]+\.\w+)`", page))
+    assert len(named) > 60
+    missing = sorted(name for name in named if not (PACKAGE.parent / name).is_file())
+    assert not missing
+    assert not (PACKAGE.parent / "mlx_lora/models/nowhere.py").is_file()

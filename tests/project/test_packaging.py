@@ -1,0 +1,163 @@
+"""What a release is made of: declared files, one version, one address, notes, formula and workflow."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import importlib.util
+import io
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from run_cli import run
+
+import mlx_lora
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+HOME = PROJECT["project"]["urls"]["Homepage"]
+CHANGELOG = """# Changelog
+
+## 0.2.0 (unreleased)
+
+- new
+
+## 0.1.0 (2026-12-01)
+
+- one
+
+### Models
+
+- two
+
+## 0.0.9 (2026-01-01)
+
+- old
+"""
+
+
+def script(path: str) -> ModuleType:
+    """A file below packaging/, which is no package."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "packaging" / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_data_file_of_the_package_is_declared():
+    listed = subprocess.run(["git", "ls-files", "mlx_lora"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("no git checkout")
+    files = [line.removeprefix("mlx_lora/") for line in listed.stdout.splitlines() if not line.endswith(".py")]
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["mlx_lora"]
+    # As setuptools reads them: a star does not cross a slash.
+    declared = [
+        name for name in files
+        if any(name.count("/") == p.count("/") and fnmatch.fnmatchcase(name, p) for p in patterns)
+    ]  # fmt: skip
+    assert declared == files
+    assert {"py.typed", "recipes/bard.yaml", "recipes/bard/train.jsonl", "reports/pages/page.css"} <= set(files)
+    assert not fnmatch.fnmatchcase("recipes/bard.yaml.orig", "*.yaml")
+
+
+def test_the_version_is_written_once():
+    assert "version" not in PROJECT["project"]
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "mlx_lora.__version__"}
+    source = (ROOT / "mlx_lora" / "__init__.py").read_text()
+    assert script("release_notes.py").package_version(source) == mlx_lora.__version__
+    ran = run("__main__", "--version")
+    assert (ran.code, ran.out.split()[-1]) == (0, mlx_lora.__version__)
+
+
+def test_the_project_has_one_address():
+    texts = [ROOT / "packaging/homebrew/mlx-lora.rb", *(ROOT / ".github").rglob("*.*"), ROOT / "README.md"]
+    found = {
+        match[0] for path in texts for match in re.finditer(r"https://github\.com/[\w.-]+/mlx-lora\b", path.read_text())
+    }
+    assert HOME == "https://github.com/mlx-lora/mlx-lora"
+    assert found == {HOME}
+    assert all(url.startswith(HOME) for url in PROJECT["project"]["urls"].values())
+
+
+def test_release_notes_are_the_tags_own():
+    notes = script("release_notes.py")
+    assert notes.release_notes("v0.1.0", "0.1.0", CHANGELOG) == "- one\n\n### Models\n\n- two\n"
+    for tag, version, words in (
+        ("v0.1.0", "0.2.0", "tag v0.2.0"),
+        ("v0.2.0", "0.2.0", "put the date"),
+        ("v0.3.0", "0.3.0", "no section"),
+        ("v0.1", "0.1", "no section"),
+    ):
+        with pytest.raises(notes.NotReady, match=words):
+            notes.release_notes(tag, version, CHANGELOG)
+    with pytest.raises(notes.NotReady, match="no line"):
+        notes.package_version("__version__ = metadata.version('mlx-lora')\n")
+
+
+def test_the_formula_is_filled_in_from_the_archive(tmp_path):
+    render = script("homebrew/render.py")
+
+    def archive(name: str, version: str) -> Path:
+        info = f"Metadata-Version: 2.4\nName: mlx-lora\nVersion: {version}\n".encode()
+        with tarfile.open(tmp_path / name, "w:gz") as content:
+            member = tarfile.TarInfo(f"{name.removesuffix('.tar.gz')}/PKG-INFO")
+            member.size = len(info)
+            content.addfile(member, io.BytesIO(info))
+        return tmp_path / name
+
+    made = archive("mlx_lora-3.2.1.tar.gz", "3.2.1")
+    template = render.TEMPLATE.read_text()
+    formula = render.render(made, template)
+    assert f'sha256 "{hashlib.sha256(made.read_bytes()).hexdigest()}"' in formula
+    assert f'url "{HOME}/releases/download/v3.2.1/mlx_lora-3.2.1.tar.gz"' in formula
+    assert formula.startswith("class MlxLora < Formula\n")
+    assert "@VERSION@" not in formula
+    assert "@SHA256@" in template
+    needed = f'"python@{PROJECT["project"]["classifiers"][-3].rpartition(" ")[2]}"'
+    assert f"depends_on {needed}" in formula
+    for wrong, words in (
+        (archive("mlx_lora-3.2.2.tar.gz", "3.2.1"), "another version"),
+        (archive("mlx-lora-3.2.1.tar.gz", "3.2.1"), "not named"),
+        (tmp_path / "mlx_lora-9.tar.gz", "cannot be read"),
+    ):
+        with pytest.raises(render.Unusable, match=words):
+            render.render(wrong, template)
+    command = [sys.executable, ROOT / "packaging/homebrew/render.py", made, "--out", tmp_path / "f.rb"]
+    assert subprocess.run(command, check=False).returncode == 0
+    assert (tmp_path / "f.rb").read_text() == formula
+
+
+def test_the_release_workflow_publishes_only_what_was_built_and_checked():
+    flow = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())
+    assert flow[True] == {"push": {"tags": ["v*"]}}  # YAML 1.1 reads `on` as true
+    jobs = flow["jobs"]
+    assert (jobs["pypi"]["needs"], jobs["github"]["needs"]) == ("build", "pypi")
+    assert jobs["pypi"]["permissions"] == {"id-token": "write"}
+    assert jobs["pypi"]["steps"][-1]["uses"].startswith("pypa/gh-action-pypi-publish@")
+    assert flow["permissions"] == {"contents": "read"}
+    commands = "\n".join(step.get("run", "") for step in jobs["build"]["steps"])
+    named = re.findall(r"(?:packaging|tests)/[\w/]+\.py", commands)
+    assert len(named) == 3
+    assert all((ROOT / name).is_file() for name in named)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")), ids=lambda p: p.stem)
+def test_issue_forms_have_what_github_asks_for(path):
+    form = yaml.safe_load(path.read_text())
+    if path.stem == "config":
+        assert form == {"blank_issues_enabled": True}
+        return
+    assert form.keys() >= {"name", "description", "body"}
+    asked = [part for part in form["body"] if part["type"] != "markdown"]
+    assert len({part["id"] for part in asked}) == len(asked) > 1
+    assert all(part["attributes"]["label"] for part in asked)
+    if path.stem == "bug":
+        assert any("mlx-lora doctor --json" in part["attributes"]["label"] for part in asked)

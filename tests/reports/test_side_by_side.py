@@ -1,0 +1,183 @@
+"""`evaluate` compares base and adapter on the same rows: losses, an interval, answers side by side, and what a stop leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+from run_cli import one_line, run
+
+import mlx_lora
+from mlx_lora.api.evaluate import normalized
+from mlx_lora.cli.evaluate import side_by_side
+from mlx_lora.trainer.evaluate import student_quantile
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_folder, chats, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compared") / "a"
+    words = (
+        "train",
+        "--model",
+        tiny_folder,
+        "--data",
+        chats,
+        "--adapter-path",
+        folder,
+        "--iters",
+        24,
+        "--batch-size",
+        8,
+    )
+    ran = run(*words, "--learning-rate", 2e-2, "--steps-per-eval", 6, "--sample-tokens", 8)
+    assert ran.code == 0, ran.err
+    return folder, ran
+
+
+@pytest.fixture
+def words(tiny_folder, trained, chats):
+    return ("evaluate", "--model", tiny_folder, "--adapter-path", trained[0], "--data", chats)
+
+
+def test_a_run_says_what_became_of_it_in_terminal_page_and_facts(trained):
+    folder, ran = trained
+    facts = json.loads((folder / "report.json").read_text())
+    found = facts["verdict"]
+    assert found["name"] in ("learned", "memorized", "overfitted", "too few steps")
+    assert found["headline"] in ran.err
+    assert found["headline"] in (folder / "report.html").read_text()
+    lines = (folder / "held_out_rows.jsonl").read_text().splitlines()
+    vals = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    held_out = {one["step"]: one["val_loss"] for one in vals if one["val_loss"] is not None}
+    for line in map(json.loads, lines):
+        assert sum(line["loss_sums"]) / sum(line["tokens"]) == pytest.approx(held_out[line["step"]], rel=1e-4)
+    assert len(lines) == len(held_out) > 2
+    assert found["change"]["rows"] == len(json.loads(lines[0])["tokens"])
+    # What the row itself answers is beside what the model wrote.
+    assert facts["samples"][0]["expected"].startswith("abc")
+
+
+def test_base_and_adapter_are_measured_in_one_call(words, tiny_folder, chats):
+    both = json.loads(run(*words, "--json").out)
+    alone = json.loads(run("evaluate", "--model", tiny_folder, "--data", chats, "--json").out)
+    assert both["base_loss"] == pytest.approx(alone["loss"], rel=1e-6)
+    assert both["loss"] < both["base_loss"]
+    assert both["base_perplexity"] == pytest.approx(math.exp(both["base_loss"]))
+    assert both["change"]["change"] == pytest.approx(both["loss"] - both["base_loss"])
+    assert both["change"]["low"] < both["change"]["change"] < both["change"]["high"] < 0
+    assert (both["partial"], both["rows"], both["supervised_tokens"]) == (False, 40, alone["supervised_tokens"])
+    assert "examples" not in both  # texts take long: a script gets none unless it asks
+    assert "base_loss" not in alone
+    shown = run(*words).out
+    assert all(f"{both[name]:.4f}" in shown for name in ("loss", "base_loss"))
+    assert "95% interval" in shown
+
+
+def test_answers_stand_side_by_side(words, tiny_folder, trained, chats, tmp_path):
+    found = json.loads(run(*words, "--show", 3, "--json").out)
+    assert [one["question"].startswith("Say") for one in found["examples"]] == [True] * 3
+    for one in found["examples"]:
+        assert set(one) == {"question", "expected", "base", "adapter", "exact"}
+        assert set(one["expected"]) == set("abc")
+        assert one["exact"]["adapter"] == (one["adapter"] == one["expected"])
+    shares = [np.mean([one["exact"][name] for one in found["examples"]]) for name in ("base", "adapter")]
+    assert [found["base_exact_match"], found["exact_match"]] == pytest.approx(shares)
+    text = run(*words, "--show", 3).out
+    assert all(one["expected"] in text for one in found["examples"])
+    ours = mlx_lora.evaluate(tiny_folder, chats, trained[0], show=3)
+    assert ours["examples"] == found["examples"]
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(chats.read_text().splitlines(keepends=True)[:5]))
+    everything = json.loads(run(*words[:-1], few, "--show", 400, "--json").out)["examples"]
+    assert len(everything) == 5
+    base_only = json.loads(run("evaluate", "--model", tiny_folder, "--data", chats, "--show", 2, "--json").out)
+    assert [set(one["exact"]) for one in base_only["examples"]] == [{"base"}] * 2
+
+
+def test_exact_counts_only_where_few_words_are_expected():
+    assert normalized("  In 30 days, Free!") == normalized("in 30 days free")
+    assert normalized("3.5 kg") != normalized("35 kg")
+    assert normalized("can't") != normalized("cant")
+    long = {"question": "q", "expected": "one " * 9, "base": "x", "adapter": "one " * 9, "exact": None}
+    short = {
+        "question": "q",
+        "expected": "Yes.",
+        "base": "No",
+        "adapter": "yes",
+        "exact": {"base": False, "adapter": True},
+    }
+    lines = side_by_side([long, short])
+    assert [line.split()[0] for line in lines if line.endswith("(exact)")] == ["adapter", "adapter"]
+    assert "1 question" in lines[-2]
+    assert "base 0, adapter 1" in lines[-2]
+    assert side_by_side([]) == []
+
+
+class Stop:
+    """Says that a stop was asked for from the n-th question on."""
+
+    def __init__(self, after: int):
+        self.left = after
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.fixture
+def stopped_after(monkeypatch):
+    command = sys.modules["mlx_lora.cli.evaluate"]  # as an attribute of the package, it is the function
+
+    def begin(count: int) -> None:
+        monkeypatch.setattr(command, "interrupt_flag", lambda words: contextlib.nullcontext(Stop(count)))
+
+    return begin
+
+
+def test_a_stopped_measurement_prints_what_it_has(words, stopped_after):
+    stopped_after(1)
+    ran = run(*words, "--batch-tokens", 256, "--json")
+    found = json.loads(ran.out)
+    assert ran.code == 130
+    assert found["partial"] is True
+    assert 0 < found["rows"] < 40
+    assert found["change"]["rows"] == found["rows"]  # both models saw the same rows
+    stopped_after(1)
+    plain = run(*words, "--batch-tokens", 256)
+    assert plain.code == 130
+    assert f"{found['loss']:.4f}" in plain.out
+    stopped_after(0)
+    nothing = run(*words)
+    assert (nothing.code, nothing.out) == (130, "")
+    stopped_after(10**6)
+    assert run(*words, "--json").code == 0
+
+
+def test_a_stopped_forgetting_test_prints_what_it_has(words, stopped_after):
+    stopped_after(4)  # asked before the first set, before its batch, after it, and before the second set
+    ran = run(*words, "--forgetting", "--json")
+    found = json.loads(ran.out)
+    assert ran.code == 130
+    assert found["partial"] is True
+    assert next(iter(found["sets"])) == "task"
+    assert len(found["sets"]) < 3
+    stopped_after(0)
+    assert run(*words, "--forgetting").code == 130
+
+
+def test_what_cannot_be_shown_is_refused(words, tiny_folder, tmp_path):
+    one_line(run(*words, "--show", 2, "--forgetting"), "--show", "--forgetting")
+    one_line(run(*words, "--show", 2, "--objective", "dpo"), "--show 2", "dpo")
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "Once upon a time."}\n' * 3)
+    one_line(run("evaluate", "--model", tiny_folder, "--data", text, "--show", 2), "plain text")
+    assert run("evaluate", "--model", tiny_folder, "--data", text).code == 0
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(2, 4.303), (4, 2.776), (11, 2.201), (1000, 1.962)])
+def test_students_quantile(freedom, quantile):
+    assert student_quantile(freedom) == pytest.approx(quantile, rel=0.01)

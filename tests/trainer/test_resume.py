@@ -1,0 +1,245 @@
+"""Going on from a checkpoint: the same bytes as a run that never stopped, and nothing taken up that is not whole."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shlex
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import pytest
+from resumed_runs import STEPS, command, stopped_after, weights
+from run_cli import run
+from tiers import by_default
+
+from mlx_lora.trainer.checkpoint import ARRAYS_FILE, STATE_FILE, locked
+from mlx_lora.utils.errors import InputError
+
+RUNS = {
+    "lora": ("--dropout", 0.1),
+    "dora": ("--method", "dora", "--grad-checkpoint", "block", "--grad-accumulation-steps", 2),
+    "pissa": ("--method", "pissa", "--optimizer", "muon"),
+    "adalora": ("--method", "adalora", "--optimizer", "adafactor"),
+    "relora": ("--method", "relora", "--relora-every", 3),
+    "full": ("--method", "full", "--optimizer", "sgd"),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder, chats, tmp_path_factory):
+    """A run that never stopped, with checkpoints after steps 5, 10 and 12, and the best so far at 4 and 8."""
+    folder = tmp_path_factory.mktemp("finished")
+    ran = run(*command(tiny_folder, chats, folder / "a", "--save-every", 5, "--keep", 0))
+    assert ran.code == 0, ran.err
+    return folder / "a"
+
+
+@pytest.mark.parametrize("name", by_default(RUNS, "lora", "adalora"))
+def test_the_result_is_the_same_bytes(name, tiny_folder, chats, tmp_path):
+    whole = run(*command(tiny_folder, chats, tmp_path / "whole", "--save-every", 0, *RUNS[name]))
+    assert whole.code == 0, whole.err
+    parts = command(tiny_folder, chats, tmp_path / "parts", *RUNS[name])
+    assert run(*parts, "--save-every", 7).code == 0
+    stopped = stopped_after(tmp_path / "parts", tmp_path / "again", 7)
+    before = weights(stopped / "checkpoints" / "step-000007")
+    parts = command(tiny_folder, chats, stopped, *RUNS[name])
+    # Another cadence of reports, validations and saves.
+    ran = run(*parts, "--save-every", 2, "--steps-per-report", 1, "--steps-per-eval", 5, "--resume")
+    assert ran.code == 0, ran.err
+    assert "Resuming from step 7" in ran.err
+    assert weights(stopped) == weights(tmp_path / "whole")
+    assert weights(stopped) != before
+
+
+def test_metrics_go_on_behind_the_checkpoint(finished, tiny_folder, chats, tmp_path):
+    stopped = stopped_after(finished, tmp_path / "a", 5)
+    with (stopped / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "lo')  # a kill in the middle of a line
+    assert run(*command(tiny_folder, chats, stopped, "--save-every", 5, "--resume")).code == 0
+    steps = [json.loads(line)["step"] for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert steps[-1] == STEPS
+    assert steps.count(0) == 1
+
+
+def test_a_longer_run_goes_on_and_a_finished_one_says_so(finished, tiny_folder, chats, tmp_path):
+    copy = stopped_after(finished, tmp_path / "a", STEPS)
+    (copy / "adapters.safetensors").unlink()
+    ran = run(*command(tiny_folder, chats, copy, "--save-every", 5, "--resume"))
+    assert (ran.code, f"all {STEPS} steps are done" in ran.err) == (0, True)
+    assert weights(copy) == weights(finished)
+    ran = run(*command(tiny_folder, chats, copy, "--save-every", 5, "--resume", "--iters", STEPS + 2))
+    assert ran.code == 0, ran.err
+    assert f"Resuming from step {STEPS}" in ran.err
+
+
+DAMAGE = {
+    "cut short": lambda folder: (folder / ARRAYS_FILE).write_bytes((folder / ARRAYS_FILE).read_bytes()[:-100]),
+    "a byte flipped": lambda folder: flip(folder / "adapters.safetensors"),
+    "no state": lambda folder: (folder / STATE_FILE).unlink(),
+    "half a state": lambda folder: (folder / STATE_FILE).write_text('{"version": 1,'),
+    "a file gone": lambda folder: (folder / ARRAYS_FILE).unlink(),
+}
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", by_default(DAMAGE, "a byte flipped", "no state"))
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(kind, finished, tiny_folder, chats, tmp_path):
+    stopped = stopped_after(finished, tmp_path / "a", 10)
+    DAMAGE[kind](stopped / "checkpoints" / "step-000010")
+    named = run(*command(tiny_folder, chats, stopped, "--resume", stopped / "checkpoints" / "step-000010"))
+    assert (named.code, "step-000010" in named.err) == (2, True)
+    ran = run(*command(tiny_folder, chats, stopped, "--save-every", 5, "--resume"))
+    assert ran.code == 0, ran.err
+    assert "skipped: " in ran.err
+    assert "Resuming from step 8" in ran.err
+    assert weights(stopped) == weights(finished)
+
+
+@pytest.mark.parametrize(("version", "program"), by_default([(1, None), (3, "9.8.7"), (3, "9\n8")], (3, "9.8.7")))
+def test_a_checkpoint_of_another_version_is_refused_and_the_run_stays_as_it_is(
+    version, program, finished, tiny_folder, chats, tmp_path
+):
+    stopped = stopped_after(finished, tmp_path / "a", 5)
+    for path in stopped.glob(f"checkpoints/*/{STATE_FILE}"):
+        state = json.loads(path.read_text()) | {"version": version}
+        path.write_text(json.dumps(state | {"program": program} if program else state))
+    before = weights(stopped)
+    for named in ("auto", stopped / "checkpoints" / "step-000005"):  # auto does not begin again
+        ran = run(*command(tiny_folder, chats, stopped, "--resume", named))
+        assert (ran.code, len(ran.lines[-1:])) == (2, 1)
+        assert f"version {version} " in ran.lines[-1]
+        assert "--resume-adapter-file" in ran.lines[-1]
+        assert ("mlx-lora 9.8.7" in ran.lines[-1]) == (program == "9.8.7")
+    assert weights(stopped) == before
+    again = run(*command(tiny_folder, chats, tmp_path / "b", "--resume-adapter-file", named))
+    assert again.code == 0, again.err
+
+
+OTHER = {
+    "rank": ("--rank", 5),
+    "learning_rate": ("--learning-rate", 1e-3),
+    "seed": ("--seed", 7),
+    "batch_tokens": ("--batch-tokens", 512),
+    "rows": ("--valid-fraction", 0.3),
+}
+
+
+@pytest.mark.parametrize("name", by_default(OTHER, "rank", "rows"))
+def test_another_run_is_refused_and_the_difference_named(name, finished, tiny_folder, chats, tmp_path):
+    stopped = stopped_after(finished, tmp_path / "a", 5)
+    before = weights(stopped)
+    ran = run(*command(tiny_folder, chats, stopped, "--resume", *OTHER[name]))
+    assert (ran.code, name in ran.err) == (2, True)
+    assert name != "rows" or "--resume-adapter-file" in ran.err  # other rows are for a new run
+    assert weights(stopped) == before
+
+
+def test_another_base_is_refused(finished, tiny_4bit_folder, chats, tmp_path):
+    from conftest import tiny_model, write_folder
+
+    stranger = write_folder(tmp_path / "stranger", tiny_model(seed=5))
+    stopped = stopped_after(finished, tmp_path / "a", 5)
+    ran = run(*command(stranger, chats, stopped, "--resume"))
+    assert (ran.code, "base model" in ran.err) == (2, True)
+
+
+def test_without_a_checkpoint_it_starts_at_the_beginning(finished, tiny_folder, chats, tmp_path):
+    ran = run(*command(tiny_folder, chats, tmp_path / "new", "--save-every", 5, "--resume"))
+    assert ran.code == 0, ran.err
+    assert "starts at the beginning" in ran.err
+    assert weights(tmp_path / "new") == weights(finished)
+
+
+def test_the_newest_and_the_best_are_kept(tiny_folder, chats, tmp_path):
+    ran = run(*command(tiny_folder, chats, tmp_path / "a", "--save-every", 1, "--keep", 2, "--steps-per-eval", 1))
+    assert ran.code == 0, ran.err
+    kept = sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())
+    losses = {}
+    for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["val_loss"] is not None and record["step"]:
+            losses[record["step"]] = record["val_loss"]
+    best = min(losses, key=losses.get)
+    assert kept == sorted({f"step-{best:06d}", "step-000011", "step-000012"})
+
+
+def test_two_runs_do_not_share_a_folder(tiny_folder, chats, tmp_path):
+    with (
+        locked(tmp_path / "a"),
+        pytest.raises(InputError, match="another run is writing to it"),
+        locked(tmp_path / "a"),
+    ):
+        pass
+    with locked(tmp_path / "a"):
+        pass
+
+
+def test_killed_in_the_middle_again_and_again_it_ends_the_same(finished, tiny_folder, chats, tmp_path):
+    """A short form of the soak: -9 around saves and steps, then --resume."""
+    folder = tmp_path / "a"
+    words = [str(word) for word in command(tiny_folder, chats, folder, "--save-every", 1, "--resume")]
+    line = [sys.executable, "-m", "mlx_lora", *words]
+    chance, kills = random.Random(3), 0
+    for step in (2, 8):
+        child = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # Steps take milliseconds here, so the kill comes in one of the steps, saves or validations that follow.
+        while child.poll() is None and not reached(folder, step):
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.05))
+        kills += child.poll() is None
+        child.kill()
+        child.wait()
+    assert kills > 0
+    ran = run(*command(tiny_folder, chats, folder, "--save-every", 1, "--resume"))
+    assert ran.code == 0, ran.err
+    assert weights(folder) == weights(finished)
+    assert not list(folder.rglob(".*"))
+
+
+def reached(folder, step: int) -> bool:
+    names = [path.name for path in (folder / "checkpoints").glob("step-*")]
+    return any(int(name.removeprefix("step-")) >= step for name in names)
+
+
+def test_what_kills_left_half_written_goes_and_the_users_own_files_stay(finished, tiny_folder, chats, tmp_path):
+    stopped = stopped_after(finished, tmp_path / "a", 10)
+    ours = ("adapters.safetensors", "adapter_config.json", "run.yaml", "report.html", "report.json", "README.md")
+    halves = [stopped / f".{name}.123.{name.rpartition('.')[2]}" for name in ours]
+    for half in halves:
+        half.write_text("half")
+    (stopped / "checkpoints" / ".step-000011.abc").mkdir()
+    (stopped / ".notes.txt").write_text("mine")
+    assert run(*command(tiny_folder, chats, stopped, "--save-every", 5, "--resume")).code == 0
+    assert [path.name for path in stopped.rglob(".*")] == [".notes.txt"]
+
+
+def test_more_data_is_answered_with_the_command_that_continues(tiny_folder, chats, tmp_path):
+    given = ("--model", tiny_folder, "--rank", 3, "--batch-tokens", 256, "--sample-tokens", 0, "--val-batches", 0)
+    folder, more = tmp_path / "a", tmp_path / "more.jsonl"
+    more.write_text(chats.read_text() + '{"instruction": "And this?", "output": "More."}\n')
+    assert run("train", *given, "--data", chats, "--adapter-path", folder, "--iters", 2).code == 0
+    refused = run("train", *given, "--data", more, "--adapter-path", folder, "--iters", 4, "--resume")
+    assert refused.code == 2
+    assert "rows" in refused.lines[-1]
+    assert not re.search(r"[0-9a-f]{16}", refused.lines[-1].replace(str(tmp_path), ""))  # no hashes
+    words = shlex.split(refused.lines[-1][refused.lines[-1].index("--config") :])
+    ran = run("train", *[str(more) if word == "NEW.jsonl" else word for word in words])
+    assert ran.code == 0, ran.err
+    start, end = (mx.load(str(path / "adapters.safetensors")) for path in (folder, tmp_path / "a-2"))
+    assert {name: p.shape for name, p in start.items()} == {name: p.shape for name, p in end.items()}
+    assert any(mx.abs(end[name] - start[name]).max().item() > 0 for name in start)
+    assert all(
+        mx.abs(end[name] - start[name]).max().item() < 0.5 * mx.abs(start[name]).max().item()
+        for name in start
+        if "lora_a" in name
+    )
