@@ -25,7 +25,7 @@ PEERS: dict[str, tuple[list[str], list[str]]] = {
 
 
 def peers_folder() -> Path:
-    """Return the folder of all environments; the cache of `mlx_lora.utils.cache`, without importing it."""
+    """Return the folder of all environments; the cache of `mlx_lora.utils.files`, without importing it."""
     return Path(os.environ.get("MLX_LORA_CACHE") or Path.home() / ".cache" / "mlx_lora") / "peers"
 
 

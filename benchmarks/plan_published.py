@@ -20,10 +20,9 @@ from _harness import table
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.models.meta import outline_of_config
-from mlx_lora.planner.chips import find_chip
 from mlx_lora.planner.fit import run_of
 from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.speed import listed_ceilings, step_seconds
+from mlx_lora.planner.speed import find_chip, listed_ceilings, step_seconds
 from mlx_lora.trainer.fit import outlined_shape
 
 PUBLISHED = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))

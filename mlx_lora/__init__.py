@@ -12,8 +12,7 @@ does load a fast BLAS, which must come before the first `import mlx.core`; so im
 
 from typing import TYPE_CHECKING, Any
 
-from mlx_lora.utils.blas import load_fast_blas
-from mlx_lora.utils.cores import share_cores
+from mlx_lora.utils.blas import load_fast_blas, share_cores
 
 if TYPE_CHECKING:
     from mlx_lora.api.base import Base, generate, load
@@ -31,7 +30,7 @@ __all__ = [
     "export", "generate", "load", "plan", "train",
 ]  # fmt: skip
 
-# Before a BLAS is loaded, and anything imports mlx.core: see cores.py and blas.py.
+# Before a BLAS is loaded, and anything imports mlx.core: see utils/blas.py.
 share_cores()
 BLAS = load_fast_blas()
 

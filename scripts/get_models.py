@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from mlx_lora.utils.console import echo, log_to
-from mlx_lora.utils.downloads import GEMMA3_GGUF, SMOLLM2_GGUF, embedded_model
 from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.hub import GEMMA3_GGUF, SMOLLM2_GGUF, embedded_model
 
 
 def main() -> None:

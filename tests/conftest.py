@@ -12,7 +12,7 @@ from pathlib import Path
 # First of all: it loads the fast BLAS, which must come before mlx.core.
 # isort: off
 from mlx_lora.utils import device
-from mlx_lora.utils.cache import cache_dir
+from mlx_lora.utils.files import cache_dir
 from mlx_lora.kernels.measure import MLX, Kernel
 from mlx_lora.kernels.measure import SWITCH
 from mlx_lora.losses.cross_entropy import LOSS_KERNELS, ROWS

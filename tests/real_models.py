@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_lora.utils.cache import cache_dir
+from mlx_lora.utils.files import cache_dir
 
 
 def smollm2_gguf() -> Path:

@@ -42,11 +42,9 @@ from mlx_lora.data.tokenize import Encoder
 from mlx_lora.models.convert import convert_model
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.utils import device
-from mlx_lora.utils.cache import cache_dir
-from mlx_lora.utils.downloads import SMOLLM2_GGUF, embedded_model
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replacing_folder
-from mlx_lora.utils.hub import resolve_model
+from mlx_lora.utils.files import cache_dir, replacing_folder
+from mlx_lora.utils.hub import SMOLLM2_GGUF, embedded_model, resolve_model
 
 # Large enough that a factor lost, swapped or scaled wrongly moves the loss far past the tolerance.
 PERTURBATION = 0.05

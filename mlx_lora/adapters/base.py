@@ -442,12 +442,31 @@ class Exit(nn.Module):
         return wire.added(super().__call__(*args, **kwargs))  # pyright: ignore[reportCallIssue] # the layer's
 
 
-def mix_in(mixin: type[nn.Module], module: nn.Module, wire: Wire) -> None:
-    """Make one instance an entry or an exit; its class keeps its name's module, by which its kernels are found."""
+def mix_in(mixin: type[nn.Module], module: nn.Module) -> None:
+    """Give one instance a class in which `mixin` comes before its own; it keeps the module, by which its kernels are found."""
     own = type(module)
     module.__class__ = type(f"{mixin.__name__}{own.__name__}", (mixin, own), {"__module__": own.__module__})
-    module._wire = wire
 
 
 def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
+
+
+def joined_experts(layers: list[AdapterLayer | None], in_turns: bool) -> tuple[mx.array, mx.array, float]:
+    """Return one adapter, (E, R, in) and (E, out, R), and its scale, for layers whose rows are stored together."""
+    scale = next(layer.scale for layer in layers if layer is not None)
+    pairs = [None if layer is None else (*layer.plain_factors(), layer.scale / scale) for layer in layers]
+    if len(pairs) == 1 and (only := pairs[0]):
+        return only[0], only[1], scale
+    a = mx.concatenate([pair[0] for pair in pairs if pair is not None], axis=1)
+    experts, out = next(pair[1].shape[:2] for pair in pairs if pair is not None)
+    parts, start = [], 0
+    for pair in pairs:
+        b = mx.zeros((experts, out, a.shape[1]))
+        if pair is not None:
+            rank = pair[0].shape[1]
+            b[..., start : start + rank] = pair[1] * pair[2]
+            start += rank
+        parts.append(b)
+    b = mx.stack(parts, axis=2).flatten(1, 2) if in_turns else mx.concatenate(parts, axis=1)
+    return a, b, scale

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,8 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, SWITCH, AdapterLayer, base_dims, dense_weight, with_weight
 from mlx_lora.adapters.initialize import kaiming_factors, normal_factors, path_key, principal_factors
-from mlx_lora.adapters.registry import adapter_class
-from mlx_lora.adapters.targets import Targets, has_weights, layer_shapes, select_targets
+from mlx_lora.adapters.targets import Targets, adapter_class, has_weights, layer_shapes, select_targets
 from mlx_lora.config.checks import parse_pattern
 from mlx_lora.config.presets import PRESETS, Method
 from mlx_lora.config.settings import AdapterSettings
@@ -76,7 +75,7 @@ def adapt_model(model: nn.Module, settings: AdapterSettings, seed: int) -> Adapt
         parse_pattern(settings.rank_pattern),
         parse_pattern(settings.alpha_pattern),
     )
-    inject(model, targets.paths, rank, scale, settings.dropout, seed, shapes, method.layer_type, method.init)
+    adapt_layers(model, shapes, method.layer_type, method.init, settings.dropout, seed)
     train_in_full(model, whole)
     train_biases(model, settings.bias)
     return Adapted(method, targets, rank, scale, tuple(full_parameters(model)))
@@ -94,25 +93,33 @@ def starting_rank(settings: AdapterSettings) -> int:
 
 def inject(
     model: nn.Module,
-    paths: tuple[str, ...],
+    paths: Iterable[str],
     rank: int,
     scale: float,
-    dropout: float = 0.0,
     seed: int = 0,
-    shapes: Mapping[str, tuple[int, float]] | None = None,
     layer_type: str = "lora",
     init: str = "kaiming",
 ) -> None:
-    """Freeze `model` and wrap the layers at `paths`; the factors become its only trainable parameters.
+    """Freeze `model` and wrap the layers at `paths`, all with one rank and scale and without dropout."""
+    adapt_layers(model, dict.fromkeys(paths, (rank, scale)), layer_type, init, seed=seed)
+
+
+def adapt_layers(
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, float]],
+    layer_type: str = "lora",
+    init: str = "kaiming",
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Freeze `model` and wrap layers; the factors become its only trainable parameters.
 
     Args:
         model: changed in place. A new adapter does not change its outputs, with any init.
-        paths: full paths from `select_targets`.
-        rank: r; larger than a layer's narrower side is allowed but wasteful, as in PEFT.
-        scale: factor on the low-rank product.
+        shapes: full path from `select_targets` -> rank, and factor on the low-rank product. A rank above a layer's narrower
+            side is allowed but wasteful, as in PEFT.
         dropout: on the adapter's input.
         seed: of the initial factors.
-        shapes: path -> (rank, scale), for layers that have their own.
         layer_type: a layer type of the registry, `lora` or `dora`.
         init: `kaiming`, `pissa` or `svd` (config/presets.py); the last two with the layer type `lora` only.
 
@@ -121,13 +128,12 @@ def inject(
     """
     model.freeze()
     modules = dict(model.named_modules())
-    unfit = [path for path in paths if adapter_class(modules[path], layer_type) is None]
+    unfit = [path for path in shapes if adapter_class(modules[path], layer_type) is None]
     if unfit:
         raise InputError(f"--method {layer_type}: cannot adapt {', '.join(unfit)}; leave it out of --target-modules")
     wrapped = []
-    for path in paths:
-        own_rank, own_scale = (shapes or {}).get(path, (rank, scale))
-        layer = _adapted(modules[path], path, own_rank, own_scale, dropout, seed, layer_type, init)
+    for path, shape in shapes.items():
+        layer = _adapted(modules[path], path, shape, dropout, seed, layer_type, init)
         layer.freeze()
         layer.unfreeze(keys=layer.trained, recurse=False)
         wrapped.append((path, layer))
@@ -135,10 +141,10 @@ def inject(
 
 
 def _adapted(
-    base: nn.Module, path: str, rank: int, scale: float, dropout: float, seed: int, layer_type: str, init: str
+    base: nn.Module, path: str, shape: tuple[int, float], dropout: float, seed: int, layer_type: str, init: str
 ) -> AdapterLayer:
     """Return one layer, wrapped."""
-    dims, experts = base_dims(base), _experts(base)
+    (rank, scale), dims, experts = shape, base_dims(base), _experts(base)
     wrap = adapter_class(base, layer_type).from_base  # pyright: ignore[reportOptionalMemberAccess] # `inject` has refused others
     if init == "kaiming":
         return wrap(base, kaiming_factors(path, *dims, rank, seed, experts), scale, dropout)

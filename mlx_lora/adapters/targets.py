@@ -1,4 +1,7 @@
-"""Choose the layers that a run adapts or trains in full, by name, pattern and depth, and each layer's rank and alpha."""
+"""Choose the layers that a run adapts or trains in full, by name, pattern and depth, and the class, rank and alpha of each.
+
+A variant of LoRA is a class in a file of its own, and a row of `_CLASSES`.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,37 @@ from fnmatch import fnmatchcase
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.base import LINEAR, SWITCH
-from mlx_lora.adapters.registry import adapter_class
+from mlx_lora.adapters.base import EMBEDDING, LINEAR, SWITCH, AdapterLayer, is_exactly
+from mlx_lora.adapters.lora import (
+    DoRAEmbedding,
+    DoRALinear,
+    DoRASwitchLinear,
+    LoRAEmbedding,
+    LoRALinear,
+    LoRASwitchLinear,
+)
 from mlx_lora.config.presets import Method
 from mlx_lora.utils.errors import InputError
 
+_CLASSES = (
+    LoRALinear,
+    LoRAEmbedding,
+    LoRASwitchLinear,
+    DoRALinear,
+    DoRAEmbedding,
+    DoRASwitchLinear,
+)
+REGISTRY: dict[tuple[str, tuple[type, ...]], type[AdapterLayer]] = {(one.LAYER_TYPE, one.OVER): one for one in _CLASSES}
+LAYER_TYPES = tuple(dict.fromkeys(name for name, _ in REGISTRY))
+
+
+def adapter_class(base: nn.Module, layer_type: str = "lora") -> type[AdapterLayer] | None:
+    """Return the class that wraps `base` in a layer of this type, or None if there is none."""
+    kind = next((kind for kind in (LINEAR, EMBEDDING, SWITCH) if is_exactly(base, kind)), None)
+    return None if kind is None else REGISTRY.get((layer_type, kind))
+
+
+# The classes of adapter layers
 ALL_LINEAR = "all-linear"
 # The names, in mlx-lm's mixtures, of the layers that choose a token's experts.
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})

@@ -44,10 +44,9 @@ from mlx_lora.trainer.run import train_run
 from mlx_lora.trainer.run_folder import CHECKPOINTS
 from mlx_lora.utils import console, device
 from mlx_lora.utils.console import perplexity
-from mlx_lora.utils.downloads import SMOLLM2_GGUF, embedded_model
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
-from mlx_lora.utils.hub import model_file, resolve_model
+from mlx_lora.utils.hub import SMOLLM2_GGUF, embedded_model, resolve_model
 from mlx_lora.utils.progress import screen_taken
 from mlx_lora.utils.text import counted, format_duration
 
@@ -201,7 +200,7 @@ def get_model(demo: Demo, screen: DemoScreen) -> tuple[str, str]:
     folder = demo.out / SMOLLM2_GGUF.file_name.split(".")[0]
     if not (folder / "config.json").is_file():  # it is written whole or not at all
         with console.log_to(screen.doing):
-            gguf = embedded_model(SMOLLM2_GGUF, hub=model_file)
+            gguf = embedded_model(SMOLLM2_GGUF)
         convert_model(resolve_model(str(gguf)), folder, target=None, dtype=device.compute_dtype("auto"))
     return str(folder), f"{folder.name}, 4-bit"
 

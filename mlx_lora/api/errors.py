@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 from mlx_lora.config.fields import field_type, row_of
 from mlx_lora.config.settings import FIELDS
 from mlx_lora.utils import errors
-from mlx_lora.utils.cache import GIVEN
+from mlx_lora.utils.files import GIVEN
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -36,8 +36,8 @@ from mlx_lora.data.duplicates import seen_rows
 from mlx_lora.data.examples import Record
 from mlx_lora.data.files import find_sets, is_local, named_sets
 from mlx_lora.data.load import DataSplits, load_data, load_eval_set
+from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.data.records import read_records
-from mlx_lora.data.teacher_prompt import read_teacher_prompt
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.base import Objective, RunContext

@@ -6,15 +6,16 @@ import logging
 import os
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
 from mlx_lora.exporters.adapter_config import SAME_LAYOUT
-from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, save_adapter
+from mlx_lora.exporters.adapter_folder import load_adapter, save_adapter
 from mlx_lora.exporters.card import CARD_FILE, check_repo, push, read_facts, write_card
 from mlx_lora.exporters.fuse import take_stored_dtypes, write_fused
 from mlx_lora.exporters.ollama import write_ollama
@@ -28,27 +29,13 @@ from mlx_lora.utils.hub import resolve_adapter
 
 log = logging.getLogger(__name__)
 
-READERS = {
-    "peft": "PEFT",
-    "mlx-lm": "stock mlx-lm (--adapter-path)",
-    "hf": "transformers",
-    "gguf-adapter": "llama.cpp (--lora, on the base as GGUF)",
-    "gguf": "llama.cpp and LM Studio (lms import {out})",
-    "ollama": "Ollama (ollama create NAME -f {out}/Modelfile, then ollama run NAME)",
-}
-MERGED_GGUF = ("gguf", "ollama")  # need no adapter, and have a --gguf-type
-# The formats with a model card -> the library that it names.
-CARD_LIBRARIES: dict[str, Any] = {"peft": "peft", "mlx-lm": "mlx"}
-OF_ADAPTER = ("peft", "mlx-lm", "gguf-adapter")  # hold no weight of the base
-FOR_SCORES = ("peft", "hf")  # the formats that a reward model has
-
 
 @dataclass(frozen=True)
 class ExportSettings:
     """What is written, and where.
 
     Attributes:
-        to: a key of READERS.
+        to: a key of FORMATS.
         out: folder or .gguf file.
         base_id: hub id of the base that a PEFT adapter names; None: its own.
         gguf_type: of the weights of a merged GGUF; None: the default.
@@ -73,8 +60,8 @@ class ExportSettings:
         Raises:
             InputError: naming them.
         """
-        if self.to not in READERS:
-            raise InputError(f"--to {self.to!r}: not one of {', '.join(READERS)}")
+        if self.to not in FORMATS:
+            raise InputError(f"--to {self.to!r}: not one of {', '.join(FORMATS)}")
         check_gguf_type(self.gguf_type, self.out)
         if self.base_id and self.to != "peft":
             raise InputError(f"--base-id with --to {self.to}: only a PEFT adapter names its base; leave it out")
@@ -139,32 +126,19 @@ def write_export(
         ignore_fingerprint: as for load_adapter.
         keep_dtype: write a merged model in the base's dtype instead of the stored one.
     """
-    to, out, force = settings.to, settings.out, settings.force
-    scores = None if to in FOR_SCORES else False
+    out, form, repo = settings.out, FORMATS[settings.to], settings.push_to_hub
+    scores = None if form.for_scores else False
     # Only merged files need no adapter.
     info: Any = load_adapter(base, adapter, ignore_fingerprint, scores) if adapter else None
-    gguf_type = settings.gguf_type or DEFAULT_TYPE
-    if to in MERGED_GGUF and not keep_dtype:
+    if form.merged_gguf and not keep_dtype:
         take_stored_dtypes(base, info.full if info else (), casts_full=False)
-    if to == "gguf":
-        export_gguf(base, info, out, gguf_type, force)
-    elif to == "ollama":
-        for note in write_ollama(out, base, info, gguf_type=gguf_type, ollama_base=settings.ollama_base, force=force):
-            log.info(f"  {note}")
-    elif to == "peft":
-        export_peft(base, info, out, settings.base_id, force)
-    elif to == "mlx-lm":
-        export_mlx_lm(base, info, out, force)
-    elif to == "hf":
-        export_hf(base, info, out, force, keep_dtype)
-    else:
-        export_gguf_adapter(base, info, out, force)
-    repo = settings.push_to_hub
-    if adapter and to in CARD_LIBRARIES:
-        card = write_card(out, CARD_LIBRARIES[to], base, info, read_facts(adapter), settings.base_id, repo)
+    job = Export(settings, base, info, keep_dtype)
+    form.write(job)
+    if adapter and form.card_library:
+        card = write_card(out, form.card_library, base, info, read_facts(adapter), settings.base_id, repo)
         log.info(f"{out / CARD_FILE}: {'the model card' if card else 'your own file, left as it is'}")
-    log.info(f"{out}: written for {READERS[to].format(out=out)}")
-    if uses := uses_of(to, out, base.model_id, gguf_type, info is not None and SCORE_WEIGHT in info.full):
+    log.info(f"{out}: written for {form.reader.format(out=out)}")
+    if uses := form.uses(job):
         log.info("What to do next:\n" + "\n".join(f"    {line}" for line in uses))
     if repo:
         log.info(f"{repo}: uploaded, {push(out, repo, settings.private)}")
@@ -197,13 +171,13 @@ def check_gguf_type(gguf_type: str | None, out: Path) -> None:
 
 def check_gguf(to: str, has_adapter: bool, gguf_type: str | None, ollama_base: str | None) -> None:
     """Refuse GGUF settings that a format does not have, and a missing adapter if it needs one."""
-    if gguf_type and to not in MERGED_GGUF:
+    if gguf_type and not FORMATS[to].merged_gguf:
         raise InputError(f"--gguf-type with --to {to}: only a merged GGUF has one; leave it out")
     if ollama_base and (to != "ollama" or gguf_type or not has_adapter):
         raise InputError(
             "--ollama-base: needs --to ollama and --adapter-path, and excludes --gguf-type; change those flags"
         )
-    if not has_adapter and to not in MERGED_GGUF:
+    if not has_adapter and not FORMATS[to].merged_gguf:
         raise InputError(f"--to {to} without --adapter-path: there is nothing to write; give the adapter's folder")
 
 
@@ -222,94 +196,167 @@ def check_new_folder(out: Path, force: bool) -> None:
     check_writable(out, "--out", needed_bytes=1_000_000)
 
 
-# One function for each format
+# The formats: a function that writes, one that returns commands to use the result, and a row
 
 
-def export_peft(base: Base, info: AdapterInfo, out: Path, base_id: str | None, force: bool) -> None:
+@dataclass(frozen=True)
+class Export:
+    """One export on its way.
+
+    Attributes:
+        settings: what was asked for.
+        base: with the adapter on it.
+        info: of the adapter; None without one.
+        keep_dtype: write a merged model in the base's dtype instead of the stored one.
+    """
+
+    settings: ExportSettings
+    base: Base
+    info: Any
+    keep_dtype: bool
+
+    @property
+    def path(self) -> str:
+        """What was written, as a word of a command."""
+        return shlex.quote(str(self.settings.out))
+
+    @property
+    def gguf_type(self) -> str:
+        """Type of the weights of a merged GGUF."""
+        return self.settings.gguf_type or DEFAULT_TYPE
+
+    @property
+    def scores(self) -> bool:
+        """Whether it is a reward model, which does not write texts."""
+        return self.info is not None and SCORE_WEIGHT in self.info.full
+
+
+def _write_peft(job: Export) -> None:
     """Write a PEFT adapter folder."""
-    check_new_folder(out, force)
-    write_peft(out, base.model, base_id or info.base_model, info.dropout, info.full)
+    check_new_folder(job.settings.out, job.settings.force)
+    base_id = job.settings.base_id or job.info.base_model
+    write_peft(job.settings.out, job.base.model, base_id, job.info.dropout, job.info.full)
 
 
-def export_mlx_lm(base: Base, info: AdapterInfo, out: Path, force: bool) -> None:
+def _write_mlx_lm(job: Export) -> None:
     """Write an adapter folder for stock mlx-lm, with one rank for all layers and only factors."""
-    if info.full and info.method != "full":
-        raise InputError(
-            f"--to mlx-lm: {info.full[0]} was trained in full, which mlx-lm's adapters cannot hold; fuse it instead"
-        )
-    check_new_folder(out, force)
-    save_adapter(out, base.model, info, same_rank=True)
+    check_new_folder(job.settings.out, job.settings.force)
+    save_adapter(job.settings.out, job.base.model, job.info, same_rank=True)
 
 
-def export_gguf_adapter(base: Base, info: AdapterInfo, out: Path, force: bool) -> None:
-    """Write a LoRA GGUF file."""
-    if out.is_dir() or (out.exists() and not force):
-        raise InputError(f"--out {out}: exists; give a new .gguf file, or --force to replace one")
-    check_writable(out.parent, "--out", needed_bytes=1_000_000)
-    write_gguf_adapter(out, base.model, info.base_model, info.full)
+def _use_mlx_lm(job: Export) -> list[str]:
+    base = shlex.quote(job.base.model_id)
+    return [f"mlx_lm.generate --model {base} --adapter-path {job.path} --prompt Hello"]
 
 
-def export_gguf(base: Base, info: AdapterInfo | None, out: Path, gguf_type: str, force: bool) -> None:
-    """Write the merged model as one GGUF file."""
-    if out.is_dir() or (out.exists() and not force):
-        raise InputError(f"--out {out}: exists; give a new .gguf file, or --force to replace one")
-    if out.resolve() == Path(base.model_id).expanduser().resolve():
-        raise InputError(f"--out {out}: is the base; give another file")
-    write_gguf_model(out, base, gguf_type=gguf_type, name=out.stem, chat_template=info and info.chat_template)
-
-
-def export_hf(base: Base, info: AdapterInfo, out: Path, force: bool, keep_dtype: bool) -> None:
+def _write_hf(job: Export) -> None:
     """Write the merged model in float, with transformers' names."""
-    kind = base.config.get("model_type")
+    kind = job.base.config.get("model_type")
     if kind not in SAME_LAYOUT:
         raise InputError(
             f"--to hf: {kind} models have another layout in MLX than in transformers; we write {', '.join(SAME_LAYOUT)}; "
             "use --to peft and merge in PEFT"
         )
-    write_fused(
-        base,
-        out,
-        dequantize=True,
-        force=force,
-        chat_template=info.chat_template,
-        full=info.full,
-        keep_dtype=keep_dtype,
-    )
+    out, force = job.settings.out, job.settings.force
+    write_fused(job.base, out, job.info, dequantize=True, force=force, keep_dtype=job.keep_dtype)
 
 
-# What to type next
+def _use_hf(job: Export) -> list[str]:
+    python = f"AutoModelForCausalLM.from_pretrained({str(job.settings.out)!r})"
+    return [] if job.scores else [f"mlx_lm.generate --model {job.path} --prompt Hello  # or in Python: {python}"]
+
+
+def _check_gguf_file(out: Path, force: bool) -> None:
+    if out.is_dir() or (out.exists() and not force):
+        raise InputError(f"--out {out}: exists; give a new .gguf file, or --force to replace one")
+
+
+def _write_gguf_adapter(job: Export) -> None:
+    """Write a LoRA GGUF file."""
+    out = job.settings.out
+    _check_gguf_file(out, job.settings.force)
+    check_writable(out.parent, "--out", needed_bytes=1_000_000)
+    write_gguf_adapter(out, job.base.model, job.info.base_model, job.info.full)
+
+
+def _use_gguf_adapter(job: Export) -> list[str]:
+    base = job.base.model_id
+    file = base if base.endswith(".gguf") and Path(base).expanduser().is_file() else "BASE.gguf"
+    return [f"llama-cli -m {shlex.quote(file)} --lora {job.path}"]
+
+
+def _write_gguf(job: Export) -> None:
+    """Write the merged model as one GGUF file."""
+    out = job.settings.out
+    _check_gguf_file(out, job.settings.force)
+    if out.resolve() == Path(job.base.model_id).expanduser().resolve():
+        raise InputError(f"--out {out}: is the base; give another file")
+    template = job.info and job.info.chat_template
+    write_gguf_model(out, job.base, gguf_type=job.gguf_type, name=out.stem, chat_template=template)
+
+
+def _use_gguf(job: Export) -> list[str]:
+    lines = [f"llama-cli -m {job.path}", f"lms import {job.path}  # LM Studio; or put it into {LMSTUDIO}"]
+    if job.gguf_type in FLOATS:
+        small = shlex.quote(str(job.settings.out.with_name(f"{job.settings.out.stem}-Q4_K_M.gguf")))
+        lines.append(f"llama-quantize {job.path} {small} Q4_K_M  # a smaller file")
+    return lines
+
+
+def _write_ollama(job: Export) -> None:
+    asked = job.settings
+    options = {"gguf_type": job.gguf_type, "ollama_base": asked.ollama_base, "force": asked.force}
+    for note in write_ollama(asked.out, job.base, job.info, **options):
+        log.info(f"  {note}")
+
+
+def _use_ollama(job: Export) -> list[str]:
+    out = job.settings.out
+    name = re.sub(r"[^a-z0-9._-]+", "-", out.resolve().stem.lower()).strip("-._") or "my-model"
+    return [f"ollama create {name} -f {shlex.quote(str(out / 'Modelfile'))}", f"ollama run {name}"]
+
 
 FLOATS = ("f32", "f16", "bf16")  # what llama-quantize makes smaller
 LMSTUDIO = "~/.lmstudio/models/PUBLISHER/MODEL/"
 
 
-def uses_of(to: str, out: Path, base: str, gguf_type: str | None = None, scores: bool = False) -> list[str]:
-    """Return commands that use what was exported, one line each, with a comment if it is not a command.
+@dataclass(frozen=True)
+class ExportFormat:
+    """One format.
 
-    Args:
-        to: format, as for `export`.
-        out: the folder or file that was written.
-        base: the base's folder, file or hub id.
-        gguf_type: of a merged GGUF; None: the default.
-        scores: whether it is a reward model, which does not write texts.
+    Attributes:
+        reader: the program that reads it.
+        write: writes it.
+        uses: returns commands that use what was written, one line each, with a comment if it is not a command.
+        holds_base: whether it holds weights of the base.
+        merged_gguf: whether it needs no adapter, and has a --gguf-type.
+        for_scores: whether a reward model has this format.
+        card_library: the library that its model card names; None: it has no card.
     """
-    name = re.sub(r"[^a-z0-9._-]+", "-", out.resolve().stem.lower()).strip("-._") or "my-model"
-    path = shlex.quote(str(out))
-    if to == "ollama":
-        return [f"ollama create {name} -f {shlex.quote(str(out / 'Modelfile'))}", f"ollama run {name}"]
-    if to == "gguf":
-        lines = [f"llama-cli -m {path}", f"lms import {path}  # LM Studio; or put it into {LMSTUDIO}"]
-        if (gguf_type or DEFAULT_TYPE) in FLOATS:
-            small = shlex.quote(str(out.with_name(f"{out.stem}-Q4_K_M.gguf")))
-            lines.append(f"llama-quantize {path} {small} Q4_K_M  # a smaller file")
-        return lines
-    if to == "gguf-adapter":
-        file = base if base.endswith(".gguf") and Path(base).expanduser().is_file() else "BASE.gguf"
-        return [f"llama-cli -m {shlex.quote(file)} --lora {path}"]
-    if to == "mlx-lm":
-        return [f"mlx_lm.generate --model {shlex.quote(base)} --adapter-path {path} --prompt Hello"]
-    if scores or to != "hf":
-        return []
-    return [
-        f"mlx_lm.generate --model {path} --prompt Hello  # or in Python: AutoModelForCausalLM.from_pretrained({str(out)!r})"
-    ]
+
+    reader: str
+    write: Callable[[Export], None]
+    uses: Callable[[Export], list[str]] = lambda job: []
+    holds_base: bool = True
+    merged_gguf: bool = False
+    for_scores: bool = False
+    card_library: Literal["mlx", "peft"] | None = None
+
+
+FORMATS = {
+    "peft": ExportFormat("PEFT", _write_peft, holds_base=False, for_scores=True, card_library="peft"),
+    "mlx-lm": ExportFormat(
+        "stock mlx-lm (--adapter-path)", _write_mlx_lm, _use_mlx_lm, holds_base=False, card_library="mlx"
+    ),
+    "hf": ExportFormat("transformers", _write_hf, _use_hf, for_scores=True),
+    "gguf-adapter": ExportFormat(
+        "llama.cpp (--lora, on the base as GGUF)", _write_gguf_adapter, _use_gguf_adapter, holds_base=False
+    ),
+    "gguf": ExportFormat("llama.cpp and LM Studio (lms import {out})", _write_gguf, _use_gguf, merged_gguf=True),
+    "ollama": ExportFormat(
+        "Ollama (ollama create NAME -f {out}/Modelfile, then ollama run NAME)",
+        _write_ollama,
+        _use_ollama,
+        merged_gguf=True,
+    ),
+}

@@ -40,7 +40,7 @@ from mlx_lora.api.evaluate import never, without_adapter
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.data.chat_template import encode_prompt, own_template, resolve_template
-from mlx_lora.data.columns import without_names
+from mlx_lora.data.formats import without_names
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.exporters.adapter_folder import load_adapter

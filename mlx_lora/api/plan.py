@@ -31,10 +31,10 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ROWS, TrainSettings
 from mlx_lora.data.files import TINY_SHAKESPEARE, find_sets, find_splits, is_dataset_id, is_local, named_sets
 from mlx_lora.data.load import UNCACHED, DataSplits, load_data
-from mlx_lora.data.teacher_prompt import read_teacher_prompt
+from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.gguf.reader import is_gguf
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
-from mlx_lora.kernels.choose import AUTO, KernelChoice
+from mlx_lora.kernels.table import AUTO, KernelChoice
 from mlx_lora.models.convert import cached_gguf_folder
 from mlx_lora.models.load import check_highest, embedding_rows
 from mlx_lora.models.meta import Outline, outline_for
@@ -44,9 +44,10 @@ from mlx_lora.objectives.table import objective_of
 from mlx_lora.objectives.teacher import check_teacher
 from mlx_lora.objectives.teacher_answers import readable_data
 from mlx_lora.parallel.ranks import ALONE
-from mlx_lora.planner.chips import CHIPS, Chip, find_chip, known_chip
 from mlx_lora.planner.fit import (
     AUTO_MODES,
+    NO_DATA,
+    DataLimits,
     Fitted,
     Prompts,
     Shapes,
@@ -60,8 +61,19 @@ from mlx_lora.planner.fit import (
 )
 from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.shapes import Machine, ModelShape, Run
-from mlx_lora.planner.speed import Ceilings, count_step, forward_seconds, listed_ceilings, plan_trunk, step_seconds
+from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
+from mlx_lora.planner.speed import (
+    CHIPS,
+    Ceilings,
+    Chip,
+    count_step,
+    find_chip,
+    forward_seconds,
+    known_chip,
+    listed_ceilings,
+    plan_trunk,
+    step_seconds,
+)
 from mlx_lora.trainer.checkpoint import Checkpoint
 from mlx_lora.trainer.evaluate import choose_held_out
 from mlx_lora.trainer.fit import (
@@ -198,8 +210,8 @@ def plan_run(
     if not result["fits"]:
         of_base = replace(settings, model=replace(settings.model, dtype=dtype))
         quantized = lambda: quantized_shape(outline, of_base, kernels)  # noqa: E731
-        rows, prompts = size and size.rows, size.prompts if size else ()
-        result["advice"] = advice(settings, shape, machine, planned.width, quantized, rows, prompts)
+        limits = DataLimits(size.rows, size.prompts) if size else NO_DATA
+        result["advice"] = advice(settings, shape, machine, planned.width, quantized, limits)
     if all_chips:
         if machine.backend != "metal" or kernels is None:
             outline = outline_for(settings.model, device.compute_dtype("bfloat16"))
@@ -262,11 +274,9 @@ class MachinePlan:
     @cached_property
     def fitted(self) -> Fitted:
         """What `train` would choose for memory."""
-        size, most_tokens = self.size, batch_tokens_for(self.settings, self.size and self.size.facts)
-        rows, prompts, shapes = (size.rows, size.prompts, size.shapes) if size else (None, (), None)
-        return fit(
-            self.settings, self.shape, self.machine, self.width, rows, prompts, most_tokens=most_tokens, shapes=shapes
-        )
+        size, tokens = self.size, batch_tokens_for(self.settings, self.size and self.size.facts)
+        limits = DataLimits(size.rows, size.prompts, tokens, size.shapes) if size else DataLimits(most_tokens=tokens)
+        return fit(self.settings, self.shape, self.machine, self.width, limits)
 
     @cached_property
     def chosen(self) -> TrainSettings:
@@ -274,7 +284,7 @@ class MachinePlan:
         return with_length(self.settings, self.fitted.batch_tokens, self.size and self.size.facts)
 
     @cached_property
-    def largest_run(self) -> Run:
+    def largest_run(self) -> RunShape:
         """The run's largest batch, with the data's share of trained positions."""
         rows, width = largest_batch(self.width, self.settings, self.fitted.batch_tokens, self.size and self.size.rows)
         run = run_of(self.settings, rows, width, self.fitted.checkpointing)

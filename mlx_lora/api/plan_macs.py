@@ -14,10 +14,9 @@ from typing import Any
 
 from mlx_lora.config.checks import shard_parts, whole_base_reasons
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
-from mlx_lora.kernels.choose import KernelChoice
+from mlx_lora.kernels.table import KernelChoice
 from mlx_lora.models.meta import outline_for
 from mlx_lora.parallel.sharded_tables import units_of
-from mlx_lora.planner.chips import CHIPS, find_chip
 from mlx_lora.planner.fit import largest_batch, run_of
 from mlx_lora.planner.several_macs import (
     TENSOR,
@@ -35,8 +34,8 @@ from mlx_lora.planner.several_macs import (
     split_by_tensor,
     split_with_shared_base,
 )
-from mlx_lora.planner.shapes import KernelTerms, ModelShape, Run
-from mlx_lora.planner.speed import listed_ceilings
+from mlx_lora.planner.shapes import KernelTerms, ModelShape, RunShape
+from mlx_lora.planner.speed import CHIPS, find_chip, listed_ceilings
 from mlx_lora.trainer.fit import outlined_shape
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
@@ -195,7 +194,7 @@ def planned_on(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> dict[
     }
 
 
-def _asked(model: SharedModel, macs: Sequence[MacSpec]) -> tuple[list[Mac], Run, list[float]]:
+def _asked(model: SharedModel, macs: Sequence[MacSpec]) -> tuple[list[Mac], RunShape, list[float]]:
     """Return the Macs, the largest batch and each Mac's part of the base, as the settings ask for them."""
     settings = model.settings
     chosen = [_mac(mac, model.number_bytes) for mac in macs]
@@ -317,7 +316,7 @@ def _predicted(found: MacsPlan, tokens: int, model: SharedModel) -> dict[str, An
 
 
 def predicted_splits(
-    settings: TrainSettings, shape: ModelShape, batch: Run, macs: Sequence[Mac], link: Link, shared: MacsPlan
+    settings: TrainSettings, shape: ModelShape, batch: RunShape, macs: Sequence[Mac], link: Link, shared: MacsPlan
 ) -> list[dict[str, Any]]:
     """Return each way to divide a run and what is predicted of it, as JSON values; one of them is `best`.
 
@@ -347,7 +346,7 @@ def predicted_splits(
     ]
 
 
-def _by_tensor(settings: TrainSettings, batch: Run, macs: Sequence[Mac], link: Link) -> Split:
+def _by_tensor(settings: TrainSettings, batch: RunShape, macs: Sequence[Mac], link: Link) -> Split:
     part = _part_of_layers(settings, len(macs))
     if isinstance(part, str):
         return Split(TENSOR, problem=part)

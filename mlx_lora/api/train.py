@@ -38,9 +38,8 @@ from mlx_lora.trainer.callbacks import Callback
 from mlx_lora.trainer.progress import curve_html, display_here
 from mlx_lora.trainer.run import train_run
 from mlx_lora.utils import console, device
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replacing_folder, sha256_of
+from mlx_lora.utils.files import cache_dir, replacing_folder, sha256_of
 from mlx_lora.utils.parsing import parse_yaml
 
 

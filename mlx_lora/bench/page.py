@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_lora.bench.results import COLUMNS, ResultFile, Table, cells_of, compare, labels_of, number, remarks_of
 from mlx_lora.bench.workloads import TIERS, WORKLOADS, Workload, predict_chips, predict_sizes
-from mlx_lora.planner.chips import CHIPS
+from mlx_lora.planner.speed import CHIPS
 from mlx_lora.reports.charts import Bar, Series, bar_chart, line_chart, render_page
 from mlx_lora.utils.files import replace_text
 

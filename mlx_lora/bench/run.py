@@ -27,10 +27,9 @@ import mlx_lora
 from mlx_lora.bench.machine import DROPPED_VARIABLES, answer, describe_power
 from mlx_lora.bench.workloads import Workload, batches_of, listed_flops, measured_machine, predict
 from mlx_lora.config.fields import flag_of
-from mlx_lora.utils.downloads import SMOLLM2_GGUF, embedded_model
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import sha256_of
-from mlx_lora.utils.hub import model_file
+from mlx_lora.utils.hub import SMOLLM2_GGUF, embedded_model
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -103,7 +102,7 @@ def prepare_embedded(packed: bool, work: Path) -> Path:
     folder = work / f"embedded-{'packed' if packed else 'float'}"
     if folder.exists():
         return folder
-    gguf = embedded_model(SMOLLM2_GGUF, hub=model_file)
+    gguf = embedded_model(SMOLLM2_GGUF)
     command = [sys.executable, "-m", "mlx_lora", "convert", "--model", str(gguf), "--out", str(folder)]
     ended = run_process([*command, *([] if packed else ["--no-quantize"])], work / f"{folder.name}.log")
     if ended.code:

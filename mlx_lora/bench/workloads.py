@@ -31,15 +31,14 @@ import mlx.core as mx
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.models.meta import outline_of_config
-from mlx_lora.planner.chips import CHIPS, known_chip
 from mlx_lora.planner.fit import run_of
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Machine, ModelShape
-from mlx_lora.planner.speed import Ceilings, count_step, listed_ceilings, step_seconds
+from mlx_lora.planner.speed import CHIPS, Ceilings, count_step, known_chip, listed_ceilings, step_seconds
 from mlx_lora.trainer.fit import outlined_shape
-from mlx_lora.utils.downloads import SMOLLM2_GGUF
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import sha256_of
+from mlx_lora.utils.hub import SMOLLM2_GGUF
 
 # Models
 

@@ -24,9 +24,8 @@ from mlx_lora.cli import options as flags
 from mlx_lora.parallel.hosts import LinkRates, hosts_of, probe_link, reachable
 from mlx_lora.parallel.ranks import SeveralRanks, find_launch, together
 from mlx_lora.utils import console, device
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import free_on_disk
+from mlx_lora.utils.files import cache_dir, free_on_disk
 from mlx_lora.utils.text import counted, gigabytes, installed_versions
 
 HEADER_BYTES = 1 << 20  # of each file: names, shapes and dtypes of a safetensors file's tensors

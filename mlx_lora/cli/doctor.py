@@ -25,12 +25,11 @@ from packaging.version import Version
 
 from mlx_lora import BLAS
 from mlx_lora.cli import options as flags
-from mlx_lora.kernels.self_test import changing_gradients, known_table, measure_usual, self_test, table_lines
+from mlx_lora.doctor.self_test import changing_gradients, known_table, measure_usual, self_test, table_lines
 from mlx_lora.planner.machine import measure_ceilings
 from mlx_lora.utils import console, device
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import check_writable
+from mlx_lora.utils.files import cache_dir, check_writable
 from mlx_lora.utils.text import GIB, installed_versions
 
 # Package, first good version, and the fault of earlier ones. The self-test also finds faults of unlisted versions.

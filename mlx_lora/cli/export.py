@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from mlx_lora.api.export import OF_ADAPTER, READERS, ExportSettings, write_export
+from mlx_lora.api.export import FORMATS, ExportSettings, write_export
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.gguf.write import DEFAULT_TYPE, TYPES
@@ -33,7 +33,7 @@ from mlx_lora.models.load import load_base
 @click.option(
     "--to",
     "to",
-    type=click.Choice(tuple(READERS), False),  # in any case
+    type=click.Choice(tuple(FORMATS), False),  # in any case
     required=True,
     help="PEFT or stock mlx-lm adapter, merged Hugging Face folder, llama.cpp adapter, merged GGUF, or Ollama's Modelfile.",
 )
@@ -68,6 +68,6 @@ def main(adapter: flags.OneAdapter, **options: Any) -> None:
     settings = train_settings(flags.given(options)).model
     keep_dtype = settings.dtype != "auto"
     base = load_base(
-        settings, read=asked.to not in OF_ADAPTER
+        settings, read=FORMATS[asked.to].holds_base
     )  # a base that ranks share may be too large for this machine
     write_export(asked, base, folder, adapter.ignore_fingerprint, keep_dtype)

@@ -74,10 +74,9 @@ def main(
     survival = write_fused(
         base,
         out,
+        info,
         dequantize=dequantize,
         force=force,
-        chat_template=info.chat_template,
-        full=info.full,
         keep_dtype=settings.dtype != "auto",
         bits=int(fused_bits) if fused_bits else None,
     )

@@ -14,9 +14,8 @@ from typing import Any
 
 import click
 
-from mlx_lora.config.aliases import instead_of
-from mlx_lora.config.fields import Row, field_type, flag_of, row_of
-from mlx_lora.config.load import recipe_names
+from mlx_lora.config.fields import SettingRow, field_type, flag_of, row_of
+from mlx_lora.config.load import instead_of, recipe_names
 from mlx_lora.config.settings import COMMAND_SECTIONS, FIELDS, MODEL, SECTIONS
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
@@ -252,7 +251,7 @@ def _option(f: dataclasses.Field) -> Callable[[Callable], Callable]:
     return click.option(*spellings, f.name, type=kind, metavar=metavar, **shown)
 
 
-def _help(row: Row, default: Any) -> str:
+def _help(row: SettingRow, default: Any) -> str:
     notes = [f"one of {', '.join(row.choices)}"] if row.choices else []
     if default is not None:
         notes.append(f"default: {('off', 'on')[default] if isinstance(default, bool) else default}")

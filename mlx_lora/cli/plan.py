@@ -21,8 +21,8 @@ from mlx_lora.cli import options as flags
 from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.config.settings import MEMORY, TrainSettings
 from mlx_lora.parallel.hosts import macs_of
-from mlx_lora.planner.chips import find_chip
 from mlx_lora.planner.several_macs import Link
+from mlx_lora.planner.speed import find_chip
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import counted, gigabytes

@@ -9,7 +9,7 @@ KIND_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true
 
 
 @dataclass(frozen=True)
-class Row:
+class SettingRow:
     """Everything that the program needs to know about a setting.
 
     Attributes:
@@ -58,11 +58,11 @@ class Row:
 
 
 def setting(default: Any, help: str, group: str, **rules: Any) -> Any:
-    """Return a dataclass field with its row; `rules` are the other attributes of `Row`."""
-    return field(default=default, metadata={"row": Row(help, group, **rules)})
+    """Return a dataclass field with its row; `rules` are the other attributes of `SettingRow`."""
+    return field(default=default, metadata={"row": SettingRow(help, group, **rules)})
 
 
-def row_of(f: Field) -> Row:
+def row_of(f: Field) -> SettingRow:
     """Return the row of a field made by `setting`."""
     return f.metadata["row"]
 

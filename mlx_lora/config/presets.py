@@ -2,7 +2,7 @@
 
 A method is a preset of independent axes, not a layer class. The axes are the layer type (the function of base and
 factors), the scale of the product, the initial factors, the learning rate of B relative to A's, and events between steps
-(adapters/schedules.py). QLoRA is not in the table: it is any of these methods over a quantized base.
+(trainer/schedules.py). QLoRA is not in the table: it is any of these methods over a quantized base.
 
 A row of an optimizer says how it is built, and the memory that the planner counts for it. To add an optimizer of
 mlx.optimizers, add a row: the flag's choices, the step and the planner read this table.

@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from mlx_lora.data.chat_template import Specials
 from mlx_lora.data.examples import FormatError, Message
-from mlx_lora.data.special_tokens import Specials
 
 Span = tuple[int, int]  # characters [start, end)
 THINKING = (
@@ -55,7 +55,7 @@ class Turn:
         return self.written.removesuffix(self.closing) if self.closing else self.written
 
 
-class Turns:
+class AssistantTurns:
     """The assistant turns of one conversation."""
 
     def __init__(

@@ -27,8 +27,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.utils.cache import cache_dir
-from mlx_lora.utils.files import replacing_folder, sha256_of
+from mlx_lora.utils.files import cache_dir, replacing_folder, sha256_of
 
 MAX_ENTRIES = 20
 MAX_BYTES = 4 * 10**9

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.chat_files import (
-    Chat,
     ChatExport,
     ChatMessage,
+    ExportedChat,
     is_imessage,
     is_telegram,
     is_transcript,
@@ -35,8 +35,7 @@ from mlx_lora.data.chat_files import (
 )
 from mlx_lora.data.examples import Record
 from mlx_lora.data.files import DataFile
-from mlx_lora.data.records import decoded_text
-from mlx_lora.data.tables import text_encoding
+from mlx_lora.data.records import decoded_text, text_encoding
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.text import counted, did_you_mean
@@ -229,7 +228,7 @@ def _resolved(export: ChatExport, name: str, asked: str) -> str:
     raise InputError(f"--speaker {asked}{several} in {name}; it has {named(speakers)}{hint}")
 
 
-def _conversations(chat: Chat, gap_hours: float) -> Iterator[list[ChatMessage]]:
+def _conversations(chat: ExportedChat, gap_hours: float) -> Iterator[list[ChatMessage]]:
     """Yield the messages between two long pauses."""
     gap, part = timedelta(hours=gap_hours), []
     for message in chat.messages:

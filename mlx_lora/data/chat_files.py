@@ -32,7 +32,7 @@ from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
-# What the counts of `Chat.left_out` are called, in the singular.
+# What the counts of `ExportedChat.left_out` are called, in the singular.
 SYSTEM_LINE, MEDIA, DELETED, FORWARDED = "system line", "media message", "deleted message", "forwarded message"
 # Marks that set the direction of writing, and a byte order mark within the text; they are no part of what was written.
 MARKS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
@@ -59,7 +59,7 @@ class ChatMessage:
 
 
 @dataclass
-class Chat:
+class ExportedChat:
     """One chat: its messages in order, and how many were left out, by what they are."""
 
     messages: list[ChatMessage] = field(default_factory=list)
@@ -77,7 +77,7 @@ class ChatExport:
     """
 
     kind: str
-    chats: list[Chat]
+    chats: list[ExportedChat]
     unit: str = "line"
 
     @property
@@ -105,7 +105,7 @@ def is_telegram(head: str) -> bool:
     return head.lstrip("\ufeff \n\r\t").startswith("{") and CHAT_TYPE.search(head) is not None
 
 
-def read_telegram(value: Any) -> list[Chat] | None:
+def read_telegram(value: Any) -> list[ExportedChat] | None:
     """Return the chats of an export, without service messages, media, and what was forwarded; None if it is none."""
     if not isinstance(value, dict):
         return None
@@ -116,7 +116,7 @@ def read_telegram(value: Any) -> list[Chat] | None:
     lists = [one["messages"] for one in chats if isinstance(one.get("messages"), list)]
     number, found = 0, []
     for messages in lists:
-        chat = Chat()
+        chat = ExportedChat()
         for message in messages:
             number += 1
             if isinstance(message, dict):
@@ -125,7 +125,7 @@ def read_telegram(value: Any) -> list[Chat] | None:
     return found or None
 
 
-def _add_telegram(chat: Chat, message: dict[str, Any], number: int) -> None:
+def _add_telegram(chat: ExportedChat, message: dict[str, Any], number: int) -> None:
     """Add a message to its chat, or count why it is left out."""
     text = plain(_telegram_text(message.get("text")))
     if message.get("type") != "message":
@@ -177,9 +177,9 @@ def is_imessage(lines: Sequence[str]) -> bool:
     return DATE.fullmatch(first) is not None and dates >= 2
 
 
-def read_imessage(lines: Iterable[str]) -> Chat:
+def read_imessage(lines: Iterable[str]) -> ExportedChat:
     """Return the messages of such a text, without replies that it shows a second time, reactions, and files."""
-    chat = Chat()
+    chat = ExportedChat()
     block: list[str] = []
     start = 0
     for number, line in enumerate(lines, 1):
@@ -192,7 +192,7 @@ def read_imessage(lines: Iterable[str]) -> Chat:
     return chat
 
 
-def _add_block(chat: Chat, start: int, block: list[str]) -> None:
+def _add_block(chat: ExportedChat, start: int, block: list[str]) -> None:
     """Add the message of some lines, of which the first is its date and the second its sender."""
     if not block:
         return
@@ -235,9 +235,9 @@ def is_transcript(lines: Sequence[str]) -> bool:
     return few and turns >= LEAST_TURNS and turns >= 0.6 * len(written) and SAID.fullmatch(written[0]) is not None
 
 
-def read_transcript(lines: Iterable[str]) -> Chat:
+def read_transcript(lines: Iterable[str]) -> ExportedChat:
     """Return the messages of a transcript; blank lines separate conversations, unless they are between most messages."""
-    chat, blank = Chat(), False
+    chat, blank = ExportedChat(), False
     names: list[tuple[int, str, list[str], bool]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -336,10 +336,10 @@ def is_whatsapp(lines: list[str]) -> bool:
     return len(named) >= 2 and found[0][0] <= first + 3
 
 
-def read_whatsapp(lines: Iterable[str]) -> Chat:
+def read_whatsapp(lines: Iterable[str]) -> ExportedChat:
     """Return the messages of an export, without notices, media, and deleted messages, which are counted."""
     found = list(_joined(lines))
-    chat, moment = Chat(), _moments(found)
+    chat, moment = ExportedChat(), _moments(found)
     for one, when in zip(found, moment, strict=True):
         named = NAMED.fullmatch(one.rest)
         name = plain(named["name"]).removeprefix("~").strip() if named else ""

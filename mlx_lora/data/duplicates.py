@@ -37,7 +37,7 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.encode import answers_of
 from mlx_lora.data.examples import Completion, Conversation, Example
 from mlx_lora.data.mix import joined_groups, prompt_key
-from mlx_lora.data.read import Rows
+from mlx_lora.data.read import SplitRows
 from mlx_lora.data.report import MAX_LISTED, Location, NearDuplicates
 from mlx_lora.data.tokenize import Encoded
 from mlx_lora.utils.text import counted
@@ -243,7 +243,7 @@ class Repeats:
 
 
 def find_repeats(
-    parts: dict[str, Rows], encoded: dict[str, Encoded], keys: dict[str, list[str]], fraction: float
+    parts: dict[str, SplitRows], encoded: dict[str, Encoded], keys: dict[str, list[str]], fraction: float
 ) -> Repeats:
     """Return which records repeat each other, of all splits together.
 

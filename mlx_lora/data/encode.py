@@ -17,8 +17,7 @@ import numpy as np
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Example
 from mlx_lora.data.preferences import Pair, Rated
-from mlx_lora.data.prompts import Prompt, encode_prompts
-from mlx_lora.data.teacher_prompt import with_teacher_rows
+from mlx_lora.data.prompts import Prompt, encode_prompts, with_teacher_rows
 from mlx_lora.data.tokenize import Encoded, Encoder
 
 Entry = Example | Pair | Rated | Prompt

@@ -1,6 +1,12 @@
-"""The records of a data file, and the examples that they become: a conversation, a completion or plain text.
+"""The records of a data file, the examples that they become, and the conversion of their turns to OpenAI's format.
 
-A record that cannot be used is a `BadRow`, or raises a `FormatError` with the reason.
+An example is a conversation, a completion or plain text. A record that cannot be used is a `BadRow`, or raises a
+`FormatError` with the reason. Three things have several names in data sets, and one here:
+
+- the thinking before an answer: `reasoning_content` (Qwen, DeepSeek), `thinking` (GPT-OSS), `reasoning` (vLLM, Gemma),
+  a content part of type `thinking`, or harmony's message of `channel: analysis`;
+- a call: `tool_calls`, OpenAI's older `function_call`, or harmony's `channel: commentary` with a `recipient`;
+- the result of a call: role `tool` or `function`, identified by an id, by a name, or only by its position.
 """
 
 from __future__ import annotations
@@ -8,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_lora.utils.parsing import check_value
+from mlx_lora.utils.parsing import check_value, parse_json
 
 Fields = dict[str, Any]
 Message = dict[str, Any]
@@ -124,3 +130,242 @@ class Text:
 
 
 Example = Conversation | Completion | Text
+
+
+# Messages
+ROLES = ("system", "developer", "user", "assistant", "tool")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+CHANNELS = ("analysis", "commentary", "final")
+READ = frozenset(["role", "content", "name", "tool_call_id", "weight"])
+READ_OF_ASSISTANT = READ | {*REASONING, "tool_calls", "function_call", "channel", "recipient"}
+
+
+def conversation(turns: Any, tools: Any, system: Any, functions: Any = None) -> Conversation:
+    """Check every turn and return the conversation.
+
+    Args:
+        turns: A list of messages, or such a list as JSON text.
+        tools: The tools that the model may call: a list of objects, or such a list as JSON text; None: no tools.
+        system: A system text from outside of the turns, or None.
+        functions: OpenAI's older name of `tools`.
+
+    Raises:
+        FormatError: with the first thing that is wrong (EmptyRecord: there is nothing to train).
+    """
+    turns = as_list(turns, "messages")
+    messages = _joined([_message(turn, number) for number, turn in enumerate(turns, 1)])
+    if system is not None and as_string(system, "system") and not (messages and messages[0]["role"] == "system"):
+        messages.insert(0, {"role": "system", "content": system})
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise EmptyRecord("no assistant turn")
+    if all(message.get("weight") == 0 for message in answers):
+        raise EmptyRecord("every assistant turn has weight 0")
+    _name_results(messages)
+    named = (name for turn in turns for name in REASONING if turn.get(name))
+    return Conversation(messages, tools_of(tools or functions), next(named, REASONING[0]), _unread(turns))
+
+
+def usual_role(role: Any) -> Any:
+    """Return a role in lower case if it is one of ours in another one (`User`), anything else as it is."""
+    plain = role.strip().lower() if isinstance(role, str) else role
+    return plain if isinstance(role, str) and plain in (*ROLES, "function") else role
+
+
+def _unread(turns: list[dict[str, Any]]) -> frozenset[str]:
+    """Return the names of fields that have content but are ignored."""
+    found = set()
+    for turn in turns:
+        known = READ_OF_ASSISTANT if usual_role(turn["role"]) == "assistant" else READ
+        found |= {str(key) for key, value in turn.items() if key not in known and value not in (None, "", [], {})}
+    return frozenset(found)
+
+
+def _message(turn: Any, number: int) -> Message:
+    """Return one turn in OpenAI's format; an assistant's turn may still have `channel` and `recipient`."""
+    if not isinstance(turn, dict) or turn.get("role") is None:
+        raise FormatError(f"message {number} has {keys_of(turn)}; expected role, content")
+    turn = {key: value for key, value in turn.items() if value is not None}
+    role = usual_role(turn["role"])
+    role = "tool" if role == "function" else role
+    if role not in ROLES:
+        raise FormatError(f"message {number} has role {role!r}; expected one of {', '.join(ROLES)}")
+    content, thought = _content(turn.get("content", ""), number)
+    message: Message = {"role": role, "content": content}
+    for key in ("name", "tool_call_id"):
+        if key in turn:
+            message[key] = as_string(turn[key], f"message {number}: {key}")
+    if turn.get("weight", 1) not in (0, 1):
+        raise FormatError(f"message {number} has weight {turn['weight']!r}; only 0 and 1 are allowed")
+    if turn.get("weight", 1) == 0:
+        message["weight"] = 0
+    if role == "assistant":
+        message |= _assistants_own(turn, thought, number)
+        if not content.strip() and not message.keys() & {"tool_calls", "channel"}:
+            raise EmptyRecord(f"message {number} is an empty assistant turn")
+    return message
+
+
+def _assistants_own(turn: dict[str, Any], thought: str, number: int) -> Message:
+    """Return the fields that only an assistant's turn has: thinking, calls, a harmony channel."""
+    found: Message = {}
+    if reasoning := _reasoning(turn, thought, number):
+        found["reasoning_content"] = reasoning
+    if calls := turn.get("tool_calls") or turn.get("function_call"):
+        found["tool_calls"] = _tool_calls(calls, number)
+    channel = turn.get("channel")
+    if channel and channel not in CHANNELS:
+        raise FormatError(f"message {number} has channel {channel!r}; expected one of {', '.join(CHANNELS)}")
+    if channel:
+        recipient = as_string(turn.get("recipient", ""), f"message {number}: recipient")
+        found |= {"channel": channel, "recipient": recipient}
+    return found
+
+
+def _reasoning(turn: dict[str, Any], thought: str, number: int) -> str:
+    """Return a turn's thinking under any of its names; equal copies under several names count once."""
+    found = {name: as_string(turn[name], f"message {number}: {name}") for name in REASONING if name in turn}
+    found = {"a content part": thought, **found}
+    found = {name: text for name, text in found.items() if text.strip()}
+    if len(set(found.values())) > 1:
+        raise FormatError(f"message {number} has {' and '.join(found)}, and they differ; keep one of them")
+    return next(iter(found.values()), "")
+
+
+def _joined(messages: list[Message]) -> list[Message]:
+    """Return the turns, with harmony's messages of one turn (analysis, then commentary or final) joined."""
+    found: list[Message] = []
+    thoughts: list[str] = []
+    preamble = ""
+    for number, message in enumerate(messages, 1):
+        channel, recipient = message.pop("channel", None), message.pop("recipient", "")
+        if message["role"] != "assistant" and (thoughts or preamble):
+            break
+        if channel == "analysis" and not recipient:
+            thoughts.append(message["content"])
+            continue
+        if recipient and "tool_calls" not in message:
+            name = recipient.removeprefix("functions.")
+            call = {"name": name, "arguments": message["content"]}
+            message |= {"content": preamble, "tool_calls": _tool_calls(call, number)}
+            preamble = ""
+        elif channel == "commentary" and "tool_calls" not in message:
+            preamble = message["content"]
+            continue
+        if preamble:
+            break
+        if thoughts and "reasoning_content" not in message:
+            message["reasoning_content"] = "\n".join(thoughts)
+        thoughts = []
+        if channel and not message["content"].strip() and "tool_calls" not in message:
+            raise EmptyRecord(f"message {number} is an empty assistant turn")
+        found.append(message)
+    if thoughts or preamble:
+        raise FormatError("a message of channel analysis or commentary is followed by no answer and no call")
+    return found
+
+
+def _name_results(messages: list[Message]) -> None:
+    """Give each call's result the call's name, found by its id or else by its position among the results."""
+    waiting: list[dict[str, Any]] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            waiting = list(message.get("tool_calls", []))
+        elif message["role"] == "tool":
+            call = call_of(message, waiting)
+            if call is not None:
+                waiting.remove(call)
+                message.setdefault("name", call["function"]["name"])
+            message["name"] = message["name"].removeprefix("functions.") if "name" in message else ""
+            if not message["name"]:
+                del message["name"]
+
+
+def call_of(result: Message, waiting: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the call that a tool's message answers: that with its id or its name, or the first; None if none waits."""
+    for ours, theirs in (
+        ("tool_call_id", lambda call: call.get("id")),
+        ("name", lambda call: call["function"]["name"]),
+    ):
+        for call in waiting:
+            if ours in result and theirs(call) == result[ours]:
+                return call
+    return waiting[0] if waiting else None
+
+
+def _content(content: Any, number: int) -> tuple[str, str]:
+    """Return a message's text and its thinking; a list of text parts is joined."""
+    if isinstance(content, str):
+        return content, ""
+    if not isinstance(content, list):
+        raise FormatError(f"message {number}: content is a {type(content).__name__}, not a string")
+    texts: dict[str, list[str]] = {"text": [], "thinking": []}
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        # LLaMA-Factory's v1 files call the text of every part its value.
+        value = part.get(kind, part.get("value")) if isinstance(part, dict) and kind in texts else None
+        if isinstance(value, list):  # Mistral's thinking is itself a list of text parts
+            value = _content(value, number)[0]
+        if not isinstance(value, str):
+            raise FormatError(f"message {number} has a content part of type {kind!r}; only text is trained")
+        texts[str(kind)].append(value)
+    return "".join(texts["text"]), "".join(texts["thinking"])
+
+
+def _tool_calls(calls: Any, number: int) -> list[dict[str, Any]]:
+    """Return calls as `{type, function: {name, arguments: dict}}`, as chat templates expect them."""
+    calls = parsed(calls, f"message {number}: tool call")
+    found = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise FormatError(f"message {number}: a tool call has {keys_of(call)}; expected function: name, arguments")
+        arguments = function.get("arguments")
+        arguments = parsed({} if arguments in (None, "") else arguments, f"message {number}: arguments")
+        if not isinstance(arguments, dict):
+            raise FormatError(f"message {number}: a tool call's arguments are not a JSON object")
+        kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        found.append({**kept, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return found
+
+
+def tools_of(tools: Any) -> list[dict[str, Any]] | None:
+    """Return tools, or such a list as JSON text, each as `{type, function: {name, ...}}`; None if there are none."""
+    tools = parsed(tools, "tools") if tools else None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise FormatError("tools must be a list of objects, or such a list as a JSON string")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def parsed(value: Any, what: str) -> Any:
+    """Return `value`, decoded if it is a string of JSON, as in tables and some data sets."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value)
+    except ValueError as error:
+        raise FormatError(f"{what} is not valid JSON: {error}") from error
+
+
+def as_list(value: Any, what: str) -> list[Any]:
+    """Return `value` as a list, decoded if it is JSON text."""
+    value = parsed(value, what)
+    if not isinstance(value, list):
+        raise FormatError(f"{what} is a {type(value).__name__}, not a list")
+    return value
+
+
+def as_string(value: Any, what: str) -> str:
+    """Return `value` if it is a string, otherwise raise."""
+    if not isinstance(value, str):
+        raise FormatError(f"{what} is a {type(value).__name__}, not a string")
+    return value
+
+
+def keys_of(value: Any) -> str:
+    """Return the keys of an object in words, for an error."""
+    if not isinstance(value, dict):
+        return f"a {type(value).__name__}"
+    return "keys " + ", ".join(str(key) for key in list(value)[:8]) if value else "no keys"

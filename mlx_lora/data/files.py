@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.config.load import RECIPES, recipe_names
-from mlx_lora.data.examples import FormatError
-from mlx_lora.data.messages import tools_of
+from mlx_lora.data.examples import FormatError, tools_of
 from mlx_lora.data.records import DOCUMENTS, MARKDOWN, SUFFIXES, check_file
-from mlx_lora.utils.cache import GIVEN, shown_data
-from mlx_lora.utils.downloads import tiny_shakespeare
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import GIVEN, shown_data
+from mlx_lora.utils.hub import tiny_shakespeare
 from mlx_lora.utils.parsing import parse_json
 
 SPLIT_NAMES = {

@@ -30,7 +30,8 @@ from mlx_lora.data.notes import (
     split_notes,
     teaching_notes,
 )
-from mlx_lora.data.read import Rows, check_speaker, cut_repeated_prompts, read_rows, repeated_notes
+from mlx_lora.data.prompts import prompt_notes
+from mlx_lora.data.read import SplitRows, check_speaker, cut_repeated_prompts, read_rows, repeated_notes
 from mlx_lora.data.report import (
     MAX_LISTED,
     DataReport,
@@ -41,11 +42,9 @@ from mlx_lora.data.report import (
     example_pieces,
     reasons,
 )
-from mlx_lora.data.teacher_prompt import prompt_notes
 from mlx_lora.data.tokenize import Encoded, Encoder
-from mlx_lora.utils.cache import shown_data
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import one_at_a_time, sha256_of
+from mlx_lora.utils.files import one_at_a_time, sha256_of, shown_data
 from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import counted
 
@@ -121,7 +120,16 @@ def load_data(
     kind = f"{records} splits{_seen_with(teacher_prompt)}"
     folder = entry_folder(kind, _paths(sets), settings, tokenizer, seed, day, _mixed(sets))
     with one_at_a_time(folder):  # ranks on one machine encode once
-        splits = _read_or_make_splits(folder, sets, settings, tokenizer, seed, day, records, teacher_prompt)
+        if records != UNCACHED and (entry := read_entry(folder)):
+            rows, details = entry
+            report = replace(DataReport.from_dict(details["report"]), data=shown_data(settings.data or ""))
+            splits = DataSplits(rows["train"], rows.get("valid"), rows.get("test"), report, details["chat_template"])
+        else:
+            splits = _make_splits(sets, settings, tokenizer, seed, day, records, teacher_prompt)
+            if records != UNCACHED:
+                rows = {"train": splits.train, "valid": splits.valid, "test": splits.test}
+                details = {"report": splits.report.to_dict(), "chat_template": splits.chat_template}
+                _keep(folder, {name: part for name, part in rows.items() if part is not None}, details)
         return replace(splits, chat_day=day)
 
 
@@ -141,29 +149,6 @@ def chat_day(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, today: 
     if settings.chat_date:
         raise InputError(f"--chat-date {settings.chat_date}: the chat template shows no date; leave it out")
     return None
-
-
-def _read_or_make_splits(
-    folder: Path,
-    sets: Sequence[DataSet],
-    settings: DataSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    day: date | None,
-    records: str,
-    teacher_prompt: str | None,
-) -> DataSplits:
-    cached = records != UNCACHED
-    if cached and (entry := read_entry(folder)):
-        rows, details = entry
-        report = replace(DataReport.from_dict(details["report"]), data=shown_data(settings.data or ""))
-        return DataSplits(rows["train"], rows.get("valid"), rows.get("test"), report, details["chat_template"])
-    splits = _make_splits(sets, settings, tokenizer, seed, day, records, teacher_prompt)
-    rows = {"train": splits.train, "valid": splits.valid, "test": splits.test}
-    details = {"report": splits.report.to_dict(), "chat_template": splits.chat_template}
-    if cached:
-        _keep(folder, {name: part for name, part in rows.items() if part is not None}, details)
-    return splits
 
 
 def _paths(sets: Sequence[DataSet]) -> dict[str, list[Path]]:
@@ -305,7 +290,7 @@ def load_eval_set(
 
 
 def _make_encoder(
-    parts: Collection[Rows], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, day: date | None
+    parts: Collection[SplitRows], settings: DataSettings, tokenizer: PreTrainedTokenizerBase, day: date | None
 ) -> tuple[Encoder, str | None, str]:
     """Return the encoder, the template's text (None if all data is plain text), and the template's origin."""
     plain_completions = settings.chat_template is None and not tokenizer.chat_template
@@ -330,13 +315,13 @@ def _make_encoder(
 
 
 def prompt_encoder(
-    rows: Rows, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, today: date | None
+    rows: SplitRows, settings: DataSettings, tokenizer: PreTrainedTokenizerBase, today: date | None
 ) -> Encoder:
     """Return what encodes prompts before a run has its data, as `load_data` would; arguments and errors as there."""
     return _make_encoder([rows], settings, tokenizer, chat_day(settings, tokenizer, today))[0]
 
 
-def _encode(rows: Rows, encoder: Encoder, teacher_prompt: str | None = None) -> Encoded:
+def _encode(rows: SplitRows, encoder: Encoder, teacher_prompt: str | None = None) -> Encoded:
     with long_task("Encoding", len(rows.entries), "records") as task:
         encoded = encode_entries(encoder, rows.entries, task.reach, teacher_prompt)
     for number, why in encoded.dropped.items():
@@ -354,12 +339,12 @@ def _valid_sources(sets: Sequence[DataSet], parts: Sequence[Part], held: Encoded
     return ["file"] * from_file + ["held out"] * bool(held or cut)
 
 
-def _keys(rows: Rows, encoded: Encoded, key_of: Callable[..., str]) -> list[str]:
+def _keys(rows: SplitRows, encoded: Encoded, key_of: Callable[..., str]) -> list[str]:
     """Return a key of each record that gave rows, in order."""
     return [key_of(*answers_of(rows.entries[number])) for number in dict.fromkeys(encoded.source.tolist())]
 
 
-def _doubled(rows: Rows, encoded: Encoded, keys: list[str]) -> list[Location]:
+def _doubled(rows: SplitRows, encoded: Encoded, keys: list[str]) -> list[Location]:
     """Return the locations of duplicate rows; `keys` are those of the examples that gave rows."""
     seen: set[str] = set()
     found = []
@@ -377,9 +362,12 @@ def _check_sets(reports: Sequence[SetReport]) -> None:
             raise InputError(f"no usable row in --data {one.name}, {one.rows_read} read; fix it, or leave it out")
 
 
-def _check(settings: DataSettings, parts: dict[str, Rows], encoded: dict[str, Encoded]) -> None:
+def _check(settings: DataSettings, parts: dict[str, SplitRows], encoded: dict[str, Encoded]) -> None:
     """Raise if a split has no row, or, with `strict`, if any row was dropped."""
-    refused, read = refused_tools(parts["train"]) if "train" in parts else 0, len(parts.get("train", Rows()).entries)
+    refused, read = (
+        refused_tools(parts["train"]) if "train" in parts else 0,
+        len(parts.get("train", SplitRows()).entries),
+    )
     if settings.chat_template is None and read > refused > read / 2:
         raise ToolsNotShown(
             f"--data {shown_data(settings.data or '')}: {refused:,} of {read:,} rows have tool calls, which the model's chat "

@@ -21,7 +21,7 @@ from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation, Example, Text
 from mlx_lora.data.files import DataSet
-from mlx_lora.data.read import Repeated, Rows, check_speaker, cut_repeated_prompts, read_rows
+from mlx_lora.data.read import Repeated, SplitRows, check_speaker, cut_repeated_prompts, read_rows
 from mlx_lora.data.report import SetReport
 from mlx_lora.data.tokenize import Encoded
 from mlx_lora.utils.files import sha256_of
@@ -48,7 +48,7 @@ class Part:
 
 def read_sets(
     sets: Sequence[DataSet], settings: DataSettings, records: str
-) -> tuple[dict[str, Rows], list[Part], list[Repeated]]:
+) -> tuple[dict[str, SplitRows], list[Part], list[Repeated]]:
     """Read all files of some sets.
 
     Args:
@@ -59,10 +59,10 @@ def read_sets(
         `train`, `valid`, `test` -> the rows of all sets, without splits that no set has; each set's part of `train`; and
         its rows whose answers repeat their prompt.
     """
-    rows: dict[str, Rows] = {}
+    rows: dict[str, SplitRows] = {}
     parts, repeated = [], []
     for one in sets:
-        before = rows.get("train", Rows())
+        before = rows.get("train", SplitRows())
         first, read = len(before.entries), before.rows_read
         own = []
         for split in ("train", "valid", "test"):
@@ -74,7 +74,7 @@ def read_sets(
         train = rows["train"]
         held_out = "valid" not in one.splits
         if held_out and (last := _cut_single_text(train, first, settings.valid_fraction)):
-            held_out, valid = False, rows.setdefault("valid", Rows())
+            held_out, valid = False, rows.setdefault("valid", SplitRows())
             valid.entries.append(last)
             valid.locations.append(train.locations[first])
         parts.append(Part(one.name, one.weight, first, len(train.entries), train.rows_read - read, held_out))
@@ -82,7 +82,7 @@ def read_sets(
     return rows, parts, repeated
 
 
-def _cut_single_text(train: Rows, first: int, fraction: float) -> Text | None:
+def _cut_single_text(train: SplitRows, first: int, fraction: float) -> Text | None:
     """Cut a set in two if its records, those from `first` on, are one long text; return the part to validate on."""
     if len(train.entries) != first + 1 or not isinstance(entry := train.entries[first], Text):
         return None

@@ -23,7 +23,7 @@ from mlx_lora.data.examples import Completion, Conversation, Example, Text
 from mlx_lora.data.files import TINY_SHAKESPEARE
 from mlx_lora.data.mix import Mixed
 from mlx_lora.data.preferences import Rated
-from mlx_lora.data.read import Rows
+from mlx_lora.data.read import SplitRows
 from mlx_lora.data.render import ADVICE
 from mlx_lora.data.report import MAX_LISTED, Location, reasons, where
 from mlx_lora.data.tokenize import Encoded, Encoder
@@ -48,7 +48,7 @@ CODE_LINE = re.compile(r"""["=;$\\<>|&#]|(?<!\w)'|\bf'|[({\[]\s*$""")
 
 
 def data_notes(
-    parts: dict[str, Rows],
+    parts: dict[str, SplitRows],
     encoded: dict[str, Encoded],
     keys: dict[str, list[str]],
     encoder: Encoder,
@@ -111,7 +111,7 @@ def data_notes(
     return notes
 
 
-def _control_notes(parts: dict[str, Rows], encoded: dict[str, Encoded], allowed: bool) -> list[str]:
+def _control_notes(parts: dict[str, SplitRows], encoded: dict[str, Encoded], allowed: bool) -> list[str]:
     """Return notes on control tokens that messages spell, one for each token."""
     places: dict[str, list[Location]] = {}
     for name, part in encoded.items():
@@ -132,7 +132,7 @@ def _control_notes(parts: dict[str, Rows], encoded: dict[str, Encoded], allowed:
     return notes
 
 
-def _left_out(parts: dict[str, Rows]) -> list[str]:
+def _left_out(parts: dict[str, SplitRows]) -> list[str]:
     """Return notes on what the records have that is not trained."""
     notes = []
     ignored = sum((rows.ignored for rows in parts.values()), Counter())
@@ -154,7 +154,7 @@ def _left_out(parts: dict[str, Rows]) -> list[str]:
     return notes
 
 
-def evaluation_notes(rows: Rows, encoded: Encoded) -> list[str]:
+def evaluation_notes(rows: SplitRows, encoded: Encoded) -> list[str]:
     """Return notes on what an evaluation left out or cut, because that changes the loss."""
     notes = [f"Note: {chat.words}" for chat in rows.chats]
     if rows.dropped:
@@ -167,7 +167,7 @@ def evaluation_notes(rows: Rows, encoded: Encoded) -> list[str]:
 # Rows that are held out
 
 
-def split_notes(mixed: Mixed, train: Rows, valid: EncodedSet | None, fraction: float) -> list[str]:
+def split_notes(mixed: Mixed, train: SplitRows, valid: EncodedSet | None, fraction: float) -> list[str]:
     """Return notes on the rows that are held out.
 
     Args:
@@ -219,7 +219,7 @@ def shared_prompt_notes(divided: list[Location]) -> list[str]:
 # What the data teaches
 
 
-def teaching_notes(parts: dict[str, Rows], settings: DataSettings, encoder: Encoder) -> list[str]:
+def teaching_notes(parts: dict[str, SplitRows], settings: DataSettings, encoder: Encoder) -> list[str]:
     """Return notes on what a chat model will not learn from the data.
 
     Args:
@@ -244,18 +244,18 @@ def teaching_notes(parts: dict[str, Rows], settings: DataSettings, encoder: Enco
     return notes
 
 
-def is_plain_text(rows: Rows) -> bool:
+def is_plain_text(rows: SplitRows) -> bool:
     """Tell whether all records are plain texts, and none has turns in it."""
     texts = [entry.text for entry in rows.entries if isinstance(entry, Text)]
     return bool(texts) and len(texts) == len(rows.entries) and not any(map(RENDERED.search, texts[:LOOKED_AT]))
 
 
-def refused_tools(rows: Rows) -> int:
+def refused_tools(rows: SplitRows) -> int:
     """Return how many records were dropped because the chat template does not show their tool calls."""
     return sum(row.why.endswith(ADVICE) for row in rows.dropped)
 
 
-def called_functions(rows: Rows) -> frozenset[str]:
+def called_functions(rows: SplitRows) -> frozenset[str]:
     """Return the names of the functions that the first records call."""
     return frozenset(
         call["function"]["name"]
@@ -282,7 +282,7 @@ class ToolsNotShown(InputError):
 # Placeholders
 
 
-def placeholder_notes(parts: dict[str, Rows]) -> list[str]:
+def placeholder_notes(parts: dict[str, SplitRows]) -> list[str]:
     """Return a note on the rows with placeholders, with their locations; nothing if there are none."""
     found: dict[str, None] = {}
     locations: dict[Location, None] = {}

@@ -22,7 +22,6 @@ from itertools import combinations
 from typing import Any
 
 from mlx_lora.data.assistant_spans import common_prefix
-from mlx_lora.data.columns import ANSWER_LISTS, usual_names
 from mlx_lora.data.examples import (
     Completion,
     Conversation,
@@ -32,9 +31,13 @@ from mlx_lora.data.examples import (
     FormatError,
     Message,
     MissingColumn,
+    as_list,
+    as_string,
+    conversation,
+    keys_of,
+    usual_role,
 )
-from mlx_lora.data.formats import opening, parse_record, sharegpt_messages
-from mlx_lora.data.messages import as_list, as_string, conversation, keys_of, usual_role
+from mlx_lora.data.formats import ANSWER_LISTS, opening, parse_record, sharegpt_messages, usual_names
 
 Answer = Conversation | Completion
 ASKER, SPEAKER = "\n\nHuman:", "\n\nAssistant:"  # start a question and an answer in a dialogue of Anthropic's HH

@@ -16,24 +16,23 @@ from dataclasses import dataclass, field, replace
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.chat_exports import ChatSummary, chats_of, conversations_of, transcript_note
-from mlx_lora.data.columns import NamedColumns, are_empty, empty_cells, ignored_columns
 from mlx_lora.data.encode import Entry
 from mlx_lora.data.examples import BadRow, Completion, EmptyPart, EmptyRecord, FormatError, MissingColumn, Record
 from mlx_lora.data.files import DataFile
-from mlx_lora.data.formats import parse_record
+from mlx_lora.data.formats import NamedColumns, are_empty, empty_cells, ignored_columns, parse_record
 from mlx_lora.data.preferences import Answer, Pair, Rated, parse_pairs, parse_rated
 from mlx_lora.data.prompts import parse_prompt
 from mlx_lora.data.records import read_records
 from mlx_lora.data.report import MAX_LISTED, DroppedRow, Location, where
-from mlx_lora.utils.cache import shown_data
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import shown_data
 from mlx_lora.utils.text import counted
 
 NEARLY_ALL = 0.95  # of a set's pairs with a text as the prompt; then the few others are taken for mistakes
 
 
 @dataclass
-class Rows:
+class SplitRows:
     """The usable records of one split, their locations, and the unusable records.
 
     Attributes:
@@ -66,7 +65,9 @@ class Rows:
         return sum(self.formats.values()) + self.unread
 
 
-def read_rows(files: Sequence[DataFile], settings: DataSettings, records: str, rows: Rows | None = None) -> Rows:
+def read_rows(
+    files: Sequence[DataFile], settings: DataSettings, records: str, rows: SplitRows | None = None
+) -> SplitRows:
     """Read all records of some files.
 
     Args:
@@ -75,13 +76,13 @@ def read_rows(files: Sequence[DataFile], settings: DataSettings, records: str, r
         records: `examples`, `pairs`, `rated` or `prompts`.
         rows: To add to, and to return; None: new ones.
     """
-    rows = Rows() if rows is None else rows
+    rows = SplitRows() if rows is None else rows
     for file in files:
         parse_rows(file_records(file, settings, rows), file.name, settings, records, rows)
     return rows
 
 
-def file_records(file: DataFile, settings: DataSettings, rows: Rows) -> Iterator[Record | BadRow]:
+def file_records(file: DataFile, settings: DataSettings, rows: SplitRows) -> Iterator[Record | BadRow]:
     """Yield the records of a file; those of a chat export are conversations, and `rows` gets what was made of it.
 
     Raises:
@@ -98,7 +99,9 @@ def file_records(file: DataFile, settings: DataSettings, rows: Rows) -> Iterator
     yield from conversations
 
 
-def parse_rows(source: Iterable[Record | BadRow], name: str, settings: DataSettings, records: str, rows: Rows) -> None:
+def parse_rows(
+    source: Iterable[Record | BadRow], name: str, settings: DataSettings, records: str, rows: SplitRows
+) -> None:
     """Add records to `rows` in canonical form, and those that cannot be used with the reason.
 
     Args:
@@ -143,7 +146,7 @@ def parse_rows(source: Iterable[Record | BadRow], name: str, settings: DataSetti
         rows.locations += [Location(name, record.line, record.unit)] * len(entries)
 
 
-def check_speaker(parts: Iterable[Rows], settings: DataSettings) -> None:
+def check_speaker(parts: Iterable[SplitRows], settings: DataSettings) -> None:
     """Raise if --speaker is given and none of the files is a chat export."""
     if settings.speaker is not None and not any(rows.chats for rows in parts):
         raise InputError(
@@ -170,7 +173,7 @@ class Repeated:
     cut: bool
 
 
-def cut_repeated_prompts(parts: Sequence[tuple[Rows, int]]) -> Repeated:
+def cut_repeated_prompts(parts: Sequence[tuple[SplitRows, int]]) -> Repeated:
     """Cut the prompt from the answers of one data set if nearly all of its pairs repeat it; change `parts` in place.
 
     Args:

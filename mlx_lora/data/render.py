@@ -35,12 +35,10 @@ from functools import cached_property
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.data.assistant_spans import Span, Turns
-from mlx_lora.data.chat_template import PROBE
-from mlx_lora.data.examples import Conversation, EmptyRecord, FormatError, Message
-from mlx_lora.data.messages import call_of
+from mlx_lora.data.assistant_spans import AssistantTurns, Span
+from mlx_lora.data.chat_template import PROBE, Specials, controls_of
+from mlx_lora.data.examples import Conversation, EmptyRecord, FormatError, Message, call_of
 from mlx_lora.data.sandbox import render_chat
-from mlx_lora.data.special_tokens import Specials, controls_of
 from mlx_lora.utils.files import sha256_of
 
 A_CALL = {"id": "aaaaaaaaa", "type": "function", "function": {"name": "qzx", "arguments": {}}}
@@ -57,7 +55,7 @@ class Rendered:
         text: Of a row.
         spans: Its trained characters.
         append_eos: Whether the end token must follow (and is trained).
-        ordinary: Where control tokens are content, and are encoded as ordinary text (data/special_tokens.py).
+        ordinary: Where control tokens are content, and are encoded as ordinary text (data/chat_template.py).
     """
 
     text: str
@@ -147,7 +145,7 @@ class Renderer:
                 span for span, answer in zip(spans, _answers(messages), strict=True) if answer.get("weight") != 0
             ]
             return Rendering([Rendered(text, trained)], self._unshown(text, messages))
-        turns = Turns(
+        turns = AssistantTurns(
             messages,
             text,
             lambda part, prompt=False: self._text(part, conversation.tools, prompt),

@@ -29,7 +29,7 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.data.messages import REASONING
+from mlx_lora.data.examples import REASONING
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import peak_bytes
 

@@ -16,12 +16,11 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mlx_lora.data.chat_template import prefix_tokens
+from mlx_lora.data.chat_template import controls_of, prefix_tokens
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation, Example, FormatError, Text
 from mlx_lora.data.render import Rendered, Renderer, Rendering
 from mlx_lora.data.sandbox import CLOCK, tokenizer_panics
-from mlx_lora.data.special_tokens import controls_of
 from mlx_lora.utils.errors import InputError
 
 BATCH_ROWS = 1000

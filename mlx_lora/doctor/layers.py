@@ -22,8 +22,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, SWITCH, AdapterLayer, dense_weight, with_weight
 from mlx_lora.adapters.inject import adapter_parameters, inject
-from mlx_lora.adapters.registry import adapter_class
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.targets import adapter_class, select_targets
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.data.batch import Batch
 from mlx_lora.doctor.check import (

@@ -33,9 +33,8 @@ from mlx.utils import tree_flatten
 
 from mlx_lora import __version__
 from mlx_lora.adapters.base import LINEAR, QUANTIZED, AdapterLayer, is_parameter
-from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject, train_in_full
-from mlx_lora.adapters.registry import LAYER_TYPES
-from mlx_lora.adapters.targets import select_targets
+from mlx_lora.adapters.inject import adapt_layers, adapter_layers, adapter_parameters, train_in_full
+from mlx_lora.adapters.targets import LAYER_TYPES, select_targets
 from mlx_lora.exporters.adapter_config import check_use, is_reward_model, own_entries, own_problems, shape_problems
 from mlx_lora.exporters.peft import PEFT_WEIGHTS, PeftAdapter, is_peft, read_peft
 from mlx_lora.models.folder import read_safetensors_header, save_tensors, without_mark
@@ -243,7 +242,7 @@ def load_adapter(
         paths = _target_paths(base.model, config, folder)
         shapes = {path: (_stored_rank(header, path, shape["rank"]), scale) for path in paths}
         dropout = float(shape.get("dropout") or 0.0)
-        inject(base.model, paths, shape["rank"], scale, dropout, shapes=shapes, layer_type=layer_type)
+        adapt_layers(base.model, shapes, layer_type, dropout=dropout)
     restore_full(base.model, full)
     load_factors(base.model, file)
     if not ignore_fingerprint:
@@ -314,7 +313,7 @@ def _load_peft(base: Base, adapter: PeftAdapter) -> AdapterInfo:
     paths = tuple(adapter.factors)
     rank, scale = next(iter(adapter.shapes.values()))
     layer_type = "dora" if adapter.magnitudes else "lora"
-    inject(base.model, paths, rank, scale, adapter.dropout, shapes=adapter.shapes, layer_type=layer_type)
+    adapt_layers(base.model, {path: adapter.shapes[path] for path in paths}, layer_type, dropout=adapter.dropout)
     layers = adapter_layers(base.model)
     for path, layer in layers.items():
         layer.lora_a, layer.lora_b = adapter.factors[path]
@@ -477,3 +476,97 @@ def share_present(model: nn.Module, stored: dict[str, Any]) -> float | None:
     if deviation > MOST_DEVIATION:
         return None
     return (found["inner"] - stored["inner"]) / found["size"]
+
+
+# Starting from another adapter
+FLAG = "--resume-adapter-file"
+
+
+@dataclass(frozen=True)
+class Start:
+    """The factors to start from.
+
+    Attributes:
+        file: Their file.
+        peft: What was read of a PEFT adapter; None: the file is in our layout.
+        scale: The factor on the stored products; None: that of the run.
+    """
+
+    file: Path
+    peft: PeftAdapter | None
+    scale: float | None
+
+
+def resume_file(given: str) -> Path:
+    """Return the file of factors that --resume-adapter-file names, itself or by its folder.
+
+    Raises:
+        InputError: the folder has none.
+    """
+    path = Path(given).expanduser()
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in (WEIGHTS_FILE, PEFT_WEIGHTS) if (path / name).is_file()), None)
+    if found is None:
+        raise InputError(f"{FLAG} {given}: the folder has no {WEIGHTS_FILE} and no {PEFT_WEIGHTS}; give an adapter's")
+    return found
+
+
+def read_start(base: Base, given: str, scores: bool) -> Start:
+    """Read what --resume-adapter-file names, before the base is adapted.
+
+    Args:
+        base: Not adapted yet.
+        given: A file or a folder.
+        scores: Whether the run trains a reward model; then another adapter may become one.
+
+    Raises:
+        InputError: it is for another base, or cannot be read.
+    """
+    file = resume_file(given)
+    if not (file.parent / CONFIG_FILE).exists():
+        return Start(file, None, None)
+    config = read_adapter_config(file.parent)
+    check_use(config, file, None if scores else False)
+    if is_peft(config):
+        return Start(file, read_peft(file.parent, config, base.model), None)
+    check_base(base, config, file)
+    return Start(file, None, config.get("lora_parameters", {}).get("scale"))
+
+
+def put_start(model: nn.Module, start: Start, fresh: tuple[str, ...]) -> None:
+    """Load the factors into the adapter layers of a model.
+
+    Args:
+        model: Adapted.
+        start: From `read_start`.
+        fresh: Names of parameters that stay as they are where the file does not have them.
+
+    Raises:
+        InputError: layers or shapes differ.
+    """
+    if start.peft is None:
+        load_factors(model, start.file, start.scale, fresh=fresh)
+        return
+    adapter, layers = start.peft, adapter_layers(model)
+    problems = [f"{path} is missing" for path in layers if path not in adapter.factors]
+    problems += [f"{path} is not adapted in this run" for path in adapter.factors if path not in layers]
+    problems += [f"{path}.{leaf} was trained in full" for path, leaf in adapter.full if f"{path}.{leaf}" not in fresh]
+    if adapter.leaves_head is not None:
+        problems.append(f"{adapter.leaves_head} is adapted without the head, which is the same matrix here")
+    for path, layer in layers.items():
+        rank, _ = adapter.shapes.get(path, (layer.rank, 1.0))
+        problems += [f"{path} has rank {rank}, the run {layer.rank}"] if rank != layer.rank else []
+        if path in adapter.factors and ("m" in layer) != (path in adapter.magnitudes):
+            problems.append(f"{path} is {'not ' if 'm' in layer else ''}a DoRA layer, unlike in this run")
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise InputError(
+            f"{start.file}: does not fit this run: {shown}; give its --rank, --target-modules and --method"
+        )
+    for path, layer in layers.items():
+        a, b = adapter.factors[path]
+        layer.lora_a, layer.lora_b = a, b * (adapter.shapes[path][1] / layer.scale)
+        if path in adapter.magnitudes:
+            layer.m = adapter.magnitudes[path]
+    mx.eval(model.trainable_parameters())

@@ -21,9 +21,8 @@ from mlx_lora.exporters.adapter_config import padding_token
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.models.folder import read_safetensors_header
 from mlx_lora.models.load import Base
-from mlx_lora.utils.cache import shown_data
 from mlx_lora.utils.errors import InputError, RunError, first_line
-from mlx_lora.utils.files import replacing_file
+from mlx_lora.utils.files import replacing_file, shown_data
 from mlx_lora.utils.hub import HUB_ID, REQUEST_ERRORS
 from mlx_lora.utils.parsing import parse_json, parse_yaml
 
@@ -36,7 +35,7 @@ FLOAT_MODEL = "OWNER/FLOAT-MODEL"  # placeholder for a name that only the user k
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class CardFacts:
     """Facts about a run's training; None if its folder does not have them.
 
     Attributes:
@@ -52,7 +51,7 @@ class RunFacts:
     objective: str = "sft"
 
 
-def read_facts(folder: Path) -> RunFacts:
+def read_facts(folder: Path) -> CardFacts:
     """Read a run folder's run.yaml and metrics.jsonl, if they exist and are readable."""
     try:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -69,7 +68,7 @@ def read_facts(folder: Path) -> RunFacts:
     data = settings.get("data") if isinstance(settings, dict) else None
     data = data if isinstance(data, str) else None
     objective = settings.get("objective", "sft") if isinstance(settings, dict) else "sft"
-    return RunFacts(data, steps, losses[-1] if losses else None, plain(str(objective)))
+    return CardFacts(data, steps, losses[-1] if losses else None, plain(str(objective)))
 
 
 def write_card(
@@ -77,7 +76,7 @@ def write_card(
     format: Literal["mlx", "peft"],
     base: Base,
     info: AdapterInfo,
-    facts: RunFacts,
+    facts: CardFacts,
     base_id: str | None = None,
     repo: str | None = None,
 ) -> bool:
@@ -160,7 +159,7 @@ class _Card:
         )
         return f"---\n{data.to_yaml()}\n---"
 
-    def description(self, facts: RunFacts) -> list[str]:
+    def description(self, facts: CardFacts) -> list[str]:
         """Return the title and the table."""
         info = self.info
         names = ", ".join(dict.fromkeys(plain(key.rsplit(".", 1)[-1]) for key in info.keys))

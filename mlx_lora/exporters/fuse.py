@@ -27,6 +27,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lora.adapters.base import QUANTIZED, dense_weight
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.exporters.adapter_config import check_fusing, classifier_config, padding_token, set_padding_token
+from mlx_lora.exporters.adapter_folder import AdapterInfo
 from mlx_lora.models.convert import copy_side_files
 from mlx_lora.models.folder import ShardWriter, check_out, load_weights, merge_mark
 from mlx_lora.models.head import SCORE_WEIGHT
@@ -106,11 +107,10 @@ def _survival(before: mx.array, after: mx.array, update: mx.array, bits: int | N
 def write_fused(
     base: Base,
     out: Path,
+    info: AdapterInfo,
     *,
     dequantize: bool,
     force: bool,
-    chat_template: str | None,
-    full: tuple[str, ...] = (),
     keep_dtype: bool = False,
     bits: int | None = None,
 ) -> dict[str, Survival]:
@@ -119,10 +119,9 @@ def write_fused(
     Args:
         base: adapted; not usable as the base afterwards.
         out: the folder to write.
+        info: of the adapter; its chat template becomes the model's.
         dequantize: make the whole model float.
         force: replace an existing model folder.
-        chat_template: the adapter's, which becomes the model's.
-        full: names of parameters trained in full.
         keep_dtype: write the dtype that the base was cast to on request, not that of its files. A dequantized base
             always keeps it, because its files have no float dtype.
         bits: of the fused layers of a quantized base; None: its own.
@@ -131,7 +130,7 @@ def write_fused(
         InputError: `out` must not be written.
         RunError: the written model cannot be read back.
     """
-    out, scores = out.resolve(), SCORE_WEIGHT in full
+    out, scores = out.resolve(), SCORE_WEIGHT in info.full
     if scores:
         check_fusing(base, dequantize)
     check_bits(base, bits, dequantize)
@@ -142,7 +141,7 @@ def write_fused(
         raise InputError(f"--out {out}: holds the base {base.folder}; give another folder")
     mark = merge_mark(base.model, base.config)
     if not keep_dtype and not (dequantize and base.quantization):
-        take_stored_dtypes(base, full)
+        take_stored_dtypes(base, info.full)
     survival = fuse_adapter(base.model, dequantize, bits)
     model, config = base.model, dict(base.config)
     if dequantize:
@@ -159,8 +158,8 @@ def write_fused(
         config |= classifier_config(base) if scores else {}
         mlx_lm.utils.save_config(config, folder / "config.json")
         copy_side_files(base.folder, folder)
-        if chat_template:
-            (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        if info.chat_template:
+            (folder / "chat_template.jinja").write_text(info.chat_template, encoding="utf-8")
         if scores:  # not a model of mlx-lm's, which could read it back
             set_padding_token(folder, padding_token(base.hf_tokenizer, base.config))
             return survival

@@ -29,7 +29,7 @@ MODELFILE = "Modelfile"
 
 
 @dataclass(frozen=True)
-class Family:
+class TemplateFamily:
     """One chat format. In the turns `{}` is the content, and `{eos}` the end token's text.
 
     Attributes:
@@ -50,7 +50,7 @@ class Family:
 
 
 FAMILIES = (
-    Family(
+    TemplateFamily(
         "chatml",
         "<|im_start|>system\n{}<|im_end|>\n",
         "<|im_start|>user\n{}<|im_end|>\n",
@@ -58,7 +58,7 @@ FAMILIES = (
         "<|im_start|>assistant\n",
         ("<|im_end|>",),
     ),
-    Family(
+    TemplateFamily(
         "llama3",
         "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
         "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
@@ -66,7 +66,7 @@ FAMILIES = (
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
         ("<|eot_id|>",),
     ),
-    Family(
+    TemplateFamily(
         "gemma",
         "{}\n\n",
         "<start_of_turn>user\n{}<end_of_turn>\n",
@@ -75,7 +75,7 @@ FAMILIES = (
         ("<end_of_turn>",),
         folded=True,
     ),
-    Family(
+    TemplateFamily(
         "alpaca",
         "{}\n\n",
         "### Instruction:\n{}\n\n",
@@ -83,9 +83,9 @@ FAMILIES = (
         "### Response:\n",
         ("### Instruction:",),
     ),
-    Family("mistral", "{}\n\n", "[INST] {} [/INST]", " {}{eos}", "", ("[INST]",), folded=True),
-    Family("mistral v3", "{}\n\n", "[INST] {}[/INST]", " {}{eos}", "", ("[INST]",), folded=True),
-    Family(
+    TemplateFamily("mistral", "{}\n\n", "[INST] {} [/INST]", " {}{eos}", "", ("[INST]",), folded=True),
+    TemplateFamily("mistral v3", "{}\n\n", "[INST] {}[/INST]", " {}{eos}", "", ("[INST]",), folded=True),
+    TemplateFamily(
         "zephyr",
         "<|system|>\n{}{eos}\n",
         "<|user|>\n{}{eos}\n",
@@ -114,7 +114,7 @@ class Chat:
         before: what the template must put before the text (a bos that the tokenizer does not add).
     """
 
-    family: Family
+    family: TemplateFamily
     eos: str
     system: str | None
     before: str

@@ -34,10 +34,23 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, SWITCH, base_dims, dense_weight, is_parameter
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.adapters.registry import adapter_class
+from mlx_lora.adapters.targets import adapter_class
 from mlx_lora.exporters.adapter_config import SEQ_CLS, classifier_of, peft_problems
-from mlx_lora.exporters.peft_experts import EXPERT_LAYOUTS, check_reached, expert_tensors, folded_rows, take_experts
-from mlx_lora.exporters.peft_names import BIAS, COPY, PREFIX, TENSOR, names_layer, own_path, peft_path, rank_problems
+from mlx_lora.exporters.peft_experts import (
+    BIAS,
+    COPY,
+    EXPERT_LAYOUTS,
+    PREFIX,
+    TENSOR,
+    check_reached,
+    expert_tensors,
+    folded_rows,
+    names_layer,
+    own_path,
+    peft_path,
+    rank_problems,
+    take_experts,
+)
 from mlx_lora.models.folder import read_safetensors_header, save_tensors
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.quantize import relative_error

@@ -6,7 +6,7 @@ llama.cpp's converter changes two things, which are undone here:
 Phi-3's joined q, k, v and joined gate, up are joined in mlx-lm too.
 
 The blocks of qwen3moe and gpt-oss have E experts instead of one feed-forward layer. All experts of a projection are one
-tensor (E, out, in), in GGUF and in mlx-lm. GPT-OSS' are MXFP4 blocks, a format that MLX has too; see gguf/blocks.py.
+tensor (E, out, in), in GGUF and in mlx-lm. GPT-OSS' are MXFP4 blocks, a format that MLX has too; see gguf/weights.py.
 """
 
 from __future__ import annotations

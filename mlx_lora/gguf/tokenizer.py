@@ -23,9 +23,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from mlx_lora.gguf.arch import model_config
 from mlx_lora.gguf.reader import read_gguf
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replacing_folder, sha256_of
+from mlx_lora.utils.files import cache_dir, replacing_folder, sha256_of
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

@@ -29,14 +29,13 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter, LlamaFileType
 
-from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, base_dims, dense_weight
+from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, base_dims, dense_weight, joined_experts
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.data.chat_template import own_template
-from mlx_lora.exporters.peft_experts import joined_experts
 from mlx_lora.gguf.arch import gguf_settings, gguf_weights, text_model
-from mlx_lora.gguf.blocks import MXFP4, mxfp4_blocks
 from mlx_lora.gguf.mapping import TensorMapping
 from mlx_lora.gguf.vocabulary import tokenizer_metadata, tokenizer_vocabulary
+from mlx_lora.gguf.weights import MXFP4, mxfp4_blocks
 from mlx_lora.models.folder import FUSED_KEY, fused_mark, merge_mark
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import PackedWeight
@@ -63,7 +62,7 @@ _COARSE = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1)
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """One float parameter of an adapted model, which is not computed yet.
 
     Attributes:
@@ -78,11 +77,11 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTensor:
     """One tensor of the file: its name, its source, and its stored type."""
 
     name: str
-    source: Source
+    source: TensorSource
     mapping: TensorMapping
     kind: Kind
 
@@ -167,7 +166,7 @@ def write_gguf_model(
     return file.stat().st_size
 
 
-def _write_tensors(writer: GGUFWriter, planned: list[Planned], extra: dict[str, np.ndarray]) -> None:
+def _write_tensors(writer: GGUFWriter, planned: list[PlannedTensor], extra: dict[str, np.ndarray]) -> None:
     """Write the table, which needs only shapes, and then the data, so that one tensor at a time is computed."""
     for name, values in extra.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
@@ -185,7 +184,7 @@ def _write_tensors(writer: GGUFWriter, planned: list[Planned], extra: dict[str, 
         writer.close()
 
 
-def _plan(model: nn.Module, architecture: str, mappings: dict[str, TensorMapping], kind: Kind) -> list[Planned]:
+def _plan(model: nn.Module, architecture: str, mappings: dict[str, TensorMapping], kind: Kind) -> list[PlannedTensor]:
     """Choose a type for every tensor that the model has, in the file's order.
 
     Raises:
@@ -202,13 +201,13 @@ def _plan(model: nn.Module, architecture: str, mappings: dict[str, TensorMapping
     prefix, _ = text_model(model)
     head = next(name for name in ("lm_head.weight", "model.embed_tokens.weight") if prefix + name in sources)
     return [
-        Planned(name, source, mapping, _kind(source, mapping, kind, prefix + head))
+        PlannedTensor(name, source, mapping, _kind(source, mapping, kind, prefix + head))
         for name, mapping in mappings.items()
         if (source := _source(mapping, sources)) is not None
     ]
 
 
-def _source(mapping: TensorMapping, sources: dict[str, Source]) -> Source | None:
+def _source(mapping: TensorMapping, sources: dict[str, TensorSource]) -> TensorSource | None:
     """Return the source of a tensor: one parameter, or several with concatenated rows."""
     parts = [sources[name] for name in mapping.names if name in sources]
     if len(parts) != len(mapping.names):
@@ -217,10 +216,10 @@ def _source(mapping: TensorMapping, sources: dict[str, Source]) -> Source | None
         return parts[0]
     *before, rows, width = parts[0].shape
     shape = (*before, rows * len(parts), width)
-    return Source(shape, lambda: mx.concatenate([part.values() for part in parts], axis=-2))
+    return TensorSource(shape, lambda: mx.concatenate([part.values() for part in parts], axis=-2))
 
 
-def _kind(source: Source, mapping: TensorMapping, wanted: Kind, head: str) -> Kind:
+def _kind(source: TensorSource, mapping: TensorMapping, wanted: Kind, head: str) -> Kind:
     """Return the type in which a tensor is stored."""
     shape = mapping.file_shape(source.shape)
     if len(shape) == 1 or mapping.exact:
@@ -232,7 +231,7 @@ def _kind(source: Source, mapping: TensorMapping, wanted: Kind, head: str) -> Ki
     return kind if shape[-1] % block == 0 else Kind.F16
 
 
-def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Source]]:
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, TensorSource]]:
     """Yield every parameter with its name without adapter and quantization; nothing is computed yet.
 
     Raises:
@@ -246,15 +245,15 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Source]]:
         if path in adapters:
             adapter = path
             module.check_tied_head(path, tied="lm_head" not in text_model(model)[1])
-            yield f"{path}.weight", Source(_weight_shape(module.base), _merged(module.base, module))
+            yield f"{path}.weight", TensorSource(_weight_shape(module.base), _merged(module.base, module))
             yield from _bias_source(path, module.base)
         elif isinstance(module, QUANTIZED):
-            yield f"{path}.weight", Source(_weight_shape(module), _merged(module, None), _mxfp4(module))
+            yield f"{path}.weight", TensorSource(_weight_shape(module), _merged(module, None), _mxfp4(module))
             yield from _bias_source(path, module)
         else:
             for name, value in module.items():
                 if isinstance(value, mx.array) and not name.startswith("_"):  # RoPE's frequencies have such names
-                    yield f"{path}.{name}" if path else name, Source(value.shape, _floats(value))
+                    yield f"{path}.{name}" if path else name, TensorSource(value.shape, _floats(value))
 
 
 def _weight_shape(base: nn.Module) -> tuple[int, ...]:
@@ -269,10 +268,10 @@ def _mxfp4(base: nn.Module) -> PackedWeight | None:
     return PackedWeight([base.weight, base.scales], MXFP4) if is_mxfp4 else None
 
 
-def _bias_source(path: str, base: nn.Module) -> Iterator[tuple[str, Source]]:
+def _bias_source(path: str, base: nn.Module) -> Iterator[tuple[str, TensorSource]]:
     """Yield a layer's bias, if it has one."""
     if "bias" in base:
-        yield f"{path}.bias", Source(base.bias.shape, _floats(base.bias))
+        yield f"{path}.bias", TensorSource(base.bias.shape, _floats(base.bias))
 
 
 def _merged(base: nn.Module, adapter: nn.Module | None) -> Callable[[], mx.array]:

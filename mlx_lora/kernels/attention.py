@@ -2,7 +2,7 @@
 
 mlx's own backward pass computes the scores of every query with every key in every head, masks them and keeps them (B H T
 S numbers per block, half of them above the diagonal); on Metal, mlx 0.32.4 has a blocked one. Which of the two is better
-is measured (kernels/choose.py). The one here takes a tile of queries at a time, with only the keys that they may
+is measured (kernels/table.py). The one here takes a tile of queries at a time, with only the keys that they may
 see. For long rows it keeps no scores, and the backward pass computes each tile's probabilities again:
 
     P = softmax(scale Q K^T),  O = P V

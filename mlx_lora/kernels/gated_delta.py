@@ -101,7 +101,7 @@ def chunked_gated_delta_update(
         of_gates = mx.depends(of_gates, [cotangents[0]])
         log_g, beta = gates(*of_gates)
         d_q, d_k, d_v, *d_gates, d_state = gated_delta_gradient(
-            q, k, v, log_g, beta, outputs[2:], cotangents[0], cotangents[1]
+            [q, k, v, log_g, beta], outputs[2:], cotangents[0], cotangents[1]
         )
         return d_q, d_k, d_v, d_state.astype(state.dtype), *mx.vjp(gates, of_gates, d_gates)[1]
 
@@ -186,24 +186,16 @@ def gated_delta(
 
 
 def gated_delta_gradient(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    log_g: mx.array,
-    beta: mx.array,
-    starts: Sequence[mx.array],
-    d_y: mx.array,
-    d_last: mx.array,
+    given: Sequence[mx.array], starts: Sequence[mx.array], d_y: mx.array, d_last: mx.array
 ) -> list[mx.array]:
     """Return the cotangents of `gated_delta`'s arguments, each in its argument's shape and dtype.
 
     Args:
-        q, k, v, log_g, beta: as given to it.
+        given: q, k, v, log_g and beta, as given to it.
         starts: the state at each segment's start, as it returned them.
         d_y, d_last: cotangents of y and of the last state.
     """
-    cut = _Cut.of(q, v)
-    given = (q, k, v, log_g, beta)
+    cut = _Cut.of(given[0], given[2])
     d_now = cut.split_state(d_last)
     parts: list[list[mx.array]] = []
     for (start, stop), begin in reversed(list(zip(cut.segments(), starts, strict=True))):

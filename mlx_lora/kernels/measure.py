@@ -25,7 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.planner.shapes import KernelTerms
-from mlx_lora.utils.cache import cache_dir
+from mlx_lora.utils.files import cache_dir
 
 # `0`: measure no kernel, and use the `assumed` candidate for what is not in the cache (tests, repeatable runs).
 SWITCH = "MLX_LORA_MEASURE_KERNELS"

@@ -2,7 +2,7 @@
 
 `mx.quantized_matmul` reads packed weights once per block of rows, which is best for few rows (generation).
 Dequantizing first costs one pass over the weight, and then the dense kernel is best for many rows (training), by 100x on
-an x86 CPU. The number of rows from which the second is faster is measured (utils/device.py), never assumed;
+an x86 CPU. The number of rows from which the second is faster is measured, never assumed;
 `--quantized-matmul` forces one of them. While text is generated, a layer may hold a dense copy, which then always
 multiplies (rollouts/decode.py).
 
@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
+from mlx_lora.kernels.measure import best_s, read_store, write_store
 from mlx_lora.planner.machine import dense_experts_bytes
 from mlx_lora.planner.memory import MAX_SLICE
 from mlx_lora.utils import device
@@ -182,7 +183,7 @@ class MatmulPaths:
     Attributes:
         path: `auto`, `packed` or `dense`, as asked for.
         dense_from_rows: kind of weight (`4-bit/64 affine`) -> the numbers of rows from which its layers, of all shape
-            classes, use the dense product; device.NEVER: they never do.
+            classes, use the dense product; NEVER: they never do.
         others: type -> count of other quantized layers, which always use the packed product.
     """
 
@@ -237,9 +238,9 @@ def use_measured_matmul(model: nn.Module, path: str = "auto") -> MatmulPaths:
             others.update([type(layer).__name__] if "scales" in layer else [])
             continue
         shape = layer.weight.shape[-2], layer.weight.shape[-1] * 32 // layer.bits
-        kind = (device.shape_class(shape), layer.bits, layer.group_size, layer.mode, layer.scales.dtype)
+        kind = (shape_class(shape), layer.bits, layer.group_size, layer.mode, layer.scales.dtype)
         if kind not in known:
-            known[kind] = FORCED_FROM_ROWS.get(path) or device.dense_matmul_from_rows(*kind)
+            known[kind] = FORCED_FROM_ROWS.get(path) or dense_matmul_from_rows(*kind)
         layer.dense_from_rows = known[kind]
         layer.__class__ = MEASURED.get(type(layer), type(layer))
         dense_from_rows.setdefault(f"{layer.bits}-bit/{layer.group_size} {layer.mode}", set()).add(known[kind])
@@ -248,3 +249,66 @@ def use_measured_matmul(model: nn.Module, path: str = "auto") -> MatmulPaths:
             f"--quantized-matmul {path}: the model has no quantized linear layer; give a quantized model, or leave --quantized-matmul out"
         )
     return MatmulPaths(path, dense_from_rows, dict(others))
+
+
+# What is measured
+
+ROW_COUNTS = (1, 4, 16, 64, 256, 1024)
+# Weights are timed in classes of shapes with sides within these limits: a model has few classes, and timing one is quick.
+SMALLEST_SIDE, LARGEST_SIDE = 128, 2048
+
+
+def dense_matmul_from_rows(shape: tuple[int, int], bits: int, group_size: int, mode: str, dtype: mx.Dtype) -> int:
+    """Return the number of rows from which dequantizing first beats `mx.quantized_matmul`, measured once and cached.
+
+    Args:
+        shape: (out, in) of the weight; its class is timed, see `shape_class`.
+        bits, group_size, mode: as given to mx.quantize.
+        dtype: of the scales; the microscaling modes have integer scales, and are timed in `device.compute_dtype()`.
+
+    Returns:
+        One of ROW_COUNTS, or NEVER, which no batch reaches, if the quantized kernel is always faster.
+    """
+    compute = dtype if mx.issubdtype(dtype, mx.floating) else device.compute_dtype()
+    out, width = shape_class(shape)
+    layout = f"{bits}|{group_size}|{mode}|{compute}"
+    key = f"{device.measured_on()}|{layout}|{out}x{width}"
+    known = read_store("dense_matmul_from_rows")
+    if known.get(key) not in (*ROW_COUNTS, device.NEVER):  # unknown, or damaged
+        known = {**known, key: _measure_dense_matmul((out, width), bits, group_size, mode, compute)}
+        write_store("dense_matmul_from_rows", known)
+    return known[key]
+
+
+def shape_class(shape: tuple[int, int]) -> tuple[int, int]:
+    """Return the (out, in) of a weight's shape class: the nearest powers of two within the limits."""
+    out, width = (min(max(1 << round(math.log2(side)), SMALLEST_SIDE), LARGEST_SIDE) for side in shape)
+    return out, width
+
+
+def _measure_dense_matmul(shape: tuple[int, int], bits: int, group_size: int, mode: str, dtype: mx.Dtype) -> int:
+    """Time both paths on an (out, in) weight, fewest rows first, and return the first count at which dense is faster.
+
+    This times what a training step does with a frozen weight: the product, and the gradient for its input.
+    """
+    layout = {"group_size": group_size, "bits": bits, "mode": mode}
+    packed = mx.quantize(mx.random.normal(shape, key=mx.random.key(0)).astype(dtype), **layout)
+
+    def quantized(x: mx.array, cotangent: mx.array) -> list[mx.array]:
+        return [
+            mx.quantized_matmul(x, *packed, transpose=True, **layout),
+            mx.quantized_matmul(cotangent, *packed, transpose=False, **layout),
+        ]
+
+    def dense(x: mx.array, cotangent: mx.array) -> list[mx.array]:
+        # Dequantize for each product, as in `dequantized_matmul`, where no dense weight is kept between them.
+        once, again = (mx.dequantize(*packed, **layout).astype(dtype) for _ in range(2))
+        return [x @ once.T, cotangent @ again]
+
+    for rows in ROW_COUNTS:
+        cotangent, x = (mx.random.normal((rows, side), key=mx.random.key(1)).astype(dtype) for side in shape)
+        mx.eval(x, cotangent, packed)
+        quantized_s, dense_s = best_s([lambda f=f, x=x, c=cotangent: f(x, c) for f in (quantized, dense)])
+        if dense_s < quantized_s:
+            return rows
+    return device.NEVER

@@ -201,22 +201,14 @@ def rwkv7_scan(own: Callable[..., WithState]) -> Callable[..., WithState]:
             outputs.append((state @ r).swapaxes(-1, -2))
         return mx.concatenate(outputs, axis=2).swapaxes(1, 2).astype(inputs[0].dtype), state
 
-    def _wkv7(
-        layer: nn.Module,
-        r: mx.array,
-        w: mx.array,
-        k: mx.array,
-        v: mx.array,
-        a: mx.array,
-        b: mx.array,
-        state: mx.array | None,
-    ) -> WithState:
+    def _wkv7(layer: nn.Module, *given: Any) -> WithState:
+        *inputs, state = given  # r, w, k, v, a, b
         if state is not None:
-            return own(layer, r, w, k, v, a, b, state)
-        batch, _, heads, width = r.shape
+            return own(layer, *given)
+        batch, _, heads, width = inputs[0].shape
         zeros = mx.zeros((batch, heads, width, width), mx.float32)
-        y, last = run_in_spans(span, [r, w, k, v, a, b], [], zeros, WKV_TOKENS, keep_states=True)
-        return y, last.astype(r.dtype)
+        y, last = run_in_spans(span, inputs, [], zeros, WKV_TOKENS, keep_states=True)
+        return y, last.astype(inputs[0].dtype)
 
     return _wkv7
 
@@ -286,18 +278,10 @@ def _no_terms(terms: KernelTerms, shape: ShapeClass, name: str, figures: Figures
 
 
 def _delta_class(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    a: mx.array,
-    b: mx.array,
-    A_log: mx.array,
-    dt_bias: mx.array,
-    state: mx.array | None = None,
-    mask: mx.array | None = None,
-    **options: Any,
+    q: mx.array, k: mx.array, v: mx.array, a: mx.array, *rest: Any, state: mx.array | None = None, **options: Any
 ) -> ShapeClass | None:
-    if state is not None:  # generation
+    """Return the shape class of a call of `gated_delta_update`; b, A_log, dt_bias, the state and a mask are the rest."""
+    if state is not None or any(given is not None for given in rest[3:4]):  # generation
         return None
     (_, tokens, key_heads, width), (heads, value_width) = k.shape, v.shape[2:]
     gate = "a gate per channel" if a.ndim == 4 else "a gate per head"
@@ -330,19 +314,11 @@ def _delta_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs]:
 
 
 def _space_class(
-    hidden_states: mx.array,
-    A_log: mx.array,
-    B: mx.array,
-    C: mx.array,
-    D: mx.array,
-    dt: mx.array,
-    dt_bias: mx.array,
-    state: mx.array | None = None,
-    time_step_limit: tuple[float, float] = (0.001, 100.0),
-    mask: mx.array | None = None,
-    lengths: mx.array | None = None,
+    hidden_states: mx.array, A_log: mx.array, B: mx.array, *rest: Any, **options: Any
 ) -> ShapeClass | None:
-    if state is not None or mask is not None or lengths is not None:  # generation
+    """Return the shape class of a call of `ssm_update`; C, D, dt, dt_bias, and what only generation gives, are the rest."""
+    given = [*rest[4:5], *rest[6:], *(options.get(name) for name in ("state", "mask", "lengths"))]
+    if any(one is not None for one in given):  # generation
         return None
     (_, tokens, heads, width), (groups, numbers) = hidden_states.shape, B.shape[2:]
     return size_class(tokens, SHORTEST, LONGEST_SPACE), heads, width, groups, numbers

@@ -1,13 +1,11 @@
-"""Check before a run that our loss, kernels and compiled step give a model's own results, and choose those that do.
+"""Check before a run that our loss and kernels give a model's own results, and choose those that do.
 
 mlx-lm's models are third-party code that was written for generation. Some compute values while they are traced, some
 have kernels without a gradient. What fails or disagrees here is switched off, one feature after the other, which the run's
 header reports; a model for which nothing works is refused before the run begins.
 
-    loss, kernels   compared with the model's own, in each token's loss and in the gradient of its parameters. A summed loss
-                    alone would hide errors that cancel, and those of the backward pass.
-    step            differentiated on a few tokens. The graph is only built, not computed: both faults show there, in a fifth
-                    of the time, and the comparison has already computed the forward pass.
+Loss and kernels are compared with the model's own, in each token's loss and in the gradient of its parameters. A summed loss
+alone would hide errors that cancel, and those of the backward pass. The compiled step is tried in trainer/step_variant.py.
 
 Checks that passed on this machine are remembered, so that a model's second run does not compute them again. A check is named
 by all that its result depends on: processor, BLAS and mlx; the source of this package and of the model's architecture; the
@@ -24,7 +22,7 @@ import json
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -35,13 +33,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.base import Dropout
-from mlx_lora.kernels.attention import AttentionCall
-from mlx_lora.kernels.choose import AUTO, OURS, KernelChoice
 from mlx_lora.kernels.measure import MLX, left_unchanged, may_measure, read_store, write_store
-from mlx_lora.kernels.table import Choose, assumed, has_recurrence, training_kernels
+from mlx_lora.kernels.table import AUTO, OURS, KernelChoice, has_recurrence, training_kernels
 from mlx_lora.losses.cross_entropy import (
     PLAIN,
     PLAIN_LOGITS,
@@ -57,7 +53,6 @@ from mlx_lora.losses.cross_entropy import (
 )
 from mlx_lora.models.folder import FOREIGN_ERRORS, base_fingerprint, is_foreign, short
 from mlx_lora.models.head import Head, find_head, with_last_block
-from mlx_lora.models.load import embedding_rows
 from mlx_lora.models.meta import few_blocks
 from mlx_lora.models.prefix_attention import shared_caches
 from mlx_lora.parallel.sharded_base import is_shared, unshareable_words
@@ -65,7 +60,6 @@ from mlx_lora.parallel.strategy import called_together
 from mlx_lora.parallel.tensor import wire_of
 from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.planner.memory import CHECK_TOKENS, LOSS_TOKENS, RECURRENT_CHECK_TOKENS
-from mlx_lora.trainer.step import compiled_over, differentiation
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.progress import long_task
@@ -266,111 +260,6 @@ def way_out(model: nn.Module) -> str:
     if has_halves(model) and not device.multiplies_16_bit_experts():
         return "give --dtype float32, or choose another model"
     return "choose another model"
-
-
-# The step
-
-TRIAL_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class StepVariant:
-    """The loss and kernels that a step computes with.
-
-    Attributes:
-        loss: fused or plain.
-        attend: our attention, None for the model's own kernels.
-        choose: says which kernels are used, by shape.
-        compiled: whether loss and gradient are compiled.
-        notes: for the run header, about features that had to be switched off.
-    """
-
-    loss: Loss
-    attend: AttentionCall | None
-    choose: Choose = assumed
-    compiled: bool = True
-    notes: tuple[str, ...] = ()
-
-
-def choose_step_variant(
-    model: nn.Module,
-    config: dict[str, Any],
-    loss: Loss,
-    attend: AttentionCall | None,
-    name: str,
-    choose: Choose = assumed,
-    compiles: bool = True,
-) -> StepVariant:
-    """Return the fastest variant of the step that this model can be differentiated with.
-
-    Args:
-        model: the model to train, with adapters and checkpointing; it is not changed.
-        config: its config.json.
-        loss, attend: the ones that were chosen for it.
-        name: of the model, for the error.
-        choose: says which kernels are used, by shape.
-        compiles: whether the step may be compiled.
-
-    Raises:
-        InputError: it cannot be differentiated.
-    """
-    batch = check_arrays(embedding_rows(model, config) or 256, TRIAL_TOKENS)
-    problems: list[Exception] = []
-    for variant in _variants(loss, attend, choose, (True, False) if compiles else (False,)):
-        problem = _error_of(model, variant, batch)
-        if problem is None:
-            return replace(variant, notes=(_note(variant, loss, attend, problems[0]),)) if problems else variant
-        problems.append(problem)
-    raise InputError(
-        f"--model {name}: mlx-lm's {config.get('model_type')} cannot be trained here ({short(problems[-1], 200)}); "
-        f"{way_out(model)}"
-    ) from problems[-1]
-
-
-def _variants(
-    loss: Loss, attend: AttentionCall | None, choose: Choose, compiles: tuple[bool, ...]
-) -> Iterator[StepVariant]:
-    """Yield the variants of a step, the fastest first."""
-    kernels = [attend] if attend is None else [attend, None]
-    choices = [(loss, own) for own in kernels]
-    if loss.train is not PLAIN.train:
-        choices.append((PLAIN, None))
-    yield from (StepVariant(*choice, choose, compiled) for choice in choices for compiled in compiles)
-
-
-def _note(variant: StepVariant, loss: Loss, attend: AttentionCall | None, problem: Exception) -> str:
-    """Return a note for the header: the features that a variant does without, and the error that is the reason."""
-    without = [
-        words
-        for words, missing in (
-            ("not compiled", not variant.compiled),
-            ("the model's own kernels instead of ours", variant.attend is not attend),
-            ("plain instead of fused loss", variant.loss is not loss),
-        )
-        if missing
-    ]
-    return f"{', '.join(without)}, since that fails on this model ({short(problem, 160)})"
-
-
-def _error_of(model: nn.Module, variant: StepVariant, batch: Arrays) -> Exception | None:
-    """Differentiate the batch and return the error of foreign code, if any. The model is not changed."""
-    arrays = [(name, value) for name, value in tree_flatten(model.state) if isinstance(value, mx.array)]
-    high, low = mx.random.state[0].tolist()
-    training = model.training
-    model.train()
-    step = differentiation(model, variant.loss.train, variant.attend, variant.choose)
-    try:
-        (compiled_over(model, step) if variant.compiled else step)(*batch)
-    except FOREIGN_ERRORS as error:
-        if not is_foreign(error):
-            raise
-        return error
-    finally:
-        # A trace that fails leaves placeholder arrays in the model.
-        model.update(tree_unflatten(arrays))
-        mx.random.seed(high << 32 | low)
-        model.train(training)
-    return None
 
 
 # The comparison of two computations

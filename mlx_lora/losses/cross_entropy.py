@@ -31,7 +31,6 @@ import mlx.nn as nn
 
 from mlx_lora.adapters.base import Wire
 from mlx_lora.data.batch import Batch
-from mlx_lora.kernels.choose import figures_key
 from mlx_lora.kernels.measure import (
     POLYNOMIAL,
     Figures,
@@ -43,7 +42,7 @@ from mlx_lora.kernels.measure import (
     measure,
     read_figures,
 )
-from mlx_lora.kernels.table import polynomial_candidates
+from mlx_lora.kernels.table import figures_key, polynomial_candidates
 from mlx_lora.losses.fused import fused_token_losses, row_token_losses
 from mlx_lora.models.head import QUANTIZED_HEADS, Head
 from mlx_lora.models.prefix_attention import shared_caches

@@ -46,9 +46,8 @@ from mlx_lora.models.folder import (
 from mlx_lora.models.quantize import Quantization, choose_quantization, dequantize_model, quantize_model
 from mlx_lora.models.tokenizer import load_folder_tokenizer, write_tokenizer_from_spm
 from mlx_lora.utils import device
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import check_writable, one_at_a_time, replacing_folder, sha256_of
+from mlx_lora.utils.files import cache_dir, check_writable, one_at_a_time, replacing_folder, sha256_of
 from mlx_lora.utils.hub import ModelSource
 from mlx_lora.utils.progress import tracked
 from mlx_lora.utils.text import format_duration

@@ -372,7 +372,7 @@ def _at(
     output = _first(attention, OUTPUTS)
 
     def stop(self: nn.Module, *given: Any, **named: Any) -> mx.array:
-        raise _Reached(given, named)
+        raise _ReachedAttention(given, named)
 
     def pick(x: mx.array) -> mx.array:
         return x.reshape(-1, x.shape[-1])[positions][None]
@@ -380,7 +380,7 @@ def _at(
     with _answering(attention, stop):
         try:
             call(block, x, *args, **kwargs)
-        except _Reached as reached:
+        except _ReachedAttention as reached:
             given, named = reached.call
         else:
             raise ValueError("the block does not call its attention")
@@ -391,7 +391,7 @@ def _at(
         return call(block, pick(x), *args, **kwargs)
 
 
-class _Reached(Exception):
+class _ReachedAttention(Exception):
     """A block has called its attention.
 
     Attributes:

@@ -85,7 +85,7 @@ DEEPEST_FUSION = 11  # mlx's bound on a chain
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptArrays:
     """The memory of one differentiated function.
 
     Attributes:
@@ -97,7 +97,7 @@ class Kept:
     window_bytes: int
 
 
-def count_memory(graph: Graph, lag: int) -> Kept:
+def count_memory(graph: Graph, lag: int) -> KeptArrays:
     """Return a graph's memory.
 
     Args:
@@ -116,7 +116,7 @@ def count_memory(graph: Graph, lag: int) -> Kept:
     kept_bytes = sum(buffers.size.get(name, 0) for name in kept)
     start = max(forward, default=-1)
     peak = max((live for number, live in _live(graph, buffers, lag) if number > start), default=kept_bytes)
-    return Kept(kept_bytes, max(0, peak - kept_bytes))
+    return KeptArrays(kept_bytes, max(0, peak - kept_bytes))
 
 
 def _before(graph: Graph, names: tuple[str, ...]) -> set[int]:

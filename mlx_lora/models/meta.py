@@ -37,8 +37,8 @@ from mlx_lora.config.settings import ModelSettings
 from mlx_lora.gguf.arch import model_config, weight_map
 from mlx_lora.gguf.reader import is_gguf, read_gguf
 from mlx_lora.gguf.weights import carried_quantization
-from mlx_lora.kernels.choose import traced_calls
 from mlx_lora.kernels.measure import left_unchanged
+from mlx_lora.kernels.table import traced_calls
 from mlx_lora.models.convert import build_model, cast_model, has_bits, quantization_entries
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, read_safetensors_header, short
 from mlx_lora.models.head import Head, find_head

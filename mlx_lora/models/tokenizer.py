@@ -40,9 +40,8 @@ from mlx_lora.gguf.tokenizer import (
     write_folder,
 )
 from mlx_lora.models.folder import CONFIG_FILE, FOREIGN_ERRORS, inside, short
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replacing_folder, sha256_of
+from mlx_lora.utils.files import cache_dir, replacing_folder, sha256_of
 from mlx_lora.utils.parsing import MAX_DEPTH, read_json
 
 # Loading

@@ -20,10 +20,15 @@ from mlx_lora.adapters.inject import remove_adapters
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.exporters.adapter_config import own_entries
-from mlx_lora.exporters.adapter_folder import AdapterInfo, adapter_files, check_base, load_adapter, read_adapter_config
-from mlx_lora.exporters.start_from import resume_file
-from mlx_lora.kernels.choose import KernelChoice
-from mlx_lora.kernels.table import training_kernels
+from mlx_lora.exporters.adapter_folder import (
+    AdapterInfo,
+    adapter_files,
+    check_base,
+    load_adapter,
+    read_adapter_config,
+    resume_file,
+)
+from mlx_lora.kernels.table import KernelChoice, training_kernels
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.models.folder import model_sample
@@ -34,9 +39,8 @@ from mlx_lora.objectives.prefix_sharing import joined, sharing_problem
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.sharded_base import is_shared
 from mlx_lora.utils import device
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replacing_file, sha256_of
+from mlx_lora.utils.files import cache_dir, replacing_file, sha256_of
 from mlx_lora.utils.progress import long_task
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.kernels.choose import AUTO, OURS, KernelChoice, choose_model_kernels
+from mlx_lora.kernels.table import AUTO, OURS, KernelChoice, choose_model_kernels
 from mlx_lora.losses.check import check_kernels, choose_loss
 from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.models.load import Base

@@ -1,6 +1,6 @@
 """Distill from a teacher: what it says about each trained token, computed once before the first step.
 
-    <cache>/teacher/<key>/     the records of one set's rows (data/teacher_table.py, data/row_store.py)
+    <cache>/teacher/<key>/     the records of one set's rows (data/teacher_table.py, data/teacher_table.py)
 
 The key covers everything that decides the bytes: the rows, as the student and as the teacher sees them, the teacher, how
 much of its distribution is kept, the temperature, the dtype, the device. So a second run starts at once; rows whose records
@@ -29,10 +29,9 @@ from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.load import DataSplits
-from mlx_lora.data.row_store import MOST_KEPT_BYTES, RowStore, evict, used_bytes
+from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.data.teacher_prompt import read_teacher_prompt
-from mlx_lora.data.teacher_table import TableFormat, TeacherTable
+from mlx_lora.data.teacher_table import MOST_KEPT_BYTES, RowStore, TableFormat, TeacherTable, evict, used_bytes
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.losses.divergence import (
@@ -50,9 +49,8 @@ from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
 from mlx_lora.objectives.teacher import TEACHER, check_teacher, facts_of, load_teacher, teacher_key, teacher_name
 from mlx_lora.objectives.teacher_answers import read_answered
 from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError, RunError
-from mlx_lora.utils.files import free_on_disk, sha256_of
+from mlx_lora.utils.files import cache_dir, free_on_disk, sha256_of
 from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import counted, gigabytes
 

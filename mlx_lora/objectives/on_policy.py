@@ -27,7 +27,7 @@ from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.load import DataSplits
-from mlx_lora.data.teacher_prompt import read_teacher_prompt
+from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.data.teacher_table import TableFormat
 from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction
 from mlx_lora.losses.divergence import (

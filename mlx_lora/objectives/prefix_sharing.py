@@ -37,8 +37,7 @@ import numpy as np
 from mlx_lora.data.batch import EMPTY, SIZES, SLOTS_STEP, Batch
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.kernels.choose import KernelChoice
-from mlx_lora.kernels.table import training_kernels
+from mlx_lora.kernels.table import KernelChoice, training_kernels
 from mlx_lora.losses.check import Probe, disagreement, probe
 from mlx_lora.losses.cross_entropy import Arrays, Loss
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short

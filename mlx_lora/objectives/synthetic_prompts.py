@@ -33,15 +33,14 @@ from mlx_lora.data.examples import Fields
 from mlx_lora.data.files import find_sets
 from mlx_lora.data.load import chat_day
 from mlx_lora.data.prompts import Prompt
-from mlx_lora.data.read import Rows, check_speaker, file_records, parse_rows, read_rows
+from mlx_lora.data.read import SplitRows, check_speaker, file_records, parse_rows, read_rows
 from mlx_lora.data.sandbox import render_chat
 from mlx_lora.models.folder import model_sample
 from mlx_lora.models.load import Base
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, write_texts
 from mlx_lora.utils import device
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import one_at_a_time, replacing_file, sha256_of
+from mlx_lora.utils.files import cache_dir, one_at_a_time, replacing_file, sha256_of
 from mlx_lora.utils.progress import LongTask, long_task
 from mlx_lora.utils.text import counted
 
@@ -62,14 +61,14 @@ def has_unanswered(settings: DataSettings) -> bool:
     Raises:
         InputError: there is no such data.
     """
-    rows = Rows()
+    rows = SplitRows()
     for one in find_sets(settings.data or ""):
         for file in one.splits.get("train", ()):
             parse_rows(islice(file_records(file, settings, rows), PEEKED), file.name, settings, PROMPTS, rows)
     return any(isinstance(entry, Prompt) and not entry.answered for entry in rows.entries)
 
 
-def read_prompts(settings: DataSettings) -> dict[str, Rows]:
+def read_prompts(settings: DataSettings) -> dict[str, SplitRows]:
     """Return the records of each split of --data as prompts; those that have an answer keep it.
 
     Raises:

@@ -25,10 +25,9 @@ from mlx_lora.config.objectives import OF_WRITING, ObjectiveSettings
 from mlx_lora.config.settings import DataSettings, LoopSettings, TrainSettings
 from mlx_lora.data.examples import Fields
 from mlx_lora.data.load import DataSplits, prompt_encoder
-from mlx_lora.data.prompts import Prompt, encode_prompts, with_answer
-from mlx_lora.data.read import Rows
+from mlx_lora.data.prompts import Prompt, encode_prompts, read_teacher_prompt, with_answer
+from mlx_lora.data.read import SplitRows
 from mlx_lora.data.report import reasons
-from mlx_lora.data.teacher_prompt import read_teacher_prompt
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.synthetic_prompts import (
@@ -44,9 +43,8 @@ from mlx_lora.parallel.ranks import Ranks
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, write_texts
 from mlx_lora.trainer.run_folder import WRITTEN
 from mlx_lora.utils import device
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import one_at_a_time, replacing_file, sha256_of
+from mlx_lora.utils.files import cache_dir, one_at_a_time, replacing_file, sha256_of
 from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import counted
 
@@ -211,7 +209,7 @@ def _wanted(settings: TrainSettings, base: Base, prompts: list[Prompt], today: d
     Raises:
         InputError: none can be encoded.
     """
-    encoder = prompt_encoder(Rows(entries=list(prompts)), settings.data, base.hf_tokenizer, today)
+    encoder = prompt_encoder(SplitRows(entries=list(prompts)), settings.data, base.hf_tokenizer, today)
     encoded = encode_prompts(encoder, prompts, read_teacher_prompt(settings.objective.teacher_prompt))
     seen = encoded.rows if encoded.rows.teacher is None else encoded.rows.teacher
     numbers = [(row, number) for row, number in enumerate(encoded.source.tolist()) if not prompts[number].answered]

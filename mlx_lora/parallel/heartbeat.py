@@ -25,7 +25,7 @@ FIRST_S = 2.0  # other ranks wait this long, so that rank 0 reports an error tha
 LINE_BYTES = 1 << 16
 
 
-class Link:
+class PeerConnection:
     """A connection to one other rank."""
 
     def __init__(self, rank: int, name: str, connection: socket.socket):
@@ -74,7 +74,7 @@ def listen() -> tuple[socket.socket, str]:
 
 def connect(
     rank: int, size: int, server: socket.socket | None, addresses: list[str], port: int, token: str, name: str
-) -> tuple[list[Link], str]:
+) -> tuple[list[PeerConnection], str]:
     """Connect rank 0 and all others.
 
     Args:
@@ -88,7 +88,7 @@ def connect(
     """
     if server is None:
         return _reach(rank, addresses, port, token, name)
-    links: list[Link] = []
+    links: list[PeerConnection] = []
     deadline = time.monotonic() + CONNECT_S
     with server:
         while len(links) < size - 1 and (left := deadline - time.monotonic()) > 0:
@@ -99,19 +99,19 @@ def connect(
                 hello = json.loads(connection.makefile("rb").readline(LINE_BYTES))
                 if not secrets.compare_digest(str(hello["token"]), token):
                     raise ValueError
-                links.append(Link(int(hello["rank"]), str(hello["name"]), connection))
+                links.append(PeerConnection(int(hello["rank"]), str(hello["name"]), connection))
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # the connection is not from one of our ranks, or the time is up
     return links, ""
 
 
-def _reach(rank: int, addresses: list[str], port: int, token: str, name: str) -> tuple[list[Link], str]:
+def _reach(rank: int, addresses: list[str], port: int, token: str, name: str) -> tuple[list[PeerConnection], str]:
     for address in addresses:
         try:
             connection = socket.create_connection((address, port), timeout=CONNECT_S / (len(addresses) + 1))
         except OSError:
             continue
-        link = Link(0, address, connection)
+        link = PeerConnection(0, address, connection)
         link.send({"token": token, "rank": rank, "name": name})
         return [link], ""
     return [], (
@@ -123,7 +123,7 @@ def _reach(rank: int, addresses: list[str], port: int, token: str, name: str) ->
 class Heartbeat:
     """Watches the links in its own thread, and ends this process if another rank has failed."""
 
-    def __init__(self, rank: int, links: list[Link]):
+    def __init__(self, rank: int, links: list[PeerConnection]):
         """Start watching.
 
         Args:
@@ -183,7 +183,7 @@ class Heartbeat:
             if all(link.done for link in self._links):
                 self._all_done.set()
 
-    def _read(self, link: Link) -> None:
+    def _read(self, link: PeerConnection) -> None:
         messages = link.receive()
         if messages is None:
             self._lost(link, "ended without a message: it was killed, ran out of memory, or its machine is down")
@@ -195,7 +195,7 @@ class Heartbeat:
                 rank, code, words = message["end"]
                 self._end(rank, words, code, said=self._rank != 0)
 
-    def _lost(self, link: Link, what: str) -> NoReturn:
+    def _lost(self, link: PeerConnection, what: str) -> NoReturn:
         advice = "start all ranks again, with --resume to continue from the last checkpoint"
         self._end(None, f"rank {link.rank} ({link.name}) {what}; {advice}", 1)
 

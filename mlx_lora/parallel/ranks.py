@@ -26,7 +26,7 @@ import mlx.core as mx
 
 from mlx_lora.parallel.heartbeat import Heartbeat, connect, listen
 from mlx_lora.utils import device
-from mlx_lora.utils.cores import share_words
+from mlx_lora.utils.blas import share_words
 from mlx_lora.utils.errors import InputError
 
 MEET_S = 300  # the time that a rank waits for the others to start

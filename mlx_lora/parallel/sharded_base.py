@@ -29,6 +29,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_lora.adapters.base import mix_in
 from mlx_lora.parallel.ranks import SeveralRanks
 from mlx_lora.utils.errors import InputError
 
@@ -73,12 +74,6 @@ class SharedBlock(nn.Module):
     def in_turn(self, own: list[mx.array], given: list[mx.array]) -> list[mx.array]:
         """Let the block before wait for this one's gradients, or MLX plans many blocks' gradients before any message."""
         return mx.depends(given, own) if own and given else given
-
-
-def mix_in(mixin: type, module: nn.Module) -> None:
-    """Give a module a class in which `mixin` comes before its own."""
-    base = type(module)
-    module.__class__ = type(f"Shared{base.__name__}", (mixin, base), {})
 
 
 def _check_apart(blocks: Sequence[nn.Module]) -> None:
@@ -175,7 +170,7 @@ class Messages:
 
 
 @dataclass(frozen=True)
-class Place:
+class ArraySlot:
     """Where an array is in a unit's bytes.
 
     Attributes:
@@ -234,8 +229,24 @@ class Unit:
         return [(place.name, place.of(content)) for place in self.places]
 
 
-class Held:
-    """A module's frozen arrays, and what stands in for them while they are not at hand."""
+class Sharded:
+    """Arrays of which each rank keeps a part, and what stands in for them while they are not at hand."""
+
+    unit: Unit
+    stand_ins: dict[str, Any]
+
+    @contextmanager
+    def at_hand(self, module: nn.Module, before: Sequence[mx.array]) -> Iterator[None]:
+        """Give the module the arrays inside this context."""
+        module.update(tree_unflatten(self.unit.gathered(before)))
+        try:
+            yield
+        finally:
+            module.update(self.stand_ins)
+
+
+class Held(Sharded):
+    """All frozen arrays of a module."""
 
     def __init__(self, module: nn.Module, messages: Messages):
         """Leave only this rank's part of a module's frozen arrays in memory."""
@@ -244,15 +255,6 @@ class Held:
         self.stand_ins = tree_unflatten(stand_ins(arrays))
         mx.eval(self.stand_ins, module.trainable_parameters())
         module.update(self.stand_ins)
-
-    @contextmanager
-    def at_hand(self, module: nn.Module, before: Sequence[mx.array]) -> Iterator[None]:
-        """Give the module its arrays inside this context."""
-        module.update(tree_unflatten(self.unit.gathered(before)))
-        try:
-            yield
-        finally:
-            module.update(self.stand_ins)
 
 
 def _planned_early(message: mx.array) -> mx.array:
@@ -278,10 +280,10 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _places(arrays: Named, message: int) -> Iterator[Place]:
+def _places(arrays: Named, message: int) -> Iterator[ArraySlot]:
     begin = 0
     for name, array in arrays:
-        yield Place(name, message, begin, array.nbytes, array.dtype, array.shape)
+        yield ArraySlot(name, message, begin, array.nbytes, array.dtype, array.shape)
         begin += _aligned(array.nbytes)
 
 

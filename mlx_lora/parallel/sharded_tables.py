@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -34,6 +33,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes
 
+from mlx_lora.adapters.base import mix_in
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.models.head import EMBEDDING_HEADS, FLOAT_HEADS, QUANTIZED_HEADS, AtHand
 from mlx_lora.parallel.ranks import SeveralRanks
@@ -41,10 +41,10 @@ from mlx_lora.parallel.sharded_base import (
     LEAST_BYTES,
     Held,
     Messages,
+    Sharded,
     Unit,
     frozen_arrays,
     frozen_bytes,
-    mix_in,
     share_blocks,
     stand_ins,
 )
@@ -156,8 +156,8 @@ def units_of(model: nn.Module) -> Units:
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Some rows of a table.
+class Slice(Sharded):
+    """Some rows of a table, which the module has as if they were all.
 
     Attributes:
         rows: which.
@@ -168,15 +168,6 @@ class Slice:
     rows: slice
     unit: Unit
     stand_ins: dict[str, Any]
-
-    @contextmanager
-    def at_hand(self, module: nn.Module, before: Sequence[mx.array]) -> Iterator[None]:
-        """Give the module these rows inside this context, as if they were all."""
-        module.update(tree_unflatten(self.unit.gathered(before)))
-        try:
-            yield
-        finally:
-            module.update(self.stand_ins)
 
 
 @dataclass(frozen=True)

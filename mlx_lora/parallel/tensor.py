@@ -63,7 +63,7 @@ _PARTS = (AllToShardedLinear, QuantizedAllToShardedLinear, *_ENDS)
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPosition:
     """A rank's place among all, as mlx-lm asks for it when it cuts a model."""
 
     own: int
@@ -87,11 +87,11 @@ def cut_model(model: nn.Module, config: dict[str, Any], ranks: SeveralRanks) -> 
     Raises:
         InputError: the model cannot be cut, or not for so many ranks.
     """
-    cut_layers(model, config, Place(ranks.rank, ranks.size), Wire(ranks.sum_inside, ranks.rank, ranks.size))
+    cut_layers(model, config, RankPosition(ranks.rank, ranks.size), Wire(ranks.sum_inside, ranks.rank, ranks.size))
     _read_parts(model)
 
 
-def cut_layers(model: nn.Module, config: dict[str, Any], place: Place, wire: Wire) -> None:
+def cut_layers(model: nn.Module, config: dict[str, Any], place: RankPosition, wire: Wire) -> None:
     """Cut a model as one rank does, lazily; nothing is read.
 
     Args:
@@ -120,13 +120,12 @@ def cut_layers(model: nn.Module, config: dict[str, Any], place: Place, wire: Wir
         if cut is not None:
             _cut_adapter(layer, cut)
     at = dict(model.named_modules())
-    for path in ends:
-        mix_in(Exit, at[path], wire)
-    for branch in branches:
-        mix_in(Entry, branch, wire)
+    for mixin, module in [(Exit, at[path]) for path in ends] + [(Entry, branch) for branch in branches]:
+        mix_in(mixin, module)
+        module._wire = wire
 
 
-def _cut(model: nn.Module, place: Place) -> tuple[list[nn.Module], list[str]]:
+def _cut(model: nn.Module, place: RankPosition) -> tuple[list[nn.Module], list[str]]:
     """Cut the layers of a model without adapters, lazily.
 
     Returns:
@@ -148,7 +147,7 @@ def _cut(model: nn.Module, place: Place) -> tuple[list[nn.Module], list[str]]:
             ends.append(path)
             if "bias" in before[path] and place.own:
                 before[path].bias = mx.zeros_like(before[path].bias)  # added once, by rank 0
-        elif isinstance(vars(module).get("sharding_group"), Place):
+        elif isinstance(vars(module).get("sharding_group"), RankPosition):
             module.sharding_group = None  # this package's messages, not the model's
             ends.append(path)
     model.update_modules(tree_unflatten(restored))
@@ -188,7 +187,7 @@ def _check_counts(modules: dict[str, nn.Module], before: dict[str, dict[str, int
                 )
 
 
-def _cut_of(module: nn.Module, whole: tuple[int, int], place: Place) -> Cut | None:
+def _cut_of(module: nn.Module, whole: tuple[int, int], place: RankPosition) -> Cut | None:
     """Return which features a layer has kept, None if all; whole: its widths before."""
     for of_inputs, before, now in zip((True, False), whole, base_dims(module), strict=True):
         if now != before:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
 from mlx_lora.planner.memory import ROLLOUT, MemoryPlan, plan_memory
-from mlx_lora.planner.shapes import Machine, ModelShape, Rollout, Run
+from mlx_lora.planner.shapes import Machine, ModelShape, Rollout, RunShape
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import gigabytes
 
@@ -26,6 +26,26 @@ Shapes = Callable[[int], Sequence[tuple[int, int]]]
 """Tokens of a batch -> (rows, width) of the batches that the data are divided into."""
 Prompts = Sequence[tuple[int, int]]
 """Lengths of the prompts that answers are sampled to, in tokens, each with how many prompts are no longer."""
+
+
+@dataclass(frozen=True)
+class DataLimits:
+    """What the data allow a batch to be.
+
+    Attributes:
+        most_rows: the number of rows in the data; None: not known.
+        prompts: that answers are sampled to; without any, that of the longest row.
+        most_tokens: of a batch that suits the data (config/defaults.py).
+        shapes: of the data's batches; None: not known, so that a batch is taken to be full of the longest row.
+    """
+
+    most_rows: int | None = None
+    prompts: Prompts = ()
+    most_tokens: int = DEFAULT_BATCH_TOKENS
+    shapes: Shapes | None = None
+
+
+NO_DATA = DataLimits()
 
 
 @dataclass(frozen=True)
@@ -65,13 +85,13 @@ def largest_batch(
     return objective.trained_rows_per_example * examples, width
 
 
-def run_of(settings: TrainSettings, rows: int, width: int, mode: str, slots: int | None = None) -> Run:
+def run_of(settings: TrainSettings, rows: int, width: int, mode: str, slots: int | None = None) -> RunShape:
     """Return the settings that decide memory, for one batch shape with `slots` trained positions.
 
     With --batch-parts, this is the largest part of the batch; the rows of an example stay together in one part.
     """
     loop, together = settings.loop, settings.objective.trained_rows_per_example
-    return Run(
+    return RunShape(
         rows=-(-rows // (together * loop.batch_parts)) * together,
         width=width,
         trained_positions=slots,
@@ -133,34 +153,28 @@ def fit(
     shape: ModelShape,
     machine: Machine,
     width: int,
-    most_rows: int | None = None,
-    prompts: Prompts = (),
+    data: DataLimits = NO_DATA,
     ranks: int = 1,
-    most_tokens: int = DEFAULT_BATCH_TOKENS,
-    shapes: Shapes | None = None,
 ) -> Fitted:
     """Choose batch tokens and checkpointing if the settings leave them open.
 
-    The first choice that fits is returned: `most_tokens`, then halves of it, each with the fastest mode first. If nothing
+    The first choice that fits is returned: the data's `most_tokens`, then halves of it, each with the fastest mode first. If nothing
     fits, the smallest is returned, and its plan says that it does not fit.
 
     Args:
         settings: --batch-tokens and --grad-checkpoint may be open (None, auto).
         shape, machine: the model and the machine.
         width: positions of the longest row.
-        most_rows: the number of rows in the data; None: not known.
-        prompts: that answers are sampled to; without any, that of the longest row.
+        data: bounds a batch.
         ranks: processes that a batch's examples are dealt to.
-        most_tokens: of a batch that suits the data (config/defaults.py).
-        shapes: of the data's batches; None: not known, so that a batch is taken to be full of the longest row.
     """
     budget, together = budget_of(settings.loop, machine), settings.objective.trained_rows_per_example
-    for tokens, mode in _choices(settings.loop, width * settings.objective.rows_per_example, most_tokens):
+    for tokens, mode in _choices(settings.loop, width * settings.objective.rows_per_example, data.most_tokens):
         found: Fitted | None = None
-        for rows, columns in _batches(shapes, width, settings, tokens, most_rows):
+        for rows, columns in _batches(data, width, settings, tokens):
             rows = -(-rows // (together * ranks)) * together
             run = run_of(settings, rows, columns, mode)
-            run = replace(run, rollout=largest_rollout(settings, tokens, prompts) or run.rollout)
+            run = replace(run, rollout=largest_rollout(settings, tokens, data.prompts) or run.rollout)
             one = Fitted(tokens, mode, plan_memory(shape, run, machine, budget), rows, columns)
             if found is None or one.memory.peak_bytes > found.memory.peak_bytes:
                 found = one
@@ -170,23 +184,21 @@ def fit(
     return found
 
 
-def _batches(
-    shapes: Shapes | None, width: int, settings: TrainSettings, tokens: int, most_rows: int | None
-) -> list[tuple[int, int]]:
+def _batches(data: DataLimits, width: int, settings: TrainSettings, tokens: int) -> list[tuple[int, int]]:
     """Return (trained rows, width) of the batches that may take the most: none has both fewer positions and a shorter row."""
-    if shapes is None or settings.objective.samples:
-        return [largest_batch(width, settings, tokens, most_rows)]
+    if data.shapes is None or settings.objective.samples:
+        return [largest_batch(width, settings, tokens, data.most_rows)]
     objective, wide = settings.objective, 0
     trained = [
         (rows // objective.rows_per_example * objective.trained_rows_per_example, columns)
-        for rows, columns in shapes(tokens)
+        for rows, columns in data.shapes(tokens)
     ]
     found = []
     for rows, columns in sorted(trained, key=lambda one: (one[0] * one[1], one[1]), reverse=True):
         if columns > wide:
             found.append((rows, columns))
             wide = columns
-    return found or [largest_batch(width, settings, tokens, most_rows)]
+    return found or [largest_batch(width, settings, tokens, data.most_rows)]
 
 
 def _choices(loop: LoopSettings, longest: int, most_tokens: int) -> Iterator[tuple[int, str]]:
@@ -245,15 +257,14 @@ def check_fits(
     machine: Machine,
     width: int,
     quantized: Callable[[], ModelShape | None] = lambda: None,
-    most_rows: int | None = None,
-    prompts: Prompts = (),
+    data: DataLimits = NO_DATA,
 ) -> None:
     """Refuse a run that does not fit, unless --no-memory-check is given.
 
     Args:
         settings: of the run.
         fitted: the result of `fit`.
-        shape, machine, width, most_rows, prompts: as for `fit`.
+        shape, machine, width, data: as for `fit`.
         quantized: returns the shape with a 4-bit base, or None if it is already quantized.
 
     Raises:
@@ -266,7 +277,7 @@ def check_fits(
     moment = "while answers are sampled" if memory.phase == ROLLOUT else "at its peak"
     raise InputError(
         f"this run: needs {gigabytes(memory.needed_bytes)} {moment} by the plan, but {limit} is "
-        f"{gigabytes(memory.budget_bytes)}; {advice(settings, shape, machine, width, quantized, most_rows, prompts)}, or "
+        f"{gigabytes(memory.budget_bytes)}; {advice(settings, shape, machine, width, quantized, data)}, or "
         "--no-memory-check to try it anyway"
     )
 
@@ -277,8 +288,7 @@ def advice(
     machine: Machine,
     width: int,
     quantized: Callable[[], ModelShape | None] = lambda: None,
-    most_rows: int | None = None,
-    prompts: Prompts = (),
+    data: DataLimits = NO_DATA,
 ) -> str:
     """Return the settings that fit and change the run least, as flags."""
     for model, words in ((lambda: shape, []), (quantized, ["--bits 4"])):
@@ -286,9 +296,9 @@ def advice(
         if found is None:
             continue
         if settings.objective.samples:
-            flags = _nearest_sampling(settings, found, machine, width, most_rows, prompts)
+            flags = _nearest_sampling(settings, found, machine, width, data)
         else:
-            flags = _nearest(settings, found, machine, width, most_rows)
+            flags = _nearest(settings, found, machine, width, data)
         if flags is not None:
             return " ".join(["try", *words, *flags])
     smaller = "--teacher, or one with fewer bits" if shape.teacher is not None else "model"
@@ -296,33 +306,35 @@ def advice(
 
 
 def _nearest(
-    settings: TrainSettings, shape: ModelShape, machine: Machine, width: int, most_rows: int | None
+    settings: TrainSettings, shape: ModelShape, machine: Machine, width: int, data: DataLimits
 ) -> list[str] | None:
     """Return the flags with which the run fits (empty: it fits as it is), or None if there are none."""
+    data = DataLimits(data.most_rows)
     widths = [width]
     while widths[-1] > SMALLEST_BATCH:
         widths.append(max(SMALLEST_BATCH, widths[-1] // 2))
     for columns in widths:
         for loop in _easier(settings.loop, columns):
             eased = replace(settings, loop=loop)
-            found = fit(eased, shape, machine, columns, most_rows)
+            found = fit(eased, shape, machine, columns, data)
             if found.memory.fits:
                 return _flags(settings.loop, loop, found, columns if columns < width else None)
     return None
 
 
 def _nearest_sampling(
-    settings: TrainSettings, shape: ModelShape, machine: Machine, width: int, most_rows: int | None, prompts: Prompts
+    settings: TrainSettings, shape: ModelShape, machine: Machine, width: int, data: DataLimits
 ) -> list[str] | None:
     """Return the same for a run that samples answers: fewer prompts in a batch, then shorter answers, then fewer."""
     prompt, loop = max(1, width - answer_room(settings.objective)), settings.loop
+    data = DataLimits(data.most_rows, data.prompts)
     one = [replace(loop, grad_checkpoint="auto")]
     if loop.batch_size != 1:
         one.append(replace(loop, grad_checkpoint="auto", batch_size=1))
     for objective in _fewer_answers(settings.objective):
         for eased_loop in one:
             eased = replace(settings, objective=objective, loop=eased_loop)
-            found = fit(eased, shape, machine, prompt + answer_room(objective), most_rows, prompts)
+            found = fit(eased, shape, machine, prompt + answer_room(objective), data)
             if not found.memory.fits:
                 continue
             flags = _flags(loop, replace(eased_loop, batch_size=loop.batch_size), found, None)

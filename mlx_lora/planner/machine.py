@@ -20,9 +20,8 @@ from mlx_lora.kernels.measure import read_store, write_store
 from mlx_lora.planner.shapes import Machine
 from mlx_lora.planner.speed import Ceilings
 from mlx_lora.utils import device
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.device import compiles_from_steps, compute_dtype, current_device
-from mlx_lora.utils.files import one_at_a_time
+from mlx_lora.utils.files import cache_dir, one_at_a_time
 
 # The shape of a typical product in a training step: positions, and a block's widths.
 ROWS, INNER, OUTER = 1024, 576, 1536

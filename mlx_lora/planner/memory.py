@@ -35,7 +35,7 @@ from math import ceil
 from mlx_lora.config.checks import checkpoint_every
 from mlx_lora.config.presets import OPTIMIZERS
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS
-from mlx_lora.planner.shapes import Block, Layer, LayerCache, Machine, ModelShape, Rollout, Run, in_steps
+from mlx_lora.planner.shapes import Block, Layer, LayerCache, Machine, ModelShape, Rollout, RunShape, in_steps
 
 ROLLOUT = "rollout"  # the phase in which answers are sampled
 SINGLE = 4  # bytes of a float32
@@ -118,7 +118,7 @@ class MemoryPlan:
         return self.needed_bytes <= self.budget_bytes
 
 
-def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int | None = None) -> MemoryPlan:
+def plan_memory(shape: ModelShape, run: RunShape, machine: Machine, budget_bytes: int | None = None) -> MemoryPlan:
     """Return the memory plan of one run.
 
     Args:
@@ -177,15 +177,15 @@ def plan_memory(shape: ModelShape, run: Run, machine: Machine, budget_bytes: int
     return MemoryPlan(peak, parts, sums, min(machine.cache_bytes, budget // 16), budget, shape.not_known)
 
 
-def _teacher_parts(teacher: ModelShape, run: Run, machine: Machine) -> dict[str, int]:
+def _teacher_parts(teacher: ModelShape, run: RunShape, machine: Machine) -> dict[str, int]:
     """Return what a teacher holds while it is asked: its weights, one block at a time, and chunks of logits."""
-    asked = Run(1, max(DEFAULT_BATCH_TOKENS, run.positions))
+    asked = RunShape(1, max(DEFAULT_BATCH_TOKENS, run.positions))
     block = max((kept_by(block, asked, machine) for block in teacher.blocks), default=0)
     logits = int(ROW_ARRAYS * max(machine.tile_bytes, SINGLE * teacher.vocabulary))
     return {"teacher": teacher.base_bytes, "block": int(block), "logits": logits}
 
 
-def _record_bytes(shape: ModelShape, run: Run) -> int:
+def _record_bytes(shape: ModelShape, run: RunShape) -> int:
     """Return the bytes of what a batch brings of its teacher: log-probabilities, with 16 bits on disk, and int32 ids."""
     most, number = run.teacher_top_k or shape.vocabulary, SINGLE if shape.teacher_stays else 2
     return run.slots * min(number * shape.vocabulary, number * (most + 1) + 4 * most)
@@ -194,7 +194,7 @@ def _record_bytes(shape: ModelShape, run: Run) -> int:
 # Blocks
 
 
-def kept_by(block: Block, run: Run, machine: Machine) -> float:
+def kept_by(block: Block, run: RunShape, machine: Machine) -> float:
     """Return the bytes that a block keeps for the backward pass without checkpointing, attention's probabilities included."""
     case = run.rows, run.width, machine.backend != "cpu"
     if block.memory is not None:
@@ -207,14 +207,14 @@ def kept_by(block: Block, run: Run, machine: Machine) -> float:
     return own * machine.number_bytes
 
 
-def _ends(block: Block, run: Run, machine: Machine) -> float:
+def _ends(block: Block, run: RunShape, machine: Machine) -> float:
     """Return the bytes of a block's input and of attention's output."""
     if block.memory is not None:
         return block.memory.at(run.rows, run.width, machine.backend != "cpu").ends
     return (_width(block) + block.heads * block.head_width) * run.positions * machine.number_bytes
 
 
-def block_numbers(block: Block, run: Run, machine: Machine) -> float:
+def block_numbers(block: Block, run: RunShape, machine: Machine) -> float:
     """Return the numbers per position that a block keeps for the backward pass without checkpointing.
 
     These are the residual stream twice; each layer's input, once for all layers that share it; each layer's output, unless
@@ -260,7 +260,7 @@ def _width(block: Block) -> int:
     return block.layers[0].inputs if block.layers else 0
 
 
-def probabilities(block: Block, run: Run, machine: Machine) -> float:
+def probabilities(block: Block, run: RunShape, machine: Machine) -> float:
     """Return how many attention probabilities are kept per row and layer: tiles of 64 queries by the keys that they see.
 
     For mlx's own attention this is the measured number, about all scores on a CPU.
@@ -274,7 +274,7 @@ def probabilities(block: Block, run: Run, machine: Machine) -> float:
     return block.heads * run.width * run.width * (tiles + 1) / (2 * tiles)
 
 
-def _kept_by_blocks(shape: ModelShape, run: Run, machine: Machine) -> tuple[int, int]:
+def _kept_by_blocks(shape: ModelShape, run: RunShape, machine: Machine) -> tuple[int, int]:
     """Return the bytes that all blocks keep, and the most that one checkpointed block computes again."""
     every = checkpoint_every(run.checkpointing)
     kept, most = 0.0, 0.0
@@ -293,12 +293,12 @@ def _kept_by_blocks(shape: ModelShape, run: Run, machine: Machine) -> tuple[int,
     return int(kept), int(most)
 
 
-def _backward_window(shape: ModelShape, run: Run, machine: Machine) -> int:
+def _backward_window(shape: ModelShape, run: RunShape, machine: Machine) -> int:
     """Return the bytes that a block's backward pass allocates at a time, in addition to what the blocks keep."""
     return int(max((_window(block, run, machine) for block in shape.blocks), default=0))
 
 
-def _window(block: Block, run: Run, machine: Machine) -> float:
+def _window(block: Block, run: RunShape, machine: Machine) -> float:
     if block.memory is not None:
         return block.memory.at(run.rows, run.width, machine.backend != "cpu").window
     size = machine.number_bytes
@@ -308,7 +308,7 @@ def _window(block: Block, run: Run, machine: Machine) -> float:
     return max(layers + packed * size, scores)
 
 
-def _scores_ahead(run: Run, machine: Machine) -> float:
+def _scores_ahead(run: RunShape, machine: Machine) -> float:
     """Return the scores per key that attention's backward pass allocates at a time."""
     own = machine.kernels.scores(run.width)
     if own is None:
@@ -325,7 +325,7 @@ def _dense_path(layer: Layer, machine: Machine) -> bool:
 # Loss, check and loading
 
 
-def _loss_window(shape: ModelShape, run: Run, machine: Machine) -> int:
+def _loss_window(shape: ModelShape, run: RunShape, machine: Machine) -> int:
     """Return the bytes of the loss: tiles of logits and exponentials, slices of the head, sums of the gradient."""
     slots, size = -(-run.slots // shape.loss_ranks), machine.number_bytes
     if shape.plain_loss:
@@ -351,7 +351,7 @@ def _loss_window(shape: ModelShape, run: Run, machine: Machine) -> int:
     return int(ahead * (logits + pulled + dense) + 2 * slots * shape.width * size)
 
 
-def _compared_arrays(run: Run) -> float:
+def _compared_arrays(run: RunShape) -> float:
     """Return the arrays of a chunk's logits that a comparison with a teacher takes; 0 without one."""
     if run.teacher_top_k is None:
         return 0.0
@@ -377,12 +377,12 @@ def _check_parts(shape: ModelShape, machine: Machine) -> tuple[int, int, int]:
     """
     gradients = 2 * SINGLE * shape.trained
     if not shape.shared:
-        run, tokens = Run(1, CHECK_TOKENS), CHECK_TOKENS if shape.plain_loss else LOSS_TOKENS
+        run, tokens = RunShape(1, CHECK_TOKENS), CHECK_TOKENS if shape.plain_loss else LOSS_TOKENS
         kinds = {(block, id(block.memory)): block for block in shape.blocks}
         kept = sum(kept_by(block, run, machine) for block in kinds.values())
         share = len(kinds) / max(1, len(shape.blocks))
         return int(kept), int(gradients * share), _check_bytes(shape, machine, tokens)
-    run = Run(1, CHECK_TOKENS, checkpointing="block")
+    run = RunShape(1, CHECK_TOKENS, checkpointing="block")
     kept, most = _kept_by_blocks(shape, run, machine)
     block = most + _backward_window(shape, run, machine)
     return kept, gradients, max(_check_bytes(shape, machine, CHECK_TOKENS), block)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_lora.planner.memory import SINGLE, MemoryPlan, plan_memory
-from mlx_lora.planner.shapes import Machine, ModelShape, Run
+from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
 from mlx_lora.planner.speed import Ceilings, step_seconds
 from mlx_lora.utils.text import gigabytes
 
@@ -256,7 +256,7 @@ class MacsPlan:
 
 
 def plan_macs(
-    shape: ModelShape, units: Units, run: Run, macs: Sequence[Mac], shares: Sequence[float], link: Link
+    shape: ModelShape, units: Units, run: RunShape, macs: Sequence[Mac], shares: Sequence[float], link: Link
 ) -> MacsPlan:
     """Return the plan of a run.
 
@@ -297,13 +297,13 @@ def memory_shares(macs: Sequence[Machine]) -> list[float]:
     return [mac.working_set_bytes / whole for mac in macs]
 
 
-def _own_part(run: Run, count: int) -> Run:
+def _own_part(run: RunShape, count: int) -> RunShape:
     """Return what one of `count` Macs computes of a batch."""
     slots = None if run.trained_positions is None else -(-run.trained_positions // count)
     return replace(run, rows=-(-run.rows // count), trained_positions=slots)
 
 
-def _computing(shape: ModelShape, own: Run, macs: Sequence[Mac]) -> list[float]:
+def _computing(shape: ModelShape, own: RunShape, macs: Sequence[Mac]) -> list[float]:
     """Return each Mac's seconds of computing its own part of a step."""
     return [step_seconds(shape, own, mac.machine, mac.ceilings)[0] for mac in macs]
 
@@ -315,7 +315,7 @@ def _sent_in_step(shape: ModelShape, units: Units, macs: Sequence[Mac], shares: 
 
 
 def least_tokens(
-    shape: ModelShape, units: Units, run: Run, macs: Sequence[Mac], shares: Sequence[float], link: Link
+    shape: ModelShape, units: Units, run: RunShape, macs: Sequence[Mac], shares: Sequence[float], link: Link
 ) -> int | None:
     """Return about how many tokens a batch must have for the link to be hidden behind computing; None: over a million.
 
@@ -412,7 +412,7 @@ def best(splits: Sequence[Split]) -> Split:
     return min(possible, key=lambda split: split.most_needed_bytes)
 
 
-def split_by_rows(shape: ModelShape, batch: Run, macs: Sequence[Mac], link: Link) -> Split:
+def split_by_rows(shape: ModelShape, batch: RunShape, macs: Sequence[Mac], link: Link) -> Split:
     """Return what is predicted of rows that are dealt, with the whole base on each rank.
 
     Args:
@@ -438,7 +438,7 @@ def split_with_shared_base(plan: MacsPlan, tokens: int) -> Split:
     return Split(DATA, True, tokens, plan.memory, computing, plan.step_s - computing)
 
 
-def split_by_tensor(shape: ModelShape, batch: Run, macs: Sequence[Mac], link: Link, number_bytes: int) -> Split:
+def split_by_tensor(shape: ModelShape, batch: RunShape, macs: Sequence[Mac], link: Link, number_bytes: int) -> Split:
     """Return what is predicted of tensor parallelism.
 
     Args:

@@ -1,6 +1,6 @@
 """The planner's types: a model's shape, a machine, and a run's largest batch.
 
-models/meta.py fills them in from a module tree, planner/machine.py from a device, and planner/chips.py from a table.
+models/meta.py fills them in from a module tree, planner/machine.py from a device, and planner/speed.py from a table.
 
 Shapes: T positions of a batch (rows x width), P trained positions, D model width, V vocabulary, A trained numbers.
 """
@@ -245,7 +245,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class KernelTerms:
-    """The properties of a run's kernels that decide memory; the default is our kernels (kernels/choose.py).
+    """The properties of a run's kernels that decide memory; the default is our kernels (kernels/table.py).
 
     Attributes:
         attention: (keys, kept, ahead) for each row length that mlx's attention is chosen for, in arrays of scores with a
@@ -329,7 +329,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunShape:
     """The settings of a run that decide memory.
 
     Attributes:

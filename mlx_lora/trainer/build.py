@@ -9,14 +9,12 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlx_lora.adapters.schedules import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.config.settings import LoopSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.load import DataSplits
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.table import assumed
-from mlx_lora.losses.check import choose_step_variant
 from mlx_lora.objectives.base import BoundObjective, HeldOutBatches, RunContext
 from mlx_lora.parallel.agreement import check_one_run, take_first_ranks
 from mlx_lora.parallel.sharded_base import end_of_trial
@@ -33,7 +31,9 @@ from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.header import choices, describe_run
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
+from mlx_lora.trainer.schedules import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.trainer.step import Step, StepOptions
+from mlx_lora.trainer.step_variant import choose_step_variant
 from mlx_lora.trainer.trainer import total_steps
 from mlx_lora.utils import device
 

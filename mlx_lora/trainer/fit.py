@@ -31,9 +31,9 @@ from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSe
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.load import DataSplits
 from mlx_lora.data.sampler import BatchPlan, ShapePrice
-from mlx_lora.kernels.choose import KernelChoice, planned_kernels
 from mlx_lora.kernels.measure import MLX
 from mlx_lora.kernels.quantized_matmul import has_two_ways, use_measured_matmul
+from mlx_lora.kernels.table import KernelChoice, planned_kernels
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.load import Base
@@ -45,9 +45,10 @@ from mlx_lora.parallel.hosts import probe_link
 from mlx_lora.parallel.ranks import Ranks, SeveralRanks
 from mlx_lora.parallel.sharded_base import frozen_bytes, is_shared
 from mlx_lora.parallel.sharded_tables import share_base, units_of
-from mlx_lora.parallel.tensor import Place, cut_layers, cut_model
+from mlx_lora.parallel.tensor import RankPosition, cut_layers, cut_model
 from mlx_lora.planner.fit import (
     SMALLEST_BATCH,
+    DataLimits,
     Fitted,
     Prompts,
     Shapes,
@@ -76,7 +77,7 @@ from mlx_lora.planner.several_macs import (
     split_by_tensor,
     split_with_shared_base,
 )
-from mlx_lora.planner.shapes import KernelTerms, Machine, ModelShape, NotKnown, Run
+from mlx_lora.planner.shapes import KernelTerms, Machine, ModelShape, NotKnown, RunShape
 from mlx_lora.planner.speed import Ceilings
 from mlx_lora.trainer.block_memory import LAG, SHARED_LAG, with_block_memory
 from mlx_lora.trainer.gradient_checkpointing import Tape
@@ -114,8 +115,9 @@ def fit_run(
     prompts = prompts_of(settings.objective, rows)
     shape = replace(shape, trained_share=trained_share(settings.objective, rows))
     shapes, tokens = batch_shapes(settings, rows, facts), batch_tokens_for(settings, facts)
-    fitted = fit(settings, shape, machine, width, len(rows), prompts, ranks, tokens, shapes)
-    check_fits(settings, fitted, shape, machine, width, most_rows=len(rows), prompts=prompts)
+    limits = DataLimits(len(rows), prompts, tokens, shapes)
+    fitted = fit(settings, shape, machine, width, limits, ranks)
+    check_fits(settings, fitted, shape, machine, width, data=limits)
     return fitted
 
 
@@ -302,7 +304,7 @@ def outlined_shape(
         use_measured_matmul(outline.model, "dense")  # it takes more memory; for a plan the faster one is not measured
     config = outline.config
     if cut_by > 1:
-        cut_layers(outline.model, config, Place(0, cut_by), Wire(lambda x: x))
+        cut_layers(outline.model, config, RankPosition(0, cut_by), Wire(lambda x: x))
         config = cut_config(config, cut_by)
     return replace(adapted_shape(outline.model, config, settings, outline.cast_bytes, kernels), loss_ranks=cut_by)
 
@@ -417,7 +419,7 @@ def _splits(settings: TrainSettings, macs: Sequence[Mac], link: Link) -> list[Sp
     return [*found, split_by_tensor(part, batch, macs, link, dtype.size)]
 
 
-def _batch(settings: TrainSettings, count: int, of: tuple[ModelShape, Machine] | None = None) -> Run:
+def _batch(settings: TrainSettings, count: int, of: tuple[ModelShape, Machine] | None = None) -> RunShape:
     """Return a batch of all ranks, with a row for each at least.
 
     Args:

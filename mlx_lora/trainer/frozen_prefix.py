@@ -36,11 +36,10 @@ from mlx.utils import tree_flatten
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.batch import EMPTY, Batch
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.row_store import MOST_KEPT_BYTES, RowStore, evict, used_bytes
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.kernels.choose import KernelChoice
-from mlx_lora.kernels.table import has_recurrence, training_kernels
-from mlx_lora.losses.check import StepVariant, disagreement, probe
+from mlx_lora.data.teacher_table import MOST_KEPT_BYTES, RowStore, evict, used_bytes
+from mlx_lora.kernels.table import KernelChoice, has_recurrence, training_kernels
+from mlx_lora.losses.check import disagreement, probe
 from mlx_lora.losses.cross_entropy import Arrays
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, parameter_sums, short
 from mlx_lora.models.frozen_prefix import NoTrunk, Trunk, trunk_outputs
@@ -54,10 +53,10 @@ from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
 from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.planner.speed import ROOM_LEFT_BYTES, TrunkPlan, no_use, plan_trunk
 from mlx_lora.trainer.checkpoint import Checkpoint
+from mlx_lora.trainer.step_variant import StepVariant
 from mlx_lora.utils import device
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError, RunError
-from mlx_lora.utils.files import free_on_disk, sha256_of
+from mlx_lora.utils.files import cache_dir, free_on_disk, sha256_of
 
 # Decision
 

@@ -25,8 +25,7 @@ import mlx.core as mx
 
 from mlx_lora.data.batch import Batch, split_rows
 from mlx_lora.trainer.checkpoint import Position
-from mlx_lora.utils.cache import cache_dir
-from mlx_lora.utils.files import replacing_file
+from mlx_lora.utils.files import cache_dir, replacing_file
 from mlx_lora.utils.progress import told_display
 from mlx_lora.utils.supervise import SUPERVISOR
 

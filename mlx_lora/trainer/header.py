@@ -11,7 +11,6 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.inject import Adapted, adapter_parameters, starting_rank
-from mlx_lora.adapters.schedules import restart_every
 from mlx_lora.config.defaults import chosen_words, length_problem, rate_problem
 from mlx_lora.config.settings import AdapterSettings, LoopSettings, TrainSettings
 from mlx_lora.data.load import DataSplits
@@ -23,6 +22,7 @@ from mlx_lora.reports.run_report import REPORT_FILE, Sample
 from mlx_lora.trainer.evaluate import Measured
 from mlx_lora.trainer.fit import data_facts
 from mlx_lora.trainer.run_folder import CHECKPOINTS
+from mlx_lora.trainer.schedules import restart_every
 from mlx_lora.trainer.trainer import Outcome
 from mlx_lora.utils import console
 from mlx_lora.utils.text import command_line, counted, words_of

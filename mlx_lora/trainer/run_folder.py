@@ -59,9 +59,8 @@ from mlx_lora.trainer.checkpoint import (
 )
 from mlx_lora.trainer.evaluate import ROWS_FILE
 from mlx_lora.trainer.step import Step
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError, RunError
-from mlx_lora.utils.files import check_writable, one_at_a_time, replacing_file, replacing_folder
+from mlx_lora.utils.files import cache_dir, check_writable, one_at_a_time, replacing_file, replacing_folder
 from mlx_lora.utils.parsing import parse_yaml
 from mlx_lora.utils.text import command_line
 

@@ -12,7 +12,6 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from mlx_lora.adapters.schedules import Events
 from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.attention import AttentionCall
 from mlx_lora.kernels.measure import left_unchanged
@@ -20,6 +19,7 @@ from mlx_lora.kernels.table import Choose, assumed, training_kernels
 from mlx_lora.losses.cross_entropy import Arrays, LossFunction
 from mlx_lora.parallel.strategy import Sharing
 from mlx_lora.trainer.optimizer import ELEMENTWISE, Masters, clip_scale, scaled
+from mlx_lora.trainer.schedules import Events
 
 
 class StepResult(NamedTuple):
@@ -89,7 +89,7 @@ class StepOptions:
 
     Attributes:
         attend: computes the model's attention; None: mlx's kernels are used for everything.
-        choose: says which kernels are used, by shape (kernels/choose.py).
+        choose: says which kernels are used, by shape (kernels/table.py).
         compiled: compile the loss and its gradient; a model that computes values on its way cannot be.
         wait: wait for the device after each micro-batch, so that other programs (the display) can use it.
         rate_of: parameter name -> multiple of the learning rate (LoRA+); None: 1 for all.

@@ -15,8 +15,7 @@ from typing import Any
 
 import click
 
-from mlx_lora.utils.errors import InputError, RunError
-from mlx_lora.utils.gpu_failures import describe_gpu_failure
+from mlx_lora.utils.errors import InputError, RunError, describe_gpu_failure
 from mlx_lora.utils.text import did_you_mean
 
 HELP_COLUMNS = 100

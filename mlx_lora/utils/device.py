@@ -16,7 +16,6 @@ from importlib.metadata import version
 import mlx.core as mx
 
 from mlx_lora import BLAS
-from mlx_lora.kernels.measure import best_s, read_store, write_store
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import GIB
 
@@ -133,6 +132,7 @@ def on_gpu() -> bool:
 # On a CPU, mlx calls g++ to compile a kernel, which takes half a second: about 25 s for all kernels of a step, once per
 # machine. Steps are then about 5% faster, with the same bits. A run of fewer steps than this would lose time by it.
 COMPILE_FROM_STEPS = 200
+NEVER = 1 << 62  # a number that no count reaches
 _compiling = _kernels_compiled = "MLX_DISABLE_COMPILE" not in os.environ
 
 
@@ -307,71 +307,9 @@ def restart_with_short_buffers() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing})
 
 
-ROW_COUNTS = (1, 4, 16, 64, 256, 1024)
-NEVER = 1 << 62
-# Weights are timed in classes of shapes with sides within these limits: a model has few classes, and timing one is quick.
-SMALLEST_SIDE, LARGEST_SIDE = 128, 2048
-
-
-def dense_matmul_from_rows(shape: tuple[int, int], bits: int, group_size: int, mode: str, dtype: mx.Dtype) -> int:
-    """Return the number of rows from which dequantizing first beats `mx.quantized_matmul`, measured once and cached.
-
-    Args:
-        shape: (out, in) of the weight; its class is timed, see `shape_class`.
-        bits, group_size, mode: as given to mx.quantize.
-        dtype: of the scales; the microscaling modes have integer scales, and are timed in `compute_dtype()`.
-
-    Returns:
-        One of ROW_COUNTS, or NEVER, which no batch reaches, if the quantized kernel is always faster.
-    """
-    compute = dtype if mx.issubdtype(dtype, mx.floating) else compute_dtype()
-    out, width = shape_class(shape)
-    layout = f"{bits}|{group_size}|{mode}|{compute}"
-    key = f"{measured_on()}|{layout}|{out}x{width}"
-    known = read_store("dense_matmul_from_rows")
-    if known.get(key) not in (*ROW_COUNTS, NEVER):  # unknown, or damaged
-        known = {**known, key: _measure_dense_matmul((out, width), bits, group_size, mode, compute)}
-        write_store("dense_matmul_from_rows", known)
-    return known[key]
-
-
 def measured_on() -> str:
     """Return the cache key of this machine's measurements; with another mlx, chip or BLAS they are repeated."""
     return f"{current_device().name}|mlx {version('mlx')}|{BLAS.name}"
-
-
-def shape_class(shape: tuple[int, int]) -> tuple[int, int]:
-    """Return the (out, in) of a weight's shape class: the nearest powers of two within the limits."""
-    out, width = (min(max(1 << round(math.log2(side)), SMALLEST_SIDE), LARGEST_SIDE) for side in shape)
-    return out, width
-
-
-def _measure_dense_matmul(shape: tuple[int, int], bits: int, group_size: int, mode: str, dtype: mx.Dtype) -> int:
-    """Time both paths on an (out, in) weight, fewest rows first, and return the first count at which dense is faster.
-
-    This times what a training step does with a frozen weight: the product, and the gradient for its input.
-    """
-    layout = {"group_size": group_size, "bits": bits, "mode": mode}
-    packed = mx.quantize(mx.random.normal(shape, key=mx.random.key(0)).astype(dtype), **layout)
-
-    def quantized(x: mx.array, cotangent: mx.array) -> list[mx.array]:
-        return [
-            mx.quantized_matmul(x, *packed, transpose=True, **layout),
-            mx.quantized_matmul(cotangent, *packed, transpose=False, **layout),
-        ]
-
-    def dense(x: mx.array, cotangent: mx.array) -> list[mx.array]:
-        # Dequantize for each product, as in kernels/quantized_matmul.py, where no dense weight is kept between them.
-        once, again = (mx.dequantize(*packed, **layout).astype(dtype) for _ in range(2))
-        return [x @ once.T, cotangent @ again]
-
-    for rows in ROW_COUNTS:
-        cotangent, x = (mx.random.normal((rows, side), key=mx.random.key(1)).astype(dtype) for side in shape)
-        mx.eval(x, cotangent, packed)
-        quantized_s, dense_s = best_s([lambda f=f, x=x, c=cotangent: f(x, c) for f in (quantized, dense)])
-        if dense_s < quantized_s:
-            return rows
-    return NEVER
 
 
 def end_thread() -> None:

@@ -1,4 +1,13 @@
-"""The two errors with which a command ends early on purpose; any other is a bug and keeps its traceback."""
+"""The two errors with which a command ends early on purpose, and the errors with which mlx reports that a GPU gave up.
+
+Since mlx 0.32.0, a Metal command buffer that fails no longer aborts the process: whoever waits for its result gets a
+RuntimeError (mlx#3523). The texts after the colon are macOS's own, as in
+`Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)`. Any other error is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from mlx_lora.utils.supervise import OUT_OF_MEMORY, OUT_OF_TIME
 
 
 class InputError(Exception):
@@ -16,3 +25,44 @@ class RunError(Exception):
 def first_line(error: BaseException) -> str:
     """Return an error's first line of text, or its type if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# A GPU that gives up
+SOURCES = ("[METAL]", "[metal::malloc]", "[malloc]", "cudaMalloc", "CUDA")
+MEMORY = (
+    "insufficient memory",
+    "outofmemory",
+    "out of memory",
+    "unable to allocate",
+    "attempting to allocate",
+    "resource limit",
+)
+TIME = (
+    "timeout",
+    "impacting interactivity",
+    "impactinginteractivity",
+    "gpu hang",
+    "submissionsignored",
+    "ignored (for causing",
+)
+
+
+def describe_gpu_failure(error: BaseException) -> tuple[str, int] | None:
+    """Return message and exit code of an error that reports a GPU's failure, None for any other error."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not any(source in text for source in SOURCES):
+        return None
+    told, lower = first_line(error), text.lower()
+    if any(word in lower for word in MEMORY):
+        return (
+            f"memory ran out on the GPU; for training, use --grad-checkpoint block, a smaller --batch-tokens or --max-seq-length, or --bits 4. "
+            f"Checkpoints are kept: --resume goes on from the last, and --max-restarts 2 does so by itself ({told})",
+            OUT_OF_MEMORY,
+        )
+    if any(word in lower for word in TIME):
+        return (
+            f"macOS ended GPU work that took too long; for training, use --short-buffers or a smaller --batch-tokens. Checkpoints are kept: "
+            f"--resume goes on from the last, and --max-restarts 2 does so by itself ({told})",
+            OUT_OF_TIME,
+        )
+    return None

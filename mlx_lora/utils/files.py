@@ -1,4 +1,4 @@
-"""Write files so that a crash, a full disk or Ctrl-C never leaves an incomplete file."""
+"""Find the cache folders, and write files so that a crash, a full disk or Ctrl-C never leaves an incomplete file."""
 
 from __future__ import annotations
 
@@ -10,10 +10,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError
 
+GIVEN = "the list that was given"
 
+
+def shown_data(data: str) -> str:
+    """Return what a person calls a data set: records that Python gave are a file in the cache that they never saw."""
+    return GIVEN if Path(data).is_relative_to(cache_dir("records")) else data
+
+
+def cache_dir(kind: str) -> Path:
+    """Return the cache folder for one kind of file; it may not exist yet.
+
+    Args:
+        kind: `models`, `data`, `converted`, `encoded`, `runs`, `records`, `reference`, `teacher`, `trunk`, `prompts`,
+            `answers`, `blas`, `bin`, `measured` or `locks`.
+
+    Returns:
+        `$MLX_LORA_CACHE/<kind>`, by default `~/.cache/mlx_lora/<kind>`.
+    """
+    root = os.environ.get("MLX_LORA_CACHE") or Path.home() / ".cache" / "mlx_lora"
+    return Path(root) / kind
+
+
+# The cache
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which replaces `path` when the block ends without an error."""

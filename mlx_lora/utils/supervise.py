@@ -30,7 +30,7 @@ REPEATED = (
     "--data-folder",
     "--runs-folder",
 )  # options that may be given several times
-# Exit codes of a run whose GPU failed (utils/gpu_failures.py); this file is a script, and so has them itself.
+# Exit codes of a run whose GPU failed (utils/errors.py); this file is a script, and so has them itself.
 OUT_OF_MEMORY, OUT_OF_TIME = 75, 76
 DEATHS = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGKILL)
 

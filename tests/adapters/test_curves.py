@@ -10,12 +10,12 @@ from tiny_steps import batch
 from torch_judge import torch_base
 
 from mlx_lora.adapters.inject import adapt_model, adapter_parameters
-from mlx_lora.adapters.schedules import rates_of
 from mlx_lora.config.settings import AdapterSettings, ModelSettings, OptimizerSettings
 from mlx_lora.kernels.attention import tiled_attention
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import load_base
 from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.schedules import rates_of
 from mlx_lora.trainer.step import Step, StepOptions
 
 # PEFT calls what transformers has deprecated.

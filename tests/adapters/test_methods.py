@@ -20,7 +20,6 @@ from tiny_steps import batch
 
 from mlx_lora.adapters.base import dense_weight
 from mlx_lora.adapters.inject import adapt_model, adapter_layers, adapter_parameters
-from mlx_lora.adapters.schedules import make_events, restart_every, restart_warmup
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.config.settings import AdapterSettings, ModelSettings, OptimizerSettings
@@ -29,6 +28,7 @@ from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import Arrays, plain_loss
 from mlx_lora.models.load import load_base
 from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.schedules import make_events, restart_every, restart_warmup
 from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils.errors import InputError
 

@@ -12,9 +12,8 @@ import sys
 import pytest
 from run_cli import Ran, run
 
-from mlx_lora.config.aliases import GONE, OTHER_NAMES
 from mlx_lora.config.fields import flag_of, read_value, row_of
-from mlx_lora.config.load import train_settings
+from mlx_lora.config.load import GONE, OTHER_NAMES, train_settings
 from mlx_lora.config.settings import FIELDS, ROWS, ServeSettings
 from mlx_lora.utils.errors import InputError
 

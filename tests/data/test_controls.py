@@ -12,10 +12,9 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.chat_template import encode_chat
+from mlx_lora.data.chat_template import Controls, encode_chat
 from mlx_lora.data.examples import Completion, Conversation
 from mlx_lora.data.load import load_data
-from mlx_lora.data.special_tokens import Controls
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.gguf.reader import read_gguf
 from mlx_lora.gguf.tokenizer import write_tokenizer

@@ -14,13 +14,12 @@ from run_cli import one_line, run
 import mlx_lora.data
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.columns import NamedColumns, without_names
 from mlx_lora.data.examples import BadRow, Record
 from mlx_lora.data.files import find_sets, find_splits, named_sets
-from mlx_lora.data.formats import parse_record
+from mlx_lora.data.formats import NamedColumns, parse_record, without_names
 from mlx_lora.data.load import load_data, load_eval_set
 from mlx_lora.data.preferences import parse_pairs, parse_rated
-from mlx_lora.data.read import Rows, parse_rows
+from mlx_lora.data.read import SplitRows, parse_rows
 from mlx_lora.data.records import read_records
 from mlx_lora.planner.speed import Ceilings
 from mlx_lora.utils.errors import InputError
@@ -339,7 +338,7 @@ def test_named_columns_of_preferences():
 
 
 def test_records_may_come_from_anywhere():
-    rows = Rows()
+    rows = SplitRows()
     source = [Record(1, {"question": "q", "answer": "a"}, "record"), BadRow(2, "no"), Record(3, {"x": 1}, "record")]
     parse_rows(source, "memory", DataSettings(), "examples", rows)
     assert (len(rows.entries), rows.rows_read, [row.line for row in rows.dropped]) == (1, 3, [2, 3])

@@ -17,7 +17,7 @@ from mlx_lora.data import records
 from mlx_lora.data.examples import BadRow, Record
 from mlx_lora.data.files import find_splits
 from mlx_lora.data.records import read_records
-from mlx_lora.utils import downloads as shakespeare
+from mlx_lora.utils import hub as shakespeare
 from mlx_lora.utils.errors import InputError
 
 ROWS = [{"text": "one"}, {"text": "zwei ü 😀"}]

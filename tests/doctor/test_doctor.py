@@ -14,7 +14,7 @@ from run_cli import run
 
 from mlx_lora.cli import doctor
 from mlx_lora.cli.doctor import check_hub, check_repeats, check_versions
-from mlx_lora.kernels import self_test
+from mlx_lora.doctor import self_test
 
 A_CPUS_SIZES = pytest.mark.cpu(
     "doctor's products for a GPU take minutes here, and mlx's CPU adds 16-bit products in 16 bits"

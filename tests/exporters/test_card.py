@@ -14,7 +14,7 @@ from hub_stand_in import hub_server, run_with_hub
 from huggingface_hub import ModelCard
 from run_cli import run
 
-from mlx_lora.exporters.card import CARD_FILE, MARK, RunFacts, read_facts
+from mlx_lora.exporters.card import CARD_FILE, MARK, CardFacts, read_facts
 
 SHORT = (
     "--iters",
@@ -170,13 +170,13 @@ def test_a_readme_of_the_users_own_stays(tiny_folder, chats, tmp_path):
 
 
 def test_facts_of_folders_that_tell_none(tmp_path):
-    assert read_facts(tmp_path) == RunFacts()
+    assert read_facts(tmp_path) == CardFacts()
     (tmp_path / "run.yaml").write_text("[1]")
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
-    assert read_facts(tmp_path) == RunFacts()
+    assert read_facts(tmp_path) == CardFacts()
     (tmp_path / "run.yaml").write_text("data: d\n")
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "val_loss": 2.0}\n{"step": 3, "val_loss": null}\n')
-    assert read_facts(tmp_path) == RunFacts("d", 3, None)  # the loss was another adapter's
+    assert read_facts(tmp_path) == CardFacts("d", 3, None)  # the loss was another adapter's
 
 
 @pytest.mark.slow

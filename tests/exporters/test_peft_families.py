@@ -15,8 +15,7 @@ from run_cli import run
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.exporters.peft import PEFT_WEIGHTS
-from mlx_lora.exporters.peft_experts import folded_rows
-from mlx_lora.exporters.peft_names import own_path, peft_path
+from mlx_lora.exporters.peft_experts import folded_rows, own_path, peft_path
 from mlx_lora.models.load import load_base
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning")]

@@ -8,10 +8,9 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf_tensors import ROWS, WIDTH, random_tensor
 
-from mlx_lora.gguf.blocks import LOSSLESS, carry_blocks, pack_codes
 from mlx_lora.gguf.mapping import TensorMapping
 from mlx_lora.gguf.reader import GGUFTensor
-from mlx_lora.gguf.weights import import_weights
+from mlx_lora.gguf.weights import LOSSLESS, carry_blocks, import_weights, pack_codes
 from mlx_lora.models.quantize import PackedWeight, Quantization
 from mlx_lora.utils.errors import InputError
 
@@ -74,7 +73,7 @@ def test_codes_come_back_from_mlx(bits: int) -> None:
 
 def test_many_rows_are_unpacked_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = carry_blocks(random_tensor(Kind.Q5_1), mx.float32)
-    monkeypatch.setattr("mlx_lora.gguf.blocks._CHUNK_BYTES", 1)
+    monkeypatch.setattr("mlx_lora.gguf.weights._CHUNK_BYTES", 1)
     for a, b in zip(whole.arrays, carry_blocks(random_tensor(Kind.Q5_1), mx.float32).arrays, strict=True):
         assert mx.array_equal(a, b)
 

@@ -24,10 +24,9 @@ from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.gguf.arch import ARCHITECTURES, gguf_settings, model_config, weight_map
-from mlx_lora.gguf.blocks import carry_blocks, mxfp4_blocks
 from mlx_lora.gguf.mapping import Order, TensorMapping
 from mlx_lora.gguf.reader import GGUFFile, GGUFTensor, read_gguf
-from mlx_lora.gguf.weights import check_shapes, import_weights
+from mlx_lora.gguf.weights import carry_blocks, check_shapes, import_weights, mxfp4_blocks
 from mlx_lora.gguf.write import write_gguf_adapter, write_gguf_model
 from mlx_lora.models.convert import build_model, convert_model
 from mlx_lora.models.load import Base, load_base

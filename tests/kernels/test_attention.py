@@ -14,8 +14,7 @@ from tiny_steps import adapted
 
 from mlx_lora.kernels.activations import lean_swiglu
 from mlx_lora.kernels.attention import Tiles, tiled_attention
-from mlx_lora.kernels.choose import choose_model_kernels
-from mlx_lora.kernels.table import training_kernels
+from mlx_lora.kernels.table import choose_model_kernels, training_kernels
 from mlx_lora.losses.check import check_kernels
 from mlx_lora.losses.cross_entropy import PLAIN
 

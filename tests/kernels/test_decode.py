@@ -17,9 +17,9 @@ from run_cli import run
 
 import mlx_lora
 from mlx_lora.config.settings import ModelSettings
+from mlx_lora.doctor.self_test import known_table
 from mlx_lora.kernels.measure import SWITCH
 from mlx_lora.kernels.quantized_matmul import DENSE
-from mlx_lora.kernels.self_test import known_table
 from mlx_lora.models.load import load_base
 from mlx_lora.models.prefix_attention import SharedPrefix, rotate_by_token
 from mlx_lora.rollouts import decode as decode_weights

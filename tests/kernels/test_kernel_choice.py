@@ -20,18 +20,26 @@ from tiers import by_default
 from tiny_recurrent import recurrent_model
 from tiny_steps import adapted, batch
 
-from mlx_lora.kernels import choose as kernel_choice
+from mlx_lora.kernels import table as kernel_choice
 from mlx_lora.kernels.attention import Tiles, attend, tiled_attention
-from mlx_lora.kernels.choose import KernelChoice, choose_model_kernels, figures_key, measured_figures
 from mlx_lora.kernels.measure import MLX, SWITCH, TOLERANCE, Figures, Trial, choose, keep_figures, measure, read_figures
-from mlx_lora.kernels.table import activation_class, attention_class, kernel_rows, training_kernels
+from mlx_lora.kernels.table import (
+    KernelChoice,
+    activation_class,
+    attention_class,
+    choose_model_kernels,
+    figures_key,
+    kernel_rows,
+    measured_figures,
+    training_kernels,
+)
 from mlx_lora.losses import cross_entropy as loss_choice
 from mlx_lora.losses.check import Probe, check_kernels, choose_loss, disagreement
 from mlx_lora.losses.cross_entropy import Arrays, plain_loss
 from mlx_lora.losses.fused import fused_token_losses
 from mlx_lora.models.head import find_head
 from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.shapes import Block, KernelTerms, Layer, Machine, ModelShape, Run
+from mlx_lora.planner.shapes import Block, KernelTerms, Layer, Machine, ModelShape, RunShape
 from mlx_lora.planner.speed import Ceilings
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.utils import device
@@ -425,7 +433,7 @@ def shape_of_llama() -> ModelShape:
 def test_the_plan_follows_the_choice():
     def peak(width: int = 512, mode: str = "none", **terms) -> int:
         machine = replace(CPU, kernels=KernelTerms(**terms))
-        return plan_memory(shape_of_llama(), Run(4, width, checkpointing=mode), machine).peak_bytes
+        return plan_memory(shape_of_llama(), RunShape(4, width, checkpointing=mode), machine).peak_bytes
 
     scores = 4 * 4 * 512 * 512 * 4  # rows, heads, queries, keys, bytes
     ours = peak()
@@ -482,9 +490,9 @@ def test_plan_reads_what_was_measured_here(own_cache, tiny_folder, monkeypatch):
 def test_the_doctor_shows_the_table(own_cache, monkeypatch):
     prefer(MLX, loss="tiles")
     for name in ("ATTENTION", "ACTIVATION"):
-        monkeypatch.setattr(f"mlx_lora.kernels.self_test.{name}", ())
-    monkeypatch.setattr("mlx_lora.kernels.self_test.RECURRENT", {})
-    monkeypatch.setattr("mlx_lora.kernels.self_test.HEAD", (300, 32))
+        monkeypatch.setattr(f"mlx_lora.doctor.self_test.{name}", ())
+    monkeypatch.setattr("mlx_lora.doctor.self_test.RECURRENT", {})
+    monkeypatch.setattr("mlx_lora.doctor.self_test.HEAD", (300, 32))
     monkeypatch.setattr(device, "trial_flops", lambda: 1e5)
     for slow, found in (("arithmetic", []), ("speed", ({}, []))):  # test_doctor.py has them
         monkeypatch.setattr(f"mlx_lora.cli.doctor.check_{slow}", lambda *here, found=found: found)

@@ -21,8 +21,8 @@ from mlx_lora.kernels.quantized_matmul import dequantized_matmul, use_measured_m
 from mlx_lora.models.graph import gradient_graph
 from mlx_lora.models.load import load_base
 from mlx_lora.utils import device
-from mlx_lora.utils.cache import cache_dir
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import cache_dir
 
 
 def operations(model: nn.Module, rows: int) -> Counter[str]:
@@ -152,14 +152,14 @@ def store(monkeypatch, tmp_path):
 
 
 def measured(shape: tuple[int, int] = (96, 64)) -> int:
-    return device.dense_matmul_from_rows(shape, 4, 32, "affine", mx.float32)
+    return matmul.dense_matmul_from_rows(shape, 4, 32, "affine", mx.float32)
 
 
 def test_a_weight_is_timed_as_its_class():
-    assert device.shape_class((576, 1536)) == (512, 2048)
-    assert device.shape_class((1536, 576)) == (2048, 512)
-    assert device.shape_class((49152, 4096)) == (2048, 2048)
-    assert device.shape_class((1, 64)) == (128, 128)
+    assert matmul.shape_class((576, 1536)) == (512, 2048)
+    assert matmul.shape_class((1536, 576)) == (2048, 512)
+    assert matmul.shape_class((49152, 4096)) == (2048, 2048)
+    assert matmul.shape_class((1, 64)) == (128, 128)
 
 
 def test_each_class_is_measured_once(store):
@@ -175,7 +175,7 @@ def test_a_kept_measurement_is_believed(store):
     (key,) = json.loads(store.read_text())
     store.write_text(json.dumps({key: device.NEVER}))
     assert measured() == device.NEVER
-    assert measured((250, 64)) in (*device.ROW_COUNTS, device.NEVER)
+    assert measured((250, 64)) in (*matmul.ROW_COUNTS, device.NEVER)
     assert json.loads(store.read_text())[key] == device.NEVER
 
 
@@ -184,7 +184,7 @@ def test_a_damaged_file_is_measured_again(store, content):
     measured()
     (key,) = json.loads(store.read_text())
     store.write_bytes(json.dumps({key: "soon"}).encode() if content == "value" else content)
-    assert measured() in (*device.ROW_COUNTS, device.NEVER)
+    assert measured() in (*matmul.ROW_COUNTS, device.NEVER)
     assert list(json.loads(store.read_text())) == [key]
 
 

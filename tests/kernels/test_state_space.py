@@ -24,10 +24,9 @@ from mlx_lora.adapters.targets import select_targets
 from mlx_lora.kernels import recurrent as recurrent_layers
 from mlx_lora.kernels import state_space
 from mlx_lora.kernels import state_space as spans
-from mlx_lora.kernels.choose import choose_model_kernels
 from mlx_lora.kernels.recurrent import EXCHANGES, recurrent_kernels
 from mlx_lora.kernels.state_space import in_lanes, linear_scan, out_of_lanes, selective_scan, state_space_dual
-from mlx_lora.kernels.table import training_kernels
+from mlx_lora.kernels.table import choose_model_kernels, training_kernels
 from mlx_lora.losses import check as losses
 from mlx_lora.losses.check import check_kernels, choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN, Arrays, plain_loss

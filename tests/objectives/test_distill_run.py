@@ -18,7 +18,7 @@ from run_cli import one_line, run
 from tiers import by_default
 
 from mlx_lora.objectives.table import OWN_OPTIONS
-from mlx_lora.utils.cache import cache_dir
+from mlx_lora.utils.files import cache_dir
 
 QUICK = ("--learning-rate", "1e-2", "--rank", 4, "--batch-tokens", 384, "--kernels", "ours", "--sample-tokens", 0,
          "--val-batches", 2, "--steps-per-report", 2, "--warmup", 0)  # fmt: skip

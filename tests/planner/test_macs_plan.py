@@ -10,10 +10,9 @@ from run_cli import run
 
 from mlx_lora.api.plan_macs import parse_macs, plan_on_macs, planned_on, shared_model, suggested
 from mlx_lora.config.load import train_settings
-from mlx_lora.planner.chips import find_chip
 from mlx_lora.planner.several_macs import Link, Mac, Units, least_tokens, memory_shares, plan_macs, rank_part, sending
-from mlx_lora.planner.shapes import Block, Layer, ModelShape, Run
-from mlx_lora.planner.speed import listed_ceilings
+from mlx_lora.planner.shapes import Block, Layer, ModelShape, RunShape
+from mlx_lora.planner.speed import find_chip, listed_ceilings
 from mlx_lora.utils.errors import InputError
 
 LAYERS = (Layer("mlp", "up_proj", 4096, 16384, rank=8), Layer("mlp", "down_proj", 16384, 4096, rank=8))
@@ -38,7 +37,7 @@ def test_a_part_is_its_share_and_two_units():
 
 def test_a_base_that_fits_no_mac_alone_fits_two():
     shape, units = model(blocks=150)
-    run_of_all = Run(2, 512, checkpointing="block")
+    run_of_all = RunShape(2, 512, checkpointing="block")
     macs = [mac("M4", 16)] * 2
     alone = plan_macs(shape, units, run_of_all, macs[:1], [1.0], Link(5e9))
     both = plan_macs(shape, units, run_of_all, macs, [0.5, 0.5], Link(5e9))
@@ -52,24 +51,24 @@ def test_a_base_that_fits_no_mac_alone_fits_two():
 
 def test_what_is_sent_is_each_block_twice_and_the_embedding_for_both_of_its_uses():
     shape, units = model()
-    plan = plan_macs(shape, units, Run(2, 512), [mac("M4", 32)] * 2, [0.5, 0.5], Link(1e9, 0))
+    plan = plan_macs(shape, units, RunShape(2, 512), [mac("M4", 32)] * 2, [0.5, 0.5], Link(1e9, 0))
     assert plan.sending.link_s == pytest.approx((2 * 40 * 70e6 + 2 * 80e6) / 2 / 1e9)
     frozen = replace(shape, first_trained=30)
     assert plan_macs(
-        frozen, units, Run(2, 512), [mac("M4", 32)] * 2, [0.5, 0.5], Link(1e9, 0)
+        frozen, units, RunShape(2, 512), [mac("M4", 32)] * 2, [0.5, 0.5], Link(1e9, 0)
     ).sending.link_s == pytest.approx((50 * 70e6 + 2 * 80e6) / 2 / 1e9)
 
 
 def test_a_larger_batch_hides_the_link():
     shape, units = model()
     macs, shares, link = [mac("M4", 32)] * 2, [0.5, 0.5], Link(1e9)
-    least = least_tokens(shape, units, Run(2, 128), macs, shares, link)
+    least = least_tokens(shape, units, RunShape(2, 128), macs, shares, link)
     assert least
     small, large = (
-        plan_macs(shape, units, Run(tokens // 128, 128), macs, shares, link) for tokens in (least // 2, least)
+        plan_macs(shape, units, RunShape(tokens // 128, 128), macs, shares, link) for tokens in (least // 2, least)
     )
     assert (small.link_decides, large.link_decides) == (True, False)
-    assert least_tokens(shape, units, Run(2, 128), macs, shares, Link(1e3)) is None
+    assert least_tokens(shape, units, RunShape(2, 128), macs, shares, Link(1e3)) is None
 
 
 def test_the_command_names_what_decides(tiny_folder):

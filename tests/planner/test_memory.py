@@ -10,11 +10,19 @@ import pytest
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.planner.chips import CHIPS, find_chip, known_chip, working_set
-from mlx_lora.planner.fit import fit
+from mlx_lora.planner.fit import DataLimits, fit
 from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.shapes import Block, Layer, Machine, ModelShape, Run
-from mlx_lora.planner.speed import Ceilings, count_step, listed_ceilings, step_seconds
+from mlx_lora.planner.shapes import Block, Layer, Machine, ModelShape, RunShape
+from mlx_lora.planner.speed import (
+    CHIPS,
+    Ceilings,
+    count_step,
+    find_chip,
+    known_chip,
+    listed_ceilings,
+    step_seconds,
+    working_set,
+)
 from mlx_lora.trainer.fit import batch_shapes, training_plan
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import GIB
@@ -41,7 +49,7 @@ def llama(blocks: int = 32, width: int = 4096, feed: int = 14336, packed: bool =
 
 
 SHAPE = llama()
-RUN = Run(1, 2048)
+RUN = RunShape(1, 2048)
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "block", "3"])
@@ -100,11 +108,11 @@ def test_experts_count_by_how_many_a_position_goes_through():
 
 def test_all_that_is_trained_may_be_what_decides():
     much = llama(2, 1024, 4096, rank=512)
-    plan = plan_memory(much, Run(1, 64, checkpointing="block"), M2)
+    plan = plan_memory(much, RunShape(1, 64, checkpointing="block"), M2)
     assert plan.phase == "update"
     assert plan.parts["optimizer"] == 2 * plan.parts["adapter"] == 8 * much.trained
     # One flat array is updated at once, many arrays a few at a time.
-    by_itself = plan_memory(replace(much, trained_arrays=448), Run(1, 64, optimizer="muon"), M2)
+    by_itself = plan_memory(replace(much, trained_arrays=448), RunShape(1, 64, optimizer="muon"), M2)
     assert by_itself.phases["update"] < plan.phases["update"]
 
 
@@ -119,7 +127,7 @@ def test_more_memory_holds_no_less_on_every_mac():
     assert machines[0].name == "M1, 8 GB"
     assert machines[-1].name == "M3 Ultra, 512 GB"
     for model in (SHAPE, llama(packed=False), llama(16, 2048, 8192), llama(80, 8192, 28672)):
-        for run in (RUN, Run(4, 2048, checkpointing="block"), Run(1, 16384)):
+        for run in (RUN, RunShape(4, 2048, checkpointing="block"), RunShape(1, 16384)):
             plans = [plan_memory(model, run, machine) for machine in machines]
             assert all(a.fits <= b.fits for a, b in pairwise(plans))
             # The same run takes the same memory on each of them, but for the loss's tiles.
@@ -127,15 +135,15 @@ def test_more_memory_holds_no_less_on_every_mac():
 
 
 def test_known_models_fit_where_they_are_known_to():
-    block = Run(1, 2048, checkpointing="block")
+    block = RunShape(1, 2048, checkpointing="block")
 
-    def fits(model: ModelShape, chip: str, memory_gb: int, run: Run = block) -> bool:
+    def fits(model: ModelShape, chip: str, memory_gb: int, run: RunShape = block) -> bool:
         return plan_memory(model, run, find_chip(chip).machine(memory_gb)).fits
 
     small, seventy = llama(16, 2048, 8192), llama(80, 8192, 28672)
     assert fits(small, "M1", 8)  # 1B in 4 bits
     assert fits(SHAPE, "M1", 16)  # 8B in 4 bits
-    assert not fits(SHAPE, "M1", 8, Run(1, 2048))
+    assert not fits(SHAPE, "M1", 8, RunShape(1, 2048))
     assert not fits(llama(packed=False), "M1", 16, block)  # 8B in 16 bits: the weights alone are larger
     assert fits(seventy, "M2 Ultra", 128)
     assert not fits(seventy, "M1 Pro", 32)
@@ -160,7 +168,7 @@ def test_an_unknown_chip_names_those_that_are_known():
     assert known_chip("AMD EPYC") is None
 
 
-def seconds(chip: str, run: Run = RUN, model: ModelShape = SHAPE) -> float:
+def seconds(chip: str, run: RunShape = RUN, model: ModelShape = SHAPE) -> float:
     found = find_chip(chip)
     return step_seconds(model, run, found.machine(), listed_ceilings(found))[0]
 
@@ -184,7 +192,7 @@ def test_predicted_time_is_the_products_and_more():
     assert total == pytest.approx(sum(parts.values()))
     assert total > counts["products"].flops / 1e13
     # A step too small to keep the device busy takes what the host needs to launch it.
-    tiny, waits = step_seconds(SHAPE, Run(1, 2), M2, Ceilings(1e18, 1e18, launch_s=5e-6))
+    tiny, waits = step_seconds(SHAPE, RunShape(1, 2), M2, Ceilings(1e18, 1e18, launch_s=5e-6))
     assert tiny == pytest.approx(5e-6 * 160 * 32)
     assert "waiting for launches" in waits
 
@@ -232,13 +240,13 @@ def test_a_full_batch_of_short_rows_may_take_more_than_the_longest_row():
     settings = train_settings({"grad_checkpoint": "none", "batch_tokens": 835})
     longest = fit(settings, SHAPE, M2, 466)
     shapes = {835: [(1, 466), (5, 152), (7, 100)]}
-    found = fit(settings, SHAPE, M2, 466, shapes=shapes.__getitem__)
+    found = fit(settings, SHAPE, M2, 466, DataLimits(shapes=shapes.__getitem__))
     assert (longest.rows, longest.width) == (1, 466)
     assert (found.rows, found.width) == (5, 152)
     assert found.memory.peak_bytes > longest.memory.peak_bytes
     # With pairs, a shape has the rows of both answers.
     pairs = train_settings({"grad_checkpoint": "none", "batch_tokens": 835, "objective": "dpo"})
-    assert fit(pairs, SHAPE, M2, 466, shapes=lambda tokens: [(4, 200)]).rows == 4
+    assert fit(pairs, SHAPE, M2, 466, DataLimits(shapes=lambda tokens: [(4, 200)])).rows == 4
 
 
 def test_the_shapes_are_those_of_the_run():

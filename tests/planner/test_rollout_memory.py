@@ -17,10 +17,10 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ModelSettings, TrainSettings
 from mlx_lora.models.load import load_base
 from mlx_lora.models.meta import layer_caches, model_shape
-from mlx_lora.planner.fit import fit, largest_rollout, run_of
+from mlx_lora.planner.fit import DataLimits, fit, largest_rollout, run_of
 from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import plan_memory, rollout_parts
-from mlx_lora.planner.shapes import LayerCache, Machine, ModelShape, Rollout, Run
+from mlx_lora.planner.shapes import LayerCache, Machine, ModelShape, Rollout, RunShape
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.utils.text import GIB
 
@@ -79,7 +79,7 @@ def test_caches_are_read_as_they_are():
 
 def test_sampling_is_a_phase_of_its_own():
     shape = replace(SHAPE, caches=(LayerCache(4096),) * 32)
-    run_alone = Run(8, 512, checkpointing="block")
+    run_alone = RunShape(8, 512, checkpointing="block")
     without, with_it = (
         plan_memory(shape, replace(run_alone, rollout=one), CPU) for one in (None, Rollout(4, 64, 256, 1024))
     )
@@ -108,7 +108,9 @@ def test_the_largest_rollout_follows_from_the_prompts(shared):
     alone = run_of(settings, 4, 200 + room, "block").rollout
     assert (alone.prompt_tokens, alone.prompts) == (200, 4 if shared == "on" else 1)
     shape = replace(SHAPE, caches=(LayerCache(4096),) * 32)
-    peaks = [fit(settings, shape, CPU, 200 + room, None, of).memory.phases["rollout"] for of in ((), prompts)]
+    peaks = [
+        fit(settings, shape, CPU, 200 + room, DataLimits(prompts=of)).memory.phases["rollout"] for of in ((), prompts)
+    ]
     assert peaks[0] < peaks[1]
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from run_cli import run
 
-from mlx_lora.planner.chips import find_chip
 from mlx_lora.planner.several_macs import (
     Link,
     Mac,
@@ -18,8 +17,8 @@ from mlx_lora.planner.several_macs import (
     split_by_tensor,
     sums_of_step,
 )
-from mlx_lora.planner.shapes import Block, KernelTerms, Layer, ModelShape, Run
-from mlx_lora.planner.speed import listed_ceilings
+from mlx_lora.planner.shapes import Block, KernelTerms, Layer, ModelShape, RunShape
+from mlx_lora.planner.speed import find_chip, listed_ceilings
 
 
 def shape_of(parts: int) -> ModelShape:
@@ -50,7 +49,7 @@ def test_messages_of_a_step():
 
 
 def test_the_loss_is_divided():
-    batch, link = Run(8, 256, checkpointing="block"), Link(1e10, 5e-6)
+    batch, link = RunShape(8, 256, checkpointing="block"), Link(1e10, 5e-6)
     shape = replace(shape_of(2), vocabulary=10**6)
     whole, half = (split_by_tensor(replace(shape, loss_ranks=n), batch, macs(48), link, 2) for n in (1, 2))
     assert half.computing_s < 0.8 * whole.computing_s
@@ -58,7 +57,7 @@ def test_the_loss_is_divided():
 
 
 def test_the_link_and_the_memory_decide():
-    batch, fast, slow = Run(8, 256, checkpointing="block"), Link(1e10, 5e-6), Link(1e8, 1e-3)
+    batch, fast, slow = RunShape(8, 256, checkpointing="block"), Link(1e10, 5e-6), Link(1e8, 1e-3)
     for link in (fast, slow):
         splits = [
             split_by_rows(shape_of(1), batch, macs(48), link),

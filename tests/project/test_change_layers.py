@@ -42,16 +42,16 @@ OPTIMIZER_TEST = """
 from run_cli import run
 from tiny_steps import adapted, batch, factors, make_step
 from mlx_lora.models.meta import model_shape
-from mlx_lora.planner.chips import find_chip
+from mlx_lora.planner.speed import find_chip
 from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.shapes import Run
+from mlx_lora.planner.shapes import RunShape
 
 def optimizer_facts():
     # Flags are checked before the model, which is not there.
     said = [run("plan", "--model", "/no/such/model", "--optimizer", name).err for name in ("lion", "lioness")]
     model = adapted()
     shape, machine = model_shape(model, {}), find_chip("M2").machine(16)
-    held = {name: plan_memory(shape, Run(1, 64, optimizer=name), machine).phases["loss"] for name in ("lion", "adamw")}
+    held = {name: plan_memory(shape, RunShape(1, 64, optimizer=name), machine).phases["loss"] for name in ("lion", "adamw")}
     before, step = factors(model), make_step(model, optimizer="lion")
     step([batch(2, 24, seed=0)])
     return {
@@ -152,11 +152,11 @@ def found(tmp_path_factory) -> dict:
     layer = {
         write(adapters / "gained.py", GAINED),
         add_line(
-            adapters / "registry.py",
+            adapters / "targets.py",
             "from mlx_lora.adapters.gained import GainedLinear\n",
             before="from mlx_lora.adapters.lora import",
         ),
-        add_line(adapters / "registry.py", "    GainedLinear,\n", before="    DoRASwitchLinear,\n)"),
+        add_line(adapters / "targets.py", "    GainedLinear,\n", before="    DoRASwitchLinear,\n)"),
         write(root / "layer_check.py", LAYER_TEST),
     }
     write(root / "optimizer_check.py", OPTIMIZER_TEST)

@@ -24,7 +24,7 @@ def tree(check, tmp_path, monkeypatch):
         "data/test_direct": "from mlx_lora.data.read import Rows\n",
         "test_helped": "import helper\n",
         "helper": "from mlx_lora.data import read\n",
-        "test_patched": "PLACE = 'mlx_lora.data.read.Rows'\n",
+        "test_patched": "PLACE = 'mlx_lora.data.read.SplitRows'\n",
         "test_other": "from mlx_lora.data.reader import Rows\nPAGE = 'docs/data.md'\n",
     }.items():
         (tmp_path / "tests" / f"{name}.py").write_text(text)

@@ -20,8 +20,8 @@ from page_parsing import parse
 from page_reasons import NOT_RUN, reason_not_to_run
 from run_cli import run
 
-from mlx_lora.config.aliases import OTHER_NAMES
 from mlx_lora.config.fields import read_value
+from mlx_lora.config.load import OTHER_NAMES
 from mlx_lora.config.migrate import DIALECTS
 from mlx_lora.config.settings import FIELDS
 

@@ -25,7 +25,7 @@ from mlx_lora.objectives.teacher_answers import read_answers
 from mlx_lora.rollouts import sampler as batch_writing
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.trainer.report_callback import greedy_text
-from mlx_lora.utils.cache import cache_dir
+from mlx_lora.utils.files import cache_dir
 
 QUICK = ("--rank", 4, "--iters", 4, "--val-batches", 1, "--sample-tokens", 8, "--kernels", "ours", "--save-every", 2)
 SHORT = ("--max-new-tokens", 12)

@@ -14,8 +14,8 @@ from studio_client import metric, studio, write_run
 from mlx_lora.studio.places.runs import RunNews
 from mlx_lora.studio.run_folders import Started, last_values, run_id, samples_of
 from mlx_lora.trainer.checkpoint import LOCK_FILE
-from mlx_lora.utils.cache import cache_dir
-from mlx_lora.utils.downloads import SMOLLM2_GGUF
+from mlx_lora.utils.files import cache_dir
+from mlx_lora.utils.hub import SMOLLM2_GGUF
 from mlx_lora.utils.text import start_mark
 
 

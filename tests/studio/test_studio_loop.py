@@ -21,7 +21,7 @@ from real_models import smollm2_gguf
 from studio_browser import chromium, open_studio
 from studio_real import PATIENCE_MS, add_data, asked, choose, run_folder, studio, train
 
-from mlx_lora.utils.downloads import SMOLLM2_GGUF
+from mlx_lora.utils.hub import SMOLLM2_GGUF
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_runs_list")]
 

@@ -20,7 +20,7 @@ from mlx_lora.models.meta import outline_of_config
 from mlx_lora.planner.fit import planned_words
 from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import kept_by, plan_memory
-from mlx_lora.planner.shapes import NotKnown, Run
+from mlx_lora.planner.shapes import NotKnown, RunShape
 from mlx_lora.trainer.block_memory import trace_blocks
 from mlx_lora.trainer.fit import adapted_shape, outlined_shape
 from mlx_lora.utils import device
@@ -168,9 +168,9 @@ def test_a_block_that_looks_at_numbers_is_not_known_and_the_plan_says_so():
         trace_blocks(outline.model, outline.config)[0].at(1, 32, on_gpu=False)
     shape = adapted_shape(outline.model, outline.config, settings)
     assert len(shape.not_known) == 1
-    plan = plan_memory(shape, Run(1, 64), this_machine())
+    plan = plan_memory(shape, RunShape(1, 64), this_machine())
     assert "not known" in planned_words(plan)
-    assert "not known" not in planned_words(plan_memory(shape_of("llama"), Run(1, 64), this_machine()))
+    assert "not known" not in planned_words(plan_memory(shape_of("llama"), RunShape(1, 64), this_machine()))
 
 
 def test_reading_changes_nothing_of_the_model():
@@ -234,7 +234,7 @@ def test_the_count_is_what_mlx_allocates(name, slots):
     config = scaled(name, 4, 2)
     outline = outline_of_config(config, mx.float32)
     shape = outlined_shape(outline, train_settings({"model": "x", "rank": 4}))
-    run, machine = Run(1, 256, slots), this_machine("float32")
+    run, machine = RunShape(1, 256, slots), this_machine("float32")
     held = [kept_by(block, run, machine) for block in shape.blocks]
     assert (held[-1] < 0.7 * held[0]) == (slots < 256)
     counted = sum(held) + max(block.memory.at(1, 256, on_gpu=False).window for block in shape.blocks)

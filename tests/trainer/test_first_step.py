@@ -19,15 +19,14 @@ from mlx_lora.adapters.inject import inject, without_adapters
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.attention import Tiles, attend, tiled_attention
-from mlx_lora.kernels.choose import choose_model_kernels, traced_calls
 from mlx_lora.kernels.measure import SWITCH
-from mlx_lora.kernels.table import kernel_rows, training_kernels
+from mlx_lora.kernels.table import choose_model_kernels, kernel_rows, traced_calls, training_kernels
 from mlx_lora.losses import check as losses
 from mlx_lora.losses.check import check_kernels, choose_loss
 from mlx_lora.models.load import load_base
 from mlx_lora.models.meta import enough_blocks, few_blocks
 from mlx_lora.trainer.report_callback import greedy_text
-from mlx_lora.utils.cache import cache_dir
+from mlx_lora.utils.files import cache_dir
 
 TOKENS = 24
 

@@ -21,12 +21,12 @@ from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import AdapterSettings
-from mlx_lora.data import row_store
+from mlx_lora.data import teacher_table as row_store
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.row_store import VALUES_FILE, RowStore, evict, used_bytes
 from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.data.teacher_table import VALUES_FILE, RowStore, evict, used_bytes
 from mlx_lora.kernels.attention import attend
-from mlx_lora.losses.check import StepVariant, choose_loss
+from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.folder import parameter_sums
 from mlx_lora.models.frozen_prefix import Trunk, trunk_outputs
@@ -37,8 +37,9 @@ from mlx_lora.planner.speed import TrunkPlan
 from mlx_lora.trainer import frozen_prefix as trunk_choice
 from mlx_lora.trainer.frozen_prefix import Record, TrunkAsked, TrunkRows, choose_trunk, trunk_problem, with_trunk
 from mlx_lora.trainer.step import differentiation
-from mlx_lora.utils.cache import cache_dir
+from mlx_lora.trainer.step_variant import StepVariant
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import cache_dir
 
 # Full attention, sliding windows, experts, and recurrent blocks beside attention.
 KEPT = ("llama", "gemma3_text", "qwen3_moe", "gpt_oss", "qwen3_next", "falcon_h1")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mlx_lora
-from mlx_lora.utils.cores import THREAD_VARIABLES, local_ranks, usable_cores
+from mlx_lora.utils.blas import THREAD_VARIABLES, local_ranks, usable_cores
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="macOS has Accelerate")
 PRINT = "import mlx_lora; print(mlx_lora.BLAS.fast, mlx_lora.BLAS.advice)"

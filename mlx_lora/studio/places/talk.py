@@ -23,7 +23,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from mlx_lora.api.export import READERS, ExportSettings
+from mlx_lora.api.export import FORMATS, ExportSettings
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
@@ -295,8 +295,8 @@ def export(studio: Studio, request: HttpRequest, body: dict[str, Any]) -> dict[s
     if not isinstance(options, dict) or not all(isinstance(value, (str, bool)) for value in options.values()):
         raise ApiError(400, "options: must be an object of texts", "invalid_value", "options")
     kind = "peft" if to == HUB else to
-    if kind not in READERS:
-        raise ApiError(400, f"to: must be one of {', '.join((*READERS, HUB))}", "invalid_value", "to")
+    if kind not in FORMATS:
+        raise ApiError(400, f"to: must be one of {', '.join((*FORMATS, HUB))}", "invalid_value", "to")
     repo = options.get("repo") if to == HUB else None
     if to == HUB and not repo:
         raise ApiError(400, "options.repo: must be the hub id to upload to, owner/name", "invalid_value", "options")
@@ -321,7 +321,7 @@ def export(studio: Studio, request: HttpRequest, body: dict[str, Any]) -> dict[s
     if given.get("ollama_base", "").endswith(".gguf"):
         studio.checker.model(given["ollama_base"])
     title = f"Export {adapter.name if adapter else Path(model).name} for {to}"
-    result = {"path": str(out), "to": to, "next": READERS[kind].format(out=out)}
+    result = {"path": str(out), "to": to, "next": FORMATS[kind].reader.format(out=out)}
     return {"task": studio.tasks.child("export", title, words, result).public(), "command": command_line(words)}
 
 

@@ -16,9 +16,9 @@ from mlx_lora.studio.folders import safe_name
 from mlx_lora.studio.places import Studio
 from mlx_lora.studio.plans import CARDS, USUAL_CARD, cards_at_once, own_settings, refused_plan, shown_plan
 from mlx_lora.studio.web import json_route, setting_groups
-from mlx_lora.utils.cache import cache_dir
-from mlx_lora.utils.downloads import SMOLLM2_GGUF
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import cache_dir
+from mlx_lora.utils.hub import SMOLLM2_GGUF
 from mlx_lora.utils.text import command_line
 
 TEXT_TOKENS = 32  # of the texts before and after, some lines of verse

@@ -25,9 +25,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.kernels.choose import choose_among
 from mlx_lora.kernels.measure import Figures, ShapeClass, choose, read_figures, read_store
-from mlx_lora.kernels.table import activation_class, attention_class, kernel_rows
+from mlx_lora.kernels.table import activation_class, attention_class, choose_among, kernel_rows
 from mlx_lora.losses.cross_entropy import NAME, choose_kernel, head_words, loss_figures
 from mlx_lora.models.head import Head
 from mlx_lora.rollouts.decode import NAME as WEIGHTS
@@ -45,7 +44,7 @@ MOST_CPU_HALF_OPERATIONS = 4e8
 
 
 @dataclass(frozen=True)
-class Finding:
+class ProductCheck:
     """One comparison: what was computed, the largest error relative to the largest exact number, and its bound."""
 
     what: str
@@ -57,7 +56,7 @@ class Finding:
         return self.error <= self.bound
 
 
-def self_test() -> Iterator[Finding]:
+def self_test() -> Iterator[ProductCheck]:
     """Yield all comparisons that this backend can make within seconds."""
     on_cpu = device.current_device().backend == "cpu"
     key = mx.random.key(0)  # a separate key, so that the run's random numbers do not change
@@ -80,7 +79,7 @@ def self_test() -> Iterator[Finding]:
     yield _attention(key)
 
 
-def _product(m: int, k: int, n: int, dtype: mx.Dtype, key: mx.array) -> Finding:
+def _product(m: int, k: int, n: int, dtype: mx.Dtype, key: mx.array) -> ProductCheck:
     one, other = mx.random.split(key)
     x, w = _normal((m, k), dtype, one), _normal((n, k), dtype, other)
     return _compare(
@@ -88,7 +87,9 @@ def _product(m: int, k: int, n: int, dtype: mx.Dtype, key: mx.array) -> Finding:
     )
 
 
-def _quantized(m: int, side: int, bits: int, group_size: int, mode: str, transpose: bool, key: mx.array) -> Finding:
+def _quantized(
+    m: int, side: int, bits: int, group_size: int, mode: str, transpose: bool, key: mx.array
+) -> ProductCheck:
     dtype = device.compute_dtype()
     one, other = mx.random.split(key)
     x, w = _normal((m, side), dtype, one), _normal((side, side), dtype, other)
@@ -104,7 +105,7 @@ def _quantized(m: int, side: int, bits: int, group_size: int, mode: str, transpo
     return _compare(what, made, exact, max(TOLERANCE[dtype], 1e-4))
 
 
-def _attention(key: mx.array, heads: int = 2, length: int = 128, width: int = 64) -> Finding:
+def _attention(key: mx.array, heads: int = 2, length: int = 128, width: int = 64) -> ProductCheck:
     dtype = device.compute_dtype()
     q, k, v = (_normal((1, heads, length, width), dtype, key) for key in mx.random.split(key, 3))
     made = mx.fast.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(width), mask="causal")
@@ -120,11 +121,11 @@ def _attention(key: mx.array, heads: int = 2, length: int = 128, width: int = 64
     )
 
 
-def _compare(what: str, made: mx.array, exact: Callable[[np.ndarray], np.ndarray], bound: float) -> Finding:
+def _compare(what: str, made: mx.array, exact: Callable[[np.ndarray], np.ndarray], bound: float) -> ProductCheck:
     rows = np.unique(np.linspace(0, len(made) - 1, SAMPLED_ROWS).astype(int))
     wanted = exact(rows)
     error = np.abs(_exact(made)[rows] - wanted).max() / np.abs(wanted).max()
-    return Finding(what, float(error) if np.isfinite(error) else math.inf, bound)
+    return ProductCheck(what, float(error) if np.isfinite(error) else math.inf, bound)
 
 
 def _normal(shape: tuple[int, ...], dtype: mx.Dtype, key: mx.array) -> mx.array:
