@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_lora.adapters.base import Wire
-from mlx_lora.adapters.inject import adapter_layers, inject
+from mlx_lora.adapters.inject import adapt_layers, adapter_layers, inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.attention import attend
@@ -45,13 +45,8 @@ def adapted(case: dict[str, Any]) -> tuple[nn.Module, dict]:
         nn.quantize(model, 32, 4, mode="mxfp4", class_predicate=lambda path, module: isinstance(module, SwitchLinear))
     elif case.get("quantize"):
         nn.quantize(model, 32, case["quantize"])
-    inject(
-        model,
-        select_targets(model, case.get("targets", "all-linear")).paths,
-        rank=4,
-        scale=2.0,
-        dropout=case.get("dropout", 0.0),
-    )
+    paths = select_targets(model, case.get("targets", "all-linear")).paths
+    adapt_layers(model, dict.fromkeys(paths, (4, 2.0)), dropout=case.get("dropout", 0.0))
     mx.random.seed(1)
     for layer in adapter_layers(model).values():
         layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape)

@@ -222,7 +222,7 @@ def test_plot_draws_both_curves_or_says_what_is_missing(trained, monkeypatch):
 def test_a_notebook_shows_a_bar_and_the_curve(base, chats, tmp_path, monkeypatch):
     shells = pytest.importorskip("IPython.core.interactiveshell")
     capture = pytest.importorskip("IPython.utils.capture")
-    assert display_here()[1] is not NotebookProgress
+    assert display_here() is not NotebookProgress
     shell = shells.InteractiveShell.instance()
     monkeypatch.setattr(shell, "kernel", object(), raising=False)  # as a notebook's shell has
     try:
