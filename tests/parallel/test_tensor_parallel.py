@@ -54,7 +54,8 @@ def test_parts_have_the_gradients_of_the_whole(tmp_path):
     assert not_added["gradient"] > 0.01
     assert loaded["part"] < by_dtype(0.6, 0.7) * loaded["whole"]  # the adapter, which is float32, is not in the whole
     # A whole array and this rank's part of it; and where they are cast to bfloat16, the array as it is stored.
-    assert loaded["peak"] <= loaded["part"] + by_dtype(2, 4) * loaded["largest"]
+    few_small_arrays = 1 << 14
+    assert loaded["peak"] <= loaded["part"] + by_dtype(2, 4) * loaded["largest"] + few_small_arrays
 
 
 @pytest.mark.slow
