@@ -153,13 +153,8 @@ def whole_step(base: Base, batch: Batch, mode: str, way: Way) -> tuple[float, in
     loss = head_loss(head, POLYNOMIAL if way.polynomial else TILES, loss_tile_bytes())
     tape = apply_checkpointing(base.model, mode)
     own = tape.attend if tape else attend
-    step = Step(
-        base.model,
-        build_optimizer(OptimizerSettings(learning_rate=1e-4), 100),
-        loss.train,
-        1.0,
-        StepOptions(own, choose=way.choose),
-    )
+    optimizer = build_optimizer(OptimizerSettings(learning_rate=1e-4), 100)
+    step = Step(base.model, optimizer, loss.train, 1.0, StepOptions(own, choose=way.choose))
     times = []
     mx.reset_peak_memory()
     for _ in range(way.rounds + 1):

@@ -50,7 +50,7 @@ def some_trained(rows: int = 3, width: int = 13, slots: int = 16) -> tuple[mx.ar
     return tuple(Arrays.of(batch(rows, width, seed=3, share=0.3).take(np.arange(rows), slots, 0)))
 
 
-def assert_equal(found, expected, bar: float = 1e-6) -> None:
+def assert_equal(found, expected, bar: float = 2e-6) -> None:
     """Compare (loss, gradients): the loss, and the gradient of every parameter by its norm."""
     (loss, grads), (own_loss, own_grads) = ((one[0], dict(tree_flatten(one[1]))) for one in (found, expected))
     assert loss == pytest.approx(own_loss, rel=bar)
