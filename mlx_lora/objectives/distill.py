@@ -15,7 +15,6 @@ Shapes: P positions, W bytes of a record.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,6 @@ from mlx_lora.config.objectives import OF_SAMPLING, OF_WRITING, ObjectiveSetting
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.load import DataSplits
-from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.teacher_table import MOST_KEPT_BYTES, RowStore, TableFormat, TeacherTable, evict, used_bytes
 from mlx_lora.losses.check import choose_loss
@@ -46,8 +43,8 @@ from mlx_lora.losses.divergence import (
 )
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
-from mlx_lora.objectives.teacher import TEACHER, check_teacher, facts_of, load_teacher, teacher_key, teacher_name
-from mlx_lora.objectives.teacher_answers import read_answered
+from mlx_lora.objectives.teacher import TEACHER, facts_of, load_teacher, teacher_key, teacher_name
+from mlx_lora.objectives.teacher_answers import WithTeacher
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import cache_dir, free_on_disk, sha256_of
@@ -78,38 +75,21 @@ def distill(settings: ObjectiveSettings) -> Objective:
 
 
 @dataclass(eq=False)
-class Distillation(Objective):
+class Distillation(WithTeacher):
     """Distillation on the data's answers, or on those that the teacher or the base writes before the run."""
-
-    needs_data = False
-
-    def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
-        read_teacher_prompt(settings.teacher_prompt)  # a file that is not there is told now
-
-    def open(self, ctx: RunContext) -> None:
-        check_teacher(ctx.settings, ctx.base.hf_tokenizer)
-
-    def load_data(self, ctx: RunContext) -> DataSplits:
-        return read_answered(self, ctx)
 
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
         """Return the sets with what the teacher says about each trained token."""
-        taught = with_teacher(ctx.settings, ctx.plain_base, sets, self._options, ctx.ranks)
+        taught = with_teacher(ctx.settings, ctx.plain_base, sets, self.options, ctx.ranks)
         ctx.record.lines.append(taught.words)
         ctx.record.identity |= taught.identity
         return taught.sets
 
     def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> Loss:
-        return distill_loss(loss, ctx.base.model, ctx.base.config, self._options, rows, self.description)
+        return distill_loss(loss, ctx.base.model, ctx.base.config, self.options, rows, self.description)
 
     def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
         return BoundObjective(loss, distill_arrays, reports=self.reports, finish=self.finish)
-
-    @property
-    def _options(self) -> DivergenceOptions:
-        if self.distills is None:
-            raise ValueError("distillation without a divergence")
-        return self.distills
 
 
 def _refuse_sampling(settings: ObjectiveSettings) -> None:

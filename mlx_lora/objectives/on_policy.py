@@ -15,7 +15,7 @@ Shapes: B rows, T columns, P positions, N bins, k likeliest tokens, V vocabulary
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -26,8 +26,6 @@ import numpy as np
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.load import DataSplits
-from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.data.teacher_table import TableFormat
 from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction
 from mlx_lora.losses.divergence import (
@@ -44,8 +42,8 @@ from mlx_lora.models.load import check_token_ids
 from mlx_lora.objectives.base import BoundObjective, RunContext
 from mlx_lora.objectives.policy_arrays import LENGTHS, OLD, TRUNCATED
 from mlx_lora.objectives.sampled import SampledObjective
-from mlx_lora.objectives.teacher import TEACHER, Teacher, as_seen, check_teacher, facts_of, teacher_key, teacher_name
-from mlx_lora.objectives.teacher_answers import read_answered
+from mlx_lora.objectives.teacher import TEACHER, Teacher, as_seen, facts_of, teacher_key, teacher_name
+from mlx_lora.objectives.teacher_answers import WithTeacher
 from mlx_lora.parallel.ranks import Ranks
 from mlx_lora.rollouts.decode import SamplingForm
 from mlx_lora.rollouts.rollout import Rollouts
@@ -77,7 +75,7 @@ def on_policy(settings: ObjectiveSettings, options: DivergenceOptions, words: st
 
 
 @dataclass(eq=False)
-class OnPolicyDistillation(SampledObjective):
+class OnPolicyDistillation(WithTeacher, SampledObjective):
     """Distillation of answers that the student samples.
 
     Attributes:
@@ -85,20 +83,10 @@ class OnPolicyDistillation(SampledObjective):
     """
 
     scorer: Scorer | None = None
-    needs_data = False
-
-    def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
-        read_teacher_prompt(settings.teacher_prompt)  # a file that is not there is told now
-
-    def open(self, ctx: RunContext) -> None:
-        check_teacher(ctx.settings, ctx.base.hf_tokenizer)
-
-    def load_data(self, ctx: RunContext) -> DataSplits:
-        return read_answered(self, ctx)
 
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
         """Load the teacher, which stays in memory; without --teacher, the base as it is now is the teacher."""
-        settings, base, options = ctx.settings, ctx.plain_base, self._options
+        settings, base, options = ctx.settings, ctx.plain_base, self.options
         facts, teacher = facts_of(settings, base), Teacher.of(settings, base)
         seen = [rows.teacher or rows for rows in sets.values()]
         highest = max((int(rows.tokens.max(initial=0)) for rows in seen), default=0)
@@ -119,18 +107,12 @@ class OnPolicyDistillation(SampledObjective):
         return Rollouts.of(ctx.base, ctx.settings, (), loss, form, scorer=self.scorer, ranks=ctx.ranks)
 
     def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> Loss:
-        options = self._options if self.scorer is None else self.scorer.options
+        options = self.options if self.scorer is None else self.scorer.options
         return taught_loss(loss, ctx.base.model, ctx.base.config, options, self.description)
 
     def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
         bound = BoundObjective(loss, taught_arrays, reports=self.reports, finish=self.finish)
         return replace(bound, rates=self.rollouts.spent.read) if self.rollouts else bound
-
-    @property
-    def _options(self) -> DivergenceOptions:
-        if self.distills is None:
-            raise ValueError("distillation without a divergence")
-        return self.distills
 
 
 def _per_answer(means: dict[str, float]) -> dict[str, float]:

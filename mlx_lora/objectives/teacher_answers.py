@@ -13,10 +13,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -28,6 +29,7 @@ from mlx_lora.data.load import DataSplits, prompt_encoder
 from mlx_lora.data.prompts import Prompt, encode_prompts, read_teacher_prompt, with_answer
 from mlx_lora.data.read import SplitRows
 from mlx_lora.data.report import reasons
+from mlx_lora.losses.divergence import DivergenceOptions
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.synthetic_prompts import (
@@ -38,7 +40,7 @@ from mlx_lora.objectives.synthetic_prompts import (
     write_records,
     written_data,
 )
-from mlx_lora.objectives.teacher import facts_of, load_teacher
+from mlx_lora.objectives.teacher import check_teacher, facts_of, load_teacher
 from mlx_lora.parallel.ranks import Ranks
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, write_texts
 from mlx_lora.trainer.run_folder import WRITTEN
@@ -113,6 +115,28 @@ def read_answered(objective: Objective, ctx: RunContext) -> DataSplits:
     if given.folder is None:
         return splits
     return replace(splits, report=replace(splits.report, data=given.words), written=given.folder)
+
+
+class WithTeacher(Objective):
+    """What objectives with a teacher have in common before the run."""
+
+    needs_data = False
+
+    def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
+        read_teacher_prompt(settings.teacher_prompt)  # a file that is not there is told now
+
+    def open(self, ctx: RunContext) -> None:
+        check_teacher(ctx.settings, ctx.base.hf_tokenizer)
+
+    def load_data(self, ctx: RunContext) -> DataSplits:
+        return read_answered(self, ctx)
+
+    @property
+    def options(self) -> DivergenceOptions:
+        """How student and teacher are compared."""
+        if self.distills is None:
+            raise ValueError("distillation without a divergence")
+        return self.distills
 
 
 def _written(settings: TrainSettings, base: Base, today: date) -> Path:

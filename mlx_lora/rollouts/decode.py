@@ -329,7 +329,7 @@ def product_figures(kind: Kind, rows: int, dtype: mx.Dtype) -> dict[str, Figures
     keys = {count: f"{before}|{count},{','.join(map(str, kind))}" for count in ROWS}
     figures = read_figures(keys[rows])
     if figures is None or figures.keys() != {PACKED, IN_FULL}:
-        log.info(f"Measuring {NAME} for {kind_words((rows, *kind))}, once on this machine")
+        log.debug(f"Measuring {NAME} for {kind_words((rows, *kind))}, once on this machine")
         high, low = mx.random.state[0].tolist()  # a trial's layers draw numbers, a run must not miss them
         measured = _measure(kind, dtype)
         mx.random.seed(high << 32 | low)

@@ -202,7 +202,7 @@ class Trainer:
     ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
-        self.guard = self.guard or MemoryGuard(self.at)
+        self._guard = self.guard or MemoryGuard(self.at)
         self.total = total_steps(self.plan, self.settings, self.objective.updates)
         self._window, self._begun_s = Window(), time.perf_counter()
         self._saved_at = self.at.taken if self.at.taken else None
@@ -241,7 +241,7 @@ class Trainer:
 
     def _take(self, chosen: list[Batch]) -> None:
         """Take a step over some micro-batches, then report, validate and save if it is time."""
-        at, guard, previous = self.at, self._watched, self._previous
+        at, guard, previous = self.at, self._guard, self._previous
         parts = guard.divide(chosen) if self.ranks.size == 1 else chosen  # several ranks divide their own rows
         result = self.step(parts, self._interrupted.asked(), guard.divide)
         # The device works on this step while the host waits for the one before: one step ahead, no more.
@@ -290,10 +290,6 @@ class Trainer:
         patience = self.settings.early_stopping_patience
         return bool(patience) and self.at.worse >= patience
 
-    @property
-    def _watched(self) -> MemoryGuard:
-        return self.guard or MemoryGuard(self.at)
-
     def validate(self) -> bool:
         """Measure the held-out batches and report them; returns whether this is the best validation so far."""
         settings, validation, model = self.settings, self.validation, self.step.model
@@ -340,7 +336,7 @@ class Trainer:
             shapes=[f"{rows}x{width}" for rows, width in sorted(window.shapes)],
             padding_fraction=1 - window.real_tokens / window.positions if window.positions else 0.0,
             skipped_steps=self.at.skipped,
-            peak_memory_bytes=self._watched.peak_bytes,
+            peak_memory_bytes=self._guard.peak_bytes,
             process_peak_bytes=process.peak_bytes(),
             elapsed_s=round(time.perf_counter() - self._begun_s, 3),
             reports=reports,

@@ -587,9 +587,8 @@ def _snapshot(
             ) from None
         if isinstance(error, OSError) and error.errno is not None:
             raise RunError(f"{what}: cannot be stored ({error.strerror}); check the cache folder (HF_HOME)") from None
-        raise InputError(
-            f"{what}: download failed ({first_line(error)}); check the connection, then run again"
-        ) from None
+        why = first_line(error)
+        raise InputError(f"{what}: download failed ({why}); check the connection, then run again") from None
     return Path(folder)
 
 
