@@ -64,7 +64,7 @@ class Policy(SampledObjective):
     def make_rollouts(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> Rollouts:
         loss = self.token_loss(ctx, loss)
         return Rollouts.of(
-            ctx.base, ctx.settings, self.rewards, loss, form, joining=self.layout.joining, ranks=ctx.ranks
+            ctx.base, ctx.settings, self.rewards, loss, form, joining=self.layout.joining, ranks=ctx.strategy.ranks
         )
 
     def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet | None = None) -> Loss:

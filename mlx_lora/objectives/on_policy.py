@@ -91,7 +91,9 @@ class OnPolicyDistillation(WithTeacher, SampledObjective):
         seen = [rows.teacher or rows for rows in sets.values()]
         highest = max((int(rows.tokens.max(initial=0)) for rows in seen), default=0)
         check_token_ids(teacher.base, highest, f"--teacher {teacher.base.model_id}")
-        key = ctx.ranks.from_first(teacher_key(settings, facts, TableFormat.of(facts.vocabulary, options.top_k)))
+        key = ctx.strategy.ranks.from_first(
+            teacher_key(settings, facts, TableFormat.of(facts.vocabulary, options.top_k))
+        )
         held = "no copy of weights"
         if settings.objective.teacher:
             held = f"{gigabytes(teacher.base.size_bytes)} beside the student"
@@ -104,7 +106,7 @@ class OnPolicyDistillation(WithTeacher, SampledObjective):
     def make_rollouts(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> Rollouts:
         if self.scorer is None:
             raise ValueError("sampled answers of a student without a teacher")
-        return Rollouts.of(ctx.base, ctx.settings, (), loss, form, scorer=self.scorer, ranks=ctx.ranks)
+        return Rollouts.of(ctx.base, ctx.settings, (), loss, form, scorer=self.scorer, ranks=ctx.strategy.ranks)
 
     def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> Loss:
         options = self.options if self.scorer is None else self.scorer.options
