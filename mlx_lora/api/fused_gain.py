@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.api.evaluate import data_of_run, with_columns_of_run
+from mlx_lora.api.run_data import data_of_run, with_columns_of_run
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import LoopSettings, ModelSettings
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
@@ -23,7 +23,7 @@ from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.trainer.adapter import adapter_template
-from mlx_lora.trainer.evaluate import held_out_loss, held_out_plan
+from mlx_lora.trainer.held_out import held_out_loss, held_out_plan
 
 ROWS = 32  # measured, at most
 LEAST_ROWS = 16  # of them, on a slow machine too: on fewer rows the share is chance

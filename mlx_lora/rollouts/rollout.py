@@ -4,11 +4,16 @@ Or, in place of rewards, with what a teacher says about the answers (objectives/
 
 A planned batch has G rows for each prompt, with room for answers (EncodedSet.with_room), so memory and shapes are known
 before the run. At the beginning of a step (`steps` of objectives/sampled.py) the model as it is then answers the prompts of
-the step's batches, of which several ranks divide the prompts (rollouts/sharing.py); the answers are put into the rows, and
+the step's batches, of which several ranks divide the prompts; the answers are put into the rows, and
 their rewards are computed. What is sampled depends on the adapter, the seed and the batch's number only, so a resumed run
 samples the same answers. With several updates per rollout, a run is only saved and ended between rollouts.
 
-Shapes: A = N G rows, T columns.
+Several ranks divide the prompts of a step: each answers some of them, rewards its answers, and all get everything. What is
+exchanged is small: tokens and one number for each answer. Afterwards every rank has the same batches as a single
+process, so all that depends on a whole step (advantages, tokens of the step, the division of the training pass) is
+computed from them as by a single process. The random streams belong to the answers, not to the ranks that sample them.
+
+Shapes: G answers to one prompt, B rows, T columns; A = N G rows of N prompts.
 """
 
 from __future__ import annotations
@@ -18,28 +23,127 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora.config.settings import TrainSettings
-from mlx_lora.data.batch import EMPTY, Batch
-from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.batch import EMPTY, Batch, share_of
 from mlx_lora.data.prompts import example_with_answer
-from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.losses.policy import group_advantages, leave_one_out_advantages
-from mlx_lora.models.load import Base
 from mlx_lora.objectives.policy_arrays import ADVANTAGES, LENGTHS, OLD, REFERENCE, REWARDS, TRUNCATED, token_logps
 from mlx_lora.objectives.prefix_sharing import Joining, apart, by_answer, slots_of, sums_of_answers
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.rollouts.decode import SamplingForm
 from mlx_lora.rollouts.rewards import Reward, SilentRewards, TrainerState, reports_of, rewards_for, summed
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
-from mlx_lora.rollouts.sharing import Answered, Planned, deal_prompts, gathered, of_own_rows
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.data.sampler import BatchPlan
+    from mlx_lora.losses.cross_entropy import Loss
+    from mlx_lora.models.load import Base
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A planned batch whose prompts are to be answered.
+
+    Attributes:
+        batch: with room for the answers.
+        facts: what rewards see of each prompt.
+        rollout: its number, which decides the random streams.
+        rows: the set that the batch is of.
+    """
+
+    batch: Batch
+    facts: Sequence[dict[str, Any]]
+    rollout: int
+    rows: EncodedSet
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The answers to some prompts, one group after the other.
+
+    Attributes:
+        answers: tokens of each answer.
+        rewards: (answers, functions) float64, NaN without one.
+        notes: lines on rewards that failed and were skipped.
+    """
+
+    answers: list[list[int]]
+    rewards: np.ndarray
+    notes: list[str] = field(default_factory=list)
+
+
+def deal_prompts(counts: Sequence[int], size: int) -> list[list[list[int]]]:
+    """Deal the prompts of a step's batches to ranks in turn, on from one batch to the next.
+
+    Args:
+        counts: prompts of each batch.
+        size: N.
+
+    Returns:
+        For each batch, for each rank, the numbers of its prompts.
+    """
+    dealt, begin = [], 0
+    for count in counts:
+        dealt.append([[prompt for prompt in range(count) if (begin + prompt) % size == rank] for rank in range(size)])
+        begin += count
+    return dealt
+
+
+def gathered(own: Sequence[Answered], dealt: Sequence[list[list[int]]], group: int, ranks: Ranks) -> list[Answered]:
+    """Return the answers to all prompts of each batch, the same on every rank.
+
+    Args:
+        own: this rank's, for each batch.
+        dealt: from `deal_prompts`.
+        group: G.
+        ranks: all ranks of the run.
+    """
+    every = ranks.everyone([[one.answers, one.rewards.tolist(), one.notes] for one in own])
+    whole = []
+    for number, prompts_of in enumerate(dealt):
+        count = group * sum(map(len, prompts_of))
+        found = Answered([[] for _ in range(count)], np.zeros((count, own[number].rewards.shape[1])))
+        for rank, prompts in enumerate(prompts_of):
+            answers, rewards, notes = every[rank][number]
+            rows = [group * prompt + place for prompt in prompts for place in range(group)]
+            for row, answer, reward in zip(rows, answers, rewards, strict=True):
+                found.answers[row], found.rewards[row] = answer, reward
+            found.notes.extend(f"rank {rank}: {note}" if rank else note for note in notes)
+        whole.append(found)
+    return whole
+
+
+def of_own_rows(
+    compute: Callable[[Batch], np.ndarray],
+    batch: Batch,
+    rows: np.ndarray,
+    ranks: Ranks,
+    depth: tuple[int, ...] = (),
+) -> np.ndarray:
+    """Return float32 numbers for each target of a batch, (B, T, *depth), of which this rank computes only its own rows.
+
+    Args:
+        compute: returns the numbers of a batch's targets.
+        batch: the same on every rank.
+        rows: of this rank; every row belongs to one rank, or to none if its numbers are 0.
+        ranks: all ranks of the run.
+        depth: the shape of the numbers of one target.
+    """
+    if ranks.size == 1:
+        return compute(batch)
+    found = np.zeros((*batch.mask.shape, *depth), np.float32)
+    if len(rows):
+        found[rows] = compute(share_of(batch, rows))
+    return np.array(ranks.sum(mx.array(found)))
+
 
 WIDTH_STEP = 32  # widths of batches of sampled answers are a multiple of this, so that few shapes occur
 HELD_OUT_STREAM = 1 << 40  # the numbers of rollouts on held-out prompts start here

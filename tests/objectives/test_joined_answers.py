@@ -36,8 +36,7 @@ from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.rollouts.decode import SamplingForm
 from mlx_lora.rollouts.rewards import Reward
-from mlx_lora.rollouts.rollout import Rollouts
-from mlx_lora.rollouts.sharing import Planned
+from mlx_lora.rollouts.rollout import Planned, Rollouts
 
 GROUP, LONGEST = 4, 9
 CASES = [(name, beta) for name in RATIO_OF for beta in (0.0, 0.3)]

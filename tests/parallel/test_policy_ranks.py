@@ -18,7 +18,7 @@ from ranks import REPOSITORY, Started
 from run_cli import run
 
 from mlx_lora.parallel.ranks import ALONE
-from mlx_lora.rollouts.sharing import Answered, deal_prompts, gathered
+from mlx_lora.rollouts.rollout import Answered, deal_prompts, gathered
 from mlx_lora.utils.supervise import last_given
 
 # Each process notes what it was asked to reward, in order; the file's folder is the test's own.
