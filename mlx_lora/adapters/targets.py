@@ -22,6 +22,7 @@ from mlx_lora.adapters.lora import (
     LoRALinear,
     LoRASwitchLinear,
 )
+from mlx_lora.adapters.qa_lora import QALoRAEmbedding, QALoRALinear, QALoRASwitchLinear
 from mlx_lora.config.presets import Method
 from mlx_lora.utils.errors import InputError
 
@@ -32,6 +33,9 @@ _CLASSES = (
     DoRALinear,
     DoRAEmbedding,
     DoRASwitchLinear,
+    QALoRALinear,
+    QALoRAEmbedding,
+    QALoRASwitchLinear,
 )
 REGISTRY: dict[tuple[str, tuple[type, ...]], type[AdapterLayer]] = {(one.LAYER_TYPE, one.OVER): one for one in _CLASSES}
 LAYER_TYPES = tuple(dict.fromkeys(name for name, _ in REGISTRY))

@@ -22,8 +22,8 @@ class Method:
     """One LoRA method.
 
     Attributes:
-        layer_type: `lora` (arXiv 2106.09685) or `dora` (2402.09353), a row of adapters/lora.py; `full` trains the
-            weights themselves.
+        layer_type: `lora` (arXiv 2106.09685), `dora` (2402.09353) or `qa-lora` (2309.14717), a class of adapters/; `full`
+            trains the weights themselves.
         scale: `rank` for alpha / r (2106.09685), `sqrt_rank` for alpha / sqrt(r) (rsLoRA, 2312.03732).
         init: `kaiming`; `pissa`, the base's principal directions (2404.02948); `svd`, random directions with
             gains of zero (AdaLoRA, 2303.10512).
@@ -48,6 +48,7 @@ PRESETS = {
     "rslora": Method(scale="sqrt_rank"),
     "dora": Method(layer_type="dora"),
     "lora-plus": Method(rate_of_b=16.0),
+    "qa-lora": Method(layer_type="qa-lora"),
     "pissa": Method(init="pissa"),
     "adalora": Method(init="svd", events="rank-budget"),
     "relora": Method(events="restarts"),

@@ -122,7 +122,7 @@ def save_adapter(
     layers = adapter_layers(model)
     if same_rank:
         stored = {name: _padded(name, value, rank, layers) for name, value in stored.items()}
-    config = info.to_config(next((layer.LAYER_TYPE for layer in layers.values()), "full"), rank)
+    config = info.to_config(next((layer.STORED_TYPE or layer.LAYER_TYPE for layer in layers.values()), "full"), rank)
     config["mlx_lora"]["overlap"] = measure_overlap(model) if overlap is None else overlap
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(folder / CONFIG_FILE) as temporary:
@@ -378,26 +378,40 @@ def load_factors(model: nn.Module, file: Path, scale: float | None = None, fresh
     Raises:
         InputError: tensors are missing, unknown or misshapen; one message has all of them.
     """
-    header = read_safetensors_header(file)
+    header, layers = read_safetensors_header(file), adapter_layers(model)
     wanted = adapter_parameters(model)
     wanted = {name: value for name, value in wanted.items() if name in header or name not in fresh}
+    shapes = {name: value.shape for name, value in wanted.items()}
+    for path, layer in layers.items():
+        shapes |= {f"{path}.{name}": layer.stored_shape(name) for name in layer.trained if f"{path}.{name}" in wanted}
     problems = [f"{name} is missing" for name in wanted if name not in header]
     problems += [f"{name} is not in the model" for name in header if name not in wanted]
     problems += [
-        f"{name} is {tuple(header[name]['shape'])}, the model needs {value.shape}"
-        for name, value in wanted.items()
-        if name in header and tuple(header[name]["shape"]) != value.shape
+        f"{name} is {tuple(header[name]['shape'])}, the model needs {shape}"
+        for name, shape in shapes.items()
+        if name in header and tuple(header[name]["shape"]) != shape
     ]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise InputError(f"{file}: does not fit this model: {shown}; give the base it was trained on")
+    _refuse_factors(file, problems, "give the base it was trained on")
     stored = mx.load(str(file))
+    for path, layer in layers.items():
+        for name in (name for name in layer.trained if f"{path}.{name}" in wanted):
+            try:
+                stored[f"{path}.{name}"] = layer.from_stored(name, stored[f"{path}.{name}"])
+            except ValueError as error:
+                problems.append(f"{path}.{error}")
+    _refuse_factors(file, problems, "continue with the --method that trained it")
     # Factors are float32 masters; a parameter trained in full has the model's dtype.
     model.load_weights([(name, stored[name].astype(wanted[name].dtype)) for name in wanted], strict=False)
-    for layer in adapter_layers(model).values():
+    for layer in layers.values():
         if scale is not None and layer.scale != scale:
             layer.lora_b = layer.lora_b * (scale / layer.scale)
     mx.eval(model.trainable_parameters())
+
+
+def _refuse_factors(file: Path, problems: list[str], advice: str) -> None:
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise InputError(f"{file}: does not fit this model: {shown}; {advice}")
 
 
 # Is the adapter in the base already?

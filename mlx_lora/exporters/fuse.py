@@ -15,6 +15,7 @@ put under its final name it is read back as mlx-lm will read it.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.base import QUANTIZED, dense_weight
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.adapters.qa_lora import group_update
 from mlx_lora.exporters.adapter_config import check_fusing, classifier_config, padding_token, set_padding_token
 from mlx_lora.exporters.adapter_folder import AdapterInfo
 from mlx_lora.models.convert import copy_side_files
@@ -73,13 +75,25 @@ def fuse_adapter(model: nn.Module, dequantize: bool, bits: int | None = None) ->
     layers = adapter_layers(model)
     for path, layer in tracked(layers.items(), "Fusing", len(layers), "layers"):
         layer.check_tied_head(path, tied="lm_head" not in model)
-        base, whole = layer.base, layer.fuse()
-        if isinstance(base, QUANTIZED) and not dequantize:
-            whole = _quantized_like(base, whole, bits)
-        survival[path] = _survival(dense_weight(base), dense_weight(whole), layer.delta(), bits_of(whole))
+        base, update = layer.base, None if dequantize or bits else group_update(layer)
+        if update is not None:
+            whole = with_biases(base, base.biases.astype(mx.float32) + update)
+            survival[path] = _survival(base.biases, whole.biases, update, base.bits)
+        else:
+            whole = layer.fuse()
+            if isinstance(base, QUANTIZED) and not dequantize:
+                whole = _quantized_like(base, whole, bits)
+            survival[path] = _survival(dense_weight(base), dense_weight(whole), layer.delta(), bits_of(whole))
         fused.append((path, whole))
     model.update_modules(tree_unflatten(fused))
     return survival
+
+
+def with_biases(base: Any, biases: mx.array) -> Any:
+    """Return a quantized layer with other biases, in the dtype of its own; packed numbers and scales are the base's."""
+    whole = copy.copy(base)
+    whole.biases = biases.astype(base.biases.dtype)
+    return whole
 
 
 def bits_of(layer: Any) -> int | None:
