@@ -63,7 +63,7 @@ class ExportSettings:
         if self.to not in FORMATS:
             raise InputError(f"--to {self.to!r}: not one of {', '.join(FORMATS)}")
         check_gguf_type(self.gguf_type, self.out)
-        if self.base_id and self.to != "peft":
+        if self.base_id and not self.to.startswith("peft"):
             raise InputError(f"--base-id with --to {self.to}: only a PEFT adapter names its base; leave it out")
         check_push(self.push_to_hub, self.private)
         check_gguf(self.to, has_adapter, self.gguf_type, self.ollama_base)
@@ -87,7 +87,7 @@ def export(
     Args:
         base: from `load`, or a model's name; it stays as it is.
         adapter: folder or hub id; None only for `gguf` and `ollama`, which then hold the base alone.
-        to: peft, mlx-lm, hf (a merged model for transformers), gguf-adapter, gguf (a merged model) or ollama.
+        to: peft, peft-qalora (of a qa-lora, for a GPTQ base), mlx-lm, hf (a merged model for transformers), gguf-adapter, gguf (a merged model) or ollama.
         out: folder or .gguf file to write.
         base_id: hub id of the base that a PEFT adapter names (default: the one it was trained on).
         gguf_type: type of the weights of a merged GGUF.
@@ -235,7 +235,8 @@ def _write_peft(job: Export) -> None:
     """Write a PEFT adapter folder."""
     check_new_folder(job.settings.out, job.settings.force)
     base_id = job.settings.base_id or job.info.base_model
-    write_peft(job.settings.out, job.base.model, base_id, job.info.dropout, job.info.full)
+    qalora = job.settings.to == "peft-qalora"
+    write_peft(job.settings.out, job.base.model, base_id, job.info.dropout, job.info.full, qalora)
 
 
 def _write_mlx_lm(job: Export) -> None:
@@ -345,6 +346,9 @@ class ExportFormat:
 
 FORMATS = {
     "peft": ExportFormat("PEFT", _write_peft, holds_base=False, for_scores=True, card_library="peft"),
+    "peft-qalora": ExportFormat(
+        "PEFT over a GPTQ base (use_qalora)", _write_peft, holds_base=False, card_library="peft"
+    ),
     "mlx-lm": ExportFormat(
         "stock mlx-lm (--adapter-path)", _write_mlx_lm, _use_mlx_lm, holds_base=False, card_library="mlx"
     ),

@@ -120,6 +120,9 @@ class AdapterSettings:
     dropout: float = setting(0.0, "Dropout probability on the adapter's input.", ADAPTER, at_least=0, at_most=0.99)
     target_modules: str = setting("all-linear",
         "all-linear, or names and patterns separated by commas, such as q_proj,*.mlp.*", ADAPTER, common=True)
+    qat: float = setting(0.0,
+        "Train with the rounding of a later fuse: share of the steps, the last ones, or without a value all.",
+        ADAPTER, at_least=0, at_most=1, alone="1")
     num_layers: int = setting(-1, "Adapt only the last N blocks; -1: all.", ADAPTER, at_least=-1, at_most=10**6)
     adalora_init_rank: int | None = setting(None, "adalora: rank of every layer at the start (default 1.5 r).",
         ONE_METHOD, method="adalora", at_least=1, at_most=65536)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_lora.adapters.inject import Adapted, adapt_model
+from mlx_lora.adapters.qat import begin_qat
 from mlx_lora.config.settings import DataSettings, TrainSettings
 from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, put_start, read_adapter_config, read_start
 from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
@@ -34,6 +35,8 @@ def adapt(
         full = (SCORE_WEIGHT,)
     if start:
         put_start(base.model, start, full)
+    if adapter.qat:
+        begin_qat(base.model)
     return adapted, AdapterInfo(
         method=adapter.method,
         rank=adapted.rank,

@@ -24,6 +24,7 @@ import numpy as np
 
 from mlx_lora.adapters.base import Wire
 from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.adapters.qat import begin_qat
 from mlx_lora.config.checks import shard_parts, sharing_problems, whole_base_reasons
 from mlx_lora.config.defaults import DataFacts, batch_tokens_for, with_learning_rate, with_length
 from mlx_lora.config.objectives import ObjectiveSettings
@@ -300,6 +301,8 @@ def outlined_shape(
     if adapter.method == "pissa":  # its initial factors need weights, which an outline does not have
         adapter = replace(adapter, method="lora")
     adapt_model(outline.model, adapter, settings.loop.seed)
+    if adapter.qat:
+        begin_qat(outline.model)
     if any(has_two_ways(layer) for layer in outline.model.modules()):  # a packed model may have none of these layers
         use_measured_matmul(outline.model, "dense")  # it takes more memory; for a plan the faster one is not measured
     config = outline.config

@@ -31,6 +31,7 @@ from mlx_lora.trainer.guards import MemoryGuard
 from mlx_lora.trainer.header import closing_words, left_by, loss_words, outcome_line, told_after
 from mlx_lora.trainer.progress import Progress
 from mlx_lora.trainer.report_callback import RunPage, known_rows, leave_card, reporting
+from mlx_lora.trainer.qat import qat_from
 from mlx_lora.trainer.run_folder import check_room, first_day, own_folder
 from mlx_lora.trainer.trainer import LoopHooks, Outcome, Trainer
 from mlx_lora.utils import console, device
@@ -211,7 +212,8 @@ def take_steps(
     with told.around(run.steps, settings.to_flat()) as ending:
         try:
             with folder.kept_if_it_fails(), reporting(run, told, show, page) as (report, shown, watch):
-                hooks = LoopHooks(report, save, shown, told.failed, watch)
+                on_step = qat_from(settings.adapter, base.model, run.steps, at.taken, shown)
+                hooks = LoopHooks(report, save, on_step, told.failed, watch)
                 outcome = Trainer(
                     step, run.ctx.objective, run.bound, run.plan, run.validation, settings.loop, hooks, at, guard, ranks
                 ).fit()

@@ -1,0 +1,185 @@
+"""Quantization-aware training: compute with the weights that fusing will write, and train the factors straight through.
+
+An adapter layer adds scale * A B to a quantized weight. Fused, the sum is quantized again, and a small update gets lost in the
+steps of the grid. Here the forward pass already computes with the fused weight, in the base's own format (bits, group, mode):
+
+    y = x Q(W + D)^T,   D = the layer's update
+
+so the loss is that of the fused model. Rounding has no useful gradient. The gradient by x is that of Q(W + D), and the
+gradient by the factors is the one that they would have without Q (straight-through estimator):
+
+    y = x stop(Q(W + D))^T + u - stop(u),   u = what the layer computes from stop(x)
+
+One layer's dense weight is at hand at a time: it is computed again in the backward pass. While texts are generated, each
+layer holds its fused weight, packed (`hold`).
+
+Source: Bengio et al., arXiv 1308.3432, section 4 (straight-through); LLM-QAT, arXiv 2305.17888.
+Shapes: T positions, E experts; in and out are the base's widths.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, SWITCH, AdapterLayer, mix_in, with_weight
+from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.utils.errors import InputError
+
+# A flag in the layer's arrays. A compiled step reads them, so it is traced again when the flags appear.
+FLAG = "_fake_quantized"
+
+
+class FakeQuantized(AdapterLayer):
+    """A mixin that comes before an adapter layer's own class: its output is that of the fused and quantized layer."""
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        if held := self._held:
+            return held[0](x, *args, **kwargs)
+        if self.OVER is EMBEDDING:
+            y = self._with_dense(lambda tokens, weight: weight[tokens], x)
+            return _straight_through(y, super().__call__(x, *args, **kwargs))
+        kwargs.pop("key", None)  # there is no dropout
+        if self.OVER is SWITCH:
+            indices, in_order = args[0], kwargs.get("sorted_indices", args[1] if len(args) > 1 else False)
+            y = self._with_dense(
+                lambda x, weight: mx.gather_mm(
+                    x, weight.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=in_order
+                ),
+                x,
+            )
+            y = y + mx.expand_dims(self.base.bias[indices], -2) if "bias" in self.base else y
+            return _straight_through(y, super().__call__(mx.stop_gradient(x), *args, **kwargs))
+        y = self._with_dense(lambda x, weight: x @ weight.T, x)
+        y = y + self.base.bias if "bias" in self.base else y
+        return _straight_through(y, self._update(mx.stop_gradient(x)))
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Return the logits of a tied head."""
+        if held := self._held:
+            return held[0].as_linear(x)
+        y = self._with_dense(lambda x, weight: x @ weight.T, x)
+        return _straight_through(y, super().as_linear(mx.stop_gradient(x)))  # pyright: ignore[reportAttributeAccessIssue] # an embedding's
+
+    def _update(self, x: mx.array) -> mx.array:
+        """Return something of which the factors have the same gradient as of the layer's output."""
+        if self.LAYER_TYPE != "lora":
+            return super().__call__(x)
+        a, b = self.effective_factors()  # without the product with the base, which has no gradient here
+        return (x @ a.astype(x.dtype)) @ (self.scale * b).astype(x.dtype)
+
+    def _with_dense(self, function: Any, x: mx.array) -> mx.array:
+        """Return function(x, fused weight), for which the backward pass computes the weight again."""
+        names, arrays = zip(*tree_flatten(self.parameters()), strict=True)
+        tokens = not mx.issubdtype(x.dtype, mx.floating)  # they have no gradient, and are not an argument below
+
+        def computed(x: mx.array, *arrays: mx.array) -> mx.array:
+            # Depend on x: the second pass of a checkpointed block has another x, and is not merged with the first.
+            own = dict(zip(names, (mx.depends(array, x) for array in arrays), strict=True))
+            weight = mx.stop_gradient(_fused_weight(self, own))
+            return function(x, weight if tokens else weight.astype(x.dtype))
+
+        if tokens:
+            return mx.checkpoint(lambda *arrays: computed(x, *arrays))(*arrays)
+        return mx.checkpoint(computed)(x, *arrays)
+
+    def hold(self) -> None:
+        """Compute the fused layer once, for generation, until `release`."""
+        self._held = (fused_layer(self),)
+        mx.eval(self._held[0].parameters())
+
+    def release(self) -> None:
+        """Drop what `hold` computed."""
+        self._held = ()
+
+
+def _straight_through(value: mx.array, update: mx.array) -> mx.array:
+    """Return `value` with the gradient of `update` in addition to its own."""
+    return value + (update - mx.stop_gradient(update)).astype(value.dtype)
+
+
+def _fused_weight(layer: AdapterLayer, arrays: Mapping[str, mx.array]) -> mx.array:
+    """Return the weight of the fused layer as it will be read back, in the base's float dtype.
+
+    Args:
+        layer: whose arrays are replaced.
+        arrays: its parameters by name.
+    """
+    base, twin = copy.copy(layer.base), copy.copy(layer)
+    tree = tree_unflatten(list(arrays.items()))
+    for name, array in tree.pop(layer.holds).items():
+        base[name] = array
+    twin.update(tree)
+    twin[layer.holds] = base
+    layout = {"group_size": base.group_size, "bits": base.bits, "mode": base.mode}
+    # The dtype in which fusing quantizes it, that of `dense_weight`.
+    merged = twin.merged().astype(base.scales.dtype if base.mode == "affine" else mx.bfloat16)
+    return mx.dequantize(*mx.quantize(merged, **layout), **layout)
+
+
+def fused_layer(layer: AdapterLayer) -> nn.Module:
+    """Return the quantized layer that fusing will write."""
+    base = layer.base
+    dense = with_weight(base, layer.merged())
+    return dense.to_quantized(base.group_size, base.bits, base.mode)
+
+
+def begin_qat(model: nn.Module) -> None:
+    """Let every adapter layer of a model compute with its fused weight from now on.
+
+    Raises:
+        InputError: a layer's base is not quantized, or fuses without rounding.
+    """
+    for path, layer in adapter_layers(model).items():
+        if isinstance(layer, FakeQuantized):
+            continue
+        refuse_qat(path, layer)
+        layer[FLAG], layer._held = mx.array(True), ()
+        mix_in(FakeQuantized, layer)
+
+
+def end_qat(model: nn.Module) -> None:
+    """Let every adapter layer of a model compute with its base and its update again, as before `begin_qat`."""
+    for layer in adapter_layers(model).values():
+        if isinstance(layer, FakeQuantized):
+            layer.pop(FLAG)
+            layer.__class__ = type(layer).__bases__[1]  # of `mix_in`
+
+
+def refuse_qat(path: str, layer: AdapterLayer) -> None:
+    """Refuse a layer whose fused form is not rounded, or cannot be computed.
+
+    Raises:
+        InputError: naming it.
+    """
+    base = layer.base
+    if not isinstance(base, QUANTIZED):
+        raise InputError(
+            f"--qat: {path} is not quantized, and fuses without rounding; quantize the model (--bits 4), or leave --qat out"
+        )
+    if "global_scale" in base:
+        raise InputError(f"--qat: {path} has a scale for each expert, which is not supported; leave --qat out")
+
+
+def is_qat(model: nn.Module) -> bool:
+    """Return whether adapter layers of a model compute with their fused weights."""
+    return any(isinstance(layer, FakeQuantized) for layer in adapter_layers(model).values())
+
+
+def hold_fused(model: nn.Module) -> None:
+    """Compute the fused layers once, for generation."""
+    for layer in adapter_layers(model).values():
+        if isinstance(layer, FakeQuantized):
+            layer.hold()
+
+
+def release_fused(model: nn.Module) -> None:
+    """Drop what `hold_fused` computed."""
+    for layer in adapter_layers(model).values():
+        if isinstance(layer, FakeQuantized):
+            layer.release()
