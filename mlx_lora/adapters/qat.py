@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -85,7 +86,7 @@ class FakeQuantized(AdapterLayer):
             return function(x, weight if tokens else weight.astype(x.dtype))
 
         if tokens:
-            return mx.checkpoint(lambda *arrays: computed(x, *arrays))(*arrays)
+            return mx.checkpoint(partial(computed, x))(*arrays)
         return mx.checkpoint(computed)(x, *arrays)
 
     def hold(self) -> None:

@@ -20,7 +20,7 @@ from mlx_lora.exporters.card import CARD_FILE, check_repo, push, read_facts, wri
 from mlx_lora.exporters.fuse import take_stored_dtypes, write_fused
 from mlx_lora.exporters.ollama import write_ollama
 from mlx_lora.exporters.peft import write_peft
-from mlx_lora.gguf.write import DEFAULT_TYPE, TYPES, write_gguf_adapter, write_gguf_model
+from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES, STORED, write_gguf_adapter, write_gguf_model
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
 from mlx_lora.utils.errors import InputError
@@ -156,9 +156,9 @@ def check_gguf_type(gguf_type: str | None, out: Path) -> None:
     Raises:
         InputError: naming our types, and for one of llama.cpp's, the commands that make it.
     """
-    if gguf_type is None or gguf_type in TYPES:
+    if gguf_type is None or gguf_type in GGUF_TYPES:
         return
-    refused = f"--gguf-type {gguf_type}: not one of {', '.join(TYPES)}"
+    refused = f"--gguf-type {gguf_type}: not one of {', '.join(GGUF_TYPES)}"
     if not ONLY_LLAMA_CPP.fullmatch(gguf_type):
         raise InputError(refused)
     kind = gguf_type.upper()
@@ -222,8 +222,9 @@ class Export:
 
     @property
     def gguf_type(self) -> str:
-        """Type of the weights of a merged GGUF."""
-        return self.settings.gguf_type or DEFAULT_TYPE
+        """Type of the weights of a merged GGUF; a QA-LoRA was trained for the base's own."""
+        exact = self.info is not None and self.info.method == "qa-lora"
+        return self.settings.gguf_type or (STORED if exact else DEFAULT_TYPE)
 
     @property
     def scores(self) -> bool:

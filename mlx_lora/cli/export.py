@@ -21,7 +21,7 @@ import click
 from mlx_lora.api.export import FORMATS, ExportSettings, write_export
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
-from mlx_lora.gguf.write import DEFAULT_TYPE, TYPES
+from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES
 from mlx_lora.models.load import load_base
 
 
@@ -46,7 +46,7 @@ from mlx_lora.models.load import load_base
     type=str,
     callback=lambda _, __, text: text and text.lower(),
     default=None,
-    metavar="[" + "|".join(TYPES) + "]",
+    metavar="[" + "|".join(GGUF_TYPES) + "]",
     help=f"Type of the weights of a merged GGUF; norms and biases stay f32 [default: {DEFAULT_TYPE}].",
 )
 @click.option(

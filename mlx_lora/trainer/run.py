@@ -30,8 +30,8 @@ from mlx_lora.trainer.fit import check_base_fits, in_parts, settled_parallel
 from mlx_lora.trainer.guards import MemoryGuard
 from mlx_lora.trainer.header import closing_words, left_by, loss_words, outcome_line, told_after
 from mlx_lora.trainer.progress import Progress
-from mlx_lora.trainer.report_callback import RunPage, known_rows, leave_card, reporting
 from mlx_lora.trainer.qat import qat_from
+from mlx_lora.trainer.report_callback import RunPage, known_rows, leave_card, reporting
 from mlx_lora.trainer.run_folder import check_room, first_day, own_folder
 from mlx_lora.trainer.trainer import LoopHooks, Outcome, Trainer
 from mlx_lora.utils import console, device

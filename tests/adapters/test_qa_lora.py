@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from make_adapters import TOKENS
+from make_adapters import TOKENS, make_adapter
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load as mlx_lm_load
 
@@ -21,6 +21,7 @@ from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, load_factors, save_adapter
 from mlx_lora.exporters.fuse import fuse_adapter
+from mlx_lora.exporters.peft import write_peft
 from mlx_lora.models.load import load_base
 from mlx_lora.utils.errors import InputError
 
@@ -232,3 +233,30 @@ def test_stored_config_names_the_method_and_a_type_that_mlx_lm_knows(tiny_4bit_f
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["fine_tune_type"] == "lora"
     assert config["mlx_lora"]["method"] == "qa-lora"
+
+
+def test_pefts_adapter_is_written_and_read_back(tiny_4bit_folder, tmp_path):
+    make_adapter(tiny_4bit_folder, tmp_path / "own", form="qa-lora", strength=0.1)
+    base = load_base(ModelSettings(model=str(tiny_4bit_folder)))
+    load_adapter(base, tmp_path / "own")
+    wanted = np.array(base.model(TOKENS))
+    write_peft(tmp_path / "peft", base.model, "some/base", 0.0, qalora=True)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (config["use_qalora"], config["qalora_group_size"]) == (True, 32)
+    again = load_base(ModelSettings(model=str(tiny_4bit_folder)))
+    load_adapter(again, tmp_path / "peft")
+    assert np.allclose(again.model(TOKENS), wanted, atol=1e-4)
+    assert all(group_update(layer) is not None for layer in adapter_layers(again.model).values())
+    for change in ({"use_qalora": False}, {"qalora_group_size": 48}):
+        (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        fresh = load_base(ModelSettings(model=str(tiny_4bit_folder)))
+        with pytest.raises(InputError):
+            load_adapter(fresh, tmp_path / "peft")
+
+
+def test_an_ordinary_lora_is_not_written_as_pefts_qalora(tiny_4bit_folder, tmp_path):
+    make_adapter(tiny_4bit_folder, tmp_path / "own")
+    base = load_base(ModelSettings(model=str(tiny_4bit_folder)))
+    load_adapter(base, tmp_path / "own")
+    with pytest.raises(InputError):
+        write_peft(tmp_path / "peft", base.model, "some/base", 0.0, qalora=True)

@@ -75,9 +75,9 @@ def assert_fused_forward_and_straight_backward(layer: AdapterLayer, call, *argum
         assert plain[name].any()
     if "x" in found:
         by_fused = np.array(
-            mx.grad(lambda x: (call(fused, x, *arguments[1:]) * mx.random.normal(wanted.shape, key=mx.random.key(7))).sum())(
-                arguments[0]
-            )
+            mx.grad(
+                lambda x: (call(fused, x, *arguments[1:]) * mx.random.normal(wanted.shape, key=mx.random.key(7))).sum()
+            )(arguments[0])
         )
         assert np.allclose(found["x"], by_fused, rtol=1e-3, atol=1e-4 * np.abs(by_fused).max())
         assert not np.allclose(found["x"], plain["x"], rtol=1e-3, atol=1e-3 * np.abs(plain["x"]).max())
@@ -90,7 +90,9 @@ def call(layer, x, *more):
 @pytest.mark.parametrize(("mode", "bits", "group"), FORMATS)
 def test_a_linear_layer_of_every_format(mode, bits, group):
     mx.random.seed(3)
-    assert_fused_forward_and_straight_backward(linear(LoRALinear, mode, bits, group), call, mx.random.normal((2, 7, IN)))
+    assert_fused_forward_and_straight_backward(
+        linear(LoRALinear, mode, bits, group), call, mx.random.normal((2, 7, IN))
+    )
 
 
 def test_dora_trains_its_lengths_too():
