@@ -12,7 +12,8 @@ from typing import Any
 
 from mlx_lora.config.fields import row_of, setting
 from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.config.presets import OPTIMIZERS, PRESETS
+from mlx_lora.config.optimizers import OPTIMIZERS
+from mlx_lora.config.presets import PRESETS
 
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "completions", "text")
 PAIRS = ("best", "all")

@@ -20,7 +20,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, SWITCH, AdapterLayer, dense_weight, with_weight
+from mlx_lora.adapters.base import QUANTIZED, SWITCH, AdapterLayer, dense_weight, with_weight
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import adapter_class, select_targets
 from mlx_lora.config.presets import PRESETS

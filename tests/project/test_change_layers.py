@@ -147,7 +147,7 @@ def found(tmp_path_factory) -> dict:
     package, adapters = root / "mlx_lora", root / "mlx_lora" / "adapters"
     shutil.copytree(PACKAGE, package)  # with compiled files, which stay valid
     optimizer = {
-        add_line(package / "config" / "presets.py", LION, before='    "adafactor": Optimizer('),
+        add_line(package / "config" / "optimizers.py", LION, before='    "adafactor": Optimizer('),
     }
     layer = {
         write(adapters / "gained.py", GAINED),
