@@ -156,7 +156,7 @@ def found(tmp_path_factory) -> dict:
             "from mlx_lora.adapters.gained import GainedLinear\n",
             before="from mlx_lora.adapters.lora import",
         ),
-        add_line(adapters / "targets.py", "    GainedLinear,\n", before="    DoRASwitchLinear,\n)"),
+        add_line(adapters / "targets.py", "    GainedLinear,\n", before="    QALoRASwitchLinear,\n)"),
         write(root / "layer_check.py", LAYER_TEST),
     }
     write(root / "optimizer_check.py", OPTIMIZER_TEST)
