@@ -56,6 +56,10 @@ class ObjectiveSettings:
         "grpo, rloo: what rewards an answer: FILE.py:FUNCTION with TRL's signature, the folder of a reward model, or "
         "exact_match, number_match, think_format, length:N, regex:PATTERN, json_schema:FILE; several are separated by "
         "commas and added.", OBJECTIVE)
+    environment: str | None = setting(None, "grpo, rloo: instead of --reward, a class as FILE.py:CLASS, whose reset begins "
+        "an episode of several turns, and whose step answers the model and rewards it.", OBJECTIVE)
+    max_turns: int = setting(10, "With --environment: most answers of the model in an episode; --max-new-tokens is the room "
+        "for all its turns.", OBJECTIVE, at_least=1, at_most=10**6)
     reward_weights: str | None = setting(None, "Weights of several rewards, separated by commas (default 1 each).",
         OBJECTIVE)
     reward_errors: str = setting("stop", "If a reward fails: stop the run, or skip its answers.",
