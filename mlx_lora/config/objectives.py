@@ -12,7 +12,7 @@ SAMPLING = ("grpo", "rloo")  # objectives whose answers are sampled during the r
 OF_SAMPLING = ("group_size", "max_new_tokens", "temp", "top_p", "min_p", "mask_truncated", "updates_per_rollout")
 OF_WRITING = ("max_new_tokens", "temp", "top_p", "min_p")
 IMITATION = ("sft", "distill")  # objectives that train the answers of the data, token by token
-WITHOUT_PAIRS = (*IMITATION, "kto", *SAMPLING)  # objectives whose examples are not pairs of answers
+PAIRS = ("dpo", "orpo", "simpo", "cpo", "reward")  # objectives whose examples are pairs of answers
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "sampled_kl")
 
 
@@ -114,11 +114,11 @@ class ObjectiveSettings:
 
         With --shared-prefix on, which a run sets when it has decided, all answers to a prompt are one row.
         """
-        if self.objective in IMITATION and not self.samples:
-            return 1
         if self.shared_prefix == "on":
             return 1
-        return self.answers_per_prompt if self.samples else 2
+        if self.samples:
+            return self.answers_per_prompt
+        return 2 if self.objective in (*PAIRS, "kto") else 1
 
     @property
     def samples(self) -> bool:

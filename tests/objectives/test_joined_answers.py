@@ -35,6 +35,7 @@ from mlx_lora.objectives.prefix_sharing import Joining, apart, joined, joined_ba
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.rollouts.decode import SamplingForm
+from mlx_lora.rollouts.environment import SingleTurnEnv
 from mlx_lora.rollouts.rewards import Reward
 from mlx_lora.rollouts.rollout import Rollouts
 from mlx_lora.rollouts.sharing import Planned
@@ -99,7 +100,8 @@ def sampled_batches(base, settings, rows: EncodedSet, shared: EncodedSet | None 
     found = []
     for how, planned in ((None, rows), (joining, shared or rows)):
         moved(base, 1)
-        answering = Rollouts.of(base, settings, [Reward("r", reward)], loss, SamplingForm(), joining=how)
+        env = SingleTurnEnv([Reward("r", reward)], settings.objective, base.hf_tokenizer)
+        answering = Rollouts.of(base, settings, env, loss, SamplingForm(), joining=how)
         moved(base, 2)
         plan = BatchPlan(planned, batch_tokens=10**6, batch_size=4, seed=0)
         batch = plan.batch(0, 0)
@@ -199,8 +201,8 @@ def test_log_probabilities_before_the_update_are_those_of_the_same_tokens(base):
     np.testing.assert_allclose(separate.sampled[ADVANTAGES], together.sampled[ADVANTAGES].ravel(), atol=1e-4)
 
 
-def filled() -> tuple[Batch, np.ndarray]:
-    """Return two prompts, of 3 tokens and 1, with answers of 2, 1 and 1, 3 tokens; and a prompt of padding."""
+def filled() -> tuple[Batch, np.ndarray, np.ndarray]:
+    """Return two prompts, of 3 tokens and 1, with answers of 2, 1 and 1, 3 tokens, and a prompt of padding; where answers begin and end."""
     inputs = np.array(
         [[7, 8, 9, 1, 0, 0], [7, 8, 9, 0, 0, 0], [5, 0, 0, 0, 0, 0], [5, 4, 3, 0, 0, 0], [0] * 6, [0] * 6]
     )
@@ -217,12 +219,12 @@ def filled() -> tuple[Batch, np.ndarray]:
         inputs.astype(np.int32), targets.astype(np.int32), mask, 9, 16, group=2, numbers=numbers,
         sampled={LENGTHS: lengths, "per token": per_token},
     )  # fmt: skip
-    return batch, begins
+    return batch, begins, begins + lengths.astype(int)
 
 
 def test_a_row_has_its_prompt_once_and_its_answers_behind():
-    batch, begins = filled()
-    together = joined_batch(batch, begins)
+    batch, *places = filled()
+    together = joined_batch(batch, *places)
     assert together.inputs.shape == (3, 64)
     assert together.inputs[:, :6].tolist() == [[7, 8, 9, 1, 9, 0], [5, 5, 4, 3, 0, 0], [0] * 6]
     assert together.targets[:, :6].tolist() == [[8, 9, 1, 2, 6, 0], [2, 4, 3, 2, 0, 0], [0] * 6]
@@ -238,6 +240,22 @@ def test_a_row_has_its_prompt_once_and_its_answers_behind():
     [first, second] = split_rows(together, 2)
     assert first.starts.tolist() == [[2, 4], [0, 1]]
     assert second.sampled[LENGTHS].tolist() == [[0, 0], [0, 0]]
+
+
+def test_what_is_not_trained_within_an_answer_stays_in_its_place():
+    """The second of the last answer's three tokens is an observation."""
+    batch, *places = filled()
+    mask = batch.mask.copy()
+    mask[3, 1] = False
+    observed = Batch.of(
+        batch.inputs, batch.targets, mask, 9, 16, group=2, numbers=batch.numbers,
+        sampled=batch.sampled | {LENGTHS: np.array([2, 1, 1, 2, 0, 0], np.float32)},
+    )  # fmt: skip
+    together, known = joined_batch(observed, *places), joined_batch(batch, *places)
+    for name in ("inputs", "targets", "starts"):
+        assert np.array_equal(getattr(together, name), getattr(known, name))
+    assert together.mask[1, :6].astype(int).tolist() == [1, 1, 0, 1, 0, 0]
+    assert not np.array_equal(together.mask, known.mask)
 
 
 def test_planned_rows_come_apart_again():
@@ -280,14 +298,14 @@ def test_a_batch_is_joined_where_that_saves_work():
     def work(positions: np.ndarray) -> float:
         return float((weights * positions + per_score * positions**2 / 2).sum())
 
-    batch, begins = filled()
-    assert Joining(work, False)(batch, begins) is batch  # 64 columns for a few tokens
-    assert Joining(work, True)(batch, begins).starts is not None
+    batch, *places = filled()
+    assert Joining(work, False)(batch, *places) is batch  # 64 columns for a few tokens
+    assert Joining(work, True)(batch, *places).starts is not None
     long = np.zeros((8, 320), np.int32)
     lengths = np.full(8, 20, np.float32)
     mask = (np.arange(320) >= 290) & (np.arange(320) < 310) & (long == 0)
     much = Batch.of(long, long, mask, 8 * 310, 160, group=8, sampled={LENGTHS: lengths})
-    together = Joining(work, False)(much, np.full(8, 290))
+    together = Joining(work, False)(much, np.full(8, 290), np.full(8, 310))
     assert together.inputs.shape == (1, 512)
     assert Joining(work, False).saved(much, together) == pytest.approx(
         1 - (weights * 512 + per_score * 512**2 / 2) / (8 * (weights * 320 + per_score * 320**2 / 2))
@@ -296,8 +314,8 @@ def test_a_batch_is_joined_where_that_saves_work():
     lengths[:] = 60
     mask = (np.arange(320) >= 4) & (np.arange(320) < 64) & (long == 0)
     short = Batch.of(long[:, :64], long[:, :64], mask[:, :64], 8 * 64, 480, group=8, sampled={LENGTHS: lengths})
-    assert joined_batch(short, np.full(8, 4)).inputs.size == short.inputs.size
-    assert Joining(work, False)(short, np.full(8, 4)) is short
+    assert joined_batch(short, np.full(8, 4), np.full(8, 64)).inputs.size == short.inputs.size
+    assert Joining(work, False)(short, np.full(8, 4), np.full(8, 64)) is short
 
 
 LONG_ANSWERS = ("--max-new-tokens", 60, "--group-size", 6)
