@@ -25,7 +25,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -278,10 +278,10 @@ def _called(
 ) -> list[Any] | None:
     """Return a function's values, None if it failed and that is skipped."""
     count, name = len(answers["completions"]), f"--reward {reward.name}"
-    if reward.model is not None:
-        values = guarded(lambda: list(reward.function(conversations)), name, answers, settings, note, limited=False)
-    else:
+    if reward.model is None:
         values = guarded(lambda: call_reward(reward.function, answers, state), name, answers, settings, note)
+    else:
+        values = guarded(lambda: list(reward.function(conversations)), name, answers, settings, note, limited=False)
     if values is not None and len(values) != count:
         fail(f"{name} gave {len(values)} values for {count} answers", settings, note)
         return None
@@ -309,15 +309,12 @@ def guarded(
     Raises:
         RunError: it failed, and the run is to stop.
     """
-    count = len(answers["completions"])
     try:
-        if not limited:
-            return function()
-        with _at_most(settings.reward_timeout):
+        with _at_most(settings.reward_timeout) if limited else nullcontext():
             return function()
     except _TooLong:
-        limit = f"{settings.reward_timeout:g} s"
-        fail(f"{name} took longer than {limit} for {count} answers", settings, note, "--reward-timeout")
+        words = f"{settings.reward_timeout:g} s for {len(answers['completions'])} answers"
+        fail(f"{name} took longer than {words}", settings, note, "--reward-timeout")
     except Exception as error:  # a user's code may raise anything
         words = f"{type(error).__name__}: {error}".splitlines()[0]
         fail(f"{name} failed ({words}) for {_shown(answers, 0)}", settings, note)
