@@ -35,8 +35,8 @@ from mlx_lora.objectives.prefix_sharing import Joining, apart, joined, joined_ba
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.rollouts.decode import SamplingForm
-from mlx_lora.rollouts.environment import SingleTurnEnv
-from mlx_lora.rollouts.rewards import Reward
+from mlx_lora.rollouts.environment import MultiTurnEnv, SingleTurnEnv
+from mlx_lora.rollouts.rewards import Reward, no_function
 from mlx_lora.rollouts.rollout import Rollouts
 from mlx_lora.rollouts.sharing import Planned
 
@@ -44,7 +44,7 @@ GROUP, LONGEST = 4, 9
 CASES = [(name, beta) for name in RATIO_OF for beta in (0.0, 0.3)]
 
 
-def prompts(count: int = 3, seed: int = 0) -> EncodedSet:
+def prompts(count: int = 3, seed: int = 0, room: int = LONGEST) -> EncodedSet:
     """Return random prompts, with facts for rewards and room for answers."""
     random = np.random.default_rng(seed)
     rows = []
@@ -52,7 +52,7 @@ def prompts(count: int = 3, seed: int = 0) -> EncodedSet:
         tokens = random.integers(3, 250, int(random.integers(1, 20))).astype(np.int32)
         rows.append((tokens, np.zeros(len(tokens), bool)))
     facts = [{"chat": False, "columns": {}, "prompt": str(n), "example": Completion(str(n), "")} for n in range(count)]
-    return EncodedSet.from_rows(rows).with_facts(facts).with_room(GROUP, LONGEST)
+    return EncodedSet.from_rows(rows).with_facts(facts).with_room(GROUP, room)
 
 
 def reward(prompts, completions, completion_ids, **columns):
@@ -87,20 +87,23 @@ def settings_of(base, name: str, beta: float = 0.0, **more: object):
     )  # fmt: skip
 
 
-def sampled_batches(base, settings, rows: EncodedSet, shared: EncodedSet | None = None) -> tuple[Batch, Batch]:
+def sampled_batches(
+    base, settings, rows: EncodedSet, shared: EncodedSet | None = None, env=None
+) -> tuple[Batch, Batch]:
     """Return the same rollout, apart and joined; the adapter has moved since it was the reference.
 
     Args:
         base, settings: of the run.
         rows: planned apart.
         shared: what the joined batch is planned on; None: the same rows.
+        env: of the episodes; None: one answer and `reward`.
     """
+    env = env or SingleTurnEnv([Reward("r", reward)], settings.objective, base.hf_tokenizer)
     loss = at_temperature(choose_loss(base.model, base.config), base.model, base.config, settings.objective.temp)
     joining = Joining(work_of(model_shape(base.model, base.config)), True)
     found = []
     for how, planned in ((None, rows), (joining, shared or rows)):
         moved(base, 1)
-        env = SingleTurnEnv([Reward("r", reward)], settings.objective, base.hf_tokenizer)
         answering = Rollouts.of(base, settings, env, loss, SamplingForm(), joining=how)
         moved(base, 2)
         plan = BatchPlan(planned, batch_tokens=10**6, batch_size=4, seed=0)
@@ -199,6 +202,45 @@ def test_log_probabilities_before_the_update_are_those_of_the_same_tokens(base):
         assert (sums[0][: 3 * GROUP] < 0).all()
     assert not np.allclose(separate.sampled[OLD].sum(), separate.sampled[REFERENCE].sum(), rtol=1e-3)
     np.testing.assert_allclose(separate.sampled[ADVANTAGES], together.sampled[ADVANTAGES].ravel(), atol=1e-4)
+
+
+class Talk:
+    """Asks back once; the reward is of both answers."""
+
+    def reset(self, seed, **columns):
+        return None
+
+    def step(self, completion):
+        return "And?", float(len(completion) % 5), False
+
+
+def test_episodes_of_two_turns_share_a_row_and_train_the_models_tokens_alone(base):
+    """The second turn sees the first and the observation; log-probabilities are the model's own at its tokens, and 0 elsewhere."""
+    more = {"environment": "talk.py:Talk", "reward": None, "max_turns": 2, "max_new_tokens": 90}
+    settings = settings_of(base, "grpo", 0.2, updates_per_rollout=2, iters=2, **more)
+    env = MultiTurnEnv(Talk, [Reward("Talk", no_function)], settings, base.hf_tokenizer)
+    separate, together = sampled_batches(base, settings, prompts(room=90), env=env)
+    episodes = separate.sampled[LENGTHS][separate.real]
+    last = [int(np.flatnonzero(mask)[-1]) for mask in separate.mask[separate.real]]
+    inside = [mask[: end + 1].sum() for mask, end in zip(separate.mask[separate.real], last, strict=True)]
+    assert episodes.tolist() == inside  # `length` counts the tokens that are trained
+    begins = separate.mask.argmax(axis=1)[separate.real]
+    assert any(end - begin + 1 > length for begin, end, length in zip(begins, last, episodes, strict=True))
+    logits = base.model(mx.array(separate.inputs)).astype(mx.float32)
+    logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    own = np.array(mx.take_along_axis(logps, mx.array(separate.targets)[..., None], axis=-1).squeeze(-1))
+    np.testing.assert_allclose(separate.sampled[OLD], np.where(separate.mask, own, 0), rtol=1e-4, atol=1e-4)
+    assert together.supervised_tokens == separate.supervised_tokens
+    assert_same(trained(base, settings, separate), trained(base, settings, together))
+    begin, end = int(begins[0]), last[0]
+    between = np.flatnonzero(~separate.mask[0, begin:end]) + begin
+    other = replace(separate, mask=separate.mask.copy())
+    other.mask[0, between] = True  # an observation that is trained is another loss
+    other = Batch.of(
+        other.inputs, other.targets, other.mask, other.real_tokens, len(other.positions) + len(between), group=GROUP,
+        numbers=other.numbers, sampled=other.sampled,
+    )  # fmt: skip
+    assert trained(base, settings, other)[0] != pytest.approx(trained(base, settings, separate)[0], rel=1e-4)
 
 
 def filled() -> tuple[Batch, np.ndarray, np.ndarray]:
