@@ -7,7 +7,7 @@ from datetime import date
 from typing import Any
 
 from mlx_lora.config.fields import flag_of
-from mlx_lora.config.objectives import IMITATION, SAMPLING, WITHOUT_PAIRS
+from mlx_lora.config.objectives import IMITATION, PAIRS, SAMPLING
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.config.settings import FIELDS, LOGGERS, ROWS, SHARDING
 from mlx_lora.utils.text import command_line
@@ -189,7 +189,7 @@ def _data_problems(settings: Mapping[str, Any]) -> list[str]:
     """Return a problem for each setting of the data that the objective would ignore."""
     objective, problems = settings["objective"], _column_problems(settings)
     imitates = objective in IMITATION and not settings["on_policy"]
-    if settings["pairs"] != "best" and objective in WITHOUT_PAIRS:
+    if settings["pairs"] != "best" and objective not in PAIRS:
         problems.append(
             f"--pairs {settings['pairs']} with --objective {objective}: it reads no pairs; leave --pairs out"
         )
@@ -220,7 +220,7 @@ def _column_problems(settings: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"{flags} with --data-format {settings['data_format']}: the columns already determine the format; leave --data-format out"
         )
-    read = ("prompt_column", "system_column") if objective not in WITHOUT_PAIRS else COLUMNS
+    read = ("prompt_column", "system_column") if objective in PAIRS else COLUMNS
     read = [name for name in read if objective != "kto" or name != "text_column"]
     if objective not in IMITATION and (unread := [flag_of(name) for name in given if name not in read]):
         problems.append(f"{' and '.join(unread)} with --objective {objective}: it reads no such column; leave it out")

@@ -236,7 +236,8 @@ def load_adapter(
     header = read_safetensors_header(file)
     full = tuple(own.get("full", [])) if layer_type != "full" else tuple(header)
     if is_reward_model(config):
-        put_score_head(base.model, base.config)
+        outputs = header.get(SCORE_WEIGHT, {}).get("shape", [1])[0]
+        put_score_head(base.model, base.config, outputs=outputs)
     _check_full(base.model, full, file)
     if layer_type != "full":
         paths = _target_paths(base.model, config, folder)

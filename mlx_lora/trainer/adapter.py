@@ -21,7 +21,7 @@ def adapt(
     Args:
         settings: of the run.
         base: gets adapter layers.
-        objective: of the run; a reward model gets a score head.
+        objective: of the run; one that scores gets a score head.
         chat_template: that the data were rendered with; kept with the adapter when it is not the model's own, so that
             generate renders prompts the same way.
     """
@@ -31,7 +31,7 @@ def adapt(
     start = read_start(base, adapter.resume_adapter_file, scores) if adapter.resume_adapter_file else None
     adapted, full = adapt_model(base.model, adapter, settings.loop.seed), ()
     if scores:
-        put_score_head(base.model, base.config, settings.loop.seed)
+        put_score_head(base.model, base.config, settings.loop.seed, objective.outputs)
         full = (SCORE_WEIGHT,)
     if start:
         put_start(base.model, start, full)
