@@ -8,7 +8,7 @@ steps of the grid. Here the forward pass already computes with the fused weight,
 so the loss is that of the fused model. Rounding has no useful gradient. The gradient by x is that of Q(W + D), and the
 gradient by the factors is the one that they would have without Q (straight-through estimator):
 
-    y = x stop(Q(W + D))^T + u - stop(u),   u = what the layer computes from stop(x)
+    y = x stop(Q(W + D))^T + (u - stop(u)),   u = what the layer computes from stop(x)
 
 One layer's dense weight is at hand at a time: it is computed again in the backward pass. While texts are generated, each
 layer holds its fused weight, packed (`hold`).
@@ -100,8 +100,17 @@ class FakeQuantized(AdapterLayer):
 
 
 def _straight_through(value: mx.array, update: mx.array) -> mx.array:
-    """Return `value` with the gradient of `update` in addition to its own."""
-    return value + (update - mx.stop_gradient(update)).astype(value.dtype)
+    """Return `value` with the gradient of `update` in addition to its own.
+
+    `value + update - stop(update)` is the same, and keeps one array more for the backward pass.
+    """
+
+    @mx.custom_function
+    def through(value: mx.array, update: mx.array) -> mx.array:
+        return value
+
+    through.vjp(lambda primals, cotangent, _: (cotangent, cotangent.astype(primals[1].dtype)))
+    return through(value, update)
 
 
 def _fused_weight(layer: AdapterLayer, arrays: Mapping[str, mx.array]) -> mx.array:
