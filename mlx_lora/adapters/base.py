@@ -325,12 +325,13 @@ def dense_weight(base: nn.Module) -> mx.array:
     return dequantized_weight(base) if isinstance(base, QUANTIZED) else base.weight
 
 
-def with_weight(base: nn.Module, weight: mx.array) -> nn.Module:
-    """Return a dense layer of the base's kind with this weight and the base's bias and float dtype.
+def with_weight(base: nn.Module, weight: mx.array, dtype: mx.Dtype | None = None) -> nn.Module:
+    """Return a dense layer of the base's kind with this weight and the base's bias.
 
     Args:
         base: linear, experts or embedding, quantized or not.
         weight: in the shape that dense_weight returns, with any float dtype.
+        dtype: of the result; None: the base's float dtype.
     """
     if isinstance(base, EMBEDDING):
         dense = nn.Embedding(*weight.shape)
@@ -340,7 +341,7 @@ def with_weight(base: nn.Module, weight: mx.array) -> nn.Module:
         dense = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in base)
     if "bias" in base:
         dense.bias = base.bias
-    dense.weight = weight.astype(dense_weight(base).dtype)
+    dense.weight = weight.astype(dtype or dense_weight(base).dtype)
     return dense
 
 

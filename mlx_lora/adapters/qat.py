@@ -1,7 +1,8 @@
 """Quantization-aware training: compute with the weights that fusing will write, and train the factors straight through.
 
 An adapter layer adds scale * A B to a quantized weight. Fused, the sum is quantized again, and a small update gets lost in the
-steps of the grid. Here the forward pass already computes with the fused weight, in the base's own format (bits, group, mode):
+steps of the grid. Here the forward pass already computes with the fused weight, in the base's own format (bits, group, mode), where an
+affine base keeps its grid (models/quantize.py):
 
     y = x Q(W + D)^T,   D = the layer's update
 
@@ -30,6 +31,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, SWITCH, AdapterLayer, mix_in, with_weight
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.models.quantize import quantized_like, round_on_grid
 from mlx_lora.utils.errors import InputError
 
 # A flag in the layer's arrays. A compiled step reads them, so it is traced again when the flags appear.
@@ -126,17 +128,18 @@ def _fused_weight(layer: AdapterLayer, arrays: Mapping[str, mx.array]) -> mx.arr
         base[name] = array
     twin.update(tree)
     twin[layer.holds] = base
+    merged = twin.merged()
+    if base.mode == "affine":
+        codes, scales, biases = round_on_grid(merged, base.scales, base.biases, base.group_size, base.bits)
+        return (codes * scales[..., None] + biases[..., None]).reshape(merged.shape).astype(base.scales.dtype)
     layout = {"group_size": base.group_size, "bits": base.bits, "mode": base.mode}
-    # The dtype in which fusing quantizes it, that of `dense_weight`.
-    merged = twin.merged().astype(base.scales.dtype if base.mode == "affine" else mx.bfloat16)
-    return mx.dequantize(*mx.quantize(merged, **layout), **layout)
+    return mx.dequantize(*mx.quantize(merged.astype(mx.bfloat16), **layout), **layout)  # as fusing quantizes it
 
 
 def fused_layer(layer: AdapterLayer) -> nn.Module:
     """Return the quantized layer that fusing will write."""
-    base = layer.base
-    dense = with_weight(base, layer.merged())
-    return dense.to_quantized(base.group_size, base.bits, base.mode)
+    dtype = mx.float32 if layer.base.mode == "affine" else None
+    return quantized_like(layer.base, with_weight(layer.base, layer.merged(), dtype))
 
 
 def begin_qat(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.adapters.base import QUANTIZED, dense_weight
+from mlx_lora.adapters.base import QUANTIZED, dense_weight, with_weight
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.qa_lora import group_update
 from mlx_lora.exporters.adapter_config import check_fusing, classifier_config, padding_token, set_padding_token
@@ -34,7 +34,7 @@ from mlx_lora.models.convert import copy_side_files
 from mlx_lora.models.folder import ShardWriter, check_out, load_weights, merge_mark
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
-from mlx_lora.models.quantize import dequantize_model
+from mlx_lora.models.quantize import dequantize_model, quantized_like
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import check_writable, replacing_folder
 from mlx_lora.utils.progress import tracked
@@ -80,8 +80,9 @@ def fuse_adapter(model: nn.Module, dequantize: bool, bits: int | None = None) ->
             whole = with_biases(base, base.biases.astype(mx.float32) + update)
             survival[path] = _survival(base.biases, whole.biases, update, base.bits)
         else:
-            whole = layer.fuse()
-            if isinstance(base, QUANTIZED) and not dequantize:
+            rounded = isinstance(base, QUANTIZED) and not dequantize
+            whole = with_weight(base, layer.merged(), mx.float32) if rounded and base.mode == "affine" else layer.fuse()
+            if rounded:
                 whole = _quantized_like(base, whole, bits)
             survival[path] = _survival(dense_weight(base), dense_weight(whole), layer.delta(), bits_of(whole))
         fused.append((path, whole))
@@ -105,8 +106,7 @@ def _quantized_like(base: Any, whole: Any, bits: int | None) -> Any:
     """Return a float layer quantized like its base, or if its base has fewer bits than asked for, with so many."""
     if bits is not None and base.bits < bits:
         return whole.to_quantized(max(base.group_size, LEAST_GROUP), bits, "affine")
-    own_scale = {"global_scale": True} if "global_scale" in base else {}  # nvfp4 experts have one each
-    return whole.to_quantized(base.group_size, base.bits, base.mode, **own_scale)
+    return quantized_like(base, whole)
 
 
 def _survival(before: mx.array, after: mx.array, update: mx.array, bits: int | None) -> Survival:
