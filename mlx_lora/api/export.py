@@ -17,7 +17,7 @@ from mlx_lora.api.errors import speaks_python
 from mlx_lora.exporters.adapter_config import SAME_LAYOUT
 from mlx_lora.exporters.adapter_folder import load_adapter, save_adapter
 from mlx_lora.exporters.card import CARD_FILE, check_repo, push, read_facts, write_card
-from mlx_lora.exporters.fuse import take_stored_dtypes, write_fused
+from mlx_lora.exporters.fuse import Rounding, take_stored_dtypes, write_fused
 from mlx_lora.exporters.ollama import write_ollama
 from mlx_lora.exporters.peft import write_peft
 from mlx_lora.gguf.write import DEFAULT_TYPE, TYPES, write_gguf_adapter, write_gguf_model
@@ -258,7 +258,7 @@ def _write_hf(job: Export) -> None:
             "use --to peft and merge in PEFT"
         )
     out, force = job.settings.out, job.settings.force
-    write_fused(job.base, out, job.info, dequantize=True, force=force, keep_dtype=job.keep_dtype)
+    write_fused(job.base, out, job.info, Rounding(dequantize=True), force=force, keep_dtype=job.keep_dtype)
 
 
 def _use_hf(job: Export) -> list[str]:

@@ -12,7 +12,7 @@ Shapes: B rows, T columns, I inputs of a layer, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,8 +25,12 @@ from mlx_lora.adapters.base import LINEAR, QUANTIZED, AdapterLayer
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
 from mlx_lora.models.block_walk import BlockWalk
+from mlx_lora.models.gptq import Curvature, Grid, round_weight
+from mlx_lora.models.quantize import Quantization, quantize_weight
+from mlx_lora.utils.progress import tracked
 
 BATCH_POSITIONS = 1024
+LEAST_GROUP = 32  # weights of an affine group; nvfp4 has groups of 16
 
 
 @dataclass(frozen=True)
@@ -46,21 +50,20 @@ class CalibrationTokens:
     of: str
 
     @classmethod
-    def from_rows(cls, sets: Sequence[EncodedSet], most_tokens: int, of: str) -> CalibrationTokens:
-        """Take an equal share of tokens from each set, from rows of all lengths.
+    def from_rows(cls, sets: Sequence[tuple[EncodedSet, float]], most_tokens: int, of: str) -> CalibrationTokens:
+        """Take rows of all lengths from each set.
 
         Args:
-            sets: of rows.
+            sets: of rows, with the share of the tokens that each may take.
             most_tokens: of all sets together.
             of: where they come from.
         """
         chosen: list[np.ndarray] = []
-        for rows in sets:
-            share = most_tokens // len(sets)
-            mean = max(1.0, float(rows.lengths.mean()))
-            numbers = spaced_by_length(rows, max(1, min(rows.examples, int(share / mean / rows.group))))
-            picked = rows.select(numbers)
-            chosen += [picked.row(number)[0][:share] for number in range(len(picked))]
+        for rows, share in sets:
+            most = int(most_tokens * share)
+            count = int(most / max(1.0, float(rows.lengths.mean())) / rows.group)
+            picked = rows.select(spaced_by_length(rows, max(1, min(rows.examples, count))))
+            chosen += [picked.row(number)[0][:most] for number in range(len(picked))]
         chosen.sort(key=len)
         batches: list[list[np.ndarray]] = [[]]
         for row in chosen:
@@ -86,6 +89,81 @@ class LayerInputs:
 
     paths: list[str]
     hessian: mx.array = field(default_factory=lambda: mx.array(0.0))
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """Layers of a quantized base with the adapter folded in.
+
+    Attributes:
+        layers: path -> quantized layer.
+        kept_error: the mean over layers of what is left of the error that plain rounding makes in the outputs.
+    """
+
+    layers: dict[str, nn.Module]
+    kept_error: float
+
+
+def compensated_layers(
+    model: nn.Module, tokens: CalibrationTokens, stored: Mapping[str, Any], bits: Mapping[str, int]
+) -> Compensated:
+    """Fold adapters into their quantized linear layers, rounded for the inputs that the tokens give them.
+
+    Args:
+        model: adapted, in eval mode; not changed.
+        tokens: to compute.
+        stored: path -> the base's quantized layer as its files have it.
+        bits: of layers that get more than their base has.
+    """
+    layers, found, shares = adapter_layers(model), {}, []
+    blocks = layer_inputs(model, tokens)
+    for block in tracked(blocks, "Compensating", len(model.layers), "blocks"):
+        for inputs in block:
+            curvature = Curvature.of(inputs.hessian)
+            for quantization, paths in _by_quantization(inputs.paths, stored, bits).items():
+                wholes = [layers[path].fuse() for path in paths]
+                weight = mx.concatenate([layers[path].merged() for path in paths])
+                grids = _grids(weight, quantization, [stored[path] for path in paths])
+                rounded = round_weight(weight, curvature, grids)
+                plain = quantize_weight(weight, quantization).dequantize()
+                shares.append(rounded.error.sum().item() / max(curvature.error(weight - plain).sum().item(), 1e-30))
+                ends = np.cumsum([len(whole.weight) for whole in wholes])[:-1].tolist()
+                parts = zip(*(mx.split(array, ends) for array in rounded.packed.arrays), strict=True)
+                for path, whole, arrays in zip(paths, wholes, parts, strict=True):
+                    layer = whole.to_quantized(**quantization.layout)
+                    for name, array in zip(("weight", "scales", "biases"), arrays, strict=False):
+                        layer[name] = array
+                    mx.eval(layer.parameters())
+                    found[path] = layer
+    return Compensated(found, float(np.mean(shares)) if shares else 1.0)
+
+
+def _by_quantization(
+    paths: list[str], stored: Mapping[str, Any], bits: Mapping[str, int]
+) -> dict[Quantization, list[str]]:
+    """Return the layers that are rounded together, by how they are packed."""
+    groups: dict[Quantization, list[str]] = {}
+    for path in paths:
+        groups.setdefault(target_quantization(stored[path], bits.get(path)), []).append(path)
+    return groups
+
+
+def target_quantization(base: Any, bits: int | None) -> Quantization:
+    """Return a base layer's quantization, or if it has fewer bits than asked for, affine with so many."""
+    if bits is None or base.bits >= bits:
+        return Quantization(base.bits, base.group_size, base.mode)
+    return Quantization(bits, max(base.group_size, LEAST_GROUP), "affine")
+
+
+def _grids(weight: mx.array, quantization: Quantization, bases: list[Any]) -> list[Grid]:
+    """Return the grids to round on: a new one, and the one with the old weights in it if the new bits have it."""
+    dtypes = {base.biases.dtype for base in bases if "biases" in base}
+    grids = [Grid.of_weight(weight, quantization, dtypes.pop() if len(dtypes) == 1 else mx.float32)]
+    own = [Quantization(base.bits, base.group_size, base.mode) for base in bases]
+    if all(one.group_size == quantization.group_size and one.mode == quantization.mode for one in own):
+        refined = [Grid.of_layer(base.scales, base.get("biases"), one) for base, one in zip(bases, own, strict=True)]
+        grids.append(Grid.joined([grid.refined(quantization.bits) for grid in refined]))
+    return grids
 
 
 def layer_inputs(model: nn.Module, tokens: CalibrationTokens) -> Iterator[list[LayerInputs]]:

@@ -86,9 +86,9 @@ class BlockWalk:
         few, kept = self.batches[0][:1, :CHECK_TOKENS], None
         self.keeps = True
         with self._watched():
-            for self.at in range(len(self.model.layers)):
+            for _ in self.model.layers:
                 kept = self._through(few, kept)
-            self.at = len(self.model.layers)
+                self.at += 1
             found = self._through(few, kept)
         self.at = 0
         return _same(found, self.model(few))

@@ -106,6 +106,18 @@ class Grid:
         values = values[:, :: quantization.group_size]
         return cls(quantization, values, mx.zeros_like(values), scales, mx.float32)
 
+    def refined(self, bits: int) -> Grid:
+        """Return an affine grid of more bits that has all values of this one: its steps are halved for each bit."""
+        more = bits - self.quantization.bits
+        return replace(self, quantization=replace(self.quantization, bits=bits), scales=self.scales / 2**more)
+
+    @classmethod
+    def joined(cls, grids: list[Grid]) -> Grid:
+        """Return the grid of several weights, one below the other."""
+        scales, biases = (mx.concatenate(arrays) for arrays in ([g.scales for g in grids], [g.biases for g in grids]))
+        stored = [grid.stored for grid in grids if grid.stored is not None]
+        return cls(grids[0].quantization, scales, biases, mx.concatenate(stored) if stored else None, grids[0].dtype)
+
     def levels(self) -> tuple[mx.array, mx.array]:
         """Return the values of a microscaling mode's codes for a scale of 1, ascending, and the codes."""
         quantization = self.quantization
@@ -228,7 +240,7 @@ def round_weight(weight: mx.array, curvature: Curvature, grids: list[Grid]) -> R
     """
     best: Rounded | None = None
     for grid in grids:
-        for round_number in range(ROUNDS if grid.stored is None else 1):
+        for _ in range(ROUNDS if grid.stored is None else 1):
             codes, values = feedback_codes(weight, curvature, grid)
             best = _better(best, Rounded(grid.packed(codes), curvature.error(weight - values)))
             if grid.stored is None:
