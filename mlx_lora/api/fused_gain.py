@@ -45,7 +45,7 @@ BASE_S = 20.0  # seconds for the base; with the adapter and fused, the same rows
 BATCH_TOKENS = 1024
 MOST_DATA_BYTES = 20_000_000  # larger data of a run is only read on request (--data)
 LEAST_GAIN = 0.02  # nats per token; a share of less is a share of noise
-CALIBRATION_TOKENS = 12_288  # of which a third are general texts
+CALIBRATION_TOKENS = 8_192
 
 
 @dataclass(frozen=True)
@@ -218,20 +218,16 @@ def _rows_of_run(adapter: Path, base: Base) -> tuple[EncodedSet, str, str | None
     """Return the rows that the adapter's run held out, or general texts and why."""
     splits = data_of_run(adapter, base.hf_tokenizer, MOST_DATA_BYTES)
     if isinstance(splits, str):
-        return general_rows(base)[0], "rows of general texts", splits
+        rows = load_eval_set(str(GENERAL / "text.jsonl"), train_settings({}).data, base.hf_tokenizer)
+        return rows, "rows of general texts", splits
     held_out = splits.test or splits.valid
     return held_out or splits.train, f"{'held-out' if held_out else 'training'} rows of its run", None
 
 
-def general_rows(base: Base) -> list[EncodedSet]:
-    """Return the general texts of the package, and its general chats if the model has a chat template."""
-    names = ("text", "chat") if base.hf_tokenizer.chat_template else ("text",)
-    settings = train_settings({}).data
-    return [load_eval_set(str(GENERAL / f"{name}.jsonl"), settings, base.hf_tokenizer) for name in names]
-
-
 def calibration_tokens(base: Base, adapter: Path, data: str | None, flag: str) -> CalibrationTokens:
-    """Return the tokens that a fused model is rounded for: of the rows that the adapter was trained on, and general ones.
+    """Return the tokens that a fused model is rounded for, of the rows that the adapter was trained on.
+
+    The package's general texts are not among them: they are kept for measuring.
 
     Args:
         base: whose tokenizer has the adapter's chat template.
@@ -249,6 +245,4 @@ def calibration_tokens(base: Base, adapter: Path, data: str | None, flag: str) -
         if isinstance(splits, str):
             raise InputError(f"{flag}: needs rows like those of the run, and {splits}; give --compensate FILE")
         rows, of = splits.train, "the run's training rows"
-    general = general_rows(base)
-    return CalibrationTokens.from_rows([(rows, 2 / 3), *((one, 1 / 3 / len(general)) for one in general)],
-                                       CALIBRATION_TOKENS, f"{of} and general texts")  # fmt: skip
+    return CalibrationTokens.from_rows(rows, CALIBRATION_TOKENS, of)

@@ -12,7 +12,7 @@ Shapes: B rows, T columns, I inputs of a layer, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,20 +50,17 @@ class CalibrationTokens:
     of: str
 
     @classmethod
-    def from_rows(cls, sets: Sequence[tuple[EncodedSet, float]], most_tokens: int, of: str) -> CalibrationTokens:
-        """Take rows of all lengths from each set.
+    def from_rows(cls, rows: EncodedSet, most_tokens: int, of: str) -> CalibrationTokens:
+        """Take rows of all lengths, up to a number of tokens.
 
         Args:
-            sets: of rows, with the share of the tokens that each may take.
-            most_tokens: of all sets together.
+            rows: to choose from.
+            most_tokens: of all together.
             of: where they come from.
         """
-        chosen: list[np.ndarray] = []
-        for rows, share in sets:
-            most = int(most_tokens * share)
-            count = int(most / max(1.0, float(rows.lengths.mean())) / rows.group)
-            picked = rows.select(spaced_by_length(rows, max(1, min(rows.examples, count))))
-            chosen += [picked.row(number)[0][:most] for number in range(len(picked))]
+        count = int(most_tokens / max(1.0, float(rows.lengths.mean())) / rows.group)
+        picked = rows.select(spaced_by_length(rows, max(1, min(rows.examples, count))))
+        chosen = [picked.row(number)[0][:most_tokens] for number in range(len(picked))]
         chosen.sort(key=len)
         batches: list[list[np.ndarray]] = [[]]
         for row in chosen:
