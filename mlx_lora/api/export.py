@@ -116,7 +116,7 @@ def write_export(
     adapter: Path | None,
     ignore_fingerprint: bool = False,
     keep_dtype: bool = False,
-) -> None:
+) -> bool:
     """Write what checked settings ask for, with its model card, and upload it.
 
     Args:
@@ -125,6 +125,9 @@ def write_export(
         adapter: its folder.
         ignore_fingerprint: as for load_adapter.
         keep_dtype: write a merged model in the base's dtype instead of the stored one.
+
+    Returns:
+        Whether it is a reward model, which does not write texts.
     """
     out, form, repo = settings.out, FORMATS[settings.to], settings.push_to_hub
     scores = None if form.for_scores else False
@@ -142,6 +145,7 @@ def write_export(
         log.info("What to do next:\n" + "\n".join(f"    {line}" for line in uses))
     if repo:
         log.info(f"{repo}: uploaded, {push(out, repo, settings.private)}")
+    return job.scores
 
 
 # Checks before the work

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
@@ -32,11 +33,13 @@ from mlx_lora.data.dataset import EncodedSet, spaced_by_length
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.exporters.compensate import CalibrationTokens
+from mlx_lora.models.convert import convert_model
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.trainer.adapter import adapter_template
 from mlx_lora.trainer.evaluate import held_out_plan
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.hub import resolve_model
 from mlx_lora.utils.progress import tracked
 
 ROWS = 32  # measured, at most
@@ -44,6 +47,7 @@ LEAST_ROWS = 16  # of them, on a slow machine too: on fewer rows the share is ch
 BASE_S = 20.0  # seconds for the base; with the adapter and fused, the same rows take about as long each
 BATCH_TOKENS = 1024
 MOST_DATA_BYTES = 20_000_000  # larger data of a run is only read on request (--data)
+FADED = 0.9  # if less of the gain is kept, the ways out are named
 LEAST_GAIN = 0.02  # nats per token; a share of less is a share of noise
 CALIBRATION_TOKENS = 8_192
 
@@ -136,6 +140,15 @@ def measure_gain(
     del base  # two models at once may be too large
     loss_fused, kl = _compared(states, _read(fused(), batches, "the fused model"))
     return Gain(loss_base, loss_adapter, loss_fused, measured, f"{measured} {of}", kl, general)
+
+
+def read_back(path: Path) -> Base:
+    """Load a merged model that was written as a folder or a GGUF file, without keeping a converted copy of it."""
+    if path.is_dir():
+        return load_base(ModelSettings(model=str(path)))
+    with TemporaryDirectory() as folder:
+        convert_model(resolve_model(str(path), None), Path(folder) / path.stem, target="carry")
+        return load_base(ModelSettings(model=str(Path(folder) / path.stem)))
 
 
 @dataclass(frozen=True)

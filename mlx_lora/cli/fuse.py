@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from mlx_lora.api.fused_gain import NOT_MEASURED, Gain, calibration_tokens, measure_gain
+from mlx_lora.api.fused_gain import FADED, NOT_MEASURED, Gain, calibration_tokens, measure_gain
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.files import find_sets
@@ -30,8 +30,6 @@ from mlx_lora.utils.errors import InputError
 
 # A larger error of rounding, relative to the update, is not taken for harmless without measuring.
 HARMLESS = 0.05
-# If the fused model keeps less of the gain than this, the ways out are named.
-FADED = 0.9
 FUSED_BITS = ("5", "6", "8")
 
 

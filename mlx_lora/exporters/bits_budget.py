@@ -146,8 +146,9 @@ def allocate(costs: Mapping[str, LayerCost], room_bytes: int) -> dict[str, int]:
         cost, more = costs[path], [bits for bits in costs[path].sizes if bits > now]
         for bits in more:
             grows = cost.sizes[bits] - cost.sizes[now]
-            if grows > 0:
-                heapq.heappush(steps, (-(cost.losses[now] - cost.losses[bits]) / grows, path, now, bits))
+            less = cost.losses[now] - cost.losses[bits]
+            if grows > 0 and less > 0:
+                heapq.heappush(steps, (-less / grows, path, now, bits))
 
     for path, cost in costs.items():
         offer(path, next(iter(cost.sizes)))
