@@ -14,14 +14,16 @@ quadratic in them, so that a row's best ones solve a linear equation. With F = [
 
     F^T H F [s b]^T = F^T H w^T
 
-Each row is rounded in several ways, and the best is kept: on the grid that the layer had before the update, which has the
-old weight in it exactly, and on one that `mx.quantize` chooses for the new weight.
+A row begins on the grid that the layer had before the update, which has the old weight in it exactly, or on the one that
+`mx.quantize` chooses for the new weight, whichever rounds it better. Scales are fitted, columns are rounded, and scales are
+fitted again. An update is small: on the old grid only the update is rounded, and not the whole weight once more.
 
 Shapes: O outputs (rows of the weight), I inputs (its columns), g columns of a group, G = I / g groups, R rows at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -32,7 +34,6 @@ from mlx_lora.models.quantize import PackedWeight, Quantization
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to the diagonal; GPTQ's
 BLOCK = 64  # columns whose errors are fed to all later columns together
-ROUNDS = 2  # of rounding and fitting, on each grid
 FIT_BYTES = 64_000_000  # of the largest array while scales are fitted
 FIT_DAMPING = 1e-4  # of the diagonal: a group with equal codes has scale and bias in one direction
 # The codes of the value 1, in E2M1 and E4M3, and of the scale 1, in E8M0 and E4M3.
@@ -176,6 +177,32 @@ class Grid:
         own = [self.scales.astype(self.dtype), self.biases.astype(self.dtype)] if self.stored is None else [self.stored]
         return PackedWeight([words, *own], self.quantization)
 
+    def coder(self) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
+        """Return a function from (weight - bias) / scale to the code of the nearest level, and that level, as float32."""
+        most = 2**self.quantization.bits - 1
+        if self.stored is None:
+
+            def affine(step: mx.array) -> tuple[mx.array, mx.array]:
+                code = mx.clip(mx.round(step), 0, most)
+                return code, code
+
+            return affine
+        levels, codes = self.levels()
+        between = (levels[1:] + levels[:-1]) / 2
+
+        def nearest(step: mx.array) -> tuple[mx.array, mx.array]:
+            index = (step[..., None] > between).sum(axis=-1)
+            return codes[index], levels[index]
+
+        return nearest
+
+    def rounded(self, weight: mx.array) -> tuple[mx.array, mx.array]:
+        """Return the (O, I) codes and values of a weight, each rounded for itself."""
+        size = self.quantization.group_size
+        scales, biases = mx.repeat(self.scales, size, 1), mx.repeat(self.biases, size, 1)
+        codes, levels = self.coder()((weight - biases) / mx.where(scales == 0, 1, scales))
+        return codes, biases + scales * levels
+
 
 def feedback_codes(weight: mx.array, curvature: Curvature, grid: Grid) -> tuple[mx.array, mx.array]:
     """Round a weight column by column, with the error fed to the columns that follow.
@@ -190,23 +217,16 @@ def feedback_codes(weight: mx.array, curvature: Curvature, grid: Grid) -> tuple[
     """
     size, columns, order = grid.quantization.group_size, weight.shape[1], curvature.order
     rest = weight.T[mx.array(order)]  # (I, O), in order: a column is contiguous
-    scales, biases = mx.where(grid.scales == 0, 1, grid.scales).T, grid.biases.T  # (G, O)
-    levels = None if grid.stored is None else grid.levels()
-    between = None if levels is None else (levels[0][1:] + levels[0][:-1]) / 2
-    most = 2**grid.quantization.bits - 1
+    scales, biases = grid.scales.T, grid.biases.T  # (G, O)
+    divisors, code_of = mx.where(scales == 0, 1, scales), grid.coder()
     codes, values = [], []
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         own, square, errors = rest[: end - start], curvature.factor[start:end, start:end], []
         for k in range(end - start):
             group = int(order[start + k]) // size
-            step = (own[k] - biases[group]) / scales[group]
-            if levels is None or between is None:
-                code = level = mx.clip(mx.round(step), 0, most)
-            else:
-                nearest = (step[:, None] > between).sum(axis=1)
-                code, level = levels[1][nearest], levels[0][nearest]
-            value = biases[group] + grid.scales.T[group] * level
+            code, level = code_of((own[k] - biases[group]) / divisors[group])
+            value = biases[group] + scales[group] * level
             errors.append((own[k] - value) / square[k, k])
             own = own - square[k][:, None] * errors[-1]  # the columns before k have zeros in the factor
             codes.append(code)
@@ -231,31 +251,32 @@ class Rounded:
 
 
 def round_weight(weight: mx.array, curvature: Curvature, grids: list[Grid]) -> Rounded:
-    """Return a weight's best rounding, row by row.
+    """Round a weight for the outputs of its layer.
 
     Args:
         weight: (O, I) float32.
         curvature: of the layer's inputs.
-        grids: to begin with, all with the same quantization; the scales and biases of affine ones are fitted.
+        grids: to begin with, all with the same quantization; each row takes the one that rounds it best.
     """
-    best: Rounded | None = None
-    for grid in grids:
-        for _ in range(ROUNDS if grid.stored is None else 1):
-            codes, values = feedback_codes(weight, curvature, grid)
-            best = _better(best, Rounded(grid.packed(codes), curvature.error(weight - values)))
-            if grid.stored is None:
-                grid = grid.fitted(codes, weight, curvature.hessian)
-                error = curvature.error(weight - grid.values(codes))
-                best = _better(best, Rounded(grid.packed(codes), error))
-    assert best is not None
+    grid = _best_rows(grids, [curvature.error(weight - grid.rounded(weight)[1]) for grid in grids])
+    if grid.stored is not None:
+        codes, values = feedback_codes(weight, curvature, grid)
+    else:
+        grid = grid.fitted(grid.rounded(weight)[0], weight, curvature.hessian)
+        codes, _ = feedback_codes(weight, curvature, grid)
+        grid = grid.fitted(codes, weight, curvature.hessian)
+        values = grid.values(codes)
+    return Rounded(grid.packed(codes), curvature.error(weight - values))
+
+
+def _best_rows(grids: list[Grid], errors: list[mx.array]) -> Grid:
+    """Return a grid whose rows are each from the grid with the least error."""
+    best, least = grids[0], errors[0]
+    for grid, error in zip(grids[1:], errors[1:], strict=True):
+        wins = (error < least)[:, None]
+        scales, biases = mx.where(wins, grid.scales, best.scales), mx.where(wins, grid.biases, best.biases)
+        stored = (
+            mx.where(wins, grid.stored, best.stored) if grid.stored is not None and best.stored is not None else None
+        )
+        best, least = replace(best, scales=scales, biases=biases, stored=stored), mx.minimum(error, least)
     return best
-
-
-def _better(best: Rounded | None, other: Rounded) -> Rounded:
-    if best is None:
-        return other
-    wins = other.error < best.error  # (O,)
-    pairs = zip(other.packed.arrays, best.packed.arrays, strict=True)
-    arrays = [mx.where(wins[:, None], new, old) for new, old in pairs]
-    mx.eval(arrays)
-    return Rounded(replace(best.packed, arrays=arrays), mx.minimum(other.error, best.error))
