@@ -43,6 +43,7 @@ from mlx_lora.utils.hub import resolve_model
 from mlx_lora.utils.progress import tracked
 
 ROWS = 32  # measured, at most
+GENERAL_ROWS = 16  # of general texts, where there are no others
 LEAST_ROWS = 16  # of them, on a slow machine too: on fewer rows the share is chance
 BASE_S = 20.0  # seconds for the base; with the adapter and fused, the same rows take about as long each
 BATCH_TOKENS = 1024
@@ -232,7 +233,7 @@ def _rows_of_run(adapter: Path, base: Base) -> tuple[EncodedSet, str, str | None
     splits = data_of_run(adapter, base.hf_tokenizer, MOST_DATA_BYTES)
     if isinstance(splits, str):
         rows = load_eval_set(str(GENERAL / "text.jsonl"), train_settings({}).data, base.hf_tokenizer)
-        return rows, "rows of general texts", splits
+        return rows.select(spaced_by_length(rows, min(GENERAL_ROWS, rows.examples))), "rows of general texts", splits
     held_out = splits.test or splits.valid
     return held_out or splits.train, f"{'held-out' if held_out else 'training'} rows of its run", None
 
