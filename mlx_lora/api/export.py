@@ -17,7 +17,7 @@ from mlx_lora.api.errors import speaks_python
 from mlx_lora.exporters.adapter_config import SAME_LAYOUT
 from mlx_lora.exporters.adapter_folder import load_adapter, save_adapter
 from mlx_lora.exporters.card import CARD_FILE, check_repo, push, read_facts, write_card
-from mlx_lora.exporters.fuse import take_stored_dtypes, write_fused
+from mlx_lora.exporters.fuse import Rounding, take_stored_dtypes, write_fused
 from mlx_lora.exporters.ollama import write_ollama
 from mlx_lora.exporters.peft import write_peft
 from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES, STORED, write_gguf_adapter, write_gguf_model
@@ -116,7 +116,7 @@ def write_export(
     adapter: Path | None,
     ignore_fingerprint: bool = False,
     keep_dtype: bool = False,
-) -> None:
+) -> bool:
     """Write what checked settings ask for, with its model card, and upload it.
 
     Args:
@@ -125,6 +125,9 @@ def write_export(
         adapter: its folder.
         ignore_fingerprint: as for load_adapter.
         keep_dtype: write a merged model in the base's dtype instead of the stored one.
+
+    Returns:
+        Whether it is a reward model, which does not write texts.
     """
     out, form, repo = settings.out, FORMATS[settings.to], settings.push_to_hub
     scores = None if form.for_scores else False
@@ -142,6 +145,7 @@ def write_export(
         log.info("What to do next:\n" + "\n".join(f"    {line}" for line in uses))
     if repo:
         log.info(f"{repo}: uploaded, {push(out, repo, settings.private)}")
+    return job.scores
 
 
 # Checks before the work
@@ -260,7 +264,7 @@ def _write_hf(job: Export) -> None:
             "use --to peft and merge in PEFT"
         )
     out, force = job.settings.out, job.settings.force
-    write_fused(job.base, out, job.info, dequantize=True, force=force, keep_dtype=job.keep_dtype)
+    write_fused(job.base, out, job.info, Rounding(dequantize=True), force=force, keep_dtype=job.keep_dtype)
 
 
 def _use_hf(job: Export) -> list[str]:

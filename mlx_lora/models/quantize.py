@@ -147,7 +147,9 @@ def round_on_grid(
     mean = codes.mean(axis=-1, keepdims=True)
     spread = codes - mean
     squares = mx.square(spread).sum(axis=-1, keepdims=True)
-    slope = (spread * left).sum(axis=-1, keepdims=True) / mx.maximum(squares, 1.0)  # of whole numbers: 0, or at least 0.5
+    slope = (spread * left).sum(axis=-1, keepdims=True) / mx.maximum(
+        squares, 1.0
+    )  # of whole numbers: 0, or at least 0.5
     fitted = b + left.mean(axis=-1, keepdims=True) - slope * mean
     return codes, (s + slope)[..., 0], fitted[..., 0]
 
