@@ -115,6 +115,11 @@ class AdapterLayer(nn.Module):
         """Return the outer widths of the factors: the rows of A and the columns of B."""
         return base_dims(base)
 
+    @classmethod
+    def initial_gain(cls, base: nn.Module) -> float:
+        """Return what Kaiming's initial A is multiplied by, so that A x is as large as LoRA's."""
+        return 1.0
+
     @property
     def holds(self) -> str:
         """The attribute with the frozen layer, named as in mlx-lm."""

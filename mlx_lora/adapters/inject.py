@@ -163,7 +163,9 @@ def _adapted(
         raise ValueError(f"{path}: adapt_layers has not refused it")
     (rank, scale), dims, experts, wrap = shape, made.factor_dims(base), _experts(base), made.from_base
     if init == "kaiming":
-        return wrap(base, kaiming_factors(path, *dims, rank, seed, experts), scale, dropout)
+        a, b = kaiming_factors(path, *dims, rank, seed, experts)
+        gain = made.initial_gain(base)
+        return wrap(base, (a if gain == 1 else a * gain, b), scale, dropout)
     if init == "svd":
         layer = wrap(base, normal_factors(path, *dims, rank, seed, experts), scale, dropout)
         layer.lora_e = mx.zeros((rank,) if experts is None else (experts, rank))
@@ -197,7 +199,9 @@ def fresh_factors(path: str, layer: AdapterLayer, seed: int) -> tuple[mx.array, 
         layer: an adapter layer.
         seed: of the run.
     """
-    return kaiming_factors(path, *layer.factor_dims(layer.base), layer.rank, seed, _experts(layer.base))
+    a, b = kaiming_factors(path, *layer.factor_dims(layer.base), layer.rank, seed, _experts(layer.base))
+    gain = layer.initial_gain(layer.base)
+    return (a if gain == 1 else a * gain), b
 
 
 def train_in_full(model: nn.Module, paths: tuple[str, ...]) -> None:

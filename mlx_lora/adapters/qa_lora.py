@@ -52,6 +52,11 @@ class QALoRALayer(AdapterLayer):
         width, out = base_dims(base)
         return (width, out // base.group_size) if cls.OVER is EMBEDDING else (width // base.group_size, out)
 
+    @classmethod
+    def initial_gain(cls, base: nn.Module) -> float:
+        # The sum of a group is as large as the root of its size; with LoRA's rates, a larger A learns too fast.
+        return 1.0 if cls.OVER is EMBEDDING else base.group_size**-0.5
+
     @property
     def dims(self) -> tuple[int, int]:
         return base_dims(self.base)
