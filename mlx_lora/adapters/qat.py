@@ -21,8 +21,7 @@ Shapes: T positions, E experts; in and out are the base's widths.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -76,20 +75,33 @@ class FakeQuantized(AdapterLayer):
         a, b = self.effective_factors()  # without the product with the base, which has no gradient here
         return (x @ a.astype(x.dtype)) @ (self.scale * b).astype(x.dtype)
 
-    def _with_dense(self, function: Any, x: mx.array) -> mx.array:
+    def _with_dense(self, function: Callable[[mx.array, mx.array], mx.array], x: mx.array) -> mx.array:
         """Return function(x, fused weight), for which the backward pass computes the weight again."""
         names, arrays = zip(*tree_flatten(self.parameters()), strict=True)
-        tokens = not mx.issubdtype(x.dtype, mx.floating)  # they have no gradient, and are not an argument below
+        tokens = not mx.issubdtype(x.dtype, mx.floating)  # they have no gradient
 
-        def computed(x: mx.array, *arrays: mx.array) -> mx.array:
-            # Depend on x: the second pass of a checkpointed block has another x, and is not merged with the first.
-            own = dict(zip(names, (mx.depends(array, x) for array in arrays), strict=True))
-            weight = mx.stop_gradient(_fused_weight(self, own))
-            return function(x, weight if tokens else weight.astype(x.dtype))
+        def dense(arrays: Sequence[mx.array], after: mx.array) -> mx.array:
+            own = dict(zip(names, (mx.depends(array, after) for array in arrays), strict=True))
+            weight = _fused_weight(self, own)
+            return weight if tokens else weight.astype(x.dtype)
 
-        if tokens:
-            return mx.checkpoint(partial(computed, x))(*arrays)
-        return mx.checkpoint(computed)(x, *arrays)
+        @mx.custom_function
+        def product(x: mx.array, *arrays: mx.array) -> mx.array:
+            # Depend on x: a checkpointed block's second pass has another x, and is not merged with the first.
+            return function(x, dense(arrays, x))
+
+        @product.vjp
+        def product_vjp(primals, cotangent, _):
+            # Depend on the cotangent: else the weights of all layers would be computed as soon as there is time.
+            x, *arrays = primals
+            frozen = [mx.zeros_like(array) for array in arrays]
+            if tokens:
+                return (mx.zeros_like(x), *frozen)
+            weight = dense(arrays, cotangent)
+            _, [by_x] = mx.vjp(lambda x: function(x, weight), [x], [cotangent])
+            return (by_x, *frozen)
+
+        return product(x, *arrays)
 
     def hold(self) -> None:
         """Compute the fused layer once, for generation, until `release`."""
