@@ -29,7 +29,7 @@ from traced_blocks import TRACE, remembered
 
 from mlx_lora.config.settings import LoopSettings
 from mlx_lora.planner import machine
-from mlx_lora.trainer import block_memory, report_callback
+from mlx_lora.trainer import model_shape, report_callback
 from mlx_lora.trainer.run_folder import runs_file
 from mlx_lora.utils import console
 
@@ -162,7 +162,7 @@ def _one_measurement():
 @pytest.fixture
 def traced_anew(monkeypatch):
     """Trace every block, known or not."""
-    monkeypatch.setattr(block_memory, "_read_block", TRACE)
+    monkeypatch.setattr(model_shape, "_read_block", TRACE)
 
 
 def tiny_model(seed: int = 0, **changes) -> llama.Model:

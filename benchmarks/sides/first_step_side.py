@@ -36,7 +36,7 @@ PHASES = {
         "adapt": "put the adapter on", "shape_of": "read the blocks' graphs", "fit_settings": "plan memory",
         "training_plan": "plan batches", "choose_held_out": "choose held-out rows",
         "choose_step_variant": "try to differentiate", "choose_trunk": "frozen blocks", "Step": "make the step",
-        "check_one_run": "agree with other ranks", "take_first_ranks": "agree with other ranks",
+        "check_same": "agree with other ranks", "take_first_ranks": "agree with other ranks",
     },
     "mlx_lora.objectives.compute": {
         "choose_loss": "compare the loss", "choose_model_kernels": "choose kernels", "check_kernels": "compare kernels",

@@ -42,12 +42,11 @@ from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.parallel.agreement import check_one_run
+from mlx_lora.parallel.divided_base import strategy_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.reports.run_report import MODELS, SHORT_WORDS, Sample, read_facts
 from mlx_lora.trainer.adapter import adapter_template, put_adapter
 from mlx_lora.trainer.evaluate import RowLosses, held_out_loss, held_out_plan, mean_loss, paired_change
-from mlx_lora.trainer.fit import share_among
 from mlx_lora.trainer.report_callback import before_answer, greedy_text, row_answer
 from mlx_lora.utils import console
 from mlx_lora.utils.console import perplexity
@@ -169,7 +168,8 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
     data = settings.data
     if not data.chat_template and (template := adapter_template(adapter)):
         base.hf_tokenizer.chat_template = template
-    ctx = RunContext(settings, objective, base, ranks, trains=False)
+    strategy = strategy_of(settings, ranks)
+    ctx = RunContext(settings, objective, base, strategy, trains=False)
     objective.open(ctx)  # before an adapter is on the base
     prompt = read_teacher_prompt(settings.objective.teacher_prompt)
     if asked.held_out and adapter:
@@ -184,10 +184,10 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
     rows = objective.compare(ctx, {"rows": rows})["rows"]  # before the adapter: the base may be the teacher
     if adapter:
         put_adapter(base, adapter, data, objective, asked.ignore_fingerprint)
-    ctx.settings, shared = share_among(settings, base, ranks)
-    if shared.words:
-        log.info(shared.words)
-        check_one_run(ranks, ctx.settings, {"base": base.fingerprint, "rows": rows.fingerprint})
+    ctx.settings = strategy.divide(base, settings)
+    if strategy.words:
+        log.info(strategy.words)
+        strategy.check_same(ctx.settings, {"base": base.fingerprint, "rows": rows.fingerprint})
     found = held_out_loss(ctx, rows)
     means = found.reports or {"perplexity": console.perplexity(found.loss)}
     counted = {"answers": found.count} if objective.policy else {"supervised_tokens": rows.supervised_tokens}

@@ -74,13 +74,9 @@ from mlx_lora.planner.speed import (
     step_seconds,
 )
 from mlx_lora.trainer.checkpoint import Checkpoint
-from mlx_lora.trainer.fit import (
-    check_base_fits,
-    outlined_shape,
-    quantized_shape,
-    with_kernels,
-)
+from mlx_lora.trainer.fit import check_base_fits, quantized_shape
 from mlx_lora.trainer.frozen_prefix import free_bytes, rows_problem
+from mlx_lora.trainer.model_shape import outlined_shape, with_kernels
 from mlx_lora.trainer.run import check_request, wants_training
 from mlx_lora.trainer.run_folder import check_continuation, find_checkpoint, first_day
 from mlx_lora.utils import device

@@ -36,8 +36,7 @@ from mlx_lora.models.load import Base
 from mlx_lora.models.prefix_attention import unshareable
 from mlx_lora.objectives.answers import row_log_probabilities
 from mlx_lora.objectives.prefix_sharing import joined, sharing_problem
-from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.parallel.sharded_base import is_shared
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, replacing_file, sha256_of
@@ -50,7 +49,7 @@ def with_reference(
     settings: TrainSettings,
     base: Base,
     sets: dict[str, EncodedSet],
-    ranks: Ranks = ALONE,
+    strategy: Strategy = SINGLE_DEVICE,
     loss: Loss | None = None,
     kernels: KernelChoice | None = None,
 ) -> dict[str, EncodedSet]:
@@ -60,7 +59,7 @@ def with_reference(
         settings: of the run; with --reference-adapter, that adapter is the reference instead of the untrained model.
         base: not yet adapted if there is a --reference-adapter, otherwise adapted but not yet trained.
         sets: pairs or rated answers.
-        ranks: rank 0 computes the reference, or all if they share the base, and all get the same numbers.
+        strategy: rank 0 computes the reference, or all in lockstep, and all get the same numbers.
         loss: the loss to compute it with, that of the run's steps; None: choose one.
         kernels: the kernels to compute it with; None: the model's own.
 
@@ -76,7 +75,7 @@ def with_reference(
                 "base again; fuse it and train on the fused model"
             )
     found = {
-        name: replace(rows, reference=_logps_of(settings, base, rows, ranks, loss, kernels))
+        name: replace(rows, reference=_logps_of(settings, base, rows, strategy, loss, kernels))
         for name, rows in sets.items()
     }
     if folder:
@@ -101,14 +100,14 @@ def _logps_of(
     settings: TrainSettings,
     base: Base,
     rows: EncodedSet,
-    ranks: Ranks,
+    strategy: Strategy,
     loss: Loss | None,
     kernels: KernelChoice | None,
 ) -> np.ndarray:
     """Return the reference's log-probabilities of rows, (R,) float32, from the cache or computed."""
     file = cache_dir("reference") / f"{_key(settings, base, rows, kernels)}.npy"
+    ranks, together = strategy.ranks, strategy.lockstep  # then a rank alone cannot compute
     kept = _read(file, len(rows)) if ranks.leads else None
-    together = is_shared(base.model)  # then a rank alone cannot compute
     logps = np.zeros(len(rows), np.float32) if kept is None else kept
     if kept is not None:
         log.info(f"Reference: {len(rows):,} answers from an earlier run")
@@ -116,17 +115,19 @@ def _logps_of(
     if computes:
         start = time.perf_counter()
         with nullcontext() if kernels is None else training_kernels(base.model, choose=kernels):
-            logps = _compute(settings, base, rows, loss, ranks if together else ALONE)
+            logps = _compute(settings, base, rows, loss, strategy if together else SINGLE_DEVICE)
         log.info(f"Reference: {len(rows):,} answers computed in {time.perf_counter() - start:.2f} s")
         if ranks.leads:
             _keep(file, logps)
     return np.array(ranks.arrays_from_first({"logps": mx.array(logps)})["logps"])
 
 
-def _compute(settings: TrainSettings, base: Base, rows: EncodedSet, loss: Loss | None, ranks: Ranks) -> np.ndarray:
+def _compute(
+    settings: TrainSettings, base: Base, rows: EncodedSet, loss: Loss | None, strategy: Strategy
+) -> np.ndarray:
     answers, shares = len(rows), _shares(settings)
     if loss is None:  # before the run has chosen, and tried, its own
-        loss = choose_loss(base.model, base.config, settings.loop.kernels, measure=True)
+        loss = choose_loss(base.model, base.config, settings.loop.kernels, measure=True, strategy=strategy)
         shares = shares and not (unshareable(base.model) or sharing_problem(base.model, base.config, loss))
     if shares:
         rows = joined(rows)
@@ -134,7 +135,7 @@ def _compute(settings: TrainSettings, base: Base, rows: EncodedSet, loss: Loss |
     try:
         with long_task("Reference", answers, "answers") as task:
             of_tokens = loss.measure_tokens or loss.tokens
-            return row_log_probabilities(base.model, of_tokens, rows, tokens, task.reach, ranks=ranks)
+            return row_log_probabilities(base.model, of_tokens, rows, tokens, task.reach, strategy=strategy)
     except ArithmeticError as error:
         raise InputError(f"the reference cannot be computed: {error}; try --dtype float32, or another base") from None
 

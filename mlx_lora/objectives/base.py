@@ -33,7 +33,7 @@ from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.cross_entropy import Arrays, Loss
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.compute import Compute, choose_compute
-from mlx_lora.parallel.ranks import ALONE, Ranks
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.planner.shapes import ModelShape
 
@@ -83,8 +83,7 @@ class WholeSetLoss(Protocol):
         model: nn.Module,
         arrays_of: Callable[[Batch], tuple[mx.array, ...]],
         batches: Iterable[Batch],
-        ranks: Ranks,
-        counted: bool = True,
+        strategy: Strategy,
     ) -> tuple[float, int, dict[str, float]]: ...
 
     def above(self, given: Callable[[Callable[..., Any]], Callable[..., Any]]) -> WholeSetLoss:
@@ -108,7 +107,7 @@ class BoundObjective:
 
     loss: Loss
     arrays_of: Callable[[Batch], tuple[mx.array, ...]] = Arrays.of
-    prepare: Callable[[list[Batch], Ranks], list[Batch]] = lambda batches, ranks: batches
+    prepare: Callable[[list[Batch], Strategy], list[Batch]] = lambda batches, strategy: batches
     reports: tuple[str, ...] = ()
     finish: Callable[[dict[str, float]], dict[str, float]] = dict
     rates: Callable[[], dict[str, float]] = dict
@@ -138,7 +137,7 @@ class RunContext:
         settings: replaced as open settings are chosen.
         objective: of the run.
         base: the model; an adapter is put on it.
-        ranks: the processes that train together.
+        strategy: how processes divide the work.
         functions: rewards that were given in Python, by what --reward calls them.
         today: what chat templates show as today, unless --chat-date names a day; None: the day of the call.
         trains: False: an adapter is only measured.
@@ -152,7 +151,7 @@ class RunContext:
     settings: TrainSettings
     objective: Objective
     base: Base
-    ranks: Ranks = ALONE
+    strategy: Strategy = SINGLE_DEVICE
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     today: date | None = None
     trains: bool = True
@@ -308,7 +307,7 @@ class Objective:
 
     def lay_out(self, ctx: RunContext, rows: EncodedSet) -> None:
         """Choose loss and kernels (`ctx.compute`), and how the answers to a prompt lie in rows."""
-        ctx.compute = choose_compute(ctx.settings, ctx.base, rows)
+        ctx.compute = choose_compute(ctx.settings, ctx.base, rows, ctx.strategy)
 
     def settled(self, settings: TrainSettings) -> TrainSettings:
         """Return the settings with what `lay_out` decided."""

@@ -80,7 +80,7 @@ class Distillation(WithTeacher):
 
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
         """Return the sets with what the teacher says about each trained token."""
-        taught = with_teacher(ctx.settings, ctx.plain_base, sets, self.options, ctx.ranks)
+        taught = with_teacher(ctx.settings, ctx.plain_base, sets, self.options, ctx.strategy.ranks)
         ctx.record.lines.append(taught.words)
         ctx.record.identity |= taught.identity
         return taught.sets

@@ -69,7 +69,9 @@ class Policy(SampledObjective):
     def make_rollouts(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> Rollouts:
         loss = self.token_loss(ctx, loss)
         env = environment_of(ctx.settings, self.rewards, ctx.base.hf_tokenizer, ctx.today)
-        return Rollouts.of(ctx.base, ctx.settings, env, loss, form, joining=self.layout.joining, ranks=ctx.ranks)
+        return Rollouts.of(
+            ctx.base, ctx.settings, env, loss, form, joining=self.layout.joining, ranks=ctx.strategy.ranks
+        )
 
     def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet | None = None) -> Loss:
         return at_temperature(loss, ctx.base.model, ctx.base.config, ctx.settings.objective.temp)

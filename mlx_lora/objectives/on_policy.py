@@ -92,7 +92,9 @@ class OnPolicyDistillation(WithTeacher, SampledObjective):
         seen = [rows.teacher or rows for rows in sets.values()]
         highest = max((int(rows.tokens.max(initial=0)) for rows in seen), default=0)
         check_token_ids(teacher.base, highest, f"--teacher {teacher.base.model_id}")
-        key = ctx.ranks.from_first(teacher_key(settings, facts, TableFormat.of(facts.vocabulary, options.top_k)))
+        key = ctx.strategy.ranks.from_first(
+            teacher_key(settings, facts, TableFormat.of(facts.vocabulary, options.top_k))
+        )
         held = "no copy of weights"
         if settings.objective.teacher:
             held = f"{gigabytes(teacher.base.size_bytes)} beside the student"
@@ -106,7 +108,7 @@ class OnPolicyDistillation(WithTeacher, SampledObjective):
         if self.scorer is None:
             raise ValueError("sampled answers of a student without a teacher")
         env = environment_of(ctx.settings, (), ctx.base.hf_tokenizer)
-        return Rollouts.of(ctx.base, ctx.settings, env, loss, form, scorer=self.scorer, ranks=ctx.ranks)
+        return Rollouts.of(ctx.base, ctx.settings, env, loss, form, scorer=self.scorer, ranks=ctx.strategy.ranks)
 
     def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> Loss:
         options = self.options if self.scorer is None else self.scorer.options

@@ -18,7 +18,7 @@ from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, Arrays, Loss, head_loss
 from mlx_lora.losses.policy import PolicyOptions, Sampled, policy_loss
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.prefix_attention import answers_at, shared_caches
-from mlx_lora.parallel.ranks import Ranks
+from mlx_lora.parallel.strategy import Strategy
 from mlx_lora.planner.machine import loss_tile_bytes
 
 # What a batch of sampled answers has beside its tokens: (B, T) of each target, and of each answer (B,), or (B, K) where a
@@ -134,7 +134,7 @@ def _summed(
     return (losses * policy.real).sum(), policy.real.sum(), sums
 
 
-def prepared(batches: list[Batch], ranks: Ranks) -> list[Batch]:
+def prepared(batches: list[Batch], strategy: Strategy) -> list[Batch]:
     """Compute what depends on a whole step: answers divided by tokens.
 
     All ranks have the same batches by now, each other's answers included (rollouts/sharing.py).

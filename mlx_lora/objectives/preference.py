@@ -54,7 +54,7 @@ class Preference(Objective):
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
         if not self.reference or (ctx.trains and not ctx.settings.objective.reference_adapter):
             return sets  # the untrained model is the reference, which a run computes in batches that fit
-        return with_reference(ctx.settings, ctx.plain_base, sets, ctx.ranks)
+        return with_reference(ctx.settings, ctx.plain_base, sets, ctx.strategy)
 
     def lay_out(self, ctx: RunContext, rows: EncodedSet) -> None:
         self.layout = lay_out(ctx, self, rows)
@@ -70,7 +70,7 @@ class Preference(Objective):
         if not self.reference or data.train.reference is not None:
             return data
         of = ctx.chosen.loss, ctx.chosen.kernels  # in batches that fit, so that its peak is below a step's
-        return data.changed(lambda sets: with_reference(ctx.settings, ctx.base, sets, ctx.ranks, *of))
+        return data.changed(lambda sets: with_reference(ctx.settings, ctx.base, sets, ctx.strategy, *of))
 
     def header_words(self, plan: BatchPlan, ctx: RunContext) -> list[str]:
         return [self.layout.words]

@@ -84,7 +84,7 @@ def lay_out(ctx: RunContext, objective: Objective, rows: EncodedSet) -> Layout:
         asked = before
     sampled = objective.policy is not None
     if objective.records != "pairs" and not sampled:
-        ctx.compute = choose_compute(settings, base, rows)
+        ctx.compute = choose_compute(settings, base, rows, ctx.strategy)
         return Layout()
     shape = model_shape(base.model, base.config)
     problem = layout_problem(asked, base.model, shape, rows)
@@ -93,14 +93,14 @@ def lay_out(ctx: RunContext, objective: Objective, rows: EncodedSet) -> Layout:
     if problem is None or little is not None:
         planned, also = (joined(rows), None) if little is None else (rows, joined(rows))
         rotate_by_token(base.model)  # before kernels are recorded on such rows
-        ctx.compute = choose_compute(settings, base, planned, also)
+        ctx.compute = choose_compute(settings, base, planned, ctx.strategy, also)
         problem = sharing_problem(base.model, base.config, ctx.compute.loss, ctx.compute.kernels)
         if problem is None:
             return shared_layout(objective, shape, rows, little)
     if asked == "on":
         raise InputError(f"--shared-prefix on: {problem}; leave the flag out")
     words = f"{'a row for each answer' if sampled else 'separate rows for both answers'} ({problem})"
-    ctx.compute = choose_compute(settings, base, rows)
+    ctx.compute = choose_compute(settings, base, rows, ctx.strategy)
     return Layout(words=words)
 
 

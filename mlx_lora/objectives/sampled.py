@@ -65,7 +65,7 @@ class SampledObjective(Objective):
 
     def begin_measuring(self, ctx: RunContext, loss: Loss) -> None:
         group = ctx.settings.objective.answers_per_prompt
-        self.begin_sampling(ctx, loss, choose_sampling(ctx.base, group, device.free_bytes(), ctx.ranks))
+        self.begin_sampling(ctx, loss, choose_sampling(ctx.base, group, device.free_bytes(), ctx.strategy.ranks))
 
     def begin_sampling(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> None:
         """Make what samples the answers.
@@ -100,7 +100,7 @@ class SampledObjective(Objective):
         return HeldOutRollouts(plan, self.sampling)
 
     def header_words(self, plan: BatchPlan, ctx: RunContext) -> list[str]:
-        shared = shared_words(plan, ctx.settings.loop.grad_accumulation_steps, ctx.ranks)
+        shared = shared_words(plan, ctx.settings.loop.grad_accumulation_steps, ctx.strategy.ranks)
         return [self.sampling.form.describe(), *shared, self.layout.words]
 
     def kept_choices(self, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def form_that_fits(ctx: RunContext, memory: MemoryPlan) -> tuple[SamplingForm, M
     """
     held = memory.phases.get(ROLLOUT, memory.phases["update"])  # or a little more than is held while sampling
     free = min(device.free_bytes(), memory.budget_bytes - held)
-    form = choose_sampling(ctx.base, ctx.settings.objective.answers_per_prompt, free, ctx.ranks, ctx.resumed)
+    form = choose_sampling(ctx.base, ctx.settings.objective.answers_per_prompt, free, ctx.strategy.ranks, ctx.resumed)
     if not form.copied_bytes:
         return form, memory
     return form, memory.with_phase(ROLLOUT, {"base, adapter, sampling": held, "float copies": form.copied_bytes})

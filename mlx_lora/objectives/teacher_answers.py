@@ -110,7 +110,7 @@ def data_with_answers(settings: TrainSettings, base: Base, ranks: Ranks, today: 
 
 def read_answered(objective: Objective, ctx: RunContext) -> DataSplits:
     """Read the data of a run of distillation, after a teacher has answered what had no answer; see `Objective.load_data`."""
-    given = data_with_answers(ctx.settings, ctx.plain_base, ctx.ranks, ctx.today or date.today(), ctx.trains)
+    given = data_with_answers(ctx.settings, ctx.plain_base, ctx.strategy.ranks, ctx.today or date.today(), ctx.trains)
     splits = objective.read_data(ctx, given.data, read_teacher_prompt(ctx.settings.objective.teacher_prompt))
     if given.folder is None:
         return splits

@@ -9,8 +9,8 @@ one message, which holds its arrays as bytes, packed weights as they are. Messag
 are called, which is the same on all ranks: each waits for the one before. One is scheduled before the block before it
 computes. The embedding and the head are shared in slices, which are units like blocks (parallel/sharded_tables.py).
 
-Every rank must call the model equally often; `Sharing` (parallel/strategy.py) and `mean_loss` (trainer/evaluate.py) see to
-that. Other uses of a shared base have helpers here: one text for all ranks, and the weights of one block.
+Every rank must call the model equally often; `ShardedBase` (parallel/divided_base.py) sees to that. Other uses of a shared
+base have helpers here: one text for all ranks, and the weights of one block.
 
 Shapes: N ranks.
 Source: fully sharded data parallelism, arXiv 1910.02054 (stage 3) and 2304.11277, without what training a base takes.
@@ -325,11 +325,6 @@ def stand_ins(arrays: Named) -> list[tuple[str, mx.array]]:
 # Use of a shared base
 
 
-def is_shared(model: nn.Module) -> bool:
-    """Return whether ranks share the model's base, so that each must call it equally often."""
-    return any(isinstance(module, SharedBlock) for module in getattr(model, "layers", ()))
-
-
 def end_of_trial(model: nn.Module) -> None:
     """Forget messages that were planned and not sent, so that the next one does not wait for them."""
     for module in model.layers[:1]:
@@ -342,11 +337,9 @@ def first_ranks_choice(model: nn.Module, choose: Callable[[mx.array], mx.array])
     """Return a function that chooses as rank 0 does, so that ranks that share a base generate one text.
 
     Args:
-        model: whose base may be shared.
-        choose: log-probabilities (1, V) -> a token, (1,) uint32; for a whole base it is returned as it is.
+        model: whose base is shared.
+        choose: log-probabilities (1, V) -> a token, (1,) uint32.
     """
-    if not is_shared(model):
-        return choose
     messages = _messages(model)
 
     def choose_first(logprobs: mx.array) -> mx.array:
@@ -361,8 +354,7 @@ def first_ranks_choice(model: nn.Module, choose: Callable[[mx.array], mx.array])
 
 def await_messages(model: nn.Module) -> None:
     """Wait for the messages that were submitted ahead: a rank must not end before the others have them."""
-    if is_shared(model):
-        mx.eval(_messages(model).sent)
+    mx.eval(_messages(model).sent)
 
 
 def with_weights(block: nn.Module | None) -> AbstractContextManager:

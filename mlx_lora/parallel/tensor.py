@@ -52,7 +52,7 @@ from mlx_lora.adapters.base import (
 )
 from mlx_lora.adapters.inject import adapter_layers, remove_adapters
 from mlx_lora.models.head import Head
-from mlx_lora.parallel.ranks import ALONE, Ranks, SeveralRanks
+from mlx_lora.parallel.ranks import SeveralRanks
 from mlx_lora.planner.several_macs import cut_problem
 from mlx_lora.utils.errors import InputError
 
@@ -217,21 +217,6 @@ def _read_parts(model: nn.Module) -> None:
     """Read what this rank keeps, an array at a time: a whole array is in memory until it is cut."""
     for _, array in tree_flatten(model.parameters()):
         mx.eval(array)
-
-
-def wire_of(model: nn.Module) -> Wire | None:
-    """Return what connects the ranks that have parts of the model's layers, None if it is whole."""
-    return next((module._wire for module in model.modules() if isinstance(module, Exit)), None)
-
-
-def is_cut(model: nn.Module) -> bool:
-    """Return whether ranks have parts of the model's layers, so that each must compute the same rows."""
-    return wire_of(model) is not None
-
-
-def row_ranks(model: nn.Module, ranks: Ranks) -> Ranks:
-    """Return the ranks that rows are dealt to: those of a model that is cut all have the same rows."""
-    return ALONE if is_cut(model) else ranks
 
 
 def in_branches(model: nn.Module) -> frozenset[str]:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,17 +33,20 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lora import __version__
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.models.folder import read_safetensors_header, save_tensors
-from mlx_lora.trainer.evaluate import VALIDATED
-from mlx_lora.trainer.step import Step
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import replacing_folder, sha256_of
 from mlx_lora.utils.parsing import read_json
 from mlx_lora.utils.text import command_line
 
+if TYPE_CHECKING:
+    from mlx_lora.parallel.strategy import Strategy
+    from mlx_lora.trainer.step import Step
+
 log = logging.getLogger(__name__)
 
 # Position and arrays
 
+VALIDATED = "validated_examples"  # in a run's identity: how many rows it validates on
 # Frozen factors that a method keeps in addition to the trained ones.
 FROZEN = ("start_a", "start_b", "fixed_a", "fixed_b")
 
@@ -122,6 +125,24 @@ def run_arrays(step: Step) -> dict[str, mx.array]:
     for path, layer in adapter_layers(step.model).items():
         arrays |= {f"layers.{path}.{name}": layer[name] for name in FROZEN if name in layer}
     return arrays
+
+
+def take_first_ranks(strategy: Strategy, step: Step) -> None:
+    """Copy the arrays of rank 0's run to every rank, unless they are already equal.
+
+    Ranks start equal and apply the same sums, so they stay equal, except for rounding: if a backend adds in a different
+    order on each rank, or different processors computed the initial factors.
+
+    Args:
+        strategy, step: of this run.
+    """
+    arrays = run_arrays(step)
+    first = strategy.first_arrays(arrays, [name for name in arrays if name != "random"])  # each rank has its own
+    if first is None:
+        return
+    log.info("The ranks' parameters were not exactly equal; all ranks continue with those of rank 0")
+    if not strategy.ranks.leads:
+        restore_arrays(step, first)
 
 
 def finite(step: Step) -> bool:

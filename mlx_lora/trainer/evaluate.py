@@ -33,9 +33,8 @@ from mlx_lora.data.dataset import EncodedSet, positions_by_example, spaced_by_le
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.objectives.base import BoundObjective, RunContext
-from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.parallel.strategy import called_together, own_batches
-from mlx_lora.parallel.tensor import is_cut, row_ranks
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
+from mlx_lora.trainer.checkpoint import VALIDATED
 from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.progress import tracked
 from mlx_lora.utils.text import counted
@@ -46,7 +45,6 @@ SHARE, SHARE_WORDS = 0.1, "a tenth"  # of the run's work, for all its validation
 PASSES_PER_STEP = 2  # forward passes that a trained token costs
 FEWEST = 8  # examples
 MOST_BATCHES = 25  # per validation
-VALIDATED = "validated_examples"  # the key in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -176,22 +174,23 @@ class Measured:
     rows: RowLosses | None = None
 
 
-def mean_loss(model: nn.Module, bound: BoundObjective, batches: Iterable[Batch], ranks: Ranks = ALONE) -> Measured:
+def mean_loss(
+    model: nn.Module, bound: BoundObjective, batches: Iterable[Batch], strategy: Strategy = SINGLE_DEVICE
+) -> Measured:
     """Return the mean loss over the batches of all ranks, to each of which `batches` gives its own.
 
     Meanwhile, the model is in eval mode (no dropout).
     """
     training = model.training
     model.eval()
-    counts = ranks.leads or not is_cut(model)  # else all ranks compute the same: rank 0's numbers are everyone's
     if bound.whole_set:
-        loss, count, means = bound.whole_set(model, bound.arrays_of, batches, ranks, counts)
+        loss, count, means = bound.whole_set(model, bound.arrays_of, batches, strategy)
         model.train(training)
         return Measured(loss, count, bound.finish(means) if count else {})
     sums, rows = mx.zeros((2 + len(bound.reports),)), []
     tokens = bound.loss.measure_tokens or bound.loss.tokens
     for batch in batches:
-        for part in bound.prepare([batch], ALONE):
+        for part in bound.prepare([batch], SINGLE_DEVICE):
             arrays = bound.arrays_of(part)
             if bound.reports:
                 loss, count, reports = bound.loss.measure(model, *arrays)
@@ -202,10 +201,8 @@ def mean_loss(model: nn.Module, bound: BoundObjective, batches: Iterable[Batch],
                 sums = sums + mx.stack([losses.sum(), arrays[4].sum()])
                 mx.eval(sums, losses)
                 rows.append(of_batch(part, np.array(losses)))
-    if not counts:
-        sums = mx.zeros_like(sums)
     # Ranks finish at different times. On a GPU, the host must wait for the others, not the device: see `SeveralRanks.sum`.
-    total, count, *reported = ranks.sum(sums).tolist()
+    total, count, *reported = strategy.sum(sums).tolist()
     model.train(training)
     if not count:
         return Measured(math.nan, 0)
@@ -220,17 +217,15 @@ def held_out_loss(ctx: RunContext, rows: EncodedSet) -> Measured:
         ctx: of the measurement; an adapter is on the base if one is measured.
         rows: to measure.
     """
-    base, loop, objective = ctx.base, ctx.settings.loop, ctx.objective
-    loss = choose_loss(base.model, base.config, loop.kernels)
+    base, loop, objective, strategy = ctx.base, ctx.settings.loop, ctx.objective, ctx.strategy
+    loss = choose_loss(base.model, base.config, loop.kernels, strategy=strategy)
     objective.begin_measuring(ctx, loss)
     plan = objective.held_out(held_out_plan(rows, loop))
     bound = objective.bind(objective.token_loss(ctx, loss, rows), base.model)
-    count = len(plan) if loop.test_batches < 0 else min(len(plan), loop.test_batches)
-    dealt_to = row_ranks(base.model, ctx.ranks)
-    batches = own_batches(plan, loop.test_batches, dealt_to, called_together(base.model))
-    if ctx.ranks.size == 1:
-        batches = tracked(batches, "Measuring", count, "batches")
-    return mean_loss(base.model, bound, batches, ctx.ranks)
+    batches = strategy.held_out(plan, loop.test_batches)
+    if strategy.ranks.size == 1:
+        batches = tracked(batches, "Measuring", strategy.held_out_count(plan, loop.test_batches), "batches")
+    return mean_loss(base.model, bound, batches, strategy)
 
 
 # Losses of single rows

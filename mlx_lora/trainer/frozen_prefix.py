@@ -46,7 +46,6 @@ from mlx_lora.models.frozen_prefix import NoTrunk, Trunk, trunk_outputs
 from mlx_lora.models.load import Base
 from mlx_lora.models.meta import model_shape
 from mlx_lora.objectives.base import BoundObjective, Objective
-from mlx_lora.parallel.ranks import Ranks
 from mlx_lora.planner.fit import run_of
 from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
@@ -72,7 +71,7 @@ class TrunkAsked:
         base: adapted.
         plan, validation: its batches; None without validation.
         epochs: of the run.
-        ranks: its processes.
+        processes: that train together.
         before: the number of blocks whose output the run to resume keeps; None: there is no such run.
     """
 
@@ -81,7 +80,7 @@ class TrunkAsked:
     plan: BatchPlan
     validation: BatchPlan | None
     epochs: float
-    ranks: Ranks
+    processes: int
     before: int | None = None
 
     @property
@@ -176,8 +175,8 @@ def choose_trunk(of: TrunkAsked, variant: StepVariant, objective: Objective) -> 
 
 def _layout_problem(of: TrunkAsked, objective: Objective) -> str | None:
     """Return in a few words why the rows of a run cannot start above its frozen blocks, None if they can."""
-    if of.ranks.size > 1:
-        return f"{of.ranks.size} processes share the rows"
+    if of.processes > 1:
+        return f"{of.processes} processes share the rows"
     return rows_problem(of.plan.rows.starts is not None, objective)
 
 

@@ -86,9 +86,9 @@ def reporting(
             return
         if page is not None:
             page.validated(record.step)
-        folder.ranks.meet()  # the others wait for the first rank's answers
+        folder.strategy.ranks.meet()  # the others wait for the first rank's answers
 
-    if not folder.ranks.leads:
+    if not folder.strategy.ranks.leads:
         yield answered, lambda step: None, lambda batches, count: batches
         return
     resumed_at = folder.at.taken if run.found else None

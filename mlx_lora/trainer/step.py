@@ -17,7 +17,7 @@ from mlx_lora.kernels.attention import AttentionCall
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.kernels.table import Choose, assumed, training_kernels
 from mlx_lora.losses.cross_entropy import Arrays, LossFunction
-from mlx_lora.parallel.strategy import Sharing
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.trainer.optimizer import ELEMENTWISE, Masters, clip_scale, scaled
 from mlx_lora.trainer.schedules import Events
 
@@ -123,7 +123,7 @@ class Step:
         loss: LossFunction,
         max_grad_norm: float,
         options: StepOptions = StepOptions(),
-        sharing: Sharing | None = None,
+        strategy: Strategy = SINGLE_DEVICE,
     ):
         """Set up the step.
 
@@ -133,7 +133,7 @@ class Step:
             loss: returns (sum, count), and if an objective reports more, a dict of sums.
             max_grad_norm: global-norm clip; 0 for none.
             options: how it is computed.
-            sharing: divides steps among ranks; None for a single process.
+            strategy: divides steps among ranks.
         """
         self._options = options
         self.model = model
@@ -145,14 +145,14 @@ class Step:
         self._max_grad_norm = max_grad_norm
         self.events = None if options.events is None else options.events(self.masters.arrays)
         self.taken = 0
-        self._sharing = sharing
+        self._strategy = strategy
         mx.eval(self._rates or {})
         differentiate = differentiation(model, loss, options.attend, options.choose)
+        own_gradients = strategy.own_gradients(model)
 
         def micro(*arrays: mx.array) -> tuple[mx.array, mx.array, dict, dict]:
             loss_sum, tokens, reports, grads = differentiate(*arrays)
-            own = grads if sharing is None else sharing.own_gradients(grads)
-            return loss_sum, tokens, reports, self.masters.gathered(own)
+            return loss_sum, tokens, reports, self.masters.gathered(own_gradients(grads))
 
         # Two functions: another batch shape traces the first again, never the optimizer.
         self._micro = compiled_over(model, micro) if options.compiled else micro
@@ -185,12 +185,10 @@ class Step:
     ) -> StepSums:
         """Return the summed loss and gradients of an optimizer step's micro-batches; arguments as for a call."""
         batches, arrays_of = self._options.prepare(batches), self._options.arrays_of
-        if self._sharing is None:
-            loss_sum, count, reports, grads = self._sum(map(arrays_of, batches), len(batches) > 1) or self._nothing()
-            return StepSums(loss_sum, count, reports, grads)
-        self._sharing.reseed(self.taken)
-        own = self._sum(map(arrays_of, self._sharing.own(batches, divide)), several=True)
-        total, said = self._sharing.sums(own or self._nothing(), asked)
+        self._strategy.reseed(self.taken)
+        own = map(arrays_of, self._strategy.own(batches, divide))
+        several = len(batches) > 1 or self._strategy.ranks.size > 1
+        total, said = self._strategy.reduce(self._sum(own, several) or self._nothing(), asked)
         loss_sum, count, reports, grads = total
         return StepSums(loss_sum, count, reports, grads, said)
 

@@ -36,7 +36,7 @@ from mlx_lora.planner.fit import fit, largest_batch, largest_batch_size, largest
 from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.planner.speed import CHIPS
 from mlx_lora.trainer import build as composition
-from mlx_lora.trainer.fit import outlined_shape
+from mlx_lora.trainer.model_shape import outlined_shape
 from mlx_lora.utils import device
 
 LLAMA_8B = {

@@ -259,10 +259,8 @@ def test_what_cannot_be_kept_is_refused_in_one_line(tiny_folder, chats, tmp_path
     imitation, rated = objective_of(ObjectiveSettings()), objective_of(ObjectiveSettings("kto", loss_type="kto"))
     for ranks, objective, words in ((2, imitation, "2 processes"), (1, imitation, "--shared-prefix off")):
         with pytest.raises(InputError, match=words):
-            choose_trunk(
-                TrunkAsked(settings, *unused, SimpleNamespace(size=ranks)), StepVariant(PLAIN, None), objective
-            )
-    apart = (None, SimpleNamespace(rows=SimpleNamespace(starts=None)), None, 2.0, SimpleNamespace(size=1))
+            choose_trunk(TrunkAsked(settings, *unused, ranks), StepVariant(PLAIN, None), objective)
+    apart = (None, SimpleNamespace(rows=SimpleNamespace(starts=None)), None, 2.0, 1)
     with pytest.raises(InputError, match="compared with others"):
         choose_trunk(TrunkAsked(settings, *apart), StepVariant(PLAIN, None), rated)
 
