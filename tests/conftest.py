@@ -15,7 +15,8 @@ from mlx_lora.utils import device
 from mlx_lora.utils.files import cache_dir
 from mlx_lora.kernels.measure import MLX, Kernel
 from mlx_lora.kernels.measure import SWITCH
-from mlx_lora.losses.cross_entropy import LOSS_KERNELS, ROWS
+from mlx_lora.losses.cross_entropy import ROWS
+from mlx_lora.losses.fused import LOSS_KERNELS
 
 # isort: on
 import mlx.core as mx

@@ -22,9 +22,11 @@ from mlx_lora.adapters.inject import adapt_layers, adapter_layers, inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.attention import attend
+from mlx_lora.kernels.table import exchanging
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.divided_base import TensorParallel
-from mlx_lora.parallel.ranks import SeveralRanks, together
+from mlx_lora.parallel.launch import together
+from mlx_lora.parallel.ranks import SeveralRanks
 from mlx_lora.parallel.tensor import cut_model
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.step import differentiation
@@ -58,7 +60,7 @@ def gradients(model: nn.Module, case: dict[str, Any]) -> tuple[float, dict]:
     tape = apply_checkpointing(model, case.get("mode", "none"))
     model.train()
     mx.random.seed(2)
-    step = differentiation(model, loss_of, tape.attend if tape else attend)
+    step = differentiation(model, loss_of, exchanging(tape.attend if tape else attend))
     loss, _, _, grads = step(IDS[:, :-1], IDS[:, 1:])
     return loss.item(), grads
 

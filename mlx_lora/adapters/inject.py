@@ -13,9 +13,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, SWITCH, AdapterLayer, dense_weight, with_weight
 from mlx_lora.adapters.initialize import kaiming_factors, normal_factors, path_key, principal_factors
 from mlx_lora.adapters.targets import Targets, adapter_class, has_weights, layer_shapes, select_targets
-from mlx_lora.config.checks import parse_pattern
 from mlx_lora.config.presets import PRESETS, Method
-from mlx_lora.config.settings import AdapterSettings
+from mlx_lora.config.settings import AdapterSettings, parse_pattern
 from mlx_lora.utils.errors import InputError
 
 # From a run's settings

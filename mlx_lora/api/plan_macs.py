@@ -16,7 +16,7 @@ from mlx_lora.config.checks import shard_parts, whole_base_reasons
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.kernels.table import KernelChoice
 from mlx_lora.models.meta import outline_for
-from mlx_lora.parallel.sharded_tables import units_of
+from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.planner.fit import largest_batch, run_of
 from mlx_lora.planner.several_macs import (
     TENSOR,

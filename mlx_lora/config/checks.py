@@ -9,7 +9,7 @@ from typing import Any
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.objectives import IMITATION, PAIRS, SAMPLING
 from mlx_lora.config.presets import PRESETS
-from mlx_lora.config.settings import FIELDS, LOGGERS, ROWS, SHARDING
+from mlx_lora.config.settings import FIELDS, LOGGERS, ROWS, SHARDING, parse_pattern
 from mlx_lora.utils.text import command_line
 
 COLUMNS = ("prompt_column", "completion_column", "system_column", "chat_column", "text_column")
@@ -24,13 +24,6 @@ def is_day(text: str) -> bool:
         return date.fromisoformat(text).isoformat() == text
     except ValueError:
         return False
-
-
-def checkpoint_every(mode: str) -> int | None:
-    """Return n if every n-th block is recomputed, 1 for all, None for none."""
-    if mode == "none":
-        return None
-    return int(mode) if mode.isdecimal() else 1
 
 
 def settings_problems(settings: Mapping[str, Any]) -> list[str]:
@@ -322,23 +315,3 @@ def _adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
             kind = "a whole number of at least 1" if whole else "more than 0"
             problems.append(f"{flag_of(name)} {', '.join(bad)}: must be {kind}")
     return problems
-
-
-def parse_pattern(text: str | None) -> dict[str, float]:
-    """Parse `q_proj=32,*.mlp.*=8` as name -> number.
-
-    Raises:
-        ValueError: a part does not have this form; the message is that part.
-    """
-    values = {}
-    for part in (text or "").split(","):
-        name, equals, number = part.strip().rpartition("=")
-        if not part.strip():
-            continue
-        try:
-            values[name.strip()] = float(number)
-        except ValueError:
-            raise ValueError(repr(part.strip())) from None
-        if not equals or not name.strip():
-            raise ValueError(repr(part.strip()))
-    return values

@@ -335,3 +335,33 @@ class TrainSettings:
     def to_flat(self) -> dict[str, Any]:
         """Return the contents of run.yaml: one flat dict, with flags' names and underscores."""
         return {name: value for part in SECTIONS for name, value in dataclasses.asdict(getattr(self, part)).items()}
+
+
+# Values with a form of their own
+
+
+def checkpoint_every(mode: str) -> int | None:
+    """Return n if every n-th block is recomputed, 1 for all, None for none."""
+    if mode == "none":
+        return None
+    return int(mode) if mode.isdecimal() else 1
+
+
+def parse_pattern(text: str | None) -> dict[str, float]:
+    """Parse `q_proj=32,*.mlp.*=8` as name -> number.
+
+    Raises:
+        ValueError: a part does not have this form; the message is that part.
+    """
+    values = {}
+    for part in (text or "").split(","):
+        name, equals, number = part.strip().rpartition("=")
+        if not part.strip():
+            continue
+        try:
+            values[name.strip()] = float(number)
+        except ValueError:
+            raise ValueError(repr(part.strip())) from None
+        if not equals or not name.strip():
+            raise ValueError(repr(part.strip()))
+    return values

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,20 +37,9 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.base import Dropout
 from mlx_lora.kernels.measure import MLX, left_unchanged, may_measure, read_store, write_store
-from mlx_lora.kernels.table import AUTO, OURS, KernelChoice, has_recurrence, training_kernels
-from mlx_lora.losses.cross_entropy import (
-    PLAIN,
-    PLAIN_LOGITS,
-    ROWS,
-    TILES,
-    Arrays,
-    Loss,
-    choose_kernel,
-    head_loss,
-    loss_figures,
-    loss_kernels,
-    plain,
-)
+from mlx_lora.kernels.table import AUTO, OURS, KernelChoice, choose_model_kernels, has_recurrence, training_kernels
+from mlx_lora.losses.cross_entropy import PLAIN, PLAIN_LOGITS, ROWS, TILES, Arrays, Loss, plain
+from mlx_lora.losses.fused import choose_kernel, head_loss, loss_figures, loss_kernels
 from mlx_lora.models.folder import FOREIGN_ERRORS, base_fingerprint, is_foreign, short
 from mlx_lora.models.head import Head, find_head, with_last_block
 from mlx_lora.models.meta import few_blocks
@@ -62,11 +51,59 @@ from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.progress import long_task
 
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.models.load import Base
+    from mlx_lora.planner.shapes import KernelTerms
+
 # The loss and the kernels
 
 # What a check is called while it runs.
 CHECKING_LOSS = "Checking that the faster loss gives the model's own numbers"
 CHECKING_KERNELS = "Checking that the faster kernels give the model's own numbers"
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What computes a run's numbers.
+
+    Attributes:
+        loss: of the supervised positions.
+        kernels: of the model's layers; None: its own.
+        terms: their memory, for the planner.
+        words: on the kernels, for the run header.
+    """
+
+    loss: Loss
+    kernels: KernelChoice | None
+    terms: KernelTerms
+    words: str
+
+
+def choose_compute(
+    settings: TrainSettings, base: Base, rows: EncodedSet, strategy: Strategy, joined_too: EncodedSet | None = None
+) -> Compute:
+    """Choose loss and kernels: the best that were measured here, and that agree with the model's own on this model.
+
+    Args:
+        settings: of the run.
+        base: adapted.
+        rows: training data, whose lengths the kernels are chosen for.
+        strategy: how ranks divide the run.
+        joined_too: the same rows joined, if some batches will be.
+    """
+    asked = settings.loop.kernels
+    loss = choose_loss(base.model, base.config, asked, measure=True, strategy=strategy)
+    dtype = device.compute_dtype(settings.model.dtype)
+    if asked == AUTO and strategy.lockstep:
+        asked = OURS  # what one rank measures, another might not
+    rows_of = {one.starts is not None: one for one in (rows, joined_too) if one is not None}
+    lengths = {shared: sorted({max(1, int(n) - 1) for n in one.lengths}) for shared, one in rows_of.items()}
+    choice = choose_model_kernels(base.model, lengths.get(False, []), asked, dtype, lengths.get(True, []))
+    kernels, words = check_kernels(base.model, base.config, loss, choice, strategy)
+    terms = replace((kernels or choice.of_mlx()).terms(), loss=loss.kernel)
+    return Compute(loss, kernels, terms, words)
 
 
 def choose_loss(
@@ -105,7 +142,7 @@ def choose_loss(
     # A head that ranks share is at hand a slice at a time, which whole rows of logits cannot use.
     others = [other for other in loss_kernels() if other != kernel and not (other == ROWS and len(head.parts()) > 1)]
     part, whole_because = (head, whole_because) if whole_because else with_last_block(head, model)
-    first = head_loss(part, kernel, loss_tile_bytes(), whole_because, strategy.wire)
+    first = head_loss(part, kernel, loss_tile_bytes(), whole_because, strategy)
     check = check_name(model, config, strategy, "loss", first.description)
     if has_passed(check):
         return first
@@ -115,7 +152,7 @@ def choose_loss(
         task.advance()
         for name in (kernel, *others):
             for one in [head] if part is head else [part, head]:
-                loss = head_loss(one, name, loss_tile_bytes(), whole_because, strategy.wire)
+                loss = head_loss(one, name, loss_tile_bytes(), whole_because, strategy)
                 problem = _problem(model, expected, loss, head.vocabulary, tokens=LOSS_TOKENS)
                 if problem is None:
                     keep_passed(check if loss.description == first.description else "", loss.description)

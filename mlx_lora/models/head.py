@@ -69,6 +69,9 @@ SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 # Soft caps that are fixed in mlx-lm's code and not in any config, by `model_type`.
 FIXED_SOFT_CAPS = {"nanochat": 15.0}
 
+OfHidden = Callable[..., mx.array]
+"""(head, hidden (P, D), targets (P,), weights (P,), gradient=) -> (P,) losses, differentiable in `hidden`."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -125,7 +128,7 @@ class Head:
     def parts(self) -> list[tuple[slice, AtHand]]:
         """Return parts of the vocabulary, each with a context in which `arrays` and `bias` have the rows of its tokens.
 
-        There is one, of all tokens, unless ranks share the layer's weights (parallel/sharded_tables.py).
+        There is one, of all tokens, unless ranks share the layer's weights (parallel/sharded_base.py).
         """
         if hasattr(self.layer, "parts"):
             return self.layer.parts()

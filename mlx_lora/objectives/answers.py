@@ -16,20 +16,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.data.batch import Batch
-from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction, TokenLosses
 from mlx_lora.models.head import body_of, score_at, with_last_block
 from mlx_lora.models.prefix_attention import answers_at
 from mlx_lora.objectives.base import AnswerSums, BoundObjective, LossOfAnswers, Objective
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
+
+if TYPE_CHECKING:
+    from mlx_lora.data.batch import Batch
+    from mlx_lora.data.dataset import EncodedSet
 
 # Binding
 

@@ -24,22 +24,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.config.settings import DataSettings, TrainSettings
-from mlx_lora.data.batch import Batch
-from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.load import DataSplits, load_data
-from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.cross_entropy import Arrays, Loss
-from mlx_lora.models.load import Base
-from mlx_lora.objectives.compute import Compute, choose_compute
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
-from mlx_lora.planner.memory import MemoryPlan
-from mlx_lora.planner.shapes import ModelShape
 
 if TYPE_CHECKING:
+    from mlx_lora.config.objectives import ObjectiveSettings
+    from mlx_lora.config.settings import DataSettings, TrainSettings
+    from mlx_lora.data.batch import Batch
+    from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.data.sampler import BatchPlan
+    from mlx_lora.losses.check import Compute
     from mlx_lora.losses.divergence import DivergenceOptions
     from mlx_lora.losses.policy import PolicyOptions
+    from mlx_lora.models.load import Base
+    from mlx_lora.planner.memory import MemoryPlan
+    from mlx_lora.planner.shapes import ModelShape
+    from mlx_lora.trainer.state import StepsDone
 
 
 @dataclass(frozen=True)
@@ -179,23 +180,6 @@ class RunContext:
 
 
 @dataclass(frozen=True)
-class StepsDone:
-    """Where a run is when its next steps begin.
-
-    Attributes:
-        batches: planned batches that are done; the next one has this number.
-        steps: optimizer steps that are done.
-        of_steps: steps of the whole run.
-        epochs: passes over the data that are done.
-    """
-
-    batches: int
-    steps: int
-    of_steps: int
-    epochs: float
-
-
-@dataclass(frozen=True)
 class FixedPrompt:
     """A held-out prompt.
 
@@ -306,8 +290,7 @@ class Objective:
         return sets
 
     def lay_out(self, ctx: RunContext, rows: EncodedSet) -> None:
-        """Choose loss and kernels (`ctx.compute`), and how the answers to a prompt lie in rows."""
-        ctx.compute = choose_compute(ctx.settings, ctx.base, rows, ctx.strategy)
+        """Choose how the answers to a prompt lie in rows, and loss and kernels (`ctx.compute`) if they depend on that."""
 
     def settled(self, settings: TrainSettings) -> TrainSettings:
         """Return the settings with what `lay_out` decided."""

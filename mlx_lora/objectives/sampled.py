@@ -8,25 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlx_lora.config.settings import TrainSettings
-from mlx_lora.data.batch import Batch
-from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.load import DataSplits
-from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.losses.cross_entropy import Loss
-from mlx_lora.objectives.base import HeldOutBatches, Objective, RunContext, StepsDone
-from mlx_lora.objectives.row_layout import Layout, lay_out, that_fits
-from mlx_lora.parallel.ranks import Ranks
+from mlx_lora.objectives.base import HeldOutBatches, Objective, RunContext
+from mlx_lora.objectives.prefix_sharing import Layout, lay_out, that_fits
 from mlx_lora.planner.memory import ROLLOUT, MemoryPlan
-from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.rollouts.decode import SamplingForm, choose_sampling, kept_form
 from mlx_lora.rollouts.rewards import TrainerState
 from mlx_lora.rollouts.rollout import HeldOutRollouts, Rollouts
 from mlx_lora.rollouts.sampler import check_groups
 from mlx_lora.utils import device
 from mlx_lora.utils.text import counted
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.data.batch import Batch
+    from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.data.load import DataSplits
+    from mlx_lora.data.sampler import BatchPlan
+    from mlx_lora.losses.cross_entropy import Loss
+    from mlx_lora.parallel.ranks import Ranks
+    from mlx_lora.planner.shapes import ModelShape
+    from mlx_lora.trainer.state import StepsDone
 
 
 @dataclass(eq=False)

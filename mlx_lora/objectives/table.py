@@ -7,11 +7,14 @@ file is imported when the objective is asked for.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from mlx_lora.config.objectives import OF_SAMPLING, SAMPLING, ObjectiveSettings
-from mlx_lora.objectives.base import Objective
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import unknown_name
+
+if TYPE_CHECKING:
+    from mlx_lora.objectives.base import Objective
 
 # Name -> file in this room and function in it.
 OBJECTIVES = {

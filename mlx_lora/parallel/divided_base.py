@@ -17,29 +17,30 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_lora.adapters.base import Wire
 from mlx_lora.config.checks import shard_parts
-from mlx_lora.config.settings import LoopSettings, TrainSettings
-from mlx_lora.data.batch import Batch
 from mlx_lora.parallel.ranks import ALONE, Ranks, SeveralRanks
 from mlx_lora.parallel.sharded_base import (
     await_messages,
     end_of_trial,
     first_ranks_choice,
     frozen_bytes,
+    share_base,
+    units_of,
     unshareable_words,
 )
-from mlx_lora.parallel.sharded_tables import share_base, units_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, DataParallel, Strategy, reseed
-from mlx_lora.parallel.tensor import cut_model, in_branches
+from mlx_lora.parallel.tensor import cut_model, divided, in_branches, wire_among
 from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.several_macs import TENSOR, rank_part
-from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
+    from mlx_lora.config.settings import LoopSettings, TrainSettings
+    from mlx_lora.data.batch import Batch
+    from mlx_lora.models.head import OfHidden
     from mlx_lora.models.load import Base
+    from mlx_lora.planner.shapes import ModelShape
 
 
 def strategy_of(settings: TrainSettings, ranks: Ranks) -> Strategy:
@@ -151,7 +152,6 @@ class TensorParallel(DataParallel):
     def __init__(self, ranks: SeveralRanks, seed: int = 0):
         super().__init__(ranks, seed)
         self._several, self.layer_parts = ranks, ranks.size
-        self.wire = Wire(ranks.sum_inside, ranks.rank, ranks.size)
 
     @property
     def data_ranks(self) -> Ranks:
@@ -173,6 +173,9 @@ class TensorParallel(DataParallel):
         # What tries kernels calls the model, so all ranks try the same ones.
         loop = replace(settings.loop, sample_tokens=0, kernels=ranks.from_first(settings.loop.kernels))
         return replace(settings, loop=loop)
+
+    def divide_loss(self, losses_of: OfHidden) -> OfHidden:
+        return divided(losses_of, wire_among(self._several))
 
     def same_checkpointing(self, own: str) -> str:
         """Return `block` unless all have chosen the same: a block that is computed again sends its messages again."""

@@ -35,7 +35,7 @@ from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from mlx_lora.adapters.base import Wire
+    from mlx_lora.models.head import OfHidden
     from mlx_lora.models.load import Base
     from mlx_lora.planner.shapes import ModelShape
 
@@ -58,7 +58,6 @@ class Strategy:
             which.
         layer_parts: into how many parts each layer is divided.
         whole_blocks: why a block is always computed in whole, in words; empty: it need not be.
-        wire: connects the ranks inside of the loss; None: each computes its own positions.
         words: on the division of the base, for the run header; empty until it is divided.
     """
 
@@ -66,7 +65,6 @@ class Strategy:
     divides_base: bool = False
     layer_parts: int = 1
     whole_blocks: str = ""
-    wire: Wire | None = None
     words: str = ""
 
     def __init__(self, ranks: Ranks = ALONE, seed: int = 0):
@@ -133,6 +131,10 @@ class Strategy:
         Raises:
             InputError: it has.
         """
+
+    def divide_loss(self, losses_of: OfHidden) -> OfHidden:
+        """Return a loss of positions with the same results, of which each rank computes a part if all have all positions."""
+        return losses_of
 
     def end_of_trial(self, model: nn.Module) -> None:
         """Forget what was planned while steps were tried and is not computed."""

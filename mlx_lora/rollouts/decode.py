@@ -34,7 +34,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -54,12 +54,14 @@ from mlx_lora.kernels.quantized_matmul import (
     shape_class,
 )
 from mlx_lora.models.head import Head, find_head
-from mlx_lora.models.load import Base
 from mlx_lora.models.prefix_attention import Rotation
 from mlx_lora.models.quantize import dequantized_weight
-from mlx_lora.parallel.ranks import Ranks
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_lora.models.load import Base
+    from mlx_lora.parallel.ranks import Ranks
 
 log = logging.getLogger(__name__)
 

@@ -31,14 +31,16 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.data.examples import Completion, Conversation
 from mlx_lora.losses.policy import group_deviation
 from mlx_lora.utils.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from mlx_lora.config.objectives import ObjectiveSettings
+    from mlx_lora.data.examples import Completion, Conversation
 
 # Rewards of a run
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,9 +20,11 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import apply_min_p, apply_top_p
 
-from mlx_lora.models.load import Base
 from mlx_lora.rollouts.decode import TokenSteps, held_weights
 from mlx_lora.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_lora.models.load import Base
 
 PREFILL_TOKENS = 512  # of a prompt that are computed at once
 LEAST_SHARED = 16  # tokens that prompts have in common, from which on these are computed once

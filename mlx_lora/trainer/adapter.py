@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_lora.adapters.inject import Adapted, adapt_model
 from mlx_lora.adapters.qat import begin_qat
-from mlx_lora.config.settings import DataSettings, TrainSettings
 from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, put_start, read_adapter_config, read_start
 from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
-from mlx_lora.models.load import Base
-from mlx_lora.objectives.base import Objective
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import DataSettings, TrainSettings
+    from mlx_lora.models.load import Base
+    from mlx_lora.objectives.base import Objective
 
 
 def adapt(

@@ -6,33 +6,38 @@ What differs from one objective to another are calls of its methods, in the orde
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlx_lora.config.settings import LoopSettings
-from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.load import DataSplits
-from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.kernels.attention import attend
-from mlx_lora.kernels.table import assumed
-from mlx_lora.objectives.base import BoundObjective, HeldOutBatches, RunContext
+from mlx_lora.kernels.table import assumed, exchanging
+from mlx_lora.losses.check import choose_compute
 from mlx_lora.planner.fit import planned_words
-from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.trainer.adapter import adapt
-from mlx_lora.trainer.checkpoint import Checkpoint, Position, take_first_ranks
-from mlx_lora.trainer.evaluate import choose_held_out
+from mlx_lora.trainer.checkpoint import Checkpoint, take_first_ranks
 from mlx_lora.trainer.fit import fit_settings, training_plan
 from mlx_lora.trainer.frozen_prefix import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.header import choices, describe_run
+from mlx_lora.trainer.held_out import choose_held_out
 from mlx_lora.trainer.model_shape import shape_of
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
 from mlx_lora.trainer.schedules import make_events, rates_of, restart_every, restart_warmup
+from mlx_lora.trainer.state import Position
 from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.trainer.step_variant import choose_step_variant
 from mlx_lora.trainer.trainer import total_steps
 from mlx_lora.utils import device
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import LoopSettings
+    from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.data.load import DataSplits
+    from mlx_lora.data.sampler import BatchPlan
+    from mlx_lora.objectives.base import BoundObjective, HeldOutBatches, RunContext
+    from mlx_lora.planner.memory import MemoryPlan
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ def build_run(ctx: RunContext, data: DataSplits) -> BuiltRun:
     found = find_checkpoint(ctx.settings.loop, strategy.ranks)
     ctx.resumed = found.identity if found else None
     objective.lay_out(ctx, data.train)
+    ctx.compute = ctx.compute or choose_compute(ctx.settings, base, data.train, strategy)
     asked, shape = ctx.settings, shape_of(ctx.settings, base, ctx.chosen, strategy)
     settled, arranged = objective.settled(asked), objective.arrange(data)
     ctx.settings, ctx.memory = fit_settings(settled, shape, arranged, ctx.chosen, strategy, ctx.resumed)
@@ -166,8 +172,7 @@ def make_step(
     trunk = choose_trunk(of_trunk, variant, objective)  # after the checkpointing, whose blocks it wraps
     bound = trunk.for_steps(whole)
     options = StepOptions(
-        variant.attend,
-        variant.choose,
+        exchanging(variant.attend, variant.choose),
         variant.compiled,
         wait=loop.short_buffers,
         rate_of=rates_of(adapter),

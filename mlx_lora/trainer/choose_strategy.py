@@ -10,15 +10,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from mlx_lora.config.checks import sharing_problems, whole_base_reasons
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.models.meta import outline_for
+from mlx_lora.parallel.divided_base import strategy_of
 from mlx_lora.parallel.hosts import probe_link
 from mlx_lora.parallel.ranks import Ranks, SeveralRanks
-from mlx_lora.parallel.sharded_tables import units_of
+from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.planner.fit import budget_of, fit, largest_batch, run_of
 from mlx_lora.planner.machine import measure_ceilings, this_machine
 from mlx_lora.planner.several_macs import (
@@ -40,10 +42,27 @@ from mlx_lora.planner.speed import Ceilings
 from mlx_lora.trainer.model_shape import outlined_shape
 from mlx_lora.utils import device
 
+if TYPE_CHECKING:
+    from mlx_lora.parallel.strategy import Strategy
+
 log = logging.getLogger(__name__)
 
 PROBE_BYTES = 1 << 22  # seconds even at 100 Mbit/s
 AUTO = "auto"
+
+
+def choose_strategy(settings: TrainSettings, ranks: Ranks) -> tuple[TrainSettings, Strategy]:
+    """Return the settings with what the processes divide, and the strategy of that.
+
+    Args:
+        settings: of the run.
+        ranks: of the run; every one must call this.
+
+    Raises:
+        InputError: a single process is to divide its base, the model cannot be read, or its adapter does not fit it.
+    """
+    settings = settled_parallel(settings, ranks)
+    return settings, strategy_of(settings, ranks)
 
 
 def settled_parallel(settings: TrainSettings, ranks: Ranks) -> TrainSettings:

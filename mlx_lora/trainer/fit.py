@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_lora.config.defaults import DataFacts, batch_tokens_for, with_learning_rate, with_length
-from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.config.settings import LoopSettings, TrainSettings
-from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan, ShapePrice
-from mlx_lora.kernels.table import KernelChoice
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.meta import Outline, outline_for, with_quantization
 from mlx_lora.models.quantize import choose_quantization
 from mlx_lora.planner.fit import SMALLEST_BATCH, DataLimits, Fitted, Prompts, Shapes, answer_room, check_fits, fit
 from mlx_lora.planner.machine import this_machine
-from mlx_lora.planner.memory import MemoryPlan
-from mlx_lora.planner.shapes import KernelTerms, ModelShape
 from mlx_lora.trainer.model_shape import outlined_shape, with_kernels
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
+    from mlx_lora.config.objectives import ObjectiveSettings
+    from mlx_lora.config.settings import LoopSettings, TrainSettings
+    from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.load import DataSplits
-    from mlx_lora.objectives.compute import Compute
+    from mlx_lora.kernels.table import KernelChoice
+    from mlx_lora.losses.check import Compute
     from mlx_lora.parallel.strategy import Strategy
+    from mlx_lora.planner.memory import MemoryPlan
+    from mlx_lora.planner.shapes import KernelTerms, ModelShape
 
 
 def fit_run(

@@ -26,14 +26,13 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata, resources
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.batch import EMPTY, Batch
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
@@ -43,19 +42,22 @@ from mlx_lora.losses.check import disagreement, probe
 from mlx_lora.losses.cross_entropy import Arrays
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, parameter_sums, short
 from mlx_lora.models.frozen_prefix import NoTrunk, Trunk, trunk_outputs
-from mlx_lora.models.load import Base
 from mlx_lora.models.meta import model_shape
-from mlx_lora.objectives.base import BoundObjective, Objective
 from mlx_lora.planner.fit import run_of
 from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
-from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.planner.speed import ROOM_LEFT_BYTES, TrunkPlan, no_use, plan_trunk
-from mlx_lora.trainer.checkpoint import Checkpoint
-from mlx_lora.trainer.step_variant import StepVariant
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import cache_dir, free_on_disk, sha256_of
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.models.load import Base
+    from mlx_lora.objectives.base import BoundObjective, Objective
+    from mlx_lora.planner.shapes import ModelShape
+    from mlx_lora.trainer.checkpoint import Checkpoint
+    from mlx_lora.trainer.step_variant import StepVariant
 
 # Decision
 

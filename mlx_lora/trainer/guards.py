@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from mlx_lora.data.batch import Batch, split_rows
-from mlx_lora.parallel.ranks import Ranks
 from mlx_lora.utils.files import cache_dir, replacing_file
 from mlx_lora.utils.progress import told_display
 from mlx_lora.utils.supervise import SUPERVISOR
 
 if TYPE_CHECKING:
-    from mlx_lora.trainer.checkpoint import Position
+    from mlx_lora.parallel.ranks import Ranks
+    from mlx_lora.trainer.state import Position
     from mlx_lora.trainer.step import StepResult
 
 log = logging.getLogger(__name__)

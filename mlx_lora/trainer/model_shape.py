@@ -24,7 +24,6 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lora.adapters.base import Wire
 from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.adapters.qat import begin_qat
-from mlx_lora.config.settings import TrainSettings
 from mlx_lora.kernels.attention import Tiles, attend
 from mlx_lora.kernels.measure import MLX, left_unchanged
 from mlx_lora.kernels.quantized_matmul import has_two_ways, use_measured_matmul
@@ -36,15 +35,16 @@ from mlx_lora.models.head import Head, find_head, only_at, with_last_block
 from mlx_lora.models.liveness import count_memory
 from mlx_lora.models.meta import Outline, block_kind, layer_caches, model_shape, outline_for, outline_of
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.parallel.strategy import Strategy
 from mlx_lora.parallel.tensor import RankPosition, cut_layers
 from mlx_lora.planner.several_macs import cut_config
 from mlx_lora.planner.shapes import BlockBytes, KernelTerms, Machine, ModelShape, NotKnown
 from mlx_lora.utils import device
 
 if TYPE_CHECKING:
+    from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.losses.check import Compute
     from mlx_lora.models.load import Base
-    from mlx_lora.objectives.compute import Compute
+    from mlx_lora.parallel.strategy import Strategy
 
 # The widths at which graphs are read; beyond the last, the last two are extrapolated. Between 512 and 640
 # positions, attention stops keeping its probabilities.

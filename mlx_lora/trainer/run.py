@@ -8,36 +8,38 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.config.settings import TrainSettings
-from mlx_lora.data.load import DataSplits
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import OBJECTIVES, objective_of
-from mlx_lora.parallel.divided_base import strategy_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.trainer.adapter import put_adapter
 from mlx_lora.trainer.build import BuiltRun, build_run
 from mlx_lora.trainer.callbacks import Callback, Callbacks, logger_callbacks
-from mlx_lora.trainer.checkpoint import Diverged, take_first_ranks
-from mlx_lora.trainer.choose_strategy import settled_parallel
-from mlx_lora.trainer.evaluate import held_out_loss
+from mlx_lora.trainer.checkpoint import take_first_ranks
+from mlx_lora.trainer.choose_strategy import choose_strategy
 from mlx_lora.trainer.fit import check_base_fits
 from mlx_lora.trainer.guards import MemoryGuard
 from mlx_lora.trainer.header import closing_words, left_by, loss_words, outcome_line, told_after
-from mlx_lora.trainer.progress import Progress
 from mlx_lora.trainer.qat import qat_from
+from mlx_lora.trainer.held_out import held_out_loss
 from mlx_lora.trainer.report_callback import RunPage, known_rows, leave_card, reporting
 from mlx_lora.trainer.run_folder import check_room, first_day, own_folder
+from mlx_lora.trainer.state import Diverged
 from mlx_lora.trainer.trainer import LoopHooks, Outcome, Trainer
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
 from mlx_lora.utils.progress import waiting
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.data.load import DataSplits
+    from mlx_lora.trainer.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +72,8 @@ def train_run(
     objective = objective_of(settings.objective)
     check_request(settings, ranks, functions)
     device.compile_for(steps=settings.loop.iters or 0)  # until `build_run` knows how many there are
-    trains, settings = wants_training(settings), settled_parallel(settings, ranks)
-    strategy = strategy_of(settings, ranks)
+    trains = wants_training(settings)
+    settings, strategy = choose_strategy(settings, ranks)
     if base is None:
         with waiting("Loading the model"):
             if trains:

@@ -21,14 +21,13 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import yaml
 
 from mlx_lora.config.checks import is_day
 from mlx_lora.config.settings import FIELDS, ROWS, LoopSettings, TrainSettings
-from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.exporters.adapter_config import own_entries
 from mlx_lora.exporters.adapter_folder import (
     CONFIG_FILE,
@@ -40,12 +39,9 @@ from mlx_lora.exporters.adapter_folder import (
 )
 from mlx_lora.exporters.card import CARD_FILE
 from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.parallel.strategy import Strategy
 from mlx_lora.reports.run_report import ANSWERS_FILE, EVALUATION_FILE, FACTS_FILE, REPORT_FILE
 from mlx_lora.trainer.checkpoint import (
     Checkpoint,
-    Diverged,
-    Position,
     differences,
     finite,
     locked,
@@ -58,11 +54,16 @@ from mlx_lora.trainer.checkpoint import (
     write_checkpoint,
 )
 from mlx_lora.trainer.evaluate import ROWS_FILE
-from mlx_lora.trainer.step import Step
+from mlx_lora.trainer.state import Diverged, Position
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import cache_dir, check_writable, one_at_a_time, replacing_file, replacing_folder
 from mlx_lora.utils.parsing import parse_yaml
 from mlx_lora.utils.text import command_line
+
+if TYPE_CHECKING:
+    from mlx_lora.data.sampler import BatchPlan
+    from mlx_lora.parallel.strategy import Strategy
+    from mlx_lora.trainer.step import Step
 
 log = logging.getLogger(__name__)
 

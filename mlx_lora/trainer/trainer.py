@@ -8,20 +8,23 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlx_lora.config.settings import LoopSettings
-from mlx_lora.data.batch import Batch
-from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.objectives.base import BoundObjective, HeldOutBatches, Objective, StepsDone
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
-from mlx_lora.trainer.checkpoint import Diverged, Position
 from mlx_lora.trainer.evaluate import Measured, mean_loss
 from mlx_lora.trainer.guards import Agreement, MemoryGuard, interrupt_flag
 from mlx_lora.trainer.progress import Metrics
-from mlx_lora.trainer.step import Step, StepResult
+from mlx_lora.trainer.state import Diverged, Position, StepsDone
 from mlx_lora.utils import text as process
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import LoopSettings
+    from mlx_lora.data.batch import Batch
+    from mlx_lora.data.sampler import BatchPlan
+    from mlx_lora.objectives.base import BoundObjective, HeldOutBatches, Objective
+    from mlx_lora.trainer.step import Step, StepResult
 
 # This many skipped updates in a row mean that the run has diverged, not that one batch was bad.
 MAX_SKIPPED_IN_A_ROW = 10
