@@ -30,6 +30,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, SWITCH, AdapterLayer, mix_in, with_weight
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.kernels.quantized_matmul import MEASURED
 from mlx_lora.models.quantize import quantized_like, round_on_grid
 from mlx_lora.utils.errors import InputError
 
@@ -37,10 +38,21 @@ from mlx_lora.utils.errors import InputError
 FLAG = "_fake_quantized"
 
 
+FUSED_ONLY = "was trained with --qat, and is right in its fused form only; use fuse, or --to gguf or hf"
+
+
 class FakeQuantized(AdapterLayer):
-    """A mixin that comes before an adapter layer's own class: its output is that of the fused and quantized layer."""
+    """A mixin that comes before an adapter layer's own class: its output is that of the fused and quantized layer.
+
+    What rounding takes away from the factors has never been trained: such an adapter without its rounding is another, and
+    mostly broken, model. So all that this layer is asked for is that of its fused form.
+    """
+
+    NOT_IN_PEFT = NOT_IN_GGUF = NOT_FOR_A_ROW = FUSED_ONLY
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        if FLAG not in self:
+            return super().__call__(x, *args, **kwargs)
         if held := self._held:
             return held[0](x, *args, **kwargs)
         if self.OVER is EMBEDDING:
@@ -63,6 +75,8 @@ class FakeQuantized(AdapterLayer):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return the logits of a tied head."""
+        if FLAG not in self:
+            return super().as_linear(x)  # pyright: ignore[reportAttributeAccessIssue] # an embedding's
         if held := self._held:
             return held[0].as_linear(x)
         y = self._with_dense(lambda x, weight: x @ weight.T, x)
@@ -103,6 +117,17 @@ class FakeQuantized(AdapterLayer):
 
         return product(x, *arrays)
 
+    def merged(self) -> mx.array:
+        if FLAG not in self:
+            return super().merged()
+        return _fused_weight(self, dict(tree_flatten(self.parameters()))).astype(mx.float32)
+
+    def delta(self) -> mx.array:
+        return self.merged() - self.weight if FLAG in self else super().delta()
+
+    def finish(self) -> None:
+        self.hold()
+
     def hold(self) -> None:
         """Compute the fused layer once, for generation, until `release`."""
         self._held = (fused_layer(self),)
@@ -127,6 +152,13 @@ def _straight_through(value: mx.array, update: mx.array) -> mx.array:
     return through(value, update)
 
 
+def _without_rounding(layer: AdapterLayer) -> AdapterLayer:
+    """Return a copy with the same arrays that computes with the base and its update."""
+    twin = copy.copy(layer)
+    twin.pop(FLAG, None)
+    return twin
+
+
 def _fused_weight(layer: AdapterLayer, arrays: Mapping[str, mx.array]) -> mx.array:
     """Return the weight of the fused layer as it will be read back, in the base's float dtype.
 
@@ -134,7 +166,7 @@ def _fused_weight(layer: AdapterLayer, arrays: Mapping[str, mx.array]) -> mx.arr
         layer: whose arrays are replaced.
         arrays: its parameters by name.
     """
-    base, twin = copy.copy(layer.base), copy.copy(layer)
+    base, twin = copy.copy(layer.base), _without_rounding(layer)
     tree = tree_unflatten(list(arrays.items()))
     for name, array in tree.pop(layer.holds).items():
         base[name] = array
@@ -150,8 +182,11 @@ def _fused_weight(layer: AdapterLayer, arrays: Mapping[str, mx.array]) -> mx.arr
 
 def fused_layer(layer: AdapterLayer) -> nn.Module:
     """Return the quantized layer that fusing will write."""
-    dtype = mx.float32 if layer.base.mode == "affine" else None
-    return quantized_like(layer.base, with_weight(layer.base, layer.merged(), dtype))
+    base, dtype = layer.base, mx.float32 if layer.base.mode == "affine" else None
+    made = quantized_like(base, with_weight(base, _without_rounding(layer).merged(), dtype))
+    if type(base) in MEASURED.values():  # with its choice of products
+        made.__class__, made.dense_from_rows = type(base), base.dense_from_rows
+    return made
 
 
 def begin_qat(model: nn.Module) -> None:
@@ -161,19 +196,16 @@ def begin_qat(model: nn.Module) -> None:
         InputError: a layer's base is not quantized, or fuses without rounding.
     """
     for path, layer in adapter_layers(model).items():
-        if isinstance(layer, FakeQuantized):
-            continue
-        refuse_qat(path, layer)
+        if not isinstance(layer, FakeQuantized):
+            refuse_qat(path, layer)
+            mix_in(FakeQuantized, layer)
         layer[FLAG], layer._held = mx.array(True), ()
-        mix_in(FakeQuantized, layer)
 
 
 def end_qat(model: nn.Module) -> None:
     """Let every adapter layer of a model compute with its base and its update again, as before `begin_qat`."""
     for layer in adapter_layers(model).values():
-        if isinstance(layer, FakeQuantized):
-            layer.pop(FLAG)
-            layer.__class__ = type(layer).__bases__[1]  # of `mix_in`
+        layer.pop(FLAG, None)
 
 
 def refuse_qat(path: str, layer: AdapterLayer) -> None:
@@ -193,13 +225,13 @@ def refuse_qat(path: str, layer: AdapterLayer) -> None:
 
 def is_qat(model: nn.Module) -> bool:
     """Return whether adapter layers of a model compute with their fused weights."""
-    return any(isinstance(layer, FakeQuantized) for layer in adapter_layers(model).values())
+    return any(FLAG in layer for layer in adapter_layers(model).values())
 
 
 def hold_fused(model: nn.Module) -> None:
     """Compute the fused layers once, for generation."""
     for layer in adapter_layers(model).values():
-        if isinstance(layer, FakeQuantized):
+        if isinstance(layer, FakeQuantized) and FLAG in layer:
             layer.hold()
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mlx_lora.adapters.qat import FUSED_ONLY
 from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
@@ -227,7 +228,7 @@ class Export:
     @property
     def gguf_type(self) -> str:
         """Type of the weights of a merged GGUF; a QA-LoRA was trained for the base's own."""
-        exact = self.info is not None and self.info.method == "qa-lora"
+        exact = self.info is not None and (self.info.method == "qa-lora" or self.info.qat)
         return self.settings.gguf_type or (STORED if exact else DEFAULT_TYPE)
 
     @property
@@ -247,6 +248,8 @@ def _write_peft(job: Export) -> None:
 def _write_mlx_lm(job: Export) -> None:
     """Write an adapter folder for stock mlx-lm, with one rank for all layers and only factors."""
     check_new_folder(job.settings.out, job.settings.force)
+    if job.info.qat:
+        raise InputError(f"--to mlx-lm: the adapter {FUSED_ONLY}")
     save_adapter(job.settings.out, job.base.model, job.info, same_rank=True)
 
 

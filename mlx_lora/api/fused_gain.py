@@ -24,8 +24,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora.api.run_data import data_of_run, with_columns_of_run
 from mlx_lora.api.forgetting import GENERAL, Readout, log_probabilities
+from mlx_lora.api.run_data import data_of_run, with_columns_of_run
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.batch import Batch

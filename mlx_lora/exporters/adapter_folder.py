@@ -34,6 +34,7 @@ from mlx.utils import tree_flatten
 from mlx_lora import __version__
 from mlx_lora.adapters.base import LINEAR, QUANTIZED, AdapterLayer, is_parameter
 from mlx_lora.adapters.inject import adapt_layers, adapter_layers, adapter_parameters, train_in_full
+from mlx_lora.adapters.qat import begin_qat
 from mlx_lora.adapters.targets import LAYER_TYPES, select_targets
 from mlx_lora.exporters.adapter_config import check_use, is_reward_model, own_entries, own_problems, shape_problems
 from mlx_lora.exporters.peft import PEFT_WEIGHTS, PeftAdapter, is_peft, read_peft
@@ -63,6 +64,7 @@ class AdapterInfo:
         base_model, base_revision, base_fingerprint: the model it was trained on.
         chat_template: the Jinja text it was trained with if that is not the model's own, else None.
         full: names of parameters trained in full, alone or in addition to factors.
+        qat: whether it was trained with the rounding of its fused form, and is right in that form only.
     """
 
     method: str
@@ -77,6 +79,7 @@ class AdapterInfo:
     base_fingerprint: str
     chat_template: str | None = None
     full: tuple[str, ...] = ()
+    qat: bool = False
 
     @property
     def scores(self) -> bool:
@@ -93,7 +96,8 @@ class AdapterInfo:
         shape = {"rank": rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
         return {
             "fine_tune_type": layer_type,
-            "num_layers": self.num_layers,
+            # mlx-lm would load the factors without the rounding: without this key it refuses them.
+            **({} if self.qat else {"num_layers": self.num_layers}),
             "lora_parameters": shape,
             "model": self.base_model,
             "mlx_lora": {"version": __version__, **asdict(self)},
@@ -169,7 +173,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if layer_type not in (*LAYER_TYPES, "full"):
         known = ", ".join(LAYER_TYPES)
         raise InputError(f"{path}: fine_tune_type {str(layer_type)[:40]!r}; this version loads {known} and full")
-    problems = own_problems(config)
+    problems, own = own_problems(config), own_entries(config)
+    if own.get("qat") is True and "num_layers" not in config:
+        config = {**config, "num_layers": own.get("num_layers")}
     if layer_type == "full":  # mlx-lm's config has nothing else that is needed
         config = {"num_layers": -1, **config, "lora_parameters": {"rank": 1, "scale": 1.0, "keys": []}}
     elif not isinstance(config.get("lora_parameters"), dict) or type(config.get("num_layers")) is not int:
@@ -248,6 +254,8 @@ def load_adapter(
     load_factors(base.model, file)
     if not ignore_fingerprint:
         _check_not_fused(base, own, folder)
+    if own.get("qat") is True:
+        begin_qat(base.model)
     _finish(base.model)
     return AdapterInfo(
         method=own.get("method", layer_type),
@@ -262,6 +270,7 @@ def load_adapter(
         base_fingerprint=base.fingerprint,
         chat_template=own.get("chat_template"),
         full=full,
+        qat=own.get("qat") is True,
     )
 
 

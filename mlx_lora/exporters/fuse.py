@@ -30,6 +30,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lora.adapters.base import QUANTIZED, dense_weight, with_weight
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.qa_lora import group_update
+from mlx_lora.adapters.qat import FakeQuantized, fused_layer
 from mlx_lora.exporters.adapter_config import check_fusing, classifier_config, padding_token, set_padding_token
 from mlx_lora.exporters.adapter_folder import AdapterInfo
 from mlx_lora.exporters.bits_budget import Budget, choose_bits
@@ -132,9 +133,11 @@ def fuse_adapter(
         else:
             quantizes = isinstance(base, QUANTIZED) and not dequantize and path not in rounded
             exact = quantizes and base.mode == "affine"
-            whole = rounded.get(path) or (with_weight(base, layer.merged(), mx.float32) if exact else layer.fuse())
-            if quantizes:
-                whole = _quantized_like(base, whole, own_bits)
+            if quantizes and own_bits is None and isinstance(layer, FakeQuantized):
+                whole = fused_layer(layer)
+            else:
+                whole = rounded.get(path) or (with_weight(base, layer.merged(), mx.float32) if exact else layer.fuse())
+                whole = _quantized_like(base, whole, own_bits) if quantizes else whole
             survival[path] = _survival(dense_weight(base), dense_weight(whole), layer.delta(), bits_of(whole))
         fused.append((path, whole))
     model.update_modules(tree_unflatten(fused))

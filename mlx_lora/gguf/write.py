@@ -33,6 +33,7 @@ from gguf import GGUFWriter, LlamaFileType
 from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, AdapterLayer, base_dims, dense_weight, joined_experts
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.qa_lora import group_update
+from mlx_lora.adapters.qat import FakeQuantized, fused_layer
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.gguf.arch import gguf_settings, gguf_weights, text_model
 from mlx_lora.gguf.mapping import TensorMapping
@@ -300,7 +301,11 @@ def _mxfp4(base: nn.Module) -> tuple[PackedWeight, Kind] | None:
 
 def _packed(base: nn.Module, adapter: AdapterLayer | None) -> tuple[PackedWeight | None, Kind | None]:
     """Return a layer's packed weight with its adapter, and the type of GGUF that holds it; None if none does."""
-    if not isinstance(base, QUANTIZED) or base.biases is None:
+    if not isinstance(base, QUANTIZED):
+        return None, None
+    if isinstance(adapter, FakeQuantized):
+        base, adapter = fused_layer(adapter), None
+    if base.biases is None:
         return None, None
     biases, update = base.biases.astype(mx.float32), None
     if adapter is not None:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from conftest import quantized, tiny_model, write_folder
+from make_adapters import TOKENS
+from mlx_lm.utils import load as mlx_lm_load
 from resumed_runs import command, stopped_after, weights
 from run_cli import run
+
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.models.load import load_base
 
 
 def fused_and_kept(model, adapter, out, data) -> dict:
@@ -15,6 +22,11 @@ def fused_and_kept(model, adapter, out, data) -> dict:
     ran = run("fuse", "--model", model, "--adapter-path", adapter, "--out", out, *measured, "--json")
     assert ran.code == 0, ran.err
     return json.loads(ran.out)
+
+
+def best_validation(folder) -> float:
+    losses = [json.loads(line)["val_loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return min(loss for loss in losses if loss is not None)
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +84,14 @@ def test_the_rounding_changes_what_is_trained_and_shown(tiny_4bit_folder, chats,
     assert run(*command(tiny_4bit_folder, chats, plain, "--val-batches", -1)).code == 0
     assert run(*command(tiny_4bit_folder, chats, always, "--val-batches", -1, "--qat")).code == 0
     assert len({weights(folder) for folder in (plain, always, qat_run)}) == 3
-    shown = {}
-    for folder in (plain, always):
-        found = fused_and_kept(tiny_4bit_folder, folder, tmp_path / f"{folder.name}-fused", None)
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        best = min(record["val_loss"] for record in records if record["val_loss"] is not None)
-        shown[folder] = abs(best - found["loss_fused"]), abs(best - found["loss_adapter"])
-    assert shown[always][0] < 1e-3 < shown[always][1]
-    assert shown[plain][1] < 1e-3 < shown[plain][0]
+    found = fused_and_kept(tiny_4bit_folder, plain, tmp_path / "plain-fused", None)
+    best = best_validation(plain)
+    assert abs(best - found["loss_adapter"]) < 1e-3 < abs(best - found["loss_fused"])
+    assert fused_and_kept(tiny_4bit_folder, always, tmp_path / "always-fused", None)["error_mean"] < 1e-3
+    evaluate = ("evaluate", "--adapter-path", always, "--json")  # on what the run held out
+    ran = run(*evaluate, "--model", tiny_4bit_folder)
+    best = best_validation(always)
+    assert json.loads(ran.out)["loss"] == pytest.approx(best, abs=1e-3)
 
 
 BAD = {
@@ -107,3 +119,27 @@ def test_bad_input_is_one_line(name, tiny_folder, tiny_4bit_folder, chats, tmp_p
     assert len([line for line in ran.lines if line.startswith("Error")]) == 1
     assert word in ran.lines[-1]
     assert not (tmp_path / "run" / "adapters.safetensors").exists()
+
+
+def test_an_adapter_of_qat_is_always_used_in_its_fused_form(tiny_4bit_folder, chats, tmp_path):
+    """Without the rounding it is another model, which nothing has trained: others refuse it, and we round on loading."""
+    adapter, fused, merged = tmp_path / "run", tmp_path / "fused", tmp_path / "merged"
+    assert run(*command(tiny_4bit_folder, chats, adapter, "--qat")).code == 0
+    found = fused_and_kept(tiny_4bit_folder, adapter, fused, chats)
+    assert found["loss_adapter"] == pytest.approx(found["loss_fused"], abs=1e-3)
+    base = load_base(ModelSettings(model=str(tiny_4bit_folder)))
+    load_adapter(base, adapter)
+    wanted = np.array(base.model(TOKENS))
+    assert (
+        run("export", "--model", tiny_4bit_folder, "--adapter-path", adapter, "--to", "hf", "--out", merged).code == 0
+    )
+    for model in (fused, merged):
+        assert np.allclose(load_base(ModelSettings(model=str(model))).model(TOKENS), wanted, atol=2e-2), model
+    assert not np.allclose(load_base(ModelSettings(model=str(tiny_4bit_folder))).model(TOKENS), wanted, atol=2e-2)
+    for form in ("peft", "gguf-adapter", "mlx-lm"):
+        ran = run(
+            "export", "--model", tiny_4bit_folder, "--adapter-path", adapter, "--to", form, "--out", tmp_path / form
+        )
+        assert (ran.code, "--qat" in ran.err) == (2, True), form
+    with pytest.raises(AttributeError):
+        mlx_lm_load(str(tiny_4bit_folder), adapter_path=str(adapter))
