@@ -139,7 +139,7 @@ def test_experts_and_embeddings_are_rounded_plainly_and_said(rows, tmp_path):
     saved["quantization"] |= {p: quantized for p, m in model.named_modules() if p.endswith(("q_proj", "embed_tokens"))}
     (base / "config.json").write_text(json.dumps(saved))
     make_adapter(base, tmp_path / "a", targets="all-linear,embed_tokens", strength=0.05)
-    ran = fuse(base, tmp_path, "--compensate", rows)
+    ran = fuse(base, tmp_path, "--compensate", rows, "--data", rows)
     assert "Compensated 2 layers" in ran.err
     assert "7 layers of experts or embeddings are rounded plainly" in ran.err
 
