@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx_lora  # noqa: F401  loads the BLAS before mlx.core
+from mlx_lora.kernels.table import exchanging
 from mlx_lora.planner.machine import loss_tile_bytes
 
 import mlx.core as mx  # isort: skip
@@ -40,8 +41,8 @@ from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.activations import lean_swiglu, polynomial_swiglu
 from mlx_lora.kernels.attention import Tiles, attend, tiled_attention
 from mlx_lora.kernels.measure import POLYNOMIAL, Kernel, ShapeClass
-from mlx_lora.losses.cross_entropy import TILES, Arrays, head_loss
-from mlx_lora.losses.fused import fused_token_losses
+from mlx_lora.losses.cross_entropy import TILES, Arrays
+from mlx_lora.losses.fused import fused_token_losses, head_loss
 from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
@@ -154,7 +155,7 @@ def whole_step(base: Base, batch: Batch, mode: str, way: Way) -> tuple[float, in
     tape = apply_checkpointing(base.model, mode)
     own = tape.attend if tape else attend
     optimizer = build_optimizer(OptimizerSettings(learning_rate=1e-4), 100)
-    step = Step(base.model, optimizer, loss.train, 1.0, StepOptions(own, choose=way.choose))
+    step = Step(base.model, optimizer, loss.train, 1.0, StepOptions(exchanging(own, way.choose)))
     times = []
     mx.reset_peak_memory()
     for _ in range(way.rounds + 1):

@@ -15,7 +15,8 @@ from mlx_lora.utils import device
 from mlx_lora.utils.files import cache_dir
 from mlx_lora.kernels.measure import MLX, Kernel
 from mlx_lora.kernels.measure import SWITCH
-from mlx_lora.losses.cross_entropy import LOSS_KERNELS, ROWS
+from mlx_lora.losses.cross_entropy import ROWS
+from mlx_lora.losses.fused import LOSS_KERNELS
 
 # isort: on
 import mlx.core as mx
@@ -29,7 +30,7 @@ from traced_blocks import TRACE, remembered
 
 from mlx_lora.config.settings import LoopSettings
 from mlx_lora.planner import machine
-from mlx_lora.trainer import block_memory, report_callback
+from mlx_lora.trainer import model_shape, report_callback
 from mlx_lora.trainer.run_folder import runs_file
 from mlx_lora.utils import console
 
@@ -162,7 +163,7 @@ def _one_measurement():
 @pytest.fixture
 def traced_anew(monkeypatch):
     """Trace every block, known or not."""
-    monkeypatch.setattr(block_memory, "_read_block", TRACE)
+    monkeypatch.setattr(model_shape, "_read_block", TRACE)
 
 
 def tiny_model(seed: int = 0, **changes) -> llama.Model:

@@ -22,10 +22,12 @@ from mlx_lora.adapters.inject import adapt_layers, adapter_layers, inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.attention import attend
+from mlx_lora.kernels.table import exchanging
 from mlx_lora.models.load import load_base
-from mlx_lora.parallel.ranks import SeveralRanks, together
-from mlx_lora.parallel.strategy import SameRows
-from mlx_lora.parallel.tensor import cut_model, in_branches
+from mlx_lora.parallel.divided_base import TensorParallel
+from mlx_lora.parallel.launch import together
+from mlx_lora.parallel.ranks import SeveralRanks
+from mlx_lora.parallel.tensor import cut_model
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.step import differentiation
 
@@ -58,7 +60,7 @@ def gradients(model: nn.Module, case: dict[str, Any]) -> tuple[float, dict]:
     tape = apply_checkpointing(model, case.get("mode", "none"))
     model.train()
     mx.random.seed(2)
-    step = differentiation(model, loss_of, tape.attend if tape else attend)
+    step = differentiation(model, loss_of, exchanging(tape.attend if tape else attend))
     loss, _, _, grads = step(IDS[:, :-1], IDS[:, 1:])
     return loss.item(), grads
 
@@ -73,9 +75,9 @@ def compare(case: dict[str, Any], ranks: SeveralRanks) -> dict[str, Any]:
         Wire.entered = lambda self, x: x
     cut_model(model, config, ranks)
     found_loss, grads = gradients(model, case)
-    sharing = SameRows(ranks, 0, in_branches(model))
-    own = grads if case.get("without") == "counting" else sharing.own_gradients(grads)
-    total, _ = sharing.sums([mx.array(found_loss), mx.array(1.0), {}, dict(tree_flatten(own))], False)
+    strategy = TensorParallel(ranks)
+    own = grads if case.get("without") == "counting" else strategy.own_gradients(model)(grads)
+    total, _ = strategy.reduce([mx.array(found_loss), mx.array(1.0), {}, dict(tree_flatten(own))], False)
     found_loss, found = total[0].item(), total[3]
     sizes = {name: mx.abs(g).max().item() for name, g in expected.items()}
     apart = {name: mx.abs(found[name] - g).max().item() / max(sizes[name], 1e-6) for name, g in expected.items()}

@@ -1,6 +1,6 @@
 """What a block keeps for its backward pass, remembered for as long as the test process lives.
 
-Nearly every run of a tiny model traces the same few blocks (`mlx_lora/trainer/block_memory.py`), which is a third of the run's
+Nearly every run of a tiny model traces the same few blocks (`mlx_lora/trainer/model_shape.py`), which is a third of the run's
 time. A trace is remembered by all that it depends on. What is not plain data is traced anew, and so is a block with dropout: its
 trace draws random numbers, and later ones depend on how many were drawn.
 """
@@ -18,10 +18,10 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_lora.trainer import block_memory
+from mlx_lora.trainer import model_shape
 from mlx_lora.utils import device
 
-TRACE = block_memory._read_block
+TRACE = model_shape._read_block
 PLAIN = (bool, int, float, str, bytes, type(None), mx.Dtype)
 
 
@@ -65,7 +65,7 @@ def key_of(block: nn.Module, choose: Callable[..., Any], lag: int, args: tuple, 
     """Return all that a block's trace depends on, None if that is not known."""
     try:
         modules = tuple((path, _of_module(module)) for path, module in block.named_modules())
-        chosen = choose if choose is block_memory.assumed else (type(choose).__name__, _of(vars(choose)))
+        chosen = choose if choose is model_shape.assumed else (type(choose).__name__, _of(vars(choose)))
         machine = (device.on_gpu(), device.keep_exponentials(), device.compiles_kernels(), mx.dequantize, mx.fast.rope)
         key = (modules, chosen, lag, _of(args), _of(kwargs), machine)
         hash(key)
@@ -90,5 +90,5 @@ def remembered() -> Iterator[dict]:
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block_memory, "_read_block", read)
+        patch.setattr(model_shape, "_read_block", read)
         yield known

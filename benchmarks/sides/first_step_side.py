@@ -36,13 +36,13 @@ PHASES = {
         "adapt": "put the adapter on", "shape_of": "read the blocks' graphs", "fit_settings": "plan memory",
         "training_plan": "plan batches", "choose_held_out": "choose held-out rows",
         "choose_step_variant": "try to differentiate", "choose_trunk": "frozen blocks", "Step": "make the step",
-        "check_one_run": "agree with other ranks", "take_first_ranks": "agree with other ranks",
+        "check_same": "agree with other ranks", "take_first_ranks": "agree with other ranks",
     },
-    "mlx_lora.objectives.compute": {
+    "mlx_lora.losses.check": {
         "choose_loss": "compare the loss", "choose_model_kernels": "choose kernels", "check_kernels": "compare kernels",
     },
     "mlx_lora.objectives.base": {"load_data": "read and tokenize the data"},
-    "mlx_lora.losses.cross_entropy": {"loss_figures": "measure losses"},
+    "mlx_lora.losses.fused": {"loss_figures": "measure losses"},
     "mlx_lora.kernels.table": {"measured_now": "measure kernels"},
     "mlx_lora.trainer.report_callback": {"RunPage._write_first_texts": "texts before training"},
     "mlx_lora.trainer.trainer": {"mean_loss": "validation before training"},

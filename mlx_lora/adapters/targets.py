@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,8 +23,11 @@ from mlx_lora.adapters.lora import (
     LoRALinear,
     LoRASwitchLinear,
 )
-from mlx_lora.config.presets import Method
+from mlx_lora.adapters.qa_lora import QALoRAEmbedding, QALoRALinear, QALoRASwitchLinear
 from mlx_lora.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_lora.config.presets import Method
 
 _CLASSES = (
     LoRALinear,
@@ -32,6 +36,9 @@ _CLASSES = (
     DoRALinear,
     DoRAEmbedding,
     DoRASwitchLinear,
+    QALoRALinear,
+    QALoRAEmbedding,
+    QALoRASwitchLinear,
 )
 REGISTRY: dict[tuple[str, tuple[type, ...]], type[AdapterLayer]] = {(one.LAYER_TYPE, one.OVER): one for one in _CLASSES}
 LAYER_TYPES = tuple(dict.fromkeys(name for name, _ in REGISTRY))

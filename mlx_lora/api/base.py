@@ -25,7 +25,7 @@ from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import Base as LoadedBase
 from mlx_lora.models.load import check_token_ids, load_base
 from mlx_lora.models.tokenizer import continued
-from mlx_lora.parallel.sharded_base import await_messages, first_ranks_choice, is_shared, unshareable_words
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.rollouts.decode import TokenSteps, hold_weights, release_weights
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
@@ -229,6 +229,7 @@ def text_pieces(
     system_prompt: str | None,
     settings: TextSettings,
     tools: list[dict[str, Any]] | None = None,
+    strategy: Strategy = SINGLE_DEVICE,
 ) -> Iterator[GenerationResponse]:
     """Yield mlx-lm's responses, at least one, each with a piece of the text.
 
@@ -239,6 +240,7 @@ def text_pieces(
         system_prompt: a system message for the template.
         settings: how.
         tools: that the model may call, as OpenAI has them.
+        strategy: how ranks divide the base.
 
     Raises:
         InputError: the prompt cannot be encoded, or mlx-lm cannot generate with this model.
@@ -254,30 +256,33 @@ def text_pieces(
     top_p = settings.top_p if settings.top_p < 1 else 0.0
     greedy = settings.top_p == 0  # the smallest nucleus, as in llama.cpp; mlx-lm's 0 turns it off
     sampler = make_sampler(temp=0.0 if greedy else settings.temperature, top_p=top_p, top_k=top_k)
-    responses = generated(base, tokens, settings.max_tokens, sampler)
+    responses = generated(base, tokens, settings.max_tokens, sampler, strategy)
     yield from responses if template else continued(responses, base.tokenizer)
 
 
 def generated(
-    base: LoadedBase, tokens: list[int], max_tokens: int, sampler: Callable[[mx.array], mx.array]
+    base: LoadedBase,
+    tokens: list[int],
+    max_tokens: int,
+    sampler: Callable[[mx.array], mx.array],
+    strategy: Strategy = SINGLE_DEVICE,
 ) -> Iterator[GenerationResponse]:
     """Yield mlx-lm's generated text; the base keeps the form of its weights that is the fastest for it.
 
-    Ranks that share the base must all read it to its end.
+    Ranks in lockstep must all read it to its end.
 
     Raises:
         InputError: mlx-lm cannot generate with this model; a few models can only be trained.
     """
-    if not is_shared(base.model):
+    if not strategy.divides_base:
         hold_weights(base)
     model: Any = TokenSteps(base.model)  # mlx-lm only calls it
-    sampler = first_ranks_choice(base.model, sampler)
+    sampler = strategy.same_choice(base.model, sampler)
     try:
         for response in stream_generate(model, base.tokenizer, tokens, max_tokens=max_tokens, sampler=sampler):
-            if is_shared(base.model) and mx.isnan(response.logprobs).any().item():
-                raise InputError(unshareable_words(base.config))
+            strategy.check_read(mx.isnan(response.logprobs), base.config)
             yield response
-        await_messages(base.model)
+        strategy.await_messages(base.model)
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise

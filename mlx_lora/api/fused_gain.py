@@ -24,8 +24,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora.api.evaluate import data_of_run, with_columns_of_run
 from mlx_lora.api.forgetting import GENERAL, Readout, log_probabilities
+from mlx_lora.api.run_data import data_of_run, with_columns_of_run
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.batch import Batch
@@ -37,7 +37,7 @@ from mlx_lora.models.convert import convert_model
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.trainer.adapter import adapter_template
-from mlx_lora.trainer.evaluate import held_out_plan
+from mlx_lora.trainer.held_out import held_out_plan
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_model
 from mlx_lora.utils.progress import tracked

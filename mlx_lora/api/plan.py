@@ -1,7 +1,7 @@
 """Predict before a download whether a training run fits, with which settings, and how fast it is.
 
 A plan needs the model's config.json, and no weights. If the data and the tokenizer are on this disk, the data is read and
-measured. `dry_run` plans as `train` would: it reads the data, reports on it, and refuses what `train` would refuse.
+measured. api/dry_run.py plans as `train` would begin.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_lora.api.base import Base, PathLike
 from mlx_lora.api.errors import speaks_python
@@ -23,7 +23,6 @@ from mlx_lora.api.plan_data import (
     check_splits,
     local_data,
     measure_data,
-    read_splits,
     steps_and_validation,
 )
 from mlx_lora.api.train import data_source, plain
@@ -35,16 +34,9 @@ from mlx_lora.config.defaults import (
     with_length,
 )
 from mlx_lora.config.load import train_settings
-from mlx_lora.config.settings import ROWS, TrainSettings
-from mlx_lora.data.load import DataSplits
 from mlx_lora.kernels.table import AUTO, KernelChoice
-from mlx_lora.models.convert import cached_gguf_folder
 from mlx_lora.models.meta import Outline, outline_for
-from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.objectives.teacher import check_teacher
-from mlx_lora.objectives.teacher_answers import readable_data
-from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.planner.fit import (
     AUTO_MODES,
     NO_DATA,
@@ -60,7 +52,6 @@ from mlx_lora.planner.fit import (
 )
 from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
 from mlx_lora.planner.speed import (
     CHIPS,
     Ceilings,
@@ -73,21 +64,16 @@ from mlx_lora.planner.speed import (
     plan_trunk,
     step_seconds,
 )
-from mlx_lora.trainer.checkpoint import Checkpoint
-from mlx_lora.trainer.fit import (
-    check_base_fits,
-    outlined_shape,
-    quantized_shape,
-    with_kernels,
-)
+from mlx_lora.trainer.fit import quantized_shape
 from mlx_lora.trainer.frozen_prefix import free_bytes, rows_problem
-from mlx_lora.trainer.run import check_request, wants_training
-from mlx_lora.trainer.run_folder import check_continuation, find_checkpoint, first_day
+from mlx_lora.trainer.model_shape import outlined_shape, with_kernels
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.hub import resolve_model
-from mlx_lora.utils.progress import waiting
-from mlx_lora.utils.text import gigabytes
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.data.load import DataSplits
+    from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
 
 log = logging.getLogger(__name__)
 
@@ -413,61 +399,3 @@ class MachinePlan:
             "tokens_per_s": self.speed()["tokens_per_s"] if memory.fits else None,
             "ceilings": chip.status,
         }
-
-
-# The data
-
-
-def dry_run(settings: TrainSettings) -> dict[str, Any]:
-    """Read a run's data, report on it and return the run's plan. Nothing is trained, and no run folder is written.
-
-    The model's files are downloaded as `train` would, and its tokenizer is used, but its weights are not loaded.
-
-    Raises:
-        InputError: settings, model, data or run folder that `train` would refuse, or a run that does not fit.
-    """
-    check_request(settings, ALONE)
-    if not wants_training(settings):
-        raise InputError("--dry-run: nothing would be trained with --test alone; give --train too")
-    with waiting("Planning the run"):
-        return _planned(settings)
-
-
-def _planned(settings: TrainSettings) -> dict[str, Any]:
-    check_base_fits(settings)
-    model = settings.model
-    source = resolve_model(model.model or "", model.revision, trust_remote_code=model.trust_remote_code)
-    folder = cached_gguf_folder(source) if source.kind == "gguf" else source.path
-
-    found = find_checkpoint(settings.loop, ALONE)
-
-    def read(outline: Outline) -> DataSplits | None:
-        if readable_data(settings)[0].data is None:
-            log.info(
-                "Data: the model writes the prompts itself when the run begins; planned for rows of --max-seq-length"
-            )
-            return None
-        splits = read_splits(settings, folder, outline.config, first_day(settings.loop))
-        log.info(splits.report.render())
-        if settings.objective.teacher:
-            tokenizer = load_folder_tokenizer(folder, outline.config, model.trust_remote_code)
-            check_teacher(settings, tokenizer._tokenizer)
-        if found is not None:
-            _check_resume(settings, splits, found)
-        return splits
-
-    result = plan_run(settings, read=read, identity=found and found.identity)
-    if not result["fits"] and not result["not_known"] and settings.loop.memory_check:
-        raise InputError(
-            f"this run: needs {gigabytes(result['needed_bytes'])} at its peak by the plan, and may use "
-            f"{gigabytes(result['budget_bytes'])}; {result['advice']}, or --no-memory-check to try it anyway"
-        )
-    return result
-
-
-def _check_resume(settings: TrainSettings, splits: DataSplits, found: Checkpoint) -> None:
-    """Refuse a checkpoint of a run with other settings or data; what only a loaded model tells is not compared."""
-    rows = objective_of(settings.objective).targets_of(splits.train)
-    asked = {name: value for name, value in settings.to_flat().items() if not ROWS[name].may_change}
-    known = {name: value for name, value in asked.items() if value is not None}
-    check_continuation(found, {**found.identity, **known, "rows": rows.fingerprint})

@@ -29,7 +29,6 @@ from mlx_lora.planner.fit import (
     Shapes,
 )
 from mlx_lora.planner.shapes import ModelShape
-from mlx_lora.trainer.evaluate import choose_held_out
 from mlx_lora.trainer.fit import (
     batch_shapes,
     data_facts,
@@ -37,6 +36,7 @@ from mlx_lora.trainer.fit import (
     trained_share,
     training_plan,
 )
+from mlx_lora.trainer.held_out import choose_held_out
 from mlx_lora.trainer.run import check_test_split
 from mlx_lora.trainer.trainer import total_steps
 from mlx_lora.utils.hub import resolve_config

@@ -16,7 +16,7 @@ from mlx_lora.config.checks import shard_parts, whole_base_reasons
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.kernels.table import KernelChoice
 from mlx_lora.models.meta import outline_for
-from mlx_lora.parallel.sharded_tables import units_of
+from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.planner.fit import largest_batch, run_of
 from mlx_lora.planner.several_macs import (
     TENSOR,
@@ -36,7 +36,7 @@ from mlx_lora.planner.several_macs import (
 )
 from mlx_lora.planner.shapes import KernelTerms, ModelShape, RunShape
 from mlx_lora.planner.speed import CHIPS, find_chip, listed_ceilings
-from mlx_lora.trainer.fit import outlined_shape
+from mlx_lora.trainer.model_shape import outlined_shape
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import GIB

@@ -17,17 +17,9 @@ from typing import Any
 
 import click
 
-from mlx_lora.api.evaluate import (
-    EvaluationRequest,
-    check_adapter,
-    check_show,
-    compares,
-    measure_loss,
-    normalized,
-    settings_of_run,
-    with_columns_of_run,
-)
+from mlx_lora.api.evaluate import EvaluationRequest, check_adapter, check_show, compares, measure_loss, normalized
 from mlx_lora.api.forgetting import CHAT, TEXT, ForgettingRequest, measure_forgetting, verdict_rows, write_page
+from mlx_lora.api.run_data import settings_of_run, with_columns_of_run
 from mlx_lora.cli import options as flags
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
@@ -35,7 +27,7 @@ from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.report import UNITS
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.parallel.ranks import sharing_ranks
+from mlx_lora.parallel.launch import sharing_ranks
 from mlx_lora.reports.run_report import (
     REPORT_FILE,
     exact_words,

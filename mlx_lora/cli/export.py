@@ -25,7 +25,7 @@ from mlx_lora.api.fused_gain import FADED, measure_gain, read_back
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.files import find_sets
-from mlx_lora.gguf.write import DEFAULT_TYPE, TYPES
+from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES
 from mlx_lora.models.load import load_base
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
@@ -52,7 +52,7 @@ from mlx_lora.utils.errors import InputError
     type=str,
     callback=lambda _, __, text: text and text.lower(),
     default=None,
-    metavar="[" + "|".join(TYPES) + "]",
+    metavar="[" + "|".join(GGUF_TYPES) + "]",
     help=f"Type of the weights of a merged GGUF; norms and biases stay f32 [default: {DEFAULT_TYPE}].",
 )
 @click.option(

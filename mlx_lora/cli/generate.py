@@ -20,9 +20,8 @@ from mlx_lora.data.chat_template import own_template
 from mlx_lora.data.files import read_tools
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
-from mlx_lora.parallel.agreement import check_one_run
-from mlx_lora.parallel.ranks import sharing_ranks
-from mlx_lora.trainer.fit import share_among
+from mlx_lora.parallel.divided_base import strategy_of
+from mlx_lora.parallel.launch import sharing_ranks
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 
@@ -52,16 +51,18 @@ def main(
     tools = read_tools(tools_file) if tools_file else None
     folder = adapter.folder()
     settings = train_settings(flags.given(options))
-    whole = settings.loop.shard_base == "off"
     with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks:
-        base = load_base(settings.model, read=whole)
+        strategy = strategy_of(settings, ranks)
+        base = load_base(settings.model, read=not strategy.divides_base)
         template = load_adapter(base, folder, adapter.ignore_fingerprint).chat_template if folder else None
         template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)
-        _, shared = share_among(settings, base, ranks)
-        if shared.words:
-            console.echo(shared.words)
-            check_one_run(ranks, settings, {"base": base.fingerprint, "prompt": text, **asdict(how)})
-        print_text(base.model_id, text_pieces(base, text, template, system_prompt, how, tools), as_json, ranks.leads)
+        strategy.divide(base, settings)
+        if strategy.words:
+            console.echo(strategy.words)
+            strategy.check_same(settings, {"base": base.fingerprint, "prompt": text, **asdict(how)})
+        print_text(
+            base.model_id, text_pieces(base, text, template, system_prompt, how, tools, strategy), as_json, ranks.leads
+        )
 
 
 def print_text(model_id: str, responses: Iterable[GenerationResponse], as_json: bool, leads: bool) -> None:

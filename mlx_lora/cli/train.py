@@ -17,7 +17,7 @@ import click
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.config.settings import TRAINING, TrainSettings
-from mlx_lora.parallel.ranks import together
+from mlx_lora.parallel.launch import together
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.supervise import run_supervised
@@ -58,7 +58,7 @@ def run(settings: TrainSettings, dry_run: bool) -> int:
     """Train, or with --dry-run only plan, and return the exit code."""
     if dry_run:
         _starting()
-        from mlx_lora.api.plan import dry_run as dry_plan
+        from mlx_lora.api.dry_run import dry_run as dry_plan
         from mlx_lora.cli.plan import render
 
         click.echo(render(dry_plan(settings)))

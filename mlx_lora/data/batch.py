@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.teacher_table import TeacherTable
+if TYPE_CHECKING:
+    from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.data.teacher_table import TeacherTable
 
 EMPTY = -1  # the number of an example that is all padding
 SLOTS_STEP = 8  # P is a multiple of this
@@ -41,7 +42,7 @@ class Batch:
         starts: (B, K) int32, as in `EncodedSet`; None: a row holds one text.
         numbers: (B,) row numbers in the encoded set, EMPTY for padding; None: not from a set.
         answers: (B, T) bool, the trained targets that belong to an answer; None: all of them.
-        shares: the factor on the likelihood, and the divergence, that the loss uses for this batch (objectives/task.py).
+        shares: the factor on the likelihood, and the divergence, that the loss uses for this batch (objectives/answers.py).
         sampled: name -> (B,) or (B, T) float32 of rows whose answers were sampled (rollouts/rollout.py); None: others.
         table: what a teacher says about the trained targets of the encoded set's rows; None: nothing.
     """

@@ -9,11 +9,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_lora.data.teacher_table import TeacherTable
+if TYPE_CHECKING:
+    from mlx_lora.data.teacher_table import TeacherTable
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.chat_template import spoken_turns
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.encode import answers_of
 from mlx_lora.data.examples import Completion, Conversation, Example
 from mlx_lora.data.mix import joined_groups, prompt_key
-from mlx_lora.data.read import SplitRows
+from mlx_lora.data.read import SplitRows, answers_of
 from mlx_lora.data.report import MAX_LISTED, Location, NearDuplicates
 from mlx_lora.data.tokenize import Encoded
 from mlx_lora.utils.text import counted

@@ -18,12 +18,11 @@ from typing import Any
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.encode import Entry, answers_of
 from mlx_lora.data.examples import Completion, Conversation, Example, Text
 from mlx_lora.data.files import TINY_SHAKESPEARE
 from mlx_lora.data.mix import Mixed
 from mlx_lora.data.preferences import Rated
-from mlx_lora.data.read import SplitRows
+from mlx_lora.data.read import Entry, SplitRows, answers_of
 from mlx_lora.data.render import ADVICE
 from mlx_lora.data.report import MAX_LISTED, Location, reasons, where
 from mlx_lora.data.tokenize import Encoded, Encoder

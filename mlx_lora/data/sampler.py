@@ -22,11 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mlx_lora.data.batch import EMPTY, SLOTS_STEP, Batch, collate, rows_of
-from mlx_lora.data.dataset import EncodedSet
+
+if TYPE_CHECKING:
+    from mlx_lora.data.dataset import EncodedSet
 
 # The search uses at most this many rows, evenly spaced by length: 0.2 s, and within 0.1% of the result for all rows.
 SAMPLED_ROWS = 3000

@@ -35,7 +35,7 @@ from mlx_lora.kernels import activations as exponentials
 from mlx_lora.kernels.measure import TOLERANCE, Kernel, ShapeClass
 from mlx_lora.kernels.quantized_matmul import dequantized_gather_mm, dequantized_matmul, packed_arrays
 from mlx_lora.kernels.table import activation_class, attention_class, kernel_rows
-from mlx_lora.losses.cross_entropy import NAME, HeadLosses, loss_kernels
+from mlx_lora.losses.fused import NAME, HeadLosses, loss_kernels
 from mlx_lora.models.head import Head
 from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.utils import device

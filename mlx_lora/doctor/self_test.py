@@ -27,7 +27,7 @@ import numpy as np
 
 from mlx_lora.kernels.measure import Figures, ShapeClass, choose, read_figures, read_store
 from mlx_lora.kernels.table import activation_class, attention_class, choose_among, kernel_rows
-from mlx_lora.losses.cross_entropy import NAME, choose_kernel, head_words, loss_figures
+from mlx_lora.losses.fused import NAME, choose_kernel, head_words, loss_figures
 from mlx_lora.models.head import Head
 from mlx_lora.rollouts.decode import NAME as WEIGHTS
 from mlx_lora.rollouts.decode import TOKEN, choose_form, kind_words, product_figures

@@ -15,6 +15,7 @@ put under its final name it is read back as mlx-lm will read it.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.adapters.base import QUANTIZED, dense_weight
+from mlx_lora.adapters.base import QUANTIZED, dense_weight, with_weight
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.adapters.qa_lora import group_update
+from mlx_lora.adapters.qat import FakeQuantized, fused_layer
 from mlx_lora.exporters.adapter_config import check_fusing, classifier_config, padding_token, set_padding_token
 from mlx_lora.exporters.adapter_folder import AdapterInfo
 from mlx_lora.exporters.bits_budget import Budget, choose_bits
@@ -36,7 +39,7 @@ from mlx_lora.models.convert import copy_side_files
 from mlx_lora.models.folder import ShardWriter, check_out, load_weights, merge_mark
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
-from mlx_lora.models.quantize import dequantize_model
+from mlx_lora.models.quantize import dequantize_model, quantized_like
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import check_writable, replacing_folder
 from mlx_lora.utils.progress import tracked
@@ -122,13 +125,30 @@ def fuse_adapter(
     layers = adapter_layers(model)
     for path, layer in tracked(layers.items(), "Fusing", len(layers), "layers"):
         layer.check_tied_head(path, tied="lm_head" not in model)
-        base, whole = layer.base, rounded.get(path) or layer.fuse()
-        if isinstance(base, QUANTIZED) and not dequantize and path not in rounded:
-            whole = _quantized_like(base, whole, (chosen or {}).get(path, bits))
-        survival[path] = _survival(dense_weight(base), dense_weight(whole), layer.delta(), bits_of(whole))
+        base, own_bits = layer.base, (chosen or {}).get(path, bits)
+        update = None if dequantize or own_bits or path in rounded else group_update(layer)
+        if update is not None:
+            whole = with_biases(base, base.biases.astype(mx.float32) + update)
+            survival[path] = _survival(base.biases, whole.biases, update, base.bits)
+        else:
+            quantizes = isinstance(base, QUANTIZED) and not dequantize and path not in rounded
+            exact = quantizes and base.mode == "affine"
+            if quantizes and own_bits is None and isinstance(layer, FakeQuantized):
+                whole = fused_layer(layer)
+            else:
+                whole = rounded.get(path) or (with_weight(base, layer.merged(), mx.float32) if exact else layer.fuse())
+                whole = _quantized_like(base, whole, own_bits) if quantizes else whole
+            survival[path] = _survival(dense_weight(base), dense_weight(whole), layer.delta(), bits_of(whole))
         fused.append((path, whole))
     model.update_modules(tree_unflatten(fused))
     return survival
+
+
+def with_biases(base: Any, biases: mx.array) -> Any:
+    """Return a quantized layer with other biases, in the dtype of its own; packed numbers and scales are the base's."""
+    whole = copy.copy(base)
+    whole.biases = biases.astype(base.biases.dtype)
+    return whole
 
 
 def bits_of(layer: Any) -> int | None:
@@ -139,10 +159,10 @@ def bits_of(layer: Any) -> int | None:
 def _quantized_like(base: Any, whole: Any, bits: int | None) -> Any:
     """Return a float layer quantized like its base, or if its base has fewer bits than asked for, with so many."""
     quantization = target_quantization(base, bits)
-    own_scale = {"global_scale": True} if "global_scale" in base else {}  # nvfp4 experts have one each
-    if quantization.mode != base.mode:
-        own_scale = {}
-    return whole.to_quantized(**quantization.layout, **own_scale)
+    if (quantization.bits, quantization.mode) == (base.bits, base.mode):
+        return quantized_like(base, whole)
+    # In the base's float dtype, which the scales get.
+    return with_weight(base, whole.weight).to_quantized(**quantization.layout)
 
 
 def _survival(before: mx.array, after: mx.array, update: mx.array, bits: int | None) -> Survival:

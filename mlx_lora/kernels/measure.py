@@ -19,13 +19,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.planner.shapes import KernelTerms
 from mlx_lora.utils.files import cache_dir
+
+if TYPE_CHECKING:
+    from mlx_lora.planner.shapes import KernelTerms
 
 # `0`: measure no kernel, and use the `assumed` candidate for what is not in the cache (tests, repeatable runs).
 SWITCH = "MLX_LORA_MEASURE_KERNELS"

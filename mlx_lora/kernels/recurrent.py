@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,7 +35,9 @@ from mlx_lora.kernels.state_space import (
     selective_scan,
     state_space_dual,
 )
-from mlx_lora.planner.shapes import KernelTerms
+
+if TYPE_CHECKING:
+    from mlx_lora.planner.shapes import KernelTerms
 
 # Replacements
 

@@ -14,7 +14,7 @@ Candidates are chosen by measuring once per (device, mlx version, dtype, shape c
 
 `--kernels ours` uses the table's `assumed` candidates without measuring; `--kernels mlx` uses those of mlx and mlx-lm.
 
-The candidates for the loss are in losses/cross_entropy.py. Recurrences of a single architecture (kernels/recurrent.py) have
+The candidates for the loss are in losses/fused.py. Recurrences of a single architecture (kernels/recurrent.py) have
 no row: ours always replace them. Norms and rotations have none either: models call mx.fast.rms_norm and mx.fast.rope, and
 ours would not be faster (docs/decisions.md).
 
@@ -26,7 +26,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -121,6 +121,20 @@ def polynomial_candidates() -> tuple[str, ...]:
 def assumed(kernel: Kernel, shape: ShapeClass) -> str:
     """Return the candidate that is used without measuring, which is ours."""
     return kernel.assumed
+
+
+def exchanging(attend: AttentionCall | None, choose: Choose = assumed) -> Callable[[nn.Module], AbstractContextManager]:
+    """Return what exchanges a model's kernels while it computes, as a step takes it.
+
+    Args:
+        attend: computes its attention; None: it keeps all of its own kernels.
+        choose: says which kernels are used, by shape.
+    """
+
+    def exchanged(model: nn.Module) -> AbstractContextManager:
+        return nullcontext() if attend is None else training_kernels(model, attend, choose)
+
+    return exchanged
 
 
 @contextmanager

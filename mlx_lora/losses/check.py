@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,32 +37,25 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.base import Dropout
 from mlx_lora.kernels.measure import MLX, left_unchanged, may_measure, read_store, write_store
-from mlx_lora.kernels.table import AUTO, OURS, KernelChoice, has_recurrence, training_kernels
-from mlx_lora.losses.cross_entropy import (
-    PLAIN,
-    PLAIN_LOGITS,
-    ROWS,
-    TILES,
-    Arrays,
-    Loss,
-    choose_kernel,
-    head_loss,
-    loss_figures,
-    loss_kernels,
-    plain,
-)
+from mlx_lora.kernels.table import AUTO, OURS, KernelChoice, choose_model_kernels, has_recurrence, training_kernels
+from mlx_lora.losses.cross_entropy import PLAIN, PLAIN_LOGITS, ROWS, TILES, Arrays, Loss, plain
+from mlx_lora.losses.fused import choose_kernel, head_loss, loss_figures, loss_kernels
 from mlx_lora.models.folder import FOREIGN_ERRORS, base_fingerprint, is_foreign, short
 from mlx_lora.models.head import Head, find_head, with_last_block
 from mlx_lora.models.meta import few_blocks
 from mlx_lora.models.prefix_attention import shared_caches
-from mlx_lora.parallel.sharded_base import is_shared, unshareable_words
-from mlx_lora.parallel.strategy import called_together
-from mlx_lora.parallel.tensor import wire_of
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.planner.memory import CHECK_TOKENS, LOSS_TOKENS, RECURRENT_CHECK_TOKENS
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.progress import long_task
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.models.load import Base
+    from mlx_lora.planner.shapes import KernelTerms
 
 # The loss and the kernels
 
@@ -71,12 +64,55 @@ CHECKING_LOSS = "Checking that the faster loss gives the model's own numbers"
 CHECKING_KERNELS = "Checking that the faster kernels give the model's own numbers"
 
 
+@dataclass(frozen=True)
+class Compute:
+    """What computes a run's numbers.
+
+    Attributes:
+        loss: of the supervised positions.
+        kernels: of the model's layers; None: its own.
+        terms: their memory, for the planner.
+        words: on the kernels, for the run header.
+    """
+
+    loss: Loss
+    kernels: KernelChoice | None
+    terms: KernelTerms
+    words: str
+
+
+def choose_compute(
+    settings: TrainSettings, base: Base, rows: EncodedSet, strategy: Strategy, joined_too: EncodedSet | None = None
+) -> Compute:
+    """Choose loss and kernels: the best that were measured here, and that agree with the model's own on this model.
+
+    Args:
+        settings: of the run.
+        base: adapted.
+        rows: training data, whose lengths the kernels are chosen for.
+        strategy: how ranks divide the run.
+        joined_too: the same rows joined, if some batches will be.
+    """
+    asked = settings.loop.kernels
+    loss = choose_loss(base.model, base.config, asked, measure=True, strategy=strategy)
+    dtype = device.compute_dtype(settings.model.dtype)
+    if asked == AUTO and strategy.lockstep:
+        asked = OURS  # what one rank measures, another might not
+    rows_of = {one.starts is not None: one for one in (rows, joined_too) if one is not None}
+    lengths = {shared: sorted({max(1, int(n) - 1) for n in one.lengths}) for shared, one in rows_of.items()}
+    choice = choose_model_kernels(base.model, lengths.get(False, []), asked, dtype, lengths.get(True, []))
+    kernels, words = check_kernels(base.model, base.config, loss, choice, strategy)
+    terms = replace((kernels or choice.of_mlx()).terms(), loss=loss.kernel)
+    return Compute(loss, kernels, terms, words)
+
+
 def choose_loss(
     model: nn.Module,
     config: dict[str, Any],
     asked: str = AUTO,
     measure: bool = False,
     whole_because: str = "",
+    strategy: Strategy = SINGLE_DEVICE,
 ) -> Loss:
     """Return the fastest loss that agrees with the plain loss on this model, or the plain loss if none does.
 
@@ -86,16 +122,16 @@ def choose_loss(
         asked: --kernels; `mlx` is the model's own logits.
         measure: measure the kernels if there are no measurements; False: then our kernel is used.
         whole_because: why the whole last block is computed although the model may allow less; empty: no reason.
+        strategy: how ranks divide the run.
 
     Raises:
         InputError: the model's own forward pass fails.
     """
     if asked == MLX:
         return plain(f"plain cross-entropy (--kernels {MLX})")
-    if called_together(model):  # what one rank measures, another might not
+    if strategy.lockstep:  # what one rank measures, another might not
         asked = OURS
-    if is_shared(model):
-        whole_because = whole_because or "it gets its weights in whole"
+    whole_because = whole_because or strategy.whole_blocks
     head = find_head(model, config)
     if isinstance(head, str):
         return plain(f"plain cross-entropy ({head})")
@@ -106,17 +142,17 @@ def choose_loss(
     # A head that ranks share is at hand a slice at a time, which whole rows of logits cannot use.
     others = [other for other in loss_kernels() if other != kernel and not (other == ROWS and len(head.parts()) > 1)]
     part, whole_because = (head, whole_because) if whole_because else with_last_block(head, model)
-    first = head_loss(part, kernel, loss_tile_bytes(), whole_because, wire_of(model))
-    check = check_name(model, config, "loss", first.description)
+    first = head_loss(part, kernel, loss_tile_bytes(), whole_because, strategy)
+    check = check_name(model, config, strategy, "loss", first.description)
     if has_passed(check):
         return first
     # Two passes over one block of each kind, unless the first candidate is wrong.
-    with long_task(CHECKING_LOSS, 2, "computations") as task, _few_blocks(model):
-        expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary, LOSS_TOKENS), []
+    with long_task(CHECKING_LOSS, 2, "computations") as task, _few_blocks(model, strategy):
+        expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary, LOSS_TOKENS, strategy), []
         task.advance()
         for name in (kernel, *others):
             for one in [head] if part is head else [part, head]:
-                loss = head_loss(one, name, loss_tile_bytes(), whole_because, wire_of(model))
+                loss = head_loss(one, name, loss_tile_bytes(), whole_because, strategy)
                 problem = _problem(model, expected, loss, head.vocabulary, tokens=LOSS_TOKENS)
                 if problem is None:
                     keep_passed(check if loss.description == first.description else "", loss.description)
@@ -131,6 +167,7 @@ def check_kernels(
     config: dict[str, Any],
     loss: Loss,
     choice: KernelChoice,
+    strategy: Strategy = SINGLE_DEVICE,
 ) -> tuple[KernelChoice | None, str]:
     """Return the kernels if the model's results with them agree with its own, else None; and a text for the header.
 
@@ -139,6 +176,7 @@ def check_kernels(
         config: its config.json.
         loss: the loss that was chosen for the model.
         choice: the kernels that were chosen for the model.
+        strategy: how ranks divide the run.
     """
     if choice.asked == MLX:
         return None, f"the model's own kernels (--kernels {MLX})"
@@ -153,11 +191,11 @@ def check_kernels(
     if loss.kernel != PLAIN_LOGITS and not isinstance(head, str):  # no kernel of a block changes what the head does
         last = with_last_block(head, model)[0] if loss.part_of_last else head
         of_blocks = replace(loss, tokens=partial(_along_a_direction, last))
-    check = check_name(model, config, "kernels", loss.description, sorted(choice.classes.items()))
+    check = check_name(model, config, strategy, "kernels", loss.description, sorted(choice.classes.items()))
     if not has_passed(check):
-        with long_task(CHECKING_KERNELS, 1 + len(variants), "computations") as task, _few_blocks(model):
+        with long_task(CHECKING_KERNELS, 1 + len(variants), "computations") as task, _few_blocks(model, strategy):
             for variant in variants:
-                expected = expected or _own_probe(model, config, of_blocks, vocabulary)
+                expected = expected or _own_probe(model, config, of_blocks, vocabulary, strategy=strategy)
                 task.advance()
                 problem = _problem(model, expected, of_blocks, vocabulary, variant)
                 if problem:
@@ -176,7 +214,12 @@ def _along_a_direction(head: Head, model: nn.Module, *batch: mx.array) -> mx.arr
 
 
 def _own_probe(
-    model: nn.Module, config: dict[str, Any], loss: Loss, vocabulary: int, tokens: int = CHECK_TOKENS
+    model: nn.Module,
+    config: dict[str, Any],
+    loss: Loss,
+    vocabulary: int,
+    tokens: int = CHECK_TOKENS,
+    strategy: Strategy = SINGLE_DEVICE,
 ) -> Probe:
     """Try a loss with the model's own kernels.
 
@@ -191,8 +234,7 @@ def _own_probe(
         raise InputError(
             f"mlx-lm's {config.get('model_type')}: its forward pass fails here ({short(error, 200)}); {way_out(model)}"
         ) from error
-    if is_shared(model) and not mx.isfinite(found.losses).all().item():
-        raise InputError(unshareable_words(config))
+    strategy.check_read(~mx.isfinite(found.losses), config)
     return found
 
 
@@ -241,9 +283,9 @@ def check_arrays(vocabulary: int, tokens: int) -> Arrays:
     return Arrays(ids[:, :-1], ids[:, 1:], mx.array(trained[None]), mx.array(positions), mx.ones((len(positions),)))
 
 
-def _few_blocks(model: nn.Module) -> AbstractContextManager:
+def _few_blocks(model: nn.Module, strategy: Strategy) -> AbstractContextManager:
     """Check one block of each kind; where ranks call the model together, all."""
-    return nullcontext() if called_together(model) else few_blocks(model, CHECK_TOKENS)
+    return nullcontext() if strategy.lockstep else few_blocks(model, CHECK_TOKENS)
 
 
 def _dtype(model: nn.Module) -> mx.Dtype:
@@ -371,7 +413,7 @@ STORE = "passed_checks"
 MOST = 500  # checks that are remembered, the latest ones
 
 
-def check_name(model: nn.Module, config: dict[str, Any], *compared: Any) -> str:
+def check_name(model: nn.Module, config: dict[str, Any], strategy: Strategy, *compared: Any) -> str:
     """Return the name of a check, 32 hex digits; empty if it may not be left out.
 
     Nothing is left out if nothing is measured (MLX_LORA_MEASURE_KERNELS=0), or if ranks call the model together: one of them
@@ -380,9 +422,10 @@ def check_name(model: nn.Module, config: dict[str, Any], *compared: Any) -> str:
     Args:
         model: as it is checked, with its adapters.
         config: its config.json.
+        strategy: how ranks divide the run.
         compared: what else the result depends on; anything with a `repr` that is the same in every process.
     """
-    if not may_measure() or called_together(model):
+    if not may_measure() or strategy.lockstep:
         return ""
     settings = [
         (path, type(module).__qualname__, sorted((k, v) for k, v in vars(module).items() if _is_setting(v)))

@@ -33,18 +33,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.data.batch import Batch
-from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, Arrays, Loss, LossFunction
 from mlx_lora.losses.fused import chunk_gradient, chunk_logits
 from mlx_lora.models.head import Head, find_head, with_last_block
 from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.planner.memory import chunk_rows
+
+if TYPE_CHECKING:
+    from mlx_lora.data.batch import Batch
+    from mlx_lora.data.dataset import EncodedSet
 
 FORWARD_KL, REVERSE_KL, JSD = "forward_kl", "reverse_kl", "jsd"
 SAMPLED_KL = "sampled_kl"  # reverse_kl, estimated from sampled tokens

@@ -2,7 +2,7 @@
 
 The input has only the supervised positions. The head is frozen, a quantized one is dequantized a slice at a time, and of the
 forward pass only the gradient of the hidden states, dh, is kept; the backward pass scales it. There are two kernels, and
-measurements decide between them (losses/cross_entropy.py).
+measurements decide between them (`loss_figures`).
 
 `fused_token_losses` computes logits a tile at a time: some rows by a slice of the vocabulary. Each tile is exponentiated
 once, relative to the largest logit so far, added to both the loss and the gradient, and freed before the next tile starts.
@@ -17,12 +17,19 @@ the target among them, the loss of a token that the model is sure of would be mo
 This way no loss is negative, and loss and gradient of a sure token have a small relative error.
 
 With `polynomial`, the exponentials are those of kernels/activations.py, and a tile's logits are scaled for them. If ranks
-share the head (parallel/sharded_tables.py), the outer loop is over the parts of the vocabulary that are at hand one after the
+share the head (parallel/sharded_base.py), the outer loop is over the parts of the vocabulary that are at hand one after the
 other, and all positions keep their sums from one part to the next, so that each part is gathered once.
 
 `row_token_losses` uses `mx.fast.cross_entropy`, mlx's kernel, fused on Metal and CUDA, which takes finished logits. So a
 chunk has logits of whole rows of the vocabulary, computed once; the kernel returns the losses and their gradient, which is
 multiplied by the head immediately.
+
+The kernel is chosen by measurements of the model's head, once per (device, mlx, dtype, head):
+
+    tiles        `fused_token_losses`
+    polynomial   the same, with polynomials for exponentials (kernels/activations.py); on a CPU
+    rows         `row_token_losses`
+    plain        all logits at once, as the model computes them
 
 Shapes: P supervised positions, R rows of a tile or a chunk, S columns of a tile, D width, V vocabulary.
 Source: online softmax, arXiv 1805.02867, algorithm 3; the loss in chunks, arXiv 2410.10989 (Liger Kernel).
@@ -30,17 +37,37 @@ Source: online softmax, arXiv 1805.02867, algorithm 3; the loss in chunks, arXiv
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_lora.kernels import activations as exponentials
-from mlx_lora.models.head import Head
+from mlx_lora.kernels.measure import (
+    POLYNOMIAL,
+    Figures,
+    ShapeClass,
+    Trial,
+    choose,
+    keep_figures,
+    may_measure,
+    measure,
+    read_figures,
+)
+from mlx_lora.kernels.table import figures_key, polynomial_candidates
+from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, ROWS, TILES, Loss, of_logits
+from mlx_lora.models.head import QUANTIZED_HEADS, Head
+from mlx_lora.models.prefix_attention import shared_caches
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
+from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.planner.memory import MAX_SLICE, chunk_rows, tile_shape
 from mlx_lora.utils import device
+
+log = logging.getLogger(__name__)
 
 # Tiles
 
@@ -340,3 +367,135 @@ def _slices(head: Head) -> list[slice]:
     In them, a quantized head is dequantized a slice at a time, and no matrix has a side of 262k (Gemma's vocabulary).
     """
     return [slice(start, start + MAX_SLICE) for start in range(0, head.vocabulary, MAX_SLICE)]
+
+
+# The loss of a head
+
+NAME = "cross-entropy"
+FEWEST, MOST = 32, 1024  # positions in a measurement
+HeadLosses = Callable[..., mx.array]
+"""(head, hidden (P, D), targets (P,), weights (P,), tile_bytes=, gradient=) -> (P,) weighted losses."""
+LOSS_KERNELS: Mapping[str, HeadLosses] = {
+    TILES: fused_token_losses,
+    POLYNOMIAL: partial(fused_token_losses, polynomial=True),
+    ROWS: row_token_losses,
+}
+
+
+def head_loss(
+    head: Head, kernel: str, tile_bytes: int, whole_because: str = "", strategy: Strategy = SINGLE_DEVICE
+) -> Loss:
+    """Return a loss that is computed only from the hidden states of the supervised positions.
+
+    Args:
+        head: turns hidden states into logits.
+        kernel: a name in `loss_kernels()`.
+        tile_bytes: the most bytes of logits at a time.
+        whole_because: why the head has no last block of which some positions can be computed alone.
+        strategy: how ranks divide the positions.
+    """
+    tiles = f"fused cross-entropy, {tile_bytes / 2**20:.0f} MiB tiles"
+    words = {TILES: tiles, POLYNOMIAL: f"{tiles}, polynomial", ROWS: "mx.fast.cross_entropy by rows"}
+    block = (
+        "last block where trained" if head.last is not None else f"whole last block ({whole_because or 'not asked'})"
+    )
+    token_losses = strategy.divide_loss(partial(loss_kernels()[kernel], tile_bytes=tile_bytes))
+    if strategy.layer_parts > 1:
+        block = f"{block}; positions divided by {strategy.layer_parts} processes"
+
+    def tokens(gradient: bool, model: nn.Module, *batch: mx.array) -> mx.array:
+        inputs, targets, _mask, positions, weights, *starts = batch
+        chosen = head.hidden_at(positions, inputs, **shared_caches(model, inputs, *starts))  # (P, D)
+        return token_losses(head, chosen, targets.reshape(-1)[positions], weights, gradient=gradient)
+
+    def loss(gradient: bool, model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array]:
+        return tokens(gradient, model, *batch).sum(), batch[-1].sum()
+
+    of_tokens = partial(tokens, True), kernel, head.last is not None, partial(tokens, False)
+    return Loss(partial(loss, True), partial(loss, False), f"{words[kernel]}; {block}", *of_tokens)
+
+
+# The choice of the kernel
+
+
+def loss_kernels() -> Mapping[str, HeadLosses]:
+    """Return those of LOSS_KERNELS that this device may use, the assumed one first."""
+    left_out = {POLYNOMIAL} - set(polynomial_candidates())
+    return {name: kernel for name, kernel in LOSS_KERNELS.items() if name not in left_out}
+
+
+def choose_kernel(figures: Mapping[str, Figures] | None) -> str:
+    """Return the kernel to use: `tiles` if nothing was measured.
+
+    `plain` is used only if all others are wrong: its memory grows with all positions of a batch, trained or not, and the
+    measurement covers only a few positions.
+    """
+    if figures is None:
+        return TILES
+    return choose({name: figures[name] for name in loss_kernels()}, layers=1) or PLAIN_LOGITS  # a model has one head
+
+
+def loss_figures(head: Head, dtype: mx.Dtype, measure: bool) -> Mapping[str, Figures] | None:
+    """Return the kernels' figures for a head, None if they are not known and must not be measured.
+
+    Args:
+        head: the measurement uses its weight.
+        dtype: of the hidden states.
+        measure: measure them if they are not known.
+    """
+    shape = head_class(head)
+    key = figures_key(NAME, shape, dtype)
+    found = read_figures(key)
+    if found is not None and found.keys() - {PLAIN_LOGITS} == {*loss_kernels()}:
+        return found
+    if not (measure and may_measure()):
+        return None
+    log.info(f"Measuring {NAME} for {head_words(shape)}, once on this machine")
+    figures = measure_loss(head, dtype)
+    keep_figures(key, figures)
+    return figures
+
+
+def measure_loss(head: Head, dtype: mx.Dtype) -> dict[str, Figures]:
+    """Measure the kernels on a head; `plain` too on a GPU, for comparison, and anywhere if no other kernel is right."""
+    vocabulary, width, _ = head_class(head)
+    positions = int(min(max(device.trial_flops() / (4 * vocabulary * width), FEWEST), MOST))
+    hidden = mx.random.normal((positions, width), key=mx.random.key(0)).astype(dtype)
+    targets = mx.random.randint(0, vocabulary, (positions,), key=mx.random.key(1))
+    weights, tile_bytes = mx.ones((positions,)), loss_tile_bytes()
+
+    def exactly(hidden: mx.array) -> mx.array:
+        dense = head.dense(head.arrays, mx.float32)
+        return of_logits(head.finish(hidden.astype(mx.float32) @ dense.T, slice(None)), targets)
+
+    candidates: dict[str, Any] = {
+        name: lambda hidden, kernel=kernel: kernel(head, hidden, targets, weights, tile_bytes=tile_bytes)
+        for name, kernel in loss_kernels().items()
+    }
+    all_logits = {PLAIN_LOGITS: lambda hidden: of_logits(head.logits(hidden), targets)}
+    trial = Trial([hidden], [mx.ones((positions, 1))], lambda function: lambda h: [function(h)[:, None]])
+    compiled = device.compiling_is_cheap()
+    if compiled:  # a GPU: it takes no time there, and seconds of a CPU if the vocabulary is large
+        candidates |= all_logits
+
+    def measured(some: dict[str, Any]) -> dict[str, Figures]:
+        return measure(some, trial, lambda h: [exactly(h)[:, None]], compiled, [POLYNOMIAL])
+
+    figures = measured(candidates)
+    return figures if any(one.correct for one in figures.values()) else {**figures, **measured(all_logits)}
+
+
+def head_class(head: Head) -> ShapeClass:
+    """Return the key of a head's figures: V, D, how its weight is stored, and what is applied to its logits."""
+    layer, width = head.layer, 0
+    stored = "float"
+    if isinstance(layer, QUANTIZED_HEADS):
+        stored = f"{layer.bits}-bit/{layer.group_size} {layer.mode}"
+        width = layer.weight.shape[-1] * 32 // layer.bits
+    extras = [name for name, has in (("cap", head.soft_cap is not None), ("bias", head.bias is not None)) if has]
+    return head.vocabulary, width or layer.weight.shape[-1], " ".join([stored, *extras])
+
+
+def head_words(shape: ShapeClass) -> str:
+    """Return a head's class as text."""
+    return f"a vocabulary of {shape[0]:,} and width {shape[1]:,} ({shape[2]})"

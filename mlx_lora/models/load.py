@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,15 +20,16 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.quantized_matmul import MatmulPaths, use_measured_matmul
 from mlx_lora.models.convert import folder_of
-from mlx_lora.models.folder import base_fingerprint, load_classifier_weights, load_weights
+from mlx_lora.models.folder import StoredTensor, Watched, base_fingerprint, load_classifier_weights, load_weights
 from mlx_lora.models.tokenizer import load_folder_tokenizer
-from mlx_lora.parallel.sharded_tables import StoredTensor, Watched
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_model
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import ModelSettings
 
 
 @dataclass(frozen=True)

@@ -16,22 +16,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.data.batch import Batch
-from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction, TokenLosses
 from mlx_lora.models.head import body_of, score_at, with_last_block
 from mlx_lora.models.prefix_attention import answers_at
 from mlx_lora.objectives.base import AnswerSums, BoundObjective, LossOfAnswers, Objective
-from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.parallel.sharded_base import is_shared
-from mlx_lora.parallel.strategy import dealt_batches, own_batches
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
+
+if TYPE_CHECKING:
+    from mlx_lora.data.batch import Batch
+    from mlx_lora.data.dataset import EncodedSet
 
 # Binding
 
@@ -62,8 +62,8 @@ def bind_answers(objective: Objective, loss: Loss, model: nn.Module) -> BoundObj
 
         return summed
 
-    def prepare(batches: list[Batch], ranks: Ranks) -> list[Batch]:
-        return _prepared(objective, measure_tokens, model, batches, ranks)
+    def prepare(batches: list[Batch], strategy: Strategy) -> list[Batch]:
+        return _prepared(objective, measure_tokens, model, batches, strategy)
 
     words = f"{objective.description}; {loss.description}"
     whole = replace(loss, train=of(loss.tokens), measure=of(measure_tokens), description=words)
@@ -98,7 +98,7 @@ def score_loss(model: nn.Module, part_of_last: bool = False) -> Loss:
 
 
 def _prepared(
-    objective: Objective, measure_tokens: TokenLosses, model: nn.Module, batches: list[Batch], ranks: Ranks
+    objective: Objective, measure_tokens: TokenLosses, model: nn.Module, batches: list[Batch], strategy: Strategy
 ) -> list[Batch]:
     """Compute what depends on the whole step, before the step is divided into parts and among ranks.
 
@@ -112,7 +112,7 @@ def _prepared(
         share = examples / max(1, tokens)
     if objective.divergence:
         others = (_only(batch, SECOND) for batch in batches)
-        divergence = mean_log_ratio(model, measure_tokens, others, ranks)
+        divergence = mean_log_ratio(model, measure_tokens, others, strategy)
     if objective.records == "rated":
         batches = [_only(batch, FIRST) for batch in batches]
     return [replace(batch, shares=(share, divergence)) for batch in batches]
@@ -126,17 +126,19 @@ def _only(batch: Batch, row: int) -> Batch:
     return batch.take(rows, slots, batch.real_tokens if row == FIRST else 0, group=1)
 
 
-def mean_log_ratio(model: nn.Module, tokens: TokenLosses, batches: Iterable[Batch], ranks: Ranks = ALONE) -> float:
+def mean_log_ratio(
+    model: nn.Module, tokens: TokenLosses, batches: Iterable[Batch], strategy: Strategy = SINGLE_DEVICE
+) -> float:
     """Return the mean log-ratio of policy to reference over rows, at least 0 (KTO's estimate of the divergence)."""
     total, count = mx.array(0.0), mx.array(0.0)
     training = model.training
     model.eval()
-    for batch in dealt_batches(list(batches), ranks, is_shared(model)):
+    for batch in strategy.dealt(list(batches)):
         sums = _batch_sums(model, tokens, batch)
         total = total + ((sums.logps - sums.reference) * sums.real).sum()
         count = count + sums.real.sum()
         mx.eval(total, count)
-    total, count = ranks.sum(mx.stack([total, count]))
+    total, count = strategy.data_ranks.sum(mx.stack([total, count]))
     model.train(training)
     return max(0.0, total.item() / count.item()) if count.item() else 0.0
 
@@ -216,7 +218,7 @@ def row_log_probabilities(
     batch_tokens: int,
     on_progress: Callable[[int], None] = lambda done: None,
     finite: bool = True,
-    ranks: Ranks = ALONE,
+    strategy: Strategy = SINGLE_DEVICE,
 ) -> np.ndarray:
     """Return the log-probability of each answer, (A,) float32, in the order of the rows.
 
@@ -227,20 +229,20 @@ def row_log_probabilities(
         batch_tokens: the most positions of a batch.
         on_progress: called with the number of finished answers after each batch.
         finite: raise ArithmeticError if one is not finite.
-        ranks: that share the base and call this together; each computes some of the batches, and all get all answers.
+        strategy: how the ranks that call this divide the batches; all get all answers.
     """
     apart = replace(rows, group=1)
     found = np.zeros((len(rows), 1 if rows.starts is None else rows.starts.shape[1]), np.float32)
     training, done = model.training, 0
     model.eval()
     plan = BatchPlan(apart, batch_tokens=batch_tokens, batch_size=None, seed=0)
-    for batch in own_batches(plan, -1, ranks, is_shared(model)):
+    for batch in strategy.held_out(plan, -1):
         logps = np.array(_batch_sums(model, tokens, batch).logps).reshape(-1, found.shape[1])
         numbers: Any = batch.numbers  # there are some: the batch is of a set
         found[numbers[batch.real]] = logps[batch.real]
         done += logps[batch.real].size
-        on_progress(min(ranks.size * done, found.size))
-    found = np.array(ranks.sum(mx.array(found.ravel())))  # a rank has zeros for the others' answers
+        on_progress(min(strategy.data_ranks.size * done, found.size))
+    found = np.array(strategy.data_ranks.sum(mx.array(found.ravel())))  # a rank has zeros for the others' answers
     model.train(training)
     if finite and not np.isfinite(found).all():
         bad = int(np.flatnonzero(~np.isfinite(found))[0])
@@ -279,8 +281,7 @@ class WholeSet:
         model: nn.Module,
         arrays_of: Callable[[Batch], tuple[mx.array, ...]],
         batches: Iterable[Batch],
-        ranks: Ranks,
-        counted: bool = True,
+        strategy: Strategy,
     ) -> tuple[float, int, dict[str, float]]:
         """Return the mean loss over all examples of all ranks' batches, their number, and the means that are reported.
 
@@ -288,16 +289,16 @@ class WholeSet:
             model: in eval mode.
             arrays_of: returns the arguments of `sums` for a batch.
             batches: this rank's.
-            ranks: that call this together.
-            counted: False: another rank has computed the same batches, and counts them.
+            strategy: how the ranks that call this divide the batches.
         """
         found, targets = [np.zeros((len(SUM_NAMES), 0), np.float32)], 0
         for batch in batches:
             sums = self.sums(model, *arrays_of(replace(batch, shares=UNWEIGHTED)))
             rows = np.array(mx.stack([getattr(sums, name) for name in SUM_NAMES]))  # (6, B)
-            if counted:
+            if strategy.counts:
                 found.append(rows[:, rows[-1] > 0])  # without padding
                 targets += batch.first_targets
+        ranks = strategy.ranks
         ranks.meet()  # they finish at different times, and the host must wait for the others, not the device
         told = ranks.everyone([targets, np.concatenate(found, axis=1).tolist()])
         rows = np.concatenate([np.array(one, np.float32).reshape(len(SUM_NAMES), -1) for _, one in told], axis=1)

@@ -24,22 +24,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.config.settings import DataSettings, TrainSettings
-from mlx_lora.data.batch import Batch
-from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.load import DataSplits, load_data
-from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.cross_entropy import Arrays, Loss
-from mlx_lora.models.load import Base
-from mlx_lora.objectives.compute import Compute, choose_compute
-from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.planner.memory import MemoryPlan
-from mlx_lora.planner.shapes import ModelShape
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 
 if TYPE_CHECKING:
+    from mlx_lora.config.objectives import ObjectiveSettings
+    from mlx_lora.config.settings import DataSettings, TrainSettings
+    from mlx_lora.data.batch import Batch
+    from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.data.sampler import BatchPlan
+    from mlx_lora.losses.check import Compute
     from mlx_lora.losses.divergence import DivergenceOptions
     from mlx_lora.losses.policy import PolicyOptions
+    from mlx_lora.models.load import Base
+    from mlx_lora.planner.memory import MemoryPlan
+    from mlx_lora.planner.shapes import ModelShape
+    from mlx_lora.trainer.state import StepsDone
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,7 @@ class WholeSetLoss(Protocol):
         model: nn.Module,
         arrays_of: Callable[[Batch], tuple[mx.array, ...]],
         batches: Iterable[Batch],
-        ranks: Ranks,
-        counted: bool = True,
+        strategy: Strategy,
     ) -> tuple[float, int, dict[str, float]]: ...
 
     def above(self, given: Callable[[Callable[..., Any]], Callable[..., Any]]) -> WholeSetLoss:
@@ -108,7 +108,7 @@ class BoundObjective:
 
     loss: Loss
     arrays_of: Callable[[Batch], tuple[mx.array, ...]] = Arrays.of
-    prepare: Callable[[list[Batch], Ranks], list[Batch]] = lambda batches, ranks: batches
+    prepare: Callable[[list[Batch], Strategy], list[Batch]] = lambda batches, strategy: batches
     reports: tuple[str, ...] = ()
     finish: Callable[[dict[str, float]], dict[str, float]] = dict
     rates: Callable[[], dict[str, float]] = dict
@@ -138,7 +138,7 @@ class RunContext:
         settings: replaced as open settings are chosen.
         objective: of the run.
         base: the model; an adapter is put on it.
-        ranks: the processes that train together.
+        strategy: how processes divide the work.
         functions: rewards that were given in Python, by what --reward calls them.
         today: what chat templates show as today, unless --chat-date names a day; None: the day of the call.
         trains: False: an adapter is only measured.
@@ -152,7 +152,7 @@ class RunContext:
     settings: TrainSettings
     objective: Objective
     base: Base
-    ranks: Ranks = ALONE
+    strategy: Strategy = SINGLE_DEVICE
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     today: date | None = None
     trains: bool = True
@@ -177,23 +177,6 @@ class RunContext:
         if self.compute is None:
             raise ValueError("nothing has chosen what computes the run's numbers")
         return self.compute
-
-
-@dataclass(frozen=True)
-class StepsDone:
-    """Where a run is when its next steps begin.
-
-    Attributes:
-        batches: planned batches that are done; the next one has this number.
-        steps: optimizer steps that are done.
-        of_steps: steps of the whole run.
-        epochs: passes over the data that are done.
-    """
-
-    batches: int
-    steps: int
-    of_steps: int
-    epochs: float
 
 
 @dataclass(frozen=True)
@@ -234,12 +217,13 @@ class Objective:
         reference: whether the loss compares the policy with a reference model.
         likelihood: the tokens whose likelihood is part of the loss: `none`, `answers`, or `rows` if the prompts of the
             chosen rows count too (ORPO).
-        scores: whether a score head gives each answer one number, which replaces its log-probability.
+        scores: whether a score head reads each row's last token; a reward model's number replaces the log-probability.
         divergence: whether the loss needs the mean log-ratio of policy to reference on each example's second row. No
             gradient goes through it, so that row is not trained (KTO).
         policy: the loss of sampled answers that are rewarded; None: it has another.
         distills: how tokens are compared with a teacher's; None: there is no teacher.
         room: how many answers are sampled to a prompt, and the most tokens of one.
+        outputs: numbers that the score head gives a row; set before an adapter is on the base.
         reports: names of the numbers that the loss reports.
         finish: turns the means of these numbers into the numbers that users see.
         updates: steps on the same batches; a run is saved and ended between them only.
@@ -256,6 +240,7 @@ class Objective:
     policy: PolicyOptions | None = None
     distills: DivergenceOptions | None = None
     room: tuple[int, int] = (1, 0)
+    outputs: int = 1
     reports: tuple[str, ...] = ()
     finish: Callable[[dict[str, float]], dict[str, float]] = dict
     updates: int = 1
@@ -305,8 +290,7 @@ class Objective:
         return sets
 
     def lay_out(self, ctx: RunContext, rows: EncodedSet) -> None:
-        """Choose loss and kernels (`ctx.compute`), and how the answers to a prompt lie in rows."""
-        ctx.compute = choose_compute(ctx.settings, ctx.base, rows)
+        """Choose how the answers to a prompt lie in rows, and loss and kernels (`ctx.compute`) if they depend on that."""
 
     def settled(self, settings: TrainSettings) -> TrainSettings:
         """Return the settings with what `lay_out` decided."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,12 +25,9 @@ import numpy as np
 
 from mlx_lora.config.objectives import OF_SAMPLING, OF_WRITING, ObjectiveSettings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
-from mlx_lora.data.batch import Batch
-from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.teacher_table import MOST_KEPT_BYTES, RowStore, TableFormat, TeacherTable, evict, used_bytes
 from mlx_lora.losses.check import choose_loss
-from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.losses.divergence import (
     FORWARD_KL,
     REVERSE_KL,
@@ -50,6 +47,11 @@ from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import cache_dir, free_on_disk, sha256_of
 from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import counted, gigabytes
+
+if TYPE_CHECKING:
+    from mlx_lora.data.batch import Batch
+    from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.losses.cross_entropy import Loss
 
 REPORTS = ("kl",)
 SENT_BYTES = 16 << 20  # at a time, to ranks on other machines
@@ -80,7 +82,7 @@ class Distillation(WithTeacher):
 
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
         """Return the sets with what the teacher says about each trained token."""
-        taught = with_teacher(ctx.settings, ctx.plain_base, sets, self.options, ctx.ranks)
+        taught = with_teacher(ctx.settings, ctx.plain_base, sets, self.options, ctx.strategy.ranks)
         ctx.record.lines.append(taught.words)
         ctx.record.identity |= taught.identity
         return taught.sets

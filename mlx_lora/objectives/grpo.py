@@ -30,6 +30,7 @@ from mlx_lora.objectives.base import BoundObjective, FixedPrompt, RunContext
 from mlx_lora.objectives.policy_arrays import at_temperature, more_reports, policy_arrays, policy_loss_of, prepared
 from mlx_lora.objectives.sampled import SampledObjective
 from mlx_lora.rollouts.decode import SamplingForm
+from mlx_lora.rollouts.environment import check_environment, environment_of
 from mlx_lora.rollouts.fixed_prompts import fixed_prompts, greedy_answers
 from mlx_lora.rollouts.reward_models import beside_bytes, check_rewards, load_rewards
 from mlx_lora.rollouts.rewards import (
@@ -55,16 +56,21 @@ class Policy(SampledObjective):
     rewards: Sequence[Reward] = field(default_factory=tuple)
 
     def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
-        check_rewards(settings, functions)  # a user's file that does not load is told now
+        if settings.environment:  # a user's file that does not load is told now
+            check_environment(settings)
+        else:
+            check_rewards(settings, functions)
 
     def open(self, ctx: RunContext) -> None:
-        self.rewards = load_rewards(ctx.settings, ctx.base, ctx.today, ctx.functions)
+        if not ctx.settings.objective.environment:
+            self.rewards = load_rewards(ctx.settings, ctx.base, ctx.today, ctx.functions)
         ctx.record.shared |= reward_files(ctx.settings.objective)
 
     def make_rollouts(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> Rollouts:
         loss = self.token_loss(ctx, loss)
+        env = environment_of(ctx.settings, self.rewards, ctx.base.hf_tokenizer, ctx.today)
         return Rollouts.of(
-            ctx.base, ctx.settings, self.rewards, loss, form, joining=self.layout.joining, ranks=ctx.ranks
+            ctx.base, ctx.settings, env, loss, form, joining=self.layout.joining, ranks=ctx.strategy.ranks
         )
 
     def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet | None = None) -> Loss:

@@ -46,6 +46,7 @@ from mlx_lora.objectives.teacher import TEACHER, Teacher, as_seen, facts_of, tea
 from mlx_lora.objectives.teacher_answers import WithTeacher
 from mlx_lora.parallel.ranks import Ranks
 from mlx_lora.rollouts.decode import SamplingForm
+from mlx_lora.rollouts.environment import environment_of
 from mlx_lora.rollouts.rollout import Rollouts
 from mlx_lora.rollouts.sharing import of_own_rows
 from mlx_lora.utils.errors import InputError, RunError
@@ -91,7 +92,9 @@ class OnPolicyDistillation(WithTeacher, SampledObjective):
         seen = [rows.teacher or rows for rows in sets.values()]
         highest = max((int(rows.tokens.max(initial=0)) for rows in seen), default=0)
         check_token_ids(teacher.base, highest, f"--teacher {teacher.base.model_id}")
-        key = ctx.ranks.from_first(teacher_key(settings, facts, TableFormat.of(facts.vocabulary, options.top_k)))
+        key = ctx.strategy.ranks.from_first(
+            teacher_key(settings, facts, TableFormat.of(facts.vocabulary, options.top_k))
+        )
         held = "no copy of weights"
         if settings.objective.teacher:
             held = f"{gigabytes(teacher.base.size_bytes)} beside the student"
@@ -104,7 +107,8 @@ class OnPolicyDistillation(WithTeacher, SampledObjective):
     def make_rollouts(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> Rollouts:
         if self.scorer is None:
             raise ValueError("sampled answers of a student without a teacher")
-        return Rollouts.of(ctx.base, ctx.settings, (), loss, form, scorer=self.scorer, ranks=ctx.ranks)
+        env = environment_of(ctx.settings, (), ctx.base.hf_tokenizer)
+        return Rollouts.of(ctx.base, ctx.settings, env, loss, form, scorer=self.scorer, ranks=ctx.strategy.ranks)
 
     def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> Loss:
         options = self.options if self.scorer is None else self.scorer.options

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.data.batch import Batch
-from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, Arrays, Loss, head_loss
+from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, Arrays, Loss
+from mlx_lora.losses.fused import head_loss
 from mlx_lora.losses.policy import PolicyOptions, Sampled, policy_loss
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.prefix_attention import answers_at, shared_caches
-from mlx_lora.parallel.ranks import Ranks
 from mlx_lora.planner.machine import loss_tile_bytes
+
+if TYPE_CHECKING:
+    from mlx_lora.data.batch import Batch
+    from mlx_lora.parallel.strategy import Strategy
 
 # What a batch of sampled answers has beside its tokens: (B, T) of each target, and of each answer (B,), or (B, K) where a
 # row holds K.
@@ -134,10 +137,10 @@ def _summed(
     return (losses * policy.real).sum(), policy.real.sum(), sums
 
 
-def prepared(batches: list[Batch], ranks: Ranks) -> list[Batch]:
+def prepared(batches: list[Batch], strategy: Strategy) -> list[Batch]:
     """Compute what depends on a whole step: answers divided by tokens.
 
-    All ranks have the same batches by now, each other's answers included (rollouts/sharing.py).
+    All ranks have the same batches by now, each other's answers included (rollouts/rollout.py).
     """
     answers = sum(int(b.real.sum()) * b.answers_per_row for b in batches)
     tokens = sum(int(b.mask.sum()) for b in batches)

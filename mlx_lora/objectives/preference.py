@@ -1,25 +1,42 @@
 """Preference objectives: pairs of a chosen and a rejected answer (DPO, ORPO, SimPO, CPO), rated answers (KTO), reward models.
 
 The loss is computed from the summed log-probability of each answer (losses/preference.py), which for a reward model is the
-score of its last token. A pair's answers may share their prompt (objectives/row_layout.py). The reference is the model as it
-was before training, or --reference-adapter, and is computed once before the first step (objectives/answer_logps.py).
+score of its last token. A pair's answers may share their prompt (objectives/prefix_sharing.py). The reference is the model as it
+was before training, or --reference-adapter: each answer's log-probability under it is computed once, before the first step, and
+stored on disk. So no second model is in memory, and a second run starts
+immediately. An untrained adapter changes nothing, so the model with it is the base.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import math
-from dataclasses import dataclass, field
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
+from mlx_lora.adapters.inject import remove_adapters
 from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.config.settings import TrainSettings
-from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.load import DataSplits
-from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
+from mlx_lora.exporters.adapter_config import own_entries
+from mlx_lora.exporters.adapter_folder import (
+    AdapterInfo,
+    adapter_files,
+    check_base,
+    load_adapter,
+    read_adapter_config,
+    resume_file,
+)
+from mlx_lora.kernels.table import KernelChoice, training_kernels
 from mlx_lora.losses import preference as pair_losses
-from mlx_lora.losses.cross_entropy import Loss
+from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.preference import (
     PAIR_LOSSES,
     RATED_LOSSES,
@@ -31,13 +48,27 @@ from mlx_lora.losses.preference import (
     bradley_terry,
     preferred,
 )
-from mlx_lora.objectives.answer_logps import with_reference
-from mlx_lora.objectives.answers import bind_answers
+from mlx_lora.models.folder import model_sample
+from mlx_lora.models.prefix_attention import unshareable
+from mlx_lora.objectives.answers import bind_answers, row_log_probabilities
 from mlx_lora.objectives.base import AnswerSums, BoundObjective, Objective, RunContext
-from mlx_lora.objectives.row_layout import Layout, lay_out
-from mlx_lora.planner.shapes import ModelShape
+from mlx_lora.objectives.prefix_sharing import Layout, joined, lay_out, sharing_problem
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
+from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import cache_dir, replacing_file, sha256_of
+from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import unknown_name
+
+if TYPE_CHECKING:
+    from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.data.load import DataSplits
+    from mlx_lora.data.sampler import BatchPlan
+    from mlx_lora.losses.cross_entropy import Loss
+    from mlx_lora.models.load import Base
+    from mlx_lora.planner.shapes import ModelShape
+
+log = logging.getLogger(__name__)
 
 REWARD_REPORTS: tuple[str, ...] = ("accuracy", "margin", "chosen_rewards", "rejected_rewards")
 PAIR_REPORTS = (*REWARD_REPORTS, "chosen_logps", "rejected_logps")
@@ -54,7 +85,7 @@ class Preference(Objective):
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
         if not self.reference or (ctx.trains and not ctx.settings.objective.reference_adapter):
             return sets  # the untrained model is the reference, which a run computes in batches that fit
-        return with_reference(ctx.settings, ctx.plain_base, sets, ctx.ranks)
+        return with_reference(ctx.settings, ctx.plain_base, sets, ctx.strategy)
 
     def lay_out(self, ctx: RunContext, rows: EncodedSet) -> None:
         self.layout = lay_out(ctx, self, rows)
@@ -70,7 +101,7 @@ class Preference(Objective):
         if not self.reference or data.train.reference is not None:
             return data
         of = ctx.chosen.loss, ctx.chosen.kernels  # in batches that fit, so that its peak is below a step's
-        return data.changed(lambda sets: with_reference(ctx.settings, ctx.base, sets, ctx.ranks, *of))
+        return data.changed(lambda sets: with_reference(ctx.settings, ctx.base, sets, ctx.strategy, *of))
 
     def header_words(self, plan: BatchPlan, ctx: RunContext) -> list[str]:
         return [self.layout.words]
@@ -216,3 +247,141 @@ def _weights(text: str | None, names: list[str]) -> list[float]:
     if len(weights) != len(names) or not all(0 <= weight < 1e6 for weight in weights):
         raise InputError(f"--loss-weights {text!r}: give {len(names)} numbers of at least 0, one for each --loss-type")
     return weights
+
+
+# The reference: each answer's log-probability under the untrained or another adapter
+
+
+def with_reference(
+    settings: TrainSettings,
+    base: Base,
+    sets: dict[str, EncodedSet],
+    strategy: Strategy = SINGLE_DEVICE,
+    loss: Loss | None = None,
+    kernels: KernelChoice | None = None,
+) -> dict[str, EncodedSet]:
+    """Return the sets with each answer's log-probability under the reference.
+
+    Args:
+        settings: of the run; with --reference-adapter, that adapter is the reference instead of the untrained model.
+        base: not yet adapted if there is a --reference-adapter, otherwise adapted but not yet trained.
+        sets: pairs or rated answers.
+        strategy: rank 0 computes the reference, or all in lockstep, and all get the same numbers.
+        loss: the loss to compute it with, that of the run's steps; None: choose one.
+        kernels: the kernels to compute it with; None: the model's own.
+
+    Raises:
+        InputError: the reference adapter does not fit the base, or has parameters trained in full.
+    """
+    folder = settings.objective.reference_adapter
+    if folder:
+        info = _put_reference(base, Path(folder))
+        if info.full:
+            raise InputError(
+                f"--reference-adapter {folder}: trained {info.full[0]} in full, which cannot be removed from the "
+                "base again; fuse it and train on the fused model"
+            )
+    found = {
+        name: replace(rows, reference=_logps_of(settings, base, rows, strategy, loss, kernels))
+        for name, rows in sets.items()
+    }
+    if folder:
+        remove_adapters(base.model)
+    return found
+
+
+def _put_reference(base: Base, folder: Path) -> AdapterInfo:
+    """Put the reference's adapter on the base; for an adapter of another base, the advice is not that of other commands."""
+    config = read_adapter_config(folder)
+    try:
+        check_base(base, config, folder)
+    except InputError:
+        raise InputError(
+            f"--reference-adapter {folder}: was trained on another base, {own_entries(config).get('base_model')}; "
+            f"give an adapter of --model {base.model_id}, or leave it out to compare with the model as it is"
+        ) from None
+    return load_adapter(base, folder)
+
+
+def _logps_of(
+    settings: TrainSettings,
+    base: Base,
+    rows: EncodedSet,
+    strategy: Strategy,
+    loss: Loss | None,
+    kernels: KernelChoice | None,
+) -> np.ndarray:
+    """Return the reference's log-probabilities of rows, (R,) float32, from the cache or computed."""
+    file = cache_dir("reference") / f"{_key(settings, base, rows, kernels)}.npy"
+    ranks, together = strategy.ranks, strategy.lockstep  # then a rank alone cannot compute
+    kept = _read(file, len(rows)) if ranks.leads else None
+    logps = np.zeros(len(rows), np.float32) if kept is None else kept
+    if kept is not None:
+        log.info(f"Reference: {len(rows):,} answers from an earlier run")
+    computes = ranks.from_first(kept is None) if together else ranks.leads and kept is None
+    if computes:
+        start = time.perf_counter()
+        with nullcontext() if kernels is None else training_kernels(base.model, choose=kernels):
+            logps = _compute(settings, base, rows, loss, strategy if together else SINGLE_DEVICE)
+        log.info(f"Reference: {len(rows):,} answers computed in {time.perf_counter() - start:.2f} s")
+        if ranks.leads:
+            _keep(file, logps)
+    return np.array(ranks.arrays_from_first({"logps": mx.array(logps)})["logps"])
+
+
+def _compute(
+    settings: TrainSettings, base: Base, rows: EncodedSet, loss: Loss | None, strategy: Strategy
+) -> np.ndarray:
+    answers, shares = len(rows), _shares(settings)
+    if loss is None:  # before the run has chosen, and tried, its own
+        loss = choose_loss(base.model, base.config, settings.loop.kernels, measure=True, strategy=strategy)
+        shares = shares and not (unshareable(base.model) or sharing_problem(base.model, base.config, loss))
+    if shares:
+        rows = joined(rows)
+    tokens = settings.loop.batch_tokens or DEFAULT_BATCH_TOKENS
+    try:
+        with long_task("Reference", answers, "answers") as task:
+            of_tokens = loss.measure_tokens or loss.tokens
+            return row_log_probabilities(base.model, of_tokens, rows, tokens, task.reach, strategy=strategy)
+    except ArithmeticError as error:
+        raise InputError(f"the reference cannot be computed: {error}; try --dtype float32, or another base") from None
+
+
+def _shares(settings: TrainSettings) -> bool:
+    """Tell whether a pair's answers share a row, which the run has decided by now."""
+    return settings.objective.shared_prefix == "on"
+
+
+def _key(settings: TrainSettings, base: Base, rows: EncodedSet, kernels: KernelChoice | None) -> str:
+    """Return a name for everything that the numbers depend on."""
+    adapter, files = settings.adapter, []
+    if settings.objective.reference_adapter:
+        # Its config has the scale, and the layers that its factors belong to.
+        folder = Path(settings.objective.reference_adapter)
+        files = [sha256_of(file) for file in adapter_files(folder)]
+    elif adapter.resume_adapter_file:
+        start = resume_file(adapter.resume_adapter_file)
+        files = [sha256_of(file) for file in (start, *adapter_files(start.parent))] + [adapter.rank, adapter.alpha]
+    facts = [base.fingerprint, model_sample(base.folder), base.describe(), rows.fingerprint]
+    facts += [str(device.compute_dtype(settings.model.dtype))]
+    facts += [settings.loop.kernels, adapter.method, device.measured_on(), _shares(settings)]
+    facts += [kernels and kernels.names(), *files]
+    return sha256_of(json.dumps(facts))[:32]
+
+
+def _read(file: Path, rows: int) -> np.ndarray | None:
+    """Return the numbers that an earlier run stored, None if they are missing or damaged."""
+    try:
+        found = np.load(file)
+    except (OSError, ValueError, EOFError):
+        return None
+    return found if found.shape == (rows,) and found.dtype == np.float32 and np.isfinite(found).all() else None
+
+
+def _keep(file: Path, logps: np.ndarray) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_file(file) as temporary, temporary.open("wb") as out:
+            np.save(out, logps)
+    except OSError as error:
+        log.info(f"Note: the reference is not stored for the next run, because {file.parent}: {error.strerror}")

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlx_lora.config.settings import TrainSettings
-from mlx_lora.data.batch import Batch
-from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.load import DataSplits
-from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.losses.cross_entropy import Loss
-from mlx_lora.objectives.base import HeldOutBatches, Objective, RunContext, StepsDone
-from mlx_lora.objectives.row_layout import Layout, lay_out, that_fits
-from mlx_lora.parallel.ranks import Ranks
+from mlx_lora.objectives.base import HeldOutBatches, Objective, RunContext
+from mlx_lora.objectives.prefix_sharing import Layout, lay_out, that_fits
 from mlx_lora.planner.memory import ROLLOUT, MemoryPlan
-from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.rollouts.decode import SamplingForm, choose_sampling, kept_form
 from mlx_lora.rollouts.rewards import TrainerState
 from mlx_lora.rollouts.rollout import HeldOutRollouts, Rollouts
 from mlx_lora.rollouts.sampler import check_groups
 from mlx_lora.utils import device
 from mlx_lora.utils.text import counted
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.data.batch import Batch
+    from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.data.load import DataSplits
+    from mlx_lora.data.sampler import BatchPlan
+    from mlx_lora.losses.cross_entropy import Loss
+    from mlx_lora.parallel.ranks import Ranks
+    from mlx_lora.planner.shapes import ModelShape
+    from mlx_lora.trainer.state import StepsDone
 
 
 @dataclass(eq=False)
@@ -65,7 +68,7 @@ class SampledObjective(Objective):
 
     def begin_measuring(self, ctx: RunContext, loss: Loss) -> None:
         group = ctx.settings.objective.answers_per_prompt
-        self.begin_sampling(ctx, loss, choose_sampling(ctx.base, group, device.free_bytes(), ctx.ranks))
+        self.begin_sampling(ctx, loss, choose_sampling(ctx.base, group, device.free_bytes(), ctx.strategy.ranks))
 
     def begin_sampling(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> None:
         """Make what samples the answers.
@@ -100,7 +103,7 @@ class SampledObjective(Objective):
         return HeldOutRollouts(plan, self.sampling)
 
     def header_words(self, plan: BatchPlan, ctx: RunContext) -> list[str]:
-        shared = shared_words(plan, ctx.settings.loop.grad_accumulation_steps, ctx.ranks)
+        shared = shared_words(plan, ctx.settings.loop.grad_accumulation_steps, ctx.strategy.ranks)
         return [self.sampling.form.describe(), *shared, self.layout.words]
 
     def kept_choices(self, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +131,7 @@ def form_that_fits(ctx: RunContext, memory: MemoryPlan) -> tuple[SamplingForm, M
     """
     held = memory.phases.get(ROLLOUT, memory.phases["update"])  # or a little more than is held while sampling
     free = min(device.free_bytes(), memory.budget_bytes - held)
-    form = choose_sampling(ctx.base, ctx.settings.objective.answers_per_prompt, free, ctx.ranks, ctx.resumed)
+    form = choose_sampling(ctx.base, ctx.settings.objective.answers_per_prompt, free, ctx.strategy.ranks, ctx.resumed)
     if not form.copied_bytes:
         return form, memory
     return form, memory.with_phase(ROLLOUT, {"base, adapter, sampling": held, "float copies": form.copied_bytes})

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from mlx_lora.config.objectives import ObjectiveSettings
+from typing import TYPE_CHECKING
+
 from mlx_lora.objectives.base import Objective
+
+if TYPE_CHECKING:
+    from mlx_lora.config.objectives import ObjectiveSettings
 
 
 def sft(settings: ObjectiveSettings) -> Objective:

@@ -22,27 +22,29 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.config.settings import DataSettings, TrainSettings
 from mlx_lora.data.chat_template import resolve_template
-from mlx_lora.data.examples import Fields
 from mlx_lora.data.files import find_sets
 from mlx_lora.data.load import chat_day
 from mlx_lora.data.prompts import Prompt
 from mlx_lora.data.read import SplitRows, check_speaker, file_records, parse_rows, read_rows
 from mlx_lora.data.sandbox import render_chat
 from mlx_lora.models.folder import model_sample
-from mlx_lora.models.load import Base
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, write_texts
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, one_at_a_time, replacing_file, sha256_of
 from mlx_lora.utils.progress import LongTask, long_task
 from mlx_lora.utils.text import counted
+
+if TYPE_CHECKING:
+    from mlx_lora.data.examples import Fields
+    from mlx_lora.models.load import Base
 
 log = logging.getLogger(__name__)
 

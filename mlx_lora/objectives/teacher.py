@@ -14,18 +14,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mlx_lora.config.settings import ModelSettings, TrainSettings
 from mlx_lora.data.batch import EMPTY, Batch
-from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.teacher_table import TableFormat
 from mlx_lora.losses.check import choose_loss
-from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.models.convert import folder_of
 from mlx_lora.models.folder import base_fingerprint, load_weights, model_sample, read_config
 from mlx_lora.models.head import find_head
@@ -36,6 +32,12 @@ from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import sha256_of
 from mlx_lora.utils.hub import resolve_model
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import ModelSettings, TrainSettings
+    from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.data.teacher_table import TableFormat
+    from mlx_lora.losses.cross_entropy import Loss
 
 TEACHER = "teacher"  # in a checkpoint's identity, and the folder in the cache
 FORMAT = 1  # part of the key: raise it if the same teacher would give other bytes

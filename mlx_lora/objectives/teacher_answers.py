@@ -17,20 +17,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.objectives import OF_WRITING, ObjectiveSettings
-from mlx_lora.config.settings import DataSettings, LoopSettings, TrainSettings
-from mlx_lora.data.examples import Fields
 from mlx_lora.data.load import DataSplits, prompt_encoder
 from mlx_lora.data.prompts import Prompt, encode_prompts, read_teacher_prompt, with_answer
 from mlx_lora.data.read import SplitRows
 from mlx_lora.data.report import reasons
-from mlx_lora.losses.divergence import DivergenceOptions
-from mlx_lora.models.load import Base
 from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.synthetic_prompts import (
     has_unanswered,
@@ -41,7 +37,6 @@ from mlx_lora.objectives.synthetic_prompts import (
     written_data,
 )
 from mlx_lora.objectives.teacher import check_teacher, facts_of, load_teacher
-from mlx_lora.parallel.ranks import Ranks
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, write_texts
 from mlx_lora.trainer.run_folder import WRITTEN
 from mlx_lora.utils import device
@@ -49,6 +44,13 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, one_at_a_time, replacing_file, sha256_of
 from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import counted
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import DataSettings, LoopSettings, TrainSettings
+    from mlx_lora.data.examples import Fields
+    from mlx_lora.losses.divergence import DivergenceOptions
+    from mlx_lora.models.load import Base
+    from mlx_lora.parallel.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +112,7 @@ def data_with_answers(settings: TrainSettings, base: Base, ranks: Ranks, today: 
 
 def read_answered(objective: Objective, ctx: RunContext) -> DataSplits:
     """Read the data of a run of distillation, after a teacher has answered what had no answer; see `Objective.load_data`."""
-    given = data_with_answers(ctx.settings, ctx.plain_base, ctx.ranks, ctx.today or date.today(), ctx.trains)
+    given = data_with_answers(ctx.settings, ctx.plain_base, ctx.strategy.ranks, ctx.today or date.today(), ctx.trains)
     splits = objective.read_data(ctx, given.data, read_teacher_prompt(ctx.settings.objective.teacher_prompt))
     if given.folder is None:
         return splits

@@ -12,13 +12,15 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_lora.parallel.ranks import SeveralRanks
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import GIB, counted
+
+if TYPE_CHECKING:
+    from mlx_lora.parallel.ranks import SeveralRanks
 
 # Machines
 

@@ -1,8 +1,7 @@
-"""Run several processes as one with mx.distributed: find the ranks, sum over them, and end them together.
+"""The processes of a run as one of them uses them: its rank, and the collectives of mx.distributed.
 
-mlx.launch (or mpirun) starts the same command once per rank and describes the connections in environment variables. mlx
-moves the data: ring over TCP, JACCL over Thunderbolt, MPI or NCCL. Every rank calls the same collectives in the same
-order; a rank that fails or dies ends the others through heartbeat.py.
+mlx moves the data: ring over TCP, JACCL over Thunderbolt, MPI or NCCL. Every rank calls the same collectives in the same
+order; parallel/launch.py finds the ranks, and ends all of them if one fails or dies.
 
 Without a launcher a run has `OneRank`, which needs no collectives.
 """
@@ -11,92 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import socket
-import sys
-import traceback
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_lora.parallel.heartbeat import Heartbeat, connect, listen
 from mlx_lora.utils import device
-from mlx_lora.utils.blas import share_words
-from mlx_lora.utils.errors import InputError
 
-MEET_S = 300  # the time that a rank waits for the others to start
 DTYPES = {str(dtype): dtype for dtype in (mx.float32, mx.float16, mx.bfloat16, mx.uint32, mx.int32, mx.uint64, mx.int64,
                                          mx.uint8, mx.int8, mx.uint16, mx.int16, mx.bool_)}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A launcher's settings in the environment.
-
-    Attributes:
-        backend: mlx's name for the backend.
-        size: the number of processes.
-        first: possible addresses of rank 0; empty if they are not known.
-        hint: where the other ranks are expected, for messages.
-    """
-
-    backend: str
-    size: int
-    first: list[str]
-    hint: str
-
-
-def find_launch(environment: dict[str, str]) -> Launch | None:
-    """Return the launcher's settings, None for a single process.
-
-    Args:
-        environment: os.environ, or a dict like it.
-
-    Raises:
-        InputError: a host file is missing or invalid.
-    """
-    if "MLX_HOSTFILE" in environment and "MLX_RANK" in environment:
-        hosts = _read_list(environment["MLX_HOSTFILE"], "MLX_HOSTFILE")
-        first = [address.rsplit(":", 1)[0] for address in hosts[0]] if hosts else []
-        launch = Launch("ring", len(hosts), first, ", ".join(str(host[0]) for host in hosts if host))
-    elif "MLX_JACCL_COORDINATOR" in environment and "MLX_RANK" in environment:
-        coordinator = environment["MLX_JACCL_COORDINATOR"]
-        size = len(_read_list(environment.get("MLX_IBV_DEVICES", ""), "MLX_IBV_DEVICES"))
-        launch = Launch("jaccl", size, [coordinator.rsplit(":", 1)[0]], coordinator)
-    elif "NCCL_HOST_IP" in environment and "MLX_RANK" in environment:
-        host = environment["NCCL_HOST_IP"]
-        launch = Launch("nccl", _number(environment, "MLX_WORLD_SIZE"), [host], host)
-    else:
-        size = next((_number(environment, n) for n in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if n in environment), 1)
-        launch = Launch("mpi", size, [], "mpirun's hosts")
-    return launch if launch.size > 1 else None
-
-
-def _read_list(file: str, name: str) -> list:
-    """Read a JSON list from the file that an environment variable names; an empty file is an empty list."""
-    try:
-        text = Path(file).read_text(encoding="utf-8").strip()
-        value = json.loads(text) if text else []
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{name}={file}: the list of ranks cannot be read ({type(error).__name__}); start the run with "
-            "mlx.launch, or unset it"
-        ) from None
-    if not isinstance(value, list) or not all(isinstance(item, list) for item in value):
-        raise InputError(f"{name}={file}: not a JSON list with one list per rank; write it as mlx.launch does")
-    return value
-
-
-def _number(environment: dict[str, str], name: str) -> int:
-    text = environment.get(name, "1")
-    if not text.isdecimal():
-        raise InputError(f"{name}={text}: not a number of processes; start the run with its launcher, or unset it")
-    return int(text)
 
 
 class OneRank:
@@ -246,91 +168,3 @@ class SeveralRanks:
 
 Ranks = OneRank | SeveralRanks
 ALONE = OneRank()
-
-
-@contextlib.contextmanager
-def together(describe: Callable[[BaseException], tuple[str, int] | None]) -> Iterator[Ranks]:
-    """Join the other processes, if a launcher started several, and ensure that all end together.
-
-    Inside this context only rank 0 has a standard error. An exception on any rank is printed once, by rank 0 (with the
-    rank's number, if it is another rank), and ends all ranks with that rank's exit code. The process then ends here,
-    because a collective that waits for a dead peer never returns.
-
-    Args:
-        describe: error -> its message and exit code, or None for an unexpected error.
-
-    Yields:
-        The ranks; without a launcher, the only one.
-
-    Raises:
-        InputError: ranks cannot connect to each other.
-    """
-    launch = find_launch(dict(os.environ))
-    if launch is None:
-        yield ALONE
-        return
-    ranks, heartbeat = _join(launch)
-    with open(os.devnull, "w") as nowhere:
-        quiet = contextlib.nullcontext() if ranks.leads else contextlib.redirect_stderr(nowhere)
-        try:
-            with quiet:
-                yield ranks
-        except BaseException as error:
-            foreseen = describe(error)
-            if foreseen is None:
-                # A dead peer also makes mlx's collectives fail here; let the heartbeat report it first.
-                heartbeat.wait_for_the_end(3.0)
-                traceback.print_exception(error, file=sys.__stderr__)
-                foreseen = f"{type(error).__name__}: {error}", 1
-            heartbeat.fail(*foreseen)
-    heartbeat.finish()
-
-
-def sharing_ranks(
-    shard_base: str, describe: Callable[[BaseException], tuple[str, int] | None]
-) -> contextlib.AbstractContextManager[Ranks]:
-    """Join the other processes, for a command that needs them only if they share the base; see `together`.
-
-    Args:
-        shard_base: --shard-base.
-        describe: see `together`.
-    """
-    return contextlib.nullcontext(ALONE) if shard_base == "off" else together(describe)
-
-
-def _join(launch: Launch) -> tuple[SeveralRanks, Heartbeat]:
-    """Start mlx's group, then the heartbeat between rank 0 and each other rank."""
-    words = f"Joining {launch.size} processes over {launch.backend} ({launch.hint}){share_words()}"
-    print(words, file=sys.stderr, flush=True)
-    # mlx waits inside a C call, where no Python handler runs, so the default handlers must end the process.
-    interrupt, alarm = signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(MEET_S)
-    try:
-        group = mx.distributed.init(strict=True, backend=launch.backend)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"{launch.size} processes over {launch.backend}: {error}; check that every rank is running and that its "
-            "address can be reached (docs/distributed.md)"
-        ) from None
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGALRM, alarm)
-    ranks = SeveralRanks(group, device.message_stream(launch.backend))
-    server, token = listen() if ranks.leads else (None, "")
-    own = [*launch.first, *_own_addresses()]
-    address = ranks.from_first([own, server.getsockname()[1] if server else 0, token])
-    links, problem = connect(ranks.rank, ranks.size, server, *address, name=socket.gethostname())
-    problems = [p for p in ranks.everyone(problem) if p]
-    if problems:
-        raise InputError("; ".join(problems))
-    return ranks, Heartbeat(ranks.rank, links)
-
-
-def _own_addresses() -> list[str]:
-    """Return addresses of this machine, for launchers that name none (mpirun)."""
-    try:
-        found = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
-    except OSError:
-        found = []
-    return list(dict.fromkeys([*(str(entry[4][0]) for entry in found), "127.0.0.1"]))

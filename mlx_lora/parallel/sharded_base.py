@@ -7,31 +7,48 @@
 A frozen base has no gradients and no optimizer state, and never changes, so this is all that sharing takes. A block is
 one message, which holds its arrays as bytes, packed weights as they are. Messages are sent in the order in which blocks
 are called, which is the same on all ranks: each waits for the one before. One is scheduled before the block before it
-computes. The embedding and the head are shared in slices, which are units like blocks (parallel/sharded_tables.py).
+computes.
 
-Every rank must call the model equally often; `Sharing` (parallel/strategy.py) and `mean_loss` (trainer/evaluate.py) see to
-that. Other uses of a shared base have helpers here: one text for all ranks, and the weights of one block.
+Every rank must call the model equally often; `ShardedBase` (parallel/divided_base.py) sees to that. Other uses of a shared
+base have helpers here: one text for all ranks, and the weights of one block.
 
-Shapes: N ranks.
+The embedding and the head are shared, too. A table of a small model is as large as many of its blocks. So it is cut along
+the vocabulary into slices that are no larger than the largest block, and each slice is a unit like a block: gathered, used,
+and dropped before the one after the next.
+
+    embedding   each slice gives the rows of its own ids, and the others keep what they have
+    head        the fused loss goes through the slices once (losses/fused.py); plain logits are made slice by slice, and
+                the backward pass gathers the slices again
+
+Shapes: N ranks, V vocabulary, D width, S rows of a slice.
 Source: fully sharded data parallelism, arXiv 1910.02054 (stage 3) and 2304.11277, without what training a base takes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Any
+from functools import partial
+from itertools import accumulate, pairwise
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.base import mix_in
-from mlx_lora.parallel.ranks import SeveralRanks
+from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.models.folder import StoredTensor, read_rows
+from mlx_lora.models.head import EMBEDDING_HEADS, FLOAT_HEADS, QUANTIZED_HEADS, AtHand
+from mlx_lora.planner.several_macs import Units
+from mlx_lora.trainer.gradient_checkpointing import checkpoint_blocks
 from mlx_lora.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_lora.parallel.ranks import SeveralRanks
 
 # Sharing
 
@@ -325,11 +342,6 @@ def stand_ins(arrays: Named) -> list[tuple[str, mx.array]]:
 # Use of a shared base
 
 
-def is_shared(model: nn.Module) -> bool:
-    """Return whether ranks share the model's base, so that each must call it equally often."""
-    return any(isinstance(module, SharedBlock) for module in getattr(model, "layers", ()))
-
-
 def end_of_trial(model: nn.Module) -> None:
     """Forget messages that were planned and not sent, so that the next one does not wait for them."""
     for module in model.layers[:1]:
@@ -342,11 +354,9 @@ def first_ranks_choice(model: nn.Module, choose: Callable[[mx.array], mx.array])
     """Return a function that chooses as rank 0 does, so that ranks that share a base generate one text.
 
     Args:
-        model: whose base may be shared.
-        choose: log-probabilities (1, V) -> a token, (1,) uint32; for a whole base it is returned as it is.
+        model: whose base is shared.
+        choose: log-probabilities (1, V) -> a token, (1,) uint32.
     """
-    if not is_shared(model):
-        return choose
     messages = _messages(model)
 
     def choose_first(logprobs: mx.array) -> mx.array:
@@ -361,8 +371,7 @@ def first_ranks_choice(model: nn.Module, choose: Callable[[mx.array], mx.array])
 
 def await_messages(model: nn.Module) -> None:
     """Wait for the messages that were submitted ahead: a rank must not end before the others have them."""
-    if is_shared(model):
-        mx.eval(_messages(model).sent)
+    mx.eval(_messages(model).sent)
 
 
 def with_weights(block: nn.Module | None) -> AbstractContextManager:
@@ -380,3 +389,202 @@ def unshareable_words(config: dict[str, Any]) -> str:
 
 def _messages(model: nn.Module) -> Messages:
     return model.layers[0]._held.unit.messages
+
+
+# Tables: the embedding and the head in slices of the vocabulary
+
+# Sharing
+
+
+def share_base(
+    model: nn.Module,
+    ranks: SeveralRanks,
+    shares: Sequence[float] = (),
+    stored: Mapping[str, StoredTensor] = MappingProxyType({}),
+) -> list[Unit]:
+    """Leave only this rank's part of the frozen base in memory.
+
+    Args:
+        model: adapted; its arrays may be lazy, and are then read one unit at a time.
+        ranks: that share it; each must call this.
+        shares: of each rank, positive numbers; empty: equal ones.
+        stored: where lazy arrays are stored, by path, so that slices of tables can be read alone (`read_rows`).
+
+    Returns:
+        The units.
+
+    Raises:
+        InputError: blocks have weights in common.
+    """
+    wanted = list(shares) or [1.0] * ranks.size
+    messages = Messages(ranks, [share / sum(wanted) for share in wanted])
+    tables, most = tables_of(model), slice_bytes(model)  # before the blocks are cut
+    checkpoint_blocks(model.layers, products=False)
+    units = share_blocks(model.layers, messages)
+    paths = {id(module): path for path, module in model.named_modules()}
+    for table in tables:
+        units += _share_table(table, paths[id(table)], messages, most, stored)
+    mx.eval(model.parameters())
+    return units
+
+
+def _share_table(
+    table: Any, path: str, messages: Messages, most_bytes: int, stored: Mapping[str, StoredTensor]
+) -> list[Unit]:
+    """Leave only this rank's part of a module outside of the blocks in memory; arguments as in `share_base`."""
+    if not isinstance(table, FLOAT_HEADS + QUANTIZED_HEADS):
+        table._held = Held(table, messages)
+        mix_in(SharedWhole, table)
+        return [table._held.unit]
+    arrays = frozen_arrays(table)
+    instead = stand_ins(arrays)
+    mx.eval([array for _, array in instead])
+    slices = [
+        Slice(
+            rows,
+            Unit([(name, read_rows(f"{path}.{name}", array, rows, stored)) for name, array in arrays], messages),
+            tree_unflatten(instead),
+        )
+        for rows in slices_of(table, most_bytes)
+    ]
+    table.update(tree_unflatten(instead))
+    table._slices = Slices(tuple(slices))
+    mix_in(SharedEmbedding if isinstance(table, EMBEDDING_HEADS) else SharedLinear, table)
+    return [one.unit for one in slices]
+
+
+def tables_of(model: nn.Module) -> list[nn.Module]:
+    """Return the modules outside of the blocks whose weights are shared: embedding and head, unless they are adapted."""
+    inside = {id(module) for block in model.layers for module in block.modules()}
+    adapted = {id(part) for layer in adapter_layers(model).values() for part in layer.modules()}
+    return [
+        module
+        for module in model.modules()
+        if id(module) not in inside | adapted and not module.children() and frozen_bytes(module) >= LEAST_BYTES
+    ]
+
+
+def slice_bytes(model: nn.Module) -> int:
+    """Return the most bytes of a slice: as many as the largest block has."""
+    return max([LEAST_BYTES, *map(frozen_bytes, model.layers)])
+
+
+def slices_of(table: nn.Module, most_bytes: int) -> list[slice]:
+    """Return about equal slices of a table's rows, none of which has more bytes, unless a single row does."""
+    length = table.weight.shape[0]
+    count = min(length, -(-frozen_bytes(table) // most_bytes))
+    edges = [length * number // count for number in range(count + 1)]
+    return [slice(begin, end) for begin, end in pairwise(edges)]
+
+
+def units_of(model: nn.Module) -> Units:
+    """Return the bytes of each unit of a model that is adapted and not yet shared; its arrays need not be computed."""
+    tables, most = tables_of(model), slice_bytes(model)
+    tied = any(hasattr(table, "as_linear") for table in tables) and len(tables) == 1
+    sizes, head_rows = [], 0
+    for table in tables:
+        whole = frozen_bytes(table)
+        if not isinstance(table, FLOAT_HEADS + QUANTIZED_HEADS):
+            sizes.append(whole)
+            continue
+        row = whole // table.weight.shape[0]
+        slices = [rows.stop - rows.start for rows in slices_of(table, most)]
+        sizes += [row * count for count in slices]
+        head_rows = max(slices)  # the head, if there is one, is the last
+    return Units(tuple(map(frozen_bytes, model.layers)), tuple(sizes), tied, head_rows)
+
+
+# Modules outside of the blocks
+
+
+@dataclass(frozen=True)
+class Slice(Sharded):
+    """Some rows of a table, which the module has as if they were all.
+
+    Attributes:
+        rows: which.
+        unit: this rank's part of them.
+        stand_ins: for the whole table's arrays while they are not at hand.
+    """
+
+    rows: slice
+    unit: Unit
+    stand_ins: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Slices:
+    """All slices of a table, in order."""
+
+    every: tuple[Slice, ...]
+
+
+class SharedTable(nn.Module):
+    """A mixin that comes before the class of an embedding or a linear layer, of which ranks share slices."""
+
+    _slices: Slices
+
+    def parts(self) -> list[tuple[slice, AtHand]]:
+        """Return each slice's rows, with a context in which the module has them alone."""
+        return [(one.rows, partial(one.at_hand, self)) for one in self._slices.every]
+
+    def _products(self, call: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+        """Return (..., V), made slice by slice.
+
+        Args:
+            call: computes (..., S) with the rows at hand.
+            x: (..., D).
+        """
+
+        @mx.custom_function
+        def run(x: mx.array) -> mx.array:
+            made: list[mx.array] = []
+            for _, at_hand in self.parts():
+                with at_hand(made[-1:] or [x]):
+                    made.append(call(x))
+            return mx.concatenate(made, axis=-1)
+
+        @run.vjp
+        def run_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+            total: Any = None
+            for rows, at_hand in self.parts():
+                with at_hand([cotangent if total is None else total]):
+                    [pull] = mx.vjp(call, [x], [cotangent[..., rows]])[1]
+                total = pull if total is None else total + pull
+            return total
+
+        return run(x)
+
+
+class SharedEmbedding(SharedTable):
+    """The mixin for an embedding."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        found: Any = None
+        for rows, at_hand in self.parts():
+            with at_hand([x if found is None else found]):
+                local = mx.clip(x.astype(mx.int32) - rows.start, 0, rows.stop - rows.start - 1)
+                taken = super().__call__(local)
+            inside = (local == x - rows.start)[..., None]
+            found = taken if found is None else mx.where(inside, taken, found)
+        return found
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self._products(super().as_linear, x)  # pyright: ignore[reportAttributeAccessIssue] # an embedding's
+
+
+class SharedLinear(SharedTable):
+    """The mixin for a linear layer outside of the blocks, such as a head."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._products(super().__call__, x)
+
+
+class SharedWhole(nn.Module):
+    """The mixin for any other module outside of the blocks, which is one unit."""
+
+    _held: Held
+
+    def __call__(self, x: mx.array) -> mx.array:
+        with self._held.at_hand(self, [x]):
+            return super().__call__(x)

@@ -1,8 +1,16 @@
-"""Divide an optimizer step among ranks: each computes some rows of every micro-batch, and all ranks add up their results.
+"""How the processes of a run divide its work: one class per way, chosen once (parallel/divided_base.py) and carried by the run.
+
+    SingleDevice     one process computes everything
+    DataParallel     each rank has the whole model and computes some rows of every micro-batch
+    ShardedBase      the same, and each rank keeps a part of the frozen base (parallel/divided_base.py)
+    TensorParallel   each rank has a part of every layer, and all compute the same rows (there, too)
 
 Every rank has the same batch plan as a single process: it lays out the whole step and takes its own rows, so that the
 sums of losses, tokens and gradients over all ranks are those of the whole batch. So neither the order of the data nor
-the position of a run depends on the number of ranks. Ranks with parts of the layers all compute all rows instead.
+the position of a run depends on the number of ranks.
+
+A rank that calls the model, or a collective, once more than the others hangs. Where that matters, `lockstep` says so, and
+the batches of a step or a measurement come from here, equally many for every rank.
 
 Shapes: B rows, T columns, P slots for trained targets of a micro-batch; N ranks.
 """
@@ -10,56 +18,266 @@ Shapes: B rows, T columns, P slots for trained targets of a micro-batch; N ranks
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from itertools import accumulate
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_lora import __version__
+from mlx_lora.config.settings import ROWS, TrainSettings
 from mlx_lora.data.batch import Batch, nothing_of, share_of
-from mlx_lora.parallel.ranks import Ranks
-from mlx_lora.parallel.sharded_base import is_shared
-from mlx_lora.parallel.tensor import in_branches, is_cut
+from mlx_lora.parallel.ranks import ALONE, Ranks
+from mlx_lora.utils import device
+from mlx_lora.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_lora.models.head import OfHidden
+    from mlx_lora.models.load import Base
+    from mlx_lora.planner.shapes import ModelShape
 
 
-def sharing_of(model: nn.Module, ranks: Ranks, seed: int) -> Sharing | SameRows | None:
-    """Return how ranks divide each step: not at all, by rows, or by parts of the layers."""
-    if ranks.size == 1:
-        return None
-    return SameRows(ranks, seed, in_branches(model)) if is_cut(model) else Sharing(ranks, seed, is_shared(model))
+class Batches(Protocol):
+    """A held-out plan, as `BatchPlan` and `HeldOutRollouts` are."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, limit: int = -1, first: int = 0, every: int = 1) -> Iterator[Batch]: ...
 
 
-def called_together(model: nn.Module) -> bool:
-    """Return whether every rank must call the model equally often: its weights or its layers are in parts."""
-    return is_shared(model) or is_cut(model)
+class Strategy:
+    """One process with the whole model. The strategies below override what differs; callers ask, and do not look at the class.
 
+    Attributes:
+        ranks: all processes of the run.
+        lockstep: whether all ranks must call the model equally often, because each call sends messages.
+        divides_base: whether a process keeps only a part of the base's weights, so that they are not read before it is known
+            which.
+        layer_parts: into how many parts each layer is divided.
+        whole_blocks: why a block is always computed in whole, in words; empty: it need not be.
+        words: on the division of the base, for the run header; empty until it is divided.
+    """
 
-class Sharing:
-    """Divides a step's work among ranks, and adds up their results."""
+    lockstep: bool = False
+    divides_base: bool = False
+    layer_parts: int = 1
+    whole_blocks: str = ""
+    words: str = ""
 
-    def __init__(self, ranks: Ranks, seed: int, equally_often: bool = False):
+    def __init__(self, ranks: Ranks = ALONE, seed: int = 0):
         """Set up.
 
         Args:
-            ranks: all ranks of the run.
-            seed: of the run; dropout's random numbers depend on (seed, step, rank).
-            equally_often: whether all ranks must compute equally many micro-batches, because they share the base.
+            ranks: all processes of the run.
+            seed: of the run; dropout's random numbers of several ranks depend on (seed, step, rank).
         """
-        self._ranks, self._seed, self._equally_often = ranks, seed, equally_often
+        self.ranks, self.seed = ranks, seed
+
+    @property
+    def data_ranks(self) -> Ranks:
+        """The ranks that deal batches and rows among themselves."""
+        return self.ranks
+
+    @property
+    def row_words(self) -> str:
+        """On the division of rows, for the run header."""
+        return ""
+
+    @property
+    def counts(self) -> bool:
+        """Whether what this rank computes of its batches is counted; False: another rank computes the same."""
+        return True
+
+    # The base
+
+    def divide(self, base: Base, settings: TrainSettings) -> TrainSettings:
+        """Leave only this rank's part of the base in memory, and return the settings with what that decides.
+
+        Args:
+            base: adapted; its weights may not have been read yet.
+            settings: of the run.
+
+        Raises:
+            InputError: parts that do not fit the processes, or a model that cannot be divided.
+        """
+        return settings
+
+    def part_of(self, shape: ModelShape, model: nn.Module) -> ModelShape:
+        """Return the planned shape of this rank's part.
+
+        Args:
+            shape: of the adapted model; its layers are divided by now.
+            model: the outline that it was read from.
+        """
+        return shape
+
+    def same_checkpointing(self, own: str) -> str:
+        """Return what this rank has chosen for --grad-checkpoint by its own memory, or what all ranks must do."""
+        return own
+
+    def check_checkpointing(self, config: dict[str, Any], left_out: bool) -> None:
+        """Refuse a model some of whose blocks are not checkpointed (`left_out`), if each must be."""
+
+    def check_read(self, bad: mx.array, config: dict[str, Any]) -> None:
+        """Refuse a model that has computed without weights that are elsewhere.
+
+        Args:
+            bad: whether numbers are not finite; lazy, and computed only where the base is divided.
+            config: of the model.
+
+        Raises:
+            InputError: it has.
+        """
+
+    def divide_loss(self, losses_of: OfHidden) -> OfHidden:
+        """Return a loss of positions with the same results, of which each rank computes a part if all have all positions."""
+        return losses_of
+
+    def end_of_trial(self, model: nn.Module) -> None:
+        """Forget what was planned while steps were tried and is not computed."""
+
+    def bound_memory(self, peak_bytes: int) -> None:
+        """Bound what is allocated ahead of the computation to a run's planned peak."""
+
+    # A step
+
+    def split(self, batches: list[Batch], divide: Callable[[list[Batch]], list[Batch]]) -> list[Batch]:
+        """Return the micro-batches of a step as they are counted, cut by `divide` unless each rank cuts its own part."""
+        return divide(batches)
 
     def own(self, batches: list[Batch], divide: Callable[[list[Batch]], list[Batch]]) -> Iterator[Batch]:
         """Yield this rank's part of each micro-batch that has one for it.
 
         Args:
-            batches: of all ranks together.
+            batches: from `split`, of all ranks together.
             divide: cuts this rank's part further, to save memory.
         """
-        for batch, dealt in zip(batches, deal_rows(batches, self._ranks.size), strict=True):
-            rows = dealt[self._ranks.rank]
-            if self._equally_often:
+        yield from batches
+
+    def reseed(self, step: int) -> None:
+        """Seed this rank's random numbers for a step; a single process goes on with its stream."""
+
+    def own_gradients(self, model: nn.Module) -> Callable[[dict], dict]:
+        """Return a function that takes a rank's gradients and returns those that are its to count."""
+        return lambda grads: grads
+
+    def reduce(self, total: list, asked: bool) -> tuple[list, mx.array | None]:
+        """Add up every rank's part of a step, in one message.
+
+        Args:
+            total: loss_sum, tokens (float32 scalars), reports (a dict of them) and gradients (a dict of float32 arrays).
+            asked: whether this rank was asked to stop.
+
+        Returns:
+            The same, summed; and how many ranks were asked to, None for a single process.
+        """
+        return total, None
+
+    # A measurement
+
+    def held_out(self, plan: Batches, most: int) -> Iterator[Batch]:
+        """Yield the batches of a held-out plan that this rank measures.
+
+        Args:
+            plan: of all ranks.
+            most: batches of all ranks; -1: all.
+        """
+        ranks = self.data_ranks
+        yield from plan.batches(most, ranks.rank, ranks.size)
+        count = len(plan) if most < 0 else min(most, len(plan))
+        if self.lockstep and ranks.rank >= count % ranks.size > 0:
+            yield from map(nothing_of, plan.batches(1))  # a batch without rows, so that all compute equally many
+
+    def held_out_count(self, plan: Batches, most: int) -> int:
+        """Return the number of batches with rows in `held_out`."""
+        count = len(plan) if most < 0 else min(most, len(plan))
+        return len(range(self.data_ranks.rank, count, self.data_ranks.size))
+
+    def dealt(self, batches: Sequence[Batch]) -> Iterator[Batch]:
+        """Yield the batches of a step that this rank measures; as in `held_out`."""
+        ranks = self.data_ranks
+        yield from batches[ranks.rank :: ranks.size]
+        if self.lockstep and ranks.rank >= len(batches) % ranks.size > 0:
+            yield nothing_of(batches[0])
+
+    def sum(self, measured: mx.array) -> mx.array:
+        """Return the sum of what the ranks measured of their batches."""
+        return self.ranks.sum(measured if self.counts else mx.zeros_like(measured))
+
+    # One text, one set of parameters
+
+    def same_choice(self, model: nn.Module, choose: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+        """Return a function that chooses the next token as rank 0 does, if ranks generate together.
+
+        Args:
+            model: that generates.
+            choose: log-probabilities (1, V) -> a token, (1,) uint32.
+        """
+        return choose
+
+    def await_messages(self, model: nn.Module) -> None:
+        """Wait for the messages that were submitted ahead: a rank must not end before the others have them."""
+
+    def check_same(self, settings: TrainSettings, identity: dict[str, Any]) -> None:
+        """Refuse ranks whose model, data, settings or versions differ from rank 0's.
+
+        Args:
+            settings: of this rank.
+            identity: everything that this rank's run depends on, with fingerprints, as JSON values.
+
+        Raises:
+            InputError: on every rank, with all differences between rank 0 and the first rank that differs.
+        """
+        versions = {"mlx": mx.__version__, "mlx_lm": version("mlx-lm"), "mlx_lora": __version__}
+        facts = {**versions, "compute dtype": str(device.compute_dtype(settings.model.dtype))}
+        facts |= {name: value for name, value in identity.items() if name not in ROWS}
+        facts |= {name: value for name, value in settings.to_flat().items() if not ROWS[name].per_machine}
+        first, *others = self.ranks.everyone(facts)
+        for rank, other in enumerate(others, start=1):
+            differ = [f"{name} is {first.get(name)!r} on rank 0, {other.get(name)!r} on rank {rank}" for name in {**first, **other}
+                      if first.get(name) != other.get(name)]  # fmt: skip
+            if differ:
+                raise InputError(
+                    f"rank {rank} is not in the same run: {'; '.join(differ)}; give every machine the same model, data, "
+                    "settings and versions"
+                )
+
+    def first_arrays(self, arrays: dict[str, mx.array], compared: Sequence[str]) -> dict[str, mx.array] | None:
+        """Return rank 0's arrays if those that are compared are not equal on all ranks, else None.
+
+        Args:
+            arrays: of this rank, by name.
+            compared: names of those that must be equal.
+        """
+        if self.ranks.same_bits({name: arrays[name] for name in compared}):
+            return None
+        return self.ranks.arrays_from_first(arrays)
+
+
+class SingleDevice(Strategy):
+    """One process computes everything."""
+
+
+SINGLE_DEVICE = SingleDevice()
+
+
+class DataParallel(Strategy):
+    """Each rank computes some rows of every micro-batch, and all add up their results."""
+
+    @property
+    def row_words(self) -> str:
+        return f"rows shared by {self.ranks.size} processes"
+
+    def split(self, batches: list[Batch], divide: Callable[[list[Batch]], list[Batch]]) -> list[Batch]:
+        return batches  # each divides its own part
+
+    def own(self, batches: list[Batch], divide: Callable[[list[Batch]], list[Batch]]) -> Iterator[Batch]:
+        for batch, dealt in zip(batches, deal_rows(batches, self.ranks.size), strict=True):
+            rows = dealt[self.ranks.rank]
+            if self.lockstep:
                 yield share_of(batch, rows) if len(rows) else nothing_of(batch)
             elif len(rows):
                 yield from divide([share_of(batch, rows)])
@@ -70,71 +288,20 @@ class Sharing:
         The seed depends on the step's number, so a resumed run does not need the other ranks' random keys: with the same
         number of ranks as before, it draws the same dropout.
         """
-        reseed(self._seed, step, self._ranks.rank)
+        reseed(self.seed, step, self.ranks.rank)
 
-    def own_gradients(self, grads: dict) -> dict:
-        """Return this rank's part of its gradients: with rows of its own, all of them."""
-        return grads
-
-    def sums(self, total: list, flag: bool) -> tuple[list, mx.array]:
-        """Add up every rank's part of a step, in one message.
-
-        Args:
-            total: loss_sum, tokens (float32 scalars), reports (a dict of them) and gradients (a dict of float32 arrays).
-            flag: a yes or no of this rank.
-
-        Returns:
-            The same, summed; and how many ranks said yes.
-        """
+    def reduce(self, total: list, asked: bool) -> tuple[list, mx.array | None]:
         loss_sum, tokens, reports, grads = total
         names, leaves = zip(*grads.items(), strict=True)
-        scalars = mx.stack([loss_sum, tokens, mx.array(float(flag)), *reports.values()])
+        scalars = mx.stack([loss_sum, tokens, mx.array(float(asked)), *reports.values()])
         parts = [scalars, *(leaf.reshape(-1) for leaf in leaves)]
         message = mx.concatenate(parts)
-        message = self._ranks.sum(message)
+        message = self.ranks.sum(message)
         ends = list(accumulate(part.size for part in parts))
         scalars, *flat = mx.split(message, ends[:-1])
         summed = {name: part.reshape(leaf.shape) for name, part, leaf in zip(names, flat, leaves, strict=True)}
         reported = {name: scalars[3 + i] for i, name in enumerate(reports)}
         return [scalars[0], scalars[1], reported, summed], scalars[2]
-
-
-class SameRows(Sharing):
-    """All ranks compute all rows, each with its part of the model; what all have in whole is counted once, by rank 0."""
-
-    def __init__(self, ranks: Ranks, seed: int, in_parts: frozenset[str]):
-        """Set up.
-
-        Args:
-            ranks, seed: as for `Sharing`.
-            in_parts: the names of parameters whose gradient on a rank is a part of the whole one.
-        """
-        super().__init__(ranks, seed)
-        self._in_parts = in_parts
-
-    def own(self, batches: list[Batch], divide: Callable[[list[Batch]], list[Batch]]) -> Iterator[Batch]:
-        """Yield each micro-batch as it is: a rank that divided it alone would compute more often than the others."""
-        yield from batches
-
-    def reseed(self, step: int) -> None:
-        """Seed the random numbers of a step, which are the same on all ranks."""
-        reseed(self._seed, step, 0)
-
-    def own_gradients(self, grads: dict) -> dict:
-        """Return the gradients that are this rank's to count; rank 0 counts those that all ranks have in whole.
-
-        They are multiplied by 0 and not replaced: every rank must compute them, because messages are sent on the way.
-        """
-        if self._ranks.leads:
-            return grads
-        return tree_unflatten([(name, g if name in self._in_parts else 0 * g) for name, g in tree_flatten(grads)])
-
-    def sums(self, total: list, flag: bool) -> tuple[list, mx.array]:
-        """Add up gradients; loss, tokens and reports are rank 0's."""
-        if not self._ranks.leads:
-            loss_sum, tokens, reports, grads = total
-            total = [*tree_map(lambda value: 0 * value, [loss_sum, tokens, reports]), grads]
-        return super().sums(total, flag)
 
 
 def deal_rows(batches: list[Batch], size: int) -> list[list[np.ndarray]]:
@@ -175,34 +342,3 @@ def reseed(seed: int, step: int, rank: int) -> None:
     """Seed this process's random numbers by (seed, step, rank)."""
     digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
     mx.random.seed(int.from_bytes(digest[:8], "little"))
-
-
-class Batches(Protocol):
-    """A held-out plan, as `BatchPlan` and `HeldOutRollouts` are."""
-
-    def __len__(self) -> int: ...
-
-    def batches(self, limit: int = -1, first: int = 0, every: int = 1) -> Iterator[Batch]: ...
-
-
-def own_batches(plan: Batches, most: int, ranks: Ranks, together: bool) -> Iterator[Batch]:
-    """Yield the batches of a held-out plan that this rank measures.
-
-    Args:
-        plan: of all ranks.
-        most: batches of all ranks; -1: all.
-        ranks: that divide them.
-        together: whether all ranks must compute equally many, because they share the base; a rank for which none is left
-            then computes one without rows.
-    """
-    yield from plan.batches(most, ranks.rank, ranks.size)
-    count = len(plan) if most < 0 else min(most, len(plan))
-    if together and count % ranks.size and ranks.rank >= count % ranks.size:
-        yield from map(nothing_of, plan.batches(1))
-
-
-def dealt_batches(batches: list[Batch], ranks: Ranks, together: bool) -> Iterator[Batch]:
-    """Yield the batches of a step that this rank measures; see `own_batches`."""
-    yield from batches[ranks.rank :: ranks.size]
-    if together and ranks.rank >= len(batches) % ranks.size > 0:
-        yield nothing_of(batches[0])

@@ -22,10 +22,9 @@ Source: Megatron-LM, arXiv 1909.08053, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -51,10 +50,12 @@ from mlx_lora.adapters.base import (
     mix_in,
 )
 from mlx_lora.adapters.inject import adapter_layers, remove_adapters
-from mlx_lora.models.head import Head
-from mlx_lora.parallel.ranks import ALONE, Ranks, SeveralRanks
 from mlx_lora.planner.several_macs import cut_problem
 from mlx_lora.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_lora.models.head import Head, OfHidden
+    from mlx_lora.parallel.ranks import SeveralRanks
 
 # Layers
 
@@ -87,8 +88,13 @@ def cut_model(model: nn.Module, config: dict[str, Any], ranks: SeveralRanks) -> 
     Raises:
         InputError: the model cannot be cut, or not for so many ranks.
     """
-    cut_layers(model, config, RankPosition(ranks.rank, ranks.size), Wire(ranks.sum_inside, ranks.rank, ranks.size))
+    cut_layers(model, config, RankPosition(ranks.rank, ranks.size), wire_among(ranks))
     _read_parts(model)
+
+
+def wire_among(ranks: SeveralRanks) -> Wire:
+    """Return what connects ranks inside a forward and a backward pass."""
+    return Wire(ranks.sum_inside, ranks.rank, ranks.size)
 
 
 def cut_layers(model: nn.Module, config: dict[str, Any], place: RankPosition, wire: Wire) -> None:
@@ -219,21 +225,6 @@ def _read_parts(model: nn.Module) -> None:
         mx.eval(array)
 
 
-def wire_of(model: nn.Module) -> Wire | None:
-    """Return what connects the ranks that have parts of the model's layers, None if it is whole."""
-    return next((module._wire for module in model.modules() if isinstance(module, Exit)), None)
-
-
-def is_cut(model: nn.Module) -> bool:
-    """Return whether ranks have parts of the model's layers, so that each must compute the same rows."""
-    return wire_of(model) is not None
-
-
-def row_ranks(model: nn.Module, ranks: Ranks) -> Ranks:
-    """Return the ranks that rows are dealt to: those of a model that is cut all have the same rows."""
-    return ALONE if is_cut(model) else ranks
-
-
 def in_branches(model: nn.Module) -> frozenset[str]:
     """Return the names of trained parameters whose gradient on a rank is a part of the whole one."""
     return frozenset(
@@ -245,9 +236,6 @@ def in_branches(model: nn.Module) -> frozenset[str]:
 
 
 # Loss
-
-OfHidden = Callable[..., mx.array]
-"""(head, hidden (P, D), targets (P,), weights (P,), gradient=) -> (P,) losses, differentiable in `hidden`."""
 
 
 def divided(losses_of: OfHidden, wire: Wire) -> OfHidden:

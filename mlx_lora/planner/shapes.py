@@ -253,7 +253,7 @@ class KernelTerms:
         tiled: row lengths that our attention is chosen for.
         gate_arrays: arrays that a gated activation keeps beside its inputs and its product; None: one if exponentials
             are expensive, otherwise none.
-        loss: `tiles` or `rows`, how logits are computed (losses/cross_entropy.py).
+        loss: `tiles` or `rows`, how logits are computed (losses/fused.py).
     """
 
     attention: tuple[tuple[int, float, float], ...] = ()

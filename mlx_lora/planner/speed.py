@@ -23,7 +23,7 @@ import difflib
 from dataclasses import dataclass, replace
 from math import isfinite
 
-from mlx_lora.config.checks import checkpoint_every
+from mlx_lora.config.settings import checkpoint_every
 from mlx_lora.planner.memory import SINGLE, TILE_QUERIES, probabilities
 from mlx_lora.planner.shapes import Block, Machine, ModelShape, RunShape
 from mlx_lora.utils.errors import InputError

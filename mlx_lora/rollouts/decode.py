@@ -34,7 +34,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,6 +43,7 @@ from mlx_lm.models import base
 from mlx_lm.models.cache import BatchKVCache
 from mlx_lm.models.rope_utils import Llama3RoPE, ProportionalRoPE, SuScaledRoPE
 
+from mlx_lora.adapters.qat import hold_fused, release_fused
 from mlx_lora.kernels.measure import TOLERANCE, Figures, best_s, keep_figures, may_measure, read_figures
 from mlx_lora.kernels.quantized_matmul import (
     DENSE,
@@ -53,12 +54,14 @@ from mlx_lora.kernels.quantized_matmul import (
     shape_class,
 )
 from mlx_lora.models.head import Head, find_head
-from mlx_lora.models.load import Base
 from mlx_lora.models.prefix_attention import Rotation
 from mlx_lora.models.quantize import dequantized_weight
-from mlx_lora.parallel.ranks import Ranks
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_lora.models.load import Base
+    from mlx_lora.parallel.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -245,10 +248,11 @@ def hold_weights(base: Base, rows: int = TOKEN) -> DecodeWeights | None:
     Raises:
         InputError: as for `choose_weights`.
     """
+    hold_fused(base.model)
     held = sum(layer[DENSE].nbytes for layer in base.model.modules() if DENSE in layer)
     chosen = choose_weights(base, rows, device.free_bytes() + held)
     if chosen is None or chosen.form == PACKED:
-        release_weights(base.model)
+        _drop_copies(base.model)
     else:
         copy_weights(base)
     return chosen
@@ -263,7 +267,12 @@ def copy_weights(base: Base) -> None:
 
 
 def release_weights(model: nn.Module) -> None:
-    """Drop the dense copies."""
+    """Drop what was held for generation."""
+    release_fused(model)
+    _drop_copies(model)
+
+
+def _drop_copies(model: nn.Module) -> None:
     for layer in model.modules():
         layer.pop(DENSE, None)
 

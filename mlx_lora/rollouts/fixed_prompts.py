@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +11,12 @@ import numpy as np
 
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
 from mlx_lora.objectives.base import FixedPrompt
+from mlx_lora.rollouts.environment import play, seeds_of
 from mlx_lora.rollouts.rewards import summed
 from mlx_lora.rollouts.rollout import Rollouts
-from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
+from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys
+
+log = logging.getLogger(__name__)
 
 LIKELIEST = 1.0  # min-p that leaves only the likeliest token
 
@@ -37,28 +41,30 @@ def greedy_answers(rollouts: Rollouts, prompts: Sequence[FixedPrompt]) -> list[d
     Raises:
         RunError: a reward failed.
     """
-    base, most = rollouts.base, rollouts.settings.objective.max_new_tokens
-    ends, training = frozenset(base.tokenizer.eos_token_ids), base.model.training
-    options = SamplingOptions(1, most, min_p=LIKELIEST)
+    base, most, env = rollouts.base, rollouts.settings.objective.max_new_tokens, rollouts.env
+    training, count = base.model.training, len(prompts)
+    greedy = rollouts.sample(SamplingOptions(1, most, min_p=LIKELIEST), lambda turn: answer_keys(0, 0, count, turn))
     base.model.eval()
     try:
-        tokens = [prompt.tokens for prompt in prompts]
-        with rollouts.form.model_of(base) as model:
-            answers, _ = sample_groups(model, tokens, options, ends, answer_keys(0, 0, len(prompts)))
+        tokens, facts = [prompt.tokens for prompt in prompts], [prompt.fact for prompt in prompts]
+        played = play(env, tokens, facts, seeds_of(0, 0, range(count)), 1, most, greedy, rollouts.ends)
     finally:
         base.model.train(training)
-    found = rollouts.rewards_of([prompt.fact for prompt in prompts], answers)
-    names, totals = [reward.name for reward in rollouts.rewards], summed(found, rollouts.rewards)
+    for note in played.notes:
+        log.info(note)
+    names, totals = [reward.name for reward in env.rewards], summed(played.rewards, env.rewards)
     return [
         {
             "prompt": prompt.fact["prompt"],
-            "answer": rollouts.text_of(answer),
-            "length": len(answer),
-            "truncated": len(answer) == most and answer[-1] not in ends,
+            "answer": env.text_of(episode.tokens),
+            "length": int(episode.sampled.sum()),
+            "truncated": episode.truncated,
             "reward": _finite_or_none(total),
             "rewards": {name: _finite_or_none(value) for name, value in zip(names, own, strict=True)},
         }
-        for prompt, answer, total, own in zip(prompts, answers, totals.tolist(), found.tolist(), strict=True)
+        for prompt, episode, total, own in zip(
+            prompts, played.episodes, totals.tolist(), played.rewards.tolist(), strict=True
+        )
     ]
 
 

@@ -1,8 +1,10 @@
-"""Load the reward models among a run's rewards, and count their memory before their weights are read.
+"""Load the reward models among a run's rewards, count their memory before their weights are read, and score answers with them.
 
 A reward model that was trained on the run's own base shares that base's arrays: modules are copied, and the adapter is put
 on the copy, so that only the adapter takes memory. This has to happen before the run's own adapter is put on the base. Any
 other reward model has a base beside the run's.
+
+Shapes: N answers.
 """
 
 from __future__ import annotations
@@ -14,28 +16,104 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings, ModelSettings, TrainSettings
+from mlx_lora.data.chat_template import resolve_template
 from mlx_lora.data.examples import Completion, Conversation
+from mlx_lora.data.tokenize import Encoder
 from mlx_lora.exporters.adapter_config import SAME_LAYOUT, check_use, own_entries
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE as ADAPTER_CONFIG
 from mlx_lora.exporters.adapter_folder import load_adapter, read_adapter_config
 from mlx_lora.models.folder import CONFIG_FILE, is_classifier, read_safetensors_header
-from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
+from mlx_lora.models.head import SCORE, SCORE_WEIGHT, put_score_head
 from mlx_lora.models.load import Base, load_base, load_classifier
 from mlx_lora.models.meta import outline_of
 from mlx_lora.models.tokenizer import load_folder_tokenizer
-from mlx_lora.objectives.reward_model import known_scores
+from mlx_lora.objectives.answers import row_log_probabilities, score_loss
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.rollouts.rewards import NO_FUNCTIONS, Functions, Reward, reward_folders, rewards_of
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import read_json
 
+if TYPE_CHECKING:
+    from mlx_lora.config.objectives import ObjectiveSettings
+
 log = logging.getLogger(__name__)
+
+# Scores of given answers
+
+
+def score_answers(
+    base: Base,
+    answers: Sequence[Conversation | Completion],
+    data: DataSettings = DataSettings(),  # noqa: B008 (frozen)
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+) -> np.ndarray:
+    """Return a reward model's score of each answer with its prompt, (N,) float32.
+
+    Args:
+        base: with a reward model's adapter.
+        answers: conversations that end with the answer, or prompts with completions.
+        data: the template, and the most tokens of a row.
+        batch_tokens: the most positions of a batch, padding included.
+
+    Raises:
+        InputError: there is no score head, or an answer gives no row: the template cannot render it, or none of it is left after
+            cutting the row to its maximum length.
+        ArithmeticError: a score is not finite.
+    """
+    scores, dropped = known_scores(base, answers, data, batch_tokens)
+    for number, why in dropped.items():
+        raise InputError(f"answer {number}: {why}")
+    if not np.isfinite(scores).all():
+        bad = int(np.flatnonzero(~np.isfinite(scores))[0])
+        raise ArithmeticError(f"answer {bad}: its score is {scores[bad]}")
+    return scores
+
+
+def known_scores(
+    base: Base,
+    answers: Sequence[Conversation | Completion],
+    data: DataSettings,
+    batch_tokens: int,
+    day: date | None = None,
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Return scores, (N,) float32, NaN for answers that give no row; and why they give none, by number.
+
+    Args:
+        base, answers, data, batch_tokens: as for `score_answers`.
+        day: that the template shows as today; None: today.
+
+    Raises:
+        InputError: there is no score head.
+    """
+    if SCORE not in base.model:
+        raise InputError(f"--model {base.model_id}: has no score head; load the adapter of a reward model")
+    tokenizer = base.hf_tokenizer
+    plain = data.chat_template is None and not tokenizer.chat_template
+    rendered = not plain or any(isinstance(answer, Conversation) for answer in answers)
+    template = resolve_template(data.chat_template, tokenizer)[0] if rendered else None
+    encoder = Encoder(
+        tokenizer,
+        template,
+        max_seq_length=data.max_seq_length,
+        plain_completions=plain,
+        day=day,
+        allow_special_tokens=data.allow_special_tokens,
+    )
+    encoded = encoder.encode(answers)
+    scores = row_log_probabilities(
+        base.model, score_loss(base.model).tokens, encoded.rows.with_end_scores(), batch_tokens, finite=False
+    )
+    last = dict(zip(encoded.source.tolist(), scores.tolist(), strict=True))  # earlier rows are a chat's earlier turns
+    found = [last.get(number, math.nan) for number in range(len(answers))]
+    return np.array(found, np.float32), encoded.dropped
+
 
 # Loading
 

@@ -1,6 +1,6 @@
 """Divide the prompts of a step among ranks: each answers some of them, rewards its answers, and all get everything.
 
-What is exchanged is small: tokens and one number for each answer. Afterwards every rank has the same batches as a single
+What is exchanged is small: tokens and a few numbers for each answer. Afterwards every rank has the same batches as a single
 process, so all that depends on a whole step (advantages, tokens of the step, the division of the training pass) is
 computed from them as by a single process. The random streams belong to the answers, not to the ranks that sample them.
 
@@ -10,7 +10,7 @@ Shapes: G answers to one prompt, B rows, T columns; N ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +19,7 @@ import numpy as np
 from mlx_lora.data.batch import Batch, share_of
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.parallel.ranks import Ranks
+from mlx_lora.rollouts.environment import Episode, Played
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,6 @@ class Planned:
     rows: EncodedSet
 
 
-@dataclass(frozen=True)
-class Answered:
-    """The answers to some prompts, one group after the other.
-
-    Attributes:
-        answers: tokens of each answer.
-        rewards: (answers, functions) float64, NaN without one.
-        notes: lines on rewards that failed and were skipped.
-    """
-
-    answers: list[list[int]]
-    rewards: np.ndarray
-    notes: list[str] = field(default_factory=list)
-
-
 def deal_prompts(counts: Sequence[int], size: int) -> list[list[list[int]]]:
     """Deal the prompts of a step's batches to ranks in turn, on from one batch to the next.
 
@@ -70,8 +56,8 @@ def deal_prompts(counts: Sequence[int], size: int) -> list[list[list[int]]]:
     return dealt
 
 
-def gathered(own: Sequence[Answered], dealt: Sequence[list[list[int]]], group: int, ranks: Ranks) -> list[Answered]:
-    """Return the answers to all prompts of each batch, the same on every rank.
+def gathered(own: Sequence[Played], dealt: Sequence[list[list[int]]], group: int, ranks: Ranks) -> list[Played]:
+    """Return the episodes of all prompts of each batch, the same on every rank.
 
     Args:
         own: this rank's, for each batch.
@@ -79,16 +65,19 @@ def gathered(own: Sequence[Answered], dealt: Sequence[list[list[int]]], group: i
         group: G.
         ranks: all ranks of the run.
     """
-    every = ranks.everyone([[one.answers, one.rewards.tolist(), one.notes] for one in own])
+    every = ranks.everyone([[one.prompts, one.written, one.rewards.tolist(), one.notes] for one in own])
     whole = []
     for number, prompts_of in enumerate(dealt):
-        count = group * sum(map(len, prompts_of))
-        found = Answered([[] for _ in range(count)], np.zeros((count, own[number].rewards.shape[1])))
-        for rank, prompts in enumerate(prompts_of):
-            answers, rewards, notes = every[rank][number]
-            rows = [group * prompt + place for prompt in prompts for place in range(group)]
-            for row, answer, reward in zip(rows, answers, rewards, strict=True):
-                found.answers[row], found.rewards[row] = answer, reward
+        prompts = sum(map(len, prompts_of))
+        shape = group * prompts, own[number].rewards.shape[1]
+        found = Played([[] for _ in range(prompts)], [Episode() for _ in range(shape[0])], np.zeros(shape))
+        for rank, dealt_to in enumerate(prompts_of):
+            begun, episodes, rewards, notes = every[rank][number]
+            for prompt, tokens in zip(dealt_to, begun, strict=True):
+                found.prompts[prompt] = tokens
+            rows = [group * prompt + place for prompt in dealt_to for place in range(group)]
+            for row, episode, reward in zip(rows, episodes, rewards, strict=True):
+                found.episodes[row], found.rewards[row] = Episode(*episode), reward
             found.notes.extend(f"rank {rank}: {note}" if rank else note for note in notes)
         whole.append(found)
     return whole

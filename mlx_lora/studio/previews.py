@@ -27,7 +27,6 @@ import numpy as np
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.encode import answers_of, encode_entries
 from mlx_lora.data.examples import BadRow, Record
 from mlx_lora.data.files import DataFile, find_sets
 from mlx_lora.data.load import chat_day, prompt_encoder
@@ -37,8 +36,10 @@ from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.data.read import (
     Repeated,
     SplitRows,
+    answers_of,
     check_speaker,
     cut_repeated_prompts,
+    encode_entries,
     file_records,
     parse_rows,
     repeated_notes,

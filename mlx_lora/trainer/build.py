@@ -6,36 +6,38 @@ What differs from one objective to another are calls of its methods, in the orde
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlx_lora.config.settings import LoopSettings
-from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.load import DataSplits
-from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.kernels.attention import attend
-from mlx_lora.kernels.table import assumed
-from mlx_lora.objectives.base import BoundObjective, HeldOutBatches, RunContext
-from mlx_lora.parallel.agreement import check_one_run, take_first_ranks
-from mlx_lora.parallel.sharded_base import end_of_trial
-from mlx_lora.parallel.strategy import called_together, sharing_of
-from mlx_lora.parallel.tensor import is_cut, row_ranks
+from mlx_lora.kernels.table import assumed, exchanging
+from mlx_lora.losses.check import choose_compute
 from mlx_lora.planner.fit import planned_words
-from mlx_lora.planner.memory import MemoryPlan
 from mlx_lora.trainer.adapter import adapt
-from mlx_lora.trainer.checkpoint import Checkpoint, Position
-from mlx_lora.trainer.evaluate import choose_held_out
-from mlx_lora.trainer.fit import check_blocks_are_apart, fit_settings, shape_of, share_among, training_plan
+from mlx_lora.trainer.checkpoint import Checkpoint, take_first_ranks
+from mlx_lora.trainer.fit import fit_settings, training_plan
 from mlx_lora.trainer.frozen_prefix import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.header import choices, describe_run
+from mlx_lora.trainer.held_out import choose_held_out
+from mlx_lora.trainer.model_shape import shape_of
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
 from mlx_lora.trainer.schedules import make_events, rates_of, restart_every, restart_warmup
+from mlx_lora.trainer.state import Position
 from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.trainer.step_variant import choose_step_variant
 from mlx_lora.trainer.trainer import total_steps
 from mlx_lora.utils import device
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import LoopSettings
+    from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.data.load import DataSplits
+    from mlx_lora.data.sampler import BatchPlan
+    from mlx_lora.objectives.base import BoundObjective, HeldOutBatches, RunContext
+    from mlx_lora.planner.memory import MemoryPlan
 
 
 @dataclass(frozen=True)
@@ -87,18 +89,19 @@ def build_run(ctx: RunContext, data: DataSplits) -> BuiltRun:
     Raises:
         InputError: the adapter, a checkpoint or a rank does not belong to this run, or the machine cannot take it.
     """
-    objective, base, ranks = ctx.objective, ctx.base, ctx.ranks
+    objective, base, strategy = ctx.objective, ctx.base, ctx.strategy
     sets = {name: rows for name, rows in data.sets.items() if name != "test" or ctx.settings.loop.test}
     data = replace(data, **objective.compare(ctx, sets))
     mx.random.seed(ctx.settings.loop.seed)
     adapted, info = adapt(ctx.settings, base, objective, data.chat_template)
-    ctx.settings, shared = share_among(ctx.settings, base, ranks)
-    found = find_checkpoint(ctx.settings.loop, ranks)
+    ctx.settings = strategy.divide(base, ctx.settings)
+    found = find_checkpoint(ctx.settings.loop, strategy.ranks)
     ctx.resumed = found.identity if found else None
     objective.lay_out(ctx, data.train)
-    asked, shape = ctx.settings, shape_of(ctx.settings, base, ctx.chosen, shared)
+    ctx.compute = ctx.compute or choose_compute(ctx.settings, base, data.train, strategy)
+    asked, shape = ctx.settings, shape_of(ctx.settings, base, ctx.chosen, strategy)
     settled, arranged = objective.settled(asked), objective.arrange(data)
-    ctx.settings, ctx.memory = fit_settings(settled, shape, arranged, ctx.chosen, shared, ranks, ctx.resumed)
+    ctx.settings, ctx.memory = fit_settings(settled, shape, arranged, ctx.chosen, strategy, ctx.resumed)
     data = objective.after_fit(ctx, data, shape)
     fingerprint = data.train.fingerprint  # of the rows apart, so that a run may be resumed whatever shares a row
     data = objective.arrange(data)
@@ -113,19 +116,19 @@ def build_run(ctx: RunContext, data: DataSplits) -> BuiltRun:
     identity |= ctx.record.identity | held_out.identity
     passes = steps * loop.grad_accumulation_steps / per_epoch
     of_trunk = TrunkAsked(
-        ctx.settings, base, plan, held_out.plan, passes, ranks, blocks_before(found, loop.cache_trunk)
+        ctx.settings, base, plan, held_out.plan, passes, strategy.ranks.size, blocks_before(found, loop.cache_trunk)
     )
     if found:
         check_continuation(found, identity | of_trunk.identity | objective.kept_choices(found.identity))
     step, bound, trunk, details, about = make_step(ctx, plan, steps, of_trunk)
     identity |= trunk.identity
-    about = [words for words in (*about, *objective.header_words(plan, ctx), trunk.words, shared.words) if words]
-    check_one_run(ranks, ctx.settings, identity | ctx.record.shared)
-    take_first_ranks(ranks, step)
+    about = [words for words in (*about, *objective.header_words(plan, ctx), trunk.words, strategy.words) if words]
+    strategy.check_same(ctx.settings, identity | ctx.record.shared)
+    take_first_ranks(strategy, step)
     chosen = choices(asked, ctx.settings, shape, data, steps, per_epoch / loop.grad_accumulation_steps)
     first, *rest = describe_run(ctx, adapted, plan, steps, details, about)
     words = [first, *filter(None, [*ctx.record.lines, *chosen]), *rest[:1], *filter(None, [held_out.words]), *rest[1:]]
-    folder = RunFolder(ctx.settings, info, identity, ranks, step, beginning(found, loop))
+    folder = RunFolder(ctx.settings, info, identity, strategy, step, beginning(found, loop))
     validation = objective.held_out(held_out.plan) if held_out.plan is not None else None
     return BuiltRun(ctx, folder, bound, plan, validation, steps, found, words, trunk, data.test)
 
@@ -150,7 +153,7 @@ def make_step(
         InputError: the model cannot be trained.
     """
     settings, objective, chosen, model = ctx.settings, ctx.objective, ctx.chosen, ctx.base.model
-    adapter, loop = settings.adapter, settings.loop
+    adapter, loop, strategy = settings.adapter, settings.loop, ctx.strategy
     tape = apply_checkpointing(model, loop.grad_checkpoint)
     attention = (tape.attend if tape else attend) if chosen.kernels else None
     variant = choose_step_variant(
@@ -160,33 +163,32 @@ def make_step(
         attention,
         ctx.base.model_id,
         chosen.kernels or assumed,
-        not called_together(model),
+        not strategy.lockstep,
     )
-    end_of_trial(model)
-    check_blocks_are_apart(ctx.base, tape)
+    strategy.end_of_trial(model)
+    left_out = tape is not None and bool(tape.left_out)
+    strategy.check_checkpointing(ctx.base.config, left_out)
     whole = objective.bind(objective.token_loss(ctx, variant.loss, plan.rows), model)
     trunk = choose_trunk(of_trunk, variant, objective)  # after the checkpointing, whose blocks it wraps
     bound = trunk.for_steps(whole)
     options = StepOptions(
-        variant.attend,
-        variant.choose,
+        exchanging(variant.attend, variant.choose),
         variant.compiled,
         wait=loop.short_buffers,
         rate_of=rates_of(adapter),
         events=make_events(adapter, model, steps, loop.seed),
-        prepare=lambda batches: bound.prepare(batches, row_ranks(model, ctx.ranks)),
+        prepare=lambda batches: bound.prepare(batches, strategy),
         arrays_of=bound.arrays_of,
         reports=bound.reports,
     )
     optimizer = build_optimizer(
         settings.optimizer, steps, restart_every(adapter, steps), restart_warmup(adapter, steps)
     )
-    sharing = sharing_of(model, ctx.ranks, loop.seed)
-    step = Step(model, optimizer, bound.loss.train, settings.optimizer.max_grad_norm, options, sharing)
+    step = Step(model, optimizer, bound.loss.train, settings.optimizer.max_grad_norm, options, strategy)
     details = [bound.loss.description, chosen.words]
-    details += ["blocks that share a state are not checkpointed"] if tape is not None and tape.left_out else []
+    details += ["blocks that share a state are not checkpointed"] if left_out else []
     about = [planned_words(ctx.memory)] if ctx.memory else []
     about += [f"checkpointing {loop.grad_checkpoint}", *variant.notes]
     about += ["a pause after each micro-batch"] if loop.short_buffers else []
-    about += [f"rows shared by {ctx.ranks.size} processes"] if ctx.ranks.size > 1 and not is_cut(model) else []
+    about += [strategy.row_words] if strategy.row_words else []
     return step, trunk.for_validation(whole), trunk, details, about

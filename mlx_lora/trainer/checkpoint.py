@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,82 +32,22 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lora import __version__
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.models.folder import read_safetensors_header, save_tensors
-from mlx_lora.trainer.evaluate import VALIDATED
-from mlx_lora.trainer.step import Step
-from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.trainer.state import VALIDATED, Position
+from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replacing_folder, sha256_of
 from mlx_lora.utils.parsing import read_json
 from mlx_lora.utils.text import command_line
 
+if TYPE_CHECKING:
+    from mlx_lora.parallel.strategy import Strategy
+    from mlx_lora.trainer.step import Step
+
 log = logging.getLogger(__name__)
 
-# Position and arrays
+# Arrays
 
 # Frozen factors that a method keeps in addition to the trained ones.
 FROZEN = ("start_a", "start_b", "fixed_a", "fixed_b")
-
-
-@dataclass
-class Position:
-    """The position of a run, which the loop keeps up to date.
-
-    Attributes:
-        taken: optimizer steps so far.
-        consumed: micro-batches of the plan so far.
-        skipped, skipped_in_a_row: updates that were not finite.
-        val_loss, val_at: the last validation and its step.
-        best_loss, best_accuracy, best_at: the best validation so far and its step; None if it reported no accuracy.
-        worse: validations since then that were not better by the early stopping threshold.
-        parts: the number of parts in which each batch runs.
-    """
-
-    taken: int = 0
-    consumed: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    val_loss: float | None = None
-    val_at: int | None = None
-    best_loss: float | None = None
-    best_accuracy: float | None = None
-    best_at: int | None = None
-    worse: int = 0
-    parts: int = 1
-
-    def validated(
-        self, loss: float, threshold: float = 0.0, accuracy: float | None = None, by_accuracy: bool = False
-    ) -> bool:
-        """Record a validation, and return whether it is the best so far.
-
-        Args:
-            loss: mean per trained token, or per example of preference training.
-            threshold: an improvement up to this does not count for early stopping, as in transformers'
-                EarlyStoppingCallback.
-            accuracy: share of pairs that are preferred as labeled, if the objective reports it.
-            by_accuracy: whether the best validation is the one with the highest accuracy (of equal ones, the one with
-                the lowest loss); otherwise it is the one with the lowest loss. A validation before the first step is
-                then not a candidate: policy and reference are still the same, so its accuracy is only rounding.
-        """
-        self.val_loss, self.val_at = loss, self.taken
-        if by_accuracy and not self.taken:
-            return False
-        less = math.inf if self.best_loss is None else self.best_loss - loss
-        gain = less
-        if by_accuracy and accuracy is not None:
-            gain = math.inf if self.best_accuracy is None else accuracy - self.best_accuracy
-        better = math.isfinite(loss) and (gain > 0 or (gain == 0 and less > 0))
-        self.worse = 0 if better and (gain > threshold or not threshold) else self.worse + 1
-        if better:
-            self.best_loss, self.best_at = loss, self.taken
-            self.best_accuracy = accuracy if self.taken else None
-        return better
-
-
-class Diverged(RunError):
-    """Ends a run because many updates in a row were not finite; `at` is the run's position."""
-
-    def __init__(self, at: Position):
-        super().__init__(f"step {at.taken}: loss or gradient was not finite {at.skipped_in_a_row} times in a row")
-        self.at = at
 
 
 def run_arrays(step: Step) -> dict[str, mx.array]:
@@ -122,6 +61,24 @@ def run_arrays(step: Step) -> dict[str, mx.array]:
     for path, layer in adapter_layers(step.model).items():
         arrays |= {f"layers.{path}.{name}": layer[name] for name in FROZEN if name in layer}
     return arrays
+
+
+def take_first_ranks(strategy: Strategy, step: Step) -> None:
+    """Copy the arrays of rank 0's run to every rank, unless they are already equal.
+
+    Ranks start equal and apply the same sums, so they stay equal, except for rounding: if a backend adds in a different
+    order on each rank, or different processors computed the initial factors.
+
+    Args:
+        strategy, step: of this run.
+    """
+    arrays = run_arrays(step)
+    first = strategy.first_arrays(arrays, [name for name in arrays if name != "random"])  # each rank has its own
+    if first is None:
+        return
+    log.info("The ranks' parameters were not exactly equal; all ranks continue with those of rank 0")
+    if not strategy.ranks.leads:
+        restore_arrays(step, first)
 
 
 def finite(step: Step) -> bool:

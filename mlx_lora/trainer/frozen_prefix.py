@@ -26,14 +26,13 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata, resources
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.batch import EMPTY, Batch
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
@@ -43,20 +42,22 @@ from mlx_lora.losses.check import disagreement, probe
 from mlx_lora.losses.cross_entropy import Arrays
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, parameter_sums, short
 from mlx_lora.models.frozen_prefix import NoTrunk, Trunk, trunk_outputs
-from mlx_lora.models.load import Base
 from mlx_lora.models.meta import model_shape
-from mlx_lora.objectives.base import BoundObjective, Objective
-from mlx_lora.parallel.ranks import Ranks
 from mlx_lora.planner.fit import run_of
 from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
-from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.planner.speed import ROOM_LEFT_BYTES, TrunkPlan, no_use, plan_trunk
-from mlx_lora.trainer.checkpoint import Checkpoint
-from mlx_lora.trainer.step_variant import StepVariant
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import cache_dir, free_on_disk, sha256_of
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.models.load import Base
+    from mlx_lora.objectives.base import BoundObjective, Objective
+    from mlx_lora.planner.shapes import ModelShape
+    from mlx_lora.trainer.checkpoint import Checkpoint
+    from mlx_lora.trainer.step_variant import StepVariant
 
 # Decision
 
@@ -72,7 +73,7 @@ class TrunkAsked:
         base: adapted.
         plan, validation: its batches; None without validation.
         epochs: of the run.
-        ranks: its processes.
+        processes: that train together.
         before: the number of blocks whose output the run to resume keeps; None: there is no such run.
     """
 
@@ -81,7 +82,7 @@ class TrunkAsked:
     plan: BatchPlan
     validation: BatchPlan | None
     epochs: float
-    ranks: Ranks
+    processes: int
     before: int | None = None
 
     @property
@@ -176,8 +177,8 @@ def choose_trunk(of: TrunkAsked, variant: StepVariant, objective: Objective) -> 
 
 def _layout_problem(of: TrunkAsked, objective: Objective) -> str | None:
     """Return in a few words why the rows of a run cannot start above its frozen blocks, None if they can."""
-    if of.ranks.size > 1:
-        return f"{of.ranks.size} processes share the rows"
+    if of.processes > 1:
+        return f"{of.processes} processes share the rows"
     return rows_problem(of.plan.rows.starts is not None, objective)
 
 

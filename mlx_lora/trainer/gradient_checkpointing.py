@@ -26,7 +26,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.adapters.base import LINEAR, SWITCH, Exit, is_exactly
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.config.checks import checkpoint_every
+from mlx_lora.config.settings import checkpoint_every
 from mlx_lora.kernels.attention import Tiles, attend, attend_gradient
 
 PRODUCTS = (*LINEAR, *SWITCH)

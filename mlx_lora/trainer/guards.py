@@ -1,4 +1,4 @@
-"""Guard a run: save and end at the first signal, and divide batches when they exceed the memory limit.
+"""Guard a run: save and end at the first signal, on all ranks, and divide batches when they exceed the memory limit.
 
 The first signal asks the loop to save and end, the second ends the process at once.
 
@@ -19,15 +19,21 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from mlx_lora.data.batch import Batch, split_rows
-from mlx_lora.trainer.checkpoint import Position
 from mlx_lora.utils.files import cache_dir, replacing_file
 from mlx_lora.utils.progress import told_display
 from mlx_lora.utils.supervise import SUPERVISOR
+
+if TYPE_CHECKING:
+    from mlx_lora.parallel.ranks import Ranks
+    from mlx_lora.trainer.state import Position
+    from mlx_lora.trainer.step import StepResult
 
 log = logging.getLogger(__name__)
 
@@ -151,3 +157,32 @@ class MemoryGuard:
         elif not self._told:
             log.info(f"{over}, with one row at a time; use --grad-checkpoint block or a smaller --max-seq-length")
             self._told = True
+
+
+@dataclass
+class Agreement:
+    """Tells whether the run stops: a single process at once, several processes when all know that one was asked to.
+
+    The request is sent with a step's sums, so all ranks stop after the same step, and no rank waits for an answer.
+
+    Attributes:
+        asked: whether this process was asked to stop.
+        ranks: the ranks that must agree.
+        heard: whether all ranks know that one was asked to stop.
+    """
+
+    asked: Callable[[], bool]
+    ranks: Ranks
+    heard: bool = False
+
+    def __call__(self) -> bool:
+        return self.heard or (self.ranks.size == 1 and self.asked())
+
+    def hear(self, result: StepResult | None) -> None:
+        """Read from a step's result whether a rank was asked to stop."""
+        if result is not None and result.asked is not None:
+            self.heard = self.heard or result.asked.item() > 0
+
+    def ask_all(self) -> None:
+        """Exchange the requests to stop now, outside of a step."""
+        self.heard = self.ranks.any(self.heard or self.asked())

@@ -6,26 +6,28 @@ import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.inject import Adapted, adapter_parameters, starting_rank
 from mlx_lora.config.defaults import chosen_words, length_problem, rate_problem
-from mlx_lora.config.settings import AdapterSettings, LoopSettings, TrainSettings
-from mlx_lora.data.load import DataSplits
-from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
-from mlx_lora.objectives.base import RunContext
-from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.reports.run_report import REPORT_FILE, Sample
-from mlx_lora.trainer.evaluate import Measured
 from mlx_lora.trainer.fit import data_facts
 from mlx_lora.trainer.run_folder import CHECKPOINTS
 from mlx_lora.trainer.schedules import restart_every
-from mlx_lora.trainer.trainer import Outcome
 from mlx_lora.utils import console
 from mlx_lora.utils.text import command_line, counted, words_of
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import AdapterSettings, LoopSettings, TrainSettings
+    from mlx_lora.data.load import DataSplits
+    from mlx_lora.data.sampler import BatchPlan
+    from mlx_lora.objectives.base import RunContext
+    from mlx_lora.planner.shapes import ModelShape
+    from mlx_lora.trainer.evaluate import Measured
+    from mlx_lora.trainer.trainer import Outcome
 
 MOST_SHOWN = 200  # characters of a text that is shown at a run's end
 MOST_PROMPT = 80  # characters of the prompt in a command to try

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import accumulate
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_lora.config.presets import OPTIMIZERS
-from mlx_lora.config.settings import OptimizerSettings
+from mlx_lora.config.optimizers import OPTIMIZERS
 from mlx_lora.planner.memory import FLAT_UP_TO
 from mlx_lora.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import OptimizerSettings
 
 Schedule = Any  # a float, or a callable from step to learning rate
 

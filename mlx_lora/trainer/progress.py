@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -22,11 +22,13 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from mlx_lora.reports.charts import Series, line_chart
-from mlx_lora.trainer.evaluate import RowLosses
 from mlx_lora.utils import console
 from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.progress import QUIET_S, LongTask, long_task
 from mlx_lora.utils.text import counted, format_duration
+
+if TYPE_CHECKING:
+    from mlx_lora.trainer.evaluate import RowLosses
 
 log = logging.getLogger(__name__)
 

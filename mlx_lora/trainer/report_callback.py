@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from mlx_lm import stream_generate
@@ -31,13 +32,10 @@ from mlx_lora import __version__
 from mlx_lora.adapters.inject import full_parameters, without_adapters
 from mlx_lora.data.batch import Batch
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
-from mlx_lora.data.load import DataSplits
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.exporters.card import CARD_FILE, read_facts, write_card
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
-from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import continued
-from mlx_lora.objectives.base import FixedPrompt, Objective, RunContext
 from mlx_lora.reports.run_report import (
     ANSWERS_FILE,
     RunReport,
@@ -48,14 +46,20 @@ from mlx_lora.reports.run_report import (
     read_answers,
 )
 from mlx_lora.rollouts.decode import TokenSteps, held_weights
-from mlx_lora.trainer.build import BuiltRun
-from mlx_lora.trainer.callbacks import Callbacks
-from mlx_lora.trainer.evaluate import ROWS_FILE, KnownRows, RowsFile, held_out_loss
+from mlx_lora.trainer.evaluate import ROWS_FILE, KnownRows, RowsFile
+from mlx_lora.trainer.held_out import held_out_loss
 from mlx_lora.trainer.progress import Metrics, MetricsFile, PlainProgress, Progress
 from mlx_lora.utils import device
 from mlx_lora.utils.console import in_notebook
 from mlx_lora.utils.progress import tracked
 from mlx_lora.utils.text import this_command
+
+if TYPE_CHECKING:
+    from mlx_lora.data.load import DataSplits
+    from mlx_lora.models.load import Base
+    from mlx_lora.objectives.base import FixedPrompt, Objective, RunContext
+    from mlx_lora.trainer.build import BuiltRun
+    from mlx_lora.trainer.callbacks import Callbacks
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +90,9 @@ def reporting(
             return
         if page is not None:
             page.validated(record.step)
-        folder.ranks.meet()  # the others wait for the first rank's answers
+        folder.strategy.ranks.meet()  # the others wait for the first rank's answers
 
-    if not folder.ranks.leads:
+    if not folder.strategy.ranks.leads:
         yield answered, lambda step: None, lambda batches, count: batches
         return
     resumed_at = folder.at.taken if run.found else None

@@ -8,35 +8,37 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.config.settings import TrainSettings
-from mlx_lora.data.load import DataSplits
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import OBJECTIVES, objective_of
-from mlx_lora.parallel.agreement import take_first_ranks
 from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.parallel.sharded_base import is_shared
-from mlx_lora.trainer.adapter import put_adapter
+from mlx_lora.trainer.adapter import put_adapter, qat_from
 from mlx_lora.trainer.build import BuiltRun, build_run
 from mlx_lora.trainer.callbacks import Callback, Callbacks, logger_callbacks
-from mlx_lora.trainer.checkpoint import Diverged
-from mlx_lora.trainer.evaluate import held_out_loss
-from mlx_lora.trainer.fit import check_base_fits, in_parts, settled_parallel
+from mlx_lora.trainer.checkpoint import take_first_ranks
+from mlx_lora.trainer.choose_strategy import choose_strategy
+from mlx_lora.trainer.fit import check_base_fits
 from mlx_lora.trainer.guards import MemoryGuard
 from mlx_lora.trainer.header import closing_words, left_by, loss_words, outcome_line, told_after
-from mlx_lora.trainer.progress import Progress
+from mlx_lora.trainer.held_out import held_out_loss
 from mlx_lora.trainer.report_callback import RunPage, known_rows, leave_card, reporting
 from mlx_lora.trainer.run_folder import check_room, first_day, own_folder
+from mlx_lora.trainer.state import Diverged
 from mlx_lora.trainer.trainer import LoopHooks, Outcome, Trainer
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
 from mlx_lora.utils.progress import waiting
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.data.load import DataSplits
+    from mlx_lora.trainer.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -69,13 +71,14 @@ def train_run(
     objective = objective_of(settings.objective)
     check_request(settings, ranks, functions)
     device.compile_for(steps=settings.loop.iters or 0)  # until `build_run` knows how many there are
-    trains, settings = wants_training(settings), settled_parallel(settings, ranks)
+    trains = wants_training(settings)
+    settings, strategy = choose_strategy(settings, ranks)
     if base is None:
         with waiting("Loading the model"):
             if trains:
                 check_base_fits(settings)  # an outline, whose weights need not be read or downloaded in vain
-            base = load_base(settings.model, read=not in_parts(settings.loop))
-    ctx = RunContext(settings, objective, base, ranks, functions, first_day(settings.loop, ranks), trains)
+            base = load_base(settings.model, read=not strategy.divides_base)
+    ctx = RunContext(settings, objective, base, strategy, functions, first_day(settings.loop, ranks), trains)
     objective.open(ctx)  # before an adapter is on
     if not trains:
         ctx.untrained = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
@@ -191,18 +194,18 @@ def take_steps(
         RunError: the run diverged, its results could not be written, or a callback failed.
     """
     folder, base, memory = run.folder, run.ctx.base, run.memory
-    settings, ranks, step, at = folder.settings, folder.ranks, folder.step, folder.at
+    settings, strategy, step, at = folder.settings, folder.strategy, folder.step, folder.at
     _bound_memory(run)
     log.info("\n".join(run.words if settings.loop.verbose else run.words[:-1]))
     page = None
-    if ranks.leads:
+    if strategy.ranks.leads:
         check_room(settings.loop, run.steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
         page = RunPage.begin(run, data)
     folder.begin(run.found, run.steps, data.written)
     guard = MemoryGuard(at, memory.budget_bytes)
 
     def save(step_number: int) -> None:
-        take_first_ranks(ranks, step)
+        take_first_ranks(strategy, step)
         folder.save()
         if page is not None:
             page.write()
@@ -211,19 +214,29 @@ def take_steps(
     with told.around(run.steps, settings.to_flat()) as ending:
         try:
             with folder.kept_if_it_fails(), reporting(run, told, show, page) as (report, shown, watch):
-                hooks = LoopHooks(report, save, shown, told.failed, watch)
+                on_step = qat_from(settings.adapter, base.model, run.steps, at.taken, shown)
+                hooks = LoopHooks(report, save, on_step, told.failed, watch)
                 outcome = Trainer(
-                    step, run.ctx.objective, run.bound, run.plan, run.validation, settings.loop, hooks, at, guard, ranks
+                    step,
+                    run.ctx.objective,
+                    run.bound,
+                    run.plan,
+                    run.validation,
+                    settings.loop,
+                    hooks,
+                    at,
+                    guard,
+                    strategy,
                 ).fit()
                 best = None if outcome.interrupted else folder.put_best()
-                take_first_ranks(ranks, step)  # rank 0 restored the best adapter
+                take_first_ranks(strategy, step)  # rank 0 restored the best adapter
         except Diverged as diverged:
             raise folder.roll_back(diverged) from diverged
         ending.update(asdict(outcome))
     if not outcome.interrupted:
         run.trunk.end()
     if page is not None:
-        if not outcome.interrupted and ranks.size == 1 and not folder.info.scores:
+        if not outcome.interrupted and strategy.ranks.size == 1 and not folder.info.scores:
             page.report.known = known_rows(run.ctx, data.train)
         page.end(outcome.interrupted, at.best_at if settings.loop.keep_best and at.best_at else None)
         leave_card(folder.path, base, folder.info)
@@ -239,5 +252,4 @@ def _bound_memory(run: BuiltRun) -> None:
     """Bound the memory of the steps: MLX's buffer cache, and with a shared base what it allocates ahead of its work."""
     device.set_cache_limit(run.memory.budget_bytes)
     device.wire_working_set()
-    if is_shared(run.ctx.base.model):
-        device.wait_beyond(run.memory.peak_bytes)
+    run.ctx.strategy.bound_memory(run.memory.peak_bytes)

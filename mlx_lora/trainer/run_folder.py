@@ -21,14 +21,13 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import yaml
 
 from mlx_lora.config.checks import is_day
 from mlx_lora.config.settings import FIELDS, ROWS, LoopSettings, TrainSettings
-from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.exporters.adapter_config import own_entries
 from mlx_lora.exporters.adapter_folder import (
     CONFIG_FILE,
@@ -40,12 +39,9 @@ from mlx_lora.exporters.adapter_folder import (
 )
 from mlx_lora.exporters.card import CARD_FILE
 from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.parallel.sharded_base import is_shared
 from mlx_lora.reports.run_report import ANSWERS_FILE, EVALUATION_FILE, FACTS_FILE, REPORT_FILE
 from mlx_lora.trainer.checkpoint import (
     Checkpoint,
-    Diverged,
-    Position,
     differences,
     finite,
     locked,
@@ -58,11 +54,16 @@ from mlx_lora.trainer.checkpoint import (
     write_checkpoint,
 )
 from mlx_lora.trainer.evaluate import ROWS_FILE
-from mlx_lora.trainer.step import Step
+from mlx_lora.trainer.state import Diverged, Position
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import cache_dir, check_writable, one_at_a_time, replacing_file, replacing_folder
 from mlx_lora.utils.parsing import parse_yaml
 from mlx_lora.utils.text import command_line
+
+if TYPE_CHECKING:
+    from mlx_lora.data.sampler import BatchPlan
+    from mlx_lora.parallel.strategy import Strategy
+    from mlx_lora.trainer.step import Step
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class RunFolder:
         settings: of the run; they decide where and how often it saves, and how many checkpoints are kept.
         info: the facts about the adapter.
         identity: of the run.
-        ranks: only the first writes, while the others wait.
+        strategy: of its ranks, only the first writes, while the others wait.
         step: has everything that is trained, and the adapted model.
         at: the run's position, which the loop keeps up to date.
     """
@@ -134,7 +135,7 @@ class RunFolder:
     settings: TrainSettings
     info: AdapterInfo
     identity: dict[str, Any]
-    ranks: Ranks
+    strategy: Strategy
     step: Step
     at: Position
 
@@ -156,7 +157,7 @@ class RunFolder:
             restore_arrays(self.step, found.arrays)
             left = f"; all {steps} steps are done, so raise --iters or --epochs to train further" if done else ""
             log.info(f"Resuming from step {self.at.taken} ({found.folder}){left}")
-        if not self.ranks.leads:
+        if not self.strategy.ranks.leads:
             return
         self._clear_leftovers()
         if done and found is not None:
@@ -196,8 +197,8 @@ class RunFolder:
         save_adapter(folder, self.step.model, self.info, overlap=overlap)
 
     def _overlap_of(self, checkpoint: Path | None) -> dict[str, float] | None:
-        """Return the overlap that a checkpoint's adapter has on record if the base is shared; None: measure it again."""
-        if not is_shared(self.step.model):
+        """Return the overlap that a checkpoint's adapter has on record if ranks measure it together; None: measure it again."""
+        if not self.strategy.lockstep:
             return None
         own = own_entries(read_adapter_config(checkpoint)) if checkpoint else {}
         return own.get("overlap") or {}
@@ -209,7 +210,7 @@ class RunFolder:
         Raises:
             RunError: instead of the operating system's error.
         """
-        if not self.ranks.leads:
+        if not self.strategy.ranks.leads:
             yield  # rank 0 reports it
             return
         try:
@@ -235,8 +236,8 @@ class RunFolder:
         """
         if not finite(self.step):
             raise Diverged(self.at)
-        overlap = measure_overlap(self.step.model) if is_shared(self.step.model) else None  # by all ranks
-        if self.ranks.leads:
+        overlap = measure_overlap(self.step.model) if self.strategy.lockstep else None  # by all ranks
+        if self.strategy.ranks.leads:
             self._save_adapter(self.path, overlap)
             if self.settings.loop.save_every:
                 room = self.path / CHECKPOINTS
@@ -245,7 +246,7 @@ class RunFolder:
                 write_checkpoint(room / name, self.at, self.identity, run_arrays(self.step), save)
                 thin_out(room, self.settings.loop.keep, self.at.best_at)
             _end_aside(self.path)
-        self.ranks.meet()  # wait until everything is on disk
+        self.strategy.ranks.meet()  # wait until everything is on disk
 
     def roll_back(self, diverged: Diverged) -> RunError:
         """Restore the last good checkpoint's adapter after a divergence, and return the error that ends the run.
@@ -254,9 +255,9 @@ class RunFolder:
         skipped updates are saved, if they are finite.
         """
         try:
-            return RunError(f"{diverged}{self._roll_back() if self.ranks.leads else ''}")
+            return RunError(f"{diverged}{self._roll_back() if self.strategy.ranks.leads else ''}")
         finally:
-            self.ranks.meet()
+            self.strategy.ranks.meet()
 
     def _roll_back(self) -> str:
         """Restore the adapter, and return what is left of the run, with advice."""
@@ -280,7 +281,7 @@ class RunFolder:
     def put_best(self) -> str | None:
         """Restore the adapter with the best validation (--keep-best), and return a sentence about it."""
         at = self.at
-        if not self.settings.loop.keep_best or not self.ranks.leads:
+        if not self.settings.loop.keep_best or not self.strategy.ranks.leads:
             return None
         if not at.best_at:
             return "no validation was better than the one before training, so the last adapter is kept"

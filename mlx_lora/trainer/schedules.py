@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,9 +29,11 @@ from mlx.utils import tree_map
 
 from mlx_lora.adapters.inject import adapter_layers, fresh_factors
 from mlx_lora.config.presets import PRESETS
-from mlx_lora.config.settings import AdapterSettings
-from mlx_lora.trainer.optimizer import Masters
 from mlx_lora.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import AdapterSettings
+    from mlx_lora.trainer.optimizer import Masters
 
 
 class Events(Protocol):

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from mlx_lora.data.batch import Batch
-from mlx_lora.kernels.attention import AttentionCall
 from mlx_lora.kernels.measure import left_unchanged
-from mlx_lora.kernels.table import Choose, assumed, training_kernels
 from mlx_lora.losses.cross_entropy import Arrays, LossFunction
-from mlx_lora.parallel.strategy import Sharing
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.trainer.optimizer import ELEMENTWISE, Masters, clip_scale, scaled
-from mlx_lora.trainer.schedules import Events
+
+if TYPE_CHECKING:
+    from mlx_lora.data.batch import Batch
+    from mlx_lora.trainer.schedules import Events
 
 
 class StepResult(NamedTuple):
@@ -59,19 +59,26 @@ class StepSums(NamedTuple):
     asked: mx.array | None = None
 
 
+Kernels = Callable[[nn.Module], AbstractContextManager]
+"""model -> the context in which it computes with other kernels than its own (kernels/table.py)."""
+
+
+def own_kernels(model: nn.Module) -> AbstractContextManager:
+    """Compute with the model's own kernels."""
+    return nullcontext()
+
+
 Differentiation = Callable[..., tuple[mx.array, mx.array, dict, dict]]
 """(*Arrays) -> (loss sum, tokens, sums to report, gradients of the trainable parameters)."""
 
 
-def differentiation(
-    model: nn.Module, loss: LossFunction, attend: AttentionCall | None, choose: Choose = assumed
-) -> Differentiation:
+def differentiation(model: nn.Module, loss: LossFunction, kernels: Kernels = own_kernels) -> Differentiation:
     """Return the loss of a micro-batch with its gradient, as `Step` takes them; not compiled."""
     gradient = nn.value_and_grad(model, loss)
 
     def differentiate(*arrays: mx.array) -> tuple[mx.array, mx.array, dict, dict]:
         # The kernels around the backward pass as well: checkpointed blocks run again there.
-        with left_unchanged(model), training_kernels(model, attend, choose) if attend else nullcontext():
+        with left_unchanged(model), kernels(model):
             (loss_sum, tokens, *reports), grads = gradient(model, *arrays)
         return loss_sum, tokens, reports[0] if reports else {}, grads
 
@@ -88,8 +95,7 @@ class StepOptions:
     """How a step is computed.
 
     Attributes:
-        attend: computes the model's attention; None: mlx's kernels are used for everything.
-        choose: says which kernels are used, by shape (kernels/table.py).
+        kernels: exchanges the model's kernels (`exchanging` of kernels/table.py).
         compiled: compile the loss and its gradient; a model that computes values on its way cannot be.
         wait: wait for the device after each micro-batch, so that other programs (the display) can use it.
         rate_of: parameter name -> multiple of the learning rate (LoRA+); None: 1 for all.
@@ -99,8 +105,7 @@ class StepOptions:
         reports: names of the numbers that the loss reports besides sum and count.
     """
 
-    attend: AttentionCall | None = None
-    choose: Choose = assumed
+    kernels: Kernels = own_kernels
     compiled: bool = True
     wait: bool = False
     rate_of: Callable[[str], float] | None = None
@@ -123,7 +128,7 @@ class Step:
         loss: LossFunction,
         max_grad_norm: float,
         options: StepOptions = StepOptions(),
-        sharing: Sharing | None = None,
+        strategy: Strategy = SINGLE_DEVICE,
     ):
         """Set up the step.
 
@@ -133,7 +138,7 @@ class Step:
             loss: returns (sum, count), and if an objective reports more, a dict of sums.
             max_grad_norm: global-norm clip; 0 for none.
             options: how it is computed.
-            sharing: divides steps among ranks; None for a single process.
+            strategy: divides steps among ranks.
         """
         self._options = options
         self.model = model
@@ -145,14 +150,14 @@ class Step:
         self._max_grad_norm = max_grad_norm
         self.events = None if options.events is None else options.events(self.masters.arrays)
         self.taken = 0
-        self._sharing = sharing
+        self._strategy = strategy
         mx.eval(self._rates or {})
-        differentiate = differentiation(model, loss, options.attend, options.choose)
+        differentiate = differentiation(model, loss, options.kernels)
+        own_gradients = strategy.own_gradients(model)
 
         def micro(*arrays: mx.array) -> tuple[mx.array, mx.array, dict, dict]:
             loss_sum, tokens, reports, grads = differentiate(*arrays)
-            own = grads if sharing is None else sharing.own_gradients(grads)
-            return loss_sum, tokens, reports, self.masters.gathered(own)
+            return loss_sum, tokens, reports, self.masters.gathered(own_gradients(grads))
 
         # Two functions: another batch shape traces the first again, never the optimizer.
         self._micro = compiled_over(model, micro) if options.compiled else micro
@@ -185,12 +190,10 @@ class Step:
     ) -> StepSums:
         """Return the summed loss and gradients of an optimizer step's micro-batches; arguments as for a call."""
         batches, arrays_of = self._options.prepare(batches), self._options.arrays_of
-        if self._sharing is None:
-            loss_sum, count, reports, grads = self._sum(map(arrays_of, batches), len(batches) > 1) or self._nothing()
-            return StepSums(loss_sum, count, reports, grads)
-        self._sharing.reseed(self.taken)
-        own = self._sum(map(arrays_of, self._sharing.own(batches, divide)), several=True)
-        total, said = self._sharing.sums(own or self._nothing(), asked)
+        self._strategy.reseed(self.taken)
+        own = map(arrays_of, self._strategy.own(batches, divide))
+        several = len(batches) > 1 or self._strategy.ranks.size > 1
+        total, said = self._strategy.reduce(self._sum(own, several) or self._nothing(), asked)
         loss_sum, count, reports, grads = total
         return StepSums(loss_sum, count, reports, grads, said)
 

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.kernels.attention import AttentionCall
-from mlx_lora.kernels.table import Choose, assumed
+from mlx_lora.kernels.table import Choose, assumed, exchanging
 from mlx_lora.losses.check import check_arrays, way_out
 from mlx_lora.losses.cross_entropy import PLAIN, Arrays, Loss
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import embedding_rows
 from mlx_lora.trainer.step import compiled_over, differentiation
 from mlx_lora.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_lora.kernels.attention import AttentionCall
 
 TRIAL_TOKENS = 8
 
@@ -111,7 +113,7 @@ def _error_of(model: nn.Module, variant: StepVariant, batch: Arrays) -> Exceptio
     high, low = mx.random.state[0].tolist()
     training = model.training
     model.train()
-    step = differentiation(model, variant.loss.train, variant.attend, variant.choose)
+    step = differentiation(model, variant.loss.train, exchanging(variant.attend, variant.choose))
     try:
         (compiled_over(model, step) if variant.compiled else step)(*batch)
     except FOREIGN_ERRORS as error:

@@ -8,23 +8,23 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlx_lora.config.settings import LoopSettings
-from mlx_lora.data.batch import Batch
-from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.objectives.base import BoundObjective, HeldOutBatches, Objective, StepsDone
-from mlx_lora.parallel.agreement import Agreement
-from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.parallel.strategy import called_together, own_batches
-from mlx_lora.parallel.tensor import row_ranks
-from mlx_lora.trainer.checkpoint import Diverged, Position
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.trainer.evaluate import Measured, mean_loss
-from mlx_lora.trainer.guards import MemoryGuard, interrupt_flag
+from mlx_lora.trainer.guards import Agreement, MemoryGuard, interrupt_flag
 from mlx_lora.trainer.progress import Metrics
-from mlx_lora.trainer.step import Step, StepResult
+from mlx_lora.trainer.state import Diverged, Position, StepsDone
 from mlx_lora.utils import text as process
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import LoopSettings
+    from mlx_lora.data.batch import Batch
+    from mlx_lora.data.sampler import BatchPlan
+    from mlx_lora.objectives.base import BoundObjective, HeldOutBatches, Objective
+    from mlx_lora.trainer.step import Step, StepResult
 
 # This many skipped updates in a row mean that the run has diverged, not that one batch was bad.
 MAX_SKIPPED_IN_A_ROW = 10
@@ -187,7 +187,7 @@ class Trainer:
         hooks: what the loop calls.
         at: the run's position, which is up to date when `save` is called.
         guard: watches memory; None: nothing is watched.
-        ranks: the processes that train together, each with the whole plan.
+        strategy: how processes divide the work; each has the whole plan.
     """
 
     step: Step
@@ -199,7 +199,7 @@ class Trainer:
     hooks: LoopHooks
     at: Position = field(default_factory=Position)
     guard: MemoryGuard | None = None
-    ranks: Ranks = ALONE
+    strategy: Strategy = SINGLE_DEVICE
 
     def __post_init__(self) -> None:
         self._guard = self.guard or MemoryGuard(self.at)
@@ -220,7 +220,7 @@ class Trainer:
         """
         self.step.model.train()
         with interrupt_flag() as signaled:
-            self._interrupted = Agreement(lambda: signaled() or self.hooks.stop(), self.ranks)
+            self._interrupted = Agreement(lambda: signaled() or self.hooks.stop(), self.strategy.ranks)
             if not self.at.taken:
                 self.validate()
             self._window = Window()
@@ -242,7 +242,7 @@ class Trainer:
     def _take(self, chosen: list[Batch]) -> None:
         """Take a step over some micro-batches, then report, validate and save if it is time."""
         at, guard, previous = self.at, self._guard, self._previous
-        parts = guard.divide(chosen) if self.ranks.size == 1 else chosen  # several ranks divide their own rows
+        parts = self.strategy.split(chosen, guard.divide)
         result = self.step(parts, self._interrupted.asked(), guard.divide)
         # The device works on this step while the host waits for the one before: one step ahead, no more.
         self._interrupted.hear(previous)
@@ -252,7 +252,7 @@ class Trainer:
         at.taken, at.consumed = at.taken + 1, at.consumed + len(chosen)
         self._window.add(parts, result)
         self.hooks.on_step(at.taken)
-        guard.watch(-(-max(len(batch.inputs) for batch in chosen) // (self.ranks.size * at.parts)))
+        guard.watch(-(-max(len(batch.inputs) for batch in chosen) // (self.strategy.ranks.size * at.parts)))
         self._tell(result)
 
     def _tell(self, result: StepResult) -> None:
@@ -292,16 +292,15 @@ class Trainer:
 
     def validate(self) -> bool:
         """Measure the held-out batches and report them; returns whether this is the best validation so far."""
-        settings, validation, model = self.settings, self.validation, self.step.model
+        settings, validation, strategy = self.settings, self.validation, self.strategy
         if validation is None or settings.val_batches == 0:
             return False
         most = -1 if settings.val_batches is None else settings.val_batches
-        dealt_to = row_ranks(model, self.ranks)
-        number = len(range(dealt_to.rank, len(validation) if most < 0 else min(most, len(validation)), dealt_to.size))
-        # Ranks that have parts of the model go through a validation together, and so to its end.
-        together, asked = called_together(model), self._interrupted.asked
-        held_out = takewhile(lambda _: together or not asked(), own_batches(validation, most, dealt_to, together))
-        measured = mean_loss(model, self.bound, self.hooks.watch(held_out, number), self.ranks)
+        # In lockstep, ranks go through a validation together, and so to its end.
+        asked = self._interrupted.asked
+        held_out = takewhile(lambda _: strategy.lockstep or not asked(), strategy.held_out(validation, most))
+        watched = self.hooks.watch(held_out, strategy.held_out_count(validation, most))
+        measured = mean_loss(self.step.model, self.bound, watched, strategy)
         self._interrupted.ask_all()
         if not measured.count or self._interrupted():
             return False

@@ -12,6 +12,7 @@ from torch_judge import torch_base
 from mlx_lora.adapters.inject import adapt_model, adapter_parameters
 from mlx_lora.config.settings import AdapterSettings, ModelSettings, OptimizerSettings
 from mlx_lora.kernels.attention import tiled_attention
+from mlx_lora.kernels.table import exchanging
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import load_base
 from mlx_lora.trainer.optimizer import build_optimizer
@@ -48,7 +49,11 @@ def ours(folder, method: str):
     )
     loss = choose_loss(base.model, base.config).train
     step = Step(
-        base.model, optimizer, loss, 1.0, StepOptions(tiled_attention, rate_of=rates_of(AdapterSettings(method=method)))
+        base.model,
+        optimizer,
+        loss,
+        1.0,
+        StepOptions(exchanging(tiled_attention), rate_of=rates_of(AdapterSettings(method=method))),
     )
     losses = []
     for b in batches():

@@ -10,10 +10,10 @@ import pytest
 from byte_tokenizer import byte_tokenizer
 
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.encode import encode_entries
 from mlx_lora.data.examples import Completion
 from mlx_lora.data.load import load_data
 from mlx_lora.data.preferences import Pair, Rated
+from mlx_lora.data.read import encode_entries
 from mlx_lora.data.report import SplitReport
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.tokenize import Encoder

@@ -12,11 +12,10 @@ from byte_tokenizer import byte_tokenizer
 from tiers import by_default
 
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data import cache as store
+from mlx_lora.data import load as store
 from mlx_lora.data import tokenize as encode
-from mlx_lora.data.cache import entry_folder, read_entry, write_entry
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.load import load_data, load_eval_set
+from mlx_lora.data.load import entry_folder, load_data, load_eval_set, read_entry, write_entry
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.utils import progress as long_task
 from mlx_lora.utils.errors import InputError

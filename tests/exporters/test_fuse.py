@@ -57,7 +57,8 @@ def test_a_large_update_survives_4_bits_and_a_tiny_one_does_not(tiny_4bit_folder
     small = {name: value * (1e-3 if name.endswith("lora_b") else 1) for name, value in stored.items()}
     mx.save_safetensors(str(tmp_path / "a" / WEIGHTS_FILE), small)
     tiny, _ = fuse(tiny_4bit_folder, tmp_path, "--force")
-    assert large["error_mean"] < 0.2 * tiny["error_mean"]
+    assert large["error_mean"] < 0.5 * tiny["error_mean"]
+    assert 0.5 < tiny["error_mean"] < 1.01  # most of it is lost, and the base loses nothing
     ran = run("fuse", "--model", tiny_4bit_folder, "--adapter-path", tmp_path / "a", "--out", tmp_path / "g")
     assert "--dequantize" in ran.err
     assert "--data" in ran.err

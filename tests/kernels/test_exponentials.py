@@ -21,10 +21,10 @@ from mlx_lora.kernels import activations as exponentials
 from mlx_lora.kernels.activations import polynomial_swiglu
 from mlx_lora.kernels.attention import Tiles, attend, attention, tiled_attention
 from mlx_lora.kernels.measure import POLYNOMIAL
-from mlx_lora.kernels.table import KernelChoice, choose_model_kernels, kernel_rows
+from mlx_lora.kernels.table import KernelChoice, choose_model_kernels, exchanging, kernel_rows
 from mlx_lora.losses.check import check_kernels
-from mlx_lora.losses.cross_entropy import PLAIN, TILES, head_loss
-from mlx_lora.losses.fused import fused_token_losses
+from mlx_lora.losses.cross_entropy import PLAIN, TILES
+from mlx_lora.losses.fused import fused_token_losses, head_loss
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.optimizer import build_optimizer
@@ -200,7 +200,9 @@ def test_a_step_is_the_same_compiled_and_not_and_near_the_other_kernels(mode, mo
             tape = apply_checkpointing(model, mode)
             loss = head_loss(find_head(model, TINY), POLYNOMIAL if choose is polynomial else TILES, 1 << 20)
             optimizer = build_optimizer(OptimizerSettings(learning_rate=1e-3), 20)
-            step = Step(model, optimizer, loss.train, 1.0, StepOptions(tape.attend if tape else attend, choose=choose))
+            step = Step(
+                model, optimizer, loss.train, 1.0, StepOptions(exchanging(tape.attend if tape else attend, choose))
+            )
             for seed in range(2):
                 mx.eval(step([batch(2, 70, seed)]), step.state)
             return mx.array(factors(model))

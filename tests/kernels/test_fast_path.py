@@ -21,7 +21,8 @@ from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.attention import tiled_attention
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.kernels.table import training_kernels
-from mlx_lora.losses.cross_entropy import TILES, Arrays, head_loss, plain_loss
+from mlx_lora.losses.cross_entropy import TILES, Arrays, plain_loss
+from mlx_lora.losses.fused import head_loss
 from mlx_lora.models.head import find_head
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 

@@ -33,7 +33,7 @@ from mlx_lora.kernels.table import (
     measured_figures,
     training_kernels,
 )
-from mlx_lora.losses import cross_entropy as loss_choice
+from mlx_lora.losses import fused as loss_choice
 from mlx_lora.losses.check import Probe, check_kernels, choose_loss, disagreement
 from mlx_lora.losses.cross_entropy import Arrays, plain_loss
 from mlx_lora.losses.fused import fused_token_losses

@@ -19,7 +19,7 @@ from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config.settings import OptimizerSettings
 from mlx_lora.kernels import state_space
 from mlx_lora.kernels.attention import attend
-from mlx_lora.kernels.table import training_kernels
+from mlx_lora.kernels.table import exchanging, training_kernels
 from mlx_lora.losses.cross_entropy import Arrays, plain_loss
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions
@@ -182,7 +182,7 @@ def test_thirty_steps_of_lora_equal_transformers(family, tmp_path):
     adapt(modules, factors, scale)
     optimizer = torch.optim.AdamW(factors.values(), lr=RATE, weight_decay=0.0)
     settings = OptimizerSettings(learning_rate=RATE, lr_schedule="constant", warmup=0.0, weight_decay=0.0)
-    step = Step(ours, build_optimizer(settings, STEPS), plain_loss, 0.0, StepOptions(attend=attend))
+    step = Step(ours, build_optimizer(settings, STEPS), plain_loss, 0.0, StepOptions(exchanging(attend)))
     pairs = []
     for number in range(STEPS):
         one = batch(ROWS, WIDTH, seed=number % 3)

@@ -15,8 +15,8 @@ from tiny_steps import adapted, batch, factors, make_step
 from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.losses.check import choose_loss
-from mlx_lora.losses.cross_entropy import TILES, Arrays, head_loss, plain_loss
-from mlx_lora.losses.fused import fused_token_losses, row_token_losses
+from mlx_lora.losses.cross_entropy import TILES, Arrays, plain_loss
+from mlx_lora.losses.fused import fused_token_losses, head_loss, row_token_losses
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.planner.memory import tile_shape
 from mlx_lora.trainer.step import Step

@@ -18,7 +18,8 @@ from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.losses.check import check_arrays, choose_loss, disagreement, probe
-from mlx_lora.losses.cross_entropy import PLAIN, TILES, Arrays, head_loss
+from mlx_lora.losses.cross_entropy import PLAIN, TILES, Arrays
+from mlx_lora.losses.fused import head_loss
 from mlx_lora.models.folder import complete_module
 from mlx_lora.models.head import QUANTIZED_HEADS, Head, find_head
 from mlx_lora.utils import device

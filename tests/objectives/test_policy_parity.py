@@ -16,7 +16,7 @@ from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.policy import RATIO_OF
 from mlx_lora.objectives.policy_arrays import ADVANTAGES, OLD, REFERENCE, token_logps
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.parallel.ranks import ALONE
+from mlx_lora.parallel.strategy import SINGLE_DEVICE
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
 # rloo takes the divergence from the reward.
@@ -40,7 +40,7 @@ def test_loss_and_every_gradient_are_trls(name, beta, tiny_folder):
     asked = ObjectiveSettings("rloo") if name == "rloo" else ObjectiveSettings("grpo", grpo_loss=name, kl_beta=beta)
     asked = replace(asked, epsilon=0.15, epsilon_high=0.25, max_new_tokens=LONGEST, reward="exact_match")
     task = objective_of(asked).bind(loss, base.model)
-    [ready] = task.prepare([batch], ALONE)
+    [ready] = task.prepare([batch], SINGLE_DEVICE)
     (total, count, _), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, *task.arrays_of(ready))
     ours = {key: np.array(value / count) for key, value in tree_flatten(grads)}
 

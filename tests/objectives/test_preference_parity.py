@@ -24,7 +24,7 @@ from mlx_lora.models.prefix_attention import rotate_by_token
 from mlx_lora.objectives.answers import row_log_probabilities
 from mlx_lora.objectives.prefix_sharing import joined
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.parallel.ranks import ALONE
+from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions
 
@@ -75,7 +75,7 @@ def ours(
     initial = {name: np.array(value) for name, value in adapter_parameters(base.model).items()}
     task = objective.bind(loss, base.model)
     optimizer = build_optimizer(OptimizerSettings(learning_rate=rate, lr_schedule="constant", warmup=0.0), STEPS)
-    step = Step(base.model, optimizer, task.loss.train, 1.0, StepOptions(prepare=lambda batches: task.prepare(batches, ALONE), arrays_of=task.arrays_of, reports=task.reports))  # fmt: skip
+    step = Step(base.model, optimizer, task.loss.train, 1.0, StepOptions(prepare=lambda batches: task.prepare(batches, SINGLE_DEVICE), arrays_of=task.arrays_of, reports=task.reports))  # fmt: skip
     if shared:
         rotate_by_token(base.model)
     plan = BatchPlan(joined(rows) if shared else rows, batch_tokens=400, batch_size=4, seed=0)
@@ -98,7 +98,7 @@ def ours(
 def first_gradients(model, task, batch) -> dict[str, np.ndarray]:
     import mlx.nn as nn
 
-    [ready] = task.prepare([batch], ALONE)
+    [ready] = task.prepare([batch], SINGLE_DEVICE)
     (_, count, _), grads = nn.value_and_grad(model, task.loss.train)(model, *task.arrays_of(ready))
     return {name: np.array(value / count) for name, value in tree_flatten(grads)}
 

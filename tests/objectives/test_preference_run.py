@@ -18,8 +18,8 @@ from tiers import by_default
 from mlx_lora.config.objectives import IMITATION, SAMPLING, ObjectiveSettings
 from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS
 from mlx_lora.trainer import trainer
-from mlx_lora.trainer.checkpoint import Position
 from mlx_lora.trainer.evaluate import Measured
+from mlx_lora.trainer.state import Position
 
 QUICK = ("--iters", 3, "--learning-rate", "5e-3", "--batch-size", 4, "--sample-tokens", 0, "--kernels", "ours",
          "--val-batches", 1, "--steps-per-report", 1, "--rank", 4)  # fmt: skip

@@ -20,7 +20,7 @@ from mlx_lora.exporters.adapter_config import check_fusing, classifier_of, paddi
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.objectives.reward_model import score_answers
+from mlx_lora.rollouts.reward_models import score_answers
 from mlx_lora.utils.errors import InputError
 
 # PEFT calls what transformers has deprecated.

@@ -22,7 +22,7 @@ from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.answers import row_log_probabilities, score_loss
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.parallel.ranks import ALONE
+from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions
 
@@ -71,7 +71,7 @@ def ours(folder, settings: ObjectiveSettings, rows: EncodedSet, steps: int = STE
     scores = row_log_probabilities(base.model, score_loss(base.model).tokens, rows, 256)
     task = objective.bind(choose_loss(base.model, base.config), base.model)
     optimizer = build_optimizer(OptimizerSettings(learning_rate=rate, lr_schedule="constant", warmup=0.0), STEPS)
-    step = Step(base.model, optimizer, task.loss.train, 1.0, StepOptions(prepare=lambda batches: task.prepare(batches, ALONE), arrays_of=task.arrays_of, reports=task.reports))  # fmt: skip
+    step = Step(base.model, optimizer, task.loss.train, 1.0, StepOptions(prepare=lambda batches: task.prepare(batches, SINGLE_DEVICE), arrays_of=task.arrays_of, reports=task.reports))  # fmt: skip
     plan = BatchPlan(rows, batch_tokens=400, batch_size=4, seed=0)
     batches = [plan.batch(*divmod(number, len(plan))) for number in range(steps)]
     (_, count, _), grads = nn.value_and_grad(base.model, task.loss.train)(base.model, *task.arrays_of(batches[0]))

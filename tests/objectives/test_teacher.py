@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from byte_tokenizer import SPECIAL_TOKENS, byte_tokenizer, template
 
-from mlx_lora.data.encode import encode_entries
 from mlx_lora.data.examples import Completion, Conversation, FormatError, Text
 from mlx_lora.data.prompts import parse_prompt, read_teacher_prompt, seen_by_teacher, with_prompt
+from mlx_lora.data.read import encode_entries
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.models.folder import model_sample

@@ -20,7 +20,7 @@ from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.prefix_attention import rotate_by_token
 from mlx_lora.objectives.prefix_sharing import joined
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.parallel.ranks import ALONE
+from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.trainer.evaluate import mean_loss
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions
@@ -98,7 +98,7 @@ def test_the_whole_set_has_the_loss_of_one_step_over_it(case, model):
     rows = answers(case)
     task = objective(case).bind(choose_loss(model, TINY), model)
     [batch] = BatchPlan(rows, batch_tokens=4096, batch_size=11, seed=0).batches()
-    [ready] = task.prepare([batch], ALONE)
+    [ready] = task.prepare([batch], SINGLE_DEVICE)
     total, count, _ = task.loss.train(model, *task.arrays_of(ready))
     found, _ = measured(case, rows, model, batch_tokens=64)
     assert found.loss == pytest.approx((total / count).item(), rel=1e-6)
@@ -113,7 +113,7 @@ def test_a_step_does_not_depend_on_its_micro_batches(case, model):
         model.load_weights(list(initial.items()), strict=False)
         task = objective(case).bind(choose_loss(model, TINY), model)
         optimizer = build_optimizer(OptimizerSettings(learning_rate=1e-2, lr_schedule="constant", warmup=0.0), 1)
-        step = Step(model, optimizer, task.loss.train, 0.0, StepOptions(prepare=lambda batches, task=task: task.prepare(batches, ALONE), arrays_of=task.arrays_of, reports=task.reports))  # fmt: skip
+        step = Step(model, optimizer, task.loss.train, 0.0, StepOptions(prepare=lambda batches, task=task: task.prepare(batches, SINGLE_DEVICE), arrays_of=task.arrays_of, reports=task.reports))  # fmt: skip
         result = step(list(BatchPlan(rows, batch_tokens=4096, batch_size=size, seed=0).batches()))
         ends.append(((result.loss_sum / result.count).item(), result.grad_norm.item()))
     assert ends[0] == pytest.approx(ends[1], rel=1e-5)

@@ -25,9 +25,10 @@ from mlx_lora.data.batch import Batch, share_of
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.cross_entropy import Arrays, plain_loss
-from mlx_lora.parallel.agreement import Agreement
-from mlx_lora.parallel.ranks import ALONE, OneRank, SeveralRanks, find_launch, together
+from mlx_lora.parallel.launch import find_launch, together
+from mlx_lora.parallel.ranks import ALONE, OneRank, SeveralRanks
 from mlx_lora.parallel.strategy import deal_rows
+from mlx_lora.trainer.guards import Agreement
 from mlx_lora.trainer.run import check_request
 from mlx_lora.trainer.step import StepResult
 from mlx_lora.utils.errors import InputError
@@ -346,12 +347,12 @@ def test_a_frozen_machine_is_noticed(tiny_folder, chats, tmp_path):
 
 
 NAN = """
-import mlx_lora.parallel.strategy as sharing
-whole = sharing.Sharing.sums
-def sums(self, total, flag):
+from mlx_lora.parallel.strategy import DataParallel
+whole = DataParallel.reduce
+def reduce(self, total, asked):
     self.times = getattr(self, "times", 0) + 1
-    return whole(self, [total[0] * float("nan"), *total[1:]] if self.times in {steps} else total, flag)
-sharing.Sharing.sums = sums
+    return whole(self, [total[0] * float("nan"), *total[1:]] if self.times in {steps} else total, asked)
+DataParallel.reduce = reduce
 from mlx_lora.cli.train import main
 main()
 """

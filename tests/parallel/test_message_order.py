@@ -26,7 +26,7 @@ from mlx_lora.adapters.inject import adapt_model
 from mlx_lora.config.load import train_settings
 from mlx_lora.utils import device
 from mlx_lora.parallel import sharded_base as base_shards
-from mlx_lora.parallel.sharded_tables import share_base
+from mlx_lora.parallel.sharded_base import share_base
 
 device.plan_whole_graphs()
 BLOCKS, SENT, END, LEVELS = {blocks}, {sent}, {end}, {levels}

@@ -10,13 +10,14 @@ from safetensors.numpy import load_file
 
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.losses.fused import fused_token_losses, row_token_losses
+from mlx_lora.models.folder import read_rows
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import ALONE
-from mlx_lora.parallel.sharded_base import Messages, Unit
-from mlx_lora.parallel.sharded_tables import (
+from mlx_lora.parallel.sharded_base import (
+    Messages,
     SharedTable,
-    read_rows,
+    Unit,
     share_base,
     slice_bytes,
     slices_of,

@@ -34,7 +34,7 @@ from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config.settings import ModelSettings, OptimizerSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.kernels.attention import AttentionCall, tiled_attention
-from mlx_lora.kernels.table import training_kernels
+from mlx_lora.kernels.table import exchanging, training_kernels
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import Arrays, LossFunction
 from mlx_lora.models.load import load_base
@@ -133,7 +133,7 @@ def first_gradients(
     model: nn.Module, loss: LossFunction, first: Arrays, attend: AttentionCall | None
 ) -> dict[str, np.ndarray]:
     """Return each factor's gradient of the mean loss of a batch."""
-    _, tokens, *_, gradients = differentiation(model, loss, attend)(*first)
+    _, tokens, *_, gradients = differentiation(model, loss, exchanging(attend))(*first)
     return {name: np.array(value / tokens) for name, value in tree_flatten(gradients)}
 
 
@@ -143,7 +143,13 @@ def train_here(model: nn.Module, config: dict[str, Any], left_out: list[str], gi
     gradients, by_mlx_lm = (first_gradients(model, loss, first, attend) for attend in (tiled_attention, None))
     with training_kernels(model):
         logits = np.array(model(first.inputs))
-    step = Step(model, build_optimizer(SETTINGS, len(given)), loss, CLIP, StepOptions(tiled_attention, compiled=False))
+    step = Step(
+        model,
+        build_optimizer(SETTINGS, len(given)),
+        loss,
+        CLIP,
+        StepOptions(exchanging(tiled_attention), compiled=False),
+    )
     losses = []
     for one in given:
         result = step([one])

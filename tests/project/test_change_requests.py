@@ -16,10 +16,9 @@ import mlx_lora
 from mlx_lora.trainer.run_folder import RunFolder, check_continuation, identity_of
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.load import read_settings
-from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.utils.errors import InputError
 from mlx_lora.cli.train import main
-from mlx_lora.parallel.agreement import check_one_run
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, DataParallel
 
 def told(call, *arguments):
     try:
@@ -39,6 +38,8 @@ class Plan:
         return 1
 
 class Ranks:
+    size = 2
+
     def everyone(self, facts):
         self.first = getattr(self, "first", facts)
         return [self.first, facts]
@@ -49,12 +50,12 @@ def identity(settings):
 plain = train_settings({})
 changed = {name: train_settings({name: value}) for name, value in (("target_spread", 0.5), ("report_color", "blue"))}
 changed["target_spread"] = train_settings({"target_spread": 0.5, "adapter_path": "."})
-RunFolder(changed["target_spread"], None, {}, ALONE, None, None).begin(None, 1)
+RunFolder(changed["target_spread"], None, {}, SINGLE_DEVICE, None, None).begin(None, 1)
 found = train_settings({}, read_settings("run.yaml", {}))
 
 begun = SimpleNamespace(folder="a", identity=identity(plain))
-ranks = Ranks()
-check_one_run(ranks, plain, identity(plain))
+check_same = DataParallel(Ranks()).check_same
+check_same(plain, identity(plain))
 print(json.dumps({
     "package": mlx_lora.__file__,
     "help": shown("--help"),
@@ -63,7 +64,7 @@ print(json.dumps({
     "no choice": told(train_settings, {"report_color": "red"}),
     "from run.yaml": found.to_flat()["target_spread"],
     "resumed": {name: told(check_continuation, begun, identity(settings)) for name, settings in changed.items()},
-    "on rank 1": {name: told(check_one_run, ranks, settings, identity(settings)) for name, settings in changed.items()},
+    "on rank 1": {name: told(check_same, settings, identity(settings)) for name, settings in changed.items()},
 }))
 """
 

@@ -6,6 +6,7 @@ import ast
 import importlib
 import re
 import subprocess
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -28,6 +29,9 @@ ABOVE = {
     "serving": {"cli", "doctor", "studio"},
 }  # fmt: skip
 LONGEST_FILE, LONGEST_FUNCTION = 600, 80
+# Modules of ours that a module may import itself, and those that come with it.
+MOST_IMPORTS = 25
+MOST_WITH_IT = {"trainer.step": 20, "trainer.trainer": 25, "objectives.sft": 45}
 
 
 def names(path: Path, level: str = "") -> list[str]:
@@ -180,6 +184,66 @@ def test_no_file_imports_in_a_circle():
             del graph[leaf]
         graph = {name: used - set(leaves) for name, used in graph.items()}
     assert not graph, f"these import each other: {sorted(graph)}"
+
+
+def statements(body: Iterable[ast.AST], at_import: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports of a file but for those of types that only annotate; `at_import`: without those in functions."""
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            yield from statements(node.orelse, at_import)
+        elif not (at_import and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            yield from statements(ast.iter_child_nodes(node), at_import)
+
+
+def modules_imported(trees: dict[str, ast.Module], at_import: bool = False) -> dict[str, set[str]]:
+    """Module -> those of ours that it imports."""
+    graph = {}
+    for name, tree in trees.items():
+        used = set()
+        for node in statements(tree.body, at_import):
+            if isinstance(node, ast.Import):
+                used |= {alias.name for alias in node.names}
+            elif node.module:
+                whole = {f"{node.module}.{alias.name}" for alias in node.names}
+                used |= whole & trees.keys() or {node.module}
+        graph[name] = used & trees.keys() - {name}
+    return graph
+
+
+def with_it(graph: dict[str, set[str]], name: str) -> set[str]:
+    """All modules of ours that are imported when one is."""
+    found, new = set(), {name}
+    while new:
+        found |= new
+        new = set().union(*(graph[one] for one in new)) - found
+    return found - {name}
+
+
+def module_trees() -> dict[str, ast.Module]:
+    dotted = {p: ".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__") for p in FILES}
+    return {dotted[path]: tree for path, tree in TREES.items()}
+
+
+def test_a_file_needs_few_others_to_be_read():
+    trees = module_trees()
+    wide = {name: len(used) for name, used in modules_imported(trees).items() if len(used) > MOST_IMPORTS}
+    assert not wide
+    graph = modules_imported(trees, at_import=True)
+    sizes = {name: len(with_it(graph, f"mlx_lora.{name}")) for name in MOST_WITH_IT}
+    assert all(sizes[name] <= most for name, most in MOST_WITH_IT.items()), sizes
+
+
+def test_an_import_counts_unless_it_only_annotates():
+    texts = {
+        "a": "from typing import TYPE_CHECKING\nimport b\nif TYPE_CHECKING:\n    import e\n",
+        "b": "def f():\n    from c import x\n\nclass C:\n    import d\n",
+        "c": "", "d": "import a", "e": "",
+    }  # fmt: skip
+    trees = {name: ast.parse(text) for name, text in texts.items()}
+    assert modules_imported(trees) == {"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"a"}, "e": set()}
+    assert with_it(modules_imported(trees, at_import=True), "a") == {"b", "d"}
 
 
 def test_the_page_of_changes_names_files_that_exist():

@@ -9,8 +9,8 @@ from traced_blocks import TRACE, remembered
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.models.meta import outline_of_config
-from mlx_lora.trainer import block_memory
-from mlx_lora.trainer.fit import outlined_shape
+from mlx_lora.trainer import model_shape
+from mlx_lora.trainer.model_shape import outlined_shape
 from mlx_lora.utils import device
 
 
@@ -32,7 +32,7 @@ def test_a_remembered_trace_is_that_of_the_block(name, known, monkeypatch):
     count = len(known)
     assert memory_of(name) == first
     assert len(known) == count > 0
-    monkeypatch.setattr(block_memory, "_read_block", TRACE)
+    monkeypatch.setattr(model_shape, "_read_block", TRACE)
     assert memory_of(name) == first
 
 

@@ -16,6 +16,7 @@ from run_cli import run
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.models.load import load_base
+from mlx_lora.objectives.grpo import fixed_prompts
 from mlx_lora.reports.diagnosis import verdict
 from mlx_lora.reports.run_report import (
     MOST_CHARACTERS,
@@ -28,7 +29,6 @@ from mlx_lora.reports.run_report import (
     shown_answers,
     tiles,
 )
-from mlx_lora.rollouts.fixed_prompts import fixed_prompts
 
 EVIL = "<script>alert(1)</script> & \"'\u2028"
 REWARD = """

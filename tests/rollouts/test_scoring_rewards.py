@@ -25,8 +25,7 @@ from mlx_lora.data.examples import Completion, Conversation
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.objectives.reward_model import score_answers
-from mlx_lora.rollouts.reward_models import beside_bytes, load_rewards
+from mlx_lora.rollouts.reward_models import beside_bytes, load_rewards, score_answers
 from mlx_lora.rollouts.rewards import Reward, reward_names, rewards_for
 from mlx_lora.utils.errors import RunError
 

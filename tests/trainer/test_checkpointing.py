@@ -16,7 +16,7 @@ from mlx_lora.adapters.lora import LoRAEmbedding
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config.settings import OptimizerSettings
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
-from mlx_lora.kernels.table import training_kernels
+from mlx_lora.kernels.table import exchanging, training_kernels
 from mlx_lora.losses.cross_entropy import Arrays, plain_loss
 from mlx_lora.trainer.gradient_checkpointing import Checkpointed, apply_checkpointing, checkpoint_blocks
 from mlx_lora.trainer.optimizer import build_optimizer
@@ -92,7 +92,7 @@ def test_compiled_steps_give_the_same_factors(mode):
         build_optimizer(OptimizerSettings(learning_rate=1e-2, lr_schedule="constant", warmup=0.0), 20),
         plain_loss,
         1.0,
-        StepOptions(tape.attend),
+        StepOptions(exchanging(tape.attend)),
     )
     for s in range(3):
         a, b = step([batch(2, 11, seed=s)]), other([batch(2, 11, seed=s)])

@@ -18,6 +18,7 @@ from mlx_lora.adapters.targets import select_targets
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.kernels.attention import tiled_attention
+from mlx_lora.kernels.table import exchanging
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN, Arrays, plain_loss
 from mlx_lora.models.folder import is_foreign
@@ -77,7 +78,13 @@ def test_what_a_model_computes_on_its_way_does_not_stop_or_mislead_the_step(kind
     (expected, count), grads = nn.value_and_grad(model, plain_loss)(model, *Arrays.of(batch))
     expected, count = expected.item(), count.item()
     norm = mx.sqrt(sum(mx.square(g).sum() for _, g in tree_flatten(grads))).item() / count
-    step = Step(model, optim.SGD(0.1), variant.loss.train, 0.0, StepOptions(variant.attend, compiled=variant.compiled))
+    step = Step(
+        model,
+        optim.SGD(0.1),
+        variant.loss.train,
+        0.0,
+        StepOptions(exchanging(variant.attend), compiled=variant.compiled),
+    )
     found = step([batch])
     assert found.loss_sum.item() == pytest.approx(expected, rel=1e-4)
     assert found.grad_norm.item() == pytest.approx(norm, rel=1e-3)

@@ -26,6 +26,7 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.teacher_table import VALUES_FILE, RowStore, evict, used_bytes
 from mlx_lora.kernels.attention import attend
+from mlx_lora.kernels.table import exchanging
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.folder import parameter_sums
@@ -92,8 +93,8 @@ def test_a_step_from_kept_output_has_the_loss_and_gradient_of_a_whole_one(name, 
     for epoch in (0, 3):
         for index in range(len(plan)):
             batch = plan.batch(epoch, index)
-            wanted = differentiation(model, whole.loss.train, attend)(*whole.arrays_of(batch))
-            found = differentiation(model, above.loss.train, attend)(*above.arrays_of(batch))
+            wanted = differentiation(model, whole.loss.train, exchanging(attend))(*whole.arrays_of(batch))
+            found = differentiation(model, above.loss.train, exchanging(attend))(*above.arrays_of(batch))
             assert found[0].item() == pytest.approx(wanted[0].item(), rel=1e-5)
             for (_, one), (_, other) in zip(tree_flatten(found[3]), tree_flatten(wanted[3]), strict=True):
                 assert mx.abs(one - other).max().item() <= 1e-4 * max(mx.abs(other).max().item(), 1e-2)
@@ -259,10 +260,8 @@ def test_what_cannot_be_kept_is_refused_in_one_line(tiny_folder, chats, tmp_path
     imitation, rated = objective_of(ObjectiveSettings()), objective_of(ObjectiveSettings("kto", loss_type="kto"))
     for ranks, objective, words in ((2, imitation, "2 processes"), (1, imitation, "--shared-prefix off")):
         with pytest.raises(InputError, match=words):
-            choose_trunk(
-                TrunkAsked(settings, *unused, SimpleNamespace(size=ranks)), StepVariant(PLAIN, None), objective
-            )
-    apart = (None, SimpleNamespace(rows=SimpleNamespace(starts=None)), None, 2.0, SimpleNamespace(size=1))
+            choose_trunk(TrunkAsked(settings, *unused, ranks), StepVariant(PLAIN, None), objective)
+    apart = (None, SimpleNamespace(rows=SimpleNamespace(starts=None)), None, 2.0, 1)
     with pytest.raises(InputError, match="compared with others"):
         choose_trunk(TrunkAsked(settings, *apart), StepVariant(PLAIN, None), rated)
 

@@ -14,6 +14,7 @@ from tiny_steps import adapted, batch, factors, make_step
 from mlx_lora.losses.cross_entropy import PLAIN, plain_loss
 from mlx_lora.objectives.base import BoundObjective
 from mlx_lora.parallel.ranks import SeveralRanks
+from mlx_lora.parallel.strategy import DataParallel
 from mlx_lora.trainer.evaluate import mean_loss
 from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import device
@@ -110,7 +111,7 @@ def test_a_validations_sum_over_ranks_is_waited_for_by_the_host_alone(waits, mon
         rank, size = (lambda self: 0), (lambda self: 2)
 
     task = BoundObjective(PLAIN)
-    found = mean_loss(adapted(), task, [batch(2, 9, 0)], SeveralRanks(Two()))
+    found = mean_loss(adapted(), task, [batch(2, 9, 0)], DataParallel(SeveralRanks(Two())))
     assert done == (["computed", "computed", "sent", "computed"] if waits else ["computed", "sent"])
     alone = mean_loss(adapted(), task, [batch(2, 9, 0)])
     assert (found.loss, found.count) == (pytest.approx(alone.loss), 2 * alone.count)

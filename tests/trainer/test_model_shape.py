@@ -21,8 +21,7 @@ from mlx_lora.planner.fit import planned_words
 from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import kept_by, plan_memory
 from mlx_lora.planner.shapes import NotKnown, RunShape
-from mlx_lora.trainer.block_memory import trace_blocks
-from mlx_lora.trainer.fit import adapted_shape, outlined_shape
+from mlx_lora.trainer.model_shape import adapted_shape, outlined_shape, trace_blocks
 from mlx_lora.utils import device
 
 pytestmark = pytest.mark.usefixtures("traced_anew")

@@ -1,4 +1,6 @@
-"""Read from each block's graph what the block keeps for the backward pass.
+"""Describe a model with its adapter to the planner, and read from each block's graph what it keeps for the backward pass.
+
+A shape is read from the loaded model, or from an outline without weights, in the planner's types.
 
 The planner has no table of layer types: a block's own operations show its recurrent states, latent attention, windows,
 shared keys and experts. A block is called once inside its model, to record its arguments; then its gradient's graph is
@@ -10,25 +12,39 @@ Shapes: B rows, T positions of a row, D width.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_lora.adapters.base import Wire
+from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.adapters.qat import begin_qat
 from mlx_lora.kernels.attention import Tiles, attend
-from mlx_lora.kernels.measure import left_unchanged
-from mlx_lora.kernels.table import Choose, assumed, training_kernels
+from mlx_lora.kernels.measure import MLX, left_unchanged
+from mlx_lora.kernels.quantized_matmul import has_two_ways, use_measured_matmul
+from mlx_lora.kernels.table import Choose, KernelChoice, assumed, planned_kernels, training_kernels
+from mlx_lora.losses.cross_entropy import PLAIN_LOGITS
 from mlx_lora.models.folder import FOREIGN_ERRORS
 from mlx_lora.models.graph import as_on_gpu, gradient_graph
 from mlx_lora.models.head import Head, find_head, only_at, with_last_block
 from mlx_lora.models.liveness import count_memory
-from mlx_lora.models.meta import block_kind
-from mlx_lora.planner.shapes import BlockBytes, ModelShape, NotKnown
+from mlx_lora.models.meta import Outline, block_kind, layer_caches, model_shape, outline_for, outline_of
+from mlx_lora.objectives.table import objective_of
+from mlx_lora.parallel.tensor import RankPosition, cut_layers
+from mlx_lora.planner.several_macs import cut_config
+from mlx_lora.planner.shapes import BlockBytes, KernelTerms, Machine, ModelShape, NotKnown
 from mlx_lora.utils import device
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.losses.check import Compute
+    from mlx_lora.models.load import Base
+    from mlx_lora.parallel.strategy import Strategy
 
 # The widths at which graphs are read; beyond the last, the last two are extrapolated. Between 512 and 640
 # positions, attention stops keeping its probabilities.
@@ -42,6 +58,121 @@ LAG = 40
 SHARED_LAG = 20
 # A scan over tokens has thousands of small operations, of which MLX prepares more: fitted to Mamba only.
 SCAN_NODES, SCAN_LAG = 4000, 80
+
+# The model
+
+# Frozen copies of the factors that a method keeps: PiSSA's start, and ReLoRA's finished cycles.
+FROZEN_COPIES = {"pissa": 1, "relora": 3}
+
+
+def shape_of(asked: TrainSettings, base: Base, chosen: Compute, strategy: Strategy) -> ModelShape:
+    """Return the shape of the adapted model, or of this rank's part of it, with the memory of what was chosen.
+
+    A part is read from an outline: blocks that are gathered have no weights but their part, and the graphs of layers that
+    are cut have messages in them.
+    """
+    kernels = chosen.kernels or KernelChoice(MLX)
+    if strategy.divides_base:
+        outline = outline_for(asked.model, device.compute_dtype(asked.model.dtype))
+        shape = strategy.part_of(outlined_shape(outline, asked, kernels, strategy.layer_parts), outline.model)
+    else:
+        shape = adapted_shape(base.model, base.config, asked, kernels=kernels)
+    shape = replace(shape, plain_loss=chosen.loss.kernel == PLAIN_LOGITS)  # then the logits are whole
+    if not chosen.loss.part_of_last:
+        shape = replace(shape, blocks=tuple(replace(block, at_one=None) for block in shape.blocks))
+    return shape
+
+
+def adapted_shape(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    settings: TrainSettings,
+    source_bytes: int = 0,
+    kernels: KernelChoice | None = None,
+) -> ModelShape:
+    """Return the shape of an adapted model, with all arrays that its method will hold during the run.
+
+    Args:
+        model, config: an mlx-lm model and its config.json.
+        settings: of the run.
+        source_bytes: see `ModelShape`.
+        kernels: the kernels that it trains with; None: chosen from this machine's measurements.
+    """
+    shape = model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method, 0))
+    plain_loss = shape.plain_loss or settings.loop.kernels == MLX
+    others = objective_of(settings.objective).other_models_bytes(settings)
+    shape = replace(shape, plain_loss=plain_loss, beside_bytes=others)
+    choice = known_kernels(settings, shape) if kernels is None else kernels
+    lag = LAG if settings.loop.shard_base == "off" else SHARED_LAG
+    shape = with_block_memory(shape, model, dict(config), choice, lag)
+    shape = replace(shape, teacher=teacher_shape(settings), teacher_stays=settings.objective.on_policy)
+    return with_caches(shape, model) if settings.objective.samples else shape
+
+
+def outlined_shape(
+    outline: Outline, settings: TrainSettings, kernels: KernelChoice | None = None, cut_by: int = 1
+) -> ModelShape:
+    """Return the shape of an outline with the settings' adapter; kernels as in `adapted_shape`.
+
+    Args:
+        outline, settings, kernels: of the run.
+        cut_by: the number of ranks that have parts of its layers; the shape is that of one rank's.
+
+    Raises:
+        InputError: the adapter does not fit the model, or it cannot be cut.
+    """
+    adapter = settings.adapter
+    if adapter.method == "pissa":  # its initial factors need weights, which an outline does not have
+        adapter = replace(adapter, method="lora")
+    adapt_model(outline.model, adapter, settings.loop.seed)
+    if adapter.qat:
+        begin_qat(outline.model)
+    if any(has_two_ways(layer) for layer in outline.model.modules()):  # a packed model may have none of these layers
+        use_measured_matmul(outline.model, "dense")  # it takes more memory; for a plan the faster one is not measured
+    config = outline.config
+    if cut_by > 1:
+        cut_layers(outline.model, config, RankPosition(0, cut_by), Wire(lambda x: x))
+        config = cut_config(config, cut_by)
+    return replace(adapted_shape(outline.model, config, settings, outline.cast_bytes, kernels), loss_ranks=cut_by)
+
+
+def teacher_shape(settings: TrainSettings) -> ModelShape | None:
+    """Return the shape of --teacher, from its files' headers; None if there is none: the base itself takes no more memory.
+
+    Raises:
+        InputError: there is no such model, or mlx-lm does not have its architecture.
+    """
+    name = settings.objective.teacher
+    if not name:
+        return None
+    outline = outline_of(name, None, device.compute_dtype(settings.model.dtype))
+    outline.model.freeze()
+    return model_shape(outline.model, outline.config, outline.cast_bytes)
+
+
+def with_caches(shape: ModelShape, model: nn.Module) -> ModelShape:
+    """Return the shape with what the model's layers keep while answers are sampled."""
+    try:
+        return replace(shape, caches=layer_caches(model))
+    except NotKnown as error:
+        return replace(shape, not_known=(*shape.not_known, str(error)))
+
+
+def known_kernels(settings: TrainSettings, shape: ModelShape) -> KernelChoice:
+    """Return the kernels that a run would use by this machine's measurements, ours if there are none."""
+    return planned_kernels(shape, settings.loop.kernels, device.compute_dtype(settings.model.dtype))
+
+
+def with_kernels(
+    settings: TrainSettings, shape: ModelShape, machine: Machine, kernels: KernelChoice | None = None
+) -> Machine:
+    """Return a machine with the memory of `kernels`; None: chosen from this machine's measurements."""
+    if kernels is None:
+        return replace(machine, kernels=known_kernels(settings, shape).terms())
+    return replace(machine, kernels=KernelTerms.of_mlx(machine.backend) if kernels.asked == MLX else KernelTerms())
+
+
+# What a block keeps
 
 
 @dataclass

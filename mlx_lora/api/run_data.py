@@ -1,0 +1,164 @@
+"""Find the data of the run that made an adapter: the columns that it read, the rows that it held out, and those that it trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from mlx_lora.config.checks import COLUMNS, settings_problems
+from mlx_lora.config.fields import flag_of
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import FIELDS, DataSettings, TrainSettings
+from mlx_lora.data.chat_exports import chat_kind
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.examples import Record
+from mlx_lora.data.files import find_sets, is_local, named_sets
+from mlx_lora.data.load import DataSplits, load_data
+from mlx_lora.data.records import read_records
+from mlx_lora.reports.run_report import read_facts
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.parsing import parse_yaml
+
+log = logging.getLogger(__name__)
+
+
+# Settings of a run that say how its data is read: of columns, of chat exports, and all that decide which rows it has.
+NAMES = (*COLUMNS, "turn_names")
+CHAT_COLUMNS = ("speaker", "conversation_gap")
+DATA_FIELDS = (*(field.name for field in dataclasses.fields(DataSettings)), "seed", "objective")
+
+
+def with_columns_of_run(settings: TrainSettings, given: Collection[str], adapter: Path | None) -> TrainSettings:
+    """Return the settings with the columns and turn names of the run that made the adapter, if the data has them.
+
+    Args:
+        settings: of the evaluation.
+        given: settings that the user gave; if one names columns, format or turns, it decides, and not the run.
+        adapter: the adapter's folder; one without run.yaml changes nothing.
+    """
+    if adapter is None or not settings.data.data or not {*NAMES, *CHAT_COLUMNS, "data_format"}.isdisjoint(given):
+        return settings
+    run = run_of(adapter)
+    if isinstance(run.get("speaker"), str) and _is_chat(settings.data.data):
+        found = {name: run[name] for name in CHAT_COLUMNS if name in run}
+    else:
+        found = {name: value for name, value in run.items() if name in NAMES and value and isinstance(value, str)}
+    changed = replace(settings, data=replace(settings.data, **found))
+    if not found or settings_problems(changed.to_flat()) or not _has_columns(settings.data.data, found):
+        return settings
+    named = ", ".join(f"{flag_of(name)} {value}" for name, value in found.items())
+    log.info(f"Columns as in the run that trained {adapter}: {named}")
+    return changed
+
+
+def run_of(adapter: Path) -> dict[str, Any]:
+    """Return the contents of run.yaml, nothing if there is none or it cannot be read."""
+    try:
+        content = parse_yaml((adapter / "run.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_chat(data: str) -> bool:
+    """Tell whether the first file is a chat export."""
+    return any(chat_kind(files[0].path) for files in find_sets(data)[0].splits.values())
+
+
+def _has_columns(data: str, found: dict[str, str]) -> bool:
+    """Tell whether the first record has one of the columns; names of turns alone are taken for any data."""
+    columns = {part.strip() for name, value in found.items() if name in COLUMNS for part in (value, *value.split(","))}
+    if not columns:
+        return True
+    for files in find_sets(data)[0].splits.values():
+        for record in read_records(files[0].path, files[0].sheet):
+            if isinstance(record, Record):
+                return not columns.isdisjoint(record.value)
+    return False
+
+
+def settings_of_run(adapter: Path | None, given: Mapping[str, Any]) -> TrainSettings:
+    """Return settings with the data of the run that made an adapter, for measuring the rows that it held out.
+
+    Args:
+        adapter: its folder.
+        given: the other settings, by name.
+
+    Raises:
+        InputError: there is no run of imitation whose data is named, or a setting would change how the data is read.
+    """
+    run = {} if adapter is None else run_of(adapter)
+    found = {name: run[name] for name in DATA_FIELDS if run.get(name) is not None}
+    if not found.get("data"):
+        raise InputError(
+            "--data is required: a data file, or a folder with a test or valid split; only the adapter of a run can do "
+            "without, and the rows that the run held out are measured"
+        )
+    if (objective := given.get("objective") or found.get("objective", "sft")) != "sft":
+        raise InputError(f"--data is required with --objective {objective}: name the rows to measure")
+    if changed := [flag_of(name) for name in given if name in DATA_FIELDS and name != "objective"]:
+        raise InputError(
+            f"{', '.join(changed)} without --data: held-out rows are read as the run read them; name the data"
+        )
+    return train_settings({**found, **given})
+
+
+def held_out_rows(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[EncodedSet, EncodedSet]:
+    """Return the rows that a run held out, its test rows if it has some, and those that it trained on.
+
+    Raises:
+        InputError: it held nothing out, or its data is not there as it was.
+    """
+    splits = data_of_run(adapter, tokenizer)
+    held_out = splits if isinstance(splits, str) else splits.test or splits.valid
+    if isinstance(splits, str) or not isinstance(held_out, EncodedSet):
+        why = splits if isinstance(splits, str) else "the run held no rows out"
+        raise InputError(f"no --data, and no held-out rows of {adapter}: {why}; give --data FILE")
+    return held_out, splits.train
+
+
+def data_of_run(
+    adapter: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    most_bytes: float = math.inf,
+) -> DataSplits | str:
+    """Return the data of the run that made an adapter, split as in the run, or why there is none.
+
+    Args:
+        adapter: its folder.
+        tokenizer: with the adapter's chat template.
+        most_bytes: larger files are not read.
+    """
+    run = {name: value for name, value in run_of(adapter).items() if name in FIELDS}
+    data = run.get("data")
+    if not data:
+        return "the adapter's folder does not name its data"
+    try:
+        settings = train_settings(run)
+        if settings.objective.objective != "sft":
+            return f"the adapter was trained with --objective {settings.objective.objective}"
+        if not all(is_local(name) for name, _ in named_sets(data)):
+            return "the data of its run is not on this disk"
+        if _bytes_of(data) > most_bytes:
+            return "the data of its run is large"
+        splits = load_data(settings.data, tokenizer, settings.loop.seed)
+    except InputError as error:
+        return f"the data of its run cannot be read ({error})"
+    return splits if _as_it_was(adapter, splits) else "the data of its run has changed"
+
+
+def _as_it_was(adapter: Path, splits: DataSplits) -> bool:
+    """Tell whether the training rows have the sizes that the run's report has; without a report nobody knows."""
+    known = (read_facts(adapter).get("data") or {}).get("splits", {}).get("train")
+    return known is None or known == splits.report.to_dict()["splits"]["train"]
+
+
+def _bytes_of(data: str) -> int:
+    return sum(file.path.stat().st_size for one in find_sets(data) for part in one.splits.values() for file in part)

@@ -1,0 +1,211 @@
+"""The strategies in which a process keeps only a part of the frozen base, and the choice of a run's strategy.
+
+Another way to keep a part is another class here and a line in `strategy_of`. One that reads a block's weights just before
+their use, from wherever they are, needs no ranks: it divides the base as `ShardedBase` does (`share_blocks` gives each
+block a unit, whose `gathered` returns the weights, in the forward pass and again in the backward pass), and overrides what
+follows from it: `divides_base`, `divide`, `part_of`, `whole_blocks`, `check_checkpointing`, `check_read`, `end_of_trial` and
+`bound_memory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_lora.config.checks import shard_parts
+from mlx_lora.parallel.ranks import ALONE, Ranks, SeveralRanks
+from mlx_lora.parallel.sharded_base import (
+    await_messages,
+    end_of_trial,
+    first_ranks_choice,
+    frozen_bytes,
+    share_base,
+    units_of,
+    unshareable_words,
+)
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, DataParallel, Strategy, reseed
+from mlx_lora.parallel.tensor import cut_model, divided, in_branches, wire_among
+from mlx_lora.planner.machine import this_machine
+from mlx_lora.planner.several_macs import TENSOR, rank_part
+from mlx_lora.utils import device
+from mlx_lora.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import LoopSettings, TrainSettings
+    from mlx_lora.data.batch import Batch
+    from mlx_lora.models.head import OfHidden
+    from mlx_lora.models.load import Base
+    from mlx_lora.planner.shapes import ModelShape
+
+
+def strategy_of(settings: TrainSettings, ranks: Ranks) -> Strategy:
+    """Return the strategy that the settings name for these processes.
+
+    Args:
+        settings: of the run; --parallel is not `auto` (trainer/choose_strategy.py).
+        ranks: its processes.
+
+    Raises:
+        InputError: a single process is to divide its base.
+    """
+    loop = settings.loop
+    asked = "--parallel tensor" if loop.parallel == TENSOR else f"--shard-base {loop.shard_base}"
+    if not divides_base(loop):
+        return DataParallel(ranks, loop.seed) if ranks.size > 1 else SINGLE_DEVICE
+    if not isinstance(ranks, SeveralRanks):
+        raise InputError(f"{asked}: this run is a single process; start several with mlx.launch, or leave it out")
+    return (TensorParallel if loop.parallel == TENSOR else ShardedBase)(ranks, loop.seed)
+
+
+def divides_base(loop: LoopSettings) -> bool:
+    """Return whether the settings divide the base among processes."""
+    return loop.shard_base != "off" or loop.parallel == TENSOR
+
+
+class ShardedBase(DataParallel):
+    """Each rank computes some rows, and keeps a part of every block's weights; see parallel/sharded_base.py.
+
+    Attributes:
+        share: of this rank in the base, from 0 to 1; 1 until the base is divided.
+    """
+
+    lockstep = True
+    divides_base = True
+    whole_blocks = "it gets its weights in whole"
+
+    def __init__(self, ranks: SeveralRanks, seed: int = 0):
+        super().__init__(ranks, seed)
+        self._several, self.share = ranks, 1.0
+
+    def divide(self, base: Base, settings: TrainSettings) -> TrainSettings:
+        ranks = self._several
+        shares = shares_of(settings, ranks)
+        alive = units_of(base.model).largest
+        units = share_base(base.model, ranks, shares, base.stored)
+        device.wait_beyond(mx.get_active_memory() + alive)  # until the run has a plan
+        own = sum(unit.parts[ranks.rank] for unit in units)
+        whole = sum(unit.bytes for unit in units)
+        self.share = shares[ranks.rank]
+        self.words = f"base shared by {ranks.size} processes ({own / 1e6:,.0f} of {whole / 1e6:,.0f} MB here)"
+        checkpointing = "block" if settings.loop.grad_checkpoint == "auto" else settings.loop.grad_checkpoint
+        return replace(settings, loop=replace(settings.loop, grad_checkpoint=checkpointing, sample_tokens=0))
+
+    def part_of(self, shape: ModelShape, model: nn.Module) -> ModelShape:
+        return rank_part(shape, units_of(model), self.share)
+
+    def check_checkpointing(self, config: dict[str, Any], left_out: bool) -> None:
+        """Refuse blocks that are not checkpointed: each would keep its gathered weights until the backward pass.
+
+        Raises:
+            InputError: there are some, because they pass a state to each other.
+        """
+        if left_out:
+            raise InputError(
+                f"--shard-base: blocks of {config.get('model_type')} pass a state to the next block, so every block "
+                "would have to keep its weights until the backward pass; leave --shard-base out"
+            )
+
+    def check_read(self, bad: mx.array, config: dict[str, Any]) -> None:
+        if bad.any().item():
+            raise InputError(unshareable_words(config))
+
+    def end_of_trial(self, model: nn.Module) -> None:
+        end_of_trial(model)
+
+    def bound_memory(self, peak_bytes: int) -> None:
+        device.wait_beyond(peak_bytes)
+
+    def same_choice(self, model: nn.Module, choose: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+        return first_ranks_choice(model, choose)
+
+    def await_messages(self, model: nn.Module) -> None:
+        await_messages(model)
+
+
+def shares_of(settings: TrainSettings, ranks: Ranks) -> list[float]:
+    """Return each rank's share of the base, which add up to 1.
+
+    Raises:
+        InputError: as many parts were given as there are not processes.
+    """
+    asked = settings.loop.shard_base
+    if asked == "memory":
+        parts: Sequence[float] = ranks.everyone(this_machine(settings.model.dtype).working_set_bytes)
+    else:
+        parts = shard_parts(asked) or [1.0] * ranks.size
+    if len(parts) != ranks.size:
+        raise InputError(f"--shard-base {asked}: {len(parts)} parts for {ranks.size} processes; give one for each")
+    return [part / sum(parts) for part in parts]
+
+
+class TensorParallel(DataParallel):
+    """All ranks compute all rows, each with its part of every layer; what all have in whole is counted once, by rank 0."""
+
+    lockstep = True
+    divides_base = True
+
+    def __init__(self, ranks: SeveralRanks, seed: int = 0):
+        super().__init__(ranks, seed)
+        self._several, self.layer_parts = ranks, ranks.size
+
+    @property
+    def data_ranks(self) -> Ranks:
+        return ALONE
+
+    @property
+    def row_words(self) -> str:
+        return ""
+
+    @property
+    def counts(self) -> bool:
+        return self.ranks.leads
+
+    def divide(self, base: Base, settings: TrainSettings) -> TrainSettings:
+        ranks = self._several
+        cut_model(base.model, base.config, ranks)
+        own, whole = frozen_bytes(base.model), base.size_bytes
+        self.words = f"layers cut among {ranks.size} processes ({own / 1e6:,.0f} of {whole / 1e6:,.0f} MB here)"
+        # What tries kernels calls the model, so all ranks try the same ones.
+        loop = replace(settings.loop, sample_tokens=0, kernels=ranks.from_first(settings.loop.kernels))
+        return replace(settings, loop=loop)
+
+    def divide_loss(self, losses_of: OfHidden) -> OfHidden:
+        return divided(losses_of, wire_among(self._several))
+
+    def same_checkpointing(self, own: str) -> str:
+        """Return `block` unless all have chosen the same: a block that is computed again sends its messages again."""
+        return "block" if len(set(self.ranks.everyone(own))) > 1 else own
+
+    def own(self, batches: list[Batch], divide: Callable[[list[Batch]], list[Batch]]) -> Iterator[Batch]:
+        """Yield each micro-batch as it is: a rank that divided it alone would compute more often than the others."""
+        yield from batches
+
+    def reseed(self, step: int) -> None:
+        """Seed the random numbers of a step, which are the same on all ranks."""
+        reseed(self.seed, step, 0)
+
+    def own_gradients(self, model: nn.Module) -> Callable[[dict], dict]:
+        """Return a function for the gradients that are this rank's to count; rank 0 counts those that all have in whole.
+
+        They are multiplied by 0 and not replaced: every rank must compute them, because messages are sent on the way.
+        """
+        parts = in_branches(model)
+
+        def own(grads: dict) -> dict:
+            if self.ranks.leads:
+                return grads
+            return tree_unflatten([(name, g if name in parts else 0 * g) for name, g in tree_flatten(grads)])
+
+        return own
+
+    def reduce(self, total: list, asked: bool) -> tuple[list, mx.array | None]:
+        """Add up gradients; loss, tokens and reports are rank 0's."""
+        if not self.ranks.leads:
+            loss_sum, tokens, reports, grads = total
+            total = [*tree_map(lambda value: 0 * value, [loss_sum, tokens, reports]), grads]
+        return super().reduce(total, asked)
