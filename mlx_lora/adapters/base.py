@@ -62,7 +62,8 @@ class AdapterLayer(nn.Module):
     """A frozen layer with trained factors.
 
     Attributes:
-        LAYER_TYPE: the registry's name of the type, which adapter_config.json stores as `fine_tune_type`.
+        LAYER_TYPE: the registry's name of the type.
+        STORED_TYPE: the type that the stored factors have, `fine_tune_type` in adapter_config.json; empty: LAYER_TYPE.
         OVER: the kind of base that it wraps: LINEAR, EMBEDDING or SWITCH.
         BESIDE: names of arrays that are trained and stored in addition to the factors.
         KEEPS_PRODUCT: whether the backward pass needs the layer's output before it is scaled; the planner counts it.
@@ -73,6 +74,7 @@ class AdapterLayer(nn.Module):
     """
 
     LAYER_TYPE: str
+    STORED_TYPE: str = ""
     OVER: tuple[type, ...]
     BESIDE: tuple[str, ...] = ()
     KEEPS_PRODUCT = False
@@ -102,6 +104,21 @@ class AdapterLayer(nn.Module):
     def from_base(cls, base: nn.Module, factors: Factors, scale: float, dropout: float = 0.0) -> Self:
         """Wrap `base` with the factors (lora_a, lora_b)."""
         return cls(base, *factors, scale, dropout)
+
+    @classmethod
+    def refusal(cls, base: nn.Module) -> str | None:
+        """Return why this type cannot wrap a base of its kind, as the end of a sentence that begins with its path."""
+        return None
+
+    @classmethod
+    def factor_dims(cls, base: nn.Module) -> tuple[int, int]:
+        """Return the outer widths of the factors: the rows of A and the columns of B."""
+        return base_dims(base)
+
+    @classmethod
+    def initial_gain(cls, base: nn.Module) -> float:
+        """Return what Kaiming's initial A is multiplied by, so that A x is as large as LoRA's."""
+        return 1.0
 
     @property
     def holds(self) -> str:
@@ -245,6 +262,18 @@ class AdapterLayer(nn.Module):
         b = b if self.scale == scale else b * (self.scale / scale)
         return {"lora_a": mx.contiguous(a), "lora_b": mx.contiguous(b), **{name: self[name] for name in self.BESIDE}}
 
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape that one of the trained arrays has in adapters.safetensors."""
+        return self[name].shape
+
+    def from_stored(self, name: str, array: mx.array) -> mx.array:
+        """Return a stored array in the shape in which this layer trains it.
+
+        Raises:
+            ValueError: this type of layer cannot represent it.
+        """
+        return array
+
     def transposed_factors(self) -> Factors:
         """Return the factors in PEFT's and llama.cpp's orientation: (r, in) and (out, r), for experts with E in front."""
         a, b = self.plain_factors()
@@ -301,12 +330,13 @@ def dense_weight(base: nn.Module) -> mx.array:
     return dequantized_weight(base) if isinstance(base, QUANTIZED) else base.weight
 
 
-def with_weight(base: nn.Module, weight: mx.array) -> nn.Module:
-    """Return a dense layer of the base's kind with this weight and the base's bias and float dtype.
+def with_weight(base: nn.Module, weight: mx.array, dtype: mx.Dtype | None = None) -> nn.Module:
+    """Return a dense layer of the base's kind with this weight and the base's bias.
 
     Args:
         base: linear, experts or embedding, quantized or not.
         weight: in the shape that dense_weight returns, with any float dtype.
+        dtype: of the result; None: the base's float dtype.
     """
     if isinstance(base, EMBEDDING):
         dense = nn.Embedding(*weight.shape)
@@ -316,7 +346,7 @@ def with_weight(base: nn.Module, weight: mx.array) -> nn.Module:
         dense = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in base)
     if "bias" in base:
         dense.bias = base.bias
-    dense.weight = weight.astype(dense_weight(base).dtype)
+    dense.weight = weight.astype(dtype or dense_weight(base).dtype)
     return dense
 
 

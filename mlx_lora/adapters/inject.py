@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, SWITCH, AdapterLayer, base_dims, dense_weight, with_weight
+from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, SWITCH, AdapterLayer, dense_weight, with_weight
 from mlx_lora.adapters.initialize import kaiming_factors, normal_factors, path_key, principal_factors
 from mlx_lora.adapters.targets import Targets, adapter_class, has_weights, layer_shapes, select_targets
 from mlx_lora.config.presets import PRESETS, Method
@@ -119,7 +119,7 @@ def adapt_layers(
             side is allowed but wasteful, as in PEFT.
         dropout: on the adapter's input.
         seed: of the initial factors.
-        layer_type: a layer type of the registry, `lora` or `dora`.
+        layer_type: a layer type of the registry, such as `lora`.
         init: `kaiming`, `pissa` or `svd` (config/presets.py); the last two with the layer type `lora` only.
 
     Raises:
@@ -130,6 +130,7 @@ def adapt_layers(
     unfit = [path for path in shapes if adapter_class(modules[path], layer_type) is None]
     if unfit:
         raise InputError(f"--method {layer_type}: cannot adapt {', '.join(unfit)}; leave it out of --target-modules")
+    _refuse_bases(modules, shapes, layer_type)
     wrapped = []
     for path, shape in shapes.items():
         layer = _adapted(modules[path], path, shape, dropout, seed, layer_type, init)
@@ -139,14 +140,31 @@ def adapt_layers(
     model.update_modules(tree_unflatten(wrapped))
 
 
+def _refuse_bases(modules: Mapping[str, nn.Module], paths: Iterable[str], layer_type: str) -> None:
+    """Refuse bases that a type of layer cannot wrap although it wraps others of their kind."""
+    refusals: dict[str, list[str]] = {}
+    for path in paths:
+        made = adapter_class(modules[path], layer_type)
+        if made is not None and (reason := made.refusal(modules[path])):
+            refusals.setdefault(reason, []).append(path)
+    if refusals:
+        reason, refused = max(refusals.items(), key=lambda item: len(item[1]))
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        raise InputError(f"--method {layer_type}: {refused[0]}{more} {reason}")
+
+
 def _adapted(
     base: nn.Module, path: str, shape: tuple[int, float], dropout: float, seed: int, layer_type: str, init: str
 ) -> AdapterLayer:
     """Return one layer, wrapped."""
-    (rank, scale), dims, experts = shape, base_dims(base), _experts(base)
-    wrap = adapter_class(base, layer_type).from_base  # pyright: ignore[reportOptionalMemberAccess] # `inject` has refused others
+    made = adapter_class(base, layer_type)
+    if made is None:
+        raise ValueError(f"{path}: adapt_layers has not refused it")
+    (rank, scale), dims, experts, wrap = shape, made.factor_dims(base), _experts(base), made.from_base
     if init == "kaiming":
-        return wrap(base, kaiming_factors(path, *dims, rank, seed, experts), scale, dropout)
+        a, b = kaiming_factors(path, *dims, rank, seed, experts)
+        gain = made.initial_gain(base)
+        return wrap(base, (a if gain == 1 else a * gain, b), scale, dropout)
     if init == "svd":
         layer = wrap(base, normal_factors(path, *dims, rank, seed, experts), scale, dropout)
         layer.lora_e = mx.zeros((rank,) if experts is None else (experts, rank))
@@ -180,7 +198,9 @@ def fresh_factors(path: str, layer: AdapterLayer, seed: int) -> tuple[mx.array, 
         layer: an adapter layer.
         seed: of the run.
     """
-    return kaiming_factors(path, *layer.dims, layer.rank, seed, _experts(layer.base))
+    a, b = kaiming_factors(path, *layer.factor_dims(layer.base), layer.rank, seed, _experts(layer.base))
+    gain = layer.initial_gain(layer.base)
+    return (a if gain == 1 else a * gain), b
 
 
 def train_in_full(model: nn.Module, paths: tuple[str, ...]) -> None:

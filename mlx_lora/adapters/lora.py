@@ -116,7 +116,7 @@ class LoRASwitchLinear(AdapterLayer):
         Returns:
             (N, 1, out) or (..., k, 1, out).
         """
-        through = partial(_through_experts, indices=indices, sorted_indices=sorted_indices)
+        through = partial(through_experts, indices=indices, sorted_indices=sorted_indices)
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         a, b = self.called_factors()
         z = through(self.dropout(x, key), a)  # (N, 1, r)
@@ -278,7 +278,7 @@ class DoRASwitchLinear(DoRALayer):
         self, x: mx.array, indices: mx.array, sorted_indices: bool = False, key: mx.array | None = None
     ) -> mx.array:
         """Apply its expert to each row; arguments and result as in LoRASwitchLinear."""
-        through = partial(_through_experts, indices=indices, sorted_indices=sorted_indices)
+        through = partial(through_experts, indices=indices, sorted_indices=sorted_indices)
         z = through(self.dropout(x, key), self.lora_a)  # (N, 1, r)
         y = self._without_bias(x, indices, sorted_indices) + through(z, self.scale * self.lora_b)  # (N, 1, out)
         y = y * _rows_of((self.m / self.lengths(x.dtype)).astype(x.dtype), indices)
@@ -301,7 +301,7 @@ class DoRASwitchLinear(DoRALayer):
 # Rows of experts
 
 
-def _through_experts(x: mx.array, weight: mx.array, *, indices: mx.array, sorted_indices: bool) -> mx.array:
+def through_experts(x: mx.array, weight: mx.array, *, indices: mx.array, sorted_indices: bool) -> mx.array:
     """Return x W_e^T, where e is the expert of each row; weight (E, out, in) is cast to x's dtype."""
     transposed = weight.astype(x.dtype).swapaxes(-1, -2)
     return mx.gather_mm(x, transposed, rhs_indices=indices, sorted_indices=sorted_indices)

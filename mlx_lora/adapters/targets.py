@@ -23,6 +23,7 @@ from mlx_lora.adapters.lora import (
     LoRALinear,
     LoRASwitchLinear,
 )
+from mlx_lora.adapters.qa_lora import QALoRAEmbedding, QALoRALinear, QALoRASwitchLinear
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ _CLASSES = (
     DoRALinear,
     DoRAEmbedding,
     DoRASwitchLinear,
+    QALoRALinear,
+    QALoRAEmbedding,
+    QALoRASwitchLinear,
 )
 REGISTRY: dict[tuple[str, tuple[type, ...]], type[AdapterLayer]] = {(one.LAYER_TYPE, one.OVER): one for one in _CLASSES}
 LAYER_TYPES = tuple(dict.fromkeys(name for name, _ in REGISTRY))

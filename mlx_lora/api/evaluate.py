@@ -114,7 +114,8 @@ def check_adapter(settings: TrainSettings, adapter: PathLike | None) -> None:
         InputError: there is none.
     """
     if objective_of(settings.objective).scores and not adapter:
-        raise InputError("--objective reward without --adapter-path: no score head; give a reward model's adapter")
+        name = settings.objective.objective
+        raise InputError(f"--objective {name} without --adapter-path: no score head; give an adapter trained with it")
 
 
 @dataclass(frozen=True)

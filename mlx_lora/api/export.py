@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mlx_lora.adapters.qat import FUSED_ONLY
 from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
 from mlx_lora.exporters.adapter_config import SAME_LAYOUT
 from mlx_lora.exporters.adapter_folder import load_adapter, save_adapter
 from mlx_lora.exporters.card import CARD_FILE, check_repo, push, read_facts, write_card
-from mlx_lora.exporters.fuse import take_stored_dtypes, write_fused
+from mlx_lora.exporters.fuse import Rounding, take_stored_dtypes, write_fused
 from mlx_lora.exporters.ollama import write_ollama
 from mlx_lora.exporters.peft import write_peft
-from mlx_lora.gguf.write import DEFAULT_TYPE, TYPES, write_gguf_adapter, write_gguf_model
+from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES, STORED, write_gguf_adapter, write_gguf_model
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
 from mlx_lora.utils.errors import InputError
@@ -63,7 +64,7 @@ class ExportSettings:
         if self.to not in FORMATS:
             raise InputError(f"--to {self.to!r}: not one of {', '.join(FORMATS)}")
         check_gguf_type(self.gguf_type, self.out)
-        if self.base_id and self.to != "peft":
+        if self.base_id and not self.to.startswith("peft"):
             raise InputError(f"--base-id with --to {self.to}: only a PEFT adapter names its base; leave it out")
         check_push(self.push_to_hub, self.private)
         check_gguf(self.to, has_adapter, self.gguf_type, self.ollama_base)
@@ -87,7 +88,7 @@ def export(
     Args:
         base: from `load`, or a model's name; it stays as it is.
         adapter: folder or hub id; None only for `gguf` and `ollama`, which then hold the base alone.
-        to: peft, mlx-lm, hf (a merged model for transformers), gguf-adapter, gguf (a merged model) or ollama.
+        to: peft, peft-qalora (of a qa-lora, for a GPTQ base), mlx-lm, hf (a merged model for transformers), gguf-adapter, gguf (a merged model) or ollama.
         out: folder or .gguf file to write.
         base_id: hub id of the base that a PEFT adapter names (default: the one it was trained on).
         gguf_type: type of the weights of a merged GGUF.
@@ -116,7 +117,7 @@ def write_export(
     adapter: Path | None,
     ignore_fingerprint: bool = False,
     keep_dtype: bool = False,
-) -> None:
+) -> bool:
     """Write what checked settings ask for, with its model card, and upload it.
 
     Args:
@@ -125,6 +126,9 @@ def write_export(
         adapter: its folder.
         ignore_fingerprint: as for load_adapter.
         keep_dtype: write a merged model in the base's dtype instead of the stored one.
+
+    Returns:
+        Whether it is a reward model, which does not write texts.
     """
     out, form, repo = settings.out, FORMATS[settings.to], settings.push_to_hub
     scores = None if form.for_scores else False
@@ -142,6 +146,7 @@ def write_export(
         log.info("What to do next:\n" + "\n".join(f"    {line}" for line in uses))
     if repo:
         log.info(f"{repo}: uploaded, {push(out, repo, settings.private)}")
+    return job.scores
 
 
 # Checks before the work
@@ -156,9 +161,9 @@ def check_gguf_type(gguf_type: str | None, out: Path) -> None:
     Raises:
         InputError: naming our types, and for one of llama.cpp's, the commands that make it.
     """
-    if gguf_type is None or gguf_type in TYPES:
+    if gguf_type is None or gguf_type in GGUF_TYPES:
         return
-    refused = f"--gguf-type {gguf_type}: not one of {', '.join(TYPES)}"
+    refused = f"--gguf-type {gguf_type}: not one of {', '.join(GGUF_TYPES)}"
     if not ONLY_LLAMA_CPP.fullmatch(gguf_type):
         raise InputError(refused)
     kind = gguf_type.upper()
@@ -222,8 +227,9 @@ class Export:
 
     @property
     def gguf_type(self) -> str:
-        """Type of the weights of a merged GGUF."""
-        return self.settings.gguf_type or DEFAULT_TYPE
+        """Type of the weights of a merged GGUF; a QA-LoRA was trained for the base's own."""
+        exact = self.info is not None and (self.info.method == "qa-lora" or self.info.qat)
+        return self.settings.gguf_type or (STORED if exact else DEFAULT_TYPE)
 
     @property
     def scores(self) -> bool:
@@ -235,12 +241,15 @@ def _write_peft(job: Export) -> None:
     """Write a PEFT adapter folder."""
     check_new_folder(job.settings.out, job.settings.force)
     base_id = job.settings.base_id or job.info.base_model
-    write_peft(job.settings.out, job.base.model, base_id, job.info.dropout, job.info.full)
+    qalora = job.settings.to == "peft-qalora"
+    write_peft(job.settings.out, job.base.model, base_id, job.info.dropout, job.info.full, qalora)
 
 
 def _write_mlx_lm(job: Export) -> None:
     """Write an adapter folder for stock mlx-lm, with one rank for all layers and only factors."""
     check_new_folder(job.settings.out, job.settings.force)
+    if job.info.qat:
+        raise InputError(f"--to mlx-lm: the adapter {FUSED_ONLY}")
     save_adapter(job.settings.out, job.base.model, job.info, same_rank=True)
 
 
@@ -258,7 +267,7 @@ def _write_hf(job: Export) -> None:
             "use --to peft and merge in PEFT"
         )
     out, force = job.settings.out, job.settings.force
-    write_fused(job.base, out, job.info, dequantize=True, force=force, keep_dtype=job.keep_dtype)
+    write_fused(job.base, out, job.info, Rounding(dequantize=True), force=force, keep_dtype=job.keep_dtype)
 
 
 def _use_hf(job: Export) -> list[str]:
@@ -345,6 +354,9 @@ class ExportFormat:
 
 FORMATS = {
     "peft": ExportFormat("PEFT", _write_peft, holds_base=False, for_scores=True, card_library="peft"),
+    "peft-qalora": ExportFormat(
+        "PEFT over a GPTQ base (use_qalora)", _write_peft, holds_base=False, card_library="peft"
+    ),
     "mlx-lm": ExportFormat(
         "stock mlx-lm (--adapter-path)", _write_mlx_lm, _use_mlx_lm, holds_base=False, card_library="mlx"
     ),

@@ -20,6 +20,7 @@ Shapes: B rows, T columns, P trained positions, R of them at a time, D width, V 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -317,6 +318,14 @@ class Readout:
         if not mx.allclose(cut, own, rtol=1e-2, atol=1e-2 * mx.abs(own).max().item()).item():
             self._body, self._head = model, None
 
+    def head_alone(self) -> Readout:
+        """Return a readout that only has `logits`, so that the model's blocks may be let go."""
+        alone = copy.copy(self)
+        if isinstance(self._head, Head):
+            alone._head = dataclasses.replace(self._head, body=nn.Module(), last=None)
+            alone._body = alone._head.hidden
+        return alone
+
     def states(self, inputs: mx.array, positions: mx.array) -> mx.array:
         """Return the input of `logits` for (P,) flat positions of the (B, T) inputs: (P, D), or (P, V) if not split."""
         out = self._body(inputs)
@@ -353,9 +362,9 @@ def measure_drifts(
         mx.eval(of_base, of_tuned)
         for start in range(0, len(trained_at), step):
             tile = slice(start, start + step)
-            base_logs = _log_probabilities(base.logits(of_base[tile]))
+            base_logs = log_probabilities(base.logits(of_base[tile]))
             for name, readout in tuned.items():
-                tuned_logs = _log_probabilities(readout.logits(of_tuned[name][tile]))
+                tuned_logs = log_probabilities(readout.logits(of_tuned[name][tile]))
                 columns[name].append(np.array(_compare(base_logs, tuned_logs, targets[tile])))  # (4, R)
         rows.append(trained_at // batch.mask.shape[1] + row_count)
         row_count += len(batch.mask)
@@ -385,7 +394,8 @@ def _drift(columns: np.ndarray, rows: np.ndarray) -> Drift:
     )
 
 
-def _log_probabilities(logits: mx.array) -> mx.array:
+def log_probabilities(logits: mx.array) -> mx.array:
+    """Return the log-probabilities of (R, V) logits."""
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)  # (R, V)
 
 

@@ -4,10 +4,12 @@ python -m mlx_lora convert --model model.gguf --out model-mlx                 GG
 python -m mlx_lora convert --model Qwen/Qwen3-0.6B --out qwen3-4bit           4-bit affine, group 64
 python -m mlx_lora convert --model DIR --out DIR --no-quantize --dtype bfloat16
 python -m mlx_lora convert --model DIR --out DIR --bits 3 --report text.txt   and the loss of quality
+python -m mlx_lora convert --model DIR --out DIR --bits 4 --calibrate rows.jsonl --quantizer gptq
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,20 @@ import click
 from mlx_lora.cli.options import ShortCommand
 from mlx_lora.config import settings as config
 from mlx_lora.config.fields import flag_of
+from mlx_lora.config.load import train_settings
+from mlx_lora.data.load import load_eval_set
 from mlx_lora.gguf.weights import Target
-from mlx_lora.models.convert import REPORT_TOKENS, Conversion, compare_on_text, convert_model
-from mlx_lora.models.quantize import MODES, choose_quantization
+from mlx_lora.models.convert import REPORT_TOKENS, Conversion, Learn, compare_on_text, convert_model
+from mlx_lora.models.folder import read_config
+from mlx_lora.models.learned_quantization import QUANTIZERS, check_quantizer, learn_quantization
+from mlx_lora.models.quantize import MODES, Quantization, choose_quantization
+from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.utils import console
 from mlx_lora.utils.device import compute_dtype
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.hub import resolve_model
+from mlx_lora.utils.hub import ModelSource, resolve_model
+
+GENERAL_TEXT = Path(__file__).parents[1] / "data" / "general" / "text.jsonl"
 
 
 @click.command(cls=ShortCommand)
@@ -44,6 +53,16 @@ from mlx_lora.utils.hub import resolve_model
     type=click.Path(path_type=Path),
     help=f"Text file: compare perplexity of source and result on its first {REPORT_TOKENS} tokens.",
 )
+@click.option(
+    "--calibrate",
+    metavar="DATA",
+    help="Learn the quantization on these rows, and report the perplexity beside that of plain rounding.",
+)
+@click.option(
+    "--quantizer",
+    type=click.Choice(tuple(QUANTIZERS)),
+    help="Which of mlx-lm's learned quantizations, with --calibrate [default: dwq].",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.option("--trust-remote-code", is_flag=True, help="Let the model's repository run its own code.")
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
@@ -54,6 +73,9 @@ def main(model: str, out: Path, revision: str | None, report: Path | None, **fla
     dtype = compute_dtype(flags["dtype"])
     trust = flags["trust_remote_code"]
     source = resolve_model(model, revision, trust_remote_code=trust)
+    learn = _learn(source, target, flags)
+    if learn and text is None:
+        text = "\n\n".join(row["text"] for row in map(json.loads, GENERAL_TEXT.read_text("utf-8").splitlines()))
     conversion = convert_model(
         source,
         out,
@@ -62,14 +84,49 @@ def main(model: str, out: Path, revision: str | None, report: Path | None, **fla
         force=flags["force"],
         measure=report is not None,
         trust_remote_code=trust,
+        learn=learn,
     )
     result = {"out": str(out), "source": source.model_id, **conversion.summary()}
     _print_summary(out, conversion)
     if text is not None:
-        result["perplexity"] = compare_on_text(source, out, text, trust)
-        _print_perplexity(report, result["perplexity"])
+        plain = _quantization(target) if learn else None
+        result["perplexity"] = compare_on_text(source, out, text, trust, plain)
+        _print_perplexity(report or "general texts", result["perplexity"])
     if flags["as_json"]:
         console.print_json(result)
+
+
+def _quantization(target: Target | None) -> Quantization:
+    """Return what a Hugging Face folder is quantized to."""
+    return target if isinstance(target, Quantization) else choose_quantization(None, None, None)
+
+
+def _learn(source: ModelSource, target: Target | None, flags: dict[str, Any]) -> Learn | None:
+    """Return what learns the quantization; None: it is rounded.
+
+    Raises:
+        InputError: it is not a float folder, the quantizer cannot do it, or there are no rows.
+    """
+    data, name = flags["calibrate"], flags["quantizer"] or "dwq"
+    if data is None:
+        if flags["quantizer"]:
+            raise InputError(f"--quantizer {name} without --calibrate: it learns from rows; give --calibrate DATA")
+        return None
+    if flags["no_quantize"]:
+        raise InputError("--calibrate with --no-quantize: nothing is quantized; leave out one of them")
+    if source.kind == "gguf":
+        raise InputError(
+            f"--calibrate: {source.path} is a GGUF file; convert it with --no-quantize first, and calibrate that"
+        )
+    config = read_config(source.path, flags["trust_remote_code"])
+    if "quantization" in config or "quantization_config" in config:
+        raise InputError(f"--calibrate: {source.path} is quantized already; give the float model that it was made from")
+    quantization = _quantization(target)
+    check_quantizer(name, config, quantization)
+    tokenizer = load_folder_tokenizer(source.path, config, flags["trust_remote_code"])._tokenizer
+    rows = load_eval_set(data, train_settings({"data": data}).data, tokenizer)
+    several = [rows.row(number)[0] for number in range(len(rows))]
+    return lambda model, config: learn_quantization(model, config, quantization, name, several)
 
 
 def _target(flags: dict[str, Any]) -> Target | None:
@@ -110,9 +167,10 @@ def _print_summary(out: Path, conversion: Conversion) -> None:
         console.echo(f"  left in float, width not a multiple of the group: {len(conversion.skipped)} ({shown})")
 
 
-def _print_perplexity(report: Path | None, figures: dict[str, Any]) -> None:
+def _print_perplexity(report: Path | str, figures: dict[str, Any]) -> None:
     change = figures["converted"] / figures["source"] - 1
+    rounded = f", {figures['rounded']:.4f} by plain rounding" if "rounded" in figures else ""
     console.echo(
         f"  perplexity on {figures['tokens']} tokens of {report}: "
-        f"{figures['source']:.4f} source in float, {figures['converted']:.4f} converted ({change:+.2%})"
+        f"{figures['source']:.4f} source in float, {figures['converted']:.4f} converted ({change:+.2%}){rounded}"
     )

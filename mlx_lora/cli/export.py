@@ -12,17 +12,23 @@ The merged GGUF is F16 unless --gguf-type says otherwise; without --adapter-path
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mlx_lora.api.export import FORMATS, ExportSettings, write_export
+from mlx_lora.api.export import FLOATS, FORMATS, ExportSettings, write_export
+from mlx_lora.api.fused_gain import FADED, measure_gain, read_back
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
-from mlx_lora.gguf.write import DEFAULT_TYPE, TYPES
+from mlx_lora.data.files import find_sets
+from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES
 from mlx_lora.models.load import load_base
+from mlx_lora.utils import console
+from mlx_lora.utils.errors import InputError
 
 
 @click.command(cls=flags.ShortCommand)
@@ -46,7 +52,7 @@ from mlx_lora.models.load import load_base
     type=str,
     callback=lambda _, __, text: text and text.lower(),
     default=None,
-    metavar="[" + "|".join(TYPES) + "]",
+    metavar="[" + "|".join(GGUF_TYPES) + "]",
     help=f"Type of the weights of a merged GGUF; norms and biases stay f32 [default: {DEFAULT_TYPE}].",
 )
 @click.option(
@@ -55,19 +61,57 @@ from mlx_lora.models.load import load_base
     default=None,
     help="Ollama model or .gguf file that a Modelfile applies the adapter to [default: none, the merged model].",
 )
+@click.option(
+    "--data",
+    type=str,
+    default=None,
+    help="Measure on these rows what a merged model keeps of the adapter [default: if --gguf-type is below 16 bits, what "
+    "the adapter's run held out].",
+)
 @click.option("--force", is_flag=True, help="Replace what is in --out.")
 @click.option(
     "--push-to-hub", type=str, default=None, help="Also upload the result to this hub repository, owner/name."
 )
 @click.option("--private", is_flag=True, help="Create that repository as private.")
-def main(adapter: flags.OneAdapter, **options: Any) -> None:
+def main(adapter: flags.OneAdapter, data: str | None, **options: Any) -> None:
     """Write the adapter on --model in another program's format."""
     asked = ExportSettings(**{field.name: options.pop(field.name) for field in fields(ExportSettings)})
     asked.check(bool(adapter.adapter_path))
     folder = adapter.folder()
+    merged = merged_file(asked) if folder else None
+    if data and merged is None:
+        raise InputError(f"--data with --to {asked.to}: only a merged model is measured; leave it out")
+    if data:
+        find_sets(data)  # refused before the work if it is not there
     settings = train_settings(flags.given(options)).model
     keep_dtype = settings.dtype != "auto"
     base = load_base(
         settings, read=FORMATS[asked.to].holds_base
     )  # a base that ranks share may be too large for this machine
-    write_export(asked, base, folder, adapter.ignore_fingerprint, keep_dtype)
+    scores = write_export(asked, base, folder, adapter.ignore_fingerprint, keep_dtype)
+    del base  # the next lines load models
+    if folder is None or merged is None or scores:
+        return
+    if not data and not rounds(asked):
+        kind = asked.gguf_type or DEFAULT_TYPE if FORMATS[asked.to].merged_gguf else "float"
+        console.echo(f"The merged weights are {kind}, which keeps the update; --data FILE measures it")
+        return
+    gain = measure_gain(settings, folder, partial(read_back, merged()), data, adapter.ignore_fingerprint)
+    console.echo(f"{asked.out}: {gain.words()}")
+    if gain.kept is not None and gain.kept < FADED:
+        console.echo(
+            f"Warning: that is less than {FADED:.0%}. To keep more: --gguf-type q8_0 or f16 (larger), or --to gguf-adapter "
+            "(the adapter apart from the base)"
+        )
+
+
+def merged_file(asked: ExportSettings) -> Callable[[], Path] | None:
+    """Return what finds the file or folder of the merged model; None: this export has none."""
+    if asked.to == "ollama" and asked.ollama_base is None:
+        return lambda: next(asked.out.glob("*.gguf"))
+    return (lambda: asked.out) if asked.to in ("gguf", "hf") else None
+
+
+def rounds(asked: ExportSettings) -> bool:
+    """Tell whether the merged weights have less than 16 bits."""
+    return asked.gguf_type is not None and asked.gguf_type not in FLOATS

@@ -7,7 +7,7 @@ from datetime import date
 from typing import Any
 
 from mlx_lora.config.fields import flag_of
-from mlx_lora.config.objectives import IMITATION, SAMPLING, WITHOUT_PAIRS
+from mlx_lora.config.objectives import IMITATION, PAIRS, SAMPLING
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.config.settings import FIELDS, LOGGERS, ROWS, SHARDING, parse_pattern
 from mlx_lora.utils.text import command_line
@@ -97,6 +97,8 @@ def sharing_problems(settings: Mapping[str, Any]) -> list[str]:
     method = settings["method"]
     if method in ("pissa", "full", "relora"):
         problems.append(f"--method {method} {with_it}: it needs or changes whole weights; use lora or dora")
+    if settings["qat"]:
+        problems.append(f"--qat {with_it}: it computes each layer's whole fused weight; leave out one of the two")
     if settings["modules_to_save"]:
         problems.append(
             f"--modules-to-save {with_it}: weights that are trained cannot be shared; leave out one of the two"
@@ -121,8 +123,10 @@ def sharing_problems(settings: Mapping[str, Any]) -> list[str]:
 def whole_base_reasons(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (setting, reason) for all that does not allow a model of which each process has a part of every layer."""
     method, found = settings["method"], []
-    if method in ("pissa", "full", "dora"):
+    if method in ("pissa", "full", "dora", "qa-lora"):
         found.append((f"--method {method}", "it needs or changes whole weights; use lora"))
+    if settings["qat"]:
+        found.append(("--qat", "it computes each layer's whole fused weight; leave it out"))
     if settings["modules_to_save"]:
         found.append(("--modules-to-save", "weights that are trained cannot be cut; leave out one of the two"))
     if settings["bias"] != "none":
@@ -178,7 +182,7 @@ def _data_problems(settings: Mapping[str, Any]) -> list[str]:
     """Return a problem for each setting of the data that the objective would ignore."""
     objective, problems = settings["objective"], _column_problems(settings)
     imitates = objective in IMITATION and not settings["on_policy"]
-    if settings["pairs"] != "best" and objective in WITHOUT_PAIRS:
+    if settings["pairs"] != "best" and objective not in PAIRS:
         problems.append(
             f"--pairs {settings['pairs']} with --objective {objective}: it reads no pairs; leave --pairs out"
         )
@@ -209,7 +213,7 @@ def _column_problems(settings: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"{flags} with --data-format {settings['data_format']}: the columns already determine the format; leave --data-format out"
         )
-    read = ("prompt_column", "system_column") if objective not in WITHOUT_PAIRS else COLUMNS
+    read = ("prompt_column", "system_column") if objective in PAIRS else COLUMNS
     read = [name for name in read if objective != "kto" or name != "text_column"]
     if objective not in IMITATION and (unread := [flag_of(name) for name in given if name not in read]):
         problems.append(f"{' and '.join(unread)} with --objective {objective}: it reads no such column; leave it out")
@@ -279,6 +283,14 @@ def _adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
             problems.append(
                 f"{flags} with --method full: it trains the modules in --target-modules and nothing else; leave it out"
             )
+    if adapter["qat"] and method == "full":
+        problems.append("--qat with --method full: it trains float weights, which are not rounded; leave it out")
+    if adapter["qat"] and method == "qa-lora":
+        problems.append("--qat with --method qa-lora: it fuses without rounding; leave --qat out")
+    if adapter["qat"] and adapter["dropout"]:
+        problems.append(
+            f"--dropout {adapter['dropout']:g} with --qat: a fused weight has no input of its own to drop; leave one of them out"
+        )
     if method in ("pissa", "adalora", "relora") and adapter["resume_adapter_file"]:
         problems.append(
             f"--resume-adapter-file with --method {method}: it cannot start from LoRA factors; "

@@ -87,7 +87,7 @@ def read_value(f: Field, value: Any) -> Any:
     """
     row, kind = row_of(f), field_type(f)
     if row.alone and isinstance(value, bool):  # grad_checkpoint: true, as in mlx-lm
-        off = None if f.default is None else "none"
+        off = "none" if kind is str and f.default is not None else f.default
         value = row.alone if value else off
     if value is None and "None" in str(f.type):
         return None

@@ -12,7 +12,7 @@ SAMPLING = ("grpo", "rloo")  # objectives whose answers are sampled during the r
 OF_SAMPLING = ("group_size", "max_new_tokens", "temp", "top_p", "min_p", "mask_truncated", "updates_per_rollout")
 OF_WRITING = ("max_new_tokens", "temp", "top_p", "min_p")
 IMITATION = ("sft", "distill")  # objectives that train the answers of the data, token by token
-WITHOUT_PAIRS = (*IMITATION, "kto", *SAMPLING)  # objectives whose examples are not pairs of answers
+PAIRS = ("dpo", "orpo", "simpo", "cpo", "reward")  # objectives whose examples are pairs of answers
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "sampled_kl")
 
 
@@ -56,6 +56,10 @@ class ObjectiveSettings:
         "grpo, rloo: what rewards an answer: FILE.py:FUNCTION with TRL's signature, the folder of a reward model, or "
         "exact_match, number_match, think_format, length:N, regex:PATTERN, json_schema:FILE; several are separated by "
         "commas and added.", OBJECTIVE)
+    environment: str | None = setting(None, "grpo, rloo: instead of --reward, a class as FILE.py:CLASS, whose reset begins "
+        "an episode of several turns, and whose step answers the model and rewards it.", OBJECTIVE)
+    max_turns: int = setting(10, "With --environment: most answers of the model in an episode; --max-new-tokens is the room "
+        "for all its turns.", OBJECTIVE, at_least=1, at_most=10**6)
     reward_weights: str | None = setting(None, "Weights of several rewards, separated by commas (default 1 each).",
         OBJECTIVE)
     reward_errors: str = setting("stop", "If a reward fails: stop the run, or skip its answers.",
@@ -110,11 +114,11 @@ class ObjectiveSettings:
 
         With --shared-prefix on, which a run sets when it has decided, all answers to a prompt are one row.
         """
-        if self.objective in IMITATION and not self.samples:
-            return 1
         if self.shared_prefix == "on":
             return 1
-        return self.answers_per_prompt if self.samples else 2
+        if self.samples:
+            return self.answers_per_prompt
+        return 2 if self.objective in (*PAIRS, "kto") else 1
 
     @property
     def samples(self) -> bool:

@@ -1,20 +1,15 @@
-"""The tables of LoRA methods and of optimizers, one row each.
+"""The table of LoRA methods, one row each.
 
 A method is a preset of independent axes, not a layer class. The axes are the layer type (the function of base and
 factors), the scale of the product, the initial factors, the learning rate of B relative to A's, and events between steps
 (trainer/schedules.py). QLoRA is not in the table: it is any of these methods over a quantized base.
-
-A row of an optimizer says how it is built, and the memory that the planner counts for it. To add an optimizer of
-mlx.optimizers, add a row: the flag's choices, the step and the planner read this table.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from importlib import import_module
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -22,8 +17,8 @@ class Method:
     """One LoRA method.
 
     Attributes:
-        layer_type: `lora` (arXiv 2106.09685) or `dora` (2402.09353), a row of adapters/lora.py; `full` trains the
-            weights themselves.
+        layer_type: `lora` (arXiv 2106.09685), `dora` (2402.09353) or `qa-lora` (2309.14717), a class of adapters/; `full`
+            trains the weights themselves.
         scale: `rank` for alpha / r (2106.09685), `sqrt_rank` for alpha / sqrt(r) (rsLoRA, 2312.03732).
         init: `kaiming`; `pissa`, the base's principal directions (2404.02948); `svd`, random directions with
             gains of zero (AdaLoRA, 2303.10512).
@@ -48,68 +43,9 @@ PRESETS = {
     "rslora": Method(scale="sqrt_rank"),
     "dora": Method(layer_type="dora"),
     "lora-plus": Method(rate_of_b=16.0),
+    "qa-lora": Method(layer_type="qa-lora"),
     "pissa": Method(init="pissa"),
     "adalora": Method(init="svd", events="rank-budget"),
     "relora": Method(events="restarts"),
     "full": Method(layer_type="full"),
-}
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """One optimizer.
-
-    Attributes:
-        class_name: of the class in mlx.optimizers.
-        state_copies: float32 numbers that it keeps for each trained number.
-        update_copies: float32 numbers that one update allocates for each trained number, in addition to the state and
-            the gradient; measured on arrays of at least a megabyte.
-        elementwise: whether it treats every number alike, independent of its array; then it gets one flat array.
-        takes_decay: whether it has a decoupled weight decay.
-        uncompiled_copies: `update_copies` in a step that is not compiled (utils/device.py); None: as many.
-        options: further arguments of the class.
-    """
-
-    class_name: str
-    state_copies: int
-    update_copies: float
-    elementwise: bool
-    takes_decay: bool
-    uncompiled_copies: float | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def mlx_class(self) -> type:
-        """Return the class; mlx is imported here, not above, because the planner works without it."""
-        return getattr(import_module("mlx.optimizers"), self.class_name)
-
-    def build(self, learning_rate: Any, weight_decay: float) -> Any:
-        """Return a new mlx optimizer.
-
-        Args:
-            learning_rate: a float, or a callable from step to rate.
-            weight_decay: used only by optimizers that have it.
-        """
-        decay = {"weight_decay": weight_decay} if self.takes_decay else {}
-        return self.mlx_class()(learning_rate, **decay, **self.options)
-
-
-# Adam and AdamW correct their bias, as in torch; by default, mlx does not (arXiv 1412.6980, algorithm 1;
-# 1711.05101). Adafactor's state of rows and columns is too small to count.
-OPTIMIZERS = {
-    "adamw": Optimizer(
-        "AdamW", 2, 9.0, uncompiled_copies=11.0, elementwise=True, takes_decay=True, options={"bias_correction": True}
-    ),
-    "adam": Optimizer(
-        "Adam", 2, 9.0, uncompiled_copies=10.0, elementwise=True, takes_decay=False, options={"bias_correction": True}
-    ),
-    "muon": Optimizer("Muon", 1, 8.5, elementwise=False, takes_decay=True),
-    "sgd": Optimizer("SGD", 1, 4.0, uncompiled_copies=5.0, elementwise=True, takes_decay=True),
-    "adafactor": Optimizer(
-        "Adafactor",
-        0,
-        5.5,
-        elementwise=False,
-        takes_decay=False,
-        options={"relative_step": False, "scale_parameter": False},
-    ),
 }

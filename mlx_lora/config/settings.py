@@ -12,7 +12,8 @@ from typing import Any
 
 from mlx_lora.config.fields import row_of, setting
 from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.config.presets import OPTIMIZERS, PRESETS
+from mlx_lora.config.optimizers import OPTIMIZERS
+from mlx_lora.config.presets import PRESETS
 
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "completions", "text")
 PAIRS = ("best", "all")
@@ -120,6 +121,9 @@ class AdapterSettings:
     dropout: float = setting(0.0, "Dropout probability on the adapter's input.", ADAPTER, at_least=0, at_most=0.99)
     target_modules: str = setting("all-linear",
         "all-linear, or names and patterns separated by commas, such as q_proj,*.mlp.*", ADAPTER, common=True)
+    qat: float = setting(0.0,
+        "Train with the rounding of a later fuse: share of the steps, the last ones, or without a value all.",
+        ADAPTER, at_least=0, at_most=1, alone="1")
     num_layers: int = setting(-1, "Adapt only the last N blocks; -1: all.", ADAPTER, at_least=-1, at_most=10**6)
     adalora_init_rank: int | None = setting(None, "adalora: rank of every layer at the start (default 1.5 r).",
         ONE_METHOD, method="adalora", at_least=1, at_most=65536)

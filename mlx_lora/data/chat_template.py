@@ -424,16 +424,54 @@ def chat_tokens(
         jinja2.TemplateError, TypeError, ValueError: the template refuses the conversation.
         InputError: it takes too much time or memory.
     """
-    controls = controls_of(tokenizer)
-    hidden = controls.hide([] if allow_special_tokens else messages)
+    text, spans = _rendered(tokenizer, messages, template, tools, day, allow_special_tokens)
+    return _tokens_of(tokenizer, text, spans)
+
+
+def tokens_after_turn(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    content: str,
+    template: str,
+    day: date | None = None,
+    allow_special_tokens: bool = False,
+) -> list[int]:
+    """Return the tokens after a turn and its end token, up to where the model answers.
+
+    Args:
+        content: of the turn, which no other text has.
+        tokenizer, messages, template, day, allow_special_tokens: as for `chat_tokens`; errors too.
+    """
+    text, spans = _rendered(tokenizer, messages, template, None, day, allow_special_tokens)
+    if content not in text:
+        raise FormatError("it leaves out an earlier answer")
+    after = text.index(content) + len(content)
+    cut = Specials(tokenizer).end_after(text, after) or after
+    return _tokens_of(tokenizer, text[cut:], [(first - cut, end - cut) for first, end in spans])
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    template: str,
+    tools: list[dict[str, Any]] | None,
+    day: date | None,
+    allow_special_tokens: bool,
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return a conversation's text up to where the model answers, and the spans of control tokens in its content."""
+    hidden = controls_of(tokenizer).hide([] if allow_special_tokens else messages)
     shown = hidden.messages if hidden.names else messages
-    text, spans = hidden.shown(render_chat(tokenizer, shown, template, tools, add_generation_prompt=True, day=day))
+    return hidden.shown(render_chat(tokenizer, shown, template, tools, add_generation_prompt=True, day=day))
+
+
+def _tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]]) -> list[int]:
+    """Return a rendered text's tokens; control tokens in the spans are ordinary text."""
     # Encode without special tokens: the template has already written its BOS.
     with tokenizer_panics("the conversation"):
         if not spans:
             return tokenizer.encode(text, add_special_tokens=False)
         encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return controls.as_text(text, encoded["input_ids"], encoded["offset_mapping"], spans)[0]
+        return controls_of(tokenizer).as_text(text, encoded["input_ids"], encoded["offset_mapping"], spans)[0]
 
 
 # Turns of a rendered text

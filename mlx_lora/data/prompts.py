@@ -20,7 +20,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from mlx_lora.data.chat_template import chat_tokens, controls_of
+from mlx_lora.data.chat_template import chat_tokens, controls_of, tokens_after_turn
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation, Example, Fields, FormatError, Message, Text, keys_of
 from mlx_lora.data.formats import parse_record, usual_names
@@ -205,6 +205,7 @@ def _until(tokens: np.ndarray, targets: np.ndarray) -> Row:
 
 
 # The teacher's own prompt
+ANSWER_MARK = "the-answer-before"  # stands for an answer, whose end is searched for in a rendered text
 STAND_IN = "."  # for the answer of a record without one, so that the parsers of chats read it
 PROMPT_EXPECTED = "prompt, messages that end with the user's turn, or a question and its answer"
 
@@ -269,6 +270,45 @@ def example_with_answer(example: Conversation | Completion, text: str) -> Conver
     return replace(example, messages=[*_before_answer(example), {"role": "assistant", "content": text}])
 
 
+def with_observation(example: Conversation | Completion, text: str) -> Conversation | Completion:
+    """Return a prompt's example with a text after its last message before the answer."""
+    if isinstance(example, Completion):
+        return replace(example, prompt=example.prompt + text)
+    *turns, last = _before_answer(example)
+    return replace(example, messages=[*turns, {**last, "content": last["content"] + text}, example.messages[-1]])
+
+
+def observation_tokens(encoder: Encoder, example: Conversation | Completion, text: str) -> list[int]:
+    """Return the tokens between an answer's end token and the next answer, where an observation is the user's turn.
+
+    Args:
+        encoder: of the prompts.
+        example: of the prompt; after one that is not rendered, the text stands as it is.
+        text: the observation.
+
+    Raises:
+        InputError: the chat template refuses a second turn of the user.
+    """
+    tokenizer: Any = encoder.tokenizer
+    if encoder.template is None or (encoder.plain and isinstance(example, Completion)):
+        return tokenizer.encode(text, add_special_tokens=False)
+    turns = [
+        {"role": "user", "content": STAND_IN},
+        {"role": "assistant", "content": ANSWER_MARK},
+        {"role": "user", "content": text},
+    ]
+    try:
+        with CLOCK.held():
+            return tokens_after_turn(
+                tokenizer, turns, ANSWER_MARK, encoder.template, encoder.day, encoder.allow_special_tokens
+            )
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise InputError(
+            f"--environment: the chat template refuses an observation as the user's turn ({error}); give another with "
+            "--chat-template"
+        ) from None
+
+
 def encode_prompts(encoder: Encoder, prompts: Sequence[Prompt], teacher_prompt: str | None = None) -> Encoded:
     """Encode prompts up to where the answer begins; no token is a target.
 
@@ -280,10 +320,10 @@ def encode_prompts(encoder: Encoder, prompts: Sequence[Prompt], teacher_prompt: 
     for number, prompt in enumerate(prompts):
         example = prompt.example
         try:
-            tokens = _tokens(encoder, example)
+            tokens = prompt_tokens(encoder, example)
             theirs = tokens
             if teacher_prompt is not None:
-                theirs = _tokens(encoder, seen_by_teacher(example, teacher_prompt, encoder))
+                theirs = prompt_tokens(encoder, seen_by_teacher(example, teacher_prompt, encoder))
         except FormatError as error:
             dropped[number] = str(error)
             continue
@@ -319,7 +359,7 @@ def _controls(encoder: Encoder, example: Conversation | Completion) -> tuple[str
     return controls_of(encoder.tokenizer).found(turns)
 
 
-def _tokens(encoder: Encoder, example: Conversation | Completion) -> list[int]:
+def prompt_tokens(encoder: Encoder, example: Conversation | Completion) -> list[int]:
     """Return the tokens up to where the answer begins."""
     tokenizer: Any = encoder.tokenizer
     if isinstance(example, Completion):

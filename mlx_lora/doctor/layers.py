@@ -20,7 +20,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, SWITCH, AdapterLayer, dense_weight, with_weight
+from mlx_lora.adapters.base import QUANTIZED, SWITCH, AdapterLayer, dense_weight, with_weight
 from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import adapter_class, select_targets
 from mlx_lora.config.presets import PRESETS
@@ -106,14 +106,18 @@ CASES = (
     Case("linear", "pissa", packed=True),
     Case("linear", "adalora"),
     Case("linear", "relora", packed=True),
+    Case("linear", "qa-lora", packed=True),
+    Case("linear", "qa-lora", packed=True, dropout=0.3),
     Case("embedding"),
     Case("embedding", packed=True),
     Case("embedding", "dora"),
     Case("tied head"),
     Case("tied head", "dora"),
+    Case("tied head", "qa-lora", packed=True),
     Case("experts"),
     Case("experts", packed=True),
     Case("experts", "dora", packed=True),
+    Case("experts", "qa-lora", packed=True),
 )
 
 
@@ -158,13 +162,13 @@ def build_layer(case: Case, dtype: mx.Dtype) -> AdapterLayer:
     made = adapter_class(base, method.layer_type)
     if made is None:
         raise ValueError(f"no layer of type {method.layer_type} over {type(base).__name__}")
-    layer = made.from_base(base, _factors(made, 1), method.scale_of(ALPHA, RANK), case.dropout)
+    layer = made.from_base(base, _factors(made, base, 1), method.scale_of(ALPHA, RANK), case.dropout)
     if case.method == "pissa":
-        layer.start_a, layer.start_b = _factors(made, 2)
+        layer.start_a, layer.start_b = _factors(made, base, 2)
     elif case.method == "adalora":
         layer.lora_e = normal(RANK, seed=5)
     elif case.method == "relora":
-        layer.merge(*_factors(made, 2))
+        layer.merge(*_factors(made, base, 2))
     if "m" in layer:
         layer.m = layer.m * (1 + 0.2 * normal(*layer.m.shape, seed=6))
     layer.train()
@@ -186,14 +190,12 @@ def _base(case: Case, dtype: mx.Dtype) -> nn.Module:
     return base.to_quantized(**PACKED) if case.packed else base
 
 
-def _factors(made: type[AdapterLayer], seed: int) -> tuple[mx.array, mx.array]:
+def _factors(made: type[AdapterLayer], base: nn.Module, seed: int) -> tuple[mx.array, mx.array]:
     """Return (lora_a, lora_b) in the orientation that the class has; B is not zero, or A would have no gradient."""
+    rows, columns = made.factor_dims(base)
+    a, b = (rows, RANK), (RANK, columns)
     if made.OVER is SWITCH:
-        a, b = (EXPERTS, RANK, WIDE), (EXPERTS, OUT, RANK)
-    elif made.OVER is EMBEDDING:
-        a, b = (TOKENS, RANK), (RANK, WIDE)
-    else:
-        a, b = (WIDE, RANK), (RANK, OUT)
+        a, b = (EXPERTS, RANK, rows), (EXPERTS, columns, RANK)
     return normal(*a, seed=20 + seed, size=0.1), normal(*b, seed=30 + seed, size=0.1)
 
 

@@ -104,6 +104,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "sft": {},
     "sft, 4-bit base": {"packed": True},
     "sft, dora": {"method": "dora"},
+    "sft, qa-lora, 4-bit base": {"method": "qa-lora", "packed": True},
+    "sft, qat, 4-bit base": {"qat": 1.0, "packed": True},
     "sft, full": {"method": "full", "learning_rate": 1e-4},
     "dpo": {"objective": "dpo"},
     "orpo": {"objective": "orpo"},

@@ -34,6 +34,7 @@ from mlx.utils import tree_flatten
 from mlx_lora import __version__
 from mlx_lora.adapters.base import LINEAR, QUANTIZED, AdapterLayer, is_parameter
 from mlx_lora.adapters.inject import adapt_layers, adapter_layers, adapter_parameters, train_in_full
+from mlx_lora.adapters.qat import begin_qat
 from mlx_lora.adapters.targets import LAYER_TYPES, select_targets
 from mlx_lora.exporters.adapter_config import check_use, is_reward_model, own_entries, own_problems, shape_problems
 from mlx_lora.exporters.peft import PEFT_WEIGHTS, PeftAdapter, is_peft, read_peft
@@ -63,6 +64,7 @@ class AdapterInfo:
         base_model, base_revision, base_fingerprint: the model it was trained on.
         chat_template: the Jinja text it was trained with if that is not the model's own, else None.
         full: names of parameters trained in full, alone or in addition to factors.
+        qat: whether it was trained with the rounding of its fused form, and is right in that form only.
     """
 
     method: str
@@ -77,6 +79,7 @@ class AdapterInfo:
     base_fingerprint: str
     chat_template: str | None = None
     full: tuple[str, ...] = ()
+    qat: bool = False
 
     @property
     def scores(self) -> bool:
@@ -93,7 +96,8 @@ class AdapterInfo:
         shape = {"rank": rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
         return {
             "fine_tune_type": layer_type,
-            "num_layers": self.num_layers,
+            # mlx-lm would load the factors without the rounding: without this key it refuses them.
+            **({} if self.qat else {"num_layers": self.num_layers}),
             "lora_parameters": shape,
             "model": self.base_model,
             "mlx_lora": {"version": __version__, **asdict(self)},
@@ -122,7 +126,7 @@ def save_adapter(
     layers = adapter_layers(model)
     if same_rank:
         stored = {name: _padded(name, value, rank, layers) for name, value in stored.items()}
-    config = info.to_config(next((layer.LAYER_TYPE for layer in layers.values()), "full"), rank)
+    config = info.to_config(next((layer.STORED_TYPE or layer.LAYER_TYPE for layer in layers.values()), "full"), rank)
     config["mlx_lora"]["overlap"] = measure_overlap(model) if overlap is None else overlap
     folder.mkdir(parents=True, exist_ok=True)
     with replacing_file(folder / CONFIG_FILE) as temporary:
@@ -169,7 +173,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if layer_type not in (*LAYER_TYPES, "full"):
         known = ", ".join(LAYER_TYPES)
         raise InputError(f"{path}: fine_tune_type {str(layer_type)[:40]!r}; this version loads {known} and full")
-    problems = own_problems(config)
+    problems, own = own_problems(config), own_entries(config)
+    if own.get("qat") is True and "num_layers" not in config:
+        config = {**config, "num_layers": own.get("num_layers")}
     if layer_type == "full":  # mlx-lm's config has nothing else that is needed
         config = {"num_layers": -1, **config, "lora_parameters": {"rank": 1, "scale": 1.0, "keys": []}}
     elif not isinstance(config.get("lora_parameters"), dict) or type(config.get("num_layers")) is not int:
@@ -236,7 +242,8 @@ def load_adapter(
     header = read_safetensors_header(file)
     full = tuple(own.get("full", [])) if layer_type != "full" else tuple(header)
     if is_reward_model(config):
-        put_score_head(base.model, base.config)
+        outputs = header.get(SCORE_WEIGHT, {}).get("shape", [1])[0]
+        put_score_head(base.model, base.config, outputs=outputs)
     _check_full(base.model, full, file)
     if layer_type != "full":
         paths = _target_paths(base.model, config, folder)
@@ -247,6 +254,8 @@ def load_adapter(
     load_factors(base.model, file)
     if not ignore_fingerprint:
         _check_not_fused(base, own, folder)
+    if own.get("qat") is True:
+        begin_qat(base.model)
     _finish(base.model)
     return AdapterInfo(
         method=own.get("method", layer_type),
@@ -261,6 +270,7 @@ def load_adapter(
         base_fingerprint=base.fingerprint,
         chat_template=own.get("chat_template"),
         full=full,
+        qat=own.get("qat") is True,
     )
 
 
@@ -378,26 +388,40 @@ def load_factors(model: nn.Module, file: Path, scale: float | None = None, fresh
     Raises:
         InputError: tensors are missing, unknown or misshapen; one message has all of them.
     """
-    header = read_safetensors_header(file)
+    header, layers = read_safetensors_header(file), adapter_layers(model)
     wanted = adapter_parameters(model)
     wanted = {name: value for name, value in wanted.items() if name in header or name not in fresh}
+    shapes = {name: value.shape for name, value in wanted.items()}
+    for path, layer in layers.items():
+        shapes |= {f"{path}.{name}": layer.stored_shape(name) for name in layer.trained if f"{path}.{name}" in wanted}
     problems = [f"{name} is missing" for name in wanted if name not in header]
     problems += [f"{name} is not in the model" for name in header if name not in wanted]
     problems += [
-        f"{name} is {tuple(header[name]['shape'])}, the model needs {value.shape}"
-        for name, value in wanted.items()
-        if name in header and tuple(header[name]["shape"]) != value.shape
+        f"{name} is {tuple(header[name]['shape'])}, the model needs {shape}"
+        for name, shape in shapes.items()
+        if name in header and tuple(header[name]["shape"]) != shape
     ]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise InputError(f"{file}: does not fit this model: {shown}; give the base it was trained on")
+    _refuse_factors(file, problems, "give the base it was trained on")
     stored = mx.load(str(file))
+    for path, layer in layers.items():
+        for name in (name for name in layer.trained if f"{path}.{name}" in wanted):
+            try:
+                stored[f"{path}.{name}"] = layer.from_stored(name, stored[f"{path}.{name}"])
+            except ValueError as error:
+                problems.append(f"{path}.{error}")
+    _refuse_factors(file, problems, "continue with the --method that trained it")
     # Factors are float32 masters; a parameter trained in full has the model's dtype.
     model.load_weights([(name, stored[name].astype(wanted[name].dtype)) for name in wanted], strict=False)
-    for layer in adapter_layers(model).values():
+    for layer in layers.values():
         if scale is not None and layer.scale != scale:
             layer.lora_b = layer.lora_b * (scale / layer.scale)
     mx.eval(model.trainable_parameters())
+
+
+def _refuse_factors(file: Path, problems: list[str], advice: str) -> None:
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise InputError(f"{file}: does not fit this model: {shown}; {advice}")
 
 
 # Is the adapter in the base already?

@@ -15,6 +15,9 @@ put under its final name it is read back as mlx-lm will read it.
 
 from __future__ import annotations
 
+import copy
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,20 +27,61 @@ import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.adapters.base import QUANTIZED, dense_weight
+from mlx_lora.adapters.base import QUANTIZED, dense_weight, with_weight
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.adapters.qa_lora import group_update
+from mlx_lora.adapters.qat import FakeQuantized, fused_layer
 from mlx_lora.exporters.adapter_config import check_fusing, classifier_config, padding_token, set_padding_token
 from mlx_lora.exporters.adapter_folder import AdapterInfo
+from mlx_lora.exporters.bits_budget import Budget, choose_bits
+from mlx_lora.exporters.compensate import CalibrationTokens, compensated_layers, target_quantization
 from mlx_lora.models.convert import copy_side_files
 from mlx_lora.models.folder import ShardWriter, check_out, load_weights, merge_mark
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
-from mlx_lora.models.quantize import dequantize_model
+from mlx_lora.models.quantize import dequantize_model, quantized_like
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import check_writable, replacing_folder
 from mlx_lora.utils.progress import tracked
 
-LEAST_GROUP = 32  # weights of an affine group; nvfp4 has groups of 16
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How the fused layers of a quantized base are stored.
+
+    Attributes:
+        dequantize: make the whole model float.
+        bits: of the fused layers; None: their base's own.
+        tokens: to measure layers with, for the two that follow; None: neither is asked for.
+        compensate: round for the layers' outputs on the tokens, instead of each weight for itself.
+        budget: bytes that the model may take; layers that lose most get more bits within them.
+    """
+
+    dequantize: bool = False
+    bits: int | None = None
+    tokens: CalibrationTokens | None = None
+    compensate: bool = False
+    budget: Budget | None = None
+
+    def check(self, base: Base) -> None:
+        """Refuse what the base cannot have, before the work.
+
+        Raises:
+            InputError: naming the flag.
+        """
+        check_bits(base, self.bits, self.dequantize)
+        flag = "--compensate" if self.compensate else "--bits-budget" if self.budget else None
+        if flag is None:
+            return
+        if self.dequantize:
+            raise InputError(f"{flag} with --dequantize: a float model is not rounded; leave out one of them")
+        if self.budget and self.bits:
+            raise InputError("--bits-budget with --fused-bits: the budget chooses the bits; leave out one of them")
+        layers = adapter_layers(base.model).values()
+        if not any(isinstance(layer.base, QUANTIZED) for layer in layers):
+            raise InputError(f"{flag}: --model is not quantized, and fuses without loss; leave it out")
 
 
 @dataclass(frozen=True)
@@ -55,13 +99,21 @@ class Survival:
     bits: int | None = None
 
 
-def fuse_adapter(model: nn.Module, dequantize: bool, bits: int | None = None) -> dict[str, Survival]:
+def fuse_adapter(
+    model: nn.Module,
+    dequantize: bool,
+    bits: int | None = None,
+    chosen: Mapping[str, int] | None = None,
+    rounded: Mapping[str, nn.Module] | None = None,
+) -> dict[str, Survival]:
     """Replace every adapter layer of `model` by one layer with the adapter folded into its base.
 
     Args:
         model: adapted; it and its base are changed in place.
         dequantize: leave fused layers in float; else those of a quantized base are quantized like it.
         bits: of the fused layers of a quantized base; None: its own.
+        chosen: path -> bits of layers that get others.
+        rounded: path -> fused layer, of those that are rounded already.
 
     Returns:
         path -> survival of the update; a zero update counts as one that survived.
@@ -69,17 +121,34 @@ def fuse_adapter(model: nn.Module, dequantize: bool, bits: int | None = None) ->
     Raises:
         InputError: an embedding's tied head is not adapted, and one weight cannot be both adapted and not.
     """
-    survival, fused = {}, []
+    survival, fused, rounded = {}, [], rounded or {}
     layers = adapter_layers(model)
     for path, layer in tracked(layers.items(), "Fusing", len(layers), "layers"):
         layer.check_tied_head(path, tied="lm_head" not in model)
-        base, whole = layer.base, layer.fuse()
-        if isinstance(base, QUANTIZED) and not dequantize:
-            whole = _quantized_like(base, whole, bits)
-        survival[path] = _survival(dense_weight(base), dense_weight(whole), layer.delta(), bits_of(whole))
+        base, own_bits = layer.base, (chosen or {}).get(path, bits)
+        update = None if dequantize or own_bits or path in rounded else group_update(layer)
+        if update is not None:
+            whole = with_biases(base, base.biases.astype(mx.float32) + update)
+            survival[path] = _survival(base.biases, whole.biases, update, base.bits)
+        else:
+            quantizes = isinstance(base, QUANTIZED) and not dequantize and path not in rounded
+            exact = quantizes and base.mode == "affine"
+            if quantizes and own_bits is None and isinstance(layer, FakeQuantized):
+                whole = fused_layer(layer)
+            else:
+                whole = rounded.get(path) or (with_weight(base, layer.merged(), mx.float32) if exact else layer.fuse())
+                whole = _quantized_like(base, whole, own_bits) if quantizes else whole
+            survival[path] = _survival(dense_weight(base), dense_weight(whole), layer.delta(), bits_of(whole))
         fused.append((path, whole))
     model.update_modules(tree_unflatten(fused))
     return survival
+
+
+def with_biases(base: Any, biases: mx.array) -> Any:
+    """Return a quantized layer with other biases, in the dtype of its own; packed numbers and scales are the base's."""
+    whole = copy.copy(base)
+    whole.biases = biases.astype(base.biases.dtype)
+    return whole
 
 
 def bits_of(layer: Any) -> int | None:
@@ -89,10 +158,11 @@ def bits_of(layer: Any) -> int | None:
 
 def _quantized_like(base: Any, whole: Any, bits: int | None) -> Any:
     """Return a float layer quantized like its base, or if its base has fewer bits than asked for, with so many."""
-    if bits is not None and base.bits < bits:
-        return whole.to_quantized(max(base.group_size, LEAST_GROUP), bits, "affine")
-    own_scale = {"global_scale": True} if "global_scale" in base else {}  # nvfp4 experts have one each
-    return whole.to_quantized(base.group_size, base.bits, base.mode, **own_scale)
+    quantization = target_quantization(base, bits)
+    if (quantization.bits, quantization.mode) == (base.bits, base.mode):
+        return quantized_like(base, whole)
+    # In the base's float dtype, which the scales get.
+    return with_weight(base, whole.weight).to_quantized(**quantization.layout)
 
 
 def _survival(before: mx.array, after: mx.array, update: mx.array, bits: int | None) -> Survival:
@@ -108,11 +178,10 @@ def write_fused(
     base: Base,
     out: Path,
     info: AdapterInfo,
+    rounding: Rounding,
     *,
-    dequantize: bool,
     force: bool,
     keep_dtype: bool = False,
-    bits: int | None = None,
 ) -> dict[str, Survival]:
     """Fuse the adapter on `base.model` and write the result as a model folder, atomically.
 
@@ -120,29 +189,30 @@ def write_fused(
         base: adapted; not usable as the base afterwards.
         out: the folder to write.
         info: of the adapter; its chat template becomes the model's.
-        dequantize: make the whole model float.
+        rounding: how fused layers are stored.
         force: replace an existing model folder.
         keep_dtype: write the dtype that the base was cast to on request, not that of its files. A dequantized base
             always keeps it, because its files have no float dtype.
-        bits: of the fused layers of a quantized base; None: its own.
 
     Raises:
-        InputError: `out` must not be written.
+        InputError: `out` must not be written, or the base cannot be rounded so.
         RunError: the written model cannot be read back.
     """
     out, scores = out.resolve(), SCORE_WEIGHT in info.full
     if scores:
-        check_fusing(base, dequantize)
-    check_bits(base, bits, dequantize)
+        check_fusing(base, rounding.dequantize)
+    rounding.check(base)
     check_out(out, force=force)
     stored = sum(p.nbytes for _, p in tree_flatten(base.model.parameters()))
     check_writable(out, "--out", stored)
     if base.folder.resolve().is_relative_to(out):
         raise InputError(f"--out {out}: holds the base {base.folder}; give another folder")
     mark = merge_mark(base.model, base.config)
+    dequantize = rounding.dequantize
+    chosen, rounded = _measured_rounding(base, rounding, keep_dtype)
     if not keep_dtype and not (dequantize and base.quantization):
         take_stored_dtypes(base, info.full)
-    survival = fuse_adapter(base.model, dequantize, bits)
+    survival = fuse_adapter(base.model, dequantize, rounding.bits, chosen, rounded)
     model, config = base.model, dict(base.config)
     if dequantize:
         model, config = dequantize_model(model, config)
@@ -165,6 +235,35 @@ def write_fused(
             return survival
         _check_written(folder, model, out, trust_remote_code=_has_own_code(base))
     return survival
+
+
+def _measured_rounding(base: Base, rounding: Rounding, keep_dtype: bool) -> tuple[dict[str, int], dict[str, nn.Module]]:
+    """Return the bits that layers get within the budget, and the layers that are compensated."""
+    tokens, model = rounding.tokens, base.model
+    if tokens is None:
+        return {}, {}
+    untouched = model if keep_dtype else load_weights(base.folder, trust_remote_code=_has_own_code(base))[0]
+    modules = dict(untouched.named_modules())
+    stored = {
+        path: layer.base if keep_dtype else modules[path]
+        for path, layer in adapter_layers(model).items()
+        if isinstance(layer.base, QUANTIZED)
+    }
+    chosen: dict[str, int] = {}
+    if rounding.budget is not None:
+        size = sum(p.nbytes for _, p in tree_flatten(untouched.parameters()))
+        chosen = choose_bits(model, tokens, stored, rounding.budget, size)
+    if not rounding.compensate:
+        return chosen, {}
+    bits = dict.fromkeys(stored, rounding.bits) if rounding.bits else chosen
+    made = compensated_layers(model, tokens, stored, bits)
+    plain = len(stored) - len(made.layers)
+    rest = f"; {plain} layers of experts or embeddings are rounded plainly" if plain else ""
+    log.info(
+        f"Compensated {len(made.layers)} layers on {tokens.tokens:,} tokens of {tokens.of}: on these, their outputs have "
+        f"{made.kept_error:.0%} of the error that plain rounding makes{rest}"
+    )
+    return chosen, made.layers
 
 
 def _has_own_code(base: Base) -> bool:

@@ -32,8 +32,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, SWITCH, base_dims, dense_weight, is_parameter
+from mlx_lora.adapters.base import (
+    EMBEDDING,
+    LINEAR,
+    QUANTIZED,
+    SWITCH,
+    AdapterLayer,
+    base_dims,
+    dense_weight,
+    is_parameter,
+)
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.adapters.qa_lora import group_update
 from mlx_lora.adapters.targets import adapter_class
 from mlx_lora.exporters.adapter_config import SEQ_CLS, classifier_of, peft_problems
 from mlx_lora.exporters.peft_experts import (
@@ -67,7 +77,6 @@ UNSUPPORTED = {
     "layer_replication": "repeated layers",
     "lora_bias": "a bias in lora_B",
     "alora_invocation_tokens": "activated LoRA",
-    "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal factors",
     "megatron_config": "Megatron layers",
     "arrow_config": "routed adapters",
@@ -137,13 +146,16 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     head = found.pop("lm_head", None) if tied else None
     paths: dict[str, Any] = {layer: own_path(layer, modules) for layer in found}
     problems += _missing_problems(config, found, paths)
-    problems += _shape_problems(found, paths, modules, header) or rank_problems(config, found, header)
+    problems += _shape_problems(found, paths, modules, header, _qalora_group(config) or 1)
+    problems += [] if problems else rank_problems(config, found, header)
     _refuse(folder, problems)
     stored = mx.load(str(file))
     _refuse(folder, _copy_problems(copies, stored, modules))
     factors, magnitudes, shapes = {}, {}, {}
     for layer, sides in found.items():
         a, b = (stored[sides[side]].astype(mx.float32).T for side in "AB")
+        if group := _qalora_group(config):
+            a, b = mx.repeat(a, group, axis=0), b * (a.shape[0] / group)
         if "E" in sides:
             b = stored[sides["E"]].astype(mx.float32) * b  # gains (r, 1)
         folded = folded_rows(model, paths[layer], b.shape[1])
@@ -188,7 +200,14 @@ def _sorted_tensors(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], di
     return found, copies, strangers
 
 
-def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float, full: tuple[str, ...] = ()) -> None:
+def write_peft(
+    folder: Path,
+    model: nn.Module,
+    base_model: str,
+    dropout: float,
+    full: tuple[str, ...] = (),
+    qalora: bool = False,
+) -> None:
     """Write the adapter on `model` as a PEFT LoRA folder.
 
     Args:
@@ -197,11 +216,13 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float, 
         base_model: id or path for PEFT's config.
         dropout: for further training in PEFT.
         full: names of parameters trained in full.
+        qalora: write PEFT's QALoRA, which it applies to GPTQ bases only, instead of an ordinary LoRA.
 
     Raises:
         InputError: nothing is adapted, or PEFT does not have the adapter's layers.
     """
     layers = adapter_layers(model)
+    groups = _groups_for_qalora(layers) if qalora else None
     apart = [f"{path} {layer.NOT_IN_PEFT}" for path, layer in layers.items() if layer.NOT_IN_PEFT]
     if apart:
         more = f" (and {len(apart) - 1} more)" if len(apart) > 1 else ""
@@ -225,6 +246,9 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float, 
         folded = folded_rows(model, path, layer.lora_b.shape[1])
         for module, own in layer.to_peft(peft_path(path, model.model_type), folded, tied).items():
             shapes[module] = layer.rank, layer.scale
+            if groups:
+                a, b = own["lora_A.weight"][:, ::groups], own["lora_B.weight"]
+                own = {"lora_A.weight": a, "lora_B.weight": b * (groups / a.shape[1])}
             tensors |= {f"{PREFIX}{module}.{name}": tensor for name, tensor in own.items()}
     is_dora = any(name.endswith(".lora_magnitude_vector") for name in tensors)
     whole, saved, bias = full_for_peft(model, full, tied)
@@ -236,9 +260,30 @@ def write_peft(folder: Path, model: nn.Module, base_model: str, dropout: float, 
         parameters = [tensor.parameter for tensor in experts]
         config = {**_peft_config(shapes, base_model, dropout, parameters), "use_dora": is_dora, "bias": bias}
         config |= {"modules_to_save": saved} if saved else {}
+        config |= {"use_qalora": True, "qalora_group_size": groups} if groups else {}
         if SCORE_WEIGHT in full:
             config["task_type"] = SEQ_CLS
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _groups_for_qalora(layers: dict[str, AdapterLayer]) -> int:
+    """Return the group size that all layers have.
+
+    Raises:
+        InputError: PEFT's QALoRA cannot hold the adapter.
+    """
+    sizes = {layer.base.group_size for layer in layers.values() if group_update(layer) is not None}
+    other = [path for path, layer in layers.items() if layer.OVER is not LINEAR or group_update(layer) is None]
+    if other:
+        raise InputError(
+            f"--to peft-qalora: {other[0]} is not a QA-LoRA over a linear layer; train with --method qa-lora, or use --to peft"
+        )
+    if len(sizes) > 1:
+        raise InputError(
+            f"--to peft-qalora: the base has groups of {', '.join(map(str, sorted(sizes)))}, and PEFT has one size for all "
+            "layers; use --to peft"
+        )
+    return sizes.pop() if sizes else 0
 
 
 def _peft_config(
@@ -285,6 +330,14 @@ def _unsupported(config: dict[str, Any], kind: str) -> list[str]:
     return problems
 
 
+def _qalora_group(config: dict[str, Any]) -> int | None:
+    """Return how many inputs a row of A is for, in PEFT's QALoRA; None: the adapter is not one.
+
+    PEFT multiplies the mean of a group by the number of groups, G/g times the sum that A reads here.
+    """
+    return int(config.get("qalora_group_size") or 16) if config.get("use_qalora") else None
+
+
 def _scale(config: dict[str, Any], layer: str, rank: int) -> float:
     """Return a layer's scale as PEFT computes it: the first pattern that matches the end of its name wins."""
     alpha = config.get("lora_alpha") or 8
@@ -314,8 +367,17 @@ def _shape_problems(
     paths: dict[str, str | None],
     modules: dict[str, nn.Module],
     header: dict[str, Any],
+    group: int = 1,
 ) -> list[str]:
-    """Return factors whose shapes do not fit their layer, and layers that we cannot adapt."""
+    """Return factors whose shapes do not fit their layer, and layers that we cannot adapt.
+
+    Args:
+        found: layer -> side -> tensor's name.
+        paths: layer -> path in the model, if it has one.
+        modules: of the model.
+        header: of the tensors' file.
+        group: inputs that a row of A is for; more than one in QALoRA.
+    """
     problems = []
     for layer, sides in found.items():
         base = modules.get(paths[layer] or "")
@@ -329,6 +391,10 @@ def _shape_problems(
             problems.append(f"layer {layer} has factors of shapes {shapes[0]} and {shapes[1]}, not two matrices")
             continue
         (r, width), (out, other_r) = shapes
+        width *= group
+        if base_dims(base)[0] % group:
+            problems.append(f"layer {layer} has {base_dims(base)[0]} inputs, which groups of {group} do not divide")
+            continue
         if "E" in sides and tuple(header[sides["E"]]["shape"]) != (r, 1):
             problems.append(f"layer {layer} has gains of shape {tuple(header[sides['E']]['shape'])}, not {(r, 1)}")
         if (width, out) != base_dims(base) or r != other_r:

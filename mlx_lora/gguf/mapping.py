@@ -238,6 +238,11 @@ class TensorMapping:
         """Whether the file's values, or their order, differ from mlx-lm's."""
         return bool(self.rows or self.columns or self.offset or self.values != "plain")
 
+    @property
+    def keeps_columns(self) -> bool:
+        """Whether a row of the file has the values of a row of mlx-lm's parameter, in their order."""
+        return not (self.columns or self.offset or self.values != "plain" or self.axis is not None)
+
     def file_shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape that the file's tensor has for a parameter of shape `ours`."""
         if self.axis is None:

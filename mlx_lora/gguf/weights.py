@@ -101,6 +101,56 @@ def mxfp4_blocks(packed: PackedWeight) -> np.ndarray:
     return blocks.reshape(*scales.shape[:-1], -1)
 
 
+def stored_kind(packed: PackedWeight, symmetric: bool | None = None) -> Kind | None:
+    """Return the ggml type whose blocks hold an affine weight with its codes; None: none does.
+
+    Scales and biases are float16 there. Groups of 64 or 128 are divided into blocks of 32 with the same scale and bias.
+
+    Args:
+        packed: (..., in), affine.
+        symmetric: whether its biases are -2^(bits - 1) times its scales, so that the type needs none; None: it is tested.
+    """
+    quantization = packed.quantization
+    if quantization.mode != "affine" or quantization.bits not in (2, 3, 4, 5, 8):
+        return None
+    bits = max(4, quantization.bits)
+    if symmetric is None:
+        _, scales, biases = (array.astype(mx.float32) for array in packed.arrays)
+        symmetric = bits == quantization.bits and mx.array_equal(biases, scales * -(2.0 ** (bits - 1))).item() is True
+    if bits == 8:
+        return Kind.Q8_0 if symmetric else None
+    return {4: (Kind.Q4_1, Kind.Q4_0), 5: (Kind.Q5_1, Kind.Q5_0)}[bits][symmetric]
+
+
+def affine_blocks(packed: PackedWeight, kind: Kind) -> np.ndarray:
+    """Return an affine weight as ggml's blocks with the same codes: the inverse of `carry_blocks`.
+
+    Args:
+        packed: (..., in).
+        kind: what `stored_kind` returned.
+
+    Returns:
+        (..., in / 32 * bytes of a block) uint8.
+    """
+    weight, scales, biases = packed.arrays
+    ones, zeros = mx.ones(scales.shape), mx.zeros(scales.shape)
+    codes = np.array(mx.dequantize(weight, ones, zeros, **packed.quantization.layout).astype(mx.uint8)).reshape(
+        -1, GROUP
+    )
+    times = packed.quantization.group_size // GROUP
+    d, m = (
+        np.repeat(np.array(array.astype(mx.float32)).reshape(-1, 1), times, axis=0).astype("<f2").view(np.uint8)
+        for array in (scales, biases)
+    )
+    if kind is Kind.Q8_0:
+        parts = [d, codes ^ np.uint8(0x80)]
+    else:
+        high = [np.packbits(codes >> 4, axis=1, bitorder="little")] if kind in (Kind.Q5_0, Kind.Q5_1) else []
+        low = codes & 15
+        parts = [d, *([m] if kind in (Kind.Q4_1, Kind.Q5_1) else []), *high, low[:, :16] | low[:, 16:] << 4]
+    return np.concatenate(parts, axis=1).reshape(*weight.shape[:-1], -1)
+
+
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     """Return codes packed as MLX does: one little-endian stream of bits per row.
 

@@ -17,6 +17,7 @@ Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +30,18 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter, LlamaFileType
 
-from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, base_dims, dense_weight, joined_experts
+from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, AdapterLayer, base_dims, dense_weight, joined_experts
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.adapters.qa_lora import group_update
+from mlx_lora.adapters.qat import FakeQuantized, fused_layer
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.gguf.arch import gguf_settings, gguf_weights, text_model
 from mlx_lora.gguf.mapping import TensorMapping
 from mlx_lora.gguf.vocabulary import tokenizer_metadata, tokenizer_vocabulary
-from mlx_lora.gguf.weights import MXFP4, mxfp4_blocks
+from mlx_lora.gguf.weights import MXFP4, affine_blocks, mxfp4_blocks, stored_kind
 from mlx_lora.models.folder import FUSED_KEY, fused_mark, merge_mark
 from mlx_lora.models.load import Base
-from mlx_lora.models.quantize import PackedWeight
+from mlx_lora.models.quantize import PackedWeight, Quantization
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable, replacing_file
 from mlx_lora.utils.progress import tracked
@@ -54,6 +57,10 @@ TYPES = {
     "q5_0": (Kind.Q5_0, LlamaFileType.MOSTLY_Q5_0),
     "q5_1": (Kind.Q5_1, LlamaFileType.MOSTLY_Q5_1),
 }
+# As the base has it: quantized weights keep their codes where ggml has such blocks, the others are F16.
+STORED = "stored"
+GGUF_TYPES = (*TYPES, STORED)
+_FILE_TYPES = dict(TYPES.values())
 DEFAULT_TYPE = "f16"  # as in llama.cpp's converter; `llama-quantize` makes K-quants from it
 _COARSE = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1)
 
@@ -68,12 +75,14 @@ class TensorSource:
     Attributes:
         shape: of the values, row-major.
         values: computes them, float32.
-        packed: the same values as MXFP4, if the model has them.
+        packed: the same values as they are packed in the model, if a type of GGUF holds these.
+        kind: that type.
     """
 
     shape: tuple[int, ...]
     values: Callable[[], mx.array]
     packed: PackedWeight | None = None
+    kind: Kind | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,9 @@ class PlannedTensor:
         """
         if self.kind is Kind.MXFP4:
             return mxfp4_blocks(self.source.packed)  # pyright: ignore[reportArgumentType] # MXFP4 is always packed
+        if self.source.packed is not None and self.kind is self.source.kind:
+            blocks = affine_blocks(self.source.packed, self.kind)
+            return blocks if self.mapping.rows is None else blocks[self.mapping.rows.to_file(len(blocks))]
         values = self.mapping.to_file(np.array(self.source.values()))  # a copy, so that mlx's buffer is freed
         largest = np.abs(values).max()
         limit = np.inf if self.kind in (Kind.F32, Kind.BF16) else np.finfo(np.float16).max
@@ -129,7 +141,7 @@ def write_gguf_model(
     Args:
         file: replaced atomically.
         base: adapted or not; not changed.
-        gguf_type: key of TYPES.
+        gguf_type: key of TYPES, or STORED.
         name: of the model, for the metadata.
         chat_template: the adapter's, which becomes the model's.
         asked: the value of --out, if that is not `file`.
@@ -140,7 +152,7 @@ def write_gguf_model(
     Raises:
         InputError: llama.cpp does not support the architecture, settings, layers or tokenizer, or the disk is too full.
     """
-    kind, file_type = TYPES[gguf_type]
+    kind, file_type = TYPES.get(gguf_type, (None, None))
     architecture, mappings = gguf_weights(base.model)
     settings, extra = gguf_settings(base.model, architecture)
     planned = _plan(base.model, architecture, mappings, kind)
@@ -153,7 +165,7 @@ def write_gguf_model(
         writer = GGUFWriter(str(temporary), architecture)
         writer.add_type("model")
         writer.add_name(name)
-        writer.add_file_type(file_type)
+        writer.add_file_type(_file_type(planned) if file_type is None else file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in settings.items():
             _add_metadata(writer, f"{architecture}.{key}", value)
@@ -184,13 +196,23 @@ def _write_tensors(writer: GGUFWriter, planned: list[PlannedTensor], extra: dict
         writer.close()
 
 
-def _plan(model: nn.Module, architecture: str, mappings: dict[str, TensorMapping], kind: Kind) -> list[PlannedTensor]:
+def _file_type(planned: list[PlannedTensor]) -> LlamaFileType:
+    """Return the number of the type that most values of a file have."""
+    sizes: Counter[Kind] = Counter()
+    for tensor in planned:
+        sizes[tensor.kind] += int(np.prod(tensor.shape))
+    return _FILE_TYPES.get(sizes.most_common(1)[0][0], LlamaFileType.GUESSED)
+
+
+def _plan(
+    model: nn.Module, architecture: str, mappings: dict[str, TensorMapping], kind: Kind | None
+) -> list[PlannedTensor]:
     """Choose a type for every tensor that the model has, in the file's order.
 
     Raises:
         InputError: the model has parameters that the file cannot hold, or lacks some that it needs.
     """
-    sources = dict(merged_parameters(model))
+    sources = dict(merged_parameters(model, stored=kind is None))
     known = {name for mapping in mappings.values() for name in mapping.names}
     unplaced = [name for name in sources if name not in known]
     if unplaced:
@@ -219,20 +241,27 @@ def _source(mapping: TensorMapping, sources: dict[str, TensorSource]) -> TensorS
     return TensorSource(shape, lambda: mx.concatenate([part.values() for part in parts], axis=-2))
 
 
-def _kind(source: TensorSource, mapping: TensorMapping, wanted: Kind, head: str) -> Kind:
-    """Return the type in which a tensor is stored."""
+def _kind(source: TensorSource, mapping: TensorMapping, wanted: Kind | None, head: str) -> Kind:
+    """Return the type in which a tensor is stored; `wanted` None: as the model has it."""
     shape = mapping.file_shape(source.shape)
     if len(shape) == 1 or mapping.exact:
         return Kind.F32
-    if source.packed is not None and wanted is not Kind.F32 and not mapping.moves:
+    if source.kind is Kind.MXFP4 and wanted is not Kind.F32 and not mapping.moves:
         return Kind.MXFP4
+    if wanted is None:
+        # Rows of blocks can be reordered, columns within a block cannot.
+        return source.kind if source.kind not in (None, Kind.MXFP4) and mapping.keeps_columns else Kind.F16
     kind = Kind.Q8_0 if mapping.name == head and wanted in _COARSE else wanted
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     return kind if shape[-1] % block == 0 else Kind.F16
 
 
-def merged_parameters(model: nn.Module) -> Iterator[tuple[str, TensorSource]]:
+def merged_parameters(model: nn.Module, stored: bool = False) -> Iterator[tuple[str, TensorSource]]:
     """Yield every parameter with its name without adapter and quantization; nothing is computed yet.
+
+    Args:
+        model: adapted or not.
+        stored: whether to find out which packed weights a type of GGUF holds, for which scales must be read.
 
     Raises:
         InputError: an embedding's tied head is not adapted, and one weight cannot be both adapted and not.
@@ -245,10 +274,12 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, TensorSource]]:
         if path in adapters:
             adapter = path
             module.check_tied_head(path, tied="lm_head" not in text_model(model)[1])
-            yield f"{path}.weight", TensorSource(_weight_shape(module.base), _merged(module.base, module))
+            packed = _packed(module.base, module) if stored else (None, None)
+            yield f"{path}.weight", TensorSource(_weight_shape(module.base), _merged(module.base, module), *packed)
             yield from _bias_source(path, module.base)
         elif isinstance(module, QUANTIZED):
-            yield f"{path}.weight", TensorSource(_weight_shape(module), _merged(module, None), _mxfp4(module))
+            packed = _mxfp4(module) or (_packed(module, None) if stored else (None, None))
+            yield f"{path}.weight", TensorSource(_weight_shape(module), _merged(module, None), *packed)
             yield from _bias_source(path, module)
         else:
             for name, value in module.items():
@@ -262,10 +293,29 @@ def _weight_shape(base: nn.Module) -> tuple[int, ...]:
     return (*base.weight.shape[:-2], *shape)  # experts have an axis before
 
 
-def _mxfp4(base: nn.Module) -> PackedWeight | None:
+def _mxfp4(base: nn.Module) -> tuple[PackedWeight, Kind] | None:
     """Return a layer's packed weight if it is MXFP4, which GGUF has too, else None."""
     is_mxfp4 = (base.mode, base.group_size) == (MXFP4.mode, MXFP4.group_size)
-    return PackedWeight([base.weight, base.scales], MXFP4) if is_mxfp4 else None
+    return (PackedWeight([base.weight, base.scales], MXFP4), Kind.MXFP4) if is_mxfp4 else None
+
+
+def _packed(base: nn.Module, adapter: AdapterLayer | None) -> tuple[PackedWeight | None, Kind | None]:
+    """Return a layer's packed weight with its adapter, and the type of GGUF that holds it; None if none does."""
+    if not isinstance(base, QUANTIZED):
+        return None, None
+    if isinstance(adapter, FakeQuantized):
+        base, adapter = fused_layer(adapter), None
+    if base.biases is None:
+        return None, None
+    biases, update = base.biases.astype(mx.float32), None
+    if adapter is not None:
+        update = group_update(adapter)
+        if update is None:
+            return None, None
+        biases = biases + update
+    packed = PackedWeight([base.weight, base.scales, biases], Quantization(base.bits, base.group_size))
+    kind = stored_kind(packed, symmetric=None if update is None else False)
+    return (packed, kind) if kind else (None, None)
 
 
 def _bias_source(path: str, base: nn.Module) -> Iterator[tuple[str, TensorSource]]:

@@ -15,6 +15,7 @@ import math
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,9 @@ TIED_BY_WEIGHTS = ("gemma3_text", "recurrent_gemma")
 
 
 # Conversion
+
+Learn = Callable[[nn.Module, dict[str, Any]], nn.Module]
+"""(float model, config) -> quantized model (models/learned_quantization.py)."""
 
 
 @dataclass
@@ -118,6 +122,7 @@ def convert_model(
     force: bool = False,
     measure: bool = False,
     trust_remote_code: bool = False,
+    learn: Learn | None = None,
 ) -> Conversion:
     """Write `source` as a model folder; an error leaves nothing half-written.
 
@@ -129,6 +134,7 @@ def convert_model(
         force: replace an existing model folder.
         measure: compute quantization errors for a Hugging Face source too (reads all weights into memory).
         trust_remote_code: let a Hugging Face folder run its own model code.
+        learn: quantizes a Hugging Face folder's float model instead of rounding.
 
     Raises:
         InputError: the source cannot be used, or `out` must not be written.
@@ -147,7 +153,7 @@ def convert_model(
         if source.kind == "gguf":
             conversion = _convert_gguf(source, folder, target or "carry", dtype)
         else:
-            conversion = _convert_folder(source, folder, target, dtype, measure, trust_remote_code)
+            conversion = _convert_folder(source, folder, target, dtype, measure, trust_remote_code, learn)
         load_weights(folder, trust_remote_code)  # check that mlx-lm can load it before it appears at `out`
     conversion.elapsed_s = time.perf_counter() - start
     return conversion
@@ -223,6 +229,7 @@ def _convert_folder(
     dtype: mx.Dtype,
     measure: bool,
     trust_remote_code: bool,
+    learn: Learn | None,
 ) -> Conversion:
     model, config = load_weights(source.path, trust_remote_code)
     if target is None:
@@ -235,7 +242,10 @@ def _convert_folder(
     names = tree_flatten(model.parameters())
     n_values = sum(array.size for _, array in names)
     conversion = Conversion(config["model_type"], dtype=_dtype_name(dtype), n_values=n_values)
-    if isinstance(target, Quantization):
+    if learn is not None:
+        model = learn(model, config)
+        config |= quantization_entries(layouts_of(model))
+    elif isinstance(target, Quantization):
         model, config, conversion.skipped, errors = quantize_model(model, config, target, measure=measure)
         conversion.errors = {"float": list(errors.values())} if errors else {}
     parameters = dict(tree_flatten(model.parameters()))
@@ -252,6 +262,15 @@ def _convert_folder(
     mlx_lm.utils.save_config(config, folder / "config.json")
     copy_side_files(source.path, folder)
     return conversion
+
+
+def layouts_of(model: nn.Module) -> dict[str, Quantization]:
+    """Return how each quantized layer of a model is packed."""
+    return {
+        path: Quantization(layer.bits, layer.group_size, layer.mode)
+        for path, layer in model.named_modules()
+        if "scales" in layer and hasattr(layer, "bits")
+    }
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
@@ -355,7 +374,9 @@ def load_float_model(source: ModelSource, dtype: mx.Dtype, trust_remote_code: bo
 REPORT_TOKENS = 2048
 
 
-def compare_on_text(source: ModelSource, out: Path, text: str, trust_remote_code: bool = False) -> dict[str, Any]:
+def compare_on_text(
+    source: ModelSource, out: Path, text: str, trust_remote_code: bool = False, rounded: Quantization | None = None
+) -> dict[str, Any]:
     """Measure both models on the text's first REPORT_TOKENS tokens, with one model in memory at a time.
 
     Both compute in this device's dtype, so that only their weights differ.
@@ -364,9 +385,11 @@ def compare_on_text(source: ModelSource, out: Path, text: str, trust_remote_code
         source: what was converted.
         out: the converted folder, whose tokenizer splits the text.
         text: at least two tokens.
+        trust_remote_code: as for `convert_model`.
+        rounded: measure the source rounded like this as well.
 
     Returns:
-        {"source": perplexity, "converted": perplexity, "tokens": how many were predicted}.
+        {"source": perplexity, "converted": perplexity, "tokens": how many were predicted}, and "rounded" if asked for.
 
     Raises:
         InputError: the text is too short.
@@ -378,8 +401,14 @@ def compare_on_text(source: ModelSource, out: Path, text: str, trust_remote_code
     result = measure_text_loss(converted, ids, bos_id)
     del converted
     mx.clear_cache()
-    reference = measure_text_loss(load_float_model(source, device.compute_dtype(), trust_remote_code), ids, bos_id)
-    return {"source": reference.perplexity, "converted": result.perplexity, "tokens": result.tokens}
+    model = load_float_model(source, device.compute_dtype(), trust_remote_code)
+    reference = measure_text_loss(model, ids, bos_id)
+    found = {"source": reference.perplexity, "converted": result.perplexity, "tokens": result.tokens}
+    if rounded is not None:
+        model, *_ = quantize_model(model, {}, rounded)
+        use_measured_matmul(model)
+        found["rounded"] = measure_text_loss(model, ids, bos_id).perplexity
+    return found
 
 
 def _encode(tokenizer: TokenizerWrapper, text: str) -> tuple[list[int], int | None]:

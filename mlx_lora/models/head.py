@@ -437,13 +437,14 @@ SCORE_WEIGHT = f"{SCORE}.weight"
 INITIALIZER_RANGE = 0.02  # transformers' default
 
 
-def put_score_head(model: nn.Module, config: dict[str, Any], seed: int = 0) -> None:
+def put_score_head(model: nn.Module, config: dict[str, Any], seed: int = 0, outputs: int = 1) -> None:
     """Give a model a new score head, which is trainable.
 
     Args:
         model: an mlx-lm model, adapted or not; changed in place.
         config: its config.json, which may have an `initializer_range`.
         seed: of the run.
+        outputs: numbers that it gives a text.
 
     Raises:
         InputError: the model's last hidden states cannot be read.
@@ -451,8 +452,8 @@ def put_score_head(model: nn.Module, config: dict[str, Any], seed: int = 0) -> N
     layer = body_of(model).layer
     width = base_dims(layer)[isinstance(layer, EMBEDDING)]
     spread = float({**config, **(config.get("text_config") or {})}.get("initializer_range") or INITIALIZER_RANGE)
-    head = nn.Linear(width, 1, bias=False)
-    head.weight = spread * mx.random.normal((1, width), key=path_key(SCORE, seed))
+    head = nn.Linear(width, outputs, bias=False)
+    head.weight = spread * mx.random.normal((outputs, width), key=path_key(SCORE, seed))
     model.score = head
 
 

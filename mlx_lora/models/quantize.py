@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import io
 from collections.abc import Callable
@@ -118,6 +119,66 @@ def quantize_weight(weight: mx.array, quantization: Quantization) -> PackedWeigh
         quantization: how to pack it. Affine scales get the weight's dtype.
     """
     return PackedWeight(list(mx.quantize(weight, **quantization.layout)), quantization)
+
+
+def round_on_grid(
+    weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Round a changed weight on the affine grid that it had before the change, and fit scales and biases to its codes.
+
+    `mx.quantize` chooses a new grid for the sum of a quantized weight and an update, so the whole weight is rounded once more,
+    which can cost more than the update gains. On the old grid, what was there is kept exactly. An update smaller than half a
+    step changes no code, but as far as it is constant within a group, or in proportion to the codes, the fit keeps it:
+
+        q = round((w - bias) / scale),   (scale, bias) = least squares of w over (q, 1) in each group
+
+    Args:
+        weight: (..., in), float32.
+        scales, biases: (..., in / group), of the weight before the change.
+        group_size, bits: of its layout.
+
+    Returns:
+        Codes (..., in / group, group), scales and biases (..., in / group), all float32.
+    """
+    groups = weight.reshape(*scales.shape, group_size)
+    s, b = scales.astype(mx.float32)[..., None], biases.astype(mx.float32)[..., None]
+    codes = mx.clip(mx.round((groups - b) / mx.where(s == 0, 1.0, s)), 0, 2**bits - 1)
+    left = groups - (codes * s + b)  # zero where nothing changed, so that the grid stays as it was
+    mean = codes.mean(axis=-1, keepdims=True)
+    spread = codes - mean
+    squares = mx.square(spread).sum(axis=-1, keepdims=True)
+    slope = (spread * left).sum(axis=-1, keepdims=True) / mx.maximum(
+        squares, 1.0
+    )  # of whole numbers: 0, or at least 0.5
+    fitted = b + left.mean(axis=-1, keepdims=True) - slope * mean
+    return codes, (s + slope)[..., 0], fitted[..., 0]
+
+
+def quantized_like(layer: Any, dense: Any) -> Any:
+    """Return a dense layer quantized as another one is, an affine one on its grid (`round_on_grid`).
+
+    Args:
+        layer: quantized; its kind, bits, group and mode are kept.
+        dense: of the same kind and shape, in float.
+    """
+    if layer.mode != "affine":
+        own_scale = {"global_scale": True} if "global_scale" in layer else {}  # nvfp4 experts have one each
+        return dense.to_quantized(layer.group_size, layer.bits, layer.mode, **own_scale)
+    weight = dense.weight.astype(mx.float32)
+    codes, scales, biases = round_on_grid(weight, layer.scales, layer.biases, layer.group_size, layer.bits)
+    rounded = copy.copy(layer)
+    rounded.weight = packed_codes(codes.reshape(weight.shape), layer.bits)
+    rounded.scales, rounded.biases = scales.astype(layer.scales.dtype), biases.astype(layer.biases.dtype)
+    if "bias" in dense:
+        rounded.bias = dense.bias
+    return rounded
+
+
+def packed_codes(codes: mx.array, bits: int) -> mx.array:
+    """Return codes (..., in), whole numbers below 2^bits, as MLX packs them, (..., in * bits / 32) uint32."""
+    places = (codes.astype(mx.uint32)[..., None] >> mx.arange(bits, dtype=mx.uint32)) & 1  # a stream of bits per row
+    words = places.reshape(*codes.shape[:-1], -1, 32)
+    return (words << mx.arange(32, dtype=mx.uint32)).sum(axis=-1).astype(mx.uint32)
 
 
 def relative_error(found: mx.array, wanted: mx.array) -> float:

@@ -217,12 +217,13 @@ class Objective:
         reference: whether the loss compares the policy with a reference model.
         likelihood: the tokens whose likelihood is part of the loss: `none`, `answers`, or `rows` if the prompts of the
             chosen rows count too (ORPO).
-        scores: whether a score head gives each answer one number, which replaces its log-probability.
+        scores: whether a score head reads each row's last token; a reward model's number replaces the log-probability.
         divergence: whether the loss needs the mean log-ratio of policy to reference on each example's second row. No
             gradient goes through it, so that row is not trained (KTO).
         policy: the loss of sampled answers that are rewarded; None: it has another.
         distills: how tokens are compared with a teacher's; None: there is no teacher.
         room: how many answers are sampled to a prompt, and the most tokens of one.
+        outputs: numbers that the score head gives a row; set before an adapter is on the base.
         reports: names of the numbers that the loss reports.
         finish: turns the means of these numbers into the numbers that users see.
         updates: steps on the same batches; a run is saved and ended between them only.
@@ -239,6 +240,7 @@ class Objective:
     policy: PolicyOptions | None = None
     distills: DivergenceOptions | None = None
     room: tuple[int, int] = (1, 0)
+    outputs: int = 1
     reports: tuple[str, ...] = ()
     finish: Callable[[dict[str, float]], dict[str, float]] = dict
     updates: int = 1

@@ -17,13 +17,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.data.batch import Batch
+from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.teacher_table import TableFormat
 from mlx_lora.losses.cross_entropy import Arrays, Loss, LossFunction
 from mlx_lora.losses.divergence import (
@@ -35,22 +37,20 @@ from mlx_lora.losses.divergence import (
     known_of_batch,
     sampled_kl,
 )
+from mlx_lora.models.head import Head
 from mlx_lora.models.load import check_token_ids
 from mlx_lora.objectives.base import BoundObjective, RunContext
 from mlx_lora.objectives.policy_arrays import LENGTHS, OLD, TRUNCATED
 from mlx_lora.objectives.sampled import SampledObjective
 from mlx_lora.objectives.teacher import TEACHER, Teacher, as_seen, facts_of, teacher_key, teacher_name
 from mlx_lora.objectives.teacher_answers import WithTeacher
-from mlx_lora.rollouts.rollout import Rollouts, of_own_rows
+from mlx_lora.parallel.ranks import Ranks
+from mlx_lora.rollouts.decode import SamplingForm
+from mlx_lora.rollouts.environment import environment_of
+from mlx_lora.rollouts.rollout import Rollouts
+from mlx_lora.rollouts.sharing import of_own_rows
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.text import gigabytes
-
-if TYPE_CHECKING:
-    from mlx_lora.data.batch import Batch
-    from mlx_lora.data.dataset import EncodedSet
-    from mlx_lora.models.head import Head
-    from mlx_lora.parallel.ranks import Ranks
-    from mlx_lora.rollouts.decode import SamplingForm
 
 REPORTS = ("kl", "length", "truncated", "answers")
 
@@ -107,7 +107,8 @@ class OnPolicyDistillation(WithTeacher, SampledObjective):
     def make_rollouts(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> Rollouts:
         if self.scorer is None:
             raise ValueError("sampled answers of a student without a teacher")
-        return Rollouts.of(ctx.base, ctx.settings, (), loss, form, scorer=self.scorer, ranks=ctx.strategy.ranks)
+        env = environment_of(ctx.settings, (), ctx.base.hf_tokenizer)
+        return Rollouts.of(ctx.base, ctx.settings, env, loss, form, scorer=self.scorer, ranks=ctx.strategy.ranks)
 
     def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> Loss:
         options = self.options if self.scorer is None else self.scorer.options

@@ -49,7 +49,6 @@ from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import embedding_rows
 from mlx_lora.models.meta import model_shape
 from mlx_lora.models.prefix_attention import rotate_by_token, unshareable
-from mlx_lora.objectives.policy_arrays import LENGTHS
 from mlx_lora.planner.fit import budget_of, largest_batch, run_of
 from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import MemoryPlan, plan_memory
@@ -242,14 +241,14 @@ class Joining:
     work: Callable[[np.ndarray], float]
     always: bool
 
-    def __call__(self, batch: Batch, begins: np.ndarray) -> Batch:
+    def __call__(self, batch: Batch, begins: np.ndarray, ends: np.ndarray) -> Batch:
         """Return a batch of sampled answers, joined if that is asked for or saves work.
 
         Args:
             batch: a row for each answer.
-            begins: (B,) the column of each row's first target.
+            begins, ends: as for `joined_batch`.
         """
-        together = joined_batch(batch, begins)
+        together = joined_batch(batch, begins, ends)
         return together if self.always or self.saved(batch, together) >= LEAST_SAVED else batch
 
     def saved(self, batch: Batch, together: Batch) -> float:
@@ -258,23 +257,24 @@ class Joining:
         return 1 - joined / apart
 
 
-def joined_batch(batch: Batch, begins: np.ndarray) -> Batch:
+def joined_batch(batch: Batch, begins: np.ndarray, ends: np.ndarray) -> Batch:
     """Return a batch with one row for each prompt, followed by its answers; what a row does not need is cut.
 
     Args:
-        batch: a row for each answer, with their lengths.
+        batch: a row for each answer.
         begins: (B,) the column of each row's first target: that of the prompt's last token.
+        ends: (B,) the column after its last target, trained or not; as `begins` in padding.
     """
     sampled, group, width = batch.sampled or {}, batch.group, batch.inputs.shape[1]
-    lengths = sampled[LENGTHS].astype(np.int64).reshape(-1, group)  # (E, K), 0 in padding
+    lengths = (ends - begins).reshape(-1, group)  # (E, K), 0 in padding
     first = begins[::group]
-    ends = first[:, None] + np.cumsum(lengths, axis=1)
-    starts = ends - lengths
-    columns = -(-int(ends.max()) // ROW_STEP) * ROW_STEP
+    after = first[:, None] + np.cumsum(lengths, axis=1)
+    starts = after - lengths
+    columns = -(-int(after.max()) // ROW_STEP) * ROW_STEP
     source = np.full((len(starts), columns), EMPTY)  # where each joined column is in the batch, flat
     for example, row in enumerate(range(0, len(batch.inputs), group)):
         source[example, : first[example]] = row * width + np.arange(first[example])
-        for place, (start, end) in enumerate(zip(starts[example], ends[example], strict=True)):
+        for place, (start, end) in enumerate(zip(starts[example], after[example], strict=True)):
             source[example, start:end] = (row + place) * width + first[example] + np.arange(end - start)
 
     def of(array: np.ndarray) -> np.ndarray:
@@ -285,7 +285,7 @@ def joined_batch(batch: Batch, begins: np.ndarray) -> Batch:
         numbers = np.where(batch.numbers[::group] == EMPTY, EMPTY, batch.numbers[::group] // group)
     mask = of(batch.mask)
     return Batch.of(
-        of(batch.inputs), of(batch.targets), mask, int(ends[batch.real[::group], -1].sum()),
+        of(batch.inputs), of(batch.targets), mask, int(after[batch.real[::group], -1].sum()),
         min(len(batch.positions), mask.size), numbers=numbers, starts=starts.astype(np.int32),
         sampled={name: of(one) if one.ndim > 1 else one.reshape(-1, group) for name, one in sampled.items()},
     )  # fmt: skip

@@ -30,7 +30,17 @@ OBJECTIVES = {
     "distill": ("distill", "distill"),
 }
 # Settings of objectives that reward sampled answers, and of those with a teacher.
-OF_REWARDS = ("reward", "reward_weights", "reward_errors", "reward_timeout", "epsilon", "epsilon_high", "kl_beta")
+OF_REWARDS = (
+    "reward",
+    "environment",
+    "max_turns",
+    "reward_weights",
+    "reward_errors",
+    "reward_timeout",
+    "epsilon",
+    "epsilon_high",
+    "kl_beta",
+)
 OF_TEACHER = ("teacher", "teacher_prompt", "teacher_top_k", "divergence", "jsd_beta", "distill_temp", "on_policy")
 # Options that only some objectives use; with any other objective they are refused, because they would be ignored.
 OWN_OPTIONS = {

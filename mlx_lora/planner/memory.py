@@ -32,7 +32,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import ceil
 
-from mlx_lora.config.presets import OPTIMIZERS
+from mlx_lora.config.optimizers import OPTIMIZERS
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, checkpoint_every
 from mlx_lora.planner.shapes import Block, Layer, LayerCache, Machine, ModelShape, Rollout, RunShape, in_steps
 

@@ -1,1 +1,1 @@
-"""Samples answers during training, and rewards them."""
+"""Samples answers during training, in episodes of one or several turns, and rewards them."""

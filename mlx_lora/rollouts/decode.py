@@ -43,6 +43,7 @@ from mlx_lm.models import base
 from mlx_lm.models.cache import BatchKVCache
 from mlx_lm.models.rope_utils import Llama3RoPE, ProportionalRoPE, SuScaledRoPE
 
+from mlx_lora.adapters.qat import hold_fused, release_fused
 from mlx_lora.kernels.measure import TOLERANCE, Figures, best_s, keep_figures, may_measure, read_figures
 from mlx_lora.kernels.quantized_matmul import (
     DENSE,
@@ -247,10 +248,11 @@ def hold_weights(base: Base, rows: int = TOKEN) -> DecodeWeights | None:
     Raises:
         InputError: as for `choose_weights`.
     """
+    hold_fused(base.model)
     held = sum(layer[DENSE].nbytes for layer in base.model.modules() if DENSE in layer)
     chosen = choose_weights(base, rows, device.free_bytes() + held)
     if chosen is None or chosen.form == PACKED:
-        release_weights(base.model)
+        _drop_copies(base.model)
     else:
         copy_weights(base)
     return chosen
@@ -265,7 +267,12 @@ def copy_weights(base: Base) -> None:
 
 
 def release_weights(model: nn.Module) -> None:
-    """Drop the dense copies."""
+    """Drop what was held for generation."""
+    release_fused(model)
+    _drop_copies(model)
+
+
+def _drop_copies(model: nn.Module) -> None:
     for layer in model.modules():
         layer.pop(DENSE, None)
 

@@ -25,7 +25,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -83,13 +83,15 @@ def rewards_of(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS)
     weights, names = _weights(settings.reward_weights, len(asked)), reward_names(settings)
     models = [_model_folder(text) for text in asked]
     return [
-        Reward(name, _not_loaded if model else functions.get(text) or _function(text), weight, model)
+        Reward(name, no_function if model else functions.get(text) or _function(text), weight, model)
         for name, text, weight, model in zip(names, asked, weights, models, strict=True)
     ]
 
 
 def reward_names(settings: ObjectiveSettings) -> list[str]:
     """Return the name of each reward for reports: the function's, the folder's or the kind's; where two are alike, all of it."""
+    if settings.environment:
+        return [settings.environment.rpartition(":")[2]]
     asked = _asked(settings)
     short = [_short(text) for text in asked]
     names = [text if short.count(name) > 1 else name for text, name in zip(asked, short, strict=True)]
@@ -113,6 +115,9 @@ def reward_files(settings: ObjectiveSettings) -> dict[str, str]:
     if not settings.rewarded:
         return {}
     found = {}
+    if settings.environment:
+        file = Path(os.path.expanduser(settings.environment.rpartition(":")[0]))
+        found["code of --environment"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     for text in _asked(settings) if settings.samples else []:
         path = text.partition(":")[2] if text.startswith("json_schema:") else text.rpartition(":")[0]
         folder = _model_folder(text)
@@ -135,8 +140,9 @@ def _model_folder(text: str) -> Path | None:
     return Path(path) if text not in PLAIN and os.path.isdir(path) else None  # unlike Path's, False for any text
 
 
-def _not_loaded(conversations: Sequence[Any]) -> list[float | None]:
-    raise ValueError("a reward model that was not loaded")
+def no_function(*answers: Any, **columns: Any) -> list[float | None]:
+    """Stand for a reward model that is not loaded, and for what an environment gives by itself."""
+    raise ValueError("a reward that has no function was called")
 
 
 def _short(text: str) -> str:
@@ -165,31 +171,46 @@ def _function(name: str) -> RewardFunction:
         return found
     if name.startswith(IN_PYTHON):
         raise InputError(f"--reward {name}: a function that was given in Python; continue with mlx_lora.train there")
-    path, colon, function = name.rpartition(":")
+    path, colon, _ = name.rpartition(":")
     if not colon or not path.endswith(".py"):
         near = get_close_matches(name, PLAIN, n=1)
         hint = f"did you mean {near[0]}?" if near else f"give {GIVE}"
         raise InputError(f"--reward {name}: {hint}")
-    module = _module(Path(path).expanduser(), name)
-    if not callable(getattr(module, function, None)):
+    return from_file("--reward", name, "function")
+
+
+def from_file(flag: str, name: str, what: str) -> Any:
+    """Return a function or class of a user's file.
+
+    Args:
+        flag: that names it, for messages.
+        name: FILE.py:NAME.
+        what: it is, for messages.
+
+    Raises:
+        InputError: there is no such file, it cannot be run, or it has no such name.
+    """
+    path, _, attribute = name.rpartition(":")
+    module = _module(Path(path).expanduser(), f"{flag} {name}")
+    if not callable(vars(module).get(attribute)):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise InputError(f"--reward {name}: {path} has no function {function}; it has {', '.join(known) or 'none'}")
-    return getattr(module, function)
+        raise InputError(f"{flag} {name}: {path} has no {what} {attribute}; it has {', '.join(known) or 'none'}")
+    return vars(module)[attribute]
 
 
-def _module(file: Path, name: str) -> ModuleType:
-    """Run a user's file and return it as a module."""
+def _module(file: Path, asked: str) -> ModuleType:
+    """Run a user's file, which `asked` names, and return it as a module."""
     if not file.is_file():
-        raise InputError(f"--reward {name}: there is no file {file}; give its path")
+        raise InputError(f"{asked}: there is no file {file}; give its path")
     spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise InputError(f"--reward {name}: {file} is not a Python file; give one")
+        raise InputError(f"{asked}: {file} is not a Python file; give one")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # a user's code may raise anything
         words = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"--reward {name}: {file} cannot be run ({words}); correct it") from error
+        raise InputError(f"{asked}: {file} cannot be run ({words}); correct it") from error
     return module
 
 
@@ -258,27 +279,48 @@ def _called(
     state: TrainerState,
 ) -> list[Any] | None:
     """Return a function's values, None if it failed and that is skipped."""
-    count = len(answers["completions"])
-    try:
-        if reward.model is not None:
-            values = list(reward.function(conversations))
-        else:
-            with _at_most(settings.reward_timeout):
-                values = call_reward(reward.function, answers, state)
-    except _TooLong:
-        limit = f"{settings.reward_timeout:g} s"
-        _fail(
-            f"--reward {reward.name} took longer than {limit} for {count} answers", settings, note, "--reward-timeout"
-        )
-        return None
-    except Exception as error:  # a user's code may raise anything
-        words = f"{type(error).__name__}: {error}".splitlines()[0]
-        _fail(f"--reward {reward.name} failed ({words}) for {_shown(answers, 0)}", settings, note)
-        return None
-    if len(values) != count:
-        _fail(f"--reward {reward.name} gave {len(values)} values for {count} answers", settings, note)
+    count, name = len(answers["completions"]), f"--reward {reward.name}"
+    if reward.model is None:
+        values = guarded(lambda: call_reward(reward.function, answers, state), name, answers, settings, note)
+    else:
+        values = guarded(lambda: list(reward.function(conversations)), name, answers, settings, note, limited=False)
+    if values is not None and len(values) != count:
+        fail(f"{name} gave {len(values)} values for {count} answers", settings, note)
         return None
     return values
+
+
+def guarded(
+    function: Callable[[], list[Any]],
+    name: str,
+    answers: dict[str, Any],
+    settings: ObjectiveSettings,
+    note: Callable[[str], None],
+    limited: bool = True,
+) -> list[Any] | None:
+    """Return what a user's code returns, None if it failed and that is skipped.
+
+    Args:
+        function: calls it.
+        name: the flag that named it, and its name, for messages.
+        answers: that it is about: prompts and completions.
+        settings: the time limit, and what to do if it fails.
+        note: takes a line if the failure is skipped.
+        limited: whether the time limit holds.
+
+    Raises:
+        RunError: it failed, and the run is to stop.
+    """
+    try:
+        with _at_most(settings.reward_timeout) if limited else nullcontext():
+            return function()
+    except _TooLong:
+        words = f"{settings.reward_timeout:g} s for {len(answers['completions'])} answers"
+        fail(f"{name} took longer than {words}", settings, note, "--reward-timeout")
+    except Exception as error:  # a user's code may raise anything
+        words = f"{type(error).__name__}: {error}".splitlines()[0]
+        fail(f"{name} failed ({words}) for {_shown(answers, 0)}", settings, note)
+    return None
 
 
 class _TooLong(BaseException):
@@ -304,7 +346,7 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _fail(what: str, settings: ObjectiveSettings, note: Callable[[str], None], flag: str = "") -> None:
+def fail(what: str, settings: ObjectiveSettings, note: Callable[[str], None], flag: str = "") -> None:
     """Stop the run, or note what is skipped."""
     if settings.reward_errors == "skip":
         note(f"Note: {what}; skipped")
@@ -312,7 +354,7 @@ def _fail(what: str, settings: ObjectiveSettings, note: Callable[[str], None], f
     raise RunError(f"{what}; correct it{f', raise {flag}' if flag else ''}, or give --reward-errors skip")
 
 
-def _problem(value: Any) -> str | None:
+def problem_of(value: Any) -> str | None:
     """Return what is wrong with a reward, None if nothing is; None as a reward means that there is none."""
     if value is None:
         return None
@@ -361,9 +403,9 @@ def rewards_for(
         if values is None:
             continue
         for row, value in enumerate(values):
-            problem = _problem(value)
+            problem = problem_of(value)
             if problem:
-                _fail(f"--reward {reward.name} gave {problem} for {_shown(answers, row)}", settings, note)
+                fail(f"--reward {reward.name} gave {problem} for {_shown(answers, row)}", settings, note)
             elif value is not None:
                 found[row, column] = float(value)
     return found

@@ -76,7 +76,7 @@ def sample_groups(
     options: SamplingOptions,
     ends: frozenset[int],
     keys: mx.array,
-    on_step: Callable[[int], None] = lambda tokens: None,
+    limits: Sequence[int] | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Sample G answers to each prompt.
 
@@ -86,7 +86,7 @@ def sample_groups(
         options: how.
         ends: tokens that end an answer.
         keys: (A, 2) uint32, the key of each answer's random stream.
-        on_step: called with the number of steps done, from time to time.
+        limits: (A,) the most tokens of each answer; None: as the options say.
 
     Returns:
         The tokens of each answer, (A,) lists, with its end token if it ended; and the log-probability of each token at the
@@ -97,7 +97,8 @@ def sample_groups(
     caches = _group_caches(model, prompts, options.group)
     tokens = mx.array([prompt[-1] for prompt in prompts for _ in range(options.group)], mx.uint32)
     rows, ended = list(range(len(answers))), [False] * len(answers)
-    for step in range(options.max_new_tokens):
+    limits = [options.max_new_tokens] * len(answers) if limits is None else limits
+    for step in range(max(limits, default=0)):
         logits = model(tokens[:, None], cache=caches)[:, -1]  # (rows, V)
         keys, tokens, logps = _drawn(logits, keys, options)
         mx.eval(tokens, keys, logps)
@@ -105,7 +106,7 @@ def sample_groups(
             if not ended[place]:
                 answers[rows[place]].append(token)
                 found[rows[place]].append(logp)
-                ended[place] = token in ends
+                ended[place] = token in ends or len(answers[rows[place]]) == limits[rows[place]]
         if all(ended):
             break
         if sum(ended) >= ENDED_SHARE * len(ended):
@@ -117,7 +118,6 @@ def sample_groups(
             rows, ended = [rows[place] for place in keep], [False] * len(keep)
         if step % STEPS_PER_CLEARING == STEPS_PER_CLEARING - 1:
             mx.clear_cache()
-            on_step(step + 1)
     return answers, found
 
 
@@ -162,9 +162,9 @@ def write_texts(
         base.model.train(training)
 
 
-def answer_keys(seed: int, rollout: int, count: int) -> mx.array:
-    """Return the keys of a rollout's answers, (count, 2) uint32; they differ in every rollout of a run."""
-    state = np.random.SeedSequence([seed, rollout]).generate_state(1, np.uint64)[0]
+def answer_keys(seed: int, rollout: int, count: int, turn: int = 0) -> mx.array:
+    """Return the keys of a rollout's answers at a turn, (count, 2) uint32; they differ in every rollout of a run."""
+    state = np.random.SeedSequence([seed, rollout], spawn_key=(turn,) if turn else ()).generate_state(1, np.uint64)[0]
     return mx.random.split(mx.random.key(int(state)), count)
 
 

@@ -21,8 +21,16 @@ from mlx_lora.utils.hub import HUB_ID
 # A run's, an upload's or an export's name: it becomes a folder or a file, and never a path.
 NAME = re.compile(r"[\w][\w .+-]{0,99}")
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
-# Settings whose value may be a file or folder; a reward may be FILE.py:FUNCTION, which runs that file.
-PATHS = ("resume_adapter_file", "chat_template", "reference_adapter", "teacher", "teacher_prompt", "reward")
+# Settings whose value may be a file or folder; a reward or an environment may be FILE.py:NAME, which runs that file.
+PATHS = (
+    "resume_adapter_file",
+    "chat_template",
+    "reference_adapter",
+    "teacher",
+    "teacher_prompt",
+    "reward",
+    "environment",
+)
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import mlx.nn as nn
+
 from mlx_lora.adapters.inject import Adapted, adapt_model
+from mlx_lora.adapters.qat import begin_qat, end_qat
 from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, put_start, read_adapter_config, read_start
 from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
 
 if TYPE_CHECKING:
-    from mlx_lora.config.settings import DataSettings, TrainSettings
+    from mlx_lora.config.settings import AdapterSettings, DataSettings, TrainSettings
     from mlx_lora.models.load import Base
     from mlx_lora.objectives.base import Objective
 
@@ -23,7 +28,7 @@ def adapt(
     Args:
         settings: of the run.
         base: gets adapter layers.
-        objective: of the run; a reward model gets a score head.
+        objective: of the run; one that scores gets a score head.
         chat_template: that the data were rendered with; kept with the adapter when it is not the model's own, so that
             generate renders prompts the same way.
     """
@@ -33,10 +38,12 @@ def adapt(
     start = read_start(base, adapter.resume_adapter_file, scores) if adapter.resume_adapter_file else None
     adapted, full = adapt_model(base.model, adapter, settings.loop.seed), ()
     if scores:
-        put_score_head(base.model, base.config, settings.loop.seed)
+        put_score_head(base.model, base.config, settings.loop.seed, objective.outputs)
         full = (SCORE_WEIGHT,)
     if start:
         put_start(base.model, start, full)
+    if adapter.qat:
+        begin_qat(base.model)
     return adapted, AdapterInfo(
         method=adapter.method,
         rank=adapted.rank,
@@ -50,6 +57,7 @@ def adapt(
         base_fingerprint=base.fingerprint,
         chat_template=None if own_template else chat_template,
         full=adapted.full + full,
+        qat=bool(adapter.qat),
     )
 
 
@@ -70,3 +78,36 @@ def adapter_template(folder: Path | None) -> str | None:
     """Return the chat template that an adapter was trained with, None where it is the model's own."""
     own = read_adapter_config(folder).get("mlx_lora") if folder else None
     return own.get("chat_template") if isinstance(own, dict) else None
+
+
+# Quantization-aware training
+
+
+def first_qat_step(settings: AdapterSettings, steps: int) -> int | None:
+    """Return how many of a run's steps are without it, from 0; None: all are."""
+    return steps - math.ceil(settings.qat * steps) if settings.qat else None
+
+
+def qat_from(
+    settings: AdapterSettings, model: nn.Module, steps: int, taken: int, on_step: Callable[[int], None]
+) -> Callable[[int], None]:
+    """Set an adapted model to what its next step needs, and return what is to be called after each step.
+
+    Args:
+        settings: of the adapter.
+        model: that is trained.
+        steps: of the whole run.
+        taken: steps that are done.
+        on_step: is called with the number of steps done, after the change.
+    """
+    first = first_qat_step(settings, steps)
+    if first is None or taken >= first:
+        return on_step
+    end_qat(model)
+
+    def after(step: int) -> None:
+        if step == first:
+            begin_qat(model)
+        on_step(step)
+
+    return after

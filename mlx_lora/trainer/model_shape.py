@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.adapters.base import Wire
 from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.adapters.qat import begin_qat
 from mlx_lora.kernels.attention import Tiles, attend
 from mlx_lora.kernels.measure import MLX, left_unchanged
 from mlx_lora.kernels.quantized_matmul import has_two_ways, use_measured_matmul
@@ -124,6 +125,8 @@ def outlined_shape(
     if adapter.method == "pissa":  # its initial factors need weights, which an outline does not have
         adapter = replace(adapter, method="lora")
     adapt_model(outline.model, adapter, settings.loop.seed)
+    if adapter.qat:
+        begin_qat(outline.model)
     if any(has_two_ways(layer) for layer in outline.model.modules()):  # a packed model may have none of these layers
         use_measured_matmul(outline.model, "dense")  # it takes more memory; for a plan the faster one is not measured
     config = outline.config

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_lora.config.presets import OPTIMIZERS
+from mlx_lora.config.optimizers import OPTIMIZERS
 from mlx_lora.planner.memory import FLAT_UP_TO
 from mlx_lora.utils.errors import InputError
 

@@ -17,7 +17,7 @@ from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import OBJECTIVES, objective_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.trainer.adapter import put_adapter
+from mlx_lora.trainer.adapter import put_adapter, qat_from
 from mlx_lora.trainer.build import BuiltRun, build_run
 from mlx_lora.trainer.callbacks import Callback, Callbacks, logger_callbacks
 from mlx_lora.trainer.checkpoint import take_first_ranks
@@ -214,7 +214,8 @@ def take_steps(
     with told.around(run.steps, settings.to_flat()) as ending:
         try:
             with folder.kept_if_it_fails(), reporting(run, told, show, page) as (report, shown, watch):
-                hooks = LoopHooks(report, save, shown, told.failed, watch)
+                on_step = qat_from(settings.adapter, base.model, run.steps, at.taken, shown)
+                hooks = LoopHooks(report, save, on_step, told.failed, watch)
                 outcome = Trainer(
                     step,
                     run.ctx.objective,

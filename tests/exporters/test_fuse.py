@@ -24,6 +24,13 @@ from mlx_lora.models.load import load_base
 from mlx_lora.utils.errors import InputError
 
 
+@pytest.fixture(autouse=True)
+def _short_general_text(monkeypatch, tmp_path):
+    """Without data of its run, an adapter is measured on general texts: here, on a short one."""
+    (tmp_path / "text.jsonl").write_text('{"text": "The Danube is the second-longest river in Europe."}\n')
+    monkeypatch.setattr("mlx_lora.api.fused_gain.GENERAL", tmp_path)
+
+
 def fuse(model, folder, *extra):
     ran = run("fuse", "--model", model, "--adapter-path", folder / "a", "--out", folder / "f", "--json", *extra)
     assert ran.code == 0, ran.err
@@ -50,7 +57,8 @@ def test_a_large_update_survives_4_bits_and_a_tiny_one_does_not(tiny_4bit_folder
     small = {name: value * (1e-3 if name.endswith("lora_b") else 1) for name, value in stored.items()}
     mx.save_safetensors(str(tmp_path / "a" / WEIGHTS_FILE), small)
     tiny, _ = fuse(tiny_4bit_folder, tmp_path, "--force")
-    assert large["error_mean"] < 0.2 * tiny["error_mean"]
+    assert large["error_mean"] < 0.5 * tiny["error_mean"]
+    assert 0.5 < tiny["error_mean"] < 1.01  # most of it is lost, and the base loses nothing
     ran = run("fuse", "--model", tiny_4bit_folder, "--adapter-path", tmp_path / "a", "--out", tmp_path / "g")
     assert "--dequantize" in ran.err
     assert "--data" in ran.err
@@ -197,11 +205,22 @@ def test_an_adapter_trained_on_a_fused_model_by_an_earlier_version_still_loads(t
 
 def test_what_rounding_costs_is_not_claimed_unmeasured():
     rounding = {"layers": 4, "bits": 4, "error_mean": 51.005, "error_most": 161.0, "most_layer": "q_proj"}
-    unknown = words(rounding, "no data")
+    unknown = words(rounding, Gain(2.1, 1.8, 2.0, 32, "rows", 0.1, "no data"))
     assert all(
-        part in unknown for part in ("51 times", "4 bits", "no data", "--data", "--dequantize", "--fused-bits 8")
+        part in unknown
+        for part in (
+            "51 times",
+            "4 bits",
+            "no data",
+            "--data",
+            "--dequantize",
+            "--fused-bits 8",
+            "KL 0.100",
+            "--compensate",
+        )
     )
-    assert "%" not in unknown  # no share of the effect
+    assert Gain(2.1, 1.8, 2.0, 32, "rows", 0.1, "no data").kept is None  # nobody trained for these rows
+    assert not re.search(r"keeps \d+%", unknown)  # no share of the effect
     little = words({**rounding, "error_mean": 0.012}, None)
     assert "1.2%" in little
     assert "--dequantize" not in little
@@ -211,13 +230,16 @@ def test_what_rounding_costs_is_not_claimed_unmeasured():
 def test_the_share_that_is_kept_is_that_of_the_gain_in_loss():
     rounding = {"layers": 4, "bits": 4, "error_mean": 51.0, "error_most": 161.0, "most_layer": "q_proj"}
     faded = words(rounding, Gain(2.1, 1.8, 2.0, 32, "32 rows of x.jsonl"))
-    assert all(part in faded for part in ("33%", "2.10", "1.80", "2.00", "--dequantize", "--fused-bits 8"))
+    remedies = ("--dequantize", "--fused-bits 8", "--compensate", "--bits-budget", "--qat", "--method qa-lora")
+    assert all(part in faded for part in ("33%", "2.10", "1.80", "2.00", "Warning", *remedies))
+    again = words(rounding, Gain(2.1, 1.8, 2.0, 32, "32 rows of x.jsonl"), ("--compensate",))
+    assert "fuse ... --compensate`" not in again
     whole = words(rounding, Gain(2.1, 1.8, 1.8, 32, "32 rows of x.jsonl"))
     assert "keeps all" in whole
     assert "keeps nothing" in words(rounding, Gain(2.1, 1.8, 2.2, 32, "rows"))
     assert "--dequantize" not in whole
     assert Gain(2.1, 2.1, 2.4, 32, "rows").kept is None  # there is no gain to have a share of
-    assert "%" not in words(rounding, Gain(2.1, 2.2, 2.1, 32, "rows"))
+    assert "keeps" not in words(rounding, Gain(2.1, 2.2, 2.1, 32, "rows"))
     eight = words({**rounding, "bits": 8}, Gain(2.1, 1.8, 2.0, 32, "rows"))
     assert ("--dequantize" in eight, "--fused-bits" in eight) == (True, False)
 

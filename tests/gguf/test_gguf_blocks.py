@@ -10,8 +10,8 @@ from gguf_tensors import ROWS, WIDTH, random_tensor
 
 from mlx_lora.gguf.mapping import TensorMapping
 from mlx_lora.gguf.reader import GGUFTensor
-from mlx_lora.gguf.weights import LOSSLESS, carry_blocks, import_weights, pack_codes
-from mlx_lora.models.quantize import PackedWeight, Quantization
+from mlx_lora.gguf.weights import LOSSLESS, affine_blocks, carry_blocks, import_weights, pack_codes, stored_kind
+from mlx_lora.models.quantize import PackedWeight, Quantization, quantize_weight
 from mlx_lora.utils.errors import InputError
 
 
@@ -69,6 +69,35 @@ def test_codes_come_back_from_mlx(bits: int) -> None:
     ones, zeros = mx.ones((3, 3)), mx.zeros((3, 3))
     back = mx.dequantize(mx.array(pack_codes(codes, bits)), ones, zeros, group_size=32, bits=bits)
     np.testing.assert_array_equal(np.array(back), codes)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0], ids=lambda kind: kind.name)
+def test_carried_blocks_are_written_back_byte_for_byte(kind: Kind) -> None:
+    tensor = random_tensor(kind)
+    packed = carry_blocks(tensor, mx.float32)
+    assert stored_kind(packed) is kind
+    np.testing.assert_array_equal(affine_blocks(packed, kind).reshape(tensor.data.shape), tensor.data)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(2, 64), (3, 32), (4, 32), (4, 64), (4, 128), (5, 32), (5, 64)])
+def test_affine_weights_of_mlx_become_blocks_with_their_values(bits: int, group: int) -> None:
+    """Scales and biases are float16 there; so they are here, and nothing is lost."""
+    packed = quantize_weight(
+        mx.random.normal((5, 256), key=mx.random.key(1)).astype(mx.float16), Quantization(bits, group)
+    )
+    kind = stored_kind(packed)
+    assert kind in (Kind.Q4_1, Kind.Q5_1)
+    found = GGUFTensor("t", kind, (5, 256), affine_blocks(packed, kind)).dequantize()
+    whole = [packed.arrays[0], *(array.astype(mx.float32) for array in packed.arrays[1:])]
+    np.testing.assert_allclose(
+        found, np.array(PackedWeight(whole, packed.quantization).dequantize()), rtol=1e-6, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize(("bits", "mode"), [(6, "affine"), (8, "affine"), (4, "mxfp4"), (8, "mxfp8")])
+def test_other_weights_have_no_blocks(bits: int, mode: str) -> None:
+    weight = mx.random.normal((5, 256), key=mx.random.key(1))
+    assert stored_kind(quantize_weight(weight, Quantization(bits, 32, mode))) is None
 
 
 def test_many_rows_are_unpacked_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

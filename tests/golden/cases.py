@@ -107,6 +107,8 @@ CASES: dict[str, Case] = {
     "relora": method("relora", resumed=True, relora_every=3, relora_warmup=1),
     "lora-plus": method("lora-plus"),
     "full": method("full"),
+    "qa-lora": method("qa-lora", model="tiny-4bit", quantized_matmul="packed"),
+    "qat": method("lora", model="tiny-4bit", quantized_matmul="packed", resumed=True, qat=0.5),
     "modules-to-save": method("lora", model="untied", modules_to_save="lm_head,*norm"),
     "two-data": Case(ranks=2),
     "two-sharded": Case({"shard_base": "even"}, ranks=2),

@@ -21,6 +21,7 @@ from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import AdapterSettings
 from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.measure import left_unchanged
+from mlx_lora.kernels.table import assumed, training_kernels
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import Arrays
 from mlx_lora.models import head as heads
@@ -64,7 +65,8 @@ def assert_equal(found, expected, bar: float = 2e-6) -> None:
 
 def loss_and_gradient(model: nn.Module, loss, arrays, mode: str = "none", compiled: bool = False):
     tape = apply_checkpointing(model, mode)
-    function = differentiation(model, loss.train, tape.attend if tape else attend)
+    own = tape.attend if tape else attend
+    function = differentiation(model, loss.train, lambda model: training_kernels(model, own, assumed))
     loss_sum, _, _, grads = (compiled_over(model, function) if compiled else function)(*arrays)
     mx.eval(loss_sum, grads)
     return loss_sum.item(), grads

@@ -322,3 +322,58 @@ def test_logprobs_of_float_weights_agree_closely(tmp_path: Path) -> None:
     row = llamacpp.compare(llamacpp.write_float_copy(path, tmp_path / "f.gguf"), tmp_path / "out")
     assert row["mean"] <= 0.003
     assert row["max"] <= 0.02
+
+
+@pytest.fixture
+def calibration(tmp_path: Path) -> tuple[Path, Path]:
+    """A float model and rows to learn a quantization from."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"{n} foxes jump over {n * n} dogs"}) + "\n" for n in range(12)))
+    return write_folder(tmp_path / "float", tiny_model()), rows
+
+
+@pytest.mark.parametrize("quantizer", ["dwq", "awq", "gptq"])
+def test_a_learned_quantization_is_reported_beside_plain_rounding(quantizer, calibration, tmp_path):
+    model, rows = calibration
+    text = tmp_path / "text.txt"
+    text.write_text("A fox jumps over nine dogs, and a dog over none. " * 3)
+    given = ("--bits", 2, "--group-size", 32, "--report", text, "--json")
+    learned = run(
+        "--model", model, "--out", tmp_path / "q", *given, "--calibrate", rows, "--quantizer", quantizer
+    )  # fmt: skip
+    assert learned.exit_code == 0, learned.output
+    found, plain = json.loads(learned.stdout), json.loads(run("--model", model, "--out", tmp_path / "r", *given).stdout)
+    assert "by plain rounding" in learned.stderr
+    assert found["perplexity"]["rounded"] == pytest.approx(plain["perplexity"]["converted"], rel=1e-4)
+    assert found["perplexity"]["converted"] != found["perplexity"]["rounded"]
+    entries = json.loads((tmp_path / "q" / "config.json").read_text())["quantization"]
+    assert (entries["bits"], entries["group_size"], entries["mode"]) == (2, 32, "affine")
+    assert ("model.embed_tokens" in entries) is (quantizer == "gptq")  # mlx-lm's gptq gives it 6 bits
+    loaded, _ = mlx_lm.load(str(tmp_path / "q"))
+    assert loaded(IDS).shape == (1, IDS.shape[1], 288)
+
+
+def test_a_quantization_that_cannot_be_learned_is_one_line(calibration, gguf_file, tmp_path):
+    model, rows = calibration
+    quantized = tmp_path / "quantized"
+    assert run("--model", model, "--out", quantized, "--bits", 4, "--group-size", 32).exit_code == 0
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "a fox"}\n')
+    other = tmp_path / "other"
+    write_folder(other, tiny_model(), {"model_type": "olmo2"})
+    for source, data, extra, said in (
+        (model, None, ("--quantizer", "awq"), "--calibrate"),
+        (model, rows, ("--mode", "mxfp4"), "affine"),
+        (model, rows, ("--bits", 3, "--quantizer", "gptq"), "2, 4 and 8"),
+        (model, rows, ("--bits", 8), "less than 8 bits"),
+        (model, rows, ("--no-quantize",), "--no-quantize"),
+        (model, short, ("--group-size", 32), "tokens"),
+        (model, tmp_path / "none.jsonl", (), "none.jsonl"),
+        (quantized, rows, (), "quantized already"),
+        (other, rows, ("--quantizer", "awq"), "not olmo2"),
+        (gguf_file, rows, (), "GGUF"),
+    ):
+        given = () if data is None else ("--calibrate", data)
+        result = run("--model", source, "--out", tmp_path / "q", *given, *extra)
+        assert (result.exit_code, said in str(result.exception) + result.output) == (2, True), (said, result.output)
+        assert not (tmp_path / "q").exists()

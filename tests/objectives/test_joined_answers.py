@@ -35,14 +35,16 @@ from mlx_lora.objectives.prefix_sharing import Joining, apart, joined, joined_ba
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.rollouts.decode import SamplingForm
-from mlx_lora.rollouts.rewards import Reward
-from mlx_lora.rollouts.rollout import Planned, Rollouts
+from mlx_lora.rollouts.environment import MultiTurnEnv, SingleTurnEnv
+from mlx_lora.rollouts.rewards import Reward, no_function
+from mlx_lora.rollouts.rollout import Rollouts
+from mlx_lora.rollouts.sharing import Planned
 
 GROUP, LONGEST = 4, 9
 CASES = [(name, beta) for name in RATIO_OF for beta in (0.0, 0.3)]
 
 
-def prompts(count: int = 3, seed: int = 0) -> EncodedSet:
+def prompts(count: int = 3, seed: int = 0, room: int = LONGEST) -> EncodedSet:
     """Return random prompts, with facts for rewards and room for answers."""
     random = np.random.default_rng(seed)
     rows = []
@@ -50,7 +52,7 @@ def prompts(count: int = 3, seed: int = 0) -> EncodedSet:
         tokens = random.integers(3, 250, int(random.integers(1, 20))).astype(np.int32)
         rows.append((tokens, np.zeros(len(tokens), bool)))
     facts = [{"chat": False, "columns": {}, "prompt": str(n), "example": Completion(str(n), "")} for n in range(count)]
-    return EncodedSet.from_rows(rows).with_facts(facts).with_room(GROUP, LONGEST)
+    return EncodedSet.from_rows(rows).with_facts(facts).with_room(GROUP, room)
 
 
 def reward(prompts, completions, completion_ids, **columns):
@@ -85,20 +87,24 @@ def settings_of(base, name: str, beta: float = 0.0, **more: object):
     )  # fmt: skip
 
 
-def sampled_batches(base, settings, rows: EncodedSet, shared: EncodedSet | None = None) -> tuple[Batch, Batch]:
+def sampled_batches(
+    base, settings, rows: EncodedSet, shared: EncodedSet | None = None, env=None
+) -> tuple[Batch, Batch]:
     """Return the same rollout, apart and joined; the adapter has moved since it was the reference.
 
     Args:
         base, settings: of the run.
         rows: planned apart.
         shared: what the joined batch is planned on; None: the same rows.
+        env: of the episodes; None: one answer and `reward`.
     """
+    env = env or SingleTurnEnv([Reward("r", reward)], settings.objective, base.hf_tokenizer)
     loss = at_temperature(choose_loss(base.model, base.config), base.model, base.config, settings.objective.temp)
     joining = Joining(work_of(model_shape(base.model, base.config)), True)
     found = []
     for how, planned in ((None, rows), (joining, shared or rows)):
         moved(base, 1)
-        answering = Rollouts.of(base, settings, [Reward("r", reward)], loss, SamplingForm(), joining=how)
+        answering = Rollouts.of(base, settings, env, loss, SamplingForm(), joining=how)
         moved(base, 2)
         plan = BatchPlan(planned, batch_tokens=10**6, batch_size=4, seed=0)
         batch = plan.batch(0, 0)
@@ -198,8 +204,47 @@ def test_log_probabilities_before_the_update_are_those_of_the_same_tokens(base):
     np.testing.assert_allclose(separate.sampled[ADVANTAGES], together.sampled[ADVANTAGES].ravel(), atol=1e-4)
 
 
-def filled() -> tuple[Batch, np.ndarray]:
-    """Return two prompts, of 3 tokens and 1, with answers of 2, 1 and 1, 3 tokens; and a prompt of padding."""
+class Talk:
+    """Asks back once; the reward is of both answers."""
+
+    def reset(self, seed, **columns):
+        return None
+
+    def step(self, completion):
+        return "And?", float(len(completion) % 5), False
+
+
+def test_episodes_of_two_turns_share_a_row_and_train_the_models_tokens_alone(base):
+    """The second turn sees the first and the observation; log-probabilities are the model's own at its tokens, and 0 elsewhere."""
+    more = {"environment": "talk.py:Talk", "reward": None, "max_turns": 2, "max_new_tokens": 90}
+    settings = settings_of(base, "grpo", 0.2, updates_per_rollout=2, iters=2, **more)
+    env = MultiTurnEnv(Talk, [Reward("Talk", no_function)], settings, base.hf_tokenizer)
+    separate, together = sampled_batches(base, settings, prompts(room=90), env=env)
+    episodes = separate.sampled[LENGTHS][separate.real]
+    last = [int(np.flatnonzero(mask)[-1]) for mask in separate.mask[separate.real]]
+    inside = [mask[: end + 1].sum() for mask, end in zip(separate.mask[separate.real], last, strict=True)]
+    assert episodes.tolist() == inside  # `length` counts the tokens that are trained
+    begins = separate.mask.argmax(axis=1)[separate.real]
+    assert any(end - begin + 1 > length for begin, end, length in zip(begins, last, episodes, strict=True))
+    logits = base.model(mx.array(separate.inputs)).astype(mx.float32)
+    logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    own = np.array(mx.take_along_axis(logps, mx.array(separate.targets)[..., None], axis=-1).squeeze(-1))
+    np.testing.assert_allclose(separate.sampled[OLD], np.where(separate.mask, own, 0), rtol=1e-4, atol=1e-4)
+    assert together.supervised_tokens == separate.supervised_tokens
+    assert_same(trained(base, settings, separate), trained(base, settings, together))
+    begin, end = int(begins[0]), last[0]
+    between = np.flatnonzero(~separate.mask[0, begin:end]) + begin
+    other = replace(separate, mask=separate.mask.copy())
+    other.mask[0, between] = True  # an observation that is trained is another loss
+    other = Batch.of(
+        other.inputs, other.targets, other.mask, other.real_tokens, len(other.positions) + len(between), group=GROUP,
+        numbers=other.numbers, sampled=other.sampled,
+    )  # fmt: skip
+    assert trained(base, settings, other)[0] != pytest.approx(trained(base, settings, separate)[0], rel=1e-4)
+
+
+def filled() -> tuple[Batch, np.ndarray, np.ndarray]:
+    """Return two prompts, of 3 tokens and 1, with answers of 2, 1 and 1, 3 tokens, and a prompt of padding; where answers begin and end."""
     inputs = np.array(
         [[7, 8, 9, 1, 0, 0], [7, 8, 9, 0, 0, 0], [5, 0, 0, 0, 0, 0], [5, 4, 3, 0, 0, 0], [0] * 6, [0] * 6]
     )
@@ -216,12 +261,12 @@ def filled() -> tuple[Batch, np.ndarray]:
         inputs.astype(np.int32), targets.astype(np.int32), mask, 9, 16, group=2, numbers=numbers,
         sampled={LENGTHS: lengths, "per token": per_token},
     )  # fmt: skip
-    return batch, begins
+    return batch, begins, begins + lengths.astype(int)
 
 
 def test_a_row_has_its_prompt_once_and_its_answers_behind():
-    batch, begins = filled()
-    together = joined_batch(batch, begins)
+    batch, *places = filled()
+    together = joined_batch(batch, *places)
     assert together.inputs.shape == (3, 64)
     assert together.inputs[:, :6].tolist() == [[7, 8, 9, 1, 9, 0], [5, 5, 4, 3, 0, 0], [0] * 6]
     assert together.targets[:, :6].tolist() == [[8, 9, 1, 2, 6, 0], [2, 4, 3, 2, 0, 0], [0] * 6]
@@ -237,6 +282,22 @@ def test_a_row_has_its_prompt_once_and_its_answers_behind():
     [first, second] = split_rows(together, 2)
     assert first.starts.tolist() == [[2, 4], [0, 1]]
     assert second.sampled[LENGTHS].tolist() == [[0, 0], [0, 0]]
+
+
+def test_what_is_not_trained_within_an_answer_stays_in_its_place():
+    """The second of the last answer's three tokens is an observation."""
+    batch, *places = filled()
+    mask = batch.mask.copy()
+    mask[3, 1] = False
+    observed = Batch.of(
+        batch.inputs, batch.targets, mask, 9, 16, group=2, numbers=batch.numbers,
+        sampled=batch.sampled | {LENGTHS: np.array([2, 1, 1, 2, 0, 0], np.float32)},
+    )  # fmt: skip
+    together, known = joined_batch(observed, *places), joined_batch(batch, *places)
+    for name in ("inputs", "targets", "starts"):
+        assert np.array_equal(getattr(together, name), getattr(known, name))
+    assert together.mask[1, :6].astype(int).tolist() == [1, 1, 0, 1, 0, 0]
+    assert not np.array_equal(together.mask, known.mask)
 
 
 def test_planned_rows_come_apart_again():
@@ -279,14 +340,14 @@ def test_a_batch_is_joined_where_that_saves_work():
     def work(positions: np.ndarray) -> float:
         return float((weights * positions + per_score * positions**2 / 2).sum())
 
-    batch, begins = filled()
-    assert Joining(work, False)(batch, begins) is batch  # 64 columns for a few tokens
-    assert Joining(work, True)(batch, begins).starts is not None
+    batch, *places = filled()
+    assert Joining(work, False)(batch, *places) is batch  # 64 columns for a few tokens
+    assert Joining(work, True)(batch, *places).starts is not None
     long = np.zeros((8, 320), np.int32)
     lengths = np.full(8, 20, np.float32)
     mask = (np.arange(320) >= 290) & (np.arange(320) < 310) & (long == 0)
     much = Batch.of(long, long, mask, 8 * 310, 160, group=8, sampled={LENGTHS: lengths})
-    together = Joining(work, False)(much, np.full(8, 290))
+    together = Joining(work, False)(much, np.full(8, 290), np.full(8, 310))
     assert together.inputs.shape == (1, 512)
     assert Joining(work, False).saved(much, together) == pytest.approx(
         1 - (weights * 512 + per_score * 512**2 / 2) / (8 * (weights * 320 + per_score * 320**2 / 2))
@@ -295,8 +356,8 @@ def test_a_batch_is_joined_where_that_saves_work():
     lengths[:] = 60
     mask = (np.arange(320) >= 4) & (np.arange(320) < 64) & (long == 0)
     short = Batch.of(long[:, :64], long[:, :64], mask[:, :64], 8 * 64, 480, group=8, sampled={LENGTHS: lengths})
-    assert joined_batch(short, np.full(8, 4)).inputs.size == short.inputs.size
-    assert Joining(work, False)(short, np.full(8, 4)) is short
+    assert joined_batch(short, np.full(8, 4), np.full(8, 64)).inputs.size == short.inputs.size
+    assert Joining(work, False)(short, np.full(8, 4), np.full(8, 64)) is short
 
 
 LONG_ANSWERS = ("--max-new-tokens", 60, "--group-size", 6)

@@ -184,7 +184,8 @@ CHANGES = {
 def test_every_option_is_tried():
     own = {name for name, owners in OWN_OPTIONS.items() if set(owners) & set(SAMPLING)}
     # A reward that fails: above, and test_rewards.py. Rows that are shared change nothing: test_joined_answers.py.
-    assert set(CHANGES) == own - {"reward_errors", "reward_timeout", "shared_prefix"}
+    # Episodes of several turns: test_environment.py.
+    assert set(CHANGES) == own - {"reward_errors", "reward_timeout", "shared_prefix", "environment", "max_turns"}
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from ranks import REPOSITORY, Started
 from run_cli import run
 
 from mlx_lora.parallel.ranks import ALONE
-from mlx_lora.rollouts.rollout import Answered, deal_prompts, gathered
+from mlx_lora.rollouts.environment import Episode, Played
+from mlx_lora.rollouts.sharing import deal_prompts, gathered
 from mlx_lora.utils.supervise import last_given
 
 # Each process notes what it was asked to reward, in order; the file's folder is the test's own.
@@ -211,7 +212,7 @@ MOMENTS = {
     "while sampling": ("mlx_lora.rollouts.sampler::_drawn:20", None),
     "between rollout and update": ("mlx_lora.trainer.step:Step:__call__:5", 4),
     "between two updates of a rollout": ("mlx_lora.trainer.step:Step:__call__:6", 4),
-    "while rewarding": ("mlx_lora.rollouts.rollout::rewards_for:3", 4),
+    "while rewarding": ("mlx_lora.rollouts.environment::rewards_for:3", 4),
 }
 FAST = ("between rollout and update",)
 
@@ -276,8 +277,10 @@ def test_answers_of_all_ranks_are_put_in_their_own_places():
     """Two ranks, two batches; each answer's token is its place, so that a mix-up shows."""
     group, counts = 2, [3, 2]
     whole = [
-        Answered(
-            [[100 * batch + row] for row in range(group * count)], np.arange(2.0 * group * count).reshape(-1, 2) + batch
+        Played(
+            [[100 * batch + prompt] for prompt in range(count)],
+            [Episode([100 * batch + row, 7, 8], [(1, 1 + row % 2)], row % 3 == 0) for row in range(group * count)],
+            np.arange(2.0 * group * count).reshape(-1, 2) + batch,
         )
         for batch, count in enumerate(counts)
     ]
@@ -287,14 +290,19 @@ def test_answers_of_all_ranks_are_put_in_their_own_places():
         own = []
         for one, prompts_of in zip(whole, dealt, strict=True):
             rows = [group * prompt + place for prompt in prompts_of[rank] for place in range(group)]
-            own.append(Answered([one.answers[row] for row in rows], one.rewards[rows], [f"note of {rank}"]))
+            begun = [one.prompts[prompt] for prompt in prompts_of[rank]]
+            own.append(Played(begun, [one.episodes[row] for row in rows], one.rewards[rows], [f"note of {rank}"]))
         parts.append(own)
-    sent = json.loads(json.dumps([[[one.answers, one.rewards.tolist(), one.notes] for one in own] for own in parts]))
+    sent = [[[one.prompts, one.written, one.rewards.tolist(), one.notes] for one in own] for own in parts]
+    sent = json.loads(json.dumps(sent))
     two = SimpleNamespace(size=2, everyone=lambda value: sent)
     for found, expected in zip(gathered(parts[0], dealt, group, two), whole, strict=True):
-        assert found.answers == expected.answers
+        assert found.prompts == expected.prompts
+        assert [one.tokens for one in found.episodes] == [one.tokens for one in expected.episodes]
+        assert [one.sampled.tolist() for one in found.episodes] == [one.sampled.tolist() for one in expected.episodes]
+        assert [one.truncated for one in found.episodes] == [one.truncated for one in expected.episodes]
         assert found.rewards.tolist() == expected.rewards.tolist()
         assert found.notes == ["note of 0", "rank 1: note of 1"]
-    missing = Answered([[1], [2]], np.array([[np.nan], [1.0]]))
+    missing = Played([[3]], [Episode([1]), Episode([2])], np.array([[np.nan], [1.0]]))
     (alone,) = gathered([missing], deal_prompts([1], 1), 2, ALONE)
     assert np.isnan(alone.rewards[0])

@@ -147,7 +147,7 @@ def found(tmp_path_factory) -> dict:
     package, adapters = root / "mlx_lora", root / "mlx_lora" / "adapters"
     shutil.copytree(PACKAGE, package)  # with compiled files, which stay valid
     optimizer = {
-        add_line(package / "config" / "presets.py", LION, before='    "adafactor": Optimizer('),
+        add_line(package / "config" / "optimizers.py", LION, before='    "adafactor": Optimizer('),
     }
     layer = {
         write(adapters / "gained.py", GAINED),
@@ -156,7 +156,7 @@ def found(tmp_path_factory) -> dict:
             "from mlx_lora.adapters.gained import GainedLinear\n",
             before="from mlx_lora.adapters.lora import",
         ),
-        add_line(adapters / "targets.py", "    GainedLinear,\n", before="    DoRASwitchLinear,\n)"),
+        add_line(adapters / "targets.py", "    GainedLinear,\n", before="    QALoRASwitchLinear,\n)"),
         write(root / "layer_check.py", LAYER_TEST),
     }
     write(root / "optimizer_check.py", OPTIMIZER_TEST)

@@ -31,7 +31,7 @@ ABOVE = {
 LONGEST_FILE, LONGEST_FUNCTION = 600, 80
 # Modules of ours that a module may import itself, and those that come with it.
 MOST_IMPORTS = 25
-MOST_WITH_IT = {"trainer.step": 20, "trainer.trainer": 25, "objectives.sft": 45}
+MOST_WITH_IT = {"trainer.step": 21, "trainer.trainer": 25, "objectives.sft": 45}
 
 
 def names(path: Path, level: str = "") -> list[str]:

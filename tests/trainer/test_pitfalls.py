@@ -259,6 +259,7 @@ ELSEWHERE = {
         ("keep_best", "early_stopping_patience", "early_stopping_threshold", "batch_parts", "max_restarts"),
         "test_faults.py",
     ),
+    "qat": "test_merges.py: other weights, and the loss of the fused model",
     "metric_for_best_model": "test_preference_run.py",
     "resume": "test_resume.py: another way to the same bytes",
     "sample_tokens": "test_run_report.py",

@@ -20,7 +20,7 @@ from typing import Any
 
 from mlx_lora.config.migrate import common, objective_keys
 from mlx_lora.config.migrate.common import SHARED, Dialect, Names, Sheet
-from mlx_lora.config.objectives import WITHOUT_PAIRS
+from mlx_lora.config.objectives import PAIRS
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import hashable, read_json
 from mlx_lora.utils.text import did_you_mean
@@ -215,7 +215,7 @@ def find_dataset(sheet: Sheet, name: str, folder: Path) -> str | None:
     for key in ("subset", "split", "num_samples"):
         if entry.get(key) and (key, entry[key]) != ("split", "train"):
             sheet.left_out.append(f"{TABLE} {name}.{key}")
-    pairs = bool(entry.get("ranking")) or sheet.found.get("objective", "sft") not in WITHOUT_PAIRS
+    pairs = bool(entry.get("ranking")) or sheet.found.get("objective") in PAIRS
     if columns := _to_read(sheet, entry.get("columns"), COLUMNS, f"{TABLE} {name}.columns"):
         put_columns(sheet, columns, pairs)
     if tags := _to_read(sheet, entry.get("tags"), TAGS, f"{TABLE} {name}.tags"):

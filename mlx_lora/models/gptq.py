@@ -1,0 +1,282 @@
+"""Round a weight so that the outputs of its layer change little, instead of each single weight.
+
+For inputs X, rounding W to V changes the outputs by (W - V) X. With H = X X^T, the sum of their squares is
+
+    error(V) = tr (W - V) H (W - V)^T
+
+GPTQ rounds one column after the other and moves the columns that are not rounded yet, so that they make up for the error
+of those that are. With H^-1 = U^T U, U upper triangular (arXiv 2210.17323, equations 2 and 3):
+
+    e = (w_j - v_j) / U_jj         w_k <- w_k - e U_jk  for k > j
+
+Columns go in the order of falling H_jj. The scales s and biases b of affine groups are then fitted to the codes q: error is
+quadratic in them, so that a row's best ones solve a linear equation. With F = [q by group, ones by group]:
+
+    F^T H F [s b]^T = F^T H w^T
+
+A row begins on the grid that the layer had before the update, which has the old weight in it exactly, or on the one that
+`mx.quantize` chooses for the new weight, whichever rounds it better. Scales are fitted, columns are rounded, and scales are
+fitted again. An update is small: on the old grid only the update is rounded, and not the whole weight once more.
+
+Shapes: O outputs (rows of the weight), I inputs (its columns), g columns of a group, G = I / g groups, R rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_lora.gguf.weights import pack_codes
+from mlx_lora.models.quantize import PackedWeight, Quantization
+
+DAMPING = 0.01  # of the mean of H's diagonal, added to the diagonal; GPTQ's
+BLOCK = 64  # columns whose errors are fed to all later columns together
+FIT_BYTES = 64_000_000  # of the largest array while scales are fitted
+FIT_DAMPING = 1e-4  # of the diagonal: a group with equal codes has scale and bias in one direction
+# The codes of the value 1, in E2M1 and E4M3, and of the scale 1, in E8M0 and E4M3.
+ONE = {"mxfp4": 2, "nvfp4": 2, "mxfp8": 0x38}
+ONE_SCALE = {"mxfp4": 127, "nvfp4": 0x38, "mxfp8": 127}
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """H of a layer's inputs, and what rounding needs of it.
+
+    Attributes:
+        hessian: (I, I) float32, damped.
+        order: (I,) columns by falling diagonal.
+        factor: (I, I) U, of the columns in this order.
+    """
+
+    hessian: mx.array
+    order: np.ndarray
+    factor: mx.array
+
+    @classmethod
+    def of(cls, hessian: mx.array, damping: float = DAMPING) -> Curvature:
+        """Damp X X^T, so that it can be inverted, and factor the inverse."""
+        mean = mx.diag(hessian).mean().item()
+        hessian = hessian + (damping * mean if mean > 0 else 1.0) * mx.eye(hessian.shape[0])
+        order = np.argsort(-np.array(mx.diag(hessian)), kind="stable")
+        columns = mx.array(order)
+        with mx.stream(mx.cpu):  # Metal has neither function
+            lower = mx.linalg.cholesky(hessian[columns][:, columns])
+            factor = mx.linalg.cholesky(mx.linalg.cholesky_inv(lower), upper=True)
+        mx.eval(hessian, factor)
+        return cls(hessian, order, factor)
+
+    def error(self, difference: mx.array) -> mx.array:
+        """Return (O,): the summed squares of each output's change, for a change (O, I) of the weight."""
+        return ((difference @ self.hessian) * difference).sum(axis=1)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that a quantized weight can have: `biases + scales * levels`, per group.
+
+    Attributes:
+        quantization: how the weight is packed.
+        scales, biases: (O, G) float32; the biases of the microscaling modes are zero.
+        stored: the scales as the microscaling modes pack them; None: affine.
+        dtype: of stored affine scales and biases, to which `scales` and `biases` are rounded.
+    """
+
+    quantization: Quantization
+    scales: mx.array
+    biases: mx.array
+    stored: mx.array | None
+    dtype: mx.Dtype
+
+    @classmethod
+    def of_weight(cls, weight: mx.array, quantization: Quantization, dtype: mx.Dtype) -> Grid:
+        """Return the grid that `mx.quantize` chooses for a weight."""
+        _, scales, *biases = mx.quantize(weight.astype(dtype), **quantization.layout)
+        return cls.of_layer(scales, biases[0] if biases else None, quantization)
+
+    @classmethod
+    def of_layer(cls, scales: mx.array, biases: mx.array | None, quantization: Quantization) -> Grid:
+        """Return the grid of a quantized layer's scales and biases."""
+        if biases is not None:
+            return cls(quantization, scales.astype(mx.float32), biases.astype(mx.float32), None, scales.dtype)
+        width = scales.shape[1] * quantization.group_size
+        ones = pack_codes(np.full((scales.shape[0], width), ONE[quantization.mode], np.uint8), quantization.bits)
+        values = mx.dequantize(mx.array(ones), scales, **quantization.layout).astype(mx.float32)
+        values = values[:, :: quantization.group_size]
+        return cls(quantization, values, mx.zeros_like(values), scales, mx.float32)
+
+    def refined(self, bits: int) -> Grid:
+        """Return an affine grid of more bits that has all values of this one: its steps are halved for each bit."""
+        more = bits - self.quantization.bits
+        return replace(self, quantization=replace(self.quantization, bits=bits), scales=self.scales / 2**more)
+
+    @classmethod
+    def joined(cls, grids: list[Grid]) -> Grid:
+        """Return the grid of several weights, one below the other."""
+        scales, biases = (mx.concatenate(arrays) for arrays in ([g.scales for g in grids], [g.biases for g in grids]))
+        stored = [grid.stored for grid in grids if grid.stored is not None]
+        return cls(grids[0].quantization, scales, biases, mx.concatenate(stored) if stored else None, grids[0].dtype)
+
+    def levels(self) -> tuple[mx.array, mx.array]:
+        """Return the values of a microscaling mode's codes for a scale of 1, ascending, and the codes."""
+        quantization = self.quantization
+        codes = np.resize(np.arange(2**quantization.bits, dtype=np.uint8), (1, max(32, 2**quantization.bits)))
+        one = mx.full((1, codes.shape[1] // quantization.group_size), ONE_SCALE[quantization.mode], mx.uint8)
+        values = mx.dequantize(mx.array(pack_codes(codes, quantization.bits)), one, **quantization.layout)
+        values = np.array(values.astype(mx.float32))[0, : 2**quantization.bits]
+        usable = np.flatnonzero(np.isfinite(values))
+        usable = usable[np.argsort(values[usable], kind="stable")]
+        return mx.array(values[usable]), mx.array(usable.astype(np.float32))
+
+    def values(self, codes: mx.array) -> mx.array:
+        """Return the (O, I) weights of (O, I) affine codes."""
+        size = self.quantization.group_size
+        return mx.repeat(self.biases, size, 1) + mx.repeat(self.scales, size, 1) * codes
+
+    def fitted(self, codes: mx.array, weight: mx.array, hessian: mx.array) -> Grid:
+        """Return the grid whose scales and biases are the best for these codes, rounded to their dtype.
+
+        Args:
+            codes: (O, I) affine.
+            weight: (O, I) float32, to be approximated.
+            hessian: (I, I), damped.
+        """
+        size, groups = self.quantization.group_size, self.scales.shape[1]
+        rows = max(1, FIT_BYTES // (4 * groups * len(hessian)))
+        left = (weight - self.values(codes)) @ hessian  # (O, I)
+        by_group = hessian.reshape(-1, groups, size).swapaxes(0, 1)  # (G, I, g)
+        ones = hessian.reshape(groups, size, groups, size).sum(axis=(1, 3))  # (G, G): F^T H F of the biases
+        changes = []
+        for start in range(0, len(codes), rows):
+            q = codes[start : start + rows].reshape(-1, groups, size)  # (R, G, g)
+            half = (by_group @ q.transpose(1, 2, 0)).reshape(groups, groups, size, -1)  # H q: (G', G, g, R)
+            both = (half * q.transpose(1, 2, 0)).sum(axis=2).transpose(2, 1, 0)  # (R, G, G'): scales with scales
+            mixed = half.sum(axis=2).transpose(2, 0, 1)  # (R, G', G): scales with biases
+            upper = mx.concatenate([both, mixed], axis=2)
+            plain = mx.broadcast_to(ones, (len(q), groups, groups))
+            lower = mx.concatenate([mixed.swapaxes(1, 2), plain], axis=2)
+            matrix = mx.concatenate([upper, lower], axis=1)  # (R, 2 G, 2 G)
+            e = left[start : start + rows].reshape(q.shape)
+            wanted = mx.concatenate([(e * q).sum(axis=2), e.sum(axis=2)], axis=1)
+            diagonal = mx.diagonal(matrix, axis1=1, axis2=2)
+            eased = FIT_DAMPING * (diagonal + 1e-3 * diagonal.mean(axis=1, keepdims=True))
+            with mx.stream(mx.cpu):
+                change = mx.linalg.solve(matrix + eased[..., None] * mx.eye(2 * groups), wanted[..., None])
+            mx.eval(change)
+            changes.append(change[..., 0])
+        change = mx.concatenate(changes)
+        scales, biases = self.scales + change[:, :groups], self.biases + change[:, groups:]
+        stored = [a.astype(self.dtype).astype(mx.float32) for a in (scales, biases)]
+        return replace(self, scales=stored[0], biases=stored[1])
+
+    def packed(self, codes: mx.array) -> PackedWeight:
+        """Pack (O, I) codes with the scales and biases."""
+        words = mx.array(pack_codes(np.array(codes).astype(np.uint8), self.quantization.bits))
+        own = [self.scales.astype(self.dtype), self.biases.astype(self.dtype)] if self.stored is None else [self.stored]
+        return PackedWeight([words, *own], self.quantization)
+
+    def coder(self) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
+        """Return a function from (weight - bias) / scale to the code of the nearest level, and that level, as float32."""
+        most = 2**self.quantization.bits - 1
+        if self.stored is None:
+
+            def affine(step: mx.array) -> tuple[mx.array, mx.array]:
+                code = mx.clip(mx.round(step), 0, most)
+                return code, code
+
+            return affine
+        levels, codes = self.levels()
+        between = (levels[1:] + levels[:-1]) / 2
+
+        def nearest(step: mx.array) -> tuple[mx.array, mx.array]:
+            index = (step[..., None] > between).sum(axis=-1)
+            return codes[index], levels[index]
+
+        return nearest
+
+    def rounded(self, weight: mx.array) -> tuple[mx.array, mx.array]:
+        """Return the (O, I) codes and values of a weight, each rounded for itself."""
+        size = self.quantization.group_size
+        scales, biases = mx.repeat(self.scales, size, 1), mx.repeat(self.biases, size, 1)
+        codes, levels = self.coder()((weight - biases) / mx.where(scales == 0, 1, scales))
+        return codes, biases + scales * levels
+
+
+def feedback_codes(weight: mx.array, curvature: Curvature, grid: Grid) -> tuple[mx.array, mx.array]:
+    """Round a weight column by column, with the error fed to the columns that follow.
+
+    Args:
+        weight: (O, I) float32.
+        curvature: of the layer's inputs.
+        grid: whose scales stay as they are.
+
+    Returns:
+        (O, I) codes as float32, and (O, I) the values that they have.
+    """
+    size, columns, order = grid.quantization.group_size, weight.shape[1], curvature.order
+    rest = weight.T[mx.array(order)]  # (I, O), in order: a column is contiguous
+    scales, biases = grid.scales.T, grid.biases.T  # (G, O)
+    divisors, code_of = mx.where(scales == 0, 1, scales), grid.coder()
+    codes, values = [], []
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
+        own, square, errors = rest[: end - start], curvature.factor[start:end, start:end], []
+        for k in range(end - start):
+            group = int(order[start + k]) // size
+            code, level = code_of((own[k] - biases[group]) / divisors[group])
+            value = biases[group] + scales[group] * level
+            errors.append((own[k] - value) / square[k, k])
+            own = own - square[k][:, None] * errors[-1]  # the columns before k have zeros in the factor
+            codes.append(code)
+            values.append(value)
+        rest = rest[end - start :] - curvature.factor[start:end, end:].T @ mx.stack(errors)
+        mx.eval(rest, codes, values)
+    back = mx.array(np.argsort(order))
+    return mx.stack(codes)[back].T, mx.stack(values)[back].T
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight that was rounded.
+
+    Attributes:
+        packed: as `mx.quantize` returns it.
+        error: (O,) `Curvature.error` of its rounding.
+    """
+
+    packed: PackedWeight
+    error: mx.array
+
+
+def round_weight(weight: mx.array, curvature: Curvature, grids: list[Grid]) -> Rounded:
+    """Round a weight for the outputs of its layer.
+
+    Args:
+        weight: (O, I) float32.
+        curvature: of the layer's inputs.
+        grids: to begin with, all with the same quantization; each row takes the one that rounds it best.
+    """
+    grid = _best_rows(grids, [curvature.error(weight - grid.rounded(weight)[1]) for grid in grids])
+    if grid.stored is not None:
+        codes, values = feedback_codes(weight, curvature, grid)
+    else:
+        grid = grid.fitted(grid.rounded(weight)[0], weight, curvature.hessian)
+        codes, _ = feedback_codes(weight, curvature, grid)
+        grid = grid.fitted(codes, weight, curvature.hessian)
+        values = grid.values(codes)
+    return Rounded(grid.packed(codes), curvature.error(weight - values))
+
+
+def _best_rows(grids: list[Grid], errors: list[mx.array]) -> Grid:
+    """Return a grid whose rows are each from the grid with the least error."""
+    best, least = grids[0], errors[0]
+    for grid, error in zip(grids[1:], errors[1:], strict=True):
+        wins = (error < least)[:, None]
+        scales, biases = mx.where(wins, grid.scales, best.scales), mx.where(wins, grid.biases, best.biases)
+        stored = (
+            mx.where(wins, grid.stored, best.stored) if grid.stored is not None and best.stored is not None else None
+        )
+        best, least = replace(best, scales=scales, biases=biases, stored=stored), mx.minimum(error, least)
+    return best

@@ -1,0 +1,527 @@
+"""Environments: what answers the model, and rewards it. A rollout is one episode in an environment.
+
+    reset    begins an episode, and may add a first observation to the record's prompt
+    step     takes what the model said, and returns an observation, a reward, and whether the episode is over
+
+The words are gymnasium's. `Env` is what a user writes: the environment of a single episode, in text. A `VectorEnv` runs the
+episodes of a batch side by side, in tokens. There are two:
+
+    SingleTurnEnv    every episode is over after one answer, and --reward rewards all answers of a batch in one call
+    MultiTurnEnv     each episode has an `Env` of its own (--environment), whose observations become turns of the user
+
+In a row, the model's tokens and the observations between them follow the prompt in the order in which they came. Only the
+model's tokens are trained. The row has as much room as --max-new-tokens says for all of them together, so that shapes and
+memory are known before the run; an episode that reaches the end of its room is truncated.
+
+Shapes: N prompts, G episodes of each, E = N G episodes, F rewards.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any, Protocol
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import TrainSettings
+from mlx_lora.data.load import prompt_encoder
+from mlx_lora.data.prompts import example_with_answer, observation_tokens, prompt_tokens, with_observation
+from mlx_lora.data.read import SplitRows
+from mlx_lora.data.tokenize import Encoder
+from mlx_lora.rollouts.rewards import (
+    Reward,
+    SilentRewards,
+    TrainerState,
+    from_file,
+    guarded,
+    no_function,
+    problem_of,
+    reward_names,
+    rewards_for,
+)
+from mlx_lora.utils.errors import InputError, RunError
+
+Facts = Mapping[str, Any]
+"""What is known of a prompt beside its tokens: `prompt`, `chat`, `columns` and `example` (data/prompts.py)."""
+
+# What a user writes
+
+
+class Env(Protocol):
+    """The environment of one episode; each episode gets a new instance, made without arguments.
+
+    All that happens must follow from the arguments of `reset` and the completions, so that a resumed run samples the same
+    answers, and the episodes of a prompt begin alike.
+    """
+
+    def reset(self, seed: int, **columns: Any) -> str | None:
+        """Begin the episode.
+
+        Args:
+            seed: for what is random, the same in all episodes of a prompt.
+            columns: of the prompt's record.
+
+        Returns:
+            What is added to the end of the prompt's last message; None: nothing.
+        """
+        ...
+
+    def step(self, completion: str) -> tuple[str | None, float | None, bool]:
+        """Take what the model said.
+
+        Returns:
+            The observation, to which the model replies if the episode goes on; the reward, of which those of all steps are
+            added, or None; and whether the episode is over.
+        """
+        ...
+
+
+# Episodes of a batch
+
+
+@dataclass
+class Episode:
+    """What followed a prompt.
+
+    Attributes:
+        tokens: the model's completions, and the observations between them.
+        observed: the first token of each observation in `tokens`, and the one after its last; the model sampled all others.
+        truncated: whether the episode reached the end of its room.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    observed: list[tuple[int, int]] = field(default_factory=list)
+    truncated: bool = False
+
+    @property
+    def sampled(self) -> np.ndarray:
+        """Which of the tokens the model sampled, (tokens,) bool."""
+        own = np.ones(len(self.tokens), bool)
+        for first, after in self.observed:
+            own[first:after] = False
+        return own
+
+
+@dataclass(frozen=True)
+class StepResults:
+    """What some episodes get for their completions.
+
+    Attributes:
+        observations: the tokens that follow each completion if its episode goes on.
+        rewards: (episodes, F) float64, NaN for none.
+        done: whether each episode is over.
+    """
+
+    observations: Sequence[list[int]]
+    rewards: np.ndarray
+    done: Sequence[bool]
+
+
+class VectorEnv(Protocol):
+    """The environment of all episodes of a batch, side by side.
+
+    Attributes:
+        rewards: names and weights of the rewards that a step gives.
+        state: where the run is, for rewards that take it.
+    """
+
+    rewards: Sequence[Reward]
+    state: TrainerState
+
+    def reset(
+        self,
+        prompts: Sequence[list[int]],
+        facts: Sequence[Facts],
+        group: int,
+        seeds: Sequence[int],
+        note: Callable[[str], None],
+    ) -> list[list[int]]:
+        """Begin G episodes for each prompt, and return the prompts with the first observations.
+
+        Args:
+            prompts: tokens, (N,) lists.
+            facts: of each prompt.
+            group: G.
+            seeds: for what is random, one for each prompt.
+            note: takes a line if something failed and is skipped.
+
+        Raises:
+            RunError: a user's environment failed.
+        """
+        ...
+
+    def step(
+        self, episodes: Sequence[int], completions: Sequence[list[int]], note: Callable[[str], None]
+    ) -> StepResults:
+        """Take what the model said in some episodes.
+
+        Args:
+            episodes: their numbers; those of one prompt are neighbors.
+            completions: tokens, with the end token if the model gave one.
+            note: takes a line if something failed and is skipped.
+
+        Raises:
+            RunError: a reward or a user's environment failed.
+        """
+        ...
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, as rewards see it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Played:
+    """The episodes of some prompts, and what they were rewarded with.
+
+    Attributes:
+        prompts: tokens of each, with the first observation.
+        episodes: G for each prompt.
+        rewards: (E, F) float64, NaN without one.
+        notes: lines on what failed and was skipped.
+    """
+
+    prompts: list[list[int]]
+    episodes: list[Episode]
+    rewards: np.ndarray
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def written(self) -> list[list[Any]]:
+        """The episodes as JSON values, each with the arguments of `Episode`."""
+        return [[one.tokens, one.observed, one.truncated] for one in self.episodes]
+
+
+Sample = Callable[[int, list[int], list[list[int]], list[int]], list[list[int]]]
+"""(turn, numbers of episodes, tokens before each completion, the most tokens of each) -> completions. At turn 0 it gets all
+episodes, so that the tokens of a prompt are those of G neighbors."""
+
+
+def play(
+    env: VectorEnv,
+    prompts: Sequence[list[int]],
+    facts: Sequence[Facts],
+    seeds: Sequence[int],
+    group: int,
+    room: int,
+    sample: Sample,
+    ends: frozenset[int],
+) -> Played:
+    """Play G episodes after each prompt.
+
+    Args:
+        env: answers and rewards the model.
+        prompts, facts, seeds: of each prompt; see `VectorEnv.reset`.
+        group: G.
+        room: the most tokens that may follow a prompt; a first observation takes some of them.
+        sample: returns what the model says.
+        ends: tokens that end a completion.
+
+    Raises:
+        RunError: a reward or a user's environment failed, or a first observation is longer than the room.
+    """
+    notes: list[str] = []
+    begun = env.reset(prompts, facts, group, seeds, notes.append)
+    left = [room + len(prompt) - len(now) for prompt, now in zip(prompts, begun, strict=True) for _ in range(group)]
+    if min(left, default=1) < 1:
+        raise RunError(
+            f"a first observation needs {room - min(left)} tokens, and --max-new-tokens is {room}; raise it, or say less"
+        )
+    played = Played(begun, [Episode() for _ in left], np.full((len(left), len(env.rewards)), np.nan), notes)
+    playing, turn = list(range(len(left))), 0
+    while playing:
+        before = [begun[number // group] + played.episodes[number].tokens for number in playing]
+        completions = sample(turn, playing, before, [left[number] for number in playing])
+        found = env.step(playing, completions, notes.append)
+        _add(played.rewards, playing, found.rewards)
+        going_on = []
+        for place, (number, completion) in enumerate(zip(playing, completions, strict=True)):
+            episode, observation = played.episodes[number], found.observations[place]
+            episode.tokens += completion
+            left[number] -= len(completion)
+            cut = not left[number] and completion[-1] not in ends
+            episode.truncated = cut or (not found.done[place] and left[number] <= len(observation))
+            if found.done[place] or episode.truncated:
+                continue
+            episode.observed.append((len(episode.tokens), len(episode.tokens) + len(observation)))
+            episode.tokens += observation
+            left[number] -= len(observation)
+            going_on.append(number)
+        playing, turn = going_on, turn + 1
+    return played
+
+
+def _add(total: np.ndarray, episodes: Sequence[int], found: np.ndarray) -> None:
+    """Add the rewards of a step to those of its episodes; what is missing in both stays missing."""
+    before = total[episodes]
+    both = np.nan_to_num(before) + np.nan_to_num(found)
+    total[episodes] = np.where(np.isnan(before), found, np.where(np.isnan(found), before, both))
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Return the text of tokens, as rewards and environments see it."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def seeds_of(seed: int, rollout: int, prompts: Sequence[int]) -> list[int]:
+    """Return the seeds of a rollout's episodes, one for each of these prompts.
+
+    Args:
+        seed: of the run.
+        rollout: its number.
+        prompts: their numbers in the rollout.
+    """
+    of = [np.random.SeedSequence([seed, rollout], spawn_key=(0, prompt)) for prompt in prompts]
+    return [int(one.generate_state(1)[0]) for one in of]
+
+
+# One turn
+
+
+@dataclass
+class SingleTurnEnv:
+    """The environment of a single answer, which rewards answers in one call for all of a batch.
+
+    Attributes:
+        rewards: what rewards answers; none where a teacher scores them.
+        settings: of the objective.
+        tokenizer: not mlx-lm's wrapper.
+        state: where the run is, for rewards that take it.
+        silent: counts rewards that gave nothing to a batch.
+        facts: of each episode's prompt.
+    """
+
+    rewards: Sequence[Reward]
+    settings: ObjectiveSettings
+    tokenizer: PreTrainedTokenizerBase
+    state: TrainerState = field(default_factory=TrainerState)
+    silent: SilentRewards = field(default_factory=SilentRewards)
+    facts: list[Facts] = field(default_factory=list)
+
+    def reset(
+        self,
+        prompts: Sequence[list[int]],
+        facts: Sequence[Facts],
+        group: int,
+        seeds: Sequence[int],
+        note: Callable[[str], None],
+    ) -> list[list[int]]:
+        self.facts = [fact for fact in facts for _ in range(group)]
+        return list(prompts)
+
+    def step(
+        self, episodes: Sequence[int], completions: Sequence[list[int]], note: Callable[[str], None]
+    ) -> StepResults:
+        rewards = self._rewards([self.facts[number] for number in episodes], completions, note)
+        return StepResults([[] for _ in completions], rewards, [True] * len(completions))
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        return text_of(self.tokenizer, tokens)
+
+    def _rewards(self, facts: Sequence[Facts], answers: Sequence[list[int]], note: Callable[[str], None]) -> np.ndarray:
+        """Return what every reward gives every answer, (E, F) float64, NaN for none."""
+        if not self.rewards or not answers:
+            return np.zeros((len(answers), len(self.rewards)))
+        texts = [self.text_of(answer) for answer in answers]
+        completions = [
+            [{"role": "assistant", "content": text}] if fact["chat"] else text
+            for fact, text in zip(facts, texts, strict=True)
+        ]
+        names = dict.fromkeys(name for fact in facts for name in fact["columns"])
+        columns = {name: [fact["columns"].get(name) for fact in facts] for name in names}
+        for name in ("prompt", "completion", "prompts", "completions", "completion_ids"):
+            columns.pop(name, None)
+        arguments = {"prompts": [fact["prompt"] for fact in facts], "completions": completions}
+        arguments = {**columns, **arguments, "completion_ids": list(answers)}
+        whole = [example_with_answer(fact["example"], text) for fact, text in zip(facts, texts, strict=True)]
+        found = rewards_for(self.rewards, arguments, self.settings, note, whole, self.state)
+        self.silent.watch([reward.name for reward in self.rewards], found, note)
+        return found
+
+
+# Several turns
+
+
+def env_class(settings: ObjectiveSettings) -> type[Any]:
+    """Return the class that --environment names.
+
+    Raises:
+        InputError: it cannot be loaded, or has not the methods of `Env`.
+    """
+    text = settings.environment or ""
+    if not text.rpartition(":")[0].endswith(".py"):
+        raise InputError(f"--environment {text}: not a class in a file; give FILE.py:CLASS")
+    found = from_file("--environment", text, "class")
+    missing = [name for name in ("reset", "step") if not callable(getattr(found, name, None))]
+    if not inspect.isclass(found) or missing:
+        problem = f"it has no {' and no '.join(missing)}" if missing else "not a class"
+        raise InputError(
+            f"--environment {text}: {problem}; give a class with reset(seed, **columns) and step(completion)"
+        )
+    return found
+
+
+def check_environment(settings: ObjectiveSettings) -> None:
+    """Refuse an --environment that cannot be used, before a model is loaded.
+
+    Raises:
+        InputError: it cannot be loaded, or there are rewards beside it.
+    """
+    if settings.reward:
+        raise InputError(
+            f"--reward {settings.reward} with --environment {settings.environment}: the environment's step gives the "
+            "rewards; leave one of the two out"
+        )
+    env_class(settings)
+
+
+@dataclass
+class MultiTurnEnv:
+    """Runs an `Env` for each episode; its rewards are one, with the name of its class.
+
+    Attributes:
+        make: returns the environment of one episode.
+        rewards: the single reward.
+        settings: of the run.
+        tokenizer: not mlx-lm's wrapper.
+        day: that the chat template shows as today; None: today.
+        state: where the run is.
+        episodes: those that were begun; none if that failed, which is skipped.
+        facts: of each episode's prompt.
+        encoder: of prompts and observations; None: no episode was begun yet.
+    """
+
+    make: Callable[[], Env]
+    rewards: Sequence[Reward]
+    settings: TrainSettings
+    tokenizer: PreTrainedTokenizerBase
+    day: date | None = None
+    state: TrainerState = field(default_factory=TrainerState)
+    episodes: list[Env] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+    facts: list[Facts] = field(default_factory=list)
+    encoder: Encoder | None = None
+
+    @classmethod
+    def of(cls, settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, day: date | None = None) -> MultiTurnEnv:
+        """Return it for the class that --environment names; errors as of `env_class`."""
+        [name] = reward_names(settings.objective)
+        return cls(env_class(settings.objective), [Reward(name, no_function)], settings, tokenizer, day)
+
+    def reset(
+        self,
+        prompts: Sequence[list[int]],
+        facts: Sequence[Facts],
+        group: int,
+        seeds: Sequence[int],
+        note: Callable[[str], None],
+    ) -> list[list[int]]:
+        self.facts = [fact for fact in facts for _ in range(group)]
+        self.turns = [0] * len(self.facts)
+        columns = [
+            {**fact["columns"], "seed": seed} for fact, seed in zip(facts, seeds, strict=True) for _ in range(group)
+        ]
+
+        def begin() -> list[Any]:
+            made = [self.make() for _ in columns]
+            return list(zip(made, [one.reset(**given) for one, given in zip(made, columns, strict=True)], strict=True))
+
+        begun = self._guarded(begin, range(len(columns)), [""] * len(columns), note) or []
+        self.episodes = [one for one, _ in begun]
+        if not begun:
+            return list(prompts)
+        first = [[text for _, text in begun[at : at + group]] for at in range(0, len(begun), group)]
+        for texts in first:
+            if any(text != texts[0] for text in texts):
+                raise RunError(
+                    f"--environment {self.rewards[0].name}: reset returned {texts[0]!r} and others for the same seed and "
+                    "columns; the episodes of a prompt must begin alike"
+                )
+        encoder = self._encoder()
+        return [
+            prompt if not texts[0] else prompt_tokens(encoder, with_observation(fact["example"], texts[0]))
+            for prompt, fact, texts in zip(prompts, facts, first, strict=True)
+        ]
+
+    def step(
+        self, episodes: Sequence[int], completions: Sequence[list[int]], note: Callable[[str], None]
+    ) -> StepResults:
+        texts = [self.text_of(completion) for completion in completions]
+
+        def steps() -> list[Any]:
+            return [_checked(self.episodes[number].step(text)) for number, text in zip(episodes, texts, strict=True)]
+
+        found = self._guarded(steps, episodes, texts, note) if self.episodes else None
+        if found is None:
+            nothing = np.full((len(completions), 1), np.nan)
+            return StepResults([[] for _ in completions], nothing, [True] * len(completions))
+        observations, done = [], []
+        for number, (text, _, over) in zip(episodes, found, strict=True):
+            self.turns[number] += 1
+            over = over or self.turns[number] >= self.settings.objective.max_turns
+            example = self.facts[number]["example"]
+            observations.append([] if over else observation_tokens(self._encoder(), example, text))
+            done.append(over)
+        rewards = [np.nan if reward is None else float(reward) for _, reward, _ in found]
+        return StepResults(observations, np.array(rewards)[:, None], done)
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        return text_of(self.tokenizer, tokens)
+
+    def _encoder(self) -> Encoder:
+        """Return what encodes prompts, as the run's data were encoded."""
+        if self.encoder is None:
+            rows = SplitRows([fact["example"] for fact in self.facts])
+            self.encoder = prompt_encoder(rows, self.settings.data, self.tokenizer, self.day)
+        return self.encoder
+
+    def _guarded(
+        self, function: Callable[[], list[Any]], episodes: Sequence[int], texts: list[str], note: Callable[[str], None]
+    ) -> list[Any] | None:
+        """Return what the user's environments return, None if one failed and that is skipped."""
+        if not texts:
+            return []
+        answers = {"prompts": [self.facts[number]["prompt"] for number in episodes], "completions": texts}
+        return guarded(function, f"--environment {self.rewards[0].name}", answers, self.settings.objective, note)
+
+
+def _checked(found: Any) -> tuple[str | None, float | None, bool]:
+    """Return what a user's `step` returned.
+
+    Raises:
+        ValueError: it is not an observation, a reward, and whether the episode is over.
+    """
+    if not isinstance(found, tuple) or len(found) != 3:
+        raise ValueError(f"step returned {type(found).__name__}; return observation, reward, done")
+    observation, reward, done = found
+    if problem := problem_of(reward):
+        raise ValueError(f"step gave {problem} as the reward; return a number or None")
+    if not done and not isinstance(observation, str):
+        raise ValueError(
+            f"step gave {type(observation).__name__} as the observation of an episode that goes on; return a text"
+        )
+    return observation, reward, bool(done)
+
+
+def environment_of(
+    settings: TrainSettings, rewards: Sequence[Reward], tokenizer: PreTrainedTokenizerBase, day: date | None = None
+) -> VectorEnv:
+    """Return the environment that a run's settings ask for.
+
+    Args:
+        settings: of the run.
+        rewards: of single answers.
+        tokenizer: not mlx-lm's wrapper.
+        day: that chat templates show as today; None: today.
+
+    Raises:
+        InputError: --environment names no class that can be used.
+    """
+    if settings.objective.environment:
+        return MultiTurnEnv.of(settings, tokenizer, day)
+    return SingleTurnEnv(rewards, settings.objective, tokenizer)

@@ -1,0 +1,72 @@
+"""Answer a few held-out prompts greedily at every validation, so that a person sees how the answers change."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mlx_lora.data.dataset import EncodedSet, spaced_by_length
+from mlx_lora.objectives.base import FixedPrompt
+from mlx_lora.rollouts.environment import play, seeds_of
+from mlx_lora.rollouts.rewards import summed
+from mlx_lora.rollouts.rollout import Rollouts
+from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys
+
+log = logging.getLogger(__name__)
+
+LIKELIEST = 1.0  # min-p that leaves only the likeliest token
+
+
+def fixed_prompts(rows: EncodedSet, most: int) -> list[FixedPrompt]:
+    """Return up to `most` different prompts of rows with room for answers, spaced evenly by length."""
+    found: list[FixedPrompt] = []
+    for example in spaced_by_length(rows, min(most, rows.examples)).tolist():
+        tokens, mask = rows.row(example * rows.group)
+        begun = tokens[: int(np.argmax(mask))].tolist()
+        if rows.facts is not None and begun not in [one.tokens for one in found]:
+            found.append(FixedPrompt(begun, rows.facts[example]))
+    return found
+
+
+def greedy_answers(rollouts: Rollouts, prompts: Sequence[FixedPrompt]) -> list[dict[str, Any]]:
+    """Return an answer to each prompt with its rewards, as plain values; no random stream of the run is used.
+
+    Each has `prompt` (as rewards see it), `answer`, `length` in tokens, `truncated`, `reward` (the weighted sum, None
+    without one) and `rewards` by name.
+
+    Raises:
+        RunError: a reward failed.
+    """
+    base, most, env = rollouts.base, rollouts.settings.objective.max_new_tokens, rollouts.env
+    training, count = base.model.training, len(prompts)
+    greedy = rollouts.sample(SamplingOptions(1, most, min_p=LIKELIEST), lambda turn: answer_keys(0, 0, count, turn))
+    base.model.eval()
+    try:
+        tokens, facts = [prompt.tokens for prompt in prompts], [prompt.fact for prompt in prompts]
+        played = play(env, tokens, facts, seeds_of(0, 0, range(count)), 1, most, greedy, rollouts.ends)
+    finally:
+        base.model.train(training)
+    for note in played.notes:
+        log.info(note)
+    names, totals = [reward.name for reward in env.rewards], summed(played.rewards, env.rewards)
+    return [
+        {
+            "prompt": prompt.fact["prompt"],
+            "answer": env.text_of(episode.tokens),
+            "length": int(episode.sampled.sum()),
+            "truncated": episode.truncated,
+            "reward": _finite_or_none(total),
+            "rewards": {name: _finite_or_none(value) for name, value in zip(names, own, strict=True)},
+        }
+        for prompt, episode, total, own in zip(
+            prompts, played.episodes, totals.tolist(), played.rewards.tolist(), strict=True
+        )
+    ]
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
