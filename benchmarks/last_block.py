@@ -32,6 +32,7 @@ from mlx_lora.data.batch import Batch
 from mlx_lora.data.load import load_data
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.kernels.attention import attend
+from mlx_lora.kernels.table import exchanging
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import Arrays
 from mlx_lora.models.load import Base, load_base
@@ -74,7 +75,7 @@ def measure(base: Base, batch: Batch, args: argparse.Namespace) -> dict[str, Any
         loss = choose_loss(base.model, base.config, "ours", False, why)
         if loss.part_of_last != (name == "part"):
             raise SystemExit(f"the {name} block is not measured: {loss.description}")
-        functions[name] = differentiation(base.model, loss.train, tape.attend if tape else attend)
+        functions[name] = differentiation(base.model, loss.train, exchanging(tape.attend if tape else attend))
         seconds[name] = []
     peaks, found = {}, {}
     for _ in range(args.rounds + 1):
