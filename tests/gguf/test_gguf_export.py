@@ -69,28 +69,28 @@ def logits_of(file) -> mx.array:
 
 def test_a_packed_model_keeps_its_codes(folder_4bit, tmp_path):
     """Read back, the file has the base's own weights, up to the float16 of a scale; f16 and q4_1 files have not."""
-    base = load_base(ModelSettings(model=str(folder_4bit)))
+    base = load_base(ModelSettings(model=str(folder_4bit), dtype="float32"))
     stored = exported(folder_4bit, tmp_path / "stored.gguf", "--gguf-type", "stored")
     kinds = {tensor.type for name, tensor in stored.tensors.items() if name.startswith("blk") and "norm" not in name}
     assert kinds <= {Kind.Q4_0, Kind.Q4_1}  # Q4_0 where every bias is -8 times its scale
-    again = load_base(ModelSettings(model=str(tmp_path / "stored.gguf")))
+    again = load_base(ModelSettings(model=str(tmp_path / "stored.gguf"), dtype="float32"))
     for path, layer in again.model.named_modules():
         if "scales" in layer:
             assert mx.array_equal(layer.weight, dict(base.model.named_modules())[path].weight).item(), path
     exported(folder_4bit, tmp_path / "again.gguf", "--gguf-type", "q4_1")
-    rounded = load_base(ModelSettings(model=str(tmp_path / "again.gguf"))).model(IDS)
+    rounded = load_base(ModelSettings(model=str(tmp_path / "again.gguf"), dtype="float32")).model(IDS)
     wanted, found = base.model(IDS), again.model(IDS)
     assert mx.abs(found - wanted).max().item() < 0.2 * mx.abs(rounded - wanted).max().item()
 
 
 def test_a_qa_lora_ships_in_the_bases_codes(folder_4bit, tmp_path):
     make_adapter(folder_4bit, tmp_path / "adapter", form="qa-lora", strength=0.1)
-    base = load_base(ModelSettings(model=str(folder_4bit)))
+    base = load_base(ModelSettings(model=str(folder_4bit), dtype="float32"))
     load_adapter(base, tmp_path / "adapter")
     wanted = base.model(IDS)
     exported(folder_4bit, tmp_path / "m.gguf", "--adapter-path", tmp_path / "adapter")
-    again = load_base(ModelSettings(model=str(tmp_path / "m.gguf")))
-    plain = load_base(ModelSettings(model=str(folder_4bit)))
+    again = load_base(ModelSettings(model=str(tmp_path / "m.gguf"), dtype="float32"))
+    plain = load_base(ModelSettings(model=str(folder_4bit), dtype="float32"))
     assert mx.abs(again.model(IDS) - wanted).max().item() < 0.05 * mx.abs(plain.model(IDS) - wanted).max().item()
     layers = dict(plain.model.named_modules())
     for path, layer in again.model.named_modules():
