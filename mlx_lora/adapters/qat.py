@@ -1,8 +1,8 @@
 """Quantization-aware training: compute with the weights that fusing will write, and train the factors straight through.
 
 An adapter layer adds scale * A B to a quantized weight. Fused, the sum is quantized again, and a small update gets lost in the
-steps of the grid. Here the forward pass already computes with the fused weight, in the base's own format (bits, group, mode), where an
-affine base keeps its grid (models/quantize.py):
+steps of the grid. Here the forward pass already computes with the fused weight, in the base's own format (bits, group,
+mode), where an affine base keeps its grid (models/quantize.py):
 
     y = x Q(W + D)^T,   D = the layer's update
 
@@ -36,7 +36,6 @@ from mlx_lora.utils.errors import InputError
 
 # A flag in the layer's arrays. A compiled step reads them, so it is traced again when the flags appear.
 FLAG = "_fake_quantized"
-
 
 FUSED_ONLY = "was trained with --qat, and is right in its fused form only; use fuse, or --to gguf or hf"
 
@@ -221,11 +220,6 @@ def refuse_qat(path: str, layer: AdapterLayer) -> None:
         )
     if "global_scale" in base:
         raise InputError(f"--qat: {path} has a scale for each expert, which is not supported; leave --qat out")
-
-
-def is_qat(model: nn.Module) -> bool:
-    """Return whether adapter layers of a model compute with their fused weights."""
-    return any(FLAG in layer for layer in adapter_layers(model).values())
 
 
 def hold_fused(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ Shapes: P supervised positions, R of them at a time, D width, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,7 +38,6 @@ from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.trainer.adapter import adapter_template
 from mlx_lora.trainer.held_out import held_out_plan
-from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_model
 from mlx_lora.utils.progress import tracked
 
@@ -104,43 +103,63 @@ NOT_MEASURED = {
 }  # fmt: skip
 
 
-def measure_gain(
-    model: ModelSettings,
-    adapter: Path,
-    fused: Callable[[], Base],
-    data: str | None,
-    ignore_fingerprint: bool = False,
-) -> Gain:
-    """Measure the three losses on some rows, and the KL of the fused model from the adapted one.
+@dataclass(frozen=True)
+class GainMeter:
+    """The losses of a base without and with an adapter, to compare fused models with.
 
-    Args:
-        model: the base.
-        adapter: the adapter's folder.
-        fused: loads the fused model.
-        data: as `evaluate --data` takes it; None: what the adapter's run held out, if that is on this disk, and general
-            texts if not.
-        ignore_fingerprint: as for load_adapter.
-
-    Raises:
-        InputError: `data` cannot be used.
+    Attributes:
+        loss_base, loss_adapter: in nats per supervised token.
+        batches: of the rows.
+        states: of the adapted model, for each batch.
+        rows: how many there are.
+        of: where they come from, in words.
+        general: as in Gain.
     """
-    base = load_base(model)
-    if template := adapter_template(adapter):
-        base.hf_tokenizer.chat_template = template
-    rows, of, general = _given_rows(data, adapter, base) if data else _rows_of_run(adapter, base)
-    rows = rows.select(spaced_by_length(rows, min(ROWS, rows.examples)))
-    plan = held_out_plan(rows, replace(train_settings({}).loop, batch_tokens=BATCH_TOKENS))
-    batches = list(plan.batches())
-    batches = batches[: _affordable(base, batches, rows)]
-    measured = sum(int(batch.real.sum()) for batch in batches) // rows.group
-    loss_base = _loss(_read(base, batches, "the base"))
-    load_adapter(base, adapter, ignore_fingerprint)
-    states = list(_read(base, batches, "the adapter"))
-    loss_adapter = _loss(iter(states))
-    states = [replace(state, readout=state.readout.head_alone()) for state in states]
-    del base  # two models at once may be too large
-    loss_fused, kl = _compared(states, _read(fused(), batches, "the fused model"))
-    return Gain(loss_base, loss_adapter, loss_fused, measured, f"{measured} {of}", kl, general)
+
+    loss_base: float
+    loss_adapter: float
+    batches: list[Batch]
+    states: list[_States]
+    rows: int
+    of: str
+    general: str | None
+
+    @classmethod
+    def of_adapter(
+        cls, model: ModelSettings, adapter: Path, data: str | None, ignore_fingerprint: bool = False
+    ) -> GainMeter:
+        """Measure the base and the adapter on some rows.
+
+        Args:
+            model: the base.
+            adapter: the adapter's folder.
+            data: as `evaluate --data` takes it; None: what the adapter's run held out, if that is on this disk, and general
+                texts if not.
+            ignore_fingerprint: as for load_adapter.
+
+        Raises:
+            InputError: `data` cannot be used.
+        """
+        base = load_base(model)
+        if template := adapter_template(adapter):
+            base.hf_tokenizer.chat_template = template
+        rows, of, general = _given_rows(data, adapter, base) if data else _rows_of_run(adapter, base)
+        rows = rows.select(spaced_by_length(rows, min(ROWS, rows.examples)))
+        plan = held_out_plan(rows, replace(train_settings({}).loop, batch_tokens=BATCH_TOKENS))
+        batches = list(plan.batches())
+        batches = batches[: _affordable(base, batches, rows)]
+        measured = sum(int(batch.real.sum()) for batch in batches) // rows.group
+        loss_base = _loss(_read(base, batches, "the base"))
+        load_adapter(base, adapter, ignore_fingerprint)
+        states = list(_read(base, batches, "the adapter"))
+        loss_adapter = _loss(iter(states))
+        states = [replace(state, readout=state.readout.head_alone()) for state in states]
+        return cls(loss_base, loss_adapter, batches, states, measured, f"{measured} {of}", general)
+
+    def compare(self, fused: Base) -> Gain:
+        """Measure a fused model's loss, and its KL from the adapted one."""
+        loss, kl = _compared(self.states, _read(fused, self.batches, "the fused model"))
+        return Gain(self.loss_base, self.loss_adapter, loss, self.rows, self.of, kl, self.general)
 
 
 def read_back(path: Path) -> Base:
@@ -238,8 +257,8 @@ def _rows_of_run(adapter: Path, base: Base) -> tuple[EncodedSet, str, str | None
     return held_out or splits.train, f"{'held-out' if held_out else 'training'} rows of its run", None
 
 
-def calibration_tokens(base: Base, adapter: Path, data: str | None, flag: str) -> CalibrationTokens:
-    """Return the tokens that a fused model is rounded for, of the rows that the adapter was trained on.
+def calibration_tokens(base: Base, adapter: Path, data: str | None) -> CalibrationTokens | str:
+    """Return the tokens that a fused model is rounded for, of the rows that the adapter was trained on; or why there are none.
 
     The package's general texts are not among them: they are kept for measuring.
 
@@ -247,16 +266,15 @@ def calibration_tokens(base: Base, adapter: Path, data: str | None, flag: str) -
         base: whose tokenizer has the adapter's chat template.
         adapter: its folder.
         data: rows instead of the run's, as `evaluate --data` takes them; None: the run's.
-        flag: that asks for it, for the message.
 
     Raises:
-        InputError: there are no rows.
+        InputError: `data` cannot be used.
     """
     if data:
         rows, of = _given_rows(data, adapter, base)[0], f"rows of {data}"
     else:
         splits = data_of_run(adapter, base.hf_tokenizer, MOST_DATA_BYTES)
         if isinstance(splits, str):
-            raise InputError(f"{flag}: needs rows like those of the run, and {splits}; give --compensate FILE")
+            return splits
         rows, of = splits.train, "the run's training rows"
     return CalibrationTokens.from_rows(rows, CALIBRATION_TOKENS, of)

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mlx_lora.api.export import FLOATS, FORMATS, ExportSettings, write_export
-from mlx_lora.api.fused_gain import FADED, measure_gain, read_back
+from mlx_lora.api.fused_gain import FADED, GainMeter, read_back
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.files import find_sets
@@ -96,7 +95,7 @@ def main(adapter: flags.OneAdapter, data: str | None, **options: Any) -> None:
         kind = asked.gguf_type or DEFAULT_TYPE if FORMATS[asked.to].merged_gguf else "float"
         console.echo(f"The merged weights are {kind}, which keeps the update; --data FILE measures it")
         return
-    gain = measure_gain(settings, folder, partial(read_back, merged()), data, adapter.ignore_fingerprint)
+    gain = GainMeter.of_adapter(settings, folder, data, adapter.ignore_fingerprint).compare(read_back(merged()))
     console.echo(f"{asked.out}: {gain.words()}")
     if gain.kept is not None and gain.kept < FADED:
         console.echo(

@@ -3,33 +3,27 @@
 python -m mlx_lora fuse --model DIR --adapter-path my-adapter --out fused
 python -m mlx_lora fuse --model DIR-4bit --adapter-path my-adapter --out fused --dequantize
 python -m mlx_lora fuse --model DIR-4bit --adapter-path my-adapter --out fused --fused-bits 8 --data valid.jsonl
-python -m mlx_lora fuse --model DIR-4bit --adapter-path my-adapter --out fused --compensate
-python -m mlx_lora fuse --model DIR-4bit --adapter-path my-adapter --out fused --compensate --bits-budget +10%
+python -m mlx_lora fuse --model DIR-4bit --adapter-path my-adapter --out fused --compensate train.jsonl
+python -m mlx_lora fuse --model DIR-4bit --adapter-path my-adapter --out fused --compensate train.jsonl --bits-budget +10%
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mlx_lora.api.fused_gain import FADED, NOT_MEASURED, Gain, calibration_tokens, measure_gain
+from mlx_lora.api.fuse import FuseSettings, fuse
+from mlx_lora.api.fused_gain import FADED, NOT_MEASURED, Gain
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.files import find_sets
-from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.exporters.bits_budget import Budget
-from mlx_lora.exporters.fuse import Rounding, Survival, write_fused
-from mlx_lora.models.head import SCORE_WEIGHT
-from mlx_lora.models.load import load_base
+from mlx_lora.exporters.fuse import Rounding
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 
-# A larger error of rounding, relative to the update, is not taken for harmless without measuring.
-HARMLESS = 0.05
 FUSED_BITS = ("5", "6", "8")
 
 
@@ -55,7 +49,11 @@ FUSED_BITS = ("5", "6", "8")
     flag_value="",
     default=None,
     metavar="[DATA]",
-    help="Round so that the layers' outputs on these rows stay, not each weight [default: the run's training rows].",
+    help="Round so that the layers' outputs on these rows stay, not each weight [default: the run's training rows, if they "
+    "are on this disk].",
+)
+@click.option(
+    "--no-compensate", is_flag=True, help="Round each weight for itself, also where the run's rows are on this disk."
 )
 @click.option(
     "--bits-budget",
@@ -77,61 +75,34 @@ def main(adapter: flags.OneAdapter, out: Path, data: str | None, as_json: bool, 
     folder, force = adapter.folder(), options.pop("force")
     if folder is None:
         raise InputError("--adapter-path: empty; give the adapter's folder or hub id")
-    asked = {name: options.pop(name) for name in ("dequantize", "fused_bits", "compensate", "bits_budget")}
-    for given in (data, asked["compensate"]):
+    dequantize, bits, rows, plain, size = (
+        options.pop(name) for name in ("dequantize", "fused_bits", "compensate", "no_compensate", "bits_budget")
+    )
+    if plain and rows is not None:
+        raise InputError("--compensate with --no-compensate: leave out one of them")
+    for given in (data, rows):
         if given:
             find_sets(given)  # refused before the work if it is not there
-    budget = Budget.parse(asked["bits_budget"]) if asked["bits_budget"] else None
-    settings = train_settings(flags.given(options)).model
-    base = load_base(settings)
-    info = load_adapter(base, folder, adapter.ignore_fingerprint, scores=None)
-    model_id, scores = base.model_id, SCORE_WEIGHT in info.full
-    if data and scores:
-        raise InputError(
-            "--data: a reward model has no loss on answers; leave it out, and use evaluate --objective reward"
-        )
-    rounding = Rounding(asked["dequantize"], int(asked["fused_bits"] or 0) or None)
-    if asked["compensate"] is not None or budget is not None:
-        rounding = replace(rounding, compensate=asked["compensate"] is not None, budget=budget)
-        rounding.check(base)
-        flag = "--compensate" if rounding.compensate else "--bits-budget"
-        rounding = replace(rounding, tokens=calibration_tokens(base, folder, asked["compensate"], flag))
-    survival = write_fused(base, out, info, rounding, force=force, keep_dtype=settings.dtype != "auto")
-    del base  # it is changed, and the next lines load models
-    summary = summarize(survival)
-    if info.full:
-        console.echo(f"{len(info.full)} parameters trained in full are in it unchanged, in float")
-    gain: Gain | None = None
-    if data or (summary["error_mean"] > HARMLESS and not scores):
-        written = partial(load_base, replace(settings, model=str(out), revision=None, bits=None))
-        gain = measure_gain(settings, folder, written, data, adapter.ignore_fingerprint)
-    console.echo(f"{out}: {words(summary, gain, used_flags(rounding))}")
+    compensate = False if plain else True if rows is not None else None
+    budget = Budget.parse(size) if size else None
+    asked = FuseSettings(out, dequantize, int(bits or 0) or None, compensate, rows or None, budget, data, force)
+    fused = fuse(train_settings(flags.given(options)).model, folder, asked, adapter.ignore_fingerprint)
+    if fused.full:
+        console.echo(f"{fused.full} parameters trained in full are in it unchanged, in float")
+    summary, gain = fused.summary(), fused.gain
+    console.echo(f"{out}: {words(summary, gain, used_flags(fused.rounding))}")
     if as_json:
         measured = gain.facts() if gain else NOT_MEASURED
         console.print_json(
-            {"out": str(out), "model": model_id, "adapter_path": adapter.adapter_path, **summary, **measured}
+            {"out": str(out), "model": fused.model_id, "adapter_path": adapter.adapter_path, **summary, **measured}
         )
-
-
-def summarize(survival: dict[str, Survival]) -> dict[str, Any]:
-    """Return the size of the rounding error relative to the update, the layers' mean and the worst layer's, and the bits."""
-    if not survival:
-        return {"layers": 0, "bits": None, "error_mean": 0.0, "error_most": 0.0, "most_layer": None}
-    most = max(survival, key=lambda path: survival[path].error)
-    return {
-        "layers": len(survival),
-        "bits": min((s.bits for s in survival.values() if s.bits), default=None),
-        "error_mean": sum(s.error for s in survival.values()) / len(survival),
-        "error_most": survival[most].error,
-        "most_layer": most,
-    }
 
 
 def words(rounding: dict[str, Any], gain: Gain | None, used: tuple[str, ...] = ()) -> str:
     """Return what became of the adapter as text, with advice if too little of it is left.
 
     Args:
-        rounding: from `summarize`.
+        rounding: from `Fused.summary`.
         gain: what was measured; None: nothing needed to be.
         used: flags that were given to keep more.
     """
@@ -158,7 +129,7 @@ def used_flags(rounding: Rounding) -> tuple[str, ...]:
 def ways_out(bits: int, used: tuple[str, ...] = ()) -> str:
     """Return what keeps more of an adapter than fused layers of so many bits do, but for what was used already."""
     ways = {
-        "--compensate": "`mlx-lora fuse ... --compensate` (the same size)",
+        "--compensate": "`mlx-lora fuse ... --compensate FILE`, with rows like those of the run (the same size)",
         "--bits-budget": "`--compensate --bits-budget +10%` (a little larger)",
         "--fused-bits": "`--fused-bits 8` (larger, much less rounding)" if bits < 8 else "",
         "--dequantize": "`--dequantize` (a float model, without this rounding)",

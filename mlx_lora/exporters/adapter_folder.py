@@ -514,11 +514,13 @@ class Start:
         file: Their file.
         peft: What was read of a PEFT adapter; None: the file is in our layout.
         scale: The factor on the stored products; None: that of the run.
+        qat: Whether they are right with the rounding of their fused form only.
     """
 
     file: Path
     peft: PeftAdapter | None
     scale: float | None
+    qat: bool = False
 
 
 def resume_file(given: str) -> Path:
@@ -555,7 +557,9 @@ def read_start(base: Base, given: str, scores: bool) -> Start:
     if is_peft(config):
         return Start(file, read_peft(file.parent, config, base.model), None)
     check_base(base, config, file)
-    return Start(file, None, config.get("lora_parameters", {}).get("scale"))
+    own = config.get("mlx_lora")
+    qat = isinstance(own, dict) and own.get("qat") is True
+    return Start(file, None, config.get("lora_parameters", {}).get("scale"), qat)
 
 
 def put_start(model: nn.Module, start: Start, fresh: tuple[str, ...]) -> None:

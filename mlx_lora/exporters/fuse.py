@@ -56,6 +56,7 @@ class Rounding:
         bits: of the fused layers; None: their base's own.
         tokens: to measure layers with, for the two that follow; None: neither is asked for.
         compensate: round for the layers' outputs on the tokens, instead of each weight for itself.
+        new_grid: round on a new grid where a weight is rounded for itself, instead of its base's own.
         budget: bytes that the model may take; layers that lose most get more bits within them.
     """
 
@@ -63,6 +64,7 @@ class Rounding:
     bits: int | None = None
     tokens: CalibrationTokens | None = None
     compensate: bool = False
+    new_grid: bool = False
     budget: Budget | None = None
 
     def check(self, base: Base) -> None:
@@ -105,6 +107,8 @@ def fuse_adapter(
     bits: int | None = None,
     chosen: Mapping[str, int] | None = None,
     rounded: Mapping[str, nn.Module] | None = None,
+    *,
+    new_grid: bool = False,
 ) -> dict[str, Survival]:
     """Replace every adapter layer of `model` by one layer with the adapter folded into its base.
 
@@ -114,6 +118,7 @@ def fuse_adapter(
         bits: of the fused layers of a quantized base; None: its own.
         chosen: path -> bits of layers that get others.
         rounded: path -> fused layer, of those that are rounded already.
+        new_grid: choose a new grid for affine layers, instead of their base's.
 
     Returns:
         path -> survival of the update; a zero update counts as one that survived.
@@ -137,7 +142,7 @@ def fuse_adapter(
                 whole = fused_layer(layer)
             else:
                 whole = rounded.get(path) or (with_weight(base, layer.merged(), mx.float32) if exact else layer.fuse())
-                whole = _quantized_like(base, whole, own_bits) if quantizes else whole
+                whole = _quantized_like(base, whole, own_bits, new_grid) if quantizes else whole
             survival[path] = _survival(dense_weight(base), dense_weight(whole), layer.delta(), bits_of(whole))
         fused.append((path, whole))
     model.update_modules(tree_unflatten(fused))
@@ -156,10 +161,18 @@ def bits_of(layer: Any) -> int | None:
     return layer.bits if isinstance(layer, QUANTIZED) else None
 
 
-def _quantized_like(base: Any, whole: Any, bits: int | None) -> Any:
+def is_rounded(layer: Any, rounding: Rounding) -> bool:
+    """Tell whether an adapter layer's update is rounded when it is fused."""
+    if rounding.dequantize or not isinstance(layer.base, QUANTIZED):
+        return False
+    return rounding.bits is not None or not (isinstance(layer, FakeQuantized) or group_update(layer) is not None)
+
+
+def _quantized_like(base: Any, whole: Any, bits: int | None, new_grid: bool) -> Any:
     """Return a float layer quantized like its base, or if its base has fewer bits than asked for, with so many."""
     quantization = target_quantization(base, bits)
-    if (quantization.bits, quantization.mode) == (base.bits, base.mode):
+    same = (quantization.bits, quantization.mode) == (base.bits, base.mode)
+    if same and not (new_grid and base.mode == "affine"):
         return quantized_like(base, whole)
     # In the base's float dtype, which the scales get.
     return with_weight(base, whole.weight).to_quantized(**quantization.layout)
@@ -212,7 +225,7 @@ def write_fused(
     chosen, rounded = _measured_rounding(base, rounding, keep_dtype)
     if not keep_dtype and not (dequantize and base.quantization):
         take_stored_dtypes(base, info.full)
-    survival = fuse_adapter(base.model, dequantize, rounding.bits, chosen, rounded)
+    survival = fuse_adapter(base.model, dequantize, rounding.bits, chosen, rounded, new_grid=rounding.new_grid)
     model, config = base.model, dict(base.config)
     if dequantize:
         model, config = dequantize_model(model, config)
@@ -247,7 +260,7 @@ def _measured_rounding(base: Base, rounding: Rounding, keep_dtype: bool) -> tupl
     stored = {
         path: layer.base if keep_dtype else modules[path]
         for path, layer in adapter_layers(model).items()
-        if isinstance(layer.base, QUANTIZED)
+        if is_rounded(layer, rounding)
     }
     chosen: dict[str, int] = {}
     if rounding.budget is not None:

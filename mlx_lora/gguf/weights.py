@@ -27,7 +27,7 @@ from gguf.quants import Q4_K
 
 from mlx_lora.gguf.mapping import TensorMapping
 from mlx_lora.gguf.reader import GGUFTensor
-from mlx_lora.models.quantize import PackedWeight, Quantization, quantize_weight, relative_error
+from mlx_lora.models.quantize import PackedWeight, Quantization, pack_codes, quantize_weight, relative_error
 from mlx_lora.utils.errors import InputError
 
 GROUP = 32
@@ -149,30 +149,6 @@ def affine_blocks(packed: PackedWeight, kind: Kind) -> np.ndarray:
         low = codes & 15
         parts = [d, *([m] if kind in (Kind.Q4_1, Kind.Q5_1) else []), *high, low[:, :16] | low[:, 16:] << 4]
     return np.concatenate(parts, axis=1).reshape(*weight.shape[:-1], -1)
-
-
-def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Return codes packed as MLX does: one little-endian stream of bits per row.
-
-    Args:
-        codes: (rows, width) uint8 below 2^bits; width a multiple of 32.
-        bits: 4, 5 or 8.
-
-    Returns:
-        (rows, width * bits / 32) uint32.
-    """
-    rows, width = codes.shape
-    if bits == 8:
-        return np.ascontiguousarray(codes).view("<u4")
-    if bits == 4:
-        return np.ascontiguousarray(codes[:, 0::2] | codes[:, 1::2] << 4).view("<u4")
-    # Eight codes fill a whole number of bytes: gather them in one 64-bit word and keep its low bytes.
-    eights = codes.reshape(rows, width // 8, 8)
-    words = np.zeros((rows, width // 8), "<u8")
-    for i in range(8):
-        words |= eights[..., i].astype("<u8") << np.uint64(bits * i)
-    stream = words.view(np.uint8).reshape(rows, width // 8, 8)[..., :bits]
-    return np.ascontiguousarray(stream).reshape(rows, width * bits // 8).view("<u4")
 
 
 def _unpack(kind: Kind, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

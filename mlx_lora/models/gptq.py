@@ -29,8 +29,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora.gguf.weights import pack_codes
-from mlx_lora.models.quantize import PackedWeight, Quantization
+from mlx_lora.models.quantize import PackedWeight, Quantization, pack_codes
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to the diagonal; GPTQ's
 BLOCK = 64  # columns whose errors are fed to all later columns together

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
+import numpy as np
 
 from mlx_lora.utils.errors import InputError
 
@@ -147,9 +148,8 @@ def round_on_grid(
     mean = codes.mean(axis=-1, keepdims=True)
     spread = codes - mean
     squares = mx.square(spread).sum(axis=-1, keepdims=True)
-    slope = (spread * left).sum(axis=-1, keepdims=True) / mx.maximum(
-        squares, 1.0
-    )  # of whole numbers: 0, or at least 0.5
+    # A group whose codes are equal has no slope.
+    slope = (spread * left).sum(axis=-1, keepdims=True) / mx.where(squares == 0, 1.0, squares)
     fitted = b + left.mean(axis=-1, keepdims=True) - slope * mean
     return codes, (s + slope)[..., 0], fitted[..., 0]
 
@@ -167,18 +167,34 @@ def quantized_like(layer: Any, dense: Any) -> Any:
     weight = dense.weight.astype(mx.float32)
     codes, scales, biases = round_on_grid(weight, layer.scales, layer.biases, layer.group_size, layer.bits)
     rounded = copy.copy(layer)
-    rounded.weight = packed_codes(codes.reshape(weight.shape), layer.bits)
+    rounded.weight = mx.array(pack_codes(np.array(codes.reshape(weight.shape).astype(mx.uint8)), layer.bits))
     rounded.scales, rounded.biases = scales.astype(layer.scales.dtype), biases.astype(layer.biases.dtype)
     if "bias" in dense:
         rounded.bias = dense.bias
     return rounded
 
 
-def packed_codes(codes: mx.array, bits: int) -> mx.array:
-    """Return codes (..., in), whole numbers below 2^bits, as MLX packs them, (..., in * bits / 32) uint32."""
-    places = (codes.astype(mx.uint32)[..., None] >> mx.arange(bits, dtype=mx.uint32)) & 1  # a stream of bits per row
-    words = places.reshape(*codes.shape[:-1], -1, 32)
-    return (words << mx.arange(32, dtype=mx.uint32)).sum(axis=-1).astype(mx.uint32)
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Return codes packed as MLX does: one little-endian stream of bits for each row.
+
+    Args:
+        codes: (..., width) uint8 below 2^bits; width a multiple of 32.
+        bits: of a code.
+
+    Returns:
+        (..., width * bits / 32) uint32.
+    """
+    if bits == 8:
+        return np.ascontiguousarray(codes).view("<u4")
+    if bits == 4:
+        return np.ascontiguousarray(codes[..., 0::2] | codes[..., 1::2] << 4).view("<u4")
+    # Eight codes fill a whole number of bytes: gather them in one 64-bit word and keep its low bytes.
+    eights = codes.reshape(*codes.shape[:-1], -1, 8)
+    words = np.zeros(eights.shape[:-1], "<u8")
+    for i in range(8):
+        words |= eights[..., i].astype("<u8") << np.uint64(bits * i)
+    stream = words.view(np.uint8).reshape(eights.shape)[..., :bits]
+    return np.ascontiguousarray(stream).reshape(*codes.shape[:-1], -1).view("<u4")
 
 
 def relative_error(found: mx.array, wanted: mx.array) -> float:

@@ -1,4 +1,4 @@
-"""Put an adapter on a run's base: a new one, or one that was trained before."""
+"""Put an adapter on a run's base, a new one or one that was trained before, and let quantization-aware training begin."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mlx_lora.adapters.inject import Adapted, adapt_model
 from mlx_lora.adapters.qat import begin_qat, end_qat
 from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, put_start, read_adapter_config, read_start
 from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
+from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_lora.config.settings import AdapterSettings, DataSettings, TrainSettings
@@ -36,6 +37,11 @@ def adapt(
     adapter = settings.adapter
     scores = objective.scores
     start = read_start(base, adapter.resume_adapter_file, scores) if adapter.resume_adapter_file else None
+    if start and start.qat and adapter.qat < 1:
+        raise InputError(
+            f"--resume-adapter-file {adapter.resume_adapter_file}: was trained with --qat, and is right with its rounding "
+            "only; give --qat, without a share"
+        )
     adapted, full = adapt_model(base.model, adapter, settings.loop.seed), ()
     if scores:
         put_score_head(base.model, base.config, settings.loop.seed, objective.outputs)

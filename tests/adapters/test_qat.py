@@ -10,7 +10,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_lora.adapters.base import AdapterLayer
 from mlx_lora.adapters.lora import DoRALinear, LoRAEmbedding, LoRALinear, LoRASwitchLinear
-from mlx_lora.adapters.qat import FakeQuantized, begin_qat, end_qat, fused_layer, hold_fused, is_qat, release_fused
+from mlx_lora.adapters.qat import FLAG, FakeQuantized, begin_qat, end_qat, fused_layer, hold_fused, release_fused
 from mlx_lora.utils.errors import InputError
 
 IN, OUT, R, EXPERTS = 96, 33, 5, 3
@@ -129,7 +129,7 @@ def test_it_ends_and_is_held_for_generation():
     layer, x = linear(), mx.random.normal((2, IN))
     before, model = np.array(layer(x)), nn.Sequential(layer)
     begin_qat(model)
-    assert is_qat(model)
+    assert FLAG in layer
     aware = np.array(model(x))
     hold_fused(model)
     layer.lora_b = layer.lora_b * 0  # what is held stays
@@ -137,7 +137,7 @@ def test_it_ends_and_is_held_for_generation():
     release_fused(model)
     assert not np.allclose(model(x), aware, atol=1e-3)
     end_qat(model)
-    assert not is_qat(model)
+    assert FLAG not in layer
     assert not np.array_equal(np.array(layer(x)), before)  # B is zero now
 
 

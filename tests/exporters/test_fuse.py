@@ -16,10 +16,12 @@ from conftest import quantized, tiny_model, write_folder
 from make_adapters import TOKENS, adapt_and_save, make_adapter
 from run_cli import one_line, run
 
-from mlx_lora.api.fused_gain import Gain
-from mlx_lora.cli.fuse import summarize, words
+from mlx_lora.api.fuse import Fused, FuseSettings, ways_to_round
+from mlx_lora.api.fused_gain import Gain, GainMeter
+from mlx_lora.cli.fuse import words
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from mlx_lora.exporters.fuse import Rounding, write_fused
 from mlx_lora.models.load import load_base
 from mlx_lora.utils.errors import InputError
 
@@ -62,6 +64,26 @@ def test_a_large_update_survives_4_bits_and_a_tiny_one_does_not(tiny_4bit_folder
     ran = run("fuse", "--model", tiny_4bit_folder, "--adapter-path", tmp_path / "a", "--out", tmp_path / "g")
     assert "--dequantize" in ran.err
     assert "--data" in ran.err
+
+
+@pytest.mark.parametrize("strength", [0.02, 0.3])
+def test_the_grid_that_keeps_more_is_taken(strength, tiny_4bit_folder, tmp_path):
+    make_adapter(tiny_4bit_folder, tmp_path / "a", strength=strength)
+    model, kl = ModelSettings(model=str(tiny_4bit_folder)), {}
+    meter = GainMeter.of_adapter(model, tmp_path / "a", None)
+    for new_grid in (False, True):
+        base = load_base(model)
+        info = load_adapter(base, tmp_path / "a")
+        assert ways_to_round(base, tmp_path / "a", FuseSettings(tmp_path)) == [Rounding(), Rounding(new_grid=True)]
+        write_fused(base, tmp_path / str(new_grid), info, Rounding(new_grid=new_grid), force=False)
+        kl[new_grid] = meter.compare(load_base(ModelSettings(model=str(tmp_path / str(new_grid))))).kl
+    assert kl[False] != kl[True]
+    report, _ = fuse(tiny_4bit_folder, tmp_path)
+    assert report["kl"] == pytest.approx(min(kl.values()))
+    better = mx.load(str(tmp_path / str(kl[True] < kl[False]) / "model.safetensors"))
+    written = mx.load(str(tmp_path / "f" / "model.safetensors"))
+    assert all(mx.array_equal(array, better[name]) for name, array in written.items())
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_an_existing_folder_is_kept_unless_forced(tiny_folder, tmp_path):
@@ -224,7 +246,7 @@ def test_what_rounding_costs_is_not_claimed_unmeasured():
     little = words({**rounding, "error_mean": 0.012}, None)
     assert "1.2%" in little
     assert "--dequantize" not in little
-    assert "0 layers" in words(summarize({}), None)
+    assert "0 layers" in words(Fused("m", 0, Rounding(), {}).summary(), None)
 
 
 def test_the_share_that_is_kept_is_that_of_the_gain_in_loss():
@@ -233,7 +255,7 @@ def test_the_share_that_is_kept_is_that_of_the_gain_in_loss():
     remedies = ("--dequantize", "--fused-bits 8", "--compensate", "--bits-budget", "--qat", "--method qa-lora")
     assert all(part in faded for part in ("33%", "2.10", "1.80", "2.00", "Warning", *remedies))
     again = words(rounding, Gain(2.1, 1.8, 2.0, 32, "32 rows of x.jsonl"), ("--compensate",))
-    assert "fuse ... --compensate`" not in again
+    assert "--compensate FILE" not in again
     whole = words(rounding, Gain(2.1, 1.8, 1.8, 32, "32 rows of x.jsonl"))
     assert "keeps all" in whole
     assert "keeps nothing" in words(rounding, Gain(2.1, 1.8, 2.2, 32, "rows"))
@@ -281,6 +303,18 @@ def test_fuse_measures_on_the_rows_that_the_run_held_out(trained, tiny_4bit_fold
     assert again["loss_fused"] == pytest.approx(fused["loss"], rel=1e-3)
     assert again["loss_adapter"] == pytest.approx(adapted["loss"], rel=1e-3)
     assert again["loss_adapter"] != pytest.approx(again["loss_base"], rel=1e-2)
+
+
+def test_the_rows_of_the_run_compensate_the_rounding(trained, tiny_4bit_folder, tmp_path):
+    given = ("fuse", "--model", tiny_4bit_folder, "--adapter-path", trained, "--json")
+    default = run(*given, "--out", tmp_path / "default")
+    plain = run(*given, "--out", tmp_path / "plain", "--no-compensate")
+    assert "Compensated" in default.err
+    assert "Compensated" not in plain.err
+    assert json.loads(default.out)["kept"] >= json.loads(plain.out)["kept"]
+    fine = run(*given, "--out", tmp_path / "fine", "--fused-bits", 8)  # which needs none
+    assert "Compensated" not in fine.err
+    one_line(run(*given, "--out", tmp_path / "x", "--compensate", "--no-compensate"), "--no-compensate")
 
 
 def test_fuse_says_why_it_did_not_measure(trained, tiny_4bit_folder, tmp_path):

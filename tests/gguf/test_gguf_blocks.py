@@ -10,8 +10,8 @@ from gguf_tensors import ROWS, WIDTH, random_tensor
 
 from mlx_lora.gguf.mapping import TensorMapping
 from mlx_lora.gguf.reader import GGUFTensor
-from mlx_lora.gguf.weights import LOSSLESS, affine_blocks, carry_blocks, import_weights, pack_codes, stored_kind
-from mlx_lora.models.quantize import PackedWeight, Quantization, quantize_weight
+from mlx_lora.gguf.weights import LOSSLESS, affine_blocks, carry_blocks, import_weights, stored_kind
+from mlx_lora.models.quantize import PackedWeight, Quantization, pack_codes, quantize_weight
 from mlx_lora.utils.errors import InputError
 
 

@@ -143,3 +143,14 @@ def test_an_adapter_of_qat_is_always_used_in_its_fused_form(tiny_4bit_folder, ch
         assert (ran.code, "--qat" in ran.err) == (2, True), form
     with pytest.raises(AttributeError):
         mlx_lm_load(str(tiny_4bit_folder), adapter_path=str(adapter))
+
+
+def test_training_goes_on_from_an_adapter_of_qat_with_its_rounding_only(tiny_4bit_folder, chats, qat_run, tmp_path):
+    more = command(tiny_4bit_folder, chats, tmp_path / "more", "--resume-adapter-file", qat_run)
+    for extra in ((), ("--qat", 0.5)):
+        ran = run(*more, *extra)
+        assert (ran.code, "--resume-adapter-file" in ran.lines[-1], "--qat" in ran.lines[-1]) == (2, True, True)
+    ran = run(*more, "--qat", "--val-batches", -1)
+    assert ran.code == 0, ran.err
+    first = json.loads((tmp_path / "more" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["val_loss"] == pytest.approx(best_validation(qat_run), abs=0.2)
