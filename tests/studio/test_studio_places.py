@@ -296,5 +296,5 @@ def test_the_hub_out_of_reach_is_one_line(client, monkeypatch):
 
 def test_what_an_export_needs(client):
     needs = client.get("/api/export/needs").json()
-    assert needs.keys() == {"peft", "mlx-lm", "hf", "gguf-adapter", "gguf", "ollama", "hub"}
+    assert needs.keys() == {"peft", "mlx-lm", "hf", "gguf-adapter", "gguf", "ollama", "hub", "fuse"}
     assert all(one["needs"] for one in needs.values())

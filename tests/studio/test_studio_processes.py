@@ -155,5 +155,17 @@ def test_the_queue_starts_the_next_run_and_talk_and_export_use_it(home, tmp_path
         assert ended[0]["state"] == "done", ended
         assert (home / "exports" / "mine" / "adapter_config.json").is_file()
         assert client.post("/api/export", json=export).status_code == 409
+        fused = client.post("/api/export", json=export | {"to": "fuse", "out": "whole"}).json()
+        assert "mlx-lora fuse" in fused["command"]
+        ended = wait_for(
+            lambda: [
+                t for t in client.get("/api/tasks").json()["tasks"] if "Fuse" in t["title"] and t["state"] != "running"
+            ],
+            120,
+        )
+        assert ended[0]["state"] == "done", ended
+        assert "layers fused" in ended[0]["message"]
+        assert (home / "exports" / "whole" / "model.safetensors").is_file()
+        assert client.post("/api/export", json=export | {"to": "fuse", "out": "bare", "adapter": ""}).status_code == 400
         assert server.stop() == 0
         assert "Traceback" not in server.text

@@ -10,6 +10,7 @@ const TARGETS = [
   ["gguf-adapter", "GGUF adapter", "A small file for llama.cpp, beside its base."],
   ["gguf", "GGUF model", "Base and adapter in one file, for llama.cpp and LM Studio."],
   ["mlx-lm", "mlx-lm", "A folder for stock mlx-lm."],
+  ["fuse", "MLX model", "Base and adapter in one MLX folder, quantized as the base is."],
   ["hf", "Model folder", "Base and adapter as one Hugging Face folder."],
   ["ollama", "Ollama", "A Modelfile; ollama create makes a model of it."],
   ["hub", "Hugging Face", "Upload the adapter with its card."],

@@ -238,7 +238,7 @@ def _size(path: Path) -> int:
 # Routes
 
 FIELDS = ("messages", "max_tokens", "temperature", "seed", "top_p", "top_k", "stop")
-HUB = "hub"
+HUB, FUSE = "hub", "fuse"
 OPTIONS = {"gguf_type": "--gguf-type", "base_id": "--base-id", "ollama_base": "--ollama-base"}
 
 
@@ -295,8 +295,8 @@ def export(studio: Studio, request: HttpRequest, body: dict[str, Any]) -> dict[s
     if not isinstance(options, dict) or not all(isinstance(value, (str, bool)) for value in options.values()):
         raise ApiError(400, "options: must be an object of texts", "invalid_value", "options")
     kind = "peft" if to == HUB else to
-    if kind not in FORMATS:
-        raise ApiError(400, f"to: must be one of {', '.join((*FORMATS, HUB))}", "invalid_value", "to")
+    if kind not in (*FORMATS, FUSE):
+        raise ApiError(400, f"to: must be one of {', '.join((*FORMATS, FUSE, HUB))}", "invalid_value", "to")
     repo = options.get("repo") if to == HUB else None
     if to == HUB and not repo:
         raise ApiError(400, "options.repo: must be the hub id to upload to, owner/name", "invalid_value", "options")
@@ -306,6 +306,8 @@ def export(studio: Studio, request: HttpRequest, body: dict[str, Any]) -> dict[s
     force = bool(options.get("force"))
     if out.exists() and not force:
         raise ApiError(409, f"out: there is {name} already; choose another name", "name_taken", "out")
+    if kind == FUSE:
+        return _fuse(studio, model, adapter, out, force)
     words = ["export", "--model", model, *(["--adapter-path", str(adapter)] if adapter else []), "--to", kind]
     words += ["--out", str(out), *(["--force"] if force else [])]
     given = {name: str(options[name]) for name in OPTIONS if options.get(name)}
@@ -325,6 +327,25 @@ def export(studio: Studio, request: HttpRequest, body: dict[str, Any]) -> dict[s
     return {"task": studio.tasks.child("export", title, words, result).public(), "command": command_line(words)}
 
 
+def _fuse(studio: Studio, model: str, adapter: Path | None, out: Path, force: bool) -> dict[str, Any]:
+    """Begin `fuse`, whose last line says how much of the adapter the model keeps."""
+    if adapter is None:
+        raise ApiError(400, "adapter: a model is fused with one; give its folder", "invalid_value", "adapter")
+    words = [
+        "fuse",
+        "--model",
+        model,
+        "--adapter-path",
+        str(adapter),
+        "--out",
+        str(out),
+        *(["--force"] if force else []),
+    ]
+    result = {"path": str(out), "to": FUSE, "next": f"mlx-lora chat --model {out}"}
+    task = studio.tasks.child("export", f"Fuse {adapter.name}", words, result)
+    return {"task": task.public(), "command": command_line(words)}
+
+
 def needs() -> dict[str, Any]:
     """Return what each kind of export needs, and whether it is here."""
     ollama, token = shutil.which("ollama"), get_token()
@@ -332,6 +353,11 @@ def needs() -> dict[str, Any]:
     return {
         "peft": {"needs": "An adapter. PEFT can load the result, and need not be installed here.", "ok": True, "installed": peft},
         "mlx-lm": {"needs": "An adapter. Stock mlx-lm reads it.", "ok": True},
+        FUSE: {
+            "needs": "An adapter, and minutes for a quantized model: it is rounded so that it keeps what the adapter learned, "
+            "and measured.",
+            "ok": True,
+        },
         "hf": {"needs": "Disk space for the whole model in its stored dtype.", "ok": True},
         "gguf-adapter": {"needs": "An adapter, and for llama.cpp the base as GGUF.", "ok": True},
         "gguf": {
