@@ -117,7 +117,7 @@ def write_export(
     adapter: Path | None,
     ignore_fingerprint: bool = False,
     keep_dtype: bool = False,
-) -> bool:
+) -> Export:
     """Write what checked settings ask for, with its model card, and upload it.
 
     Args:
@@ -128,7 +128,7 @@ def write_export(
         keep_dtype: write a merged model in the base's dtype instead of the stored one.
 
     Returns:
-        Whether it is a reward model, which does not write texts.
+        What was written.
     """
     out, form, repo = settings.out, FORMATS[settings.to], settings.push_to_hub
     scores = None if form.for_scores else False
@@ -146,7 +146,7 @@ def write_export(
         log.info("What to do next:\n" + "\n".join(f"    {line}" for line in uses))
     if repo:
         log.info(f"{repo}: uploaded, {push(out, repo, settings.private)}")
-    return job.scores
+    return job
 
 
 # Checks before the work
@@ -228,8 +228,19 @@ class Export:
     @property
     def gguf_type(self) -> str:
         """Type of the weights of a merged GGUF; a QA-LoRA was trained for the base's own."""
-        exact = self.info is not None and (self.info.method == "qa-lora" or self.info.qat)
-        return self.settings.gguf_type or (STORED if exact else DEFAULT_TYPE)
+        return self.settings.gguf_type or (STORED if self._fits_base else DEFAULT_TYPE)
+
+    @property
+    def _fits_base(self) -> bool:
+        """Whether the merged weights are on the base's own grid."""
+        return self.info is not None and (self.info.method == "qa-lora" or self.info.qat)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the merged weights of a GGUF are rounded to less than 16 bits, so that they may keep less of the adapter."""
+        if not FORMATS[self.settings.to].merged_gguf or self.gguf_type in FLOATS:
+            return False
+        return not (self.gguf_type == STORED and self._fits_base)
 
     @property
     def scores(self) -> bool:

@@ -19,12 +19,12 @@ from typing import Any
 
 import click
 
-from mlx_lora.api.export import FLOATS, FORMATS, ExportSettings, write_export
+from mlx_lora.api.export import FORMATS, ExportSettings, write_export
 from mlx_lora.api.fused_gain import FADED, GainMeter, read_back
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.files import find_sets
-from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES
+from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES, STORED
 from mlx_lora.models.load import load_base
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
@@ -87,12 +87,15 @@ def main(adapter: flags.OneAdapter, data: str | None, **options: Any) -> None:
     base = load_base(
         settings, read=FORMATS[asked.to].holds_base
     )  # a base that ranks share may be too large for this machine
-    scores = write_export(asked, base, folder, adapter.ignore_fingerprint, keep_dtype)
+    written = write_export(asked, base, folder, adapter.ignore_fingerprint, keep_dtype)
     del base  # the next lines load models
+    kind, rounds = written.gguf_type if FORMATS[asked.to].merged_gguf else "float", written.rounds
+    scores = written.scores
+    del written  # it holds the base
     if folder is None or merged is None or scores:
         return
-    if not data and not rounds(asked):
-        kind = asked.gguf_type or DEFAULT_TYPE if FORMATS[asked.to].merged_gguf else "float"
+    if not data and not rounds:
+        kind = "the base's own numbers" if kind == STORED else kind
         console.echo(f"The merged weights are {kind}, which keeps the update; --data FILE measures it")
         return
     gain = GainMeter.of_adapter(settings, folder, data, adapter.ignore_fingerprint).compare(read_back(merged()))
@@ -109,8 +112,3 @@ def merged_file(asked: ExportSettings) -> Callable[[], Path] | None:
     if asked.to == "ollama" and asked.ollama_base is None:
         return lambda: next(asked.out.glob("*.gguf"))
     return (lambda: asked.out) if asked.to in ("gguf", "hf") else None
-
-
-def rounds(asked: ExportSettings) -> bool:
-    """Tell whether the merged weights have less than 16 bits."""
-    return asked.gguf_type is not None and asked.gguf_type not in FLOATS
