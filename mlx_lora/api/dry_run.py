@@ -16,7 +16,7 @@ from mlx_lora.objectives.table import objective_of
 from mlx_lora.objectives.teacher import check_teacher
 from mlx_lora.objectives.teacher_answers import readable_data
 from mlx_lora.parallel.ranks import ALONE
-from mlx_lora.trainer.fit import check_base_fits
+from mlx_lora.trainer.choose_strategy import settled_offload
 from mlx_lora.trainer.run import check_request, wants_training
 from mlx_lora.trainer.run_folder import check_continuation, find_checkpoint, first_day
 from mlx_lora.utils.errors import InputError
@@ -49,7 +49,7 @@ def dry_run(settings: TrainSettings) -> dict[str, Any]:
 
 
 def _planned(settings: TrainSettings) -> dict[str, Any]:
-    check_base_fits(settings)
+    settings = settled_offload(settings, ALONE)
     model = settings.model
     source = resolve_model(model.model or "", model.revision, trust_remote_code=model.trust_remote_code)
     folder = cached_gguf_folder(source) if source.kind == "gguf" else source.path

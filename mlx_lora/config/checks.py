@@ -83,12 +83,37 @@ def shard_parts(text: str) -> list[float] | None:
 
 def sharing_problems(settings: Mapping[str, Any]) -> list[str]:
     """Return what a run whose base is shared by its processes cannot do."""
-    shared, problems = settings["shard_base"], []
+    shared, problems = settings["shard_base"], _offload_problems(settings)
     if shared not in (*SHARDING, "off") and shard_parts(shared) is None:
         problems.append(f"--shard-base {shared!r}: not off, {', '.join(SHARDING)}, or parts by rank such as 3:1")
     if shared == "off":
         return problems
-    with_it = f"with --shard-base {shared}"
+    return problems + divided_problems(settings, f"with --shard-base {shared}")
+
+
+def _offload_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return what a run that reads its base from files cannot do."""
+    return offload_problems(settings) if settings["offload_base"] == "on" else []
+
+
+def offload_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return why a run cannot read its base from files."""
+    with_it = "with --offload-base on"
+    problems = divided_problems(settings, with_it)
+    if settings["objective"] in ("dpo", "kto") and not settings["reference_adapter"]:
+        problems.append(
+            f"--objective {settings['objective']} {with_it}: its reference is the whole base; use orpo, simpo or cpo, which "
+            "have none, or leave --offload-base out"
+        )
+    if settings["shard_base"] != "off" or settings["parallel"] != "data":
+        other = "--shard-base" if settings["shard_base"] != "off" else "--parallel"
+        problems.append(f"{other} {with_it}: each is another way to divide the base; leave out one of the two")
+    return problems
+
+
+def divided_problems(settings: Mapping[str, Any], with_it: str) -> list[str]:
+    """Return what a run that has a block's weights only while it computes the block cannot do; `with_it` names its flag."""
+    problems = []
     if settings["grad_checkpoint"] not in ("auto", "selective", "block", "1"):
         problems.append(
             f"--grad-checkpoint {settings['grad_checkpoint']} {with_it}: each block must be computed again in the "

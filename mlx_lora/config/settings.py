@@ -206,6 +206,10 @@ class LoopSettings:
         "Share the base among the processes of a run, so that each keeps only a part of every block: off, even (also the flag "
         "without a value), memory (parts in proportion to each machine's), or parts by rank such as 3:1.",
         MEMORY, may_change=True, alone="even")
+    offload_base: str = setting("auto",
+        "Read each block's frozen weights from the model's files just before they are used, for a base that is larger than "
+        "memory: on (also the flag without a value), off, or auto (if the run does not fit without).",
+        MEMORY, may_change=True, per_machine=True, choices=("auto", "on", "off"), alone="on")
     parallel: str = setting("data",
         "What the processes of a run divide: data (rows), tensor (attention heads and MLP columns, for links of low "
         "latency), or auto (the fastest that fits, by the measured link; it may also share the base).",

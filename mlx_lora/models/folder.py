@@ -467,14 +467,26 @@ class StoredTensor:
 
     Attributes:
         file: a safetensors file.
-        begin: of its bytes in that file.
+        name: in that file.
+        begin: of its bytes there.
         shape, dtype: as it is stored.
     """
 
     file: Path
+    name: str
     begin: int
     shape: tuple[int, ...]
     dtype: mx.Dtype
+
+    @property
+    def count(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes it takes."""
+        return self.count * self.dtype.size
 
     def rows(self, rows: slice) -> mx.array:
         """Read rows, and return them in their stored dtype."""
@@ -544,7 +556,9 @@ def _tensors(file: Path) -> dict[str, StoredTensor]:
         header = json.loads(content.read(size))
     header.pop("__metadata__", None)
     return {
-        name: StoredTensor(file, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]), TYPES[entry["dtype"]])
+        name: StoredTensor(
+            file, name, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]), TYPES[entry["dtype"]]
+        )
         for name, entry in header.items()
         if entry["dtype"] in TYPES
     }

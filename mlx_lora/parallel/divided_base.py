@@ -1,10 +1,6 @@
 """The strategies in which a process keeps only a part of the frozen base, and the choice of a run's strategy.
 
-Another way to keep a part is another class here and a line in `strategy_of`. One that reads a block's weights just before
-their use, from wherever they are, needs no ranks: it divides the base as `ShardedBase` does (`share_blocks` gives each
-block a unit, whose `gathered` returns the weights, in the forward pass and again in the backward pass), and overrides what
-follows from it: `divides_base`, `divide`, `part_of`, `whole_blocks`, `check_checkpointing`, `check_read`, `end_of_trial` and
-`bound_memory`.
+Another way to keep a part is another class and a line in `strategy_of`; parallel/offloaded_base.py is one for a single process.
 """
 
 from __future__ import annotations
@@ -18,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.config.checks import shard_parts
+from mlx_lora.parallel.offloaded_base import OffloadedBase
 from mlx_lora.parallel.ranks import ALONE, Ranks, SeveralRanks
 from mlx_lora.parallel.sharded_base import (
     await_messages,
@@ -55,6 +52,12 @@ def strategy_of(settings: TrainSettings, ranks: Ranks) -> Strategy:
     """
     loop = settings.loop
     asked = "--parallel tensor" if loop.parallel == TENSOR else f"--shard-base {loop.shard_base}"
+    if loop.offload_base == "on":
+        if ranks.size > 1:
+            raise InputError(
+                f"--offload-base on in {ranks.size} processes: works in a single process; share the base instead (--shard-base)"
+            )
+        return OffloadedBase(loop.seed)
     if not divides_base(loop):
         return DataParallel(ranks, loop.seed) if ranks.size > 1 else SINGLE_DEVICE
     if not isinstance(ranks, SeveralRanks):

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlx_lora.config.checks import sharing_problems, whole_base_reasons
+from mlx_lora.config.checks import offload_problems, sharing_problems, whole_base_reasons
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.models.meta import outline_for
 from mlx_lora.parallel.divided_base import strategy_of
 from mlx_lora.parallel.hosts import probe_link
+from mlx_lora.parallel.offloaded_base import offloaded
 from mlx_lora.parallel.ranks import Ranks, SeveralRanks
 from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.planner.fit import budget_of, fit, largest_batch, run_of
@@ -39,8 +40,10 @@ from mlx_lora.planner.several_macs import (
 )
 from mlx_lora.planner.shapes import KernelTerms, Machine, ModelShape, RunShape
 from mlx_lora.planner.speed import Ceilings
+from mlx_lora.trainer.fit import check_base_fits
 from mlx_lora.trainer.model_shape import outlined_shape
 from mlx_lora.utils import device
+from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_lora.parallel.strategy import Strategy
@@ -51,18 +54,53 @@ PROBE_BYTES = 1 << 22  # seconds even at 100 Mbit/s
 AUTO = "auto"
 
 
-def choose_strategy(settings: TrainSettings, ranks: Ranks) -> tuple[TrainSettings, Strategy]:
-    """Return the settings with what the processes divide, and the strategy of that.
+def choose_strategy(settings: TrainSettings, ranks: Ranks, fits: bool = False) -> tuple[TrainSettings, Strategy]:
+    """Return the settings with what the processes divide, or read from files, and the strategy of that.
 
     Args:
         settings: of the run.
         ranks: of the run; every one must call this.
+        fits: whether the base is in memory already, or is not trained.
 
     Raises:
-        InputError: a single process is to divide its base, the model cannot be read, or its adapter does not fit it.
+        InputError: a single process is to divide its base, the model cannot be read or does not fit, or its adapter does not
+            fit it.
     """
     settings = settled_parallel(settings, ranks)
+    settings = settings if fits else settled_offload(settings, ranks)
     return settings, strategy_of(settings, ranks)
+
+
+def settled_offload(settings: TrainSettings, ranks: Ranks) -> TrainSettings:
+    """Return the settings with whether the base is read from files: only if it does not fit otherwise.
+
+    An outline decides, whose weights need not be read or downloaded in vain.
+
+    Args:
+        settings: of the run; what its processes divide is known by now.
+        ranks: of the run.
+
+    Raises:
+        InputError: it does not fit in either way.
+    """
+    off, on = replace(settings, loop=replace(settings.loop, offload_base="off")), offloaded(settings)
+    if settings.loop.offload_base == "on":
+        settings = on
+    if settings.loop.offload_base != AUTO or ranks.size > 1 or offload_problems(settings.to_flat()):
+        check_base_fits(settings)
+        return settings
+    try:
+        check_base_fits(off)
+    except InputError as problem:
+        try:
+            check_base_fits(on)
+        except InputError:
+            raise problem from None
+        log.info(
+            "Base: does not fit in memory, so its blocks are read from its files when they are used (--offload-base)"
+        )
+        return on
+    return off
 
 
 def settled_parallel(settings: TrainSettings, ranks: Ranks) -> TrainSettings:

@@ -35,6 +35,7 @@ from mlx_lora.models.head import Head, find_head, only_at, with_last_block
 from mlx_lora.models.liveness import count_memory
 from mlx_lora.models.meta import Outline, block_kind, layer_caches, model_shape, outline_for, outline_of
 from mlx_lora.objectives.table import objective_of
+from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.parallel.tensor import RankPosition, cut_layers
 from mlx_lora.planner.several_macs import cut_config
 from mlx_lora.planner.shapes import BlockBytes, KernelTerms, Machine, ModelShape, NotKnown
@@ -103,7 +104,7 @@ def adapted_shape(
     others = objective_of(settings.objective).other_models_bytes(settings)
     shape = replace(shape, plain_loss=plain_loss, beside_bytes=others)
     choice = known_kernels(settings, shape) if kernels is None else kernels
-    lag = LAG if settings.loop.shard_base == "off" else SHARED_LAG
+    lag = SHARED_LAG if settings.loop.shard_base != "off" or settings.loop.offload_base == "on" else LAG
     shape = with_block_memory(shape, model, dict(config), choice, lag)
     shape = replace(shape, teacher=teacher_shape(settings), teacher_stays=settings.objective.on_policy)
     return with_caches(shape, model) if settings.objective.samples else shape
@@ -133,7 +134,15 @@ def outlined_shape(
     if cut_by > 1:
         cut_layers(outline.model, config, RankPosition(0, cut_by), Wire(lambda x: x))
         config = cut_config(config, cut_by)
-    return replace(adapted_shape(outline.model, config, settings, outline.cast_bytes, kernels), loss_ranks=cut_by)
+    shape = replace(adapted_shape(outline.model, config, settings, outline.cast_bytes, kernels), loss_ranks=cut_by)
+    return without_read_blocks(shape, outline.model) if settings.loop.offload_base == "on" else shape
+
+
+def without_read_blocks(shape: ModelShape, model: nn.Module) -> ModelShape:
+    """Return the shape of a model whose blocks are read from files when they are used: two of them are in memory at a time."""
+    units = units_of(model)
+    read = sum(units.blocks) - sum(sorted(units.blocks)[-2:])
+    return replace(shape, base_bytes=shape.base_bytes - read, source_bytes=0, shared=True, head_rows=units.head_rows)
 
 
 def teacher_shape(settings: TrainSettings) -> ModelShape | None:

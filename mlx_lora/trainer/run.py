@@ -22,7 +22,6 @@ from mlx_lora.trainer.build import BuiltRun, build_run
 from mlx_lora.trainer.callbacks import Callback, Callbacks, logger_callbacks
 from mlx_lora.trainer.checkpoint import take_first_ranks
 from mlx_lora.trainer.choose_strategy import choose_strategy
-from mlx_lora.trainer.fit import check_base_fits
 from mlx_lora.trainer.guards import MemoryGuard
 from mlx_lora.trainer.header import closing_words, left_by, loss_words, outcome_line, told_after
 from mlx_lora.trainer.held_out import held_out_loss
@@ -72,11 +71,10 @@ def train_run(
     check_request(settings, ranks, functions)
     device.compile_for(steps=settings.loop.iters or 0)  # until `build_run` knows how many there are
     trains = wants_training(settings)
-    settings, strategy = choose_strategy(settings, ranks)
+    with waiting("Planning the run"):
+        settings, strategy = choose_strategy(settings, ranks, fits=base is not None or not trains)
     if base is None:
         with waiting("Loading the model"):
-            if trains:
-                check_base_fits(settings)  # an outline, whose weights need not be read or downloaded in vain
             base = load_base(settings.model, read=not strategy.divides_base)
     ctx = RunContext(settings, objective, base, strategy, functions, first_day(settings.loop, ranks), trains)
     objective.open(ctx)  # before an adapter is on

@@ -1,0 +1,182 @@
+"""--offload-base: the run in memory, with less of it; files that change or fail are noticed; one line for what cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import quantized, tiny_model, write_folder
+from resumed_runs import STEPS, command, stopped_after, weights
+from run_cli import run
+from tiny_moe import tiny_moe
+
+from mlx_lora.config.load import train_settings
+from mlx_lora.models.load import load_base
+from mlx_lora.objectives.table import objective_of
+from mlx_lora.parallel.offloaded_base import BaseFiles, OffloadedBase
+from mlx_lora.trainer.adapter import adapt
+from mlx_lora.utils.errors import RunError
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}
+
+
+@pytest.fixture(
+    scope="module",
+    params=["affine", "mixture", *(pytest.param(one, marks=pytest.mark.slow) for one in ("float", "mxfp4"))],
+)
+def folder(request, tmp_path_factory):
+    """A model whose blocks are most of it."""
+    out = tmp_path_factory.mktemp(request.param) / "base"
+    if request.param == "mixture":
+        return write_folder(out, *tiny_moe("qwen3_moe"))
+    model, config = tiny_model(**WIDE), dict(WIDE)
+    if request.param != "float":
+        quantized(model, mode=request.param)
+        config["quantization"] = {"group_size": 32, "bits": 4, "mode": request.param}
+    return write_folder(out, model, config)
+
+
+def losses(path) -> list[float]:
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["loss"] is not None]
+
+
+def trained(folder, chats, out, *extra):
+    ran = run(*command(folder, chats, out, "--steps-per-report", 1, *extra))
+    assert ran.code == 0, ran.err
+    return ran
+
+
+def test_it_learns_what_the_run_in_memory_learns(folder, chats, tmp_path):
+    trained(folder, chats, tmp_path / "on", "--offload-base")
+    trained(folder, chats, tmp_path / "off", "--offload-base", "off", "--grad-checkpoint", "block")
+    on, off = losses(tmp_path / "on"), losses(tmp_path / "off")
+    assert len(on) == STEPS
+    assert on == pytest.approx(off, rel=1e-3)
+    assert on[0] == pytest.approx(off[0], rel=1e-5)
+    assert on[-1] < on[0]
+
+
+def test_blocks_take_no_memory_between_their_uses(chats, tmp_path):
+    folder = write_folder(tmp_path / "base", tiny_model(**WIDE), dict(WIDE))
+    settings = train_settings({"model": str(folder), "data": str(chats), "offload_base": "on", "sample_tokens": 0})
+    base = load_base(settings.model, read=False)
+    before = mx.get_active_memory()
+    adapt(settings, base, objective_of(settings.objective), None)
+    strategy = OffloadedBase()
+    strategy.divide(base, settings)
+    blocks = sum(
+        int(np.prod(p.shape)) * 4
+        for name, p in mx.load(str(folder / "model.safetensors")).items()
+        if ".layers." in name
+    )
+    assert mx.get_active_memory() - before < blocks / 2
+    mx.eval(base.model(mx.array([[1, 2, 3]])))
+    assert mx.get_active_memory() - before < blocks / 2
+    whole = load_base(settings.model)
+    adapt(settings, whole, objective_of(settings.objective), None)
+    ids = mx.array([[5, 6, 7, 8]])
+    assert mx.allclose(base.model(ids), whole.model(ids), atol=1e-4)
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(tiny_4bit_folder, chats, tmp_path):
+    asked = ("--offload-base", "--save-every", 4)
+    trained(tiny_4bit_folder, chats, tmp_path / "whole", *asked)
+    copy = stopped_after(tmp_path / "whole", tmp_path / "copy", 4)
+    trained(tiny_4bit_folder, chats, copy, *asked, "--resume", "auto")
+    assert weights(copy) == weights(tmp_path / "whole")
+
+
+def test_a_file_that_was_replaced_stops_the_run(tiny_4bit_folder, chats, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_4bit_folder, tmp_path / "base")
+    check, steps = BaseFiles.check, []
+
+    def replaced(self):
+        steps.append(1)
+        if len(steps) == 6:
+            os.utime(folder / "model.safetensors", (1, 1))
+        check(self)
+
+    monkeypatch.setattr(BaseFiles, "check", replaced)
+    ran = run(*command(folder, chats, tmp_path / "run", "--offload-base"))
+    assert ran.code == 1
+    assert "model.safetensors" in ran.lines[-1]
+    assert "--offload-base" in ran.lines[-1]
+    assert (tmp_path / "run" / "adapters.safetensors").exists()
+
+
+def test_bytes_that_differ_from_the_first_reading_are_not_computed_with(tmp_path):
+    """As a disk would that fails: same name, size and time, other content."""
+    folder = write_folder(tmp_path / "base", tiny_model())
+    settings = train_settings({"model": str(folder), "data": "x", "offload_base": "on"})
+    base = load_base(settings.model, read=False)
+    adapt(settings, base, objective_of(settings.objective), None)
+    OffloadedBase().divide(base, settings)
+    ids = mx.array([[1, 2, 3]])
+    assert not mx.isnan(base.model(ids)).any()
+    file = folder / "model.safetensors"
+    content, was = bytearray(file.read_bytes()), file.stat()
+    content[-40:] = bytes(40)
+    with file.open("r+b") as out:
+        out.write(content)
+    os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert mx.isnan(base.model(ids)).all()
+
+
+def test_what_does_not_fit_is_read_from_the_disk_by_itself(chats, tmp_path):
+    wide = {**WIDE, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
+    folder = write_folder(tmp_path / "base", tiny_model(**wide), wide)
+    needed = []
+    for choice in ("off", "on"):
+        plan = run(
+            *command(
+                folder,
+                chats,
+                tmp_path / "p",
+                "--dry-run",
+                "--offload-base",
+                choice,
+                "--batch-size",
+                1,
+                "--grad-checkpoint",
+                "block",
+            )
+        )
+        assert plan.code == 0, plan.err
+        needed.append(float(re.search(r"(\S+) GB  = peak", plan.out)[1]))
+    assert needed[1] < 0.7 * needed[0]
+    budget = ("--memory-budget", 16 / 15 * sum(needed) / 2, "--batch-size", 1)  # of which a part is for MLX's cache
+    one = run(*command(folder, chats, tmp_path / "off", *budget, "--offload-base", "off"))
+    assert (one.code, "--memory-budget" in one.lines[-1]) == (2, True)
+    ran = trained(folder, chats, tmp_path / "auto", *budget)
+    assert "base read from its files" in ran.err
+    assert "base read from its files" not in trained(folder, chats, tmp_path / "room").err
+
+
+@pytest.mark.parametrize(("extra", "word"), [
+    (("--method", "full"), "--method full"),
+    (("--shard-base",), "--shard-base"),
+    (("--qat",), "--qat"),
+    (("--objective", "dpo"), "--objective dpo"),
+    (("--grad-checkpoint", "none"), "--grad-checkpoint none"),
+])  # fmt: skip
+def test_what_cannot_be_is_one_line(extra, word, tiny_4bit_folder, chats, tmp_path):
+    ran = run(*command(tiny_4bit_folder, chats, tmp_path / "run", "--offload-base", *extra))
+    assert ran.code == 2
+    assert word in ran.lines[-1]
+    assert "--offload-base" in ran.lines[-1]
+
+
+def test_a_file_that_is_gone_is_named(tmp_path):
+    folder = write_folder(tmp_path / "base", tiny_model())
+    base = load_base(train_settings({"model": str(folder)}).model, read=False)
+    files = BaseFiles(base.model, base.stored)
+    files.check()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(RunError, match=r"model\.safetensors"):
+        files.check()
