@@ -26,6 +26,7 @@ from mlx_lora.api.plan_data import (
     steps_and_validation,
 )
 from mlx_lora.api.train import data_source, plain
+from mlx_lora.config.checks import offload_problems
 from mlx_lora.config.defaults import (
     batch_tokens_for,
     length_problem,
@@ -37,6 +38,8 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.kernels.table import AUTO, KernelChoice
 from mlx_lora.models.meta import Outline, outline_for
 from mlx_lora.objectives.table import objective_of
+from mlx_lora.parallel.offloaded_base import offloaded
+from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.planner.fit import (
     AUTO_MODES,
     NO_DATA,
@@ -157,6 +160,7 @@ def plan_run(
     if not settings.model.model:
         raise InputError("--model is required: a hub id, a folder, a config.json or a .gguf file")
     objective_of(settings.objective)  # refuses what `train` would
+    settings, asked = offloaded(settings) if settings.loop.offload_base == "on" else settings, settings
     parts = parts or PlanParts()
     machine, ceilings = parts.machine(settings, chip, memory_gb)
     # A GPU computes with 16 bits, even if this machine does not.
@@ -184,6 +188,13 @@ def plan_run(
         result["steps"], result["validation"], per_epoch = steps_and_validation(planned.chosen, splits, identity)
         problems.append(length_problem(settings, result["steps"], per_epoch))
     result["warnings"] = [problem for problem in problems if problem]
+    blocks = units_of(outline.model).blocks
+    read_bytes = sum(blocks) + sum(blocks[shape.first_trained :])
+    result["base_read_bytes"] = read_bytes if settings.loop.offload_base == "on" else None
+    if not result["fits"] and asked.loop.offload_base == AUTO and not offload_problems(asked.to_flat()):
+        from_disk = plan_run(offloaded(asked), chip, memory_gb, False, read, identity, parts)
+        if from_disk["fits"] and not all_chips:
+            return from_disk
     if not result["fits"]:
         of_base = replace(settings, model=replace(settings.model, dtype=dtype))
         quantized = lambda: quantized_shape(outline, of_base, kernels)  # noqa: E731

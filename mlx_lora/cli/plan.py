@@ -227,6 +227,12 @@ def render(result: dict[str, Any]) -> str:
         lines.append(result["validation"]["words"])
     if speed["hours"] is not None:
         lines.append("Not counted: loading the model, compiling and measuring kernels, validation, texts of the report")
+    if result["base_read_bytes"]:
+        lines.append(
+            f"The base does not fit in memory: its blocks are read from its files (--offload-base), "
+            f"{gigabytes(result['base_read_bytes'])} for each micro-batch. What the disk takes longer than the computing is not "
+            "counted; batches of more tokens hide it"
+        )
     if result["trunk"]:
         lines.append(f"Frozen blocks: {result['trunk']['words']}")
     lines += [f"Warning: {problem}." for problem in result["warnings"]]

@@ -171,7 +171,9 @@ class OffloadedUnit:
         Args:
             before: arrays that the computation of this unit starts from.
         """
-        read = self._files.in_turn([self._files.unread(one.at) for _, one in self._offloaded], before)
+        every = [self._files.unread(one.at) for _, one in self._offloaded] + [array for _, array in self._kept]
+        every = self._files.in_turn(every, before)  # what is kept as well, because it is packed
+        read, held = every[: len(self._offloaded)], every[len(self._offloaded) :]
         same = mx.array(True)
         for array, (_, one) in zip(read, self._offloaded, strict=True):
             same = same & (_total(array) == one.total)
@@ -181,7 +183,7 @@ class OffloadedUnit:
             smallest = min(floats, key=lambda number: arrays[number][1].size)
             name, array = arrays[smallest]
             arrays[smallest] = name, mx.where(same, array, mx.array(float("nan"), array.dtype))
-        return [*arrays, *self._kept]
+        return [*arrays, *((name, array) for (name, _), array in zip(self._kept, held, strict=True))]
 
 
 def offloaded(settings: TrainSettings) -> TrainSettings:
