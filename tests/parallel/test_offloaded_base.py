@@ -180,3 +180,26 @@ def test_a_file_that_is_gone_is_named(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(RunError, match=r"model\.safetensors"):
         files.check()
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [{"prompt": f"Say {n}.", "chosen": "abc" * (n % 3 + 1), "rejected": "xyz"} for n in range(12)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize("extra", [
+    ("--method", "dora"), ("--objective", "orpo"),
+    *(pytest.param(one, marks=pytest.mark.slow) for one in (
+        ("--method", "qa-lora"), ("--method", "adalora"), ("--method", "rslora"), ("--method", "lora-plus"), ("--objective", "simpo"),
+        ("--objective", "reward"), ("--dropout", "0.1"), ("--num-layers", "1"), ("--grad-checkpoint", "selective"),
+    )),
+], ids="=".join)  # fmt: skip
+def test_methods_and_objectives(extra, tiny_4bit_folder, chats, pairs, tmp_path):
+    data = pairs if "--objective" in extra else chats
+    trained(tiny_4bit_folder, data, tmp_path / "on", "--offload-base", "--iters", 3, *extra)
+    checkpointing = () if "--grad-checkpoint" in extra else ("--grad-checkpoint", "block")
+    trained(tiny_4bit_folder, data, tmp_path / "off", "--offload-base", "off", *checkpointing, "--iters", 3, *extra)
+    assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-2)
