@@ -31,7 +31,7 @@ from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.parallel.divided_base import strategy_of
+from mlx_lora.parallel.divided_base import divides_base, dividing_flag, strategy_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.reports.run_report import MODELS, SHORT_WORDS, Sample
 from mlx_lora.trainer.adapter import adapter_template, put_adapter
@@ -152,9 +152,9 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
         InputError: adapter or data that cannot be used.
     """
     objective, adapter = objective_of(settings.objective), asked.adapter
-    if objective.reference and settings.loop.shard_base != "off":
+    if objective.reference and (flag := dividing_flag(settings.loop)):
         raise InputError(
-            f"--objective {settings.objective.objective} with --shard-base: the reference is the whole base without the "
+            f"--objective {settings.objective.objective} with {flag}: the reference is the whole base without the "
             "adapter; leave out one of the two"
         )
     settings = replace(settings, loop=replace(settings.loop, batch_tokens=asked.batch_tokens, test_batches=-1))
@@ -190,7 +190,7 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
 
 def compares(settings: TrainSettings) -> bool:
     """Return whether base and adapter are measured together: where a row's loss is its tokens', and this process has the base."""
-    return settings.objective.objective == "sft" and settings.loop.shard_base == "off"
+    return settings.objective.objective == "sft" and not divides_base(settings.loop)
 
 
 def check_show(settings: TrainSettings, show: int) -> None:
@@ -200,7 +200,7 @@ def check_show(settings: TrainSettings, show: int) -> None:
         InputError: it is asked to.
     """
     if show and not compares(settings):
-        what = "--shard-base" if settings.loop.shard_base != "off" else f"--objective {settings.objective.objective}"
+        what = dividing_flag(settings.loop) or f"--objective {settings.objective.objective}"
         raise InputError(f"--show {show} with {what}: only imitation with the whole base shows answers; leave it out")
 
 

@@ -27,6 +27,7 @@ from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.report import UNITS
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
+from mlx_lora.parallel.divided_base import dividing_flag
 from mlx_lora.parallel.launch import sharing_ranks
 from mlx_lora.reports.run_report import (
     REPORT_FILE,
@@ -65,6 +66,7 @@ STOPPED = "Interrupted: these figures are of a part of the data"
     "--report, else 0).",
 )  # fmt: skip
 @flags.setting_option("shard_base")
+@flags.setting_option("offload_base")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
     adapter: flags.OneAdapter, batch_tokens: int | None, forgetting: bool, report: str | None, show: int | None, as_json: bool,
@@ -84,8 +86,8 @@ def main(
             raise InputError(
                 "--data is required with --forgetting: a data file, or a folder with a test or valid split"
             )
-        if settings.loop.shard_base != "off":
-            raise InputError("--forgetting with --shard-base: it needs the whole base; leave out one of the two")
+        if flag := dividing_flag(settings.loop):
+            raise InputError(f"--forgetting with {flag}: it needs the whole base; leave out one of the two")
         if not adapter.adapter_path:
             raise InputError("--forgetting: no adapter; give --adapter-path")
         folders = [adapter.folder(), *(resolve_adapter(flags.adapter_source(one)) for one in only["against"])]
@@ -111,7 +113,7 @@ def main(
     if show is None and not (page is not None or (sys.stdout.isatty() and not as_json)):
         show = 0  # answers take long, and a script asks for them
     with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks, interrupt_flag(STOPPING) as stopped:
-        base = load_base(settings.model, read=settings.loop.shard_base == "off")
+        base = load_base(settings.model, read=not dividing_flag(settings.loop))
         asked = EvaluationRequest(folder, adapter.ignore_fingerprint, batch_tokens, show, held_out, stopped)
         result = measure_loss(settings, base, asked, ranks)
         if ranks.leads:

@@ -41,6 +41,7 @@ from mlx_lora.utils.errors import InputError
 @flags.text_options(100, TextSettings, top_k=True)
 @click.option("--ignore-chat-template", is_flag=True, help="Give the prompt to the model unchanged.")
 @flags.setting_option("shard_base")
+@flags.setting_option("offload_base")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
     adapter: flags.OneAdapter, prompt: str, system_prompt: str | None, tools_file: str | None, how: TextSettings,

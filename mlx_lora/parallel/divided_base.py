@@ -66,8 +66,18 @@ def strategy_of(settings: TrainSettings, ranks: Ranks) -> Strategy:
 
 
 def divides_base(loop: LoopSettings) -> bool:
-    """Return whether the settings divide the base among processes."""
-    return loop.shard_base != "off" or loop.parallel == TENSOR
+    """Return whether the settings leave only a part of the base in a process."""
+    return bool(dividing_flag(loop))
+
+
+def dividing_flag(loop: LoopSettings) -> str:
+    """Return the flag that leaves only a part of the base in a process; empty: none does."""
+    asked = {
+        "--offload-base": loop.offload_base == "on",
+        "--shard-base": loop.shard_base != "off",
+        "--parallel tensor": loop.parallel == TENSOR,
+    }
+    return next((flag for flag, is_asked in asked.items() if is_asked), "")
 
 
 class ShardedBase(DataParallel):

@@ -83,14 +83,14 @@ def settled_offload(settings: TrainSettings, ranks: Ranks) -> TrainSettings:
     Raises:
         InputError: it does not fit in either way.
     """
-    off, on = replace(settings, loop=replace(settings.loop, offload_base="off")), offloaded(settings)
+    on = offloaded(settings)
     if settings.loop.offload_base == "on":
         settings = on
     if settings.loop.offload_base != AUTO or ranks.size > 1 or offload_problems(settings.to_flat()):
         check_base_fits(settings)
         return settings
     try:
-        check_base_fits(off)
+        check_base_fits(settings)
     except InputError as problem:
         try:
             check_base_fits(on)
@@ -100,7 +100,7 @@ def settled_offload(settings: TrainSettings, ranks: Ranks) -> TrainSettings:
             "Base: does not fit in memory, so its blocks are read from its files when they are used (--offload-base)"
         )
         return on
-    return off
+    return settings
 
 
 def settled_parallel(settings: TrainSettings, ranks: Ranks) -> TrainSettings:

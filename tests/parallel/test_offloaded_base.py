@@ -203,3 +203,16 @@ def test_methods_and_objectives(extra, tiny_4bit_folder, chats, pairs, tmp_path)
     checkpointing = () if "--grad-checkpoint" in extra else ("--grad-checkpoint", "block")
     trained(tiny_4bit_folder, data, tmp_path / "off", "--offload-base", "off", *checkpointing, "--iters", 3, *extra)
     assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-2)
+
+
+def test_evaluate_and_generate(tiny_4bit_folder, chats, tmp_path):
+    trained(tiny_4bit_folder, chats, tmp_path / "a", "--iters", 3)
+    found = {}
+    for choice in ("on", "off"):
+        given = ("--model", tiny_4bit_folder, "--adapter-path", tmp_path / "a", "--offload-base", choice, "--json")
+        measured = run("evaluate", *given, "--data", chats)
+        said = run("generate", *given, "--prompt", "Say 3.", "--max-tokens", 8, "--temp", 0)
+        assert (measured.code, said.code) == (0, 0), measured.err + said.err
+        found[choice] = json.loads(measured.out)["loss"], json.loads(said.out)["text"]
+    assert found["on"][0] == pytest.approx(found["off"][0], rel=1e-4)
+    assert found["on"][1] == found["off"][1]
