@@ -187,10 +187,14 @@ class OffloadedUnit:
 
 
 def offloaded(settings: TrainSettings) -> TrainSettings:
-    """Return the settings of a run that reads its base from files: each block is computed again, and no texts are written."""
+    """Return the settings of a run that reads its base from files.
+
+    Each block is computed again, no texts are written, and the output of frozen blocks is not kept.
+    """
     loop = settings.loop
     checkpointing = "block" if loop.grad_checkpoint == "auto" else loop.grad_checkpoint
-    return replace(settings, loop=replace(loop, offload_base="on", grad_checkpoint=checkpointing, sample_tokens=0))
+    given = {"offload_base": "on", "grad_checkpoint": checkpointing, "sample_tokens": 0, "cache_trunk": "off"}
+    return replace(settings, loop=replace(loop, **given))
 
 
 class OffloadedBase(Strategy):

@@ -163,7 +163,7 @@ def make_step(
         attention,
         ctx.base.model_id,
         chosen.kernels or assumed,
-        not strategy.lockstep,
+        not strategy.divides_base,  # whose units wait for one another, across what is compiled by itself
     )
     strategy.end_of_trial(model)
     left_out = tape is not None and bool(tape.left_out)

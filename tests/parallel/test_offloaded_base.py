@@ -20,6 +20,7 @@ from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.offloaded_base import BaseFiles, OffloadedBase
 from mlx_lora.trainer.adapter import adapt
+from mlx_lora.utils import device
 from mlx_lora.utils.errors import RunError
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}
@@ -216,3 +217,24 @@ def test_evaluate_and_generate(tiny_4bit_folder, chats, tmp_path):
         found[choice] = json.loads(measured.out)["loss"], json.loads(said.out)["text"]
     assert found["on"][0] == pytest.approx(found["off"][0], rel=1e-4)
     assert found["on"][1] == found["off"][1]
+
+
+@pytest.mark.slow
+def test_steps_of_several_shapes_where_steps_are_compiled(tiny_4bit_folder, chats, tmp_path, monkeypatch):
+    """A compiled step would keep the arrays of another trace, which units wait for."""
+    monkeypatch.setattr(device, "COMPILE_FROM_STEPS", 1)
+    rows = [json.loads(line) for line in chats.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["instruction"] += " please" * (number % 9)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained(tiny_4bit_folder, tmp_path / "rows.jsonl", tmp_path / "on", "--offload-base")
+    trained(
+        tiny_4bit_folder,
+        tmp_path / "rows.jsonl",
+        tmp_path / "off",
+        "--offload-base",
+        "off",
+        "--grad-checkpoint",
+        "block",
+    )
+    assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-2)
