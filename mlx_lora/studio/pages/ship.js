@@ -127,7 +127,7 @@ export function Ship({ model, adapters }) {
             html`
               <${Field} label="Weights as" id="ship-type">
                 <select id="ship-type" onChange=${(event) => setType(event.target.value)}>
-                  <option value="">as in the base</option>
+                  <option value="">f16, or for qa-lora the base’s own</option>
                   ${needs.gguf.types.map(
                     (one) => html`<option key=${one} value=${one} selected=${one === type}>${one}</option>`,
                   )}
