@@ -15,9 +15,11 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import mlx_lora  # noqa: F401 # before mlx.core: it loads the BLAS
 
@@ -36,14 +38,22 @@ QUESTIONS = (
 NEW_TOKENS = 40
 
 
-def ask_mlx_lm(model: str, adapter: str | None) -> list[list[int]]:
-    """Return stock mlx-lm's greedy tokens for each question."""
+def prompt_of(tokenizer: Any, question: str) -> list[int]:
+    """Return a question's tokens, as a chat if the model has a template."""
+    if not tokenizer.chat_template:
+        return tokenizer.encode(f"Question: {question}\nAnswer:")
+    return tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+
+
+def ask_mlx_lm(model: str, adapter: str | None, template: str) -> list[list[int]]:
+    """Return stock mlx-lm's greedy tokens for each question, asked with the chat template of a model folder."""
     from mlx_lm import load, stream_generate
+    from mlx_lm.utils import load_tokenizer
 
     loaded, tokenizer = load(model, adapter_path=adapter)[:2]
-    answers = []
+    asking, answers = load_tokenizer(Path(template)), []
     for question in QUESTIONS:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+        prompt = prompt_of(asking, question)
         answers.append([one.token for one in stream_generate(loaded, tokenizer, prompt, max_tokens=NEW_TOKENS)])
     return answers
 
@@ -59,7 +69,7 @@ def ask_llamacpp(template: str) -> Callable[[str, str | None], list[list[int]]]:
     def ask(model: str, adapter: str | None) -> list[list[int]]:
         server, answers = start_llamacpp(Path(model), Path(adapter) if adapter else None), []
         for question in QUESTIONS:
-            prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+            prompt = prompt_of(tokenizer, question)
             asked = {"n_predict": NEW_TOKENS, "temperature": 0, "n_probs": 1, "cache_prompt": False}
             answer = server.handle_completions({"prompt": prompt, **asked})
             answers.append([step["id"] for step in answer["choices"][0]["logprobs"]["content"]])
@@ -102,7 +112,8 @@ def ask_all(args: Namespace) -> None:
         ask, program = ask_llamacpp(args.template), "llama.cpp"
         base, adapter, whole = args.gguf, args.gguf_adapter, args.merged
     else:
-        ask, program, base, adapter, whole = ask_mlx_lm, "mlx-lm", args.model, args.adapter, args.fused
+        ask, program = partial(ask_mlx_lm, template=args.fused), "mlx-lm"
+        base, adapter, whole = args.model, args.adapter, args.fused
     bare, apart, merged = ask(base, None), ask(base, adapter), ask(whole, None)
     print(json.dumps({"program": program, "base": compared(apart, bare), "merged": compared(apart, merged)}))
 
