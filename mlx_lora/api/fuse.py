@@ -2,11 +2,9 @@
 
 A quantized base is rounded again, and no rule says beforehand which rounding is best: on a new grid for the sum of base
 and update, all weights are rounded once more, and on the base's own grid, updates below half a step are lost. So without
-a flag that chooses, the ways are tried in turn until one keeps enough, and the best of them is what is left in the folder:
-
-    compensated, if the rows that the adapter was trained on are on this disk
-    each weight for itself, on the base's own grid
-    each weight for itself, on a new grid
+a flag that chooses, layers are compensated if the rows that the adapter was trained on are on this disk. Where weights are
+rounded each for itself (without these rows; experts and embeddings), the base's own grid is tried, then if too little is
+kept a new one, and the better of the two is what is left in the folder.
 """
 
 from __future__ import annotations

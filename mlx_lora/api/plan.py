@@ -191,9 +191,10 @@ def plan_run(
     blocks = units_of(outline.model).blocks
     read_bytes = sum(blocks) + sum(blocks[shape.first_trained :])
     result["base_read_bytes"] = read_bytes if settings.loop.offload_base == "on" else None
-    if not result["fits"] and asked.loop.offload_base == AUTO and not offload_problems(asked.to_flat()):
+    may_read = asked.loop.offload_base == AUTO and not all_chips and not offload_problems(asked.to_flat())
+    if not result["fits"] and may_read:
         from_disk = plan_run(offloaded(asked), chip, memory_gb, False, read, identity, parts)
-        if from_disk["fits"] and not all_chips:
+        if from_disk["fits"]:
             return from_disk
     if not result["fits"]:
         of_base = replace(settings, model=replace(settings.model, dtype=dtype))

@@ -229,7 +229,7 @@ def render(result: dict[str, Any]) -> str:
         lines.append("Not counted: loading the model, compiling and measuring kernels, validation, texts of the report")
     if result["base_read_bytes"]:
         lines.append(
-            f"The base does not fit in memory: its blocks are read from its files (--offload-base), "
+            f"The base's blocks are not kept in memory, but read from its files when they are used (--offload-base): "
             f"{gigabytes(result['base_read_bytes'])} for each micro-batch. What the disk takes longer than the computing is not "
             "counted; batches of more tokens hide it"
         )

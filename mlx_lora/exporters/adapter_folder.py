@@ -557,8 +557,7 @@ def read_start(base: Base, given: str, scores: bool) -> Start:
     if is_peft(config):
         return Start(file, read_peft(file.parent, config, base.model), None)
     check_base(base, config, file)
-    own = config.get("mlx_lora")
-    qat = isinstance(own, dict) and own.get("qat") is True
+    qat = (config.get("mlx_lora") or {}).get("qat") is True
     return Start(file, None, config.get("lora_parameters", {}).get("scale"), qat)
 
 

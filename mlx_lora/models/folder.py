@@ -524,10 +524,10 @@ class Watched:
             model: as `load_model` returned it.
             folder: with its files.
         """
-        if self._own is None:
-            return {}
-        model.__class__ = self._own
         stored = {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in _tensors(file).items()}
+        if self._own is None:  # mlx-lm changes nothing: the names are the paths
+            return {path: stored[path] for path, _ in tree_flatten(model.parameters()) if path in stored}
+        model.__class__ = self._own
         names = {id(array): name for name, array in self._loaded.items()}
         found = {path: names.get(id(array)) for path, array in tree_flatten(model.parameters())}
         self._loaded.clear()

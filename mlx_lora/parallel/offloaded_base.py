@@ -209,6 +209,11 @@ class OffloadedBase(Strategy):
         self._kept_bytes = 0
 
     def divide(self, base: Base, settings: TrainSettings) -> TrainSettings:
+        if not base.stored:
+            raise InputError(
+                "--offload-base on: the base is in memory already, or its files cannot be read array by array; leave it out, or "
+                "give the model's name instead of a loaded one"
+            )
         alive = units_of(base.model).largest
         self._files = BaseFiles(base.model, base.stored)
         units = share_modules(base.model, self._files, base.stored)

@@ -4,8 +4,7 @@
 
 Prompts and completions are texts, or lists of messages for data with messages; each column of the data comes as a list
 with one value for each answer. None means: cannot be rewarded. A function may be `async def`, and gets the trainer's state
-where it takes it, as in TRL. It is read from a user's Python file or given in Python, and has a time limit. A reward model
-scores whole conversations instead; rollouts/reward_models.py loads it.
+where it takes it, as in TRL. It has a time limit. Reward models score whole conversations (rollouts/reward_models.py).
 
 Shapes: A answers, F functions, G answers to one prompt.
 """
