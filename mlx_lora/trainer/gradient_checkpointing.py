@@ -158,31 +158,45 @@ class Checkpointed(nn.Module):
         """
         return given
 
+    def computed(self, function: Callable[..., list[mx.array]], *given: list[mx.array]) -> list[mx.array]:
+        """Return `function(*given)`; an offloaded block computes it at once (parallel/offloaded_base.py)."""
+        return function(*given)
+
+    def computed_with_state(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return `call(*args, **kwargs)`, which may change its arguments (a cache); as above."""
+        return call(*args, **kwargs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # In generation nothing is differentiated, and the cache has state, so the block runs as it is. The blocks of
         # Kimi K3 and DeepSeek V4.1 have state too: they write into an object that the next block reads.
         if not all(map(_is_stateless, (*args, *kwargs.values()))):
             self.tape.left_out = True
             with self.at_hand(_arrays((args, kwargs))):
-                return super().__call__(*args, **kwargs)
+                return self.computed_with_state(super().__call__, args, kwargs)
         function, primals = _as_function(self, super().__call__, args, kwargs)
         given = primals[-len(_arrays((args, kwargs))) :]
         shape: list[Any] = []  # of what the block returns
 
-        @mx.custom_function
-        def run(*primals: mx.array) -> list[mx.array]:
+        def forward(primals: list[mx.array]) -> list[mx.array]:
             with self.tape.recording() as kept, self.at_hand(given):
                 shape[:] = [function(*primals)]
             return [*_arrays(shape[0]), *kept]
 
+        def backward(primals: list[mx.array], cotangents: list[mx.array], kept: list[mx.array]) -> list[mx.array]:
+            # Wait until the backward pass gets here, or all blocks would be recomputed at once.
+            primals = mx.depends(primals, cotangents)
+            with self.tape.replaying(kept), self.at_hand(cotangents):
+                return mx.vjp(lambda *p: _arrays(function(*p)), primals, cotangents)[1]
+
+        @mx.custom_function
+        def run(*primals: mx.array) -> list[mx.array]:
+            return self.computed(forward, list(primals))
+
         @run.vjp
         def run_vjp(primals, cotangents, outputs):
             returned = len(_arrays(shape[0]))
-            cotangents = list(cotangents[:returned])
-            # Wait until the backward pass gets here, or all blocks would be recomputed at once.
-            primals = mx.depends(list(primals), cotangents)
-            with self.tape.replaying(outputs[returned:]), self.at_hand(cotangents):
-                gradients = mx.vjp(lambda *p: _arrays(function(*p)), primals, cotangents)[1]
+            cotangents, kept = list(cotangents[:returned]), list(outputs[returned:])
+            gradients = self.computed(backward, list(primals), cotangents, kept)
             own = gradients[: len(gradients) - len(given)]
             return [*own, *self.in_turn(own, gradients[len(own) :])]
 

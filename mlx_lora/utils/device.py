@@ -5,6 +5,7 @@ This is the only file that distinguishes backends; all others only use mlx's API
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -305,6 +307,28 @@ def restart_with_short_buffers() -> None:
     missing = {name: value for name, value in SHORT_BUFFERS.items() if name not in os.environ}
     if mx.metal.is_available() and missing:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing})
+
+
+# macOS's flag of fcntl for a file whose bytes are read once: <sys/fcntl.h>; Python does not name it everywhere.
+F_NOCACHE = 48
+
+
+def open_uncached(path: Path) -> int:
+    """Open a file for reading past the system's cache where the system can (macOS), and return its descriptor.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    if sys.platform == "darwin":
+        fcntl.fcntl(descriptor, F_NOCACHE, 1)
+    return descriptor
+
+
+def drop_cached(descriptor: int, begin: int, size: int) -> None:
+    """Tell the system that bytes of a file that were read need not stay in its cache, where it can be told (Linux)."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_DONTNEED)
 
 
 def measured_on() -> str:
