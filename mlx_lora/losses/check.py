@@ -100,7 +100,8 @@ def choose_compute(
         asked = OURS  # what one rank measures, another might not
     rows_of = {one.starts is not None: one for one in (rows, joined_too) if one is not None}
     lengths = {shared: sorted({max(1, int(n) - 1) for n in one.lengths}) for shared, one in rows_of.items()}
-    choice = choose_model_kernels(base.model, lengths.get(False, []), asked, dtype, lengths.get(True, []))
+    with strategy.only_planned(base.model):
+        choice = choose_model_kernels(base.model, lengths.get(False, []), asked, dtype, lengths.get(True, []))
     kernels, words = check_kernels(base.model, base.config, loss, choice, strategy)
     terms = replace((kernels or choice.of_mlx()).terms(), loss=loss.kernel)
     return Compute(loss, kernels, terms, words)
@@ -153,7 +154,7 @@ def choose_loss(
         for name in (kernel, *others):
             for one in [head] if part is head else [part, head]:
                 loss = head_loss(one, name, loss_tile_bytes(), whole_because, strategy)
-                problem = _problem(model, expected, loss, head.vocabulary, tokens=LOSS_TOKENS)
+                problem = _problem(model, expected, loss, head.vocabulary, tokens=LOSS_TOKENS, strategy=strategy)
                 if problem is None:
                     keep_passed(check if loss.description == first.description else "", loss.description)
                     return loss
@@ -197,7 +198,7 @@ def check_kernels(
             for variant in variants:
                 expected = expected or _own_probe(model, config, of_blocks, vocabulary, strategy=strategy)
                 task.advance()
-                problem = _problem(model, expected, of_blocks, vocabulary, variant)
+                problem = _problem(model, expected, of_blocks, vocabulary, variant, strategy=strategy)
                 if problem:
                     names = " and ".join(variant.names()) or "ours"
                     return None, f"the model's own kernels ({names} {problem})"
@@ -227,7 +228,7 @@ def _own_probe(
         InputError: the model's own forward pass fails, or has no weights where ranks share them.
     """
     try:
-        found = _probe_loss(model, loss, vocabulary, has_recurrence(model), tokens)
+        found = _probe_loss(model, loss, vocabulary, has_recurrence(model), tokens, strategy)
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
@@ -245,12 +246,13 @@ def _problem(
     vocabulary: int,
     choose: KernelChoice | None = None,
     tokens: int = CHECK_TOKENS,
+    strategy: Strategy = SINGLE_DEVICE,
 ) -> str | None:
     """Return in a few words what is wrong with a loss, or with the kernels below it, on this model; None: nothing."""
     recurrent = has_recurrence(model)  # must look at the model's own functions, before ours replace them
     try:
         with nullcontext() if choose is None else training_kernels(model, choose=choose):
-            found = _probe_loss(model, loss, vocabulary, recurrent, tokens)
+            found = _probe_loss(model, loss, vocabulary, recurrent, tokens, strategy)
     except FOREIGN_ERRORS as error:
         if not is_foreign(error):
             raise
@@ -258,7 +260,9 @@ def _problem(
     return disagreement(model, expected, found)
 
 
-def _probe_loss(model: nn.Module, loss: Loss, vocabulary: int, recurrent: bool, tokens: int) -> Probe:
+def _probe_loss(
+    model: nn.Module, loss: Loss, vocabulary: int, recurrent: bool, tokens: int, strategy: Strategy
+) -> Probe:
     """Try a loss on some tokens.
 
     mlx-lm differentiates a recurrence token by token and keeps several states of each, which takes gigabytes for a whole
@@ -267,7 +271,7 @@ def _probe_loss(model: nn.Module, loss: Loss, vocabulary: int, recurrent: bool, 
 
     def on(tokens: int, gradient: bool) -> Probe:
         batch = check_arrays(vocabulary, tokens)
-        return probe(model, lambda model: loss.tokens(model, *batch), gradient)
+        return probe(model, lambda model: loss.tokens(model, *batch), gradient, strategy)
 
     if not recurrent:
         return on(tokens, True)
@@ -285,7 +289,7 @@ def check_arrays(vocabulary: int, tokens: int) -> Arrays:
 
 def _few_blocks(model: nn.Module, strategy: Strategy) -> AbstractContextManager:
     """Check one block of each kind; where ranks call the model together, all."""
-    return nullcontext() if strategy.lockstep else few_blocks(model, CHECK_TOKENS)
+    return nullcontext() if strategy.lockstep else few_blocks(model, CHECK_TOKENS, strategy.only_planned(model))
 
 
 def _dtype(model: nn.Module) -> mx.Dtype:
@@ -324,7 +328,12 @@ class Probe:
     gradients: dict[str, mx.array]
 
 
-def probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], gradient: bool = True) -> Probe:
+def probe(
+    model: nn.Module,
+    token_losses: Callable[[nn.Module], mx.array],
+    gradient: bool = True,
+    strategy: Strategy = SINGLE_DEVICE,
+) -> Probe:
     """Return the losses and, if anything is trained, the gradient of their sum, without dropout.
 
     If the model's own code has no gradient, only losses are returned; `choose_step_variant` decides whether the model trains.
@@ -333,17 +342,18 @@ def probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], gradi
         model: is not changed.
         token_losses: takes the model and returns (P,).
         gradient: whether to compute the gradient.
+        strategy: how the run computes gradients.
     """
     if gradient and tree_flatten(model.trainable_parameters()):
         try:
-            return _probe(model, token_losses, trains=True)
+            return _probe(model, token_losses, True, strategy)
         except FOREIGN_ERRORS as error:
             if not is_foreign(error):
                 raise
-    return _probe(model, token_losses, trains=False)
+    return _probe(model, token_losses, False, strategy)
 
 
-def _probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], trains: bool) -> Probe:
+def _probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], trains: bool, strategy: Strategy) -> Probe:
     training = model.training
     # In training mode for a gradient, because some models otherwise run a kernel without one.
     model.train(trains)
@@ -359,7 +369,7 @@ def _probe(model: nn.Module, token_losses: Callable[[nn.Module], mx.array], trai
     try:
         with left_unchanged(model):
             if trains:
-                (_, losses), tree = nn.value_and_grad(model, total)(model)
+                (_, losses), tree = strategy.value_and_grad(model, total)(model)
                 gradients = dict(tree_flatten(tree))
             else:
                 _, losses = total(model)

@@ -20,7 +20,7 @@ import math
 import operator
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -376,17 +376,19 @@ def _kept_by(cache: Any) -> list[LayerCache]:
 
 
 @contextmanager
-def few_blocks(model: nn.Module, tokens: int) -> Iterator[list[int]]:
+def few_blocks(model: nn.Module, tokens: int, planned: AbstractContextManager | None = None) -> Iterator[list[int]]:
     """Let a model have one block of each kind inside the block, or all of them if it cannot be shortened.
 
     Args:
         model: an mlx-lm model, adapted or not; its last block stays the last one.
         tokens: in the rows that it is called on.
+        planned: a context in which the model only plans what it computes, if it would compute at once.
 
     Yields:
         The numbers of the blocks that it has.
     """
-    some = enough_blocks(model, tokens)
+    with planned or nullcontext():
+        some = enough_blocks(model, tokens)
     with only_blocks(model, some):
         yield some
 

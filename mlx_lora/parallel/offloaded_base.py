@@ -5,8 +5,8 @@
     compute    forward, or in the backward pass again and then backward: the block is checkpointed
     drop       the weights are freed when the block is computed
 
-The host walks the blocks: it waits for each one to be computed before it plans the next one, so that two blocks are in memory,
-whatever the device plans ahead. Nothing is written: the safetensors files of the base are the store. Embedding and head stay in
+The host walks the blocks (parallel/block_walk.py): it waits for each one to be computed before it plans the next one, so that
+two blocks are in memory, whatever the device plans ahead. Nothing is written: the safetensors files of the base are the store. Embedding and head stay in
 memory as they are stored, and are computed with in slices. So do arrays that mlx-lm changes while it loads them.
 
 Source: FlexGen, arXiv 2303.06865, and ZeRO-Infinity, arXiv 2104.07857, without what training a base takes.
@@ -16,21 +16,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_lora.adapters.base import mix_in
 from mlx_lora.models.folder import StoredTensor
 from mlx_lora.parallel.base_reader import BaseReader
+from mlx_lora.parallel.block_walk import Mode, Walk, value_and_grad, walk_over
 from mlx_lora.parallel.messages import Named
-from mlx_lora.parallel.sharded_base import share_modules
+from mlx_lora.parallel.sharded_base import share_modules, units_of
 from mlx_lora.parallel.strategy import Strategy
+from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -64,8 +66,9 @@ class OffloadedUnit:
 
     def gathered(self, before: Sequence[mx.array]) -> list[tuple[str, mx.array]]:
         """Return the arrays, after what is asked for before was computed."""
-        if self._number is None:
-            return list(self._kept)
+        if self._number is None:  # packed slices of a table are unpacked to be computed with: one at a time
+            names, arrays = zip(*self._kept, strict=True)
+            return list(zip(names, mx.depends(list(arrays), list(before)) if before else arrays, strict=True))
         made, self._again = self._again, []
         if made:
             self._reader.used(self._number)
@@ -146,41 +149,6 @@ def _version(file: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-@runtime_checkable
-class Cache(Protocol):
-    """A cache of mlx-lm's."""
-
-    state: Any
-
-
-class OffloadedBlock(nn.Module):
-    """A mixin that comes before a shared block's own class, and computes the block when it is called, not later.
-
-    MLX would otherwise plan the whole step first, and every block's weights would be needed for the plan. So the host walks
-    the blocks: it waits for a block's weights, computes the block, and lets its weights go. Its arguments are copied, because
-    an array that is differentiated keeps what it was computed from, with the weights, even after it was computed.
-    """
-
-    def computed(self, function: Callable[..., list[mx.array]], *given: list[mx.array]) -> list[mx.array]:
-        made = function(*map(_copied, given))
-        mx.eval(made)
-        return made
-
-    def computed_with_state(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        made = call(*args, **kwargs)
-        mx.eval(made, [value.state for value in (*args, *kwargs.values()) if isinstance(value, Cache)])
-        return made
-
-
-def _copied(arrays: list[mx.array]) -> list[mx.array]:
-    """Return computed copies of arrays, which do not keep what these were computed from."""
-    mx.eval(arrays)
-    return [
-        mx.array(np.asarray(array.reshape(-1).view(mx.uint8))).view(array.dtype).reshape(array.shape)
-        for array in arrays
-    ]
-
-
 def offloaded(settings: TrainSettings) -> TrainSettings:
     """Return the settings of a run that reads its base from files.
 
@@ -201,6 +169,7 @@ class OffloadedBase(Strategy):
     def __init__(self, seed: int = 0):
         super().__init__(seed=seed)
         self._files: BaseFiles | None = None
+        self._walk: Walk | None = None
         self._kept_bytes = 0
 
     def divide(self, base: Base, settings: TrainSettings) -> TrainSettings:
@@ -209,11 +178,12 @@ class OffloadedBase(Strategy):
                 "--offload-base on: the base is in memory already, or its files cannot be read array by array; leave it out, or "
                 "give the model's name instead of a loaded one"
             )
+        alive = units_of(base.model).largest
         self._files = BaseFiles(base.model, base.stored)
         units = share_modules(base.model, self._files, base.stored)
         blocks = units[: len(base.model.layers)]
-        for block in base.model.layers:
-            mix_in(OffloadedBlock, block)
+        self._walk = walk_over(base.model.layers)
+        device.wait_beyond(mx.get_active_memory() + alive)  # until the run has a plan
         read, held = sum(unit.bytes for unit in units), sum(unit.kept_bytes for unit in units)
         self._kept_bytes = sum(unit.kept_bytes for unit in blocks)
         if not read:
@@ -245,6 +215,15 @@ class OffloadedBase(Strategy):
                 f"--offload-base: mlx-lm's {config.get('model_type')} reads weights of its blocks outside of them, where "
                 "they are not in memory; leave it out"
             )
+
+    def value_and_grad(self, model: nn.Module, loss: Callable[..., Any]) -> Callable[..., tuple[Any, dict]]:
+        return super().value_and_grad(model, loss) if self._walk is None else value_and_grad(self._walk, model, loss)
+
+    def only_planned(self, model: nn.Module) -> AbstractContextManager:
+        return nullcontext() if self._walk is None else self._walk.set_to(Mode.PLANNED)
+
+    def bound_memory(self, peak_bytes: int) -> None:
+        device.wait_beyond(peak_bytes)
 
     def reseed(self, step: int) -> None:
         """Refuse files that were changed; a single process goes on with its random numbers."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
@@ -135,6 +136,14 @@ class Strategy:
     def divide_loss(self, losses_of: OfHidden) -> OfHidden:
         """Return a loss of positions with the same results, of which each rank computes a part if all have all positions."""
         return losses_of
+
+    def value_and_grad(self, model: nn.Module, loss: Callable[..., Any]) -> Callable[..., tuple[Any, dict]]:
+        """Return the loss and its gradient by the trainable parameters, as `nn.value_and_grad` does."""
+        return nn.value_and_grad(model, loss)
+
+    def only_planned(self, model: nn.Module) -> AbstractContextManager:
+        """Return a context in which a model only plans what it computes: for those who look at the plan."""
+        return nullcontext()
 
     def end_of_trial(self, model: nn.Module) -> None:
         """Forget what was planned while steps were tried and is not computed."""

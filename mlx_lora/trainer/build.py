@@ -156,15 +156,16 @@ def make_step(
     adapter, loop, strategy = settings.adapter, settings.loop, ctx.strategy
     tape = apply_checkpointing(model, loop.grad_checkpoint)
     attention = (tape.attend if tape else attend) if chosen.kernels else None
-    variant = choose_step_variant(
-        model,
-        ctx.base.config,
-        chosen.loss,
-        attention,
-        ctx.base.model_id,
-        chosen.kernels or assumed,
-        not strategy.divides_base,  # whose units wait for one another, across what is compiled by itself
-    )
+    with strategy.only_planned(model):
+        variant = choose_step_variant(
+            model,
+            ctx.base.config,
+            chosen.loss,
+            attention,
+            ctx.base.model_id,
+            chosen.kernels or assumed,
+            not strategy.divides_base,  # whose units wait for one another, across what is compiled by itself
+        )
     strategy.end_of_trial(model)
     left_out = tape is not None and bool(tape.left_out)
     strategy.check_checkpointing(ctx.base.config, left_out)

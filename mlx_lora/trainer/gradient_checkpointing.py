@@ -166,42 +166,96 @@ class Checkpointed(nn.Module):
         """Return `call(*args, **kwargs)`, which may change its arguments (a cache); as above."""
         return call(*args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # In generation nothing is differentiated, and the cache has state, so the block runs as it is. The blocks of
-        # Kimi K3 and DeepSeek V4.1 have state too: they write into an object that the next block reads.
+    def segment(self, *args: Any, **kwargs: Any) -> Segment | None:
+        """Return the call as a function of arrays; None: it has state, so it is not one.
+
+        In generation the cache has state. The blocks of Kimi K3 and DeepSeek V4.1 have state too: they write into an object
+        that the next block reads.
+        """
         if not all(map(_is_stateless, (*args, *kwargs.values()))):
+            return None
+        return Segment(self, super().__call__, args, kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        segment = self.segment(*args, **kwargs)
+        if segment is None:
             self.tape.left_out = True
             with self.at_hand(_arrays((args, kwargs))):
-                return self.computed_with_state(super().__call__, args, kwargs)
-        function, primals = _as_function(self, super().__call__, args, kwargs)
-        given = primals[-len(_arrays((args, kwargs))) :]
-        shape: list[Any] = []  # of what the block returns
-
-        def forward(primals: list[mx.array]) -> list[mx.array]:
-            with self.tape.recording() as kept, self.at_hand(given):
-                shape[:] = [function(*primals)]
-            return [*_arrays(shape[0]), *kept]
-
-        def backward(primals: list[mx.array], cotangents: list[mx.array], kept: list[mx.array]) -> list[mx.array]:
-            # Wait until the backward pass gets here, or all blocks would be recomputed at once.
-            primals = mx.depends(primals, cotangents)
-            with self.tape.replaying(kept), self.at_hand(cotangents):
-                return mx.vjp(lambda *p: _arrays(function(*p)), primals, cotangents)[1]
+                return super().__call__(*args, **kwargs)
 
         @mx.custom_function
         def run(*primals: mx.array) -> list[mx.array]:
-            return self.computed(forward, list(primals))
+            outputs, kept = segment.forward(primals)
+            return [*outputs, *kept]
 
         @run.vjp
         def run_vjp(primals, cotangents, outputs):
-            returned = len(_arrays(shape[0]))
-            cotangents, kept = list(cotangents[:returned]), list(outputs[returned:])
-            gradients = self.computed(backward, list(primals), cotangents, kept)
-            own = gradients[: len(gradients) - len(given)]
+            count = segment.returned
+            gradients = segment.backward(cotangents[:count], outputs[count:], primals)
+            own = gradients[: len(segment.names)]
             return [*own, *self.in_turn(own, gradients[len(own) :])]
 
-        outputs = run(*primals)
-        return _with_arrays(shape[0], outputs)
+        return segment.result(run(*segment.primals))
+
+
+class Segment:
+    """A call of a checkpointed block, as a function of arrays with a backward pass that computes the block again.
+
+    Attributes:
+        module: the block.
+        names: of its trainable parameters.
+        primals: the parameters, and then the float arrays that it is called with.
+        returned: how many float arrays it returns, once it was computed.
+    """
+
+    def __init__(
+        self, module: Checkpointed, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Remember the call.
+
+        Args:
+            module: the block.
+            call: of the block's own class.
+            args, kwargs: what it is called with.
+        """
+        self.module, self.returned = module, 0
+        self._function, self.primals = _as_function(module, call, args, kwargs)
+        self.names = [name for name, _ in tree_flatten(module.trainable_parameters())]
+        self._shape: Any = None  # of what the block returns
+
+    @property
+    def given(self) -> list[mx.array]:
+        """The float arrays that the block is called with."""
+        return self.primals[len(self.names) :]
+
+    def forward(self, primals: Sequence[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
+        """Return the float arrays that the block returns, and what its tape keeps."""
+        module = self.module
+        with module.tape.recording() as kept, module.at_hand(self.given):
+            self._shape = self._function(*primals)
+        outputs = _arrays(self._shape)
+        self.returned = len(outputs)
+        return outputs, kept
+
+    def backward(
+        self, cotangents: Sequence[mx.array], kept: Sequence[mx.array], primals: Sequence[mx.array] | None = None
+    ) -> list[mx.array]:
+        """Return the gradients of the primals.
+
+        Args:
+            cotangents: of what the block returned.
+            kept: what its tape kept.
+            primals: as arguments of a function that is differentiated; None: its own.
+        """
+        cotangents = list(cotangents)
+        # Wait until the backward pass gets here, or all blocks would be recomputed at once.
+        primals = mx.depends(list(self.primals if primals is None else primals), cotangents)
+        with self.module.tape.replaying(kept), self.module.at_hand(cotangents):
+            return mx.vjp(lambda *p: _arrays(self._function(*p)), primals, cotangents)[1]
+
+    def result(self, outputs: Sequence[mx.array]) -> Any:
+        """Return what the block returns, with these float arrays."""
+        return _with_arrays(self._shape, outputs)
 
 
 def apply_checkpointing(model: nn.Module, mode: str) -> Tape | None:

@@ -72,9 +72,11 @@ Differentiation = Callable[..., tuple[mx.array, mx.array, dict, dict]]
 """(*Arrays) -> (loss sum, tokens, sums to report, gradients of the trainable parameters)."""
 
 
-def differentiation(model: nn.Module, loss: LossFunction, kernels: Kernels = own_kernels) -> Differentiation:
+def differentiation(
+    model: nn.Module, loss: LossFunction, kernels: Kernels = own_kernels, strategy: Strategy = SINGLE_DEVICE
+) -> Differentiation:
     """Return the loss of a micro-batch with its gradient, as `Step` takes them; not compiled."""
-    gradient = nn.value_and_grad(model, loss)
+    gradient = strategy.value_and_grad(model, loss)
 
     def differentiate(*arrays: mx.array) -> tuple[mx.array, mx.array, dict, dict]:
         # The kernels around the backward pass as well: checkpointed blocks run again there.
@@ -152,7 +154,7 @@ class Step:
         self.taken = 0
         self._strategy = strategy
         mx.eval(self._rates or {})
-        differentiate = differentiation(model, loss, options.kernels)
+        differentiate = differentiation(model, loss, options.kernels, strategy)
         own_gradients = strategy.own_gradients(model)
 
         def micro(*arrays: mx.array) -> tuple[mx.array, mx.array, dict, dict]:

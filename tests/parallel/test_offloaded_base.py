@@ -19,6 +19,7 @@ from tiny_moe import tiny_moe
 from mlx_lora.config.load import train_settings
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
+from mlx_lora.parallel import base_reader
 from mlx_lora.parallel.offloaded_base import BaseFiles, OffloadedBase
 from mlx_lora.trainer.adapter import adapt
 from mlx_lora.utils import device
@@ -124,22 +125,25 @@ def test_a_file_that_was_replaced_stops_the_run(tiny_4bit_folder, chats, tmp_pat
     assert (tmp_path / "run" / "adapters.safetensors").exists()
 
 
-def test_bytes_that_differ_from_the_first_reading_are_not_computed_with(tmp_path):
-    """As a disk would that fails: same name, size and time, other content."""
-    folder = write_folder(tmp_path / "base", tiny_model())
-    settings = train_settings({"model": str(folder), "data": "x", "offload_base": "on"})
-    base = load_base(settings.model, read=False)
-    adapt(settings, base, objective_of(settings.objective), None)
-    OffloadedBase().divide(base, settings)
-    ids = mx.array([[1, 2, 3]])
-    assert not mx.isnan(base.model(ids)).any()
-    file = folder / "model.safetensors"
-    content, was = bytearray(file.read_bytes()), file.stat()
-    content[-40:] = bytes(40)
-    with file.open("r+b") as out:
-        out.write(content)
-    os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
-    assert mx.isnan(base.model(ids)).all()
+@pytest.mark.parametrize("failing", ["error", "end"])
+def test_a_disk_that_fails_is_one_line_and_the_adapter_is_saved(failing, tiny_4bit_folder, chats, tmp_path, monkeypatch):
+    read, count = base_reader._system_read, []
+
+    def broken(descriptor, into, offset):
+        count.append(1)
+        if len(count) < 400:
+            return read(descriptor, into, offset)
+        if failing == "error":
+            raise OSError(5, "Input/output error")
+        return 0
+
+    monkeypatch.setattr(base_reader, "_system_read", broken)
+    ran = run(*command(tiny_4bit_folder, chats, tmp_path / "run", "--offload-base"))
+    assert ran.code == 1
+    assert "model.safetensors" in ran.lines[-1]
+    assert "--offload-base" in ran.lines[-1]
+    assert losses(tmp_path / "run")
+    assert (tmp_path / "run" / "adapters.safetensors").exists()
 
 
 def test_what_does_not_fit_is_read_from_the_disk_by_itself(chats, tmp_path):

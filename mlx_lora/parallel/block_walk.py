@@ -1,0 +1,256 @@
+"""Differentiate a model one block at a time, so that a block's weights are in memory only while it is computed.
+
+`mx.value_and_grad` plans a whole step before anything is computed, and an array that is computed while it plans keeps what it
+was computed from. So the walk does what it does in parts, each of which is computed before the next one is planned:
+
+    forward     the model runs on numbers; each block is computed when it is called, and its inputs x and outputs z are noted
+    backward    from the last block to the first: dz of the block, then its part of the gradient and dx, by `mx.vjp` of the
+                block alone
+
+What a model computes between its blocks, with embedding, head and loss, is the function (z of all blocks) -> (x of all blocks,
+loss), in which blocks return their z without computing anything. dz is its product with the dx that are known by then.
+
+Source: reverse mode over a program cut at checkpoints, Griewank and Walther, Evaluating Derivatives, chapter 12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any, Protocol, runtime_checkable
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_lora.adapters.base import mix_in
+from mlx_lora.trainer.gradient_checkpointing import Segment
+
+
+class Mode(Enum):
+    """What a block does when it is called."""
+
+    AT_ONCE = auto()  # it is computed, and so are the caches that it changes
+    PLANNED = auto()  # it is planned, for those who look at the plan; it has no weights
+    FORWARD = auto()  # it is computed and noted
+    BETWEEN = auto()  # it returns what it returned in the forward pass
+
+
+@dataclass
+class Call:
+    """A block's call in a forward pass.
+
+    Attributes:
+        segment: the block as a function.
+        outputs: z, the float arrays that it returned.
+        kept: what its backward pass needs besides.
+    """
+
+    segment: Segment
+    outputs: list[mx.array]
+    kept: list[mx.array]
+
+
+@dataclass
+class Walk:
+    """Where a walk is; shared by the blocks of a model.
+
+    Attributes:
+        mode: what blocks do.
+        calls: of the forward pass.
+        given: x of each call between the blocks, as far as they were called.
+    """
+
+    mode: Mode = Mode.AT_ONCE
+    calls: list[Call] = field(default_factory=list)
+    given: list[list[mx.array]] = field(default_factory=list)
+
+    @contextmanager
+    def set_to(self, mode: Mode) -> Iterator[None]:
+        """Let blocks do something else inside this context."""
+        before, self.mode = self.mode, mode
+        try:
+            yield
+        finally:
+            self.mode = before
+
+    def computed(self, segment: Segment) -> Any:
+        """Compute a block, note it, and return what it returns."""
+        outputs, kept = segment.forward(segment.primals)
+        mx.eval(outputs, kept)
+        self.calls.append(Call(segment, outputs, kept))
+        return segment.result(outputs)
+
+    def again(self, given: list[mx.array]) -> Any:
+        """Note what a block is called with, and return what the walk says that it returns."""
+        call = self.calls[len(self.given)]
+        self.given.append(given)
+        return call.segment.result(call.outputs)
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """A cache of mlx-lm's."""
+
+    state: Any
+
+
+class WalkedBlock(nn.Module):
+    """A mixin that comes before a checkpointed block's own class; what it does when it is called depends on the walk."""
+
+    _walk: Walk
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        segment = self.segment(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] # a checkpointed block's
+        mode = self._walk.mode
+        if segment is not None and mode is Mode.FORWARD:
+            return self._walk.computed(segment)
+        if segment is not None and mode is Mode.BETWEEN:
+            return self._walk.again(segment.given)
+        result = super().__call__(*args, **kwargs)
+        if mode is Mode.AT_ONCE:
+            mx.eval(result, [value.state for value in (*args, *kwargs.values()) if isinstance(value, Cache)])
+        return result
+
+    def at_hand(self, before: Sequence[mx.array]) -> AbstractContextManager:
+        planned = self._walk.mode is Mode.PLANNED
+        return nullcontext() if planned else super().at_hand(before)  # pyright: ignore[reportAttributeAccessIssue] # likewise
+
+
+def walk_over(blocks: Sequence[nn.Module]) -> Walk:
+    """Let checkpointed blocks compute when they are called, and return the walk that says how."""
+    walk = Walk()
+    for one in blocks:
+        block: Any = one
+        block._walk = walk
+        mix_in(WalkedBlock, block)
+    return walk
+
+
+def value_and_grad(walk: Walk, model: nn.Module, loss: Callable[..., Any]) -> Callable[..., tuple[Any, dict]]:
+    """Return what `nn.value_and_grad(model, loss)` returns, computed block by block.
+
+    Args:
+        walk: of the model's blocks.
+        model: with trainable parameters.
+        loss: returns a scalar, or a tuple or list whose first element is one.
+    """
+
+    def function(*args: Any) -> tuple[Any, dict]:
+        walk.calls = []
+        with walk.set_to(Mode.FORWARD):
+            loss(*args)  # of which only the blocks are computed
+        try:
+            return _backward(walk, model, lambda: loss(*args))
+        finally:
+            walk.calls, walk.given = [], []
+
+    return function
+
+
+def _backward(walk: Walk, model: nn.Module, loss: Callable[[], Any]) -> tuple[Any, dict]:
+    """Return the value and the gradients of a walk whose forward pass was made."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    own = {paths[id(call.segment.module)]: call.segment for call in walk.calls}
+    inside = {f"{path}.{name}" for path, segment in own.items() for name in segment.names}
+    outer = [(name, array) for name, array in tree_flatten(model.trainable_parameters()) if name not in inside]
+    between = _Between(walk, model, loss, outer)
+    gradients: dict[str, mx.array] = {}
+    first = next((n for n, call in enumerate(walk.calls) if outer or call.segment.names), len(walk.calls))
+    for number in reversed(range(first, len(walk.calls))):
+        segment = walk.calls[number].segment
+        pulled = segment.backward(between.pull(number), walk.calls[number].kept)
+        mx.eval(pulled)
+        walk.calls[number].kept = []
+        count = len(segment.names)
+        for name, gradient in zip(segment.names, pulled[:count], strict=True):
+            name = f"{paths[id(segment.module)]}.{name}"
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient
+        between.known[number] = list(pulled[count:])
+    value = between.value()
+    gradients |= zip((name for name, _ in outer), between.outer(), strict=True)
+    order = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    zeros = dict(tree_flatten(model.trainable_parameters()))  # of a block that was not called
+    return value, tree_unflatten([(name, gradients.get(name, mx.zeros_like(zeros[name]))) for name in order])
+
+
+class _Between:
+    """The function from z of all blocks to x of all blocks and the loss.
+
+    Attributes:
+        known: dx of each call, as far as they are known.
+    """
+
+    def __init__(self, walk: Walk, model: nn.Module, loss: Callable[[], Any], outer: list[tuple[str, mx.array]]):
+        """Remember the function.
+
+        Args:
+            walk: after its forward pass.
+            model: whose trainable parameters outside of its blocks are arguments, too.
+            loss: of the model.
+            outer: those parameters, by path.
+        """
+        self._walk, self._model, self._loss = walk, model, loss
+        self._names, self._outer = [name for name, _ in outer], [array for _, array in outer]
+        self._outputs = [call.outputs for call in walk.calls]
+        self.known: dict[int, list[mx.array]] = {}
+        self._value = self._called(self._primals())  # planned, for its shape
+        self._leaves = _arrays(self._value)
+        self._is_known = False
+
+    def pull(self, number: int) -> list[mx.array]:
+        """Return dz of a call, computed."""
+        begin = sum(len(outputs) for outputs in self._outputs[:number])
+        pulled = self._pulled()[begin : begin + len(self._outputs[number])]
+        mx.eval(pulled, self._leaves)
+        return pulled
+
+    def outer(self) -> list[mx.array]:
+        """Return the gradients of the parameters outside of blocks, computed."""
+        pulled = self._pulled()[-len(self._outer) :] if self._outer else []
+        mx.eval(pulled)
+        return pulled
+
+    def value(self) -> Any:
+        """Return what the loss returns."""
+        rest = iter(self._leaves)
+        return tree_map(lambda leaf: next(rest) if isinstance(leaf, mx.array) else leaf, self._value)
+
+    def _primals(self) -> list[mx.array]:
+        return [array for outputs in self._outputs for array in outputs] + self._outer
+
+    def _called(self, primals: Sequence[mx.array]) -> Any:
+        """Return the loss of z and of the parameters outside of blocks; the walk notes x."""
+        rest = iter(primals)
+        for call, outputs in zip(self._walk.calls, self._outputs, strict=True):
+            call.outputs = [next(rest) for _ in outputs]
+        self._model.update(tree_unflatten(list(zip(self._names, rest, strict=True))))
+        self._walk.given = []
+        try:
+            with self._walk.set_to(Mode.BETWEEN):
+                return self._loss()
+        finally:
+            self._model.update(tree_unflatten(list(zip(self._names, self._outer, strict=True))))
+            for call, outputs in zip(self._walk.calls, self._outputs, strict=True):
+                call.outputs = outputs
+
+    def _pulled(self) -> list[mx.array]:
+        """Return the gradients of all z and of the parameters outside of blocks, planned."""
+
+        def function(*primals: mx.array) -> list[mx.array]:
+            leaves = _arrays(self._called(primals))
+            return [*leaves, *(array for given in self._walk.given for array in given)]
+
+        given = [call.segment.given for call in self._walk.calls]
+        known = [array for n, one in enumerate(given) for array in self.known.get(n, map(mx.zeros_like, one))]
+        cotangents = [mx.ones_like(self._leaves[0]), *map(mx.zeros_like, self._leaves[1:]), *known]
+        made, pulled = mx.vjp(function, self._primals(), cotangents)
+        if not self._is_known:
+            self._leaves, self._is_known = made[: len(self._leaves)], True
+        return pulled
+
+
+def _arrays(tree: Any) -> list[mx.array]:
+    return [leaf for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)]
