@@ -36,8 +36,10 @@ from mlx_lora.config.defaults import (
 )
 from mlx_lora.config.load import train_settings
 from mlx_lora.kernels.table import AUTO, KernelChoice
+from mlx_lora.models.folder import stored_tensors
 from mlx_lora.models.meta import Outline, outline_for
 from mlx_lora.objectives.table import objective_of
+from mlx_lora.parallel.base_reader import read_rate
 from mlx_lora.parallel.offloaded_base import offloaded
 from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.planner.fit import (
@@ -55,6 +57,7 @@ from mlx_lora.planner.fit import (
 )
 from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import plan_memory
+from mlx_lora.planner.reading import ASSUMED_BYTES_PER_S, Reading
 from mlx_lora.planner.speed import (
     CHIPS,
     Ceilings,
@@ -181,16 +184,16 @@ def plan_run(
         shape = replace(shape, trained_share=size.trained_share)
     problems = [rate_problem(settings, shape.model_type, shape.width)]
     settings = with_learning_rate(settings, shape.model_type, shape.width)
-    planned = MachinePlan(settings, shape, machine, ceilings, size)
+    offloads = settings.loop.offload_base == "on"
+    folder = Path(settings.model.model) if chip is None and memory_gb is None else None
+    reading = reading_of(outline, shape, folder) if offloads else None
+    planned = MachinePlan(settings, shape, machine, ceilings, size, reading)
     result = planned.to_dict()
     result["steps"], result["validation"] = settings.loop.iters, None
     if splits is not None:
         result["steps"], result["validation"], per_epoch = steps_and_validation(planned.chosen, splits, identity)
         problems.append(length_problem(settings, result["steps"], per_epoch))
     result["warnings"] = [problem for problem in problems if problem]
-    blocks = units_of(outline.model).blocks
-    read_bytes = sum(blocks) + sum(blocks[shape.first_trained :])
-    result["base_read_bytes"] = read_bytes if settings.loop.offload_base == "on" else None
     may_read = asked.loop.offload_base == AUTO and not all_chips and not offload_problems(asked.to_flat())
     if not result["fits"] and may_read:
         from_disk = plan_run(offloaded(asked), chip, memory_gb, False, read, identity, parts)
@@ -212,6 +215,20 @@ def plan_run(
             for gib in one.memory_gib
         ]  # fmt: skip
     return result
+
+
+def reading_of(outline: Outline, shape: ModelShape, folder: Path | None) -> Reading:
+    """Return how a run reads its base from files.
+
+    Args:
+        outline: of the adapted model.
+        shape: of it.
+        folder: that may have the files on this machine, whose disk is then measured; None: another machine is planned for.
+    """
+    blocks, stored = units_of(outline.model).blocks, stored_tensors(folder) if folder and folder.is_dir() else {}
+    if stored:
+        return Reading(blocks, shape.first_trained, read_rate(list(stored.values())), "measured here")
+    return Reading(blocks, shape.first_trained, ASSUMED_BYTES_PER_S, "assumed")
 
 
 def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | None) -> tuple[Machine, Ceilings]:
@@ -247,6 +264,7 @@ class MachinePlan:
         shape: of the model with its adapter.
         machine, ceilings: what it runs on.
         size: of the data; None: not read, so every row has --max-seq-length tokens.
+        reading: of the base, if it is read from its files.
     """
 
     settings: TrainSettings
@@ -254,6 +272,7 @@ class MachinePlan:
     machine: Machine
     ceilings: Ceilings
     size: DataSize | None
+    reading: Reading | None = None
 
     @property
     def width(self) -> int:
@@ -310,6 +329,11 @@ class MachinePlan:
         if asked.distills is not None and asked.samples:
             parts["teacher"] = teacher_s
             seconds += teacher_s
+        reading, hidden_from = self.reading, None
+        if reading is not None:
+            hidden_from = reading.hidden_from(run.positions, forward_s, seconds)
+            parts["waiting for the disk"] = reading.waiting_s(forward_s, seconds)
+            seconds += parts["waiting for the disk"]
         tokens_per_s = together * run.positions / seconds
         tokens, reference_s = self.tokens(together * run.rows * run.width), None
         if size is not None and (asked.reference or asked.distills is not None) and not asked.samples:
@@ -324,6 +348,14 @@ class MachinePlan:
             "reference_s": reference_s,
             "hours": None if tokens is None else (tokens / tokens_per_s + (reference_s or 0)) / 3600,
             "hours_per_million_tokens": 1e6 / tokens_per_s / 3600,
+            "reading": reading
+            and {
+                "bytes": reading.forward_bytes + reading.backward_bytes,
+                "disk_bytes_per_s": reading.bytes_per_s,
+                "disk_source": reading.source,
+                "waiting_share": parts["waiting for the disk"] / seconds,
+                "hidden_from_tokens": hidden_from,
+            },
         }
 
     def trunk(self) -> dict[str, Any] | None:

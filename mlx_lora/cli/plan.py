@@ -227,17 +227,25 @@ def render(result: dict[str, Any]) -> str:
         lines.append(result["validation"]["words"])
     if speed["hours"] is not None:
         lines.append("Not counted: loading the model, compiling and measuring kernels, validation, texts of the report")
-    if result["base_read_bytes"]:
-        lines.append(
-            f"The base's blocks are not kept in memory, but read from its files when they are used (--offload-base): "
-            f"{gigabytes(result['base_read_bytes'])} for each micro-batch. What the disk takes longer than the computing is not "
-            "counted; batches of more tokens hide it"
-        )
+    if speed["reading"]:
+        lines.append(_reading_words(speed["reading"]))
     if result["trunk"]:
         lines.append(f"Frozen blocks: {result['trunk']['words']}")
     lines += [f"Warning: {problem}." for problem in result["warnings"]]
     lines += [f"Not known: what this model's blocks keep in memory ({reason})" for reason in result["not_known"]]
     return "\n".join([*lines, *([f"To fit: {result['advice']}"] if "advice" in result else [])])
+
+
+def _reading_words(reading: dict[str, Any]) -> str:
+    """Return what a plan says of a base that is read from its files."""
+    disk = f"{reading['disk_bytes_per_s'] / 1e9:.2g} GB/s, {reading['disk_source']}"
+    share, tokens = reading["waiting_share"], f"{reading['hidden_from_tokens']:,}"
+    waiting = f"waits for the disk {share:.0%} of the time" if share >= 0.005 else "does not wait for the disk"
+    return (
+        f"The base's blocks are not kept in memory, but read from its files when they are used (--offload-base): "
+        f"{gigabytes(reading['bytes'])} for each micro-batch. At the disk's rate ({disk}) the run {waiting}; "
+        f"micro-batches of {tokens} tokens or more hide it"
+    )
 
 
 def _length(result: dict[str, Any]) -> str:

@@ -100,10 +100,10 @@ def offload_problems(settings: Mapping[str, Any]) -> list[str]:
     """Return why a run cannot read its base from files."""
     with_it = "with --offload-base on"
     problems = divided_problems(settings, with_it)
-    if settings["objective"] in ("dpo", "kto") and not settings["reference_adapter"]:
+    if settings["reference_adapter"]:
         problems.append(
-            f"--objective {settings['objective']} {with_it}: its reference is the whole base; use orpo, simpo or cpo, which "
-            "have none, or leave --offload-base out"
+            f"--reference-adapter {with_it}: its answers are computed with the whole base in memory; leave it out to compare with "
+            "the model as it is, or leave --offload-base out"
         )
     if settings["shard_base"] != "off" or settings["parallel"] != "data":
         other = "--shard-base" if settings["shard_base"] != "off" else "--parallel"

@@ -524,7 +524,7 @@ class Watched:
             model: as `load_model` returned it.
             folder: with its files.
         """
-        stored = {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in _tensors(file).items()}
+        stored = stored_tensors(folder)
         if self._own is None:  # mlx-lm changes nothing: the names are the paths
             return {path: stored[path] for path, _ in tree_flatten(model.parameters()) if path in stored}
         model.__class__ = self._own
@@ -547,6 +547,11 @@ def read_rows(path: str, array: mx.array, rows: slice, stored: Mapping[str, Stor
     if at is None or at.shape != array.shape:
         return array[rows]
     return at.rows(rows).astype(array.dtype)
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a model folder's safetensors files, which have been checked, by name."""
+    return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in _tensors(file).items()}
 
 
 def _tensors(file: Path) -> dict[str, StoredTensor]:

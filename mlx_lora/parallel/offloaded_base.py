@@ -31,7 +31,7 @@ from mlx_lora.parallel.base_reader import BaseReader
 from mlx_lora.parallel.block_walk import Mode, Walk, value_and_grad, walk_over
 from mlx_lora.parallel.messages import Named
 from mlx_lora.parallel.sharded_base import share_modules, units_of
-from mlx_lora.parallel.strategy import Strategy
+from mlx_lora.parallel.strategy import DISK_WAIT, Strategy
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, RunError
 
@@ -170,7 +170,7 @@ class OffloadedBase(Strategy):
         super().__init__(seed=seed)
         self._files: BaseFiles | None = None
         self._walk: Walk | None = None
-        self._kept_bytes = 0
+        self._kept_bytes, self._waited_s = 0, 0.0
 
     def divide(self, base: Base, settings: TrainSettings) -> TrainSettings:
         if not base.stored:
@@ -217,7 +217,21 @@ class OffloadedBase(Strategy):
             )
 
     def value_and_grad(self, model: nn.Module, loss: Callable[..., Any]) -> Callable[..., tuple[Any, dict]]:
-        return super().value_and_grad(model, loss) if self._walk is None else value_and_grad(self._walk, model, loss)
+        if self._walk is None or self._files is None:
+            return super().value_and_grad(model, loss)
+        walked, reading = value_and_grad(self._walk, model, loss), self._files.reader.statistics
+
+        def function(*args: Any) -> tuple[Any, dict]:
+            before = reading.waited_s
+            made = walked(*args)
+            self._waited_s += reading.waited_s - before
+            return made
+
+        return function
+
+    def measured_shares(self, spent_s: float) -> dict[str, float]:
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return {DISK_WAIT: waited_s / spent_s}
 
     def only_planned(self, model: nn.Module) -> AbstractContextManager:
         return nullcontext() if self._walk is None else self._walk.set_to(Mode.PLANNED)

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from mlx_lora.planner.shapes import ModelShape
 
 
+DISK_WAIT = "disk_wait_share"  # in reports: of a step's time, waiting for a base that is read from its files
+
+
 class Batches(Protocol):
     """A held-out plan, as `BatchPlan` and `HeldOutRollouts` are."""
 
@@ -184,6 +187,10 @@ class Strategy:
             The same, summed; and how many ranks were asked to, None for a single process.
         """
         return total, None
+
+    def measured_shares(self, spent_s: float) -> dict[str, float]:
+        """Return by name what share of the seconds of the steps since the last report went into what is not computing."""
+        return {}
 
     # A measurement
 

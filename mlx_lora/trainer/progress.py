@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from mlx_lora.parallel.strategy import DISK_WAIT
 from mlx_lora.reports.charts import Series, line_chart
 from mlx_lora.utils import console
 from mlx_lora.utils.parsing import parse_json
@@ -135,6 +136,7 @@ def _lines_until(path: Path, step: int) -> list[str]:
 
 # The numbers reported by an objective that each line shows.
 SHOWN = ("reward", "accuracy", "margin")
+WORTH_TELLING = 0.01  # of a step's time
 BOLD, RESET = "\x1b[1m", "\x1b[0m"
 
 
@@ -167,6 +169,8 @@ def format_metrics(metrics: Metrics, total_steps: int, seconds_left: float | Non
         else:
             parts += [f"grad norm {metrics.grad_norm:6.3f}", *speeds, f"{all_real} tok/s", peak]
             parts.append(f"{format_duration(seconds_left)} left")
+    if metrics.reports.get(DISK_WAIT, 0) >= WORTH_TELLING:
+        parts.append(f"{metrics.reports[DISK_WAIT]:.0%} of the time waiting for the disk")
     if metrics.skipped_steps:
         parts.append(f"{counted(metrics.skipped_steps, 'step')} skipped (not finite)")
     return f"{position} {', '.join(parts)}"

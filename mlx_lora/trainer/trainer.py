@@ -319,6 +319,7 @@ class Trainer:
         loss = sum(r.loss_sum.item() for r in good) / count if count else math.nan
         reports = {name: sum(r.reports[name].item() for r in good) / count for name in bound.reports} if count else {}
         reports = bound.finish(reports) | bound.rates() if reports else measured.reports if measured else {}
+        reports |= self.strategy.measured_shares(spent_s) if results else {}
         return Metrics(
             step=self.at.taken,
             epoch=round(self.at.consumed / (len(self.plan) * self.objective.updates), 4),

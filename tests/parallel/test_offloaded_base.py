@@ -127,18 +127,22 @@ def test_a_file_that_was_replaced_stops_the_run(tiny_4bit_folder, chats, tmp_pat
 
 @pytest.mark.parametrize("failing", ["error", "end"])
 def test_a_disk_that_fails_is_one_line_and_the_adapter_is_saved(failing, tiny_4bit_folder, chats, tmp_path, monkeypatch):
-    read, count = base_reader._system_read, []
+    read, check, steps = base_reader._system_read, BaseFiles.check, []
 
     def broken(descriptor, into, offset):
-        count.append(1)
-        if len(count) < 400:
+        if len(steps) < 6:
             return read(descriptor, into, offset)
         if failing == "error":
             raise OSError(5, "Input/output error")
         return 0
 
+    def counted(self):
+        steps.append(1)
+        check(self)
+
     monkeypatch.setattr(base_reader, "_system_read", broken)
-    ran = run(*command(tiny_4bit_folder, chats, tmp_path / "run", "--offload-base"))
+    monkeypatch.setattr(BaseFiles, "check", counted)
+    ran = run(*command(tiny_4bit_folder, chats, tmp_path / "run", "--offload-base", "--steps-per-report", 1))
     assert ran.code == 1
     assert "model.safetensors" in ran.lines[-1]
     assert "--offload-base" in ran.lines[-1]
@@ -180,7 +184,7 @@ def test_what_does_not_fit_is_read_from_the_disk_by_itself(chats, tmp_path):
     (("--method", "full"), "--method full"),
     (("--shard-base",), "--shard-base"),
     (("--qat",), "--qat"),
-    (("--objective", "dpo"), "--objective dpo"),
+    (("--objective", "dpo", "--reference-adapter", "a"), "--reference-adapter"),
     (("--grad-checkpoint", "none"), "--grad-checkpoint none"),
 ])  # fmt: skip
 def test_what_cannot_be_is_one_line(extra, word, tiny_4bit_folder, chats, tmp_path):
@@ -209,9 +213,9 @@ def pairs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("extra", [
-    ("--method", "dora"), ("--objective", "orpo"),
+    ("--method", "dora"), ("--objective", "dpo"),
     *(pytest.param(one, marks=pytest.mark.slow) for one in (
-        ("--method", "qa-lora"), ("--method", "adalora"), ("--method", "rslora"), ("--method", "lora-plus"), ("--objective", "simpo"),
+        ("--method", "qa-lora"), ("--method", "adalora"), ("--method", "rslora"), ("--method", "lora-plus"), ("--objective", "simpo"), ("--objective", "orpo"), ("--objective", "kto"),
         ("--objective", "reward"), ("--dropout", "0.1"), ("--num-layers", "1"), ("--grad-checkpoint", "selective"),
     )),
 ], ids="=".join)  # fmt: skip
