@@ -60,7 +60,7 @@ class BaseReader:
             flag: that asks for it, for messages.
             read: (file descriptor, buffer, offset) -> bytes read, for tests and benchmarks of slow disks; None: the system's.
         """
-        self._flag, self._read = flag, read or _system_read
+        self._flag, self._read = flag, read or system_read
         self.statistics = ReadStatistics()
         self.expected: int | None = None
         self._files: dict[Path, int] = {}
@@ -156,7 +156,8 @@ class BaseReader:
             ) from error
 
 
-def _system_read(descriptor: int, into: memoryview, offset: int) -> int:
+def system_read(descriptor: int, into: memoryview, offset: int) -> int:
+    """Read from a file at an offset, and return how many bytes were read."""
     return os.preadv(descriptor, [into], offset)
 
 

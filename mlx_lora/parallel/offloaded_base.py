@@ -166,8 +166,15 @@ class OffloadedBase(Strategy):
     divides_base = True
     whole_blocks = "it is read in whole"
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, seed: int = 0, reader: BaseReader | None = None):
+        """Set up.
+
+        Args:
+            seed: of the run.
+            reader: of the files, for benchmarks of other disks; None: a new one.
+        """
         super().__init__(seed=seed)
+        self._reader = reader
         self._files: BaseFiles | None = None
         self._walk: Walk | None = None
         self._kept_bytes, self._waited_s = 0, 0.0
@@ -179,7 +186,7 @@ class OffloadedBase(Strategy):
                 "give the model's name instead of a loaded one"
             )
         alive = units_of(base.model).largest
-        self._files = BaseFiles(base.model, base.stored)
+        self._files = BaseFiles(base.model, base.stored, self._reader)
         units = share_modules(base.model, self._files, base.stored)
         blocks = units[: len(base.model.layers)]
         self._walk = walk_over(base.model.layers)

@@ -127,7 +127,7 @@ def test_a_file_that_was_replaced_stops_the_run(tiny_4bit_folder, chats, tmp_pat
 
 @pytest.mark.parametrize("failing", ["error", "end"])
 def test_a_disk_that_fails_is_one_line_and_the_adapter_is_saved(failing, tiny_4bit_folder, chats, tmp_path, monkeypatch):
-    read, check, steps = base_reader._system_read, BaseFiles.check, []
+    read, check, steps = base_reader.system_read, BaseFiles.check, []
 
     def broken(descriptor, into, offset):
         if len(steps) < 6:
@@ -140,7 +140,7 @@ def test_a_disk_that_fails_is_one_line_and_the_adapter_is_saved(failing, tiny_4b
         steps.append(1)
         check(self)
 
-    monkeypatch.setattr(base_reader, "_system_read", broken)
+    monkeypatch.setattr(base_reader, "system_read", broken)
     monkeypatch.setattr(BaseFiles, "check", counted)
     ran = run(*command(tiny_4bit_folder, chats, tmp_path / "run", "--offload-base", "--steps-per-report", 1))
     assert ran.code == 1
