@@ -9,10 +9,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import quantized, tiny_model, write_folder
-from make_adapters import make_adapter
+from make_adapters import TOKENS, make_adapter
 from tiers import by_default
 from torch_judge import torch_base
 
+import mlx_lora
 from mlx_lora.adapters.initialize import path_key
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.merge import COMBINATIONS, MergeSettings, Part, add_up, low_rank, merge_layer, prune
@@ -199,6 +200,29 @@ def test_one_adapter_is_scaled_as_in_peft(judged_base, tmp_path):
     theirs = judge.merged([-0.5], "linear")
     for how in ("linear", "cat", "svd"):
         agree(merged_here(judge, tmp_path / how, [-0.5], MergeSettings(how)), theirs)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("how", ["cat", "ties_svd"])
+def test_a_merged_adapter_goes_to_peft(how, judged_base, tmp_path):
+    import torch
+    from peft import PeftModel
+
+    given = {
+        str(make_adapter(judged_base, tmp_path / "a", rank=3, strength=0.2)): 0.7,
+        str(make_adapter(judged_base, tmp_path / "b", rank=5, seed=2, num_layers=1, strength=0.2)): 0.5,
+    }
+    base = load_base(ModelSettings(model=str(judged_base)))
+    MergeJob(given, MergeSettings(how), tmp_path / "m").run(base, evaluate=False)
+    mlx_lora.export(judged_base, tmp_path / "m", to="peft", out=tmp_path / "p")
+    load_adapter(base, tmp_path / "m")
+    ours, alone = np.array(base.model(TOKENS)), torch_base(judged_base)
+    with torch.no_grad():
+        before = alone(torch.tensor(np.array(TOKENS))).logits.numpy()
+        theirs = PeftModel.from_pretrained(alone, tmp_path / "p").eval()(torch.tensor(np.array(TOKENS))).logits.numpy()
+    assert np.allclose(ours, theirs, atol=1e-4)
+    assert not np.allclose(ours, before, atol=FAR)
 
 
 # By itself
