@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlx_lora.api.errors import InputError
     from mlx_lora.api.evaluate import evaluate
     from mlx_lora.api.export import export
+    from mlx_lora.api.merge import merge
     from mlx_lora.api.plan import plan
     from mlx_lora.api.train import Run, train
     from mlx_lora.trainer.callbacks import Callback, SwanLab, TensorBoard, Trackio, Wandb
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BLAS", "Base", "Callback", "InputError", "Run", "RunError", "SwanLab", "TensorBoard", "Trackio", "Wandb", "evaluate",
-    "export", "generate", "load", "plan", "train",
+    "export", "generate", "load", "merge", "plan", "train",
 ]  # fmt: skip
 
 # Before a BLAS is loaded, and anything imports mlx.core: see utils/blas.py.
@@ -49,6 +50,7 @@ _HOMES = {
     "export": "mlx_lora.api.export",
     "generate": "mlx_lora.api.base",
     "load": "mlx_lora.api.base",
+    "merge": "mlx_lora.api.merge",
     "plan": "mlx_lora.api.plan",
     "train": "mlx_lora.api.train",
 }

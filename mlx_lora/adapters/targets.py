@@ -6,7 +6,7 @@ A variant of LoRA is a class in a file of its own, and a row of `_CLASSES`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -156,6 +156,14 @@ def select_targets(
     order = [path for path, _ in model.named_modules() if path in picked]
     paths = tuple(sorted(order, key=_natural))
     return Targets(paths, _mlx_lm_keys(paths, chosen_blocks), len(chosen_blocks))
+
+
+def targets_of(model: nn.Module, paths: Iterable[str]) -> Targets:
+    """Return the targets that have exactly these paths, in an mlx-lm model."""
+    wanted, blocks = set(paths), block_paths(model)
+    ordered = tuple(sorted((path for path, _ in model.named_modules() if path in wanted), key=_natural))
+    first = next((i for i, block in enumerate(blocks) if any(p.startswith(f"{block}.") for p in ordered)), 0)
+    return Targets(ordered, _mlx_lm_keys(ordered, blocks[first:]), len(blocks) - first)
 
 
 def matches(path: str, wish: str) -> bool:

@@ -143,13 +143,12 @@ class GainMeter:
         base = load_base(model)
         if template := adapter_template(adapter):
             base.hf_tokenizer.chat_template = template
-        rows, of, general = _given_rows(data, adapter, base) if data else _rows_of_run(adapter, base)
-        rows = rows.select(spaced_by_length(rows, min(ROWS, rows.examples)))
-        plan = held_out_plan(rows, replace(train_settings({}).loop, batch_tokens=BATCH_TOKENS))
-        batches = list(plan.batches())
-        batches = batches[: _affordable(base, batches, rows)]
-        measured = sum(int(batch.real.sum()) for batch in batches) // rows.group
-        loss_base = _loss(_read(base, batches, "the base"))
+        if data:
+            (rows, of), general = given_rows(data, adapter, base), None
+        else:
+            rows, of, general = _rows_of_run(adapter, base)
+        batches, measured = affordable_batches(base, rows)
+        loss_base = loss_on(base, batches, "the base")
         load_adapter(base, adapter, ignore_fingerprint)
         states = list(_read(base, batches, "the adapter"))
         loss_adapter = _loss(iter(states))
@@ -224,12 +223,32 @@ def _compared(adapted: list[_States], fused: Iterator[_States]) -> tuple[float, 
     return total / count, divergence / count if same else None
 
 
-def _affordable(base: Base, batches: list[Batch], rows: EncodedSet) -> int:
+def loss_on(base: Base, batches: list[Batch], of: str) -> float:
+    """Return the mean loss of supervised tokens.
+
+    Args:
+        base: with or without an adapter.
+        batches: of rows.
+        of: the model in words, for a display of the progress.
+    """
+    return _loss(_read(base, batches, of))
+
+
+def affordable_batches(base: Base, rows: EncodedSet, seconds: float = BASE_S) -> tuple[list[Batch], int]:
+    """Return batches of rows that are spaced by length, as many as are measured in this time, and the number of their rows."""
+    rows = rows.select(spaced_by_length(rows, min(ROWS, rows.examples)))
+    plan = held_out_plan(rows, replace(train_settings({}).loop, batch_tokens=BATCH_TOKENS))
+    batches = list(plan.batches())
+    batches = batches[: _affordable(base, batches, rows, seconds)]
+    return batches, sum(int(batch.real.sum()) for batch in batches) // rows.group
+
+
+def _affordable(base: Base, batches: list[Batch], rows: EncodedSet, seconds: float) -> int:
     """Return how many batches are measured in the time for them, at least those with the fewest rows."""
     _loss(_read(base, batches[:1], "speed"))  # compiles
     start = time.perf_counter()
     _loss(_read(base, batches[:1], "speed"))
-    count = max(1, int(BASE_S / (time.perf_counter() - start)))
+    count = max(1, int(seconds / (time.perf_counter() - start)))
     least = min(LEAST_ROWS, rows.examples) * rows.group
     while sum(int(batch.real.sum()) for batch in batches[:count]) < least and count < len(batches):
         count += 1
@@ -239,22 +258,30 @@ def _affordable(base: Base, batches: list[Batch], rows: EncodedSet) -> int:
 # Which rows
 
 
-def _given_rows(data: str, adapter: Path, base: Base) -> tuple[EncodedSet, str, str | None]:
-    """Return the rows of --data, read with the columns of the run that trained the adapter."""
+def given_rows(data: str, adapter: Path, base: Base) -> tuple[EncodedSet, str]:
+    """Return the rows of --data, read with the columns of the run that trained the adapter, and their source in words."""
     settings = with_columns_of_run(train_settings({"data": data}), ("data",), adapter)
     rows = load_eval_set(data, settings.data, base.hf_tokenizer)
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data}")
-    return rows, f"rows of {data}", None
+    return rows, f"rows of {data}"
+
+
+def rows_of_run(adapter: Path, base: Base) -> tuple[EncodedSet, str] | str:
+    """Return the rows that the adapter's run held out and their source in words, or why there are none."""
+    splits = data_of_run(adapter, base.hf_tokenizer, MOST_DATA_BYTES)
+    if isinstance(splits, str):
+        return splits
+    held_out = splits.test or splits.valid
+    return held_out or splits.train, f"{'held-out' if held_out else 'training'} rows of its run"
 
 
 def _rows_of_run(adapter: Path, base: Base) -> tuple[EncodedSet, str, str | None]:
     """Return the rows that the adapter's run held out, or general texts and why."""
-    splits = data_of_run(adapter, base.hf_tokenizer, MOST_DATA_BYTES)
-    if isinstance(splits, str):
-        rows = load_eval_set(str(GENERAL / "text.jsonl"), train_settings({}).data, base.hf_tokenizer)
-        return rows.select(spaced_by_length(rows, min(GENERAL_ROWS, rows.examples))), "rows of general texts", splits
-    held_out = splits.test or splits.valid
-    return held_out or splits.train, f"{'held-out' if held_out else 'training'} rows of its run", None
+    found = rows_of_run(adapter, base)
+    if not isinstance(found, str):
+        return *found, None
+    rows = load_eval_set(str(GENERAL / "text.jsonl"), train_settings({}).data, base.hf_tokenizer)
+    return rows.select(spaced_by_length(rows, min(GENERAL_ROWS, rows.examples))), "rows of general texts", found
 
 
 def calibration_tokens(base: Base, adapter: Path, data: str | None) -> CalibrationTokens | str:
@@ -271,7 +298,7 @@ def calibration_tokens(base: Base, adapter: Path, data: str | None) -> Calibrati
         InputError: `data` cannot be used.
     """
     if data:
-        rows, of = _given_rows(data, adapter, base)[0], f"rows of {data}"
+        rows, of = given_rows(data, adapter, base)
     else:
         splits = data_of_run(adapter, base.hf_tokenizer, MOST_DATA_BYTES)
         if isinstance(splits, str):

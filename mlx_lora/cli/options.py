@@ -91,8 +91,8 @@ class AdapterOption(click.Option):
     """The option of a command that reads one adapter: a folder or hub id, with or without the NAME= of chat and serve."""
 
     repeated = (
-        "give one; `mlx-lora chat` and `mlx-lora serve` take several, and blend them with --blend; to merge two into one "
-        "model, see docs/merge-adapters.md"
+        "give one; `mlx-lora merge` makes one adapter of several, and `mlx-lora chat` and `mlx-lora serve` take several and "
+        "blend them with --blend"
     )
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:

@@ -1,0 +1,113 @@
+"""Merge several adapters of one base into one adapter.
+
+python -m mlx_lora merge --model DIR --adapter bard=0.7 --adapter tutor=0.3 --out both
+python -m mlx_lora merge --model DIR --adapter bard=1 --adapter tutor=1 --how ties_svd --density 0.5 --out both
+python -m mlx_lora merge --model DIR --adapter bard=1 --how svd --svd-rank 4 --out smaller
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_lora.adapters.merge import ALIASES, COMBINATIONS, SIGNS, MergeSettings
+from mlx_lora.api.merge import Merged, MergeJob, check_out, check_weights
+from mlx_lora.cli import options as flags
+from mlx_lora.cli.evaluate import print_table
+from mlx_lora.config.load import train_settings
+from mlx_lora.models.load import load_base
+from mlx_lora.utils import console
+from mlx_lora.utils.errors import InputError
+
+
+@click.command(cls=flags.ShortCommand)
+@flags.settings_options("model", leave_out=("quantized_matmul", "decode_weights"))
+@click.option(
+    "--adapter", "--adapter-path", "adapters", multiple=True, required=True, metavar="DIR=WEIGHT",
+    help="Adapter folder or hub id, ours, mlx-lm's or PEFT's, and its weight; repeat it for each. Weights need not add up to "
+    "1, and may be negative.",
+)  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Adapter folder to write.")
+@click.option(
+    "--how", type=click.Choice((*COMBINATIONS, *ALIASES)), default="cat", show_default=True, metavar="NAME",
+    help=f"The way of merging, named as in PEFT: one of {', '.join((*COMBINATIONS, *ALIASES))}.",
+)  # fmt: skip
+@click.option(
+    "--density", type=float, default=None,
+    help="Share of the numbers that ties, dare and magnitude_prune keep [default: 0.5].",
+)  # fmt: skip
+@click.option(
+    "--svd-rank", type=int, default=None, help="Rank of the result, with svd [default: the adapters' largest]."
+)
+@click.option("--seed", type=int, default=None, help="Seed of what dare drops [default: 0].")
+@click.option(
+    "--majority-sign-method", type=click.Choice(SIGNS), default=None,
+    help="How ties elects signs: by the sum of the numbers, or by the count of adapters [default: total].",
+)  # fmt: skip
+@click.option(
+    "--data", type=str, default=None,
+    help="Measure on these rows [default: what the adapters' runs held out, where it is on this disk].",
+)  # fmt: skip
+@click.option("--no-evaluate", is_flag=True, help="Measure nothing.")
+@click.option("--force", is_flag=True, help="Replace a merged adapter.")
+@click.option(
+    "--ignore-fingerprint", is_flag=True, help="Use adapters that were trained on another base of the same shape."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def main(
+    adapters: tuple[str, ...], out: Path, data: str | None, no_evaluate: bool, as_json: bool, **options: Any
+) -> None:  # fmt: skip
+    """Write one adapter that is the weighted sum of several, or an approximation of it, and measure it beside them."""
+    names = ("how", "density", "svd_rank", "seed", "majority_sign_method")
+    how = MergeSettings(**{name: options.pop(name) for name in names})
+    force, ignore_fingerprint = options.pop("force"), options.pop("ignore_fingerprint")
+    if data and no_evaluate:
+        raise InputError("--data with --no-evaluate: nothing is measured; leave out one of them")
+    job = MergeJob(check_weights(weights(adapters)), how, check_out(out, force), ignore_fingerprint)
+    base = load_base(train_settings(flags.given(options)).model)
+    merged = job.run(base, data, evaluate=not no_evaluate)
+    for name, why in (merged.not_measured or {}).items():
+        console.echo(f"Not measured on rows of {name}: {why}; name rows with --data FILE")
+    if as_json:
+        console.print_json({"out": str(out), "model": base.model_id, **merged.facts()})
+    elif merged.losses:
+        print_table(loss_rows(merged))
+
+
+def weights(adapters: tuple[str, ...]) -> dict[str, float]:
+    """Return the weights by folder or hub id, given the values of --adapter.
+
+    Raises:
+        InputError: a value has no weight, or an adapter is given twice.
+    """
+    found: dict[str, float] = {}
+    for text in adapters:
+        adapter, _, number = text.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            adapter = ""
+        if not adapter:
+            raise InputError(
+                f"--adapter {text}: has no weight; write DIR=WEIGHT, such as {text.rpartition('=')[2]}=0.5"
+            )
+        if adapter in found:
+            raise InputError(f"--adapter {adapter}: given twice; give it once, with the sum of the weights")
+        found[adapter] = weight
+    return found
+
+
+def loss_rows(merged: Merged) -> list[dict[str, str]]:
+    """Return a table: a row for each model, a column for each set of rows."""
+    columns = {f"{one.rows} {one.of}": one for one in merged.losses}
+    models = {
+        "base": [one.base for one in merged.losses],
+        **{name: [one.adapters[name] for one in merged.losses] for name in merged.losses[0].adapters},
+        f"merged ({merged.settings.name})": [one.merged for one in merged.losses],
+    }
+    return [
+        {"loss of": name, **{column: f"{loss:.3f}" for column, loss in zip(columns, losses, strict=True)}}
+        for name, losses in models.items()
+    ]
