@@ -103,7 +103,8 @@ def batch_of(tokens: int, vocabulary: int, seed: int) -> Batch:
 
 def compare(memory: Side, offloaded: Side, reading: BaseReader, batch: Batch, args: Any) -> dict[str, float]:
     """Return the medians of both ways, and the share of waiting."""
-    memory.seconds(batch), offloaded.seconds(batch)
+    for side in (memory, offloaded):  # warm
+        side.seconds(batch)
     times: dict[str, list[float]] = {"memory_s": [], "forward_s": [], "offloaded_s": [], "waited_s": []}
     for _ in range(args.rounds):
         times["memory_s"].append(memory.seconds(batch))

@@ -49,7 +49,8 @@ def cell(chips: list[dict]) -> str:
         return "no"
     speeds = sorted(round(chip["tokens_per_s"], -1 if chip["tokens_per_s"] >= 100 else 0) for chip in fits)
     peak = max(chip["peak_bytes"] for chip in fits) / 1e9
-    return f"{peak:.1f} GB, {speeds[0]:,.0f}-{speeds[-1]:,.0f}"
+    disk = " (from disk)" if any(chip["reading"] for chip in fits) else ""
+    return f"{peak:.1f} GB, {speeds[0]:,.0f}-{speeds[-1]:,.0f}{disk}"
 
 
 def table() -> str:

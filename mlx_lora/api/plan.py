@@ -185,7 +185,7 @@ def plan_run(
     problems = [rate_problem(settings, shape.model_type, shape.width)]
     settings = with_learning_rate(settings, shape.model_type, shape.width)
     offloads = settings.loop.offload_base == "on"
-    folder = Path(settings.model.model) if chip is None and memory_gb is None else None
+    folder = Path(settings.model.model or "") if chip is None and memory_gb is None else None
     reading = reading_of(outline, shape, folder) if offloads else None
     planned = MachinePlan(settings, shape, machine, ceilings, size, reading)
     result = planned.to_dict()
@@ -208,13 +208,37 @@ def plan_run(
         if machine.backend != "metal" or kernels is None:
             outline = outline_for(settings.model, device.compute_dtype("bfloat16"))
             shape = replace(outlined_shape(outline, settings, elsewhere), trained_share=shape.trained_share)
-        number_bytes = 4 if settings.model.dtype == "float32" else 2
-        result["chips"] = [
-            MachinePlan(settings, shape, one.machine(gib, number_bytes), listed_ceilings(one, number_bytes), size).chip_row(one)
-            for one in CHIPS
-            for gib in one.memory_gib
-        ]  # fmt: skip
+        from_disk = None
+        if asked.loop.offload_base == AUTO and not offload_problems(asked.to_flat()):
+            disk = offloaded(settings)
+            read_shape = replace(outlined_shape(outline, disk, elsewhere), trained_share=shape.trained_share)
+            from_disk = disk, read_shape, reading_of(outline, read_shape, None)
+        result["chips"] = _chip_rows((settings, shape, reading), from_disk, size)
     return result
+
+
+Planned = tuple["TrainSettings", "ModelShape", Reading | None]
+
+
+def _chip_rows(in_memory: Planned, from_disk: Planned | None, size: DataSize | None) -> list[dict[str, Any]]:
+    """Return a row for every chip and memory size.
+
+    Args:
+        in_memory: the run as it is asked for.
+        from_disk: the run with a base that is read from its files, for chips that hold no other.
+        size: of the data.
+    """
+    number_bytes, rows = 4 if in_memory[0].model.dtype == "float32" else 2, []
+    for chip in CHIPS:
+        for gib in chip.memory_gib:
+            machine, ceilings = chip.machine(gib, number_bytes), listed_ceilings(chip, number_bytes)
+            row: dict[str, Any] = {}
+            for settings, shape, reading in filter(None, (in_memory, from_disk)):
+                if not row.get("fits"):
+                    found = MachinePlan(settings, shape, machine, ceilings, size, reading).chip_row(chip)
+                    row = found if found["fits"] or not row else row
+            rows.append(row)
+    return rows
 
 
 def reading_of(outline: Outline, shape: ModelShape, folder: Path | None) -> Reading:
@@ -431,6 +455,7 @@ class MachinePlan:
     def chip_row(self, chip: Chip) -> dict[str, Any]:
         """Return the row of the table of chips."""
         memory = self.fitted.memory
+        predicted = self.speed() if memory.fits else None
         return {
             "chip": chip.name,
             "memory_bytes": self.machine.memory_bytes,
@@ -440,6 +465,7 @@ class MachinePlan:
             "batch_tokens": self.fitted.batch_tokens,
             "grad_checkpoint": self.fitted.checkpointing,
             "largest_sequence": largest_sequence(self.settings, self.shape, self.machine, "block"),
-            "tokens_per_s": self.speed()["tokens_per_s"] if memory.fits else None,
+            "tokens_per_s": predicted["tokens_per_s"] if predicted else None,
+            "reading": predicted["reading"] if predicted else None,
             "ceilings": chip.status,
         }

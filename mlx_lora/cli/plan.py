@@ -147,6 +147,8 @@ def render_chips(chips: list[dict[str, Any]]) -> str:
     lines.append("|---|---|---|---|---|---|---|---|")
     for row in chips:
         speed = f"{row['tokens_per_s']:,.0f}" if row["fits"] else "does not fit"
+        if row["reading"]:
+            speed += f", base read from its files ({row['reading']['waiting_share']:.0%} waiting)"
         lines.append(
             f"| {row['chip']} | {row['memory_bytes'] >> 30} | {gigabytes(row['budget_bytes'])} "
             f"| {gigabytes(row['peak_bytes'])} | {row['batch_tokens']} | {row['grad_checkpoint']} "

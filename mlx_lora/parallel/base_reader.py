@@ -132,7 +132,7 @@ class BaseReader:
     def _fill(self, unit: int) -> None:
         start, begin = time.perf_counter(), 0
         for tensor in self._units[unit]:
-            self._read_tensor(tensor, memoryview(self._buffer)[begin : begin + tensor.bytes])
+            self._read_tensor(tensor, self._buffer.data[begin : begin + tensor.bytes])
             begin += tensor.bytes
         self.statistics.bytes += begin
         self.statistics.read_s += time.perf_counter() - start

@@ -249,9 +249,9 @@ class Segment:
         """
         cotangents = list(cotangents)
         # Wait until the backward pass gets here, or all blocks would be recomputed at once.
-        primals = mx.depends(list(self.primals if primals is None else primals), cotangents)
+        waiting = mx.depends(list(self.primals if primals is None else primals), cotangents)
         with self.module.tape.replaying(kept), self.module.at_hand(cotangents):
-            return mx.vjp(lambda *p: _arrays(self._function(*p)), primals, cotangents)[1]
+            return mx.vjp(lambda *p: _arrays(self._function(*p)), waiting, cotangents)[1]
 
     def result(self, outputs: Sequence[mx.array]) -> Any:
         """Return what the block returns, with these float arrays."""
