@@ -235,7 +235,8 @@ def _chip_rows(in_memory: Planned, from_disk: Planned | None, size: DataSize | N
             row: dict[str, Any] = {}
             for settings, shape, reading in filter(None, (in_memory, from_disk)):
                 if not row.get("fits"):
-                    found = MachinePlan(settings, shape, machine, ceilings, size, reading).chip_row(chip)
+                    here = with_kernels(settings, shape, machine, KernelChoice(settings.loop.kernels))
+                    found = MachinePlan(settings, shape, here, ceilings, size, reading).chip_row(chip)
                     row = found if found["fits"] or not row else row
             rows.append(row)
     return rows
