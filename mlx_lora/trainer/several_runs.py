@@ -510,7 +510,8 @@ def check_fits_together(runs: Sequence[TrainSettings]) -> None:
     try:
         outline = outline_for(runs[0].model, dtype)
         for settings in runs:
-            known.setdefault(_of_adapter(settings), _least(settings, outline))
+            if _of_adapter(settings) not in known:
+                known[_of_adapter(settings)] = _least(settings, outline)
     except (InputError, *FOREIGN_ERRORS) as error:
         if not isinstance(error, InputError) and not is_foreign(error):
             raise

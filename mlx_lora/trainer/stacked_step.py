@@ -34,6 +34,7 @@ from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.kernels.table import assumed, exchanging
 from mlx_lora.losses.cross_entropy import PLAIN, Arrays, Loss
 from mlx_lora.models.head import MOST_PICKED, find_head
+from mlx_lora.models.prefix_attention import rotate_by_token
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.planner.several_runs import activation_bytes
 from mlx_lora.trainer.gradient_checkpointing import PRODUCTS, Checkpointed, Kept, Tape, mix_in
@@ -233,6 +234,8 @@ class StackedStep:
         self._members = {number: Member(trainer) for number, trainer in trainers.items()}
         self._model, self._room_bytes = base.model, room_bytes
         models = {number: trainer.step.model for number, trainer in trainers.items()}
+        if any(trainer.plan.rows.starts is not None for trainer in trainers.values()):
+            rotate_by_token(base.model)  # before kernels are recorded on such rows
         compute = choose(base)  # remembered for the plain model, and each run has tried its own
         self._routing = stack_adapters(base.model, models)
         head = find_head(base.model, base.config)
