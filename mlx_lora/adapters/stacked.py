@@ -119,14 +119,15 @@ def parts_of(x: mx.array, lengths: Sequence[int], axis: int = 0) -> list[mx.arra
     ends = list(accumulate(lengths))[:-1]
 
     @mx.custom_function
-    def cut(x: mx.array) -> list[mx.array]:
+    def cut(x: mx.array) -> Any:
         return mx.split(x, ends, axis)
 
     @cut.vjp
     def cut_vjp(primals: Any, cotangents: Any, outputs: Any) -> mx.array:
         return mx.concatenate(list(cotangents), axis)
 
-    return list(cut(x))
+    parts: Any = cut(x)
+    return list(parts)
 
 
 # Layers

@@ -302,7 +302,7 @@ class StackedStep:
             losses, results = self._loss.tokens(self._model, *joint_arrays(group)), []
             for member, part, arrays in zip(members, parts_of(losses, ends), own, strict=True):
                 results.append(member.loss_of(part, arrays))
-            return sum((result[0] for result in results[1:]), results[0][0]), results
+            return mx.stack([result[0] for result in results]).sum(), results
 
         shares = [Share(part.run, part.rows, part.width, slots) for part, slots in zip(group, ends, strict=True)]
         with self._routing.to(shares, keys), left_unchanged(self._model), self._kernels(self._model):

@@ -82,7 +82,7 @@ def records(path: Path, number: int, objective: str, count: int = 24) -> Path:
         good = "abc" * (1 + (n + number) % 4)
         rows.append(
             {"prompt": f"Say {n % 7} #{n} {number}", "completion": good}
-            if objective == "sft"
+            if objective in ("sft", "grpo")
             else {"prompt": f"Say {n} {number}", "chosen": good, "rejected": "No" + "!" * (n % 3)}
         )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -127,9 +127,9 @@ def solo_and_together(
     """Train runs alone and together, and return the folders of each."""
     pairs = [(tmp_path / f"alone-{n}", tmp_path / f"together-{n}") for n in range(len(runs))]
     for number, (changes, (alone, _)) in enumerate(zip(runs, pairs, strict=True)):
-        train_run(settings_of(model, alone, number, objective, **changes))
+        train_run(settings_of(model, alone, number, **{"objective": objective, **changes}))
     several = [
-        settings_of(model, together, number, objective, **changes)
+        settings_of(model, together, number, **{"objective": objective, **changes})
         for number, (changes, (_, together)) in enumerate(zip(runs, pairs, strict=True))
     ]
     for member in SeveralRuns.open(several).train():
