@@ -158,7 +158,8 @@ def test_each_run_equals_its_solo_run(case, models, tmp_path, groups):
     runs = [{"learning_rate": 1e-3, "rank": 4, **changes} for changes in runs]
     pairs = solo_and_together(models(family), tmp_path, runs, objective)
     assert all(close(*pair) for pair in pairs)
-    assert max(map(len, groups)) == len(runs)  # and not because each was computed by itself
+    # Not because each was computed by itself; other targets, or answers in rows of their own, make other groups.
+    assert max(map(len, groups)) >= (2 if any("objective" in one for one in runs) else len(runs))
     assert (
         np.abs(losses(pairs[0][0])[:4] - losses(pairs[1][1])[:4]).max() > 1e-3
     )  # two runs are not the same to begin with
