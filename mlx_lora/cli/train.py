@@ -22,7 +22,7 @@ from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.config.settings import MODEL, TRAINING, TrainSettings
 from mlx_lora.parallel.launch import find_launch, together
 from mlx_lora.utils import console, device
-from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.supervise import run_supervised
 from mlx_lora.utils.text import counted
 
@@ -112,15 +112,14 @@ def run_several(files: Sequence[str], given: dict[str, Any], others: dict[str, A
     settings = [train_settings(given, read_settings(file, given)) for file in files]
     _starting()
     from mlx_lora.trainer.header import interrupted_line  # slow to import, see `run`
-    from mlx_lora.trainer.several_runs import SeveralRuns
+    from mlx_lora.trainer.several_runs import SeveralRuns, failures
 
     members = SeveralRuns.open(settings).train()
     for member in members:
         if member.outcome is not None and member.outcome.interrupted:
             console.echo(f"{member.name}: {interrupted_line(str(member.folder), member.outcome)}")
-    if failed := [member for member in members if member.error is not None]:
-        reasons = "; ".join(f"{member.name}: {member.error}" for member in failed)
-        raise RunError(f"{len(failed)} of {counted(len(members), 'run')} failed: {reasons}")
+    if failed := failures(members):
+        raise failed
     return 130 if any(member.outcome is None or member.outcome.interrupted for member in members) else 0
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_lora.adapters.stacked import unstackable
 from mlx_lora.config.settings import TrainSettings, checkpoint_every
@@ -265,7 +266,7 @@ class Member:
         before = console.LOGGER.handlers
         console.LOGGER.handlers = [Named(before, self.name)]
         if self._state is not None:
-            high, low = self._state.tolist()  # type: ignore[misc] # the state of a stream cannot be assigned, only seeded
+            high, low = np.array(self._state).tolist()  # the state of a stream cannot be assigned, only seeded
             mx.random.seed(high << 32 | low)
         try:
             yield
@@ -494,6 +495,15 @@ def _kept_share(mode: str) -> tuple[int, int]:
 
 def _state_bytes(state: Mapping[str, Any]) -> int:
     return sum(a.nbytes for entry in state.values() for a in (entry.values() if isinstance(entry, dict) else [entry]))
+
+
+def failures(members: Sequence[Member]) -> RunError | None:
+    """Return the error that says which runs failed, and why; None: none did."""
+    failed = [member for member in members if member.error is not None]
+    if not failed:
+        return None
+    reasons = "; ".join(f"{member.name}: {member.error}" for member in failed)
+    return RunError(f"{len(failed)} of {counted(len(members), 'run')} failed: {reasons}")
 
 
 # Memory
