@@ -2,36 +2,32 @@
 
     python benchmarks/several_runs.py --model MODEL --runs 1 2 4 8 16 --widths 30 200 --out several-runs.json
 
-All runs have rows of one width, and text, seed, rate and rank of their own. Each round trains a run by itself, in a process of its own,
-and then N runs in one process, for every N. N runs one after another take N times the steps of the one that was measured in the same
-round, and the memory of one; side by side they take the memory of N. Steps are timed from the end of the first one. `seconds` is the
-whole command, with loading and planning. Ends with one line of JSON.
+All runs have rows of one width, and text, seed, rate and rank of their own. One process holds all of them. Right before each step of the
+first N together, a step of one run is measured; N runs one after another take N times as long, and side by side they take N times its
+memory. Processor seconds are those of all threads: on a busy machine they say more than the wall clock. The memory of a step has the
+factors and optimizers of all runs in it, so that of fewer runs is a little too large. Ends with one line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import statistics
-import sys
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from _harness import cell, environment, options, paired_ratio, record, run_child, say, spread, table
-from _ours import read_metrics
+from _harness import cell, environment, options, paired_ratio, record, run_side, say, spread, table
 
 OPTIONS = (
     ("--model", ..., "Folder, hub id or GGUF file of the base."),
     ("--runs", [1, 2, 4, 8, 16], "Numbers of runs in one pass."),
     ("--widths", [30, 200], "Tokens of a row."),
     ("--rows", 4, "Rows of a run's step."),
-    ("--steps", 4, "Steps of each run, the first not counted."),
-    ("--rounds", 3, "Rounds."),
+    ("--rounds", 3, "Rounds, besides a first one that is not counted."),
     ("--timeout", 3600.0, "Seconds allowed for each process."),
     ("--out", str, "JSON file of everything."),
 )
+STEPS = 4
 WORDS = [
     "the",
     "a",
@@ -59,10 +55,10 @@ WORDS = [
 def write_run(folder: Path, number: int, width: int, args: argparse.Namespace) -> Path:
     """Write a run's text and settings, and return its settings file."""
     chosen = random.Random(number)
-    text = " ".join(chosen.choice(WORDS) for _ in range((args.rows * args.steps + 4) * (width + 1)))
+    text = " ".join(chosen.choice(WORDS) for _ in range((args.rows * STEPS + 4) * (width + 1)))
     (folder / f"{number}.txt").write_text(text, encoding="utf-8")
     settings = {
-        "model": args.model, "data": folder / f"{number}.txt", "adapter_path": folder / f"run-{number}", "iters": args.steps,
+        "model": args.model, "data": folder / f"{number}.txt", "adapter_path": folder / f"run-{number}", "iters": STEPS,
         "batch_size": args.rows, "max_seq_length": width + 1, "learning_rate": 1e-4 * (1 + number % 5), "rank": (8, 16, 32)[number % 3],
         "seed": number, "steps_per_report": 1, "val_batches": 0, "save_every": 0, "sample_tokens": 0, "force": "true",
     }  # fmt: skip
@@ -71,43 +67,21 @@ def write_run(folder: Path, number: int, width: int, args: argparse.Namespace) -
     return file
 
 
-def measure(command: list[str], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Run the train command, and return the seconds of a step of all its runs and the peak memory, as its first run reports them."""
-    ended = run_child(
-        [sys.executable, "-m", "mlx_lora.train", *command], folder / "log.txt", timeout_s=args.timeout, good_codes=(0,)
-    )
-    lines = [line for line in read_metrics(folder / "run-0") if line["loss"] is not None]
-    ends = [line["elapsed_s"] for line in lines]
-    return {
-        "step_s": statistics.median(after - before for before, after in pairwise(ends)),
-        "peak_bytes": max(line["peak_memory_bytes"] for line in lines),
-        "positions": lines[-1]["positions"],
-        "seconds": ended.wall_s,
-    }
-
-
-def round_of(width: int, folder: Path, args: argparse.Namespace, number: int) -> dict[str, dict[str, Any]]:
-    """Measure one run, and N runs together for every N."""
-    files = [write_run(folder, run, width, args) for run in range(max(args.runs))]
-    found = {"alone": measure(["--config", str(files[0])], folder, args)}
-    for count in [count for count in args.runs if count > 1]:
-        found[str(count)] = measure(["--runs", *map(str, files[:count])], folder, args)
-        say(f"round {number}, {width} tokens, {count} runs: {found[str(count)]}; alone {found['alone']}")
-    return found
-
-
-def summary(rounds: list[dict[str, dict[str, Any]]], count: int) -> dict[str, Any]:
+def summary(side: dict[str, Any], count: int) -> dict[str, Any]:
     """Return the figures of N runs in one pass, against N times one run."""
-    alone, together = ([one[name] for one in rounds] for name in ("alone", str(count) if count > 1 else "alone"))
+    together = side["found"][str(count)]
+    alone = [one for one in side["found"]["alone"] if one["beside"] == count]
+    pairs = {
+        name: ([count * one[name] for one in alone], [one[name] for one in together]) for name in ("wall_s", "cpu_s")
+    }
     return {
         "runs": count,
-        "step_s": spread(one["step_s"] for one in together),
-        "one_after_another_s": spread(count * one["step_s"] for one in alone),
-        "times_as_fast": paired_ratio([count * one["step_s"] for one in alone], [one["step_s"] for one in together]),
+        "cpu_s": spread(one["cpu_s"] for one in together),
+        "one_after_another_cpu_s": spread(pairs["cpu_s"][0]),
+        "times_as_fast": paired_ratio(*pairs["cpu_s"]),
+        "times_as_fast_by_the_clock": paired_ratio(*pairs["wall_s"]),
         "peak_bytes": spread(one["peak_bytes"] for one in together),
         "peak_of_one_bytes": spread(one["peak_bytes"] for one in alone),
-        "seconds": spread(one["seconds"] for one in together),
-        "one_after_another_seconds": spread(count * one["seconds"] for one in alone),
     }
 
 
@@ -118,34 +92,30 @@ def main() -> None:
         for width in args.widths:
             folder = Path(place) / str(width)
             folder.mkdir()
-            rounds = [round_of(width, folder, args, number) for number in range(1, args.rounds + 1)]
-            found = [summary(rounds, count) for count in args.runs]
-            result["widths"][width] = {"rounds": rounds, "found": found}
+            files = [str(write_run(folder, run, width, args)) for run in range(max(args.runs))]
+            job = {"files": files, "runs": args.runs, "rounds": args.rounds}
+            side, _ = run_side("several_runs_side.py", job, folder, "several", timeout_s=args.timeout)
+            found = [summary(side, count) for count in args.runs]
+            result["widths"][width] = {**side, "summary": found}
             say(f"\nRows of {width} tokens, {args.rows} to a run's step\n")
             head = (
                 "runs",
-                "a step of all, s",
-                "one after another, s",
+                "a step of all, cpu s",
+                "one after another",
                 "times as fast",
+                "by the clock",
                 "peak GB",
-                "side by side GB",
-                "whole command, s",
-                "N commands, s",
+                "N times one, GB",
             )
-            say(
-                table(
-                    head,
-                    [
-                        (
-                            one["runs"], cell(one["step_s"], digits=2), cell(one["one_after_another_s"], digits=2),
-                            cell(one["times_as_fast"], digits=2), cell(one["peak_bytes"], 1e-9, 2),
-                            cell(one["peak_of_one_bytes"], one["runs"] * 1e-9, 2), cell(one["seconds"]),
-                            cell(one["one_after_another_seconds"]),
-                        )
-                        for one in found
-                    ],
+            rows = [
+                (
+                    one["runs"], cell(one["cpu_s"], digits=2), cell(one["one_after_another_cpu_s"], digits=2),
+                    cell(one["times_as_fast"], digits=2), cell(one["times_as_fast_by_the_clock"], digits=2),
+                    cell(one["peak_bytes"], 1e-9, 2), cell(one["peak_of_one_bytes"], one["runs"] * 1e-9, 2),
                 )
-            )  # fmt: skip
+                for one in found
+            ]  # fmt: skip
+            say(table(head, rows))
     record(result, args.out, ("settings", "widths"))
 
 

@@ -300,11 +300,13 @@ class SeveralRuns:
     Attributes:
         members: the runs, in the order of their settings.
         at: rounds that are done.
+        joint: computes their steps together; None before they have begun, or where fewer than two can be stacked.
     """
 
     def __init__(self, members: Sequence[Member], base: Base, left: Sequence[Left], at: int = 0):
         self.members, self.at = list(members), at
-        self._base, self._step = base, None
+        self._base = base
+        self.joint: StackedStep | None = None
         for member, own in zip(members, left, strict=False):
             if own.is_over(at) and own.ended is not None:
                 member.error = own.error
@@ -405,10 +407,10 @@ class SeveralRuns:
     def _results(self, active: Mapping[int, Member], wanted: Mapping[int, StepWanted]) -> dict[int, StepResult]:
         """Compute the steps."""
         keys = {number: member.key for number, member in active.items() if member.drops}
-        joined = [] if self._step is None else self._step.joined(wanted)
+        joined = [] if self.joint is None else self.joint.joined(wanted)
         sums = {}
-        if self._step is not None and joined:
-            sums = self._step.sums({number: wanted[number] for number in joined}, keys)
+        if self.joint is not None and joined:
+            sums = self.joint.sums({number: wanted[number] for number in joined}, keys)
         results = {}
         for number, member in active.items():
             step, own = wanted[number].trainer.step, wanted[number]
@@ -446,8 +448,8 @@ class SeveralRuns:
         base = replace(self._base, model=copy.deepcopy(self._base.model))
         with waiting("Preparing the joint step"):
             modes = [trainer.settings.grad_checkpoint for trainer in trainers.values()]
-            self._step = StackedStep(base, trainers, choose, min(modes, key=_kept_share), room_bytes)
-        log.info(f"Together: {counted(len(trainers), 'run')} on one base; {self._step.words}")
+            self.joint = StackedStep(base, trainers, choose, min(modes, key=_kept_share), room_bytes)
+        log.info(f"Together: {counted(len(trainers), 'run')} on one base; {self.joint.words}")
 
     def _room_bytes(self) -> float:
         """Return the bytes that the activations of all rows that are computed together may take.
