@@ -283,8 +283,6 @@ def unstackable(model: nn.Module) -> str | None:
             return f"it adapts {path}, {'an embedding' if layer.OVER not in (LINEAR, SWITCH) else 'in another way'}"
         if isinstance(layer, EXPERTS) and layer.dropout.probability:
             return "it drops inputs of experts"
-        if "fixed_a" in layer:
-            return "it merges its factors as it goes on"
     return None
 
 

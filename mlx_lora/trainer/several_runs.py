@@ -99,6 +99,8 @@ def _problems(settings: TrainSettings, first: TrainSettings, its_name: str) -> I
         )
     if not wants_training(settings):
         yield "--test alone trains nothing; leave it out of --runs"
+    if loop.resume not in (None, "auto"):
+        yield f"--resume {loop.resume}: runs go on together, from where all have a checkpoint; give --resume without a value"
     asked = {
         "--shard-base": loop.shard_base != "off",
         "--parallel": loop.parallel != "data",
@@ -401,6 +403,7 @@ class SeveralRuns:
             for member in self.active:
                 if not member.saved:
                     member.save()
+                    ended += [member] if member.wanted is None else []  # it could not be saved
         for member in ended:
             self._note(member)
 

@@ -145,6 +145,7 @@ QUICK = {
     "selective": ("dense", "sft", [{**EIGHT[0], "grad_checkpoint": "selective"}, {**EIGHT[4], "grad_checkpoint": "none"}]),
     "qa-lora": ("4-bit", "sft", [GROUPS, {**GROUPS, "rank": 2}, {**GROUPS, "dropout": 0.1}]),
     "other methods": ("dense", "sft", [{"method": "pissa", "rank": 4}, {"method": "adalora", "rank": 4}, EIGHT[0]]),
+    "relora": ("dense", "sft", [{"method": "relora", "relora_every": 2}, {"learning_rate": 5e-4}]),
     "other objectives": (
         "dense", "dpo", [{"objective": "orpo"}, {"objective": "simpo"}, {"objective": "cpo"}, {"shared_prefix": "off"}]
     ),
@@ -175,6 +176,14 @@ def test_eight_runs_equal_their_solo_runs_over_thirty_steps(family, objective, m
         assert np.abs(losses(alone) - losses(together)).max() <= 1e-5
         assert close(alone, together)
     assert max(map(len, groups)) > 4
+
+
+@pytest.mark.slow
+def test_a_run_that_trains_the_base_takes_its_steps_by_itself(models, tmp_path, groups, logged):
+    runs = [{"learning_rate": 1e-4, "method": "full", "num_layers": 1}, EIGHT[0], EIGHT[2]]
+    assert all(close(*pair) for pair in solo_and_together(models("dense"), tmp_path, runs))
+    assert {run for group in groups for run in group} == {1, 2}
+    assert any("together-0: its rows are computed by themselves" in line for line in logged)
 
 
 def test_a_run_that_diverges_leaves_the_others_bytes(models, tmp_path, groups):
