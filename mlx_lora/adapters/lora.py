@@ -43,7 +43,10 @@ class LoRALinear(AdapterLayer):
             x: (..., in).
             key: random key of the dropout; None: a new one is drawn.
         """
-        y = self.linear(x)  # (..., out)
+        return self.onto(self.linear(x), x, key)
+
+    def onto(self, y: mx.array, x: mx.array, key: mx.array | None = None) -> mx.array:
+        """Return the layer's output, given the base's, y (..., out)."""
         a, b = self.called_factors()
         z = self.dropout(x, key) @ a.astype(x.dtype)  # (..., r)
         # This takes one pass over the output instead of two.
@@ -192,8 +195,13 @@ class DoRALinear(DoRALayer):
 
     def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
         """Apply the layer; arguments as in LoRALinear."""
+        return self.onto(self.linear(x), x, key)
+
+    def onto(self, y: mx.array, x: mx.array, key: mx.array | None = None) -> mx.array:
+        """Return the layer's output, given the base's, y (..., out)."""
+        y = y - self.linear.bias if "bias" in self.linear else y
         z = self.dropout(x, key) @ self.lora_a.astype(x.dtype)  # (..., r)
-        y = mx.addmm(self._without_bias(x), z, (self.scale * self.lora_b).astype(x.dtype))  # (..., out)
+        y = mx.addmm(y, z, (self.scale * self.lora_b).astype(x.dtype))  # (..., out)
         y = y * (self.m / self.lengths(x.dtype)).astype(x.dtype)
         return y + self.linear.bias if "bias" in self.linear else y
 

@@ -104,8 +104,12 @@ class QALoRALinear(QALoRALayer):
 
     def __call__(self, x: mx.array, key: mx.array | None = None) -> mx.array:
         """Apply the layer; arguments as in LoRALinear."""
+        return self.onto(self.linear(x), x, key)
+
+    def onto(self, y: mx.array, x: mx.array, key: mx.array | None = None) -> mx.array:
+        """Return the layer's output, given the base's, y (..., out)."""
         z = self.pooled(self.dropout(x, key)) @ self.lora_a.astype(x.dtype)  # (..., r)
-        return mx.addmm(self.linear(x), z, (self.scale * self.lora_b).astype(x.dtype))
+        return mx.addmm(y, z, (self.scale * self.lora_b).astype(x.dtype))
 
 
 class QALoRAEmbedding(QALoRALayer):

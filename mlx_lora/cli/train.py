@@ -4,11 +4,14 @@ python -m mlx_lora.train --model HuggingFaceTB/SmolLM2-135M-Instruct --data data
 python -m mlx_lora.train --model model.Q4_1.gguf --data tiny-shakespeare --adapter-path bard --iters 200
 python -m mlx_lora.train --config run.yaml --learning-rate 1e-4
 python -m mlx_lora.train --model model.Q4_1.gguf --data chats.csv --dry-run
+python -m mlx_lora.train --runs a.yaml b.yaml c.yaml
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +19,14 @@ import click
 
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import read_settings, train_settings
-from mlx_lora.config.settings import TRAINING, TrainSettings
-from mlx_lora.parallel.launch import together
+from mlx_lora.config.settings import MODEL, TRAINING, TrainSettings
+from mlx_lora.parallel.launch import find_launch, together
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.supervise import run_supervised
 from mlx_lora.utils.text import counted
+
+RUNS = "--runs"
 
 
 def _starting() -> None:
@@ -30,16 +35,48 @@ def _starting() -> None:
         console.echo("Starting: loading MLX and the libraries for models and tokenizers")
 
 
-@click.command(cls=flags.SettingsCommand)
+class TrainCommand(flags.SettingsCommand):
+    """The command, whose --runs takes all the files that follow it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_repeated(args)))
+
+
+def _repeated(args: list[str]) -> Iterator[str]:
+    """Yield arguments in which --runs A B is --runs A --runs B."""
+    inside = first = False
+    for arg in args:
+        if arg.startswith("-"):
+            inside = first = arg == RUNS
+        elif inside and not first:
+            yield RUNS
+        else:
+            first = False
+        yield arg
+
+
+@click.command(cls=TrainCommand)
 @flags.config_option
+@click.option(
+    RUNS,
+    "runs",
+    multiple=True,
+    cls=console.Option,
+    group=MODEL,
+    common=False,
+    metavar="FILE ...",
+    help="Train the runs of several settings files at once, on one base, each as if alone; flags override all files.",
+)
 @click.option(
     "--dry-run", is_flag=True, cls=console.Option, group=TRAINING,
     help="Report on the data and plan the run as `plan` does; train and write nothing.",
 )  # fmt: skip
 @flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop")
-def main(config_file: str | None, dry_run: bool, **options: Any) -> int:
+def main(config_file: str | None, runs: tuple[str, ...], dry_run: bool, **options: Any) -> int:
     """Train an adapter for --model on --data, and write it to --adapter-path."""
     given = flags.given(options)
+    if runs:
+        return run_several(runs, given, {"--config": config_file, "--dry-run": dry_run})
     settings = train_settings(given, read_settings(config_file, given))
     try:
         return run(settings, dry_run)
@@ -52,6 +89,38 @@ def main(config_file: str | None, dry_run: bool, **options: Any) -> int:
         ):
             raise
         return run(replace(settings, data=replace(settings.data, chat_template="chatml")), dry_run)
+
+
+def run_several(files: Sequence[str], given: dict[str, Any], others: dict[str, Any]) -> int:
+    """Train the runs of several settings files, and return the exit code.
+
+    Args:
+        files: of --runs.
+        given: flags, which override what all files say.
+        others: options of the command that do not go with --runs -> their values.
+
+    Raises:
+        InputError: they cannot be trained together.
+        RunError: some of them failed.
+    """
+    asked = [flag for flag, value in others.items() if value]
+    asked += ["--adapter-path"] if "adapter_path" in given else []
+    if asked:
+        raise InputError(f"{' and '.join(asked)} with --runs: each run's own file says that; leave it out")
+    if find_launch(dict(os.environ)) is not None:
+        raise InputError("--runs: trains in a single process; start it without a launcher")
+    settings = [train_settings(given, read_settings(file, given)) for file in files]
+    _starting()
+    from mlx_lora.trainer.header import interrupted_line  # slow to import, see `run`
+    from mlx_lora.trainer.several_runs import SeveralRuns, failures
+
+    members = SeveralRuns.open(settings).train()
+    for member in members:
+        if member.outcome is not None and member.outcome.interrupted:
+            console.echo(f"{member.name}: {interrupted_line(str(member.folder), member.outcome)}")
+    if failed := failures(members):
+        raise failed
+    return 130 if any(member.outcome is None or member.outcome.interrupted for member in members) else 0
 
 
 def run(settings: TrainSettings, dry_run: bool) -> int:

@@ -283,16 +283,17 @@ def checkpoint_blocks(blocks: list[nn.Module], products: bool) -> Tape:
         adapters = list(adapter_layers(block).values())
         inside = {id(part) for layer in adapters for part in layer.modules()}
         for layer in adapters:
-            _mix_in(KeptAdapter, layer, tape)
+            mix_in(KeptAdapter, layer, tape)
         for layer in block.modules():
             product = is_exactly(layer, PRODUCTS) or (isinstance(layer, Exit) and isinstance(layer, PRODUCTS))
             if id(layer) not in inside and (isinstance(layer, Kept) or product):
-                _mix_in(Kept, layer, tape)
-        _mix_in(Checkpointed, block, tape)
+                mix_in(Kept, layer, tape)
+        mix_in(Checkpointed, block, tape)
     return tape
 
 
-def _mix_in(mixin: type, module: nn.Module, tape: Tape) -> None:
+def mix_in(mixin: type, module: nn.Module, tape: Tape) -> None:
+    """Give one instance a class in which `mixin` comes before its own, and the tape."""
     base = type(module)
     if not issubclass(base, mixin):
         module.__class__ = type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -22,13 +23,13 @@ from mlx_lora.trainer.build import BuiltRun, build_run
 from mlx_lora.trainer.callbacks import Callback, Callbacks, logger_callbacks
 from mlx_lora.trainer.checkpoint import take_first_ranks
 from mlx_lora.trainer.choose_strategy import choose_strategy
-from mlx_lora.trainer.guards import MemoryGuard
+from mlx_lora.trainer.guards import MemoryGuard, interrupt_flag
 from mlx_lora.trainer.header import closing_words, left_by, loss_words, outcome_line, told_after
 from mlx_lora.trainer.held_out import held_out_loss
 from mlx_lora.trainer.report_callback import RunPage, known_rows, leave_card, reporting
 from mlx_lora.trainer.run_folder import check_room, first_day, own_folder
 from mlx_lora.trainer.state import Diverged
-from mlx_lora.trainer.trainer import LoopHooks, Outcome, Trainer
+from mlx_lora.trainer.trainer import LoopHooks, Outcome, Steps, Trainer, alone
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
@@ -66,6 +67,24 @@ def train_run(
         InputError: settings, model, data, callbacks or run folder that cannot be used.
         RunError: the run diverged, its results could not be written, or a callback failed.
     """
+    return alone(run_steps(settings, ranks, show, base, callbacks, functions))
+
+
+def run_steps(
+    settings: TrainSettings,
+    ranks: Ranks = ALONE,
+    show: Callable[[int], Progress] | None = None,
+    base: Base | None = None,
+    callbacks: Sequence[Callback] = (),
+    functions: Mapping[str, Callable[..., Any]] = NO_FUNCTIONS,
+    flag: AbstractContextManager[Callable[[], bool]] | None = None,
+) -> Steps:
+    """Train as `train_run` does, and yield each step to whoever computes it (trainer/trainer.py).
+
+    Args:
+        settings, ranks, show, base, callbacks, functions: as there.
+        flag: tells, inside its context, whether the run is to end; None: a signal asks it to.
+    """
     told = Callbacks([*callbacks, *logger_callbacks(settings)] if ranks.leads else ())
     objective = objective_of(settings.objective)
     check_request(settings, ranks, functions)
@@ -88,7 +107,7 @@ def train_run(
         with own_folder(Path(settings.loop.adapter_path), ranks), device.own_memory_limit():
             with waiting("Preparing the run: memory, batches, kernels"):
                 run = build_run(ctx, data)
-            outcome, test = take_steps(run, data, show, told), run.test
+            outcome, test = (yield from take_steps(run, data, show, told, flag)), run.test
     elif test is not None:
         test = objective.compare(ctx, {"test": test})["test"]
     if settings.loop.test and test is not None and not outcome.interrupted:
@@ -179,7 +198,8 @@ def take_steps(
     data: DataSplits,
     show: Callable[[int], Progress] | None,
     told: Callbacks,
-) -> Outcome:
+    flag: AbstractContextManager[Callable[[], bool]] | None = None,
+) -> Steps:
     """Take the steps of a run, report and save meanwhile, and leave its results.
 
     Args:
@@ -187,6 +207,7 @@ def take_steps(
         data: that it was built from.
         show: see `train_run`.
         told: the callbacks.
+        flag: see `run_steps`.
 
     Raises:
         RunError: the run diverged, its results could not be written, or a callback failed.
@@ -214,7 +235,7 @@ def take_steps(
             with folder.kept_if_it_fails(), reporting(run, told, show, page) as (report, shown, watch):
                 on_step = qat_from(settings.adapter, base.model, run.steps, at.taken, shown)
                 hooks = LoopHooks(report, save, on_step, told.failed, watch)
-                outcome = Trainer(
+                trainer = Trainer(
                     step,
                     run.ctx.objective,
                     run.bound,
@@ -225,7 +246,9 @@ def take_steps(
                     at,
                     guard,
                     strategy,
-                ).fit()
+                    memory,
+                )
+                outcome = yield from trainer.steps(flag or interrupt_flag())
                 best = None if outcome.interrupted else folder.put_best()
                 take_first_ranks(strategy, step)  # rank 0 restored the best adapter
         except Diverged as diverged:

@@ -1,14 +1,18 @@
-"""The training loop: `Trainer.fit` takes a run's steps, reports, validates and saves, and knows no objective by name."""
+"""The training loop: `Trainer.steps` takes a run's steps, reports, validates and saves, and knows no objective by name.
+
+It is a generator that yields the batches of each step and is sent the step's result, so that whoever drives it decides when the
+step is computed: `alone` at once, trainer/several_runs.py together with other runs' steps.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch
     from mlx_lora.data.sampler import BatchPlan
     from mlx_lora.objectives.base import BoundObjective, HeldOutBatches, Objective
+    from mlx_lora.planner.memory import MemoryPlan
     from mlx_lora.trainer.step import Step, StepResult
 
 # This many skipped updates in a row mean that the run has diverged, not that one batch was bad.
@@ -173,6 +178,34 @@ class LoopHooks:
     watch: Callable[[Iterable[Batch], int], Iterable[Batch]] = lambda batches, count: batches
 
 
+class StepWanted(NamedTuple):
+    """A step that a run takes next.
+
+    Attributes:
+        trainer: of the run.
+        batches, asked, divide: what the step is called with.
+    """
+
+    trainer: Trainer
+    batches: list[Batch]
+    asked: bool
+    divide: Callable[[list[Batch]], list[Batch]]
+
+
+Steps = Generator[StepWanted, "StepResult | None", "Outcome"]
+"""Yields the steps that a run takes and is sent their results; returns how the run ended."""
+
+
+def alone(steps: Steps) -> Outcome:
+    """Take a run's steps, each as soon as its batches are there."""
+    try:
+        wanted = next(steps)
+        while True:
+            wanted = steps.send(wanted.trainer.step(*wanted[1:]))
+    except StopIteration as end:
+        return end.value
+
+
 @dataclass
 class Trainer:
     """Trains until the run's steps are done, the validations no longer get better, or it is interrupted.
@@ -188,6 +221,7 @@ class Trainer:
         at: the run's position, which is up to date when `save` is called.
         guard: watches memory; None: nothing is watched.
         strategy: how processes divide the work; each has the whole plan.
+        memory: the run's memory plan, for who takes its steps together with others; None: not planned.
     """
 
     step: Step
@@ -200,6 +234,7 @@ class Trainer:
     at: Position = field(default_factory=Position)
     guard: MemoryGuard | None = None
     strategy: Strategy = SINGLE_DEVICE
+    memory: MemoryPlan | None = None
 
     def __post_init__(self) -> None:
         self._guard = self.guard or MemoryGuard(self.at)
@@ -209,7 +244,14 @@ class Trainer:
         self._previous: StepResult | None = None  # the device works on it while the host prepares the next
 
     def fit(self) -> Outcome:
-        """Take the run's steps.
+        """Take the run's steps, each as soon as its batches are there; see `steps`."""
+        return alone(self.steps(interrupt_flag()))
+
+    def steps(self, flag: AbstractContextManager[Callable[[], bool]]) -> Steps:
+        """Take the run's steps, whose results are sent; None instead of a result saves the run where it is.
+
+        Args:
+            flag: tells, inside its context, whether a signal asked the run to end.
 
         Returns:
             The outcome; after an interruption the adapter has been saved.
@@ -219,14 +261,14 @@ class Trainer:
                 saved.
         """
         self.step.model.train()
-        with interrupt_flag() as signaled:
+        with flag as signaled:
             self._interrupted = Agreement(lambda: signaled() or self.hooks.stop(), self.strategy.ranks)
             if not self.at.taken:
                 self.validate()
             self._window = Window()
             batches = _steps(self.objective, self.plan, self.settings, self.at, self.total)
             while self.at.taken < self.total and not self._ends():
-                self._take(next(batches))
+                yield from self._take(next(batches))
             if self._window.results:
                 self._report()
             if self.at.taken and self._saved_at != self.at.taken:
@@ -235,15 +277,22 @@ class Trainer:
             val_loss = self.at.val_loss if self.at.val_at == self.at.taken else None
             return Outcome(self.at.taken, val_loss, self._interrupted(), self._stopped_early())
 
+    @property
+    def saved(self) -> bool:
+        """Whether the run has been saved where it is."""
+        return self._saved_at == self.at.taken
+
     def _ends(self) -> bool:
         """Return whether the run ends before its last step: only after all updates on the same batches."""
         return self.at.taken % self.objective.updates == 0 and (self._interrupted() or self._stopped_early())
 
-    def _take(self, chosen: list[Batch]) -> None:
+    def _take(self, chosen: list[Batch]) -> Generator[StepWanted, StepResult | None]:
         """Take a step over some micro-batches, then report, validate and save if it is time."""
         at, guard, previous = self.at, self._guard, self._previous
         parts = self.strategy.split(chosen, guard.divide)
-        result = self.step(parts, self._interrupted.asked(), guard.divide)
+        wanted = StepWanted(self, parts, self._interrupted.asked(), guard.divide)
+        while (result := (yield wanted)) is None:
+            self._save()
         # The device works on this step while the host waits for the one before: one step ahead, no more.
         self._interrupted.hear(previous)
         if previous is not None and diverged(at, previous):

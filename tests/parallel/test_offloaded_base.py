@@ -126,7 +126,9 @@ def test_a_file_that_was_replaced_stops_the_run(tiny_4bit_folder, chats, tmp_pat
 
 
 @pytest.mark.parametrize("failing", ["error", "end"])
-def test_a_disk_that_fails_is_one_line_and_the_adapter_is_saved(failing, tiny_4bit_folder, chats, tmp_path, monkeypatch):
+def test_a_disk_that_fails_is_one_line_and_the_adapter_is_saved(
+    failing, tiny_4bit_folder, chats, tmp_path, monkeypatch
+):
     read, check, steps = base_reader.system_read, BaseFiles.check, []
 
     def broken(descriptor, into, offset):
