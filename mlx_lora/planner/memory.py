@@ -50,6 +50,9 @@ MAX_ROWS = 2048
 # Queries of one tile of attention: small enough to leave out nearly half of the scores (those above the diagonal) even in
 # short rows, large enough for a tile's products to fill the machine.
 TILE_QUERIES = 64
+# With a sliding window a tile's scores do not grow with the row, so tiles have more queries, whose products fill the machine
+# better: up to half a window, beyond which much of what is computed is masked, and up to so many scores for each head.
+MOST_TILE_QUERIES, TILE_SCORES = 256, 1 << 19
 # If exponentials are expensive (utils/device.py), rows of up to this many keys keep their probabilities, which then take
 # no more memory than the block's other activations do (SmolLM2: about three quarters of them at this length).
 MAX_KEPT_KEYS = 1536
@@ -401,6 +404,17 @@ def tile_shape(positions: int, vocabulary: int, tile_bytes: int) -> tuple[int, i
 def chunk_rows(positions: int, vocabulary: int, tile_bytes: int) -> int:
     """Return the rows of a chunk of the loss that computes whole rows of logits (losses/fused.py)."""
     return _even(positions, min(MAX_ROWS, tile_bytes // (4 * vocabulary)))
+
+
+def tile_queries(window: int | None) -> int:
+    """Return about how many queries a tile of attention has.
+
+    Args:
+        window: the most keys that a query sees; None: all keys before it.
+    """
+    if window is None:
+        return TILE_QUERIES
+    return max(TILE_QUERIES, min(MOST_TILE_QUERIES, window // 2, TILE_SCORES // window))
 
 
 def _even(length: int, most: int) -> int:
