@@ -100,10 +100,12 @@ class Tiles:
             k: all keys.
         """
         if self.window is not None or isinstance(self.mask, str):
-            # Made when it is needed: compiling would merge it with that of all layers and of the backward pass, and keep it.
-            [places] = mx.depends([mx.arange(k.shape[2])], [own])
-            keys = places[span.begin : span.end]
-            last = places[span.end - (span.stop - span.start) : span.end, None]  # that each query sees
+            keys, last = mx.arange(span.begin, span.end), mx.arange(span.end - (span.stop - span.start), span.end)
+            if k.shape[2] > MAX_KEPT_KEYS:
+                # Compiling would merge the masks of all layers, and of forward and backward pass, and keep them.
+                [places] = mx.depends([mx.arange(k.shape[2])], [own])
+                keys, last = places[span.begin : span.end], places[span.end - (span.stop - span.start) : span.end]
+            last = last[:, None]  # that each query sees
             return keys <= last if self.window is None else (keys <= last) & (last < keys + self.window)
         if self.mask is None:
             return None
