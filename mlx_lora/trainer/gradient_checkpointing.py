@@ -119,7 +119,7 @@ class Kept(nn.Module):
     tape: Tape
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        function, primals = _as_function(self, super().__call__, args, kwargs)
+        function, primals = as_function(self, super().__call__, args, kwargs)
 
         def gradient(primals: Sequence[mx.array], d: mx.array, output: mx.array) -> Sequence[mx.array]:
             return mx.vjp(lambda *p: [function(*p)], list(primals), [d])[1]
@@ -165,7 +165,7 @@ class Checkpointed(nn.Module):
             self.tape.left_out = True
             with self.at_hand(_arrays((args, kwargs))):
                 return super().__call__(*args, **kwargs)
-        function, primals = _as_function(self, super().__call__, args, kwargs)
+        function, primals = as_function(self, super().__call__, args, kwargs)
         given = primals[-len(_arrays((args, kwargs))) :]
         shape: list[Any] = []  # of what the block returns
 
@@ -231,7 +231,7 @@ def _mix_in(mixin: type, module: nn.Module, tape: Tape) -> None:
     module.tape = tape
 
 
-def _as_function(
+def as_function(
     module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Callable[..., Any], list[mx.array]]:
     """Return `call(*args, **kwargs)` as a function of arrays alone, and those arrays.

@@ -38,8 +38,10 @@ from mlx_lora.models.meta import Outline, block_kind, layer_caches, model_shape,
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.parallel.tensor import RankPosition, cut_layers
+from mlx_lora.planner.memory import position_chunks
 from mlx_lora.planner.several_macs import cut_config
 from mlx_lora.planner.shapes import BlockBytes, KernelTerms, Machine, ModelShape, NotKnown
+from mlx_lora.trainer.position_chunks import in_chunks, is_in_chunks, number_bytes, parts_of, position_numbers
 from mlx_lora.utils import device
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
 WIDTHS = (32, 64, 128, 256, 512, 640, 1024, 2048, 4096)
 # The rise of the bytes per position between the last two widths that is not one of scores of all queries and keys.
 LITTLE = 0.05
+# More chunks of an MLP are counted as so many; each is then a small part of what a block takes.
+MOST_TRACED_CHUNKS = 32
 # The graph of a block that MLX runs a position at a time grows with the row, so it is only read in short rows.
 LOOP_WIDTHS = (16, 32)
 LOOP_NODES = 1500
@@ -194,9 +198,13 @@ class TracedBlock:
 
     Attributes:
         call: rows, width, whether on a GPU -> the block's memory.
+        widths: at which it is read; none: those that its graph allows.
+        chunked: its memory if parts of it are computed in chunks of positions; None: they never are.
     """
 
     call: Callable[[int, int, bool], BlockBytes]
+    widths: tuple[int, ...] = ()
+    chunked: ChunkedBlock | None = None
     _known: dict[tuple[int, int, bool], BlockBytes] = field(default_factory=dict)
     _answers: dict[tuple[int, int, bool], BlockBytes] = field(default_factory=dict)
 
@@ -226,7 +234,7 @@ class TracedBlock:
 
     def _between(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
         """Interpolate bytes per position, which is exact for what grows with the width or with its square."""
-        widths = LOOP_WIDTHS if self._read(1, LOOP_WIDTHS[-1], on_gpu).nodes > LOOP_NODES else WIDTHS
+        widths = self.widths or self._all_widths(on_gpu)
         upper = min(max(bisect_left(widths, width), 1), len(widths) - 1)
         low, high = widths[upper - 1], widths[upper]
         first = self._read(rows, low, on_gpu)
@@ -239,11 +247,39 @@ class TracedBlock:
             return _beyond(at_low, at_high, share - 1).times(width)
         return at_low.times(1 - share).plus(at_high.times(share)).times(width)
 
+    def _all_widths(self, on_gpu: bool) -> tuple[int, ...]:
+        return LOOP_WIDTHS if self._read(1, LOOP_WIDTHS[-1], on_gpu).nodes > LOOP_NODES else WIDTHS
+
     def _read(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
         case = (rows, width, on_gpu)
         if case not in self._known:
             self._known[case] = self.call(*case)
         return self._known[case]
+
+
+@dataclass
+class ChunkedBlock:
+    """The memory of one kind of block whose MLP is computed in chunks of positions where a batch is large.
+
+    Attributes:
+        whole: its memory where a batch is small.
+        position_bytes: of the outputs of the MLP's layers for one position; with several parts, of the largest.
+        trace: number of chunks -> the memory with so many of them.
+    """
+
+    whole: TracedBlock
+    position_bytes: int
+    trace: Callable[[int], TracedBlock]
+    _known: dict[int, TracedBlock] = field(default_factory=dict)
+
+    def at(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
+        """Return the block's memory for a batch; arguments and errors as of `TracedBlock.at`."""
+        chunks = min(position_chunks(rows * width * self.position_bytes), MOST_TRACED_CHUNKS)
+        if chunks == 1:
+            return self.whole.at(rows, width, on_gpu)
+        if chunks not in self._known:
+            self._known[chunks] = self.trace(chunks)
+        return self._known[chunks].at(rows, width, on_gpu)
 
 
 def _beyond(low: BlockBytes, high: BlockBytes, share: float) -> BlockBytes:
@@ -282,7 +318,7 @@ def with_block_memory(
         except NotKnown as error:
             reasons.append(str(error))
             traced = None
-        found.append(replace(block, memory=traced))
+        found.append(replace(block, memory=traced, chunked=None if traced is None else traced.chunked))
     if found and found[-1].memory is not None:
         found[-1] = replace(found[-1], at_one=trace_last_at_one(model, config, choose, lag))
     return replace(shape, blocks=tuple(found), not_known=tuple(dict.fromkeys(reasons)))
@@ -296,8 +332,24 @@ def trace_blocks(
     kinds = [block_kind(block) for block in model.layers]
     first = {kind: number for number, kind in reversed(list(enumerate(kinds)))}
     calls = _Calls(model, head.hidden if isinstance(head, Head) else model, max(first.values(), default=0))
-    traced = {kind: TracedBlock(_reader(model.layers[n], n, calls, choose, lag)) for kind, n in first.items()}
+    traced = {kind: _traced(model.layers[n], n, calls, choose, lag, config) for kind, n in first.items()}
     return [traced[kind] for kind in kinds]
+
+
+def _traced(
+    block: nn.Module, number: int, calls: _Calls, choose: Choose, lag: int, config: dict[str, Any]
+) -> TracedBlock:
+    """Return the memory of a block; arguments as of `_reader`."""
+    whole = TracedBlock(_reader(block, number, calls, choose, lag))
+    parts = parts_of(block)
+    if parts:
+        numbers = max(position_numbers(part, config) for part in parts)
+
+        def trace(chunks: int) -> TracedBlock:
+            return TracedBlock(_reader(block, number, calls, choose, lag, chunks=chunks), widths=WIDTHS[-2:])
+
+        whole.chunked = ChunkedBlock(whole, numbers * number_bytes(block), trace)
+    return whole
 
 
 def trace_last_at_one(
@@ -320,13 +372,20 @@ def trace_last_at_one(
 
 
 def _reader(
-    block: nn.Module, number: int, calls: _Calls, choose: Choose, lag: int, positions: mx.array | None = None
+    block: nn.Module,
+    number: int,
+    calls: _Calls,
+    choose: Choose,
+    lag: int,
+    positions: mx.array | None = None,
+    chunks: int = 1,
 ) -> Callable[[int, int, bool], BlockBytes]:
     def read(rows: int, width: int, on_gpu: bool) -> BlockBytes:
         try:
             with as_on_gpu() if on_gpu and not device.on_gpu() else nullcontext():
                 call = calls.of(number, rows, width)
-                with nullcontext() if positions is None else only_at(block, positions, rows * width):
+                only = nullcontext() if positions is None else only_at(block, positions, rows * width)
+                with only, in_chunks(block, chunks) if chunks > 1 else nullcontext():
                     return _read_block(block, choose, LAG if on_gpu else lag, calls.windows, *call)
         except FOREIGN_ERRORS as error:
             raise NotKnown(f"{type(block).__name__}: {' '.join(str(error).split())[:120]}") from error
@@ -373,7 +432,7 @@ def _read_block(
     finally:
         block.train(was_training)
     tokens = floats[0].shape[1] if floats and floats[0].ndim > 1 else 0
-    scans = len(graph.nodes) >= max(SCAN_NODES, NODES_PER_TOKEN * tokens)
+    scans = len(graph.nodes) >= max(SCAN_NODES, NODES_PER_TOKEN * tokens) and not is_in_chunks(block)
     counted = count_memory(graph, SCAN_LAG if scans else lag)
     inputs = sum(leaf.nbytes for leaf in floats[:1])
     return BlockBytes(inputs + counted.kept_bytes, counted.window_bytes, inputs + sum(attended), len(graph.nodes))
