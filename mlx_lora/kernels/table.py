@@ -63,7 +63,9 @@ from mlx_lora.utils.progress import long_task
 
 TRIAL_POSITIONS = 1024
 TRIAL_NUMBERS = 1 << 20  # of one array of an elementwise trial
-LONGEST = 1024  # keys of a trial; beyond that, the costs of both kernels grow at the same rate
+LONGEST = 1024  # keys of a trial; beyond that, the times of both kernels grow at the same rate
+# Memory does not: mlx's attention keeps all scores on a CPU, which decides for longer rows than this. They are tried with so many.
+LONG_ROW = 4096
 # A row of more windows than this is a shape class of its own: a kernel that skips what no query sees computes far less then.
 MANY_WINDOWS = 4
 MAKES_MASKS = "create_attention_mask"  # mlx-lm's name, under which its architectures import it
@@ -228,7 +230,12 @@ def attention_class(
         mask: `causal`, `array`, `window` for a row of many windows, or `none`.
         sinks: whether logits without a value take part in the softmax.
     """
-    return size_class(keys, 64, LONGEST), heads, key_heads, width, value_width, mask, "sinks" if sinks else ""
+    return keys_class(keys), heads, key_heads, width, value_width, mask, "sinks" if sinks else ""
+
+
+def keys_class(keys: int) -> int:
+    """Return the size class of a number of keys."""
+    return size_class(keys, 64, LONGEST) if keys < LONG_ROW else LONG_ROW
 
 
 def _attention_class(
@@ -524,7 +531,7 @@ def recorded_calls(model: nn.Module, lengths: Iterable[int], shared: bool = Fals
     """
     longest: dict[int, int] = {}
     for length in lengths:
-        size = size_class(length, 64, LONGEST)
+        size = keys_class(length)
         longest[size] = max(longest.get(size, 1), length)
     try:
         return traced_calls(model, longest.values(), shared)

@@ -346,7 +346,8 @@ def _traced(
         numbers = max(position_numbers(part, config) for part in parts)
 
         def trace(chunks: int) -> TracedBlock:
-            return TracedBlock(_reader(block, number, calls, choose, lag, chunks=chunks), widths=WIDTHS[-2:])
+            widths = tuple(width for width in WIDTHS if width >= chunks)
+            return TracedBlock(_reader(block, number, calls, choose, lag, chunks=chunks), widths)
 
         whole.chunked = ChunkedBlock(whole, numbers * number_bytes(block), trace)
     return whole
