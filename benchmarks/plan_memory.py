@@ -96,7 +96,7 @@ def measure(case: dict[str, Any], iters: int, more: Sequence[str] = ()) -> dict[
             data = folder / ("text.txt" if objective == "sft" else "answers.jsonl")
             flags += ["--data", str(data), "--iters", str(iters)]
             if objective == "sft":
-                write_text(data)
+                write_text(data, max(60_000, 2 * case["length"]))  # a word has at least one token
             else:
                 write_answers(data, objective, case["length"])
         command = [sys.executable, "-m", "mlx_lora.train", *flags, "--adapter-path", str(folder / "run")]

@@ -18,6 +18,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_lora.kernels.windows import Windows
 from mlx_lora.trainer import model_shape
 from mlx_lora.utils import device
 
@@ -61,13 +62,16 @@ def _holds_modules(value: Any) -> bool:
     return any(isinstance(leaf, nn.Module) for _, leaf in tree_flatten(value, is_leaf=nn.Module.is_module))
 
 
-def key_of(block: nn.Module, choose: Callable[..., Any], lag: int, args: tuple, kwargs: dict) -> tuple | None:
+def key_of(
+    block: nn.Module, choose: Callable[..., Any], lag: int, windows: Windows, args: tuple, kwargs: dict
+) -> tuple | None:
     """Return all that a block's trace depends on, None if that is not known."""
     try:
         modules = tuple((path, _of_module(module)) for path, module in block.named_modules())
         chosen = choose if choose is model_shape.assumed else (type(choose).__name__, _of(vars(choose)))
         machine = (device.on_gpu(), device.keep_exponentials(), device.compiles_kernels(), mx.dequantize, mx.fast.rope)
-        key = (modules, chosen, lag, _of(args), _of(kwargs), machine)
+        seen = tuple(windows.of(leaf) for _, leaf in tree_flatten((args, kwargs)) if isinstance(leaf, mx.array))
+        key = (modules, chosen, lag, seen, _of(args), _of(kwargs), machine)
         hash(key)
     except (_NotPlain, TypeError):
         return None
@@ -79,12 +83,14 @@ def remembered() -> Iterator[dict]:
     """Let traces of the same block, called in the same way, be made once."""
     known: dict[tuple, Any] = {}
 
-    def read(block: nn.Module, choose: Callable[..., Any], lag: int, args: tuple, kwargs: dict) -> Any:
-        key = key_of(block, choose, lag, args, kwargs)
+    def read(
+        block: nn.Module, choose: Callable[..., Any], lag: int, windows: Windows, args: tuple, kwargs: dict
+    ) -> Any:
+        key = key_of(block, choose, lag, windows, args, kwargs)
         if key in known:
             return known[key]
         drawn = mx.array(mx.random.state[0])
-        found = TRACE(block, choose, lag, args, kwargs)
+        found = TRACE(block, choose, lag, windows, args, kwargs)
         if key is not None and mx.array_equal(drawn, mx.random.state[0]).item():
             known[key] = found
         return found

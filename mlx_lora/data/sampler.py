@@ -204,6 +204,11 @@ class BatchPlan:
         return {part.shape for part in self.classes}
 
     @property
+    def most_positions(self) -> int:
+        """The positions of the largest batch, padding included; 0 without rows."""
+        return max((count * width for count, width, _ in self.shapes), default=0)
+
+    @property
     def padding_fraction(self) -> float:
         """The fraction of an epoch's positions that hold no token; 0 without rows."""
         positions = sum(part.dealt.size * part.group * part.width for part in self.classes)

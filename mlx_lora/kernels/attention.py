@@ -3,7 +3,8 @@
 mlx's own backward pass computes the scores of every query with every key in every head, masks them and keeps them (B H T
 S numbers per block, half of them above the diagonal); on Metal, mlx 0.32.4 has a blocked one. Which of the two is better
 is measured (kernels/table.py). The one here takes a tile of queries at a time, with only the keys that they may
-see. For long rows it keeps no scores, and the backward pass computes each tile's probabilities again:
+see: those before them, and with a sliding window only those in it, so that time is linear in the row. For long rows it keeps
+no scores, and the backward pass computes each tile's probabilities again:
 
     P = softmax(scale Q K^T),  O = P V
     dP = dO V^T,  dS = P (dP - rowsum(dO O)),  dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO
@@ -17,13 +18,35 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from mlx_lora.kernels import activations as exponentials
 from mlx_lora.planner.memory import MAX_KEPT_KEYS, TILE_QUERIES
 from mlx_lora.utils import device
+
+
+class Span(NamedTuple):
+    """One tile.
+
+    Attributes:
+        start, stop: its first query, and the one after its last.
+        begin, end: the first key that it reads, and the one after its last.
+    """
+
+    start: int
+    stop: int
+    begin: int
+    end: int
+
+    def of_queries(self, x: mx.array) -> mx.array:
+        """Return the tile's part of (B, H, T, ...)."""
+        return x[:, :, self.start : self.stop]
+
+    def of_keys(self, x: mx.array) -> mx.array:
+        """Return the tile's part of (B, N, S, ...)."""
+        return x[:, :, self.begin : self.end]
 
 
 @dataclass(frozen=True)
@@ -34,6 +57,8 @@ class Tiles:
         scale: factor on the scores.
         mask: `causal`, None, or a bool array that broadcasts to (B, H, T, S), False where a key is hidden.
         backward: whether no query sees a later key; a `causal` mask implies this, but an array does not show it.
+        window: the number of keys that a query sees at most, the last of which is its own; the mask says the same, and tiles do
+            not read it. None: the mask decides.
         queries: about how many queries a tile has.
         kernel: `tiled`; `polynomial` for tiles with the exponentials of kernels/activations.py; or `mlx` for
             mx.fast.scaled_dot_product_attention with its own gradient and no tiles.
@@ -44,30 +69,50 @@ class Tiles:
     queries: int = TILE_QUERIES
     kernel: str = "tiled"
     backward: bool = False
+    window: int | None = None
 
     @property
     def ours(self) -> bool:
         """Whether this file computes the attention."""
         return self.kernel != "mlx"
 
-    def spans(self, q: mx.array, k: mx.array) -> list[tuple[int, int, int]]:
-        """Return (first query, query after the last, keys seen) of each tile; tiles are about equally large."""
+    def spans(self, q: mx.array, k: mx.array) -> list[Span]:
+        """Return the tiles, which are about equally large."""
         queries, keys = q.shape[2], k.shape[2]
         count = max(1, round(queries / self.queries))
         edges = [queries * i // count for i in range(count + 1)]
-        causal = isinstance(self.mask, str) or self.backward
-        return [(a, b, keys - queries + b if causal else keys) for a, b in pairwise(edges)]
+        causal = isinstance(self.mask, str) or self.backward or self.window is not None
+        return [
+            Span(a, b, self._first_key(keys - queries + a), keys - queries + b if causal else keys)
+            for a, b in pairwise(edges)
+        ]
 
-    def tile_mask(self, start: int, stop: int, seen: int, key_heads: int) -> mx.array | None:
-        """Return the mask of a tile, broadcasting to (B, N, G, t, seen)."""
+    def _first_key(self, own: int) -> int:
+        """Return the first key that a query sees whose own key is number `own`."""
+        return 0 if self.window is None else max(0, own - self.window + 1)
+
+    def tile_mask(self, span: Span, own: mx.array, k: mx.array) -> mx.array | None:
+        """Return the mask of a tile, broadcasting to (B, N, G, t, keys of the tile).
+
+        Args:
+            span: the tile.
+            own: its queries.
+            k: all keys.
+        """
+        if self.window is not None or isinstance(self.mask, str):
+            keys, last = mx.arange(span.begin, span.end), mx.arange(span.end - (span.stop - span.start), span.end)
+            if k.shape[2] > MAX_KEPT_KEYS:
+                # Compiling would merge the masks of all layers, and of forward and backward pass, and keep them.
+                [places] = mx.depends([mx.arange(k.shape[2])], [own])
+                keys, last = places[span.begin : span.end], places[span.end - (span.stop - span.start) : span.end]
+            last = last[:, None]  # that each query sees
+            return keys <= last if self.window is None else (keys <= last) & (last < keys + self.window)
         if self.mask is None:
             return None
-        if isinstance(self.mask, str):  # the tile's last query sees all keys of the tile
-            return mx.arange(seen) <= mx.arange(seen - (stop - start), seen)[:, None]
         mask = self.mask.reshape((1,) * (4 - self.mask.ndim) + self.mask.shape)
-        mask = mask[:, :, start:stop, :seen] if mask.shape[2] > 1 else mask
+        mask = mask[:, :, span.start : span.stop, : span.end] if mask.shape[2] > 1 else mask
         batch, heads, *rest = mask.shape
-        return mask.reshape(batch, *((1, 1) if heads == 1 else (key_heads, heads // key_heads)), *rest)
+        return mask.reshape(batch, *((1, 1) if heads == 1 else (k.shape[1], heads // k.shape[1])), *rest)
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, tiles: Tiles, sinks: mx.array | None = None) -> mx.array:
@@ -120,17 +165,17 @@ def tiled_attention(q: mx.array, k: mx.array, v: mx.array, tiles: Tiles, sinks: 
 
 
 def attention(tiles: Tiles, q: mx.array, k: mx.array, v: mx.array, *sinks: mx.array) -> tuple[mx.array, list[mx.array]]:
-    """Return the output of `tiled_attention`, computed tile by tile, and each tile's P (B, N, G t, seen)."""
+    """Return the output of `tiled_attention`, computed tile by tile, and each tile's P (B, N, G t, keys)."""
     parts: list[mx.array] = []
     probabilities: list[mx.array] = []
     polynomial = _by_polynomials(tiles, q, k, sinks)
-    for start, stop, seen in tiles.spans(q, k):
+    for span in tiles.spans(q, k):
         # Force the order: otherwise all tiles may be in memory at once.
-        own = mx.depends(q[:, :, start:stop], parts[-1:]) if parts else q[:, :, start:stop]
-        mask = tiles.tile_mask(start, stop, seen, k.shape[1])
-        weights, _ = _probabilities(own * tiles.scale, k[:, :, :seen], mask, sinks, polynomial)
+        own = mx.depends(span.of_queries(q), parts[-1:]) if parts else span.of_queries(q)
+        mask = tiles.tile_mask(span, own, k)
+        weights, _ = _probabilities(own * tiles.scale, span.of_keys(k), mask, sinks, polynomial)
         probabilities.append(weights)
-        parts.append(_fold_back(weights @ v[:, :, :seen], q.shape[1]))
+        parts.append(_fold_back(weights @ span.of_keys(v), q.shape[1]))
     return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0], probabilities
 
 
@@ -154,18 +199,18 @@ def attention_gradient(
     d_row = (d_out * out).astype(mx.float32).sum(axis=-1, keepdims=True)  # (B, H, T, 1)
     d_q: list[mx.array] = []
     d_k, d_v, d_sinks = _KeyGradient(), _KeyGradient(), mx.array(0.0)
-    for index, (start, stop, seen) in reversed(list(enumerate(tiles.spans(q, k)))):
+    for index, span in reversed(list(enumerate(tiles.spans(q, k)))):
         # The first tile also waits: otherwise compiling may merge it with the forward pass's tile, and keep that.
         done = [d_q[-1], *d_k.latest(), *d_v.latest()] if d_q else [d_row]
-        own = mx.depends(q[:, :, start:stop] * tiles.scale, done)
-        keys, mask = k[:, :, :seen], tiles.tile_mask(start, stop, seen, key_heads)
+        own = mx.depends(span.of_queries(q) * tiles.scale, done)
+        keys, mask = span.of_keys(k), tiles.tile_mask(span, own, k)
         weights, sunk = (probabilities[index], None) if probabilities else _probabilities(own, keys, mask, sinks)
-        d_own, row = _fold(d_out[:, :, start:stop], key_heads), _fold(d_row[:, :, start:stop], key_heads)
-        d_weights = d_own @ v[:, :, :seen].swapaxes(-1, -2)  # (B, N, G t, seen)
+        d_own, row = _fold(span.of_queries(d_out), key_heads), _fold(span.of_queries(d_row), key_heads)
+        d_weights = d_own @ span.of_keys(v).swapaxes(-1, -2)  # (B, N, G t, keys)
         d_scores = (weights * (d_weights - row)).astype(q.dtype)
         d_q.append(_fold_back(d_scores @ keys, heads) * tiles.scale)
-        d_k.add(d_scores.swapaxes(-1, -2) @ _fold(own, key_heads))
-        d_v.add(weights.swapaxes(-1, -2) @ d_own)
+        d_k.add(span, d_scores.swapaxes(-1, -2) @ _fold(own, key_heads))
+        d_v.add(span, weights.swapaxes(-1, -2) @ d_own)
         if sunk is not None:
             d_sinks = d_sinks - _fold_back(sunk * row, heads).sum(axis=(0, 2, 3))  # (H,)
     # StableLM and Phixtral pass queries and keys in float32, and values in the model's dtype.
@@ -178,29 +223,40 @@ AttentionCall = Callable[[mx.array, mx.array, mx.array, Tiles, mx.array | None],
 
 
 class _KeyGradient:
-    """A sum of gradients of prefixes of the keys, added from the longest to the shortest, without padding."""
+    """A sum of gradients of spans of the keys, added from the last to the first, without padding."""
 
     def __init__(self) -> None:
-        self.head: Any = None  # an array from the first addition on
-        self._tails: list[mx.array] = []
+        self.head: Any = None  # an array from the first addition on: the sum for the keys from `_begin` on
+        self._begin = 0
+        self._tails: list[mx.array] = []  # sums that are complete, of the keys behind it
 
-    def add(self, part: mx.array) -> None:
-        """Add (B, N, seen, d) to the first `seen` keys."""
+    def add(self, span: Span, part: mx.array) -> None:
+        """Add (B, N, keys, d) to the keys of a tile, which begin and end no later than those of the tile before."""
+        begin, self._begin = self._begin, span.begin
         if self.head is None:
             self.head = part
             return
-        seen = part.shape[2]
-        if seen < self.head.shape[2]:
-            self._tails.append(self.head[:, :, seen:] * 1)  # a copy: a view would keep the whole buffer alive
-        self.head = self.head[:, :, :seen] + part
+        both = max(0, span.end - begin)  # keys of the head that this tile reads, too
+        if both < self.head.shape[2]:
+            self._tails.append(self.head[:, :, both:] * 1)  # a copy: a view would keep the whole buffer alive
+        if begin == span.begin:
+            self.head = self.head[:, :, :both] + part
+        elif both:
+            new = part.shape[2] - both
+            self.head = mx.concatenate([part[:, :, :new], part[:, :, new:] + self.head[:, :, :both]], axis=2)
+        else:
+            self.head = part
 
     def latest(self) -> list[mx.array]:
         """Return the arrays that the last addition made."""
         return [self.head, *self._tails[-1:]]
 
     def whole(self) -> mx.array:
-        """Return the sum, (B, N, S, d)."""
-        return mx.concatenate([self.head, *self._tails[::-1]], axis=2) if self._tails else self.head
+        """Return the sum, (B, N, S, d); no tile reads the keys before the first tile's."""
+        batch, heads, _, width = self.head.shape
+        before = [mx.zeros((batch, heads, self._begin, width), self.head.dtype)] if self._begin else []
+        every = [*before, self.head, *self._tails[::-1]]
+        return mx.concatenate(every, axis=2) if len(every) > 1 else self.head
 
 
 def _fold(x: mx.array, key_heads: int) -> mx.array:

@@ -53,15 +53,22 @@ from mlx_lora.kernels.measure import (
     size_class,
 )
 from mlx_lora.kernels.recurrent import gated_delta_row, recurrent_kernels, state_space_row
+from mlx_lora.kernels.windows import Windows
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.prefix_attention import SharedPrefix, shared_caches
+from mlx_lora.planner.memory import tile_queries
 from mlx_lora.planner.shapes import KernelTerms, ModelShape
 from mlx_lora.utils import device
 from mlx_lora.utils.progress import long_task
 
 TRIAL_POSITIONS = 1024
 TRIAL_NUMBERS = 1 << 20  # of one array of an elementwise trial
-LONGEST = 1024  # keys of a trial; beyond that, the costs of both kernels grow at the same rate
+LONGEST = 1024  # keys of a trial; beyond that, the times of both kernels grow at the same rate
+# Memory does not: mlx's attention keeps all scores on a CPU, which decides for longer rows than this. They are tried with so many.
+LONG_ROW = 4096
+# A row of more windows than this is a shape class of its own: a kernel that skips what no query sees computes far less then.
+MANY_WINDOWS = 4
+MAKES_MASKS = "create_attention_mask"  # mlx-lm's name, under which its architectures import it
 # Kernels without a state that passes from token to token.
 POSITIONWISE = frozenset({"attention", "gated activation"})
 Choose = Callable[[Kernel, ShapeClass], str]
@@ -71,21 +78,24 @@ Choose = Callable[[Kernel, ShapeClass], str]
 # Table
 
 
-def kernel_rows(attend: AttentionCall = attend) -> tuple[Kernel, ...]:
+def kernel_rows(attend: AttentionCall = attend, windows: Windows | None = None) -> tuple[Kernel, ...]:
     """Return the table.
 
     Args:
         attend: computes attention by the kernel that its `Tiles` name; a checkpointing tape has its own.
+        windows: of the masks that attention will get; None: none is known.
     """
+    windows = Windows() if windows is None else windows
+    names = (MLX, "tiled", *polynomial_candidates())
     return (
         Kernel(
             name="attention",
             shared="scaled_dot_product_attention",
             theirs=base.scaled_dot_product_attention,
-            candidates={kernel: _attention(attend, kernel) for kernel in (MLX, "tiled", *polynomial_candidates())},
+            candidates={kernel: _attention(attend, kernel, windows) for kernel in names},
             assumed="tiled",
-            class_of=_attention_class,
-            trial=_attention_trial,
+            class_of=partial(_attention_class, windows),
+            trial=partial(_attention_trial, windows),
             words=_attention_words,
             count=_count_attention,
         ),
@@ -138,22 +148,29 @@ def exchanging(attend: AttentionCall | None, choose: Choose = assumed) -> Callab
 
 
 @contextmanager
-def training_kernels(model: nn.Module, attend: AttentionCall = attend, choose: Choose = assumed) -> Iterator[list[str]]:
+def training_kernels(
+    model: nn.Module, attend: AttentionCall = attend, choose: Choose = assumed, windows: Windows | None = None
+) -> Iterator[list[str]]:
     """Let the model's layers use the chosen kernels inside the block.
 
     Args:
         model: any mlx-lm model; layers that do not use the shared functions keep their own.
         attend: computes attention by the kernel that its `Tiles` name.
         choose: returns the candidate for a call.
+        windows: of masks that are made outside of the block; those of masks that the model makes inside it are added.
 
     Yields:
         The names of the kernels that the model uses, those of the table first.
     """
-    rows = {row.shared: row for row in kernel_rows(attend)}
+    windows = Windows() if windows is None else windows
+    rows = {row.shared: row for row in kernel_rows(attend, windows)}
     homes = [vars(sys.modules[name]) for name in {type(module).__module__ for module in model.modules()}]
     exchanged = [(home, name) for home in homes for name, row in rows.items() if home.get(name) is row.theirs]
+    masked = [home for home in homes if home.get(MAKES_MASKS) is base.create_attention_mask]
     for home, name in exchanged:
         home[name] = _by_shape(rows[name], choose)
+    for home in masked:
+        home[MAKES_MASKS] = windows.noting(base.create_attention_mask)
     try:
         with recurrent_kernels(model) as recurrent:
             yield [
@@ -163,6 +180,8 @@ def training_kernels(model: nn.Module, attend: AttentionCall = attend, choose: C
     finally:
         for home, name in exchanged:
             home[name] = rows[name].theirs
+        for home in masked:
+            home[MAKES_MASKS] = base.create_attention_mask
 
 
 def _by_shape(row: Kernel, choose: Choose) -> Callable[..., Any]:
@@ -186,13 +205,14 @@ def has_recurrence(model: nn.Module) -> bool:
 # Attention
 
 
-def _attention(attend: AttentionCall, kernel: str) -> Callable[..., mx.array]:
+def _attention(attend: AttentionCall, kernel: str, windows: Windows) -> Callable[..., mx.array]:
     """Return a function that computes attention with mlx-lm's signature; only calls that have a shape class get there."""
 
     def attention(
         queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, sinks: Any = None
     ) -> mx.array:
-        tiles = Tiles(scale, mask, kernel=kernel, backward=isinstance(cache, SharedPrefix))
+        window = windows.of(mask)
+        tiles = Tiles(scale, mask, tile_queries(window), kernel, isinstance(cache, SharedPrefix), window)
         return attend(queries, keys, values, tiles, sinks)
 
     return attention
@@ -207,13 +227,19 @@ def attention_class(
         heads, key_heads: H and N.
         width, value_width: d of queries and keys, and of values.
         keys: the number of keys of the longest row.
-        mask: `causal`, `array` or `none`.
+        mask: `causal`, `array`, `window` for a row of many windows, or `none`.
         sinks: whether logits without a value take part in the softmax.
     """
-    return size_class(keys, 64, LONGEST), heads, key_heads, width, value_width, mask, "sinks" if sinks else ""
+    return keys_class(keys), heads, key_heads, width, value_width, mask, "sinks" if sinks else ""
+
+
+def keys_class(keys: int) -> int:
+    """Return the size class of a number of keys."""
+    return size_class(keys, 64, LONGEST) if keys < LONG_ROW else LONG_ROW
 
 
 def _attention_class(
+    windows: Windows,
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
@@ -225,19 +251,22 @@ def _attention_class(
     # A float mask may carry a gradient (DeepSeek's position scores); any other cache means generation.
     if not isinstance(cache, SharedPrefix | None) or (isinstance(mask, mx.array) and mask.dtype != mx.bool_):
         return None
-    kind = "array" if isinstance(mask, mx.array) else mask or "none"
     (_, heads, _, width), (_, key_heads, seen, _) = queries.shape, keys.shape
+    window = windows.of(mask)
+    kind = "array" if isinstance(mask, mx.array) else mask or "none"
+    kind = "window" if window is not None and seen > MANY_WINDOWS * window else kind
     return attention_class(heads, key_heads, width, values.shape[-1], seen, kind, sinks is not None)
 
 
 def _attention_words(shape: ShapeClass) -> str:
     keys, heads, key_heads, width, value_width, mask, sinks = shape
     wide = f"{width}" if width == value_width else f"{width}/{value_width}"
-    extra = {"causal": "", "array": ", windowed", "none": ", all keys seen"}[mask] + (", sinks" if sinks else "")
+    kinds = {"causal": "", "array": ", windowed", "window": ", a window of few of them", "none": ", all keys seen"}
+    extra = kinds[mask] + (", sinks" if sinks else "")
     return f"{keys:,} keys, {heads}/{key_heads} heads of {wide}{extra}"
 
 
-def _attention_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs]:
+def _attention_trial(windows: Windows, shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs]:
     """Return a trial with rows of the class's length, and its exact outputs."""
     length, heads, key_heads, width, value_width, mask, sinks = shape
     group, (rows, n) = heads // key_heads, _trial_rows(shape)
@@ -247,10 +276,12 @@ def _attention_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs
     arrays = [mx.random.normal(size, key=key).astype(dtype) for size, key in zip(sizes, keys, strict=False)]
     cotangent = mx.random.normal((rows, h, length, value_width), key=keys[4]).astype(dtype)
     before = mx.arange(length)[:, None] - mx.arange(length)
-    seen = {"none": before == before, "causal": before >= 0, "array": (before >= 0) & (before < max(1, length // 2))}[
-        mask
-    ]
-    given = {"none": None, "causal": "causal", "array": seen}[mask]
+    share = MANY_WINDOWS if mask == "window" else 2
+    window = max(1, length // share) if mask in ("array", "window") else length
+    seen = before == before if mask == "none" else (before >= 0) & (before < window)
+    given = {"none": None, "causal": "causal"}.get(mask, seen)
+    if mask == "window":
+        windows.note(seen, window)
 
     def wrap(function: Callable[..., mx.array]) -> Outputs:
         return lambda q, k, v, *s: [function(q, k, v, None, scale, given, *s)]
@@ -500,7 +531,7 @@ def recorded_calls(model: nn.Module, lengths: Iterable[int], shared: bool = Fals
     """
     longest: dict[int, int] = {}
     for length in lengths:
-        size = size_class(length, 64, LONGEST)
+        size = keys_class(length)
         longest[size] = max(longest.get(size, 1), length)
     try:
         return traced_calls(model, longest.values(), shared)

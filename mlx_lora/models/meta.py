@@ -232,7 +232,7 @@ def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int =
     head = find_head(model, dict(config))
     trained = dict(tree_flatten(model.trainable_parameters()))
     frozen = [(name, p) for name, p in tree_flatten(model.parameters()) if name not in trained]
-    layers = adapter_layers(model)
+    layers, windows = adapter_layers(model), _windows(model)
     # The frozen arrays that a method keeps in the adapter layers in addition to the trained factors.
     beside = sum(p.nbytes for name, p in frozen if name.rpartition(".")[0] in layers)
     numbers = sum(p.size for p in trained.values())
@@ -243,7 +243,7 @@ def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int =
         model_type=str(config.get("model_type")),
         width=text.get("hidden_size") or _first_width(model),
         vocabulary=head.vocabulary if whole else text.get("vocab_size", 0),
-        blocks=tuple(_block(block, text) for block in model.layers),
+        blocks=tuple(_block(block, text, window) for block, window in zip(model.layers, windows, strict=True)),
         base_bytes=sum(p.nbytes for _, p in frozen) - beside + narrow,
         trained=numbers,
         trained_arrays=len(trained),
@@ -283,7 +283,24 @@ def _first_trained(model: nn.Module, trained: Mapping[str, Any]) -> int:
     return 0 if before else min(with_own, default=len(model.layers))
 
 
-def _block(block: nn.Module, config: Mapping[str, Any]) -> Block:
+def _windows(model: nn.Module) -> list[int | None]:
+    """Return the window of each block's attention, None for one without: the caches of generation tell it, if there are any."""
+    try:
+        found = [_window(cache) for cache in make_prompt_cache(model)]
+    except FOREIGN_ERRORS as error:
+        if not is_foreign(error):
+            raise
+        found = []
+    return found if len(found) == len(model.layers) else [None] * len(model.layers)
+
+
+def _window(cache: Any) -> int | None:
+    if isinstance(cache, CacheList):
+        return next((found for part in cache.caches if (found := _window(part)) is not None), None)
+    return cache.max_size if isinstance(cache, RotatingKVCache) else None
+
+
+def _block(block: nn.Module, config: Mapping[str, Any], window: int | None) -> Block:
     """Return one block's shape."""
     adapted = {id(layer.base): (layer.rank, layer.KEEPS_PRODUCT) for layer in adapter_layers(block).values()}
     active = config.get("num_experts_per_tok") or config.get("moe_topk") or 1
@@ -317,7 +334,7 @@ def _block(block: nn.Module, config: Mapping[str, Any]) -> Block:
         key_heads=int(config.get("num_key_value_heads") or heads) if attends else 0,
         head_width=_head_width(config, heads),
         gated="silu" if _has_lean_activation(block) else "other",
-        window=config.get("sliding_window") if attends else None,
+        window=window if attends else None,
     )
 
 

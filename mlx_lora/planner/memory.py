@@ -34,7 +34,17 @@ from math import ceil
 
 from mlx_lora.config.optimizers import OPTIMIZERS
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, checkpoint_every
-from mlx_lora.planner.shapes import Block, Layer, LayerCache, Machine, ModelShape, Rollout, RunShape, in_steps
+from mlx_lora.planner.shapes import (
+    Block,
+    BlockMemory,
+    Layer,
+    LayerCache,
+    Machine,
+    ModelShape,
+    Rollout,
+    RunShape,
+    in_steps,
+)
 
 ROLLOUT = "rollout"  # the phase in which answers are sampled
 SINGLE = 4  # bytes of a float32
@@ -50,9 +60,15 @@ MAX_ROWS = 2048
 # Queries of one tile of attention: small enough to leave out nearly half of the scores (those above the diagonal) even in
 # short rows, large enough for a tile's products to fill the machine.
 TILE_QUERIES = 64
+# With a sliding window a tile's scores do not grow with the row, so tiles have more queries, whose products fill the machine
+# better: up to half a window, beyond which much of what is computed is masked, and up to so many scores for each head.
+MOST_TILE_QUERIES, TILE_SCORES = 256, 1 << 19
 # If exponentials are expensive (utils/device.py), rows of up to this many keys keep their probabilities, which then take
 # no more memory than the block's other activations do (SmolLM2: about three quarters of them at this length).
 MAX_KEPT_KEYS = 1536
+# A checkpointed block's MLP is computed in chunks of positions if the outputs of its layers take more than this
+# (trainer/position_chunks.py). A chunk has at most so many bytes of them: enough positions for products to fill the machine.
+CHUNKED_FROM_BYTES, CHUNK_BYTES = 256 << 20, 64 << 20
 # What MLX allocates at a time, including work that it has not run yet; fitted on a CPU. It runs a fixed number of operations
 # ahead, so a tile that takes more of them is ahead fewer times: dequantizing takes some, and a step that is not compiled
 # has one for each that compiling would join.
@@ -196,14 +212,20 @@ def _record_bytes(shape: ModelShape, run: RunShape) -> int:
 def kept_by(block: Block, run: RunShape, machine: Machine) -> float:
     """Return the bytes that a block keeps for the backward pass without checkpointing, attention's probabilities included."""
     case = run.rows, run.width, machine.backend != "cpu"
-    if block.memory is not None:
-        whole = block.memory.at(*case).kept
+    memory = _memory(block, run)
+    if memory is not None:
+        whole = memory.at(*case).kept
         if block.at_one is None:
             return whole
         part = block.at_one.at(*case).kept  # attention's; the rest grows with the trained positions
         return part + max(0.0, whole - part) * run.slots / run.positions
     own = block_numbers(block, run, machine) * run.positions + probabilities(block, run, machine) * run.rows
     return own * machine.number_bytes
+
+
+def _memory(block: Block, run: RunShape) -> BlockMemory | None:
+    """Return the memory of a block as this run computes it."""
+    return block.chunked if run.checkpointing == "block" and not run.dropout and block.chunked else block.memory
 
 
 def _ends(block: Block, run: RunShape, machine: Machine) -> float:
@@ -298,8 +320,9 @@ def _backward_window(shape: ModelShape, run: RunShape, machine: Machine) -> int:
 
 
 def _window(block: Block, run: RunShape, machine: Machine) -> float:
-    if block.memory is not None:
-        return block.memory.at(run.rows, run.width, machine.backend != "cpu").window
+    memory = _memory(block, run)
+    if memory is not None:
+        return memory.at(run.rows, run.width, machine.backend != "cpu").window
     size = machine.number_bytes
     layers = BACKWARD_AHEAD * block.widths * run.positions * size
     scores = _scores_ahead(run, machine) * run.rows * block.heads * run.width * size
@@ -401,6 +424,28 @@ def tile_shape(positions: int, vocabulary: int, tile_bytes: int) -> tuple[int, i
 def chunk_rows(positions: int, vocabulary: int, tile_bytes: int) -> int:
     """Return the rows of a chunk of the loss that computes whole rows of logits (losses/fused.py)."""
     return _even(positions, min(MAX_ROWS, tile_bytes // (4 * vocabulary)))
+
+
+def position_chunks(outputs_bytes: int) -> int:
+    """Return in how many chunks of positions an MLP is computed, a power of two, so that few are traced.
+
+    Args:
+        outputs_bytes: of its layers for all positions of a batch.
+    """
+    if outputs_bytes <= CHUNKED_FROM_BYTES:
+        return 1
+    return 1 << (-(-outputs_bytes // CHUNK_BYTES) - 1).bit_length()
+
+
+def tile_queries(window: int | None) -> int:
+    """Return about how many queries a tile of attention has.
+
+    Args:
+        window: the most keys that a query sees; None: all keys before it.
+    """
+    if window is None:
+        return TILE_QUERIES
+    return max(TILE_QUERIES, min(MOST_TILE_QUERIES, window // 2, TILE_SCORES // window))
 
 
 def _even(length: int, most: int) -> int:

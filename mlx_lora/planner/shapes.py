@@ -120,6 +120,7 @@ class Block:
         gated: `silu` (our lean kernel applies) or `other` (mlx's own operations).
         window: the most keys that a query sees; None: all keys before it.
         memory: its memory, read from its graph; None: counted from its matrices, as for a llama block.
+        chunked: the same if its MLP is computed in chunks of positions where a batch is large; None: it never is.
         at_one: the same if only one position is computed beyond attention; None: all are, as in any block but the last.
     """
 
@@ -131,6 +132,7 @@ class Block:
     gated: str = "silu"
     window: int | None = None
     memory: BlockMemory | None = field(default=None, compare=False)
+    chunked: BlockMemory | None = field(default=None, compare=False)
     at_one: BlockMemory | None = field(default=None, compare=False)
 
     @property

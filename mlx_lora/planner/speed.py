@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 
 from mlx_lora.config.settings import checkpoint_every
-from mlx_lora.planner.memory import SINGLE, TILE_QUERIES, probabilities
+from mlx_lora.planner.memory import SINGLE, TILE_QUERIES, probabilities, tile_queries
 from mlx_lora.planner.shapes import Block, Machine, ModelShape, RunShape
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import GIB, counted, gigabytes
@@ -243,9 +243,10 @@ def count_step(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str, 
 
 
 def _scores(block: Block, run: RunShape) -> float:
-    """Return the number of attention scores: about half of rows x keys, or all of them with a sliding window's mask."""
+    """Return the number of attention scores that are computed: about half of queries x keys, or the window of each query."""
     if block.window and run.width > block.window:
-        return run.rows * block.heads * run.width**2
+        keys = block.window + tile_queries(block.window)  # of a tile; those of the first window have half on average
+        return run.rows * block.heads * keys * (run.width - block.window / 2)
     return run.rows * block.heads * run.width * (run.width + TILE_QUERIES) / 2
 
 

@@ -23,6 +23,7 @@ from mlx_lora.trainer.header import choices, describe_run
 from mlx_lora.trainer.held_out import choose_held_out
 from mlx_lora.trainer.model_shape import shape_of
 from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.position_chunks import chunk_positions
 from mlx_lora.trainer.run_folder import RunFolder, check_continuation, find_checkpoint, identity_of
 from mlx_lora.trainer.schedules import make_events, rates_of, restart_every, restart_warmup
 from mlx_lora.trainer.state import Position
@@ -155,6 +156,7 @@ def make_step(
     settings, objective, chosen, model = ctx.settings, ctx.objective, ctx.chosen, ctx.base.model
     adapter, loop, strategy = settings.adapter, settings.loop, ctx.strategy
     tape = apply_checkpointing(model, loop.grad_checkpoint)
+    in_chunks = chunk_positions(model, ctx.base.config, loop.grad_checkpoint, plan.most_positions)
     attention = (tape.attend if tape else attend) if chosen.kernels else None
     with strategy.only_planned(model):
         variant = choose_step_variant(
@@ -189,7 +191,7 @@ def make_step(
     details = [bound.loss.description, chosen.words]
     details += ["blocks that share a state are not checkpointed"] if left_out else []
     about = [planned_words(ctx.memory)] if ctx.memory else []
-    about += [f"checkpointing {loop.grad_checkpoint}", *variant.notes]
+    about += [f"checkpointing {loop.grad_checkpoint}", *in_chunks, *variant.notes]
     about += ["a pause after each micro-batch"] if loop.short_buffers else []
     about += [strategy.row_words] if strategy.row_words else []
     return step, trunk.for_validation(whole), trunk, details, about

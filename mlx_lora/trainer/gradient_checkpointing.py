@@ -119,7 +119,7 @@ class Kept(nn.Module):
     tape: Tape
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        function, primals = _as_function(self, super().__call__, args, kwargs)
+        function, primals = as_function(self, super().__call__, args, kwargs)
 
         def gradient(primals: Sequence[mx.array], d: mx.array, output: mx.array) -> Sequence[mx.array]:
             return mx.vjp(lambda *p: [function(*p)], list(primals), [d])[1]
@@ -219,7 +219,7 @@ class Segment:
             args, kwargs: what it is called with.
         """
         self.module, self.returned = module, 0
-        self._function, self.primals = _as_function(module, call, args, kwargs)
+        self._function, self.primals = as_function(module, call, args, kwargs)
         self.names = [name for name, _ in tree_flatten(module.trainable_parameters())]
         self._shape: Any = None  # of what the block returns
 
@@ -300,7 +300,7 @@ def mix_in(mixin: type, module: nn.Module, tape: Tape) -> None:
     module.tape = tape
 
 
-def _as_function(
+def as_function(
     module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Callable[..., Any], list[mx.array]]:
     """Return `call(*args, **kwargs)` as a function of arrays alone, and those arrays.

@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -28,6 +28,7 @@ from mlx_lora.kernels.attention import Tiles, attend
 from mlx_lora.kernels.measure import MLX, left_unchanged
 from mlx_lora.kernels.quantized_matmul import has_two_ways, use_measured_matmul
 from mlx_lora.kernels.table import Choose, KernelChoice, assumed, planned_kernels, training_kernels
+from mlx_lora.kernels.windows import Windows
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS
 from mlx_lora.models.folder import FOREIGN_ERRORS
 from mlx_lora.models.graph import as_on_gpu, gradient_graph
@@ -37,8 +38,10 @@ from mlx_lora.models.meta import Outline, block_kind, layer_caches, model_shape,
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.parallel.tensor import RankPosition, cut_layers
+from mlx_lora.planner.memory import position_chunks
 from mlx_lora.planner.several_macs import cut_config
 from mlx_lora.planner.shapes import BlockBytes, KernelTerms, Machine, ModelShape, NotKnown
+from mlx_lora.trainer.position_chunks import in_chunks, is_in_chunks, number_bytes, parts_of, position_numbers
 from mlx_lora.utils import device
 
 if TYPE_CHECKING:
@@ -50,6 +53,10 @@ if TYPE_CHECKING:
 # The widths at which graphs are read; beyond the last, the last two are extrapolated. Between 512 and 640
 # positions, attention stops keeping its probabilities.
 WIDTHS = (32, 64, 128, 256, 512, 640, 1024, 2048, 4096)
+# The rise of the bytes per position between the last two widths that is not one of scores of all queries and keys.
+LITTLE = 0.05
+# More chunks of an MLP are counted as so many; each is then a small part of what a block takes.
+MOST_TRACED_CHUNKS = 32
 # The graph of a block that MLX runs a position at a time grows with the row, so it is only read in short rows.
 LOOP_WIDTHS = (16, 32)
 LOOP_NODES = 1500
@@ -57,8 +64,9 @@ LOOP_NODES = 1500
 LAG = 40
 # The same if ranks share the base, on a CPU: memory beyond the plan is waited for (trainer/fit.py).
 SHARED_LAG = 20
-# A scan over tokens has thousands of small operations, of which MLX prepares more: fitted to Mamba only.
-SCAN_NODES, SCAN_LAG = 4000, 80
+# A scan over tokens has thousands of small operations, of which MLX prepares more: fitted to Mamba only. It has several of them
+# for each token; tiles of attention in a long row have about one.
+SCAN_NODES, NODES_PER_TOKEN, SCAN_LAG = 4000, 2, 80
 
 # The model
 
@@ -190,9 +198,13 @@ class TracedBlock:
 
     Attributes:
         call: rows, width, whether on a GPU -> the block's memory.
+        widths: at which it is read; none: those that its graph allows.
+        chunked: its memory if parts of it are computed in chunks of positions; None: they never are.
     """
 
     call: Callable[[int, int, bool], BlockBytes]
+    widths: tuple[int, ...] = ()
+    chunked: ChunkedBlock | None = None
     _known: dict[tuple[int, int, bool], BlockBytes] = field(default_factory=dict)
     _answers: dict[tuple[int, int, bool], BlockBytes] = field(default_factory=dict)
 
@@ -222,7 +234,7 @@ class TracedBlock:
 
     def _between(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
         """Interpolate bytes per position, which is exact for what grows with the width or with its square."""
-        widths = LOOP_WIDTHS if self._read(1, LOOP_WIDTHS[-1], on_gpu).nodes > LOOP_NODES else WIDTHS
+        widths = self.widths or self._all_widths(on_gpu)
         upper = min(max(bisect_left(widths, width), 1), len(widths) - 1)
         low, high = widths[upper - 1], widths[upper]
         first = self._read(rows, low, on_gpu)
@@ -230,14 +242,61 @@ class TracedBlock:
             return first
         last = self._read(rows, high, on_gpu)
         share = (width - low) / (high - low)
-        per_position = first.times(1 / low).times(1 - share).plus(last.times(1 / high).times(share))
-        return per_position.times(width)
+        at_low, at_high = first.times(1 / low), last.times(1 / high)
+        if share > 1:
+            return _beyond(at_low, at_high, share - 1).times(width)
+        return at_low.times(1 - share).plus(at_high.times(share)).times(width)
+
+    def _all_widths(self, on_gpu: bool) -> tuple[int, ...]:
+        return LOOP_WIDTHS if self._read(1, LOOP_WIDTHS[-1], on_gpu).nodes > LOOP_NODES else WIDTHS
 
     def _read(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
         case = (rows, width, on_gpu)
         if case not in self._known:
             self._known[case] = self.call(*case)
         return self._known[case]
+
+
+@dataclass
+class ChunkedBlock:
+    """The memory of one kind of block whose MLP is computed in chunks of positions where a batch is large.
+
+    Attributes:
+        whole: its memory where a batch is small.
+        position_bytes: of the outputs of the MLP's layers for one position; with several parts, of the largest.
+        trace: number of chunks -> the memory with so many of them.
+    """
+
+    whole: TracedBlock
+    position_bytes: int
+    trace: Callable[[int], TracedBlock]
+    _known: dict[int, TracedBlock] = field(default_factory=dict)
+
+    def at(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
+        """Return the block's memory for a batch; arguments and errors as of `TracedBlock.at`."""
+        chunks = min(position_chunks(rows * width * self.position_bytes), MOST_TRACED_CHUNKS)
+        if chunks == 1:
+            return self.whole.at(rows, width, on_gpu)
+        if chunks not in self._known:
+            self._known[chunks] = self.trace(chunks)
+        return self._known[chunks].at(rows, width, on_gpu)
+
+
+def _beyond(low: BlockBytes, high: BlockBytes, share: float) -> BlockBytes:
+    """Extrapolate bytes per position, which were read at one width and at twice that width.
+
+    If they fall, it is by what does not grow with the row, which is a small part by then. If they rise by little, they approach
+    a limit, which is as far away again at twice the width; what grows with the row's square makes them rise by more.
+
+    Args:
+        low, high: at the two widths.
+        share: of the distance between these, beyond the second.
+    """
+    found = []
+    for before, now in zip(astuple(low), astuple(high), strict=True):
+        rise = max(0.0, now - before)
+        found.append(now + rise * (share if rise > LITTLE * now else min(share, 1.0)))
+    return BlockBytes(*found)
 
 
 def with_block_memory(
@@ -259,7 +318,7 @@ def with_block_memory(
         except NotKnown as error:
             reasons.append(str(error))
             traced = None
-        found.append(replace(block, memory=traced))
+        found.append(replace(block, memory=traced, chunked=None if traced is None else traced.chunked))
     if found and found[-1].memory is not None:
         found[-1] = replace(found[-1], at_one=trace_last_at_one(model, config, choose, lag))
     return replace(shape, blocks=tuple(found), not_known=tuple(dict.fromkeys(reasons)))
@@ -273,8 +332,25 @@ def trace_blocks(
     kinds = [block_kind(block) for block in model.layers]
     first = {kind: number for number, kind in reversed(list(enumerate(kinds)))}
     calls = _Calls(model, head.hidden if isinstance(head, Head) else model, max(first.values(), default=0))
-    traced = {kind: TracedBlock(_reader(model.layers[n], n, calls, choose, lag)) for kind, n in first.items()}
+    traced = {kind: _traced(model.layers[n], n, calls, choose, lag, config) for kind, n in first.items()}
     return [traced[kind] for kind in kinds]
+
+
+def _traced(
+    block: nn.Module, number: int, calls: _Calls, choose: Choose, lag: int, config: dict[str, Any]
+) -> TracedBlock:
+    """Return the memory of a block; arguments as of `_reader`."""
+    whole = TracedBlock(_reader(block, number, calls, choose, lag))
+    parts = parts_of(block)
+    if parts:
+        numbers = max(position_numbers(part, config) for part in parts)
+
+        def trace(chunks: int) -> TracedBlock:
+            widths = tuple(width for width in WIDTHS if width >= chunks)
+            return TracedBlock(_reader(block, number, calls, choose, lag, chunks=chunks), widths)
+
+        whole.chunked = ChunkedBlock(whole, numbers * number_bytes(block), trace)
+    return whole
 
 
 def trace_last_at_one(
@@ -297,14 +373,21 @@ def trace_last_at_one(
 
 
 def _reader(
-    block: nn.Module, number: int, calls: _Calls, choose: Choose, lag: int, positions: mx.array | None = None
+    block: nn.Module,
+    number: int,
+    calls: _Calls,
+    choose: Choose,
+    lag: int,
+    positions: mx.array | None = None,
+    chunks: int = 1,
 ) -> Callable[[int, int, bool], BlockBytes]:
     def read(rows: int, width: int, on_gpu: bool) -> BlockBytes:
         try:
             with as_on_gpu() if on_gpu and not device.on_gpu() else nullcontext():
                 call = calls.of(number, rows, width)
-                with nullcontext() if positions is None else only_at(block, positions, rows * width):
-                    return _read_block(block, choose, LAG if on_gpu else lag, *call)
+                only = nullcontext() if positions is None else only_at(block, positions, rows * width)
+                with only, in_chunks(block, chunks) if chunks > 1 else nullcontext():
+                    return _read_block(block, choose, LAG if on_gpu else lag, calls.windows, *call)
         except FOREIGN_ERRORS as error:
             raise NotKnown(f"{type(block).__name__}: {' '.join(str(error).split())[:120]}") from error
 
@@ -312,7 +395,7 @@ def _reader(
 
 
 def _read_block(
-    block: nn.Module, choose: Choose, lag: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    block: nn.Module, choose: Choose, lag: int, windows: Windows, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> BlockBytes:
     """List a block's graph and count its memory."""
     own = tree_flatten(block.parameters())
@@ -325,6 +408,8 @@ def _read_block(
     attended: list[int] = []
 
     def function(varied: list[mx.array], fixed: list[mx.array]) -> list[mx.array]:
+        for leaf, listed in zip(others, fixed, strict=False):
+            windows.replaced(leaf, listed)
         values = zip(trained + frozen, varied[len(floats) :] + fixed[len(others) :], strict=True)
         block.update(tree_unflatten(list(values)))
         given = iter(varied[: len(floats)]), iter(fixed[: len(others)])
@@ -343,11 +428,13 @@ def _read_block(
     was_training = block.training
     block.train()  # with dropout, and anything else that a model does only in training
     try:
-        with left_unchanged(block), training_kernels(block, noted, choose):
+        with left_unchanged(block), training_kernels(block, noted, choose, windows):
             graph = gradient_graph(function, floats + [of[n] for n in trained], others + [of[n] for n in frozen])
     finally:
         block.train(was_training)
-    counted = count_memory(graph, lag if len(graph.nodes) < SCAN_NODES else SCAN_LAG)
+    tokens = floats[0].shape[1] if floats and floats[0].ndim > 1 else 0
+    scans = len(graph.nodes) >= max(SCAN_NODES, NODES_PER_TOKEN * tokens) and not is_in_chunks(block)
+    counted = count_memory(graph, SCAN_LAG if scans else lag)
     inputs = sum(leaf.nbytes for leaf in floats[:1])
     return BlockBytes(inputs + counted.kept_bytes, counted.window_bytes, inputs + sum(attended), len(graph.nodes))
 
@@ -360,27 +447,33 @@ class _Calls:
         model: whose blocks are called.
         run: calls the model on token ids.
         last: number of the last block whose arguments are asked for; blocks after it are not called.
+        windows: of the masks among the arguments.
     """
 
     model: nn.Module
     run: Callable[[mx.array], mx.array]
     last: int
+    windows: Windows = field(default_factory=Windows)
     _found: dict[tuple[int, int], dict[int, tuple[tuple, dict]]] = field(default_factory=dict)
 
     def of(self, number: int, rows: int, width: int) -> tuple[tuple, dict]:
         """Return block `number`'s arguments for a batch of token ids (rows, width)."""
         if (rows, width) not in self._found:
-            with training_kernels(self.model), _recorded(self.model.layers, self.last) as found, device.uncompiled():
+            kernels = training_kernels(self.model, windows=self.windows)
+            with kernels, _recorded(self.model.layers, self.last) as found, device.uncompiled():
                 self.run(mx.zeros((rows, width), mx.int32))
-            self._found[rows, width] = {
-                index: tree_map(
-                    lambda leaf: mx.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, mx.array) else leaf, call
-                )
-                for index, call in found.items()
-            }
+            self._found[rows, width] = {index: tree_map(self._zeros, call) for index, call in found.items()}
         if number not in self._found[rows, width]:
             raise ValueError("the model does not call this block as a whole")
         return self._found[rows, width][number]
+
+    def _zeros(self, leaf: Any) -> Any:
+        """Return zeros in the place of an array, without what computes it."""
+        if not isinstance(leaf, mx.array):
+            return leaf
+        zeros = mx.zeros(leaf.shape, leaf.dtype)
+        self.windows.replaced(leaf, zeros)
+        return zeros
 
 
 class _EnoughRecorded(Exception):
