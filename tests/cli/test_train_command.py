@@ -347,7 +347,7 @@ def test_a_forced_run_that_is_interrupted_before_its_first_step_leaves_the_earli
     before = contents(out)
 
     with monkeypatch.context() as at_once:
-        at_once.setattr("mlx_lora.trainer.trainer.interrupt_flag", lambda: nullcontext(lambda: True))
+        at_once.setattr("mlx_lora.trainer.run.interrupt_flag", lambda: nullcontext(lambda: True))
         interrupted = run(*arguments, "--seed", 1, "--force")
     assert interrupted.code == 130
     assert contents(out) == before

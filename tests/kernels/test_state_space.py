@@ -352,9 +352,9 @@ def test_the_check_differentiates_a_loop_over_few_tokens(kind, monkeypatch):
     inject(model, select_targets(model).paths, rank=4, scale=2.0, seed=0)
     own, own_probe, called, seen = type(model).__call__, losses.probe, [], []
 
-    def spy(model, loss, gradient):
+    def spy(model, loss, gradient, strategy):
         called.clear()
-        found = own_probe(model, loss, gradient)
+        found = own_probe(model, loss, gradient, strategy)
         seen.extend((gradient, length) for length in called)
         return found
 

@@ -6,6 +6,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -57,8 +60,16 @@ def folder(request, tmp_path_factory):
 
 
 def losses(path) -> list[float]:
-    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return [row["loss"] for row in rows if row["loss"] is not None]
+
+
+def wait_until(happened, seconds=120.0) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def trained(folder, chats, out, *extra):
@@ -123,6 +134,22 @@ def test_a_file_that_was_replaced_stops_the_run(tiny_4bit_folder, chats, tmp_pat
     assert "model.safetensors" in ran.lines[-1]
     assert "--offload-base" in ran.lines[-1]
     assert (tmp_path / "run" / "adapters.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_reads_resumes_to_the_same_bytes(folder, chats, tmp_path):
+    asked = ("--offload-base", "--save-every", 2, "--steps-per-report", 1)
+    trained(folder, chats, tmp_path / "whole", *asked)
+    out = tmp_path / "killed"
+    words = [sys.executable, "-m", "mlx_lora", *command(folder, chats, out, *asked)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = out / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and len(losses(out)) >= 5)
+    process.kill()
+    process.wait()
+    assert not (out / "adapters.safetensors").exists() or weights(out) != weights(tmp_path / "whole")
+    trained(folder, chats, out, *asked, "--resume", "auto")
+    assert weights(out) == weights(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("failing", ["error", "end"])

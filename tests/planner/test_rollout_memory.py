@@ -61,7 +61,8 @@ CONFIG = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads"
 )
 def test_the_plan_is_near_the_measured_peak(rollout):
     model = tiny_model(**WIDE)
-    assert planned(model, CONFIG, rollout) == pytest.approx(measured(model, rollout), rel=0.1)
+    peak = max(measured(model, rollout) for _ in range(3))  # buffers that are freed early make one run's lower
+    assert planned(model, CONFIG, rollout) == pytest.approx(peak, rel=0.1)
 
 
 def test_caches_are_read_as_they_are():
