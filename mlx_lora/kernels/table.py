@@ -509,7 +509,7 @@ def planned_kernels(model: ModelShape, asked: str, dtype: mx.Dtype) -> KernelCho
         dtype: of its activations.
     """
     attention, gate = kernel_rows()[:2]
-    sizes = [size for size in (1 << n for n in range(6, 11)) if size <= LONGEST]
+    sizes = [*(size for size in (1 << n for n in range(6, 11)) if size <= LONGEST), LONG_ROW]
     calls: dict[tuple[str, ShapeClass], Kernel] = {}
     for block in model.blocks:
         if block.heads:
