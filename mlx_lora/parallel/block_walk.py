@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.adapters.base import mix_in
-from mlx_lora.trainer.gradient_checkpointing import Segment
+from mlx_lora.trainer.gradient_checkpointing import Checkpointed, Segment, float_arrays, is_stateless
 
 
 class Mode(Enum):
@@ -103,12 +103,11 @@ class WalkedBlock(nn.Module):
     _walk: Walk
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        segment = self.segment(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue] # a checkpointed block's
-        mode = self._walk.mode
-        if segment is not None and mode is Mode.FORWARD:
+        mode, block = self._walk.mode, cast(Checkpointed, self)
+        if mode is Mode.BETWEEN and all(map(is_stateless, (*args, *kwargs.values()))):
+            return self._walk.again(float_arrays((args, kwargs)))
+        if mode is Mode.FORWARD and (segment := block.segment(*args, **kwargs)) is not None:
             return self._walk.computed(segment)
-        if segment is not None and mode is Mode.BETWEEN:
-            return self._walk.again(segment.given)
         result = super().__call__(*args, **kwargs)
         if mode is Mode.AT_ONCE:
             mx.eval(result, [value.state for value in (*args, *kwargs.values()) if isinstance(value, Cache)])

@@ -172,7 +172,7 @@ class Checkpointed(nn.Module):
         In generation the cache has state. The blocks of Kimi K3 and DeepSeek V4.1 have state too: they write into an object
         that the next block reads.
         """
-        if not all(map(_is_stateless, (*args, *kwargs.values()))):
+        if not all(map(is_stateless, (*args, *kwargs.values()))):
             return None
         return Segment(self, super().__call__, args, kwargs)
 
@@ -180,7 +180,7 @@ class Checkpointed(nn.Module):
         segment = self.segment(*args, **kwargs)
         if segment is None:
             self.tape.left_out = True
-            with self.at_hand(_arrays((args, kwargs))):
+            with self.at_hand(float_arrays((args, kwargs))):
                 return super().__call__(*args, **kwargs)
 
         @mx.custom_function
@@ -233,7 +233,7 @@ class Segment:
         module = self.module
         with module.tape.recording() as kept, module.at_hand(self.given):
             self._shape = self._function(*primals)
-        outputs = _arrays(self._shape)
+        outputs = float_arrays(self._shape)
         self.returned = len(outputs)
         return outputs, kept
 
@@ -251,7 +251,7 @@ class Segment:
         # Wait until the backward pass gets here, or all blocks would be recomputed at once.
         waiting = mx.depends(list(self.primals if primals is None else primals), cotangents)
         with self.module.tape.replaying(kept), self.module.at_hand(cotangents):
-            return mx.vjp(lambda *p: _arrays(self._function(*p)), waiting, cotangents)[1]
+            return mx.vjp(lambda *p: float_arrays(self._function(*p)), waiting, cotangents)[1]
 
     def result(self, outputs: Sequence[mx.array]) -> Any:
         """Return what the block returns, with these float arrays."""
@@ -320,19 +320,19 @@ def as_function(
         finally:
             module.update(tree_unflatten(list(zip(names, own, strict=True))))
 
-    return function, [*own, *_arrays((args, kwargs))]
+    return function, [*own, *float_arrays((args, kwargs))]
 
 
-def _is_stateless(value: Any) -> bool:
+def is_stateless(value: Any) -> bool:
     """Tell whether a block can only read this argument, not change it."""
-    return isinstance(value, STATELESS) or (isinstance(value, tuple) and all(map(_is_stateless, value)))
+    return isinstance(value, STATELESS) or (isinstance(value, tuple) and all(map(is_stateless, value)))
 
 
 def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
 
 
-def _arrays(tree: Any) -> list[mx.array]:
+def float_arrays(tree: Any) -> list[mx.array]:
     """Return the float arrays of a tree, in order."""
     return [leaf for _, leaf in tree_flatten(tree) if _is_float(leaf)]
 
