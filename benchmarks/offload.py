@@ -42,6 +42,7 @@ from mlx_lora.trainer.adapter import adapt
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.optimizer import build_optimizer
 from mlx_lora.trainer.step import Step, StepOptions
+from mlx_lora.utils import device
 
 OPTIONS = (
     ("--model", ..., "Folder of a converted model."),
@@ -74,7 +75,8 @@ class Side:
         self.base, self.strategy = load_base(settings.model, read=not strategy.divides_base), strategy
         adapt(settings, self.base, objective_of(settings.objective), None)
         self.blocks = units_of(self.base.model).blocks
-        strategy.divide(self.base, settings)
+        with device.own_memory_limit():  # a bound for the one side would slow the other
+            strategy.divide(self.base, settings)
         model, config = self.base.model, self.base.config
         self.loss: Loss = choose_loss(model, config, "ours", strategy=strategy, whole_because="it is read in whole")
         tape = apply_checkpointing(model, "block")
