@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class BaseReader:
         self.statistics = ReadStatistics()
         self.expected: int | None = None
         self._files: dict[Path, int] = {}
+        self._close = weakref.finalize(self, _close_all, self._files)
         self._units: list[Sequence[StoredTensor]] = []
         self._buffer = np.empty(0, np.uint8)
         self._thread = ThreadPoolExecutor(1, "base-reader")
@@ -119,9 +121,7 @@ class BaseReader:
         """Stop reading, and close the files."""
         self._settle()
         self._thread.shutdown()
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files = {}
+        self._close()
 
     def _settle(self) -> None:
         """Wait for what is being read, which nobody needs."""
@@ -154,6 +154,11 @@ class BaseReader:
                 f"{tensor.file}: cannot be read ({error.strerror or error}) while the run reads its base from it "
                 f"({self._flag}); check the disk, and continue with --resume auto"
             ) from error
+
+
+def _close_all(files: dict[Path, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])
 
 
 def system_read(descriptor: int, into: memoryview, offset: int) -> int:

@@ -139,9 +139,9 @@ def value_and_grad(walk: Walk, model: nn.Module, loss: Callable[..., Any]) -> Ca
 
     def function(*args: Any) -> tuple[Any, dict]:
         walk.calls = []
-        with walk.set_to(Mode.FORWARD):
-            loss(*args)  # of which only the blocks are computed
         try:
+            with walk.set_to(Mode.FORWARD):
+                loss(*args)  # of which only the blocks are computed
             return _backward(walk, model, lambda: loss(*args))
         finally:
             walk.calls, walk.given = [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from run_cli import run
 from tiny_moe import tiny_moe
 
 from mlx_lora.config.load import train_settings
+from mlx_lora.models.folder import stored_tensors
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel import base_reader
@@ -134,6 +136,27 @@ def test_a_file_that_was_replaced_stops_the_run(tiny_4bit_folder, chats, tmp_pat
     assert "model.safetensors" in ran.lines[-1]
     assert "--offload-base" in ran.lines[-1]
     assert (tmp_path / "run" / "adapters.safetensors").exists()
+
+
+def test_mlps_in_chunks_of_positions(tiny_4bit_folder, chats, tmp_path, monkeypatch):
+    trained(tiny_4bit_folder, chats, tmp_path / "whole", "--offload-base", "--iters", 3)
+    for home in ("planner.memory", "trainer.position_chunks"):
+        monkeypatch.setattr(f"mlx_lora.{home}.CHUNKED_FROM_BYTES", 10_000)
+    ran = trained(tiny_4bit_folder, chats, tmp_path / "chunks", "--offload-base", "--iters", 3)
+    assert "in chunks" in ran.err
+    assert losses(tmp_path / "chunks") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+def test_a_reader_that_is_gone_leaves_no_file_open(tiny_4bit_folder):
+    reader = base_reader.BaseReader("--offload-base")
+    number = reader.add(list(stored_tensors(tiny_4bit_folder).values())[:2])
+    reader.fetch(number, lambda contents: None)
+    [descriptor] = reader._files.values()
+    os.fstat(descriptor)
+    del reader
+    gc.collect()
+    with pytest.raises(OSError, match="descriptor"):
+        os.fstat(descriptor)
 
 
 @pytest.mark.slow
