@@ -20,6 +20,7 @@ COMMANDS = {
     "serve": "Serve a model and many adapters through OpenAI's HTTP API.",
     "studio": "Open a local page for models, data, training, runs, chat and export.",
     "fuse": "Merge an adapter into its base model.",
+    "sweep": "Find good settings by many short runs at once.",
     "merge": "Merge several adapters of one base into one adapter.",
     "demo": "Train a small model to answer in verse. This takes a few minutes.",
     "doctor": "Check that this machine is ready to train.",

@@ -15,6 +15,7 @@ from mlx_lora.api.train import Run, data_source, run_settings
 from mlx_lora.trainer.several_runs import SeveralRuns, failures
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.text import counted
 
 
 @speaks_python()
@@ -33,6 +34,8 @@ def train_several(base: Base | PathLike, runs: Sequence[Mapping[str, Any]], *, p
         InputError: runs that cannot be trained together, or see `train`.
         RunError: some runs failed; the results of the others are in their folders.
     """
+    if len(runs) < 2:
+        raise InputError(f"train_several: found {counted(len(runs), 'run')}; give two or more, or call train for one")
     base = as_base(base, "train_several")
     settings = []
     for number, given in enumerate(runs):

@@ -107,6 +107,8 @@ def run_several(files: Sequence[str], given: dict[str, Any], others: dict[str, A
     asked += ["--adapter-path"] if "adapter_path" in given else []
     if asked:
         raise InputError(f"{' and '.join(asked)} with --runs: each run's own file says that; leave it out")
+    if len(files) < 2:
+        raise InputError(f"--runs: found {counted(len(files), 'settings file')}; give two or more, or --config for one")
     if find_launch(dict(os.environ)) is not None:
         raise InputError("--runs: trains in a single process; start it without a launcher")
     settings = [train_settings(given, read_settings(file, given)) for file in files]

@@ -49,6 +49,7 @@ def line_chart(
     from_zero: bool = False,
     along: str = "step",
     size: tuple[int, int] = (WIDTH, HEIGHT),
+    label: Callable[[float], str] | None = None,
 ) -> str:
     """Return an SVG element with axes, the lines, and each point's values as its tooltip.
 
@@ -59,8 +60,10 @@ def line_chart(
         from_zero: start the y axis at zero.
         along: the name of the x axis.
         size: width and height of the drawing, in its own units.
+        label: returns what is written at an x; the default is the number itself.
     """
     width, height = size
+    label = label or _short
     shown = [replace(one, points=_thinned(one.points)) for one in series]
     points = [point for one in shown for point in one.points if math.isfinite(point[1])]
     opening = f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
@@ -77,7 +80,7 @@ def line_chart(
         up = (y - low_y) / ((high_y - low_y) or 1) * (height - TOP - BOTTOM)
         return round(LEFT + across, 1), round(height - BOTTOM - up, 1)
 
-    parts = [opening, *_grid(x_ticks, y_ticks, low_x, unit, locate, size)]
+    parts = [opening, *_grid(x_ticks, y_ticks, low_x, unit, locate, size, label)]
     parts.append(f'<text class="tick" x="{LEFT - 8}" y="{height - 12}" text-anchor="end">{escape(along)}</text>')
     for number, one in enumerate(shown):
         parts += _line(one, number, unit, locate)
@@ -136,7 +139,13 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def _grid(
-    x_ticks: list[float], y_ticks: list[float], low_x: float, unit: str, locate: Callable, size: tuple[int, int]
+    x_ticks: list[float],
+    y_ticks: list[float],
+    low_x: float,
+    unit: str,
+    locate: Callable,
+    size: tuple[int, int],
+    label: Callable[[float], str],
 ) -> list[str]:
     width, height = size
     parts = []
@@ -150,7 +159,9 @@ def _grid(
         x, _ = locate(tick, y_ticks[0])
         if LEFT + 20 <= x <= width - RIGHT:
             anchor = "end" if x > width - RIGHT - 20 else "middle"
-            parts.append(f'<text class="tick" x="{x}" y="{height - 12}" text-anchor="{anchor}">{_short(tick)}</text>')
+            parts.append(
+                f'<text class="tick" x="{x}" y="{height - 12}" text-anchor="{anchor}">{escape(label(tick))}</text>'
+            )
     return parts
 
 

@@ -71,6 +71,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 WRITTEN = "written"  # records that models wrote for the run
+TRIALS = "trials"  # a folder of short runs that are compared (trainer/sweep.py); the list of runs leaves them out
 # A run's results, and the folder that keeps an earlier run's results until this run has saved something.
 RESULTS = (
     WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", ROWS_FILE, ANSWERS_FILE, REPORT_FILE, FACTS_FILE, CHECKPOINTS,
@@ -169,7 +170,8 @@ class RunFolder:
             repeated = {**self.settings.to_flat(), "resume": None, "force": False}
             text = yaml.safe_dump(repeated, sort_keys=False, allow_unicode=True)
             temporary.write_text(text, encoding="utf-8")
-        note_run(self.path)
+        if self.path.parent.name != TRIALS:
+            note_run(self.path)
         if written is not None and written.resolve() != (self.path / WRITTEN).resolve():
             with replacing_folder(self.path / WRITTEN) as copied:
                 for file in written.glob("*.jsonl"):

@@ -72,8 +72,6 @@ def check_together(runs: Sequence[TrainSettings], names: Sequence[str]) -> None:
         InputError: all that is wrong with them.
     """
     problems = []
-    if len(runs) < 2:
-        problems.append(f"--runs: found {counted(len(runs), 'settings file')}; give two or more, or --config for one")
     folders: dict[Path, str] = {}
     for settings, name in zip(runs, names, strict=True):
         folder = Path(settings.loop.adapter_path).resolve()
@@ -204,10 +202,10 @@ class Member:
         self.wanted: StepWanted | None = None
         self.outcome: Outcome | None = None
         self.error: str | None = None
-        self._stop, self._signaled = False, lambda: False
+        self._signaled: Callable[[], bool] = lambda: False
         self._state: mx.array | None = None  # of its random stream, while others run
         own = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
-        flag = nullcontext(lambda: self._stop or self._signaled())
+        flag = nullcontext(lambda: self._signaled())
         self._steps = run_steps(settings, base=own, callbacks=callbacks, flag=flag)
 
     @property
@@ -247,9 +245,15 @@ class Member:
         except RunError as error:
             self.wanted, self.error = None, str(error)
 
-    def stop(self) -> None:
-        """Let the run end after its next step as one that was interrupted: saved, and ready to go on."""
-        self._stop = True
+    def pause(self) -> None:
+        """Measure the held-out rows and save the run where it is, to go on from there later."""
+        if self.wanted is None:
+            return
+        trainer = self.wanted.trainer
+        with self.running():
+            if trainer.at.val_at != trainer.at.taken:
+                trainer.validate()
+        self.save()
 
     def close(self) -> None:
         """End the run at once, and leave what it has saved."""
@@ -342,7 +346,7 @@ class SeveralRuns:
             own, left, at = resumed(own)
         for settings in own:
             check_request(settings, ALONE)
-        check_fits_together(own)
+        refuse_too_many(len(own), how_many_fit(own), all(settings.loop.memory_check for settings in own))
         if base is None:
             with waiting("Loading the model"):
                 base = load_base(own[0].model)
@@ -514,12 +518,20 @@ def failures(members: Sequence[Member]) -> RunError | None:
 # Memory
 
 
-def check_fits_together(runs: Sequence[TrainSettings]) -> None:
-    """Refuse more runs than the memory can hold with the shortest rows, from their settings, before the base is loaded.
+class TooManyRuns(InputError):
+    """Refuses runs that do not fit in memory together; `fitting` is how many of them do."""
 
-    Raises:
-        InputError: saying how many fit.
-    """
+    def __init__(self, asked: int, fitting: int):
+        advice = f"start {fitting} at a time" if fitting > 1 else "start each by itself"
+        super().__init__(
+            f"--runs: {asked} runs on one base do not fit in memory, and the first {fitting} do; {advice}, lower --rank, or use "
+            "--optimizer with less state"
+        )
+        self.fitting = fitting
+
+
+def how_many_fit(runs: Sequence[TrainSettings]) -> int:
+    """Return how many runs the memory can hold with the shortest rows, from their settings, before the base is loaded."""
     known: dict[Any, tuple[int, int, int]] = {}
     dtype = device.compute_dtype(runs[0].model.dtype)
     try:
@@ -530,13 +542,12 @@ def check_fits_together(runs: Sequence[TrainSettings]) -> None:
     except (InputError, *FOREIGN_ERRORS) as error:
         if not isinstance(error, InputError) and not is_foreign(error):
             raise
-        return  # loading reports what is wrong with the model
+        return len(runs)  # loading reports what is wrong with the model
     base, held, steps = zip(*(known[_of_adapter(settings)] for settings in runs), strict=True)
     machine = this_machine(runs[0].model.dtype)
     budgets = [int(settings.loop.memory_budget * 1e9) for settings in runs if settings.loop.memory_budget]
     budget = min([machine.working_set_bytes, *budgets])
-    fitting = most_that_fit(base[0], held, steps, budget - min(machine.cache_bytes, budget // 16))
-    refuse_too_many(len(runs), fitting, all(settings.loop.memory_check for settings in runs))
+    return most_that_fit(base[0], held, steps, budget - min(machine.cache_bytes, budget // 16))
 
 
 def _of_adapter(settings: TrainSettings) -> tuple[Any, ...]:
@@ -555,14 +566,10 @@ def _least(settings: TrainSettings, outline: Outline) -> tuple[int, int, int]:
 
 
 def refuse_too_many(asked: int, fitting: int, checks: bool = True) -> None:
-    """Refuse runs that do not fit.
+    """Refuse runs that do not fit, unless no run checks its memory.
 
     Raises:
-        InputError: saying how many fit.
+        TooManyRuns: saying how many fit.
     """
     if fitting < asked and checks:
-        advice = f"start {fitting} at a time" if fitting > 1 else "start each by itself"
-        raise InputError(
-            f"--runs: {asked} runs on one base do not fit in memory, and the first {fitting} do; {advice}, lower --rank, or use "
-            "--optimizer with less state"
-        )
+        raise TooManyRuns(asked, fitting)

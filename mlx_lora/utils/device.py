@@ -321,7 +321,8 @@ def open_uncached(path: Path) -> int:
     """
     descriptor = os.open(path, os.O_RDONLY)
     if sys.platform == "darwin":
-        fcntl.fcntl(descriptor, F_NOCACHE, 1)
+        with contextlib.suppress(OSError):  # a file system without it reads through the cache
+            fcntl.fcntl(descriptor, F_NOCACHE, 1)
     return descriptor
 
 

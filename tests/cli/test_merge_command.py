@@ -176,7 +176,7 @@ def test_what_the_adapters_agree_on_is_kept(two, tiny_folder, tmp_path):
     make_adapter(tiny_folder, tmp_path / "x", seed=3, chat_template=OWN_TEMPLATE)
     make_adapter(tiny_folder, tmp_path / "y", seed=4, chat_template=OWN_TEMPLATE)
     for other, template in ((tmp_path / "y", OWN_TEMPLATE), (two / "b", None)):
-        out = tmp_path / other.name.upper()
+        out = tmp_path / f"merged-{other.name}"
         merged(tiny_folder, out, f"{tmp_path / 'x'}=1", f"{other}=1")
         own = json.loads((out / CONFIG_FILE).read_text())["mlx_lora"]
         assert own["chat_template"] == template

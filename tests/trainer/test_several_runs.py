@@ -19,6 +19,7 @@ from conftest import quantized, tiny_model, write_folder
 from run_cli import one_line, run
 from tiers import named
 
+from mlx_lora.api.several import train_several
 from mlx_lora.config.load import train_settings
 from mlx_lora.trainer import several_runs, stacked_step
 from mlx_lora.trainer.run import train_run
@@ -294,8 +295,16 @@ def test_runs_that_do_not_belong_together_are_refused(models, tmp_path):
         SeveralRuns.open([one, one], ["a", "b"])
     with pytest.raises(InputError, match=r"b: --objective grpo .*sft, dpo"):
         SeveralRuns.open([one, settings_of(models("dense"), tmp_path / "b", 1, objective="grpo", reward="length")])
-    with pytest.raises(InputError, match="two or more"):
-        SeveralRuns.open([one])
+
+
+@pytest.mark.parametrize("command", [True, False])
+def test_one_run_alone_is_no_several_runs(models, tmp_path, command):
+    if command:
+        (tmp_path / "a.yaml").write_text("rank: 4\n")
+        one_line(run("train", "--runs", tmp_path / "a.yaml", "--model", models("dense")), "two or more")
+    else:
+        with pytest.raises(InputError, match="two or more"):
+            train_several(models("dense"), [{"data": "a.jsonl", "adapter_path": tmp_path / "a"}])
 
 
 def test_more_runs_than_fit_are_refused_with_the_number_that_does(models, tmp_path):

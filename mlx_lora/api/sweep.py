@@ -1,0 +1,289 @@
+"""`sweep`: find good settings by many short runs at once, train the best ones in full, and leave a page that compares them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from mlx_lora.api.base import Base, PathLike, as_base
+from mlx_lora.api.errors import speaks_python
+from mlx_lora.api.train import Run, data_source, run_settings
+from mlx_lora.config.defaults import learning_rate_for
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import ROWS, TrainSettings
+from mlx_lora.config.sweep import BUDGET, Candidate, candidates, read_budget, read_vary, rungs, words
+from mlx_lora.models.load import load_base
+from mlx_lora.models.meta import outline_for
+from mlx_lora.parallel.ranks import ALONE
+from mlx_lora.reports.sweep_page import WHOLE, Compared, advice, write_page
+from mlx_lora.trainer.model_shape import outlined_shape
+from mlx_lora.trainer.run import check_request, train_run
+from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
+from mlx_lora.trainer.sweep import PAGE_FILE, SWEEP_FILE, WINNER, Sweep, SweepState, held_out_curve, trials_of
+from mlx_lora.utils import console, device
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import check_writable
+from mlx_lora.utils.progress import waiting
+from mlx_lora.utils.text import counted
+
+if TYPE_CHECKING:
+    from mlx_lora.models.load import Base as Loaded
+    from mlx_lora.trainer.progress import Progress
+    from mlx_lora.trainer.trainer import Outcome
+
+log = logging.getLogger(__name__)
+
+AROUND_DEFAULT = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)  # times the default rate, without --vary
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What a sweep does besides the settings of its runs.
+
+    Attributes:
+        out: the folder that it writes.
+        vary: as `read_vary` takes it; empty: learning rates around the default.
+        seeds: runs of each candidate.
+        budget: runs of work.
+        resume: whether to go on with a sweep that is there.
+        force: whether to replace it.
+    """
+
+    out: Path
+    vary: Sequence[str] | Mapping[str, Any] = ()
+    seeds: int = 1
+    budget: float = BUDGET
+    resume: bool = False
+    force: bool = False
+
+
+class SweepJob:
+    """A sweep from its settings to its results.
+
+    Attributes:
+        settings: of the runs, before anything is varied.
+        sweep: its rounds.
+    """
+
+    def __init__(self, settings: TrainSettings, asked: SweepSettings):
+        """Check what is asked, and read what an earlier start has done.
+
+        Raises:
+            InputError: it cannot be done.
+        """
+        out = Path(asked.out)
+        if not 1 <= asked.seeds <= 100:
+            raise InputError(f"--seeds {asked.seeds}: from 1 to 100 are allowed")
+        budget = read_budget(asked.budget)
+        vary = read_vary(asked.vary) if asked.vary else {"learning_rate": usual_rates(settings)}
+        found = candidates(vary)
+        if len(found) < 2:
+            raise InputError(
+                f"--vary {', '.join(vary)}: has one value only, so there is nothing to compare; give several"
+            )
+        self.settings = replace(
+            settings, loop=replace(settings.loop, adapter_path=str(out / WINNER), resume=None, force=False)
+        )
+        steps = rungs(len(found), asked.seeds, budget)
+        trials = trials_of(self.settings, found, asked.seeds, out / TRIALS)
+        for trial in trials:
+            check_request(replace(trial.settings, loop=replace(trial.settings.loop, force=True)), ALONE)
+        state = self._state(out, asked, {"vary": vary, "seeds": asked.seeds, "budget": budget}, found)
+        check_writable(out, "--out", 1_000_000)
+        self.sweep = Sweep(out, state, trials, steps)
+
+    def _state(self, out: Path, asked: SweepSettings, facts: dict[str, Any], found: list[Candidate]) -> SweepState:
+        """Return what an earlier start left, or an empty state."""
+        flat = {name: value for name, value in self.settings.to_flat().items() if name not in ("resume", "force")}
+        facts = console.finite_values({**facts, "settings": flat})
+        if (out / SWEEP_FILE).exists() and asked.resume:
+            state = SweepState.read(out)
+            changed = [name for name in ("vary", "seeds", "budget") if state.asked.get(name) != facts[name]]
+            before = state.asked.get("settings", {})
+            changed += [
+                name for name in flat if not ROWS[name].may_change and before.get(name) != facts["settings"][name]
+            ]
+            if changed:
+                raise InputError(
+                    f"--resume: the sweep in {out} has another {', '.join(changed)}; give the same as before, or another --out"
+                )
+            return state
+        if (out / SWEEP_FILE).exists() and not asked.force:
+            raise InputError(
+                f"--out {out}: already holds a sweep; choose another folder, --resume to continue, or --force to overwrite it"
+            )
+        for name in (TRIALS, WINNER):
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in (SWEEP_FILE, PAGE_FILE):
+            (out / name).unlink(missing_ok=True)
+        state = SweepState(facts, found)
+        state.write(out)
+        return state
+
+    def run(self, base: Loaded | None = None, show: Callable[[int], Progress] | None = None) -> Outcome:
+        """Train what is left to train, and return how the winner's own run ended.
+
+        Args:
+            base: that the settings name, if it is already loaded; it stays as it is. None: it is loaded here.
+            show: see `train_run`.
+
+        Raises:
+            Interrupted: a signal ended a round.
+            InputError, RunError: see `Sweep.choose` and `train_run`.
+        """
+        if base is None:
+            with waiting("Loading the model"):
+                base = load_base(self.settings.model)
+        sweep, state = self.sweep, self.sweep.state
+        if not state.rounds:
+            log.info(self.plan_words())
+        sweep.choose(base, self._after_round)
+        settings = self.winner_settings()
+        log.info(f"Best: {words(state.candidates[state.winner or 0])}. Its whole run, alone:")
+        outcome = train_run(settings, show=show, base=replace(base, model=_own_modules(base)))
+        if not outcome.interrupted:
+            curve = held_out_curve(sweep.folder / WINNER)
+            state.val_loss = outcome.val_loss if outcome.val_loss is not None else curve[-1][1] if curve else None
+            state.write(sweep.folder)
+            self._after_round()
+        return outcome
+
+    def winner_settings(self) -> TrainSettings:
+        """Return the settings of the winner's own run."""
+        state, folder = self.sweep.state, self.sweep.folder / WINNER
+        if state.winner is None:
+            raise ValueError("the sweep has no winner yet")
+        begun = (folder / CHECKPOINTS).is_dir()
+        own = {"adapter_path": str(folder), "resume": "auto" if begun else None, "force": not begun}
+        return train_settings({**self.settings.to_flat(), **state.candidates[state.winner], **own})
+
+    def plan_words(self) -> str:
+        """Return a sentence on what the sweep is going to do."""
+        sweep, seeds = self.sweep, len(self.sweep.trials) // len(self.sweep.state.candidates)
+        rounds = ", ".join(f"{rung.candidates} to {rung.share:.0%}" for rung in sweep.rungs)
+        of = f", {seeds} seeds each" if seeds > 1 else ""
+        return f"Sweep: {counted(len(sweep.state.candidates), 'candidate')}{of}; rounds: {rounds} of a run; then the best one's whole run"
+
+    def compared(self) -> Compared:
+        """Return what the page and the last line are made of."""
+        state = self.sweep.state
+        folders = {trial.name: trial.folder for trial in self.sweep.trials} | {WHOLE: self.sweep.folder / WINNER}
+        curves = {name: held_out_curve(folder) for name, folder in folders.items()}
+        total = max(state.totals.values(), default=0)
+        return Compared(state.candidates, state.rounds, state.winner, state.val_loss, total, curves)
+
+    def _after_round(self) -> None:
+        """Say what a round has shown, and write the page."""
+        state, compared = self.sweep.state, self.compared()
+        number = len(state.rounds)
+        if state.val_loss is None:
+            best = list(state.scores(number - 1).items())[:3]
+            said = "; ".join(f"{words(state.candidates[candidate])}: {score.loss:.4f}" for candidate, score in best)
+            log.info(
+                f"Round {number} of {len(self.sweep.rungs)}, held-out loss at step {state.rounds[-1][0]['step']}: {said}"
+            )
+        else:
+            log.info(advice(compared))
+        write_page(self.sweep.folder / PAGE_FILE, compared)
+
+
+def _own_modules(base: Loaded) -> Any:
+    import copy
+
+    return copy.deepcopy(base.model)  # copies modules, not their arrays
+
+
+def usual_rates(settings: TrainSettings) -> list[float]:
+    """Return learning rates around the default one for the model."""
+    shape = outlined_shape(outline_for(settings.model, device.compute_dtype(settings.model.dtype)), settings)
+    usual = learning_rate_for(shape.model_type, shape.width, settings)
+    return [float(f"{usual * factor:.1e}") for factor in AROUND_DEFAULT]
+
+
+# Python
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The results of a sweep.
+
+    Attributes:
+        folder: with `sweep.html`, `sweep.json`, the trials, and the winner's run.
+        best: the winner's settings that were varied.
+        run: the winner's own run, over all its steps.
+        table: a row for each candidate: its settings, `step` and `loss` (mean over seeds) where it was last measured, best first.
+        advice: one sentence.
+    """
+
+    folder: Path
+    best: dict[str, Any]
+    run: Run
+    table: list[dict[str, Any]]
+    advice: str
+
+
+@speaks_python()
+def sweep(
+    base: Base | PathLike,
+    data: Any,
+    out: PathLike,
+    vary: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    seeds: int = 1,
+    budget: float = BUDGET,
+    resume: bool = False,
+    force: bool = False,
+    progress: bool = True,
+    **settings: Any,
+) -> SweepResult:
+    """Find good settings by successive halving, and train the best ones in full; the base stays as it is.
+
+    Args:
+        base: from `load`, or a model's name.
+        data: as for `train`.
+        out: folder to write.
+        vary: setting -> values, as in `{"learning_rate": "5e-5..2e-3", "rank": [8, 16]}`; default: learning rates around the
+            default one.
+        seeds: runs of each candidate.
+        budget: all work, in runs.
+        resume, force: go on with, or replace, a sweep in this folder.
+        progress: show what happens; False: print nothing.
+        settings: every other setting, as for `train`.
+
+    Raises:
+        InputError: settings, data or folder that cannot be used.
+        RunError: the winner's run failed.
+        KeyboardInterrupt: a signal ended it; `resume=True` goes on.
+    """
+    base = as_base(base, "sweep")
+    job = SweepJob(
+        run_settings(base.settings, {**settings, "data": data_source(data)}),
+        SweepSettings(Path(os.fspath(out)), vary, seeds, budget, resume, force),
+    )
+    base.release()
+    mx.reset_peak_memory()
+    with base.loaded.lent() as lent, console.log_to(console.show if progress else None), _compiling():
+        outcome = job.run(lent)
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+    compared, folder = job.compared(), job.sweep.folder
+    run = Run(folder / WINNER, outcome.steps, outcome.val_loss, False, outcome.stopped_early)
+    return SweepResult(
+        folder, job.sweep.state.candidates[compared.winner or 0], run, compared.table(), advice(compared)
+    )
+
+
+@contextmanager
+def _compiling():
+    try:
+        yield
+    finally:
+        device.compile_for(device.COMPILE_FROM_STEPS)  # short runs turn compiling off

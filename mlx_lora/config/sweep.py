@@ -1,0 +1,224 @@
+"""What a sweep tries, and how much of a run each round of it takes.
+
+    --vary learning_rate=5e-5..2e-3     values from low to high, each about twice the one before
+    --vary learning_rate=5e-5..2e-3/12  twelve values, with equal ratios
+    --vary rank=8,16,32                 these values
+
+Candidates are all combinations. Successive halving (Jamieson and Talwalkar, arXiv 1502.07943) gives all of them a small part of a run,
+a third of them three times as much, and so on, until one is left. Rounds are chosen so that they and the winner's whole run take
+`budget` runs of work.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lora.config.fields import field_type, flag_of, read_value
+from mlx_lora.config.settings import FIELDS, ROWS, SECTIONS
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.text import closest, counted
+
+ETA = 3  # of the candidates, this share goes on, and trains this many times as long
+BUDGET = 3.0  # runs of work, the winner's own run included
+MOST_CANDIDATES = 256
+MOST_VALUES = 64
+# Settings that change a result, though a resumed run may have others.
+LENGTHS = ("iters", "epochs")
+# What a sweep sets itself.
+OWN = {"seed": "give --seeds"}
+_EXAMPLE = "write it like learning_rate=5e-5..2e-3 or rank=8,16,32"
+
+Candidate = dict[str, Any]
+
+
+# What is varied
+
+
+def read_vary(given: Sequence[str] | Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the values of each setting that varies.
+
+    Args:
+        given: texts as --vary takes them; or setting -> a list of values, one value, or a range as text.
+
+    Raises:
+        InputError: a text or a value that cannot be used, or too many combinations.
+    """
+    found: dict[str, list[Any]] = {}
+    for name, values in given.items() if isinstance(given, Mapping) else map(_parted, given):
+        name = name.strip().lstrip("-").replace("-", "_")
+        _check_name(name)
+        if name in found:
+            raise InputError(f"--vary {name}: given twice; give it once, with all values")
+        found[name] = _values(name, values)
+    count = math.prod(len(values) for values in found.values())
+    if count > MOST_CANDIDATES:
+        raise InputError(f"--vary: {count:,} combinations; at most {MOST_CANDIDATES} are allowed, so give fewer values")
+    return found
+
+
+def _parted(text: str) -> tuple[str, str]:
+    name, equals, values = text.partition("=")
+    if not equals or not name.strip() or not values.strip():
+        raise InputError(f"--vary {text}: has no setting with values; {_EXAMPLE}")
+    return name, values
+
+
+def _check_name(name: str) -> None:
+    """Refuse a setting that a sweep cannot vary."""
+    if name in OWN:
+        raise InputError(f"--vary {name}: a sweep sets it itself; {OWN[name]}")
+    if name not in FIELDS:
+        near = closest(name, FIELDS)
+        advice = f"did you mean {near[0]}?" if near else "mlx-lora train --help-all lists the settings"
+        raise InputError(f"--vary {name}: no such setting; {advice}")
+    section = next(part for part, kind in SECTIONS.items() if name in kind.__dataclass_fields__)
+    if section in ("model", "data") or (ROWS[name].may_change and name not in LENGTHS):
+        raise InputError(
+            f"--vary {name}: it does not change what a run learns from the same rows; vary another setting"
+        )
+
+
+def _values(name: str, given: Any) -> list[Any]:
+    """Return the values of a setting, read and without repetitions, in their order."""
+    texts = given if isinstance(given, (list, tuple)) else [given]
+    if isinstance(given, str):
+        texts = _range(name, given) if ".." in given else [part.strip() for part in given.split(",") if part.strip()]
+    read = []
+    for text in texts:
+        try:
+            read.append(read_value(FIELDS[name], text))
+        except ValueError as error:
+            raise InputError(f"--vary {name}: {error}") from None
+    found = list(dict.fromkeys(read))
+    if not found:
+        raise InputError(f"--vary {name}: has no values; {_EXAMPLE}")
+    return found
+
+
+def _range(name: str, text: str) -> list[float]:
+    """Return the values of LOW..HIGH or LOW..HIGH/COUNT."""
+    if field_type(FIELDS[name]) not in (int, float):
+        raise InputError(f"--vary {name}={text}: only numbers have a range; give the values, separated by commas")
+    bounds, slash, amount = text.partition("/")
+    low_text, _, high_text = bounds.partition("..")
+    try:
+        low, high, count = float(low_text), float(high_text), int(amount) if slash else 0
+    except ValueError:
+        raise InputError(f"--vary {name}={text}: not a range; {_EXAMPLE}") from None
+    if not (0 < low < high < math.inf):
+        advice = "from a smaller to a larger number, both above 0"
+        raise InputError(
+            f"--vary {name}={text}: not a range; write it {advice}, or give the values, separated by commas"
+        )
+    if slash and not 2 <= count <= MOST_VALUES:
+        raise InputError(f"--vary {name}={text}: {count} values; from 2 to {MOST_VALUES} are allowed")
+    count = count or max(2, round(math.log2(high / low)) + 1)
+    numbers = [low * (high / low) ** (n / (count - 1)) for n in range(count)]
+    if field_type(FIELDS[name]) is int:
+        return [round(number) for number in numbers]
+    return [float(f"{number:.2e}") for number in numbers]
+
+
+def candidates(vary: Mapping[str, Sequence[Any]]) -> list[Candidate]:
+    """Return all combinations of the values."""
+    return [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
+
+
+def words(candidate: Candidate) -> str:
+    """Return a candidate's settings as flags."""
+    return " ".join(f"{flag_of(name)} {_shown(value)}" for name, value in candidate.items())
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# How far each round goes
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A round of successive halving.
+
+    Attributes:
+        candidates: that take part.
+        share: of a run's steps, up to which they are trained.
+    """
+
+    candidates: int
+    share: float
+
+    def steps(self, total: int) -> int:
+        """Return the step at which a run of so many ends this round."""
+        return min(total, max(1, round(self.share * total)))
+
+
+def rungs(count: int, seeds: int, budget: float) -> list[Rung]:
+    """Return the rounds for so many candidates.
+
+    Args:
+        count: candidates, at least two.
+        seeds: runs of each.
+        budget: runs of work for all rounds and the winner's whole run.
+
+    Raises:
+        InputError: the budget is too small.
+    """
+    if budget <= 1:
+        raise InputError(
+            f"--budget {budget:g}x: leaves nothing to try, since the best run alone takes 1x; give more, such as 3x"
+        )
+    sizes = [count]
+    while (smaller := math.ceil(sizes[-1] / ETA)) > 1:
+        sizes.append(smaller)
+    if (budget - 1) >= count * seeds:  # all of them whole
+        return [Rung(count, 1.0)]
+    ends = [ETA**place for place in range(len(sizes))]
+    share = (budget - 1) / work([Rung(size, end) for size, end in zip(sizes, ends, strict=True)], seeds)
+    return [Rung(size, min(1.0, share * end)) for size, end in zip(sizes, ends, strict=True)]
+
+
+def work(rounds: Sequence[Rung], seeds: int) -> float:
+    """Return the work of some rounds in whole runs."""
+    shares = [0.0, *(rung.share for rung in rounds)]
+    return seeds * sum(rung.candidates * (rung.share - before) for rung, before in zip(rounds, shares, strict=False))
+
+
+def read_budget(text: str | float) -> float:
+    """Return the number in `3x` or `3`.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        budget = float(str(text).strip().lower().removesuffix("x"))
+    except ValueError:
+        budget = math.nan
+    if not 0 < budget < math.inf:
+        raise InputError(f"--budget {text}: not an amount of work; write it like 3x, for three times that of one run")
+    return budget
+
+
+def check_long_enough(rounds: Sequence[Rung], total: int, seeds: int, least: int) -> None:
+    """Refuse rounds that are too short to tell candidates apart.
+
+    Args:
+        rounds: of the sweep.
+        total: steps of a run.
+        seeds: runs of each candidate.
+        least: steps that the first round should have.
+
+    Raises:
+        InputError: saying what would do.
+    """
+    if rounds[0].share * total >= least:
+        return
+    wanted = 1 + work(rounds, seeds) * least / (rounds[0].share * total)
+    raise InputError(
+        f"--budget: {counted(rounds[0].candidates, 'candidate')} get {counted(rounds[0].steps(total), 'step')} each in the first round, "
+        f"too few to tell them apart; give --budget {math.ceil(wanted)}x, fewer values, or longer runs"
+    )

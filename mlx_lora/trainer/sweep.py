@@ -1,0 +1,379 @@
+"""Find good settings by successive halving: many short runs at once on one base, the better ones go on.
+
+    sweep = Sweep.open(settings, vary, seeds=2, budget=3.0, out=Path("sweep"))
+    sweep.run()          out/trials/... one run folder each, out/winner the best settings' whole run, out/sweep.json, out/sweep.html
+
+A trial is an ordinary run (trainer/several_runs.py) that is stopped and saved at the end of a round, and resumed exactly in the next.
+Trials are compared by their loss on the held-out rows, which are the same for all. Runs that are computed together are rounded together,
+so the winner is trained again by itself: its folder is what `train` gives with these settings, byte for byte. sweep.json is written after
+each round; a sweep that was killed goes on from there, and each trial from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import TrainSettings
+from mlx_lora.config.sweep import Candidate, Rung, check_long_enough, words
+from mlx_lora.models.load import Base
+from mlx_lora.reports.run_report import read_records
+from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
+from mlx_lora.trainer.several_runs import Left, SeveralRuns, TooManyRuns, common_round, how_many_fit
+from mlx_lora.utils import console
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import replace_text
+from mlx_lora.utils.parsing import parse_yaml, read_json
+from mlx_lora.utils.progress import long_task
+from mlx_lora.utils.text import counted
+
+log = logging.getLogger(__name__)
+
+MOST_AT_ONCE = 16  # more gain little, and each has its own arrays
+FEWEST_STEPS = 5  # of the first round
+# Settings that decide how many steps a run has; trials that are trained together have these in common.
+OF_LENGTH = ("iters", "epochs", "batch_size", "batch_tokens", "grad_accumulation_steps")
+
+
+# Trials
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate with one seed.
+
+    Attributes:
+        name: of its folder.
+        candidate: number of the candidate.
+        words: its settings, for people.
+        settings: of the run.
+    """
+
+    name: str
+    candidate: int
+    words: str
+    settings: TrainSettings
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.settings.loop.adapter_path)
+
+
+@dataclass(frozen=True, order=True)
+class Score:
+    """How good a trial is; the least is the best.
+
+    Attributes:
+        error: 1 minus the accuracy, if the best validation is chosen by it; else 0.
+        loss: on the held-out rows; infinite if the run diverged.
+    """
+
+    error: float
+    loss: float
+
+    @classmethod
+    def mean(cls, scores: Sequence[Score]) -> Score:
+        return cls(sum(s.error for s in scores) / len(scores), sum(s.loss for s in scores) / len(scores))
+
+
+DIVERGED = Score(1.0, math.inf)
+
+
+def trials_of(settings: TrainSettings, found: Sequence[Candidate], seeds: int, folder: Path) -> list[Trial]:
+    """Return the trials of all candidates, each with its settings and a folder.
+
+    Raises:
+        InputError: a candidate's settings cannot be used.
+    """
+    flat, trials = settings.to_flat(), []
+    for number, candidate in enumerate(found):
+        for seed in range(settings.loop.seed, settings.loop.seed + seeds):
+            name = f"{number + 1:02d}" + (f"-seed{seed}" if seeds > 1 else "")
+            own = {
+                "adapter_path": str(folder / name), "seed": seed, "resume": "auto", "force": False, "sample_tokens": 0, "test": False,
+                "report_to": None, "save_every": flat["save_every"] or 100, "keep": 2,
+            }  # fmt: skip
+            said = words(candidate) + (f" --seed {seed}" if seeds > 1 else "")
+            trials.append(Trial(name, number, said, train_settings({**flat, **candidate, **own})))
+    return trials
+
+
+def score_of(trial: Trial, until: int) -> Score:
+    """Return a trial's score after so many steps, from its folder.
+
+    Raises:
+        InputError: it has no held-out rows.
+    """
+    if Left.of(trial.folder).error is not None:
+        return DIVERGED
+    records = read_records(trial.folder / "metrics.jsonl")
+    validations = [line for line in records if line["val_loss"] is not None and 0 < line["step"] <= until]
+    if not validations:
+        raise InputError(
+            "a sweep compares held-out losses, and there are none; give the data a validation file, or leave --valid-fraction and "
+            "--val-batches at their defaults"
+        )
+    by_accuracy = trial.settings.loop.metric_for_best_model == "accuracy"
+    scores = [Score(1 - line["accuracy"] if by_accuracy else 0.0, _number(line["val_loss"])) for line in validations]
+    used = parse_yaml((trial.folder / "run.yaml").read_text(encoding="utf-8"))
+    return min(scores) if used["keep_best"] else scores[-1]
+
+
+def _number(value: Any) -> float:
+    """Return a loss; one that is not finite is null in a file."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.inf
+
+
+def held_out_curve(folder: Path) -> list[tuple[int, float]]:
+    """Return the steps and losses of a run's validations."""
+    return [
+        (line["step"], line["val_loss"])
+        for line in read_records(folder / "metrics.jsonl")
+        if isinstance(line["val_loss"], (int, float))
+    ]
+
+
+# Rounds
+
+
+class Interrupted(Exception):
+    """A signal ended a round; everything is saved."""
+
+
+class OnlyWarnings(logging.Handler):
+    """Gives warnings of trials to other handlers, and of the first trial also what it says before its first step."""
+
+    def __init__(self, handlers: Sequence[logging.Handler], first: str):
+        super().__init__()
+        self._handlers, self._first, self.begins = handlers, f"{first}: ", True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING and not (self.begins and record.getMessage().startswith(self._first)):
+            return
+        for handler in self._handlers:
+            handler.emit(record)
+
+
+@contextmanager
+def quieter(first: str, header: bool) -> Iterator[OnlyWarnings]:
+    """Log only warnings of trials in this block, and with `header` what the first one says as it begins."""
+    before = console.LOGGER.handlers
+    handler = OnlyWarnings(before, first)
+    handler.begins = header
+    console.LOGGER.handlers = [handler]
+    try:
+        yield handler
+    finally:
+        console.LOGGER.handlers = before
+
+
+@dataclass
+class Rounds:
+    """Trains trials up to a step, as many at once as fit.
+
+    Attributes:
+        base: that all are trained on; it stays as it is.
+        header: whether the next trial's header is shown.
+        totals: steps of a whole run, by what decides them.
+        check: called with the steps of a whole run as soon as they are known.
+    """
+
+    base: Base
+    header: bool = True
+    totals: dict[str, int] = field(default_factory=dict)
+    check: Callable[[int], None] = lambda total: None
+
+    def train(self, trials: Sequence[Trial], rung: Rung) -> dict[str, Score]:
+        """Train trials to the end of a round, and return their scores by name.
+
+        Raises:
+            Interrupted: a signal asked to stop; the trials go on from there.
+            InputError: not even one of them fits, or they have no held-out rows.
+        """
+        groups: dict[str, list[Trial]] = {}
+        for trial in trials:
+            groups.setdefault(self.kind(trial), []).append(trial)
+        for group in groups.values():
+            size = max(1, min(MOST_AT_ONCE, how_many_fit([trial.settings for trial in group])))
+            waiting = list(group)
+            while waiting:
+                try:
+                    self._together(waiting[:size], rung)
+                except TooManyRuns as refused:
+                    if size == 1 or refused.fitting < 1:
+                        raise
+                    size = min(refused.fitting, size - 1)
+                    continue
+                waiting = waiting[size:]
+        return {trial.name: score_of(trial, rung.steps(self.totals[self.kind(trial)])) for trial in trials}
+
+    @staticmethod
+    def kind(trial: Trial) -> str:
+        """Return what trials that are trained together have in common."""
+        flat = trial.settings.to_flat()
+        return json.dumps({name: flat[name] for name in OF_LENGTH})
+
+    def _together(self, trials: Sequence[Trial], rung: Rung) -> None:
+        """Train some trials in one pass to the end of a round."""
+        kind, left = self.kind(trials[0]), [Left.of(trial.folder) for trial in trials]
+        if kind in self.totals:
+            end = rung.steps(self.totals[kind])
+            if common_round(left) >= end or all(one.ended is not None for one in left):
+                return
+        with quieter(trials[0].name, self.header) as said:
+            runs = SeveralRuns.open([trial.settings for trial in trials], [trial.name for trial in trials], self.base)
+            with runs.begun():
+                said.begins = self.header = False
+                if runs.active:
+                    wanted = runs.active[0].wanted
+                    self.totals[kind] = wanted.trainer.total if wanted is not None else 0
+                    self.check(self.totals[kind])
+                self._to(runs, rung.steps(self.totals[kind]))
+
+    def _to(self, runs: SeveralRuns, end: int) -> None:
+        """Take rounds of steps until the runs are at a step."""
+        begun, joined = runs.at, counted(len(runs.active), "trial")
+        with long_task(f"{joined} to step {end}", end - begun, "steps") as task:
+            while runs.active and runs.at < end:
+                runs.round()
+                task.reach(runs.at - begun)
+        if any(member.outcome is not None and member.outcome.interrupted for member in runs.members):
+            raise Interrupted
+        for member in runs.active:
+            member.pause()
+
+
+# The sweep
+
+SWEEP_FILE, PAGE_FILE, WINNER = "sweep.json", "sweep.html", "winner"
+
+
+@dataclass
+class SweepState:
+    """What sweep.json holds; it has no times, so that a sweep that was killed leaves the same bytes.
+
+    Attributes:
+        asked: everything that decides what a sweep does: settings, what varies, seeds, budget.
+        candidates: the settings of each.
+        totals: steps of whole runs, see `Rounds`.
+        rounds: of each that is done, an entry for each trial: `name`, `candidate`, `seed`, `step`, `loss`, `error`.
+        winner: number of the best candidate; None: not known yet.
+        val_loss: of its own run; None: not trained yet, or not measured.
+    """
+
+    asked: dict[str, Any]
+    candidates: list[Candidate]
+    totals: dict[str, int] = field(default_factory=dict)
+    rounds: list[list[dict[str, Any]]] = field(default_factory=list)
+    winner: int | None = None
+    val_loss: float | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write the file, whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(console.finite_values(vars(self)), indent=1, ensure_ascii=False)
+        replace_text(folder / SWEEP_FILE, text + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> SweepState:
+        """Read what a sweep has done so far.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        file, advice = folder / SWEEP_FILE, "start the sweep again with --force"
+        found = read_json(file, advice)
+        try:
+            return cls(**found)
+        except TypeError:
+            raise InputError(f"{file}: not a sweep's file; {advice}") from None
+
+    def scores(self, number: int) -> dict[int, Score]:
+        """Return the mean score of each candidate of a round, the best first."""
+        found: dict[int, list[Score]] = {}
+        for trial in self.rounds[number]:
+            loss = math.inf if trial["loss"] is None else trial["loss"]
+            found.setdefault(trial["candidate"], []).append(Score(trial["error"], loss))
+        means = {candidate: Score.mean(scores) for candidate, scores in found.items()}
+        return dict(sorted(means.items(), key=lambda item: (item[1], item[0])))
+
+    def steps(self) -> int:
+        """Return the steps that all trials have taken."""
+        last = {trial["name"]: trial["step"] for trials in self.rounds for trial in trials}
+        return sum(last.values())
+
+
+class Sweep:
+    """Runs the rounds of a sweep, and keeps what came out.
+
+    Attributes:
+        folder: of trials and state.
+        state: what is done.
+        trials: of all candidates.
+        rungs: the rounds.
+    """
+
+    def __init__(self, folder: Path, state: SweepState, trials: Sequence[Trial], rungs: Sequence[Rung]):
+        self.folder, self.state, self.trials, self.rungs = folder, state, trials, rungs
+
+    def choose(self, base: Base, told: Callable[[], None] = lambda: None) -> int:
+        """Train the rounds that are left, and return the best candidate's number.
+
+        Args:
+            base: to train on; it stays as it is.
+            told: called after each round.
+
+        Raises:
+            Interrupted: a signal ended a round.
+            InputError: all candidates diverged, the rounds are too short, or nothing fits in memory.
+        """
+        state, seeds = self.state, len(self.trials) // len(self.state.candidates)
+        rounds = Rounds(base, not state.rounds, dict(state.totals))
+        rounds.check = lambda total: check_long_enough(self.rungs, total, seeds, FEWEST_STEPS)
+        while state.winner is None:
+            kept = self.left()
+            trials, rung = [trial for trial in self.trials if trial.candidate in kept], self.rungs[len(state.rounds)]
+            scores = rounds.train(trials, rung)
+            state.totals = dict(rounds.totals)
+            entries = []
+            for trial in trials:
+                step, score = rung.steps(state.totals[Rounds.kind(trial)]), scores[trial.name]
+                entry = {
+                    "name": trial.name,
+                    "candidate": trial.candidate,
+                    "seed": trial.settings.loop.seed,
+                    "step": step,
+                }
+                entries.append({**entry, "loss": score.loss, "error": score.error})
+            state.rounds.append(entries)
+            best = next(iter(state.scores(len(state.rounds) - 1).items()))
+            if not math.isfinite(best[1].loss):
+                raise InputError(f"every candidate diverged (see {self.folder / TRIALS}); try lower learning rates")
+            if len(state.rounds) == len(self.rungs):
+                state.winner = best[0]
+            state.write(self.folder)
+            told()
+            self._drop_checkpoints()
+        return state.winner
+
+    def left(self) -> list[int]:
+        """Return the candidates that take part in the next round."""
+        done = len(self.state.rounds)
+        if not done:
+            return list(range(len(self.state.candidates)))
+        return list(self.state.scores(done - 1))[: self.rungs[done].candidates if done < len(self.rungs) else 1]
+
+    def _drop_checkpoints(self) -> None:
+        """Remove the checkpoints of trials that do not go on."""
+        kept = self.left()
+        for trial in self.trials:
+            if trial.candidate not in kept:
+                shutil.rmtree(trial.folder / CHECKPOINTS, ignore_errors=True)
