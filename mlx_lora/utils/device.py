@@ -5,6 +5,7 @@ This is the only file that distinguishes backends; all others only use mlx's API
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import math
 import os
