@@ -23,7 +23,7 @@ from mlx_lora.config.sweep import BUDGET, Candidate, candidates, read_budget, re
 from mlx_lora.models.load import load_base
 from mlx_lora.models.meta import outline_for
 from mlx_lora.parallel.ranks import ALONE
-from mlx_lora.reports.sweep_page import WHOLE, Compared, advice, write_page
+from mlx_lora.reports.sweep_page import advice, write_page
 from mlx_lora.trainer.model_shape import outlined_shape
 from mlx_lora.trainer.run import check_request, train_run
 from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
@@ -172,17 +172,9 @@ class SweepJob:
         of = f", {seeds} seeds each" if seeds > 1 else ""
         return f"Sweep: {counted(len(sweep.state.candidates), 'candidate')}{of}; rounds: {rounds} of a run; then the best one's whole run"
 
-    def compared(self) -> Compared:
-        """Return what the page and the last line are made of."""
-        state = self.sweep.state
-        folders = {trial.name: trial.folder for trial in self.sweep.trials} | {WHOLE: self.sweep.folder / WINNER}
-        curves = {name: held_out_curve(folder) for name, folder in folders.items()}
-        total = max(state.totals.values(), default=0)
-        return Compared(state.candidates, state.rounds, state.winner, state.val_loss, total, curves)
-
     def _after_round(self) -> None:
         """Say what a round has shown, and write the page."""
-        state, compared = self.sweep.state, self.compared()
+        state, compared = self.sweep.state, self.sweep.compared()
         number = len(state.rounds)
         if state.val_loss is None:
             best = list(state.scores(number - 1).items())[:3]
@@ -274,7 +266,7 @@ def sweep(
         outcome = job.run(lent)
     if outcome.interrupted:
         raise KeyboardInterrupt
-    compared, folder = job.compared(), job.sweep.folder
+    compared, folder = job.sweep.compared(), job.sweep.folder
     run = Run(folder / WINNER, outcome.steps, outcome.val_loss, False, outcome.stopped_early)
     return SweepResult(
         folder, job.sweep.state.candidates[compared.winner or 0], run, compared.table(), advice(compared)

@@ -22,19 +22,20 @@ from dataclasses import dataclass, fields, replace
 from html import escape
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 
 from mlx_lora.api.base import Base, PathLike, as_base
 from mlx_lora.api.errors import speaks_python
 from mlx_lora.config.load import train_settings
-from mlx_lora.config.settings import ModelSettings, TrainSettings
+from mlx_lora.config.settings import AUTO, ModelSettings, TrainSettings
 from mlx_lora.data.files import SPLIT_NAMES
 from mlx_lora.parallel.launch import find_launch
 from mlx_lora.reports.run_report import REPORT_FILE, read_records
 from mlx_lora.rollouts.rewards import IN_PYTHON, RewardFunction
 from mlx_lora.trainer.callbacks import Callback
+from mlx_lora.trainer.find_learning_rate import find_learning_rate
 from mlx_lora.trainer.progress import curve_html, display_here
 from mlx_lora.trainer.run import train_run
 from mlx_lora.utils import console, device
@@ -53,7 +54,7 @@ def train(
     rank: int | None = None,
     iters: int | None = None,
     epochs: float | None = None,
-    learning_rate: float | None = None,
+    learning_rate: float | Literal["auto"] | None = None,
     batch_size: int | None = None,
     max_seq_length: int | None = None,
     seed: int | None = None,
@@ -74,7 +75,7 @@ def train(
         rank: of the adapter's factors (default 16).
         iters: optimizer steps; default: `epochs` over the data.
         epochs: passes over the data (default: 1, or as many as give a small set about 100 steps).
-        learning_rate: at its peak (default: by the model's width and family).
+        learning_rate: at its peak (default: by the model's width and family); "auto": try several in the run's first part.
         batch_size: rows per micro-batch; default: as many as `batch_tokens` holds, which are 4 to 32 rows by the data's size.
         max_seq_length: longest sequence in tokens (default 2048).
         seed: of data order, initial factors and dropout (default 0).
@@ -111,6 +112,8 @@ def train(
     try:
         with base.loaded.lent() as lent, console.log_to(console.show if progress else None):
             show = display_here() if progress else None
+            if resolved.optimizer.learning_rate == AUTO:
+                resolved, _ = find_learning_rate(resolved, base=lent)
             outcome = train_run(resolved, show=show, base=lent, callbacks=callbacks, functions=functions)
     finally:
         device.compile_for(device.COMPILE_FROM_STEPS)  # a short run turned compiling off

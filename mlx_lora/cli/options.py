@@ -75,6 +75,22 @@ def _flag_for(value: str, flags: list[str]) -> str | None:
     return meant[0] if meant else None
 
 
+class NumberOrWord(click.ParamType):
+    """A number, or one word."""
+
+    name = "number"
+
+    def __init__(self, kind: type, word: str):
+        self._kind, self._word = kind, word
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the word as it is, and anything else as a number."""
+        try:
+            return value if value == self._word else self._kind(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor {self._word}", param, ctx)
+
+
 config_option = click.option(
     "-c",
     "--config",
@@ -244,6 +260,8 @@ def _option(f: dataclasses.Field) -> Callable[[Callable], Callable]:
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", f.name, **shown)
     metavar = "NAME" if row.choices else METAVARS[kind]
+    if row.word:
+        kind, metavar = NumberOrWord(kind, row.word), f"{metavar}|{row.word}"
     if row.alone:
         shown |= {"is_flag": False, "flag_value": row.alone}
         metavar = f"[{metavar}]"

@@ -69,7 +69,7 @@ def main(
     if interrupted:
         console.echo(f"Interrupted; everything is saved. The same command with --resume goes on from there ({out})")
         return 130
-    compared = job.compared()
+    compared = job.sweep.compared()
     console.echo(f"{out / 'sweep.html'} compares all candidates, and {out / 'winner'} is the best one's run")
     if as_json:
         best = compared.candidates[compared.winner or 0]

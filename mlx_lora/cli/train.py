@@ -19,7 +19,7 @@ import click
 
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import read_settings, train_settings
-from mlx_lora.config.settings import MODEL, TRAINING, TrainSettings
+from mlx_lora.config.settings import AUTO, MODEL, TRAINING, TrainSettings
 from mlx_lora.parallel.launch import find_launch, together
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
@@ -147,7 +147,19 @@ def run(settings: TrainSettings, dry_run: bool) -> int:
         from mlx_lora.trainer.progress import LiveProgress
         from mlx_lora.trainer.run import train_run
 
-        outcome = train_run(settings, ranks, LiveProgress if sys.stderr.isatty() else None)
+        base = None
+        if settings.optimizer.learning_rate == AUTO:
+            from mlx_lora.trainer.find_learning_rate import find_learning_rate
+            from mlx_lora.trainer.sweep import Interrupted
+
+            try:
+                settings, base = find_learning_rate(settings, ranks)
+            except Interrupted:
+                console.echo(
+                    "Interrupted while learning rates were tried; the same command with --resume goes on from there"
+                )
+                return 130
+        outcome = train_run(settings, ranks, LiveProgress if sys.stderr.isatty() else None, base)
         if outcome.interrupted:
             console.echo(interrupted_line(settings.loop.adapter_path, outcome))
     return 130 if outcome.interrupted else 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_lora.config.presets import PRESETS
-from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
+from mlx_lora.config.settings import AUTO, DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
 from mlx_lora.utils.text import counted
 
 FULL_RATE = 5e-5  # of full fine-tuning, at a width of 2,000
@@ -99,8 +99,8 @@ def batch_tokens_for(settings: TrainSettings, data: DataFacts | None) -> int:
 
 
 def with_learning_rate(settings: TrainSettings, model_type: str, width: int) -> TrainSettings:
-    """Return the settings with a learning rate, which stays as it is if it was given."""
-    if settings.optimizer.learning_rate is not None:
+    """Return the settings with a learning rate, which stays as it is if it was given as a number."""
+    if settings.optimizer.learning_rate not in (None, AUTO):
         return settings
     rate = learning_rate_for(model_type, width, settings)
     return replace(settings, optimizer=replace(settings.optimizer, learning_rate=rate))
@@ -184,7 +184,7 @@ def rate_problem(settings: TrainSettings, model_type: str, width: int) -> str:
     """Return a warning of a learning rate far from what suits the model; empty: it may do."""
     given, usual = settings.optimizer.learning_rate, learning_rate_for(model_type, width, settings)
     strength = 1 if settings.adapter.method == "full" else settings.adapter.alpha / ALPHA
-    if given is None or TOO_LOW <= given * strength / usual <= TOO_HIGH:
+    if given is None or given == AUTO or TOO_LOW <= given * strength / usual <= TOO_HIGH:
         return ""
     usual = float(f"{usual / strength:.1e}")
     effect = "the run will probably diverge" if given > usual else "the model will hardly change"

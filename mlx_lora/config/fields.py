@@ -25,6 +25,7 @@ class SettingRow:
         method: the only --method that has this setting; None: all have it.
         alone: the value of a flag without a value, and of `true` in a settings file.
         also: mlx-lm's spelling of the flag, which the command line takes too.
+        word: a word that is allowed instead of a number.
     """
 
     help: str
@@ -39,6 +40,7 @@ class SettingRow:
     method: str | None = None
     alone: str | None = None
     also: str | None = None
+    word: str | None = None
 
     def check(self, value: Any) -> None:
         """Check a value of the right type.
@@ -91,6 +93,8 @@ def read_value(f: Field, value: Any) -> Any:
         value = row.alone if value else off
     if value is None and "None" in str(f.type):
         return None
+    if row.word and value == row.word:
+        return value
     if kind is str and isinstance(value, dict):  # rank_pattern: {q_proj: 32}
         value = ",".join(f"{name}={number}" for name, number in value.items())
     if kind is str and isinstance(value, list):  # target_modules: [q_proj, v_proj]
@@ -104,7 +108,8 @@ def read_value(f: Field, value: Any) -> Any:
                 raise ValueError
         value = kind(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{value!r}: not {KIND_WORDS[kind]}") from None
+        allowed = f"{KIND_WORDS[kind]}, or {row.word}" if row.word else KIND_WORDS[kind]
+        raise ValueError(f"{value!r}: not {allowed}") from None
     row.check(value)
     return value
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mlx_lora.config.fields import row_of, setting
 from mlx_lora.config.objectives import ObjectiveSettings
@@ -26,6 +26,7 @@ LOGGERS = ("tensorboard", "trackio", "wandb", "swanlab")
 SHARDING = ("even", "memory")  # --shard-base
 PARALLEL = ("data", "tensor", "auto")
 DEFAULT_BATCH_TOKENS = 2048
+AUTO: Literal["auto"] = "auto"  # --learning-rate
 # Headings of the help.
 MODEL, ADAPTER, ONE_METHOD, TRAINING = "Model and data", "Adapter", "Settings of one method", "Training"
 OUTPUT, MEMORY, VALIDATION = "Output", "Memory and speed", "Validation and test"
@@ -154,9 +155,10 @@ class OptimizerSettings:
     """Defaults: AdamW as in torch (with bias correction), 3% warm-up, cosine to zero, global-norm clip 1.0."""
 
     optimizer: str = setting("adamw", "Optimizer.", TRAINING, choices=tuple(OPTIMIZERS))
-    learning_rate: float | None = setting(None,
-        "Peak learning rate (default: by the model's width and family; 1.3e-3 for SmolLM2-135M, 2.9e-4 for Llama 3 8B).",
-        TRAINING, common=True, more_than=0, at_most=1000)
+    learning_rate: float | Literal["auto"] | None = setting(None,
+        "Peak learning rate (default: by the model's width and family; 1.3e-3 for SmolLM2-135M, 2.9e-4 for Llama 3 8B); auto: try "
+        "several in the run's first part, and go on with the best.",
+        TRAINING, common=True, more_than=0, at_most=1000, word=AUTO)
     lr_schedule: str = setting("cosine", "Shape after the warm-up.", TRAINING, choices=SCHEDULES)
     warmup: float = setting(0.03, "Warm-up: a share of all steps if below 1, otherwise a number of steps.",
         TRAINING, at_least=0)

@@ -177,9 +177,19 @@ def rungs(count: int, seeds: int, budget: float) -> list[Rung]:
         sizes.append(smaller)
     if (budget - 1) >= count * seeds:  # all of them whole
         return [Rung(count, 1.0)]
-    ends = [ETA**place for place in range(len(sizes))]
-    share = (budget - 1) / work([Rung(size, end) for size, end in zip(sizes, ends, strict=True)], seeds)
-    return [Rung(size, min(1.0, share * end)) for size, end in zip(sizes, ends, strict=True)]
+    def reaching(first: float, factor: float) -> list[Rung]:
+        return [Rung(size, first * factor**place) for place, size in enumerate(sizes)]
+
+    first = (budget - 1) / work(reaching(1.0, ETA), seeds)
+    if first * ETA ** (len(sizes) - 1) <= 1:
+        return reaching(first, ETA)
+    # The last round would be longer than a run: it is a whole run, and the first one as long as the budget allows.
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        first = (low + high) / 2
+        more = work(reaching(first, (1 / first) ** (1 / max(1, len(sizes) - 1))), seeds) > budget - 1
+        low, high = (low, first) if more else (first, high)
+    return reaching(low, (1 / low) ** (1 / max(1, len(sizes) - 1)))
 
 
 def work(rounds: Sequence[Rung], seeds: int) -> float:
@@ -203,6 +213,10 @@ def read_budget(text: str | float) -> float:
     return budget
 
 
+class TooShort(InputError):
+    """Refuses rounds that are too short to tell candidates apart."""
+
+
 def check_long_enough(rounds: Sequence[Rung], total: int, seeds: int, least: int) -> None:
     """Refuse rounds that are too short to tell candidates apart.
 
@@ -213,12 +227,12 @@ def check_long_enough(rounds: Sequence[Rung], total: int, seeds: int, least: int
         least: steps that the first round should have.
 
     Raises:
-        InputError: saying what would do.
+        TooShort: saying what would do.
     """
     if rounds[0].share * total >= least:
         return
     wanted = 1 + work(rounds, seeds) * least / (rounds[0].share * total)
-    raise InputError(
+    raise TooShort(
         f"--budget: {counted(rounds[0].candidates, 'candidate')} get {counted(rounds[0].steps(total), 'step')} each in the first round, "
         f"too few to tell them apart; give --budget {math.ceil(wanted)}x, fewer values, or longer runs"
     )

@@ -30,7 +30,7 @@ from typing import Any
 from mlx_lora.api.plan import PlanParts, plan_run
 from mlx_lora.config.defaults import DataFacts, learning_rate_for, preset_settings, rows_per_step, with_length
 from mlx_lora.config.load import train_settings
-from mlx_lora.config.settings import TrainSettings
+from mlx_lora.config.settings import AUTO, TrainSettings
 from mlx_lora.data.files import find_sets, is_local, named_sets
 from mlx_lora.data.records import read_records
 from mlx_lora.gguf.arch import model_config
@@ -305,7 +305,7 @@ def cards_at_once(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict
     for card in CARDS:
         asked = train_settings({**without(preset_settings(card, facts), given), **settings})
         rate = asked.optimizer.learning_rate
-        if rate is None and kind is not None:
+        if rate in (None, AUTO) and kind is not None:
             rate = learning_rate_for(*kind, asked)
         epochs, steps = length_by_rule(asked, facts)
         found[card] = {"learning_rate": rate, "rank": asked.adapter.rank, "epochs": epochs, "steps": steps}

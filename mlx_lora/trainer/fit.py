@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_lora.config.defaults import DataFacts, batch_tokens_for, with_learning_rate, with_length
+from mlx_lora.config.settings import AUTO
 from mlx_lora.data.sampler import BatchPlan, ShapePrice
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.meta import Outline, outline_for, with_quantization
@@ -97,7 +98,7 @@ def as_begun(asked: TrainSettings, begun: Mapping[str, Any] | None) -> TrainSett
     if begun is None:
         return asked
     rate, tokens = asked.optimizer.learning_rate, asked.loop.batch_tokens
-    optimizer = replace(asked.optimizer, learning_rate=begun.get("learning_rate") if rate is None else rate)
+    optimizer = replace(asked.optimizer, learning_rate=begun.get("learning_rate") if rate in (None, AUTO) else rate)
     loop = replace(asked.loop, batch_tokens=begun.get("batch_tokens") if tokens is None else tokens)
     return replace(asked, optimizer=optimizer, loop=loop)
 

@@ -96,7 +96,7 @@ def _end_aside(folder: Path) -> None:
     if not (folder / ASIDE).exists():
         return
     if not (folder / WEIGHTS_FILE).exists():
-        _remove_results(folder)
+        remove_results(folder)
         for path in (folder / ASIDE).iterdir():
             path.replace(folder / path.name)
     shutil.rmtree(folder / ASIDE, ignore_errors=True)
@@ -105,7 +105,7 @@ def _end_aside(folder: Path) -> None:
 def _set_aside(folder: Path) -> None:
     """Set an earlier run's results aside, unless a run that was killed before it saved anything already did so."""
     if (folder / ASIDE).exists() and not (folder / WEIGHTS_FILE).exists():
-        _remove_results(folder)
+        remove_results(folder)
         return
     shutil.rmtree(folder / ASIDE, ignore_errors=True)
     found = [name for name in RESULTS if (folder / name).exists()]
@@ -115,7 +115,8 @@ def _set_aside(folder: Path) -> None:
         (folder / name).rename(folder / ASIDE / name)
 
 
-def _remove_results(folder: Path) -> None:
+def remove_results(folder: Path) -> None:
+    """Remove what a run leaves in its folder."""
     for path in (folder / name for name in RESULTS):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 

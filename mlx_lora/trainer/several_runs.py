@@ -28,7 +28,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_lora.adapters.stacked import unstackable
-from mlx_lora.config.settings import TrainSettings, checkpoint_every
+from mlx_lora.config.settings import AUTO, TrainSettings, checkpoint_every
 from mlx_lora.losses.check import Compute, choose_compute
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.load import Base, load_base
@@ -106,6 +106,7 @@ def _problems(settings: TrainSettings, first: TrainSettings, its_name: str) -> I
         "--cache-trunk on": loop.cache_trunk == "on",
         "--max-restarts": bool(loop.max_restarts),
         "--short-buffers": loop.short_buffers,
+        "--learning-rate auto": settings.optimizer.learning_rate == AUTO,
     }
     yield from (
         f"{flag} is for a run of its own; leave it out of --runs" for flag, is_asked in asked.items() if is_asked

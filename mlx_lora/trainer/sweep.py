@@ -26,6 +26,7 @@ from mlx_lora.config.settings import TrainSettings
 from mlx_lora.config.sweep import Candidate, Rung, check_long_enough, words
 from mlx_lora.models.load import Base
 from mlx_lora.reports.run_report import read_records
+from mlx_lora.reports.sweep_page import WHOLE, Compared
 from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
 from mlx_lora.trainer.several_runs import Left, SeveralRuns, TooManyRuns, common_round, how_many_fit
 from mlx_lora.utils import console
@@ -144,7 +145,7 @@ def held_out_curve(folder: Path) -> list[tuple[int, float]]:
 # Rounds
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """A signal ended a round; everything is saved."""
 
 
@@ -324,19 +325,20 @@ class Sweep:
     def __init__(self, folder: Path, state: SweepState, trials: Sequence[Trial], rungs: Sequence[Rung]):
         self.folder, self.state, self.trials, self.rungs = folder, state, trials, rungs
 
-    def choose(self, base: Base, told: Callable[[], None] = lambda: None) -> int:
+    def choose(self, base: Base, told: Callable[[], None] = lambda: None, header: bool = True) -> int:
         """Train the rounds that are left, and return the best candidate's number.
 
         Args:
             base: to train on; it stays as it is.
             told: called after each round.
+            header: whether the first trial's header is shown.
 
         Raises:
             Interrupted: a signal ended a round.
             InputError: all candidates diverged, the rounds are too short, or nothing fits in memory.
         """
         state, seeds = self.state, len(self.trials) // len(self.state.candidates)
-        rounds = Rounds(base, not state.rounds, dict(state.totals))
+        rounds = Rounds(base, header and not state.rounds, dict(state.totals))
         rounds.check = lambda total: check_long_enough(self.rungs, total, seeds, FEWEST_STEPS)
         while state.winner is None:
             kept = self.left()
@@ -370,6 +372,13 @@ class Sweep:
         if not done:
             return list(range(len(self.state.candidates)))
         return list(self.state.scores(done - 1))[: self.rungs[done].candidates if done < len(self.rungs) else 1]
+
+    def compared(self) -> Compared:
+        """Return what the page of the sweep is made of."""
+        folders = {trial.name: trial.folder for trial in self.trials} | {WHOLE: self.folder / WINNER}
+        curves = {name: held_out_curve(folder) for name, folder in folders.items()}
+        state, total = self.state, max(self.state.totals.values(), default=0)
+        return Compared(state.candidates, state.rounds, state.winner, state.val_loss, total, curves)
 
     def _drop_checkpoints(self) -> None:
         """Remove the checkpoints of trials that do not go on."""

@@ -1,0 +1,148 @@
+"""Find the learning rate in a run's own first part (`--learning-rate auto`).
+
+    settings, base = find_learning_rate(settings)      then train_run(settings, base=base) as always
+
+Several rates around the default are trained at once for a few steps, the better ones a little further (trainer/sweep.py), and the run goes
+on from where the best one is: its checkpoint and metrics become the run's own. The steps of the others take at most a fifth of the run's
+work. `trials/sweep.html` in the run folder compares them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mlx_lora.config.defaults import learning_rate_for
+from mlx_lora.config.settings import TrainSettings
+from mlx_lora.config.sweep import Rung, TooShort, candidates, work
+from mlx_lora.exporters.adapter_folder import CONFIG_FILE
+from mlx_lora.models.load import Base, load_base
+from mlx_lora.models.meta import outline_for
+from mlx_lora.parallel.ranks import ALONE, Ranks
+from mlx_lora.reports.sweep_page import write_page
+from mlx_lora.trainer.evaluate import ROWS_FILE
+from mlx_lora.trainer.model_shape import outlined_shape
+from mlx_lora.trainer.run import check_request
+from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS, remove_results
+from mlx_lora.trainer.several_runs import check_together
+from mlx_lora.trainer.sweep import FEWEST_STEPS, PAGE_FILE, SWEEP_FILE, Sweep, SweepState, Trial, trials_of
+from mlx_lora.utils import device
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.progress import waiting
+
+log = logging.getLogger(__name__)
+
+# Times the default rate; a run with too few steps for the first tries the second.
+AROUND_DEFAULT = ((1 / 4, 1 / 2, 1, 2, 4), (1 / 3, 1, 3))
+FURTHER = 3  # the better ones train this many times as far
+MOST_EXTRA = 0.2  # of the run's work, for the rates that are not chosen
+
+
+def rounds_for(count: int) -> list[Rung]:
+    """Return the rounds: all candidates, then two of them, so that those that are not chosen take `MOST_EXTRA` of a run."""
+    # Extra work in units of the first round: all but one of it, and one candidate's way from there to the end of the second.
+    first = MOST_EXTRA / ((count - 1) + (FURTHER - 1))
+    return [Rung(count, first), Rung(2, FURTHER * first)]
+
+
+def find_learning_rate(
+    settings: TrainSettings, ranks: Ranks = ALONE, base: Base | None = None
+) -> tuple[TrainSettings, Base | None]:
+    """Try learning rates at the beginning of a run, and return the settings with which it goes on, and the loaded base.
+
+    Args:
+        settings: of the run, with the rate `auto`.
+        ranks: must be a single process.
+        base: that the settings name, if it is already loaded; it stays as it is.
+
+    Raises:
+        InputError: the run cannot be tried or begun.
+        Interrupted: a signal ended the trials; --resume goes on with them.
+    """
+    loop, folder = settings.loop, Path(settings.loop.adapter_path)
+    if ranks.size > 1:
+        raise InputError("--learning-rate auto: works in a single process only; give a number to several")
+    if loop.resume not in (None, "auto") or (loop.resume and (folder / CHECKPOINTS).is_dir()):
+        return with_rate(settings, None), base  # a resumed run keeps the rate that it has
+    check_request(settings, ranks)
+    usual = replace(settings, optimizer=replace(settings.optimizer, learning_rate=None))
+    for factors in AROUND_DEFAULT:
+        tried = trials_around(usual, factors)
+        check_together([trial.settings for trial in tried], ["--learning-rate auto"] * len(tried))
+        if base is None:
+            with waiting("Loading the model"):
+                base = load_base(settings.model)
+        sweep = Sweep(folder / TRIALS, _state(settings, folder, tried), tried, rounds_for(len(tried)))
+        rates = ", ".join(f"{trial.settings.optimizer.learning_rate:g}" for trial in tried)
+        log.info(f"Learning rate: trying {rates} in the first part of the run")
+        try:
+            best = tried[sweep.choose(base, header=False)]
+        except TooShort:
+            continue
+        log.info(_reason(sweep, best))
+        write_page(folder / TRIALS / PAGE_FILE, sweep.compared())
+        _take_over(best, folder)
+        for trial in tried:
+            shutil.rmtree(trial.folder, ignore_errors=True)
+        return with_rate(settings, best.settings.optimizer.learning_rate, resume="auto"), base
+    shutil.rmtree(folder / TRIALS, ignore_errors=True)
+    raise InputError(
+        f"--learning-rate auto: the run has too few steps to try rates in a fifth of its work (it needs about "
+        f"{math.ceil(FEWEST_STEPS / rounds_for(len(AROUND_DEFAULT[-1]))[0].share)}); leave it out, or give more --epochs or --iters"
+    )
+
+
+def with_rate(settings: TrainSettings, rate: object, resume: str | None = None) -> TrainSettings:
+    """Return the settings with a rate, and with --resume if it is given."""
+    optimizer = replace(settings.optimizer, learning_rate=rate)
+    return replace(settings, optimizer=optimizer, loop=replace(settings.loop, resume=resume or settings.loop.resume))
+
+
+def trials_around(settings: TrainSettings, factors: Sequence[float]) -> list[Trial]:
+    """Return trials of rates around the default one, each with its settings."""
+    shape = outlined_shape(outline_for(settings.model, device.compute_dtype(settings.model.dtype)), settings)
+    usual = learning_rate_for(shape.model_type, shape.width, settings)
+    rates = [float(f"{usual * factor:.1e}") for factor in factors]
+    return trials_of(settings, candidates({"learning_rate": rates}), 1, Path(settings.loop.adapter_path) / TRIALS)
+
+
+def _state(settings: TrainSettings, folder: Path, tried: list[Trial]) -> SweepState:
+    """Return what an earlier start has done, or an empty state."""
+    found = [{"learning_rate": trial.settings.optimizer.learning_rate} for trial in tried]
+    if settings.loop.resume and (folder / TRIALS / SWEEP_FILE).is_file():
+        state = SweepState.read(folder / TRIALS)
+        if state.candidates == found:
+            return state
+    shutil.rmtree(folder / TRIALS, ignore_errors=True)
+    return SweepState({}, found)
+
+
+def _reason(sweep: Sweep, chosen: Trial) -> str:
+    """Return a line that says what was tried, and why a rate was chosen."""
+    parts = []
+    for number, trials in enumerate(sweep.state.rounds):
+        losses = "; ".join(
+            f"{sweep.trials[of].words}: {score.loss:.4f}" for of, score in sweep.state.scores(number).items()
+        )
+        parts.append(f"at step {trials[0]['step']}, {losses}")
+    step, extra = sweep.state.rounds[-1][0]["step"], work(sweep.rungs, 1) - sweep.rungs[-1].share
+    said = ". ".join(part[0].upper() + part[1:] for part in parts).replace("--learning-rate ", "")
+    return (
+        f"Learning rate: {chosen.settings.optimizer.learning_rate:g}, which has the lowest held-out loss; the run goes on from its step "
+        f"{step}. {said}. The other rates took {extra:.0%} of a run's work."
+    )
+
+
+def _take_over(trial: Trial, folder: Path) -> None:
+    """Make a trial's checkpoints and metrics the run's own; the checkpoints come last, since they say that the run has begun."""
+    if (folder / CONFIG_FILE).exists():  # --force
+        remove_results(folder)
+    for name in ("metrics.jsonl", ROWS_FILE, "run.yaml"):
+        if (trial.folder / name).exists():
+            shutil.copyfile(trial.folder / name, folder / name)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    (trial.folder / CHECKPOINTS).rename(folder / CHECKPOINTS)

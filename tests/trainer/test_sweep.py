@@ -1,0 +1,375 @@
+"""Sweeps: the winner's folder is what `train` gives, a sweep that was killed ends as if it had not been, and a rate is found on the way."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from run_cli import one_line, run
+
+import mlx_lora
+from mlx_lora.api.sweep import SweepJob, SweepSettings
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import TrainSettings
+from mlx_lora.trainer import sweep as sweeping
+from mlx_lora.trainer.find_learning_rate import MOST_EXTRA, find_learning_rate
+from mlx_lora.trainer.run import train_run
+from mlx_lora.trainer.several_runs import SeveralRuns, TooManyRuns
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.parsing import parse_yaml
+
+RATES = "learning_rate=1e-4,1e-3,5e-3,1e-2"
+ASKED = {"seeds": 2, "budget": 3.7}  # two rounds, of 5 and 15 steps
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    rows = [{"prompt": f"Say {n % 7} #{n}", "completion": "abc" * (1 + n % 4)} for n in range(40)]
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def settings_of(model: Path, data: Path, **changes: Any) -> TrainSettings:
+    flat = {
+        "model": str(model), "data": str(data), "iters": 30, "batch_size": 4, "rank": 4, "steps_per_report": 5, "valid_fraction": 0.2,
+        "sample_tokens": 0, "kernels": "ours", "save_every": 4,
+    }  # fmt: skip
+    return train_settings({**flat, **changes})
+
+
+def job_of(settings: TrainSettings, out: Path, *vary: str, **asked: Any) -> SweepJob:
+    return SweepJob(settings, SweepSettings(out, vary or (RATES,), **asked))
+
+
+def factors(folder: Path) -> np.ndarray:
+    arrays = mx.load(str(folder / "adapters.safetensors"))
+    return np.concatenate([np.array(a).ravel() for _, a in sorted(arrays.items())])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return what must be the same: adapters and the sweep's file."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))} | {
+        "sweep.json": (folder / "sweep.json").read_bytes().replace(str(folder).encode(), b"")
+    }
+
+
+@pytest.fixture(scope="module")
+def found(tiny_folder, data, tmp_path_factory) -> SweepJob:
+    """A sweep that is done."""
+    job = job_of(settings_of(tiny_folder, data), tmp_path_factory.mktemp("sweep") / "found", **ASKED)
+    job.run()
+    return job
+
+
+def test_the_winner_is_an_ordinary_run(found, tiny_folder, data, tmp_path):
+    state, folder = found.sweep.state, found.sweep.folder
+    best = state.candidates[state.winner]["learning_rate"]
+    assert best in (5e-3, 1e-2)
+    train_run(settings_of(tiny_folder, data, learning_rate=best, adapter_path=str(tmp_path / "alone")))
+    same = (tmp_path / "alone" / "adapters.safetensors").read_bytes()
+    assert (folder / "winner" / "adapters.safetensors").read_bytes() == same
+    train_run(settings_of(tiny_folder, data, learning_rate=1e-4, adapter_path=str(tmp_path / "other")))
+    assert (tmp_path / "other" / "adapters.safetensors").read_bytes() != same
+    used = parse_yaml((folder / "winner" / "run.yaml").read_text())
+    assert (used["learning_rate"], used["resume"], used["force"]) == (best, None, False)
+    assert state.val_loss == pytest.approx(_last_loss(folder / "winner"))
+
+
+def _last_loss(folder: Path) -> float:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return next(line["val_loss"] for line in reversed(lines) if line["val_loss"] is not None)
+
+
+def test_trials_of_the_first_round_are_runs_that_were_stopped(found, tiny_folder, data, tmp_path):
+    trial = found.sweep.trials[0]  # goes out after the first round
+    steps = found.sweep.state.rounds[0][0]["step"]
+    assert steps >= sweeping.FEWEST_STEPS
+    assert trial.candidate not in found.sweep.state.scores(1)
+    alone = settings_of(
+        tiny_folder, data, learning_rate=1e-4, adapter_path=str(tmp_path / "alone"), save_every=steps, keep=0
+    )
+    train_run(alone)
+    at = tmp_path / "alone" / "checkpoints" / f"step-{steps:06d}"
+    assert np.abs(factors(trial.folder) - factors(at)).max() < 1e-5 * np.abs(factors(at)).max() + 1e-7
+
+
+def test_work_keeps_to_the_budget_and_the_page_says_what_to_use(found):
+    state, compared = found.sweep.state, found.sweep.compared()
+    assert 2.2 < compared.work() == state.steps() / 30 <= 2.7
+    page = (found.sweep.folder / "sweep.html").read_text()
+    best = state.candidates[state.winner]["learning_rate"]
+    assert f"Use --learning-rate {best:g}" in page
+    assert "<svg" in page
+    losses = [row["loss"] for row in compared.table()]
+    assert compared.table()[0]["learning_rate"] == best
+    assert losses[-1] == max(losses)
+    known = [json.loads(line)["path"] for line in _known_runs()]
+    assert not any("/trials/" in path for path in known)
+
+
+def _known_runs() -> list[str]:
+    from mlx_lora.trainer.run_folder import runs_file
+
+    return runs_file().read_text().splitlines() if runs_file().exists() else []
+
+
+@pytest.mark.parametrize("after", [3, 12])
+def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(found, tiny_folder, data, tmp_path, monkeypatch, after):
+    own, rounds = SeveralRuns.round, 0
+
+    def fails(self):
+        nonlocal rounds
+        rounds += 1
+        if rounds == after:
+            raise ZeroDivisionError
+        own(self)
+
+    out = tmp_path / "again"
+    with monkeypatch.context() as patched:
+        patched.setattr(SeveralRuns, "round", fails)
+        with pytest.raises(ZeroDivisionError):
+            job_of(settings_of(tiny_folder, data), out, **ASKED).run()
+    with pytest.raises(InputError, match="already holds a sweep"):
+        job_of(settings_of(tiny_folder, data), out, **ASKED)
+    with pytest.raises(InputError, match=r"another .*seeds"):
+        job_of(settings_of(tiny_folder, data), out, seeds=3, budget=3.7, resume=True)
+    with pytest.raises(InputError, match=r"another rank"):
+        job_of(settings_of(tiny_folder, data, rank=8), out, **ASKED, resume=True)
+    job_of(settings_of(tiny_folder, data), out, **ASKED, resume=True).run()
+    assert contents(out) == contents(found.sweep.folder)
+
+
+def test_as_many_at_once_as_fit(found, tiny_folder, data, tmp_path, monkeypatch):
+    groups, own = [], SeveralRuns.open.__func__
+
+    def noted(cls, runs, *others):
+        groups.append(len(runs))
+        if len(runs) > 2:
+            raise TooManyRuns(len(runs), 2)
+        return own(cls, runs, *others)
+
+    monkeypatch.setattr(sweeping, "how_many_fit", lambda runs: 4)
+    monkeypatch.setattr(SeveralRuns, "open", classmethod(noted))
+    job = job_of(settings_of(tiny_folder, data), tmp_path / "narrow", **ASKED)
+    job.run()
+    assert groups == [4, 2, 2, 2, 2, 4, 2, 2]
+    assert job.sweep.state.winner == found.sweep.state.winner
+    for entry, wide in zip(job.sweep.state.rounds[0], found.sweep.state.rounds[0], strict=True):
+        assert entry["loss"] == pytest.approx(wide["loss"], rel=1e-5)
+
+
+def test_a_rate_that_diverges_is_the_last(tiny_folder, data, tmp_path):
+    job = job_of(settings_of(tiny_folder, data), tmp_path / "out", "learning_rate=5e-3,1e-2,900", budget=2.9)
+    job.run()
+    assert job.sweep.state.candidates[job.sweep.state.winner]["learning_rate"] < 1
+    scores = job.sweep.state.scores(0)
+    assert list(scores)[-1] == 2
+
+
+def test_lengths_may_vary(tiny_folder, data, tmp_path):
+    job = job_of(settings_of(tiny_folder, data, learning_rate=5e-3), tmp_path / "out", "iters=10,30", budget=2.6)
+    job.run()
+    assert [entry["step"] for entry in job.sweep.state.rounds[0]] == [8, 24]
+
+
+@pytest.mark.parametrize(
+    ("keep_best", "metric", "until", "expected"),
+    [
+        (False, "loss", 9, sweeping.Score(0.0, 0.7)),
+        (False, "loss", 6, sweeping.Score(0.0, 0.4)),
+        (True, "loss", 9, sweeping.Score(0.0, 0.4)),
+        (True, "accuracy", 9, sweeping.Score(0.25, 0.6)),
+        (False, "accuracy", 6, sweeping.Score(0.5, 0.4)),
+    ],
+)
+def test_a_trial_is_judged_as_its_run_would_be(tiny_folder, data, tmp_path, keep_best, metric, until, expected):
+    settings = settings_of(tiny_folder, data, objective="dpo", metric_for_best_model=metric, adapter_path=str(tmp_path))
+    steps = [(0, 0.2, 1.0), (3, 0.6, 0.75), (6, 0.4, 0.5), (9, 0.7, 0.75)]
+    lines = [{"step": step, "val_loss": loss, "accuracy": accuracy} for step, loss, accuracy in steps]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "run.yaml").write_text(f"keep_best: {str(keep_best).lower()}\n")
+    assert sweeping.score_of(sweeping.Trial("a", 0, "", settings), until) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked", "said"),
+    [
+        ({}, {"vary": ("rank=8",)}, "nothing to compare"),
+        ({}, {"seeds": 0}, "--seeds 0"),
+        ({}, {"budget": 1.0}, "--budget"),
+        ({"objective": "grpo", "reward": "exact_match"}, {}, "--objective grpo"),
+        ({"valid_fraction": 0}, {"budget": 2.9}, "held-out"),
+        ({"iters": 6}, {}, "too few to tell them apart"),
+        ({"learning_rate": "auto"}, {"vary": ("rank=4,8",), "budget": 2.9}, "--learning-rate auto"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tiny_folder, data, tmp_path, changes, asked, said):
+    with pytest.raises(InputError, match=said) as refused:
+        SweepJob(
+            settings_of(tiny_folder, data, **changes), SweepSettings(tmp_path / "out", **{"vary": (RATES,), **asked})
+        ).run()
+    assert "\n" not in str(refused.value)
+
+
+def test_the_command(tiny_folder, data, tmp_path):
+    flags = (
+        "--model",
+        tiny_folder,
+        "--data",
+        data,
+        "--iters",
+        20,
+        "--batch-size",
+        4,
+        "--valid-fraction",
+        0.2,
+        "--sample-tokens",
+        0,
+    )
+    done = run(
+        "sweep", *flags, "--vary", "learning_rate=1e-4..1e-2/2", "--budget", "2x", "--out", tmp_path / "out", "--json"
+    )
+    assert done.code == 0, done.err
+    answer = json.loads(done.out)
+    assert answer["best"] == {"learning_rate": 1e-2}
+    assert answer["advice"].startswith("Use --learning-rate 0.01")
+    assert parse_yaml((tmp_path / "out" / "winner" / "run.yaml").read_text())["learning_rate"] == 1e-2
+    one_line(run("sweep", *flags, "--vary", "rank=8..4", "--out", tmp_path / "x"), "smaller to a larger")
+    one_line(run("sweep", *flags, "--out", tmp_path / "x", "--adapter-path", "y"), "--adapter-path")
+
+
+def test_python_and_rates_around_the_default(tiny_folder, data, tmp_path):
+    shown = mlx_lora.sweep(
+        tiny_folder, data, tmp_path / "out", iters=40, batch_size=4, valid_fraction=0.2, sample_tokens=0, progress=False
+    )
+    assert len(shown.table) == 6
+    assert shown.best["learning_rate"] in [row["learning_rate"] for row in shown.table]
+    assert shown.run.adapter == tmp_path / "out" / "winner"
+    assert shown.run.steps == 40
+    assert max(row["learning_rate"] for row in shown.table) == pytest.approx(
+        32 * min(row["learning_rate"] for row in shown.table), rel=0.1
+    )
+
+
+# --learning-rate auto
+
+
+def auto(model: Path, data: Path, folder: Path, **changes: Any) -> TrainSettings:
+    return settings_of(model, data, **{"iters": 100, "learning_rate": "auto", "adapter_path": str(folder), **changes})
+
+
+def test_the_rate_is_found_in_the_runs_own_first_part(tiny_folder, data, tmp_path, caplog):
+    settings, base = find_learning_rate(auto(tiny_folder, data, tmp_path / "a"))
+    rate = settings.optimizer.learning_rate
+    state = json.loads((tmp_path / "a" / "trials" / "sweep.json").read_text())
+    last = state["rounds"][-1]
+    assert (
+        rate
+        == min(last, key=lambda entry: entry["loss"])["candidate"] * 0
+        + state["candidates"][state["winner"]]["learning_rate"]
+    )
+    steps = {entry["name"]: entry["step"] for entries in state["rounds"] for entry in entries}
+    assert 0 < sum(steps.values()) - last[0]["step"] <= MOST_EXTRA * 100
+    outcome = train_run(settings, base=base)
+    assert outcome.steps == 100
+    used = parse_yaml((tmp_path / "a" / "run.yaml").read_text())
+    assert (used["learning_rate"], used["resume"]) == (rate, None)
+    # The same as a run with this rate, but for the rounding of steps that were computed with others.
+    train_run(settings_of(tiny_folder, data, iters=100, learning_rate=rate, adapter_path=str(tmp_path / "b")))
+    one, other = factors(tmp_path / "a"), factors(tmp_path / "b")
+    assert float(one @ other / (other @ other)) == pytest.approx(1, abs=1e-3)
+    steps_seen = [json.loads(line)["step"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert steps_seen[0] == 0
+    assert steps_seen == sorted(steps_seen)
+    assert (tmp_path / "a" / "trials" / "sweep.html").is_file()
+    assert not list((tmp_path / "a" / "trials").rglob("*.safetensors"))
+
+
+def test_python_and_command_find_the_same_rate(tiny_folder, data, tmp_path):
+    flags = (
+        "--model",
+        tiny_folder,
+        "--data",
+        data,
+        "--iters",
+        60,
+        "--batch-size",
+        4,
+        "--valid-fraction",
+        0.2,
+        "--sample-tokens",
+        0,
+    )
+    done = run("train", *flags, "--iters", 100, "--learning-rate", "auto", "--adapter-path", tmp_path / "a")
+    assert done.code == 0, done.err
+    assert "Learning rate: trying" in done.err
+    result = mlx_lora.train(
+        tiny_folder, data, tmp_path / "b", learning_rate="auto", iters=100, batch_size=4, valid_fraction=0.2, sample_tokens=0,
+        progress=False,
+    )  # fmt: skip
+    assert result.settings["learning_rate"] == parse_yaml((tmp_path / "a" / "run.yaml").read_text())["learning_rate"]
+    again = run(
+        "train", *flags, "--iters", 110, "--learning-rate", "auto", "--adapter-path", tmp_path / "a", "--resume"
+    )
+    assert again.code == 0
+    assert "trying" not in again.err
+
+
+@pytest.mark.parametrize("after", [3, 12])
+def test_trials_that_were_stopped_go_on(tiny_folder, data, tmp_path, monkeypatch, after):
+    settings, _ = find_learning_rate(auto(tiny_folder, data, tmp_path / "a"))
+    own, rounds = SeveralRuns.round, 0
+
+    def fails(self):
+        nonlocal rounds
+        rounds += 1
+        if rounds == after:
+            raise ZeroDivisionError
+        own(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SeveralRuns, "round", fails)
+        with pytest.raises(ZeroDivisionError):
+            find_learning_rate(auto(tiny_folder, data, tmp_path / "b"))
+    resumed, _ = find_learning_rate(auto(tiny_folder, data, tmp_path / "b", resume="auto"))
+    assert resumed.optimizer == settings.optimizer
+    at = "checkpoints/" + sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())[-1]
+    assert np.array_equal(factors(tmp_path / "a" / at), factors(tmp_path / "b" / at))
+
+
+def test_a_run_that_is_too_short_for_trials_is_refused(tiny_folder, data, tmp_path):
+    with pytest.raises(InputError, match="too few steps"):
+        find_learning_rate(auto(tiny_folder, data, tmp_path / "a", iters=30))
+    assert not (tmp_path / "a" / "trials").exists()
+    one_line(run("train", "--model", tiny_folder, "--data", data, "--learning-rate", "fast"), "auto")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_a_sweep_that_is_killed_ends_as_if_it_had_not_been(tiny_folder, data, tmp_path, seed):
+    command = [
+        sys.executable, "-m", "mlx_lora", "sweep", "--model", str(tiny_folder), "--data", str(data), "--iters", "30", "--batch-size", "4",
+        "--rank", "4", "--valid-fraction", "0.2", "--sample-tokens", "0", "--save-every", "4", "--vary", RATES, "--seeds", "2",
+        "--budget", "3.7", "--kernels", "ours",
+    ]  # fmt: skip
+    begun = time.monotonic()
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    lasts = time.monotonic() - begun
+    draw = random.Random(seed)
+    for _ in range(3):
+        process = subprocess.Popen([*command, "--out", str(tmp_path / "killed"), "--resume"], stderr=subprocess.DEVNULL)
+        time.sleep(draw.uniform(0.2, 1.0) * lasts)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, "--out", str(tmp_path / "killed"), "--resume"], check=True, capture_output=True)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
