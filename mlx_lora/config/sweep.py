@@ -177,6 +177,7 @@ def rungs(count: int, seeds: int, budget: float) -> list[Rung]:
         sizes.append(smaller)
     if (budget - 1) >= count * seeds:  # all of them whole
         return [Rung(count, 1.0)]
+
     def reaching(first: float, factor: float) -> list[Rung]:
         return [Rung(size, first * factor**place) for place, size in enumerate(sizes)]
 

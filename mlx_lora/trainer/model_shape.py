@@ -14,6 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,44 @@ def adapted_shape(
         source_bytes: see `ModelShape`.
         kernels: the kernels that it trains with; None: chosen from this machine's measurements.
     """
+    shared, loop = _SHARED.get(), settings.loop
+    case = (
+        settings.model,
+        settings.adapter,
+        settings.objective,
+        loop.kernels,
+        loop.shard_base,
+        loop.offload_base,
+        source_bytes,
+    )
+    if shared is None:
+        return _adapted_shape(model, config, settings, source_bytes, kernels)
+    if case not in shared:
+        shared[case] = _adapted_shape(model, config, settings, source_bytes, kernels)
+    return shared[case]
+
+
+_SHARED: ContextVar[dict[Any, ModelShape] | None] = ContextVar("shapes of the adapters on one base", default=None)
+
+
+@contextmanager
+def shared_shapes() -> Iterator[None]:
+    """Work out the shapes of runs on one base only once in this block, where their adapters and objectives are the same."""
+    known = _SHARED.get()
+    token = _SHARED.set({} if known is None else known)
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+def _adapted_shape(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    settings: TrainSettings,
+    source_bytes: int,
+    kernels: KernelChoice | None,
+) -> ModelShape:
     shape = model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method, 0))
     plain_loss = shape.plain_loss or settings.loop.kernels == MLX
     others = objective_of(settings.objective).other_models_bytes(settings)

@@ -40,7 +40,7 @@ from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.several_runs import held_bytes, most_that_fit
 from mlx_lora.trainer.checkpoint import numbered
 from mlx_lora.trainer.guards import interrupt_flag
-from mlx_lora.trainer.model_shape import outlined_shape, with_kernels
+from mlx_lora.trainer.model_shape import outlined_shape, shared_shapes, with_kernels
 from mlx_lora.trainer.run import check_request, run_steps, wants_training
 from mlx_lora.trainer.run_folder import CHECKPOINTS
 from mlx_lora.trainer.stacked_step import StackedStep
@@ -374,7 +374,7 @@ class SeveralRuns:
         Raises:
             InputError: a run cannot begin.
         """
-        with interrupt_flag() as signaled:
+        with interrupt_flag() as signaled, shared_shapes():
             try:
                 for member in self.members:
                     if member.outcome is not None or member.error is not None:

@@ -27,6 +27,7 @@ from mlx_lora.config.sweep import Candidate, Rung, check_long_enough, words
 from mlx_lora.models.load import Base
 from mlx_lora.reports.run_report import read_records
 from mlx_lora.reports.sweep_page import WHOLE, Compared
+from mlx_lora.trainer.model_shape import shared_shapes
 from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
 from mlx_lora.trainer.several_runs import Left, SeveralRuns, TooManyRuns, common_round, how_many_fit
 from mlx_lora.utils import console
@@ -340,31 +341,37 @@ class Sweep:
         state, seeds = self.state, len(self.trials) // len(self.state.candidates)
         rounds = Rounds(base, header and not state.rounds, dict(state.totals))
         rounds.check = lambda total: check_long_enough(self.rungs, total, seeds, FEWEST_STEPS)
-        while state.winner is None:
-            kept = self.left()
-            trials, rung = [trial for trial in self.trials if trial.candidate in kept], self.rungs[len(state.rounds)]
-            scores = rounds.train(trials, rung)
-            state.totals = dict(rounds.totals)
-            entries = []
-            for trial in trials:
-                step, score = rung.steps(state.totals[Rounds.kind(trial)]), scores[trial.name]
-                entry = {
-                    "name": trial.name,
-                    "candidate": trial.candidate,
-                    "seed": trial.settings.loop.seed,
-                    "step": step,
-                }
-                entries.append({**entry, "loss": score.loss, "error": score.error})
-            state.rounds.append(entries)
-            best = next(iter(state.scores(len(state.rounds) - 1).items()))
-            if not math.isfinite(best[1].loss):
-                raise InputError(f"every candidate diverged (see {self.folder / TRIALS}); try lower learning rates")
-            if len(state.rounds) == len(self.rungs):
-                state.winner = best[0]
-            state.write(self.folder)
-            told()
-            self._drop_checkpoints()
+        with shared_shapes():
+            while state.winner is None:
+                self._round(rounds)
+                told()
+                self._drop_checkpoints()
         return state.winner
+
+    def _round(self, rounds: Rounds) -> None:
+        """Train the next round, and note its scores."""
+        state = self.state
+        kept = self.left()
+        trials, rung = [trial for trial in self.trials if trial.candidate in kept], self.rungs[len(state.rounds)]
+        scores = rounds.train(trials, rung)
+        state.totals = dict(rounds.totals)
+        entries = []
+        for trial in trials:
+            step, score = rung.steps(state.totals[Rounds.kind(trial)]), scores[trial.name]
+            entry = {
+                "name": trial.name,
+                "candidate": trial.candidate,
+                "seed": trial.settings.loop.seed,
+                "step": step,
+            }
+            entries.append({**entry, "loss": score.loss, "error": score.error})
+        state.rounds.append(entries)
+        best = next(iter(state.scores(len(state.rounds) - 1).items()))
+        if not math.isfinite(best[1].loss):
+            raise InputError(f"every candidate diverged (see {self.folder / TRIALS}); try lower learning rates")
+        if len(state.rounds) == len(self.rungs):
+            state.winner = best[0]
+        state.write(self.folder)
 
     def left(self) -> list[int]:
         """Return the candidates that take part in the next round."""

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from run_cli import one_line, run
+from tiers import by_default
 
 import mlx_lora
 from mlx_lora.api.sweep import SweepJob, SweepSettings
@@ -123,7 +124,7 @@ def _known_runs() -> list[str]:
     return runs_file().read_text().splitlines() if runs_file().exists() else []
 
 
-@pytest.mark.parametrize("after", [3, 12])
+@pytest.mark.parametrize("after", by_default([3, 12], 12))
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(found, tiny_folder, data, tmp_path, monkeypatch, after):
     own, rounds = SeveralRuns.round, 0
 
@@ -176,6 +177,7 @@ def test_a_rate_that_diverges_is_the_last(tiny_folder, data, tmp_path):
     assert list(scores)[-1] == 2
 
 
+@pytest.mark.slow
 def test_lengths_may_vary(tiny_folder, data, tmp_path):
     job = job_of(settings_of(tiny_folder, data, learning_rate=5e-3), tmp_path / "out", "iters=10,30", budget=2.6)
     job.run()
@@ -248,6 +250,7 @@ def test_the_command(tiny_folder, data, tmp_path):
     one_line(run("sweep", *flags, "--out", tmp_path / "x", "--adapter-path", "y"), "--adapter-path")
 
 
+@pytest.mark.slow
 def test_python_and_rates_around_the_default(tiny_folder, data, tmp_path):
     shown = mlx_lora.sweep(
         tiny_folder, data, tmp_path / "out", iters=40, batch_size=4, valid_fraction=0.2, sample_tokens=0, progress=False
@@ -264,11 +267,17 @@ def test_python_and_rates_around_the_default(tiny_folder, data, tmp_path):
 # --learning-rate auto
 
 
+@pytest.fixture
+def brief(monkeypatch) -> None:
+    """Let a first round of two steps be long enough, so that a run of forty can try rates."""
+    monkeypatch.setattr(sweeping, "FEWEST_STEPS", 1.3)
+
+
 def auto(model: Path, data: Path, folder: Path, **changes: Any) -> TrainSettings:
-    return settings_of(model, data, **{"iters": 100, "learning_rate": "auto", "adapter_path": str(folder), **changes})
+    return settings_of(model, data, **{"iters": 40, "learning_rate": "auto", "adapter_path": str(folder), **changes})
 
 
-def test_the_rate_is_found_in_the_runs_own_first_part(tiny_folder, data, tmp_path, caplog):
+def test_the_rate_is_found_in_the_runs_own_first_part(brief, tiny_folder, data, tmp_path):
     settings, base = find_learning_rate(auto(tiny_folder, data, tmp_path / "a"))
     rate = settings.optimizer.learning_rate
     state = json.loads((tmp_path / "a" / "trials" / "sweep.json").read_text())
@@ -279,13 +288,13 @@ def test_the_rate_is_found_in_the_runs_own_first_part(tiny_folder, data, tmp_pat
         + state["candidates"][state["winner"]]["learning_rate"]
     )
     steps = {entry["name"]: entry["step"] for entries in state["rounds"] for entry in entries}
-    assert 0 < sum(steps.values()) - last[0]["step"] <= MOST_EXTRA * 100
+    assert 0 < sum(steps.values()) - last[0]["step"] <= MOST_EXTRA * 40 + len(steps)
     outcome = train_run(settings, base=base)
-    assert outcome.steps == 100
+    assert outcome.steps == 40
     used = parse_yaml((tmp_path / "a" / "run.yaml").read_text())
     assert (used["learning_rate"], used["resume"]) == (rate, None)
     # The same as a run with this rate, but for the rounding of steps that were computed with others.
-    train_run(settings_of(tiny_folder, data, iters=100, learning_rate=rate, adapter_path=str(tmp_path / "b")))
+    train_run(settings_of(tiny_folder, data, iters=40, learning_rate=rate, adapter_path=str(tmp_path / "b")))
     one, other = factors(tmp_path / "a"), factors(tmp_path / "b")
     assert float(one @ other / (other @ other)) == pytest.approx(1, abs=1e-3)
     steps_seen = [json.loads(line)["step"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
@@ -295,14 +304,12 @@ def test_the_rate_is_found_in_the_runs_own_first_part(tiny_folder, data, tmp_pat
     assert not list((tmp_path / "a" / "trials").rglob("*.safetensors"))
 
 
-def test_python_and_command_find_the_same_rate(tiny_folder, data, tmp_path):
+def test_python_and_command_find_the_same_rate(brief, tiny_folder, data, tmp_path):
     flags = (
         "--model",
         tiny_folder,
         "--data",
         data,
-        "--iters",
-        60,
         "--batch-size",
         4,
         "--valid-fraction",
@@ -310,23 +317,21 @@ def test_python_and_command_find_the_same_rate(tiny_folder, data, tmp_path):
         "--sample-tokens",
         0,
     )
-    done = run("train", *flags, "--iters", 100, "--learning-rate", "auto", "--adapter-path", tmp_path / "a")
+    done = run("train", *flags, "--iters", 40, "--learning-rate", "auto", "--adapter-path", tmp_path / "a")
     assert done.code == 0, done.err
     assert "Learning rate: trying" in done.err
     result = mlx_lora.train(
-        tiny_folder, data, tmp_path / "b", learning_rate="auto", iters=100, batch_size=4, valid_fraction=0.2, sample_tokens=0,
+        tiny_folder, data, tmp_path / "b", learning_rate="auto", iters=40, batch_size=4, valid_fraction=0.2, sample_tokens=0,
         progress=False,
     )  # fmt: skip
     assert result.settings["learning_rate"] == parse_yaml((tmp_path / "a" / "run.yaml").read_text())["learning_rate"]
-    again = run(
-        "train", *flags, "--iters", 110, "--learning-rate", "auto", "--adapter-path", tmp_path / "a", "--resume"
-    )
+    again = run("train", *flags, "--iters", 44, "--learning-rate", "auto", "--adapter-path", tmp_path / "a", "--resume")
     assert again.code == 0
     assert "trying" not in again.err
 
 
-@pytest.mark.parametrize("after", [3, 12])
-def test_trials_that_were_stopped_go_on(tiny_folder, data, tmp_path, monkeypatch, after):
+@pytest.mark.parametrize("after", by_default([1, 3], 3))
+def test_trials_that_were_stopped_go_on(brief, tiny_folder, data, tmp_path, monkeypatch, after):
     settings, _ = find_learning_rate(auto(tiny_folder, data, tmp_path / "a"))
     own, rounds = SeveralRuns.round, 0
 
