@@ -58,6 +58,7 @@ from mlx_lora.planner.fit import (
 from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.reading import ASSUMED_BYTES_PER_S, Reading
+from mlx_lora.planner.several_runs import runs_at_once
 from mlx_lora.planner.speed import (
     CHIPS,
     Ceilings,
@@ -79,7 +80,8 @@ from mlx_lora.utils.errors import InputError
 if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
     from mlx_lora.data.load import DataSplits
-    from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
+    from mlx_lora.planner.several_runs import runs_at_once
+from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +191,7 @@ def plan_run(
     reading = reading_of(outline, shape, folder) if offloads else None
     planned = MachinePlan(settings, shape, machine, ceilings, size, reading)
     result = planned.to_dict()
+    result["runs_at_once"] = runs_at_once(shape, settings.optimizer.optimizer, planned.fitted.memory, MOST_AT_ONCE)
     result["steps"], result["validation"] = settings.loop.iters, None
     if splits is not None:
         result["steps"], result["validation"], per_epoch = steps_and_validation(planned.chosen, splits, identity)
@@ -217,6 +220,7 @@ def plan_run(
     return result
 
 
+MOST_AT_ONCE = 256  # runs that a plan counts
 Planned = tuple["TrainSettings", "ModelShape", Reading | None]
 
 

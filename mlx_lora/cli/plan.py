@@ -5,6 +5,7 @@ python -m mlx_lora plan --model smollm2 --rank 64 --max-seq-length 4096 --json
 python -m mlx_lora plan --model config.json --all-chips
 python -m mlx_lora plan --model config.json --macs "M4 Pro:48,M2 Max:32"
 python -m mlx_lora plan --model config.json --macs 2 --all-chips
+python -m mlx_lora plan --config run.yaml --sweep 4x
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from mlx_lora.api.plan_macs import LATENCY_S, LINK_GBIT, MacSpec, equal_macs, pa
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.config.settings import MEMORY, TrainSettings
+from mlx_lora.config.sweep import BUDGET, read_budget
 from mlx_lora.parallel.hosts import macs_of
 from mlx_lora.planner.several_macs import Link
 from mlx_lora.planner.speed import find_chip
@@ -74,6 +76,18 @@ MOST_MACS = 256
     default=None,
     help=f"Gbit/s between the Macs (default: as measured by `mlx-lora cluster`, otherwise {LINK_GBIT:g}, assumed).",
 )
+@click.option(
+    "--sweep",
+    cls=console.Option,
+    group=MEMORY,
+    common=False,
+    type=str,
+    default=None,
+    is_flag=False,
+    flag_value=f"{BUDGET:g}x",
+    metavar="[Nx]",
+    help=f"Plan a sweep of the run with this budget, as `mlx-lora sweep --budget` takes it (default: {BUDGET:g}x).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop")
 def main(
@@ -81,6 +95,8 @@ def main(
 ) -> None:  # fmt: skip
     """Predict the memory and the speed of `train` with these flags, without reading any weights."""
     hostfile, link_gbit = options.pop("hostfile"), options.pop("link_gbit")
+    sweep = options.pop("sweep")
+    budget = None if sweep is None else read_budget(sweep)
     given = flags.given(options)
     settings = train_settings(given, read_settings(config_file, given))
     if macs is not None or hostfile is not None:
@@ -93,6 +109,8 @@ def main(
         console.print_json(planned) if as_json else click.echo(text)
         return
     result = plan_run(settings, chip, memory_gb, all_chips)
+    if budget is not None:
+        result["sweep"] = {"budget": budget, "runs_at_once": result["runs_at_once"]}
     if as_json:
         console.print_json(result)
     elif all_chips:
@@ -231,11 +249,23 @@ def render(result: dict[str, Any]) -> str:
         lines.append("Not counted: loading the model, compiling and measuring kernels, validation, texts of the report")
     if speed["reading"]:
         lines.append(_reading_words(speed["reading"]))
+    if "sweep" in result:
+        lines.append(_sweep_words(result))
     if result["trunk"]:
         lines.append(f"Frozen blocks: {result['trunk']['words']}")
     lines += [f"Warning: {problem}." for problem in result["warnings"]]
     lines += [f"Not known: what this model's blocks keep in memory ({reason})" for reason in result["not_known"]]
     return "\n".join([*lines, *([f"To fit: {result['advice']}"] if "advice" in result else [])])
+
+
+def _sweep_words(result: dict[str, Any]) -> str:
+    """Return what a plan says of a sweep."""
+    sweep, hours = result["sweep"], result["predicted"]["hours"]
+    lasts = "" if hours is None else f", about {time_words(hours * sweep['budget'])} at the rate of one run"
+    return (
+        f"Sweep with --budget {sweep['budget']:g}x: the work of {sweep['budget']:g} runs{lasts}, and less where rows are short, because up "
+        f"to {counted(sweep['runs_at_once'], 'run')} with these settings fit in memory and share the base's work"
+    )
 
 
 def _reading_words(reading: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from mlx_lora.config.settings import TrainSettings
 from mlx_lora.trainer import sweep as sweeping
 from mlx_lora.trainer.find_learning_rate import MOST_EXTRA, find_learning_rate
 from mlx_lora.trainer.run import train_run
-from mlx_lora.trainer.several_runs import SeveralRuns, TooManyRuns
+from mlx_lora.trainer.several_runs import SeveralRuns, TooManyRuns, how_many_fit
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_yaml
 
@@ -262,6 +262,20 @@ def test_python_and_rates_around_the_default(tiny_folder, data, tmp_path):
     assert max(row["learning_rate"] for row in shown.table) == pytest.approx(
         32 * min(row["learning_rate"] for row in shown.table), rel=0.1
     )
+
+
+def test_a_plan_says_how_many_trials_fit_and_how_long_a_sweep_takes(tiny_folder):
+    flags = ("--model", tiny_folder, "--rank", 64, "--iters", 100, "--max-seq-length", 64, "--json", "--sweep")
+    plans = [json.loads(run("plan", *flags, "4x", "--memory-budget", gb).out) for gb in (0.02, 0.04)]
+    few, more = (plan["sweep"]["runs_at_once"] for plan in plans)
+    assert 1 <= few < more < 256
+    settings = train_settings(
+        {"model": str(tiny_folder), "rank": 64, "max_seq_length": 64, "memory_budget": 0.02, "batch_size": 1}
+    )
+    assert few <= how_many_fit([settings] * 100)  # with the shortest rows
+    said = run("plan", *flags[:-2], "--sweep").out
+    assert "--budget 3x" in said
+    one_line(run("plan", "--model", tiny_folder, "--sweep", "much"), "--budget much")
 
 
 # --learning-rate auto
