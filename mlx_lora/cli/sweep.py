@@ -16,11 +16,8 @@ import click
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.config.settings import MODEL
-from mlx_lora.config.sweep import BUDGET, read_budget
+from mlx_lora.config.sweep import BUDGET, SET_BY_SWEEP, read_budget
 from mlx_lora.utils import console
-
-# What the sweep sets for each of its runs.
-SET_BY_SWEEP = ("adapter_path", "resume", "force", "train", "test", "test_batches", "max_restarts")
 
 
 @click.command(cls=flags.SettingsCommand)

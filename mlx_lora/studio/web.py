@@ -120,6 +120,7 @@ def setting_groups() -> list[dict[str, Any]]:
             "name": name, "label": label_of(name), "flag": flag_of(name), "type": "choice" if choices else TYPES[field_type(field)],
             "default": field.default, "choices": choices, "range": bounds, "exclusive": row.more_than is not None,
             "help": help_words(name, row.help), "common": row.common, "method": row.method, "objectives": OWN_OPTIONS.get(name),
+            "word": row.word,
         })  # fmt: skip
     return [{"name": name, "settings": settings} for name, settings in groups.items()]
 

@@ -151,6 +151,8 @@ export const dataText = (sets) => sets.map(({ path, weight }) => (weight === 1 ?
 export const readRule = (settings, signal) => post("train/rule", { settings }, signal);
 export const planRun = (settings, card, signal) => post("train/plan", { settings, card }, signal);
 export const startRun = (settings, card, name, queue) => post("train/start", { settings, card, name, queue });
+export const startSweep = (settings, card, name) => post("train/sweep", { settings, card, name });
+export const readSweep = (name) => get(`train/sweep/${encodeURIComponent(name)}`);
 
 export const readQueue = () => get("queue");
 export const moveInQueue = (run, to) => post("queue/move", { run, to });

@@ -11,7 +11,7 @@ const ELSEWHERE = new Set(["model", "data", "adapter_path", "objective", "method
 // `usual` is what counts while one sets nothing: the card's own, or the default. `chosen` is what the run chooses of
 // an open one.
 function Control({ setting, value, usual, chosen, id }) {
-  const { name, label, type, choices, range, exclusive } = setting;
+  const { name, label, type, choices, range, exclusive, word } = setting;
   const now = value ?? usual;
   const take = (next) => changeSettings({ [name]: next === usual ? undefined : next });
   const about = { "aria-describedby": id + "-help" };
@@ -46,7 +46,7 @@ function Control({ setting, value, usual, chosen, id }) {
       </select>
     `;
   const numeric = type === "int" || type === "float";
-  const read = numeric ? numberReader({ whole: type === "int", range, exclusive }) : textReader;
+  const read = numeric ? numberReader({ whole: type === "int", range, exclusive, word }) : textReader;
   return html`
     <${Typed}
       id=${id}
@@ -76,6 +76,20 @@ export function Setting({ setting, value, said, warned, usual, chosen }) {
       </div>
       <div class="setting-control">
         <${Control} setting=${setting} value=${value} usual=${usual} chosen=${chosen} id=${id} />
+        ${
+          setting.word &&
+          value !== setting.word &&
+          html`
+            <${Button}
+              small
+              kind="plain"
+              aria-label=${`Set ${setting.label} to ${setting.word}`}
+              onClick=${() => changeSettings({ [setting.name]: setting.word })}
+            >
+              ${setting.word}
+            <//>
+          `
+        }
         ${
           (changed || wrong) &&
           html`

@@ -10,11 +10,13 @@ const NUMBER = /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i;
 
 // A reader returns {value}, {problem}, or {unfinished: true} for the beginning of a number. Bounds as the server has
 // them.
-export function numberReader({ whole = false, range = null, exclusive = false }) {
+export function numberReader({ whole = false, range = null, exclusive = false, word = null }) {
   const [low, high] = range || [null, null];
   return (text) => {
     const said = text.trim();
     if (said === "") return { value: undefined };
+    if (word && said === word) return { value: word };
+    if (word?.startsWith(said)) return { unfinished: true, problem: `neither a number nor ${word} yet` };
     if (/^\d+,\d+$/.test(said)) return { problem: `${said}: write the decimal point as in ${said.replace(",", ".")}` };
     if (!NUMBER.test(said))
       return /^[+-]?\.?$|e[+-]?$/i.test(said)

@@ -31,6 +31,7 @@ import { Cards, USUAL, useCards } from "../pages/cards.js";
 import { Example } from "../pages/example.js";
 import { SettingsForm } from "../pages/settings_form.js";
 import { LiveRun } from "../pages/live.js";
+import { Sweep } from "../pages/sweep.js";
 import * as api from "../pages/api.js";
 
 export const title = "Train";
@@ -122,6 +123,11 @@ function unused(name, runs) {
   for (let n = 2; ; n++) if (!taken.has(`${name}-${n}`)) return `${name}-${n}`;
 }
 
+// A name by data and model.
+const nameOf = (sets, model) =>
+  slug(`${lastPart(sets[0]?.path || "run").replace(SUFFIX, "")}-${lastPart(model || "model").replace(SUFFIX, "")}`) ||
+  "run";
+
 // Why a run cannot be started now: what is wrong in the fields, or what the server says of them. Empty: it can.
 function reasons(wrong, plan, settings) {
   const fields = Object.values(wrong).map(({ name, problem }) => `${name}: ${problem}`);
@@ -140,11 +146,7 @@ function Start({ whole, card, plan, runs, onStarted }) {
   const [problem, setProblem] = useState("");
   const [sending, setSending] = useState("");
   const busy = runs.some((one) => one.state === "running");
-  const usual = unused(
-    slug(`${lastPart(sets[0]?.path || "run").replace(SUFFIX, "")}-${lastPart(model || "model").replace(SUFFIX, "")}`) ||
-      "run",
-    runs,
-  );
+  const usual = unused(nameOf(sets, model), runs);
   const why = reasons(wrong, plan, settings);
   const stopped = sending || why.length > 0;
   useEffect(() => setProblem(""), [JSON.stringify(whole), name]);
@@ -345,6 +347,7 @@ function Setup({ groups, runs, onStarted }) {
             `
           }
         <//>
+        <${Sweep} whole=${whole} card=${chosen} name=${nameOf(sets, model)} stopped=${!current || current.waits} />
       </div>
     </div>
   `;

@@ -10,17 +10,21 @@ from starlette.routing import BaseRoute
 
 from mlx_lora.api.demo import ITERS as STEPS
 from mlx_lora.api.demo import QUESTIONS, RECIPE, SHORT_STEPS
+from mlx_lora.config.sweep import SET_BY_SWEEP
+from mlx_lora.reports.sweep_page import Compared, advice
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.control import resolved, run_yaml, train_words
 from mlx_lora.studio.folders import safe_name
 from mlx_lora.studio.places import Studio
 from mlx_lora.studio.plans import CARDS, USUAL_CARD, cards_at_once, own_settings, refused_plan, shown_plan
 from mlx_lora.studio.web import json_route, setting_groups
+from mlx_lora.trainer.sweep import PAGE_FILE, SWEEP_FILE, SweepState
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir
 from mlx_lora.utils.hub import SMOLLM2_GGUF
 from mlx_lora.utils.text import command_line
 
+SWEEPS = "sweeps"  # the folder of all sweeps, in the studio's own
 TEXT_TOKENS = 32  # of the texts before and after, some lines of verse
 
 
@@ -31,6 +35,8 @@ def routes(studio: Studio) -> list[BaseRoute]:
         json_route("/api/train/rule", partial(rule, studio), "POST"),
         json_route("/api/train/plan", partial(plan, studio), "POST"),
         json_route("/api/train/start", partial(start, studio), "POST"),
+        json_route("/api/train/sweep", partial(sweep, studio), "POST"),
+        json_route("/api/train/sweep/{name}", partial(swept, studio)),
         json_route("/api/example", about_example),
         json_route("/api/example", partial(fetch_example, studio), "POST"),
     ]
@@ -87,6 +93,35 @@ def start(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, A
     except InputError:
         pass  # the command itself says what is wrong, in its log
     return {"run": studio.control.start(settings, body.get("name"), bool(body.get("queue")), peak, steps)}
+
+
+def sweep(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    """POST /api/train/sweep: search the learning rate for these settings, as a task; one of the same name goes on."""
+    settings, card = studio.checker.settings(body.get("settings")), card_of(body)
+    if missing := [name for name in ("model", "data") if not settings.get(name)]:
+        raise ApiError(400, f"no {' and no '.join(missing)} yet; choose them first", "missing")
+    name = safe_name(body.get("name") or "rates", "Name of the run")
+    own, _ = own_settings(studio.plans, card, settings, body["settings"])
+    settings = {key: value for key, value in {**own, **settings}.items() if key not in (*SET_BY_SWEEP, "learning_rate")}
+    words = train_words(settings, studio.folders.runs / name)
+    at = words.index("--adapter-path")
+    out = studio.folders.home / SWEEPS / name
+    words = ["sweep", *words[1:at], *words[at + 2 :], "--out", str(out), *(["--resume"] if out.exists() else [])]
+    task = studio.tasks.child("sweep", f"Learning rates for {name}", words, {"name": name, "path": str(out)})
+    return {"task": task.public(), "command": command_line(words)}
+
+
+def swept(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    """GET /api/train/sweep/NAME: what a sweep has found so far."""
+    folder = studio.folders.home / SWEEPS / safe_name(request.path_params["name"], "Name of the run")
+    if not (folder / SWEEP_FILE).is_file():
+        raise ApiError(404, "there is no such sweep; start it again", "not_found")
+    state = SweepState.read(folder)
+    found = Compared(
+        state.candidates, state.rounds, state.winner, state.val_loss, max(state.totals.values(), default=0), {}
+    )
+    rate = None if state.winner is None else state.candidates[state.winner]["learning_rate"]
+    return {"advice": advice(found), "rows": found.table(), "learning_rate": rate, "page": str(folder / PAGE_FILE)}
 
 
 def card_of(body: dict[str, Any]) -> str:
