@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -205,38 +205,59 @@ def plan_run(
         limits = DataLimits(size.rows, size.prompts) if size else NO_DATA
         result["advice"] = advice(settings, shape, machine, planned.width, quantized, limits)
     if all_chips:
-        if machine.backend != "metal" or kernels is None:
-            outline = outline_for(settings.model, device.compute_dtype("bfloat16"))
-            shape = replace(outlined_shape(outline, settings, elsewhere), trained_share=shape.trained_share)
-        from_disk = None
+        ways = [of_macs(settings, parts, shape.trained_share)]
         if asked.loop.offload_base == AUTO and not offload_problems(asked.to_flat()):
-            disk = offloaded(settings)
-            read_shape = replace(outlined_shape(outline, disk, elsewhere), trained_share=shape.trained_share)
-            from_disk = disk, read_shape, reading_of(outline, read_shape, None)
-        result["chips"] = _chip_rows((settings, shape, reading), from_disk, size)
+            ways.append(of_macs(offloaded(settings), parts, shape.trained_share))
+        result["chips"] = _chip_rows(ways, size)
     return result
 
 
-Planned = tuple["TrainSettings", "ModelShape", Reading | None]
+@dataclass(frozen=True)
+class OfMacs:
+    """What the plans of other Macs have in common.
+
+    Attributes:
+        settings: of the run.
+        shape: of the model with its adapter.
+        reading: of the base, if it is read from its files.
+    """
+
+    settings: TrainSettings
+    shape: ModelShape
+    reading: Reading | None
 
 
-def _chip_rows(in_memory: Planned, from_disk: Planned | None, size: DataSize | None) -> list[dict[str, Any]]:
+def of_macs(settings: TrainSettings, parts: PlanParts, trained_share: float) -> OfMacs:
+    """Return what a run is on other Macs: as with `--chip`, in 16 bits if --dtype is open, with kernels that were not measured.
+
+    Args:
+        settings: of the run.
+        parts: makes an outline of its own, since a block's graph is only read when it is asked for.
+        trained_share: of the data.
+    """
+    dtype = "bfloat16" if settings.model.dtype == "auto" else settings.model.dtype
+    outline, shape = parts.shape(settings, dtype, KernelChoice(settings.loop.kernels))
+    reading = reading_of(outline, shape, None) if settings.loop.offload_base == "on" else None
+    return OfMacs(settings, replace(shape, trained_share=trained_share), reading)
+
+
+def _chip_rows(ways: Sequence[OfMacs], size: DataSize | None) -> list[dict[str, Any]]:
     """Return a row for every chip and memory size.
 
     Args:
-        in_memory: the run as it is asked for.
-        from_disk: the run with a base that is read from its files, for chips that hold no other.
+        ways: of running it; the first one that fits counts, or none does and the first one is shown.
         size: of the data.
     """
-    number_bytes, rows = 4 if in_memory[0].model.dtype == "float32" else 2, []
+    number_bytes, rows = 4 if ways[0].settings.model.dtype == "float32" else 2, []
     for chip in CHIPS:
         for gib in chip.memory_gib:
             machine, ceilings = chip.machine(gib, number_bytes), listed_ceilings(chip, number_bytes)
             row: dict[str, Any] = {}
-            for settings, shape, reading in filter(None, (in_memory, from_disk)):
+            for way in ways:
                 if not row.get("fits"):
-                    here = with_kernels(settings, shape, machine, KernelChoice(settings.loop.kernels))
-                    found = MachinePlan(settings, shape, here, ceilings, size, reading).chip_row(chip)
+                    here = with_kernels(way.settings, way.shape, machine, KernelChoice(way.settings.loop.kernels))
+                    plan = MachinePlan(way.settings, way.shape, here, ceilings, size, way.reading)
+                    found = plan.chip_row(chip)
                     row = found if found["fits"] or not row else row
             rows.append(row)
     return rows

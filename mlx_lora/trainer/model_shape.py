@@ -22,7 +22,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.adapters.base import Wire
-from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.adapters.inject import adapt_model, adapter_layers
 from mlx_lora.adapters.qat import begin_qat
 from mlx_lora.kernels.attention import Tiles, attend
 from mlx_lora.kernels.measure import MLX, left_unchanged
@@ -124,13 +124,17 @@ def outlined_shape(
     """Return the shape of an outline with the settings' adapter; kernels as in `adapted_shape`.
 
     Args:
-        outline, settings, kernels: of the run.
+        outline, settings, kernels: of the run. The outline gets the adapter, and belongs to this shape from then on.
         cut_by: the number of ranks that have parts of its layers; the shape is that of one rank's.
 
     Raises:
         InputError: the adapter does not fit the model, or it cannot be cut.
+        ValueError: the outline has an adapter already. Graphs of blocks are read when they are asked for, so a second
+            adapter would count in the first shape as well.
     """
     adapter = settings.adapter
+    if adapter_layers(outline.model):
+        raise ValueError("this outline has an adapter already; each shape needs an outline of its own")
     if adapter.method == "pissa":  # its initial factors need weights, which an outline does not have
         adapter = replace(adapter, method="lora")
     adapt_model(outline.model, adapter, settings.loop.seed)
