@@ -277,13 +277,20 @@ class ChunkedBlock:
     _known: dict[int, TracedBlock] = field(default_factory=dict)
 
     def at(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
-        """Return the block's memory for a batch; arguments and errors as of `TracedBlock.at`."""
+        """Return the block's memory for a batch; arguments and errors as of `TracedBlock.at`.
+
+        If the graph of chunks cannot be read, the whole block counts, which takes more.
+        """
         chunks = min(position_chunks(rows * width * self.position_bytes), MOST_TRACED_CHUNKS)
         if chunks == 1:
             return self.whole.at(rows, width, on_gpu)
         if chunks not in self._known:
             self._known[chunks] = self.trace(chunks)
-        return self._known[chunks].at(rows, width, on_gpu)
+        try:
+            return self._known[chunks].at(rows, width, on_gpu)
+        except NotKnown:
+            self._known[chunks] = self.whole
+            return self.whole.at(rows, width, on_gpu)
 
 
 def _beyond(low: BlockBytes, high: BlockBytes, share: float) -> BlockBytes:
