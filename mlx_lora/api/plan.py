@@ -40,7 +40,7 @@ from mlx_lora.models.folder import stored_tensors
 from mlx_lora.models.meta import Outline, outline_for
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.base_reader import read_rate
-from mlx_lora.parallel.offloaded_base import offloaded
+from mlx_lora.parallel.offloaded_base import copy_rate, offloaded
 from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.planner.fit import (
     AUTO_MODES,
@@ -57,7 +57,7 @@ from mlx_lora.planner.fit import (
 )
 from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.reading import ASSUMED_BYTES_PER_S, Reading
+from mlx_lora.planner.reading import ASSUMED_BYTES_PER_S, ASSUMED_COPIED_PER_S, Reading
 from mlx_lora.planner.speed import (
     CHIPS,
     Ceilings,
@@ -273,8 +273,9 @@ def reading_of(outline: Outline, shape: ModelShape, folder: Path | None) -> Read
     """
     blocks, stored = units_of(outline.model).blocks, stored_tensors(folder) if folder and folder.is_dir() else {}
     if stored:
-        return Reading(blocks, shape.first_trained, read_rate(list(stored.values())), "measured here")
-    return Reading(blocks, shape.first_trained, ASSUMED_BYTES_PER_S, "assumed")
+        rates = read_rate(list(stored.values())), copy_rate(max(blocks))
+        return Reading(blocks, shape.first_trained, *rates, "measured here")
+    return Reading(blocks, shape.first_trained, ASSUMED_BYTES_PER_S, ASSUMED_COPIED_PER_S, "assumed")
 
 
 def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | None) -> tuple[Machine, Ceilings]:
@@ -379,7 +380,8 @@ class MachinePlan:
         if reading is not None:
             hidden_from = reading.hidden_from(run.positions, forward_s, seconds)
             parts["waiting for the disk"] = reading.waiting_s(forward_s, seconds)
-            seconds += parts["waiting for the disk"]
+            parts["copying weights"], parts["planning blocks"] = reading.copying_s, reading.planning_s
+            seconds += parts["waiting for the disk"] + reading.copying_s + reading.planning_s
         tokens_per_s = together * run.positions / seconds
         tokens, reference_s = self.tokens(together * run.rows * run.width), None
         if size is not None and (asked.reference or asked.distills is not None) and not asked.samples:
@@ -398,6 +400,7 @@ class MachinePlan:
             and {
                 "bytes": reading.forward_bytes + reading.backward_bytes,
                 "disk_bytes_per_s": reading.bytes_per_s,
+                "copied_bytes_per_s": reading.copied_per_s,
                 "disk_source": reading.source,
                 "waiting_share": parts["waiting for the disk"] / seconds,
                 "hidden_from_tokens": hidden_from,

@@ -289,6 +289,27 @@ def test_a_row_of_all_chips_is_the_plan_of_that_mac(flags, tmp_path, monkeypatch
         assert row["grad_checkpoint"] == alone["settings"]["grad_checkpoint"]
 
 
+def test_a_step_from_files_counts_copies_and_planning(tiny_4bit_folder):
+    here, memory = (planned("--model", tiny_4bit_folder, "--offload-base", way)["predicted"] for way in ("on", "off"))
+    assert here["reading"]["disk_source"] == "measured here"
+    assert here["reading"]["copied_bytes_per_s"] > 0
+    added = {"waiting for the disk", "copying weights", "planning blocks"}
+    assert here["parts_s"].keys() - memory["parts_s"].keys() == added
+    assert here["step_s"] == pytest.approx(sum(here["parts_s"].values()))
+    assert min(here["parts_s"][name] for name in added - {"waiting for the disk"}) > 0
+    mac = planned("--model", tiny_4bit_folder, "--offload-base", "on", "--chip", "M2")["predicted"]["reading"]
+    assert mac["disk_source"] == "assumed"
+
+
+def test_all_experts_of_a_mixture_are_read(tmp_path):
+    outline = outline_of_config(CONFIGS["gpt_oss"], mx.bfloat16)
+    stored = [sum(p.nbytes for _, p in tree_flatten(block.parameters())) for block in outline.model.layers]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIGS["gpt_oss"]))
+    reading = planned("--model", path, "--offload-base", "on", "--chip", "M2")["predicted"]["reading"]
+    assert reading["bytes"] == sum(stored[1:]) + sum(stored[:-1])
+
+
 def test_an_outline_is_adapted_once():
     outline = outline_of_config(TINY, mx.float32)
     outlined_shape(outline, settings_of())
