@@ -5,8 +5,7 @@
 
 Both models are in this process, with the same adapter and one row of random tokens, and take steps by turns: medians of
 --rounds. Another disk than this machine's is a reader that waits after each piece until it has taken as long as that disk.
-What the planner says of the wait (planner/reading.py) is computed from the seconds that the step and a forward pass take in
-memory.
+What the planner says of the step (planner/reading.py) is computed from the seconds that it and a forward pass take in memory.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel import base_reader
 from mlx_lora.parallel.base_reader import BaseReader
-from mlx_lora.parallel.offloaded_base import OffloadedBase
+from mlx_lora.parallel.offloaded_base import OffloadedBase, copy_rate
 from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.planner.reading import Reading
@@ -122,16 +121,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = options(__doc__, *OPTIONS).parse_args(argv)
     settings = train_settings({"model": args.model, "data": "none", "rank": args.rank, "offload_base": "on"})
     memory, rows = Side(settings, SINGLE_DEVICE), []
-    say(f"Blocks: {sum(memory.blocks) / 1e6:,.0f} MB; {environment()}")
+    copied_per_s = copy_rate(max(memory.blocks))
+    say(f"Blocks: {sum(memory.blocks) / 1e6:,.0f} MB, copied at {copied_per_s / 1e9:.1f} GB/s; {environment()}")
     vocabulary = memory.base.model.args.vocab_size
     for rate in args.disk_gb_per_s:
         reader = BaseReader("--offload-base", slow(rate * 1e9))
         offloaded = Side(settings, OffloadedBase(reader=reader))
         for tokens in args.tokens:
             found = compare(memory, offloaded, reader, batch_of(tokens, vocabulary, args.seed), args)
-            planned = Reading(memory.blocks, 0, rate * 1e9 or reader.statistics.bytes_per_s, "measured here")
+            disk = rate * 1e9 or reader.statistics.bytes_per_s
+            planned = Reading(memory.blocks, 0, disk, copied_per_s, "measured here")
             waits_s = planned.waiting_s(found["forward_s"], found["memory_s"])
-            predicted_s = found["memory_s"] + waits_s
+            predicted_s = found["memory_s"] + waits_s + planned.copying_s + planned.planning_s
             record({"tokens": tokens, "disk_gb_per_s": rate, "predicted_s": predicted_s, **found})
             rows.append([
                 rate or f"own ({planned.bytes_per_s / 1e9:.2f})", f"{tokens:,}", f"{found['memory_s']:.2f}", f"{found['offloaded_s']:.2f}",

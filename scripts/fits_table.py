@@ -33,35 +33,36 @@ def config_of(name: str) -> dict:
             "num_attention_heads": heads, "tie_word_embeddings": tied}  # fmt: skip
 
 
-def chips_of(name: str) -> list[dict]:
+def chips_of(config: dict, *flags: str) -> list[dict]:
     """Return what the planner says of a model on every chip and memory size."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
-        path.write_text(json.dumps(config_of(name)))
-        command = [sys.executable, "-m", "mlx_lora", "plan", "--model", str(path), *FLAGS]
+        path.write_text(json.dumps(config))
+        command = [sys.executable, "-m", "mlx_lora", "plan", "--model", str(path), *FLAGS, *flags]
         return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)["chips"]
 
 
 def cell(chips: list[dict]) -> str:
     """Return one cell: the most that a run takes, and the speeds of the slowest and the fastest chip."""
-    fits = [chip for chip in chips if chip["fits"]]
-    if len(fits) < len(chips) or not chips:
+    if not all(chip["fits"] for chip in chips):
         return "no"
-    speeds = sorted(round(chip["tokens_per_s"], -1 if chip["tokens_per_s"] >= 100 else 0) for chip in fits)
-    peak = max(chip["peak_bytes"] for chip in fits) / 1e9
-    disk = " (from disk)" if any(chip["reading"] for chip in fits) else ""
+    speeds = sorted(round(chip["tokens_per_s"], -1 if chip["tokens_per_s"] >= 100 else 0) for chip in chips)
+    peak = max(chip["peak_bytes"] for chip in chips) / 1e9
+    disk = " (from disk)" if any(chip["reading"] for chip in chips) else ""
     return f"{peak:.1f} GB, {speeds[0]:,.0f}-{speeds[-1]:,.0f}{disk}"
+
+
+def of_memory(chips: list[dict], memory_gb: int) -> list[dict]:
+    """Return the chips that are sold with this memory."""
+    return [chip for chip in chips if round(chip["memory_bytes"] / 2**30) == memory_gb]
 
 
 def table() -> str:
     """Return the whole table as Markdown."""
-    planned = {name: chips_of(name) for name in SIZES}
+    planned = {name: chips_of(config_of(name)) for name in SIZES}
     lines = ["| memory | " + " | ".join(SIZES) + " |", "|---|" + "---|" * len(SIZES)]
     for memory_gb in MEMORY_GB:
-        row = [
-            cell([chip for chip in chips if round(chip["memory_bytes"] / 2**30) == memory_gb])
-            for chips in planned.values()
-        ]
+        row = [cell(of_memory(chips, memory_gb)) for chips in planned.values()]
         lines.append(f"| {memory_gb} GB | " + " | ".join(row) + " |")
     return "\n".join(lines)
 

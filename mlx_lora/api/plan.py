@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +40,7 @@ from mlx_lora.models.folder import stored_tensors
 from mlx_lora.models.meta import Outline, outline_for
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.base_reader import read_rate
-from mlx_lora.parallel.offloaded_base import offloaded
+from mlx_lora.parallel.offloaded_base import copy_rate, offloaded
 from mlx_lora.parallel.sharded_base import units_of
 from mlx_lora.planner.fit import (
     AUTO_MODES,
@@ -57,7 +57,7 @@ from mlx_lora.planner.fit import (
 )
 from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.reading import ASSUMED_BYTES_PER_S, Reading
+from mlx_lora.planner.reading import ASSUMED_BYTES_PER_S, ASSUMED_COPIED_PER_S, Reading
 from mlx_lora.planner.several_runs import runs_at_once
 from mlx_lora.planner.speed import (
     CHIPS,
@@ -208,39 +208,62 @@ def plan_run(
         limits = DataLimits(size.rows, size.prompts) if size else NO_DATA
         result["advice"] = advice(settings, shape, machine, planned.width, quantized, limits)
     if all_chips:
-        if machine.backend != "metal" or kernels is None:
-            outline = outline_for(settings.model, device.compute_dtype("bfloat16"))
-            shape = replace(outlined_shape(outline, settings, elsewhere), trained_share=shape.trained_share)
-        from_disk = None
+        ways = [of_macs(settings, parts, shape.trained_share)]
         if asked.loop.offload_base == AUTO and not offload_problems(asked.to_flat()):
-            disk = offloaded(settings)
-            read_shape = replace(outlined_shape(outline, disk, elsewhere), trained_share=shape.trained_share)
-            from_disk = disk, read_shape, reading_of(outline, read_shape, None)
-        result["chips"] = _chip_rows((settings, shape, reading), from_disk, size)
+            ways.append(of_macs(offloaded(settings), parts, shape.trained_share))
+        result["chips"] = _chip_rows(ways, size)
     return result
 
 
 MOST_AT_ONCE = 256  # runs that a plan counts
-Planned = tuple["TrainSettings", "ModelShape", Reading | None]
 
 
-def _chip_rows(in_memory: Planned, from_disk: Planned | None, size: DataSize | None) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class OfMacs:
+    """What the plans of other Macs have in common.
+
+    Attributes:
+        settings: of the run.
+        shape: of the model with its adapter.
+        reading: of the base, if it is read from its files.
+    """
+
+    settings: TrainSettings
+    shape: ModelShape
+    reading: Reading | None
+
+
+def of_macs(settings: TrainSettings, parts: PlanParts, trained_share: float) -> OfMacs:
+    """Return what a run is on other Macs: as with `--chip`, in 16 bits if --dtype is open, with kernels that were not measured.
+
+    Args:
+        settings: of the run.
+        parts: makes an outline of its own, since a block's graph is only read when it is asked for.
+        trained_share: of the data.
+    """
+    dtype = "bfloat16" if settings.model.dtype == "auto" else settings.model.dtype
+    outline, shape = parts.shape(settings, dtype, KernelChoice(settings.loop.kernels))
+    reading = reading_of(outline, shape, None) if settings.loop.offload_base == "on" else None
+    return OfMacs(settings, replace(shape, trained_share=trained_share), reading)
+
+
+def _chip_rows(ways: Sequence[OfMacs], size: DataSize | None) -> list[dict[str, Any]]:
     """Return a row for every chip and memory size.
 
     Args:
-        in_memory: the run as it is asked for.
-        from_disk: the run with a base that is read from its files, for chips that hold no other.
+        ways: of running it; the first one that fits counts, or none does and the first one is shown.
         size: of the data.
     """
-    number_bytes, rows = 4 if in_memory[0].model.dtype == "float32" else 2, []
+    number_bytes, rows = 4 if ways[0].settings.model.dtype == "float32" else 2, []
     for chip in CHIPS:
         for gib in chip.memory_gib:
             machine, ceilings = chip.machine(gib, number_bytes), listed_ceilings(chip, number_bytes)
             row: dict[str, Any] = {}
-            for settings, shape, reading in filter(None, (in_memory, from_disk)):
+            for way in ways:
                 if not row.get("fits"):
-                    here = with_kernels(settings, shape, machine, KernelChoice(settings.loop.kernels))
-                    found = MachinePlan(settings, shape, here, ceilings, size, reading).chip_row(chip)
+                    here = with_kernels(way.settings, way.shape, machine, KernelChoice(way.settings.loop.kernels))
+                    plan = MachinePlan(way.settings, way.shape, here, ceilings, size, way.reading)
+                    found = plan.chip_row(chip)
                     row = found if found["fits"] or not row else row
             rows.append(row)
     return rows
@@ -256,8 +279,9 @@ def reading_of(outline: Outline, shape: ModelShape, folder: Path | None) -> Read
     """
     blocks, stored = units_of(outline.model).blocks, stored_tensors(folder) if folder and folder.is_dir() else {}
     if stored:
-        return Reading(blocks, shape.first_trained, read_rate(list(stored.values())), "measured here")
-    return Reading(blocks, shape.first_trained, ASSUMED_BYTES_PER_S, "assumed")
+        rates = read_rate(list(stored.values())), copy_rate(max(blocks))
+        return Reading(blocks, shape.first_trained, *rates, "measured here")
+    return Reading(blocks, shape.first_trained, ASSUMED_BYTES_PER_S, ASSUMED_COPIED_PER_S, "assumed")
 
 
 def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | None) -> tuple[Machine, Ceilings]:
@@ -362,7 +386,8 @@ class MachinePlan:
         if reading is not None:
             hidden_from = reading.hidden_from(run.positions, forward_s, seconds)
             parts["waiting for the disk"] = reading.waiting_s(forward_s, seconds)
-            seconds += parts["waiting for the disk"]
+            parts["copying weights"], parts["planning blocks"] = reading.copying_s, reading.planning_s
+            seconds += parts["waiting for the disk"] + reading.copying_s + reading.planning_s
         tokens_per_s = together * run.positions / seconds
         tokens, reference_s = self.tokens(together * run.rows * run.width), None
         if size is not None and (asked.reference or asked.distills is not None) and not asked.samples:
@@ -381,6 +406,7 @@ class MachinePlan:
             and {
                 "bytes": reading.forward_bytes + reading.backward_bytes,
                 "disk_bytes_per_s": reading.bytes_per_s,
+                "copied_bytes_per_s": reading.copied_per_s,
                 "disk_source": reading.source,
                 "waiting_share": parts["waiting for the disk"] / seconds,
                 "hidden_from_tokens": hidden_from,

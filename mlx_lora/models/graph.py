@@ -203,8 +203,11 @@ def _gather_mm(
 ) -> mx.array:
     """Multiply as `mx.gather_mm` does, with a gradient for the matrices that MLX can list.
 
-    That gradient is an array of the right shape which reads the same inputs; this is enough to count memory.
+    That gradient is an array of the right shape which reads the same inputs; this is enough to count memory. Inside of
+    another custom function, MLX differentiates the product itself: zeros are the gradient then, and what adds them up counts.
     """
+    if cut_function.cuts.inside:
+        return mx.depends([theirs(a, mx.stop_gradient(b), *indices, **named)], [b])[0]
     product = cut_function(lambda a, b: theirs(a, b, *indices, **named))
 
     def backward(primals: Arrays, cotangent: mx.array, _: mx.array) -> Arrays:

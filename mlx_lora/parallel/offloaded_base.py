@@ -14,7 +14,9 @@ Source: FlexGen, arXiv 2303.06865, and ZeRO-Infinity, arXiv 2104.07857, without 
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
     from mlx_lora.models.load import Base
     from mlx_lora.planner.shapes import ModelShape
+
+COPIED_BYTES, COPIED_ARRAYS = 1 << 26, 16  # to measure the rate of copying
 
 
 class OffloadedUnit:
@@ -158,6 +162,22 @@ def offloaded(settings: TrainSettings) -> TrainSettings:
     checkpointing = "block" if loop.grad_checkpoint == "auto" else loop.grad_checkpoint
     given = {"offload_base": "on", "grad_checkpoint": checkpointing, "sample_tokens": 0, "cache_trunk": "off"}
     return replace(settings, loop=replace(loop, **given))
+
+
+def copy_rate(size: int, rounds: int = 4) -> float:
+    """Return the bytes per second at which a block's weights are copied from the buffer that they are read into, at best.
+
+    Args:
+        size: bytes of the block, of which up to COPIED_BYTES are copied.
+        rounds: how often. In the first one the system has no memory at hand, which later blocks get from those before.
+    """
+    content, spent_s = np.ones((COPIED_ARRAYS, -(-min(size, COPIED_BYTES) // COPIED_ARRAYS)), np.uint8), math.inf
+    for _ in range(rounds):
+        start = time.perf_counter()
+        copied = [mx.array(row) for row in content]
+        spent_s = min(spent_s, time.perf_counter() - start)
+        del copied
+    return content.size / spent_s
 
 
 class OffloadedBase(Strategy):

@@ -1,7 +1,10 @@
-"""Predict how long a run waits for a base that it reads from its files (--offload-base).
+"""Predict what a step costs more if its base is read from its files (--offload-base).
 
-A block is read while the block before it is computed, so a pass waits only for what reading takes longer than computing. The
-blocks are read in the forward pass and, where something is trained, in the backward pass. The last block stays between the two
+    plan    the host plans a block in Python, and waits for it: no operation of the next block is planned meanwhile
+    wait    a block is read while the block before it is planned and computed, so a pass waits only for what reading takes longer
+    copy    what was read is copied into the device's arrays, while nothing is computed or read
+
+The blocks are read in the forward pass and, where something is trained, in the backward pass. The last block stays between the two
 passes, and the first one between two batches.
 """
 
@@ -13,6 +16,10 @@ from dataclasses import dataclass
 
 # Of a Mac's SSD, reading large blocks; not measured. Published figures are from 1.5 (M2 with 256 GB) to 7 GB/s.
 ASSUMED_BYTES_PER_S = 3e9
+# Of a Mac's memory, copied by one thread; not measured.
+ASSUMED_COPIED_PER_S = 20e9
+# The Python of a block in one pass: measured on a 2-core x86 processor (docs/measurements.md), assumed for any other.
+BLOCK_PLANNED_S = 6e-3
 
 
 @dataclass(frozen=True)
@@ -20,16 +27,20 @@ class Reading:
     """The reading of one micro-batch.
 
     Attributes:
-        blocks: bytes of each.
+        blocks: bytes of each; a mixture's with all of its experts, which are read in whole.
         first_trained: the first block that has a backward pass.
         bytes_per_s: of the disk.
-        source: of that number: `measured here` or `assumed`.
+        copied_per_s: bytes per second, from the buffer that is read into to arrays.
+        source: of these two: `measured here` or `assumed`.
+        block_planned_s: seconds of Python for a block in one pass.
     """
 
     blocks: Sequence[int]
     first_trained: int
     bytes_per_s: float
+    copied_per_s: float
     source: str
+    block_planned_s: float = BLOCK_PLANNED_S
 
     @property
     def forward_bytes(self) -> int:
@@ -41,17 +52,41 @@ class Reading:
         """Read in the backward pass."""
         return sum(self.blocks[self.first_trained : -1])
 
+    @property
+    def copying_s(self) -> float:
+        """Seconds of a micro-batch in which weights are copied."""
+        return (self.forward_bytes + self.backward_bytes) / self.copied_per_s
+
+    @property
+    def planning_s(self) -> float:
+        """Seconds of a micro-batch in which blocks are planned."""
+        return sum(self._planning())
+
     def waiting_s(self, forward_s: float, step_s: float) -> float:
-        """Return the seconds of a micro-batch in which nothing is computed.
+        """Return the seconds of a micro-batch in which only the disk works.
 
         Args:
             forward_s, step_s: of computing the forward pass alone, and everything.
         """
-        passes = ((self.forward_bytes, forward_s), (self.backward_bytes, step_s - forward_s))
-        return sum(max(0.0, read / self.bytes_per_s - computing_s) for read, computing_s in passes)
+        return sum(
+            max(0.0, reading_s - planning_s - computing_s)
+            for reading_s, planning_s, computing_s in self._passes(forward_s, step_s)
+        )
 
     def hidden_from(self, positions: int, forward_s: float, step_s: float) -> int:
         """Return from how many positions a micro-batch never waits, if computing grows with them; arguments as above."""
-        passes = ((self.forward_bytes, forward_s), (self.backward_bytes, step_s - forward_s))
-        longest = max(read / self.bytes_per_s / computing_s for read, computing_s in passes if computing_s > 0)
-        return math.ceil(positions * longest)
+        longest = max(
+            (reading_s - planning_s) / computing_s
+            for reading_s, planning_s, computing_s in self._passes(forward_s, step_s)
+            if computing_s > 0
+        )
+        return max(1, math.ceil(positions * longest))
+
+    def _planning(self) -> tuple[float, float]:
+        blocks = len(self.blocks)
+        return blocks * self.block_planned_s, (blocks - self.first_trained) * self.block_planned_s
+
+    def _passes(self, forward_s: float, step_s: float) -> list[tuple[float, float, float]]:
+        """Return the seconds of reading, planning and computing of both passes."""
+        read = self.forward_bytes / self.bytes_per_s, self.backward_bytes / self.bytes_per_s
+        return list(zip(read, self._planning(), (forward_s, step_s - forward_s), strict=True))

@@ -78,7 +78,8 @@ class KeptParts(PlanParts):
     def shape(self, settings: TrainSettings, dtype: str, kernels: KernelChoice | None) -> tuple[Outline, ModelShape]:
         """Return outline and shape, kept for all settings that do not change them."""
         loop = settings.loop
-        depends = [settings.model, settings.adapter, settings.objective, settings.optimizer, loop.kernels, loop.seed]
+        depends = [settings.model, settings.adapter, settings.objective, settings.optimizer]
+        depends += [loop.kernels, loop.seed, loop.offload_base]
         key = repr([*depends, dtype, kernels, _version(settings.model.model)])
         if key not in self._shapes:
             self._shapes[key] = super().shape(settings, dtype, kernels)

@@ -23,7 +23,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.adapters.base import Wire
-from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.adapters.inject import adapt_model, adapter_layers
 from mlx_lora.adapters.qat import begin_qat
 from mlx_lora.kernels.attention import Tiles, attend
 from mlx_lora.kernels.measure import MLX, left_unchanged
@@ -163,13 +163,17 @@ def outlined_shape(
     """Return the shape of an outline with the settings' adapter; kernels as in `adapted_shape`.
 
     Args:
-        outline, settings, kernels: of the run.
+        outline, settings, kernels: of the run. The outline gets the adapter, and belongs to this shape from then on.
         cut_by: the number of ranks that have parts of its layers; the shape is that of one rank's.
 
     Raises:
         InputError: the adapter does not fit the model, or it cannot be cut.
+        ValueError: the outline has an adapter already. Graphs of blocks are read when they are asked for, so a second
+            adapter would count in the first shape as well.
     """
     adapter = settings.adapter
+    if adapter_layers(outline.model):
+        raise ValueError("this outline has an adapter already; each shape needs an outline of its own")
     if adapter.method == "pissa":  # its initial factors need weights, which an outline does not have
         adapter = replace(adapter, method="lora")
     adapt_model(outline.model, adapter, settings.loop.seed)
@@ -312,13 +316,20 @@ class ChunkedBlock:
     _known: dict[int, TracedBlock] = field(default_factory=dict)
 
     def at(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
-        """Return the block's memory for a batch; arguments and errors as of `TracedBlock.at`."""
+        """Return the block's memory for a batch; arguments and errors as of `TracedBlock.at`.
+
+        If the graph of chunks cannot be read, the whole block counts, which takes more.
+        """
         chunks = min(position_chunks(rows * width * self.position_bytes), MOST_TRACED_CHUNKS)
         if chunks == 1:
             return self.whole.at(rows, width, on_gpu)
         if chunks not in self._known:
             self._known[chunks] = self.trace(chunks)
-        return self._known[chunks].at(rows, width, on_gpu)
+        try:
+            return self._known[chunks].at(rows, width, on_gpu)
+        except NotKnown:
+            self._known[chunks] = self.whole
+            return self.whole.at(rows, width, on_gpu)
 
 
 def _beyond(low: BlockBytes, high: BlockBytes, share: float) -> BlockBytes:

@@ -90,6 +90,16 @@ def test_it_learns_what_the_run_in_memory_learns(folder, chats, tmp_path):
     assert on[-1] < on[0]
 
 
+def test_without_compiling_the_losses_are_equal(tiny_4bit_folder, chats, tmp_path):
+    with device.uncompiled():
+        trained(tiny_4bit_folder, chats, tmp_path / "on", "--offload-base")
+        trained(tiny_4bit_folder, chats, tmp_path / "off", "--offload-base", "off", "--grad-checkpoint", "block")
+    on, off = losses(tmp_path / "on"), losses(tmp_path / "off")
+    assert len(on) == STEPS
+    assert on == pytest.approx(off, rel=1e-6)
+    assert on[1:] != pytest.approx(off[:-1], rel=1e-6)
+
+
 def test_blocks_take_no_memory_between_their_uses(chats, tmp_path):
     folder = write_folder(tmp_path / "base", tiny_model(**WIDE), dict(WIDE))
     settings = train_settings({"model": str(folder), "data": str(chats), "offload_base": "on", "sample_tokens": 0})

@@ -22,6 +22,7 @@ from tiny_gguf import write_tiny_gguf
 from tiny_moe import CONFIGS, MXFP4, tiny_moe, with_quantized_experts
 
 from mlx_lora.adapters.inject import adapt_model, adapter_parameters
+from mlx_lora.api import plan as plan_api
 from mlx_lora.cli.plan import PART_WORDS, PHASE_WORDS, time_words
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import AdapterSettings, ModelSettings, TrainSettings
@@ -34,7 +35,7 @@ from mlx_lora.objectives.answers import row_log_probabilities
 from mlx_lora.planner import machine as ceilings
 from mlx_lora.planner.fit import fit, largest_batch, largest_batch_size, largest_sequence, largest_that_fits, run_of
 from mlx_lora.planner.shapes import ModelShape
-from mlx_lora.planner.speed import CHIPS
+from mlx_lora.planner.speed import CHIPS, find_chip
 from mlx_lora.trainer import build as composition
 from mlx_lora.trainer.model_shape import outlined_shape
 from mlx_lora.utils import device
@@ -266,6 +267,54 @@ def test_another_mac_and_all_of_them(big):
     assert [row["fits"] for row in ordered] == sorted(row["fits"] for row in ordered)
     lengths = [row["largest_sequence"] for row in ordered]
     assert lengths == sorted(lengths)
+
+
+@pytest.mark.parametrize("flags", [{}, {"offload_base": "on"}, {"dtype": "float32"}])
+def test_a_row_of_all_chips_is_the_plan_of_that_mac(flags, tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**LLAMA_8B, "quantization": {"group_size": 64, "bits": 4}}))
+    monkeypatch.setattr(plan_api, "CHIPS", [replace(find_chip("M2"), memory_gib=(8, 24))])
+    for name in ("largest_sequence", "largest_batch_size"):  # many graphs of long rows
+        monkeypatch.setattr(plan_api, name, lambda *_: 0)
+    settings = train_settings({"model": str(path), "max_seq_length": 96, **flags})
+    rows = plan_api.plan_run(settings, all_chips=True)["chips"]
+    assert [row["reading"] is not None for row in rows] == [True, "offload_base" in flags]
+    for row in rows:
+        alone = plan_api.plan_run(settings, row["chip"], row["memory_bytes"] >> 30)
+        assert [row[name] for name in ("fits", "peak_bytes", "budget_bytes")] == [
+            alone[name] for name in ("fits", "peak_bytes", "budget_bytes")
+        ]
+        assert row["reading"] == alone["predicted"]["reading"]
+        assert row["tokens_per_s"] == alone["predicted"]["tokens_per_s"]
+        assert row["grad_checkpoint"] == alone["settings"]["grad_checkpoint"]
+
+
+def test_a_step_from_files_counts_copies_and_planning(tiny_4bit_folder):
+    here, memory = (planned("--model", tiny_4bit_folder, "--offload-base", way)["predicted"] for way in ("on", "off"))
+    assert here["reading"]["disk_source"] == "measured here"
+    assert here["reading"]["copied_bytes_per_s"] > 0
+    added = {"waiting for the disk", "copying weights", "planning blocks"}
+    assert here["parts_s"].keys() - memory["parts_s"].keys() == added
+    assert here["step_s"] == pytest.approx(sum(here["parts_s"].values()))
+    assert min(here["parts_s"][name] for name in added - {"waiting for the disk"}) > 0
+    mac = planned("--model", tiny_4bit_folder, "--offload-base", "on", "--chip", "M2")["predicted"]["reading"]
+    assert mac["disk_source"] == "assumed"
+
+
+def test_all_experts_of_a_mixture_are_read(tmp_path):
+    outline = outline_of_config(CONFIGS["gpt_oss"], mx.bfloat16)
+    stored = [sum(p.nbytes for _, p in tree_flatten(block.parameters())) for block in outline.model.layers]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIGS["gpt_oss"]))
+    reading = planned("--model", path, "--offload-base", "on", "--chip", "M2")["predicted"]["reading"]
+    assert reading["bytes"] == sum(stored[1:]) + sum(stored[:-1])
+
+
+def test_an_outline_is_adapted_once():
+    outline = outline_of_config(TINY, mx.float32)
+    outlined_shape(outline, settings_of())
+    with pytest.raises(ValueError, match="of its own"):
+        outlined_shape(outline, settings_of())
 
 
 def test_longest_row_and_most_rows_fit_and_no_more(big):

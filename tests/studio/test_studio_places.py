@@ -11,9 +11,10 @@ import pytest
 import yaml
 from studio_client import furnish, studio, upload, wait_for
 
+from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import FIELDS
 from mlx_lora.studio.model_stores import ollama_models
-from mlx_lora.studio.plans import Plans
+from mlx_lora.studio.plans import KeptParts, Plans
 from mlx_lora.studio.tasks import Tasks
 from mlx_lora.studio.web import OWN
 
@@ -250,6 +251,16 @@ def test_a_plan_of_a_run_has_its_command_and_its_settings(client, named, home):
     assert list(wrong["said"]) == ["learning_rate"]
     none = client.post("/api/train/plan", json={"settings": {}}).json()
     assert none["problems"] == ["choose a model first"]
+
+
+def test_a_kept_shape_is_not_that_of_a_base_that_is_read_from_its_files(tiny_folder):
+    parts = KeptParts()
+    memory, disk = (
+        parts.shape(train_settings({"model": str(tiny_folder), "offload_base": given}), "float32", None)[1]
+        for given in ("off", "on")
+    )
+    assert disk.shared
+    assert not memory.shared
 
 
 @pytest.mark.slow

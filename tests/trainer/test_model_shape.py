@@ -21,7 +21,7 @@ from mlx_lora.planner.fit import planned_words
 from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import kept_by, plan_memory
 from mlx_lora.planner.shapes import NotKnown, RunShape
-from mlx_lora.trainer.model_shape import adapted_shape, outlined_shape, trace_blocks
+from mlx_lora.trainer.model_shape import TracedBlock, adapted_shape, outlined_shape, trace_blocks
 from mlx_lora.utils import device
 
 pytestmark = pytest.mark.usefixtures("traced_anew")
@@ -116,6 +116,27 @@ def shape_of(name: str, **flags: object):
     config = tiny_config(name)
     outline = outline_of_config(config, mx.float32)
     return outlined_shape(outline, train_settings({"model": "x", "rank": 4, **flags}))
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
+def test_mixtures_in_chunks_of_positions_are_known(name):
+    block = shape_of(name).blocks[-1]
+    whole, chunks = block.memory.at(1, 128, True), block.chunked.trace(4)
+    assert chunks.at(1, 128, True).kept < whole.kept
+    # An expert's factors have gradients in float32, which all chunks share.
+    assert 0 < chunks.at(1, 128, True).window < 4 * whole.window
+    assert block.chunked.at(1, 128, True) == whole  # a small batch is not divided
+
+
+def test_a_block_whose_chunks_cannot_be_read_counts_as_a_whole(monkeypatch):
+    monkeypatch.setattr("mlx_lora.trainer.model_shape.WIDTHS", (32, 64))  # quick to read
+    block = shape_of("llama").blocks[0]
+
+    def refuse(*_: object):
+        raise NotKnown("no")
+
+    block.chunked.trace = lambda chunks: TracedBlock(refuse)
+    assert block.chunked.at(1, 1 << 24, True) == block.memory.at(1, 1 << 24, True)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma4_text", "qwen3_moe", "mamba2", "deepseek_v3"])

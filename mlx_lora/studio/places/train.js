@@ -326,6 +326,7 @@ function Setup({ groups, runs, onStarted }) {
           <${Cards} whole=${late} cards=${cards} chosen=${chosen} />
         <//>
         <${Changes} groups=${groups} settings=${settings} plan=${plan} />
+        <${Sweep} whole=${whole} card=${chosen} name=${nameOf(sets, model)} stopped=${!current || current.waits} />
       </div>
       <div class="side">
         <${Card}
@@ -347,7 +348,6 @@ function Setup({ groups, runs, onStarted }) {
             `
           }
         <//>
-        <${Sweep} whole=${whole} card=${chosen} name=${nameOf(sets, model)} stopped=${!current || current.waits} />
       </div>
     </div>
   `;
