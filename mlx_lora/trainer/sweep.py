@@ -40,7 +40,7 @@ from mlx_lora.utils.text import counted
 log = logging.getLogger(__name__)
 
 MOST_AT_ONCE = 16  # more gain little, and each has its own arrays
-FEWEST_STEPS = 5  # of the first round
+FEWEST_STEPS = 4  # of the first round
 # Settings that decide how many steps a run has; trials that are trained together have these in common.
 OF_LENGTH = ("iters", "epochs", "batch_size", "batch_tokens", "grad_accumulation_steps")
 
