@@ -315,6 +315,7 @@ function Setup({ groups, runs, onStarted }) {
   const plan = now || before.current;
   const current = JSON.stringify(late) === JSON.stringify(whole) ? now : null;
   before.current = plan;
+  const blocked = reasons(useStore(fieldProblems), current, settings).length > 0;
   if (!needed) return html`<${Missing} model=${model} />`;
   return html`
     <div class="two">
@@ -326,7 +327,7 @@ function Setup({ groups, runs, onStarted }) {
           <${Cards} whole=${late} cards=${cards} chosen=${chosen} />
         <//>
         <${Changes} groups=${groups} settings=${settings} plan=${plan} />
-        <${Sweep} whole=${whole} card=${chosen} name=${nameOf(sets, model)} stopped=${!current || current.waits} />
+        <${Sweep} whole=${whole} card=${chosen} name=${nameOf(sets, model)} stopped=${blocked} />
       </div>
       <div class="side">
         <${Card}

@@ -84,8 +84,7 @@ def start(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, A
     try:
         own, reads = own_settings(studio.plans, card, settings, body["settings"])
         if reads:
-            raise ApiError(409, f"the data is still being read, and the length of a {card} run depends on it; wait for its card",
-                "data_is_read")  # fmt: skip
+            raise still_read(card)
         settings = {**own, **settings}
         # A run does not wait for a plan that the page has not shown: it makes its own, and says how many steps it takes.
         if plan := studio.plans.known(settings):
@@ -95,13 +94,21 @@ def start(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, A
     return {"run": studio.control.start(settings, body.get("name"), bool(body.get("queue")), peak, steps)}
 
 
+def still_read(card: str) -> ApiError:
+    """Return the refusal of a run whose length is not known yet."""
+    words = f"the data is still being read, and the length of a {card} run depends on it; wait for its card"
+    return ApiError(409, words, "data_is_read")
+
+
 def sweep(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
     """POST /api/train/sweep: search the learning rate for these settings, as a task; one of the same name goes on."""
     settings, card = studio.checker.settings(body.get("settings")), card_of(body)
     if missing := [name for name in ("model", "data") if not settings.get(name)]:
         raise ApiError(400, f"no {' and no '.join(missing)} yet; choose them first", "missing")
     name = safe_name(body.get("name") or "rates", "Name of the run")
-    own, _ = own_settings(studio.plans, card, settings, body["settings"])
+    own, reads = own_settings(studio.plans, card, settings, body["settings"])
+    if reads:
+        raise still_read(card)
     settings = {key: value for key, value in {**own, **settings}.items() if key not in (*SET_BY_SWEEP, "learning_rate")}
     words = train_words(settings, studio.folders.runs / name)
     at = words.index("--adapter-path")
