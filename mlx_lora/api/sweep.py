@@ -27,6 +27,7 @@ from mlx_lora.reports.sweep_page import advice, write_page
 from mlx_lora.trainer.model_shape import outlined_shape
 from mlx_lora.trainer.run import check_request, train_run
 from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
+from mlx_lora.trainer.several_runs import check_trials
 from mlx_lora.trainer.sweep import PAGE_FILE, SWEEP_FILE, WINNER, Sweep, SweepState, held_out_curve, trials_of
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
@@ -83,19 +84,18 @@ class SweepJob:
         if not 1 <= asked.seeds <= 100:
             raise InputError(f"--seeds {asked.seeds}: from 1 to 100 are allowed")
         budget = read_budget(asked.budget)
+        placed = replace(settings.loop, adapter_path=str(out / WINNER), resume=None, force=True)
+        check_request(replace(settings, loop=placed), ALONE)
         vary = read_vary(asked.vary) if asked.vary else {"learning_rate": usual_rates(settings)}
         found = candidates(vary)
         if len(found) < 2:
             raise InputError(
                 f"--vary {', '.join(vary)}: has one value only, so there is nothing to compare; give several"
             )
-        self.settings = replace(
-            settings, loop=replace(settings.loop, adapter_path=str(out / WINNER), resume=None, force=False)
-        )
+        self.settings = replace(settings, loop=replace(placed, force=False))
         steps = rungs(len(found), asked.seeds, budget)
         trials = trials_of(self.settings, found, asked.seeds, out / TRIALS)
-        for trial in trials:
-            check_request(replace(trial.settings, loop=replace(trial.settings.loop, force=True)), ALONE)
+        check_trials([trial.settings for trial in trials])
         state = self._state(out, asked, {"vary": vary, "seeds": asked.seeds, "budget": budget}, found)
         check_writable(out, "--out", 1_000_000)
         self.sweep = Sweep(out, state, trials, steps)

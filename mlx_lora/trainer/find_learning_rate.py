@@ -28,7 +28,7 @@ from mlx_lora.trainer.evaluate import ROWS_FILE
 from mlx_lora.trainer.model_shape import outlined_shape
 from mlx_lora.trainer.run import check_request
 from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS, remove_results
-from mlx_lora.trainer.several_runs import check_together
+from mlx_lora.trainer.several_runs import check_trials
 from mlx_lora.trainer.sweep import FEWEST_STEPS, PAGE_FILE, SWEEP_FILE, Sweep, SweepState, Trial, trials_of
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
@@ -72,7 +72,7 @@ def find_learning_rate(
     usual = replace(settings, optimizer=replace(settings.optimizer, learning_rate=None))
     for factors in AROUND_DEFAULT:
         tried = trials_around(usual, factors)
-        check_together([trial.settings for trial in tried], ["--learning-rate auto"] * len(tried))
+        _check(tried)
         if base is None:
             with waiting("Loading the model"):
                 base = load_base(settings.model)
@@ -94,6 +94,14 @@ def find_learning_rate(
         f"--learning-rate auto: the run has too few steps to try rates in a fifth of its work (it needs about "
         f"{math.ceil(FEWEST_STEPS / rounds_for(len(AROUND_DEFAULT[-1]))[0].share)}); leave it out, or give more --epochs or --iters"
     )
+
+
+def _check(tried: list[Trial]) -> None:
+    """Refuse a run whose rates cannot be tried."""
+    try:
+        check_trials([trial.settings for trial in tried])
+    except InputError as refused:
+        raise InputError(f"--learning-rate auto: {refused}; or give the rate as a number") from None
 
 
 def with_rate(settings: TrainSettings, rate: object, resume: str | None = None) -> TrainSettings:

@@ -85,6 +85,17 @@ def check_together(runs: Sequence[TrainSettings], names: Sequence[str]) -> None:
         raise InputError("; ".join(problems))
 
 
+def check_trials(trials: Sequence[TrainSettings]) -> None:
+    """Refuse trials that cannot be trained together, where they differ in nothing that decides it.
+
+    Raises:
+        InputError: what is wrong with all of them, told once.
+    """
+    problems = dict.fromkeys(problem for trial in trials for problem in _problems(trial, trials[0], "the first"))
+    if problems:
+        raise InputError("; ".join(problems))
+
+
 def _problems(settings: TrainSettings, first: TrainSettings, its_name: str) -> Iterator[str]:
     loop = settings.loop
     if settings.model != first.model:
@@ -96,7 +107,7 @@ def _problems(settings: TrainSettings, first: TrainSettings, its_name: str) -> I
             f"--objective {settings.objective.objective} cannot be trained together with other runs; only {', '.join(OBJECTIVES)} can"
         )
     if not wants_training(settings):
-        yield "--test alone trains nothing; leave it out of --runs"
+        yield "--test alone trains nothing; leave it out"
     if loop.resume not in (None, "auto"):
         yield f"--resume {loop.resume}: runs go on together, from where all have a checkpoint; give --resume without a value"
     asked = {
@@ -108,9 +119,7 @@ def _problems(settings: TrainSettings, first: TrainSettings, its_name: str) -> I
         "--short-buffers": loop.short_buffers,
         "--learning-rate auto": settings.optimizer.learning_rate == AUTO,
     }
-    yield from (
-        f"{flag} is for a run of its own; leave it out of --runs" for flag, is_asked in asked.items() if is_asked
-    )
+    yield from (f"{flag} is for a run of its own; leave it out" for flag, is_asked in asked.items() if is_asked)
 
 
 def prepared(settings: TrainSettings) -> TrainSettings:

@@ -101,7 +101,7 @@ def trials_of(settings: TrainSettings, found: Sequence[Candidate], seeds: int, f
             name = f"{number + 1:02d}" + (f"-seed{seed}" if seeds > 1 else "")
             own = {
                 "adapter_path": str(folder / name), "seed": seed, "resume": "auto", "force": False, "sample_tokens": 0, "test": False,
-                "report_to": None, "save_every": flat["save_every"] or 100, "keep": 2,
+                "report_to": None, "max_restarts": 0, "short_buffers": False, "save_every": flat["save_every"] or 100, "keep": 2,
             }  # fmt: skip
             said = words(candidate) + (f" --seed {seed}" if seeds > 1 else "")
             trials.append(Trial(name, number, said, train_settings({**flat, **candidate, **own})))
