@@ -54,11 +54,11 @@ from mlx_lora.planner.fit import (
     largest_batch_size,
     largest_sequence,
     run_of,
+    runs_at_once,
 )
 from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.reading import ASSUMED_BYTES_PER_S, ASSUMED_COPIED_PER_S, Reading
-from mlx_lora.planner.several_runs import runs_at_once
 from mlx_lora.planner.speed import (
     CHIPS,
     Ceilings,
@@ -80,8 +80,7 @@ from mlx_lora.utils.errors import InputError
 if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
     from mlx_lora.data.load import DataSplits
-    from mlx_lora.planner.several_runs import runs_at_once
-from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
+    from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
 
 log = logging.getLogger(__name__)
 

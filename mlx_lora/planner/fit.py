@@ -12,6 +12,7 @@ from mlx_lora.config.checks import offload_problems
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
 from mlx_lora.planner.memory import ROLLOUT, MemoryPlan, plan_memory
+from mlx_lora.planner.several_runs import held_bytes, most_that_fit
 from mlx_lora.planner.shapes import Machine, ModelShape, Rollout, RunShape
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import gigabytes
@@ -378,3 +379,15 @@ def _flags(before: LoopSettings, after: LoopSettings, found: Fitted, width: int 
     if width is not None:
         flags.append(f"--max-seq-length {width + 1}")
     return flags
+
+
+def runs_at_once(shape: ModelShape, optimizer: str, memory: MemoryPlan, most: int) -> int:
+    """Return how many runs with one run's settings fit in memory together.
+
+    Args:
+        shape, optimizer, memory: of the run.
+        most: where to stop counting.
+    """
+    held = held_bytes(shape, optimizer)
+    step = max(0, memory.peak_bytes - shape.base_bytes - held)
+    return most_that_fit(shape.base_bytes, [held] * most, [step] * most, memory.budget_bytes - memory.cache_bytes)

@@ -32,18 +32,6 @@ def activation_bytes(memory: MemoryPlan) -> int:
     return max(0, memory.peak_bytes - fixed)
 
 
-def runs_at_once(shape: ModelShape, optimizer: str, memory: MemoryPlan, most: int) -> int:
-    """Return how many runs with one run's settings fit in memory together.
-
-    Args:
-        shape, optimizer, memory: of the run.
-        most: where to stop counting.
-    """
-    held = held_bytes(shape, optimizer)
-    step = max(0, memory.peak_bytes - shape.base_bytes - held)
-    return most_that_fit(shape.base_bytes, [held] * most, [step] * most, memory.budget_bytes - memory.cache_bytes)
-
-
 def most_that_fit(base_bytes: int, held: Sequence[int], steps: Sequence[int], budget_bytes: int) -> int:
     """Return how many of some runs fit in memory together, taken in their order.
 
