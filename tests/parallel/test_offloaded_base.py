@@ -90,6 +90,7 @@ def test_it_learns_what_the_run_in_memory_learns(folder, chats, tmp_path):
     assert on[-1] < on[0]
 
 
+@pytest.mark.slow
 def test_without_compiling_the_losses_are_equal(tiny_4bit_folder, chats, tmp_path):
     with device.uncompiled():
         trained(tiny_4bit_folder, chats, tmp_path / "on", "--offload-base")

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gemma3_text
 from real_models import smollm2_gguf
 from run_cli import run
+from tiers import by_default
 from tiny_gguf import write_tiny_gguf
 from tiny_moe import CONFIGS, MXFP4, tiny_moe, with_quantized_experts
 
@@ -269,7 +270,9 @@ def test_another_mac_and_all_of_them(big):
     assert lengths == sorted(lengths)
 
 
-@pytest.mark.parametrize("flags", [{}, {"offload_base": "on"}, {"dtype": "float32"}])
+@pytest.mark.parametrize(
+    "flags", by_default([{}, {"offload_base": "on"}, {"dtype": "float32"}], {"offload_base": "on"})
+)
 def test_a_row_of_all_chips_is_the_plan_of_that_mac(flags, tmp_path, monkeypatch):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**LLAMA_8B, "quantization": {"group_size": 64, "bits": 4}}))
@@ -289,6 +292,7 @@ def test_a_row_of_all_chips_is_the_plan_of_that_mac(flags, tmp_path, monkeypatch
         assert row["grad_checkpoint"] == alone["settings"]["grad_checkpoint"]
 
 
+@pytest.mark.slow
 def test_a_step_from_files_counts_copies_and_planning(tiny_4bit_folder):
     here, memory = (planned("--model", tiny_4bit_folder, "--offload-base", way)["predicted"] for way in ("on", "off"))
     assert here["reading"]["disk_source"] == "measured here"
@@ -301,6 +305,7 @@ def test_a_step_from_files_counts_copies_and_planning(tiny_4bit_folder):
     assert mac["disk_source"] == "assumed"
 
 
+@pytest.mark.slow
 def test_all_experts_of_a_mixture_are_read(tmp_path):
     outline = outline_of_config(CONFIGS["gpt_oss"], mx.bfloat16)
     stored = [sum(p.nbytes for _, p in tree_flatten(block.parameters())) for block in outline.model.layers]
