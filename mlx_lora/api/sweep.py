@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlx_lora.api.base import Base, PathLike, as_base
 from mlx_lora.api.errors import speaks_python
-from mlx_lora.api.train import Run, data_source, run_settings
+from mlx_lora.api.train import Run, data_source, run_settings, shown_figure
 from mlx_lora.config.defaults import learning_rate_for
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ROWS, TrainSettings
@@ -23,7 +23,7 @@ from mlx_lora.config.sweep import BUDGET, Candidate, candidates, read_budget, re
 from mlx_lora.models.load import load_base
 from mlx_lora.models.meta import outline_for
 from mlx_lora.parallel.ranks import ALONE
-from mlx_lora.reports.sweep_page import advice, write_page
+from mlx_lora.reports.sweep_page import Compared, advice, write_page
 from mlx_lora.trainer.model_shape import outlined_shape
 from mlx_lora.trainer.run import check_request, train_run
 from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
@@ -213,6 +213,7 @@ class SweepResult:
         run: the winner's own run, over all its steps.
         table: a row for each candidate: its settings, `step` and `loss` (mean over seeds) where it was last measured, best first.
         advice: one sentence.
+        compared: what the page is made of.
     """
 
     folder: Path
@@ -220,6 +221,44 @@ class SweepResult:
     run: Run
     table: list[dict[str, Any]]
     advice: str
+    compared: Compared = field(repr=False)
+
+    @speaks_python()
+    def plot(self) -> Any:
+        """Return the losses against the first setting that varied, one line for each round, as a figure that a notebook shows.
+
+        Raises:
+            InputError: matplotlib is not installed.
+        """
+        try:
+            figure = shown_figure(figsize=(7, 4), layout="constrained")
+        except ImportError:
+            raise InputError("plot: matplotlib is not installed; pip install 'mlx-lora[plots]'") from None
+        axes, name = figure.subplots(), next(iter(self.best))
+        for trials in self.compared.rounds:
+            points = [
+                (self.compared.candidates[trial["candidate"]][name], trial["loss"])
+                for trial in trials
+                if trial["loss"] is not None
+            ]
+            means: dict[Any, list[float]] = {}
+            for value, loss in points:
+                means.setdefault(value, []).append(loss)
+            values = sorted(means, key=str if isinstance(self.best[name], str) else None)
+            lines = axes.plot(values, [min(means[value]) for value in values], label=f"step {trials[0]['step']}")
+            axes.plot(
+                [value for value, _ in points],
+                [loss for _, loss in points],
+                "o",
+                color=lines[0].get_color(),
+                markersize=3,
+            )
+        if isinstance(self.best[name], (int, float)) and self.best[name] > 0:
+            axes.set_xscale("log")
+        axes.axvline(self.best[name], color="gray", linestyle=":")
+        axes.set(xlabel=name.replace("_", " "), ylabel="held-out loss")
+        axes.legend()
+        return figure
 
 
 @speaks_python()
@@ -269,7 +308,7 @@ def sweep(
     compared, folder = job.sweep.compared(), job.sweep.folder
     run = Run(folder / WINNER, outcome.steps, outcome.val_loss, False, outcome.stopped_early)
     return SweepResult(
-        folder, job.sweep.state.candidates[compared.winner or 0], run, compared.table(), advice(compared)
+        folder, job.sweep.state.candidates[compared.winner or 0], run, compared.table(), advice(compared), compared
     )
 
 

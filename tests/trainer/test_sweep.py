@@ -258,6 +258,9 @@ def test_python_and_rates_around_the_default(tiny_folder, data, tmp_path):
     assert len(shown.table) == 6
     assert shown.best["learning_rate"] in [row["learning_rate"] for row in shown.table]
     assert shown.run.adapter == tmp_path / "out" / "winner"
+    axes = shown.plot().axes[0]
+    assert axes.get_xscale() == "log"
+    assert max(len(line.get_xdata()) for line in axes.lines) == 6
     assert shown.run.steps == 40
     assert max(row["learning_rate"] for row in shown.table) == pytest.approx(
         32 * min(row["learning_rate"] for row in shown.table), rel=0.1
