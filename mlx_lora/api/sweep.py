@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -235,26 +236,20 @@ class SweepResult:
         except ImportError:
             raise InputError("plot: matplotlib is not installed; pip install 'mlx-lora[plots]'") from None
         axes, name = figure.subplots(), next(iter(self.best))
-        for trials in self.compared.rounds:
-            points = [
-                (self.compared.candidates[trial["candidate"]][name], trial["loss"])
-                for trial in trials
-                if trial["loss"] is not None
-            ]
-            means: dict[Any, list[float]] = {}
-            for value, loss in points:
-                means.setdefault(value, []).append(loss)
-            values = sorted(means, key=str if isinstance(self.best[name], str) else None)
-            lines = axes.plot(values, [min(means[value]) for value in values], label=f"step {trials[0]['step']}")
-            axes.plot(
-                [value for value, _ in points],
-                [loss for _, loss in points],
-                "o",
-                color=lines[0].get_color(),
-                markersize=3,
-            )
+        tried = {candidate[name] for candidate in self.compared.candidates}
+        for number, trials in enumerate(self.compared.rounds):
+            best: dict[Any, float] = {}  # of several candidates with a value
+            for of, losses in self.compared.losses(number).items():
+                value = self.compared.candidates[of][name]
+                best[value] = min(best.get(value, math.inf), sum(losses) / len(losses))
+            values = sorted(best, key=str if isinstance(self.best[name], str) else None)
+            lines = axes.plot(values, [best[value] for value in values], label=f"step {trials[0]['step']}")
+            seeds = [(self.compared.candidates[trial["candidate"]][name], trial["loss"]) for trial in trials]
+            axes.plot(*zip(*seeds, strict=True), "o", color=lines[0].get_color(), markersize=3)
         if isinstance(self.best[name], (int, float)) and self.best[name] > 0:
             axes.set_xscale("log")
+            axes.set_xticks(sorted(tried), [f"{value:g}" for value in sorted(tried)], rotation=45)
+            axes.set_xticks([], minor=True)
         axes.axvline(self.best[name], color="gray", linestyle=":")
         axes.set(xlabel=name.replace("_", " "), ylabel="held-out loss")
         axes.legend()
