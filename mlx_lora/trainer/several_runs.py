@@ -377,8 +377,11 @@ class SeveralRuns:
         return self.members
 
     @contextmanager
-    def begun(self) -> Iterator[None]:
+    def begun(self, told: Callable[[Member], None] = lambda member: None) -> Iterator[None]:
         """Bring all runs to their first step, for the rounds in this context; runs that are not over then are left as saved.
+
+        Args:
+            told: called with each run that has begun.
 
         Raises:
             InputError: a run cannot begin.
@@ -396,6 +399,7 @@ class SeveralRuns:
                         raise type(error)(f"{member.name}: {error}") from error
                     if member.wanted is None:
                         self._note(member)
+                    told(member)
                 self._together()
                 device.compile_for(max((m.wanted.trainer.total for m in self.active if m.wanted), default=0))
                 yield

@@ -29,7 +29,7 @@ from mlx_lora.reports.run_report import read_records
 from mlx_lora.reports.sweep_page import WHOLE, Compared
 from mlx_lora.trainer.model_shape import shared_shapes
 from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
-from mlx_lora.trainer.several_runs import Left, SeveralRuns, TooManyRuns, common_round, how_many_fit
+from mlx_lora.trainer.several_runs import Left, Member, SeveralRuns, TooManyRuns, common_round, how_many_fit
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replace_text
@@ -232,13 +232,16 @@ class Rounds:
                 return
         with quieter(trials[0].name, self.header) as said:
             runs = SeveralRuns.open([trial.settings for trial in trials], [trial.name for trial in trials], self.base)
-            with runs.begun():
+            with runs.begun(lambda member: self._learn(kind, member)):
                 said.begins = self.header = False
-                if runs.active:
-                    wanted = runs.active[0].wanted
-                    self.totals[kind] = wanted.trainer.total if wanted is not None else 0
-                    self.check(self.totals[kind])
+                self.totals.setdefault(kind, max(one.ended or 0 for one in left))  # where all were over before
                 self._to(runs, rung.steps(self.totals[kind]))
+
+    def _learn(self, kind: str, member: Member) -> None:
+        """Note how many steps a whole run has, as soon as the first of its kind has begun."""
+        if kind not in self.totals and member.wanted is not None:
+            self.totals[kind] = member.wanted.trainer.total
+            self.check(self.totals[kind])
 
     def _to(self, runs: SeveralRuns, end: int) -> None:
         """Take rounds of steps until the runs are at a step."""
