@@ -18,7 +18,7 @@ from pathlib import Path
 
 from mlx_lora.config.defaults import learning_rate_for
 from mlx_lora.config.settings import TrainSettings
-from mlx_lora.config.sweep import Rung, TooShort, candidates, work
+from mlx_lora.config.sweep import Candidate, Rung, TooShort, candidates, work
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.models.meta import outline_for
@@ -70,15 +70,15 @@ def find_learning_rate(
         return with_rate(settings, None), base  # a resumed run keeps the rate that it has
     check_request(settings, ranks)
     usual = replace(settings, optimizer=replace(settings.optimizer, learning_rate=None))
-    for factors in AROUND_DEFAULT:
-        tried = trials_around(usual, factors)
+    for tried in _ways(usual, folder):
         _check(tried)
         if base is None:
             with waiting("Loading the model"):
                 base = load_base(settings.model)
         sweep = Sweep(folder / TRIALS, _state(settings, folder, tried), tried, rounds_for(len(tried)))
         rates = ", ".join(f"{trial.settings.optimizer.learning_rate:g}" for trial in tried)
-        log.info(f"Learning rate: trying {rates} in the first part of the run")
+        few = "" if len(tried) == len(AROUND_DEFAULT[0]) else ", since the run is short,"
+        log.info(f"Learning rate: trying{few} {rates} in the first part of the run")
         try:
             best = tried[sweep.choose(base, header=False)]
         except TooShort:
@@ -118,15 +118,30 @@ def trials_around(settings: TrainSettings, factors: Sequence[float]) -> list[Tri
     return trials_of(settings, candidates({"learning_rate": rates}), 1, Path(settings.loop.adapter_path) / TRIALS)
 
 
-def _state(settings: TrainSettings, folder: Path, tried: list[Trial]) -> SweepState:
+def _ways(settings: TrainSettings, folder: Path) -> list[list[Trial]]:
+    """Return the trials of a run with many steps and of one with few; with --resume, those that an earlier start has begun."""
+    ways = [trials_around(settings, factors) for factors in AROUND_DEFAULT]
+    begun = _begun(settings, folder)
+    return [tried for tried in ways if begun is not None and begun.candidates == _rates(tried)] or ways
+
+
+def _begun(settings: TrainSettings, folder: Path) -> SweepState | None:
+    """Return what an earlier start has done, with --resume; None: nothing."""
+    there = settings.loop.resume and (folder / TRIALS / SWEEP_FILE).is_file()
+    return SweepState.read(folder / TRIALS) if there else None
+
+
+def _rates(tried: Sequence[Trial]) -> list[Candidate]:
+    return [{"learning_rate": trial.settings.optimizer.learning_rate} for trial in tried]
+
+
+def _state(settings: TrainSettings, folder: Path, tried: Sequence[Trial]) -> SweepState:
     """Return what an earlier start has done, or an empty state."""
-    found = [{"learning_rate": trial.settings.optimizer.learning_rate} for trial in tried]
-    if settings.loop.resume and (folder / TRIALS / SWEEP_FILE).is_file():
-        state = SweepState.read(folder / TRIALS)
-        if state.candidates == found:
-            return state
+    begun = _begun(settings, folder)
+    if begun is not None and begun.candidates == _rates(tried):
+        return begun
     shutil.rmtree(folder / TRIALS, ignore_errors=True)
-    return SweepState({}, found)
+    return SweepState({}, _rates(tried))
 
 
 def _reason(sweep: Sweep, chosen: Trial) -> str:

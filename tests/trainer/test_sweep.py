@@ -347,9 +347,9 @@ def test_python_and_command_find_the_same_rate(brief, tiny_folder, data, tmp_pat
     assert "trying" not in again.err
 
 
-@pytest.mark.parametrize("after", by_default([1, 3], 3))
-def test_trials_that_were_stopped_go_on(brief, tiny_folder, data, tmp_path, monkeypatch, after):
-    settings, _ = find_learning_rate(auto(tiny_folder, data, tmp_path / "a"))
+@pytest.mark.parametrize(("after", "iters"), by_default([(1, 40), (3, 40), (3, 30)], (3, 30)))
+def test_trials_that_were_stopped_go_on(brief, tiny_folder, data, tmp_path, monkeypatch, after, iters):
+    settings, _ = find_learning_rate(auto(tiny_folder, data, tmp_path / "a", iters=iters))
     own, rounds = SeveralRuns.round, 0
 
     def fails(self):
@@ -362,8 +362,8 @@ def test_trials_that_were_stopped_go_on(brief, tiny_folder, data, tmp_path, monk
     with monkeypatch.context() as patched:
         patched.setattr(SeveralRuns, "round", fails)
         with pytest.raises(ZeroDivisionError):
-            find_learning_rate(auto(tiny_folder, data, tmp_path / "b"))
-    resumed, _ = find_learning_rate(auto(tiny_folder, data, tmp_path / "b", resume="auto"))
+            find_learning_rate(auto(tiny_folder, data, tmp_path / "b", iters=iters))
+    resumed, _ = find_learning_rate(auto(tiny_folder, data, tmp_path / "b", iters=iters, resume="auto"))
     assert resumed.optimizer == settings.optimizer
     at = "checkpoints/" + sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())[-1]
     assert np.array_equal(factors(tmp_path / "a" / at), factors(tmp_path / "b" / at))
@@ -371,7 +371,7 @@ def test_trials_that_were_stopped_go_on(brief, tiny_folder, data, tmp_path, monk
 
 def test_a_run_that_is_too_short_for_trials_is_refused(tiny_folder, data, tmp_path):
     with pytest.raises(InputError, match="too few steps"):
-        find_learning_rate(auto(tiny_folder, data, tmp_path / "a", iters=30))
+        find_learning_rate(auto(tiny_folder, data, tmp_path / "a", iters=20))
     assert not (tmp_path / "a" / "trials").exists()
     one_line(run("train", "--model", tiny_folder, "--data", data, "--learning-rate", "fast"), "auto")
 
