@@ -81,6 +81,10 @@ def records(path: Path, number: int, objective: str, count: int = 24) -> Path:
     rows = []
     for n in range(count):
         good = "abc" * (1 + (n + number) % 4)
+        if objective == "kto":
+            answer = good if n % 3 else "No" + "!" * (n % 3)
+            rows.append({"prompt": f"Say {n} {number}", "completion": answer, "label": bool(n % 3)})
+            continue
         rows.append(
             {"prompt": f"Say {n % 7} #{n} {number}", "completion": good}
             if objective in ("sft", "grpo")
@@ -150,6 +154,7 @@ QUICK = {
     "other objectives": (
         "dense", "dpo", [{"objective": "orpo"}, {"objective": "simpo"}, {"objective": "cpo"}, {"shared_prefix": "off"}]
     ),
+    "rated answers": ("dense", "kto", [{"learning_rate": 2e-3}, {"beta": 0.3, "undesirable_weight": 2.0}]),
     "mixture": ("mixture", "sft", [EIGHT[0], EIGHT[4]]),
 }  # fmt: skip
 
