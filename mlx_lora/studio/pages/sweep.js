@@ -56,8 +56,8 @@ export function Sweep({ whole, card, name, stopped }) {
   return html`
     <${Card} title="Not sure about the learning rate?">
       <p class="soft">
-        Six rates around the default are trained a little, the better ones further, and the best one in full. This takes about three times as
-        long as one run.
+        Six rates around the default are trained a little, the better ones further, and the best one in full. This takes
+        about three times as long as one run.
       </p>
       <div class="actions">
         <${Button} disabled=${stopped || (task && !taskEnded(task))} onClick=${send}>Search the learning rate<//>
