@@ -212,6 +212,13 @@ def logged() -> Iterator[list[str]]:
         yield lines
 
 
+@pytest.fixture(autouse=True)
+def own_memory_limit():
+    """Bring back MLX's memory limit: a base that is read from its files lowers it for its process, and so peaks of later tests."""
+    with device.own_memory_limit():
+        yield
+
+
 @pytest.fixture
 def own_runs_list():
     """Begin with an empty list of noted runs, which the studio's real server would show."""
