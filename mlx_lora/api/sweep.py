@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -17,19 +18,26 @@ import mlx.core as mx
 from mlx_lora.api.base import Base, PathLike, as_base
 from mlx_lora.api.errors import speaks_python
 from mlx_lora.api.train import Run, data_source, run_settings, shown_figure
-from mlx_lora.config.defaults import learning_rate_for
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import ROWS, TrainSettings
 from mlx_lora.config.sweep import BUDGET, Candidate, candidates, read_budget, read_vary, rungs, words
 from mlx_lora.models.load import load_base
-from mlx_lora.models.meta import outline_for
 from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.reports.sweep_page import Compared, advice, write_page
-from mlx_lora.trainer.model_shape import outlined_shape
 from mlx_lora.trainer.run import check_request, train_run
 from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
 from mlx_lora.trainer.several_runs import check_trials
-from mlx_lora.trainer.sweep import PAGE_FILE, SWEEP_FILE, WINNER, Sweep, SweepState, held_out_curve, trials_of
+from mlx_lora.trainer.sweep import (
+    PAGE_FILE,
+    SWEEP_FILE,
+    WINNER,
+    Sweep,
+    SweepState,
+    held_out_curve,
+    rates_around,
+    trials_of,
+)
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
@@ -87,7 +95,8 @@ class SweepJob:
         budget = read_budget(asked.budget)
         placed = replace(settings.loop, adapter_path=str(out / WINNER), resume=None, force=True)
         check_request(replace(settings, loop=placed), ALONE)
-        vary = read_vary(asked.vary) if asked.vary else {"learning_rate": usual_rates(settings)}
+        vary = read_vary(asked.vary) if asked.vary else {"learning_rate": rates_around(settings, AROUND_DEFAULT)}
+        _check_comparable(vary, settings)
         found = candidates(vary)
         if len(found) < 2:
             raise InputError(
@@ -149,7 +158,8 @@ class SweepJob:
         sweep.choose(base, self._after_round)
         settings = self.winner_settings()
         log.info(f"Best: {words(state.candidates[state.winner or 0])}. Its whole run, alone:")
-        outcome = train_run(settings, show=show, base=replace(base, model=_own_modules(base)))
+        # Copies modules, not their arrays.
+        outcome = train_run(settings, show=show, base=replace(base, model=copy.deepcopy(base.model)))
         if not outcome.interrupted:
             curve = held_out_curve(sweep.folder / WINNER)
             state.val_loss = outcome.val_loss if outcome.val_loss is not None else curve[-1][1] if curve else None
@@ -188,17 +198,14 @@ class SweepJob:
         write_page(self.sweep.folder / PAGE_FILE, compared)
 
 
-def _own_modules(base: Loaded) -> Any:
-    import copy
-
-    return copy.deepcopy(base.model)  # copies modules, not their arrays
-
-
-def usual_rates(settings: TrainSettings) -> list[float]:
-    """Return learning rates around the default one for the model."""
-    shape = outlined_shape(outline_for(settings.model, device.compute_dtype(settings.model.dtype)), settings)
-    usual = learning_rate_for(shape.model_type, shape.width, settings)
-    return [float(f"{usual * factor:.1e}") for factor in AROUND_DEFAULT]
+def _check_comparable(vary: Mapping[str, Any], settings: TrainSettings) -> None:
+    """Refuse to vary what the loss itself depends on: held-out losses then say nothing about which candidate is better."""
+    for name in vary.keys() & ObjectiveSettings.__dataclass_fields__.keys():
+        if name == "objective" or settings.loop.metric_for_best_model != "accuracy":
+            advice = "vary another setting" + (
+                "" if name == "objective" else ", or for preferences compare with --metric-for-best-model accuracy"
+            )
+            raise InputError(f"--vary {name}: changes the loss itself, so held-out losses cannot be compared; {advice}")
 
 
 # Python
@@ -231,10 +238,7 @@ class SweepResult:
         Raises:
             InputError: matplotlib is not installed.
         """
-        try:
-            figure = shown_figure(figsize=(7, 4), layout="constrained")
-        except ImportError:
-            raise InputError("plot: matplotlib is not installed; pip install 'mlx-lora[plots]'") from None
+        figure = shown_figure(figsize=(7, 4), layout="constrained")
         axes, name = figure.subplots(), next(iter(self.best))
         tried = {candidate[name] for candidate in self.compared.candidates}
         for number, trials in enumerate(self.compared.rounds):

@@ -131,9 +131,12 @@ def shown_figure(**options: Any) -> Any:
     """Return a matplotlib figure with its picture: notebooks show plain ones only after an import of pyplot and drawing with it.
 
     Raises:
-        ImportError: matplotlib, an extra, is not installed.
+        InputError: matplotlib, an extra, is not installed.
     """
-    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports] # an extra
+    try:
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports] # an extra
+    except ImportError:
+        raise InputError("plot: matplotlib is not installed; pip install 'mlx-lora[plots]'") from None
 
     class ShownFigure(Figure):
         def _repr_png_(self) -> bytes:
@@ -195,11 +198,7 @@ class Run:
         Raises:
             InputError: matplotlib is not installed.
         """
-        try:
-            figure = shown_figure(figsize=(7, 4), layout="constrained")
-        except ImportError:
-            raise InputError("plot: matplotlib is not installed; pip install 'mlx-lora[plots]'") from None
-
+        figure = shown_figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         lines, marks = [m for m in self.metrics if m["val_loss"] is None], [m for m in self.metrics if m["val_loss"]]
         axes.plot([m["step"] for m in lines], [_number(m["loss"]) for m in lines], label="training")

@@ -181,10 +181,12 @@ def chosen_words(asked: TrainSettings, chosen: TrainSettings, model: str, data: 
 
 
 def rate_problem(settings: TrainSettings, model_type: str, width: int) -> str:
-    """Return a warning of a learning rate far from what suits the model; empty: it may do."""
+    """Return a warning of a learning rate that a plan does not know, or that is far from what suits the model; empty: it may do."""
     given, usual = settings.optimizer.learning_rate, learning_rate_for(model_type, width, settings)
     strength = 1 if settings.adapter.method == "full" else settings.adapter.alpha / ALPHA
-    if given is None or given == AUTO or TOO_LOW <= given * strength / usual <= TOO_HIGH:
+    if given == AUTO:
+        return "--learning-rate auto: planned with the default rate; trying others takes up to a fifth more steps"
+    if given is None or TOO_LOW <= given * strength / usual <= TOO_HIGH:
         return ""
     usual = float(f"{usual / strength:.1e}")
     effect = "the run will probably diverge" if given > usual else "the model will hardly change"

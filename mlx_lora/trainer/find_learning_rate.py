@@ -16,21 +16,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mlx_lora.config.defaults import learning_rate_for
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.config.sweep import Candidate, Rung, TooShort, candidates, work
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE
 from mlx_lora.models.load import Base, load_base
-from mlx_lora.models.meta import outline_for
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.reports.sweep_page import write_page
 from mlx_lora.trainer.evaluate import ROWS_FILE
-from mlx_lora.trainer.model_shape import outlined_shape
 from mlx_lora.trainer.run import check_request
 from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS, remove_results
 from mlx_lora.trainer.several_runs import check_trials
-from mlx_lora.trainer.sweep import FEWEST_STEPS, PAGE_FILE, SWEEP_FILE, Sweep, SweepState, Trial, trials_of
-from mlx_lora.utils import device
+from mlx_lora.trainer.sweep import (
+    FEWEST_STEPS,
+    PAGE_FILE,
+    SWEEP_FILE,
+    Sweep,
+    SweepState,
+    Trial,
+    rates_around,
+    trials_of,
+)
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.progress import waiting
 
@@ -112,9 +117,7 @@ def with_rate(settings: TrainSettings, rate: object, resume: str | None = None) 
 
 def trials_around(settings: TrainSettings, factors: Sequence[float]) -> list[Trial]:
     """Return trials of rates around the default one, each with its settings."""
-    shape = outlined_shape(outline_for(settings.model, device.compute_dtype(settings.model.dtype)), settings)
-    usual = learning_rate_for(shape.model_type, shape.width, settings)
-    rates = [float(f"{usual * factor:.1e}") for factor in factors]
+    rates = rates_around(settings, factors)
     return trials_of(settings, candidates({"learning_rate": rates}), 1, Path(settings.loop.adapter_path) / TRIALS)
 
 

@@ -1,10 +1,10 @@
 """Find good settings by successive halving: many short runs at once on one base, the better ones go on.
 
-    sweep = Sweep.open(settings, vary, seeds=2, budget=3.0, out=Path("sweep"))
-    sweep.run()          out/trials/... one run folder each, out/winner the best settings' whole run, out/sweep.json, out/sweep.html
+    trials = trials_of(settings, candidates, seeds, folder / TRIALS)
+    Sweep(folder, SweepState(asked, candidates), trials, rungs(len(candidates), seeds, budget)).choose(base)
 
-A trial is an ordinary run (trainer/several_runs.py) that is stopped and saved at the end of a round, and resumed exactly in the next.
-Trials are compared by their loss on the held-out rows, which are the same for all. Runs that are computed together are rounded together,
+The whole job, with the winner's own run and the page, is api/sweep.py; `--learning-rate auto` is find_learning_rate.py. A trial is an ordinary run (trainer/several_runs.py) that is stopped and saved at the end of a round, and resumed exactly in the next.
+Trials are compared by their loss on the held-out rows, which are the same for all trials of a seed. Runs that are computed together are rounded together,
 so the winner is trained again by itself: its folder is what `train` gives with these settings, byte for byte. sweep.json is written after
 each round; a sweep that was killed goes on from there, and each trial from its last checkpoint.
 """
@@ -21,16 +21,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_lora.config.defaults import learning_rate_for
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.config.sweep import Candidate, Rung, check_long_enough, words
 from mlx_lora.models.load import Base
+from mlx_lora.models.meta import outline_for
 from mlx_lora.reports.run_report import read_records
 from mlx_lora.reports.sweep_page import WHOLE, Compared
-from mlx_lora.trainer.model_shape import shared_shapes
+from mlx_lora.trainer.model_shape import outlined_shape, shared_shapes
 from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
 from mlx_lora.trainer.several_runs import Left, Member, SeveralRuns, TooManyRuns, common_round, how_many_fit
-from mlx_lora.utils import console
+from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replace_text
 from mlx_lora.utils.parsing import parse_yaml, read_json
@@ -108,6 +110,13 @@ def trials_of(settings: TrainSettings, found: Sequence[Candidate], seeds: int, f
     return trials
 
 
+def rates_around(settings: TrainSettings, factors: Sequence[float]) -> list[float]:
+    """Return the model's default learning rate times each factor, with two digits."""
+    shape = outlined_shape(outline_for(settings.model, device.compute_dtype(settings.model.dtype)), settings)
+    usual = learning_rate_for(shape.model_type, shape.width, settings)
+    return [float(f"{usual * factor:.1e}") for factor in factors]
+
+
 def score_of(trial: Trial, until: int) -> Score:
     """Return a trial's score after so many steps, from its folder.
 
@@ -153,9 +162,9 @@ class Interrupted(KeyboardInterrupt):
 class OnlyWarnings(logging.Handler):
     """Gives warnings of trials to other handlers, and of the first trial also what it says before its first step."""
 
-    def __init__(self, handlers: Sequence[logging.Handler], first: str):
+    def __init__(self, handlers: Sequence[logging.Handler], first: str, begins: bool):
         super().__init__()
-        self._handlers, self._first, self.begins = handlers, f"{first}: ", True
+        self._handlers, self._first, self.begins = handlers, f"{first}: ", begins
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno < logging.WARNING and not (self.begins and record.getMessage().startswith(self._first)):
@@ -168,8 +177,7 @@ class OnlyWarnings(logging.Handler):
 def quieter(first: str, header: bool) -> Iterator[OnlyWarnings]:
     """Log only warnings of trials in this block, and with `header` what the first one says as it begins."""
     before = console.LOGGER.handlers
-    handler = OnlyWarnings(before, first)
-    handler.begins = header
+    handler = OnlyWarnings(before, first, header)
     console.LOGGER.handlers = [handler]
     try:
         yield handler
@@ -309,11 +317,6 @@ class SweepState:
             found.setdefault(trial["candidate"], []).append(Score(trial["error"], loss))
         means = {candidate: Score.mean(scores) for candidate, scores in found.items()}
         return dict(sorted(means.items(), key=lambda item: (item[1], item[0])))
-
-    def steps(self) -> int:
-        """Return the steps that all trials have taken."""
-        last = {trial["name"]: trial["step"] for trials in self.rounds for trial in trials}
-        return sum(last.values())
 
 
 class Sweep:

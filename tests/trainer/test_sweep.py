@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +108,7 @@ def test_trials_of_the_first_round_are_runs_that_were_stopped(found, tiny_folder
 
 def test_work_keeps_to_the_budget_and_the_page_says_what_to_use(found):
     state, compared = found.sweep.state, found.sweep.compared()
-    assert 2.2 < compared.work() == state.steps() / 30 <= 2.7
+    assert 2.2 < compared.work() <= 2.7
     page = (found.sweep.folder / "sweep.html").read_text()
     best = state.candidates[state.winner]["learning_rate"]
     assert f"Use --learning-rate {best:g}" in page
@@ -118,6 +120,18 @@ def test_work_keeps_to_the_budget_and_the_page_says_what_to_use(found):
     assert not any("/trials/" in path for path in known)
 
 
+def failing(after: int) -> Callable[[SeveralRuns], None]:
+    """Return a `SeveralRuns.round` that fails when it is called for the nth time."""
+    own, calls = SeveralRuns.round, itertools.count(1)
+
+    def fails(runs: SeveralRuns) -> None:
+        if next(calls) == after:
+            raise ZeroDivisionError
+        own(runs)
+
+    return fails
+
+
 def _known_runs() -> list[str]:
     from mlx_lora.trainer.run_folder import runs_file
 
@@ -126,18 +140,9 @@ def _known_runs() -> list[str]:
 
 @pytest.mark.parametrize("after", by_default([3, 12], 12))
 def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(found, tiny_folder, data, tmp_path, monkeypatch, after):
-    own, rounds = SeveralRuns.round, 0
-
-    def fails(self):
-        nonlocal rounds
-        rounds += 1
-        if rounds == after:
-            raise ZeroDivisionError
-        own(self)
-
     out = tmp_path / "again"
     with monkeypatch.context() as patched:
-        patched.setattr(SeveralRuns, "round", fails)
+        patched.setattr(SeveralRuns, "round", failing(after))
         with pytest.raises(ZeroDivisionError):
             job_of(settings_of(tiny_folder, data), out, **ASKED).run()
     with pytest.raises(InputError, match="already holds a sweep"):
@@ -211,6 +216,12 @@ def test_a_trial_is_judged_as_its_run_would_be(tiny_folder, data, tmp_path, keep
         ({}, {"budget": 1.0}, "--budget"),
         ({"objective": "grpo", "reward": "exact_match"}, {}, "--objective grpo"),
         ({"valid_fraction": 0}, {"budget": 2.9}, "held-out"),
+        ({"objective": "dpo"}, {"vary": ("beta=0.1,0.3",)}, "changes the loss"),
+        (
+            {"metric_for_best_model": "accuracy", "objective": "dpo"},
+            {"vary": ("objective=dpo,orpo",)},
+            "changes the loss",
+        ),
         ({"iters": 6}, {}, "too few to tell them apart"),
         ({"learning_rate": "auto"}, {"vary": ("rank=4,8",), "budget": 2.9}, "--learning-rate auto"),
     ],
@@ -276,8 +287,9 @@ def test_a_plan_says_how_many_trials_fit_and_how_long_a_sweep_takes(tiny_folder)
         {"model": str(tiny_folder), "rank": 64, "max_seq_length": 64, "memory_budget": 0.02, "batch_size": 1}
     )
     assert few <= how_many_fit([settings] * 100)  # with the shortest rows
-    said = run("plan", *flags[:-2], "--sweep").out
+    said = run("plan", *flags[:-2], "--sweep", "--learning-rate", "auto").out
     assert "--budget 3x" in said
+    assert "planned with the default rate" in said
     one_line(run("plan", "--model", tiny_folder, "--sweep", "much"), "--budget much")
 
 
@@ -350,17 +362,8 @@ def test_python_and_command_find_the_same_rate(brief, tiny_folder, data, tmp_pat
 @pytest.mark.parametrize(("after", "iters"), by_default([(1, 40), (3, 40), (3, 30)], (3, 30)))
 def test_trials_that_were_stopped_go_on(brief, tiny_folder, data, tmp_path, monkeypatch, after, iters):
     settings, _ = find_learning_rate(auto(tiny_folder, data, tmp_path / "a", iters=iters))
-    own, rounds = SeveralRuns.round, 0
-
-    def fails(self):
-        nonlocal rounds
-        rounds += 1
-        if rounds == after:
-            raise ZeroDivisionError
-        own(self)
-
     with monkeypatch.context() as patched:
-        patched.setattr(SeveralRuns, "round", fails)
+        patched.setattr(SeveralRuns, "round", failing(after))
         with pytest.raises(ZeroDivisionError):
             find_learning_rate(auto(tiny_folder, data, tmp_path / "b", iters=iters))
     resumed, _ = find_learning_rate(auto(tiny_folder, data, tmp_path / "b", iters=iters, resume="auto"))
