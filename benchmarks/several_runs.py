@@ -4,7 +4,7 @@
 
 All runs have rows of one width, and text, seed, rate and rank of their own. One process holds all of them. Right before each step of the
 first N together, a step of one run is measured; N runs one after another take N times as long, and side by side they take N times its
-memory. Processor seconds are those of all threads: on a busy machine they say more than the wall clock. The memory of a step has the
+memory. Then mlx-lm's own loop takes steps on rows of the same width, in a process of its own, with rank 16 in all layers. Processor seconds are those of all threads: on a busy machine they say more than the wall clock. The memory of a step has the
 factors and optimizers of all runs in it, so that of fewer runs is a little too large. Ends with one line of JSON.
 """
 
@@ -23,6 +23,7 @@ OPTIONS = (
     ("--runs", [1, 2, 4, 8, 16], "Numbers of runs in one pass."),
     ("--widths", [30, 200], "Tokens of a row."),
     ("--rows", 4, "Rows of a run's step."),
+    ("--mlx-lm", 3, "Steps of mlx-lm's loop that are timed; 0: none."),
     ("--rounds", 3, "Rounds, besides a first one that is not counted."),
     ("--timeout", 3600.0, "Seconds allowed for each process."),
     ("--out", str, "JSON file of everything."),
@@ -85,6 +86,13 @@ def summary(side: dict[str, Any], count: int) -> dict[str, Any]:
     }
 
 
+def mlx_lm(args: argparse.Namespace, width: int, folder: Path) -> dict[str, Any]:
+    """Return the seconds of each step of mlx-lm's loop, and its peak memory."""
+    job = {"model": args.model, "rows": args.rows, "width": width, "rank": 16, "steps": args.mlx_lm}
+    found, _ = run_side("several_mlx_lm_side.py", job, folder, "mlx-lm", timeout_s=args.timeout)
+    return found
+
+
 def main() -> None:
     args = options(__doc__, *OPTIONS).parse_args()
     result: dict[str, Any] = {"environment": environment(), "settings": vars(args), "widths": {}}
@@ -96,7 +104,8 @@ def main() -> None:
             job = {"files": files, "runs": args.runs, "rounds": args.rounds}
             side, _ = run_side("several_runs_side.py", job, folder, "several", timeout_s=args.timeout)
             found = [summary(side, count) for count in args.runs]
-            result["widths"][width] = {**side, "summary": found}
+            other = mlx_lm(args, width, folder) if args.mlx_lm else {"found": [], "peak_bytes": None}
+            result["widths"][width] = {**side, "summary": found, "mlx_lm": other}
             say(f"\nRows of {width} tokens, {args.rows} to a run's step\n")
             head = (
                 "runs",
@@ -106,12 +115,16 @@ def main() -> None:
                 "by the clock",
                 "peak GB",
                 "N times one, GB",
+                "N times mlx-lm, cpu s",
+                "N times mlx-lm, GB",
             )
             rows = [
                 (
                     one["runs"], cell(one["cpu_s"], digits=2), cell(one["one_after_another_cpu_s"], digits=2),
                     cell(one["times_as_fast"], digits=2), cell(one["times_as_fast_by_the_clock"], digits=2),
                     cell(one["peak_bytes"], 1e-9, 2), cell(one["peak_of_one_bytes"], one["runs"] * 1e-9, 2),
+                    cell(spread(step["cpu_s"] for step in other["found"]), one["runs"], 2),
+                    cell(spread([other["peak_bytes"]]), one["runs"] * 1e-9, 2),
                 )
                 for one in found
             ]  # fmt: skip

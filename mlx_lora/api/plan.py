@@ -58,7 +58,7 @@ from mlx_lora.planner.fit import (
 )
 from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.reading import ASSUMED_BYTES_PER_S, ASSUMED_COPIED_PER_S, Reading
+from mlx_lora.planner.reading import ASSUMED_BYTES_PER_S, ASSUMED_COPIED_PER_S, Reading, hidden_from
 from mlx_lora.planner.speed import (
     CHIPS,
     Ceilings,
@@ -334,7 +334,10 @@ class MachinePlan:
     @cached_property
     def fitted(self) -> Fitted:
         """What `train` would choose for memory."""
-        size, tokens = self.size, batch_tokens_for(self.settings, self.size and self.size.facts)
+        size, hidden = self.size, 0
+        if self.reading is not None:
+            hidden = hidden_from(self.reading, self.settings, self.shape, self.machine, self.ceilings, self.width)
+        tokens = batch_tokens_for(self.settings, size and size.facts, hidden)
         limits = DataLimits(size.rows, size.prompts, tokens, size.shapes) if size else DataLimits(most_tokens=tokens)
         return fit(self.settings, self.shape, self.machine, self.width, limits)
 
@@ -381,9 +384,9 @@ class MachinePlan:
         if asked.distills is not None and asked.samples:
             parts["teacher"] = teacher_s
             seconds += teacher_s
-        reading, hidden_from = self.reading, None
+        reading, hides_from = self.reading, None
         if reading is not None:
-            hidden_from = reading.hidden_from(run.positions, forward_s, seconds)
+            hides_from = reading.hidden_from(run.positions, forward_s, seconds)
             parts["waiting for the disk"] = reading.waiting_s(forward_s, seconds)
             parts["copying weights"], parts["planning blocks"] = reading.copying_s, reading.planning_s
             seconds += parts["waiting for the disk"] + reading.copying_s + reading.planning_s
@@ -408,7 +411,7 @@ class MachinePlan:
                 "copied_bytes_per_s": reading.copied_per_s,
                 "disk_source": reading.source,
                 "waiting_share": parts["waiting for the disk"] / seconds,
-                "hidden_from_tokens": hidden_from,
+                "hidden_from_tokens": hides_from,
             },
         }
 

@@ -83,18 +83,25 @@ def rows_per_step(examples: int) -> int:
     return max(FEWEST_ROWS, min(MOST_ROWS, round(math.sqrt(examples) / 2)))
 
 
-def batch_tokens_for(settings: TrainSettings, data: DataFacts | None) -> int:
+def batch_tokens_for(settings: TrainSettings, data: DataFacts | None, hidden_from: int = 0) -> int:
     """Return the positions of a micro-batch to aim at; the planner may have to take less.
 
     Args:
         settings: of the run.
         data: to train on; None: not known.
+        hidden_from: positions from which a micro-batch computes for longer than its base takes to be read from the disk; 0: it is
+            in memory. Smaller batches are raised to it, as far as the most epochs still have UPDATES updates.
     """
     if data is None or settings.objective.samples or not data.examples:
         return DEFAULT_BATCH_TOKENS
     # Padding, and rows that do not fit a batch any more, leave a batch about a quarter short.
     mean = 1.25 * data.positions / data.examples
-    wanted = rows_per_step(data.examples) * mean / settings.loop.grad_accumulation_steps
+    rows = rows_per_step(data.examples)
+    wanted, most = (
+        count * mean / settings.loop.grad_accumulation_steps
+        for count in (rows, max(rows, min(MOST_ROWS, data.examples * MOST_EPOCHS // UPDATES)))
+    )
+    wanted = max(wanted, min(hidden_from, most))
     return max(2, min(DEFAULT_BATCH_TOKENS, math.ceil(wanted)))
 
 

@@ -29,11 +29,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_lora.models.folder import StoredTensor
-from mlx_lora.parallel.base_reader import BaseReader
+from mlx_lora.parallel.base_reader import BaseReader, read_rate
 from mlx_lora.parallel.block_walk import Mode, Walk, value_and_grad, walk_over
 from mlx_lora.parallel.messages import Named
 from mlx_lora.parallel.sharded_base import share_modules, units_of
 from mlx_lora.parallel.strategy import DISK_WAIT, Strategy
+from mlx_lora.planner.machine import ceilings_here, this_machine
+from mlx_lora.planner.reading import Reading, hidden_from
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, RunError
 
@@ -197,7 +199,9 @@ class OffloadedBase(Strategy):
         self._reader = reader
         self._files: BaseFiles | None = None
         self._walk: Walk | None = None
-        self._kept_bytes, self._waited_s = 0, 0.0
+        self._blocks: Sequence[OffloadedUnit] = ()
+        self._tensors: Sequence[StoredTensor] = ()
+        self._waited_s = 0.0
 
     def divide(self, base: Base, settings: TrainSettings) -> TrainSettings:
         if not base.stored:
@@ -212,7 +216,7 @@ class OffloadedBase(Strategy):
         self._walk = walk_over(base.model.layers)
         device.wait_beyond(mx.get_active_memory() + alive)  # until the run has a plan
         read, held = sum(unit.bytes for unit in units), sum(unit.kept_bytes for unit in units)
-        self._kept_bytes = sum(unit.kept_bytes for unit in blocks)
+        self._blocks, self._tensors = blocks, list(base.stored.values())
         if not read:
             raise InputError(
                 "--offload-base on: mlx-lm changes every array of this model while it loads it, so that none can be read alone; "
@@ -221,8 +225,17 @@ class OffloadedBase(Strategy):
         self.words = f"base read from its files ({read / 1e6:,.0f} MB in blocks, {held / 1e6:,.0f} MB stay in memory)"
         return offloaded(settings)
 
+    def hidden_from(self, settings: TrainSettings, shape: ModelShape, width: int) -> int:
+        blocks, dtype = [unit.bytes for unit in self._blocks], settings.model.dtype
+        reading = Reading(
+            blocks, shape.first_trained, read_rate(self._tensors), copy_rate(max(blocks)), "measured here"
+        )
+        return hidden_from(reading, settings, shape, this_machine(dtype), ceilings_here(dtype), width)
+
     def part_of(self, shape: ModelShape, model: nn.Module) -> ModelShape:
-        return replace(shape, base_bytes=shape.base_bytes + self._kept_bytes)  # an outline does not know of these
+        return replace(
+            shape, base_bytes=shape.base_bytes + sum(unit.kept_bytes for unit in self._blocks)
+        )  # an outline does not know of these
 
     def check_checkpointing(self, config: dict, left_out: bool) -> None:
         """Refuse blocks that are not checkpointed: each would keep its weights until the backward pass.

@@ -118,6 +118,16 @@ class Strategy:
         """
         return shape
 
+    def hidden_from(self, settings: TrainSettings, shape: ModelShape, width: int) -> int:
+        """Return from how many positions a micro-batch hides what the strategy waits for; 0: it waits for nothing.
+
+        Args:
+            settings: of the run.
+            shape: of the adapted model.
+            width: positions of the longest row.
+        """
+        return 0
+
     def same_checkpointing(self, own: str) -> str:
         """Return what this rank has chosen for --grad-checkpoint by its own memory, or what all ranks must do."""
         return own

@@ -14,6 +14,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
+from mlx_lora.planner.fit import largest_batch, run_of
+from mlx_lora.planner.shapes import Machine, ModelShape
+from mlx_lora.planner.speed import Ceilings, forward_seconds, step_seconds
+
 # Of a Mac's SSD, reading large blocks; not measured. Published figures are from 1.5 (M2 with 256 GB) to 7 GB/s.
 ASSUMED_BYTES_PER_S = 3e9
 # Of a Mac's memory, copied by one thread; not measured.
@@ -90,3 +95,21 @@ class Reading:
         """Return the seconds of reading, planning and computing of both passes."""
         read = self.forward_bytes / self.bytes_per_s, self.backward_bytes / self.bytes_per_s
         return list(zip(read, self._planning(), (forward_s, step_s - forward_s), strict=True))
+
+
+def hidden_from(
+    reading: Reading, settings: TrainSettings, shape: ModelShape, machine: Machine, ceilings: Ceilings, width: int
+) -> int:
+    """Return from how many positions a micro-batch of a run never waits for the disk.
+
+    Args:
+        reading: of the base.
+        settings: of the run.
+        shape: of the adapted model.
+        machine, ceilings: what it runs on.
+        width: positions of the longest row.
+    """
+    rows, width = largest_batch(width, settings, DEFAULT_BATCH_TOKENS)
+    run = run_of(settings, rows, width, "block")
+    step_s, _ = step_seconds(shape, run, machine, ceilings)
+    return reading.hidden_from(run.positions, forward_seconds(shape, run, machine, ceilings), step_s)

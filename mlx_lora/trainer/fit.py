@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from mlx_lora.planner.memory import MemoryPlan
     from mlx_lora.planner.shapes import KernelTerms, ModelShape
 
+log = logging.getLogger(__name__)
+
 
 def fit_run(
     settings: TrainSettings,
@@ -40,6 +43,7 @@ def fit_run(
     kernels: KernelTerms,
     ranks: int = 1,
     facts: DataFacts | None = None,
+    hidden_from: int = 0,
 ) -> Fitted:
     """Choose the settings that the user did not give, and refuse a run that does not fit in memory.
 
@@ -50,15 +54,16 @@ def fit_run(
         kernels: the memory of the chosen kernels.
         ranks: processes that share each batch's rows.
         facts: about the data, for the size of a batch; None: as much as fits, up to the default.
+        hidden_from: see `batch_tokens_for`.
 
     Raises:
         InputError: see `check_fits`.
     """
     machine = replace(this_machine(settings.model.dtype), kernels=kernels)
-    width = max(1, int(rows.lengths.max(initial=2)) - 1)
+    width = longest(rows)
     prompts = prompts_of(settings.objective, rows)
     shape = replace(shape, trained_share=trained_share(settings.objective, rows))
-    shapes, tokens = batch_shapes(settings, rows, facts), batch_tokens_for(settings, facts)
+    shapes, tokens = batch_shapes(settings, rows, facts), batch_tokens_for(settings, facts, hidden_from)
     limits = DataLimits(len(rows), prompts, tokens, shapes)
     fitted = fit(settings, shape, machine, width, limits, ranks)
     check_fits(settings, fitted, shape, machine, width, data=limits)
@@ -85,12 +90,23 @@ def fit_settings(
     """
     asked = with_learning_rate(as_begun(asked, begun), shape.model_type, shape.width)
     facts = data_facts(splits.train, splits.valid)
-    fitted = fit_run(asked, shape, splits.train, chosen.terms, strategy.data_ranks.size, facts)
+    width, open_batch = longest(splits.train), asked.loop.batch_tokens is None and asked.loop.batch_size is None
+    hidden_from = strategy.hidden_from(asked, shape, width) if open_batch else 0
+    fitted = fit_run(asked, shape, splits.train, chosen.terms, strategy.data_ranks.size, facts, hidden_from)
+    if hidden_from and fitted.batch_tokens > batch_tokens_for(asked, facts):
+        log.info(
+            f"Batches: larger than usual for these data, because from {hidden_from:,} tokens on no step waits for the disk"
+        )
     asked = with_length(asked, fitted.batch_tokens, facts, begun["price_epochs"] if begun else None)
     day = splits.chat_day.isoformat() if splits.chat_day else None  # the same one with --resume on another day
     checkpointing = strategy.same_checkpointing(fitted.checkpointing)
     loop = replace(asked.loop, grad_checkpoint=checkpointing)
     return replace(asked, data=replace(asked.data, chat_date=day), loop=loop), fitted.memory
+
+
+def longest(rows: EncodedSet) -> int:
+    """Return the positions of the longest row."""
+    return max(1, int(rows.lengths.max(initial=2)) - 1)
 
 
 def as_begun(asked: TrainSettings, begun: Mapping[str, Any] | None) -> TrainSettings:

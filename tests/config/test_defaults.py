@@ -53,6 +53,20 @@ def test_small_sets_get_enough_updates(examples):
     assert 55 <= updates(examples) <= 160
 
 
+def test_a_base_on_the_disk_gets_larger_batches_that_leave_enough_updates():
+    def tokens(examples: int, hidden_from: int, **settings: object) -> int:
+        return defaults.batch_tokens_for(train_settings(settings), DataFacts(examples, examples * 50), hidden_from)
+
+    usual = tokens(60, 0)
+    assert tokens(60, usual // 2) == usual
+    assert tokens(60, usual + 100) == usual + 100
+    most = tokens(60, 10**6)  # a fifth of the rows: 20 epochs of 5 steps
+    assert usual + 100 < most < 60 * 50 / 3
+    assert tokens(20, 10**6) == tokens(20, 0)
+    assert tokens(10**4, 10**6) <= DEFAULT_BATCH_TOKENS
+    assert tokens(60, 10**6, grad_accumulation_steps=2) == pytest.approx(most / 2, abs=1)
+
+
 def test_large_sets_get_one_pass_and_never_more_than_the_planner_allows():
     assert length(20_000).epochs == 1
     assert length(20_000, tokens=500).batch_tokens == DEFAULT_BATCH_TOKENS

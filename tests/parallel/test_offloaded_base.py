@@ -14,6 +14,7 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
+import yaml
 from conftest import quantized, tiny_model, write_folder
 from mlx_lm.models import gemma2
 from resumed_runs import STEPS, command, stopped_after, weights
@@ -24,7 +25,7 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.models.folder import stored_tensors
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.parallel import base_reader
+from mlx_lora.parallel import base_reader, offloaded_base
 from mlx_lora.parallel.offloaded_base import BaseFiles, OffloadedBase
 from mlx_lora.trainer.adapter import adapt
 from mlx_lora.utils import device
@@ -88,6 +89,21 @@ def test_it_learns_what_the_run_in_memory_learns(folder, chats, tmp_path):
     assert on == pytest.approx(off, rel=1e-3)
     assert on[0] == pytest.approx(off[0], rel=1e-5)
     assert on[-1] < on[0]
+
+
+def test_a_slow_disk_makes_open_batches_larger_and_leaves_given_ones(tiny_folder, chats, tmp_path, monkeypatch):
+    def most_tokens(bytes_per_s, *extra):
+        monkeypatch.setattr(offloaded_base, "read_rate", lambda tensors: bytes_per_s)
+        out = tmp_path / "run"
+        shutil.rmtree(out, ignore_errors=True)
+        ran = run("train", "--model", tiny_folder, "--data", chats, "--adapter-path", out, "--iters", 1, "--sample-tokens", 0,
+                  "--offload-base", *extra)  # fmt: skip
+        assert ran.code == 0, ran.err
+        return yaml.safe_load((out / "run.yaml").read_text())["batch_tokens"]
+
+    usual = most_tokens(1e15)
+    assert most_tokens(1e3) > usual
+    assert most_tokens(1e3, "--batch-tokens", usual) == usual
 
 
 @pytest.mark.slow
