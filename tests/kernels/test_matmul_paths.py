@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import time
 from collections import Counter
 
 import mlx.core as mx
@@ -173,10 +174,24 @@ def test_each_class_is_measured_once(store):
 def test_a_kept_measurement_is_believed(store):
     measured()
     (key,) = json.loads(store.read_text())
-    store.write_text(json.dumps({key: device.NEVER}))
+    kept = {"at": time.time(), "rows": device.NEVER}
+    store.write_text(json.dumps({key: kept}))
     assert measured() == device.NEVER
     assert measured((250, 64)) in (*matmul.ROW_COUNTS, device.NEVER)
-    assert json.loads(store.read_text())[key] == device.NEVER
+    assert json.loads(store.read_text())[key] == kept
+
+
+@pytest.mark.parametrize(("before", "now", "stays"), [(256, 16, 16), (16, 256, 16)])
+def test_a_measurement_beside_other_programs_is_mended_after_a_day(store, monkeypatch, before, now, stays):
+    measured()
+    (key,) = json.loads(store.read_text())
+    monkeypatch.setattr(matmul, "_measure_dense_matmul", lambda *_: now)
+    store.write_text(json.dumps({key: {"at": time.time(), "rows": before}}))
+    assert measured() == before
+    store.write_text(json.dumps({key: {"at": time.time() - 2 * matmul.KEPT_S, "rows": before}}))
+    assert measured() == stays
+    monkeypatch.setattr(matmul, "_measure_dense_matmul", lambda *_: pytest.fail("measured again"))
+    assert measured() == stays
 
 
 @pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1, 2]", b"\xff\xfe", "value"])
