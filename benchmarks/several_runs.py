@@ -4,8 +4,9 @@
 
 All runs have rows of one width, and text, seed, rate and rank of their own. One process holds all of them. Right before each step of the
 first N together, a step of one run is measured; N runs one after another take N times as long, and side by side they take N times its
-memory. Then mlx-lm's own loop takes steps on rows of the same width, in a process of its own, with rank 16 in all layers. Processor seconds are those of all threads: on a busy machine they say more than the wall clock. The memory of a step has the
-factors and optimizers of all runs in it, so that of fewer runs is a little too large. Ends with one line of JSON.
+memory. Then mlx-lm's own loop takes steps on rows of the same width, in a process of its own, with rank 16 in all layers. Processor seconds
+are those of all threads: on a busy machine they say more than the wall clock. All runs' factors and optimizers are in this process's memory;
+those of runs that a measured step is not of are subtracted. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def summary(side: dict[str, Any], count: int) -> dict[str, Any]:
     """Return the figures of N runs in one pass, against N times one run."""
     together = side["found"][str(count)]
     alone = [one for one in side["found"]["alone"] if one["beside"] == count]
+    states = side["state_bytes"]  # the first run is the one that is measured alone
     pairs = {
         name: ([count * one[name] for one in alone], [one[name] for one in together]) for name in ("wall_s", "cpu_s")
     }
@@ -81,8 +83,8 @@ def summary(side: dict[str, Any], count: int) -> dict[str, Any]:
         "one_after_another_cpu_s": spread(pairs["cpu_s"][0]),
         "times_as_fast": paired_ratio(*pairs["cpu_s"]),
         "times_as_fast_by_the_clock": paired_ratio(*pairs["wall_s"]),
-        "peak_bytes": spread(one["peak_bytes"] for one in together),
-        "peak_of_one_bytes": spread(one["peak_bytes"] for one in alone),
+        "peak_bytes": spread(one["peak_bytes"] - sum(states[count:]) for one in together),
+        "peak_of_one_bytes": spread(one["peak_bytes"] - sum(states[1:]) for one in alone),
     }
 
 

@@ -11,8 +11,10 @@ from typing import Any
 
 from mlx_lora.config.load import read_settings, train_settings  # before mlx: it loads the fast BLAS
 from mlx_lora.trainer.several_runs import SeveralRuns
+from mlx_lora.trainer.step import Step
 
 import mlx.core as mx  # isort: skip
+from mlx.utils import tree_flatten
 
 
 def timed(function: Callable[[], Any]) -> dict[str, float]:
@@ -26,6 +28,14 @@ def timed(function: Callable[[], Any]) -> dict[str, float]:
         "cpu_s": time.process_time() - processor,
         "peak_bytes": float(mx.get_peak_memory()),
     }
+
+
+def state_bytes(step: Step) -> int:
+    """Return the bytes of a run's factors and of its optimizer."""
+    found = tree_flatten([step.model.trainable_parameters(), step.masters.arrays, step.optimizer.state])
+    return sum(
+        array.nbytes for array in {id(array): array for _, array in found if isinstance(array, mx.array)}.values()
+    )
 
 
 def main() -> None:
@@ -62,6 +72,7 @@ def main() -> None:
                     found[name].append({**figure, "beside": count, "repeat": repeat})
         result = {
             "found": found,
+            "state_bytes": [state_bytes(wanted[number].trainer.step) for number in sorted(wanted)],
             "prepared_cpu_s": prepared_cpu_s,
             "held_bytes": mx.get_active_memory(),
             "positions": sum(batch.inputs.size for batch in wanted[0].batches),

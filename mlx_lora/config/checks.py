@@ -88,7 +88,12 @@ def sharing_problems(settings: Mapping[str, Any]) -> list[str]:
         problems.append(f"--shard-base {shared!r}: not off, {', '.join(SHARDING)}, or parts by rank such as 3:1")
     if shared == "off":
         return problems
-    return problems + divided_problems(settings, f"with --shard-base {shared}")
+    with_it = f"with --shard-base {shared}"
+    if settings["objective"] == "distill" and not settings["on_policy"]:
+        problems.append(f"--objective distill {with_it}: a teacher needs the whole base in one process; leave it out")
+    if settings["cache_trunk"] == "on":
+        problems.append(f"--cache-trunk on {with_it}: works in a single process only; leave it out")
+    return problems + divided_problems(settings, with_it)
 
 
 def _offload_problems(settings: Mapping[str, Any]) -> list[str]:
@@ -128,10 +133,9 @@ def divided_problems(settings: Mapping[str, Any], with_it: str) -> list[str]:
         problems.append(
             f"--modules-to-save {with_it}: weights that are trained cannot be shared; leave out one of the two"
         )
-    if settings["objective"] in (*SAMPLING, "distill"):
+    if settings["objective"] in SAMPLING or (settings["objective"] == "distill" and settings["on_policy"]):
         problems.append(
-            f"--objective {settings['objective']} {with_it}: sampling or a teacher needs the whole base in one process; "
-            "leave it out"
+            f"--objective {settings['objective']} {with_it}: sampling needs the whole base in one process; leave it out"
         )
     if settings["reference_adapter"]:
         problems.append(
@@ -140,8 +144,6 @@ def divided_problems(settings: Mapping[str, Any], with_it: str) -> list[str]:
         )
     if settings["decode_weights"] == "dense":
         problems.append(f"--decode-weights dense {with_it}: no process has the whole weights; leave out one of the two")
-    if settings["cache_trunk"] == "on":
-        problems.append(f"--cache-trunk on {with_it}: works in a single process only; leave it out")
     return problems
 
 

@@ -292,9 +292,11 @@ def dense_matmul_from_rows(shape: tuple[int, int], bits: int, group_size: int, m
 
 def _kept(entry: Any) -> tuple[float, int | None]:
     """Return when an entry of the store was measured, and its number of rows; None: it is missing or damaged."""
-    at, rows = (entry.get("at"), entry.get("rows")) if isinstance(entry, dict) else (None, None)
-    known = isinstance(at, int | float) and rows in (*ROW_COUNTS, device.NEVER)
-    return (float(at), rows) if known else (0.0, None)
+    found: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    at, rows = found.get("at"), found.get("rows")
+    if not isinstance(at, int | float) or rows not in (*ROW_COUNTS, device.NEVER):
+        return 0.0, None
+    return float(at), rows
 
 
 def shape_class(shape: tuple[int, int]) -> tuple[int, int]:

@@ -478,6 +478,12 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: mx.Dtype
 
+    def check_sum(self) -> int:
+        """Return the check sum of its bytes in the file."""
+        with self.file.open("rb") as file:
+            file.seek(self.begin)
+            return zlib.crc32(file.read(self.bytes))
+
     @property
     def count(self) -> int:
         """How many numbers it has."""

@@ -40,7 +40,7 @@ from mlx_lora.losses.divergence import (
 )
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
-from mlx_lora.objectives.teacher import TEACHER, facts_of, load_teacher, teacher_key, teacher_name
+from mlx_lora.objectives.teacher import TEACHER, facts_of, open_teacher, teacher_key, teacher_name
 from mlx_lora.objectives.teacher_answers import WithTeacher
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.utils.errors import InputError, RunError
@@ -202,9 +202,9 @@ def _compute_missing(
     options: DivergenceOptions,
 ) -> None:
     """Load the teacher, compute the records of the rows that are left, write them, and let the teacher go."""
-    teacher = load_teacher(settings, base)
+    teacher, strategy = open_teacher(settings, base)
     model = teacher.model
-    loss = choose_loss(model, teacher.config, settings.loop.kernels)
+    loss = choose_loss(model, teacher.config, settings.loop.kernels, strategy=strategy)
     head, done = head_of(loss, model, teacher.config), 0
     model.eval()
     options = replace(options, vocabulary=form.vocabulary)
@@ -221,7 +221,7 @@ def _compute_missing(
                 parts = [form.pack(*_as_numpy(known)) for known in known_of_batch(model, head, batch, options)]
                 done += _write_batch(stores[name], batch, np.concatenate(parts), wanted)
                 task.reach(done)
-    del teacher, model, head, loss
+    del teacher, model, head, loss, strategy
     mx.clear_cache()
 
 

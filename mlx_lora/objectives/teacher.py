@@ -28,6 +28,8 @@ from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base, embedding_rows, load_base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.policy_arrays import at_temperature, token_logps
+from mlx_lora.parallel.offloaded_base import OffloadedBase
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import sha256_of
@@ -148,14 +150,29 @@ def teacher_settings(settings: TrainSettings) -> ModelSettings:
     return replace(settings.model, model=name, revision=None, bits=None) if name else settings.model
 
 
-def load_teacher(settings: TrainSettings, base: Base) -> Base:
+def load_teacher(settings: TrainSettings, base: Base, read: bool = True) -> Base:
     """Load the teacher's model, or return the base as a model of its own; arguments as for `Teacher.of`.
 
-    The tokenizers have been compared by now.
+    The tokenizers have been compared by now. Without `read`, weights are not read yet.
     """
     if not settings.objective.teacher:
         return replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
-    return load_base(teacher_settings(settings))
+    return load_base(teacher_settings(settings), read)
+
+
+def open_teacher(settings: TrainSettings, base: Base) -> tuple[Base, Strategy]:
+    """Return the teacher's model to be asked before the run, and the strategy that computes it.
+
+    Its blocks are read from its files while it is asked, if the run's base is (--offload-base). Arguments as for `Teacher.of`.
+
+    Raises:
+        InputError: there is no such model, or its blocks cannot be read alone.
+    """
+    offloads = settings.loop.offload_base == "on"
+    teacher = load_teacher(settings, base, read=not offloads)
+    strategy = OffloadedBase(settings.loop.seed) if offloads else SINGLE_DEVICE
+    strategy.divide(teacher, settings)
+    return teacher, strategy
 
 
 def _folder(settings: TrainSettings) -> Path:

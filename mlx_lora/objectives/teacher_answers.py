@@ -102,6 +102,11 @@ def data_with_answers(settings: TrainSettings, base: Base, ranks: Ranks, today: 
     if data.data is not None and not has_unanswered(data):
         _refuse_sampling(objective)
         return Given(data)
+    if settings.loop.offload_base == "on":
+        raise InputError(
+            f"--data {data.data or 'is not given'} with --offload-base on: somebody has to write answers, token by token, for which the "
+            "whole model must be in memory; give data with answers, or leave --offload-base out"
+        )
     words = f"{data.data or 'prompts that the model wrote'}{'' if objective.on_policy else ', answered by the teacher'}"
     folder = None
     if ranks.leads:

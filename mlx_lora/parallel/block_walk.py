@@ -239,7 +239,8 @@ class _Between:
         """Return the gradients of all z and of the parameters outside of blocks, planned."""
 
         def function(*primals: mx.array) -> list[mx.array]:
-            leaves = _arrays(self._called(primals))
+            # mx.vjp skips outputs of stop_gradient, with which it would take the cotangents of others for theirs.
+            leaves = [leaf * 1 for leaf in _arrays(self._called(primals))]
             return [*leaves, *(array for given in self._walk.given for array in given)]
 
         given = [call.segment.given for call in self._walk.calls]

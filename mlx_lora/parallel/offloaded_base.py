@@ -158,11 +158,11 @@ def _version(file: Path) -> tuple[int, int, int] | None:
 def offloaded(settings: TrainSettings) -> TrainSettings:
     """Return the settings of a run that reads its base from files.
 
-    Each block is computed again, no texts are written, and the output of frozen blocks is not kept.
+    Each block is computed again, and no texts are written.
     """
     loop = settings.loop
     checkpointing = "block" if loop.grad_checkpoint == "auto" else loop.grad_checkpoint
-    given = {"offload_base": "on", "grad_checkpoint": checkpointing, "sample_tokens": 0, "cache_trunk": "off"}
+    given = {"offload_base": "on", "grad_checkpoint": checkpointing, "sample_tokens": 0}
     return replace(settings, loop=replace(loop, **given))
 
 

@@ -117,7 +117,7 @@ def build_run(ctx: RunContext, data: DataSplits) -> BuiltRun:
     identity |= ctx.record.identity | held_out.identity
     passes = steps * loop.grad_accumulation_steps / per_epoch
     of_trunk = TrunkAsked(
-        ctx.settings, base, plan, held_out.plan, passes, strategy.ranks.size, blocks_before(found, loop.cache_trunk)
+        ctx.settings, base, plan, held_out.plan, passes, shape, strategy, blocks_before(found, loop.cache_trunk)
     )
     if found:
         check_continuation(found, identity | of_trunk.identity | objective.kept_choices(found.identity))

@@ -42,7 +42,7 @@ from mlx_lora.losses.check import disagreement, probe
 from mlx_lora.losses.cross_entropy import Arrays
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, parameter_sums, short
 from mlx_lora.models.frozen_prefix import NoTrunk, Trunk, trunk_outputs
-from mlx_lora.models.meta import model_shape
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.planner.fit import run_of
 from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.memory import CHECK_TOKENS, RECURRENT_CHECK_TOKENS
@@ -73,7 +73,8 @@ class TrunkAsked:
         base: adapted.
         plan, validation: its batches; None without validation.
         epochs: of the run.
-        processes: that train together.
+        shape: of the adapted model.
+        strategy: of the run.
         before: the number of blocks whose output the run to resume keeps; None: there is no such run.
     """
 
@@ -82,7 +83,8 @@ class TrunkAsked:
     plan: BatchPlan
     validation: BatchPlan | None
     epochs: float
-    processes: int
+    shape: ModelShape
+    strategy: Strategy = SINGLE_DEVICE
     before: int | None = None
 
     @property
@@ -158,10 +160,9 @@ def choose_trunk(of: TrunkAsked, variant: StepVariant, objective: Objective) -> 
         return KeptTrunk()
     problem, words = _layout_problem(of, objective), ""
     if problem is None:
-        shape = model_shape(of.base.model, of.base.config)
-        problem = no_use(shape.first_trained, of.epochs, of.asked)  # before anything is measured
+        problem = no_use(of.shape.first_trained, of.epochs, of.asked)  # before anything is measured
     if problem is None:
-        planned = _planned(of, shape)
+        planned = _planned(of)
         problem = planned.problem(of.asked)
         if problem is None:
             kept = _tasks_above(of, variant, planned)
@@ -177,8 +178,8 @@ def choose_trunk(of: TrunkAsked, variant: StepVariant, objective: Objective) -> 
 
 def _layout_problem(of: TrunkAsked, objective: Objective) -> str | None:
     """Return in a few words why the rows of a run cannot start above its frozen blocks, None if they can."""
-    if of.processes > 1:
-        return f"{of.processes} processes share the rows"
+    if of.strategy.ranks.size > 1:
+        return f"{of.strategy.ranks.size} processes share the rows"
     return rows_problem(of.plan.rows.starts is not None, objective)
 
 
@@ -198,7 +199,7 @@ def rows_problem(shared: bool, objective: Objective) -> str | None:
     return None
 
 
-def _planned(of: TrunkAsked, shape: ModelShape) -> TrunkPlan:
+def _planned(of: TrunkAsked) -> TrunkPlan:
     """Return the costs, by the planner."""
     settings, rows = of.settings, of.plan.rows
     machine = this_machine(settings.model.dtype)
@@ -209,7 +210,7 @@ def _planned(of: TrunkAsked, shape: ModelShape) -> TrunkPlan:
     high, low = mx.random.state[0].tolist()  # measuring draws numbers; dropout's must not depend on --cache-trunk
     ceilings = ceilings_here(settings.model.dtype)
     mx.random.seed(high << 32 | low)
-    return plan_trunk(shape, run, machine, ceilings, positions, of.epochs, free_bytes())
+    return plan_trunk(of.shape, run, machine, ceilings, positions, of.epochs, free_bytes())
 
 
 def _held_out(of: TrunkAsked) -> Iterable[Batch]:
@@ -230,7 +231,7 @@ def _tasks_above(of: TrunkAsked, variant: StepVariant, planned: TrunkPlan) -> Ke
     model, choose = of.base.model, variant.choose
     trunk = Trunk(model, min(planned.blocks, len(model.layers) - 1))
     outputs = trunk_outputs(model, trunk, variant.attend, choose, variant.compiled)
-    record = trunk_problem(model, variant, trunk, outputs, of.plan.rows)
+    record = trunk_problem(model, variant, trunk, outputs, of.plan.rows, of.strategy)
     if isinstance(record, str):
         return record
     key = _key(of, variant, trunk, record)
@@ -260,7 +261,7 @@ def _key(of: TrunkAsked, variant: StepVariant, trunk: Trunk, record: Record) -> 
     choice = variant.choose
     parts = {
         "blocks": trunk.blocks,
-        "weights": parameter_sums(of.base.model, own | trained),
+        "weights": parameter_sums(of.base.model, own | trained) | _sums_in_files(of.base, trunk),
         "config": of.base.config,
         "record": [record.shape, str(record.dtype)],
         "kernels": [sorted(choice.classes.items()) if isinstance(choice, KernelChoice) else "", variant.attend is None],
@@ -271,6 +272,13 @@ def _key(of: TrunkAsked, variant: StepVariant, trunk: Trunk, record: Record) -> 
         "code": _code_hash(),
     }
     return json.dumps(parts, sort_keys=True, default=str)
+
+
+def _sums_in_files(base: Base, trunk: Trunk) -> dict[str, int]:
+    """Return a check sum of each of the trunk's arrays that is not in memory, but read from the base's files."""
+    blocks = {id(block) for block in base.model.layers[: trunk.blocks]}
+    paths = tuple(f"{path}." for path, module in base.model.named_modules() if id(module) in blocks)
+    return {path: at.check_sum() for path, at in base.stored.items() if path.startswith(paths)}
 
 
 def key_of_rows(key: str, plan: BatchPlan) -> str:
@@ -303,6 +311,7 @@ def trunk_problem(
     trunk: Trunk,
     outputs: Callable[[mx.array], mx.array],
     rows: EncodedSet,
+    strategy: Strategy = SINGLE_DEVICE,
 ) -> Record | str:
     """Return what is kept for a position, or in a few words why this model's trunk cannot be kept.
 
@@ -312,6 +321,7 @@ def trunk_problem(
         trunk: of the model.
         outputs: computes it.
         rows: of the run's data.
+        strategy: how the run computes gradients.
     """
     dropping = [m for block in model.layers[: trunk.blocks] for m in block.modules() if isinstance(m, nn.Dropout)]
     if any(m._p_1 < 1 for m in dropping):
@@ -320,11 +330,11 @@ def trunk_problem(
     arrays = Arrays.of(_cut_rows(rows, (RECURRENT_CHECK_TOKENS if recurrent else CHECK_TOKENS) // CHECKED_ROWS))
     try:
         with training_kernels(model, variant.attend, variant.choose) if variant.attend else nullcontext():
-            whole = probe(model, lambda model: variant.loss.tokens(model, *arrays))
+            whole = probe(model, lambda model: variant.loss.tokens(model, *arrays), strategy=strategy)
             output = outputs(arrays.inputs)
             kept = Record.of(output).to_array(Record.of(output).to_bytes(output))
             with trunk.given(kept):
-                above = probe(model, lambda model: variant.loss.tokens(model, *arrays))
+                above = probe(model, lambda model: variant.loss.tokens(model, *arrays), strategy=strategy)
             with trunk.given(kept[:, ::-1]):
                 other = probe(model, lambda model: variant.loss.tokens(model, *arrays), gradient=False)
     except NoTrunk as error:

@@ -207,7 +207,8 @@ def teacher_shape(settings: TrainSettings) -> ModelShape | None:
         return None
     outline = outline_of(name, None, device.compute_dtype(settings.model.dtype))
     outline.model.freeze()
-    return model_shape(outline.model, outline.config, outline.cast_bytes)
+    shape = model_shape(outline.model, outline.config, outline.cast_bytes)
+    return without_read_blocks(shape, outline.model) if settings.loop.offload_base == "on" else shape
 
 
 def with_caches(shape: ModelShape, model: nn.Module) -> ModelShape:

@@ -106,6 +106,49 @@ def test_a_slow_disk_makes_open_batches_larger_and_leaves_given_ones(tiny_folder
     assert most_tokens(1e3, "--batch-tokens", usual) == usual
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["a teacher's files", "the base with a prompt"])
+def test_a_teacher_is_read_from_its_files_too(own, tiny_4bit_folder, tiny_folder, chats, tmp_path, monkeypatch):
+    """Its table has what a teacher in memory says, and the student learns the same."""
+    (tmp_path / "prompt.txt").write_text("Answer as a pirate.\n")
+    teacher = ("--teacher-prompt", tmp_path / "prompt.txt") if own else ("--teacher", tiny_folder)
+    found = {}
+    for way in ("on", "off"):
+        monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / f"cache-{way}"))
+        more = ("--grad-checkpoint", "block") if way == "off" else ()
+        trained(
+            tiny_4bit_folder, chats, tmp_path / way, "--objective", "distill", *teacher, "--offload-base", way, *more
+        )
+        found[way] = losses(tmp_path / way)
+    assert found["on"] == pytest.approx(found["off"], rel=1e-3)
+    assert found["on"][1:] != pytest.approx(found["off"][:-1], rel=1e-3)
+
+
+def test_the_output_of_frozen_blocks_is_kept_and_later_epochs_read_the_others_alone(
+    folder, chats, tmp_path, monkeypatch
+):
+    """Losses are those of a run that computes all blocks; another base's output is not used."""
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    read: dict[str, list[int]] = {}
+
+    def run_with(name, kept, *more):
+        counted = read.setdefault(name, [])
+        real = base_reader.BaseReader._fill
+        monkeypatch.setattr(
+            base_reader.BaseReader, "_fill", lambda self, unit: (counted.append(unit), real(self, unit))
+        )
+        out = tmp_path / name
+        trained(
+            folder, chats, out, "--offload-base", "--num-layers", 1, "--cache-trunk", kept, "--val-batches", 0, *more
+        )
+        monkeypatch.setattr(base_reader.BaseReader, "_fill", real)
+        return losses(out), (out / "adapters.safetensors").read_bytes()
+
+    whole, kept, again = run_with("off", "off"), run_with("on", "on"), run_with("again", "on")
+    assert kept[0] == pytest.approx(whole[0], rel=1e-3)
+    assert again == kept
+    assert len(read["again"]) < len(read["on"]) < len(read["off"])
+
+
 @pytest.mark.slow
 def test_without_compiling_the_losses_are_equal(tiny_4bit_folder, chats, tmp_path):
     with device.uncompiled():
