@@ -30,6 +30,7 @@ OPTIONS = (
     ("--out", str, "JSON file of everything."),
 )
 STEPS = 4
+FURTHER = 200  # rows of a text, so that its last one, which is shorter, is hardly ever drawn
 WORDS = [
     "the",
     "a",
@@ -57,7 +58,7 @@ WORDS = [
 def write_run(folder: Path, number: int, width: int, args: argparse.Namespace) -> Path:
     """Write a run's text and settings, and return its settings file."""
     chosen = random.Random(number)
-    text = " ".join(chosen.choice(WORDS) for _ in range((args.rows * STEPS + 4) * (width + 1)))
+    text = " ".join(chosen.choice(WORDS) for _ in range((args.rows * STEPS + FURTHER) * (width + 1)))
     (folder / f"{number}.txt").write_text(text, encoding="utf-8")
     settings = {
         "model": args.model, "data": folder / f"{number}.txt", "adapter_path": folder / f"run-{number}", "iters": STEPS,

@@ -108,7 +108,7 @@ class SweepJob:
         check_trials([trial.settings for trial in trials])
         state = self._state(out, asked, {"vary": vary, "seeds": asked.seeds, "budget": budget}, found)
         check_writable(out, "--out", 1_000_000)
-        self.sweep = Sweep(out, state, trials, steps)
+        self.sweep = Sweep(out, state, trials, steps, may_shorten=True)
 
     def _state(self, out: Path, asked: SweepSettings, facts: dict[str, Any], found: list[Candidate]) -> SweepState:
         """Return what an earlier start left, or an empty state."""

@@ -179,18 +179,28 @@ def rungs(count: int, seeds: int, budget: float) -> list[Rung]:
         sizes.append(smaller)
     if (budget - 1) >= count * seeds:  # all of them whole
         return [Rung(count, 1.0)]
+    return _rounds(sizes, seeds, budget - 1)
+
+
+def without_last_round(rounds: Sequence[Rung], seeds: int) -> list[Rung]:
+    """Return one round fewer with the same work, so that each is longer."""
+    return _rounds([rung.candidates for rung in rounds[:-1]], seeds, work(rounds, seeds))
+
+
+def _rounds(sizes: Sequence[int], seeds: int, wanted: float) -> list[Rung]:
+    """Return rounds of so many candidates, each ETA times as long as the one before or less, whose work is `wanted` whole runs."""
 
     def reaching(first: float, factor: float) -> list[Rung]:
         return [Rung(size, first * factor**place) for place, size in enumerate(sizes)]
 
-    first = (budget - 1) / work(reaching(1.0, ETA), seeds)
+    first = wanted / work(reaching(1.0, ETA), seeds)
     if first * ETA ** (len(sizes) - 1) <= 1:
         return reaching(first, ETA)
     # The last round would be longer than a run: it is a whole run, and the first one as long as the budget allows.
     low, high = 0.0, 1.0
     for _ in range(60):
         first = (low + high) / 2
-        more = work(reaching(first, (1 / first) ** (1 / max(1, len(sizes) - 1))), seeds) > budget - 1
+        more = work(reaching(first, (1 / first) ** (1 / max(1, len(sizes) - 1))), seeds) > wanted
         low, high = (low, first) if more else (first, high)
     return reaching(low, (1 / low) ** (1 / max(1, len(sizes) - 1)))
 

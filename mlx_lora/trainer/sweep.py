@@ -24,7 +24,7 @@ from typing import Any
 from mlx_lora.config.defaults import learning_rate_for
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import TrainSettings
-from mlx_lora.config.sweep import Candidate, Rung, check_long_enough, words
+from mlx_lora.config.sweep import Candidate, Rung, TooShort, check_long_enough, without_last_round, words
 from mlx_lora.models.load import Base
 from mlx_lora.models.meta import outline_for
 from mlx_lora.reports.run_report import read_records
@@ -327,10 +327,18 @@ class Sweep:
         state: what is done.
         trials: of all candidates.
         rungs: the rounds.
+        may_shorten: whether there may be fewer rounds, if the first one is too short to tell candidates apart.
     """
 
-    def __init__(self, folder: Path, state: SweepState, trials: Sequence[Trial], rungs: Sequence[Rung]):
-        self.folder, self.state, self.trials, self.rungs = folder, state, trials, rungs
+    def __init__(
+        self,
+        folder: Path,
+        state: SweepState,
+        trials: Sequence[Trial],
+        rungs: Sequence[Rung],
+        may_shorten: bool = False,
+    ):
+        self.folder, self.state, self.trials, self.rungs, self.may_shorten = folder, state, trials, rungs, may_shorten
 
     def choose(self, base: Base, told: Callable[[], None] = lambda: None, header: bool = True) -> int:
         """Train the rounds that are left, and return the best candidate's number.
@@ -344,9 +352,10 @@ class Sweep:
             Interrupted: a signal ended a round.
             InputError: all candidates diverged, the rounds are too short, or nothing fits in memory.
         """
-        state, seeds = self.state, len(self.trials) // len(self.state.candidates)
+        state = self.state
         rounds = Rounds(base, header and not state.rounds, dict(state.totals))
-        rounds.check = lambda total: check_long_enough(self.rungs, total, seeds, FEWEST_STEPS)
+        rounds.check = self._check_length
+        self._shorten()
         with shared_shapes():
             while state.winner is None:
                 self._round(rounds)
@@ -358,8 +367,17 @@ class Sweep:
         """Train the next round, and note its scores."""
         state = self.state
         kept = self.left()
-        trials, rung = [trial for trial in self.trials if trial.candidate in kept], self.rungs[len(state.rounds)]
-        scores = rounds.train(trials, rung)
+        trials = [trial for trial in self.trials if trial.candidate in kept]
+        while True:
+            rung = self.rungs[len(state.rounds)]
+            try:
+                scores = rounds.train(trials, rung)
+            except TooShort:  # known as soon as a run has been planned, before its first step
+                state.totals = dict(rounds.totals)
+                if not self._shorten():
+                    raise
+            else:
+                break
         state.totals = dict(rounds.totals)
         entries = []
         for trial in trials:
@@ -378,6 +396,21 @@ class Sweep:
         if len(state.rounds) == len(self.rungs):
             state.winner = best[0]
         state.write(self.folder)
+
+    @property
+    def _seeds(self) -> int:
+        return len(self.trials) // len(self.state.candidates)
+
+    def _check_length(self, total: int) -> None:
+        """Refuse rounds that are too short for runs of so many steps."""
+        check_long_enough(self.rungs, total, self._seeds, FEWEST_STEPS)
+
+    def _shorten(self) -> bool:
+        """Drop last rounds until the first one is long enough for the runs that are known, and return whether any was."""
+        before, total = len(self.rungs), min(self.state.totals.values(), default=0)
+        while self.may_shorten and total and len(self.rungs) > 1 and self.rungs[0].share * total < FEWEST_STEPS:
+            self.rungs = without_last_round(self.rungs, self._seeds)
+        return len(self.rungs) < before
 
     def left(self) -> list[int]:
         """Return the candidates that take part in the next round."""

@@ -15,6 +15,7 @@ from mlx_lora.config.sweep import (
     read_budget,
     read_vary,
     rungs,
+    without_last_round,
     words,
     work,
 )
@@ -95,6 +96,15 @@ def test_rounds_take_the_budget_and_end_with_few(count, seeds, budget):
     assert rounds[0].candidates == count
     assert rounds[-1].candidates <= 3
     assert all(a.share < b.share and a.candidates > b.candidates for a, b in itertools.pairwise(rounds))
+
+
+def test_a_round_fewer_takes_the_same_work_and_makes_the_others_longer():
+    rounds = rungs(12, 2, 6.0)  # a quarter of a grid of 12 rates and 2 seeds
+    fewer = without_last_round(rounds, 2)
+    assert [rung.candidates for rung in fewer] == [rung.candidates for rung in rounds[:-1]]
+    assert work(fewer, 2) == pytest.approx(work(rounds, 2))
+    assert all(longer.share > rung.share for longer, rung in zip(fewer, rounds, strict=False))
+    assert [rung.steps(32) for rung in fewer] == [4, 12]
 
 
 def test_rounds_never_go_beyond_a_whole_run():

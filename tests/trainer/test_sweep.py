@@ -120,6 +120,19 @@ def test_work_keeps_to_the_budget_and_the_page_says_what_to_use(found):
     assert not any("/trials/" in path for path in known)
 
 
+def test_a_round_is_left_out_where_the_first_would_be_too_short(tiny_folder, data, tmp_path):
+    settings, rates = settings_of(tiny_folder, data, iters=16), "learning_rate=1e-4..1e-2/6"
+    job = job_of(settings, tmp_path / "short", rates, budget="3x")
+    planned = len(job.sweep.rungs)
+    job.run()
+    rounds = job.sweep.state.rounds
+    assert len(rounds) == planned - 1
+    assert rounds[0][0]["step"] >= sweeping.FEWEST_STEPS
+    again = job_of(settings, tmp_path / "short", rates, budget="3x", resume=True)
+    again.run()
+    assert again.sweep.state == job.sweep.state
+
+
 def failing(after: int) -> Callable[[SeveralRuns], None]:
     """Return a `SeveralRuns.round` that fails when it is called for the nth time."""
     own, calls = SeveralRuns.round, itertools.count(1)
