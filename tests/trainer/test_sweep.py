@@ -235,7 +235,7 @@ def test_a_trial_is_judged_as_its_run_would_be(tiny_folder, data, tmp_path, keep
             {"vary": ("objective=dpo,orpo",)},
             "changes the loss",
         ),
-        ({"iters": 6}, {}, "too few to tell them apart"),
+        ({"iters": 6}, {"budget": 2.0}, "too few to tell them apart"),
         ({"learning_rate": "auto"}, {"vary": ("rank=4,8",), "budget": 2.9}, "--learning-rate auto"),
     ],
 )
