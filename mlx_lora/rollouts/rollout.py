@@ -242,15 +242,18 @@ class Rollouts:
         inputs, targets = np.zeros((len(ends), width), np.int32), np.zeros((len(ends), width), np.int32)
         mask = np.zeros_like(inputs, bool)
         lengths, truncated = np.zeros(len(inputs), np.float32), np.zeros(len(inputs), np.float32)
+        counts: dict[str, np.ndarray] = {}
         for place, (row, episode) in enumerate(zip(rows, played.episodes, strict=True)):
             tokens = played.prompts[place // batch.group] + episode.tokens
             inputs[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
             lengths[row], truncated[row] = episode.sampled.sum(), episode.truncated
+            for name, value in episode.counts.items():
+                counts.setdefault(name, np.zeros(len(inputs), np.float32))[row] = value
             kept = not (episode.truncated and self.settings.objective.mask_truncated)
             mask[row, begins[row] : ends[row]] = kept & episode.sampled
         self.spent.tokens += int(lengths.sum())
         slots = slots_of(int(mask.sum()), len(batch.positions), mask.size)
-        sampled = {LENGTHS: lengths, TRUNCATED: truncated}
+        sampled = {LENGTHS: lengths, TRUNCATED: truncated} | counts
         filled = Batch.of(
             inputs, targets, mask, int(ends.sum()), slots, group=batch.group, numbers=batch.numbers, sampled=sampled
         )
