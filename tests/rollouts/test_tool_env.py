@@ -18,6 +18,7 @@ from mlx_lora.data.examples import Completion
 from mlx_lora.data.prompts import encode_prompts, parse_prompt, prompt_tokens
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.rollouts.environment import Played, play
+from mlx_lora.rollouts.fixed_prompts import talk_text
 from mlx_lora.rollouts.make_environment import check_environment, episode_rewards, own_reward, toolbox_of
 from mlx_lora.rollouts.rewards import module_of, reward_files, reward_names, rewards_of
 from mlx_lora.rollouts.tool_env import CALLS, CUT, FAILURES, TURNS, ToolEnv, failures_of_calls, with_ids
@@ -424,3 +425,9 @@ def test_failed_calls_are_a_share_of_calls():
     assert failures_of_calls({CALLS: 2.0, FAILURES: 0.5}) == {CALLS: 2.0, FAILURES: 0.25}
     assert failures_of_calls({CALLS: 0.0, FAILURES: 0.0})[FAILURES] == 0
     assert failures_of_calls({"reward": 1.0}) == {"reward": 1.0}
+
+
+def test_an_episode_as_a_person_reads_it(file):
+    env = environment(QWEN, file, tools="look_up", reward="said_red")
+    [one, _] = played(env, [["I look. " + call("look_up", word="apple"), RED], [RED]]).episodes
+    assert talk_text(one.messages) == 'I look.\n→ look_up {"word": "apple"}\n← red\nIt is red.'
