@@ -92,8 +92,8 @@ def shelf_folder(folder: Path, hidden: int = 64, steps: int = 300) -> Path:
     ran = run("fuse", "--model", folder / "tiny", "--adapter-path", folder / "sft", "--out", folder / "base")
     assert ran.code == 0, ran.err
     (folder / "shelf.py").write_text(SHELF)
-    for name, words in (("train", WORDS[:16]), ("valid", WORDS[16:])):
-        pairs = [(word, color) for word in words for color in COLORS]
+    for name, words, colors in (("train", WORDS[:16], COLORS), ("valid", WORDS[16:], COLORS[::4])):
+        pairs = [(word, color) for word in words for color in colors]
         chance.shuffle(pairs)
         prompts = [{"prompt": question(word), "word": word, "color": color} for word, color in pairs]
         (folder / "prompts" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, prompts)))

@@ -54,7 +54,7 @@ class ObjectiveSettings:
         OBJECTIVE, may_change=True, per_machine=True)
     reward: str | None = setting(None,
         "grpo, rloo: what rewards an answer: FILE.py:FUNCTION with TRL's signature, the folder of a reward model, or "
-        "exact_match, number_match, think_format, length:N, regex:PATTERN, json_schema:FILE; several are separated by "
+        "exact_match, number_match, math-verify, reasoning-gym, think_format, length:N, regex:PATTERN, json_schema:FILE; several are separated by "
         "commas and added.", OBJECTIVE)
     environment: str | None = setting(None, "grpo, rloo: a class as FILE.py:CLASS, whose reset begins an episode of several "
         "turns. Its step answers the model and rewards it, instead of --reward; without step, its public methods are tools, "

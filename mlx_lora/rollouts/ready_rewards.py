@@ -6,9 +6,11 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from mlx_lora.data.task_sets import GYM, gym
 from mlx_lora.utils.errors import InputError
 
 ANSWER_COLUMNS = ("answer", "solution", "completion", "output", "response")
@@ -71,10 +73,47 @@ def fits_schema(completions: Sequence[Any], validator: Any, **columns: Any) -> l
     return found
 
 
+def math_verify(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Give 1 for an answer that equals the record's own as mathematics, else 0; None if the record's own is none.
+
+    Both are read by the package math-verify, in LaTeX or as plain expressions.
+    """
+    library = _math_verify()
+    found: list[float | None] = []
+    for completion, right in zip(completions, _right_answers(completions, columns, MATH), strict=True):
+        # The package's own time limits use the timer that rewards have.
+        gold = library.parse(str(right), parsing_timeout=None) if right is not None else []
+        given = library.parse(text_of(completion), parsing_timeout=None) if gold else []
+        found.append(float(library.verify(gold, given, timeout_seconds=None)) if gold else None)
+    return found
+
+
+def _math_verify() -> Any:
+    try:
+        return import_module("math_verify")
+    except ImportError:
+        raise InputError(f"--reward {MATH}: needs math-verify; pip install 'mlx-lora[rewards]'") from None
+
+
+def gym_score(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+    """Give what the package reasoning-gym gives an answer to its task, from 0 to 1."""
+    package = gym(f"--reward {GYM}")
+    if "metadata" not in columns or "answer" not in columns:
+        raise ValueError(f"{GYM} needs the columns answer and metadata of --data {GYM}:NAME")
+    found: list[float | None] = []
+    for said, answer, about in zip(completions, columns["answer"], columns["metadata"], strict=True):
+        score = package.get_score_answer_fn(about["source_dataset"])
+        found.append(float(score(answer=text_of(said).strip(), entry={"answer": answer, "metadata": about})))
+    return found
+
+
+MATH = "math-verify"
 PLAIN: dict[str, Callable[..., list[float | None]]] = {
     "exact_match": exact_match,
     "number_match": number_match,
     "think_format": think_format,
+    MATH: math_verify,
+    GYM: gym_score,
 }
 WITH_ARGUMENT = ("length", "regex", "json_schema")
 NAMES = (*PLAIN, "length:N", "regex:PATTERN", "json_schema:FILE")
@@ -89,6 +128,10 @@ def ready_reward(name: str) -> Callable[..., Any] | None:
     """
     kind, colon, argument = name.partition(":")
     if not colon:
+        if kind == MATH:
+            _math_verify()  # told before a model is loaded
+        if kind == GYM:
+            gym(f"--reward {GYM}")
         return PLAIN.get(kind)
     if kind == "length":
         if not argument.isdecimal() or not int(argument):

@@ -43,6 +43,7 @@ CALLS, FAILURES, TURNS, CUT = (
     "tools/max_turns_frequency",
 )
 TOOL_REPORTS = (CALLS, FAILURES, TURNS, CUT)
+MOST_CHARACTERS = 64  # of a result, for each token that an episode has room for
 
 
 def failures_of_calls(means: dict[str, float]) -> dict[str, float]:
@@ -238,7 +239,14 @@ class ToolEnv:
             {"role": "tool", "name": call["name"], "content": result.value}
             for call, result in zip(said.calls, results, strict=True)
         ]
-        return self.reader.turns.tokens(said.calls, [result.text for result in results])
+        most = (
+            MOST_CHARACTERS * self.settings.objective.max_new_tokens
+        )  # what is longer does not fit, and takes long to render
+        try:
+            return self.reader.turns.tokens(said.calls, [result.text[:most] for result in results])
+        except InputError as error:
+            note(f"Note: {error}; an episode ends there")
+            return None
 
     def _results(self, talk: Talk, said: Said, note: Callable[[str], None]) -> list[Result]:
         found = []

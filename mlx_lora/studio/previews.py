@@ -98,11 +98,10 @@ def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda don
     encoder = prompt_encoder(joined, settings.data, tokenizer, None)
     total, before = len(joined.entries), 0
     teacher_prompt = read_teacher_prompt(settings.objective.teacher_prompt)
-    tools = objective_of(settings.objective).shown_tools(settings.objective, {})
     for one in parts.values():
         entries = one.rows.entries
         one.encoded = encode_entries(
-            encoder, entries, lambda done, start=before: report(start + done, total), teacher_prompt, tools
+            encoder, entries, lambda done, start=before: report(start + done, total), teacher_prompt
         )
         before += len(entries)
         for number, why in one.encoded.dropped.items():
