@@ -34,6 +34,8 @@ class KeptCaches:
     def joined(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[Any] | None:
         """Return caches of all rows that hold each prompt without its last token; None if they were not kept.
 
+        What was kept is let go, so that it is not in memory beside its copy.
+
         Args:
             model: in eval mode.
             prompts: all tokens of each row so far.
@@ -42,11 +44,14 @@ class KeptCaches:
             return None
         new = [list(prompt[held:-1]) for prompt, (held, _) in zip(prompts, self.begun, strict=True)]
         rows = [caches for _, caches in self.begun]
+        self.begun = ()
         padded = all(isinstance(cache, KVCache) for caches in rows for cache in caches)
         if not padded:  # a recurrent layer's state would take in the padding
             for tokens, caches in zip(new, rows, strict=True):
                 _compute(model, [tokens], caches)
         joined = [layer[0].merge(list(layer)) for layer in zip(*rows, strict=True)]
+        mx.eval([cache.state for cache in joined])
+        del rows
         if padded:
             lengths, width = list(map(len, new)), max(map(len, new))
             for cache in joined:

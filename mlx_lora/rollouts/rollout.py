@@ -208,11 +208,12 @@ class Rollouts:
             group = 1 if turn else options.group  # a prompt is computed once for its episodes
             own = keys(turn)[mx.array(episodes)] if turn else keys(turn)
             kept = KeptCaches([held[number] for number in episodes if number in held]) if several else None
+            held = {}
             with self.form.model_of(self.base) as model:
                 found, _ = sample_groups(
                     model, before[::group], replace(options, group=group), self.ends, own, limits=left, kept=kept
                 )
-            held = {episodes[row]: one for row, one in kept.ended.items()} if kept else {}
+            held |= {episodes[row]: one for row, one in kept.ended.items()} if kept else {}
             self.spent.seconds += time.perf_counter() - start
             return found
 

@@ -18,6 +18,7 @@ from tool_files import answer_text, call_text
 from torch_judge import name_here, torch_base
 
 from mlx_lora.config.load import train_settings
+from mlx_lora.data.assistant_spans import common_prefix
 from mlx_lora.data.batch import collate
 from mlx_lora.data.prompts import encode_prompts, parse_prompt
 from mlx_lora.data.tokenize import Encoder
@@ -181,9 +182,9 @@ def test_models_own_templates_give_trls_calls_and_results(name):
     prompt = tokenizer.apply_chat_template(
         asked, tools=schemas, add_generation_prompt=True, tokenize=True, return_dict=False
     )
+    before = tokenizer.apply_chat_template(asked, tools=schemas, add_generation_prompt=True, tokenize=False)
     whole = tokenizer.apply_chat_template(said, tools=schemas, tokenize=False)
-    start = whole.index(tokenizer.decode(prompt[-4:]), whole.index("dots"))  # after the question
-    answer = whole[start:].split(tokenizer.decode(prompt[-4:]), 1)[1]
+    answer = whole[common_prefix(before, whole) :]
     end = min(answer.index(text) + len(text) for text in TEMPLATES[name] if text in answer)
     tokens = tokenizer.encode(answer[:end], add_special_tokens=False)
     theirs = parse_response(judge, tokens, prefix=prompt, tools=schemas)
