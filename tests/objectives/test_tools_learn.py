@@ -22,8 +22,8 @@ def test_the_share_of_right_answers_on_held_out_tasks_rises(seed, shelf, tmp_pat
     ran = run(
         "train", "--model", shelf / "base", "--data", shelf / "prompts", "--adapter-path", tmp_path / "a",
         "--objective", "grpo", "--environment", f"{shelf / 'shelf.py'}:Shelf", "--reward", f"{shelf / 'shelf.py'}:right",
-        "--max-turns", 3, "--group-size", 8, "--batch-size", 8, "--max-new-tokens", 40, "--iters", 80, "--rank", 8,
-        "--learning-rate", 2e-3, "--steps-per-eval", 40, "--steps-per-report", 5, "--val-batches", -1, "--sample-tokens", 0, "--seed", seed,
+        "--max-turns", 3, "--group-size", 8, "--batch-size", 8, "--max-new-tokens", 40, "--iters", 40, "--rank", 8,
+        "--learning-rate", 2e-3, "--steps-per-eval", 20, "--steps-per-report", 5, "--val-batches", -1, "--sample-tokens", 0, "--seed", seed,
         "--kernels", "ours",
     )  # fmt: skip
     assert ran.code == 0, ran.err

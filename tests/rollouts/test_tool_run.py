@@ -107,8 +107,8 @@ def test_tools_alone_are_planned_with_the_prompt(shelf, tmp_path):
              "--objective", "grpo", "--reward", "length:4", *QUICK, "--dry-run")  # fmt: skip
     with_tools, without = run(*asked, "--tools", tmp_path / "t.py"), run(*asked)
     assert with_tools.code == without.code == 0, with_tools.err
-    assert "fly" in with_tools.out + with_tools.err
-    assert "fly" not in without.out + without.err
+    assert "Call a function with" in with_tools.out + with_tools.err
+    assert "Call a function with" not in without.out + without.err
 
 
 def test_a_template_that_shows_no_tools_is_one_line(shelf, tmp_path):
