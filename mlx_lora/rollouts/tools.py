@@ -21,7 +21,7 @@ from types import MethodType
 from typing import Any
 
 import numpy as np
-from transformers.utils import get_json_schema
+from transformers.utils.chat_template_utils import get_json_schema
 
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.rollouts.rewards import (
