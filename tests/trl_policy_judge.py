@@ -22,7 +22,9 @@ class _Accelerator:
         return value
 
 
-def policy_objective(per_token, old, reference, mask, advantages, loss, *, beta=0.0, low=0.2, high=0.2, longest=16):
+def policy_objective(
+    per_token, old, reference, mask, advantages, loss, *, beta=0.0, low=0.2, high=0.2, longest=16, tool_mask=None
+):
     """Return TRL's loss, a tensor with its graph, and what TRL reports.
 
     Args:
@@ -33,6 +35,7 @@ def policy_objective(per_token, old, reference, mask, advantages, loss, *, beta=
         loss: our name of the loss.
         beta, low, high: TRL's beta, epsilon and epsilon_high.
         longest: TRL's max_completion_length.
+        tool_mask: (A, T) of the tokens that the model sampled, among those of `mask`; None: all of them.
     """
     if loss == "rloo":
         from trl.trainer.rloo_trainer import RLOOTrainer as Trainer
@@ -66,7 +69,9 @@ def policy_objective(per_token, old, reference, mask, advantages, loss, *, beta=
         "old_per_token_logps": old,
         "old_logps": (old * mask).sum(1),
         "ref_per_token_logps": reference,
-        "num_items_in_batch": mask.sum(),
+        "num_items_in_batch": mask.sum() if tool_mask is None else (mask * tool_mask).sum(),
     }
+    if tool_mask is not None:
+        inputs["tool_mask"] = tool_mask.to(per_token.dtype)
     found = Trainer._compute_loss(trainer, trainer.model, inputs)
     return found, {name: values[-1] for name, values in trainer._metrics["train"].items()}

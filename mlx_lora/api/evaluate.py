@@ -168,7 +168,8 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
     if asked.held_out and adapter:
         rows, trained = held_out_rows(adapter, base.hf_tokenizer)
     else:
-        rows, trained = load_eval_set(data.data or "", data, base.hf_tokenizer, objective.records, prompt), None
+        tools = objective.shown_tools(settings.objective, ctx.functions)
+        rows, trained = load_eval_set(data.data or "", data, base.hf_tokenizer, objective.records, prompt, tools), None
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
     rows = objective.targets_of(rows)
     if compares(settings):

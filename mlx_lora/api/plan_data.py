@@ -149,7 +149,8 @@ def read_splits(settings: TrainSettings, folder: Path, config: dict[str, Any], t
     prompt = read_teacher_prompt(settings.objective.teacher_prompt)
     data, room = readable_data(settings)
     records = UNCACHED if room else objective_of(settings.objective).records
-    splits = load_data(data, tokenizer._tokenizer, settings.loop.seed, today, records, prompt)
+    tools = objective_of(settings.objective).shown_tools(settings.objective, {})
+    splits = load_data(data, tokenizer._tokenizer, settings.loop.seed, today, records, prompt, tools)
     if not room:
         return splits
     # Planned as if every answer took all of its room, as it will be only when the teacher has written them.

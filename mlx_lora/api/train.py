@@ -82,7 +82,8 @@ def train(
         callbacks: instances of `Callback`, told of steps, reports, validations and saves.
         progress: show a bar and the curve in a notebook, the command's bar or lines elsewhere; False: print nothing.
         settings: every other setting of `mlx-lora train --help-all` that is not about the model, with underscores:
-            `target_modules=["q_proj", "v_proj"]`, `mask_prompt=False`, `objective="dpo"`. `reward` also takes functions.
+            `target_modules=["q_proj", "v_proj"]`, `mask_prompt=False`, `objective="dpo"`. `reward` and `tools` also take
+            functions, and `environment` a class.
 
     Raises:
         InputError: an argument, the data or the folder cannot be used; unknown names are answered with the right one.
@@ -250,26 +251,28 @@ def run_settings(model: ModelSettings, given: Mapping[str, Any]) -> TrainSetting
 
 
 def named_rewards(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, RewardFunction]]:
-    """Return settings in which names replace reward functions, and the functions by these names.
+    """Return settings in which names replace functions and classes, and these by their names.
 
     Args:
-        given: settings by name; `reward` is a function, or a list of functions and of texts as --reward has them.
+        given: settings by name; `reward` and `tools` are a function, or a list of functions and of texts as the command has
+            them; `environment` is a class or such a text.
     """
-    asked = given.get("reward")
-    rewards: list[Any] = list(asked) if isinstance(asked, list | tuple) else [asked]
     functions: dict[str, Any] = {}
-    texts = []
-    for reward in rewards:
-        if callable(reward):
-            name = str(getattr(reward, "__name__", type(reward).__name__)).replace(",", " ")
-            alike = sum(known.split("#")[0] == IN_PYTHON + name for known in functions)
-            text = IN_PYTHON + name + (f"#{alike + 1}" if alike else "")
-            functions[text] = reward
-            reward = text
-        texts.append(reward)
-    if not functions:
-        return dict(given), {}
-    return {**given, "reward": ",".join(map(str, texts))}, functions
+    found = dict(given)
+    for setting in ("reward", "tools", "environment"):
+        asked = given.get(setting)
+        texts, before = [], len(functions)
+        for one in list(asked) if isinstance(asked, list | tuple) else [asked]:
+            if callable(one):
+                name = str(getattr(one, "__name__", type(one).__name__)).replace(",", " ")
+                alike = sum(known.split("#")[0] == IN_PYTHON + name for known in functions)
+                text = IN_PYTHON + name + (f"#{alike + 1}" if alike else "")
+                functions[text] = one
+                one = text
+            texts.append(one)
+        if len(functions) > before:
+            found[setting] = ",".join(map(str, texts))
+    return found, functions
 
 
 def plain(given: Mapping[str, Any]) -> dict[str, Any]:

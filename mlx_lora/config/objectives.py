@@ -54,11 +54,14 @@ class ObjectiveSettings:
         OBJECTIVE, may_change=True, per_machine=True)
     reward: str | None = setting(None,
         "grpo, rloo: what rewards an answer: FILE.py:FUNCTION with TRL's signature, the folder of a reward model, or "
-        "exact_match, number_match, think_format, length:N, regex:PATTERN, json_schema:FILE; several are separated by "
+        "exact_match, number_match, math-verify, reasoning-gym, think_format, length:N, regex:PATTERN, json_schema:FILE; several are separated by "
         "commas and added.", OBJECTIVE)
-    environment: str | None = setting(None, "grpo, rloo: instead of --reward, a class as FILE.py:CLASS, whose reset begins "
-        "an episode of several turns, and whose step answers the model and rewards it.", OBJECTIVE)
-    max_turns: int = setting(10, "With --environment: most answers of the model in an episode; --max-new-tokens is the room "
+    environment: str | None = setting(None, "grpo, rloo: a class as FILE.py:CLASS, whose reset begins an episode of several "
+        "turns. Its step answers the model and rewards it, instead of --reward; without step, its public methods are tools, "
+        "as in TRL's environment_factory.", OBJECTIVE)
+    tools: str | None = setting(None, "grpo, rloo: functions that the model may call, as FILE.py or FILE.py:NAME,NAME; --reward "
+        "rewards the whole episode.", OBJECTIVE)
+    max_turns: int = setting(10, "With --environment or --tools: most answers of the model in an episode; --max-new-tokens is the room "
         "for all its turns.", OBJECTIVE, at_least=1, at_most=10**6)
     reward_weights: str | None = setting(None, "Weights of several rewards, separated by commas (default 1 each).",
         OBJECTIVE)

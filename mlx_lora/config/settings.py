@@ -64,7 +64,7 @@ class DataSettings:
     """The training data, and which of its tokens are trained."""
 
     data: str | None = setting(None,
-        "File, folder with train/valid/test, hub dataset id, recipe's name or tiny-shakespeare. Separate several with "
+        "File, folder with train/valid/test, hub dataset id, recipe's name, tiny-shakespeare or reasoning-gym:NAME. Separate several with "
         "commas; with a weight, as in a.jsonl=2,b/, each epoch has the rows of a.jsonl twice.",
         MODEL, common=True, may_change=True, per_machine=True)
     data_format: str = setting("auto", "Format of the records; auto detects it for each record.", MODEL, choices=FORMATS)

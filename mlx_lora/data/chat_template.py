@@ -424,8 +424,8 @@ def chat_tokens(
         jinja2.TemplateError, TypeError, ValueError: the template refuses the conversation.
         InputError: it takes too much time or memory.
     """
-    text, spans = _rendered(tokenizer, messages, template, tools, day, allow_special_tokens)
-    return _tokens_of(tokenizer, text, spans)
+    text, spans = rendered_chat(tokenizer, messages, template, tools, day, allow_special_tokens)
+    return tokens_of_rendered(tokenizer, text, spans)
 
 
 def tokens_after_turn(
@@ -442,15 +442,15 @@ def tokens_after_turn(
         content: of the turn, which no other text has.
         tokenizer, messages, template, day, allow_special_tokens: as for `chat_tokens`; errors too.
     """
-    text, spans = _rendered(tokenizer, messages, template, None, day, allow_special_tokens)
+    text, spans = rendered_chat(tokenizer, messages, template, None, day, allow_special_tokens)
     if content not in text:
         raise FormatError("it leaves out an earlier answer")
     after = text.index(content) + len(content)
     cut = Specials(tokenizer).end_after(text, after) or after
-    return _tokens_of(tokenizer, text[cut:], [(first - cut, end - cut) for first, end in spans])
+    return tokens_of_rendered(tokenizer, text[cut:], [(first - cut, end - cut) for first, end in spans])
 
 
-def _rendered(
+def rendered_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
     template: str,
@@ -464,7 +464,7 @@ def _rendered(
     return hidden.shown(render_chat(tokenizer, shown, template, tools, add_generation_prompt=True, day=day))
 
 
-def _tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]]) -> list[int]:
+def tokens_of_rendered(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]]) -> list[int]:
     """Return a rendered text's tokens; control tokens in the spans are ordinary text."""
     # Encode without special tokens: the template has already written its BOS.
     with tokenizer_panics("the conversation"):

@@ -19,6 +19,7 @@ from typing import Any
 from mlx_lora.config.load import RECIPES, recipe_names
 from mlx_lora.data.examples import FormatError, tools_of
 from mlx_lora.data.records import DOCUMENTS, MARKDOWN, SUFFIXES, check_file
+from mlx_lora.data.task_sets import is_task_set, task_file
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import GIVEN, shown_data
 from mlx_lora.utils.hub import tiny_shakespeare
@@ -171,7 +172,8 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
     """Return the files of each split that `--data` names.
 
     Args:
-        data: A file, a folder, `tiny-shakespeare`, a recipe's name or a hub dataset id `owner/name` (`@revision` may follow).
+        data: A file, a folder, `tiny-shakespeare`, a recipe's name, a set of tasks (data/task_sets.py) or a hub
+            dataset id `owner/name` (`@revision` may follow).
 
     Returns:
         `train`, `valid`, `test` -> the split's files, ordered by name (one, unless a hub dataset has several
@@ -190,6 +192,8 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
         return {"train": (tiny_shakespeare(),)}
     if data in recipe_names():
         return _folder_splits(RECIPES / data)
+    if is_task_set(data):
+        return {"train": (task_file(data),)}
     if is_dataset_id(data):
         from mlx_lora.utils.hub import download_dataset_files  # the hub client is slow to import
 

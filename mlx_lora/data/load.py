@@ -108,6 +108,19 @@ class DataSplits:
         return replace(self, **change(self.sets))
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What is seen beside the records.
+
+    Attributes:
+        teacher_prompt: By a teacher alone.
+        tools: Schemas that prompts show.
+    """
+
+    teacher_prompt: str | None = None
+    tools: Sequence[dict[str, Any]] | None = None
+
+
 def load_data(
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
@@ -115,6 +128,7 @@ def load_data(
     today: date | None = None,
     records: str = "examples",
     teacher_prompt: str | None = None,
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> DataSplits:
     """Return the data of a run, encoded and split, or taken from the cache of an earlier run.
 
@@ -125,6 +139,7 @@ def load_data(
         today: The day for templates that show the date, unless the settings name one; None: today.
         records: `examples`, `pairs`, `rated` or `prompts`: what the run's objective trains on.
         teacher_prompt: A text that only a teacher sees (--teacher-prompt); the rows then have its rows beside them.
+        tools: Schemas of tools that prompts show.
 
     Returns:
         The sets and the report. Without a validation file, `valid_fraction` of the rows, or the last part of a single
@@ -148,7 +163,7 @@ def load_data(
             report = replace(DataReport.from_dict(details["report"]), data=shown_data(settings.data or ""))
             splits = DataSplits(rows["train"], rows.get("valid"), rows.get("test"), report, details["chat_template"])
         else:
-            splits = _make_splits(sets, settings, tokenizer, seed, day, records, teacher_prompt)
+            splits = _make_splits(sets, settings, tokenizer, seed, day, records, Seen(teacher_prompt, tools))
             if records != UNCACHED:
                 rows = {"train": splits.train, "valid": splits.valid, "test": splits.test}
                 details = {"report": splits.report.to_dict(), "chat_template": splits.chat_template}
@@ -207,11 +222,11 @@ def _make_splits(
     seed: int,
     day: date | None,
     records: str,
-    teacher_prompt: str | None,
+    seen: Seen,
 ) -> DataSplits:
     parts, train_parts, repeated = read_sets(sets, settings, records)
     encoder, template, origin = _make_encoder(parts.values(), settings, tokenizer, day)
-    encoded = {name: _encode(rows, encoder, teacher_prompt) for name, rows in parts.items()}
+    encoded = {name: _encode(rows, encoder, seen) for name, rows in parts.items()}
     _check(settings, parts, encoded)
 
     keys = {name: _keys(parts[name], encoded[name], content_key) for name in encoded}
@@ -246,7 +261,7 @@ def _make_splits(
             *repeated_notes(repeated),
             *teaching_notes(parts, settings, encoder),
             *data_notes(parts, encoded, keys, encoder, day if template else None),
-            *prompt_notes(encoder, teacher_prompt),
+            *prompt_notes(encoder, seen.teacher_prompt),
             *repeat_notes(near, repeats.too_many, held is not None),
             *split_notes(mixed, parts["train"], valid, settings.valid_fraction),
         ],
@@ -265,6 +280,7 @@ def load_eval_set(
     tokenizer: PreTrainedTokenizerBase,
     records: str = "examples",
     teacher_prompt: str | None = None,
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> EncodedSet:
     """Return the encoded set for `evaluate --data`: all rows of a file, or a folder's test or else validation file.
 
@@ -272,7 +288,7 @@ def load_eval_set(
         data: As `--data`.
         settings: Format, template, length and mask; its `data` is ignored.
         tokenizer: A fast tokenizer.
-        records, teacher_prompt: As for `load_data`.
+        records, teacher_prompt, tools: As for `load_data`.
 
     Raises:
         InputError: as for `load_data`.
@@ -301,7 +317,7 @@ def load_eval_set(
     repeated = cut_repeated_prompts([(parts[EVALUATION], 0)])
     check_speaker(parts.values(), settings)
     encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer, day)
-    encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, teacher_prompt)}
+    encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, Seen(teacher_prompt, tools))}
     _check(settings, parts, encoded)
     notes = [f"Note: {note}" for note in repeated_notes([repeated])]
     notes += evaluation_notes(parts[EVALUATION], encoded[EVALUATION])
@@ -344,9 +360,9 @@ def prompt_encoder(
     return _make_encoder([rows], settings, tokenizer, chat_day(settings, tokenizer, today))[0]
 
 
-def _encode(rows: SplitRows, encoder: Encoder, teacher_prompt: str | None = None) -> Encoded:
+def _encode(rows: SplitRows, encoder: Encoder, seen: Seen) -> Encoded:
     with long_task("Encoding", len(rows.entries), "records") as task:
-        encoded = encode_entries(encoder, rows.entries, task.reach, teacher_prompt)
+        encoded = encode_entries(encoder, rows.entries, task.reach, seen.teacher_prompt, seen.tools)
     for number, why in encoded.dropped.items():
         location = rows.locations[number]
         rows.dropped.append(DroppedRow(location.file, location.line, why, location.unit))

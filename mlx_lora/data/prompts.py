@@ -309,16 +309,44 @@ def observation_tokens(encoder: Encoder, example: Conversation | Completion, tex
         ) from None
 
 
-def encode_prompts(encoder: Encoder, prompts: Sequence[Prompt], teacher_prompt: str | None = None) -> Encoded:
+def with_tools(example: Conversation | Completion, tools: Sequence[dict[str, Any]]) -> Conversation:
+    """Return a prompt as a conversation that shows these tools, in place of the record's own."""
+    if isinstance(example, Completion):
+        asked, answer = (
+            {"role": "user", "content": example.prompt},
+            {"role": "assistant", "content": example.completion},
+        )
+        return Conversation([asked, answer], list(tools))
+    return replace(example, tools=list(tools))
+
+
+def encode_prompts(
+    encoder: Encoder,
+    prompts: Sequence[Prompt],
+    teacher_prompt: str | None = None,
+    tools: Sequence[dict[str, Any]] | None = None,
+) -> Encoded:
     """Encode prompts up to where the answer begins; no token is a target.
 
-    A prompt that leaves no room for an answer within the encoder's length is dropped. With `teacher_prompt`, each prompt
-    is also encoded as a teacher sees it, with that text before it.
+    A prompt that leaves no room for an answer within the encoder's length is dropped.
+
+    Args:
+        encoder: how.
+        prompts: what to encode.
+        teacher_prompt: each prompt is also encoded as a teacher sees it, with this text before it.
+        tools: schemas that each prompt shows, in place of its record's own.
+
+    Raises:
+        InputError: there are tools, and no chat template.
     """
+    if tools and encoder.template is None:
+        raise InputError(
+            "--tools or --environment: the model has no chat template, so it cannot be shown tools; give --chat-template chatml"
+        )
     rows, source, dropped, facts, seen = [], [], {}, [], []
     controls: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
-        example = prompt.example
+        example = with_tools(prompt.example, tools) if tools else prompt.example
         try:
             tokens = prompt_tokens(encoder, example)
             theirs = tokens
@@ -338,9 +366,7 @@ def encode_prompts(encoder: Encoder, prompts: Sequence[Prompt], teacher_prompt: 
         rows.append(_untrained(tokens))
         seen.append(_untrained(theirs))
         source.append(number)
-        facts.append(
-            {"prompt": prompt_of(prompt), "chat": prompt.chat, "columns": prompt.columns, "example": prompt.example}
-        )
+        facts.append({"prompt": prompt_of(prompt), "chat": prompt.chat, "columns": prompt.columns, "example": example})
     teacher = None if teacher_prompt is None else EncodedSet.from_rows(seen)
     encoded = replace(EncodedSet.from_rows(rows).with_facts(facts), teacher=teacher)
     return Encoded(encoded, np.array(source, np.int64), dropped, [], {}, [], controls)

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -66,6 +67,7 @@ def encode_entries(
     entries: Sequence[Entry],
     on_rows: Callable[[int], None] = lambda done: None,
     teacher_prompt: str | None = None,
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> Encoded:
     """Encode entries of one kind.
 
@@ -74,13 +76,14 @@ def encode_entries(
         entries: all examples, all pairs, all rated answers or all prompts.
         on_rows: as in `Encoder.encode`.
         teacher_prompt: a text that only a teacher sees; the rows of examples and prompts then have its rows beside them.
+        tools: schemas that all prompts show.
 
     Returns:
         As `Encoder.encode`, with numbers of entries. A pair is dropped if one of its answers gave no row.
     """
     prompts = [entry for entry in entries if isinstance(entry, Prompt)]
     if prompts:
-        return encode_prompts(encoder, prompts, teacher_prompt)
+        return encode_prompts(encoder, prompts, teacher_prompt, tools)
     pairs = [entry for entry in entries if isinstance(entry, Pair)]
     rated = [entry for entry in entries if isinstance(entry, Rated)]
     size = 2 if pairs else 1

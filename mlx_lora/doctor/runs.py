@@ -47,7 +47,7 @@ from mlx_lora.kernels.measure import TOLERANCE
 from mlx_lora.models.folder import read_safetensors_header
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.reports.run_report import FACTS_FILE
-from mlx_lora.rollouts.rewards import text_of
+from mlx_lora.rollouts.ready_rewards import text_of
 from mlx_lora.serving.adapter_store import AdapterSource
 from mlx_lora.serving.batch import Sampling
 from mlx_lora.serving.engine import Engine, Event, Limits, Request

@@ -266,6 +266,16 @@ class Objective:
     def open(self, ctx: RunContext) -> None:
         """Load what must be there before an adapter is on the base, such as reward models."""
 
+    def shown_tools(
+        self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]
+    ) -> list[dict[str, Any]] | None:
+        """Return the schemas of tools that prompts show; None: there are none.
+
+        Raises:
+            InputError: a tool cannot be used.
+        """
+        return None
+
     def load_data(self, ctx: RunContext) -> DataSplits:
         """Read the run's data and encode it.
 
@@ -277,7 +287,8 @@ class Objective:
     def read_data(self, ctx: RunContext, data: DataSettings, teacher_prompt: str | None = None) -> DataSplits:
         """Read some data for this objective; see `load_data`."""
         seed = ctx.settings.loop.seed
-        splits = load_data(data, ctx.base.hf_tokenizer, seed, ctx.today, self.records, teacher_prompt)
+        tools = self.shown_tools(ctx.settings.objective, ctx.functions)
+        splits = load_data(data, ctx.base.hf_tokenizer, seed, ctx.today, self.records, teacher_prompt, tools)
         return splits.changed(lambda sets: {name: self.targets_of(rows) for name, rows in sets.items()})
 
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:

@@ -24,14 +24,21 @@ import mlx.nn as nn
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.load import DataSplits
 from mlx_lora.losses.cross_entropy import Loss
 from mlx_lora.losses.policy import PolicyOptions
 from mlx_lora.objectives.base import BoundObjective, FixedPrompt, RunContext
 from mlx_lora.objectives.policy_arrays import at_temperature, more_reports, policy_arrays, policy_loss_of, prepared
 from mlx_lora.objectives.sampled import SampledObjective
 from mlx_lora.rollouts.decode import SamplingForm
-from mlx_lora.rollouts.environment import check_environment, environment_of
 from mlx_lora.rollouts.fixed_prompts import fixed_prompts, greedy_answers
+from mlx_lora.rollouts.make_environment import (
+    check_environment,
+    check_template,
+    environment_of,
+    episode_rewards,
+    toolbox_of,
+)
 from mlx_lora.rollouts.reward_models import beside_bytes, check_rewards, load_rewards
 from mlx_lora.rollouts.rewards import (
     KNOWN,
@@ -44,6 +51,7 @@ from mlx_lora.rollouts.rewards import (
     reward_names,
 )
 from mlx_lora.rollouts.rollout import Rollouts
+from mlx_lora.rollouts.tool_env import TOOL_REPORTS, failures_of_calls
 from mlx_lora.utils.errors import InputError
 
 POLICY_REPORTS = ("reward", SPREAD, NO_SPREAD, "length", "truncated", "kl", "clipped")
@@ -56,19 +64,37 @@ class Policy(SampledObjective):
     rewards: Sequence[Reward] = field(default_factory=tuple)
 
     def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
-        if settings.environment:  # a user's file that does not load is told now
-            check_environment(settings)
-        else:
+        has_episodes = settings.environment or settings.tools
+        if has_episodes:  # a user's file that does not load is told now
+            check_environment(settings, functions)
+        if settings.reward or not has_episodes:
             check_rewards(settings, functions)
 
     def open(self, ctx: RunContext) -> None:
-        if not ctx.settings.objective.environment:
+        asked = ctx.settings.objective
+        toolbox = toolbox_of(asked, ctx.functions) if asked.environment or asked.tools else None
+        if asked.reward or not asked.environment:
             self.rewards = load_rewards(ctx.settings, ctx.base, ctx.today, ctx.functions)
-        ctx.record.shared |= reward_files(ctx.settings.objective)
+        if toolbox is not None:
+            self.rewards = episode_rewards(self.rewards, toolbox.environment)
+            self.reports = all_reports([reward.name for reward in self.rewards]) + TOOL_REPORTS
+        ctx.record.shared |= reward_files(asked)
+
+    def shown_tools(
+        self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]
+    ) -> list[dict[str, Any]] | None:
+        toolbox = toolbox_of(settings, functions) if settings.environment or settings.tools else None
+        return toolbox.schemas if toolbox else None
+
+    def load_data(self, ctx: RunContext) -> DataSplits:
+        splits = super().load_data(ctx)
+        if schemas := self.shown_tools(ctx.settings.objective, ctx.functions):
+            check_template(ctx.base, splits.chat_template, schemas)
+        return splits
 
     def make_rollouts(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> Rollouts:
         loss = self.token_loss(ctx, loss)
-        env = environment_of(ctx.settings, self.rewards, ctx.base.hf_tokenizer, ctx.today)
+        env = environment_of(ctx.settings, self.rewards, ctx.base, ctx.today, ctx.functions)
         return Rollouts.of(
             ctx.base, ctx.settings, env, loss, form, joining=self.layout.joining, ranks=ctx.strategy.ranks
         )
@@ -95,7 +121,14 @@ class Policy(SampledObjective):
 
     def _finished(self, means: dict[str, float]) -> dict[str, float]:
         """Leave out what only a step reports, and a validation does not."""
-        return {name: value for name, value in self.finish(means).items() if not math.isnan(value)}
+        found = failures_of_calls(self.finish(means))
+        return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+def all_reports(rewards: Sequence[str]) -> tuple[str, ...]:
+    """Return what is reported of answers that these rewards judge."""
+    own = own_reports(rewards)
+    return (*POLICY_REPORTS, *own, *(KNOWN + one for one in own))
 
 
 def policy(settings: ObjectiveSettings) -> Policy:
@@ -111,8 +144,7 @@ def policy(settings: ObjectiveSettings) -> Policy:
     options = PolicyOptions(loss, settings.epsilon, high, beta, settings.kl_beta > 0, settings.max_new_tokens)
     words = f"{name}: {'' if name == loss else f'{loss} loss, '}groups of {settings.answers_per_prompt}"
     words += f", divergence weight {settings.kl_beta:g}" if settings.kl_beta else ""
-    room, own = (settings.answers_per_prompt, settings.max_new_tokens), own_reports(reward_names(settings))
-    reports = (*POLICY_REPORTS, *own, *(KNOWN + one for one in own))
+    room, reports = (settings.answers_per_prompt, settings.max_new_tokens), all_reports(reward_names(settings))
     return Policy(
         name,
         "prompts",

@@ -46,7 +46,7 @@ from mlx_lora.objectives.teacher import TEACHER, Teacher, as_seen, facts_of, tea
 from mlx_lora.objectives.teacher_answers import WithTeacher
 from mlx_lora.parallel.ranks import Ranks
 from mlx_lora.rollouts.decode import SamplingForm
-from mlx_lora.rollouts.environment import environment_of
+from mlx_lora.rollouts.make_environment import environment_of
 from mlx_lora.rollouts.rollout import Rollouts
 from mlx_lora.rollouts.sharing import of_own_rows
 from mlx_lora.utils.errors import InputError, RunError
@@ -107,7 +107,7 @@ class OnPolicyDistillation(WithTeacher, SampledObjective):
     def make_rollouts(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> Rollouts:
         if self.scorer is None:
             raise ValueError("sampled answers of a student without a teacher")
-        env = environment_of(ctx.settings, (), ctx.base.hf_tokenizer)
+        env = environment_of(ctx.settings, (), ctx.base)
         return Rollouts.of(ctx.base, ctx.settings, env, loss, form, scorer=self.scorer, ranks=ctx.strategy.ranks)
 
     def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> Loss:

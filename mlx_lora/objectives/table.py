@@ -33,6 +33,7 @@ OBJECTIVES = {
 OF_REWARDS = (
     "reward",
     "environment",
+    "tools",
     "max_turns",
     "reward_weights",
     "reward_errors",

@@ -23,6 +23,13 @@ WIDE = (1240, 320)  # of a chart that has a page's whole width
 LEFT, RIGHT, TOP, BOTTOM = 88, 12, 12, 34
 MOST_POINTS = 400  # per series; more are averaged
 MOST_DOTS = 60  # a series with more points is drawn as a line without dots
+# Titles of what episodes with tools report -> their names in metrics.jsonl.
+OF_TOOLS = (
+    ("Calls of tools in an episode", "tools/call_frequency"),
+    ("Share of calls that failed", "tools/failure_frequency"),
+    ("Answers of the model in an episode", "tools/turns"),
+    ("Episodes ended at --max-turns", "tools/max_turns_frequency"),
+)
 
 
 @dataclass(frozen=True)

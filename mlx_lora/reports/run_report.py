@@ -4,7 +4,7 @@ The page is made from metrics.jsonl, run.yaml and report.json, which has what th
 the data, and texts before and after training. It is written at every save, so a killed run has one as well.
 
 answers.jsonl has one line for each fixed prompt at each validation: `step`, `number`, `prompt`, `answer`, `length`,
-`truncated`, `reward`, `rewards`.
+`truncated`, `reward`, `rewards`; after an episode with tools also `messages`.
 
 evaluation.json has what `evaluate --json` prints, and `date`, `held_out` (the rows are those that the run held out) and
 `adapter` (the SHA-256 of the weights that were measured). A run that trains further has another adapter, and the results of
@@ -30,7 +30,7 @@ from mlx_lora.data.duplicates import SeenRows
 from mlx_lora.data.report import UNITS
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.objectives.table import OWN_OPTIONS
-from mlx_lora.reports.charts import COMMON, WIDE, Series, line_chart, number, render_page
+from mlx_lora.reports.charts import COMMON, OF_TOOLS, WIDE, Series, line_chart, number, render_page
 from mlx_lora.reports.diagnosis import Verdict, VerdictContext, change_words, verdict
 from mlx_lora.trainer.evaluate import ROWS_FILE, Change, KnownRows, read_rows_file
 from mlx_lora.utils.console import finite_values
@@ -484,6 +484,7 @@ def rollout_charts(records: list[Record]) -> list[Chart]:
         ("Answers cut at --max-new-tokens", "truncated", True),
         *([("Divergence from the untrained model", "kl", True)] if rewarded else []),  # else from a teacher
         ("Ratios beyond --epsilon", "clipped", True),
+        *((title, name, True) for title, name in OF_TOOLS),
         ("Share of the time in rollouts", "rollout_share", True),
     ]
     charts = []

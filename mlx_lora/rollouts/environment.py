@@ -4,10 +4,13 @@
     step     takes what the model said, and returns an observation, a reward, and whether the episode is over
 
 The words are gymnasium's. `Env` is what a user writes: the environment of a single episode, in text. A `VectorEnv` runs the
-episodes of a batch side by side, in tokens. There are two:
+episodes of a batch side by side, in tokens. There are three:
 
     SingleTurnEnv    every episode is over after one answer, and --reward rewards all answers of a batch in one call
     MultiTurnEnv     each episode has an `Env` of its own (--environment), whose observations become turns of the user
+    ToolEnv          the model calls tools, whose results become turns of tools (rollouts/tool_env.py)
+
+rollouts/make_environment.py chooses.
 
 In a row, the model's tokens and the observations between them follow the prompt in the order in which they came. Only the
 model's tokens are trained. The row has as much room as --max-new-tokens says for all of them together, so that shapes and
@@ -18,7 +21,6 @@ Shapes: N prompts, G episodes of each, E = N G episodes, F rewards.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -37,14 +39,11 @@ from mlx_lora.rollouts.rewards import (
     Reward,
     SilentRewards,
     TrainerState,
-    from_file,
     guarded,
-    no_function,
     problem_of,
-    reward_names,
     rewards_for,
 )
-from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.errors import RunError
 
 Facts = Mapping[str, Any]
 """What is known of a prompt beside its tokens: `prompt`, `chat`, `columns` and `example` (data/prompts.py)."""
@@ -92,11 +91,15 @@ class Episode:
         tokens: the model's completions, and the observations between them.
         observed: the first token of each observation in `tokens`, and the one after its last; the model sampled all others.
         truncated: whether the episode reached the end of its room.
+        counts: what the environment counted, by the name of the report whose mean over episodes is shown.
+        messages: the turns after the prompt, for people; None: the text of the tokens is all there is.
     """
 
     tokens: list[int] = field(default_factory=list)
     observed: list[tuple[int, int]] = field(default_factory=list)
     truncated: bool = False
+    counts: dict[str, float] = field(default_factory=dict)
+    messages: list[dict[str, Any]] | None = None
 
     @property
     def sampled(self) -> np.ndarray:
@@ -170,6 +173,18 @@ class VectorEnv(Protocol):
         """
         ...
 
+    def finish(self, episodes: Sequence[Episode], note: Callable[[str], None]) -> np.ndarray | None:
+        """Return what all episodes get at the end, (E, F) float64, which is added to what steps gave; None: nothing.
+
+        Args:
+            episodes: all of them, in order; each may get `counts` and `messages`.
+            note: takes a line if something failed and is skipped.
+
+        Raises:
+            RunError: a reward failed.
+        """
+        ...
+
     def text_of(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, as rewards see it."""
         ...
@@ -193,8 +208,8 @@ class Played:
 
     @property
     def written(self) -> list[list[Any]]:
-        """The episodes as JSON values, each with the arguments of `Episode`."""
-        return [[one.tokens, one.observed, one.truncated] for one in self.episodes]
+        """The episodes as JSON values, each with the arguments of `Episode` but the last."""
+        return [[one.tokens, one.observed, one.truncated, one.counts] for one in self.episodes]
 
 
 Sample = Callable[[int, list[int], list[list[int]], list[int]], list[list[int]]]
@@ -253,6 +268,9 @@ def play(
             left[number] -= len(observation)
             going_on.append(number)
         playing, turn = going_on, turn + 1
+    last = env.finish(played.episodes, notes.append)
+    if last is not None:
+        _add(played.rewards, range(len(left)), last)
     return played
 
 
@@ -320,6 +338,9 @@ class SingleTurnEnv:
         rewards = self._rewards([self.facts[number] for number in episodes], completions, note)
         return StepResults([[] for _ in completions], rewards, [True] * len(completions))
 
+    def finish(self, episodes: Sequence[Episode], note: Callable[[str], None]) -> np.ndarray | None:
+        return None
+
     def text_of(self, tokens: Sequence[int]) -> str:
         return text_of(self.tokenizer, tokens)
 
@@ -347,37 +368,25 @@ class SingleTurnEnv:
 # Several turns
 
 
-def env_class(settings: ObjectiveSettings) -> type[Any]:
-    """Return the class that --environment names.
+def same_beginnings(first: Sequence[Any], group: int, asked: str) -> list[Any]:
+    """Return the first observation of each prompt's episodes.
+
+    Args:
+        first: what `reset` returned for each episode.
+        group: G.
+        asked: the flag with the class, for the message.
 
     Raises:
-        InputError: it cannot be loaded, or has not the methods of `Env`.
+        RunError: the episodes of a prompt begin in different ways.
     """
-    text = settings.environment or ""
-    if not text.rpartition(":")[0].endswith(".py"):
-        raise InputError(f"--environment {text}: not a class in a file; give FILE.py:CLASS")
-    found = from_file("--environment", text, "class")
-    missing = [name for name in ("reset", "step") if not callable(getattr(found, name, None))]
-    if not inspect.isclass(found) or missing:
-        problem = f"it has no {' and no '.join(missing)}" if missing else "not a class"
-        raise InputError(
-            f"--environment {text}: {problem}; give a class with reset(seed, **columns) and step(completion)"
-        )
-    return found
-
-
-def check_environment(settings: ObjectiveSettings) -> None:
-    """Refuse an --environment that cannot be used, before a model is loaded.
-
-    Raises:
-        InputError: it cannot be loaded, or there are rewards beside it.
-    """
-    if settings.reward:
-        raise InputError(
-            f"--reward {settings.reward} with --environment {settings.environment}: the environment's step gives the "
-            "rewards; leave one of the two out"
-        )
-    env_class(settings)
+    found = [list(first[at : at + group]) for at in range(0, len(first), group)]
+    for texts in found:
+        if any(text != texts[0] for text in texts):
+            raise RunError(
+                f"{asked}: reset returned {texts[0]!r} and others for the same seed and columns; the episodes of a prompt "
+                "must begin alike"
+            )
+    return [texts[0] for texts in found]
 
 
 @dataclass
@@ -407,12 +416,6 @@ class MultiTurnEnv:
     facts: list[Facts] = field(default_factory=list)
     encoder: Encoder | None = None
 
-    @classmethod
-    def of(cls, settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, day: date | None = None) -> MultiTurnEnv:
-        """Return it for the class that --environment names; errors as of `env_class`."""
-        [name] = reward_names(settings.objective)
-        return cls(env_class(settings.objective), [Reward(name, no_function)], settings, tokenizer, day)
-
     def reset(
         self,
         prompts: Sequence[list[int]],
@@ -435,17 +438,11 @@ class MultiTurnEnv:
         self.episodes = [one for one, _ in begun]
         if not begun:
             return list(prompts)
-        first = [[text for _, text in begun[at : at + group]] for at in range(0, len(begun), group)]
-        for texts in first:
-            if any(text != texts[0] for text in texts):
-                raise RunError(
-                    f"--environment {self.rewards[0].name}: reset returned {texts[0]!r} and others for the same seed and "
-                    "columns; the episodes of a prompt must begin alike"
-                )
+        first = same_beginnings([text for _, text in begun], group, f"--environment {self.rewards[0].name}")
         encoder = self._encoder()
         return [
-            prompt if not texts[0] else prompt_tokens(encoder, with_observation(fact["example"], texts[0]))
-            for prompt, fact, texts in zip(prompts, facts, first, strict=True)
+            prompt if not text else prompt_tokens(encoder, with_observation(fact["example"], text))
+            for prompt, fact, text in zip(prompts, facts, first, strict=True)
         ]
 
     def step(
@@ -469,6 +466,9 @@ class MultiTurnEnv:
             done.append(over)
         rewards = [np.nan if reward is None else float(reward) for _, reward, _ in found]
         return StepResults(observations, np.array(rewards)[:, None], done)
+
+    def finish(self, episodes: Sequence[Episode], note: Callable[[str], None]) -> np.ndarray | None:
+        return None
 
     def text_of(self, tokens: Sequence[int]) -> str:
         return text_of(self.tokenizer, tokens)
@@ -506,22 +506,3 @@ def _checked(found: Any) -> tuple[str | None, float | None, bool]:
             f"step gave {type(observation).__name__} as the observation of an episode that goes on; return a text"
         )
     return observation, reward, bool(done)
-
-
-def environment_of(
-    settings: TrainSettings, rewards: Sequence[Reward], tokenizer: PreTrainedTokenizerBase, day: date | None = None
-) -> VectorEnv:
-    """Return the environment that a run's settings ask for.
-
-    Args:
-        settings: of the run.
-        rewards: of single answers.
-        tokenizer: not mlx-lm's wrapper.
-        day: that chat templates show as today; None: today.
-
-    Raises:
-        InputError: --environment names no class that can be used.
-    """
-    if settings.objective.environment:
-        return MultiTurnEnv.of(settings, tokenizer, day)
-    return SingleTurnEnv(rewards, settings.objective, tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ def greedy_answers(rollouts: Rollouts, prompts: Sequence[FixedPrompt]) -> list[d
     """Return an answer to each prompt with its rewards, as plain values; no random stream of the run is used.
 
     Each has `prompt` (as rewards see it), `answer`, `length` in tokens, `truncated`, `reward` (the weighted sum, None
-    without one) and `rewards` by name.
+    without one) and `rewards` by name; of an episode with tools also `messages`, and `answer` shows calls and results.
 
     Raises:
         RunError: a reward failed.
@@ -56,7 +57,8 @@ def greedy_answers(rollouts: Rollouts, prompts: Sequence[FixedPrompt]) -> list[d
     return [
         {
             "prompt": prompt.fact["prompt"],
-            "answer": env.text_of(episode.tokens),
+            "answer": talk_text(episode.messages) if episode.messages else env.text_of(episode.tokens),
+            **({"messages": episode.messages} if episode.messages else {}),
             "length": int(episode.sampled.sum()),
             "truncated": episode.truncated,
             "reward": _finite_or_none(total),
@@ -66,6 +68,20 @@ def greedy_answers(rollouts: Rollouts, prompts: Sequence[FixedPrompt]) -> list[d
             prompts, played.episodes, totals.tolist(), played.rewards.tolist(), strict=True
         )
     ]
+
+
+def talk_text(messages: Sequence[dict[str, Any]]) -> str:
+    """Return the turns of an episode with tools as a person reads them: a call after an arrow, its result after another."""
+    lines = []
+    for message in messages:
+        if message["role"] == "tool":
+            lines.append(f"← {message['content']}")
+            continue
+        lines += [message["content"]] if message["content"].strip() else []
+        for call in message.get("tool_calls", ()):
+            function = call["function"]
+            lines.append(f"→ {function['name']} {json.dumps(function['arguments'], ensure_ascii=False, default=str)}")
+    return "\n".join(lines)
 
 
 def _finite_or_none(value: float) -> float | None:

@@ -15,7 +15,6 @@ import asyncio
 import hashlib
 import importlib.util
 import inspect
-import json
 import math
 import os
 import re
@@ -27,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_lora.losses.policy import group_deviation
+from mlx_lora.rollouts.ready_rewards import GIVE, PLAIN, ready_reward
 from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.files import sha256_of
 
 if TYPE_CHECKING:
     from mlx_lora.config.objectives import ObjectiveSettings
@@ -89,7 +90,7 @@ def rewards_of(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS)
 
 def reward_names(settings: ObjectiveSettings) -> list[str]:
     """Return the name of each reward for reports: the function's, the folder's or the kind's; where two are alike, all of it."""
-    if settings.environment:
+    if settings.environment and not settings.reward:
         return [settings.environment.rpartition(":")[2]]
     asked = _asked(settings)
     short = [_short(text) for text in asked]
@@ -114,9 +115,10 @@ def reward_files(settings: ObjectiveSettings) -> dict[str, str]:
     if not settings.rewarded:
         return {}
     found = {}
-    if settings.environment:
-        file = Path(os.path.expanduser(settings.environment.rpartition(":")[0]))
-        found["code of --environment"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    for flag, text in (("--environment", settings.environment), ("--tools", settings.tools)):
+        files = [Path(os.path.expanduser(name)) for name in re.findall(r"[^,]+?\.py(?=[:,]|$)", text or "")]
+        if digest := "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files):
+            found[f"code of {flag}"] = hashlib.sha256(digest.encode()).hexdigest()[:16]
     for text in _asked(settings) if settings.samples else []:
         path = text.partition(":")[2] if text.startswith("json_schema:") else text.rpartition(":")[0]
         folder = _model_folder(text)
@@ -190,26 +192,35 @@ def from_file(flag: str, name: str, what: str) -> Any:
         InputError: there is no such file, it cannot be run, or it has no such name.
     """
     path, _, attribute = name.rpartition(":")
-    module = _module(Path(path).expanduser(), f"{flag} {name}")
+    module = module_of(path, f"{flag} {name}")
     if not callable(vars(module).get(attribute)):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise InputError(f"{flag} {name}: {path} has no {what} {attribute}; it has {', '.join(known) or 'none'}")
     return vars(module)[attribute]
 
 
-def _module(file: Path, asked: str) -> ModuleType:
-    """Run a user's file, which `asked` names, and return it as a module."""
+def module_of(path: str, asked: str) -> ModuleType:
+    """Return a user's file, which `asked` names, as a module; errors as of `from_file`.
+
+    A file is run once, so that a reward sees the class that its file also defines for --environment.
+    """
+    file = Path(path).expanduser()
     if not file.is_file():
         raise InputError(f"{asked}: there is no file {file}; give its path")
+    try:
+        return _module(file.resolve(), sha256_of(file))
+    except Exception as error:  # a user's code may raise anything
+        raise InputError(f"{asked}: {file} cannot be run ({one_line(error)}); correct it") from error
+
+
+@lru_cache(maxsize=16)
+def _module(file: Path, content: str) -> ModuleType:
+    """Run a file with this check sum."""
     spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise InputError(f"{asked}: {file} is not a Python file; give one")
+        raise ImportError("not a Python file")
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # a user's code may raise anything
-        words = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"{asked}: {file} cannot be run ({words}); correct it") from error
+    spec.loader.exec_module(module)
     return module
 
 
@@ -244,7 +255,7 @@ def call_reward(function: Callable[..., Any], arguments: dict[str, Any], state: 
     if STATE not in arguments and _takes_state(function):
         arguments = {**arguments, STATE: state}
     values = function(**arguments)
-    return list(_awaited(values) if inspect.isawaitable(values) else values)
+    return list(awaited(values) if inspect.isawaitable(values) else values)
 
 
 def _takes_state(function: Callable[..., Any]) -> bool:
@@ -255,7 +266,7 @@ def _takes_state(function: Callable[..., Any]) -> bool:
     return STATE in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
-def _awaited(values: Any) -> Any:
+def awaited(values: Any) -> Any:
     """Wait for an `async def` reward; a notebook has an event loop of its own, which cannot run another's."""
 
     async def wait() -> Any:
@@ -311,30 +322,34 @@ def guarded(
         RunError: it failed, and the run is to stop.
     """
     try:
-        with _at_most(settings.reward_timeout) if limited else nullcontext():
+        with at_most(settings.reward_timeout) if limited else nullcontext():
             return function()
-    except _TooLong:
+    except TooLong:
         words = f"{settings.reward_timeout:g} s for {len(answers['completions'])} answers"
         fail(f"{name} took longer than {words}", settings, note, "--reward-timeout")
     except Exception as error:  # a user's code may raise anything
-        words = f"{type(error).__name__}: {error}".splitlines()[0]
-        fail(f"{name} failed ({words}) for {_shown(answers, 0)}", settings, note)
+        fail(f"{name} failed ({one_line(error)}) for {_shown(answers, 0)}", settings, note)
     return None
 
 
-class _TooLong(BaseException):
+def one_line(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+class TooLong(BaseException):
     """A reward took longer than allowed; not an Exception, so that the user's code does not catch it."""
 
 
 @contextmanager
-def _at_most(seconds: float) -> Iterator[None]:
-    """Raise _TooLong in here after some seconds; only in the main thread, the others have no signals."""
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise TooLong in here after some seconds; only in the main thread, the others have no signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(number: int, frame: Any) -> None:
-        raise _TooLong
+        raise TooLong
 
     before = signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -471,129 +486,3 @@ class SilentRewards:
             if str(count).strip("0") == "1":
                 times = "a batch" if count == 1 else f"{count:,} batches so far"
                 note(f"Note: --reward {name} gave None to every answer of {times}; it changes nothing there")
-
-
-# Ready rewards
-
-ANSWER_COLUMNS = ("answer", "solution", "completion", "output", "response")
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-FINAL_MARK = "####"  # before the result in GSM8K's answers
-THINKING = re.compile(r"^\s*<think>(?!.*<think>).*?</think>\s*\S.*$", re.DOTALL)
-
-
-def text_of(completion: Any) -> str:
-    """Return a completion's text, given as text or as messages."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
-
-
-def exact_match(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-    """Give 1 for an answer that equals the record's own, without white space around it, else 0."""
-    return [
-        None if right is None else float(text_of(completion).strip() == str(right).strip())
-        for completion, right in zip(completions, _right_answers(completions, columns, "exact_match"), strict=True)
-    ]
-
-
-def number_match(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-    """Give 1 if an answer's last number is that of the record's own answer, else 0.
-
-    In both, a number after "####" (GSM8K) counts before the last one. Commas in numbers are ignored.
-    """
-    found = []
-    for completion, right in zip(completions, _right_answers(completions, columns, "number_match"), strict=True):
-        wanted = _number(str(right)) if right is not None else None
-        given = _number(text_of(completion))
-        found.append(None if wanted is None else float(given is not None and given == wanted))
-    return found
-
-
-def think_format(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-    """Give 1 for one thought in <think> tags, followed by an answer, else 0."""
-    return [float(THINKING.match(text_of(completion)) is not None) for completion in completions]
-
-
-def length(completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], most: int, **columns: Any) -> list:
-    """Give 0 up to `most` tokens, and beyond, minus the share by which an answer is longer."""
-    return [-max(0, len(tokens) - most) / most for tokens in completion_ids]
-
-
-def matches(completions: Sequence[Any], pattern: re.Pattern, **columns: Any) -> list[float | None]:
-    """Give 1 for an answer in which the pattern is found, else 0."""
-    return [float(pattern.search(text_of(completion)) is not None) for completion in completions]
-
-
-def fits_schema(completions: Sequence[Any], validator: Any, **columns: Any) -> list[float | None]:
-    """Give 1 for an answer that is JSON and fits the schema, half for JSON that does not fit, else 0."""
-    found: list[float | None] = []
-    for completion in completions:
-        try:
-            value = json.loads(text_of(completion))
-        except ValueError:
-            found.append(0.0)
-        else:
-            found.append(1.0 if validator.is_valid(value) else 0.5)
-    return found
-
-
-PLAIN: dict[str, RewardFunction] = {
-    "exact_match": exact_match,
-    "number_match": number_match,
-    "think_format": think_format,
-}
-WITH_ARGUMENT = ("length", "regex", "json_schema")
-NAMES = (*PLAIN, "length:N", "regex:PATTERN", "json_schema:FILE")
-GIVE = f"a function as FILE.py:FUNCTION, the folder of a reward model, or {', '.join(NAMES)}"
-
-
-def ready_reward(name: str) -> RewardFunction | None:
-    """Return the ready function of a name, such as exact_match or length:200; None if there is none.
-
-    Raises:
-        InputError: what follows the colon cannot be used.
-    """
-    kind, colon, argument = name.partition(":")
-    if not colon:
-        return PLAIN.get(kind)
-    if kind == "length":
-        if not argument.isdecimal() or not int(argument):
-            raise InputError(f"--reward {name}: write a number of tokens, as in length:200")
-        return partial(length, most=int(argument))
-    if kind == "regex":
-        try:
-            return partial(matches, pattern=re.compile(argument, re.DOTALL))
-        except re.error as error:
-            raise InputError(f"--reward {name}: not a regular expression ({error}); correct it") from None
-    return partial(fits_schema, validator=_validator(name, Path(argument))) if kind == "json_schema" else None
-
-
-def _validator(name: str, file: Path) -> Any:
-    try:
-        import jsonschema
-        from jsonschema.validators import validator_for
-    except ImportError:
-        raise InputError(f"--reward {name}: needs jsonschema; install it: pip install jsonschema") from None
-    try:
-        schema = json.loads(file.read_text(encoding="utf-8"))
-        kind = validator_for(schema)
-        kind.check_schema(schema)
-    except (OSError, ValueError, jsonschema.SchemaError) as error:
-        raise InputError(f"--reward {name}: {file} holds no JSON schema ({error}); correct it") from None
-    return kind(schema)
-
-
-def _right_answers(completions: Sequence[Any], columns: dict[str, Any], name: str) -> Sequence[Any]:
-    """Return the record's own answer for each completion."""
-    for column in ANSWER_COLUMNS:
-        if column in columns:
-            return columns[column]
-    raise ValueError(f"{name} needs the right answer in a column of the data: {', '.join(ANSWER_COLUMNS)}")
-
-
-def _number(text: str) -> float | None:
-    """Return the number after "####", else the last one; None without any."""
-    if FINAL_MARK in text:
-        text = text.rpartition(FINAL_MARK)[2]
-        numbers = NUMBER.findall(text)[:1]
-    else:
-        numbers = NUMBER.findall(text)[-1:]
-    return float(numbers[0].replace(",", "")) if numbers else None

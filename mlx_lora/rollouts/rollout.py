@@ -34,7 +34,8 @@ from mlx_lora.objectives.policy_arrays import ADVANTAGES, LENGTHS, OLD, REFERENC
 from mlx_lora.objectives.prefix_sharing import Joining, apart, by_answer, slots_of, sums_of_answers
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.rollouts.decode import SamplingForm
-from mlx_lora.rollouts.environment import Played, Sample, VectorEnv, play, seeds_of
+from mlx_lora.rollouts.environment import Played, Sample, SingleTurnEnv, VectorEnv, play, seeds_of
+from mlx_lora.rollouts.kept_caches import Held, KeptCaches
 from mlx_lora.rollouts.rewards import TrainerState, reports_of, summed
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.rollouts.sharing import Planned, deal_prompts, gathered, of_own_rows
@@ -198,16 +199,21 @@ class Rollouts:
             keys: returns those of all episodes at a turn, (E, 2) uint32.
         """
 
+        held: dict[int, Held] = {}
+        several = not isinstance(self.env, SingleTurnEnv)
+
         def completions(turn: int, episodes: list[int], before: list[list[int]], left: list[int]) -> list[list[int]]:
-            start, group = (
-                time.perf_counter(),
-                1 if turn else options.group,
-            )  # a prompt is computed once for its episodes
+            nonlocal held
+            start = time.perf_counter()
+            group = 1 if turn else options.group  # a prompt is computed once for its episodes
             own = keys(turn)[mx.array(episodes)] if turn else keys(turn)
+            kept = KeptCaches([held[number] for number in episodes if number in held]) if several else None
+            held = {}
             with self.form.model_of(self.base) as model:
                 found, _ = sample_groups(
-                    model, before[::group], replace(options, group=group), self.ends, own, limits=left
+                    model, before[::group], replace(options, group=group), self.ends, own, limits=left, kept=kept
                 )
+            held |= {episodes[row]: one for row, one in kept.ended.items()} if kept else {}
             self.spent.seconds += time.perf_counter() - start
             return found
 
@@ -242,15 +248,18 @@ class Rollouts:
         inputs, targets = np.zeros((len(ends), width), np.int32), np.zeros((len(ends), width), np.int32)
         mask = np.zeros_like(inputs, bool)
         lengths, truncated = np.zeros(len(inputs), np.float32), np.zeros(len(inputs), np.float32)
+        counts: dict[str, np.ndarray] = {}
         for place, (row, episode) in enumerate(zip(rows, played.episodes, strict=True)):
             tokens = played.prompts[place // batch.group] + episode.tokens
             inputs[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
             lengths[row], truncated[row] = episode.sampled.sum(), episode.truncated
+            for name, value in episode.counts.items():
+                counts.setdefault(name, np.zeros(len(inputs), np.float32))[row] = value
             kept = not (episode.truncated and self.settings.objective.mask_truncated)
             mask[row, begins[row] : ends[row]] = kept & episode.sampled
         self.spent.tokens += int(lengths.sum())
         slots = slots_of(int(mask.sum()), len(batch.positions), mask.size)
-        sampled = {LENGTHS: lengths, TRUNCATED: truncated}
+        sampled = {LENGTHS: lengths, TRUNCATED: truncated} | counts
         filled = Batch.of(
             inputs, targets, mask, int(ends.sum()), slots, group=batch.group, numbers=batch.numbers, sampled=sampled
         )

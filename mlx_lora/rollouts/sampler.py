@@ -21,6 +21,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import apply_min_p, apply_top_p
 
 from mlx_lora.rollouts.decode import TokenSteps, held_weights
+from mlx_lora.rollouts.kept_caches import KeptCaches
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def sample_groups(
     ends: frozenset[int],
     keys: mx.array,
     limits: Sequence[int] | None = None,
+    kept: KeptCaches | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Sample G answers to each prompt.
 
@@ -87,6 +89,7 @@ def sample_groups(
         ends: tokens that end an answer.
         keys: (A, 2) uint32, the key of each answer's random stream.
         limits: (A,) the most tokens of each answer; None: as the options say.
+        kept: has what earlier turns of the same rows left, and gets what this one leaves; the group is then 1 after the first.
 
     Returns:
         The tokens of each answer, (A,) lists, with its end token if it ended; and the log-probability of each token at the
@@ -94,7 +97,8 @@ def sample_groups(
     """
     answers: list[list[int]] = [[] for _ in range(len(prompts) * options.group)]
     found: list[list[float]] = [[] for _ in answers]
-    caches = _group_caches(model, prompts, options.group)
+    caches = kept.joined(model, prompts) if kept else None
+    caches = caches or _group_caches(model, prompts, options.group)
     tokens = mx.array([prompt[-1] for prompt in prompts for _ in range(options.group)], mx.uint32)
     rows, ended = list(range(len(answers))), [False] * len(answers)
     limits = [options.max_new_tokens] * len(answers) if limits is None else limits
@@ -107,6 +111,10 @@ def sample_groups(
                 answers[rows[place]].append(token)
                 found[rows[place]].append(logp)
                 ended[place] = token in ends or len(answers[rows[place]]) == limits[rows[place]]
+                if kept is not None and token in ends:
+                    row = rows[place]
+                    held = len(prompts[row // options.group]) + len(answers[row]) - 1
+                    kept.keep(row, place, held, caches)
         if all(ended):
             break
         if sum(ended) >= ENDED_SHARE * len(ended):

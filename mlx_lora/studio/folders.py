@@ -30,6 +30,7 @@ PATHS = (
     "teacher_prompt",
     "reward",
     "environment",
+    "tools",
 )
 
 

@@ -184,8 +184,15 @@ CHANGES = {
 def test_every_option_is_tried():
     own = {name for name, owners in OWN_OPTIONS.items() if set(owners) & set(SAMPLING)}
     # A reward that fails: above, and test_rewards.py. Rows that are shared change nothing: test_joined_answers.py.
-    # Episodes of several turns: test_environment.py.
-    assert set(CHANGES) == own - {"reward_errors", "reward_timeout", "shared_prefix", "environment", "max_turns"}
+    # Episodes of several turns: test_environment.py, test_tool_env.py.
+    assert set(CHANGES) == own - {
+        "reward_errors",
+        "reward_timeout",
+        "shared_prefix",
+        "environment",
+        "tools",
+        "max_turns",
+    }
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,10 @@ from mlx_lora.rollouts.environment import (
     MultiTurnEnv,
     Played,
     SingleTurnEnv,
-    check_environment,
     play,
     seeds_of,
 )
+from mlx_lora.rollouts.make_environment import check_environment
 from mlx_lora.rollouts.rewards import Reward, TrainerState, no_function, reward_files
 from mlx_lora.rollouts.rollout import Rollouts
 from mlx_lora.rollouts.sampler import answer_keys
@@ -271,8 +271,9 @@ def test_what_is_no_environment_is_one_line(tmp_path):
     }.items():
         with pytest.raises(InputError, match=words):
             check_environment(replace(asked, environment=name))
+    file.write_text(file.read_text() + "\nclass Both(Half):\n    def step(self, completion): ...\n")
     with pytest.raises(InputError, match="leave one of the two out"):
-        check_environment(replace(asked, environment=f"{file}:Half", reward="length:4"))
+        check_environment(replace(asked, environment=f"{file}:Both", reward="length:4"))
     before = reward_files(replace(asked, environment=f"{file}:Half"))
     file.write_text("# other code\n")
     assert reward_files(replace(asked, environment=f"{file}:Half")) != before

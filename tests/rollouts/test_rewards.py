@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 import time
 from dataclasses import replace
 
@@ -45,6 +46,19 @@ def test_ready_rewards():
     assert given("think_format", *thoughts, chat=True) == [1.0, 0.0, 0.0, 0.0]
     assert given("length:4", "abcd", "abcdef") == [0.0, -0.5]
     assert given("regex:^\\d+$", "12", "a12") == [1.0, 0.0]
+
+
+def test_mathematics():
+    pytest.importorskip("math_verify")
+    right = [r"$\\frac{1}{2}$", "2", None, "$x^2 + 1$"]
+    said = given("math-verify", r"It is $\\boxed{0.5}$", "3", "4", "$1 + x^2$", answer=right)
+    assert said == [1.0, 0.0, None, 1.0]
+
+
+def test_mathematics_without_its_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(InputError, match=r"needs math-verify; pip install 'mlx-lora\[rewards\]'"):
+        ready_reward("math-verify")
 
 
 def test_json_schema(tmp_path):

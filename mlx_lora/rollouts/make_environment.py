@@ -1,0 +1,181 @@
+"""Make the environment that a run's settings ask for: of single answers, of several turns, or of tools.
+
+--reward alone                               single answers
+--environment, a class with reset and step   several turns; step rewards them
+--environment, a class of TRL's form         tools: its public methods; --reward or its get_reward rewards them
+--tools                                      tools: plain functions, alone or beside such a class
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import date
+from typing import Any
+
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import TrainSettings
+from mlx_lora.data.tool_turns import ToolTurns
+from mlx_lora.models.load import Base
+from mlx_lora.rollouts.environment import MultiTurnEnv, SingleTurnEnv, VectorEnv
+from mlx_lora.rollouts.rewards import (
+    IN_PYTHON,
+    NO_FUNCTIONS,
+    Functions,
+    Reward,
+    awaited,
+    from_file,
+    no_function,
+    reward_names,
+)
+from mlx_lora.rollouts.tool_calls import CallReader
+from mlx_lora.rollouts.tool_env import Toolbox, ToolEnv
+from mlx_lora.rollouts.tools import OWN_REWARD, RESET, STEP, plain_tools, tool_methods, tool_schemas
+from mlx_lora.utils.errors import InputError
+
+# The user's class
+
+
+def env_class(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS) -> type[Any]:
+    """Return the class that --environment names.
+
+    Args:
+        settings: with --environment.
+        functions: what was given in Python, by what --environment calls it.
+
+    Raises:
+        InputError: it cannot be loaded, or has not the methods of an environment.
+    """
+    text = settings.environment or ""
+    if text.startswith(IN_PYTHON):
+        if text not in functions:
+            raise InputError(
+                f"--environment {text}: a class that was given in Python; continue with mlx_lora.train there"
+            )
+        found: Any = functions[text]
+    elif text.rpartition(":")[0].endswith(".py"):
+        found = from_file("--environment", text, "class")
+    else:
+        raise InputError(f"--environment {text}: not a class in a file; give FILE.py:CLASS")
+    missing = [name for name in (RESET, STEP) if not callable(getattr(found, name, None))]
+    has_tools = inspect.isclass(found) and (tool_methods(found) or settings.tools)
+    if not inspect.isclass(found) or RESET in missing or (missing and not has_tools):
+        problem = f"it has no {' and no '.join(missing)}" if missing else "not a class"
+        raise InputError(
+            f"--environment {text}: {problem}; give a class with reset(seed, **columns) and step(completion), or with "
+            "reset and public methods that are tools"
+        )
+    return found
+
+
+def is_stepped(environment: type[Any] | None) -> bool:
+    """Return whether a class answers the model itself; if not, its public methods are tools."""
+    return environment is not None and callable(getattr(environment, STEP, None))
+
+
+def toolbox_of(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS) -> Toolbox | None:
+    """Return the tools that a run's settings ask for; None: there are none.
+
+    Args:
+        settings: with --environment and --tools.
+        functions: what was given in Python, by the names that settings have for it.
+
+    Raises:
+        InputError: a class or a function cannot be used.
+    """
+    environment = env_class(settings, functions) if settings.environment else None
+    if is_stepped(environment):
+        if settings.tools:
+            raise InputError(
+                f"--tools with --environment {settings.environment}: its step answers the model, so no tool would be "
+                "called; leave one of the two out, or give the class methods as tools instead of step"
+            )
+        return None
+    plain = plain_tools(settings, functions)
+    if environment is None and not plain:
+        return None
+    name = (settings.environment or "").removeprefix(IN_PYTHON).rpartition(":")[2]
+    return Toolbox(plain, environment, tool_schemas(plain, environment, settings.environment or ""), name)
+
+
+def own_reward(environment: type[Any] | None) -> Reward | None:
+    """Return the reward that a class of TRL's form gives by itself, from `get_reward`; None if it gives none."""
+    if environment is None or is_stepped(environment) or not callable(getattr(environment, OWN_REWARD, None)):
+        return None
+
+    def get_reward(environments: Sequence[Any], **columns: Any) -> list[float | None]:
+        found = [one.get_reward() for one in environments]
+        return [awaited(value) if inspect.isawaitable(value) else value for value in found]
+
+    return Reward(environment.__name__, get_reward)
+
+
+def check_environment(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS) -> None:
+    """Refuse --environment and --tools that cannot be used, before a model is loaded.
+
+    Raises:
+        InputError: they cannot be loaded, nothing rewards the episodes, or two do.
+    """
+    toolbox = toolbox_of(settings, functions)
+    if toolbox is None and settings.reward:
+        raise InputError(
+            f"--reward {settings.reward} with --environment {settings.environment}: the environment's step gives the "
+            "rewards; leave one of the two out"
+        )
+    if toolbox is not None and not settings.reward and own_reward(toolbox.environment) is None:
+        asked = f"--environment {settings.environment}" if settings.environment else f"--tools {settings.tools}"
+        raise InputError(
+            f"{asked}: nothing rewards the episodes; give --reward FILE.py:FUNCTION, or the class a method get_reward"
+        )
+
+
+# The environment of a run
+
+
+def environment_of(
+    settings: TrainSettings,
+    rewards: Sequence[Reward],
+    base: Base,
+    day: date | None = None,
+    functions: Functions = NO_FUNCTIONS,
+) -> VectorEnv:
+    """Return the environment that a run's settings ask for.
+
+    Args:
+        settings: of the run.
+        rewards: of answers, or of episodes with tools.
+        base: whose tokenizer and end tokens are used.
+        day: that chat templates show as today; None: today.
+        functions: what was given in Python.
+
+    Raises:
+        InputError: --environment or --tools cannot be used.
+    """
+    objective, tokenizer = settings.objective, base.hf_tokenizer
+    toolbox = toolbox_of(objective, functions)
+    if toolbox is not None:
+        return ToolEnv(toolbox, rewards, settings, tokenizer, frozenset(base.tokenizer.eos_token_ids), day)
+    if objective.environment:
+        [name] = reward_names(objective)
+        return MultiTurnEnv(env_class(objective, functions), [Reward(name, no_function)], settings, tokenizer, day)
+    return SingleTurnEnv(rewards, objective, tokenizer)
+
+
+def check_template(base: Base, template: str | None, schemas: Sequence[dict[str, Any]]) -> None:
+    """Refuse a chat template that cannot show tools, calls and results, or whose calls cannot be read.
+
+    Raises:
+        InputError: with the reason.
+    """
+    if template is not None:
+        CallReader.of(ToolTurns(base.hf_tokenizer, template, frozenset(base.tokenizer.eos_token_ids), schemas))
+
+
+def episode_rewards(rewards: Sequence[Reward], environment: type[Any] | None) -> tuple[Reward, ...]:
+    """Return the rewards of episodes with tools: those of --reward, and what the class gives by itself."""
+    own = own_reward(environment)
+    if own is None:
+        return tuple(rewards)
+    alike = sum(one.name == own.name for one in rewards)
+    return *rewards, replace(own, name=f"{own.name} {alike + 1}") if alike else own
