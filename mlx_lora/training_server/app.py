@@ -284,16 +284,17 @@ class TrainingRoutes:
         loop = asyncio.get_running_loop()
 
         def save(model: TrainedModel) -> Payload:
-            answer = types.SaveWeightsForSamplerResponseInternal()
+            path = sampler_id = None
             if asked.path is not None:
                 place = Place.of(record.id, SAMPLER, asked.path)
-                answer.path = self._worker.checkpoints.save(model, place, about).place.path
+                path = self._worker.checkpoints.save(model, place, about).place.path
             elif number is None:
                 raise InputError("save_weights_for_sampler: give a name, or a sampling_session_seq_id")
             else:
                 self._worker.keep_weights(weights, model)
                 made = asyncio.run_coroutine_threadsafe(self._sampler_of(record, number, weights, asked.kind), loop)
-                answer.sampling_session_id = made.result(timeout=10)
+                sampler_id = made.result(timeout=10)
+            answer = types.SaveWeightsForSamplerResponseInternal(path=path, sampling_session_id=sampler_id)
             return answer.model_dump(mode="json")
 
         return self._promise(self._submit(record, asked.seq_id, save))
