@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import numpy as np
 import tinker
 import uvicorn
 from tinker import types
+from tinker.lib.internal_client_holder import sessionless_holder_cache
 from training_examples import loaded
 
 from mlx_lora.serving.guard import GuardLimits, listen, timed_protocol
@@ -25,6 +29,11 @@ from mlx_lora.training_server.sessions import SessionLimits
 from mlx_lora.training_server.worker import Worker, WorkerSettings
 
 KEY = "tml-correct-horse"
+# For the tests of a file that uses the package: see `TrainingServer.__exit__`.
+IGNORED = [
+    pytest.mark.filterwarnings(f"ignore::{kind}")
+    for kind in ("ResourceWarning", "pytest.PytestUnraisableExceptionWarning")
+]
 
 
 class TrainingServer:
@@ -45,6 +54,7 @@ class TrainingServer:
         config = uvicorn.Config(
             app, http=timed_protocol(10.0), ws="none", log_level="warning", timeout_graceful_shutdown=1
         )
+        self._clients: list[tinker.ServiceClient] = []
         self._server, self.checkpoints = uvicorn.Server(config), checkpoints
         self._socket, self.url = listen("127.0.0.1", 0)
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
@@ -55,6 +65,13 @@ class TrainingServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for client in self._clients:
+            client.close("success").result(60)
+        close_rest_clients()
+        with warnings.catch_warnings():
+            # The package never closes the connection over which it first asks a server for its settings.
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
         self._server.should_exit = True
         self._thread.join(30)
         self._socket.close()
@@ -62,11 +79,19 @@ class TrainingServer:
 
     def client(self, key: str = KEY) -> tinker.ServiceClient:
         """Return a new session of the package's client."""
-        return tinker.ServiceClient(base_url=self.url, api_key=key)
+        self._clients.append(tinker.ServiceClient(base_url=self.url, api_key=key))
+        return self._clients[-1]
 
     def rest(self, key: str = KEY) -> tinker.RestClient:
         """Return the package's client for lists."""
         return tinker.RestClient(base_url=self.url, api_key=key)
+
+
+def close_rest_clients() -> None:
+    """Close the connections that the package keeps for its process, of which Python would complain at the end."""
+    for holder in sessionless_holder_cache._holders.values():
+        asyncio.run_coroutine_threadsafe(holder.aclose(), holder.get_loop()).result(60)
+    sessionless_holder_cache._holders.clear()
 
 
 def wait_until(condition: Any, seconds: float = 60.0) -> None:

@@ -50,7 +50,7 @@ class SessionLimits:
     """
 
     sessions: int = 16
-    models: int = 8
+    models: int = 32
     samplers: int = 10_000
     waiting: int = 2048
     silence_s: float = 120.0

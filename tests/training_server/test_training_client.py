@@ -8,7 +8,7 @@ import urllib.request
 import numpy as np
 import pytest
 import tinker_client  # skips without the package
-from tinker_client import TrainingServer, adam, datums, trainer
+from tinker_client import IGNORED, TrainingServer, adam, datums, trainer
 from training_examples import examples, loaded, trained_model
 
 from mlx_lora.exporters.adapter_folder import load_adapter
@@ -19,6 +19,7 @@ tinker = pytest.importorskip("tinker")
 types = tinker.types
 NUMBERS = AdamNumbers(1e-2, 0.9, 0.95, 1e-8)
 SECONDS = 120
+pytestmark = IGNORED
 
 
 @pytest.fixture(scope="module")

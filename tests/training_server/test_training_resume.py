@@ -7,7 +7,7 @@ import time
 
 import pytest
 from serving_process import Server
-from tinker_client import KEY, adam, datums, trainer
+from tinker_client import IGNORED, KEY, adam, datums, trainer
 from training_examples import examples, loaded, trained_model
 
 from mlx_lora.training_server.checkpoints import CheckpointFolder, Place
@@ -15,6 +15,7 @@ from mlx_lora.training_server.models import AdamNumbers
 
 tinker = pytest.importorskip("tinker")
 SECONDS = 180
+pytestmark = IGNORED
 # After the server is back: a client asks again after at most 30 s.
 ASKS_AGAIN_S = 35
 
