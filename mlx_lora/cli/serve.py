@@ -119,7 +119,8 @@ def serve_training(model: ModelSettings, settings: ServeSettings, key: str | Non
 
     root = Path(settings.checkpoints).expanduser()
     worker = Worker(
-        lambda: load_base(model), WorkerSettings(root, settings.model_name, settings.max_batch, settings.max_context)
+        lambda: load_base(model),
+        WorkerSettings(root, settings.model_name, settings.max_batch, settings.max_context, settings.join_clients),
     )
     console.echo(f"base   {worker.name}: {worker.base.describe()}")
     guard = GuardLimits(

@@ -309,6 +309,8 @@ class ServeSettings:
     model_name: str | None = setting(None,
         "With --training: what clients call the model (default: its hub id, or the name of its folder).", SERVER)
     checkpoints: str = setting("checkpoints", "With --training: folder for the checkpoints that clients save.", SERVER)
+    join_clients: bool = setting(False,
+        "With --training: compute requests of several clients that wait at the same time in one pass, which rounds differently.", SERVER)
     max_sessions: int = setting(16, "With --training: clients that may be connected at the same time; further ones get HTTP status 429.",
         LIMITS, at_least=1, at_most=10**4)
     session_timeout: float = setting(120.0, "With --training: seconds of silence after which a client's adapters are freed.",

@@ -29,7 +29,7 @@ from mlx_lora.serving.guard import Guard, GuardLimits, error_response, not_here
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.training_server import protocol
 from mlx_lora.training_server.checkpoints import EXTERNAL, SAMPLER, WEIGHTS, Place
-from mlx_lora.training_server.models import TrainedModel
+from mlx_lora.training_server.models import TokenRequest, TrainedModel
 from mlx_lora.training_server.rest import FILES, RestRoutes, expiry
 from mlx_lora.training_server.sampler import Answer
 from mlx_lora.training_server.sessions import (
@@ -41,7 +41,7 @@ from mlx_lora.training_server.sessions import (
     failure_words,
     owner_of,
 )
-from mlx_lora.training_server.worker import Ended, Worker
+from mlx_lora.training_server.worker import Ended, TokenJob, Worker
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 
@@ -228,12 +228,11 @@ class TrainingRoutes:
         asked = protocol.read_train_request(await request.body())
         record = self._registry.model(asked.model_id, owner(request))
 
-        def compute(model: TrainedModel) -> Payload:
-            return protocol.output_bytes(
-                model.forward_backward(asked.examples(), asked.loss, asked.config, asked.backward)
-            )
+        def prepare(model: TrainedModel) -> TokenRequest:
+            return model.prepare(asked.examples(), asked.loss, asked.config, asked.backward)
 
-        return self._promise(self._submit(record, asked.seq or None, compute))
+        job = TokenJob(lambda: self._model(record), prepare, protocol.output_bytes)
+        return self._promise(self._registry.submit(record, asked.seq or None, job))
 
     async def optim_step(self, request: Request) -> Response:
         """POST optim_step."""
@@ -370,13 +369,18 @@ class TrainingRoutes:
     def _submit(self, record: ModelRecord, seq: int | None, job: Callable[[TrainedModel], Payload]) -> Pending:
         """Run a job of a model in its turn."""
 
-        def run() -> Payload:
-            model = self._worker.models.get(record.id)
-            if model is None:
-                raise InputError("the model does not exist; its creation failed, or its session has ended")
-            return job(model)
+        return self._registry.submit(record, seq, lambda: job(self._model(record)))
 
-        return self._registry.submit(record, seq, run)
+    def _model(self, record: ModelRecord) -> TrainedModel:
+        """Return a client's model; called in the worker's thread.
+
+        Raises:
+            InputError: there is none.
+        """
+        model = self._worker.models.get(record.id)
+        if model is None:
+            raise InputError("the model does not exist; its creation failed, or its session has ended")
+        return model
 
     # --- samples
 

@@ -36,8 +36,15 @@ from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base
 from mlx_lora.serving.pools import LayerFactors
 from mlx_lora.trainer.optimizer import Masters, clip_scale
-from mlx_lora.training_server.examples import Example, ModelLimits, by_example, check_examples, micro_batches
-from mlx_lora.training_server.losses import find_loss
+from mlx_lora.training_server.examples import (
+    Example,
+    MicroBatch,
+    ModelLimits,
+    by_example,
+    check_examples,
+    micro_batches,
+)
+from mlx_lora.training_server.losses import LossRow, find_loss
 from mlx_lora.utils.errors import InputError
 
 # Tinker's: the product of the factors counts alpha / rank.
@@ -95,6 +102,35 @@ class Output:
 
     loss_sum: float
     logprobs: list[np.ndarray]
+
+
+@dataclass
+class TokenRequest:
+    """A request for a loss under way.
+
+    Attributes:
+        examples, row, numbers, backward: what is asked.
+        batches: its rows.
+        logprobs: of each example's targets, filled batch by batch.
+        loss_sum, sums: of the batches so far: the loss, and the gradient laid out like the masters.
+    """
+
+    examples: Sequence[Example]
+    row: LossRow
+    numbers: dict[str, float]
+    batches: list[MicroBatch]
+    backward: bool
+    logprobs: list[np.ndarray]
+    loss_sum: float = 0.0
+    sums: dict[str, mx.array] | None = None
+
+    def add(self, batch: MicroBatch, loss_sum: mx.array, logprobs: mx.array, grads: dict[str, mx.array] | None) -> None:
+        """Add the results of a micro-batch, which are computed here: one micro-batch's activations at a time."""
+        if grads is not None:
+            self.sums = grads if self.sums is None else tree_map(mx.add, self.sums, grads)
+        mx.eval(loss_sum, logprobs, self.sums or {})
+        self.loss_sum += loss_sum.item()
+        by_example(self.examples, batch.rows, np.array(logprobs), self.logprobs)
 
 
 def chosen_paths(model: nn.Module, config: dict[str, Any], shape: LoraShape) -> tuple[str, ...]:
@@ -180,30 +216,46 @@ class TrainedModel:
         Raises:
             InputError: the loss cannot be computed of these examples.
         """
+        request = self.prepare(examples, name, config, backward)
+        for batch in request.batches:
+            self.compute(request, batch)
+        return self.finish(request)
+
+    def prepare(
+        self, examples: Sequence[Example], name: str, config: Mapping[str, float | str], backward: bool = True
+    ) -> TokenRequest:
+        """Check a request, and cut it into micro-batches; arguments as for `forward_backward`.
+
+        Raises:
+            InputError: as for `forward_backward`.
+        """
         row, numbers = find_loss(name, config)
         check_examples(examples, name, row, self._limits)
+        batches = list(micro_batches(examples, row, self._most_positions))
+        logprobs = [np.zeros(example.targets.shape, np.float32) for example in examples]
+        return TokenRequest(examples, row, numbers, batches, backward, logprobs)
+
+    def compute(self, request: TokenRequest, batch: MicroBatch) -> None:
+        """Compute one micro-batch of a request."""
 
         def loss(model: nn.Module, *arrays: mx.array) -> tuple[mx.array, mx.array]:
             logprobs = -self._loss.tokens(model, *arrays)
-            return row.of_tokens(logprobs, batch.given, numbers).sum(), logprobs
+            return request.row.of_tokens(logprobs, batch.given, request.numbers).sum(), logprobs
 
-        gradient = nn.value_and_grad(self.model, loss)
-        logprobs = [np.zeros(example.targets.shape, np.float32) for example in examples]
-        total, sums = 0.0, self._gradients
-        for batch in micro_batches(examples, row, self._most_positions):
-            with left_unchanged(self.model):
-                if backward:
-                    (loss_sum, values), grads = gradient(self.model, *batch.arrays)
-                    own = self.masters.gathered(grads)
-                    sums = own if sums is None else tree_map(mx.add, sums, own)
-                else:
-                    loss_sum, values = loss(self.model, *batch.arrays)
-                mx.eval(loss_sum, values, sums or {})  # one micro-batch's activations at a time
-            total += loss_sum.item()
-            by_example(examples, batch.rows, np.array(values), logprobs)
-        # Only now: a request that fails in the middle leaves the sum as it was.
-        self._gradients = sums
-        return Output(total, logprobs)
+        with left_unchanged(self.model):
+            if not request.backward:
+                request.add(batch, *loss(self.model, *batch.arrays), None)
+                return
+            (loss_sum, logprobs), grads = nn.value_and_grad(self.model, loss)(self.model, *batch.arrays)
+            request.add(batch, loss_sum, logprobs, self.masters.gathered(grads))
+
+    def finish(self, request: TokenRequest) -> Output:
+        """Add a request's gradient to the sum. Only now: one that fails in the middle leaves the sum as it was."""
+        if request.sums is not None:
+            before = self._gradients
+            self._gradients = request.sums if before is None else tree_map(mx.add, before, request.sums)
+            mx.eval(self._gradients)
+        return Output(request.loss_sum, request.logprobs)
 
     def gradients(self) -> dict[str, mx.array]:
         """Return the summed gradient by parameter name, for tests and reports.

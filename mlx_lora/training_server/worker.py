@@ -6,6 +6,8 @@
 Each model has a queue of its own, and the thread takes the next job of one queue after the other, so a client that sends a hundred
 requests at once does not make another wait for all of them. Within a queue, jobs run in their order.
 
+With `join_clients`, requests for a loss that are next in several queues are computed in one pass (joint.py).
+
 A job that fails gives its error to the future, and the thread goes on: no client can end the work of another.
 """
 
@@ -23,11 +25,13 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from mlx_lora.adapters.stacked import unstackable
 from mlx_lora.models.load import Base
 from mlx_lora.serving.adapter_store import DEFAULT_CONTEXT, base_name, context_of, read_factors
 from mlx_lora.training_server.checkpoints import CheckpointFolder, Stored
 from mlx_lora.training_server.examples import ModelLimits
-from mlx_lora.training_server.models import LoraShape, TrainedModel
+from mlx_lora.training_server.joint import JointPass
+from mlx_lora.training_server.models import POSITIONS, LoraShape, Output, TokenRequest, TrainedModel
 from mlx_lora.training_server.sampler import Answer, Ask, SampleLoop, Ticket, WeightStore
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, RunError, first_line
@@ -37,6 +41,8 @@ T = TypeVar("T")
 # Tokens per row that are sampled between two jobs.
 STEPS_BETWEEN_JOBS = 8
 JOBS_PER_CLEARING = 64
+# Models that share a pass, and sets of models that are kept ready for one.
+MOST_JOINED, MOST_JOINT_PASSES = 8, 4
 
 
 class Ended(Exception):
@@ -52,12 +58,37 @@ class WorkerSettings:
         root: folder of the checkpoints.
         most_rows: that are sampled at once.
         max_context: the most tokens of a row; None: the model's own limit.
+        join_clients: compute requests of several clients in one pass; their last bits then depend on what else is asked.
     """
 
     root: Path
     model_name: str | None = None
     most_rows: int = 16
     max_context: int | None = None
+    join_clients: bool = False
+
+
+@dataclass(frozen=True)
+class TokenJob:
+    """A job that computes a loss, which may share a pass with others of its kind.
+
+    Attributes:
+        model: returns the model.
+        prepare: makes the request.
+        answer: makes the job's result.
+    """
+
+    model: Callable[[], TrainedModel]
+    prepare: Callable[[TrainedModel], TokenRequest]
+    answer: Callable[[Output], Any]
+
+    def __call__(self) -> Any:
+        """Compute it alone."""
+        model = self.model()
+        request = self.prepare(model)
+        for batch in request.batches:
+            model.compute(request, batch)
+        return self.answer(model.finish(request))
 
 
 @dataclass(eq=False)
@@ -88,6 +119,7 @@ class Worker:
         self._settings = settings
         self._inbox: queue.SimpleQueue[tuple[str, _Job] | Ticket | None] = queue.SimpleQueue()
         self._queues: OrderedDict[str, deque[_Job]] = OrderedDict()
+        self._joint: OrderedDict[tuple[str, ...], JointPass] = OrderedDict()
         self._lock, self._ending, self._run_jobs = threading.Lock(), False, 0
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] = lambda: None
@@ -189,6 +221,8 @@ class Worker:
         """Free models and weights of a session that has ended."""
         for model_id in model_ids:
             self.models.pop(model_id, None)
+            for key in [key for key in self._joint if model_id in key]:
+                del self._joint[key]
         for name in weights:
             self.weights.drop(name)
         mx.clear_cache()
@@ -250,23 +284,75 @@ class Worker:
         """Run the next job of the queue whose turn it is."""
         if not self._queues:
             return
-        key, waiting = next(iter(self._queues.items()))
+        key, job = self._next(next(iter(self._queues)))
+        joined = {key: job}
+        if self._settings.join_clients and isinstance(job.run, TokenJob):
+            ready = [other for other, waiting in self._queues.items() if isinstance(waiting[0].run, TokenJob)]
+            joined |= dict(self._next(other) for other in ready[: MOST_JOINED - 1] if other != key)
+        joined = {key: job for key, job in joined.items() if job.future.set_running_or_notify_cancel()}
+        if len(joined) > 1:
+            self._run_joined(joined)
+        else:
+            for job in joined.values():
+                self._settle(job, job.run)
+        self._run_jobs += 1
+        if self._run_jobs % JOBS_PER_CLEARING == 0:
+            mx.clear_cache()
+
+    def _next(self, key: str) -> tuple[str, _Job]:
+        """Take the next job of a queue, which then waits for its next turn."""
+        waiting = self._queues[key]
         job = waiting.popleft()
         if waiting:
             self._queues.move_to_end(key)
         else:
             del self._queues[key]
-        if not job.future.set_running_or_notify_cancel():
-            return
+        return key, job
+
+    def _settle(self, job: _Job, run: Callable[[], Any]) -> None:
+        """Give a job's future what `run` returns or raises."""
         try:
-            job.future.set_result(job.run())
+            job.future.set_result(run())
         except Exception as error:
             if not isinstance(error, (InputError, RunError)):
                 log.exception(f"A request of a client failed: {first_line(error)}")
             job.future.set_exception(error)
-        self._run_jobs += 1
-        if self._run_jobs % JOBS_PER_CLEARING == 0:
-            mx.clear_cache()
+
+    def _run_joined(self, jobs: dict[str, _Job]) -> None:
+        """Compute requests for a loss of several models, in one pass where their rows can be stacked."""
+        requests: dict[str, TokenRequest] = {}
+        for key, job in list(jobs.items()):
+            work: TokenJob = job.run  # pyright: ignore[reportAssignmentType] # only such jobs are joined
+            try:
+                model = work.model()
+                if unstackable(model.model) is None:
+                    requests[key] = work.prepare(model)
+            except InputError as error:
+                job.future.set_exception(error)
+                del jobs[key]
+        names = tuple(sorted(requests))
+        if len(names) > 1:
+            try:
+                self._joint_pass(names).compute({number: requests[name] for number, name in enumerate(names)})
+            except Exception as error:
+                log.warning(f"Requests of {len(names)} clients are computed one by one: {first_line(error)}")
+                self._joint.pop(names, None)
+                names = ()
+        for key, job in jobs.items():
+            work = job.run  # pyright: ignore[reportAssignmentType]
+            done = key in names and len(names) > 1
+            self._settle(
+                job, (lambda work=work, key=key: work.answer(work.model().finish(requests[key]))) if done else work
+            )
+
+    def _joint_pass(self, names: tuple[str, ...]) -> JointPass:
+        """Return the pass of some models, by their queues, which are their ids."""
+        if names not in self._joint:
+            models = {number: self.models[name] for number, name in enumerate(names)}
+            self._joint[names] = JointPass(self.base, models, POSITIONS)
+            if len(self._joint) > MOST_JOINT_PASSES:
+                self._joint.popitem(last=False)
+        return self._joint[names]
 
     def _give_up(self) -> None:
         """Fail all jobs that wait."""
