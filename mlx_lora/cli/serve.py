@@ -40,6 +40,8 @@ def main(named: flags.NamedAdapters, **options: Any) -> None:
     if settings.training:
         serve_training(model, settings, key, named)
         return
+    if settings.model_name or settings.join_clients:
+        raise InputError("--model-name, --join-clients: only for --training; add it, or leave them out")
     if settings.adapters_from and not Path(settings.adapters_from).expanduser().is_dir():
         raise InputError(f"--adapters-from {settings.adapters_from}: no such folder; create it, or leave it out")
     limits = Limits(
@@ -105,6 +107,8 @@ def serve_training(model: ModelSettings, settings: ServeSettings, key: str | Non
     """
     if importlib.util.find_spec("tinker") is None:
         raise InputError("--training: tinker is not installed; pip install 'mlx-lora[tinker]'")
+    if settings.allow_origin or settings.allow_hub:
+        raise InputError("--training: pages and the hub play no part in it; leave --allow-origin and --allow-hub out")
     if named.adapters or named.blends or settings.adapters_from:
         raise InputError(
             "--training: clients create their adapters themselves; leave --adapter, --blend and --adapters-from out"
@@ -118,9 +122,12 @@ def serve_training(model: ModelSettings, settings: ServeSettings, key: str | Non
     from mlx_lora.training_server.worker import Worker, WorkerSettings
 
     root = Path(settings.checkpoints).expanduser()
+    adapter_bytes = parse_size(settings.adapter_memory) if settings.adapter_memory else None
     worker = Worker(
         lambda: load_base(model),
-        WorkerSettings(root, settings.model_name, settings.max_batch, settings.max_context, settings.join_clients),
+        WorkerSettings(
+            root, settings.model_name, settings.max_batch, settings.max_context, adapter_bytes, settings.join_clients
+        ),
     )
     console.echo(f"base   {worker.name}: {worker.base.describe()}")
     guard = GuardLimits(

@@ -103,7 +103,12 @@ async def _sweep(registry: Registry) -> None:
             console.echo(
                 f"session {session_id[:8]} was silent for {registry.limits.silence_s:g} s; its adapters are freed"
             )
-        for place in await anyio.to_thread.run_sync(registry.worker.checkpoints.delete_expired, time.time()):
+        try:
+            gone = await anyio.to_thread.run_sync(registry.worker.checkpoints.delete_expired, time.time())
+        except (InputError, OSError) as error:  # deleted by someone else, or a disk that is not there: try again
+            console.echo(f"checkpoints whose time is over stay for now: {error}")
+            continue
+        for place in gone:
             console.echo(f"deleted {place.path}, whose time is over")
 
 

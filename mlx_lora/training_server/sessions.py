@@ -12,6 +12,7 @@ began it. Everything here is used from the server's event loop alone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import time
 import uuid
@@ -215,10 +216,11 @@ class Registry:
                 pending.answer.set_exception(InputError("the session has ended"))
                 pending.answer.exception()  # read here, so that nobody has to
         models, weights = list(session.models), list(session.weights)
-        # After the jobs of its models that are in their queues.
-        for number, model_id in enumerate(models or [""]):
-            own = weights if number == 0 else []
-            self.worker.do(model_id, lambda model_id=model_id, own=own: self.worker.forget([model_id], own))
+        with contextlib.suppress(Ended):
+            # After the jobs of its models that are in their queues.
+            for number, model_id in enumerate(models or [""]):
+                own = weights if number == 0 else []
+                self.worker.do(model_id, lambda model_id=model_id, own=own: self.worker.forget([model_id], own))
 
     # --- what a session holds
 
@@ -348,6 +350,8 @@ class Registry:
         try:
             found = await asyncio.wait_for(asyncio.shield(pending.answer), self.limits.poll_s)
         except TimeoutError:
+            if pending.answer.done():
+                raise  # of the request itself
             return None
         finally:
             if pending.answer.done():

@@ -58,6 +58,7 @@ class WorkerSettings:
         root: folder of the checkpoints.
         most_rows: that are sampled at once.
         max_context: the most tokens of a row; None: the model's own limit.
+        adapter_bytes: the most that factors and moments of all models take; None: no limit.
         join_clients: compute requests of several clients in one pass; their last bits then depend on what else is asked.
     """
 
@@ -65,6 +66,7 @@ class WorkerSettings:
     model_name: str | None = None
     most_rows: int = 16
     max_context: int | None = None
+    adapter_bytes: int | None = None
     join_clients: bool = False
 
 
@@ -176,8 +178,7 @@ class Worker:
         Raises:
             InputError: the shape does not fit the base.
         """
-        model = self.models[model_id] = TrainedModel(self.base, shape, self.limits)
-        return model
+        return self._added(model_id, TrainedModel(self.base, shape, self.limits))
 
     def create_from(self, model_id: str, stored: Stored, optimizer: bool) -> TrainedModel:
         """Make a new model from a checkpoint.
@@ -188,6 +189,16 @@ class Worker:
         arrays = self.checked_arrays(stored)
         model = TrainedModel(self.base, stored.shape, self.limits)
         model.restore(arrays, stored.taken, optimizer)
+        return self._added(model_id, model)
+
+    def _added(self, model_id: str, model: TrainedModel) -> TrainedModel:
+        """Keep a model, if there is room."""
+        most, held = self._settings.adapter_bytes, sum(one.nbytes for one in self.models.values())
+        if most is not None and held + model.nbytes > most:
+            raise InputError(
+                f"the model takes {model.nbytes / 1e6:.1f} MB beside {held / 1e6:.1f} MB of others, --adapter-memory is "
+                f"{most / 1e6:.1f} MB; lower the rank, or end another session"
+            )
         self.models[model_id] = model
         return model
 

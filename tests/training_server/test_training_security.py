@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 from tinker.proto import tinker_public_pb2 as pb
 from tinker_client import KEY, TrainingServer, wait_until
+from training_examples import loaded
 
+from mlx_lora.training_server.models import LoraShape
 from mlx_lora.training_server.sessions import SessionLimits
+from mlx_lora.training_server.worker import Worker, WorkerSettings
+from mlx_lora.utils.errors import InputError
 
 BINARY = {"Content-Type": "application/x-protobuf"}
 RUN = f"{'0' * 32}:train:0"
@@ -268,6 +272,19 @@ def test_a_flood_of_sessions_models_samplers_or_requests_is_bounded(http, sessio
     answers = [http.post("/api/v1/optim_step", json={**step, "seq_id": number}) for number in range(2, 14)]
     assert [one.status_code for one in answers] == [200] * 8 + [429] * 4
     assert http.post("/api/v1/session_heartbeat", json={"session_id": session}).status_code == 200
+
+
+def test_models_share_a_bounded_memory(tiny_folder, root):
+    worker = Worker(lambda: loaded(tiny_folder), WorkerSettings(root / "checkpoints", adapter_bytes=100_000))
+    try:
+        shape = LoraShape(4, 0, unembed=False)
+        worker.do("a", lambda: worker.create("a", shape)).result(60)
+        with pytest.raises(InputError, match=r"--adapter-memory is 0\.1 MB"):
+            worker.do("b", lambda: worker.create("b", shape)).result(60)
+        worker.do("a", lambda: worker.forget(["a"], [])).result(60)
+        worker.do("b", lambda: worker.create("b", shape)).result(60)
+    finally:
+        worker.close()
 
 
 def test_a_request_whose_predecessor_never_comes_fails(http, session, monkeypatch):
