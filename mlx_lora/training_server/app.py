@@ -24,6 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from tinker import types
+from tinker.types.try_again_response import TryAgainResponse
 
 from mlx_lora.serving.guard import Guard, GuardLimits, error_response, not_here
 from mlx_lora.serving.schema import ApiError
@@ -466,7 +467,7 @@ class TrainingRoutes:
             category = types.RequestErrorCategory.User if own else types.RequestErrorCategory.Server
             return JSONResponse({"error": words, "category": category.value})
         if found is None:
-            return reply(types.TryAgainResponse(request_id=asked.request_id, queue_state="active"))
+            return reply(TryAgainResponse(request_id=asked.request_id, queue_state="active"))
         return Response(found, media_type=PROTOBUF) if isinstance(found, bytes) else JSONResponse(found)
 
 

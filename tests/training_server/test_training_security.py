@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from urllib.parse import quote
 
@@ -294,6 +295,22 @@ def test_a_request_whose_predecessor_never_comes_fails(http, session, monkeypatc
     outcome = fetch(http, answer.json()["request_id"])
     assert "request 1 of this model did not arrive" in outcome["error"]
     assert "bytes" in send(http, message(model, 3)), "the model goes on"
+
+
+def test_who_asks_too_early_is_told_to_ask_again(server, http, session):
+    """No question waits longer than half of a client's own patience, however long a request takes."""
+    model, hold = make_model(http, session), threading.Event()
+    server.worker.do("hold", lambda: hold.wait(60))
+    try:
+        request = http.post(
+            "/api/v1/forward_backward", content=message(model).SerializeToString(), headers=BINARY
+        ).json()["request_id"]
+        asked = http.post("/api/v1/retrieve_future", json={"request_id": request})
+        assert asked.json() == {"type": "try_again", "request_id": request, "queue_state": "active"}
+    finally:
+        hold.set()
+    assert "bytes" in fetch(http, request)
+    assert SessionLimits().poll_s <= 45 / 2, "seconds; the client gives up after 45"
 
 
 def test_a_client_that_vanishes_frees_its_adapters(server, http):
