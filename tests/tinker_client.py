@@ -29,7 +29,7 @@ from mlx_lora.training_server.sessions import SessionLimits
 from mlx_lora.training_server.worker import Worker, WorkerSettings
 
 KEY = "tml-correct-horse"
-# For the tests of a file that uses the package: see `TrainingServer.__exit__`.
+# For the tests of a file that uses the package: see `forget_clients`.
 IGNORED = [
     pytest.mark.filterwarnings(f"ignore::{kind}")
     for kind in ("ResourceWarning", "pytest.PytestUnraisableExceptionWarning")
@@ -67,11 +67,7 @@ class TrainingServer:
     def __exit__(self, *_: object) -> None:
         for client in self._clients:
             client.close("success").result(60)
-        close_rest_clients()
-        with warnings.catch_warnings():
-            # The package never closes the connection over which it first asks a server for its settings.
-            warnings.simplefilter("ignore", ResourceWarning)
-            gc.collect()
+        forget_clients()
         self._server.should_exit = True
         self._thread.join(30)
         self._socket.close()
@@ -87,11 +83,15 @@ class TrainingServer:
         return tinker.RestClient(base_url=self.url, api_key=key)
 
 
-def close_rest_clients() -> None:
+def forget_clients() -> None:
     """Close the connections that the package keeps for its process, of which Python would complain at the end."""
     for holder in sessionless_holder_cache._holders.values():
         asyncio.run_coroutine_threadsafe(holder.aclose(), holder.get_loop()).result(60)
     sessionless_holder_cache._holders.clear()
+    with warnings.catch_warnings():
+        # The package never closes the connection over which it first asks a server for its settings.
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def wait_until(condition: Any, seconds: float = 60.0) -> None:
