@@ -17,6 +17,7 @@ NOT_RUN = {
     r"mlx-lora (train|generate) .*tools\.jsonl": "tools are longer than the tests' short rows; test_tool_rows.py has such rows",
     r"mlx-lora bench (run|compare|report)": "measures for minutes; test_suite.py runs a tiny workload",
     r"mlx-lora doctor --full": "checks for minutes; test_owner_kit.py runs the parts",
+    r"mlx-lora serve .*--training": "needs Tinker's client; test_training_client.py runs it against such a server",
     r"mlx-lora fuse .*--(compensate|bits-budget)": "needs a quantized base; test_compensate.py has one",
     r"mlx-lora export .*--push-to-hub": "needs an account on the hub; test_hub.py uploads to a stand-in",
     r"ollama ": "needs Ollama; test_ollama.py reads its Modelfile",
