@@ -29,6 +29,7 @@ NOT_RUN = {
     r"caffeinate ": "needs two Macs",
     r"(env .*)?mlx\.(launch|distributed_config)": "needs two Macs; test_distributed.py runs two ranks on one machine",
     r"python (benchmarks|scripts)/": "measures for minutes, or needs a real model",
+    r"python -m tinker_cookbook\.": "needs the cookbook, a server and minutes",
     r"python -m architectures\.": "trains dozens of models; a test of each architecture has a smaller one",
     r"python -m parity\.": "needs a real model and minutes; test_benchmarks.py and test_parity_families.py run it on tiny ones",
     r"(python -m )?pytest": "is a test itself",

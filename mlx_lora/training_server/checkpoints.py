@@ -183,14 +183,15 @@ class CheckpointFolder:
         try:
             shape, taken = LoraShape(**state["shape"]), int(state["taken"])
             sums = {str(key): str(value) for key, value in state["sha256"].items()}
-            named = str(state["base_model"]), str(state["base_fingerprint"])
-            wrong = state["version"] != VERSION or not isinstance(about, dict)
+            base_model, fingerprint = str(state["base_model"]), str(state["base_fingerprint"])
+            if state["version"] != VERSION or not isinstance(about, dict):
+                raise ValueError("another version")
         except (KeyError, TypeError, ValueError, AttributeError):
-            wrong = True
-        if wrong:
-            raise InputError(f"{place.path}: its {STATE} is damaged or of another version; use another checkpoint")
+            raise InputError(
+                f"{place.path}: its {STATE} is damaged or of another version; use another checkpoint"
+            ) from None
         size = sum(path.stat().st_size for path in folder.iterdir())
-        return Stored(place, shape, *named, taken, sums, about, size)
+        return Stored(place, shape, base_model, fingerprint, taken, sums, about, size)
 
     def arrays(self, stored: Stored) -> dict[str, mx.array]:
         """Return the arrays of a checkpoint from which training can go on, after checking the files.

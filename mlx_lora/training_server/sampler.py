@@ -166,7 +166,8 @@ class WeightStore:
         if name not in self._numbers:
             factors = _read(kept) if isinstance(kept, Path) else kept
             number = self._numbers[name] = next(self._next)
-            layers = self._layers[number] = route(self.model, list(factors), self.routing)
+            layers: dict[str, Any] = route(self.model, list(factors), self.routing)
+            self._layers[number] = layers
             for path, layer in layers.items():
                 layer.pools.put(number, factors[path])
                 layer.pools.settle()
@@ -200,7 +201,7 @@ class WeightStore:
 
 
 def _read(file: Path) -> dict[str, LayerFactors]:
-    arrays = mx.load(str(file))
+    arrays: Any = mx.load(str(file))
     paths = {name.rpartition(".")[0] for name in arrays}
     return {
         path: LayerFactors(arrays[f"{path}.a"], arrays[f"{path}.b"], adapts_head=bool(arrays[f"{path}.head"].item()))
