@@ -137,7 +137,7 @@ def _tensor(message: Any, what: str, most_rows: int) -> np.ndarray:
     kind = {pb.DTYPE_FLOAT32: np.float32, pb.DTYPE_INT64: np.int64}.get(message.dtype)
     if kind is None:
         raise InputError(f"{what}: must be float32 or int64")
-    shape: tuple[int, ...] = tuple(message.shape)
+    shape: list[int] = list(message.shape)
     if len(shape) > 2 or any(
         not 0 <= size <= most for size, most in zip(shape, (most_rows, MOST_COLUMNS), strict=False)
     ):
