@@ -19,7 +19,7 @@ import numpy as np
 import tinker
 import uvicorn
 from tinker import types
-from tinker.lib.internal_client_holder import sessionless_holder_cache
+from tinker.lib.internal_client_holder import _internal_client_holder_thread_singleton, sessionless_holder_cache
 from training_examples import loaded
 
 from mlx_lora.serving.guard import GuardLimits, listen, timed_protocol
@@ -67,10 +67,10 @@ class TrainingServer:
     def __exit__(self, *_: object) -> None:
         for client in self._clients:
             client.close("success").result(60)
-        forget_clients()
         self._server.should_exit = True
         self._thread.join(30)
         self._socket.close()
+        forget_clients()
         assert not self.worker.alive
 
     def client(self, key: str = KEY) -> tinker.ServiceClient:
@@ -84,10 +84,14 @@ class TrainingServer:
 
 
 def forget_clients() -> None:
-    """Close the connections that the package keeps for its process, of which Python would complain at the end."""
+    """Close the connections that the package keeps for its process, of which Python would complain at the end.
+
+    Its servers must have ended: only then does its loop let go of connections that it never closes.
+    """
     for holder in sessionless_holder_cache._holders.values():
         asyncio.run_coroutine_threadsafe(holder.aclose(), holder.get_loop()).result(60)
     sessionless_holder_cache._holders.clear()
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0.3), _internal_client_holder_thread_singleton.get_loop()).result(60)
     with warnings.catch_warnings():
         # The package never closes the connection over which it first asks a server for its settings.
         warnings.simplefilter("ignore", ResourceWarning)
