@@ -26,7 +26,7 @@ PICTURE = ROOT / "docs" / "development" / "architecture.svg"
 LAYERS: list[tuple[str, list[dict[str, tuple[float, str]]]]] = [
     ("What people call", [
         {"cli": (2, "one file per command")},
-        {"studio": (1, "the local page"), "doctor": (3, "checks of a machine")},
+        {"studio": (1, "the local page"), "training_server": (2, "Tinker's protocol"), "doctor": (3, "checks of a machine")},
         {"api": (1, "what Python users call"), "bench": (2, "benchmark suite"), "serving": (3, "many adapters, HTTP")},
     ]),
     ("A training run", [

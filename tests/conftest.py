@@ -73,7 +73,15 @@ def pytest_configure(config):
 # The helpers that a test file imports say what kind of tests it holds: the first tier of which it has a helper.
 TIERS = {
     "page": {"browser", "page_parsing", "studio_browser"},
-    "integration": {"changed_package", "hub_stand_in", "ranks", "serving_process", "studio_client", "subprocess"},
+    "integration": {
+        "changed_package",
+        "hub_stand_in",
+        "ranks",
+        "serving_process",
+        "studio_client",
+        "subprocess",
+        "tinker_client",
+    },
     "cli": {"run_cli"},
 }
 

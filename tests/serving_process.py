@@ -22,11 +22,12 @@ class Server:
         environment: dict[str, str] | None = None,
         cwd: Path = ROOT,
         command: str = "serve",
+        port: int = 0,
     ):
         self.log = log
         with open(log, "w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlx_lora", command, *map(str, arguments), "--port", "0"],
+                [sys.executable, "-m", "mlx_lora", command, *map(str, arguments), "--port", str(port)],
                 cwd=cwd,
                 stderr=out,
                 stdout=out,

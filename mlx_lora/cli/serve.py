@@ -1,10 +1,12 @@
-"""Serve one base and many adapters over OpenAI's HTTP interface.
+"""Serve one base and many adapters over OpenAI's HTTP interface, or train adapters on it for clients of Tinker's.
 
 python -m mlx_lora serve --model DIR --adapter bard=runs/bard --adapter tutor=runs/tutor
+python -m mlx_lora serve --model DIR --training
 """
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ import click
 from mlx_lora.cli import options as flags
 from mlx_lora.cli.chat import begun_engine
 from mlx_lora.config.load import serve_settings
-from mlx_lora.config.settings import ServeSettings
+from mlx_lora.config.settings import ModelSettings, ServeSettings
+from mlx_lora.models.load import load_base
 from mlx_lora.serving.adapter_store import DEFAULT_CONTEXT, NoRoom, base_name, context_of
 from mlx_lora.serving.engine import Engine, Limits, failed_words
 from mlx_lora.utils import console
@@ -23,6 +26,8 @@ from mlx_lora.utils.text import parse_size
 
 # Unfinished answers get this long when the server is asked to end.
 SHUTDOWN_S = 5
+# Tinker's client refuses other keys.
+KEY_PREFIX = "tml-"
 
 
 @click.command(cls=flags.SettingsCommand)
@@ -32,6 +37,11 @@ def main(named: flags.NamedAdapters, **options: Any) -> None:
     """Serve --model, with and without each --adapter, until you press Ctrl-C."""
     model, settings = serve_settings(flags.given(options))
     key = flags.server_key("serve", settings.host, settings.api_key)
+    if settings.training:
+        serve_training(model, settings, key, named)
+        return
+    if settings.model_name or settings.join_clients:
+        raise InputError("--model-name, --join-clients: only for --training; add it, or leave them out")
     if settings.adapters_from and not Path(settings.adapters_from).expanduser().is_dir():
         raise InputError(f"--adapters-from {settings.adapters_from}: no such folder; create it, or leave it out")
     limits = Limits(
@@ -82,4 +92,72 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
     run_app(app, settings.host, settings.port, limits, ready)
     if engine.failure is not None:
         raise RunError(failed_words(engine.failure))
+    console.echo("ended")
+
+
+# Training
+
+
+def serve_training(model: ModelSettings, settings: ServeSettings, key: str | None, named: flags.NamedAdapters) -> None:
+    """Train adapters for clients until interrupted.
+
+    Raises:
+        InputError: a package is missing, a setting does not fit, or the address is not available.
+        RunError: the worker has failed.
+    """
+    if importlib.util.find_spec("tinker") is None:
+        raise InputError("--training: tinker is not installed; pip install 'mlx-lora[tinker]'")
+    if settings.allow_origin or settings.allow_hub:
+        raise InputError("--training: pages and the hub play no part in it; leave --allow-origin and --allow-hub out")
+    if named.adapters or named.blends or settings.adapters_from:
+        raise InputError(
+            "--training: clients create their adapters themselves; leave --adapter, --blend and --adapters-from out"
+        )
+    if key is not None and not key.startswith(KEY_PREFIX):
+        raise InputError(f"--api-key: Tinker's client only sends keys that begin with {KEY_PREFIX}; choose such a key")
+    # Imported here, because packages that they need may not be installed.
+    from mlx_lora.serving.guard import GuardLimits, ServerLimits, is_local, run_app
+    from mlx_lora.training_server.app import BINARY, FILES, make_app
+    from mlx_lora.training_server.sessions import SessionLimits
+    from mlx_lora.training_server.worker import Worker, WorkerSettings
+
+    root = Path(settings.checkpoints).expanduser()
+    adapter_bytes = parse_size(settings.adapter_memory) if settings.adapter_memory else None
+    worker = Worker(
+        lambda: load_base(model),
+        WorkerSettings(
+            root, settings.model_name, settings.max_batch, settings.max_context, adapter_bytes, settings.join_clients
+        ),
+    )
+    console.echo(f"base   {worker.name}: {worker.base.describe()}")
+    guard = GuardLimits(
+        key,
+        is_local(settings.host),
+        (),
+        parse_size(settings.max_body),
+        settings.read_timeout,
+        FILES,
+        (),
+        "x-api-key",
+        BINARY,
+    )
+    limits = SessionLimits(sessions=settings.max_sessions, silence_s=settings.session_timeout)
+
+    def ready(server: Any, address: str) -> None:
+        console.echo(
+            f"ready  {address} (Tinker's clients: base_url={address}, base_model={worker.name}; Ctrl-C stops the server)"
+        )
+        worker.on_failure = lambda: setattr(server, "should_exit", True)
+
+    # A client holds a connection for each answer that it waits for.
+    connections = 128 * settings.max_sessions
+    try:
+        run_app(
+            make_app(worker, guard, limits, settings.max_tokens), settings.host, settings.port,
+            ServerLimits(settings.read_timeout, SHUTDOWN_S, connections), ready,
+        )  # fmt: skip
+    finally:
+        worker.close()
+    if worker.failure is not None:
+        raise RunError(failed_words(worker.failure))
     console.echo("ended")

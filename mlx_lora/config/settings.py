@@ -304,6 +304,17 @@ class ServeSettings:
         "Maximum number of tokens of prompt and answer together (default: the model's own limit).",
         LIMITS, at_least=2, at_most=10**8)
     max_body: str = setting("1MB", "Largest request body.", LIMITS)
+    training: bool = setting(False,
+        "Train adapters for clients of Tinker's protocol instead of serving OpenAI's (docs/training-server.md).", SERVER, common=True)
+    model_name: str | None = setting(None,
+        "With --training: what clients call the model (default: its hub id, or the name of its folder).", SERVER)
+    checkpoints: str = setting("checkpoints", "With --training: folder for the checkpoints that clients save.", SERVER)
+    join_clients: bool = setting(False,
+        "With --training: compute requests of several clients that wait at the same time in one pass, which rounds differently.", SERVER)
+    max_sessions: int = setting(16, "With --training: clients that may be connected at the same time; further ones get HTTP status 429.",
+        LIMITS, at_least=1, at_most=10**4)
+    session_timeout: float = setting(120.0, "With --training: seconds of silence after which a client's adapters are freed.",
+        LIMITS, more_than=0, at_most=10**6)
     read_timeout: float = setting(10.0, "Seconds within which a request must arrive.",
         LIMITS, more_than=0, at_most=10**6)
     request_timeout: float = setting(300.0, "Seconds within which a request must be answered.",

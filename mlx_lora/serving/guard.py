@@ -55,6 +55,8 @@ class GuardLimits:
         read_timeout_s: the time within which a body must arrive.
         open_folder: paths that begin so need no key either, such as a page's files; None: there are none.
         streamed: paths whose body is a file of any size, which their route reads, and limits, itself.
+        key_header: another header that may have the key, in lower case; None: there is none.
+        binary: paths whose body is a protocol buffer instead of JSON.
     """
 
     api_key: str | None
@@ -64,6 +66,8 @@ class GuardLimits:
     read_timeout_s: float = 10.0
     open_folder: str | None = None
     streamed: tuple[str, ...] = ()
+    key_header: str | None = None
+    binary: tuple[str, ...] = ()
 
 
 def is_local(host: str) -> bool:
@@ -123,10 +127,13 @@ class Guard:
             raise ApiError(403, "other sites' pages may not use this server; see --allow-origin", "cross_origin")
         if self._limits.api_key and not self._open(scope["path"]) and scope["method"] != "OPTIONS":
             kind, _, key = headers.get("authorization", "").partition(" ")
+            if self._limits.key_header is not None and self._limits.key_header in headers:
+                kind, key = "bearer", headers[self._limits.key_header]
             if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._limits.api_key.encode()):
                 raise ApiError(401, "missing or wrong API key; send Authorization: Bearer KEY", "invalid_api_key")
-        # Neither can be sent by a page of another origin without permission.
+        # None of them can be sent by a page of another origin without permission.
         kind = "application/octet-stream" if scope["path"] in self._limits.streamed else "application/json"
+        kind = "application/x-protobuf" if scope["path"] in self._limits.binary else kind
         if scope["method"] in ("POST", "PUT") and headers.get("content-type", "").split(";")[0].strip() != kind:
             raise ApiError(415, f"the body's Content-Type must be {kind}", "unsupported_media_type")
 

@@ -36,6 +36,7 @@ STAND_INS = {
     r"model(\.Q4_K_M)?\.gguf": GGUF,
     r"config\.json": "smollm2/config.json",
     r"someone/their-adapter": "my-adapter",
+    r"checkpoints/RUN/weights/\w+": "runs/bard",
     r"tinyshakespeare\.txt": "data/text/train.txt",
     r"report\.html": "report.html",
 }

@@ -1,0 +1,1 @@
+"""A local server that trains adapters for clients of Tinker's protocol."""

@@ -1,0 +1,367 @@
+"""A client's model: an adapter over the server's base, its summed gradients, and its Adam.
+
+    base.model (shared, frozen) --copy of modules, not of arrays--> adapted model
+    forward_backward   adds the gradient of a request's loss to the sum
+    optim_step         Adam with the numbers of the request; the sum begins again
+
+As in Tinker, losses are sums and nothing is averaged; two requests before a step are one request with the examples of both.
+
+Adam is `torch.optim.AdamW`: with the gradient g, step t, and weights w,
+
+    m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2
+    w = w - rate decay w - rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from mlx_lora.adapters.inject import adapt_layers, adapter_layers
+from mlx_lora.adapters.targets import ALL_LINEAR, Targets, select_targets, targets_of
+from mlx_lora.exporters.adapter_folder import AdapterInfo
+from mlx_lora.kernels.measure import left_unchanged
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.cross_entropy import PLAIN_LOGITS
+from mlx_lora.models.head import find_head
+from mlx_lora.models.load import Base
+from mlx_lora.serving.pools import LayerFactors
+from mlx_lora.trainer.optimizer import Masters, clip_scale
+from mlx_lora.training_server.examples import (
+    Example,
+    MicroBatch,
+    ModelLimits,
+    by_example,
+    check_examples,
+    micro_batches,
+)
+from mlx_lora.training_server.losses import LossRow, find_loss
+from mlx_lora.utils.errors import InputError
+
+# Tinker's: the product of the factors counts alpha / rank.
+ALPHA = 32.0
+MOST_RANK = 1024
+# Names of the modules that mix positions; the rest of a block is its MLP, experts included.
+ATTENTION = re.compile(r"attn|attention|mixer|conv|ssm", re.IGNORECASE)
+# Positions of a micro-batch, padding included: with a fused head, and where all logits are in memory, as float32, with their gradient.
+POSITIONS, LOGIT_BYTES = 4096, 2**30
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """What a client asks for when it creates a model.
+
+    Attributes:
+        rank: of all layers.
+        seed: of the first factors.
+        attention, mlp, unembed: which layers are adapted.
+    """
+
+    rank: int
+    seed: int
+    attention: bool = True
+    mlp: bool = True
+    unembed: bool = True
+
+
+@dataclass(frozen=True)
+class AdamNumbers:
+    """The numbers of one optimizer step."""
+
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
+
+    def check(self) -> None:
+        """Raise InputError for numbers that would break the adapter."""
+        rules = {
+            "learning_rate": self.learning_rate >= 0, "beta1": 0 <= self.beta1 < 1, "beta2": 0 <= self.beta2 < 1,
+            "eps": self.eps >= 0, "weight_decay": self.weight_decay >= 0, "grad_clip_norm": self.max_grad_norm >= 0,
+        }  # fmt: skip
+        values = (self.learning_rate, self.beta1, self.beta2, self.eps, self.weight_decay, self.max_grad_norm)
+        for (name, kept), value in zip(rules.items(), values, strict=True):
+            if not (kept and math.isfinite(value)):
+                raise InputError(f"adam_params: {name} {value} is out of range; see Tinker's AdamParams")
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass gives back: the loss, and the log-probabilities of each example's targets, shaped like them."""
+
+    loss_sum: float
+    logprobs: list[np.ndarray]
+
+
+@dataclass
+class TokenRequest:
+    """A request for a loss under way.
+
+    Attributes:
+        examples, row, numbers, backward: what is asked.
+        batches: its rows.
+        logprobs: of each example's targets, filled batch by batch.
+        loss_sum, sums: of the batches so far: the loss, and the gradient laid out like the masters.
+    """
+
+    examples: Sequence[Example]
+    row: LossRow
+    numbers: dict[str, float]
+    batches: list[MicroBatch]
+    backward: bool
+    logprobs: list[np.ndarray]
+    loss_sum: float = 0.0
+    sums: dict[str, mx.array] | None = None
+
+    def add(self, batch: MicroBatch, loss_sum: mx.array, logprobs: mx.array, grads: dict[str, mx.array] | None) -> None:
+        """Add the results of a micro-batch, which are computed here: one micro-batch's activations at a time."""
+        if grads is not None:
+            self.sums = grads if self.sums is None else tree_map(mx.add, self.sums, grads)
+        mx.eval(loss_sum, logprobs, self.sums or {})
+        self.loss_sum += loss_sum.item()
+        by_example(self.examples, batch.rows, np.array(logprobs), self.logprobs)
+
+
+def chosen_paths(model: nn.Module, config: dict[str, Any], shape: LoraShape) -> tuple[str, ...]:
+    """Return the layers that a client's model adapts.
+
+    Raises:
+        InputError: there are none, or the model's head cannot be adapted.
+    """
+    paths = []
+    if shape.attention or shape.mlp:
+        for path in select_targets(model, ALL_LINEAR).paths:
+            if shape.attention if ATTENTION.search(path) else shape.mlp:
+                paths.append(path)
+    if shape.unembed:
+        head = find_head(model, config)
+        if isinstance(head, str):
+            raise InputError(f"train_unembed: {head}, so it cannot be adapted; pass train_unembed=False")
+        by_identity = {id(module): path for path, module in model.named_modules()}
+        paths.append(by_identity[id(head.layer)])
+    if not paths:
+        raise InputError(
+            "lora_config: train_mlp, train_attn and train_unembed leave no layer; pass one of them as True"
+        )
+    return tuple(paths)
+
+
+class TrainedModel:
+    """One adapter that is trained.
+
+    Attributes:
+        shape: as it was created.
+        taken: optimizer steps.
+    """
+
+    def __init__(self, base: Base, shape: LoraShape, limits: ModelLimits):
+        """Put new factors around a copy of the base's modules.
+
+        Raises:
+            InputError: the shape does not fit this base.
+        """
+        if not 0 < shape.rank <= MOST_RANK:
+            raise InputError(f"lora_config: rank {shape.rank}; give 1 to {MOST_RANK}")
+        self.shape, self.taken, self._base, self._limits = shape, 0, base, limits
+        self.model = copy.deepcopy(base.model)  # copies modules, not their arrays
+        paths = chosen_paths(self.model, base.config, shape)
+        self.targets: Targets = targets_of(self.model, paths)
+        adapt_layers(self.model, dict.fromkeys(self.targets.paths, (shape.rank, ALPHA / shape.rank)), seed=shape.seed)
+        self.model.train()
+        self._loss = choose_loss(self.model, base.config)
+        self.masters = Masters(self.model, flat=True)
+        self.masters.hand_out()
+        self.moments = [tree_map(mx.zeros_like, self.masters.arrays) for _ in range(2)]
+        self._gradients: dict[str, mx.array] | None = None
+        self._most_positions = POSITIONS
+        if self._loss.kernel == PLAIN_LOGITS:
+            self._most_positions = max(256, min(POSITIONS, LOGIT_BYTES // (12 * limits.vocabulary)))
+        mx.eval(self.masters.arrays, self.moments)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its factors and moments."""
+        return 3 * sum(array.nbytes for array in self.masters.arrays.values())
+
+    def info(self) -> AdapterInfo:
+        """Return the facts of its adapter folder."""
+        scale = ALPHA / self.shape.rank
+        return AdapterInfo(
+            method="lora", rank=self.shape.rank, alpha=ALPHA, scale=scale, dropout=0.0,
+            num_layers=self.targets.num_layers, keys=self.targets.keys, base_model=self._base.model_id,
+            base_revision=self._base.revision, base_fingerprint=self._base.fingerprint,
+        )  # fmt: skip
+
+    def forward_backward(
+        self, examples: Sequence[Example], name: str, config: Mapping[str, float | str], backward: bool = True
+    ) -> Output:
+        """Compute the summed loss of examples, and add its gradient to the sum.
+
+        Args:
+            examples: of the request.
+            name, config: the loss and its numbers.
+            backward: False: only the loss, and no gradient.
+
+        Raises:
+            InputError: the loss cannot be computed of these examples.
+        """
+        request = self.prepare(examples, name, config, backward)
+        for batch in request.batches:
+            self.compute(request, batch)
+        return self.finish(request)
+
+    def prepare(
+        self, examples: Sequence[Example], name: str, config: Mapping[str, float | str], backward: bool = True
+    ) -> TokenRequest:
+        """Check a request, and cut it into micro-batches; arguments as for `forward_backward`.
+
+        Raises:
+            InputError: as for `forward_backward`.
+        """
+        row, numbers = find_loss(name, config)
+        check_examples(examples, name, row, self._limits)
+        batches = list(micro_batches(examples, row, self._most_positions))
+        logprobs = [np.zeros(example.targets.shape, np.float32) for example in examples]
+        return TokenRequest(examples, row, numbers, batches, backward, logprobs)
+
+    def compute(self, request: TokenRequest, batch: MicroBatch) -> None:
+        """Compute one micro-batch of a request."""
+
+        def loss(model: nn.Module, *arrays: mx.array) -> tuple[mx.array, mx.array]:
+            logprobs = -self._loss.tokens(model, *arrays)
+            return request.row.of_tokens(logprobs, batch.given, request.numbers).sum(), logprobs
+
+        with left_unchanged(self.model):
+            if not request.backward:
+                request.add(batch, *loss(self.model, *batch.arrays), None)
+                return
+            (loss_sum, logprobs), grads = nn.value_and_grad(self.model, loss)(self.model, *batch.arrays)
+            request.add(batch, loss_sum, logprobs, self.masters.gathered(grads))
+
+    def finish(self, request: TokenRequest) -> Output:
+        """Add a request's gradient to the sum. Only now: one that fails in the middle leaves the sum as it was."""
+        if request.sums is not None:
+            before = self._gradients
+            self._gradients = request.sums if before is None else tree_map(mx.add, before, request.sums)
+            mx.eval(self._gradients)
+        return Output(request.loss_sum, request.logprobs)
+
+    def gradients(self) -> dict[str, mx.array]:
+        """Return the summed gradient by parameter name, for tests and reports.
+
+        Raises:
+            InputError: there is none.
+        """
+        return self.masters.by_name(self._summed())
+
+    def optim_step(self, numbers: AdamNumbers) -> dict[str, float]:
+        """Update the factors by the summed gradient, and return numbers to report.
+
+        Raises:
+            InputError: there is no gradient, or it is not finite; then nothing changes, except that the sum begins again.
+        """
+        numbers.check()
+        gradients, self._gradients = self._summed(), None
+        norm, factor = clip_scale(gradients, numbers.max_grad_norm)
+        if not math.isfinite(norm.item()):
+            raise InputError(
+                "optim_step: the gradient is not finite, so the model stays as it is; check advantages and weights"
+            )
+        self.taken += 1
+        moved = {
+            name: adamw(value, factor * gradients[name], [moment[name] for moment in self.moments], numbers, self.taken)
+            for name, value in self.masters.arrays.items()
+        }
+        self.masters.put({name: one[0] for name, one in moved.items()})
+        self.moments = [{name: one[place] for name, one in moved.items()} for place in (1, 2)]
+        self.masters.hand_out()
+        mx.eval(self.masters.arrays, self.moments, self.model.trainable_parameters())
+        return {"unclipped_grad_l2:mean": norm.item(), "optim_step:max": float(self.taken)}
+
+    def _summed(self) -> dict[str, mx.array]:
+        if self._gradients is None:
+            raise InputError("optim_step: there is no gradient; call forward_backward first")
+        return self._gradients
+
+    # --- what is kept of it
+
+    def sampling_factors(self, dtype: mx.Dtype) -> dict[str, LayerFactors]:
+        """Return the factors as they are now, for sampling; later steps do not change them."""
+        layers = adapter_layers(self.model)
+        factors = {
+            path: LayerFactors(*layer.serving_factors(dtype), adapts_head=layer.adapts_head)
+            for path, layer in layers.items()
+        }
+        mx.eval([(one.a, one.b) for one in factors.values()])
+        return factors
+
+    def state(self) -> dict[str, mx.array]:
+        """Return the arrays from which the next steps follow; gradients that wait for a step are not among them."""
+        trees = {"masters": self.masters.arrays, "m": self.moments[0], "v": self.moments[1]}
+        return {
+            f"{part}.{name}": value
+            for part, tree in trees.items()
+            for name, value in self.masters.by_name(tree).items()
+        }
+
+    def restore(self, state: Mapping[str, mx.array], taken: int, optimizer: bool) -> None:
+        """Continue from what `state` returned.
+
+        Args:
+            state: of a model with the same layers and rank.
+            taken: its optimizer steps.
+            optimizer: restore moments and steps as well; otherwise Adam begins anew.
+
+        Raises:
+            InputError: names or shapes differ.
+        """
+        own = self.state()
+        wrong = [name for name, value in own.items() if name not in state or state[name].shape != value.shape]
+        if wrong or state.keys() - own.keys():
+            raise InputError(
+                f"load_weights: the checkpoint has other layers than this model ({(wrong or ['more'])[0]})"
+            )
+
+        def part(name: str) -> dict[str, mx.array]:
+            return self.masters.from_names(
+                {key.partition(".")[2]: state[key] for key in own if key.startswith(f"{name}.")}
+            )
+
+        self.masters.put(part("masters"))
+        self.moments = [
+            part(name) if optimizer else tree_map(mx.zeros_like, self.masters.arrays) for name in ("m", "v")
+        ]
+        self.taken, self._gradients = taken if optimizer else 0, None
+        self.masters.hand_out()
+        mx.eval(self.masters.arrays, self.moments, self.model.trainable_parameters())
+
+
+def adamw(
+    value: mx.array, gradient: mx.array, moments: Sequence[mx.array], numbers: AdamNumbers, step: int
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return a parameter and its two moments after one step; see the module.
+
+    Args:
+        value, gradient, moments: of one shape, float32.
+        numbers: of the step.
+        step: from 1.
+    """
+    first, second = moments
+    first = numbers.beta1 * first + (1 - numbers.beta1) * gradient
+    second = numbers.beta2 * second + (1 - numbers.beta2) * mx.square(gradient)
+    root = mx.sqrt(second) / math.sqrt(1 - numbers.beta2**step) + numbers.eps
+    value = value * (1 - numbers.learning_rate * numbers.weight_decay)
+    # A number without a gradient so far stays where it is, also with eps = 0.
+    move = mx.where(root > 0, first / mx.where(root > 0, root, 1.0), 0.0)
+    return value - numbers.learning_rate / (1 - numbers.beta1**step) * move, first, second
