@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 from urllib.parse import quote
 
 import httpx
 import numpy as np
 import pytest
-from tinker.proto import tinker_public_pb2 as pb
 from tinker_client import KEY, TrainingServer, wait_until
 from training_examples import loaded
 
@@ -18,6 +18,7 @@ from mlx_lora.training_server.sessions import SessionLimits
 from mlx_lora.training_server.worker import Worker, WorkerSettings
 from mlx_lora.utils.errors import InputError
 
+pb = pytest.importorskip("tinker.proto.tinker_public_pb2")
 BINARY = {"Content-Type": "application/x-protobuf"}
 RUN = f"{'0' * 32}:train:0"
 
@@ -74,7 +75,7 @@ def fetch(http, request_id: str) -> dict:
     raise AssertionError("no answer")
 
 
-def message(model: str, seq: int = 1, tokens: int = 4, targets: bytes | None = None) -> pb.ForwardBackwardRequest:
+def message(model: str, seq: int = 1, tokens: int = 4, targets: bytes | None = None) -> Any:
     asked = pb.ForwardBackwardRequest(model_id=model, seq_id=seq, loss_fn="cross_entropy")
     datum = asked.data.add()
     datum.model_input.add().encoded_text.tokens = np.arange(tokens, dtype=np.int32).tobytes()
@@ -85,7 +86,7 @@ def message(model: str, seq: int = 1, tokens: int = 4, targets: bytes | None = N
     return asked
 
 
-def send(http, asked: pb.ForwardBackwardRequest) -> dict:
+def send(http, asked: Any) -> dict:
     """Return the outcome of a request for a loss."""
     answer = http.post("/api/v1/forward_backward", content=asked.SerializeToString(), headers=BINARY)
     assert answer.status_code == 200, answer.text
