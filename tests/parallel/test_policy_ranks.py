@@ -279,7 +279,10 @@ def test_answers_of_all_ranks_are_put_in_their_own_places():
     whole = [
         Played(
             [[100 * batch + prompt] for prompt in range(count)],
-            [Episode([100 * batch + row, 7, 8], [(1, 1 + row % 2)], row % 3 == 0) for row in range(group * count)],
+            [
+                Episode([100 * batch + row, 7, 8], [(1, 1 + row % 2)], row % 3 == 0, {"turns": float(row)})
+                for row in range(group * count)
+            ],
             np.arange(2.0 * group * count).reshape(-1, 2) + batch,
         )
         for batch, count in enumerate(counts)
@@ -301,6 +304,7 @@ def test_answers_of_all_ranks_are_put_in_their_own_places():
         assert [one.tokens for one in found.episodes] == [one.tokens for one in expected.episodes]
         assert [one.sampled.tolist() for one in found.episodes] == [one.sampled.tolist() for one in expected.episodes]
         assert [one.truncated for one in found.episodes] == [one.truncated for one in expected.episodes]
+        assert [one.counts for one in found.episodes] == [one.counts for one in expected.episodes]
         assert found.rewards.tolist() == expected.rewards.tolist()
         assert found.notes == ["note of 0", "rank 1: note of 1"]
     missing = Played([[3]], [Episode([1]), Episode([2])], np.array([[np.nan], [1.0]]))
