@@ -7,6 +7,7 @@ import gc
 import threading
 import time
 import warnings
+from asyncio.selector_events import _SelectorTransport
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,24 @@ def forget_clients() -> None:
     for holder in sessionless_holder_cache._holders.values():
         asyncio.run_coroutine_threadsafe(holder.aclose(), holder.get_loop()).result(60)
     sessionless_holder_cache._holders.clear()
-    asyncio.run_coroutine_threadsafe(asyncio.sleep(0.3), _internal_client_holder_thread_singleton.get_loop()).result(60)
+    asyncio.run_coroutine_threadsafe(closed_connections(), _internal_client_holder_thread_singleton.get_loop()).result(
+        60
+    )
     with warnings.catch_warnings():
         # The package never closes the connection over which it first asks a server for its settings.
         warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()
+
+
+async def closed_connections() -> None:
+    """Close what is left open in this loop: Python would complain of it in some later test, of another file."""
+    loop = asyncio.get_running_loop()
+    for one in gc.get_objects():
+        if (
+            issubclass(type(one), _SelectorTransport) and one._loop is loop
+        ):  # isinstance asks objects of torch, which warn
+            one.abort()
+    await asyncio.sleep(0.1)  # until the loop has let go of them
 
 
 def wait_until(condition: Any, seconds: float = 60.0) -> None:
