@@ -124,29 +124,34 @@ def test_a_teacher_is_read_from_its_files_too(own, tiny_4bit_folder, tiny_folder
 
 
 def test_the_output_of_frozen_blocks_is_kept_and_later_epochs_read_the_others_alone(
-    folder, chats, tmp_path, monkeypatch
+    tiny_4bit_folder, chats, tmp_path, monkeypatch
 ):
     """Losses are those of a run that computes all blocks; another base's output is not used."""
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
-    read: dict[str, list[int]] = {}
+    real, units = base_reader.BaseReader._fill, []
 
-    def run_with(name, kept, *more):
-        counted = read.setdefault(name, [])
-        real = base_reader.BaseReader._fill
-        monkeypatch.setattr(
-            base_reader.BaseReader, "_fill", lambda self, unit: (counted.append(unit), real(self, unit))
-        )
-        out = tmp_path / name
+    def counted(self, unit):
+        units.append(unit)
+        real(self, unit)
+
+    monkeypatch.setattr(base_reader.BaseReader, "_fill", counted)
+
+    def run_of(base, name, kept):
+        units.clear()
         trained(
-            folder, chats, out, "--offload-base", "--num-layers", 1, "--cache-trunk", kept, "--val-batches", 0, *more
+            base, chats, tmp_path / name, "--offload-base", "--num-layers", 1, "--cache-trunk", kept, "--val-batches", 0
         )
-        monkeypatch.setattr(base_reader.BaseReader, "_fill", real)
-        return losses(out), (out / "adapters.safetensors").read_bytes()
+        return losses(tmp_path / name), len(units)
 
-    whole, kept, again = run_with("off", "off"), run_with("on", "on"), run_with("again", "on")
-    assert kept[0] == pytest.approx(whole[0], rel=1e-3)
-    assert again == kept
-    assert len(read["again"]) < len(read["on"]) < len(read["off"])
+    whole, kept, again = (run_of(tiny_4bit_folder, name, name[:3].strip()) for name in ("off", "on", "on again"))
+    assert kept[0][0] == pytest.approx(whole[0][0], rel=1e-3)
+    assert again[0] == kept[0]
+    assert again[1] < kept[1] < whole[1]
+    config = json.loads((tiny_4bit_folder / "config.json").read_text())
+    other = write_folder(tmp_path / "other", quantized(tiny_model(seed=5)), config)
+    apart, own = run_of(other, "off other", "off")[0], run_of(other, "on other", "on")[0]
+    assert own[0] == pytest.approx(apart[0], rel=1e-3)
+    assert own[0] != pytest.approx(kept[0][0], rel=1e-3)
 
 
 @pytest.mark.slow
@@ -295,11 +300,12 @@ def test_what_does_not_fit_is_read_from_the_disk_by_itself(chats, tmp_path):
         needed.append(float(re.search(r"(\S+) GB  = peak", plan.out)[1]))
     assert needed[1] < 0.7 * needed[0]
     budget = ("--memory-budget", 16 / 15 * sum(needed) / 2, "--batch-size", 1)  # of which a part is for MLX's cache
+    budget += ("--iters", 2)
     one = run(*command(folder, chats, tmp_path / "off", *budget, "--offload-base", "off"))
     assert (one.code, "--memory-budget" in one.lines[-1]) == (2, True)
     ran = trained(folder, chats, tmp_path / "auto", *budget)
     assert "base read from its files" in ran.err
-    assert "base read from its files" not in trained(folder, chats, tmp_path / "room").err
+    assert "base read from its files" not in trained(folder, chats, tmp_path / "room", "--iters", 2).err
 
 
 @pytest.mark.parametrize(("extra", "word"), [
