@@ -82,8 +82,10 @@ def find_learning_rate(
                 base = load_base(settings.model)
         sweep = Sweep(folder / TRIALS, _state(settings, folder, tried), tried, rounds_for(len(tried)))
         rates = ", ".join(f"{trial.settings.optimizer.learning_rate:g}" for trial in tried)
-        few = "" if len(tried) == len(AROUND_DEFAULT[0]) else ", since the run is short,"
-        log.info(f"Learning rate: trying{few} {rates} in the first part of the run")
+        first = len(tried) == len(AROUND_DEFAULT[0])
+        log.info(
+            f"Learning rate: {'trying' if first else 'the run is short, so it tries only'} {rates} in its first part"
+        )
         try:
             best = tried[sweep.choose(base, header=False)]
         except TooShort:
