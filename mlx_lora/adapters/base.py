@@ -39,6 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Self
 
 import mlx.core as mx
@@ -474,8 +475,13 @@ class Exit(nn.Module):
 
 def mix_in(mixin: type[nn.Module], module: nn.Module) -> None:
     """Give one instance a class in which `mixin` comes before its own; it keeps the module, by which its kernels are found."""
-    own = type(module)
-    module.__class__ = type(f"{mixin.__name__}{own.__name__}", (mixin, own), {"__module__": own.__module__})
+    module.__class__ = mixed(mixin, type(module))
+
+
+@cache
+def mixed(mixin: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
+    """Return the class in which `mixin` comes before `own`: the same one for all blocks, which are compared by their classes."""
+    return type(f"{mixin.__name__}{own.__name__}", (mixin, own), {"__module__": own.__module__})
 
 
 def _is_float(leaf: Any) -> bool:

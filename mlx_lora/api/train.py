@@ -94,7 +94,7 @@ def train(
         "batch_size": batch_size, "max_seq_length": max_seq_length, "seed": seed,
     }  # fmt: skip
     given = {name: value for name, value in named.items() if value is not None} | settings
-    given, functions = named_rewards(given)
+    given, functions = named_functions(given)
     if find_launch(dict(os.environ)) is not None:
         raise InputError(
             "train: cannot run in a launcher of several processes; launch the command `mlx-lora train` instead"
@@ -250,7 +250,7 @@ def run_settings(model: ModelSettings, given: Mapping[str, Any]) -> TrainSetting
     return replace(train_settings(plain(given)), model=model)
 
 
-def named_rewards(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, RewardFunction]]:
+def named_functions(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, RewardFunction]]:
     """Return settings in which names replace functions and classes, and these by their names.
 
     Args:

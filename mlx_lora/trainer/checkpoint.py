@@ -34,7 +34,7 @@ from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.models.folder import read_safetensors_header, save_tensors
 from mlx_lora.trainer.state import VALIDATED, Position
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replacing_folder, sha256_of
+from mlx_lora.utils.files import flush_to_disk, replacing_folder, sha256_of
 from mlx_lora.utils.parsing import read_json
 from mlx_lora.utils.text import command_line
 
@@ -198,17 +198,8 @@ def write_checkpoint(
         state |= {"position": asdict(position), "identity": identity, "sha256": sums}
         (temporary / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
-            _flush(path)
-    _flush(folder.parent)
-
-
-def _flush(path: Path) -> None:
-    """Flush a file or a folder's entries to disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+            flush_to_disk(path)
+    flush_to_disk(folder.parent)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

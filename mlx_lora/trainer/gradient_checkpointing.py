@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -296,8 +296,14 @@ def mix_in(mixin: type, module: nn.Module, tape: Tape) -> None:
     """Give one instance a class in which `mixin` comes before its own, and the tape."""
     base = type(module)
     if not issubclass(base, mixin):
-        module.__class__ = type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})
+        module.__class__ = _mixed(mixin, base)
     module.tape = tape
+
+
+@cache
+def _mixed(mixin: type, base: type) -> type:
+    """Return the class in which `mixin` comes before `base`: the same one for all blocks, which are compared by their classes."""
+    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})
 
 
 def as_function(

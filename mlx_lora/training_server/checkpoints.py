@@ -16,7 +16,6 @@ reaches a file outside ROOT. Folders are written under another name, flushed to 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import time
@@ -32,7 +31,7 @@ from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, save_ad
 from mlx_lora.models.folder import read_safetensors_header, save_tensors
 from mlx_lora.training_server.models import LoraShape, TrainedModel
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replace_text, replacing_folder, sha256_of
+from mlx_lora.utils.files import flush_to_disk, replace_text, replacing_folder, sha256_of
 from mlx_lora.utils.parsing import read_json
 
 WEIGHTS, SAMPLER, EXTERNAL = "weights", "sampler_weights", "external_weights"
@@ -163,8 +162,8 @@ class CheckpointFolder:
             (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
             (temporary / ABOUT).write_text(json.dumps({"created": time.time(), **about}) + "\n", encoding="utf-8")
             for path in (*temporary.iterdir(), temporary):
-                _flush(path)
-        _flush(folder.parent)
+                flush_to_disk(path)
+        flush_to_disk(folder.parent)
         return self.read(place)
 
     def read(self, place: Place) -> Stored:
@@ -264,12 +263,3 @@ class CheckpointFolder:
 
     def _folder(self, place: Place) -> Path:
         return self._root / place.run.replace(":", ".") / place.kind / place.name
-
-
-def _flush(path: Path) -> None:
-    """Flush a file or a folder's entries to disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -47,6 +47,15 @@ def replacing_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def flush_to_disk(path: Path) -> None:
+    """Flush a file or a folder's entries to disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a text file, which replaces `path` completely or not at all."""
     with replacing_file(path) as temporary:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mlx_lora.api.train import named_rewards
+from mlx_lora.api.train import named_functions
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.rollouts.rewards import (
     Reward,
@@ -203,11 +203,11 @@ def test_functions_are_rewards_in_python():
         return [len(text) for text in completions]
 
     twice = [mine, "length:9", lambda completions, **c: [0.0] * len(completions), mine]
-    given_, functions = named_rewards({"objective": "grpo", "reward": twice})
+    given_, functions = named_functions({"objective": "grpo", "reward": twice})
     rewards = rewards_of(replace(ASKED, reward=given_["reward"]), functions)
     assert len({reward.name for reward in rewards}) == 4
     assert rewards_for(rewards, ANSWERS, ASKED, print)[:, 0].tolist() == [len(t) for t in ANSWERS["completions"]]
-    assert named_rewards({"reward": "exact_match"}) == ({"reward": "exact_match"}, {})
-    assert named_rewards({"reward": mine})[0]["reward"].endswith("mine")
+    assert named_functions({"reward": "exact_match"}) == ({"reward": "exact_match"}, {})
+    assert named_functions({"reward": mine})[0]["reward"].endswith("mine")
     with pytest.raises(InputError, match="given in Python"):
         rewards_of(replace(ASKED, reward="python:mine"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tool_files import FAMILIES, TOOLS, answer_text, call_text, family_tokenizer
 
-from mlx_lora.api.train import named_rewards
+from mlx_lora.api.train import named_functions
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.data.chat_template import chat_tokens
@@ -408,7 +408,7 @@ def test_ranks_must_have_the_same_tools(file):
 def test_python_gives_functions_and_classes(file):
     tools = vars(module_of(str(file), "it"))
     given = {"tools": [tools["add"], f"{file}:look_up"], "environment": tools["Counter"], "reward": tools["reached"]}
-    settings, functions = named_rewards(given)
+    settings, functions = named_functions(given)
     assert settings == {
         "tools": f"python:add,{file}:look_up", "environment": "python:Counter", "reward": "python:reached"
     }  # fmt: skip
