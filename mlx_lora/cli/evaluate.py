@@ -49,10 +49,33 @@ STOPPING = "Stopping; what is measured so far is printed. Press Ctrl-C again to 
 STOPPED = "Interrupted: these figures are of a part of the data"
 
 
-@click.command(cls=flags.SettingsCommand)
+class EvaluateCommand(flags.SettingsCommand):
+    """The command; with --tasks, --metric or --judge it is that of cli/evaluate_tasks.py, which has options of its own."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if any(arg.partition("=")[0] in OF_TASKS for arg in args):
+            from mlx_lora.cli.evaluate_tasks import main as scores  # only where it is asked for
+
+            return scores.make_context(info_name, args, parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+OF_TASKS = ("--tasks", "--metric", "--judge")
+
+
+@click.command(cls=EvaluateCommand)
 @flags.settings_options("model", "data", "objective", leave_out=("decode_weights", "valid_fraction", "shared_prefix"))
 @flags.adapter_options(help="Adapter folder, or hub id, to put on the model.")
 @click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")
+@click.option(
+    *OF_TASKS,
+    multiple=True,
+    expose_value=False,
+    metavar="NAME ...",
+    help="Score answers to tasks, or to --data, and compare adapters; `mlx-lora evaluate --tasks list --help` has the options.",
+)
 @click.option(
     "--forgetting", is_flag=True, help="Compare with the base on --data, general text and chat, and probe questions."
 )

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,19 @@ def _flag_for(value: str, flags: list[str]) -> str | None:
     elif path.suffix.lower() == ".gguf" or (path / "config.json").is_file():
         meant.sort(key=lambda flag: flag != "--model")
     return meant[0] if meant else None
+
+
+def repeated(args: Sequence[str], names: tuple[str, ...]) -> Iterator[str]:
+    """Yield arguments in which --runs A B is --runs A --runs B, for the flags of these names."""
+    inside, first = "", False
+    for arg in args:
+        if arg.startswith("-"):
+            inside, first = (arg, True) if arg in names else ("", False)
+        elif inside and not first:
+            yield inside
+        else:
+            first = False
+        yield arg
 
 
 class NumberOrWord(click.ParamType):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,20 +39,7 @@ class TrainCommand(flags.SettingsCommand):
     """The command, whose --runs takes all the files that follow it."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, list(_repeated(args)))
-
-
-def _repeated(args: list[str]) -> Iterator[str]:
-    """Yield arguments in which --runs A B is --runs A --runs B."""
-    inside = first = False
-    for arg in args:
-        if arg.startswith("-"):
-            inside = first = arg == RUNS
-        elif inside and not first:
-            yield RUNS
-        else:
-            first = False
-        yield arg
+        return super().parse_args(ctx, list(flags.repeated(args, (RUNS,))))
 
 
 @click.command(cls=TrainCommand)

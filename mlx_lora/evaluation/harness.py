@@ -81,21 +81,29 @@ def run_tasks(
         InputError: a task is not known, or its data cannot be loaded.
         KeyboardInterrupt: it was stopped.
     """
-    loaded = load_tasks(asked, options)
-    done = _Done(models, stopped)
-    found = {}
+    with _without_bars():
+        loaded = load_tasks(asked, options)
+        found = _evaluated(models, loaded, " ".join(asked), options, stopped)
+    return _measured(loaded, found)
+
+
+def _evaluated(
+    models: Models, loaded: dict[str, Any], asked: str, options: TaskOptions, stopped: Callable[[], bool]
+) -> dict[str, Any]:
+    """Let lm-eval evaluate one model after another, on what was computed for all."""
+    done, found = _Done(models, stopped), {}
     for name in models.names:
         for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
         random.seed(SEED)
         np.random.seed(FEWSHOT_SEED)
-        with _foreign(f"--tasks {' '.join(asked)}"), _without_bars():
+        with _foreign(f"--tasks {asked}"):
             found[name] = lm_eval.evaluator.evaluate(
                 lm=HarnessModel(models, name, done, options.chat_template), task_dict=loaded, limit=options.limit,
                 bootstrap_iters=0, apply_chat_template=options.chat_template,
                 fewshot_as_multiturn=options.chat_template, system_instruction=options.system_prompt,
             )  # fmt: skip
-    return _measured(loaded, found)
+    return found
 
 
 # Which tasks there are
@@ -103,7 +111,8 @@ def run_tasks(
 
 def known_tasks() -> list[str]:
     """Return the names of all tasks, groups and tags of lm-eval."""
-    return TaskManager().all_tasks
+    with _without_bars():
+        return TaskManager().all_tasks
 
 
 def load_tasks(asked: Sequence[str], options: TaskOptions) -> dict[str, Any]:
@@ -235,7 +244,8 @@ class _Done:
         if any(one not in self._texts for one in own):
             new = {replace(one, model=name): None for one in own for name in names}
             missing = [one for one in new if one not in self._texts]
-            self._texts |= dict(zip(missing, self._models.texts(missing, self._stopped), strict=True))
+            written = self._models.texts(missing, self._stopped)
+            self._texts |= {prompt: one.text for prompt, one in zip(missing, written, strict=True)}
         return [self._texts[one] for one in own]
 
 
@@ -364,7 +374,9 @@ def _measured(loaded: Mapping[str, Any], found: Mapping[str, Any]) -> Measured:
             metric, _, kind = key.partition(",")
             values = {model: [row[kind][metric] for row in own.values()] for model, own in rows.items()}
             aggregate = task.aggregation().get(metric)
-            mean = aggregate is lm_eval.api.metrics.mean and all(_is_number(one) for own in values.values() for one in own)
+            mean = aggregate is lm_eval.api.metrics.mean and all(
+                _is_number(one) for own in values.values() for one in own
+            )
             score = TaskScore.of(
                 name, metric if kind == NO_FILTER else f"{metric} ({kind})", values,
                 task.higher_is_better().get(metric) is not False, None if mean else aggregate,

@@ -1,0 +1,147 @@
+"""Let another local model judge: which of two answers is better, asked in both orders.
+
+The judge reads question and both answers in its chat template, and is not asked to write: the log-probabilities of "A" and
+"B" as its next word are compared, so each question costs one batch row and always has an answer. A small judge often
+prefers the first answer, or the second, whatever they are. So each pair is asked in both orders, an answer wins if it is
+preferred in both, and all else is a tie. How often the two orders agree is reported; a judge with low agreement says little.
+
+Source: Zheng et al., arXiv 2306.05685, section 3.4 (position bias, swapping).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jinja2
+
+from mlx_lora.data.chat_template import chat_tokens
+from mlx_lora.evaluation.models import BASE, Models, Scored
+from mlx_lora.evaluation.paired import FEWEST_ROWS, Comparison, score_interval
+from mlx_lora.evaluation.results import Score, TaskScore
+from mlx_lora.utils.errors import InputError
+
+QUESTION = """Here are a question and two answers to it, A and B.{reference}
+
+[Question]
+{question}
+
+[Answer A]
+{first}
+
+[Answer B]
+{second}
+
+Which answer is better: more correct, more helpful, and to the point? Reply with one letter, A or B."""
+REFERENCE = "\nA correct answer, to compare with:\n\n[Reference]\n{expected}"
+MOST_CHARACTERS = 6000  # of each text
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question with the base's answer and an adapter's, and the expected answer, empty if there is none."""
+
+    question: str
+    base: str
+    other: str
+    expected: str = ""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a judge said of pairs.
+
+    Attributes:
+        wins: of the adapter's answer.
+        losses: of it.
+        rows: all pairs; the others are ties.
+        asked: pairs whose answers differ; the others were not asked.
+        agreed: of these, in which both orders prefer the same answer.
+        verdicts: of each pair, 1, 0 (a tie) or -1.
+    """
+
+    wins: int
+    losses: int
+    rows: int
+    asked: int
+    agreed: int
+    verdicts: tuple[int, ...]
+
+    @property
+    def agreement(self) -> float | None:
+        """The share of asked pairs in which both orders agree; None if none was asked."""
+        return self.agreed / self.asked if self.asked else None
+
+    def score(self, task: str, judge: str, adapter: str) -> TaskScore:
+        """Return the shares of wins as a score: of the base those that the adapter lost."""
+        difference = (self.wins - self.losses) / max(1, self.rows)
+        few = self.rows < FEWEST_ROWS
+        low, high = (-float("inf"), float("inf")) if few else score_interval(self.wins, self.losses, self.rows)
+        rows = max(1, self.rows)
+        scores = {name: _share(count / rows, rows) for name, count in ((BASE, self.losses), (adapter, self.wins))}
+        compared = {adapter: Comparison(difference, low, high, self.rows)}
+        return TaskScore(task, f"judge {judge}", True, self.rows, scores, {**compared})
+
+
+def _share(value: float, rows: int) -> Score:
+    return Score(value, (value * (1 - value) / max(1, rows - 1)) ** 0.5)
+
+
+def judge_pairs(judge: Models, pairs: Sequence[Pair], stopped: Callable[[], bool] = lambda: False) -> Judged:
+    """Let a model judge pairs of answers.
+
+    Args:
+        judge: its base alone is asked.
+        pairs: with different or equal answers; equal ones are ties.
+        stopped: asked before each batch whether to end.
+
+    Raises:
+        InputError: the judge has no chat template.
+        KeyboardInterrupt: it was stopped.
+    """
+    letters = _letters(judge)
+    differing = [number for number, pair in enumerate(pairs) if pair.base.strip() != pair.other.strip()]
+    asked: list[Scored] = []
+    for number in differing:
+        pair = pairs[number]
+        for first, second in ((pair.base, pair.other), (pair.other, pair.base)):
+            context = _context(judge, pair, first, second)
+            asked += [Scored(BASE, context, (letter,)) for letter in letters]
+    found = judge.log_likelihoods(asked, stopped)
+    verdicts, agreed = [0] * len(pairs), 0
+    for at, number in enumerate(differing):
+        one, two, three, four = (likelihood.total for likelihood in found[4 * at : 4 * at + 4])
+        first_order, second_order = two > one, three > four  # whether the adapter's answer is preferred
+        agreed += first_order == second_order
+        if first_order == second_order:
+            verdicts[number] = 1 if first_order else -1
+    wins, losses = verdicts.count(1), verdicts.count(-1)
+    return Judged(wins, losses, len(pairs), len(differing), agreed, tuple(verdicts))
+
+
+def pairs_of(
+    questions: Sequence[str], expected: Sequence[str], answers: Mapping[str, Sequence[str]], adapter: str
+) -> list[Pair]:
+    """Return the pairs of the base's and an adapter's answers."""
+    rows = zip(questions, answers[BASE], answers[adapter], expected, strict=True)
+    return [Pair(*row) for row in rows]
+
+
+def _letters(judge: Models) -> list[int]:
+    """Return the tokens of the two letters, as an answer begins with them."""
+    tokens = [judge.base.hf_tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
+    return [own[-1] for own in tokens]
+
+
+def _context(judge: Models, pair: Pair, first: str, second: str) -> tuple[int, ...]:
+    template = judge.templates[BASE]
+    if template is None:
+        raise InputError(f"--judge {judge.base.model_id}: it has no chat template; choose an instruction-tuned model")
+    cut = {"question": pair.question, "first": first, "second": second}
+    cut = {name: text[:MOST_CHARACTERS] for name, text in cut.items()}
+    reference = REFERENCE.format(expected=pair.expected[:MOST_CHARACTERS]) if pair.expected else ""
+    message = {"role": "user", "content": QUESTION.format(reference=reference, **cut)}
+    try:
+        return tuple(chat_tokens(judge.base.hf_tokenizer, [message], template))
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise InputError(f"--judge {judge.base.model_id}: its chat template refuses the question ({error})") from None

@@ -1,0 +1,64 @@
+"""A judge that is asked in both orders: an answer wins if both prefer it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from byte_tokenizer import byte_tokenizer
+
+from mlx_lora.evaluation.judge import Pair, judge_pairs
+from mlx_lora.evaluation.models import LogLikelihood
+from mlx_lora.utils.errors import InputError
+
+TOKENIZER = byte_tokenizer()
+
+
+class StandIn:
+    """Prefers the longer answer, or always the first one."""
+
+    def __init__(self, longer=True, template=TOKENIZER.chat_template):
+        self.base = SimpleNamespace(hf_tokenizer=TOKENIZER, model_id="stand-in")
+        self.templates, self.longer, self.asked = {"base": template}, longer, 0
+
+    def log_likelihoods(self, asked, stopped):
+        found, self.asked = [], self.asked + len(asked)
+        for one in asked:
+            text = TOKENIZER.decode(list(one.context))
+            first = text.partition("[Answer A]")[2].partition("[Answer B]")[0]
+            second = text.partition("[Answer B]")[2].partition("Which answer")[0]
+            prefers_a = len(first.strip()) > len(second.strip()) if self.longer else True
+            is_a = TOKENIZER.decode(list(one.continuation)) == "A"
+            found.append(LogLikelihood(-0.1 if is_a == prefers_a else -3.0, True))
+        return found
+
+
+PAIRS = [
+    Pair("Q", "short", "much longer"),
+    Pair("Q", "very long answer", "no"),
+    Pair("Q", "same", "same "),
+    Pair("Q", "a", "bb", "bb"),
+]
+
+
+def test_wins_losses_and_ties():
+    judge = StandIn()
+    found = judge_pairs(judge, PAIRS)
+    assert found.verdicts == (1, -1, 0, 1)
+    assert (found.wins, found.losses, found.asked, found.agreement) == (2, 1, 3, 1.0)
+    assert judge.asked == 3 * 4
+    score = found.score("rows", "stand-in", "mine")
+    assert score.scores["mine"].value == 0.5
+    assert score.compared["mine"].difference == 0.25
+
+
+def test_a_judge_that_always_prefers_the_first_says_nothing():
+    found = judge_pairs(StandIn(longer=False), PAIRS)
+    assert found.verdicts == (0, 0, 0, 0)
+    assert found.agreement == 0
+    assert judge_pairs(StandIn(), PAIRS[2:3]).agreement is None
+
+
+def test_a_judge_needs_a_chat_template():
+    with pytest.raises(InputError, match="no chat template"):
+        judge_pairs(StandIn(template=None), PAIRS)
