@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlx_lora.api.base import Base, generate, load
     from mlx_lora.api.errors import InputError
     from mlx_lora.api.evaluate import evaluate
+    from mlx_lora.api.evaluate_tasks import evaluate_tasks
     from mlx_lora.api.export import export
     from mlx_lora.api.merge import merge
     from mlx_lora.api.plan import plan
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BLAS", "Base", "Callback", "InputError", "Run", "RunError", "SwanLab", "TensorBoard", "Trackio", "Wandb", "evaluate",
-    "export", "generate", "load", "merge", "plan", "sweep", "train", "train_several",
+    "evaluate_tasks", "export", "generate", "load", "merge", "plan", "sweep", "train", "train_several",
 ]  # fmt: skip
 
 # Before a BLAS is loaded, and anything imports mlx.core: see utils/blas.py.
@@ -49,6 +50,7 @@ _HOMES = {
     "Trackio": "mlx_lora.trainer.callbacks",
     "Wandb": "mlx_lora.trainer.callbacks",
     "evaluate": "mlx_lora.api.evaluate",
+    "evaluate_tasks": "mlx_lora.api.evaluate_tasks",
     "export": "mlx_lora.api.export",
     "generate": "mlx_lora.api.base",
     "load": "mlx_lora.api.base",

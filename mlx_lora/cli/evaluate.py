@@ -61,6 +61,9 @@ class EvaluateCommand(flags.SettingsCommand):
             return scores.make_context(info_name, args, parent, **extra)
         return super().make_context(info_name, args, parent, **extra)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
+
 
 OF_TASKS = ("--tasks", "--metric", "--judge")
 

@@ -133,7 +133,8 @@ def load_tasks(asked: Sequence[str], options: TaskOptions) -> dict[str, Any]:
     manager = TaskManager(include_path=[*map(str, folders)] or None, include_defaults=bool(named))  # pyright: ignore[reportArgumentType] # a list of texts
     for text in named:
         if text not in manager.task_index:
-            near = closest(text, manager.all_tasks, NAMES_SHOWN)
+            alike = [name for name in manager.all_tasks if name[:2] == text[:2]]  # of 14,000 names
+            near = closest(text, alike, NAMES_SHOWN)
             hint = f"did you mean {' or '.join(near)}?" if near else "give a YAML file of your own, or a name"
             raise InputError(f"--tasks {text}: lm-eval has no such task; {hint} `--tasks list` prints all names")
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
@@ -183,7 +184,7 @@ def _foreign(what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except FOREIGN_ERRORS as error:
+    except (*FOREIGN_ERRORS, StopIteration) as error:  # `datasets` raises StopIteration for a file without rows
         if _needs_network(error):
             raise InputError(
                 f"{what}: its data is on the hub, which cannot be reached ({short(error, 120)}); run it once with "

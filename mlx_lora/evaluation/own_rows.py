@@ -7,7 +7,6 @@ batch.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,9 +23,6 @@ from mlx_lora.evaluation.results import Answered, Measured, TaskScore
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.rollouts.tool_calls import CallReader, Said
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.text import counted
-
-log = logging.getLogger(__name__)
 
 MOST_SHOWN = 2000  # characters of a question
 
@@ -89,9 +85,6 @@ def answer_rows(
         )
     facts = next(iter(sets.values())).facts or []
     rows = [_asked_row(fact) for fact in facts]
-    check = sum(row.columns.get("answer") is None for row in rows)
-    if check:
-        log.info(f"Note: {counted(check, 'row')} have no answer to compare with")
     written = models.texts(prompts, stopped)
     answers = {
         name: [
