@@ -90,7 +90,7 @@ def main(
 ) -> int:  # fmt: skip
     """Score --model and each --adapter on --tasks, and on --data by --metric or --judge, and compare them.
 
-    Every adapter is compared with the base on the same rows. A difference is called one only if its 95 % interval leaves out 0.
+    Every adapter is compared with the base on the same rows. A difference is called one only if its 95% interval leaves out 0.
     """  # fmt: skip
     own = {name: options.pop(name) for name in ("judge", "fewshot", "limit", "apply_chat_template", "max_tokens")}
     batch_tokens = options.pop("batch_tokens")

@@ -116,18 +116,22 @@ def score_rows(name: str, found: RowsAnswered, metrics: Sequence[Metric]) -> Mea
         any_value = False
         for part in first:
             values = {model: own[part] for model, own in taken.items()}
-            known = [row for row in range(len(found.rows)) if all(own[row] is not None for own in values.values())]
+            given = {
+                model: {at: float(one) for at, one in enumerate(own) if one is not None}
+                for model, own in values.items()
+            }
+            known = [row for row in range(len(found.rows)) if all(row in own for own in given.values())]
             if not known:
                 continue
             any_value = True
-            of_known = {model: [own[row] for row in known] for model, own in values.items()}
+            of_known = {model: [own[row] for row in known] for model, own in given.items()}
             measured.scores.append(TaskScore.of(name, part, of_known))
             if len(known) < len(found.rows):
                 measured.notes.append(
                     f"{part}: of {len(known)} of {len(found.rows)} rows; the others cannot be compared"
                 )
             for row in known:
-                shown[row][part] = {model: float(own[row]) for model, own in values.items()}
+                shown[row][part] = {model: own[row] for model, own in given.items()}
         if not any_value:
             raise InputError(
                 f"--metric {metric.name}: no row has what it compares with; see docs/is-my-model-better.md"

@@ -1,4 +1,4 @@
-"""Compare the scores of two models on the same rows: the difference, its 95 % interval, and a sentence.
+"""Compare the scores of two models on the same rows: the difference, its 95% interval, and a sentence.
 
 Both models answer the same rows, so the difference is taken row by row: how hard the rows are cancels, and far fewer rows
 show a difference than two separate intervals would need.
@@ -38,7 +38,7 @@ class Comparison:
 
     Attributes:
         difference: of the scores, above 0 if the second model's is higher.
-        low, high: of its 95 % interval; infinite where there are too few rows.
+        low, high: of its 95% interval; infinite where there are too few rows.
         rows: that both answered.
         better: whether a higher score is better.
         share: whether scores are shares, which are told in points (hundredths).
@@ -70,10 +70,10 @@ class Comparison:
         scale, unit, digits = (100, " points", 1) if self.share else (1, "", _digits(self.low, self.high))
         if not self.certain:
             low, high = (f"{scale * value:.{digits}f}" for value in (self.low, self.high))
-            return f"no difference shown: {scale * self.difference:+.{digits}f}{unit}, 95 % interval {low} to {high}"
+            return f"no difference shown: {scale * self.difference:+.{digits}f}{unit}, 95% interval {low} to {high}"
         low, high = sorted(abs(scale * value) for value in (self.low, self.high))
         by = f"{abs(scale * self.difference):.{digits}f}{unit}"
-        return f"{self.verdict} by {by}, 95 % interval {low:.{digits}f} to {high:.{digits}f}"
+        return f"{self.verdict} by {by}, 95% interval {low:.{digits}f} to {high:.{digits}f}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""

@@ -72,7 +72,7 @@ def test_every_adapter_is_compared_with_the_base(asked):
 
 
 def test_the_page(asked):
-    facts, page = asked
+    _, page = asked
     text = page.read_text()
     assert EVIL not in text
     assert "questions.jsonl" in text

@@ -89,11 +89,11 @@ def test_the_jackknife_of_a_mean_is_students_t():
 
 def test_sentences():
     better = Comparison(0.031, 0.004, 0.058, 500)
-    assert better.words() == "better by 3.1 points, 95 % interval 0.4 to 5.8"
-    assert Comparison(-0.031, -0.058, -0.004, 500).words() == "worse by 3.1 points, 95 % interval 0.4 to 5.8"
+    assert better.words() == "better by 3.1 points, 95% interval 0.4 to 5.8"
+    assert Comparison(-0.031, -0.058, -0.004, 500).words() == "worse by 3.1 points, 95% interval 0.4 to 5.8"
     assert Comparison(-0.01, -0.03, 0.01, 500).words().startswith("no difference shown: -1.0 points")
     lower = Comparison(-1.5, -2.25, -0.75, 50, better=False, share=False)
-    assert lower.words() == "better by 1.50, 95 % interval 0.75 to 2.25"
+    assert lower.words() == "better by 1.50, 95% interval 0.75 to 2.25"
     few = compare([0, 1], [1, 1])
     assert few.verdict == "no difference shown"
     assert "2 rows" in few.words()
