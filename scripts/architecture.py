@@ -27,7 +27,8 @@ LAYERS: list[tuple[str, list[dict[str, tuple[float, str]]]]] = [
     ("What people call", [
         {"cli": (2, "one file per command")},
         {"studio": (1, "the local page"), "training_server": (2, "Tinker's protocol"), "doctor": (3, "checks of a machine")},
-        {"api": (1, "what Python users call"), "bench": (2, "benchmark suite"), "serving": (3, "many adapters, HTTP")},
+        {"api": (1, "what Python users call"), "bench": (2, "benchmark suite")},
+        {"evaluation": (1, "tasks, answers, intervals"), "serving": (3, "many adapters, HTTP")},
     ]),
     ("A training run", [
         {"trainer": (1, "loop, step, checkpoints")},
