@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import jinja2
 import lm_eval.api.metrics
 import lm_eval.api.task
@@ -208,13 +209,16 @@ def _needs_network(error: BaseException) -> bool:
 def _without_bars() -> Iterator[None]:
     """Keep lm-eval from writing bars and lines of its own; ours show the progress."""
     logger, before = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm
-    level = logger.level
+    level, shown = logger.level, not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     logger.setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
         lm_eval.api.task.tqdm = before
+        if shown:
+            datasets.enable_progress_bars()
         logger.setLevel(level)
 
 
