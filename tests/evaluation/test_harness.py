@@ -114,6 +114,22 @@ def test_each_template_is_asked_in_its_own_form(folder, tasks, tmp_path):
         assert harness.HarnessModel(models, "other", done, False)._alike == ["other", BASE]
 
 
+def test_a_group_has_the_score_of_its_tasks(folder, tasks, adapters):
+    root = tasks["animals"].parent
+    (root / "both.yaml").write_text(
+        "group: both\ntask: [animals, letters]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    found = measured(folder, [root / "both.yaml"], {"one": adapters["one"]}, limit=6)
+    by_name = {(one.task, one.metric): one for one in found.scores}
+    parts, whole = [by_name[name, "acc"] for name in ("animals", "letters")], by_name["both", "acc"]
+    assert whole.rows == 12
+    for model in (BASE, "one"):
+        assert whole.scores[model].value == pytest.approx(sum(part.scores[model].value for part in parts) / 2)
+    difference = whole.scores["one"].value - whole.scores[BASE].value
+    assert whole.compared["one"].difference == pytest.approx(difference)
+    assert whole.compared["one"].low < difference < whole.compared["one"].high
+
+
 BAD = {
     "a task that is not there": (["--tasks", "hellaswagg"], ["hellaswag", "--tasks list"]),
     "no such file": (["--tasks", "{root}/gone.yaml"], ["no such file"]),

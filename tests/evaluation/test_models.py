@@ -7,9 +7,11 @@ import dataclasses
 import mlx.core as mx
 import numpy as np
 import pytest
+from architectures.build import tiny_architecture, tiny_config
 from comparing import by_dtype
 from conftest import tiny_model, write_folder
 from make_adapters import make_adapter
+from tiers import by_default
 
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.evaluation import models as module
@@ -80,6 +82,31 @@ def test_each_model_has_its_own_numbers(opened, folder, adapters):
     by_model = {name: [got.total for one, got in zip(asked, found, strict=True) if one.model == name] for name in plain}
     totals = list(by_model.values())
     assert all(max(np.abs(np.subtract(a, b))) > 0.05 for i, a in enumerate(totals) for b in totals[:i])
+
+
+def folder_of(name, folder):
+    config = tiny_config(name)
+    return write_folder(folder, tiny_architecture(name), config)
+
+
+@pytest.mark.parametrize(
+    "kind", by_default(["tied", "4-bit", "gemma3_text", "mamba", "qwen3_moe"], "tied", "4-bit", "gemma3_text", "mamba")
+)
+def test_kinds_of_models(kind, tiny_folder, tiny_4bit_folder, tmp_path):
+    folder = {"tied": tiny_folder, "4-bit": tiny_4bit_folder}.get(kind)
+    if folder is None:
+        folder = folder_of(kind, tmp_path / "model")
+    adapter = make_adapter(folder, tmp_path / "adapter", rank=4, seed=2, targets="all-linear")
+    sources = {"mine": AdapterSource(folder=adapter)}
+    asked = [Scored(name, CONTEXT, one) for one in CONTINUATIONS for name in (BASE, "mine")]
+    with Models.opened(load_base(ModelSettings(model=str(folder))), sources) as models:
+        assert models._shares == (kind != "mamba")
+        found = models.log_likelihoods(asked)
+        said = models.texts([Prompt(name, CONTEXT, 4) for name in (BASE, "mine")])
+    plain = {BASE: alone(folder, None), "mine": alone(folder, adapter)}
+    for one, got in zip(asked, found, strict=True):
+        assert got.total == pytest.approx(expected(plain[one.model], *one[1:]).total, abs=by_dtype(1e-3, 0.3)), one
+    assert len(said) == 2
 
 
 def test_a_context_is_computed_once(opened):
