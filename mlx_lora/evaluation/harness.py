@@ -14,7 +14,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -122,12 +122,14 @@ def load_tasks(asked: Sequence[str], options: TaskOptions) -> dict[str, Any]:
     Raises:
         InputError: a task is not known, or its data cannot be loaded.
     """
-    specs, folders, named = [], [], []
+    specs: list[Any] = []
+    folders, named = [], []
     for text in asked:
         path = Path(text).expanduser()
         if path.suffix in YAML:
-            specs.append(_own_task(text, path))
-            folders += [path.parent] if "group" in specs[-1] else []
+            own = _own_task(text, path)
+            specs.append(own.get("group", own))  # its folder is in the index of names
+            folders += [path.parent] if "group" in own else []
         else:
             specs.append(text)
             named.append(text)
@@ -140,7 +142,9 @@ def load_tasks(asked: Sequence[str], options: TaskOptions) -> dict[str, Any]:
             raise InputError(f"--tasks {text}: lm-eval has no such task; {hint} `--tasks list` prints all names")
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for text, spec in zip(asked, specs, strict=True):
-        with _foreign(f"--tasks {text}"):
+        # The tasks of a group find data that lies beside them.
+        here = chdir(Path(text).expanduser().parent) if text not in named and isinstance(spec, str) else nullcontext()
+        with _foreign(f"--tasks {text}"), here:
             for kind, entries in manager.load([spec]).items():
                 loaded[kind] |= entries  # pyright: ignore[reportOperatorIssue] # each is a dictionary
     for name, task in loaded["tasks"].items():
