@@ -25,7 +25,7 @@ from mlx_lora.evaluation.own_rows import (
     question_text,
     score_rows,
 )
-from mlx_lora.evaluation.results import Measured, TaskScore
+from mlx_lora.evaluation.results import TaskResults, TaskScore
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.serving.adapter_store import AdapterSource, check_names, own_name
 from mlx_lora.utils.errors import InputError
@@ -158,7 +158,7 @@ def check_tasks(asked: TasksRequest) -> list[Metric]:
     return [metric_of(name) for name in asked.metrics]
 
 
-def measure_tasks(base: Base, asked: TasksRequest, metrics: Sequence[Metric]) -> Measured:
+def measure_tasks(base: Base, asked: TasksRequest, metrics: Sequence[Metric]) -> TaskResults:
     """Measure everything.
 
     Args:
@@ -170,7 +170,7 @@ def measure_tasks(base: Base, asked: TasksRequest, metrics: Sequence[Metric]) ->
         InputError: adapter, task or data that cannot be used.
         KeyboardInterrupt: it was stopped; nothing is returned.
     """
-    found, answered = Measured(), None
+    found, answered = TaskResults(), None
     with Models.opened(base, asked.adapters, asked.ignore_fingerprint, asked.batch_tokens) as models:
         if asked.tasks:
             # Imported here, because lm-eval may not be installed.

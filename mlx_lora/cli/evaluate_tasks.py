@@ -18,7 +18,7 @@ from mlx_lora.api.evaluate_tasks import TasksRequest, check_tasks, measure_tasks
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.evaluation.own_rows import RowsAsked
-from mlx_lora.evaluation.results import Measured
+from mlx_lora.evaluation.results import TaskResults
 from mlx_lora.models.load import load_base
 from mlx_lora.reports.task_page import write_task_page
 from mlx_lora.serving.adapter_store import adapter_sources
@@ -147,7 +147,7 @@ def print_names(as_json: bool) -> None:
         click.echo(name)
 
 
-def print_scores(found: Measured) -> None:
+def print_scores(found: TaskResults) -> None:
     """Print the scores of each task, and a sentence about each comparison."""
     for score in found.scores:
         arrow = "" if score.better else ", lower is better"

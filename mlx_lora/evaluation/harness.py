@@ -34,9 +34,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm
 
 from mlx_lora.data.sandbox import render_chat
-from mlx_lora.evaluation.models import LogLikelihood, Models, Prompt, Scored
+from mlx_lora.evaluation.models import LogLikelihood, Models, Scored, TextRequest
 from mlx_lora.evaluation.paired import compare_weighted
-from mlx_lora.evaluation.results import Answered, Measured, Score, TaskScore
+from mlx_lora.evaluation.results import Answered, ModelScore, TaskResults, TaskScore
 from mlx_lora.models.folder import FOREIGN_ERRORS, short
 from mlx_lora.serving.batch import Sampling
 from mlx_lora.utils.errors import InputError
@@ -69,7 +69,7 @@ class TaskOptions:
 
 def run_tasks(
     models: Models, asked: Sequence[str], options: TaskOptions, stopped: Callable[[], bool] = lambda: False
-) -> Measured:
+) -> TaskResults:
     """Return what the models score in tasks.
 
     Args:
@@ -235,7 +235,7 @@ class _Done:
     def __init__(self, models: Models, stopped: Callable[[], bool]):
         self._models, self._stopped = models, stopped
         self._likelihoods: dict[Scored, LogLikelihood] = {}
-        self._texts: dict[Prompt, str] = {}
+        self._texts: dict[TextRequest, str] = {}
 
     def log_likelihoods(self, names: Sequence[str], pairs: Sequence[tuple[Any, Any]]) -> list[LogLikelihood]:
         """Return the log-likelihoods of the first model, and compute those of the others with it."""
@@ -247,7 +247,7 @@ class _Done:
             self._likelihoods |= dict(zip(missing, found, strict=True))
         return [self._likelihoods[one] for one in own]
 
-    def texts(self, names: Sequence[str], prompts: Sequence[Prompt]) -> list[str]:
+    def texts(self, names: Sequence[str], prompts: Sequence[TextRequest]) -> list[str]:
         """Return the texts of the first model, and write those of the others with it."""
         own = [replace(prompt, model=names[0]) for prompt in prompts]
         if any(one not in self._texts for one in own):
@@ -366,16 +366,16 @@ class HarnessModel(TemplateLM):
                 sampling = Sampling(
                     how["temperature"], how.get("top_p", 1.0), how.get("top_k", 0) or 0, seed=SEED + seen[key]
                 )
-            prompts.append(Prompt(self._name, tuple(tokens), most, stops, sampling))
+            prompts.append(TextRequest(self._name, tuple(tokens), most, stops, sampling))
         return self._done.texts(self._alike, prompts)
 
 
 # What lm-eval found
 
 
-def _measured(loaded: Mapping[str, Any], found: Mapping[str, Any]) -> Measured:
+def _measured(loaded: Mapping[str, Any], found: Mapping[str, Any]) -> TaskResults:
     """Return lm-eval's results of all models, with our own standard errors and comparisons."""
-    measured, by_task = Measured(), {}
+    measured, by_task = TaskResults(), {}
     for name, task in loaded["tasks"].items():
         rows = {model: _by_row(result["samples"][name]) for model, result in found.items()}
         first = next(iter(found.values()))
@@ -483,7 +483,7 @@ def _groups(
                 own = {}
                 for model, result in found.items():
                     errors = [w * (part.scores[model].error or 0.0) for w, part in zip(weights, parts, strict=True)]
-                    own[model] = Score(result["groups"][name][key], sum(error**2 for error in errors) ** 0.5)
+                    own[model] = ModelScore(result["groups"][name][key], sum(error**2 for error in errors) ** 0.5)
                 metric, _, kind = key.partition(",")
                 label = metric if kind == NO_FILTER else f"{metric} ({kind})"
                 scores.append(TaskScore(name, label, parts[0].better, total, own, {**compared}))

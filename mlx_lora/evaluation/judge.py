@@ -18,7 +18,7 @@ import jinja2
 from mlx_lora.data.chat_template import chat_tokens
 from mlx_lora.evaluation.models import BASE, Models, Scored
 from mlx_lora.evaluation.paired import FEWEST_ROWS, Comparison, score_interval
-from mlx_lora.evaluation.results import Score, TaskScore
+from mlx_lora.evaluation.results import ModelScore, TaskScore
 from mlx_lora.utils.errors import InputError
 
 QUESTION = """Here are a question and two answers to it, A and B.{reference}
@@ -38,7 +38,7 @@ MOST_CHARACTERS = 6000  # of each text
 
 
 @dataclass(frozen=True)
-class Pair:
+class AnswerPair:
     """A question with the base's answer and an adapter's, and the expected answer, empty if there is none."""
 
     question: str
@@ -83,11 +83,11 @@ class Judged:
         return TaskScore(task, f"judge {judge}", True, self.rows, scores, {**compared})
 
 
-def _share(value: float, rows: int) -> Score:
-    return Score(value, (value * (1 - value) / max(1, rows - 1)) ** 0.5)
+def _share(value: float, rows: int) -> ModelScore:
+    return ModelScore(value, (value * (1 - value) / max(1, rows - 1)) ** 0.5)
 
 
-def judge_pairs(judge: Models, pairs: Sequence[Pair], stopped: Callable[[], bool] = lambda: False) -> Judged:
+def judge_pairs(judge: Models, pairs: Sequence[AnswerPair], stopped: Callable[[], bool] = lambda: False) -> Judged:
     """Let a model judge pairs of answers.
 
     Args:
@@ -121,10 +121,10 @@ def judge_pairs(judge: Models, pairs: Sequence[Pair], stopped: Callable[[], bool
 
 def pairs_of(
     questions: Sequence[str], expected: Sequence[str], answers: Mapping[str, Sequence[str]], adapter: str
-) -> list[Pair]:
+) -> list[AnswerPair]:
     """Return the pairs of the base's and an adapter's answers."""
     rows = zip(questions, answers[BASE], answers[adapter], expected, strict=True)
-    return [Pair(*row) for row in rows]
+    return [AnswerPair(*row) for row in rows]
 
 
 def _letters(judge: Models) -> list[int]:
@@ -133,7 +133,7 @@ def _letters(judge: Models) -> list[int]:
     return [own[-1] for own in tokens]
 
 
-def _context(judge: Models, pair: Pair, first: str, second: str) -> tuple[int, ...]:
+def _context(judge: Models, pair: AnswerPair, first: str, second: str) -> tuple[int, ...]:
     template = judge.templates[BASE]
     if template is None:
         raise InputError(f"--judge {judge.base.model_id}: it has no chat template; choose an instruction-tuned model")

@@ -56,7 +56,7 @@ class AskedRow:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ModelAnswer:
     """What a model wrote: the text as a person reads it, its tokens, and its calls of tools."""
 
     text: str
@@ -73,7 +73,7 @@ class Metric:
     """A metric by its name, which may give several numbers."""
 
     name: str
-    of: Callable[[Sequence[AskedRow], Sequence[Answer]], Values]
+    of: Callable[[Sequence[AskedRow], Sequence[ModelAnswer]], Values]
 
 
 def metric_of(name: str) -> Metric:
@@ -104,7 +104,7 @@ def metric_of(name: str) -> Metric:
 def _functional(shown: str, name: str, function: Any) -> Metric:
     """Return the metric of a function with the signature of a reward."""
 
-    def values(rows: Sequence[AskedRow], answers: Sequence[Answer]) -> Values:
+    def values(rows: Sequence[AskedRow], answers: Sequence[ModelAnswer]) -> Values:
         names = dict.fromkeys(key for row in rows for key in row.columns)
         columns = {key: [row.columns.get(key) for row in rows] for key in names}
         for key in ("prompt", "completion", "prompts", "completions", "completion_ids"):
@@ -135,7 +135,7 @@ def _functional(shown: str, name: str, function: Any) -> Metric:
 
 
 def _each(
-    function: Callable[[str, str | None], float | None], rows: Sequence[AskedRow], answers: Sequence[Answer]
+    function: Callable[[str, str | None], float | None], rows: Sequence[AskedRow], answers: Sequence[ModelAnswer]
 ) -> list[float | None]:
     expected = [row.columns.get("answer") for row in rows]
     return [
@@ -179,7 +179,7 @@ def rouge_l(expected: str, said: str) -> float:
 # Calls of tools
 
 
-def tool_call_values(rows: Sequence[AskedRow], answers: Sequence[Answer]) -> Values:
+def tool_call_values(rows: Sequence[AskedRow], answers: Sequence[ModelAnswer]) -> Values:
     """Return how far the calls of answers are the expected ones.
 
     `tool_calls`: all calls are right, in the expected order, and there is no other; a row that expects none wants none.

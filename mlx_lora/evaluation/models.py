@@ -83,7 +83,7 @@ class LogLikelihood(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TextRequest:
     """A text that a model is to write.
 
     Attributes:
@@ -120,7 +120,7 @@ class _Target:
 
 
 @dataclass(frozen=True)
-class _Row:
+class _ScoredRow:
     """One row of a batch: its tokens, the columns at which its parts start (none for one part), and what it predicts."""
 
     model: str
@@ -205,7 +205,7 @@ class Models:
                 found[target.number] = likelihood
         return found
 
-    def _rows(self, asked: Sequence[Scored], shares: bool | None = None) -> list[_Row]:
+    def _rows(self, asked: Sequence[Scored], shares: bool | None = None) -> list[_ScoredRow]:
         """Return rows for all continuations, those of one context in one row where the model allows it."""
         shares = self._shares if shares is None else shares
         limit = self.context_tokens
@@ -221,10 +221,10 @@ class Models:
             kept = context[-max(1, limit + 1 - len(continuation)) :]
             begun = (*kept[-1:], *continuation[:-1])
             parts.setdefault((model, kept), {}).setdefault(begun, []).append((number, continuation))
-        rows: list[_Row] = []
+        rows: list[_ScoredRow] = []
         for (model, context), begun in parts.items():
             shared, room = context[:-1], max(len(context), MOST_IN_A_ROW)
-            row: _Row | None = None
+            row: _ScoredRow | None = None
             for part, continuations in begun.items():
                 if (
                     row is None
@@ -232,7 +232,7 @@ class Models:
                     or len(shared) < LEAST_SHARED
                     or len(row.tokens) + len(part) > len(shared) + room
                 ):
-                    row = _Row(model, list(shared), [], [])
+                    row = _ScoredRow(model, list(shared), [], [])
                     rows.append(row)
                 column = len(row.tokens)
                 row.starts.append(column)
@@ -240,16 +240,18 @@ class Models:
                 row.targets.extend(_Target(number, column, tokens) for number, tokens in continuations)
         return rows
 
-    def _batches(self, rows: list[_Row]) -> list[list[_Row]]:
+    def _batches(self, rows: list[_ScoredRow]) -> list[list[_ScoredRow]]:
         """Return batches of rows of similar length, the longest first, with at most `batch_tokens` positions."""
-        batches: list[list[_Row]] = []
+        batches: list[list[_ScoredRow]] = []
         for row in sorted(rows, key=lambda row: -len(row.tokens)):
             if not batches or len(batches[-1][0].tokens) * (len(batches[-1]) + 1) > self.batch_tokens:
                 batches.append([])
             batches[-1].append(row)
         return batches
 
-    def _scored(self, batch: list[_Row], head: Head | None, shares: bool) -> Iterator[tuple[_Target, LogLikelihood]]:
+    def _scored(
+        self, batch: list[_ScoredRow], head: Head | None, shares: bool
+    ) -> Iterator[tuple[_Target, LogLikelihood]]:
         """Compute one batch."""
         width = len(batch[0].tokens)
         inputs = mx.array([row.tokens + [0] * (width - len(row.tokens)) for row in batch])  # (B, T)
@@ -313,7 +315,7 @@ class Models:
 
     # Texts
 
-    def texts(self, asked: Sequence[Prompt], stopped: Callable[[], bool] = lambda: False) -> list[Written]:
+    def texts(self, asked: Sequence[TextRequest], stopped: Callable[[], bool] = lambda: False) -> list[Written]:
         """Return what a model writes after each prompt.
 
         Args:
@@ -346,7 +348,7 @@ class _Writing:
         self._batch, self._known = RunningBatch(steps, routing), PromptCache(PROMPT_CACHE_BYTES)
         self._room = 0
 
-    def texts(self, asked: Sequence[Prompt], stopped: Callable[[], bool]) -> list[Written]:
+    def texts(self, asked: Sequence[TextRequest], stopped: Callable[[], bool]) -> list[Written]:
         """Write all texts, the longest prompts first, and return them in the order of `asked`."""
         found = [Written("", ())] * len(asked)
         order = sorted(range(len(asked)), key=lambda number: (-len(asked[number].tokens), asked[number].tokens))
@@ -367,11 +369,11 @@ class _Writing:
             pass
         return found
 
-    def _fits(self, prompt: Prompt) -> bool:
+    def _fits(self, prompt: TextRequest) -> bool:
         rows = len(self._batch)
         return not rows or (rows < MOST_ROWS and self._room + _room(prompt) <= MOST_ROW_TOKENS)
 
-    def _stream(self, prompt: Prompt) -> TextStream:
+    def _stream(self, prompt: TextRequest) -> TextStream:
         return TextStream(Continuation(self._tokenizer), prompt.stops)
 
     def _begin(self, text: _Text) -> None:
@@ -415,12 +417,12 @@ class _Text:
     """A text that is being written."""
 
     number: int
-    prompt: Prompt
+    prompt: TextRequest
     stream: TextStream
     tokens: list[int]
 
 
-def _room(prompt: Prompt) -> int:
+def _room(prompt: TextRequest) -> int:
     return len(prompt.tokens) + prompt.max_tokens
 
 

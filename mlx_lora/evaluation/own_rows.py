@@ -17,9 +17,9 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Conversation
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.data.tool_turns import ToolTurns
-from mlx_lora.evaluation.metrics import TOOLS, Answer, AskedRow, Metric
-from mlx_lora.evaluation.models import Models, Prompt, Written
-from mlx_lora.evaluation.results import Answered, Measured, TaskScore
+from mlx_lora.evaluation.metrics import TOOLS, AskedRow, Metric, ModelAnswer
+from mlx_lora.evaluation.models import Models, TextRequest, Written
+from mlx_lora.evaluation.results import Answered, TaskResults, TaskScore
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.rollouts.tool_calls import CallReader, Said
 from mlx_lora.utils.errors import InputError
@@ -47,7 +47,7 @@ class RowsAnswered:
     """Rows, and each model's answers to them."""
 
     rows: list[AskedRow]
-    answers: dict[str, list[Answer]]
+    answers: dict[str, list[ModelAnswer]]
 
 
 def answer_rows(
@@ -74,7 +74,7 @@ def answer_rows(
         if template not in sets:
             sets[template] = _rows(base, asked, template)
         tokens = [sets[template].row(number)[0].tolist() for number in range(len(sets[template]))]
-        prompts += [Prompt(name, tuple(own), asked.max_tokens, special=True) for own in tokens]
+        prompts += [TextRequest(name, tuple(own), asked.max_tokens, special=True) for own in tokens]
         used = _template_text(base, asked.data, template)
         readers[name] = None if used is None or not wants_tools else (used, _reader(base, used))
     counts = {len(rows) for rows in sets.values()}
@@ -96,7 +96,7 @@ def answer_rows(
     return RowsAnswered(rows, answers)
 
 
-def score_rows(name: str, found: RowsAnswered, metrics: Sequence[Metric]) -> Measured:
+def score_rows(name: str, found: RowsAnswered, metrics: Sequence[Metric]) -> TaskResults:
     """Return the scores of answers.
 
     Args:
@@ -108,7 +108,7 @@ def score_rows(name: str, found: RowsAnswered, metrics: Sequence[Metric]) -> Mea
         InputError: a metric finds nothing to compare with in any row.
         RunError: a user's function failed.
     """
-    measured = Measured()
+    measured = TaskResults()
     shown: list[dict[str, dict[str, float]]] = [{} for _ in found.rows]
     for metric in metrics:
         taken = {model: metric.of(found.rows, answers) for model, answers in found.answers.items()}
@@ -202,11 +202,11 @@ def _asked_row(fact: dict[str, Any]) -> AskedRow:
     return AskedRow(fact["prompt"], fact["chat"], fact["columns"], calls, tools)
 
 
-def _answer(base: Base, reader: tuple[str, CallReader] | None, row: AskedRow, written: Written) -> Answer:
+def _answer(base: Base, reader: tuple[str, CallReader] | None, row: AskedRow, written: Written) -> ModelAnswer:
     text = str(base.hf_tokenizer.decode(list(written.tokens), skip_special_tokens=True)).strip()
     if reader is None:
-        return Answer(text, written.tokens, Said(text))
+        return ModelAnswer(text, written.tokens, Said(text))
     own = replace(reader[1], turns=replace(reader[1].turns, tools=row.tools))
     said = own(written.tokens)
     calls = [f"→ {call['name']} {call['arguments']}" for call in said.calls]
-    return Answer("\n".join(filter(None, [said.content, *calls])), written.tokens, said)
+    return ModelAnswer("\n".join(filter(None, [said.content, *calls])), written.tokens, said)

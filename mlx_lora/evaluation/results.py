@@ -14,7 +14,7 @@ MOST_EXAMPLES = 200  # rows of a task that are kept for the page and --json
 
 
 @dataclass(frozen=True)
-class Score:
+class ModelScore:
     """A model's score, and its standard error; None where it has none."""
 
     value: float
@@ -42,7 +42,7 @@ class TaskScore:
     metric: str
     better: bool
     rows: int
-    scores: dict[str, Score]
+    scores: dict[str, ModelScore]
     compared: dict[str, Comparison | None] = field(default_factory=dict)
 
     @classmethod
@@ -63,7 +63,7 @@ class TaskScore:
             aggregate: makes the score of all values; None: their mean.
         """
         scores = {
-            name: Score(
+            name: ModelScore(
                 aggregate(own) if aggregate else float(sum(map(float, own)) / max(1, len(own))),
                 standard_error(own, aggregate),
             )
@@ -116,7 +116,7 @@ class Answered:
 
 
 @dataclass
-class Measured:
+class TaskResults:
     """All that was found.
 
     Attributes:

@@ -20,7 +20,7 @@ def write_task_page(path: Path, facts: Mapping[str, Any], command: str, device: 
 
     Args:
         path: its file; replaced atomically.
-        facts: Measured.to_dict(), with `model`.
+        facts: TaskResults.to_dict(), with `model`.
         command: the command that measured it.
         device: a line about the machine.
     """

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from byte_tokenizer import byte_tokenizer
 
-from mlx_lora.evaluation.judge import Pair, judge_pairs
+from mlx_lora.evaluation.judge import AnswerPair, judge_pairs
 from mlx_lora.evaluation.models import LogLikelihood
 from mlx_lora.utils.errors import InputError
 
@@ -34,10 +34,10 @@ class StandIn:
 
 
 PAIRS = [
-    Pair("Q", "short", "much longer"),
-    Pair("Q", "very long answer", "no"),
-    Pair("Q", "same", "same "),
-    Pair("Q", "a", "bb", "bb"),
+    AnswerPair("Q", "short", "much longer"),
+    AnswerPair("Q", "very long answer", "no"),
+    AnswerPair("Q", "same", "same "),
+    AnswerPair("Q", "a", "bb", "bb"),
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_lora.evaluation.metrics import Answer, AskedRow, metric_of, rouge_l
+from mlx_lora.evaluation.metrics import AskedRow, ModelAnswer, metric_of, rouge_l
 from mlx_lora.rollouts.tool_calls import Said
 from mlx_lora.utils.errors import InputError, RunError
 
@@ -13,8 +13,8 @@ def row(answer=None, **more) -> AskedRow:
     return AskedRow("What?", False, {} if answer is None else {"answer": answer}, **more)
 
 
-def said(text, calls=()) -> Answer:
-    return Answer(text, (1, 2), Said(text, list(calls)))
+def said(text, calls=()) -> ModelAnswer:
+    return ModelAnswer(text, (1, 2), Said(text, list(calls)))
 
 
 def values(name, pairs):

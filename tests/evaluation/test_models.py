@@ -15,7 +15,7 @@ from tiers import by_default
 
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.evaluation import models as module
-from mlx_lora.evaluation.models import BASE, LogLikelihood, Models, Prompt, Scored
+from mlx_lora.evaluation.models import BASE, LogLikelihood, Models, Scored, TextRequest
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
 from mlx_lora.serving.adapter_store import AdapterSource
@@ -100,7 +100,7 @@ def test_kinds_of_models(kind, tiny_folder, tiny_4bit_folder, tmp_path):
     with Models.opened(load_base(ModelSettings(model=str(folder))), sources) as models:
         assert models._shares == (kind != "mamba")
         found = models.log_likelihoods(asked)
-        said = models.texts([Prompt(name, CONTEXT, 4) for name in (BASE, "mine")])
+        said = models.texts([TextRequest(name, CONTEXT, 4) for name in (BASE, "mine")])
     plain = {BASE: alone(folder, None), "mine": alone(folder, adapter)}
     for one, got in zip(asked, found, strict=True):
         assert got.total == pytest.approx(expected(plain[one.model], *one[1:]).total, abs=by_dtype(1e-3, 0.3)), one
@@ -163,7 +163,7 @@ def test_a_wrong_head_or_layout_is_not_used(folder, monkeypatch):
 def test_texts_are_those_of_each_model_alone(opened, folder, adapters):
     names = [BASE, "four", "dora"]
     prompts = [CONTEXT[:n] for n in (5, 9, 24)]
-    found = opened.texts([Prompt(name, prompt, 8) for prompt in prompts for name in names])
+    found = opened.texts([TextRequest(name, prompt, 8) for prompt in prompts for name in names])
     plain = {name: alone(folder, adapters.get(name)) for name in names}
     ends = opened.base.tokenizer.eos_token_ids
     wanted = []
@@ -181,9 +181,9 @@ def test_texts_are_those_of_each_model_alone(opened, folder, adapters):
 
 
 def test_a_text_ends_before_its_stop(opened):
-    [whole] = opened.texts([Prompt(BASE, CONTEXT, 12)])
+    [whole] = opened.texts([TextRequest(BASE, CONTEXT, 12)])
     stop = whole.text[4]
-    [cut] = opened.texts([Prompt(BASE, CONTEXT, 12, stops=(stop,))])
+    [cut] = opened.texts([TextRequest(BASE, CONTEXT, 12, stops=(stop,))])
     assert cut.text == whole.text.split(stop)[0]
     assert opened.texts([]) == []
 
@@ -192,4 +192,4 @@ def test_stopping_ends_it(opened):
     with pytest.raises(KeyboardInterrupt):
         opened.log_likelihoods([Scored(BASE, CONTEXT, (65,))], lambda: True)
     with pytest.raises(KeyboardInterrupt):
-        opened.texts([Prompt(BASE, CONTEXT, 3)], lambda: True)
+        opened.texts([TextRequest(BASE, CONTEXT, 3)], lambda: True)
