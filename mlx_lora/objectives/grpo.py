@@ -89,7 +89,7 @@ class Policy(SampledObjective):
     def load_data(self, ctx: RunContext) -> DataSplits:
         splits = super().load_data(ctx)
         if schemas := self.shown_tools(ctx.settings.objective, ctx.functions):
-            check_template(ctx.base, splits.chat_template, schemas)
+            check_template(ctx.base.tokenizer, splits.chat_template, schemas)
         return splits
 
     def make_rollouts(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> Rollouts:
