@@ -220,7 +220,8 @@ def _compared(adapted: list[_States], fused: Iterator[_States]) -> tuple[float, 
             if same:
                 divergence += (mx.exp(wanted) * (wanted - found)).sum().item()
         count += len(after.targets)
-    return total / count, divergence / count if same else None
+    # A divergence is never negative, but its rounding may be.
+    return total / count, max(0.0, divergence / count) if same else None
 
 
 def loss_on(base: Base, batches: list[Batch], of: str) -> float:

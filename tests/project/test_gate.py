@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -17,7 +18,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def module(monkeypatch):
-    """Import a module of benchmarks/, which is no package."""
+    """Import a module of benchmarks/, which is no package. --quick sets the number of threads for its children."""
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # undone even if it was not set
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
 

@@ -46,7 +46,8 @@ def test_a_joint_pass_gives_each_model_its_own_numbers(base, most_positions):
     for number, (model, judge) in enumerate(zip(together, alone, strict=True)):
         found = model.finish(asked[number])
         wanted = judge.forward_backward(data[number], CLIENTS[number][2], CLIENTS[number][4])
-        assert found.loss_sum == pytest.approx(wanted.loss_sum, rel=1e-6, abs=1e-6)
+        # A sum of losses of both signs: its rounding is that of its parts.
+        assert found.loss_sum == pytest.approx(wanted.loss_sum, rel=1e-6, abs=1e-5)
         assert all(np.abs(a - b).max() < 1e-5 for a, b in zip(found.logprobs, wanted.logprobs, strict=True))
         own, theirs = model.gradients(), judge.gradients()
         size = max(mx.abs(value).max().item() for value in theirs.values())
