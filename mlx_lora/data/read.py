@@ -40,6 +40,7 @@ from mlx_lora.data.examples import (
 )
 from mlx_lora.data.files import DataFile
 from mlx_lora.data.formats import NamedColumns, are_empty, empty_cells, ignored_columns, parse_record
+from mlx_lora.data.labeled import Labeled, encode_labeled, parse_labeled
 from mlx_lora.data.preferences import Answer, Pair, Rated, parse_pairs, parse_rated
 from mlx_lora.data.prompts import Prompt, encode_prompts, parse_prompt, with_teacher_rows
 from mlx_lora.data.records import read_records
@@ -49,15 +50,16 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import shown_data
 from mlx_lora.utils.text import counted
 
-Entry = Example | Pair | Rated | Prompt
+Entry = Example | Pair | Rated | Prompt | Labeled
 """The content of one record in canonical form."""
+LABELED = "labeled"
 
 
 def answers_of(entry: Entry) -> list[Example]:
     """Return the examples of an entry, each of which becomes a row."""
     if isinstance(entry, Pair):
         return [entry.chosen, entry.rejected]
-    if isinstance(entry, Prompt):
+    if isinstance(entry, Prompt | Labeled):
         return [entry.example]
     return [entry.answer] if isinstance(entry, Rated) else [entry]
 
@@ -73,7 +75,7 @@ def encode_entries(
 
     Args:
         encoder: how.
-        entries: all examples, all pairs, all rated answers or all prompts.
+        entries: all examples, all pairs, all rated answers, all prompts or all texts with labels.
         on_rows: as in `Encoder.encode`.
         teacher_prompt: a text that only a teacher sees; the rows of examples and prompts then have its rows beside them.
         tools: schemas that all prompts show.
@@ -84,6 +86,9 @@ def encode_entries(
     prompts = [entry for entry in entries if isinstance(entry, Prompt)]
     if prompts:
         return encode_prompts(encoder, prompts, teacher_prompt, tools)
+    labeled = [entry for entry in entries if isinstance(entry, Labeled)]
+    if labeled:
+        return encode_labeled(encoder, labeled, on_rows)
     pairs = [entry for entry in entries if isinstance(entry, Pair)]
     rated = [entry for entry in entries if isinstance(entry, Rated)]
     size = 2 if pairs else 1
@@ -212,7 +217,7 @@ def read_rows(
     Args:
         files: Of one split.
         settings: As in `parse_rows`.
-        records: `examples`, `pairs`, `rated` or `prompts`.
+        records: `examples`, `pairs`, `rated`, `prompts` or `labeled`.
         rows: To add to, and to return; None: new ones.
     """
     rows = SplitRows() if rows is None else rows
@@ -247,7 +252,7 @@ def parse_rows(
         source: Records wherever they come from, each with its number there.
         name: Of their file or other source, for messages.
         settings: Format and columns of plain examples, and which pairs to take of several answers.
-        records: `examples`, `pairs`, `rated` or `prompts`.
+        records: `examples`, `pairs`, `rated`, `prompts` or `labeled`.
         rows: To add to.
     """
     named = NamedColumns.of(settings)
@@ -257,7 +262,7 @@ def parse_rows(
             rows.dropped.append(DroppedRow(name, record.line, record.why, record.unit))
             continue
         try:
-            columns, value = named.renamed(record.value, records)
+            columns, value = (None, record.value) if records == LABELED else named.renamed(record.value, records)
             if records == "examples":
                 found, example = parse_record(value, settings.data_format)
                 kind, entries = columns or found, [example]
@@ -266,6 +271,8 @@ def parse_rows(
                 kind, entries = records, parse_pairs(value, settings.pairs == "all")
             elif records == "rated":
                 kind, entries = records, parse_rated(value)
+            elif records == LABELED:  # which names its columns itself
+                kind, entries = records, [parse_labeled(value, settings)]
             else:
                 kind, entries = records, [parse_prompt(value)]
         except FormatError as error:

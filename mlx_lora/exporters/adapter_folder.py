@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,15 @@ from mlx_lora.adapters.base import LINEAR, QUANTIZED, AdapterLayer, is_parameter
 from mlx_lora.adapters.inject import adapt_layers, adapter_layers, adapter_parameters, train_in_full
 from mlx_lora.adapters.qat import begin_qat
 from mlx_lora.adapters.targets import LAYER_TYPES, select_targets
-from mlx_lora.exporters.adapter_config import check_use, is_reward_model, own_entries, own_problems, shape_problems
+from mlx_lora.exporters.adapter_config import (
+    check_use,
+    head_of,
+    is_reward_model,
+    label_names,
+    own_entries,
+    own_problems,
+    shape_problems,
+)
 from mlx_lora.exporters.peft import PEFT_WEIGHTS, PeftAdapter, is_peft, read_peft
 from mlx_lora.models.folder import read_safetensors_header, save_tensors, without_mark
 from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
@@ -65,6 +73,7 @@ class AdapterInfo:
         chat_template: the Jinja text it was trained with if that is not the model's own, else None.
         full: names of parameters trained in full, alone or in addition to factors.
         qat: whether it was trained with the rounding of its fused form, and is right in that form only.
+        head: what the outputs of its score head mean, as `Objective.head` has it; None: it has none, or one output.
     """
 
     method: str
@@ -80,10 +89,11 @@ class AdapterInfo:
     chat_template: str | None = None
     full: tuple[str, ...] = ()
     qat: bool = False
+    head: dict[str, Any] | None = None
 
     @property
     def scores(self) -> bool:
-        """Whether this is a reward model, which gives scores instead of text."""
+        """Whether it has a score head, and gives scores instead of text: a reward model, or a classifier."""
         return SCORE_WEIGHT in self.full
 
     def to_config(self, layer_type: str, rank: int) -> dict[str, Any]:
@@ -100,6 +110,7 @@ class AdapterInfo:
             **({} if self.qat else {"num_layers": self.num_layers}),
             "lora_parameters": shape,
             "model": self.base_model,
+            **label_names(self.head),
             "mlx_lora": {"version": __version__, **asdict(self)},
         }
 
@@ -232,8 +243,9 @@ def load_adapter(
     check_use(config, folder, scores)
     if is_peft(config):
         if is_reward_model(config):
-            put_score_head(base.model, base.config)
-        return _load_peft(base, read_peft(folder, config, base.model))
+            put_score_head(base.model, base.config, outputs=_outputs(read_safetensors_header(folder / PEFT_WEIGHTS)))
+        info = _load_peft(base, read_peft(folder, config, base.model))
+        return replace(info, head=head_of(config, folder))
     own = own_entries(config)
     if not ignore_fingerprint:
         check_base(base, config, folder)
@@ -242,8 +254,7 @@ def load_adapter(
     header = read_safetensors_header(file)
     full = tuple(own.get("full", [])) if layer_type != "full" else tuple(header)
     if is_reward_model(config):
-        outputs = header.get(SCORE_WEIGHT, {}).get("shape", [1])[0]
-        put_score_head(base.model, base.config, outputs=outputs)
+        put_score_head(base.model, base.config, outputs=_outputs(header))
     _check_full(base.model, full, file)
     if layer_type != "full":
         paths = _target_paths(base.model, config, folder)
@@ -271,7 +282,13 @@ def load_adapter(
         chat_template=own.get("chat_template"),
         full=full,
         qat=own.get("qat") is True,
+        head=head_of(config, folder),
     )
+
+
+def _outputs(header: dict[str, Any]) -> int:
+    """Return the number of outputs of a stored score head; 1 if there is none, which is told when it is loaded."""
+    return next((entry["shape"][0] for name, entry in header.items() if name.endswith(SCORE_WEIGHT)), 1)
 
 
 def _check_not_fused(base: Base, own: dict[str, Any], origin: Path) -> None:

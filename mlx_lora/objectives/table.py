@@ -28,6 +28,7 @@ OBJECTIVES = {
     "grpo": ("grpo", "policy"),
     "rloo": ("grpo", "policy"),
     "distill": ("distill", "distill"),
+    "classify": ("classify", "classify"),
 }
 # Settings of objectives that reward sampled answers, and of those with a teacher.
 OF_REWARDS = (
@@ -62,6 +63,7 @@ OWN_OPTIONS = {
     **dict.fromkeys(OF_REWARDS, SAMPLING),
     **dict.fromkeys(OF_SAMPLING, (*SAMPLING, "distill")),
     "own_prompts": ("distill",),
+    **dict.fromkeys(("problem_type", "labels", "class_weights"), ("classify",)),
     **dict.fromkeys(OF_TEACHER, ("distill",)),
 }
 
