@@ -58,7 +58,10 @@ def predict(
     given: list[Any] = [texts] if isinstance(texts, str) else list(texts)
     examples = []
     for number, one in enumerate(given):
-        found = example_of({"text": one} if isinstance(one, str) else one, replace(data, text_column=None) if isinstance(one, str) else data)
+        found = example_of(
+            {"text": one} if isinstance(one, str) else one,
+            replace(data, text_column=None) if isinstance(one, str) else data,
+        )
         if isinstance(found, str):
             raise InputError(f"texts: number {number}: {found}")
         examples.append(found)
@@ -105,7 +108,7 @@ def predicted_records(scorer: TextScorer, data: DataSettings) -> Iterator[Fields
         places = [number for number, one in enumerate(read) if not isinstance(one, str)]
         answers = dict(zip(places, scorer.predict([one for one in read if not isinstance(one, str)]), strict=True))
         for number, (record, found) in enumerate(zip(chunk, read, strict=True)):
-            answer = answers[number] if number in answers else {ERROR: found}
+            answer = answers.get(number, {ERROR: found})
             yield {**(record if isinstance(record, dict) else {}), **answer}
 
 

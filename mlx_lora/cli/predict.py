@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,7 +41,12 @@ FORMS = (".jsonl", ".csv")
 @flags.setting_option("chat_column")
 @flags.setting_option("max_seq_length")
 @flags.setting_option("chat_template")
-@click.option("--out", type=str, default=None, help="Write to this .jsonl or .csv file (default: lines of JSON on standard output).")
+@click.option(
+    "--out",
+    type=str,
+    default=None,
+    help="Write to this .jsonl or .csv file (default: lines of JSON on standard output).",
+)
 @click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")
 def main(
     adapter: flags.OneAdapter, texts: tuple[str, ...], out: str | None, batch_tokens: int | None, **options: Any
@@ -78,7 +84,7 @@ def main(
 def _writer(path: Path | None) -> Iterator[IO[str]]:
     """Open the file of --out, which appears when it is complete; None: standard output."""
     if path is None:
-        yield click.get_text_stream("stdout")
+        yield sys.stdout
         return
     with replacing_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         yield file

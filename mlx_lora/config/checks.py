@@ -228,7 +228,9 @@ def _data_problems(settings: Mapping[str, Any]) -> list[str]:
     if settings["conversation_gap"] != CONVERSATION_GAP and settings["speaker"] is None:
         problems.append("--conversation-gap without --speaker: only that uses it; leave it out")
     if settings["label_column"] is not None and objective not in LABELED:
-        problems.append(f"--label-column with --objective {objective}: only {', '.join(LABELED)} reads labels; leave it out")
+        problems.append(
+            f"--label-column with --objective {objective}: only {', '.join(LABELED)} reads labels; leave it out"
+        )
     if not imitates and not settings["mask_prompt"]:
         problems.append(f"--no-mask-prompt with --objective {objective}: only answers are trained; leave it out")
     return problems

@@ -1,7 +1,8 @@
 """Read records of texts with labels, and encode the texts as transformers' tokenizers do.
 
 A record has a text, or several columns that are one text (a mail's subject and body, a premise and a hypothesis), which are
-joined with line breaks; or a chat as `messages`, which the chat template renders. `--text-column` names other columns.
+joined with line breaks; or a chat as `messages`, which the chat template renders up to where the
+model would answer. `--text-column` names other columns.
 What the label means is the objective's business.
 
 Each text is one row. Its tokens are those of `tokenizer(text)`, with the tokens that the tokenizer puts before a text, so that
@@ -11,7 +12,7 @@ transformers computes the same with them; a longer text is cut at its end.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
@@ -45,6 +46,7 @@ TEXTS = (
 CHATS = ("messages", "conversations")
 LABELS = ("label", "labels")
 LABEL = "label"  # of a row's facts
+ANSWER = {"role": "assistant", "content": "."}  # stands for one, so that the parser of chats reads a chat without
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,20 @@ def _example(record: Fields, plain: Fields, settings: DataSettings) -> Text | Co
     if chat is not None and (turns := {**plain, **record}.get(chat)) is not None:
         if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "from" in turns[0]:
             turns = sharegpt_messages(turns)
-        return conversation(turns, record.get("tools"), None)
+        return _chat(turns, record.get("tools"))
     names = next((names for names in TEXTS if all(name in plain for name in names)), None)
     if names is None:
         raise MissingColumn(f"found {columns_of(record)}; name the text's with --text-column")
     return _text([plain[name] for name in names], names)
+
+
+def _chat(turns: Any, tools: Any) -> Conversation:
+    """Return a chat, which may have no answer yet."""
+    answered = not isinstance(turns, list) or any(
+        isinstance(turn, dict) and turn.get("role") == "assistant" for turn in turns
+    )
+    chat = conversation(turns if answered else [*turns, ANSWER], tools, None)
+    return chat if answered else replace(chat, messages=chat.messages[:-1])
 
 
 def _text(values: Sequence[Any], names: Sequence[str]) -> Text:
@@ -169,7 +180,5 @@ def encode_texts(
                 dropped[number] = f"the chat template refuses it ({error})"
     dropped |= {number: "no token" for number, tokens in ids.items() if not tokens}
     truncated = sorted(number for number, tokens in ids.items() if len(tokens) > encoder.max_tokens)
-    found = {
-        number: np.array(ids[number][: encoder.max_tokens], np.int32) for number in sorted(ids) if ids[number]
-    }
+    found = {number: np.array(ids[number][: encoder.max_tokens], np.int32) for number in sorted(ids) if ids[number]}
     return found, dict(sorted(dropped.items())), truncated

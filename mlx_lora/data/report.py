@@ -212,6 +212,7 @@ class DataReport:
                 if self.rejected
                 else "one training row, the trained text"
             )
+            what, mark = ("one text,", "as it is") if self.records == "labeled" else (what, mark)
             lines.append(_line("example", f"{what} {mark}; ↵ is a line end"))
             lines += _example_lines(self.example, color)
             lines += ["  rejected:", *_example_lines(self.rejected, color)] if self.rejected else []
@@ -226,11 +227,9 @@ class DataReport:
         if split is None:
             return _line(name, "none")
         source = f", {self.valid_source}" if name == "valid" else ""
-        return _line(
-            name,
-            f"{counted(split.rows, UNITS[self.records][:-1])}, {split.tokens:,} tokens, {split.supervised_tokens:,} trained "
-            f"({100 * split.supervised_share:.0f}%){source}",
-        )
+        trained = f", {split.supervised_tokens:,} trained ({100 * split.supervised_share:.0f}%)"
+        trained = "" if self.records == "labeled" else trained  # which trains a score of each text, and no token
+        return _line(name, f"{counted(split.rows, UNITS[self.records][:-1])}, {split.tokens:,} tokens{trained}{source}")
 
 
 def _near_duplicates(values: dict[str, Any]) -> NearDuplicates:

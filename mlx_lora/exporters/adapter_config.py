@@ -66,7 +66,9 @@ def own_problems(config: dict[str, Any]) -> list[str]:
 
 
 def _is_head(value: Any) -> bool:
-    labels, thresholds = (value.get(name) or [] for name in ("labels", "thresholds")) if isinstance(value, dict) else (0, 0)
+    labels, thresholds = (
+        (value.get(name) or [] for name in ("labels", "thresholds")) if isinstance(value, dict) else (0, 0)
+    )
     return (
         isinstance(value, dict)
         and all(is_text(value.get(name)) for name in ("objective", "problem_type"))
@@ -187,7 +189,9 @@ def check_use(config: dict[str, Any], origin: Path, scores: bool | None) -> None
             "export --to peft or hf"
         )
     if scores and not found:
-        raise InputError(f"{origin}: has no score head; give an adapter that was trained with --objective reward or classify")
+        raise InputError(
+            f"{origin}: has no score head; give an adapter that was trained with --objective reward or classify"
+        )
 
 
 def classifier_of(kind: str) -> str:
@@ -256,7 +260,10 @@ def label_names(head: dict[str, Any] | None) -> dict[str, Any]:
     if head is None:
         return {}
     labels = head.get("labels") or ["LABEL_0"]
-    names = {"id2label": {str(i): name for i, name in enumerate(labels)}, "label2id": {n: i for i, n in enumerate(labels)}}
+    names = {
+        "id2label": {str(i): name for i, name in enumerate(labels)},
+        "label2id": {n: i for i, n in enumerate(labels)},
+    }
     return {"problem_type": head["problem_type"], **names}
 
 

@@ -67,9 +67,9 @@ def probabilities(problem: str, scores: np.ndarray) -> np.ndarray:
 
 
 def class_measures(truth: np.ndarray, found: np.ndarray, names: list[str]) -> dict[str, Any]:
-    """Return precision, recall and F1 of each label, with the number of texts that have it, as JSON values.
+    """Return precision, recall and F1 of each label, with the numbers of texts that have it and that get it, as JSON values.
 
-    A label that no text has and none gets has an F1 of 0, as in scikit-learn.
+    What has no denominator is 0, as in scikit-learn.
 
     Args:
         truth, found: (N, K) bool, the labels that texts have, and those that they get.
@@ -79,14 +79,21 @@ def class_measures(truth: np.ndarray, found: np.ndarray, names: list[str]) -> di
     precision, recall = both / np.maximum(get, 1), both / np.maximum(have, 1)
     f1 = 2 * both / np.maximum(have + get, 1)
     return {
-        name: {"precision": precision[i], "recall": recall[i], "f1": f1[i], "texts": int(have[i])}
+        name: {
+            "precision": precision[i],
+            "recall": recall[i],
+            "f1": f1[i],
+            "texts": int(have[i]),
+            "predicted": int(get[i]),
+        }
         for i, name in enumerate(names)
     }
 
 
 def macro_f1(classes: dict[str, Any]) -> float:
-    """Return the mean of the labels' F1."""
-    return float(np.mean([one["f1"] for one in classes.values()]))
+    """Return the mean F1 of the labels that some text has or gets, as scikit-learn's."""
+    seen = [one["f1"] for one in classes.values() if one["texts"] or one["predicted"]]
+    return float(np.mean(seen)) if seen else 0.0
 
 
 def confusion(truth: np.ndarray, found: np.ndarray, count: int) -> list[list[int]]:

@@ -150,7 +150,9 @@ class Classify(Objective):
                     "have a loss only; leave it out"
                 )
             values = np.concatenate([data.train.labels])
-            ctx.record.lines.append(f"Labels: numbers from {values.min():g} to {values.max():g}, mean {values.mean():.4g}")
+            ctx.record.lines.append(
+                f"Labels: numbers from {values.min():g} to {values.max():g}, mean {values.mean():.4g}"
+            )
         else:
             ctx.record.lines.append(f"Labels: {self._counted(data.train)}")
         return data
@@ -158,7 +160,9 @@ class Classify(Objective):
     def _counted(self, rows: EncodedSet) -> str:
         """Return the labels with the number of training texts that have each."""
         labels: Any = rows.labels
-        counts = np.bincount(labels.astype(int), minlength=self.outputs) if self.problem == SINGLE else labels.sum(axis=0)
+        counts = (
+            np.bincount(labels.astype(int), minlength=self.outputs) if self.problem == SINGLE else labels.sum(axis=0)
+        )
         return _listed([f"{name} {count:.0f}" for name, count in zip(self.labels, counts, strict=True)])
 
     # The loss
@@ -215,7 +219,7 @@ class Classify(Objective):
             truth = targets > 0.5
             self._chosen = self.thresholds or best_thresholds(chances, truth)
             got = chances > np.array(self.thresholds or 0.5)
-            self._details = {"classes": class_measures(truth, got, names), "thresholds": dict(zip(names, self._chosen))}
+            self._details = {"classes": class_measures(truth, got, names), "thresholds": dict(zip(names, self._chosen, strict=True))}
             right = (truth == got).all(axis=1)
         else:
             own, best = targets.astype(int), chances.argmax(axis=1)
@@ -339,7 +343,9 @@ def given_weights(text: str | None) -> dict[str, float]:
         name, _, weight = part.rpartition("=")
         number = _as_number(weight)
         if not name.strip() or number is None or not 0 < number < 1e6:
-            raise InputError(f"--class-weights {text}: write balanced, or labels with weights above 0, as in spam=2,ham=1")
+            raise InputError(
+                f"--class-weights {text}: write balanced, or labels with weights above 0, as in spam=2,ham=1"
+            )
         found[name.strip()] = number
     return found
 
@@ -358,7 +364,9 @@ def weights_of(
         return None
     if text == BALANCED:
         if lost := [label for label in labels if not counts[label]]:
-            raise InputError(f"--class-weights balanced: no text has the label {_listed(lost)}; leave it out of --labels")
+            raise InputError(
+                f"--class-weights balanced: no text has the label {_listed(lost)}; leave it out of --labels"
+            )
         have = np.array([counts[label] for label in labels], float)
         return texts / (len(labels) * have) if problem == SINGLE else np.maximum(texts - have, 1) / have
     found = given_weights(text)

@@ -46,7 +46,9 @@ class TextScorer:
     batch_tokens: int = DEFAULT_BATCH_TOKENS
 
     @classmethod
-    def of(cls, base: Base, head: dict[str, Any] | None, data: DataSettings, batch_tokens: int | None = None) -> TextScorer:
+    def of(
+        cls, base: Base, head: dict[str, Any] | None, data: DataSettings, batch_tokens: int | None = None
+    ) -> TextScorer:
         """Return the scorer of a model with an adapter; outputs without names get transformers', LABEL_0 and so on.
 
         Raises:

@@ -12,7 +12,8 @@ import mlx.nn as nn
 from mlx_lora.adapters.inject import Adapted, adapt_model
 from mlx_lora.adapters.qat import begin_qat, end_qat
 from mlx_lora.exporters.adapter_config import head_of
-from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, put_start, read_adapter_config, read_start
+from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, read_adapter_config
+from mlx_lora.exporters.adapter_start import put_start, read_start
 from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
 from mlx_lora.utils.errors import InputError
 

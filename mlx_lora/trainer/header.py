@@ -186,9 +186,11 @@ def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
     trained_on = model if settings.model.bits is None else [*model, "--bits", str(settings.model.bits)]
     adapter = ["--adapter-path", path]
     if info.scores:
-        reward = ["--objective", "reward", "--data", str(settings.data.data)]
+        measured = ["--objective", settings.objective.objective, "--data", str(settings.data.data)]
+        labels = [["predict", *trained_on, *adapter, "--data", str(settings.data.data)]] if info.head else []
         lines = [
-            ["evaluate", *trained_on, *adapter, *reward],
+            *labels,
+            ["evaluate", *trained_on, *adapter, *measured],
             ["export", *model, *adapter, "--to", "peft", "--out", f"{path}-peft"],
         ]
     else:

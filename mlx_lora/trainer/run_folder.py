@@ -39,6 +39,7 @@ from mlx_lora.exporters.adapter_folder import (
 )
 from mlx_lora.exporters.card import CARD_FILE
 from mlx_lora.parallel.ranks import ALONE, Ranks
+from mlx_lora.reports.classes import CLASSES_FILE
 from mlx_lora.reports.run_report import ANSWERS_FILE, EVALUATION_FILE, FACTS_FILE, REPORT_FILE
 from mlx_lora.trainer.checkpoint import (
     Checkpoint,
@@ -74,7 +75,7 @@ WRITTEN = "written"  # records that models wrote for the run
 TRIALS = "trials"  # a folder of short runs that are compared (trainer/sweep.py); the list of runs leaves them out
 # A run's results, and the folder that keeps an earlier run's results until this run has saved something.
 RESULTS = (
-    WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", ROWS_FILE, ANSWERS_FILE, REPORT_FILE, FACTS_FILE, CHECKPOINTS,
+    WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", ROWS_FILE, ANSWERS_FILE, CLASSES_FILE, REPORT_FILE, FACTS_FILE, CHECKPOINTS,
     WRITTEN, EVALUATION_FILE,
 )  # fmt: skip
 ASIDE = "earlier-run"
