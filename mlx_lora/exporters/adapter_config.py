@@ -66,12 +66,11 @@ def own_problems(config: dict[str, Any]) -> list[str]:
 
 
 def _is_head(value: Any) -> bool:
-    labels, thresholds = (
-        (value.get(name) or [] for name in ("labels", "thresholds")) if isinstance(value, dict) else (0, 0)
-    )
+    if not isinstance(value, dict):
+        return False
+    labels, thresholds = (value.get(name) or [] for name in ("labels", "thresholds"))
     return (
-        isinstance(value, dict)
-        and all(is_text(value.get(name)) for name in ("objective", "problem_type"))
+        all(is_text(value.get(name)) for name in ("objective", "problem_type"))
         and is_names(labels)
         and isinstance(thresholds, list)
         and all(is_number(one) for one in thresholds)

@@ -149,7 +149,7 @@ class Classify(Objective):
                     f"--metric-for-best-model {ctx.settings.loop.metric_for_best_model} with labels that are numbers: they "
                     "have a loss only; leave it out"
                 )
-            values = np.concatenate([data.train.labels])
+            values: Any = data.train.labels
             ctx.record.lines.append(
                 f"Labels: numbers from {values.min():g} to {values.max():g}, mean {values.mean():.4g}"
             )
