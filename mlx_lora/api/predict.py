@@ -1,4 +1,4 @@
-"""Label texts with a classifier, from Python, and read the records of files that are to be labeled."""
+"""Label texts with a classifier and order documents with a reranker, from Python, and read files that are to be labeled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mlx_lora.data.labeled import parse_labeled
 from mlx_lora.data.records import read_records
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import Base
-from mlx_lora.objectives.text_scores import ERROR, TextScorer
+from mlx_lora.objectives.text_scores import ERROR, TextScorer, in_order
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_adapter
 
@@ -76,9 +76,14 @@ def predict(
 
 
 def load_scorer(
-    base: Base, folder: Path, data: DataSettings, batch_tokens: int | None = None, ignore_fingerprint: bool = False
+    base: Base,
+    folder: Path,
+    data: DataSettings,
+    batch_tokens: int | None = None,
+    ignore_fingerprint: bool = False,
+    objective: str = "classify",
 ) -> TextScorer:
-    """Put a classifier's adapter on a base, and return what scores texts with it.
+    """Put the adapter of an objective on a base, and return what scores texts with it.
 
     Raises:
         InputError: it does not fit the base, or has no score head.
@@ -86,7 +91,51 @@ def load_scorer(
     info = load_adapter(base, folder, ignore_fingerprint, scores=True)
     if info.chat_template and not data.chat_template:
         base.hf_tokenizer.chat_template = info.chat_template
-    return TextScorer.of(base, info.head, data, batch_tokens)
+    scorer = TextScorer.of(base, info.head, data, batch_tokens)
+    if scorer.head["objective"] != objective:
+        raise InputError(f"{folder}: was trained with --objective {scorer.head['objective']}; give one of {objective}")
+    return scorer
+
+
+@speaks_python(adapter_path="adapter")
+def rerank(
+    base: PublicBase | PathLike,
+    query: str,
+    documents: Sequence[str],
+    adapter: PathLike,
+    *,
+    top_n: int | None = None,
+    batch_tokens: int | None = None,
+    ignore_fingerprint: bool = False,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Return documents in the order of how well they answer a query, the best first.
+
+    Args:
+        base: from `load`, or a model's name; it stays as it is.
+        query: the query.
+        documents: texts.
+        adapter: folder or hub id of an adapter that was trained with `objective="rerank"`.
+        top_n: how many to return; None: all.
+        batch_tokens: tokens per batch, padding included; None: the default.
+        ignore_fingerprint: use an adapter that was trained on another base of the same shape.
+        settings: of data, as for `train`: `max_seq_length`.
+
+    Returns:
+        For each, its `index` in `documents`, its `score` between 0 and 1, and the `document`.
+
+    Raises:
+        InputError: base, adapter or a setting that cannot be used, or an empty text.
+    """
+    base = as_base(base, "rerank")
+    data = run_settings(base.settings, {**settings, "objective": "rerank"}).data
+    if not all(isinstance(text, str) and text.strip() for text in (query, *documents)):
+        raise InputError("rerank: the query and each document must be a text that is not empty")
+    folder: Any = resolve_adapter(os.fspath(adapter), None)
+    with base.loaded.lent() as lent:
+        scorer = load_scorer(lent, folder, data, batch_tokens, ignore_fingerprint, "rerank")
+        scores, _ = scorer.rank(query, documents)
+    return [{"index": i, "score": score, "document": documents[i]} for i, score in in_order(scores)[:top_n]]
 
 
 def example_of(record: Fields, data: DataSettings) -> Text | Conversation | str:

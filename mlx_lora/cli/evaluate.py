@@ -23,7 +23,7 @@ from mlx_lora.api.run_data import settings_of_run, with_columns_of_run
 from mlx_lora.cli import options as flags
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
-from mlx_lora.config.objectives import LABELED
+from mlx_lora.config.objectives import LABELED, RANKED
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.report import UNITS
 from mlx_lora.models.load import load_base
@@ -188,7 +188,7 @@ def print_loss(settings: TrainSettings, result: dict[str, Any], as_json: bool) -
         console.echo("Interrupted before anything was measured")
         return
     sampled = settings.objective.samples  # then the loss is minus the reward
-    labeled = settings.objective.objective in LABELED  # which trains no token
+    labeled = settings.objective.objective in (*LABELED, *RANKED)  # which train no token
     unit_name = "answers" if "answers" in result else "supervised_tokens"
     aside = (unit_name, "rows", "model", "base_loss", "base_perplexity", "base_exact_match", "exact_match")
     words = ", ".join(

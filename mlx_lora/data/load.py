@@ -47,6 +47,7 @@ from mlx_lora.data.notes import (
 )
 from mlx_lora.data.prompts import prompt_notes
 from mlx_lora.data.read import (
+    CANDIDATES,
     LABELED,
     SplitRows,
     answers_of,
@@ -76,7 +77,7 @@ log = logging.getLogger(__name__)
 
 EVALUATION = "evaluation"  # what errors call the data that is only measured
 UNCACHED = "prompts"  # what rewards see of these records is not stored
-FACTUAL = (UNCACHED, LABELED)  # records whose columns are needed in addition to their tokens
+FACTUAL = (UNCACHED, LABELED, CANDIDATES)  # records whose columns are needed in addition to their tokens
 
 
 @dataclass(frozen=True)

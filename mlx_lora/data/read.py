@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.candidates import Candidates, encode_candidates, parse_candidates
 from mlx_lora.data.chat_exports import ChatSummary, chats_of, conversations_of, transcript_note
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import (
@@ -50,16 +51,16 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import shown_data
 from mlx_lora.utils.text import counted
 
-Entry = Example | Pair | Rated | Prompt | Labeled
+Entry = Example | Pair | Rated | Prompt | Labeled | Candidates
 """The content of one record in canonical form."""
-LABELED = "labeled"
+LABELED, CANDIDATES = "labeled", "candidates"
 
 
 def answers_of(entry: Entry) -> list[Example]:
     """Return the examples of an entry, each of which becomes a row."""
     if isinstance(entry, Pair):
         return [entry.chosen, entry.rejected]
-    if isinstance(entry, Prompt | Labeled):
+    if isinstance(entry, Prompt | Labeled | Candidates):
         return [entry.example]
     return [entry.answer] if isinstance(entry, Rated) else [entry]
 
@@ -89,6 +90,9 @@ def encode_entries(
     labeled = [entry for entry in entries if isinstance(entry, Labeled)]
     if labeled:
         return encode_labeled(encoder, labeled, on_rows)
+    queries = [entry for entry in entries if isinstance(entry, Candidates)]
+    if queries:
+        return encode_candidates(encoder, queries, on_rows)
     pairs = [entry for entry in entries if isinstance(entry, Pair)]
     rated = [entry for entry in entries if isinstance(entry, Rated)]
     size = 2 if pairs else 1
@@ -217,7 +221,7 @@ def read_rows(
     Args:
         files: Of one split.
         settings: As in `parse_rows`.
-        records: `examples`, `pairs`, `rated`, `prompts` or `labeled`.
+        records: `examples`, `pairs`, `rated`, `prompts`, `labeled` or `candidates`.
         rows: To add to, and to return; None: new ones.
     """
     rows = SplitRows() if rows is None else rows
@@ -262,7 +266,8 @@ def parse_rows(
             rows.dropped.append(DroppedRow(name, record.line, record.why, record.unit))
             continue
         try:
-            columns, value = (None, record.value) if records == LABELED else named.renamed(record.value, records)
+            own = records in (LABELED, CANDIDATES)  # which name their columns themselves
+            columns, value = (None, record.value) if own else named.renamed(record.value, records)
             if records == "examples":
                 found, example = parse_record(value, settings.data_format)
                 kind, entries = columns or found, [example]
@@ -271,8 +276,10 @@ def parse_rows(
                 kind, entries = records, parse_pairs(value, settings.pairs == "all")
             elif records == "rated":
                 kind, entries = records, parse_rated(value)
-            elif records == LABELED:  # which names its columns itself
+            elif records == LABELED:
                 kind, entries = records, [parse_labeled(value, settings)]
+            elif records == CANDIDATES:
+                kind, entries = records, [parse_candidates(value)]
             else:
                 kind, entries = records, [parse_prompt(value)]
         except FormatError as error:

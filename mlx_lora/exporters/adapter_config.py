@@ -180,8 +180,8 @@ def check_use(config: dict[str, Any], origin: Path, scores: bool | None) -> None
     if found and scores is False:
         if head := head_of(config, origin):
             raise InputError(
-                f"{origin}: this adapter is for --objective {head['objective']}, and gives scores of labels, not text; use "
-                "predict, or export --to peft or hf"
+                f"{origin}: this adapter is for --objective {head['objective']}, and gives scores, not text; use evaluate, "
+                f"{'predict, ' if head['objective'] == 'classify' else ''}serve, or export --to peft or hf"
             )
         raise InputError(
             f"{origin}: this adapter is a reward model, which gives scores, not text; use evaluate --objective reward, or "
@@ -189,7 +189,7 @@ def check_use(config: dict[str, Any], origin: Path, scores: bool | None) -> None
         )
     if scores and not found:
         raise InputError(
-            f"{origin}: has no score head; give an adapter that was trained with --objective reward or classify"
+            f"{origin}: has no score head; give an adapter that was trained with --objective reward, classify or rerank"
         )
 
 

@@ -190,6 +190,8 @@ class _Card:
             what, use = "a reward model: it scores answers", "evaluate {} --objective reward --data pairs.jsonl"
             if (head := self.info.head) is not None:
                 what, use = "a classifier: it labels texts", 'predict {} --text "Hello"'
+                if head["objective"] == "rerank":
+                    what, use = "a reranker: it orders documents", "evaluate {} --objective rerank --data queries.jsonl"
                 labels = ", ".join(map(plain, head["labels"]))
                 what += f" ({labels})" if labels else ""
             lines += [f"This adapter makes {what} and does not write text.", "", "### mlx-lora", ""]

@@ -11,6 +11,7 @@ is trained toward; every method works with every objective.
     rated      answer, another        answers
     prompts    G sampled answers      answers, or tokens if a teacher scores them
     labeled    text                   texts
+    candidates K documents            queries, pairs or documents
 
 Shapes: B rows of a batch, E = B / K examples.
 """
@@ -213,7 +214,8 @@ class Objective:
 
     Attributes:
         name: as in --objective.
-        records: the kind of records that the data must have: `examples`, `pairs`, `rated`, `prompts` or `labeled`.
+        records: the kind of records that the data must have: `examples`, `pairs`, `rated`, `prompts`, `labeled` or
+            `candidates`.
         description: for the run header.
         loss: computed from whole answers; None for imitation, which sums the loss over tokens.
         reference: whether the loss compares the policy with a reference model.

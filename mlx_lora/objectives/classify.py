@@ -219,7 +219,10 @@ class Classify(Objective):
             truth = targets > 0.5
             self._chosen = self.thresholds or best_thresholds(chances, truth)
             got = chances > np.array(self.thresholds or 0.5)
-            self._details = {"classes": class_measures(truth, got, names), "thresholds": dict(zip(names, self._chosen, strict=True))}
+            self._details = {
+                "classes": class_measures(truth, got, names),
+                "thresholds": dict(zip(names, self._chosen, strict=True)),
+            }
             right = (truth == got).all(axis=1)
         else:
             own, best = targets.astype(int), chances.argmax(axis=1)

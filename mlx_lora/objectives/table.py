@@ -29,6 +29,7 @@ OBJECTIVES = {
     "rloo": ("grpo", "policy"),
     "distill": ("distill", "distill"),
     "classify": ("classify", "classify"),
+    "rerank": ("rerank", "rerank"),
 }
 # Settings of objectives that reward sampled answers, and of those with a teacher.
 OF_REWARDS = (
@@ -64,6 +65,7 @@ OWN_OPTIONS = {
     **dict.fromkeys(OF_SAMPLING, (*SAMPLING, "distill")),
     "own_prompts": ("distill",),
     **dict.fromkeys(("problem_type", "labels", "class_weights"), ("classify",)),
+    **dict.fromkeys(("rerank_loss", "candidates"), ("rerank",)),
     **dict.fromkeys(OF_TEACHER, ("distill",)),
 }
 

@@ -7,7 +7,7 @@ Shapes: N texts, K outputs of the head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings
+from mlx_lora.data.candidates import pair_text
 from mlx_lora.data.chat_template import resolve_template
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Conversation, Text
@@ -62,8 +63,8 @@ class TextScorer:
             head = {"objective": "classify", "problem_type": SINGLE if outputs > 1 else NUMBER, "labels": named}
         return cls(base, head, data, batch_tokens or DEFAULT_BATCH_TOKENS)
 
-    def score(self, texts: Sequence[Text | Conversation]) -> tuple[np.ndarray, dict[int, str]]:
-        """Return the scores of texts, (N, K) float32, NaN for those that cannot be encoded; and why, by number.
+    def encode(self, texts: Sequence[Text | Conversation]) -> tuple[dict[int, np.ndarray], dict[int, str]]:
+        """Return number -> tokens of texts, and why others have none.
 
         Raises:
             InputError: there is a chat, and no template.
@@ -77,17 +78,21 @@ class TextScorer:
             max_seq_length=self.data.max_seq_length,
             allow_special_tokens=self.data.allow_special_tokens,
         )
-        found, dropped, _ = encode_texts(encoder, texts)
-        return self.score_tokens(list(found.values()), list(found), len(texts)), dropped
+        return encode_texts(encoder, texts)[:2]
 
-    def score_tokens(self, rows: Sequence[np.ndarray], places: Sequence[int], count: int) -> np.ndarray:
-        """Return the scores of tokens, (count, K) float32, each at its place; NaN at the others."""
-        model = self.base.model
+    def score(self, encoded: Mapping[int, np.ndarray], count: int) -> np.ndarray:
+        """Return the scores of texts, (count, K) float32, NaN for numbers without tokens.
+
+        Args:
+            encoded: number -> tokens.
+            count: of all numbers.
+        """
+        model, rows, places = self.base.model, list(encoded.values()), list(encoded)
         scores = np.full((count, model.score.weight.shape[0]), np.nan, np.float32)
         if not rows:
             return scores
-        encoded = EncodedSet.from_rows([(tokens, np.zeros(len(tokens), bool)) for tokens in rows]).with_end_scores()
-        plan = BatchPlan(encoded, batch_tokens=self.batch_tokens, batch_size=None, seed=0)
+        texts = EncodedSet.from_rows([(tokens, np.zeros(len(tokens), bool)) for tokens in rows]).with_end_scores()
+        plan = BatchPlan(texts, batch_tokens=self.batch_tokens, batch_size=None, seed=0)
         body, at = body_of(model), np.array(places)
         for batch in plan.batches():
             found = np.array(scores_at(model, body, mx.array(batch.inputs), mx.array(batch.positions)))  # (P, K)
@@ -121,10 +126,20 @@ class TextScorer:
                     found.append({PREDICTED: best, "probability": named[best], "probabilities": named})
         return found
 
-    def predict(
-        self, texts: Sequence[Text | Conversation], on_texts: Callable[[int], None] = lambda done: None
-    ) -> list[dict[str, Any]]:
+    def rank(self, query: str, documents: Sequence[str]) -> tuple[np.ndarray, int]:
+        """Return how well documents answer a query, (N,) float64 between 0 and 1, and the number of tokens that were read."""
+        encoded, dropped = self.encode([Text(pair_text(query, one), ends=False) for one in documents])
+        if dropped:
+            raise InputError(f"a document cannot be used: {next(iter(dropped.values()))}")
+        scores = self.score(encoded, len(documents))[:, 0].astype(np.float64)
+        return 1 / (1 + np.exp(-scores)), sum(map(len, encoded.values()))
+
+    def predict(self, texts: Sequence[Text | Conversation]) -> list[dict[str, Any]]:
         """Return what is predicted of each text; see `answers`."""
-        scores, dropped = self.score(texts)
-        on_texts(len(texts))
-        return self.answers(scores, dropped)
+        encoded, dropped = self.encode(texts)
+        return self.answers(self.score(encoded, len(texts)), dropped)
+
+
+def in_order(scores: np.ndarray) -> list[tuple[int, float]]:
+    """Return (number, score) of documents, the highest score first; equal ones keep their order."""
+    return [(int(i), float(scores[i])) for i in np.argsort(-scores, kind="stable")]

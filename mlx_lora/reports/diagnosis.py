@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.config.objectives import LABELED
+from mlx_lora.config.objectives import LABELED, RANKED
 from mlx_lora.reports.charts import perplexity
 from mlx_lora.trainer.checkpoint import numbered
 from mlx_lora.trainer.evaluate import FEWEST_ROWS, Change, KnownRows, RowLosses, paired_change
@@ -374,6 +374,7 @@ def verdict(
         (any("margin" in r for r in validations), _of_preferences),
         (settings.get("objective") == "distill", _of_divergence),
         (settings.get("objective") in LABELED, _of_labels),
+        (settings.get("objective") in RANKED, _of_rankings),
     )
     evidence = evidence_of(records, kept["step"], context)
     for applies, words_of_objective in of_its_own:
@@ -526,6 +527,14 @@ def _of_labels(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple
     tone = PLAIN if len(validations) == 1 or first == last else GOOD if better * last > better * first else BAD
     f1 = f", mean F1 of the labels {kept['macro_f1']:.3f}" if "macro_f1" in kept else ""
     return f"{words} {' to '.join(ends)}{f1}", tone
+
+
+def _of_rankings(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
+    """Return headline and tone for a reranker: its mean reciprocal rank."""
+    first, last = validations[0]["mrr"], kept["mrr"]
+    ends = dict.fromkeys(f"{value:.3f}" for value in (first, last))
+    tone = PLAIN if len(validations) == 1 or first == last else GOOD if last > first else BAD
+    return f"Held-out MRR {' to '.join(ends)}, best document first in {kept['accuracy']:.0%} of the queries", tone
 
 
 def _of_divergence(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:

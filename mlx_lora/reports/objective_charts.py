@@ -10,6 +10,7 @@ from mlx_lora.reports.charts import Series
 Chart = tuple[str, list[Series], str, bool]
 WHEN = {"training": "loss", "held out": "val_loss"}  # a curve's name -> the loss that its records have
 OF_LABELS = ("macro_f1", "mse")  # what only a classifier reports
+OF_RANKINGS = ("mrr",)  # what only a reranker reports
 
 
 def curve(name: str, key: str, rows: list[dict[str, Any]], scale: float = 1.0) -> Series:
@@ -60,12 +61,20 @@ def of_labels(records: list[dict[str, Any]]) -> bool:
     return any(name in one for one in records for name in OF_LABELS)
 
 
+def of_rankings(records: list[dict[str, Any]]) -> bool:
+    """Return whether a run trains a reranker."""
+    return any(name in one for one in records for name in OF_RANKINGS)
+
+
 def class_charts(records: list[dict[str, Any]]) -> list[Chart]:
-    """Return charts of what a classifier reports; none for other runs."""
-    if not of_labels(records):
+    """Return charts of what a classifier or a reranker reports; none for other runs."""
+    if not of_labels(records) and not of_rankings(records):
         return []
     titles = {
-        "Texts whose labels are all right": ("accuracy",),
+        "Queries with the best document first" if of_rankings(records) else "Texts whose labels are all right": (
+            "accuracy",
+        ),
+        "Rank of the first relevant document (MRR), and all grades (nDCG)": ("mrr", "ndcg"),
         "Mean F1 of the labels": ("macro_f1",),
         "Correlation with the labels": ("pearson", "spearman"),
     }

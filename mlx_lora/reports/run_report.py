@@ -39,6 +39,7 @@ from mlx_lora.reports.objective_charts import (
     class_charts,
     curve,
     of_labels,
+    of_rankings,
     preference_charts,
     teacher_charts,
 )
@@ -286,7 +287,7 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
         while_sampling = [r for r in trained if r.get("rollout_tokens_per_s") is not None]
         tokens.append(curve("sampled, while sampling", "rollout_tokens_per_s", while_sampling))
     counted = "rated answer" if any("divergence" in r for r in records) else "pair" if preferences else "trained token"
-    counted = "text" if of_labels(records) else counted
+    counted = "text" if of_labels(records) else "query" if of_rankings(records) else counted
     wanted = [
         *rollout_charts(records),
         (f"Loss per {'answer' if sampled else counted}", losses, "", False),

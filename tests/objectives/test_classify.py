@@ -237,7 +237,7 @@ def test_what_cannot_be_learned_is_one_line(tiny_folder, data, trained, tmp_path
     ran = run("train", "--model", tiny_folder, "--data", split, "--adapter-path", tmp_path / "a", *QUICK)
     assert (ran.code, "found the label new" in ran.lines[-1]) == (2, True)
     common = ("--model", tiny_folder, "--adapter-path", trained)
-    one_line(run("generate", *common, "--prompt", "x"), "gives scores of labels, not text")
+    one_line(run("generate", *common, "--prompt", "x"), "gives scores, not text")
     one_line(run("evaluate", *common, "--data", data, "--objective", "reward"), "was trained with --objective classify")
 
 
@@ -254,7 +254,7 @@ def test_peft_reads_it_and_we_read_pefts(kind, tiny_folder, trained, several, tm
     names = json.loads((out / "labels.json").read_text())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
     base = transformers.AutoModelForSequenceClassification.from_pretrained(
-        tiny_folder, num_labels=len(names["id2label"]), pad_token_id=0
+        tiny_folder, num_labels=len(names["id2label"]), pad_token_id=256
     )
     model = peft.PeftModel.from_pretrained(base, out).eval()
     with torch.no_grad():

@@ -47,9 +47,7 @@ def labeled(problem: str, count: int = 12, seed: int = 0) -> EncodedSet:
 def ours(folder, problem: str, weights: str | None):
     """Return losses, initial parameters, first gradients, final parameters and batches."""
     named = None if problem == NUMBER else ",".join(LABELS)
-    objective = objective_of(
-        ObjectiveSettings("classify", problem_type=problem, labels=named, class_weights=weights)
-    )
+    objective = objective_of(ObjectiveSettings("classify", problem_type=problem, labels=named, class_weights=weights))
     rows = objective.targets_of(labeled(problem))
     base = load_base(ModelSettings(model=str(folder), dtype="float32"))
     adapt_model(base.model, AdapterSettings(rank=RANK, alpha=ALPHA), seed=1)
@@ -119,9 +117,7 @@ def weighted(problem: str, weights: str):
 
     values = torch.tensor([float(part.split("=")[1]) for part in weights.split(",")])
     return (
-        torch.nn.CrossEntropyLoss(weight=values)
-        if problem == SINGLE
-        else torch.nn.BCEWithLogitsLoss(pos_weight=values)
+        torch.nn.CrossEntropyLoss(weight=values) if problem == SINGLE else torch.nn.BCEWithLogitsLoss(pos_weight=values)
     )
 
 
