@@ -29,6 +29,7 @@ from mlx_lora.planner.fit import (
     Shapes,
 )
 from mlx_lora.planner.shapes import ModelShape
+from mlx_lora.rollouts.make_environment import check_template
 from mlx_lora.trainer.fit import (
     batch_shapes,
     data_facts,
@@ -151,6 +152,8 @@ def read_splits(settings: TrainSettings, folder: Path, config: dict[str, Any], t
     records = UNCACHED if room else objective_of(settings.objective).records
     tools = objective_of(settings.objective).shown_tools(settings.objective, {})
     splits = load_data(data, tokenizer._tokenizer, settings.loop.seed, today, records, prompt, tools)
+    if tools:
+        check_template(tokenizer, splits.chat_template, tools)
     if not room:
         return splits
     # Planned as if every answer took all of its room, as it will be only when the teacher has written them.
