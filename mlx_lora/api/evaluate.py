@@ -165,7 +165,7 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
     ctx = RunContext(settings, objective, base, strategy, trains=False)
     objective.open(ctx)  # before an adapter is on the base
     if adapter:
-        objective.measures_with(adapter_head(adapter))
+        objective.measures_with(adapter_head(adapter, objective))
     prompt = read_teacher_prompt(settings.objective.teacher_prompt)
     if asked.held_out and adapter:
         rows, trained = held_out_rows(adapter, base.hf_tokenizer)

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.examples import Completion, EmptyPart, Fields, FormatError, MissingColumn, Text
+from mlx_lora.data.examples import Completion, EmptyPart, Fields, FormatError, MissingColumn, OwnEntry, Text
 from mlx_lora.data.formats import columns_of, usual_names
 from mlx_lora.data.labeled import encode_texts
 from mlx_lora.data.tokenize import Encoded, Encoder
@@ -36,7 +37,7 @@ ROWS, GRADES = "rows", "grades"
 
 
 @dataclass(frozen=True)
-class Candidates:
+class Candidates(OwnEntry):
     """A query and its documents.
 
     Attributes:
@@ -50,9 +51,55 @@ class Candidates:
     grades: tuple[float, ...]
 
     @property
-    def example(self) -> Completion:
-        """The query and its best document, by which records are compared."""
+    def shown(self) -> Completion:
+        """The query and its best document."""
         return Completion(self.query, self.documents[int(np.argmax(self.grades))])
+
+    @classmethod
+    def parse(cls, record: Fields, settings: DataSettings) -> Candidates:
+        return parse_candidates(record)
+
+    @classmethod
+    def encode(
+        cls, encoder: Encoder, entries: Sequence[Candidates], on_rows: Callable[[int], None] = lambda done: None
+    ) -> Encoded:
+        """Encode queries, one row each, with the tokens and grades of all their documents as facts.
+
+        A query whose documents are all equally good is dropped: nothing can be learned from their order.
+
+        Args:
+            encoder: whose tokenizer and length are used; a long document is cut at its end.
+            entries: records; those of one query are put together, as the first of them.
+            on_rows: called with the number of records that are done.
+        """
+        places: dict[str, list[int]] = {}
+        for number, entry in enumerate(entries):
+            places.setdefault(entry.query, []).append(number)
+        texts, owners, grades = [], [], []
+        for numbers in places.values():
+            for number in numbers:
+                texts += [Text(pair_text(entries[number].query, one), ends=False) for one in entries[number].documents]
+                owners += [number] * len(entries[number].documents)
+                grades += entries[number].grades
+        found, _, cut = encode_texts(encoder, texts)
+        rows, facts, source, dropped = [], [], [], {}
+        first = 0
+        for numbers in places.values():
+            count = sum(len(entries[number].documents) for number in numbers)
+            own = grades[first : first + count]
+            if max(own) == min(own):
+                dropped |= dict.fromkeys(numbers, "all documents of the query are equally good")
+            else:
+                tokens = [found[i] for i in range(first, first + count)]
+                best = tokens[int(np.argmax(own))]
+                rows.append((best, np.zeros(len(best), bool)))
+                facts.append({ROWS: tokens, GRADES: own})
+                source.append(numbers[0])
+            first += count
+        on_rows(len(entries))
+        encoded = EncodedSet.from_rows(rows).with_facts(facts)
+        truncated = sorted({owners[number] for number in cut})
+        return Encoded(encoded, np.array(source, np.int64), dict(sorted(dropped.items())), truncated, {}, [])
 
 
 def pair_text(query: str, document: str) -> str:
@@ -111,45 +158,3 @@ def _texts(value: Any, name: str) -> list[str]:
     if not all(text.strip() for text in texts):
         raise EmptyPart(f"{name} has an empty text")
     return texts
-
-
-def encode_candidates(
-    encoder: Encoder, entries: Sequence[Candidates], on_rows: Callable[[int], None] = lambda done: None
-) -> Encoded:
-    """Encode queries, one row each, with the tokens and grades of all their documents as facts.
-
-    A query whose documents are all equally good is dropped: nothing can be learned from their order.
-
-    Args:
-        encoder: whose tokenizer and length are used; a long document is cut at its end.
-        entries: records; those of one query are put together, as the first of them.
-        on_rows: called with the number of records that are done.
-    """
-    places: dict[str, list[int]] = {}
-    for number, entry in enumerate(entries):
-        places.setdefault(entry.query, []).append(number)
-    texts, owners, grades = [], [], []
-    for numbers in places.values():
-        for number in numbers:
-            texts += [Text(pair_text(entries[number].query, one), ends=False) for one in entries[number].documents]
-            owners += [number] * len(entries[number].documents)
-            grades += entries[number].grades
-    found, _, cut = encode_texts(encoder, texts)
-    rows, facts, source, dropped = [], [], [], {}
-    first = 0
-    for numbers in places.values():
-        count = sum(len(entries[number].documents) for number in numbers)
-        own = grades[first : first + count]
-        if max(own) == min(own):
-            dropped |= dict.fromkeys(numbers, "all documents of the query are equally good")
-        else:
-            tokens = [found[i] for i in range(first, first + count)]
-            best = tokens[int(np.argmax(own))]
-            rows.append((best, np.zeros(len(best), bool)))
-            facts.append({ROWS: tokens, GRADES: own})
-            source.append(numbers[0])
-        first += count
-    on_rows(len(entries))
-    encoded = EncodedSet.from_rows(rows).with_facts(facts)
-    truncated = sorted({owners[number] for number in cut})
-    return Encoded(encoded, np.array(source, np.int64), dict(sorted(dropped.items())), truncated, {}, [])

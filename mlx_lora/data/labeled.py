@@ -28,6 +28,7 @@ from mlx_lora.data.examples import (
     Fields,
     FormatError,
     MissingColumn,
+    OwnEntry,
     Text,
     conversation,
 )
@@ -50,7 +51,7 @@ ANSWER = {"role": "assistant", "content": "."}  # stands for one, so that the pa
 
 
 @dataclass(frozen=True)
-class Labeled:
+class Labeled(OwnEntry):
     """A text with its label.
 
     Attributes:
@@ -60,6 +61,26 @@ class Labeled:
 
     example: Text | Conversation
     label: Any = None
+
+    @property
+    def shown(self) -> Example:
+        return self.example
+
+    @classmethod
+    def parse(cls, record: Fields, settings: DataSettings) -> Labeled:
+        return parse_labeled(record, settings)
+
+    @classmethod
+    def encode(
+        cls, encoder: Encoder, entries: Sequence[Labeled], on_rows: Callable[[int], None] = lambda done: None
+    ) -> Encoded:
+        """Encode texts, one row each; nothing is a target, and each row's fact is its label."""
+        found, dropped, truncated = encode_texts(encoder, [entry.example for entry in entries])
+        on_rows(len(entries))
+        rows = [(tokens, np.zeros(len(tokens), bool)) for tokens in found.values()]
+        facts = [{LABEL: entries[number].label} for number in found]
+        encoded = EncodedSet.from_rows(rows).with_facts(facts)
+        return Encoded(encoded, np.array(list(found), np.int64), dropped, truncated, {}, [])
 
 
 def parse_labeled(record: Fields, settings: DataSettings, needs_label: bool = True) -> Labeled:
@@ -130,24 +151,6 @@ def _text(values: Sequence[Any], names: Sequence[str]) -> Text:
     if not text.strip():
         raise EmptyPart("empty text")
     return Text(text, ends=False)
-
-
-def encode_labeled(
-    encoder: Encoder, entries: Sequence[Labeled], on_rows: Callable[[int], None] = lambda done: None
-) -> Encoded:
-    """Encode texts, one row each; nothing is a target, and each row's fact is its label.
-
-    Args:
-        encoder: whose tokenizer, template and length are used.
-        entries: what to encode.
-        on_rows: called with the number of texts that are done.
-    """
-    found, dropped, truncated = encode_texts(encoder, [entry.example for entry in entries])
-    on_rows(len(entries))
-    rows = [(tokens, np.zeros(len(tokens), bool)) for tokens in found.values()]
-    facts = [{LABEL: entries[number].label} for number in found]
-    encoded = EncodedSet.from_rows(rows).with_facts(facts)
-    return Encoded(encoded, np.array(list(found), np.int64), dropped, truncated, {}, [])
 
 
 def encode_texts(

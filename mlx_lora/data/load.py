@@ -47,8 +47,7 @@ from mlx_lora.data.notes import (
 )
 from mlx_lora.data.prompts import prompt_notes
 from mlx_lora.data.read import (
-    CANDIDATES,
-    LABELED,
+    OWN_ENTRIES,
     SplitRows,
     answers_of,
     check_speaker,
@@ -77,7 +76,7 @@ log = logging.getLogger(__name__)
 
 EVALUATION = "evaluation"  # what errors call the data that is only measured
 UNCACHED = "prompts"  # what rewards see of these records is not stored
-FACTUAL = (UNCACHED, LABELED, CANDIDATES)  # records whose columns are needed in addition to their tokens
+FACTUAL = (UNCACHED, *OWN_ENTRIES)  # records whose columns are needed in addition to their tokens
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def load_data(
         tokenizer: A fast tokenizer, not mlx-lm's wrapper.
         seed: Of the held-out split.
         today: The day for templates that show the date, unless the settings name one; None: today.
-        records: `examples`, `pairs`, `rated`, `prompts` or `labeled`: what the run's objective trains on.
+        records: `examples`, `pairs`, `rated`, `prompts`, `labeled` or `candidates`: what the run's objective trains on.
         teacher_prompt: A text that only a teacher sees (--teacher-prompt); the rows then have its rows beside them.
         tools: Schemas of tools that prompts show.
 

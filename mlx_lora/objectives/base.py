@@ -29,7 +29,6 @@ import mlx.nn as nn
 from mlx_lora.data.load import DataSplits, load_data
 from mlx_lora.losses.cross_entropy import Arrays, Loss
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
-from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_lora.config.objectives import ObjectiveSettings
@@ -268,14 +267,7 @@ class Objective:
         return {}
 
     def measures_with(self, head: Mapping[str, Any] | None) -> None:
-        """Take what an adapter that is measured says of its score head, before the data are read.
-
-        Raises:
-            InputError: another objective made the head.
-        """
-        made_by = (head or {}).get("objective")
-        if made_by and made_by != self.name:
-            raise InputError(f"--objective {self.name}: the adapter was trained with --objective {made_by}; give that")
+        """Take what an adapter that is measured says of its score head, before the data are read; it is of this objective."""
 
     def targets_of(self, rows: EncodedSet) -> EncodedSet:
         """Return encoded rows with the targets that this objective trains on."""

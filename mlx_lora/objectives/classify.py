@@ -86,7 +86,6 @@ class Classify(Objective):
         return found | ({"thresholds": self._chosen or [0.5] * len(self.labels)} if self.problem == SEVERAL else {})
 
     def measures_with(self, head: Mapping[str, Any] | None) -> None:
-        super().measures_with(head)
         if head is not None:
             self.problem, self.labels = head["problem_type"], self.labels or tuple(head["labels"])
             self.thresholds = head.get("thresholds")

@@ -51,7 +51,6 @@ class Rerank(Objective):
         return {"objective": self.name, "problem_type": "regression", "labels": [], "loss": self.kind}
 
     def measures_with(self, head: Mapping[str, Any] | None) -> None:
-        super().measures_with(head)
         self.kind = (head or {}).get("loss", self.kind)
 
     def targets_of(self, rows: EncodedSet) -> EncodedSet:

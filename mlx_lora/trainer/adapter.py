@@ -83,9 +83,17 @@ def put_adapter(
         base.hf_tokenizer.chat_template = template
 
 
-def adapter_head(folder: Path) -> dict[str, Any] | None:
-    """Return what an adapter says of its score head; None if it says nothing."""
-    return head_of(read_adapter_config(folder), folder)
+def adapter_head(folder: Path, objective: Objective) -> dict[str, Any] | None:
+    """Return what an adapter says of its score head; None if it says nothing.
+
+    Raises:
+        InputError: another objective made the head.
+    """
+    head = head_of(read_adapter_config(folder), folder)
+    made_by = (head or {}).get("objective", objective.name)
+    if made_by != objective.name:
+        raise InputError(f"--objective {objective.name}: the adapter was trained with --objective {made_by}; give that")
+    return head
 
 
 def adapter_template(folder: Path | None) -> str | None:

@@ -99,7 +99,7 @@ def run_steps(
     objective.open(ctx)  # before an adapter is on
     if not trains:
         ctx.untrained = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
-        objective.measures_with(adapter_head(Path(settings.loop.adapter_path)))
+        objective.measures_with(adapter_head(Path(settings.loop.adapter_path), objective))
         put_adapter(base, Path(settings.loop.adapter_path), settings.data, objective)
     with waiting("Reading the data"):
         data = read_data(ctx)

@@ -141,9 +141,9 @@ def test_transformers_gives_the_same_score(tiny_folder, trained, tmp_path):
 def test_records_in_all_forms():
     one = parse_candidates({"Query": "q", "positives": ["a", "b"], "negative_1": "c", "negative_2": "d"})
     assert (one.query, one.documents, one.grades) == ("q", ("a", "b", "c", "d"), (1, 1, 0, 0))
-    assert one.example.completion == "a"
+    assert one.shown.completion == "a"
     listed = parse_candidates({"question": "q", "docs": ["a", "b"], "labels": [0, 2]})
-    assert (listed.documents, listed.grades, listed.example.completion) == (("a", "b"), (0, 2), "b")
+    assert (listed.documents, listed.grades, listed.shown.completion) == (("a", "b"), (0, 2), "b")
     assert parse_candidates({"query": "q", "document": "a", "score": "0.5"}).grades == (0.5,)
     for record in (
         {"positive": "a"},
