@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlx_lora.api.export import export
     from mlx_lora.api.merge import merge
     from mlx_lora.api.plan import plan
+    from mlx_lora.api.predict import predict, rerank
     from mlx_lora.api.several import train_several
     from mlx_lora.api.sweep import sweep
     from mlx_lora.api.train import Run, train
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BLAS", "Base", "Callback", "InputError", "Run", "RunError", "SwanLab", "TensorBoard", "Trackio", "Wandb", "evaluate",
-    "evaluate_tasks", "export", "generate", "load", "merge", "plan", "sweep", "train", "train_several",
+    "evaluate_tasks", "export", "generate", "load", "merge", "plan", "predict", "rerank", "sweep", "train", "train_several",
 ]  # fmt: skip
 
 # Before a BLAS is loaded, and anything imports mlx.core: see utils/blas.py.
@@ -56,6 +57,8 @@ _HOMES = {
     "load": "mlx_lora.api.base",
     "merge": "mlx_lora.api.merge",
     "plan": "mlx_lora.api.plan",
+    "predict": "mlx_lora.api.predict",
+    "rerank": "mlx_lora.api.predict",
     "sweep": "mlx_lora.api.sweep",
     "train": "mlx_lora.api.train",
     "train_several": "mlx_lora.api.several",

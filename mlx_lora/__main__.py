@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "Train an adapter.",
     "evaluate": "Measure base and adapter on a data file, side by side.",
     "generate": "Generate text.",
+    "predict": "Label texts with a classifier.",
     "chat": "Chat with a model and its adapters in the terminal.",
     "bench": "Measure training with fixed workloads, and compare machines.",
     "serve": "Serve a model and many adapters through OpenAI's HTTP API.",

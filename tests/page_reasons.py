@@ -16,6 +16,7 @@ NOT_RUN = {
     r"mlx-lora train .*--own-prompts": "needs a model that can write prompts; test_persona.py runs it on a tiny one",
     r"mlx-lora (train|generate) .*tools\.jsonl": "tools are longer than the tests' short rows; test_tool_rows.py has such rows",
     r"mlx-lora (train|evaluate) .*prices\.jsonl": "schemas of tools are longer than the tests' short rows; test_tool_run.py has them",
+    r"mlx-lora (train|evaluate) .*--data mails(/| |$)": "needs the mails that a script makes; test_classify.py has others",
     r"mlx-lora train .*reasoning-gym:": "needs an extra; test_task_sets.py has a stand-in for it",
     r"mlx-lora evaluate .*--tasks (arc_easy|list)": "needs the network, or reads 14,000 files; test_harness.py runs tasks with local data",
     r"mlx-lora bench (run|compare|report)": "measures for minutes; test_suite.py runs a tiny workload",

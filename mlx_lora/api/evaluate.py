@@ -34,7 +34,7 @@ from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.divided_base import divides_base, dividing_flag, strategy_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.reports.run_report import MODELS, SHORT_WORDS, Sample
-from mlx_lora.trainer.adapter import adapter_template, put_adapter
+from mlx_lora.trainer.adapter import adapter_head, adapter_template, put_adapter
 from mlx_lora.trainer.evaluate import RowLosses, mean_loss, paired_change
 from mlx_lora.trainer.held_out import held_out_loss, held_out_plan
 from mlx_lora.trainer.report_callback import before_answer, greedy_text, row_answer
@@ -164,6 +164,8 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
     strategy = strategy_of(settings, ranks)
     ctx = RunContext(settings, objective, base, strategy, trains=False)
     objective.open(ctx)  # before an adapter is on the base
+    if adapter:
+        objective.measures_with(adapter_head(adapter, objective))
     prompt = read_teacher_prompt(settings.objective.teacher_prompt)
     if asked.held_out and adapter:
         rows, trained = held_out_rows(adapter, base.hf_tokenizer)
@@ -186,7 +188,7 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
     means = found.reports or {"perplexity": console.perplexity(found.loss)}
     counted = {"answers": found.count} if objective.policy else {"supervised_tokens": rows.supervised_tokens}
     counts = {**counted, "rows": rows.examples}
-    return {"loss": found.loss, **means, **counts, "model": base.model_id}
+    return {"loss": found.loss, **means, **counts, "model": base.model_id, **objective.details}
 
 
 def compares(settings: TrainSettings) -> bool:

@@ -15,13 +15,14 @@ from mlx_lora.adapters.qat import FUSED_ONLY
 from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
-from mlx_lora.exporters.adapter_config import SAME_LAYOUT
+from mlx_lora.exporters.adapter_config import LABELS_FILE, SAME_LAYOUT, label_names
 from mlx_lora.exporters.adapter_folder import load_adapter, save_adapter
 from mlx_lora.exporters.card import CARD_FILE, check_repo, push, read_facts, write_card
 from mlx_lora.exporters.fuse import Rounding, take_stored_dtypes, write_fused
 from mlx_lora.exporters.ollama import write_ollama
 from mlx_lora.exporters.peft import write_peft
 from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES, STORED, write_gguf_adapter, write_gguf_model
+from mlx_lora.models.folder import write_json
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
 from mlx_lora.utils.errors import InputError
@@ -254,6 +255,8 @@ def _write_peft(job: Export) -> None:
     base_id = job.settings.base_id or job.info.base_model
     qalora = job.settings.to == "peft-qalora"
     write_peft(job.settings.out, job.base.model, base_id, job.info.dropout, job.info.full, qalora)
+    if job.info.head:
+        write_json(job.settings.out / LABELS_FILE, {**label_names(job.info.head), "mlx_lora": job.info.head})
 
 
 def _write_mlx_lm(job: Export) -> None:

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 # Settings of a run that say how its data is read: of columns, of chat exports, and all that decide which rows it has.
-NAMES = (*COLUMNS, "turn_names")
+NAMES = (*COLUMNS, "label_column", "turn_names")
 CHAT_COLUMNS = ("speaker", "conversation_gap")
 DATA_FIELDS = (*(field.name for field in dataclasses.fields(DataSettings)), "seed", "objective")
 

@@ -23,12 +23,14 @@ from mlx_lora.api.run_data import settings_of_run, with_columns_of_run
 from mlx_lora.cli import options as flags
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.objectives import LABELED, RANKED
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.report import UNITS
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.divided_base import dividing_flag
 from mlx_lora.parallel.launch import sharing_ranks
+from mlx_lora.reports.classes import class_rows, confusion_rows
 from mlx_lora.reports.run_report import (
     REPORT_FILE,
     exact_words,
@@ -212,6 +214,7 @@ def print_loss(settings: TrainSettings, result: dict[str, Any], as_json: bool) -
         console.echo("Interrupted before anything was measured")
         return
     sampled = settings.objective.samples  # then the loss is minus the reward
+    labeled = settings.objective.objective in (*LABELED, *RANKED)  # which train no token
     unit_name = "answers" if "answers" in result else "supervised_tokens"
     aside = (unit_name, "rows", "model", "base_loss", "base_perplexity", "base_exact_match", "exact_match")
     words = ", ".join(
@@ -222,7 +225,11 @@ def print_loss(settings: TrainSettings, result: dict[str, Any], as_json: bool) -
     unit = UNITS[objective_of(settings.objective).records][: -1 if result["rows"] == 1 else None]
     for line in side_by_side(result.get("examples", [])):
         click.echo(line)
-    click.echo(f"{words}, {result[unit_name]} {words_of(unit_name)} in {result['rows']} {unit}")
+    counted_tokens = "" if labeled else f"{result[unit_name]} {words_of(unit_name)} in "
+    click.echo(f"{words}, {counted_tokens}{result['rows']} {unit}")
+    for rows in filter(None, (class_rows(result), confusion_rows(result)) if "classes" in result else ()):
+        click.echo()
+        print_table(rows)
     if "base_loss" in result:
         click.echo(loss_words(result))
     if result.get("partial"):

@@ -6,8 +6,10 @@ python -m mlx_lora serve --model DIR --training
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from mlx_lora.cli import options as flags
 from mlx_lora.cli.chat import begun_engine
 from mlx_lora.config.load import serve_settings
 from mlx_lora.config.settings import ModelSettings, ServeSettings
+from mlx_lora.exporters.adapter_config import head_of
+from mlx_lora.exporters.adapter_folder import read_adapter_config
 from mlx_lora.models.load import load_base
-from mlx_lora.serving.adapter_store import DEFAULT_CONTEXT, NoRoom, base_name, context_of
+from mlx_lora.serving.adapter_store import DEFAULT_CONTEXT, NoRoom, base_name, context_of, named_source
 from mlx_lora.serving.engine import Engine, Limits, failed_words
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError, RunError
@@ -52,24 +56,54 @@ def main(named: flags.NamedAdapters, **options: Any) -> None:
     )
     body_bytes = parse_size(settings.max_body)
     try:
+        scoring, named = scoring_adapters(named)
         with begun_engine(model, limits, named) as (engine, lines):
             console.echo("\n".join(lines))
-            run_server(engine, settings, key, body_bytes)
+            run_server(engine, settings, key, body_bytes, scoring)
     except NoRoom:
         raise InputError("--adapter-memory: too small for all --adapter; raise it") from None
 
 
-def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_bytes: int) -> None:
+def scoring_adapters(named: flags.NamedAdapters) -> tuple[dict[str, Path], flags.NamedAdapters]:
+    """Return the folders of adapters that give scores of texts, by name, and what is left to generate with."""
+    found: dict[str, Path] = {}
+    left = []
+    for given in named.adapters:
+        name, source = named_source("--adapter", given)
+        folder = source.folder
+        if folder is not None and head_of(read_adapter_config(folder), folder) is not None:
+            if name in found:
+                raise InputError(f"--adapter {given}: there are two adapters of this name; give it another")
+            found[name] = folder
+        else:
+            left.append(given)
+    return found, dataclasses.replace(named, adapters=tuple(left))
+
+
+def run_server(
+    engine: Engine, settings: ServeSettings, key: str | None, body_bytes: int, scoring: Mapping[str, Path]
+) -> None:
     """Listen until interrupted.
 
+    Args:
+        engine: with the adapters that generate.
+        settings: of the server.
+        key: for its clients.
+        body_bytes: the largest body of a request.
+        scoring: name -> folder of the adapters that give scores of texts.
+
     Raises:
-        InputError: the address is not available.
+        InputError: the address is not available, or a scoring adapter does not fit the base.
         RunError: the engine has failed.
     """
     # Imported here, because packages that they need may not be installed.
     from mlx_lora.serving.app import Adapters, AnswerLimits, make_app
     from mlx_lora.serving.guard import GuardLimits, ServerLimits, is_local, run_app
+    from mlx_lora.serving.scores import Scores
 
+    scores = Scores(engine, scoring, settings.request_timeout)
+    for line in scores.describe():
+        console.echo(line)
     folder = Path(settings.adapters_from).expanduser() if settings.adapters_from else None
     origins = tuple(origin.strip() for origin in (settings.allow_origin or "").split(",") if origin.strip())
     context = settings.max_context or context_of(engine.base.config) or DEFAULT_CONTEXT
@@ -78,7 +112,7 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
         GuardLimits(key, is_local(settings.host), origins, body_bytes, settings.read_timeout),
         AnswerLimits(settings.max_tokens, context, settings.request_timeout),
         int(time.time()),
-        Adapters(engine, base_name(engine.base), folder, settings.allow_hub).routes(),
+        [*Adapters(engine, base_name(engine.base), folder, settings.allow_hub).routes(), *scores.routes()],
     )
 
     def ready(server: Any, address: str) -> None:

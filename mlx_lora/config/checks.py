@@ -7,7 +7,7 @@ from datetime import date
 from typing import Any
 
 from mlx_lora.config.fields import flag_of
-from mlx_lora.config.objectives import IMITATION, PAIRS, SAMPLING
+from mlx_lora.config.objectives import IMITATION, LABELED, PAIRS, RANKED, SAMPLING
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.config.settings import FIELDS, LOGGERS, ROWS, SHARDING, parse_pattern
 from mlx_lora.utils.text import command_line
@@ -215,6 +215,9 @@ def _data_problems(settings: Mapping[str, Any]) -> list[str]:
         )
     if not imitates and settings["data_format"] != "auto":
         what = "prompts" if objective in (*SAMPLING, "distill") else "preference data"
+        what = (
+            "texts with labels" if objective in LABELED else "queries with documents" if objective in RANKED else what
+        )
         problems.append(
             f"--data-format {settings['data_format']} with --objective {objective}: the format of {what} is "
             "recognized by its keys; leave out --data-format"
@@ -226,6 +229,10 @@ def _data_problems(settings: Mapping[str, Any]) -> list[str]:
         )
     if settings["conversation_gap"] != CONVERSATION_GAP and settings["speaker"] is None:
         problems.append("--conversation-gap without --speaker: only that uses it; leave it out")
+    if settings["label_column"] is not None and objective not in LABELED:
+        problems.append(
+            f"--label-column with --objective {objective}: only {', '.join(LABELED)} reads labels; leave it out"
+        )
     if not imitates and not settings["mask_prompt"]:
         problems.append(f"--no-mask-prompt with --objective {objective}: only answers are trained; leave it out")
     return problems
@@ -241,6 +248,7 @@ def _column_problems(settings: Mapping[str, Any]) -> list[str]:
             f"{flags} with --data-format {settings['data_format']}: the columns already determine the format; leave --data-format out"
         )
     read = ("prompt_column", "system_column") if objective in PAIRS else COLUMNS
+    read = ("text_column", "chat_column") if objective in LABELED else () if objective in RANKED else read
     read = [name for name in read if objective != "kto" or name != "text_column"]
     if objective not in IMITATION and (unread := [flag_of(name) for name in given if name not in read]):
         problems.append(f"{' and '.join(unread)} with --objective {objective}: it reads no such column; leave it out")

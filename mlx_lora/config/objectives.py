@@ -11,8 +11,11 @@ SAMPLING = ("grpo", "rloo")  # objectives whose answers are sampled during the r
 # Settings of sampling, and those of them that are used for a teacher's answers too.
 OF_SAMPLING = ("group_size", "max_new_tokens", "temp", "top_p", "min_p", "mask_truncated", "updates_per_rollout")
 OF_WRITING = ("max_new_tokens", "temp", "top_p", "min_p")
+LABELED = ("classify",)  # objectives whose records are texts with labels
+RANKED = ("rerank",)  # objectives whose records are queries with documents
 IMITATION = ("sft", "distill")  # objectives that train the answers of the data, token by token
 PAIRS = ("dpo", "orpo", "simpo", "cpo", "reward")  # objectives whose examples are pairs of answers
+PROBLEMS = ("auto", "single_label_classification", "multi_label_classification", "regression")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "sampled_kl")
 
 
@@ -24,7 +27,8 @@ class ObjectiveSettings:
     objective: str = setting("sft",
         "What to train toward. sft: imitate answers; dpo, orpo, simpo, cpo: prefer the chosen answer of each pair; "
         "kto: answers rated good or bad; reward: a reward model, which scores answers; grpo, rloo: sample answers to "
-        "prompts, and learn from their rewards; distill: give each token the probabilities that a teacher gives it.",
+        "prompts, and learn from their rewards; distill: give each token the probabilities that a teacher gives it; "
+        "classify: give each text its label, or a number; rerank: order documents by how well they answer a query.",
         OBJECTIVE, common=True)
     loss_type: str = setting("sigmoid",
         "dpo: loss on the pairs, by TRL's names (sigmoid, sigmoid_norm, hinge, ipo ...); several, by commas, are added, "
@@ -108,6 +112,17 @@ class ObjectiveSettings:
         OBJECTIVE, at_least=0, at_most=1)
     distill_temp: float = setting(1.0, "distill: divide the logits of teacher and student by this.",
         OBJECTIVE, more_than=0, at_most=100)
+    problem_type: str = setting("auto", "classify: whether a text has one label, several, or a number, by transformers' names; auto: "
+        "a list is several labels, and labels that are numbers, not all whole, are numbers.", OBJECTIVE, choices=PROBLEMS)
+    labels: str | None = setting(None, "classify: the labels in the order of the head's outputs, separated by commas (default: "
+        "those of the training data, sorted).", OBJECTIVE)
+    class_weights: str | None = setting(None, "classify: weights of labels in the loss, such as spam=2,ham=1, or balanced, which "
+        "gives rare labels as much weight as common ones (default 1 each).", OBJECTIVE)
+    rerank_loss: str = setting("pairwise", "rerank: what is compared with the grades of documents. pairwise: each pair of a better and a "
+        "worse one (RankNet); listwise: the scores of all documents of a query (ListNet); binary: each document by itself.",
+        OBJECTIVE, choices=("pairwise", "listwise", "binary"))
+    candidates: int = setting(8, "rerank: most documents of a query that are used, the best graded first.", OBJECTIVE, at_least=2,
+        at_most=1000)
     on_policy: bool = setting(False, "distill: sample the answers to the prompts in --data from the model as it is "
         "trained; the teacher stays in memory.", OBJECTIVE)
 

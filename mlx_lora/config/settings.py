@@ -74,6 +74,7 @@ class DataSettings:
     system_column: str | None = setting(None, "Column that holds a system prompt.", MODEL)
     chat_column: str | None = setting(None, "Column that holds a chat: a list of turns.", MODEL)
     text_column: str | None = setting(None, "Column that holds a text, of which every token is trained.", MODEL)
+    label_column: str | None = setting(None, "classify: column that holds the label (default: label or labels).", MODEL)
     turn_names: str | None = setting(None,
         "Other names of a turn's fields and roles: role=speaker,content=text,user=customer,assistant=agent.", MODEL)
     speaker: str | None = setting(None,

@@ -47,6 +47,7 @@ from mlx_lora.data.notes import (
 )
 from mlx_lora.data.prompts import prompt_notes
 from mlx_lora.data.read import (
+    OWN_ENTRIES,
     SplitRows,
     answers_of,
     check_speaker,
@@ -75,6 +76,7 @@ log = logging.getLogger(__name__)
 
 EVALUATION = "evaluation"  # what errors call the data that is only measured
 UNCACHED = "prompts"  # what rewards see of these records is not stored
+FACTUAL = (UNCACHED, *OWN_ENTRIES)  # records whose columns are needed in addition to their tokens
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def load_data(
         tokenizer: A fast tokenizer, not mlx-lm's wrapper.
         seed: Of the held-out split.
         today: The day for templates that show the date, unless the settings name one; None: today.
-        records: `examples`, `pairs`, `rated` or `prompts`: what the run's objective trains on.
+        records: `examples`, `pairs`, `rated`, `prompts`, `labeled` or `candidates`: what the run's objective trains on.
         teacher_prompt: A text that only a teacher sees (--teacher-prompt); the rows then have its rows beside them.
         tools: Schemas of tools that prompts show.
 
@@ -158,13 +160,13 @@ def load_data(
     kind = f"{records} splits{_seen_with(teacher_prompt)}"
     folder = entry_folder(kind, _paths(sets), settings, tokenizer, seed, day, _mixed(sets))
     with one_at_a_time(folder):  # ranks on one machine encode once
-        if records != UNCACHED and (entry := read_entry(folder)):
+        if records not in FACTUAL and (entry := read_entry(folder)):
             rows, details = entry
             report = replace(DataReport.from_dict(details["report"]), data=shown_data(settings.data or ""))
             splits = DataSplits(rows["train"], rows.get("valid"), rows.get("test"), report, details["chat_template"])
         else:
             splits = _make_splits(sets, settings, tokenizer, seed, day, records, Seen(teacher_prompt, tools))
-            if records != UNCACHED:
+            if records not in FACTUAL:
                 rows = {"train": splits.train, "valid": splits.valid, "test": splits.test}
                 details = {"report": splits.report.to_dict(), "chat_template": splits.chat_template}
                 _keep(folder, {name: part for name, part in rows.items() if part is not None}, details)
@@ -307,7 +309,7 @@ def load_eval_set(
     chosen = {name: files[name]}
     kind = f"{records} evaluation{_seen_with(teacher_prompt)}"
     folder = entry_folder(kind, chosen, settings, tokenizer, 0, day, _mixed(sets))
-    cached = records != UNCACHED
+    cached = records not in FACTUAL
     if cached and (entry := read_entry(folder)):
         for line in entry[1]["notes"]:
             log.info(line)

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from mlx_lora.data.examples import (
     Example,
     FormatError,
     MissingColumn,
+    OwnEntry,
     Record,
 )
 from mlx_lora.data.files import DataFile
@@ -49,8 +51,16 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import shown_data
 from mlx_lora.utils.text import counted
 
-Entry = Example | Pair | Rated | Prompt
+Entry = Example | Pair | Rated | Prompt | OwnEntry
 """The content of one record in canonical form."""
+# Kind of records -> the module in this room that has its class, and the class; it is imported when such records are read.
+OWN_ENTRIES = {"labeled": ("labeled", "Labeled"), "candidates": ("candidates", "Candidates")}
+
+
+def own_entry(records: str) -> type[OwnEntry]:
+    """Return the class of a kind of records that has one of its own."""
+    module, name = OWN_ENTRIES[records]
+    return getattr(import_module(f"mlx_lora.data.{module}"), name)
 
 
 def answers_of(entry: Entry) -> list[Example]:
@@ -59,6 +69,8 @@ def answers_of(entry: Entry) -> list[Example]:
         return [entry.chosen, entry.rejected]
     if isinstance(entry, Prompt):
         return [entry.example]
+    if isinstance(entry, OwnEntry):
+        return [entry.shown]
     return [entry.answer] if isinstance(entry, Rated) else [entry]
 
 
@@ -73,7 +85,7 @@ def encode_entries(
 
     Args:
         encoder: how.
-        entries: all examples, all pairs, all rated answers or all prompts.
+        entries: all examples, all pairs, all rated answers, all prompts, or all of one class of their own.
         on_rows: as in `Encoder.encode`.
         teacher_prompt: a text that only a teacher sees; the rows of examples and prompts then have its rows beside them.
         tools: schemas that all prompts show.
@@ -84,6 +96,8 @@ def encode_entries(
     prompts = [entry for entry in entries if isinstance(entry, Prompt)]
     if prompts:
         return encode_prompts(encoder, prompts, teacher_prompt, tools)
+    if entries and isinstance(entries[0], OwnEntry):
+        return type(entries[0]).encode(encoder, entries, on_rows)
     pairs = [entry for entry in entries if isinstance(entry, Pair)]
     rated = [entry for entry in entries if isinstance(entry, Rated)]
     size = 2 if pairs else 1
@@ -212,7 +226,7 @@ def read_rows(
     Args:
         files: Of one split.
         settings: As in `parse_rows`.
-        records: `examples`, `pairs`, `rated` or `prompts`.
+        records: `examples`, `pairs`, `rated`, `prompts`, or one of OWN_ENTRIES.
         rows: To add to, and to return; None: new ones.
     """
     rows = SplitRows() if rows is None else rows
@@ -247,7 +261,7 @@ def parse_rows(
         source: Records wherever they come from, each with its number there.
         name: Of their file or other source, for messages.
         settings: Format and columns of plain examples, and which pairs to take of several answers.
-        records: `examples`, `pairs`, `rated` or `prompts`.
+        records: `examples`, `pairs`, `rated`, `prompts`, or one of OWN_ENTRIES.
         rows: To add to.
     """
     named = NamedColumns.of(settings)
@@ -257,7 +271,8 @@ def parse_rows(
             rows.dropped.append(DroppedRow(name, record.line, record.why, record.unit))
             continue
         try:
-            columns, value = named.renamed(record.value, records)
+            # Entries of a class of their own name their columns themselves.
+            columns, value = (None, record.value) if records in OWN_ENTRIES else named.renamed(record.value, records)
             if records == "examples":
                 found, example = parse_record(value, settings.data_format)
                 kind, entries = columns or found, [example]
@@ -266,6 +281,8 @@ def parse_rows(
                 kind, entries = records, parse_pairs(value, settings.pairs == "all")
             elif records == "rated":
                 kind, entries = records, parse_rated(value)
+            elif records in OWN_ENTRIES:
+                kind, entries = records, [own_entry(records).parse(value, settings)]
             else:
                 kind, entries = records, [parse_prompt(value)]
         except FormatError as error:

@@ -21,7 +21,8 @@ MAX_SEGMENT_CHARS = 360
 MAX_EXAMPLE_LINES = 12
 MAX_LINE_CHARS = 110
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that could control the terminal
-UNITS = {"examples": "rows", "pairs": "pairs", "rated": "rated answers", "prompts": "prompts"}
+UNITS = {"examples": "rows", "pairs": "pairs", "rated": "rated answers", "prompts": "prompts", "labeled": "texts",
+         "candidates": "query lists"}  # fmt: skip
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
@@ -212,6 +213,7 @@ class DataReport:
                 if self.rejected
                 else "one training row, the trained text"
             )
+            what, mark = ("one text,", "as it is") if self.records in ("labeled", "candidates") else (what, mark)
             lines.append(_line("example", f"{what} {mark}; ↵ is a line end"))
             lines += _example_lines(self.example, color)
             lines += ["  rejected:", *_example_lines(self.rejected, color)] if self.rejected else []
@@ -226,11 +228,11 @@ class DataReport:
         if split is None:
             return _line(name, "none")
         source = f", {self.valid_source}" if name == "valid" else ""
-        return _line(
-            name,
-            f"{counted(split.rows, UNITS[self.records][:-1])}, {split.tokens:,} tokens, {split.supervised_tokens:,} trained "
-            f"({100 * split.supervised_share:.0f}%){source}",
-        )
+        trained = f", {split.supervised_tokens:,} trained ({100 * split.supervised_share:.0f}%)"
+        trained = (
+            "" if self.records in ("labeled", "candidates") else trained
+        )  # which trains a score of each text, and no token
+        return _line(name, f"{counted(split.rows, UNITS[self.records][:-1])}, {split.tokens:,} tokens{trained}{source}")
 
 
 def _near_duplicates(values: dict[str, Any]) -> NearDuplicates:

@@ -1,7 +1,7 @@
-"""Check the contents of an adapter_config.json (ours, mlx-lm's or PEFT's) before they are used, and describe reward models.
+"""Check the contents of an adapter_config.json (ours, mlx-lm's or PEFT's) before they are used, and describe score heads.
 
-transformers calls a reward model sequence classification with one label, and reads the score at the last token that is not
-padding. So the padding token must never end a text: if a tokenizer pads with its end token, we choose another token.
+A reward model and a classifier have a score head. transformers calls both sequence classification, a reward model with one label,
+and reads the scores at the last token that is not padding. So the padding token must never end a text: if a tokenizer pads with its end token, we choose another token.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mlx_lora.models.folder import write_json
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.parsing import read_json
 
 # What an adapter_config.json may say
 
@@ -59,8 +60,22 @@ def own_problems(config: dict[str, Any]) -> list[str]:
         "alpha": (is_number, "a number"),
         "full": (is_names, "a list of names"),
         "overlap": (_is_overlap, "in this version's format"),
+        "head": (_is_head, "in this version's format"),
     }
     return problems_of(own, checks, "mlx_lora.")
+
+
+def _is_head(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    labels, thresholds = (value.get(name) or [] for name in ("labels", "thresholds"))
+    return (
+        all(is_text(value.get(name)) for name in ("objective", "problem_type"))
+        and is_names(labels)
+        and isinstance(thresholds, list)
+        and all(is_number(one) for one in thresholds)
+        and len(thresholds) in (0, len(labels))
+    )
 
 
 def peft_problems(config: dict[str, Any]) -> list[str]:
@@ -137,20 +152,21 @@ def is_names(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= MAX_KEYS and all(isinstance(name, str) for name in value)
 
 
-# Reward models
+# Score heads: reward models and classifiers
 
 SEQ_CLS = "SEQ_CLS"  # PEFT's task
+LABELS_FILE = "labels.json"  # beside PEFT's config: transformers' names of labels, and ours
 # The families with transformers' names and layouts in mlx-lm; it renames or stacks (experts) others while loading.
 SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 
 def is_reward_model(config: dict[str, Any]) -> bool:
-    """Tell whether an adapter_config.json, ours or PEFT's, is that of a reward model."""
+    """Tell whether an adapter_config.json, ours or PEFT's, is that of a reward model or a classifier."""
     return config.get("task_type") == SEQ_CLS or SCORE_WEIGHT in (own_entries(config).get("full") or [])
 
 
 def check_use(config: dict[str, Any], origin: Path, scores: bool | None) -> None:
-    """Refuse a reward model if the caller needs text, and any other adapter if the caller needs scores.
+    """Refuse a score head if the caller needs text, and any other adapter if the caller needs scores.
 
     Args:
         config: of the adapter.
@@ -162,12 +178,19 @@ def check_use(config: dict[str, Any], origin: Path, scores: bool | None) -> None
     """
     found = is_reward_model(config)
     if found and scores is False:
+        if head := head_of(config, origin):
+            raise InputError(
+                f"{origin}: this adapter is for --objective {head['objective']}, and gives scores, not text; use evaluate, "
+                f"{'predict, ' if head['objective'] == 'classify' else ''}serve, or export --to peft or hf"
+            )
         raise InputError(
             f"{origin}: this adapter is a reward model, which gives scores, not text; use evaluate --objective reward, or "
             "export --to peft or hf"
         )
     if scores and not found:
-        raise InputError(f"{origin}: has no score head; give an adapter that was trained with --objective reward")
+        raise InputError(
+            f"{origin}: has no score head; give an adapter that was trained with --objective reward, classify or rerank"
+        )
 
 
 def classifier_of(kind: str) -> str:
@@ -211,13 +234,46 @@ def check_fusing(base: Base, dequantize: bool) -> None:
         raise InputError("a fused reward model is for transformers, which needs float weights; give --dequantize")
 
 
-def classifier_config(base: Base) -> dict[str, Any]:
-    """Return the entries of config.json that make a model a reward model for transformers."""
+def head_of(config: dict[str, Any], folder: Path) -> dict[str, Any] | None:
+    """Return what the outputs of an adapter's score head mean, as `Objective.head` has it; None if that is not known.
+
+    Args:
+        config: adapter_config.json, ours or PEFT's.
+        folder: of the adapter; beside PEFT's config, LABELS_FILE has it, because PEFT's own config has no place for it.
+
+    Raises:
+        InputError: LABELS_FILE is not as we write it.
+    """
+    own = own_entries(config).get("head")
+    file = folder / LABELS_FILE
+    if own is not None or not file.is_file():
+        return own
+    found = read_json(file, "export the adapter again").get("mlx_lora")
+    if not _is_head(found):
+        raise InputError(f"{file}: is not in this version's format; export the adapter again, or remove the file")
+    return found
+
+
+def label_names(head: dict[str, Any] | None) -> dict[str, Any]:
+    """Return transformers' `problem_type`, `id2label` and `label2id`; nothing for a reward model."""
+    if head is None:
+        return {}
+    labels = head.get("labels") or ["LABEL_0"]
+    names = {
+        "id2label": {str(i): name for i, name in enumerate(labels)},
+        "label2id": {n: i for i, n in enumerate(labels)},
+    }
+    return {"problem_type": head["problem_type"], **names}
+
+
+def classifier_config(base: Base, head: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the entries of config.json that make a model a reward model or a classifier for transformers."""
     token = padding_token(base.hf_tokenizer, base.config)
     return {
         "architectures": [classifier_of(base.config["model_type"])],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
+        **label_names(head),
         "pad_token_id": None if token is None else base.hf_tokenizer.convert_tokens_to_ids(token),
     }
 

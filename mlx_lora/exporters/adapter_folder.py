@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,15 @@ from mlx_lora.adapters.base import LINEAR, QUANTIZED, AdapterLayer, is_parameter
 from mlx_lora.adapters.inject import adapt_layers, adapter_layers, adapter_parameters, train_in_full
 from mlx_lora.adapters.qat import begin_qat
 from mlx_lora.adapters.targets import LAYER_TYPES, select_targets
-from mlx_lora.exporters.adapter_config import check_use, is_reward_model, own_entries, own_problems, shape_problems
+from mlx_lora.exporters.adapter_config import (
+    check_use,
+    head_of,
+    is_reward_model,
+    label_names,
+    own_entries,
+    own_problems,
+    shape_problems,
+)
 from mlx_lora.exporters.peft import PEFT_WEIGHTS, PeftAdapter, is_peft, read_peft
 from mlx_lora.models.folder import read_safetensors_header, save_tensors, without_mark
 from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
@@ -65,6 +73,7 @@ class AdapterInfo:
         chat_template: the Jinja text it was trained with if that is not the model's own, else None.
         full: names of parameters trained in full, alone or in addition to factors.
         qat: whether it was trained with the rounding of its fused form, and is right in that form only.
+        head: what the outputs of its score head mean, as `Objective.head` has it; None: it has none, or one output.
     """
 
     method: str
@@ -80,10 +89,11 @@ class AdapterInfo:
     chat_template: str | None = None
     full: tuple[str, ...] = ()
     qat: bool = False
+    head: dict[str, Any] | None = None
 
     @property
     def scores(self) -> bool:
-        """Whether this is a reward model, which gives scores instead of text."""
+        """Whether it has a score head, and gives scores instead of text: a reward model, or a classifier."""
         return SCORE_WEIGHT in self.full
 
     def to_config(self, layer_type: str, rank: int) -> dict[str, Any]:
@@ -100,6 +110,7 @@ class AdapterInfo:
             **({} if self.qat else {"num_layers": self.num_layers}),
             "lora_parameters": shape,
             "model": self.base_model,
+            **label_names(self.head),
             "mlx_lora": {"version": __version__, **asdict(self)},
         }
 
@@ -232,8 +243,9 @@ def load_adapter(
     check_use(config, folder, scores)
     if is_peft(config):
         if is_reward_model(config):
-            put_score_head(base.model, base.config)
-        return _load_peft(base, read_peft(folder, config, base.model))
+            put_score_head(base.model, base.config, outputs=_outputs(read_safetensors_header(folder / PEFT_WEIGHTS)))
+        info = _load_peft(base, read_peft(folder, config, base.model))
+        return replace(info, head=head_of(config, folder))
     own = own_entries(config)
     if not ignore_fingerprint:
         check_base(base, config, folder)
@@ -242,8 +254,7 @@ def load_adapter(
     header = read_safetensors_header(file)
     full = tuple(own.get("full", [])) if layer_type != "full" else tuple(header)
     if is_reward_model(config):
-        outputs = header.get(SCORE_WEIGHT, {}).get("shape", [1])[0]
-        put_score_head(base.model, base.config, outputs=outputs)
+        put_score_head(base.model, base.config, outputs=_outputs(header))
     _check_full(base.model, full, file)
     if layer_type != "full":
         paths = _target_paths(base.model, config, folder)
@@ -271,7 +282,13 @@ def load_adapter(
         chat_template=own.get("chat_template"),
         full=full,
         qat=own.get("qat") is True,
+        head=head_of(config, folder),
     )
+
+
+def _outputs(header: dict[str, Any]) -> int:
+    """Return the number of outputs of a stored score head; 1 if there is none, which is told when it is loaded."""
+    return next((entry["shape"][0] for name, entry in header.items() if name.endswith(SCORE_WEIGHT)), 1)
 
 
 def _check_not_fused(base: Base, own: dict[str, Any], origin: Path) -> None:
@@ -500,100 +517,3 @@ def share_present(model: nn.Module, stored: dict[str, Any]) -> float | None:
     if deviation > MOST_DEVIATION:
         return None
     return (found["inner"] - stored["inner"]) / found["size"]
-
-
-# Starting from another adapter
-FLAG = "--resume-adapter-file"
-
-
-@dataclass(frozen=True)
-class Start:
-    """The factors to start from.
-
-    Attributes:
-        file: Their file.
-        peft: What was read of a PEFT adapter; None: the file is in our layout.
-        scale: The factor on the stored products; None: that of the run.
-        qat: Whether they are right with the rounding of their fused form only.
-    """
-
-    file: Path
-    peft: PeftAdapter | None
-    scale: float | None
-    qat: bool = False
-
-
-def resume_file(given: str) -> Path:
-    """Return the file of factors that --resume-adapter-file names, itself or by its folder.
-
-    Raises:
-        InputError: the folder has none.
-    """
-    path = Path(given).expanduser()
-    if not path.is_dir():
-        return path
-    found = next((path / name for name in (WEIGHTS_FILE, PEFT_WEIGHTS) if (path / name).is_file()), None)
-    if found is None:
-        raise InputError(f"{FLAG} {given}: the folder has no {WEIGHTS_FILE} and no {PEFT_WEIGHTS}; give an adapter's")
-    return found
-
-
-def read_start(base: Base, given: str, scores: bool) -> Start:
-    """Read what --resume-adapter-file names, before the base is adapted.
-
-    Args:
-        base: Not adapted yet.
-        given: A file or a folder.
-        scores: Whether the run trains a reward model; then another adapter may become one.
-
-    Raises:
-        InputError: it is for another base, or cannot be read.
-    """
-    file = resume_file(given)
-    if not (file.parent / CONFIG_FILE).exists():
-        return Start(file, None, None)
-    config = read_adapter_config(file.parent)
-    check_use(config, file, None if scores else False)
-    if is_peft(config):
-        return Start(file, read_peft(file.parent, config, base.model), None)
-    check_base(base, config, file)
-    qat = (config.get("mlx_lora") or {}).get("qat") is True
-    return Start(file, None, config.get("lora_parameters", {}).get("scale"), qat)
-
-
-def put_start(model: nn.Module, start: Start, fresh: tuple[str, ...]) -> None:
-    """Load the factors into the adapter layers of a model.
-
-    Args:
-        model: Adapted.
-        start: From `read_start`.
-        fresh: Names of parameters that stay as they are where the file does not have them.
-
-    Raises:
-        InputError: layers or shapes differ.
-    """
-    if start.peft is None:
-        load_factors(model, start.file, start.scale, fresh=fresh)
-        return
-    adapter, layers = start.peft, adapter_layers(model)
-    problems = [f"{path} is missing" for path in layers if path not in adapter.factors]
-    problems += [f"{path} is not adapted in this run" for path in adapter.factors if path not in layers]
-    problems += [f"{path}.{leaf} was trained in full" for path, leaf in adapter.full if f"{path}.{leaf}" not in fresh]
-    if adapter.leaves_head is not None:
-        problems.append(f"{adapter.leaves_head} is adapted without the head, which is the same matrix here")
-    for path, layer in layers.items():
-        rank, _ = adapter.shapes.get(path, (layer.rank, 1.0))
-        problems += [f"{path} has rank {rank}, the run {layer.rank}"] if rank != layer.rank else []
-        if path in adapter.factors and ("m" in layer) != (path in adapter.magnitudes):
-            problems.append(f"{path} is {'not ' if 'm' in layer else ''}a DoRA layer, unlike in this run")
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise InputError(
-            f"{start.file}: does not fit this run: {shown}; give its --rank, --target-modules and --method"
-        )
-    for path, layer in layers.items():
-        a, b = adapter.factors[path]
-        layer.lora_a, layer.lora_b = a, b * (adapter.shapes[path][1] / layer.scale)
-        if path in adapter.magnitudes:
-            layer.m = adapter.magnitudes[path]
-    mx.eval(model.trainable_parameters())

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from mlx_lora.config.presets import PRESETS
-from mlx_lora.exporters.adapter_config import padding_token
+from mlx_lora.exporters.adapter_config import LABELS_FILE, padding_token
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.models.folder import read_safetensors_header
 from mlx_lora.models.load import Base
@@ -187,13 +187,15 @@ class _Card:
             lines += ["In the commands, `adapter` is this folder; mlx-lora and PEFT also accept a hub id.", ""]
         if self.info.scores:
             ours = f"--model {self.model} --adapter-path {self.location}"
-            lines += [
-                "This adapter makes a reward model: it scores answers and does not write text.",
-                "",
-                "### mlx-lora",
-                "",
-            ]
-            lines += _block("bash", f"mlx-lora evaluate {ours} --objective reward --data pairs.jsonl")
+            what, use = "a reward model: it scores answers", "evaluate {} --objective reward --data pairs.jsonl"
+            if (head := self.info.head) is not None:
+                what, use = "a classifier: it labels texts", 'predict {} --text "Hello"'
+                if head["objective"] == "rerank":
+                    what, use = "a reranker: it orders documents", "evaluate {} --objective rerank --data queries.jsonl"
+                labels = ", ".join(map(plain, head["labels"]))
+                what += f" ({labels})" if labels else ""
+            lines += [f"This adapter makes {what} and does not write text.", "", "### mlx-lora", ""]
+            lines += _block("bash", f"mlx-lora {use.format(ours)}")
             return [*lines, "### PEFT", "", *self._peft()]
         generate = f'mlx-lora generate --model {self.model} --adapter-path {self.location} --prompt "Hello"'
         lines += ["### mlx-lora", "", *_block("bash", generate)]
@@ -233,7 +235,8 @@ class _Card:
             ]
         tokenizer = self.base.hf_tokenizer
         if self.info.scores:
-            return lines + _block("python", *_score_code(model, location, padding_token(tokenizer, self.base.config)))
+            padding = padding_token(tokenizer, self.base.config)
+            return lines + _block("python", *_score_code(model, location, padding, self.info.head))
         return lines + _block("python", *_peft_code(model, location, bool(tokenizer.chat_template)))
 
 
@@ -252,13 +255,21 @@ def _peft_code(model: str, location: str, is_chat: bool) -> list[str]:
     ]
 
 
-def _score_code(model: str, location: str, padding: str | None) -> list[str]:
-    """Return a program that scores a conversation with PEFT.
+def _score_code(model: str, location: str, padding: str | None, head: dict[str, Any] | None) -> list[str]:
+    """Return a program that scores a conversation, or labels a text, with PEFT.
 
     Args:
         model, location: of the base and the adapter.
         padding: the token to pad with; None: there is none, and texts are scored one by one.
+        head: of a classifier; None: of a reward model.
     """
+    outputs = max(1, len(head["labels"])) if head else 1
+    said = [
+        'chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello!"}]',
+        'inputs = tokenizer.apply_chat_template(chat, return_dict=True, return_tensors="pt")',
+    ]
+    said = ['inputs = tokenizer("Hello", return_tensors="pt")'] if head else said
+    names = [f"# The labels, in this order, are in {LABELS_FILE}."] if head and head["labels"] else []
     pad = [] if padding is None else [f"tokenizer.pad_token = {padding!r}  # ends no text"]
     option = "" if padding is None else ", pad_token_id=tokenizer.pad_token_id"
     return [
@@ -267,10 +278,10 @@ def _score_code(model: str, location: str, padding: str | None) -> list[str]:
         "",
         f'tokenizer = AutoTokenizer.from_pretrained("{model}")',
         *pad,
-        f'base = AutoModelForSequenceClassification.from_pretrained("{model}", num_labels=1{option})',
+        f'base = AutoModelForSequenceClassification.from_pretrained("{model}", num_labels={outputs}{option})',
         f'model = PeftModel.from_pretrained(base, "{location}").eval()',
-        'chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello!"}]',
-        'inputs = tokenizer.apply_chat_template(chat, return_dict=True, return_tensors="pt")',
+        *said,
+        *names,
         "print(model(**inputs).logits)",
     ]
 

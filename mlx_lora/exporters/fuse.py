@@ -238,7 +238,7 @@ def write_fused(
                 writer.add({name: array})
         writer.close()
         config = {**_with_true_layouts(config, model), "mlx_lora": _provenance(base, mark)}
-        config |= classifier_config(base) if scores else {}
+        config |= classifier_config(base, info.head) if scores else {}
         mlx_lm.utils.save_config(config, folder / "config.json")
         copy_side_files(base.folder, folder)
         if info.chat_template:

@@ -18,9 +18,9 @@ branches, scaled residuals, experts. This is right for a block that mixes positi
 with its output projection and the model with a norm. ARCHITECTURES lists those that were read and are tested. On the model to
 train, loss and gradient are also compared with those of the whole block before the run (losses/check.py).
 
-The score head of a reward model gives one number for a text, from the hidden state of its last token. It is transformers'
-head for sequence classification with one label: a linear layer without a bias, after the model's last norm. It is trained in
-full, in float32, and saved with the adapter as `score.weight`.
+The score head gives a text some numbers, from the hidden state of its last token: one for a reward model, one for each label of
+a classifier. It is transformers' head for sequence classification: a linear layer without a bias, after the model's last norm. It
+is trained in full, in float32, and saved with the adapter as `score.weight`.
 
 Shapes: B batch, T time, P chosen positions, D width, V vocabulary.
 """
@@ -470,24 +470,29 @@ def body_of(model: nn.Module) -> Head:
     head = find_head(model, {})  # the config only decides what is done to logits
     if isinstance(head, str):
         raise InputError(
-            f"--objective reward: the last hidden states of this model cannot be read ({head}); do not train or adapt "
+            f"a score head: the last hidden states of this model cannot be read ({head}); do not train or adapt "
             "its output head, or choose another model"
         )
     return head
 
 
-def score_at(model: nn.Module, body: Head, inputs: mx.array, positions: mx.array, *starts: mx.array) -> mx.array:
-    """Return the scores at some positions of a batch.
+def scores_at(model: nn.Module, body: Head, inputs: mx.array, positions: mx.array, *starts: mx.array) -> mx.array:
+    """Return all scores at some positions of a batch.
 
     Args:
-        model: with a score head.
+        model: with a score head of K outputs.
         body: as `body_of` returns it.
         inputs: (B, T) token ids.
         positions: (P,) int, row * T + column.
-        starts: (B, K) int32, where rows hold several answers (models/prefix_attention.py).
+        starts: (B, A) int32, where rows hold several answers (models/prefix_attention.py).
 
     Returns:
-        (P,) float32.
+        (P, K) float32.
     """
     hidden = body.hidden_at(positions, inputs, **shared_caches(model, inputs, *starts))  # (P, D)
-    return model.score(hidden.astype(mx.float32)).squeeze(-1)
+    return model.score(hidden.astype(mx.float32))
+
+
+def score_at(model: nn.Module, body: Head, inputs: mx.array, positions: mx.array, *starts: mx.array) -> mx.array:
+    """Return the score at each of some positions, (P,) float32, of a head with one output; arguments as for `scores_at`."""
+    return scores_at(model, body, inputs, positions, *starts).squeeze(-1)

@@ -10,6 +10,8 @@ is trained toward; every method works with every objective.
     pairs      chosen, rejected       pairs
     rated      answer, another        answers
     prompts    G sampled answers      answers, or tokens if a teacher scores them
+    labeled    text                   texts
+    candidates K documents            queries, pairs or documents
 
 Shapes: B rows of a batch, E = B / K examples.
 """
@@ -211,13 +213,15 @@ class Objective:
 
     Attributes:
         name: as in --objective.
-        records: the kind of records that the data must have: `examples`, `pairs`, `rated` or `prompts`.
+        records: the kind of records that the data must have: `examples`, `pairs`, `rated`, `prompts`, `labeled` or
+            `candidates`.
         description: for the run header.
         loss: computed from whole answers; None for imitation, which sums the loss over tokens.
         reference: whether the loss compares the policy with a reference model.
         likelihood: the tokens whose likelihood is part of the loss: `none`, `answers`, or `rows` if the prompts of the
             chosen rows count too (ORPO).
-        scores: whether a score head reads each row's last token; a reward model's number replaces the log-probability.
+        scores: whether a score head reads each row's last token; a reward model's number replaces the log-probability, and a
+            classifier has one for each label.
         divergence: whether the loss needs the mean log-ratio of policy to reference on each example's second row. No
             gradient goes through it, so that row is not trained (KTO).
         policy: the loss of sampled answers that are rewarded; None: it has another.
@@ -251,6 +255,19 @@ class Objective:
     def samples(self) -> bool:
         """Whether the answers are sampled during the run."""
         return self.records == "prompts"
+
+    @property
+    def head(self) -> dict[str, Any] | None:
+        """What the score head's outputs mean, as JSON values that are kept with the adapter; None: nothing to say."""
+        return None
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What the last measurement found besides numbers, such as a table of labels, as JSON values."""
+        return {}
+
+    def measures_with(self, head: Mapping[str, Any] | None) -> None:
+        """Take what an adapter that is measured says of its score head, before the data are read; it is of this objective."""
 
     def targets_of(self, rows: EncodedSet) -> EncodedSet:
         """Return encoded rows with the targets that this objective trains on."""

@@ -28,6 +28,8 @@ OBJECTIVES = {
     "grpo": ("grpo", "policy"),
     "rloo": ("grpo", "policy"),
     "distill": ("distill", "distill"),
+    "classify": ("classify", "classify"),
+    "rerank": ("rerank", "rerank"),
 }
 # Settings of objectives that reward sampled answers, and of those with a teacher.
 OF_REWARDS = (
@@ -62,6 +64,8 @@ OWN_OPTIONS = {
     **dict.fromkeys(OF_REWARDS, SAMPLING),
     **dict.fromkeys(OF_SAMPLING, (*SAMPLING, "distill")),
     "own_prompts": ("distill",),
+    **dict.fromkeys(("problem_type", "labels", "class_weights"), ("classify",)),
+    **dict.fromkeys(("rerank_loss", "candidates"), ("rerank",)),
     **dict.fromkeys(OF_TEACHER, ("distill",)),
 }
 

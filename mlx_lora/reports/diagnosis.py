@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_lora.config.objectives import LABELED, RANKED
 from mlx_lora.reports.charts import perplexity
 from mlx_lora.trainer.checkpoint import numbered
 from mlx_lora.trainer.evaluate import FEWEST_ROWS, Change, KnownRows, RowLosses, paired_change
@@ -372,6 +373,8 @@ def verdict(
         (any(r.get("reward") is not None for r in validations), _of_rewards),
         (any("margin" in r for r in validations), _of_preferences),
         (settings.get("objective") == "distill", _of_divergence),
+        (settings.get("objective") in LABELED, _of_labels),
+        (settings.get("objective") in RANKED, _of_rankings),
     )
     evidence = evidence_of(records, kept["step"], context)
     for applies, words_of_objective in of_its_own:
@@ -465,6 +468,14 @@ def _loss_note(found: Diagnosis, run: FinishedRun) -> str:
     return f"The held-out loss was lowest {where} ({found.best:.3f}) and ended at {found.last:.3f}. {mend}"
 
 
+def kept_step(records: Sequence[dict[str, Any]], settings: dict[str, Any], ended: bool) -> int | None:
+    """Return the step of the last validation, after a run's end that of the adapter in the folder; None without any."""
+    validations = [r for r in records if r["val_loss"] is not None]
+    if not validations:
+        return None
+    return (_kept_validation(validations, settings) if ended else validations[-1])["step"]
+
+
 def _kept_validation(validations: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
     """Return the validation of the adapter that is in the folder."""
     later = [r for r in validations if r["step"]]
@@ -504,6 +515,26 @@ def _of_rewards(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tupl
     ends = dict.fromkeys(f"{round(value, 3) + 0:.3f}" for value in (first, last))
     tone = PLAIN if len(validations) == 1 or abs(last - first) < 0.0005 else GOOD if last > first else BAD
     return f"Held-out reward {' to '.join(ends)}", tone
+
+
+def _of_labels(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
+    """Return headline and tone for a classifier: its accuracy, or for numbers the squared error."""
+    key, words, better = (
+        ("accuracy", "Held-out accuracy", 1) if "accuracy" in kept else ("val_loss", "Held-out squared error", -1)
+    )
+    first, last = validations[0][key], kept[key]
+    ends = dict.fromkeys(f"{value:.0%}" if better > 0 else f"{value:.4g}" for value in (first, last))
+    tone = PLAIN if len(validations) == 1 or first == last else GOOD if better * last > better * first else BAD
+    f1 = f", mean F1 of the labels {kept['macro_f1']:.3f}" if "macro_f1" in kept else ""
+    return f"{words} {' to '.join(ends)}{f1}", tone
+
+
+def _of_rankings(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
+    """Return headline and tone for a reranker: its mean reciprocal rank."""
+    first, last = validations[0]["mrr"], kept["mrr"]
+    ends = dict.fromkeys(f"{value:.3f}" for value in (first, last))
+    tone = PLAIN if len(validations) == 1 or first == last else GOOD if last > first else BAD
+    return f"Held-out MRR {' to '.join(ends)}, best document first in {kept['accuracy']:.0%} of the queries", tone
 
 
 def _of_divergence(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:

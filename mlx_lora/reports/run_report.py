@@ -31,7 +31,18 @@ from mlx_lora.data.report import UNITS
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.objectives.table import OWN_OPTIONS
 from mlx_lora.reports.charts import COMMON, OF_TOOLS, WIDE, Series, line_chart, number, render_page
-from mlx_lora.reports.diagnosis import Verdict, VerdictContext, change_words, verdict
+from mlx_lora.reports.classes import CLASSES_FILE, classes_page, read_classes
+from mlx_lora.reports.diagnosis import Verdict, VerdictContext, change_words, kept_step, verdict
+from mlx_lora.reports.objective_charts import (
+    Chart,
+    both_curves,
+    class_charts,
+    curve,
+    of_labels,
+    of_rankings,
+    preference_charts,
+    teacher_charts,
+)
 from mlx_lora.trainer.evaluate import ROWS_FILE, Change, KnownRows, read_rows_file
 from mlx_lora.utils.console import finite_values
 from mlx_lora.utils.files import replace_text, replacing_file, sha256_of
@@ -39,9 +50,7 @@ from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.text import counted
 
 Record = dict[str, Any]
-Chart = tuple[str, list[Series], str, bool]
 REPORT_FILE, FACTS_FILE = "report.html", "report.json"
-WHEN = {"training": "loss", "held out": "val_loss"}  # a curve's name -> the loss that its records have
 MEMORY_NOTE = "The plan is for MLX's buffers alone. The process also holds Python, its libraries, and freed buffers that MLX keeps."
 
 
@@ -144,6 +153,7 @@ class RunReport:
             charts=charts(records, self.planned_peak_bytes),
             answers=shown_answers(read_answers(folder / ANSWERS_FILE)),
             evaluation=shown_evaluation(evaluation) if evaluation else None,
+            classes=classes_page(read_classes(folder / CLASSES_FILE, kept_step(records, settings, self.ended))),
             settings=settings,
         )
 
@@ -257,8 +267,8 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
     trained = [r for r in records if r["loss"] is not None or r["supervised_tokens"]]
     held_out = [r for r in records if r["val_loss"] is not None]
     memory = [
-        _series("MLX's buffers, peak", "peak_memory_bytes", trained, 1e-9),
-        _series("process, peak", "process_peak_bytes", trained, 1e-9),
+        curve("MLX's buffers, peak", "peak_memory_bytes", trained, 1e-9),
+        curve("process, peak", "process_peak_bytes", trained, 1e-9),
     ]
     if planned_peak_bytes and trained:
         ends = (trained[0]["step"], trained[-1]["step"])
@@ -266,26 +276,28 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
             Series("MLX's buffers, planned", [(step, planned_peak_bytes / 1e9) for step in ends], dashed=True)
         )
     tokens = [
-        _series("trained tokens", "supervised_tokens_per_s", trained),
-        _series("all real tokens", "tokens_per_s", trained),
+        curve("trained tokens", "supervised_tokens_per_s", trained),
+        curve("all real tokens", "tokens_per_s", trained),
     ]
-    losses = [_series("training", "loss", trained), _series("held out", "val_loss", held_out)]
+    losses = [curve("training", "loss", trained), curve("held out", "val_loss", held_out)]
     preferences, sampled = any("margin" in r for r in records), any("reward" in r for r in records)
     if sampled:
         # Held-out answers have only a reward. Rounded, because equal rewards give a loss of 0 but for rounding.
         losses = [Series("training", [(step, round(loss, 6)) for step, loss in losses[0].points])]
         while_sampling = [r for r in trained if r.get("rollout_tokens_per_s") is not None]
-        tokens.append(_series("sampled, while sampling", "rollout_tokens_per_s", while_sampling))
+        tokens.append(curve("sampled, while sampling", "rollout_tokens_per_s", while_sampling))
     counted = "rated answer" if any("divergence" in r for r in records) else "pair" if preferences else "trained token"
+    counted = "text" if of_labels(records) else "query" if of_rankings(records) else counted
     wanted = [
         *rollout_charts(records),
         (f"Loss per {'answer' if sampled else counted}", losses, "", False),
-        *_teacher_charts(records),
-        *_preference_charts(records),
+        *teacher_charts(records),
+        *preference_charts(records),
+        *class_charts(records),
         ("Tokens per second", tokens, "", True),
         ("Memory", memory, " GB", True),
-        ("Learning rate", [_series("learning rate", "learning_rate", trained)], "", True),
-        ("Gradient norm, before the clip", [_series("gradient norm", "grad_norm", trained)], "", True),
+        ("Learning rate", [curve("learning rate", "learning_rate", trained)], "", True),
+        ("Gradient norm, before the clip", [curve("gradient norm", "grad_norm", trained)], "", True),
     ]
     drawn = [
         {
@@ -301,48 +313,6 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
     title, series, unit, from_zero = wanted[0]
     drawn[0]["wide"] = line_chart(title, series, unit, from_zero, size=WIDE)
     return drawn
-
-
-def _series(name: str, key: str, rows: list[dict[str, Any]], scale: float = 1.0) -> Series:
-    points = [(r["step"], math.nan if r[key] is None else r[key] * scale) for r in rows]
-    return Series(name, points, markers=name.startswith("held out"))
-
-
-def _both(records: list[dict[str, Any]], key: str, ending: str = "") -> list[Series]:
-    """Return the curves of a metric over training and over validations, those that there are."""
-    having = [r for r in records if r.get(key) is not None]
-    parts = {when: [r for r in having if r[loss] is not None] for when, loss in WHEN.items()}
-    return [_series(f"{when}{ending}", key, rows) for when, rows in parts.items() if rows]
-
-
-def _teacher_charts(records: list[dict[str, Any]]) -> list[Chart]:
-    """Return a chart of KL(teacher, student) where the loss is another divergence; none for other runs."""
-    having = [r for r in records if r.get("kl") is not None and "reward" not in r]
-    if all(abs(r["kl"] - (r["val_loss"] if r["loss"] is None else r["loss"] or 0.0)) < 1e-6 for r in having):
-        return []
-    return [("KL of teacher and student per token", _both(having, "kl"), "", True)]
-
-
-def _preference_charts(records: list[dict[str, Any]]) -> list[Chart]:
-    """Return charts of what an objective on preferences reports; none for other runs."""
-    titles = {
-        "Pairs preferred as labeled": ("accuracy",),
-        "Margin of rewards": ("margin",),
-        "Rewards": ("chosen_rewards", "rejected_rewards"),
-        "Divergence from the reference": ("divergence",),
-    }
-    # Rounded, so that a first value that is 0 but for rounding does not open the axis below 0.
-    reported = [
-        {**r, **{name: round(r[name], 4) for names in titles.values() for name in names if r.get(name) is not None}}
-        for r in records
-        if "margin" in r
-    ]
-    charts = []
-    for title, names in titles.items():
-        endings = {name: f", {name.split('_')[0]}" if len(names) > 1 else "" for name in names}
-        series = [one for name in names for one in _both(reported, name, endings[name])]
-        charts += [(title, series, "", False)] if series else []
-    return charts
 
 
 def _duration(seconds: float) -> str:
@@ -491,7 +461,7 @@ def rollout_charts(records: list[Record]) -> list[Chart]:
     for title, name, from_zero in wanted:
         if from_zero and not any(r.get(name) for r in sampled):
             continue  # nothing but zeros, as of a divergence that is not measured
-        series = _both(sampled, name)
+        series = both_curves(sampled, name)
         charts += [(title, series, "", from_zero)] if series else []
     return charts
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
 
 from mlx_lora.adapters.inject import Adapted, adapt_model
 from mlx_lora.adapters.qat import begin_qat, end_qat
-from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, put_start, read_adapter_config, read_start
+from mlx_lora.exporters.adapter_config import head_of
+from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, read_adapter_config
+from mlx_lora.exporters.adapter_start import put_start, read_start
 from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
 from mlx_lora.utils.errors import InputError
 
@@ -64,6 +66,7 @@ def adapt(
         chat_template=None if own_template else chat_template,
         full=adapted.full + full,
         qat=bool(adapter.qat),
+        head=objective.head,
     )
 
 
@@ -78,6 +81,19 @@ def put_adapter(
     template = load_adapter(base, folder, ignore_fingerprint, objective.scores).chat_template
     if template and not data.chat_template:
         base.hf_tokenizer.chat_template = template
+
+
+def adapter_head(folder: Path, objective: Objective) -> dict[str, Any] | None:
+    """Return what an adapter says of its score head; None if it says nothing.
+
+    Raises:
+        InputError: another objective made the head.
+    """
+    head = head_of(read_adapter_config(folder), folder)
+    made_by = (head or {}).get("objective", objective.name)
+    if made_by != objective.name:
+        raise InputError(f"--objective {objective.name}: the adapter was trained with --objective {made_by}; give that")
+    return head
 
 
 def adapter_template(folder: Path | None) -> str | None:

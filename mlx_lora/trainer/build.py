@@ -129,7 +129,7 @@ def build_run(ctx: RunContext, data: DataSplits) -> BuiltRun:
     chosen = choices(asked, ctx.settings, shape, data, steps, per_epoch / loop.grad_accumulation_steps)
     first, *rest = describe_run(ctx, adapted, plan, steps, details, about)
     words = [first, *filter(None, [*ctx.record.lines, *chosen]), *rest[:1], *filter(None, [held_out.words]), *rest[1:]]
-    folder = RunFolder(ctx.settings, info, identity, strategy, step, beginning(found, loop))
+    folder = RunFolder(ctx.settings, info, identity, strategy, step, beginning(found, loop), lambda: objective.head)
     validation = objective.held_out(held_out.plan) if held_out.plan is not None else None
     return BuiltRun(ctx, folder, bound, plan, validation, steps, found, words, trunk, data.test)
 

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.inject import Adapted, adapter_parameters, starting_rank
 from mlx_lora.config.defaults import chosen_words, length_problem, rate_problem
+from mlx_lora.config.objectives import LABELED
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.reports.run_report import REPORT_FILE, Sample
 from mlx_lora.trainer.fit import data_facts
@@ -186,9 +187,15 @@ def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
     trained_on = model if settings.model.bits is None else [*model, "--bits", str(settings.model.bits)]
     adapter = ["--adapter-path", path]
     if info.scores:
-        reward = ["--objective", "reward", "--data", str(settings.data.data)]
+        measured = ["--objective", settings.objective.objective, "--data", str(settings.data.data)]
+        labels = (
+            [["predict", *trained_on, *adapter, "--data", str(settings.data.data)]]
+            if settings.objective.objective in LABELED
+            else []
+        )
         lines = [
-            ["evaluate", *trained_on, *adapter, *reward],
+            *labels,
+            ["evaluate", *trained_on, *adapter, *measured],
             ["export", *model, *adapter, "--to", "peft", "--out", f"{path}-peft"],
         ]
     else:

@@ -26,7 +26,7 @@ from mlx_lora.reports.charts import Series, line_chart
 from mlx_lora.utils import console
 from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.progress import QUIET_S, LongTask, long_task
-from mlx_lora.utils.text import counted, format_duration
+from mlx_lora.utils.text import counted, format_duration, words_of
 
 if TYPE_CHECKING:
     from mlx_lora.trainer.evaluate import RowLosses
@@ -135,7 +135,7 @@ def _lines_until(path: Path, step: int) -> list[str]:
 
 
 # The numbers reported by an objective that each line shows.
-SHOWN = ("reward", "accuracy", "margin")
+SHOWN = ("reward", "accuracy", "macro_f1", "pearson", "mrr", "margin")
 WORTH_TELLING = 0.01  # of a step's time
 BOLD, RESET = "\x1b[1m", "\x1b[0m"
 
@@ -158,7 +158,7 @@ def format_metrics(metrics: Metrics, total_steps: int, seconds_left: float | Non
         parts.append(f"val loss {on}{metrics.val_loss:.4f}{off}")
     held_out = "held-out " if metrics.loss is None and "reward" in metrics.reports else ""
     shown = {name: metrics.reports[name] for name in SHOWN if name in metrics.reports}
-    parts += [f"{held_out}{name} {value:5.3f}" for name, value in shown.items() if not math.isnan(value)]
+    parts += [f"{held_out}{words_of(name)} {value:5.3f}" for name, value in shown.items() if not math.isnan(value)]
     if metrics.loss is not None:
         trained, all_real = f"{metrics.supervised_tokens_per_s:5.0f}", f"{metrics.tokens_per_s:5.0f}"
         peak = f"peak {metrics.peak_memory_bytes / 1e9:.2f} GB"

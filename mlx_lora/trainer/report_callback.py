@@ -36,6 +36,7 @@ from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
 from mlx_lora.exporters.card import CARD_FILE, read_facts, write_card
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.tokenizer import continued
+from mlx_lora.reports.classes import CLASSES_FILE, add_classes, begin_classes
 from mlx_lora.reports.run_report import (
     ANSWERS_FILE,
     RunReport,
@@ -86,6 +87,8 @@ def reporting(
     folder = run.folder
 
     def answered(record: Metrics) -> None:
+        if record.val_loss is not None and folder.strategy.ranks.leads:
+            add_classes(folder.path / CLASSES_FILE, record.step, run.ctx.objective.details)
         if record.val_loss is None or not folder.settings.objective.samples:
             return
         if page is not None:
@@ -97,6 +100,7 @@ def reporting(
         return
     resumed_at = folder.at.taken if run.found else None
     metrics = MetricsFile(folder.path / "metrics.jsonl", resumed_at)
+    begin_classes(folder.path / CLASSES_FILE, resumed_at)
     rows = RowsFile(folder.path / ROWS_FILE, resumed_at)
     if page is not None:
         page.begin_answers(resumed_at)

@@ -18,7 +18,7 @@ from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import OBJECTIVES, objective_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.trainer.adapter import put_adapter, qat_from
+from mlx_lora.trainer.adapter import adapter_head, put_adapter, qat_from
 from mlx_lora.trainer.build import BuiltRun, build_run
 from mlx_lora.trainer.callbacks import Callback, Callbacks, logger_callbacks
 from mlx_lora.trainer.checkpoint import take_first_ranks
@@ -99,6 +99,7 @@ def run_steps(
     objective.open(ctx)  # before an adapter is on
     if not trains:
         ctx.untrained = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
+        objective.measures_with(adapter_head(Path(settings.loop.adapter_path), objective))
         put_adapter(base, Path(settings.loop.adapter_path), settings.data, objective)
     with waiting("Reading the data"):
         data = read_data(ctx)

@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ import yaml
 
 from mlx_lora.config.checks import is_day
 from mlx_lora.config.settings import FIELDS, ROWS, LoopSettings, TrainSettings
-from mlx_lora.exporters.adapter_config import own_entries
+from mlx_lora.exporters.adapter_config import head_of, own_entries
 from mlx_lora.exporters.adapter_folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -39,6 +39,7 @@ from mlx_lora.exporters.adapter_folder import (
 )
 from mlx_lora.exporters.card import CARD_FILE
 from mlx_lora.parallel.ranks import ALONE, Ranks
+from mlx_lora.reports.classes import CLASSES_FILE
 from mlx_lora.reports.run_report import ANSWERS_FILE, EVALUATION_FILE, FACTS_FILE, REPORT_FILE
 from mlx_lora.trainer.checkpoint import (
     Checkpoint,
@@ -74,7 +75,7 @@ WRITTEN = "written"  # records that models wrote for the run
 TRIALS = "trials"  # a folder of short runs that are compared (trainer/sweep.py); the list of runs leaves them out
 # A run's results, and the folder that keeps an earlier run's results until this run has saved something.
 RESULTS = (
-    WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", ROWS_FILE, ANSWERS_FILE, REPORT_FILE, FACTS_FILE, CHECKPOINTS,
+    WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", ROWS_FILE, ANSWERS_FILE, CLASSES_FILE, REPORT_FILE, FACTS_FILE, CHECKPOINTS,
     WRITTEN, EVALUATION_FILE,
 )  # fmt: skip
 ASIDE = "earlier-run"
@@ -132,6 +133,7 @@ class RunFolder:
         strategy: of its ranks, only the first writes, while the others wait.
         step: has everything that is trained, and the adapted model.
         at: the run's position, which the loop keeps up to date.
+        head: returns what the score head's outputs mean now, because a validation may choose thresholds.
     """
 
     settings: TrainSettings
@@ -140,6 +142,7 @@ class RunFolder:
     strategy: Strategy
     step: Step
     at: Position
+    head: Callable[[], dict[str, Any] | None] = lambda: None
 
     @property
     def path(self) -> Path:
@@ -196,8 +199,10 @@ class RunFolder:
             for path in self.path.glob(f".{name}.*"):
                 path.unlink(missing_ok=True)
 
-    def _save_adapter(self, folder: Path, overlap: dict[str, float] | None) -> None:
-        save_adapter(folder, self.step.model, self.info, overlap=overlap)
+    def _save_adapter(self, folder: Path, overlap: dict[str, float] | None, checkpoint: Path | None = None) -> None:
+        """Write the adapter; one that comes from a checkpoint has the head's facts from there."""
+        head = head_of(read_adapter_config(checkpoint), checkpoint) if checkpoint else self.head()
+        save_adapter(folder, self.step.model, replace(self.info, head=head), overlap=overlap)
 
     def _overlap_of(self, checkpoint: Path | None) -> dict[str, float] | None:
         """Return the overlap that a checkpoint's adapter has on record if ranks measure it together; None: measure it again."""
@@ -274,7 +279,7 @@ class RunFolder:
                 shutil.rmtree(folder)
                 continue
             restore_arrays(self.step, good.arrays)
-            self._save_adapter(self.path, self._overlap_of(folder))
+            self._save_adapter(self.path, self._overlap_of(folder), folder)
             return f"; the adapter of step {good.position.taken} ({folder}) is restored; {advice}"
         if finite(self.step):
             self._save_adapter(self.path, self._overlap_of(None))
@@ -291,7 +296,7 @@ class RunFolder:
         if at.best_at != at.taken:
             best = self.path / CHECKPOINTS / f"step-{at.best_at:06d}"
             restore_arrays(self.step, read_checkpoint(best).arrays)
-            self._save_adapter(self.path, self._overlap_of(best))
+            self._save_adapter(self.path, self._overlap_of(best), best)
         words = f"lowest held-out loss, {at.best_loss:.4f}"
         if self.settings.loop.metric_for_best_model == "accuracy":
             words = f"highest held-out accuracy, {at.best_accuracy:.3f}, and loss {at.best_loss:.4f}"

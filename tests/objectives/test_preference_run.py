@@ -15,7 +15,7 @@ from conftest import tiny_model, write_folder
 from run_cli import one_line, run
 from tiers import by_default
 
-from mlx_lora.config.objectives import IMITATION, SAMPLING, ObjectiveSettings
+from mlx_lora.config.objectives import IMITATION, LABELED, RANKED, SAMPLING, ObjectiveSettings
 from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS
 from mlx_lora.trainer import trainer
 from mlx_lora.trainer.evaluate import Measured
@@ -78,9 +78,12 @@ def trained(folder: Path, tiny_folder, data, objective: str, *more: object) -> l
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+OTHERS = (*IMITATION, *SAMPLING, *LABELED, *RANKED)  # objectives without answers to prefer
+
+
 @pytest.mark.parametrize(
     "objective",
-    by_default([name for name in OBJECTIVES if name not in (*IMITATION, *SAMPLING)], "dpo", "kto", "reward"),
+    by_default([name for name in OBJECTIVES if name not in OTHERS], "dpo", "kto", "reward"),
 )
 def test_each_objective_widens_the_margin(objective, tiny_folder, data, tmp_path):
     lines = trained(tmp_path / "a", tiny_folder, data, objective, "--iters", 8)
@@ -113,8 +116,8 @@ CHANGES = {
 def test_every_option_is_tried():
     names = {f.name for f in fields(ObjectiveSettings)} - {"objective"}
     assert names == set(OWN_OPTIONS)
-    # test_policy_run.py, and the tests of distillation
-    elsewhere = {name for name, owners in OWN_OPTIONS.items() if set(owners) <= {*SAMPLING, *IMITATION}}
+    # test_policy_run.py, test_classify.py, test_rerank.py, and the tests of distillation
+    elsewhere = {name for name, owners in OWN_OPTIONS.items() if set(owners) <= set(OTHERS)}
     assert set(CHANGES) == names - elsewhere - {
         "reference_adapter",
         "shared_prefix",

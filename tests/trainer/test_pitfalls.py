@@ -260,6 +260,7 @@ ELSEWHERE = {
         ("keep_best", "early_stopping_patience", "early_stopping_threshold", "batch_parts", "max_restarts"),
         "test_faults.py",
     ),
+    "label_column": "test_classify.py: labels of another column",
     "qat": "test_merges.py: other weights, and the loss of the fused model",
     "metric_for_best_model": "test_preference_run.py",
     "resume": "test_resume.py: another way to the same bytes",

@@ -49,6 +49,8 @@ const OBJECTIVES = {
   grpo: "Sample answers, learn from rewards",
   rloo: "Sample answers, leave one out",
   distill: "Learn from a teacher",
+  classify: "Give texts labels, or numbers",
+  rerank: "Order documents by a query",
 };
 
 const METHODS = {

@@ -1,0 +1,119 @@
+"""Label texts with a classifier.
+
+python -m mlx_lora predict --model DIR --adapter-path my-mails --text "Where is my parcel?"
+python -m mlx_lora predict --model DIR --adapter-path my-mails --data new-mails.csv --out sorted.csv
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+import click
+
+from mlx_lora.api.predict import example_of, load_scorer, predicted_records
+from mlx_lora.api.run_data import with_columns_of_run
+from mlx_lora.cli import options as flags
+from mlx_lora.config.load import train_settings
+from mlx_lora.data.examples import Fields
+from mlx_lora.models.load import load_base
+from mlx_lora.objectives.text_scores import ERROR
+from mlx_lora.utils import console
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import replacing_file
+from mlx_lora.utils.text import counted
+
+FORMS = (".jsonl", ".csv")
+
+
+@click.command(cls=flags.ShortCommand)
+@flags.settings_options("model", leave_out=("decode_weights",))
+@flags.adapter_options(help="Adapter folder, or hub id, of a run with --objective classify.", required=True)
+@click.option("--text", "texts", multiple=True, help="A text to label; may be repeated.")
+@flags.setting_option("data")
+@flags.setting_option("text_column")
+@flags.setting_option("chat_column")
+@flags.setting_option("max_seq_length")
+@flags.setting_option("chat_template")
+@click.option(
+    "--out",
+    type=str,
+    default=None,
+    help="Write to this .jsonl or .csv file (default: lines of JSON on standard output).",
+)
+@click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")
+def main(
+    adapter: flags.OneAdapter, texts: tuple[str, ...], out: str | None, batch_tokens: int | None, **options: Any
+) -> None:
+    """Label each --text, or each record of --data, which is written with what is predicted of it."""
+    given = flags.given(options)
+    settings = train_settings({**given, "objective": "classify"})
+    if bool(texts) == bool(settings.data.data):
+        raise InputError("predict: give --text TEXT, or --data FILE")
+    path = Path(out).expanduser() if out else None
+    if path is not None and (path.suffix.lower() not in FORMS or not path.parent.is_dir()):
+        raise InputError(f"--out {out}: give a file that ends in {' or '.join(FORMS)}, in an existing folder")
+    folder: Any = adapter.folder()
+    settings = with_columns_of_run(settings, given, folder)
+    examples = []
+    for text in texts:
+        found = example_of({"text": text}, replace(settings.data, text_column=None, chat_column=None))
+        if isinstance(found, str):
+            raise InputError(f"--text {text!r}: {found}")
+        examples.append(found)
+    base = load_base(settings.model)
+    scorer = load_scorer(base, folder, settings.data, batch_tokens, adapter.ignore_fingerprint)
+    records: Iterable[Fields] = predicted_records(scorer, settings.data)
+    if texts:
+        records = ({"text": text, **answer} for text, answer in zip(texts, scorer.predict(examples), strict=True))
+    with _writer(path) as file:
+        done, refused = write(records, file, path is not None and path.suffix.lower() == ".csv")
+    if path is not None:
+        console.echo(f"{counted(done, 'text')} in {path}")
+    if refused:
+        console.echo(f"Note: {counted(refused, 'text')} could not be labeled; the column {ERROR} says why")
+
+
+@contextmanager
+def _writer(path: Path | None) -> Iterator[IO[str]]:
+    """Open the file of --out, which appears when it is complete; None: standard output."""
+    if path is None:
+        yield sys.stdout
+        return
+    with replacing_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        yield file
+
+
+def write(records: Iterable[Fields], file: IO[str], as_csv: bool) -> tuple[int, int]:
+    """Write records as lines of JSON, or as CSV, and return how many there are, and how many have an error.
+
+    In CSV, a column for the error follows the others, labels of a text are joined with semicolons, and the probabilities of all
+    labels are left out: JSON has them.
+    """
+    done = refused = 0
+    table: Any = None
+    for record in records:
+        done, refused = done + 1, refused + (ERROR in record)
+        if not as_csv:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            continue
+        if table is None:
+            names = [name for name in record if name not in ("probabilities", ERROR)]
+            names += [name for name in ("predicted", "probability") if name not in names]
+            table = csv.DictWriter(file, [*names, ERROR], extrasaction="ignore")
+            table.writeheader()
+        table.writerow({name: _cell(value) for name, value in record.items()})
+    return done, refused
+
+
+def _cell(value: Any) -> Any:
+    """Return a value for CSV."""
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return ";".join(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value

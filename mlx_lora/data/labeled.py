@@ -1,0 +1,187 @@
+"""Read records of texts with labels, and encode the texts as transformers' tokenizers do.
+
+A record has a text, or several columns that are one text (a mail's subject and body, a premise and a hypothesis), which are
+joined with line breaks; or a chat as `messages`, which the chat template renders up to where the
+model would answer. `--text-column` names other columns.
+What the label means is the objective's business.
+
+Each text is one row. Its tokens are those of `tokenizer(text)`, with the tokens that the tokenizer puts before a text, so that
+transformers computes the same with them; a longer text is cut at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.chat_template import chat_tokens
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.examples import (
+    Conversation,
+    EmptyPart,
+    Example,
+    Fields,
+    FormatError,
+    MissingColumn,
+    OwnEntry,
+    Text,
+    conversation,
+)
+from mlx_lora.data.formats import columns_of, not_there, sharegpt_messages, usual_names
+from mlx_lora.data.sandbox import CLOCK, tokenizer_panics
+from mlx_lora.data.tokenize import Encoded, Encoder
+from mlx_lora.utils.errors import InputError
+
+# The usual columns of a text, the first that a record has; several are one text.
+TEXTS = (
+    ("subject", "body"), ("subject", "text"), ("title", "text"), ("title", "body"), ("title", "content"),
+    ("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"),
+    ("text",), ("sentence",), ("content",), ("body",), ("message",), ("review",), ("document",), ("mail",), ("email",),
+    ("comment",), ("prompt",), ("question",), ("query",), ("input",),
+)  # fmt: skip
+CHATS = ("messages", "conversations")
+LABELS = ("label", "labels")
+LABEL = "label"  # of a row's facts
+ANSWER = {"role": "assistant", "content": "."}  # stands for one, so that the parser of chats reads a chat without
+
+
+@dataclass(frozen=True)
+class Labeled(OwnEntry):
+    """A text with its label.
+
+    Attributes:
+        example: the text, or a chat.
+        label: as the record has it; None: it has none.
+    """
+
+    example: Text | Conversation
+    label: Any = None
+
+    @property
+    def shown(self) -> Example:
+        return self.example
+
+    @classmethod
+    def parse(cls, record: Fields, settings: DataSettings) -> Labeled:
+        return parse_labeled(record, settings)
+
+    @classmethod
+    def encode(
+        cls, encoder: Encoder, entries: Sequence[Labeled], on_rows: Callable[[int], None] = lambda done: None
+    ) -> Encoded:
+        """Encode texts, one row each; nothing is a target, and each row's fact is its label."""
+        found, dropped, truncated = encode_texts(encoder, [entry.example for entry in entries])
+        on_rows(len(entries))
+        rows = [(tokens, np.zeros(len(tokens), bool)) for tokens in found.values()]
+        facts = [{LABEL: entries[number].label} for number in found]
+        encoded = EncodedSet.from_rows(rows).with_facts(facts)
+        return Encoded(encoded, np.array(list(found), np.int64), dropped, truncated, {}, [])
+
+
+def parse_labeled(record: Fields, settings: DataSettings, needs_label: bool = True) -> Labeled:
+    """Read one record as a text with a label.
+
+    Args:
+        record: as read from the file.
+        settings: may name the columns of text and label.
+        needs_label: whether a record without a label is refused.
+
+    Raises:
+        FormatError: it has no text or no label (EmptyPart: the text is empty).
+    """
+    record = {key: value for key, value in record.items() if value is not None}
+    label = record[label_column(record, settings)] if needs_label else None
+    return Labeled(_example(record, usual_names(record), settings), label)
+
+
+def label_column(record: Fields, settings: DataSettings) -> str:
+    """Return the name of the column that has the record's label.
+
+    Raises:
+        MissingColumn: there is none.
+    """
+    if settings.label_column:
+        if settings.label_column not in record:
+            raise MissingColumn(not_there(record, "--label-column", settings.label_column))
+        return settings.label_column
+    found = next((name for name in record if str(name).lower() in LABELS), None)
+    if found is None:
+        raise MissingColumn(f"found {columns_of(record)}; name the label's with --label-column")
+    return found
+
+
+def _example(record: Fields, plain: Fields, settings: DataSettings) -> Text | Conversation:
+    """Return the text, or the chat, of a record."""
+    if settings.text_column:
+        names = [name.strip() for name in settings.text_column.split(",") if name.strip()]
+        if lost := [name for name in names if name not in record]:
+            raise MissingColumn(not_there(record, "--text-column", *lost))
+        return _text([record[name] for name in names], names)
+    chat = settings.chat_column or next((name for name in CHATS if name in plain), None)
+    if chat is not None and (turns := {**plain, **record}.get(chat)) is not None:
+        if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "from" in turns[0]:
+            turns = sharegpt_messages(turns)
+        return _chat(turns, record.get("tools"))
+    names = next((names for names in TEXTS if all(name in plain for name in names)), None)
+    if names is None:
+        raise MissingColumn(f"found {columns_of(record)}; name the text's with --text-column")
+    return _text([plain[name] for name in names], names)
+
+
+def _chat(turns: Any, tools: Any) -> Conversation:
+    """Return a chat, which may have no answer yet."""
+    answered = not isinstance(turns, list) or any(
+        isinstance(turn, dict) and turn.get("role") == "assistant" for turn in turns
+    )
+    chat = conversation(turns if answered else [*turns, ANSWER], tools, None)
+    return chat if answered else replace(chat, messages=chat.messages[:-1])
+
+
+def _text(values: Sequence[Any], names: Sequence[str]) -> Text:
+    """Join the cells of a text with line breaks."""
+    for value, name in zip(values, names, strict=True):
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise FormatError(f"{name} is a {type(value).__name__}, not a text")
+    text = "\n".join(part for part in map(str, values) if part.strip())
+    if not text.strip():
+        raise EmptyPart("empty text")
+    return Text(text, ends=False)
+
+
+def encode_texts(
+    encoder: Encoder, examples: Sequence[Example]
+) -> tuple[dict[int, np.ndarray], dict[int, str], list[int]]:
+    """Return number -> tokens (n,) int32 of texts and chats, number -> why there are none, and which were cut."""
+    tokenizer: Any = encoder.tokenizer
+    ids: dict[int, list[int]] = {}
+    dropped: dict[int, str] = {}
+    texts = {number: example.text for number, example in enumerate(examples) if isinstance(example, Text)}
+    if texts:
+        with tokenizer_panics("the data"):
+            encoded = tokenizer(list(texts.values()), return_attention_mask=False)["input_ids"]
+        ids = dict(zip(texts, encoded, strict=True))
+    for number, example in enumerate(examples):
+        if isinstance(example, Conversation):
+            if encoder.template is None:
+                raise InputError("chats require a chat template, but none was given; give one with --chat-template")
+            try:
+                with CLOCK.held():
+                    ids[number] = chat_tokens(
+                        tokenizer,
+                        example.messages,
+                        encoder.template,
+                        example.tools,
+                        encoder.day,
+                        encoder.allow_special_tokens,
+                    )
+            except (jinja2.TemplateError, TypeError, ValueError) as error:
+                dropped[number] = f"the chat template refuses it ({error})"
+    dropped |= {number: "no token" for number, tokens in ids.items() if not tokens}
+    truncated = sorted(number for number, tokens in ids.items() if len(tokens) > encoder.max_tokens)
+    found = {number: np.array(ids[number][: encoder.max_tokens], np.int32) for number in sorted(ids) if ids[number]}
+    return found, dict(sorted(dropped.items())), truncated

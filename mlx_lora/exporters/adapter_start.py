@@ -1,0 +1,111 @@
+"""Start a run from the factors of another adapter (--resume-adapter-file)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.exporters.adapter_config import check_use
+from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, check_base, load_factors, read_adapter_config
+from mlx_lora.exporters.peft import PEFT_WEIGHTS, PeftAdapter, is_peft, read_peft
+from mlx_lora.models.load import Base
+from mlx_lora.utils.errors import InputError
+
+FLAG = "--resume-adapter-file"
+
+
+@dataclass(frozen=True)
+class Start:
+    """The factors to start from.
+
+    Attributes:
+        file: Their file.
+        peft: What was read of a PEFT adapter; None: the file is in our layout.
+        scale: The factor on the stored products; None: that of the run.
+        qat: Whether they are right with the rounding of their fused form only.
+    """
+
+    file: Path
+    peft: PeftAdapter | None
+    scale: float | None
+    qat: bool = False
+
+
+def resume_file(given: str) -> Path:
+    """Return the file of factors that --resume-adapter-file names, itself or by its folder.
+
+    Raises:
+        InputError: the folder has none.
+    """
+    path = Path(given).expanduser()
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in (WEIGHTS_FILE, PEFT_WEIGHTS) if (path / name).is_file()), None)
+    if found is None:
+        raise InputError(f"{FLAG} {given}: the folder has no {WEIGHTS_FILE} and no {PEFT_WEIGHTS}; give an adapter's")
+    return found
+
+
+def read_start(base: Base, given: str, scores: bool) -> Start:
+    """Read what --resume-adapter-file names, before the base is adapted.
+
+    Args:
+        base: Not adapted yet.
+        given: A file or a folder.
+        scores: Whether the run trains a reward model; then another adapter may become one.
+
+    Raises:
+        InputError: it is for another base, or cannot be read.
+    """
+    file = resume_file(given)
+    if not (file.parent / CONFIG_FILE).exists():
+        return Start(file, None, None)
+    config = read_adapter_config(file.parent)
+    check_use(config, file, None if scores else False)
+    if is_peft(config):
+        return Start(file, read_peft(file.parent, config, base.model), None)
+    check_base(base, config, file)
+    qat = (config.get("mlx_lora") or {}).get("qat") is True
+    return Start(file, None, config.get("lora_parameters", {}).get("scale"), qat)
+
+
+def put_start(model: nn.Module, start: Start, fresh: tuple[str, ...]) -> None:
+    """Load the factors into the adapter layers of a model.
+
+    Args:
+        model: Adapted.
+        start: From `read_start`.
+        fresh: Names of parameters that stay as they are where the file does not have them.
+
+    Raises:
+        InputError: layers or shapes differ.
+    """
+    if start.peft is None:
+        load_factors(model, start.file, start.scale, fresh=fresh)
+        return
+    adapter, layers = start.peft, adapter_layers(model)
+    problems = [f"{path} is missing" for path in layers if path not in adapter.factors]
+    problems += [f"{path} is not adapted in this run" for path in adapter.factors if path not in layers]
+    problems += [f"{path}.{leaf} was trained in full" for path, leaf in adapter.full if f"{path}.{leaf}" not in fresh]
+    if adapter.leaves_head is not None:
+        problems.append(f"{adapter.leaves_head} is adapted without the head, which is the same matrix here")
+    for path, layer in layers.items():
+        rank, _ = adapter.shapes.get(path, (layer.rank, 1.0))
+        problems += [f"{path} has rank {rank}, the run {layer.rank}"] if rank != layer.rank else []
+        if path in adapter.factors and ("m" in layer) != (path in adapter.magnitudes):
+            problems.append(f"{path} is {'not ' if 'm' in layer else ''}a DoRA layer, unlike in this run")
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise InputError(
+            f"{start.file}: does not fit this run: {shown}; give its --rank, --target-modules and --method"
+        )
+    for path, layer in layers.items():
+        a, b = adapter.factors[path]
+        layer.lora_a, layer.lora_b = a, b * (adapter.shapes[path][1] / layer.scale)
+        if path in adapter.magnitudes:
+            layer.m = adapter.magnitudes[path]
+    mx.eval(model.trainable_parameters())

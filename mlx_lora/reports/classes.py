@@ -1,0 +1,87 @@
+"""Show what a classifier gets right: a table of its labels, and which label is taken for which.
+
+classes.jsonl in a run folder has a line for each validation: `step`, `classes` (label -> precision, recall, f1, texts, predicted), and either
+`confusion` (rows: the labels that texts have, columns: those that they get) or `thresholds` (label -> probability).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_lora.utils.files import replacing_file
+from mlx_lora.utils.parsing import parse_json
+
+CLASSES_FILE = "classes.jsonl"
+MOST_IN_TABLE = 24  # labels of a confusion matrix that a page or a terminal has room for
+
+
+def begin_classes(file: Path, resumed_at: int | None) -> None:
+    """Begin the file of a run; of a resumed one keep the lines up to its step."""
+    if not file.exists():
+        return
+    kept = [] if resumed_at is None else [line for line in _lines(file) if line["step"] <= resumed_at]
+    if not kept:
+        file.unlink()
+        return
+    with replacing_file(file) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def add_classes(file: Path, step: int, details: Mapping[str, Any]) -> None:
+    """Append what a validation found; nothing if it found no labels."""
+    if "classes" in details:
+        with file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps({"step": step, **details}) + "\n")
+
+
+def read_classes(file: Path, step: int | None) -> dict[str, Any] | None:
+    """Return what the validation after a step found; None if it is not known."""
+    return next((line for line in reversed(_lines(file)) if line["step"] == step), None)
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of classes.jsonl that are whole."""
+    found = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
+        try:
+            record = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("classes"), dict):
+            found.append(record)
+    return found
+
+
+def class_rows(details: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return a row of cells for each label, those with the lowest F1 first."""
+    thresholds = details.get("thresholds") or {}
+    rows = []
+    for name, one in sorted(details["classes"].items(), key=lambda item: (item[1]["f1"], item[0])):
+        row = {"label": name, "texts": str(one["texts"]), "predicted": str(one["predicted"])}
+        row |= {measure: f"{one[measure]:.3f}" for measure in ("precision", "recall", "f1")}
+        rows.append(row | ({"threshold": f"{thresholds[name]:.3f}"} if name in thresholds else {}))
+    return rows
+
+
+def confusion_rows(details: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return a row for each label that texts have, with a column for each that they get; none for many labels."""
+    names, counts = list(details["classes"]), details.get("confusion") or []
+    if not counts or len(names) > MOST_IN_TABLE:
+        return []
+    return [
+        {"is, taken for": name, **dict(zip(names, map(str, row), strict=True))}
+        for name, row in zip(names, counts, strict=True)
+    ]
+
+
+def classes_page(details: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what a page shows of a validation; None: nothing is known."""
+    if details is None:
+        return None
+    return {
+        "step": details["step"],
+        "tables": [rows for rows in (class_rows(details), confusion_rows(details)) if rows],
+    }

@@ -1,0 +1,103 @@
+"""Classifiers behind the server, asked over HTTP beside an adapter that generates."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import httpx
+import pytest
+from make_adapters import make_three
+from run_cli import one_line, run
+from serving_process import Server
+
+import mlx_lora
+
+LABELS = ("cold", "hot", "mild")
+QUICK = ("--objective", "classify", "--learning-rate", "5e-3", "--batch-size", 12, "--kernels", "ours", "--rank", 4, "--val-batches", 0,
+         "--iters", 24)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_folder, tmp_path_factory):
+    """Name -> folder of two classifiers, of one label and of several."""
+    room = tmp_path_factory.mktemp("classifiers")
+    rows = {
+        "days": [{"text": f"day {n}: {'abz'[n % 3] * 3}", "label": LABELS[n % 3]} for n in range(36)],
+        "tags": [{"text": f"day {n}: {'abz'[n % 3] * 3}", "label": [LABELS[n % 3], "day"]} for n in range(36)],
+    }
+    for name, own in rows.items():
+        (room / f"{name}.jsonl").write_text("\n".join(map(json.dumps, own)))
+        ran = run(
+            "train", "--model", tiny_folder, "--data", room / f"{name}.jsonl", "--adapter-path", room / name, *QUICK
+        )
+        assert ran.code == 0, ran.err
+    return {name: room / name for name in rows}
+
+
+@pytest.fixture(scope="module")
+def server(tiny_folder, folders, tmp_path_factory):
+    bard = make_three(tiny_folder, tmp_path_factory.mktemp("adapters"))["bard"]
+    named = [f for name, folder in {**folders, "bard": bard}.items() for f in ("--adapter", f"{name}={folder}")]
+    with Server("--model", tiny_folder, *named, log=tmp_path_factory.mktemp("log") / "log") as server:
+        yield server
+        assert server.stop() == 0, server.text
+        assert "scores days: classify: cold, hot, mild" in server.text
+        assert "Traceback" not in server.text
+
+
+@pytest.fixture(scope="module")
+def http(server):
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+def test_texts_get_the_labels_that_predict_gives(http, tiny_folder, folders):
+    texts = [f"day {n}: {'abz'[n % 3] * 3}" for n in range(20)]  # more than are scored together
+    for path in ("/classify", "/v1/classify"):
+        answer = http.post(path, json={"model": "days", "input": texts}).json()
+        found = answer["data"]
+        assert [one["label"] for one in found] == [LABELS[n % 3] for n in range(20)]
+        assert answer["model"] == "days"
+    ours = mlx_lora.predict(str(tiny_folder), texts, folders["days"])
+    assert found[3]["probs"] == pytest.approx(list(ours[3]["probabilities"].values()), abs=1e-4)
+    assert (found[3]["index"], found[3]["num_classes"]) == (3, 3)
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, texts))
+    one = http.post("/classify", json={"model": "tags", "input": texts[1]}).json()["data"]
+    assert one[0]["labels"] == ["day", "hot"]
+
+
+def test_answers_are_generated_meanwhile(http):
+    found = {}
+
+    def generate():
+        body = {"model": "bard", "prompt": "a", "max_tokens": 40, "temperature": 0}
+        found["text"] = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    answers = [http.post("/classify", json={"model": "days", "input": ["day 1: bbb"] * 20}).json() for _ in range(3)]
+    thread.join()
+    assert all(one["label"] == "hot" for answer in answers for one in answer["data"])
+    alone = dict(found)
+    generate()
+    assert found == alone
+
+
+def test_what_cannot_be_scored_says_why(http):
+    for body, status, word in (
+        ({"model": "bard", "input": "a"}, 404, "days, tags"),
+        ({"input": "a"}, 404, "days, tags"),
+        ({"model": "days"}, 400, "input"),
+        ({"model": "days", "input": []}, 400, "from 1"),
+        ({"model": "days", "input": ["a", " "]}, 400, "empty"),
+        ({"model": "days", "input": "a", "n": 2}, 400, "n: not a field"),
+    ):
+        answer = http.post("/classify", json=body)
+        assert answer.status_code == status
+        assert word in answer.json()["error"]["message"]
+
+
+def test_names_are_given_once(tiny_folder, folders):
+    twice = ("--adapter", f"a={folders['days']}", "--adapter", f"a={folders['tags']}")
+    one_line(run("serve", "--model", tiny_folder, *twice, exactly=True), "two adapters of this name")
