@@ -49,7 +49,7 @@ from mlx_lora.losses.contrastive import (
     spearman,
 )
 from mlx_lora.losses.cross_entropy import Loss
-from mlx_lora.models.head import Head, body_of, with_last_block
+from mlx_lora.models.head import Head, find_head, with_last_block
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.utils.errors import InputError
@@ -103,7 +103,12 @@ class Embedder:
         Raises:
             InputError: its hidden states cannot be read.
         """
-        body = body_of(model)
+        body = find_head(model, {})  # the config only decides what is done to logits
+        if isinstance(body, str):
+            raise InputError(
+                f"--objective embed: the last hidden states of this model cannot be read ({body}); do not train or adapt its "
+                "embedding or output head, or choose another model"
+            )
         return cls(with_last_block(body, model)[0] if part_of_last and pooling != MEAN else body, pooling)
 
     @property
@@ -135,10 +140,15 @@ def stored_choices(folder: Path) -> dict[str, Any]:
         folder: of the model.
     """
     found: dict[str, Any] = {}
-    pooled = _read_json(folder / "1_Pooling" / "config.json")
+    file = folder / "1_Pooling" / "config.json"
+    pooled = _read_json(file)
     for ours, names in POOLED.items():
         if pooled.get("pooling_mode") in names or any(pooled.get(f"pooling_mode_{name}") for name in names):
             found["pooling"] = ours
+    if pooled.get("include_prompt") is False:
+        raise InputError(
+            f"{file}: leaves the prompt out of the mean (include_prompt), which is not supported; choose another model"
+        )
     prompts = _read_json(folder / "config_sentence_transformers.json").get("prompts")
     for side in ("query", "document"):
         if isinstance(prompts, dict) and isinstance(prompts.get(side), str):
