@@ -49,6 +49,8 @@ from mlx_lora.losses.contrastive import (
     spearman,
 )
 from mlx_lora.losses.cross_entropy import Loss
+from mlx_lora.models.encoder import Model as Encoder
+from mlx_lora.models.encoder import is_encoder
 from mlx_lora.models.head import Head, find_head, with_last_block
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
@@ -86,10 +88,12 @@ class Embedder:
     Attributes:
         body: gives hidden states.
         pooling: mean, last or cls.
+        both_ways: whether a token sees those behind it, so that the model has to know the lengths of rows.
     """
 
     body: Head
     pooling: str
+    both_ways: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, pooling: str, part_of_last: bool = False) -> Embedder:
@@ -109,7 +113,8 @@ class Embedder:
                 f"--objective embed: the last hidden states of this model cannot be read ({body}); do not train or adapt its "
                 "embedding or output head, or choose another model"
             )
-        return cls(with_last_block(body, model)[0] if part_of_last and pooling != MEAN else body, pooling)
+        body = with_last_block(body, model)[0] if part_of_last and pooling != MEAN else body
+        return cls(body, pooling, is_encoder(model))
 
     @property
     def width(self) -> int:
@@ -125,12 +130,13 @@ class Embedder:
             lengths: (B,) int32, tokens of each row; 0 for a row of padding.
         """
         rows, width = inputs.shape
+        padded = {"lengths": lengths} if self.both_ways else {}  # else no token sees the padding behind it
         if self.pooling == MEAN:
-            hidden = self.body.hidden(inputs).astype(mx.float32)  # (B, T, D)
+            hidden = self.body.hidden(inputs, **padded).astype(mx.float32)  # (B, T, D)
             there = (mx.arange(width)[None, :] < lengths[:, None]).astype(mx.float32)[..., None]
             return (hidden * there).sum(axis=1) / mx.maximum(lengths[:, None], 1)
         at = mx.maximum(lengths - 1, 0) if self.pooling == LAST else mx.zeros_like(lengths)
-        return self.body.hidden_at(mx.arange(rows) * width + at, inputs).astype(mx.float32)
+        return self.body.hidden_at(mx.arange(rows) * width + at, inputs, **padded).astype(mx.float32)
 
 
 def stored_choices(folder: Path) -> dict[str, Any]:
@@ -168,8 +174,16 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def with_choices(settings: ObjectiveSettings, base: Base) -> ObjectiveSettings:
     """Return the settings with pooling and prompts, where they are open, as the model's own files say."""
-    found = {"pooling": LAST, "query_prompt": "", "document_prompt": ""} | stored_choices(base.folder)
+    usual = {"pooling": MEAN if is_encoder(base.model) else LAST, "query_prompt": "", "document_prompt": ""}
+    found = usual | stored_choices(base.folder)
     return replace(settings, **{name: value for name, value in found.items() if getattr(settings, name) is None})
+
+
+def longest_text(base: Base) -> int:
+    """Return the most tokens of a text that the model takes, or was made for."""
+    limits = [limit for limit in [_read_json(base.folder / "sentence_bert_config.json").get("max_seq_length")] if limit]
+    limits += [base.model.args.longest] if isinstance(base.model, Encoder) else []
+    return min([*map(int, limits), 10**8])
 
 
 def form_of(settings: TrainSettings, base: Base) -> TextForm:
@@ -183,7 +197,7 @@ def form_of(settings: TrainSettings, base: Base) -> TextForm:
     return TextForm(
         asked.query_prompt or "",
         asked.document_prompt or "",
-        data.max_seq_length,
+        min(data.max_seq_length, longest_text(base)),
         asked.embed_loss == TRIPLET,
         asked.negatives,
         data.prompt_column,

@@ -6,11 +6,10 @@ import json
 import math
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from comparing import by_dtype
-from embedding_cases import bound, random_examples, with_repeats
+from embedding_cases import bound, random_examples
 from mlx.utils import tree_flatten
 from resumed_runs import stopped_after, weights
 from run_cli import one_line, run
@@ -26,10 +25,24 @@ from mlx_lora.models.load import load_base
 from mlx_lora.objectives.embed import all_vectors, arrays_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.trainer.step import differentiation
-from mlx_lora.utils.errors import InputError
 
 PATHS = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.v_proj")
-WORDS = "red green blue cat dog bird house tree river stone cloud rain sun moon star fish lamp door".split()
+WORDS = (
+    "red",
+    "green",
+    "blue",
+    "cat",
+    "dog",
+    "bird",
+    "house",
+    "tree",
+    "river",
+    "stone",
+    "cloud",
+    "rain",
+    "sun",
+    "moon",
+)
 QUICK = ("--iters", 6, "--learning-rate", "5e-3", "--rank", 4, "--steps-per-report", 1, "--val-batches", 1,
          "--steps-per-eval", 3)  # fmt: skip
 
@@ -247,7 +260,7 @@ def test_examples_that_share_a_text_are_on_one_side(tmp_path, tiny_folder):
     assert documents[1]
     assert documents[0].isdisjoint(documents[1])
     assert all(text.startswith("D: d") for text in documents[0])
-    assert len({label for label in splits.train.labels[1::2]}) == len(documents[0])  # equal texts, one number
+    assert len(set(splits.train.labels[1::2])) == len(documents[0])  # equal texts, one number
 
 
 def test_fewer_negatives_than_others_are_marked(tmp_path, tiny_folder):
@@ -304,10 +317,10 @@ def test_a_run_learns_and_keeps_what_its_vectors_are(trained):
     validations = [line for line in lines if line["val_loss"] is not None]
     assert validations[-1]["val_loss"] < validations[0]["val_loss"]
     assert {"accuracy", "recall_at_10", "mrr_at_10", "ndcg_at_10"} <= validations[-1].keys()
-    assert [line["examples"] for line in lines if line["val_loss"] is None][0] in (
+    assert next(line["examples"] for line in lines if line["val_loss"] is None) in (
         15,
         16,
-    )  # of 61, the last batch has one less
+    )  # the last of 61 is one less
     settings = (trained / "run.yaml").read_text()
     assert "pooling: last" in settings
     assert "embed_loss: infonce" in settings
