@@ -20,6 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ from mlx_lora.data.examples import BadRow, EmptyRecord, Fields, FormatError, Mis
 from mlx_lora.data.files import DataFile, find_sets
 from mlx_lora.data.load import DataSplits
 from mlx_lora.data.mix import joined_groups, split_by_group
+from mlx_lora.data.passages import passages_of
+from mlx_lora.data.records import DOCUMENTS as DOCUMENT_FILES
 from mlx_lora.data.records import read_records
 from mlx_lora.data.report import MAX_LISTED, DataReport, DroppedRow, Location, SplitReport, cut, reasons
 from mlx_lora.utils.errors import InputError
@@ -276,9 +279,7 @@ def load_pairs(
     return DataSplits(sets["train"], sets.get("valid"), sets.get("test"), report, None), scored
 
 
-def load_eval_pairs(
-    settings: DataSettings, form: TextForm, tokenizer: PreTrainedTokenizerBase
-) -> tuple[EncodedSet, bool]:
+def read_eval_pairs(settings: DataSettings, form: TextForm) -> tuple[TextRows, bool]:
     """Return the examples to measure, all of a file, or a folder's test or else validation split; and whether they have scores.
 
     Raises:
@@ -286,8 +287,7 @@ def load_eval_pairs(
     """
     parts = _read(settings, form, needs_train=False)
     rows = next(parts[name] for name in ("test", "valid", "train") if name in parts)
-    group = 2 + max(len(pair.negatives) for pair in rows.pairs)
-    return encode_pairs(rows, form, tokenizer, group), _are_scored(settings, rows)
+    return rows, _are_scored(settings, rows)
 
 
 def _are_scored(settings: DataSettings, *parts: TextRows) -> bool:
@@ -396,3 +396,65 @@ def _tokens(rows: EncodedSet) -> int:
 
 def _shown(text: str) -> str:
     return f'"{cut(" ".join(text.split()), SHOWN_CHARS)}"'
+
+
+# Texts alone
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text to search for, and the file that it is from."""
+
+    text: str
+    file: str
+
+
+def read_passages(data: str, column: str | None = None) -> list[Passage]:
+    """Return the texts of some files: passages of documents, and of records one column each.
+
+    Args:
+        data: a folder, of which all Markdown and text files are taken; or as --data names files.
+        column: of the records' text; None: `text`, or a name that a document or a query usually has.
+
+    Raises:
+        InputError: a file cannot be read, a record has no text, or there is none.
+    """
+    found: list[Passage] = []
+    for file in _files(data):
+        for record in read_records(file.path, file.sheet):
+            if isinstance(record, BadRow):
+                if file.path.suffix.lower() in DOCUMENT_FILES:
+                    continue  # an empty note
+                raise InputError(f"{file.name} {record.unit} {record.line}: {record.why}; fix it, or remove it")
+            if column is None and file.path.suffix.lower() in DOCUMENT_FILES:
+                found += [Passage(text, file.name) for text in passages_of(str(record.value["text"]))]
+            else:
+                text = _record_text(record.value, column, f"{file.name} {record.unit} {record.line}")
+                found.append(Passage(text, file.name))
+    if not found:
+        raise InputError(f"{shown_data(data)}: has no text; give a file or a folder with some")
+    return found
+
+
+def _files(data: str) -> list[DataFile]:
+    """Return the files to read: all documents in a folder and below it, whatever their names, else as for training."""
+    folder = Path(data).expanduser()
+    documents = (
+        sorted(path for path in folder.rglob("*") if path.suffix.lower() in DOCUMENT_FILES) if folder.is_dir() else []
+    )
+    own = [path.relative_to(folder) for path in documents]
+    if named := [
+        DataFile(folder / path, str(path)) for path in own if not any(part.startswith(".") for part in path.parts)
+    ]:
+        return named
+    return [file for one in find_sets(data) for files in one.splits.values() for file in files]
+
+
+def _record_text(record: Fields, column: str | None, place: str) -> str:
+    names = [column] if column else [name for name in ("text", *DOCUMENTS, *QUERIES) if name in record]
+    value = record.get(names[0]) if names else None
+    if not names or not isinstance(value, str):
+        raise InputError(f"{place}: found {keys_of(record)} and no text; name its column with --text-column")
+    if not value.strip():
+        raise InputError(f"{place}: {names[0]} is empty; fill it, or remove the row")
+    return value
