@@ -183,7 +183,8 @@ class Embeddings(nn.Module):
 
     def __call__(self, inputs: mx.array) -> mx.array:
         positions = self.position_embeddings(mx.arange(inputs.shape[1]) + self.first)
-        return self.LayerNorm(self.word_embeddings(inputs) + positions + self.token_type_embeddings.weight[0])
+        first_type = self.token_type_embeddings(mx.zeros((1,), mx.int32))
+        return self.LayerNorm(self.word_embeddings(inputs) + positions + first_type)
 
 
 class Layers(nn.Module):
