@@ -17,9 +17,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import mlx_lora  # loads the BLAS before mlx.core
 import numpy as np
 
+import mlx_lora  # loads the BLAS before mlx.core
 from mlx_lora.api.embed import Corpus, ranks_of
 from mlx_lora.data.pairs import Passage, read_passages
 from mlx_lora.losses.contrastive import retrieval

@@ -185,7 +185,14 @@ def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
     path, model = str(folder), ["--model", str(settings.model.model)]
     trained_on = model if settings.model.bits is None else [*model, "--bits", str(settings.model.bits)]
     adapter = ["--adapter-path", path]
-    if info.scores:
+    if settings.objective.objective == "embed":
+        search = ["--objective", "embed", "--data", str(settings.data.data)]
+        lines = [
+            ["embed", "FILE", *trained_on, *adapter, "--out", "vectors.npy"],
+            ["evaluate", *search, *trained_on, *adapter],
+            ["export", *model, *adapter, "--to", "sentence-transformers", "--out", f"{path}-search"],
+        ]
+    elif info.scores:
         reward = ["--objective", "reward", "--data", str(settings.data.data)]
         lines = [
             ["evaluate", *trained_on, *adapter, *reward],
