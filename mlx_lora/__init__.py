@@ -16,6 +16,7 @@ from mlx_lora.utils.blas import load_fast_blas, share_cores
 
 if TYPE_CHECKING:
     from mlx_lora.api.base import Base, generate, load
+    from mlx_lora.api.embed import embed
     from mlx_lora.api.errors import InputError
     from mlx_lora.api.evaluate import evaluate
     from mlx_lora.api.evaluate_tasks import evaluate_tasks
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "BLAS", "Base", "Callback", "InputError", "Run", "RunError", "SwanLab", "TensorBoard", "Trackio", "Wandb", "evaluate",
+    "BLAS", "Base", "Callback", "InputError", "Run", "RunError", "SwanLab", "TensorBoard", "Trackio", "Wandb", "embed", "evaluate",
     "evaluate_tasks", "export", "generate", "load", "merge", "plan", "predict", "rerank", "sweep", "train", "train_several",
 ]  # fmt: skip
 
@@ -50,6 +51,7 @@ _HOMES = {
     "TensorBoard": "mlx_lora.trainer.callbacks",
     "Trackio": "mlx_lora.trainer.callbacks",
     "Wandb": "mlx_lora.trainer.callbacks",
+    "embed": "mlx_lora.api.embed",
     "evaluate": "mlx_lora.api.evaluate",
     "evaluate_tasks": "mlx_lora.api.evaluate_tasks",
     "export": "mlx_lora.api.export",

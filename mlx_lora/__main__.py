@@ -22,6 +22,8 @@ COMMANDS = {
     "studio": "Open a local page for models, data, training, runs, chat and export.",
     "fuse": "Merge an adapter into its base model.",
     "sweep": "Find good settings by many short runs at once.",
+    "embed": "Compute the vectors of texts, for search.",
+    "mine": "Find documents that look like answers and are none, to train embeddings with.",
     "merge": "Merge several adapters of one base into one adapter.",
     "demo": "Train a small model to answer in verse. This takes a few minutes.",
     "doctor": "Check that this machine is ready to train.",

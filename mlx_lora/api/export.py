@@ -16,15 +16,20 @@ from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
 from mlx_lora.exporters.adapter_config import LABELS_FILE, SAME_LAYOUT, label_names
+from mlx_lora.api.run_data import run_of
+from mlx_lora.config.load import train_settings
 from mlx_lora.exporters.adapter_folder import load_adapter, save_adapter
 from mlx_lora.exporters.card import CARD_FILE, check_repo, push, read_facts, write_card
 from mlx_lora.exporters.fuse import Rounding, take_stored_dtypes, write_fused
 from mlx_lora.exporters.ollama import write_ollama
 from mlx_lora.exporters.peft import write_peft
+from mlx_lora.exporters.sentence_transformers import BODIES, EmbeddingForm, peft_of_body, with_names_of_body, write_form
 from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES, STORED, write_gguf_adapter, write_gguf_model
 from mlx_lora.models.folder import write_json
+from mlx_lora.models.convert import copy_side_files
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
+from mlx_lora.objectives.embed import Embedder, form_of, kept_choices, with_choices
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
 from mlx_lora.utils.hub import resolve_adapter
@@ -65,7 +70,7 @@ class ExportSettings:
         if self.to not in FORMATS:
             raise InputError(f"--to {self.to!r}: not one of {', '.join(FORMATS)}")
         check_gguf_type(self.gguf_type, self.out)
-        if self.base_id and not self.to.startswith("peft"):
+        if self.base_id and "peft" not in self.to:
             raise InputError(f"--base-id with --to {self.to}: only a PEFT adapter names its base; leave it out")
         check_push(self.push_to_hub, self.private)
         check_gguf(self.to, has_adapter, self.gguf_type, self.ollama_base)
@@ -89,7 +94,8 @@ def export(
     Args:
         base: from `load`, or a model's name; it stays as it is.
         adapter: folder or hub id; None only for `gguf` and `ollama`, which then hold the base alone.
-        to: peft, peft-qalora (of a qa-lora, for a GPTQ base), mlx-lm, hf (a merged model for transformers), gguf-adapter, gguf (a merged model) or ollama.
+        to: peft, peft-qalora (of a qa-lora, for a GPTQ base), mlx-lm, hf (a merged model for transformers), sentence-transformers or
+            sentence-transformers-peft (of embeddings), gguf-adapter, gguf (a merged model) or ollama.
         out: folder or .gguf file to write.
         base_id: hub id of the base that a PEFT adapter names (default: the one it was trained on).
         gguf_type: type of the weights of a merged GGUF.
@@ -137,7 +143,7 @@ def write_export(
     info: Any = load_adapter(base, adapter, ignore_fingerprint, scores) if adapter else None
     if form.merged_gguf and not keep_dtype:
         take_stored_dtypes(base, info.full if info else (), casts_full=False)
-    job = Export(settings, base, info, keep_dtype)
+    job = Export(settings, base, info, keep_dtype, adapter)
     form.write(job)
     if adapter and form.card_library:
         card = write_card(out, form.card_library, base, info, read_facts(adapter), settings.base_id, repo)
@@ -214,12 +220,14 @@ class Export:
         base: with the adapter on it.
         info: of the adapter; None without one.
         keep_dtype: write a merged model in the base's dtype instead of the stored one.
+        adapter: its folder; None without one.
     """
 
     settings: ExportSettings
     base: Base
     info: Any
     keep_dtype: bool
+    adapter: Path | None = None
 
     @property
     def path(self) -> str:
@@ -287,6 +295,54 @@ def _write_hf(job: Export) -> None:
 def _use_hf(job: Export) -> list[str]:
     python = f"AutoModelForCausalLM.from_pretrained({str(job.settings.out)!r})"
     return [] if job.scores else [f"mlx_lm.generate --model {job.path} --prompt Hello  # or in Python: {python}"]
+
+
+def _write_sentence_transformers(job: Export) -> None:
+    """Write the merged model as a sentence-transformers folder."""
+    kind, out, form = str(job.base.config.get("model_type")), job.settings.out, _embedding_form(job)
+    if kind not in (*SAME_LAYOUT, *BODIES):
+        raise InputError(
+            f"--to {job.settings.to}: {kind} models have another layout in MLX than in transformers; use --to "
+            "sentence-transformers-peft"
+        )
+    rounding, force = Rounding(dequantize=True), job.settings.force
+    write_fused(job.base, out, job.info, rounding, force=force, keep_dtype=job.keep_dtype)
+    with_names_of_body(out, kind)
+    write_form(out, form, job.base.hf_tokenizer)
+
+
+def _write_sentence_transformers_peft(job: Export) -> None:
+    """Write the adapter as a sentence-transformers folder, which names its base."""
+    out, form = job.settings.out, _embedding_form(job)
+    _write_peft(job)
+    peft_of_body(out)
+    copy_side_files(job.base.folder, out)
+    write_form(out, form, job.base.hf_tokenizer)
+
+
+def _embedding_form(job: Export) -> EmbeddingForm:
+    """Return what makes the vectors of the run that trained an adapter.
+
+    Raises:
+        InputError: it trained no vectors.
+    """
+    run = run_of(job.adapter) if job.adapter else {}
+    if run.get("objective") != "embed":
+        raise InputError(
+            f"--to {job.settings.to}: {job.adapter} was not trained with --objective embed; export it to another format"
+        )
+    settings = train_settings({**kept_choices(run), "objective": "embed"})
+    asked = with_choices(settings.objective, job.base)
+    width, form = Embedder.of(job.base.model, asked.pooling or "").width, form_of(settings, job.base)
+    return EmbeddingForm(
+        asked.pooling or "", width, asked.query_prompt or "", asked.document_prompt or "", form.max_length
+    )
+
+
+def _use_sentence_transformers(job: Export) -> list[str]:
+    return [
+        f'python -c "from sentence_transformers import SentenceTransformer as S; print(S({str(job.settings.out)!r}))"'
+    ]
 
 
 def _check_gguf_file(out: Path, force: bool) -> None:
@@ -375,6 +431,15 @@ FORMATS = {
         "stock mlx-lm (--adapter-path)", _write_mlx_lm, _use_mlx_lm, holds_base=False, card_library="mlx"
     ),
     "hf": ExportFormat("transformers", _write_hf, _use_hf, for_scores=True),
+    "sentence-transformers": ExportFormat(
+        "sentence-transformers", _write_sentence_transformers, _use_sentence_transformers
+    ),
+    "sentence-transformers-peft": ExportFormat(
+        "sentence-transformers with PEFT",
+        _write_sentence_transformers_peft,
+        _use_sentence_transformers,
+        holds_base=False,
+    ),
     "gguf-adapter": ExportFormat(
         "llama.cpp (--lora, on the base as GGUF)", _write_gguf_adapter, _use_gguf_adapter, holds_base=False
     ),

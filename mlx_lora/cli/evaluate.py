@@ -3,6 +3,7 @@
 python -m mlx_lora evaluate --model DIR --adapter-path my-adapter --data data/alpaca/valid.jsonl --json
 python -m mlx_lora evaluate --model DIR --adapter-path my-adapter --data questions.jsonl --show 20 --report answers.html
 python -m mlx_lora evaluate --model DIR --adapter-path my-adapter                      the rows that the run held out
+python -m mlx_lora evaluate --objective embed --model DIR --adapter-path my-adapter --data pairs.jsonl --corpus notes
 python -m mlx_lora evaluate --model DIR --adapter-path my-adapter --data my-data --forgetting --report forgetting.html
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 
 import click
 
+from mlx_lora.api.embed import measure_embeddings
 from mlx_lora.api.evaluate import EvaluationRequest, check_adapter, check_show, compares, measure_loss, normalized
 from mlx_lora.api.forgetting import CHAT, TEXT, ForgettingRequest, measure_forgetting, verdict_rows, write_page
 from mlx_lora.api.run_data import settings_of_run, with_columns_of_run
@@ -93,6 +95,7 @@ OF_TASKS = ("--tasks", "--metric", "--judge")
     help="Ask base and adapter so many of the questions, and show their answers (default: 5 on a terminal and with "
     "--report, else 0).",
 )  # fmt: skip
+@click.option("--corpus", type=str, default=None, help="embed: files or folder with more documents to search in.")
 @flags.setting_option("shard_base")
 @flags.setting_option("offload_base")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -105,6 +108,7 @@ def main(
     Without --data, the rows that the adapter's run held out are measured.
     """
     only = {name: options.pop(name) for name in ("against", "general_text", "general_chat")}
+    corpus = options.pop("corpus")
     given, page = flags.given(options), _page(report)
     settings = train_settings(given)
     if forgetting:
@@ -130,6 +134,14 @@ def main(
     if useless := [flag_of(name) for name, value in only.items() if value]:
         raise InputError(f"{', '.join(useless)}: only with --forgetting; add it")
     folder = adapter.folder()
+    if settings.objective.objective == "embed":
+        if page is not None or show or not settings.data.data:
+            raise InputError(
+                "--objective embed: give --data with queries and their documents, and neither --report nor --show"
+            )
+        return _retrieval(settings, adapter, folder, batch_tokens, corpus, as_json)
+    if corpus:
+        raise InputError(f"--corpus {corpus}: only --objective embed searches in one; leave it out")
     if held_out := not settings.data.data:
         settings = settings_of_run(folder, given)
     check_adapter(settings, folder)
@@ -150,6 +162,28 @@ def main(
             if "loss" in facts:
                 _keep(facts | {"held_out": held_out}, folder, page)
     return 130 if result.get("partial") else 0
+
+
+def _retrieval(
+    settings: TrainSettings, adapter: flags.OneAdapter, folder: Path | None, batch_tokens: int | None, corpus: str | None,
+    as_json: bool,
+) -> int:  # fmt: skip
+    """Measure and print how well vectors find documents, and return the exit code."""
+    base = load_base(settings.model)
+    more = {} if batch_tokens is None else {"batch_tokens": batch_tokens}
+    found = measure_embeddings(settings, base, folder, adapter.ignore_fingerprint, corpus, **more)
+    if as_json:
+        console.print_json({**found, "adapter_path": adapter.adapter_path, "data": settings.data.data})
+        return 0
+    measured = [name for name, value in found.items() if isinstance(value, float) and not name.startswith("base_")]
+    rows = [{"measure": words_of(name), "adapter" if folder else "model": _figure(found[name], 4)} for name in measured]
+    if folder:
+        rows = [{"measure": row["measure"], "base": _figure(found[f"base_{name}"], 4), "adapter": row["adapter"]}
+                for name, row in zip(measured, rows, strict=True)]  # fmt: skip
+    print_table(rows)
+    if "queries" in found:
+        click.echo(f"{found['queries']:,} queries in {found['documents']:,} documents")
+    return 0
 
 
 def _page(report: str | None) -> Path | None:

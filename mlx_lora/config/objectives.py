@@ -16,6 +16,8 @@ RANKED = ("rerank",)  # objectives whose records are queries with documents
 IMITATION = ("sft", "distill")  # objectives that train the answers of the data, token by token
 PAIRS = ("dpo", "orpo", "simpo", "cpo", "reward")  # objectives whose examples are pairs of answers
 PROBLEMS = ("auto", "single_label_classification", "multi_label_classification", "regression")
+EMBED_LOSSES = ("infonce", "triplet", "cosent", "cosine")  # of losses/contrastive.py
+POOLINGS = ("mean", "last", "cls")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "sampled_kl")
 
 
@@ -28,7 +30,8 @@ class ObjectiveSettings:
         "What to train toward. sft: imitate answers; dpo, orpo, simpo, cpo: prefer the chosen answer of each pair; "
         "kto: answers rated good or bad; reward: a reward model, which scores answers; grpo, rloo: sample answers to "
         "prompts, and learn from their rewards; distill: give each token the probabilities that a teacher gives it; "
-        "classify: give each text its label, or a number; rerank: order documents by how well they answer a query.",
+        "classify: give each text its label, or a number; rerank: order documents by how well they answer a query; "
+        "embed: make the vectors of texts that belong together alike, for search.",
         OBJECTIVE, common=True)
     loss_type: str = setting("sigmoid",
         "dpo: loss on the pairs, by TRL's names (sigmoid, sigmoid_norm, hinge, ipo ...); several, by commas, are added, "
@@ -126,6 +129,22 @@ class ObjectiveSettings:
     on_policy: bool = setting(False, "distill: sample the answers to the prompts in --data from the model as it is "
         "trained; the teacher stays in memory.", OBJECTIVE)
 
+    embed_loss: str | None = setting(None, "embed: the loss. infonce: a query's own document against all others of a step; triplet: "
+        "against its own negatives; cosent, cosine: pairs with a score (default: infonce, or cosent for scores).",
+        OBJECTIVE, choices=EMBED_LOSSES)
+    embed_temp: float = setting(0.05, "embed: divide cosines by this (infonce, cosent).", OBJECTIVE, more_than=0, at_most=100)
+    triplet_margin: float = setting(0.5, "embed: cosine distance by which a negative should be farther away than the document (triplet).",
+        OBJECTIVE, more_than=0, at_most=2)
+    negatives: int | None = setting(None, "embed: most negatives of an example that are used (default: all that the data have).",
+        OBJECTIVE, at_least=0, at_most=1000)
+    matryoshka_dims: str | None = setting(None, "embed: widths at which a vector's first numbers should do alone, such as 384,128,64.",
+        OBJECTIVE)
+    pooling: str | None = setting(None, "embed: what becomes a text's vector: the mean of its tokens' states, or that of the last or the "
+        "first token (default: as the model's own files say, else last; mean for an encoder).", OBJECTIVE, choices=POOLINGS)
+    query_prompt: str | None = setting(None, "embed: text before each query, such as 'query: ' (default: as the model's own files say, "
+        "else none).", OBJECTIVE)
+    document_prompt: str | None = setting(None, "embed: text before each document.", OBJECTIVE)
+
     @property
     def rows_per_example(self) -> int:
         """Rows that stay together in a batch: one, a pair's two answers, or a rated answer and one to compare it with.
@@ -136,6 +155,8 @@ class ObjectiveSettings:
             return 1
         if self.samples:
             return self.answers_per_prompt
+        if self.objective == "embed":
+            return 2 + (self.negatives or 0)
         return 2 if self.objective in (*PAIRS, "kto") else 1
 
     @property

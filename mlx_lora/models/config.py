@@ -30,6 +30,7 @@ from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
 from transformers import CONFIG_MAPPING
 
+from mlx_lora.models import encoder
 from mlx_lora.utils.errors import InputError
 
 PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -116,6 +117,17 @@ PER_LAYER = {"global_head_dim": "head_dim", "num_global_key_value_heads": "num_k
 PER_LAYER_NAMES = frozenset(PER_LAYER.values())
 
 
+def architecture_of(config: Values) -> tuple[type, type]:
+    """Return the classes of a model and of its arguments: ours for an encoder, mlx-lm's for every other.
+
+    Raises:
+        ValueError: neither has it.
+    """
+    if config.get("model_type") in encoder.ENCODERS:
+        return encoder.Model, encoder.ModelArgs
+    return mlx_lm.utils._get_classes(config)
+
+
 def translate_config(config: Values, origin: object) -> Values:
     """Return the config with the keys that mlx-lm's class of its architecture reads, in its text part too.
 
@@ -129,7 +141,7 @@ def translate_config(config: Values, origin: object) -> Values:
     if config.get("model_file") is not None:
         return config  # the model's own code reads it
     try:
-        model_class, args_class = mlx_lm.utils._get_classes(config)
+        model_class, args_class = architecture_of(config)
     except (ValueError, ImportError, SystemExit):
         return config  # building the model raises the same error, and is reported there
     problems: list[str] = []

@@ -32,7 +32,7 @@ from mlx_lora.gguf.reader import read_gguf
 from mlx_lora.gguf.tokenizer import write_tokenizer
 from mlx_lora.gguf.weights import Imported, Target, check_shapes, import_weights
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
-from mlx_lora.models.config import check_rotation, translate_config
+from mlx_lora.models.config import architecture_of, check_rotation, translate_config
 from mlx_lora.models.folder import (
     FOREIGN_ERRORS,
     ShardWriter,
@@ -315,7 +315,7 @@ def build_model(config: dict[str, Any], names: frozenset[str] | None = None) -> 
     origin = f"model_type {config.get('model_type')}"
     config = translate_config(config, origin)
     try:
-        model_class, args_class = mlx_lm.utils._get_classes(config)
+        model_class, args_class = architecture_of(config)
         model = model_class(args_class.from_dict(config))
     except FOREIGN_ERRORS as error:
         raise InputError(f"{origin}: mlx-lm cannot build this model ({error}); choose another model") from error

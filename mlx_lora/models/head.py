@@ -53,7 +53,17 @@ EMBEDDING_HEADS = (nn.Embedding, nn.QuantizedEmbedding)
 BODIES = ("model.language_model", "model", "transformer", "backbone")
 HEADS = ("lm_head", "output")
 # The embedding in the body, which is the head of a model without a separate one.
-EMBEDDINGS = ("embed_tokens", "wte", "embeddings", "word_embeddings", "embedding", "tok_embeddings", "token_embeddings")
+EMBEDDINGS = (
+    "embed_tokens",
+    "wte",
+    "embeddings.word_embeddings",
+    "embeddings.tok_embeddings",
+    "embeddings",
+    "word_embeddings",
+    "embedding",
+    "tok_embeddings",
+    "token_embeddings",
+)
 # Heads that the body itself applies: GPT-NeoX and Pythia, Lille, Gemma 3n.
 INNER_HEADS = ("model.embed_out", "transformer.tok_embeddings", "embed_tokens")
 # The largest share of a batch's positions for which the last block is computed at these alone: picking them out costs a

@@ -30,6 +30,7 @@ OBJECTIVES = {
     "distill": ("distill", "distill"),
     "classify": ("classify", "classify"),
     "rerank": ("rerank", "rerank"),
+    "embed": ("embed", "embed"),
 }
 # Settings of objectives that reward sampled answers, and of those with a teacher.
 OF_REWARDS = (
@@ -45,6 +46,16 @@ OF_REWARDS = (
     "kl_beta",
 )
 OF_TEACHER = ("teacher", "teacher_prompt", "teacher_top_k", "divergence", "jsd_beta", "distill_temp", "on_policy")
+OF_TEXTS = (
+    "embed_loss",
+    "embed_temp",
+    "triplet_margin",
+    "negatives",
+    "matryoshka_dims",
+    "pooling",
+    "query_prompt",
+    "document_prompt",
+)
 # Options that only some objectives use; with any other objective they are refused, because they would be ignored.
 OWN_OPTIONS = {
     "loss_type": ("dpo", "kto"),
@@ -67,6 +78,7 @@ OWN_OPTIONS = {
     **dict.fromkeys(("problem_type", "labels", "class_weights"), ("classify",)),
     **dict.fromkeys(("rerank_loss", "candidates"), ("rerank",)),
     **dict.fromkeys(OF_TEACHER, ("distill",)),
+    **dict.fromkeys(OF_TEXTS, ("embed",)),
 }
 
 

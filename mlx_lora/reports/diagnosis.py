@@ -375,6 +375,7 @@ def verdict(
         (settings.get("objective") == "distill", _of_divergence),
         (settings.get("objective") in LABELED, _of_labels),
         (settings.get("objective") in RANKED, _of_rankings),
+        (settings.get("objective") == "embed", _of_search),
     )
     evidence = evidence_of(records, kept["step"], context)
     for applies, words_of_objective in of_its_own:
@@ -507,6 +508,17 @@ def _of_preferences(validations: list[dict[str, Any]], kept: dict[str, Any]) -> 
     words = ", ".join(parts)
     tone = PLAIN if len(validations) == 1 or abs(last - first) < 0.005 else GOOD if last > first else BAD
     return words[0].upper() + words[1:], tone
+
+
+def _of_search(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
+    """Return headline and tone for embeddings: how often the first held-out document is the right one, or how scores agree."""
+    name = next((name for name in ("accuracy", "spearman") if kept.get(name) is not None), "val_loss")
+    names = {"accuracy": "first result right", "spearman": "rank correlation with the scores", "val_loss": "loss"}
+    first, last = validations[0].get(name) or 0.0, kept[name]
+    ends = dict.fromkeys(f"{value:.0%}" if name == "accuracy" else f"{value:.3f}" for value in (first, last))
+    change = (last - first) * (-1 if name == "val_loss" else 1)
+    tone = PLAIN if len(validations) == 1 or abs(change) < 0.005 else GOOD if change > 0 else BAD
+    return f"Held out: {names[name]} {' to '.join(ends)}", tone
 
 
 def _of_rewards(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:

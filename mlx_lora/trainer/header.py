@@ -186,13 +186,16 @@ def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
     path, model = str(folder), ["--model", str(settings.model.model)]
     trained_on = model if settings.model.bits is None else [*model, "--bits", str(settings.model.bits)]
     adapter = ["--adapter-path", path]
-    if info.scores:
-        measured = ["--objective", settings.objective.objective, "--data", str(settings.data.data)]
-        labels = (
-            [["predict", *trained_on, *adapter, "--data", str(settings.data.data)]]
-            if settings.objective.objective in LABELED
-            else []
-        )
+    asked = settings.objective.objective
+    measured = ["--objective", asked, "--data", str(settings.data.data)]
+    if asked == "embed":
+        lines = [
+            ["embed", "FILE", *trained_on, *adapter, "--out", "vectors.npy"],
+            ["evaluate", *measured, *trained_on, *adapter],
+            ["export", *model, *adapter, "--to", "sentence-transformers", "--out", f"{path}-search"],
+        ]
+    elif info.scores:
+        labels = [["predict", *trained_on, *adapter, *measured[2:]]] if asked in LABELED else []
         lines = [
             *labels,
             ["evaluate", *trained_on, *adapter, *measured],

@@ -1,0 +1,333 @@
+"""Compute the vectors of texts, measure how well they find documents, and find documents that look like answers and are none.
+
+What a vector is (pooling, prompts, how long a text may be) is kept in the run.yaml of an adapter, and in a model's own
+sentence-transformers files; here it is read from there, so that search uses what was trained.
+
+Shapes: N texts, Q queries, M documents, D width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_lora.api.base import Base as PublicBase
+from mlx_lora.api.base import PathLike, as_base
+from mlx_lora.api.errors import speaks_python
+from mlx_lora.api.run_data import run_of
+from mlx_lora.api.train import run_settings
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings, TrainSettings
+from mlx_lora.data.pairs import TextForm, TextRows, read_eval_pairs, read_passages
+from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.losses.contrastive import normalized, retrieval, spearman
+from mlx_lora.models.load import Base, check_token_ids
+from mlx_lora.objectives.embed import Embedder, form_of, kept_choices, with_choices
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.hub import resolve_adapter
+from mlx_lora.utils.progress import tracked
+
+QUERIES_AT_A_TIME = 256  # whose similarities to all documents are in memory
+STEP = 8  # widths of batches are multiples of this
+
+# Vectors
+
+
+@dataclass(frozen=True)
+class TextEmbedder:
+    """Computes the vectors of texts.
+
+    Attributes:
+        base: the model, with or without an adapter.
+        form: how texts become rows.
+        embedder: of the model.
+        dims: the first so many numbers are kept; None: all.
+        normalize: whether vectors have length one.
+        batch_tokens: most positions of a batch.
+    """
+
+    base: Base
+    form: TextForm
+    embedder: Embedder
+    dims: int | None = None
+    normalize: bool = True
+    batch_tokens: int = DEFAULT_BATCH_TOKENS
+
+    def __call__(self, texts: Sequence[str], query: bool = False, words: str = "Computing vectors") -> np.ndarray:
+        """Return the vectors of texts, (N, D) float32, in their order.
+
+        Args:
+            texts: to embed.
+            query: whether they are queries, or documents.
+            words: what a display calls the work.
+
+        Raises:
+            InputError: a text has no tokens, or some that the model does not have.
+        """
+        if not texts:
+            return np.zeros((0, self.dims or self.embedder.width), np.float32)
+        rows = self.form.encode(texts, self.base.hf_tokenizer, query)
+        if empty := [number for number, row in enumerate(rows) if not len(row)]:
+            raise InputError(f"text {empty[0] + 1}: is empty; fill it, or remove it")
+        check_token_ids(self.base, max(int(row.max()) for row in rows), "the texts")
+        found = np.zeros((len(rows), self.dims or self.embedder.width), np.float32)
+        batches = batches_of([len(row) for row in rows], self.batch_tokens)
+        self.base.model.eval()
+        for numbers in tracked(batches, words, len(batches), "batches"):
+            found[numbers] = np.array(self._vectors([rows[number] for number in numbers]))
+        return found
+
+    def _vectors(self, rows: Sequence[np.ndarray]) -> mx.array:
+        lengths = np.array([len(row) for row in rows], np.int32)
+        inputs = np.zeros((len(rows), -(-int(lengths.max()) // STEP) * STEP), np.int32)
+        for place, row in enumerate(rows):
+            inputs[place, : len(row)] = row
+        vectors = self.embedder(mx.array(inputs), mx.array(lengths))[:, : self.dims]
+        return normalized(vectors) if self.normalize else vectors
+
+
+def batches_of(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Return the numbers of rows in batches, long rows first, so that rows of similar length are together.
+
+    Args:
+        lengths: of the rows.
+        batch_tokens: most positions of a batch, which has at least one row.
+    """
+    batches: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        widest = -(-lengths[batches[-1][0]] // STEP) * STEP if batches else 0
+        if batches and (len(batches[-1]) + 1) * widest <= batch_tokens:
+            batches[-1].append(number)
+        else:
+            batches.append([number])
+    return batches
+
+
+def open_embedder(
+    settings: TrainSettings, base: Base, adapter: Path | None = None, ignore_fingerprint: bool = False, **more: Any
+) -> TextEmbedder:
+    """Return what computes the vectors of a model, with an adapter's choices of pooling and prompts if it has one.
+
+    Args:
+        settings: what the user gave of pooling, prompts and --max-seq-length decides.
+        base: the model; it gets the adapter.
+        adapter: its folder.
+        ignore_fingerprint: as for `load_adapter`.
+        more: of `TextEmbedder`.
+
+    Raises:
+        InputError: the adapter does not fit the base, or the model's hidden states cannot be read.
+    """
+    kept = kept_choices(run_of(adapter)) if adapter else {}
+    asked = settings.objective
+    chosen = {name: kept[name] for name in kept if name != "max_seq_length" and getattr(asked, name) is None}
+    data = settings.data
+    if "max_seq_length" in kept and data.max_seq_length == DataSettings.max_seq_length:
+        data = replace(data, max_seq_length=int(kept["max_seq_length"]))
+    asked = with_choices(replace(asked, **chosen), base)
+    form = form_of(replace(settings, objective=replace(asked, embed_loss=None), data=data), base)
+    if adapter:
+        load_adapter(base, adapter, ignore_fingerprint)
+    embedder = Embedder.of(base.model, asked.pooling or "")
+    if (dims := more.get("dims")) and dims > embedder.width:
+        raise InputError(f"--dims {dims}: the model's vectors have {embedder.width} numbers; give at most that many")
+    return TextEmbedder(base, form, embedder, **more)
+
+
+@speaks_python(adapter_path="adapter")
+def embed(
+    base: PublicBase | PathLike,
+    texts: Sequence[str],
+    adapter: PathLike | None = None,
+    *,
+    query: bool = False,
+    dims: int | None = None,
+    normalize: bool = True,
+    **settings: Any,
+) -> np.ndarray:
+    """Return the vectors of texts.
+
+    Args:
+        base: from `load`, or a model's name; it stays as it is.
+        texts: to embed; none may be empty.
+        adapter: folder or hub id of an adapter, whose pooling and prompts are used; None: the base alone.
+        query: whether the texts are queries, or documents; the prompt before them may differ.
+        dims: keep the first so many numbers, for a model that was trained with `matryoshka_dims`; None: all.
+        normalize: give vectors length one, so that their products are cosines.
+        settings: `pooling`, `query_prompt`, `document_prompt`, `max_seq_length`, instead of what the adapter or the model says.
+
+    Returns:
+        (N, D) float32.
+
+    Raises:
+        InputError: base, adapter or a text that cannot be used.
+    """
+    if isinstance(texts, str) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise InputError("texts: give a list of texts, none of which is empty")
+    loaded = as_base(base, "embed")
+    resolved = run_settings(loaded.settings, {**settings, "objective": "embed"})
+    folder = None if adapter is None else resolve_adapter(os.fspath(adapter), None)
+    with loaded.loaded.lent() as lent:
+        return open_embedder(resolved, lent, folder, dims=dims, normalize=normalize)(texts, query)
+
+
+# Search
+
+
+def ranks_of(queries: np.ndarray, documents: np.ndarray, own: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Return the ranks of each query's own documents among all, from 0; equal ones count against them.
+
+    Args:
+        queries, documents: (Q, D) and (M, D), normalized.
+        own: numbers of each query's documents.
+    """
+    found: list[np.ndarray] = []
+    for first in range(0, len(queries), QUERIES_AT_A_TIME):
+        part = mx.array(queries[first : first + QUERIES_AT_A_TIME]) @ mx.array(documents).T
+        similarities = np.array(part)  # (C, M)
+        for row, numbers in zip(similarities, own[first : first + QUERIES_AT_A_TIME], strict=True):
+            mine = row[list(numbers)]
+            others = np.delete(row, list(numbers))
+            ahead = (others[None] >= mine[:, None]).sum(axis=1)  # of others
+            before = (mine[None] > mine[:, None]).sum(axis=1)  # of its own
+            found.append(ahead + before)
+    return found
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Queries, documents, and which belong together.
+
+    Attributes:
+        queries, documents: texts, all different.
+        own: numbers of each query's documents.
+    """
+
+    queries: list[str]
+    documents: list[str]
+    own: list[list[int]]
+
+    @classmethod
+    def of(cls, rows: TextRows, more: Sequence[str] = ()) -> Corpus:
+        """Return the queries of some examples, against all their documents and negatives, and more documents."""
+        documents = {pair.document: None for pair in rows.pairs}
+        documents |= {text: None for pair in rows.pairs for text in pair.negatives} | dict.fromkeys(more)
+        number = {text: place for place, text in enumerate(documents)}
+        own: dict[str, list[int]] = {}
+        for pair in rows.pairs:
+            mine = own.setdefault(pair.query, [])
+            if number[pair.document] not in mine:
+                mine.append(number[pair.document])
+        return cls(list(own), list(documents), list(own.values()))
+
+    def measure(self, embedder: TextEmbedder) -> dict[str, float]:
+        """Return how well a model's vectors find the documents; see losses/contrastive.py."""
+        queries = embedder(self.queries, True, "Queries")
+        documents = embedder(self.documents, False, "Documents")
+        return retrieval(ranks_of(queries, documents, self.own))
+
+
+def measure_embeddings(
+    settings: TrainSettings,
+    base: Base,
+    adapter: Path | None = None,
+    ignore_fingerprint: bool = False,
+    corpus: str | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Return what `evaluate --objective embed --json` prints: measures of the model, and with an adapter those of its base.
+
+    Args:
+        settings: data, and what of pooling and prompts is given.
+        base: the model; it gets the adapter.
+        adapter: its folder.
+        ignore_fingerprint: as for `load_adapter`.
+        corpus: files with more documents to search in.
+        more: of `TextEmbedder`.
+
+    Raises:
+        InputError: adapter or data that cannot be used.
+    """
+    plain = open_embedder(settings, base, None, **more)
+    rows, scored = read_eval_pairs(settings.data, plain.form)
+    if scored and corpus:
+        raise InputError(f"--corpus {corpus}: pairs with a score are compared with each other alone; leave it out")
+    passages = read_passages(corpus) if corpus else []
+    of = None if scored else Corpus.of(rows, [one.text for one in passages])
+    found: dict[str, Any] = {}
+    if adapter:  # the base with the adapter's own prompts would be another model than the one it began as
+        found |= {f"base_{name}": value for name, value in _measured(plain, rows, of).items()}
+        plain = open_embedder(settings, base, adapter, ignore_fingerprint, **more)
+    found = _measured(plain, rows, of) | found
+    counts = {"rows": len(rows.pairs)} | (
+        {} if of is None else {"queries": len(of.queries), "documents": len(of.documents)}
+    )
+    return {**found, **counts, "model": base.model_id}
+
+
+def _measured(embedder: TextEmbedder, rows: TextRows, corpus: Corpus | None) -> dict[str, float]:
+    if corpus is not None:
+        return corpus.measure(embedder)
+    queries = embedder([pair.query for pair in rows.pairs], True, "First texts")
+    documents = embedder([pair.document for pair in rows.pairs], False, "Second texts")
+    cosines, scores = (queries * documents).sum(axis=1), np.array([pair.score for pair in rows.pairs], np.float32)
+    return {"spearman": spearman(cosines, scores)}
+
+
+# Hard negatives
+
+
+@dataclass(frozen=True)
+class MineOptions:
+    """Which documents become negatives.
+
+    Attributes:
+        negatives: of each query, the nearest ones that may be.
+        skip: leave out so many of the nearest, which are often answers that nobody marked.
+        margin: leave out those whose cosine is more than (1 - margin) times that of the query's own document.
+    """
+
+    negatives: int = 5
+    skip: int = 0
+    margin: float = 0.05
+
+
+def mine(
+    embedder: TextEmbedder,
+    rows: TextRows,
+    more: Sequence[str],
+    options: MineOptions,
+    on_row: Callable[[dict[str, Any]], None],
+) -> tuple[int, int]:
+    """Find documents that are near to a query and not its own, and return how many queries have some, and how many were found.
+
+    Args:
+        embedder: of the model to mine with.
+        rows: queries and their documents.
+        more: documents to search in addition to those of the rows.
+        options: which documents are taken.
+        on_row: takes each record: query, positive, negatives.
+
+    Source: sentence-transformers' mine_hard_negatives, with its relative margin (NV-Retriever, arXiv 2407.15831).
+    """
+    corpus = Corpus.of(rows, more)
+    queries, documents = embedder(corpus.queries, True, "Queries"), embedder(corpus.documents, False, "Documents")
+    with_some = total = 0
+    for first in range(0, len(queries), QUERIES_AT_A_TIME):
+        part = np.array(mx.array(queries[first : first + QUERIES_AT_A_TIME]) @ mx.array(documents).T)
+        for place, row in enumerate(part, first):
+            own = corpus.own[place]
+            nearest = [number for number in np.argsort(-row, kind="stable").tolist() if number not in own]
+            for number in own:
+                limit = row[number] - abs(row[number]) * options.margin
+                chosen = [other for other in nearest[options.skip :] if row[other] <= limit][: options.negatives]
+                texts = [corpus.documents[other] for other in chosen]
+                texts = [text for text in texts if text != corpus.queries[place]]
+                on_row({"query": corpus.queries[place], "positive": corpus.documents[number], "negatives": texts})
+                with_some, total = with_some + bool(texts), total + len(texts)
+    return with_some, total

@@ -1,0 +1,138 @@
+"""Compute the vectors of texts, for search.
+
+python -m mlx_lora embed notes --model DIR --adapter-path my-adapter --out notes.npy        the passages of a folder of Markdown
+python -m mlx_lora embed questions.jsonl --model DIR --query --out questions.parquet
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from mlx_lora.api.embed import open_embedder
+from mlx_lora.cli import options as flags
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS
+from mlx_lora.data.pairs import Passage, read_passages
+from mlx_lora.models.load import load_base
+from mlx_lora.utils import console
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import check_writable, replacing_file
+from mlx_lora.utils.text import counted
+
+SUFFIXES = (".npy", ".parquet")
+TEXTS = ".jsonl"  # beside a .npy file
+
+
+class FileCommand(flags.ShortCommand):
+    """A command whose first word may be the file to read."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and not args[0].startswith("-"):
+            args = ["--data", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.command(cls=FileCommand)
+@flags.settings_options("model", leave_out=("decode_weights",))
+@flags.setting_option("max_seq_length")
+@flags.setting_option("pooling")
+@flags.setting_option("query_prompt")
+@flags.setting_option("document_prompt")
+@flags.adapter_options(help="Adapter folder, or hub id, to put on the model; its pooling and prompts are used.")
+@click.option(
+    "--data",
+    type=str,
+    required=True,
+    help="File or folder of texts; Markdown and .txt files are divided into passages.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write: .npy or .parquet.")
+@click.option("--text-column", type=str, default=None, help="Column of the text [default: text, or a usual name].")
+@click.option(
+    "--query", is_flag=True, help="The texts are queries, and not documents: the prompt before them may differ."
+)
+@click.option("--dims", type=click.IntRange(min=1), default=None, help="Keep the first so many numbers of each vector.")
+@click.option("--no-normalize", is_flag=True, help="Do not give the vectors length one.")
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=2),
+    default=DEFAULT_BATCH_TOKENS,
+    show_default=True,
+    help="Tokens per batch.",
+)
+@click.option("--force", is_flag=True, help="Replace --out.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def main(
+    adapter: flags.OneAdapter, data: str, out: Path, text_column: str | None, query: bool, dims: int | None, no_normalize: bool,
+    batch_tokens: int, force: bool, as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Write the vectors of texts: a .npy file with the texts in a .jsonl file beside it, or one .parquet file with both."""
+    _check_out(out, force)
+    settings = train_settings(flags.given(options) | {"objective": "embed"})
+    passages = read_passages(data, text_column)
+    base = load_base(settings.model)
+    embedder = open_embedder(
+        settings, base, adapter.folder(), adapter.ignore_fingerprint,
+        dims=dims, normalize=not no_normalize, batch_tokens=batch_tokens,
+    )  # fmt: skip
+    vectors = embedder([one.text for one in passages], query)
+    write_vectors(out, vectors, passages)
+    if as_json:
+        facts = {"texts": len(vectors), "width": vectors.shape[1], "model": base.model_id, "out": str(out)}
+        console.print_json(facts | {"pooling": embedder.embedder.pooling, "adapter_path": adapter.adapter_path})
+    else:
+        beside = f", and the texts in {out.with_suffix(TEXTS)}" if out.suffix == ".npy" else ""
+        click.echo(f"{counted(len(vectors), 'vector')} of {vectors.shape[1]} numbers in {out}{beside}")
+
+
+def _check_out(out: Path, force: bool) -> None:
+    """Refuse a file that cannot be written, before any work is done."""
+    if out.suffix not in SUFFIXES:
+        raise InputError(f"--out {out}: its name must end in {' or '.join(SUFFIXES)}")
+    if out.exists() and not force:
+        raise InputError(f"--out {out}: exists; give another name, or --force to replace it")
+    if out.suffix == ".parquet":
+        _arrow()
+    check_writable(out.absolute().parent, "--out", needed_bytes=1_000_000)
+
+
+def write_vectors(out: Path, vectors: np.ndarray, passages: list[Passage]) -> None:
+    """Write vectors with their texts.
+
+    Args:
+        out: .npy or .parquet.
+        vectors: (N, D) float32.
+        passages: N texts.
+    """
+    with replacing_file(out) as temporary:
+        if out.suffix == ".npy":
+            with temporary.open("wb") as file:
+                np.save(file, vectors)
+        else:
+            arrow, parquet = _arrow()
+            width = arrow.list_(arrow.float32(), vectors.shape[1])
+            table = {
+                "text": [one.text for one in passages],
+                "file": [one.file for one in passages],
+                "embedding": arrow.FixedSizeListArray.from_arrays(vectors.ravel(), type=width),
+            }
+            parquet.write_table(arrow.table(table), temporary)
+    if out.suffix == ".npy":
+        with replacing_file(out.with_suffix(TEXTS)) as temporary:
+            lines = [json.dumps({"text": one.text, "file": one.file}, ensure_ascii=False) + "\n" for one in passages]
+            temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def _arrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(
+            "--out: .parquet requires pyarrow, which is not installed; pip install 'mlx-lora[parquet]', or give a .npy file"
+        ) from error
+    return pyarrow, pyarrow.parquet

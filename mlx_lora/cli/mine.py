@@ -1,0 +1,72 @@
+"""Find documents that look like answers and are none, to train embeddings with.
+
+python -m mlx_lora mine --model DIR --data pairs.jsonl --corpus notes --count 3 --out with-negatives.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_lora.api.embed import MineOptions, mine, open_embedder
+from mlx_lora.cli import options as flags
+from mlx_lora.config.load import train_settings
+from mlx_lora.data.pairs import read_eval_pairs, read_passages
+from mlx_lora.models.load import load_base
+from mlx_lora.utils import console
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import check_writable, replacing_file
+from mlx_lora.utils.text import counted
+
+
+@click.command(cls=flags.ShortCommand)
+@flags.settings_options("model", leave_out=("decode_weights",))
+@flags.setting_option("data")
+@flags.setting_option("prompt_column")
+@flags.setting_option("completion_column")
+@flags.setting_option("max_seq_length")
+@flags.setting_option("pooling")
+@flags.setting_option("query_prompt")
+@flags.setting_option("document_prompt")
+@flags.adapter_options(help="Adapter folder, or hub id, to put on the model; its pooling and prompts are used.")
+@click.option("--corpus", type=str, default=None, help="Files or folder with more documents to search in.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON-lines file to write.")
+@click.option("--count", type=click.IntRange(min=1), default=5, show_default=True, help="Most negatives of each query.")
+@click.option(
+    "--skip", type=click.IntRange(min=0), default=0, show_default=True,
+    help="Leave out so many of the nearest documents, which are often answers that nobody marked.",
+)  # fmt: skip
+@click.option(
+    "--margin", type=click.FloatRange(min=0, max=1), default=0.05, show_default=True,
+    help="Leave out documents that are nearly as near as the query's own: nearer than this share below its cosine.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace --out.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def main(
+    adapter: flags.OneAdapter, corpus: str | None, out: Path, count: int, skip: int, margin: float, force: bool, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Write the queries of --data and their documents, each with the nearest documents that are not its own."""
+    if out.exists() and not force:
+        raise InputError(f"--out {out}: exists; give another name, or --force to replace it")
+    check_writable(out.absolute().parent, "--out", needed_bytes=1_000_000)
+    settings = train_settings(flags.given(options) | {"objective": "embed"})
+    base = load_base(settings.model)
+    embedder = open_embedder(settings, base, adapter.folder(), adapter.ignore_fingerprint)
+    rows, scored = read_eval_pairs(settings.data, embedder.form)
+    if scored:
+        raise InputError(f"--data {settings.data.data}: its pairs have scores; give queries and their documents")
+    more = [one.text for one in read_passages(corpus)] if corpus else []
+    with replacing_file(out) as temporary, temporary.open("w", encoding="utf-8") as file:
+
+        def write(record: dict[str, Any]) -> None:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+        queries, found = mine(embedder, rows, more, MineOptions(count, skip, margin), write)
+    if as_json:
+        console.print_json({"rows": len(rows.pairs), "with_negatives": queries, "negatives": found, "out": str(out)})
+    else:
+        click.echo(f"{counted(found, 'negative')} for {queries:,} of {counted(len(rows.pairs), 'row')} in {out}")

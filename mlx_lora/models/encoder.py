@@ -1,0 +1,328 @@
+"""Encoders, which mlx-lm does not have: BERT (MiniLM, BGE, E5, GTE), RoBERTa, XLM-RoBERTa (multilingual E5, BGE-M3), ModernBERT.
+
+Every token sees all tokens of its text, so padding has to be masked: a call takes the lengths of the rows. The names of the
+modules are transformers' own, below `model`, so that an adapter's names in PEFT are ours without it. The logits that a model
+returns are products with its word embeddings; they only let the checks of a base compute something.
+
+Differences of the families:
+
+    positions     learned, from 0 (BERT) or from one after the padding token's id (RoBERTa); rotary (ModernBERT)
+    norms         behind each branch (BERT, RoBERTa); before it, and none before the first attention (ModernBERT)
+    attention     all tokens; every third block of ModernBERT, and in the others those nearby
+
+Shapes: B rows, T columns, D width, H heads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import BaseModelArgs
+
+BERT = ("bert", "roberta", "xlm-roberta", "camembert")
+SHIFTED = ("roberta", "xlm-roberta", "camembert")  # whose positions begin after the padding token's id
+MODERN = "modernbert"
+ENCODERS = (*BERT, MODERN)
+ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+    "gelu": nn.gelu,
+    "gelu_new": nn.gelu_approx,
+    "gelu_pytorch_tanh": nn.gelu_approx,
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
+# Parts of a checkpoint that embeddings do not need: heads of pre-training, the pooler, and what is computed anew.
+LEFT_OUT = re.compile(r"^(cls|lm_head|head|decoder|classifier|pooler)\.|\.?position_ids$|^pooler\.")
+PREFIX = re.compile(r"^(bert|roberta|model)\.")
+
+
+@dataclass
+class ModelArgs(BaseModelArgs):
+    """The entries of config.json that these models read; the names are transformers'."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    is_decoder: bool = False
+    position_embedding_type: str = "absolute"
+    # ModernBERT
+    hidden_activation: str = "gelu"
+    norm_eps: float = 1e-5
+    norm_bias: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    global_attn_every_n_layers: int = 3
+    local_attention: int = 128
+    global_rope_theta: float = 160000.0
+    local_rope_theta: float | None = 10000.0
+    rope_parameters: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.is_decoder or self.position_embedding_type not in ("absolute", "sans_pos"):
+            raise ValueError("a BERT that is a decoder, or has relative positions")
+        act = self.hidden_activation if self.model_type == MODERN else self.hidden_act
+        if act not in ACTIVATIONS:
+            raise ValueError(f"an unknown activation, {act}")
+
+    @property
+    def first_position(self) -> int:
+        """The position of a text's first token."""
+        return (self.pad_token_id or 0) + 1 if self.model_type in SHIFTED else 0
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a text."""
+        return self.max_position_embeddings - self.first_position
+
+
+def padding_mask(inputs: mx.array, lengths: mx.array | None) -> mx.array | None:
+    """Return which tokens may be seen, (B, 1, 1, T) bool; None: all.
+
+    Args:
+        inputs: (B, T).
+        lengths: (B,) int, tokens of each row; None: rows without padding. A row of padding sees its first token.
+    """
+    if lengths is None:
+        return None
+    seen = mx.arange(inputs.shape[1])[None] < mx.maximum(lengths, 1)[:, None]
+    return seen[:, None, None]
+
+
+def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:
+    """Return the attention of (B, H, T, D / H) arrays, (B, T, D)."""
+    scale = queries.shape[-1] ** -0.5
+    out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    return out.swapaxes(1, 2).flatten(2)
+
+
+def in_heads(x: mx.array, heads: int) -> mx.array:
+    """Return (B, T, D) as (B, H, T, D / H)."""
+    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+
+
+# BERT
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.heads = args.num_attention_heads
+        self.query = nn.Linear(args.hidden_size, args.hidden_size)
+        self.key = nn.Linear(args.hidden_size, args.hidden_size)
+        self.value = nn.Linear(args.hidden_size, args.hidden_size)
+
+    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+        queries, keys, values = (in_heads(layer(x), self.heads) for layer in (self.query, self.key, self.value))
+        return attend(queries, keys, values, mask)
+
+
+class Output(nn.Module):
+    """A projection, added to what was before the branch, and a norm behind."""
+
+    def __init__(self, inputs: int, args: ModelArgs):
+        super().__init__()
+        self.dense = nn.Linear(inputs, args.hidden_size)
+        self.LayerNorm = nn.LayerNorm(args.hidden_size, eps=args.layer_norm_eps)
+
+    def __call__(self, branch: mx.array, x: mx.array) -> mx.array:
+        return self.LayerNorm(self.dense(branch) + x)
+
+
+class Attention(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.self = SelfAttention(args)
+        self.output = Output(args.hidden_size, args)
+
+    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+        return self.output(self.self(x, mask), x)
+
+
+class Intermediate(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.dense = nn.Linear(args.hidden_size, args.intermediate_size)
+        self.act = args.hidden_act
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ACTIVATIONS[self.act](self.dense(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.attention = Attention(args)
+        self.intermediate = Intermediate(args)
+        self.output = Output(args.intermediate_size, args)
+
+    def __call__(self, x: mx.array, mask: mx.array | None = None) -> mx.array:
+        x = self.attention(x, mask)
+        return self.output(self.intermediate(x), x)
+
+
+class Embeddings(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.first = args.first_position
+        self.word_embeddings = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.position_embeddings = nn.Embedding(args.max_position_embeddings, args.hidden_size)
+        self.token_type_embeddings = nn.Embedding(args.type_vocab_size, args.hidden_size)
+        self.LayerNorm = nn.LayerNorm(args.hidden_size, eps=args.layer_norm_eps)
+
+    def __call__(self, inputs: mx.array) -> mx.array:
+        positions = self.position_embeddings(mx.arange(inputs.shape[1]) + self.first)
+        first_type = self.token_type_embeddings(mx.zeros((1,), mx.int32))
+        return self.LayerNorm(self.word_embeddings(inputs) + positions + first_type)
+
+
+class Layers(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.layer = [Layer(args) for _ in range(args.num_hidden_layers)]
+
+
+class Bert(nn.Module):
+    """(B, T) token ids -> (B, T, D) hidden states."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.embeddings = Embeddings(args)
+        self.encoder = Layers(args)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The blocks."""
+        return self.encoder.layer
+
+    def __call__(self, inputs: mx.array, lengths: mx.array | None = None) -> mx.array:
+        x, mask = self.embeddings(inputs), padding_mask(inputs, lengths)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
+# ModernBERT (arXiv 2412.13663)
+
+
+class ModernAttention(nn.Module):
+    def __init__(self, args: ModelArgs, whole: bool):
+        super().__init__()
+        self.heads, self.window = args.num_attention_heads, None if whole else args.local_attention // 2
+        self.Wqkv = nn.Linear(args.hidden_size, 3 * args.hidden_size, bias=args.attention_bias)
+        self.Wo = nn.Linear(args.hidden_size, args.hidden_size, bias=args.attention_bias)
+        self.rope = nn.RoPE(args.hidden_size // args.num_attention_heads, base=rope_theta(args, whole))
+
+    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+        queries, keys, values = (in_heads(part, self.heads) for part in mx.split(self.Wqkv(x), 3, axis=-1))
+        if self.window is not None:
+            places = mx.arange(x.shape[1])
+            near = mx.abs(places[:, None] - places[None]) <= self.window  # (T, T)
+            mask = near if mask is None else near & mask
+        return self.Wo(attend(self.rope(queries), self.rope(keys), values, mask))
+
+
+def rope_theta(args: ModelArgs, whole: bool) -> float:
+    """Return the base of the rotations of a block that sees the whole text, or only what is near."""
+    kinds = args.rope_parameters or {}
+    found = kinds.get("full_attention" if whole else "sliding_attention")
+    if isinstance(found, dict) and "rope_theta" in found:  # as transformers 5 writes it
+        return float(found["rope_theta"])
+    return args.global_rope_theta if whole or args.local_rope_theta is None else args.local_rope_theta
+
+
+class ModernMLP(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.act = args.hidden_activation
+        self.Wi = nn.Linear(args.hidden_size, 2 * args.intermediate_size, bias=args.mlp_bias)
+        self.Wo = nn.Linear(args.intermediate_size, args.hidden_size, bias=args.mlp_bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x, gate = mx.split(self.Wi(x), 2, axis=-1)
+        return self.Wo(ACTIVATIONS[self.act](x) * gate)
+
+
+class ModernLayer(nn.Module):
+    def __init__(self, args: ModelArgs, number: int):
+        super().__init__()
+        if number:  # the embeddings' norm is right before the first attention
+            self.attn_norm = nn.LayerNorm(args.hidden_size, eps=args.norm_eps, bias=args.norm_bias)
+        self.attn = ModernAttention(args, number % args.global_attn_every_n_layers == 0)
+        self.mlp_norm = nn.LayerNorm(args.hidden_size, eps=args.norm_eps, bias=args.norm_bias)
+        self.mlp = ModernMLP(args)
+
+    def __call__(self, x: mx.array, mask: mx.array | None = None) -> mx.array:
+        x = x + self.attn(self.attn_norm(x) if "attn_norm" in self else x, mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class ModernEmbeddings(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.norm = nn.LayerNorm(args.hidden_size, eps=args.norm_eps, bias=args.norm_bias)
+
+    def __call__(self, inputs: mx.array) -> mx.array:
+        return self.norm(self.tok_embeddings(inputs))
+
+
+class ModernBert(nn.Module):
+    """(B, T) token ids -> (B, T, D) hidden states."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.embeddings = ModernEmbeddings(args)
+        self.layers = [ModernLayer(args, number) for number in range(args.num_hidden_layers)]
+        self.final_norm = nn.LayerNorm(args.hidden_size, eps=args.norm_eps, bias=args.norm_bias)
+
+    def __call__(self, inputs: mx.array, lengths: mx.array | None = None) -> mx.array:
+        x, mask = self.embeddings(inputs), padding_mask(inputs, lengths)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.final_norm(x)
+
+
+# The model, as mlx-lm's are
+
+
+class Model(nn.Module):
+    """An encoder as the rest of the package takes a model."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self.model = ModernBert(args) if args.model_type == MODERN else Bert(args)
+
+    @property
+    def layers(self) -> list[Any]:
+        """The blocks."""
+        return self.model.layers
+
+    def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
+        words = self.model.embeddings
+        embedding = words.tok_embeddings if isinstance(words, ModernEmbeddings) else words.word_embeddings
+        return embedding.as_linear(self.model(inputs))
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Return a checkpoint's tensors by our names, without heads and pooler."""
+        plain = {PREFIX.sub("", name): value for name, value in weights.items()}
+        plain = {name.replace("gamma", "weight").replace("beta", "bias"): value for name, value in plain.items()}
+        return {f"model.{name}": value for name, value in plain.items() if not LEFT_OUT.search(name)}
+
+
+def is_encoder(model: nn.Module) -> bool:
+    """Return whether a model is one of these, whose calls take the lengths of rows."""
+    return isinstance(model, Model)

@@ -1,0 +1,549 @@
+"""Embeddings for search: make the vector of a query like that of its document, and unlike those of other documents.
+
+The examples of a step are each other's negatives, whatever micro-batches they are in, so --grad-accumulation-steps makes more
+of them. One step, if it has several micro-batches (GradCache, arXiv 2101.06983):
+
+    all texts of the step       their vectors, a micro-batch at a time, without a graph
+    all vectors                 the loss, and its gradient by each vector (losses/contrastive.py)
+    each micro-batch again      its vectors with their graph; the inner product with that gradient has the gradient of the loss
+
+So a step takes the memory of one micro-batch and of its vectors, and a forward pass more. A single micro-batch needs none of
+this. `prepare` does the first two, and the loss that the step differentiates is the third; to the trainer it is a loss like
+any other.
+
+A row's vector is the mean of its tokens' last hidden states, or that of its last or first token. It is compared by its cosine.
+
+Shapes: E examples, K rows of each (the query, its document, negatives), B rows, T columns, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_lora.adapters.base import base_dims
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
+from mlx_lora.data.pairs import TextForm, load_pairs
+from mlx_lora.kernels.table import training_kernels
+from mlx_lora.losses.check import choose_compute
+from mlx_lora.losses.contrastive import (
+    COSENT,
+    INFONCE,
+    SCORED,
+    TRIPLET,
+    ContrastiveOptions,
+    Texts,
+    loss_and_gradient,
+    losses_of,
+    retrieval,
+    spearman,
+)
+from mlx_lora.losses.cross_entropy import Loss
+from mlx_lora.models.encoder import Model as Encoder
+from mlx_lora.models.encoder import is_encoder
+from mlx_lora.models.head import Head, find_head, with_last_block
+from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.text import counted
+
+if TYPE_CHECKING:
+    from mlx_lora.data.batch import Batch
+    from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.data.load import DataSplits
+    from mlx_lora.data.sampler import BatchPlan
+    from mlx_lora.models.load import Base
+    from mlx_lora.planner.shapes import ModelShape
+
+MEAN, LAST, CLS = "mean", "last", "cls"
+POOLED = {
+    MEAN: ("mean", "mean_tokens"),
+    LAST: ("lasttoken",),
+    CLS: ("cls", "cls_token"),
+}  # sentence-transformers' names
+ACCURACY = "accuracy"  # the share of queries whose own document is nearer than all other documents of the step
+NEGATIVES = 32  # examples of a step, unless the settings say how large a batch is
+# Widths to which queries are cut in their batch, where documents are longer: each is a shape that is compiled once.
+STEPS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
+GRADIENT, LOSSES, TOLD = "gradient", "losses", "told"  # what a prepared batch has of its rows
+
+
+# Vectors
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """Computes the vectors of rows.
+
+    Attributes:
+        body: gives hidden states.
+        pooling: mean, last or cls.
+        both_ways: whether a token sees those behind it, so that the model has to know the lengths of rows.
+    """
+
+    body: Head
+    pooling: str
+    both_ways: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, pooling: str, part_of_last: bool = False) -> Embedder:
+        """Return the embedder of a model.
+
+        Args:
+            model: adapted or not.
+            pooling: mean, last or cls.
+            part_of_last: whether the last block may be computed at the pooled token alone, as was tried on this model.
+
+        Raises:
+            InputError: its hidden states cannot be read.
+        """
+        body = find_head(model, {})  # the config only decides what is done to logits
+        if isinstance(body, str):
+            raise InputError(
+                f"--objective embed: the last hidden states of this model cannot be read ({body}); do not train or adapt its "
+                "embedding or output head, or choose another model"
+            )
+        body = with_last_block(body, model)[0] if part_of_last and pooling != MEAN else body
+        return cls(body, pooling, is_encoder(model))
+
+    @property
+    def width(self) -> int:
+        """The numbers of a vector, D."""
+        layer = self.body.layer
+        return base_dims(layer)[isinstance(layer, nn.Embedding | nn.QuantizedEmbedding)]
+
+    def __call__(self, inputs: mx.array, lengths: mx.array) -> mx.array:
+        """Return pooled hidden states, (B, D) float32, not normalized.
+
+        Args:
+            inputs: (B, T) token ids, padded on the right.
+            lengths: (B,) int32, tokens of each row; 0 for a row of padding.
+        """
+        rows, width = inputs.shape
+        padded = {"lengths": lengths} if self.both_ways else {}  # else no token sees the padding behind it
+        if self.pooling == MEAN:
+            hidden = self.body.hidden(inputs, **padded).astype(mx.float32)  # (B, T, D)
+            there = (mx.arange(width)[None, :] < lengths[:, None]).astype(mx.float32)[..., None]
+            return (hidden * there).sum(axis=1) / mx.maximum(lengths[:, None], 1)
+        at = mx.maximum(lengths - 1, 0) if self.pooling == LAST else mx.zeros_like(lengths)
+        return self.body.hidden_at(mx.arange(rows) * width + at, inputs, **padded).astype(mx.float32)
+
+
+def stored_choices(folder: Path) -> dict[str, Any]:
+    """Return what a model's sentence-transformers files say: `pooling`, `query_prompt`, `document_prompt`, where they do.
+
+    Args:
+        folder: of the model.
+    """
+    found: dict[str, Any] = {}
+    file = folder / "1_Pooling" / "config.json"
+    pooled = _read_json(file)
+    for ours, names in POOLED.items():
+        if pooled.get("pooling_mode") in names or any(pooled.get(f"pooling_mode_{name}") for name in names):
+            found["pooling"] = ours
+    if pooled.get("include_prompt") is False:
+        raise InputError(
+            f"{file}: leaves the prompt out of the mean (include_prompt), which is not supported; choose another model"
+        )
+    prompts = _read_json(folder / "config_sentence_transformers.json").get("prompts")
+    for side in ("query", "document"):
+        if isinstance(prompts, dict) and isinstance(prompts.get(side), str):
+            found[f"{side}_prompt"] = prompts[side]
+    return found
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file}: is no JSON ({error}); download the model again") from None
+    return content if isinstance(content, dict) else {}
+
+
+def with_choices(settings: ObjectiveSettings, base: Base) -> ObjectiveSettings:
+    """Return the settings with pooling and prompts, where they are open, as the model's own files say."""
+    usual = {"pooling": MEAN if is_encoder(base.model) else LAST, "query_prompt": "", "document_prompt": ""}
+    found = usual | stored_choices(base.folder)
+    return replace(settings, **{name: value for name, value in found.items() if getattr(settings, name) is None})
+
+
+def longest_text(base: Base) -> int:
+    """Return the most tokens of a text that the model takes, or was made for."""
+    limits = [limit for limit in [_read_json(base.folder / "sentence_bert_config.json").get("max_seq_length")] if limit]
+    limits += [base.model.args.longest] if isinstance(base.model, Encoder) else []
+    return min([*map(int, limits), 10**8])
+
+
+def form_of(settings: TrainSettings, base: Base) -> TextForm:
+    """Return how texts become rows.
+
+    Args:
+        settings: with pooling and prompts.
+        base: the model.
+    """
+    asked, data = settings.objective, settings.data
+    return TextForm(
+        asked.query_prompt or "",
+        asked.document_prompt or "",
+        min(data.max_seq_length, longest_text(base)),
+        asked.embed_loss == TRIPLET,
+        asked.negatives,
+        data.prompt_column,
+        data.completion_column,
+    )
+
+
+# The objective
+
+
+@dataclass(eq=False)
+class Embed(Objective):
+    """Trains the vectors of texts.
+
+    Attributes:
+        asked: the settings, in which nothing is open once the data is read.
+        options: how vectors are compared.
+        kernels: gives the context in which the model computes vectors before a step.
+    """
+
+    asked: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    options: ContrastiveOptions = field(default_factory=ContrastiveOptions)
+    kernels: Callable[[nn.Module], AbstractContextManager[Any]] = lambda model: nullcontext()
+    batch: tuple[int | None, int] = (None, 1)  # tokens and micro-batches, where the settings leave them open
+
+    def open(self, ctx: RunContext) -> None:
+        if ctx.settings.adapter.dropout:
+            raise InputError(
+                f"--dropout {ctx.settings.adapter.dropout:g} with --objective embed: a step computes each vector twice, and "
+                "dropout would make them differ; leave it out"
+            )
+        if ctx.settings.loop.cache_trunk == "on":
+            raise InputError("--cache-trunk on with --objective embed: a row holds several texts; leave it out")
+        self.asked = with_choices(ctx.settings.objective, ctx.base)
+        width = Embedder.of(ctx.base.model, self.pooling).width
+        if too_wide := [dim for dim in self.options.dims if dim > width]:
+            raise InputError(f"--matryoshka-dims {too_wide[0]}: the model's vectors have {width} numbers; give less")
+
+    @property
+    def pooling(self) -> str:
+        """What becomes a text's vector."""
+        return self.asked.pooling or LAST
+
+    def read_data(self, ctx: RunContext, data: Any, teacher_prompt: str | None = None) -> DataSplits:
+        form = form_of(replace(ctx.settings, objective=self.asked), ctx.base)
+        splits, scored = load_pairs(data, form, ctx.base.hf_tokenizer, ctx.settings.loop.seed)
+        self.settle(splits.train, scored)
+        return splits
+
+    def settle(self, rows: EncodedSet, scored: bool) -> None:
+        """Choose the loss by the kind of the rows, if it is open, and refuse one that does not fit them.
+
+        Args:
+            rows: to train on, or to measure.
+            scored: whether each is a pair with a score.
+
+        Raises:
+            InputError: scores without a loss for them, or the other way around.
+        """
+        loss = self.asked.embed_loss or (COSENT if scored else INFONCE)
+        if scored != (loss in SCORED):
+            have = "the rows have a score" if scored else "the rows have no score"
+            other = " or ".join(SCORED if scored else (INFONCE, TRIPLET))
+            raise InputError(f"--embed-loss {loss}: {have}; give {other}, or leave it out")
+        self.asked = replace(self.asked, embed_loss=loss, negatives=rows.group - 2)
+        self.options = replace(self.options, loss=loss)
+        self.reports = () if scored else (ACCURACY,)
+
+    def targets_of(self, rows: EncodedSet) -> EncodedSet:
+        return rows  # they are read with the end of each row as its only target
+
+    def lay_out(self, ctx: RunContext, rows: EncodedSet) -> None:
+        compute = choose_compute(ctx.settings, ctx.base, rows, ctx.strategy)
+        whole = self.pooling == MEAN  # then the last block is computed at all positions
+        ctx.compute = replace(compute, loss=replace(compute.loss, part_of_last=False)) if whole else compute
+        loop, mean = ctx.settings.loop, 1.25 * float((rows.lengths - 1).sum()) / max(1, rows.examples)
+        if loop.batch_tokens is None and loop.batch_size is None and loop.grad_accumulation_steps == 1:
+            wanted = math.ceil(min(NEGATIVES, rows.examples) * mean)
+            tokens = max(2, min(DEFAULT_BATCH_TOKENS, wanted))
+            self.batch = tokens, math.ceil(wanted / tokens)
+
+    def settled(self, settings: TrainSettings) -> TrainSettings:
+        tokens, accumulation = self.batch
+        loop = replace(settings.loop, sample_tokens=0, cache_trunk="off")  # there is no text to write
+        if tokens is not None:
+            loop = replace(loop, batch_tokens=tokens, grad_accumulation_steps=accumulation)
+        return replace(settings, objective=self.asked, loop=loop)
+
+    def after_fit(self, ctx: RunContext, data: DataSplits, shape: ModelShape) -> DataSplits:
+        if (choice := ctx.chosen.kernels) is not None:
+            self.kernels = lambda model: training_kernels(model, choose=choice)
+        return data
+
+    def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
+        embedder = Embedder.of(model, self.pooling, loss.part_of_last)
+        summed = step_loss(embedder, self.options, self.reports)
+        where = "last block where pooled" if embedder.body.last is not None else "whole last block"
+        whole = replace(loss, train=summed, measure=summed, description=f"{self._words()}; {where}")
+
+        def prepare(batches: list[Batch], strategy: Strategy) -> list[Batch]:
+            if len(batches) == 1 and strategy.data_ranks.size == 1:
+                return batches
+            with self.kernels(model):
+                return with_gradients(model, embedder, batches, self.options, strategy)
+
+        measured = EmbeddedSet(embedder, self.options)
+        return BoundObjective(whole, arrays_of, prepare, self.reports, self.finish, whole_set=measured)
+
+    def header_words(self, plan: BatchPlan, ctx: RunContext) -> list[str]:
+        loop = ctx.settings.loop
+        examples = [count // plan.rows.group * loop.grad_accumulation_steps for count, _, _ in plan.shapes]
+        words = f"up to {counted(max(examples), 'example')} in a step"
+        return [f"{words}, which are each other's negatives" if self.options.loss == INFONCE else words]
+
+    def _words(self) -> str:
+        options = self.options
+        number = f"margin {options.margin:g}" if options.loss == TRIPLET else f"temperature {options.temperature:g}"
+        widths = f", widths {', '.join(map(str, options.dims))}" if options.dims else ""
+        return f"embed: {options.loss}, {number}, {self.pooling} pooling{widths}"
+
+
+def embed(settings: ObjectiveSettings) -> Embed:
+    """Return the objective of --objective embed."""
+    scored = settings.embed_loss in SCORED
+    loss = settings.embed_loss or INFONCE
+    options = ContrastiveOptions(loss, settings.embed_temp, settings.triplet_margin, _dims(settings.matryoshka_dims))
+    usual = ObjectiveSettings()
+    if loss == TRIPLET and settings.embed_temp != usual.embed_temp:
+        raise InputError("--embed-temp with --embed-loss triplet: it has no temperature; leave it out")
+    if loss != TRIPLET and settings.triplet_margin != usual.triplet_margin:
+        raise InputError(f"--triplet-margin with --embed-loss {loss}: only triplet has a margin; leave it out")
+    if scored and settings.negatives:
+        raise InputError(
+            f"--negatives {settings.negatives} with --embed-loss {loss}: a score is for two texts; leave it out"
+        )
+    words = "embed: vectors of texts"
+    return Embed("embed", "pairs", words, reports=() if scored else (ACCURACY,), asked=settings, options=options)
+
+
+def _dims(text: str | None) -> tuple[int, ...]:
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if not all(part.isdigit() and int(part) for part in parts):
+        raise InputError(f"--matryoshka-dims {text!r}: write whole numbers separated by commas, as in 384,128,64")
+    return tuple(sorted({int(part) for part in parts}, reverse=True))
+
+
+# A step
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The rows of a batch by their side, on the device.
+
+    Attributes:
+        queries, documents: (E, Tq) and (E (K - 1), Td) token ids.
+        query_lengths, document_lengths: (E,) and (E (K - 1),) int32.
+        texts: see losses/contrastive.py.
+    """
+
+    queries: mx.array
+    documents: mx.array
+    query_lengths: mx.array
+    document_lengths: mx.array
+    texts: Texts
+
+
+def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
+    """Return the arrays of a batch: those of its sides, and if it is prepared, the gradient by its vectors and what was found.
+
+    Queries and documents have widths of their own, because one side is often much shorter.
+    """
+    group = batch.group
+    lengths = np.where(batch.mask.any(axis=1), batch.mask.argmax(axis=1) + 1, 0).astype(np.int32)
+    first = np.arange(len(batch.inputs)) % group == 0
+    numbers = np.zeros(len(batch.inputs), np.float32) if batch.labels is None else batch.labels
+    real = batch.real[::group].astype(np.float32)
+    sides = [batch.inputs[of][:, : _width_of(lengths[of], batch.inputs.shape[1])] for of in (first, ~first)]
+    arrays = [*sides, lengths[first], lengths[~first], numbers.reshape(-1, group), real]
+    if batch.sampled is not None:
+        arrays += [batch.sampled[name] for name in (GRADIENT, LOSSES, TOLD)]
+    return tuple(map(mx.array, arrays))
+
+
+def _width_of(lengths: np.ndarray, width: int) -> int:
+    longest = int(lengths.max(initial=1))
+    return next((step for step in STEPS if longest <= step <= width), width)
+
+
+def vectors_of(embedder: Embedder, *arrays: mx.array) -> mx.array:
+    """Return the vectors of a batch that `arrays_of` put on the device, (E, K, D)."""
+    queries, documents, query_lengths, document_lengths = arrays[:4]
+    asked, found = embedder(queries, query_lengths), embedder(documents, document_lengths)
+    return mx.concatenate([asked[:, None], found.reshape(len(asked), -1, asked.shape[-1])], axis=1)
+
+
+def step_loss(
+    embedder: Embedder, options: ContrastiveOptions, reports: tuple[str, ...]
+) -> Callable[..., tuple[mx.array, mx.array, dict[str, mx.array]]]:
+    """Return the loss of a batch that a step differentiates: (model, *arrays) -> (sum, examples, sums to report)."""
+
+    def summed(model: nn.Module, *arrays: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+        vectors, texts = vectors_of(embedder, *arrays), Texts(*arrays[4:6])
+        if len(arrays) == 6:  # all examples of the step
+            losses, told = losses_of(vectors, texts, options)
+            total = (losses * texts.real).sum()
+        else:
+            gradient, losses, told = (
+                arrays[6].reshape(vectors.shape),
+                *(one[:: vectors.shape[1]] for one in arrays[7:9]),
+            )
+            through = (gradient * vectors).sum()
+            total = (losses * texts.real).sum() + through - mx.stop_gradient(through)
+        found = ((told == 0) * texts.real).sum()
+        return total, texts.real.sum(), dict.fromkeys(reports, found)
+
+    return summed
+
+
+def with_gradients(
+    model: nn.Module, embedder: Embedder, batches: list[Batch], options: ContrastiveOptions, strategy: Strategy
+) -> list[Batch]:
+    """Return a step's batches, each with the gradient of the step's loss by its vectors.
+
+    Args:
+        model: is put in eval mode meanwhile.
+        embedder: of the model.
+        batches: of the step; all ranks have all of them.
+        options: the loss.
+        strategy: how ranks divide the vectors; all get all of them.
+    """
+    vectors, texts = all_vectors(model, embedder, batches, strategy)
+    found = loss_and_gradient(vectors, texts, options)
+    gradient, losses, told = (np.array(one) for one in (found.gradient, found.losses, found.ranks))
+    prepared, first = [], 0
+    for batch in batches:
+        group = batch.group
+        mine = slice(first, first + len(batch.inputs) // group)
+        first = mine.stop
+        rows: dict[str, np.ndarray] = {LOSSES: np.repeat(losses[mine], group), TOLD: np.repeat(told[mine], group)}
+        rows[GRADIENT] = gradient[mine].reshape(-1, gradient.shape[-1])  # (B, D)
+        prepared.append(replace(batch, sampled=rows))
+    return prepared
+
+
+def all_vectors(
+    model: nn.Module, embedder: Embedder, batches: list[Batch], strategy: Strategy = SINGLE_DEVICE
+) -> tuple[mx.array, Texts]:
+    """Return the vectors of all examples of some batches, (E, K, D) float32, and their texts; without a graph."""
+    training = model.training
+    model.eval()
+    group, counts = batches[0].group, [len(batch.inputs) // batches[0].group for batch in batches]
+    found = np.zeros((sum(counts), group, embedder.width), np.float32)
+    starts = np.cumsum([0, *counts])
+    ranks = strategy.data_ranks
+    mine = list(range(ranks.rank, len(batches), ranks.size))
+    for number, batch in enumerate(strategy.dealt(batches)):
+        vectors = vectors_of(embedder, *arrays_of(replace(batch, sampled=None)))
+        mx.eval(vectors)  # one batch's activations at a time
+        if number < len(mine):
+            found[starts[mine[number]] : starts[mine[number] + 1]] = np.array(vectors)
+    model.train(training)
+    together = ranks.sum(mx.array(found.ravel())).reshape(found.shape)  # a rank has zeros for the others' examples
+    texts = [arrays_of(replace(batch, sampled=None))[4:6] for batch in batches]
+    return together, Texts(*(mx.concatenate(list(parts)) for parts in zip(*texts, strict=True)))
+
+
+# A held-out set
+
+
+@dataclass(frozen=True)
+class EmbeddedSet:
+    """Measures a set as a whole: each query against the documents of all of it.
+
+    Attributes:
+        embedder: of the model.
+        options: the loss.
+        given: what is put around the computation of a batch's vectors.
+    """
+
+    embedder: Embedder
+    options: ContrastiveOptions
+    given: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
+
+    def above(self, given: Callable[[Callable[..., Any]], Callable[..., Any]]) -> EmbeddedSet:
+        """Return it with `given` around what computes a batch's vectors."""
+        return replace(self, given=given)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        arrays_of: Callable[[Batch], tuple[mx.array, ...]],
+        batches: Iterable[Batch],
+        strategy: Strategy,
+    ) -> tuple[float, int, dict[str, float]]:
+        """Return the mean loss over all examples of all ranks' batches, their number, and what is reported.
+
+        Args:
+            model: in eval mode.
+            arrays_of: returns the arrays of a batch.
+            batches: this rank's.
+            strategy: how the ranks that call this divide the batches.
+        """
+        compute = self.given(lambda model, *arrays: vectors_of(self.embedder, *arrays))
+        vectors, numbers = [], []
+        for batch in batches:
+            arrays = arrays_of(batch)
+            own = np.array(compute(model, *arrays))
+            if strategy.counts:
+                real = np.array(arrays[5]) > 0
+                vectors.append(own[real])
+                numbers.append(np.array(arrays[4])[real])
+        ranks = strategy.ranks
+        ranks.meet()  # they finish at different times, and the host must wait for the others, not the device
+        told = (
+            ranks.everyone([[one.tolist() for one in vectors], [one.tolist() for one in numbers]])
+            if ranks.size > 1
+            else None
+        )
+        if told is not None:
+            vectors = [np.array(one, np.float32) for found, _ in told for one in found]
+            numbers = [np.array(one, np.float32) for _, found in told for one in found]
+        if not sum(map(len, vectors)):
+            return math.nan, 0, {}
+        return measured(np.concatenate(vectors), np.concatenate(numbers), self.options)
+
+
+def measured(
+    vectors: np.ndarray, numbers: np.ndarray, options: ContrastiveOptions
+) -> tuple[float, int, dict[str, float]]:
+    """Return the mean loss of examples, their number, and what is reported of them.
+
+    Args:
+        vectors: (E, K, D) float32.
+        numbers: (E, K), see `Texts`.
+        options: the loss.
+    """
+    texts = Texts(mx.array(numbers), mx.ones((len(numbers),)))
+    found = loss_and_gradient(mx.array(vectors), texts, options)
+    losses, told = np.array(found.losses).astype(np.float64), np.array(found.ranks)
+    if options.loss in SCORED:
+        return float(losses.mean()), len(losses), {"spearman": spearman(told, numbers[:, 0])}
+    reports = {ACCURACY: float((told == 0).mean())} if options.loss == TRIPLET else retrieval(told[:, None])
+    return float(losses.mean()), len(losses), reports
+
+
+def kept_choices(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run that decide what its vectors are: pooling, prompts, and how long a text may be."""
+    names = ("pooling", "query_prompt", "document_prompt", "max_seq_length")
+    return {name: run[name] for name in names if run.get(name) is not None}

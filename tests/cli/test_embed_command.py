@@ -1,0 +1,155 @@
+"""The commands `embed`, `mine` and `evaluate --objective embed`, and the same in Python."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from run_cli import one_line, run
+
+import mlx_lora
+from mlx_lora.api.embed import batches_of, ranks_of
+
+PLACES = ["river", "tree", "house", "stone", "cloud", "field", "window", "garden"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    rows = [
+        {"query": f"Where is cat {n}?", "positive": f"Cat {n} is by the {PLACES[n % 8]} {n}.", "negative": f"Dog {n}."}
+        for n in range(24)
+    ]
+    file = tmp_path_factory.mktemp("search") / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_folder, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embedder") / "a"
+    ran = run(
+        "train", "--objective", "embed", "--model", tiny_folder, "--data", data, "--adapter-path", folder, "--iters", 8,
+        "--learning-rate", "5e-3", "--rank", 4, "--batch-size", 12, "--pooling", "mean", "--query-prompt", "Q: ",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    return folder
+
+
+def test_a_folder_of_notes_becomes_vectors_with_their_texts(tiny_folder, adapter, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.md").write_text("# Cats\n\nOne.\n\n## Dogs\n\nTwo.")
+    out = tmp_path / "v.npy"
+    ran = run("embed", tmp_path / "notes", "--model", tiny_folder, "--adapter-path", adapter, "--out", out, "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out) | {"model": ""} == {
+        "texts": 2, "width": 64, "model": "", "out": str(out), "pooling": "mean", "adapter_path": str(adapter),
+    }  # fmt: skip
+    vectors, texts = np.load(out), [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert vectors.shape == (2, 64)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)
+    assert texts == [{"text": "Cats\nOne.", "file": "a.md"}, {"text": "Cats > Dogs\nTwo.", "file": "a.md"}]
+    whole = mlx_lora.embed(tiny_folder, [one["text"] for one in texts], adapter)
+    assert np.allclose(vectors, whole, atol=1e-5)
+    base = mlx_lora.embed(tiny_folder, [one["text"] for one in texts], pooling="mean")
+    assert not np.allclose(vectors, base, atol=1e-3)
+
+
+def test_an_adapters_prompt_is_put_before_queries_alone(tiny_folder, adapter):
+    query, prompted, document = (
+        mlx_lora.embed(tiny_folder, [text], adapter, query=query)
+        for text, query in (("cat", True), ("Q: cat", False), ("cat", False))
+    )
+    assert np.allclose(query, prompted, atol=1e-6)
+    assert not np.allclose(query, document, atol=1e-3)
+    given = mlx_lora.embed(tiny_folder, ["cat"], adapter, query=True, query_prompt="")
+    assert np.allclose(given, document, atol=1e-6)
+
+
+def test_fewer_numbers_are_the_first_ones(tiny_folder):
+    texts = ["cat", "a longer text about a cat"]
+    whole = mlx_lora.embed(tiny_folder, texts, normalize=False)
+    part = mlx_lora.embed(tiny_folder, texts, dims=16)
+    cut = whole[:, :16]
+    assert np.allclose(part, cut / np.linalg.norm(cut, axis=1, keepdims=True), atol=1e-5)
+    assert not np.allclose(np.linalg.norm(whole, axis=1), 1, atol=1e-2)
+
+
+def test_a_table_has_vectors_beside_their_texts(tiny_folder, data, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    out = tmp_path / "v.parquet"
+    ran = run("embed", data, "--model", tiny_folder, "--text-column", "query", "--query", "--out", out)
+    assert ran.code == 0, ran.err
+    assert "24 vectors of 64 numbers" in ran.out
+    table = parquet.read_table(out).to_pydict()
+    assert table["text"][3] == "Where is cat 3?"
+    assert np.array(table["embedding"]).shape == (24, 64)
+
+
+def test_search_is_measured_for_base_and_adapter(tiny_folder, data, adapter, tmp_path):
+    corpus = tmp_path / "more.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"Another text, {n}."}) + "\n" for n in range(5)))
+    common = ("evaluate", "--objective", "embed", "--model", tiny_folder, "--data", data)
+    ran = run(*common, "--adapter-path", adapter, "--corpus", corpus, "--json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert (found["queries"], found["documents"], found["rows"]) == (24, 53, 24)
+    assert found["mrr_at_10"] > found["base_mrr_at_10"]
+    assert found["recall_at_10"] > found["base_recall_at_10"]
+    table = run(*common, "--adapter-path", adapter)
+    assert [line.split()[0] for line in table.out.splitlines()[:2]] == ["measure", "accuracy"]
+    assert "24 queries in 48 documents" in table.out
+    one_line(run(*common, "--show", 3), "neither --report nor --show")
+    one_line(run("evaluate", "--model", tiny_folder, "--data", data, "--corpus", corpus), "only --objective embed")
+
+
+def test_ranks_count_equal_documents_against_their_query():
+    documents = np.eye(4, dtype=np.float32)
+    queries = np.array([[0.1, 0.9, 0.5, 0.5], [1, 1, 1, 1]], np.float32)
+    assert [ranks.tolist() for ranks in ranks_of(queries, documents, [[1], [2]])] == [[0], [3]]
+    assert ranks_of(queries, documents, [[2, 0], [0]])[0].tolist() == [2, 3]
+
+
+def test_batches_hold_every_row_once():
+    lengths = [3, 40, 7, 8, 9, 100, 1]
+    batches = batches_of(lengths, 64)
+    assert sorted(number for batch in batches for number in batch) == list(range(7))
+    assert all(len(batch) == 1 or -(-max(lengths[n] for n in batch) // 8) * 8 * len(batch) <= 64 for batch in batches)
+
+
+def test_mined_negatives_are_near_and_not_the_querys_own(tiny_folder, data, tmp_path):
+    out = tmp_path / "mined.jsonl"
+    common = ("mine", "--model", tiny_folder, "--data", data, "--out", out, "--count", 3)
+    ran = run(*common, "--margin", 0, "--json")
+    assert ran.code == 0, ran.err
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert json.loads(ran.out)["negatives"] == sum(len(row["negatives"]) for row in rows) > 24
+    queries = mlx_lora.embed(tiny_folder, [row["query"] for row in rows], query=True)
+    for row, query in zip(rows, queries, strict=True):
+        assert row["positive"] not in row["negatives"]
+        own, *others = mlx_lora.embed(tiny_folder, [row["positive"], *row["negatives"]]) @ query
+        assert all(other <= own + 1e-5 for other in others)
+        assert others == sorted(others, reverse=True)
+    one_line(run(*common), "exists")
+    assert run(*common, "--force", "--margin", 0.5).code == 0
+    for line, query in zip(out.read_text().splitlines(), queries, strict=True):
+        row = json.loads(line)
+        own, *others = mlx_lora.embed(tiny_folder, [row["positive"], *row["negatives"]]) @ query
+        assert all(other <= own / 2 + 1e-5 for other in others)
+    again = tmp_path / "b"
+    trained = run(
+        "train", "--objective", "embed", "--model", tiny_folder, "--data", out, "--adapter-path", again, "--iters", 1,
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+
+
+def test_bad_input_is_one_line(tiny_folder, data, tmp_path):
+    common = ("--model", tiny_folder, "--out", tmp_path / "v.npy")
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    one_line(run("embed", tmp_path / "empty.jsonl", *common), "text is empty")
+    one_line(run("embed", tmp_path / "nowhere.jsonl", *common), "nowhere.jsonl")
+    one_line(run("embed", data, "--model", tiny_folder, "--out", tmp_path / "v.txt"), ".npy or .parquet")
+    one_line(run("embed", data, *common, "--text-column", "no"), "--text-column")
+    one_line(run("embed", data, *common, "--dims", 100), "64 numbers")
+    with pytest.raises(ValueError, match="none of which is empty"):
+        mlx_lora.embed(tiny_folder, ["a", ""])

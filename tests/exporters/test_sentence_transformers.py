@@ -1,0 +1,86 @@
+"""Exported embedders, read by sentence-transformers: a decoder and an encoder, merged and as PEFT."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import TINY, tiny_model, write_folder
+from mlx.utils import tree_flatten
+from run_cli import one_line, run
+
+import mlx_lora
+from mlx_lora.models.encoder import Model, ModelArgs
+
+pytestmark = [
+    pytest.mark.parity,
+    *(pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "DeprecationWarning", "UserWarning")),
+]
+TEXTS = ["Where is cat 3?", "Cat 3 is by the river, behind the house and the old tree.", "x"]
+ENCODER = {"model_type": "bert", "max_position_embeddings": 96, "architectures": ["BertModel"]}
+PROMPT = "Q: "
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny decoder, and a tiny encoder with the names of transformers."""
+    folder = tmp_path_factory.mktemp("models")
+    mx.random.seed(0)
+    encoder = Model(ModelArgs.from_dict({**TINY, **ENCODER}))
+    write_folder(folder / "encoder", encoder, ENCODER)
+    plain = {name.removeprefix("model."): value for name, value in tree_flatten(encoder.parameters())}
+    mx.save_safetensors(str(folder / "encoder" / "model.safetensors"), plain, {"format": "pt"})
+    decoder = {"architectures": ["LlamaForCausalLM"]}
+    return {"decoder": write_folder(folder / "decoder", tiny_model(), decoder), "encoder": folder / "encoder"}
+
+
+@pytest.fixture(scope="module")
+def adapters(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    rows = [{"query": f"Where is cat {n}?", "positive": f"Cat {n} is by the river {n}."} for n in range(24)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, model in models.items():
+        ran = run(
+            "train", "--objective", "embed", "--model", model, "--data", folder / "pairs.jsonl", "--adapter-path",
+            folder / name, "--iters", 3, "--learning-rate", "5e-3", "--rank", 4, "--query-prompt", PROMPT, "--max-seq-length", 48,
+        )  # fmt: skip
+        assert ran.code == 0, ran.err
+    return {name: folder / name for name in models}
+
+
+@pytest.mark.parametrize("form", ["sentence-transformers", "sentence-transformers-peft"])
+@pytest.mark.parametrize("name", ["decoder", "encoder"])
+def test_the_vectors_are_the_same_there(name, form, models, adapters, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    out = tmp_path / "st"
+    ran = run("export", "--model", models[name], "--adapter-path", adapters[name], "--to", form, "--out", out)
+    assert ran.code == 0, ran.err
+    judge = sentence_transformers.SentenceTransformer(str(out), device="cpu")
+    assert judge.max_seq_length == 48
+    for query in (False, True):
+        ours = mlx_lora.embed(models[name], TEXTS, adapters[name], query=query)
+        theirs = judge.encode_query(TEXTS) if query else judge.encode_document(TEXTS)
+        assert np.abs(ours - theirs).max() < 1e-5
+        base = mlx_lora.embed(models[name], TEXTS, query=query)
+        assert np.abs(base - theirs).max() > 1e-3
+    assert np.abs(judge.encode_query(TEXTS) - judge.encode_document(TEXTS)).max() > 1e-3  # the prompt
+
+
+def test_a_merged_folder_is_a_model_of_ours(models, adapters, tmp_path):
+    out = tmp_path / "st"
+    common = ("export", "--model", models["encoder"], "--adapter-path", adapters["encoder"], "--out", out)
+    assert run(*common, "--to", "sentence-transformers").code == 0
+    merged = mlx_lora.embed(out, TEXTS, query=True)  # with the prompt and the pooling of its files
+    assert np.allclose(merged, mlx_lora.embed(models["encoder"], TEXTS, adapters["encoder"], query=True), atol=1e-5)
+
+
+def test_only_embedders_have_this_form(models, adapters, tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for file in adapters["decoder"].iterdir():
+        if file.is_file() and file.name != "run.yaml":
+            (folder / file.name).write_bytes(file.read_bytes())
+    common = ("export", "--model", models["decoder"], "--adapter-path", folder, "--out", tmp_path / "st")
+    one_line(run(*common, "--to", "sentence-transformers"), "not trained with --objective embed")
