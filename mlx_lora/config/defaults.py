@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mlx_lora.config.objectives import IMITATION
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.config.settings import AUTO, DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
 from mlx_lora.utils.text import counted
@@ -73,7 +74,7 @@ def learning_rate_for(model_type: str, width: int, settings: TrainSettings) -> f
     rate *= OF_METHOD.get(adapter.method, 1)
     if PRESETS[adapter.method].scale == "sqrt_rank":  # the update is sqrt(r) times as large as with alpha / r
         rate /= math.sqrt(adapter.rank)
-    if settings.objective.objective not in ("sft", "distill"):
+    if settings.objective.objective not in IMITATION:
         rate *= OTHER_OBJECTIVES
     return float(f"{min(MOST_RATE, max(LEAST_RATE, rate)):.1e}")
 

@@ -11,7 +11,7 @@ SAMPLING = ("grpo", "rloo")  # objectives whose answers are sampled during the r
 # Settings of sampling, and those of them that are used for a teacher's answers too.
 OF_SAMPLING = ("group_size", "max_new_tokens", "temp", "top_p", "min_p", "mask_truncated", "updates_per_rollout")
 OF_WRITING = ("max_new_tokens", "temp", "top_p", "min_p")
-IMITATION = ("sft", "distill")  # objectives that train the answers of the data, token by token
+IMITATION = ("sft", "distill", "vision_sft")  # objectives that train the answers of the data, token by token
 PAIRS = ("dpo", "orpo", "simpo", "cpo", "reward")  # objectives whose examples are pairs of answers
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "sampled_kl")
 
@@ -24,7 +24,8 @@ class ObjectiveSettings:
     objective: str = setting("sft",
         "What to train toward. sft: imitate answers; dpo, orpo, simpo, cpo: prefer the chosen answer of each pair; "
         "kto: answers rated good or bad; reward: a reward model, which scores answers; grpo, rloo: sample answers to "
-        "prompts, and learn from their rewards; distill: give each token the probabilities that a teacher gives it.",
+        "prompts, and learn from their rewards; distill: give each token the probabilities that a teacher gives it; "
+        "vision_sft: imitate answers about pictures.",
         OBJECTIVE, common=True)
     loss_type: str = setting("sigmoid",
         "dpo: loss on the pairs, by TRL's names (sigmoid, sigmoid_norm, hinge, ipo ...); several, by commas, are added, "

@@ -49,6 +49,8 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import shown_data
 from mlx_lora.utils.text import counted
 
+PICTURES = "pictures"  # records that are examples with pictures
+
 Entry = Example | Pair | Rated | Prompt
 """The content of one record in canonical form."""
 
@@ -203,6 +205,13 @@ class SplitRows:
         """The number of records in the files, bad ones included."""
         return sum(self.formats.values()) + self.unread
 
+    def add(self, name: str, record: Record, kind: str, entries: Sequence[Entry]) -> None:
+        """Add what a record of the file `name` gave, and the format that it has."""
+        self.formats[kind] += 1
+        self.without.update([record.without] if record.without else [])
+        self.entries += entries
+        self.locations += [Location(name, record.line, record.unit)] * len(entries)
+
 
 def read_rows(
     files: Sequence[DataFile], settings: DataSettings, records: str, rows: SplitRows | None = None
@@ -247,7 +256,7 @@ def parse_rows(
         source: Records wherever they come from, each with its number there.
         name: Of their file or other source, for messages.
         settings: Format and columns of plain examples, and which pairs to take of several answers.
-        records: `examples`, `pairs`, `rated` or `prompts`.
+        records: `examples`, `pairs`, `rated`, `prompts` or `pictures`.
         rows: To add to.
     """
     named = NamedColumns.of(settings)
@@ -257,6 +266,12 @@ def parse_rows(
             rows.dropped.append(DroppedRow(name, record.line, record.why, record.unit))
             continue
         try:
+            if records == PICTURES:
+                from mlx_lora.data.images import parse_illustrated  # a run without pictures needs none of it
+
+                kind, example = parse_illustrated(record.value, settings, named)
+                rows.add(name, record, kind, [example])
+                continue
             columns, value = named.renamed(record.value, records)
             if records == "examples":
                 found, example = parse_record(value, settings.data_format)
@@ -277,12 +292,9 @@ def parse_rows(
             rows.empty += isinstance(error, EmptyRecord)
             rows.dropped.append(DroppedRow(name, record.line, str(error), record.unit))
             continue
-        rows.formats[kind] += 1
-        rows.without.update([record.without] if record.without else [])
         if records == "examples" and not record.form:
             rows.ignored.update(ignored_columns(record.value, kind))
-        rows.entries += entries
-        rows.locations += [Location(name, record.line, record.unit)] * len(entries)
+        rows.add(name, record, kind, entries)
 
 
 def check_speaker(parts: Iterable[SplitRows], settings: DataSettings) -> None:

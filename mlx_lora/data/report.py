@@ -21,7 +21,7 @@ MAX_SEGMENT_CHARS = 360
 MAX_EXAMPLE_LINES = 12
 MAX_LINE_CHARS = 110
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # characters that could control the terminal
-UNITS = {"examples": "rows", "pairs": "pairs", "rated": "rated answers", "prompts": "prompts"}
+UNITS = {"examples": "rows", "pairs": "pairs", "rated": "rated answers", "prompts": "prompts", "pictures": "rows"}
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 

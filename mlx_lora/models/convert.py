@@ -45,6 +45,7 @@ from mlx_lora.models.folder import (
     write_json,
 )
 from mlx_lora.models.quantize import Quantization, choose_quantization, dequantize_model, quantize_model
+from mlx_lora.models.text_part import model_classes
 from mlx_lora.models.tokenizer import load_folder_tokenizer, write_tokenizer_from_spm
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
@@ -315,7 +316,7 @@ def build_model(config: dict[str, Any], names: frozenset[str] | None = None) -> 
     origin = f"model_type {config.get('model_type')}"
     config = translate_config(config, origin)
     try:
-        model_class, args_class = mlx_lm.utils._get_classes(config)
+        model_class, args_class = model_classes(config)
         model = model_class(args_class.from_dict(config))
     except FOREIGN_ERRORS as error:
         raise InputError(f"{origin}: mlx-lm cannot build this model ({error}); choose another model") from error

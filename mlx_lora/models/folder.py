@@ -26,15 +26,15 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm.utils
 import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten
-from mlx_lm.utils import _get_classes, load_model
+from mlx_lm.utils import load_model
 from safetensors import SafetensorError, safe_open
 
 import mlx_lora
 from mlx_lora.models.config import check_config, check_rotation, translate_config
+from mlx_lora.models.text_part import model_classes
 from mlx_lora.utils.errors import InputError, RunError, first_line
 from mlx_lora.utils.parsing import read_json
 
@@ -80,7 +80,7 @@ def load_weights(
     import_architecture(config)
     changes = _translation(config, folder)
     try:
-        classes = mlx_lm.utils._get_classes if watched is None else watched.classes
+        classes = model_classes if watched is None else watched.classes
         model, config = load_model(
             folder, lazy=True, model_config=changes, get_model_classes=classes, trust_remote_code=trust_remote_code
         )
@@ -155,7 +155,7 @@ def import_architecture(config: dict[str, Any]) -> None:
     said = io.StringIO()
     try:
         with redirect_stdout(said):
-            mlx_lm.utils._get_classes(config)
+            model_classes(config)
     except SystemExit as end:
         raise InputError(
             f"mlx-lm's {config.get('model_type')}: cannot be used here ({short(ValueError(said.getvalue()))}); install "
@@ -511,7 +511,7 @@ class Watched:
 
     def classes(self, config: dict[str, Any]) -> tuple[type, type]:
         """Return mlx-lm's classes of a model; `load_model` takes this function."""
-        own, arguments = _get_classes(config)
+        own, arguments = model_classes(config)
         if not hasattr(own, "sanitize"):
             return own, arguments
         loaded = self._loaded

@@ -28,6 +28,7 @@ OBJECTIVES = {
     "grpo": ("grpo", "policy"),
     "rloo": ("grpo", "policy"),
     "distill": ("distill", "distill"),
+    "vision_sft": ("vision_sft", "vision_sft"),
 }
 # Settings of objectives that reward sampled answers, and of those with a teacher.
 OF_REWARDS = (
