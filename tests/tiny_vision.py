@@ -110,12 +110,12 @@ def _gemma3(kind: str) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
         text_config={**TEXT, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16, "rope_parameters": {
             "full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
             "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window_pattern": 2, "_sliding_window_pattern": 2},
-        vision_config={**SIGLIP, "vision_use_head": False}, mm_tokens_per_image=4, image_token_id=tokenizer.convert_tokens_to_ids("<image_soft_token>"),
+        vision_config={**SIGLIP, "vision_use_head": False, "image_size": 112}, mm_tokens_per_image=16, image_token_id=tokenizer.convert_tokens_to_ids("<image_soft_token>"),
         boi_token_index=tokenizer.convert_tokens_to_ids("<start_of_image>"), eoi_token_index=tokenizer.convert_tokens_to_ids("<end_of_image>"),
         image_token_index=tokenizer.convert_tokens_to_ids("<image_soft_token>"),
     )  # fmt: skip
-    processor = {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 56, "width": 56}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_pan_and_scan": False}  # fmt: skip
-    return config, tokenizer, processor, {"processor_class": "Gemma3Processor", "image_seq_length": 4}
+    processor = {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 112, "width": 112}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_pan_and_scan": False}  # fmt: skip
+    return config, tokenizer, processor, {"processor_class": "Gemma3Processor", "image_seq_length": 16}
 
 
 def _llava(kind: str) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
