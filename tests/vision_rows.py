@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.batch import Batch, collate
 from mlx_lora.data.dataset import EncodedSet

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import AutoImageProcessor, PreTrainedTokenizerBase
 
+from mlx_lora.data.chat_template import controls_of
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Example, FormatError, Message
-from mlx_lora.data.images import BEGIN, END, MARK, Illustrated, Picture, PictureFiles
+from mlx_lora.data.images import BEGIN, END, MARK, Illustrated, Picture, PictureFiles, mark
 from mlx_lora.data.render import Rendered, Renderer, Rendering
 from mlx_lora.data.tokenize import Encoded, Encoder
 from mlx_lora.utils.errors import InputError
@@ -258,9 +259,71 @@ class PictureReader:
         """
         self.processor, self.files, self.table, self.token = processor, PictureFiles(roots), table, token
 
+    def open_all(self, names: Sequence[str], sources: Mapping[str, str | bytes]) -> list[str]:
+        """Return the digests of pictures, in order; they are put into the table.
+
+        Args:
+            names: of their sources.
+            sources: name -> file name or bytes.
+
+        Raises:
+            FormatError: one cannot be used.
+        """
+        found = []
+        for name in names:
+            if name not in sources:
+                raise FormatError("a text with characters that stand for pictures here")
+            picture = self.files.open(sources[name])
+            if picture.digest not in self.table.pictures:
+                self.table.shown[picture.digest] = self.processor.shown(picture.size)
+                self.table.pictures[picture.digest] = picture
+            found.append(picture.digest)
+        return found
+
     def encoder(self, plain: Encoder) -> PictureEncoder:
         """Return an encoder like this one that also takes pictures."""
         return PictureEncoder(plain, self)
+
+
+def encode_question(
+    reader: PictureReader,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    text: str,
+    pictures: Sequence[str],
+    system_prompt: str | None = None,
+) -> tuple[list[int], tuple[str, ...]]:
+    """Return the tokens of a question about pictures, up to where its answer begins, and the pictures' digests.
+
+    Args:
+        reader: of the model; its folders have the pictures.
+        tokenizer: of the model.
+        template: Jinja text.
+        text: the question; the pictures come first.
+        pictures: their files.
+        system_prompt: a system message before it.
+
+    Raises:
+        InputError: a picture cannot be used, or the template refuses the question.
+    """
+    renderer = PictureRenderer(tokenizer, template, reader.processor.family.place)
+    sources: dict[str, str | bytes] = {}
+    marks = "".join(mark(picture, sources) for picture in pictures)
+    messages: list[Message] = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages.append({"role": "user", "content": marks + text})
+    try:
+        digests = reader.open_all(MARK.findall(marks), sources)
+        controls = controls_of(tokenizer).hide(messages)
+        rendered, ordinary = controls.shown(renderer.text_of(controls.messages))
+        shown = [reader.table.shown[digest].text for digest in digests]
+        row = expanded(Rendered(rendered, [], ordinary=ordinary), reader.processor.family.place, shown)
+    except FormatError as error:
+        raise InputError(f"--image: {error}") from error
+    found = tokenizer(row.text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens: list[int] = found["input_ids"]
+    if row.ordinary:
+        tokens, _ = controls_of(tokenizer).as_text(row.text, tokens, found["offset_mapping"], row.ordinary)
+    return list(tokens), tuple(digests)
 
 
 class PictureRenderer(Renderer):
@@ -289,6 +352,10 @@ class PictureRenderer(Renderer):
 
     def _text(self, messages: list[Message], tools: list[dict] | None, prompt: bool = False) -> str:
         return super()._text([self._in_parts(message) for message in messages], tools, prompt)
+
+    def text_of(self, messages: list[Message]) -> str:
+        """Return messages as text, up to where the model's answer begins."""
+        return self._text(messages, None, prompt=True)
 
     def _in_parts(self, message: Message) -> Message:
         """Return a message whose content is a list of parts, if it has pictures or the template needs that."""
@@ -358,43 +425,44 @@ class PictureEncoder(Encoder):
         return None
 
     def _render(self, example: Example) -> Rendering:
-        digests = tuple(self._open(example)) if isinstance(example, Illustrated) else ()
+        illustrated = isinstance(example, Illustrated)
+        digests = tuple(self._reader.open_all(example.marks, example.sources)) if illustrated else ()
         rendering = super()._render(example)
         self._of[id(example)] = digests
         if not digests and not any(self._place in row.text for row in rendering.rows):
             return rendering
         shown = [self._reader.table.shown[digest].text for digest in digests]
-        return replace(rendering, rows=[self._expanded(row, shown, len(rendering.rows) > 1) for row in rendering.rows])
+        return replace(
+            rendering, rows=[expanded(row, self._place, shown, len(rendering.rows) > 1) for row in rendering.rows]
+        )
 
-    def _open(self, example: Illustrated) -> list[str]:
-        """Return the digests of an example's pictures, in order; they are put into the table."""
-        table, found = self._reader.table, []
-        for name in example.marks:
-            if name not in example.sources:
-                raise FormatError("a text with characters that stand for pictures here")
-            picture = self._reader.files.open(example.sources[name])
-            if picture.digest not in table.pictures:
-                table.shown[picture.digest] = self._reader.processor.shown(picture.size)
-                table.pictures[picture.digest] = picture
-            found.append(picture.digest)
-        return found
 
-    def _expanded(self, row: Rendered, shown: Sequence[str], divided: bool) -> Rendered:
-        """Return a text with the tokens of its pictures in their places."""
-        places = [at for at in _found_at(row.text, self._place) if not any(a <= at < b for a, b in row.ordinary)]
-        if len(places) > len(shown) or (len(places) < len(shown) and not divided):
-            raise FormatError(f"the chat template shows {len(places)} of its {len(shown)} pictures")
-        text, end, moves = "", 0, []
-        for at, of_picture in zip(places, shown, strict=False):
-            text += row.text[end:at] + of_picture
-            end = at + len(self._place)
-            moves.append((at, len(of_picture) - len(self._place)))
-        text += row.text[end:]
+def expanded(row: Rendered, place: str, shown: Sequence[str], divided: bool = False) -> Rendered:
+    """Return a text with the tokens of its pictures in their places.
 
-        def moved(spans: list[Span]) -> list[Span]:
-            return [(_moved(start, moves), _moved(stop, moves)) for start, stop in spans]
+    Args:
+        row: with what the template writes for each picture.
+        place: that text.
+        shown: what comes there, in order.
+        divided: whether the text may have the first pictures only.
 
-        return replace(row, text=text, spans=moved(row.spans), ordinary=moved(row.ordinary))
+    Raises:
+        FormatError: the text has another number of pictures.
+    """
+    places = [at for at in _found_at(row.text, place) if not any(a <= at < b for a, b in row.ordinary)]
+    if len(places) > len(shown) or (len(places) < len(shown) and not divided):
+        raise FormatError(f"the chat template shows {len(places)} of its {len(shown)} pictures")
+    text, end, moves = "", 0, []
+    for at, of_picture in zip(places, shown, strict=False):
+        text += row.text[end:at] + of_picture
+        end = at + len(place)
+        moves.append((at, len(of_picture) - len(place)))
+    text += row.text[end:]
+
+    def moved(spans: list[Span]) -> list[Span]:
+        return [(_moved(start, moves), _moved(stop, moves)) for start, stop in spans]
+
+    return replace(row, text=text, spans=moved(row.spans), ordinary=moved(row.ordinary))
 
 
 def _found_at(text: str, part: str) -> list[int]:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlx_lora.models.head import EMBEDDINGS, answering
 from mlx_lora.utils.errors import InputError
@@ -224,6 +225,7 @@ class SectionRotation(nn.Module):
             return super().__call__(x, offset=offset, **kwargs)
         half = len(self.axes)
         frequencies = self.base ** (-mx.arange(half, dtype=mx.float32) / half)
+        offset = offset[..., : x.shape[2]]  # a prompt's, of which this may be a part
         angles = offset.astype(mx.float32)[self.axes].transpose(1, 2, 0) * frequencies  # (B, T, d / 2)
         cos, sin = mx.cos(angles)[:, None], mx.sin(angles)[:, None]
         one, two, rest = (x[..., a:b].astype(mx.float32) for a, b in ((0, half), (half, 2 * half), (2 * half, None)))
@@ -252,3 +254,99 @@ def positions_of(is_picture: np.ndarray, grids: Sequence[tuple[int, int]]) -> np
         at, column = at + max(rows, columns), end
     found[:, column:] = at + np.arange(len(is_picture) - column)
     return found
+
+
+# Generating
+
+
+class PictureCache:
+    """Keys and values of a prompt with pictures and of what follows it; in the role of mlx-lm's caches.
+
+    While the prompt is read, its tokens have their three positions, and see what its pictures let them see. What follows
+    counts on from the largest position.
+    """
+
+    def __init__(self, positions: np.ndarray | None, pictures: np.ndarray | None, tokens: int):
+        """Prepare for a prompt.
+
+        Args:
+            positions: (3, 1, P) int32; None: as in text.
+            pictures: (1, P) int32, see `Layout`; None: a token sees those before it.
+            tokens: P, of the prompt.
+        """
+        self._kept, self._tokens = KVCache(), tokens
+        self._positions = None if positions is None else mx.array(positions)
+        self._beyond = 0 if positions is None else int(positions.max()) + 1 - tokens
+        self._pictures = pictures
+
+    @property
+    def offset(self) -> Any:
+        """What rotating layers take as the offset: the positions from here on, or the next one."""
+        done = self._kept.offset
+        if self._positions is not None and done < self._tokens:
+            return self._positions[..., done:]
+        return done + self._beyond
+
+    @property
+    def state(self) -> Any:
+        """The arrays that it holds."""
+        return self._kept.state
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Add the next tokens' keys and values, and return all."""
+        return self._kept.update_and_fetch(keys, values)
+
+    def make_mask(self, tokens: int, window_size: int | None = None, return_array: bool = False) -> Any:
+        """Return the mask for the next tokens, as `Layout.make_mask` does."""
+        done = self._kept.offset
+        both_ways = self._pictures is not None and done < self._tokens
+        if not both_ways and window_size is None and not return_array:
+            return None if tokens == 1 else "causal"
+        query, key = np.arange(done, done + tokens)[:, None], np.arange(done + tokens)
+        seen = query >= key
+        if both_ways and self._pictures is not None:
+            numbers = np.pad(self._pictures[0], (0, max(0, done + tokens - self._tokens)))
+            own = numbers[query]
+            seen |= (own == numbers[key]) & (own > 0)
+        return mx.array(seen if window_size is None else seen & (query < key + window_size))
+
+
+class SeeingModel:
+    """A model that reads a prompt with pictures, chunk by chunk, and then text; mlx-lm's generators take it as a model."""
+
+    def __init__(self, model: nn.Module, sight: Sight, arrays: Sequence[mx.array]):
+        """Prepare for one prompt.
+
+        Args:
+            model: adapted or not.
+            sight: of the model.
+            arrays: as `seeing` takes them, of the prompt's one row.
+        """
+        self.model, self._sight = model, sight
+        self._given = dict(zip(sight.names, arrays, strict=True))
+        self._places = self._given["places"]
+        self._at = 0
+        prepare_rotation(model, sight)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the model's own attribute, such as its layers."""
+        return getattr(self.model, name)
+
+    def caches(self) -> list[Any]:
+        """Return the caches of all layers."""
+        if self._sight.sections is None and not self._sight.both_ways:
+            return make_prompt_cache(self.model)
+        of = {name: np.array(self._given[name]) for name in ("positions", "pictures") if name in self._given}
+        tokens = self._places.shape[1]
+        return [PictureCache(of.get("positions"), of.get("pictures"), tokens) for _ in self.model.layers]
+
+    def __call__(self, tokens: mx.array, cache: Any = None, **given: Any) -> mx.array:
+        """Return the model's logits (1, T, V) for the next tokens (1, T)."""
+        begin, self._at = self._at, self._at + tokens.shape[1]
+        if begin >= self._places.shape[1]:
+            return self.model(tokens, cache=cache, **given)
+        # Positions and mask are the cache's; a picture that is cut by a chunk still sees itself whole only in one chunk.
+        plain = Sight(deep=self._sight.deep)
+        arrays = {**self._given, "places": self._places[:, begin : self._at]}
+        with seeing(self.model, plain, [arrays[name] for name in plain.names]):
+            return self.model(tokens, cache=cache, **given)

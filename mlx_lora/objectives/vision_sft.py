@@ -23,6 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_lora.data.chat_template import own_template
 from mlx_lora.data.files import find_sets
 from mlx_lora.data.image_tokens import ImageProcessor, PictureReader, PictureTable
 from mlx_lora.data.load import DataSplits, load_data, load_eval_set
@@ -34,6 +35,7 @@ from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
 from mlx_lora.objectives.seen_pictures import SeenPictures
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.parsing import read_json
 from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
@@ -91,6 +93,7 @@ class VisionSFT(Objective):
     def read_data(self, ctx: RunContext, data: DataSettings, teacher_prompt: str | None = None) -> DataSplits:
         """Read conversations with pictures; see `Objective.read_data`."""
         reader = self._reader(data)
+        put_template(ctx.base, data, self.eyes.processor.family.place)
         splits = load_data(data, ctx.base.hf_tokenizer, ctx.settings.loop.seed, ctx.today, PICTURES, pictures=reader)
         ctx.record.identity["pictures"] = self.eyes.identity()
         ctx.record.lines.append(self.eyes.words())
@@ -98,6 +101,7 @@ class VisionSFT(Objective):
 
     def read_set(self, ctx: RunContext, data: DataSettings) -> EncodedSet:
         """Read one set to measure; see `Objective.read_set`."""
+        put_template(ctx.base, data, self.eyes.processor.family.place)
         return load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, PICTURES, pictures=self._reader(data))
 
     def _reader(self, data: DataSettings) -> PictureReader:
@@ -107,7 +111,7 @@ class VisionSFT(Objective):
 
     def settled(self, settings: TrainSettings) -> TrainSettings:
         """Return the settings without what would compute rows without their pictures."""
-        return replace(settings, loop=replace(settings.loop, cache_trunk="off"))
+        return replace(settings, loop=replace(settings.loop, cache_trunk="off", sample_tokens=0))
 
     def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
         """Return the loss of tokens on a model that sees; see `Objective.bind`."""
@@ -244,6 +248,25 @@ class Eyes:
             lengths = [self.table.shown[digest].tokens for digest in row]
             found[number][is_picture[number]] = np.repeat(np.arange(1, len(row) + 1), lengths)
         return found
+
+
+def picture_template(base: Base, place: str) -> str | None:
+    """Return the chat template of a base that shows pictures; None if it has no template.
+
+    Older folders have two: that of the tokenizer for text alone, and the processor's in chat_template.json.
+    """
+    own = own_template(base.hf_tokenizer)
+    file = base.folder / "chat_template.json"
+    if (own is None or place not in own) and file.is_file():
+        found = read_json(file, "download the model again").get("chat_template")
+        return found if isinstance(found, str) else own
+    return own
+
+
+def put_template(base: Base, data: DataSettings, place: str) -> None:
+    """Give a base's tokenizer the template that shows pictures, unless the settings name another."""
+    if data.chat_template is None and (template := picture_template(base, place)) is not None:
+        base.hf_tokenizer.chat_template = template
 
 
 def base_dtype(base: Base) -> str:
