@@ -143,7 +143,7 @@ MAKERS: dict[str, Callable[[str], tuple[Any, Any, dict[str, Any], dict[str, Any]
 
 
 def write_model(family: str, folder: Path, seed: int = 0, scale: float = 0.15) -> Path:
-    """Write a tiny random model that sees to a folder, with all files that a published one has.
+    """Write a tiny random model that sees to a folder, with all files that a published one has; needs torch.
 
     Args:
         family: of MAKERS.
@@ -164,8 +164,36 @@ def write_model(family: str, folder: Path, seed: int = 0, scale: float = 0.15) -
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
+    return _write_rest(folder, tokenizer, image_processor, processor)
+
+
+def write_model_here(family: str, folder: Path, seed: int = 0, scale: float = 0.15) -> Path:
+    """Write the same without torch, under mlx-vlm's names; arguments as for `write_model`."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from mlx_lora.models.convert import build_model
+    from mlx_lora.models.vision import LANGUAGE, build_tower
+
+    config, tokenizer, image_processor, processor = MAKERS[family](family)
+    config.architectures = None
+    config.save_pretrained(folder)
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    language = dict(tree_flatten(build_model(values).parameters()))
+    tower = {n: w for n, w in tree_flatten(build_tower(values).parameters()) if not n.startswith(LANGUAGE)}
+    mx.random.seed(seed)
+    shapes = {name: value.shape for name, value in sorted({**language, **tower}.items())}
+    weights = {
+        name: scale * mx.random.normal(shape) if len(shape) > 1 else 1 + 0.1 * mx.random.normal(shape)
+        for name, shape in shapes.items()
+    }
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return _write_rest(folder, tokenizer, image_processor, processor)
+
+
+def _write_rest(folder: Path, tokenizer: Any, image_processor: dict[str, Any], processor: dict[str, Any]) -> Path:
     tokenizer.save_pretrained(folder)
-    processor_class = processor.pop("processor_class")
-    (folder / "preprocessor_config.json").write_text(json.dumps({**image_processor, "processor_class": processor_class}))  # fmt: skip
-    (folder / "processor_config.json").write_text(json.dumps({**processor, "processor_class": processor_class}))
+    kind = processor.pop("processor_class")
+    (folder / "preprocessor_config.json").write_text(json.dumps({**image_processor, "processor_class": kind}))
+    (folder / "processor_config.json").write_text(json.dumps({**processor, "processor_class": kind}))
     return folder

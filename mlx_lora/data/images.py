@@ -50,7 +50,7 @@ CAPTIONS = ("text", "caption", "completion", "response", "output", "answer")
 TURNS = ("messages", "conversations", "conversation", "prompt", "completion")
 ANSWERING = ("assistant", "gpt", "model", "bot")
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SEVERAL = ("MPO",)  # phones put a depth picture behind the photo
 MOST_BYTES = 64 << 20
 MOST_PIXELS = 64_000_000
@@ -337,7 +337,9 @@ def _decoded(content: bytes) -> Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the size is checked here, and damage is an error
-            with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+            Image.init()
+            known = [name for name in FORMATS if name in Image.OPEN]  # a few builds of Pillow have no WEBP
+            with Image.open(io.BytesIO(content), formats=known) as opened:
                 _check(opened)
                 rotated = ImageOps.exif_transpose(opened)
                 return rotated.convert("RGB")

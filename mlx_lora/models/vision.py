@@ -153,10 +153,9 @@ def load_tower(folder: Path, dtype: mx.Dtype) -> VisionTower:
     if not has_tower(config):
         raise InputError(f"{folder}: a {kind} model, which sees no pictures; choose one with a vision_config")
     token = image_token(config)
-    module = _module_of(config)
     try:
-        model = _build(module, _complete(config, token))
-        weights = _tower_weights(folder, module, model)
+        model = build_tower(config)
+        weights = _tower_weights(folder, _module_of(config), model)
         _load(model, weights, config)
     except FOREIGN_ERRORS as error:
         raise InputError(f"{folder}: mlx-vlm cannot load the tower of this {kind} model ({short(error)})") from error
@@ -167,6 +166,15 @@ def load_tower(folder: Path, dtype: mx.Dtype) -> VisionTower:
     model.eval()
     mx.eval(model.parameters())
     return VisionTower(model, width, token, _rescale(str(kind), width))
+
+
+def build_tower(config: Mapping[str, Any]) -> Any:
+    """Return mlx-vlm's model for a config.json, whose parameters are not computed.
+
+    Raises:
+        InputError: mlx-vlm is not installed, or does not know it.
+    """
+    return _build(_module_of(config), _complete(dict(config), image_token(config)))
 
 
 def _module_of(config: Mapping[str, Any]) -> ModuleType:
