@@ -46,7 +46,7 @@ def picture_pieces(
     files = [Path(picture).expanduser().resolve() for picture in pictures]
     table = PictureTable.empty()
     eyes = Eyes.of(base, DataSettings(max_pixels=max_pixels), table)
-    template = template or picture_template(base, eyes.processor.family.place)
+    template = template or picture_template(base.hf_tokenizer, base.folder, eyes.processor.family.place)
     if template is None:
         raise InputError(f"--model {base.model_id}: has no chat template, so it cannot be asked about pictures")
     reader = PictureReader(eyes.processor, [file.parent for file in files], table, eyes.tower.token)

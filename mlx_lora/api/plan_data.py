@@ -146,13 +146,13 @@ def local_data(settings: TrainSettings, outline: Outline) -> DataSplits | None:
 def read_splits(settings: TrainSettings, folder: Path, config: dict[str, Any], today: date | None = None) -> DataSplits:
     """Return the run's data, encoded with the tokenizer in a model's folder."""
     tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
-    prompt = read_teacher_prompt(settings.objective.teacher_prompt)
     data, room = readable_data(settings)
-    records = UNCACHED if room else objective_of(settings.objective).records
-    tools = objective_of(settings.objective).shown_tools(settings.objective, {})
-    splits = load_data(data, tokenizer._tokenizer, settings.loop.seed, today, records, prompt, tools)
+    objective = objective_of(settings.objective)
     if not room:
-        return splits
+        return objective.read_planned(replace(settings, data=data), tokenizer._tokenizer, folder, config, today)
+    prompt = read_teacher_prompt(settings.objective.teacher_prompt)
+    tools = objective.shown_tools(settings.objective, {})
+    splits = load_data(data, tokenizer._tokenizer, settings.loop.seed, today, UNCACHED, prompt, tools)
     # Planned as if every answer took all of its room, as it will be only when the teacher has written them.
     return splits.changed(lambda sets: {name: rows.with_room(1, room) for name, rows in sets.items()})
 

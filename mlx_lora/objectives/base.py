@@ -30,6 +30,10 @@ from mlx_lora.losses.cross_entropy import Arrays, Loss
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
     from mlx_lora.config.objectives import ObjectiveSettings
     from mlx_lora.config.settings import DataSettings, TrainSettings
     from mlx_lora.data.batch import Batch
@@ -297,6 +301,27 @@ class Objective:
         prompt = read_teacher_prompt(ctx.settings.objective.teacher_prompt)
         tools = self.shown_tools(ctx.settings.objective, ctx.functions)
         return load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, self.records, prompt, tools)
+
+    def read_planned(
+        self,
+        settings: TrainSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        config: dict[str, Any],
+        today: date | None,
+    ) -> DataSplits:
+        """Read a run's data for a plan, without the model's weights.
+
+        Args:
+            settings: of the run; its data are there.
+            tokenizer: of the model.
+            folder: of the model, at least with what reads data.
+            config: its config.json.
+            today: as for `load_data`.
+        """
+        prompt = read_teacher_prompt(settings.objective.teacher_prompt)
+        tools = self.shown_tools(settings.objective, {})
+        return load_data(settings.data, tokenizer, settings.loop.seed, today, self.records, prompt, tools)
 
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
         """Return the sets with what another model says about their rows, while the base has no adapter.

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.data.files import find_sets
@@ -29,16 +30,22 @@ from mlx_lora.data.image_tokens import ImageProcessor, PictureReader, PictureTab
 from mlx_lora.data.load import DataSplits, load_data, load_eval_set
 from mlx_lora.data.read import PICTURES
 from mlx_lora.losses.cross_entropy import Arrays, Loss
+from mlx_lora.models.folder import FOREIGN_ERRORS
 from mlx_lora.models.picture_inputs import Sight, positions_of, prepare_rotation, seeing
-from mlx_lora.models.vision import VisionTower, load_tower
+from mlx_lora.models.vision import LANGUAGE, VisionTower, build_tower, image_token, load_tower
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
 from mlx_lora.objectives.seen_pictures import SeenPictures
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.hub import resolve_config
 from mlx_lora.utils.parsing import read_json
 from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
+    from datetime import date
+
+    from transformers import PreTrainedTokenizerBase
+
     from mlx_lora.config.objectives import ObjectiveSettings
     from mlx_lora.config.settings import DataSettings, TrainSettings
     from mlx_lora.data.batch import Batch
@@ -92,8 +99,8 @@ class VisionSFT(Objective):
 
     def read_data(self, ctx: RunContext, data: DataSettings, teacher_prompt: str | None = None) -> DataSplits:
         """Read conversations with pictures; see `Objective.read_data`."""
-        reader = self._reader(data)
-        put_template(ctx.base, data, self.eyes.processor.family.place)
+        reader = self._reader(data, self.eyes.processor, ctx.base.config)
+        put_template(ctx.base.hf_tokenizer, ctx.base.folder, data, reader.processor.family.place)
         splits = load_data(data, ctx.base.hf_tokenizer, ctx.settings.loop.seed, ctx.today, PICTURES, pictures=reader)
         ctx.record.identity["pictures"] = self.eyes.identity()
         ctx.record.lines.append(self.eyes.words())
@@ -101,13 +108,28 @@ class VisionSFT(Objective):
 
     def read_set(self, ctx: RunContext, data: DataSettings) -> EncodedSet:
         """Read one set to measure; see `Objective.read_set`."""
-        put_template(ctx.base, data, self.eyes.processor.family.place)
-        return load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, PICTURES, pictures=self._reader(data))
+        reader = self._reader(data, self.eyes.processor, ctx.base.config)
+        put_template(ctx.base.hf_tokenizer, ctx.base.folder, data, reader.processor.family.place)
+        return load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, PICTURES, pictures=reader)
 
-    def _reader(self, data: DataSettings) -> PictureReader:
+    def read_planned(
+        self,
+        settings: TrainSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        config: dict[str, Any],
+        today: date | None,
+    ) -> DataSplits:
+        """Read a run's data for a plan; see `Objective.read_planned`."""
+        data = settings.data
+        reader = self._reader(data, ImageProcessor(folder, config, data.max_pixels), config)
+        put_template(tokenizer, folder, data, reader.processor.family.place)
+        return load_data(data, tokenizer, settings.loop.seed, today, PICTURES, pictures=reader)
+
+    def _reader(self, data: DataSettings, processor: ImageProcessor, config: dict[str, Any]) -> PictureReader:
         files = [file.path for one in find_sets(data.data or "") for files in one.splits.values() for file in files]
         roots = list(dict.fromkeys(path.parent for path in files))
-        return PictureReader(self.eyes.processor, roots, self.table, self.eyes.tower.token)
+        return PictureReader(processor, roots, self.table, image_token(config))
 
     def settled(self, settings: TrainSettings) -> TrainSettings:
         """Return the settings without what would compute rows without their pictures."""
@@ -148,7 +170,7 @@ class VisionSFT(Objective):
     def other_models_bytes(self, settings: TrainSettings) -> int:
         """Return the bytes of the tower, and of what it saw, as far as they stay in memory."""
         if self._eyes is None:
-            return 0
+            return planned_tower_bytes(settings)
         return self.eyes.tower.size_bytes + min(self.eyes.seen.most_bytes, self.eyes.pictures_bytes())
 
 
@@ -250,23 +272,34 @@ class Eyes:
         return found
 
 
-def picture_template(base: Base, place: str) -> str | None:
-    """Return the chat template of a base that shows pictures; None if it has no template.
+def planned_tower_bytes(settings: TrainSettings) -> int:
+    """Return the bytes of a model's tower by its config alone; 0 if that does not tell."""
+    try:
+        file = resolve_config(settings.model.model or "", settings.model.revision) / "config.json"
+        parameters = tree_flatten(build_tower(read_json(file, "download the model again")).parameters())
+    except (InputError, *FOREIGN_ERRORS):
+        return 0  # loading reports what is wrong with the model
+    size = device.compute_dtype(settings.model.dtype).size
+    return sum(array.size * size for name, array in parameters if not name.startswith(LANGUAGE))
+
+
+def picture_template(tokenizer: PreTrainedTokenizerBase, folder: Path, place: str) -> str | None:
+    """Return the chat template of a model that shows pictures; None if it has no template.
 
     Older folders have two: that of the tokenizer for text alone, and the processor's in chat_template.json.
     """
-    own = own_template(base.hf_tokenizer)
-    file = base.folder / "chat_template.json"
+    own = own_template(tokenizer)
+    file = folder / "chat_template.json"
     if (own is None or place not in own) and file.is_file():
         found = read_json(file, "download the model again").get("chat_template")
         return found if isinstance(found, str) else own
     return own
 
 
-def put_template(base: Base, data: DataSettings, place: str) -> None:
-    """Give a base's tokenizer the template that shows pictures, unless the settings name another."""
-    if data.chat_template is None and (template := picture_template(base, place)) is not None:
-        base.hf_tokenizer.chat_template = template
+def put_template(tokenizer: PreTrainedTokenizerBase, folder: Path, data: DataSettings, place: str) -> None:
+    """Give a model's tokenizer the template that shows pictures, unless the settings name another."""
+    if data.chat_template is None and (template := picture_template(tokenizer, folder, place)) is not None:
+        tokenizer.chat_template = template
 
 
 def base_dtype(base: Base) -> str:

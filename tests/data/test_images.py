@@ -18,6 +18,8 @@ from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.examples import FormatError
 from mlx_lora.data.formats import NamedColumns
 from mlx_lora.data.images import MARK, Illustrated, PictureFiles, parse_illustrated
+from mlx_lora.data.records import read_records
+from mlx_lora.utils.errors import InputError
 
 
 def noise(width: int = 12, height: int = 9, seed: int = 0, mode: str = "RGB") -> Image.Image:
@@ -79,7 +81,9 @@ def test_pictures_without_a_place_come_first_in_the_question(name):
 
 
 def test_a_named_column_is_the_question():
-    found = parsed({"image": "a.png", "frage": "was?", "antwort": "da"}, prompt_column="frage", completion_column="antwort")
+    found = parsed(
+        {"image": "a.png", "frage": "was?", "antwort": "da"}, prompt_column="frage", completion_column="antwort"
+    )
     assert shown(found) == [("user", "[a.png]was?"), ("assistant", "da")]
 
 
@@ -175,14 +179,16 @@ def test_a_bad_file_is_refused_in_one_line(name, folder):
     for source in (file.name, BAD_FILES[name], f"data:;base64,{base64.b64encode(BAD_FILES[name]).decode()}"):
         with pytest.raises(FormatError) as refused:
             PictureFiles([folder]).open(source)
-        assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+        assert "\n" not in str(refused.value)
+        assert len(str(refused.value)) < 400
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_bad_name_is_refused_in_one_line(name, folder):
     with pytest.raises(FormatError) as refused:
         PictureFiles([folder]).open(BAD_NAMES[name])
-    assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 400
 
 
 GOOD = {
@@ -211,13 +217,13 @@ def test_a_rotated_picture_is_upright(folder):
     content = as_bytes(image, "PNG", exif=exif)
     found = PictureFiles([folder]).open(content)
     assert found.size == (9, 12)
-    assert np.array_equal(np.asarray(found.pixels()), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")))
+    assert np.array_equal(
+        np.asarray(found.pixels()), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
+    )
     assert not np.array_equal(np.asarray(found.pixels()), np.asarray(image.transpose(Image.Transpose.ROTATE_90)))
 
 
 def test_a_picture_that_has_changed_is_told(folder):
-    from mlx_lora.utils.errors import InputError
-
     file = folder / "changing.png"
     file.write_bytes(WHOLE)
     found = PictureFiles([folder]).open("changing.png")
@@ -229,8 +235,6 @@ def test_a_picture_that_has_changed_is_told(folder):
 
 def test_bytes_of_a_parquet_file_are_pictures(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    from mlx_lora.data.records import read_records
-
     rows = [{"images": [{"bytes": WHOLE, "path": None}], "prompt": "is it?", "completion": "yes"}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
     (record,) = read_records(tmp_path / "train.parquet")
