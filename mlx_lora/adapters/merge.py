@@ -141,7 +141,7 @@ class MergeSettings:
 
 
 @dataclass(frozen=True)
-class Part:
+class AdapterTerm:
     """What one adapter has for a layer: weight * scale * a b is to be in the sum.
 
     Attributes:
@@ -161,7 +161,7 @@ class Part:
         return self.a.shape[-1]
 
 
-def merge_layer(path: str, parts: Sequence[Part], settings: MergeSettings, rank: int) -> Factors:
+def merge_layer(path: str, parts: Sequence[AdapterTerm], settings: MergeSettings, rank: int) -> Factors:
     """Return one pair of factors whose product, without a scale, is the merged update.
 
     Args:
@@ -185,7 +185,7 @@ def merge_layer(path: str, parts: Sequence[Part], settings: MergeSettings, rank:
     if parts[0].a.ndim == 3:
         each = []
         for expert in range(len(parts[0].a)):
-            own = [Part(part.a[expert], part.b[expert], part.scale, part.weight) for part in parts]
+            own = [AdapterTerm(part.a[expert], part.b[expert], part.scale, part.weight) for part in parts]
             each.append(merge_layer(f"{path}.{expert}", own, settings, rank))
         a, b = mx.stack([a for a, _ in each]), mx.stack([b for _, b in each])
     else:
@@ -194,7 +194,7 @@ def merge_layer(path: str, parts: Sequence[Part], settings: MergeSettings, rank:
     return a, b
 
 
-def _merged(path: str, parts: Sequence[Part], settings: MergeSettings, rank: int) -> Factors:
+def _merged(path: str, parts: Sequence[AdapterTerm], settings: MergeSettings, rank: int) -> Factors:
     """Return the merged factors of one matrix."""
     way, scales = settings.combination, [part.weight * part.scale for part in parts]
     keys = mx.random.split(path_key(f"merge:{path}", settings.seed or 0), 2 * len(parts))

@@ -6,7 +6,7 @@
     before   mlp.switch_mlp: SwitchGLU                          in each run's own model: the same, with adapted experts
     after    mlp.switch_mlp: Apart(plain: the base's module, own: {"run0": its module, ...})
 
-A joint batch has all rows of one run after those of another, and `Routing` says how many each has. A stacked layer multiplies all
+A joint batch has all rows of one run after those of another, and `RowRouting` says how many each has. A stacked layer multiplies all
 rows by the base at once, and adds to each row the update of its own run. The adapter layers are the very objects of the runs' own
 models: who hands out new factors to a run's model changes them here, too. A mixture's experts get their rows sorted by expert, so a
 module with adapted experts is called for each run's rows by itself.
@@ -64,7 +64,7 @@ class Share:
 
 
 @dataclass
-class Routing:
+class RowRouting:
     """Tells all stacked layers of a model whose rows the next call has.
 
     Attributes:
@@ -141,7 +141,7 @@ def _key(run: int) -> str:
 class StackedLinear(nn.Module):
     """A frozen linear layer plus, for each row, the update of its own run's adapter layer."""
 
-    def __init__(self, linear: nn.Module, adapters: Mapping[int, AdapterLayer], routing: Routing):
+    def __init__(self, linear: nn.Module, adapters: Mapping[int, AdapterLayer], routing: RowRouting):
         super().__init__()
         self.linear = linear
         self.adapters = {_key(run): layer for run, layer in adapters.items()}
@@ -160,7 +160,7 @@ class StackedLinear(nn.Module):
         """Apply the layer.
 
         Args:
-            x: (U, T, in), or another form that `Routing.lengths` knows.
+            x: (U, T, in), or another form that `RowRouting.lengths` knows.
             keys: random keys for the runs that `dropping` returns; None: new ones are drawn.
         """
         y = self.linear(x)
@@ -220,7 +220,7 @@ class StackedLinear(nn.Module):
 class Apart(nn.Module):
     """Calls for each run's rows its own module, which is this one with adapted experts."""
 
-    def __init__(self, plain: nn.Module, own: Mapping[int, nn.Module], routing: Routing):
+    def __init__(self, plain: nn.Module, own: Mapping[int, nn.Module], routing: RowRouting):
         super().__init__()
         self.plain = plain
         self.own = {_key(run): module for run, module in own.items()}
@@ -286,7 +286,7 @@ def unstackable(model: nn.Module) -> str | None:
     return None
 
 
-def stack_adapters(model: nn.Module, runs: Mapping[int, nn.Module]) -> Routing:
+def stack_adapters(model: nn.Module, runs: Mapping[int, nn.Module]) -> RowRouting:
     """Put the adapters of several runs on one model.
 
     Args:
@@ -294,7 +294,7 @@ def stack_adapters(model: nn.Module, runs: Mapping[int, nn.Module]) -> Routing:
         runs: number -> the adapted model of a run, whose rows can be stacked (`unstackable`).
     """
     model.freeze()
-    routing, modules = Routing(), dict(model.named_modules())
+    routing, modules = RowRouting(), dict(model.named_modules())
     linear: dict[str, dict[int, AdapterLayer]] = {}
     experts: dict[str, dict[int, nn.Module]] = {}
     for run, own in runs.items():

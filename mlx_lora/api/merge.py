@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlx_lora.adapters.base import SWITCH
 from mlx_lora.adapters.inject import adapt_layers, adapter_layers, remove_adapters
-from mlx_lora.adapters.merge import MergeSettings, Part, merge_layer
+from mlx_lora.adapters.merge import AdapterTerm, MergeSettings, merge_layer
 from mlx_lora.adapters.qat import FUSED_ONLY
 from mlx_lora.adapters.targets import targets_of
 from mlx_lora.api.base import Base as PublicBase
@@ -196,7 +196,7 @@ class Source:
     folder: Path
     weight: float
     info: AdapterInfo
-    layers: dict[str, Part]
+    layers: dict[str, AdapterTerm]
 
     @classmethod
     def read(cls, base: Base, given: str, weight: float, ignore_fingerprint: bool) -> Source:
@@ -226,7 +226,7 @@ class Source:
             a, b = layer.plain_factors()
             if layer.OVER is SWITCH:
                 a, b = a.swapaxes(-1, -2), b.swapaxes(-1, -2)
-            parts[path] = Part(a, b, layer.scale, weight)
+            parts[path] = AdapterTerm(a, b, layer.scale, weight)
             mx.eval(a, b)
             if not mx.isfinite(a.sum() + b.sum()).item():
                 raise InputError(f"--adapter {given}: {path} has numbers that are not finite; give another checkpoint")
@@ -287,7 +287,7 @@ class MergeJob:
         self._keep(merged)
         return merged
 
-    def _write(self, base: Base, sources: Sequence[Source], factors: Mapping[str, Part]) -> str | None:
+    def _write(self, base: Base, sources: Sequence[Source], factors: Mapping[str, AdapterTerm]) -> str | None:
         """Write the folder, and return the chat template that the merged adapter has."""
         first, targets = sources[0].info, targets_of(base.model, factors)
         templates = {source.info.chat_template for source in sources}
@@ -320,7 +320,7 @@ class MergeJob:
             write_json(temporary, merged.facts())
 
 
-def merged_factors(sources: Sequence[Source], settings: MergeSettings) -> dict[str, Part]:
+def merged_factors(sources: Sequence[Source], settings: MergeSettings) -> dict[str, AdapterTerm]:
     """Return the merged factors of every layer that one of the adapters has.
 
     Raises:
@@ -331,12 +331,12 @@ def merged_factors(sources: Sequence[Source], settings: MergeSettings) -> dict[s
     found = {}
     for path in tracked(paths, "Merging", len(paths), "layers"):
         parts = [source.layers[path] for source in sources if path in source.layers]
-        found[path] = Part(*merge_layer(path, parts, settings, rank), scale=1.0, weight=1.0)
+        found[path] = AdapterTerm(*merge_layer(path, parts, settings, rank), scale=1.0, weight=1.0)
     return found
 
 
 @contextmanager
-def _adapted(base: Base, factors: Mapping[str, Part]) -> Iterator[None]:
+def _adapted(base: Base, factors: Mapping[str, AdapterTerm]) -> Iterator[None]:
     """Put factors onto a base inside the block."""
     adapt_layers(base.model, {path: (part.rank, part.scale) for path, part in factors.items()})
     for path, layer in adapter_layers(base.model).items():
@@ -365,7 +365,7 @@ def _own_template(base: Base) -> Iterator[None]:
 
 
 def _measured(
-    base: Base, sources: Sequence[Source], factors: Mapping[str, Part], template: str | None, data: str | None
+    base: Base, sources: Sequence[Source], factors: Mapping[str, AdapterTerm], template: str | None, data: str | None
 ) -> tuple[tuple[SetLosses, ...], dict[str, str]]:
     """Return the losses on each set of rows, and why the rows of a run are not among them.
 

@@ -14,8 +14,7 @@ from mlx_lora.config.defaults import (
 )
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.files import TINY_SHAKESPEARE, find_sets, find_splits, is_dataset_id, is_local, named_sets
-from mlx_lora.data.load import UNCACHED, DataSplits, load_data
-from mlx_lora.data.prompts import read_teacher_prompt
+from mlx_lora.data.load import UNCACHED, DataSplits
 from mlx_lora.gguf.reader import is_gguf
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.models.load import check_highest, embedding_rows
@@ -29,6 +28,7 @@ from mlx_lora.planner.fit import (
     Shapes,
 )
 from mlx_lora.planner.shapes import ModelShape
+from mlx_lora.rollouts.make_environment import check_template
 from mlx_lora.trainer.fit import (
     batch_shapes,
     data_facts,
@@ -148,11 +148,12 @@ def read_splits(settings: TrainSettings, folder: Path, config: dict[str, Any], t
     tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
     data, room = readable_data(settings)
     objective = objective_of(settings.objective)
+    records, asked = UNCACHED if room else objective.records, replace(settings, data=data)
+    splits = objective.read_planned(asked, tokenizer._tokenizer, folder, config, today, records)
+    if tools := objective.shown_tools(settings.objective, {}):
+        check_template(tokenizer, splits.chat_template, tools)
     if not room:
-        return objective.read_planned(replace(settings, data=data), tokenizer._tokenizer, folder, config, today)
-    prompt = read_teacher_prompt(settings.objective.teacher_prompt)
-    tools = objective.shown_tools(settings.objective, {})
-    splits = load_data(data, tokenizer._tokenizer, settings.loop.seed, today, UNCACHED, prompt, tools)
+        return splits
     # Planned as if every answer took all of its room, as it will be only when the teacher has written them.
     return splits.changed(lambda sets: {name: rows.with_room(1, room) for name, rows in sets.items()})
 

@@ -24,7 +24,7 @@ from mlx_lora.config.settings import ROWS, TrainSettings
 from mlx_lora.config.sweep import BUDGET, Candidate, candidates, read_budget, read_vary, rungs, words
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import ALONE
-from mlx_lora.reports.sweep_page import Compared, advice, write_page
+from mlx_lora.reports.sweep_page import SweepResults, advice, write_page
 from mlx_lora.trainer.run import check_request, train_run
 from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
 from mlx_lora.trainer.several_runs import check_trials
@@ -229,7 +229,7 @@ class SweepResult:
     run: Run
     table: list[dict[str, Any]]
     advice: str
-    compared: Compared = field(repr=False)
+    compared: SweepResults = field(repr=False)
 
     @speaks_python()
     def plot(self) -> Any:

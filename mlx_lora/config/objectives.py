@@ -130,6 +130,11 @@ class ObjectiveSettings:
         return self.rewarded or self.on_policy
 
     @property
+    def has_episodes(self) -> bool:
+        """Whether an environment or tools reply to the model's answers, which then go on."""
+        return bool(self.environment or self.tools)
+
+    @property
     def rewarded(self) -> bool:
         """Whether sampled answers are rewarded."""
         return self.objective in SAMPLING

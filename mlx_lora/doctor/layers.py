@@ -55,7 +55,7 @@ from mlx_lora.losses.divergence import (
     likeliest,
     sampled_kl,
 )
-from mlx_lora.losses.policy import RATIO_OF, PolicyOptions, Sampled, policy_loss
+from mlx_lora.losses.policy import RATIO_OF, PolicyOptions, SampledTokens, policy_loss
 from mlx_lora.losses.preference import (
     PAIR_LOSSES,
     RATED_LOSSES,
@@ -347,7 +347,7 @@ def check_policy_losses(kit: Kit) -> Iterator[CheckFinding]:
         options = PolicyOptions(name, beta=0.05, compares=True)
 
         def function(logps: mx.array, options: PolicyOptions = options) -> mx.array:
-            return policy_loss(Sampled(logps, old, reference, *rest), options)[0]
+            return policy_loss(SampledTokens(logps, old, reference, *rest), options)[0]
 
         yield from _compare(name, function, logps)
     yield from _compare("sampled KL", lambda logps: sampled_kl(logps, old, reference), logps)

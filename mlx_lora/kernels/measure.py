@@ -48,7 +48,7 @@ Outputs = Callable[..., list[mx.array]]
 
 
 @dataclass(frozen=True)
-class Trial:
+class TimingInputs:
     """The arguments with which candidates are measured.
 
     Attributes:
@@ -114,7 +114,7 @@ class Kernel:
     candidates: Mapping[str, Callable[..., Any]]
     assumed: str
     class_of: Callable[..., ShapeClass | None]
-    trial: Callable[[ShapeClass, mx.Dtype], tuple[Trial, Outputs]]
+    trial: Callable[[ShapeClass, mx.Dtype], tuple[TimingInputs, Outputs]]
     words: Callable[[ShapeClass], str]
     count: Callable[[KernelTerms, ShapeClass, str, Figures | None], KernelTerms]
 
@@ -145,7 +145,7 @@ def choose(figures: Mapping[str, Figures], layers: int = LAYERS) -> str | None:
 
 def measure(
     candidates: Mapping[str, Callable[..., Any]],
-    trial: Trial,
+    trial: TimingInputs,
     reference: Outputs,
     compiled: bool,
     own_kernels: Collection[str] = (),
@@ -191,7 +191,7 @@ class _Try(NamedTuple):
     error: float
 
 
-def _both_passes(function: Outputs, trial: Trial, compiled: bool) -> Callable[[], list[mx.array]]:
+def _both_passes(function: Outputs, trial: TimingInputs, compiled: bool) -> Callable[[], list[mx.array]]:
     def both(arrays: list[mx.array]) -> list[mx.array]:
         outputs, gradients = mx.vjp(function, arrays, trial.cotangents)
         return [*outputs, *gradients]
@@ -200,7 +200,7 @@ def _both_passes(function: Outputs, trial: Trial, compiled: bool) -> Callable[[]
     return lambda: run(trial.arrays)
 
 
-def _try(function: Outputs, trial: Trial, expected: list[mx.array], expected_gradients: list[mx.array]) -> _Try:
+def _try(function: Outputs, trial: TimingInputs, expected: list[mx.array], expected_gradients: list[mx.array]) -> _Try:
     """Run both passes once, and return time, memory and error."""
     inputs_bytes = sum(array.nbytes for array in trial.arrays)
     mx.synchronize()

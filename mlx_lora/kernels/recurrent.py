@@ -24,7 +24,7 @@ import mlx.nn as nn
 from mlx_lm.models import gated_delta, ssm
 
 from mlx_lora.kernels.gated_delta import chunked_gated_delta_update, fused_gated_delta_update
-from mlx_lora.kernels.measure import MLX, Figures, Kernel, Outputs, ShapeClass, Trial, size_class
+from mlx_lora.kernels.measure import MLX, Figures, Kernel, Outputs, ShapeClass, TimingInputs, size_class
 from mlx_lora.kernels.state_space import (
     in_lanes,
     lanes_for,
@@ -290,7 +290,7 @@ def _delta_class(
     return size_class(tokens, SHORTEST, LONGEST), key_heads, heads, width, value_width, gate
 
 
-def _delta_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs]:
+def _delta_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[TimingInputs, Outputs]:
     tokens, key_heads, heads, width, value_width, gate = shape
     ratio = heads // key_heads
     n = max(1, min(key_heads, MOST_HEADS // ratio))
@@ -312,7 +312,9 @@ def _delta_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs]:
         # mlx-lm's own Metal kernel has no gradient, so its models do not use it in training.
         return lambda *arrays: [function(*arrays, use_kernel=False)[0]]
 
-    return Trial(arrays, [normal(1, tokens, h, value_width).astype(dtype)], wrap), wrap(gated_delta.gated_delta_update)
+    return TimingInputs(arrays, [normal(1, tokens, h, value_width).astype(dtype)], wrap), wrap(
+        gated_delta.gated_delta_update
+    )
 
 
 def _space_class(
@@ -326,7 +328,7 @@ def _space_class(
     return size_class(tokens, SHORTEST, LONGEST_SPACE), heads, width, groups, numbers
 
 
-def _space_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs]:
+def _space_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[TimingInputs, Outputs]:
     tokens, heads, width, groups, numbers = shape
     ratio = min(heads // groups, MOST_HEADS)  # heads of a group are independent of each other
     g = max(1, min(groups, MOST_HEADS // ratio))
@@ -341,7 +343,7 @@ def _space_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs]:
     def wrap(function: Callable[..., Any]) -> Outputs:
         return lambda *arrays: [function(*arrays)[0]]
 
-    return Trial(arrays, [normal(1, tokens, h, width)], wrap), _naive_space
+    return TimingInputs(arrays, [normal(1, tokens, h, width)], wrap), _naive_space
 
 
 def _naive_space(

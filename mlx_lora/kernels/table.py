@@ -44,7 +44,7 @@ from mlx_lora.kernels.measure import (
     Kernel,
     Outputs,
     ShapeClass,
-    Trial,
+    TimingInputs,
     choose,
     keep_figures,
     may_measure,
@@ -266,7 +266,7 @@ def _attention_words(shape: ShapeClass) -> str:
     return f"{keys:,} keys, {heads}/{key_heads} heads of {wide}{extra}"
 
 
-def _attention_trial(windows: Windows, shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs]:
+def _attention_trial(windows: Windows, shape: ShapeClass, dtype: mx.Dtype) -> tuple[TimingInputs, Outputs]:
     """Return a trial with rows of the class's length, and its exact outputs."""
     length, heads, key_heads, width, value_width, mask, sinks = shape
     group, (rows, n) = heads // key_heads, _trial_rows(shape)
@@ -286,7 +286,7 @@ def _attention_trial(windows: Windows, shape: ShapeClass, dtype: mx.Dtype) -> tu
     def wrap(function: Callable[..., mx.array]) -> Outputs:
         return lambda q, k, v, *s: [function(q, k, v, None, scale, given, *s)]
 
-    return Trial(arrays, [cotangent], wrap), partial(_naive_attention, scale, seen)
+    return TimingInputs(arrays, [cotangent], wrap), partial(_naive_attention, scale, seen)
 
 
 def _trial_rows(shape: ShapeClass) -> tuple[int, int]:
@@ -337,7 +337,7 @@ def activation_class(width: int) -> ShapeClass:
     return (size_class(width, 256, 8192),)
 
 
-def _swiglu_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs]:
+def _swiglu_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[TimingInputs, Outputs]:
     width = shape[0]
     rows = max(1, min(TRIAL_POSITIONS, TRIAL_NUMBERS // width))
     *arrays, cotangent = (3 * mx.random.normal((rows, width), key=mx.random.key(n)).astype(dtype) for n in range(3))
@@ -345,7 +345,7 @@ def _swiglu_trial(shape: ShapeClass, dtype: mx.Dtype) -> tuple[Trial, Outputs]:
     def naive(gate: mx.array, up: mx.array) -> list[mx.array]:
         return [gate / (1 + mx.exp(-gate)) * up]
 
-    return Trial(arrays, [cotangent], lambda function: lambda gate, up: [function(gate, up)]), naive
+    return TimingInputs(arrays, [cotangent], lambda function: lambda gate, up: [function(gate, up)]), naive
 
 
 def _count_swiglu(terms: KernelTerms, shape: ShapeClass, name: str, figures: Figures | None) -> KernelTerms:

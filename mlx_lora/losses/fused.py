@@ -51,7 +51,7 @@ from mlx_lora.kernels.measure import (
     POLYNOMIAL,
     Figures,
     ShapeClass,
-    Trial,
+    TimingInputs,
     choose,
     keep_figures,
     may_measure,
@@ -473,7 +473,7 @@ def measure_loss(head: Head, dtype: mx.Dtype) -> dict[str, Figures]:
         for name, kernel in loss_kernels().items()
     }
     all_logits = {PLAIN_LOGITS: lambda hidden: of_logits(head.logits(hidden), targets)}
-    trial = Trial([hidden], [mx.ones((positions, 1))], lambda function: lambda h: [function(h)[:, None]])
+    trial = TimingInputs([hidden], [mx.ones((positions, 1))], lambda function: lambda h: [function(h)[:, None]])
     compiled = device.compiling_is_cheap()
     if compiled:  # a GPU: it takes no time there, and seconds of a CPU if the vocabulary is large
         candidates |= all_logits

@@ -49,7 +49,7 @@ class PolicyOptions:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledTokens:
     """The sampled tokens of a batch.
 
     Attributes:
@@ -76,7 +76,7 @@ class Sampled:
         return mx.where(own, (values * self.weights)[None, :], 0.0).sum(axis=1)
 
 
-def policy_loss(sampled: Sampled, options: PolicyOptions) -> tuple[mx.array, dict[str, mx.array]]:
+def policy_loss(sampled: SampledTokens, options: PolicyOptions) -> tuple[mx.array, dict[str, mx.array]]:
     """Return each answer's loss, (A,), whose mean over answers is the loss; and what to report of each, (A,).
 
     The reports are means over the answer's tokens: `kl`, an estimate of the divergence from the reference

@@ -23,7 +23,7 @@ CHECK_TOKENS = 64
 TOLERANCE = 1e-3  # of an output's largest value: both ways compute the same operations
 
 
-class _Reached(Exception):
+class _BlockReached(Exception):
     """Ends a forward pass at a block, whose output it carries."""
 
 
@@ -64,7 +64,7 @@ class BlockWalk:
         self._output = kept if self.keeps else None
         try:
             out = self.model(ids)
-        except _Reached as reached:
+        except _BlockReached as reached:
             (out,) = reached.args
         return out
 
@@ -73,7 +73,7 @@ class BlockWalk:
         """Let the blocks know of the walk, by changing the class of these instances for the duration of the block."""
         own = [type(block) for block in self.model.layers]
         for number, block in enumerate(self.model.layers):
-            made = type(f"Walked{own[number].__name__}", (WalkedBlock, own[number]), {"walk": self, "number": number})
+            made = type(f"Walked{own[number].__name__}", (StoppingBlock, own[number]), {"walk": self, "number": number})
             block.__class__ = made
         try:
             yield
@@ -94,7 +94,7 @@ class BlockWalk:
         return _same(found, self.model(few))
 
 
-class WalkedBlock(nn.Module):
+class StoppingBlock(nn.Module):
     """A mix-in for a block's class that takes part in a walk."""
 
     walk: BlockWalk
@@ -106,7 +106,7 @@ class WalkedBlock(nn.Module):
             return walk._output
         out = super().__call__(*args, **kwargs)
         if self.number == walk.at:
-            raise _Reached(out)
+            raise _BlockReached(out)
         return out
 
 

@@ -88,7 +88,7 @@ class VisionTower:
     @property
     def size_bytes(self) -> int:
         """The size of its parameters."""
-        return sum(p.nbytes for _, p in tree_flatten(self.model.parameters()))
+        return sum(array.nbytes for array in arrays_of(self.model).values())
 
     def see(self, pixels: Mapping[str, np.ndarray], tokens: int) -> Seen:
         """Return what the language model gets of one picture; it is computed here.
@@ -115,6 +115,11 @@ class VisionTower:
         if len(embeddings) != tokens:
             raise InputError(f"mlx-vlm's tower gives {len(embeddings)} embeddings of a picture of {tokens} tokens")
         return Seen(embeddings, stacked)
+
+
+def arrays_of(model: nn.Module) -> dict[str, mx.array]:
+    """Return all parameters of a model by name."""
+    return dict(tree_flatten(model.parameters()))  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 class NoText(nn.Module):

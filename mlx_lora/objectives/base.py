@@ -309,6 +309,7 @@ class Objective:
         folder: Path,
         config: dict[str, Any],
         today: date | None,
+        records: str,
     ) -> DataSplits:
         """Read a run's data for a plan, without the model's weights.
 
@@ -317,11 +318,11 @@ class Objective:
             tokenizer: of the model.
             folder: of the model, at least with what reads data.
             config: its config.json.
-            today: as for `load_data`.
+            today, records: as for `load_data`.
         """
         prompt = read_teacher_prompt(settings.objective.teacher_prompt)
         tools = self.shown_tools(settings.objective, {})
-        return load_data(settings.data, tokenizer, settings.loop.seed, today, self.records, prompt, tools)
+        return load_data(settings.data, tokenizer, settings.loop.seed, today, records, prompt, tools)
 
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
         """Return the sets with what another model says about their rows, while the base has no adapter.

@@ -64,15 +64,14 @@ class Policy(SampledObjective):
     rewards: Sequence[Reward] = field(default_factory=tuple)
 
     def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
-        has_episodes = settings.environment or settings.tools
-        if has_episodes:  # a user's file that does not load is told now
+        if settings.has_episodes:  # a user's file that does not load is told now
             check_environment(settings, functions)
-        if settings.reward or not has_episodes:
+        if settings.reward or not settings.has_episodes:
             check_rewards(settings, functions)
 
     def open(self, ctx: RunContext) -> None:
         asked = ctx.settings.objective
-        toolbox = toolbox_of(asked, ctx.functions) if asked.environment or asked.tools else None
+        toolbox = toolbox_of(asked, ctx.functions) if asked.has_episodes else None
         if asked.reward or not asked.environment:
             self.rewards = load_rewards(ctx.settings, ctx.base, ctx.today, ctx.functions)
         if toolbox is not None:
@@ -83,13 +82,13 @@ class Policy(SampledObjective):
     def shown_tools(
         self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]
     ) -> list[dict[str, Any]] | None:
-        toolbox = toolbox_of(settings, functions) if settings.environment or settings.tools else None
+        toolbox = toolbox_of(settings, functions) if settings.has_episodes else None
         return toolbox.schemas if toolbox else None
 
     def load_data(self, ctx: RunContext) -> DataSplits:
         splits = super().load_data(ctx)
         if schemas := self.shown_tools(ctx.settings.objective, ctx.functions):
-            check_template(ctx.base, splits.chat_template, schemas)
+            check_template(ctx.base.tokenizer, splits.chat_template, schemas)
         return splits
 
     def make_rollouts(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> Rollouts:

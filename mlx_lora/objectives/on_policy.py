@@ -83,7 +83,7 @@ class OnPolicyDistillation(WithTeacher, SampledObjective):
         scorer: the teacher; None: it is not loaded yet.
     """
 
-    scorer: Scorer | None = None
+    scorer: TeacherScorer | None = None
 
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
         """Load the teacher, which stays in memory; without --teacher, the base as it is now is the teacher."""
@@ -101,7 +101,7 @@ class OnPolicyDistillation(WithTeacher, SampledObjective):
         name = teacher_name(settings, base)
         ctx.record.lines.append(f"Teacher: {name}; stays in memory ({held}) and scores each sampled token")
         ctx.record.identity[TEACHER] = key
-        self.scorer = Scorer.of(teacher, options, facts.vocabulary)
+        self.scorer = TeacherScorer.of(teacher, options, facts.vocabulary)
         return sets
 
     def make_rollouts(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> Rollouts:
@@ -146,7 +146,7 @@ FACTS = slice(5, 8)  # of the arrays of a batch: after `Arrays`
 
 
 @dataclass(frozen=True)
-class Scorer:
+class TeacherScorer:
     """A teacher that scores sampled answers.
 
     Attributes:
@@ -162,7 +162,7 @@ class Scorer:
     head: Head | None
 
     @classmethod
-    def of(cls, teacher: Teacher, options: DivergenceOptions, vocabulary: int) -> Scorer:
+    def of(cls, teacher: Teacher, options: DivergenceOptions, vocabulary: int) -> TeacherScorer:
         """Return it for a number of tokens that teacher and student have."""
         head = head_of(teacher.loss, teacher.base.model, teacher.base.config)
         return cls(teacher, replace(options, vocabulary=vocabulary), vocabulary, head)

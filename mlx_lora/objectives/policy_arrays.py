@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS, Arrays, Loss
 from mlx_lora.losses.fused import head_loss
-from mlx_lora.losses.policy import PolicyOptions, Sampled, policy_loss
+from mlx_lora.losses.policy import PolicyOptions, SampledTokens, policy_loss
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.prefix_attention import answers_at, shared_caches
 from mlx_lora.planner.machine import loss_tile_bytes
@@ -112,7 +112,7 @@ def policy_loss_of(loss: Loss, options: PolicyOptions, words: str, more: tuple[s
         logps = -loss.tokens(model, *arrays, *starts)  # (P,)
         old = mx.where(policy.share[1] > 0, mx.stop_gradient(logps), policy.old)
         answers = answers_at(arrays.positions, arrays.inputs.shape[1], *starts)
-        sampled = Sampled(
+        sampled = SampledTokens(
             logps, old, policy.reference, arrays.weights, answers,
             policy.advantages, mx.stop_gradient(policy.share[0]),
         )  # fmt: skip

@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
-from mlx_lora.models.vision import Seen, VisionTower
+from mlx_lora.models.vision import Seen, VisionTower, arrays_of
 from mlx_lora.utils import device
 from mlx_lora.utils.files import cache_dir
 
@@ -144,7 +143,7 @@ def _folder_bytes(folder: Path) -> int:
 def tower_key(tower: VisionTower, processor: ImageProcessor) -> str:
     """Return what tells towers apart, 32 hex digits."""
     digest = hashlib.sha256()
-    for name, array in tree_flatten(tower.model.parameters()):
+    for name, array in arrays_of(tower.model).items():
         flat = array.reshape(-1)
         step = max(1, flat.size // SAMPLED)
         picked = flat[::step] if not mx.issubdtype(flat.dtype, mx.floating) else flat[::step].astype(mx.float32)

@@ -60,7 +60,7 @@ DISTILL = "distill"
 
 
 @dataclass(frozen=True)
-class Given:
+class AnsweredData:
     """The data of a run, after a teacher has answered what had no answer.
 
     Attributes:
@@ -83,7 +83,9 @@ class Answer:
     ended: bool
 
 
-def data_with_answers(settings: TrainSettings, base: Base, ranks: Ranks, today: date, trains: bool = True) -> Given:
+def data_with_answers(
+    settings: TrainSettings, base: Base, ranks: Ranks, today: date, trains: bool = True
+) -> AnsweredData:
     """Return the data of a run; what a teacher or the base has to write first is written here.
 
     Args:
@@ -98,10 +100,10 @@ def data_with_answers(settings: TrainSettings, base: Base, ranks: Ranks, today: 
     """
     data, objective = settings.data, settings.objective
     if objective.objective != DISTILL or (objective.on_policy and data.data is not None):
-        return Given(data)  # nobody writes, or the student does, during the run
+        return AnsweredData(data)  # nobody writes, or the student does, during the run
     if data.data is not None and not has_unanswered(data):
         _refuse_sampling(objective)
-        return Given(data)
+        return AnsweredData(data)
     if settings.loop.offload_base == "on":
         raise InputError(
             f"--data {data.data or 'is not given'} with --offload-base on: somebody has to write answers, token by token, for which the "
@@ -112,7 +114,7 @@ def data_with_answers(settings: TrainSettings, base: Base, ranks: Ranks, today: 
     if ranks.leads:
         folder = kept_folder(settings.loop, trains) or _written(settings, base, today)
     folder = _on_every_rank(folder, ranks)
-    return Given(written_data(data, folder), folder, words)
+    return AnsweredData(written_data(data, folder), folder, words)
 
 
 def read_answered(objective: Objective, ctx: RunContext) -> DataSplits:

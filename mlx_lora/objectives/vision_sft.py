@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.data.files import find_sets
@@ -32,7 +31,7 @@ from mlx_lora.data.read import PICTURES
 from mlx_lora.losses.cross_entropy import Arrays, Loss
 from mlx_lora.models.folder import FOREIGN_ERRORS
 from mlx_lora.models.picture_inputs import Sight, positions_of, prepare_rotation, seeing
-from mlx_lora.models.vision import LANGUAGE, VisionTower, build_tower, image_token, load_tower
+from mlx_lora.models.vision import LANGUAGE, VisionTower, arrays_of, build_tower, image_token, load_tower
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
 from mlx_lora.objectives.seen_pictures import SeenPictures
 from mlx_lora.utils import device
@@ -119,6 +118,7 @@ class VisionSFT(Objective):
         folder: Path,
         config: dict[str, Any],
         today: date | None,
+        records: str,
     ) -> DataSplits:
         """Read a run's data for a plan; see `Objective.read_planned`."""
         data = settings.data
@@ -276,11 +276,11 @@ def planned_tower_bytes(settings: TrainSettings) -> int:
     """Return the bytes of a model's tower by its config alone; 0 if that does not tell."""
     try:
         file = resolve_config(settings.model.model or "", settings.model.revision) / "config.json"
-        parameters = tree_flatten(build_tower(read_json(file, "download the model again")).parameters())
+        parameters = arrays_of(build_tower(read_json(file, "download the model again")))
     except (InputError, *FOREIGN_ERRORS):
         return 0  # loading reports what is wrong with the model
     size = device.compute_dtype(settings.model.dtype).size
-    return sum(array.size * size for name, array in parameters if not name.startswith(LANGUAGE))
+    return sum(array.size * size for name, array in parameters.items() if not name.startswith(LANGUAGE))
 
 
 def picture_template(tokenizer: PreTrainedTokenizerBase, folder: Path, place: str) -> str | None:

@@ -118,7 +118,7 @@ def _rollout_of(objective: ObjectiveSettings, prompts: int, width: int) -> Rollo
     if not objective.samples:
         return None
     prompt = max(1, width - answer_room(objective))
-    return Rollout(prompts, objective.answers_per_prompt, prompt, objective.max_new_tokens)
+    return Rollout(prompts, objective.answers_per_prompt, prompt, objective.max_new_tokens, objective.has_episodes)
 
 
 def largest_rollout(settings: TrainSettings, batch_tokens: int, prompts: Prompts) -> Rollout | None:
@@ -131,7 +131,9 @@ def largest_rollout(settings: TrainSettings, batch_tokens: int, prompts: Prompts
         most_rows = count * objective.rows_per_example
         rows, _ = largest_batch(tokens + answer_room(objective), settings, batch_tokens, most_rows)
         batch = rows // objective.trained_rows_per_example
-        found.append(Rollout(batch, objective.answers_per_prompt, tokens, objective.max_new_tokens))
+        found.append(
+            Rollout(batch, objective.answers_per_prompt, tokens, objective.max_new_tokens, objective.has_episodes)
+        )
     return max(found, key=lambda one: one.prompts * one.cached_tokens, default=None)
 
 

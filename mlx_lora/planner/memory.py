@@ -478,12 +478,15 @@ def rollout_parts(shape: ModelShape, rollout: Rollout, machine: Machine) -> dict
     of_prompts = rollout.prompts * _cache_bytes(shape.caches, in_steps(rollout.prompt_tokens - 1))
     whole = rows * _cache_bytes(shape.caches, rollout.cached_tokens)
     first = {"keys and values": of_prompts, "work ahead": _prefill_window(shape.blocks, rollout, machine)}
-    later = {
-        "keys and values": whole,
-        "copies of them": int(whole * min(1.0, GROWING_LAYERS / max(1, len(shape.caches)))),
-        "logits": int(SCORE_ARRAYS * rows * shape.vocabulary * SINGLE) + _dense_head(shape, rows, machine),
-    }
-    return max(first, later, key=lambda parts: sum(parts.values()))
+    logits = int(SCORE_ARRAYS * rows * shape.vocabulary * SINGLE) + _dense_head(shape, rows, machine)
+    grown = int(whole * min(1.0, GROWING_LAYERS / max(1, len(shape.caches))))
+    later = {"keys and values": whole, "copies of them": grown, "logits": logits}
+    moments = [first, later]
+    # Caches of a sliding window are not kept (rollouts/kept_caches.py).
+    if rollout.several_turns and all(cache.most_tokens is None for cache in shape.caches):
+        kept = rows * _cache_bytes(shape.caches, rollout.kept_tokens)
+        moments.append({"keys and values": whole, "kept from turn to turn": kept, "logits": logits})
+    return max(moments, key=lambda parts: sum(parts.values()))
 
 
 def _cache_bytes(caches: Iterable[LayerCache], tokens: int) -> int:

@@ -172,18 +172,27 @@ class Rollout:
         prompts: how many.
         group: answers to each.
         prompt_tokens: of the longest prompt.
-        new_tokens: the most of an answer.
+        new_tokens: the most of an answer, in all of its turns.
+        several_turns: whether the keys and values of an answer are kept until the environment has replied.
     """
 
     prompts: int
     group: int
     prompt_tokens: int
     new_tokens: int
+    several_turns: bool = False
 
     @property
     def cached_tokens(self) -> int:
-        """The tokens of one answer's row that there is room for in the end; mlx-lm's caches grow in steps."""
+        """The tokens of one answer's row that there is room for in the end; mlx-lm's caches grow in steps, from each turn's begin."""
+        if self.several_turns:
+            return self.kept_tokens + in_steps(1)
         return self.prompt_tokens - 1 + in_steps(self.new_tokens)
+
+    @property
+    def kept_tokens(self) -> int:
+        """The tokens of one answer's row that are kept at the end of a turn, at most."""
+        return self.prompt_tokens - 1 + self.new_tokens
 
 
 @dataclass(frozen=True)

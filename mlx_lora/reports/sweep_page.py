@@ -20,7 +20,7 @@ AS_GOOD = 0.01  # candidates within this share of the least loss are called as g
 
 
 @dataclass(frozen=True)
-class Compared:
+class SweepResults:
     """What a sweep has found so far.
 
     Attributes:
@@ -69,7 +69,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def advice(found: Compared) -> str:
+def advice(found: SweepResults) -> str:
     """Return one sentence: what to use, what is as good, and whether it is worth looking further."""
     if not found.rounds:
         return "Nothing has been measured yet."
@@ -86,7 +86,7 @@ def advice(found: Compared) -> str:
     return sentence + "."
 
 
-def _as_good(found: Compared, best: int) -> str:
+def _as_good(found: SweepResults, best: int) -> str:
     """Say which values of a single setting were as good, in the first round, which all candidates took part in."""
     names = list(found.candidates[best])
     if len(names) != 1:
@@ -98,7 +98,7 @@ def _as_good(found: Compared, best: int) -> str:
     return f"from {min(near):g} to {max(near):g}, the loss was within {AS_GOOD:.0%} of it in the first round"
 
 
-def _at_edge(found: Compared, best: int) -> str:
+def _at_edge(found: SweepResults, best: int) -> str:
     """Say that the best value is the least or the most that was tried, so that a better one may lie beyond."""
     for name, value in found.candidates[best].items():
         tried = sorted({one[name] for one in found.candidates if isinstance(one[name], (int, float))})
@@ -111,7 +111,7 @@ def _at_edge(found: Compared, best: int) -> str:
 # The page
 
 
-def write_page(path: Path, found: Compared) -> None:
+def write_page(path: Path, found: SweepResults) -> None:
     """Write the page."""
     varied = list(found.candidates[0])
     numeric = [
@@ -148,7 +148,7 @@ def _shown(loss: float) -> str:
     return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
 
 
-def _curves(found: Compared) -> dict[str, Any]:
+def _curves(found: SweepResults) -> dict[str, Any]:
     """Return the chart of held-out loss by step, of the best candidates."""
     best = list(found.last())[:MOST_CURVES]
     first = {trial["candidate"]: trial["name"] for trials in reversed(found.rounds) for trial in reversed(trials)}
@@ -161,7 +161,7 @@ def _curves(found: Compared) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _against(found: Compared, name: str) -> dict[str, Any]:
+def _against(found: SweepResults, name: str) -> dict[str, Any]:
     """Return the chart of loss against a setting: a line through the means of each round, and a dot for each seed."""
     series = []
     for place, trials in enumerate(found.rounds):

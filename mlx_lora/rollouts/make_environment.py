@@ -14,6 +14,8 @@ from dataclasses import replace
 from datetime import date
 from typing import Any
 
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.tool_turns import ToolTurns
@@ -162,14 +164,19 @@ def environment_of(
     return SingleTurnEnv(rewards, objective, tokenizer)
 
 
-def check_template(base: Base, template: str | None, schemas: Sequence[dict[str, Any]]) -> None:
+def check_template(tokenizer: TokenizerWrapper, template: str | None, schemas: Sequence[dict[str, Any]]) -> None:
     """Refuse a chat template that cannot show tools, calls and results, or whose calls cannot be read.
+
+    Args:
+        tokenizer: as mlx-lm wraps it, with the model's end tokens.
+        template: of the run; None: it has none.
+        schemas: of the tools.
 
     Raises:
         InputError: with the reason.
     """
     if template is not None:
-        CallReader.of(ToolTurns(base.hf_tokenizer, template, frozenset(base.tokenizer.eos_token_ids), schemas))
+        CallReader.of(ToolTurns(tokenizer._tokenizer, template, frozenset(tokenizer.eos_token_ids), schemas))
 
 
 def episode_rewards(rewards: Sequence[Reward], environment: type[Any] | None) -> tuple[Reward, ...]:

@@ -78,7 +78,7 @@ class Toolbox:
 
 
 @dataclass
-class Talk:
+class EpisodeTurns:
     """The conversation of an episode so far.
 
     Attributes:
@@ -140,7 +140,7 @@ class ToolEnv:
     silent: SilentRewards = field(default_factory=SilentRewards)
     failed: FailedCalls = field(default_factory=FailedCalls)
     pool: list[Any] = field(default_factory=list)
-    talks: list[Talk] = field(default_factory=list)
+    talks: list[EpisodeTurns] = field(default_factory=list)
     facts: list[Facts] = field(default_factory=list)
 
     def reset(
@@ -162,7 +162,7 @@ class ToolEnv:
         for number, random in enumerate(randoms):
             example = with_observation(self.facts[number]["example"], first[number] or "")
             instance = self.pool[number] if self.toolbox.environment is not None else None
-            self.talks.append(Talk(self.toolbox.of(instance), random, list(example.messages[:-1])))  # pyright: ignore[reportAttributeAccessIssue] # with tools, a prompt is a conversation
+            self.talks.append(EpisodeTurns(self.toolbox.of(instance), random, list(example.messages[:-1])))  # pyright: ignore[reportAttributeAccessIssue] # with tools, a prompt is a conversation
         return [
             prompt if not text else prompt_tokens(self.encoder, with_observation(fact["example"], text))
             for prompt, fact, text in zip(prompts, facts, observations, strict=True)
@@ -223,7 +223,7 @@ class ToolEnv:
         answers = {"prompts": [fact["prompt"] for fact in self.facts], "completions": [""] * len(self.facts)}
         return guarded(begun, f"--environment {self.toolbox.name}", answers, self.settings.objective, note)
 
-    def _answered(self, talk: Talk, completion: list[int], note: Callable[[str], None]) -> list[int] | None:
+    def _answered(self, talk: EpisodeTurns, completion: list[int], note: Callable[[str], None]) -> list[int] | None:
         """Take what the model said in an episode; return the tokens of the results of its calls, or None if it is over."""
         said = self.reader(completion)
         talk.turns.append(said.message)
@@ -248,7 +248,7 @@ class ToolEnv:
             note(f"Note: {error}; an episode ends there")
             return None
 
-    def _results(self, talk: Talk, said: Said, note: Callable[[str], None]) -> list[Result]:
+    def _results(self, talk: EpisodeTurns, said: Said, note: Callable[[str], None]) -> list[Result]:
         found = []
         for call in said.calls:
             with talk.random.used():

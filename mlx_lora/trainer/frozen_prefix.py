@@ -254,7 +254,7 @@ def _tasks_above(of: TrunkAsked, variant: StepVariant, planned: TrunkPlan) -> Ke
     )
 
 
-def _key(of: TrunkAsked, variant: StepVariant, trunk: Trunk, record: Record) -> str:
+def _key(of: TrunkAsked, variant: StepVariant, trunk: Trunk, record: StoredOutput) -> str:
     """Return a text of everything that decides the bytes of a row, besides the rows."""
     own = {id(a) for block in of.base.model.layers[trunk.blocks :] for _, a in tree_flatten(block.parameters())}
     trained = {id(a) for _, a in tree_flatten(of.base.model.trainable_parameters())}
@@ -312,7 +312,7 @@ def trunk_problem(
     outputs: Callable[[mx.array], mx.array],
     rows: EncodedSet,
     strategy: Strategy = SINGLE_DEVICE,
-) -> Record | str:
+) -> StoredOutput | str:
     """Return what is kept for a position, or in a few words why this model's trunk cannot be kept.
 
     Args:
@@ -332,7 +332,7 @@ def trunk_problem(
         with training_kernels(model, variant.attend, variant.choose) if variant.attend else nullcontext():
             whole = probe(model, lambda model: variant.loss.tokens(model, *arrays), strategy=strategy)
             output = outputs(arrays.inputs)
-            kept = Record.of(output).to_array(Record.of(output).to_bytes(output))
+            kept = StoredOutput.of(output).to_array(StoredOutput.of(output).to_bytes(output))
             with trunk.given(kept):
                 above = probe(model, lambda model: variant.loss.tokens(model, *arrays), strategy=strategy)
             with trunk.given(kept[:, ::-1]):
@@ -349,7 +349,7 @@ def trunk_problem(
     difference, wrong = (mx.abs(one.losses - whole.losses).max().item() for one in (above, other))
     if not difference * NEARER <= wrong or not wrong:
         return "this model's losses do not depend on it, or rounding is too large to tell"
-    return Record.of(output)
+    return StoredOutput.of(output)
 
 
 def _cut_rows(rows: EncodedSet, most: int) -> Batch:
@@ -367,7 +367,7 @@ CARRIERS = {2: (np.uint16, mx.uint16), 4: (np.uint32, mx.uint32)}
 
 
 @dataclass(frozen=True)
-class Record:
+class StoredOutput:
     """What is kept for a position.
 
     Attributes:
@@ -379,7 +379,7 @@ class Record:
     dtype: mx.Dtype
 
     @classmethod
-    def of(cls, output: mx.array) -> Record:
+    def of(cls, output: mx.array) -> StoredOutput:
         """Return the record of a trunk's output, (B, T, D)."""
         return cls(tuple(output.shape[2:]), output.dtype)
 
@@ -408,7 +408,7 @@ class TrunkRows:
         rows: EncodedSet,
         layout: list[tuple[int, np.ndarray]],
         store: RowStore,
-        record: Record,
+        record: StoredOutput,
         outputs: Callable[[mx.array], mx.array],
     ):
         """Set up; nothing is computed.

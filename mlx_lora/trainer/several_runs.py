@@ -196,7 +196,7 @@ class Named(logging.Handler):
             handler.emit(named)
 
 
-class Member:
+class ConcurrentRun:
     """One of several runs.
 
     Attributes:
@@ -319,7 +319,7 @@ class SeveralRuns:
         joint: computes their steps together; None before they have begun, or where fewer than two can be stacked.
     """
 
-    def __init__(self, members: Sequence[Member], base: Base, left: Sequence[Left], at: int = 0):
+    def __init__(self, members: Sequence[ConcurrentRun], base: Base, left: Sequence[Left], at: int = 0):
         self.members, self.at = list(members), at
         self._base = base
         self.joint: StackedStep | None = None
@@ -361,15 +361,15 @@ class SeveralRuns:
             with waiting("Loading the model"):
                 base = load_base(own[0].model)
         told = callbacks or [()] * len(own)
-        members = [Member(*run) for run in zip(names, own, [base] * len(own), told, strict=True)]
+        members = [ConcurrentRun(*run) for run in zip(names, own, [base] * len(own), told, strict=True)]
         return cls(members, base, left, at)
 
     @property
-    def active(self) -> list[Member]:
+    def active(self) -> list[ConcurrentRun]:
         """The runs that want a step."""
         return [member for member in self.members if member.wanted is not None]
 
-    def train(self) -> list[Member]:
+    def train(self) -> list[ConcurrentRun]:
         """Train all runs to their ends, and return them."""
         with self.begun():
             while self.active:
@@ -377,7 +377,7 @@ class SeveralRuns:
         return self.members
 
     @contextmanager
-    def begun(self, told: Callable[[Member], None] = lambda member: None) -> Iterator[None]:
+    def begun(self, told: Callable[[ConcurrentRun], None] = lambda member: None) -> Iterator[None]:
         """Bring all runs to their first step, for the rounds in this context; runs that are not over then are left as saved.
 
         Args:
@@ -425,7 +425,7 @@ class SeveralRuns:
         for member in ended:
             self._note(member)
 
-    def _results(self, active: Mapping[int, Member], wanted: Mapping[int, StepWanted]) -> dict[int, StepResult]:
+    def _results(self, active: Mapping[int, ConcurrentRun], wanted: Mapping[int, StepWanted]) -> dict[int, StepResult]:
         """Compute the steps."""
         keys = {number: member.key for number, member in active.items() if member.drops}
         joined = [] if self.joint is None else self.joint.joined(wanted)
@@ -494,7 +494,7 @@ class SeveralRuns:
         refuse_too_many(len(plans), most_that_fit(base, held, steps, budget), checks)
         return max(max(steps, default=0), budget - base - sum(held))
 
-    def _note(self, member: Member) -> None:
+    def _note(self, member: ConcurrentRun) -> None:
         """Write into a run's folder how it ended."""
         if member.outcome is not None and member.outcome.interrupted:
             return
@@ -520,7 +520,7 @@ def _state_bytes(state: Mapping[str, Any]) -> int:
     return sum(a.nbytes for entry in state.values() for a in (entry.values() if isinstance(entry, dict) else [entry]))
 
 
-def failures(members: Sequence[Member]) -> RunError | None:
+def failures(members: Sequence[ConcurrentRun]) -> RunError | None:
     """Return the error that says which runs failed, and why; None: none did."""
     failed = [member for member in members if member.error is not None]
     if not failed:

@@ -55,7 +55,7 @@ SAVED_POSITIONS = 128
 
 
 @dataclass(frozen=True)
-class Part:
+class RunBatch:
     """One micro-batch of a run.
 
     Attributes:
@@ -84,14 +84,14 @@ class Part:
         return self.batch.answers_per_row, self.picks
 
 
-def grouped(parts: Sequence[Part], room_bytes: float = float("inf")) -> list[list[Part]]:
+def grouped(parts: Sequence[RunBatch], room_bytes: float = float("inf")) -> list[list[RunBatch]]:
     """Group batches that one product computes faster than several do.
 
     Args:
         parts: one batch of each run.
         room_bytes: for the activations of a group.
     """
-    groups: list[list[Part]] = []
+    groups: list[list[RunBatch]] = []
     for part in sorted(parts, key=lambda part: (part.kind, -part.width, part.run)):
         last = groups[-1] if groups else []
         width = last[0].width if last else 0
@@ -106,7 +106,7 @@ def grouped(parts: Sequence[Part], room_bytes: float = float("inf")) -> list[lis
     return groups
 
 
-def joint_arrays(parts: Sequence[Part]) -> tuple[mx.array, ...]:
+def joint_arrays(parts: Sequence[RunBatch]) -> tuple[mx.array, ...]:
     """Return the arrays of a joint batch as the loss of tokens takes them: `Arrays`, and `Batch.starts` if a row has answers.
 
     The slots that a run does not use point at its own first token, so that no number of another run gets there.
@@ -128,7 +128,7 @@ def joint_arrays(parts: Sequence[Part]) -> tuple[mx.array, ...]:
 # The step
 
 
-class Given:
+class ComputedLosses:
     """The losses of a run's tokens, which the joint forward pass has computed; stands where a loss computes them."""
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class Given:
         return Loss(summed, summed, "given", self)
 
 
-class Member:
+class StackedRun:
     """A run whose rows are stacked with others'.
 
     Attributes:
@@ -158,7 +158,7 @@ class Member:
     """
 
     def __init__(self, trainer: Trainer):
-        self.trainer, self._given = trainer, Given()
+        self.trainer, self._given = trainer, ComputedLosses()
         self._holders = holders_of(trainer.step.model)
         self.names = [name for name, *_ in self._holders]
         self._loss = trainer.objective.bind(self._given.loss(), trainer.step.model).loss.train
@@ -231,7 +231,7 @@ class StackedStep:
             checkpointing: as in --grad-checkpoint.
             room_bytes: for the activations of a joint batch.
         """
-        self._members = {number: Member(trainer) for number, trainer in trainers.items()}
+        self._members = {number: StackedRun(trainer) for number, trainer in trainers.items()}
         self._model, self._room_bytes = base.model, room_bytes
         models = {number: trainer.step.model for number, trainer in trainers.items()}
         if any(trainer.plan.rows.starts is not None for trainer in trainers.values()):
@@ -279,17 +279,17 @@ class StackedStep:
             mx.async_eval(totals)  # one group's activations at a time
         return {number: StepSums(*total) for number, total in totals.items()}
 
-    def _groups(self, batches: Mapping[int, list[Batch]]) -> Iterator[list[Part]]:
+    def _groups(self, batches: Mapping[int, list[Batch]]) -> Iterator[list[RunBatch]]:
         """Yield the groups of all micro-batches: of the first ones of all runs, then of the second ones, and so on."""
         for place in range(max(map(len, batches.values()), default=0)):
             parts = [self._part(run, own[place]) for run, own in batches.items() if place < len(own)]
             yield from grouped(parts, self._room_bytes)
 
-    def _part(self, run: int, batch: Batch) -> Part:
+    def _part(self, run: int, batch: Batch) -> RunBatch:
         picks = self._loss.part_of_last and len(batch.positions) <= MOST_PICKED * batch.inputs.size
-        return Part(run, batch, self._members[run].bytes_per_position, picks)
+        return RunBatch(run, batch, self._members[run].bytes_per_position, picks)
 
-    def _group(self, group: list[Part], keys: dict[int, mx.array]) -> list[list[Any]]:
+    def _group(self, group: list[RunBatch], keys: dict[int, mx.array]) -> list[list[Any]]:
         """Return loss sum, count, reports and gradients (laid out like the masters) of each part of a group."""
         members = [self._members[part.run] for part in group]
         own = [member.trainer.bound.arrays_of(part.batch) for member, part in zip(members, group, strict=True)]

@@ -28,10 +28,10 @@ from mlx_lora.config.sweep import Candidate, Rung, TooShort, check_long_enough, 
 from mlx_lora.models.load import Base
 from mlx_lora.models.meta import outline_for
 from mlx_lora.reports.run_report import read_records
-from mlx_lora.reports.sweep_page import WHOLE, Compared
+from mlx_lora.reports.sweep_page import WHOLE, SweepResults
 from mlx_lora.trainer.model_shape import outlined_shape, shared_shapes
 from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
-from mlx_lora.trainer.several_runs import Left, Member, SeveralRuns, TooManyRuns, common_round, how_many_fit
+from mlx_lora.trainer.several_runs import ConcurrentRun, Left, SeveralRuns, TooManyRuns, common_round, how_many_fit
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replace_text
@@ -245,7 +245,7 @@ class Rounds:
                 self.totals.setdefault(kind, max(one.ended or 0 for one in left))  # where all were over before
                 self._to(runs, rung.steps(self.totals[kind]))
 
-    def _learn(self, kind: str, member: Member) -> None:
+    def _learn(self, kind: str, member: ConcurrentRun) -> None:
         """Note how many steps a whole run has, as soon as the first of its kind has begun."""
         if kind not in self.totals and member.wanted is not None:
             self.totals[kind] = member.wanted.trainer.total
@@ -420,12 +420,12 @@ class Sweep:
             return list(range(len(self.state.candidates)))
         return list(self.state.scores(done - 1))[: self.rungs[done].candidates if done < len(self.rungs) else 1]
 
-    def compared(self) -> Compared:
+    def compared(self) -> SweepResults:
         """Return what the page of the sweep is made of."""
         folders = {trial.name: trial.folder for trial in self.trials} | {WHOLE: self.folder / WINNER}
         curves = {name: held_out_curve(folder) for name, folder in folders.items()}
         state, total = self.state, max(self.state.totals.values(), default=0)
-        return Compared(state.candidates, state.rounds, state.winner, state.val_loss, total, curves)
+        return SweepResults(state.candidates, state.rounds, state.winner, state.val_loss, total, curves)
 
     def _drop_checkpoints(self) -> None:
         """Remove the checkpoints of trials that do not go on."""

@@ -32,7 +32,7 @@ from mlx_lora.training_server import protocol
 from mlx_lora.training_server.checkpoints import EXTERNAL, SAMPLER, WEIGHTS, Place
 from mlx_lora.training_server.models import TokenRequest, TrainedModel
 from mlx_lora.training_server.rest import FILES, RestRoutes, expiry
-from mlx_lora.training_server.sampler import Answer
+from mlx_lora.training_server.sampler import SampleResult
 from mlx_lora.training_server.sessions import (
     ModelRecord,
     Payload,
@@ -42,7 +42,7 @@ from mlx_lora.training_server.sessions import (
     failure_words,
     owner_of,
 )
-from mlx_lora.training_server.worker import Ended, TokenJob, Worker
+from mlx_lora.training_server.worker import TokenJob, Worker, WorkerEnded
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 
@@ -82,11 +82,11 @@ def make_app(worker: Worker, guard: GuardLimits, limits: SessionLimits, most_tok
     async def as_json(request: Request, error: Any) -> Response:
         if isinstance(error, InputError):
             return error_response(ApiError(404 if "no such" in str(error) else 422, str(error), "invalid_request"))
-        if isinstance(error, Ended):
+        if isinstance(error, WorkerEnded):
             return error_response(ApiError(503, str(error), "ending"))
         return error_response(error if isinstance(error, ApiError) else not_here(request, error))
 
-    handlers = dict.fromkeys((ApiError, HTTPException, InputError, Ended), as_json)
+    handlers = dict.fromkeys((ApiError, HTTPException, InputError, WorkerEnded), as_json)
     routes = [Route("/health", health), Route(f"{API}/healthz", health), *training.routes(), *rest.routes(API)]
     return Starlette(
         routes=routes,
@@ -426,7 +426,7 @@ class TrainingRoutes:
             return self._promise(known, ids)
         pending, loop = self._registry.pending(sampler.session, request_id), asyncio.get_running_loop()
 
-        def done(outcome: Answer | Exception) -> None:
+        def done(outcome: SampleResult | Exception) -> None:
             found = (
                 outcome
                 if isinstance(outcome, Exception)
@@ -437,7 +437,7 @@ class TrainingRoutes:
         try:
             ask = protocol.read_ask(asked, sampler.current, self._sample_limits)
             pending.ticket = self._worker.sample(ask, done)
-        except (InputError, Ended) as error:
+        except (InputError, WorkerEnded) as error:
             self._registry.answer(pending, error)
         return self._promise(pending, ids)
 

@@ -29,7 +29,7 @@ from mlx_lora.training_server.examples import MicroBatch
 from mlx_lora.training_server.models import TokenRequest, TrainedModel
 
 
-class Part(NamedTuple):
+class RequestBatch(NamedTuple):
     """One micro-batch of a model's request."""
 
     number: int
@@ -69,7 +69,7 @@ class JointPass:
         """Compute all micro-batches of one request of each model; those of similar width share a pass."""
         for place in range(max(len(request.batches) for request in requests.values())):
             parts = [
-                Part(number, request, request.batches[place])
+                RequestBatch(number, request, request.batches[place])
                 for number, request in requests.items()
                 if place < len(request.batches)
             ]
@@ -79,9 +79,9 @@ class JointPass:
                 else:
                     self._models[group[0].number].compute(group[0].request, group[0].batch)
 
-    def _grouped(self, parts: list[Part]) -> list[list[Part]]:
+    def _grouped(self, parts: list[RequestBatch]) -> list[list[RequestBatch]]:
         """Group the parts that one pass computes faster than several do."""
-        groups: list[list[Part]] = []
+        groups: list[list[RequestBatch]] = []
         for part in sorted(parts, key=lambda part: (-part.width, part.number)):
             last = groups[-1] if groups else []
             width = last[0].width if last else 0
@@ -98,7 +98,7 @@ class JointPass:
                 groups.append([part])
         return groups
 
-    def _together(self, group: Sequence[Part]) -> None:
+    def _together(self, group: Sequence[RequestBatch]) -> None:
         """Compute some micro-batches, each of another model, in one pass."""
         lengths = [len(part.batch.arrays.positions) for part in group]
         shares = [Share(part.number, part.rows, part.width, slots) for part, slots in zip(group, lengths, strict=True)]
@@ -122,7 +122,7 @@ class JointPass:
             part.request.add(part.batch, loss_sum, logprobs, self._models[part.number].masters.from_names(named))
 
 
-def joint_arrays(group: Sequence[Part]) -> Arrays:
+def joint_arrays(group: Sequence[RequestBatch]) -> Arrays:
     """Return the arrays of a joint batch: the rows of one model after those of another, padded on the right."""
     width, first = max(part.width for part in group), 0
     columns: dict[str, list[np.ndarray]] = {name: [] for name in Arrays._fields}

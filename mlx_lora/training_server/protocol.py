@@ -1,7 +1,7 @@
 """Translate between Tinker's messages and ours. Types and protocol buffers are those of the `tinker` package itself.
 
 forward_backward    bytes of a ForwardBackwardRequest       -> TrainRequest; Output -> bytes of a ForwardBackwardOutput
-asample             SampleRequest                           -> Ask;          Answer -> bytes of a SampleResponse
+asample             SampleRequest                           -> SamplingJob;  SampleResult -> bytes of a SampleResponse
 all others          pydantic types, as JSON
 """
 
@@ -23,7 +23,7 @@ from mlx_lora.serving.batch import Sampling
 from mlx_lora.serving.schema import ApiError, read_json
 from mlx_lora.training_server.examples import MOST_COLUMNS, Example, ModelLimits, check_tokens
 from mlx_lora.training_server.models import AdamNumbers, LoraShape, Output
-from mlx_lora.training_server.sampler import Answer, Ask, PromptScores, Sampled
+from mlx_lora.training_server.sampler import PromptScores, SampledSequence, SampleResult, SamplingJob
 from mlx_lora.utils.errors import InputError
 
 M = TypeVar("M", bound=pydantic.BaseModel)
@@ -218,7 +218,7 @@ class SampleLimits:
     end_tokens: frozenset[int]
 
 
-def read_ask(request: types.SampleRequest, weights: str | None, limits: SampleLimits) -> Ask:
+def read_ask(request: types.SampleRequest, weights: str | None, limits: SampleLimits) -> SamplingJob:
     """Return a request for samples.
 
     Raises:
@@ -256,7 +256,7 @@ def read_ask(request: types.SampleRequest, weights: str | None, limits: SampleLi
         raise InputError("; ".join(problems))
     seed = None if params.seed is None else params.seed % 2**63
     sampling = Sampling(params.temperature, params.top_p, max(0, params.top_k), seed, request.topk_sample_logprobs)
-    return Ask(
+    return SamplingJob(
         tokens, weights, request.num_samples, most, sampling, stop_tokens, stop_texts,
         scores=(last or len(tokens)) if score else 0, top_scores=request.topk_prompt_logprobs,
     )  # fmt: skip
@@ -282,7 +282,7 @@ def _stops(stop: Any, end_tokens: frozenset[int]) -> tuple[frozenset[int], tuple
     return (tokens | end_tokens if texts else tokens), texts
 
 
-def answer_bytes(answer: Answer, top: int) -> bytes:
+def answer_bytes(answer: SampleResult, top: int) -> bytes:
     """Return the answer to a request for samples.
 
     Args:
@@ -297,7 +297,7 @@ def answer_bytes(answer: Answer, top: int) -> bytes:
     return message.SerializeToString()
 
 
-def _put_sample(message: Any, sampled: Sampled, top: int) -> None:
+def _put_sample(message: Any, sampled: SampledSequence, top: int) -> None:
     message.stop_reason = pb.STOP_REASON_STOP if sampled.stopped else pb.STOP_REASON_LENGTH
     message.tokens = np.array(sampled.tokens, np.int32).tobytes()
     message.logprobs = np.array(sampled.logprobs, np.float32).tobytes()

@@ -1,6 +1,6 @@
 """Sample answers for clients, several requests and adapters in one batch, between the requests that train.
 
-    Ask -> prompt, computed once for all samples of a request -> rows of the running batch -> Answer
+    SamplingJob -> prompt, computed once for all samples of a request -> rows of the running batch -> SampleResult
 
 The rows are those of the serving engine (serving/batch.py): each has its own adapter and random stream, so an answer depends on its
 prompt, weights, settings and seed, and not on what else is sampled. Log-probabilities are those of the model, at temperature 1 and
@@ -44,7 +44,7 @@ MOST_RESIDENT = 8
 
 
 @dataclass(frozen=True)
-class Ask:
+class SamplingJob:
     """A request for samples.
 
     Attributes:
@@ -71,7 +71,7 @@ class Ask:
 
 
 @dataclass
-class Sampled:
+class SampledSequence:
     """One answer: its tokens, their log-probabilities, the k likeliest tokens at each, and whether it ended by itself."""
 
     tokens: list[int] = field(default_factory=list)
@@ -90,15 +90,15 @@ class PromptScores:
 
 
 @dataclass(frozen=True)
-class Answer:
+class SampleResult:
     """The answers to a request, in order, and the prompt's log-probabilities if they were asked for."""
 
-    samples: list[Sampled]
+    samples: list[SampledSequence]
     prompt: PromptScores | None
 
 
 @dataclass(eq=False)
-class Ticket:
+class SampleTicket:
     """A request under way.
 
     Attributes:
@@ -107,10 +107,10 @@ class Ticket:
         canceled: the answer is no longer wanted.
     """
 
-    ask: Ask
-    done: Callable[[Answer | Exception], None]
+    ask: SamplingJob
+    done: Callable[[SampleResult | Exception], None]
     canceled: bool = False
-    samples: list[Sampled] = field(default_factory=list)
+    samples: list[SampledSequence] = field(default_factory=list)
     left: int = 0
     prompt: PromptScores | None = None
     number: int | None = None
@@ -225,8 +225,8 @@ class SampleLoop:
         """
         self.weights, self._most_rows, self._tokenizer = weights, most_rows, base.hf_tokenizer
         self._model = TokenSteps(weights.model)
-        self._waiting: deque[Ticket] = deque()
-        self._fresh: deque[tuple[Ticket, int, list[Any]]] = deque()  # samples whose prompt is computed
+        self._waiting: deque[SampleTicket] = deque()
+        self._fresh: deque[tuple[SampleTicket, int, list[Any]]] = deque()  # samples whose prompt is computed
         self._batch = RunningBatch(self._model, weights.routing)
         rowless = [cache for cache in make_prompt_cache(weights.model) if not hasattr(cache, "merge")]
         self._refusal = (
@@ -239,7 +239,7 @@ class SampleLoop:
         """Whether `step` has something to do."""
         return bool(self._waiting or self._fresh or len(self._batch))
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, ticket: SampleTicket) -> None:
         """Queue a request."""
         self._waiting.append(ticket)
 
@@ -272,7 +272,7 @@ class SampleLoop:
                 for ticket in tickets.values():
                     self._give_up(ticket, error)
 
-    def _begin(self, ticket: Ticket) -> None:
+    def _begin(self, ticket: SampleTicket) -> None:
         """Compute a request's prompt, with its log-probabilities if they are wanted."""
         ask = ticket.ask
         try:
@@ -282,14 +282,14 @@ class SampleLoop:
                 raise InputError("sample: canceled")
             if ask.weights is not None:
                 ticket.number = self.weights.acquire(ask.weights)
-            ticket.samples, ticket.left = [Sampled() for _ in range(ask.samples)], ask.samples
+            ticket.samples, ticket.left = [SampledSequence() for _ in range(ask.samples)], ask.samples
             caches, ticket.prompt = self._prompt(ask, ticket.number)
         except Exception as error:
             self._give_up(ticket, error)
             return
         self._fresh.extend((ticket, sample, caches) for sample in range(ask.samples))
 
-    def _prompt(self, ask: Ask, number: int | None) -> tuple[list[Any], PromptScores | None]:
+    def _prompt(self, ask: SamplingJob, number: int | None) -> tuple[list[Any], PromptScores | None]:
         """Return the caches of all tokens of a prompt but the last, and its log-probabilities."""
         caches, tokens = make_prompt_cache(self._model.model), list(ask.tokens)
         logprobs = np.full(len(tokens), np.nan, np.float32)
@@ -312,7 +312,7 @@ class SampleLoop:
             return caches, None
         return caches, PromptScores(logprobs, *((ids, values) if ask.top_scores else ()))
 
-    def _join(self, ticket: Ticket, sample: int, caches: list[Any]) -> None:
+    def _join(self, ticket: SampleTicket, sample: int, caches: list[Any]) -> None:
         ask, sampling = ticket.ask, ticket.ask.sampling
         seed = None if sampling.seed is None else (sampling.seed + sample) % 2**63
         own = Sampling(sampling.temperature, sampling.top_p, sampling.top_k, seed, sampling.top_logprobs)
@@ -333,7 +333,7 @@ class SampleLoop:
         for row in leaving:
             self._finish(row.owner[0])
 
-    def _take(self, sampled: Sampled, ask: Ask, token: int, likelihoods: Likelihoods | None) -> bool:
+    def _take(self, sampled: SampledSequence, ask: SamplingJob, token: int, likelihoods: Likelihoods | None) -> bool:
         """Add a token to an answer, and return whether it is the last."""
         sampled.tokens.append(token)
         if likelihoods is not None:
@@ -349,16 +349,16 @@ class SampleLoop:
         text = str(self._tokenizer.decode(tokens[-window:]))
         return any(stop in text for stop in stops)
 
-    def _finish(self, ticket: Ticket) -> None:
+    def _finish(self, ticket: SampleTicket) -> None:
         """Count an ended row, and answer the request after its last one."""
         ticket.left -= 1
         if ticket.left:
             return
         if ticket.ask.weights is not None:
             self.weights.release(ticket.ask.weights)
-        ticket.done(InputError("sample: canceled") if ticket.canceled else Answer(ticket.samples, ticket.prompt))
+        ticket.done(InputError("sample: canceled") if ticket.canceled else SampleResult(ticket.samples, ticket.prompt))
 
-    def _give_up(self, ticket: Ticket, error: Exception) -> None:
+    def _give_up(self, ticket: SampleTicket, error: Exception) -> None:
         if ticket.number is not None and ticket.ask.weights is not None:
             self.weights.release(ticket.ask.weights)
         ticket.done(error)

@@ -23,8 +23,8 @@ from typing import Any
 
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.training_server.models import LoraShape
-from mlx_lora.training_server.sampler import Ticket
-from mlx_lora.training_server.worker import Ended, Worker
+from mlx_lora.training_server.sampler import SampleTicket
+from mlx_lora.training_server.worker import Worker, WorkerEnded
 from mlx_lora.utils.errors import InputError, first_line
 
 # What a request's answer is: bytes of a protocol buffer, or a JSON object.
@@ -74,7 +74,7 @@ class Pending:
     request_id: str
     session: Session
     answer: asyncio.Future[Payload]
-    ticket: Ticket | None = None
+    ticket: SampleTicket | None = None
     job: Future[Any] | None = None
     fetched: float | None = None
 
@@ -216,7 +216,7 @@ class Registry:
                 pending.answer.set_exception(InputError("the session has ended"))
                 pending.answer.exception()  # read here, so that nobody has to
         models, weights = list(session.models), list(session.weights)
-        with contextlib.suppress(Ended):
+        with contextlib.suppress(WorkerEnded):
             # After the jobs of its models that are in their queues.
             for number, model_id in enumerate(models or [""]):
                 own = weights if number == 0 else []
@@ -320,7 +320,7 @@ class Registry:
         """Run a job in the worker, and note its answer."""
         try:
             future = pending.job = self.worker.do(key, job)
-        except Ended as error:
+        except WorkerEnded as error:
             self.answer(pending, error)
             return
         loop = asyncio.get_running_loop()

@@ -32,7 +32,7 @@ from mlx_lora.training_server.checkpoints import CheckpointFolder, Stored
 from mlx_lora.training_server.examples import ModelLimits
 from mlx_lora.training_server.joint import JointPass
 from mlx_lora.training_server.models import POSITIONS, LoraShape, Output, TokenRequest, TrainedModel
-from mlx_lora.training_server.sampler import Answer, Ask, SampleLoop, Ticket, WeightStore
+from mlx_lora.training_server.sampler import SampleLoop, SampleResult, SampleTicket, SamplingJob, WeightStore
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, RunError, first_line
 
@@ -45,7 +45,7 @@ JOBS_PER_CLEARING = 64
 MOST_JOINED, MOST_JOINT_PASSES = 8, 4
 
 
-class Ended(Exception):
+class WorkerEnded(Exception):
     """The worker takes no more jobs."""
 
 
@@ -119,7 +119,7 @@ class Worker:
         """
         self.models: dict[str, TrainedModel] = {}
         self._settings = settings
-        self._inbox: queue.SimpleQueue[tuple[str, _Job] | Ticket | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[str, _Job] | SampleTicket | None] = queue.SimpleQueue()
         self._queues: OrderedDict[str, deque[_Job]] = OrderedDict()
         self._joint: OrderedDict[tuple[str, ...], JointPass] = OrderedDict()
         self._lock, self._ending, self._run_jobs = threading.Lock(), False, 0
@@ -136,19 +136,19 @@ class Worker:
         """Run a function in the thread, after all earlier ones of the same key.
 
         Raises:
-            Ended: the worker is ending, or has failed.
+            WorkerEnded: the worker is ending, or has failed.
         """
         future: Future[T] = Future()
         self._send((key, _Job(function, future)))
         return future
 
-    def sample(self, ask: Ask, done: Callable[[Answer | Exception], None]) -> Ticket:
+    def sample(self, ask: SamplingJob, done: Callable[[SampleResult | Exception], None]) -> SampleTicket:
         """Queue a request for samples; `done` is called in the thread.
 
         Raises:
-            Ended: as for `do`.
+            WorkerEnded: as for `do`.
         """
-        ticket = Ticket(ask, done)
+        ticket = SampleTicket(ask, done)
         self._send(ticket)
         return ticket
 
@@ -164,10 +164,10 @@ class Worker:
         """Whether jobs are taken."""
         return self._thread.is_alive() and not self._ending
 
-    def _send(self, message: tuple[str, _Job] | Ticket) -> None:
+    def _send(self, message: tuple[str, _Job] | SampleTicket) -> None:
         with self._lock:
             if self._ending:
-                raise Ended("the server is ending")
+                raise WorkerEnded("the server is ending")
             self._inbox.put(message)
 
     # --- run in the thread, as jobs
@@ -286,7 +286,7 @@ class Worker:
             idle = False
             if message is None:
                 return False
-            if isinstance(message, Ticket):
+            if isinstance(message, SampleTicket):
                 self._samples.submit(message)
             else:
                 self._queues.setdefault(message[0], deque()).append(message[1])
@@ -373,10 +373,10 @@ class Worker:
             message = self._inbox.get()
             if isinstance(message, tuple):
                 self._queues.setdefault(message[0], deque()).append(message[1])
-            elif isinstance(message, Ticket):
-                message.done(Ended("the server is ending"))
-        self._samples.give_up(Ended("the server is ending"))
+            elif isinstance(message, SampleTicket):
+                message.done(WorkerEnded("the server is ending"))
+        self._samples.give_up(WorkerEnded("the server is ending"))
         self.weights.close()
         for waiting in self._queues.values():
             for job in waiting:
-                job.future.set_exception(Ended("the server is ending"))
+                job.future.set_exception(WorkerEnded("the server is ending"))

@@ -64,17 +64,27 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, which replaces `path` when the block ends without an error."""
+    """Yield a temporary folder beside `path`, which replaces `path` when the block ends without an error.
+
+    The earlier folder is renamed, and deleted only when the new one has its name; if that fails, it gets its name back.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    earlier = temporary.with_name(f"{temporary.name}.earlier")
     try:
         temporary.chmod(0o755)
         yield temporary
         if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
+            path.replace(earlier)
+        try:
+            temporary.replace(path)
+        except OSError:
+            if earlier.exists():
+                earlier.replace(path)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(earlier, ignore_errors=True)
 
 
 @contextmanager

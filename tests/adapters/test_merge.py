@@ -16,7 +16,7 @@ from torch_judge import torch_base
 import mlx_lora
 from mlx_lora.adapters.initialize import path_key
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.adapters.merge import COMBINATIONS, MergeSettings, Part, add_up, low_rank, merge_layer, prune
+from mlx_lora.adapters.merge import COMBINATIONS, AdapterTerm, MergeSettings, add_up, low_rank, merge_layer, prune
 from mlx_lora.adapters.qa_lora import group_update
 from mlx_lora.api.merge import MergeJob
 from mlx_lora.config.settings import ModelSettings
@@ -31,15 +31,17 @@ RANDOM = [name for name, way in COMBINATIONS.items() if way.prunes == "random"]
 SEED, DENSITY = 3, 0.4
 
 
-def parts_of(*ranks: int, weights=(0.7, -0.3, 1.1), scales=(2.0, 0.5, 1.3), widths=(24, 40), seed=0) -> list[Part]:
+def parts_of(
+    *ranks: int, weights=(0.7, -0.3, 1.1), scales=(2.0, 0.5, 1.3), widths=(24, 40), seed=0
+) -> list[AdapterTerm]:
     mx.random.seed(seed)
     return [
-        Part(mx.random.normal((widths[0], rank)), mx.random.normal((rank, widths[1])), scale, weight)
+        AdapterTerm(mx.random.normal((widths[0], rank)), mx.random.normal((rank, widths[1])), scale, weight)
         for rank, weight, scale in zip(ranks, weights, scales, strict=False)
     ]
 
 
-def update_of(parts: list[Part]) -> np.ndarray:
+def update_of(parts: list[AdapterTerm]) -> np.ndarray:
     """The weighted sum of the updates, in float64."""
     return sum(p.weight * p.scale * np.array(p.a, np.float64) @ np.array(p.b, np.float64) for p in parts)
 
@@ -257,7 +259,7 @@ def test_the_low_rank_is_exact_for_long_matrices():
 def test_linear_is_twice_the_sum_of_two_adapters_that_share_a():
     """And of others it is no multiple of the sum: it has A of one times B of the other in it."""
     parts = parts_of(4, 4, weights=(0.5, 0.5), scales=(1.0, 1.0))
-    shared = [parts[0], Part(parts[0].a, parts[1].b, 1.0, 0.5)]
+    shared = [parts[0], AdapterTerm(parts[0].a, parts[1].b, 1.0, 0.5)]
     for given, is_twice in ((shared, True), (parts, False)):
         found = product(merge_layer("x", given, MergeSettings("linear"), 4))
         assert np.allclose(found, 2 * update_of(given), atol=1e-4) is is_twice
@@ -296,7 +298,8 @@ def test_elected_signs_leave_out_those_that_disagree():
 def test_experts_are_merged_each_for_itself(how):
     one, other = parts_of(4, 4, seed=1), parts_of(4, 4, seed=2)
     both = [
-        Part(mx.stack([x.a, y.a]), mx.stack([x.b, y.b]), x.scale, x.weight) for x, y in zip(one, other, strict=True)
+        AdapterTerm(mx.stack([x.a, y.a]), mx.stack([x.b, y.b]), x.scale, x.weight)
+        for x, y in zip(one, other, strict=True)
     ]
     a, b = merge_layer("x", both, MergeSettings(how), 4)
     for expert, parts in enumerate((one, other)):

@@ -12,10 +12,10 @@ import pytest
 from mlx_lora.adapters.base import AdapterLayer
 from mlx_lora.adapters.lora import DoRALinear, LoRALinear
 from mlx_lora.adapters.qa_lora import QALoRALinear
-from mlx_lora.adapters.stacked import Routing, Share, StackedLinear, parts_of
+from mlx_lora.adapters.stacked import RowRouting, Share, StackedLinear, parts_of
 from mlx_lora.data.batch import Batch
 from mlx_lora.planner.several_runs import most_that_fit
-from mlx_lora.trainer.stacked_step import SAVED_POSITIONS, Part, grouped, joint_arrays
+from mlx_lora.trainer.stacked_step import SAVED_POSITIONS, RunBatch, grouped, joint_arrays
 
 IN, OUT = 64, 48
 # Runs of other row counts and widths, in one batch of the widest.
@@ -49,7 +49,7 @@ def stacked(kinds, dropout: float = 0.0) -> tuple[StackedLinear, list[AdapterLay
     linear = base()
     layers = [None if kind is None else layer_of(kind, linear, n, dropout) for n, kind in enumerate(kinds)]
     own = {share.run: layer for share, layer in zip(SHARES, layers, strict=True) if layer is not None}
-    return StackedLinear(linear, own, Routing(SHARES)), layers
+    return StackedLinear(linear, own, RowRouting(SHARES)), layers
 
 
 def inputs(form: str) -> tuple[mx.array, int, list[int]]:
@@ -164,17 +164,17 @@ def batch(rows: int, width: int, slots: int = 8, seed: int = 0) -> Batch:
 
 
 def test_batches_of_similar_width_are_one_group():
-    parts = [Part(n, batch(4, width)) for n, width in enumerate((30, 200, 32, 190, 31))]
+    parts = [RunBatch(n, batch(4, width)) for n, width in enumerate((30, 200, 32, 190, 31))]
     assert [sorted(p.run for p in group) for group in grouped(parts)] == [[1, 3], [0, 2, 4]]
     assert 4 * (200 - 190) <= SAVED_POSITIONS < 4 * (190 - 32)
-    apart = [Part(n, batch(4, 30), picks=bool(n)) for n in range(2)]  # one needs its whole last block
+    apart = [RunBatch(n, batch(4, 30), picks=bool(n)) for n in range(2)]  # one needs its whole last block
     assert len(grouped(apart)) == 2
-    heavy = [Part(n, batch(4, 30), bytes_per_position=100.0) for n in range(4)]
+    heavy = [RunBatch(n, batch(4, 30), bytes_per_position=100.0) for n in range(4)]
     assert [len(group) for group in grouped(heavy, room_bytes=2 * 4 * 30 * 100)] == [2, 2]
 
 
 def test_a_joint_batch_keeps_each_runs_rows_and_targets():
-    parts = [Part(0, batch(2, 5, seed=1)), Part(3, batch(3, 8, seed=2))]
+    parts = [RunBatch(0, batch(2, 5, seed=1)), RunBatch(3, batch(3, 8, seed=2))]
     inputs, targets, mask, positions, weights = (np.array(array) for array in joint_arrays(parts))
     assert inputs.shape == (5, 8)
     for part, first, slots in ((parts[0], 0, slice(0, 8)), (parts[1], 2, slice(8, 16))):

@@ -22,7 +22,17 @@ from tiny_steps import adapted, batch
 
 from mlx_lora.kernels import table as kernel_choice
 from mlx_lora.kernels.attention import Tiles, attend, tiled_attention
-from mlx_lora.kernels.measure import MLX, SWITCH, TOLERANCE, Figures, Trial, choose, keep_figures, measure, read_figures
+from mlx_lora.kernels.measure import (
+    MLX,
+    SWITCH,
+    TOLERANCE,
+    Figures,
+    TimingInputs,
+    choose,
+    keep_figures,
+    measure,
+    read_figures,
+)
 from mlx_lora.kernels.table import (
     KernelChoice,
     activation_class,
@@ -87,9 +97,9 @@ def test_the_rule(candidates, best):
     assert choose(candidates) == best
 
 
-def trial_of(rows: int = 6, width: int = 5) -> Trial:
+def trial_of(rows: int = 6, width: int = 5) -> TimingInputs:
     x, d = (mx.random.normal((rows, width), key=mx.random.key(n)) for n in range(2))
-    return Trial([x], [d], lambda function: lambda x: [function(x)])
+    return TimingInputs([x], [d], lambda function: lambda x: [function(x)])
 
 
 def test_errors_that_cancel_in_a_sum_are_found():
@@ -117,7 +127,7 @@ def test_errors_that_cancel_in_a_sum_are_found():
 
 def test_what_is_kept_and_what_is_worked_with_are_told_apart():
     x = mx.random.normal((64, 1024))
-    trial = Trial([x], [mx.ones_like(x)], lambda function: lambda x: [function(x)])
+    trial = TimingInputs([x], [mx.ones_like(x)], lambda function: lambda x: [function(x)])
     found = measure({"keeps": lambda x: mx.exp(x) * mx.tanh(x), "again": mx.checkpoint(lambda x: mx.exp(x) * mx.tanh(x))}, trial,
                     lambda x: [mx.exp(x) * mx.tanh(x)], compiled=False)  # fmt: skip
     assert all(one.correct and one.seconds > 0 for one in found.values())

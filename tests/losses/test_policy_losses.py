@@ -9,7 +9,7 @@ import pytest
 from mlx_lora.losses.policy import (
     RATIO_OF,
     PolicyOptions,
-    Sampled,
+    SampledTokens,
     group_advantages,
     leave_one_out_advantages,
     policy_loss,
@@ -44,7 +44,7 @@ def our_loss(logps, old, reference, mask, advantages, options, padding: int = 0)
     of_old, of_reference = (flat(mx.array(values.astype(np.float32))) for values in (old, reference))
 
     def loss(x):
-        sampled = Sampled(
+        sampled = SampledTokens(
             flat(x), of_old, of_reference, weights, answers, mx.array(advantages.astype(np.float32)), share
         )
         losses, reports = policy_loss(sampled, options)

@@ -20,7 +20,7 @@ from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.on_policy import Scorer, taught_loss
+from mlx_lora.objectives.on_policy import TeacherScorer, taught_loss
 from mlx_lora.objectives.policy_arrays import OLD, token_logps
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.objectives.teacher import Teacher
@@ -70,7 +70,7 @@ def test_loss_and_every_gradient(name, top_k, tiny_folder, teacher_folder):
     loss, batch = choose_loss(base.model, base.config), frozen_batch()
     asked = ObjectiveSettings("distill", teacher="tiny", divergence=name, teacher_top_k=top_k, on_policy=True)
     objective = objective_of(replace(asked, jsd_beta=BETAS["jsd"]))
-    scorer = Scorer.of(Teacher(theirs, choose_loss(theirs.model, theirs.config)), objective.distills, VOCABULARY)
+    scorer = TeacherScorer.of(Teacher(theirs, choose_loss(theirs.model, theirs.config)), objective.distills, VOCABULARY)
     scored = scorer.scored(batch, EncodedSet.from_rows([]), np.arange(len(batch.inputs)), ALONE)
     old = token_logps(base.model, loss, batch)
     old += np.random.default_rng(9).normal(0, 0.2, old.shape).astype(np.float32) * batch.mask
@@ -113,7 +113,7 @@ def test_without_a_further_update_the_loss_is_the_estimate_of_the_kl(tiny_folder
     loss, batch = choose_loss(base.model, base.config), frozen_batch()
     objective = objective_of(ObjectiveSettings("distill", teacher="tiny", divergence="sampled_kl", on_policy=True))
     teacher = Teacher(theirs, choose_loss(theirs.model, theirs.config))
-    scorer = Scorer.of(teacher, objective.distills, VOCABULARY)
+    scorer = TeacherScorer.of(teacher, objective.distills, VOCABULARY)
     scored = scorer.scored(batch, EncodedSet.from_rows([]), np.arange(len(batch.inputs)), ALONE)
     task = objective.bind(taught_loss(loss, base.model, base.config, scorer.options, ""), base.model)
     for function in (task.loss.train, task.loss.measure):

@@ -146,11 +146,11 @@ def test_a_killed_run_resumes_to_the_same_bytes(flags, tiny_folder, data, tmp_pa
 def test_a_run_killed_between_a_rollout_and_its_update_resumes_to_the_same_bytes(
     tiny_folder, teacher, data, tmp_path, monkeypatch
 ):
-    from mlx_lora.objectives.on_policy import Scorer
+    from mlx_lora.objectives.on_policy import TeacherScorer
 
     asked = ("--teacher", teacher, "--iters", 6, "--save-every", 2, "--val-batches", 0)
     assert run(*command(tiny_folder, data, tmp_path / "whole", *asked)).code == 0
-    own, seen = Scorer.scored, []
+    own, seen = TeacherScorer.scored, []
 
     def scored(self, *arguments):
         found = own(self, *arguments)
@@ -160,7 +160,7 @@ def test_a_run_killed_between_a_rollout_and_its_update_resumes_to_the_same_bytes
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(Scorer, "scored", scored)
+        patch.setattr(TeacherScorer, "scored", scored)
         assert run(*command(tiny_folder, data, tmp_path / "killed", *asked)).code == 9
     ran = run(*command(tiny_folder, data, tmp_path / "killed", *asked, "--resume"))
     assert ran.code == 0, ran.err

@@ -21,6 +21,7 @@ from mlx_lora.planner.fit import DataLimits, fit, largest_rollout, run_of
 from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import plan_memory, rollout_parts
 from mlx_lora.planner.shapes import LayerCache, Machine, ModelShape, Rollout, RunShape
+from mlx_lora.rollouts.kept_caches import KeptCaches
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
 from mlx_lora.utils.text import GIB
 
@@ -63,6 +64,28 @@ def test_the_plan_is_near_the_measured_peak(rollout):
     model = tiny_model(**WIDE)
     peak = max(measured(model, rollout) for _ in range(3))  # buffers that are freed early make one run's lower
     assert planned(model, CONFIG, rollout) == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("rollout", [Rollout(2, 8, 300, 20), Rollout(4, 8, 100, 40)], ids=str)
+def test_what_is_kept_from_turn_to_turn_is_planned(rollout):
+    """All rows end a turn at once, near the end of their room, which takes the most: each is kept beside the batch's caches."""
+    model, rows = tiny_model(**WIDE), rollout.prompts * rollout.group
+    mx.eval(model.parameters())
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    options = SamplingOptions(rollout.group, rollout.new_tokens)
+    prompts = [[3 + (n * 7 + i) % 200 for i in range(rollout.kept_tokens - 2)] for n in range(rollout.prompts)]
+    kept = KeptCaches()
+    answers, _ = sample_groups(model, prompts, options, frozenset(range(2000)), answer_keys(0, 0, rows), kept=kept)
+    episodes = [[*prompts[row // rollout.group], *answer, 5] for row, answer in enumerate(answers)]
+    later = KeptCaches([kept.ended[row] for row in range(rows)])
+    kept.ended.clear()
+    sample_groups(model, episodes, replace(options, group=1), NO_END, answer_keys(0, 1, rows), kept=later)
+    peak = mx.get_peak_memory() - before
+    several = replace(rollout, several_turns=True)
+    assert planned(model, CONFIG, several) == pytest.approx(peak, rel=0.1)
+    assert planned(model, CONFIG, rollout) < 0.8 * peak
 
 
 def test_caches_are_read_as_they_are():

@@ -115,6 +115,7 @@ def test_a_template_that_shows_no_tools_is_one_line(shelf, tmp_path):
     bare = write_folder(tmp_path / "bare", tiny_model())
     ran = run(*command(shelf, tmp_path / "a", "--model", bare, "--iters", 1))
     one_line(ran, "does not show tools", "--chat-template")
+    one_line(run(*command(shelf, tmp_path / "a", "--model", bare, "--dry-run")), "does not show tools")
     ran = run(*command(shelf, tmp_path / "a", "--objective", "sft", "--iters", 1))
     one_line(ran, "--reward")
     ran = run(

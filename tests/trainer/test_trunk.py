@@ -36,7 +36,7 @@ from mlx_lora.objectives.base import BoundObjective
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.planner.speed import TrunkPlan
 from mlx_lora.trainer import frozen_prefix as trunk_choice
-from mlx_lora.trainer.frozen_prefix import Record, TrunkAsked, TrunkRows, choose_trunk, trunk_problem, with_trunk
+from mlx_lora.trainer.frozen_prefix import StoredOutput, TrunkAsked, TrunkRows, choose_trunk, trunk_problem, with_trunk
 from mlx_lora.trainer.step import differentiation
 from mlx_lora.trainer.step_variant import StepVariant
 from mlx_lora.utils.errors import InputError
@@ -77,7 +77,7 @@ def prepared(name: str):
 
 def kept_rows(folder, rows, plan, model, trunk, variant, outputs) -> TrunkRows:
     record = trunk_problem(model, variant, trunk, outputs, rows)
-    assert isinstance(record, Record), record
+    assert isinstance(record, StoredOutput), record
     return TrunkRows(rows, plan.layout(0), RowStore(folder, rows.lengths - 1, record.bytes), record, outputs)
 
 
@@ -137,7 +137,7 @@ def test_dropout_in_a_frozen_block_is_refused():
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
 def test_numbers_are_kept_as_they_are(dtype):
     output = mx.random.normal((2, 3, 5)).astype(dtype)
-    record = Record.of(output)
+    record = StoredOutput.of(output)
     assert record.bytes == 5 * dtype.size
     again = record.to_array(record.to_bytes(output))
     assert again.dtype == dtype

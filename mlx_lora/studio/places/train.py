@@ -11,7 +11,7 @@ from starlette.routing import BaseRoute
 from mlx_lora.api.demo import ITERS as STEPS
 from mlx_lora.api.demo import QUESTIONS, RECIPE, SHORT_STEPS
 from mlx_lora.config.sweep import SET_BY_SWEEP
-from mlx_lora.reports.sweep_page import Compared, advice
+from mlx_lora.reports.sweep_page import SweepResults, advice
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.control import resolved, run_yaml, train_words
 from mlx_lora.studio.folders import safe_name
@@ -124,7 +124,7 @@ def swept(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, A
     if not (folder / SWEEP_FILE).is_file():
         raise ApiError(404, "there is no such sweep; start it again", "not_found")
     state = SweepState.read(folder)
-    found = Compared(
+    found = SweepResults(
         state.candidates, state.rounds, state.winner, state.val_loss, max(state.totals.values(), default=0), {}
     )
     rate = None if state.winner is None else state.candidates[state.winner]["learning_rate"]
