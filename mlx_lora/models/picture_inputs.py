@@ -202,7 +202,8 @@ def prepare_rotation(model: nn.Module, sight: Sight) -> None:
         kind = type(module)
         if isinstance(module, nn.RoPE) and not issubclass(kind, SectionRotation):
             axes = mx.array(axes_of_pairs(sight.sections, sight.interleaved))
-            module.__class__ = type(kind.__name__, (SectionRotation, kind), {"axes": axes})
+            mixed: Any = type(kind.__name__, (SectionRotation, kind), {"axes": axes})
+            module.__class__ = mixed
 
 
 def axes_of_pairs(sections: Sequence[int], interleaved: bool) -> np.ndarray:
@@ -294,7 +295,8 @@ class PictureCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Add the next tokens' keys and values, and return all."""
-        return self._kept.update_and_fetch(keys, values)
+        kept: Any = self._kept
+        return kept.update_and_fetch(keys, values)
 
     def make_mask(self, tokens: int, window_size: int | None = None, return_array: bool = False) -> Any:
         """Return the mask for the next tokens, as `Layout.make_mask` does."""
@@ -303,7 +305,7 @@ class PictureCache:
         if not both_ways and window_size is None and not return_array:
             return None if tokens == 1 else "causal"
         query, key = np.arange(done, done + tokens)[:, None], np.arange(done + tokens)
-        seen = query >= key
+        seen: Any = query >= key
         if both_ways and self._pictures is not None:
             numbers = np.pad(self._pictures[0], (0, max(0, done + tokens - self._tokens)))
             own = numbers[query]
