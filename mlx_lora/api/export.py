@@ -19,6 +19,7 @@ from mlx_lora.exporters.adapter_config import SAME_LAYOUT
 from mlx_lora.exporters.adapter_folder import load_adapter, save_adapter
 from mlx_lora.exporters.card import CARD_FILE, check_repo, push, read_facts, write_card
 from mlx_lora.exporters.fuse import Rounding, take_stored_dtypes, write_fused
+from mlx_lora.exporters.mlx_vlm import write_mlx_vlm
 from mlx_lora.exporters.ollama import write_ollama
 from mlx_lora.exporters.peft import write_peft
 from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES, STORED, write_gguf_adapter, write_gguf_model
@@ -88,7 +89,7 @@ def export(
     Args:
         base: from `load`, or a model's name; it stays as it is.
         adapter: folder or hub id; None only for `gguf` and `ollama`, which then hold the base alone.
-        to: peft, peft-qalora (of a qa-lora, for a GPTQ base), mlx-lm, hf (a merged model for transformers), gguf-adapter, gguf (a merged model) or ollama.
+        to: peft, peft-qalora (of a qa-lora, for a GPTQ base), mlx-lm, mlx-vlm (of a model that sees), hf (a merged model for transformers), gguf-adapter, gguf (a merged model) or ollama.
         out: folder or .gguf file to write.
         base_id: hub id of the base that a PEFT adapter names (default: the one it was trained on).
         gguf_type: type of the weights of a merged GGUF.
@@ -269,6 +270,20 @@ def _use_mlx_lm(job: Export) -> list[str]:
     return [f"mlx_lm.generate --model {base} --adapter-path {job.path} --prompt Hello"]
 
 
+def _write_mlx_vlm(job: Export) -> None:
+    """Write an adapter folder for stock mlx-vlm, of a model that sees."""
+    check_new_folder(job.settings.out, job.settings.force)
+    kind = str(job.base.config.get("model_type"))
+    if not isinstance(job.base.config.get("vision_config"), dict):
+        raise InputError(f"--to mlx-vlm: a {kind} model sees no pictures; use --to mlx-lm")
+    write_mlx_vlm(job.settings.out, job.base.model, job.info, kind)
+
+
+def _use_mlx_vlm(job: Export) -> list[str]:
+    base = shlex.quote(job.base.model_id)
+    return [f"mlx_vlm.generate --model {base} --adapter-path {job.path} --image FILE --prompt Hello"]
+
+
 def _write_hf(job: Export) -> None:
     """Write the merged model in float, with transformers' names."""
     kind = job.base.config.get("model_type")
@@ -370,6 +385,9 @@ FORMATS = {
     ),
     "mlx-lm": ExportFormat(
         "stock mlx-lm (--adapter-path)", _write_mlx_lm, _use_mlx_lm, holds_base=False, card_library="mlx"
+    ),
+    "mlx-vlm": ExportFormat(
+        "stock mlx-vlm (--adapter-path), for a model that sees", _write_mlx_vlm, _use_mlx_vlm, holds_base=False
     ),
     "hf": ExportFormat("transformers", _write_hf, _use_hf, for_scores=True),
     "gguf-adapter": ExportFormat(
