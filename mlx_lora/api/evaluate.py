@@ -25,8 +25,6 @@ from mlx_lora.api.errors import speaks_python
 from mlx_lora.api.run_data import data_of_run, held_out_rows, run_of, with_columns_of_run
 from mlx_lora.api.train import data_source, run_settings
 from mlx_lora.data.duplicates import seen_rows
-from mlx_lora.data.load import load_eval_set
-from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.base import Objective, RunContext
@@ -166,12 +164,10 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
     objective.open(ctx)  # before an adapter is on the base
     if adapter:
         objective.measures_with(adapter_head(adapter, objective))
-    prompt = read_teacher_prompt(settings.objective.teacher_prompt)
     if asked.held_out and adapter:
         rows, trained = held_out_rows(adapter, base.hf_tokenizer)
     else:
-        tools = objective.shown_tools(settings.objective, ctx.functions)
-        rows, trained = load_eval_set(data.data or "", data, base.hf_tokenizer, objective.records, prompt, tools), None
+        rows, trained = objective.read_set(ctx, data), None
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
     rows = objective.targets_of(rows)
     if compares(settings):

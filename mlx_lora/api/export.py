@@ -15,18 +15,19 @@ from mlx_lora.adapters.qat import FUSED_ONLY
 from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
-from mlx_lora.exporters.adapter_config import LABELS_FILE, SAME_LAYOUT, label_names
 from mlx_lora.api.run_data import run_of
 from mlx_lora.config.load import train_settings
+from mlx_lora.exporters.adapter_config import LABELS_FILE, SAME_LAYOUT, label_names
 from mlx_lora.exporters.adapter_folder import load_adapter, save_adapter
 from mlx_lora.exporters.card import CARD_FILE, check_repo, push, read_facts, write_card
 from mlx_lora.exporters.fuse import Rounding, take_stored_dtypes, write_fused
+from mlx_lora.exporters.mlx_vlm import write_mlx_vlm
 from mlx_lora.exporters.ollama import write_ollama
 from mlx_lora.exporters.peft import write_peft
 from mlx_lora.exporters.sentence_transformers import BODIES, EmbeddingForm, peft_of_body, with_names_of_body, write_form
 from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES, STORED, write_gguf_adapter, write_gguf_model
-from mlx_lora.models.folder import write_json
 from mlx_lora.models.convert import copy_side_files
+from mlx_lora.models.folder import write_json
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
 from mlx_lora.objectives.embed import Embedder, form_of, kept_choices, with_choices
@@ -94,7 +95,7 @@ def export(
     Args:
         base: from `load`, or a model's name; it stays as it is.
         adapter: folder or hub id; None only for `gguf` and `ollama`, which then hold the base alone.
-        to: peft, peft-qalora (of a qa-lora, for a GPTQ base), mlx-lm, hf (a merged model for transformers), sentence-transformers or
+        to: peft, peft-qalora (of a qa-lora, for a GPTQ base), mlx-lm, mlx-vlm (of a model that sees), hf (a merged model for transformers), sentence-transformers or
             sentence-transformers-peft (of embeddings), gguf-adapter, gguf (a merged model) or ollama.
         out: folder or .gguf file to write.
         base_id: hub id of the base that a PEFT adapter names (default: the one it was trained on).
@@ -280,6 +281,20 @@ def _use_mlx_lm(job: Export) -> list[str]:
     return [f"mlx_lm.generate --model {base} --adapter-path {job.path} --prompt Hello"]
 
 
+def _write_mlx_vlm(job: Export) -> None:
+    """Write an adapter folder for stock mlx-vlm, of a model that sees."""
+    check_new_folder(job.settings.out, job.settings.force)
+    kind = str(job.base.config.get("model_type"))
+    if not isinstance(job.base.config.get("vision_config"), dict):
+        raise InputError(f"--to mlx-vlm: a {kind} model sees no pictures; use --to mlx-lm")
+    write_mlx_vlm(job.settings.out, job.base.model, job.info, kind)
+
+
+def _use_mlx_vlm(job: Export) -> list[str]:
+    base = shlex.quote(job.base.model_id)
+    return [f"mlx_vlm.generate --model {base} --adapter-path {job.path} --image FILE --prompt Hello"]
+
+
 def _write_hf(job: Export) -> None:
     """Write the merged model in float, with transformers' names."""
     kind = job.base.config.get("model_type")
@@ -429,6 +444,9 @@ FORMATS = {
     ),
     "mlx-lm": ExportFormat(
         "stock mlx-lm (--adapter-path)", _write_mlx_lm, _use_mlx_lm, holds_base=False, card_library="mlx"
+    ),
+    "mlx-vlm": ExportFormat(
+        "stock mlx-vlm (--adapter-path), for a model that sees", _write_mlx_vlm, _use_mlx_vlm, holds_base=False
     ),
     "hf": ExportFormat("transformers", _write_hf, _use_hf, for_scores=True),
     "sentence-transformers": ExportFormat(

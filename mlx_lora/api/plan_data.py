@@ -14,8 +14,7 @@ from mlx_lora.config.defaults import (
 )
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.files import TINY_SHAKESPEARE, find_sets, find_splits, is_dataset_id, is_local, named_sets
-from mlx_lora.data.load import UNCACHED, DataSplits, load_data
-from mlx_lora.data.prompts import read_teacher_prompt
+from mlx_lora.data.load import UNCACHED, DataSplits
 from mlx_lora.gguf.reader import is_gguf
 from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.models.load import check_highest, embedding_rows
@@ -147,12 +146,11 @@ def local_data(settings: TrainSettings, outline: Outline) -> DataSplits | None:
 def read_splits(settings: TrainSettings, folder: Path, config: dict[str, Any], today: date | None = None) -> DataSplits:
     """Return the run's data, encoded with the tokenizer in a model's folder."""
     tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
-    prompt = read_teacher_prompt(settings.objective.teacher_prompt)
     data, room = readable_data(settings)
-    records = UNCACHED if room else objective_of(settings.objective).records
-    tools = objective_of(settings.objective).shown_tools(settings.objective, {})
-    splits = load_data(data, tokenizer._tokenizer, settings.loop.seed, today, records, prompt, tools)
-    if tools:
+    objective = objective_of(settings.objective)
+    records, asked = UNCACHED if room else objective.records, replace(settings, data=data)
+    splits = objective.read_planned(asked, tokenizer._tokenizer, folder, config, today, records)
+    if tools := objective.shown_tools(settings.objective, {}):
         check_template(tokenizer, splits.chat_template, tools)
     if not room:
         return splits

@@ -38,14 +38,23 @@ from mlx_lora.utils.errors import InputError
     metavar="FILE",
     help="Tools that the model may call: a JSON list, or a data file with tools.",
 )
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(),
+    metavar="FILE",
+    help="Picture that the prompt is about; may be given several times. Needs a model that sees.",
+)
+@flags.setting_option("max_pixels")
 @flags.text_options(100, TextSettings, top_k=True)
 @click.option("--ignore-chat-template", is_flag=True, help="Give the prompt to the model unchanged.")
 @flags.setting_option("shard_base")
 @flags.setting_option("offload_base")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
-    adapter: flags.OneAdapter, prompt: str, system_prompt: str | None, tools_file: str | None, how: TextSettings,
-    ignore_chat_template: bool, as_json: bool, **options: Any,
+    adapter: flags.OneAdapter, prompt: str, system_prompt: str | None, tools_file: str | None,
+    images: tuple[str, ...], how: TextSettings, ignore_chat_template: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Generate the answer to --prompt, or its continuation if the model has no chat template."""
     text = read_prompt(prompt)
@@ -56,6 +65,17 @@ def main(
         strategy = strategy_of(settings, ranks)
         base = load_base(settings.model, read=not strategy.divides_base)
         template = load_adapter(base, folder, adapter.ignore_fingerprint).chat_template if folder else None
+        if images:
+            from mlx_lora.api.picture_answers import picture_pieces  # text alone needs none of it
+
+            if tools or ignore_chat_template or strategy.divides_base:
+                raise InputError(
+                    "--image with --tools, --ignore-chat-template, --shard-base or --offload-base: pictures are shown by "
+                    "the chat template to a whole model; leave them out"
+                )
+            pieces = picture_pieces(base, text, images, template, system_prompt, how, settings.data.max_pixels)
+            print_text(base.model_id, pieces, as_json, ranks.leads)
+            return
         template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)
         strategy.divide(base, settings)
         if strategy.words:

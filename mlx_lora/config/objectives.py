@@ -13,7 +13,7 @@ OF_SAMPLING = ("group_size", "max_new_tokens", "temp", "top_p", "min_p", "mask_t
 OF_WRITING = ("max_new_tokens", "temp", "top_p", "min_p")
 LABELED = ("classify",)  # objectives whose records are texts with labels
 RANKED = ("rerank",)  # objectives whose records are queries with documents
-IMITATION = ("sft", "distill")  # objectives that train the answers of the data, token by token
+IMITATION = ("sft", "distill", "vision_sft")  # objectives that train the answers of the data, token by token
 PAIRS = ("dpo", "orpo", "simpo", "cpo", "reward")  # objectives whose examples are pairs of answers
 PROBLEMS = ("auto", "single_label_classification", "multi_label_classification", "regression")
 EMBED_LOSSES = ("infonce", "triplet", "cosent", "cosine")  # of losses/contrastive.py
@@ -31,7 +31,8 @@ class ObjectiveSettings:
         "kto: answers rated good or bad; reward: a reward model, which scores answers; grpo, rloo: sample answers to "
         "prompts, and learn from their rewards; distill: give each token the probabilities that a teacher gives it; "
         "classify: give each text its label, or a number; rerank: order documents by how well they answer a query; "
-        "embed: make the vectors of texts that belong together alike, for search.",
+        "embed: make the vectors of texts that belong together alike, for search; "
+        "vision_sft: imitate answers about pictures.",
         OBJECTIVE, common=True)
     loss_type: str = setting("sigmoid",
         "dpo: loss on the pairs, by TRL's names (sigmoid, sigmoid_norm, hinge, ipo ...); several, by commas, are added, "

@@ -94,6 +94,9 @@ class DataSettings:
         MODEL, may_change=True)
     allow_special_tokens: bool = setting(False,
         "Let messages bring in control tokens that they spell, like <|im_end|> (default: such text is ordinary text).", MODEL)
+    max_pixels: int | None = setting(None,
+        "vision_sft: make pictures with more pixels smaller; fewer pixels are fewer tokens where a model's tokens depend on the size.",
+        MODEL, at_least=16, at_most=10**9)
     pairs: str = setting("best", "If answers have scores: pair the best with the worst, or all with different scores.",
         MODEL, choices=PAIRS)
     valid_fraction: float = setting(0.05, "Share of rows held out when there is no validation file.",

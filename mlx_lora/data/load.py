@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -48,6 +48,7 @@ from mlx_lora.data.notes import (
 from mlx_lora.data.prompts import prompt_notes
 from mlx_lora.data.read import (
     OWN_ENTRIES,
+    PICTURES,
     SplitRows,
     answers_of,
     check_speaker,
@@ -72,11 +73,18 @@ from mlx_lora.utils.files import cache_dir, one_at_a_time, replacing_folder, sha
 from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import counted
 
+if TYPE_CHECKING:
+    from mlx_lora.data.image_tokens import PictureReader
+
 log = logging.getLogger(__name__)
 
 EVALUATION = "evaluation"  # what errors call the data that is only measured
 UNCACHED = "prompts"  # what rewards see of these records is not stored
-FACTUAL = (UNCACHED, *OWN_ENTRIES)  # records whose columns are needed in addition to their tokens
+NOT_KEPT = (
+    UNCACHED,
+    PICTURES,
+    *OWN_ENTRIES,
+)  # records whose columns or pictures are needed in addition to their tokens
 
 
 @dataclass(frozen=True)
@@ -117,10 +125,12 @@ class Seen:
     Attributes:
         teacher_prompt: By a teacher alone.
         tools: Schemas that prompts show.
+        pictures: Turns pictures into tokens.
     """
 
     teacher_prompt: str | None = None
     tools: Sequence[dict[str, Any]] | None = None
+    pictures: PictureReader | None = None
 
 
 def load_data(
@@ -131,6 +141,7 @@ def load_data(
     records: str = "examples",
     teacher_prompt: str | None = None,
     tools: Sequence[dict[str, Any]] | None = None,
+    pictures: PictureReader | None = None,
 ) -> DataSplits:
     """Return the data of a run, encoded and split, or taken from the cache of an earlier run.
 
@@ -139,9 +150,10 @@ def load_data(
         tokenizer: A fast tokenizer, not mlx-lm's wrapper.
         seed: Of the held-out split.
         today: The day for templates that show the date, unless the settings name one; None: today.
-        records: `examples`, `pairs`, `rated`, `prompts`, `labeled` or `candidates`: what the run's objective trains on.
+        records: `examples`, `pairs`, `rated`, `prompts`, `labeled`, `candidates` or `pictures`: what the run's objective trains on.
         teacher_prompt: A text that only a teacher sees (--teacher-prompt); the rows then have its rows beside them.
         tools: Schemas of tools that prompts show.
+        pictures: Turns pictures into tokens, for `pictures`.
 
     Returns:
         The sets and the report. Without a validation file, `valid_fraction` of the rows, or the last part of a single
@@ -160,13 +172,13 @@ def load_data(
     kind = f"{records} splits{_seen_with(teacher_prompt)}"
     folder = entry_folder(kind, _paths(sets), settings, tokenizer, seed, day, _mixed(sets))
     with one_at_a_time(folder):  # ranks on one machine encode once
-        if records not in FACTUAL and (entry := read_entry(folder)):
+        if records not in NOT_KEPT and (entry := read_entry(folder)):
             rows, details = entry
             report = replace(DataReport.from_dict(details["report"]), data=shown_data(settings.data or ""))
             splits = DataSplits(rows["train"], rows.get("valid"), rows.get("test"), report, details["chat_template"])
         else:
-            splits = _make_splits(sets, settings, tokenizer, seed, day, records, Seen(teacher_prompt, tools))
-            if records not in FACTUAL:
+            splits = _make_splits(sets, settings, tokenizer, seed, day, records, Seen(teacher_prompt, tools, pictures))
+            if records not in NOT_KEPT:
                 rows = {"train": splits.train, "valid": splits.valid, "test": splits.test}
                 details = {"report": splits.report.to_dict(), "chat_template": splits.chat_template}
                 _keep(folder, {name: part for name, part in rows.items() if part is not None}, details)
@@ -283,6 +295,7 @@ def load_eval_set(
     records: str = "examples",
     teacher_prompt: str | None = None,
     tools: Sequence[dict[str, Any]] | None = None,
+    pictures: PictureReader | None = None,
 ) -> EncodedSet:
     """Return the encoded set for `evaluate --data`: all rows of a file, or a folder's test or else validation file.
 
@@ -290,7 +303,7 @@ def load_eval_set(
         data: As `--data`.
         settings: Format, template, length and mask; its `data` is ignored.
         tokenizer: A fast tokenizer.
-        records, teacher_prompt, tools: As for `load_data`.
+        records, teacher_prompt, tools, pictures: As for `load_data`.
 
     Raises:
         InputError: as for `load_data`.
@@ -309,7 +322,7 @@ def load_eval_set(
     chosen = {name: files[name]}
     kind = f"{records} evaluation{_seen_with(teacher_prompt)}"
     folder = entry_folder(kind, chosen, settings, tokenizer, 0, day, _mixed(sets))
-    cached = records not in FACTUAL
+    cached = records not in NOT_KEPT
     if cached and (entry := read_entry(folder)):
         for line in entry[1]["notes"]:
             log.info(line)
@@ -319,7 +332,7 @@ def load_eval_set(
     repeated = cut_repeated_prompts([(parts[EVALUATION], 0)])
     check_speaker(parts.values(), settings)
     encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer, day)
-    encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, Seen(teacher_prompt, tools))}
+    encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, Seen(teacher_prompt, tools, pictures))}
     _check(settings, parts, encoded)
     notes = [f"Note: {note}" for note in repeated_notes([repeated])]
     notes += evaluation_notes(parts[EVALUATION], encoded[EVALUATION])
@@ -363,6 +376,7 @@ def prompt_encoder(
 
 
 def _encode(rows: SplitRows, encoder: Encoder, seen: Seen) -> Encoded:
+    encoder = encoder if seen.pictures is None else seen.pictures.encoder(encoder)
     with long_task("Encoding", len(rows.entries), "records") as task:
         encoded = encode_entries(encoder, rows.entries, task.reach, seen.teacher_prompt, seen.tools)
     for number, why in encoded.dropped.items():

@@ -51,6 +51,8 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import shown_data
 from mlx_lora.utils.text import counted
 
+PICTURES = "pictures"  # records that are examples with pictures
+
 Entry = Example | Pair | Rated | Prompt | OwnEntry
 """The content of one record in canonical form."""
 # Kind of records -> the module in this room that has its class, and the class; it is imported when such records are read.
@@ -217,6 +219,13 @@ class SplitRows:
         """The number of records in the files, bad ones included."""
         return sum(self.formats.values()) + self.unread
 
+    def add(self, name: str, record: Record, kind: str, entries: Sequence[Entry]) -> None:
+        """Add what a record of the file `name` gave, and the format that it has."""
+        self.formats[kind] += 1
+        self.without.update([record.without] if record.without else [])
+        self.entries += entries
+        self.locations += [Location(name, record.line, record.unit)] * len(entries)
+
 
 def read_rows(
     files: Sequence[DataFile], settings: DataSettings, records: str, rows: SplitRows | None = None
@@ -226,7 +235,7 @@ def read_rows(
     Args:
         files: Of one split.
         settings: As in `parse_rows`.
-        records: `examples`, `pairs`, `rated`, `prompts`, or one of OWN_ENTRIES.
+        records: `examples`, `pairs`, `rated`, `prompts`, `pictures`, or one of OWN_ENTRIES.
         rows: To add to, and to return; None: new ones.
     """
     rows = SplitRows() if rows is None else rows
@@ -261,7 +270,7 @@ def parse_rows(
         source: Records wherever they come from, each with its number there.
         name: Of their file or other source, for messages.
         settings: Format and columns of plain examples, and which pairs to take of several answers.
-        records: `examples`, `pairs`, `rated`, `prompts`, or one of OWN_ENTRIES.
+        records: `examples`, `pairs`, `rated`, `prompts`, `pictures`, or one of OWN_ENTRIES.
         rows: To add to.
     """
     named = NamedColumns.of(settings)
@@ -271,6 +280,12 @@ def parse_rows(
             rows.dropped.append(DroppedRow(name, record.line, record.why, record.unit))
             continue
         try:
+            if records == PICTURES:
+                from mlx_lora.data.images import parse_illustrated  # a run without pictures needs none of it
+
+                kind, example = parse_illustrated(record.value, settings, named)
+                rows.add(name, record, kind, [example])
+                continue
             # Entries of a class of their own name their columns themselves.
             columns, value = (None, record.value) if records in OWN_ENTRIES else named.renamed(record.value, records)
             if records == "examples":
@@ -294,12 +309,9 @@ def parse_rows(
             rows.empty += isinstance(error, EmptyRecord)
             rows.dropped.append(DroppedRow(name, record.line, str(error), record.unit))
             continue
-        rows.formats[kind] += 1
-        rows.without.update([record.without] if record.without else [])
         if records == "examples" and not record.form:
             rows.ignored.update(ignored_columns(record.value, kind))
-        rows.entries += entries
-        rows.locations += [Location(name, record.line, record.unit)] * len(entries)
+        rows.add(name, record, kind, entries)
 
 
 def check_speaker(parts: Iterable[SplitRows], settings: DataSettings) -> None:

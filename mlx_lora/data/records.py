@@ -7,6 +7,7 @@ among good ones is a BadRow, which the caller counts and reports. A .csv file's 
 
 from __future__ import annotations
 
+import base64
 import codecs
 import contextlib
 import csv
@@ -221,10 +222,21 @@ def read_parquet(path: Path) -> Iterator[Record | BadRow]:
                     for row in range(batch.num_rows):
                         number += 1
                         (value,) = batch.slice(row, 1).to_pylist()
-                        yield allowance.record(number, value)
+                        yield allowance.record(number, _with_data_urls(value))
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} is not a readable parquet file: {reason}") from error
+
+
+def _with_data_urls(value: Any) -> Any:
+    """Return a row with the hub's pictures, `{"bytes": ..., "path": ...}`, as data URLs, which JSON can hold."""
+    if isinstance(value, list):
+        return [_with_data_urls(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"bytes", "path"} and isinstance(value["bytes"], bytes):
+        return {"url": f"data:;base64,{base64.b64encode(value['bytes']).decode()}"}
+    return {key: _with_data_urls(item) for key, item in value.items()}
 
 
 class _Allowance:

@@ -312,7 +312,10 @@ TENSOR = re.compile(
 BIAS = re.compile(re.escape(PREFIX) + r"(?P<layer>.+?)(?:\.base_layer)?\.bias")
 COPY = re.compile(re.escape(PREFIX) + r"(?P<layer>(?:.+\.)?(?:embed_tokens|lm_head))(?:\.base_layer)?\.weight")
 # model_type -> prefixes of paths, mlx-lm's and transformers'; the first match counts.
+TEXT_MODEL = (("language_model.model.", "model.text_model."), ("language_model.lm_head", "lm_head"))
 RENAMED = {
+    "smolvlm": TEXT_MODEL,
+    "idefics3": TEXT_MODEL,
     "gptj": (("model.", "transformer."),),
     "gpt2": (("model.", "transformer."),),
     "gpt_neox": (("model.h.", "gpt_neox.layers."), ("model.embed_out", "lm_head"), ("model.", "gpt_neox.")),

@@ -31,6 +31,7 @@ from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
 from transformers import CONFIG_MAPPING
 
 from mlx_lora.models import encoder
+from mlx_lora.models.text_part import model_classes
 from mlx_lora.utils.errors import InputError
 
 PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -118,14 +119,14 @@ PER_LAYER_NAMES = frozenset(PER_LAYER.values())
 
 
 def architecture_of(config: Values) -> tuple[type, type]:
-    """Return the classes of a model and of its arguments: ours for an encoder, mlx-lm's for every other.
+    """Return the classes of a model and of its arguments: ours for an encoder or the text part of a model that sees, else mlx-lm's.
 
     Raises:
         ValueError: neither has it.
     """
     if config.get("model_type") in encoder.ENCODERS:
         return encoder.Model, encoder.ModelArgs
-    return mlx_lm.utils._get_classes(config)
+    return model_classes(config)
 
 
 def translate_config(config: Values, origin: object) -> Values:
@@ -150,12 +151,21 @@ def translate_config(config: Values, origin: object) -> Values:
     for name in PARTS:
         if isinstance(config.get(name), dict) and module is not None:
             fields = _fields(_text_class(module, config[name]))
-            found[name] = {**config[name], **_translated(config[name], fields, problems)}
+            found[name] = {**_shared(config, config[name], fields), **_translated(config[name], fields, problems)}
+    vocabulary = (config.get("text_config") or {}).get("vocab_size")
+    if "vocab_size" not in config and "vocab_size" in _fields(args_class) and vocabulary is not None:
+        found["vocab_size"] = vocabulary  # Gemma 3, whose class would take its default
     if problems:
         raise InputError(
             f"{origin}: {'; '.join(problems)}, which mlx-lm's {config['model_type']} cannot express; choose another model"
         )
     return found
+
+
+def _shared(config: Values, part: Values, fields: frozenset[str]) -> Values:
+    """Return a text part with what transformers 5 keeps for the whole model: whether the head is the embedding."""
+    name = "tie_word_embeddings"
+    return {name: config[name], **part} if name in fields and name in config else part
 
 
 def _fields(args_class: type | None) -> frozenset[str]:

@@ -46,6 +46,7 @@ from mlx_lora.models.folder import (
 )
 from mlx_lora.models.quantize import Quantization, choose_quantization, dequantize_model, quantize_model
 from mlx_lora.models.tokenizer import load_folder_tokenizer, write_tokenizer_from_spm
+from mlx_lora.models.tower_files import copy_tower
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, check_writable, one_at_a_time, replacing_folder, sha256_of
@@ -59,6 +60,7 @@ log = logging.getLogger(__name__)
 _SIDE_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "chat_template*", "*.jinja", "*.tiktoken", "generation_config.json", "LICENSE*", "NOTICE*", "*.py",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 # mlx-lm's architectures whose `sanitize` removes the head if the weights hold none.
 TIED_BY_WEIGHTS = ("gemma3_text", "recurrent_gemma")
@@ -274,13 +276,14 @@ def layouts_of(model: nn.Module) -> dict[str, Quantization]:
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, templates and license, and write a tokenizer.json if the source only has a SentencePiece model."""
+    """Copy tokenizer, templates, license and what is needed to see, and write a tokenizer.json if there is only a SentencePiece model."""
     for pattern in _SIDE_FILES:
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)  # follows links, which the hub cache uses
     if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
         write_tokenizer_from_spm(folder / "tokenizer.model", source, folder)
+    copy_tower(source, folder)
 
 
 def _provenance(source: ModelSource, conversion: Conversion, config: dict[str, Any]) -> dict[str, Any]:
@@ -523,7 +526,8 @@ def cached_quantized_folder(
         return source.path
     files = sorted(source.path.glob("*.*")) if source.kind == "folder" else [source.path]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = sha256_of(f"{_FORMAT}|{source.path.resolve()}|{target}|{dtype}|{stats}")
+    sees = "|tower" if any(name == "preprocessor_config.json" for name, *_ in stats) else ""
+    key = sha256_of(f"{_FORMAT}|{source.path.resolve()}|{target}|{dtype}|{stats}{sees}")
     folder = cache_dir("converted") / f"{source.model_id.rstrip('/').rpartition('/')[2]}-{bits}bit-{key[:12]}"
     with one_at_a_time(folder):
         if not (folder / "config.json").is_file():

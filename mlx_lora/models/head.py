@@ -394,7 +394,7 @@ def _at(
     def pick(x: mx.array) -> mx.array:
         return x.reshape(-1, x.shape[-1])[positions][None]
 
-    with _answering(attention, stop):
+    with answering(attention, stop):
         try:
             call(block, x, *args, **kwargs)
         except _ReachedAttention as reached:
@@ -402,9 +402,9 @@ def _at(
         else:
             raise ValueError("the block does not call its attention")
     project = type(output).__call__
-    with _answering(output, lambda self, x, **named: project(self, pick(x), **named)):
+    with answering(output, lambda self, x, **named: project(self, pick(x), **named)):
         attended = attention(*given, **named)  # (1, P, D)
-    with _answering(attention, lambda self, *given, **named: attended):
+    with answering(attention, lambda self, *given, **named: attended):
         return call(block, pick(x), *args, **kwargs)
 
 
@@ -421,7 +421,7 @@ class _ReachedAttention(Exception):
 
 
 @contextmanager
-def _answering(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+def answering(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
     """Let `call` take the calls of one instance, by changing the class of this instance for its duration."""
     kind = type(module)
     module.__class__ = _with_call(kind, kind, call)

@@ -26,11 +26,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.data.load import DataSplits, load_data
+from mlx_lora.data.load import DataSplits, load_data, load_eval_set
+from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.losses.cross_entropy import Arrays, Loss
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
     from mlx_lora.config.objectives import ObjectiveSettings
     from mlx_lora.config.settings import DataSettings, TrainSettings
     from mlx_lora.data.batch import Batch
@@ -307,6 +312,34 @@ class Objective:
         tools = self.shown_tools(ctx.settings.objective, ctx.functions)
         splits = load_data(data, ctx.base.hf_tokenizer, seed, ctx.today, self.records, teacher_prompt, tools)
         return splits.changed(lambda sets: {name: self.targets_of(rows) for name, rows in sets.items()})
+
+    def read_set(self, ctx: RunContext, data: DataSettings) -> EncodedSet:
+        """Read one set to measure; see `load_data`."""
+        prompt = read_teacher_prompt(ctx.settings.objective.teacher_prompt)
+        tools = self.shown_tools(ctx.settings.objective, ctx.functions)
+        return load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, self.records, prompt, tools)
+
+    def read_planned(
+        self,
+        settings: TrainSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        config: dict[str, Any],
+        today: date | None,
+        records: str,
+    ) -> DataSplits:
+        """Read a run's data for a plan, without the model's weights.
+
+        Args:
+            settings: of the run; its data are there.
+            tokenizer: of the model.
+            folder: of the model, at least with what reads data.
+            config: its config.json.
+            today, records: as for `load_data`.
+        """
+        prompt = read_teacher_prompt(settings.objective.teacher_prompt)
+        tools = self.shown_tools(settings.objective, {})
+        return load_data(settings.data, tokenizer, settings.loop.seed, today, records, prompt, tools)
 
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
         """Return the sets with what another model says about their rows, while the base has no adapter.

@@ -31,6 +31,7 @@ OBJECTIVES = {
     "classify": ("classify", "classify"),
     "rerank": ("rerank", "rerank"),
     "embed": ("embed", "embed"),
+    "vision_sft": ("vision_sft", "vision_sft"),
 }
 # Settings of objectives that reward sampled answers, and of those with a teacher.
 OF_REWARDS = (

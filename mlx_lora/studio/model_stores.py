@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import mlx_lm.utils
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from mlx_lora.gguf.arch import model_config
 from mlx_lora.gguf.reader import is_gguf, read_gguf
 from mlx_lora.models.folder import FOREIGN_ERRORS, import_architecture, read_safetensors_header, short
+from mlx_lora.models.text_part import model_classes
 from mlx_lora.studio.folders import Folders
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
@@ -257,7 +257,7 @@ def _unknown(config: dict[str, Any]) -> str | None:
     """Return why a config's architecture cannot be trained; None: it can."""
     try:
         import_architecture(config)
-        mlx_lm.utils._get_classes(config)
+        model_classes(config)
     except InputError as error:
         return str(error)
     except FOREIGN_ERRORS as error:

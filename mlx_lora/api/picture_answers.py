@@ -1,0 +1,74 @@
+"""Generate answers about pictures, with a model that sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import GenerationResponse, stream_generate
+from mlx_lm.sample_utils import make_sampler
+
+from mlx_lora.api.base import TextSettings
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.image_tokens import PictureReader, PictureTable, encode_question
+from mlx_lora.models.load import Base, check_token_ids
+from mlx_lora.models.picture_inputs import SeeingModel
+from mlx_lora.objectives.vision_sft import Eyes, picture_template
+from mlx_lora.rollouts.decode import hold_weights
+from mlx_lora.utils.errors import InputError
+
+
+def picture_pieces(
+    base: Base,
+    question: str,
+    pictures: Sequence[str | Path],
+    template: str | None,
+    system_prompt: str | None,
+    settings: TextSettings,
+    max_pixels: int | None = None,
+) -> Iterator[GenerationResponse]:
+    """Yield mlx-lm's responses to a question about pictures, each with a piece of the text.
+
+    Args:
+        base: with or without an adapter.
+        question: its text, which follows the pictures.
+        pictures: files, at least one.
+        template: Jinja text of the chat template; None: the model's own.
+        system_prompt: a system message before it.
+        settings: how.
+        max_pixels: of a picture; a larger one is made smaller.
+
+    Raises:
+        InputError: a picture cannot be used, or the model sees none.
+    """
+    files = [Path(picture).expanduser().resolve() for picture in pictures]
+    table = PictureTable.empty()
+    eyes = Eyes.of(base, DataSettings(max_pixels=max_pixels), table)
+    template = template or picture_template(base.hf_tokenizer, base.folder, eyes.processor.family.place)
+    if template is None:
+        raise InputError(f"--model {base.model_id}: has no chat template, so it cannot be asked about pictures")
+    reader = PictureReader(eyes.processor, [file.parent for file in files], table, eyes.tower.token)
+    names = [str(file) for file in files]
+    tokens, digests = encode_question(reader, base.hf_tokenizer, template, question, names, system_prompt)
+    check_token_ids(base, max(tokens), "--prompt")
+    arrays = eyes.arrays(np.array([tokens], np.int32), [digests])
+    if settings.seed is not None:
+        mx.random.seed(settings.seed)
+    sampler = make_sampler(
+        temp=0.0 if settings.top_p == 0 else settings.temperature,
+        top_p=settings.top_p if settings.top_p < 1 else 0.0,
+        top_k=settings.top_k if settings.top_k < len(base.hf_tokenizer) else 0,
+    )
+    hold_weights(base)
+    model = SeeingModel(base.model, eyes.sight, arrays)
+    yield from stream_generate(
+        model,  # pyright: ignore[reportArgumentType] # mlx-lm only calls it
+        base.tokenizer,
+        tokens,
+        max_tokens=settings.max_tokens,
+        sampler=sampler,
+        prompt_cache=model.caches(),
+        prefill_step_size=len(tokens),  # the tokens of a picture may have to see one another
+    )

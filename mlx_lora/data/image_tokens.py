@@ -1,0 +1,478 @@
+"""Turn pictures into a model's image tokens, and records with pictures into rows.
+
+A chat template writes one token for a picture. The model reads many: one for each part of the picture that its connector
+gives an embedding, and around them what the family puts there.
+
+    template     <|im_start|>User:<image>What is this?
+    row          <|im_start|>User:<fake_token_around_image><row_1_col_1><image> x 64 ... <fake_token_around_image>What is this?
+
+How many there are depends on the picture's size alone, so transformers' image processor is asked about a blank picture of
+each size. Its Pillow form is used, which needs no torch. Text and spans of trained characters are expanded before the text is
+tokenized, so that tokens are those of transformers' own processor. No image token is trained.
+
+A family is one row of FAMILIES and a function like those above it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import AutoImageProcessor, PreTrainedTokenizerBase
+
+from mlx_lora.data.chat_template import controls_of
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.examples import Example, FormatError, Message
+from mlx_lora.data.images import BEGIN, END, MARK, Illustrated, Picture, PictureFiles, mark
+from mlx_lora.data.render import Rendered, Renderer, Rendering
+from mlx_lora.data.tokenize import Encoded, Encoder
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.parsing import read_json
+
+if TYPE_CHECKING:
+    from mlx_lora.data.assistant_spans import Span
+
+Outputs = Mapping[str, Any]
+BLANK = 127  # gray
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How a model shows a picture of some size.
+
+    Attributes:
+        text: what takes the place of the template's token.
+        tokens: image tokens in it, n.
+        grid: rows and columns of these tokens, where positions depend on them.
+    """
+
+    text: str
+    tokens: int
+    grid: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a family's function gets.
+
+    Attributes:
+        outputs: of the image processor.
+        processor: the image processor itself.
+        settings: processor_config.json.
+        config: config.json of the model.
+    """
+
+    outputs: Outputs
+    processor: Any
+    settings: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+
+def _tiles(given: Given) -> Shown:
+    """Return Idefics 3's and SmolVLM's: tiles row by row, then the whole picture."""
+    rows, columns = (int(np.ravel(given.outputs[name])[0]) for name in ("rows", "cols"))
+    vision = given.config["vision_config"]
+    side = vision["image_size"] // vision["patch_size"] // given.config.get("scale_factor", 2)
+    length = given.settings.get("image_seq_len") or side**2
+    edge, image = "<fake_token_around_image>", "<image>" * length
+    text = ""
+    for row in range(1, rows + 1):
+        text += "".join(f"{edge}<row_{row}_col_{column}>{image}" for column in range(1, columns + 1)) + "\n"
+    whole = f"{edge}<global-img>{image}{edge}"
+    return Shown(f"{text}\n{whole}" if rows else whole, (rows * columns + 1) * length)
+
+
+def _merged_grid(given: Given) -> Shown:
+    """Return Qwen-VL's: a token for each square of patches."""
+    _, height, width = (int(size) for size in given.outputs["image_grid_thw"][0])
+    merge = given.processor.merge_size
+    grid = height // merge, width // merge
+    return Shown("<|image_pad|>" * (grid[0] * grid[1]), grid[0] * grid[1], grid)
+
+
+def _fixed(given: Given) -> Shown:
+    """Return Gemma 3's: the same number for every picture."""
+    count = given.settings.get("image_seq_length") or given.config.get("mm_tokens_per_image", 256)
+    return Shown(f"\n\n<start_of_image>{'<image_soft_token>' * count}<end_of_image>\n\n", count)
+
+
+def _patches(given: Given) -> Shown:
+    """Return LLaVA's: a token for each patch."""
+    height, width = np.shape(given.outputs["pixel_values"][0])[-2:]
+    patch = given.settings.get("patch_size") or given.config["vision_config"]["patch_size"]
+    count = (height // patch) * (width // patch) + given.settings.get("num_additional_image_tokens", 0)
+    strategy = given.settings.get("vision_feature_select_strategy") or given.config.get(
+        "vision_feature_select_strategy"
+    )
+    count -= strategy == "default"
+    return Shown("<image>" * count, count)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How some architectures show pictures.
+
+    Attributes:
+        place: what their templates write for a picture.
+        show: returns how a picture is shown.
+        asked: names of further outputs that the image processor is asked for.
+        beside: entries of its outputs that the tower does not take.
+    """
+
+    place: str
+    show: Callable[[Given], Shown]
+    asked: tuple[str, ...] = ()
+    beside: frozenset[str] = frozenset()
+
+
+TILES = Family("<image>", _tiles, ("return_row_col_info",), frozenset(("rows", "cols")))
+GRID = Family("<|image_pad|>", _merged_grid)
+FAMILIES: dict[str, Family] = {
+    "smolvlm": TILES,
+    "idefics3": TILES,
+    "qwen2_vl": GRID,
+    "qwen2_5_vl": GRID,
+    "qwen3_vl": GRID,
+    "qwen3_vl_moe": GRID,
+    "gemma3": Family("<start_of_image>", _fixed, (), frozenset(("num_crops",))),
+    "llava": Family("<image>", _patches),
+}
+
+
+class ImageProcessor:
+    """Turns pictures into pixels and tokens, as a model's own processor does."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], max_pixels: int | None = None):
+        """Load transformers' image processor of a model's folder.
+
+        Args:
+            folder: with preprocessor_config.json.
+            config: config.json of the model.
+            max_pixels: a larger picture is made smaller before anything else; None: only the model's own limits.
+
+        Raises:
+            InputError: the family is not known, or has no image processor.
+        """
+        kind = str(config.get("model_type"))
+        if kind not in FAMILIES:
+            raise InputError(
+                f"--model {folder}: pictures are trained with {', '.join(sorted(FAMILIES))} models, and this is a {kind}; "
+                "choose one of those"
+            )
+        self.family, self.config, self.max_pixels = FAMILIES[kind], config, max_pixels
+        try:
+            self._processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        except (OSError, ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{folder}: its image processor cannot be loaded ({reason}); download it again") from error
+        file = folder / "processor_config.json"
+        self._settings = read_json(file, "download the model again") if file.is_file() else {}
+        self.shown = lru_cache(maxsize=10_000)(self._shown)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What pixels and tokens depend on besides the picture, as JSON values."""
+        return {"processor": self._processor.to_dict(), "settings": self._settings, "max_pixels": self.max_pixels}
+
+    def pixels(self, image: Any) -> dict[str, np.ndarray]:
+        """Return what the tower takes of a picture.
+
+        Args:
+            image: Pillow's, in RGB.
+
+        Raises:
+            FormatError: the processor refuses the picture.
+        """
+        found = self._outputs(self.limited(image))
+        return {name: np.asarray(value) for name, value in found.items() if name not in self.family.beside}
+
+    def limited(self, image: Any) -> Any:
+        """Return a picture with at most `max_pixels`."""
+        size = self.limited_size(image.size)
+        return image if size == image.size else image.resize(size)
+
+    def limited_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the size that a picture of this size gets before the processor has it."""
+        area = size[0] * size[1]
+        if self.max_pixels is None or area <= self.max_pixels:
+            return size
+        factor = (self.max_pixels / area) ** 0.5
+        return max(1, int(size[0] * factor)), max(1, int(size[1] * factor))
+
+    def _shown(self, size: tuple[int, int]) -> Shown:
+        """Return how a picture of a size, (width, height), is shown."""
+        from PIL import Image
+
+        blank = Image.new("RGB", self.limited_size(size), (BLANK,) * 3)
+        return self.family.show(Given(self._outputs(blank), self._processor, self._settings, self.config))
+
+    def _outputs(self, image: Any) -> Outputs:
+        try:
+            return self._processor(images=[image], return_tensors="np", **dict.fromkeys(self.family.asked, True))
+        except (ValueError, ZeroDivisionError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise FormatError(f"the model's image processor refuses a picture ({reason})") from error
+
+
+# Rows
+
+
+@dataclass
+class PictureTable:
+    """The pictures of a run's rows. A row's label is its number in `rows`.
+
+    Attributes:
+        pictures: digest -> the picture.
+        rows: for each label, the digests of the row's pictures.
+        shown: digest -> how it is shown.
+    """
+
+    pictures: dict[str, Picture]
+    rows: list[tuple[str, ...]]
+    shown: dict[str, Shown]
+
+    @classmethod
+    def empty(cls) -> PictureTable:
+        """Return one without pictures, in which a row without any has label 0."""
+        return cls({}, [()], {})
+
+    def of_labels(self, labels: np.ndarray | None, rows: int) -> list[tuple[str, ...]]:
+        """Return the digests of the pictures of some rows."""
+        return [()] * rows if labels is None else [self.rows[int(label)] for label in labels]
+
+
+class PictureReader:
+    """Reads records with pictures into rows."""
+
+    def __init__(self, processor: ImageProcessor, roots: Sequence[Path], table: PictureTable, token: int):
+        """Prepare to read.
+
+        Args:
+            processor: of the model.
+            roots: the folders that have the data.
+            table: gets the pictures.
+            token: id of the model's image token.
+        """
+        self.processor, self.files, self.table, self.token = processor, PictureFiles(roots), table, token
+
+    def open_all(self, names: Sequence[str], sources: Mapping[str, str | bytes]) -> list[str]:
+        """Return the digests of pictures, in order; they are put into the table.
+
+        Args:
+            names: of their sources.
+            sources: name -> file name or bytes.
+
+        Raises:
+            FormatError: one cannot be used.
+        """
+        found = []
+        for name in names:
+            if name not in sources:
+                raise FormatError("a text with characters that stand for pictures here")
+            picture = self.files.open(sources[name])
+            if picture.digest not in self.table.pictures:
+                self.table.shown[picture.digest] = self.processor.shown(picture.size)
+                self.table.pictures[picture.digest] = picture
+            found.append(picture.digest)
+        return found
+
+    def encoder(self, plain: Encoder) -> PictureEncoder:
+        """Return an encoder like this one that also takes pictures."""
+        return PictureEncoder(plain, self)
+
+
+def encode_question(
+    reader: PictureReader,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    text: str,
+    pictures: Sequence[str],
+    system_prompt: str | None = None,
+) -> tuple[list[int], tuple[str, ...]]:
+    """Return the tokens of a question about pictures, up to where its answer begins, and the pictures' digests.
+
+    Args:
+        reader: of the model; its folders have the pictures.
+        tokenizer: of the model.
+        template: Jinja text.
+        text: the question; the pictures come first.
+        pictures: their files.
+        system_prompt: a system message before it.
+
+    Raises:
+        InputError: a picture cannot be used, or the template refuses the question.
+    """
+    renderer = PictureRenderer(tokenizer, template, reader.processor.family.place)
+    sources: dict[str, str | bytes] = {}
+    marks = "".join(mark(picture, sources) for picture in pictures)
+    messages: list[Message] = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages.append({"role": "user", "content": marks + text})
+    try:
+        digests = reader.open_all(MARK.findall(marks), sources)
+        controls = controls_of(tokenizer).hide(messages)
+        rendered, ordinary = controls.shown(renderer.text_of(controls.messages))
+        shown = [reader.table.shown[digest].text for digest in digests]
+        row = expanded(Rendered(rendered, [], ordinary=ordinary), reader.processor.family.place, shown)
+    except FormatError as error:
+        raise InputError(f"--image: {error}") from error
+    found = tokenizer(row.text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens: list[int] = found["input_ids"]
+    if row.ordinary:
+        tokens, _ = controls_of(tokenizer).as_text(row.text, tokens, found["offset_mapping"], row.ordinary)
+    return list(tokens), tuple(digests)
+
+
+class PictureRenderer(Renderer):
+    """Renders conversations whose content has marks of pictures."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, place: str, **options: Any):
+        """Find out how the template takes content.
+
+        Args:
+            tokenizer, template, options: as for `Renderer`.
+            place: what the template should write for a picture.
+
+        Raises:
+            InputError: it does not write it.
+        """
+        self._always_parts = False
+        super().__init__(tokenizer, template, **options)
+        self._always_parts = "qzx" not in self._text([{"role": "user", "content": "qzx"}], None)
+        if self._always_parts:
+            self.generation_prompt = self._find_generation_prompt()
+        if place not in self._text([{"role": "user", "content": f"{BEGIN}{'0' * 16}{END}qzx"}], None):
+            raise InputError(
+                f"the chat template does not show pictures (it writes no {place}); give the model's own template with "
+                "--chat-template FILE"
+            )
+
+    def _text(self, messages: list[Message], tools: list[dict] | None, prompt: bool = False) -> str:
+        return super()._text([self._in_parts(message) for message in messages], tools, prompt)
+
+    def text_of(self, messages: list[Message]) -> str:
+        """Return messages as text, up to where the model's answer begins."""
+        return self._text(messages, None, prompt=True)
+
+    def _in_parts(self, message: Message) -> Message:
+        """Return a message whose content is a list of parts, if it has pictures or the template needs that."""
+        content = message.get("content")
+        if not isinstance(content, str) or not (self._always_parts or MARK.search(content)):
+            return message
+        parts: list[dict[str, str]] = []
+        for number, piece in enumerate(MARK.split(content)):
+            if number % 2:
+                parts.append({"type": "image"})
+            elif piece:
+                parts.append({"type": "text", "text": piece})
+        return {**message, "content": parts or [{"type": "text", "text": ""}]}
+
+    def _unshown(self, text: str, messages: list[Message]) -> frozenset[str]:
+        pieces = [{**m, "content": piece} for m in messages for piece in MARK.split(m["content"])[::2]]
+        return super()._unshown(text, pieces)
+
+
+class PictureEncoder(Encoder):
+    """Encodes examples with pictures; a row's label says which ones it has."""
+
+    def __init__(self, plain: Encoder, reader: PictureReader):
+        """Take over what an encoder of text was made with."""
+        vars(self).update(vars(plain))
+        self._reader, self._place = reader, reader.processor.family.place
+        if plain.template is not None:
+            self.renderer = PictureRenderer(
+                plain.tokenizer,
+                plain.template,
+                self._place,
+                day=plain.day,
+                allow_special_tokens=plain.allow_special_tokens,
+            )
+        self._of: dict[int, tuple[str, ...]] = {}
+
+    def encode(self, examples: Sequence[Example], on_rows: Callable[[int], None] = lambda done: None) -> Encoded:
+        """Encode examples in order, as `Encoder` does; a row that is cut inside a picture is dropped."""
+        encoded = super().encode(examples, on_rows)
+        table, token = self._reader.table, self._reader.token
+        kept, labels, dropped = [], [], dict(encoded.dropped)
+        rows: list[tuple[np.ndarray, np.ndarray]] = []
+        for number, source in enumerate(encoded.source.tolist()):
+            tokens, mask = encoded.rows.row(number)
+            digests = self._pictures_in(examples[source], int((tokens == token).sum()))
+            if digests is None:
+                dropped[source] = f"cut inside a picture by --max-seq-length {self.max_tokens}; make it longer"
+                continue
+            trained = mask & (tokens != token)
+            if digests:
+                table.rows.append(digests)
+            kept.append(number)
+            labels.append(len(table.rows) - 1 if digests else 0)
+            rows.append((tokens, trained))
+        source = encoded.source[kept]
+        for number in set(source.tolist()) & dropped.keys():
+            del dropped[number]
+        result = EncodedSet.from_rows(rows).grouped(1, np.array(labels, np.float32))
+        return replace(encoded, rows=result, source=source, dropped=dict(sorted(dropped.items())))
+
+    def _pictures_in(self, example: Example, tokens: int) -> tuple[str, ...] | None:
+        """Return the pictures of a row with so many image tokens; None if it ends inside one."""
+        digests = self._of.get(id(example), ())
+        for number in range(len(digests) + 1):
+            if sum(self._reader.table.shown[digest].tokens for digest in digests[:number]) == tokens:
+                return digests[:number]
+        return None
+
+    def _render(self, example: Example) -> Rendering:
+        illustrated = isinstance(example, Illustrated)
+        digests = tuple(self._reader.open_all(example.marks, example.sources)) if illustrated else ()
+        rendering = super()._render(example)
+        self._of[id(example)] = digests
+        if not digests and not any(self._place in row.text for row in rendering.rows):
+            return rendering
+        shown = [self._reader.table.shown[digest].text for digest in digests]
+        return replace(
+            rendering, rows=[expanded(row, self._place, shown, len(rendering.rows) > 1) for row in rendering.rows]
+        )
+
+
+def expanded(row: Rendered, place: str, shown: Sequence[str], divided: bool = False) -> Rendered:
+    """Return a text with the tokens of its pictures in their places.
+
+    Args:
+        row: with what the template writes for each picture.
+        place: that text.
+        shown: what comes there, in order.
+        divided: whether the text may have the first pictures only.
+
+    Raises:
+        FormatError: the text has another number of pictures.
+    """
+    places = [at for at in _found_at(row.text, place) if not any(a <= at < b for a, b in row.ordinary)]
+    if len(places) > len(shown) or (len(places) < len(shown) and not divided):
+        raise FormatError(f"the chat template shows {len(places)} of its {len(shown)} pictures")
+    text, end, moves = "", 0, []
+    for at, of_picture in zip(places, shown, strict=False):
+        text += row.text[end:at] + of_picture
+        end = at + len(place)
+        moves.append((at, len(of_picture) - len(place)))
+    text += row.text[end:]
+
+    def moved(spans: list[Span]) -> list[Span]:
+        return [(_moved(start, moves), _moved(stop, moves)) for start, stop in spans]
+
+    return replace(row, text=text, spans=moved(row.spans), ordinary=moved(row.ordinary))
+
+
+def _found_at(text: str, part: str) -> list[int]:
+    found, at = [], text.find(part)
+    while at >= 0:
+        found.append(at)
+        at = text.find(part, at + len(part))
+    return found
+
+
+def _moved(position: int, moves: Sequence[tuple[int, int]]) -> int:
+    """Return where a character is after the texts at `moves` have become longer."""
+    return position + sum(length for at, length in moves if at < position)

@@ -1,0 +1,381 @@
+"""Find the pictures of a record, and open them.
+
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", ...}]}]}
+    {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", ...}]}, ...], "images": ["a.png"]}
+    {"conversations": [{"from": "human", "value": "<image>What is this?"}, ...], "image": "a.png"}       ShareGPT, LLaVA
+    {"prompt": "What is this?", "completion": "A cat", "images": [{"bytes": ...}]}                         the hub's parquet
+    {"file_name": "a.png", "text": "a cat on a mat"}                                                       captions in a table
+
+A picture is a file below the data's folder, a data URL, or the bytes of a file. Where a record's text has no place for its
+pictures, they come first in the first question, as in TRL. In the text of a message a picture is a mark:
+
+    \U000fff00 digest of the picture's source \U000fff01
+
+so that whatever compares records (duplicates, the held-out split) tells two pictures apart. `data/image_tokens.py` turns
+the marks into a model's tokens.
+
+Nothing here trusts a file: decoders are limited to a few formats, the size is checked before pixels are decoded, and a path
+must stay below the data's folder after its links are followed.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.examples import Completion, Conversation, Example, Fields, FormatError, Text
+from mlx_lora.data.formats import NamedColumns, parse_record
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.parsing import parse_json
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+COLUMNS = ("images", "image", "image_path", "image_paths", "file_name")
+PLACE = "<image>"  # in a text: a picture of the column comes here
+BEGIN, END = "\U000fff00", "\U000fff01"
+MARK = re.compile(f"{BEGIN}([0-9a-f]{{16}}){END}")
+# Where a question is, if a record has no turns; the first of these that it has.
+QUESTIONS = ("prompt", "instruction", "question", "query", "problem")
+CAPTIONS = ("text", "caption", "completion", "response", "output", "answer")
+TURNS = ("messages", "conversations", "conversation", "prompt", "completion")
+ANSWERING = ("assistant", "gpt", "model", "bot")
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+SEVERAL = ("MPO",)  # phones put a depth picture behind the photo
+MOST_BYTES = 64 << 20
+MOST_PIXELS = 64_000_000
+MOST_STRETCH = 200  # longest side by shortest, as in transformers' processors
+
+
+@dataclass(frozen=True)
+class Illustrated(Conversation):
+    """A conversation with pictures, each of which is a mark in the content of a message.
+
+    Attributes:
+        sources: digest -> the file's name, or its bytes.
+    """
+
+    sources: Mapping[str, str | bytes] = field(default_factory=dict)
+
+    @property
+    def marks(self) -> list[str]:
+        """The digests of its pictures, in order."""
+        return [digest for message in self.messages for digest in MARK.findall(message["content"])]
+
+
+def parse_illustrated(record: Fields, settings: DataSettings, named: NamedColumns) -> tuple[str, Example]:
+    """Return a record as an example, with its format; without pictures, it is one of text.
+
+    Raises:
+        FormatError: it cannot be used, or its pictures have no place.
+    """
+    record = {key: value for key, value in record.items() if value is not None}
+    sources: dict[str, str | bytes] = {}
+    marked = _marked(record, settings, sources)
+    columns, value = named.renamed(marked, "examples")
+    found, example = parse_record(value, settings.data_format)
+    kind = columns or found
+    if not sources:
+        return kind, example
+    if isinstance(example, Text):
+        raise FormatError("a picture beside plain text; give a question and an answer, or a caption as its only text")
+    if isinstance(example, Completion):
+        turns = [("user", example.prompt), ("assistant", example.completion)]
+        example = Conversation([{"role": role, "content": content} for role, content in turns])
+    if any(MARK.search(message["content"]) for message in example.messages if message["role"] == "assistant"):
+        raise FormatError("a picture in an answer; models that see cannot write pictures")
+    return kind, Illustrated(example.messages, example.tools, example.reasoning_field, example.unread, sources)
+
+
+def _marked(record: Fields, settings: DataSettings, sources: dict[str, str | bytes]) -> Fields:
+    """Return a record with marks in its text, and without the columns that had the pictures."""
+    column = next((name for name in COLUMNS if _are_pictures(record.get(name))), None)
+    waiting = [_source(value) for value in _listed(record[column])] if column else []
+    rest = {key: value for key, value in record.items() if key != column}
+    turned = [name for name in TURNS if isinstance(rest.get(name), list)]
+    if column and not turned:
+        rest = _with_question(rest, settings)
+    placed = _Places(iter(waiting), sources)
+    found = {name: placed.of_turns(value) if name in turned else value for name, value in rest.items()}
+    texts = [name for name in rest if name not in turned and isinstance(rest[name], str)]
+    if waiting:
+        found |= {name: placed.of_text(rest[name]) for name in texts}
+    left = list(placed.waiting)
+    if left and placed.used:
+        raise FormatError(f"{len(waiting)} pictures, and places for {placed.used} of them")
+    return _first(found, turned, settings, "".join(mark(one, sources) for one in left)) if left else found
+
+
+def mark(source: str | bytes, sources: dict[str, str | bytes]) -> str:
+    """Return the mark of a picture, and keep its source."""
+    digest = _sha256(source.encode() if isinstance(source, str) else source)[:16]
+    sources[digest] = source
+    return f"{BEGIN}{digest}{END}"
+
+
+class _Places:
+    """Puts marks where a record has pictures."""
+
+    def __init__(self, waiting: Iterator[str | bytes], sources: dict[str, str | bytes]):
+        self.waiting, self._sources, self.used = waiting, sources, 0
+
+    def of_turns(self, turns: list[Any]) -> list[Any]:
+        """Return turns with marks for their parts that are pictures."""
+        return [self._turn(turn) if isinstance(turn, dict) else turn for turn in turns]
+
+    def _turn(self, turn: dict[str, Any]) -> dict[str, Any]:
+        name = "content" if "content" in turn else "value"
+        content = turn.get(name)
+        if isinstance(content, list):
+            return {**turn, name: [self._part(part) for part in content]}
+        answers = str(turn.get("role", turn.get("from"))).lower() in ANSWERING
+        return {**turn, name: self.of_text(content)} if isinstance(content, str) and not answers else turn
+
+    def _part(self, part: Any) -> Any:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("image", "image_url", "input_image"):
+            return part
+        values = (part.get(name) for name in ("image_url", "image", "url", "path", "source", "data", "base64"))
+        own = next((value for value in values if value is not None), None)
+        return {"type": "text", "text": self._next() if own is None else mark(_source(own), self._sources)}
+
+    def of_text(self, text: str) -> str:
+        """Return a text with marks for its places; as it is if no picture waits."""
+        pieces = text.split(PLACE)
+        found = pieces[0]
+        for piece in pieces[1:]:
+            found += self._next() + piece
+        return found
+
+    def _next(self) -> str:
+        self.used += 1
+        source = next(self.waiting, None)
+        if source is None:
+            raise FormatError(f"a place for picture {self.used}, and no such picture in the record")
+        return mark(source, self._sources)
+
+
+def _with_question(record: Fields, settings: DataSettings) -> Fields:
+    """Return a record without turns with a question: captions alone get an empty one."""
+    named = (settings.prompt_column or "").split(",")[0].strip()
+    if any(name in record for name in (*QUESTIONS, named) if name):
+        return record
+    caption = next((name for name in CAPTIONS if isinstance(record.get(name), str)), None)
+    if caption is None:
+        raise FormatError("a picture without a text; give its caption as `text`, or a question and an answer")
+    others = {key: value for key, value in record.items() if key != caption}
+    answer = {"role": "assistant", "content": record[caption]}
+    return {**others, "messages": [{"role": "user", "content": ""}, answer]}
+
+
+def _first(record: Fields, turned: Sequence[str], settings: DataSettings, marks: str) -> Fields:
+    """Return a record with marks at the beginning of its first question."""
+    named = (settings.prompt_column or "").split(",")[0].strip()
+    for name in (*TURNS, *QUESTIONS, named):
+        value = record.get(name)
+        if isinstance(value, str) and name in (*QUESTIONS, named):
+            return {**record, name: marks + value}
+        if isinstance(value, list):
+            for number, turn in enumerate(value):
+                key = "content" if isinstance(turn, dict) and "content" in turn else "value"
+                role = str(turn.get("role", turn.get("from"))).lower() if isinstance(turn, dict) else ""
+                if role in ("user", "human") and isinstance(turn.get(key), str):
+                    text = marks + turn[key]
+                    return {**record, name: [*value[:number], {**turn, key: text}, *value[number + 1 :]]}
+                if role in ("user", "human") and isinstance(turn.get(key), list):
+                    parts = [{"type": "text", "text": marks}, *turn[key]]
+                    return {**record, name: [*value[:number], {**turn, key: parts}, *value[number + 1 :]]}
+    raise FormatError("pictures, and no question that they could be in")
+
+
+def _are_pictures(value: Any) -> bool:
+    """Tell whether a column has pictures."""
+    return bool(value) and isinstance(value, (str, bytes, list, dict))
+
+
+def _listed(value: Any) -> list[Any]:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = parse_json(value)
+        except ValueError as error:
+            raise FormatError(f"a list of pictures that is not valid JSON: {error}") from error
+    return value if isinstance(value, list) else [value]
+
+
+def _source(value: Any) -> str | bytes:
+    """Return the file name, the URL or the bytes of one picture."""
+    if isinstance(value, dict):
+        given = (value.get(name) for name in ("bytes", "url", "path", "data"))
+        value = next((one for one in given if one), None)
+    if not isinstance(value, (str, bytes)) or not value:
+        raise FormatError(f"a picture that is a {type(value).__name__}, not a file name, a data URL or bytes")
+    return value
+
+
+# Pictures
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that can be opened.
+
+    Attributes:
+        source: a file, or the bytes of one.
+        digest: SHA-256 of its bytes.
+        size: width and height in pixels, after its rotation.
+    """
+
+    source: Path | bytes
+    digest: str
+    size: tuple[int, int]
+
+    def pixels(self) -> Image:
+        """Return the picture, in RGB.
+
+        Raises:
+            InputError: its file has changed since the data were read.
+        """
+        try:
+            content = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+            if _sha256(content) != self.digest:
+                raise FormatError("it has changed")
+            return _decoded(content)
+        except (OSError, FormatError) as error:
+            name = "a picture" if isinstance(self.source, bytes) else self.source
+            raise InputError(f"{name}: {error}, since the data were read; start the run again") from error
+
+
+class PictureFiles:
+    """Opens the pictures of some data sets."""
+
+    def __init__(self, roots: Sequence[Path]):
+        """Take pictures from below these folders only."""
+        self._roots = [root.resolve() for root in roots]
+
+    def open(self, source: str | bytes) -> Picture:
+        """Return a picture, which can be decoded.
+
+        Raises:
+            FormatError: it cannot be used; the message is the reason.
+        """
+        if isinstance(source, bytes):
+            return _picture(source, source)
+        if re.match(r"https?:", source, re.IGNORECASE):
+            raise FormatError(f"picture {_named(source)} is on the web; download it into the data's folder")
+        if source[:5].lower() == "data:":
+            content = _of_data_url(source)
+            return _picture(content, content)
+        path = self._path(source.removeprefix("file://"))
+        try:
+            if path.stat().st_size > MOST_BYTES:
+                raise FormatError(f"has more than {MOST_BYTES >> 20} MiB")
+            return _picture(path.read_bytes(), path)
+        except OSError as error:
+            raise FormatError(f"picture {_named(source)}: {error.strerror or 'cannot be read'}") from error
+        except FormatError as error:
+            raise FormatError(f"picture {_named(source)}: {error}") from error
+
+    def _path(self, name: str) -> Path:
+        """Return the file of a picture, below one of the folders."""
+        if "\0" in name or len(name) > 4096:
+            raise FormatError("a picture whose name is no file name")
+        outside = False
+        for root in self._roots:
+            path = (root / name).resolve()
+            if not path.is_relative_to(root):
+                outside = True
+            elif path.is_file():
+                return path
+        why = "is outside the data's folder" if outside else "is not in the data's folder"
+        raise FormatError(f"picture {_named(name)} {why}")
+
+
+def _named(name: str) -> str:
+    return ascii(name if len(name) < 80 else name[:40] + "..." + name[-30:])[1:-1]
+
+
+def _of_data_url(url: str) -> bytes:
+    head, comma, content = url.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise FormatError("a picture as a data URL without base64")
+    if len(content) > MOST_BYTES * 4 // 3:
+        raise FormatError(f"a picture as a data URL of more than {MOST_BYTES >> 20} MiB")
+    try:
+        return base64.b64decode(content, validate=True)
+    except binascii.Error as error:
+        raise FormatError("a picture as a data URL whose base64 is damaged") from error
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _picture(content: bytes, source: Path | bytes) -> Picture:
+    return Picture(source, _sha256(content), _decoded(content).size)
+
+
+def _decoded(content: bytes) -> Image:
+    """Return a picture in RGB, rotated as its camera says.
+
+    Raises:
+        FormatError: it is damaged, of another format, or too large.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not content:
+        raise FormatError("is empty (0 bytes)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the size is checked here, and damage is an error
+            Image.init()
+            known = [name for name in FORMATS if name in Image.OPEN]  # a few builds of Pillow have no WEBP
+            with Image.open(io.BytesIO(content), formats=known) as opened:
+                _check(opened)
+                rotated = ImageOps.exif_transpose(opened)
+                return rotated.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise FormatError(f"is none of {', '.join(FORMATS)}, or its beginning is damaged") from error
+    except (
+        Image.DecompressionBombError,
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        EOFError,
+        OverflowError,
+    ) as error:
+        raise FormatError(f"cannot be decoded ({' '.join(str(error).split())[:100]})") from error
+
+
+def _check(opened: Image) -> None:
+    """Refuse a picture by what its header says."""
+    width, height = opened.size
+    if min(width, height) < 1:
+        raise FormatError(f"has {width} x {height} pixels")
+    if width * height > MOST_PIXELS:
+        raise FormatError(f"has {width} x {height} pixels; make it smaller than {MOST_PIXELS // 10**6} million")
+    if max(width, height) > MOST_STRETCH * min(width, height):
+        raise FormatError(f"has {width} x {height} pixels, more than {MOST_STRETCH} times as long as wide; cut it")
+    if opened.format not in SEVERAL and _moves(opened):
+        raise FormatError("has several frames; save one of them")
+    if opened.mode.startswith(("I", "F")):
+        raise FormatError("has more than 8 bits for a color; save it with 8")
+
+
+def _moves(opened: Image) -> bool:
+    """Return whether a file has a second picture."""
+    try:
+        opened.seek(1)
+    except EOFError:
+        return False
+    return True

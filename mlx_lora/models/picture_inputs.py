@@ -1,0 +1,354 @@
+"""Let a language model read pictures: put their embeddings where their tokens are, and let attention see them as it should.
+
+A row has tokens of text and, for each picture, a run of the model's image tokens. Inside `seeing`, a call of the model with
+such rows differs from one of text in up to four places, depending on the family:
+
+    embedding    a picture's embeddings take the place of what the embedding gives for its tokens       all
+    deep         more of them are added to the output of the first blocks, at these tokens              Qwen3-VL
+    positions    a token has three, for time, row and column; text counts on from the largest of them   Qwen-VL
+    mask         the tokens of one picture see one another, also those that follow                      Gemma 3
+
+The model's own code runs. Its parts are changed for the duration of the context: the classes of these instances get another
+`__call__`, and blocks get positions and mask through the cache argument that they have for generation, as with shared
+prompts (models/prefix_attention.py).
+
+Shapes: B rows, T columns, F embeddings of all pictures of a batch, D width, L blocks that get more, d rotated features.
+Source: M-RoPE is arXiv 2409.12191 (section 2.1), DeepStack arXiv 2406.04334; Gemma 3's mask is transformers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from mlx_lora.models.head import EMBEDDINGS, answering
+from mlx_lora.utils.errors import InputError
+
+AXES = 3  # time, row, column
+# Families whose pictures' tokens see one another in both directions.
+BOTH_WAYS = ("gemma3",)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How a language model reads pictures.
+
+    Attributes:
+        sections: how many pairs of rotated features belong to time, row and column; None: a token has one position.
+        interleaved: whether these pairs alternate, as in Qwen3-VL, or follow one another.
+        both_ways: whether a picture's tokens see one another in both directions.
+        deep: L, the number of blocks that get more of a picture.
+    """
+
+    sections: tuple[int, ...] | None = None
+    interleaved: bool = False
+    both_ways: bool = False
+    deep: int = 0
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Sight:
+        """Return it for a model's config.json."""
+        text = config.get("text_config") or config
+        rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+        sections = rope.get("mrope_section")
+        vision = config.get("vision_config") or {}
+        return cls(
+            None if sections is None else tuple(sections),
+            bool(rope.get("mrope_interleaved")),
+            config.get("model_type") in BOTH_WAYS,
+            len(vision.get("deepstack_visual_indexes") or ()),
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the arrays that a batch needs, in the order of `PictureArrays`."""
+        asked = {"pictures": self.both_ways, "positions": self.sections is not None, "deep": self.deep > 0}
+        return ("embeddings", "places", *(name for name, needed in asked.items() if needed))
+
+
+class Layout(NamedTuple):
+    """Positions and mask of a batch with pictures, in the role of every layer's cache.
+
+    It holds only arrays and never changes, so a checkpointed block may take it as an argument.
+
+    Attributes:
+        positions: (3, B, T) int32, or an empty array: as in text.
+        pictures: (B, T) int32, the number of the picture that a token belongs to, 0 for text; or an empty array: each token
+            sees those before it.
+    """
+
+    positions: mx.array
+    pictures: mx.array
+
+    @property
+    def offset(self) -> Any:
+        """What rotating layers take as the offset."""
+        return self.positions if self.positions.size else 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Return the keys and values to attend to: those of the row itself."""
+        return keys, values
+
+    def make_mask(self, tokens: int, window_size: int | None = None, return_array: bool = False) -> Any:
+        """Return the mask: (B, 1, T, T) bool, or `causal` where that is all; arguments as mlx-lm's.
+
+        Args:
+            tokens: T.
+            window_size: of a sliding window: the number of positions seen, the token's own included.
+            return_array: whether the mask must be an array.
+        """
+        if not self.pictures.size and window_size is None and not return_array:
+            return "causal"
+        query, key = mx.arange(tokens)[:, None], mx.arange(tokens)
+        seen = query >= key
+        if self.pictures.size:
+            own, other = self.pictures[:, None, :, None], self.pictures[:, None, None, :]
+            seen = seen | ((own == other) & (own > 0))
+        return seen if window_size is None else seen & (query < key + window_size)
+
+
+NONE = mx.zeros((0,), mx.int32)
+
+
+@contextmanager
+def seeing(model: nn.Module, sight: Sight, arrays: Sequence[mx.array]) -> Iterator[None]:
+    """Let a model read the pictures of a batch inside the context.
+
+    Args:
+        model: an mlx-lm model with a text part, adapted or not.
+        sight: of the model.
+        arrays: those that `sight.names` names: embeddings (F, D); places (B, T) int32, the number of the embedding that
+            takes a token's place, from 1, 0 for text; pictures (B, T) and positions (3, B, T) as in `Layout`;
+            deep (L, F, D).
+    """
+    given = dict(zip(sight.names, arrays, strict=True))
+    body = text_body(model)
+    embedding = next(body[name] for name in EMBEDDINGS if name in body)
+    places = given["places"]
+    picked, real = mx.maximum(places - 1, 0), (places > 0)[..., None]
+    layout = Layout(given.get("positions", NONE), given.get("pictures", NONE))
+    changes: list[tuple[nn.Module, Any]] = [(embedding, _embedding(given["embeddings"], picked, real))]
+    if layout.positions.size or layout.pictures.size:
+        changes.append((body, _body(layout)))
+    for number in range(sight.deep):
+        changes.append((model.layers[number], _deep_block(given["deep"][number], picked, real)))
+    with ExitStack() as stack:
+        for module, change in changes:
+            stack.enter_context(answering(module, change(type(module).__call__)))
+        yield
+
+
+def _embedding(embeddings: mx.array, picked: mx.array, real: mx.array) -> Any:
+    def change(own: Any) -> Any:
+        def call(self: nn.Module, tokens: mx.array) -> mx.array:
+            embedded = own(self, tokens)
+            return mx.where(real, embeddings[picked].astype(embedded.dtype), embedded)
+
+        return call
+
+    return change
+
+
+def _body(layout: Layout) -> Any:
+    def change(own: Any) -> Any:
+        def call(self: nn.Module, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any) -> mx.array:
+            return own(self, inputs, cache or [layout] * len(self.layers), *args, **kwargs)
+
+        return call
+
+    return change
+
+
+def _deep_block(deep: mx.array, picked: mx.array, real: mx.array) -> Any:
+    def change(own: Any) -> Any:
+        def call(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+            out = own(self, x, *args, **kwargs)
+            return out + mx.where(real, deep[picked].astype(out.dtype), 0)
+
+        return call
+
+    return change
+
+
+def text_body(model: nn.Module) -> Any:
+    """Return the part of a model that embeds tokens and calls its blocks.
+
+    Raises:
+        InputError: it has an unknown name.
+    """
+    part: Any = model
+    for name in ("language_model", "model"):
+        part = part.get(name) if isinstance(part, nn.Module) else None
+    if not isinstance(part, nn.Module) or not any(name in part for name in EMBEDDINGS):
+        raise InputError(f"the text part of this {type(model).__module__} cannot be found; choose another model")
+    return part
+
+
+# Three positions
+
+
+def prepare_rotation(model: nn.Module, sight: Sight) -> None:
+    """Let the rotating layers take three positions for each token, if the model needs that; a second call changes nothing."""
+    if sight.sections is None:
+        return
+    for module in model.modules():
+        kind = type(module)
+        if isinstance(module, nn.RoPE) and not issubclass(kind, SectionRotation):
+            axes = mx.array(axes_of_pairs(sight.sections, sight.interleaved))
+            mixed: Any = type(kind.__name__, (SectionRotation, kind), {"axes": axes})
+            module.__class__ = mixed
+
+
+def axes_of_pairs(sections: Sequence[int], interleaved: bool) -> np.ndarray:
+    """Return which of the three positions turns each pair of features, (d / 2,) int32."""
+    if not interleaved:
+        return np.repeat(np.arange(len(sections), dtype=np.int32) % AXES, sections)
+    axes = np.zeros(sum(sections), np.int32)
+    for axis in (1, 2):
+        axes[axis : sections[axis] * AXES : AXES] = axis
+    return axes
+
+
+class SectionRotation(nn.Module):
+    """A mix-in for the class of a rotating layer, which then also takes three positions for each token."""
+
+    axes: mx.array
+
+    def __call__(self, x: mx.array, offset: Any = 0, **kwargs: Any) -> mx.array:
+        if not isinstance(offset, mx.array) or offset.ndim != AXES:
+            return super().__call__(x, offset=offset, **kwargs)
+        half = len(self.axes)
+        frequencies = self.base ** (-mx.arange(half, dtype=mx.float32) / half)
+        offset = offset[..., : x.shape[2]]  # a prompt's, of which this may be a part
+        angles = offset.astype(mx.float32)[self.axes].transpose(1, 2, 0) * frequencies  # (B, T, d / 2)
+        cos, sin = mx.cos(angles)[:, None], mx.sin(angles)[:, None]
+        one, two, rest = (x[..., a:b].astype(mx.float32) for a, b in ((0, half), (half, 2 * half), (2 * half, None)))
+        return mx.concatenate([one * cos - two * sin, two * cos + one * sin, rest], axis=-1).astype(x.dtype)
+
+
+def positions_of(is_picture: np.ndarray, grids: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return the three positions of each token of a row.
+
+    Args:
+        is_picture: (T,) bool, True at image tokens; those of a picture follow one another.
+        grids: rows and columns of tokens of each picture.
+
+    Returns:
+        (3, T) int32. Text counts on; a picture begins after it, in all three; what follows begins after its largest.
+    """
+    found = np.zeros((AXES, len(is_picture)), np.int32)
+    at = column = 0
+    for rows, columns in grids:
+        start = column + int(np.argmax(is_picture[column:]))
+        found[:, column:start] = at + np.arange(start - column)
+        at += start - column
+        end = start + rows * columns
+        places = np.indices((1, rows, columns)).reshape(AXES, -1)
+        found[:, start:end] = at + places
+        at, column = at + max(rows, columns), end
+    found[:, column:] = at + np.arange(len(is_picture) - column)
+    return found
+
+
+# Generating
+
+
+class PictureCache:
+    """Keys and values of a prompt with pictures and of what follows it; in the role of mlx-lm's caches.
+
+    While the prompt is read, its tokens have their three positions, and see what its pictures let them see. What follows
+    counts on from the largest position.
+    """
+
+    def __init__(self, positions: np.ndarray | None, pictures: np.ndarray | None, tokens: int):
+        """Prepare for a prompt.
+
+        Args:
+            positions: (3, 1, P) int32; None: as in text.
+            pictures: (1, P) int32, see `Layout`; None: a token sees those before it.
+            tokens: P, of the prompt.
+        """
+        self._kept, self._tokens = KVCache(), tokens
+        self._positions = None if positions is None else mx.array(positions)
+        self._beyond = 0 if positions is None else int(positions.max()) + 1 - tokens
+        self._pictures = pictures
+
+    @property
+    def offset(self) -> Any:
+        """What rotating layers take as the offset: the positions from here on, or the next one."""
+        done = self._kept.offset
+        if self._positions is not None and done < self._tokens:
+            return self._positions[..., done:]
+        return done + self._beyond
+
+    @property
+    def state(self) -> Any:
+        """The arrays that it holds."""
+        return self._kept.state
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Add the next tokens' keys and values, and return all."""
+        kept: Any = self._kept
+        return kept.update_and_fetch(keys, values)
+
+    def make_mask(self, tokens: int, window_size: int | None = None, return_array: bool = False) -> Any:
+        """Return the mask for the next tokens, as `Layout.make_mask` does."""
+        done = self._kept.offset
+        both_ways = self._pictures is not None and done < self._tokens
+        if not both_ways and window_size is None and not return_array:
+            return None if tokens == 1 else "causal"
+        query, key = np.arange(done, done + tokens)[:, None], np.arange(done + tokens)
+        seen: Any = query >= key
+        if both_ways and self._pictures is not None:
+            numbers = np.pad(self._pictures[0], (0, max(0, done + tokens - self._tokens)))
+            own = numbers[query]
+            seen |= (own == numbers[key]) & (own > 0)
+        return mx.array(seen if window_size is None else seen & (query < key + window_size))
+
+
+class SeeingModel:
+    """A model that reads a prompt with pictures, chunk by chunk, and then text; mlx-lm's generators take it as a model."""
+
+    def __init__(self, model: nn.Module, sight: Sight, arrays: Sequence[mx.array]):
+        """Prepare for one prompt.
+
+        Args:
+            model: adapted or not.
+            sight: of the model.
+            arrays: as `seeing` takes them, of the prompt's one row.
+        """
+        self.model, self._sight = model, sight
+        self._given = dict(zip(sight.names, arrays, strict=True))
+        self._places = self._given["places"]
+        self._at = 0
+        prepare_rotation(model, sight)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the model's own attribute, such as its layers."""
+        return getattr(self.model, name)
+
+    def caches(self) -> list[Any]:
+        """Return the caches of all layers."""
+        if self._sight.sections is None and not self._sight.both_ways:
+            return make_prompt_cache(self.model)
+        of = {name: np.array(self._given[name]) for name in ("positions", "pictures") if name in self._given}
+        tokens = self._places.shape[1]
+        return [PictureCache(of.get("positions"), of.get("pictures"), tokens) for _ in self.model.layers]
+
+    def __call__(self, tokens: mx.array, cache: Any = None, **given: Any) -> mx.array:
+        """Return the model's logits (1, T, V) for the next tokens (1, T)."""
+        begin, self._at = self._at, self._at + tokens.shape[1]
+        if begin >= self._places.shape[1]:
+            return self.model(tokens, cache=cache, **given)
+        # Positions and mask are the cache's; a picture that is cut by a chunk still sees itself whole only in one chunk.
+        plain = Sight(deep=self._sight.deep)
+        arrays = {**self._given, "places": self._places[:, begin : self._at]}
+        with seeing(self.model, plain, [arrays[name] for name in plain.names]):
+            return self.model(tokens, cache=cache, **given)

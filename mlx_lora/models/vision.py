@@ -1,0 +1,275 @@
+"""The tower of a model that sees: load it through mlx-vlm, and compute what the language model gets to see of a picture.
+
+A model that sees has three parts. A vision tower turns the pixels of a picture into states of its patches, a connector turns
+these into embeddings as wide as the language model's, and the language model reads them in place of the embeddings of the
+picture's tokens. The language model is mlx-lm's, as for text alone (models/load.py): adapters, kernels, losses and
+checkpointing are the same. Tower and connector are mlx-vlm's. A frozen tower is asked once for each picture:
+
+    pixels of a picture -> tower -> connector -> embeddings (n, D), and of Qwen3-VL more of them for its first blocks
+
+`models/picture_inputs.py` puts them into a batch.
+
+mlx-vlm has one method per family that computes the embeddings of a whole prompt. It is called here with a prompt of nothing
+but a picture's tokens, and a language model that only gives zeros, so that its result is the picture's embeddings. So a
+family needs no code here, unless what mlx-vlm does with them differs from what transformers does.
+
+Shapes: n tokens of a picture, D width of the language model, L blocks that get more.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_lora.models.folder import FOREIGN_ERRORS, short
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.parsing import read_json
+
+INSTALL = "pip install 'mlx-lora[vision]'"
+LANGUAGE = "language_model."
+# Names of the tower in stored tensors that transformers 5 writes without, and mlx-vlm reads with, this part.
+TOWER, INNER = "vision_tower.", "vision_model."
+QUANTIZED = ("weight", "scales", "biases")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the language model gets of one picture.
+
+    Attributes:
+        embeddings: (n, D), which take the place of its tokens' embeddings.
+        deep: (L, n, D), added to the output of the first L blocks at these tokens; None for most models.
+    """
+
+    embeddings: mx.array
+    deep: mx.array | None = None
+
+
+def has_tower(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json is that of a model that sees."""
+    return isinstance(config.get("vision_config"), dict)
+
+
+def image_token(config: Mapping[str, Any]) -> int:
+    """Return the id of the token that stands for a part of a picture.
+
+    Raises:
+        InputError: the config has none.
+    """
+    for name in ("image_token_id", "image_token_index"):
+        if isinstance(config.get(name), int):
+            return config[name]
+    raise InputError(f"config.json of this {config.get('model_type')} names no image_token_id; choose another model")
+
+
+class VisionTower:
+    """The tower and the connector of a model, frozen."""
+
+    def __init__(self, model: Any, width: int, token: int, rescale: float = 1.0):
+        """Keep mlx-vlm's model, whose language model has been replaced by a `NoText`.
+
+        Args:
+            model: mlx-vlm's, in eval mode.
+            width: of the language model, D.
+            token: the picture's token.
+            rescale: factor on the embeddings, for families whose language model scales its embeddings by a rounded factor.
+        """
+        self.model, self.width, self.token, self.rescale = model, width, token, rescale
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of its parameters."""
+        return sum(array.nbytes for array in arrays_of(self.model).values())
+
+    def see(self, pixels: Mapping[str, np.ndarray], tokens: int) -> Seen:
+        """Return what the language model gets of one picture; it is computed here.
+
+        Args:
+            pixels: what the image processor made of the picture (data/image_tokens.py).
+            tokens: n, the number of its tokens.
+
+        Raises:
+            InputError: mlx-vlm's tower fails, or gives another number of embeddings.
+        """
+        ids = mx.full((1, tokens), self.token, mx.int32)
+        arrays = {name: mx.array(value) for name, value in pixels.items() if isinstance(value, np.ndarray)}
+        try:
+            found = self.model.get_input_embeddings(
+                ids, arrays.pop("pixel_values"), mask=mx.ones((1, tokens), mx.int32), **arrays
+            )
+            deep = found.deepstack_visual_embeds
+            embeddings = found.inputs_embeds.reshape(-1, self.width) * self.rescale
+            stacked = None if deep is None or not len(deep) else mx.stack(list(deep)).reshape(len(deep), tokens, -1)
+            mx.eval(embeddings, stacked if stacked is not None else ())
+        except FOREIGN_ERRORS as error:
+            raise InputError(f"mlx-vlm's tower fails on a picture of {tokens} tokens ({short(error, 200)})") from error
+        if len(embeddings) != tokens:
+            raise InputError(f"mlx-vlm's tower gives {len(embeddings)} embeddings of a picture of {tokens} tokens")
+        return Seen(embeddings, stacked)
+
+
+def arrays_of(model: nn.Module) -> dict[str, mx.array]:
+    """Return all parameters of a model by name."""
+    return dict(tree_flatten(model.parameters()))  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+class NoText(nn.Module):
+    """Stands where mlx-vlm has the language model: its embeddings are zeros, and it has no positions."""
+
+    def __init__(self, width: int, dtype: mx.Dtype):
+        super().__init__()
+        self._width, self._dtype = width, dtype
+
+    @property
+    def model(self) -> NoText:
+        """Itself: families differ in where they look for `embed_tokens`."""
+        return self
+
+    def embed_tokens(self, tokens: mx.array) -> mx.array:
+        """Return zeros, (B, T) -> (B, T, D)."""
+        return mx.zeros((*tokens.shape, self._width), self._dtype)
+
+    def get_rope_index(self, *args: Any, **kwargs: Any) -> tuple[None, None]:
+        """Return no positions: models/picture_inputs.py has those of the whole row."""
+        return None, None
+
+
+def load_tower(folder: Path, dtype: mx.Dtype) -> VisionTower:
+    """Load the tower and the connector of a folder.
+
+    Args:
+        folder: with config.json and *.safetensors, as transformers, mlx-vlm or this package writes them.
+        dtype: to compute in.
+
+    Raises:
+        InputError: mlx-vlm is not installed, does not know the model, or its tensors are missing.
+    """
+    config = read_json(folder / "config.json", "download the model again")
+    kind = config.get("model_type")
+    if not has_tower(config):
+        raise InputError(f"{folder}: a {kind} model, which sees no pictures; choose one with a vision_config")
+    token = image_token(config)
+    try:
+        model = build_tower(config)
+        weights = _tower_weights(folder, _module_of(config), model)
+        _load(model, weights, config)
+    except FOREIGN_ERRORS as error:
+        raise InputError(f"{folder}: mlx-vlm cannot load the tower of this {kind} model ({short(error)})") from error
+    width = (config.get("text_config") or config)["hidden_size"]
+    model.language_model = NoText(width, dtype)
+    model.set_dtype(dtype)
+    model.freeze()
+    model.eval()
+    mx.eval(model.parameters())
+    return VisionTower(model, width, token, _rescale(str(kind), width))
+
+
+def build_tower(config: Mapping[str, Any]) -> Any:
+    """Return mlx-vlm's model for a config.json, whose parameters are not computed.
+
+    Raises:
+        InputError: mlx-vlm is not installed, or does not know it.
+    """
+    return _build(_module_of(config), _complete(dict(config), image_token(config)))
+
+
+def _module_of(config: Mapping[str, Any]) -> ModuleType:
+    """Return mlx-vlm's package of an architecture.
+
+    Raises:
+        InputError: mlx-vlm is not installed, or does not know it.
+    """
+    kind = str(config.get("model_type"))
+    try:
+        utils = importlib.import_module("mlx_vlm.utils")
+    except ImportError as error:
+        raise InputError(f"--model sees pictures, for which mlx-vlm is missing ({error}); {INSTALL}") from error
+    try:
+        return utils.get_model_and_args(config=dict(config))[0]
+    except FOREIGN_ERRORS as error:
+        raise InputError(f"mlx-vlm does not know {kind} models ({short(error, 100)}); choose another model") from error
+
+
+def _complete(config: dict[str, Any], token: int) -> dict[str, Any]:
+    """Return a config with what mlx-vlm's classes ask for; the text part is never computed."""
+    scalars = {name: value for name, value in config.items() if not isinstance(value, dict)}
+    text = {**scalars, **(config.get("text_config") or {})}
+    rope = text.get("rope_parameters")
+    if isinstance(rope, dict):
+        full = next((part for part in rope.values() if isinstance(part, dict)), rope)
+        text["rope_theta"] = full.get("rope_theta", 10000.0)
+        if "mrope_section" in full:
+            text["rope_scaling"] = {**full, "type": "default"}
+    text.setdefault("rms_norm_eps", 1e-6)
+    named = {"image_token_id": token, "image_token_index": token}
+    return {**text, **config, **named, "text_config": text}
+
+
+def _build(module: ModuleType, config: dict[str, Any]) -> Any:
+    """Return mlx-vlm's model; its parameters are not computed."""
+    utils = importlib.import_module("mlx_vlm.utils")
+    text = config["text_config"]
+    arguments = module.ModelConfig.from_dict(config)
+    config["text_config"] = text  # a few classes put their own there
+    arguments = utils.update_module_configs(arguments, module, config, ["text", "vision", "perceiver", "projector"])
+    try:
+        return module.Model(arguments)
+    except ValueError:
+        # transformers 5 writes qwen3_vl_vision where published files, and mlx-vlm's check, have qwen3_vl.
+        arguments.vision_config.model_type = str(arguments.vision_config.model_type).removesuffix("_vision")
+        return module.Model(arguments)
+
+
+def _tower_weights(folder: Path, module: ModuleType, model: Any) -> dict[str, mx.array]:
+    """Return the tensors of a folder that are not of the language model, under mlx-vlm's names."""
+    utils = importlib.import_module("mlx_vlm.utils")
+    weights: dict[str, mx.array] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights.update(mx.load(str(file)))  # pyright: ignore[reportArgumentType, reportCallIssue] # one file, a dict
+    weights = utils.sanitize_weights(model, weights)
+    for name, part in (("VisionModel", "vision_config"), ("LanguageModel", "text_config")):
+        kind, arguments = vars(module).get(name), vars(model.config).get(part)
+        if kind is not None and arguments is not None:
+            weights = utils.sanitize_weights(kind, weights, arguments)
+    wanted = {name for name, _ in tree_flatten(model.parameters()) if not name.startswith(LANGUAGE)}
+    return {_as_wanted(name, wanted): w for name, w in weights.items() if not name.startswith((LANGUAGE, "lm_head"))}
+
+
+def _as_wanted(name: str, wanted: set[str]) -> str:
+    """Return a tensor's name with `vision_model`, if mlx-vlm has it under that name."""
+    longer = name.replace(TOWER, TOWER + INNER, 1)
+    return longer if name.startswith(TOWER) and name not in wanted and longer in wanted else name
+
+
+def _load(model: Any, weights: dict[str, mx.array], config: dict[str, Any]) -> None:
+    """Load the tower's tensors; all of its parameters must be among them."""
+    del model.language_model
+    if quantization := config.get("quantization"):
+        usual = {name: quantization[name] for name in ("group_size", "bits", "mode") if name in quantization}
+
+        def stored(path: str, module: nn.Module) -> bool | dict[str, Any]:
+            own = quantization.get(path)
+            return (own if isinstance(own, dict) else usual) if f"{path}.scales" in weights else False
+
+        nn.quantize(model, class_predicate=stored)
+    model.load_weights(list(weights.items()), strict=True)
+
+
+def _rescale(kind: str, width: int) -> float:
+    """Return by how much a family's embeddings are to be scaled, beyond what mlx-vlm does.
+
+    Gemma 3's language model multiplies what it embeds by sqrt(D), rounded to bfloat16, in mlx-lm. mlx-vlm divides a
+    picture's embeddings by sqrt(D) itself.
+    """
+    if kind not in ("gemma3", "paligemma"):
+        return 1.0
+    return width**0.5 / mx.array(width**0.5, mx.bfloat16).astype(mx.float32).item()

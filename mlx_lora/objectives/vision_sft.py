@@ -1,0 +1,307 @@
+"""Imitation with pictures: cross-entropy on the answers' tokens, of conversations that have pictures.
+
+The rows are those of imitation, with a picture's tokens where it is shown (data/image_tokens.py). What the language model
+reads at these tokens comes from the frozen tower (models/vision.py), once for each picture (objectives/seen_pictures.py):
+
+    batch -> rows' pictures -> embeddings (F, D), places (B, T), and what the family needs besides -> loss of tokens
+
+The loss, its kernels, checkpointing and adapters are those of imitation. Inside `seeing` (models/picture_inputs.py) the
+model reads embeddings in place of image tokens.
+
+Shapes: B rows, T columns, F embeddings of a batch's pictures, padded to a power of two so that few shapes are compiled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_lora.data.chat_template import own_template
+from mlx_lora.data.files import find_sets
+from mlx_lora.data.image_tokens import ImageProcessor, PictureReader, PictureTable
+from mlx_lora.data.load import DataSplits, load_data, load_eval_set
+from mlx_lora.data.read import PICTURES
+from mlx_lora.losses.cross_entropy import Arrays, Loss
+from mlx_lora.models.folder import FOREIGN_ERRORS
+from mlx_lora.models.picture_inputs import Sight, positions_of, prepare_rotation, seeing
+from mlx_lora.models.vision import LANGUAGE, VisionTower, arrays_of, build_tower, image_token, load_tower
+from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
+from mlx_lora.objectives.seen_pictures import SeenPictures
+from mlx_lora.utils import device
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.hub import resolve_config
+from mlx_lora.utils.parsing import read_json
+from mlx_lora.utils.text import counted
+
+if TYPE_CHECKING:
+    from datetime import date
+
+    from transformers import PreTrainedTokenizerBase
+
+    from mlx_lora.config.objectives import ObjectiveSettings
+    from mlx_lora.config.settings import DataSettings, TrainSettings
+    from mlx_lora.data.batch import Batch
+    from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.data.sampler import BatchPlan
+    from mlx_lora.models.load import Base
+
+FEWEST = 16  # embeddings that a batch has room for
+
+
+def vision_sft(settings: ObjectiveSettings) -> Objective:
+    """Return the objective of --objective vision_sft, which has no options of its own."""
+    return VisionSFT("vision_sft", PICTURES, "imitation, with pictures")
+
+
+@dataclass(eq=False)
+class VisionSFT(Objective):
+    """Imitation with pictures."""
+
+    def __post_init__(self) -> None:
+        self.table = PictureTable.empty()
+        self._eyes: Eyes | None = None
+
+    @property
+    def eyes(self) -> Eyes:
+        """The tower and what belongs to it.
+
+        Raises:
+            ValueError: `open` was not called.
+        """
+        if self._eyes is None:
+            raise ValueError("the tower is not loaded")
+        return self._eyes
+
+    def open(self, ctx: RunContext) -> None:
+        """Load the tower, and let the base take the positions of pictures.
+
+        Raises:
+            InputError: the model sees no pictures, or processes divide it.
+        """
+        if ctx.strategy.divides_base:
+            raise InputError(
+                "--objective vision_sft with a divided base: only whole bases see pictures; leave out --shard-base, "
+                "--offload-base and --parallel tensor"
+            )
+        if ctx.settings.loop.cache_trunk == "on":
+            raise InputError(
+                "--cache-trunk on with --objective vision_sft: the tower's output is kept instead; leave it out"
+            )
+        self._eyes = Eyes.of(ctx.base, ctx.settings.data, self.table)
+
+    def read_data(self, ctx: RunContext, data: DataSettings, teacher_prompt: str | None = None) -> DataSplits:
+        """Read conversations with pictures; see `Objective.read_data`."""
+        reader = self._reader(data, self.eyes.processor, ctx.base.config)
+        put_template(ctx.base.hf_tokenizer, ctx.base.folder, data, reader.processor.family.place)
+        splits = load_data(data, ctx.base.hf_tokenizer, ctx.settings.loop.seed, ctx.today, PICTURES, pictures=reader)
+        ctx.record.identity["pictures"] = self.eyes.identity()
+        ctx.record.lines.append(self.eyes.words())
+        return splits
+
+    def read_set(self, ctx: RunContext, data: DataSettings) -> EncodedSet:
+        """Read one set to measure; see `Objective.read_set`."""
+        reader = self._reader(data, self.eyes.processor, ctx.base.config)
+        put_template(ctx.base.hf_tokenizer, ctx.base.folder, data, reader.processor.family.place)
+        return load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, PICTURES, pictures=reader)
+
+    def read_planned(
+        self,
+        settings: TrainSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        config: dict[str, Any],
+        today: date | None,
+        records: str,
+    ) -> DataSplits:
+        """Read a run's data for a plan; see `Objective.read_planned`."""
+        data = settings.data
+        reader = self._reader(data, ImageProcessor(folder, config, data.max_pixels), config)
+        put_template(tokenizer, folder, data, reader.processor.family.place)
+        return load_data(data, tokenizer, settings.loop.seed, today, PICTURES, pictures=reader)
+
+    def _reader(self, data: DataSettings, processor: ImageProcessor, config: dict[str, Any]) -> PictureReader:
+        files = [file.path for one in find_sets(data.data or "") for files in one.splits.values() for file in files]
+        roots = list(dict.fromkeys(path.parent for path in files))
+        return PictureReader(processor, roots, self.table, image_token(config))
+
+    def settled(self, settings: TrainSettings) -> TrainSettings:
+        """Return the settings without what would compute rows without their pictures."""
+        return replace(settings, loop=replace(settings.loop, cache_trunk="off", sample_tokens=0))
+
+    def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
+        """Return the loss of tokens on a model that sees; see `Objective.bind`."""
+        sight = self.eyes.sight
+        count = len(Arrays._fields)
+        prepare_rotation(model, sight)
+
+        def with_pictures(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(model: nn.Module, *arrays: mx.array) -> Any:
+                with seeing(model, sight, arrays[count:]):
+                    return function(model, *arrays[:count])
+
+            return call
+
+        measured = None if loss.measure_tokens is None else with_pictures(loss.measure_tokens)
+        seen = replace(
+            loss,
+            train=with_pictures(loss.train),
+            measure=with_pictures(loss.measure),
+            tokens=with_pictures(loss.tokens),
+            measure_tokens=measured,
+        )
+        return BoundObjective(seen, self.arrays_of)
+
+    def arrays_of(self, batch: Batch) -> tuple[mx.array, ...]:
+        """Return the loss's arguments for a batch: those of imitation, then those of its pictures."""
+        rows = self.table.of_labels(batch.labels, len(batch.inputs))
+        return (*Arrays.of(batch), *self.eyes.arrays(batch.inputs, rows))
+
+    def header_words(self, plan: BatchPlan, ctx: RunContext) -> list[str]:
+        """Return words on the tower for the run's header."""
+        return [f"tower frozen, {self.eyes.tower.size_bytes / 1e6:.0f} MB"]
+
+    def other_models_bytes(self, settings: TrainSettings) -> int:
+        """Return the bytes of the tower, and of what it saw, as far as they stay in memory."""
+        if self._eyes is None:
+            return planned_tower_bytes(settings)
+        return self.eyes.tower.size_bytes + min(self.eyes.seen.most_bytes, self.eyes.pictures_bytes())
+
+
+@dataclass(frozen=True)
+class Eyes:
+    """A model's tower with its image processor, and how the language model reads what it sees.
+
+    Attributes:
+        tower: frozen.
+        processor: makes pixels and tokens of pictures.
+        sight: of the language model.
+        table: of the pictures.
+        seen: what the tower saw.
+    """
+
+    tower: VisionTower
+    processor: ImageProcessor
+    sight: Sight
+    table: PictureTable
+    seen: SeenPictures
+
+    @classmethod
+    def of(cls, base: Base, data: DataSettings, table: PictureTable) -> Eyes:
+        """Load the tower of a base.
+
+        Raises:
+            InputError: it has none, or a family that is not known here.
+        """
+        folder: Path = base.folder
+        processor = ImageProcessor(folder, base.config, data.max_pixels)
+        tower = load_tower(folder, device.compute_dtype(base_dtype(base)))
+        return cls(tower, processor, Sight.of(base.config), table, SeenPictures(tower, processor, table))
+
+    def identity(self) -> str:
+        """Return what tells other pictures, or other pixels of them, apart."""
+        facts = [self.table.rows, sorted(self.table.pictures), self.processor.max_pixels]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    def words(self) -> str:
+        """Return a line on the pictures for the run's header."""
+        tokens = [shown.tokens for shown in self.table.shown.values()]
+        if not tokens:
+            return "Pictures: none in the data"
+        sizes = [picture.size for picture in self.table.pictures.values()]
+        largest = max(sizes, key=lambda size: size[0] * size[1])
+        each = (
+            f"{min(tokens)} to {max(tokens)} tokens each" if min(tokens) < max(tokens) else f"{max(tokens)} tokens each"
+        )
+        limit = f", at most {self.processor.max_pixels:,} pixels" if self.processor.max_pixels else ""
+        return (
+            f"Pictures: {counted(len(tokens), 'picture')}, the largest {largest[0]} x {largest[1]} pixels{limit}; {each}, "
+            f"{np.mean(tokens):.0f} on average"
+        )
+
+    def pictures_bytes(self) -> int:
+        """Return the bytes of what the tower sees of all pictures."""
+        each = self.tower.width * 4 * (1 + self.sight.deep)
+        return each * sum(shown.tokens for shown in self.table.shown.values())
+
+    def arrays(self, inputs: np.ndarray, rows: list[tuple[str, ...]]) -> list[mx.array]:
+        """Return the arrays that `seeing` takes for a batch.
+
+        Args:
+            inputs: (B, T) token ids.
+            rows: the digests of each row's pictures.
+
+        Raises:
+            InputError: a picture's file has changed.
+        """
+        is_picture = inputs == self.tower.token  # (B, T)
+        seen = [self.seen.of(digest) for row in rows for digest in row]
+        count = sum(len(one.embeddings) for one in seen)
+        if int(is_picture.sum()) != count:
+            raise ValueError(f"{int(is_picture.sum())} image tokens, and {count} embeddings for them")
+        room = max(FEWEST, 1 << max(0, count - 1).bit_length()) - count
+        width, dtype = self.tower.width, seen[0].embeddings.dtype if seen else mx.float32
+        places = np.where(is_picture, np.cumsum(is_picture).reshape(is_picture.shape), 0).astype(np.int32)
+        given = {
+            "embeddings": mx.concatenate([*(one.embeddings for one in seen), mx.zeros((room, width), dtype)]),
+            "places": mx.array(places),
+        }
+        if self.sight.both_ways:
+            given["pictures"] = mx.array(self._numbers(is_picture, rows))
+        if self.sight.sections is not None:
+            grids = [[self.table.shown[digest].grid for digest in row] for row in rows]
+            found = [positions_of(row, grid) for row, grid in zip(is_picture, grids, strict=True)]
+            given["positions"] = mx.array(np.stack(found, axis=1))  # (3, B, T)
+        if self.sight.deep:
+            deep = [one.deep for one in seen if one.deep is not None]
+            given["deep"] = mx.concatenate([*deep, mx.zeros((self.sight.deep, room, width), dtype)], axis=1)
+        return [given[name] for name in self.sight.names]
+
+    def _numbers(self, is_picture: np.ndarray, rows: list[tuple[str, ...]]) -> np.ndarray:
+        """Return the number of the picture that each token belongs to, in its row; (B, T) int32, 0 for text."""
+        found = np.zeros(is_picture.shape, np.int32)
+        for number, row in enumerate(rows):
+            lengths = [self.table.shown[digest].tokens for digest in row]
+            found[number][is_picture[number]] = np.repeat(np.arange(1, len(row) + 1), lengths)
+        return found
+
+
+def planned_tower_bytes(settings: TrainSettings) -> int:
+    """Return the bytes of a model's tower by its config alone; 0 if that does not tell."""
+    try:
+        file = resolve_config(settings.model.model or "", settings.model.revision) / "config.json"
+        parameters = arrays_of(build_tower(read_json(file, "download the model again")))
+    except (InputError, *FOREIGN_ERRORS):
+        return 0  # loading reports what is wrong with the model
+    size = device.compute_dtype(settings.model.dtype).size
+    return sum(array.size * size for name, array in parameters.items() if not name.startswith(LANGUAGE))
+
+
+def picture_template(tokenizer: PreTrainedTokenizerBase, folder: Path, place: str) -> str | None:
+    """Return the chat template of a model that shows pictures; None if it has no template.
+
+    Older folders have two: that of the tokenizer for text alone, and the processor's in chat_template.json.
+    """
+    own = own_template(tokenizer)
+    file = folder / "chat_template.json"
+    if (own is None or place not in own) and file.is_file():
+        found = read_json(file, "download the model again").get("chat_template")
+        return found if isinstance(found, str) else own
+    return own
+
+
+def put_template(tokenizer: PreTrainedTokenizerBase, folder: Path, data: DataSettings, place: str) -> None:
+    """Give a model's tokenizer the template that shows pictures, unless the settings name another."""
+    if data.chat_template is None and (template := picture_template(tokenizer, folder, place)) is not None:
+        tokenizer.chat_template = template
+
+
+def base_dtype(base: Base) -> str:
+    """Return the name of the dtype that a base computes in."""
+    return "auto" if "/" in base.dtypes else base.dtypes

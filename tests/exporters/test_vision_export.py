@@ -1,0 +1,97 @@
+"""Adapters of models that see for other programs: mlx-vlm and PEFT compute the same logits with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from run_cli import one_line, run
+from tiny_vision import write_model
+from vision_judge import judge_inputs, judge_processor
+from vision_rows import CHATS, picture, read_rows, write_rows
+
+from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.models.picture_inputs import seeing
+
+pytest.importorskip("mlx_vlm")
+BAR = 1e-4
+
+
+@pytest.fixture(scope="module", params=["smolvlm", "llava"])
+def trained(request, tmp_path_factory):
+    """A tiny model as transformers writes it, rows, and an adapter."""
+    pytest.importorskip("torch")
+    root = tmp_path_factory.mktemp(request.param)
+    model, data = write_model(request.param, root / "model"), write_rows(root / "data", CHATS * 2)
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["rope_theta"] = 10000.0  # as in published files: mlx-vlm does not read rope_parameters
+    (model / "config.json").write_text(json.dumps(config))
+    ran = run("train", "--model", model, "--data", data, "--adapter-path", root / "adapter", "--objective", "vision_sft",
+              "--iters", 3, "--batch-size", 3, "--learning-rate", "2e-2", "--rank", 4, "--kernels", "ours", "--valid-fraction", 0)  # fmt: skip
+    assert ran.code == 0, ran.err
+    return request.param, root
+
+
+def own_logits(root: Path, adapter: Path | None):
+    """Return our logits (T, V) of the first row, its tokens, and what the tower takes of its picture."""
+    rows = read_rows(root / "model", root / "data" / "train.jsonl")
+    if adapter:
+        load_adapter(rows.base, adapter)
+    tokens = rows.rows.row(0)[0]
+    (digest,) = rows.objective.table.of_labels(rows.rows.labels, len(rows.rows))[0]
+    eyes = rows.objective.eyes
+    with seeing(rows.base.model, eyes.sight, eyes.arrays(tokens[None], [(digest,)])):
+        logits = np.array(rows.base.model(mx.array(tokens[None])))[0]
+    return logits, tokens, eyes.processor.pixels(rows.objective.table.pictures[digest].pixels())
+
+
+@pytest.mark.parity
+def test_mlx_vlm_computes_the_same_with_an_exported_adapter(trained, tmp_path):
+    from mlx_vlm.trainer.peft.utils import apply_lora_layers
+    from mlx_vlm.utils import load_model
+
+    family, root = trained
+    if family == "llava":
+        pytest.skip("mlx-vlm does not read the names that transformers 5 gives LLaVA's tower")
+    ran = run("export", "--model", root / "model", "--adapter-path", root / "adapter", "--to", "mlx-vlm", "--out", tmp_path / "v")  # fmt: skip
+    assert ran.code == 0, ran.err
+    (expected, tokens, pixels), (base, *_) = own_logits(root, root / "adapter"), own_logits(root, None)
+    theirs = apply_lora_layers(load_model(root / "model"), tmp_path / "v")
+    arrays = {name: mx.array(value) for name, value in pixels.items()}
+    found = np.array(theirs(mx.array(tokens[None]), arrays.pop("pixel_values"), **arrays).logits)[0]
+    largest = np.abs(expected).max()
+    assert np.abs(found - expected).max() <= BAR * largest
+    assert np.abs(base - expected).max() > 100 * BAR * largest
+
+
+@pytest.mark.parity
+def test_peft_computes_the_same_with_an_exported_adapter_and_we_read_it_back(trained, tmp_path):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    import transformers
+
+    _, root = trained
+    ran = run("export", "--model", root / "model", "--adapter-path", root / "adapter", "--to", "peft", "--out", tmp_path / "p")  # fmt: skip
+    assert ran.code == 0, ran.err
+    expected, tokens, _ = own_logits(root, root / "adapter")
+    again, *_ = own_logits(root, tmp_path / "p")
+    assert np.abs(again - expected).max() <= BAR * np.abs(expected).max()
+    base = transformers.AutoModelForImageTextToText.from_pretrained(root / "model", dtype=torch.float32)
+    with pytest.warns(FutureWarning, match="checkpointing"):
+        model = peft.PeftModel.from_pretrained(base, tmp_path / "p")
+    turns, numbers = CHATS[0]
+    given = judge_inputs(judge_processor(root / "model"), turns, [picture(number) for number in numbers])
+    assert given["input_ids"][0].tolist() == tokens.tolist()
+    found = model(**given).logits[0].detach().numpy()
+    assert np.abs(found - expected).max() <= BAR * np.abs(expected).max()
+
+
+def test_a_model_that_sees_nothing_is_not_exported_to_mlx_vlm(tiny_folder, tmp_path):
+    data = tmp_path / "train.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": f"a{n}", "completion": "b"}) for n in range(4)))
+    ran = run("train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / "a", "--iters", 1,
+              "--valid-fraction", 0, "--sample-tokens", 0, "--kernels", "mlx")  # fmt: skip
+    assert ran.code == 0, ran.err
+    one_line(run("export", "--model", tiny_folder, "--adapter-path", tmp_path / "a", "--to", "mlx-vlm", "--out", tmp_path / "v"), "mlx-lm")  # fmt: skip

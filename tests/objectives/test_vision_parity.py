@@ -1,0 +1,88 @@
+"""Models that see against transformers and PEFT on torch: tokens, masks, logits, loss and every factor's gradient.
+
+One batch has a chat of two turns with one picture, one without, and one with two, of odd sizes.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from tiny_vision import MAKERS, write_model
+from vision_judge import ALPHA, RANK, Judge, judge_inputs, judge_processor
+from vision_rows import CHATS, picture, read_rows, write_rows
+
+from mlx_lora.adapters.inject import adapter_parameters, inject
+from mlx_lora.adapters.targets import select_targets
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.cross_entropy import PLAIN
+from mlx_lora.models.picture_inputs import seeing
+from mlx_lora.trainer.step import differentiation
+
+pytestmark = pytest.mark.parity
+BAR = 1e-4
+
+
+@pytest.fixture(params=sorted(MAKERS))
+def compared(request, tmp_path):
+    """Our rows on an adapted model, and its folder."""
+    folder = write_model(request.param, tmp_path / "model")
+    rows = read_rows(folder, write_rows(tmp_path / "data"))
+    model = rows.base.model
+    inject(model, select_targets(model).paths, rank=RANK, scale=ALPHA / RANK, seed=1)
+    for name, value in adapter_parameters(model).items():
+        if name.endswith("lora_b"):
+            draw = 0.05 * mx.random.normal(value.shape, key=mx.random.key(len(name)))
+            model.load_weights([(name, draw)], strict=False)
+    return rows, folder
+
+
+def test_tokens_logits_loss_and_gradients_are_those_of_transformers(compared):
+    rows, folder = compared
+    model = rows.base.model
+    judge = Judge(folder, {name: np.array(value) for name, value in adapter_parameters(model).items()})
+    processor = judge_processor(folder)
+    given = [judge_inputs(processor, turns, [picture(n) for n in numbers]) for turns, numbers in CHATS]
+    for number, row in enumerate(given):
+        assert rows.rows.row(number)[0].tolist() == row["input_ids"][0].tolist()
+    masks = [rows.rows.row(number)[1] for number in range(len(given))]
+    logits, total, gradients = judge.run(given, masks)
+    arrays = rows.arrays()
+
+    bound = rows.objective.bind(PLAIN, model)
+    with seeing(model, rows.objective.eyes.sight, arrays[5:]):
+        found = np.array(model(arrays[0]))
+    for number, expected in enumerate(logits):
+        own = found[number, : len(expected) - 1]
+        assert np.abs(own - expected[:-1]).max() <= BAR * np.abs(expected).max()
+
+    for loss in (PLAIN, choose_loss(model, rows.base.config, "ours")):
+        bound = rows.objective.bind(loss, model)
+        loss_sum, count, _, own = differentiation(model, bound.loss.train)(*arrays)
+        assert loss_sum.item() == pytest.approx(total, rel=BAR)
+        assert count.item() == sum(mask[1:].sum() for mask in masks)
+        own = dict(tree_flatten(own))
+        assert own.keys() == gradients.keys()
+        largest = max(np.abs(value).max() for value in gradients.values())
+        for name, expected in gradients.items():
+            assert np.abs(np.array(own[name]) - expected).max() <= BAR * largest, name
+
+
+def test_without_its_picture_a_row_has_another_loss(compared):
+    rows, _ = compared
+    model = rows.base.model
+    arrays = list(rows.arrays())
+    bound = rows.objective.bind(PLAIN, model)
+    right = bound.loss.measure(model, *arrays)[0].item()
+    for number, name in enumerate(rows.objective.eyes.sight.names, 5):
+        if name == "pictures":
+            changed = mx.zeros_like(arrays[number])
+        elif name == "positions":
+            changed = mx.broadcast_to(mx.arange(arrays[number].shape[-1]), arrays[number].shape)
+        elif name == "places":
+            changed = mx.where(arrays[number] > 1, arrays[number] - 1, arrays[number])
+        else:
+            changed = arrays[number][..., ::-1]
+        wrong = bound.loss.measure(model, *arrays[:number], changed, *arrays[number + 1 :])[0].item()
+        assert abs(wrong - right) > 5 * BAR * right, name

@@ -1,0 +1,280 @@
+"""--objective vision_sft through the commands: it learns, resumes to the same bytes, sees each picture once, and evaluates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+from resumed_runs import stopped_after, weights
+from run_cli import one_line, run
+from tiers import by_default
+from tiny_vision import MAKERS, write_model_here
+from vision_rows import conversation, picture, read_rows, write_rows
+
+from mlx_lora.data.image_tokens import PictureTable
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.losses.cross_entropy import PLAIN
+from mlx_lora.models.picture_inputs import SeeingModel, Sight, positions_of, seeing
+from mlx_lora.objectives.seen_pictures import SeenPictures
+from mlx_lora.trainer.step import differentiation
+from mlx_lora.utils.errors import InputError
+
+pytest.importorskip("mlx_vlm")
+FAMILIES = by_default(sorted(MAKERS), "smolvlm", "qwen3_vl", "gemma3")
+COLORS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "white": (250, 250, 250)}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_model_here("smolvlm", tmp_path_factory.mktemp("model") / "smolvlm")
+
+
+@pytest.fixture(scope="module")
+def colors(tmp_path_factory) -> Path:
+    """Pictures of one color, and rows that name it; a few rows without a picture, and one that cannot be used."""
+    folder = tmp_path_factory.mktemp("colors")
+    rows = []
+    for number in range(24):
+        name = list(COLORS)[number % 4]
+        size = (40 + number, 30 + 2 * number)
+        Image.new("RGB", size, COLORS[name]).save(folder / f"{number}.png")
+        rows.append({"prompt": "Which color?", "completion": name, "images": [f"{number}.png"]})
+    rows += [{"prompt": "Say hello.", "completion": "hello"}, {"prompt": "?", "completion": "x", "images": ["no.png"]}]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def command(model, data, folder, *more: object) -> tuple:
+    return (
+        "train", "--model", model, "--data", data, "--adapter-path", folder, "--objective", "vision_sft", "--iters", 12,
+        "--batch-size", 4, "--learning-rate", "2e-2", "--rank", 4, "--kernels", "ours", "--warmup", 0, "--steps-per-report", 3,
+        *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(model, colors, tmp_path_factory):
+    """A run with checkpoints."""
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    return folder, run(*command(model, colors / "train.jsonl", folder, "--save-every", 6, "--keep", 0))
+
+
+def test_a_run_learns_what_pictures_show(trained, model, colors):
+    folder, ran = trained
+    assert ran.code == 0, ran.err
+    losses = [json.loads(line).get("val_loss") for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [loss for loss in losses if loss is not None]
+    assert losses[-1] < 0.5 * losses[0]
+    assert "24 pictures" in ran.err
+    assert "no.png" in ran.err
+    measured = run("evaluate", "--objective", "vision_sft", "--model", model, "--data", colors / "train.jsonl", "--json",
+                   "--adapter-path", folder)  # fmt: skip
+    assert json.loads(measured.out)["loss"] < losses[0]
+    answer = run("generate", "--model", model, "--adapter-path", folder, "--image", colors / "1.png", "--prompt", "Which color?",
+                 "--max-tokens", 4, "--json")  # fmt: skip
+    assert json.loads(answer.out)["tokens"] == 4
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(trained, model, colors, tmp_path):
+    folder, _ = trained
+    copy = stopped_after(folder, tmp_path / "copy", 6)
+    asked = command(model, colors / "train.jsonl", copy, "--save-every", 6, "--keep", 0, "--resume", "auto")
+    assert run(*asked).code == 0
+    assert weights(copy) == weights(folder)
+    other = run(*command(model, colors / "train.jsonl", tmp_path / "other", "--seed", 1))
+    assert other.code == 0
+    assert weights(tmp_path / "other") != weights(folder)
+
+
+def test_other_pictures_are_other_data_for_a_resumed_run(trained, model, colors, tmp_path):
+    folder, _ = trained
+    copy = stopped_after(folder, tmp_path / "copy", 6)
+    data = tmp_path / "data"
+    data.mkdir()
+    for file in colors.iterdir():
+        (data / file.name).write_bytes(file.read_bytes())
+    Image.new("RGB", (41, 32), (1, 2, 3)).save(data / "1.png")
+    ran = run(*command(model, data / "train.jsonl", copy, "--save-every", 6, "--keep", 0, "--resume", "auto"))
+    assert ran.code == 2
+    assert "pictures" in ran.lines[-1]
+
+
+@pytest.mark.slow
+def test_memory_parts_and_checkpointing_give_the_same_losses(trained, model, colors, tmp_path):
+    folder, _ = trained
+
+    def losses(path: Path) -> list[float]:
+        return [
+            row["loss"]
+            for row in map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+            if row.get("loss") is not None
+        ]
+
+    for name, more in {
+        "block": ("--grad-checkpoint", "block"),
+        "parts": ("--grad-accumulation-steps", 1, "--batch-parts", 2),
+    }.items():
+        ran = run(*command(model, colors / "train.jsonl", tmp_path / name, *more))
+        assert ran.code == 0, ran.err
+        assert np.allclose(losses(tmp_path / name), losses(folder), rtol=1e-3)
+
+
+# Rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fused_loss_with_pictures_is_that_of_the_logits(family, tmp_path):
+    rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data"))
+    model, arrays = rows.base.model, rows.arrays()
+    fused = choose_loss(model, rows.base.config, "ours")
+    found = [rows.objective.bind(loss, model).loss.measure(model, *arrays)[0].item() for loss in (PLAIN, fused)]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert fused.kernel != PLAIN.kernel
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_a_batch_do_not_change_one_another(family, tmp_path):
+    rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data"))
+    measure = rows.objective.bind(PLAIN, rows.base.model).loss.measure
+    together = measure(rows.base.model, *rows.arrays())[0].item()
+    apart = [measure(rows.base.model, *rows.arrays([number]))[0].item() for number in range(3)]
+    assert sum(apart) == pytest.approx(together, rel=1e-5)
+
+
+def test_swapped_pictures_have_another_loss(tmp_path):
+    chats = [(conversation("Same?", numbers, ("No.",)), numbers) for numbers in ((0, 2), (2, 0))]
+    rows = read_rows(write_model_here("llava", tmp_path / "model"), write_rows(tmp_path / "data", chats))
+    assert rows.rows.row(0)[0].tolist() == rows.rows.row(1)[0].tolist()
+    measure = rows.objective.bind(PLAIN, rows.base.model).loss.measure
+    one, two = (measure(rows.base.model, *rows.arrays([number]))[0].item() for number in range(2))
+    assert abs(one - two) > 1e-3 * one
+
+
+def test_no_image_token_is_trained(tmp_path):
+    model = write_model_here("smolvlm", tmp_path / "model")
+    for masked in (True, False):
+        rows = read_rows(model, write_rows(tmp_path / "data"), mask_prompt=masked)
+        is_picture = rows.rows.tokens == rows.objective.eyes.tower.token
+        assert is_picture.any()
+        assert not (rows.rows.mask & is_picture).any()
+
+
+def test_a_row_that_is_cut_inside_a_picture_is_told(tmp_path):
+    chat = [*conversation("Hi", (), ("Yes.",)), *conversation("Which?", (0,), ("A cat.",))]
+    model, data = write_model_here("smolvlm", tmp_path / "model"), write_rows(tmp_path / "data", [(chat, (0,))])
+    whole = read_rows(model, data).rows
+    first = int(np.argmax(whole.tokens == read_rows(model, data).objective.eyes.tower.token))
+    with pytest.raises(InputError, match="inside a picture"):
+        read_rows(model, data, max_seq_length=first + 2)
+    assert len(read_rows(model, data, max_seq_length=first).rows) == 1  # cut before the picture
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generated_tokens_are_those_of_the_whole_row(family, tmp_path):
+    from mlx_lm.generate import generate_step
+
+    rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data"))
+    eyes, model = rows.objective.eyes, rows.base.model
+    tokens = rows.rows.row(2)[0]
+    digests = rows.objective.table.of_labels(rows.rows.labels, 3)[2]
+    arrays = eyes.arrays(tokens[None], [digests])
+    reader = SeeingModel(model, eyes.sight, arrays)
+    given = generate_step(
+        mx.array(tokens), reader, max_tokens=6, prompt_cache=reader.caches(), prefill_step_size=len(tokens)
+    )
+    wrote = [int(token) for token, _ in given]
+    whole = np.concatenate([tokens, wrote[:-1]]).astype(np.int32)
+    with seeing(model, eyes.sight, eyes.arrays(whole[None], [digests])):
+        logits = np.array(model(mx.array(whole[None])))[0]
+    for number, token in enumerate(wrote):
+        row = logits[len(tokens) - 1 + number]
+        assert row[token] >= row.max() - 1e-3
+
+
+def test_pictures_are_seen_once_and_kept_on_disk(tmp_path, own_cache):
+    rows = read_rows(write_model_here("smolvlm", tmp_path / "model"), write_rows(tmp_path / "data"))
+    eyes = rows.objective.eyes
+    first = [np.array(array) for array in rows.arrays()]
+    rows.arrays()
+    assert (eyes.seen.computed, eyes.seen.read) == (3, 0)
+    again = SeenPictures(eyes.tower, eyes.processor, eyes.table, most_bytes=1)
+    object.__setattr__(eyes, "seen", again)
+    for _ in range(2):
+        assert all(np.array_equal(a, np.array(b)) for a, b in zip(first, rows.arrays(), strict=True))
+    assert (again.computed, again.read) == (0, 6)
+    (file, *_) = (own_cache / "pictures").rglob("*.safetensors")
+    file.write_bytes(b"damaged")
+    other = SeenPictures(eyes.tower, eyes.processor, eyes.table)
+    object.__setattr__(eyes, "seen", other)
+    assert all(np.array_equal(a, np.array(b)) for a, b in zip(first, rows.arrays(), strict=True))
+    assert (other.computed, other.read) == (1, 2)
+
+
+def test_fewer_pixels_are_fewer_tokens(tmp_path):
+    model, data = write_model_here("qwen3_vl", tmp_path / "model"), write_rows(tmp_path / "data")
+    counts = [len(read_rows(model, data, **asked).rows.tokens) for asked in ({}, {"max_pixels": 1000})]
+    assert counts[1] < counts[0]
+
+
+# Positions
+
+
+def test_positions_of_a_row_with_two_pictures():
+    row = np.array([0, 0, 1, 1, 1, 1, 1, 1, 0, 1, 1, 0, 0], bool)
+    found = positions_of(row, [(2, 3), (1, 2)])
+    assert found.tolist() == [
+        [0, 1, 2, 2, 2, 2, 2, 2, 5, 6, 6, 8, 9],
+        [0, 1, 2, 2, 2, 3, 3, 3, 5, 6, 6, 8, 9],
+        [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 7, 8, 9],
+    ]
+    assert positions_of(np.zeros(4, bool), []).tolist() == [[0, 1, 2, 3]] * 3
+
+
+def test_a_model_without_three_positions_asks_for_none():
+    assert Sight.of({"model_type": "llava", "text_config": {}}).names == ("embeddings", "places")
+    assert "positions" in Sight.of({"text_config": {"rope_parameters": {"mrope_section": [2, 3, 3]}}}).names
+
+
+# What is refused
+
+
+def test_a_model_that_sees_nothing_is_told(tiny_folder, colors, tmp_path):
+    one_line(run(*command(tiny_folder, colors / "train.jsonl", tmp_path / "out")), "llama")
+
+
+def test_sft_on_pictures_says_what_to_do(model, tmp_path):
+    data = write_rows(tmp_path / "data")
+    ran = run("train", "--model", model, "--data", data, "--adapter-path", tmp_path / "out", "--iters", 1)
+    one_line(ran, "--objective vision_sft")
+
+
+def test_a_table_knows_the_pictures_of_rows():
+    table = PictureTable.empty()
+    table.rows.append(("a", "b"))
+    assert table.of_labels(np.array([1.0, 0.0], np.float32), 2) == [("a", "b"), ()]
+    assert table.of_labels(None, 2) == [(), ()]
+    assert picture(0).size != picture(1).size
+
+
+def test_gradients_reach_factors_only_where_they_are(tmp_path):
+    from mlx.utils import tree_flatten
+
+    from mlx_lora.adapters.inject import inject
+    from mlx_lora.adapters.targets import select_targets
+
+    rows = read_rows(write_model_here("llava", tmp_path / "model"), write_rows(tmp_path / "data"))
+    model = rows.base.model
+    inject(model, select_targets(model).paths, rank=2, scale=1.0, seed=0)
+    loss = rows.objective.bind(PLAIN, model).loss.train
+    *_, gradients = differentiation(model, loss)(*rows.arrays())
+    assert all("lora_" in name for name, _ in tree_flatten(gradients))
