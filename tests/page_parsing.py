@@ -7,6 +7,7 @@ import importlib.util
 
 import click
 
+from mlx_lora.cli.evaluate import EvaluateCommand
 from mlx_lora.config.fields import read_value
 from mlx_lora.config.settings import FIELDS
 
@@ -25,6 +26,8 @@ def parse(words: tuple[str, ...]) -> click.Command:
     command = importlib.import_module(f"mlx_lora.cli.{name}").main
     if isinstance(command, click.Group):
         command = command.commands[rest.pop(0)]
+    if isinstance(command, EvaluateCommand):
+        command = command.chosen(rest)
     values, _, _ = command.make_parser(click.Context(command)).parse_args(rest)
     for setting, value in values.items():
         if setting in FIELDS and isinstance(value, str):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,20 @@ STOPPED = "Interrupted: these figures are of a part of the data"
 class EvaluateCommand(flags.SettingsCommand):
     """The command; with --tasks, --metric or --judge it is that of cli/evaluate_tasks.py, which has options of its own."""
 
+    def chosen(self, args: Sequence[str]) -> click.Command:
+        """Return the command that these arguments are for."""
+        if not any(arg.partition("=")[0] in OF_TASKS for arg in args):
+            return self
+        from mlx_lora.cli.evaluate_tasks import main as scores  # only where it is asked for
+
+        return scores
+
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        if any(arg.partition("=")[0] in OF_TASKS for arg in args):
-            from mlx_lora.cli.evaluate_tasks import main as scores  # only where it is asked for
-
-            return scores.make_context(info_name, args, parent, **extra)
+        command = self.chosen(args)
+        if command is not self:
+            return command.make_context(info_name, args, parent, **extra)
         return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:

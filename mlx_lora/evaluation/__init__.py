@@ -1,1 +1,1 @@
-"""Measures how good models are: scores on tasks and on a user's rows, and whether two models differ."""
+"""Scores answers of a base and its adapters, on lm-eval's tasks and a user's rows, and compares them."""

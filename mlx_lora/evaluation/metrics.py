@@ -19,10 +19,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_lora.rollouts.ready_rewards import MATH, PLAIN, ready_reward
+from mlx_lora.rollouts.ready_rewards import ANSWER_COLUMNS, MATH, PLAIN, ready_reward
 from mlx_lora.rollouts.rewards import TrainerState, call_reward, from_file, one_line, problem_of
 from mlx_lora.rollouts.tool_calls import Said
 from mlx_lora.utils.errors import InputError, RunError
@@ -68,12 +68,37 @@ Values = dict[str, list[float | None]]
 """Name of a metric -> a value for each row, None where a row has nothing to compare with."""
 
 
+def always(row: AskedRow) -> bool:
+    """Say that a row can be scored."""
+    return True
+
+
 @dataclass(frozen=True)
 class Metric:
-    """A metric by its name, which may give several numbers."""
+    """A metric by its name, which may give several numbers.
+
+    Attributes:
+        name: as it was asked for.
+        of: takes it.
+        applies: whether a row has what it compares with.
+    """
 
     name: str
     of: Callable[[Sequence[AskedRow], Sequence[ModelAnswer]], Values]
+    applies: Callable[[AskedRow], bool] = always
+
+
+def expected_of(row: AskedRow) -> Any:
+    """Return a row's expected answer, None if it has none."""
+    return next((row.columns[name] for name in ANSWER_COLUMNS if row.columns.get(name) is not None), None)
+
+
+def _has_answer(row: AskedRow) -> bool:
+    return expected_of(row) is not None
+
+
+def _has_calls(row: AskedRow) -> bool:
+    return row.calls is not None or bool(row.tools)
 
 
 def metric_of(name: str) -> Metric:
@@ -83,10 +108,11 @@ def metric_of(name: str) -> Metric:
         InputError: there is none, or its file cannot be used.
     """
     if name == TOOLS:
-        return Metric(name, tool_call_values)
+        return Metric(name, tool_call_values, _has_calls)
     if name in OWN:
         function = {"json": _valid_json, "rouge_l": _rouge_l}[name]
-        return Metric(name, lambda rows, answers: {name: _each(function, rows, answers)})
+        applies = _has_answer if name == "rouge_l" else always
+        return Metric(name, lambda rows, answers: {name: _each(function, rows, answers)}, applies)
     path, colon, called = name.rpartition(":")
     if colon and path.endswith(".py"):
         return _functional(called, name, from_file("--metric", name, "function"))
@@ -96,7 +122,7 @@ def metric_of(name: str) -> Metric:
             function = ready_reward(name)
         except InputError as error:
             raise InputError(str(error).replace("--reward", "--metric")) from None
-        return _functional(name, name, function)
+        return replace(_functional(name, name, function), applies=_has_answer if name in READY else always)
     near = closest(name, [*READY, *OWN])
     raise InputError(f"--metric {name}: {f'did you mean {near[0]}?' if near else 'no such metric;'} {GIVE}")
 
@@ -137,7 +163,7 @@ def _functional(shown: str, name: str, function: Any) -> Metric:
 def _each(
     function: Callable[[str, str | None], float | None], rows: Sequence[AskedRow], answers: Sequence[ModelAnswer]
 ) -> list[float | None]:
-    expected = [row.columns.get("answer") for row in rows]
+    expected = [expected_of(row) for row in rows]
     return [
         function(answer.text, None if right is None else str(right))
         for answer, right in zip(answers, expected, strict=True)

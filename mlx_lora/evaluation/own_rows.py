@@ -62,7 +62,7 @@ def answer_rows(
         stopped: asked before each step whether to end.
 
     Raises:
-        InputError: the data cannot be read, or has no prompts.
+        InputError: the data cannot be read, has no prompts, or has nothing that a metric compares with.
         KeyboardInterrupt: it was stopped.
     """
     base, readers, prompts = models.base, {}, []
@@ -85,6 +85,11 @@ def answer_rows(
         )
     facts = next(iter(sets.values())).facts or []
     rows = [_asked_row(fact) for fact in facts]
+    for metric in metrics:
+        if not any(map(metric.applies, rows)):
+            raise InputError(
+                f"--metric {metric.name}: no row has what it compares with; docs/is-my-model-better.md says what it needs"
+            )
     written = models.texts(prompts, stopped)
     answers = {
         name: [
@@ -105,7 +110,6 @@ def score_rows(name: str, found: RowsAnswered, metrics: Sequence[Metric]) -> Tas
         metrics: to take.
 
     Raises:
-        InputError: a metric finds nothing to compare with in any row.
         RunError: a user's function failed.
     """
     measured = TaskResults()
@@ -113,7 +117,6 @@ def score_rows(name: str, found: RowsAnswered, metrics: Sequence[Metric]) -> Tas
     for metric in metrics:
         taken = {model: metric.of(found.rows, answers) for model, answers in found.answers.items()}
         first = next(iter(taken.values()))
-        any_value = False
         for part in first:
             values = {model: own[part] for model, own in taken.items()}
             given = {
@@ -122,8 +125,8 @@ def score_rows(name: str, found: RowsAnswered, metrics: Sequence[Metric]) -> Tas
             }
             known = [row for row in range(len(found.rows)) if all(row in own for own in given.values())]
             if not known:
+                measured.notes.append(f"{part}: no row can be compared")
                 continue
-            any_value = True
             of_known = {model: [own[row] for row in known] for model, own in given.items()}
             measured.scores.append(TaskScore.of(name, part, of_known))
             if len(known) < len(found.rows):
@@ -132,10 +135,6 @@ def score_rows(name: str, found: RowsAnswered, metrics: Sequence[Metric]) -> Tas
                 )
             for row in known:
                 shown[row][part] = {model: own[row] for model, own in given.items()}
-        if not any_value:
-            raise InputError(
-                f"--metric {metric.name}: no row has what it compares with; see docs/is-my-model-better.md"
-            )
     measured.answers[name] = [
         Answered(
             question_text(row), expected_text(row), {m: own[at].text for m, own in found.answers.items()}, shown[at]
