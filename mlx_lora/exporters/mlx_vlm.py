@@ -21,7 +21,7 @@ from mlx_lora.utils.parsing import read_json
 
 WEIGHTS_FILE = "adapters.safetensors"
 # model_type -> our prefix, mlx-vlm's.
-NAMES = dict.fromkeys(("smolvlm", "idefics3"), ("language_model.model.", "language_model."))
+NAMES: dict[str, tuple[str, str]] = dict.fromkeys(("smolvlm", "idefics3"), ("language_model.model.", "language_model."))
 
 
 def write_mlx_vlm(folder: Path, model: nn.Module, info: AdapterInfo, kind: str) -> None:
