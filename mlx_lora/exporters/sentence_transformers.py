@@ -131,7 +131,7 @@ def peft_of_body(folder: Path) -> None:
     tensors = {PREFIX + name.removeprefix(whole): value for name, value in stored.items()}
     mx.eval(tensors)  # before their file is replaced
     save_tensors(file, tensors, "pt")
-    named = {"target_modules": [name.removeprefix(BODY) for name in config["target_modules"]]}
+    named: dict[str, Any] = {"target_modules": [name.removeprefix(BODY) for name in config["target_modules"]]}
     for patterns in ("rank_pattern", "alpha_pattern"):
         named[patterns] = {name.removeprefix("model\\."): value for name, value in config[patterns].items()}
     write_json(config_file, config | named | {"task_type": "FEATURE_EXTRACTION"})
