@@ -197,6 +197,8 @@ PART_WORDS = {
     "keys and values": "keys and values of answers",
     "copies of them": "copies of these while they grow",
 }
+# Kind of records -> what an objective that scores them computes.
+OF_SCORES = {"labeled": "one row for a text", "candidates": "one row for each document of a query"}
 # A phase of `MemoryPlan` -> the moment it is.
 PHASE_WORDS = {
     "load": "while the model is loaded",
@@ -304,6 +306,7 @@ def _data_words(result: dict[str, Any]) -> list[str]:
     one_row = objective["rows_per_example"] == 1
     if one_row:
         words = "one row for a pair, with the prompt once"
+    words = OF_SCORES.get(objective["records"], words)
     seconds = result["predicted"]["reference_s"]
     once = "" if seconds is None else f", {size['measured_tokens']:,} tokens in about {time_words(seconds / 3600)}"
     if objective["teacher"]:

@@ -32,7 +32,13 @@ def folders(tiny_folder, tmp_path_factory):
             "train", "--model", tiny_folder, "--data", room / f"{name}.jsonl", "--adapter-path", room / name, *QUICK
         )
         assert ran.code == 0, ran.err
-    return {name: room / name for name in rows}
+    searches = [{"query": f"q{n}", "positive": f"{n} yes!", "negatives": [f"{n} no", f"{n} no?"]} for n in range(24)]
+    (room / "searches.jsonl").write_text("\n".join(map(json.dumps, searches)))
+    more = ("--objective", "rerank", "--iters", 30, "--batch-size", 8)
+    data = ("--data", room / "searches.jsonl", "--adapter-path", room / "order")
+    ran = run("train", "--model", tiny_folder, *data, *QUICK, *more)
+    assert ran.code == 0, ran.err
+    return {name: room / name for name in (*rows, "order")}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +71,31 @@ def test_texts_get_the_labels_that_predict_gives(http, tiny_folder, folders):
     assert answer["usage"]["prompt_tokens"] == sum(map(len, texts))
     one = http.post("/classify", json={"model": "tags", "input": texts[1]}).json()["data"]
     assert one[0]["labels"] == ["day", "hot"]
+
+
+def test_documents_are_ordered_as_jinas_and_coheres_clients_ask(http, tiny_folder, folders):
+    documents = [f"7 {word}" for word in ("no", "yes!", "no?", "yes!")] + ["8 no"] * 20  # more than are scored together
+    ours = mlx_lora.rerank(str(tiny_folder), "q7", documents, folders["order"])
+    for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
+        found = http.post(path, json={"model": "order", "query": "q7", "documents": documents}).json()["results"]
+        assert [one["index"] for one in found[:2]] == [1, 3]
+        assert len(found) == len(documents)
+        assert [one["relevance_score"] for one in found] == pytest.approx([one["score"] for one in ours], abs=1e-4)
+        assert "document" not in found[0]
+    body = {"query": "q7", "documents": [{"text": one} for one in documents], "top_n": 2, "return_documents": True}
+    answer = http.post("/v1/rerank", json=body).json()  # there is one reranker, so it need not be named
+    assert [one["document"]["text"] for one in answer["results"]] == ["7 yes!", "7 yes!"]
+    assert (answer["model"], answer["usage"]["total_tokens"] > 0) == ("order", True)
+    for change, word in (
+        ({"top_n": 0}, "top_n"),
+        ({"query": ""}, "query"),
+        ({"documents": []}, "documents"),
+        ({"documents": [1]}, "documents"),
+    ):
+        refused = http.post("/v1/rerank", json=body | change)
+        assert refused.status_code == 400
+        assert word in refused.json()["error"]["message"]
+    assert http.post("/v1/rerank", json=body | {"model": "days"}).status_code == 404
 
 
 def test_answers_are_generated_meanwhile(http):
