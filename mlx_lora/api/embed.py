@@ -27,7 +27,7 @@ from mlx_lora.data.pairs import TextForm, TextRows, read_eval_pairs, read_passag
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.losses.contrastive import normalized, retrieval, spearman
 from mlx_lora.models.load import Base, check_token_ids
-from mlx_lora.objectives.embed import Embedder, form_of, kept_choices, with_choices
+from mlx_lora.objectives.embed import Embedder, ModelFiles, form_of, kept_choices, with_choices
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_adapter
 from mlx_lora.utils.progress import tracked
@@ -129,8 +129,8 @@ def open_embedder(
     data = settings.data
     if "max_seq_length" in kept and data.max_seq_length == DataSettings.max_seq_length:
         data = replace(data, max_seq_length=int(kept["max_seq_length"]))
-    asked = with_choices(replace(asked, **chosen), base)
-    form = form_of(replace(settings, objective=replace(asked, embed_loss=None), data=data), base)
+    asked = with_choices(replace(asked, **chosen), ModelFiles.of(base))
+    form = form_of(replace(settings, objective=replace(asked, embed_loss=None), data=data), ModelFiles.of(base))
     if adapter:
         load_adapter(base, adapter, ignore_fingerprint)
     embedder = Embedder.of(base.model, asked.pooling or "")

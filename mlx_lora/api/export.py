@@ -30,7 +30,7 @@ from mlx_lora.models.convert import copy_side_files
 from mlx_lora.models.folder import write_json
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
-from mlx_lora.objectives.embed import Embedder, form_of, kept_choices, with_choices
+from mlx_lora.objectives.embed import Embedder, ModelFiles, form_of, kept_choices, with_choices
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
 from mlx_lora.utils.hub import resolve_adapter
@@ -347,8 +347,8 @@ def _embedding_form(job: Export) -> EmbeddingForm:
             f"--to {job.settings.to}: {job.adapter} was not trained with --objective embed; export it to another format"
         )
     settings = train_settings({**kept_choices(run), "objective": "embed"})
-    asked = with_choices(settings.objective, job.base)
-    width, form = Embedder.of(job.base.model, asked.pooling or "").width, form_of(settings, job.base)
+    asked = with_choices(settings.objective, ModelFiles.of(job.base))
+    width, form = Embedder.of(job.base.model, asked.pooling or "").width, form_of(settings, ModelFiles.of(job.base))
     return EmbeddingForm(
         asked.pooling or "", width, asked.query_prompt or "", asked.document_prompt or "", form.max_length
     )

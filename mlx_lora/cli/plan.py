@@ -182,7 +182,7 @@ def render_chips(chips: list[dict[str, Any]]) -> str:
 # A part of `MemoryPlan` -> what a reader calls it.
 PART_WORDS = {
     "base": "base model",
-    "reward models": "reward models",
+    "other models": "other models (of rewards, or the tower of a model that sees)",
     "adapter": "adapter",
     "optimizer": "optimizer's state",
     "weights being cast": "weights that are being converted",
@@ -196,6 +196,7 @@ PART_WORDS = {
     "records": "teacher's probabilities of a batch",
     "keys and values": "keys and values of answers",
     "copies of them": "copies of these while they grow",
+    "kept from turn to turn": "keys and values kept until the next turn",
 }
 # Kind of records -> what an objective that scores them computes.
 OF_SCORES = {"labeled": "one row for a text", "candidates": "one row for each document of a query"}

@@ -49,8 +49,8 @@ from mlx_lora.losses.contrastive import (
     spearman,
 )
 from mlx_lora.losses.cross_entropy import Loss
+from mlx_lora.models.encoder import ENCODERS, ModelArgs, is_encoder
 from mlx_lora.models.encoder import Model as Encoder
-from mlx_lora.models.encoder import is_encoder
 from mlx_lora.models.head import Head, find_head, with_last_block
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
@@ -58,6 +58,10 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
+    from datetime import date
+
+    from transformers import PreTrainedTokenizerBase
+
     from mlx_lora.data.batch import Batch
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.load import DataSplits
@@ -172,32 +176,55 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def with_choices(settings: ObjectiveSettings, base: Base) -> ObjectiveSettings:
+@dataclass(frozen=True)
+class ModelFiles:
+    """What is known of a model before its weights are loaded.
+
+    Attributes:
+        folder: of its files.
+        longest: of an encoder, the most tokens of a text; None: it is no encoder.
+    """
+
+    folder: Path
+    longest: int | None
+
+    @classmethod
+    def of(cls, base: Base) -> ModelFiles:
+        """Return those of a loaded model."""
+        return cls(base.folder, base.model.args.longest if isinstance(base.model, Encoder) else None)
+
+    @classmethod
+    def of_config(cls, folder: Path, config: dict[str, Any]) -> ModelFiles:
+        """Return those of a model with this config.json."""
+        encoder = config.get("model_type") in ENCODERS
+        return cls(folder, ModelArgs.from_dict(config).longest if encoder else None)
+
+    @property
+    def longest_text(self) -> int:
+        """The most tokens of a text that the model takes, or was made for."""
+        limits = [_read_json(self.folder / "sentence_bert_config.json").get("max_seq_length"), self.longest]
+        return min([int(limit) for limit in limits if limit], default=10**8)
+
+
+def with_choices(settings: ObjectiveSettings, model: ModelFiles) -> ObjectiveSettings:
     """Return the settings with pooling and prompts, where they are open, as the model's own files say."""
-    usual = {"pooling": MEAN if is_encoder(base.model) else LAST, "query_prompt": "", "document_prompt": ""}
-    found = usual | stored_choices(base.folder)
+    usual = {"pooling": LAST if model.longest is None else MEAN, "query_prompt": "", "document_prompt": ""}
+    found = usual | stored_choices(model.folder)
     return replace(settings, **{name: value for name, value in found.items() if getattr(settings, name) is None})
 
 
-def longest_text(base: Base) -> int:
-    """Return the most tokens of a text that the model takes, or was made for."""
-    limits = [limit for limit in [_read_json(base.folder / "sentence_bert_config.json").get("max_seq_length")] if limit]
-    limits += [base.model.args.longest] if isinstance(base.model, Encoder) else []
-    return min([*map(int, limits), 10**8])
-
-
-def form_of(settings: TrainSettings, base: Base) -> TextForm:
+def form_of(settings: TrainSettings, model: ModelFiles) -> TextForm:
     """Return how texts become rows.
 
     Args:
         settings: with pooling and prompts.
-        base: the model.
+        model: whose limit a text is cut to.
     """
     asked, data = settings.objective, settings.data
     return TextForm(
         asked.query_prompt or "",
         asked.document_prompt or "",
-        min(data.max_seq_length, longest_text(base)),
+        min(data.max_seq_length, model.longest_text),
         asked.embed_loss == TRIPLET,
         asked.negatives,
         data.prompt_column,
@@ -231,7 +258,7 @@ class Embed(Objective):
             )
         if ctx.settings.loop.cache_trunk == "on":
             raise InputError("--cache-trunk on with --objective embed: a row holds several texts; leave it out")
-        self.asked = with_choices(ctx.settings.objective, ctx.base)
+        self.asked = with_choices(ctx.settings.objective, ModelFiles.of(ctx.base))
         width = Embedder.of(ctx.base.model, self.pooling).width
         if too_wide := [dim for dim in self.options.dims if dim > width]:
             raise InputError(f"--matryoshka-dims {too_wide[0]}: the model's vectors have {width} numbers; give less")
@@ -242,8 +269,24 @@ class Embed(Objective):
         return self.asked.pooling or LAST
 
     def read_data(self, ctx: RunContext, data: Any, teacher_prompt: str | None = None) -> DataSplits:
-        form = form_of(replace(ctx.settings, objective=self.asked), ctx.base)
+        form = form_of(replace(ctx.settings, objective=self.asked), ModelFiles.of(ctx.base))
         splits, scored = load_pairs(data, form, ctx.base.hf_tokenizer, ctx.settings.loop.seed)
+        self.settle(splits.train, scored)
+        return splits
+
+    def read_planned(
+        self,
+        settings: TrainSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        config: dict[str, Any],
+        today: date | None,
+        records: str,
+    ) -> DataSplits:
+        model = ModelFiles.of_config(folder, config)
+        self.asked = with_choices(settings.objective, model)
+        form = form_of(replace(settings, objective=self.asked), model)
+        splits, scored = load_pairs(settings.data, form, tokenizer, settings.loop.seed)
         self.settle(splits.train, scored)
         return splits
 

@@ -155,7 +155,7 @@ def plan_memory(shape: ModelShape, run: RunShape, machine: Machine, budget_bytes
     budget = machine.working_set_bytes if budget_bytes is None else min(budget_bytes, machine.working_set_bytes)
     held = {
         "base": shape.base_bytes,
-        "reward models": shape.beside_bytes,
+        "other models": shape.beside_bytes,
         "adapter": masters + shape.frozen_adapter_bytes,
         "optimizer": optimizer.state_copies * masters,
     }
@@ -172,7 +172,7 @@ def plan_memory(shape: ModelShape, run: RunShape, machine: Machine, budget_bytes
     phases = {
         "load": {
             "base": shape.base_bytes,
-            "reward models": shape.beside_bytes,
+            "other models": shape.beside_bytes,
             "weights being cast": _load_window(shape),
         },
         "check": {**held, "optimizer": 0, "activations": check, "gradients": check_gradients, "logits": logits},

@@ -155,10 +155,10 @@ def test_a_reward_model_of_another_base_is_loaded_beside_it_and_planned(
         assert beside_bytes(asked(tiny_folder, *folders)) == pytest.approx(held, rel=0.01)
     common = ("plan", "--model", tiny_folder, "--data", data / "prompts.jsonl", "--objective", "grpo", "--reward")
     with_model, without = (json.loads(run(*common, reward, "--json").out) for reward in (judge, "exact_match"))
-    assert with_model["parts"]["reward models"] == beside_bytes(asked(tiny_folder, judge))
-    assert "reward models" not in without["parts"]
+    assert with_model["parts"]["other models"] == beside_bytes(asked(tiny_folder, judge))
+    assert "other models" not in without["parts"]
     assert with_model["phases"]["load"] > without["phases"]["load"] + first.own_bytes / 2
-    assert "reward models" in run(*common, judge).out
+    assert "other models" in run(*common, judge).out
 
 
 def test_bits_are_those_of_the_trained_model_alone(untied, tiny_folder, judge, logged):
