@@ -17,7 +17,8 @@ class Ran(NamedTuple):
 
     @property
     def lines(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.strip()]
+        """The lines of errors and notes, without those that a slow machine adds: how long work has taken so far."""
+        return [line for line in self.err.splitlines() if line.strip() and not line.endswith(" so far")]
 
 
 def run(command: str, *arguments: object, exactly: bool = False) -> Ran:

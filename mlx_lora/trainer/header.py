@@ -194,6 +194,12 @@ def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
             ["evaluate", *measured, *trained_on, *adapter],
             ["export", *model, *adapter, "--to", "sentence-transformers", "--out", f"{path}-search"],
         ]
+    elif asked == "vision_sft":
+        lines = [
+            ["generate", *trained_on, *adapter, "--image", "FILE", "--prompt", "What is in this picture?"],
+            ["evaluate", *measured, *trained_on, *adapter],
+            ["export", *model, *adapter, "--to", "mlx-vlm", "--out", f"{path}-mlx-vlm"],
+        ]
     elif info.scores:
         labels = [["predict", *trained_on, *adapter, *measured[2:]]] if asked in LABELED else []
         lines = [
