@@ -201,7 +201,7 @@ def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
             ["export", *model, *adapter, "--to", "mlx-vlm", "--out", f"{path}-mlx-vlm"],
         ]
     elif info.scores:
-        labels = [["predict", *trained_on, *adapter, *measured[2:]]] if asked in LABELED else []
+        labels = [["predict", *trained_on, *adapter, "--text", "a text of yours"]] if asked in LABELED else []
         lines = [
             *labels,
             ["evaluate", *trained_on, *adapter, *measured],

@@ -261,6 +261,7 @@ ELSEWHERE = {
         "test_faults.py",
     ),
     "label_column": "test_classify.py: labels of another column",
+    "max_pixels": "test_vision_run.py: fewer tokens of a picture",
     "qat": "test_merges.py: other weights, and the loss of the fused model",
     "metric_for_best_model": "test_preference_run.py",
     "resume": "test_resume.py: another way to the same bytes",
