@@ -13,8 +13,10 @@ from typing import Any
 
 from mlx_lora.utils.files import replacing_file
 from mlx_lora.utils.parsing import parse_json
+from mlx_lora.utils.text import counted
 
 CLASSES_FILE = "classes.jsonl"
+MOST_NAMED = 5  # labels in a sentence
 MOST_IN_TABLE = 24  # labels of a confusion matrix that a page or a terminal has room for
 
 
@@ -56,14 +58,30 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 
 def class_rows(details: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return a row of cells for each label, those with the lowest F1 first."""
+    """Return a row of cells for each label, those with the lowest F1 first; labels that no text has come last, without figures."""
     thresholds = details.get("thresholds") or {}
     rows = []
-    for name, one in sorted(details["classes"].items(), key=lambda item: (item[1]["f1"], item[0])):
+    for name, one in sorted(
+        details["classes"].items(), key=lambda item: (not item[1]["texts"], item[1]["f1"], item[0])
+    ):
         row = {"label": name, "texts": str(one["texts"]), "predicted": str(one["predicted"])}
-        row |= {measure: f"{one[measure]:.3f}" for measure in ("precision", "recall", "f1")}
+        row |= {measure: f"{one[measure]:.3f}" if one["texts"] else "–" for measure in ("precision", "recall", "f1")}
         rows.append(row | ({"threshold": f"{thresholds[name]:.3f}"} if name in thresholds else {}))
     return rows
+
+
+def measured_words(details: Mapping[str, Any] | None) -> str:
+    """Return on how many texts a validation measured, and which labels none of them has, as a sentence; empty: not known."""
+    if details is None:
+        return ""
+    texts = sum(map(sum, details.get("confusion") or []))
+    without = [name for name, one in details["classes"].items() if not one["texts"]]
+    words = f"Measured on {counted(texts, 'held-out text')}" if texts else ""
+    if without:
+        named = ", ".join(without[:MOST_NAMED]) + (" and others" if len(without) > MOST_NAMED else "")
+        labels = f"the {'label' if len(without) == 1 else 'labels'} {named}"
+        words += f", none of them with {labels}" if words else f"No held-out text that was measured has {labels}"
+    return f"{words}; `evaluate` with a labeled file measures more." if words else ""
 
 
 def confusion_rows(details: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from mlx_lora.config.objectives import LABELED, RANKED
 from mlx_lora.reports.charts import perplexity
+from mlx_lora.reports.classes import CLASSES_FILE, measured_words, read_classes
 from mlx_lora.trainer.checkpoint import numbered
 from mlx_lora.trainer.evaluate import FEWEST_ROWS, Change, KnownRows, RowLosses, paired_change
 from mlx_lora.utils.text import command_line, counted, format_duration
@@ -369,6 +370,10 @@ def verdict(
     kept = _kept_validation(validations, settings) if ended else validations[-1]
     if kept is not validations[-1]:
         notes.append(f"--keep-best kept the adapter of step {kept['step']:,}, and the headline is about that one.")
+    if context.folder is not None and (
+        words := measured_words(read_classes(context.folder / CLASSES_FILE, kept["step"]))
+    ):
+        notes.insert(0, words)
     of_its_own = (
         (any(r.get("reward") is not None for r in validations), _of_rewards),
         (any("margin" in r for r in validations), _of_preferences),
