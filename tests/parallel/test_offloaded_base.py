@@ -341,9 +341,9 @@ def pairs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("extra", [
-    ("--method", "dora"), ("--objective", "dpo"),
+    ("--method", "dora"),
     *(pytest.param(one, marks=pytest.mark.slow) for one in (
-        ("--method", "qa-lora"), ("--method", "adalora"), ("--method", "rslora"), ("--method", "lora-plus"), ("--objective", "simpo"), ("--objective", "orpo"), ("--objective", "kto"),
+        ("--objective", "dpo"), ("--method", "qa-lora"), ("--method", "adalora"), ("--method", "rslora"), ("--method", "lora-plus"), ("--objective", "simpo"), ("--objective", "orpo"), ("--objective", "kto"),
         ("--objective", "reward"), ("--dropout", "0.1"), ("--num-layers", "1"), ("--grad-checkpoint", "selective"),
     )),
 ], ids="=".join)  # fmt: skip

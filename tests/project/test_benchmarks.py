@@ -681,6 +681,7 @@ def test_planned_peaks_lie_beside_measured_ones(module, tiny_folder, tmp_path, c
     assert f"| {case['peak_memory_bytes'] / 1e6:.0f} |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_published_figures_lie_beside_predictions(module, capsys):
     assert module("plan_published").main() == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| m")]

@@ -17,7 +17,7 @@ import pytest
 from architectures.build import write_architecture
 from conftest import quantized, tiny_model, write_folder
 from run_cli import one_line, run
-from tiers import named
+from tiers import by_default, named
 
 from mlx_lora.api.several import train_several
 from mlx_lora.config.load import train_settings
@@ -240,7 +240,7 @@ def results(tmp_path: Path, place: str) -> list[bytes]:
     return [(tmp_path / f"{place}-{n}" / "adapters.safetensors").read_bytes() for n in range(3)]
 
 
-@pytest.mark.parametrize("at", [1, 4, 6, 8])
+@pytest.mark.parametrize("at", by_default([1, 4, 6, 8], 4, 8))
 def test_runs_that_are_killed_go_on_with_the_same_bytes(at, models, tmp_path):
     SeveralRuns.open(checkpointed(models("dense"), tmp_path, "whole")).train()
     killed = SeveralRuns.open(checkpointed(models("dense"), tmp_path, "killed"))
