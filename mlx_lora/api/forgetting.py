@@ -45,6 +45,7 @@ from mlx_lora.data.formats import without_names
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.losses.cross_entropy import log_sum_exp
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.planner.machine import loss_tile_bytes
@@ -396,7 +397,7 @@ def _drift(columns: np.ndarray, rows: np.ndarray) -> Drift:
 
 def log_probabilities(logits: mx.array) -> mx.array:
     """Return the log-probabilities of (R, V) logits."""
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)  # (R, V)
+    return logits - log_sum_exp(logits)[:, None]  # (R, V)
 
 
 def _compare(base_logs: mx.array, tuned_logs: mx.array, targets: mx.array) -> mx.array:

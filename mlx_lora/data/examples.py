@@ -11,6 +11,7 @@ An example is a conversation, a completion or plain text. A record that cannot b
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,27 +134,27 @@ class Text:
 Example = Conversation | Completion | Text
 
 
-class OwnEntry:
+class OwnEntry(ABC):
     """A record that is read and encoded by a class of its own, beside the formats of imitation: a row of `OWN_ENTRIES`."""
 
     @property
+    @abstractmethod
     def shown(self) -> Example:
         """The example by which records are compared, and which is shown."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def parse(cls, record: Fields, settings: Any) -> OwnEntry:
         """Read one record as the settings of the data say.
 
         Raises:
             FormatError: it cannot be used.
         """
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def encode(cls, encoder: Any, entries: Sequence[Any], on_rows: Callable[[int], None]) -> Any:
         """Encode entries of this class as `Encoder.encode` does (data/tokenize.py); `on_rows` is called with the number done."""
-        raise NotImplementedError
 
 
 # Messages

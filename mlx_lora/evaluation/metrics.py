@@ -144,9 +144,9 @@ def _functional(shown: str, name: str, function: Any) -> Metric:
         }  # fmt: skip
         try:
             found = call_reward(function, arguments, TrainerState())
+        except InputError:
+            raise
         except Exception as error:  # a user's code may raise anything
-            if isinstance(error, InputError):
-                raise
             if name in PLAIN:  # of ours, which says what its rows lack
                 raise InputError(f"--metric {name}: {one_line(error).partition(': ')[2]}") from error
             raise RunError(f"--metric {name} failed ({one_line(error)}); correct it") from error

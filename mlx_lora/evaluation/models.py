@@ -32,6 +32,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lora.data.chat_template import own_template
+from mlx_lora.losses.cross_entropy import log_sum_exp
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.load import Base
 from mlx_lora.models.prefix_attention import rotate_by_token, shared_caches, unshareable
@@ -52,7 +53,6 @@ DEFAULT_CONTEXT = 2048  # of a model whose config does not say, as in lm-eval
 LOGITS_BYTES = 256 << 20  # of float32 logits that are computed at once
 LEAST_SHARED = 8  # tokens of a context, from which on computing it once saves more than the mask costs
 MOST_IN_A_ROW = 512  # tokens of continuations behind a context that is shorter than that
-SUMMED = 256  # exponentials that are added up at once
 MOST_ROWS = 32  # texts that are written at once
 MOST_ROW_TOKENS = 32_768  # of all these texts, prompts and room for answers included
 PREFILL_TOKENS = 512
@@ -426,17 +426,6 @@ def _room(prompt: TextRequest) -> int:
     return len(prompt.tokens) + prompt.max_tokens
 
 
-def _log_sum_exp(logits: mx.array) -> mx.array:
-    """Return logsumexp of each row, (P, V) float32 -> (P,), in two steps.
-
-    mlx's CPU backend adds up a row in float32 with few partial sums: of 49,152 tokens, the small ones no longer count beside
-    the large, and each log-probability is too high by 1e-4. In two steps it is right to 1e-6.
-    """
-    rows, vocabulary = logits.shape
-    filled = mx.pad(logits, [(0, 0), (0, -vocabulary % SUMMED)], constant_values=-mx.inf)
-    return mx.logsumexp(mx.logsumexp(filled.reshape(rows, -1, SUMMED), axis=-1), axis=-1)
-
-
 def _as_they_are(logits: mx.array) -> mx.array:
     return logits
 
@@ -459,7 +448,7 @@ def _log_probabilities(
     at = 0
     for first in range(0, states.shape[0], rows):
         logits = logits_of(states[first : first + rows]).astype(mx.float32)
-        total = _log_sum_exp(logits)
+        total = log_sum_exp(logits)
         best = mx.argmax(logits, axis=-1)
         end = at
         while end < len(order) and wanted[order[end]] < first + rows:

@@ -106,6 +106,20 @@ def _plain_losses(model: nn.Module, inputs: mx.array, targets: mx.array, *starts
     return of_logits(model(inputs, **shared_caches(model, inputs, *starts)).astype(mx.float32), targets)
 
 
+SUMMED = 256  # exponentials that are added up at once
+
+
+def log_sum_exp(logits: mx.array) -> mx.array:
+    """Return logsumexp of each row, (P, V) float32 -> (P,), in two steps: for numbers that are reported or compared.
+
+    mlx's CPU backend adds up a row with few partial sums, which makes each log-probability too high: by about 3e-4 with
+    262,144 tokens. In two steps it is right to 1e-6, for a copy of the logits.
+    """
+    rows, vocabulary = logits.shape
+    filled = mx.pad(logits, [(0, 0), (0, -vocabulary % SUMMED)], constant_values=-mx.inf)
+    return mx.logsumexp(mx.logsumexp(filled.reshape(rows, -1, SUMMED), axis=-1), axis=-1)
+
+
 def of_logits(logits: mx.array, targets: mx.array) -> mx.array:
     """Return the cross-entropy of logits (..., V) at targets (...), one number per target."""
     return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)

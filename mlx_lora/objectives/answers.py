@@ -298,9 +298,7 @@ class WholeSet:
             if strategy.counts:
                 found.append(rows[:, rows[-1] > 0])  # without padding
                 targets += batch.first_targets
-        ranks = strategy.ranks
-        ranks.meet()  # they finish at different times, and the host must wait for the others, not the device
-        told = ranks.everyone([targets, np.concatenate(found, axis=1).tolist()])
+        told = strategy.everyone([targets, np.concatenate(found, axis=1).tolist()])
         rows = np.concatenate([np.array(one, np.float32).reshape(len(SUM_NAMES), -1) for _, one in told], axis=1)
         examples = rows.shape[1] // 2
         if not examples:

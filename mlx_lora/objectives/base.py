@@ -341,6 +341,10 @@ class Objective:
         tools = self.shown_tools(settings.objective, {})
         return load_data(settings.data, tokenizer, settings.loop.seed, today, records, prompt, tools)
 
+    def settled_by(self, settings: TrainSettings, rows: EncodedSet) -> TrainSettings:
+        """Return the settings of a plan with what the training rows decide in a run."""
+        return settings
+
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
         """Return the sets with what another model says about their rows, while the base has no adapter.
 

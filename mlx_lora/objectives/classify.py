@@ -419,9 +419,7 @@ class ScoredSet:
                 labels: Any = batch.labels
                 scores += found[batch.weights > 0].tolist()
                 targets += labels[owners].tolist()
-        ranks = strategy.ranks
-        ranks.meet()  # they finish at different times, and the host must wait for the others, not the device
-        told = ranks.everyone([scores, targets])
+        told = strategy.everyone([scores, targets])
         scores, targets = ([row for one in told for row in one[part]] for part in (0, 1))
         if not scores:
             return math.nan, 0, {}

@@ -32,7 +32,7 @@ import numpy as np
 
 from mlx_lora.adapters.base import base_dims
 from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
 from mlx_lora.data.pairs import TextForm, load_pairs
 from mlx_lora.kernels.table import training_kernels
 from mlx_lora.losses.check import choose_compute
@@ -248,7 +248,7 @@ class Embed(Objective):
     asked: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     options: ContrastiveOptions = field(default_factory=ContrastiveOptions)
     kernels: Callable[[nn.Module], AbstractContextManager[Any]] = lambda model: nullcontext()
-    batch: tuple[int | None, int] = (None, 1)  # tokens and micro-batches, where the settings leave them open
+    batch: LoopSettings | None = None  # with the size of batches, once the data is read
 
     def open(self, ctx: RunContext) -> None:
         if ctx.settings.adapter.dropout:
@@ -316,17 +316,25 @@ class Embed(Objective):
         compute = choose_compute(ctx.settings, ctx.base, rows, ctx.strategy)
         whole = self.pooling == MEAN  # then the last block is computed at all positions
         ctx.compute = replace(compute, loss=replace(compute.loss, part_of_last=False)) if whole else compute
-        loop, mean = ctx.settings.loop, 1.25 * float((rows.lengths - 1).sum()) / max(1, rows.examples)
-        if loop.batch_tokens is None and loop.batch_size is None and loop.grad_accumulation_steps == 1:
-            wanted = math.ceil(min(NEGATIVES, rows.examples) * mean)
-            tokens = max(2, min(DEFAULT_BATCH_TOKENS, wanted))
-            self.batch = tokens, math.ceil(wanted / tokens)
+        self.batch = self.settled_by(ctx.settings, rows).loop
+
+    def settled_by(self, settings: TrainSettings, rows: EncodedSet) -> TrainSettings:
+        """Return the settings with batches of NEGATIVES examples, if how large they are is open."""
+        loop, mean = settings.loop, 1.25 * float((rows.lengths - 1).sum()) / max(1, rows.examples)
+        if loop.batch_tokens is not None or loop.batch_size is not None or loop.grad_accumulation_steps != 1:
+            return settings
+        wanted = math.ceil(min(NEGATIVES, rows.examples) * mean)
+        tokens = max(2, min(DEFAULT_BATCH_TOKENS, wanted))
+        loop = replace(loop, batch_tokens=tokens, grad_accumulation_steps=math.ceil(wanted / tokens))
+        return replace(settings, loop=loop)
 
     def settled(self, settings: TrainSettings) -> TrainSettings:
-        tokens, accumulation = self.batch
-        loop = replace(settings.loop, sample_tokens=0, cache_trunk="off")  # there is no text to write
-        if tokens is not None:
-            loop = replace(loop, batch_tokens=tokens, grad_accumulation_steps=accumulation)
+        sizes = (
+            {}
+            if self.batch is None
+            else {name: getattr(self.batch, name) for name in ("batch_tokens", "grad_accumulation_steps")}
+        )
+        loop = replace(settings.loop, sample_tokens=0, cache_trunk="off", **sizes)  # there is no text to write
         return replace(settings, objective=self.asked, loop=loop)
 
     def after_fit(self, ctx: RunContext, data: DataSplits, shape: ModelShape) -> DataSplits:
@@ -552,14 +560,8 @@ class EmbeddedSet:
                 real = np.array(arrays[5]) > 0
                 vectors.append(own[real])
                 numbers.append(np.array(arrays[4])[real])
-        ranks = strategy.ranks
-        ranks.meet()  # they finish at different times, and the host must wait for the others, not the device
-        told = (
-            ranks.everyone([[one.tolist() for one in vectors], [one.tolist() for one in numbers]])
-            if ranks.size > 1
-            else None
-        )
-        if told is not None:
+        if strategy.ranks.size > 1:
+            told = strategy.everyone([[one.tolist() for one in vectors], [one.tolist() for one in numbers]])
             vectors = [np.array(one, np.float32) for found, _ in told for one in found]
             numbers = [np.array(one, np.float32) for _, found in told for one in found]
         if not sum(map(len, vectors)):

@@ -160,9 +160,7 @@ class RankedSet:
             if strategy.counts:
                 real = (grades >= 0).any(axis=1)
                 found += np.stack([scores[real], grades[real]], axis=1).tolist()  # (E, 2, K)
-        ranks = strategy.ranks
-        ranks.meet()  # they finish at different times, and the host must wait for the others, not the device
-        queries = [one for part in ranks.everyone(found) for one in part]
+        queries = [one for part in strategy.everyone(found) for one in part]
         if not queries:
             return math.nan, 0, {}
         scores, grades = np.moveaxis(np.array(queries, np.float32), 1, 0)

@@ -95,6 +95,17 @@ class Strategy:
         """Whether what this rank computes of its batches is counted; False: another rank computes the same."""
         return True
 
+    def everyone(self, measured: Any) -> list[Any]:
+        """Return what every rank measured, by rank.
+
+        They finish at different times, so the host waits for the others first, not the device.
+
+        Args:
+            measured: a JSON value.
+        """
+        self.ranks.meet()
+        return self.ranks.everyone(measured)
+
     # The base
 
     def divide(self, base: Base, settings: TrainSettings) -> TrainSettings:
