@@ -66,14 +66,14 @@ def main(
         base = load_base(settings.model, read=not strategy.divides_base)
         template = load_adapter(base, folder, adapter.ignore_fingerprint).chat_template if folder else None
         if images:
-            from mlx_lora.api.picture_answers import picture_pieces  # text alone needs none of it
+            from mlx_lora.api.image_answers import image_answer_pieces  # text alone needs none of it
 
             if tools or ignore_chat_template or strategy.divides_base:
                 raise InputError(
                     "--image with --tools, --ignore-chat-template, --shard-base or --offload-base: pictures are shown by "
                     "the chat template to a whole model; leave them out"
                 )
-            pieces = picture_pieces(base, text, images, template, system_prompt, how, settings.data.max_pixels)
+            pieces = image_answer_pieces(base, text, images, template, system_prompt, how, settings.data.max_pixels)
             print_text(base.model_id, pieces, as_json, ranks.leads)
             return
         template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)

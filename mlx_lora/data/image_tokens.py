@@ -27,7 +27,7 @@ from transformers import AutoImageProcessor, PreTrainedTokenizerBase
 from mlx_lora.data.chat_template import controls_of
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Example, FormatError, Message
-from mlx_lora.data.images import BEGIN, END, MARK, Illustrated, Picture, PictureFiles, mark
+from mlx_lora.data.images import BEGIN, END, MARK, ImageConversation, ImageFile, ImageFiles, mark
 from mlx_lora.data.render import Rendered, Renderer, Rendering
 from mlx_lora.data.tokenize import Encoded, Encoder
 from mlx_lora.utils.errors import InputError
@@ -41,7 +41,7 @@ BLANK = 127  # gray
 
 
 @dataclass(frozen=True)
-class Shown:
+class ImageTokens:
     """How a model shows a picture of some size.
 
     Attributes:
@@ -56,7 +56,7 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Given:
+class ProcessedImage:
     """What a family's function gets.
 
     Attributes:
@@ -72,7 +72,7 @@ class Given:
     config: Mapping[str, Any]
 
 
-def _tiles(given: Given) -> Shown:
+def _tiles(given: ProcessedImage) -> ImageTokens:
     """Return Idefics 3's and SmolVLM's: tiles row by row, then the whole picture."""
     rows, columns = (int(np.ravel(given.outputs[name])[0]) for name in ("rows", "cols"))
     vision = given.config["vision_config"]
@@ -83,24 +83,24 @@ def _tiles(given: Given) -> Shown:
     for row in range(1, rows + 1):
         text += "".join(f"{edge}<row_{row}_col_{column}>{image}" for column in range(1, columns + 1)) + "\n"
     whole = f"{edge}<global-img>{image}{edge}"
-    return Shown(f"{text}\n{whole}" if rows else whole, (rows * columns + 1) * length)
+    return ImageTokens(f"{text}\n{whole}" if rows else whole, (rows * columns + 1) * length)
 
 
-def _merged_grid(given: Given) -> Shown:
+def _merged_grid(given: ProcessedImage) -> ImageTokens:
     """Return Qwen-VL's: a token for each square of patches."""
     _, height, width = (int(size) for size in given.outputs["image_grid_thw"][0])
     merge = given.processor.merge_size
     grid = height // merge, width // merge
-    return Shown("<|image_pad|>" * (grid[0] * grid[1]), grid[0] * grid[1], grid)
+    return ImageTokens("<|image_pad|>" * (grid[0] * grid[1]), grid[0] * grid[1], grid)
 
 
-def _fixed(given: Given) -> Shown:
+def _fixed(given: ProcessedImage) -> ImageTokens:
     """Return Gemma 3's: the same number for every picture."""
     count = given.settings.get("image_seq_length") or given.config.get("mm_tokens_per_image", 256)
-    return Shown(f"\n\n<start_of_image>{'<image_soft_token>' * count}<end_of_image>\n\n", count)
+    return ImageTokens(f"\n\n<start_of_image>{'<image_soft_token>' * count}<end_of_image>\n\n", count)
 
 
-def _patches(given: Given) -> Shown:
+def _patches(given: ProcessedImage) -> ImageTokens:
     """Return LLaVA's: a token for each patch."""
     height, width = np.shape(given.outputs["pixel_values"][0])[-2:]
     patch = given.settings.get("patch_size") or given.config["vision_config"]["patch_size"]
@@ -109,7 +109,7 @@ def _patches(given: Given) -> Shown:
         "vision_feature_select_strategy"
     )
     count -= strategy == "default"
-    return Shown("<image>" * count, count)
+    return ImageTokens("<image>" * count, count)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Family:
     """
 
     place: str
-    show: Callable[[Given], Shown]
+    show: Callable[[ProcessedImage], ImageTokens]
     asked: tuple[str, ...] = ()
     beside: frozenset[str] = frozenset()
 
@@ -203,12 +203,12 @@ class ImageProcessor:
         factor = (self.max_pixels / area) ** 0.5
         return max(1, int(size[0] * factor)), max(1, int(size[1] * factor))
 
-    def _shown(self, size: tuple[int, int]) -> Shown:
+    def _shown(self, size: tuple[int, int]) -> ImageTokens:
         """Return how a picture of a size, (width, height), is shown."""
         from PIL import Image
 
         blank = Image.new("RGB", self.limited_size(size), (BLANK,) * 3)
-        return self.family.show(Given(self._outputs(blank), self._processor, self._settings, self.config))
+        return self.family.show(ProcessedImage(self._outputs(blank), self._processor, self._settings, self.config))
 
     def _outputs(self, image: Any) -> Outputs:
         try:
@@ -222,7 +222,7 @@ class ImageProcessor:
 
 
 @dataclass
-class PictureTable:
+class ImageTable:
     """The pictures of a run's rows. A row's label is its number in `rows`.
 
     Attributes:
@@ -231,12 +231,12 @@ class PictureTable:
         shown: digest -> how it is shown.
     """
 
-    pictures: dict[str, Picture]
+    pictures: dict[str, ImageFile]
     rows: list[tuple[str, ...]]
-    shown: dict[str, Shown]
+    shown: dict[str, ImageTokens]
 
     @classmethod
-    def empty(cls) -> PictureTable:
+    def empty(cls) -> ImageTable:
         """Return one without pictures, in which a row without any has label 0."""
         return cls({}, [()], {})
 
@@ -245,10 +245,10 @@ class PictureTable:
         return [()] * rows if labels is None else [self.rows[int(label)] for label in labels]
 
 
-class PictureReader:
+class ImageReader:
     """Reads records with pictures into rows."""
 
-    def __init__(self, processor: ImageProcessor, roots: Sequence[Path], table: PictureTable, token: int):
+    def __init__(self, processor: ImageProcessor, roots: Sequence[Path], table: ImageTable, token: int):
         """Prepare to read.
 
         Args:
@@ -257,7 +257,7 @@ class PictureReader:
             table: gets the pictures.
             token: id of the model's image token.
         """
-        self.processor, self.files, self.table, self.token = processor, PictureFiles(roots), table, token
+        self.processor, self.files, self.table, self.token = processor, ImageFiles(roots), table, token
 
     def open_all(self, names: Sequence[str], sources: Mapping[str, str | bytes]) -> list[str]:
         """Return the digests of pictures, in order; they are put into the table.
@@ -280,13 +280,13 @@ class PictureReader:
             found.append(picture.digest)
         return found
 
-    def encoder(self, plain: Encoder) -> PictureEncoder:
+    def encoder(self, plain: Encoder) -> ImageRowEncoder:
         """Return an encoder like this one that also takes pictures."""
-        return PictureEncoder(plain, self)
+        return ImageRowEncoder(plain, self)
 
 
 def encode_question(
-    reader: PictureReader,
+    reader: ImageReader,
     tokenizer: PreTrainedTokenizerBase,
     template: str,
     text: str,
@@ -306,7 +306,7 @@ def encode_question(
     Raises:
         InputError: a picture cannot be used, or the template refuses the question.
     """
-    renderer = PictureRenderer(tokenizer, template, reader.processor.family.place)
+    renderer = ImageRenderer(tokenizer, template, reader.processor.family.place)
     sources: dict[str, str | bytes] = {}
     marks = "".join(mark(picture, sources) for picture in pictures)
     messages: list[Message] = [{"role": "system", "content": system_prompt}] if system_prompt else []
@@ -326,7 +326,7 @@ def encode_question(
     return list(tokens), tuple(digests)
 
 
-class PictureRenderer(Renderer):
+class ImageRenderer(Renderer):
     """Renders conversations whose content has marks of pictures."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, place: str, **options: Any):
@@ -375,15 +375,15 @@ class PictureRenderer(Renderer):
         return super()._unshown(text, pieces)
 
 
-class PictureEncoder(Encoder):
+class ImageRowEncoder(Encoder):
     """Encodes examples with pictures; a row's label says which ones it has."""
 
-    def __init__(self, plain: Encoder, reader: PictureReader):
+    def __init__(self, plain: Encoder, reader: ImageReader):
         """Take over what an encoder of text was made with."""
         vars(self).update(vars(plain))
         self._reader, self._place = reader, reader.processor.family.place
         if plain.template is not None:
-            self.renderer = PictureRenderer(
+            self.renderer = ImageRenderer(
                 plain.tokenizer,
                 plain.template,
                 self._place,
@@ -425,7 +425,7 @@ class PictureEncoder(Encoder):
         return None
 
     def _render(self, example: Example) -> Rendering:
-        illustrated = isinstance(example, Illustrated)
+        illustrated = isinstance(example, ImageConversation)
         digests = tuple(self._reader.open_all(example.marks, example.sources)) if illustrated else ()
         rendering = super()._render(example)
         self._of[id(example)] = digests

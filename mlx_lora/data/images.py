@@ -58,7 +58,7 @@ MOST_STRETCH = 200  # longest side by shortest, as in transformers' processors
 
 
 @dataclass(frozen=True)
-class Illustrated(Conversation):
+class ImageConversation(Conversation):
     """A conversation with pictures, each of which is a mark in the content of a message.
 
     Attributes:
@@ -73,7 +73,7 @@ class Illustrated(Conversation):
         return [digest for message in self.messages for digest in MARK.findall(message["content"])]
 
 
-def parse_illustrated(record: Fields, settings: DataSettings, named: NamedColumns) -> tuple[str, Example]:
+def parse_with_images(record: Fields, settings: DataSettings, named: NamedColumns) -> tuple[str, Example]:
     """Return a record as an example, with its format; without pictures, it is one of text.
 
     Raises:
@@ -94,7 +94,7 @@ def parse_illustrated(record: Fields, settings: DataSettings, named: NamedColumn
         example = Conversation([{"role": role, "content": content} for role, content in turns])
     if any(MARK.search(message["content"]) for message in example.messages if message["role"] == "assistant"):
         raise FormatError("a picture in an answer; models that see cannot write pictures")
-    return kind, Illustrated(example.messages, example.tools, example.reasoning_field, example.unread, sources)
+    return kind, ImageConversation(example.messages, example.tools, example.reasoning_field, example.unread, sources)
 
 
 def _marked(record: Fields, settings: DataSettings, sources: dict[str, str | bytes]) -> Fields:
@@ -226,7 +226,7 @@ def _source(value: Any) -> str | bytes:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageFile:
     """A picture that can be opened.
 
     Attributes:
@@ -255,14 +255,14 @@ class Picture:
             raise InputError(f"{name}: {error}, since the data were read; start the run again") from error
 
 
-class PictureFiles:
+class ImageFiles:
     """Opens the pictures of some data sets."""
 
     def __init__(self, roots: Sequence[Path]):
         """Take pictures from below these folders only."""
         self._roots = [root.resolve() for root in roots]
 
-    def open(self, source: str | bytes) -> Picture:
+    def open(self, source: str | bytes) -> ImageFile:
         """Return a picture, which can be decoded.
 
         Raises:
@@ -320,8 +320,8 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _picture(content: bytes, source: Path | bytes) -> Picture:
-    return Picture(source, _sha256(content), _decoded(content).size)
+def _picture(content: bytes, source: Path | bytes) -> ImageFile:
+    return ImageFile(source, _sha256(content), _decoded(content).size)
 
 
 def _decoded(content: bytes) -> Image:

@@ -74,7 +74,7 @@ from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
-    from mlx_lora.data.image_tokens import PictureReader
+    from mlx_lora.data.image_tokens import ImageReader
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class Seen:
 
     teacher_prompt: str | None = None
     tools: Sequence[dict[str, Any]] | None = None
-    pictures: PictureReader | None = None
+    pictures: ImageReader | None = None
 
 
 def load_data(
@@ -141,7 +141,7 @@ def load_data(
     records: str = "examples",
     teacher_prompt: str | None = None,
     tools: Sequence[dict[str, Any]] | None = None,
-    pictures: PictureReader | None = None,
+    pictures: ImageReader | None = None,
 ) -> DataSplits:
     """Return the data of a run, encoded and split, or taken from the cache of an earlier run.
 
@@ -295,7 +295,7 @@ def load_eval_set(
     records: str = "examples",
     teacher_prompt: str | None = None,
     tools: Sequence[dict[str, Any]] | None = None,
-    pictures: PictureReader | None = None,
+    pictures: ImageReader | None = None,
 ) -> EncodedSet:
     """Return the encoded set for `evaluate --data`: all rows of a file, or a folder's test or else validation file.
 

@@ -281,9 +281,9 @@ def parse_rows(
             continue
         try:
             if records == PICTURES:
-                from mlx_lora.data.images import parse_illustrated  # a run without pictures needs none of it
+                from mlx_lora.data.images import parse_with_images  # a run without pictures needs none of it
 
-                kind, example = parse_illustrated(record.value, settings, named)
+                kind, example = parse_with_images(record.value, settings, named)
                 rows.add(name, record, kind, [example])
                 continue
             # Entries of a class of their own name their columns themselves.

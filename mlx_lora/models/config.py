@@ -31,7 +31,7 @@ from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
 from transformers import CONFIG_MAPPING
 
 from mlx_lora.models import encoder
-from mlx_lora.models.text_part import model_classes
+from mlx_lora.models.vlm_text import model_classes
 from mlx_lora.utils.errors import InputError
 
 PARTS = ("text_config", "llm_config", "language_config", "thinker_config")

@@ -7,7 +7,7 @@ checkpointing are the same. Tower and connector are mlx-vlm's. A frozen tower is
 
     pixels of a picture -> tower -> connector -> embeddings (n, D), and of Qwen3-VL more of them for its first blocks
 
-`models/picture_inputs.py` puts them into a batch.
+`models/image_inputs.py` puts them into a batch.
 
 mlx-vlm has one method per family that computes the embeddings of a whole prompt. It is called here with a prompt of nothing
 but a picture's tokens, and a language model that only gives zeros, so that its result is the picture's embeddings. So a
@@ -42,7 +42,7 @@ QUANTIZED = ("weight", "scales", "biases")
 
 
 @dataclass(frozen=True)
-class Seen:
+class ImageFeatures:
     """What the language model gets of one picture.
 
     Attributes:
@@ -90,7 +90,7 @@ class VisionTower:
         """The size of its parameters."""
         return sum(array.nbytes for array in arrays_of(self.model).values())
 
-    def see(self, pixels: Mapping[str, np.ndarray], tokens: int) -> Seen:
+    def features(self, pixels: Mapping[str, np.ndarray], tokens: int) -> ImageFeatures:
         """Return what the language model gets of one picture; it is computed here.
 
         Args:
@@ -114,7 +114,7 @@ class VisionTower:
             raise InputError(f"mlx-vlm's tower fails on a picture of {tokens} tokens ({short(error, 200)})") from error
         if len(embeddings) != tokens:
             raise InputError(f"mlx-vlm's tower gives {len(embeddings)} embeddings of a picture of {tokens} tokens")
-        return Seen(embeddings, stacked)
+        return ImageFeatures(embeddings, stacked)
 
 
 def arrays_of(model: nn.Module) -> dict[str, mx.array]:
@@ -139,7 +139,7 @@ class NoText(nn.Module):
         return mx.zeros((*tokens.shape, self._width), self._dtype)
 
     def get_rope_index(self, *args: Any, **kwargs: Any) -> tuple[None, None]:
-        """Return no positions: models/picture_inputs.py has those of the whole row."""
+        """Return no positions: models/image_inputs.py has those of the whole row."""
         return None, None
 
 

@@ -33,7 +33,7 @@ from mlx_lora.exporters.adapter_folder import (
     load_adapter,
     read_adapter_config,
 )
-from mlx_lora.exporters.adapter_start import resume_file
+from mlx_lora.exporters.initial_adapter import resume_file
 from mlx_lora.kernels.table import KernelChoice, training_kernels
 from mlx_lora.losses import preference as pair_losses
 from mlx_lora.losses.check import choose_loss

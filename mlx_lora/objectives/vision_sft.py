@@ -1,11 +1,11 @@
 """Imitation with pictures: cross-entropy on the answers' tokens, of conversations that have pictures.
 
 The rows are those of imitation, with a picture's tokens where it is shown (data/image_tokens.py). What the language model
-reads at these tokens comes from the frozen tower (models/vision.py), once for each picture (objectives/seen_pictures.py):
+reads at these tokens comes from the frozen tower (models/vision.py), once for each picture (objectives/image_features.py):
 
     batch -> rows' pictures -> embeddings (F, D), places (B, T), and what the family needs besides -> loss of tokens
 
-The loss, its kernels, checkpointing and adapters are those of imitation. Inside `seeing` (models/picture_inputs.py) the
+The loss, its kernels, checkpointing and adapters are those of imitation. Inside `with_images` (models/image_inputs.py) the
 model reads embeddings in place of image tokens.
 
 Shapes: B rows, T columns, F embeddings of a batch's pictures, padded to a power of two so that few shapes are compiled.
@@ -25,15 +25,15 @@ import numpy as np
 
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.data.files import find_sets
-from mlx_lora.data.image_tokens import ImageProcessor, PictureReader, PictureTable
+from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable
 from mlx_lora.data.load import DataSplits, load_data, load_eval_set
 from mlx_lora.data.read import PICTURES
 from mlx_lora.losses.cross_entropy import Arrays, Loss
 from mlx_lora.models.folder import FOREIGN_ERRORS
-from mlx_lora.models.picture_inputs import Sight, positions_of, prepare_rotation, seeing
+from mlx_lora.models.image_inputs import ImageInputSpec, positions_of, prepare_rotation, with_images
 from mlx_lora.models.vision import LANGUAGE, VisionTower, arrays_of, build_tower, image_token, load_tower
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
-from mlx_lora.objectives.seen_pictures import SeenPictures
+from mlx_lora.objectives.image_features import ImageFeatureCache
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_config
@@ -65,11 +65,11 @@ class VisionSFT(Objective):
     """Imitation with pictures."""
 
     def __post_init__(self) -> None:
-        self.table = PictureTable.empty()
-        self._eyes: Eyes | None = None
+        self.table = ImageTable.empty()
+        self._eyes: VisionEncoder | None = None
 
     @property
-    def eyes(self) -> Eyes:
+    def vision(self) -> VisionEncoder:
         """The tower and what belongs to it.
 
         Raises:
@@ -94,20 +94,20 @@ class VisionSFT(Objective):
             raise InputError(
                 "--cache-trunk on with --objective vision_sft: the tower's output is kept instead; leave it out"
             )
-        self._eyes = Eyes.of(ctx.base, ctx.settings.data, self.table)
+        self._eyes = VisionEncoder.of(ctx.base, ctx.settings.data, self.table)
 
     def read_data(self, ctx: RunContext, data: DataSettings, teacher_prompt: str | None = None) -> DataSplits:
         """Read conversations with pictures; see `Objective.read_data`."""
-        reader = self._reader(data, self.eyes.processor, ctx.base.config)
+        reader = self._reader(data, self.vision.processor, ctx.base.config)
         put_template(ctx.base.hf_tokenizer, ctx.base.folder, data, reader.processor.family.place)
         splits = load_data(data, ctx.base.hf_tokenizer, ctx.settings.loop.seed, ctx.today, PICTURES, pictures=reader)
-        ctx.record.identity["pictures"] = self.eyes.identity()
-        ctx.record.lines.append(self.eyes.words())
+        ctx.record.identity["pictures"] = self.vision.identity()
+        ctx.record.lines.append(self.vision.words())
         return splits
 
     def read_set(self, ctx: RunContext, data: DataSettings) -> EncodedSet:
         """Read one set to measure; see `Objective.read_set`."""
-        reader = self._reader(data, self.eyes.processor, ctx.base.config)
+        reader = self._reader(data, self.vision.processor, ctx.base.config)
         put_template(ctx.base.hf_tokenizer, ctx.base.folder, data, reader.processor.family.place)
         return load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, PICTURES, pictures=reader)
 
@@ -126,10 +126,10 @@ class VisionSFT(Objective):
         put_template(tokenizer, folder, data, reader.processor.family.place)
         return load_data(data, tokenizer, settings.loop.seed, today, PICTURES, pictures=reader)
 
-    def _reader(self, data: DataSettings, processor: ImageProcessor, config: dict[str, Any]) -> PictureReader:
+    def _reader(self, data: DataSettings, processor: ImageProcessor, config: dict[str, Any]) -> ImageReader:
         files = [file.path for one in find_sets(data.data or "") for files in one.splits.values() for file in files]
         roots = list(dict.fromkeys(path.parent for path in files))
-        return PictureReader(processor, roots, self.table, image_token(config))
+        return ImageReader(processor, roots, self.table, image_token(config))
 
     def settled(self, settings: TrainSettings) -> TrainSettings:
         """Return the settings without what would compute rows without their pictures."""
@@ -137,13 +137,13 @@ class VisionSFT(Objective):
 
     def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
         """Return the loss of tokens on a model that sees; see `Objective.bind`."""
-        sight = self.eyes.sight
+        spec = self.vision.spec
         count = len(Arrays._fields)
-        prepare_rotation(model, sight)
+        prepare_rotation(model, spec)
 
         def with_pictures(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(model: nn.Module, *arrays: mx.array) -> Any:
-                with seeing(model, sight, arrays[count:]):
+                with with_images(model, spec, arrays[count:]):
                     return function(model, *arrays[:count])
 
             return call
@@ -161,39 +161,39 @@ class VisionSFT(Objective):
     def arrays_of(self, batch: Batch) -> tuple[mx.array, ...]:
         """Return the loss's arguments for a batch: those of imitation, then those of its pictures."""
         rows = self.table.of_labels(batch.labels, len(batch.inputs))
-        return (*Arrays.of(batch), *self.eyes.arrays(batch.inputs, rows))
+        return (*Arrays.of(batch), *self.vision.arrays(batch.inputs, rows))
 
     def header_words(self, plan: BatchPlan, ctx: RunContext) -> list[str]:
         """Return words on the tower for the run's header."""
-        return [f"tower frozen, {self.eyes.tower.size_bytes / 1e6:.0f} MB"]
+        return [f"tower frozen, {self.vision.tower.size_bytes / 1e6:.0f} MB"]
 
     def other_models_bytes(self, settings: TrainSettings) -> int:
         """Return the bytes of the tower, and of what it saw, as far as they stay in memory."""
         if self._eyes is None:
             return planned_tower_bytes(settings)
-        return self.eyes.tower.size_bytes + min(self.eyes.seen.most_bytes, self.eyes.pictures_bytes())
+        return self.vision.tower.size_bytes + min(self.vision.seen.most_bytes, self.vision.pictures_bytes())
 
 
 @dataclass(frozen=True)
-class Eyes:
+class VisionEncoder:
     """A model's tower with its image processor, and how the language model reads what it sees.
 
     Attributes:
         tower: frozen.
         processor: makes pixels and tokens of pictures.
-        sight: of the language model.
+        spec: of the language model.
         table: of the pictures.
         seen: what the tower saw.
     """
 
     tower: VisionTower
     processor: ImageProcessor
-    sight: Sight
-    table: PictureTable
-    seen: SeenPictures
+    spec: ImageInputSpec
+    table: ImageTable
+    seen: ImageFeatureCache
 
     @classmethod
-    def of(cls, base: Base, data: DataSettings, table: PictureTable) -> Eyes:
+    def of(cls, base: Base, data: DataSettings, table: ImageTable) -> VisionEncoder:
         """Load the tower of a base.
 
         Raises:
@@ -202,7 +202,7 @@ class Eyes:
         folder: Path = base.folder
         processor = ImageProcessor(folder, base.config, data.max_pixels)
         tower = load_tower(folder, device.compute_dtype(base_dtype(base)))
-        return cls(tower, processor, Sight.of(base.config), table, SeenPictures(tower, processor, table))
+        return cls(tower, processor, ImageInputSpec.of(base.config), table, ImageFeatureCache(tower, processor, table))
 
     def identity(self) -> str:
         """Return what tells other pictures, or other pixels of them, apart."""
@@ -227,11 +227,11 @@ class Eyes:
 
     def pictures_bytes(self) -> int:
         """Return the bytes of what the tower sees of all pictures."""
-        each = self.tower.width * 4 * (1 + self.sight.deep)
+        each = self.tower.width * 4 * (1 + self.spec.deep)
         return each * sum(shown.tokens for shown in self.table.shown.values())
 
     def arrays(self, inputs: np.ndarray, rows: list[tuple[str, ...]]) -> list[mx.array]:
-        """Return the arrays that `seeing` takes for a batch.
+        """Return the arrays that `with_images` takes for a batch.
 
         Args:
             inputs: (B, T) token ids.
@@ -252,16 +252,16 @@ class Eyes:
             "embeddings": mx.concatenate([*(one.embeddings for one in seen), mx.zeros((room, width), dtype)]),
             "places": mx.array(places),
         }
-        if self.sight.both_ways:
+        if self.spec.both_ways:
             given["pictures"] = mx.array(self._numbers(is_picture, rows))
-        if self.sight.sections is not None:
+        if self.spec.sections is not None:
             grids = [[self.table.shown[digest].grid for digest in row] for row in rows]
             found = [positions_of(row, grid) for row, grid in zip(is_picture, grids, strict=True)]
             given["positions"] = mx.array(np.stack(found, axis=1))  # (3, B, T)
-        if self.sight.deep:
+        if self.spec.deep:
             deep = [one.deep for one in seen if one.deep is not None]
-            given["deep"] = mx.concatenate([*deep, mx.zeros((self.sight.deep, room, width), dtype)], axis=1)
-        return [given[name] for name in self.sight.names]
+            given["deep"] = mx.concatenate([*deep, mx.zeros((self.spec.deep, room, width), dtype)], axis=1)
+        return [given[name] for name in self.spec.names]
 
     def _numbers(self, is_picture: np.ndarray, rows: list[tuple[str, ...]]) -> np.ndarray:
         """Return the number of the picture that each token belongs to, in its row; (B, T) int32, 0 for text."""
@@ -283,7 +283,7 @@ def planned_tower_bytes(settings: TrainSettings) -> int:
     return sum(array.size * size for name, array in parameters.items() if not name.startswith(LANGUAGE))
 
 
-def picture_template(tokenizer: PreTrainedTokenizerBase, folder: Path, place: str) -> str | None:
+def image_template(tokenizer: PreTrainedTokenizerBase, folder: Path, place: str) -> str | None:
     """Return the chat template of a model that shows pictures; None if it has no template.
 
     Older folders have two: that of the tokenizer for text alone, and the processor's in chat_template.json.
@@ -298,7 +298,7 @@ def picture_template(tokenizer: PreTrainedTokenizerBase, folder: Path, place: st
 
 def put_template(tokenizer: PreTrainedTokenizerBase, folder: Path, data: DataSettings, place: str) -> None:
     """Give a model's tokenizer the template that shows pictures, unless the settings name another."""
-    if data.chat_template is None and (template := picture_template(tokenizer, folder, place)) is not None:
+    if data.chat_template is None and (template := image_template(tokenizer, folder, place)) is not None:
         tokenizer.chat_template = template
 
 

@@ -25,7 +25,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from mlx_lora.gguf.arch import model_config
 from mlx_lora.gguf.reader import is_gguf, read_gguf
 from mlx_lora.models.folder import FOREIGN_ERRORS, import_architecture, read_safetensors_header, short
-from mlx_lora.models.text_part import model_classes
+from mlx_lora.models.vlm_text import model_classes
 from mlx_lora.studio.folders import Folders
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError

@@ -13,7 +13,7 @@ from mlx_lora.adapters.inject import Adapted, adapt_model
 from mlx_lora.adapters.qat import begin_qat, end_qat
 from mlx_lora.exporters.adapter_config import head_of
 from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, read_adapter_config
-from mlx_lora.exporters.adapter_start import put_start, read_start
+from mlx_lora.exporters.initial_adapter import put_start, read_start
 from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
 from mlx_lora.utils.errors import InputError
 

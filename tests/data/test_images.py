@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.examples import FormatError
 from mlx_lora.data.formats import NamedColumns
-from mlx_lora.data.images import MARK, Illustrated, PictureFiles, parse_illustrated
+from mlx_lora.data.images import MARK, ImageConversation, ImageFiles, parse_with_images
 from mlx_lora.data.records import read_records
 from mlx_lora.utils.errors import InputError
 
@@ -33,14 +33,14 @@ def as_bytes(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     return file.getvalue()
 
 
-def parsed(record: dict, **settings) -> Illustrated:
+def parsed(record: dict, **settings) -> ImageConversation:
     asked = DataSettings(**settings)
-    _, example = parse_illustrated(record, asked, NamedColumns.of(asked))
-    assert isinstance(example, Illustrated)
+    _, example = parse_with_images(record, asked, NamedColumns.of(asked))
+    assert isinstance(example, ImageConversation)
     return example
 
 
-def shown(example: Illustrated) -> list[tuple[str, str]]:
+def shown(example: ImageConversation) -> list[tuple[str, str]]:
     """Return roles and contents, with sources in place of marks."""
     return [(m["role"], MARK.sub(lambda one: f"[{example.sources[one[1]]}]", m["content"])) for m in example.messages]
 
@@ -114,8 +114,8 @@ def test_a_record_whose_pictures_have_no_place_is_refused(name):
 
 def test_a_record_without_pictures_is_text():
     asked = DataSettings()
-    _, example = parse_illustrated({"prompt": "<image>", "completion": "b"}, asked, NamedColumns.of(asked))
-    assert not isinstance(example, Illustrated)
+    _, example = parse_with_images({"prompt": "<image>", "completion": "b"}, asked, NamedColumns.of(asked))
+    assert not isinstance(example, ImageConversation)
 
 
 # Pictures
@@ -178,7 +178,7 @@ def test_a_bad_file_is_refused_in_one_line(name, folder):
     file.write_bytes(BAD_FILES[name])
     for source in (file.name, BAD_FILES[name], f"data:;base64,{base64.b64encode(BAD_FILES[name]).decode()}"):
         with pytest.raises(FormatError) as refused:
-            PictureFiles([folder]).open(source)
+            ImageFiles([folder]).open(source)
         assert "\n" not in str(refused.value)
         assert len(str(refused.value)) < 400
 
@@ -186,7 +186,7 @@ def test_a_bad_file_is_refused_in_one_line(name, folder):
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_bad_name_is_refused_in_one_line(name, folder):
     with pytest.raises(FormatError) as refused:
-        PictureFiles([folder]).open(BAD_NAMES[name])
+        ImageFiles([folder]).open(BAD_NAMES[name])
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 400
 
@@ -205,7 +205,7 @@ def test_good_pictures_are_opened_in_rgb_whatever_their_name(name, folder):
     content, size = GOOD[name]
     (folder / "wrong.txt").write_bytes(content)
     for source in ("wrong.txt", content, f"data:image/x;base64,{base64.b64encode(content).decode()}"):
-        found = PictureFiles([folder]).open(source)
+        found = ImageFiles([folder]).open(source)
         image = found.pixels()
         assert (found.size, image.size, image.mode) == (size, size, "RGB")
 
@@ -215,7 +215,7 @@ def test_a_rotated_picture_is_upright(folder):
     exif[0x0112] = 6  # a quarter turn
     image = noise(12, 9)
     content = as_bytes(image, "PNG", exif=exif)
-    found = PictureFiles([folder]).open(content)
+    found = ImageFiles([folder]).open(content)
     assert found.size == (9, 12)
     assert np.array_equal(
         np.asarray(found.pixels()), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
@@ -226,7 +226,7 @@ def test_a_rotated_picture_is_upright(folder):
 def test_a_picture_that_has_changed_is_told(folder):
     file = folder / "changing.png"
     file.write_bytes(WHOLE)
-    found = PictureFiles([folder]).open("changing.png")
+    found = ImageFiles([folder]).open("changing.png")
     found.pixels()
     file.write_bytes(as_bytes(noise(seed=5)))
     with pytest.raises(InputError, match="changed"):
@@ -240,5 +240,5 @@ def test_bytes_of_a_parquet_file_are_pictures(tmp_path):
     (record,) = read_records(tmp_path / "train.parquet")
     found = parsed(record.value)
     (source,) = found.sources.values()
-    assert PictureFiles([tmp_path]).open(source).size == (12, 9)
+    assert ImageFiles([tmp_path]).open(source).size == (12, 9)
     assert json.dumps(record.value)

@@ -14,7 +14,7 @@ from vision_judge import judge_inputs, judge_processor
 from vision_rows import CHATS, picture, read_rows, write_rows
 
 from mlx_lora.exporters.adapter_folder import load_adapter
-from mlx_lora.models.picture_inputs import seeing
+from mlx_lora.models.image_inputs import with_images
 
 pytest.importorskip("mlx_vlm")
 BAR = 1e-4
@@ -42,10 +42,10 @@ def own_logits(root: Path, adapter: Path | None):
         load_adapter(rows.base, adapter)
     tokens = rows.rows.row(0)[0]
     (digest,) = rows.objective.table.of_labels(rows.rows.labels, len(rows.rows))[0]
-    eyes = rows.objective.eyes
-    with seeing(rows.base.model, eyes.sight, eyes.arrays(tokens[None], [(digest,)])):
+    vision = rows.objective.vision
+    with with_images(rows.base.model, vision.spec, vision.arrays(tokens[None], [(digest,)])):
         logits = np.array(rows.base.model(mx.array(tokens[None])))[0]
-    return logits, tokens, eyes.processor.pixels(rows.objective.table.pictures[digest].pixels())
+    return logits, tokens, vision.processor.pixels(rows.objective.table.pictures[digest].pixels())
 
 
 @pytest.mark.parity

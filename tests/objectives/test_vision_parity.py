@@ -17,7 +17,7 @@ from mlx_lora.adapters.inject import adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN
-from mlx_lora.models.picture_inputs import seeing
+from mlx_lora.models.image_inputs import with_images
 from mlx_lora.trainer.step import differentiation
 
 pytestmark = pytest.mark.parity
@@ -51,7 +51,7 @@ def test_tokens_logits_loss_and_gradients_are_those_of_transformers(compared):
     arrays = rows.arrays()
 
     bound = rows.objective.bind(PLAIN, model)
-    with seeing(model, rows.objective.eyes.sight, arrays[5:]):
+    with with_images(model, rows.objective.vision.spec, arrays[5:]):
         found = np.array(model(arrays[0]))
     for number, expected in enumerate(logits):
         own = found[number, : len(expected) - 1]
@@ -75,7 +75,7 @@ def test_without_its_picture_a_row_has_another_loss(compared):
     arrays = list(rows.arrays())
     bound = rows.objective.bind(PLAIN, model)
     right = bound.loss.measure(model, *arrays)[0].item()
-    for number, name in enumerate(rows.objective.eyes.sight.names, 5):
+    for number, name in enumerate(rows.objective.vision.spec.names, 5):
         if name == "pictures":
             changed = mx.zeros_like(arrays[number])
         elif name == "positions":

@@ -15,11 +15,11 @@ from tiers import by_default
 from tiny_vision import MAKERS, write_model_here
 from vision_rows import conversation, picture, read_rows, write_rows
 
-from mlx_lora.data.image_tokens import PictureTable
+from mlx_lora.data.image_tokens import ImageTable
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN
-from mlx_lora.models.picture_inputs import SeeingModel, Sight, positions_of, seeing
-from mlx_lora.objectives.seen_pictures import SeenPictures
+from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages, positions_of, with_images
+from mlx_lora.objectives.image_features import ImageFeatureCache
 from mlx_lora.trainer.step import differentiation
 from mlx_lora.utils.errors import InputError
 
@@ -164,7 +164,7 @@ def test_no_image_token_is_trained(tmp_path):
     model = write_model_here("smolvlm", tmp_path / "model")
     for masked in (True, False):
         rows = read_rows(model, write_rows(tmp_path / "data"), mask_prompt=masked)
-        is_picture = rows.rows.tokens == rows.objective.eyes.tower.token
+        is_picture = rows.rows.tokens == rows.objective.vision.tower.token
         assert is_picture.any()
         assert not (rows.rows.mask & is_picture).any()
 
@@ -173,7 +173,7 @@ def test_a_row_that_is_cut_inside_a_picture_is_told(tmp_path):
     chat = [*conversation("Hi", (), ("Yes.",)), *conversation("Which?", (0,), ("A cat.",))]
     model, data = write_model_here("smolvlm", tmp_path / "model"), write_rows(tmp_path / "data", [(chat, (0,))])
     whole = read_rows(model, data).rows
-    first = int(np.argmax(whole.tokens == read_rows(model, data).objective.eyes.tower.token))
+    first = int(np.argmax(whole.tokens == read_rows(model, data).objective.vision.tower.token))
     with pytest.raises(InputError, match="inside a picture"):
         read_rows(model, data, max_seq_length=first + 2)
     assert len(read_rows(model, data, max_seq_length=first).rows) == 1  # cut before the picture
@@ -184,17 +184,17 @@ def test_generated_tokens_are_those_of_the_whole_row(family, tmp_path):
     from mlx_lm.generate import generate_step
 
     rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data"))
-    eyes, model = rows.objective.eyes, rows.base.model
+    vision, model = rows.objective.vision, rows.base.model
     tokens = rows.rows.row(2)[0]
     digests = rows.objective.table.of_labels(rows.rows.labels, 3)[2]
-    arrays = eyes.arrays(tokens[None], [digests])
-    reader = SeeingModel(model, eyes.sight, arrays)
+    arrays = vision.arrays(tokens[None], [digests])
+    reader = ModelWithImages(model, vision.spec, arrays)
     given = generate_step(
         mx.array(tokens), reader, max_tokens=6, prompt_cache=reader.caches(), prefill_step_size=len(tokens)
     )
     wrote = [int(token) for token, _ in given]
     whole = np.concatenate([tokens, wrote[:-1]]).astype(np.int32)
-    with seeing(model, eyes.sight, eyes.arrays(whole[None], [digests])):
+    with with_images(model, vision.spec, vision.arrays(whole[None], [digests])):
         logits = np.array(model(mx.array(whole[None])))[0]
     for number, token in enumerate(wrote):
         row = logits[len(tokens) - 1 + number]
@@ -203,19 +203,19 @@ def test_generated_tokens_are_those_of_the_whole_row(family, tmp_path):
 
 def test_pictures_are_seen_once_and_kept_on_disk(tmp_path, own_cache):
     rows = read_rows(write_model_here("smolvlm", tmp_path / "model"), write_rows(tmp_path / "data"))
-    eyes = rows.objective.eyes
+    vision = rows.objective.vision
     first = [np.array(array) for array in rows.arrays()]
     rows.arrays()
-    assert (eyes.seen.computed, eyes.seen.read) == (3, 0)
-    again = SeenPictures(eyes.tower, eyes.processor, eyes.table, most_bytes=1)
-    object.__setattr__(eyes, "seen", again)
+    assert (vision.seen.computed, vision.seen.read) == (3, 0)
+    again = ImageFeatureCache(vision.tower, vision.processor, vision.table, most_bytes=1)
+    object.__setattr__(vision, "seen", again)
     for _ in range(2):
         assert all(np.array_equal(a, np.array(b)) for a, b in zip(first, rows.arrays(), strict=True))
     assert (again.computed, again.read) == (0, 6)
     (file, *_) = (own_cache / "pictures").rglob("*.safetensors")
     file.write_bytes(b"damaged")
-    other = SeenPictures(eyes.tower, eyes.processor, eyes.table)
-    object.__setattr__(eyes, "seen", other)
+    other = ImageFeatureCache(vision.tower, vision.processor, vision.table)
+    object.__setattr__(vision, "seen", other)
     assert all(np.array_equal(a, np.array(b)) for a, b in zip(first, rows.arrays(), strict=True))
     assert (other.computed, other.read) == (1, 2)
 
@@ -241,8 +241,8 @@ def test_positions_of_a_row_with_two_pictures():
 
 
 def test_a_model_without_three_positions_asks_for_none():
-    assert Sight.of({"model_type": "llava", "text_config": {}}).names == ("embeddings", "places")
-    assert "positions" in Sight.of({"text_config": {"rope_parameters": {"mrope_section": [2, 3, 3]}}}).names
+    assert ImageInputSpec.of({"model_type": "llava", "text_config": {}}).names == ("embeddings", "places")
+    assert "positions" in ImageInputSpec.of({"text_config": {"rope_parameters": {"mrope_section": [2, 3, 3]}}}).names
 
 
 # What is refused
@@ -259,7 +259,7 @@ def test_sft_on_pictures_says_what_to_do(model, tmp_path):
 
 
 def test_a_table_knows_the_pictures_of_rows():
-    table = PictureTable.empty()
+    table = ImageTable.empty()
     table.rows.append(("a", "b"))
     assert table.of_labels(np.array([1.0, 0.0], np.float32), 2) == [("a", "b"), ()]
     assert table.of_labels(None, 2) == [(), ()]

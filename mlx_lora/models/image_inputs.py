@@ -1,6 +1,6 @@
 """Let a language model read pictures: put their embeddings where their tokens are, and let attention see them as it should.
 
-A row has tokens of text and, for each picture, a run of the model's image tokens. Inside `seeing`, a call of the model with
+A row has tokens of text and, for each picture, a run of the model's image tokens. Inside `with_images`, a call of the model with
 such rows differs from one of text in up to four places, depending on the family:
 
     embedding    a picture's embeddings take the place of what the embedding gives for its tokens       all
@@ -37,7 +37,7 @@ BOTH_WAYS = ("gemma3",)
 
 
 @dataclass(frozen=True)
-class Sight:
+class ImageInputSpec:
     """How a language model reads pictures.
 
     Attributes:
@@ -53,7 +53,7 @@ class Sight:
     deep: int = 0
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Sight:
+    def of(cls, config: Mapping[str, Any]) -> ImageInputSpec:
         """Return it for a model's config.json."""
         text = config.get("text_config") or config
         rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
@@ -68,12 +68,12 @@ class Sight:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the arrays that a batch needs, in the order of `PictureArrays`."""
+        """The names of the arrays that a batch needs, in the order of `ImageArrays`."""
         asked = {"pictures": self.both_ways, "positions": self.sections is not None, "deep": self.deep > 0}
         return ("embeddings", "places", *(name for name, needed in asked.items() if needed))
 
 
-class Layout(NamedTuple):
+class PositionsAndMask(NamedTuple):
     """Positions and mask of a batch with pictures, in the role of every layer's cache.
 
     It holds only arrays and never changes, so a checkpointed block may take it as an argument.
@@ -118,26 +118,26 @@ NONE = mx.zeros((0,), mx.int32)
 
 
 @contextmanager
-def seeing(model: nn.Module, sight: Sight, arrays: Sequence[mx.array]) -> Iterator[None]:
+def with_images(model: nn.Module, spec: ImageInputSpec, arrays: Sequence[mx.array]) -> Iterator[None]:
     """Let a model read the pictures of a batch inside the context.
 
     Args:
         model: an mlx-lm model with a text part, adapted or not.
-        sight: of the model.
-        arrays: those that `sight.names` names: embeddings (F, D); places (B, T) int32, the number of the embedding that
-            takes a token's place, from 1, 0 for text; pictures (B, T) and positions (3, B, T) as in `Layout`;
+        spec: of the model.
+        arrays: those that `spec.names` names: embeddings (F, D); places (B, T) int32, the number of the embedding that
+            takes a token's place, from 1, 0 for text; pictures (B, T) and positions (3, B, T) as in `PositionsAndMask`;
             deep (L, F, D).
     """
-    given = dict(zip(sight.names, arrays, strict=True))
+    given = dict(zip(spec.names, arrays, strict=True))
     body = text_body(model)
     embedding = next(body[name] for name in EMBEDDINGS if name in body)
     places = given["places"]
     picked, real = mx.maximum(places - 1, 0), (places > 0)[..., None]
-    layout = Layout(given.get("positions", NONE), given.get("pictures", NONE))
+    layout = PositionsAndMask(given.get("positions", NONE), given.get("pictures", NONE))
     changes: list[tuple[nn.Module, Any]] = [(embedding, _embedding(given["embeddings"], picked, real))]
     if layout.positions.size or layout.pictures.size:
         changes.append((body, _body(layout)))
-    for number in range(sight.deep):
+    for number in range(spec.deep):
         changes.append((model.layers[number], _deep_block(given["deep"][number], picked, real)))
     with ExitStack() as stack:
         for module, change in changes:
@@ -156,7 +156,7 @@ def _embedding(embeddings: mx.array, picked: mx.array, real: mx.array) -> Any:
     return change
 
 
-def _body(layout: Layout) -> Any:
+def _body(layout: PositionsAndMask) -> Any:
     def change(own: Any) -> Any:
         def call(self: nn.Module, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any) -> mx.array:
             return own(self, inputs, cache or [layout] * len(self.layers), *args, **kwargs)
@@ -194,14 +194,14 @@ def text_body(model: nn.Module) -> Any:
 # Three positions
 
 
-def prepare_rotation(model: nn.Module, sight: Sight) -> None:
+def prepare_rotation(model: nn.Module, spec: ImageInputSpec) -> None:
     """Let the rotating layers take three positions for each token, if the model needs that; a second call changes nothing."""
-    if sight.sections is None:
+    if spec.sections is None:
         return
     for module in model.modules():
         kind = type(module)
         if isinstance(module, nn.RoPE) and not issubclass(kind, SectionRotation):
-            axes = mx.array(axes_of_pairs(sight.sections, sight.interleaved))
+            axes = mx.array(axes_of_pairs(spec.sections, spec.interleaved))
             mixed: Any = type(kind.__name__, (SectionRotation, kind), {"axes": axes})
             module.__class__ = mixed
 
@@ -260,7 +260,7 @@ def positions_of(is_picture: np.ndarray, grids: Sequence[tuple[int, int]]) -> np
 # Generating
 
 
-class PictureCache:
+class ImageKVCache:
     """Keys and values of a prompt with pictures and of what follows it; in the role of mlx-lm's caches.
 
     While the prompt is read, its tokens have their three positions, and see what its pictures let them see. What follows
@@ -272,7 +272,7 @@ class PictureCache:
 
         Args:
             positions: (3, 1, P) int32; None: as in text.
-            pictures: (1, P) int32, see `Layout`; None: a token sees those before it.
+            pictures: (1, P) int32, see `PositionsAndMask`; None: a token sees those before it.
             tokens: P, of the prompt.
         """
         self._kept, self._tokens = KVCache(), tokens
@@ -299,7 +299,7 @@ class PictureCache:
         return kept.update_and_fetch(keys, values)
 
     def make_mask(self, tokens: int, window_size: int | None = None, return_array: bool = False) -> Any:
-        """Return the mask for the next tokens, as `Layout.make_mask` does."""
+        """Return the mask for the next tokens, as `PositionsAndMask.make_mask` does."""
         done = self._kept.offset
         both_ways = self._pictures is not None and done < self._tokens
         if not both_ways and window_size is None and not return_array:
@@ -313,22 +313,22 @@ class PictureCache:
         return mx.array(seen if window_size is None else seen & (query < key + window_size))
 
 
-class SeeingModel:
+class ModelWithImages:
     """A model that reads a prompt with pictures, chunk by chunk, and then text; mlx-lm's generators take it as a model."""
 
-    def __init__(self, model: nn.Module, sight: Sight, arrays: Sequence[mx.array]):
+    def __init__(self, model: nn.Module, spec: ImageInputSpec, arrays: Sequence[mx.array]):
         """Prepare for one prompt.
 
         Args:
             model: adapted or not.
-            sight: of the model.
-            arrays: as `seeing` takes them, of the prompt's one row.
+            spec: of the model.
+            arrays: as `with_images` takes them, of the prompt's one row.
         """
-        self.model, self._sight = model, sight
-        self._given = dict(zip(sight.names, arrays, strict=True))
+        self.model, self._sight = model, spec
+        self._given = dict(zip(spec.names, arrays, strict=True))
         self._places = self._given["places"]
         self._at = 0
-        prepare_rotation(model, sight)
+        prepare_rotation(model, spec)
 
     def __getattr__(self, name: str) -> Any:
         """Return the model's own attribute, such as its layers."""
@@ -340,7 +340,7 @@ class SeeingModel:
             return make_prompt_cache(self.model)
         of = {name: np.array(self._given[name]) for name in ("positions", "pictures") if name in self._given}
         tokens = self._places.shape[1]
-        return [PictureCache(of.get("positions"), of.get("pictures"), tokens) for _ in self.model.layers]
+        return [ImageKVCache(of.get("positions"), of.get("pictures"), tokens) for _ in self.model.layers]
 
     def __call__(self, tokens: mx.array, cache: Any = None, **given: Any) -> mx.array:
         """Return the model's logits (1, T, V) for the next tokens (1, T)."""
@@ -348,7 +348,7 @@ class SeeingModel:
         if begin >= self._places.shape[1]:
             return self.model(tokens, cache=cache, **given)
         # Positions and mask are the cache's; a picture that is cut by a chunk still sees itself whole only in one chunk.
-        plain = Sight(deep=self._sight.deep)
+        plain = ImageInputSpec(deep=self._sight.deep)
         arrays = {**self._given, "places": self._places[:, begin : self._at]}
-        with seeing(self.model, plain, [arrays[name] for name in plain.names]):
+        with with_images(self.model, plain, [arrays[name] for name in plain.names]):
             return self.model(tokens, cache=cache, **given)

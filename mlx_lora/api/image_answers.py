@@ -12,15 +12,15 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlx_lora.api.base import TextSettings
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.image_tokens import PictureReader, PictureTable, encode_question
+from mlx_lora.data.image_tokens import ImageReader, ImageTable, encode_question
+from mlx_lora.models.image_inputs import ModelWithImages
 from mlx_lora.models.load import Base, check_token_ids
-from mlx_lora.models.picture_inputs import SeeingModel
-from mlx_lora.objectives.vision_sft import Eyes, picture_template
+from mlx_lora.objectives.vision_sft import VisionEncoder, image_template
 from mlx_lora.rollouts.decode import hold_weights
 from mlx_lora.utils.errors import InputError
 
 
-def picture_pieces(
+def image_answer_pieces(
     base: Base,
     question: str,
     pictures: Sequence[str | Path],
@@ -44,16 +44,16 @@ def picture_pieces(
         InputError: a picture cannot be used, or the model sees none.
     """
     files = [Path(picture).expanduser().resolve() for picture in pictures]
-    table = PictureTable.empty()
-    eyes = Eyes.of(base, DataSettings(max_pixels=max_pixels), table)
-    template = template or picture_template(base.hf_tokenizer, base.folder, eyes.processor.family.place)
+    table = ImageTable.empty()
+    vision = VisionEncoder.of(base, DataSettings(max_pixels=max_pixels), table)
+    template = template or image_template(base.hf_tokenizer, base.folder, vision.processor.family.place)
     if template is None:
         raise InputError(f"--model {base.model_id}: has no chat template, so it cannot be asked about pictures")
-    reader = PictureReader(eyes.processor, [file.parent for file in files], table, eyes.tower.token)
+    reader = ImageReader(vision.processor, [file.parent for file in files], table, vision.tower.token)
     names = [str(file) for file in files]
     tokens, digests = encode_question(reader, base.hf_tokenizer, template, question, names, system_prompt)
     check_token_ids(base, max(tokens), "--prompt")
-    arrays = eyes.arrays(np.array([tokens], np.int32), [digests])
+    arrays = vision.arrays(np.array([tokens], np.int32), [digests])
     if settings.seed is not None:
         mx.random.seed(settings.seed)
     sampler = make_sampler(
@@ -62,7 +62,7 @@ def picture_pieces(
         top_k=settings.top_k if settings.top_k < len(base.hf_tokenizer) else 0,
     )
     hold_weights(base)
-    model = SeeingModel(base.model, eyes.sight, arrays)
+    model = ModelWithImages(base.model, vision.spec, arrays)
     yield from stream_generate(
         model,  # pyright: ignore[reportArgumentType] # mlx-lm only calls it
         base.tokenizer,

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora.models.vision import Seen, VisionTower, arrays_of
+from mlx_lora.models.vision import ImageFeatures, VisionTower, arrays_of
 from mlx_lora.utils import device
 from mlx_lora.utils.files import cache_dir
 
 if TYPE_CHECKING:
-    from mlx_lora.data.image_tokens import ImageProcessor, PictureTable
+    from mlx_lora.data.image_tokens import ImageProcessor, ImageTable
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +39,10 @@ MEMORY_SHARE = 1 / 32  # of the machine's memory
 SAMPLED = 64  # numbers of each of the tower's arrays that its key covers
 
 
-class SeenPictures:
+class ImageFeatureCache:
     """Returns what the tower sees of pictures, computed at most once while there is room to keep it."""
 
-    def __init__(
-        self, tower: VisionTower, processor: ImageProcessor, table: PictureTable, most_bytes: int | None = None
-    ):
+    def __init__(self, tower: VisionTower, processor: ImageProcessor, table: ImageTable, most_bytes: int | None = None):
         """Prepare to see.
 
         Args:
@@ -54,7 +52,7 @@ class SeenPictures:
         """
         self.tower, self.processor, self.table = tower, processor, table
         self._most = int(device.current_device().memory_bytes * MEMORY_SHARE) if most_bytes is None else most_bytes
-        self._kept: OrderedDict[str, Seen] = OrderedDict()
+        self._kept: OrderedDict[str, ImageFeatures] = OrderedDict()
         self._bytes = 0
         self._folder = cache_dir(KIND) / tower_key(tower, processor)
         self._writes = True
@@ -65,7 +63,7 @@ class SeenPictures:
         """The bytes that are kept in memory at most."""
         return self._most
 
-    def of(self, digest: str) -> Seen:
+    def of(self, digest: str) -> ImageFeatures:
         """Return what is seen of a picture.
 
         Raises:
@@ -78,20 +76,20 @@ class SeenPictures:
         self._kept.move_to_end(digest)
         return found
 
-    def _keep(self, digest: str, seen: Seen) -> None:
+    def _keep(self, digest: str, seen: ImageFeatures) -> None:
         self._kept[digest] = seen
         self._bytes += _size(seen)
         while self._bytes > self._most and len(self._kept) > 1:
             self._bytes -= _size(self._kept.popitem(last=False)[1])
 
-    def _computed(self, digest: str) -> Seen:
+    def _computed(self, digest: str) -> ImageFeatures:
         pixels = self.processor.pixels(self.table.pictures[digest].pixels())
-        seen = self.tower.see(pixels, self.table.shown[digest].tokens)
+        seen = self.tower.features(pixels, self.table.shown[digest].tokens)
         self.computed += 1
         self._store(digest, seen)
         return seen
 
-    def _stored(self, digest: str) -> Seen | None:
+    def _stored(self, digest: str) -> ImageFeatures | None:
         """Return what is on disk of a picture; None if nothing is, or something else."""
         file = self._folder / f"{digest}.safetensors"
         if not file.is_file():
@@ -100,7 +98,7 @@ class SeenPictures:
             arrays = mx.load(str(file))
             if not isinstance(arrays, dict):
                 return None
-            seen = Seen(arrays["embeddings"], arrays.get("deep"))
+            seen = ImageFeatures(arrays["embeddings"], arrays.get("deep"))
             mx.eval(seen.embeddings, seen.deep if seen.deep is not None else ())
         except (RuntimeError, KeyError, ValueError):
             return None
@@ -109,7 +107,7 @@ class SeenPictures:
         self.read += 1
         return seen
 
-    def _store(self, digest: str, seen: Seen) -> None:
+    def _store(self, digest: str, seen: ImageFeatures) -> None:
         """Write what is seen of a picture, completely or not at all; without room, nothing more is written in this run."""
         if not self._writes:
             return
@@ -132,7 +130,7 @@ class SeenPictures:
             log.info(f"Note: pictures cannot be kept for the next epoch: {self._folder}: {error}")
 
 
-def _size(seen: Seen) -> int:
+def _size(seen: ImageFeatures) -> int:
     return seen.embeddings.nbytes + (0 if seen.deep is None else seen.deep.nbytes)
 
 
