@@ -20,6 +20,7 @@ import inspect
 import math
 import re
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeGuard
@@ -30,8 +31,6 @@ from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
 from transformers import CONFIG_MAPPING
 
-from mlx_lora.models import encoder
-from mlx_lora.models.vlm_text import model_classes
 from mlx_lora.utils.errors import InputError
 
 PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -118,15 +117,23 @@ PER_LAYER = {"global_head_dim": "head_dim", "num_global_key_value_heads": "num_k
 PER_LAYER_NAMES = frozenset(PER_LAYER.values())
 
 
+# model_type -> the module of this room that has its `Model` and `ModelArgs`; it is imported when such a model is opened.
+OWN_ARCHITECTURES = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "modernbert"), "encoder"),
+    **dict.fromkeys(("smolvlm", "idefics3"), "vlm_text"),
+}
+
+
 def architecture_of(config: Values) -> tuple[type, type]:
-    """Return the classes of a model and of its arguments: ours for an encoder or the text part of a model that sees, else mlx-lm's.
+    """Return the classes of a model and of its arguments: ours for an encoder or the text part of some VLMs, else mlx-lm's.
 
     Raises:
         ValueError: neither has it.
     """
-    if config.get("model_type") in encoder.ENCODERS:
-        return encoder.Model, encoder.ModelArgs
-    return model_classes(config)
+    if module := OWN_ARCHITECTURES.get(str(config.get("model_type"))):
+        own = import_module(f"mlx_lora.models.{module}")
+        return own.Model, own.ModelArgs
+    return mlx_lm.utils._get_classes(config)
 
 
 def translate_config(config: Values, origin: object) -> Values:

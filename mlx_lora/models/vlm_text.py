@@ -20,13 +20,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm.utils
 from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.models.base import BaseModelArgs
 
 TEXT_ARCHITECTURES: dict[str, ModuleType] = {"llama": llama, "mistral": llama, "qwen2": qwen2, "qwen3": qwen3}
-# Models with a tower whose text model is one of these.
-MODEL_TYPES = ("smolvlm", "idefics3")
 # What tensors of the text part begin with, the longest ones first, and what stays of it.
 PREFIXES = (
     ("model.text_model.", "model."),
@@ -80,14 +77,3 @@ class Model(nn.Module):
     def layers(self) -> list[nn.Module]:
         """The blocks."""
         return self.language_model.model.layers
-
-
-def model_classes(config: dict[str, Any]) -> tuple[type, type]:
-    """Return the classes of a model and of its arguments: mlx-lm's, or those above.
-
-    Raises:
-        ValueError: nobody knows this `model_type`.
-    """
-    if config.get("model_type") in MODEL_TYPES:
-        return Model, ModelArgs
-    return mlx_lm.utils._get_classes(config)

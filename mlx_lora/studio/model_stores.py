@@ -24,8 +24,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from mlx_lora.gguf.arch import model_config
 from mlx_lora.gguf.reader import is_gguf, read_gguf
+from mlx_lora.models.config import architecture_of
 from mlx_lora.models.folder import FOREIGN_ERRORS, import_architecture, read_safetensors_header, short
-from mlx_lora.models.vlm_text import model_classes
 from mlx_lora.studio.folders import Folders
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
@@ -257,7 +257,7 @@ def _unknown(config: dict[str, Any]) -> str | None:
     """Return why a config's architecture cannot be trained; None: it can."""
     try:
         import_architecture(config)
-        model_classes(config)
+        architecture_of(config)
     except InputError as error:
         return str(error)
     except FOREIGN_ERRORS as error:

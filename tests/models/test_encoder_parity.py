@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_lora.models.config import OWN_ARCHITECTURES
 from mlx_lora.models.encoder import ENCODERS, ModelArgs
 from mlx_lora.models.folder import load_weights
 
@@ -85,3 +86,4 @@ def test_what_no_encoder_of_ours_can_be_is_refused():
         with pytest.raises(ValueError, match=r"decoder|activation"):
             ModelArgs.from_dict(plain | change)
     assert set(CASES) < set(ENCODERS)
+    assert {name for name, module in OWN_ARCHITECTURES.items() if module == "encoder"} == set(ENCODERS)
