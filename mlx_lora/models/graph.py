@@ -12,12 +12,13 @@ backward pass; then the cuts are joined by name.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -28,8 +29,7 @@ Arrays = list[mx.array]
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """One operation.
 
     Attributes:
@@ -44,8 +44,7 @@ class Node:
     outputs: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class ArrayInfo:
+class ArrayInfo(NamedTuple):
     """The shape of an array and the bytes per number."""
 
     shape: Shape
@@ -105,6 +104,22 @@ def gradient_graph(function: Callable[[Arrays, Arrays], Arrays], varied: Arrays,
         mx.export_function(listing.add, whole, *_flat(groups))
     cut = len(groups[0]) + len(groups[1]) + len(groups[2])
     return _joined(listing, cut, len(returned), len(varied))
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Put off Python's garbage collection inside the block.
+
+    A graph is tens of thousands of small objects which all stay; looking for garbage among them, and among all that the imported
+    libraries hold, takes longer than making them.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass
@@ -329,22 +344,24 @@ class _Listing:
     def add(self, part: dict[str, Any]) -> None:
         """Add one part of the listing."""
         kind = part["type"]
-        if kind == "inputs":
-            self.inputs = [self._named(entry) for entry in part["inputs"]]
+        if kind == "primitive":
+            self.nodes.append(
+                Node(part["name"], part["arguments"], self._named(part["inputs"]), self._named(part["outputs"]))
+            )
+        elif kind == "inputs":
+            self.inputs = list(self._named(part["inputs"]))
         elif kind == "outputs":
-            self.outputs = [self._named(entry) for entry in part["outputs"]]
+            self.outputs = list(self._named(part["outputs"]))
         elif kind == "constants":
             for name, array in part["constants"]:
                 self.arrays[name] = ArrayInfo(tuple(array.shape), array.dtype.size)
-        elif kind == "primitive":
-            ends = (tuple(map(self._named, part[side])) for side in ("inputs", "outputs"))
-            self.nodes.append(Node(part["name"], part["arguments"], *ends))
 
-    def _named(self, entry: tuple[str, Shape, mx.Dtype]) -> str:
-        name, shape, dtype = entry
-        if name not in self.arrays:  # an array is listed again by every operation that reads it
-            self.arrays[name] = ArrayInfo(tuple(shape), dtype.size)
-        return name
+    def _named(self, entries: list[tuple[str, Shape, mx.Dtype]]) -> tuple[str, ...]:
+        arrays = self.arrays
+        for name, shape, dtype in entries:
+            if name not in arrays:  # an array is listed again by every operation that reads it
+                arrays[name] = ArrayInfo(tuple(shape), dtype.size)
+        return tuple([entry[0] for entry in entries])
 
 
 def _joined(listing: _Listing, first_cut: int, returned: int, varied: int) -> Graph:
@@ -362,8 +379,8 @@ def _joined(listing: _Listing, first_cut: int, returned: int, varied: int) -> Gr
     seen: dict[tuple, tuple[str, ...]] = {}
     nodes: list[Node] = []
     for node in _in_order(outputs, maker, name_of):
-        inputs = tuple(name_of(array) for array in node.inputs)
-        shapes = tuple(listing.arrays[array] for array in node.outputs)
+        inputs = tuple(map(name_of, node.inputs))
+        shapes = tuple([listing.arrays[array] for array in node.outputs])
         key = (node.name, repr(node.arguments), inputs, shapes)
         if key in seen and node.name != "RandomBits":
             names.update((a, b) for a, b in zip(node.outputs, seen[key], strict=True) if a != b)
@@ -383,13 +400,13 @@ def _in_order(outputs: list[str], maker: dict[str, Node], name_of: Callable[[str
         waiting = [maker[output]] if output in maker else []
         while waiting:
             node = waiting[-1]
-            before = [
-                maker[name] for name in map(name_of, node.inputs) if name in maker and id(maker[name]) not in done
-            ]
             if id(node) in done:
                 waiting.pop()
-            elif before:
-                waiting += before[::-1]
+                continue
+            makers = [maker.get(name_of(name)) for name in reversed(node.inputs)]
+            before = [one for one in makers if one is not None and id(one) not in done]
+            if before:
+                waiting += before
             else:
                 done.add(id(waiting.pop()))
                 yield node

@@ -32,7 +32,7 @@ from mlx_lora.kernels.table import Choose, KernelChoice, assumed, planned_kernel
 from mlx_lora.kernels.windows import Windows
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS
 from mlx_lora.models.folder import FOREIGN_ERRORS
-from mlx_lora.models.graph import as_on_gpu, gradient_graph
+from mlx_lora.models.graph import as_on_gpu, gradient_graph, uncollected
 from mlx_lora.models.head import Head, find_head, only_at, with_last_block
 from mlx_lora.models.liveness import count_memory
 from mlx_lora.models.meta import Outline, block_kind, layer_caches, model_shape, outline_for, outline_of
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 WIDTHS = (32, 64, 128, 256, 512, 640, 1024, 2048, 4096)
 # The rise of the bytes per position between the last two widths that is not one of scores of all queries and keys.
 LITTLE = 0.05
-# More chunks of an MLP are counted as so many; each is then a small part of what a block takes.
-MOST_TRACED_CHUNKS = 32
+# More chunks of an MLP are counted as so many, which is at most a few percent too much; the graph of 32 takes twice as long to read.
+MOST_TRACED_CHUNKS = 16
 # The graph of a block that MLX runs a position at a time grows with the row, so it is only read in short rows.
 LOOP_WIDTHS = (16, 32)
 LOOP_NODES = 1500
@@ -479,13 +479,14 @@ def _read_block(
     was_training = block.training
     block.train()  # with dropout, and anything else that a model does only in training
     try:
-        with left_unchanged(block), training_kernels(block, noted, choose, windows):
+        with left_unchanged(block), training_kernels(block, noted, choose, windows), uncollected():
             graph = gradient_graph(function, floats + [of[n] for n in trained], others + [of[n] for n in frozen])
     finally:
         block.train(was_training)
     tokens = floats[0].shape[1] if floats and floats[0].ndim > 1 else 0
     scans = len(graph.nodes) >= max(SCAN_NODES, NODES_PER_TOKEN * tokens) and not is_in_chunks(block)
-    counted = count_memory(graph, SCAN_LAG if scans else lag)
+    with uncollected():
+        counted = count_memory(graph, SCAN_LAG if scans else lag)
     inputs = sum(leaf.nbytes for leaf in floats[:1])
     return BlockBytes(inputs + counted.kept_bytes, counted.window_bytes, inputs + sum(attended), len(graph.nodes))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import closing
 from io import StringIO
 from types import SimpleNamespace
 
@@ -159,7 +160,8 @@ def test_a_run_says_what_it_validates_and_measures_the_same_after_a_resume(begun
 def test_a_long_validation_shows_its_progress(monkeypatch, logged):
     monkeypatch.setattr(long_task, "LINE_EVERY_S", 0.0)
     monkeypatch.setattr(long_task, "QUIET_S", -1.0)
-    assert list(PlainProgress(4).validating(iter("abc"), 3)) == ["a", "b", "c"]
+    with closing(PlainProgress(4)) as shown:
+        assert list(shown.validating(iter("abc"), 3)) == ["a", "b", "c"]
     assert any(line.startswith("Validating: 1 of 3 batches, about ") for line in logged)
     monkeypatch.setattr(progress, "QUIET_S", -1.0)
     console = Console(file=StringIO(), force_terminal=True, width=100)
