@@ -332,6 +332,7 @@ def test_an_interrupted_process_is_ended(tmp_path, monkeypatch):
     assert ended.log.startswith("None")
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_trained_is_an_entry(tmp_path):
     (tmp_path / "empty").mkdir()
     entry = run_workload(CHAT, PROBE, tmp_path, Length(steps=3), str(tmp_path / "empty"))

@@ -90,6 +90,7 @@ for name, code in json.loads(sys.argv[2]).items():
 """
 
 
+@pytest.mark.slow
 def test_the_watch_sees_broken_commands(tmp_path):
     """A fuzzer that finds nothing must be able to find something: commands that break in each way."""
     tests = Path(__file__).parents[1]

@@ -109,6 +109,7 @@ def test_a_peft_folders_card(exported, place):
     assert "--to peft" not in text
 
 
+@pytest.mark.slow
 def test_a_named_base_and_repository_are_in_card_and_commands(place, tiny_4bit_folder, tmp_path):
     with hub_server() as server:
         command = [

@@ -15,6 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load as mlx_lm_load
 from mlx_lm.utils import load_model
 from run_cli import run
+from tiers import by_default
 from tiny_moe import close, loaded, logits, tiny_moe, with_quantized_experts
 
 from mlx_lora.adapters.inject import adapter_layers, adapter_parameters, inject
@@ -43,7 +44,7 @@ def folder_of(kind: str, tmp_path_factory):
 KINDS = ["gpt_oss-mxfp4", "qwen3_moe", "qwen3_moe-4bit", "mixtral-nvfp4", "qwen2_moe"]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=by_default(KINDS, *KINDS[:3]))
 def folder(request, tmp_path_factory):
     return folder_of(request.param, tmp_path_factory)
 

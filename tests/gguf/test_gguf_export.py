@@ -179,7 +179,7 @@ def merged_weights(folder, adapter) -> dict[str, np.ndarray]:
     return weights
 
 
-@pytest.mark.parametrize("kind", by_default(TYPES, "f16", "q8_0", "q4_0"))
+@pytest.mark.parametrize("kind", by_default(TYPES, "f16", "q4_0"))
 @pytest.mark.parametrize("source", by_default(["folder", "folder_4bit"], "folder_4bit"))
 def test_every_type_holds_base_and_adapter(kind, source, tmp_path, request):
     model = request.getfixturevalue(source)

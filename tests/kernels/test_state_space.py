@@ -314,6 +314,7 @@ def test_the_check_before_a_run_accepts_them_and_finds_a_wrong_one(kind, monkeyp
     assert "differs" in words
 
 
+@pytest.mark.slow
 def test_memory_grows_with_a_tenth_of_what_a_state_per_token_takes(request):
     old = mx.set_memory_limit(1)  # as in test_attention.py
     request.addfinalizer(lambda: mx.set_memory_limit(old))

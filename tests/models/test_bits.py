@@ -148,6 +148,7 @@ print(mx.get_peak_memory())
 """
 
 
+@pytest.mark.slow
 def test_quantizing_takes_the_memory_of_the_result_and_one_tensor(tmp_path):
     """The result: what is written as one file is in memory until then."""
     deep = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 16}

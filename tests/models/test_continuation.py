@@ -85,6 +85,7 @@ def test_generate_goes_on_from_a_prompt_and_begins_an_answer_anew(spaces):
     assert json.loads(run(*arguments).out)["text"] == "  "
 
 
+@pytest.mark.slow
 def test_completions_go_on_from_a_prompt_and_chats_begin_anew(spaces, tmp_path):
     with (
         Server("--model", spaces, log=tmp_path / "log") as server,

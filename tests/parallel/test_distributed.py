@@ -130,6 +130,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "code"),
     [("RunError('the disk of rank 1 is full')", 1), pytest.param("ValueError('a bug')", 1, marks=pytest.mark.slow)],

@@ -42,9 +42,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}
     scope="module",
     params=[
         "affine",
-        "mixture",
-        "no sanitize",
-        *(pytest.param(one, marks=pytest.mark.slow) for one in ("float", "mxfp4")),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("mixture", "no sanitize", "float", "mxfp4")),
     ],
 )
 def folder(request, tmp_path_factory):
@@ -123,6 +121,7 @@ def test_a_teacher_is_read_from_its_files_too(own, tiny_4bit_folder, tiny_folder
     assert found["on"][1:] != pytest.approx(found["off"][:-1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_output_of_frozen_blocks_is_kept_and_later_epochs_read_the_others_alone(
     tiny_4bit_folder, chats, tmp_path, monkeypatch
 ):

@@ -226,6 +226,7 @@ def whole(tiny_folder, tmp_path_factory):
     return data, weights(folder / "a")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MOMENTS]
 )

@@ -169,6 +169,7 @@ def found(tmp_path_factory) -> dict:
     return {**facts, "files": {"optimizer": len(optimizer), "layer": len(layer)}}
 
 
+@pytest.mark.slow
 def test_an_optimizer_is_one_row_in_one_file(found):
     facts = found["optimizer"]
     assert found["files"]["optimizer"] == 1

@@ -152,6 +152,7 @@ def kept(folder: Path, step: int) -> str | None:
     return read_checkpoint(folder / "checkpoints" / f"step-{step:06d}").identity.get("sampled_by")
 
 
+@pytest.mark.slow
 def test_a_run_says_and_keeps_its_form_and_a_resumed_one_has_it_too(tiny_4bit_folder, data, tmp_path, monkeypatch):
     ran = run(*command(tiny_4bit_folder, data, tmp_path / "a"))
     assert ran.code == 0, ran.err

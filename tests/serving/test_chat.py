@@ -319,6 +319,7 @@ def test_a_terminal_obeys_no_model():
 # --- in a process of its own
 
 
+@pytest.mark.slow
 def test_no_web_server_is_needed(folder):
     blocked = "import sys; sys.modules.update(dict.fromkeys(('starlette', 'uvicorn', 'anyio')))"
     code = f"{blocked}; from mlx_lora.__main__ import main; main(['chat', '--model', sys.argv[1], '-m', '3'])"
@@ -329,6 +330,7 @@ def test_no_web_server_is_needed(folder):
     assert done.stdout.strip("\n")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_it(folder):
     command = [sys.executable, "-m", "mlx_lora", "chat", "--model", str(folder), "-m", "400"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

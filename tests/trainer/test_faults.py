@@ -177,6 +177,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(writing, disk, tiny_f
     assert f"Resuming from step {taken}" in ran.err
 
 
+@pytest.mark.slow
 def test_a_data_file_that_goes_away_is_missed_only_by_the_next_run(tiny_folder, chats, tmp_path):
     data = Path(shutil.copy(chats, tmp_path / "rows.jsonl"))
     with start(*command(tiny_folder, data, tmp_path / "a", "--iters", 60)) as process:
@@ -522,6 +523,7 @@ def test_a_supervised_run_dies_and_goes_on(tiny_folder, chats, tmp_path):
     assert read_checkpoint(newest).position.parts == 2
 
 
+@pytest.mark.slow
 def test_without_its_supervisor_a_run_saves_and_ends(tiny_folder, chats, tmp_path):
     words = command(tiny_folder, chats, tmp_path / "a", "--iters", 1000000, "--max-restarts", 2, "--save-every", 0)
     with start(*words) as process:

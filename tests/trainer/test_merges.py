@@ -145,6 +145,7 @@ def test_an_adapter_of_qat_is_always_used_in_its_fused_form(tiny_4bit_folder, ch
         mlx_lm_load(str(tiny_4bit_folder), adapter_path=str(adapter))
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_adapter_of_qat_with_its_rounding_only(tiny_4bit_folder, chats, qat_run, tmp_path):
     more = command(tiny_4bit_folder, chats, tmp_path / "more", "--resume-adapter-file", qat_run)
     for extra in ((), ("--qat", 0.5)):

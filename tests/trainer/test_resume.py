@@ -184,6 +184,7 @@ def test_two_runs_do_not_share_a_folder(tiny_folder, chats, tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_again_and_again_it_ends_the_same(finished, tiny_folder, chats, tmp_path):
     """A short form of the soak: -9 around saves and steps, then --resume."""
     folder = tmp_path / "a"

@@ -346,6 +346,7 @@ def test_the_rate_is_found_in_the_runs_own_first_part(brief, tiny_folder, data, 
     assert not list((tmp_path / "a" / "trials").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_python_and_command_find_the_same_rate(brief, tiny_folder, data, tmp_path):
     flags = (
         "--model",

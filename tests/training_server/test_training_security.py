@@ -314,6 +314,7 @@ def test_who_asks_too_early_is_told_to_ask_again(server, http, session):
     assert SessionLimits().poll_s <= 45 / 2, "seconds; the client gives up after 45"
 
 
+@pytest.mark.slow
 def test_a_client_that_vanishes_frees_its_adapters(server, http):
     session = begin(http).json()["session_id"]
     model = make_model(http, session)
