@@ -36,6 +36,7 @@ def outcome_of(future, seconds: float) -> Exception | None:
     return None
 
 
+@pytest.mark.slow  # the killed server's client asks again after up to 30 s
 def test_kill_9_in_a_step_loses_nothing_that_was_saved(tiny_folder, tmp_path):
     def send(model, number: int):
         return model.forward_backward(datums(examples(number)), "cross_entropy"), model.optim_step(adam())
