@@ -289,10 +289,6 @@ def _is_id(name: str) -> bool:
     return name in ("id", "idx", "index", "uuid", "row", "row_idx", "__index_level_0__") or name.endswith("_id")
 
 
-def _present(record: Fields) -> Fields:
-    return {key: value for key, value in record.items() if value is not None}
-
-
 def not_there(record: Fields, flag: str, *names: str) -> str:
     """Return that a record does not have the columns that a flag names, with those it has, the most similar first."""
     hint = did_you_mean(names[0], map(str, record))

@@ -398,23 +398,6 @@ def _dims(text: str | None) -> tuple[int, ...]:
 # A step
 
 
-@dataclass(frozen=True)
-class Sides:
-    """The rows of a batch by their side, on the device.
-
-    Attributes:
-        queries, documents: (E, Tq) and (E (K - 1), Td) token ids.
-        query_lengths, document_lengths: (E,) and (E (K - 1),) int32.
-        texts: see losses/contrastive.py.
-    """
-
-    queries: mx.array
-    documents: mx.array
-    query_lengths: mx.array
-    document_lengths: mx.array
-    texts: Texts
-
-
 def arrays_of(batch: Batch) -> tuple[mx.array, ...]:
     """Return the arrays of a batch: those of its sides, and if it is prepared, the gradient by its vectors and what was found.
 

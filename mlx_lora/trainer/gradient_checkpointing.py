@@ -162,10 +162,6 @@ class Checkpointed(nn.Module):
         """Return `function(*given)`; an offloaded block computes it at once (parallel/offloaded_base.py)."""
         return function(*given)
 
-    def computed_with_state(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return `call(*args, **kwargs)`, which may change its arguments (a cache); as above."""
-        return call(*args, **kwargs)
-
     def segment(self, *args: Any, **kwargs: Any) -> Segment | None:
         """Return the call as a function of arrays; None: it has state, so it is not one.
 

@@ -308,10 +308,10 @@ CANDIDATES = 25
 SENTENCE_ENDS = tuple(".!?\"'”’)")
 
 
-def held_out_beginnings(
+def held_out_prompts(
     rows: EncodedSet, most: int, begins_word: Callable[[int, int], bool] = lambda before, token: True
-) -> list[list[int]]:
-    """Return the tokens before the first trained token of some typical rows, the middle one by length first.
+) -> list[tuple[int, list[int]]]:
+    """Return the number of some typical rows and their tokens before the first trained one, the middle row by length first.
 
     Args:
         rows: at least one.
@@ -321,13 +321,6 @@ def held_out_beginnings(
     Returns:
         Token ids, at most the last 2048 of each; for a row that is trained from the start, its first 24 or a few less.
     """
-    return [beginning for _, beginning in held_out_prompts(rows, most, begins_word)]
-
-
-def held_out_prompts(
-    rows: EncodedSet, most: int, begins_word: Callable[[int, int], bool] = lambda before, token: True
-) -> list[tuple[int, list[int]]]:
-    """Return the number and the beginning of each row of `held_out_beginnings`."""
     order = np.argsort(rows.lengths[:CANDIDATES], kind="stable").tolist()
     middle = len(order) // 2
     found: dict[int, list[int]] = {}

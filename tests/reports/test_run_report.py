@@ -22,7 +22,7 @@ from mlx_lora.reports.diagnosis import verdict
 from mlx_lora.reports.run_report import RunReport, Sample, charts, elapsed_s, tiles, without_untrained_accuracy
 from mlx_lora.trainer import report_callback as report_page
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
-from mlx_lora.trainer.report_callback import greedy_text, held_out_beginnings, whole_words
+from mlx_lora.trainer.report_callback import greedy_text, held_out_prompts, whole_words
 
 EVIL = "<script>alert(1)</script> & \"'"
 
@@ -218,7 +218,7 @@ def test_the_beginning_is_what_comes_before_the_first_trained_token():
     mask[20:] = True
 
     def first(*rows):
-        return held_out_beginnings(EncodedSet.from_rows(rows), 1)[0]
+        return held_out_prompts(EncodedSet.from_rows(rows), 1)[0][1]
 
     assert first((row, mask)) == list(range(100, 120))
     assert first((row, np.arange(30) > 0)) == list(range(100, 124))
@@ -233,15 +233,15 @@ def test_the_beginnings_are_of_typical_rows_and_differ():
         return np.full(length, n), np.arange(length) > 2
 
     rows = [row(n, length) for n, length in ((1, 9), (2, 4), (3, 6), (3, 6), (4, 30))]
-    found = held_out_beginnings(EncodedSet.from_rows(rows), 3)
-    assert [one[0] for one in found] == [3, 1, 2]
-    assert len(held_out_beginnings(EncodedSet.from_rows(rows), 9)) == 4
+    found = held_out_prompts(EncodedSet.from_rows(rows), 3)
+    assert [tokens[0] for _, tokens in found] == [3, 1, 2]
+    assert len(held_out_prompts(EncodedSet.from_rows(rows), 9)) == 4
 
 
 def test_plain_text_is_cut_where_a_word_begins():
     rows = EncodedSet.from_rows([(np.arange(100, 130), np.arange(30) > 0)])
-    assert held_out_beginnings(rows, 1, lambda before, token: token == before + 1 == 118) == [list(range(100, 118))]
-    assert held_out_beginnings(rows, 1, lambda before, token: token < 110) == [list(range(100, 124))]  # none in reach
+    assert held_out_prompts(rows, 1, lambda before, token: token == before + 1 == 118) == [(0, list(range(100, 118)))]
+    assert held_out_prompts(rows, 1, lambda before, token: token < 110) == [(0, list(range(100, 124)))]  # none in reach
 
 
 @pytest.mark.parametrize(
