@@ -36,6 +36,7 @@ FEWEST_ROWS, MOST_ROWS = 4, 32  # per step
 UPDATES = 100  # that a small set is trained for
 MOST_EPOCHS = 20
 FEW_STEPS = 40  # with fewer, a model hardly changes
+FEW_STEPS_OF_HEAD = 10  # a new head with its higher rate fits a handful of texts in 20
 ENOUGH_HELD_OUT = 20  # examples; a loss over fewer is too noisy to end a run by
 VALIDATIONS = 10  # of a run that may end early
 PATIENCE = 3  # of them without a better one
@@ -213,9 +214,10 @@ def length_problem(asked: TrainSettings, steps: int, per_epoch: float) -> str:
         steps: of the run.
         per_epoch: its steps in one epoch.
     """
-    if steps >= FEW_STEPS or asked.objective.samples:
+    few = FEW_STEPS_OF_HEAD if asked.objective.objective in (*LABELED, *RANKED) else FEW_STEPS
+    if steps >= few or asked.objective.samples:
         return ""
-    epochs = math.ceil(1.5 * FEW_STEPS / per_epoch)
+    epochs = math.ceil(1.5 * few / per_epoch)
     longer = math.ceil(epochs * per_epoch)
     flag = f"--epochs {epochs}" if asked.loop.iters is None else f"--iters {longer}"
     short = f"{counted(steps, 'step')} will hardly change the model"

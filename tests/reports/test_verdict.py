@@ -27,6 +27,7 @@ from mlx_lora.reports.diagnosis import (
     verdict,
 )
 from mlx_lora.trainer.evaluate import RowLosses, RowsFile, paired_change, read_rows_file
+from mlx_lora.trainer.header import told_after
 
 MESSAGES = [
     {"role": "user", "content": "Who\nare you?"},
@@ -235,6 +236,18 @@ def test_preference_training_is_judged_by_accuracy_and_margin():
     alike = [one | {"margin": None, "val_loss": loss} for one, loss in zip(rated, (0.5, 0.25), strict=True)]
     assert verdict(alike, {}).headline == "Held-out loss 0.50 to 0.25"
     assert [verdict(some, {}).tone for some in (alike, alike[::-1])] == [GOOD, BAD]
+
+
+def test_a_loss_that_rose_is_told_in_the_terminal_too_where_the_headline_is_about_another_number():
+    held_out = {0: 1.0, 20: 4.9}
+    lines = [record(step, val_loss=loss, mrr=0.5, accuracy=0.0) for step, loss in held_out.items()]
+    lines += [record(step, loss=1 / step) for step in range(1, 21)]
+    lines.sort(key=lambda line: line["step"])
+    found = verdict(lines, {"objective": "rerank"}).to_dict()
+    assert found["notes"]
+    assert all(line in told_after(found).splitlines() for line in (found["headline"], *found["notes"]))
+    imitation = verdict(lines, {"objective": "sft"}).to_dict()
+    assert told_after(imitation | {"notes": ["only on the page"]}) == told_after(imitation)
 
 
 def test_skipped_updates_are_told():
