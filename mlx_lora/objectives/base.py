@@ -29,7 +29,9 @@ import mlx.nn as nn
 from mlx_lora.data.load import DataSplits, load_data, load_eval_set
 from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.losses.cross_entropy import Arrays, Loss
+from mlx_lora.models.encoder import is_encoder
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
+from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -264,7 +266,12 @@ class Objective:
     @property
     def writes(self) -> bool:
         """Whether its model writes text, and does not only score or embed it."""
-        return not self.scores
+        return not self.scores and not self.vectors
+
+    @property
+    def vectors(self) -> bool:
+        """Whether its model gives vectors of texts; only then may it be an encoder, whose padding has to be masked."""
+        return False
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -294,6 +301,18 @@ class Objective:
 
     def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
         """Refuse, before anything is loaded, what the objective's settings name and what cannot be used."""
+
+    def check_base(self, base: Base) -> None:
+        """Refuse a model that the objective cannot train or measure.
+
+        Raises:
+            InputError: it is an encoder, and the objective has none.
+        """
+        if is_encoder(base.model) and not self.vectors:
+            raise InputError(
+                f"--objective {self.name} with --model {base.model_id}: it is an encoder, which gives vectors of texts; train it with "
+                "--objective embed, or choose a language model"
+            )
 
     def open(self, ctx: RunContext) -> None:
         """Load what must be there before an adapter is on the base, such as reward models."""

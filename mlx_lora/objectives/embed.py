@@ -264,8 +264,8 @@ class Embed(Objective):
             raise InputError(f"--matryoshka-dims {too_wide[0]}: the model's vectors have {width} numbers; give less")
 
     @property
-    def writes(self) -> bool:
-        return False
+    def vectors(self) -> bool:
+        return True
 
     @property
     def pooling(self) -> str:

@@ -97,6 +97,7 @@ def run_steps(
         with waiting("Loading the model"):
             base = load_base(settings.model, read=not strategy.divides_base)
     ctx = RunContext(settings, objective, base, strategy, functions, first_day(settings.loop, ranks), trains)
+    objective.check_base(base)
     objective.open(ctx)  # before an adapter is on
     if not trains:
         ctx.untrained = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays

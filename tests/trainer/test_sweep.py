@@ -231,6 +231,8 @@ def test_a_trial_is_judged_as_its_run_would_be(tiny_folder, data, tmp_path, keep
         ({}, {"seeds": 0}, "--seeds 0"),
         ({}, {"budget": 1.0}, "--budget"),
         ({"objective": "grpo", "reward": "exact_match"}, {}, "--objective grpo"),
+        ({"objective": "classify"}, {}, "--objective classify cannot be trained together"),
+        ({"objective": "embed"}, {}, "--objective embed cannot be trained together"),
         ({"valid_fraction": 0}, {"budget": 2.9}, "held-out"),
         ({"objective": "dpo"}, {"vary": ("beta=0.1,0.3",)}, "changes the loss"),
         (
