@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from ranks import Started
 
-
 OF_TEXTS = {
     "classify": [{"text": f"{'warm' * (n % 3)} day {n}", "label": "abc"[n % 3]} for n in range(36)],
     "rerank": [
