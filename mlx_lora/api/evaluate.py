@@ -33,7 +33,7 @@ from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.divided_base import divides_base, dividing_flag, strategy_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.reports.run_report import MODELS, SHORT_WORDS, Sample
-from mlx_lora.trainer.adapter import adapter_head, adapter_template, put_adapter
+from mlx_lora.trainer.adapter import adapter_head, adapter_template, check_kind, put_adapter
 from mlx_lora.trainer.evaluate import RowLosses, mean_loss, paired_change
 from mlx_lora.trainer.held_out import held_out_loss, held_out_plan
 from mlx_lora.trainer.report_callback import before_answer, greedy_text, row_answer
@@ -162,7 +162,7 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
         base.hf_tokenizer.chat_template = template
     strategy = strategy_of(settings, ranks)
     ctx = RunContext(settings, objective, base, strategy, trains=False)
-    objective.check_base(base)
+    check_kind(base, objective)
     objective.open(ctx)  # before an adapter is on the base
     if adapter:
         objective.measures_with(adapter_head(adapter, objective))

@@ -29,9 +29,7 @@ import mlx.nn as nn
 from mlx_lora.data.load import DataSplits, load_data, load_eval_set
 from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.losses.cross_entropy import Arrays, Loss
-from mlx_lora.models.encoder import is_encoder
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
-from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -301,18 +299,6 @@ class Objective:
 
     def check(self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]) -> None:
         """Refuse, before anything is loaded, what the objective's settings name and what cannot be used."""
-
-    def check_base(self, base: Base) -> None:
-        """Refuse a model that the objective cannot train or measure.
-
-        Raises:
-            InputError: it is an encoder, and the objective has none.
-        """
-        if is_encoder(base.model) and not self.vectors:
-            raise InputError(
-                f"--objective {self.name} with --model {base.model_id}: it is an encoder, which gives vectors of texts; train it with "
-                "--objective embed, or choose a language model"
-            )
 
     def open(self, ctx: RunContext) -> None:
         """Load what must be there before an adapter is on the base, such as reward models."""
