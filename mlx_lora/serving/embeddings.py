@@ -32,8 +32,7 @@ from mlx_lora.serving.scores import MOST_TEXTS, a_few_at_a_time, twin_of
 from mlx_lora.utils.errors import InputError
 
 FIELDS = frozenset(["model", "input", "encoding_format", "dimensions", "input_type", "user"])
-SIDES = {None: False, "query": True, "search_query": True}
-SIDES |= dict.fromkeys(("document", "search_document", "passage"), False)
+QUERY, DOCUMENT = ("query", "search_query"), ("document", "search_document", "passage")  # values of input_type
 OBJECTIVE = "embed"
 
 
@@ -87,14 +86,14 @@ class Embeddings:
             )
         embedder = replace(embedder, dims=dimensions_of(body.get("dimensions"), embedder.embedder.width))
         given = body.get("input_type")
-        if not isinstance(given, str | None) or given not in SIDES:
-            known = ", ".join(filter(None, SIDES))
+        if given not in (None, *QUERY, *DOCUMENT):
+            known = ", ".join((*QUERY, *DOCUMENT))
             raise ApiError(400, f"input_type: found {given!r}; send one of {known}", "invalid_value", "input_type")
         inputs = inputs_of(body.get("input"), embedder.base.token_rows)
 
         def vectors(part: Sequence[Any]) -> tuple[np.ndarray, int]:
             """Return the vectors of some inputs, and the number of their tokens."""
-            rows = rows_of(embedder, part, SIDES[given])
+            rows = rows_of(embedder, part, given in QUERY)
             return embedder.of_rows(rows), sum(map(len, rows))
 
         found, tokens = await a_few_at_a_time(self._engine, self._timeout_s, vectors, inputs)
