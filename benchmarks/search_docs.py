@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--docs", default=str(HERE.parent / "docs"))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--headings", type=int, default=150)
     parser.add_argument("--max-seq-length", type=int, default=64)
@@ -87,7 +88,7 @@ def main() -> None:
     passages, base = read_passages(asked.docs), mlx_lora.load(asked.model)
     kept: np.ndarray | None = None
     pages, found = sorted({one["page"] for one in questions}), []
-    for seed in range(asked.seeds):
+    for seed in range(asked.first_seed, asked.first_seed + asked.seeds):
         chosen = np.random.default_rng(seed).permutation(pages)
         held_out = set(chosen[: round(HELD_OUT * len(pages))].tolist())
         others = {passage.file for passage in passages} - held_out

@@ -28,10 +28,10 @@ LAYERS: list[tuple[str, list[dict[str, tuple[float, str]]]]] = [
         {"cli": (2, "one file per command")},
         {"studio": (1, "the local page"), "training_server": (2, "Tinker's protocol"), "doctor": (3, "checks of a machine")},
         {"api": (1, "what Python users call"), "bench": (2, "benchmark suite")},
-        {"evaluation": (1, "tasks, answers, intervals"), "serving": (3, "many adapters, HTTP")},
     ]),
-    ("A training run", [
+    ("Training and answers", [
         {"trainer": (1, "loop, step, checkpoints")},
+        {"evaluation": (1, "tasks, answers, intervals"), "serving": (3, "many adapters, HTTP")},
         {"objectives": (1, "sft, dpo, grpo, ..."), "reports": (2, "pages about results")},
         {"rollouts": (3, "sampling, rewards")},
         {"exporters": (2, "adapter folders, PEFT"), "losses": (3, "functions of arrays")},

@@ -167,6 +167,15 @@ def write_model(family: str, folder: Path, seed: int = 0, scale: float = 0.15) -
     return _write_rest(folder, tokenizer, image_processor, processor)
 
 
+def vision_files(family: str, folder: Path) -> dict[str, Any]:
+    """Write all files of such a model but its weights, and return its config."""
+    config, tokenizer, image_processor, processor = MAKERS[family](family)
+    config.architectures = None
+    config.save_pretrained(folder)
+    _write_rest(folder, tokenizer, image_processor, processor)
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
 def write_model_here(family: str, folder: Path, seed: int = 0, scale: float = 0.15) -> Path:
     """Write the same without torch, under mlx-vlm's names; arguments as for `write_model`."""
     import mlx.core as mx
@@ -175,10 +184,7 @@ def write_model_here(family: str, folder: Path, seed: int = 0, scale: float = 0.
     from mlx_lora.models.convert import build_model
     from mlx_lora.models.vision import LANGUAGE, build_tower
 
-    config, tokenizer, image_processor, processor = MAKERS[family](family)
-    config.architectures = None
-    config.save_pretrained(folder)
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = vision_files(family, folder)
     language = dict(tree_flatten(build_model(values).parameters()))
     tower = {n: w for n, w in tree_flatten(build_tower(values).parameters()) if not n.startswith(LANGUAGE)}
     mx.random.seed(seed)
@@ -188,7 +194,7 @@ def write_model_here(family: str, folder: Path, seed: int = 0, scale: float = 0.
         for name, shape in shapes.items()
     }
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    return _write_rest(folder, tokenizer, image_processor, processor)
+    return folder
 
 
 def _write_rest(folder: Path, tokenizer: Any, image_processor: dict[str, Any], processor: dict[str, Any]) -> Path:

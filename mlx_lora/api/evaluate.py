@@ -22,9 +22,10 @@ import numpy as np
 from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
-from mlx_lora.api.run_data import data_of_run, held_out_rows, run_of, with_columns_of_run
+from mlx_lora.api.run_data import data_of_run, held_out_rows, with_columns_of_run
 from mlx_lora.api.train import data_source, run_settings
 from mlx_lora.data.duplicates import seen_rows
+from mlx_lora.exporters.adapter_folder import run_of
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.base import Objective, RunContext
@@ -32,7 +33,7 @@ from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.divided_base import divides_base, dividing_flag, strategy_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.reports.run_report import MODELS, SHORT_WORDS, Sample
-from mlx_lora.trainer.adapter import adapter_head, adapter_template, put_adapter
+from mlx_lora.trainer.adapter import adapter_head, adapter_template, check_kind, put_adapter
 from mlx_lora.trainer.evaluate import RowLosses, mean_loss, paired_change
 from mlx_lora.trainer.held_out import held_out_loss, held_out_plan
 from mlx_lora.trainer.report_callback import before_answer, greedy_text, row_answer
@@ -161,6 +162,7 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
         base.hf_tokenizer.chat_template = template
     strategy = strategy_of(settings, ranks)
     ctx = RunContext(settings, objective, base, strategy, trains=False)
+    check_kind(base, objective)
     objective.open(ctx)  # before an adapter is on the base
     if adapter:
         objective.measures_with(adapter_head(adapter, objective))

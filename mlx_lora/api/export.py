@@ -15,10 +15,9 @@ from mlx_lora.adapters.qat import FUSED_ONLY
 from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
-from mlx_lora.api.run_data import run_of
 from mlx_lora.config.load import train_settings
 from mlx_lora.exporters.adapter_config import LABELS_FILE, SAME_LAYOUT, label_names
-from mlx_lora.exporters.adapter_folder import load_adapter, save_adapter
+from mlx_lora.exporters.adapter_folder import load_adapter, run_of, save_adapter
 from mlx_lora.exporters.card import CARD_FILE, check_repo, push, read_facts, write_card
 from mlx_lora.exporters.fuse import Rounding, take_stored_dtypes, write_fused
 from mlx_lora.exporters.mlx_vlm import write_mlx_vlm

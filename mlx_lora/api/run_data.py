@@ -22,9 +22,9 @@ from mlx_lora.data.examples import Record
 from mlx_lora.data.files import find_sets, is_local, named_sets
 from mlx_lora.data.load import DataSplits, load_data
 from mlx_lora.data.records import read_records
+from mlx_lora.exporters.adapter_folder import run_of
 from mlx_lora.reports.run_report import read_facts
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.parsing import parse_yaml
 
 log = logging.getLogger(__name__)
 
@@ -56,15 +56,6 @@ def with_columns_of_run(settings: TrainSettings, given: Collection[str], adapter
     named = ", ".join(f"{flag_of(name)} {value}" for name, value in found.items())
     log.info(f"Columns as in the run that trained {adapter}: {named}")
     return changed
-
-
-def run_of(adapter: Path) -> dict[str, Any]:
-    """Return the contents of run.yaml, nothing if there is none or it cannot be read."""
-    try:
-        content = parse_yaml((adapter / "run.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _is_chat(data: str) -> bool:

@@ -201,7 +201,7 @@ class SweepJob:
 def _check_comparable(vary: Mapping[str, Any], settings: TrainSettings) -> None:
     """Refuse to vary what the loss itself depends on: held-out losses then say nothing about which candidate is better."""
     for name in vary.keys() & ObjectiveSettings.__dataclass_fields__.keys():
-        if name == "objective" or settings.loop.metric_for_best_model != "accuracy":
+        if name == "objective" or settings.loop.metric_for_best_model == "loss":
             advice = "vary another setting" + (
                 "" if name == "objective" else ", or for preferences compare with --metric-for-best-model accuracy"
             )

@@ -13,12 +13,12 @@ from typing import Any
 import click
 import numpy as np
 
-from mlx_lora.api.embed import open_embedder
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS
 from mlx_lora.data.pairs import Passage, read_passages
 from mlx_lora.models.load import load_base
+from mlx_lora.objectives.text_vectors import open_embedder
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable, replacing_file

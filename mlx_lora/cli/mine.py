@@ -11,11 +11,12 @@ from typing import Any
 
 import click
 
-from mlx_lora.api.embed import MineOptions, mine, open_embedder
+from mlx_lora.api.embed import MineOptions, mine
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.pairs import read_eval_pairs, read_passages
 from mlx_lora.models.load import load_base
+from mlx_lora.objectives.text_vectors import open_embedder
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable, replacing_file

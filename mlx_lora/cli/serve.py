@@ -20,7 +20,7 @@ from mlx_lora.cli.chat import begun_engine
 from mlx_lora.config.load import serve_settings
 from mlx_lora.config.settings import ModelSettings, ServeSettings
 from mlx_lora.exporters.adapter_config import head_of
-from mlx_lora.exporters.adapter_folder import read_adapter_config
+from mlx_lora.exporters.adapter_folder import read_adapter_config, run_of
 from mlx_lora.models.load import load_base
 from mlx_lora.serving.adapter_store import DEFAULT_CONTEXT, NoRoom, base_name, context_of, named_source
 from mlx_lora.serving.engine import Engine, Limits, failed_words
@@ -56,33 +56,43 @@ def main(named: flags.NamedAdapters, **options: Any) -> None:
     )
     body_bytes = parse_size(settings.max_body)
     try:
-        scoring, named = scoring_adapters(named)
+        own, named = adapters_by_use(named)
         with begun_engine(model, limits, named) as (engine, lines):
             console.echo("\n".join(lines))
-            run_server(engine, settings, key, body_bytes, scoring)
+            run_server(engine, settings, key, body_bytes, own)
     except NoRoom:
         raise InputError("--adapter-memory: too small for all --adapter; raise it") from None
 
 
-def scoring_adapters(named: flags.NamedAdapters) -> tuple[dict[str, Path], flags.NamedAdapters]:
-    """Return the folders of adapters that give scores of texts, by name, and what is left to generate with."""
-    found: dict[str, Path] = {}
+SCORES, VECTORS = "scores", "vectors"  # of texts
+Folders = Mapping[str, Mapping[str, Path]]
+"""Use -> name -> folder of the adapters that do not generate."""
+
+
+def adapters_by_use(named: flags.NamedAdapters) -> tuple[Folders, flags.NamedAdapters]:
+    """Return the folders of adapters that give scores or vectors of texts, and what is left to generate with."""
+    found: dict[str, dict[str, Path]] = {SCORES: {}, VECTORS: {}}
     left = []
     for given in named.adapters:
         name, source = named_source("--adapter", given)
-        folder = source.folder
-        if folder is not None and head_of(read_adapter_config(folder), folder) is not None:
-            if name in found:
-                raise InputError(f"--adapter {given}: there are two adapters of this name; give it another")
-            found[name] = folder
-        else:
+        use = "" if source.folder is None else use_of(source.folder)
+        if source.folder is None or not use:
             left.append(given)
+            continue
+        if any(name in own for own in found.values()):
+            raise InputError(f"--adapter {given}: there are two adapters of this name; give it another")
+        found[use][name] = source.folder
     return found, dataclasses.replace(named, adapters=tuple(left))
 
 
-def run_server(
-    engine: Engine, settings: ServeSettings, key: str | None, body_bytes: int, scoring: Mapping[str, Path]
-) -> None:
+def use_of(folder: Path) -> str:
+    """Return what an adapter gives of texts: scores, or vectors; empty: it generates."""
+    if head_of(read_adapter_config(folder), folder) is not None:
+        return SCORES
+    return VECTORS if run_of(folder).get("objective") == "embed" else ""
+
+
+def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_bytes: int, own: Folders) -> None:
     """Listen until interrupted.
 
     Args:
@@ -90,19 +100,21 @@ def run_server(
         settings: of the server.
         key: for its clients.
         body_bytes: the largest body of a request.
-        scoring: name -> folder of the adapters that give scores of texts.
+        own: the adapters that do not generate.
 
     Raises:
-        InputError: the address is not available, or a scoring adapter does not fit the base.
+        InputError: the address is not available, or such an adapter does not fit the base.
         RunError: the engine has failed.
     """
     # Imported here, because packages that they need may not be installed.
     from mlx_lora.serving.app import Adapters, AnswerLimits, make_app
+    from mlx_lora.serving.embeddings import Embeddings
     from mlx_lora.serving.guard import GuardLimits, ServerLimits, is_local, run_app
     from mlx_lora.serving.scores import Scores
 
-    scores = Scores(engine, scoring, settings.request_timeout)
-    for line in scores.describe():
+    scores = Scores(engine, own[SCORES], settings.request_timeout)
+    vectors = Embeddings(engine, own[VECTORS], settings.request_timeout)
+    for line in (*scores.describe(), *vectors.describe()):
         console.echo(line)
     folder = Path(settings.adapters_from).expanduser() if settings.adapters_from else None
     origins = tuple(origin.strip() for origin in (settings.allow_origin or "").split(",") if origin.strip())
@@ -112,7 +124,11 @@ def run_server(
         GuardLimits(key, is_local(settings.host), origins, body_bytes, settings.read_timeout),
         AnswerLimits(settings.max_tokens, context, settings.request_timeout),
         int(time.time()),
-        [*Adapters(engine, base_name(engine.base), folder, settings.allow_hub).routes(), *scores.routes()],
+        [
+            *Adapters(engine, base_name(engine.base), folder, settings.allow_hub).routes(),
+            *scores.routes(),
+            *vectors.routes(),
+        ],
     )
 
     def ready(server: Any, address: str) -> None:

@@ -283,6 +283,7 @@ def _validation_problems(settings: Mapping[str, Any]) -> list[str]:
     problems = []
     asking = [name for name in ("keep_best", "early_stopping_patience") if settings[name]]
     asking += ["metric_for_best_model"] if settings["metric_for_best_model"] != "loss" else []
+    asking += ["eval_tasks"] if settings["eval_tasks"] and settings["val_batches"] == 0 else []
     for flag in map(flag_of, asking):
         if settings["val_batches"] == 0:
             problems.append(f"{flag} with --val-batches 0: no validation takes place; leave out one of the two")
@@ -290,6 +291,12 @@ def _validation_problems(settings: Mapping[str, Any]) -> list[str]:
             problems.append(
                 f"{flag} with --steps-per-eval 0: the only validation is at the end; give a number of steps"
             )
+    if settings["metric_for_best_model"] == "task" and not settings["eval_tasks"]:
+        problems.append("--metric-for-best-model task without --eval-tasks: there is no score; give both")
+    of_tasks = ("eval_metric", "eval_rows", "eval_max_tokens", "eval_chat_template")
+    if not settings["eval_tasks"] and (given := [n for n in of_tasks if settings[n] != FIELDS[n].default]):
+        flags = " and ".join(map(flag_of, given))
+        problems.append(f"{flags} without --eval-tasks: there is no task; leave it out")
     if settings["keep_best"] and settings["save_every"] == 0:
         problems.append(
             "--keep-best with --save-every 0: there is no checkpoint to go back to; leave out one of the two"

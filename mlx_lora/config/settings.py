@@ -245,8 +245,21 @@ class LoopSettings:
         VALIDATION, may_change=True)
     metric_for_best_model: str = setting("loss",
         "How to tell the best validation, for --keep-best, early stopping and the checkpoint to keep: by the lowest "
-        "loss, or by the highest accuracy on preference pairs (if equal, by the lower loss).",
-        VALIDATION, may_change=True, choices=("loss", "accuracy"))
+        "loss, or by the highest accuracy (of pairs, labels or rankings), macro F1 of labels, MRR or nDCG of rankings, or "
+        "score of --eval-tasks (if equal, by the lower loss).",
+        VALIDATION, may_change=True, choices=("loss", "accuracy", "macro_f1", "mrr", "ndcg", "task"))
+    eval_tasks: str | None = setting(None,
+        "Score the model at each validation, as `evaluate` does: a file of rows with their answers, a task's YAML file, or the "
+        "name of one of lm-eval's tasks.", VALIDATION, may_change=True, per_machine=True)
+    eval_metric: str | None = setting(None,
+        "Metric of --eval-tasks: for rows one of `evaluate --metric` (default: exact_match), for a task one of its own "
+        "(default: the first for which higher is better).", VALIDATION, may_change=True)
+    eval_rows: int = setting(50, "Rows of --eval-tasks at each validation, from the first on.",
+        VALIDATION, may_change=True, at_least=1, at_most=10**6)
+    eval_max_tokens: int = setting(128, "Tokens of an answer to the rows of --eval-tasks, at most.",
+        VALIDATION, may_change=True, at_least=1, at_most=10**5)
+    eval_chat_template: bool = setting(False, "Ask a task of lm-eval in the form of the chat template.",
+        VALIDATION, may_change=True)
     early_stopping_patience: int | None = setting(None,
         "End after this many validations in a row without a better one; 0: never (default: 3 if neither --epochs nor --iters "
         "is given and at least 20 examples are held out).",

@@ -96,15 +96,26 @@ def _evaluated(
     for name in models.names:
         for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        random.seed(SEED)
-        np.random.seed(FEWSHOT_SEED)
-        with _foreign(f"--tasks {asked}"):
+        with _own_seeds(), _foreign(f"--tasks {asked}"):
             found[name] = lm_eval.evaluator.evaluate(
                 lm=HarnessModel(models, name, done, options.chat_template), task_dict=loaded, limit=options.limit,
                 bootstrap_iters=0, apply_chat_template=options.chat_template,
                 fewshot_as_multiturn=options.chat_template, system_instruction=options.system_prompt,
             )  # fmt: skip
     return found
+
+
+@contextmanager
+def _own_seeds() -> Iterator[None]:
+    """Begin the process's random streams as lm-eval does, and leave them as they were."""
+    before = random.getstate(), np.random.get_state()
+    random.seed(SEED)
+    np.random.seed(FEWSHOT_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 
 # Which tasks there are

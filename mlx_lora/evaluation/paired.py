@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_lora.trainer.evaluate import CONFIDENCE, student_quantile
+from mlx_lora.utils.statistics import CONFIDENCE, student_quantile
 
 Aggregate = Callable[[Sequence[Any]], float]
 """All rows' values -> one number."""

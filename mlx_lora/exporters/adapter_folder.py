@@ -52,7 +52,7 @@ from mlx_lora.models.load import Base
 from mlx_lora.parallel.sharded_base import with_weights
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replacing_file
-from mlx_lora.utils.parsing import read_json
+from mlx_lora.utils.parsing import parse_yaml, read_json
 from mlx_lora.utils.text import similar_paths
 
 WEIGHTS_FILE = "adapters.safetensors"
@@ -517,3 +517,12 @@ def share_present(model: nn.Module, stored: dict[str, Any]) -> float | None:
     if deviation > MOST_DEVIATION:
         return None
     return (found["inner"] - stored["inner"]) / found["size"]
+
+
+def run_of(adapter: Path) -> dict[str, Any]:
+    """Return the contents of run.yaml, nothing if there is none or it cannot be read."""
+    try:
+        content = parse_yaml((adapter / "run.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -262,6 +262,21 @@ class Objective:
         return self.records == "prompts"
 
     @property
+    def writes(self) -> bool:
+        """Whether its model writes text, and does not only score or embed it."""
+        return not self.scores and not self.vectors
+
+    @property
+    def vectors(self) -> bool:
+        """Whether its model gives vectors of texts; only then may it be an encoder, whose padding has to be masked."""
+        return False
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Numbers of a validation by which the best one may be chosen, the higher the better."""
+        return tuple(name for name in self.reports if name == "accuracy")
+
+    @property
     def head(self) -> dict[str, Any] | None:
         """What the score head's outputs mean, as JSON values that are kept with the adapter; None: nothing to say."""
         return None

@@ -81,6 +81,10 @@ class Classify(Objective):
     # What the labels are
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        return (ACCURACY, "macro_f1") if self.reports else ()
+
+    @property
     def head(self) -> dict[str, Any]:
         found = {"objective": self.name, "problem_type": self.problem, "labels": list(self.labels)}
         return found | ({"thresholds": self._chosen or [0.5] * len(self.labels)} if self.problem == SEVERAL else {})

@@ -264,6 +264,10 @@ class Embed(Objective):
             raise InputError(f"--matryoshka-dims {too_wide[0]}: the model's vectors have {width} numbers; give less")
 
     @property
+    def vectors(self) -> bool:
+        return True
+
+    @property
     def pooling(self) -> str:
         """What becomes a text's vector."""
         return self.asked.pooling or LAST

@@ -47,6 +47,10 @@ class Rerank(Objective):
     candidates: int = 8
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        return (ACCURACY, "mrr", "ndcg")
+
+    @property
     def head(self) -> dict[str, Any]:
         return {"objective": self.name, "problem_type": "regression", "labels": [], "loss": self.kind}
 

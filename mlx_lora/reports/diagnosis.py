@@ -487,9 +487,10 @@ def _kept_validation(validations: list[dict[str, Any]], settings: dict[str, Any]
     later = [r for r in validations if r["step"]]
     if not settings.get("keep_best") or not later:
         return validations[-1]
-    if settings.get("metric_for_best_model") == "accuracy":
-        return max(later, key=lambda r: (r.get("accuracy") or 0.0, -r["val_loss"]))
-    best = min(validations, key=lambda r: r["val_loss"])
+    metric = settings.get("metric_for_best_model") or "loss"
+    if metric not in ("loss", "task"):
+        return max(later, key=lambda r: (r.get(metric) or 0.0, -r["val_loss"]))
+    best = max(validations, key=lambda r: (r.get(metric) or 0.0 if metric == "task" else 0.0, -r["val_loss"]))
     return best if best["step"] else validations[-1]
 
 

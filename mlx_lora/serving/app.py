@@ -37,6 +37,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from mlx_lora.models.encoder import is_encoder
 from mlx_lora.reports.charts import tokens_css
 from mlx_lora.serving.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name
 from mlx_lora.serving.conversation import prompt_tokens
@@ -152,6 +153,9 @@ class Completions:
         return JSONResponse(self._model(self._card(request.path_params["model"])))
 
     async def _answer(self, ask: Ask, make_reply: Callable[[str], Reply]) -> EngineResponse:
+        if is_encoder(self._engine.base.model):
+            message = f"{self._base_name} is an encoder, which writes no text; POST /v1/embeddings has its vectors"
+            raise ApiError(400, message, "model_not_supported", "model")
         card = self._card(ask.model)
         tokens = await anyio.to_thread.run_sync(self._tokens, ask, card, limiter=self._one_at_a_time)
         request = Request(

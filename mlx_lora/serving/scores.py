@@ -26,6 +26,7 @@ from starlette.routing import Route
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.examples import Text
 from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.text_scores import ERROR, PREDICTED, TextScorer, in_order
 from mlx_lora.serving.adapter_store import base_name
@@ -140,20 +141,30 @@ class Scores:
 
     async def _score(self, score: Score, texts: Sequence[Any]) -> tuple[np.ndarray, int]:
         """Return the scores of texts, and the number of tokens that were read; `score` gets a few texts at a time."""
-        found, tokens = [], 0
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                for start in range(0, len(texts), TOGETHER):
-                    part = texts[start : start + TOGETHER]
-                    scores, count = await asyncio.wrap_future(self._engine.call(_without_store(score, part)))
-                    found.append(scores)
-                    tokens += count
-        except TimeoutError:
-            message = f"the texts took longer than {self._timeout_s:g} s; send fewer of them"
-            raise ApiError(504, message, "timeout") from None
-        except (Stopped, InputError) as error:
-            raise api_error(error) from None
-        return np.concatenate(found), tokens
+        return await a_few_at_a_time(self._engine, self._timeout_s, score, texts)
+
+
+async def a_few_at_a_time(
+    engine: Engine, timeout_s: float, score: Score, texts: Sequence[Any]
+) -> tuple[np.ndarray, int]:
+    """Return what `score` finds of texts in the engine's thread, and the number of tokens that were read.
+
+    Raises:
+        ApiError: it took too long, a text cannot be used, or the engine has stopped.
+    """
+    found, tokens = [], 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            for start in range(0, len(texts), TOGETHER):
+                part = texts[start : start + TOGETHER]
+                scores, count = await asyncio.wrap_future(engine.call(_without_store(score, part)))
+                found.append(scores)
+                tokens += count
+    except TimeoutError:
+        raise ApiError(504, f"the texts took longer than {timeout_s:g} s; send fewer of them", "timeout") from None
+    except (Stopped, InputError) as error:
+        raise api_error(error) from None
+    return np.concatenate(found), tokens
 
 
 def score_texts(scorer: TextScorer, part: Sequence[Text]) -> tuple[np.ndarray, int]:
@@ -173,15 +184,19 @@ def _without_store(function: Score, part: Sequence[Any]) -> Callable[[Any], Any]
     return lambda store: function(part)
 
 
+def twin_of(base: Base) -> Base:
+    """Return a base on its own modules, with a tokenizer of its own, because tokenizers are not thread-safe; arrays are shared."""
+    tokenizer = load_folder_tokenizer(base.folder, base.config, False)
+    return dataclasses.replace(base, model=unrouted_twin(base.model), tokenizer=tokenizer)
+
+
 def load_scorer(engine: Engine, folder: Path) -> TextScorer:
-    """Return an adapter over the engine's base, with a tokenizer of its own, because tokenizers are not thread-safe.
+    """Return an adapter over the engine's base.
 
     Raises:
         InputError: it does not fit the base.
     """
-    base = engine.base
-    tokenizer = load_folder_tokenizer(base.folder, base.config, False)
-    twin = dataclasses.replace(base, model=unrouted_twin(base.model), tokenizer=tokenizer)
+    twin = twin_of(engine.base)
     info = load_adapter(twin, folder, scores=True)
     if info.chat_template:
         twin.hf_tokenizer.chat_template = info.chat_template

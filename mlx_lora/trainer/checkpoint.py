@@ -251,7 +251,7 @@ def _position_problems(position: Position) -> list[str]:
     """Return the fields of a position with values that a run never writes."""
     wrong = []
     for name, value in asdict(position).items():
-        if name.endswith(("_loss", "_accuracy")):
+        if name.endswith(("_loss", "_score")):
             fits = value is None or isinstance(value, float)
         elif name == "parts":
             fits = type(value) is int and 1 <= value <= MAX_PARTS

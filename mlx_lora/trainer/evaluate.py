@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -23,6 +22,7 @@ import numpy as np
 
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.utils.parsing import parse_json
+from mlx_lora.utils.statistics import student_quantile
 from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
@@ -88,7 +88,6 @@ def mean_loss(
 # Losses of single rows
 
 ROWS_FILE = "held_out_rows.jsonl"
-CONFIDENCE = 0.95
 FEWEST_ROWS = 3  # fewer give no interval that is worth a word
 
 
@@ -171,21 +170,6 @@ def paired_change(before: RowLosses, after: RowLosses) -> Change:
     error = math.sqrt(float((spread**2).sum()) * rows / (rows - 1)) / float(tokens.sum())
     half = student_quantile(rows - 1) * error
     return Change(change, change - half, change + half, rows)
-
-
-def student_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """Return the two-sided quantile of Student's t, to about 1% from 3 degrees of freedom on (5% at 2).
-
-    Source: Cornish-Fisher expansion, Abramowitz and Stegun 26.7.5.
-    """
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from mlx_lora.reports.run_report import REPORT_FILE, Sample
 from mlx_lora.trainer.fit import data_facts
 from mlx_lora.trainer.run_folder import CHECKPOINTS
 from mlx_lora.trainer.schedules import restart_every
+from mlx_lora.trainer.state import LOSS, score_words
 from mlx_lora.utils import console
 from mlx_lora.utils.text import command_line, counted, words_of
 
@@ -125,8 +126,9 @@ def outcome_line(loop: LoopSettings, outcome: Outcome, best: str | None, rewarde
     val = "" if outcome.val_loss is None else f", held-out loss {outcome.val_loss:.4f}"
     if rewarded and outcome.val_loss is not None:
         val = f", held-out reward {-outcome.val_loss + 0:.4f}"
-    worse = {"loss": "the held-out loss no longer falls", "accuracy": "the held-out accuracy no longer rises"}
-    early = f", ended early: {worse[loop.metric_for_best_model]}" if outcome.stopped_early else ""
+    metric = loop.metric_for_best_model
+    worse = "the held-out loss no longer falls" if metric == LOSS else f"the {score_words(metric)} no longer rises"
+    early = f", ended early: {worse}" if outcome.stopped_early else ""
     return f"{counted(outcome.steps, 'step')} done{early}{val}; {size} in {folder}{f'; {best}' if best else ''}"
 
 

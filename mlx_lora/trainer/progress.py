@@ -135,7 +135,7 @@ def _lines_until(path: Path, step: int) -> list[str]:
 
 
 # The numbers reported by an objective that each line shows.
-SHOWN = ("reward", "accuracy", "macro_f1", "pearson", "mrr", "margin")
+SHOWN = ("reward", "task", "accuracy", "macro_f1", "pearson", "mrr", "margin")
 WORTH_TELLING = 0.01  # of a step's time
 BOLD, RESET = "\x1b[1m", "\x1b[0m"
 

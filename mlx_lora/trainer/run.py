@@ -18,7 +18,7 @@ from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import OBJECTIVES, objective_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.trainer.adapter import adapter_head, put_adapter, qat_from
+from mlx_lora.trainer.adapter import adapter_head, check_kind, put_adapter, qat_from
 from mlx_lora.trainer.build import BuiltRun, build_run
 from mlx_lora.trainer.callbacks import Callback, Callbacks, logger_callbacks
 from mlx_lora.trainer.checkpoint import take_first_ranks
@@ -28,8 +28,9 @@ from mlx_lora.trainer.header import closing_words, left_by, loss_words, outcome_
 from mlx_lora.trainer.held_out import held_out_loss
 from mlx_lora.trainer.report_callback import RunPage, known_rows, leave_card, reporting
 from mlx_lora.trainer.run_folder import check_room, first_day, own_folder
-from mlx_lora.trainer.state import Diverged
+from mlx_lora.trainer.state import LOSS, TASK, Diverged
 from mlx_lora.trainer.trainer import LoopHooks, Outcome, Steps, Trainer, alone
+from mlx_lora.trainer.validation_task import check_task, scorer_of
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
@@ -96,6 +97,7 @@ def run_steps(
         with waiting("Loading the model"):
             base = load_base(settings.model, read=not strategy.divides_base)
     ctx = RunContext(settings, objective, base, strategy, functions, first_day(settings.loop, ranks), trains)
+    check_kind(base, objective)
     objective.open(ctx)  # before an adapter is on
     if not trains:
         ctx.untrained = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
@@ -129,6 +131,7 @@ def check_request(
     check_metric(settings)
     objective = objective_of(settings.objective)
     objective.check(settings.objective, functions)
+    check_task(settings, objective)
     loop, trains = settings.loop, wants_training(settings)
     needed = {"--model": settings.model.model, "--data": settings.data.data, "--adapter-path": loop.adapter_path}
     if not objective.needs_data:
@@ -162,8 +165,8 @@ def check_request(
 def check_metric(settings: TrainSettings) -> None:
     """Refuse an objective that cannot be trained as asked, or that does not report what the best validation is chosen by."""
     metric = settings.loop.metric_for_best_model
-    if metric not in ("loss", *objective_of(settings.objective).reports):
-        reporting_it = [name for name in OBJECTIVES if metric in objective_of(ObjectiveSettings(name)).reports]
+    if metric not in (LOSS, TASK, *objective_of(settings.objective).metrics):
+        reporting_it = [name for name in OBJECTIVES if metric in objective_of(ObjectiveSettings(name)).metrics]
         raise InputError(
             f"--metric-for-best-model {metric} with --objective {settings.objective.objective}: only "
             f"{', '.join(reporting_it)} report it; leave it out to keep the validation with the lowest loss"
@@ -217,6 +220,7 @@ def take_steps(
     settings, strategy, step, at = folder.settings, folder.strategy, folder.step, folder.at
     _bound_memory(run)
     log.info("\n".join(run.words if settings.loop.verbose else run.words[:-1]))
+    score = scorer_of(run)
     page = None
     if strategy.ranks.leads:
         check_room(settings.loop, run.steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
@@ -235,7 +239,7 @@ def take_steps(
         try:
             with folder.kept_if_it_fails(), reporting(run, told, show, page) as (report, shown, watch):
                 on_step = qat_from(settings.adapter, base.model, run.steps, at.taken, shown)
-                hooks = LoopHooks(report, save, on_step, told.failed, watch)
+                hooks = LoopHooks(report, save, on_step, told.failed, watch, score)
                 trainer = Trainer(
                     step,
                     run.ctx.objective,

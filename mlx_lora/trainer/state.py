@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 
 from mlx_lora.utils.errors import RunError
+from mlx_lora.utils.text import words_of
 
+LOSS, TASK = "loss", "task"  # what the best validation may be chosen by; others are numbers of the objective
 VALIDATED = "validated_examples"  # in a run's identity: how many rows it validates on
 
 
@@ -19,7 +21,7 @@ class Position:
         consumed: micro-batches of the plan so far.
         skipped, skipped_in_a_row: updates that were not finite.
         val_loss, val_at: the last validation and its step.
-        best_loss, best_accuracy, best_at: the best validation so far and its step; None if it reported no accuracy.
+        best_loss, best_score, best_at: the best validation so far and its step; its score if it is not chosen by the loss.
         worse: validations since then that were not better by the early stopping threshold.
         parts: the number of parts in which each batch runs.
     """
@@ -31,38 +33,42 @@ class Position:
     val_loss: float | None = None
     val_at: int | None = None
     best_loss: float | None = None
-    best_accuracy: float | None = None
+    best_score: float | None = None
     best_at: int | None = None
     worse: int = 0
     parts: int = 1
 
-    def validated(
-        self, loss: float, threshold: float = 0.0, accuracy: float | None = None, by_accuracy: bool = False
-    ) -> bool:
+    def validated(self, loss: float, threshold: float = 0.0, metric: str = LOSS, score: float | None = None) -> bool:
         """Record a validation, and return whether it is the best so far.
 
         Args:
             loss: mean per trained token, or per example of preference training.
             threshold: an improvement up to this does not count for early stopping, as in transformers'
                 EarlyStoppingCallback.
-            accuracy: share of pairs that are preferred as labeled, if the objective reports it.
-            by_accuracy: whether the best validation is the one with the highest accuracy (of equal ones, the one with
-                the lowest loss); otherwise it is the one with the lowest loss. A validation before the first step is
-                then not a candidate: policy and reference are still the same, so its accuracy is only rounding.
+            metric: what the best validation is chosen by: the lowest loss, or the highest of another number (of equal
+                ones, the one with the lowest loss). Before the first step, an objective's numbers are only rounding,
+                because policy and reference are still the same, or the head is new, so this validation is then not a
+                candidate. With a task it is one.
+            score: the number of that name; None: it was not measured.
         """
         self.val_loss, self.val_at = loss, self.taken
-        if by_accuracy and not self.taken:
+        if metric not in (LOSS, TASK) and not self.taken:
             return False
         less = math.inf if self.best_loss is None else self.best_loss - loss
         gain = less
-        if by_accuracy and accuracy is not None:
-            gain = math.inf if self.best_accuracy is None else accuracy - self.best_accuracy
+        if metric != LOSS and score is not None:
+            gain = math.inf if self.best_score is None else score - self.best_score
         better = math.isfinite(loss) and (gain > 0 or (gain == 0 and less > 0))
         self.worse = 0 if better and (gain > threshold or not threshold) else self.worse + 1
         if better:
             self.best_loss, self.best_at = loss, self.taken
-            self.best_accuracy = accuracy if self.taken else None
+            self.best_score = score if metric != LOSS else None
         return better
+
+
+def score_words(metric: str) -> str:
+    """Return in words what the best validation is chosen by, if it is not the loss."""
+    return "score on the task" if metric == TASK else f"held-out {words_of(metric)}"
 
 
 class Diverged(RunError):

@@ -32,6 +32,7 @@ from mlx_lora.reports.sweep_page import WHOLE, SweepResults
 from mlx_lora.trainer.model_shape import outlined_shape, shared_shapes
 from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
 from mlx_lora.trainer.several_runs import ConcurrentRun, Left, SeveralRuns, TooManyRuns, common_round, how_many_fit
+from mlx_lora.trainer.state import LOSS
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replace_text
@@ -76,7 +77,7 @@ class Score:
     """How good a trial is; the least is the best.
 
     Attributes:
-        error: 1 minus the accuracy, if the best validation is chosen by it; else 0.
+        error: 1 minus the number that the best validation is chosen by, such as an accuracy; 0 if it is the loss.
         loss: on the held-out rows; infinite if the run diverged.
     """
 
@@ -132,8 +133,8 @@ def score_of(trial: Trial, until: int) -> Score:
             "a sweep compares held-out losses, and there are none; give the data a validation file, or leave --valid-fraction and "
             "--val-batches at their defaults"
         )
-    by_accuracy = trial.settings.loop.metric_for_best_model == "accuracy"
-    scores = [Score(1 - line["accuracy"] if by_accuracy else 0.0, _number(line["val_loss"])) for line in validations]
+    metric = trial.settings.loop.metric_for_best_model
+    scores = [Score(0.0 if metric == LOSS else 1 - line[metric], _number(line["val_loss"])) for line in validations]
     used = parse_yaml((trial.folder / "run.yaml").read_text(encoding="utf-8"))
     return min(scores) if used["keep_best"] else scores[-1]
 

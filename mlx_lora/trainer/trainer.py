@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -169,6 +169,7 @@ class LoopHooks:
         on_step: takes the step's number after each step, for a live display.
         stop: asked after each step whether to end as after an interruption.
         watch: yields a validation's batches, so many, and shows how far it is.
+        score: asked whether to end, returns further numbers of a validation (trainer/validation_task.py).
     """
 
     report: Callable[[Metrics], None]
@@ -176,6 +177,7 @@ class LoopHooks:
     on_step: Callable[[int], None] = lambda step: None
     stop: Callable[[], bool] = lambda: False
     watch: Callable[[Iterable[Batch], int], Iterable[Batch]] = lambda batches, count: batches
+    score: Callable[[Callable[[], bool]], dict[str, float]] = lambda stopped: {}
 
 
 class StepWanted(NamedTuple):
@@ -350,13 +352,14 @@ class Trainer:
         held_out = takewhile(lambda _: strategy.lockstep or not asked(), strategy.held_out(validation, most))
         watched = self.hooks.watch(held_out, strategy.held_out_count(validation, most))
         measured = mean_loss(self.step.model, self.bound, watched, strategy)
+        measured = replace(measured, reports=measured.reports | self.hooks.score(asked))
         self._interrupted.ask_all()
         if not measured.count or self._interrupted():
             return False
         # The window continues: its tokens are counted once, in its own line.
         self.hooks.report(self._record(Window(), measured))
-        by_accuracy, accuracy = settings.metric_for_best_model == "accuracy", measured.reports.get("accuracy")
-        return self.at.validated(measured.loss, settings.early_stopping_threshold, accuracy, by_accuracy)
+        metric = settings.metric_for_best_model
+        return self.at.validated(measured.loss, settings.early_stopping_threshold, metric, measured.reports.get(metric))
 
     def _record(self, window: Window, measured: Measured | None = None) -> Metrics:
         """Read the window's scalars, once per report, and make its record."""

@@ -101,6 +101,16 @@ CASES: dict[str, Case] = {
     "distill-table": Case(TAUGHT),
     "distill-on-policy": Case(ON_POLICY, data="prompts.jsonl"),
     "distill-sampled-kl": Case({**ON_POLICY, "divergence": "sampled_kl", "group_size": 4}, data="prompts.jsonl"),
+    "classify": Case({"objective": "classify"}, data="labeled.jsonl"),
+    "rerank": Case({"objective": "rerank", "batch_tokens": None, "batch_size": 4}, data="searches.jsonl"),
+    # Two micro-batches a step, whose gradients are cached.
+    "embed": Case(
+        {"objective": "embed", "batch_tokens": None, "batch_size": 6, "grad_accumulation_steps": 2, "pooling": "mean"},
+        data="searches.jsonl",
+    ),
+    "vision-sft": Case(
+        {"objective": "vision_sft", "batch_tokens": None, "batch_size": 4}, "smolvlm", "pictures/train.jsonl"
+    ),
     "dora": method("dora"),
     "pissa": method("pissa", model="tiny-4bit", quantized_matmul="packed"),
     "adalora": method("adalora", resumed=True, adalora_tinit=1, adalora_tfinal=2, adalora_delta_t=1),

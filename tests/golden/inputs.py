@@ -17,7 +17,9 @@ from byte_tokenizer import CHATML, byte_tokenizer
 from gguf import GGMLQuantizationType
 from hf_to_gguf import gguf_tensors, write_gguf
 from mlx.utils import tree_flatten
+from PIL import Image
 from tiny_recurrent import recurrent_model
+from tiny_vision import vision_files
 
 LLAMA = {
     "model_type": "llama",
@@ -72,6 +74,12 @@ def make_inputs(folder: Path) -> dict[str, str]:
             folder / "tiny.gguf", gguf_tensors(random_model(LLAMA, 5), "llama", LLAMA), "llama", LLAMA,
             {"rope.dimension_count": 16, "tokenizer.chat_template": CHATML}, GGMLQuantizationType.Q4_1,
         )  # fmt: skip
+        write_seeing_model(folder / "smolvlm", "smolvlm")
+    (folder / "pictures").mkdir()
+    for number in range(12):
+        Image.new("RGB", (40 + number, 30 + 2 * number), (20 * number, 200 - 10 * number, 90)).save(
+            folder / "pictures" / f"{number}.png"
+        )
     for name, rows in data_rows().items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "book.txt").write_text("".join(TEXT.format(n * n) for n in range(60)), encoding="utf-8")
@@ -90,6 +98,21 @@ def random_model(config: dict[str, Any], seed: int) -> nn.Module:
             model.load_weights([(name, value + 0.1 * mx.random.normal(value.shape))], strict=False)
     mx.eval(model.parameters())
     return model
+
+
+def write_seeing_model(folder: Path, family: str) -> None:
+    """Write a tiny random model that sees, under mlx-vlm's names."""
+    from mlx_vlm.utils import get_model_and_args, update_module_configs  # slow to import
+
+    config = vision_files(family, folder)
+    module, _ = get_model_and_args(config)
+    settings = update_module_configs(module.ModelConfig.from_dict(config), module, config, ["text", "vision"])
+    mx.random.seed(4)
+    weights = {
+        name: 0.15 * mx.random.normal(value.shape) if value.ndim > 1 else 1 + 0.1 * mx.random.normal(value.shape)
+        for name, value in sorted(tree_flatten(module.Model(settings).parameters()))
+    }
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
 
 
 def write_model(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
@@ -127,6 +150,14 @@ def data_rows() -> dict[str, list[dict[str, Any]]]:
             {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
             for row in pairs
             for name in ("chosen", "rejected")
+        ],
+        "labeled": [{"text": f"{'warm' * (n % 3)} day {n}", "label": "abc"[n % 3]} for n in range(30)],
+        "searches": [
+            {"query": f"Where is {n}?", "positive": f"{n} is here.", "negatives": [f"{n}, no.", f"Not {n + 1}."]}
+            for n in range(24)
+        ],
+        "pictures/train": [
+            {"prompt": "Which?", "completion": "abc"[n % 3] * 2, "images": [f"{n}.png"]} for n in range(12)
         ],
         "prompts": [{"prompt": f"{n}+1=", "answer": str(n + 1), "level": n % 3} for n in range(20)],
     }

@@ -7,7 +7,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from real_models import minilm
 
+import mlx_lora
 from mlx_lora.models.config import OWN_ARCHITECTURES
 from mlx_lora.models.encoder import ENCODERS, ModelArgs
 from mlx_lora.models.folder import load_weights
@@ -87,3 +89,16 @@ def test_what_no_encoder_of_ours_can_be_is_refused():
             ModelArgs.from_dict(plain | change)
     assert set(CASES) < set(ENCODERS)
     assert {name for name, module in OWN_ARCHITECTURES.items() if module == "encoder"} == set(ENCODERS)
+
+
+@pytest.mark.slow
+def test_vectors_of_minilm_are_those_of_sentence_transformers():
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    folder = minilm()
+    texts = ["Where is my parcel?", "Orders > Delivery: the mail with its number has a link.", "x", "word " * 400]
+    theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu").encode(
+        texts, normalize_embeddings=True
+    )
+    ours = mlx_lora.embed(str(folder), texts)
+    assert np.abs(ours - theirs).max() < 1e-5
+    assert np.abs(mlx_lora.embed(str(folder), texts, pooling="cls") - theirs).max() > 1e-2

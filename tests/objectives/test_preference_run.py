@@ -316,18 +316,18 @@ def test_a_run_that_was_cut_keeps_its_best_accuracy(tiny_folder, data, tmp_path,
         for name in ("cut", "whole")
     ]
     assert states[0] == states[1]
-    assert (states[0]["best_accuracy"], states[0]["best_at"], states[0]["worse"]) == (0.8, 6, 2)
+    assert (states[0]["best_score"], states[0]["best_at"], states[0]["worse"]) == (0.8, 6, 2)
 
 
 def test_the_threshold_is_of_the_accuracy():
     at = Position(taken=1)
-    found = [at.validated(loss, 0.1, accuracy, by_accuracy=True) for loss, accuracy in
+    found = [at.validated(loss, 0.1, "accuracy", accuracy) for loss, accuracy in
              ((0.6, 0.5), (0.5, 0.5), (0.7, 0.55), (0.8, 0.7), (math.nan, 0.9), (0.9, 0.6))]  # fmt: skip
     assert found == [True, True, True, True, False, False]
-    assert (at.best_accuracy, at.best_loss, at.worse) == (0.7, 0.8, 2)
+    assert (at.best_score, at.best_loss, at.worse) == (0.7, 0.8, 2)
     untrained = Position()
-    assert not untrained.validated(0.6, accuracy=0.9, by_accuracy=True)
-    assert (untrained.best_accuracy, untrained.worse, untrained.val_loss) == (None, 0, 0.6)
+    assert not untrained.validated(0.6, metric="accuracy", score=0.9)
+    assert (untrained.best_score, untrained.worse, untrained.val_loss) == (None, 0, 0.6)
 
 
 @pytest.mark.parametrize("objective", ["sft", "kto"])

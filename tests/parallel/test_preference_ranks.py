@@ -1,4 +1,4 @@
-"""Preference training in two processes takes the steps of one."""
+"""Objectives on more than single rows, in two processes, take the steps of one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 from ranks import Started
 
+OF_TEXTS = {
+    "classify": [{"text": f"{'warm' * (n % 3)} day {n}", "label": "abc"[n % 3]} for n in range(36)],
+    "rerank": [
+        {"query": f"Where is {n}?", "positive": f"{n}, here.", "negatives": [f"{n}, no.", "No."]} for n in range(24)
+    ],
+    "embed": [{"query": f"Where is {n}?", "positive": f"{n} is by the river."} for n in range(36)],
+}
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto", "reward"])
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto", "reward", "classify", "rerank", "embed"])
 def test_two_ranks_take_the_steps_of_one(objective, tiny_folder, tmp_path):
     rows = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No" + "!" * (n % 5)} for n in range(24)]
     if objective == "kto":
@@ -20,6 +28,7 @@ def test_two_ranks_take_the_steps_of_one(objective, tiny_folder, tmp_path):
             for row in rows
             for name in ("chosen", "rejected")
         ]
+    rows = OF_TEXTS.get(objective, rows)
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     found = {}
@@ -34,9 +43,28 @@ def test_two_ranks_take_the_steps_of_one(objective, tiny_folder, tmp_path):
     (one, alone), (two, together) = found[1], found[2]
     assert len(one) == len(two)
     for first, second in zip(one, two, strict=True):
-        for name in ("loss", "val_loss", "margin"):
-            if first[name] is not None:
+        for name in ("loss", "val_loss", "margin", "accuracy", "macro_f1", "mrr"):
+            if first.get(name) is not None:
                 assert second[name] == pytest.approx(first[name], rel=1e-4, abs=1e-5), name
     for name, value in alone.items():
         assert np.allclose(np.array(value), np.array(together[name]), rtol=1e-3, atol=1e-5), name
     assert one[-1]["val_loss"] != pytest.approx(one[0]["val_loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_first_of_two_ranks_scores_the_task_for_both(tiny_folder, tmp_path):
+    rows = [{"prompt": f"Say {n}.", "completion": "abc"} for n in range(24)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, rows[:4])))
+    scores = {}
+    for count in (1, 2):
+        command = ["-m", "mlx_lora.train", "--model", tiny_folder, "--data", tmp_path / "data.jsonl", "--adapter-path",
+                   tmp_path / str(count), "--iters", 12, "--learning-rate", "1e-2", "--batch-size", 6, "--sample-tokens", 0,
+                   "--kernels", "ours", "--steps-per-eval", 4, "--eval-tasks", tmp_path / "task.jsonl", "--eval-metric", "rouge_l",
+                   "--eval-max-tokens", 6, "--metric-for-best-model", "task", "--early-stopping-patience", 2]  # fmt: skip
+        ended = Started([command] * count, tmp_path / f"hosts{count}").wait()
+        assert ended.codes == [0] * count, ended.errs
+        lines = [json.loads(line) for line in (tmp_path / str(count) / "metrics.jsonl").read_text().splitlines()]
+        scores[count] = [line["task"] for line in lines if line["val_loss"] is not None]
+    assert scores[1] == pytest.approx(scores[2])
+    assert len(scores[1]) >= 3

@@ -14,7 +14,7 @@ from run_cli import one_line, run
 import mlx_lora
 from mlx_lora.api.evaluate import normalized
 from mlx_lora.cli.evaluate import side_by_side
-from mlx_lora.trainer.evaluate import student_quantile
+from mlx_lora.utils.statistics import student_quantile
 
 
 @pytest.fixture(scope="module")

@@ -264,6 +264,9 @@ ELSEWHERE = {
     "max_pixels": "test_vision_run.py: fewer tokens of a picture",
     "qat": "test_merges.py: other weights, and the loss of the fused model",
     "metric_for_best_model": "test_preference_run.py",
+    **dict.fromkeys(
+        ("eval_tasks", "eval_metric", "eval_rows", "eval_max_tokens", "eval_chat_template"), "test_validation_task.py"
+    ),
     "resume": "test_resume.py: another way to the same bytes",
     "sample_tokens": "test_run_report.py",
     "verbose": "test_train_command.py: one more line",

@@ -210,12 +210,15 @@ def test_lengths_may_vary(tiny_folder, data, tmp_path):
         (True, "loss", 9, sweeping.Score(0.0, 0.4)),
         (True, "accuracy", 9, sweeping.Score(0.25, 0.6)),
         (False, "accuracy", 6, sweeping.Score(0.5, 0.4)),
+        (True, "task", 9, sweeping.Score(0.25, 0.6)),
     ],
 )
 def test_a_trial_is_judged_as_its_run_would_be(tiny_folder, data, tmp_path, keep_best, metric, until, expected):
-    settings = settings_of(tiny_folder, data, objective="dpo", metric_for_best_model=metric, adapter_path=str(tmp_path))
+    settings = settings_of(
+        tiny_folder, data, objective="dpo", metric_for_best_model=metric, eval_tasks="x", adapter_path=str(tmp_path)
+    )
     steps = [(0, 0.2, 1.0), (3, 0.6, 0.75), (6, 0.4, 0.5), (9, 0.7, 0.75)]
-    lines = [{"step": step, "val_loss": loss, "accuracy": accuracy} for step, loss, accuracy in steps]
+    lines = [{"step": step, "val_loss": loss, "accuracy": number, "task": number} for step, loss, number in steps]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "run.yaml").write_text(f"keep_best: {str(keep_best).lower()}\n")
     assert sweeping.score_of(sweeping.Trial("a", 0, "", settings), until) == expected
@@ -228,6 +231,8 @@ def test_a_trial_is_judged_as_its_run_would_be(tiny_folder, data, tmp_path, keep
         ({}, {"seeds": 0}, "--seeds 0"),
         ({}, {"budget": 1.0}, "--budget"),
         ({"objective": "grpo", "reward": "exact_match"}, {}, "--objective grpo"),
+        ({"objective": "classify"}, {}, "--objective classify cannot be trained together"),
+        ({"objective": "embed"}, {}, "--objective embed cannot be trained together"),
         ({"valid_fraction": 0}, {"budget": 2.9}, "held-out"),
         ({"objective": "dpo"}, {"vary": ("beta=0.1,0.3",)}, "changes the loss"),
         (

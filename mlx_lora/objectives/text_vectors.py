@@ -1,0 +1,130 @@
+"""Compute the vectors of texts with a model, and with an adapter of --objective embed.
+
+What a vector is (pooling, prompts, how long a text may be) is kept in the run.yaml of an adapter, and in a model's own
+sentence-transformers files; here it is read from there, so that search uses what was trained.
+
+Shapes: N texts, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings, TrainSettings
+from mlx_lora.data.pairs import TextForm
+from mlx_lora.exporters.adapter_folder import load_adapter, run_of
+from mlx_lora.losses.contrastive import normalized
+from mlx_lora.models.load import Base, check_token_ids
+from mlx_lora.objectives.embed import Embedder, ModelFiles, form_of, kept_choices, with_choices
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.progress import tracked
+
+STEP = 8  # widths of batches are multiples of this
+
+
+@dataclass(frozen=True)
+class TextEmbedder:
+    """Computes the vectors of texts.
+
+    Attributes:
+        base: the model, with or without an adapter.
+        form: how texts become rows.
+        embedder: of the model.
+        dims: the first so many numbers are kept; None: all.
+        normalize: whether vectors have length one.
+        batch_tokens: most positions of a batch.
+    """
+
+    base: Base
+    form: TextForm
+    embedder: Embedder
+    dims: int | None = None
+    normalize: bool = True
+    batch_tokens: int = DEFAULT_BATCH_TOKENS
+
+    def __call__(self, texts: Sequence[str], query: bool = False, words: str = "Computing vectors") -> np.ndarray:
+        """Return the vectors of texts, (N, D) float32, in their order.
+
+        Args:
+            texts: to embed.
+            query: whether they are queries, or documents.
+            words: what a display calls the work.
+
+        Raises:
+            InputError: a text has no tokens, or some that the model does not have.
+        """
+        return self.of_rows(self.form.encode(texts, self.base.hf_tokenizer, query) if texts else [], words)
+
+    def of_rows(self, rows: Sequence[np.ndarray], words: str = "Computing vectors") -> np.ndarray:
+        """Return the vectors of texts that are token ids, (N, D) float32; as for texts."""
+        if empty := [number for number, row in enumerate(rows) if not len(row)]:
+            raise InputError(f"text {empty[0] + 1}: is empty; fill it, or remove it")
+        check_token_ids(self.base, max((int(row.max()) for row in rows), default=0), "the texts")
+        found = np.zeros((len(rows), self.dims or self.embedder.width), np.float32)
+        batches = batches_of([len(row) for row in rows], self.batch_tokens)
+        self.base.model.eval()
+        for numbers in tracked(batches, words, len(batches), "batches"):
+            found[numbers] = np.array(self._vectors([rows[number] for number in numbers]))
+        return found
+
+    def _vectors(self, rows: Sequence[np.ndarray]) -> mx.array:
+        lengths = np.array([len(row) for row in rows], np.int32)
+        inputs = np.zeros((len(rows), -(-int(lengths.max()) // STEP) * STEP), np.int32)
+        for place, row in enumerate(rows):
+            inputs[place, : len(row)] = row
+        vectors = self.embedder(mx.array(inputs), mx.array(lengths))[:, : self.dims]
+        return normalized(vectors) if self.normalize else vectors
+
+
+def batches_of(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Return the numbers of rows in batches, long rows first, so that rows of similar length are together.
+
+    Args:
+        lengths: of the rows.
+        batch_tokens: most positions of a batch, which has at least one row.
+    """
+    batches: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        widest = -(-lengths[batches[-1][0]] // STEP) * STEP if batches else 0
+        if batches and (len(batches[-1]) + 1) * widest <= batch_tokens:
+            batches[-1].append(number)
+        else:
+            batches.append([number])
+    return batches
+
+
+def open_embedder(
+    settings: TrainSettings, base: Base, adapter: Path | None = None, ignore_fingerprint: bool = False, **more: Any
+) -> TextEmbedder:
+    """Return what computes the vectors of a model, with an adapter's choices of pooling and prompts if it has one.
+
+    Args:
+        settings: what the user gave of pooling, prompts and --max-seq-length decides.
+        base: the model; it gets the adapter.
+        adapter: its folder.
+        ignore_fingerprint: as for `load_adapter`.
+        more: of `TextEmbedder`.
+
+    Raises:
+        InputError: the adapter does not fit the base, or the model's hidden states cannot be read.
+    """
+    kept = kept_choices(run_of(adapter)) if adapter else {}
+    asked = settings.objective
+    chosen = {name: kept[name] for name in kept if name != "max_seq_length" and getattr(asked, name) is None}
+    data = settings.data
+    if "max_seq_length" in kept and data.max_seq_length == DataSettings.max_seq_length:
+        data = replace(data, max_seq_length=int(kept["max_seq_length"]))
+    asked = with_choices(replace(asked, **chosen), ModelFiles.of(base))
+    form = form_of(replace(settings, objective=replace(asked, embed_loss=None), data=data), ModelFiles.of(base))
+    if adapter:
+        load_adapter(base, adapter, ignore_fingerprint)
+    embedder = Embedder.of(base.model, asked.pooling or "")
+    if (dims := more.get("dims")) and dims > embedder.width:
+        raise InputError(f"--dims {dims}: the model's vectors have {embedder.width} numbers; give at most that many")
+    return TextEmbedder(base, form, embedder, **more)

@@ -1,0 +1,198 @@
+"""Score the model on a task at each validation (`--eval-tasks`), as `mlx-lora evaluate` scores it afterward.
+
+The score is one more number of a validation, `task`, beside those of the objective. So metrics.jsonl, the best checkpoint, early
+stopping, resumed runs and sweeps take it as they take a held-out accuracy.
+
+Answers are the likeliest tokens of the model in the form that is trained, without float copies of quantized weights. Copies are
+chosen by the memory that is free, so a resumed run could get other answers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_lora.parallel.divided_base import dividing_flag
+from mlx_lora.trainer.state import TASK
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.text import counted
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.evaluation.models import Models
+    from mlx_lora.evaluation.results import TaskScore
+    from mlx_lora.objectives.base import Objective, RunContext
+    from mlx_lora.trainer.build import BuiltRun
+
+log = logging.getLogger(__name__)
+
+YAML = (".yaml", ".yml")
+USUAL_METRIC = "exact_match"  # of a file of rows
+# The flags of `evaluate`, in errors -> those of a run.
+FLAGS = {"--tasks": "--eval-tasks", "--data": "--eval-tasks", "--metric": "--eval-metric"}
+
+Scorer = Callable[[Callable[[], bool]], dict[str, float]]
+"""Takes what is asked whether to end, and returns numbers of a validation; none if it was ended."""
+
+
+def has_rows(asked: str) -> bool:
+    """Return whether --eval-tasks names a file of rows, and not a task of lm-eval."""
+    path = Path(asked).expanduser()
+    return path.suffix not in YAML and path.exists()
+
+
+def check_task(settings: TrainSettings, objective: Objective) -> None:
+    """Refuse, before anything is loaded, a task that this run cannot be scored on.
+
+    Raises:
+        InputError: there is no such file, metric or package, or the run's model writes no text.
+    """
+    loop, asked = settings.loop, settings.loop.eval_tasks
+    if asked is None:
+        return
+    if not objective.writes:
+        name = settings.objective.objective
+        raise InputError(f"--eval-tasks {asked} with --objective {name}: its model writes no text; leave it out")
+    if flag := dividing_flag(loop):
+        raise InputError(f"--eval-tasks {asked} with {flag}: it needs the whole base; leave out one of the two")
+    path = Path(asked).expanduser()
+    if path.suffix and not path.exists():
+        raise InputError(f"--eval-tasks {asked}: there is no such file; give its path, or the name of a task")
+    if has_rows(asked):
+        if loop.eval_chat_template:
+            raise InputError(f"--eval-chat-template: the rows of {asked} always have the form of a chat; leave it out")
+        from mlx_lora.evaluation.metrics import metric_of  # only where it is asked for
+
+        with _in_words_of_a_run():
+            metric_of(loop.eval_metric or USUAL_METRIC)
+    elif importlib.util.find_spec("lm_eval") is None:
+        raise InputError(f"--eval-tasks {asked}: a task needs lm-eval; pip install 'mlx-lora[eval]'")
+
+
+def scorer_of(run: BuiltRun) -> Scorer:
+    """Return what adds numbers to a run's validations; nothing without --eval-tasks.
+
+    Raises:
+        InputError: the run has no held-out rows, or its base is divided among processes.
+    """
+    asked = run.ctx.settings.loop.eval_tasks
+    if asked is None:
+        return lambda stopped: {}
+    if run.validation is None:
+        raise InputError(
+            f"--eval-tasks {asked}: it is scored at validations, and there are no held-out rows; give a validation file, or "
+            "leave --valid-fraction at its default"
+        )
+    if run.ctx.strategy.divides_base:
+        raise InputError(f"--eval-tasks {asked}: this run divides its base, and the task needs all of it; leave it out")
+    loop = run.ctx.settings.loop
+    metric = loop.eval_metric or (USUAL_METRIC if has_rows(asked) else "its own metric")
+    log.info(f"Task: {asked}, {metric} of at most {counted(loop.eval_rows, 'row')}, at each validation")
+    return ValidationTask(run.ctx, asked)
+
+
+@dataclass
+class ValidationTask:
+    """Scores a run's model on a task.
+
+    Attributes:
+        ctx: of the run, with settings in which nothing is open.
+        asked: as --eval-tasks names it.
+    """
+
+    ctx: RunContext
+    asked: str
+    _models: Models | None = field(default=None, repr=False)
+
+    def __call__(self, stopped: Callable[[], bool]) -> dict[str, float]:
+        """Return the score as `task`, on all ranks; nothing if it was ended.
+
+        Args:
+            stopped: asked before each batch whether to end.
+
+        Raises:
+            InputError: the task or its rows cannot be used.
+            RunError: a metric of the user failed.
+        """
+        ranks = self.ctx.strategy.ranks
+        if ranks.size == 1:
+            return self._scored(stopped)
+        # The first rank has the whole model; the others wait for it.
+        return self.ctx.strategy.everyone(self._scored(stopped) if ranks.leads else {})[0]
+
+    def _scored(self, stopped: Callable[[], bool]) -> dict[str, float]:
+        model = self.ctx.base.model
+        training = model.training
+        model.eval()
+        try:
+            with _in_words_of_a_run():
+                return {TASK: self._score(stopped)}
+        except KeyboardInterrupt:
+            return {}
+        finally:
+            model.train(training)
+
+    def _score(self, stopped: Callable[[], bool]) -> float:
+        # Imported here, because a run without a task needs none of it, and lm-eval may not be installed.
+        from mlx_lora.evaluation.models import BASE, DEFAULT_BATCH_TOKENS, Models
+
+        loop = self.ctx.settings.loop
+        if self._models is None:
+            self._models = Models(self.ctx.base, {}, False, DEFAULT_BATCH_TOKENS)
+        if has_rows(self.asked):
+            from mlx_lora.evaluation.metrics import metric_of
+            from mlx_lora.evaluation.own_rows import RowsAsked, answer_rows, score_rows
+
+            metrics = [metric_of(loop.eval_metric or USUAL_METRIC)]
+            data = replace(self.ctx.settings.data, data=self.asked)
+            rows = RowsAsked(data, loop.eval_max_tokens, loop.eval_rows)
+            found = score_rows(TASK, answer_rows(self._models, rows, metrics, stopped), metrics).scores
+            return found[0].scores[BASE].value if found else math.nan
+        from mlx_lora.evaluation.harness import TaskOptions, run_tasks
+
+        options = TaskOptions(loop.eval_chat_template, limit=loop.eval_rows)
+        found = run_tasks(self._models, [self.asked], options, stopped).scores
+        return chosen_score(found, loop.eval_metric, self.asked).scores[BASE].value
+
+
+def chosen_score(found: list[TaskScore], metric: str | None, asked: str) -> TaskScore:
+    """Return the score of a task, or of a group of tasks, by which validations are compared.
+
+    Args:
+        found: of all tasks, then of groups.
+        metric: its name, with or without the filter; None: the first one for which higher is better.
+        asked: for messages.
+
+    Raises:
+        InputError: there is no such metric, or it is better when it is lower.
+    """
+    own = [one for one in found if one.task == found[-1].task]
+    names = list(dict.fromkeys(one.metric for one in own))
+    chosen = [one for one in own if metric in (None, one.metric, one.metric.split(" ")[0])]
+    if not chosen:
+        raise InputError(f"--eval-metric {metric}: {asked} has {', '.join(names)}; give one of them")
+    better = [one for one in chosen if one.better]
+    if not better:
+        raise InputError(
+            f"--eval-tasks {asked}: {chosen[0].metric} is better when it is lower, and validations are compared by the highest "
+            "score; take another metric or task"
+        )
+    return better[0]
+
+
+@contextmanager
+def _in_words_of_a_run() -> Iterator[None]:
+    """Name the flags of a run in errors that name those of `evaluate`."""
+    try:
+        yield
+    except InputError as error:
+        words = str(error)
+        for theirs, ours in FLAGS.items():
+            words = words.replace(theirs, ours)
+        raise InputError(words) from None
