@@ -17,6 +17,7 @@ import json
 import logging
 import shutil
 from collections import OrderedDict
+from functools import cached_property
 from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,9 +55,13 @@ class ImageFeatureCache:
         self._most = int(device.current_device().memory_bytes * MEMORY_SHARE) if most_bytes is None else most_bytes
         self._kept: OrderedDict[str, ImageFeatures] = OrderedDict()
         self._bytes = 0
-        self._folder = cache_dir(KIND) / tower_key(tower, processor)
         self._writes = True
         self.computed = self.read = 0
+
+    @cached_property
+    def _folder(self) -> Path:
+        """Named when a picture is first seen: an adapter may be put on the tower until then."""
+        return cache_dir(KIND) / tower_key(self.tower, self.processor)
 
     @property
     def most_bytes(self) -> int:
