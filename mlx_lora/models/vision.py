@@ -221,15 +221,21 @@ def load_tower(folder: Path, dtype: mx.Dtype) -> VisionTower:
         _load(model, weights, config)
     except FOREIGN_ERRORS as error:
         raise InputError(f"{folder}: mlx-vlm cannot load the tower of this {kind} model ({short(error)})") from error
-    width = (config.get("text_config") or config)["hidden_size"]
+    tower = without_language_model(model, config, token, dtype)
+    mx.eval(model.parameters())
+    return tower
+
+
+def without_language_model(model: Any, config: Mapping[str, Any], token: int, dtype: mx.Dtype) -> VisionTower:
+    """Return mlx-vlm's model as a frozen tower; its language model is replaced, its parameters need not be computed."""
+    kind, width = str(config.get("model_type")), (config.get("text_config") or config)["hidden_size"]
     model.language_model = NoText(width, dtype)
     if kind == "llava":
         model._merge_input_ids_with_image_features = _only_picture
     model.set_dtype(dtype)
     model.freeze()
     model.eval()
-    mx.eval(model.parameters())
-    return VisionTower(model, width, token, _rescale(str(kind), width))
+    return VisionTower(model, width, token, _rescale(kind, width))
 
 
 def build_tower(config: Mapping[str, Any]) -> Any:

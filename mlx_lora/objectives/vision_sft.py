@@ -84,9 +84,9 @@ class VisionSFT(Objective):
     def __post_init__(self) -> None:
         self.table = ImageTable.empty()
         self._eyes: VisionEncoder | None = None
-        self._whole: tuple[
-            str, ...
-        ] = ()  # modules of tower and connector that are trained in full, and those with factors
+        self._attached = False  # whether the tower is a part of the model
+        # Of tower and connector: modules that are trained in full, and layers that get factors.
+        self._whole: tuple[str, ...] = ()
         self._layers: tuple[str, ...] = ()
 
     @property
@@ -117,10 +117,9 @@ class VisionSFT(Objective):
             )
         adapter = ctx.settings.adapter
         trains = ctx.trains and bool(adapter.train_connector or adapter.train_vision)
-        # A tower that is measured may be an adapter's, which is put on later.
-        tower = (
-            open_tower(ctx.base) if trains or not ctx.trains else load_tower(ctx.base.folder, compute_dtype(ctx.base))
-        )
+        self._attached = trains or not ctx.trains  # a tower that is measured may be an adapter's, which is put on later
+        base = ctx.base
+        tower = open_tower(base) if self._attached else load_tower(base.folder, compute_dtype(base))
         self._eyes = VisionEncoder.of(ctx.base, ctx.settings.data, self.table, tower, trains)
         self.compiles = not trains
         if trains:
@@ -128,11 +127,12 @@ class VisionSFT(Objective):
 
     def adapted(self, adapter: AdapterSettings) -> AdapterSettings:
         """Add what --train-connector and --train-vision name; see `Objective.adapted`."""
-        wishes = [adapter.modules_to_save, *self._whole]
+        layers, whole = self._layers, self._whole
+        if adapter.method == "full":  # whose targets are trained in full
+            layers, whole = whole, ()
+        saved = ",".join(filter(None, (adapter.modules_to_save, *whole)))
         return replace(
-            adapter,
-            target_modules=",".join((adapter.target_modules, *self._layers)),
-            modules_to_save=",".join(filter(None, wishes)) or None,
+            adapter, target_modules=",".join((adapter.target_modules, *layers)), modules_to_save=saved or None
         )
 
     def read_data(self, ctx: RunContext, data: DataSettings, teacher_prompt: str | None = None) -> DataSplits:
