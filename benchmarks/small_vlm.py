@@ -106,9 +106,7 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, box: tuple[int, int, int, 
         pen.polygon(((x, bottom), (right, bottom), ((x + right) // 2, y)), fill=color)
 
 
-def _write_digits(
-    pen: ImageDraw.ImageDraw, digits: str, rng: random.Random, color: tuple[int, ...], top: int
-) -> None:
+def _write_digits(pen: ImageDraw.ImageDraw, digits: str, rng: random.Random, color: tuple[int, ...], top: int) -> None:
     font = ImageFont.load_default(rng.randint(19, 22))
     for number, digit in enumerate(digits):
         pen.text((2 + 15 * number + rng.randint(0, 2), top - 4 + rng.randint(-1, 1)), digit, color, font)

@@ -301,6 +301,8 @@ class ServeSettings:
         "the server's own pages always may.", SERVER)
     adapters_from: str | None = setting(None,
         "Folder whose subfolders clients may load as adapters (default: none).", SERVER, common=True)
+    images_from: str | None = setting(None,
+        "Folder below which clients may name pictures as files (default: none; data URLs always work).", SERVER)
     allow_hub: bool = setting(False, "Let clients load adapters from the hub.", SERVER)
     adapter_memory: str | None = setting(None,
         "Limit on memory for adapters, such as 2GB; the least recently used are evicted (default: no limit).", LIMITS)

@@ -349,7 +349,9 @@ def read_factors(base: Base, folder: Path, dtype: mx.Dtype, ignore_fingerprint: 
         InputError: it does not fit this base, or cannot differ by row.
     """
     if trains_tower(folder):
-        raise InputError(f"{folder}: changes the vision tower, which all rows of a batch share; fuse it, and serve the result")
+        raise InputError(
+            f"{folder}: changes the vision tower, which all rows of a batch share; fuse it, and serve the result"
+        )
     twin = dataclasses.replace(base, model=unrouted_twin(base.model))
     info = load_adapter(twin, folder, ignore_fingerprint)
     layers = adapter_layers(twin.model)
