@@ -170,6 +170,29 @@ def test_tower_and_connector_are_trained_and_kept(seeing, model, colors, tmp_pat
     assert loss_of(tmp_path / "fused", colors) == pytest.approx(after, rel=1e-4)
 
 
+def test_training_the_tower_is_planned_and_refused_where_it_cannot_be(model, colors, tmp_path):
+    def planned(*more: object) -> int:
+        ran = run("plan", "--model", model, "--data", colors / "train.jsonl", "--objective", "vision_sft", "--batch-size", 4, "--json", *more)  # fmt: skip
+        assert ran.code == 0, ran.err
+        return json.loads(ran.out)["parts"]["other models"]
+
+    sizes = [planned(), planned("--train-connector"), planned("--train-connector", "--train-vision", "lora")]
+    assert sizes == sorted(set(sizes))
+    sft = (
+        "train",
+        "--model",
+        model,
+        "--data",
+        colors / "train.jsonl",
+        "--adapter-path",
+        tmp_path / "out",
+        "--iters",
+        1,
+    )
+    one_line(run(*sft, "--train-vision", "full"), "--objective sft")
+    one_line(run(*sft, "--objective", "vision_sft", "--train-vision", "lora", "--method", "full"), "give full")
+
+
 def test_a_resumed_run_of_the_tower_ends_with_the_same_bytes(seeing, model, colors, tmp_path):
     folder, _ = seeing
     copy = stopped_after(folder, tmp_path / "copy", 3)
