@@ -338,10 +338,10 @@ def own_path(layer: str, modules: dict[str, nn.Module]) -> str | None:
     """Return mlx-lm's path of a layer: the same, with a family's prefix, or with a multimodal wrapper's parts swapped."""
     other = re.sub(r"^model\.language_model\.", "language_model.model.", layer)
     renamed = [
-        ours + layer.removeprefix(theirs)
+        (ours + f"{layer}.".removeprefix(theirs)).removesuffix(".")
         for pairs in RENAMED.values()
         for ours, theirs in pairs
-        if layer.startswith(theirs)
+        if f"{layer}.".startswith(theirs)
     ]
     return next((path for path in (layer, other, *renamed) if path in modules), None)
 

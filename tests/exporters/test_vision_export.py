@@ -14,7 +14,7 @@ from vision_judge import judge_inputs, judge_processor
 from vision_rows import CHATS, picture, read_rows, write_rows
 
 from mlx_lora.exporters.adapter_folder import load_adapter
-from mlx_lora.models.image_inputs import with_images
+from mlx_lora.models.image_inputs import prepare_rotation, with_images
 
 pytest.importorskip("mlx_vlm")
 BAR = 1e-4
@@ -48,9 +48,10 @@ def trained(request, tmp_path_factory):
 
 def own_logits(root: Path, adapter: Path | None):
     """Return our logits (T, V) of the first row, its tokens, and what the tower takes of its picture."""
-    rows = read_rows(root / "model", root / "data" / "train.jsonl")
+    rows = read_rows(root / "model", root / "data" / "train.jsonl", trains=False)
     if adapter:
         load_adapter(rows.base, adapter)
+    prepare_rotation(rows.base.model, rows.objective.vision.spec)
     tokens = rows.rows.row(0)[0]
     (digest,) = rows.objective.table.of_labels(rows.rows.labels, len(rows.rows))[0]
     vision = rows.objective.vision
