@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mlx_lora.exporters.peft_experts import peft_path
+
 # Processors that need no torchvision: they are asked as a whole.
 WHOLE = ("Gemma3Processor", "LlavaProcessor", "Idefics3Processor")
 RANK, ALPHA = 4, 8
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LAYER = re.compile(
-    rf".*(?<!vision_model\.encoder\.)(?<!encoder\.)layers\.(\d+)\.(?:self_attn|mlp)\.({'|'.join(LINEAR)})$"
-)
 
 
 def judge_processor(folder: Path) -> Any:
@@ -65,34 +62,37 @@ def judge_inputs(processor: Any, messages: Sequence[dict[str, Any]], pictures: S
 
 
 class Judge:
-    """A model on torch, with PEFT's factors on its language model."""
+    """A model on torch, with PEFT's factors on its layers."""
 
-    def __init__(self, folder: Path, factors: dict[str, np.ndarray]):
+    def __init__(self, folder: Path, trained: dict[str, np.ndarray]):
         """Load it.
 
         Args:
             folder: of the model.
-            factors: ours, by name; A is stored (in, r), B (r, out).
+            trained: our trained parameters by name: factors, of which A is stored (in, r) and B (r, out), and parameters that are
+                trained in full.
         """
         import peft
         import torch
         import transformers
 
         self._torch = torch
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
         base = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-        names = [name for name, _ in base.named_modules() if LAYER.fullmatch(name) and "vision" not in name and "visual" not in name]  # fmt: skip
+        names = [peft_path(name.removesuffix(".lora_a"), kind) for name in trained if name.endswith(".lora_a")]
         config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, lora_dropout=0.0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT asks
             self.model = peft.get_peft_model(base, config)
-        self.factors: dict[str, Any] = {}
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            kind = "lora_a" if ".lora_A." in name else "lora_b"
-            ours = f"language_model.model.layers.{name.split('layers.', 1)[1].split('.lora_')[0]}.{kind}"
-            parameter.data = torch.tensor(factors[ours].T.copy())
-            self.factors[ours] = parameter
+        theirs = dict(self.model.named_parameters())
+        self.trained: dict[str, Any] = {}
+        for name, value in trained.items():
+            path, _, leaf = name.rpartition(".")
+            side = {"lora_a": "lora_A.default.weight", "lora_b": "lora_B.default.weight"}.get(leaf, leaf)
+            parameter = theirs.pop(f"base_model.model.{peft_path(path, kind)}.{side}")
+            parameter.data = torch.tensor(_theirs(name, value).copy())
+            self.trained[name] = parameter.requires_grad_(True)
+        assert not any("lora_" in name for name in theirs)
 
     def run(self, rows: Sequence[dict[str, Any]], trained: Sequence[np.ndarray]) -> tuple[list[np.ndarray], float, dict[str, np.ndarray]]:  # fmt: skip
         """Return each row's logits (T, V), the summed loss, and its gradients as ours are stored.
@@ -110,4 +110,15 @@ class Judge:
             losses = torch.nn.functional.cross_entropy(found[:-1], targets, reduction="none")
             total = total + losses[torch.tensor(mask[1:])].sum()
         total.backward()
-        return logits, float(total.detach()), {name: p.grad.numpy().T for name, p in self.factors.items()}
+        zero = {name: torch.zeros_like(p) for name, p in self.trained.items() if p.grad is None}
+        gradients = {name: zero.get(name, p.grad) for name, p in self.trained.items()}
+        return logits, float(total.detach()), {name: _ours(name, g.numpy()) for name, g in gradients.items()}
+
+
+def _theirs(name: str, value: np.ndarray) -> np.ndarray:
+    """Return a parameter as torch has it: factors transposed, the channels of convolutions before their sides."""
+    return value.T if ".lora_" in name else np.moveaxis(value, -1, 1) if value.ndim > 3 else value
+
+
+def _ours(name: str, value: np.ndarray) -> np.ndarray:
+    return value.T if ".lora_" in name else np.moveaxis(value, 1, -1) if value.ndim > 3 else value

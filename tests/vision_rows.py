@@ -79,12 +79,12 @@ class Rows:
         return self.objective.arrays_of(self.batch(numbers))
 
 
-def read_rows(model: Path, data: Path, **settings: Any) -> Rows:
-    """Load a model that sees, and read rows for it."""
+def read_rows(model: Path, data: Path, trains: bool = True, **settings: Any) -> Rows:
+    """Load a model that sees, and read rows for it, to train or to measure."""
     base = load_base(ModelSettings(model=str(model), dtype="float32"))
     objective = vision_sft(ObjectiveSettings("vision_sft"))
     assert isinstance(objective, VisionSFT)
     asked = train_settings({"model": str(model), "data": str(data), "objective": "vision_sft", **settings})
-    ctx = RunContext(asked, objective, base)
+    ctx = RunContext(asked, objective, base, trains=trains)
     objective.open(ctx)
     return Rows(base, objective, objective.read_set(ctx, asked.data))

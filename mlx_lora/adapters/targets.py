@@ -24,6 +24,7 @@ from mlx_lora.adapters.lora import (
     LoRASwitchLinear,
 )
 from mlx_lora.adapters.qa_lora import QALoRAEmbedding, QALoRALinear, QALoRASwitchLinear
+from mlx_lora.models.tower_files import of_tower
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -167,7 +168,9 @@ def targets_of(model: nn.Module, paths: Iterable[str]) -> Targets:
 
 
 def matches(path: str, wish: str) -> bool:
-    """Return whether a name or pattern matches this module path."""
+    """Return whether a name or pattern matches this module path; in a vision tower, only one that begins as the path does."""
+    if of_tower(path):  # so that `q_proj` means the language model's, whether the tower is there or not
+        return of_tower(wish) and (path == wish or fnmatchcase(path, wish))
     return path == wish or path.endswith("." + wish) or fnmatchcase(path, wish) or fnmatchcase(path, "*." + wish)
 
 

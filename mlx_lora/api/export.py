@@ -17,7 +17,7 @@ from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
 from mlx_lora.config.load import train_settings
 from mlx_lora.exporters.adapter_config import LABELS_FILE, SAME_LAYOUT, label_names
-from mlx_lora.exporters.adapter_folder import load_adapter, run_of, save_adapter
+from mlx_lora.exporters.adapter_folder import load_adapter, run_of, save_adapter, trains_tower
 from mlx_lora.exporters.card import CARD_FILE, check_repo, push, read_facts, write_card
 from mlx_lora.exporters.fuse import Rounding, take_stored_dtypes, write_fused
 from mlx_lora.exporters.mlx_vlm import write_mlx_vlm
@@ -141,6 +141,11 @@ def write_export(
     scores = None if form.for_scores else False
     # Only merged files need no adapter.
     info: Any = load_adapter(base, adapter, ignore_fingerprint, scores) if adapter else None
+    if adapter and trains_tower(adapter) and settings.to not in WITH_TOWER:
+        raise InputError(
+            f"--to {settings.to}: the adapter changes the vision tower, which that form does not have; use --to "
+            f"{' or '.join(WITH_TOWER)}, or fuse it"
+        )
     if form.merged_gguf and not keep_dtype:
         take_stored_dtypes(base, info.full if info else (), casts_full=False)
     job = Export(settings, base, info, keep_dtype, adapter)
@@ -155,6 +160,9 @@ def write_export(
         log.info(f"{repo}: uploaded, {push(out, repo, settings.private)}")
     return job
 
+
+# Forms that have a place for factors on a vision tower.
+WITH_TOWER = ("peft", "mlx-vlm")
 
 # Checks before the work
 

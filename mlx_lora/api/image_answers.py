@@ -15,6 +15,7 @@ from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.image_tokens import ImageReader, ImageTable, encode_question
 from mlx_lora.models.image_inputs import ModelWithImages
 from mlx_lora.models.load import Base, check_token_ids
+from mlx_lora.models.vision import open_tower
 from mlx_lora.objectives.vision_sft import VisionEncoder, image_template
 from mlx_lora.rollouts.decode import hold_weights
 from mlx_lora.utils.errors import InputError
@@ -45,7 +46,7 @@ def image_answer_pieces(
     """
     files = [Path(picture).expanduser().resolve() for picture in pictures]
     table = ImageTable.empty()
-    vision = VisionEncoder.of(base, DataSettings(max_pixels=max_pixels), table)
+    vision = VisionEncoder.of(base, DataSettings(max_pixels=max_pixels), table, open_tower(base))
     template = template or image_template(base.hf_tokenizer, base.folder, vision.processor.family.place)
     if template is None:
         raise InputError(f"--model {base.model_id}: has no chat template, so it cannot be asked about pictures")

@@ -28,6 +28,7 @@ from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, save_ad
 from mlx_lora.exporters.card import CardFacts, write_card
 from mlx_lora.models.folder import write_json
 from mlx_lora.models.load import Base
+from mlx_lora.models.tower_files import of_tower
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable, replacing_file
 from mlx_lora.utils.hub import resolve_adapter
@@ -211,6 +212,8 @@ class Source:
         remove_adapters(base.model)
         if info.full:
             why = f"trains {len(info.full)} parameters in full ({info.full[0]} ...), and only factors are merged"
+        elif any(of_tower(path) for path in layers):
+            why = "changes the vision tower, and only language models are merged"
         elif info.qat:
             why = FUSED_ONLY
         elif kinds := {layer.LAYER_TYPE for layer in layers.values() if layer.BESIDE}:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -204,6 +205,7 @@ class ChatLines:
                 self._compare,
                 True,
             ),
+            "image": SlashCommand("/image FILE", "shows a picture with the next question", self._image, True),
             "load": SlashCommand("/load NAME=DIR", "loads an adapter, or replaces one", self._load, True),
             "system": SlashCommand(
                 "/system TEXT", "sets the system prompt; without TEXT, removes it", self._system, None
@@ -314,6 +316,10 @@ class ChatLines:
             about = card.describe() if card else self._chat.base_names[-1]
             console.echo(f"{'*' if name == self._chat.name else ' '} {name}: {about}")
 
+    def _image(self, rest: str) -> None:
+        self._chat.attach(Path(rest))
+        console.echo(f"{rest}: shown with the next question")
+
     def _load(self, rest: str) -> None:
         try:
             name, source = named_source("/load", rest)
@@ -330,7 +336,7 @@ class ChatLines:
         console.echo("the system prompt is set" if text else "there is no system prompt now")
 
     def _reset(self, rest: str) -> None:
-        self._chat.turns.clear()
+        self._chat.reset()
         console.echo("the conversation is empty")
 
     def _help(self, rest: str) -> None:

@@ -48,6 +48,8 @@ def main(named: flags.NamedAdapters, **options: Any) -> None:
         raise InputError("--model-name, --join-clients: only for --training; add it, or leave them out")
     if settings.adapters_from and not Path(settings.adapters_from).expanduser().is_dir():
         raise InputError(f"--adapters-from {settings.adapters_from}: no such folder; create it, or leave it out")
+    if settings.images_from and not Path(settings.images_from).expanduser().is_dir():
+        raise InputError(f"--images-from {settings.images_from}: no such folder; create it, or leave it out")
     limits = Limits(
         max_batch=settings.max_batch,
         max_waiting=settings.max_waiting,
@@ -129,6 +131,7 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
             *scores.routes(),
             *vectors.routes(),
         ],
+        Path(settings.images_from).expanduser() if settings.images_from else None,
     )
 
     def ready(server: Any, address: str) -> None:
@@ -159,9 +162,10 @@ def serve_training(model: ModelSettings, settings: ServeSettings, key: str | Non
         raise InputError("--training: tinker is not installed; pip install 'mlx-lora[tinker]'")
     if settings.allow_origin or settings.allow_hub:
         raise InputError("--training: pages and the hub play no part in it; leave --allow-origin and --allow-hub out")
-    if named.adapters or named.blends or settings.adapters_from:
+    if named.adapters or named.blends or settings.adapters_from or settings.images_from:
         raise InputError(
-            "--training: clients create their adapters themselves; leave --adapter, --blend and --adapters-from out"
+            "--training: clients create their adapters themselves, and show no pictures; leave --adapter, --blend, "
+            "--adapters-from and --images-from out"
         )
     if key is not None and not key.startswith(KEY_PREFIX):
         raise InputError(f"--api-key: Tinker's client only sends keys that begin with {KEY_PREFIX}; choose such a key")

@@ -308,6 +308,18 @@ def _validation_problems(settings: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _tower_problems(settings: Mapping[str, Any], way: str) -> list[str]:
+    """Return why a vision tower or its connector cannot be trained as these settings say."""
+    problems, method = [], settings["method"]
+    if settings["objective"] != "vision_sft":
+        problems.append(f"with --objective {settings['objective']}: only vision_sft shows pictures; leave it out")
+    if way == "lora" and method == "full":
+        problems.append("with --method full: it trains whole layers; give full")
+    if settings["qat"]:
+        problems.append("with --qat: a tower stays in float, and is not rounded; leave one of them out")
+    return problems
+
+
 def _adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
     """Return a problem for each setting that the method would ignore or does not support."""
     method, problems = adapter["method"], []
@@ -325,6 +337,12 @@ def _adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
             problems.append(
                 f"{flags} with --method full: it trains the modules in --target-modules and nothing else; leave it out"
             )
+    problems += [
+        f"--{name} {adapter[name.replace('-', '_')]} {with_it}"
+        for name in ("train-connector", "train-vision")
+        if adapter[name.replace("-", "_")]
+        for with_it in _tower_problems(adapter, adapter[name.replace("-", "_")])
+    ]
     if adapter["qat"] and method == "full":
         problems.append("--qat with --method full: it trains float weights, which are not rounded; leave it out")
     if adapter["qat"] and method == "qa-lora":

@@ -20,6 +20,7 @@ PAIRS = ("best", "all")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("cosine", "linear", "constant")
 BIASES = ("none", "lora_only", "all")
+TOWER_TRAINING = ("lora", "full")
 QUANTIZED_MATMUL = ("auto", "packed", "dense")
 KERNELS = ("auto", "mlx", "ours")
 LOGGERS = ("tensorboard", "trackio", "wandb", "swanlab")
@@ -122,6 +123,11 @@ class AdapterSettings:
     alpha_pattern: str | None = setting(None, "Alphas of some layers, written as in --rank-pattern.", ADAPTER)
     modules_to_save: str | None = setting(None,
         "Modules to train in full in addition to the adapter, separated by commas, such as lm_head,*norm.", ADAPTER)
+    train_connector: str | None = setting(None,
+        "vision_sft: train what makes a picture's embeddings fit the language model, too: lora or full.",
+        ADAPTER, choices=TOWER_TRAINING, alone="full")
+    train_vision: str | None = setting(None, "vision_sft: train the vision tower, too: lora or full.",
+        ADAPTER, choices=TOWER_TRAINING, alone="full")
     bias: str = setting("none", "Biases to train: none, those of adapted layers, or all.", ADAPTER, choices=BIASES)
     dropout: float = setting(0.0, "Dropout probability on the adapter's input.", ADAPTER, at_least=0, at_most=0.99)
     target_modules: str = setting("all-linear",
@@ -308,6 +314,8 @@ class ServeSettings:
         "the server's own pages always may.", SERVER)
     adapters_from: str | None = setting(None,
         "Folder whose subfolders clients may load as adapters (default: none).", SERVER, common=True)
+    images_from: str | None = setting(None,
+        "Folder below which clients may name pictures as files (default: none; data URLs always work).", SERVER)
     allow_hub: bool = setting(False, "Let clients load adapters from the hub.", SERVER)
     adapter_memory: str | None = setting(None,
         "Limit on memory for adapters, such as 2GB; the least recently used are evicted (default: no limit).", LIMITS)

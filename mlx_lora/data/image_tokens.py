@@ -306,19 +306,40 @@ def encode_question(
     Raises:
         InputError: a picture cannot be used, or the template refuses the question.
     """
-    renderer = ImageRenderer(tokenizer, template, reader.processor.family.place)
     sources: dict[str, str | bytes] = {}
     marks = "".join(mark(picture, sources) for picture in pictures)
     messages: list[Message] = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages.append({"role": "user", "content": marks + text})
     try:
-        digests = reader.open_all(MARK.findall(marks), sources)
-        controls = controls_of(tokenizer).hide(messages)
-        rendered, ordinary = controls.shown(renderer.text_of(controls.messages))
-        shown = [reader.table.shown[digest].text for digest in digests]
-        row = expanded(Rendered(rendered, [], ordinary=ordinary), reader.processor.family.place, shown)
+        return encode_messages(reader, tokenizer, template, messages, sources)
     except FormatError as error:
         raise InputError(f"--image: {error}") from error
+
+
+def encode_messages(
+    reader: ImageReader,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    messages: list[Message],
+    sources: Mapping[str, str | bytes],
+) -> tuple[list[int], tuple[str, ...]]:
+    """Return the tokens of a conversation with pictures, up to where the model answers, and the pictures' digests.
+
+    Args:
+        reader, tokenizer, template: as for `encode_question`.
+        messages: pictures are marks in their content.
+        sources: what the marks stand for.
+
+    Raises:
+        FormatError: a picture cannot be used.
+        InputError: the template shows no pictures, or refuses the conversation.
+    """
+    renderer = ImageRenderer(tokenizer, template, reader.processor.family.place)
+    digests = reader.open_all([name for one in messages for name in MARK.findall(one["content"])], sources)
+    controls = controls_of(tokenizer).hide(messages)
+    rendered, ordinary = controls.shown(renderer.text_of(controls.messages))
+    shown = [reader.table.shown[digest].text for digest in digests]
+    row = expanded(Rendered(rendered, [], ordinary=ordinary), reader.processor.family.place, shown)
     found = tokenizer(row.text, add_special_tokens=False, return_offsets_mapping=True)
     tokens: list[int] = found["input_ids"]
     if row.ordinary:

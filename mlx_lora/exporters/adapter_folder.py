@@ -46,9 +46,12 @@ from mlx_lora.exporters.adapter_config import (
     shape_problems,
 )
 from mlx_lora.exporters.peft import PEFT_WEIGHTS, PeftAdapter, is_peft, read_peft
+from mlx_lora.exporters.peft_experts import PREFIX, TOWERS
 from mlx_lora.models.folder import read_safetensors_header, save_tensors, without_mark
 from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
 from mlx_lora.models.load import Base
+from mlx_lora.models.tower_files import of_tower
+from mlx_lora.models.vision import open_tower
 from mlx_lora.parallel.sharded_base import with_weights
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replacing_file
@@ -197,6 +200,14 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def trains_tower(folder: Path) -> bool:
+    """Return whether an adapter, ours or PEFT's, changes the vision tower or the connector."""
+    file = next((folder / name for name in (WEIGHTS_FILE, PEFT_WEIGHTS) if (folder / name).is_file()), None)
+    names = () if file is None else read_safetensors_header(file)
+    theirs = tuple(PREFIX + prefix for pairs in TOWERS.values() for _, prefix in pairs)
+    return any(of_tower(name) or name.startswith(theirs) for name in names)
+
+
 def adapter_files(folder: Path) -> list[Path]:
     """Return the files that decide what an adapter does: its config and its weights, in PEFT's names too."""
     names = (CONFIG_FILE, WEIGHTS_FILE, PEFT_WEIGHTS)
@@ -241,6 +252,8 @@ def load_adapter(
     """
     config = read_adapter_config(folder)
     check_use(config, folder, scores)
+    if trains_tower(folder) and isinstance(base.config.get("vision_config"), dict):
+        open_tower(base)
     if is_peft(config):
         if is_reward_model(config):
             put_score_head(base.model, base.config, outputs=_outputs(read_safetensors_header(folder / PEFT_WEIGHTS)))

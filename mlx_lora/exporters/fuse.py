@@ -40,6 +40,7 @@ from mlx_lora.models.folder import ShardWriter, check_out, load_weights, merge_m
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import dequantize_model, quantized_like
+from mlx_lora.models.vision import take_tower
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import check_writable, replacing_folder
 from mlx_lora.utils.progress import tracked
@@ -226,6 +227,7 @@ def write_fused(
     if not keep_dtype and not (dequantize and base.quantization):
         take_stored_dtypes(base, info.full)
     survival = fuse_adapter(base.model, dequantize, rounding.bits, chosen, rounded, new_grid=rounding.new_grid)
+    tower = take_tower(base.model)  # only if the adapter changed it; it has a file of its own
     model, config = base.model, dict(base.config)
     if dequantize:
         model, config = dequantize_model(model, config)
@@ -240,7 +242,7 @@ def write_fused(
         config = {**_with_true_layouts(config, model), "mlx_lora": _provenance(base, mark)}
         config |= classifier_config(base, info.head) if scores else {}
         mlx_lm.utils.save_config(config, folder / "config.json")
-        copy_side_files(base.folder, folder)
+        copy_side_files(base.folder, folder, tower)
         if info.chat_template:
             (folder / "chat_template.jinja").write_text(info.chat_template, encoding="utf-8")
         if scores:  # not a model of mlx-lm's, which could read it back

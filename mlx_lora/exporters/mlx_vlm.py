@@ -45,7 +45,10 @@ def write_mlx_vlm(folder: Path, model: nn.Module, info: AdapterInfo, kind: str) 
     stored = mx.load(str(folder / WEIGHTS_FILE))
     if not isinstance(stored, dict):
         raise ValueError(f"{WEIGHTS_FILE} is no file of tensors")
-    named = {theirs + name.removeprefix(ours) if ours else name: array for name, array in stored.items()}
+    named = {
+        theirs + name.removeprefix(ours) if ours and name.startswith(ours) else name: array
+        for name, array in stored.items()
+    }
     mx.eval(named)
     save_tensors(folder / WEIGHTS_FILE, named)
     config = read_json(folder / CONFIG_FILE, "export it again")

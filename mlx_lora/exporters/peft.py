@@ -22,7 +22,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,7 @@ from mlx_lora.exporters.peft_experts import (
 from mlx_lora.models.folder import read_safetensors_header, save_tensors
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.quantize import relative_error
+from mlx_lora.models.tower_files import of_tower
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replacing_file
 
@@ -71,6 +72,9 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 # How much a saved copy of a base weight may differ from ours, in 16 bits or quantized.
 FLOAT_COPY, QUANTIZED_COPY = 0.02, 0.3
+CHANNELS_LAST = (
+    3  # axes from which on a weight is a convolution's, which has its channels last here and second in torch
+)
 # Settings that change what the adapter computes, in ways that plain factors cannot express.
 UNSUPPORTED = {
     "trainable_token_indices": "single trained tokens",
@@ -456,14 +460,18 @@ def full_tensors(config: dict[str, Any], names: Iterable[str]) -> tuple[dict[str
     for name in names:
         layer, _, leaf = name.removeprefix(PREFIX).replace(".modules_to_save.default", "").rpartition(".")
         bias = BIAS.fullmatch(name)
-        # This is PEFT's rule: `norm` matches every name that ends with it.
-        if any(layer.endswith(module) for module in saved) and not TENSOR.fullmatch(name):
+        if any(_is_saved(layer, module) for module in saved) and not TENSOR.fullmatch(name):
             full[name] = layer, leaf
         elif bias and config.get("bias", "none") != "none":
             full[name] = bias["layer"], "bias"
         else:
             others.append(name)
     return full, others
+
+
+def _is_saved(layer: str, module: str) -> bool:
+    """Return whether a layer is, or is in, a module of modules_to_save; in PEFT `norm` is every name that ends with it."""
+    return layer.endswith(module) or f".{module}." in f".{layer}."
 
 
 def full_problems(
@@ -474,7 +482,7 @@ def full_problems(
     problems = [
         f"modules_to_save {module}: the adapter's file does not have this module"
         for module in saved
-        if not any(layer.endswith(module) for layer in layers)
+        if not any(_is_saved(layer, module) for layer in layers)
     ]
     tied = "lm_head" not in modules
     for name, (layer, leaf) in full.items():
@@ -490,6 +498,8 @@ def full_problems(
             continue
         base = modules[path]
         needed = dense_weight(base).shape if leaf == "weight" and isinstance(base, QUANTIZED) else base[leaf].shape
+        if of_tower(path) and len(needed) > CHANNELS_LAST:
+            needed = (needed[0], needed[-1], *needed[1:-1])
         if tuple(header[name]["shape"]) != needed:
             problems.append(f"{layer}.{leaf} is {tuple(header[name]['shape'])}, the model needs {needed}")
         if tied and layer.endswith("embed_tokens") and "lm_head" not in layers:
@@ -514,6 +524,8 @@ def full_values(
             continue
         folded = folded_rows(model, path, len(stored[name])) if leaf == "weight" else None
         values[path, leaf] = stored[name] if folded is None else stored[name] * folded
+        if of_tower(path) and stored[name].ndim > CHANNELS_LAST:
+            values[path, leaf] = mx.moveaxis(stored[name], 1, -1)
     return values
 
 
@@ -523,7 +535,14 @@ def full_for_peft(model: nn.Module, full: tuple[str, ...], tied: bool) -> tuple[
     tensors: dict[str, mx.array] = {}
     weights = {name.rpartition(".")[0] for name in full if name.endswith(".weight")}
     kind = model.model_type
-    saved = {peft_path(path, kind) for path in weights}
+    tower, full = [n for n in full if of_tower(n)], tuple(n for n in full if not of_tower(n))
+    weights = {path for path in weights if not of_tower(path)}
+    saved = {peft_path(path, kind) for path in (*weights, *_whole_modules(model, tower, kind))}
+    for name in tower:
+        path, _, leaf = name.rpartition(".")
+        value = parameters[name]
+        value = mx.moveaxis(value, -1, 1) if value.ndim > CHANNELS_LAST else value
+        tensors[f"{PREFIX}{peft_path(path, kind)}.{leaf}"] = value
     adapted = []
     for name in full:
         path, _, leaf = name.rpartition(".")
@@ -539,3 +558,14 @@ def full_for_peft(model: nn.Module, full: tuple[str, ...], tied: bool) -> tuple[
             tensors[f"{PREFIX}lm_head.weight"] = mx.array(tensors[f"{PREFIX}{own}.{leaf}"])
     biases = [inside for name, inside in zip(full, adapted, strict=True) if name.rpartition(".")[0] not in weights]
     return tensors, sorted(saved), "none" if not biases else "lora_only" if all(biases) else "all"
+
+
+def _whole_modules(model: nn.Module, names: Sequence[str], kind: str) -> list[str]:
+    """Return the outermost modules of a tower that have exactly these parameters, and that transformers has, too."""
+    found: list[str] = []
+    for path, module in sorted(model.named_modules(), key=lambda item: len(item[0])):
+        own = [f"{path}.{name}" for name, _ in tree_flatten(module.parameters())]
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if of_tower(path) and not inside and own and set(own) <= set(names) and peft_path(path, kind) != path:
+            found.append(path)
+    return found

@@ -313,9 +313,19 @@ BIAS = re.compile(re.escape(PREFIX) + r"(?P<layer>.+?)(?:\.base_layer)?\.bias")
 COPY = re.compile(re.escape(PREFIX) + r"(?P<layer>(?:.+\.)?(?:embed_tokens|lm_head))(?:\.base_layer)?\.weight")
 # model_type -> prefixes of paths, mlx-lm's and transformers'; the first match counts.
 TEXT_MODEL = (("language_model.model.", "model.text_model."), ("language_model.lm_head", "lm_head"))
+PROJECTOR = ("multi_modal_projector.", "model.multi_modal_projector.")
+SIGLIP = (("vision_tower.vision_model.", "model.vision_tower."), PROJECTOR)
+TOWERS = {
+    **dict.fromkeys(
+        ("smolvlm", "idefics3"), (("vision_model.", "model.vision_model."), ("connector.", "model.connector."))
+    ),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), (("vision_tower.", "model.visual."),)),
+    **dict.fromkeys(("gemma3", "llava"), SIGLIP),
+}
 RENAMED = {
-    "smolvlm": TEXT_MODEL,
-    "idefics3": TEXT_MODEL,
+    **TOWERS,
+    "smolvlm": (*TEXT_MODEL, *TOWERS["smolvlm"]),
+    "idefics3": (*TEXT_MODEL, *TOWERS["idefics3"]),
     "gptj": (("model.", "transformer."),),
     "gpt2": (("model.", "transformer."),),
     "gpt_neox": (("model.h.", "gpt_neox.layers."), ("model.embed_out", "lm_head"), ("model.", "gpt_neox.")),
@@ -328,10 +338,10 @@ def own_path(layer: str, modules: dict[str, nn.Module]) -> str | None:
     """Return mlx-lm's path of a layer: the same, with a family's prefix, or with a multimodal wrapper's parts swapped."""
     other = re.sub(r"^model\.language_model\.", "language_model.model.", layer)
     renamed = [
-        ours + layer.removeprefix(theirs)
+        (ours + f"{layer}.".removeprefix(theirs)).removesuffix(".")
         for pairs in RENAMED.values()
         for ours, theirs in pairs
-        if layer.startswith(theirs)
+        if f"{layer}.".startswith(theirs)
     ]
     return next((path for path in (layer, other, *renamed) if path in modules), None)
 
@@ -344,8 +354,8 @@ def peft_path(path: str, kind: str) -> str:
         kind: the config's model_type.
     """
     for ours, theirs in RENAMED.get(kind, ()):
-        if path.startswith(ours):
-            return theirs + path.removeprefix(ours)
+        if f"{path}.".startswith(ours):
+            return (theirs + f"{path}.".removeprefix(ours)).removesuffix(".")
     return re.sub(r"^language_model\.model\.", "model.language_model.", path)
 
 

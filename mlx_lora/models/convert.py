@@ -15,7 +15,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -275,15 +275,19 @@ def layouts_of(model: nn.Module) -> dict[str, Quantization]:
     }
 
 
-def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, templates, license and what is needed to see, and write a tokenizer.json if there is only a SentencePiece model."""
+def copy_side_files(source: Path, folder: Path, tower: Mapping[str, mx.array] | None = None) -> None:
+    """Copy tokenizer, templates, license and what is needed to see, and write a tokenizer.json if there is only a SentencePiece model.
+
+    Args:
+        source, folder, tower: as for `copy_tower`.
+    """
     for pattern in _SIDE_FILES:
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)  # follows links, which the hub cache uses
     if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
         write_tokenizer_from_spm(folder / "tokenizer.model", source, folder)
-    copy_tower(source, folder)
+    copy_tower(source, folder, tower)
 
 
 def _provenance(source: ModelSource, conversion: Conversion, config: dict[str, Any]) -> dict[str, Any]:

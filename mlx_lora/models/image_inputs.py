@@ -293,6 +293,12 @@ class ImageKVCache:
         """The arrays that it holds."""
         return self._kept.state
 
+    def moved_to(self, cache: Any) -> Any:
+        """Give the keys and values to an empty cache of mlx-lm, which counts on from the number of tokens, and return it."""
+        kept: Any = self._kept
+        cache.update_and_fetch(*(array[..., : kept.offset, :] for array in (kept.keys, kept.values)))
+        return cache
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Add the next tokens' keys and values, and return all."""
         kept: Any = self._kept
@@ -311,6 +317,15 @@ class ImageKVCache:
             own = numbers[query]
             seen |= (own == numbers[key]) & (own > 0)
         return mx.array(seen if window_size is None else seen & (query < key + window_size))
+
+
+def counted_positions(positions: np.ndarray) -> np.ndarray:
+    """Move a prompt's positions (3, B, P) so that the next token's is P, as in text.
+
+    A picture's tokens share positions, so the next one is less than P. Rotation only depends on distances, so the prompt may
+    begin later than at 0, and what follows it needs no caches of its own.
+    """
+    return positions + (positions.shape[-1] - 1 - positions.max(axis=(0, 2), keepdims=True))
 
 
 class ModelWithImages:

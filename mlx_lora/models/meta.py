@@ -43,6 +43,7 @@ from mlx_lora.models.convert import build_model, cast_model, has_bits, quantizat
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, read_safetensors_header, short
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.quantize import Quantization, choose_quantization, layer_choice
+from mlx_lora.models.tower_files import of_tower
 from mlx_lora.planner.shapes import Block, Layer, LayerCache, ModelShape, NotKnown
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_config
@@ -276,6 +277,8 @@ def _first_width(model: nn.Module) -> int:
 
 def _first_trained(model: nn.Module, trained: Mapping[str, Any]) -> int:
     """Return the first block that a gradient must reach; 0 if something before the blocks is trained."""
+    if any(of_tower(name) for name in trained):
+        return 0
     with_own = [index for index, block in enumerate(model.layers) if tree_flatten(block.trainable_parameters())]
     in_blocks = sum(len(tree_flatten(block.trainable_parameters())) for block in model.layers)
     outside = [name for name in trained if ".layers." not in name and not name.startswith("layers.")]

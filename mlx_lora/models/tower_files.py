@@ -1,7 +1,7 @@
 """Keep the tower of a model that sees when its language model is converted or fused: its tensors stay as they are stored.
 
     model.safetensors     the language model, quantized or fused
-    tower.safetensors     everything else: tower, connector
+    tower.safetensors     everything else: tower, connector; under mlx-vlm's names if an adapter that trained them was fused
 
 mlx-lm only reads `model*.safetensors`, so text alone never touches the tower. The index names both, for mlx-vlm.
 """
@@ -9,6 +9,7 @@ mlx-lm only reads `model*.safetensors`, so text alone never touches the tower. T
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,14 +23,28 @@ OF_LANGUAGE = (
     "language_model.", "model.language_model.", "model.text_model.", "text_model.", "lm_head.", "model.lm_head.",
     "model.layers.", "model.embed_tokens.", "model.norm.",
 )  # fmt: skip
+# mlx-vlm's names of what a model that sees has beside its language model, and the parts of paths that are of a connector.
+TOWER_PARTS = ("vision_tower", "vision_model", "connector", "multi_modal_projector")
+CONNECTORS = frozenset({"connector", "multi_modal_projector", "merger", "deepstack_merger_list"})
 
 
-def copy_tower(source: Path, folder: Path) -> None:
+def of_tower(path: str) -> bool:
+    """Return whether a module or a parameter is of a tower or a connector, by mlx-vlm's name."""
+    return path.split(".", 1)[0] in TOWER_PARTS
+
+
+def of_connector(path: str) -> bool:
+    """Return whether a module or a parameter is of a connector, by mlx-vlm's name."""
+    return of_tower(path) and not CONNECTORS.isdisjoint(path.split("."))
+
+
+def copy_tower(source: Path, folder: Path, trained: Mapping[str, mx.array] | None = None) -> None:
     """Copy the tensors that are not of the language model, if the source's config has a `vision_config`.
 
     Args:
         source: a folder with the whole model, or one that was written like this.
         folder: has the language model and its index.
+        trained: all of the tower's parameters to write instead, by mlx-vlm's names, in the dtype of the source's.
     """
     config = source / CONFIG_FILE
     vision = read_json(config, "download it again").get("vision_config") if config.is_file() else None
@@ -43,6 +58,13 @@ def copy_tower(source: Path, folder: Path) -> None:
             tensors |= {name: stored[name] for name in names}  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue]
     if not tensors:
         return
+    if trained:
+        usual = max(tensors.values(), key=lambda tensor: tensor.size).dtype
+        floats = mx.issubdtype(usual, mx.floating)
+        tensors = {
+            name: array.astype(usual) if floats and mx.issubdtype(array.dtype, mx.floating) else array
+            for name, array in trained.items()
+        }
     save_tensors(folder / TOWER_FILE, tensors)
     written = read_json(folder / CONFIG_FILE, "convert the model again")
     write_json(folder / CONFIG_FILE, {**written, "vision_config": vision})  # mlx-lm leaves it out

@@ -7,7 +7,8 @@ checkpointing are the same. Tower and connector are mlx-vlm's. A frozen tower is
 
     pixels of a picture -> tower -> connector -> embeddings (n, D), and of Qwen3-VL more of them for its first blocks
 
-`models/image_inputs.py` puts them into a batch.
+`models/image_inputs.py` puts them into a batch. If the tower or the connector is trained, or an adapter changes them, both are
+parts of the model beside its language model (`open_tower`), under mlx-vlm's names, like any other layer.
 
 mlx-vlm has one method per family that computes the embeddings of a whole prompt. It is called here with a prompt of nothing
 but a picture's tokens, and a language model that only gives zeros, so that its result is the picture's embeddings. So a
@@ -31,6 +32,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_lora.models.folder import FOREIGN_ERRORS, short
+from mlx_lora.models.load import Base
+from mlx_lora.models.tower_files import of_tower
+from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import read_json
 
@@ -72,7 +76,7 @@ def image_token(config: Mapping[str, Any]) -> int:
 
 
 class VisionTower:
-    """The tower and the connector of a model, frozen."""
+    """The tower and the connector of a model."""
 
     def __init__(self, model: Any, width: int, token: int, rescale: float = 1.0):
         """Keep mlx-vlm's model, whose language model has been replaced by a `NoText`.
@@ -100,26 +104,43 @@ class VisionTower:
         Raises:
             InputError: mlx-vlm's tower fails, or gives another number of embeddings.
         """
-        ids = mx.full((1, tokens), self.token, mx.int32)
         arrays = {name: mx.array(value) for name, value in pixels.items() if isinstance(value, np.ndarray)}
         try:
-            found = self.model.get_input_embeddings(
-                ids, arrays.pop("pixel_values"), mask=mx.ones((1, tokens), mx.int32), **arrays
-            )
-            deep = found.deepstack_visual_embeds
-            embeddings = found.inputs_embeds.reshape(-1, self.width) * self.rescale
-            stacked = None if deep is None or not len(deep) else mx.stack(list(deep)).reshape(len(deep), tokens, -1)
-            mx.eval(embeddings, stacked if stacked is not None else ())
+            found = self(arrays, tokens)
+            mx.eval(found.embeddings, found.deep if found.deep is not None else ())
         except FOREIGN_ERRORS as error:
             raise InputError(f"mlx-vlm's tower fails on a picture of {tokens} tokens ({short(error, 200)})") from error
-        if len(embeddings) != tokens:
-            raise InputError(f"mlx-vlm's tower gives {len(embeddings)} embeddings of a picture of {tokens} tokens")
+        if len(found.embeddings) != tokens:
+            raise InputError(
+                f"mlx-vlm's tower gives {len(found.embeddings)} embeddings of a picture of {tokens} tokens"
+            )
+        return found
+
+    def __call__(self, pixels: Mapping[str, mx.array], tokens: int) -> ImageFeatures:
+        """Return the same, lazily; a gradient flows through it.
+
+        mlx-vlm reads sizes of pictures and masks while it runs, so that this cannot be compiled.
+        """
+        ids, others = mx.full((1, tokens), self.token, mx.int32), dict(pixels)
+        values = others.pop("pixel_values")
+        found = self.model.get_input_embeddings(ids, values, mask=mx.ones((1, tokens), mx.int32), **others)
+        deep = found.deepstack_visual_embeds
+        embeddings = found.inputs_embeds.reshape(-1, self.width) * self.rescale
+        stacked = None if deep is None or not len(deep) else mx.stack(list(deep)).reshape(len(deep), tokens, -1)
         return ImageFeatures(embeddings, stacked)
 
 
 def arrays_of(model: nn.Module) -> dict[str, mx.array]:
     """Return all parameters of a model by name."""
     return dict(tree_flatten(model.parameters()))  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def _only_picture(features: mx.array, embeddings: mx.array, ids: mx.array) -> mx.array:
+    """Put features where a picture's tokens are, in a prompt of nothing else.
+
+    LLaVA's own method assigns to `embeddings[:, positions]`, whose gradient fails in mlx 0.32.
+    """
+    return features.astype(embeddings.dtype).reshape(embeddings.shape)
 
 
 class NoText(nn.Module):
@@ -143,6 +164,42 @@ class NoText(nn.Module):
         return None, None
 
 
+ATTACHED = "vision_tower_of_this_model"  # a plain attribute of the model; the tower's layers are its children
+
+
+def open_tower(base: Base) -> VisionTower:
+    """Return the tower of a base as a part of its model, where adapters and optimizers find it; it is loaded once.
+
+    The tower's modules are both the model's children and its own, so what one changes the other has.
+
+    Raises:
+        InputError: see `load_tower`.
+    """
+    tower = vars(base.model).get(ATTACHED)
+    if tower is None:
+        tower = load_tower(base.folder, compute_dtype(base))
+        setattr(base.model, ATTACHED, tower)
+        for name, part in tower.model.children().items():
+            if of_tower(name):
+                base.model[name] = part
+    return tower
+
+
+def take_tower(model: nn.Module) -> dict[str, mx.array]:
+    """Take the tower off a model again, and return its parameters by mlx-vlm's names; nothing if it has none."""
+    if vars(model).pop(ATTACHED, None) is None:
+        return {}
+    taken = {name: array for name, array in arrays_of(model).items() if of_tower(name)}
+    for name in {name.split(".", 1)[0] for name in taken}:
+        del model[name]
+    return taken
+
+
+def compute_dtype(base: Base) -> mx.Dtype:
+    """Return the dtype that the tower of a base computes in."""
+    return device.compute_dtype("auto" if "/" in base.dtypes else base.dtypes)
+
+
 def load_tower(folder: Path, dtype: mx.Dtype) -> VisionTower:
     """Load the tower and the connector of a folder.
 
@@ -164,13 +221,21 @@ def load_tower(folder: Path, dtype: mx.Dtype) -> VisionTower:
         _load(model, weights, config)
     except FOREIGN_ERRORS as error:
         raise InputError(f"{folder}: mlx-vlm cannot load the tower of this {kind} model ({short(error)})") from error
-    width = (config.get("text_config") or config)["hidden_size"]
+    tower = without_language_model(model, config, token, dtype)
+    mx.eval(model.parameters())
+    return tower
+
+
+def without_language_model(model: Any, config: Mapping[str, Any], token: int, dtype: mx.Dtype) -> VisionTower:
+    """Return mlx-vlm's model as a frozen tower; its language model is replaced, its parameters need not be computed."""
+    kind, width = str(config.get("model_type")), (config.get("text_config") or config)["hidden_size"]
     model.language_model = NoText(width, dtype)
+    if kind == "llava":
+        model._merge_input_ids_with_image_features = _only_picture
     model.set_dtype(dtype)
     model.freeze()
     model.eval()
-    mx.eval(model.parameters())
-    return VisionTower(model, width, token, _rescale(str(kind), width))
+    return VisionTower(model, width, token, _rescale(kind, width))
 
 
 def build_tower(config: Mapping[str, Any]) -> Any:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mlx_lora.config.objectives import ObjectiveSettings
-    from mlx_lora.config.settings import DataSettings, TrainSettings
+    from mlx_lora.config.settings import AdapterSettings, DataSettings, TrainSettings
     from mlx_lora.data.batch import Batch
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.sampler import BatchPlan
@@ -236,6 +236,7 @@ class Objective:
         reports: names of the numbers that the loss reports.
         finish: turns the means of these numbers into the numbers that users see.
         updates: steps on the same batches; a run is saved and ended between them only.
+        compiles: whether the loss and its gradient may be compiled.
     """
 
     name: str
@@ -253,6 +254,7 @@ class Objective:
     reports: tuple[str, ...] = ()
     finish: Callable[[dict[str, float]], dict[str, float]] = dict
     updates: int = 1
+    compiles: bool = True
 
     needs_data: ClassVar[bool] = True  # False: the run can write its own
 
@@ -359,6 +361,10 @@ class Objective:
     def settled_by(self, settings: TrainSettings, rows: EncodedSet) -> TrainSettings:
         """Return the settings of a plan with what the training rows decide in a run."""
         return settings
+
+    def adapted(self, adapter: AdapterSettings) -> AdapterSettings:
+        """Return the settings by which the base is adapted, with what this objective put beside the language model."""
+        return adapter
 
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
         """Return the sets with what another model says about their rows, while the base has no adapter.

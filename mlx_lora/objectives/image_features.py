@@ -17,6 +17,7 @@ import json
 import logging
 import shutil
 from collections import OrderedDict
+from functools import cached_property
 from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,21 +43,33 @@ SAMPLED = 64  # numbers of each of the tower's arrays that its key covers
 class ImageFeatureCache:
     """Returns what the tower sees of pictures, computed at most once while there is room to keep it."""
 
-    def __init__(self, tower: VisionTower, processor: ImageProcessor, table: ImageTable, most_bytes: int | None = None):
+    def __init__(
+        self,
+        tower: VisionTower,
+        processor: ImageProcessor,
+        table: ImageTable,
+        most_bytes: int | None = None,
+        writes: bool = True,
+    ):
         """Prepare to see.
 
         Args:
             tower, processor: of the model.
             table: of the pictures.
             most_bytes: to keep in memory; None: a share of the machine's.
+            writes: whether the disk is used.
         """
         self.tower, self.processor, self.table = tower, processor, table
         self._most = int(device.current_device().memory_bytes * MEMORY_SHARE) if most_bytes is None else most_bytes
         self._kept: OrderedDict[str, ImageFeatures] = OrderedDict()
         self._bytes = 0
-        self._folder = cache_dir(KIND) / tower_key(tower, processor)
-        self._writes = True
+        self._uses_disk = self._writes = writes
         self.computed = self.read = 0
+
+    @cached_property
+    def _folder(self) -> Path:
+        """Named when a picture is first seen: an adapter may be put on the tower until then."""
+        return cache_dir(KIND) / tower_key(self.tower, self.processor)
 
     @property
     def most_bytes(self) -> int:
@@ -71,7 +84,7 @@ class ImageFeatureCache:
         """
         found = self._kept.get(digest)
         if found is None:
-            found = self._stored(digest) or self._computed(digest)
+            found = (self._stored(digest) if self._uses_disk else None) or self._computed(digest)
             self._keep(digest, found)
         self._kept.move_to_end(digest)
         return found

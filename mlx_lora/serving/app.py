@@ -40,9 +40,10 @@ from starlette.routing import BaseRoute, Route
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.reports.charts import tokens_css
 from mlx_lora.serving.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name
-from mlx_lora.serving.conversation import prompt_tokens
+from mlx_lora.serving.conversation import picture_prompt, prompt_tokens
 from mlx_lora.serving.engine import Engine, Event, QueueFull, Request, Stopped
 from mlx_lora.serving.guard import Guard, GuardLimits, error_response, not_here
+from mlx_lora.serving.pictures import PicturePrompt, PictureReader
 from mlx_lora.serving.schema import (
     ApiError,
     Ask,
@@ -65,6 +66,7 @@ def make_app(
     limits: AnswerLimits,
     started_s: int,
     more_routes: Sequence[BaseRoute] = (),
+    images_from: Path | None = None,
 ) -> Starlette:
     """Return the server as an ASGI application, which closes the engine when it ends.
 
@@ -74,8 +76,9 @@ def make_app(
         limits: limits for answers.
         started_s: UNIX time.
         more_routes: routes in addition to the common ones.
+        images_from: folder below which clients may name files of pictures; None: none.
     """
-    completions, answers = Completions(engine, limits, started_s), Counter()
+    completions, answers = Completions(engine, limits, started_s, images_from), Counter()
 
     async def health(request: HttpRequest) -> Response:
         alive = engine.alive
@@ -130,8 +133,9 @@ class AnswerLimits:
 class Completions:
     """The endpoints that generate, and those that list models."""
 
-    def __init__(self, engine: Engine, limits: AnswerLimits, started_s: int):
+    def __init__(self, engine: Engine, limits: AnswerLimits, started_s: int, images_from: Path | None = None):
         self._engine, self._limits = engine, limits
+        self._pictures = PictureReader(engine.base, [images_from] if images_from else [])
         self._base_name, self._started_s = base_name(engine.base), started_s
         self._one_at_a_time = anyio.CapacityLimiter(1)  # tokenizers are not thread-safe
 
@@ -157,7 +161,7 @@ class Completions:
             message = f"{self._base_name} is an encoder, which writes no text; POST /v1/embeddings has its vectors"
             raise ApiError(400, message, "model_not_supported", "model")
         card = self._card(ask.model)
-        tokens = await anyio.to_thread.run_sync(self._tokens, ask, card, limiter=self._one_at_a_time)
+        tokens, pictures = await anyio.to_thread.run_sync(self._tokens, ask, card, limiter=self._one_at_a_time)
         request = Request(
             tokens=tokens,
             adapter=card.name if card else None,
@@ -166,14 +170,18 @@ class Completions:
             stops=ask.stops,
             ignore_eos=ask.ignore_eos,
             continues=ask.messages is None,
+            pictures=pictures,
         )
         return EngineResponse(
             self._engine, request, make_reply(card.name if card else self._base_name), ask, self._limits.timeout_s
         )
 
-    def _tokens(self, ask: Ask, card: Card | None) -> list[int]:
+    def _tokens(self, ask: Ask, card: Card | None) -> tuple[list[int], PicturePrompt | None]:
         template = card.chat_template if card else None
-        return prompt_tokens(self._engine.base.hf_tokenizer, ask, template, self._engine.vocabulary)
+        if not ask.pictures:
+            return prompt_tokens(self._engine.base.hf_tokenizer, ask, template, self._engine.vocabulary), None
+        prompt = picture_prompt(self._pictures, ask, template)
+        return prompt.tokens, prompt
 
     def _card(self, model: str | None) -> Card | None:
         """Return the adapter that a model id means, None for the base."""

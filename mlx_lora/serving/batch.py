@@ -238,6 +238,7 @@ class BatchRow:
         sampler: draws its tokens.
         tokens: the tokens whose keys and values its cache holds.
         fresh: the next token that a step returns is the prompt's last, which is not new.
+        kept: whether its keys and values are cached for later prompts.
     """
 
     owner: Any
@@ -245,6 +246,7 @@ class BatchRow:
     sampler: Sampler
     tokens: list[int] = field(default_factory=list)
     fresh: bool = True
+    kept: bool = True
 
 
 class Prefill:

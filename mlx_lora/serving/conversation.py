@@ -12,14 +12,17 @@ import queue
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.chat_template import encode_chat, own_template
+from mlx_lora.data.images import mark
 from mlx_lora.serving.adapter_store import base_name
 from mlx_lora.serving.batch import Sampling
 from mlx_lora.serving.engine import Engine, Event, Request, Stopped, Usage, failed_words
+from mlx_lora.serving.pictures import PicturePrompt, PictureReader, has_pictures
 from mlx_lora.serving.schema import ApiError, Ask
 from mlx_lora.utils.errors import InputError, RunError, first_line
 
@@ -150,13 +153,17 @@ class ChatSession:
     Attributes:
         adapter: the adapter that answers next, None for the base.
         system: the system prompt, or None.
-        turns: questions and answers, in the format of chat templates.
+        turns: questions and answers, in the format of chat templates; pictures are marks in them.
+        attached: marks of pictures that the next question will begin with.
     """
 
     def __init__(self, engine: Engine, settings: AnswerSettings, system: str | None = None):
         self.engine, self.settings, self.system = engine, settings, system
         self.adapter: str | None = None
         self.turns: list[dict[str, str]] = []
+        self.attached = ""
+        self._sources: dict[str, str | bytes] = {}
+        self._reader = PictureReader(engine.base)
 
     @property
     def name(self) -> str:
@@ -192,7 +199,7 @@ class ChatSession:
             InputError: there is no chat template, it refuses the conversation, or the context is too short.
             RunError: the engine has failed.
         """
-        tokens = self._tokens(question, adapter)
+        tokens, pictures = self._tokens(self.attached + question, adapter)
         room = self.settings.context - len(tokens)
         if room < 1:
             raise InputError(
@@ -200,7 +207,7 @@ class ChatSession:
                 f"{self.settings.context}; the question was not added, and /reset empties the conversation"
             )
         most = min(self.settings.max_tokens, room)
-        request = Request(tokens, adapter, most, self.settings.sampling)
+        request = Request(tokens, adapter, most, self.settings.sampling, pictures=pictures)
         try:
             return ChatAnswer(self.engine, request, cut_by_context=room < self.settings.max_tokens)
         except Stopped:
@@ -209,7 +216,25 @@ class ChatSession:
     def keep(self, question: str, answer: ChatAnswer) -> None:
         """Add a question and its answer to the turns, unless the answer was stopped before its first word."""
         if answer.text or answer.finish != "stopped":
+            question, self.attached = self.attached + question, ""
             self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer.text}]
+
+    def attach(self, file: Path) -> None:
+        """Show a picture with the next question.
+
+        Raises:
+            InputError: it cannot be used, or the model sees no pictures.
+        """
+        path = file.expanduser().resolve()
+        found = mark(str(path), self._sources)
+        self._rendered([{"role": "user", "content": found + "x"}], self.adapter)
+        self.attached += found
+
+    def reset(self) -> None:
+        """Empty the conversation."""
+        self.turns.clear()
+        self._sources.clear()
+        self.attached = ""
 
     def has_template(self, name: str) -> bool:
         """Tell whether the base or adapter of that name has a chat template."""
@@ -226,25 +251,33 @@ class ChatSession:
         """
         self._tokens("x", self.adapter, "leave it out")
 
-    def _tokens(self, question: str, adapter: str | None, advice: str = "remove it with /system") -> list[int]:
+    def _tokens(
+        self, question: str, adapter: str | None, advice: str = "remove it with /system"
+    ) -> tuple[list[int], PicturePrompt | None]:
         messages = [*self.turns, {"role": "user", "content": question}]
         if not self.system:
             return self._rendered(messages, adapter)
         try:
-            tokens = self._rendered([{"role": "system", "content": self.system}, *messages], adapter)
+            prompt = self._rendered([{"role": "system", "content": self.system}, *messages], adapter)
         except InputError as error:
             self._rendered(messages, adapter)  # raises its own error if the system prompt is not the cause
             raise InputError(f"{error} with the system prompt, but not without it; {advice}") from None
         try:
-            shown = self._rendered(messages, adapter) != tokens
+            shown = self._rendered(messages, adapter)[0] != prompt[0]
         except InputError:
             shown = True  # the template requires a system prompt
         if not shown:
             raise InputError(f"{adapter or BASE}: its chat template does not show a system prompt; {advice}")
-        return tokens
+        return prompt
 
-    def _rendered(self, messages: list[dict[str, str]], adapter: str | None) -> list[int]:
-        return chat_tokens(self.engine.base.hf_tokenizer, messages, self._template(adapter), self.engine.vocabulary)
+    def _rendered(self, messages: list[dict[str, str]], adapter: str | None) -> tuple[list[int], PicturePrompt | None]:
+        if has_pictures(messages):
+            own = self.engine.store.cards[adapter].chat_template if adapter else None
+            folders = list({Path(str(source)).parent for source in self._sources.values()})
+            pictures = self._reader.prompt(messages, self._sources, own, folders)
+            return pictures.tokens, pictures
+        template = self._template(adapter)
+        return chat_tokens(self.engine.base.hf_tokenizer, messages, template, self.engine.vocabulary), None
 
     def _template(self, adapter: str | None) -> str:
         own = self.engine.store.cards[adapter].chat_template if adapter else None
@@ -280,6 +313,48 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, ask: Ask, template: str | 
     if not all(0 <= token < vocabulary for token in tokens):
         raise ApiError(400, f"prompt: token ids must be from 0 to {vocabulary - 1}", "invalid_value", "prompt")
     return tokens
+
+
+def picture_prompt(reader: PictureReader, ask: Ask, template: str | None) -> PicturePrompt:
+    """Return the prompt of a chat with pictures.
+
+    Args:
+        reader: of the base.
+        ask: the request.
+        template: the adapter's own; None: the model's.
+
+    Raises:
+        ApiError: 400: a picture cannot be used, a web address or a file that is not below the server's folder among them, or
+            the model sees none.
+    """
+    if ask.tools:
+        raise ApiError(
+            400, "tools with pictures: not supported; leave one of the two out", "unsupported_parameter", "tools"
+        )
+    try:
+        for source in ask.pictures.values():
+            check_source(source, bool(reader.folders))
+        return reader.prompt(ask.messages or [], ask.pictures, template)
+    except InputError as error:
+        raise ApiError(400, f"messages: {error}", "invalid_image", "messages") from None
+
+
+def check_source(source: str | bytes, reads_files: bool) -> None:
+    """Refuse a picture that a server does not fetch, with what to send.
+
+    Raises:
+        InputError: it is on the web, or a file where none are read.
+    """
+    scheme = source[:8].lower() if isinstance(source, str) else "data:"
+    if scheme.startswith(("http:", "https:")):
+        raise InputError(
+            "a picture on the web, which this server does not fetch; send it as a data URL (data:image/png;base64,...)"
+        )
+    if not reads_files and not scheme.startswith("data:"):
+        raise InputError(
+            "a picture as a file, and this server reads none (serve --images-from FOLDER); send it as a data URL "
+            "(data:image/png;base64,...)"
+        )
 
 
 def _chat_tokens(tokenizer: PreTrainedTokenizerBase, ask: Ask, template: str | None, vocabulary: int) -> list[int]:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
@@ -37,6 +37,9 @@ from mlx_lora.serving.batch import (
 from mlx_lora.serving.pools import Routing
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from mlx_lora.serving.pictures import PicturePrompt
 
 T = TypeVar("T")
 # Steps after which unused buffers are freed, as in mlx-lm.
@@ -72,6 +75,7 @@ class Request:
         stops: texts before which the answer ends.
         ignore_eos: continue after an end token (for measurements).
         continues: the text continues the prompt, as in a completion; a chat's answer is a new text.
+        pictures: the prompt with what is needed of its pictures; None: it has none.
     """
 
     tokens: list[int]
@@ -81,6 +85,7 @@ class Request:
     stops: tuple[str, ...] = ()
     ignore_eos: bool = False
     continues: bool = False
+    pictures: PicturePrompt | None = None
 
 
 @dataclass(frozen=True)
@@ -350,7 +355,8 @@ class Engine:
         if self._prefill.done:
             row = self._prefill.row
             self.batch.join(self._prefill)
-            self.prompt_cache.keep(row.adapter, row.tokens, self._prefill.caches)
+            if row.kept:
+                self.prompt_cache.keep(row.adapter, row.tokens, self._prefill.caches)
             self._prefill = None
 
     def _begin(self, ticket: Ticket) -> None:
@@ -366,11 +372,23 @@ class Engine:
             self._close(ticket, None, Event(Piece(""), error=error))
             return
         number = resident.number if resident else None
-        caches, cached = self.prompt_cache.find(number, request.tokens)
+        shown = request.pictures
+        caches, cached = (None, 0) if shown else self.prompt_cache.find(number, request.tokens)
         words = Continuation(self._tokenizer) if request.continues else self._tokenizer.detokenizer
         work = _Work(ticket, resident, TextStream(words, request.stops), cached)
-        row = BatchRow(work, number, Sampler(request.sampling, self.vocabulary), request.tokens[:cached])
-        self._prefill = Prefill(self._model, self._routing, row, request.tokens[cached:], caches)
+        row = BatchRow(
+            work, number, Sampler(request.sampling, self.vocabulary), request.tokens[:cached], kept=shown is None
+        )
+        try:
+            self._prefill = (
+                shown.prefill(self._model, self._routing, row)
+                if shown
+                else Prefill(self._model, self._routing, row, request.tokens[cached:], caches)
+            )
+        except InputError as error:  # of the tower, or of a picture's file that has changed
+            self.counts.failed += 1
+            self._close(ticket, work, Event(Piece(""), error=error))
+            return
         self.counts.prompt_tokens += len(request.tokens) - cached
 
     def _step(self) -> None:
@@ -385,7 +403,8 @@ class Engine:
             elif event.piece.text or event.piece.reports:
                 row.owner.ticket.emit(event)
         for row, event in leaving:
-            self.prompt_cache.keep(row.adapter, row.tokens, self.batch.extract(row))
+            if row.kept:
+                self.prompt_cache.keep(row.adapter, row.tokens, self.batch.extract(row))
             self.counts.finished += 1
             self._close(row.owner.ticket, row.owner, event)
         if leaving:

@@ -11,9 +11,11 @@ import json
 import math
 import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_lora.data.images import mark
 from mlx_lora.serving.batch import Sampling, TokenReport
 from mlx_lora.serving.engine import Event, Usage
 
@@ -68,6 +70,7 @@ class Ask:
     Attributes:
         model: id of the base or of an adapter; None: the base.
         messages, tools: of a chat; None for a completion.
+        pictures: what the marks of pictures in the messages stand for: file names or data URLs.
         prompt: text or token ids of a completion; None for a chat.
         max_tokens: None: as many as allowed.
         sampling, stops, ignore_eos: as in the engine's Request.
@@ -85,6 +88,7 @@ class Ask:
     ignore_eos: bool
     stream: bool
     include_usage: bool
+    pictures: Mapping[str, str | bytes] = field(default_factory=dict)
 
 
 def read_json(raw: bytes) -> dict[str, Any]:
@@ -127,8 +131,10 @@ def read_chat(body: dict[str, Any]) -> Ask:
     choice = body.get("tool_choice")
     if choice not in (None, "none", "auto"):
         raise _bad("tool_choice", choice, "none or auto: the template shows the tools, and the model decides")
+    pictures: dict[str, str | bytes] = {}
     return Ask(
-        messages=[_message(n, message) for n, message in enumerate(messages)],
+        messages=[_message(n, message, pictures) for n, message in enumerate(messages)],
+        pictures=pictures,
         tools=None if choice == "none" else _tools(body),
         prompt=None,
         **_common(body, most, (top or 0) if wanted else None),
@@ -208,22 +214,40 @@ def _tools(body: dict[str, Any]) -> list[dict[str, Any]] | None:
     return tools
 
 
-def _message(index: int, message: Any) -> dict[str, Any]:
-    """Return a message in the format of templates: content as one text, arguments of calls as objects."""
+def _message(index: int, message: Any, pictures: dict[str, str | bytes]) -> dict[str, Any]:
+    """Return a message in the format of templates: content as one text, arguments of calls as objects.
+
+    A user's pictures become marks in the text; what they stand for is put into `pictures`.
+    """
     name = f"messages[{index}]"
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise _bad(name, message, f"an object with a role of {', '.join(ROLES)}")
     content = message.get("content")
     if isinstance(content, list):
-        if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
-            raise _bad(f"{name}.content", content, "a string or parts of type text")
-        content = "".join(part["text"] for part in content)
+        parts = [_part(part, pictures if message["role"] == "user" else None) for part in content]
+        if None in parts:
+            kinds = "text, and of a user image_url with a url" if message["role"] == "user" else "text"
+            raise _bad(f"{name}.content", content, f"a string or parts of type {kinds}")
+        content = "".join(part for part in parts if part is not None)
     calls = message.get("tool_calls")
     if not isinstance(content, str) and not (content is None and calls):
         raise _bad(f"{name}.content", content, "a string or parts of type text")
     role = "system" if message["role"] == "developer" else message["role"]
     plain = {**message, "role": role, "content": content or ""}
     return plain if calls is None else {**plain, "tool_calls": _calls(name, calls)}
+
+
+def _part(part: Any, pictures: dict[str, str | bytes] | None) -> str | None:
+    """Return a part of a message as text, a picture as a mark; None if it is neither."""
+    if not isinstance(part, dict):
+        return None
+    if part.get("type") == "text":
+        return part["text"] if isinstance(part.get("text"), str) else None
+    given = part.get("image_url")
+    url = given.get("url") if isinstance(given, dict) else given
+    if part.get("type") not in ("image_url", "input_image") or pictures is None or not isinstance(url, str) or not url:
+        return None
+    return mark(url, pictures)
 
 
 def _calls(name: str, calls: Any) -> list[dict[str, Any]]:

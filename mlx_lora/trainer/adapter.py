@@ -58,7 +58,7 @@ def adapt(
             f"--resume-adapter-file {adapter.resume_adapter_file}: was trained with --qat, and is right with its rounding "
             "only; give --qat, without a share"
         )
-    adapted, full = adapt_model(base.model, adapter, settings.loop.seed), ()
+    adapted, full = adapt_model(base.model, objective.adapted(adapter), settings.loop.seed), ()
     if scores:
         put_score_head(base.model, base.config, settings.loop.seed, objective.outputs)
         full = (SCORE_WEIGHT,)

@@ -166,7 +166,8 @@ def make_step(
             attention,
             ctx.base.model_id,
             chosen.kernels or assumed,
-            not strategy.divides_base,  # whose units wait for one another, across what is compiled by itself
+            # The units of a divided base wait for one another, across what is compiled by itself.
+            objective.compiles and not strategy.divides_base,
         )
     strategy.end_of_trial(model)
     left_out = tape is not None and bool(tape.left_out)

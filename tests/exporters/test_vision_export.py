@@ -14,32 +14,44 @@ from vision_judge import judge_inputs, judge_processor
 from vision_rows import CHATS, picture, read_rows, write_rows
 
 from mlx_lora.exporters.adapter_folder import load_adapter
-from mlx_lora.models.image_inputs import with_images
+from mlx_lora.models.image_inputs import prepare_rotation, with_images
 
 pytest.importorskip("mlx_vlm")
 BAR = 1e-4
 
 
-@pytest.fixture(scope="module", params=["smolvlm", "llava"])
+# Families with what is trained beside the language model.
+CASES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "smolvlm": ("smolvlm", ()),
+    "llava": ("llava", ()),
+    "smolvlm, tower": ("smolvlm", ("--train-connector", "lora", "--train-vision", "lora")),
+    "qwen2_5_vl, tower in full": ("qwen2_5_vl", ("--train-connector", "full", "--train-vision", "full")),
+    "llava, connector in full": ("llava", ("--train-connector", "full", "--train-vision", "lora")),
+    "gemma3, connector in full": ("gemma3", ("--train-connector", "full")),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
 def trained(request, tmp_path_factory):
     """A tiny model as transformers writes it, rows, and an adapter."""
     pytest.importorskip("torch")
-    root = tmp_path_factory.mktemp(request.param)
-    model, data = write_model(request.param, root / "model"), write_rows(root / "data", CHATS * 2)
+    root, (family, more) = tmp_path_factory.mktemp("exported"), CASES[request.param]
+    model, data = write_model(family, root / "model"), write_rows(root / "data", CHATS * 2)
     config = json.loads((model / "config.json").read_text())
     config["text_config"]["rope_theta"] = 10000.0  # as in published files: mlx-vlm does not read rope_parameters
     (model / "config.json").write_text(json.dumps(config))
     ran = run("train", "--model", model, "--data", data, "--adapter-path", root / "adapter", "--objective", "vision_sft",
-              "--iters", 3, "--batch-size", 3, "--learning-rate", "2e-2", "--rank", 4, "--kernels", "ours", "--valid-fraction", 0)  # fmt: skip
+              "--iters", 3, "--batch-size", 3, "--learning-rate", "2e-2", "--rank", 4, "--kernels", "ours", "--valid-fraction", 0, *more)  # fmt: skip
     assert ran.code == 0, ran.err
     return request.param, root
 
 
 def own_logits(root: Path, adapter: Path | None):
     """Return our logits (T, V) of the first row, its tokens, and what the tower takes of its picture."""
-    rows = read_rows(root / "model", root / "data" / "train.jsonl")
+    rows = read_rows(root / "model", root / "data" / "train.jsonl", trains=False)
     if adapter:
         load_adapter(rows.base, adapter)
+    prepare_rotation(rows.base.model, rows.objective.vision.spec)
     tokens = rows.rows.row(0)[0]
     (digest,) = rows.objective.table.of_labels(rows.rows.labels, len(rows.rows))[0]
     vision = rows.objective.vision
@@ -53,8 +65,11 @@ def test_mlx_vlm_computes_the_same_with_an_exported_adapter(trained, tmp_path):
     from mlx_vlm.trainer.peft.utils import apply_lora_layers
     from mlx_vlm.utils import load_model
 
-    family, root = trained
-    if family == "llava":
+    case, root = trained
+    if "full" in case:
+        one_line(run("export", "--model", root / "model", "--adapter-path", root / "adapter", "--to", "mlx-vlm", "--out", tmp_path / "v"), "fuse")  # fmt: skip
+        return
+    if "llava" in case:
         pytest.skip("mlx-vlm does not read the names that transformers 5 gives LLaVA's tower")
     ran = run("export", "--model", root / "model", "--adapter-path", root / "adapter", "--to", "mlx-vlm", "--out", tmp_path / "v")  # fmt: skip
     assert ran.code == 0, ran.err

@@ -13,12 +13,15 @@ from tiny_vision import MAKERS, write_model
 from vision_judge import ALPHA, RANK, Judge, judge_inputs, judge_processor
 from vision_rows import CHATS, picture, read_rows, write_rows
 
-from mlx_lora.adapters.inject import adapter_parameters, inject
+from mlx_lora.adapters.inject import adapt_model, adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
+from mlx_lora.config.settings import AdapterSettings
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.image_inputs import with_images
+from mlx_lora.models.tower_files import of_connector, of_tower
 from mlx_lora.trainer.step import differentiation
+from mlx_lora.utils.errors import InputError
 
 pytestmark = pytest.mark.parity
 BAR = 1e-4
@@ -31,11 +34,16 @@ def compared(request, tmp_path):
     rows = read_rows(folder, write_rows(tmp_path / "data"))
     model = rows.base.model
     inject(model, select_targets(model).paths, rank=RANK, scale=ALPHA / RANK, seed=1)
+    put_second_factors(model)
+    return rows, folder
+
+
+def put_second_factors(model) -> None:
+    """Give each B random values, which are zeros before the first step."""
     for name, value in adapter_parameters(model).items():
         if name.endswith("lora_b"):
             draw = 0.05 * mx.random.normal(value.shape, key=mx.random.key(len(name)))
             model.load_weights([(name, draw)], strict=False)
-    return rows, folder
 
 
 def test_tokens_logits_loss_and_gradients_are_those_of_transformers(compared):
@@ -67,6 +75,45 @@ def test_tokens_logits_loss_and_gradients_are_those_of_transformers(compared):
         largest = max(np.abs(value).max() for value in gradients.values())
         for name, expected in gradients.items():
             assert np.abs(np.array(own[name]) - expected).max() <= BAR * largest, name
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [("full", "full"), ("lora", "lora"), ("full", None)],
+    ids=lambda ways: f"connector {ways[0]}, tower {ways[1]}",
+)
+@pytest.mark.parametrize("family", sorted(MAKERS))
+def test_gradients_of_tower_and_connector_are_those_of_transformers(family, ways, tmp_path):
+    connector, tower = ways
+    folder, asked = write_model(family, tmp_path / "model"), {"train_connector": connector, "train_vision": tower}
+    if family == "gemma3" and connector == "lora":
+        with pytest.raises(InputError, match="--train-connector full"):
+            read_rows(folder, write_rows(tmp_path / "data"), **asked)
+        asked["train_connector"] = "full"
+    rows = read_rows(folder, write_rows(tmp_path / "data"), **asked)
+    model = rows.base.model
+    adapt_model(model, rows.objective.adapted(AdapterSettings(rank=RANK, alpha=ALPHA)), 1)
+    put_second_factors(model)
+    trained = {name: np.array(value) for name, value in adapter_parameters(model).items()}
+    for part, way in ((of_connector, asked["train_connector"]), (lambda name: not of_connector(name), tower)):
+        found = [name for name in trained if of_tower(name) and part(name)]
+        assert bool(found) == (way is not None)
+        assert {".lora_" in name for name in found} == ({way == "lora"} if way else set())
+    judge, processor = Judge(folder, trained), judge_processor(folder)
+    given = [judge_inputs(processor, turns, [picture(n) for n in numbers]) for turns, numbers in CHATS]
+    _, total, gradients = judge.run(given, [rows.rows.row(number)[1] for number in range(len(given))])
+    bound = rows.objective.bind(PLAIN, model)
+    loss_sum, _, _, own = differentiation(model, bound.loss.train)(*rows.arrays())
+    assert loss_sum.item() == pytest.approx(total, rel=BAR)
+    own = dict(tree_flatten(own))
+    assert own.keys() == gradients.keys()
+    of_towers = [name for name in gradients if of_tower(name)]
+    for names in (of_towers, gradients.keys() - set(of_towers)):
+        largest = max(np.abs(gradients[name]).max() for name in names)
+        for name in names:
+            assert np.abs(np.array(own[name]) - gradients[name]).max() <= BAR * largest, name
+    reached = [name for name in of_towers if np.abs(gradients[name]).max() > 0]
+    assert len(reached) >= 0.5 * len(of_towers)  # LLaVA does not use the tower's last block
 
 
 def test_without_its_picture_a_row_has_another_loss(compared):

@@ -129,6 +129,78 @@ def test_memory_parts_and_checkpointing_give_the_same_losses(trained, model, col
         assert np.allclose(losses(tmp_path / name), losses(folder), rtol=1e-3)
 
 
+# Tower and connector
+
+
+TOWER = ("--train-connector", "full", "--train-vision", "lora", "--iters", 6, "--learning-rate", "2e-3")
+
+
+@pytest.fixture(scope="module")
+def seeing(model, colors, tmp_path_factory):
+    """A run that trains tower and connector, with checkpoints."""
+    folder = tmp_path_factory.mktemp("seeing") / "adapter"
+    return folder, run(*command(model, colors / "train.jsonl", folder, *TOWER, "--save-every", 3, "--keep", 0))
+
+
+def loss_of(model, colors, *more: object) -> float:
+    ran = run(
+        "evaluate", "--objective", "vision_sft", "--model", model, "--data", colors / "train.jsonl", "--json", *more
+    )
+    assert ran.code == 0, ran.err
+    return json.loads(ran.out)["loss"]
+
+
+def test_tower_and_connector_are_trained_and_kept(seeing, model, colors, tmp_path):
+    folder, ran = seeing
+    assert ran.code == 0, ran.err
+    assert "connector trained (full), tower trained (lora)" in ran.err
+    names = mx.load(str(folder / "adapters.safetensors")).keys()
+    assert "connector.modality_projection.proj.weight" in names
+    assert "vision_model.encoder.layers.0.self_attn.q_proj.lora_b" in names
+    before, after = loss_of(model, colors), loss_of(model, colors, "--adapter-path", folder)
+    last = [json.loads(line).get("val_loss") for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
+    assert after < before
+    assert last is not None
+    asked = ("--model", model, "--adapter-path", folder)
+    answer = run(
+        "generate", *asked, "--image", colors / "1.png", "--prompt", "Which color?", "--max-tokens", 2, "--json"
+    )
+    assert answer.code == 0, answer.err
+    assert run("fuse", *asked, "--out", tmp_path / "fused").code == 0
+    assert loss_of(tmp_path / "fused", colors) == pytest.approx(after, rel=1e-4)
+
+
+def test_training_the_tower_is_planned_and_refused_where_it_cannot_be(model, colors, tmp_path):
+    def planned(*more: object) -> int:
+        ran = run("plan", "--model", model, "--data", colors / "train.jsonl", "--objective", "vision_sft", "--batch-size", 4, "--json", *more)  # fmt: skip
+        assert ran.code == 0, ran.err
+        return json.loads(ran.out)["parts"]["other models"]
+
+    sizes = [planned(), planned("--train-connector"), planned("--train-connector", "--train-vision", "lora")]
+    assert sizes == sorted(set(sizes))
+    sft = (
+        "train",
+        "--model",
+        model,
+        "--data",
+        colors / "train.jsonl",
+        "--adapter-path",
+        tmp_path / "out",
+        "--iters",
+        1,
+    )
+    one_line(run(*sft, "--train-vision", "full"), "--objective sft")
+    one_line(run(*sft, "--objective", "vision_sft", "--train-vision", "lora", "--method", "full"), "give full")
+
+
+def test_a_resumed_run_of_the_tower_ends_with_the_same_bytes(seeing, model, colors, tmp_path):
+    folder, _ = seeing
+    copy = stopped_after(folder, tmp_path / "copy", 3)
+    asked = command(model, colors / "train.jsonl", copy, *TOWER, "--save-every", 3, "--keep", 0, "--resume", "auto")
+    assert run(*asked).code == 0
+    assert weights(copy) == weights(folder)
+
+
 # Rows
 
 

@@ -262,6 +262,7 @@ ELSEWHERE = {
     ),
     "label_column": "test_classify.py: labels of another column",
     "max_pixels": "test_vision_run.py: fewer tokens of a picture",
+    **dict.fromkeys(("train_connector", "train_vision"), "test_vision_run.py: other parameters are trained"),
     "qat": "test_merges.py: other weights, and the loss of the fused model",
     "metric_for_best_model": "test_preference_run.py",
     **dict.fromkeys(

@@ -1,0 +1,157 @@
+"""Show pictures to a served model: read those of a conversation, and compute a prompt with what the tower sees of them.
+
+    messages with marks -> PicturePrompt (tokens, pictures)         any thread, one at a time; no MLX
+    PicturePrompt -> PicturePrefill -> keys and values              the engine's thread, which loads the tower once
+
+After its prompt, a row with pictures is like any other: its caches are mlx-lm's, and the next token's position is the number
+of tokens before it. Its keys and values are not kept for later prompts, because the same tokens may stand for another picture.
+Nothing of a picture is written to disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_lora.data.examples import FormatError, Message
+from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable, encode_messages
+from mlx_lora.data.images import MARK
+from mlx_lora.models.image_inputs import ImageInputSpec, ImageKVCache, ModelWithImages, counted_positions
+from mlx_lora.models.load import Base
+from mlx_lora.models.vision import VisionTower, compute_dtype, image_token, load_tower
+from mlx_lora.objectives.image_features import ImageFeatureCache
+from mlx_lora.objectives.vision_sft import VisionEncoder, image_template
+from mlx_lora.rollouts.decode import TokenSteps
+from mlx_lora.serving.batch import BatchRow, Prefill
+from mlx_lora.serving.pools import Routing
+from mlx_lora.utils.errors import InputError
+
+
+class PictureReader:
+    """Reads the pictures of conversations for one base."""
+
+    def __init__(self, base: Base, folders: Sequence[Path] = ()):
+        """Prepare; nothing is loaded yet.
+
+        Args:
+            base: that is served.
+            folders: that files may be read from; data URLs need none.
+        """
+        self.base, self.folders = base, folders
+        self._processor: ImageProcessor | None = None
+        self._tower: VisionTower | None = None
+
+    def prompt(
+        self,
+        messages: list[Message],
+        sources: Mapping[str, str | bytes],
+        template: str | None,
+        folders: Sequence[Path] = (),
+    ) -> PicturePrompt:
+        """Return a conversation as a prompt.
+
+        Args:
+            messages: pictures are marks in their content (data/images.py).
+            sources: what the marks stand for: file names, data URLs.
+            template: the adapter's own; None: the model's.
+            folders: further ones that files may be read from.
+
+        Raises:
+            InputError: the model sees no pictures, or one cannot be used.
+        """
+        base = self.base
+        self._processor = self._processor or ImageProcessor(base.folder, base.config)
+        template = template or image_template(base.hf_tokenizer, base.folder, self._processor.family.place)
+        if template is None:
+            raise InputError("the model has no chat template, so it cannot be asked about pictures")
+        table = ImageTable.empty()
+        reader = ImageReader(self._processor, [*self.folders, *folders], table, image_token(base.config))
+        try:
+            tokens, digests = encode_messages(reader, base.hf_tokenizer, template, messages, sources)
+        except FormatError as error:
+            raise InputError(str(error)) from None
+        return PicturePrompt(self, tokens, digests, table)
+
+    def arrays(self, prompt: PicturePrompt) -> tuple[ImageInputSpec, list[mx.array]]:
+        """Return how the model reads pictures, and a prompt's arrays for that; in the engine's thread.
+
+        Raises:
+            InputError: the tower cannot be loaded, or fails.
+        """
+        if self._tower is None:
+            self._tower = load_tower(self.base.folder, compute_dtype(self.base))
+        if self._processor is None:
+            raise ValueError("no prompt was read")
+        seen = ImageFeatureCache(self._tower, self._processor, prompt.table, writes=False)
+        spec = ImageInputSpec.of(self.base.config)
+        vision = VisionEncoder(self._tower, self._processor, spec, prompt.table, seen)
+        arrays = dict(
+            zip(spec.names, vision.arrays(np.array([prompt.tokens], np.int32), [prompt.digests]), strict=True)
+        )
+        if "positions" in arrays:
+            arrays["positions"] = mx.array(counted_positions(np.array(arrays["positions"])))
+        return spec, [arrays[name] for name in spec.names]
+
+
+@dataclass(frozen=True)
+class PicturePrompt:
+    """A prompt with pictures.
+
+    Attributes:
+        reader: that read it.
+        tokens: up to where the model answers.
+        digests: of its pictures, in order.
+        table: that has them.
+    """
+
+    reader: PictureReader
+    tokens: list[int]
+    digests: tuple[str, ...]
+    table: ImageTable
+
+    def prefill(self, model: TokenSteps, routing: Routing, row: BatchRow) -> Prefill:
+        """Return what computes the prompt; what the tower sees is computed here, in the engine's thread.
+
+        Raises:
+            InputError: see `PictureReader.arrays`.
+        """
+        spec, arrays = self.reader.arrays(self)
+        return PicturePrefill(model, routing, row, self.tokens, ModelWithImages(model.model, spec, arrays))
+
+
+class PicturePrefill(Prefill):
+    """A prompt with pictures, which is computed at once: the tokens of a picture may have to see one another."""
+
+    def __init__(self, model: TokenSteps, routing: Routing, row: BatchRow, tokens: list[int], shown: ModelWithImages):
+        """Prepare; arguments as of `Prefill`.
+
+        Args:
+            model, routing, row, tokens: see there.
+            shown: the model, with what it reads in place of image tokens.
+        """
+        super().__init__(model, routing, row, tokens, None)
+        self._shown = shown
+
+    def advance(self, most: int) -> None:
+        """Compute the prompt except for its last token, which is text."""
+        part, self.rest = self.rest[:-1], self.rest[-1:]
+        self._routing.rows = (self.row.adapter,)
+        caches: list[Any] = self._shown.caches()
+        self._shown(mx.array([part]), cache=caches)
+        self.caches = [
+            kept.moved_to(own) if isinstance(kept, ImageKVCache) else kept
+            for own, kept in zip(make_prompt_cache(self._model.model), caches, strict=True)
+        ]
+        mx.eval([cache.state for cache in self.caches])
+        self.row.tokens += part
+
+
+def has_pictures(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a conversation has marks of pictures."""
+    return any(MARK.search(str(message.get("content") or "")) for message in messages)

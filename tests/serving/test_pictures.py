@@ -1,0 +1,143 @@
+"""Pictures in serve and chat: answers are those of generate, in a batch with rows of text; bad pictures are told in one line."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiers import by_default
+from tiny_vision import MAKERS, write_model_here
+from vision_rows import picture
+
+from mlx_lora.api.base import TextSettings
+from mlx_lora.api.image_answers import image_answer_pieces
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.models.image_inputs import counted_positions, positions_of
+from mlx_lora.models.load import load_base
+from mlx_lora.serving.batch import Sampling
+from mlx_lora.serving.conversation import AnswerSettings, ChatSession, picture_prompt
+from mlx_lora.serving.engine import Engine, Limits
+from mlx_lora.serving.pictures import PictureReader
+from mlx_lora.serving.schema import ApiError, read_chat
+from mlx_lora.utils.errors import InputError
+
+pytest.importorskip("mlx_vlm")
+FAMILIES = by_default(sorted(MAKERS), "smolvlm", "qwen2_5_vl", "gemma3")
+GREEDY = AnswerSettings(6, 2048, Sampling(temperature=0.0))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def served(request, tmp_path_factory):
+    """A model of a family with two pictures, and an engine that serves it."""
+    root = tmp_path_factory.mktemp("served")
+    folder = write_model_here(request.param, root / "model")
+    for number in range(2):
+        picture(number).save(root / f"{number}.png")
+    engine = Engine(lambda: load_base(ModelSettings(model=str(folder), dtype="float32")), Limits())
+    yield root, engine
+    engine.close()
+
+
+def generated(root, number: int) -> str:
+    base = load_base(ModelSettings(model=str(root / "model"), dtype="float32"))
+    how = TextSettings(max_tokens=6, temperature=0.0)
+    return "".join(
+        piece.text for piece in image_answer_pieces(base, "What?", [root / f"{number}.png"], None, None, how)
+    )
+
+
+def test_a_chat_answers_about_pictures_as_generate_does(served):
+    root, engine = served
+    chats = [ChatSession(engine, GREEDY) for _ in range(3)]
+    for number in range(2):
+        chats[number].attach(root / f"{number}.png")
+    answers = [chat.ask("What?", None) for chat in chats]  # one batch, with a row of text
+    texts = ["".join(answer) for answer in answers]
+    assert texts[:2] == [generated(root, number) for number in range(2)]
+    assert texts[0] != texts[1]
+    chats[0].keep("What?", answers[0])
+    again = chats[0].ask("And?", None)  # the picture is still in the conversation
+    assert "".join(again) or again.finish
+    assert again.usage.prompt > answers[0].usage.prompt
+    with pytest.raises(InputError, match="is not in"):
+        chats[0].attach(root / "none.png")
+    chats[0].reset()
+    assert len(engine.prompt_cache) <= 2  # of rows without pictures only
+
+
+def data_url(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def body(url: str, **more: object) -> dict:
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
+    return {"messages": [{"role": "user", "content": parts}], **more}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return load_base(ModelSettings(model=str(write_model_here("smolvlm", tmp_path_factory.mktemp("m") / "model"))))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    for folder in (tmp_path, inside):
+        picture(0).save(folder / "a.png")
+    (inside / "broken.png").write_bytes(b"\x89PNG....")
+    return inside
+
+
+def test_a_request_has_its_pictures_as_data_urls_or_below_a_folder(base, pictures):
+    reader = PictureReader(base, [pictures])
+    found = [picture_prompt(reader, read_chat(body(url)), None) for url in (data_url(picture(0)), "a.png")]
+    assert found[0].tokens == found[1].tokens
+    assert len(found[0].digests) == 1
+    one, two = (picture_prompt(reader, read_chat(body(data_url(picture(n)))), None) for n in (0, 3))
+    assert one.digests != two.digests
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("https://example.org/a.png", "does not fetch"),
+        ("HTTP://example.org/a.png", "does not fetch"),
+        ("../a.png", "outside"),
+        ("file:///etc/passwd", "outside"),
+        ("none.png", "is not in"),
+        ("broken.png", "cannot be decoded|damaged"),
+        ("data:image/png;base64,!!!!", "damaged"),
+        ("data:text/plain,hello", "base64"),
+    ],
+)
+def test_a_picture_that_cannot_be_used_is_status_400(base, pictures, url, words):
+    with pytest.raises(ApiError, match=words) as caught:
+        picture_prompt(PictureReader(base, [pictures]), read_chat(body(url)), None)
+    assert caught.value.status == 400
+    assert "\n" not in str(caught.value)
+
+
+def test_files_need_a_folder_and_only_users_show_pictures(base):
+    with pytest.raises(ApiError, match="--images-from"):
+        picture_prompt(PictureReader(base), read_chat(body("a.png")), None)
+    turned = body("a.png")
+    turned["messages"][0]["role"] = "system"
+    with pytest.raises(ApiError, match="type text"):
+        read_chat(turned)
+    call = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    with pytest.raises(ApiError, match="tools"):
+        picture_prompt(PictureReader(base), read_chat(body(data_url(picture(0)), tools=[call])), None)
+
+
+def test_positions_of_a_prompt_end_where_its_tokens_do():
+    row = np.array([0, 1, 1, 1, 1, 1, 1, 0, 0], bool)
+    found = positions_of(row, [(2, 3)])[:, None]
+    moved = counted_positions(found)
+    assert moved.max() == len(row) - 1
+    assert len(set((moved - found).ravel().tolist())) == 1
