@@ -217,7 +217,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if type(version) is int and version != VERSION and 0 < version < 1000:
             raise OtherVersionError(_other_version(folder, state))
         sums = dict(state["sha256"])
-        position, identity = Position(**state["position"]), dict(state["identity"])
+        stored = dict(state["position"])
+        if "best_accuracy" in stored:  # its name until other numbers could choose the best
+            stored["best_score"] = stored.pop("best_accuracy")
+        position, identity = Position(**stored), dict(state["identity"])
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{folder}: no checkpoint to resume from ({type(error).__name__} in {STATE_FILE})") from None
     wrong = _position_problems(position) + ([] if version == VERSION else ["version"])

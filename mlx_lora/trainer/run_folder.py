@@ -55,7 +55,7 @@ from mlx_lora.trainer.checkpoint import (
     write_checkpoint,
 )
 from mlx_lora.trainer.evaluate import ROWS_FILE
-from mlx_lora.trainer.state import Diverged, Position, score_words
+from mlx_lora.trainer.state import LOSS, Diverged, Position, score_words
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import cache_dir, check_writable, one_at_a_time, replacing_file, replacing_folder
 from mlx_lora.utils.parsing import parse_yaml
@@ -298,8 +298,9 @@ class RunFolder:
             restore_arrays(self.step, read_checkpoint(best).arrays)
             self._save_adapter(self.path, self._overlap_of(best), best)
         words = f"lowest held-out loss, {at.best_loss:.4f}"
-        if at.best_score is not None:
-            name = score_words(self.settings.loop.metric_for_best_model)
+        metric = self.settings.loop.metric_for_best_model
+        if metric != LOSS and at.best_score is not None:
+            name = score_words(metric)
             words = f"highest {name}, {at.best_score:.3f}, and loss {at.best_loss:.4f}"
         return f"the adapter is that of step {at.best_at}, with the {words}"
 
