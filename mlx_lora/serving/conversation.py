@@ -226,6 +226,8 @@ class ChatSession:
             InputError: it cannot be used, or the model sees no pictures.
         """
         path = file.expanduser().resolve()
+        if not path.is_file():
+            raise InputError(f"/image {file}: there is no such file; give the path of a picture")
         found = mark(str(path), self._sources)
         self._rendered([{"role": "user", "content": found + "x"}], self.adapter)
         self.attached += found

@@ -203,7 +203,9 @@ def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
         lines = [
             ["generate", *trained_on, *adapter, "--image", "FILE", "--prompt", "What is in this picture?"],
             ["evaluate", *measured, *trained_on, *adapter],
-            ["export", *model, *adapter, "--to", "mlx-vlm", "--out", f"{path}-mlx-vlm"],
+            ["fuse", *model, *adapter, "--out", f"{path}-fused"]  # a tower trained in full has no other form
+            if info.full or info.qat
+            else ["export", *model, *adapter, "--to", "mlx-vlm", "--out", f"{path}-mlx-vlm"],
         ]
     elif info.scores:
         labels = [["predict", *trained_on, *adapter, "--text", "a text of yours"]] if asked in LABELED else []
