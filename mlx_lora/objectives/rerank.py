@@ -21,7 +21,7 @@ import numpy as np
 from mlx_lora.data.candidates import GRADES, ROWS
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.losses.cross_entropy import Arrays, Loss
-from mlx_lora.losses.ranking import PAIRWISE, best_first, ranking_loss, ranking_measures
+from mlx_lora.losses.ranking import LISTWISE, PAIRWISE, best_first, ranking_loss, ranking_measures
 from mlx_lora.models.head import body_of, scores_at, with_last_block
 from mlx_lora.objectives.base import BoundObjective, Objective
 
@@ -85,7 +85,9 @@ class Rerank(Objective):
         def summed(model: nn.Module, *batch: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
             scores = scored(model, *batch)
             right, queries = best_first(scores, batch[5])
-            return (*ranking_loss(self.kind, scores, batch[5]), {ACCURACY: right, QUERIES: queries})
+            lost, count = ranking_loss(self.kind, scores, batch[5])
+            # The listwise loss is a mean over queries, too. MLX cannot compile a function that computes one output twice.
+            return lost, count, {ACCURACY: right, QUERIES: count if self.kind == LISTWISE else queries}
 
         words = f"{self.description}; last block {'whole' if body.last is None else 'where scored'}"
         return BoundObjective(

@@ -6,18 +6,24 @@ import json
 import shutil
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from comparing import by_dtype
+from conftest import TINY, tiny_model
 from run_cli import one_line, run
 
 import mlx_lora
 from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.data.candidates import ROWS, pair_text, parse_candidates
+from mlx_lora.data.candidates import GRADES, ROWS, pair_text, parse_candidates
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import EmptyPart, FormatError
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.ranking import BINARY, LISTWISE, PAIRWISE, RANKING_LOSSES, ranking_loss, ranking_measures
+from mlx_lora.models.head import put_score_head
 from mlx_lora.objectives.table import objective_of
+from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.utils.errors import InputError
 
 # PEFT calls what transformers has deprecated.
@@ -177,6 +183,23 @@ def test_queries_get_rows_of_their_best_documents_and_the_worst():
 
 
 # Losses and measures
+
+
+@pytest.mark.parametrize("kind", RANKING_LOSSES)
+def test_loss_and_gradient_can_be_compiled(kind):
+    """MLX cannot compile a function that computes one of its outputs twice: here, the number of queries."""
+    model = tiny_model()
+    model.freeze()
+    put_score_head(model, TINY, 1, 1)
+    objective = objective_of(ObjectiveSettings("rerank", rerank_loss=kind))
+    tokens = [np.arange(1, 6 + n, dtype=np.int32) for n in range(3)]
+    facts = [{ROWS: tokens, GRADES: [1.0, 0.0, 0.0]}, {ROWS: tokens[1:], GRADES: [0.0, 1.0]}]
+    rows = objective.targets_of(EncodedSet.from_rows([(tokens[0], np.zeros(5, bool))] * 2).with_facts(facts))
+    bound = objective.bind(choose_loss(model, TINY), model)
+    [batch] = bound.prepare([BatchPlan(rows, batch_tokens=400, batch_size=2, seed=0).batch(0, 0)], SINGLE_DEVICE)
+    gradient = nn.value_and_grad(model, lambda *arrays: bound.loss.train(model, *arrays))
+    plain, compiled = gradient(*bound.arrays_of(batch)), mx.compile(gradient)(*bound.arrays_of(batch))
+    assert [one.item() for one in compiled[0][:2]] == pytest.approx([one.item() for one in plain[0][:2]], rel=1e-5)
 
 
 class Scored:

@@ -51,7 +51,7 @@ def ours(folder, kind: str):
         prepare=lambda batches: bound.prepare(batches, SINGLE_DEVICE), arrays_of=bound.arrays_of, reports=bound.reports
     )
     step = Step(base.model, optimizer, bound.loss.train, 1.0, options)
-    plan = BatchPlan(rows, batch_tokens=None, batch_size=3 * rows.group, seed=0)
+    plan = BatchPlan(rows, batch_tokens=4096, batch_size=3, seed=0)
     batches = [plan.batch(*divmod(number, len(plan))) for number in range(STEPS)]
     losses = [one.loss_sum.item() / one.count.item() for one in (step([batch]) for batch in batches)]
     mx.eval(base.model.parameters())
