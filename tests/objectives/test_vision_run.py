@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from comparing import by_dtype
 from PIL import Image
 from resumed_runs import stopped_after, weights
 from run_cli import one_line, run
@@ -167,7 +168,7 @@ def test_tower_and_connector_are_trained_and_kept(seeing, model, colors, tmp_pat
     )
     assert answer.code == 0, answer.err
     assert run("fuse", *asked, "--out", tmp_path / "fused").code == 0
-    assert loss_of(tmp_path / "fused", colors) == pytest.approx(after, rel=1e-4)
+    assert loss_of(tmp_path / "fused", colors) == pytest.approx(after, rel=by_dtype(1e-4, 5e-3))
 
 
 def test_training_the_tower_is_planned_and_refused_where_it_cannot_be(model, colors, tmp_path):

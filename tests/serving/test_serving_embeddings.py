@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from byte_tokenizer import byte_tokenizer
+from comparing import by_dtype
 from conftest import TINY, write_folder
 from make_adapters import make_three
 from mlx.utils import tree_flatten
@@ -16,6 +17,8 @@ from serving_process import Server
 
 import mlx_lora
 from mlx_lora.models.encoder import Model, ModelArgs
+
+SAME = by_dtype(1e-6, 5e-3)  # of a number in a vector of length one
 
 openai = pytest.importorskip("openai")
 TEXTS = [
@@ -52,12 +55,12 @@ def test_the_vectors_are_those_of_embed(client, tiny_folder, adapter):
     ours = mlx_lora.embed(tiny_folder, TEXTS, adapter)
     found = client.embeddings.create(model="search", input=TEXTS)  # the client asks for base64
     assert [one.index for one in found.data] == list(range(20))
-    assert np.abs(np.array([one.embedding for one in found.data]) - ours).max() < 1e-6
+    assert np.abs(np.array([one.embedding for one in found.data]) - ours).max() < SAME
     assert found.usage.prompt_tokens == found.usage.total_tokens == sum(min(24, len(text)) for text in TEXTS)
     plain = client.embeddings.create(model="search", input=TEXTS[0], encoding_format="float").data[0].embedding
-    assert np.allclose(plain, ours[0], atol=1e-6)
+    assert np.allclose(plain, ours[0], atol=SAME)
     raw = client.embeddings.with_raw_response.create(model="search", input=TEXTS[0]).parse().data[0].embedding
-    assert np.allclose(raw, ours[0], atol=1e-6)
+    assert np.allclose(raw, ours[0], atol=SAME)
     base = mlx_lora.embed(tiny_folder, TEXTS, pooling="mean", max_seq_length=24)
     assert np.abs(base - ours).max() > 1e-3
 
@@ -66,7 +69,7 @@ def test_queries_have_their_prompt(client, tiny_folder, adapter):
     for given, query in (("query", True), ("search_query", True), ("document", False)):
         found = client.embeddings.create(model="search", input=TEXTS[:2], extra_body={"input_type": given}).data
         ours = mlx_lora.embed(tiny_folder, TEXTS[:2], adapter, query=query)
-        assert np.abs(np.array([one.embedding for one in found]) - ours).max() < 1e-6
+        assert np.abs(np.array([one.embedding for one in found]) - ours).max() < SAME
     assert np.abs(ours - mlx_lora.embed(tiny_folder, TEXTS[:2], adapter, query=True)).max() > 1e-3
 
 
@@ -74,15 +77,15 @@ def test_tokens_are_taken_as_they_are(client, tiny_folder, adapter):
     tokens = [byte_tokenizer()(text)["input_ids"] for text in TEXTS[:2]]
     texts = mlx_lora.embed(tiny_folder, TEXTS[:2], adapter)
     several = client.embeddings.create(model="search", input=tokens)
-    assert np.abs(np.array([one.embedding for one in several.data]) - texts).max() < 1e-6
+    assert np.abs(np.array([one.embedding for one in several.data]) - texts).max() < SAME
     one = client.embeddings.create(model="search", input=tokens[0])
-    assert np.allclose(one.data[0].embedding, texts[0], atol=1e-6)
+    assert np.allclose(one.data[0].embedding, texts[0], atol=SAME)
 
 
 def test_dimensions_are_the_first_numbers_at_length_one(client, tiny_folder, adapter):
     found = client.embeddings.create(model="search", input=TEXTS[:3], dimensions=16)
     vectors = np.array([one.embedding for one in found.data])
-    assert np.abs(vectors - mlx_lora.embed(tiny_folder, TEXTS[:3], adapter, dims=16)).max() < 1e-6
+    assert np.abs(vectors - mlx_lora.embed(tiny_folder, TEXTS[:3], adapter, dims=16)).max() < SAME
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
@@ -136,7 +139,7 @@ def test_an_encoder_is_served_with_and_without_its_adapter(encoder, tmp_path):
         for name, own in (("encoder", None), ("search", adapter)):
             found = client.embeddings.create(model=name, input=TEXTS)
             ours = mlx_lora.embed(folder, TEXTS, own)
-            assert np.abs(np.array([one.embedding for one in found.data]) - ours).max() < 1e-6
+            assert np.abs(np.array([one.embedding for one in found.data]) - ours).max() < SAME
         assert np.abs(ours - mlx_lora.embed(folder, TEXTS)).max() > 1e-3
         with pytest.raises(openai.BadRequestError, match="an encoder"):
             client.completions.create(model="encoder", prompt="a")
