@@ -119,19 +119,19 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
     for line in (*scores.describe(), *vectors.describe()):
         console.echo(line)
     folder = Path(settings.adapters_from).expanduser() if settings.adapters_from else None
+    images = Path(settings.images_from).expanduser() if settings.images_from else None
     origins = tuple(origin.strip() for origin in (settings.allow_origin or "").split(",") if origin.strip())
     context = settings.max_context or context_of(engine.base.config) or DEFAULT_CONTEXT
     app = make_app(
         engine,
         GuardLimits(key, is_local(settings.host), origins, body_bytes, settings.read_timeout),
-        AnswerLimits(settings.max_tokens, context, settings.request_timeout),
+        AnswerLimits(settings.max_tokens, context, settings.request_timeout, images),
         int(time.time()),
         [
             *Adapters(engine, base_name(engine.base), folder, settings.allow_hub).routes(),
             *scores.routes(),
             *vectors.routes(),
         ],
-        Path(settings.images_from).expanduser() if settings.images_from else None,
     )
 
     def ready(server: Any, address: str) -> None:

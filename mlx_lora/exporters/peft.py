@@ -72,9 +72,8 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 # How much a saved copy of a base weight may differ from ours, in 16 bits or quantized.
 FLOAT_COPY, QUANTIZED_COPY = 0.02, 0.3
-CHANNELS_LAST = (
-    3  # axes from which on a weight is a convolution's, which has its channels last here and second in torch
-)
+# A weight with more axes is a convolution's, whose channels are last here and second in torch.
+LINEAR_AXES = 3
 # Settings that change what the adapter computes, in ways that plain factors cannot express.
 UNSUPPORTED = {
     "trainable_token_indices": "single trained tokens",
@@ -498,7 +497,7 @@ def full_problems(
             continue
         base = modules[path]
         needed = dense_weight(base).shape if leaf == "weight" and isinstance(base, QUANTIZED) else base[leaf].shape
-        if of_tower(path) and len(needed) > CHANNELS_LAST:
+        if of_tower(path) and len(needed) > LINEAR_AXES:
             needed = (needed[0], needed[-1], *needed[1:-1])
         if tuple(header[name]["shape"]) != needed:
             problems.append(f"{layer}.{leaf} is {tuple(header[name]['shape'])}, the model needs {needed}")
@@ -524,7 +523,7 @@ def full_values(
             continue
         folded = folded_rows(model, path, len(stored[name])) if leaf == "weight" else None
         values[path, leaf] = stored[name] if folded is None else stored[name] * folded
-        if of_tower(path) and stored[name].ndim > CHANNELS_LAST:
+        if of_tower(path) and stored[name].ndim > LINEAR_AXES:
             values[path, leaf] = mx.moveaxis(stored[name], 1, -1)
     return values
 
@@ -541,7 +540,7 @@ def full_for_peft(model: nn.Module, full: tuple[str, ...], tied: bool) -> tuple[
     for name in tower:
         path, _, leaf = name.rpartition(".")
         value = parameters[name]
-        value = mx.moveaxis(value, -1, 1) if value.ndim > CHANNELS_LAST else value
+        value = mx.moveaxis(value, -1, 1) if value.ndim > LINEAR_AXES else value
         tensors[f"{PREFIX}{peft_path(path, kind)}.{leaf}"] = value
     adapted = []
     for name in full:

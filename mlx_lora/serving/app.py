@@ -57,16 +57,12 @@ from mlx_lora.serving.schema import (
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.hub import resolve_adapter
 
-# Routes
-
-
 def make_app(
     engine: Engine,
     guard: GuardLimits,
     limits: AnswerLimits,
     started_s: int,
     more_routes: Sequence[BaseRoute] = (),
-    images_from: Path | None = None,
 ) -> Starlette:
     """Return the server as an ASGI application, which closes the engine when it ends.
 
@@ -76,9 +72,8 @@ def make_app(
         limits: limits for answers.
         started_s: UNIX time.
         more_routes: routes in addition to the common ones.
-        images_from: folder below which clients may name files of pictures; None: none.
     """
-    completions, answers = Completions(engine, limits, started_s, images_from), Counter()
+    completions, answers = Completions(engine, limits, started_s), Counter()
 
     async def health(request: HttpRequest) -> Response:
         alive = engine.alive
@@ -123,19 +118,21 @@ class AnswerLimits:
         max_tokens: the most new tokens.
         max_context: the most tokens of prompt and answer together.
         timeout_s: seconds until it must be complete.
+        images_from: folder below which clients may name files of pictures; None: they may name none.
     """
 
     max_tokens: int
     max_context: int
     timeout_s: float
+    images_from: Path | None = None
 
 
 class Completions:
     """The endpoints that generate, and those that list models."""
 
-    def __init__(self, engine: Engine, limits: AnswerLimits, started_s: int, images_from: Path | None = None):
+    def __init__(self, engine: Engine, limits: AnswerLimits, started_s: int):
         self._engine, self._limits = engine, limits
-        self._pictures = PictureReader(engine.base, [images_from] if images_from else [])
+        self._pictures = PictureReader(engine.base, [limits.images_from] if limits.images_from else [])
         self._base_name, self._started_s = base_name(engine.base), started_s
         self._one_at_a_time = anyio.CapacityLimiter(1)  # tokenizers are not thread-safe
 

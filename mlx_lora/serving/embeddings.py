@@ -28,8 +28,7 @@ from mlx_lora.objectives.text_vectors import TextEmbedder, open_embedder
 from mlx_lora.serving.adapter_store import base_name
 from mlx_lora.serving.engine import Engine
 from mlx_lora.serving.schema import ApiError, read_json
-from mlx_lora.serving.scores import MOST_TEXTS, a_few_at_a_time, twin_of
-from mlx_lora.utils.errors import InputError
+from mlx_lora.serving.scores import MOST_TEXTS, a_few_at_a_time, check_names, twin_of
 
 FIELDS = frozenset(["model", "input", "encoding_format", "dimensions", "input_type", "user"])
 QUERY, DOCUMENT = ("query", "search_query"), ("document", "search_document", "passage")  # values of input_type
@@ -51,12 +50,10 @@ class Embeddings:
             InputError: an adapter does not fit the base, or has the name of another model.
         """
         self._engine, self._timeout_s = engine, timeout_s
-        own = base_name(engine.base)
-        if twice := sorted({own, *engine.store.cards} & set(folders)):
-            raise InputError(f"--adapter {twice[0]}: the base or another adapter has this name; give it another")
+        check_names(engine, folders)
         named: dict[str, Path | None] = {**folders}
         if is_encoder(engine.base.model) or stored_choices(engine.base.folder):
-            named = {own: None, **named}
+            named = {base_name(engine.base): None, **named}
         self._embedders = {
             name: engine.call(lambda store, folder=folder: load_embedder(engine, folder)).result()
             for name, folder in named.items()

@@ -46,6 +46,16 @@ RERANK_FIELDS = frozenset(
 Score = Callable[[Sequence[Any]], tuple[np.ndarray, int]]
 
 
+def check_names(engine: Engine, folders: Mapping[str, Path]) -> None:
+    """Refuse an adapter that has the name of the base or of an adapter that generates.
+
+    Raises:
+        InputError: one has.
+    """
+    if twice := sorted({base_name(engine.base), *engine.store.cards} & set(folders)):
+        raise InputError(f"--adapter {twice[0]}: the base or another adapter has this name; give it another")
+
+
 class Scores:
     """The adapters of a server that score texts, and their endpoints."""
 
@@ -61,9 +71,7 @@ class Scores:
             InputError: an adapter does not fit the base, or has the name of another model.
         """
         self._engine, self._timeout_s = engine, timeout_s
-        taken = {base_name(engine.base), *engine.store.cards}
-        if twice := sorted(taken & set(folders)):
-            raise InputError(f"--adapter {twice[0]}: the base or another adapter has this name; give it another")
+        check_names(engine, folders)
         self._scorers = {
             name: engine.call(lambda store, folder=folder: load_scorer(engine, folder)).result()
             for name, folder in folders.items()
