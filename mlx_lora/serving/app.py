@@ -57,6 +57,7 @@ from mlx_lora.serving.schema import (
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.hub import resolve_adapter
 
+
 def make_app(
     engine: Engine,
     guard: GuardLimits,
