@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from mlx_lora.utils.supervise import last_given
 
 REPOSITORY = Path(__file__).parents[1]
@@ -117,12 +119,20 @@ class Started:
                 )
 
     def wait_for(self, path: Path) -> None:
-        """Wait until a path is there, while all ranks run."""
+        """Wait until a path is there, while all ranks run; end them when one has ended or it takes too long."""
         start = time.monotonic()
         while not path.exists():
-            assert all(p.poll() is None for p in self.processes), self.texts()
-            assert time.monotonic() - start < TIMEOUT_S, self.texts()
+            if any(p.poll() is not None for p in self.processes) or time.monotonic() - start > TIMEOUT_S:
+                self.kill()
+                pytest.fail(f"{path.name} never came: {self.texts()}")
             time.sleep(0.01)
+
+    def kill(self) -> None:
+        """End the ranks that still run."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
 
     def signal(self, rank: int, number: int) -> None:
         self.processes[rank].send_signal(number)
@@ -136,10 +146,7 @@ class Started:
         try:
             codes = [p.wait(max(0.1, end - time.monotonic())) for p in self.processes]
         finally:
-            for process in self.processes:
-                if process.poll() is None:
-                    process.send_signal(signal.SIGKILL)
-                    process.wait()
+            self.kill()
         return Ended(codes, self.texts(), [out.read_text() for out in self.outs])
 
 

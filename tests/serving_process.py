@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from child_environment import child_environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,7 +32,7 @@ class Server:
                 cwd=cwd,
                 stderr=out,
                 stdout=out,
-                env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+                env=child_environment(**(environment or {})),
             )
 
     def __enter__(self) -> Server:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from child_environment import child_environment
 from studio_browser import Watched
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,7 @@ def studio(home: Path, models: Path, **variables: str) -> Iterator[str]:
             cwd=home.parent,
             stdout=out,
             stderr=out,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+            env=child_environment(**variables),
         )
     try:
         deadline = time.monotonic() + 120

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from comparing import by_dtype
 from make_adapters import TOKENS, make_adapter
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load as mlx_lm_load
@@ -168,9 +169,9 @@ def test_stock_mlx_lm_and_we_load_the_folder(tiny_4bit_folder, tmp_path):
     assert load_adapter(ours, tmp_path).method == "qa-lora"
     assert all(group_update(layer) is not None for layer in adapter_layers(ours.model).values())
     for model in (theirs, ours.model):
-        assert np.allclose(model(TOKENS).astype(mx.float32), wanted, atol=2e-4)
+        assert np.allclose(model(TOKENS).astype(mx.float32), wanted, atol=by_dtype(2e-4, 1e-1))
     plain = load_base(ModelSettings(model=str(tiny_4bit_folder)))
-    assert not np.allclose(plain.model(TOKENS).astype(mx.float32), wanted, atol=1e-2)
+    assert not np.allclose(plain.model(TOKENS).astype(mx.float32), wanted, atol=by_dtype(1e-2, 5e-1))
 
 
 def test_training_goes_on_from_stored_factors_and_refuses_those_of_a_lora(tiny_4bit_folder, tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
+from comparing import by_dtype
 from conftest import tiny_model, write_folder
 from make_adapters import OWN_TEMPLATE, TOKENS, make_adapter
 from resumed_runs import command
@@ -22,7 +23,7 @@ from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, load_ad
 from mlx_lora.models.load import load_base
 from mlx_lora.serving.adapter_store import blend_factors, read_factors
 
-CLOSE, FAR = 1e-4, 1e-2
+CLOSE, FAR = by_dtype((1e-4, 1e-2), (1e-1, 3e-1))  # of logits
 
 
 def merge(model, out, *adapters, more=()):
@@ -84,7 +85,7 @@ def test_cat_adds_the_weighted_updates_and_a_missing_layer_counts_as_zero(two, t
     for path, update in both.items():
         expected = 0.5 * first[path] - 2 * second.get(path, np.zeros(1))
         assert np.allclose(update, expected, atol=1e-5 * np.abs(expected).max()), path
-        assert not np.allclose(update, first[path], atol=FAR)
+        assert not np.allclose(update, first[path], atol=1e-2)
 
 
 def test_cat_is_the_blend_of_the_server(two, tiny_folder, tmp_path):
@@ -125,8 +126,8 @@ def test_it_is_measured_on_the_rows_that_the_runs_held_out(runs, tiny_folder, tm
     assert (cats["rows"], dogs["rows"]) == (6, 6)
     for name, found in (("cats", cats), ("dogs", dogs)):
         alone = json.loads(run("evaluate", "--model", tiny_folder, "--adapter-path", runs / name, "--json").out)
-        assert found["adapters"][name] == pytest.approx(alone["loss"], rel=1e-4)
-        assert found["base"] == pytest.approx(alone["base_loss"], rel=1e-4)
+        assert found["adapters"][name] == pytest.approx(alone["loss"], rel=by_dtype(1e-4, 5e-3))
+        assert found["base"] == pytest.approx(alone["base_loss"], rel=by_dtype(1e-4, 5e-3))
         assert min(found["adapters"], key=found["adapters"].get) == name
         assert found["merged"] < found["base"]
     assert cats["merged"] != pytest.approx(dogs["merged"], rel=1e-4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from urllib.parse import parse_qs, urlparse
 import mlx.core as mx
 import pytest
 import yaml
+from child_environment import child_environment
 from run_cli import run
 
 from mlx_lora.bench.run import Ended
@@ -168,7 +168,7 @@ run_kit(Asked(Path(sys.argv[1])), checks)
 
 
 def test_a_kill_loses_nothing_and_a_check_that_kills_twice_is_passed_by(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = child_environment()
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     ended = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr

@@ -300,8 +300,8 @@ def test_fuse_measures_on_the_rows_that_the_run_held_out(trained, tiny_4bit_fold
     fused = json.loads(run("evaluate", "--model", tmp_path / "again", *plain).out)
     adapted = json.loads(run("evaluate", "--model", tiny_4bit_folder, "--adapter-path", trained, *plain).out)
     assert again["rows"] == fused["rows"] == 20
-    assert again["loss_fused"] == pytest.approx(fused["loss"], rel=1e-3)
-    assert again["loss_adapter"] == pytest.approx(adapted["loss"], rel=1e-3)
+    assert again["loss_fused"] == pytest.approx(fused["loss"], rel=by_dtype(1e-3, 5e-3))
+    assert again["loss_adapter"] == pytest.approx(adapted["loss"], rel=by_dtype(1e-3, 5e-3))
     assert again["loss_adapter"] != pytest.approx(again["loss_base"], rel=1e-2)
 
 

@@ -214,6 +214,7 @@ class Talk:
         return "And?", float(len(completion) % 5), False
 
 
+@pytest.mark.float32("rows of another width are compared within float32's rounding")
 def test_episodes_of_two_turns_share_a_row_and_train_the_models_tokens_alone(base):
     """The second turn sees the first and the observation; log-probabilities are the model's own at its tokens, and 0 elsewhere."""
     more = {"environment": "talk.py:Talk", "reward": None, "max_turns": 2, "max_new_tokens": 90}

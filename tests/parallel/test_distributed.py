@@ -33,6 +33,8 @@ from mlx_lora.trainer.run import check_request
 from mlx_lora.trainer.step import StepResult
 from mlx_lora.utils.errors import InputError
 
+LONG = 20_000
+"""Steps that outlast each test; their checkpoints must still fit the disk of a small machine, or the run is refused."""
 STEPS_OF_ONE = pytest.mark.float32("ranks add a batch's sums in another order, and eight steps multiply the difference")
 
 
@@ -100,7 +102,7 @@ def test_two_go_on_from_the_checkpoint_of_one_which_only_rank_0_has(alone, tiny_
 
 @pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_others(killed, tiny_folder, chats, tmp_path):
-    words = train(*command(tiny_folder, chats, tmp_path / "a", "--iters", 10**6, "--steps-per-report", 1000))
+    words = train(*command(tiny_folder, chats, tmp_path / "a", "--iters", LONG, "--steps-per-report", 1000))
     ranks = Started([words, words], tmp_path / "ranks")
     ranks.wait_for(tmp_path / "a" / "checkpoints" / "step-000003")
     ranks.signal(killed, signal.SIGKILL)
@@ -166,7 +168,7 @@ def test_ranks_with_other_data_or_settings_are_refused(tiny_folder, chats, tmp_p
 
 @pytest.mark.slow
 def test_a_stop_of_one_rank_stops_all_after_the_same_step_and_saves(tiny_folder, chats, tmp_path):
-    words = train(*command(tiny_folder, chats, tmp_path / "a", "--iters", 10**6, "--steps-per-report", 1000))
+    words = train(*command(tiny_folder, chats, tmp_path / "a", "--iters", LONG, "--steps-per-report", 1000))
     ranks = Started([words, words], tmp_path / "ranks")
     ranks.wait_for(tmp_path / "a" / "checkpoints" / "step-000003")
     ranks.signal(1, signal.SIGTERM)
@@ -334,7 +336,7 @@ def test_ranks_that_differ_take_the_parameters_of_rank_0(alone, tiny_folder, cha
 
 @pytest.mark.slow
 def test_a_frozen_machine_is_noticed(tiny_folder, chats, tmp_path):
-    words = train(*command(tiny_folder, chats, tmp_path / "a", "--iters", 10**6, "--steps-per-report", 1000))
+    words = train(*command(tiny_folder, chats, tmp_path / "a", "--iters", LONG, "--steps-per-report", 1000))
     ranks = Started([words, words], tmp_path / "ranks")
     ranks.wait_for(tmp_path / "a" / "checkpoints" / "step-000003")
     ranks.signal(1, signal.SIGSTOP)
@@ -430,7 +432,7 @@ def test_two_network_namespaces(namespaces, alone, tiny_folder, chats, tmp_path)
 
 @pytest.mark.slow
 def test_a_cable_that_is_pulled(namespaces, tiny_folder, chats, tmp_path):
-    words = train(*command(tiny_folder, chats, tmp_path / "a", "--iters", 10**6, "--steps-per-report", 1000))
+    words = train(*command(tiny_folder, chats, tmp_path / "a", "--iters", LONG, "--steps-per-report", 1000))
     ranks = Started([words, words], tmp_path / "ranks", namespaces)
     ranks.wait_for(tmp_path / "a" / "checkpoints" / "step-000003")
     subprocess.run([*namespaces[0], "ip", "link", "set", "veth0", "down"], check=True)

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
+from comparing import by_dtype
 from conftest import quantized, tiny_model, write_folder
 from mlx_lm.models import gemma2
 from resumed_runs import STEPS, command, stopped_after, weights
@@ -84,8 +85,8 @@ def test_it_learns_what_the_run_in_memory_learns(folder, chats, tmp_path):
     trained(folder, chats, tmp_path / "off", "--offload-base", "off", "--grad-checkpoint", "block")
     on, off = losses(tmp_path / "on"), losses(tmp_path / "off")
     assert len(on) == STEPS
-    assert on == pytest.approx(off, rel=1e-3)
-    assert on[0] == pytest.approx(off[0], rel=1e-5)
+    assert on == pytest.approx(off, rel=by_dtype(1e-3, 1e-2))
+    assert on[0] == pytest.approx(off[0], rel=by_dtype(1e-5, 1e-3))
     assert on[-1] < on[0]
 
 
@@ -104,6 +105,7 @@ def test_a_slow_disk_makes_open_batches_larger_and_leaves_given_ones(tiny_folder
     assert most_tokens(1e3, "--batch-tokens", usual) == usual
 
 
+@pytest.mark.float32("a loss near 0 is compared within float32's rounding")
 @pytest.mark.parametrize("own", [False, True], ids=["a teacher's files", "the base with a prompt"])
 def test_a_teacher_is_read_from_its_files_too(own, tiny_4bit_folder, tiny_folder, chats, tmp_path, monkeypatch):
     """Its table has what a teacher in memory says, and the student learns the same."""

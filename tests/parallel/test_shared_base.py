@@ -59,6 +59,7 @@ def test_so_do_more_of_them_with_equal_parts(ranks, alone, tiny_folder, chats, t
     assert f"base shared by {ranks} processes" in printed
 
 
+@STEPS_OF_ONE
 def test_a_rank_without_rows_keeps_up(two, tiny_folder, chats, tmp_path):
     assert run("train", *command(tiny_folder, chats, tmp_path / "alone", *ONE_ROW)).code == 0
     assert_same_run(tmp_path / "alone", two[0] / "a row")

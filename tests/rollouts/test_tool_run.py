@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from child_environment import child_environment
 from conftest import tiny_model, write_folder
-from ranks import REPOSITORY
 from run_cli import one_line, run
 from tool_model import SHELF, shelf_folder
 
@@ -55,7 +54,7 @@ def test_a_run_that_is_killed_within_an_episode_resumes_to_the_same_bytes(shelf,
     words = [str(word) for word in command(shelf, killed, *asked, "--max-restarts", 0)]
     died = subprocess.run(
         [sys.executable, "-m", "mlx_lora.train", *words[1:]], capture_output=True, text=True,
-        env={**os.environ, "DIE_AT": str(died_at), "PYTHONPATH": str(REPOSITORY)},
+        env=child_environment(DIE_AT=str(died_at)),
     )  # fmt: skip
     assert died.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), died.stderr
     kept = sorted(path.name for path in (killed / "checkpoints").iterdir())

@@ -213,7 +213,7 @@ def test_a_storm_of_signals_leaves_nothing_half_written(tiny_folder, chats, tmp_
 
 
 def test_a_second_run_in_a_folder_is_refused(tiny_folder, chats, tmp_path):
-    words = command(tiny_folder, chats, tmp_path / "a", "--iters", 100000)
+    words = command(tiny_folder, chats, tmp_path / "a", "--iters", 20000)
     with start(*words) as process:
         wait_for(process, "step 2/")
         ran = run(*words, "--resume")

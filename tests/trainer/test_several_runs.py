@@ -159,6 +159,7 @@ QUICK = {
 }  # fmt: skip
 
 
+@pytest.mark.float32("runs that round otherwise part, and every step multiplies the difference")
 @pytest.mark.parametrize("case", named(QUICK, "4-bit"))
 def test_each_run_equals_its_solo_run(case, models, tmp_path, groups):
     family, objective, runs = case

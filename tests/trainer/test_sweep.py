@@ -93,6 +93,7 @@ def _last_loss(folder: Path) -> float:
     return next(line["val_loss"] for line in reversed(lines) if line["val_loss"] is not None)
 
 
+@pytest.mark.float32("runs that round otherwise part, and every step multiplies the difference")
 def test_trials_of_the_first_round_are_runs_that_were_stopped(found, tiny_folder, data, tmp_path):
     trial = found.sweep.trials[0]  # goes out after the first round
     steps = found.sweep.state.rounds[0][0]["step"]

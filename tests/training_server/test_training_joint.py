@@ -31,6 +31,7 @@ def base(tiny_folder):
     return loaded(tiny_folder)
 
 
+@pytest.mark.float32("sums of the same rows in another order are compared within float32's rounding")
 @pytest.mark.parametrize("most_positions", [4096, 12], ids=["one batch each", "several batches each"])
 def test_a_joint_pass_gives_each_model_its_own_numbers(base, most_positions):
     together, alone = ([trained_model(base, rank=rank, seed=seed) for rank, seed, *_ in CLIENTS] for _ in range(2))
@@ -80,6 +81,7 @@ def started(tiny_folder, tmp_path, join: bool) -> Worker:
     return Worker(lambda: loaded(tiny_folder), WorkerSettings(tmp_path, "tiny", join_clients=join))
 
 
+@pytest.mark.float32("sums of the same rows in another order are compared within float32's rounding")
 @pytest.mark.parametrize("join", [True, False])
 def test_requests_that_wait_together_are_computed_together(tiny_folder, tmp_path, base, join):
     worker = started(tiny_folder, tmp_path, join)

@@ -111,6 +111,7 @@ def test_loss_and_gradient_are_those_of_torch(name, tiny_folder, base):
     assert abs(model.forward_backward(changed, name, config, backward=False).loss_sum - wanted) > 1e-2
 
 
+@pytest.mark.float32("sums of the same rows in another order are compared within float32's rounding")
 @pytest.mark.parametrize("name", CASES)
 def test_a_request_may_be_cut_between_its_examples(name, base):
     """Losses are sums: two requests before a step are one with the examples of both, whatever shares a micro-batch."""
@@ -126,6 +127,7 @@ def test_a_request_may_be_cut_between_its_examples(name, base):
     assert whole.forward_backward(data[:1], name, config, backward=False).loss_sum != total.loss_sum
 
 
+@pytest.mark.float32("sums of the same rows in another order are compared within float32's rounding")
 def test_several_targets_of_a_position_are_rows_of_their_own(base):
     model, data = trained_model(base), examples(3, columns=2, weights=normal)
     both = model.forward_backward(data, "cross_entropy", {})
