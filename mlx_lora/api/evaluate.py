@@ -30,10 +30,11 @@ from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.parallel.divided_base import divides_base, dividing_flag, strategy_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
+from mlx_lora.parallel.strategy import divides_base, dividing_flag
 from mlx_lora.reports.run_report import MODELS, SHORT_WORDS, Sample
 from mlx_lora.trainer.adapter import adapter_head, adapter_template, check_kind, put_adapter
+from mlx_lora.trainer.choose_strategy import strategy_of
 from mlx_lora.trainer.evaluate import RowLosses, mean_loss, paired_change
 from mlx_lora.trainer.held_out import held_out_loss, held_out_plan
 from mlx_lora.trainer.report_callback import before_answer, greedy_text, row_answer

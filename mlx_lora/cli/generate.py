@@ -20,8 +20,8 @@ from mlx_lora.data.chat_template import own_template
 from mlx_lora.data.files import read_tools
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
-from mlx_lora.parallel.divided_base import strategy_of
 from mlx_lora.parallel.launch import sharing_ranks
+from mlx_lora.trainer.choose_strategy import strategy_of
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 

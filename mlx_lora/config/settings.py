@@ -25,7 +25,8 @@ QUANTIZED_MATMUL = ("auto", "packed", "dense")
 KERNELS = ("auto", "mlx", "ours")
 LOGGERS = ("tensorboard", "trackio", "wandb", "swanlab")
 SHARDING = ("even", "memory")  # --shard-base
-PARALLEL = ("data", "tensor", "auto")
+DATA, TENSOR = "data", "tensor"
+PARALLEL = (DATA, TENSOR, "auto")
 DEFAULT_BATCH_TOKENS = 2048
 AUTO: Literal["auto"] = "auto"  # --learning-rate
 # Headings of the help.

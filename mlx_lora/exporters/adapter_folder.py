@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,6 @@ from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
 from mlx_lora.models.load import Base
 from mlx_lora.models.tower_files import of_tower
 from mlx_lora.models.vision import open_tower
-from mlx_lora.parallel.sharded_base import with_weights
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replacing_file
 from mlx_lora.utils.parsing import parse_yaml, read_json
@@ -483,7 +483,11 @@ def measure_overlap(model: nn.Module) -> dict[str, float]:
     blocks = {id(module): block for block in model.layers for module in block.modules()}
     sums = mx.zeros((4,))
     for layer in chosen:
-        with with_weights(blocks.get(id(layer))):
+        block = blocks.get(id(layer))
+        shared = (
+            block if hasattr(block, "at_hand") else None
+        )  # a block of a shared base, whose weights must be gathered
+        with shared.at_hand([]) if shared is not None else nullcontext():
             sums = sums + _sums(layer)
         mx.eval(sums)  # one block of a shared base at a time
     inner, size, noise, numbers = sums.tolist()

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,10 +27,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_lora.config.settings import ModelSettings
-from mlx_lora.gguf.arch import model_config, weight_map
-from mlx_lora.gguf.reader import read_gguf
-from mlx_lora.gguf.tokenizer import write_tokenizer
-from mlx_lora.gguf.weights import Imported, Target, check_shapes, import_weights
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.models.config import architecture_of, check_rotation, translate_config
 from mlx_lora.models.folder import (
@@ -45,7 +41,7 @@ from mlx_lora.models.folder import (
     write_json,
 )
 from mlx_lora.models.quantize import Quantization, choose_quantization, dequantize_model, quantize_model
-from mlx_lora.models.tokenizer import load_folder_tokenizer, write_tokenizer_from_spm
+from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.models.tower_files import copy_tower
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
@@ -53,6 +49,9 @@ from mlx_lora.utils.files import cache_dir, check_writable, one_at_a_time, repla
 from mlx_lora.utils.hub import ModelSource
 from mlx_lora.utils.progress import tracked
 from mlx_lora.utils.text import format_duration
+
+if TYPE_CHECKING:
+    from mlx_lora.gguf.weights import Imported, Target
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +169,11 @@ def _least_bytes(source: ModelSource, target: Target | None) -> int:
 
 
 def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.Dtype) -> Conversion:
+    from mlx_lora.gguf.arch import model_config, weight_map  # a folder's model loads none of these
+    from mlx_lora.gguf.reader import read_gguf
+    from mlx_lora.gguf.tokenizer import write_tokenizer
+    from mlx_lora.gguf.weights import check_shapes, import_weights
+
     file = read_gguf(source.path)
     config = model_config(file)
     mappings = weight_map(file, config)
@@ -286,6 +290,8 @@ def copy_side_files(source: Path, folder: Path, tower: Mapping[str, mx.array] | 
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)  # follows links, which the hub cache uses
     if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        from mlx_lora.models.spm_tokenizer import write_tokenizer_from_spm
+
         write_tokenizer_from_spm(folder / "tokenizer.model", source, folder)
     copy_tower(source, folder, tower)
 
@@ -364,6 +370,10 @@ def cast_model(model: nn.Module, dtype: mx.Dtype) -> None:
 def load_float_model(source: ModelSource, dtype: mx.Dtype, trust_remote_code: bool = False) -> nn.Module:
     """Return a source's model with float weights, as the reference that a conversion is compared with."""
     if source.kind == "gguf":
+        from mlx_lora.gguf.arch import model_config, weight_map
+        from mlx_lora.gguf.reader import read_gguf
+        from mlx_lora.gguf.weights import import_weights
+
         file = read_gguf(source.path)
         config = model_config(file)
         model = build_model(config)

@@ -34,9 +34,6 @@ from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt
 from mlx_lora.adapters.base import LINEAR, QUANTIZED, SWITCH, base_dims
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.config.settings import ModelSettings
-from mlx_lora.gguf.arch import model_config, weight_map
-from mlx_lora.gguf.reader import is_gguf, read_gguf
-from mlx_lora.gguf.weights import carried_quantization
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.kernels.table import traced_calls
 from mlx_lora.models.convert import build_model, cast_model, has_bits, quantization_entries
@@ -99,9 +96,12 @@ def outline_of(
     """
     target = None if bits is None else choose_quantization(bits, None, None)
     path = resolve_config(model, revision)
-    if path.is_file() and is_gguf(path):
-        outline = _of_gguf(path, dtype)
-        return with_quantization(outline, target, dtype) if target else outline
+    if path.is_file():
+        from mlx_lora.gguf.reader import is_gguf  # a folder's model loads none of it
+
+        if is_gguf(path):
+            outline = _of_gguf(path, dtype)
+            return with_quantization(outline, target, dtype) if target else outline
     file = path if path.is_file() else path / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -203,6 +203,10 @@ def _stored(folder: Path, dtype: mx.Dtype) -> tuple[frozenset[str] | None, int]:
 
 def _of_gguf(path: Path, dtype: mx.Dtype) -> Outline:
     """Return the outline of a GGUF file, from its header, as if its blocks were carried over."""
+    from mlx_lora.gguf.arch import model_config, weight_map  # a folder's model loads none of these
+    from mlx_lora.gguf.reader import read_gguf
+    from mlx_lora.gguf.weights import carried_quantization
+
     file = read_gguf(path)
     config = model_config(file)
     mappings = weight_map(file, config)

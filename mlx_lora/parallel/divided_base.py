@@ -1,6 +1,7 @@
-"""The strategies in which a process keeps only a part of the frozen base, and the choice of a run's strategy.
+"""The strategies in which a process keeps only a part of the frozen base.
 
-Another way to keep a part is another class and a line in `strategy_of`; parallel/offloaded_base.py is one for a single process.
+Another way to keep a part is another class and a line in `strategy_of` (trainer/choose_strategy.py); parallel/offloaded_base.py
+is one for a single process.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.config.checks import shard_parts
-from mlx_lora.parallel.offloaded_base import OffloadedBase
 from mlx_lora.parallel.ranks import ALONE, Ranks, SeveralRanks
 from mlx_lora.parallel.sharded_base import (
     await_messages,
@@ -25,59 +25,19 @@ from mlx_lora.parallel.sharded_base import (
     units_of,
     unshareable_words,
 )
-from mlx_lora.parallel.strategy import SINGLE_DEVICE, DataParallel, Strategy, reseed
+from mlx_lora.parallel.strategy import DataParallel, reseed
 from mlx_lora.parallel.tensor import cut_model, divided, in_branches, wire_among
 from mlx_lora.planner.machine import this_machine
-from mlx_lora.planner.several_macs import TENSOR, rank_part
+from mlx_lora.planner.several_macs import rank_part
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from mlx_lora.config.settings import LoopSettings, TrainSettings
+    from mlx_lora.config.settings import TrainSettings
     from mlx_lora.data.batch import Batch
     from mlx_lora.models.head import OfHidden
     from mlx_lora.models.load import Base
     from mlx_lora.planner.shapes import ModelShape
-
-
-def strategy_of(settings: TrainSettings, ranks: Ranks) -> Strategy:
-    """Return the strategy that the settings name for these processes.
-
-    Args:
-        settings: of the run; --parallel is not `auto` (trainer/choose_strategy.py).
-        ranks: its processes.
-
-    Raises:
-        InputError: a single process is to divide its base.
-    """
-    loop = settings.loop
-    asked = "--parallel tensor" if loop.parallel == TENSOR else f"--shard-base {loop.shard_base}"
-    if loop.offload_base == "on":
-        if ranks.size > 1:
-            raise InputError(
-                f"--offload-base on in {ranks.size} processes: works in a single process; share the base instead (--shard-base)"
-            )
-        return OffloadedBase(loop.seed)
-    if not divides_base(loop):
-        return DataParallel(ranks, loop.seed) if ranks.size > 1 else SINGLE_DEVICE
-    if not isinstance(ranks, SeveralRanks):
-        raise InputError(f"{asked}: this run is a single process; start several with mlx.launch, or leave it out")
-    return (TensorParallel if loop.parallel == TENSOR else ShardedBase)(ranks, loop.seed)
-
-
-def divides_base(loop: LoopSettings) -> bool:
-    """Return whether the settings leave only a part of the base in a process."""
-    return bool(dividing_flag(loop))
-
-
-def dividing_flag(loop: LoopSettings) -> str:
-    """Return the flag that leaves only a part of the base in a process; empty: none does."""
-    asked = {
-        "--offload-base": loop.offload_base == "on",
-        "--shard-base": loop.shard_base != "off",
-        "--parallel tensor": loop.parallel == TENSOR,
-    }
-    return next((flag for flag, is_asked in asked.items() if is_asked), "")
 
 
 class ShardedBase(DataParallel):

@@ -33,7 +33,7 @@ from mlx_lora.parallel.base_reader import BaseReader, read_rate
 from mlx_lora.parallel.block_walk import Mode, Walk, value_and_grad, walk_over
 from mlx_lora.parallel.messages import Named
 from mlx_lora.parallel.sharded_base import share_modules, units_of
-from mlx_lora.parallel.strategy import DISK_WAIT, Strategy
+from mlx_lora.parallel.strategy import DISK_WAIT, Strategy, offloaded
 from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.reading import Reading, hidden_from
 from mlx_lora.utils import device
@@ -153,17 +153,6 @@ def _version(file: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def offloaded(settings: TrainSettings) -> TrainSettings:
-    """Return the settings of a run that reads its base from files.
-
-    Each block is computed again, and no texts are written.
-    """
-    loop = settings.loop
-    checkpointing = "block" if loop.grad_checkpoint == "auto" else loop.grad_checkpoint
-    given = {"offload_base": "on", "grad_checkpoint": checkpointing, "sample_tokens": 0}
-    return replace(settings, loop=replace(loop, **given))
 
 
 def copy_rate(size: int, rounds: int = 4) -> float:

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -202,11 +202,6 @@ def first_ranks_choice(model: nn.Module, choose: Callable[[mx.array], mx.array])
 def await_messages(model: nn.Module) -> None:
     """Wait for the messages that were submitted ahead: a rank must not end before the others have them."""
     mx.eval(_messages(model).sent)
-
-
-def with_weights(block: nn.Module | None) -> AbstractContextManager:
-    """Return a context in which a block has its weights; all ranks must enter it. None: nothing is to be done."""
-    return block.at_hand([]) if isinstance(block, SharedBlock) else nullcontext()
 
 
 def unshareable_words(config: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""How the processes of a run divide its work: one class per way, chosen once (parallel/divided_base.py) and carried by the run.
+"""How the processes of a run divide its work: one class per way, chosen once (trainer/choose_strategy.py) and carried by the run.
 
     SingleDevice     one process computes everything
     DataParallel     each rank has the whole model and computes some rows of every micro-batch
@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,7 +30,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_lora import __version__
-from mlx_lora.config.settings import ROWS, TrainSettings
+from mlx_lora.config.settings import ROWS, TENSOR, LoopSettings, TrainSettings
 from mlx_lora.data.batch import Batch, nothing_of, share_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.utils import device
@@ -379,3 +380,32 @@ def reseed(seed: int, step: int, rank: int) -> None:
     """Seed this process's random numbers by (seed, step, rank)."""
     digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
     mx.random.seed(int.from_bytes(digest[:8], "little"))
+
+
+# What the settings ask for
+
+
+def divides_base(loop: LoopSettings) -> bool:
+    """Return whether the settings leave only a part of the base in a process."""
+    return bool(dividing_flag(loop))
+
+
+def dividing_flag(loop: LoopSettings) -> str:
+    """Return the flag that leaves only a part of the base in a process; empty: none does."""
+    asked = {
+        "--offload-base": loop.offload_base == "on",
+        "--shard-base": loop.shard_base != "off",
+        "--parallel tensor": loop.parallel == TENSOR,
+    }
+    return next((flag for flag, is_asked in asked.items() if is_asked), "")
+
+
+def offloaded(settings: TrainSettings) -> TrainSettings:
+    """Return the settings of a run that reads its base from files.
+
+    Each block is computed again, and no texts are written.
+    """
+    loop = settings.loop
+    checkpointing = "block" if loop.grad_checkpoint == "auto" else loop.grad_checkpoint
+    given = {"offload_base": "on", "grad_checkpoint": checkpointing, "sample_tokens": 0}
+    return replace(settings, loop=replace(loop, **given))

@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mlx_lora.config.settings import DATA, TENSOR
 from mlx_lora.planner.memory import SINGLE, MemoryPlan, plan_memory
 from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
 from mlx_lora.planner.speed import Ceilings, step_seconds
@@ -39,7 +40,6 @@ ARCHITECTURES = (
     "deepseek_v2", "deepseek_v3", "exaone_moe", "glm4_moe", "glm4_moe_lite", "gpt_oss", "llama", "ministral3", "mistral4",
     "qwen2", "qwen3", "qwen3_moe", "step3p5",
 )  # fmt: skip
-DATA, TENSOR = "data", "tensor"
 
 
 # The link

@@ -1,48 +1,16 @@
-"""Decide what the processes of a run divide, if --parallel auto leaves it open.
-
-The link of the processes is measured for some seconds, and then plans are compared for what they could divide. The data
-have not been read by then, so a batch is assumed to have a row for every process. Memory and time are the planner's; the
-link, and each machine's peak rates, are measured.
-"""
+"""Decide what the processes of a run divide, and whether its base is read from files, where the settings leave it open."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import mlx.core as mx
-
-from mlx_lora.config.checks import offload_problems, sharing_problems, whole_base_reasons
-from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
-from mlx_lora.models.meta import outline_for
-from mlx_lora.parallel.divided_base import strategy_of
-from mlx_lora.parallel.hosts import probe_link
-from mlx_lora.parallel.offloaded_base import offloaded
+from mlx_lora.config.checks import offload_problems
+from mlx_lora.config.settings import DATA, TENSOR, TrainSettings
 from mlx_lora.parallel.ranks import Ranks, SeveralRanks
-from mlx_lora.parallel.sharded_base import units_of
-from mlx_lora.planner.fit import budget_of, fit, largest_batch, run_of
-from mlx_lora.planner.machine import measure_ceilings, this_machine
-from mlx_lora.planner.several_macs import (
-    DATA,
-    TENSOR,
-    Link,
-    Mac,
-    Split,
-    best,
-    cut_problem,
-    memory_shares,
-    plan_macs,
-    split_by_rows,
-    split_by_tensor,
-    split_with_shared_base,
-)
-from mlx_lora.planner.shapes import KernelTerms, Machine, ModelShape, RunShape
-from mlx_lora.planner.speed import Ceilings
+from mlx_lora.parallel.strategy import SINGLE_DEVICE, DataParallel, divides_base, offloaded
 from mlx_lora.trainer.fit import check_base_fits
-from mlx_lora.trainer.model_shape import outlined_shape
-from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,7 +18,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROBE_BYTES = 1 << 22  # seconds even at 100 Mbit/s
 AUTO = "auto"
 
 
@@ -69,6 +36,37 @@ def choose_strategy(settings: TrainSettings, ranks: Ranks, fits: bool = False) -
     settings = settled_parallel(settings, ranks)
     settings = settings if fits else settled_offload(settings, ranks)
     return settings, strategy_of(settings, ranks)
+
+
+def strategy_of(settings: TrainSettings, ranks: Ranks) -> Strategy:
+    """Return the strategy that the settings name for these processes.
+
+    Args:
+        settings: of the run; --parallel is not `auto`.
+        ranks: its processes.
+
+    Raises:
+        InputError: a single process is to divide its base.
+    """
+    loop = settings.loop
+    asked = "--parallel tensor" if loop.parallel == TENSOR else f"--shard-base {loop.shard_base}"
+    if loop.offload_base == "on":
+        if ranks.size > 1:
+            raise InputError(
+                f"--offload-base on in {ranks.size} processes: works in a single process; share the base instead (--shard-base)"
+            )
+        from mlx_lora.parallel.offloaded_base import (
+            OffloadedBase,  # a run with the whole base in memory loads none of these
+        )
+
+        return OffloadedBase(loop.seed)
+    if not divides_base(loop):
+        return DataParallel(ranks, loop.seed) if ranks.size > 1 else SINGLE_DEVICE
+    if not isinstance(ranks, SeveralRanks):
+        raise InputError(f"{asked}: this run is a single process; start several with mlx.launch, or leave it out")
+    from mlx_lora.parallel.divided_base import ShardedBase, TensorParallel
+
+    return (TensorParallel if loop.parallel == TENSOR else ShardedBase)(ranks, loop.seed)
 
 
 def settled_offload(settings: TrainSettings, ranks: Ranks) -> TrainSettings:
@@ -117,74 +115,6 @@ def settled_parallel(settings: TrainSettings, ranks: Ranks) -> TrainSettings:
         return settings
     if not isinstance(ranks, SeveralRanks):
         return replace(settings, loop=replace(settings.loop, parallel=DATA))
-    rates = probe_link(ranks, PROBE_BYTES)
-    turns = ranks.size - 1
-    measured = ranks.everyone([rates.latency_s / turns, rates.bytes_per_s])
-    link = Link(min(rate for _, rate in measured), max(latency for latency, _ in measured))
-    machine = this_machine(settings.model.dtype)
-    own = [budget_of(settings.loop, machine), asdict(measure_ceilings(settings.model.dtype, rounds=3))]
-    macs = [
-        Mac(replace(machine, working_set_bytes=budget, kernels=KernelTerms()), Ceilings(**ceilings))
-        for budget, ceilings in ranks.everyone(own)
-    ]
-    splits = _splits(settings, macs, link)
-    chosen = best(splits)
-    name, shared, words = ranks.from_first([chosen.name, chosen.shared, _choice_words(chosen, splits, link)])
-    mx.clear_cache()
-    mx.reset_peak_memory()  # the measurements' peak is not the run's
-    loop = replace(settings.loop, parallel=name, shard_base="memory" if shared else "off")
-    log.info(words)
-    return replace(settings, loop=loop)
+    from mlx_lora.trainer.choose_split import choose_split  # a single process loads no planner of several Macs
 
-
-def _choice_words(chosen: Split, splits: Sequence[Split], link: Link) -> str:
-    """Return the choice and its reasons in a line."""
-    told = [f"{split.words} {split.verdict}" for split in splits]
-    return (
-        f"Parallel: {chosen.words}, by the measured link ({link.bytes_per_s * 8 / 1e9:.2g} Gbit/s each way, "
-        f"{link.latency_s * 1e6:,.0f} us for a small message); predicted: {'; '.join(told)}"
-    )
-
-
-def _splits(settings: TrainSettings, macs: Sequence[Mac], link: Link) -> list[Split]:
-    """Return what is predicted of each way to divide the run."""
-    count, smallest = len(macs), min((mac.machine for mac in macs), key=lambda one: one.working_set_bytes)
-    flat, dtype = settings.to_flat(), device.compute_dtype(settings.model.dtype)
-    outline = outline_for(settings.model, dtype)
-    architecture = type(outline.model).__module__.rpartition(".")[2]
-    whole = outlined_shape(outline, settings)
-    found = [split_by_rows(whole, _batch(settings, count, (whole, smallest)), macs, link)]
-    problems = sharing_problems({**flat, "shard_base": "memory"})
-    if problems:
-        found.append(Split(DATA, True, problem=problems[0]))
-    else:
-        batch, shares = _batch(settings, count), memory_shares([mac.machine for mac in macs])
-        plan = plan_macs(whole, units_of(outline.model), batch, macs, shares, link)
-        found.append(split_with_shared_base(plan, batch.positions))
-    problems = [f"{setting}: {reason}" for setting, reason in whole_base_reasons(flat)]
-    problem = cut_problem(architecture, outline.config, count) or next(iter(problems), None)
-    if problem:
-        return [*found, Split(TENSOR, problem=problem)]
-    fresh = outline_for(settings.model, dtype)
-    part = outlined_shape(fresh, settings, cut_by=count)
-    batch = _batch(settings, count, (part, smallest))
-    return [*found, split_by_tensor(part, batch, macs, link, dtype.size)]
-
-
-def _batch(settings: TrainSettings, count: int, of: tuple[ModelShape, Machine] | None = None) -> RunShape:
-    """Return a batch of all ranks, with a row for each at least.
-
-    Args:
-        settings: of the run.
-        count: of ranks.
-        of: the shape and the machine that checkpointing, and tokens if they are open, must fit; None: blocks are computed
-            again, and the tokens are the default.
-    """
-    loop, longest = settings.loop, settings.data.max_seq_length - 1
-    tokens, mode = loop.batch_tokens or DEFAULT_BATCH_TOKENS, "block"
-    width = longest if loop.batch_size else max(1, min(longest, tokens // count))
-    if of is not None:
-        fitted = fit(settings, *of, width)
-        tokens, mode = fitted.batch_tokens, fitted.checkpointing
-    rows, width = largest_batch(width, settings, tokens)
-    return run_of(settings, max(rows, count), width, mode)
+    return choose_split(settings, ranks)

@@ -37,10 +37,7 @@ from mlx_lora.models.head import Head, find_head, only_at, with_last_block
 from mlx_lora.models.liveness import count_memory
 from mlx_lora.models.meta import Outline, block_kind, layer_caches, model_shape, outline_for, outline_of
 from mlx_lora.objectives.table import objective_of
-from mlx_lora.parallel.sharded_base import units_of
-from mlx_lora.parallel.tensor import RankPosition, cut_layers
 from mlx_lora.planner.memory import position_chunks
-from mlx_lora.planner.several_macs import cut_config
 from mlx_lora.planner.shapes import BlockBytes, KernelTerms, Machine, ModelShape, NotKnown
 from mlx_lora.trainer.position_chunks import in_chunks, is_in_chunks, number_bytes, parts_of, position_numbers
 from mlx_lora.utils import device
@@ -183,6 +180,9 @@ def outlined_shape(
         use_measured_matmul(outline.model, "dense")  # it takes more memory; for a plan the faster one is not measured
     config = outline.config
     if cut_by > 1:
+        from mlx_lora.parallel.tensor import RankPosition, cut_layers  # one process cuts no layers
+        from mlx_lora.planner.several_macs import cut_config
+
         cut_layers(outline.model, config, RankPosition(0, cut_by), Wire(lambda x: x))
         config = cut_config(config, cut_by)
     shape = replace(adapted_shape(outline.model, config, settings, outline.cast_bytes, kernels), loss_ranks=cut_by)
@@ -191,6 +191,8 @@ def outlined_shape(
 
 def without_read_blocks(shape: ModelShape, model: nn.Module) -> ModelShape:
     """Return the shape of a model whose blocks are read from files when they are used: two of them are in memory at a time."""
+    from mlx_lora.parallel.sharded_base import units_of  # a base in memory has none of these
+
     units = units_of(model)
     read = sum(units.blocks) - sum(sorted(units.blocks)[-2:])
     return replace(shape, base_bytes=shape.base_bytes - read, source_bytes=0, shared=True, head_rows=units.head_rows)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_lora.parallel.divided_base import dividing_flag
+from mlx_lora.parallel.strategy import dividing_flag
 from mlx_lora.trainer.state import TASK
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import counted

@@ -237,6 +237,14 @@ def test_a_file_needs_few_others_to_be_read():
     assert all(sizes[name] <= most for name, most in MOST_WITH_IT.items()), sizes
 
 
+def test_a_run_of_one_process_on_a_folders_model_loads_neither_gguf_nor_a_divided_base():
+    graph = modules_imported(module_trees(), at_import=True)
+    loaded = with_it(graph, "mlx_lora.cli.train") | with_it(graph, "mlx_lora.trainer.run")
+    others = ("gguf", "parallel.divided_base", "parallel.offloaded_base", "parallel.hosts", "planner.several_macs")
+    assert [one for one in loaded if one.startswith(tuple(f"mlx_lora.{name}" for name in others))] == []
+    assert "mlx_lora.parallel.strategy" in loaded
+
+
 def test_an_import_counts_unless_it_only_annotates():
     texts = {
         "a": "from typing import TYPE_CHECKING\nimport b\nif TYPE_CHECKING:\n    import e\n",

@@ -95,6 +95,14 @@ def experts_in_16_bits(folder):
     return product.sum().item()
 
 
+def packed_in_16_bits(folder):
+    packed = mx.quantize(mx.ones((32, 512)), 32, 4)
+    packed = [one.astype(mx.bfloat16) if one.dtype == mx.float32 else one for one in packed]
+    product = mx.quantized_matmul(mx.ones((1, 512), dtype=mx.bfloat16), *packed, group_size=32, bits=4)
+    assert product.dtype == mx.bfloat16
+    return product.max().item()  # bfloat16 counts in ones to 256, and no further
+
+
 def wired_more_than_the_working_set(folder):
     from mlx_lora.utils import device
 
@@ -177,6 +185,7 @@ def test_a_program_of_a_rehearsed_test_believes_that_it_runs_on_a_mac(planted):
     assert "no attribute 'sched_getaffinity'" in planted["affinity"][1]
     assert planted["svd_on_the_cpu"] == ["passed", 3.0]
     assert planted["experts_in_16_bits"] == ["passed", 128.0]
+    assert planted["packed_in_16_bits"] == ["passed", 512.0]
 
 
 def test_a_test_of_exact_equality_computes_in_float32_and_so_do_its_programs(tmp_path):

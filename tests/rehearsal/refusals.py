@@ -1,4 +1,7 @@
-"""Refuse what Metal refuses: float64 and factorizations outside the CPU's stream (docs/development/metal.md)."""
+"""Refuse what Metal refuses: float64 and factorizations outside the CPU's stream (docs/development/metal.md).
+
+Where Metal computes more exactly than mlx's CPU, the products do as well.
+"""
 
 from __future__ import annotations
 
@@ -79,12 +82,33 @@ def _gather_mm(a: mx.array, b: mx.array, *args: Any, **named: Any) -> mx.array:
     return _plain_gather(a.astype(mx.float32), b.astype(mx.float32), *args, **named).astype(b.dtype)
 
 
+def _wide(value: Any) -> Any:
+    """Return float32 for an array of 16 bits, and anything else as it is."""
+    return (
+        value.astype(mx.float32) if isinstance(value, mx.array) and value.dtype in (mx.bfloat16, mx.float16) else value
+    )
+
+
+def _float_sums(plain: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Metal's quantized products add up in float32; those of mlx's CPU add up in x's dtype, which loses 3 to 17 % in bfloat16."""
+
+    @functools.wraps(plain)
+    def product(x: mx.array, *args: Any, **named: Any) -> mx.array:
+        if x.dtype == mx.float32:
+            return plain(x, *args, **named)
+        found = plain(_wide(x), *map(_wide, args), **{name: _wide(value) for name, value in named.items()})
+        return found.astype(x.dtype)
+
+    return product
+
+
 _float64 = mx.float64
 
 
 def install() -> None:
     """Replace these functions of mlx.core for the rest of this process."""
     mx.stream, mx.gather_mm = _Stream, _gather_mm
+    mx.quantized_matmul, mx.gather_qmm = _float_sums(mx.quantized_matmul), _float_sums(mx.gather_qmm)
     for name in FACTORIZATIONS:
         if hasattr(mx.linalg, name):
             setattr(mx.linalg, name, _factorization(name))
