@@ -6,6 +6,8 @@ import gc
 import json
 import os
 import re
+import signal
+import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -69,6 +71,9 @@ def pytest_configure(config):
         installing.install_all()
     if device.on_gpu():
         let_numpy_read_halves()
+    # A shell lets what it starts in the background ignore SIGINT, as would the commands that tests interrupt.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # The helpers that a test file imports say what kind of tests it holds: the first tier of which it has a helper.

@@ -29,11 +29,11 @@ from mlx_lora.exporters.adapter_folder import run_of
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.base import Objective, RunContext
-from mlx_lora.objectives.table import objective_of
+from mlx_lora.objectives.table import check_kind, objective_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.strategy import divides_base, dividing_flag
 from mlx_lora.reports.run_report import MODELS, SHORT_WORDS, Sample
-from mlx_lora.trainer.adapter import adapter_head, adapter_template, check_kind, put_adapter
+from mlx_lora.trainer.adapter import adapter_head, adapter_template, put_adapter
 from mlx_lora.trainer.choose_strategy import strategy_of
 from mlx_lora.trainer.evaluate import RowLosses, mean_loss, paired_change
 from mlx_lora.trainer.held_out import held_out_loss, held_out_plan
@@ -163,7 +163,7 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
         base.hf_tokenizer.chat_template = template
     strategy = strategy_of(settings, ranks)
     ctx = RunContext(settings, objective, base, strategy, trains=False)
-    check_kind(base, objective)
+    check_kind(base.model, base.model_id, objective)
     objective.open(ctx)  # before an adapter is on the base
     if adapter:
         objective.measures_with(adapter_head(adapter, objective))

@@ -38,7 +38,7 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.kernels.table import AUTO, KernelChoice
 from mlx_lora.models.folder import stored_tensors
 from mlx_lora.models.meta import Outline, outline_for
-from mlx_lora.objectives.table import objective_of
+from mlx_lora.objectives.table import check_kind, objective_of
 from mlx_lora.parallel.base_reader import read_rate
 from mlx_lora.parallel.offloaded_base import copy_rate
 from mlx_lora.parallel.sharded_base import units_of
@@ -164,7 +164,7 @@ def plan_run(
     """
     if not settings.model.model:
         raise InputError("--model is required: a hub id, a folder, a config.json or a .gguf file")
-    objective_of(settings.objective)  # refuses what `train` would
+    objective = objective_of(settings.objective)  # refuses what `train` would
     settings, asked = offloaded(settings) if settings.loop.offload_base == "on" else settings, settings
     parts = parts or PlanParts()
     machine, ceilings = parts.machine(settings, chip, memory_gb)
@@ -176,6 +176,7 @@ def plan_run(
     elsewhere = KernelChoice(settings.loop.kernels)
     kernels = None if chip is None and memory_gb is None else elsewhere
     outline, shape = parts.shape(settings, dtype, kernels)
+    check_kind(outline.model, settings.model.model, objective)
     machine = with_kernels(settings, shape, machine, kernels)
     splits = read(outline) if read else local_data(settings, outline)
     size = None

@@ -33,6 +33,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.losses.cross_entropy import log_sum_exp
+from mlx_lora.models.encoder import check_writes
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.load import Base
 from mlx_lora.models.prefix_attention import rotate_by_token, shared_caches, unshareable
@@ -164,7 +165,12 @@ class Models:
         ignore_fingerprint: bool = False,
         batch_tokens: int | None = None,
     ) -> Iterator[Models]:
-        """Yield the models; float copies of quantized weights end with the block. Arguments as for `__init__`."""
+        """Yield the models; float copies of quantized weights end with the block. Arguments as for `__init__`.
+
+        Raises:
+            InputError: the base is an encoder.
+        """
+        check_writes(base.model, base.model_id)
         device.set_cache_limit()
         with held_weights(base, ANSWERS):
             yield cls(base, sources, ignore_fingerprint, batch_tokens or DEFAULT_BATCH_TOKENS)

@@ -24,6 +24,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs
 
+from mlx_lora.utils.errors import InputError
+
 BERT = ("bert", "roberta", "xlm-roberta", "camembert")
 SHIFTED = ("roberta", "xlm-roberta", "camembert")  # whose positions begin after the padding token's id
 MODERN = "modernbert"
@@ -326,3 +328,16 @@ class Model(nn.Module):
 def is_encoder(model: nn.Module) -> bool:
     """Return whether a model is one of these, whose calls take the lengths of rows."""
     return isinstance(model, Model)
+
+
+def check_writes(model: nn.Module, model_id: str) -> None:
+    """Refuse an encoder where a text is to be written or scored token by token.
+
+    Raises:
+        InputError: it is one.
+    """
+    if is_encoder(model):
+        raise InputError(
+            f"--model {model_id}: it is an encoder, which gives vectors of texts and writes none; choose a language model, or "
+            "get the vectors with `mlx-lora embed`"
+        )

@@ -9,7 +9,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+import mlx.nn as nn
+
 from mlx_lora.config.objectives import OF_SAMPLING, SAMPLING, ObjectiveSettings
+from mlx_lora.models.encoder import is_encoder
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import unknown_name
 
@@ -105,3 +108,16 @@ def _refuse_foreign(settings: ObjectiveSettings) -> None:
             flag = "--" + name.replace("_", "-")
             only = f"{', '.join(owners)} {'use' if owners[1:] else 'uses'}"
             raise InputError(f"{flag} with --objective {settings.objective}: only {only} it; leave it out")
+
+
+def check_kind(model: nn.Module, model_id: str, objective: Objective) -> None:
+    """Refuse an encoder for an objective that does not mask the padding, which every token of an encoder would see.
+
+    Raises:
+        InputError: it is one.
+    """
+    if is_encoder(model) and not objective.vectors:
+        raise InputError(
+            f"--objective {objective.name} with --model {model_id}: it is an encoder, which gives vectors of texts; train it "
+            "with --objective embed, or choose a language model"
+        )

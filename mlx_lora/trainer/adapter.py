@@ -14,7 +14,6 @@ from mlx_lora.adapters.qat import begin_qat, end_qat
 from mlx_lora.exporters.adapter_config import head_of
 from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, read_adapter_config
 from mlx_lora.exporters.initial_adapter import put_start, read_start
-from mlx_lora.models.encoder import is_encoder
 from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
 from mlx_lora.utils.errors import InputError
 
@@ -22,19 +21,6 @@ if TYPE_CHECKING:
     from mlx_lora.config.settings import AdapterSettings, DataSettings, TrainSettings
     from mlx_lora.models.load import Base
     from mlx_lora.objectives.base import Objective
-
-
-def check_kind(base: Base, objective: Objective) -> None:
-    """Refuse an encoder for an objective that does not mask the padding, which every token of an encoder would see.
-
-    Raises:
-        InputError: it is one.
-    """
-    if is_encoder(base.model) and not objective.vectors:
-        raise InputError(
-            f"--objective {objective.name} with --model {base.model_id}: it is an encoder, which gives vectors of texts; train it "
-            "with --objective embed, or choose a language model"
-        )
 
 
 def adapt(

@@ -16,9 +16,9 @@ from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.base import RunContext
-from mlx_lora.objectives.table import OBJECTIVES, objective_of
+from mlx_lora.objectives.table import OBJECTIVES, check_kind, objective_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.trainer.adapter import adapter_head, check_kind, put_adapter, qat_from
+from mlx_lora.trainer.adapter import adapter_head, put_adapter, qat_from
 from mlx_lora.trainer.build import BuiltRun, build_run
 from mlx_lora.trainer.callbacks import Callback, Callbacks, logger_callbacks
 from mlx_lora.trainer.checkpoint import take_first_ranks
@@ -97,7 +97,7 @@ def run_steps(
         with waiting("Loading the model"):
             base = load_base(settings.model, read=not strategy.divides_base)
     ctx = RunContext(settings, objective, base, strategy, functions, first_day(settings.loop, ranks), trains)
-    check_kind(base, objective)
+    check_kind(base.model, base.model_id, objective)
     objective.open(ctx)  # before an adapter is on
     if not trains:
         ctx.untrained = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays

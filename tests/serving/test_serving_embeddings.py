@@ -130,6 +130,13 @@ def test_an_encoder_trains_vectors_alone(objective, encoder, tmp_path):
     one_line(run("train", *common, "--adapter-path", tmp_path / "a"), "it is an encoder", "--objective embed")
 
 
+def test_an_encoder_writes_no_text_and_says_so(encoder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    for asked in (("generate", "--prompt", "a"), ("evaluate", "--tasks", tmp_path / "rows.jsonl"), ("plan",)):
+        one_line(run(asked[0], "--model", encoder, *asked[1:]), "it is an encoder")
+    assert run("plan", "--model", encoder, "--objective", "embed").code == 0
+
+
 @pytest.mark.slow
 def test_an_encoder_is_served_with_and_without_its_adapter(encoder, tmp_path):
     folder = encoder
