@@ -176,7 +176,7 @@ def plan_run(
     elsewhere = KernelChoice(settings.loop.kernels)
     kernels = None if chip is None and memory_gb is None else elsewhere
     outline, shape = parts.shape(settings, dtype, kernels)
-    check_kind(outline.model, settings.model.model, objective)
+    check_kind(outline.model, str(settings.model.model), objective)
     machine = with_kernels(settings, shape, machine, kernels)
     splits = read(outline) if read else local_data(settings, outline)
     size = None
