@@ -214,7 +214,6 @@ class Talk:
         return "And?", float(len(completion) % 5), False
 
 
-@pytest.mark.float32("rows of another width are compared within float32's rounding")
 def test_episodes_of_two_turns_share_a_row_and_train_the_models_tokens_alone(base):
     """The second turn sees the first and the observation; log-probabilities are the model's own at its tokens, and 0 elsewhere."""
     more = {"environment": "talk.py:Talk", "reward": None, "max_turns": 2, "max_new_tokens": 90}
@@ -230,7 +229,8 @@ def test_episodes_of_two_turns_share_a_row_and_train_the_models_tokens_alone(bas
     logits = base.model(mx.array(separate.inputs)).astype(mx.float32)
     logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     own = np.array(mx.take_along_axis(logps, mx.array(separate.targets)[..., None], axis=-1).squeeze(-1))
-    np.testing.assert_allclose(separate.sampled[OLD], np.where(separate.mask, own, 0), rtol=1e-4, atol=1e-4)
+    within = by_dtype(1e-4, 3e-2)
+    np.testing.assert_allclose(separate.sampled[OLD], np.where(separate.mask, own, 0), rtol=within, atol=within)
     assert together.supervised_tokens == separate.supervised_tokens
     assert_same(trained(base, settings, separate), trained(base, settings, together))
     begin, end = int(begins[0]), last[0]

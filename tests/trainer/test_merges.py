@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from comparing import by_dtype
 from conftest import quantized, tiny_model, write_folder
 from make_adapters import TOKENS
 from mlx_lm.utils import load as mlx_lm_load
@@ -39,7 +40,7 @@ def qa_run(tiny_4bit_folder, chats, tmp_path_factory):
 
 def test_a_fused_qa_lora_has_the_loss_of_the_adapter(tiny_4bit_folder, chats, qa_run, tmp_path):
     found = fused_and_kept(tiny_4bit_folder, qa_run, tmp_path / "fused", chats)
-    assert found["loss_fused"] == pytest.approx(found["loss_adapter"], abs=1e-3)
+    assert found["loss_fused"] == pytest.approx(found["loss_adapter"], abs=by_dtype(1e-3, 5e-3))
     assert found["loss_base"] - found["loss_adapter"] > 0.05
     assert found["error_mean"] < 1e-3
 

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from comparing import by_dtype
 from run_cli import one_line, run
 from tiers import by_default
 
@@ -93,7 +94,6 @@ def _last_loss(folder: Path) -> float:
     return next(line["val_loss"] for line in reversed(lines) if line["val_loss"] is not None)
 
 
-@pytest.mark.float32("runs that round otherwise part, and every step multiplies the difference")
 def test_trials_of_the_first_round_are_runs_that_were_stopped(found, tiny_folder, data, tmp_path):
     trial = found.sweep.trials[0]  # goes out after the first round
     steps = found.sweep.state.rounds[0][0]["step"]
@@ -104,7 +104,7 @@ def test_trials_of_the_first_round_are_runs_that_were_stopped(found, tiny_folder
     )
     train_run(alone)
     at = tmp_path / "alone" / "checkpoints" / f"step-{steps:06d}"
-    assert np.abs(factors(trial.folder) - factors(at)).max() < 1e-5 * np.abs(factors(at)).max() + 1e-7
+    assert np.abs(factors(trial.folder) - factors(at)).max() < by_dtype(1e-5, 1e-2) * np.abs(factors(at)).max() + 1e-7
 
 
 def test_work_keeps_to_the_budget_and_the_page_says_what_to_use(found):
