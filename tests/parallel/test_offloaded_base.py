@@ -279,7 +279,7 @@ def test_a_disk_that_fails_is_one_line_and_the_adapter_is_saved(
 
 
 def test_what_does_not_fit_is_read_from_the_disk_by_itself(chats, tmp_path):
-    wide = {**WIDE, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
+    wide = {**WIDE, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
     folder = write_folder(tmp_path / "base", tiny_model(**wide), wide)
     needed = []
     for choice in ("off", "on"):
