@@ -161,6 +161,11 @@ REFUSED = {
 }  # fmt: skip
 
 
+def plain_environment() -> dict[str, str]:
+    """Return this process's environment, of a rehearsal in float32 too, without that choice."""
+    return {name: value for name, value in os.environ.items() if name != "MLX_LORA_REHEARSE_FLOAT32"}
+
+
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
@@ -168,7 +173,7 @@ def planted(tmp_path_factory):
     file.parent.mkdir()
     file.write_text(PLANTED)
     paths = os.pathsep.join([str(SITE), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "MLX_LORA_REHEARSE": "1", "PYTHONPATH": paths}
+    environment = {**plain_environment(), "MLX_LORA_REHEARSE": "1", "PYTHONPATH": paths}
     ran = subprocess.run(
         [sys.executable, "-c", RUN, file, folder], env=environment, capture_output=True, text=True, check=False
     )
@@ -193,7 +198,7 @@ def test_a_test_of_exact_equality_computes_in_float32_and_so_do_its_programs(tmp
     program = "from mlx_lora.utils import device; print(*map(device.compute_dtype, ('auto', 'bfloat16')))"
     said = []
     for marked in ({}, {"MLX_LORA_REHEARSE_FLOAT32": "1"}):
-        environment = {**os.environ, "MLX_LORA_REHEARSE": "1", "PYTHONPATH": paths, **marked}
+        environment = {**plain_environment(), "MLX_LORA_REHEARSE": "1", "PYTHONPATH": paths, **marked}
         ran = subprocess.run(
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
         )
