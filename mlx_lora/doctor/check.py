@@ -96,6 +96,11 @@ class Kit:
         """Whether the device is a GPU, so that the CPU can judge it."""
         return self.here.backend != "cpu"
 
+    @property
+    def as_fast_as_a_gpu(self) -> bool:
+        """Whether runs may be of a real model's size; a rehearsed GPU is none, and as slow as the CPU that it runs on."""
+        return self.on_gpu and device.trial_flops() > 1e11
+
 
 @dataclass(frozen=True)
 class KitCheck:

@@ -155,9 +155,9 @@ def memory_checks() -> list[KitCheck]:
 
 def check_peak(one: PlannedRun, kit: Kit) -> Iterator[CheckFinding]:
     """Compare the planned with the measured peak of one run."""
-    positions = 1024 if kit.on_gpu else 256
+    positions = 1024 if kit.as_fast_as_a_gpu else 256
     folder = kit.work / f"memory{'-4bit' if one.packed else ''}"
-    config = MODEL_ON_GPU if kit.on_gpu else MODEL_ON_CPU
+    config = MODEL_ON_GPU if kit.as_fast_as_a_gpu else MODEL_ON_CPU
     model = write_model(folder, config, device.compute_dtype(), LAYOUT if one.packed else None)
     settings, data = _settings(one, positions), _data(kit.work, one, positions)
     planned, measured = _peaks(kit, one, model, data, settings)
@@ -235,7 +235,7 @@ def speed_checks() -> list[KitCheck]:
 
 def check_speed(number: int, kit: Kit) -> Iterator[CheckFinding]:
     """Compare our speed with the peers' on one model."""
-    model, length = speed_models(kit)[number], ON_GPU if kit.on_gpu else ON_CPU
+    model, length = speed_models(kit)[number], ON_GPU if kit.as_fast_as_a_gpu else ON_CPU
     folder, data = model.write(kit), kit.work / "speed.jsonl"
     data.write_text(chat_rows(length.rows, (3, 6), length.words, 0), encoding="utf-8")
     settings = {
@@ -332,7 +332,7 @@ def check_steady(kit: Kit) -> Iterator[CheckFinding]:
     data = kit.work / "steady.jsonl"
     # Rows of one length: every step has the same shape.
     data.write_text(chat_rows(1, (6, 6), (30, 30), 0) * (8 * BATCH), encoding="utf-8")
-    settings = {"batch_size": BATCH, "rank": RANK, "iters": 100_000, "steps_per_report": 10 if kit.on_gpu else 1}
+    settings = {"batch_size": BATCH, "rank": RANK, "iters": 100_000, "steps_per_report": 10 if kit.as_fast_as_a_gpu else 1}
     run = train_child(kit, "steady", model.write(kit), data, settings, seconds=60 * kit.minutes)
     after = describe_power()
     first, last = steady_speeds(run.records, 60 * kit.minutes)
@@ -423,7 +423,7 @@ class SpeedModel:
 
 def speed_models(kit: Kit) -> list[SpeedModel]:
     """Return four models for this machine."""
-    if not kit.on_gpu:
+    if not kit.as_fast_as_a_gpu:
         return [
             SpeedModel("SmolLM2-135M", SMOLLM2.config, 4, False),
             SpeedModel("SmolLM2-135M", SMOLLM2.config, 4, True),
