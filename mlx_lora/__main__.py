@@ -21,9 +21,9 @@ COMMANDS = {
     "serve": "Serve a model and many adapters through OpenAI's HTTP API.",
     "studio": "Open a local page for models, data, training, runs, chat and export.",
     "fuse": "Merge an adapter into its base model.",
-    "sweep": "Find good settings by many short runs at once.",
+    "sweep": "Find good settings with many short runs.",
     "embed": "Compute the vectors of texts, for search.",
-    "mine": "Find documents that look like answers and are none, to train embeddings with.",
+    "mine": "Find documents that look like answers but are not, to train embeddings with.",
     "merge": "Merge several adapters of one base into one adapter.",
     "demo": "Train a small model to answer in verse. This takes a few minutes.",
     "doctor": "Check that this machine is ready to train.",
@@ -58,7 +58,7 @@ class LazyGroup(console.Group):
 @click.command(cls=LazyGroup)
 @click.version_option(__version__)
 def main() -> None:
-    """LoRA and QLoRA training on MLX."""
+    """Train LoRA and QLoRA adapters with MLX. To see how it works, run mlx-lora demo."""
 
 
 if __name__ == "__main__":

@@ -61,13 +61,13 @@ class Check:
 @click.option(
     "--full",
     is_flag=True,
-    help="Check kernels, formats, layers, losses, runs, memory and speed, in about a quarter of an hour; a second call goes on.",
+    help="Check kernels, formats, layers, losses, runs, memory and speed, in about a quarter of an hour; a second call continues.",
 )
 @click.option("--quick", is_flag=True, help="With --full: take a share of about a minute.")
 @click.option(
     "--group", "groups", multiple=True, help="With --full: run this group only, such as kernels; may be repeated."
 )
-@click.option("--again", is_flag=True, help="With --full: repeat what is done already.")
+@click.option("--again", is_flag=True, help="With --full: repeat what is already done.")
 @click.option("--minutes", type=click.FloatRange(0.1, 120), help="With --full: length of the steady load [default: 2].")
 @click.option(
     "--out", type=click.Path(path_type=Path), help=f"With --full: folder for the results [default: {FOLDER}]."

@@ -53,10 +53,10 @@ class FileCommand(flags.ShortCommand):
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write: .npy or .parquet.")
 @click.option("--text-column", type=str, default=None, help="Column of the text [default: text, or a usual name].")
 @click.option(
-    "--query", is_flag=True, help="The texts are queries, and not documents: the prompt before them may differ."
+    "--query", is_flag=True, help="The texts are queries, not documents; this chooses the prompt before them."
 )
-@click.option("--dims", type=click.IntRange(min=1), default=None, help="Keep the first so many numbers of each vector.")
-@click.option("--no-normalize", is_flag=True, help="Do not give the vectors length one.")
+@click.option("--dims", type=click.IntRange(min=1), default=None, help="Keep only the first N numbers of each vector.")
+@click.option("--no-normalize", is_flag=True, help="Do not scale the vectors to length one.")
 @click.option(
     "--batch-tokens",
     type=click.IntRange(min=2),

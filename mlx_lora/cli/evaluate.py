@@ -100,7 +100,7 @@ OF_TASKS = ("--tasks", "--metric", "--judge")
 @click.option("--report", type=str, default=None, help="Write an HTML page with the results to this file.")
 @click.option(
     "--show", type=click.IntRange(min=0), default=None,
-    help="Ask base and adapter so many of the questions, and show their answers (default: 5 on a terminal and with "
+    help="Ask base and adapter this many of the questions, and show their answers (default: 5 on a terminal and with "
     "--report, else 0).",
 )  # fmt: skip
 @click.option("--corpus", type=str, default=None, help="embed: files or folder with more documents to search in.")
@@ -111,7 +111,7 @@ def main(
     adapter: flags.OneAdapter, batch_tokens: int | None, forgetting: bool, report: str | None, show: int | None, as_json: bool,
     **options: Any,
 ) -> int:  # fmt: skip
-    """Measure loss and perplexity on --data, or with --forgetting what the adapter made the model forget.
+    """Measure loss and perplexity of base and adapter on --data, or with --forgetting what the adapter made the model forget.
 
     Without --data, the rows that the adapter's run held out are measured.
     """

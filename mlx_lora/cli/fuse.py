@@ -49,11 +49,11 @@ FUSED_BITS = ("5", "6", "8")
     flag_value="",
     default=None,
     metavar="[DATA]",
-    help="Round so that the layers' outputs on these rows stay, not each weight [default: the run's training rows, if they "
+    help="Round so that each layer's outputs on these rows stay close [default: the run's training rows, if they "
     "are on this disk].",
 )
 @click.option(
-    "--no-compensate", is_flag=True, help="Round each weight for itself, also where the run's rows are on this disk."
+    "--no-compensate", is_flag=True, help="Round each weight separately, even if the run's rows are on this disk."
 )
 @click.option(
     "--bits-budget",
@@ -71,7 +71,7 @@ FUSED_BITS = ("5", "6", "8")
 @click.option("--force", is_flag=True, help="Replace an existing model folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(adapter: flags.OneAdapter, out: Path, data: str | None, as_json: bool, **options: Any) -> None:
-    """Write --model with the adapter folded in, and measure how much of what the adapter learned is in it."""
+    """Merge the adapter into --model, and measure how much of what it learned is kept."""
     folder, force = adapter.folder(), options.pop("force")
     if folder is None:
         raise InputError("--adapter-path: empty; give the adapter's folder or hub id")

@@ -44,7 +44,7 @@ from mlx_lora.utils.errors import InputError
     multiple=True,
     type=click.Path(),
     metavar="FILE",
-    help="Picture that the prompt is about; may be given several times. Needs a model that sees.",
+    help="Picture that the prompt is about; may be given several times. Needs a vision-language model.",
 )
 @flags.setting_option("max_pixels")
 @flags.text_options(100, TextSettings, top_k=True)

@@ -35,14 +35,16 @@ from mlx_lora.utils.text import counted
 @flags.adapter_options(help="Adapter folder, or hub id, to put on the model; its pooling and prompts are used.")
 @click.option("--corpus", type=str, default=None, help="Files or folder with more documents to search in.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON-lines file to write.")
-@click.option("--count", type=click.IntRange(min=1), default=5, show_default=True, help="Most negatives of each query.")
+@click.option(
+    "--count", type=click.IntRange(min=1), default=5, show_default=True, help="Negatives of each query, at most."
+)
 @click.option(
     "--skip", type=click.IntRange(min=0), default=0, show_default=True,
-    help="Leave out so many of the nearest documents, which are often answers that nobody marked.",
+    help="Leave out this many of the nearest documents, which are often answers that nobody marked.",
 )  # fmt: skip
 @click.option(
     "--margin", type=click.FloatRange(min=0, max=1), default=0.05, show_default=True,
-    help="Leave out documents that are nearly as near as the query's own: nearer than this share below its cosine.",
+    help="Leave out documents that are nearly as near as the query's own: with a cosine above (1 - this) times its cosine.",
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -111,7 +111,7 @@ config_option = click.option(
     cls=console.Option,
     group=MODEL,
     metavar="FILE",
-    help="YAML file of settings, ours, mlx-lm's, mlx-lm-lora's, TRL's, Axolotl's or LLaMA-Factory's, or a recipe's name "
+    help="YAML file of settings of mlx-lora, mlx-lm, mlx-lm-lora, TRL, Axolotl or LLaMA-Factory, or the name of a recipe "
     f"({', '.join(recipe_names())}); flags override it.",
 )
 

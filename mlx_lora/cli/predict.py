@@ -51,7 +51,7 @@ FORMS = (".jsonl", ".csv")
 def main(
     adapter: flags.OneAdapter, texts: tuple[str, ...], out: str | None, batch_tokens: int | None, **options: Any
 ) -> None:
-    """Label each --text, or each record of --data, which is written with what is predicted of it."""
+    """Label each --text, or each record of --data, with a classifier."""
     given = flags.given(options)
     settings = train_settings({**given, "objective": "classify"})
     if bool(texts) == bool(settings.data.data):

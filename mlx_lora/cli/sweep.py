@@ -33,7 +33,7 @@ from mlx_lora.utils import console
 )  # fmt: skip
 @click.option(
     "--budget", type=str, default=f"{BUDGET:g}x", show_default=True, cls=console.Option, group=MODEL, metavar="Nx",
-    help="All work, in runs: the rounds, and the best candidate's own run.",
+    help="Work of the whole sweep, in full runs, including the best candidate's own run.",
 )  # fmt: skip
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, cls=console.Option, group=MODEL,
@@ -46,7 +46,7 @@ from mlx_lora.utils import console
 def main(
     config_file: str | None, vary: tuple[str, ...], seeds: int, budget: str, out: Path, resume: bool, as_json: bool, **options: Any
 ) -> int:  # fmt: skip
-    """Train all combinations of the values a little, the better ones further, and the best one in full."""
+    """Train all combinations of the values for a few steps, the better ones for more, and the best one in full."""
     force = options.pop("force")
     given = flags.given(options)
     content = {name: value for name, value in read_settings(config_file, given).items() if name not in SET_BY_SWEEP}

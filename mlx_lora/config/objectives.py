@@ -31,7 +31,7 @@ class ObjectiveSettings:
         "kto: answers rated good or bad; reward: a reward model, which scores answers; grpo, rloo: sample answers to "
         "prompts, and learn from their rewards; distill: give each token the probabilities that a teacher gives it; "
         "classify: give each text its label, or a number; rerank: order documents by how well they answer a query; "
-        "embed: make the vectors of texts that belong together alike, for search; "
+        "embed: give texts that belong together similar vectors, for search; "
         "vision_sft: imitate answers about pictures.",
         OBJECTIVE, common=True)
     loss_type: str = setting("sigmoid",
@@ -69,8 +69,8 @@ class ObjectiveSettings:
         "as in TRL's environment_factory.", OBJECTIVE)
     tools: str | None = setting(None, "grpo, rloo: functions that the model may call, as FILE.py or FILE.py:NAME,NAME; --reward "
         "rewards the whole episode.", OBJECTIVE)
-    max_turns: int = setting(10, "With --environment or --tools: most answers of the model in an episode; --max-new-tokens is the room "
-        "for all its turns.", OBJECTIVE, at_least=1, at_most=10**6)
+    max_turns: int = setting(10, "With --environment or --tools: maximum number of the model's answers in an episode; "
+        "--max-new-tokens limits all of them together.", OBJECTIVE, at_least=1, at_most=10**6)
     reward_weights: str | None = setting(None, "Weights of several rewards, separated by commas (default 1 each).",
         OBJECTIVE)
     reward_errors: str = setting("stop", "If a reward fails: stop the run, or skip its answers.",
@@ -117,7 +117,7 @@ class ObjectiveSettings:
     distill_temp: float = setting(1.0, "distill: divide the logits of teacher and student by this.",
         OBJECTIVE, more_than=0, at_most=100)
     problem_type: str = setting("auto", "classify: whether a text has one label, several, or a number, by transformers' names; auto: "
-        "a list is several labels, and labels that are numbers, not all whole, are numbers.", OBJECTIVE, choices=PROBLEMS)
+        "lists are several labels, and numbers that are not all whole are numbers.", OBJECTIVE, choices=PROBLEMS)
     labels: str | None = setting(None, "classify: the labels in the order of the head's outputs, separated by commas (default: "
         "those of the training data, sorted).", OBJECTIVE)
     class_weights: str | None = setting(None, "classify: weights of labels in the loss, such as spam=2,ham=1, or balanced, which "
@@ -125,7 +125,7 @@ class ObjectiveSettings:
     rerank_loss: str = setting("pairwise", "rerank: what is compared with the grades of documents. pairwise: each pair of a better and a "
         "worse one (RankNet); listwise: the scores of all documents of a query (ListNet); binary: each document by itself.",
         OBJECTIVE, choices=("pairwise", "listwise", "binary"))
-    candidates: int = setting(8, "rerank: most documents of a query that are used, the best graded first.", OBJECTIVE, at_least=2,
+    candidates: int = setting(8, "rerank: maximum number of documents of a query; those with the best grades are used.", OBJECTIVE, at_least=2,
         at_most=1000)
     on_policy: bool = setting(False, "distill: sample the answers to the prompts in --data from the model as it is "
         "trained; the teacher stays in memory.", OBJECTIVE)
@@ -136,9 +136,9 @@ class ObjectiveSettings:
     embed_temp: float = setting(0.05, "embed: divide cosines by this (infonce, cosent).", OBJECTIVE, more_than=0, at_most=100)
     triplet_margin: float = setting(0.5, "embed: cosine distance by which a negative should be farther away than the document (triplet).",
         OBJECTIVE, more_than=0, at_most=2)
-    negatives: int | None = setting(None, "embed: most negatives of an example that are used (default: all that the data have).",
+    negatives: int | None = setting(None, "embed: maximum number of negatives of an example (default: all).",
         OBJECTIVE, at_least=0, at_most=1000)
-    matryoshka_dims: str | None = setting(None, "embed: widths at which a vector's first numbers should do alone, such as 384,128,64.",
+    matryoshka_dims: str | None = setting(None, "embed: train vectors whose first numbers also work alone, for these counts, such as 384,128,64.",
         OBJECTIVE)
     pooling: str | None = setting(None, "embed: what becomes a text's vector: the mean of its tokens' states, or that of the last or the "
         "first token (default: as the model's own files say, else last; mean for an encoder).", OBJECTIVE, choices=POOLINGS)

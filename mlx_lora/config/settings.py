@@ -66,8 +66,8 @@ class DataSettings:
     """The training data, and which of its tokens are trained."""
 
     data: str | None = setting(None,
-        "File, folder with train/valid/test, hub dataset id, recipe's name, tiny-shakespeare or reasoning-gym:NAME. Separate several with "
-        "commas; with a weight, as in a.jsonl=2,b/, each epoch has the rows of a.jsonl twice.",
+        "File, folder with train/valid/test files, hub dataset id, name of a recipe, tiny-shakespeare or reasoning-gym:NAME. Separate "
+        "several with commas; with a weight, as in a.jsonl=2,b/, each epoch has the rows of a.jsonl twice.",
         MODEL, common=True, may_change=True, per_machine=True)
     data_format: str = setting("auto", "Format of the records; auto detects it for each record.", MODEL, choices=FORMATS)
     prompt_column: str | None = setting(None,
@@ -75,7 +75,7 @@ class DataSettings:
     completion_column: str | None = setting(None, "Column that holds the answer (default: the usual names).", MODEL)
     system_column: str | None = setting(None, "Column that holds a system prompt.", MODEL)
     chat_column: str | None = setting(None, "Column that holds a chat: a list of turns.", MODEL)
-    text_column: str | None = setting(None, "Column that holds a text, of which every token is trained.", MODEL)
+    text_column: str | None = setting(None, "Column that holds a text; sft trains every token of it.", MODEL)
     label_column: str | None = setting(None, "classify: column that holds the label (default: label or labels).", MODEL)
     turn_names: str | None = setting(None,
         "Other names of a turn's fields and roles: role=speaker,content=text,user=customer,assistant=agent.", MODEL)
@@ -95,9 +95,9 @@ class DataSettings:
         "Date that a chat template shows as today, like 2026-11-26 (default: the day on which the run began).",
         MODEL, may_change=True)
     allow_special_tokens: bool = setting(False,
-        "Let messages bring in control tokens that they spell, like <|im_end|> (default: such text is ordinary text).", MODEL)
+        "Read control tokens that messages spell out, like <|im_end|>, as control tokens (default: as ordinary text).", MODEL)
     max_pixels: int | None = setting(None,
-        "vision_sft: make pictures with more pixels smaller; fewer pixels are fewer tokens where a model's tokens depend on the size.",
+        "vision_sft: shrink pictures that have more pixels; in models whose tokens depend on the size, this saves tokens.",
         MODEL, at_least=16, at_most=10**9)
     pairs: str = setting("best", "If answers have scores: pair the best with the worst, or all with different scores.",
         MODEL, choices=PAIRS)
@@ -125,16 +125,16 @@ class AdapterSettings:
     modules_to_save: str | None = setting(None,
         "Modules to train in full in addition to the adapter, separated by commas, such as lm_head,*norm.", ADAPTER)
     train_connector: str | None = setting(None,
-        "vision_sft: train what makes a picture's embeddings fit the language model, too: lora or full.",
+        "vision_sft: also train the connector between vision tower and language model: lora or full.",
         ADAPTER, choices=TOWER_TRAINING, alone="full")
-    train_vision: str | None = setting(None, "vision_sft: train the vision tower, too: lora or full.",
+    train_vision: str | None = setting(None, "vision_sft: also train the vision tower: lora or full.",
         ADAPTER, choices=TOWER_TRAINING, alone="full")
     bias: str = setting("none", "Biases to train: none, those of adapted layers, or all.", ADAPTER, choices=BIASES)
     dropout: float = setting(0.0, "Dropout probability on the adapter's input.", ADAPTER, at_least=0, at_most=0.99)
     target_modules: str = setting("all-linear",
-        "all-linear, or names and patterns separated by commas, such as q_proj,*.mlp.*", ADAPTER, common=True)
+        "Layers to adapt: all-linear, or names and patterns separated by commas, such as q_proj,*.mlp.*", ADAPTER, common=True)
     qat: float = setting(0.0,
-        "Train with the rounding of a later fuse: share of the steps, the last ones, or without a value all.",
+        "Train with the rounding that fuse will apply, in the last share X of the steps; without a value: in all steps.",
         ADAPTER, at_least=0, at_most=1, alone="1")
     num_layers: int = setting(-1, "Adapt only the last N blocks; -1: all.", ADAPTER, at_least=-1, at_most=10**6)
     adalora_init_rank: int | None = setting(None, "adalora: rank of every layer at the start (default 1.5 r).",
@@ -168,7 +168,7 @@ class OptimizerSettings:
     optimizer: str = setting("adamw", "Optimizer.", TRAINING, choices=tuple(OPTIMIZERS))
     learning_rate: float | Literal["auto"] | None = setting(None,
         "Peak learning rate (default: by the model's width and family; 1.3e-3 for SmolLM2-135M, 2.9e-4 for Llama 3 8B); auto: try "
-        "several in the run's first part, and go on with the best.",
+        "several at the beginning of the run, and continue with the best.",
         TRAINING, common=True, more_than=0, at_most=1000, word=AUTO)
     lr_schedule: str = setting("cosine", "Shape after the warm-up.", TRAINING, choices=SCHEDULES)
     warmup: float = setting(0.03, "Warm-up: a share of all steps if below 1, otherwise a number of steps.",
@@ -183,7 +183,7 @@ class OptimizerSettings:
 class LoopSettings:
     """The run's length, the size of its steps, its reports and its results."""
 
-    adapter_path: str = setting("adapters", "Run folder: adapter, metrics, settings, checkpoints.",
+    adapter_path: str = setting("adapters", "Run folder to write: adapter, metrics, settings, checkpoints.",
         OUTPUT, common=True, may_change=True, per_machine=True)
     iters: int | None = setting(None, "Number of optimizer steps (default: --epochs passes over the data).",
         TRAINING, common=True, may_change=True, at_least=1)
@@ -279,11 +279,11 @@ class LoopSettings:
         "flag without a value) for the newest complete one in --adapter-path.",
         OUTPUT, common=True, may_change=True, per_machine=True, alone="auto")
     sample_tokens: int = setting(48,
-        "Tokens per text that report.html shows, generated before the first step and after the last (grpo, rloo: whole "
+        "Tokens of each text in report.html, which the model writes with and without what was trained (grpo, rloo: whole "
         "answers, at every validation); 0: no texts.",
         OUTPUT, may_change=True, per_machine=True, at_least=0, at_most=10**5)
-    train: bool | None = setting(None, "Train before --test; without --test, a run always trains.", TRAINING, may_change=True)
-    test: bool = setting(False, "Measure the loss on the test set (after training, with --train).",
+    train: bool | None = setting(None, "With --test: train first. Without --test, a run always trains.", TRAINING, may_change=True)
+    test: bool = setting(False, "Measure the loss on the test set; with --train, after training.",
         VALIDATION, may_change=True)
     test_batches: int = setting(500, "Test batches; -1: all.", VALIDATION, may_change=True, at_least=-1)
     short_buffers: bool = setting(False,
@@ -296,7 +296,7 @@ class LoopSettings:
     verbose: bool = setting(False, "Also print which loss, kernels and batch shapes a step uses.",
         OUTPUT, may_change=True, per_machine=True)
     seed: int = setting(0, "Seed of data order, initial factors and dropout.", TRAINING, at_least=0, at_most=2**63 - 1)
-    force: bool = setting(False, "Write into a run folder that already has an adapter.",
+    force: bool = setting(False, "Replace the adapter of a run folder that already has one.",
         OUTPUT, may_change=True, per_machine=True)
 
 
