@@ -69,11 +69,15 @@ def several(tiny_folder, tmp_path_factory):
         {"mail": f"{n}{'abz'[n % 3] * 3}{'q' * (n % 2)}", "tags": [LABELS[n % 3]] + ["odd"] * (n % 2)}
         for n in range(36)
     ]
-    named = ("--text-column", "mail", "--label-column", "tags", "--class-weights", "odd=2")
-    ran = run("train", "--model", tiny_folder, "--data", write(folder / "train.jsonl", rows), "--adapter-path", folder / "a",
-              *QUICK, *named, "--valid-fraction", 0.3, "--iters", 60)  # fmt: skip
+    ran = run(*several_command(tiny_folder, write(folder / "train.jsonl", rows), folder / "a"))
     assert ran.code == 0, ran.err
     return folder
+
+
+def several_command(model, data, folder) -> list:
+    named = ("--text-column", "mail", "--label-column", "tags", "--class-weights", "odd=2")
+    return ["train", "--model", model, "--data", data, "--adapter-path", folder, *QUICK, *named,
+            "--valid-fraction", 0.3, "--iters", 60]  # fmt: skip
 
 
 def measured(model, adapter, data, *more) -> dict:
@@ -195,6 +199,15 @@ def test_several_labels_have_thresholds_that_were_chosen_on_validation(tiny_fold
     shutil.copytree(several / "a", several / "b")
     (several / "b/adapter_config.json").write_text(json.dumps(high))
     assert mlx_lora.predict(base, "1bbbq", several / "b")["predicted"] == ["hot"]
+
+
+def test_thresholds_of_the_last_validation_are_kept_by_a_run_that_goes_on(tiny_folder, several, tmp_path):
+    shutil.copytree(several / "a", tmp_path / "c")
+    ran = run(*several_command(tiny_folder, several / "train.jsonl", tmp_path / "c"), "--resume")
+    assert ran.code == 0, ran.err
+    first, again = (json.loads((at / "adapter_config.json").read_text()) for at in (several / "a", tmp_path / "c"))
+    assert first["mlx_lora"]["head"] == again["mlx_lora"]["head"]
+    assert first["mlx_lora"]["head"]["thresholds"] != [0.5] * 4
 
 
 def test_numbers_are_learned_with_the_squared_error(tiny_folder, tmp_path):
