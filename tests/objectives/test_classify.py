@@ -23,6 +23,7 @@ from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.objectives.classify import problem_of
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import sha256_of
 
 # PEFT calls what transformers has deprecated.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning")]
@@ -203,11 +204,16 @@ def test_several_labels_have_thresholds_that_were_chosen_on_validation(tiny_fold
 
 def test_thresholds_of_the_last_validation_are_kept_by_a_run_that_goes_on(tiny_folder, several, tmp_path):
     shutil.copytree(several / "a", tmp_path / "c")
+    file = tmp_path / "c/checkpoints/step-000060/adapter_config.json"
+    config = json.loads(file.read_text())
+    config["mlx_lora"]["head"]["thresholds"] = chosen = [0.25, 0.5, 0.5, 0.75]
+    file.write_text(json.dumps(config))
+    state = json.loads((file.parent / "state.json").read_text())
+    state["sha256"][file.name] = sha256_of(file)
+    (file.parent / "state.json").write_text(json.dumps(state))
     ran = run(*several_command(tiny_folder, several / "train.jsonl", tmp_path / "c"), "--resume")
     assert ran.code == 0, ran.err
-    first, again = (json.loads((at / "adapter_config.json").read_text()) for at in (several / "a", tmp_path / "c"))
-    assert first["mlx_lora"]["head"] == again["mlx_lora"]["head"]
-    assert first["mlx_lora"]["head"]["thresholds"] != [0.5] * 4
+    assert json.loads((tmp_path / "c/adapter_config.json").read_text())["mlx_lora"]["head"]["thresholds"] == chosen
 
 
 def test_numbers_are_learned_with_the_squared_error(tiny_folder, tmp_path):
