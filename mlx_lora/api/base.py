@@ -20,7 +20,7 @@ from mlx_lora.api.errors import speaks_python
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.chat_template import encode_prompt, own_template
-from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter
 from mlx_lora.models.encoder import check_writes
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import Base as LoadedBase
@@ -116,6 +116,7 @@ class Base:
     def _with_adapter(self, adapter: PathLike, ignore_fingerprint: bool) -> tuple[LoadedBase, str | None]:
         """Return a model with the adapter, which shares this one's arrays, and the adapter's chat template."""
         folder = resolve_adapter(os.fspath(adapter), None)
+        check_writes_text(folder)
         stamps = [(file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
         key = (folder.resolve(), stamps, ignore_fingerprint)
         if self._adapted is None or self._adapted[0] != key:

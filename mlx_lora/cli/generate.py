@@ -18,7 +18,7 @@ from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.data.files import read_tools
-from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.launch import sharing_ranks
 from mlx_lora.trainer.choose_strategy import strategy_of
@@ -60,6 +60,8 @@ def main(
     text = read_prompt(prompt)
     tools = read_tools(tools_file) if tools_file else None
     folder = adapter.folder()
+    if folder is not None:
+        check_writes_text(folder)
     settings = train_settings(flags.given(options))
     with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks:
         strategy = strategy_of(settings, ranks)

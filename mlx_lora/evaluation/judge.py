@@ -111,10 +111,11 @@ def judge_pairs(judge: Models, pairs: Sequence[AnswerPair], stopped: Callable[[]
     verdicts, agreed = [0] * len(pairs), 0
     for at, number in enumerate(differing):
         one, two, three, four = (likelihood.total for likelihood in found[4 * at : 4 * at + 4])
-        first_order, second_order = two > one, three > four  # whether the adapter's answer is preferred
-        agreed += first_order == second_order
-        if first_order == second_order:
-            verdicts[number] = 1 if first_order else -1
+        # Whether the adapter's answer is preferred: 1, -1, or 0, as logits of 16 bits are often equal.
+        first_order, second_order = ((own > other) - (own < other) for own, other in ((two, one), (three, four)))
+        if first_order == second_order != 0:
+            agreed += 1
+            verdicts[number] = first_order
     wins, losses = verdicts.count(1), verdicts.count(-1)
     return Judged(wins, losses, len(pairs), len(differing), agreed, tuple(verdicts))
 

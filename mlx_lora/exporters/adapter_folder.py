@@ -536,6 +536,19 @@ def share_present(model: nn.Module, stored: dict[str, Any]) -> float | None:
     return (found["inner"] - stored["inner"]) / found["size"]
 
 
+def check_writes_text(adapter: Path) -> None:
+    """Refuse an adapter of a run of embeddings, where a model is to write.
+
+    Raises:
+        InputError: it is one.
+    """
+    if run_of(adapter).get("objective") == "embed":
+        raise InputError(
+            f"{adapter}: this adapter is for --objective embed, and gives vectors, not text; use embed, evaluate, serve, or "
+            "export --to sentence-transformers"
+        )
+
+
 def run_of(adapter: Path) -> dict[str, Any]:
     """Return the contents of run.yaml, nothing if there is none or it cannot be read."""
     try:

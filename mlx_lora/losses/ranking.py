@@ -49,10 +49,14 @@ def ranking_loss(kind: str, scores: mx.array, grades: mx.array) -> tuple[mx.arra
 
 
 def best_first(scores: mx.array, grades: mx.array) -> tuple[mx.array, mx.array]:
-    """Return of how many queries the document with the highest score has the highest grade, and the number of queries."""
+    """Return of how many queries the document with the highest score has the highest grade, and the number of queries.
+
+    Of documents with equal scores, the worst counts: a head that gives all the same score has found nothing.
+    """
     there = grades >= 0
-    top = mx.where(there, scores, LOWEST).argmax(axis=-1)
-    right = mx.take_along_axis(grades, top[:, None], axis=-1).squeeze(-1) == grades.max(axis=-1)
+    found = mx.where(there, scores, LOWEST)
+    top = there & (found == found.max(axis=-1, keepdims=True))
+    right = mx.where(top, grades, mx.inf).min(axis=-1) == grades.max(axis=-1)
     real = there.any(axis=-1)
     return (right & real).astype(mx.float32).sum(), real.astype(mx.float32).sum()
 
@@ -60,17 +64,19 @@ def best_first(scores: mx.array, grades: mx.array) -> tuple[mx.array, mx.array]:
 def ranking_measures(scores: np.ndarray, grades: np.ndarray) -> dict[str, float]:
     """Return means over queries: `accuracy` (the best document is first), `mrr` and `ndcg`, of the first ten documents.
 
-    A document is relevant for `mrr` if its grade is above 0; the gain of a grade g is 2^g - 1. Documents with equal scores
-    keep their order.
+    A document is relevant for `mrr` if its grade is above 0; the gain of a grade g is 2^g - 1. Of documents with equal scores,
+    the worse ones come first, because a head that gives all the same score has found nothing.
 
     Args:
         scores, grades: (E, K).
     """
-    order = np.argsort(-np.where(grades >= 0, scores, -np.inf), axis=1, kind="stable")
+    order = np.lexsort((grades, -np.where(grades >= 0, scores, -np.inf)), axis=1)
     ranked = np.take_along_axis(np.maximum(grades, 0.0), order, axis=1).astype(np.float64)
     discounts = 1 / np.log2(np.arange(2, 2 + min(TOP, ranked.shape[1])))
     ideal = -np.sort(-ranked, axis=1)
-    gains, most = ((2 ** one[:, :TOP] - 1) @ discounts for one in (ranked, ideal))
+    # Divided by the power of the best grade, which nDCG does not depend on: a number of clicks as a grade would overflow.
+    best = ideal[:, :1]
+    gains, most = ((2 ** (one[:, :TOP] - best) - 2**-best) @ discounts for one in (ranked, ideal))
     relevant = ranked[:, :TOP] > 0
     reciprocal = np.where(relevant.any(axis=1), 1 / (1 + relevant.argmax(axis=1)), 0.0)
     return {

@@ -291,6 +291,9 @@ class Objective:
     def measures_with(self, head: Mapping[str, Any] | None) -> None:
         """Take what an adapter that is measured says of its score head, before the data are read; it is of this objective."""
 
+    def goes_on_with(self, head: Mapping[str, Any] | None) -> None:
+        """Take what the adapter of a checkpoint says of its score head, which a validation of the run chose."""
+
     def targets_of(self, rows: EncodedSet) -> EncodedSet:
         """Return encoded rows with the targets that this objective trains on."""
         if self.scores:

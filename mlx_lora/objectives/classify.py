@@ -94,6 +94,9 @@ class Classify(Objective):
             self.problem, self.labels = head["problem_type"], self.labels or tuple(head["labels"])
             self.thresholds = head.get("thresholds")
 
+    def goes_on_with(self, head: Mapping[str, Any] | None) -> None:
+        self._chosen = (head or {}).get("thresholds")
+
     def targets_of(self, rows: EncodedSet) -> EncodedSet:
         """Return rows with the last token as their only position, and what is to be found of each text.
 

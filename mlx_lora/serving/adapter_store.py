@@ -26,7 +26,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.exporters.adapter_folder import load_adapter, trains_tower
+from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter, trains_tower
 from mlx_lora.models.load import Base
 from mlx_lora.serving.pools import LayerFactors, Routing, route, unrouted_twin
 from mlx_lora.utils.errors import InputError
@@ -348,6 +348,7 @@ def read_factors(base: Base, folder: Path, dtype: mx.Dtype, ignore_fingerprint: 
     Raises:
         InputError: it does not fit this base, or cannot differ by row.
     """
+    check_writes_text(folder)
     if trains_tower(folder):
         raise InputError(
             f"{folder}: changes the vision tower, which all rows of a batch share; fuse it, and serve the result"

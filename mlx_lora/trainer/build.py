@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from mlx_lora.exporters.adapter_config import head_of
+from mlx_lora.exporters.adapter_folder import read_adapter_config
 from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.table import assumed, exchanging
 from mlx_lora.losses.check import choose_compute
@@ -121,6 +123,8 @@ def build_run(ctx: RunContext, data: DataSplits) -> BuiltRun:
     )
     if found:
         check_continuation(found, identity | of_trunk.identity | objective.kept_choices(found.identity))
+        if objective.scores and strategy.ranks.leads:  # which writes the adapter, and has the checkpoint
+            objective.goes_on_with(head_of(read_adapter_config(found.folder), found.folder))
     step, bound, trunk, details, about = make_step(ctx, plan, steps, of_trunk)
     identity |= trunk.identity
     about = [words for words in (*about, *objective.header_words(plan, ctx), trunk.words, strategy.words) if words]

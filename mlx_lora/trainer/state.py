@@ -49,7 +49,7 @@ class Position:
                 ones, the one with the lowest loss). Before the first step, an objective's numbers are only rounding,
                 because policy and reference are still the same, or the head is new, so this validation is then not a
                 candidate. With a task it is one.
-            score: the number of that name; None: it was not measured.
+            score: the number of that name; None: it was not measured. Of a score that is no number, nothing is better.
         """
         self.val_loss, self.val_at = loss, self.taken
         if metric not in (LOSS, TASK) and not self.taken:
@@ -58,7 +58,7 @@ class Position:
         gain = less
         if metric != LOSS and score is not None:
             gain = math.inf if self.best_score is None else score - self.best_score
-        better = math.isfinite(loss) and (gain > 0 or (gain == 0 and less > 0))
+        better = math.isfinite(loss) and not math.isnan(score or 0.0) and (gain > 0 or (gain == 0 and less > 0))
         self.worse = 0 if better and (gain > threshold or not threshold) else self.worse + 1
         if better:
             self.best_loss, self.best_at = loss, self.taken

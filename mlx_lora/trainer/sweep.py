@@ -77,7 +77,8 @@ class Score:
     """How good a trial is; the least is the best.
 
     Attributes:
-        error: 1 minus the number that the best validation is chosen by, such as an accuracy; 0 if it is the loss.
+        error: 1 minus the number that the best validation is chosen by, such as an accuracy; 0 if it is the loss, infinite if
+            the run diverged or the number is none.
         loss: on the held-out rows; infinite if the run diverged.
     """
 
@@ -89,7 +90,7 @@ class Score:
         return cls(sum(s.error for s in scores) / len(scores), sum(s.loss for s in scores) / len(scores))
 
 
-DIVERGED = Score(1.0, math.inf)
+DIVERGED = Score(math.inf, math.inf)
 
 
 def trials_of(settings: TrainSettings, found: Sequence[Candidate], seeds: int, folder: Path) -> list[Trial]:
@@ -134,14 +135,17 @@ def score_of(trial: Trial, until: int) -> Score:
             "--val-batches at their defaults"
         )
     metric = trial.settings.loop.metric_for_best_model
-    scores = [Score(0.0 if metric == LOSS else 1 - line[metric], _number(line["val_loss"])) for line in validations]
+    scores = [
+        Score(0.0 if metric == LOSS else 1 + _number(line.get(metric), -1), _number(line["val_loss"]))
+        for line in validations
+    ]
     used = parse_yaml((trial.folder / "run.yaml").read_text(encoding="utf-8"))
     return min(scores) if used["keep_best"] else scores[-1]
 
 
-def _number(value: Any) -> float:
-    """Return a loss; one that is not finite is null in a file."""
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.inf
+def _number(value: Any, sign: int = 1) -> float:
+    """Return a number of a file with a sign; infinity for one that is not finite, which is null there."""
+    return sign * float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.inf
 
 
 def held_out_curve(folder: Path) -> list[tuple[int, float]]:
@@ -314,8 +318,7 @@ class SweepState:
         """Return the mean score of each candidate of a round, the best first."""
         found: dict[int, list[Score]] = {}
         for trial in self.rounds[number]:
-            loss = math.inf if trial["loss"] is None else trial["loss"]
-            found.setdefault(trial["candidate"], []).append(Score(trial["error"], loss))
+            found.setdefault(trial["candidate"], []).append(Score(_number(trial["error"]), _number(trial["loss"])))
         means = {candidate: Score.mean(scores) for candidate, scores in found.items()}
         return dict(sorted(means.items(), key=lambda item: (item[1], item[0])))
 

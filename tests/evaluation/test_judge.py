@@ -59,6 +59,19 @@ def test_a_judge_that_always_prefers_the_first_says_nothing():
     assert judge_pairs(StandIn(), PAIRS[2:3]).agreement is None
 
 
+def test_letters_that_are_equally_likely_are_a_tie(monkeypatch):
+    judge, before = StandIn(), StandIn.log_likelihoods
+
+    def undecided(self, asked, stopped):
+        found = before(self, asked, stopped)
+        return found[:-2] + [LogLikelihood(-0.7, True)] * 2  # the last of the two orders
+
+    assert judge_pairs(judge, PAIRS[1:2]).verdicts == (-1,)
+    monkeypatch.setattr(StandIn, "log_likelihoods", undecided)
+    found = judge_pairs(judge, PAIRS[1:2])
+    assert (found.verdicts, found.agreement) == ((0,), 0)
+
+
 def test_a_judge_needs_a_chat_template():
     with pytest.raises(InputError, match="no chat template"):
         judge_pairs(StandIn(template=None), PAIRS)

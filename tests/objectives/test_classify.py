@@ -23,6 +23,7 @@ from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.objectives.classify import problem_of
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import sha256_of
 
 # PEFT calls what transformers has deprecated.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning")]
@@ -69,11 +70,15 @@ def several(tiny_folder, tmp_path_factory):
         {"mail": f"{n}{'abz'[n % 3] * 3}{'q' * (n % 2)}", "tags": [LABELS[n % 3]] + ["odd"] * (n % 2)}
         for n in range(36)
     ]
-    named = ("--text-column", "mail", "--label-column", "tags", "--class-weights", "odd=2")
-    ran = run("train", "--model", tiny_folder, "--data", write(folder / "train.jsonl", rows), "--adapter-path", folder / "a",
-              *QUICK, *named, "--valid-fraction", 0.3, "--iters", 60)  # fmt: skip
+    ran = run(*several_command(tiny_folder, write(folder / "train.jsonl", rows), folder / "a"))
     assert ran.code == 0, ran.err
     return folder
+
+
+def several_command(model, data, folder) -> list:
+    named = ("--text-column", "mail", "--label-column", "tags", "--class-weights", "odd=2")
+    return ["train", "--model", model, "--data", data, "--adapter-path", folder, *QUICK, *named,
+            "--valid-fraction", 0.3, "--iters", 60]  # fmt: skip
 
 
 def measured(model, adapter, data, *more) -> dict:
@@ -195,6 +200,20 @@ def test_several_labels_have_thresholds_that_were_chosen_on_validation(tiny_fold
     shutil.copytree(several / "a", several / "b")
     (several / "b/adapter_config.json").write_text(json.dumps(high))
     assert mlx_lora.predict(base, "1bbbq", several / "b")["predicted"] == ["hot"]
+
+
+def test_thresholds_of_the_last_validation_are_kept_by_a_run_that_goes_on(tiny_folder, several, tmp_path):
+    shutil.copytree(several / "a", tmp_path / "c")
+    file = tmp_path / "c/checkpoints/step-000060/adapter_config.json"
+    config = json.loads(file.read_text())
+    config["mlx_lora"]["head"]["thresholds"] = chosen = [0.25, 0.5, 0.5, 0.75]
+    file.write_text(json.dumps(config))
+    state = json.loads((file.parent / "state.json").read_text())
+    state["sha256"][file.name] = sha256_of(file)
+    (file.parent / "state.json").write_text(json.dumps(state))
+    ran = run(*several_command(tiny_folder, several / "train.jsonl", tmp_path / "c"), "--resume")
+    assert ran.code == 0, ran.err
+    assert json.loads((tmp_path / "c/adapter_config.json").read_text())["mlx_lora"]["head"]["thresholds"] == chosen
 
 
 def test_numbers_are_learned_with_the_squared_error(tiny_folder, tmp_path):

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from resumed_runs import stopped_after, weights
 from run_cli import one_line, run
 
+import mlx_lora
 from mlx_lora.adapters.inject import inject
 from mlx_lora.config.settings import DataSettings, ModelSettings
 from mlx_lora.data.batch import split_rows
@@ -24,7 +25,9 @@ from mlx_lora.losses.contrastive import ContrastiveOptions, Texts, loss_and_grad
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.embed import all_vectors, arrays_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
+from mlx_lora.serving.adapter_store import read_factors
 from mlx_lora.trainer.step import differentiation
+from mlx_lora.utils.errors import InputError
 
 PATHS = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.v_proj")
 WORDS = (
@@ -324,6 +327,15 @@ def test_a_run_learns_and_keeps_what_its_vectors_are(trained):
     settings = (trained / "run.yaml").read_text()
     assert "pooling: last" in settings
     assert "embed_loss: infonce" in settings
+
+
+def test_its_adapter_writes_no_text(trained, tiny_folder):
+    says = "gives vectors, not text"
+    one_line(run("generate", "--model", tiny_folder, "--adapter-path", trained, "--prompt", "x"), says)
+    with pytest.raises(InputError, match=says):
+        mlx_lora.load(tiny_folder).generate("x", adapter=trained)
+    with pytest.raises(InputError, match=says):  # chat, evaluate --tasks, POST /v1/adapters
+        read_factors(load_base(ModelSettings(model=str(tiny_folder))), trained, mx.float32)
 
 
 def test_a_resumed_run_is_the_same_to_the_bit(trained, tiny_folder, data, tmp_path):

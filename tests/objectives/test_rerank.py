@@ -20,7 +20,15 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import EmptyPart, FormatError
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.check import choose_loss
-from mlx_lora.losses.ranking import BINARY, LISTWISE, PAIRWISE, RANKING_LOSSES, ranking_loss, ranking_measures
+from mlx_lora.losses.ranking import (
+    BINARY,
+    LISTWISE,
+    PAIRWISE,
+    RANKING_LOSSES,
+    best_first,
+    ranking_loss,
+    ranking_measures,
+)
 from mlx_lora.models.head import put_score_head
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
@@ -269,6 +277,13 @@ def test_measures_are_those_of_a_ranking_by_hand():
     assert found["ndcg"] == pytest.approx((1 / 2 + second + 1 / np.log2(3)) / 3)
 
 
+def test_grades_may_be_as_large_as_numbers_of_clicks():
+    scores = np.array([[1, 2], [2, 1]], np.float32)
+    found = ranking_measures(scores, np.array([[1501, 1500], [1501, 1500]], np.float32))
+    second = (1 / 2 + 1 / np.log2(3)) / (1 + 1 / 2 / np.log2(3))
+    assert found["ndcg"] == pytest.approx((second + 1) / 2)
+
+
 def test_a_row_without_a_document_changes_nothing():
     scores, grades = mx.array([[1.0, -1.0, 9.0]]), mx.array([[1.0, 0.0, -1.0]])
     for kind in (BINARY, PAIRWISE, LISTWISE):
@@ -276,3 +291,16 @@ def test_a_row_without_a_document_changes_nothing():
         without = [one.item() for one in ranking_loss(kind, scores[:, :2], grades[:, :2])]
         assert with_it == pytest.approx(without)
         assert with_it != pytest.approx([one.item() for one in ranking_loss(kind, scores, mx.maximum(grades, 0))])
+
+
+def test_a_head_that_gives_all_the_same_score_has_found_nothing():
+    grades = np.array([[1, 0, 0, -1], [2, 2, 1, 0]], np.float32)  # the best first, as a run has them
+    same = np.zeros_like(grades)
+    found = ranking_measures(same, grades)
+    assert found["accuracy"] == 0
+    assert found["mrr"] == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert found["ndcg"] < 0.8
+    assert [one.item() for one in best_first(mx.array(same), mx.array(grades))] == [0, 2]
+    right = np.array([[3, 2, 1, 0], [3, 3, 1, 0]], np.float32)  # two documents may be equally good
+    assert ranking_measures(right, grades) == {"accuracy": 1.0, "mrr": 1.0, "ndcg": 1.0}
+    assert [one.item() for one in best_first(mx.array(right), mx.array(grades))] == [2, 2]

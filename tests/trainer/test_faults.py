@@ -351,6 +351,13 @@ def test_the_threshold_is_what_counts_as_better():
     assert at.best_loss is None
 
 
+def test_a_score_that_is_no_number_is_never_the_best():
+    at = Position()
+    scores = (float("nan"), 0.2, float("nan"), 0.9, 0.5)
+    assert [at.validated(2.0, metric="task", score=score) for score in scores] == [False, True, False, True, False]
+    assert (at.best_score, at.worse) == (0.9, 1)
+
+
 UNUSABLE = {
     "--keep-best with --save-every 0": ("--keep-best", "--save-every", 0, "--steps-per-eval", 3),
     "--keep-best with --val-batches 0": ("--keep-best", "--val-batches", 0),

@@ -225,6 +225,22 @@ def test_a_trial_is_judged_as_its_run_would_be(tiny_folder, data, tmp_path, keep
     assert sweeping.score_of(sweeping.Trial("a", 0, "", settings), until) == expected
 
 
+def test_a_trial_without_a_number_is_the_last_but_for_one_that_diverged(tiny_folder, data, tmp_path):
+    settings = settings_of(tiny_folder, data, metric_for_best_model="task", eval_tasks="x", adapter_path=str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 3, "val_loss": 0.5, "task": None}))
+    (tmp_path / "run.yaml").write_text("keep_best: false\n")
+    found = sweeping.score_of(sweeping.Trial("a", 0, "", settings), 9)
+    # A function of the user may give any numbers, so an error may be above 1.
+    assert sorted([sweeping.DIVERGED, found, sweeping.Score(6.0, 0.9)]) == [
+        sweeping.Score(6.0, 0.9), found, sweeping.DIVERGED,
+    ]  # fmt: skip
+    rounds = [
+        [{"candidate": at, "error": one.error, "loss": one.loss} for at, one in enumerate((sweeping.DIVERGED, found))]
+    ]
+    sweeping.SweepState({}, [], rounds=rounds).write(tmp_path)
+    assert list(sweeping.SweepState.read(tmp_path).scores(0)) == [1, 0]
+
+
 @pytest.mark.parametrize(
     ("changes", "asked", "said"),
     [
