@@ -332,7 +332,12 @@ def check_steady(kit: Kit) -> Iterator[CheckFinding]:
     data = kit.work / "steady.jsonl"
     # Rows of one length: every step has the same shape.
     data.write_text(chat_rows(1, (6, 6), (30, 30), 0) * (8 * BATCH), encoding="utf-8")
-    settings = {"batch_size": BATCH, "rank": RANK, "iters": 100_000, "steps_per_report": 10 if kit.as_fast_as_a_gpu else 1}
+    settings = {
+        "batch_size": BATCH,
+        "rank": RANK,
+        "iters": 100_000,
+        "steps_per_report": 10 if kit.as_fast_as_a_gpu else 1,
+    }
     run = train_child(kit, "steady", model.write(kit), data, settings, seconds=60 * kit.minutes)
     after = describe_power()
     first, last = steady_speeds(run.records, 60 * kit.minutes)
