@@ -19,7 +19,7 @@ from mlx_lora.data.labeled import parse_labeled
 from mlx_lora.data.records import read_records
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import Base
-from mlx_lora.objectives.text_scores import ERROR, TextScorer, in_order
+from mlx_lora.objectives.text_scores import ERROR, TextScorer, in_order, with_length_of_run
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_adapter
 
@@ -44,7 +44,7 @@ def predict(
         adapter: folder or hub id of an adapter that was trained with `objective="classify"`, here or by PEFT.
         batch_tokens: tokens per batch, padding included; None: the default.
         ignore_fingerprint: use an adapter that was trained on another base of the same shape.
-        settings: of data, as for `train`: `text_column`, `max_seq_length`, `chat_template`.
+        settings: of data, as for `train`: `text_column`, `max_seq_length` (default: that of the adapter's run), `chat_template`.
 
     Returns:
         For a text, a dictionary; for a list, a list of them. Of one label, `predicted` is its name, and `probability` its own;
@@ -91,7 +91,7 @@ def load_scorer(
     info = load_adapter(base, folder, ignore_fingerprint, scores=True)
     if info.chat_template and not data.chat_template:
         base.hf_tokenizer.chat_template = info.chat_template
-    scorer = TextScorer.of(base, info.head, data, batch_tokens)
+    scorer = TextScorer.of(base, info.head, with_length_of_run(data, folder), batch_tokens)
     if scorer.head["objective"] != objective:
         raise InputError(f"{folder}: was trained with --objective {scorer.head['objective']}; give one of {objective}")
     return scorer
@@ -119,7 +119,7 @@ def rerank(
         top_n: how many to return; None: all.
         batch_tokens: tokens per batch, padding included; None: the default.
         ignore_fingerprint: use an adapter that was trained on another base of the same shape.
-        settings: of data, as for `train`: `max_seq_length`.
+        settings: of data, as for `train`: `max_seq_length` (default: that of the adapter's run).
 
     Returns:
         For each, its `index` in `documents`, its `score` between 0 and 1, and the `document`.

@@ -75,6 +75,8 @@ POOLED = {
     LAST: ("lasttoken",),
     CLS: ("cls", "cls_token"),
 }  # sentence-transformers' names
+MODE = "pooling_mode_"
+COMPUTED = {"Transformer", "Pooling", "Normalize", "Dropout"}  # modules of sentence-transformers
 ACCURACY = "accuracy"  # the share of queries whose own document is nearer than all other documents of the step
 NEGATIVES = 32  # examples of a step, unless the settings say how large a batch is
 # Widths to which queries are cut in their batch, where documents are longer: each is a shape that is compiled once.
@@ -148,13 +150,24 @@ def stored_choices(folder: Path) -> dict[str, Any]:
 
     Args:
         folder: of the model.
+
+    Raises:
+        InputError: its vectors are computed in another way.
     """
     found: dict[str, Any] = {}
+    modules = _read_json(folder / "modules.json").get("", [])
+    if strange := {str(one["type"]).rpartition(".")[2] for one in modules} - COMPUTED:
+        raise InputError(
+            f"{folder / 'modules.json'}: has {', '.join(sorted(strange))}, which is not supported; choose another model"
+        )
     file = folder / "1_Pooling" / "config.json"
     pooled = _read_json(file)
-    for ours, names in POOLED.items():
-        if pooled.get("pooling_mode") in names or any(pooled.get(f"pooling_mode_{name}") for name in names):
-            found["pooling"] = ours
+    modes = [name.removeprefix(MODE) for name, on in pooled.items() if name.startswith(MODE) and on is True]
+    modes += [str(pooled["pooling_mode"])] if "pooling_mode" in pooled else []
+    known = {next((ours for ours, names in POOLED.items() if mode in names), mode) for mode in modes}
+    if len(known) > 1 or known - POOLED.keys():
+        raise InputError(f"{file}: pools by {' and '.join(modes)}, which is not supported; choose another model")
+    found |= {"pooling": known.pop()} if known else {}
     if pooled.get("include_prompt") is False:
         raise InputError(
             f"{file}: leaves the prompt out of the mean (include_prompt), which is not supported; choose another model"
@@ -167,13 +180,14 @@ def stored_choices(folder: Path) -> dict[str, Any]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a file, a list under an empty name; nothing without the file."""
     if not file.is_file():
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{file}: is no JSON ({error}); download the model again") from None
-    return content if isinstance(content, dict) else {}
+    return content if isinstance(content, dict) else {"": content}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ Shapes: N texts, K outputs of the head.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,12 +23,21 @@ from mlx_lora.data.examples import Conversation, Text
 from mlx_lora.data.labeled import encode_texts
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.tokenize import Encoder
+from mlx_lora.exporters.adapter_folder import run_of
 from mlx_lora.losses.classification import NUMBER, SEVERAL, SINGLE, probabilities
 from mlx_lora.models.head import SCORE, body_of, scores_at
 from mlx_lora.models.load import Base
 from mlx_lora.utils.errors import InputError
 
 PREDICTED, ERROR = "predicted", "error"
+
+
+def with_length_of_run(data: DataSettings, adapter: Path) -> DataSettings:
+    """Return the settings with the length at which the adapter's run cut its texts, unless they have another than the default."""
+    length = run_of(adapter).get("max_seq_length")
+    if data.max_seq_length != DataSettings.max_seq_length or type(length) is not int:
+        return data
+    return replace(data, max_seq_length=length)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +24,7 @@ from mlx_lora.losses.classification import NUMBER, SEVERAL, SINGLE
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.objectives.classify import problem_of
 from mlx_lora.objectives.table import objective_of
+from mlx_lora.serving import scores as serving
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import sha256_of
 
@@ -183,6 +186,20 @@ def test_python_predicts_what_the_command_does(tiny_folder, trained):
     again = mlx_lora.predict(base, many[::-1], trained)[::-1]
     assert [one["predicted"] for one in whole] == [one["predicted"] for one in again]
     assert np.allclose([one["probability"] for one in whole], [one["probability"] for one in again], atol=1e-5)
+
+
+def test_a_text_is_cut_where_the_run_cut_it(tiny_folder, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "short", ignore=shutil.ignore_patterns("checkpoints"))
+    settings = (trained / "run.yaml").read_text()
+    assert "max_seq_length: 2048" in settings
+    (tmp_path / "short/run.yaml").write_text(settings.replace("max_seq_length: 2048", "max_seq_length: 12"))
+    base, text = mlx_lora.load(str(tiny_folder)), "day 3: aaa, day 4: bbbbbbb"
+    found = mlx_lora.predict(base, text, tmp_path / "short")
+    assert found == mlx_lora.predict(base, text, trained, max_seq_length=12)
+    assert found != mlx_lora.predict(base, text, trained)
+    assert found != mlx_lora.predict(base, text, tmp_path / "short", max_seq_length=20)
+    engine: Any = SimpleNamespace(base=base.loaded)
+    assert serving.load_scorer(engine, tmp_path / "short").data.max_seq_length == 12
 
 
 def test_several_labels_have_thresholds_that_were_chosen_on_validation(tiny_folder, several):

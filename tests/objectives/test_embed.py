@@ -23,7 +23,7 @@ from mlx_lora.data.pairs import TextForm, TextPair, load_pairs, parse_texts
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.contrastive import ContrastiveOptions, Texts, loss_and_gradient, losses_of, retrieval, spearman
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.embed import all_vectors, arrays_of
+from mlx_lora.objectives.embed import all_vectors, arrays_of, stored_choices
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.serving.adapter_store import read_factors
 from mlx_lora.trainer.step import differentiation
@@ -192,6 +192,32 @@ def test_queries_and_documents_have_widths_of_their_own(tiny_folder):
         tokens = rows.row(number)[0][:-1]
         alone = embedder(mx.array(tokens[None]), mx.array([len(tokens)]))
         assert mx.allclose(together[place // 2, place % 2], alone[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("pooled", "modules", "found"),
+    [
+        (
+            {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False},
+            ["models.Transformer", "models.Pooling"],
+            "mean",
+        ),
+        ({"pooling_mode": "lasttoken"}, [], "last"),
+        ({}, [], None),
+        ({"pooling_mode_weightedmean_tokens": True}, [], "pools by weightedmean_tokens"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, [], "pools by mean_tokens and cls_token"),
+        ({"pooling_mode_cls_token": True}, ["models.Transformer", "models.Pooling", "models.Dense"], "has Dense"),
+    ],
+)
+def test_a_model_whose_vectors_are_computed_otherwise_is_refused(pooled, modules, found, tmp_path):
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling/config.json").write_text(json.dumps({"word_embedding_dimension": 8, **pooled}))
+    (tmp_path / "modules.json").write_text(json.dumps([{"type": f"sentence_transformers.{one}"} for one in modules]))
+    if found in (None, "mean", "last"):
+        assert stored_choices(tmp_path).get("pooling") == found
+        return
+    with pytest.raises(InputError, match=found):
+        stored_choices(tmp_path)
 
 
 def test_measures_of_ranking():
