@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from resumed_runs import STEPS, command, stopped_after, weights
 from run_cli import run
 from tiers import by_default
 
+from mlx_lora.trainer import trainer
 from mlx_lora.trainer.checkpoint import ARRAYS_FILE, STATE_FILE, locked
 from mlx_lora.utils.errors import InputError
 
@@ -27,6 +30,12 @@ RUNS = {
     "relora": ("--method", "relora", "--relora-every", 3),
     "full": ("--method", "full", "--optimizer", "sgd"),
 }
+
+
+def held_out(folder) -> dict[int, float]:
+    """Return the held-out loss of each validated step."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["val_loss"] for line in lines if line["val_loss"] is not None}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +73,28 @@ def test_metrics_go_on_behind_the_checkpoint(finished, tiny_folder, chats, tmp_p
     assert steps == sorted(steps)
     assert steps[-1] == STEPS
     assert steps.count(0) == 1
+
+
+def test_a_validation_that_was_interrupted_is_taken_when_the_run_goes_on(
+    finished, tiny_folder, chats, tmp_path, monkeypatch
+):
+    """Else the best checkpoint, and early stopping, would not be those of a run without a stop."""
+    measure, calls = trainer.mean_loss, []
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 2:  # after step 4
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(*given)
+
+    asked = command(tiny_folder, chats, tmp_path / "a", "--save-every", 5, "--keep", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "mean_loss", interrupted)
+        assert run(*asked).code == 130
+    assert set(held_out(tmp_path / "a")) == {0}
+    assert run(*asked, "--resume").code == 0
+    assert held_out(tmp_path / "a") == held_out(finished)
+    assert weights(tmp_path / "a") == weights(finished)
 
 
 def test_a_longer_run_goes_on_and_a_finished_one_says_so(finished, tiny_folder, chats, tmp_path):
