@@ -169,7 +169,7 @@ def inputs_of(given: Any, vocabulary: int | None) -> list[str | list[int]]:
 
 
 def _is_token(one: Any) -> bool:
-    return isinstance(one, int) and not isinstance(one, bool) and one >= 0
+    return isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 2**31
 
 
 def _is_text(one: Any) -> bool:

@@ -167,12 +167,14 @@ def chosen_score(found: list[TaskScore], metric: str | None, asked: str) -> Task
     Args:
         found: of all tasks, then of groups.
         metric: its name, with or without the filter; None: the first one for which higher is better.
-        asked: for messages.
+        asked: the task's or the group's name, or the file's.
 
     Raises:
         InputError: there is no such metric, or it is better when it is lower.
     """
-    own = [one for one in found if one.task == found[-1].task]
+    # A group in a group has scores of its own; a file's task has the name that the file gives it.
+    name = asked if any(one.task == asked for one in found) else found[-1].task
+    own = [one for one in found if one.task == name]
     names = list(dict.fromkeys(one.metric for one in own))
     chosen = [one for one in own if metric in (None, one.metric, one.metric.split(" ")[0])]
     if not chosen:

@@ -110,6 +110,7 @@ def test_the_score_of_a_task_that_is_compared():
              TaskScore("two", "exact_match (strict)", True, 3, {})]  # fmt: skip
     assert chosen_score(found, None, "two.yaml") is found[2]
     assert chosen_score(found, "exact_match", "two.yaml") is found[2]
+    assert chosen_score(found, None, "one") is found[0]  # a group that holds another one
 
 
 def test_a_run_without_held_out_rows_says_so_before_its_first_step(asked, tiny_folder, chats, tmp_path):
