@@ -1,4 +1,4 @@
-"""Tiny random models that see, one of each family, as transformers writes them: model, tokenizer, image processor."""
+"""Tiny random vision-language models, one of each family, as transformers writes them: model, tokenizer, image processor."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ MAKERS: dict[str, Callable[[str], tuple[Any, Any, dict[str, Any], dict[str, Any]
 
 
 def write_model(family: str, folder: Path, seed: int = 0, scale: float = 0.15) -> Path:
-    """Write a tiny random model that sees to a folder, with all files that a published one has; needs torch.
+    """Write a tiny random vision-language model to a folder, with all files that a published one has; needs torch.
 
     Args:
         family: of MAKERS.

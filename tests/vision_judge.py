@@ -1,4 +1,4 @@
-"""The same models that see in transformers, on torch, with PEFT's factors: the judge of tokens, logits, losses and gradients."""
+"""The same vision-language models in transformers, on torch, with PEFT's factors: the judge of tokens, logits, losses and gradients."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Rows:
 
 
 def read_rows(model: Path, data: Path, trains: bool = True, **settings: Any) -> Rows:
-    """Load a model that sees, and read rows for it, to train or to measure."""
+    """Load a vision-language model, and read rows for it, to train or to measure."""
     base = load_base(ModelSettings(model=str(model), dtype="float32"))
     objective = vision_sft(ObjectiveSettings("vision_sft"))
     assert isinstance(objective, VisionSFT)

@@ -94,7 +94,7 @@ def export(
     Args:
         base: from `load`, or a model's name; it stays as it is.
         adapter: folder or hub id; None only for `gguf` and `ollama`, which then hold the base alone.
-        to: peft, peft-qalora (of a qa-lora, for a GPTQ base), mlx-lm, mlx-vlm (of a model that sees), hf (a merged model for transformers), sentence-transformers or
+        to: peft, peft-qalora (of a qa-lora, for a GPTQ base), mlx-lm, mlx-vlm (of a vision-language model), hf (a merged model for transformers), sentence-transformers or
             sentence-transformers-peft (of embeddings), gguf-adapter, gguf (a merged model) or ollama.
         out: folder or .gguf file to write.
         base_id: hub id of the base that a PEFT adapter names (default: the one it was trained on).
@@ -289,7 +289,7 @@ def _use_mlx_lm(job: Export) -> list[str]:
 
 
 def _write_mlx_vlm(job: Export) -> None:
-    """Write an adapter folder for stock mlx-vlm, of a model that sees."""
+    """Write an adapter folder for stock mlx-vlm, of a vision-language model."""
     check_new_folder(job.settings.out, job.settings.force)
     kind = str(job.base.config.get("model_type"))
     if not isinstance(job.base.config.get("vision_config"), dict):
@@ -453,7 +453,7 @@ FORMATS = {
         "stock mlx-lm (--adapter-path)", _write_mlx_lm, _use_mlx_lm, holds_base=False, card_library="mlx"
     ),
     "mlx-vlm": ExportFormat(
-        "stock mlx-vlm (--adapter-path), for a model that sees", _write_mlx_vlm, _use_mlx_vlm, holds_base=False
+        "stock mlx-vlm (--adapter-path), for a vision-language model", _write_mlx_vlm, _use_mlx_vlm, holds_base=False
     ),
     "hf": ExportFormat("transformers", _write_hf, _use_hf, for_scores=True),
     "sentence-transformers": ExportFormat(

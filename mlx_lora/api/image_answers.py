@@ -1,4 +1,4 @@
-"""Generate answers about pictures, with a model that sees."""
+"""Generate answers about pictures, with a vision-language model."""
 
 from __future__ import annotations
 

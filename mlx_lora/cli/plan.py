@@ -182,7 +182,7 @@ def render_chips(chips: list[dict[str, Any]]) -> str:
 # A part of `MemoryPlan` -> what a reader calls it.
 PART_WORDS = {
     "base": "base model",
-    "other models": "other models (of rewards, or the tower of a model that sees)",
+    "other models": "other models (of rewards, or the tower of a vision-language model)",
     "adapter": "adapter",
     "optimizer": "optimizer's state",
     "weights being cast": "weights that are being converted",

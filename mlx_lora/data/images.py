@@ -93,7 +93,7 @@ def parse_with_images(record: Fields, settings: DataSettings, named: NamedColumn
         turns = [("user", example.prompt), ("assistant", example.completion)]
         example = Conversation([{"role": role, "content": content} for role, content in turns])
     if any(MARK.search(message["content"]) for message in example.messages if message["role"] == "assistant"):
-        raise FormatError("a picture in an answer; models that see cannot write pictures")
+        raise FormatError("a picture in an answer; vision-language models cannot write pictures")
     return kind, ImageConversation(example.messages, example.tools, example.reasoning_field, example.unread, sources)
 
 

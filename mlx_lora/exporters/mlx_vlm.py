@@ -1,4 +1,4 @@
-"""Write an adapter of a model that sees for stock mlx-vlm.
+"""Write an adapter of a vision-language model for stock mlx-vlm.
 
 It is mlx-lm's form with two differences: `keys` are the layers' whole paths, and a few models have other names there.
 

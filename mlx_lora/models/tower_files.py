@@ -1,4 +1,4 @@
-"""Keep the tower of a model that sees when its language model is converted or fused: its tensors stay as they are stored.
+"""Keep the tower of a vision-language model when its language model is converted or fused: its tensors stay as they are stored.
 
     model.safetensors     the language model, quantized or fused
     tower.safetensors     everything else: tower, connector; under mlx-vlm's names if an adapter that trained them was fused
@@ -23,7 +23,7 @@ OF_LANGUAGE = (
     "language_model.", "model.language_model.", "model.text_model.", "text_model.", "lm_head.", "model.lm_head.",
     "model.layers.", "model.embed_tokens.", "model.norm.",
 )  # fmt: skip
-# mlx-vlm's names of what a model that sees has beside its language model, and the parts of paths that are of a connector.
+# mlx-vlm's names of what a vision-language model has beside its language model, and the parts of paths that are of a connector.
 TOWER_PARTS = ("vision_tower", "vision_model", "connector", "multi_modal_projector")
 CONNECTORS = frozenset({"connector", "multi_modal_projector", "merger", "deepstack_merger_list"})
 

@@ -1,6 +1,6 @@
-"""The tower of a model that sees: load it through mlx-vlm, and compute what the language model gets to see of a picture.
+"""The tower of a vision-language model: load it through mlx-vlm, and compute what the language model gets to see of a picture.
 
-A model that sees has three parts. A vision tower turns the pixels of a picture into states of its patches, a connector turns
+A vision-language model has three parts. A vision tower turns the pixels of a picture into states of its patches, a connector turns
 these into embeddings as wide as the language model's, and the language model reads them in place of the embeddings of the
 picture's tokens. The language model is mlx-lm's, as for text alone (models/load.py): adapters, kernels, losses and
 checkpointing are the same. Tower and connector are mlx-vlm's. A frozen tower is asked once for each picture:
@@ -59,7 +59,7 @@ class ImageFeatures:
 
 
 def has_tower(config: Mapping[str, Any]) -> bool:
-    """Return whether a config.json is that of a model that sees."""
+    """Return whether a config.json is that of a vision-language model."""
     return isinstance(config.get("vision_config"), dict)
 
 

@@ -1,4 +1,4 @@
-"""Build the text part of models that see and that mlx-lm does not know, such as SmolVLM, from its own text architectures.
+"""Build the text part of vision-language models that mlx-lm does not know, such as SmolVLM, from its own text architectures.
 
 mlx-lm has classes for some models with a tower that sees (Qwen-VL, Gemma 3, Mistral 3): the text model of each, without the
 tower. `Model` is the same for the others: the text model that `text_config` describes, under the names that mlx-lm gives
@@ -37,7 +37,7 @@ PREFIXES = (
 
 @dataclass
 class ModelArgs(BaseModelArgs):
-    """The config of a model that sees.
+    """The config of a vision-language model.
 
     Attributes:
         model_type: of the whole model.
@@ -49,7 +49,7 @@ class ModelArgs(BaseModelArgs):
 
 
 class Model(nn.Module):
-    """The text model of a model that sees."""
+    """The text model of a vision-language model."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()

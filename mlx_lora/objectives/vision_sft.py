@@ -178,7 +178,7 @@ class VisionSFT(Objective):
         return replace(settings, loop=replace(settings.loop, cache_trunk="off", sample_tokens=0))
 
     def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
-        """Return the loss of tokens on a model that sees; see `Objective.bind`."""
+        """Return the loss of tokens on a vision-language model; see `Objective.bind`."""
         spec = self.vision.spec
         count = len(Arrays._fields)
         prepare_rotation(model, spec)

@@ -1,4 +1,4 @@
-"""Adapters of models that see for other programs: mlx-vlm and PEFT compute the same logits with them."""
+"""Adapters of vision-language models for other programs: mlx-vlm and PEFT compute the same logits with them."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def random_model(config: dict[str, Any], seed: int) -> nn.Module:
 
 
 def write_seeing_model(folder: Path, family: str) -> None:
-    """Write a tiny random model that sees, under mlx-vlm's names."""
+    """Write a tiny random vision-language model, under mlx-vlm's names."""
     from mlx_vlm.utils import get_model_and_args, update_module_configs  # slow to import
 
     config = vision_files(family, folder)

@@ -1,4 +1,4 @@
-"""Models that see against transformers and PEFT on torch: tokens, masks, logits, loss and every factor's gradient.
+"""Vision-language models against transformers and PEFT on torch: tokens, masks, logits, loss and every factor's gradient.
 
 One batch has a chat of two turns with one picture, one without, and one with two, of odd sizes.
 """
