@@ -7,7 +7,6 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from comparing import by_dtype
 from conftest import quantized, write_folder
 from make_adapters import adapt_and_save
 from mlx.utils import tree_flatten
@@ -141,6 +140,7 @@ def test_fused_and_dequantized_it_gives_the_adapters_logits(folder, tmp_path):
     assert not any(isinstance(module, QuantizedSwitchLinear) for module in fused.model.modules())
 
 
+@pytest.mark.float32("a code that rounds to its neighbor changes more than rounding")
 def test_fused_it_is_quantized_as_its_base_was(folder, tmp_path):
     adapt_and_save(folder, tmp_path / "a")
     base, in_memory = loaded(folder), [loaded(folder), loaded(folder)]
@@ -148,8 +148,7 @@ def test_fused_it_is_quantized_as_its_base_was(folder, tmp_path):
     for new_grid, adapted in enumerate(in_memory):
         load_adapter(adapted, tmp_path / "a")
         assert report["layers"] == len(fuse_adapter(adapted.model, dequantize=False, new_grid=bool(new_grid)))
-    within = by_dtype(1e-4, 5e-3)
-    assert any(close(logits(fused.model), logits(adapted.model), within) for adapted in in_memory)
+    assert any(close(logits(fused.model), logits(adapted.model), 1e-4) for adapted in in_memory)
     assert not close(logits(fused.model), logits(base.model), 1e-2)
     kinds = {
         path: type(m) for path, m in base.model.named_modules() if isinstance(m, (SwitchLinear, QuantizedSwitchLinear))
