@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -16,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from child_environment import REPOSITORY, child_environment
 
 from mlx_lora.utils.supervise import last_given
 
-REPOSITORY = Path(__file__).parents[1]
 SESSION = Path(__file__).with_name("rank_session.py")
 TIMEOUT_S = 240.0
 
@@ -34,8 +33,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def rank_environment() -> dict[str, str]:
-    paths = [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OPENBLAS_NUM_THREADS": "1"}
+    return child_environment(REPOSITORY / "tests", OPENBLAS_NUM_THREADS="1")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.chat_template import encode_prompt, own_template
 from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter
-from mlx_lora.models.encoder import check_writes
+from mlx_lora.models.encoder import check_language_model
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, short
 from mlx_lora.models.load import Base as LoadedBase
 from mlx_lora.models.load import check_token_ids, load_base
@@ -247,7 +247,7 @@ def text_pieces(
     Raises:
         InputError: the prompt cannot be encoded, or the model is an encoder, or mlx-lm cannot generate with it.
     """
-    check_writes(base.model, base.model_id)
+    check_language_model(base.model, base.model_id)
     if not prompt:
         raise InputError("--prompt: empty; give some text")
     tokens = encode_prompt(base.hf_tokenizer, prompt, template, system_prompt, tools)

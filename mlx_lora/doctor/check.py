@@ -98,7 +98,7 @@ class Kit:
 
     @property
     def as_fast_as_a_gpu(self) -> bool:
-        """Whether runs may be of a real model's size; a rehearsed GPU is none, and as slow as the CPU that it runs on."""
+        """Whether runs may have a real model's size: on a GPU, unless a CPU only pretends to be one, as in a rehearsal."""
         return self.on_gpu and device.trial_flops() > 1e11
 
 

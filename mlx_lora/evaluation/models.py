@@ -33,7 +33,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.losses.cross_entropy import log_sum_exp
-from mlx_lora.models.encoder import check_writes
+from mlx_lora.models.encoder import check_language_model
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.load import Base
 from mlx_lora.models.prefix_attention import rotate_by_token, shared_caches, unshareable
@@ -170,7 +170,7 @@ class Models:
         Raises:
             InputError: the base is an encoder.
         """
-        check_writes(base.model, base.model_id)
+        check_language_model(base.model, base.model_id)
         device.set_cache_limit()
         with held_weights(base, ANSWERS):
             yield cls(base, sources, ignore_fingerprint, batch_tokens or DEFAULT_BATCH_TOKENS)

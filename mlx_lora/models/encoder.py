@@ -330,7 +330,7 @@ def is_encoder(model: nn.Module) -> bool:
     return isinstance(model, Model)
 
 
-def check_writes(model: nn.Module, model_id: str) -> None:
+def check_language_model(model: nn.Module, model_id: str) -> None:
     """Refuse an encoder where a text is to be written or scored token by token.
 
     Raises:

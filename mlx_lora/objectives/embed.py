@@ -155,8 +155,8 @@ def stored_choices(folder: Path) -> dict[str, Any]:
         InputError: its vectors are computed in another way.
     """
     found: dict[str, Any] = {}
-    modules = _read_json(folder / "modules.json").get("", [])
-    if strange := {str(one["type"]).rpartition(".")[2] for one in modules} - COMPUTED:
+    modules = _read_json(folder / "modules.json", list)
+    if strange := {str(one.get("type")).rpartition(".")[2] for one in modules if isinstance(one, dict)} - COMPUTED:
         raise InputError(
             f"{folder / 'modules.json'}: has {', '.join(sorted(strange))}, which is not supported; choose another model"
         )
@@ -179,15 +179,15 @@ def stored_choices(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a file, a list under an empty name; nothing without the file."""
+def _read_json(file: Path, kind: type = dict) -> Any:
+    """Return what a file holds; an empty `kind` without the file, or if it holds something else."""
     if not file.is_file():
-        return {}
+        return kind()
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{file}: is no JSON ({error}); download the model again") from None
-    return content if isinstance(content, dict) else {"": content}
+        raise InputError(f"{file}: not JSON ({error}); download the model again") from None
+    return content if isinstance(content, kind) else kind()
 
 
 @dataclass(frozen=True)

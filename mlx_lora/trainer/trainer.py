@@ -267,7 +267,7 @@ class Trainer:
             self._interrupted = Agreement(lambda: signaled() or self.hooks.stop(), self.strategy.ranks)
             if not self.at.taken:
                 self.validate()
-            elif self._was_interrupted_in_a_validation() and self.validate() and self.settings.save_every:
+            elif self._missed_a_validation() and self.validate() and self.settings.save_every:
                 self._save()
             self._window = Window()
             batches = _steps(self.objective, self.plan, self.settings, self.at, self.total)
@@ -286,8 +286,8 @@ class Trainer:
         """Whether the run has been saved where it is."""
         return self._saved_at == self.at.taken
 
-    def _was_interrupted_in_a_validation(self) -> bool:
-        """Return whether a validation was due after the last step, and the run, which goes on now, was saved without it."""
+    def _missed_a_validation(self) -> bool:
+        """Return whether the run was interrupted during the validation after its last step, and was saved without it."""
         every = self.settings.steps_per_eval
         due = self.at.taken == self.total or (bool(every) and self.at.taken % every == 0)
         return due and self.at.val_at != self.at.taken

@@ -74,7 +74,7 @@ def make_inputs(folder: Path) -> dict[str, str]:
             folder / "tiny.gguf", gguf_tensors(random_model(LLAMA, 5), "llama", LLAMA), "llama", LLAMA,
             {"rope.dimension_count": 16, "tokenizer.chat_template": CHATML}, GGMLQuantizationType.Q4_1,
         )  # fmt: skip
-        write_seeing_model(folder / "smolvlm", "smolvlm")
+        write_vision_model(folder / "smolvlm", "smolvlm")
     (folder / "pictures").mkdir()
     for number in range(12):
         Image.new("RGB", (40 + number, 30 + 2 * number), (20 * number, 200 - 10 * number, 90)).save(
@@ -100,7 +100,7 @@ def random_model(config: dict[str, Any], seed: int) -> nn.Module:
     return model
 
 
-def write_seeing_model(folder: Path, family: str) -> None:
+def write_vision_model(folder: Path, family: str) -> None:
     """Write a tiny random vision-language model, under mlx-vlm's names."""
     from mlx_vlm.utils import get_model_and_args, update_module_configs  # slow to import
 
