@@ -86,6 +86,20 @@ def is_right(answer: str, test: Mapping[str, Any]) -> bool:
     return FORMS[test["form"]].match(answer.strip().split("\n\n")[0]) is not None
 
 
+def ask(base: Any, prompts: Sequence[str], adapter: Any) -> list[str]:
+    """Return the greedy answers to all prompts, which mlx-lm writes in one batch."""
+    from mlx_lm import batch_generate  # after mlx_lora, which chooses the library that multiplies
+
+    from mlx_lora.data.chat_template import encode_prompt, own_template
+    from mlx_lora.rollouts.decode import hold_weights
+
+    loaded, template = (base.loaded, None) if adapter is None else base._with_adapter(adapter, False)
+    template = template or own_template(loaded.hf_tokenizer)
+    tokens = [encode_prompt(loaded.hf_tokenizer, one, template) for one in prompts]
+    hold_weights(loaded)
+    return batch_generate(loaded.model, loaded.tokenizer, tokens, max_tokens=MOST_TOKENS).texts
+
+
 def run_cell(model: str, name: str, settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """Train on one set in one way and ask its questions; returns what is measured."""
     import mlx_lora  # in a process of its own
@@ -104,7 +118,7 @@ def run_cell(model: str, name: str, settings: Mapping[str, Any] | None) -> dict[
             losses = [one for one in lines if one.get("loss") is not None]
             held_out = [round(one["val_loss"], 4) for one in lines if one.get("val_loss") is not None]
             found |= {"steps": lines[-1]["step"], "loss": losses[-1]["loss"], "val_losses": held_out}
-        answers = [base.generate(test["prompt"], adapter, max_tokens=MOST_TOKENS) for test in tests]
+        answers = ask(base, [test["prompt"] for test in tests], adapter)
     right = [is_right(answer, test) for answer, test in zip(answers, tests, strict=True)]
     return found | {"right": sum(right), "of": len(tests), "answers": answers[:6]}
 
