@@ -5,7 +5,9 @@
 `search_questions.jsonl` has questions in a reader's words, each with the page and the heading whose passages answer it. For each
 seed, some pages are held out: neither their questions nor their passages are trained on. What is trained is the questions of
 the other pages with their passages, and the headings of these pages with the text below them. Then the questions of the
-held-out pages are asked, against the passages of all pages. The last line is one JSON object.
+held-out pages are asked, against the passages of all pages. With `--reranker SmolLM2`, a reranker is trained on the same pages,
+with the trained embedder's nearest wrong passages as negatives, and orders the embedder's best candidates anew. The last line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from mlx_lora.losses.contrastive import retrieval
 HERE = Path(__file__).parent
 HELD_OUT = 0.4  # of the pages that have questions
 MEASURES = ("recall_at_10", "mrr_at_10", "ndcg_at_10")
+CANDIDATES = 20  # of the embedder, which the reranker reads
+NEGATIVES = 3
+MARGIN = 0.95  # passages with more than this share of the right one's cosine may be right too
 
 
 def heading(passage: Passage) -> str:
@@ -71,6 +76,42 @@ def vectors(base: mlx_lora.Base, corpus: Corpus, length: int, adapter: Path | No
     ]
 
 
+def with_negatives(rows: Sequence[dict], base: mlx_lora.Base, adapter: Path, length: int) -> list[dict]:
+    """Return the rows with the wrong passages that the trained embedder finds nearest."""
+    texts = list(dict.fromkeys(row["positive"] for row in rows))
+    right: dict[str, list[int]] = {}
+    for row in rows:
+        right.setdefault(row["query"], []).append(texts.index(row["positive"]))
+    corpus = Corpus([row["query"] for row in rows], texts, [right[row["query"]] for row in rows])
+    queries, documents = vectors(base, corpus, length, adapter)
+    found = []
+    for row, near, own in zip(rows, queries @ documents.T, corpus.own, strict=True):
+        nearly = MARGIN * near[texts.index(row["positive"])]
+        wrong = [n for n in np.argsort(-near) if n not in own and near[n] < nearly][:NEGATIVES]
+        if wrong:
+            found.append(row | {"negatives": [texts[n] for n in wrong]})
+    return found
+
+
+def reranked(corpus: Corpus, near: np.ndarray, model: mlx_lora.Base, adapter: Path) -> list[np.ndarray]:
+    """Return the ranks of each query's own documents after the reranker ordered the first candidates.
+
+    Args:
+        corpus: queries, documents, and which belong together.
+        near: (Q, M), the embedder's similarities.
+        model: of the reranker.
+        adapter: of the reranker.
+    """
+    ranks = []
+    for query, row, own in zip(corpus.queries, near, corpus.own, strict=True):
+        order = np.argsort(-row).tolist()
+        first = order[:CANDIDATES]
+        found = mlx_lora.rerank(model, query, [corpus.documents[n] for n in first], adapter)
+        order[:CANDIDATES] = [first[one["index"]] for one in found]
+        ranks.append(np.array([order.index(n) for n in own]))
+    return ranks
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -81,11 +122,15 @@ def main() -> None:
     parser.add_argument("--headings", type=int, default=150)
     parser.add_argument("--max-seq-length", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=None)
+    parser.add_argument("--reranker", default=None, help="Language model to train as a reranker.")
+    parser.add_argument("--reranker-rows", type=int, default=120)
+    parser.add_argument("--reranker-length", type=int, default=128)
     asked = parser.parse_args()
     questions = [
         json.loads(line) for line in (HERE / "search_questions.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     passages, base = read_passages(asked.docs), mlx_lora.load(asked.model)
+    reader = None if asked.reranker is None else mlx_lora.load(asked.reranker)
     kept: np.ndarray | None = None
     pages, found = sorted({one["page"] for one in questions}), []
     for seed in range(asked.first_seed, asked.first_seed + asked.seeds):
@@ -106,21 +151,34 @@ def main() -> None:
                 base, rows, Path(folder) / "a", objective="embed", seed=seed, epochs=asked.epochs, valid_fraction=0.0,
                 max_seq_length=asked.max_seq_length, **given,
             )  # fmt: skip
-            after = retrieval(ranks_of(*vectors(base, corpus, asked.max_seq_length, run.adapter), corpus.own))
-        found.append((before, after))
-        words = ", ".join(f"{name} {before[name]:.3f} to {after[name]:.3f}" for name in MEASURES)
+            pair = vectors(base, corpus, asked.max_seq_length, run.adapter)
+            stages = [before, retrieval(ranks_of(*pair, corpus.own))]
+            if reader is not None:
+                chosen = np.random.default_rng(seed).permutation(len(rows))[: asked.reranker_rows]
+                mined = with_negatives([rows[n] for n in chosen], base, run.adapter, asked.max_seq_length)
+                second = mlx_lora.train(
+                    reader, mined, Path(folder) / "r", objective="rerank", seed=seed, epochs=1, valid_fraction=0.0,
+                    max_seq_length=asked.reranker_length,
+                )  # fmt: skip
+                stages.append(retrieval(reranked(corpus, pair[0] @ pair[1].T, reader, second.adapter)))
+        found.append(stages)
+        words = ", ".join(f"{name} {' to '.join(f'{one[name]:.3f}' for one in stages)}" for name in MEASURES)
         print(
-            f"seed {seed}: {len(corpus.queries)} questions, {len(corpus.documents)} passages, {len(rows)} rows: {words}"
+            f"seed {seed}: {len(corpus.queries)} questions, {len(corpus.documents)} passages, {len(rows)} rows: {words}",
+            flush=True,
         )
     summary = {}
     for name in MEASURES:
-        gains = [after[name] - before[name] for before, after in found]
-        spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
-        columns = [statistics.mean(one[side][name] for one in found) for side in (0, 1)]
-        summary[name] = {"base": columns[0], "trained": columns[1], "gain": statistics.mean(gains), "stdev": spread}
-        print(
-            f"{name}: {columns[0]:.3f} to {columns[1]:.3f}, gain {statistics.mean(gains):+.3f} (standard deviation {spread:.3f})"
-        )
+        summary[name] = {}
+        for number, stage in enumerate(("trained", "reranked")[: len(found[0]) - 1], 1):
+            gains = [stages[number][name] - stages[number - 1][name] for stages in found]
+            spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
+            columns = [statistics.mean(stages[number - side][name] for stages in found) for side in (1, 0)]
+            summary[name][stage] = {"before": columns[0], "after": columns[1], "stdev_of_gain": spread}
+            print(
+                f"{name}, {stage}: {columns[0]:.3f} to {columns[1]:.3f}, gain {statistics.mean(gains):+.3f} "
+                f"(standard deviation {spread:.3f})"
+            )
     print(json.dumps({"model": Path(asked.model).name, "seeds": asked.seeds, **summary}))
 
 
