@@ -81,7 +81,7 @@ class LoRAEmbedding(AdapterLayer):
             return y
         a, b = self.effective_factors()
         z = self.dropout(x) @ (self.scale * b).T.astype(x.dtype)  # (B, T, r)
-        y = y + z @ a.T.astype(x.dtype)
+        y = mx.addmm(y, z, a.T.astype(x.dtype))  # one array of logits less than a sum
         if "fixed_a" not in self:
             return y
         return y + (x @ self.fixed_b.T.astype(x.dtype)) @ self.fixed_a.T.astype(x.dtype)

@@ -6,6 +6,7 @@ python -m mlx_lora plan --model config.json --all-chips
 python -m mlx_lora plan --model config.json --macs "M4 Pro:48,M2 Max:32"
 python -m mlx_lora plan --model config.json --macs 2 --all-chips
 python -m mlx_lora plan --config run.yaml --sweep 4x
+python -m mlx_lora plan --model smollm2 --clients 4 --rank 32
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import click
 
 from mlx_lora.api.plan import plan_run
+from mlx_lora.api.plan_clients import MOST_CLIENTS, plan_training_server
 from mlx_lora.api.plan_macs import LATENCY_S, LINK_GBIT, MacSpec, equal_macs, parse_macs, plan_on_macs, splits_line
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import read_settings, train_settings
@@ -32,6 +34,8 @@ from mlx_lora.utils.text import counted, gigabytes
 GIGABYTES = re.compile(r"(?P<number>\d{1,9})(\.0*)?\s*(gb?|gib)?", re.IGNORECASE)
 MOST_GB = 4096
 MOST_MACS = 256
+# Flags of a run that say something of a training server.
+OF_CLIENTS = {"model", "revision", "bits", "dtype", "rank", "max_seq_length", "memory_budget"}
 
 
 @click.command(cls=flags.SettingsCommand)
@@ -88,6 +92,16 @@ MOST_MACS = 256
     metavar="[Nx]",
     help=f"Plan a sweep of the run with this budget, as `mlx-lora sweep --budget` takes it (default: {BUDGET:g}x).",
 )
+@click.option(
+    "--clients",
+    cls=console.Option,
+    group=MEMORY,
+    common=False,
+    type=click.IntRange(1, MOST_CLIENTS),
+    default=None,
+    metavar="N",
+    help="Plan a training server (`serve --training`) with this many clients, each with an adapter of --rank.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @flags.settings_options("model", "data", "adapter", "objective", "optimizer", "loop")
 def main(
@@ -95,10 +109,19 @@ def main(
 ) -> None:  # fmt: skip
     """Predict the memory and the speed of `train` with these flags, without reading any weights."""
     hostfile, link_gbit = options.pop("hostfile"), options.pop("link_gbit")
-    sweep = options.pop("sweep")
+    sweep, clients = options.pop("sweep"), options.pop("clients")
     budget = None if sweep is None else read_budget(sweep)
     given = flags.given(options)
     settings = train_settings(given, read_settings(config_file, given))
+    if clients is not None:
+        if config_file or macs or hostfile or all_chips or budget or set(given) - OF_CLIENTS:
+            raise InputError(
+                "--clients: only --model, --rank, --max-seq-length, --memory-budget, --chip and --memory-gb go with it, because clients "
+                "bring the rest; leave other flags out"
+            )
+        planned = plan_training_server(settings, clients, chip, memory_gb)
+        console.print_json(planned) if as_json else click.echo(render_clients(planned))
+        return
     if macs is not None or hostfile is not None:
         if chip or memory_gb or (all_chips and not (macs or "").isdecimal()) or (macs and hostfile):
             raise InputError(
@@ -197,6 +220,9 @@ PART_WORDS = {
     "keys and values": "keys and values of answers",
     "copies of them": "copies of these while they grow",
     "kept from turn to turn": "keys and values kept until the next turn",
+    "other clients": "adapters and optimizers of the other clients",
+    "gradients that wait": "gradients of other clients, until their step",
+    "weights to sample from": "adapters to sample from",
 }
 # Kind of records -> what an objective that scores them computes.
 OF_SCORES = {"labeled": "one row for a text", "candidates": "one row for each document of a query"}
@@ -259,6 +285,34 @@ def render(result: dict[str, Any]) -> str:
     lines += [f"Warning: {problem}." for problem in result["warnings"]]
     lines += [f"Not known: what this model's blocks keep in memory ({reason})" for reason in result["not_known"]]
     return "\n".join([*lines, *([f"To fit: {result['advice']}"] if "advice" in result else [])])
+
+
+def render_clients(result: dict[str, Any]) -> str:
+    """Return the plan of a training server as text for the terminal."""
+    verdict = "fits" if result["fits"] else "does not fit"
+    most, head = result["most_clients"], " and the head" if result["train_unembed"] else ""
+    lines = [
+        f"{result['machine']['name']}: a training server with {counted(result['clients'], 'client')} {verdict}; it needs "
+        f"{gigabytes(result['needed_bytes'])} of the {gigabytes(result['budget_bytes'])} that it may use",
+        f"Planned for: adapters of rank {result['rank']} on all linear layers{head}, rows of {result['max_seq_length']:,} tokens, "
+        f"{counted(result['answers'], 'answer')} sampled at a time",
+        f"The most memory is in use {PHASE_WORDS[result['phase']]}:",
+        *(f"  {gigabytes(size):>10}  {PART_WORDS.get(name, name)}" for name, size in result["parts"].items() if size),
+        f"  {gigabytes(result['needed_bytes']):>10}  = needed, with {gigabytes(result['cache_bytes'])} of buffers for reuse",
+        f"Each client takes {gigabytes(result['client_bytes'])}; "
+        + (
+            f"{most:,} or more fit"
+            if most == MOST_CLIENTS
+            else f"at most {counted(most, 'client')} fit"
+            if most
+            else "none fits"
+        ),
+    ]
+    if not most:
+        lines.append("To fit: lower --max-seq-length or --rank, or choose a smaller model or fewer bits")
+    return "\n".join(
+        lines + [f"Not known: what this model's blocks keep in memory ({one})" for one in result["not_known"]]
+    )
 
 
 def _sweep_words(result: dict[str, Any]) -> str:

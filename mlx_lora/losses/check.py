@@ -136,7 +136,7 @@ def choose_loss(
     head = find_head(model, config)
     if isinstance(head, str):
         return plain(f"plain cross-entropy ({head})")
-    figures = None if asked == OURS else loss_figures(head, _dtype(model), measure)
+    figures = None if asked == OURS else loss_figures(head, activation_dtype(model), measure)
     kernel = choose_kernel(figures)
     if kernel == PLAIN_LOGITS:
         return plain("plain cross-entropy (measured)")
@@ -292,7 +292,7 @@ def _few_blocks(model: nn.Module, strategy: Strategy) -> AbstractContextManager:
     return nullcontext() if strategy.lockstep else few_blocks(model, CHECK_TOKENS, strategy.only_planned(model))
 
 
-def _dtype(model: nn.Module) -> mx.Dtype:
+def activation_dtype(model: nn.Module) -> mx.Dtype:
     """Return the dtype of most of a model's numbers, which is that of its activations."""
     sizes: Counter[mx.Dtype] = Counter()
     for _, p in tree_flatten(model.parameters()):

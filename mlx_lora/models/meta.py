@@ -224,6 +224,11 @@ def _of_gguf(path: Path, dtype: mx.Dtype) -> Outline:
 # The shape of a model
 
 
+def _outside_blocks(layers: Mapping[str, Any]) -> list[nn.Module]:
+    """Return what adapters outside of the blocks are on: an adapted head, which the fused loss cannot use."""
+    return [layer.base for path, layer in layers.items() if not any(part.isdecimal() for part in path.split("."))]
+
+
 def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int = 0, copies: int = 0) -> ModelShape:
     """Return the shape of a model with its adapter.
 
@@ -254,7 +259,7 @@ def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int =
         trained_arrays=len(trained),
         frozen_adapter_bytes=max(beside, 4 * numbers * copies),
         first_trained=_first_trained(model, trained),
-        head_packed=whole and isinstance(head.layer, QUANTIZED),
+        head_packed=any(isinstance(layer, QUANTIZED) for layer in ([head.layer] if whole else _outside_blocks(layers))),
         plain_loss=not whole,
         source_bytes=source_bytes,
         parameters=count_parameters(model),

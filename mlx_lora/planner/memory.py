@@ -77,6 +77,7 @@ PACKED_TILES_AHEAD = (2.7, 1.95)  # the same with a quantized head
 ROW_ARRAYS = 5.0  # arrays of a chunk's logits if they are computed in whole rows
 TOP_K_ARRAYS, ALL_TOKENS_ARRAYS = 6.5, 22.0  # the same with a teacher's likeliest tokens, and with all of them
 PACKED_COPIES = 3  # copies of a quantized head as floats, in the same case
+HEAD_COPIES = 2.5  # the same where the model's own head computes all logits, for each copy that dequantizing takes
 BACKWARD_AHEAD = 1.45  # of a block's layers, widths in and out summed, per position
 ATTENTION_AHEAD = 30.0  # tile-sized arrays of scores
 # Also fitted: what mlx's own operations keep, in arrays of their width.
@@ -142,6 +143,29 @@ def plan_memory(shape: ModelShape, run: RunShape, machine: Machine, budget_bytes
         machine: the machine that it will run on.
         budget_bytes: what it may use; default: the machine's working set.
     """
+    budget = machine.working_set_bytes if budget_bytes is None else min(budget_bytes, machine.working_set_bytes)
+    return largest_phase(phase_parts(shape, run, machine), machine, budget, shape.not_known)
+
+
+def largest_phase(
+    phases: dict[str, dict[str, int]], machine: Machine, budget: int, not_known: tuple[str, ...]
+) -> MemoryPlan:
+    """Return the plan whose parts are those of the phase that needs the most.
+
+    Args:
+        phases: phase -> part -> bytes.
+        machine: that it will run on.
+        budget: what it may use, in bytes.
+        not_known: see `MemoryPlan`.
+    """
+    sums = {name: sum(parts.values()) for name, parts in phases.items()}
+    peak = max(sums, key=sums.__getitem__)
+    parts = {name: size for name, size in phases[peak].items() if size}
+    return MemoryPlan(peak, parts, sums, min(machine.cache_bytes, budget // 16), budget, not_known)
+
+
+def phase_parts(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str, dict[str, int]]:
+    """Return what each phase of a run holds in memory: phase -> part -> bytes; arguments as for `plan_memory`."""
     if run.trained_positions is None:
         run = replace(run, trained_positions=ceil(shape.trained_share * run.positions))
     masters = SINGLE * shape.trained
@@ -152,7 +176,6 @@ def plan_memory(shape: ModelShape, run: RunShape, machine: Machine, budget_bytes
         # A step that is not compiled divides all gradients before it updates the first array, and still holds the sums.
         divided = run.of_step(0.0, 1.0, machine)
         copies = divided + (copies - divided) * min(1.0, ARRAYS_AHEAD / max(1, shape.trained_arrays))
-    budget = machine.working_set_bytes if budget_bytes is None else min(budget_bytes, machine.working_set_bytes)
     held = {
         "base": shape.base_bytes,
         "other models": shape.beside_bytes,
@@ -165,7 +188,7 @@ def plan_memory(shape: ModelShape, run: RunShape, machine: Machine, budget_bytes
     activations = {"activations": kept, "gradients": masters * run.accumulates}
     activations |= {} if run.teacher_top_k is None else {"records": _record_bytes(shape, run)}
     ahead = _backward_window(shape, run, machine)
-    one_block = max((kept_by(block, run, machine) for block in shape.blocks), default=0)
+    one_block = int(max((kept_by(block, run, machine) for block in shape.blocks), default=0))
     check, check_gradients, logits = _check_parts(shape, machine)
     again = 0 if run.checkpointing == "none" else most
     last_tile = 0 if shape.plain_loss else min(2 * machine.tile_bytes, 2 * SINGLE * run.slots * shape.vocabulary)
@@ -186,10 +209,7 @@ def plan_memory(shape: ModelShape, run: RunShape, machine: Machine, budget_bytes
         phases["teacher"] = {**beside, **_teacher_parts(shape.teacher, run, machine)}
     if run.rollout is not None:
         phases[ROLLOUT] = held | rollout_parts(shape, run.rollout, machine)
-    sums = {name: sum(parts.values()) for name, parts in phases.items()}
-    peak = max(sums, key=sums.__getitem__)
-    parts = {name: size for name, size in phases[peak].items() if size}
-    return MemoryPlan(peak, parts, sums, min(machine.cache_bytes, budget // 16), budget, shape.not_known)
+    return phases
 
 
 def _teacher_parts(teacher: ModelShape, run: RunShape, machine: Machine) -> dict[str, int]:
@@ -351,8 +371,10 @@ def _loss_window(shape: ModelShape, run: RunShape, machine: Machine) -> int:
     """Return the bytes of the loss: tiles of logits and exponentials, slices of the head, sums of the gradient."""
     slots, size = -(-run.slots // shape.loss_ranks), machine.number_bytes
     if shape.plain_loss:
-        # The logits, their softmax and their gradient.
-        return int(run.positions * shape.vocabulary * (3 * SINGLE + (size if size < SINGLE else 0)))
+        # The logits, their softmax and their gradient, and the head as floats, in both directions.
+        logits = run.positions * shape.vocabulary * (3 * SINGLE + (size if size < SINGLE else 0))
+        copies = HEAD_COPIES * machine.dense_copies if shape.head_packed else 0
+        return int(logits + copies * shape.vocabulary * shape.width * size)
     if not slots:
         return 0
     if machine.kernels.loss == "rows" or run.teacher_top_k is not None:  # distillation computes whole rows, too

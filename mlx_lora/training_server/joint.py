@@ -63,6 +63,7 @@ class JointPass:
         self._routing = stack_adapters(self._model, {number: model.model for number, model in models.items()})
         # A model may adapt the head.
         self._loss = PLAIN if isinstance(find_head(self._model, base.config), str) else alone
+        self._exchanged = next(iter(models.values())).exchanged
         self._holders = {number: holders_of(model.model) for number, model in models.items()}
 
     def compute(self, requests: Mapping[int, TokenRequest]) -> None:
@@ -115,7 +116,7 @@ class JointPass:
                 results.append((losses.sum(), piece))
             return mx.stack([one[0] for one in results]).sum(), results
 
-        with self._routing.to(shares, {}), left_unchanged(self._model):
+        with self._routing.to(shares, {}), left_unchanged(self._model), self._exchanged(self._model):
             (_, results), gradients = mx.value_and_grad(loss)(own)
         for part, held, (loss_sum, logprobs), grads in zip(group, holders, results, gradients, strict=True):
             named = {name: gradient for (name, _, _), gradient in zip(held, grads, strict=True)}

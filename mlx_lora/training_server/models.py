@@ -29,8 +29,10 @@ from mlx.utils import tree_map
 from mlx_lora.adapters.inject import adapt_layers, adapter_layers
 from mlx_lora.adapters.targets import ALL_LINEAR, Targets, select_targets, targets_of
 from mlx_lora.exporters.adapter_folder import AdapterInfo
+from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.measure import left_unchanged
-from mlx_lora.losses.check import choose_loss
+from mlx_lora.kernels.table import AUTO, choose_model_kernels, exchanging
+from mlx_lora.losses.check import activation_dtype, check_kernels, choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS
 from mlx_lora.models.head import find_head
 from mlx_lora.models.load import Base
@@ -54,6 +56,8 @@ MOST_RANK = 1024
 ATTENTION = re.compile(r"attn|attention|mixer|conv|ssm", re.IGNORECASE)
 # Positions of a micro-batch, padding included: with a fused head, and where all logits are in memory, as float32, with their gradient.
 POSITIONS, LOGIT_BYTES = 4096, 2**30
+# Rows of these lengths decide which kernels are measured; those of other lengths are of the same classes, or get the assumed one.
+LENGTHS = (64, 256, 1024)
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,11 @@ class TokenRequest:
         by_example(self.examples, batch.rows, np.array(logprobs), self.logprobs)
 
 
+def most_positions(plain_loss: bool, vocabulary: int) -> int:
+    """Return the most positions of a micro-batch; fewer where all logits are in memory, unless one row is longer."""
+    return max(256, min(POSITIONS, LOGIT_BYTES // (12 * vocabulary))) if plain_loss else POSITIONS
+
+
 def chosen_paths(model: nn.Module, config: dict[str, Any], shape: LoraShape) -> tuple[str, ...]:
     """Return the layers that a client's model adapts.
 
@@ -163,6 +172,7 @@ class TrainedModel:
     Attributes:
         shape: as it was created.
         taken: optimizer steps.
+        exchanged: returns the context in which a model with these layers computes with the kernels of training.
     """
 
     def __init__(self, base: Base, shape: LoraShape, limits: ModelLimits):
@@ -180,13 +190,15 @@ class TrainedModel:
         adapt_layers(self.model, dict.fromkeys(self.targets.paths, (shape.rank, ALPHA / shape.rank)), seed=shape.seed)
         self.model.train()
         self._loss = choose_loss(self.model, base.config)
+        lengths = [length for length in LENGTHS if length <= limits.context]
+        chosen = choose_model_kernels(self.model, lengths, AUTO, activation_dtype(self.model))
+        kernels, _ = check_kernels(self.model, base.config, self._loss, chosen)
+        self.exchanged = exchanging(None) if kernels is None else exchanging(attend, kernels)
         self.masters = Masters(self.model, flat=True)
         self.masters.hand_out()
         self.moments = [tree_map(mx.zeros_like, self.masters.arrays) for _ in range(2)]
         self._gradients: dict[str, mx.array] | None = None
-        self._most_positions = POSITIONS
-        if self._loss.kernel == PLAIN_LOGITS:
-            self._most_positions = max(256, min(POSITIONS, LOGIT_BYTES // (12 * limits.vocabulary)))
+        self._most_positions = most_positions(self._loss.kernel == PLAIN_LOGITS, limits.vocabulary)
         mx.eval(self.masters.arrays, self.moments)
 
     @property
@@ -242,7 +254,7 @@ class TrainedModel:
             logprobs = -self._loss.tokens(model, *arrays)
             return request.row.of_tokens(logprobs, batch.given, request.numbers).sum(), logprobs
 
-        with left_unchanged(self.model):
+        with left_unchanged(self.model), self.exchanged(self.model):
             if not request.backward:
                 request.add(batch, *loss(self.model, *batch.arrays), None)
                 return

@@ -7,9 +7,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from conftest import quantized, tiny_model
 
+from mlx_lora.adapters.inject import adapt_layers
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.models.meta import model_shape
 from mlx_lora.planner.fit import DataLimits, fit
 from mlx_lora.planner.memory import plan_memory
 from mlx_lora.planner.shapes import Block, Layer, Machine, ModelShape, RunShape
@@ -255,3 +258,16 @@ def test_the_shapes_are_those_of_the_run():
     found = batch_shapes(settings, rows, None)(835)
     plan = training_plan(settings.loop, rows, 2.0)
     assert sorted(found) == sorted({plan.batch(0, n).inputs.shape for n in range(len(plan))})
+
+
+@pytest.mark.parametrize("bits", [None, 4], ids=["float", "4-bit"])
+def test_a_quantized_head_that_is_adapted_counts_as_quantized(bits):
+    """Its logits are computed by the model itself, from a copy of the head as floats."""
+    model = tiny_model() if bits is None else quantized(tiny_model(), bits)
+    model.freeze()
+    adapt_layers(model, {"model.embed_tokens": (4, 1.0)})
+    shape = model_shape(model, {"vocab_size": 288})
+    assert shape.plain_loss
+    assert shape.head_packed == (bits is not None)
+    logits = [plan_memory(replace(shape, head_packed=packed), RUN, CPU).phases["loss"] for packed in (False, True)]
+    assert logits[1] > logits[0]
