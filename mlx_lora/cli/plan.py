@@ -17,8 +17,7 @@ from typing import Any
 
 import click
 
-from mlx_lora.api.plan import plan_run
-from mlx_lora.api.plan_clients import MOST_CLIENTS, plan_training_server
+from mlx_lora.api.plan import choose_machine, plan_run
 from mlx_lora.api.plan_macs import LATENCY_S, LINK_GBIT, MacSpec, equal_macs, parse_macs, plan_on_macs, splits_line
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import read_settings, train_settings
@@ -27,6 +26,7 @@ from mlx_lora.config.sweep import BUDGET, read_budget
 from mlx_lora.parallel.hosts import macs_of
 from mlx_lora.planner.several_macs import Link
 from mlx_lora.planner.speed import find_chip
+from mlx_lora.training_server.plan import MOST_CLIENTS, plan_training_server
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import counted, gigabytes
@@ -119,7 +119,7 @@ def main(
                 "--clients: only --model, --rank, --max-seq-length, --memory-budget, --chip and --memory-gb go with it, because clients "
                 "bring the rest; leave other flags out"
             )
-        planned = plan_training_server(settings, clients, chip, memory_gb)
+        planned = plan_training_server(settings, clients, choose_machine(settings, chip, memory_gb)[0])
         console.print_json(planned) if as_json else click.echo(render_clients(planned))
         return
     if macs is not None or hostfile is not None:

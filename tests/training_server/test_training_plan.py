@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from run_cli import run
 
-from mlx_lora.api.plan_clients import plan_training_server
 from mlx_lora.config.load import train_settings
 from mlx_lora.models.load import load_base
+from mlx_lora.planner.machine import this_machine
 from mlx_lora.serving.batch import Sampling
 from mlx_lora.training_server.examples import Example
 from mlx_lora.training_server.models import AdamNumbers, LoraShape
+from mlx_lora.training_server.plan import plan_training_server
 from mlx_lora.training_server.sampler import SamplingJob
 from mlx_lora.training_server.worker import Worker, WorkerSettings
 from mlx_lora.utils.errors import InputError
@@ -23,9 +24,8 @@ CLIENTS, RANK, WIDTH = 3, 32, 128
 
 
 def planned(folder, clients=CLIENTS, **settings):
-    return plan_training_server(
-        train_settings({"model": str(folder), "rank": RANK, "max_seq_length": WIDTH, **settings}), clients
-    )
+    asked = train_settings({"model": str(folder), "rank": RANK, "max_seq_length": WIDTH, **settings})
+    return plan_training_server(asked, clients, this_machine("auto"))
 
 
 def use_all(worker: Worker, plan: dict) -> None:
@@ -89,4 +89,4 @@ def test_the_command_says_how_many_clients_fit(tiny_folder):
 
 def test_a_model_is_required():
     with pytest.raises(InputError, match="--model"):
-        plan_training_server(train_settings({}), 2)
+        plan_training_server(train_settings({}), 2, this_machine("auto"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mlx_lora.api.plan import MEMORY_FACTS, choose_machine
 from mlx_lora.config.settings import AdapterSettings, ServeSettings
 from mlx_lora.models.head import find_head
 from mlx_lora.models.meta import outline_for
@@ -20,13 +19,14 @@ from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.planner.shapes import Machine
 
 MOST_CLIENTS = 1024
+# What the plan has of a `MemoryPlan`.
+FACTS = ("fits", "peak_bytes", "parts", "cache_bytes", "needed_bytes", "budget_bytes", "phase", "phases")
 
 
-def plan_training_server(
-    settings: TrainSettings, clients: int, chip: str | None = None, memory_gb: int | None = None
-) -> dict[str, Any]:
+def plan_training_server(settings: TrainSettings, clients: int, machine: Machine) -> dict[str, Any]:
     """Return the plan of a server whose clients each train one adapter; no weights are read.
 
     Each client adapts all linear layers and, where that is possible, the head, as Tinker's do by default. Requests have rows of
@@ -36,17 +36,16 @@ def plan_training_server(
     Args:
         settings: of the model, and of the rank, the longest row and the memory budget.
         clients: that train at a time.
-        chip, memory_gb: as for `plan`.
+        machine: that it runs on.
 
     Returns:
         `fits`, `peak_bytes`, `parts`, `most_clients`, and more.
 
     Raises:
-        InputError: there is no such chip or model.
+        InputError: there is no such model.
     """
     if not settings.model.model:
         raise InputError("--model is required: a hub id, a folder, a config.json or a .gguf file")
-    machine, _ = choose_machine(settings, chip, memory_gb)
     dtype = settings.model.dtype
     if dtype == "auto":  # a GPU computes with 16 bits, even if this machine does not
         dtype = "float32" if machine.number_bytes == 4 else "bfloat16"
@@ -69,7 +68,7 @@ def plan_training_server(
     memory = planned(clients)
     return {
         "not_known": list(shape.not_known),
-        **{name: getattr(memory, name) for name in MEMORY_FACTS},
+        **{name: getattr(memory, name) for name in FACTS},
         "clients": clients,
         "most_clients": largest_that_fits(lambda number: planned(number).fits, MOST_CLIENTS, step=1),
         "rank": rank,
