@@ -7,7 +7,7 @@ Shapes: N texts, K outputs of the head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,10 @@ from mlx_lora.utils.errors import InputError
 PREDICTED, ERROR = "predicted", "error"
 
 
-def with_length_of_run(data: DataSettings, adapter: Path) -> DataSettings:
-    """Return the settings with the length at which the adapter's run cut its texts, unless they have another than the default."""
+def with_length_of_run(data: DataSettings, given: Collection[str], adapter: Path) -> DataSettings:
+    """Return the settings with the length at which the adapter's run cut its texts, unless the user gave one."""
     length = run_of(adapter).get("max_seq_length")
-    if data.max_seq_length != DataSettings.max_seq_length or type(length) is not int:
+    if "max_seq_length" in given or type(length) is not int:
         return data
     return replace(data, max_seq_length=length)
 

@@ -208,7 +208,7 @@ def load_scorer(engine: Engine, folder: Path) -> TextScorer:
     info = load_adapter(twin, folder, scores=True)
     if info.chat_template:
         twin.hf_tokenizer.chat_template = info.chat_template
-    return TextScorer.of(twin, info.head, with_length_of_run(DataSettings(), folder))
+    return TextScorer.of(twin, info.head, with_length_of_run(DataSettings(), (), folder))
 
 
 def texts_of(given: Any, name: str) -> list[Text]:
