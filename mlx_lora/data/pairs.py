@@ -114,9 +114,16 @@ class TextForm:
             tokenizer: of the model; it adds what it puts around a text.
             query: whether they are queries, or documents.
         """
+        return self.encode_and_tell(texts, tokenizer, query)[0]
+
+    def encode_and_tell(
+        self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, query: bool
+    ) -> tuple[list[np.ndarray], list[bool]]:
+        """Return the token ids of texts as `encode` does, with a fast tokenizer, and whether each text was cut."""
         prompt = self.query_prompt if query else self.document_prompt
-        ids = tokenizer([prompt + text for text in texts], truncation=True, max_length=self.max_length)["input_ids"]
-        return [np.array(row, np.int32) for row in ids]
+        found = tokenizer([prompt + text for text in texts], truncation=True, max_length=self.max_length)
+        cut = [bool(one.overflowing) for one in found.encodings or []]
+        return [np.array(row, np.int32) for row in found["input_ids"]], cut
 
 
 def parse_texts(record: Fields, form: TextForm = TextForm()) -> list[TextPair]:
@@ -241,14 +248,16 @@ def encode_pairs(rows: TextRows, form: TextForm, tokenizer: PreTrainedTokenizerB
         labels += own + [ABSENT] * (group - len(own))
         queries.append(pair.query)
         documents += texts + [""] * (group - 1 - len(texts))
-    of_queries, wanted = form.encode(queries, tokenizer, True), sorted(set(documents) - {""})
-    known = dict(zip(wanted, form.encode(wanted, tokenizer, False), strict=True)) | {"": np.zeros(1, np.int32)}
+    of_queries = zip(*form.encode_and_tell(queries, tokenizer, True), strict=True)
+    wanted = sorted(set(documents) - {""})
+    known = {"": (np.zeros(1, np.int32), False)}
+    known |= dict(zip(wanted, zip(*form.encode_and_tell(wanted, tokenizer, False), strict=True), strict=True))
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for number, query in enumerate(of_queries):
         own = [query, *(known[text] for text in documents[number * (group - 1) : (number + 1) * (group - 1)])]
-        if max(map(len, own)) >= form.max_length:
+        if any(cut for _, cut in own):
             rows.truncated.append(rows.locations[number])
-        found += [(ids, np.zeros(len(ids), bool)) for ids in own]
+        found += [(ids, np.zeros(len(ids), bool)) for ids, _ in own]
     return EncodedSet.from_rows(found).grouped(group, np.array(labels, np.float32)).with_end_scores()
 
 

@@ -307,6 +307,15 @@ def test_fewer_negatives_than_others_are_marked(tmp_path, tiny_folder):
     assert fewer.train.group == 3
 
 
+def test_a_text_of_exactly_the_most_tokens_is_not_cut(tmp_path, tiny_folder):
+    base = load_base(ModelSettings(model=str(tiny_folder)))
+    rows = [{"query": "q", "pos": "x" * 12}, {"query": "r", "pos": "y" * 13}, {"query": "s" * 13, "pos": "z"}]
+    data = DataSettings(data=str(write(tmp_path / "a.jsonl", rows)), valid_fraction=0)
+    splits, _ = load_pairs(data, TextForm(max_length=12), base.hf_tokenizer, 0)
+    assert max(splits.train.lengths) == 12 + 1  # and what marks the end
+    assert (splits.report.truncated, [row.line for row in splits.report.truncated_rows]) == (2, [2, 3])
+
+
 # Runs
 
 
