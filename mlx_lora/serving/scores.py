@@ -170,8 +170,10 @@ async def a_few_at_a_time(
                 tokens += count
     except TimeoutError:
         raise ApiError(504, f"the texts took longer than {timeout_s:g} s; send fewer of them", "timeout") from None
-    except (Stopped, InputError) as error:
+    except Stopped as error:
         raise api_error(error) from None
+    except InputError as error:
+        raise ApiError(400, " ".join(str(error).split()), "invalid_value") from None
     return np.concatenate(found), tokens
 
 
