@@ -16,9 +16,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings, TrainSettings
 from mlx_lora.data.pairs import TextForm
 from mlx_lora.exporters.adapter_folder import load_adapter, run_of
+from mlx_lora.exporters.sentence_transformers import EmbeddingForm
 from mlx_lora.losses.contrastive import normalized
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.embed import Embedder, ModelFiles, form_of, kept_choices, with_choices
@@ -97,6 +99,22 @@ def batches_of(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
         else:
             batches.append([number])
     return batches
+
+
+def form_of_run(base: Base, adapter: Path) -> EmbeddingForm | None:
+    """Return what makes the vectors of the run that trained an adapter; None: it trained no vectors.
+
+    Args:
+        base: with or without the adapter.
+        adapter: its folder.
+    """
+    run = run_of(adapter)
+    if run.get("objective") != "embed":
+        return None
+    settings, model = train_settings({**kept_choices(run), "objective": "embed"}), ModelFiles.of(base)
+    asked = with_choices(settings.objective, model)
+    width, longest = Embedder.of(base.model, asked.pooling or "").width, form_of(settings, model).max_length
+    return EmbeddingForm(asked.pooling or "", width, asked.query_prompt or "", asked.document_prompt or "", longest)
 
 
 def open_embedder(

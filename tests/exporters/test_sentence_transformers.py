@@ -45,6 +45,7 @@ def adapters(models, tmp_path_factory):
         ran = run(
             "train", "--objective", "embed", "--model", model, "--data", folder / "pairs.jsonl", "--adapter-path",
             folder / name, "--iters", 3, "--learning-rate", "5e-3", "--rank", 4, "--query-prompt", PROMPT, "--max-seq-length", 48,
+            "--pooling", "mean",
         )  # fmt: skip
         assert ran.code == 0, ran.err
     return {name: folder / name for name in models}
@@ -74,6 +75,28 @@ def test_a_merged_folder_is_a_model_of_ours(models, adapters, tmp_path):
     assert run(*common, "--to", "sentence-transformers").code == 0
     merged = mlx_lora.embed(out, TEXTS, query=True)  # with the prompt and the pooling of its files
     assert np.allclose(merged, mlx_lora.embed(models["encoder"], TEXTS, adapters["encoder"], query=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["decoder", "encoder"])
+def test_a_fused_model_keeps_pooling_and_prompts(name, models, adapters, tmp_path):
+    """Its rounding is not measured by a loss on tokens, which vectors do not have."""
+    common = ("fuse", "--model", models[name], "--adapter-path", adapters[name])
+    ran = run(*common, "--out", tmp_path / "fused", "--json")
+    assert ran.code == 0, ran.err
+    for query in (False, True):
+        wanted = mlx_lora.embed(models[name], TEXTS, adapters[name], query=query)
+        assert np.abs(mlx_lora.embed(tmp_path / "fused", TEXTS, query=query) - wanted).max() < 1e-5
+        assert np.abs(mlx_lora.embed(models[name], TEXTS, query=query) - wanted).max() > 1e-3
+    one_line(
+        run(*common, "--out", tmp_path / "b", "--data", adapters[name].parent / "pairs.jsonl"),
+        "evaluate --objective embed",
+    )
+    ran = run(*common, "--bits", 4, "--out", tmp_path / "four", "--json")
+    assert ran.code == 0, ran.err
+    facts = json.loads(ran.out)
+    assert facts["error_mean"] > 0.05
+    assert (facts["rows"], facts["loss_base"]) == (0, None)
+    assert (tmp_path / "four" / "modules.json").is_file()
 
 
 def test_only_embedders_have_this_form(models, adapters, tmp_path):
