@@ -409,8 +409,10 @@ def test_trials_that_were_stopped_go_on(brief, tiny_folder, data, tmp_path, monk
 
 
 def test_a_run_that_is_too_short_for_trials_is_refused(tiny_folder, data, tmp_path):
-    with pytest.raises(InputError, match="too few steps"):
+    with pytest.raises(InputError, match=r"has 20 steps, .*--iters \d+") as refused:
         find_learning_rate(auto(tiny_folder, data, tmp_path / "a", iters=20))
+    named = int(str(refused.value).split("--iters ")[1])
+    assert 20 < named <= 80
     assert not (tmp_path / "a" / "trials").exists()
     one_line(run("train", "--model", tiny_folder, "--data", data, "--learning-rate", "fast"), "auto")
 
