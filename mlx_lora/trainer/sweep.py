@@ -244,7 +244,8 @@ class Rounds:
             if common_round(left) >= end or all(one.ended is not None for one in left):
                 return
         with quieter(trials[0].name, self.header) as said:
-            runs = SeveralRuns.open([trial.settings for trial in trials], [trial.name for trial in trials], self.base)
+            settings, names = [trial.settings for trial in trials], [trial.name for trial in trials]
+            runs = SeveralRuns.open(settings, names, self.base, may_restart=True)
             with runs.begun(lambda member: self._learn(kind, member)):
                 said.begins = self.header = False
                 self.totals.setdefault(kind, max(one.ended or 0 for one in left))  # where all were over before

@@ -172,11 +172,11 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(found, tiny_folder, 
 def test_as_many_at_once_as_fit(found, tiny_folder, data, tmp_path, monkeypatch):
     groups, own = [], SeveralRuns.open.__func__
 
-    def noted(cls, runs, *others):
+    def noted(cls, runs, *others, **more):
         groups.append(len(runs))
         if len(runs) > 2:
             raise TooManyRuns(len(runs), 2)
-        return own(cls, runs, *others)
+        return own(cls, runs, *others, **more)
 
     monkeypatch.setattr(sweeping, "how_many_fit", lambda runs: 4)
     monkeypatch.setattr(SeveralRuns, "open", classmethod(noted))
