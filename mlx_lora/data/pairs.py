@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.examples import BadRow, EmptyRecord, Fields, FormatError, MissingColumn, keys_of
+from mlx_lora.data.examples import BadRow, EmptyRecord, Fields, FormatError, MissingColumn, keys_of, number_of
 from mlx_lora.data.files import DataFile, find_sets
 from mlx_lora.data.load import DataSplits
 from mlx_lora.data.mix import joined_groups, split_by_group
@@ -57,6 +57,7 @@ DOCUMENTS = (
 NEGATIVES = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?")
 SCORES = ("score", "similarity", "similarity_score")
 LABEL = "label"  # a score, between two sentences
+TABLES = (".csv", ".tsv")
 ABSENT = -1.0  # as in losses/contrastive.py
 READ = (
     "data",
@@ -153,11 +154,12 @@ def parse_texts(record: Fields, form: TextForm = TextForm()) -> list[TextPair]:
     score = next((known[name] for name in (*SCORES, LABEL) if name in known), None)
     if score is None:
         return [TextPair(query, document, tuple(negatives)) for document in documents]
-    if isinstance(score, bool) or not isinstance(score, int | float) or not np.isfinite(score):
+    value = number_of(score)
+    if value is None:
         raise FormatError(f"the score is {score!r}; it must be a number")
     if refused:
         raise FormatError(f"found {keys_of(record)}; a score is for two texts without negatives: leave one of them out")
-    return [TextPair(query, document, score=float(score)) for document in documents]
+    return [TextPair(query, document, score=value) for document in documents]
 
 
 def _text(value: Any, name: str) -> str:
@@ -214,8 +216,11 @@ def read_texts(files: Sequence[DataFile], form: TextForm, rows: TextRows | None 
             if isinstance(record, BadRow):
                 rows.dropped.append(DroppedRow(file.name, record.line, record.why, record.unit))
                 continue
+            value = record.value
+            if file.path.suffix.lower() in TABLES:  # where a cell without a negative is an empty text
+                value = {name: cell for name, cell in value.items() if cell or not NEGATIVES.fullmatch(name.lower())}
             try:
-                found = parse_texts(record.value, form)
+                found = parse_texts(value, form)
                 if form.needs_negatives and not found[0].negatives:
                     raise FormatError(
                         "it has no negative, and --embed-loss triplet compares with one: add it, or use infonce"
