@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +14,7 @@ from run_cli import one_line, run
 
 import mlx_lora
 from mlx_lora.models.encoder import Model, ModelArgs
+from mlx_lora.utils.errors import InputError
 
 pytestmark = [
     pytest.mark.parity,
@@ -97,6 +99,35 @@ def test_a_fused_model_keeps_pooling_and_prompts(name, models, adapters, tmp_pat
     assert facts["error_mean"] > 0.05
     assert (facts["rows"], facts["loss_base"]) == (0, None)
     assert (tmp_path / "four" / "modules.json").is_file()
+
+
+def test_the_model_card_does_not_ask_for_text(models, adapters, tmp_path):
+    for folder in adapters.values():
+        card = (folder / "README.md").read_text()
+        assert "generate" not in card
+        assert "pipeline_tag: feature-extraction" in card
+        assert "mlx-lora embed" in card
+        assert "--to sentence-transformers-peft" in card
+    common = ("--model", models["decoder"], "--adapter-path", adapters["decoder"])
+    assert run("export", *common, "--to", "peft", "--out", tmp_path / "peft").code == 0
+    assert "generate" not in (tmp_path / "peft/README.md").read_text()
+
+
+def test_a_merged_adapter_gives_vectors_as_its_parts_do(models, adapters, tmp_path):
+    model, adapter = models["decoder"], adapters["decoder"]
+    shutil.copytree(adapter, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints"))
+    parts = {str(adapter): 0.5, str(tmp_path / "other"): 0.5}
+    merged = mlx_lora.merge(model, parts, out=tmp_path / "merged", evaluate=False).adapter
+    for query in (False, True):
+        wanted = mlx_lora.embed(model, TEXTS, adapter, query=query)
+        assert np.abs(mlx_lora.embed(model, TEXTS, merged, query=query) - wanted).max() < 1e-5
+    assert "generate" not in (merged / "README.md").read_text()
+    settings = (adapter / "run.yaml").read_text()
+    assert "pooling: mean" in settings
+    (tmp_path / "other/run.yaml").write_text(settings.replace("pooling: mean", "pooling: last"))
+    with pytest.raises(InputError, match=r"--pooling last, .*--pooling mean"):
+        mlx_lora.merge(model, parts, out=tmp_path / "b", evaluate=False)
+    assert not (tmp_path / "b").exists()
 
 
 def test_only_embedders_have_this_form(models, adapters, tmp_path):
