@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,7 +128,7 @@ def score_of(trial: Trial, until: int) -> Score:
     if Left.of(trial.folder).error is not None:
         return DIVERGED
     records = read_records(trial.folder / "metrics.jsonl")
-    validations = [line for line in records if line["val_loss"] is not None and 0 < line["step"] <= until]
+    validations = [line for line in records if _is_validation(line) and 0 < line["step"] <= until]
     if not validations:
         raise InputError(
             "a sweep compares held-out losses, and there are none; give the data a validation file, or leave --valid-fraction and "
@@ -141,6 +141,11 @@ def score_of(trial: Trial, until: int) -> Score:
     ]
     used = parse_yaml((trial.folder / "run.yaml").read_text(encoding="utf-8"))
     return min(scores) if used["keep_best"] else scores[-1]
+
+
+def _is_validation(line: Mapping[str, Any]) -> bool:
+    """Tell whether a line of metrics.jsonl is a validation's; a loss that is not finite is null there, and it has no examples."""
+    return line["val_loss"] is not None or line.get("examples") == 0
 
 
 def _number(value: Any, sign: int = 1) -> float:
