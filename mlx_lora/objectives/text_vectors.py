@@ -8,7 +8,7 @@ Shapes: N texts, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_lora.config.load import train_settings
-from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings, TrainSettings
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.data.pairs import TextForm
 from mlx_lora.exporters.adapter_folder import load_adapter, run_of
 from mlx_lora.exporters.sentence_transformers import EmbeddingForm
@@ -118,15 +118,21 @@ def form_of_run(base: Base, adapter: Path) -> EmbeddingForm | None:
 
 
 def open_embedder(
-    settings: TrainSettings, base: Base, adapter: Path | None = None, ignore_fingerprint: bool = False, **more: Any
+    settings: TrainSettings,
+    base: Base,
+    adapter: Path | None = None,
+    ignore_fingerprint: bool = False,
+    given: Collection[str] = (),
+    **more: Any,
 ) -> TextEmbedder:
     """Return what computes the vectors of a model, with an adapter's choices of pooling and prompts if it has one.
 
     Args:
-        settings: what the user gave of pooling, prompts and --max-seq-length decides.
+        settings: what the user gave of pooling and prompts decides.
         base: the model; it gets the adapter.
         adapter: its folder.
         ignore_fingerprint: as for `load_adapter`.
+        given: names of the settings that the user gave; if --max-seq-length is among them, it decides, too.
         more: of `TextEmbedder`.
 
     Raises:
@@ -136,7 +142,7 @@ def open_embedder(
     asked = settings.objective
     chosen = {name: kept[name] for name in kept if name != "max_seq_length" and getattr(asked, name) is None}
     data = settings.data
-    if "max_seq_length" in kept and data.max_seq_length == DataSettings.max_seq_length:
+    if "max_seq_length" in kept and "max_seq_length" not in given:
         data = replace(data, max_seq_length=int(kept["max_seq_length"]))
     asked = with_choices(replace(asked, **chosen), ModelFiles.of(base))
     form = form_of(replace(settings, objective=replace(asked, embed_loss=None), data=data), ModelFiles.of(base))

@@ -101,6 +101,18 @@ def test_a_fused_model_keeps_pooling_and_prompts(name, models, adapters, tmp_pat
     assert (tmp_path / "four" / "modules.json").is_file()
 
 
+def test_a_length_that_is_given_counts(models, adapters):
+    """The usual one, too: 48 tokens are those of the run."""
+
+    def vectors(text: str, **more) -> np.ndarray:
+        return mlx_lora.embed(models["decoder"], [text], adapters["decoder"], **more)
+
+    long = "long " * 30
+    assert np.allclose(vectors(long), vectors(long[:48]), atol=1e-6)
+    assert np.abs(vectors(long, max_seq_length=2048) - vectors(long)).max() > 1e-3
+    assert np.abs(vectors(long, max_seq_length=16) - vectors(long)).max() > 1e-3
+
+
 def test_the_model_card_does_not_ask_for_text(models, adapters, tmp_path):
     for folder in adapters.values():
         card = (folder / "README.md").read_text()
