@@ -383,9 +383,14 @@ def test_a_run_learns_and_keeps_what_its_vectors_are(trained):
     assert "embed_loss: infonce" in settings
 
 
-def test_its_adapter_writes_no_text(trained, tiny_folder):
+def test_its_adapter_writes_no_text(trained, tiny_folder, tmp_path):
     says = "gives vectors, not text"
     one_line(run("generate", "--model", tiny_folder, "--adapter-path", trained, "--prompt", "x"), says)
+    rows = write(tmp_path / "a.jsonl", [{"question": "q", "answer": "d"}])  # an example of either objective
+    measured = ("evaluate", "--model", tiny_folder, "--adapter-path", trained, "--data", rows)
+    one_line(run(*measured), says)
+    one_line(run(*measured, "--forgetting"), says)
+    assert run(*measured, "--objective", "embed").code == 0
     with pytest.raises(InputError, match=says):
         mlx_lora.load(tiny_folder).generate("x", adapter=trained)
     with pytest.raises(InputError, match=says):  # chat, evaluate --tasks, POST /v1/adapters
