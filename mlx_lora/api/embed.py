@@ -6,7 +6,7 @@ Shapes: N texts, Q queries, M documents, D width.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def embed(
     resolved = run_settings(loaded.settings, {**settings, "objective": "embed"})
     folder = None if adapter is None else resolve_adapter(os.fspath(adapter), None)
     with loaded.loaded.lent() as lent:
-        return open_embedder(resolved, lent, folder, dims=dims, normalize=normalize)(texts, query)
+        return open_embedder(resolved, lent, folder, given=settings, dims=dims, normalize=normalize)(texts, query)
 
 
 # Search
@@ -128,6 +128,7 @@ def measure_embeddings(
     adapter: Path | None = None,
     ignore_fingerprint: bool = False,
     corpus: str | None = None,
+    given: Collection[str] = (),
     **more: Any,
 ) -> dict[str, Any]:
     """Return what `evaluate --objective embed --json` prints: measures of the model, and with an adapter those of its base.
@@ -138,6 +139,7 @@ def measure_embeddings(
         adapter: its folder.
         ignore_fingerprint: as for `load_adapter`.
         corpus: files with more documents to search in.
+        given: as for `open_embedder`.
         more: of `TextEmbedder`.
 
     Raises:
@@ -152,7 +154,7 @@ def measure_embeddings(
     found: dict[str, Any] = {}
     if adapter:  # the base with the adapter's own prompts would be another model than the one it began as
         found |= {f"base_{name}": value for name, value in _measured(plain, rows, of).items()}
-        plain = open_embedder(settings, base, adapter, ignore_fingerprint, **more)
+        plain = open_embedder(settings, base, adapter, ignore_fingerprint, given, **more)
     found = _measured(plain, rows, of) | found
     counts = {"rows": len(rows.pairs)} | (
         {} if of is None else {"queries": len(of.queries), "documents": len(of.documents)}

@@ -208,10 +208,5 @@ def _judged(asked: TasksRequest, name: str, answered: RowsAnswered) -> tuple[lis
         for adapter in asked.adapters:
             verdict = judge_pairs(judge, pairs_of(questions, expected, texts, adapter), asked.stopped)
             scores.append(verdict.score(name, shown, adapter))
-            ties = verdict.rows - verdict.wins - verdict.losses
-            words = f"judge {shown}, {adapter} against base: {verdict.wins} wins, {verdict.losses} losses, {ties} ties"
-            if verdict.agreement is not None:
-                words += f"; both orders agree on {verdict.agreement:.0%} of {verdict.asked} pairs"
-                words += " (below two thirds, do not rely on it)" if verdict.agreement < 2 / 3 else ""
-            notes.append(words)
+            notes += verdict.notes(shown, adapter)
     return scores, notes

@@ -15,9 +15,8 @@ from mlx_lora.adapters.qat import FUSED_ONLY
 from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
-from mlx_lora.config.load import train_settings
 from mlx_lora.exporters.adapter_config import LABELS_FILE, SAME_LAYOUT, label_names
-from mlx_lora.exporters.adapter_folder import load_adapter, run_of, save_adapter, trains_tower
+from mlx_lora.exporters.adapter_folder import load_adapter, save_adapter, trains_tower
 from mlx_lora.exporters.card import CARD_FILE, check_repo, push, read_facts, write_card
 from mlx_lora.exporters.fuse import Rounding, take_stored_dtypes, write_fused
 from mlx_lora.exporters.mlx_vlm import write_mlx_vlm
@@ -29,7 +28,7 @@ from mlx_lora.models.convert import copy_side_files
 from mlx_lora.models.folder import write_json
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
-from mlx_lora.objectives.embed import Embedder, ModelFiles, form_of, kept_choices, with_choices
+from mlx_lora.objectives.text_vectors import form_of_run
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
 from mlx_lora.utils.hub import resolve_adapter
@@ -348,17 +347,12 @@ def _embedding_form(job: Export) -> EmbeddingForm:
     Raises:
         InputError: it trained no vectors.
     """
-    run = run_of(job.adapter) if job.adapter else {}
-    if run.get("objective") != "embed":
+    form = form_of_run(job.base, job.adapter) if job.adapter else None
+    if form is None:
         raise InputError(
             f"--to {job.settings.to}: {job.adapter} was not trained with --objective embed; export it to another format"
         )
-    settings = train_settings({**kept_choices(run), "objective": "embed"})
-    asked = with_choices(settings.objective, ModelFiles.of(job.base))
-    width, form = Embedder.of(job.base.model, asked.pooling or "").width, form_of(settings, ModelFiles.of(job.base))
-    return EmbeddingForm(
-        asked.pooling or "", width, asked.query_prompt or "", asked.document_prompt or "", form.max_length
-    )
+    return form
 
 
 def _use_sentence_transformers(job: Export) -> list[str]:

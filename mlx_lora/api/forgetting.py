@@ -44,7 +44,7 @@ from mlx_lora.data.chat_template import encode_prompt, own_template, resolve_tem
 from mlx_lora.data.formats import without_names
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.data.sampler import BatchPlan
-from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter
 from mlx_lora.losses.cross_entropy import log_sum_exp
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.load import Base, check_token_ids
@@ -194,6 +194,7 @@ def _put_adapters(
     models, words, templates = {}, {}, {}
     for folder, name in zip(folders, adapter_names(folders), strict=True):
         adapted = without_adapter(base)
+        check_writes_text(folder)
         info = load_adapter(adapted, folder, ignore_fingerprint)
         models[name], templates[name] = adapted, info.chat_template
         words[name] = info.method if info.method == "full" else f"{info.method}, rank {info.rank}"

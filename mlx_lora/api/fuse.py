@@ -22,8 +22,10 @@ from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.exporters.bits_budget import Budget
 from mlx_lora.exporters.compensate import CalibrationTokens
 from mlx_lora.exporters.fuse import Rounding, Survival, is_rounded, write_fused
+from mlx_lora.exporters.sentence_transformers import write_form
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base, load_base
+from mlx_lora.objectives.text_vectors import form_of_run
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replacing_folder
 
@@ -110,22 +112,26 @@ def fuse(model: ModelSettings, adapter: Path, asked: FuseSettings, ignore_finger
     ways: list[Rounding] = []
 
     def write(out: Path, number: int, *, force: bool) -> tuple[Fused, bool]:
+        """Write the model rounded in one of the ways, and return what was written and whether it predicts tokens."""
         base = load_base(model)  # again for each way: writing changes it
         info = load_adapter(base, adapter, ignore_fingerprint, scores=None)
-        scores = SCORE_WEIGHT in info.full
-        if asked.data and scores:
+        scores, form = SCORE_WEIGHT in info.full, form_of_run(base, adapter)
+        if asked.data and (scores or form):
+            what, objective = ("a reward model has", "reward") if scores else ("embeddings have", "embed")
             raise InputError(
-                "--data: a reward model has no loss on answers; leave it out, and use evaluate --objective reward"
+                f"--data: {what} no loss on answers; leave it out, and use evaluate --objective {objective}"
             )
         ways.extend([] if ways else ways_to_round(base, adapter, asked))
         survival = write_fused(base, out, info, ways[number], force=force, keep_dtype=model.dtype != "auto")
-        return Fused(base.model_id, len(info.full), ways[number], survival), scores
+        if form:
+            write_form(out, form, base.hf_tokenizer)
+        return Fused(base.model_id, len(info.full), ways[number], survival), not (scores or form)
 
     def read(out: Path) -> Base:
         return load_base(replace(model, model=str(out), revision=None, bits=None))
 
-    best, scores = write(asked.out, 0, force=asked.force)
-    if scores or not (asked.data or best.summary()["error_mean"] > HARMLESS):
+    best, predicts = write(asked.out, 0, force=asked.force)
+    if not predicts or not (asked.data or best.summary()["error_mean"] > HARMLESS):
         return best
     meter = GainMeter.of_adapter(model, adapter, asked.data, ignore_fingerprint)
     best = replace(best, gain=meter.compare(read(asked.out)))

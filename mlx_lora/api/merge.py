@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import yaml
 
 from mlx_lora.adapters.base import SWITCH
 from mlx_lora.adapters.inject import adapt_layers, adapter_layers, remove_adapters
@@ -22,13 +23,15 @@ from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
 from mlx_lora.api.fused_gain import affordable_batches, given_rows, loss_on, rows_of_run
+from mlx_lora.config.fields import flag_of
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.files import find_sets
-from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, save_adapter
+from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, run_of, save_adapter
 from mlx_lora.exporters.card import CardFacts, write_card
 from mlx_lora.models.folder import write_json
 from mlx_lora.models.load import Base
 from mlx_lora.models.tower_files import of_tower
+from mlx_lora.objectives.embed import kept_choices
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable, replacing_file
 from mlx_lora.utils.hub import resolve_adapter
@@ -36,7 +39,8 @@ from mlx_lora.utils.progress import tracked
 
 log = logging.getLogger(__name__)
 
-FACTS_FILE = "merge.json"
+FACTS_FILE, RUN_FILE = "merge.json", "run.yaml"
+LENGTH = "max_seq_length"
 MODEL_S = 10.0  # seconds for each model on each set of rows
 MOST_WEIGHT = 100  # as for the server's blends
 # These keep rows equal that are equal within a base's groups, so that a merged qa-lora is one.
@@ -276,10 +280,14 @@ class MergeJob:
             raise InputError(f"--adapter {twice[0]}: given twice; give it once, with the sum of the weights")
         if self.out.resolve() in folders:
             raise InputError(f"--out {self.out}: is one of the adapters; give another folder")
+        vectors = _vector_settings(sources)
         factors = merged_factors(sources, self.settings)
         ranks = [part.rank for part in factors.values()]
         merged = Merged(self.out, self.settings, self.weights, max(ranks), len(ranks))
-        template = self._write(base, sources, factors)
+        template = self._write(base, sources, factors, CardFacts(objective=vectors.get("objective", "sft")))
+        if vectors:
+            with replacing_file(self.out / RUN_FILE) as temporary:
+                temporary.write_text(yaml.safe_dump(vectors, sort_keys=False, allow_unicode=True), encoding="utf-8")
         self._keep(merged)
         log.info(f"{self.out}: {len(sources)} adapters merged into one of rank {merged.rank} ({self.settings.name})")
         if not evaluate:
@@ -290,7 +298,9 @@ class MergeJob:
         self._keep(merged)
         return merged
 
-    def _write(self, base: Base, sources: Sequence[Source], factors: Mapping[str, AdapterTerm]) -> str | None:
+    def _write(
+        self, base: Base, sources: Sequence[Source], factors: Mapping[str, AdapterTerm], facts: CardFacts
+    ) -> str | None:
         """Write the folder, and return the chat template that the merged adapter has."""
         first, targets = sources[0].info, targets_of(base.model, factors)
         templates = {source.info.chat_template for source in sources}
@@ -314,13 +324,34 @@ class MergeJob:
         )
         with _adapted(base, factors):
             save_adapter(self.out, base.model, info)
-        write_card(self.out, "mlx", base, info, CardFacts())
+        write_card(self.out, "mlx", base, info, facts)
         return template
 
     def _keep(self, merged: Merged) -> None:
         """Write how the adapter was merged beside it."""
         with replacing_file(self.out / FACTS_FILE) as temporary:
             write_json(temporary, merged.facts())
+
+
+def _vector_settings(sources: Sequence[Source]) -> dict[str, Any]:
+    """Return the settings of the runs that decide what a text's vector is, by name; none if the adapters are not of vectors.
+
+    Raises:
+        InputError: they differ, so that no vector is what the others were trained for.
+    """
+    found = []
+    for source in sources:
+        run = run_of(source.folder)
+        found.append({"objective": "embed", **kept_choices(run)} if run.get("objective") == "embed" else {})
+    lengths = [own.pop(LENGTH) for own in found if LENGTH in own]
+    for source, own in zip(sources, found, strict=True):
+        if differ := [name for name in {**found[0], **own} if found[0].get(name) != own.get(name)]:
+            one, other = (f"{flag_of(differ[0])} {of.get(differ[0])}" for of in (found[0], own))
+            raise InputError(
+                f"--adapter {source.given}: was trained with {other}, and {sources[0].given} with {one}; merge adapters whose "
+                "vectors are computed alike"
+            )
+    return {**found[0], LENGTH: max(lengths)} if lengths else found[0]
 
 
 def merged_factors(sources: Sequence[Source], settings: MergeSettings) -> dict[str, AdapterTerm]:

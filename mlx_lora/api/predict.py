@@ -19,7 +19,7 @@ from mlx_lora.data.labeled import parse_labeled
 from mlx_lora.data.records import read_records
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import Base
-from mlx_lora.objectives.text_scores import ERROR, TextScorer, in_order, with_length_of_run
+from mlx_lora.objectives.text_scores import ERROR, TextScorer, in_order, with_limits_of_run
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_adapter
 
@@ -66,6 +66,7 @@ def predict(
             raise InputError(f"texts: number {number}: {found}")
         examples.append(found)
     folder: Any = resolve_adapter(os.fspath(adapter), None)
+    data = with_limits_of_run(data, settings, folder)
     with base.loaded.lent() as lent:
         scorer = load_scorer(lent, folder, data, batch_tokens, ignore_fingerprint)
         answers = scorer.predict(examples)
@@ -91,7 +92,7 @@ def load_scorer(
     info = load_adapter(base, folder, ignore_fingerprint, scores=True)
     if info.chat_template and not data.chat_template:
         base.hf_tokenizer.chat_template = info.chat_template
-    scorer = TextScorer.of(base, info.head, with_length_of_run(data, folder), batch_tokens)
+    scorer = TextScorer.of(base, info.head, data, batch_tokens)
     if scorer.head["objective"] != objective:
         raise InputError(f"{folder}: was trained with --objective {scorer.head['objective']}; give one of {objective}")
     return scorer
@@ -132,6 +133,7 @@ def rerank(
     if not all(isinstance(text, str) and text.strip() for text in (query, *documents)):
         raise InputError("rerank: the query and each document must be a text that is not empty")
     folder: Any = resolve_adapter(os.fspath(adapter), None)
+    data = with_limits_of_run(data, settings, folder)
     with base.loaded.lent() as lent:
         scorer = load_scorer(lent, folder, data, batch_tokens, ignore_fingerprint, "rerank")
         scores, _ = scorer.rank(query, documents)

@@ -23,6 +23,7 @@ from mlx_lora.data.files import find_sets, is_local, named_sets
 from mlx_lora.data.load import DataSplits, load_data
 from mlx_lora.data.records import read_records
 from mlx_lora.exporters.adapter_folder import run_of
+from mlx_lora.objectives.text_scores import with_limits_of_run
 from mlx_lora.reports.run_report import read_facts
 from mlx_lora.utils.errors import InputError
 
@@ -36,14 +37,17 @@ DATA_FIELDS = (*(field.name for field in dataclasses.fields(DataSettings)), "see
 
 
 def with_columns_of_run(settings: TrainSettings, given: Collection[str], adapter: Path | None) -> TrainSettings:
-    """Return the settings with the columns and turn names of the run that made the adapter, if the data has them.
+    """Return the settings with the limits, columns and turn names of the run that made the adapter, columns if the data has them.
 
     Args:
         settings: of the evaluation.
-        given: settings that the user gave; if one names columns, format or turns, it decides, and not the run.
+        given: settings that the user gave; if one names columns, format or turns, it decides, and not the run; so does a limit.
         adapter: the adapter's folder; one without run.yaml changes nothing.
     """
-    if adapter is None or not settings.data.data or not {*NAMES, *CHAT_COLUMNS, "data_format"}.isdisjoint(given):
+    if adapter is None:
+        return settings
+    settings = replace(settings, data=with_limits_of_run(settings.data, given, adapter))
+    if not settings.data.data or not {*NAMES, *CHAT_COLUMNS, "data_format"}.isdisjoint(given):
         return settings
     run = run_of(adapter)
     if isinstance(run.get("speaker"), str) and _is_chat(settings.data.data):

@@ -130,6 +130,13 @@ class SweepJob:
             raise InputError(
                 f"--out {out}: already holds a sweep; choose another folder, --resume to continue, or --force to overwrite it"
             )
+        # Without sweep.json, they may be anything of the user's.
+        there = [f"{name}/" for name in (TRIALS, WINNER) if (out / name).exists()]
+        if there and not asked.force:
+            raise InputError(
+                f"--out {out}: has {' and '.join(there)}, which a sweep would replace, and no {SWEEP_FILE} to go on from; choose "
+                "another folder, or --force to delete that"
+            )
         for name in (TRIALS, WINNER):
             shutil.rmtree(out / name, ignore_errors=True)
         for name in (SWEEP_FILE, PAGE_FILE):

@@ -72,11 +72,12 @@ def main(
 ) -> None:  # fmt: skip
     """Write the vectors of texts: a .npy file with the texts in a .jsonl file beside it, or one .parquet file with both."""
     _check_out(out, force)
-    settings = train_settings(flags.given(options) | {"objective": "embed"})
+    given = flags.given(options)
+    settings = train_settings(given | {"objective": "embed"})
     passages = read_passages(data, text_column)
     base = load_base(settings.model)
     embedder = open_embedder(
-        settings, base, adapter.folder(), adapter.ignore_fingerprint,
+        settings, base, adapter.folder(), adapter.ignore_fingerprint, given,
         dims=dims, normalize=not no_normalize, batch_tokens=batch_tokens,
     )  # fmt: skip
     vectors = embedder([one.text for one in passages], query)

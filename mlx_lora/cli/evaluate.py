@@ -147,7 +147,7 @@ def main(
             raise InputError(
                 "--objective embed: give --data with queries and their documents, and neither --report nor --show"
             )
-        return _retrieval(settings, adapter, folder, batch_tokens, corpus, as_json)
+        return _retrieval(settings, given, adapter, folder, batch_tokens, corpus, as_json)
     if corpus:
         raise InputError(f"--corpus {corpus}: only --objective embed searches in one; leave it out")
     if held_out := not settings.data.data:
@@ -173,13 +173,13 @@ def main(
 
 
 def _retrieval(
-    settings: TrainSettings, adapter: flags.OneAdapter, folder: Path | None, batch_tokens: int | None, corpus: str | None,
-    as_json: bool,
+    settings: TrainSettings, given: dict[str, Any], adapter: flags.OneAdapter, folder: Path | None, batch_tokens: int | None,
+    corpus: str | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Measure and print how well vectors find documents, and return the exit code."""
     base = load_base(settings.model)
     more = {} if batch_tokens is None else {"batch_tokens": batch_tokens}
-    found = measure_embeddings(settings, base, folder, adapter.ignore_fingerprint, corpus, **more)
+    found = measure_embeddings(settings, base, folder, adapter.ignore_fingerprint, corpus, given, **more)
     if as_json:
         console.print_json({**found, "adapter_path": adapter.adapter_path, "data": settings.data.data})
         return 0

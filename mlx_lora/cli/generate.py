@@ -62,20 +62,24 @@ def main(
     folder = adapter.folder()
     if folder is not None:
         check_writes_text(folder)
-    settings = train_settings(flags.given(options))
+    given = flags.given(options)
+    settings = train_settings(given)
     with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks:
         strategy = strategy_of(settings, ranks)
         base = load_base(settings.model, read=not strategy.divides_base)
         template = load_adapter(base, folder, adapter.ignore_fingerprint).chat_template if folder else None
         if images:
-            from mlx_lora.api.image_answers import image_answer_pieces  # text alone needs none of it
+            # Text alone needs none of it.
+            from mlx_lora.api.image_answers import image_answer_pieces
+            from mlx_lora.objectives.text_scores import with_limits_of_run
 
             if tools or ignore_chat_template or strategy.divides_base:
                 raise InputError(
                     "--image with --tools, --ignore-chat-template, --shard-base or --offload-base: pictures are shown by "
                     "the chat template to a whole model; leave them out"
                 )
-            pieces = image_answer_pieces(base, text, images, template, system_prompt, how, settings.data.max_pixels)
+            data = with_limits_of_run(settings.data, given, folder) if folder else settings.data
+            pieces = image_answer_pieces(base, text, images, template, system_prompt, how, data.max_pixels)
             print_text(base.model_id, pieces, as_json, ranks.leads)
             return
         template = None if ignore_chat_template else template or own_template(base.hf_tokenizer)

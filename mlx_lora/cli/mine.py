@@ -56,9 +56,10 @@ def main(
     if out.exists() and not force:
         raise InputError(f"--out {out}: exists; give another name, or --force to replace it")
     check_writable(out.absolute().parent, "--out", needed_bytes=1_000_000)
-    settings = train_settings(flags.given(options) | {"objective": "embed"})
+    given = flags.given(options)
+    settings = train_settings(given | {"objective": "embed"})
     base = load_base(settings.model)
-    embedder = open_embedder(settings, base, adapter.folder(), adapter.ignore_fingerprint)
+    embedder = open_embedder(settings, base, adapter.folder(), adapter.ignore_fingerprint, given)
     rows, scored = read_eval_pairs(settings.data, embedder.form)
     if scored:
         raise InputError(f"--data {settings.data.data}: its pairs have scores; give queries and their documents")

@@ -11,6 +11,7 @@ An example is a conversation, a completion or plain text. A record that cannot b
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -395,3 +396,14 @@ def keys_of(value: Any) -> str:
     if not isinstance(value, dict):
         return f"a {type(value).__name__}"
     return "keys " + ", ".join(str(key) for key in list(value)[:8]) if value else "no keys"
+
+
+def number_of(value: Any) -> float | None:
+    """Return a number, also one that a table has as text; None: it is none, or not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.examples import BadRow, EmptyRecord, Fields, FormatError, MissingColumn, keys_of
+from mlx_lora.data.examples import BadRow, EmptyRecord, Fields, FormatError, MissingColumn, keys_of, number_of
 from mlx_lora.data.files import DataFile, find_sets
 from mlx_lora.data.load import DataSplits
 from mlx_lora.data.mix import joined_groups, split_by_group
@@ -57,6 +57,7 @@ DOCUMENTS = (
 NEGATIVES = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?")
 SCORES = ("score", "similarity", "similarity_score")
 LABEL = "label"  # a score, between two sentences
+TABLES = (".csv", ".tsv")
 ABSENT = -1.0  # as in losses/contrastive.py
 READ = (
     "data",
@@ -114,9 +115,16 @@ class TextForm:
             tokenizer: of the model; it adds what it puts around a text.
             query: whether they are queries, or documents.
         """
+        return self.encode_and_tell(texts, tokenizer, query)[0]
+
+    def encode_and_tell(
+        self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, query: bool
+    ) -> tuple[list[np.ndarray], list[bool]]:
+        """Return the token ids of texts as `encode` does, with a fast tokenizer, and whether each text was cut."""
         prompt = self.query_prompt if query else self.document_prompt
-        ids = tokenizer([prompt + text for text in texts], truncation=True, max_length=self.max_length)["input_ids"]
-        return [np.array(row, np.int32) for row in ids]
+        found = tokenizer([prompt + text for text in texts], truncation=True, max_length=self.max_length)
+        cut = [bool(one.overflowing) for one in found.encodings or []]
+        return [np.array(row, np.int32) for row in found["input_ids"]], cut
 
 
 def parse_texts(record: Fields, form: TextForm = TextForm()) -> list[TextPair]:
@@ -146,11 +154,12 @@ def parse_texts(record: Fields, form: TextForm = TextForm()) -> list[TextPair]:
     score = next((known[name] for name in (*SCORES, LABEL) if name in known), None)
     if score is None:
         return [TextPair(query, document, tuple(negatives)) for document in documents]
-    if isinstance(score, bool) or not isinstance(score, int | float) or not np.isfinite(score):
+    value = number_of(score)
+    if value is None:
         raise FormatError(f"the score is {score!r}; it must be a number")
     if refused:
         raise FormatError(f"found {keys_of(record)}; a score is for two texts without negatives: leave one of them out")
-    return [TextPair(query, document, score=float(score)) for document in documents]
+    return [TextPair(query, document, score=value) for document in documents]
 
 
 def _text(value: Any, name: str) -> str:
@@ -207,8 +216,11 @@ def read_texts(files: Sequence[DataFile], form: TextForm, rows: TextRows | None 
             if isinstance(record, BadRow):
                 rows.dropped.append(DroppedRow(file.name, record.line, record.why, record.unit))
                 continue
+            value = record.value
+            if file.path.suffix.lower() in TABLES:  # where a cell without a negative is an empty text
+                value = {name: cell for name, cell in value.items() if cell or not NEGATIVES.fullmatch(name.lower())}
             try:
-                found = parse_texts(record.value, form)
+                found = parse_texts(value, form)
                 if form.needs_negatives and not found[0].negatives:
                     raise FormatError(
                         "it has no negative, and --embed-loss triplet compares with one: add it, or use infonce"
@@ -241,14 +253,16 @@ def encode_pairs(rows: TextRows, form: TextForm, tokenizer: PreTrainedTokenizerB
         labels += own + [ABSENT] * (group - len(own))
         queries.append(pair.query)
         documents += texts + [""] * (group - 1 - len(texts))
-    of_queries, wanted = form.encode(queries, tokenizer, True), sorted(set(documents) - {""})
-    known = dict(zip(wanted, form.encode(wanted, tokenizer, False), strict=True)) | {"": np.zeros(1, np.int32)}
+    of_queries = zip(*form.encode_and_tell(queries, tokenizer, True), strict=True)
+    wanted = sorted(set(documents) - {""})
+    known = {"": (np.zeros(1, np.int32), False)}
+    known |= dict(zip(wanted, zip(*form.encode_and_tell(wanted, tokenizer, False), strict=True), strict=True))
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for number, query in enumerate(of_queries):
         own = [query, *(known[text] for text in documents[number * (group - 1) : (number + 1) * (group - 1)])]
-        if max(map(len, own)) >= form.max_length:
+        if any(cut for _, cut in own):
             rows.truncated.append(rows.locations[number])
-        found += [(ids, np.zeros(len(ids), bool)) for ids in own]
+        found += [(ids, np.zeros(len(ids), bool)) for ids, _ in own]
     return EncodedSet.from_rows(found).grouped(group, np.array(labels, np.float32)).with_end_scores()
 
 

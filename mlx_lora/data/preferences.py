@@ -35,6 +35,7 @@ from mlx_lora.data.examples import (
     as_string,
     conversation,
     keys_of,
+    number_of,
     usual_role,
 )
 from mlx_lora.data.formats import ANSWER_LISTS, opening, parse_record, sharegpt_messages, usual_names
@@ -315,10 +316,11 @@ def _scored(record: Fields, name: str, all_pairs: bool) -> list[Pair]:
 
 
 def _margin(record: Fields) -> float:
-    value = record.get("margin", 0.0)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise FormatError(f"margin is {value!r}; it must be a number")
-    return float(value)
+    given = record.get("margin", 0.0)
+    value = number_of(given)
+    if value is None:
+        raise FormatError(f"margin is {given!r}; it must be a number")
+    return value
 
 
 def _tools(record: Fields) -> Any:

@@ -544,8 +544,8 @@ def check_writes_text(adapter: Path) -> None:
     """
     if run_of(adapter).get("objective") == "embed":
         raise InputError(
-            f"{adapter}: this adapter is for --objective embed, and gives vectors, not text; use embed, evaluate, serve, or "
-            "export --to sentence-transformers"
+            f"{adapter}: this adapter is for --objective embed, and gives vectors, not text; use embed, evaluate "
+            "--objective embed, serve, or export --to sentence-transformers"
         )
 
 

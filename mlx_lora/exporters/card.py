@@ -100,7 +100,8 @@ def write_card(
     # A --base-id for a PEFT adapter names a model that PEFT can load.
     in_float = base_id is not None or not (base.quantization or _is_gguf(info.base_model))
     card = _Card(format, base, info, base_id or _hub_base(base, info), in_float, repo or "adapter")
-    text = "\n".join([card.front_matter(), MARK, "", *card.description(facts), *card.usage(_ranks(folder)), ""])
+    usage = card.usage_of_vectors() if facts.objective == "embed" else card.usage(_ranks(folder))
+    text = "\n".join([card.front_matter(facts), MARK, "", *card.description(facts), *usage, ""])
     with replacing_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return True
@@ -148,13 +149,14 @@ class _Card:
         named = self.hub_base or self.info.base_model
         return plain(named if HUB_ID.fullmatch(named) else Path(named).name) or "base"
 
-    def front_matter(self) -> str:
+    def front_matter(self, facts: CardFacts) -> str:
         """Return the YAML block that the hub reads."""
+        task = "feature-extraction" if facts.objective == "embed" else "text-generation"
         tags = ["lora", "mlx", "mlx-lora"] if self.format == "mlx" else ["lora", "peft", "mlx-lora"]
         data = ModelCardData(
             base_model=plain(self.hub_base.split(":")[0]) if self.hub_base else None,
             library_name=self.format,
-            pipeline_tag="text-classification" if self.info.scores else "text-generation",
+            pipeline_tag="text-classification" if self.info.scores else task,
             tags=tags + [self.info.method] * (self.info.method not in tags),
         )
         return f"---\n{data.to_yaml()}\n---"
@@ -200,6 +202,24 @@ class _Card:
         generate = f'mlx-lora generate --model {self.model} --adapter-path {self.location} --prompt "Hello"'
         lines += ["### mlx-lora", "", *_block("bash", generate)]
         return [*lines, "### mlx-lm", "", *self._mlx_lm(ranks), "### PEFT", "", *self._peft()]
+
+    def usage_of_vectors(self) -> list[str]:
+        """Return the same for an adapter of embeddings, which does not write."""
+        ours = f"--model {self.model} --adapter-path {self.location}"
+        export = f"mlx-lora export {ours} --to sentence-transformers-peft --out search"
+        load = ["from sentence_transformers import SentenceTransformer", "", 'model = SentenceTransformer("search")']
+        if self.format == "peft":  # which has no place for pooling and prompts
+            return [
+                "## Use",
+                "",
+                "This adapter gives texts vectors for search, with the pooling and prompts of its run.",
+                "",
+            ]
+        return [
+            "## Use", "", "This adapter gives texts vectors for search, and does not write text.", "", "### mlx-lora", "",
+            *_block("bash", f"mlx-lora embed notes {ours} --out notes.npy"), "### sentence-transformers", "",
+            *_block("bash", export), *_block("python", *load, 'print(model.encode_query(["Hello"]))'),
+        ]  # fmt: skip
 
     def _mlx_lm(self, ranks: set[int]) -> list[str]:
         """Return how mlx-lm runs the adapter: unchanged if it can, else exported to mlx-lm's format, else fused."""

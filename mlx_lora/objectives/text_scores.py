@@ -7,7 +7,7 @@ Shapes: N texts, K outputs of the head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,14 @@ from mlx_lora.models.load import Base
 from mlx_lora.utils.errors import InputError
 
 PREDICTED, ERROR = "predicted", "error"
+LIMITS = ("max_seq_length", "max_pixels")  # of what a run reads of a text or a picture
 
 
-def with_length_of_run(data: DataSettings, adapter: Path) -> DataSettings:
-    """Return the settings with the length at which the adapter's run cut its texts, unless they have another than the default."""
-    length = run_of(adapter).get("max_seq_length")
-    if data.max_seq_length != DataSettings.max_seq_length or type(length) is not int:
-        return data
-    return replace(data, max_seq_length=length)
+def with_limits_of_run(data: DataSettings, given: Collection[str], adapter: Path) -> DataSettings:
+    """Return the settings with the limits of the adapter's run on texts and pictures, except those that the user gave."""
+    run = run_of(adapter)
+    found = {name: run[name] for name in LIMITS if name not in given and type(run.get(name)) is int}
+    return replace(data, **found)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Shapes: N texts, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings, TrainSettings
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.data.pairs import TextForm
 from mlx_lora.exporters.adapter_folder import load_adapter, run_of
+from mlx_lora.exporters.sentence_transformers import EmbeddingForm
 from mlx_lora.losses.contrastive import normalized
 from mlx_lora.models.load import Base, check_token_ids
 from mlx_lora.objectives.embed import Embedder, ModelFiles, form_of, kept_choices, with_choices
@@ -99,16 +101,38 @@ def batches_of(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
+def form_of_run(base: Base, adapter: Path) -> EmbeddingForm | None:
+    """Return what makes the vectors of the run that trained an adapter; None: it trained no vectors.
+
+    Args:
+        base: with or without the adapter.
+        adapter: its folder.
+    """
+    run = run_of(adapter)
+    if run.get("objective") != "embed":
+        return None
+    settings, model = train_settings({**kept_choices(run), "objective": "embed"}), ModelFiles.of(base)
+    asked = with_choices(settings.objective, model)
+    width, longest = Embedder.of(base.model, asked.pooling or "").width, form_of(settings, model).max_length
+    return EmbeddingForm(asked.pooling or "", width, asked.query_prompt or "", asked.document_prompt or "", longest)
+
+
 def open_embedder(
-    settings: TrainSettings, base: Base, adapter: Path | None = None, ignore_fingerprint: bool = False, **more: Any
+    settings: TrainSettings,
+    base: Base,
+    adapter: Path | None = None,
+    ignore_fingerprint: bool = False,
+    given: Collection[str] = (),
+    **more: Any,
 ) -> TextEmbedder:
     """Return what computes the vectors of a model, with an adapter's choices of pooling and prompts if it has one.
 
     Args:
-        settings: what the user gave of pooling, prompts and --max-seq-length decides.
+        settings: what the user gave of pooling and prompts decides.
         base: the model; it gets the adapter.
         adapter: its folder.
         ignore_fingerprint: as for `load_adapter`.
+        given: names of the settings that the user gave; if --max-seq-length is among them, it decides, too.
         more: of `TextEmbedder`.
 
     Raises:
@@ -118,7 +142,7 @@ def open_embedder(
     asked = settings.objective
     chosen = {name: kept[name] for name in kept if name != "max_seq_length" and getattr(asked, name) is None}
     data = settings.data
-    if "max_seq_length" in kept and data.max_seq_length == DataSettings.max_seq_length:
+    if "max_seq_length" in kept and "max_seq_length" not in given:
         data = replace(data, max_seq_length=int(kept["max_seq_length"]))
     asked = with_choices(replace(asked, **chosen), ModelFiles.of(base))
     form = form_of(replace(settings, objective=replace(asked, embed_loss=None), data=data), ModelFiles.of(base))

@@ -193,6 +193,9 @@ class AdapterStore:
         if name not in self._sources:
             raise UnknownAdapter(name)
         if name not in self._residents:
+            self._check_room(
+                self.cards[name].nbytes
+            )  # before reading: a row that waits for room asks again at every step
             factors = self._read(self._sources[name], {})
             self._make_room(factors.nbytes)
             self._install({name: factors})
@@ -241,17 +244,10 @@ class AdapterStore:
 
     def _make_room(self, needed_bytes: int) -> None:
         """Evict the least recently used idle adapters until `needed_bytes` more fit the budget."""
+        idle = self._check_room(needed_bytes)
         if self.budget_bytes is None:
             return
-        if needed_bytes > self.budget_bytes:
-            raise InputError(
-                f"the adapter needs {needed_bytes / 1e6:.1f} MB, the budget for adapters is "
-                f"{self.budget_bytes / 1e6:.1f} MB; raise --adapter-memory"
-            )
-        idle = [name for name, resident in self._residents.items() if resident.uses == 0]
         free = self.budget_bytes - self.nbytes
-        if free + sum(self._residents[name].nbytes for name in idle) < needed_bytes:
-            raise NoRoom("all adapters in memory are in use")
         for name in idle:
             if free >= needed_bytes:
                 break
@@ -260,6 +256,24 @@ class AdapterStore:
             self.evictions += 1
             out = dataclasses.replace(self.cards[name], resident=False)
             self.cards = MappingProxyType({**self.cards, name: out})
+
+    def _check_room(self, needed_bytes: int) -> list[str]:
+        """Return the adapters that may be evicted, the least recently used first.
+
+        Raises:
+            InputError, NoRoom: `needed_bytes` more do not fit the budget, ever or now.
+        """
+        idle = [name for name, resident in self._residents.items() if resident.uses == 0]
+        if self.budget_bytes is None:
+            return idle
+        if needed_bytes > self.budget_bytes:
+            raise InputError(
+                f"the adapter needs {needed_bytes / 1e6:.1f} MB, the budget for adapters is "
+                f"{self.budget_bytes / 1e6:.1f} MB; raise --adapter-memory"
+            )
+        if self.budget_bytes - self.nbytes + sum(self._residents[name].nbytes for name in idle) < needed_bytes:
+            raise NoRoom("all adapters in memory are in use")
+        return idle
 
     def _install(self, read: Mapping[str, AdapterFactors]) -> None:
         """Put factors into the layers, after replacing these by routed layers where needed."""

@@ -28,7 +28,7 @@ from mlx_lora.data.examples import Text
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
-from mlx_lora.objectives.text_scores import ERROR, PREDICTED, TextScorer, in_order, with_length_of_run
+from mlx_lora.objectives.text_scores import ERROR, PREDICTED, TextScorer, in_order, with_limits_of_run
 from mlx_lora.serving.adapter_store import base_name
 from mlx_lora.serving.app import api_error
 from mlx_lora.serving.engine import Engine, Stopped
@@ -170,8 +170,10 @@ async def a_few_at_a_time(
                 tokens += count
     except TimeoutError:
         raise ApiError(504, f"the texts took longer than {timeout_s:g} s; send fewer of them", "timeout") from None
-    except (Stopped, InputError) as error:
+    except Stopped as error:
         raise api_error(error) from None
+    except InputError as error:
+        raise ApiError(400, " ".join(str(error).split()), "invalid_value") from None
     return np.concatenate(found), tokens
 
 
@@ -208,7 +210,7 @@ def load_scorer(engine: Engine, folder: Path) -> TextScorer:
     info = load_adapter(twin, folder, scores=True)
     if info.chat_template:
         twin.hf_tokenizer.chat_template = info.chat_template
-    return TextScorer.of(twin, info.head, with_length_of_run(DataSettings(), folder))
+    return TextScorer.of(twin, info.head, with_limits_of_run(DataSettings(), (), folder))
 
 
 def texts_of(given: Any, name: str) -> list[Text]:

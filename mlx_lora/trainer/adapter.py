@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx_lora.adapters.inject import Adapted, adapt_model
 from mlx_lora.adapters.qat import begin_qat, end_qat
 from mlx_lora.exporters.adapter_config import head_of
-from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, read_adapter_config
+from mlx_lora.exporters.adapter_folder import AdapterInfo, check_writes_text, load_adapter, read_adapter_config
 from mlx_lora.exporters.initial_adapter import put_start, read_start
 from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
 from mlx_lora.utils.errors import InputError
@@ -87,8 +87,10 @@ def adapter_head(folder: Path, objective: Objective) -> dict[str, Any] | None:
     """Return what an adapter says of its score head; None if it says nothing.
 
     Raises:
-        InputError: another objective made the head.
+        InputError: another objective made the head, or the adapter gives vectors and not text.
     """
+    if objective.name != "embed":
+        check_writes_text(folder)
     head = head_of(read_adapter_config(folder), folder)
     made_by = (head or {}).get("objective", objective.name)
     if made_by != objective.name:

@@ -38,6 +38,7 @@ from mlx_lora.trainer.sweep import (
 )
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.progress import waiting
+from mlx_lora.utils.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def find_learning_rate(
         return with_rate(settings, None), base  # a resumed run keeps the rate that it has
     check_request(settings, ranks)
     usual = replace(settings, optimizer=replace(settings.optimizer, learning_rate=None))
+    steps = 0
     for tried in _ways(usual, folder):
         _check(tried)
         if base is None:
@@ -89,6 +91,7 @@ def find_learning_rate(
         try:
             best = tried[sweep.choose(base, header=False)]
         except TooShort:
+            steps = min(sweep.state.totals.values())
             continue
         log.info(_reason(sweep, best))
         write_page(folder / TRIALS / PAGE_FILE, sweep.compared())
@@ -97,9 +100,10 @@ def find_learning_rate(
             shutil.rmtree(trial.folder, ignore_errors=True)
         return with_rate(settings, best.settings.optimizer.learning_rate, resume="auto"), base
     shutil.rmtree(folder / TRIALS, ignore_errors=True)
+    least = math.ceil(FEWEST_STEPS / rounds_for(len(AROUND_DEFAULT[-1]))[0].share)
     raise InputError(
-        f"--learning-rate auto: the run has too few steps to try rates in a fifth of its work (it needs about "
-        f"{math.ceil(FEWEST_STEPS / rounds_for(len(AROUND_DEFAULT[-1]))[0].share)}); leave it out, or give more --epochs or --iters"
+        f"--learning-rate auto: the run has {counted(steps, 'step')}, too few steps to try rates in a fifth of its work; leave "
+        f"--learning-rate out, and the run takes the rate that usually suits the model, or make it longer with --iters {least}"
     )
 
 

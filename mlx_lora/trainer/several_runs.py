@@ -179,6 +179,16 @@ def resumed(runs: Sequence[TrainSettings]) -> tuple[list[TrainSettings], list[Le
     return found, left, at
 
 
+def refuse_to_lose(runs: Sequence[TrainSettings], names: Sequence[str], left: Sequence[Left]) -> None:
+    """Raise InputError if runs have checkpoints and none in common, unless a kill during the first saving left them so."""
+    saved = frozenset[int]().union(*(one.steps for one in left))
+    begun = all((Path(settings.loop.adapter_path) / "run.yaml").is_file() for settings in runs)
+    if saved and not (begun and len(saved) == 1):
+        last = ", ".join(f"{name}: {max(one.steps, default='none')}" for name, one in zip(names, left, strict=True))
+        advice = "resume each by itself, or to begin all again, give --force instead"
+        raise InputError(f"--resume: the runs have no checkpoint in common (last steps: {last}); {advice}")
+
+
 # A run
 
 
@@ -335,6 +345,7 @@ class SeveralRuns:
         names: Sequence[str] | None = None,
         base: Base | None = None,
         callbacks: Sequence[Sequence[Callback]] = (),
+        may_restart: bool = False,
     ) -> SeveralRuns:
         """Check the runs and load their base.
 
@@ -343,9 +354,10 @@ class SeveralRuns:
             names: of the runs, for the log; None: those of their folders.
             base: that they name, if it is already loaded; it stays as it is.
             callbacks: of each run; none if empty.
+            may_restart: begin again where the runs to resume have no checkpoint in common, whatever is lost.
 
         Raises:
-            InputError: they cannot be trained together.
+            InputError: they cannot be trained together, or resumed so.
         """
         names = list(names or [Path(settings.loop.adapter_path).name for settings in runs])
         check_together(runs, names)
@@ -354,6 +366,8 @@ class SeveralRuns:
         own = [prepared(settings) for settings in runs]
         if any(settings.loop.resume is not None for settings in runs):
             own, left, at = resumed(own)
+            if not at and not may_restart:
+                refuse_to_lose(own, names, left)
         for settings in own:
             check_request(settings, ALONE)
         refuse_too_many(len(own), how_many_fit(own), all(settings.loop.memory_check for settings in own))
@@ -580,10 +594,6 @@ def _least(settings: TrainSettings, outline: Outline) -> tuple[int, int, int]:
 
 
 def refuse_too_many(asked: int, fitting: int, checks: bool = True) -> None:
-    """Refuse runs that do not fit, unless no run checks its memory.
-
-    Raises:
-        TooManyRuns: saying how many fit.
-    """
+    """Raise TooManyRuns, which says how many fit, if they do not, unless no run checks its memory."""
     if fitting < asked and checks:
         raise TooManyRuns(asked, fitting)

@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,7 +128,7 @@ def score_of(trial: Trial, until: int) -> Score:
     if Left.of(trial.folder).error is not None:
         return DIVERGED
     records = read_records(trial.folder / "metrics.jsonl")
-    validations = [line for line in records if line["val_loss"] is not None and 0 < line["step"] <= until]
+    validations = [line for line in records if _is_validation(line) and 0 < line["step"] <= until]
     if not validations:
         raise InputError(
             "a sweep compares held-out losses, and there are none; give the data a validation file, or leave --valid-fraction and "
@@ -141,6 +141,11 @@ def score_of(trial: Trial, until: int) -> Score:
     ]
     used = parse_yaml((trial.folder / "run.yaml").read_text(encoding="utf-8"))
     return min(scores) if used["keep_best"] else scores[-1]
+
+
+def _is_validation(line: Mapping[str, Any]) -> bool:
+    """Tell whether a line of metrics.jsonl is a validation's; a loss that is not finite is null there, and it has no examples."""
+    return line["val_loss"] is not None or line.get("examples") == 0
 
 
 def _number(value: Any, sign: int = 1) -> float:
@@ -244,7 +249,8 @@ class Rounds:
             if common_round(left) >= end or all(one.ended is not None for one in left):
                 return
         with quieter(trials[0].name, self.header) as said:
-            runs = SeveralRuns.open([trial.settings for trial in trials], [trial.name for trial in trials], self.base)
+            settings, names = [trial.settings for trial in trials], [trial.name for trial in trials]
+            runs = SeveralRuns.open(settings, names, self.base, may_restart=True)
             with runs.begun(lambda member: self._learn(kind, member)):
                 said.begins = self.header = False
                 self.totals.setdefault(kind, max(one.ended or 0 for one in left))  # where all were over before

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import tempfile
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,6 +134,7 @@ class WeightStore:
         self._factors: OrderedDict[str, dict[str, LayerFactors] | Path] = OrderedDict()
         self._numbers: dict[str, int] = {}
         self._uses: dict[str, int] = {}
+        self._expected, self._dropped = Counter[str](), set[str]()
         self._layers: dict[int, dict[str, Any]] = {}
         self._next = itertools.count()
 
@@ -148,10 +149,24 @@ class WeightStore:
             self._spill(old)
 
     def drop(self, name: str) -> None:
-        """Forget weights; requests that use them keep them."""
+        """Forget weights; requests that use them, or wait for their turn to, keep them."""
+        if self._expected[name]:
+            self._dropped.add(name)
+            return
         kept = self._factors.pop(name, None)
         if isinstance(kept, Path):
             kept.unlink(missing_ok=True)
+
+    def expect(self, name: str) -> None:
+        """Keep weights for a request that waits, also if they are dropped meanwhile, until `arrived`."""
+        self._expected[name] += 1
+
+    def arrived(self, name: str) -> None:
+        """Note that a request that waited has acquired the weights, or no longer wants them."""
+        self._expected[name] -= 1
+        if not self._expected[name] and name in self._dropped:
+            self._dropped.remove(name)
+            self.drop(name)
 
     def acquire(self, name: str) -> int:
         """Return the number of weights for one more request.
@@ -241,6 +256,8 @@ class SampleLoop:
 
     def submit(self, ticket: SampleTicket) -> None:
         """Queue a request."""
+        if ticket.ask.weights is not None:
+            self.weights.expect(ticket.ask.weights)
         self._waiting.append(ticket)
 
     def give_up(self, error: Exception) -> None:
@@ -287,6 +304,9 @@ class SampleLoop:
         except Exception as error:
             self._give_up(ticket, error)
             return
+        finally:
+            if ask.weights is not None:
+                self.weights.arrived(ask.weights)
         self._fresh.extend((ticket, sample, caches) for sample in range(ask.samples))
 
     def _prompt(self, ask: SamplingJob, number: int | None) -> tuple[list[Any], PromptScores | None]:

@@ -325,9 +325,14 @@ class Worker:
         try:
             job.future.set_result(run())
         except Exception as error:
-            if not isinstance(error, (InputError, RunError)):
-                log.exception(f"A request of a client failed: {first_line(error)}")
-            job.future.set_exception(error)
+            self._fail(job, error)
+
+    @staticmethod
+    def _fail(job: _Job, error: Exception) -> None:
+        """Give a job's future an error, and log one that is not the client's; called where it is handled."""
+        if not isinstance(error, (InputError, RunError)):
+            log.exception(f"A request of a client failed: {first_line(error)}")
+        job.future.set_exception(error)
 
     def _run_joined(self, jobs: dict[str, _Job]) -> None:
         """Compute requests for a loss of several models, in one pass where their rows can be stacked."""
@@ -338,8 +343,8 @@ class Worker:
                 model = work.model()
                 if unstackable(model.model) is None:
                     requests[key] = work.prepare(model)
-            except InputError as error:
-                job.future.set_exception(error)
+            except Exception as error:  # of one client: the others' requests go on
+                self._fail(job, error)
                 del jobs[key]
         names = tuple(sorted(requests))
         if len(names) > 1:
@@ -379,4 +384,5 @@ class Worker:
         self.weights.close()
         for waiting in self._queues.values():
             for job in waiting:
-                job.future.set_exception(WorkerEnded("the server is ending"))
+                if job.future.set_running_or_notify_cancel():  # jobs of a session that has ended are canceled
+                    job.future.set_exception(WorkerEnded("the server is ending"))

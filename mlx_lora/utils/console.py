@@ -311,6 +311,8 @@ def describe_error(error: BaseException) -> tuple[str, int] | None:
         return f"{path}{error.strerror}", 1
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return "interrupted", 130
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # of pathlib's expanduser
+        return "a path begins with ~ and the name of no user of this machine; write the whole path", 2
     return describe_gpu_failure(error)
 
 

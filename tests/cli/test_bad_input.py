@@ -166,6 +166,7 @@ CASES = {
     "config value of the wrong kind": (lambda p: p.train("--config", p.write("c.yaml", "rank: many")), "--rank 'many': not a whole number"),
     # the data
     "data missing": (lambda p: p.train(data=p.path / "no.jsonl"), "no.jsonl"),
+    "data of a user that is not there": (lambda p: p.train(data="~nobody-here/a.jsonl"), "begins with ~"),
     "data empty": (lambda p: p.train(data=p.write("e.jsonl", "")), "e.jsonl"),
     "data of an unknown kind": (lambda p: p.train(data=p.write("e.docx", "x")), "e.docx"),
     "wrong JSON on line 17, strict": (

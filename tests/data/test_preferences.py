@@ -221,6 +221,9 @@ def test_margins_and_tools_are_kept():
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
     [pair] = parse_pairs({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "margin": 2, "tools": [tool]})
     assert pair.margin == 2.0
+    assert parse_pairs({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "0.5"})[0].margin == 0.5  # of a table
+    with pytest.raises(FormatError, match="must be a number"):  # it would make the loss one that is none
+        parse_pairs({"prompt": "q", "chosen": "a", "rejected": "b", "margin": float("nan")})
     assert pair.chosen.tools[0]["function"]["name"] == "look"
     assert parse_pairs({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]})[0].chosen.tools is None
 

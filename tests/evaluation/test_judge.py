@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from byte_tokenizer import byte_tokenizer
 
+from mlx_lora.evaluation import judge as judging
 from mlx_lora.evaluation.judge import AnswerPair, judge_pairs
 from mlx_lora.evaluation.models import LogLikelihood
 from mlx_lora.utils.errors import InputError
@@ -17,13 +18,15 @@ TOKENIZER = byte_tokenizer()
 class StandIn:
     """Prefers the longer answer, or always the first one."""
 
-    def __init__(self, longer=True, template=TOKENIZER.chat_template):
+    def __init__(self, longer=True, template=TOKENIZER.chat_template, context_tokens=2048):
         self.base = SimpleNamespace(hf_tokenizer=TOKENIZER, model_id="stand-in")
         self.templates, self.longer, self.asked = {"base": template}, longer, 0
+        self.context_tokens = context_tokens
 
     def log_likelihoods(self, asked, stopped):
         found, self.asked = [], self.asked + len(asked)
         for one in asked:
+            assert len(one.context) <= self.context_tokens
             text = TOKENIZER.decode(list(one.context))
             first = text.partition("[Answer A]")[2].partition("[Answer B]")[0]
             second = text.partition("[Answer B]")[2].partition("Which answer")[0]
@@ -70,6 +73,20 @@ def test_letters_that_are_equally_likely_are_a_tie(monkeypatch):
     monkeypatch.setattr(StandIn, "log_likelihoods", undecided)
     found = judge_pairs(judge, PAIRS[1:2])
     assert (found.verdicts, found.agreement) == ((0,), 0)
+
+
+def test_long_answers_are_cut_and_the_question_stays(monkeypatch):
+    read, tokens = [], judging.chat_tokens
+    monkeypatch.setattr(judging, "chat_tokens", lambda tokenizer, messages, template: (
+        read.append(messages[0]["content"]) or tokens(tokenizer, messages, template)))  # fmt: skip
+    pairs = [AnswerPair("What is it?", "a" * 5000, "b" * 200), AnswerPair("Q" * 900, "a", "b"), *PAIRS[2:]]
+    found = judge_pairs(StandIn(context_tokens=1024), pairs)
+    assert found.verdicts == (-1, None, 0, 1)
+    assert (found.rows, found.asked, found.shortened, found.wins, found.losses) == (3, 2, 1, 1, 1)
+    assert all("What is it?" in text for text in read if "aaa" in text)
+    line = found.notes("stand-in", "mine")[1]
+    assert "1 pair could not be judged" in line
+    assert len(judge_pairs(StandIn(), PAIRS).notes("stand-in", "mine")) == 1
 
 
 def test_a_judge_needs_a_chat_template():

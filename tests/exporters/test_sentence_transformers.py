@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +14,7 @@ from run_cli import one_line, run
 
 import mlx_lora
 from mlx_lora.models.encoder import Model, ModelArgs
+from mlx_lora.utils.errors import InputError
 
 pytestmark = [
     pytest.mark.parity,
@@ -45,6 +47,7 @@ def adapters(models, tmp_path_factory):
         ran = run(
             "train", "--objective", "embed", "--model", model, "--data", folder / "pairs.jsonl", "--adapter-path",
             folder / name, "--iters", 3, "--learning-rate", "5e-3", "--rank", 4, "--query-prompt", PROMPT, "--max-seq-length", 48,
+            "--pooling", "mean",
         )  # fmt: skip
         assert ran.code == 0, ran.err
     return {name: folder / name for name in models}
@@ -74,6 +77,69 @@ def test_a_merged_folder_is_a_model_of_ours(models, adapters, tmp_path):
     assert run(*common, "--to", "sentence-transformers").code == 0
     merged = mlx_lora.embed(out, TEXTS, query=True)  # with the prompt and the pooling of its files
     assert np.allclose(merged, mlx_lora.embed(models["encoder"], TEXTS, adapters["encoder"], query=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["decoder", "encoder"])
+def test_a_fused_model_keeps_pooling_and_prompts(name, models, adapters, tmp_path):
+    """Its rounding is not measured by a loss on tokens, which vectors do not have."""
+    common = ("fuse", "--model", models[name], "--adapter-path", adapters[name])
+    ran = run(*common, "--out", tmp_path / "fused", "--json")
+    assert ran.code == 0, ran.err
+    for query in (False, True):
+        wanted = mlx_lora.embed(models[name], TEXTS, adapters[name], query=query)
+        assert np.abs(mlx_lora.embed(tmp_path / "fused", TEXTS, query=query) - wanted).max() < 1e-5
+        assert np.abs(mlx_lora.embed(models[name], TEXTS, query=query) - wanted).max() > 1e-3
+    one_line(
+        run(*common, "--out", tmp_path / "b", "--data", adapters[name].parent / "pairs.jsonl"),
+        "evaluate --objective embed",
+    )
+    ran = run(*common, "--bits", 4, "--out", tmp_path / "four", "--json")
+    assert ran.code == 0, ran.err
+    facts = json.loads(ran.out)
+    assert facts["error_mean"] > 0.05
+    assert (facts["rows"], facts["loss_base"]) == (0, None)
+    assert (tmp_path / "four" / "modules.json").is_file()
+
+
+def test_a_length_that_is_given_counts(models, adapters):
+    """The usual one, too: 48 tokens are those of the run."""
+
+    def vectors(text: str, **more) -> np.ndarray:
+        return mlx_lora.embed(models["decoder"], [text], adapters["decoder"], **more)
+
+    long = "long " * 30
+    assert np.allclose(vectors(long), vectors(long[:48]), atol=1e-6)
+    assert np.abs(vectors(long, max_seq_length=2048) - vectors(long)).max() > 1e-3
+    assert np.abs(vectors(long, max_seq_length=16) - vectors(long)).max() > 1e-3
+
+
+def test_the_model_card_does_not_ask_for_text(models, adapters, tmp_path):
+    for folder in adapters.values():
+        card = (folder / "README.md").read_text()
+        assert "generate" not in card
+        assert "pipeline_tag: feature-extraction" in card
+        assert "mlx-lora embed" in card
+        assert "--to sentence-transformers-peft" in card
+    common = ("--model", models["decoder"], "--adapter-path", adapters["decoder"])
+    assert run("export", *common, "--to", "peft", "--out", tmp_path / "peft").code == 0
+    assert "generate" not in (tmp_path / "peft/README.md").read_text()
+
+
+def test_a_merged_adapter_gives_vectors_as_its_parts_do(models, adapters, tmp_path):
+    model, adapter = models["decoder"], adapters["decoder"]
+    shutil.copytree(adapter, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints"))
+    parts = {str(adapter): 0.5, str(tmp_path / "other"): 0.5}
+    merged = mlx_lora.merge(model, parts, out=tmp_path / "merged", evaluate=False).adapter
+    for query in (False, True):
+        wanted = mlx_lora.embed(model, TEXTS, adapter, query=query)
+        assert np.abs(mlx_lora.embed(model, TEXTS, merged, query=query) - wanted).max() < 1e-5
+    assert "generate" not in (merged / "README.md").read_text()
+    settings = (adapter / "run.yaml").read_text()
+    assert "pooling: mean" in settings
+    (tmp_path / "other/run.yaml").write_text(settings.replace("pooling: mean", "pooling: last"))
+    with pytest.raises(InputError, match=r"--pooling last, .*--pooling mean"):
+        mlx_lora.merge(model, parts, out=tmp_path / "b", evaluate=False)
+    assert not (tmp_path / "b").exists()
 
 
 def test_only_embedders_have_this_form(models, adapters, tmp_path):

@@ -188,18 +188,28 @@ def test_python_predicts_what_the_command_does(tiny_folder, trained):
     assert np.allclose([one["probability"] for one in whole], [one["probability"] for one in again], atol=1e-5)
 
 
-def test_a_text_is_cut_where_the_run_cut_it(tiny_folder, trained, tmp_path):
+def test_a_text_is_cut_where_the_run_cut_it(tiny_folder, data, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "short", ignore=shutil.ignore_patterns("checkpoints"))
     settings = (trained / "run.yaml").read_text()
     assert "max_seq_length: 2048" in settings
-    (tmp_path / "short/run.yaml").write_text(settings.replace("max_seq_length: 2048", "max_seq_length: 12"))
+    (tmp_path / "short/run.yaml").write_text(settings.replace("max_seq_length: 2048", "max_seq_length: 10"))
     base, text = mlx_lora.load(str(tiny_folder)), "day 3: aaa, day 4: bbbbbbb"
     found = mlx_lora.predict(base, text, tmp_path / "short")
-    assert found == mlx_lora.predict(base, text, trained, max_seq_length=12)
+    assert found == mlx_lora.predict(base, text, trained, max_seq_length=10)
     assert found != mlx_lora.predict(base, text, trained)
     assert found != mlx_lora.predict(base, text, tmp_path / "short", max_seq_length=20)
     engine: Any = SimpleNamespace(base=base.loaded)
-    assert serving.load_scorer(engine, tmp_path / "short").data.max_seq_length == 12
+    assert serving.load_scorer(engine, tmp_path / "short").data.max_seq_length == 10
+    # A length that is asked for counts, the usual one, too.
+    assert mlx_lora.predict(base, text, tmp_path / "short", max_seq_length=2048) == mlx_lora.predict(
+        base, text, trained
+    )
+    losses = [measured(tiny_folder, *more)["loss"] for more in (
+        (tmp_path / "short", data), (trained, data, "--max-seq-length", 10), (trained, data), (tmp_path / "short", data, "--max-seq-length", 2048)
+    )]  # fmt: skip
+    assert losses[0] == losses[1] != losses[2] == losses[3]
+    python = mlx_lora.evaluate(base, str(data), tmp_path / "short", objective="classify")
+    assert python["loss"] == pytest.approx(losses[0])
 
 
 def test_several_labels_have_thresholds_that_were_chosen_on_validation(tiny_folder, several):

@@ -244,6 +244,7 @@ def test_measures_of_ranking():
         ({"query": "q", "pos": ["d", "e"], "neg": ["n"]}, [TextPair("q", "d", ("n",)), TextPair("q", "e", ("n",))]),
         ({"Question": "q", "Answer": "d"}, [TextPair("q", "d")]),
         ({"sentence1": "q", "sentence2": "d", "score": 0.5}, [TextPair("q", "d", score=0.5)]),
+        ({"sentence1": "q", "sentence2": "d", "score": "0.5"}, [TextPair("q", "d", score=0.5)]),  # as a table has it
         ({"query": "q", "document": "d", "hard_negatives": [], "id": 3}, [TextPair("q", "d")]),
     ],
     ids=lambda value: str(value)[:40],
@@ -262,6 +263,7 @@ def test_records(record, expected):
         ({"query": "q", "pos": [], "neg": ["n"]}, EmptyRecord, "pos is empty"),
         ({"anchor": "q", "positive": 3}, FormatError, "positive is no text"),
         ({"sentence1": "q", "sentence2": "d", "score": "high"}, FormatError, "must be a number"),
+        ({"sentence1": "q", "sentence2": "d", "score": "nan"}, FormatError, "must be a number"),
         ({"query": "q", "pos": "d", "neg": "n", "score": 1}, FormatError, "without negatives"),
     ],
     ids=lambda value: str(value)[:40],
@@ -305,6 +307,32 @@ def test_fewer_negatives_than_others_are_marked(tmp_path, tiny_folder):
     ]
     fewer, _ = load_pairs(data, TextForm(negatives=1), base.hf_tokenizer, 0)
     assert fewer.train.group == 3
+
+
+def test_a_table_has_scores_as_text_and_cells_without_negatives(tmp_path, tiny_folder):
+    base = load_base(ModelSettings(model=str(tiny_folder)))
+    (tmp_path / "a.csv").write_text("sentence1,sentence2,score\nq,d,0.25\nr,e,1\n")
+    splits, scored = load_pairs(
+        DataSettings(data=str(tmp_path / "a.csv"), valid_fraction=0), TextForm(), base.hf_tokenizer, 0
+    )
+    assert scored
+    assert splits.train.labels[::2].tolist() == [0.25, 1.0]
+    (tmp_path / "b.csv").write_text("query,positive,negative_1,negative_2\nq,d,n,\nr,e,m,o\ns,f,,\n,g,,\n")
+    splits, scored = load_pairs(
+        DataSettings(data=str(tmp_path / "b.csv"), valid_fraction=0), TextForm(), base.hf_tokenizer, 0
+    )
+    assert not scored
+    assert (splits.train.labels.reshape(3, 4) < 0).sum(axis=1).tolist() == [1, 0, 2]
+    assert (splits.report.dropped, splits.report.empty) == (1, 1)  # the one without a query
+
+
+def test_a_text_of_exactly_the_most_tokens_is_not_cut(tmp_path, tiny_folder):
+    base = load_base(ModelSettings(model=str(tiny_folder)))
+    rows = [{"query": "q", "pos": "x" * 12}, {"query": "r", "pos": "y" * 13}, {"query": "s" * 13, "pos": "z"}]
+    data = DataSettings(data=str(write(tmp_path / "a.jsonl", rows)), valid_fraction=0)
+    splits, _ = load_pairs(data, TextForm(max_length=12), base.hf_tokenizer, 0)
+    assert max(splits.train.lengths) == 12 + 1  # and what marks the end
+    assert (splits.report.truncated, [row.line for row in splits.report.truncated_rows]) == (2, [2, 3])
 
 
 # Runs
@@ -355,9 +383,14 @@ def test_a_run_learns_and_keeps_what_its_vectors_are(trained):
     assert "embed_loss: infonce" in settings
 
 
-def test_its_adapter_writes_no_text(trained, tiny_folder):
+def test_its_adapter_writes_no_text(trained, tiny_folder, tmp_path):
     says = "gives vectors, not text"
     one_line(run("generate", "--model", tiny_folder, "--adapter-path", trained, "--prompt", "x"), says)
+    rows = write(tmp_path / "a.jsonl", [{"question": "q", "answer": "d"}])  # an example of either objective
+    measured = ("evaluate", "--model", tiny_folder, "--adapter-path", trained, "--data", rows)
+    one_line(run(*measured), says)
+    one_line(run(*measured, "--forgetting"), says)
+    assert run(*measured, "--objective", "embed").code == 0
     with pytest.raises(InputError, match=says):
         mlx_lora.load(tiny_folder).generate("x", adapter=trained)
     with pytest.raises(InputError, match=says):  # chat, evaluate --tasks, POST /v1/adapters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,6 +17,9 @@ from tiers import by_default
 from tiny_vision import MAKERS, write_model_here
 from vision_rows import conversation, picture, read_rows, write_rows
 
+from mlx_lora.api import image_answers
+from mlx_lora.api.run_data import with_columns_of_run
+from mlx_lora.config.load import train_settings
 from mlx_lora.data.image_tokens import ImageTable
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN
@@ -297,6 +301,35 @@ def test_fewer_pixels_are_fewer_tokens(tmp_path):
     model, data = write_model_here("qwen3_vl", tmp_path / "model"), write_rows(tmp_path / "data")
     counts = [len(read_rows(model, data, **asked).rows.tokens) for asked in ({}, {"max_pixels": 1000})]
     assert counts[1] < counts[0]
+
+
+def test_a_picture_has_the_pixels_that_it_had_in_the_run(trained, model, colors, tmp_path, monkeypatch):
+    shutil.copytree(trained[0], tmp_path / "a", ignore=shutil.ignore_patterns("checkpoints"))
+    settings = (tmp_path / "a/run.yaml").read_text()
+    assert "max_pixels: null" in settings
+    (tmp_path / "a/run.yaml").write_text(settings.replace("max_pixels: null", "max_pixels: 900"))
+    asked = {"model": str(model), "data": str(colors / "train.jsonl"), "objective": "vision_sft"}
+    for more, pixels in (({}, 900), ({"max_pixels": 500}, 500)):
+        found = with_columns_of_run(train_settings({**asked, **more}), {**asked, **more}, tmp_path / "a")
+        assert found.data.max_pixels == pixels
+
+    def told(*given):
+        raise InputError(f"{given[-1]} pixels")
+
+    monkeypatch.setattr(image_answers, "image_answer_pieces", told)
+    command = (
+        "generate",
+        "--model",
+        model,
+        "--adapter-path",
+        tmp_path / "a",
+        "--image",
+        colors / "1.png",
+        "--prompt",
+        "x",
+    )
+    one_line(run(*command), "900 pixels")
+    one_line(run(*command, "--max-pixels", 500), "500 pixels")
 
 
 # Positions

@@ -14,6 +14,7 @@ from make_adapters import make_adapter
 from run_cli import run
 from serving_rows import PROMPT, Answer, asked, started, tokens_of
 
+from mlx_lora.serving import adapter_store
 from mlx_lora.serving.adapter_store import AdapterSource, UnknownAdapter
 from mlx_lora.serving.batch import Sampling
 from mlx_lora.serving.engine import QueueFull, Stopped
@@ -186,13 +187,17 @@ def started_cards(folder, adapters):
     return engine.store.cards
 
 
-def test_more_adapters_than_fit_wait_for_rows_to_end(folder, adapters):
+def test_more_adapters_than_fit_wait_for_rows_to_end(folder, adapters, monkeypatch):
     names = ("four", "four-too", "peft")
     engine = started(folder, adapter_bytes=started_cards(folder, {"four": adapters["four"]})["four"].nbytes)
     for name in names:
         engine.call(lambda store, name=name: store.add({name: AdapterSource(adapters[name])})).result(60)
+    meant, reads = {name: generated(folder, adapters[name]) for name in names}, []
+    read = adapter_store.read_factors
+    monkeypatch.setattr(adapter_store, "read_factors", lambda *given: reads.append(given[1].name) or read(*given))
     answers = [(name, Answer(engine, asked(name))) for name in names * 2]
-    assert [a.text for _, a in answers] == [generated(folder, adapters[name]) for name, _ in answers]
+    assert [a.text for _, a in answers] == [meant[name] for name, _ in answers]
+    assert len(reads) <= len(answers), "a row that waits does not read its files again at every step"
     engine.close()
 
 

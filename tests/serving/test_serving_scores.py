@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -12,6 +16,9 @@ from run_cli import one_line, run
 from serving_process import Server
 
 import mlx_lora
+from mlx_lora.serving.schema import ApiError
+from mlx_lora.serving.scores import a_few_at_a_time
+from mlx_lora.utils.errors import InputError
 
 LABELS = ("cold", "hot", "mild")
 QUICK = ("--objective", "classify", "--learning-rate", "5e-3", "--batch-size", 12, "--kernels", "ours", "--rank", 4, "--val-batches", 0,
@@ -127,6 +134,16 @@ def test_what_cannot_be_scored_says_why(http):
         answer = http.post("/classify", json=body)
         assert answer.status_code == status
         assert word in answer.json()["error"]["message"]
+
+
+def test_a_text_that_cannot_be_used_is_no_invalid_adapter():
+    def refuse(part):
+        raise InputError("a text cannot be used: no token")
+
+    engine: Any = SimpleNamespace(call=lambda function: in_thread.submit(function, None))
+    with ThreadPoolExecutor(1) as in_thread, pytest.raises(ApiError, match="no token") as refused:
+        asyncio.run(a_few_at_a_time(engine, 60, refuse, ["\u200b"]))
+    assert (refused.value.status, refused.value.code) == (400, "invalid_value")
 
 
 def test_names_are_given_once(tiny_folder, folders):

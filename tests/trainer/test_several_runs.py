@@ -289,6 +289,24 @@ def test_the_round_to_go_on_from_is_one_that_all_runs_have():
     assert common_round([left[0], Left(frozenset({10, 25}), ended=25)]) == 30
 
 
+def test_runs_that_do_not_belong_together_keep_their_checkpoints(models, tmp_path):
+    """A third run beside two that are resumed, or runs that were trained alone, would all begin again."""
+    SeveralRuns.open(checkpointed(models("dense"), tmp_path, "a")[:2]).train()
+    stored = sorted(path for n in (0, 1) for path in (tmp_path / f"a-{n}").rglob("*.safetensors"))
+    asked = checkpointed(models("dense"), tmp_path, "a", resume="auto")
+    with pytest.raises(InputError, match=r"a-0: 9, a-1: 5, a-2: none"):
+        SeveralRuns.open(asked)
+    assert stored
+    assert all(path.is_file() for path in stored)
+    shutil.rmtree(tmp_path / "a-0" / "checkpoints")
+    (tmp_path / "a-2").mkdir()
+    (tmp_path / "a-2" / "run.yaml").write_text("")
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "a-1" / "checkpoints" / f"step-{step:06d}", ignore_errors=True)
+    (tmp_path / "a-1" / several_runs.TOGETHER_FILE).unlink()
+    assert SeveralRuns.open(asked).at == 0  # as a kill during the first saving leaves them
+
+
 # What is refused
 
 

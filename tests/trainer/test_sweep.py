@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from mlx_lora.api.sweep import SweepJob, SweepSettings
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.trainer import sweep as sweeping
+from mlx_lora.trainer import trainer as loop
 from mlx_lora.trainer.find_learning_rate import MOST_EXTRA, find_learning_rate
 from mlx_lora.trainer.run import train_run
 from mlx_lora.trainer.several_runs import SeveralRuns, TooManyRuns, how_many_fit
@@ -172,11 +175,11 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(found, tiny_folder, 
 def test_as_many_at_once_as_fit(found, tiny_folder, data, tmp_path, monkeypatch):
     groups, own = [], SeveralRuns.open.__func__
 
-    def noted(cls, runs, *others):
+    def noted(cls, runs, *others, **more):
         groups.append(len(runs))
         if len(runs) > 2:
             raise TooManyRuns(len(runs), 2)
-        return own(cls, runs, *others)
+        return own(cls, runs, *others, **more)
 
     monkeypatch.setattr(sweeping, "how_many_fit", lambda runs: 4)
     monkeypatch.setattr(SeveralRuns, "open", classmethod(noted))
@@ -239,6 +242,36 @@ def test_a_trial_without_a_number_is_the_last_but_for_one_that_diverged(tiny_fol
     ]
     sweeping.SweepState({}, [], rounds=rounds).write(tmp_path)
     assert list(sweeping.SweepState.read(tmp_path).scores(0)) == [1, 0]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_folders_that_are_no_sweeps_are_not_deleted(tiny_folder, data, tmp_path, resume):
+    (tmp_path / "winner").mkdir()
+    (tmp_path / "winner" / "mine.txt").write_text("kept")
+    with pytest.raises(InputError, match=r"winner/.*--force"):
+        job_of(settings_of(tiny_folder, data), tmp_path, resume=resume)
+    assert (tmp_path / "winner" / "mine.txt").read_text() == "kept"
+    job_of(settings_of(tiny_folder, data), tmp_path, force=True)
+    assert not (tmp_path / "winner").exists()
+
+
+@pytest.mark.parametrize("finite", [2, 1])
+def test_a_trial_whose_held_out_loss_is_not_finite_is_the_last(tiny_folder, data, tmp_path, monkeypatch, finite):
+    """And not as good as it was before: such a loss is null in the file, as is that of a line of training."""
+    measured, own = [], loop.mean_loss
+
+    def broken(*given: Any) -> Any:
+        measured.append(own(*given))
+        return measured[-1] if len(measured) <= finite else replace(measured[-1], loss=math.nan)
+
+    monkeypatch.setattr(loop, "mean_loss", broken)
+    changes = {"iters": 4, "steps_per_eval": 2, "keep_best": False, "adapter_path": str(tmp_path / "a")}
+    settings = settings_of(tiny_folder, data, **changes)
+    train_run(settings)
+    assert len(measured) == 3  # before the first step, after two, and after four
+    found = sweeping.score_of(sweeping.Trial("a", 0, "", settings), 9)
+    assert found == sweeping.Score(0.0, math.inf)
+    assert found < sweeping.DIVERGED
 
 
 @pytest.mark.parametrize(
@@ -409,8 +442,10 @@ def test_trials_that_were_stopped_go_on(brief, tiny_folder, data, tmp_path, monk
 
 
 def test_a_run_that_is_too_short_for_trials_is_refused(tiny_folder, data, tmp_path):
-    with pytest.raises(InputError, match="too few steps"):
+    with pytest.raises(InputError, match=r"has 20 steps, .*--iters \d+") as refused:
         find_learning_rate(auto(tiny_folder, data, tmp_path / "a", iters=20))
+    named = int(str(refused.value).split("--iters ")[1])
+    assert 20 < named <= 80
     assert not (tmp_path / "a" / "trials").exists()
     one_line(run("train", "--model", tiny_folder, "--data", data, "--learning-rate", "fast"), "auto")
 

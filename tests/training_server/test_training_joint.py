@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +12,7 @@ from training_examples import examples, loaded, trained_model
 
 from mlx_lora.training_server.joint import JointPass
 from mlx_lora.training_server.models import AdamNumbers
-from mlx_lora.training_server.worker import TokenJob, Worker, WorkerSettings
+from mlx_lora.training_server.worker import TokenJob, Worker, WorkerEnded, WorkerSettings
 from mlx_lora.utils.errors import InputError
 
 SAMPLED = {
@@ -116,3 +117,49 @@ def test_requests_that_wait_together_are_computed_together(tiny_folder, tmp_path
     finally:
         worker.close()
     assert not worker.alive
+
+
+@pytest.mark.parametrize("join", [True, False])
+def test_a_request_that_fails_unexpectedly_ends_nobody_elses(tiny_folder, tmp_path, base, join, logged):
+    worker = started(tiny_folder, tmp_path, join)
+    try:
+        for number in range(2):
+            shape = trained_model(base, seed=number, unembed=False).shape
+            worker.do(f"m{number}", lambda number=number, shape=shape: worker.create(f"m{number}", shape)).result(60)
+        hold = threading.Event()
+        worker.do("hold", lambda: hold.wait(60))
+
+        def job(number: int) -> TokenJob:
+            data = examples(number) if number else None  # of the first, an error that nobody foresaw
+            return TokenJob(
+                lambda: worker.models[f"m{number}"],
+                lambda model: model.prepare(list(data), "cross_entropy", {}),
+                lambda output: output,
+            )
+
+        futures = [worker.do(f"m{number}", job(number)) for number in range(2)]
+        hold.set()
+        assert futures[1].result(60).loss_sum > 0
+        with pytest.raises(TypeError):
+            futures[0].result(60)
+        assert worker.alive
+        assert any("failed" in line for line in logged)
+    finally:
+        worker.close()
+
+
+def test_jobs_that_were_canceled_do_not_keep_a_server_from_ending(tiny_folder, tmp_path):
+    worker, hold = started(tiny_folder, tmp_path, False), threading.Event()
+    worker.do("hold", lambda: hold.wait(60))
+    waiting = [worker.do(f"m{number}", lambda: None) for number in range(3)]
+    assert waiting[0].cancel()  # as the end of a session does
+    ending = threading.Thread(target=worker.close)
+    ending.start()
+    while worker.alive:
+        time.sleep(0.01)
+    hold.set()
+    ending.join(60)
+    assert worker.failure is None
+    for future in waiting[1:]:
+        with pytest.raises(WorkerEnded):
+            future.result(10)
