@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import warnings
 from collections.abc import Sequence
@@ -15,6 +16,14 @@ from mlx_lora.exporters.peft_experts import peft_path
 
 # Processors that need no torchvision: they are asked as a whole.
 WHOLE = ("Gemma3Processor", "LlavaProcessor", "Idefics3Processor")
+# What the others set in `__init__`, which asks for torchvision.
+PARTS: dict[str, dict[str, Any]] = {
+    "SmolVLMProcessor": {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"},
+    **dict.fromkeys(("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor"), {"image_token": "<|image_pad|>"}),
+    "Gemma4Processor": {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"},
+    "PixtralProcessor": {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]", "spatial_merge_size": 1},
+}  # fmt: skip
+NEED_TORCHVISION = {"PixtralProcessor": "transformers.models.pixtral.processing_pixtral"}
 RANK, ALPHA = 4, 8
 
 
@@ -28,15 +37,17 @@ def judge_processor(folder: Path) -> Any:
     settings = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
     # By its name: mlx-vlm puts processors of its own into AutoProcessor.
     kind = getattr(transformers, settings["processor_class"])
+    if kind.__name__ in NEED_TORCHVISION:  # to be made, but not to be asked
+        kind = getattr(importlib.import_module(NEED_TORCHVISION[kind.__name__]), kind.__name__)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
     if kind.__name__ in WHOLE:
         return kind.from_pretrained(folder, image_processor=images)
     processor = kind.__new__(kind)
     processor.image_processor, processor.tokenizer = images, tokenizer
-    processor.image_token = "<image>" if "SmolVLM" in kind.__name__ else "<|image_pad|>"
-    processor.fake_image_token, processor.global_image_token = "<fake_token_around_image>", "<global-img>"
-    processor.image_seq_len = settings.get("image_seq_len")
+    given = {**PARTS["SmolVLMProcessor" if "SmolVLM" in kind.__name__ else kind.__name__], **settings}
+    for name, value in given.items():
+        setattr(processor, name, value)
     return processor
 
 
@@ -47,7 +58,9 @@ def judge_inputs(processor: Any, messages: Sequence[dict[str, Any]], pictures: S
     if kind in WHOLE:
         images = {"images": [list(pictures)]} if pictures else {}
         return dict(processor(text=[text], return_tensors="pt", add_special_tokens=False, **images))
-    asked = {"return_row_col_info": True} if kind == "SmolVLMProcessor" else {}
+    asked: dict[str, Any] = {"return_row_col_info": True} if kind == "SmolVLMProcessor" else {}
+    if kind == "PixtralProcessor":  # as in its own `_process_images`
+        asked = {"patch_size": processor.patch_size * processor.spatial_merge_size}
     found = dict(processor.image_processor(images=[list(pictures)], return_tensors="pt", **asked)) if pictures else {}
     place, end = processor.image_token, 0
     for number in range(len(pictures)):
@@ -55,8 +68,9 @@ def judge_inputs(processor: Any, messages: Sequence[dict[str, Any]], pictures: S
         shown = processor.replace_image_token(found, number)
         text, end = text[:at] + shown + text[at + len(place) :], at + len(shown)
     ids = processor.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    given = {name: value for name, value in found.items() if name not in ("rows", "cols")}
-    if "image_grid_thw" in given:  # for its positions
+    beside = ("rows", "cols", "num_soft_tokens_per_image")
+    given = {name: value for name, value in found.items() if name not in beside}
+    if "image_grid_thw" in given or "image_position_ids" in given:  # for positions and masks
         given["mm_token_type_ids"] = (ids == processor.tokenizer.convert_tokens_to_ids(place)).int()
     return {"input_ids": ids, **given}
 

@@ -72,6 +72,8 @@ if TYPE_CHECKING:
 
 FEWEST = 16  # embeddings that a batch has room for
 TRAINED_BYTES = 16  # of a trained number: its float32 master, gradient and two moments
+# Arrays of Gemma 4's tower that nobody trains: bounds of its clipped layers, and what standardizes its output.
+BUFFERS = frozenset({"input_min", "input_max", "output_min", "output_max", "std_bias", "std_scale"})
 AT_ENDS = 34  # arrays as wide as the tower that a picture takes besides its blocks
 
 
@@ -371,12 +373,16 @@ def tower_targets(tower: nn.Module, adapter: AdapterSettings) -> tuple[tuple[str
     ):
         if way is None:
             continue
-        fits = has_weights if way == "full" else _is_linear
+        fits = _is_trainable if way == "full" else _is_linear
         names = [name for name, module in parts.items() if of_connector(name) == is_connector and fits(module)]
         if not names:
             raise InputError(f"{flag} {way}: this model has no linear layer there; give {flag} full")
         found[way] += names
     return tuple(found["lora"]), tuple(found["full"])
+
+
+def _is_trainable(module: nn.Module) -> bool:
+    return has_weights(module) and BUFFERS.isdisjoint(module)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -432,6 +438,10 @@ def _patches_of_token(config: Mapping[str, Any]) -> float:
     vision = config["vision_config"]
     if "spatial_merge_size" in vision:
         return vision["spatial_merge_size"] ** 2
+    if "pooling_kernel_size" in vision:  # Gemma 4
+        return vision["pooling_kernel_size"] ** 2
+    if config.get("model_type") == "mistral3":
+        return config.get("spatial_merge_size", 2) ** 2
     if "mm_tokens_per_image" in config:
         return (vision["image_size"] // vision["patch_size"]) ** 2 / config["mm_tokens_per_image"]
     return config.get("scale_factor", 1) ** 2
