@@ -55,7 +55,7 @@ SIGLIP: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _tokenizer(specials: list[str], template: str, eos: str, **named: str) -> Any:
+def _tokenizer(specials: list[str], template: str | None, eos: str, **named: str) -> Any:
     tokenizer = byte_tokenizer(template, eos=eos, special_tokens=[eos, *(s for s in specials if s != eos)])
     for name, text in named.items():
         setattr(tokenizer, name, text)
@@ -208,6 +208,20 @@ def _mistral(kind: str) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
     return config, tokenizer, processor, {"processor_class": "PixtralProcessor", "patch_size": patch, **merge}
 
 
+def _paligemma(kind: str) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
+    import transformers
+
+    tokenizer = _tokenizer(["<bos>", "<image>", "<pad>"], None, "<eos>", bos_token="<bos>")
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    own = {"model_type": "gemma"} if kind == "paligemma" else {"model_type": "gemma2", "query_pre_attn_scalar": 16, "sliding_window": 4096}
+    config = transformers.PaliGemmaConfig(
+        text_config={**TEXT, "head_dim": 16, **own}, vision_config={**SIGLIP, "model_type": "siglip_vision_model", "vision_use_head": False},
+        image_token_index=image, projection_dim=64, hidden_size=32, vocab_size=VOCABULARY,
+    )  # fmt: skip
+    processor = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 56, "width": 56}, "image_seq_length": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
+    return config, tokenizer, processor, {"processor_class": "PaliGemmaProcessor"}
+
+
 MAKERS: dict[str, Callable[[str], tuple[Any, Any, dict[str, Any], dict[str, Any]]]] = {
     "smolvlm": _smolvlm,
     "idefics3": _smolvlm,
@@ -221,6 +235,8 @@ MAKERS: dict[str, Callable[[str], tuple[Any, Any, dict[str, Any], dict[str, Any]
     "llava": _llava,
     "pixtral": _mistral,
     "mistral3": _mistral,
+    "paligemma": _paligemma,
+    "paligemma2": _paligemma,
 }
 
 

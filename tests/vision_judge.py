@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from PIL import Image
 from mlx_lora.exporters.peft_experts import peft_path
 
 # Processors that need no torchvision: they are asked as a whole.
-WHOLE = ("Gemma3Processor", "LlavaProcessor", "Idefics3Processor")
+WHOLE = ("Gemma3Processor", "LlavaProcessor", "Idefics3Processor", "PaliGemmaProcessor")
 # What the others set in `__init__`, which asks for torchvision.
 PARTS: dict[str, dict[str, Any]] = {
     "SmolVLMProcessor": {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"},
@@ -23,7 +25,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "Gemma4Processor": {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"},
     "PixtralProcessor": {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]", "spatial_merge_size": 1},
 }  # fmt: skip
-NEED_TORCHVISION = {"PixtralProcessor": "transformers.models.pixtral.processing_pixtral"}
+PIXTRAL = "transformers.models.pixtral."
 RANK, ALPHA = 4, 8
 
 
@@ -37,8 +39,8 @@ def judge_processor(folder: Path) -> Any:
     settings = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
     # By its name: mlx-vlm puts processors of its own into AutoProcessor.
     kind = getattr(transformers, settings["processor_class"])
-    if kind.__name__ in NEED_TORCHVISION:  # to be made, but not to be asked
-        kind = getattr(importlib.import_module(NEED_TORCHVISION[kind.__name__]), kind.__name__)
+    if kind.__name__ == "PixtralProcessor":
+        kind = _pixtral_processor()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
     if kind.__name__ in WHOLE:
@@ -51,10 +53,20 @@ def judge_processor(folder: Path) -> Any:
     return processor
 
 
+def _pixtral_processor() -> Any:
+    """Return Pixtral's processor, whose module asks for torchvision only to import one function, which its Pillow form has."""
+    missing = PIXTRAL + "image_processing_pixtral"
+    if missing not in sys.modules and importlib.util.find_spec("torchvision") is None:
+        sys.modules[missing] = importlib.import_module(PIXTRAL + "image_processing_pil_pixtral")
+    return importlib.import_module(PIXTRAL + "processing_pixtral").PixtralProcessor
+
+
 def judge_inputs(processor: Any, messages: Sequence[dict[str, Any]], pictures: Sequence[Image.Image]) -> dict[str, Any]:
     """Return what transformers' processor makes of a conversation with its answers, as torch's tensors."""
-    text = processor.tokenizer.apply_chat_template(list(messages), tokenize=False)
     kind = type(processor).__name__
+    if kind == "PaliGemmaProcessor":  # has no chat template
+        return _question_and_answer(processor, messages, pictures)
+    text = processor.tokenizer.apply_chat_template(list(messages), tokenize=False)
     if kind in WHOLE:
         images = {"images": [list(pictures)]} if pictures else {}
         return dict(processor(text=[text], return_tensors="pt", add_special_tokens=False, **images))
@@ -73,6 +85,24 @@ def judge_inputs(processor: Any, messages: Sequence[dict[str, Any]], pictures: S
     if "image_grid_thw" in given or "image_position_ids" in given:  # for positions and masks
         given["mm_token_type_ids"] = (ids == processor.tokenizer.convert_tokens_to_ids(place)).int()
     return {"input_ids": ids, **given}
+
+
+def _question_and_answer(processor: Any, messages: Sequence[dict[str, Any]], pictures: Sequence[Any]) -> dict[str, Any]:
+    import torch
+
+    question, answer = (
+        "".join(part["text"] for part in one["content"] if part["type"] == "text") for one in messages
+    )
+    if pictures:
+        text = "<image>" * len(pictures) + question
+        found = processor(images=[list(pictures)], text=[text], suffix=[answer], return_tensors="pt")
+        return {name: found[name] for name in ("input_ids", "pixel_values", "token_type_ids")}
+    # Its processor refuses texts alone.
+    tokenizer = processor.tokenizer
+    parts = [f"{tokenizer.bos_token}{question}\n", answer + tokenizer.eos_token]
+    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+    kinds = [number for number, part in enumerate(ids) for _ in part]
+    return {"input_ids": torch.tensor([sum(ids, [])]), "token_type_ids": torch.tensor([kinds])}
 
 
 class Judge:

@@ -134,6 +134,13 @@ def _pooled(given: ProcessedImage) -> ImageTokens:
     return ImageTokens(f"<|image>{'<|image|>' * count}<image|>", count)
 
 
+def _before_text(given: ProcessedImage) -> ImageTokens:
+    """Return PaliGemma's: the same number for every picture."""
+    vision = given.config["vision_config"]
+    count = getattr(given.processor, "image_seq_length", None) or (vision["image_size"] // vision["patch_size"]) ** 2
+    return ImageTokens("<image>" * count, count)
+
+
 def _nothing(settings: Settings, config: Settings) -> Settings:
     return {}
 
@@ -147,14 +154,25 @@ class Family:
         show: returns how a picture is shown.
         asked: returns what the image processor is asked for, by processor_config.json and config.json.
         beside: entries of its outputs that the tower does not take.
+        template: of models that are published without one.
     """
 
     place: str
     show: Callable[[ProcessedImage], ImageTokens]
     asked: Callable[[Settings, Settings], Settings] = _nothing
     beside: frozenset[str] = frozenset()
+    template: str | None = None
 
 
+# As PaliGemma's processor puts texts together.
+ONE_QUESTION = """\
+{%- if messages | length > 2 or messages[0]['role'] != 'user' %}
+{{- raise_exception('PaliGemma takes one question and its answer, without a system message') }}{% endif %}
+{%- set content = messages[0]['content'] %}
+{%- if content is string %}{{ bos_token + content }}{% else %}
+{%- for part in content if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}{{ bos_token }}
+{%- for part in content if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}{{ '\n' }}
+{%- if messages | length == 2 %}{{ messages[1]['content'] + eos_token }}{% endif %}"""
 TILES = Family("<image>", _tiles, lambda _, __: {"return_row_col_info": True}, frozenset(("rows", "cols")))
 GRID = Family("<|image_pad|>", _merged_grid)
 LINES = Family("[IMG]", _lines, lambda settings, config: {"patch_size": _square(settings, config)})
@@ -172,6 +190,7 @@ FAMILIES: dict[str, Family] = {
     "llava": Family("<image>", _patches),
     "mistral3": LINES,
     "pixtral": LINES,
+    "paligemma": Family("<image>", _before_text, template=ONE_QUESTION),
 }
 
 

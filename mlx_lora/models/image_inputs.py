@@ -8,6 +8,7 @@ such rows differs from one of text in up to five places, depending on the family
     positions    a token has three, for time, row and column; text counts on from the largest of them   Qwen-VL, Qwen3.5
     mask         the tokens of one picture see one another, also those that follow                      Gemma 3
                  the same, in layers with a sliding window only                                         Gemma 4 26B, 31B
+                 all tokens of the prompt see one another                                               PaliGemma
     per layer    what each block gets of a token by its id is that of the padding token                 Gemma 4 E2B, E4B
 
 The model's own code runs. Its parts are changed for the duration of the context: the classes of these instances get another
@@ -48,6 +49,8 @@ class ImageInputSpec:
         interleaved: whether these pairs alternate, as in Qwen3-VL, or follow one another.
         both_ways: whether a picture's tokens see one another in both directions.
         windows_only: whether they do so only in layers with a sliding window.
+        prompt: whether all tokens of a prompt do so, not only those of one picture.
+        grouped: whether scores have an axis for the heads that share keys, as in mlx-lm's Gemma 2.
         deep: L, the number of blocks that get more of a picture.
         padding: id of the token whose per-layer embedding an image token gets, in models that have such embeddings.
     """
@@ -56,6 +59,8 @@ class ImageInputSpec:
     interleaved: bool = False
     both_ways: bool = False
     windows_only: bool = False
+    prompt: bool = False
+    grouped: bool = False
     deep: int = 0
     padding: int | None = None
 
@@ -67,14 +72,23 @@ class ImageInputSpec:
         sections = rope.get("mrope_section")
         vision = config.get("vision_config") or {}
         windows = text.get("use_bidirectional_attention") == "vision"
+        prompt = config.get("model_type") == "paligemma"
+        heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
         return cls(
             sections=None if sections is None else tuple(sections),
             interleaved=bool(rope.get("mrope_interleaved")),
-            both_ways=windows or config.get("model_type") in BOTH_WAYS,
+            both_ways=windows or prompt or config.get("model_type") in BOTH_WAYS,
             windows_only=windows,
+            prompt=prompt,
+            grouped=text.get("model_type") == "gemma2" and heads[0] != heads[1],
             deep=len(vision.get("deepstack_visual_indexes") or ()),
             padding=(text.get("pad_token_id") or 0) if text.get("hidden_size_per_layer_input") else None,
         )
+
+    @property
+    def layout(self) -> type[PositionsAndMask]:
+        """What takes the role of the caches."""
+        return PositionsAndWindowMask if self.windows_only else GroupedMask if self.grouped else PositionsAndMask
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -90,8 +104,8 @@ class PositionsAndMask(NamedTuple):
 
     Attributes:
         positions: (3, B, T) int32, or an empty array: as in text.
-        pictures: (B, T) int32, the number of the picture that a token belongs to, 0 for text; or an empty array: each token
-            sees those before it.
+        pictures: (B, T) int32, the number of the picture that a token belongs to, 0 for text, or 1 in a prompt that sees
+            itself; or an empty array: each token sees those before it.
     """
 
     positions: mx.array
@@ -137,6 +151,15 @@ class PositionsAndWindowMask(PositionsAndMask):
         return window_size is not None
 
 
+class GroupedMask(PositionsAndMask):
+    """The same, of models whose scores are (B, heads of keys, heads that share them, T, T)."""
+
+    def make_mask(self, tokens: int, window_size: int | None = None, return_array: bool = False) -> Any:
+        """Return the mask, (B, 1, 1, T, T) if rows have different ones."""
+        mask = super().make_mask(tokens, window_size, return_array)
+        return mask[:, None] if isinstance(mask, mx.array) and mask.ndim == 4 else mask
+
+
 NONE = mx.zeros((0,), mx.int32)
 
 
@@ -156,8 +179,7 @@ def with_images(model: nn.Module, spec: ImageInputSpec, arrays: Sequence[mx.arra
     embedding = next(body[name] for name in EMBEDDINGS if name in body)
     places = given["places"]
     picked, real = mx.maximum(places - 1, 0), (places > 0)[..., None]
-    kind = PositionsAndWindowMask if spec.windows_only else PositionsAndMask
-    layout = kind(given.get("positions", NONE), given.get("pictures", NONE))
+    layout = spec.layout(given.get("positions", NONE), given.get("pictures", NONE))
     changes: list[tuple[nn.Module, Any]] = [(embedding, _embedding(given["embeddings"], picked, real))]
     if layout.positions.size or layout.pictures.size:
         changes.append((body, _body(layout)))
@@ -378,18 +400,22 @@ def counted_positions(positions: np.ndarray) -> np.ndarray:
 class ModelWithImages:
     """A model that reads a prompt with pictures, chunk by chunk, and then text; mlx-lm's generators take it as a model."""
 
-    def __init__(self, model: nn.Module, spec: ImageInputSpec, arrays: Sequence[mx.array]):
+    def __init__(
+        self, model: nn.Module, spec: ImageInputSpec, arrays: Sequence[mx.array], tokens: Sequence[int] = ()
+    ):
         """Prepare for one prompt.
 
         Args:
             model: adapted or not.
             spec: of the model.
             arrays: as `with_images` takes them, of the prompt's one row.
+            tokens: of the prompt; needed if all of it sees itself (`ImageInputSpec.prompt`).
         """
         self.model, self._sight = model, spec
         self._given = dict(zip(spec.names, arrays, strict=True))
         self._places = self._given["places"]
-        self._at = 0
+        self._at, self._tokens = 0, tokens
+        self._last: mx.array | None = None  # logits of the last token of a prompt that was computed whole
         prepare_rotation(model, spec)
 
     def __getattr__(self, name: str) -> Any:
@@ -408,6 +434,8 @@ class ModelWithImages:
     def __call__(self, tokens: mx.array, cache: Any = None, **given: Any) -> mx.array:
         """Return the model's logits (1, T, V) for the next tokens (1, T)."""
         begin, self._at = self._at, self._at + tokens.shape[1]
+        if self._sight.prompt and begin < len(self._tokens):
+            return self._of_whole_prompt(begin, cache)
         if begin >= self._places.shape[1]:
             return self.model(tokens, cache=cache, **given)
         # Positions and mask are the cache's; a picture that is cut by a chunk still sees itself whole only in one chunk.
@@ -415,3 +443,19 @@ class ModelWithImages:
         arrays = {**self._given, "places": self._places[:, begin : self._at]}
         with with_images(self.model, plain, [arrays[name] for name in plain.names]):
             return self.model(tokens, cache=cache, **given)
+
+    def _of_whole_prompt(self, begin: int, cache: Any) -> mx.array:
+        """Return the logits of the prompt, or of its last token.
+
+        mlx-lm's generators give the last token in a call of its own, and then the others would not see it. So the first
+        call computes all of them, and the second one gets what was found.
+        """
+        if begin == 0:
+            whole = ImageInputSpec()
+            with with_images(self.model, whole, [self._given[name] for name in whole.names]):
+                logits = self.model(mx.array([list(self._tokens)]), cache=cache)
+            self._last = logits[:, -1:]
+            return logits[:, : self._at]
+        if self._last is None or begin != len(self._tokens) - 1:
+            raise ValueError("a prompt that sees itself is read in one chunk")
+        return self._last

@@ -260,7 +260,9 @@ def without_language_model(model: Any, config: Mapping[str, Any], token: int, dt
     model.set_dtype(dtype)
     model.freeze()
     model.eval()
-    return VisionTower(model, width, token, _rescale(kind, width))
+    if kind == "paligemma":  # mlx-vlm leaves the config's epsilon out here
+        model.vision_tower.vision_model.post_layernorm.eps = model.config.vision_config.layer_norm_eps
+    return VisionTower(model, width, token, _rescale(kind, width, model.config))
 
 
 def build_tower(config: Mapping[str, Any]) -> Any:
@@ -377,14 +379,17 @@ def _load(model: Any, weights: dict[str, mx.array], config: dict[str, Any]) -> N
     model.load_weights(list(weights.items()), strict=True)
 
 
-def _rescale(kind: str, width: int) -> float:
+def _rescale(kind: str, width: int, config: Any) -> float:
     """Return by how much a family's embeddings are to be scaled, beyond what mlx-vlm does.
 
-    Gemma 3's language model multiplies what it embeds by sqrt(D), rounded to bfloat16, in mlx-lm. mlx-vlm divides a
-    picture's embeddings by sqrt(D) itself. Gemma 4's multiplies by sqrt(D), and mlx-vlm divides by nothing.
+    The language models of the Gemma family multiply what they embed by sqrt(D); in mlx-lm, Gemma 3's factor is rounded to
+    bfloat16. mlx-vlm divides the embeddings of a picture by sqrt(D) itself, except for Gemma 4; for PaliGemma it takes D
+    from the config's `hidden_size`, which is 2048 in published files of any size.
     """
     if kind == "gemma4":
         return width**-0.5
-    if kind not in ("gemma3", "paligemma"):
-        return 1.0
-    return width**0.5 / mx.array(width**0.5, mx.bfloat16).astype(mx.float32).item()
+    if kind == "paligemma":
+        return (config.hidden_size / width) ** 0.5
+    if kind == "gemma3":
+        return width**0.5 / mx.array(width**0.5, mx.bfloat16).astype(mx.float32).item()
+    return 1.0

@@ -20,10 +20,17 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import llama, qwen2, qwen3
+from mlx_lm.models import gemma, gemma2, llama, qwen2, qwen3
 from mlx_lm.models.base import BaseModelArgs
 
-TEXT_ARCHITECTURES: dict[str, ModuleType] = {"llama": llama, "mistral": llama, "qwen2": qwen2, "qwen3": qwen3}
+TEXT_ARCHITECTURES: dict[str, ModuleType] = {
+    "llama": llama,
+    "mistral": llama,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "gemma": gemma,  # PaliGemma, and 2
+    "gemma2": gemma2,
+}
 # What tensors of the text part begin with, the longest ones first, and what stays of it.
 PREFIXES = (
     ("model.text_model.", "model."),
@@ -62,7 +69,8 @@ class Model(nn.Module):
         self.language_model = text.Model(text.ModelArgs.from_dict(args.text_config))
 
     def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
-        return self.language_model(inputs, cache=cache, input_embeddings=input_embeddings)
+        given = {} if input_embeddings is None else {"input_embeddings": input_embeddings}  # Gemma takes none
+        return self.language_model(inputs, cache=cache, **given)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Return the text part's tensors, under the names of this model's parameters."""
@@ -71,7 +79,11 @@ class Model(nn.Module):
             prefix, kept = next((pair for pair in PREFIXES if name.startswith(pair[0])), ("", ""))
             if prefix:
                 found[kept + name.removeprefix(prefix)] = value
-        return {f"language_model.{name}": value for name, value in self.language_model.sanitize(found).items()}
+        if hasattr(self.language_model, "sanitize"):
+            found = self.language_model.sanitize(found)
+        if "lm_head" not in self.language_model:  # Gemma's head is its embedding
+            found.pop("lm_head.weight", None)
+        return {f"language_model.{name}": value for name, value in found.items()}
 
     @property
     def layers(self) -> list[nn.Module]:
