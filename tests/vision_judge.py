@@ -95,8 +95,8 @@ def _question_and_answer(processor: Any, messages: Sequence[dict[str, Any]], pic
     )
     if pictures:
         text = "<image>" * len(pictures) + question
-        found = processor(images=[list(pictures)], text=[text], suffix=[answer], return_tensors="pt")
-        return {name: found[name] for name in ("input_ids", "pixel_values", "token_type_ids")}
+        found = processor(images=[list(pictures)], text=[text], suffix=[answer], return_tensors="np")
+        return {name: torch.tensor(found[name]) for name in ("input_ids", "pixel_values", "token_type_ids")}
     # Its processor refuses texts alone.
     tokenizer = processor.tokenizer
     parts = [f"{tokenizer.bos_token}{question}\n", answer + tokenizer.eos_token]

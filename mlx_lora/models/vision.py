@@ -262,6 +262,7 @@ def without_language_model(model: Any, config: Mapping[str, Any], token: int, dt
     model.eval()
     if kind == "paligemma":  # mlx-vlm leaves the config's epsilon out here
         model.vision_tower.vision_model.post_layernorm.eps = model.config.vision_config.layer_norm_eps
+        model.config.pad_token_id = -1  # of which a prompt of nothing but a picture has none
     return VisionTower(model, width, token, _rescale(kind, width, model.config))
 
 

@@ -42,6 +42,13 @@ PREFIXES = (
 )
 
 
+class TanhMLP(gemma.MLP):
+    """Gemma's with the tanh form of GELU, as in transformers; mlx-lm's has the exact one."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+
+
 @dataclass
 class ModelArgs(BaseModelArgs):
     """The config of a vision-language model.
@@ -67,6 +74,8 @@ class Model(nn.Module):
             raise ValueError(f"its text part is a {kind}")
         text = TEXT_ARCHITECTURES[kind]
         self.language_model = text.Model(text.ModelArgs.from_dict(args.text_config))
+        for block in self.language_model.layers if text is gemma else ():
+            block.mlp.__class__ = TanhMLP
 
     def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
         given = {} if input_embeddings is None else {"input_embeddings": input_embeddings}  # Gemma takes none
