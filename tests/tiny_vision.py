@@ -195,7 +195,11 @@ def _mistral(kind: str) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
     text = {**TEXT, "model_type": "mistral", "sliding_window": None, "head_dim": 16}
     if kind == "mistral3":
         config = transformers.Mistral3Config(
-            text_config=text, vision_config=vision, image_token_index=image, spatial_merge_size=2, tie_word_embeddings=False
+            text_config=text,
+            vision_config=vision,
+            image_token_index=image,
+            spatial_merge_size=2,
+            tie_word_embeddings=False,
         )
     else:
         config = transformers.LlavaConfig(
@@ -213,7 +217,11 @@ def _paligemma(kind: str) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
 
     tokenizer = _tokenizer(["<bos>", "<image>", "<pad>"], None, "<eos>", bos_token="<bos>")
     image = tokenizer.convert_tokens_to_ids("<image>")
-    own = {"model_type": "gemma"} if kind == "paligemma" else {"model_type": "gemma2", "query_pre_attn_scalar": 16, "sliding_window": 4096}
+    own = (
+        {"model_type": "gemma"}
+        if kind == "paligemma"
+        else {"model_type": "gemma2", "query_pre_attn_scalar": 16, "sliding_window": 4096}
+    )
     config = transformers.PaliGemmaConfig(
         text_config={**TEXT, "head_dim": 16, **own}, vision_config={**SIGLIP, "model_type": "siglip_vision_model", "vision_use_head": False},
         image_token_index=image, projection_dim=64, hidden_size=32, vocab_size=VOCABULARY,

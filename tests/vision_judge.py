@@ -21,7 +21,7 @@ WHOLE = ("Gemma3Processor", "LlavaProcessor", "Idefics3Processor", "PaliGemmaPro
 # What the others set in `__init__`, which asks for torchvision.
 PARTS: dict[str, dict[str, Any]] = {
     "SmolVLMProcessor": {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"},
-    **dict.fromkeys(("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor"), {"image_token": "<|image_pad|>"}),
+    **{f"Qwen{kind}Processor": {"image_token": "<|image_pad|>"} for kind in ("2VL", "2_5_VL", "3VL")},
     "Gemma4Processor": {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"},
     "PixtralProcessor": {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]", "spatial_merge_size": 1},
 }  # fmt: skip
@@ -90,9 +90,7 @@ def judge_inputs(processor: Any, messages: Sequence[dict[str, Any]], pictures: S
 def _question_and_answer(processor: Any, messages: Sequence[dict[str, Any]], pictures: Sequence[Any]) -> dict[str, Any]:
     import torch
 
-    question, answer = (
-        "".join(part["text"] for part in one["content"] if part["type"] == "text") for one in messages
-    )
+    question, answer = ("".join(part["text"] for part in one["content"] if part["type"] == "text") for one in messages)
     if pictures:
         text = "<image>" * len(pictures) + question
         found = processor(images=[list(pictures)], text=[text], suffix=[answer], return_tensors="np")
@@ -102,7 +100,10 @@ def _question_and_answer(processor: Any, messages: Sequence[dict[str, Any]], pic
     parts = [f"{tokenizer.bos_token}{question}\n", answer + tokenizer.eos_token]
     ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
     kinds = [number for number, part in enumerate(ids) for _ in part]
-    return {"input_ids": torch.tensor([sum(ids, [])]), "token_type_ids": torch.tensor([kinds])}
+    return {
+        "input_ids": torch.tensor([[token for part in ids for token in part]]),
+        "token_type_ids": torch.tensor([kinds]),
+    }
 
 
 class Judge:

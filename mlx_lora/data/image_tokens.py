@@ -194,6 +194,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Models that mlx-vlm has a tower for, and why they are not in FAMILIES.
+REFUSED = {"llama4": "transformers can only process its pictures with torchvision"}
+
+
 def family_of(config: Settings) -> Family | None:
     """Return how a model shows pictures, by its config.json; None if it is not known."""
     kind = str(config.get("model_type"))
@@ -218,9 +222,11 @@ class ImageProcessor:
         """
         family = family_of(config)
         if family is None:
+            kind = str(config.get("model_type"))
+            why = f", of which {REFUSED[kind]}" if kind in REFUSED else ""
             raise InputError(
                 f"--model {folder}: pictures are trained with {', '.join(sorted(FAMILIES))} models, and this is a "
-                f"{config.get('model_type')}; choose one of those"
+                f"{kind}{why}; choose one of those"
             )
         self.family, self.config, self.max_pixels = family, config, max_pixels
         try:

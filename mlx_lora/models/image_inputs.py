@@ -400,9 +400,7 @@ def counted_positions(positions: np.ndarray) -> np.ndarray:
 class ModelWithImages:
     """A model that reads a prompt with pictures, chunk by chunk, and then text; mlx-lm's generators take it as a model."""
 
-    def __init__(
-        self, model: nn.Module, spec: ImageInputSpec, arrays: Sequence[mx.array], tokens: Sequence[int] = ()
-    ):
+    def __init__(self, model: nn.Module, spec: ImageInputSpec, arrays: Sequence[mx.array], tokens: Sequence[int] = ()):
         """Prepare for one prompt.
 
         Args:

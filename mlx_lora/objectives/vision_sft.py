@@ -289,9 +289,7 @@ class VisionEncoder:
         each = self.tower.width * 4 * (1 + self.spec.deep)
         return each * sum(shown.tokens for shown in self.table.shown.values())
 
-    def arrays(
-        self, inputs: np.ndarray, rows: list[tuple[str, ...]], prompts: np.ndarray | None = None
-    ) -> list[Any]:
+    def arrays(self, inputs: np.ndarray, rows: list[tuple[str, ...]], prompts: np.ndarray | None = None) -> list[Any]:
         """Return the arrays that `with_images` takes for a batch, or if the tower is trained, what `shown` makes them of.
 
         Args:
