@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from architectures.images import try_family
 from run_cli import one_line, run
-from tiers import by_default
 from tiny_vision import MAKERS, vision_files, write_model_here
-from vision_rows import CHATS, chats_of, picture, read_rows, write_rows
+from vision_rows import chats_of, picture, read_rows, write_rows
 
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.image_tokens import FAMILIES, ImageProcessor, family_of
@@ -136,4 +135,3 @@ def test_each_family_has_a_tiny_model_that_shows_pictures(tmp_path):
         shown = ImageProcessor(tmp_path / family, config).shown(picture(0).size)
         assert shown.text.count(found.place) == shown.tokens or family in ("gemma3",)
     assert FAMILIES.keys() - kinds == {"qwen3_vl_moe", "qwen3_5_moe"}
-    assert CHATS != chats_of("paligemma")
