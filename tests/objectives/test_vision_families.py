@@ -8,11 +8,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from architectures.images import try_family
+from mlx.utils import tree_flatten
 from run_cli import one_line, run
+from tiers import by_default
 from tiny_vision import MAKERS, vision_files, write_model_here
 from vision_rows import chats_of, picture, read_rows, write_rows
 
-from mlx_lora.config.settings import ModelSettings
+from mlx_lora.adapters.inject import inject
+from mlx_lora.adapters.targets import select_targets
+from mlx_lora.config.settings import AdapterSettings, ModelSettings
 from mlx_lora.data.image_tokens import FAMILIES, ImageProcessor, family_of
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.image_inputs import ImageInputSpec, PositionsAndMask, PositionsAndWindowMask
@@ -21,6 +25,8 @@ from mlx_lora.models.tower_files import of_tower
 from mlx_lora.models.vision import load_tower
 from mlx_lora.objectives.vision_sft import BUFFERS, tower_targets
 from mlx_lora.serving.pictures import PictureReader
+from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
+from mlx_lora.trainer.step import differentiation
 from mlx_lora.utils.errors import InputError
 
 pytest.importorskip("mlx_vlm")
@@ -91,8 +97,6 @@ def test_pictures_of_large_gemma_4_see_themselves_only_in_windows():
 
 @pytest.mark.parametrize("family", ["gemma4", "gemma4_31b"])
 def test_bounds_and_scales_of_gemma_4s_tower_are_never_trained(family, tmp_path):
-    from mlx_lora.config.settings import AdapterSettings
-
     tower = load_tower(write_model_here(family, tmp_path / "model"), mx.float32).model
     parts = dict(tower.named_modules())
     assert any(not BUFFERS.isdisjoint(module) for name, module in parts.items() if of_tower(name))
@@ -135,3 +139,23 @@ def test_each_family_has_a_tiny_model_that_shows_pictures(tmp_path):
         shown = ImageProcessor(tmp_path / family, config).shown(picture(0).size)
         assert shown.text.count(found.place) == shown.tokens or family in ("gemma3",)
     assert FAMILIES.keys() - kinds == {"qwen3_vl_moe", "qwen3_5_moe"}
+
+
+# Checkpointing
+
+
+@pytest.mark.float32
+@pytest.mark.parametrize("family", by_default(NEW, "gemma4_31b", "paligemma2"))
+def test_checkpointed_blocks_see_pictures_as_the_others_do(family, tmp_path):
+    rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data", chats_of(family)))
+    model, arrays = rows.base.model, rows.arrays()
+    inject(model, select_targets(model).paths, rank=2, scale=1.0, seed=0)
+    step = differentiation(model, rows.objective.bind(PLAIN, model).loss.train)
+    expected, _, _, before = step(*arrays)
+    apply_checkpointing(model, "block")
+    found, _, _, after = step(*arrays)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    pairs = zip(tree_flatten(before), tree_flatten(after), strict=True)
+    differences = [mx.abs(one - other).max().item() for (_, one), (_, other) in pairs]
+    largest = max(mx.abs(value).max().item() for _, value in tree_flatten(before))
+    assert max(differences) < 1e-4 * largest
