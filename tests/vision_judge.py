@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +17,15 @@ from PIL import Image
 from mlx_lora.exporters.peft_experts import peft_path
 
 # Processors that need no torchvision: they are asked as a whole.
-WHOLE = ("Gemma3Processor", "LlavaProcessor", "Idefics3Processor")
+WHOLE = ("Gemma3Processor", "LlavaProcessor", "Idefics3Processor", "PaliGemmaProcessor")
+# What the others set in `__init__`, which asks for torchvision.
+PARTS: dict[str, dict[str, Any]] = {
+    "SmolVLMProcessor": {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"},
+    **{f"Qwen{kind}Processor": {"image_token": "<|image_pad|>"} for kind in ("2VL", "2_5_VL", "3VL")},
+    "Gemma4Processor": {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"},
+    "PixtralProcessor": {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]", "spatial_merge_size": 1},
+}  # fmt: skip
+PIXTRAL = "transformers.models.pixtral."
 RANK, ALPHA = 4, 8
 
 
@@ -28,26 +39,40 @@ def judge_processor(folder: Path) -> Any:
     settings = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
     # By its name: mlx-vlm puts processors of its own into AutoProcessor.
     kind = getattr(transformers, settings["processor_class"])
+    if kind.__name__ == "PixtralProcessor":
+        kind = _pixtral_processor()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
     if kind.__name__ in WHOLE:
         return kind.from_pretrained(folder, image_processor=images)
     processor = kind.__new__(kind)
     processor.image_processor, processor.tokenizer = images, tokenizer
-    processor.image_token = "<image>" if "SmolVLM" in kind.__name__ else "<|image_pad|>"
-    processor.fake_image_token, processor.global_image_token = "<fake_token_around_image>", "<global-img>"
-    processor.image_seq_len = settings.get("image_seq_len")
+    given = {**PARTS["SmolVLMProcessor" if "SmolVLM" in kind.__name__ else kind.__name__], **settings}
+    for name, value in given.items():
+        setattr(processor, name, value)
     return processor
+
+
+def _pixtral_processor() -> Any:
+    """Return Pixtral's processor, whose module asks for torchvision only to import one function, which its Pillow form has."""
+    missing = PIXTRAL + "image_processing_pixtral"
+    if missing not in sys.modules and importlib.util.find_spec("torchvision") is None:
+        sys.modules[missing] = importlib.import_module(PIXTRAL + "image_processing_pil_pixtral")
+    return importlib.import_module(PIXTRAL + "processing_pixtral").PixtralProcessor
 
 
 def judge_inputs(processor: Any, messages: Sequence[dict[str, Any]], pictures: Sequence[Image.Image]) -> dict[str, Any]:
     """Return what transformers' processor makes of a conversation with its answers, as torch's tensors."""
-    text = processor.tokenizer.apply_chat_template(list(messages), tokenize=False)
     kind = type(processor).__name__
+    if kind == "PaliGemmaProcessor":  # has no chat template
+        return _question_and_answer(processor, messages, pictures)
+    text = processor.tokenizer.apply_chat_template(list(messages), tokenize=False)
     if kind in WHOLE:
         images = {"images": [list(pictures)]} if pictures else {}
         return dict(processor(text=[text], return_tensors="pt", add_special_tokens=False, **images))
-    asked = {"return_row_col_info": True} if kind == "SmolVLMProcessor" else {}
+    asked: dict[str, Any] = {"return_row_col_info": True} if kind == "SmolVLMProcessor" else {}
+    if kind == "PixtralProcessor":  # as in its own `_process_images`
+        asked = {"patch_size": processor.patch_size * processor.spatial_merge_size}
     found = dict(processor.image_processor(images=[list(pictures)], return_tensors="pt", **asked)) if pictures else {}
     place, end = processor.image_token, 0
     for number in range(len(pictures)):
@@ -55,10 +80,30 @@ def judge_inputs(processor: Any, messages: Sequence[dict[str, Any]], pictures: S
         shown = processor.replace_image_token(found, number)
         text, end = text[:at] + shown + text[at + len(place) :], at + len(shown)
     ids = processor.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    given = {name: value for name, value in found.items() if name not in ("rows", "cols")}
-    if "image_grid_thw" in given:  # for its positions
+    beside = ("rows", "cols", "num_soft_tokens_per_image")
+    given = {name: value for name, value in found.items() if name not in beside}
+    if "image_grid_thw" in given or "image_position_ids" in given:  # for positions and masks
         given["mm_token_type_ids"] = (ids == processor.tokenizer.convert_tokens_to_ids(place)).int()
     return {"input_ids": ids, **given}
+
+
+def _question_and_answer(processor: Any, messages: Sequence[dict[str, Any]], pictures: Sequence[Any]) -> dict[str, Any]:
+    import torch
+
+    question, answer = ("".join(part["text"] for part in one["content"] if part["type"] == "text") for one in messages)
+    if pictures:
+        text = "<image>" * len(pictures) + question
+        found = processor(images=[list(pictures)], text=[text], suffix=[answer], return_tensors="np")
+        return {name: torch.tensor(found[name]) for name in ("input_ids", "pixel_values", "token_type_ids")}
+    # Its processor refuses texts alone.
+    tokenizer = processor.tokenizer
+    parts = [f"{tokenizer.bos_token}{question}\n", answer + tokenizer.eos_token]
+    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+    kinds = [number for number, part in enumerate(ids) for _ in part]
+    return {
+        "input_ids": torch.tensor([[token for part in ids for token in part]]),
+        "token_type_ids": torch.tensor([kinds]),
+    }
 
 
 class Judge:

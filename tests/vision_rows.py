@@ -49,6 +49,11 @@ CHATS: list[tuple[list[dict[str, Any]], tuple[int, ...]]] = [
 ]
 
 
+def chats_of(family: str) -> list[tuple[list[dict[str, Any]], tuple[int, ...]]]:
+    """Return these conversations, or their first question and answer for models that take no more."""
+    return [(turns[:2], numbers) for turns, numbers in CHATS] if family.startswith("paligemma") else CHATS
+
+
 def write_rows(folder: Path, chats: Sequence[tuple[list[dict[str, Any]], tuple[int, ...]]] = CHATS) -> Path:
     """Write conversations and their pictures; return the data file."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ def image_answer_pieces(
     files = [Path(picture).expanduser().resolve() for picture in pictures]
     table = ImageTable.empty()
     vision = VisionEncoder.of(base, DataSettings(max_pixels=max_pixels), table, open_tower(base))
-    template = template or image_template(base.hf_tokenizer, base.folder, vision.processor.family.place)
+    template = template or image_template(base.hf_tokenizer, base.folder, vision.processor.family)
     if template is None:
         raise InputError(f"--model {base.model_id}: has no chat template, so it cannot be asked about pictures")
     reader = ImageReader(vision.processor, [file.parent for file in files], table, vision.tower.token)
@@ -63,7 +63,7 @@ def image_answer_pieces(
         top_k=settings.top_k if settings.top_k < len(base.hf_tokenizer) else 0,
     )
     hold_weights(base)
-    model = ModelWithImages(base.model, vision.spec, arrays)
+    model = ModelWithImages(base.model, vision.spec, arrays, tokens)
     yield from stream_generate(
         model,  # pyright: ignore[reportArgumentType] # mlx-lm only calls it
         base.tokenizer,

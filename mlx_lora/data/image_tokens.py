@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mlx_lora.data.assistant_spans import Span
 
 Outputs = Mapping[str, Any]
+Settings = Mapping[str, Any]
 BLANK = 127  # gray
 
 
@@ -112,6 +113,38 @@ def _patches(given: ProcessedImage) -> ImageTokens:
     return ImageTokens("<image>" * count, count)
 
 
+def _square(settings: Settings, config: Settings) -> int:
+    """Return how many pixels a side of the square has that becomes one token of Mistral 3 and Pixtral."""
+    patch = settings.get("patch_size") or config["vision_config"]["patch_size"]
+    merge = 2 if config.get("model_type") == "mistral3" else 1
+    return patch * (settings.get("spatial_merge_size") or config.get("spatial_merge_size", merge))
+
+
+def _lines(given: ProcessedImage) -> ImageTokens:
+    """Return Mistral 3's and Pixtral's: lines of squares, each with an end."""
+    side = _square(given.settings, given.config)
+    rows, columns = (int(size) // side for size in given.outputs["image_sizes"][0])
+    line = "[IMG]" * columns
+    return ImageTokens("[IMG_BREAK]".join([line] * rows) + "[IMG_END]", rows * columns, (rows, columns))
+
+
+def _pooled(given: ProcessedImage) -> ImageTokens:
+    """Return Gemma 4's: a token for each pool of patches."""
+    count = int(given.outputs["num_soft_tokens_per_image"][0])
+    return ImageTokens(f"<|image>{'<|image|>' * count}<image|>", count)
+
+
+def _before_text(given: ProcessedImage) -> ImageTokens:
+    """Return PaliGemma's: the same number for every picture."""
+    vision = given.config["vision_config"]
+    count = getattr(given.processor, "image_seq_length", None) or (vision["image_size"] // vision["patch_size"]) ** 2
+    return ImageTokens("<image>" * count, count)
+
+
+def _nothing(settings: Settings, config: Settings) -> Settings:
+    return {}
+
+
 @dataclass(frozen=True)
 class Family:
     """How some architectures show pictures.
@@ -119,18 +152,30 @@ class Family:
     Attributes:
         place: what their templates write for a picture.
         show: returns how a picture is shown.
-        asked: names of further outputs that the image processor is asked for.
+        asked: returns what the image processor is asked for, by processor_config.json and config.json.
         beside: entries of its outputs that the tower does not take.
+        template: of models that are published without one.
     """
 
     place: str
     show: Callable[[ProcessedImage], ImageTokens]
-    asked: tuple[str, ...] = ()
+    asked: Callable[[Settings, Settings], Settings] = _nothing
     beside: frozenset[str] = frozenset()
+    template: str | None = None
 
 
-TILES = Family("<image>", _tiles, ("return_row_col_info",), frozenset(("rows", "cols")))
+# As PaliGemma's processor puts texts together.
+ONE_QUESTION = """\
+{%- if messages | length > 2 or messages[0]['role'] != 'user' %}
+{{- raise_exception('PaliGemma takes one question and its answer, without a system message') }}{% endif %}
+{%- set content = messages[0]['content'] %}
+{%- if content is string %}{{ bos_token + content }}{% else %}
+{%- for part in content if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}{{ bos_token }}
+{%- for part in content if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}{{ '\n' }}
+{%- if messages | length == 2 %}{{ messages[1]['content'] + eos_token }}{% endif %}"""
+TILES = Family("<image>", _tiles, lambda _, __: {"return_row_col_info": True}, frozenset(("rows", "cols")))
 GRID = Family("<|image_pad|>", _merged_grid)
+LINES = Family("[IMG]", _lines, lambda settings, config: {"patch_size": _square(settings, config)})
 FAMILIES: dict[str, Family] = {
     "smolvlm": TILES,
     "idefics3": TILES,
@@ -138,9 +183,27 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": GRID,
     "qwen3_vl": GRID,
     "qwen3_vl_moe": GRID,
-    "gemma3": Family("<start_of_image>", _fixed, (), frozenset(("num_crops",))),
+    "qwen3_5": GRID,
+    "qwen3_5_moe": GRID,
+    "gemma3": Family("<start_of_image>", _fixed, beside=frozenset(("num_crops",))),
+    "gemma4": Family("<|image|>", _pooled, beside=frozenset(("num_soft_tokens_per_image",))),
     "llava": Family("<image>", _patches),
+    "mistral3": LINES,
+    "pixtral": LINES,
+    "paligemma": Family("<image>", _before_text, template=ONE_QUESTION),
 }
+
+
+# Models that mlx-vlm has a tower for, and why they are not in FAMILIES.
+REFUSED = {"llama4": "transformers can only process its pictures with torchvision"}
+
+
+def family_of(config: Settings) -> Family | None:
+    """Return how a model shows pictures, by its config.json; None if it is not known."""
+    kind = str(config.get("model_type"))
+    if kind == "llava" and (config.get("vision_config") or {}).get("model_type") == "pixtral":
+        kind = "pixtral"  # as transformers writes it
+    return FAMILIES.get(kind)
 
 
 class ImageProcessor:
@@ -157,13 +220,15 @@ class ImageProcessor:
         Raises:
             InputError: the family is not known, or has no image processor.
         """
-        kind = str(config.get("model_type"))
-        if kind not in FAMILIES:
+        family = family_of(config)
+        if family is None:
+            kind = str(config.get("model_type"))
+            why = f", of which {REFUSED[kind]}" if kind in REFUSED else ""
             raise InputError(
-                f"--model {folder}: pictures are trained with {', '.join(sorted(FAMILIES))} models, and this is a {kind}; "
-                "choose one of those"
+                f"--model {folder}: pictures are trained with {', '.join(sorted(FAMILIES))} models, and this is a "
+                f"{kind}{why}; choose one of those"
             )
-        self.family, self.config, self.max_pixels = FAMILIES[kind], config, max_pixels
+        self.family, self.config, self.max_pixels = family, config, max_pixels
         try:
             self._processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
@@ -171,6 +236,7 @@ class ImageProcessor:
             raise InputError(f"{folder}: its image processor cannot be loaded ({reason}); download it again") from error
         file = folder / "processor_config.json"
         self._settings = read_json(file, "download the model again") if file.is_file() else {}
+        self._asked = self.family.asked(self._settings, config)
         self.shown = lru_cache(maxsize=10_000)(self._shown)
 
     @property
@@ -212,7 +278,7 @@ class ImageProcessor:
 
     def _outputs(self, image: Any) -> Outputs:
         try:
-            return self._processor(images=[image], return_tensors="np", **dict.fromkeys(self.family.asked, True))
+            return self._processor(images=[image], return_tensors="np", **self._asked)
         except (ValueError, ZeroDivisionError) as error:
             reason = " ".join(str(error).split())[:100]
             raise FormatError(f"the model's image processor refuses a picture ({reason})") from error

@@ -14,6 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_lora.adapters.base import AdapterLayer
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, AdapterInfo, save_adapter
 from mlx_lora.models.folder import save_tensors, write_json
 from mlx_lora.utils.errors import InputError
@@ -22,6 +23,10 @@ from mlx_lora.utils.parsing import read_json
 WEIGHTS_FILE = "adapters.safetensors"
 # model_type -> our prefix, mlx-vlm's.
 NAMES: dict[str, tuple[str, str]] = dict.fromkeys(("smolvlm", "idefics3"), ("language_model.model.", "language_model."))
+
+
+# Layers whose `weight` mlx-vlm's own code reads, which its adapter layers do not have.
+READ = ("vision_tower.patch_embedder.input_proj",)  # Gemma 4
 
 
 def write_mlx_vlm(folder: Path, model: nn.Module, info: AdapterInfo, kind: str) -> None:
@@ -34,12 +39,15 @@ def write_mlx_vlm(folder: Path, model: nn.Module, info: AdapterInfo, kind: str) 
         kind: model_type of the base.
 
     Raises:
-        InputError: the adapter has more than low-rank factors on layers.
+        InputError: the adapter has more than low-rank factors on layers, or is on a layer that mlx-vlm cannot adapt.
     """
     if info.full or info.qat:
         raise InputError(
             "--to mlx-vlm: the adapter has whole trained parts, or rounding; fuse it instead (mlx-lora fuse)"
         )
+    modules = dict(model.named_modules())
+    if unfit := [path for path in READ if isinstance(modules.get(path), AdapterLayer)]:
+        raise InputError(f"--to mlx-vlm: it cannot adapt {unfit[0]}; fuse the adapter instead (mlx-lora fuse)")
     save_adapter(folder, model, info, same_rank=True)
     ours, theirs = NAMES.get(kind, ("", ""))
     stored = mx.load(str(folder / WEIGHTS_FILE))

@@ -319,8 +319,12 @@ TOWERS = {
     **dict.fromkeys(
         ("smolvlm", "idefics3"), (("vision_model.", "model.vision_model."), ("connector.", "model.connector."))
     ),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), (("vision_tower.", "model.visual."),)),
-    **dict.fromkeys(("gemma3", "llava"), SIGLIP),
+    **dict.fromkeys(
+        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+        (("vision_tower.", "model.visual."),),
+    ),
+    **dict.fromkeys(("gemma3", "llava", "mistral3", "pixtral", "paligemma"), SIGLIP),
+    "gemma4": (("vision_tower.", "model.vision_tower."), ("embed_vision.", "model.embed_vision.")),
 }
 RENAMED = {
     **TOWERS,

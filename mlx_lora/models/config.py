@@ -120,7 +120,7 @@ PER_LAYER_NAMES = frozenset(PER_LAYER.values())
 # model_type -> the module of this room that has its `Model` and `ModelArgs`; it is imported when such a model is opened.
 OWN_ARCHITECTURES = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "modernbert"), "encoder"),
-    **dict.fromkeys(("smolvlm", "idefics3"), "vlm_text"),
+    **dict.fromkeys(("smolvlm", "idefics3", "paligemma"), "vlm_text"),
 }
 
 

@@ -1,19 +1,22 @@
 """Let a language model read pictures: put their embeddings where their tokens are, and let attention see them as it should.
 
 A row has tokens of text and, for each picture, a run of the model's image tokens. Inside `with_images`, a call of the model with
-such rows differs from one of text in up to four places, depending on the family:
+such rows differs from one of text in up to five places, depending on the family:
 
     embedding    a picture's embeddings take the place of what the embedding gives for its tokens       all
     deep         more of them are added to the output of the first blocks, at these tokens              Qwen3-VL
-    positions    a token has three, for time, row and column; text counts on from the largest of them   Qwen-VL
+    positions    a token has three, for time, row and column; text counts on from the largest of them   Qwen-VL, Qwen3.5
     mask         the tokens of one picture see one another, also those that follow                      Gemma 3
+                 the same, in layers with a sliding window only                                         Gemma 4 26B, 31B
+                 all tokens of the prompt see one another                                               PaliGemma
+    per layer    what each block gets of a token by its id is that of the padding token                 Gemma 4 E2B, E4B
 
 The model's own code runs. Its parts are changed for the duration of the context: the classes of these instances get another
 `__call__`, and blocks get positions and mask through the cache argument that they have for generation, as with shared
 prompts (models/prefix_attention.py).
 
 Shapes: B rows, T columns, F embeddings of all pictures of a batch, D width, L blocks that get more, d rotated features.
-Source: M-RoPE is arXiv 2409.12191 (section 2.1), DeepStack arXiv 2406.04334; Gemma 3's mask is transformers'.
+Source: M-RoPE is arXiv 2409.12191 (section 2.1), DeepStack arXiv 2406.04334; Gemma's masks are transformers'.
 """
 
 from __future__ import annotations
@@ -26,14 +29,15 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_lora.models.head import EMBEDDINGS, answering
 from mlx_lora.utils.errors import InputError
 
 AXES = 3  # time, row, column
-# Families whose pictures' tokens see one another in both directions.
+# Families whose pictures' tokens see one another in both directions, in every layer.
 BOTH_WAYS = ("gemma3",)
+PER_LAYER = "embed_tokens_per_layer"  # Gemma 4's second embedding, whose rows the blocks get
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,21 @@ class ImageInputSpec:
         sections: how many pairs of rotated features belong to time, row and column; None: a token has one position.
         interleaved: whether these pairs alternate, as in Qwen3-VL, or follow one another.
         both_ways: whether a picture's tokens see one another in both directions.
+        windows_only: whether they do so only in layers with a sliding window.
+        prompt: whether all tokens of a prompt do so, not only those of one picture.
+        grouped: whether scores have an axis for the heads that share keys, as in mlx-lm's Gemma 2.
         deep: L, the number of blocks that get more of a picture.
+        padding: id of the token whose per-layer embedding an image token gets, in models that have such embeddings.
     """
 
     sections: tuple[int, ...] | None = None
     interleaved: bool = False
     both_ways: bool = False
+    windows_only: bool = False
+    prompt: bool = False
+    grouped: bool = False
     deep: int = 0
+    padding: int | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ImageInputSpec:
@@ -59,12 +71,24 @@ class ImageInputSpec:
         rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
         sections = rope.get("mrope_section")
         vision = config.get("vision_config") or {}
+        windows = text.get("use_bidirectional_attention") == "vision"
+        prompt = config.get("model_type") == "paligemma"
+        heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
         return cls(
-            None if sections is None else tuple(sections),
-            bool(rope.get("mrope_interleaved")),
-            config.get("model_type") in BOTH_WAYS,
-            len(vision.get("deepstack_visual_indexes") or ()),
+            sections=None if sections is None else tuple(sections),
+            interleaved=bool(rope.get("mrope_interleaved")),
+            both_ways=windows or prompt or config.get("model_type") in BOTH_WAYS,
+            windows_only=windows,
+            prompt=prompt,
+            grouped=text.get("model_type") == "gemma2" and heads[0] != heads[1],
+            deep=len(vision.get("deepstack_visual_indexes") or ()),
+            padding=(text.get("pad_token_id") or 0) if text.get("hidden_size_per_layer_input") else None,
         )
+
+    @property
+    def layout(self) -> type[PositionsAndMask]:
+        """What takes the role of the caches."""
+        return PositionsAndWindowMask if self.windows_only else GroupedMask if self.grouped else PositionsAndMask
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -80,8 +104,8 @@ class PositionsAndMask(NamedTuple):
 
     Attributes:
         positions: (3, B, T) int32, or an empty array: as in text.
-        pictures: (B, T) int32, the number of the picture that a token belongs to, 0 for text; or an empty array: each token
-            sees those before it.
+        pictures: (B, T) int32, the number of the picture that a token belongs to, 0 for text, or 1 in a prompt that sees
+            itself; or an empty array: each token sees those before it.
     """
 
     positions: mx.array
@@ -104,14 +128,36 @@ class PositionsAndMask(NamedTuple):
             window_size: of a sliding window: the number of positions seen, the token's own included.
             return_array: whether the mask must be an array.
         """
-        if not self.pictures.size and window_size is None and not return_array:
+        seen_whole = self.pictures.size and self.shows_pictures(window_size)
+        if not seen_whole and window_size is None and not return_array:
             return "causal"
         query, key = mx.arange(tokens)[:, None], mx.arange(tokens)
         seen = query >= key
-        if self.pictures.size:
+        if seen_whole:
             own, other = self.pictures[:, None, :, None], self.pictures[:, None, None, :]
             seen = seen | ((own == other) & (own > 0))
         return seen if window_size is None else seen & (query < key + window_size)
+
+    def shows_pictures(self, window_size: int | None) -> bool:
+        """Return whether the tokens of a picture see one another in a layer with this window, or without one."""
+        return True
+
+
+class PositionsAndWindowMask(PositionsAndMask):
+    """The same, of models whose pictures' tokens see one another only in layers with a sliding window."""
+
+    def shows_pictures(self, window_size: int | None) -> bool:
+        """Return whether the layer has a window."""
+        return window_size is not None
+
+
+class GroupedMask(PositionsAndMask):
+    """The same, of models whose scores are (B, heads of keys, heads that share them, T, T)."""
+
+    def make_mask(self, tokens: int, window_size: int | None = None, return_array: bool = False) -> Any:
+        """Return the mask, (B, 1, 1, T, T) if rows have different ones."""
+        mask = super().make_mask(tokens, window_size, return_array)
+        return mask[:, None] if isinstance(mask, mx.array) and mask.ndim == 4 else mask
 
 
 NONE = mx.zeros((0,), mx.int32)
@@ -133,10 +179,12 @@ def with_images(model: nn.Module, spec: ImageInputSpec, arrays: Sequence[mx.arra
     embedding = next(body[name] for name in EMBEDDINGS if name in body)
     places = given["places"]
     picked, real = mx.maximum(places - 1, 0), (places > 0)[..., None]
-    layout = PositionsAndMask(given.get("positions", NONE), given.get("pictures", NONE))
+    layout = spec.layout(given.get("positions", NONE), given.get("pictures", NONE))
     changes: list[tuple[nn.Module, Any]] = [(embedding, _embedding(given["embeddings"], picked, real))]
     if layout.positions.size or layout.pictures.size:
         changes.append((body, _body(layout)))
+    if spec.padding is not None:
+        changes.append((body[PER_LAYER], _padding(places > 0, spec.padding)))
     for number in range(spec.deep):
         changes.append((model.layers[number], _deep_block(given["deep"][number], picked, real)))
     with ExitStack() as stack:
@@ -156,14 +204,29 @@ def _embedding(embeddings: mx.array, picked: mx.array, real: mx.array) -> Any:
     return change
 
 
-def _body(layout: PositionsAndMask) -> Any:
+def _padding(is_picture: mx.array, token: int) -> Any:
     def change(own: Any) -> Any:
-        def call(self: nn.Module, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any) -> mx.array:
-            return own(self, inputs, cache or [layout] * len(self.layers), *args, **kwargs)
+        def call(self: nn.Module, tokens: mx.array) -> mx.array:
+            return own(self, mx.where(is_picture, token, tokens))
 
         return call
 
     return change
+
+
+def _body(layout: PositionsAndMask) -> Any:
+    def change(own: Any) -> Any:
+        def call(self: nn.Module, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any) -> mx.array:
+            return own(self, inputs, cache or [layout if _attends(b) else None for b in self.layers], *args, **kwargs)
+
+        return call
+
+    return change
+
+
+def _attends(block: nn.Module) -> bool:
+    """Return whether a block has attention, which asks its cache for positions; the others are recurrent."""
+    return not getattr(block, "is_linear", False)
 
 
 def _deep_block(deep: mx.array, picked: mx.array, real: mx.array) -> Any:
@@ -259,6 +322,8 @@ def positions_of(is_picture: np.ndarray, grids: Sequence[tuple[int, int]]) -> np
 
 # Generating
 
+KEYS_AND_VALUES = (KVCache, RotatingKVCache)  # caches of attention; a recurrent layer has a state
+
 
 class ImageKVCache:
     """Keys and values of a prompt with pictures and of what follows it; in the role of mlx-lm's caches.
@@ -267,18 +332,21 @@ class ImageKVCache:
     counts on from the largest position.
     """
 
-    def __init__(self, positions: np.ndarray | None, pictures: np.ndarray | None, tokens: int):
+    def __init__(
+        self, positions: np.ndarray | None, pictures: np.ndarray | None, tokens: int, windows_only: bool = False
+    ):
         """Prepare for a prompt.
 
         Args:
             positions: (3, 1, P) int32; None: as in text.
             pictures: (1, P) int32, see `PositionsAndMask`; None: a token sees those before it.
             tokens: P, of the prompt.
+            windows_only: whether the tokens of a picture see one another only in layers with a sliding window.
         """
         self._kept, self._tokens = KVCache(), tokens
         self._positions = None if positions is None else mx.array(positions)
         self._beyond = 0 if positions is None else int(positions.max()) + 1 - tokens
-        self._pictures = pictures
+        self._pictures, self._windows_only = pictures, windows_only
 
     @property
     def offset(self) -> Any:
@@ -308,6 +376,7 @@ class ImageKVCache:
         """Return the mask for the next tokens, as `PositionsAndMask.make_mask` does."""
         done = self._kept.offset
         both_ways = self._pictures is not None and done < self._tokens
+        both_ways = both_ways and not (self._windows_only and window_size is None)
         if not both_ways and window_size is None and not return_array:
             return None if tokens == 1 else "causal"
         query, key = np.arange(done, done + tokens)[:, None], np.arange(done + tokens)
@@ -331,18 +400,20 @@ def counted_positions(positions: np.ndarray) -> np.ndarray:
 class ModelWithImages:
     """A model that reads a prompt with pictures, chunk by chunk, and then text; mlx-lm's generators take it as a model."""
 
-    def __init__(self, model: nn.Module, spec: ImageInputSpec, arrays: Sequence[mx.array]):
+    def __init__(self, model: nn.Module, spec: ImageInputSpec, arrays: Sequence[mx.array], tokens: Sequence[int] = ()):
         """Prepare for one prompt.
 
         Args:
             model: adapted or not.
             spec: of the model.
             arrays: as `with_images` takes them, of the prompt's one row.
+            tokens: of the prompt; needed if all of it sees itself (`ImageInputSpec.prompt`).
         """
         self.model, self._sight = model, spec
         self._given = dict(zip(spec.names, arrays, strict=True))
         self._places = self._given["places"]
-        self._at = 0
+        self._at, self._tokens = 0, tokens
+        self._last: mx.array | None = None  # logits of the last token of a prompt that was computed whole
         prepare_rotation(model, spec)
 
     def __getattr__(self, name: str) -> Any:
@@ -351,19 +422,38 @@ class ModelWithImages:
 
     def caches(self) -> list[Any]:
         """Return the caches of all layers."""
+        caches = make_prompt_cache(self.model)  # fewer than layers if some use those of others
         if self._sight.sections is None and not self._sight.both_ways:
-            return make_prompt_cache(self.model)
+            return caches
         of = {name: np.array(self._given[name]) for name in ("positions", "pictures") if name in self._given}
-        tokens = self._places.shape[1]
-        return [ImageKVCache(of.get("positions"), of.get("pictures"), tokens) for _ in self.model.layers]
+        shape = of.get("positions"), of.get("pictures"), self._places.shape[1], self._sight.windows_only
+        return [ImageKVCache(*shape) if isinstance(cache, KEYS_AND_VALUES) else cache for cache in caches]
 
     def __call__(self, tokens: mx.array, cache: Any = None, **given: Any) -> mx.array:
         """Return the model's logits (1, T, V) for the next tokens (1, T)."""
         begin, self._at = self._at, self._at + tokens.shape[1]
+        if self._sight.prompt and begin < len(self._tokens):
+            return self._of_whole_prompt(begin, cache)
         if begin >= self._places.shape[1]:
             return self.model(tokens, cache=cache, **given)
         # Positions and mask are the cache's; a picture that is cut by a chunk still sees itself whole only in one chunk.
-        plain = ImageInputSpec(deep=self._sight.deep)
+        plain = ImageInputSpec(deep=self._sight.deep, padding=self._sight.padding)
         arrays = {**self._given, "places": self._places[:, begin : self._at]}
         with with_images(self.model, plain, [arrays[name] for name in plain.names]):
             return self.model(tokens, cache=cache, **given)
+
+    def _of_whole_prompt(self, begin: int, cache: Any) -> mx.array:
+        """Return the logits of the prompt, or of its last token.
+
+        mlx-lm's generators give the last token in a call of its own, and then the others would not see it. So the first
+        call computes all of them, and the second one gets what was found.
+        """
+        if begin == 0:
+            whole = ImageInputSpec()
+            with with_images(self.model, whole, [self._given[name] for name in whole.names]):
+                logits = self.model(mx.array([list(self._tokens)]), cache=cache)
+            self._last = logits[:, -1:]
+            return logits[:, : self._at]
+        if self._last is None or begin != len(self._tokens) - 1:
+            raise ValueError("a prompt that sees itself is read in one chunk")
+        return self._last

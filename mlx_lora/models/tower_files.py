@@ -24,8 +24,8 @@ OF_LANGUAGE = (
     "model.layers.", "model.embed_tokens.", "model.norm.",
 )  # fmt: skip
 # mlx-vlm's names of what a vision-language model has beside its language model, and the parts of paths that are of a connector.
-TOWER_PARTS = ("vision_tower", "vision_model", "connector", "multi_modal_projector")
-CONNECTORS = frozenset({"connector", "multi_modal_projector", "merger", "deepstack_merger_list"})
+TOWER_PARTS = ("vision_tower", "vision_model", "connector", "multi_modal_projector", "embed_vision")
+CONNECTORS = frozenset({"connector", "multi_modal_projector", "merger", "deepstack_merger_list", "embed_vision"})
 
 
 def of_tower(path: str) -> bool:

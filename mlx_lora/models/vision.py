@@ -20,7 +20,7 @@ Shapes: n tokens of a picture, D width of the language model, L blocks that get 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -143,8 +143,30 @@ def _only_picture(features: mx.array, embeddings: mx.array, ids: mx.array) -> mx
     return features.astype(embeddings.dtype).reshape(embeddings.shape)
 
 
+def _merged(self: Any, features: mx.array, image_sizes: Sequence[Any]) -> mx.array:
+    """Join squares of patches, as Mistral 3's connector does; its own method makes a slice of each patch.
+
+    Args:
+        self: mlx-vlm's merger.
+        features: (patches, width) or with a first axis of one.
+        image_sizes: height and width in pixels of each picture.
+    """
+    k, parts, at = self.spatial_merge_size, [], 0
+    features = features.reshape(-1, features.shape[-1])
+    for size in image_sizes:
+        rows, columns = (int(side) // self.patch_size for side in size)
+        grid = features[at : at + rows * columns].reshape(rows, columns, -1)[: rows // k * k, : columns // k * k]
+        squares = grid.reshape(rows // k, k, columns // k, k, -1).transpose(0, 2, 4, 1, 3)  # width before the square
+        parts.append(squares.reshape(-1, features.shape[-1] * k * k))
+        at += rows * columns
+    return self.merging_layer(mx.concatenate(parts))
+
+
 class NoText(nn.Module):
     """Stands where mlx-vlm has the language model: its embeddings are zeros, and it has no positions."""
+
+    embed_scale = 1.0  # of Gemma 4
+    hidden_size_per_layer_input = 0  # of Gemma 4: models/image_inputs.py has these
 
     def __init__(self, width: int, dtype: mx.Dtype):
         super().__init__()
@@ -230,12 +252,18 @@ def without_language_model(model: Any, config: Mapping[str, Any], token: int, dt
     """Return mlx-vlm's model as a frozen tower; its language model is replaced, its parameters need not be computed."""
     kind, width = str(config.get("model_type")), (config.get("text_config") or config)["hidden_size"]
     model.language_model = NoText(width, dtype)
-    if kind == "llava":
+    if hasattr(model, "_merge_input_ids_with_image_features") and kind == "llava":
         model._merge_input_ids_with_image_features = _only_picture
+    if kind == "mistral3":
+        merger = model.multi_modal_projector.patch_merger
+        merger.__class__ = type("PatchMerger", (type(merger),), {"__call__": _merged})
     model.set_dtype(dtype)
     model.freeze()
     model.eval()
-    return VisionTower(model, width, token, _rescale(kind, width))
+    if kind == "paligemma":  # mlx-vlm leaves the config's epsilon out here
+        model.vision_tower.vision_model.post_layernorm.eps = model.config.vision_config.layer_norm_eps
+        model.config.pad_token_id = -1  # of which a prompt of nothing but a picture has none
+    return VisionTower(model, width, token, _rescale(kind, width, model.config))
 
 
 def build_tower(config: Mapping[str, Any]) -> Any:
@@ -244,7 +272,28 @@ def build_tower(config: Mapping[str, Any]) -> Any:
     Raises:
         InputError: mlx-vlm is not installed, or does not know it.
     """
+    _check_known(config)
     return _build(_module_of(config), _complete(dict(config), image_token(config)))
+
+
+def _check_known(config: Mapping[str, Any]) -> None:
+    """Refuse what mlx-vlm's towers leave out of a config.
+
+    Raises:
+        InputError: there is such a setting.
+    """
+    vision = config.get("vision_config") or {}
+    if vision.get("model_type") == "pixtral":
+        if (activation := vision.get("hidden_act", "gelu")) != "silu":
+            raise InputError(
+                f"config.json of this {config.get('model_type')} has hidden_act {activation} in its vision_config, and "
+                "mlx-vlm's Pixtral tower computes silu; choose another model"
+            )
+        if not isinstance(config.get("vision_feature_layer", -1), int):
+            raise InputError(
+                f"config.json of this {config.get('model_type')} takes several layers of the tower "
+                "(vision_feature_layer), and mlx-vlm takes one; choose another model"
+            )
 
 
 def _module_of(config: Mapping[str, Any]) -> ModuleType:
@@ -254,6 +303,8 @@ def _module_of(config: Mapping[str, Any]) -> ModuleType:
         InputError: mlx-vlm is not installed, or does not know it.
     """
     kind = str(config.get("model_type"))
+    if kind == "llava" and (config.get("vision_config") or {}).get("model_type") == "pixtral":
+        config = {**config, "model_type": "pixtral"}  # mlx-vlm's name; transformers takes it for a LLaVA
     try:
         utils = importlib.import_module("mlx_vlm.utils")
     except ImportError as error:
@@ -276,7 +327,7 @@ def _complete(config: dict[str, Any], token: int) -> dict[str, Any]:
             text["rope_scaling"] = {**full, "type": "default"}
     text.setdefault("rms_norm_eps", 1e-6)
     named = {"image_token_id": token, "image_token_index": token}
-    return {**text, **config, **named, "text_config": text}
+    return {**text, **config, **named, "text_config": text, "audio_config": None}  # without what hears
 
 
 def _build(module: ModuleType, config: dict[str, Any]) -> Any:
@@ -329,12 +380,17 @@ def _load(model: Any, weights: dict[str, mx.array], config: dict[str, Any]) -> N
     model.load_weights(list(weights.items()), strict=True)
 
 
-def _rescale(kind: str, width: int) -> float:
+def _rescale(kind: str, width: int, config: Any) -> float:
     """Return by how much a family's embeddings are to be scaled, beyond what mlx-vlm does.
 
-    Gemma 3's language model multiplies what it embeds by sqrt(D), rounded to bfloat16, in mlx-lm. mlx-vlm divides a
-    picture's embeddings by sqrt(D) itself.
+    The language models of the Gemma family multiply what they embed by sqrt(D); in mlx-lm, Gemma 3's factor is rounded to
+    bfloat16. mlx-vlm divides the embeddings of a picture by sqrt(D) itself, except for Gemma 4; for PaliGemma it takes D
+    from the config's `hidden_size`, which is 2048 in published files of any size.
     """
-    if kind not in ("gemma3", "paligemma"):
-        return 1.0
-    return width**0.5 / mx.array(width**0.5, mx.bfloat16).astype(mx.float32).item()
+    if kind == "gemma4":
+        return width**-0.5
+    if kind == "paligemma":
+        return (config.hidden_size / width) ** 0.5
+    if kind == "gemma3":
+        return width**0.5 / mx.array(width**0.5, mx.bfloat16).astype(mx.float32).item()
+    return 1.0

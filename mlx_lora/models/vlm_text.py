@@ -20,10 +20,17 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import llama, qwen2, qwen3
+from mlx_lm.models import gemma, gemma2, llama, qwen2, qwen3
 from mlx_lm.models.base import BaseModelArgs
 
-TEXT_ARCHITECTURES: dict[str, ModuleType] = {"llama": llama, "mistral": llama, "qwen2": qwen2, "qwen3": qwen3}
+TEXT_ARCHITECTURES: dict[str, ModuleType] = {
+    "llama": llama,
+    "mistral": llama,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "gemma": gemma,  # PaliGemma, and 2
+    "gemma2": gemma2,
+}
 # What tensors of the text part begin with, the longest ones first, and what stays of it.
 PREFIXES = (
     ("model.text_model.", "model."),
@@ -33,6 +40,13 @@ PREFIXES = (
     ("language_model.", "model."),  # as mlx-vlm writes Idefics 3
     ("lm_head.", "lm_head."),
 )
+
+
+class TanhMLP(gemma.MLP):
+    """Gemma's with the tanh form of GELU, as in transformers; mlx-lm's has the exact one."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
 
 
 @dataclass
@@ -60,9 +74,12 @@ class Model(nn.Module):
             raise ValueError(f"its text part is a {kind}")
         text = TEXT_ARCHITECTURES[kind]
         self.language_model = text.Model(text.ModelArgs.from_dict(args.text_config))
+        for block in self.language_model.layers if text is gemma else ():
+            block.mlp.__class__ = TanhMLP
 
     def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
-        return self.language_model(inputs, cache=cache, input_embeddings=input_embeddings)
+        given = {} if input_embeddings is None else {"input_embeddings": input_embeddings}  # Gemma takes none
+        return self.language_model(inputs, cache=cache, **given)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Return the text part's tensors, under the names of this model's parameters."""
@@ -71,7 +88,11 @@ class Model(nn.Module):
             prefix, kept = next((pair for pair in PREFIXES if name.startswith(pair[0])), ("", ""))
             if prefix:
                 found[kept + name.removeprefix(prefix)] = value
-        return {f"language_model.{name}": value for name, value in self.language_model.sanitize(found).items()}
+        if hasattr(self.language_model, "sanitize"):
+            found = self.language_model.sanitize(found)
+        if "lm_head" not in self.language_model:  # Gemma's head is its embedding
+            found.pop("lm_head.weight", None)
+        return {f"language_model.{name}": value for name, value in found.items()}
 
     @property
     def layers(self) -> list[nn.Module]:

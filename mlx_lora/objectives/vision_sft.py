@@ -32,7 +32,7 @@ from mlx_lora.adapters.targets import has_weights
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.data.files import find_sets
-from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable
+from mlx_lora.data.image_tokens import Family, ImageProcessor, ImageReader, ImageTable
 from mlx_lora.data.load import DataSplits, load_data, load_eval_set
 from mlx_lora.data.read import PICTURES
 from mlx_lora.losses.cross_entropy import Arrays, Loss
@@ -72,6 +72,8 @@ if TYPE_CHECKING:
 
 FEWEST = 16  # embeddings that a batch has room for
 TRAINED_BYTES = 16  # of a trained number: its float32 master, gradient and two moments
+# Arrays of Gemma 4's tower that nobody trains: bounds of its clipped layers, and what standardizes its output.
+BUFFERS = frozenset({"input_min", "input_max", "output_min", "output_max", "std_bias", "std_scale"})
 AT_ENDS = 34  # arrays as wide as the tower that a picture takes besides its blocks
 
 
@@ -118,6 +120,11 @@ class VisionSFT(Objective):
             raise InputError(
                 "--cache-trunk on with --objective vision_sft: the tower's output is kept instead; leave it out"
             )
+        if ImageInputSpec.of(ctx.base.config).prompt and not ctx.settings.data.mask_prompt:
+            raise InputError(
+                f"--no-mask-prompt with a {ctx.base.config.get('model_type')} model: the tokens of its prompts see those "
+                "that follow, so they cannot be trained; leave it out"
+            )
         adapter = ctx.settings.adapter
         trains = ctx.trains and bool(adapter.train_connector or adapter.train_vision)
         self._attached = trains or not ctx.trains  # a tower that is measured may be an adapter's, which is put on later
@@ -141,7 +148,7 @@ class VisionSFT(Objective):
     def read_data(self, ctx: RunContext, data: DataSettings, teacher_prompt: str | None = None) -> DataSplits:
         """Read conversations with pictures; see `Objective.read_data`."""
         reader = self._reader(data, self.vision.processor, ctx.base.config)
-        put_template(ctx.base.hf_tokenizer, ctx.base.folder, data, reader.processor.family.place)
+        put_template(ctx.base.hf_tokenizer, ctx.base.folder, data, reader.processor.family)
         splits = load_data(data, ctx.base.hf_tokenizer, ctx.settings.loop.seed, ctx.today, PICTURES, pictures=reader)
         ctx.record.identity["pictures"] = self.vision.identity()
         ctx.record.lines.append(self.vision.words())
@@ -150,7 +157,7 @@ class VisionSFT(Objective):
     def read_set(self, ctx: RunContext, data: DataSettings) -> EncodedSet:
         """Read one set to measure; see `Objective.read_set`."""
         reader = self._reader(data, self.vision.processor, ctx.base.config)
-        put_template(ctx.base.hf_tokenizer, ctx.base.folder, data, reader.processor.family.place)
+        put_template(ctx.base.hf_tokenizer, ctx.base.folder, data, reader.processor.family)
         return load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, PICTURES, pictures=reader)
 
     def read_planned(
@@ -165,7 +172,7 @@ class VisionSFT(Objective):
         """Read a run's data for a plan; see `Objective.read_planned`."""
         data = settings.data
         reader = self._reader(data, ImageProcessor(folder, config, data.max_pixels), config)
-        put_template(tokenizer, folder, data, reader.processor.family.place)
+        put_template(tokenizer, folder, data, reader.processor.family)
         return load_data(data, tokenizer, settings.loop.seed, today, PICTURES, pictures=reader)
 
     def _reader(self, data: DataSettings, processor: ImageProcessor, config: dict[str, Any]) -> ImageReader:
@@ -203,7 +210,8 @@ class VisionSFT(Objective):
     def arrays_of(self, batch: Batch) -> tuple[Any, ...]:
         """Return the loss's arguments for a batch: those of imitation, then those of its pictures."""
         rows = self.table.of_labels(batch.labels, len(batch.inputs))
-        return (*Arrays.of(batch), *self.vision.arrays(batch.inputs, rows))
+        prompts = batch.mask.argmax(axis=1) + 1  # up to the first trained target
+        return (*Arrays.of(batch), *self.vision.arrays(batch.inputs, rows, prompts))
 
     def header_words(self, plan: BatchPlan, ctx: RunContext) -> list[str]:
         """Return words on the tower for the run's header."""
@@ -281,12 +289,13 @@ class VisionEncoder:
         each = self.tower.width * 4 * (1 + self.spec.deep)
         return each * sum(shown.tokens for shown in self.table.shown.values())
 
-    def arrays(self, inputs: np.ndarray, rows: list[tuple[str, ...]]) -> list[Any]:
+    def arrays(self, inputs: np.ndarray, rows: list[tuple[str, ...]], prompts: np.ndarray | None = None) -> list[Any]:
         """Return the arrays that `with_images` takes for a batch, or if the tower is trained, what `shown` makes them of.
 
         Args:
             inputs: (B, T) token ids.
             rows: the digests of each row's pictures.
+            prompts: (B,) the number of tokens of each row before its first answer; None: a row is a prompt.
 
         Raises:
             InputError: a picture's file has changed.
@@ -298,7 +307,10 @@ class VisionEncoder:
             raise ValueError(f"{int(is_picture.sum())} image tokens, and {count} embeddings for them")
         places = np.where(is_picture, np.cumsum(is_picture).reshape(is_picture.shape), 0).astype(np.int32)
         given = {"places": mx.array(places)}
-        if self.spec.both_ways:
+        if self.spec.prompt:
+            ends = np.full(len(inputs), inputs.shape[1]) if prompts is None else prompts
+            given["pictures"] = mx.array((np.arange(inputs.shape[1]) < ends[:, None]).astype(np.int32))
+        elif self.spec.both_ways:
             given["pictures"] = mx.array(self._numbers(is_picture, rows))
         if self.spec.sections is not None:
             grids = [[self.table.shown[digest].grid for digest in row] for row in rows]
@@ -371,12 +383,16 @@ def tower_targets(tower: nn.Module, adapter: AdapterSettings) -> tuple[tuple[str
     ):
         if way is None:
             continue
-        fits = has_weights if way == "full" else _is_linear
+        fits = _is_trainable if way == "full" else _is_linear
         names = [name for name, module in parts.items() if of_connector(name) == is_connector and fits(module)]
         if not names:
             raise InputError(f"{flag} {way}: this model has no linear layer there; give {flag} full")
         found[way] += names
     return tuple(found["lora"]), tuple(found["full"])
+
+
+def _is_trainable(module: nn.Module) -> bool:
+    return has_weights(module) and BUFFERS.isdisjoint(module)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -432,25 +448,29 @@ def _patches_of_token(config: Mapping[str, Any]) -> float:
     vision = config["vision_config"]
     if "spatial_merge_size" in vision:
         return vision["spatial_merge_size"] ** 2
+    if "pooling_kernel_size" in vision:  # Gemma 4
+        return vision["pooling_kernel_size"] ** 2
+    if config.get("model_type") == "mistral3":
+        return config.get("spatial_merge_size", 2) ** 2
     if "mm_tokens_per_image" in config:
         return (vision["image_size"] // vision["patch_size"]) ** 2 / config["mm_tokens_per_image"]
     return config.get("scale_factor", 1) ** 2
 
 
-def image_template(tokenizer: PreTrainedTokenizerBase, folder: Path, place: str) -> str | None:
+def image_template(tokenizer: PreTrainedTokenizerBase, folder: Path, family: Family) -> str | None:
     """Return the chat template of a model that shows pictures; None if it has no template.
 
     Older folders have two: that of the tokenizer for text alone, and the processor's in chat_template.json.
     """
-    own = own_template(tokenizer)
+    own = own_template(tokenizer) or family.template
     file = folder / "chat_template.json"
-    if (own is None or place not in own) and file.is_file():
+    if (own is None or family.place not in own) and file.is_file():
         found = read_json(file, "download the model again").get("chat_template")
         return found if isinstance(found, str) else own
     return own
 
 
-def put_template(tokenizer: PreTrainedTokenizerBase, folder: Path, data: DataSettings, place: str) -> None:
+def put_template(tokenizer: PreTrainedTokenizerBase, folder: Path, data: DataSettings, family: Family) -> None:
     """Give a model's tokenizer the template that shows pictures, unless the settings name another."""
-    if data.chat_template is None and (template := image_template(tokenizer, folder, place)) is not None:
+    if data.chat_template is None and (template := image_template(tokenizer, folder, family)) is not None:
         tokenizer.chat_template = template

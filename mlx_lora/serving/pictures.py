@@ -66,8 +66,12 @@ class PictureReader:
             InputError: the model sees no pictures, or one cannot be used.
         """
         base = self.base
+        if ImageInputSpec.of(base.config).prompt:
+            raise InputError(
+                f"a {base.config.get('model_type')} model is not served with pictures; use mlx-lora generate --image"
+            )
         self._processor = self._processor or ImageProcessor(base.folder, base.config)
-        template = template or image_template(base.hf_tokenizer, base.folder, self._processor.family.place)
+        template = template or image_template(base.hf_tokenizer, base.folder, self._processor.family)
         if template is None:
             raise InputError("the model has no chat template, so it cannot be asked about pictures")
         table = ImageTable.empty()

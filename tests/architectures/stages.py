@@ -15,6 +15,7 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
 from architectures.build import write_architecture
+from architectures.images import images
 from architectures.saved import saved
 from architectures.trial import (
     FACTOR_BAR,
@@ -248,6 +249,6 @@ def generate(trial: Trial) -> str | None:
 STAGES = {
     stage.__name__: stage
     for stage in (
-        load, plan, adapt, gradients, checkpointing, train, reload, stock, fuse, quantized, bfloat16, generate, saved,
+        load, plan, adapt, gradients, checkpointing, train, reload, stock, fuse, quantized, bfloat16, generate, images, saved,
     )
 }  # fmt: skip

@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import click
 
 from architectures.configs import CONFIGS, architecture_modules
+from architectures.images import NOT_COMPARED, TEXT_ONLY, without_images
 from architectures.names import MODELS
 from architectures.saved import ABSENT
 from architectures.sweep import Result, Stage, read_results
@@ -24,8 +25,8 @@ UNTRIED = "not yet tried"
 ORDER = ("right", "right, with a note", "in part", "refused", "fails", UNTRIED)
 # Without these there is nothing to train: a refusal here is one of the whole architecture.
 NEEDED = ("load", "train")
-# It has a column of its own, since it is about another program's files.
-SAVED = "saved"
+# They have columns of their own: one is about another program's files, and one about models with a tower.
+SAVED, IMAGES = "saved", "images"
 AGREE = "logits agree"
 LONGEST = 150  # of a refusal in that column, which lists parameters
 
@@ -49,7 +50,7 @@ def row_of(name: str, results: Iterable[Result]) -> Row:
     results = list(results)
     if not results:
         return Row(name, UNTRIED, "")
-    found = [(stage, told) for result in results for stage, told in result.stages.items() if stage != SAVED]
+    found = [(stage, told) for result in results for stage, told in result.stages.items() if stage not in COLUMNS]
     failures = [(stage, told.text) for stage, told in found if told.outcome == "fails"]
     refusals = [(stage, told.text) for stage, told in found if told.outcome == "refused"]
     notes = [told.text for _, told in found if told.outcome == "right" and told.text]
@@ -93,6 +94,20 @@ def _saved_form(told: Stage) -> str:
     return {"refused": "refused: " + _quoted([text])}.get(told.outcome, text)
 
 
+def images_text(results: Iterable[Result]) -> str:
+    """Return what came of an architecture's models with a tower, on pictures."""
+    told = [(result.name, result.stages[IMAGES]) for result in results if IMAGES in result.stages]
+    texts = {
+        without_images(name) if stage.outcome == "not run" else stage.text or stage.outcome for name, stage in told
+    }
+    return "; ".join(sorted(texts))
+
+
+# Stages with a column of their own: what a page says of them, and where that is in a line.
+COLUMNS: dict[str, tuple[Callable[[Iterable[Result]], str], int]] = {IMAGES: (images_text, 5), SAVED: (saved_text, 6)}
+CELLS = 8  # of a line, its ends included
+
+
 def rows(modules: Iterable[str], results: Mapping[tuple[str, bool], Result]) -> list[Row]:
     """Return a row for each module; one that the sweep does not know is not yet tried."""
     return [row_of(name, (result for key, result in results.items() if key[0] == name)) for name in modules]
@@ -106,13 +121,13 @@ def page(table: list[Row], results: Mapping[tuple[str, bool], Result]) -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm", "transformers"))
     by_name = {row.name: [result for key, result in results.items() if key[0] == row.name] for row in table}
     lines = [
-        f"| {row.name} | {MODELS.get(row.name, '')} | {row.verdict} | {_cell(row.text)} | {_cell(saved_text(by_name[row.name]))} |"
+        f"| {row.name} | {MODELS.get(row.name, '')} | {row.verdict} | {_cell(row.text)} | {_cell(images_text(by_name[row.name]))} | {_cell(saved_text(by_name[row.name]))} |"
         for row in table
     ]
     forms = sum(1 for row in table for key in results if key[0] == row.name)
     return TEXT.format(
         modules=len(table), forms=forms, versions=versions, summary=summary, worst=f"{max(errors, default=0):.0e}",
-        table="\n".join(lines), untried=UNTRIED, absent=ABSENT,
+        table="\n".join(lines), untried=UNTRIED, absent=ABSENT, text_only=TEXT_ONLY, not_compared=NOT_COMPARED,
     )  # fmt: skip
 
 
@@ -120,21 +135,22 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def with_saved(text: str, results: Mapping[tuple[str, bool], Result]) -> str:
-    """Return a page with its last column written anew from results of that stage; the rest of it stays."""
+def with_column(text: str, stage: str, results: Mapping[tuple[str, bool], Result]) -> str:
+    """Return a page with one stage's column written anew from results of that stage; the rest of it stays."""
+    text_of, place = COLUMNS[stage]
     lines = text.splitlines()
     for number, line in enumerate(lines):
         cells = re.split(r"(?<!\\)\|", line)
-        name = cells[1].strip() if len(cells) == 7 else ""
+        name = cells[1].strip() if len(cells) == CELLS else ""
         if found := [result for key, result in results.items() if key[0] == name]:
-            lines[number] = "|".join([*cells[:5], f" {_cell(saved_text(found))} ", ""])
+            lines[number] = "|".join([*cells[:place], f" {_cell(text_of(found))} ", *cells[place + 1 :]])
     return "\n".join(lines) + "\n"
 
 
-def saved_column(text: str) -> dict[str, str]:
-    """Return architecture -> what a page says of folders that transformers 5 saved."""
+def column(text: str, stage: str) -> dict[str, str]:
+    """Return architecture -> what a page says in a stage's column."""
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)] for line in text.splitlines()]
-    return {row[1]: row[5] for row in cells if len(row) == 7 and row[3] in ORDER}
+    return {row[1]: row[COLUMNS[stage][1]] for row in cells if len(row) == CELLS and row[3] in ORDER}
 
 
 def verdicts(text: str) -> dict[str, str]:
@@ -176,6 +192,12 @@ Every one of these stages passed:
 | bfloat16 | the loss in bfloat16 is within 5% of the float32 one, and every gradient is finite |
 | generate | the greedy text of the `generate` command equals that of a loop over mlx-lm's model |
 
+The column "images" is about training on pictures ([Images](images.md)), of models that have a tower: "right" if `train`, `evaluate`,
+`generate --image`, `fuse` and `convert` to 4 bits work with a tiny one, and its numbers are those of transformers and PEFT on torch.
+"{not_compared}" is a model that should work and was not tried; of "{text_only}" models, only the language model is trained. SmolVLM,
+Idefics 3, LLaVA and PaliGemma see pictures, too, and have no row, because mlx-lm has no module for them. The verdict does not depend on
+this column.
+
 The last column is about folders that transformers 5 saves, which have other keys in config.json than older ones, and other names
 of some weights: a tiny model of transformers is saved by `save_pretrained`, loaded here, and "logits agree" if its logits are torch's
 within 1e-4 relative. Where they are further apart, the cell says which part mlx-lm computes otherwise, whoever saved the model.
@@ -194,20 +216,22 @@ configuration here yet; it may well work.
 
 ## The table
 
-| architecture | models it serves | verdict | note, or what `train` says | saved by transformers 5 |
-|---|---|---|---|---|
+| architecture | models it serves | verdict | note, or what `train` says | images | saved by transformers 5 |
+|---|---|---|---|---|---|
 {table}
 """
 
 
 @click.command()
 @click.option("--results", type=click.Path(path_type=Path, exists=True), required=True, help="What a sweep wrote.")
-@click.option("--only-saved", is_flag=True, help="Write only the last column anew; the results need no other stage.")
-def main(results: Path, only_saved: bool) -> None:
+@click.option(
+    "--only", type=click.Choice(list(COLUMNS)), help="Write only this column anew; the results need no other stage."
+)
+def main(results: Path, only: str | None) -> None:
     """Write docs/models.md."""
     found = read_results(results)
-    if only_saved:
-        PAGE.write_text(with_saved(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+    if only:
+        PAGE.write_text(with_column(PAGE.read_text(encoding="utf-8"), only, found), encoding="utf-8")
         return
     table = rows(architecture_modules(), found)
     PAGE.write_text(page(table, {key: result for key, result in found.items() if key[0] in CONFIGS}), encoding="utf-8")

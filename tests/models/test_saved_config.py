@@ -179,7 +179,7 @@ def test_a_rotation_that_does_not_fit_its_config_is_seen(tmp_path):
 
 
 def test_the_page_has_a_column_for_it():
-    column = table.saved_column(table.PAGE.read_text(encoding="utf-8"))
+    column = table.column(table.PAGE.read_text(encoding="utf-8"), table.SAVED)
     assert len(column) > 100
     assert all(column.values())
     assert {column[name] for name in ("llama", "qwen2", "qwen3", "gemma3_text", "qwen3_moe")} == {table.AGREE}
@@ -219,4 +219,4 @@ def test_the_page_says_what_transformers_5_saves():
     pytest.importorskip("torch")
     results = sweep.sweep(sweep.asked_for(()), stages=("saved",))
     found = {name: table.saved_text([r for r in results if r.name == name]) for name in {r.name for r in results}}
-    assert found == table.saved_column(table.PAGE.read_text(encoding="utf-8"))
+    assert found == table.column(table.PAGE.read_text(encoding="utf-8"), table.SAVED)

@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny_vision import MAKERS, write_model
 from vision_judge import ALPHA, RANK, Judge, judge_inputs, judge_processor
-from vision_rows import CHATS, picture, read_rows, write_rows
+from vision_rows import chats_of, picture, read_rows, write_rows
 
 from mlx_lora.adapters.inject import adapt_model, adapter_parameters, inject
 from mlx_lora.adapters.targets import select_targets
@@ -29,13 +29,13 @@ BAR = 1e-4
 
 @pytest.fixture(params=sorted(MAKERS))
 def compared(request, tmp_path):
-    """Our rows on an adapted model, and its folder."""
-    folder = write_model(request.param, tmp_path / "model")
-    rows = read_rows(folder, write_rows(tmp_path / "data"))
+    """Our rows on an adapted model, its folder, and the conversations."""
+    folder, chats = write_model(request.param, tmp_path / "model"), chats_of(request.param)
+    rows = read_rows(folder, write_rows(tmp_path / "data", chats))
     model = rows.base.model
     inject(model, select_targets(model).paths, rank=RANK, scale=ALPHA / RANK, seed=1)
     put_second_factors(model)
-    return rows, folder
+    return rows, folder, chats
 
 
 def put_second_factors(model) -> None:
@@ -47,11 +47,11 @@ def put_second_factors(model) -> None:
 
 
 def test_tokens_logits_loss_and_gradients_are_those_of_transformers(compared):
-    rows, folder = compared
+    rows, folder, chats = compared
     model = rows.base.model
     judge = Judge(folder, {name: np.array(value) for name, value in adapter_parameters(model).items()})
     processor = judge_processor(folder)
-    given = [judge_inputs(processor, turns, [picture(n) for n in numbers]) for turns, numbers in CHATS]
+    given = [judge_inputs(processor, turns, [picture(n) for n in numbers]) for turns, numbers in chats]
     for number, row in enumerate(given):
         assert rows.rows.row(number)[0].tolist() == row["input_ids"][0].tolist()
     masks = [rows.rows.row(number)[1] for number in range(len(given))]
@@ -90,7 +90,8 @@ def test_gradients_of_tower_and_connector_are_those_of_transformers(family, ways
         with pytest.raises(InputError, match="--train-connector full"):
             read_rows(folder, write_rows(tmp_path / "data"), **asked)
         asked["train_connector"] = "full"
-    rows = read_rows(folder, write_rows(tmp_path / "data"), **asked)
+    chats = chats_of(family)
+    rows = read_rows(folder, write_rows(tmp_path / "data", chats), **asked)
     model = rows.base.model
     adapt_model(model, rows.objective.adapted(AdapterSettings(rank=RANK, alpha=ALPHA)), 1)
     put_second_factors(model)
@@ -100,7 +101,7 @@ def test_gradients_of_tower_and_connector_are_those_of_transformers(family, ways
         assert bool(found) == (way is not None)
         assert {".lora_" in name for name in found} == ({way == "lora"} if way else set())
     judge, processor = Judge(folder, trained), judge_processor(folder)
-    given = [judge_inputs(processor, turns, [picture(n) for n in numbers]) for turns, numbers in CHATS]
+    given = [judge_inputs(processor, turns, [picture(n) for n in numbers]) for turns, numbers in chats]
     _, total, gradients = judge.run(given, [rows.rows.row(number)[1] for number in range(len(given))])
     bound = rows.objective.bind(PLAIN, model)
     loss_sum, _, _, own = differentiation(model, bound.loss.train)(*rows.arrays())
@@ -117,7 +118,7 @@ def test_gradients_of_tower_and_connector_are_those_of_transformers(family, ways
 
 
 def test_without_its_picture_a_row_has_another_loss(compared):
-    rows, _ = compared
+    rows, *_ = compared
     model = rows.base.model
     arrays = list(rows.arrays())
     bound = rows.objective.bind(PLAIN, model)

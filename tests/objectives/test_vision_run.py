@@ -15,7 +15,7 @@ from resumed_runs import stopped_after, weights
 from run_cli import one_line, run
 from tiers import by_default
 from tiny_vision import MAKERS, write_model_here
-from vision_rows import conversation, picture, read_rows, write_rows
+from vision_rows import chats_of, conversation, picture, read_rows, write_rows
 
 from mlx_lora.api import image_answers
 from mlx_lora.api.run_data import with_columns_of_run
@@ -29,7 +29,7 @@ from mlx_lora.trainer.step import differentiation
 from mlx_lora.utils.errors import InputError
 
 pytest.importorskip("mlx_vlm")
-FAMILIES = by_default(sorted(MAKERS), "smolvlm", "qwen3_vl", "gemma3")
+FAMILIES = by_default(sorted(MAKERS), "smolvlm", "qwen3_vl", "gemma4_31b", "qwen3_5", "paligemma2")
 COLORS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "white": (250, 250, 250)}
 
 
@@ -211,7 +211,7 @@ def test_a_resumed_run_of_the_tower_ends_with_the_same_bytes(seeing, model, colo
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_fused_loss_with_pictures_is_that_of_the_logits(family, tmp_path):
-    rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data"))
+    rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data", chats_of(family)))
     model, arrays = rows.base.model, rows.arrays()
     fused = choose_loss(model, rows.base.config, "ours")
     found = [rows.objective.bind(loss, model).loss.measure(model, *arrays)[0].item() for loss in (PLAIN, fused)]
@@ -221,7 +221,7 @@ def test_the_fused_loss_with_pictures_is_that_of_the_logits(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_a_batch_do_not_change_one_another(family, tmp_path):
-    rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data"))
+    rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data", chats_of(family)))
     measure = rows.objective.bind(PLAIN, rows.base.model).loss.measure
     together = measure(rows.base.model, *rows.arrays())[0].item()
     apart = [measure(rows.base.model, *rows.arrays([number]))[0].item() for number in range(3)]
@@ -260,18 +260,18 @@ def test_a_row_that_is_cut_inside_a_picture_is_told(tmp_path):
 def test_generated_tokens_are_those_of_the_whole_row(family, tmp_path):
     from mlx_lm.generate import generate_step
 
-    rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data"))
+    rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data", chats_of(family)))
     vision, model = rows.objective.vision, rows.base.model
     tokens = rows.rows.row(2)[0]
     digests = rows.objective.table.of_labels(rows.rows.labels, 3)[2]
     arrays = vision.arrays(tokens[None], [digests])
-    reader = ModelWithImages(model, vision.spec, arrays)
+    reader = ModelWithImages(model, vision.spec, arrays, tokens.tolist())
     given = generate_step(
         mx.array(tokens), reader, max_tokens=6, prompt_cache=reader.caches(), prefill_step_size=len(tokens)
     )
     wrote = [int(token) for token, _ in given]
     whole = np.concatenate([tokens, wrote[:-1]]).astype(np.int32)
-    with with_images(model, vision.spec, vision.arrays(whole[None], [digests])):
+    with with_images(model, vision.spec, vision.arrays(whole[None], [digests], np.array([len(tokens)]))):
         logits = np.array(model(mx.array(whole[None])))[0]
     for number, token in enumerate(wrote):
         row = logits[len(tokens) - 1 + number]
