@@ -20,6 +20,7 @@ from mlx_lora.config.load import RECIPES, recipe_names
 from mlx_lora.data.examples import FormatError, tools_of
 from mlx_lora.data.records import DOCUMENTS, MARKDOWN, SUFFIXES, check_file
 from mlx_lora.data.task_sets import is_task_set, task_file
+from mlx_lora.data.verifiers_tasks import is_verifiers, verifiers_file
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import GIVEN, shown_data
 from mlx_lora.utils.hub import tiny_shakespeare
@@ -172,7 +173,7 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
     """Return the files of each split that `--data` names.
 
     Args:
-        data: A file, a folder, `tiny-shakespeare`, a recipe's name, a set of tasks (data/task_sets.py) or a hub
+        data: A file, a folder, `tiny-shakespeare`, a recipe's name, a set of tasks (data/task_sets.py, data/verifiers_tasks.py) or a hub
             dataset id `owner/name` (`@revision` may follow).
 
     Returns:
@@ -194,6 +195,8 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
         return _folder_splits(RECIPES / data)
     if is_task_set(data):
         return {"train": (task_file(data),)}
+    if is_verifiers(data):
+        return {"train": (verifiers_file(data),)}
     if is_dataset_id(data):
         from mlx_lora.utils.hub import download_dataset_files  # the hub client is slow to import
 
