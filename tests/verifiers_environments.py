@@ -109,6 +109,107 @@ if __name__ == "__main__":
 '''
 
 
+# An environment whose tasks go wrong in ways that their prompts name.
+WRONG = '''
+import asyncio
+import verifiers.v1 as vf
+
+class Data(vf.TaskData):
+    what: str = ""
+
+class Odd(vf.Task[Data]):
+    async def setup(self, trace: vf.Trace, runtime: vf.Runtime) -> None:
+        if self.data.what == "setup":
+            raise KeyError("no such shelf")
+        if self.data.what == "slow":
+            await asyncio.sleep(30)
+
+    @vf.intercept
+    async def rewritten(self, response: vf.Response) -> vf.Response | None:
+        if self.data.what == "rewritten":
+            return response.model_copy(update={"message": vf.AssistantMessage(content="Something else.")})
+        return None
+
+    @vf.reward
+    async def judged(self, trace: vf.Trace) -> float | dict:
+        if self.data.what == "reward" and trace.last_reply == "bad":
+            raise ValueError("cannot judge this")
+        return {"other": 1.0} if self.data.what == "names" else 1.0
+
+class Odds(vf.Taskset[Odd]):
+    def load(self):
+        for what in ("fine", "setup", "slow", "rewritten", "reward", "names", "twice", "begins", "forgets"):
+            yield Odd(Data(prompt=what, what=what), self.config.task)
+
+class Play(vf.Env[vf.SingleAgentEnvConfig]):
+    count = 0
+
+    async def run(self, task, agents):
+        await self._play(task, agents)
+        if task.data.what == "twice":
+            await agents.agent.run(task)
+
+    async def _play(self, task, agents):
+        if task.data.what == "begins":
+            Play.count += 1
+            task = task.with_data(prompt=f"begins {Play.count}")
+        if task.data.what != "forgets":
+            await agents.agent.run(task)
+            return
+
+        class Forgetful(type(agents.agent.harness)):
+            async def resume(self, ctx, trace, runtime, endpoint, secret, urls, data, messages, *more):
+                data = data.model_copy(update={"prompt": messages})
+                return await self.launch(ctx, trace, runtime, endpoint, secret, urls, data, *more)
+
+        agents.agent.harness = Forgetful(agents.agent.harness.config)
+        async with agents.agent.interaction(task) as talk:
+            await talk.turn()
+            await talk.turn("and now?")
+
+__all__ = ["Odds", "Play"]
+'''
+TWO_AGENTS = '''
+import verifiers.v1 as vf
+
+class Config(vf.EnvConfig):
+    solver: vf.AgentConfig = vf.AgentConfig()
+    checker: vf.AgentConfig = vf.AgentConfig()
+
+class Pairs(vf.Env[Config]):
+    async def run(self, task, agents):
+        await agents.solver.run(task)
+        await agents.checker.run(task)
+
+class Tasks(vf.Taskset[vf.Task]):
+    def load(self):
+        yield vf.Task(vf.TaskData(prompt="?"))
+
+__all__ = ["Tasks", "Pairs"]
+'''
+PLAIN = '''
+import verifiers.v1 as vf
+
+class One(vf.Task):
+    NEEDS_CONTAINER = {container}
+
+    @vf.reward
+    async def one(self, trace: vf.Trace) -> float:
+        return 1.0
+
+class Ones(vf.Taskset[One]):
+    def load(self):
+        {tasks}
+
+__all__ = ["Ones"]
+'''
+
+
+def plain(tasks: str = "yield One(vf.TaskData(prompt='?'), self.config.task)", container: bool = False) -> str:
+    """Return an environment with a given body of its task set's `load`."""
+    return PLAIN.format(tasks=tasks, container=container)
+
+
 def write_environments(folder: Path, **sources: str) -> Path:
     """Write environments as modules, by name."""
     for name, source in sources.items():
