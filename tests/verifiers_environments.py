@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-SINGLE = '''
+SINGLE = """
 import verifiers.v1 as vf
 
 class Data(vf.TaskData):
@@ -29,9 +29,9 @@ class Words(vf.Taskset[Word]):
             yield Word(Data(prompt=f"Say {word}", system_prompt="Be brief.", answer=word), self.config.task)
 
 __all__ = ["Words"]
-'''
+"""
 
-TURNS = '''
+TURNS = """
 import verifiers.v1 as vf
 
 class Data(vf.TaskData):
@@ -63,7 +63,7 @@ class Hints(vf.Env[vf.SingleAgentEnvConfig]):
                 segment = await talk.turn(hint)
 
 __all__ = ["Guesses", "Hints"]
-'''
+"""
 
 TOOLS = '''
 import verifiers.v1 as vf
@@ -110,7 +110,7 @@ if __name__ == "__main__":
 
 
 # An environment whose tasks go wrong in ways that their prompts name.
-WRONG = '''
+WRONG = """
 import asyncio
 import verifiers.v1 as vf
 
@@ -168,8 +168,8 @@ class Play(vf.Env[vf.SingleAgentEnvConfig]):
             await talk.turn("and now?")
 
 __all__ = ["Odds", "Play"]
-'''
-TWO_AGENTS = '''
+"""
+TWO_AGENTS = """
 import verifiers.v1 as vf
 
 class Config(vf.EnvConfig):
@@ -186,8 +186,8 @@ class Tasks(vf.Taskset[vf.Task]):
         yield vf.Task(vf.TaskData(prompt="?"))
 
 __all__ = ["Tasks", "Pairs"]
-'''
-PLAIN = '''
+"""
+PLAIN = """
 import verifiers.v1 as vf
 
 class One(vf.Task):
@@ -202,7 +202,7 @@ class Ones(vf.Taskset[One]):
         {tasks}
 
 __all__ = ["Ones"]
-'''
+"""
 
 
 def plain(tasks: str = "yield One(vf.TaskData(prompt='?'), self.config.task)", container: bool = False) -> str:

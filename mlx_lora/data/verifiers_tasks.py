@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import pkgutil
 import tomllib
 from collections.abc import Sequence
 from functools import lru_cache
@@ -96,7 +97,9 @@ def make_environment(name: str, asked: str, turns: int | None = None, tool_s: fl
     raw = _settings(name, asked)
     try:
         kind = vf.env_config_type(raw["taskset"]["id"], raw.get("id") or "")
-        seats = {key: field.default for key, field in kind.model_fields.items() if isinstance(field.default, vf.AgentConfig)}
+        seats = {
+            key: field.default for key, field in kind.model_fields.items() if isinstance(field.default, vf.AgentConfig)
+        }
         if len(seats) != 1:
             raise InputError(f"{asked}: it has {len(seats)} agents ({', '.join(seats)}); only one model is trained")
         [(seat, default)] = seats.items()
@@ -105,7 +108,7 @@ def make_environment(name: str, asked: str, turns: int | None = None, tool_s: fl
     except InputError:
         raise
     except Exception as error:  # a package's code may raise anything
-        raise InputError(f"{asked}: {_not_loaded(vf, raw, error)}") from error
+        raise InputError(f"{asked}: {_not_loaded(raw['taskset']['id'], error)}") from error
     _check_agent(getattr(made.config, seat), made.config, type(made.taskset).task_type(), asked)
     return made
 
@@ -169,15 +172,16 @@ def _check_agent(agent: Any, config: Any, task: Any, asked: str) -> None:
         raise InputError(f"{asked}: its tasks need a container, and a run plays episodes on this machine alone")
 
 
-def _not_loaded(vf: Any, raw: dict[str, Any], error: Exception) -> str:
+def _not_loaded(wanted: str, error: Exception) -> str:
     """Return in words why an environment cannot be loaded."""
-    wanted = raw["taskset"]["id"]
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").endswith(wanted.replace("-", "_").lower()):
-        folders = [Path(path) for path in import_module("verifiers.v1.tasksets").__path__]
-        near = difflib.get_close_matches(wanted, [one.name for path in folders for one in path.iterdir()], n=1)
-        hint = f"did you mean {near[0]}?" if near else "install its package, or put its folder on PYTHONPATH"
-        return f"no package {wanted} is installed; {hint}"
-    return f"the environment cannot be loaded ({one_line(error)}); correct it"
+    cause = error.__cause__ if isinstance(error.__cause__, ModuleNotFoundError) else error
+    module = wanted.rpartition("/")[2].partition("@")[0].replace("-", "_").lower()
+    if isinstance(cause, ModuleNotFoundError) and cause.name == module:
+        with_it = [one.name for one in pkgutil.iter_modules(import_module("verifiers.v1.tasksets").__path__)]
+        near = difflib.get_close_matches(module, with_it, n=1)
+        hint = f"did you mean {near[0]}?" if near else "install it, or put its folder on PYTHONPATH"
+        return f"no package {module} is installed; {hint}"
+    return f"the environment cannot be loaded ({one_line(cause)}); correct it"
 
 
 # Tasks

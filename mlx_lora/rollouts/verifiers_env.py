@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,11 +43,10 @@ from mlx_lora.rollouts.tool_calls import CallForm, CallReader, Said
 from mlx_lora.rollouts.tool_env import MOST_CHARACTERS, TOOL_REPORTS
 from mlx_lora.rollouts.tools import FailedCalls, Result
 from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.progress import waiting
 
 if TYPE_CHECKING:
     from mlx_lora.rollouts.verifiers_host import Host, PlayedEpisode, Question
-
-log = logging.getLogger(__name__)
 
 METRIC = "metrics/"  # before the name of a metric in reports
 ERRORS, TIMEOUTS = "episodes/error_frequency", "episodes/timeout_frequency"
@@ -82,7 +80,9 @@ def check_verifiers(settings: ObjectiveSettings) -> None:
     asked = f"--environment {settings.environment}"
     if settings.reward or settings.tools:
         flag = f"--reward {settings.reward}" if settings.reward else f"--tools {settings.tools}"
-        raise InputError(f"{flag} with {asked}: the environment has its own rewards and tools; leave one of the two out")
+        raise InputError(
+            f"{flag} with {asked}: the environment has its own rewards and tools; leave one of the two out"
+        )
     rehearse(settings)
 
 
@@ -100,15 +100,15 @@ def _rehearsed(environment: str, turns: int, limit_s: float) -> Rehearsal:
     asked = f"--environment {environment}"
     task = tasks_of(environment)[0]
     host = host_of(environment, turns, limit_s)
-    log.info(f"Playing a task of {environment} without the model, to see its tools and rewards")
     try:
-        host.start(limit_s)
-        host.begin({0: task})
-        tools, late = None, host.settle([0], limit_s)
-        while not late and (question := host.episodes[0].question) is not None:
-            tools = question.tools if tools is None else tools
-            host.answer(0, answer_of(host, Said(STAND_IN), question.before or [0], [0], True))
-            late = host.settle([0], limit_s)
+        with waiting(f"Playing a task of {environment} without the model, to see its tools and rewards"):
+            host.start(limit_s)
+            host.begin({0: task})
+            tools, late = None, host.settle([0], limit_s)
+            while not late and (question := host.episodes[0].question) is not None:
+                tools = question.tools if tools is None else tools
+                host.answer(0, answer_of(host, Said(STAND_IN), question.before or [0], [0], True))
+                late = host.settle([0], limit_s)
     except Exception as error:  # the package's and the environment's code may raise anything
         raise InputError(f"{asked}: it cannot be started ({one_line(error)}); correct it") from error
     episode = host.episodes[0]
@@ -247,7 +247,9 @@ class VerifiersEnv:
         for place, prompt in enumerate(prompts):
             of = [number for number in numbers[place * group : (place + 1) * group] if self._asks(number, note)]
             questions = [self._question(number) for number in of]
-            same_beginnings([[json.dumps(one.messages), json.dumps(one.tools)] for one in questions], max(1, len(of)), self.asked)
+            same_beginnings(
+                [[json.dumps(one.messages), json.dumps(one.tools)] for one in questions], max(1, len(of)), self.asked
+            )
             tokens = self._rendered(questions[0]) if questions else list(prompt)
             for number in numbers[place * group : (place + 1) * group]:
                 self.talks[number].tokens, self.talks[number].mask = list(tokens), [False] * len(tokens)
@@ -315,7 +317,9 @@ class VerifiersEnv:
         number = columns.get("task")
         found = tasks[number] if isinstance(number, int) and number < len(tasks) else None
         if found is None or found.hash != columns.get("task_hash"):
-            raise RunError(f"{self.asked}: task {number} is another one than when the run began; its tasks must stay the same")
+            raise RunError(
+                f"{self.asked}: task {number} is another one than when the run began; its tasks must stay the same"
+            )
         return found
 
     def _settle(self, numbers: Sequence[int], limit_s: float, note: Callable[[str], None]) -> None:
@@ -429,7 +433,12 @@ class VerifiersEnv:
         branches = trace.branches
         tokens, mask = ([], []) if len(branches) != 1 else (branches[0].token_ids, branches[0].sampled_mask)
         # It has no results for which there was no room for an answer.
-        if not tokens or talk.tokens[: len(tokens)] != tokens or talk.mask[: len(mask)] != mask or any(talk.mask[len(mask) :]):
+        if (
+            not tokens
+            or talk.tokens[: len(tokens)] != tokens
+            or talk.mask[: len(mask)] != mask
+            or any(talk.mask[len(mask) :])
+        ):
             return "its record of the conversation has other tokens than the model saw"
         return None
 
@@ -461,7 +470,9 @@ class VerifiersEnv:
         if key not in self._readers:
             encoder, special = self.encoder, self.settings.data.allow_special_tokens
             if encoder.template is None:
-                raise InputError(f"{self.asked}: needs a chat template, and the model has none; give one with --chat-template")
+                raise InputError(
+                    f"{self.asked}: needs a chat template, and the model has none; give one with --chat-template"
+                )
             turns = ToolTurns(self.tokenizer, encoder.template, self.ends, list(tools), encoder.day, special)
             self._readers[key] = CallReader.of(turns) if tools else CallReader(turns, NO_CALLS, turns.opens_thinking())
         return self._readers[key]

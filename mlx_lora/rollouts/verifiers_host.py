@@ -160,9 +160,7 @@ def response_of(
         id="",
         created=0,
         model=MODEL,
-        message=AssistantMessage(
-            content=content or None, reasoning_content=thinking or None, tool_calls=made or None
-        ),
+        message=AssistantMessage(content=content or None, reasoning_content=thinking or None, tool_calls=made or None),
         finish_reason="length" if not ended else "tool_calls" if made else "stop",
         usage=Usage(prompt_tokens=len(before), completion_tokens=len(own)),
         tokens=TurnTokens(prompt_ids=list(before), completion_ids=list(own)),

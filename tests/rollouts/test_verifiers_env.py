@@ -102,7 +102,9 @@ def test_one_answer_has_the_packages_rewards_and_metrics(caplog):
     env = environment("vf_words")
     assert [(one.name, one.weight) for one in env.rewards] == [("says", 1.0), ("short", 0.5)]
     long = "It is a pear, not an apple, I think."
-    found = played(env, [0, 1], [[said("apple")], [said("nothing")], [said(long)], [said("<think>\npear\n</think>\n\n?")]])
+    found = played(
+        env, [0, 1], [[said("apple")], [said("nothing")], [said(long)], [said("<think>\npear\n</think>\n\n?")]]
+    )
     assert found.rewards.tolist() == [[1, 1], [0, 1], [1, 0], [0, 1]]
     assert summed(found.rewards, env.rewards).tolist() == [1.5, 0.5, 1.0, 0.5]
     assert [one.counts[METRIC + "characters"] for one in found.episodes] == [5, 7, len(long), 1]
