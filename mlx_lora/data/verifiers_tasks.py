@@ -73,7 +73,10 @@ def package(asked: str) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the kind of an error and the first line of its message."""
+    """Return the kind of an error and the first line of its message; of settings that do not fit, the first of them."""
+    if (wrong := getattr(error, "errors", None)) is not None and type(error).__name__ == "ValidationError":
+        first = wrong()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".splitlines()[0]
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 

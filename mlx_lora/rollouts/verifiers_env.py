@@ -25,6 +25,7 @@ from functools import cached_property, lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 METRIC = "metrics/"  # before the name of a metric in reports
 ERRORS, TIMEOUTS = "episodes/error_frequency", "episodes/timeout_frequency"
+START_S = 120.0  # that servers of tools may take to start, at least: each is a Python process of its own
 NO_CALLS = CallForm("none", lambda text, tools: (text, []))  # of episodes without tools
 
 
@@ -102,7 +104,7 @@ def _rehearsed(environment: str, turns: int, limit_s: float) -> Rehearsal:
     host = host_of(environment, turns, limit_s)
     try:
         with waiting(f"Playing a task of {environment} without the model, to see its tools and rewards"):
-            host.start(limit_s)
+            host.start(max(limit_s, START_S))
             host.begin({0: task})
             tools, late = None, host.settle([0], limit_s)
             while not late and (question := host.episodes[0].question) is not None:
@@ -117,7 +119,7 @@ def _rehearsed(environment: str, turns: int, limit_s: float) -> Rehearsal:
         raise InputError(f"{asked}: its first task takes longer than {limit_s:g} s; raise --reward-timeout")
     if episode.problem or tools is None:
         why = episode.problem or "it asks the model nothing"
-        raise InputError(f"{asked}: its first task cannot be played on this machine ({why}); correct it")
+        raise InputError(f"{asked}: its first task cannot be played on this machine ({why}); it must reach what it needs from here")
     weights = {name: one.weight for name, one in episode.trace.rewards.items() if one is not None}
     if not weights:
         raise InputError(f"{asked}: nothing rewards its episodes; give a task a reward")
@@ -235,7 +237,7 @@ class VerifiersEnv:
             return list(prompts)
         numbers = list(range(len(self.facts)))
         try:
-            self.host.start(self._limit_s)
+            self.host.start(max(self._limit_s, START_S))
             self.host.failed = lambda number, name, why: self._failures.append((number, name, why))
             self.host.begin({number: self._task(self.facts[number]) for number in numbers})
         except Exception as error:
@@ -359,9 +361,19 @@ class VerifiersEnv:
         return question
 
     def _rendered(self, question: Question) -> list[int]:
-        """Return the tokens of an episode's first question."""
+        """Return the tokens of an episode's first question.
+
+        Raises:
+            RunError: the chat template refuses it.
+        """
         stand_in = {"role": "assistant", "content": STAND_IN}
-        return prompt_tokens(self.encoder, Conversation([*question.messages, stand_in], question.tools or None))
+        try:
+            return prompt_tokens(self.encoder, Conversation([*question.messages, stand_in], question.tools or None))
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{self.asked}: the chat template refuses its first question ({one_line(error)}); give another with "
+                "--chat-template"
+            ) from error
 
     def _answer(self, number: int, completion: list[int], note: Callable[[str], None]) -> None:
         """Give an episode what the model said."""
@@ -452,7 +464,7 @@ class VerifiersEnv:
         found = np.full(len(self.rewards), np.nan)
         for place, reward in enumerate(self.rewards):
             if (one := given.pop(reward.name, None)) is not None:
-                found[place] = one.score if one.weight == reward.weight else one.value / reward.weight
+                found[place] = one.score if one.weight == reward.weight or not reward.weight else one.value / reward.weight
         if given:
             self._give_up(number, f"it gives the reward {', '.join(given)}, which its first task does not", note)
             return np.full(len(self.rewards), np.nan)

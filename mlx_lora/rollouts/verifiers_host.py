@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from verifiers.v1 import (
+from verifiers.v1 import (  # pyright: ignore[reportMissingImports]
     AssistantMessage,
     ModelContext,
     ProviderError,
@@ -34,13 +34,13 @@ from verifiers.v1 import (
     TurnTokens,
     Usage,
 )
-from verifiers.v1.clients import Client
-from verifiers.v1.clients.train import serialize_completion
-from verifiers.v1.dialects import ChatDialect
-from verifiers.v1.harnesses.null.harness import NullHarness
-from verifiers.v1.harnesses.utils.compaction import bound_tool_message
-from verifiers.v1.harnesses.utils.mcp import connect_mcp, mcp_content_to_chat_content
-from verifiers.v1.runtimes import ProgramResult
+from verifiers.v1.clients import Client  # pyright: ignore[reportMissingImports]
+from verifiers.v1.clients.train import serialize_completion  # pyright: ignore[reportMissingImports]
+from verifiers.v1.dialects import ChatDialect  # pyright: ignore[reportMissingImports]
+from verifiers.v1.harnesses.null.harness import NullHarness  # pyright: ignore[reportMissingImports]
+from verifiers.v1.harnesses.utils.compaction import bound_tool_message  # pyright: ignore[reportMissingImports]
+from verifiers.v1.harnesses.utils.mcp import connect_mcp, mcp_content_to_chat_content  # pyright: ignore[reportMissingImports]
+from verifiers.v1.runtimes import ProgramResult  # pyright: ignore[reportMissingImports]
 
 from mlx_lora.data.verifiers_tasks import agent_of, one_line, plain
 
@@ -295,6 +295,7 @@ class Host:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._served: Any = None
         self._close = lambda: None
+        self._with_own_harness()
 
     def start(self, limit_s: float) -> None:
         """Serve the environment, unless it is served.
@@ -313,7 +314,6 @@ class Host:
                 async with self.environment.serving():
                     # Which client answers is the server's: it makes one for each endpoint, and finds ours there.
                     self.environment._interception.clients[ENDPOINT.model_dump_json()] = AskingClient(self)
-                    self._with_own_harness()
                     ready.set()
                     await closing.wait()
                     await self._stop_all()
@@ -332,6 +332,7 @@ class Host:
         self._loop = loop
         self._close = weakref.finalize(self, _close, loop, closing, thread)
         if not ready.wait(limit_s):
+            self.close()
             raise TimeoutError(f"it does not start within {limit_s:g} s")
         if outcome:
             self._loop = None
@@ -432,7 +433,7 @@ class Host:
             found = await self.environment.run_episode(task, ModelContext(MODEL, ENDPOINT), on_trace=begun)
             errors = [*found.errors, *(error for trace in found.traces for error in trace.errors)]
             if not found.ok:
-                problem = f"{errors[0].type}: {errors[0].message}".splitlines()[0] if errors else "it failed"
+                problem = _in_words(errors[0]) if errors else "it failed"
             cut_short = found.is_timeout or any(trace.is_timeout for trace in found.traces)
         except asyncio.CancelledError:
             problem = "it was ended"
@@ -446,6 +447,12 @@ class Host:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSING_S)
+
+
+def _in_words(error: Any) -> str:
+    """Return an error that the package has recorded in a line; of a program's own report, its end says what happened."""
+    first, *more = [line for line in f"{error.type}: {error.message}".splitlines() if line.strip()]
+    return f"{first} {more[-1].strip()}" if more else first
 
 
 def _close(loop: asyncio.AbstractEventLoop, closing: asyncio.Event, thread: threading.Thread) -> None:

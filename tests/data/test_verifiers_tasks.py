@@ -114,7 +114,7 @@ FILES = {
     "another model": (AGENT + "model = 'gpt'\n", "sets model of its agent"),
     "sampling": (AGENT + "sampling = { temperature = 0.5 }\n", "sets sampling of its agent; give --temp"),
     "retries": (AGENT + "retries = { max_retries = 2 }\n", "sets retries"),
-    "an unknown setting": (AGENT + "colour = 1\n", "cannot be loaded"),
+    "an unknown setting": (AGENT + "colour = 1\n", r"cannot be loaded .agent.colour: "),
 }
 
 

@@ -9,9 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tool_files import FAMILIES, answer_text, call_text, family_tokenizer
-
-vf = pytest.importorskip("verifiers.v1", reason="pip install 'mlx-lora[verifiers]'")
-
 from verifiers_environments import SINGLE, TOOLS, TURNS, WRONG, write_environments
 
 from mlx_lora.config.load import train_settings
@@ -22,7 +19,8 @@ from mlx_lora.data.verifiers_tasks import verifiers_file
 from mlx_lora.rollouts import verifiers_env
 from mlx_lora.rollouts.environment import Played, play
 from mlx_lora.rollouts.rewards import summed
-from mlx_lora.rollouts.tool_env import CALLS, CUT, FAILURES, TURNS as ANSWERS
+from mlx_lora.rollouts.tool_env import CALLS, CUT, FAILURES
+from mlx_lora.rollouts.tool_env import TURNS as ANSWERS
 from mlx_lora.rollouts.verifiers_env import (
     ERRORS,
     METRIC,
@@ -42,6 +40,7 @@ ASKED = {"model": "m", "objective": "grpo", "group_size": 2, "max_new_tokens": 4
 
 @pytest.fixture(scope="module", autouse=True)
 def modules(tmp_path_factory):
+    pytest.importorskip("verifiers.v1", reason="pip install 'mlx-lora[verifiers]'")
     folder = write_environments(
         tmp_path_factory.mktemp("modules"), vf_words=SINGLE, vf_turns=TURNS, vf_shelf=TOOLS, vf_wrong=WRONG
     )
@@ -223,6 +222,17 @@ def test_a_time_limit_ends_an_episode():
     found = played(env, [TASKS.index("slow"), 0], [[said("x")]] * 4)
     assert [one.counts[TIMEOUTS] for one in found.episodes] == [1, 1, 0, 0]
     assert np.isnan(found.rewards.ravel()).tolist() == [True, True, False, False]
+
+
+def test_an_environment_that_starts_slowly_is_started_again():
+    host = environment("vf_words", max_turns=4).host
+    host.close()
+    with pytest.raises(TimeoutError, match="does not start"):
+        host.start(0.0)
+    host.start(30.0)
+    host.begin({0: verifiers_env.tasks_of("verifiers:vf_words")[0]})
+    assert not host.settle([0], 30.0)
+    assert host.episodes[0].question.messages[-1]["content"] == "Say apple"
 
 
 def test_the_episodes_of_a_prompt_must_begin_alike():

@@ -12,9 +12,6 @@ import pytest
 from child_environment import child_environment
 from conftest import tiny_model, write_folder
 from run_cli import one_line, run
-
-pytest.importorskip("verifiers.v1", reason="pip install 'mlx-lora[verifiers]'")
-
 from verifiers_environments import plain, write_environments
 
 from mlx_lora.rollouts.verifiers_env import close_hosts
@@ -62,6 +59,7 @@ QUICK = ("--learning-rate", "1e-2", "--batch-size", 2, "--group-size", 3, "--max
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
+    pytest.importorskip("verifiers.v1", reason="pip install 'mlx-lora[verifiers]'")
     made = write_environments(
         tmp_path_factory.mktemp("letters"), vr_letters=LETTERS,
         vr_judged=plain().replace("        return 1.0", "        raise ConnectionError('no judge answers')"),
