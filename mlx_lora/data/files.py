@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.config.load import RECIPES, recipe_names
+from mlx_lora.config.objectives import VERIFIERS
 from mlx_lora.data.examples import FormatError, tools_of
 from mlx_lora.data.records import DOCUMENTS, MARKDOWN, SUFFIXES, check_file
 from mlx_lora.data.task_sets import is_task_set, task_file
-from mlx_lora.data.verifiers_tasks import is_verifiers, verifiers_file
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import GIVEN, shown_data
 from mlx_lora.utils.hub import tiny_shakespeare
@@ -195,7 +195,9 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
         return _folder_splits(RECIPES / data)
     if is_task_set(data):
         return {"train": (task_file(data),)}
-    if is_verifiers(data):
+    if data.startswith(VERIFIERS):
+        from mlx_lora.data.verifiers_tasks import verifiers_file  # few runs need it
+
         return {"train": (verifiers_file(data),)}
     if is_dataset_id(data):
         from mlx_lora.utils.hub import download_dataset_files  # the hub client is slow to import

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 METRIC = "metrics/"  # before the name of a metric in reports
 ERRORS, TIMEOUTS = "episodes/error_frequency", "episodes/timeout_frequency"
-START_S = 120.0  # that servers of tools may take to start, at least: each is a Python process of its own
+START_S = 240.0  # that servers of tools may take to start, at least; the package gives up after 180 s, and says why
 NO_CALLS = CallForm("none", lambda text, tools: (text, []))  # of episodes without tools
 
 

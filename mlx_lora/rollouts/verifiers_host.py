@@ -16,11 +16,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -306,6 +309,7 @@ class Host:
         """
         if self._loop is not None:
             return
+        _let_children_import(type(self.environment.taskset))
         loop, ready, closing = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
         outcome: list[BaseException] = []
 
@@ -447,6 +451,17 @@ class Host:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSING_S)
+
+
+def _let_children_import(kind: type) -> None:
+    """Let servers of tools, which are processes in other folders, find the module of a class, and what PYTHONPATH has."""
+    file = Path(sys.modules[kind.__module__].__file__ or "").resolve()
+    root = file.parents[kind.__module__.count(".") + (file.name == "__init__.py")]
+    known = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if root.name not in ("site-packages", "dist-packages"):
+        known += [str(root)] if str(root) not in known else []
+    if known:
+        os.environ["PYTHONPATH"] = os.pathsep.join(known)
 
 
 def _in_words(error: Any) -> str:

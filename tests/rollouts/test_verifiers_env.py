@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def modules(tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
-        patch.setenv("PYTHONPATH", str(folder), prepend=":")
+        patch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # the run adds the folder, for servers of tools
         yield folder
         close_hosts()
 
