@@ -119,7 +119,9 @@ def _rehearsed(environment: str, turns: int, limit_s: float) -> Rehearsal:
         raise InputError(f"{asked}: its first task takes longer than {limit_s:g} s; raise --reward-timeout")
     if episode.problem or tools is None:
         why = episode.problem or "it asks the model nothing"
-        raise InputError(f"{asked}: its first task cannot be played on this machine ({why}); it must reach what it needs from here")
+        raise InputError(
+            f"{asked}: its first task cannot be played on this machine ({why}); it must reach what it needs from here"
+        )
     weights = {name: one.weight for name, one in episode.trace.rewards.items() if one is not None}
     if not weights:
         raise InputError(f"{asked}: nothing rewards its episodes; give a task a reward")
@@ -464,7 +466,9 @@ class VerifiersEnv:
         found = np.full(len(self.rewards), np.nan)
         for place, reward in enumerate(self.rewards):
             if (one := given.pop(reward.name, None)) is not None:
-                found[place] = one.score if one.weight == reward.weight or not reward.weight else one.value / reward.weight
+                found[place] = (
+                    one.score if one.weight == reward.weight or not reward.weight else one.value / reward.weight
+                )
         if given:
             self._give_up(number, f"it gives the reward {', '.join(given)}, which its first task does not", note)
             return np.full(len(self.rewards), np.nan)

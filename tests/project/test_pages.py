@@ -7,10 +7,10 @@ import importlib
 import os
 import re
 import shlex
-import tomllib
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import click

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -225,11 +227,21 @@ def test_a_time_limit_ends_an_episode():
     assert np.isnan(found.rewards.ravel()).tolist() == [True, True, False, False]
 
 
-def test_an_environment_that_starts_slowly_is_started_again():
+def test_an_environment_that_starts_slowly_is_started_again(monkeypatch):
     host = environment("vf_words", max_turns=4).host
     host.close()
+    before = host.environment.serving
+
+    @asynccontextmanager
+    async def slow():
+        await asyncio.sleep(0.5)
+        async with before():
+            yield
+
+    monkeypatch.setattr(host.environment, "serving", slow)
     with pytest.raises(TimeoutError, match="does not start"):
-        host.start(0.0)
+        host.start(0.01)
+    monkeypatch.undo()
     host.start(30.0)
     host.begin({0: verifiers_env.tasks_of("verifiers:vf_words")[0]})
     assert not host.settle([0], 30.0)
