@@ -187,6 +187,33 @@ class Tasks(vf.Taskset[vf.Task]):
 
 __all__ = ["Tasks", "Pairs"]
 """
+# An environment with settings of its own for its agent.
+OWN = SINGLE.replace(
+    '__all__ = ["Words"]',
+    """
+class Config(vf.EnvConfig):
+    agent: vf.AgentConfig = vf.AgentConfig(sampling=vf.Sampling(temperature=0.1), retries={"max_retries": 3}, max_turns=6)
+
+class Own(vf.Env[Config]):
+    async def run(self, task, agents):
+        await agents.agent.run(task)
+
+__all__ = ["Words", "Own"]
+""",
+)
+# An environment with a program of its own.
+PROGRAM = SINGLE.replace(
+    '__all__ = ["Words"]',
+    """
+class Program(vf.Harness[vf.HarnessConfig]):
+    NEEDS_CONTAINER = False
+
+    async def launch(self, *arguments):
+        raise NotImplementedError
+
+__all__ = ["Words", "Program"]
+""",
+)
 PLAIN = """
 import verifiers.v1 as vf
 

@@ -106,13 +106,18 @@ def make_environment(name: str, asked: str, turns: int | None = None, tool_s: fl
         if len(seats) != 1:
             raise InputError(f"{asked}: it has {len(seats)} agents ({', '.join(seats)}); only one model is trained")
         [(seat, default)] = seats.items()
+        user = raw.get(seat)
+        if set_there := sorted(PINNED.keys() & (user or {}).keys()):
+            raise InputError(f"{asked}: sets {set_there[0]} of its agent; {PINNED[set_there[0]]}")
         raw[seat] = _agent(vf, raw, seat, default, turns, tool_s)
         made = vf.load_environment(vf.resolve_env_config({**raw, "interception": {"type": "server"}}))
     except InputError:
         raise
     except Exception as error:  # a package's code may raise anything
         raise InputError(f"{asked}: {_not_loaded(raw['taskset']['id'], error)}") from error
-    _check_agent(getattr(made.config, seat), made.config, type(made.taskset).task_type(), asked)
+    own_machine = "runtime" in (user or {})
+    [harness] = made.config.agent_harnesses().values()
+    _check_agent(vf, getattr(made.config, seat), harness, type(made.taskset).task_type(), own_machine, asked)
     return made
 
 
@@ -147,7 +152,11 @@ def _agent(
 
     The package's own default is a coding agent in a cloud's sandbox.
     """
-    given = dict(raw.get(seat) or {})
+    given = {
+        "sampling": None,
+        "retries": {"max_retries": 0, "rules": []},
+        **(raw.get(seat) or {}),
+    }  # the run's flags decide
     own_harness = vf.default_harness_id(raw["taskset"]["id"]) != "bash"  # bash: the package has none of its own
     if "harness" not in given and default.harness is None and not own_harness:
         given["harness"] = {"id": "null"}
@@ -160,12 +169,19 @@ def _agent(
     return given
 
 
-def _check_agent(agent: Any, config: Any, task: Any, asked: str) -> None:
-    """Refuse what an episode on this machine cannot have."""
-    for name, why in PINNED.items():
-        changed = name in agent.model_fields_set and getattr(agent, name) is not None
-        if changed or (name == "retries" and config.retries.max_retries):
-            raise InputError(f"{asked}: the environment sets {name} of its agent; {why}")
+def _check_agent(vf: Any, agent: Any, harness: Any, task: Any, own_machine: bool, asked: str) -> None:
+    """Refuse what an episode on this machine cannot have, or what its user has not allowed.
+
+    Args:
+        vf: the package.
+        agent: its settings.
+        harness: those of its program.
+        task: the class of the tasks.
+        own_machine: whether the user asked for this machine in so many words.
+        asked: the flag and its value, for messages.
+    """
+    if other := [name for name in ("model", "client") if getattr(agent, name) is not None]:
+        raise InputError(f"{asked}: its agent has {other[0]} set; {PINNED[other[0]]}")
     if agent.runtime.type != "subprocess":
         raise InputError(
             f"{asked}: its agent runs in a sandbox ({agent.runtime.type}), and a run plays episodes on this machine alone; "
@@ -173,6 +189,11 @@ def _check_agent(agent: Any, config: Any, task: Any, asked: str) -> None:
         )
     if task.NEEDS_CONTAINER:
         raise InputError(f"{asked}: its tasks need a container, and a run plays episodes on this machine alone")
+    if vf.load_harness(harness).EXECUTES_CODE and not own_machine:
+        raise InputError(
+            f"{asked}: its program ({harness.id}) lets the model run commands on this machine; if you allow that, set "
+            "runtime = {type = 'subprocess'} of the agent in a TOML file"
+        )
 
 
 def _not_loaded(wanted: str, error: Exception) -> str:

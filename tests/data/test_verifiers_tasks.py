@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from verifiers_environments import SINGLE, TURNS, TWO_AGENTS, plain, write_environments
+from verifiers_environments import OWN, PROGRAM, SINGLE, TURNS, TWO_AGENTS, plain, write_environments
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.files import find_sets
@@ -25,7 +25,7 @@ def modules(monkeypatch, tmp_path):
         "vt_fails": plain("raise OSError('no network\\nhere')"), "vt_empty": plain("return iter(())"),
         "vt_seen": plain(f"yield One(vf.TaskData(prompt=[{picture}]), self.config.task)"),
         "vt_opened": plain("yield One(vf.TaskData(system_prompt='Wait.'), self.config.task)"),
-        "vt_broken": "import no_such_package",
+        "vt_own": OWN, "vt_program": PROGRAM, "vt_broken": "import no_such_package",
     }  # fmt: skip
     folder = write_environments(tmp_path, **made)
     monkeypatch.syspath_prepend(str(folder))
@@ -74,6 +74,13 @@ def test_tasks_are_prompts(modules):
     assert records("verifiers:vt_opened")[0]["prompt"][0] == {"role": "system", "content": "Wait."}
 
 
+def test_sampling_and_retries_of_a_package_are_the_runs(modules):
+    agent = make_environment("vt_own", "it").config.agent
+    assert agent.sampling is None
+    assert agent.retries.max_retries == 0
+    assert agent.max_turns == 6
+
+
 def test_a_file_configures_an_environment(modules, tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text("[env.taskset]\nid = 'vt_words'\n[env.agent]\nmax_turns = 3\n")
@@ -82,6 +89,8 @@ def test_a_file_configures_an_environment(modules, tmp_path):
     assert made.config.agent.max_turns == 3
     assert make_environment("vt_words", "it", turns=7, tool_s=5.0).config.agent.max_turns == 7
     assert make_environment("vt_words", "it", tool_s=5.0).config.agent.harness.tool_timeout == 5.0
+    file.write_text("[env.taskset]\nid = 'vt_words'\n[env.agent]\nharness.id = 'bash'\nruntime.type = 'subprocess'\n")
+    assert make_environment(str(file), "it").config.agent.harness.id == "bash"  # the user allows it
     assert (made.config.agent.harness.id, made.config.agent.runtime.type) == ("null", "subprocess")
 
 
@@ -94,6 +103,7 @@ BAD = {
     "vt_fails": "OSError: no network",
     "vt_empty": "no tasks",
     "vt_seen": "has a picture",
+    "vt_program": "vt_program. lets the model run commands",
     "vt_broken": "No module named 'no_such_package'",
 }
 
@@ -111,7 +121,8 @@ FILES = {
     "more than the table": (AGENT + "[sampling]\ntemperature = 1\n", "has sampling, and only its table env"),
     "no TOML": ("[", "cannot be read"),
     "a sandbox": (AGENT + "runtime = { type = 'prime' }\n", r"in a sandbox .prime."),
-    "another model": (AGENT + "model = 'gpt'\n", "sets model of its agent"),
+    "another model": (AGENT + "model = 'gpt'\n", "sets model of its agent; the model that is trained plays"),
+    "commands": (AGENT + "harness = { id = 'bash' }\n", "lets the model run commands on this machine"),
     "sampling": (AGENT + "sampling = { temperature = 0.5 }\n", "sets sampling of its agent; give --temp"),
     "retries": (AGENT + "retries = { max_retries = 2 }\n", "sets retries"),
     "an unknown setting": (AGENT + "colour = 1\n", r"cannot be loaded .agent.colour: "),

@@ -78,6 +78,7 @@ def command(folder: Path, adapter: Path, *more: object) -> tuple:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_within_an_episode_resumes_to_the_same_bytes(folder, tmp_path):
     whole, killed, other = tmp_path / "whole", tmp_path / "killed", tmp_path / "other"
     asked = ("--iters", 4, "--save-every", 2, "--val-batches", 0, "--valid-fraction", 0)
