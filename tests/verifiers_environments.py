@@ -138,7 +138,7 @@ class Odd(vf.Task[Data]):
 
 class Odds(vf.Taskset[Odd]):
     def load(self):
-        for what in ("fine", "setup", "slow", "rewritten", "reward", "names", "twice", "begins", "forgets"):
+        for what in ("fine", "setup", "slow", "rewritten", "reward", "names", "twice", "begins", "forgets", "picture"):
             yield Odd(Data(prompt=what, what=what), self.config.task)
 
 class Play(vf.Env[vf.SingleAgentEnvConfig]):
@@ -153,6 +153,9 @@ class Play(vf.Env[vf.SingleAgentEnvConfig]):
         if task.data.what == "begins":
             Play.count += 1
             task = task.with_data(prompt=f"begins {Play.count}")
+        if task.data.what == "picture":
+            seen = vf.UserMessage(content=[vf.ImageUrlContentPart(image_url=vf.ImageUrlSource(url="data:,"))])
+            task = task.with_data(prompt=[seen])
         if task.data.what != "forgets":
             await agents.agent.run(task)
             return

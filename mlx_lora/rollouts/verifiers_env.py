@@ -243,7 +243,7 @@ class VerifiersEnv:
             self.host.failed = lambda number, name, why: self._failures.append((number, name, why))
             self.host.begin({number: self._task(self.facts[number]) for number in numbers})
         except Exception as error:
-            if isinstance(error, InputError):
+            if isinstance(error, InputError | RunError):
                 raise
             raise RunError(f"{self.asked} cannot be started ({one_line(error)})") from error
         self._settle(numbers, self._limit_s, note)

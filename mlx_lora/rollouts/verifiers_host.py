@@ -46,6 +46,7 @@ from verifiers.v1.harnesses.utils.mcp import connect_mcp, mcp_content_to_chat_co
 from verifiers.v1.runtimes import ProgramResult  # pyright: ignore[reportMissingImports]
 
 from mlx_lora.data.verifiers_tasks import agent_of, one_line, plain
+from mlx_lora.utils.errors import InputError
 
 NO_ROOM = "the conversation has the maximum context length"  # the package's loops end an episode cleanly at these words
 CLOSING_S = 5.0  # that an episode, or all of the environment, may take to end
@@ -122,9 +123,13 @@ class AskingClient(Client):
         if episode.question is not None:
             raise ProviderError("two questions at once in an episode", status_code=400)
         before = turn.previous_renderer_token_ids()
+        try:
+            messages, tail = plain(turn.prompt, "the environment"), plain(turn.tail, "the environment")
+        except InputError as error:
+            raise ProviderError(str(error), status_code=400) from error
         question = Question(
-            messages=plain(turn.prompt, "--environment"),
-            tail=plain(turn.tail, "--environment"),
+            messages=messages,
+            tail=tail,
             tools=[_schema(tool) for tool in turn.tools],
             before=None if not turn.prefix_node_ids else [*before[0], *before[1]] if before else [],
             reply=asyncio.get_running_loop().create_future(),
@@ -201,7 +206,9 @@ class ChatHarness(NullHarness):
         tool_interception_url: str | None = None,
     ) -> ProgramResult:
         system, prompt = self.resolve_prompt(data)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else plain(prompt or [], "")
+        messages = (
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else plain(prompt or [], "the environment")
+        )
         messages = [{"role": "system", "content": system}, *messages] if system else messages
         async with contextlib.AsyncExitStack() as stack:
             timeout = httpx.Timeout(None, connect=CLOSING_S)

@@ -192,7 +192,7 @@ def test_a_loop_ends_at_the_most_turns():
     assert found.rewards.ravel().tolist() == [0, 1]
 
 
-TASKS = ("fine", "setup", "slow", "rewritten", "reward", "names", "twice", "begins", "forgets")
+TASKS = ("fine", "setup", "slow", "rewritten", "reward", "names", "twice", "begins", "forgets", "picture")
 PROBLEMS = {
     "setup": "no such shelf",
     "rewritten": "other tokens",
@@ -200,6 +200,7 @@ PROBLEMS = {
     "names": "reward other",
     "twice": "several conversations",
     "forgets": "rewrites the conversation",
+    "picture": "has a picture",
 }
 
 
