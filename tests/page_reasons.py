@@ -18,6 +18,7 @@ NOT_RUN = {
     r"mlx-lora (train|evaluate) .*prices\.jsonl": "schemas of tools are longer than the tests' short rows; test_tool_run.py has them",
     r"mlx-lora (train|evaluate) .*--data mails(/| |$)": "needs the mails that a script makes; test_classify.py has others",
     r"mlx-lora train .*reasoning-gym:": "needs an extra; test_task_sets.py has a stand-in for it",
+    r"(PYTHONPATH=\S+ )?mlx-lora train .*verifiers:": "needs an extra; test_verifiers_run.py runs others where it is installed",
     r"mlx-lora evaluate .*--tasks (arc_easy|list)": "needs the network, or reads 14,000 files; test_harness.py runs tasks with local data",
     r"mlx-lora \w+ .*all-MiniLM-L6-v2": "needs an encoder; test_embed_command.py and test_sentence_transformers.py have tiny ones",
     r"curl .*/v1/embeddings": "needs an encoder; test_serving_embeddings.py asks a server with one",

@@ -7,7 +7,7 @@ from datetime import date
 from typing import Any
 
 from mlx_lora.config.fields import flag_of
-from mlx_lora.config.objectives import IMITATION, LABELED, PAIRS, RANKED, SAMPLING
+from mlx_lora.config.objectives import IMITATION, LABELED, PAIRS, RANKED, SAMPLING, VERIFIERS
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.config.settings import FIELDS, LOGGERS, ROWS, SHARDING, parse_pattern
 from mlx_lora.utils.text import command_line
@@ -189,7 +189,7 @@ def _rollout_problems(settings: Mapping[str, Any]) -> list[str]:
     These are intervals that would save or end it between two updates on the same answers, and a reference that it cannot
     go back to.
     """
-    updates, problems = settings["updates_per_rollout"], []
+    updates, problems = settings["updates_per_rollout"], _task_problems(settings)
     if settings["objective"] not in SAMPLING and not settings["on_policy"]:
         return problems
     if settings["kl_beta"] and settings["method"] == "relora":
@@ -203,6 +203,16 @@ def _rollout_problems(settings: Mapping[str, Any]) -> list[str]:
         for name in ("iters", "save_every", "steps_per_eval")
         if settings[name] and settings[name] % updates
     ]
+
+
+def _task_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return the problem of data that are not the tasks of the run's environment."""
+    data, environment = settings["data"], settings["environment"] or ""
+    of_environment = data == environment or str(data).rpartition(":")[0] == environment
+    if data and environment.startswith(VERIFIERS) and not of_environment:
+        words = f"the environment has its own tasks; leave --data out, or give {environment}:1000 for that many"
+        return [f"--data {data} with --environment {environment}: {words}"]
+    return []
 
 
 def _data_problems(settings: Mapping[str, Any]) -> list[str]:

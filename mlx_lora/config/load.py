@@ -16,6 +16,7 @@ from typing import Any
 
 from mlx_lora.config.checks import settings_problems
 from mlx_lora.config.fields import flag_of, read_value, row_of
+from mlx_lora.config.objectives import VERIFIERS
 from mlx_lora.config.settings import FIELDS, SECTIONS, ModelSettings, ServeSettings, TrainSettings
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import MAX_YAML_CHARACTERS, parse_yaml
@@ -173,6 +174,8 @@ def train_settings(flags: Mapping[str, Any], content: Mapping[str, Any] | None =
         if key not in FIELDS
     ]
     values = _read(values, FIELDS, problems)
+    if not values.get("data") and (values.get("environment") or "").startswith(VERIFIERS):
+        values["data"] = values["environment"]  # such an environment has tasks of its own
     values |= {name: value for name, value in _table_settings(values).items() if name == "data" or name not in values}
     sections = {
         name: section(**{f.name: values[f.name] for f in dataclasses.fields(section) if f.name in values})

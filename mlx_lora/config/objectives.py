@@ -18,6 +18,7 @@ PAIRS = ("dpo", "orpo", "simpo", "cpo", "reward")  # objectives whose examples a
 PROBLEMS = ("auto", "single_label_classification", "multi_label_classification", "regression")
 EMBED_LOSSES = ("infonce", "triplet", "cosent", "cosine")  # of losses/contrastive.py
 POOLINGS = ("mean", "last", "cls")
+VERIFIERS = "verifiers:"  # before the name of an environment of that package, in --environment and --data
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "sampled_kl")
 
 
@@ -66,7 +67,8 @@ class ObjectiveSettings:
         "commas and added.", OBJECTIVE)
     environment: str | None = setting(None, "grpo, rloo: a class as FILE.py:CLASS, whose reset begins an episode of several "
         "turns. Its step answers the model and rewards it, instead of --reward; without step, its public methods are tools, "
-        "as in TRL's environment_factory.", OBJECTIVE)
+        "as in TRL's environment_factory. verifiers:NAME, or verifiers:FILE.toml: an environment of that package, which brings its "
+        "own tasks, tools, and rewards.", OBJECTIVE)
     tools: str | None = setting(None, "grpo, rloo: functions that the model may call, as FILE.py or FILE.py:NAME,NAME; --reward "
         "rewards the whole episode.", OBJECTIVE)
     max_turns: int = setting(10, "With --environment or --tools: maximum number of the model's answers in an episode; "

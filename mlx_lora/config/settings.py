@@ -66,7 +66,7 @@ class DataSettings:
     """The training data, and which of its tokens are trained."""
 
     data: str | None = setting(None,
-        "File, folder with train/valid/test files, hub dataset id, name of a recipe, tiny-shakespeare or reasoning-gym:NAME. Separate "
+        "File, folder with train/valid/test files, hub dataset id, name of a recipe, tiny-shakespeare, reasoning-gym:NAME or verifiers:NAME. Separate "
         "several with commas; with a weight, as in a.jsonl=2,b/, each epoch has the rows of a.jsonl twice.",
         MODEL, common=True, may_change=True, per_machine=True)
     data_format: str = setting("auto", "Format of the records; auto detects it for each record.", MODEL, choices=FORMATS)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.config.load import RECIPES, recipe_names
+from mlx_lora.config.objectives import VERIFIERS
 from mlx_lora.data.examples import FormatError, tools_of
 from mlx_lora.data.records import DOCUMENTS, MARKDOWN, SUFFIXES, check_file
 from mlx_lora.data.task_sets import is_task_set, task_file
@@ -172,7 +173,7 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
     """Return the files of each split that `--data` names.
 
     Args:
-        data: A file, a folder, `tiny-shakespeare`, a recipe's name, a set of tasks (data/task_sets.py) or a hub
+        data: A file, a folder, `tiny-shakespeare`, a recipe's name, a set of tasks (data/task_sets.py, data/verifiers_tasks.py) or a hub
             dataset id `owner/name` (`@revision` may follow).
 
     Returns:
@@ -194,6 +195,10 @@ def find_splits(data: str) -> dict[str, tuple[Path, ...]]:
         return _folder_splits(RECIPES / data)
     if is_task_set(data):
         return {"train": (task_file(data),)}
+    if data.startswith(VERIFIERS):
+        from mlx_lora.data.verifiers_tasks import verifiers_file  # few runs need it
+
+        return {"train": (verifiers_file(data),)}
     if is_dataset_id(data):
         from mlx_lora.utils.hub import download_dataset_files  # the hub client is slow to import
 

@@ -61,8 +61,12 @@ def task_file(data: str) -> Path:
     file = cache_dir(GYM) / f"{name}-{count}-{metadata.version('reasoning-gym')}" / "train.jsonl"
     with one_at_a_time(file):
         if not file.exists():
-            tasks = package.create_dataset(name, size=count, seed=SEED)
-            lines = [json.dumps(record_of(task), default=str, ensure_ascii=False) for task in tasks]
+            try:
+                tasks = package.create_dataset(name, size=count, seed=SEED)
+                lines = [json.dumps(record_of(task), default=str, ensure_ascii=False) for task in tasks]
+            except Exception as error:  # the package's tasks may raise anything, as those do that are made of others
+                words = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise InputError(f"{asked}: {GYM} cannot make these tasks ({words}); give another name") from error
             file.parent.mkdir(parents=True, exist_ok=True)
             with replacing_file(file) as temporary:
                 temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -36,8 +36,8 @@ from mlx_lora.rollouts.make_environment import (
     check_environment,
     check_template,
     environment_of,
-    episode_rewards,
-    toolbox_of,
+    own_rewards_and_reports,
+    shown_tools,
 )
 from mlx_lora.rollouts.reward_models import beside_bytes, check_rewards, load_rewards
 from mlx_lora.rollouts.rewards import (
@@ -51,7 +51,7 @@ from mlx_lora.rollouts.rewards import (
     reward_names,
 )
 from mlx_lora.rollouts.rollout import Rollouts
-from mlx_lora.rollouts.tool_env import TOOL_REPORTS, failures_of_calls
+from mlx_lora.rollouts.tool_env import failures_of_calls
 from mlx_lora.utils.errors import InputError
 
 POLICY_REPORTS = ("reward", SPREAD, NO_SPREAD, "length", "truncated", "kl", "clipped")
@@ -71,19 +71,17 @@ class Policy(SampledObjective):
 
     def open(self, ctx: RunContext) -> None:
         asked = ctx.settings.objective
-        toolbox = toolbox_of(asked, ctx.functions) if asked.has_episodes else None
         if asked.reward or not asked.environment:
             self.rewards = load_rewards(ctx.settings, ctx.base, ctx.today, ctx.functions)
-        if toolbox is not None:
-            self.rewards = episode_rewards(self.rewards, toolbox.environment)
-            self.reports = all_reports([reward.name for reward in self.rewards]) + TOOL_REPORTS
+        self.rewards, more = own_rewards_and_reports(asked, self.rewards, ctx.functions)
+        if more:
+            self.reports = all_reports([reward.name for reward in self.rewards]) + more
         ctx.record.shared |= reward_files(asked)
 
     def shown_tools(
         self, settings: ObjectiveSettings, functions: Mapping[str, Callable[..., Any]]
     ) -> list[dict[str, Any]] | None:
-        toolbox = toolbox_of(settings, functions) if settings.has_episodes else None
-        return toolbox.schemas if toolbox else None
+        return shown_tools(settings, functions)
 
     def load_data(self, ctx: RunContext) -> DataSplits:
         splits = super().load_data(ctx)

@@ -71,10 +71,10 @@ def greedy_answers(rollouts: Rollouts, prompts: Sequence[FixedPrompt]) -> list[d
 
 
 def talk_text(messages: Sequence[dict[str, Any]]) -> str:
-    """Return the turns of an episode with tools as a person reads them: a call after an arrow, its result after another."""
+    """Return the turns of an episode with tools as a person reads them: a call after an arrow, its result or a reply after another."""
     lines = []
     for message in messages:
-        if message["role"] == "tool":
+        if message["role"] in ("tool", "user"):
             lines.append(f"← {message['content']}")
             continue
         lines += [message["content"]] if message["content"].strip() else []

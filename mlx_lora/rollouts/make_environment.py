@@ -1,6 +1,7 @@
 """Make the environment that a run's settings ask for: of single answers, of several turns, or of tools.
 
 --reward alone                               single answers
+--environment verifiers:NAME                 an environment of that package, with its own tools and rewards
 --environment, a class with reset and step   several turns; step rewards them
 --environment, a class of TRL's form         tools: its public methods; --reward or its get_reward rewards them
 --tools                                      tools: plain functions, alone or beside such a class
@@ -19,6 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.data.tool_turns import ToolTurns
+from mlx_lora.data.verifiers_tasks import is_verifiers
 from mlx_lora.models.load import Base
 from mlx_lora.rollouts.environment import MultiTurnEnv, SingleTurnEnv, VectorEnv
 from mlx_lora.rollouts.rewards import (
@@ -32,8 +34,15 @@ from mlx_lora.rollouts.rewards import (
     reward_names,
 )
 from mlx_lora.rollouts.tool_calls import CallReader
-from mlx_lora.rollouts.tool_env import Toolbox, ToolEnv
+from mlx_lora.rollouts.tool_env import TOOL_REPORTS, Toolbox, ToolEnv
 from mlx_lora.rollouts.tools import OWN_REWARD, RESET, STEP, plain_tools, tool_methods, tool_schemas
+from mlx_lora.rollouts.verifiers_env import (
+    VerifiersEnv,
+    check_verifiers,
+    rehearse,
+    verifiers_reports,
+    verifiers_rewards,
+)
 from mlx_lora.utils.errors import InputError
 
 # The user's class
@@ -69,6 +78,18 @@ def env_class(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS) 
             "reset and public methods that are tools"
         )
     return found
+
+
+def shown_tools(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS) -> list[dict[str, Any]] | None:
+    """Return the schemas of the tools that prompts show; None: there are none.
+
+    Raises:
+        InputError: a class, a function or an environment cannot be used.
+    """
+    if is_verifiers(settings.environment):
+        return rehearse(settings).tools or None
+    toolbox = toolbox_of(settings, functions) if settings.has_episodes else None
+    return toolbox.schemas if toolbox else None
 
 
 def is_stepped(environment: type[Any] | None) -> bool:
@@ -119,6 +140,9 @@ def check_environment(settings: ObjectiveSettings, functions: Functions = NO_FUN
     Raises:
         InputError: they cannot be loaded, nothing rewards the episodes, or two do.
     """
+    if is_verifiers(settings.environment):
+        check_verifiers(settings)
+        return
     toolbox = toolbox_of(settings, functions)
     if toolbox is None and settings.reward:
         raise InputError(
@@ -155,6 +179,8 @@ def environment_of(
         InputError: --environment or --tools cannot be used.
     """
     objective, tokenizer = settings.objective, base.hf_tokenizer
+    if is_verifiers(objective.environment):
+        return VerifiersEnv(settings, tokenizer, frozenset(base.tokenizer.eos_token_ids), rewards, day)
     toolbox = toolbox_of(objective, functions)
     if toolbox is not None:
         return ToolEnv(toolbox, rewards, settings, tokenizer, frozenset(base.tokenizer.eos_token_ids), day)
@@ -177,6 +203,22 @@ def check_template(tokenizer: TokenizerWrapper, template: str | None, schemas: S
     """
     if template is not None:
         CallReader.of(ToolTurns(tokenizer._tokenizer, template, frozenset(tokenizer.eos_token_ids), schemas))
+
+
+def own_rewards_and_reports(
+    settings: ObjectiveSettings, rewards: Sequence[Reward], functions: Functions = NO_FUNCTIONS
+) -> tuple[Sequence[Reward], tuple[str, ...]]:
+    """Return the rewards of a run's episodes, and the names of what is reported of them beside rewards.
+
+    Args:
+        settings: of the run.
+        rewards: those of --reward.
+        functions: what was given in Python.
+    """
+    if is_verifiers(settings.environment):
+        return verifiers_rewards(settings), verifiers_reports(settings)
+    toolbox = toolbox_of(settings, functions) if settings.has_episodes else None
+    return (rewards, ()) if toolbox is None else (episode_rewards(rewards, toolbox.environment), TOOL_REPORTS)
 
 
 def episode_rewards(rewards: Sequence[Reward], environment: type[Any] | None) -> tuple[Reward, ...]:

@@ -98,13 +98,23 @@ def _math_verify() -> Any:
 def gym_score(completions: Sequence[Any], **columns: Any) -> list[float | None]:
     """Give what the package reasoning-gym gives an answer to its task, from 0 to 1."""
     package = gym(f"--reward {GYM}")
-    if "metadata" not in columns or "answer" not in columns:
-        raise ValueError(f"{GYM} needs the columns answer and metadata of --data {GYM}:NAME")
+    if "metadata" not in columns:
+        raise ValueError(f"{GYM} needs the column metadata of --data {GYM}:NAME")
+    answers = columns.get("answer") or [None] * len(completions)  # of tasks with many right answers, none is known
     found: list[float | None] = []
-    for said, answer, about in zip(completions, columns["answer"], columns["metadata"], strict=True):
-        score = package.get_score_answer_fn(about["source_dataset"])
-        found.append(float(score(answer=text_of(said).strip(), entry={"answer": answer, "metadata": about})))
+    for said, answer, about in zip(completions, answers, columns["metadata"], strict=True):
+        score, text = package.get_score_answer_fn(about["source_dataset"]), text_of(said).strip()
+        # JSON has no tuples, and some tasks compare what they find in an answer with tuples.
+        forms = (about, _with_tuples(about))
+        found.append(max(float(score(answer=text, entry={"answer": answer, "metadata": form})) for form in forms))
     return found
+
+
+def _with_tuples(value: Any) -> Any:
+    """Return a JSON value with tuples in place of its lists."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(one) for name, one in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 MATH = "math-verify"

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_lora.config.objectives import VERIFIERS
 from mlx_lora.losses.policy import group_deviation
 from mlx_lora.rollouts.ready_rewards import GIVE, PLAIN, ready_reward
 from mlx_lora.utils.errors import InputError, RunError
@@ -116,7 +117,8 @@ def reward_files(settings: ObjectiveSettings) -> dict[str, str]:
         return {}
     found = {}
     for flag, text in (("--environment", settings.environment), ("--tools", settings.tools)):
-        files = [Path(os.path.expanduser(name)) for name in re.findall(r"[^,]+?\.py(?=[:,]|$)", text or "")]
+        text = (text or "").removeprefix(VERIFIERS)
+        files = [Path(os.path.expanduser(name)) for name in re.findall(r"[^,]+?\.(?:py|toml)(?=[:,]|$)", text)]
         if digest := "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files):
             found[f"code of {flag}"] = hashlib.sha256(digest.encode()).hexdigest()[:16]
     for text in _asked(settings) if settings.samples else []:

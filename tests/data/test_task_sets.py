@@ -54,6 +54,30 @@ def test_bad_names_are_one_line(name, words, package):
         find_sets(f"reasoning-gym:{name}")
 
 
+def test_tasks_that_cannot_be_made_are_one_line(package):
+    def fails(name: str, size: int, seed: int):
+        raise AssertionError("Must specify at least one dataset\nand more")
+
+    package.create_dataset = fails
+    with pytest.raises(InputError, match="AssertionError: Must specify at least one dataset"):
+        find_sets("reasoning-gym:legs")
+
+
+def test_tasks_without_a_known_answer_and_with_tuples_are_judged(package):
+    """Several tasks of the package know how to judge an answer, but have none; others compare it with a tuple."""
+
+    def score(answer: str, entry: dict) -> float:
+        assert entry["answer"] is None
+        return float(tuple(map(int, answer.split())) == entry["metadata"]["moves"])
+
+    package.get_score_answer_fn = lambda name: score
+    about = json.loads(json.dumps({"source_dataset": "cube", "moves": (1, 2)}))
+    reward = ready_reward("reasoning-gym")
+    assert reward(completions=["1 2", "2 1"], metadata=[about] * 2) == [1.0, 0.0]
+    with pytest.raises(ValueError, match="metadata"):
+        reward(completions=["1"], answer=["1"])
+
+
 def test_without_the_package_it_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     for call in (lambda: find_sets("reasoning-gym:legs"), lambda: ready_reward("reasoning-gym")):
@@ -61,13 +85,14 @@ def test_without_the_package_it_is_one_line(monkeypatch):
             call()
 
 
-def test_the_package_itself(monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["leg_counting", "rearc", "spell_backward"])
+def test_the_package_itself(name, monkeypatch, tmp_path):
     gym = pytest.importorskip("reasoning_gym")
     monkeypatch.setattr(task_sets, "cache_dir", lambda name: tmp_path / name)
-    [file] = find_sets("reasoning-gym:leg_counting:4")[0].splits["train"]
+    [file] = find_sets(f"reasoning-gym:{name}:4")[0].splits["train"]
     records = [json.loads(line) for line in file.path.read_text().splitlines()]
     assert [one["prompt"][0]["content"] for one in records] == [
-        task["question"] for task in gym.create_dataset("leg_counting", size=4, seed=0)
+        task["question"] for task in gym.create_dataset(name, size=4, seed=0)
     ]
     columns = {name: [record[name] for record in records] for name in ("answer", "metadata")}
     right = ready_reward("reasoning-gym")(completions=columns["answer"], **columns)

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import click
@@ -78,12 +79,14 @@ def test_every_reason_has_a_command():
 
 
 def test_every_block_says_what_it_is():
-    known = {"bash", "console", "json", "python", "text", "yaml"}
+    known = {"bash", "console", "json", "python", "text", "toml", "yaml"}
     for block in all_blocks():
         assert block.language in known, block
     for block in all_blocks():
         if block.language == "python":
             ast.parse(block.text)
+        if block.language == "toml":
+            tomllib.loads(block.text)
 
 
 def test_a_block_is_read_with_its_title_and_lines(tmp_path):
