@@ -61,14 +61,14 @@ def tokenizer(schemas: list[dict]):
     return found
 
 
-def shelf_folder(folder: Path, hidden: int = 128, steps: int = 450) -> Path:
+def shelf_folder(folder: Path, hidden: int = 128, steps: int = 450, schemas: list[dict] | None = None) -> Path:
     """Write the model to `folder`/base, the user's file to shelf.py, and prompts to prompts/train.jsonl and valid.jsonl.
 
-    The words of the validation prompts are in no training prompt.
+    The words of the validation prompts are in no training prompt. Another schema of the tool may be given.
     """
     (folder / "prompts").mkdir(parents=True)
     (folder / "shelf.py").write_text(SHELF)
-    schemas = tool_schemas([], vars(module_of(str(folder / "shelf.py"), "it"))["Shelf"])
+    schemas = schemas or tool_schemas([], vars(module_of(str(folder / "shelf.py"), "it"))["Shelf"])
     own, sizes = tokenizer(schemas), {"hidden_size": hidden, "intermediate_size": 2 * hidden, "vocab_size": 384}
     (folder / "tiny").mkdir()
     mx.random.seed(0)

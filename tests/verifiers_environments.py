@@ -109,6 +109,50 @@ if __name__ == "__main__":
 '''
 
 
+# The task of tool_model.py: colors of things; which words are asked about is a setting.
+SHELF = '''
+import verifiers.v1 as vf
+
+WORDS = [f"word{number:02d}" for number in range(12)]
+
+def color(word):
+    return f"color{(WORDS.index(word) * 5 + 3) % 8:02d}" if word in WORDS else "nothing"
+
+class Shelf(vf.Toolset[vf.SharedToolsetConfig]):
+    TOOL_PREFIX = None
+
+    @vf.tool
+    def look_up(self, word: str) -> str:
+        """Look up the color of a thing."""
+        return color(word)
+
+class Data(vf.TaskData):
+    color: str
+
+class Ask(vf.Task[Data]):
+    @vf.reward
+    async def right(self, trace: vf.Trace) -> float:
+        return float(trace.last_reply == self.data.color)
+
+class Config(vf.TasksetConfig):
+    words: str = "train"
+    tools: vf.SharedToolsetConfig = vf.SharedToolsetConfig()
+
+class Things(vf.Taskset[Ask, Config]):
+    def load(self):
+        for word in WORDS[:8] if self.config.words == "train" else WORDS[8:]:
+            yield Ask(Data(prompt=f"Which color has {word}", color=color(word)), self.config.task)
+
+    @classmethod
+    def toolsets(cls, config):
+        return [Shelf(config.tools)]
+
+__all__ = ["Things"]
+
+if __name__ == "__main__":
+    Shelf.run()
+'''
+
 # An environment whose tasks go wrong in ways that their prompts name.
 WRONG = """
 import asyncio
