@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import run_cli
-from architectures import stages, sweep, table, trial
+from architectures import images, stages, sweep, table, trial
 from architectures.build import tiny_architecture, tiny_config, write_architecture
 from architectures.configs import CONFIGS, PARTS, architecture_modules, ways
 from architectures.scaling import scaled
@@ -92,6 +92,16 @@ def test_every_installed_architecture_is_in_the_page():
     assert set(tried) <= stated.keys()
     assert table.UNTRIED not in {stated[name] for name in tried}
     assert PARTS.isdisjoint(stated)
+
+
+def test_the_page_has_a_column_on_pictures():
+    column = table.column(table.PAGE.read_text(encoding="utf-8"), table.IMAGES)
+    assert {column[name] for name in images.OF_MODULE} == {"right"}
+    assert {name: images.without_images(name) for name in column.keys() & CONFIGS.keys() - images.OF_MODULE.keys()} == {
+        name: text for name, text in column.items() if name in CONFIGS and name not in images.OF_MODULE
+    }
+    assert column["llama4"] == images.TEXT_ONLY
+    assert not column["llama"]
 
 
 def test_an_unknown_architecture_shows_as_not_yet_tried(monkeypatch):
