@@ -64,7 +64,7 @@ def test_the_planned_peak_is_the_measured_one(tiny_folder, tmp_path):
     )
     try:
         use_all(worker, plan)
-        assert plan["peak_bytes"] == pytest.approx(mx.get_peak_memory() - before, rel=0.1)
+        assert plan["peak_bytes"] == pytest.approx(mx.get_peak_memory() - before, rel=0.2)
     finally:
         worker.close()
 
