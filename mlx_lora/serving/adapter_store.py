@@ -26,7 +26,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter, trains_tower
+from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter, run_of, trains_tower
 from mlx_lora.models.load import Base
 from mlx_lora.serving.pools import LayerFactors, Routing, route, unrouted_twin
 from mlx_lora.utils.errors import InputError
@@ -68,6 +68,7 @@ class Card:
         chat_template: its own template, or None.
         resident: whether it is in memory now.
         created: UNIX time when it was first loaded.
+        max_pixels: to which larger pictures are shrunk, as in its run; None: only the model's own limits.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Card:
     chat_template: str | None
     resident: bool
     created: int
+    max_pixels: int | None = None
 
     def describe(self) -> str:
         """Return method, rank, size and source in a few words."""
@@ -240,7 +242,8 @@ class AdapterStore:
             return self._read(self._sources[name], beside)
         resident, modules = self._residents[name], dict(self._base.model.named_modules())
         layers = {path: modules[path].pools.get(resident.number) for path in resident.paths}
-        return AdapterFactors(layers, self.cards[name].method, self.cards[name].chat_template)
+        card = self.cards[name]
+        return AdapterFactors(layers, card.method, card.chat_template, card.max_pixels)
 
     def _make_room(self, needed_bytes: int) -> None:
         """Evict the least recently used idle adapters until `needed_bytes` more fit the budget."""
@@ -300,6 +303,7 @@ class AdapterStore:
                 factors.chat_template,
                 resident=True,
                 created=known.created if known else int(time.time()),
+                max_pixels=factors.max_pixels,
             )
             self.cards = MappingProxyType({**self.cards, name: card})
 
@@ -333,11 +337,13 @@ class AdapterFactors:
         layers: path -> its factors.
         method: the method that trained it.
         chat_template: the Jinja text that it was trained with, if that is not the base's own.
+        max_pixels: of the pictures in its run; None: it had no limit of its own.
     """
 
     layers: dict[str, LayerFactors]
     method: str
     chat_template: str | None
+    max_pixels: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -382,7 +388,8 @@ def read_factors(base: Base, folder: Path, dtype: mx.Dtype, ignore_fingerprint: 
         for path, layer in layers.items()
     }
     mx.eval([(f.a, f.b) if f.gain is None else (f.a, f.b, f.gain) for f in factors.values()])
-    return AdapterFactors(factors, info.method, info.chat_template)
+    pixels = run_of(folder).get("max_pixels")
+    return AdapterFactors(factors, info.method, info.chat_template, pixels if type(pixels) is int else None)
 
 
 def blend_factors(parts: Sequence[tuple[str, AdapterFactors, float]]) -> AdapterFactors:
@@ -409,7 +416,9 @@ def blend_factors(parts: Sequence[tuple[str, AdapterFactors, float]]) -> Adapter
         layers[path] = LayerFactors(a, b, adapts_head=own[0][0].adapts_head)
     mx.eval([(layer.a, layer.b) for layer in layers.values()])
     templates = {part.chat_template for _, part, _ in parts}
-    return AdapterFactors(layers, "blend", templates.pop() if len(templates) == 1 else None)
+    pixels = [part.max_pixels for _, part, _ in parts if part.max_pixels is not None]
+    # The smallest: none of them has seen larger pictures than it does then.
+    return AdapterFactors(layers, "blend", templates.pop() if len(templates) == 1 else None, min(pixels, default=None))
 
 
 # The adapter flags of serve and chat; the base's name and context length

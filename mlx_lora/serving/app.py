@@ -178,7 +178,7 @@ class Completions:
         template = card.chat_template if card else None
         if not ask.pictures:
             return prompt_tokens(self._engine.base.hf_tokenizer, ask, template, self._engine.vocabulary), None
-        prompt = picture_prompt(self._pictures, ask, template)
+        prompt = picture_prompt(self._pictures, ask, template, card.max_pixels if card else None)
         return prompt.tokens, prompt
 
     def _card(self, model: str | None) -> Card | None:

@@ -274,9 +274,10 @@ class ChatSession:
 
     def _rendered(self, messages: list[dict[str, str]], adapter: str | None) -> tuple[list[int], PicturePrompt | None]:
         if has_pictures(messages):
-            own = self.engine.store.cards[adapter].chat_template if adapter else None
+            card = self.engine.store.cards[adapter] if adapter else None
             folders = list({Path(str(source)).parent for source in self._sources.values()})
-            pictures = self._reader.prompt(messages, self._sources, own, folders)
+            own, pixels = (card.chat_template, card.max_pixels) if card else (None, None)
+            pictures = self._reader.prompt(messages, self._sources, own, folders, pixels)
             return pictures.tokens, pictures
         template = self._template(adapter)
         return chat_tokens(self.engine.base.hf_tokenizer, messages, template, self.engine.vocabulary), None
@@ -317,13 +318,16 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, ask: Ask, template: str | 
     return tokens
 
 
-def picture_prompt(reader: PictureReader, ask: Ask, template: str | None) -> PicturePrompt:
+def picture_prompt(
+    reader: PictureReader, ask: Ask, template: str | None, max_pixels: int | None = None
+) -> PicturePrompt:
     """Return the prompt of a chat with pictures.
 
     Args:
         reader: of the base.
         ask: the request.
         template: the adapter's own; None: the model's.
+        max_pixels: of the pictures in the adapter's run; None: it had no limit of its own.
 
     Raises:
         ApiError: 400: a picture cannot be used, a web address or a file that is not below the server's folder among them, or
@@ -336,7 +340,7 @@ def picture_prompt(reader: PictureReader, ask: Ask, template: str | None) -> Pic
     try:
         for source in ask.pictures.values():
             check_source(source, bool(reader.folders))
-        return reader.prompt(ask.messages or [], ask.pictures, template)
+        return reader.prompt(ask.messages or [], ask.pictures, template, max_pixels=max_pixels)
     except InputError as error:
         raise ApiError(400, f"messages: {error}", "invalid_image", "messages") from None
 

@@ -44,7 +44,7 @@ class PictureReader:
             folders: that files may be read from; data URLs need none.
         """
         self.base, self.folders = base, folders
-        self._processor: ImageProcessor | None = None
+        self._processors: dict[int | None, ImageProcessor] = {}
         self._tower: VisionTower | None = None
 
     def prompt(
@@ -53,6 +53,7 @@ class PictureReader:
         sources: Mapping[str, str | bytes],
         template: str | None,
         folders: Sequence[Path] = (),
+        max_pixels: int | None = None,
     ) -> PicturePrompt:
         """Return a conversation as a prompt.
 
@@ -61,6 +62,7 @@ class PictureReader:
             sources: what the marks stand for: file names, data URLs.
             template: the adapter's own; None: the model's.
             folders: further ones that files may be read from.
+            max_pixels: to which larger pictures are shrunk; None: only the model's own limits.
 
         Raises:
             InputError: the model sees no pictures, or one cannot be used.
@@ -70,17 +72,19 @@ class PictureReader:
             raise InputError(
                 f"a {base.config.get('model_type')} model is not served with pictures; use mlx-lora generate --image"
             )
-        self._processor = self._processor or ImageProcessor(base.folder, base.config)
-        template = template or image_template(base.hf_tokenizer, base.folder, self._processor.family)
+        if max_pixels not in self._processors:
+            self._processors[max_pixels] = ImageProcessor(base.folder, base.config, max_pixels)
+        processor = self._processors[max_pixels]
+        template = template or image_template(base.hf_tokenizer, base.folder, processor.family)
         if template is None:
             raise InputError("the model has no chat template, so it cannot be asked about pictures")
         table = ImageTable.empty()
-        reader = ImageReader(self._processor, [*self.folders, *folders], table, image_token(base.config))
+        reader = ImageReader(processor, [*self.folders, *folders], table, image_token(base.config))
         try:
             tokens, digests = encode_messages(reader, base.hf_tokenizer, template, messages, sources)
         except FormatError as error:
             raise InputError(str(error)) from None
-        return PicturePrompt(self, tokens, digests, table)
+        return PicturePrompt(self, tokens, digests, table, processor)
 
     def arrays(self, prompt: PicturePrompt) -> tuple[ImageInputSpec, list[mx.array]]:
         """Return how the model reads pictures, and a prompt's arrays for that; in the engine's thread.
@@ -90,11 +94,9 @@ class PictureReader:
         """
         if self._tower is None:
             self._tower = load_tower(self.base.folder, compute_dtype(self.base))
-        if self._processor is None:
-            raise ValueError("no prompt was read")
-        seen = ImageFeatureCache(self._tower, self._processor, prompt.table, writes=False)
+        seen = ImageFeatureCache(self._tower, prompt.processor, prompt.table, writes=False)
         spec = ImageInputSpec.of(self.base.config)
-        vision = VisionEncoder(self._tower, self._processor, spec, prompt.table, seen)
+        vision = VisionEncoder(self._tower, prompt.processor, spec, prompt.table, seen)
         arrays = dict(
             zip(spec.names, vision.arrays(np.array([prompt.tokens], np.int32), [prompt.digests]), strict=True)
         )
@@ -112,12 +114,14 @@ class PicturePrompt:
         tokens: up to where the model answers.
         digests: of its pictures, in order.
         table: that has them.
+        processor: that made their pixels.
     """
 
     reader: PictureReader
     tokens: list[int]
     digests: tuple[str, ...]
     table: ImageTable
+    processor: ImageProcessor
 
     def prefill(self, model: TokenSteps, routing: Routing, row: BatchRow) -> Prefill:
         """Return what computes the prompt; what the tower sees is computed here, in the engine's thread.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
@@ -102,6 +103,18 @@ def test_a_request_has_its_pictures_as_data_urls_or_below_a_folder(base, picture
     assert len(found[0].digests) == 1
     one, two = (picture_prompt(reader, read_chat(body(data_url(picture(n)))), None) for n in (0, 3))
     assert one.digests != two.digests
+
+
+def test_pictures_are_shrunk_as_in_the_adapters_run(base, pictures):
+    picture(2).resize((240, 180)).save(pictures / "large.png")
+    reader, ask = PictureReader(base, [pictures]), read_chat(body("large.png"))
+    large, small = (picture_prompt(reader, ask, None, pixels) for pixels in (None, 16 * 16))
+    (_, seen), (_, shrunk) = reader.arrays(large), reader.arrays(small)
+    assert not all(mx.array_equal(one, other) for one, other in zip(seen, shrunk, strict=True))
+    picture(2).resize((240, 180)).resize(small.processor.limited_size((240, 180))).save(pictures / "shrunk.png")
+    by_hand = picture_prompt(reader, read_chat(body("shrunk.png")), None)
+    assert by_hand.tokens == small.tokens
+    assert all(mx.array_equal(one, other) for one, other in zip(reader.arrays(by_hand)[1], shrunk, strict=True))
 
 
 @pytest.mark.parametrize(

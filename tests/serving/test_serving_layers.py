@@ -128,6 +128,15 @@ def test_a_failed_load_changes_nothing(folder, adapters):
     assert [id(module) for module in base.model.modules()] == modules
 
 
+def test_the_limit_on_pictures_of_a_run_is_kept_and_a_blend_has_the_smallest(folder, adapters):
+    for name, pixels in (("lora", 9000), ("narrow", 4000)):
+        (adapters[name] / "run.yaml").write_text(f"max_pixels: {pixels}\n")
+    store, _ = store_of(base_of(folder), adapters)
+    store.add({"both": AdapterSource(blend={"lora": 1.0, "narrow": 0.5, "embedding": 0.5})})
+    found = {name: card.max_pixels for name, card in store.cards.items()}
+    assert found == {"lora": 9000, "narrow": 4000, "dora": None, "embedding": None, "both": 4000}
+
+
 def test_a_twin_has_modules_of_its_own_over_the_same_arrays(folder, adapters):
     base = base_of(folder)
     route(base.model, ["model.layers.0.self_attn.q_proj", "model.embed_tokens"], Routing())
