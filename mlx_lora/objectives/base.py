@@ -257,6 +257,7 @@ class Objective:
     compiles: bool = True
 
     needs_data: ClassVar[bool] = True  # False: the run can write its own
+    shares_prompts: ClassVar[bool] = False  # whether the answers to a prompt may share its row (--shared-prefix)
 
     @property
     def samples(self) -> bool:
@@ -421,7 +422,12 @@ class Objective:
         Args:
             loss: of tokens, whose kernels are kept.
             model: that is trained or measured.
+
+        Raises:
+            ValueError: the objective has a loss of whole answers, which this class does not compute.
         """
+        if self.loss is not None:
+            raise ValueError(f"{self.name}: its loss of whole answers is not computed here; make it a `Preference`")
         return BoundObjective(loss)
 
     def kept_choices(self, identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -80,6 +80,7 @@ SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # the losses of DPO's 
 class Preference(Objective):
     """An objective whose loss is of whole answers that the data have."""
 
+    shares_prompts: ClassVar[bool] = True
     layout: Layout = field(default_factory=Layout)
 
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:

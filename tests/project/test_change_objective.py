@@ -1,4 +1,4 @@
-"""A new loss on preference pairs is one function and one row, shown in a copy of the package."""
+"""A new loss on preference pairs is one function and one row, and a new objective one file and one row, in a copy of the package."""
 
 from __future__ import annotations
 
@@ -47,3 +47,57 @@ def test_a_new_pairwise_loss_is_one_function_and_one_row(tmp_path):
     assert seen["losses"]["cubic"][-1] < 0.9
     assert abs(seen["losses"]["sigmoid"][0] - 0.6931) < 1e-3
     assert seen["margin"] > 0
+
+
+NEW = '''"""A margin between two answers (--objective margin)."""
+
+import mlx.core as mx
+
+from mlx_lora.objectives.base import AnswerSums, Objective
+from mlx_lora.objectives.preference import Preference
+
+
+def margin(settings) -> Objective:
+    """Return the objective of --objective margin."""
+    return Preference("margin", "pairs", "a margin between two answers", loss=loss, reports=("apart",))
+
+
+def loss(sums: AnswerSums) -> tuple[mx.array, dict[str, mx.array]]:
+    """Return what the good answer lacks to be e^5 times as likely as the bad one."""
+    apart = sums.side(0).logps - sums.side(1).logps
+    return mx.maximum(0.0, 5.0 - apart), {"apart": apart}
+'''
+RUNS_IT = """
+import json
+from pathlib import Path
+from conftest import tiny_model, write_folder
+from run_cli import run
+
+folder = write_folder(Path("tiny"), tiny_model())
+rows = [{"prompt": f"{n}?", "chosen": f"{n} yes", "rejected": "no"} for n in range(8)]
+Path("pairs.jsonl").write_text("\\n".join(map(json.dumps, rows)))
+ran = run("train", "--model", folder, "--data", "pairs.jsonl", "--objective", "margin", "--adapter-path", "run", "--iters", 6,
+          "--learning-rate", 5e-3, "--sample-tokens", 0, "--val-batches", 0, "--steps-per-report", 1, "--batch-size", 4,
+          "--save-every", 3)
+plan = run("plan", "--model", folder, "--data", "pairs.jsonl", "--objective", "margin")
+again = run("train", "--config", "run/run.yaml", "--resume", "--iters", 8)
+lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+print(json.dumps({"codes": [ran.code, plan.code, again.code], "lines": lines, "said": ran.err + plan.err + again.err}))
+"""
+
+
+def test_a_new_objective_is_its_file_and_one_row(tmp_path):
+    """Planner, reports and resume come with it."""
+    package = copied(tmp_path)
+    (package.root / "mlx_lora" / "objectives" / "margin.py").write_text(NEW)
+    package.edit(
+        "objectives/table.py",
+        '    "sft": ("sft", "sft"),\n',
+        '    "sft": ("sft", "sft"),\n    "margin": ("margin", "margin"),\n',
+    )
+    assert sorted(package.touched()) == ["objectives/margin.py", "objectives/table.py"]
+    seen = package.python(RUNS_IT)
+    assert seen["codes"] == [0, 0, 0], seen["said"]
+    found = {line["step"]: line for line in seen["lines"] if line["loss"] is not None}
+    assert found[8]["apart"] > found[1]["apart"]
+    assert found[8]["loss"] < found[1]["loss"]
