@@ -89,8 +89,10 @@ def measure_data(
     rows = objective.targets_of(splits.train)
     settings = objective.settled_by(settings, rows)
     parts = [part for part in (splits.train, splits.valid, splits.test) if part is not None]
-    several = objective.shares_prompts and (objective.records == "pairs" or objective.policy is not None)
-    if several and layout_problem(settings.objective.shared_prefix, outline.model, shape, rows) is None:
+    if (
+        objective.shares_prompts
+        and layout_problem(settings.objective.shared_prefix, outline.model, shape, rows) is None
+    ):
         settings = replace(settings, objective=replace(settings.objective, shared_prefix="on"))
         rows, parts = joined(rows), [joined(part) for part in parts]
     longest, measured = int(rows.lengths.max(initial=2)), sum(len((part.teacher or part).tokens) for part in parts)

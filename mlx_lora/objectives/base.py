@@ -257,12 +257,16 @@ class Objective:
     compiles: bool = True
 
     needs_data: ClassVar[bool] = True  # False: the run can write its own
-    shares_prompts: ClassVar[bool] = False  # whether the answers to a prompt may share its row (--shared-prefix)
 
     @property
     def samples(self) -> bool:
         """Whether the answers are sampled during the run."""
         return self.records == "prompts"
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the answers to a prompt may share its row (--shared-prefix)."""
+        return False
 
     @property
     def writes(self) -> bool:

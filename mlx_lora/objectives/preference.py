@@ -16,7 +16,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -80,8 +80,11 @@ SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # the losses of DPO's 
 class Preference(Objective):
     """An objective whose loss is of whole answers that the data have."""
 
-    shares_prompts: ClassVar[bool] = True
     layout: Layout = field(default_factory=Layout)
+
+    @property
+    def shares_prompts(self) -> bool:
+        return self.records == "pairs"
 
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
         if not self.reference or (ctx.trains and not ctx.settings.objective.reference_adapter):

@@ -408,7 +408,7 @@ def lay_out(ctx: RunContext, objective: Objective, rows: EncodedSet) -> Layout:
             raise InputError(f"--shared-prefix {asked}: the run that you resume has it {before}; leave the flag out")
         asked = before
     sampled = objective.policy is not None
-    if objective.records != "pairs" and not sampled:
+    if not objective.shares_prompts:
         ctx.compute = choose_compute(settings, base, rows, ctx.strategy)
         return Layout()
     shape = model_shape(base.model, base.config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from mlx_lora.objectives.base import HeldOutBatches, Objective, RunContext
 from mlx_lora.objectives.prefix_sharing import Layout, lay_out, that_fits
@@ -42,10 +42,13 @@ class SampledObjective(Objective):
         prompts: the rows that are trained on, with room for answers.
     """
 
-    shares_prompts: ClassVar[bool] = True
     layout: Layout = field(default_factory=Layout)
     rollouts: Rollouts | None = None
     prompts: EncodedSet | None = None
+
+    @property
+    def shares_prompts(self) -> bool:
+        return self.policy is not None
 
     def lay_out(self, ctx: RunContext, rows: EncodedSet) -> None:
         self.layout = lay_out(ctx, self, rows)

@@ -71,7 +71,6 @@ OWN_OPTIONS = {
     "cpo_alpha": ("cpo",),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
-    "shared_prefix": ("dpo", "orpo", "simpo", "cpo", "reward", *SAMPLING),
     "reference_adapter": ("dpo", "kto"),
     "center_rewards": ("reward",),
     "grpo_loss": ("grpo",),
@@ -97,7 +96,13 @@ def objective_of(settings: ObjectiveSettings) -> Objective:
         raise InputError(f"--objective {settings.objective!r}: {unknown_name(settings.objective, OBJECTIVES)}")
     _refuse_foreign(settings)
     file, function = row
-    return getattr(import_module(f"mlx_lora.objectives.{file}"), function)(settings)
+    objective = getattr(import_module(f"mlx_lora.objectives.{file}"), function)(settings)
+    if settings.shared_prefix != ObjectiveSettings.shared_prefix and not objective.shares_prompts:
+        raise InputError(
+            f"--shared-prefix with --objective {settings.objective}: only objectives with several answers to a prompt use it; leave "
+            "it out"
+        )
+    return objective
 
 
 def _refuse_foreign(settings: ObjectiveSettings) -> None:
