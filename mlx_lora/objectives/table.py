@@ -71,6 +71,7 @@ OWN_OPTIONS = {
     "cpo_alpha": ("cpo",),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
+    "shared_prefix": ("dpo", "orpo", "simpo", "cpo", "reward", *SAMPLING),
     "reference_adapter": ("dpo", "kto"),
     "center_rewards": ("reward",),
     "grpo_loss": ("grpo",),
@@ -109,6 +110,8 @@ def _refuse_foreign(settings: ObjectiveSettings) -> None:
     """Refuse options that the objective does not use."""
     defaults = ObjectiveSettings()
     for name, owners in OWN_OPTIONS.items():
+        if name == "shared_prefix":  # the objective itself knows
+            continue
         if settings.objective not in owners and getattr(settings, name) != getattr(defaults, name):
             flag = "--" + name.replace("_", "-")
             only = f"{', '.join(owners)} {'use' if owners[1:] else 'uses'}"

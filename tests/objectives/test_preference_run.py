@@ -115,7 +115,7 @@ CHANGES = {
 
 def test_every_option_is_tried():
     names = {f.name for f in fields(ObjectiveSettings)} - {"objective"}
-    assert names == set(OWN_OPTIONS) | {"shared_prefix"}  # which belongs to objectives with several answers
+    assert names == set(OWN_OPTIONS)
     # test_policy_run.py, test_classify.py, test_rerank.py, and the tests of distillation
     elsewhere = {name for name, owners in OWN_OPTIONS.items() if set(owners) <= set(OTHERS)}
     assert set(CHANGES) == names - elsewhere - {
