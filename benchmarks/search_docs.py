@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--reranker", default=None, help="Language model to train as a reranker.")
     parser.add_argument("--reranker-rows", type=int, default=120)
     parser.add_argument("--reranker-length", type=int, default=128)
+    parser.add_argument("--reranker-rate", type=float, default=None, help="Learning rate; default: the run chooses.")
+    parser.add_argument("--reranker-epochs", type=float, default=1)
     asked = parser.parse_args()
     questions = [
         json.loads(line) for line in (HERE / "search_questions.jsonl").read_text(encoding="utf-8").splitlines()
@@ -157,8 +159,9 @@ def main() -> None:
                 chosen = np.random.default_rng(seed).permutation(len(rows))[: asked.reranker_rows]
                 mined = with_negatives([rows[n] for n in chosen], base, run.adapter, asked.max_seq_length)
                 second = mlx_lora.train(
-                    reader, mined, Path(folder) / "r", objective="rerank", seed=seed, epochs=1, valid_fraction=0.0,
-                    max_seq_length=asked.reranker_length,
+                    reader, mined, Path(folder) / "r", objective="rerank", seed=seed, epochs=asked.reranker_epochs,
+                    valid_fraction=0.0, max_seq_length=asked.reranker_length,
+                    **({} if asked.reranker_rate is None else {"learning_rate": asked.reranker_rate}),
                 )  # fmt: skip
                 stages.append(retrieval(reranked(corpus, pair[0] @ pair[1].T, reader, second.adapter)))
         found.append(stages)
