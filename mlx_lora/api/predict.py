@@ -17,9 +17,9 @@ from mlx_lora.data.examples import BadRow, Conversation, Fields, FormatError, Te
 from mlx_lora.data.files import find_sets
 from mlx_lora.data.labeled import parse_labeled
 from mlx_lora.data.records import read_records
-from mlx_lora.exporters.adapter_folder import load_adapter
+from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
 from mlx_lora.models.load import Base
-from mlx_lora.objectives.text_scores import ERROR, TextScorer, in_order, with_limits_of_run
+from mlx_lora.objectives.text_scores import ERROR, TextScorer, in_order
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_adapter
 

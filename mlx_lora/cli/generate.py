@@ -18,7 +18,7 @@ from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.data.files import read_tools
-from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter
+from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter, with_limits_of_run
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.launch import sharing_ranks
 from mlx_lora.trainer.choose_strategy import strategy_of
@@ -69,9 +69,7 @@ def main(
         base = load_base(settings.model, read=not strategy.divides_base)
         template = load_adapter(base, folder, adapter.ignore_fingerprint).chat_template if folder else None
         if images:
-            # Text alone needs none of it.
-            from mlx_lora.api.image_answers import image_answer_pieces
-            from mlx_lora.objectives.text_scores import with_limits_of_run
+            from mlx_lora.api.image_answers import image_answer_pieces  # text alone needs none of it
 
             if tools or ignore_chat_template or strategy.divides_base:
                 raise InputError(

@@ -34,7 +34,7 @@ from mlx_lora.utils.text import counted, gigabytes
 GIGABYTES = re.compile(r"(?P<number>\d{1,9})(\.0*)?\s*(gb?|gib)?", re.IGNORECASE)
 MOST_GB = 4096
 MOST_MACS = 256
-# Flags of a run that say something of a training server.
+# Flags of `train` that apply to a training server.
 OF_CLIENTS = {"model", "revision", "bits", "dtype", "rank", "max_seq_length", "memory_budget"}
 
 
@@ -116,8 +116,8 @@ def main(
     if clients is not None:
         if config_file or macs or hostfile or all_chips or budget or set(given) - OF_CLIENTS:
             raise InputError(
-                "--clients: only --model, --rank, --max-seq-length, --memory-budget, --chip and --memory-gb go with it, because clients "
-                "bring the rest; leave other flags out"
+                "--clients: only --rank, --max-seq-length, --memory-budget, --chip, --memory-gb and the flags of the model (--model, "
+                "--revision, --bits, --dtype) apply to a training server, whose clients bring the rest; leave other flags out"
             )
         planned = plan_training_server(settings, clients, choose_machine(settings, chip, memory_gb)[0])
         console.print_json(planned) if as_json else click.echo(render_clients(planned))
@@ -291,6 +291,13 @@ def render_clients(result: dict[str, Any]) -> str:
     """Return the plan of a training server as text for the terminal."""
     verdict = "fits" if result["fits"] else "does not fit"
     most, head = result["most_clients"], " and the head" if result["train_unembed"] else ""
+    room = (
+        f"{most:,} or more fit"
+        if most == MOST_CLIENTS
+        else f"at most {counted(most, 'client')} fit"
+        if most
+        else "none fits"
+    )
     lines = [
         f"{result['machine']['name']}: a training server with {counted(result['clients'], 'client')} {verdict}; it needs "
         f"{gigabytes(result['needed_bytes'])} of the {gigabytes(result['budget_bytes'])} that it may use",
@@ -299,14 +306,7 @@ def render_clients(result: dict[str, Any]) -> str:
         f"The most memory is in use {PHASE_WORDS[result['phase']]}:",
         *(f"  {gigabytes(size):>10}  {PART_WORDS.get(name, name)}" for name, size in result["parts"].items() if size),
         f"  {gigabytes(result['needed_bytes']):>10}  = needed, with {gigabytes(result['cache_bytes'])} of buffers for reuse",
-        f"Each client takes {gigabytes(result['client_bytes'])}; "
-        + (
-            f"{most:,} or more fit"
-            if most == MOST_CLIENTS
-            else f"at most {counted(most, 'client')} fit"
-            if most
-            else "none fits"
-        ),
+        f"A further client adds {gigabytes(result['further_client_bytes'])}; {room}",
     ]
     if not most:
         lines.append("To fit: lower --max-seq-length or --rank, or choose a smaller model or fewer bits")

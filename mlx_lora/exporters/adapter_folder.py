@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from mlx_lora.adapters.base import LINEAR, QUANTIZED, AdapterLayer, is_parameter
 from mlx_lora.adapters.inject import adapt_layers, adapter_layers, adapter_parameters, train_in_full
 from mlx_lora.adapters.qat import begin_qat
 from mlx_lora.adapters.targets import LAYER_TYPES, select_targets
+from mlx_lora.config.settings import DataSettings
 from mlx_lora.exporters.adapter_config import (
     check_use,
     head_of,
@@ -60,6 +62,7 @@ from mlx_lora.utils.text import similar_paths
 
 WEIGHTS_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
+LIMITS = ("max_seq_length", "max_pixels")  # of what a run reads of a text or a picture
 
 
 @dataclass(frozen=True)
@@ -534,6 +537,13 @@ def share_present(model: nn.Module, stored: dict[str, Any]) -> float | None:
     if deviation > MOST_DEVIATION:
         return None
     return (found["inner"] - stored["inner"]) / found["size"]
+
+
+def with_limits_of_run(data: DataSettings, given: Collection[str], adapter: Path) -> DataSettings:
+    """Return the settings with the limits of the adapter's run on texts and pictures, except those that the user gave."""
+    run = run_of(adapter)
+    found = {name: run[name] for name in LIMITS if name not in given and type(run.get(name)) is int}
+    return replace(data, **found)
 
 
 def check_writes_text(adapter: Path) -> None:

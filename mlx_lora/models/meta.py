@@ -33,6 +33,7 @@ from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt
 
 from mlx_lora.adapters.base import LINEAR, QUANTIZED, SWITCH, base_dims
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.adapters.targets import block_paths
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.kernels.table import traced_calls
@@ -224,9 +225,10 @@ def _of_gguf(path: Path, dtype: mx.Dtype) -> Outline:
 # The shape of a model
 
 
-def _outside_blocks(layers: Mapping[str, Any]) -> list[nn.Module]:
-    """Return what adapters outside of the blocks are on: an adapted head, which the fused loss cannot use."""
-    return [layer.base for path, layer in layers.items() if not any(part.isdecimal() for part in path.split("."))]
+def _adapted_outside_blocks(model: nn.Module, layers: Mapping[str, Any]) -> list[nn.Module]:
+    """Return the layers under the adapters outside of the blocks, such as an adapted head."""
+    blocks = tuple(f"{path}." for path in block_paths(model))
+    return [layer.base for path, layer in layers.items() if not path.startswith(blocks)]
 
 
 def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int = 0, copies: int = 0) -> ModelShape:
@@ -249,6 +251,7 @@ def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int =
     # Parameters trained in full that are not float32 have a copy in their dtype in addition to the float32 master.
     narrow = sum(p.nbytes for p in trained.values() if p.dtype.size < 4)
     whole = isinstance(head, Head)
+    heads = [head.layer] if whole else _adapted_outside_blocks(model, layers)
     return ModelShape(
         model_type=str(config.get("model_type")),
         width=text.get("hidden_size") or _first_width(model),
@@ -259,7 +262,7 @@ def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int =
         trained_arrays=len(trained),
         frozen_adapter_bytes=max(beside, 4 * numbers * copies),
         first_trained=_first_trained(model, trained),
-        head_packed=any(isinstance(layer, QUANTIZED) for layer in ([head.layer] if whole else _outside_blocks(layers))),
+        head_packed=any(isinstance(layer, QUANTIZED) for layer in heads),
         plain_loss=not whole,
         source_bytes=source_bytes,
         parameters=count_parameters(model),

@@ -7,9 +7,8 @@ Shapes: N texts, K outputs of the head.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -23,21 +22,12 @@ from mlx_lora.data.examples import Conversation, Text
 from mlx_lora.data.labeled import encode_texts
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.data.tokenize import Encoder
-from mlx_lora.exporters.adapter_folder import run_of
 from mlx_lora.losses.classification import NUMBER, SEVERAL, SINGLE, probabilities
 from mlx_lora.models.head import SCORE, body_of, scores_at
 from mlx_lora.models.load import Base
 from mlx_lora.utils.errors import InputError
 
 PREDICTED, ERROR = "predicted", "error"
-LIMITS = ("max_seq_length", "max_pixels")  # of what a run reads of a text or a picture
-
-
-def with_limits_of_run(data: DataSettings, given: Collection[str], adapter: Path) -> DataSettings:
-    """Return the settings with the limits of the adapter's run on texts and pictures, except those that the user gave."""
-    run = run_of(adapter)
-    found = {name: run[name] for name in LIMITS if name not in given and type(run.get(name)) is int}
-    return replace(data, **found)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter, run_of, trains_tower
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter, trains_tower, with_limits_of_run
 from mlx_lora.models.load import Base
 from mlx_lora.serving.pools import LayerFactors, Routing, route, unrouted_twin
 from mlx_lora.utils.errors import InputError
@@ -388,8 +389,8 @@ def read_factors(base: Base, folder: Path, dtype: mx.Dtype, ignore_fingerprint: 
         for path, layer in layers.items()
     }
     mx.eval([(f.a, f.b) if f.gain is None else (f.a, f.b, f.gain) for f in factors.values()])
-    pixels = run_of(folder).get("max_pixels")
-    return AdapterFactors(factors, info.method, info.chat_template, pixels if type(pixels) is int else None)
+    pixels = with_limits_of_run(DataSettings(), (), folder).max_pixels
+    return AdapterFactors(factors, info.method, info.chat_template, pixels)
 
 
 def blend_factors(parts: Sequence[tuple[str, AdapterFactors, float]]) -> AdapterFactors:

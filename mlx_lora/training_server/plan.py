@@ -19,6 +19,7 @@ from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.planner.memory import MemoryPlan
     from mlx_lora.planner.shapes import Machine
 
 MOST_CLIENTS = 1024
@@ -39,7 +40,7 @@ def plan_training_server(settings: TrainSettings, clients: int, machine: Machine
         machine: that it runs on.
 
     Returns:
-        `fits`, `peak_bytes`, `parts`, `most_clients`, and more.
+        `fits`, `peak_bytes`, `parts`, `most_clients`, `further_client_bytes` (what one client more adds to the peak), and more.
 
     Raises:
         InputError: there is no such model.
@@ -62,7 +63,7 @@ def plan_training_server(settings: TrainSettings, clients: int, machine: Machine
     prompt = max(1, width // 2)
     answers = Rollout(ServeSettings().max_batch, 1, prompt, max(1, width - prompt))
 
-    def planned(number: int) -> Any:
+    def planned(number: int) -> MemoryPlan:
         return plan_clients(shape, number, run, answers, MOST_RESIDENT, machine, budget)
 
     memory = planned(clients)
@@ -76,6 +77,6 @@ def plan_training_server(settings: TrainSettings, clients: int, machine: Machine
         "max_seq_length": width,
         "rows": run.rows,
         "answers": answers.prompts,
-        "client_bytes": 16 * shape.trained,
+        "further_client_bytes": planned(clients + 1).peak_bytes - memory.peak_bytes,
         "machine": {"name": machine.name, "backend": machine.backend, "memory_bytes": machine.memory_bytes},
     }
