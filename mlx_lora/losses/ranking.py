@@ -84,3 +84,22 @@ def ranking_measures(scores: np.ndarray, grades: np.ndarray) -> dict[str, float]
         "mrr": float(reciprocal.mean()),
         "ndcg": float((gains / np.maximum(most, 1e-12)).mean()),
     }
+
+
+def random_mrr(grades: np.ndarray) -> dict[str, float]:
+    """Return what `mrr` is for random orders of each query's documents: `random_mrr`, its mean, and `random_mrr_sd`.
+
+    Of K documents with R relevant ones, the first relevant one stands at rank k with the probability C(K-k, R-1) / C(K, R).
+
+    Args:
+        grades: (E, K).
+    """
+    means, variances = [], []
+    for own in grades:
+        count, relevant = int((own >= 0).sum()), int((own > 0).sum())
+        ranks = np.arange(1, min(TOP, count) + 1)
+        chances = [math.comb(count - k, relevant - 1) / math.comb(count, relevant) if relevant else 0.0 for k in ranks]
+        mean = float(np.dot(chances, 1 / ranks))
+        means.append(mean)
+        variances.append(float(np.dot(chances, 1 / ranks**2)) - mean**2)
+    return {"random_mrr": float(np.mean(means)), "random_mrr_sd": math.sqrt(max(0.0, sum(variances))) / len(means)}

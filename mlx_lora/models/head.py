@@ -451,7 +451,9 @@ SCORE_WEIGHT = f"{SCORE}.weight"
 INITIALIZER_RANGE = 0.02  # transformers' default
 
 
-def put_score_head(model: nn.Module, config: dict[str, Any], seed: int = 0, outputs: int = 1) -> None:
+def put_score_head(
+    model: nn.Module, config: dict[str, Any], seed: int = 0, outputs: int = 1, scale: float = 1.0
+) -> None:
     """Give a model a new score head, which is trainable.
 
     Args:
@@ -459,6 +461,7 @@ def put_score_head(model: nn.Module, config: dict[str, Any], seed: int = 0, outp
         config: its config.json, which may have an `initializer_range`.
         seed: of the run.
         outputs: numbers that it gives a text.
+        scale: of its random start, as a share of transformers'.
 
     Raises:
         InputError: the model's last hidden states cannot be read.
@@ -467,7 +470,7 @@ def put_score_head(model: nn.Module, config: dict[str, Any], seed: int = 0, outp
     width = base_dims(layer)[isinstance(layer, EMBEDDING)]
     spread = float({**config, **(config.get("text_config") or {})}.get("initializer_range") or INITIALIZER_RANGE)
     head = nn.Linear(width, outputs, bias=False)
-    head.weight = spread * mx.random.normal((outputs, width), key=path_key(SCORE, seed))
+    head.weight = scale * spread * mx.random.normal((outputs, width), key=path_key(SCORE, seed))
     model.score = head
 
 

@@ -233,6 +233,7 @@ class Objective:
         distills: how tokens are compared with a teacher's; None: there is no teacher.
         room: how many answers are sampled to a prompt, and the most tokens of one.
         outputs: numbers that the score head gives a row; set before an adapter is on the base.
+        head_scale: of the score head's random start, as a share of transformers'.
         reports: names of the numbers that the loss reports.
         finish: turns the means of these numbers into the numbers that users see.
         updates: steps on the same batches; a run is saved and ended between them only.
@@ -251,6 +252,7 @@ class Objective:
     distills: DivergenceOptions | None = None
     room: tuple[int, int] = (1, 0)
     outputs: int = 1
+    head_scale: float = 1.0
     reports: tuple[str, ...] = ()
     finish: Callable[[dict[str, float]], dict[str, float]] = dict
     updates: int = 1

@@ -220,7 +220,7 @@ class Classify(Objective):
         if self.problem == NUMBER:
             found, wanted = chances[:, 0], targets.astype(np.float64)
             return loss, {"mse": loss, "pearson": pearson(found, wanted), "spearman": spearman(found, wanted)}
-        names = list(self.labels)
+        names, more = list(self.labels), {}
         if self.problem == SEVERAL:
             truth = targets > 0.5
             self._chosen = self.thresholds or best_thresholds(chances, truth)
@@ -236,7 +236,8 @@ class Classify(Objective):
             self._details = {"classes": class_measures(hot[own], hot[best], names)}
             self._details["confusion"] = confusion(own, best, self.outputs)
             right = own == best
-        return loss, {ACCURACY: float(right.mean()), "macro_f1": macro_f1(self._details["classes"])}
+            more = {"majority": float(hot[own].mean(axis=0).max())}
+        return loss, {ACCURACY: float(right.mean()), "macro_f1": macro_f1(self._details["classes"]), **more}
 
 
 def classify(settings: ObjectiveSettings) -> Classify:

@@ -21,7 +21,7 @@ import numpy as np
 from mlx_lora.data.candidates import GRADES, ROWS
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.losses.cross_entropy import Arrays, Loss
-from mlx_lora.losses.ranking import LISTWISE, PAIRWISE, best_first, ranking_loss, ranking_measures
+from mlx_lora.losses.ranking import LISTWISE, PAIRWISE, best_first, random_mrr, ranking_loss, ranking_measures
 from mlx_lora.models.head import body_of, scores_at, with_last_block
 from mlx_lora.objectives.base import BoundObjective, Objective
 
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 ACCURACY, QUERIES = "accuracy", "queries"
 NONE = -1.0  # the grade of a row that holds no document
+# A head at transformers' scale gives an untrained model scores that lie apart by more than 1, so that its loss is above that of
+# guessing and a fall to guessing looks like learning. At this scale the run starts at the loss of guessing.
+HEAD_SCALE = 0.01
 
 
 @dataclass(eq=False)
@@ -103,7 +106,7 @@ def rerank(settings: ObjectiveSettings) -> Rerank:
     """Return the objective of --objective rerank."""
     return Rerank(
         "rerank", "candidates", f"rerank: {settings.rerank_loss}", scores=True, reports=(ACCURACY,),
-        kind=settings.rerank_loss, candidates=settings.candidates,
+        kind=settings.rerank_loss, candidates=settings.candidates, head_scale=HEAD_SCALE,
     )  # fmt: skip
 
 
@@ -171,4 +174,8 @@ class RankedSet:
             return math.nan, 0, {}
         scores, grades = np.moveaxis(np.array(queries, np.float32), 1, 0)
         total, count = ranking_loss(self.kind, mx.array(scores), mx.array(grades))
-        return total.item() / max(1.0, count.item()), len(queries), ranking_measures(scores, grades)
+        return (
+            total.item() / max(1.0, count.item()),
+            len(queries),
+            ranking_measures(scores, grades) | random_mrr(grades),
+        )

@@ -16,6 +16,17 @@ from typing import Any
 from mlx_lora.config.objectives import LABELED, RANKED
 from mlx_lora.reports.charts import perplexity
 from mlx_lora.reports.classes import CLASSES_FILE, measured_words, read_classes
+from mlx_lora.reports.objective_headlines import (
+    BAD,
+    GOOD,
+    PLAIN,
+    of_divergence,
+    of_labels,
+    of_preferences,
+    of_rankings,
+    of_rewards,
+    of_search,
+)
 from mlx_lora.trainer.checkpoint import numbered
 from mlx_lora.trainer.evaluate import FEWEST_ROWS, Change, KnownRows, RowLosses, paired_change
 from mlx_lora.utils.text import command_line, counted, format_duration
@@ -288,10 +299,8 @@ def _earlier(diagnosis: Diagnosis, run: FinishedRun) -> tuple[str, str]:
 
 # The verdict, with which a report begins
 
-SAME = 0.005  # a smaller relative change of a divergence is none
 # Nothing is learned from a prompt whose rewards have no spread; from this share of such prompts on, a note says so.
 MOST_WITHOUT_SPREAD = 0.5
-GOOD, BAD, PLAIN = "good", "bad", "plain"
 TONES = {LEARNED: GOOD, OVER_FITTED: BAD, WORSE: BAD}
 
 
@@ -375,18 +384,18 @@ def verdict(
     ):
         notes.insert(0, words)
     of_its_own = (
-        (any(r.get("reward") is not None for r in validations), _of_rewards),
-        (any("margin" in r for r in validations), _of_preferences),
-        (settings.get("objective") == "distill", _of_divergence),
-        (settings.get("objective") in LABELED, _of_labels),
-        (settings.get("objective") in RANKED, _of_rankings),
-        (settings.get("objective") == "embed", _of_search),
+        (any(r.get("reward") is not None for r in validations), of_rewards),
+        (any("margin" in r for r in validations), of_preferences),
+        (settings.get("objective") == "distill", of_divergence),
+        (settings.get("objective") in LABELED, of_labels),
+        (settings.get("objective") in RANKED, of_rankings),
+        (settings.get("objective") == "embed", of_search),
     )
     evidence = evidence_of(records, kept["step"], context)
     for applies, words_of_objective in of_its_own:
         if applies:
             headline, tone = words_of_objective(validations, kept)
-            if words_of_objective is not _of_rewards:  # the loss of sampled answers says nothing about that
+            if words_of_objective is not of_rewards:  # the loss of sampled answers says nothing about that
                 notes = [note for note in (_loss_note(diagnose(evidence), run),) if note] + notes
             return Verdict(headline, tone, notes)
     found = diagnose(evidence)
@@ -492,80 +501,6 @@ def _kept_validation(validations: list[dict[str, Any]], settings: dict[str, Any]
         return max(later, key=lambda r: (r.get(metric) or 0.0, -r["val_loss"]))
     best = max(validations, key=lambda r: (r.get(metric) or 0.0 if metric == "task" else 0.0, -r["val_loss"]))
     return best if best["step"] else validations[-1]
-
-
-def _of_preferences(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
-    """Return headline and tone for preference training, whose loss is no likelihood."""
-    parts = []
-    ranked = [r["accuracy"] for r in validations if r.get("accuracy") is not None]
-    if ranked and kept.get("accuracy") is not None:
-        ends = dict.fromkeys(
-            [f"{ranked[0]:.0%}", f"{kept['accuracy']:.0%}"] if len(ranked) > 1 else [f"{ranked[0]:.0%}"]
-        )
-        parts.append(f"held-out accuracy {' to '.join(ends)}")
-    # The held-out ratings of KTO may all be good or all be bad: then there is no margin, and the loss stands for it.
-    name, key, better = "reward margin", "margin", 1
-    if any(one.get("margin") is None for one in (validations[0], kept)):
-        name, key, better = "loss", "val_loss", -1
-    first, last = better * validations[0][key], better * kept[key]
-    # Adding 0 makes a zero of a rounded -0.
-    ends = dict.fromkeys(f"{round(better * value, 2) + 0:.2f}" for value in (first, last))
-    parts.append(f"{'' if parts else 'held-out '}{name} {' to '.join(ends)}")
-    words = ", ".join(parts)
-    tone = PLAIN if len(validations) == 1 or abs(last - first) < 0.005 else GOOD if last > first else BAD
-    return words[0].upper() + words[1:], tone
-
-
-def _of_search(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
-    """Return headline and tone for embeddings: how often the first held-out document is the right one, or how scores agree."""
-    name = next((name for name in ("accuracy", "spearman") if kept.get(name) is not None), "val_loss")
-    names = {"accuracy": "first result right", "spearman": "rank correlation with the scores", "val_loss": "loss"}
-    first, last = validations[0].get(name) or 0.0, kept[name]
-    ends = dict.fromkeys(f"{value:.0%}" if name == "accuracy" else f"{value:.3f}" for value in (first, last))
-    change = (last - first) * (-1 if name == "val_loss" else 1)
-    tone = PLAIN if len(validations) == 1 or abs(change) < 0.005 else GOOD if change > 0 else BAD
-    return f"Held out: {names[name]} {' to '.join(ends)}", tone
-
-
-def _of_rewards(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
-    """Return headline and tone for answers that were sampled and rewarded."""
-    first, last = validations[0]["reward"], kept["reward"]
-    ends = dict.fromkeys(f"{round(value, 3) + 0:.3f}" for value in (first, last))
-    tone = PLAIN if len(validations) == 1 or abs(last - first) < 0.0005 else GOOD if last > first else BAD
-    return f"Held-out reward {' to '.join(ends)}", tone
-
-
-def _of_labels(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
-    """Return headline and tone for a classifier: its accuracy, or for numbers the squared error."""
-    key, words, better = (
-        ("accuracy", "Held-out accuracy", 1) if "accuracy" in kept else ("val_loss", "Held-out squared error", -1)
-    )
-    first, last = validations[0][key], kept[key]
-    ends = dict.fromkeys(f"{value:.0%}" if better > 0 else f"{value:.4g}" for value in (first, last))
-    tone = PLAIN if len(validations) == 1 or first == last else GOOD if better * last > better * first else BAD
-    f1 = f", mean F1 of the labels {kept['macro_f1']:.3f}" if "macro_f1" in kept else ""
-    return f"{words} {' to '.join(ends)}{f1}", tone
-
-
-def _of_rankings(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
-    """Return headline and tone for a reranker: its mean reciprocal rank."""
-    first, last = validations[0]["mrr"], kept["mrr"]
-    ends = dict.fromkeys(f"{value:.3f}" for value in (first, last))
-    tone = PLAIN if len(validations) == 1 or first == last else GOOD if last > first else BAD
-    return f"Held-out MRR {' to '.join(ends)}, best document first in {kept['accuracy']:.0%} of the queries", tone
-
-
-def _of_divergence(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
-    """Return headline and tone for distillation, whose loss is how far the student's probabilities are from the teacher's."""
-    first, last = validations[0]["val_loss"], kept["val_loss"]
-    ends = dict.fromkeys(f"{round(value, 4) + 0:.4f}" for value in (first, last))
-    words = f"Held-out divergence from the teacher {' to '.join(ends)} per token"
-    if len(validations) == 1:
-        return f"{words}, measured once", PLAIN
-    if first <= 0 or abs(last / first - 1) < SAME:
-        return f"{words}, unchanged", PLAIN
-    change = abs(last / first - 1)
-    return (f"{words}, {change:.0%} lower", GOOD) if last < first else (f"{words}, {change:.0%} higher", BAD)
 
 
 def _alike(records: list[dict[str, Any]]) -> str:

@@ -46,7 +46,7 @@ def adapt(
         )
     adapted, full = adapt_model(base.model, objective.adapted(adapter), settings.loop.seed), ()
     if scores:
-        put_score_head(base.model, base.config, settings.loop.seed, objective.outputs)
+        put_score_head(base.model, base.config, settings.loop.seed, objective.outputs, objective.head_scale)
         full = (SCORE_WEIGHT,)
     if start:
         put_start(base.model, start, full)

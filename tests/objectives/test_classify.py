@@ -104,6 +104,7 @@ def test_the_labels_are_learned_and_kept_with_the_adapter(tiny_folder, data, tra
     assert config["problem_type"] == SINGLE
     found = measured(tiny_folder, trained, data / "train.jsonl")
     assert (found["rows"], found["accuracy"], found["macro_f1"]) == (36, 1.0, 1.0)
+    assert found["majority"] == pytest.approx(1 / 3)
     assert found["confusion"] == [[12, 0, 0], [0, 12, 0], [0, 0, 12]]
     assert found["classes"]["hot"]["texts"] == 12
     assert measured(tiny_folder, trained, data / "train.jsonl", "--labels", "mild,hot,cold")["accuracy"] < 0.5

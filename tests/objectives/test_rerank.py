@@ -26,12 +26,14 @@ from mlx_lora.losses.ranking import (
     PAIRWISE,
     RANKING_LOSSES,
     best_first,
+    random_mrr,
     ranking_loss,
     ranking_measures,
 )
 from mlx_lora.models.head import put_score_head
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
+from mlx_lora.reports.objective_headlines import of_rankings
 from mlx_lora.utils.errors import InputError
 
 # PEFT calls what transformers has deprecated.
@@ -304,3 +306,26 @@ def test_a_head_that_gives_all_the_same_score_has_found_nothing():
     right = np.array([[3, 2, 1, 0], [3, 3, 1, 0]], np.float32)  # two documents may be equally good
     assert ranking_measures(right, grades) == {"accuracy": 1.0, "mrr": 1.0, "ndcg": 1.0}
     assert [one.item() for one in best_first(mx.array(right), mx.array(grades))] == [2, 2]
+
+
+def test_a_random_order_is_what_random_scores_give():
+    grades = np.array([[1, 0, 0, 0, -1], [1, 1, 0, 0, 0], [2, 0, -1, -1, -1]], np.float32)
+    random = np.random.default_rng(0)
+    found = [ranking_measures(random.normal(size=grades.shape), grades)["mrr"] for _ in range(4000)]
+    wanted = random_mrr(grades)
+    assert wanted["random_mrr"] == pytest.approx(np.mean(found), abs=0.02)
+    assert wanted["random_mrr_sd"] == pytest.approx(np.std(found), rel=0.1)
+    wanted["random_mrr_sd"] /= 4  # as of 48 queries
+    first = {"mrr": 0.2, "val_loss": 1.2, "accuracy": 0.2} | wanted
+    assert of_rankings([first], first | {"mrr": 0.99})[1] == "plain"  # measured once
+    assert of_rankings([first, first], first | {"mrr": 0.99})[1] == "good"
+    assert of_rankings([first, first], first | {"mrr": wanted["random_mrr"] + wanted["random_mrr_sd"]})[1] == "bad"
+
+
+@pytest.mark.parametrize(("kind", "guessing"), [(PAIRWISE, 1.0), (LISTWISE, np.log(2)), (BINARY, np.log(2))])
+def test_a_run_starts_at_the_loss_of_guessing(tiny_folder, tmp_path, kind, guessing):
+    rows = [{"query": f"q{n}", "positive": f"{n} yes", "negatives": [f"{n} no"]} for n in range(6)]
+    mlx_lora.train(tiny_folder, rows, tmp_path / "a", objective="rerank", rerank_loss=kind, iters=1, valid_fraction=0.5)
+    first = json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["val_loss"] == pytest.approx(guessing, abs=0.05)
+    assert first["random_mrr"] == pytest.approx(0.75)

@@ -26,6 +26,7 @@ from mlx_lora.reports.diagnosis import (
     diagnose,
     verdict,
 )
+from mlx_lora.reports.objective_headlines import of_labels
 from mlx_lora.trainer.evaluate import RowLosses, RowsFile, paired_change, read_rows_file
 from mlx_lora.trainer.header import told_after
 
@@ -274,3 +275,11 @@ def test_plain_text_and_alpaca():
     assert without_markers("<|channel|>final<|message|>Yes.<|end|>") == "Yes."
     assert without_markers("a < b and <b>c</b>") == "a < b and <b>c</b>"
     assert without_markers("") == ""
+
+
+@pytest.mark.parametrize(("accuracy", "tone"), [(0.9, "bad"), (0.95, "good")])
+def test_accuracy_is_compared_with_the_most_frequent_label(accuracy, tone):
+    first = {"val_loss": 1.0, "accuracy": 0.3, "macro_f1": 0.2, "majority": 0.9}
+    headline, found = of_labels([first, first], first | {"accuracy": accuracy})
+    assert found == tone
+    assert "90%" in headline
