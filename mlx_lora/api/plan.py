@@ -58,7 +58,7 @@ from mlx_lora.planner.fit import (
     runs_at_once,
 )
 from mlx_lora.planner.machine import ceilings_here, this_machine
-from mlx_lora.planner.memory import plan_memory
+from mlx_lora.planner.memory import offloaded_bytes, plan_memory
 from mlx_lora.planner.reading import ASSUMED_BYTES_PER_S, ASSUMED_COPIED_PER_S, Reading, hidden_from
 from mlx_lora.planner.speed import (
     CHIPS,
@@ -386,11 +386,16 @@ class MachinePlan:
         if asked.distills is not None and asked.samples:
             parts["teacher"] = teacher_s
             seconds += teacher_s
-        reading, hides_from = self.reading, None
+        reading, hides_from, moved = self.reading, None, 0
         if reading is not None:
             hides_from = reading.hidden_from(run.positions, forward_s, seconds)
             parts["waiting for the disk"] = reading.waiting_s(forward_s, seconds)
             parts["copying weights"], parts["planning blocks"] = reading.copying_s, reading.planning_s
+            if (
+                self.settings.loop.offload_activations
+            ):  # nothing is computed meanwhile; writing is taken to be as fast as reading
+                moved = offloaded_bytes(shape, run, self.machine)
+                parts["waiting for the disk"] += 2 * moved / reading.bytes_per_s
             seconds += parts["waiting for the disk"] + reading.copying_s + reading.planning_s
         tokens_per_s = together * run.positions / seconds
         tokens, reference_s = self.tokens(together * run.rows * run.width), None
@@ -409,6 +414,7 @@ class MachinePlan:
             "reading": reading
             and {
                 "bytes": reading.forward_bytes + reading.backward_bytes,
+                "activation_bytes": moved,
                 "disk_bytes_per_s": reading.bytes_per_s,
                 "copied_bytes_per_s": reading.copied_per_s,
                 "disk_source": reading.source,

@@ -330,9 +330,10 @@ def _reading_words(reading: dict[str, Any]) -> str:
     disk = f"{reading['disk_bytes_per_s'] / 1e9:.2g} GB/s, {reading['disk_source']}"
     share, tokens = reading["waiting_share"], f"{reading['hidden_from_tokens']:,}"
     waiting = f"waits for the disk {share:.0%} of the time" if share >= 0.005 else "does not wait for the disk"
+    moved = f", and {gigabytes(reading['activation_bytes'])} of activations are written and read again"
     return (
         f"The base's blocks are not kept in memory, but read from its files when they are used (--offload-base): "
-        f"{gigabytes(reading['bytes'])} for each micro-batch. At the disk's rate ({disk}) the run {waiting}; "
+        f"{gigabytes(reading['bytes'])} for each micro-batch{moved if reading['activation_bytes'] else ''}. At the disk's rate ({disk}) the run {waiting}; "
         f"micro-batches of {tokens} tokens or more hide it"
     )
 

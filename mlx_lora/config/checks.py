@@ -98,7 +98,13 @@ def sharing_problems(settings: Mapping[str, Any]) -> list[str]:
 
 def _offload_problems(settings: Mapping[str, Any]) -> list[str]:
     """Return what a run that reads its base from files cannot do."""
-    return offload_problems(settings) if settings["offload_base"] == "on" else []
+    if settings["offload_base"] == "on":
+        return offload_problems(settings)
+    if settings["offload_activations"]:
+        return [
+            "--offload-activations: works with --offload-base on; add that flag, or leave --offload-activations out"
+        ]
+    return []
 
 
 def offload_problems(settings: Mapping[str, Any]) -> list[str]:

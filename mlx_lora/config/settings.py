@@ -223,6 +223,9 @@ class LoopSettings:
         "Read each block's frozen weights from the model's files just before they are used, for a base that is larger than "
         "memory: on (also the flag without a value), off, or auto (if the run does not fit without).",
         MEMORY, may_change=True, per_machine=True, choices=("auto", "on", "off"), alone="on")
+    offload_activations: bool = setting(False,
+        "With --offload-base on: also keep on the disk what blocks keep for the backward pass, for very long rows.",
+        MEMORY, may_change=True, per_machine=True)
     parallel: str = setting("data",
         "What the processes of a run divide: data (rows), tensor (attention heads and MLP columns, for links of low "
         "latency), or auto (the fastest that fits, by the measured link; it may also share the base).",

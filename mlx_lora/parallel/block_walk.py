@@ -8,7 +8,8 @@ was computed from. So the walk does what it does in parts, each of which is comp
                 block alone
 
 What a model computes between its blocks, with embedding, head and loss, is the function (z of all blocks) -> (x of all blocks,
-loss), in which blocks return their z without computing anything. dz is its product with the dx that are known by then.
+loss), in which blocks return their z without computing anything. dz is its product with the dx that are known by then. An x that
+is the z of the block before, as in most models, is needed by no other dz, so its dx is let go after that.
 
 Source: reverse mode over a program cut at checkpoints, Griewank and Walther, Evaluating Derivatives, chapter 12.
 """
@@ -26,6 +27,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.adapters.base import mix_in
+from mlx_lora.parallel.activation_files import ActivationFiles, InFile, InMemory
 from mlx_lora.trainer.gradient_checkpointing import Checkpointed, Segment, float_arrays, is_stateless
 
 
@@ -46,11 +48,25 @@ class Call:
         segment: the block as a function.
         outputs: z, the float arrays that it returned.
         kept: what its backward pass needs besides.
+        places: of x, if it is in files.
+        tape: places of what is kept, likewise.
     """
 
     segment: Segment
     outputs: list[mx.array]
     kept: list[mx.array]
+    places: Sequence[InFile | InMemory] = ()
+    tape: Sequence[InFile | InMemory] = ()
+
+    def backward(self, cotangents: list[mx.array]) -> list[mx.array]:
+        """Return the gradients of the block's parameters and of x, computed; what was kept is let go."""
+        kept = [place.array() for place in self.tape] or self.kept
+        pulled = self.segment.backward(cotangents, kept)
+        mx.eval(pulled)
+        self.kept = []
+        if self.places:
+            self.segment.give([place.array() for place in self.places])  # without what was read
+        return pulled
 
 
 @dataclass
@@ -61,11 +77,13 @@ class Walk:
         mode: what blocks do.
         calls: of the forward pass.
         given: x of each call between the blocks, as far as they were called.
+        files: where x, z and what is kept wait for the backward pass; None: in memory.
     """
 
     mode: Mode = Mode.AT_ONCE
     calls: list[Call] = field(default_factory=list)
     given: list[list[mx.array]] = field(default_factory=list)
+    files: ActivationFiles | None = None
 
     @contextmanager
     def set_to(self, mode: Mode) -> Iterator[None]:
@@ -80,8 +98,22 @@ class Walk:
         """Compute a block, note it, and return what it returns."""
         outputs, kept = segment.forward(segment.primals)
         mx.eval(outputs, kept)
-        self.calls.append(Call(segment, outputs, kept))
+        self.calls.append(self._noted(segment, outputs, kept))
         return segment.result(outputs)
+
+    def _noted(self, segment: Segment, outputs: list[mx.array], kept: list[mx.array]) -> Call:
+        if self.files is None:
+            return Call(segment, outputs, kept)
+        given = self.files.put_given(segment.given, outputs)
+        stored, tape = self.files.put_outputs(outputs), [self.files.put(array) for array in kept]
+        segment.give([place.array() for place in given])
+        return Call(segment, [place.array() for place in stored], [], given, tape)
+
+    def end(self) -> None:
+        """Forget the step."""
+        self.calls, self.given = [], []
+        if self.files is not None:
+            self.files.clear()
 
     def again(self, given: list[mx.array]) -> Any:
         """Note what a block is called with, and return what the walk says that it returns."""
@@ -138,13 +170,13 @@ def value_and_grad(walk: Walk, model: nn.Module, loss: Callable[..., Any]) -> Ca
     """
 
     def function(*args: Any) -> tuple[Any, dict]:
-        walk.calls = []
+        walk.end()
         try:
             with walk.set_to(Mode.FORWARD):
                 loss(*args)  # of which only the blocks are computed
             return _backward(walk, model, lambda: loss(*args))
         finally:
-            walk.calls, walk.given = [], []
+            walk.end()
 
     return function
 
@@ -160,9 +192,7 @@ def _backward(walk: Walk, model: nn.Module, loss: Callable[[], Any]) -> tuple[An
     first = next((n for n, call in enumerate(walk.calls) if outer or call.segment.names), len(walk.calls))
     for number in reversed(range(first, len(walk.calls))):
         segment = walk.calls[number].segment
-        pulled = segment.backward(between.pull(number), walk.calls[number].kept)
-        mx.eval(pulled)
-        walk.calls[number].kept = []
+        pulled = walk.calls[number].backward(between.pull(number))
         count = len(segment.names)
         for name, gradient in zip(segment.names, pulled[:count], strict=True):
             name = f"{paths[id(segment.module)]}.{name}"
@@ -179,7 +209,7 @@ class _Between:
     """The function from z of all blocks to x of all blocks and the loss.
 
     Attributes:
-        known: dx of each call, as far as they are known.
+        known: dx of each call, as far as they are known; None: nothing needs it any more.
     """
 
     def __init__(self, walk: Walk, model: nn.Module, loss: Callable[[], Any], outer: list[tuple[str, mx.array]]):
@@ -194,8 +224,9 @@ class _Between:
         self._walk, self._model, self._loss = walk, model, loss
         self._names, self._outer = [name for name, _ in outer], [array for _, array in outer]
         self._outputs = [call.outputs for call in walk.calls]
-        self.known: dict[int, list[mx.array]] = {}
+        self.known: dict[int, list[mx.array | None]] = {}
         self._value = self._called(self._primals())  # planned, for its shape
+        self._is_z = self._found_again()
         self._leaves = _arrays(self._value)
         self._is_known = False
 
@@ -204,6 +235,11 @@ class _Between:
         begin = sum(len(outputs) for outputs in self._outputs[:number])
         pulled = self._pulled()[begin : begin + len(self._outputs[number])]
         mx.eval(pulled, self._leaves)
+        if number + 1 in self.known:
+            self.known[number + 1] = [
+                None if is_z else array
+                for is_z, array in zip(self._is_z[number + 1], self.known[number + 1], strict=True)
+            ]
         return pulled
 
     def outer(self) -> list[mx.array]:
@@ -235,6 +271,14 @@ class _Between:
             for call, outputs in zip(self._walk.calls, self._outputs, strict=True):
                 call.outputs = outputs
 
+    def _found_again(self) -> list[list[bool]]:
+        """Return for each x of each call whether it is a z of the call before, as the last `_called` noted them."""
+        before: list[list[mx.array]] = [[], *self._outputs]
+        return [
+            [any(x is z for z in z_before) for x in given]
+            for given, z_before in zip(self._walk.given, before, strict=False)
+        ]
+
     def _pulled(self) -> list[mx.array]:
         """Return the gradients of all z and of the parameters outside of blocks, planned."""
 
@@ -244,7 +288,11 @@ class _Between:
             return [*leaves, *(array for given in self._walk.given for array in given)]
 
         given = [call.segment.given for call in self._walk.calls]
-        known = [array for n, one in enumerate(given) for array in self.known.get(n, map(mx.zeros_like, one))]
+        known = [
+            mx.zeros_like(x) if dx is None else dx
+            for n, one in enumerate(given)
+            for x, dx in zip(one, self.known.get(n, [None] * len(one)), strict=True)
+        ]
         cotangents = [mx.ones_like(self._leaves[0]), *map(mx.zeros_like, self._leaves[1:]), *known]
         made, pulled = mx.vjp(function, self._primals(), cotangents)
         if not self._is_known:

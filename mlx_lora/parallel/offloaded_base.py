@@ -29,6 +29,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_lora.models.folder import StoredTensor
+from mlx_lora.parallel.activation_files import ActivationFiles
 from mlx_lora.parallel.base_reader import BaseReader, read_rate
 from mlx_lora.parallel.block_walk import Mode, Walk, value_and_grad, walk_over
 from mlx_lora.parallel.messages import Named
@@ -177,15 +178,16 @@ class OffloadedBase(Strategy):
     divides_base = True
     whole_blocks = "it is read in whole"
 
-    def __init__(self, seed: int = 0, reader: BaseReader | None = None):
+    def __init__(self, seed: int = 0, reader: BaseReader | None = None, activations: Path | None = None):
         """Set up.
 
         Args:
             seed: of the run.
+            activations: folder for files of what blocks keep for the backward pass; None: it stays in memory.
             reader: of the files, for benchmarks of other disks; None: a new one.
         """
         super().__init__(seed=seed)
-        self._reader = reader
+        self._reader, self._activations = reader, activations
         self._files: BaseFiles | None = None
         self._walk: Walk | None = None
         self._blocks: Sequence[OffloadedUnit] = ()
@@ -203,6 +205,8 @@ class OffloadedBase(Strategy):
         units = share_modules(base.model, self._files, base.stored)
         blocks = units[: len(base.model.layers)]
         self._walk = walk_over(base.model.layers)
+        if self._activations is not None:
+            self._walk.files = ActivationFiles(self._activations)
         device.wait_beyond(mx.get_active_memory() + alive)  # until the run has a plan
         read, held = sum(unit.bytes for unit in units), sum(unit.kept_bytes for unit in units)
         self._blocks, self._tensors = blocks, list(base.stored.values())
@@ -212,6 +216,8 @@ class OffloadedBase(Strategy):
                 "write the model as mlx-lm has it (mlx-lora convert), and give that folder"
             )
         self.words = f"base read from its files ({read / 1e6:,.0f} MB in blocks, {held / 1e6:,.0f} MB stay in memory)"
+        if self._activations is not None:
+            self.words += f"; what blocks keep for the backward pass is in {self._activations}"
         return offloaded(settings)
 
     def hidden_from(self, settings: TrainSettings, shape: ModelShape, width: int) -> int:

@@ -104,6 +104,7 @@ def run_of(settings: TrainSettings, rows: int, width: int, mode: str, slots: int
         teacher_top_k=settings.objective.teacher_top_k if settings.objective.objective == "distill" else None,
         rollout=_rollout_of(settings.objective, rows // together, width),
         steps=loop.iters,
+        offloads_activations=loop.offload_activations,
     )
 
 

@@ -66,6 +66,8 @@ MOST_TILE_QUERIES, TILE_SCORES = 256, 1 << 19
 # If exponentials are expensive (utils/device.py), rows of up to this many keys keep their probabilities, which then take
 # no more memory than the block's other activations do (SmolLM2: about three quarters of them at this length).
 MAX_KEPT_KEYS = 1536
+# With --offload-activations, what a block keeps is in memory for the block that is computed, with its gradient, and the last output.
+OFFLOADED_ENDS = 3
 # A checkpointed block's MLP is computed in chunks of positions if the outputs of its layers take more than this
 # (trainer/position_chunks.py). A chunk has at most so many bytes of them: enough positions for products to fill the machine.
 CHUNKED_FROM_BYTES, CHUNK_BYTES = 256 << 20, 64 << 20
@@ -318,7 +320,7 @@ def probabilities(block: Block, run: RunShape, machine: Machine) -> float:
 def _kept_by_blocks(shape: ModelShape, run: RunShape, machine: Machine) -> tuple[int, int]:
     """Return the bytes that all blocks keep, and the most that one checkpointed block computes again."""
     every = checkpoint_every(run.checkpointing)
-    kept, most = 0.0, 0.0
+    kept, most, largest = 0.0, 0.0, 0.0
     for index, block in enumerate(shape.blocks):
         if index < shape.first_trained:
             continue
@@ -326,12 +328,20 @@ def _kept_by_blocks(shape: ModelShape, run: RunShape, machine: Machine) -> tuple
         if every is None or index % every:
             kept += everything
             continue
-        kept += _ends(block, run, machine)
+        ends = _ends(block, run, machine)
+        largest = max(largest, ends)
+        kept += ends
         if run.checkpointing == "selective":  # also keeps every layer's output, except that of the last product
             products = sum(layer.outputs * layer.active for layer in block.layers) - _width(block)
             kept += products * run.positions * machine.number_bytes
         most = max(most, everything)
-    return int(kept), int(most)
+    return int(min(kept, OFFLOADED_ENDS * largest) if run.offloads_activations else kept), int(most)
+
+
+def offloaded_bytes(shape: ModelShape, run: RunShape, machine: Machine) -> int:
+    """Return the bytes that a micro-batch writes with --offload-activations, and reads again."""
+    blocks = shape.blocks[shape.first_trained :] if run.offloads_activations else ()
+    return int(sum(_ends(block, run, machine) for block in blocks))
 
 
 def _backward_window(shape: ModelShape, run: RunShape, machine: Machine) -> int:

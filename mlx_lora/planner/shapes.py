@@ -353,6 +353,7 @@ class RunShape:
         teacher_top_k: how many tokens of a teacher are compared at each trained position, 0: all; None: no teacher.
         rollout: the answers that are sampled for that batch; None: the data have them.
         steps: of the run, which decide whether it is compiled; None: not known.
+        offloads_activations: whether what blocks keep for the backward pass is on the disk.
     """
 
     rows: int
@@ -365,6 +366,7 @@ class RunShape:
     teacher_top_k: int | None = None
     rollout: Rollout | None = None
     steps: int | None = None
+    offloads_activations: bool = False
 
     def of_step(self, compiled: float, uncompiled: float, machine: Machine) -> float:
         """Return the number for a compiled step or one that is not; if the run's length is not known, their mean."""

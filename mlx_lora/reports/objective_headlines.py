@@ -86,7 +86,10 @@ def of_rankings(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tupl
         return f"{words}; too few held-out queries to tell this from a random order, which has {chance:.3f}", PLAIN
     if last > most:
         return f"{words}; a random order has {chance:.3f}", tone
-    return f"No better than a random order: {words}, while random orders have {chance:.3f} and often up to {most:.3f}", BAD
+    return (
+        f"No better than a random order: {words}, while random orders have {chance:.3f} and often up to {most:.3f}",
+        BAD,
+    )
 
 
 def of_divergence(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:

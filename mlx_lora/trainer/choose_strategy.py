@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_lora.config.checks import offload_problems
@@ -59,7 +60,9 @@ def strategy_of(settings: TrainSettings, ranks: Ranks) -> Strategy:
             OffloadedBase,  # a run with the whole base in memory loads none of these
         )
 
-        return OffloadedBase(loop.seed)
+        return OffloadedBase(
+            loop.seed, activations=Path(settings.loop.adapter_path) if loop.offload_activations else None
+        )
     if not divides_base(loop):
         return DataParallel(ranks, loop.seed) if ranks.size > 1 else SINGLE_DEVICE
     if not isinstance(ranks, SeveralRanks):

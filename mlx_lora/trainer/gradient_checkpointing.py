@@ -224,12 +224,16 @@ class Segment:
         """The float arrays that the block is called with."""
         return self.primals[len(self.names) :]
 
+    def give(self, given: list[mx.array]) -> None:
+        """Put other arrays in place of those that the block is called with, which hold or will hold the same numbers."""
+        self.primals = [*self.primals[: len(self.names)], *given]
+
     def forward(self, primals: Sequence[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
         """Return the float arrays that the block returns, and what its tape keeps."""
         module = self.module
         with module.tape.recording() as kept, module.at_hand(self.given):
-            self._shape = self._function(*primals)
-        outputs = float_arrays(self._shape)
+            made = self._function(*primals)
+        self._shape, outputs = _without_arrays(made), float_arrays(made)
         self.returned = len(outputs)
         return outputs, kept
 
@@ -312,17 +316,18 @@ def as_function(
     """
     parameters = tree_flatten(module.trainable_parameters())
     names = [name for name, _ in parameters]
-    own = [array for _, array in parameters]
+    own, given = [array for _, array in parameters], float_arrays((args, kwargs))
+    template = _without_arrays((args, kwargs))
 
     def function(*primals: mx.array) -> Any:
         module.update(tree_unflatten(list(zip(names, primals[: len(names)], strict=True))))
-        new_args, new_kwargs = _with_arrays((args, kwargs), primals[len(names) :])
+        new_args, new_kwargs = _with_arrays(template, primals[len(names) :])
         try:
             return call(*new_args, **new_kwargs)
         finally:
             module.update(tree_unflatten(list(zip(names, own, strict=True))))
 
-    return function, [*own, *float_arrays((args, kwargs))]
+    return function, [*own, *given]
 
 
 def is_stateless(value: Any) -> bool:
@@ -339,7 +344,19 @@ def float_arrays(tree: Any) -> list[mx.array]:
     return [leaf for _, leaf in tree_flatten(tree) if _is_float(leaf)]
 
 
+class _Float:
+    """Stands for a float array in a tree, which would keep the array in memory."""
+
+
+FLOAT = _Float()
+
+
+def _without_arrays(tree: Any) -> Any:
+    """Return the tree with FLOAT in place of each float array."""
+    return tree_map(lambda leaf: FLOAT if _is_float(leaf) else leaf, tree)
+
+
 def _with_arrays(tree: Any, arrays: Sequence[mx.array]) -> Any:
-    """Return the tree with its float arrays replaced by the first of `arrays`."""
+    """Return the tree with the first of `arrays` in place of FLOAT."""
     rest = iter(arrays)
-    return tree_map(lambda leaf: next(rest) if _is_float(leaf) else leaf, tree)
+    return tree_map(lambda leaf: next(rest) if leaf is FLOAT else leaf, tree)
