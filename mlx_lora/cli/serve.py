@@ -110,12 +110,12 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
     """
     # Imported here, because packages that they need may not be installed.
     from mlx_lora.serving.app import Adapters, AnswerLimits, make_app
-    from mlx_lora.serving.embeddings import Embeddings
+    from mlx_lora.serving.embeddings import EmbeddingRequests
     from mlx_lora.serving.guard import GuardLimits, ServerLimits, is_local, run_app
     from mlx_lora.serving.scores import Scores
 
     scores = Scores(engine, own[SCORES], settings.request_timeout)
-    vectors = Embeddings(engine, own[VECTORS], settings.request_timeout)
+    vectors = EmbeddingRequests(engine, own[VECTORS], settings.request_timeout)
     for line in (*scores.describe(), *vectors.describe()):
         console.echo(line)
     folder = Path(settings.adapters_from).expanduser() if settings.adapters_from else None

@@ -15,12 +15,12 @@ import numpy as np
 
 from mlx_lora.gguf.dense import GEMMA3, GPT_OSS, LLAMA, PHI3, QWEN2, QWEN3, QWEN3_MOE
 from mlx_lora.gguf.hybrid import GEMMA4, LFM2, QWEN35, QWEN35_MOE
-from mlx_lora.gguf.mapping import Family, Settings, TensorMapping, shared_fields
+from mlx_lora.gguf.mapping import GgufFamily, Settings, TensorMapping, shared_fields
 from mlx_lora.gguf.reader import GGUFFile
 from mlx_lora.models.folder import FUSED_KEY
 from mlx_lora.utils.errors import InputError
 
-ARCHITECTURES: dict[str, Family] = {
+ARCHITECTURES: dict[str, GgufFamily] = {
     "llama": LLAMA,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
@@ -40,7 +40,7 @@ JOINED = {"ffn_gate_up_exps.weight": ("ffn_gate_exps.weight", "ffn_up_exps.weigh
 # Reading
 
 
-def gguf_architecture(file: GGUFFile) -> Family:
+def gguf_architecture(file: GGUFFile) -> GgufFamily:
     """Return the table's row for a file.
 
     Raises:
@@ -121,7 +121,7 @@ def _as_in_file(mappings: dict[str, TensorMapping], file: GGUFFile) -> dict[str,
     return found
 
 
-def _left_out(family: Family, config: dict[str, Any], name: str) -> bool:
+def _left_out(family: GgufFamily, config: dict[str, Any], name: str) -> bool:
     """Return whether a file may have a tensor although mlx-lm's model does not use it."""
     number = name.split(".")[1] if name.startswith("blk.") else ""
     # Layers after the last one predict further tokens in one step, which only llama.cpp uses.
@@ -132,7 +132,7 @@ def _listed(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _mappings(family: Family, config: dict[str, Any], prefix: str) -> dict[str, TensorMapping]:
+def _mappings(family: GgufFamily, config: dict[str, Any], prefix: str) -> dict[str, TensorMapping]:
     """Return every tensor of an architecture's files, with its full names."""
     mappings = {
         name: TensorMapping(prefix + ours, offset=family.norm_offset if "norm" in name else 0.0)

@@ -24,7 +24,7 @@ from mlx_lora.gguf.mapping import (
     ROPE_FACTORS,
     SHORT_FACTORS,
     Block,
-    Family,
+    GgufFamily,
     Settings,
     TensorMapping,
     Written,
@@ -98,7 +98,7 @@ def _window(args: Config, problems: list[str]) -> Config:
     return {"attention.sliding_window": args["sliding_window"]} if args.get("sliding_window") else {}
 
 
-LLAMA = Family("llama", "LlamaForCausalLM", _llama_block, _llama_fields, _llama_settings, absorbed=(ROPE_FACTORS,),
+LLAMA = GgufFamily("llama", "LlamaForCausalLM", _llama_block, _llama_fields, _llama_settings, absorbed=(ROPE_FACTORS,),
                also=("mistral",))  # fmt: skip
 
 
@@ -118,14 +118,14 @@ def _qwen_settings(args: Config, problems: list[str]) -> Written:
     return _window(args, problems) | write_scaling(args, problems), {}
 
 
-QWEN2 = Family(
+QWEN2 = GgufFamily(
     "qwen2",
     "Qwen2ForCausalLM",
     lambda config, layer: plain(ATTENTION | POST_NORM | MLP | QKV_BIASES),
     _qwen2_fields,
     _qwen_settings,
 )
-QWEN3 = Family(
+QWEN3 = GgufFamily(
     "qwen3",
     "Qwen3ForCausalLM",
     lambda config, layer: plain(ATTENTION | POST_NORM | MLP | HEAD_NORMS),
@@ -174,7 +174,7 @@ def gemma3_attention_scalar(config: Config) -> float:
     return config["head_dim"]
 
 
-GEMMA3 = Family(
+GEMMA3 = GgufFamily(
     "gemma3_text",
     "Gemma3ForCausalLM",
     lambda config, layer: plain(ATTENTION | MLP | HEAD_NORMS | GEMMA_NORMS),
@@ -220,7 +220,7 @@ def _phi3_settings(args: Config, problems: list[str]) -> Written:
     return settings | {"rope.dimension_count": turned, "attention.sliding_window": 0}, factors
 
 
-PHI3 = Family(
+PHI3 = GgufFamily(
     "phi3",
     "Phi3ForCausalLM",
     lambda config, layer: plain(_PHI3_BLOCK),
@@ -275,7 +275,7 @@ def _qwen3_moe_settings(args: Config, problems: list[str]) -> Written:
     return _expert_settings(args["num_experts"], args["num_experts_per_tok"], args["moe_intermediate_size"]), {}
 
 
-QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_moe_block, _qwen3_moe_fields, _qwen3_moe_settings)
+QWEN3_MOE = GgufFamily("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_moe_block, _qwen3_moe_fields, _qwen3_moe_settings)
 _GPT_OSS_BLOCK = {
     **ATTENTION,
     **ATTENTION_BIASES,
@@ -335,4 +335,4 @@ def _gpt_oss_settings(args: Config, problems: list[str]) -> Written:
     return settings, {}
 
 
-GPT_OSS = Family("gpt_oss", "GptOssForCausalLM", _gpt_oss_block, _gpt_oss_fields, _gpt_oss_settings)
+GPT_OSS = GgufFamily("gpt_oss", "GptOssForCausalLM", _gpt_oss_block, _gpt_oss_fields, _gpt_oss_settings)

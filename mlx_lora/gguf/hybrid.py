@@ -26,7 +26,7 @@ from mlx_lora.gguf.mapping import (
     ROPE_FACTORS,
     TOP,
     Block,
-    Family,
+    GgufFamily,
     Order,
     Settings,
     TensorMapping,
@@ -246,7 +246,7 @@ def _check_gemma4_rope(args: Config, full: Config, sliding: Config, problems: li
         full["partial_rotary_factor"] = 1.0
 
 
-GEMMA4 = Family(
+GEMMA4 = GgufFamily(
     "gemma4_text",
     "Gemma4ForCausalLM",
     _gemma4_block,
@@ -344,7 +344,7 @@ def _lfm2_width(args: Config) -> int:
     return -(-width // args["block_multiple_of"]) * args["block_multiple_of"]
 
 
-LFM2 = Family(
+LFM2 = GgufFamily(
     "lfm2",
     "Lfm2ForCausalLM",
     _lfm2_block,
@@ -504,7 +504,7 @@ def _sections(given: list[int] | None, pairs: int) -> list[int]:
     return [third, third, third, 0]
 
 
-QWEN35 = Family(
+QWEN35 = GgufFamily(
     "qwen3_5",
     "Qwen3_5ForCausalLM",
     _qwen35_block,
@@ -512,7 +512,7 @@ QWEN35 = Family(
     _qwen35_settings,
     prefix="language_model.",
 )
-QWEN35_MOE = Family(
+QWEN35_MOE = GgufFamily(
     "qwen3_5_moe",
     "Qwen3_5MoeForCausalLM",
     _qwen35_block,

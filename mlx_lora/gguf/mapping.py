@@ -315,7 +315,7 @@ Written = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Family:
+class GgufFamily:
     """One architecture: a row of the table in gguf/arch.py.
 
     Attributes:

@@ -170,7 +170,7 @@ def close_hosts() -> None:
 
 
 @dataclass
-class Talk:
+class Dialogue:
     """An episode as the model sees it.
 
     Attributes:
@@ -218,7 +218,7 @@ class VerifiersEnv:
     day: date | None = None
     state: TrainerState = field(default_factory=TrainerState)
     failed: FailedCalls = field(default_factory=FailedCalls)
-    talks: list[Talk] = field(default_factory=list)
+    talks: list[Dialogue] = field(default_factory=list)
     facts: list[Facts] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -234,7 +234,7 @@ class VerifiersEnv:
         note: Callable[[str], None],
     ) -> list[list[int]]:
         self.facts = [fact for fact in facts for _ in range(group)]
-        self.talks = [Talk() for _ in self.facts]
+        self.talks = [Dialogue() for _ in self.facts]
         if not self.facts:
             return list(prompts)
         numbers = list(range(len(self.facts)))
@@ -423,7 +423,7 @@ class VerifiersEnv:
         talk.mask += [False] * len(tokens)
         return tokens
 
-    def _added(self, tail: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], talk: Talk) -> list[int]:
+    def _added(self, tail: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], talk: Dialogue) -> list[int]:
         """Return the tokens between an answer and the next, and keep the messages for people."""
         talk.unseen = len(talk.turns)
         roles = [one["role"] for one in tail]
@@ -442,7 +442,7 @@ class VerifiersEnv:
         ]
         return self._reader(tools).turns.tokens(talk.calls, results)
 
-    def _differs(self, trace: Any, talk: Talk) -> str | None:
+    def _differs(self, trace: Any, talk: Dialogue) -> str | None:
         """Return what is wrong if the package has other tokens of an episode than ours, or another mask."""
         branches = trace.branches
         tokens, mask = ([], []) if len(branches) != 1 else (branches[0].token_ids, branches[0].sampled_mask)

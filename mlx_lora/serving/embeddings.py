@@ -35,7 +35,7 @@ QUERY, DOCUMENT = ("query", "search_query"), ("document", "search_document", "pa
 OBJECTIVE = "embed"
 
 
-class Embeddings:
+class EmbeddingRequests:
     """The models of a server that give vectors, and their endpoint."""
 
     def __init__(self, engine: Engine, folders: Mapping[str, Path], timeout_s: float):

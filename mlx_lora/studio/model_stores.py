@@ -48,7 +48,7 @@ ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
-class Found:
+class LocalModel:
     """A model on this disk.
 
     Attributes:
@@ -96,21 +96,21 @@ class ModelStores:
             replace_text(self._facts_file, json.dumps(self._facts))
         return models
 
-    def _all(self) -> list[Found]:
+    def _all(self) -> list[LocalModel]:
         embedded = [cache_dir("models") / model.file_name for model in (SMOLLM2_GGUF, GEMMA3_GGUF)]
-        found = [Found(str(path), path.stem, "embedded", path) for path in embedded if path.is_file()]
+        found = [LocalModel(str(path), path.stem, "embedded", path) for path in embedded if path.is_file()]
         found += hub_models(Path(HF_HUB_CACHE))
         for folder in self._folders.all_models:
             found += folder_models(folder)
         found += ollama_models(ollama_store(), self._folders.models / "ollama")
         for folder in lmstudio_stores():
-            found += [Found(one.id, one.name, "lmstudio", one.path) for one in folder_models(folder)]
-        seen: dict[str, Found] = {}
+            found += [LocalModel(one.id, one.name, "lmstudio", one.path) for one in folder_models(folder)]
+        seen: dict[str, LocalModel] = {}
         for one in found[:MOST_MODELS]:
             seen.setdefault(one.id, one)
         return list(seen.values())
 
-    def _facts_of(self, found: Found) -> dict[str, Any]:
+    def _facts_of(self, found: LocalModel) -> dict[str, Any]:
         """Return what a model's headers say, read once for each version of its files."""
         try:
             key = _version(found.path)
@@ -121,7 +121,7 @@ class ModelStores:
             return _untrainable(f"cannot be read ({error.strerror or error}); check its permissions")
 
 
-def hub_models(cache: Path) -> Iterator[Found]:
+def hub_models(cache: Path) -> Iterator[LocalModel]:
     """Yield the models of the hub client's cache that have weights."""
     for folder in sorted(cache.glob("models--*")):
         repo = folder.name.removeprefix("models--").replace("--", "/", 1)
@@ -130,9 +130,9 @@ def hub_models(cache: Path) -> Iterator[Found]:
             files = sorted(snapshot.iterdir())
             ggufs = [file for file in files if file.suffix == ".gguf" and "mmproj" not in file.name]
             for file in ggufs:
-                yield Found(f"{repo}:{file.name}", f"{repo} {file.name}", "hub", file)
+                yield LocalModel(f"{repo}:{file.name}", f"{repo} {file.name}", "hub", file)
             if (snapshot / "config.json").is_file() and any(file.suffix == ".safetensors" for file in files):
-                yield Found(repo, repo, "hub", snapshot)
+                yield LocalModel(repo, repo, "hub", snapshot)
 
 
 def local_model(model: str) -> str:
@@ -145,9 +145,9 @@ def local_model(model: str) -> str:
     return str(files[-1]) if files else model
 
 
-def folder_models(root: Path, depth: int = DEPTH) -> list[Found]:
+def folder_models(root: Path, depth: int = DEPTH) -> list[LocalModel]:
     """Return the model folders and GGUF files below a folder; links out of it are left out."""
-    found: list[Found] = []
+    found: list[LocalModel] = []
 
     def search(folder: Path, left: int) -> None:
         try:
@@ -156,7 +156,7 @@ def folder_models(root: Path, depth: int = DEPTH) -> list[Found]:
             return
         names = {entry.name for entry in entries}
         if "config.json" in names and ADAPTER not in names and folder != root:
-            found.append(Found(str(folder), str(folder.relative_to(root)), "folder", folder))
+            found.append(LocalModel(str(folder), str(folder.relative_to(root)), "folder", folder))
             return
         for entry in entries:
             if entry.name.startswith(".") or len(found) >= MOST_MODELS:
@@ -164,7 +164,7 @@ def folder_models(root: Path, depth: int = DEPTH) -> list[Found]:
             if not entry.resolve().is_relative_to(root):
                 continue
             if entry.suffix.lower() == ".gguf" and entry.is_file() and "mmproj" not in entry.name.lower():
-                found.append(Found(str(entry), str(entry.relative_to(root)), "gguf", entry))
+                found.append(LocalModel(str(entry), str(entry.relative_to(root)), "gguf", entry))
             elif left and entry.is_dir() and entry.name != "ollama":
                 search(entry, left - 1)
 
@@ -177,7 +177,7 @@ def ollama_store() -> Path:
     return Path(os.environ.get("OLLAMA_MODELS") or "~/.ollama/models").expanduser()
 
 
-def ollama_models(store: Path, links: Path) -> Iterator[Found]:
+def ollama_models(store: Path, links: Path) -> Iterator[LocalModel]:
     """Yield Ollama's models: a manifest names the blob, which gets a link that ends with .gguf, as `--model` requires.
 
     Source: ollama/ollama, types/model/name.go and manifest: manifests/HOST/NAMESPACE/MODEL/TAG.
@@ -199,7 +199,7 @@ def ollama_models(store: Path, links: Path) -> Iterator[Found]:
                 links.mkdir(parents=True, exist_ok=True)
                 link.unlink(missing_ok=True)
                 link.symlink_to(blob)
-            yield Found(str(link), name, "ollama", link)
+            yield LocalModel(str(link), name, "ollama", link)
 
 
 def lmstudio_stores() -> list[Path]:

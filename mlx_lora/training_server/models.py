@@ -101,7 +101,7 @@ class AdamNumbers:
 
 
 @dataclass(frozen=True)
-class Output:
+class PassOutput:
     """What a forward pass gives back: the loss, and the log-probabilities of each example's targets, shaped like them."""
 
     loss_sum: float
@@ -217,7 +217,7 @@ class TrainedModel:
 
     def forward_backward(
         self, examples: Sequence[Example], name: str, config: Mapping[str, float | str], backward: bool = True
-    ) -> Output:
+    ) -> PassOutput:
         """Compute the summed loss of examples, and add its gradient to the sum.
 
         Args:
@@ -261,13 +261,13 @@ class TrainedModel:
             (loss_sum, logprobs), grads = nn.value_and_grad(self.model, loss)(self.model, *batch.arrays)
             request.add(batch, loss_sum, logprobs, self.masters.gathered(grads))
 
-    def finish(self, request: TokenRequest) -> Output:
+    def finish(self, request: TokenRequest) -> PassOutput:
         """Add a request's gradient to the sum. Only now: one that fails in the middle leaves the sum as it was."""
         if request.sums is not None:
             before = self._gradients
             self._gradients = request.sums if before is None else tree_map(mx.add, before, request.sums)
             mx.eval(self._gradients)
-        return Output(request.loss_sum, request.logprobs)
+        return PassOutput(request.loss_sum, request.logprobs)
 
     def gradients(self) -> dict[str, mx.array]:
         """Return the summed gradient by parameter name, for tests and reports.

@@ -1,6 +1,6 @@
 """Translate between Tinker's messages and ours. Types and protocol buffers are those of the `tinker` package itself.
 
-forward_backward    bytes of a ForwardBackwardRequest       -> TrainRequest; Output -> bytes of a ForwardBackwardOutput
+forward_backward    bytes of a ForwardBackwardRequest       -> TrainRequest; PassOutput -> bytes of a ForwardBackwardOutput
 asample             SampleRequest                           -> SamplingJob;  SampleResult -> bytes of a SampleResponse
 all others          pydantic types, as JSON
 """
@@ -22,7 +22,7 @@ from tinker.proto import tinker_public_pb2 as pb
 from mlx_lora.serving.batch import Sampling
 from mlx_lora.serving.schema import ApiError, read_json
 from mlx_lora.training_server.examples import MOST_COLUMNS, Example, ModelLimits, check_tokens
-from mlx_lora.training_server.models import AdamNumbers, LoraShape, Output
+from mlx_lora.training_server.models import AdamNumbers, LoraShape, PassOutput
 from mlx_lora.training_server.sampler import PromptScores, SampledSequence, SampleResult, SamplingJob
 from mlx_lora.utils.errors import InputError
 
@@ -161,7 +161,7 @@ def _tensor(message: Any, what: str, most_rows: int) -> np.ndarray:
     return dense
 
 
-def output_bytes(output: Output) -> bytes:
+def output_bytes(output: PassOutput) -> bytes:
     """Return the answer to forward_backward; neighboring examples of one width are one record."""
     message = pb.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")
     message.metrics["loss:sum"] = output.loss_sum

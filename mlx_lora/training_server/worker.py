@@ -31,7 +31,7 @@ from mlx_lora.serving.adapter_store import DEFAULT_CONTEXT, base_name, context_o
 from mlx_lora.training_server.checkpoints import CheckpointFolder, Stored
 from mlx_lora.training_server.examples import ModelLimits
 from mlx_lora.training_server.joint import JointPass
-from mlx_lora.training_server.models import POSITIONS, LoraShape, Output, TokenRequest, TrainedModel
+from mlx_lora.training_server.models import POSITIONS, LoraShape, PassOutput, TokenRequest, TrainedModel
 from mlx_lora.training_server.sampler import SampleLoop, SampleResult, SampleTicket, SamplingJob, WeightStore
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, RunError, first_line
@@ -82,7 +82,7 @@ class TokenJob:
 
     model: Callable[[], TrainedModel]
     prepare: Callable[[TrainedModel], TokenRequest]
-    answer: Callable[[Output], Any]
+    answer: Callable[[PassOutput], Any]
 
     def __call__(self) -> Any:
         """Compute it alone."""
