@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # `0`: measure no kernel, and use the `assumed` candidate for what is not in the cache (tests, repeatable runs).
 SWITCH = "MLX_LORA_MEASURE_KERNELS"
 MLX, POLYNOMIAL = "mlx", "polynomial"
+NO_NUMBER = 1e30  # as an error; JSON has no infinity
 # The largest relative error of a correct result: float32 sums in another order, 16-bit roundings.
 TOLERANCE = {mx.float32: 1e-4, mx.bfloat16: 5e-2, mx.float16: 5e-3}
 # The constants of the rule in `choose`.
@@ -240,7 +241,7 @@ def _apart(found: mx.array, exact: mx.array) -> float:
 
 def _finite(error: mx.array) -> float:
     value = error.item()
-    return value if math.isfinite(value) else 1e30  # JSON has no infinity
+    return value if math.isfinite(value) else NO_NUMBER
 
 
 def best_s(
@@ -284,16 +285,24 @@ def may_measure() -> bool:
 
 
 def read_figures(key: str) -> dict[str, Figures] | None:
-    """Return the figures for a key, None if there are none, or if they cannot be read."""
+    """Return the figures for a key, None if there are none that say anything, or if they cannot be read."""
     entry: Any = read_store("kernels").get(key)
     try:
-        return {name: Figures(**one) for name, one in entry.items()}
+        found = {name: Figures(**one) for name, one in entry.items()}
+        return found if _tell_something(found) else None
     except (AttributeError, TypeError):  # unknown, or damaged
         return None
 
 
+def _tell_something(figures: Mapping[str, Figures]) -> bool:
+    """Return whether some result was a number: if none was, the inputs were none, and no kernel is to blame."""
+    return any(one.error < NO_NUMBER for one in figures.values())
+
+
 def keep_figures(key: str, figures: Mapping[str, Figures]) -> None:
-    """Store figures for later runs."""
+    """Store figures for later runs, if they say anything."""
+    if not _tell_something(figures):
+        return
     write_store("kernels", {**read_store("kernels"), key: {name: asdict(one) for name, one in figures.items()}})
 
 

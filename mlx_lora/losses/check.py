@@ -136,7 +136,9 @@ def choose_loss(
     head = find_head(model, config)
     if isinstance(head, str):
         return plain(f"plain cross-entropy ({head})")
-    figures = None if asked == OURS else loss_figures(head, activation_dtype(model), measure)
+    # A head that is divided is at hand a slice at a time: what is measured with it whole would be no numbers.
+    whole_head = asked != OURS and not strategy.divides_base
+    figures = loss_figures(head, activation_dtype(model), measure) if whole_head else None
     kernel = choose_kernel(figures)
     if kernel == PLAIN_LOGITS:
         return plain("plain cross-entropy (measured)")

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import mlx.core as mx
 import numpy as np
@@ -23,11 +24,13 @@ from run_cli import run
 from tiny_moe import tiny_moe
 
 from mlx_lora.config.load import train_settings
+from mlx_lora.kernels.measure import NO_NUMBER, SWITCH, Figures, keep_figures, read_figures, read_store, write_store
 from mlx_lora.models.folder import stored_tensors
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel import base_reader, offloaded_base
 from mlx_lora.parallel.offloaded_base import BaseFiles, OffloadedBase
+from mlx_lora.planner.memory import MAX_SLICE
 from mlx_lora.trainer.adapter import adapt
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import RunError
@@ -221,6 +224,27 @@ def test_mlps_in_chunks_of_positions(tiny_4bit_folder, chats, tmp_path, monkeypa
     ran = trained(tiny_4bit_folder, chats, tmp_path / "chunks", "--offload-base", "--iters", 3)
     assert "in chunks" in ran.err
     assert losses(tmp_path / "chunks") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+def test_a_head_that_is_not_at_hand_is_not_measured(chats, tmp_path, monkeypatch):
+    large = {"vocab_size": MAX_SLICE + 1}  # so that the head has two slices
+    model = tiny_model(**large)
+    quantized(model)
+    folder = write_folder(tmp_path / "base", model, large | {"quantization": {"group_size": 32, "bits": 4}})
+    monkeypatch.setenv(SWITCH, "1")
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    ran = run(*command(folder, chats, tmp_path / "run", "--offload-base", "--kernels", "auto"))
+    assert ran.code == 0, ran.err
+    assert "plain cross-entropy" not in json.loads((tmp_path / "run" / "report.json").read_text())["step"]
+    kept = read_store("kernels")
+    assert all(any(one["error"] < NO_NUMBER for one in figures.values()) for figures in kept.values())
+    poisoned = {name: Figures(1.0, 1, 1, 1, NO_NUMBER, 1e-4) for name in ("a", "b")}
+    keep_figures("key", poisoned)
+    assert read_store("kernels") == kept
+    write_store(
+        "kernels", {**kept, "key": {name: asdict(one) for name, one in poisoned.items()}}
+    )  # by an earlier version
+    assert read_figures("key") is None
 
 
 def test_a_reader_that_is_gone_leaves_no_file_open(tiny_4bit_folder):
