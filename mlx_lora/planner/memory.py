@@ -66,8 +66,8 @@ MOST_TILE_QUERIES, TILE_SCORES = 256, 1 << 19
 # If exponentials are expensive (utils/device.py), rows of up to this many keys keep their probabilities, which then take
 # no more memory than the block's other activations do (SmolLM2: about three quarters of them at this length).
 MAX_KEPT_KEYS = 1536
-# With --offload-activations, what a block keeps is in memory for the block that is computed, with its gradient, and the last output.
-OFFLOADED_ENDS = 3
+# With --offload-activations, what a block keeps is in memory only for the block that is computed, and so is its gradient.
+OFFLOADED_ENDS = 2
 # A checkpointed block's MLP is computed in chunks of positions if the outputs of its layers take more than this
 # (trainer/position_chunks.py). A chunk has at most so many bytes of them: enough positions for products to fill the machine.
 CHUNKED_FROM_BYTES, CHUNK_BYTES = 256 << 20, 64 << 20
@@ -430,8 +430,9 @@ def _check_parts(shape: ModelShape, machine: Machine) -> tuple[int, int, int]:
     (utils/device.py).
     """
     gradients = 2 * SINGLE * shape.trained
+    tokens = CHECK_TOKENS if shape.plain_loss else LOSS_TOKENS
     if not shape.shared:
-        run, tokens = RunShape(1, CHECK_TOKENS), CHECK_TOKENS if shape.plain_loss else LOSS_TOKENS
+        run = RunShape(1, CHECK_TOKENS)
         kinds = {(block, id(block.memory)): block for block in shape.blocks}
         kept = sum(kept_by(block, run, machine) for block in kinds.values())
         share = len(kinds) / max(1, len(shape.blocks))
@@ -439,7 +440,7 @@ def _check_parts(shape: ModelShape, machine: Machine) -> tuple[int, int, int]:
     run = RunShape(1, CHECK_TOKENS, checkpointing="block")
     kept, most = _kept_by_blocks(shape, run, machine)
     block = most + _backward_window(shape, run, machine)
-    return kept, gradients, max(_check_bytes(shape, machine, CHECK_TOKENS), block)
+    return kept, gradients, max(_check_bytes(shape, machine, tokens), block)
 
 
 def _load_window(shape: ModelShape) -> int:
