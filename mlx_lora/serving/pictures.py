@@ -20,13 +20,14 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lora.data.examples import FormatError, Message
-from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable, encode_messages
+from mlx_lora.data.image_prompts import encode_messages
+from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable
 from mlx_lora.data.images import MARK
 from mlx_lora.models.image_inputs import ImageInputSpec, ImageKVCache, ModelWithImages, counted_positions
 from mlx_lora.models.load import Base
 from mlx_lora.models.vision import VisionTower, compute_dtype, image_token, load_tower
 from mlx_lora.objectives.image_features import ImageFeatureCache
-from mlx_lora.objectives.vision_sft import VisionEncoder, image_template
+from mlx_lora.objectives.vision_encoder import VisionEncoder, image_template
 from mlx_lora.rollouts.decode import TokenSteps
 from mlx_lora.serving.batch import BatchRow, Prefill
 from mlx_lora.serving.pools import Routing
