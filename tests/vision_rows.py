@@ -72,7 +72,9 @@ def preference(words: str, pictures: Sequence[int], chosen: str, rejected: str) 
     return {
         "images": [f"p{number}.png" for number in pictures],
         "prompt": [{"role": "user", "content": parts}],
-        **{name: [{"role": "assistant", "content": [{"type": "text", "text": text}]}] for name, text in answers.items()},
+        **{
+            name: [{"role": "assistant", "content": [{"type": "text", "text": text}]}] for name, text in answers.items()
+        },
     }
 
 

@@ -22,7 +22,14 @@ VERIFIERS = "verifiers:"  # before the name of an environment of that package, i
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "sampled_kl")
 
 
-WITH_IMAGES = ("dpo", "orpo", "simpo", "cpo", "kto", *SAMPLING)  # objectives whose prompts may have pictures, with --images
+WITH_IMAGES = (
+    "dpo",
+    "orpo",
+    "simpo",
+    "cpo",
+    "kto",
+    *SAMPLING,
+)  # objectives whose prompts may have pictures, with --images
 
 
 # fmt: off

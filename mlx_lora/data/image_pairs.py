@@ -114,7 +114,11 @@ def _illustrated_pair(pair: Pair, sources: Sources) -> Pair:
     chosen, rejected = (_illustrated(answer, sources) for answer in (pair.chosen, pair.rejected))
     if chosen.marks != rejected.marks:
         counts = [len(one.marks) for one in (chosen, rejected)]
-        found = f"{counts[0]} pictures and rejected {counts[1]}" if counts[0] != counts[1] else "other pictures than rejected"
+        found = (
+            f"{counts[0]} pictures and rejected {counts[1]}"
+            if counts[0] != counts[1]
+            else "other pictures than rejected"
+        )
         raise FormatError(f"chosen has {found}; both must answer the same prompt")
     return replace(pair, chosen=chosen, rejected=rejected, repeats=None)
 

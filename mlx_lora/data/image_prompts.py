@@ -108,7 +108,8 @@ class ImagePrompt(OwnEntry):
 
     Attributes:
         example: the prompt with an answer or a stand-in; pictures are marks in its messages.
-        fact: what rewards see: `prompt`, `chat`, `columns` and `example`, as in data/prompts.py.
+        fact: what rewards see: `prompt`, `chat`, `columns` and `example`, as in data/prompts.py. In an encoded set, `pictures`
+            is the number of its pictures in the table.
     """
 
     example: ImageConversation
@@ -127,7 +128,9 @@ class ImagePrompt(OwnEntry):
             asking.discard("completion")  # an answer has no places
         asked = {key: value for key, value in record.items() if key in asking}
         sources: dict[str, str | bytes] = {}
-        marked = {key: value for key, value in record.items() if key not in asked} | with_marks(asked, settings, sources)
+        marked = {key: value for key, value in record.items() if key not in asked} | with_marks(
+            asked, settings, sources
+        )
         prompt = parse_prompt(named.renamed(marked, "prompts")[1])
         example = _as_conversation(prompt.example)
         if any(MARK.search(str(turn.get("content"))) for turn in example.messages if turn["role"] == "assistant"):
@@ -171,7 +174,7 @@ class ImagePrompt(OwnEntry):
                 controls.setdefault(name, []).append(number)
             rows.append((np.array(tokens, np.int32), np.zeros(len(tokens), bool)))
             source.append(number)
-            facts.append(entry.fact)
+            facts.append({**entry.fact, "pictures": shown})
             pictures.append(shown)
             on_rows(number + 1)
         found = replace(EncodedSet.from_rows(rows).with_facts(facts), pictures=np.array(pictures, np.int32))

@@ -53,7 +53,12 @@ from mlx_lora.utils.files import shown_data
 from mlx_lora.utils.text import counted
 
 # Kinds of records that may have pictures: examples, and others -> what these are without pictures.
-PICTURES, PICTURE_PAIRS, PICTURE_RATED, PICTURE_PROMPTS = "pictures", "picture pairs", "picture rated", "picture prompts"
+PICTURES, PICTURE_PAIRS, PICTURE_RATED, PICTURE_PROMPTS = (
+    "pictures",
+    "picture pairs",
+    "picture rated",
+    "picture prompts",
+)
 WITHOUT_PICTURES = {PICTURE_PAIRS: "pairs", PICTURE_RATED: "rated", PICTURE_PROMPTS: "prompts"}
 
 Entry = Example | Pair | Rated | Prompt | OwnEntry

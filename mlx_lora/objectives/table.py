@@ -99,7 +99,9 @@ def objective_of(settings: ObjectiveSettings) -> Objective:
     file, function = _with_images(settings) if settings.images else row
     objective = getattr(import_module(f"mlx_lora.objectives.{file}"), function)(settings)
     if settings.shared_prefix == "on" and settings.images:
-        raise InputError("--shared-prefix on with --images: each answer is computed with its prompt's pictures; leave it out")
+        raise InputError(
+            "--shared-prefix on with --images: each answer is computed with its prompt's pictures; leave it out"
+        )
     if settings.shared_prefix != ObjectiveSettings.shared_prefix and not (objective.shares_prompts or settings.images):
         raise InputError(
             f"--shared-prefix with --objective {settings.objective}: only objectives with several answers to a prompt use it; leave "
@@ -115,7 +117,9 @@ def _with_images(settings: ObjectiveSettings) -> tuple[str, str]:
         InputError: it has none.
     """
     if settings.objective not in WITH_IMAGES:
-        imitation = "; imitate answers about pictures with --objective vision_sft" if settings.objective == "sft" else ""
+        imitation = (
+            "; imitate answers about pictures with --objective vision_sft" if settings.objective == "sft" else ""
+        )
         raise InputError(
             f"--images with --objective {settings.objective}: only {', '.join(WITH_IMAGES)} use it; leave it out{imitation}"
         )

@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.data.image_tokens import Family, ImageProcessor, ImageTable
-from mlx_lora.models.image_inputs import ImageInputSpec, positions_of
+from mlx_lora.models.image_inputs import ImageInputSpec, counted_positions, positions_of
 from mlx_lora.models.vision import ImageFeatures, VisionTower
 from mlx_lora.objectives.image_features import ImageFeatureCache
 from mlx_lora.utils.parsing import read_json
@@ -104,9 +104,10 @@ class VisionEncoder:
         Raises:
             InputError: a picture's file has changed.
         """
-        is_picture = inputs == self.tower.token  # (B, T)
         digests = [digest for row in rows for digest in row]
-        count = sum(self.table.shown[digest].tokens for digest in digests)
+        each = np.array([sum(self.table.shown[digest].tokens for digest in row) for row in rows], np.int64)
+        is_picture, count = inputs == self.tower.token, int(each.sum())  # (B, T)
+        is_picture &= np.cumsum(is_picture, axis=1) <= each[:, None]  # one that the model wrote itself is text
         if int(is_picture.sum()) != count:
             raise ValueError(f"{int(is_picture.sum())} image tokens, and {count} embeddings for them")
         places = np.where(is_picture, np.cumsum(is_picture).reshape(is_picture.shape), 0).astype(np.int32)
@@ -123,6 +124,19 @@ class VisionEncoder:
         if self.trained:
             return [UnseenPictures(given, [self._pixels(digest) for digest in digests])]
         return self._with_embeddings(given, [self.seen.of(digest) for digest in digests])
+
+    def prompt_arrays(self, tokens: Sequence[int], digests: tuple[str, ...]) -> list[mx.array]:
+        """Return the arrays that `with_images` takes for a prompt, whose next token has the position that it has in text.
+
+        Args:
+            tokens: of the prompt.
+            digests: of its pictures.
+        """
+        arrays = self.shown(self.arrays(np.array([tokens], np.int32), [digests]))
+        given = dict(zip(self.spec.names, arrays, strict=True))
+        if "positions" in given:
+            given["positions"] = mx.array(counted_positions(np.array(given["positions"])))
+        return [given[name] for name in self.spec.names]
 
     def shown(self, arrays: Sequence[Any]) -> Sequence[mx.array]:
         """Return the arrays that `with_images` takes; a trained tower is asked about the pictures here."""

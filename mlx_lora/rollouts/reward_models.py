@@ -108,7 +108,11 @@ def known_scores(
     )
     encoded = encoder.encode(answers)
     scores = row_log_probabilities(
-        base.model, batch_sums(score_loss(base.model).tokens), encoded.rows.with_end_scores(), batch_tokens, finite=False
+        base.model,
+        batch_sums(score_loss(base.model).tokens),
+        encoded.rows.with_end_scores(),
+        batch_tokens,
+        finite=False,
     )
     last = dict(zip(encoded.source.tolist(), scores.tolist(), strict=True))  # earlier rows are a chat's earlier turns
     found = [last.get(number, math.nan) for number in range(len(answers))]
