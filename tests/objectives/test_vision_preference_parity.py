@@ -166,5 +166,5 @@ def check_rows(rows, theirs) -> None:
         tokens, mask = ours.row(number)
         assert tokens.tolist() == theirs.given[number]["input_ids"][0].tolist()
         text = rows.base.hf_tokenizer.decode(tokens[answer_mask(ours, number)])
-        assert text.startswith(record[0]["content"][0]["text"])
+        assert text.strip().startswith(record[0]["content"][0]["text"])
         assert not (mask & (tokens == theirs.token)).any()
