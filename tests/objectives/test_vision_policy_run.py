@@ -49,7 +49,7 @@ def colors(tmp_path_factory) -> Path:
     """Prompts of the same words, whose best answers depend on the picture; a reward; and one row that cannot be used."""
     folder = tmp_path_factory.mktemp("colors")
     rows = []
-    for number in range(8):
+    for number in range(4):
         name = list(COLORS)[number % 2]
         Image.new("RGB", (40 + number // 2, 50), COLORS[name]).save(folder / f"{number}.png")
         rows.append({"prompt": "Which color?", "images": [f"{number}.png"], "color": name})
@@ -62,9 +62,9 @@ def colors(tmp_path_factory) -> Path:
 def command(model, colors, folder, *more: object) -> tuple:
     return (
         "train", "--model", model, "--data", colors / "train.jsonl", "--adapter-path", folder, "--objective", "grpo", "--images",
-        "--reward", f"{colors / 'reward.py'}:low_for_red", "--group-size", 6, "--max-new-tokens", 6, "--iters", 16,
-        "--batch-size", 8, "--learning-rate", "2e-2", "--rank", 4, "--kernels", "ours", "--warmup", 0, "--steps-per-report", 2,
-        "--valid-fraction", 0, *more,
+        "--reward", f"{colors / 'reward.py'}:low_for_red", "--group-size", 24, "--max-new-tokens", 2, "--iters", 12,
+        "--batch-size", 4, "--learning-rate", "1e-2", "--rank", 8, "--kernels", "ours", "--warmup", 0, "--steps-per-report", 2,
+        "--lr-schedule", "constant", "--valid-fraction", 0, *more,
     )  # fmt: skip
 
 
@@ -72,24 +72,24 @@ def command(model, colors, folder, *more: object) -> tuple:
 def trained(model, colors, tmp_path_factory):
     """A run with checkpoints."""
     folder = tmp_path_factory.mktemp("run") / "adapter"
-    return folder, run(*command(model, colors, folder, "--save-every", 8, "--keep", 0))
+    return folder, run(*command(model, colors, folder, "--save-every", 6, "--keep", 0))
 
 
 def test_a_run_learns_what_a_picture_is_rewarded_for(trained):
     folder, ran = trained
     assert ran.code == 0, ran.err
-    assert "8 pictures" in ran.err
+    assert "4 pictures" in ran.err
     assert "no.png" in ran.err
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rewards = [line["reward"] for line in found if line.get("loss") is not None]
-    assert rewards[-1] > 0.7  # who does not look gets 0.5 on average, whatever the answer
-    assert rewards[-1] > rewards[0] + 0.15
+    assert rewards[-1] > 0.65  # who does not look gets 0.5 on average, whatever the answer
+    assert rewards[-1] > rewards[0] + 0.1
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(trained, model, colors, tmp_path):
     folder, _ = trained
-    copy = stopped_after(folder, tmp_path / "copy", 8)
-    asked = command(model, colors, copy, "--save-every", 8, "--keep", 0, "--resume", "auto")
+    copy = stopped_after(folder, tmp_path / "copy", 6)
+    asked = command(model, colors, copy, "--save-every", 6, "--keep", 0, "--resume", "auto")
     assert run(*asked).code == 0
     assert weights(copy) == weights(folder)
 
