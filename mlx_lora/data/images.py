@@ -125,7 +125,7 @@ def with_marks(
     left = list(placed.waiting)
     if left and placed.used:
         raise FormatError(f"{len(waiting)} pictures, and places for {placed.used} of them")
-    return _first(found, turned, settings, "".join(mark(one, sources) for one in left)) if left else found
+    return _first(found, turns, settings, "".join(mark(one, sources) for one in left)) if left else found
 
 
 def mark(source: str | bytes, sources: dict[str, str | bytes]) -> str:
@@ -190,10 +190,10 @@ def _with_question(record: Fields, settings: DataSettings) -> Fields:
     return {**others, "messages": [{"role": "user", "content": ""}, answer]}
 
 
-def _first(record: Fields, turned: Sequence[str], settings: DataSettings, marks: str) -> Fields:
+def _first(record: Fields, turns: Sequence[str], settings: DataSettings, marks: str) -> Fields:
     """Return a record with marks at the beginning of its first question."""
     named = (settings.prompt_column or "").split(",")[0].strip()
-    for name in (*turned, *QUESTIONS, named):
+    for name in (*turns, *QUESTIONS, named):
         value = record.get(name)
         if isinstance(value, str) and name in (*QUESTIONS, named):
             return {**record, name: marks + value}

@@ -62,6 +62,7 @@ OF_TEXTS = (
 )
 # Options that only some objectives use; with any other objective they are refused, because they would be ignored.
 OWN_OPTIONS = {
+    "images": WITH_IMAGES,
     "loss_type": ("dpo", "kto"),
     "loss_weights": ("dpo",),
     "beta": ("dpo", "orpo", "simpo", "cpo", "kto"),
@@ -131,7 +132,7 @@ def _refuse_foreign(settings: ObjectiveSettings) -> None:
     """Refuse options that the objective does not use."""
     defaults = ObjectiveSettings()
     for name, owners in OWN_OPTIONS.items():
-        if name == "shared_prefix":  # the objective itself knows
+        if name in ("shared_prefix", "images"):  # `objective_of` says more on these
             continue
         if settings.objective not in owners and getattr(settings, name) != getattr(defaults, name):
             flag = "--" + name.replace("_", "-")
