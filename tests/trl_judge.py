@@ -163,6 +163,50 @@ def orpo_loss(chosen, rejected, beta):
     return _same_kind(-ORPOTrainer.odds_ratio_loss(trainer, *_tensors(chosen, rejected))[0], chosen)
 
 
+def preference_loss(settings, model, batch, reference):
+    """Return TRL's loss of one of our batches, and what it reports.
+
+    Args:
+        settings: of the objective.
+        model: (rows, T) int64, the chosen rows first -> what has their `logits`.
+        batch: of pairs or rated answers, a row for each.
+        reference: (R,) float32, of all rows of the set.
+    """
+    kept = batch.numbers >= 0
+    order = np.concatenate([np.flatnonzero(kept)[0::2], np.flatnonzero(kept)[1::2]])
+    inputs, targets = (torch.tensor(array[order].astype(np.int64)) for array in (batch.inputs, batch.targets))
+    answer_mask = (batch.mask if batch.answers is None else batch.answers)[order]
+    logits = torch.log_softmax(model(inputs).logits, dim=-1)
+    every = logits.gather(2, targets[..., None]).squeeze(2)
+    answers = every * torch.tensor(answer_mask)
+    half = len(order) // 2
+    known = torch.tensor(reference[batch.numbers[order]])
+    if settings.objective == "dpo":
+        names = settings.loss_type.split(",")
+        weights = None if settings.loss_weights is None else [float(w) for w in settings.loss_weights.split(",")]
+        weights = weights or [1.0] * len(names)
+        options = {"beta": settings.beta, "label_smoothing": settings.label_smoothing}
+        return dpo_objective(answers, known, answer_mask, names, weights, **options)
+    if settings.objective == "kto":
+        sums = answers.detach().sum(dim=1)
+        good = batch.labels[order][:half] > 0
+        weights = settings.desirable_weight, settings.undesirable_weight
+        return kto_objective(
+            answers[:half], known[:half], answer_mask[:half], good, sums[half:], known[half:], settings.beta, weights
+        )
+    tokens = torch.tensor(answer_mask.sum(axis=1))
+    sums, means = answers.sum(dim=1), answers.sum(dim=1) / tokens
+    if settings.objective == "simpo":
+        options = {"beta": settings.beta, "simpo_gamma": settings.simpo_gamma}
+        return cpo_loss("simpo", means[:half], means[half:], **options).mean(), {}
+    trained = torch.tensor(batch.mask[order][:half])  # with the prompt for ORPO
+    likelihood = -every[:half][trained].mean()
+    if settings.objective == "cpo":
+        losses = cpo_loss("sigmoid", sums[:half], sums[half:], beta=settings.beta)
+        return losses.mean() + settings.cpo_alpha * likelihood, {}
+    return orpo_loss(means[:half], means[half:], settings.beta).mean() + likelihood, {}
+
+
 def _tensors(*values):
     return [value if torch.is_tensor(value) else torch.tensor(value) for value in values]
 

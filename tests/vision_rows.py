@@ -13,13 +13,14 @@ import numpy as np
 from PIL import Image
 
 from mlx_lora.config.load import train_settings
-from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.batch import Batch, collate
 from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.losses.cross_entropy import Arrays
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.objectives.base import RunContext
-from mlx_lora.objectives.vision_sft import VisionSFT, vision_sft
+from mlx_lora.objectives.pictures import WithPictures
+from mlx_lora.objectives.table import objective_of
 
 SIZES = ((70, 123), (31, 29), (56, 56), (150, 40))  # height, width
 
@@ -64,12 +65,43 @@ def write_rows(folder: Path, chats: Sequence[tuple[list[dict[str, Any]], tuple[i
     return file
 
 
+def preference(words: str, pictures: Sequence[int], chosen: str, rejected: str) -> dict[str, Any]:
+    """Return a pair as TRL's trainers take it: a prompt whose parts are pictures, which a column has."""
+    parts = [*({"type": "image"} for _ in pictures), {"type": "text", "text": words}]
+    answers = {"chosen": chosen, "rejected": rejected}
+    return {
+        "images": [f"p{number}.png" for number in pictures],
+        "prompt": [{"role": "user", "content": parts}],
+        **{
+            name: [{"role": "assistant", "content": [{"type": "text", "text": text}]}] for name, text in answers.items()
+        },
+    }
+
+
+PAIRS = [
+    preference("What is it?", (0,), "A cat.", "A dog, no"),
+    preference("Hello", (), "Hello, you.", "Go."),
+    preference("Which of these?", (1, 3), "The first one", "None"),
+]
+PAIR_PICTURES = ((0,), (), (1, 3))
+
+
+def write_pairs(folder: Path, rows: Sequence[dict[str, Any]] = tuple(PAIRS)) -> Path:
+    """Write rows and the pictures that they name; return the data file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in {name for row in rows for name in row.get("images") or ()}:
+        picture(int(name[1:-4])).save(folder / name)
+    file = folder / "train.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return file
+
+
 @dataclass
 class Rows:
     """Encoded rows with pictures, and what is needed to compute their loss."""
 
     base: Base
-    objective: VisionSFT
+    objective: WithPictures
     rows: EncodedSet
 
     def batch(self, numbers: Sequence[int] | None = None) -> Batch:
@@ -81,15 +113,16 @@ class Rows:
 
     def arrays(self, numbers: Sequence[int] | None = None) -> tuple[mx.array, ...]:
         """Return the loss's arguments for some rows."""
-        return self.objective.arrays_of(self.batch(numbers))
+        batch = self.batch(numbers)
+        return (*Arrays.of(batch), *self.objective.arrays_of(batch))
 
 
-def read_rows(model: Path, data: Path, trains: bool = True, **settings: Any) -> Rows:
+def read_rows(model: Path, data: Path, trains: bool = True, objective: str = "vision_sft", **settings: Any) -> Rows:
     """Load a vision-language model, and read rows for it, to train or to measure."""
     base = load_base(ModelSettings(model=str(model), dtype="float32"))
-    objective = vision_sft(ObjectiveSettings("vision_sft"))
-    assert isinstance(objective, VisionSFT)
-    asked = train_settings({"model": str(model), "data": str(data), "objective": "vision_sft", **settings})
-    ctx = RunContext(asked, objective, base, trains=trains)
-    objective.open(ctx)
-    return Rows(base, objective, objective.read_set(ctx, asked.data))
+    asked = train_settings({"model": str(model), "data": str(data), "objective": objective, **settings})
+    made = objective_of(asked.objective)
+    assert isinstance(made, WithPictures)
+    ctx = RunContext(asked, made, base, trains=trains)
+    made.open(ctx)
+    return Rows(base, made, made.targets_of(made.read_set(ctx, asked.data)))

@@ -327,8 +327,11 @@ def _validation_problems(settings: Mapping[str, Any]) -> list[str]:
 def _tower_problems(settings: Mapping[str, Any], way: str) -> list[str]:
     """Return why a vision tower or its connector cannot be trained as these settings say."""
     problems, method = [], settings["method"]
-    if settings["objective"] != "vision_sft":
-        problems.append(f"with --objective {settings['objective']}: only vision_sft shows pictures; leave it out")
+    if settings["objective"] != "vision_sft" and not settings["images"]:
+        problems.append(
+            f"with --objective {settings['objective']}: pictures are only shown with --objective vision_sft or --images; "
+            "leave it out"
+        )
     if way == "lora" and method == "full":
         problems.append("with --method full: it trains whole layers; give full")
     if settings["qat"]:

@@ -22,6 +22,16 @@ VERIFIERS = "verifiers:"  # before the name of an environment of that package, i
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "sampled_kl")
 
 
+WITH_IMAGES = (
+    "dpo",
+    "orpo",
+    "simpo",
+    "cpo",
+    "kto",
+    *SAMPLING,
+)  # objectives whose prompts may have pictures, with --images
+
+
 # fmt: off
 @dataclass(frozen=True)
 class ObjectiveSettings:
@@ -35,6 +45,8 @@ class ObjectiveSettings:
         "embed: give texts that belong together similar vectors, for search; "
         "vision_sft: imitate answers about pictures.",
         OBJECTIVE, common=True)
+    images: bool = setting(False, "Prompts may have pictures (dpo, orpo, simpo, cpo, kto, grpo, rloo); --model is a "
+        "vision-language model.", OBJECTIVE)
     loss_type: str = setting("sigmoid",
         "dpo: loss on the pairs, by TRL's names (sigmoid, sigmoid_norm, hinge, ipo ...); several, by commas, are added, "
         "such as sigmoid,sft, which also imitates the chosen answers. "
@@ -161,6 +173,11 @@ class ObjectiveSettings:
         if self.objective == "embed":
             return 2 + (self.negatives or 0)
         return 2 if self.objective in (*PAIRS, "kto") else 1
+
+    @property
+    def sees(self) -> bool:
+        """Whether rows may have pictures."""
+        return self.images or self.objective == "vision_sft"
 
     @property
     def samples(self) -> bool:

@@ -97,7 +97,7 @@ class DataSettings:
     allow_special_tokens: bool = setting(False,
         "Read control tokens that messages spell out, like <|im_end|>, as control tokens (default: as ordinary text).", MODEL)
     max_pixels: int | None = setting(None,
-        "vision_sft: shrink pictures that have more pixels; in models whose tokens depend on the size, this saves tokens.",
+        "With pictures: shrink those that have more pixels; in models whose tokens depend on the size, this saves tokens.",
         MODEL, at_least=16, at_most=10**9)
     pairs: str = setting("best", "If answers have scores: pair the best with the worst, or all with different scores.",
         MODEL, choices=PAIRS)
@@ -125,9 +125,9 @@ class AdapterSettings:
     modules_to_save: str | None = setting(None,
         "Modules to train in full in addition to the adapter, separated by commas, such as lm_head,*norm.", ADAPTER)
     train_connector: str | None = setting(None,
-        "vision_sft: also train the connector between vision tower and language model: lora or full.",
+        "With pictures: also train the connector between vision tower and language model: lora or full.",
         ADAPTER, choices=TOWER_TRAINING, alone="full")
-    train_vision: str | None = setting(None, "vision_sft: also train the vision tower: lora or full.",
+    train_vision: str | None = setting(None, "With pictures: also train the vision tower: lora or full.",
         ADAPTER, choices=TOWER_TRAINING, alone="full")
     bias: str = setting("none", "Biases to train: none, those of adapted layers, or all.", ADAPTER, choices=BIASES)
     dropout: float = setting(0.0, "Dropout probability on the adapter's input.", ADAPTER, at_least=0, at_most=0.99)

@@ -45,6 +45,7 @@ class Batch:
         shares: the factor on the likelihood, and the divergence, that the loss uses for this batch (objectives/answers.py).
         sampled: name -> (B,) or (B, T) float32 of rows whose answers were sampled (rollouts/rollout.py); None: others.
         table: what a teacher says about the trained targets of the encoded set's rows; None: nothing.
+        pictures: (B,) int32, as in `EncodedSet`; None: there are none.
     """
 
     inputs: np.ndarray
@@ -63,6 +64,7 @@ class Batch:
     trained_rows: int | None = None
     sampled: dict[str, np.ndarray] | None = None
     table: TeacherTable | None = None
+    pictures: np.ndarray | None = None
 
     @property
     def supervised_tokens(self) -> int:
@@ -128,7 +130,8 @@ class Batch:
             taken[rows == EMPTY] = EMPTY if array is self.numbers else 0
             return taken
 
-        more = {name: getattr(self, name) for name in ("labels", "reference", "numbers", "answers", "starts")}
+        names = ("labels", "reference", "numbers", "answers", "starts", "pictures")
+        more = {name: getattr(self, name) for name in names}
         parts: dict[str, Any] = {name: of(array) for name, array in more.items() if array is not None}
         if self.sampled is not None:
             parts["sampled"] = {name: of(array) for name, array in self.sampled.items()}
@@ -179,7 +182,7 @@ def collate(rows: EncodedSet, numbers: np.ndarray, width: int, slots: int) -> Ba
         found[numbers == EMPTY] = 0
         return found
 
-    more = {"labels": of_rows(rows.labels), "reference": of_rows(rows.reference), "starts": of_rows(rows.starts)}
+    more = {name: of_rows(getattr(rows, name)) for name in ("labels", "reference", "starts", "pictures")}
     return Batch.of(
         inputs, targets, mask, real_tokens, slots, group=rows.group, numbers=numbers, answers=answers,
         trained_rows=rows.trained_rows, table=rows.table, **more,

@@ -38,6 +38,8 @@ class EncodedSet:
             prompts alone, another prompt; None: it sees these.
         table: What a teacher says about the trained targets of each row; None: nothing. Like `reference`, it follows from
             the other arrays and the teacher.
+        pictures: (R,) int32, which pictures a row shows: their number in the run's table (data/image_tokens.py), 0 without
+            any; None: there are none.
     """
 
     tokens: np.ndarray
@@ -52,6 +54,7 @@ class EncodedSet:
     facts: tuple[dict[str, Any], ...] | None = None
     teacher: EncodedSet | None = None
     table: TeacherTable | None = None
+    pictures: np.ndarray | None = None
 
     @classmethod
     def from_rows(cls, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> EncodedSet:
@@ -79,7 +82,8 @@ class EncodedSet:
         """Return the set of these examples, in this order."""
         rows = (np.asarray(examples, np.int64)[:, None] * self.group + np.arange(self.group)).ravel()
         at = np.concatenate([np.zeros(0, np.int64), *(np.arange(*self.offsets[i : i + 2]) for i in rows)])
-        named = {"tokens": at, "mask": at, "answers": at, "labels": rows, "reference": rows, "starts": rows}
+        named = {"tokens": at, "mask": at, "answers": at}
+        named |= dict.fromkeys(("labels", "reference", "starts", "pictures"), rows)
         arrays = {name: None if getattr(self, name) is None else getattr(self, name)[of] for name, of in named.items()}
         offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])])
         seen = None if self.teacher is None else self.teacher.select(examples)
@@ -109,7 +113,9 @@ class EncodedSet:
             prompt = self.row(number)
             rows += [tuple(np.concatenate(parts) for parts in zip(prompt, answer, strict=True))] * group
         seen = None if self.teacher is None else self.teacher.with_room(group, tokens)
-        return replace(EncodedSet.from_rows(rows).grouped(group).with_facts(self.facts), teacher=seen)
+        pictures = None if self.pictures is None else np.repeat(self.pictures, group)
+        roomy = EncodedSet.from_rows(rows).grouped(group).with_facts(self.facts)
+        return replace(roomy, teacher=seen, pictures=pictures)
 
     def with_whole_rows(self) -> EncodedSet:
         """Return the same set with the prompt of each example's first row trained too; answers stay marked."""
@@ -156,6 +162,8 @@ class EncodedSet:
             digest.update(np.ascontiguousarray(self.answers, "?").data)
         if self.teacher is not None:
             digest.update(self.teacher.fingerprint.encode())
+        if self.pictures is not None:
+            digest.update(np.ascontiguousarray(self.pictures, "<i4").data)
         return digest.hexdigest()
 
 

@@ -17,17 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import AutoImageProcessor, PreTrainedTokenizerBase
 
-from mlx_lora.data.chat_template import controls_of
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Example, FormatError, Message
-from mlx_lora.data.images import BEGIN, END, MARK, ImageConversation, ImageFile, ImageFiles, mark
+from mlx_lora.data.images import BEGIN, END, MARK, ImageConversation, ImageFile, ImageFiles
 from mlx_lora.data.render import Rendered, Renderer, Rendering
 from mlx_lora.data.tokenize import Encoded, Encoder
 from mlx_lora.utils.errors import InputError
@@ -289,11 +288,11 @@ class ImageProcessor:
 
 @dataclass
 class ImageTable:
-    """The pictures of a run's rows. A row's label is its number in `rows`.
+    """The pictures of a run's rows.
 
     Attributes:
         pictures: digest -> the picture.
-        rows: for each label, the digests of the row's pictures.
+        rows: the digests of a row's pictures, at the number that `EncodedSet.pictures` has for it.
         shown: digest -> how it is shown.
     """
 
@@ -303,12 +302,23 @@ class ImageTable:
 
     @classmethod
     def empty(cls) -> ImageTable:
-        """Return one without pictures, in which a row without any has label 0."""
+        """Return one without pictures, in which a row without any has the number 0."""
         return cls({}, [()], {})
 
-    def of_labels(self, labels: np.ndarray | None, rows: int) -> list[tuple[str, ...]]:
+    def number_of(self, digests: tuple[str, ...]) -> int:
+        """Return the number of a row with these pictures; rows with the same ones have the same number."""
+        if digests not in self._numbers:
+            self._numbers[digests] = len(self.rows)
+            self.rows.append(digests)
+        return self._numbers[digests]
+
+    @cached_property
+    def _numbers(self) -> dict[tuple[str, ...], int]:
+        return {digests: number for number, digests in enumerate(self.rows)}
+
+    def of_numbers(self, numbers: np.ndarray | None, rows: int) -> list[tuple[str, ...]]:
         """Return the digests of the pictures of some rows."""
-        return [()] * rows if labels is None else [self.rows[int(label)] for label in labels]
+        return [()] * rows if numbers is None else [self.rows[int(number)] for number in numbers]
 
 
 class ImageReader:
@@ -349,68 +359,6 @@ class ImageReader:
     def encoder(self, plain: Encoder) -> ImageRowEncoder:
         """Return an encoder like this one that also takes pictures."""
         return ImageRowEncoder(plain, self)
-
-
-def encode_question(
-    reader: ImageReader,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    text: str,
-    pictures: Sequence[str],
-    system_prompt: str | None = None,
-) -> tuple[list[int], tuple[str, ...]]:
-    """Return the tokens of a question about pictures, up to where its answer begins, and the pictures' digests.
-
-    Args:
-        reader: of the model; its folders have the pictures.
-        tokenizer: of the model.
-        template: Jinja text.
-        text: the question; the pictures come first.
-        pictures: their files.
-        system_prompt: a system message before it.
-
-    Raises:
-        InputError: a picture cannot be used, or the template refuses the question.
-    """
-    sources: dict[str, str | bytes] = {}
-    marks = "".join(mark(picture, sources) for picture in pictures)
-    messages: list[Message] = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    messages.append({"role": "user", "content": marks + text})
-    try:
-        return encode_messages(reader, tokenizer, template, messages, sources)
-    except FormatError as error:
-        raise InputError(f"--image: {error}") from error
-
-
-def encode_messages(
-    reader: ImageReader,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    messages: list[Message],
-    sources: Mapping[str, str | bytes],
-) -> tuple[list[int], tuple[str, ...]]:
-    """Return the tokens of a conversation with pictures, up to where the model answers, and the pictures' digests.
-
-    Args:
-        reader, tokenizer, template: as for `encode_question`.
-        messages: pictures are marks in their content.
-        sources: what the marks stand for.
-
-    Raises:
-        FormatError: a picture cannot be used.
-        InputError: the template shows no pictures, or refuses the conversation.
-    """
-    renderer = ImageRenderer(tokenizer, template, reader.processor.family.place)
-    digests = reader.open_all([name for one in messages for name in MARK.findall(one["content"])], sources)
-    controls = controls_of(tokenizer).hide(messages)
-    rendered, ordinary = controls.shown(renderer.text_of(controls.messages))
-    shown = [reader.table.shown[digest].text for digest in digests]
-    row = expanded(Rendered(rendered, [], ordinary=ordinary), reader.processor.family.place, shown)
-    found = tokenizer(row.text, add_special_tokens=False, return_offsets_mapping=True)
-    tokens: list[int] = found["input_ids"]
-    if row.ordinary:
-        tokens, _ = controls_of(tokenizer).as_text(row.text, tokens, found["offset_mapping"], row.ordinary)
-    return list(tokens), tuple(digests)
 
 
 class ImageRenderer(Renderer):
@@ -463,12 +411,12 @@ class ImageRenderer(Renderer):
 
 
 class ImageRowEncoder(Encoder):
-    """Encodes examples with pictures; a row's label says which ones it has."""
+    """Encodes examples with pictures, and says which ones each row has."""
 
     def __init__(self, plain: Encoder, reader: ImageReader):
         """Take over what an encoder of text was made with."""
         vars(self).update(vars(plain))
-        self._reader, self._place = reader, reader.processor.family.place
+        self.reader, self._place = reader, reader.processor.family.place
         if plain.template is not None:
             self.renderer = ImageRenderer(
                 plain.tokenizer,
@@ -482,8 +430,8 @@ class ImageRowEncoder(Encoder):
     def encode(self, examples: Sequence[Example], on_rows: Callable[[int], None] = lambda done: None) -> Encoded:
         """Encode examples in order, as `Encoder` does; a row that is cut inside a picture is dropped."""
         encoded = super().encode(examples, on_rows)
-        table, token = self._reader.table, self._reader.token
-        kept, labels, dropped = [], [], dict(encoded.dropped)
+        table, token = self.reader.table, self.reader.token
+        kept, pictures, dropped = [], [], dict(encoded.dropped)
         rows: list[tuple[np.ndarray, np.ndarray]] = []
         for number, source in enumerate(encoded.source.tolist()):
             tokens, mask = encoded.rows.row(number)
@@ -492,33 +440,31 @@ class ImageRowEncoder(Encoder):
                 dropped[source] = f"cut inside a picture by --max-seq-length {self.max_tokens}; make it longer"
                 continue
             trained = mask & (tokens != token)
-            if digests:
-                table.rows.append(digests)
             kept.append(number)
-            labels.append(len(table.rows) - 1 if digests else 0)
+            pictures.append(table.number_of(digests))
             rows.append((tokens, trained))
         source = encoded.source[kept]
         for number in set(source.tolist()) & dropped.keys():
             del dropped[number]
-        result = EncodedSet.from_rows(rows).grouped(1, np.array(labels, np.float32))
+        result = replace(EncodedSet.from_rows(rows), pictures=np.array(pictures, np.int32))
         return replace(encoded, rows=result, source=source, dropped=dict(sorted(dropped.items())))
 
     def _pictures_in(self, example: Example, tokens: int) -> tuple[str, ...] | None:
         """Return the pictures of a row with so many image tokens; None if it ends inside one."""
         digests = self._of.get(id(example), ())
         for number in range(len(digests) + 1):
-            if sum(self._reader.table.shown[digest].tokens for digest in digests[:number]) == tokens:
+            if sum(self.reader.table.shown[digest].tokens for digest in digests[:number]) == tokens:
                 return digests[:number]
         return None
 
     def _render(self, example: Example) -> Rendering:
         illustrated = isinstance(example, ImageConversation)
-        digests = tuple(self._reader.open_all(example.marks, example.sources)) if illustrated else ()
+        digests = tuple(self.reader.open_all(example.marks, example.sources)) if illustrated else ()
         rendering = super()._render(example)
         self._of[id(example)] = digests
         if not digests and not any(self._place in row.text for row in rendering.rows):
             return rendering
-        shown = [self._reader.table.shown[digest].text for digest in digests]
+        shown = [self.reader.table.shown[digest].text for digest in digests]
         return replace(
             rendering, rows=[expanded(row, self._place, shown, len(rendering.rows) > 1) for row in rendering.rows]
         )

@@ -81,7 +81,7 @@ def parse_with_images(record: Fields, settings: DataSettings, named: NamedColumn
     """
     record = {key: value for key, value in record.items() if value is not None}
     sources: dict[str, str | bytes] = {}
-    marked = _marked(record, settings, sources)
+    marked = with_marks(record, settings, sources)
     columns, value = named.renamed(marked, "examples")
     found, example = parse_record(value, settings.data_format)
     kind = columns or found
@@ -97,12 +97,24 @@ def parse_with_images(record: Fields, settings: DataSettings, named: NamedColumn
     return kind, ImageConversation(example.messages, example.tools, example.reasoning_field, example.unread, sources)
 
 
-def _marked(record: Fields, settings: DataSettings, sources: dict[str, str | bytes]) -> Fields:
-    """Return a record with marks in its text, and without the columns that had the pictures."""
+def with_marks(
+    record: Fields, settings: DataSettings, sources: dict[str, str | bytes], turns: Sequence[str] = TURNS
+) -> Fields:
+    """Return a record with marks in its text, and without the columns that had the pictures.
+
+    Args:
+        record: without absent values.
+        settings: name the column of questions.
+        sources: gets what the marks stand for.
+        turns: columns that may have turns.
+
+    Raises:
+        FormatError: its pictures have no place.
+    """
     column = next((name for name in COLUMNS if _are_pictures(record.get(name))), None)
     waiting = [_source(value) for value in _listed(record[column])] if column else []
     rest = {key: value for key, value in record.items() if key != column}
-    turned = [name for name in TURNS if isinstance(rest.get(name), list)]
+    turned = [name for name in turns if isinstance(rest.get(name), list)]
     if column and not turned:
         rest = _with_question(rest, settings)
     placed = _Places(iter(waiting), sources)
@@ -113,7 +125,7 @@ def _marked(record: Fields, settings: DataSettings, sources: dict[str, str | byt
     left = list(placed.waiting)
     if left and placed.used:
         raise FormatError(f"{len(waiting)} pictures, and places for {placed.used} of them")
-    return _first(found, turned, settings, "".join(mark(one, sources) for one in left)) if left else found
+    return _first(found, turns, settings, "".join(mark(one, sources) for one in left)) if left else found
 
 
 def mark(source: str | bytes, sources: dict[str, str | bytes]) -> str:
@@ -178,10 +190,10 @@ def _with_question(record: Fields, settings: DataSettings) -> Fields:
     return {**others, "messages": [{"role": "user", "content": ""}, answer]}
 
 
-def _first(record: Fields, turned: Sequence[str], settings: DataSettings, marks: str) -> Fields:
+def _first(record: Fields, turns: Sequence[str], settings: DataSettings, marks: str) -> Fields:
     """Return a record with marks at the beginning of its first question."""
     named = (settings.prompt_column or "").split(",")[0].strip()
-    for name in (*TURNS, *QUESTIONS, named):
+    for name in (*turns, *QUESTIONS, named):
         value = record.get(name)
         if isinstance(value, str) and name in (*QUESTIONS, named):
             return {**record, name: marks + value}

@@ -49,6 +49,7 @@ from mlx_lora.data.prompts import prompt_notes
 from mlx_lora.data.read import (
     OWN_ENTRIES,
     PICTURES,
+    WITHOUT_PICTURES,
     SplitRows,
     answers_of,
     check_speaker,
@@ -83,6 +84,7 @@ UNCACHED = "prompts"  # what rewards see of these records is not stored
 NOT_KEPT = (
     UNCACHED,
     PICTURES,
+    *WITHOUT_PICTURES,
     *OWN_ENTRIES,
 )  # records whose columns or pictures are needed in addition to their tokens
 
@@ -150,10 +152,10 @@ def load_data(
         tokenizer: A fast tokenizer, not mlx-lm's wrapper.
         seed: Of the held-out split.
         today: The day for templates that show the date, unless the settings name one; None: today.
-        records: `examples`, `pairs`, `rated`, `prompts`, `labeled`, `candidates` or `pictures`: what the run's objective trains on.
+        records: `examples`, `pairs`, `rated`, `prompts`, or another kind of data/read.py: what the run's objective trains on.
         teacher_prompt: A text that only a teacher sees (--teacher-prompt); the rows then have its rows beside them.
         tools: Schemas of tools that prompts show.
-        pictures: Turns pictures into tokens, for `pictures`.
+        pictures: Turns pictures into tokens, for records that may have some.
 
     Returns:
         The sets and the report. Without a validation file, `valid_fraction` of the rows, or the last part of a single
@@ -255,6 +257,7 @@ def _make_splits(
     own = _valid_sources(sets, train_parts, held)
     if valid := joined_sets(rows.get("valid"), held):
         rows["valid"] = valid
+    kind = WITHOUT_PICTURES.get(records, records)
     pieces = example_pieces(train, tokenizer, called_functions(parts["train"]))
     report = DataReport(
         data=shown_data(settings.data or ""),
@@ -280,8 +283,8 @@ def _make_splits(
             *split_notes(mixed, parts["train"], valid, settings.valid_fraction),
         ],
         example=pieces[0],
-        rejected=[piece for piece in pieces[1] if piece[1]] if records == "pairs" else [],
-        records=records,
+        rejected=[piece for piece in pieces[1] if piece[1]] if kind == "pairs" else [],
+        records=kind,
         sets=mixed.sets if _are_mixed(sets) else [],
         near_duplicates=near,
     )

@@ -164,7 +164,11 @@ def joined_sets(first: EncodedSet | None, second: EncodedSet | None) -> EncodedS
         labels = np.concatenate([first.labels, second.labels])
     facts = None if first.facts is None or second.facts is None else [*first.facts, *second.facts]
     seen = None if first.teacher is None or second.teacher is None else joined_sets(first.teacher, second.teacher)
-    return replace(rows.grouped(first.group, labels, first.trained_rows).with_facts(facts), teacher=seen)
+    pictures = None
+    if first.pictures is not None and second.pictures is not None:
+        pictures = np.concatenate([first.pictures, second.pictures])
+    grouped = rows.grouped(first.group, labels, first.trained_rows).with_facts(facts)
+    return replace(grouped, teacher=seen, pictures=pictures)
 
 
 # Holding rows out

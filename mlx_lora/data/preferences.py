@@ -129,7 +129,7 @@ def parse_rated(record: Fields) -> list[Rated]:
     return [Rated(_last_answer_only(example), text in YES)]
 
 
-_NAMES = {
+OUR_NAMES = {
     "chosen_response": "chosen",
     "rejected_response": "rejected",
     "chosen_messages": "chosen",
@@ -140,7 +140,7 @@ _NAMES = {
     "llama2-13b-chat": "rejected",
 }
 
-_COMPARED = frozenset(("chosen", "rejected", *_NAMES, *ANSWER_LISTS, *LABELS))
+_COMPARED = frozenset(("chosen", "rejected", *OUR_NAMES, *ANSWER_LISTS, *LABELS))
 
 
 def _known(record: Fields) -> Fields:
@@ -148,10 +148,11 @@ def _known(record: Fields) -> Fields:
     record = {key: value for key, value in record.items() if value is not None}
     if record.keys().isdisjoint(_COMPARED):  # else they are ours as they are
         record = usual_names(record)
-    record = {_NAMES.get(key, key): value for key, value in record.items()}
+    record = {OUR_NAMES.get(key, key): value for key, value in record.items()}
     for name in MEDIA:
         if record.get(name):
-            raise FormatError(f"it has {name}; only text can be trained")
+            hint = "; a vision-language model is trained on pictures with --images" if "image" in name else ""
+            raise FormatError(f"it has {name}; only text is trained{hint}")
     return record
 
 

@@ -19,7 +19,7 @@ rated     two rows: the answer, then the answer to another prompt after the same
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
@@ -35,6 +35,7 @@ from mlx_lora.data.examples import (
     EmptyPart,
     EmptyRecord,
     Example,
+    Fields,
     FormatError,
     MissingColumn,
     OwnEntry,
@@ -51,12 +52,23 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import shown_data
 from mlx_lora.utils.text import counted
 
-PICTURES = "pictures"  # records that are examples with pictures
+# Kinds of records that may have pictures: examples, and others -> what these are without pictures.
+PICTURES, PICTURE_PAIRS, PICTURE_RATED, PICTURE_PROMPTS = (
+    "pictures",
+    "picture pairs",
+    "picture rated",
+    "picture prompts",
+)
+WITHOUT_PICTURES = {PICTURE_PAIRS: "pairs", PICTURE_RATED: "rated", PICTURE_PROMPTS: "prompts"}
 
 Entry = Example | Pair | Rated | Prompt | OwnEntry
 """The content of one record in canonical form."""
 # Kind of records -> the module in this room that has its class, and the class; it is imported when such records are read.
-OWN_ENTRIES = {"labeled": ("labeled", "Labeled"), "candidates": ("candidates", "Candidates")}
+OWN_ENTRIES = {
+    "labeled": ("labeled", "Labeled"),
+    "candidates": ("candidates", "Candidates"),
+    PICTURE_PROMPTS: ("image_prompts", "ImagePrompt"),
+}
 
 
 def own_entry(records: str) -> type[OwnEntry]:
@@ -120,7 +132,7 @@ def _as_pairs(encoded: Encoded, pairs: Sequence[Pair]) -> Encoded:
         encoded.dropped.items(), reverse=True
     ):  # if both are dropped, the chosen answer's reason counts
         dropped[answer // 2] = f"{'rejected' if answer % 2 else 'chosen'} answer: {why}"
-    rows, source, equal = [], [], []
+    rows, numbers, source, equal = [], [], [], []
     for pair in range(len(pairs)):
         both = [rows_of.get(2 * pair + side, []) for side in range(2)]
         if pair in dropped or not all(both):
@@ -130,19 +142,24 @@ def _as_pairs(encoded: Encoded, pairs: Sequence[Pair]) -> Encoded:
             equal.append(pair)  # equal within --max-seq-length
             continue
         rows += found
+        numbers += [side[-1] for side in both]
         source.append(pair)
     dropped |= dict.fromkeys(equal, "the answers are equal after the cut at --max-seq-length")
     margins = np.array([value for pair in source for value in (pairs[pair].margin, 0.0)], np.float32)
-    return _numbered(encoded, EncodedSet.from_rows(rows).grouped(2, margins), source, dropped, 2)
+    grouped = EncodedSet.from_rows(rows).grouped(2, margins)
+    return _numbered(encoded, _with_pictures_of(encoded.rows, numbers, grouped), source, dropped, 2)
 
 
 def _as_rated(encoded: Encoded, rated: Sequence[Rated]) -> Encoded:
     """Add a row after each answer: the answer of the next record with another prompt, after this record's prompt."""
     last = {answer: row for row, answer in enumerate(encoded.source.tolist())}
     source = sorted(last)
-    rows = [encoded.rows.row(last[number]) for number in source]
+    numbers = [last[number] for number in source]
+    rows = [encoded.rows.row(number) for number in numbers]
     starts = [int(np.argmax(mask)) for _, mask in rows]  # the first token of each answer
-    following = _next_others([tokens[:start].tobytes() for (tokens, _), start in zip(rows, starts, strict=True)])
+    prompts = [tokens[:start].tobytes() for (tokens, _), start in zip(rows, starts, strict=True)]
+    shown = encoded.rows.pictures
+    following = _next_others(prompts if shown is None else list(zip(prompts, shown[numbers].tolist(), strict=True)))
     joined = []
     for i, (tokens, mask) in enumerate(rows):
         joined.append((tokens, mask))
@@ -152,12 +169,19 @@ def _as_rated(encoded: Encoded, rated: Sequence[Rated]) -> Encoded:
         trained = np.concatenate([np.zeros(starts[i], bool), other_mask[other:]])
         joined.append((together, trained))
     labels = np.array([value for number in source for value in (float(rated[number].good), 0.0)], np.float32)
-    return _numbered(
-        encoded, EncodedSet.from_rows(joined).grouped(2, labels, trained_rows=1), source, dict(encoded.dropped), 1
-    )
+    grouped = EncodedSet.from_rows(joined).grouped(2, labels, trained_rows=1)
+    grouped = _with_pictures_of(encoded.rows, np.repeat(np.array(numbers, np.int64), 2), grouped)
+    return _numbered(encoded, grouped, source, dict(encoded.dropped), 1)
 
 
-def _next_others(prompts: Sequence[bytes]) -> list[int]:
+def _with_pictures_of(encoded: EncodedSet, numbers: Sequence[int] | np.ndarray, rows: EncodedSet) -> EncodedSet:
+    """Return rows that show the pictures of encoded rows with these numbers."""
+    if encoded.pictures is None:
+        return rows
+    return replace(rows, pictures=encoded.pictures[np.asarray(numbers, np.int64)])
+
+
+def _next_others(prompts: Sequence[Hashable]) -> list[int]:
     """Return for each prompt the number of the next one that differs, in a circle; if none does, of the next one."""
     count = len(prompts)
     found = [(number + 1) % count for number in range(count)]
@@ -235,7 +259,7 @@ def read_rows(
     Args:
         files: Of one split.
         settings: As in `parse_rows`.
-        records: `examples`, `pairs`, `rated`, `prompts`, `pictures`, or one of OWN_ENTRIES.
+        records: `examples`, `pairs`, `rated`, `prompts`, or a kind with pictures, or one of OWN_ENTRIES.
         rows: To add to, and to return; None: new ones.
     """
     rows = SplitRows() if rows is None else rows
@@ -270,7 +294,7 @@ def parse_rows(
         source: Records wherever they come from, each with its number there.
         name: Of their file or other source, for messages.
         settings: Format and columns of plain examples, and which pairs to take of several answers.
-        records: `examples`, `pairs`, `rated`, `prompts`, `pictures`, or one of OWN_ENTRIES.
+        records: `examples`, `pairs`, `rated`, `prompts`, or a kind with pictures, or one of OWN_ENTRIES.
         rows: To add to.
     """
     named = NamedColumns.of(settings)
@@ -280,11 +304,8 @@ def parse_rows(
             rows.dropped.append(DroppedRow(name, record.line, record.why, record.unit))
             continue
         try:
-            if records == PICTURES:
-                from mlx_lora.data.images import parse_with_images  # a run without pictures needs none of it
-
-                kind, example = parse_with_images(record.value, settings, named)
-                rows.add(name, record, kind, [example])
+            if records in (PICTURES, PICTURE_PAIRS, PICTURE_RATED):
+                rows.add(name, record, *_with_pictures(record.value, settings, named, records))
                 continue
             # Entries of a class of their own name their columns themselves.
             columns, value = (None, record.value) if records in OWN_ENTRIES else named.renamed(record.value, records)
@@ -312,6 +333,21 @@ def parse_rows(
         if records == "examples" and not record.form:
             rows.ignored.update(ignored_columns(record.value, kind))
         rows.add(name, record, kind, entries)
+
+
+def _with_pictures(
+    record: Fields, settings: DataSettings, named: NamedColumns, records: str
+) -> tuple[str, Sequence[Entry]]:
+    """Return the format and the entries of a record that may have pictures; a run without pictures imports none of it."""
+    if records == PICTURES:
+        from mlx_lora.data.images import parse_with_images
+
+        kind, example = parse_with_images(record, settings, named)
+        return kind, [example]
+    from mlx_lora.data.image_pairs import parse_preferences
+
+    kind = WITHOUT_PICTURES[records]
+    return kind, parse_preferences(record, settings, named, kind)
 
 
 def check_speaker(parts: Iterable[SplitRows], settings: DataSettings) -> None:

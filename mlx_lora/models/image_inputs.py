@@ -429,6 +429,20 @@ class ModelWithImages:
         shape = of.get("positions"), of.get("pictures"), self._places.shape[1], self._sight.windows_only
         return [ImageKVCache(*shape) if isinstance(cache, KEYS_AND_VALUES) else cache for cache in caches]
 
+    def prefilled(self, tokens: Sequence[int]) -> list[Any]:
+        """Compute these tokens of the prompt at once, and return mlx-lm's own caches, for what follows.
+
+        The positions are to be those of `counted_positions`, as what follows counts from the number of tokens.
+        """
+        caches = self.caches()
+        if tokens:
+            self(mx.array([list(tokens)]), cache=caches)
+            own = make_prompt_cache(self.model)
+            pairs = zip(own, caches, strict=True)
+            caches = [kept.moved_to(new) if isinstance(kept, ImageKVCache) else kept for new, kept in pairs]
+            mx.eval([cache.state for cache in caches])
+        return caches
+
     def __call__(self, tokens: mx.array, cache: Any = None, **given: Any) -> mx.array:
         """Return the model's logits (1, T, V) for the next tokens (1, T)."""
         begin, self._at = self._at, self._at + tokens.shape[1]

@@ -36,15 +36,28 @@ if TYPE_CHECKING:
 # Binding
 
 FIRST, SECOND = 0, 1  # rows of an example
+BatchSums = Callable[[nn.Module, "Batch"], AnswerSums]
+"""Computes the sums of a batch's answers under a model, outside of a compiled step."""
 
 
-def bind_answers(objective: Objective, loss: Loss, model: nn.Module) -> BoundObjective:
+def batch_sums(tokens: TokenLosses) -> BatchSums:
+    """Return what computes the sums of a batch's answers, from the losses of tokens."""
+    return lambda model, batch: _array_sums(model, tokens, *arrays_of(batch))
+
+
+def bind_answers(
+    objective: Objective,
+    loss: Loss,
+    model: nn.Module,
+    sums_of: Callable[[TokenLosses], BatchSums] = batch_sums,
+) -> BoundObjective:
     """Return an objective whose loss is of whole answers, on a model.
 
     Args:
         objective: of pairs or rated answers.
         loss: of tokens, whose kernels are kept; a reward model has a loss of its own.
         model: that is trained or measured.
+        sums_of: returns what computes the sums that a step needs beforehand.
     """
     of_answers = objective.loss
     if of_answers is None:
@@ -63,7 +76,7 @@ def bind_answers(objective: Objective, loss: Loss, model: nn.Module) -> BoundObj
         return summed
 
     def prepare(batches: list[Batch], strategy: Strategy) -> list[Batch]:
-        return _prepared(objective, measure_tokens, model, batches, strategy)
+        return _prepared(objective, sums_of(measure_tokens), model, batches, strategy)
 
     words = f"{objective.description}; {loss.description}"
     whole = replace(loss, train=of(loss.tokens), measure=of(measure_tokens), description=words)
@@ -98,7 +111,7 @@ def score_loss(model: nn.Module, part_of_last: bool = False) -> Loss:
 
 
 def _prepared(
-    objective: Objective, measure_tokens: TokenLosses, model: nn.Module, batches: list[Batch], strategy: Strategy
+    objective: Objective, sums: BatchSums, model: nn.Module, batches: list[Batch], strategy: Strategy
 ) -> list[Batch]:
     """Compute what depends on the whole step, before the step is divided into parts and among ranks.
 
@@ -112,7 +125,7 @@ def _prepared(
         share = examples / max(1, tokens)
     if objective.divergence:
         others = (_only(batch, SECOND) for batch in batches)
-        divergence = mean_log_ratio(model, measure_tokens, others, strategy)
+        divergence = mean_log_ratio(model, sums, others, strategy)
     if objective.records == "rated":
         batches = [_only(batch, FIRST) for batch in batches]
     return [replace(batch, shares=(share, divergence)) for batch in batches]
@@ -127,14 +140,14 @@ def _only(batch: Batch, row: int) -> Batch:
 
 
 def mean_log_ratio(
-    model: nn.Module, tokens: TokenLosses, batches: Iterable[Batch], strategy: Strategy = SINGLE_DEVICE
+    model: nn.Module, sums_of: BatchSums, batches: Iterable[Batch], strategy: Strategy = SINGLE_DEVICE
 ) -> float:
     """Return the mean log-ratio of policy to reference over rows, at least 0 (KTO's estimate of the divergence)."""
     total, count = mx.array(0.0), mx.array(0.0)
     training = model.training
     model.eval()
     for batch in strategy.dealt(list(batches)):
-        sums = _batch_sums(model, tokens, batch)
+        sums = sums_of(model, batch)
         total = total + ((sums.logps - sums.reference) * sums.real).sum()
         count = count + sums.real.sum()
         mx.eval(total, count)
@@ -207,13 +220,9 @@ def _array_sums(model: nn.Module, tokens: TokenLosses, *batch: mx.array) -> Answ
     return answer_sums(tokens(model, *arrays, *starts), arrays.inputs.shape[1], arrays, answers, *starts)
 
 
-def _batch_sums(model: nn.Module, tokens: TokenLosses, batch: Batch) -> AnswerSums:
-    return _array_sums(model, tokens, *arrays_of(batch))
-
-
 def row_log_probabilities(
     model: nn.Module,
-    tokens: TokenLosses,
+    sums: BatchSums,
     rows: EncodedSet,
     batch_tokens: int,
     on_progress: Callable[[int], None] = lambda done: None,
@@ -224,7 +233,7 @@ def row_log_probabilities(
 
     Args:
         model: is put in eval mode meanwhile.
-        tokens: losses of tokens, without a gradient.
+        sums: computes those of a batch's answers, without a gradient.
         rows: rows with one answer each, or joined rows with several.
         batch_tokens: the most positions of a batch.
         on_progress: called with the number of finished answers after each batch.
@@ -237,7 +246,7 @@ def row_log_probabilities(
     model.eval()
     plan = BatchPlan(apart, batch_tokens=batch_tokens, batch_size=None, seed=0)
     for batch in strategy.held_out(plan, -1):
-        logps = np.array(_batch_sums(model, tokens, batch).logps).reshape(-1, found.shape[1])
+        logps = np.array(sums(model, batch).logps).reshape(-1, found.shape[1])
         numbers: Any = batch.numbers  # there are some: the batch is of a set
         found[numbers[batch.real]] = logps[batch.real]
         done += logps[batch.real].size

@@ -16,7 +16,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -50,7 +50,7 @@ from mlx_lora.losses.preference import (
 )
 from mlx_lora.models.folder import model_sample
 from mlx_lora.models.prefix_attention import unshareable
-from mlx_lora.objectives.answers import bind_answers, row_log_probabilities
+from mlx_lora.objectives.answers import BatchSums, batch_sums, bind_answers, row_log_probabilities
 from mlx_lora.objectives.base import AnswerSums, BoundObjective, Objective, RunContext
 from mlx_lora.objectives.prefix_sharing import Layout, joined, lay_out, sharing_problem
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.load import DataSplits
     from mlx_lora.data.sampler import BatchPlan
-    from mlx_lora.losses.cross_entropy import Loss
+    from mlx_lora.losses.cross_entropy import Loss, TokenLosses
     from mlx_lora.models.load import Base
     from mlx_lora.planner.shapes import ModelShape
 
@@ -89,7 +89,7 @@ class Preference(Objective):
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
         if not self.reference or (ctx.trains and not ctx.settings.objective.reference_adapter):
             return sets  # the untrained model is the reference, which a run computes in batches that fit
-        return with_reference(ctx.settings, ctx.plain_base, sets, ctx.strategy)
+        return with_reference(self, ctx.settings, ctx.plain_base, sets, ctx.strategy)
 
     def lay_out(self, ctx: RunContext, rows: EncodedSet) -> None:
         self.layout = lay_out(ctx, self, rows)
@@ -105,13 +105,22 @@ class Preference(Objective):
         if not self.reference or data.train.reference is not None:
             return data
         of = ctx.chosen.loss, ctx.chosen.kernels  # in batches that fit, so that its peak is below a step's
-        return data.changed(lambda sets: with_reference(ctx.settings, ctx.base, sets, ctx.strategy, *of))
+        return data.changed(lambda sets: with_reference(self, ctx.settings, ctx.base, sets, ctx.strategy, *of))
 
     def header_words(self, plan: BatchPlan, ctx: RunContext) -> list[str]:
         return [self.layout.words]
 
     def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
-        return bind_answers(self, loss, model)
+        return bind_answers(self, loss, model, self.sums_of)
+
+    def sums_of(self, tokens: TokenLosses) -> BatchSums:
+        """Return what computes the sums of a batch's answers, from the losses of tokens."""
+        return batch_sums(tokens)
+
+    @property
+    def reference_facts(self) -> list[Any]:
+        """What the reference's numbers depend on besides model, tokens and settings, as JSON values."""
+        return []
 
 
 def dpo(settings: ObjectiveSettings) -> Preference:
@@ -257,6 +266,7 @@ def _weights(text: str | None, names: list[str]) -> list[float]:
 
 
 def with_reference(
+    objective: Preference,
     settings: TrainSettings,
     base: Base,
     sets: dict[str, EncodedSet],
@@ -267,6 +277,7 @@ def with_reference(
     """Return the sets with each answer's log-probability under the reference.
 
     Args:
+        objective: of the run.
         settings: of the run; with --reference-adapter, that adapter is the reference instead of the untrained model.
         base: not yet adapted if there is a --reference-adapter, otherwise adapted but not yet trained.
         sets: pairs or rated answers.
@@ -286,7 +297,7 @@ def with_reference(
                 "base again; fuse it and train on the fused model"
             )
     found = {
-        name: replace(rows, reference=_logps_of(settings, base, rows, strategy, loss, kernels))
+        name: replace(rows, reference=_logps_of(objective, settings, base, rows, strategy, loss, kernels))
         for name, rows in sets.items()
     }
     if folder:
@@ -308,6 +319,7 @@ def _put_reference(base: Base, folder: Path) -> AdapterInfo:
 
 
 def _logps_of(
+    objective: Preference,
     settings: TrainSettings,
     base: Base,
     rows: EncodedSet,
@@ -316,7 +328,7 @@ def _logps_of(
     kernels: KernelChoice | None,
 ) -> np.ndarray:
     """Return the reference's log-probabilities of rows, (R,) float32, from the cache or computed."""
-    file = cache_dir("reference") / f"{_key(settings, base, rows, kernels)}.npy"
+    file = cache_dir("reference") / f"{_key(objective, settings, base, rows, kernels)}.npy"
     ranks, together = strategy.ranks, strategy.lockstep  # then a rank alone cannot compute
     kept = _read(file, len(rows)) if ranks.leads else None
     logps = np.zeros(len(rows), np.float32) if kept is None else kept
@@ -326,7 +338,7 @@ def _logps_of(
     if computes:
         start = time.perf_counter()
         with nullcontext() if kernels is None else training_kernels(base.model, choose=kernels):
-            logps = _compute(settings, base, rows, loss, strategy if together else SINGLE_DEVICE)
+            logps = _compute(objective, settings, base, rows, loss, strategy if together else SINGLE_DEVICE)
         log.info(f"Reference: {len(rows):,} answers computed in {time.perf_counter() - start:.2f} s")
         if ranks.leads:
             _keep(file, logps)
@@ -334,7 +346,12 @@ def _logps_of(
 
 
 def _compute(
-    settings: TrainSettings, base: Base, rows: EncodedSet, loss: Loss | None, strategy: Strategy
+    objective: Preference,
+    settings: TrainSettings,
+    base: Base,
+    rows: EncodedSet,
+    loss: Loss | None,
+    strategy: Strategy,
 ) -> np.ndarray:
     answers, shares = len(rows), _shares(settings)
     if loss is None:  # before the run has chosen, and tried, its own
@@ -345,8 +362,8 @@ def _compute(
     tokens = settings.loop.batch_tokens or DEFAULT_BATCH_TOKENS
     try:
         with long_task("Reference", answers, "answers") as task:
-            of_tokens = loss.measure_tokens or loss.tokens
-            return row_log_probabilities(base.model, of_tokens, rows, tokens, task.reach, strategy=strategy)
+            sums = objective.sums_of(loss.measure_tokens or loss.tokens)
+            return row_log_probabilities(base.model, sums, rows, tokens, task.reach, strategy=strategy)
     except ArithmeticError as error:
         raise InputError(f"the reference cannot be computed: {error}; try --dtype float32, or another base") from None
 
@@ -356,7 +373,9 @@ def _shares(settings: TrainSettings) -> bool:
     return settings.objective.shared_prefix == "on"
 
 
-def _key(settings: TrainSettings, base: Base, rows: EncodedSet, kernels: KernelChoice | None) -> str:
+def _key(
+    objective: Preference, settings: TrainSettings, base: Base, rows: EncodedSet, kernels: KernelChoice | None
+) -> str:
     """Return a name for everything that the numbers depend on."""
     adapter, files = settings.adapter, []
     if settings.objective.reference_adapter:
@@ -369,7 +388,7 @@ def _key(settings: TrainSettings, base: Base, rows: EncodedSet, kernels: KernelC
     facts = [base.fingerprint, model_sample(base.folder), base.describe(), rows.fingerprint]
     facts += [str(device.compute_dtype(settings.model.dtype))]
     facts += [settings.loop.kernels, adapter.method, device.measured_on(), _shares(settings)]
-    facts += [kernels and kernels.names(), *files]
+    facts += [kernels and kernels.names(), *files, *objective.reference_facts]
     return sha256_of(json.dumps(facts))[:32]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import mlx.nn as nn
 
-from mlx_lora.config.objectives import OF_SAMPLING, SAMPLING, ObjectiveSettings
+from mlx_lora.config.objectives import OF_SAMPLING, SAMPLING, WITH_IMAGES, ObjectiveSettings
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import unknown_name
@@ -62,6 +62,7 @@ OF_TEXTS = (
 )
 # Options that only some objectives use; with any other objective they are refused, because they would be ignored.
 OWN_OPTIONS = {
+    "images": WITH_IMAGES,
     "loss_type": ("dpo", "kto"),
     "loss_weights": ("dpo",),
     "beta": ("dpo", "orpo", "simpo", "cpo", "kto"),
@@ -96,9 +97,13 @@ def objective_of(settings: ObjectiveSettings) -> Objective:
     if row is None:
         raise InputError(f"--objective {settings.objective!r}: {unknown_name(settings.objective, OBJECTIVES)}")
     _refuse_foreign(settings)
-    file, function = row
+    file, function = _with_images(settings) if settings.images else row
     objective = getattr(import_module(f"mlx_lora.objectives.{file}"), function)(settings)
-    if settings.shared_prefix != ObjectiveSettings.shared_prefix and not objective.shares_prompts:
+    if settings.shared_prefix == "on" and settings.images:
+        raise InputError(
+            "--shared-prefix on with --images: each answer is computed with its prompt's pictures; leave it out"
+        )
+    if settings.shared_prefix != ObjectiveSettings.shared_prefix and not (objective.shares_prompts or settings.images):
         raise InputError(
             f"--shared-prefix with --objective {settings.objective}: only objectives with several answers to a prompt use it; leave "
             "it out"
@@ -106,11 +111,28 @@ def objective_of(settings: ObjectiveSettings) -> Objective:
     return objective
 
 
+def _with_images(settings: ObjectiveSettings) -> tuple[str, str]:
+    """Return the file and the function of an objective with --images.
+
+    Raises:
+        InputError: it has none.
+    """
+    if settings.objective not in WITH_IMAGES:
+        imitation = (
+            "; imitate answers about pictures with --objective vision_sft" if settings.objective == "sft" else ""
+        )
+        raise InputError(
+            f"--images with --objective {settings.objective}: only {', '.join(WITH_IMAGES)} use it; leave it out{imitation}"
+        )
+    kind = "policy" if settings.objective in SAMPLING else "preference"
+    return f"vision_{kind}", f"vision_{kind}"
+
+
 def _refuse_foreign(settings: ObjectiveSettings) -> None:
     """Refuse options that the objective does not use."""
     defaults = ObjectiveSettings()
     for name, owners in OWN_OPTIONS.items():
-        if name == "shared_prefix":  # the objective itself knows
+        if name in ("shared_prefix", "images"):  # `objective_of` says more on these
             continue
         if settings.objective not in owners and getattr(settings, name) != getattr(defaults, name):
             flag = "--" + name.replace("_", "-")

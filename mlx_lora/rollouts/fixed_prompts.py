@@ -44,10 +44,11 @@ def greedy_answers(rollouts: Rollouts, prompts: Sequence[FixedPrompt]) -> list[d
     """
     base, most, env = rollouts.base, rollouts.settings.objective.max_new_tokens, rollouts.env
     training, count = base.model.training, len(prompts)
-    greedy = rollouts.sample(SamplingOptions(1, most, min_p=LIKELIEST), lambda turn: answer_keys(0, 0, count, turn))
+    tokens, facts = [prompt.tokens for prompt in prompts], [prompt.fact for prompt in prompts]
+    options = SamplingOptions(1, most, min_p=LIKELIEST)
+    greedy = rollouts.sample(options, lambda turn: answer_keys(0, 0, count, turn), facts)
     base.model.eval()
     try:
-        tokens, facts = [prompt.tokens for prompt in prompts], [prompt.fact for prompt in prompts]
         played = play(env, tokens, facts, seeds_of(0, 0, range(count)), 1, most, greedy, rollouts.ends)
     finally:
         base.model.train(training)

@@ -34,7 +34,7 @@ from mlx_lora.objectives.policy_arrays import ADVANTAGES, LENGTHS, OLD, REFERENC
 from mlx_lora.objectives.prefix_sharing import Joining, apart, by_answer, slots_of, sums_of_answers
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.rollouts.decode import SamplingForm
-from mlx_lora.rollouts.environment import Played, Sample, SingleTurnEnv, VectorEnv, play, seeds_of
+from mlx_lora.rollouts.environment import Facts, Played, Sample, SingleTurnEnv, VectorEnv, play, seeds_of
 from mlx_lora.rollouts.kept_caches import Held, KeptCaches
 from mlx_lora.rollouts.rewards import TrainerState, reports_of, summed
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
@@ -182,21 +182,21 @@ class Rollouts:
             return every[mx.array(chosen)].reshape(-1, 2)
 
         facts, seeds = [planned.facts[prompt] for prompt in chosen], seeds_of(seed, planned.rollout, chosen)
-        return play(
-            self.env, prompts, facts, seeds, group, objective.max_new_tokens, self.sample(options, keys), self.ends
-        )
+        sample = self.sample(options, keys, facts)
+        return play(self.env, prompts, facts, seeds, group, objective.max_new_tokens, sample, self.ends)
 
     @property
     def ends(self) -> frozenset[int]:
         """The tokens that end an answer."""
         return frozenset(self.base.tokenizer.eos_token_ids)
 
-    def sample(self, options: SamplingOptions, keys: Callable[[int], mx.array]) -> Sample:
+    def sample(self, options: SamplingOptions, keys: Callable[[int], mx.array], facts: Sequence[Facts]) -> Sample:
         """Return what the model says in episodes.
 
         Args:
             options: how.
             keys: returns those of all episodes at a turn, (E, 2) uint32.
+            facts: of each prompt.
         """
 
         held: dict[int, Held] = {}
@@ -207,7 +207,8 @@ class Rollouts:
             start = time.perf_counter()
             group = 1 if turn else options.group  # a prompt is computed once for its episodes
             own = keys(turn)[mx.array(episodes)] if turn else keys(turn)
-            kept = KeptCaches([held[number] for number in episodes if number in held]) if several else None
+            begun = [held[number] for number in episodes if number in held]
+            kept = KeptCaches(begun) if several else self.computed_prompts(facts, group)
             held = {}
             with self.form.model_of(self.base) as model:
                 found, _ = sample_groups(
@@ -218,6 +219,19 @@ class Rollouts:
             return found
 
         return completions
+
+    def computed_prompts(self, facts: Sequence[Facts], group: int) -> KeptCaches | None:
+        """Return what computes the prompts of single answers; None: they are text, which the sampler computes.
+
+        Args:
+            facts: of each prompt.
+            group: answers to each.
+        """
+        return None
+
+    def token_logps(self, batch: Batch) -> np.ndarray:
+        """Return the log-probabilities of a batch's trained targets under the model as it is, (B, T) float32."""
+        return token_logps(self.base.model, self.loss, batch)
 
     def _trained(self, planned: Planned, played: Played, prompts: list[int], trains: bool, ranks: Ranks) -> Batch:
         """Return the batch that is trained on, or measured; its log-probabilities of `prompts` are computed by this rank."""
@@ -261,8 +275,9 @@ class Rollouts:
         slots = slots_of(int(mask.sum()), len(batch.positions), mask.size)
         sampled = {LENGTHS: lengths, TRUNCATED: truncated} | counts
         filled = Batch.of(
-            inputs, targets, mask, int(ends.sum()), slots, group=batch.group, numbers=batch.numbers, sampled=sampled
-        )
+            inputs, targets, mask, int(ends.sum()), slots, group=batch.group, numbers=batch.numbers, sampled=sampled,
+            pictures=batch.pictures,
+        )  # fmt: skip
         return filled, begins, ends
 
     def _with_logps(self, batch: Batch, own: np.ndarray, ranks: Ranks) -> Batch:
@@ -274,16 +289,12 @@ class Rollouts:
             ranks: that compute the others.
         """
         objective, model, sampled = self.settings.objective, self.base.model, dict(batch.sampled or {})
-
-        def logps(rows: Batch) -> np.ndarray:
-            return token_logps(model, self.loss, rows)
-
         if objective.updates_per_rollout > 1 or objective.objective == "rloo":
-            sampled[OLD] = of_own_rows(logps, batch, own, ranks)
+            sampled[OLD] = of_own_rows(self.token_logps, batch, own, ranks)
         if objective.kl_beta:
             now = model.trainable_parameters()
             model.update(self.start)
-            sampled[REFERENCE] = of_own_rows(logps, batch, own, ranks)
+            sampled[REFERENCE] = of_own_rows(self.token_logps, batch, own, ranks)
             model.update(now)
         return replace(batch, sampled=sampled)
 

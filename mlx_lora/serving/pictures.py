@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lora.data.examples import FormatError, Message
-from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable, encode_messages
+from mlx_lora.data.image_prompts import encode_messages
+from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable
 from mlx_lora.data.images import MARK
-from mlx_lora.models.image_inputs import ImageInputSpec, ImageKVCache, ModelWithImages, counted_positions
+from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages
 from mlx_lora.models.load import Base
 from mlx_lora.models.vision import VisionTower, compute_dtype, image_token, load_tower
 from mlx_lora.objectives.image_features import ImageFeatureCache
-from mlx_lora.objectives.vision_sft import VisionEncoder, image_template
+from mlx_lora.objectives.vision_encoder import VisionEncoder, image_template
 from mlx_lora.rollouts.decode import TokenSteps
 from mlx_lora.serving.batch import BatchRow, Prefill
 from mlx_lora.serving.pools import Routing
@@ -97,12 +96,7 @@ class PictureReader:
         seen = ImageFeatureCache(self._tower, prompt.processor, prompt.table, writes=False)
         spec = ImageInputSpec.of(self.base.config)
         vision = VisionEncoder(self._tower, prompt.processor, spec, prompt.table, seen)
-        arrays = dict(
-            zip(spec.names, vision.arrays(np.array([prompt.tokens], np.int32), [prompt.digests]), strict=True)
-        )
-        if "positions" in arrays:
-            arrays["positions"] = mx.array(counted_positions(np.array(arrays["positions"])))
-        return spec, [arrays[name] for name in spec.names]
+        return spec, vision.prompt_arrays(prompt.tokens, prompt.digests)
 
 
 @dataclass(frozen=True)
@@ -150,13 +144,7 @@ class PicturePrefill(Prefill):
         """Compute the prompt except for its last token, which is text."""
         part, self.rest = self.rest[:-1], self.rest[-1:]
         self._routing.rows = (self.row.adapter,)
-        caches: list[Any] = self._shown.caches()
-        self._shown(mx.array([part]), cache=caches)
-        self.caches = [
-            kept.moved_to(own) if isinstance(kept, ImageKVCache) else kept
-            for own, kept in zip(make_prompt_cache(self._model.model), caches, strict=True)
-        ]
-        mx.eval([cache.state for cache in self.caches])
+        self.caches = self._shown.prefilled(part)
         self.row.tokens += part
 
 

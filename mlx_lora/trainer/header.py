@@ -192,14 +192,20 @@ def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
     trained_on = model if settings.model.bits is None else [*model, "--bits", str(settings.model.bits)]
     adapter = ["--adapter-path", path]
     asked = settings.objective.objective
-    measured = ["--objective", asked, "--data", str(settings.data.data)]
+    measured = [
+        "--objective",
+        asked,
+        *(["--images"] if settings.objective.images else []),
+        "--data",
+        str(settings.data.data),
+    ]
     if asked == "embed":
         lines = [
             ["embed", "FILE", *trained_on, *adapter, "--out", "vectors.npy"],
             ["evaluate", *measured, *trained_on, *adapter],
             ["export", *model, *adapter, "--to", "sentence-transformers", "--out", f"{path}-search"],
         ]
-    elif asked == "vision_sft":
+    elif settings.objective.sees:
         lines = [
             ["generate", *trained_on, *adapter, "--image", "FILE", "--prompt", "What is in this picture?"],
             ["evaluate", *measured, *trained_on, *adapter],

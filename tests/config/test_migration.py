@@ -613,7 +613,7 @@ def test_the_flag_says_what_a_file_of_trl_is_for(tmp_path, logged):
 
 
 # Options that no other trainer's file has.
-NOT_IN_FILES = {"shared_prefix", "reward_errors", "reward_timeout", "environment", "tools", "max_turns"}
+NOT_IN_FILES = {"images", "shared_prefix", "reward_errors", "reward_timeout", "environment", "tools", "max_turns"}
 
 
 def test_a_file_sets_just_the_options_that_its_objective_has():

@@ -63,7 +63,7 @@ def own_logits(root: Path, adapter: Path | None):
     prepare_rotation(rows.base.model, rows.objective.vision.spec)
     tokens, mask = rows.rows.row(0)
     prompts = np.array([mask.argmax()])
-    (digest,) = rows.objective.table.of_labels(rows.rows.labels, len(rows.rows))[0]
+    (digest,) = rows.objective.table.of_numbers(rows.rows.pictures, len(rows.rows))[0]
     vision = rows.objective.vision
     with with_images(rows.base.model, vision.spec, vision.arrays(tokens[None], [(digest,)], prompts)):
         logits = np.array(rows.base.model(mx.array(tokens[None])))[0]

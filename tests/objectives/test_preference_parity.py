@@ -21,7 +21,7 @@ from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import load_base
 from mlx_lora.models.prefix_attention import rotate_by_token
-from mlx_lora.objectives.answers import row_log_probabilities
+from mlx_lora.objectives.answers import batch_sums, row_log_probabilities
 from mlx_lora.objectives.prefix_sharing import joined
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
@@ -65,7 +65,7 @@ def ours(
     adapt_model(base.model, AdapterSettings(rank=RANK, alpha=ALPHA), seed=1)
     loss = choose_loss(base.model, base.config)
     rows = rows.with_whole_rows() if objective.likelihood == "rows" else rows
-    reference = row_log_probabilities(base.model, loss.measure_tokens, rows, 256)
+    reference = row_log_probabilities(base.model, batch_sums(loss.measure_tokens), rows, 256)
     rows = replace(rows, reference=reference if objective.reference else None)
     random = np.random.default_rng(5)
     moved = {name: random.normal(0, 0.02, value.shape) for name, value in adapter_parameters(base.model).items()}
@@ -107,6 +107,7 @@ def in_trl(folder, settings: ObjectiveSettings, initial, batches, reference, rat
     """Return losses, reports, first gradients and final factors of TRL's loss over PEFT, in our orientation."""
     import peft
     import torch
+    from trl_judge import preference_loss
 
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")
     model = peft.get_peft_model(torch_base(folder), config).train()
@@ -117,7 +118,7 @@ def in_trl(folder, settings: ObjectiveSettings, initial, batches, reference, rat
     optimizer = torch.optim.AdamW(trained.values(), lr=rate, weight_decay=0.01)
     losses, reports, gradients = [], [], None
     for batch in batches:
-        loss, told = trl_loss(settings, model, batch, reference)
+        loss, told = preference_loss(settings, model, batch, reference)
         optimizer.zero_grad()
         loss.backward()
         gradients = gradients or {name: value.grad.numpy().T.copy() for name, value in trained.items()}
@@ -126,46 +127,6 @@ def in_trl(folder, settings: ObjectiveSettings, initial, batches, reference, rat
         losses.append(loss.item())
         reports.append(told)
     return losses, reports, gradients, {name: value.detach().numpy().T for name, value in trained.items()}
-
-
-def trl_loss(settings, model, batch, reference):
-    """Return TRL's loss of one of our batches, and what it reports."""
-    import torch
-    from trl_judge import cpo_loss, dpo_objective, kto_objective, orpo_loss
-
-    kept = batch.numbers >= 0
-    order = np.concatenate([np.flatnonzero(kept)[0::2], np.flatnonzero(kept)[1::2]])
-    inputs, targets = (torch.tensor(array[order].astype(np.int64)) for array in (batch.inputs, batch.targets))
-    answer_mask = (batch.mask if batch.answers is None else batch.answers)[order]
-    logits = torch.log_softmax(model(inputs).logits, dim=-1)
-    every = logits.gather(2, targets[..., None]).squeeze(2)
-    answers = every * torch.tensor(answer_mask)
-    half = len(order) // 2
-    known = torch.tensor(reference[batch.numbers[order]])
-    if settings.objective == "dpo":
-        names = settings.loss_type.split(",")
-        weights = None if settings.loss_weights is None else [float(w) for w in settings.loss_weights.split(",")]
-        weights = weights or [1.0] * len(names)
-        options = {"beta": settings.beta, "label_smoothing": settings.label_smoothing}
-        return dpo_objective(answers, known, answer_mask, names, weights, **options)
-    if settings.objective == "kto":
-        sums = answers.detach().sum(dim=1)
-        good = batch.labels[order][:half] > 0
-        weights = settings.desirable_weight, settings.undesirable_weight
-        return kto_objective(
-            answers[:half], known[:half], answer_mask[:half], good, sums[half:], known[half:], settings.beta, weights
-        )
-    tokens = torch.tensor(answer_mask.sum(axis=1))
-    sums, means = answers.sum(dim=1), answers.sum(dim=1) / tokens
-    if settings.objective == "simpo":
-        options = {"beta": settings.beta, "simpo_gamma": settings.simpo_gamma}
-        return cpo_loss("simpo", means[:half], means[half:], **options).mean(), {}
-    trained = torch.tensor(batch.mask[order][:half])  # with the prompt for ORPO
-    likelihood = -every[:half][trained].mean()
-    if settings.objective == "cpo":
-        losses = cpo_loss("sigmoid", sums[:half], sums[half:], beta=settings.beta)
-        return losses.mean() + settings.cpo_alpha * likelihood, {}
-    return orpo_loss(means[:half], means[half:], settings.beta).mean() + likelihood, {}
 
 
 CASES = {

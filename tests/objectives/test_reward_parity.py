@@ -20,7 +20,7 @@ from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.answers import row_log_probabilities, score_loss
+from mlx_lora.objectives.answers import batch_sums, row_log_probabilities, score_loss
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.trainer.optimizer import build_optimizer
@@ -68,7 +68,7 @@ def ours(folder, settings: ObjectiveSettings, rows: EncodedSet, steps: int = STE
     ]
     base.model.load_weights(moved, strict=False)
     initial = {name: np.array(value) for name, value in adapter_parameters(base.model).items()}
-    scores = row_log_probabilities(base.model, score_loss(base.model).tokens, rows, 256)
+    scores = row_log_probabilities(base.model, batch_sums(score_loss(base.model).tokens), rows, 256)
     task = objective.bind(choose_loss(base.model, base.config), base.model)
     optimizer = build_optimizer(OptimizerSettings(learning_rate=rate, lr_schedule="constant", warmup=0.0), STEPS)
     step = Step(base.model, optimizer, task.loss.train, 1.0, StepOptions(prepare=lambda batches: task.prepare(batches, SINGLE_DEVICE), arrays_of=task.arrays_of, reports=task.reports))  # fmt: skip

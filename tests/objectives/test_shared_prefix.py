@@ -25,7 +25,7 @@ from mlx_lora.losses.check import choose_loss, probe
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.prefix_attention import SharedPrefix, rotate_by_token, unshareable
 from mlx_lora.objectives import prefix_sharing
-from mlx_lora.objectives.answers import row_log_probabilities
+from mlx_lora.objectives.answers import batch_sums, row_log_probabilities
 from mlx_lora.objectives.prefix_sharing import joined, saved_share, shared_tokens, sharing_problem
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 
@@ -186,8 +186,8 @@ def test_the_reference_of_joined_rows_is_that_of_separate_ones():
     rows = pairs()
     model = adapted()
     rotate_by_token(model)
-    wanted = row_log_probabilities(model, PLAIN.tokens, rows, 256)
-    found = row_log_probabilities(model, PLAIN.tokens, joined(rows), 128)
+    wanted = row_log_probabilities(model, batch_sums(PLAIN.tokens), rows, 256)
+    found = row_log_probabilities(model, batch_sums(PLAIN.tokens), joined(rows), 128)
     assert found.shape == wanted.shape == (10,)
     assert apart(found, wanted) < 1e-5
     assert apart(found[::-1], wanted) > 1e-2

@@ -23,7 +23,7 @@ from mlx_lora.models.image_inputs import ImageInputSpec, PositionsAndMask, Posit
 from mlx_lora.models.load import load_base
 from mlx_lora.models.tower_files import of_tower
 from mlx_lora.models.vision import load_tower
-from mlx_lora.objectives.vision_sft import BUFFERS, tower_targets
+from mlx_lora.objectives.tower_training import BUFFERS, tower_targets
 from mlx_lora.serving.pictures import PictureReader
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.step import differentiation

@@ -263,7 +263,7 @@ def test_generated_tokens_are_those_of_the_whole_row(family, tmp_path):
     rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data", chats_of(family)))
     vision, model = rows.objective.vision, rows.base.model
     tokens = rows.rows.row(2)[0]
-    digests = rows.objective.table.of_labels(rows.rows.labels, 3)[2]
+    digests = rows.objective.table.of_numbers(rows.rows.pictures, 3)[2]
     arrays = vision.arrays(tokens[None], [digests])
     reader = ModelWithImages(model, vision.spec, arrays, tokens.tolist())
     given = generate_step(
@@ -366,9 +366,9 @@ def test_sft_on_pictures_says_what_to_do(model, tmp_path):
 
 def test_a_table_knows_the_pictures_of_rows():
     table = ImageTable.empty()
-    table.rows.append(("a", "b"))
-    assert table.of_labels(np.array([1.0, 0.0], np.float32), 2) == [("a", "b"), ()]
-    assert table.of_labels(None, 2) == [(), ()]
+    assert [table.number_of(one) for one in (("a", "b"), (), ("b", "a"), ("a", "b"))] == [1, 0, 2, 1]
+    assert table.of_numbers(np.array([1, 0], np.int32), 2) == [("a", "b"), ()]
+    assert table.of_numbers(None, 2) == [(), ()]
     assert picture(0).size != picture(1).size
 
 

@@ -1,0 +1,261 @@
+"""What objectives with pictures have in common: the tower, rows with pictures, and a loss that reads them.
+
+A row's tokens include those of its pictures (data/image_tokens.py). What the language model reads at these tokens comes from the
+frozen tower (models/vision.py), once for each picture (objectives/image_features.py):
+
+    batch -> rows' pictures -> embeddings (F, D), places (B, T), and what the family needs besides -> loss
+
+Inside `with_images` (models/image_inputs.py) the model reads embeddings in place of image tokens, and all else is the
+objective's own: its loss, kernels, checkpointing and adapters. So the class here is a mix-in, which stands before the class of
+an objective for text:
+
+    VisionSFT         imitation                                  objectives/vision_sft.py
+    VisionPreference  dpo, orpo, simpo, cpo, kto                 objectives/vision_preference.py
+    VisionPolicy      grpo, rloo                                 objectives/vision_policy.py
+
+With --train-connector or --train-vision, tower and connector are parts of the model, a batch has pixels in place of
+embeddings, and the tower is asked inside the loss, once for each picture and step, so that gradients reach it. Nothing is
+kept then, and the step is not compiled.
+
+Shapes: B rows, T columns, F embeddings of a batch's pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import mlx.nn as nn
+
+from mlx_lora.data.files import find_sets
+from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable
+from mlx_lora.data.load import DataSplits, load_data, load_eval_set
+from mlx_lora.data.read import PICTURES
+from mlx_lora.models.image_inputs import ImageInputSpec, prepare_rotation, with_images
+from mlx_lora.models.vision import VisionTower, compute_dtype, image_token, load_tower, open_tower
+from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
+from mlx_lora.objectives.tower_training import kept_by_tower, planned_tower_bytes, tower_targets
+from mlx_lora.objectives.vision_encoder import VisionEncoder, put_template
+from mlx_lora.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from datetime import date
+
+    from transformers import PreTrainedTokenizerBase
+
+    from mlx_lora.config.settings import AdapterSettings, DataSettings, TrainSettings
+    from mlx_lora.data.batch import Batch
+    from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.data.sampler import BatchPlan
+    from mlx_lora.losses.cross_entropy import Loss
+
+
+@dataclass(eq=False)
+class WithPictures(Objective):
+    """Reads rows with pictures, and computes another objective's loss of them."""
+
+    read_as: ClassVar[str] = PICTURES  # the kind of records in data/read.py
+
+    def __post_init__(self) -> None:
+        self.table = ImageTable.empty()
+        self._eyes: VisionEncoder | None = None
+        self._attached = False  # whether the tower is a part of the model
+        self._token: int | None = None  # of pictures, as far as it is known
+        # Of tower and connector: modules that are trained in full, and layers that get factors.
+        self._whole: tuple[str, ...] = ()
+        self._layers: tuple[str, ...] = ()
+
+    @property
+    def vision(self) -> VisionEncoder:
+        """The tower and what belongs to it.
+
+        Raises:
+            ValueError: `open` was not called.
+        """
+        if self._eyes is None:
+            raise ValueError("the tower is not loaded")
+        return self._eyes
+
+    @property
+    def asked(self) -> str:
+        """How users ask for this objective."""
+        return f"--objective {self.name}" + ("" if self.read_as == PICTURES else " with --images")
+
+    @property
+    def shares_prompts(self) -> bool:
+        """False: each answer has a row of its own, with the pictures of its prompt."""
+        return False
+
+    # Before the run
+
+    def open(self, ctx: RunContext) -> None:
+        """Load the tower, and let the base take the positions of pictures.
+
+        Raises:
+            InputError: the model sees no pictures, or processes divide it.
+        """
+        self._check(ctx)
+        adapter, base = ctx.settings.adapter, ctx.base
+        trains = ctx.trains and bool(adapter.train_connector or adapter.train_vision)
+        self._attached = trains or not ctx.trains  # a tower that is measured may be an adapter's, which is put on later
+        tower = open_tower(base) if self._attached else load_tower(base.folder, compute_dtype(base))
+        self._eyes = VisionEncoder.of(ctx.base, ctx.settings.data, self.table, tower, trains)
+        self.compiles = not trains
+        if trains:
+            self._layers, self._whole = tower_targets(tower.model, adapter)
+        super().open(ctx)
+
+    def _check(self, ctx: RunContext) -> None:
+        """Refuse what pictures cannot be combined with.
+
+        Raises:
+            InputError: with the reason.
+        """
+        if ctx.strategy.divides_base:
+            raise InputError(
+                f"{self.asked} with a divided base: only whole bases see pictures; leave out --shard-base, --offload-base and "
+                "--parallel tensor"
+            )
+        if ctx.settings.loop.cache_trunk == "on":
+            raise InputError(f"--cache-trunk on with {self.asked}: the tower's output is kept instead; leave it out")
+        trains_prompt = {"--no-mask-prompt": not ctx.settings.data.mask_prompt, self.asked: self.likelihood == "rows"}
+        if ImageInputSpec.of(ctx.base.config).prompt and any(trains_prompt.values()):
+            raise InputError(
+                f"{next(flag for flag, asked in trains_prompt.items() if asked)} with a {ctx.base.config.get('model_type')} "
+                "model: the tokens of its prompts see those that follow, so they cannot be trained; leave it out, or choose "
+                "another"
+            )
+
+    def adapted(self, adapter: AdapterSettings) -> AdapterSettings:
+        """Add what --train-connector and --train-vision name; see `Objective.adapted`."""
+        layers, whole = self._layers, self._whole
+        if adapter.method == "full":  # whose targets are trained in full
+            layers, whole = whole, ()
+        saved = ",".join(filter(None, (adapter.modules_to_save, *whole)))
+        return replace(
+            adapter, target_modules=",".join((adapter.target_modules, *layers)), modules_to_save=saved or None
+        )
+
+    def settled(self, settings: TrainSettings) -> TrainSettings:
+        """Return the settings without what would compute rows without their pictures."""
+        settings = super().settled(settings)
+        return replace(settings, loop=replace(settings.loop, cache_trunk="off", sample_tokens=0))
+
+    def other_models_bytes(self, settings: TrainSettings) -> int:
+        """Return the bytes of the tower, and of what it saw, as far as they stay in memory."""
+        others = super().other_models_bytes(settings)
+        if self._eyes is None:
+            return others + planned_tower_bytes(settings, self.table)
+        if self.vision.trained:  # tower and connector are among the model's own parameters
+            return others + kept_by_tower(self.vision.processor.config, settings, self.table)
+        return others + self.vision.tower.size_bytes + min(self.vision.seen.most_bytes, self.vision.pictures_bytes())
+
+    def header_words(self, plan: BatchPlan, ctx: RunContext) -> list[str]:
+        """Return words on the tower for the run's header."""
+        words = super().header_words(plan, ctx)
+        adapter, size = ctx.settings.adapter, f"{self.vision.tower.size_bytes / 1e6:.0f} MB"
+        if not self.vision.trained:
+            return [*words, f"tower frozen, {size}"]
+        ways = {"connector": adapter.train_connector, "tower": adapter.train_vision}
+        trained = ", ".join(f"{part} {'frozen' if way is None else f'trained ({way})'}" for part, way in ways.items())
+        return [*words, f"{trained}, {size}"]
+
+    # Rows
+
+    def read_data(self, ctx: RunContext, data: DataSettings, teacher_prompt: str | None = None) -> DataSplits:
+        """Read rows that may have pictures; see `Objective.read_data`."""
+        reader, tokenizer = self._reader(data, self.vision.processor, ctx.base.config), ctx.base.hf_tokenizer
+        put_template(tokenizer, ctx.base.folder, data, reader.processor.family)
+        splits = load_data(data, tokenizer, ctx.settings.loop.seed, ctx.today, self.read_as, pictures=reader)
+        ctx.record.identity["pictures"] = self.vision.identity()
+        ctx.record.lines.append(self.vision.words())
+        return splits.changed(lambda sets: {name: self.targets_of(rows) for name, rows in sets.items()})
+
+    def read_set(self, ctx: RunContext, data: DataSettings) -> EncodedSet:
+        """Read one set to measure; see `Objective.read_set`."""
+        reader = self._reader(data, self.vision.processor, ctx.base.config)
+        put_template(ctx.base.hf_tokenizer, ctx.base.folder, data, reader.processor.family)
+        return load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, self.read_as, pictures=reader)
+
+    def read_planned(
+        self,
+        settings: TrainSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        config: dict[str, Any],
+        today: date | None,
+        records: str,
+    ) -> DataSplits:
+        """Read a run's data for a plan; see `Objective.read_planned`."""
+        data = settings.data
+        reader = self._reader(data, ImageProcessor(folder, config, data.max_pixels), config)
+        put_template(tokenizer, folder, data, reader.processor.family)
+        return load_data(data, tokenizer, settings.loop.seed, today, self.read_as, pictures=reader)
+
+    def _reader(self, data: DataSettings, processor: ImageProcessor, config: dict[str, Any]) -> ImageReader:
+        files = [file.path for one in find_sets(data.data or "") for files in one.splits.values() for file in files]
+        roots = list(dict.fromkeys(path.parent for path in files))
+        self._token = image_token(config)
+        return ImageReader(processor, roots, self.table, self._token)
+
+    def targets_of(self, rows: EncodedSet) -> EncodedSet:
+        """Return rows with the objective's targets, of which no token of a picture is one.
+
+        A plan's objective has not read the rows itself, and counts pictures in prompts that are trained.
+        """
+        found = super().targets_of(rows)
+        if found.mask is rows.mask or self._token is None or self.likelihood != "rows":
+            return found
+        return replace(found, mask=found.mask & (found.tokens != self._token))
+
+    # The loss
+
+    def bind(self, loss: Loss, model: nn.Module) -> BoundObjective:
+        """Return the objective's loss on a vision-language model; see `Objective.bind`."""
+        prepare_rotation(model, self.vision.spec)
+        bound = super().bind(loss, model)
+        loss, given = bound.loss, self._with_batch
+        seen = replace(
+            loss,
+            train=given(loss.train),
+            measure=given(loss.measure),
+            tokens=given(loss.tokens),
+            measure_tokens=None if loss.measure_tokens is None else given(loss.measure_tokens),
+        )
+
+        def arrays_of(batch: Batch) -> tuple[Any, ...]:
+            return (*bound.arrays_of(batch), *self.arrays_of(batch))
+
+        whole = None if bound.whole_set is None else bound.whole_set.above(given)
+        return replace(bound, loss=seen, arrays_of=arrays_of, whole_set=whole)
+
+    def arrays_of(self, batch: Batch) -> tuple[Any, ...]:
+        """Return the arrays of a batch's pictures, which follow those of the objective."""
+        rows = self.table.of_numbers(batch.pictures, len(batch.inputs))
+        prompts = batch.mask.argmax(axis=1) + 1  # up to the first trained target
+        return tuple(self.vision.arrays(batch.inputs, rows, prompts))
+
+    def _with_batch(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of (model, arrays of the objective, arrays of pictures) whose model reads the pictures."""
+        vision = self.vision
+        count = 1 if vision.trained else len(vision.spec.names)
+
+        def call(model: nn.Module, *arrays: Any) -> Any:
+            with with_images(model, vision.spec, vision.shown(arrays[-count:])):
+                return function(model, *arrays[:-count])
+
+        return call
+
+    @contextmanager
+    def shown(self, model: nn.Module, batch: Batch) -> Iterator[None]:
+        """Let a model read the pictures of a batch inside the context."""
+        prepare_rotation(model, self.vision.spec)
+        with with_images(model, self.vision.spec, self.vision.shown(self.arrays_of(batch))):
+            yield
+
+    def look_with(self, tower: VisionTower) -> None:
+        """Take another state of the tower from here on; what was seen before is not used again."""
+        self._eyes = self.vision.with_tower(tower)

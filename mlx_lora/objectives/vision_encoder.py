@@ -1,0 +1,202 @@
+"""A model's tower with its image processor, and what a batch gets of the pictures of its rows.
+
+Shapes: B rows, T columns, F embeddings of a batch's pictures, padded to a power of two so that few shapes are compiled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_lora.data.chat_template import own_template
+from mlx_lora.data.image_tokens import Family, ImageProcessor, ImageTable
+from mlx_lora.models.image_inputs import ImageInputSpec, counted_positions, positions_of
+from mlx_lora.models.vision import ImageFeatures, VisionTower
+from mlx_lora.objectives.image_features import ImageFeatureCache
+from mlx_lora.utils.parsing import read_json
+from mlx_lora.utils.text import counted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mlx_lora.config.settings import DataSettings
+    from mlx_lora.models.load import Base
+
+FEWEST = 16  # embeddings that a batch has room for
+
+
+@dataclass(frozen=True)
+class VisionEncoder:
+    """A model's tower with its image processor, and how the language model reads what it sees.
+
+    Attributes:
+        tower: frozen.
+        processor: makes pixels and tokens of pictures.
+        spec: of the language model.
+        table: of the pictures.
+        seen: what the tower saw.
+        trained: whether tower or connector are trained, so that what it sees changes.
+    """
+
+    tower: VisionTower
+    processor: ImageProcessor
+    spec: ImageInputSpec
+    table: ImageTable
+    seen: ImageFeatureCache
+    trained: bool = False
+
+    @classmethod
+    def of(
+        cls, base: Base, data: DataSettings, table: ImageTable, tower: VisionTower, trained: bool = False
+    ) -> VisionEncoder:
+        """Put a base's tower and its image processor together.
+
+        Raises:
+            InputError: it has a family that is not known here.
+        """
+        processor, spec = ImageProcessor(base.folder, base.config, data.max_pixels), ImageInputSpec.of(base.config)
+        return cls(tower, processor, spec, table, ImageFeatureCache(tower, processor, table), trained)
+
+    def with_tower(self, tower: VisionTower) -> VisionEncoder:
+        """Return it with another tower of the same model, by which no picture is seen yet."""
+        return replace(self, tower=tower, seen=ImageFeatureCache(tower, self.processor, self.table))
+
+    def identity(self) -> str:
+        """Return what tells other pictures, or other pixels of them, apart."""
+        facts = [self.table.rows, sorted(self.table.pictures), self.processor.max_pixels]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    def words(self) -> str:
+        """Return a line on the pictures for the run's header."""
+        tokens = [shown.tokens for shown in self.table.shown.values()]
+        if not tokens:
+            return "Pictures: none in the data"
+        sizes = [picture.size for picture in self.table.pictures.values()]
+        largest = max(sizes, key=lambda size: size[0] * size[1])
+        each = (
+            f"{min(tokens)} to {max(tokens)} tokens each" if min(tokens) < max(tokens) else f"{max(tokens)} tokens each"
+        )
+        limit = f", at most {self.processor.max_pixels:,} pixels" if self.processor.max_pixels else ""
+        return (
+            f"Pictures: {counted(len(tokens), 'picture')}, the largest {largest[0]} x {largest[1]} pixels{limit}; {each}, "
+            f"{np.mean(tokens):.0f} on average"
+        )
+
+    def pictures_bytes(self) -> int:
+        """Return the bytes of what the tower sees of all pictures."""
+        each = self.tower.width * 4 * (1 + self.spec.deep)
+        return each * sum(shown.tokens for shown in self.table.shown.values())
+
+    def arrays(self, inputs: np.ndarray, rows: list[tuple[str, ...]], prompts: np.ndarray | None = None) -> list[Any]:
+        """Return the arrays that `with_images` takes for a batch, or if the tower is trained, what `shown` makes them of.
+
+        Args:
+            inputs: (B, T) token ids.
+            rows: the digests of each row's pictures.
+            prompts: (B,) the number of tokens of each row before its first answer; None: a row is a prompt.
+
+        Raises:
+            InputError: a picture's file has changed.
+        """
+        digests = [digest for row in rows for digest in row]
+        each = np.array([sum(self.table.shown[digest].tokens for digest in row) for row in rows], np.int64)
+        is_picture, count = inputs == self.tower.token, int(each.sum())  # (B, T)
+        is_picture &= np.cumsum(is_picture, axis=1) <= each[:, None]  # one that the model wrote itself is text
+        if int(is_picture.sum()) != count:
+            raise ValueError(f"{int(is_picture.sum())} image tokens, and {count} embeddings for them")
+        places = np.where(is_picture, np.cumsum(is_picture).reshape(is_picture.shape), 0).astype(np.int32)
+        given = {"places": mx.array(places)}
+        if self.spec.prompt:
+            ends = np.full(len(inputs), inputs.shape[1]) if prompts is None else prompts
+            given["pictures"] = mx.array((np.arange(inputs.shape[1]) < ends[:, None]).astype(np.int32))
+        elif self.spec.both_ways:
+            given["pictures"] = mx.array(self._numbers(is_picture, rows))
+        if self.spec.sections is not None:
+            grids = [[self.table.shown[digest].grid for digest in row] for row in rows]
+            found = [positions_of(row, grid) for row, grid in zip(is_picture, grids, strict=True)]
+            given["positions"] = mx.array(np.stack(found, axis=1))  # (3, B, T)
+        if self.trained:
+            return [UnseenPictures(given, [self._pixels(digest) for digest in digests])]
+        return self._with_embeddings(given, [self.seen.of(digest) for digest in digests])
+
+    def prompt_arrays(self, tokens: Sequence[int], digests: tuple[str, ...]) -> list[mx.array]:
+        """Return the arrays that `with_images` takes for a prompt, whose next token has the position that it has in text.
+
+        Args:
+            tokens: of the prompt.
+            digests: of its pictures.
+        """
+        arrays = self.shown(self.arrays(np.array([tokens], np.int32), [digests]))
+        given = dict(zip(self.spec.names, arrays, strict=True))
+        if "positions" in given:
+            given["positions"] = mx.array(counted_positions(np.array(given["positions"])))
+        return [given[name] for name in self.spec.names]
+
+    def shown(self, arrays: Sequence[Any]) -> Sequence[mx.array]:
+        """Return the arrays that `with_images` takes; a trained tower is asked about the pictures here."""
+        if len(arrays) != 1 or not isinstance(arrays[0], UnseenPictures):
+            return arrays
+        return self._with_embeddings(arrays[0].given, [self.tower(*one) for one in arrays[0].pixels])
+
+    def _pixels(self, digest: str) -> tuple[dict[str, mx.array], int]:
+        """Return what the tower takes of a picture, and the number of its tokens."""
+        pixels = self.processor.pixels(self.table.pictures[digest].pixels())
+        return {name: mx.array(value) for name, value in pixels.items()}, self.table.shown[digest].tokens
+
+    def _with_embeddings(self, given: dict[str, mx.array], seen: Sequence[ImageFeatures]) -> list[mx.array]:
+        """Return a batch's arrays with what is seen of its pictures, padded."""
+        count = sum(len(one.embeddings) for one in seen)
+        room = max(FEWEST, 1 << max(0, count - 1).bit_length()) - count
+        width, dtype = self.tower.width, seen[0].embeddings.dtype if seen else mx.float32
+        embeddings = mx.concatenate([*(one.embeddings for one in seen), mx.zeros((room, width), dtype)])
+        given = {**given, "embeddings": embeddings}
+        if self.spec.deep:
+            deep = [one.deep for one in seen if one.deep is not None]
+            given["deep"] = mx.concatenate([*deep, mx.zeros((self.spec.deep, room, width), dtype)], axis=1)
+        return [given[name] for name in self.spec.names]
+
+    def _numbers(self, is_picture: np.ndarray, rows: list[tuple[str, ...]]) -> np.ndarray:
+        """Return the number of the picture that each token belongs to, in its row; (B, T) int32, 0 for text."""
+        found = np.zeros(is_picture.shape, np.int32)
+        for number, row in enumerate(rows):
+            lengths = [self.table.shown[digest].tokens for digest in row]
+            found[number][is_picture[number]] = np.repeat(np.arange(1, len(row) + 1), lengths)
+        return found
+
+
+@dataclass(frozen=True)
+class UnseenPictures:
+    """The pictures of a batch that a trained tower is yet to be asked about.
+
+    Attributes:
+        given: the batch's arrays that do not depend on it, by name.
+        pixels: for each picture, what the tower takes, and the number of its tokens.
+    """
+
+    given: dict[str, mx.array]
+    pixels: list[tuple[dict[str, mx.array], int]]
+
+
+def image_template(tokenizer: PreTrainedTokenizerBase, folder: Path, family: Family) -> str | None:
+    """Return the chat template of a model that shows pictures; None if it has no template.
+
+    Older folders have two: that of the tokenizer for text alone, and the processor's in chat_template.json.
+    """
+    own = own_template(tokenizer) or family.template
+    file = folder / "chat_template.json"
+    if (own is None or family.place not in own) and file.is_file():
+        found = read_json(file, "download the model again").get("chat_template")
+        return found if isinstance(found, str) else own
+    return own
+
+
+def put_template(tokenizer: PreTrainedTokenizerBase, folder: Path, data: DataSettings, family: Family) -> None:
+    """Give a model's tokenizer the template that shows pictures, unless the settings name another."""
+    if data.chat_template is None and (template := image_template(tokenizer, folder, family)) is not None:
+        tokenizer.chat_template = template
