@@ -223,6 +223,8 @@ def _data_problems(settings: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"--pairs {settings['pairs']} with --objective {objective}: it reads no pairs; leave --pairs out"
         )
+    if settings["fetch_images"] and objective != "vision_sft":
+        problems.append(f"--fetch-images with --objective {objective}: only vision_sft shows pictures; leave it out")
     if not imitates and settings["data_format"] != "auto":
         what = "prompts" if objective in (*SAMPLING, "distill") else "preference data"
         what = (

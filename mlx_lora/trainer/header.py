@@ -193,6 +193,7 @@ def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
     adapter = ["--adapter-path", path]
     asked = settings.objective.objective
     measured = ["--objective", asked, "--data", str(settings.data.data)]
+    measured += ["--fetch-images"] if settings.data.fetch_images else []
     if asked == "embed":
         lines = [
             ["embed", "FILE", *trained_on, *adapter, "--out", "vectors.npy"],
