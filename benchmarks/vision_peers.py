@@ -33,7 +33,8 @@ OPTIONS = (
     ("--model", ..., "SmolLM2 as a folder in float32."),
     ("--out", ..., "Folder for the model, rows and runs; what is there is used again."),
     ("--blocks", 4, "Blocks of SmolLM2 that are kept, the first ones."),
-    ("--rows", 4, "Rows, all of which are one batch, so that both sides take the same steps."),
+    # With more, mlx-vlm 0.7.10 stops: it gives SmolVLM's attention a mask of the shape (rows, tokens).
+    ("--rows", 1, "Rows, all of which are one batch, so that both sides take the same steps."),
     ("--steps", 5, "Steps of a run."),
     ("--rounds", 3, "Runs of each side."),
     ("--learning-rate", 1e-3, "Of both."),
@@ -96,6 +97,29 @@ def written(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return file
 
 
+def as_published(folder: Path) -> Path:
+    """Give a model's tensors the names and layouts of published ones, with a head of its own, as both sides read; return its folder."""
+    import mlx.core as mx
+
+    file, config = folder / "model.safetensors", folder / "config.json"
+    stored = mx.load(str(file))
+    assert isinstance(stored, dict)
+    if "lm_head.weight" not in stored:
+        named = {name.replace("language_model.model.", "text_model."): w for name, w in stored.items()}
+        weights = {
+            f"model.{name}": mx.contiguous(mx.moveaxis(w, -1, 1)) if w.ndim == 4 else w for name, w in named.items()
+        }
+        weights["lm_head.weight"] = weights["model.text_model.embed_tokens.weight"]
+        mx.eval(weights)
+        mx.save_safetensors(str(file), weights, metadata={"format": "pt"})
+        values = json.loads(config.read_text(encoding="utf-8"))
+        text = values["text_config"]
+        text["tie_word_embeddings"] = values["tie_word_embeddings"] = False
+        text["rope_theta"] = text["rope_parameters"]["rope_theta"]  # as in published files; mlx-vlm reads no rope_parameters
+        config.write_text(json.dumps(values), encoding="utf-8")
+    return folder
+
+
 def factors(model: Path, data: Path, rows: int, out: Path) -> dict[str, str]:
     """Return the folders of the initial factors, as ours and as mlx-vlm's; one step with no rate to speak of makes them."""
     ours, theirs = out / "initial", out / "initial-mlx-vlm"
@@ -135,7 +159,7 @@ def main() -> None:
     asked = options(__doc__, *OPTIONS).parse_args()
     out = Path(asked.out)
     out.mkdir(parents=True, exist_ok=True)
-    model = write_base(Path(asked.model), out / "base", asked.blocks, 0, TOWER, SIDE, PATCH)
+    model = as_published(write_base(Path(asked.model), out / "base", asked.blocks, 0, TOWER, SIDE, PATCH))
     kinds = write_kinds(out / "kinds")
     masks, _ = run_side(
         "vision_side.py", {"who": "masks", "model": str(model), "data": str(kinds)}, out, "masks", timeout_s=1800
