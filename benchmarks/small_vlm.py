@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,26 @@ def write_rows(folder: Path, name: str, count: int, seed: int, task: bool) -> li
 # --- the model
 
 
-def write_base(source: Path, folder: Path, blocks: int, seed: int) -> Path:
-    """Write a model in SmolVLM's format: the first blocks of SmolLM2, and a tower and a connector with random weights."""
+def write_base(
+    source: Path,
+    folder: Path,
+    blocks: int,
+    seed: int,
+    tower_config: Mapping[str, int] = TOWER,
+    side: int = SIDE,
+    patch: int = PATCH,
+) -> Path:
+    """Write a model in SmolVLM's format: the first blocks of SmolLM2, and a tower and a connector with random weights.
+
+    Args:
+        source: folder of SmolLM2, in float32.
+        folder: is written, unless it is there.
+        blocks: that are kept.
+        seed: of the random weights.
+        tower_config: widths and number of its blocks.
+        side: of a picture, in pixels.
+        patch: side of a patch, in pixels.
+    """
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from transformers import AutoTokenizer, SmolVLMConfig
@@ -152,7 +170,7 @@ def write_base(source: Path, folder: Path, blocks: int, seed: int) -> Path:
             "vocab_size", "max_position_embeddings", "rope_theta", "tie_word_embeddings", "bos_token_id", "eos_token_id")  # fmt: skip
     config = SmolVLMConfig(
         text_config={**{name: text[name] for name in kept}, "model_type": "llama", "num_hidden_layers": blocks},
-        vision_config={**TOWER, "image_size": SIDE, "patch_size": PATCH},
+        vision_config={**tower_config, "image_size": side, "patch_size": patch},
         scale_factor=SCALE,
         image_token_id=AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<image>"),
         tie_word_embeddings=text["tie_word_embeddings"],
@@ -160,10 +178,10 @@ def write_base(source: Path, folder: Path, blocks: int, seed: int) -> Path:
     config.save_pretrained(folder)
     image_processor = {
         "image_processor_type": "SmolVLMImageProcessor", "do_image_splitting": False, "do_convert_rgb": True, "do_pad": True,
-        "size": {"longest_edge": SIDE}, "max_image_size": {"longest_edge": SIDE}, "processor_class": "SmolVLMProcessor",
+        "size": {"longest_edge": side}, "max_image_size": {"longest_edge": side}, "processor_class": "SmolVLMProcessor",
     }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(image_processor), encoding="utf-8")
-    own = {"processor_class": "SmolVLMProcessor", "image_seq_len": (SIDE // PATCH // SCALE) ** 2}
+    own = {"processor_class": "SmolVLMProcessor", "image_seq_len": (side // patch // SCALE) ** 2}
     (folder / "processor_config.json").write_text(json.dumps(own), encoding="utf-8")
 
     stored = mx.load(str(source / "model.safetensors"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -282,8 +282,19 @@ def vision_files(family: str, folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
-def write_model_here(family: str, folder: Path, seed: int = 0, scale: float = 0.15) -> Path:
-    """Write the same without torch, under mlx-vlm's names; arguments as for `write_model`."""
+def write_model_here(
+    family: str,
+    folder: Path,
+    seed: int = 0,
+    scale: float = 0.15,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Path:
+    """Write the same without torch, under mlx-vlm's names.
+
+    Args:
+        family, folder, seed, scale: as for `write_model`.
+        changes: other values of parts of the config, such as {"text_config": {"hidden_size": 512}}.
+    """
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
@@ -291,6 +302,10 @@ def write_model_here(family: str, folder: Path, seed: int = 0, scale: float = 0.
     from mlx_lora.models.vision import LANGUAGE, build_tower
 
     values = vision_files(family, folder)
+    if changes:
+        for part, values_of_part in changes.items():
+            values[part] = {**values[part], **values_of_part}
+        (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     language = dict(tree_flatten(build_model(values).parameters()))
     tower = {n: w for n, w in tree_flatten(build_tower(values).parameters()) if not n.startswith(LANGUAGE)}
     mx.random.seed(seed)

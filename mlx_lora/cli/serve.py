@@ -109,7 +109,8 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
         RunError: the engine has failed.
     """
     # Imported here, because packages that they need may not be installed.
-    from mlx_lora.serving.app import Adapters, AnswerLimits, make_app
+    from mlx_lora.serving.app import Adapters, make_app
+    from mlx_lora.serving.conversation import AnswerLimits
     from mlx_lora.serving.embeddings import EmbeddingRequests
     from mlx_lora.serving.guard import GuardLimits, ServerLimits, is_local, run_app
     from mlx_lora.serving.scores import Scores
@@ -125,7 +126,7 @@ def run_server(engine: Engine, settings: ServeSettings, key: str | None, body_by
     app = make_app(
         engine,
         GuardLimits(key, is_local(settings.host), origins, body_bytes, settings.read_timeout),
-        AnswerLimits(settings.max_tokens, context, settings.request_timeout, images),
+        AnswerLimits(settings.max_tokens, context, settings.request_timeout, images, settings.fetch_images),
         int(time.time()),
         [
             *Adapters(engine, base_name(engine.base), folder, settings.allow_hub).routes(),
@@ -162,10 +163,11 @@ def serve_training(model: ModelSettings, settings: ServeSettings, key: str | Non
         raise InputError("--training: tinker is not installed; pip install 'mlx-lora[tinker]'")
     if settings.allow_origin or settings.allow_hub:
         raise InputError("--training: pages and the hub play no part in it; leave --allow-origin and --allow-hub out")
-    if named.adapters or named.blends or settings.adapters_from or settings.images_from:
+    pictures = settings.images_from or settings.fetch_images
+    if named.adapters or named.blends or settings.adapters_from or pictures:
         raise InputError(
             "--training: clients create their adapters themselves, and show no pictures; leave --adapter, --blend, "
-            "--adapters-from and --images-from out"
+            "--adapters-from, --images-from and --fetch-images out"
         )
     if key is not None and not key.startswith(KEY_PREFIX):
         raise InputError(f"--api-key: Tinker's client only sends keys that begin with {KEY_PREFIX}; choose such a key")

@@ -229,6 +229,11 @@ def _data_problems(settings: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"--pairs {settings['pairs']} with --objective {objective}: it reads no pairs; leave --pairs out"
         )
+    if settings["fetch_images"] and objective != "vision_sft" and not settings["images"]:
+        problems.append(
+            f"--fetch-images with --objective {objective}: pictures are only shown with --objective vision_sft or --images; "
+            "leave it out"
+        )
     if not imitates and settings["data_format"] != "auto":
         what = "prompts" if objective in (*SAMPLING, "distill") else "preference data"
         what = (

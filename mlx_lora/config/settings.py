@@ -99,6 +99,9 @@ class DataSettings:
     max_pixels: int | None = setting(None,
         "With pictures: shrink those that have more pixels; in models whose tokens depend on the size, this saves tokens.",
         MODEL, at_least=16, at_most=10**9)
+    fetch_images: bool = setting(False,
+        "With pictures: download those that rows name by a web address, once, into the cache (default: leave such rows out).",
+        MODEL, may_change=True)
     pairs: str = setting("best", "If answers have scores: pair the best with the worst, or all with different scores.",
         MODEL, choices=PAIRS)
     valid_fraction: float = setting(0.05, "Share of rows held out when there is no validation file.",
@@ -320,6 +323,8 @@ class ServeSettings:
         "Folder whose subfolders clients may load as adapters (default: none).", SERVER, common=True)
     images_from: str | None = setting(None,
         "Folder below which clients may name pictures as files (default: none; data URLs always work).", SERVER)
+    fetch_images: bool = setting(False,
+        "Download pictures that clients name by a web address, from public servers only (default: refuse them).", SERVER)
     allow_hub: bool = setting(False, "Let clients load adapters from the hub.", SERVER)
     adapter_memory: str | None = setting(None,
         "Limit on memory for adapters, such as 2GB; the least recently used are evicted (default: no limit).", LIMITS)

@@ -25,6 +25,7 @@ import numpy as np
 from transformers import AutoImageProcessor, PreTrainedTokenizerBase
 
 from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.downloads import ImageDownloads, is_on_web
 from mlx_lora.data.examples import Example, FormatError, Message
 from mlx_lora.data.images import BEGIN, END, MARK, ImageConversation, ImageFile, ImageFiles
 from mlx_lora.data.render import Rendered, Renderer, Rendering
@@ -335,6 +336,11 @@ class ImageReader:
         """
         self.processor, self.files, self.table, self.token = processor, ImageFiles(roots), table, token
 
+    def fetching(self, allowed: bool) -> ImageReader:
+        """Return this reader, which from now on downloads pictures from the web, or refuses them."""
+        self.files.downloads = ImageDownloads() if allowed else None
+        return self
+
     def open_all(self, names: Sequence[str], sources: Mapping[str, str | bytes]) -> list[str]:
         """Return the digests of pictures, in order; they are put into the table.
 
@@ -429,6 +435,9 @@ class ImageRowEncoder(Encoder):
 
     def encode(self, examples: Sequence[Example], on_rows: Callable[[int], None] = lambda done: None) -> Encoded:
         """Encode examples in order, as `Encoder` does; a row that is cut inside a picture is dropped."""
+        if (downloads := self._reader.files.downloads) is not None:
+            illustrated = (example for example in examples if isinstance(example, ImageConversation))
+            downloads.fetch_all(str(s) for one in illustrated for s in one.sources.values() if is_on_web(s))
         encoded = super().encode(examples, on_rows)
         table, token = self.reader.table, self.reader.token
         kept, pictures, dropped = [], [], dict(encoded.dropped)

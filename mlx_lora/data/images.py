@@ -6,7 +6,8 @@
     {"prompt": "What is this?", "completion": "A cat", "images": [{"bytes": ...}]}                         the hub's parquet
     {"file_name": "a.png", "text": "a cat on a mat"}                                                       captions in a table
 
-A picture is a file below the data's folder, a data URL, or the bytes of a file. Where a record's text has no place for its
+A picture is a file below the data's folder, a data URL, the bytes of a file, or with --fetch-images a web address
+(data/downloads.py). Where a record's text has no place for its
 pictures, they come first in the first question, as in TRL. In the text of a message a picture is a mark:
 
     \U000fff00 digest of the picture's source \U000fff01
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.downloads import ImageDownloads, is_on_web
 from mlx_lora.data.examples import Completion, Conversation, Example, Fields, FormatError, Text
 from mlx_lora.data.formats import NamedColumns, parse_record
 from mlx_lora.utils.errors import InputError
@@ -271,8 +273,9 @@ class ImageFiles:
     """Opens the pictures of some data sets."""
 
     def __init__(self, roots: Sequence[Path]):
-        """Take pictures from below these folders only."""
+        """Take pictures from below these folders only, and none from the web unless `downloads` is set."""
         self._roots = [root.resolve() for root in roots]
+        self.downloads: ImageDownloads | None = None
 
     def open(self, source: str | bytes) -> ImageFile:
         """Return a picture, which can be decoded.
@@ -282,8 +285,8 @@ class ImageFiles:
         """
         if isinstance(source, bytes):
             return _picture(source, source)
-        if re.match(r"https?:", source, re.IGNORECASE):
-            raise FormatError(f"picture {_named(source)} is on the web; download it into the data's folder")
+        if is_on_web(source):
+            return self._on_web(source)
         if source[:5].lower() == "data:":
             content = _of_data_url(source)
             return _picture(content, content)
@@ -296,6 +299,21 @@ class ImageFiles:
             raise FormatError(f"picture {_named(source)}: {error.strerror or 'cannot be read'}") from error
         except FormatError as error:
             raise FormatError(f"picture {_named(source)}: {error}") from error
+
+    def _on_web(self, url: str) -> ImageFile:
+        if self.downloads is None:
+            raise FormatError(
+                f"picture {_named(url)} is on the web; give --fetch-images, or download it into the data's folder"
+            )
+        try:
+            file = self.downloads.file(url)
+            try:
+                return _picture(file.read_bytes(), file)
+            except (FormatError, OSError) as error:
+                self.downloads.drop(url, str(error))
+                raise
+        except (FormatError, OSError) as error:
+            raise FormatError(f"picture {_named(url)}: {error}") from error
 
     def _path(self, name: str) -> Path:
         """Return the file of a picture, below one of the folders."""

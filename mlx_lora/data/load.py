@@ -179,7 +179,8 @@ def load_data(
             report = replace(DataReport.from_dict(details["report"]), data=shown_data(settings.data or ""))
             splits = DataSplits(rows["train"], rows.get("valid"), rows.get("test"), report, details["chat_template"])
         else:
-            splits = _make_splits(sets, settings, tokenizer, seed, day, records, Seen(teacher_prompt, tools, pictures))
+            seen = Seen(teacher_prompt, tools, pictures and pictures.fetching(settings.fetch_images))
+            splits = _make_splits(sets, settings, tokenizer, seed, day, records, seen)
             if records not in NOT_KEPT:
                 rows = {"train": splits.train, "valid": splits.valid, "test": splits.test}
                 details = {"report": splits.report.to_dict(), "chat_template": splits.chat_template}
@@ -335,7 +336,8 @@ def load_eval_set(
     repeated = cut_repeated_prompts([(parts[EVALUATION], 0)])
     check_speaker(parts.values(), settings)
     encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer, day)
-    encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, Seen(teacher_prompt, tools, pictures))}
+    seen = Seen(teacher_prompt, tools, pictures and pictures.fetching(settings.fetch_images))
+    encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, seen)}
     _check(settings, parts, encoded)
     notes = [f"Note: {note}" for note in repeated_notes([repeated])]
     notes += evaluation_notes(parts[EVALUATION], encoded[EVALUATION])

@@ -22,7 +22,7 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from starlette.routing import BaseRoute, Route
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.reports.charts import tokens_css
 from mlx_lora.serving.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name
-from mlx_lora.serving.conversation import picture_prompt, prompt_tokens
+from mlx_lora.serving.conversation import AnswerLimits, picture_prompt, prompt_tokens, with_downloads
 from mlx_lora.serving.engine import Engine, Event, QueueFull, Request, Stopped
 from mlx_lora.serving.guard import Guard, GuardLimits, error_response, not_here
 from mlx_lora.serving.pictures import PicturePrompt, PictureReader
@@ -111,23 +111,6 @@ def make_app(
     )
 
 
-@dataclass(frozen=True)
-class AnswerLimits:
-    """Limits for an answer.
-
-    Attributes:
-        max_tokens: the most new tokens.
-        max_context: the most tokens of prompt and answer together.
-        timeout_s: seconds until it must be complete.
-        images_from: folder below which clients may name files of pictures; None: they may name none.
-    """
-
-    max_tokens: int
-    max_context: int
-    timeout_s: float
-    images_from: Path | None = None
-
-
 class Completions:
     """The endpoints that generate, and those that list models."""
 
@@ -159,6 +142,8 @@ class Completions:
             message = f"{self._base_name} is an encoder, which writes no text; POST /v1/embeddings has its vectors"
             raise ApiError(400, message, "model_not_supported", "model")
         card = self._card(ask.model)
+        if self._limits.fetch_images and ask.pictures:  # beside other requests, because a server may be slow
+            ask = await anyio.to_thread.run_sync(with_downloads, ask)
         tokens, pictures = await anyio.to_thread.run_sync(self._tokens, ask, card, limiter=self._one_at_a_time)
         request = Request(
             tokens=tokens,

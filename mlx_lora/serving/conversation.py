@@ -11,13 +11,15 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.chat_template import encode_chat, own_template
+from mlx_lora.data.downloads import downloaded, is_on_web
+from mlx_lora.data.examples import FormatError
 from mlx_lora.data.images import mark
 from mlx_lora.serving.adapter_store import base_name
 from mlx_lora.serving.batch import Sampling
@@ -42,6 +44,25 @@ class AnswerSettings:
     max_tokens: int
     context: int
     sampling: Sampling
+
+
+@dataclass(frozen=True)
+class AnswerLimits:
+    """Limits for an answer.
+
+    Attributes:
+        max_tokens: the most new tokens.
+        max_context: the most tokens of prompt and answer together.
+        timeout_s: seconds until it must be complete.
+        images_from: folder below which clients may name files of pictures; None: they may name none.
+        fetch_images: whether pictures that they name by a web address are downloaded.
+    """
+
+    max_tokens: int
+    max_context: int
+    timeout_s: float
+    images_from: Path | None = None
+    fetch_images: bool = False
 
 
 class ChatAnswer:
@@ -345,6 +366,20 @@ def picture_prompt(
         raise ApiError(400, f"messages: {error}", "invalid_image", "messages") from None
 
 
+def with_downloads(ask: Ask) -> Ask:
+    """Return a request with the bytes of its pictures that are on the web, of which nothing is kept.
+
+    Raises:
+        ApiError: 400: one cannot be downloaded.
+    """
+    names = [name for name, source in ask.pictures.items() if is_on_web(source)]
+    try:
+        found = downloaded([str(ask.pictures[name]) for name in names])
+    except FormatError as error:
+        raise ApiError(400, f"messages: a picture on the web {error}", "invalid_image", "messages") from None
+    return replace(ask, pictures={**ask.pictures, **dict(zip(names, found, strict=True))})
+
+
 def check_source(source: str | bytes, reads_files: bool) -> None:
     """Refuse a picture that a server does not fetch, with what to send.
 
@@ -354,7 +389,8 @@ def check_source(source: str | bytes, reads_files: bool) -> None:
     scheme = source[:8].lower() if isinstance(source, str) else "data:"
     if scheme.startswith(("http:", "https:")):
         raise InputError(
-            "a picture on the web, which this server does not fetch; send it as a data URL (data:image/png;base64,...)"
+            "a picture on the web, which this server does not fetch (serve --fetch-images); send it as a data URL "
+            "(data:image/png;base64,...)"
         )
     if not reads_files and not scheme.startswith("data:"):
         raise InputError(

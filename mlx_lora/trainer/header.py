@@ -192,13 +192,8 @@ def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
     trained_on = model if settings.model.bits is None else [*model, "--bits", str(settings.model.bits)]
     adapter = ["--adapter-path", path]
     asked = settings.objective.objective
-    measured = [
-        "--objective",
-        asked,
-        *(["--images"] if settings.objective.images else []),
-        "--data",
-        str(settings.data.data),
-    ]
+    measured = ["--objective", asked, *(["--images"] if settings.objective.images else [])]
+    measured += ["--data", str(settings.data.data), *(["--fetch-images"] if settings.data.fetch_images else [])]
     if asked == "embed":
         lines = [
             ["embed", "FILE", *trained_on, *adapter, "--out", "vectors.npy"],

@@ -15,7 +15,7 @@ from resumed_runs import stopped_after, weights
 from run_cli import one_line, run
 from tiers import by_default
 from tiny_vision import MAKERS, write_model_here
-from vision_rows import chats_of, conversation, picture, read_rows, write_rows
+from vision_rows import SIZES, chats_of, conversation, picture, read_rows, write_rows
 
 from mlx_lora.api import image_answers
 from mlx_lora.api.run_data import with_columns_of_run
@@ -228,9 +228,11 @@ def test_rows_of_a_batch_do_not_change_one_another(family, tmp_path):
     assert sum(apart) == pytest.approx(together, rel=1e-5)
 
 
-def test_swapped_pictures_have_another_loss(tmp_path):
-    chats = [(conversation("Same?", numbers, ("No.",)), numbers) for numbers in ((0, 2), (2, 0))]
-    rows = read_rows(write_model_here("llava", tmp_path / "model"), write_rows(tmp_path / "data", chats))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_swapped_pictures_have_another_loss(family, tmp_path):
+    size = len(SIZES)  # pictures that are so far apart have the same size
+    chats = [(conversation("Same?", numbers, ("No.",)), numbers) for numbers in ((0, size), (size, 0))]
+    rows = read_rows(write_model_here(family, tmp_path / "model"), write_rows(tmp_path / "data", chats))
     assert rows.rows.row(0)[0].tolist() == rows.rows.row(1)[0].tolist()
     measure = rows.objective.bind(PLAIN, rows.base.model).loss.measure
     one, two = (measure(rows.base.model, *rows.arrays([number]))[0].item() for number in range(2))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+from contextlib import ExitStack, closing
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from picture_server import picture_server
 from PIL import Image
+from starlette.testclient import TestClient
 from tiers import by_default
 from tiny_vision import MAKERS, write_model_here
 from vision_rows import picture
@@ -16,11 +19,14 @@ from vision_rows import picture
 from mlx_lora.api.base import TextSettings
 from mlx_lora.api.image_answers import image_answer_pieces
 from mlx_lora.config.settings import ModelSettings
+from mlx_lora.data import downloads
 from mlx_lora.models.image_inputs import counted_positions, positions_of
 from mlx_lora.models.load import load_base
+from mlx_lora.serving.app import make_app
 from mlx_lora.serving.batch import Sampling
-from mlx_lora.serving.conversation import AnswerSettings, ChatSession, picture_prompt
+from mlx_lora.serving.conversation import AnswerLimits, AnswerSettings, ChatSession, picture_prompt
 from mlx_lora.serving.engine import Engine, Limits
+from mlx_lora.serving.guard import GuardLimits
 from mlx_lora.serving.pictures import PictureReader
 from mlx_lora.serving.schema import ApiError, read_chat
 from mlx_lora.utils.errors import InputError
@@ -147,6 +153,48 @@ def test_files_need_a_folder_and_only_users_show_pictures(base):
     call = {"type": "function", "function": {"name": "f", "parameters": {}}}
     with pytest.raises(ApiError, match="tools"):
         picture_prompt(PictureReader(base), read_chat(body(data_url(picture(0)), tools=[call])), None)
+
+
+@pytest.fixture(scope="module")
+def web():
+    with picture_server() as server:
+        yield server, f"http://127.0.0.1:{server.server_address[1]}/"
+
+
+@pytest.fixture
+def asking(base):
+    """Return what asks a server with or without --fetch-images."""
+    with ExitStack() as stack:
+        engine = stack.enter_context(closing(Engine(lambda: base, Limits())))
+
+        def ask(url: str, fetches: bool):
+            limits = AnswerLimits(4, 512, 60.0, fetch_images=fetches)
+            app = make_app(engine, GuardLimits(None, True, (), 10**6, 10.0), limits, 0)
+            client = TestClient(app, base_url="http://localhost")  # without its lifespan, which closes the engine
+            return client.post("/v1/chat/completions", json=body(url, max_tokens=3, temperature=0))
+
+        yield ask
+
+
+def test_a_server_fetches_pictures_only_with_the_flag_and_from_public_servers(asking, web, monkeypatch):
+    server, url = web
+    refused = asking(url + "0.png", False)
+    assert refused.status_code == 400
+    assert "--fetch-images" in refused.text
+    local = asking(url + "0.png", True)
+    assert local.status_code == 400
+    assert "local network" in local.text
+    assert not server.asked
+    monkeypatch.setattr(downloads, "is_public", lambda address: True)
+    found, expected = asking(url + "0.png", True), asking(data_url(picture(0)), False)
+    assert found.status_code == expected.status_code == 200, found.text
+    assert found.json()["choices"] == expected.json()["choices"]
+    assert found.json()["usage"] == expected.json()["usage"]
+    assert server.asked == ["0.png"]
+    for name, words in {"none": "404", "page": "none of PNG", "to-file": "redirected"}.items():
+        wrong = asking(url + name, True)
+        assert wrong.status_code == 400
+        assert words in wrong.text
 
 
 def test_positions_of_a_prompt_end_where_its_tokens_do():
