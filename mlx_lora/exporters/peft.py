@@ -556,6 +556,8 @@ def full_for_peft(model: nn.Module, full: tuple[str, ...], tied: bool) -> tuple[
             saved.add("lm_head")
             tensors[f"{PREFIX}lm_head.weight"] = mx.array(tensors[f"{PREFIX}{own}.{leaf}"])
     biases = [inside for name, inside in zip(full, adapted, strict=True) if name.rpartition(".")[0] not in weights]
+    # All of a RoBERTa's head is one module, which PEFT saves by itself.
+    saved = {"classifier" if name.startswith("classifier.") else name for name in saved}
     return tensors, sorted(saved), "none" if not biases else "lora_only" if all(biases) else "all"
 
 
