@@ -186,9 +186,6 @@ def test_an_adapter_that_peft_trained_gives_its_scores_here(kind, tmp_path):
         for value in (value for value in model.parameters() if value.requires_grad):
             value += 0.1 * torch.randn_like(value)
     model.eval().save_pretrained(tmp_path / "peft")
-    (tmp_path / "peft" / "labels.json").write_text(
-        json.dumps({"mlx_lora": {"objective": "rerank", "problem_type": "regression", "labels": []}})
-    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     documents = ["the cat", "x", LONG]
     with torch.no_grad():
