@@ -48,7 +48,11 @@ TEXTS = (
     ("text",), ("sentence",), ("content",), ("body",), ("message",), ("review",), ("document",), ("mail",), ("email",),
     ("comment",), ("prompt",), ("question",), ("query",), ("input",),
 )  # fmt: skip
-PAIRS = (("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"))  # which encoders read as two texts
+PAIRS = (
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+)  # which encoders read as two texts
 CHATS = ("messages", "conversations")
 LABELS = ("label", "labels")
 LABEL = "label"  # of a row's facts
@@ -209,28 +213,41 @@ def has_pairs(tokenizer: Any) -> bool:
 
 
 def _in_form_of_encoders(tokenizer: Any, texts: Sequence[Text], most: int) -> tuple[list[list[int]], list[bool]]:
-    """Return the tokens of texts and pairs, at most so many, and which were cut."""
-    found: list[list[int]] = [[]] * len(texts)
+    """Return the tokens of texts and pairs, at most so many, and which were cut.
+
+    Raises:
+        InputError: not one token of a text would be left.
+    """
+    tokens: list[list[int]] = [[]] * len(texts)
     cut = [False] * len(texts)
+    sides = [text.pair or (text.text,) for text in texts]
     try:
-        for is_pair in (False, True):
-            places = [place for place, text in enumerate(texts) if (text.pair is not None) == is_pair]
-            given = [[texts[place].pair[side] for place in places] for side in (0, 1)] if is_pair else [[texts[place].text for place in places]]
-            if not places:
-                continue
-            if most < (fewest := tokenizer.num_special_tokens_to_add(pair=is_pair) + 1 + is_pair):
-                raise InputError(f"--max-seq-length {most} leaves no token of a {'pair' if is_pair else 'text'}; use {fewest} or more")
-            form = {"return_attention_mask": False, "split_special_tokens": True}
-            whole = tokenizer(*given, **form, verbose=False)["input_ids"]
-            long = [number for number, tokens in enumerate(whole) if len(tokens) > most]
-            if long:
-                asked = [[side[number] for number in long] for side in given]
-                shorter = tokenizer(*asked, **form, truncation="longest_first", max_length=most)["input_ids"]
-                for number, tokens in zip(long, shorter, strict=True):
-                    whole[number], cut[places[number]] = tokens, True
-            for place, tokens in zip(places, whole, strict=True):
-                found[place] = tokens
+        for count in (1, 2):
+            places = [place for place, own in enumerate(sides) if len(own) == count]
+            found, shorter = _cut_tokens(tokenizer, [sides[place] for place in places], count, most)
+            for place, own, is_cut in zip(places, found, shorter, strict=True):
+                tokens[place], cut[place] = own, is_cut
     finally:  # other calls of this tokenizer are not to be cut, nor to lose its special tokens
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.encode_special_tokens = False
-    return found, cut
+    return tokens, cut
+
+
+def _cut_tokens(
+    tokenizer: Any, texts: Sequence[tuple[str, ...]], count: int, most: int
+) -> tuple[list[list[int]], list[bool]]:
+    """Return the tokens of tuples of so many texts, and which were cut; the tokenizer keeps its settings of this call."""
+    if not texts:
+        return [], []
+    if most < (fewest := tokenizer.num_special_tokens_to_add(pair=count == 2) + count):
+        raise InputError(f"--max-seq-length {most} leaves no token of a text; use {fewest} or more")
+    form = {"return_attention_mask": False, "split_special_tokens": True, "verbose": False}
+    found = tokenizer(*map(list, zip(*texts, strict=True)), **form)["input_ids"]
+    long = [number for number, tokens in enumerate(found) if len(tokens) > most]
+    if long:
+        asked = map(list, zip(*(texts[number] for number in long), strict=True))
+        shorter = tokenizer(*asked, **form, truncation="longest_first", max_length=most)["input_ids"]
+        for number, tokens in zip(long, shorter, strict=True):
+            found[number] = tokens
+    was_long = set(long)
+    return found, [number in was_long for number in range(len(texts))]

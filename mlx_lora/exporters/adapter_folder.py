@@ -50,8 +50,8 @@ from mlx_lora.exporters.adapter_config import (
 )
 from mlx_lora.exporters.peft import PEFT_WEIGHTS, PeftAdapter, is_peft, read_peft
 from mlx_lora.exporters.peft_experts import PREFIX, TOWERS
-from mlx_lora.models.folder import read_safetensors_header, save_tensors, without_mark
 from mlx_lora.models.encoder_head import LAST_OF_HEAD, check_whole_head
+from mlx_lora.models.folder import read_safetensors_header, save_tensors, without_mark
 from mlx_lora.models.head import SCORE_WEIGHT, put_head
 from mlx_lora.models.load import Base
 from mlx_lora.models.tower_files import of_tower

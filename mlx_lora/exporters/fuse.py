@@ -239,7 +239,9 @@ def write_fused(
         for name, array in tracked(parameters, "Writing", len(parameters), "tensors"):
             mx.eval(array)  # here, so that the progress is that of the work
             if not (scores and name.startswith("lm_head.")):  # a reward model has no other head
-                writer.add({peft_path(name, str(config["model_type"])) if scores and is_encoder(model) else name: array})
+                writer.add(
+                    {peft_path(name, str(config["model_type"])) if scores and is_encoder(model) else name: array}
+                )
         writer.close()
         config = {**_with_true_layouts(config, model), "mlx_lora": _provenance(base, mark)}
         config |= classifier_config(base, info.head) if scores else {}

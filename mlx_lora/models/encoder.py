@@ -214,9 +214,7 @@ class Bert(nn.Module):
         """The blocks."""
         return self.encoder.layer
 
-    def __call__(
-        self, inputs: mx.array, lengths: mx.array | None = None, types: mx.array | None = None
-    ) -> mx.array:
+    def __call__(self, inputs: mx.array, lengths: mx.array | None = None, types: mx.array | None = None) -> mx.array:
         """Return hidden states.
 
         Args:

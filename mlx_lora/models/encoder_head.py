@@ -29,14 +29,13 @@ from mlx_lora.models.encoder import ACTIVATIONS, BERT, MODERN, SHIFTED, Model, M
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from mlx_lora.models.head import Head
     from mlx_lora.models.load import Base
 
 POOLER, SCORE = "pooler", "score"
 # Our names of the head's layers, and those of a checkpoint of transformers without the name of the body.
 STORED_NAMES = {
-    **dict.fromkeys(BERT, {"pooler.dense": "pooler.dense", "score": "classifier"}),
-    **dict.fromkeys(SHIFTED, {"pooler.dense": "classifier.dense", "score": "classifier.out_proj"}),
+    **{kind: {"pooler.dense": "pooler.dense", "score": "classifier"} for kind in BERT},
+    **{kind: {"pooler.dense": "classifier.dense", "score": "classifier.out_proj"} for kind in SHIFTED},
     MODERN: {"pooler.dense": "head.dense", "pooler.norm": "head.norm", "score": "classifier"},
 }
 # How the names of a head's last weight end in a file, ours or PEFT's.
@@ -93,7 +92,8 @@ def put_encoder_head(base: Base, seed: int = 0, outputs: int = 1, labels: Sequen
     args, own = model.args, stored_head(model)
     types = args.model_type == "bert" and args.type_vocab_size > 1
     types = types and "token_type_ids" in base.hf_tokenizer.model_input_names
-    pooler = Pooler(args, base.hf_tokenizer.sep_token_id if types else None)
+    separator: Any = base.hf_tokenizer.sep_token_id
+    pooler = Pooler(args, separator if types else None)
     score = nn.Linear(args.hidden_size, outputs)
     shapes = {f"{POOLER}.{name}": value.shape for name, value in tree_flatten(pooler.parameters())}
     if all(own[name].shape == shape if name in own else False for name, shape in shapes.items()):
@@ -163,12 +163,12 @@ def _random(args: ModelArgs, path: str, seed: int, shape: tuple[int, ...]) -> mx
     return spread * mx.random.truncated_normal(-MOST_DEVIATIONS, MOST_DEVIATIONS, shape, key=key)
 
 
-def encoder_scores(model: Any, body: Head, inputs: mx.array, positions: mx.array) -> mx.array:
+def encoder_scores(model: Any, body: Any, inputs: mx.array, positions: mx.array) -> mx.array:
     """Return the scores of rows, at the position of each row's last token.
 
     Args:
         model: an encoder with a score head of K outputs.
-        body: as `body_of` returns it.
+        body: its `Head` (models/head.py), which gives hidden states.
         inputs: (B, T) token ids.
         positions: (P,) int, row * T + column of each row's last token; the others are zero.
 

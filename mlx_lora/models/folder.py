@@ -33,7 +33,14 @@ from mlx_lm.utils import load_model
 from safetensors import SafetensorError, safe_open
 
 import mlx_lora
-from mlx_lora.models.config import ENCODER_FILE, OWN_ARCHITECTURES, architecture_of, check_config, check_rotation, translate_config
+from mlx_lora.models.config import (
+    ENCODER_FILE,
+    OWN_ARCHITECTURES,
+    architecture_of,
+    check_config,
+    check_rotation,
+    translate_config,
+)
 from mlx_lora.utils.errors import InputError, RunError, first_line
 from mlx_lora.utils.parsing import read_json
 

@@ -40,8 +40,8 @@ from mlx_lora.data.teacher_table import MOST_KEPT_BYTES, RowStore, evict, used_b
 from mlx_lora.kernels.table import KernelChoice, has_recurrence, training_kernels
 from mlx_lora.losses.check import disagreement, probe
 from mlx_lora.losses.cross_entropy import Arrays
-from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, parameter_sums, short
 from mlx_lora.models.encoder import is_encoder
+from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, parameter_sums, short
 from mlx_lora.models.frozen_prefix import NoTrunk, Trunk, trunk_outputs
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.planner.fit import run_of

@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from comparing import by_dtype
-from encoders import KINDS, pair_tokenizer, tiny_encoder
 from run_cli import one_line, run
 from serving_process import Server
+from tiny_encoders import KINDS, pair_tokenizer, tiny_encoder
 
 import mlx_lora
 from mlx_lora.config.settings import ModelSettings
@@ -52,7 +52,12 @@ def trained(models, tmp_path_factory):
     found = {}
     for objective in TESTS:
         (room / f"{objective}.jsonl").write_text("\n".join(map(json.dumps, rows_of(objective))))
-    for kind, objective in (("bert", "rerank"), ("modernbert", "rerank"), ("bert", "classify"), ("xlm-roberta", "classify")):
+    for kind, objective in (
+        ("bert", "rerank"),
+        ("modernbert", "rerank"),
+        ("bert", "classify"),
+        ("xlm-roberta", "classify"),
+    ):
         adapter = room / f"{kind}-{objective}"
         data = ("--data", room / f"{objective}.jsonl", "--objective", objective)
         ran = run("train", "--model", models[kind], *data, "--adapter-path", adapter, *QUICK)
@@ -104,7 +109,9 @@ def test_all_of_the_head_is_saved_with_the_adapter(trained):
     assert {value.dtype for value in head.values()} == {mx.float32}
 
 
-@pytest.mark.parametrize(("kind", "objective"), [("bert", "rerank"), ("modernbert", "rerank"), ("xlm-roberta", "classify")])
+@pytest.mark.parametrize(
+    ("kind", "objective"), [("bert", "rerank"), ("modernbert", "rerank"), ("xlm-roberta", "classify")]
+)
 def test_the_merged_model_and_pefts_form_score_as_the_adapter(kind, objective, models, trained, tmp_path):
     adapter = trained[kind, objective]
 
@@ -112,7 +119,10 @@ def test_the_merged_model_and_pefts_form_score_as_the_adapter(kind, objective, m
         if objective == "classify":
             (found,) = mlx_lora.predict(model, [{"text": "day 30", "text_pair": "aaa"}], adapter)
             return list(found["probabilities"].values())
-        return [one["score"] for one in sorted(mlx_lora.rerank(model, "q7", ["7 no", "7 yes!"], adapter), key=lambda one: one["index"])]
+        return [
+            one["score"]
+            for one in sorted(mlx_lora.rerank(model, "q7", ["7 no", "7 yes!"], adapter), key=lambda one: one["index"])
+        ]
 
     wanted = scores(models[kind], adapter)
     common = ("--model", models[kind], "--adapter-path", adapter)
@@ -124,7 +134,18 @@ def test_the_merged_model_and_pefts_form_score_as_the_adapter(kind, objective, m
     assert "goes on from" in start_words(base.model, TESTS[objective])
     # A merged model goes on: a run without a step of any size leaves its scores.
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows_of(objective))))
-    data = ("--data", tmp_path / "rows.jsonl", "--objective", objective, "--learning-rate", "1e-12", "--iters", 1, "--rank", 2)
+    data = (
+        "--data",
+        tmp_path / "rows.jsonl",
+        "--objective",
+        objective,
+        "--learning-rate",
+        "1e-12",
+        "--iters",
+        1,
+        "--rank",
+        2,
+    )
     ran = run("train", "--model", tmp_path / "fused", *data, "--adapter-path", tmp_path / "again", "--kernels", "ours")
     assert ran.code == 0, ran.err
     assert scores(tmp_path / "fused", tmp_path / "again") == pytest.approx(wanted, abs=by_dtype(1e-4, 3e-2))
@@ -169,7 +190,12 @@ def test_a_checkpoints_head_is_the_start_if_it_has_as_many_outputs(tmp_path):
     put_head(base, 2, 2)
     assert 0.01 < first.std() < 0.03
     assert np.abs(first - np.array(base.model.score.weight)).max() > 0
-    assert set(head_parameters(base.model)) == {"pooler.dense.weight", "pooler.dense.bias", "score.weight", "score.bias"}
+    assert set(head_parameters(base.model)) == {
+        "pooler.dense.weight",
+        "pooler.dense.bias",
+        "score.weight",
+        "score.bias",
+    }
 
 
 def test_outputs_of_the_same_names_are_put_in_our_order(tmp_path):
@@ -221,7 +247,13 @@ def test_pairs_have_the_form_of_the_family_and_are_cut_inside(kind):
     tokenizer = pair_tokenizer(kind)
     assert has_pairs(tokenizer)
     long, end = "x" * 80, tokenizer.sep_token
-    examples = [query_with("q", "d"), query_with("q", long), query_with("y" * 70, long), Text(long, ends=False), Text(f"a{end}", ends=False)]
+    examples = [
+        query_with("q", "d"),
+        query_with("q", long),
+        query_with("y" * 70, long),
+        Text(long, ends=False),
+        Text(f"a{end}", ends=False),
+    ]
     found, dropped, cut = encode_texts(Encoder(tokenizer, None, max_seq_length=20), examples)
     assert (dropped, cut) == ({}, [1, 2, 3])
     assert found[0].tolist() == tokenizer("q", "d")["input_ids"]
@@ -233,7 +265,7 @@ def test_pairs_have_the_form_of_the_family_and_are_cut_inside(kind):
     assert found[4].tolist().count(tokenizer.sep_token_id) == 1  # the text has the letters
     assert len(tokenizer(long)["input_ids"]) == 82  # other calls are as before
     assert tokenizer(f"a{end}")["input_ids"].count(tokenizer.sep_token_id) == 2
-    with pytest.raises(InputError, match="use 5 or more|use 6 or more"):
+    with pytest.raises(InputError, match=r"use [56] or more"):
         encode_texts(Encoder(tokenizer, None, max_seq_length=4), examples[:1])
 
 

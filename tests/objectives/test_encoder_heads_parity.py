@@ -9,9 +9,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from comparing import by_dtype
-from encoders import KINDS, tiny_encoder
 from mlx.utils import tree_unflatten
 from run_cli import run
+from tiny_encoders import KINDS, tiny_encoder
 
 import mlx_lora
 from mlx_lora.adapters.inject import adapt_model, adapter_parameters
@@ -91,7 +91,11 @@ def in_transformers(folder, peft_folder, outputs: int):
 
 def scores_there(model, tokenizer, pairs):
     given = tokenizer(
-        *map(list, zip(*pairs, strict=True)), padding=True, truncation=True, return_tensors="pt", split_special_tokens=True
+        *map(list, zip(*pairs, strict=True)),
+        padding=True,
+        truncation=True,
+        return_tensors="pt",
+        split_special_tokens=True,
     )
     return model(**given).logits
 

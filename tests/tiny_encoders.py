@@ -14,7 +14,13 @@ from mlx_lora.models.encoder import Model, ModelArgs
 from mlx_lora.models.encoder_head import STORED_NAMES, Pooler
 
 WIDTH = 32
-SIZES = {"vocab_size": 260, "hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+SIZES = {
+    "vocab_size": 260,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 KINDS = {
     "bert": {"max_position_embeddings": 64, "pad_token_id": 0, "architectures": ["BertForSequenceClassification"]},
     "xlm-roberta": {"max_position_embeddings": 66, "pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
@@ -65,7 +71,14 @@ def tiny_encoder(kind: str, folder: Path, outputs: int = 0, pooler: bool = True,
     folder.mkdir(parents=True, exist_ok=True)
     pair_tokenizer(kind).save_pretrained(folder)
     labels = {str(i): f"LABEL_{i}" for i in range(outputs or 2)}
-    content = {"model_type": kind, "id2label": labels, "label2id": {n: int(i) for i, n in labels.items()}, **SIZES, **KINDS[kind], **config}
+    content = {
+        "model_type": kind,
+        "id2label": labels,
+        "label2id": {n: int(i) for i, n in labels.items()},
+        **SIZES,
+        **KINDS[kind],
+        **config,
+    }
     (folder / "config.json").write_text(json.dumps(content))
     mx.random.seed(7)
     args = ModelArgs.from_dict(content)
