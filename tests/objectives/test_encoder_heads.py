@@ -102,6 +102,18 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bytes(kind, objective, models, t
     assert first != (tmp_path / "b/checkpoints/step-000010/adapters.safetensors").read_bytes()
 
 
+def test_a_run_may_start_from_another_adapter(models, trained, tmp_path):
+    adapter = trained["bert", "rerank"]
+    data = ("--data", adapter.parent / "rerank.jsonl", "--objective", "rerank", "--resume-adapter-file", adapter)
+    still = ("--learning-rate", "1e-12", "--iters", 1, "--rank", 4, "--kernels", "ours")
+    ran = run("train", "--model", models["bert"], *data, "--adapter-path", tmp_path / "a", *still)
+    assert ran.code == 0, ran.err
+    one, other = (
+        mlx_lora.rerank(models["bert"], "q7", ["7 no", "7 yes!"], folder) for folder in (adapter, tmp_path / "a")
+    )
+    assert [a["score"] for a in one] == pytest.approx([a["score"] for a in other], abs=by_dtype(1e-6, 1e-2))
+
+
 def test_all_of_the_head_is_saved_with_the_adapter(trained):
     stored = mx.load(str(trained["bert", "rerank"] / "adapters.safetensors"))
     head = {name: value for name, value in stored.items() if name.startswith(("pooler", "score"))}
