@@ -25,6 +25,7 @@ from mlx_lora.exporters.peft import write_peft
 from mlx_lora.exporters.sentence_transformers import BODIES, EmbeddingForm, peft_of_body, with_names_of_body, write_form
 from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES, STORED, write_gguf_adapter, write_gguf_model
 from mlx_lora.models.convert import copy_side_files
+from mlx_lora.models.encoder import ENCODERS
 from mlx_lora.models.folder import write_json
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
@@ -304,7 +305,7 @@ def _use_mlx_vlm(job: Export) -> list[str]:
 def _write_hf(job: Export) -> None:
     """Write the merged model in float, with transformers' names."""
     kind = job.base.config.get("model_type")
-    if kind not in SAME_LAYOUT:
+    if kind not in SAME_LAYOUT and not (job.scores and kind in ENCODERS):
         raise InputError(
             f"--to hf: {kind} models have another layout in MLX than in transformers; we write {', '.join(SAME_LAYOUT)}; "
             "use --to peft and merge in PEFT"

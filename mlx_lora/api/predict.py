@@ -93,6 +93,8 @@ def load_scorer(
     if info.chat_template and not data.chat_template:
         base.hf_tokenizer.chat_template = info.chat_template
     scorer = TextScorer.of(base, info.head, data, batch_tokens)
+    if info.head is None and objective == "rerank" and len(scorer.head["labels"]) == 0:
+        scorer = replace(scorer, head=scorer.head | {"objective": objective})  # PEFT does not say what one output means
     if scorer.head["objective"] != objective:
         raise InputError(f"{folder}: was trained with --objective {scorer.head['objective']}; give one of {objective}")
     return scorer

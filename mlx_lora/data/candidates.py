@@ -68,7 +68,7 @@ class Candidates(OwnEntry):
         A query whose documents are all equally good is dropped: nothing can be learned from their order.
 
         Args:
-            encoder: whose tokenizer and length are used; a long document is cut at its end.
+            encoder: whose tokenizer and length are used; a long document is cut at its end, a long pair as `encode_texts` does.
             entries: records; those of one query are put together, as the first of them.
             on_rows: called with the number of records that are done.
         """
@@ -78,7 +78,7 @@ class Candidates(OwnEntry):
         texts, owners, grades = [], [], []
         for numbers in places.values():
             for number in numbers:
-                texts += [Text(pair_text(entries[number].query, one), ends=False) for one in entries[number].documents]
+                texts += [query_with(entries[number].query, one) for one in entries[number].documents]
                 owners += [number] * len(entries[number].documents)
                 grades += entries[number].grades
         found, _, cut = encode_texts(encoder, texts)
@@ -102,8 +102,13 @@ class Candidates(OwnEntry):
         return Encoded(encoded, np.array(source, np.int64), dict(sorted(dropped.items())), truncated, {}, [])
 
 
+def query_with(query: str, document: str) -> Text:
+    """Return what a reranker reads: the pair, or where the tokenizer has no form for pairs, one text."""
+    return Text(pair_text(query, document), ends=False, pair=(query, document))
+
+
 def pair_text(query: str, document: str) -> str:
-    """Return the text that a reranker reads."""
+    """Return the text that a reranker reads if it is a language model."""
     return f"Query: {query}\nDocument: {document}"
 
 

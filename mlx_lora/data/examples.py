@@ -126,10 +126,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text, with every token trained; `ends` is False for the first part of a text that was cut in two."""
+    """Plain text, with every token trained; `ends` is False for the first part of a text that was cut in two.
+
+    `pair` has the two texts that it was made of, for a tokenizer that has a form for pairs (data/labeled.py).
+    """
 
     text: str
     ends: bool = True
+    pair: tuple[str, str] | None = None
 
 
 Example = Conversation | Completion | Text

@@ -435,7 +435,7 @@ class ImageRowEncoder(Encoder):
 
     def encode(self, examples: Sequence[Example], on_rows: Callable[[int], None] = lambda done: None) -> Encoded:
         """Encode examples in order, as `Encoder` does; a row that is cut inside a picture is dropped."""
-        if (downloads := self._reader.files.downloads) is not None:
+        if (downloads := self.reader.files.downloads) is not None:
             illustrated = (example for example in examples if isinstance(example, ImageConversation))
             downloads.fetch_all(str(s) for one in illustrated for s in one.sources.values() if is_on_web(s))
         encoded = super().encode(examples, on_rows)

@@ -7,6 +7,10 @@ What the label means is the objective's business.
 
 Each text is one row. Its tokens are those of `tokenizer(text)`, with the tokens that the tokenizer puts before a text, so that
 transformers computes the same with them; a longer text is cut at its end.
+
+The tokenizers of encoders end a text with a separator, and have a form for two texts: [CLS] first [SEP] second [SEP]. The columns
+in PAIRS, and a reranker's query and document, are read in this form, as sentence-transformers' CrossEncoder does. A longer
+text or pair is cut so that these tokens stay, of a pair the longer text first; and a text that spells one of them has its letters.
 """
 
 from __future__ import annotations
@@ -44,6 +48,11 @@ TEXTS = (
     ("text",), ("sentence",), ("content",), ("body",), ("message",), ("review",), ("document",), ("mail",), ("email",),
     ("comment",), ("prompt",), ("question",), ("query",), ("input",),
 )  # fmt: skip
+PAIRS = (
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+)  # which encoders read as two texts
 CHATS = ("messages", "conversations")
 LABELS = ("label", "labels")
 LABEL = "label"  # of a row's facts
@@ -147,10 +156,11 @@ def _text(values: Sequence[Any], names: Sequence[str]) -> Text:
     for value, name in zip(values, names, strict=True):
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise FormatError(f"{name} is a {type(value).__name__}, not a text")
-    text = "\n".join(part for part in map(str, values) if part.strip())
+    texts = tuple(map(str, values))
+    text = "\n".join(part for part in texts if part.strip())
     if not text.strip():
         raise EmptyPart("empty text")
-    return Text(text, ends=False)
+    return Text(text, ends=False, pair=texts if tuple(names) in PAIRS else None)  # pyright: ignore[reportArgumentType]
 
 
 def encode_texts(
@@ -160,10 +170,16 @@ def encode_texts(
     tokenizer: Any = encoder.tokenizer
     ids: dict[int, list[int]] = {}
     dropped: dict[int, str] = {}
-    texts = {number: example.text for number, example in enumerate(examples) if isinstance(example, Text)}
+    texts = {number: example for number, example in enumerate(examples) if isinstance(example, Text)}
+    cut: list[int] = []
     if texts:
         with tokenizer_panics("the data"):
-            encoded = tokenizer(list(texts.values()), return_attention_mask=False)["input_ids"]
+            if has_pairs(tokenizer):
+                encoded, shorter = _in_form_of_encoders(tokenizer, list(texts.values()), encoder.max_tokens)
+                cut = [number for number, is_cut in zip(texts, shorter, strict=True) if is_cut]
+            else:
+                plain = [example.text for example in texts.values()]
+                encoded = tokenizer(plain, return_attention_mask=False)["input_ids"]
         ids = dict(zip(texts, encoded, strict=True))
     for number, example in enumerate(examples):
         if isinstance(example, Conversation):
@@ -182,6 +198,56 @@ def encode_texts(
             except (jinja2.TemplateError, TypeError, ValueError) as error:
                 dropped[number] = f"the chat template refuses it ({error})"
     dropped |= {number: "no token" for number, tokens in ids.items() if not tokens}
-    truncated = sorted(number for number, tokens in ids.items() if len(tokens) > encoder.max_tokens)
+    truncated = sorted([*cut, *(number for number, tokens in ids.items() if len(tokens) > encoder.max_tokens)])
     found = {number: np.array(ids[number][: encoder.max_tokens], np.int32) for number in sorted(ids) if ids[number]}
     return found, dict(sorted(dropped.items())), truncated
+
+
+def has_pairs(tokenizer: Any) -> bool:
+    """Return whether a tokenizer is an encoder's, which puts a text between a first token and a separator."""
+    first, separator = tokenizer.cls_token_id, tokenizer.sep_token_id
+    if first is None or separator is None:
+        return False
+    tokens = tokenizer("a")["input_ids"]
+    return len(tokens) > 2 and (tokens[0], tokens[-1]) == (first, separator)
+
+
+def _in_form_of_encoders(tokenizer: Any, texts: Sequence[Text], most: int) -> tuple[list[list[int]], list[bool]]:
+    """Return the tokens of texts and pairs, at most so many, and which were cut.
+
+    Raises:
+        InputError: not one token of a text would be left.
+    """
+    tokens: list[list[int]] = [[]] * len(texts)
+    cut = [False] * len(texts)
+    sides = [text.pair or (text.text,) for text in texts]
+    try:
+        for count in (1, 2):
+            places = [place for place, own in enumerate(sides) if len(own) == count]
+            found, shorter = _cut_tokens(tokenizer, [sides[place] for place in places], count, most)
+            for place, own, is_cut in zip(places, found, shorter, strict=True):
+                tokens[place], cut[place] = own, is_cut
+    finally:  # other calls of this tokenizer are not to be cut, nor to lose its special tokens
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.encode_special_tokens = False
+    return tokens, cut
+
+
+def _cut_tokens(
+    tokenizer: Any, texts: Sequence[tuple[str, ...]], count: int, most: int
+) -> tuple[list[list[int]], list[bool]]:
+    """Return the tokens of tuples of so many texts, and which were cut; the tokenizer keeps its settings of this call."""
+    if not texts:
+        return [], []
+    if most < (fewest := tokenizer.num_special_tokens_to_add(pair=count == 2) + count):
+        raise InputError(f"--max-seq-length {most} leaves no token of a text; use {fewest} or more")
+    form = {"return_attention_mask": False, "split_special_tokens": True, "verbose": False}
+    found = tokenizer(*map(list, zip(*texts, strict=True)), **form)["input_ids"]
+    long = [number for number, tokens in enumerate(found) if len(tokens) > most]
+    if long:
+        asked = map(list, zip(*(texts[number] for number in long), strict=True))
+        shorter = tokenizer(*asked, **form, truncation="longest_first", max_length=most)["input_ids"]
+        for number, tokens in zip(long, shorter, strict=True):
+            found[number] = tokens
+    was_long = set(long)
+    return found, [number in was_long for number in range(len(texts))]

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from mlx_lora.config.presets import PRESETS
+from mlx_lora.models.encoder import ENCODERS
 from mlx_lora.models.folder import write_json
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
@@ -225,7 +226,7 @@ def check_fusing(base: Base, dequantize: bool) -> None:
     """
     kind = str(base.config.get("model_type"))
     classifier_of(kind)
-    if kind not in SAME_LAYOUT:
+    if kind not in (*SAME_LAYOUT, *ENCODERS):
         raise InputError(
             f"a fused reward model of {kind}: it has another layout in MLX than in transformers; we can write "
             f"{', '.join(SAME_LAYOUT)}; use export --to peft"

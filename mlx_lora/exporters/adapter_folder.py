@@ -50,8 +50,9 @@ from mlx_lora.exporters.adapter_config import (
 )
 from mlx_lora.exporters.peft import PEFT_WEIGHTS, PeftAdapter, is_peft, read_peft
 from mlx_lora.exporters.peft_experts import PREFIX, TOWERS
+from mlx_lora.models.encoder_head import LAST_OF_HEAD, check_whole_head
 from mlx_lora.models.folder import read_safetensors_header, save_tensors, without_mark
-from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
+from mlx_lora.models.head import SCORE_WEIGHT, put_head
 from mlx_lora.models.load import Base
 from mlx_lora.models.tower_files import of_tower
 from mlx_lora.models.vision import open_tower
@@ -259,8 +260,10 @@ def load_adapter(
         open_tower(base)
     if is_peft(config):
         if is_reward_model(config):
-            put_score_head(base.model, base.config, outputs=_outputs(read_safetensors_header(folder / PEFT_WEIGHTS)))
+            put_head(base, outputs=_outputs(read_safetensors_header(folder / PEFT_WEIGHTS)))
         info = _load_peft(base, read_peft(folder, config, base.model))
+        if info.scores:
+            check_whole_head(base, info.full, folder)
         return replace(info, head=head_of(config, folder))
     own = own_entries(config)
     if not ignore_fingerprint:
@@ -270,7 +273,7 @@ def load_adapter(
     header = read_safetensors_header(file)
     full = tuple(own.get("full", [])) if layer_type != "full" else tuple(header)
     if is_reward_model(config):
-        put_score_head(base.model, base.config, outputs=_outputs(header))
+        put_head(base, outputs=_outputs(header))
     _check_full(base.model, full, file)
     if layer_type != "full":
         paths = _target_paths(base.model, config, folder)
@@ -304,7 +307,8 @@ def load_adapter(
 
 def _outputs(header: dict[str, Any]) -> int:
     """Return the number of outputs of a stored score head; 1 if there is none, which is told when it is loaded."""
-    return next((entry["shape"][0] for name, entry in header.items() if name.endswith(SCORE_WEIGHT)), 1)
+    plain = {name.replace(".modules_to_save.default", ""): entry for name, entry in header.items()}
+    return next((entry["shape"][0] for name, entry in plain.items() if name.endswith(LAST_OF_HEAD)), 1)
 
 
 def _check_not_fused(base: Base, own: dict[str, Any], origin: Path) -> None:

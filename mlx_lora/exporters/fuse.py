@@ -35,7 +35,9 @@ from mlx_lora.exporters.adapter_config import check_fusing, classifier_config, p
 from mlx_lora.exporters.adapter_folder import AdapterInfo
 from mlx_lora.exporters.bits_budget import Budget, choose_bits
 from mlx_lora.exporters.compensate import CalibrationTokens, compensated_layers, target_quantization
+from mlx_lora.exporters.peft_experts import peft_path
 from mlx_lora.models.convert import copy_side_files
+from mlx_lora.models.encoder import is_encoder
 from mlx_lora.models.folder import ShardWriter, check_out, load_weights, merge_mark
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
@@ -237,7 +239,9 @@ def write_fused(
         for name, array in tracked(parameters, "Writing", len(parameters), "tensors"):
             mx.eval(array)  # here, so that the progress is that of the work
             if not (scores and name.startswith("lm_head.")):  # a reward model has no other head
-                writer.add({name: array})
+                writer.add(
+                    {peft_path(name, str(config["model_type"])) if scores and is_encoder(model) else name: array}
+                )
         writer.close()
         config = {**_with_true_layouts(config, model), "mlx_lora": _provenance(base, mark)}
         config |= classifier_config(base, info.head) if scores else {}

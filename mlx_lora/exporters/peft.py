@@ -74,6 +74,7 @@ PEFT_CONFIG = "adapter_config.json"
 FLOAT_COPY, QUANTIZED_COPY = 0.02, 0.3
 # A weight with more axes is a convolution's, whose channels are last here and second in torch.
 LINEAR_AXES = 3
+HEADS_OF_SEQ_CLS = ("classifier", "score")
 # Settings that change what the adapter computes, in ways that plain factors cannot express.
 UNSUPPORTED = {
     "trainable_token_indices": "single trained tokens",
@@ -141,7 +142,7 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     full, others = full_tensors(config, header)
     found, copies, strangers = _sorted_tensors(others)
     problems = _unsupported(config, model.model_type) + [f"tensor {name} is not a LoRA factor" for name in strangers]
-    problems += full_problems(config.get("modules_to_save") or [], full, modules, header)
+    problems += full_problems(saved_modules(config, full), full, modules, header)
     experts, unfit = take_experts(model.model_type, found, header, modules)
     problems += unfit
     problems += [] if found or experts else ["it has no LoRA factors"]
@@ -468,6 +469,21 @@ def full_tensors(config: dict[str, Any], names: Iterable[str]) -> tuple[dict[str
     return full, others
 
 
+def saved_modules(config: dict[str, Any], full: dict[str, tuple[str, str]]) -> list[str]:
+    """Return modules_to_save, without the names of heads that PEFT adds for SEQ_CLS whatever the model calls its own.
+
+    Args:
+        config: adapter_config.json.
+        full: as returned by `full_tensors`.
+    """
+    saved = config.get("modules_to_save") or []
+    there = {layer for layer, _ in full.values()}
+    heads = [name for name in HEADS_OF_SEQ_CLS if any(_is_saved(layer, name) for layer in there)]
+    if config.get("task_type") != SEQ_CLS or not heads:
+        return saved
+    return [name for name in saved if name in heads or name not in HEADS_OF_SEQ_CLS]
+
+
 def _is_saved(layer: str, module: str) -> bool:
     """Return whether a layer is, or is in, a module of modules_to_save; in PEFT `norm` is every name that ends with it."""
     return layer.endswith(module) or f".{module}." in f".{layer}."
@@ -556,6 +572,8 @@ def full_for_peft(model: nn.Module, full: tuple[str, ...], tied: bool) -> tuple[
             saved.add("lm_head")
             tensors[f"{PREFIX}lm_head.weight"] = mx.array(tensors[f"{PREFIX}{own}.{leaf}"])
     biases = [inside for name, inside in zip(full, adapted, strict=True) if name.rpartition(".")[0] not in weights]
+    # All of a RoBERTa's head is one module, which PEFT saves by itself.
+    saved = {"classifier" if name.startswith("classifier.") else name for name in saved}
     return tensors, sorted(saved), "none" if not biases else "lora_only" if all(biases) else "all"
 
 

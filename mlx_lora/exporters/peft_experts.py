@@ -334,6 +334,13 @@ RENAMED = {
     "gpt2": (("model.", "transformer."),),
     "gpt_neox": (("model.h.", "gpt_neox.layers."), ("model.embed_out", "lm_head"), ("model.", "gpt_neox.")),
     "nemotron_h": (("backbone.", "model."),),
+    # Encoders with a score head
+    "bert": (("pooler.", "bert.pooler."), ("score.", "classifier."), ("model.", "bert.")),
+    **dict.fromkeys(
+        ("roberta", "xlm-roberta", "camembert"),
+        (("score.", "classifier.out_proj."), ("pooler.", "classifier."), ("model.", "roberta.")),
+    ),
+    "modernbert": (("pooler.", "head."), ("score.", "classifier.")),
 }
 PATTERN_S = 1.0  # limit for matching a config's pattern with a layer's name, which takes microseconds
 

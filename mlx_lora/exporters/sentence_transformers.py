@@ -29,6 +29,7 @@ from mlx_lora.models.folder import save_tensors, write_json
 from mlx_lora.utils.errors import InputError
 
 BODY = "model."  # the first part of a body's names in a model
+BODIES_IN_PEFT = (BODY, "bert.", "roberta.")  # and in PEFT's files
 MODULES = ("Transformer", "Pooling", "Normalize")
 POOLING_MODES = {"mean": "mean_tokens", "last": "lasttoken", "cls": "cls_token"}
 # transformers' classes of encoders' bodies.
@@ -122,16 +123,21 @@ def peft_of_body(folder: Path) -> None:
     file, config_file = folder / PEFT_WEIGHTS, folder / PEFT_CONFIG
     stored: dict[str, mx.array] = dict(mx.load(str(file)))  # pyright: ignore[reportArgumentType,reportCallIssue]
     config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
-    outside = [name for name in config["target_modules"] if not name.startswith(BODY)]
+    outside = [name for name in config["target_modules"] if not name.startswith(BODIES_IN_PEFT)]
     if outside:
         raise InputError(
             f"--out {folder}: the adapter changes {outside[0]}, which embeddings do not use; train without it (--target-modules)"
         )
-    whole = f"{PREFIX}{BODY}"
-    tensors = {PREFIX + name.removeprefix(whole): value for name, value in stored.items()}
+    tensors = {PREFIX + _in_body(name.removeprefix(PREFIX)): value for name, value in stored.items()}
     mx.eval(tensors)  # before their file is replaced
     save_tensors(file, tensors, "pt")
-    named: dict[str, Any] = {"target_modules": [name.removeprefix(BODY) for name in config["target_modules"]]}
+    named: dict[str, Any] = {"target_modules": [_in_body(name) for name in config["target_modules"]]}
     for patterns in ("rank_pattern", "alpha_pattern"):
-        named[patterns] = {name.removeprefix("model\\."): value for name, value in config[patterns].items()}
+        named[patterns] = {_in_body(name, "\\."): value for name, value in config[patterns].items()}
     write_json(config_file, config | named | {"task_type": "FEATURE_EXTRACTION"})
+
+
+def _in_body(name: str, dot: str = ".") -> str:
+    """Return a name in PEFT's file without the part that names the body; `dot` is how the name is written."""
+    first = next((one for one in BODIES_IN_PEFT if name.startswith(one.replace(".", dot))), "")
+    return name[len(first.replace(".", dot)) :]

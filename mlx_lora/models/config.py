@@ -117,9 +117,10 @@ PER_LAYER = {"global_head_dim": "head_dim", "num_global_key_value_heads": "num_k
 PER_LAYER_NAMES = frozenset(PER_LAYER.values())
 
 
+ENCODER_FILE = "encoder"
 # model_type -> the module of this room that has its `Model` and `ModelArgs`; it is imported when such a model is opened.
 OWN_ARCHITECTURES = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "modernbert"), "encoder"),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "modernbert"), ENCODER_FILE),
     **dict.fromkeys(("smolvlm", "idefics3", "paligemma"), "vlm_text"),
 }
 

@@ -29,6 +29,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.quantized_matmul import use_measured_matmul
 from mlx_lora.models.config import architecture_of, check_rotation, translate_config
+from mlx_lora.models.encoder import is_encoder
 from mlx_lora.models.folder import (
     FOREIGN_ERRORS,
     ShardWriter,
@@ -238,6 +239,7 @@ def _convert_folder(
     learn: Learn | None,
 ) -> Conversion:
     model, config = load_weights(source.path, trust_remote_code)
+    heads = {n: value.astype(dtype) for n, value in model.stored_head.items()} if is_encoder(model) else {}
     if target is None:
         if "quantization" in config or "quantization_config" in config:
             choice = "give --bits to quantize it again, or --no-quantize to convert it to floats"
@@ -254,7 +256,7 @@ def _convert_folder(
     elif isinstance(target, Quantization):
         model, config, conversion.skipped, errors = quantize_model(model, config, target, measure=measure)
         conversion.errors = {"float": list(errors.values())} if errors else {}
-    parameters = dict(tree_flatten(model.parameters()))
+    parameters = dict(tree_flatten(model.parameters())) | heads
     conversion.requantized = sum(name.endswith(".scales") for name in parameters)
     conversion.floats = len(names) - conversion.requantized
     writer = ShardWriter(folder)

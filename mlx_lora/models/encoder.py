@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -38,6 +38,7 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "silu": nn.silu,
 }
 # Parts of a checkpoint that embeddings do not need: heads of pre-training, the pooler, and what is computed anew.
+SCORE_HEAD = re.compile(r"^(pooler|classifier|head)\.")  # what a score head may begin with
 LEFT_OUT = re.compile(r"^(cls|lm_head|head|decoder|classifier|pooler)\.|\.?position_ids$|^pooler\.")
 PREFIX = re.compile(r"^(bert|roberta|model)\.")
 
@@ -70,6 +71,11 @@ class ModelArgs(BaseModelArgs):
     global_rope_theta: float = 160000.0
     local_rope_theta: float | None = 10000.0
     rope_parameters: dict[str, Any] | None = None
+    # Of a score head (models/encoder_head.py)
+    initializer_range: float = 0.02
+    classifier_pooling: str = "cls"
+    classifier_bias: bool = False
+    classifier_activation: str = "gelu"
 
     def __post_init__(self) -> None:
         if self.is_decoder or self.position_embedding_type not in ("absolute", "sans_pos"):
@@ -183,10 +189,10 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(args.type_vocab_size, args.hidden_size)
         self.LayerNorm = nn.LayerNorm(args.hidden_size, eps=args.layer_norm_eps)
 
-    def __call__(self, inputs: mx.array) -> mx.array:
+    def __call__(self, inputs: mx.array, types: mx.array | None = None) -> mx.array:
         positions = self.position_embeddings(mx.arange(inputs.shape[1]) + self.first)
-        first_type = self.token_type_embeddings(mx.zeros((1,), mx.int32))
-        return self.LayerNorm(self.word_embeddings(inputs) + positions + first_type)
+        of_types = self.token_type_embeddings(mx.zeros((1,), mx.int32) if types is None else types)
+        return self.LayerNorm(self.word_embeddings(inputs) + positions + of_types)
 
 
 class Layers(nn.Module):
@@ -208,8 +214,15 @@ class Bert(nn.Module):
         """The blocks."""
         return self.encoder.layer
 
-    def __call__(self, inputs: mx.array, lengths: mx.array | None = None) -> mx.array:
-        x, mask = self.embeddings(inputs), padding_mask(inputs, lengths)
+    def __call__(self, inputs: mx.array, lengths: mx.array | None = None, types: mx.array | None = None) -> mx.array:
+        """Return hidden states.
+
+        Args:
+            inputs: (B, T) token ids.
+            lengths: (B,), tokens of each row; None: all.
+            types: (B, T), 0 for tokens of a first text and 1 for those of a second; None: all are of a first text.
+        """
+        x, mask = self.embeddings(inputs, types), padding_mask(inputs, lengths)
         for layer in self.layers:
             x = layer(x, mask)
         return x
@@ -299,12 +312,25 @@ class ModernBert(nn.Module):
 # The model, as mlx-lm's are
 
 
+@dataclass
+class StoredHead:
+    """Tensors beside a model, which would be parameters if they were a dictionary in it."""
+
+    tensors: dict[str, mx.array] = field(default_factory=dict)
+
+
 class Model(nn.Module):
-    """An encoder as the rest of the package takes a model."""
+    """An encoder as the rest of the package takes a model.
+
+    Attributes:
+        stored_head: the checkpoint's tensors that a score head may begin with, by transformers' names without the body's
+            (models/encoder_head.py); they are no parameters.
+    """
 
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
+        self._stored = StoredHead()
         self.model_type = args.model_type
         self.model = ModernBert(args) if args.model_type == MODERN else Bert(args)
 
@@ -318,10 +344,16 @@ class Model(nn.Module):
         embedding = words.tok_embeddings if isinstance(words, ModernEmbeddings) else words.word_embeddings
         return embedding.as_linear(self.model(inputs))
 
+    @property
+    def stored_head(self) -> dict[str, mx.array]:
+        """See the class; by name."""
+        return self._stored.tensors
+
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Return a checkpoint's tensors by our names, without heads and pooler."""
+        """Return a checkpoint's tensors by our names, without heads and pooler; those of a score head are kept apart."""
         plain = {PREFIX.sub("", name): value for name, value in weights.items()}
         plain = {name.replace("gamma", "weight").replace("beta", "bias"): value for name, value in plain.items()}
+        self._stored = StoredHead({name: value for name, value in plain.items() if SCORE_HEAD.match(name)})
         return {f"model.{name}": value for name, value in plain.items() if not LEFT_OUT.search(name)}
 
 

@@ -33,7 +33,14 @@ from mlx_lm.utils import load_model
 from safetensors import SafetensorError, safe_open
 
 import mlx_lora
-from mlx_lora.models.config import architecture_of, check_config, check_rotation, translate_config
+from mlx_lora.models.config import (
+    ENCODER_FILE,
+    OWN_ARCHITECTURES,
+    architecture_of,
+    check_config,
+    check_rotation,
+    translate_config,
+)
 from mlx_lora.utils.errors import InputError, RunError, first_line
 from mlx_lora.utils.parsing import read_json
 
@@ -182,7 +189,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     config = read_json(file, "download the model again")
     if "model_type" not in config:
         raise InputError(f"{file}: has no model_type; give a language model's folder")
-    if is_classifier(config):
+    if is_classifier(config) and OWN_ARCHITECTURES.get(str(config["model_type"])) != ENCODER_FILE:
         raise InputError(
             f"{file}: a classifier or reward model, which gives scores, not text; give the language model that it was "
             "made from, with its adapter"

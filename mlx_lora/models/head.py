@@ -20,7 +20,7 @@ train, loss and gradient are also compared with those of the whole block before 
 
 The score head gives a text some numbers, from the hidden state of its last token: one for a reward model, one for each label of
 a classifier. It is transformers' head for sequence classification: a linear layer without a bias, after the model's last norm. It
-is trained in full, in float32, and saved with the adapter as `score.weight`.
+is trained in full, in float32, and saved with the adapter as `score.weight`. That of an encoder is in models/encoder_head.py.
 
 Shapes: B batch, T time, P chosen positions, D width, V vocabulary.
 """
@@ -31,7 +31,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -39,8 +39,13 @@ import mlx.nn as nn
 from mlx_lora.adapters.base import EMBEDDING, base_dims
 from mlx_lora.adapters.initialize import path_key
 from mlx_lora.kernels.quantized_matmul import packed_arrays
+from mlx_lora.models.encoder import is_encoder
+from mlx_lora.models.encoder_head import POOLER, SCORE, encoder_scores, put_encoder_head
 from mlx_lora.models.prefix_attention import shared_caches
 from mlx_lora.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_lora.models.load import Base
 
 # The head and its logits
 
@@ -446,9 +451,23 @@ def _own_class(module: nn.Module) -> type:
 
 # The score head
 
-SCORE = "score"
 SCORE_WEIGHT = f"{SCORE}.weight"
 INITIALIZER_RANGE = 0.02  # transformers' default
+
+
+def put_head(base: Base, seed: int = 0, outputs: int = 1, scale: float = 1.0, labels: Sequence[str] = ()) -> None:
+    """Give a base a score head, which is trainable; that of an encoder begins with what the checkpoint has of it.
+
+    Args:
+        base: adapted or not; its model is changed in place.
+        seed, outputs, scale: as for `put_score_head`. An encoder's pooled state is between -1 and 1, or normed, so that a
+            head at transformers' scale starts near the loss of guessing; `scale` is not used there.
+        labels: names of the outputs.
+    """
+    if is_encoder(base.model):
+        put_encoder_head(base, seed, outputs, labels)
+    else:
+        put_score_head(base.model, base.config, seed, outputs, scale)
 
 
 def put_score_head(
@@ -502,6 +521,8 @@ def scores_at(model: nn.Module, body: Head, inputs: mx.array, positions: mx.arra
     Returns:
         (P, K) float32.
     """
+    if POOLER in model:
+        return encoder_scores(model, body, inputs, positions)
     hidden = body.hidden_at(positions, inputs, **shared_caches(model, inputs, *starts))  # (P, D)
     return model.score(hidden.astype(mx.float32))
 

@@ -277,7 +277,12 @@ class Objective:
 
     @property
     def vectors(self) -> bool:
-        """Whether its model gives vectors of texts; only then may it be an encoder, whose padding has to be masked."""
+        """Whether its model gives vectors of texts; then it may be an encoder, whose padding has to be masked."""
+        return False
+
+    @property
+    def on_encoders(self) -> bool:
+        """Whether its model may be an encoder although it gives no vectors: its scores mask the padding."""
         return False
 
     @property

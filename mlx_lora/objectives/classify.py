@@ -42,7 +42,8 @@ from mlx_lora.losses.classification import (
 )
 from mlx_lora.losses.cross_entropy import Arrays, Loss
 from mlx_lora.models.head import body_of, scores_at, with_last_block
-from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
+from mlx_lora.objectives.base import BoundObjective, RunContext
+from mlx_lora.objectives.scored_texts import ScoredTexts
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ SEPARATOR = re.compile(r"[,;|]")  # between several labels in one cell
 
 
 @dataclass(eq=False)
-class Classify(Objective):
+class Classify(ScoredTexts):
     """An objective whose rows are texts with labels.
 
     Attributes:

@@ -23,7 +23,8 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.losses.cross_entropy import Arrays, Loss
 from mlx_lora.losses.ranking import LISTWISE, PAIRWISE, best_first, random_mrr, ranking_loss, ranking_measures
 from mlx_lora.models.head import body_of, scores_at, with_last_block
-from mlx_lora.objectives.base import BoundObjective, Objective
+from mlx_lora.objectives.base import BoundObjective
+from mlx_lora.objectives.scored_texts import ScoredTexts
 
 if TYPE_CHECKING:
     from mlx_lora.config.objectives import ObjectiveSettings
@@ -38,7 +39,7 @@ HEAD_SCALE = 0.01
 
 
 @dataclass(eq=False)
-class Rerank(Objective):
+class Rerank(ScoredTexts):
     """An objective whose examples are queries with documents.
 
     Attributes:

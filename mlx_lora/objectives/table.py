@@ -146,8 +146,8 @@ def check_kind(model: nn.Module, model_id: str, objective: Objective) -> None:
     Raises:
         InputError: it is one.
     """
-    if is_encoder(model) and not objective.vectors:
+    if is_encoder(model) and not (objective.vectors or objective.on_encoders):
         raise InputError(
-            f"--objective {objective.name} with --model {model_id}: it is an encoder, which gives vectors of texts; train it "
-            "with --objective embed, or choose a language model"
+            f"--objective {objective.name} with --model {model_id}: it is an encoder, which writes no text; train it "
+            "with --objective embed, rerank or classify, or choose a language model"
         )

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings
-from mlx_lora.data.candidates import pair_text
+from mlx_lora.data.candidates import query_with
 from mlx_lora.data.chat_template import resolve_template
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Conversation, Text
@@ -25,6 +25,7 @@ from mlx_lora.data.tokenize import Encoder
 from mlx_lora.losses.classification import NUMBER, SEVERAL, SINGLE, probabilities
 from mlx_lora.models.head import SCORE, body_of, scores_at
 from mlx_lora.models.load import Base
+from mlx_lora.objectives.scored_texts import within_positions
 from mlx_lora.utils.errors import InputError
 
 PREDICTED, ERROR = "predicted", "error"
@@ -75,7 +76,7 @@ class TextScorer:
         encoder = Encoder(
             tokenizer,
             template,
-            max_seq_length=self.data.max_seq_length,
+            max_seq_length=within_positions(self.data, self.base.model).max_seq_length,
             allow_special_tokens=self.data.allow_special_tokens,
         )
         return encode_texts(encoder, texts)[:2]
@@ -128,7 +129,7 @@ class TextScorer:
 
     def rank(self, query: str, documents: Sequence[str]) -> tuple[np.ndarray, int]:
         """Return how well documents answer a query, (N,) float64 between 0 and 1, and the number of tokens that were read."""
-        encoded, dropped = self.encode([Text(pair_text(query, one), ends=False) for one in documents])
+        encoded, dropped = self.encode([query_with(query, one) for one in documents])
         if dropped:
             raise InputError(f"a document cannot be used: {next(iter(dropped.values()))}")
         scores = self.score(encoded, len(documents))[:, 0].astype(np.float64)

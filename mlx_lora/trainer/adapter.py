@@ -14,7 +14,8 @@ from mlx_lora.adapters.qat import begin_qat, end_qat
 from mlx_lora.exporters.adapter_config import head_of
 from mlx_lora.exporters.adapter_folder import AdapterInfo, check_writes_text, load_adapter, read_adapter_config
 from mlx_lora.exporters.initial_adapter import put_start, read_start
-from mlx_lora.models.head import SCORE_WEIGHT, put_score_head
+from mlx_lora.models.encoder_head import head_parameters
+from mlx_lora.models.head import put_head
 from mlx_lora.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,8 +47,9 @@ def adapt(
         )
     adapted, full = adapt_model(base.model, objective.adapted(adapter), settings.loop.seed), ()
     if scores:
-        put_score_head(base.model, base.config, settings.loop.seed, objective.outputs, objective.head_scale)
-        full = (SCORE_WEIGHT,)
+        labels = (objective.head or {}).get("labels", ())
+        put_head(base, settings.loop.seed, objective.outputs, objective.head_scale, labels)
+        full = head_parameters(base.model)
     if start:
         put_start(base.model, start, full)
     if adapter.qat:

@@ -40,6 +40,7 @@ from mlx_lora.data.teacher_table import MOST_KEPT_BYTES, RowStore, evict, used_b
 from mlx_lora.kernels.table import KernelChoice, has_recurrence, training_kernels
 from mlx_lora.losses.check import disagreement, probe
 from mlx_lora.losses.cross_entropy import Arrays
+from mlx_lora.models.encoder import is_encoder
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, parameter_sums, short
 from mlx_lora.models.frozen_prefix import NoTrunk, Trunk, trunk_outputs
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
@@ -180,6 +181,8 @@ def _layout_problem(of: TrunkAsked, objective: Objective) -> str | None:
     """Return in a few words why the rows of a run cannot start above its frozen blocks, None if they can."""
     if of.strategy.ranks.size > 1:
         return f"{of.strategy.ranks.size} processes share the rows"
+    if is_encoder(of.base.model):
+        return "an encoder's blocks depend on the length of a row"
     return rows_problem(of.plan.rows.starts is not None, objective)
 
 

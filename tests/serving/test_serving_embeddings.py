@@ -117,14 +117,10 @@ def encoder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("objective", ["sft", "classify", "rerank"])
-def test_an_encoder_trains_vectors_alone(objective, encoder, tmp_path):
+@pytest.mark.parametrize("objective", ["sft", "reward"])
+def test_an_encoder_trains_vectors_and_scores_of_texts_alone(objective, encoder, tmp_path):
     """Other objectives would let its tokens see the padding behind them."""
-    rows = {
-        "sft": {"prompt": "a", "completion": "b"},
-        "classify": {"text": "a", "label": "b"},
-        "rerank": {"query": "a", "positive": "b", "negative": "c"},
-    }
+    rows = {"sft": {"prompt": "a", "completion": "b"}, "reward": {"prompt": "a", "chosen": "b", "rejected": "c"}}
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[objective]) + "\n")
     common = ("--model", encoder, "--data", tmp_path / "rows.jsonl", "--objective", objective)
     one_line(run("train", *common, "--adapter-path", tmp_path / "a"), "it is an encoder", "--objective embed")
