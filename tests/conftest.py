@@ -65,6 +65,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """With --rehearse, let this process be a Mac before any test is imported; and let numpy read what a GPU computes."""
+    gc.disable()  # until all tests are collected: what is imported is no garbage, and looking for some takes a fifth of the time
     if config.getoption("--rehearse"):
         from rehearsal import installing
 
@@ -111,6 +112,7 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_collection_finish():
     """Let Python's garbage collection leave alone what is loaded by now, and look less often: it takes a tenth of the time."""
+    gc.enable()
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
