@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -65,6 +66,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """With --rehearse, let this process be a Mac before any test is imported; and let numpy read what a GPU computes."""
+    # Files are dealt to workers as `pytest_collection_modifyitems` orders them, not those of many tests first: a file of few tests
+    # that start processes would come last and be waited for.
+    config.option.loadscopereorder = False
     gc.disable()  # until all tests are collected: what is imported is no garbage, and looking for some takes a fifth of the time
     if config.getoption("--rehearse"):
         from rehearsal import installing
@@ -104,6 +108,9 @@ def pytest_collection_modifyitems(config, items):
     """Mark each test with its tier. A GPU, also one of a rehearsal, leaves out what only a CPU does, with its reason."""
     for item in items:
         item.add_marker(tier_of(item.path))
+    if hasattr(config, "workerinput"):  # of several workers: the longest files first
+        tests, order = Counter(item.path for item in items), ["integration", "page", "cli", "unit"]
+        items.sort(key=lambda item: (order.index(tier_of(item.path)), -tests[item.path], str(item.path)))
     if device.on_gpu():
         for item in items:
             if mark := item.get_closest_marker("cpu"):
