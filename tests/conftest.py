@@ -192,6 +192,20 @@ def _one_measurement():
         yield
 
 
+@pytest.fixture(autouse=True)
+def remembered_checks(request):
+    """Check loss and kernels once per model, as users' runs do, though nothing is measured here.
+
+    A test that replaces something checks anew: a check is remembered by the model and the package's source, not by patches.
+    """
+    if "monkeypatch" in request.fixturenames:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_lora.losses.check.may_measure", lambda: True)
+        yield
+
+
 @pytest.fixture
 def traced_anew(monkeypatch):
     """Trace every block, known or not."""
