@@ -24,7 +24,7 @@ import mlx.nn as nn
 from mlx_lm.models import gated_delta, ssm
 
 from mlx_lora.kernels.gated_delta import chunked_gated_delta_update, fused_gated_delta_update
-from mlx_lora.kernels.measure import MLX, Figures, Kernel, Outputs, ShapeClass, TimingInputs, size_class
+from mlx_lora.kernels.measure import MLX, Figures, Kernel, Outputs, ShapeClass, TimingInputs, modules_of, size_class
 from mlx_lora.kernels.state_space import (
     in_lanes,
     lanes_for,
@@ -58,7 +58,7 @@ def recurrent_kernels(model: nn.Module) -> Iterator[list[str]]:
     Yields:
         Descriptions of what was replaced, for the run's header.
     """
-    classes = {cls for kind in module_types(model) for cls in kind.__mro__}
+    classes = {cls for kind in {type(module) for module in modules_of(model)} for cls in kind.__mro__}
     owners = [*classes, *{sys.modules[cls.__module__] for cls in classes}]
     exchanged = [
         (owner, name, own)
@@ -74,24 +74,6 @@ def recurrent_kernels(model: nn.Module) -> Iterator[list[str]]:
     finally:
         for owner, name, own in exchanged:
             setattr(owner, name, own)
-
-
-def module_types(model: nn.Module) -> set[type[nn.Module]]:
-    """Return the classes of a model's modules: what `model.modules()` tells, in a tenth of its time.
-
-    Kernels are exchanged some 70 times before a run's first step.
-    """
-    found: set[type[nn.Module]] = set()
-    left: list[Any] = [model]
-    while left:
-        value = left.pop()
-        if isinstance(value, nn.Module):
-            found.add(type(value))
-        if isinstance(value, dict):  # a module is one, too
-            left += value.values()
-        elif isinstance(value, list | tuple):
-            left += value
-    return found
 
 
 def dual(own: Callable[..., WithState]) -> Callable[..., WithState]:

@@ -49,10 +49,11 @@ from mlx_lora.kernels.measure import (
     keep_figures,
     may_measure,
     measure,
+    modules_of,
     read_figures,
     size_class,
 )
-from mlx_lora.kernels.recurrent import gated_delta_row, module_types, recurrent_kernels, state_space_row
+from mlx_lora.kernels.recurrent import gated_delta_row, recurrent_kernels, state_space_row
 from mlx_lora.kernels.windows import Windows
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.prefix_attention import SharedPrefix, shared_caches
@@ -164,7 +165,7 @@ def training_kernels(
     """
     windows = Windows() if windows is None else windows
     rows = {row.shared: row for row in kernel_rows(attend, windows)}
-    homes = [vars(sys.modules[name]) for name in {kind.__module__ for kind in module_types(model)}]
+    homes = [vars(sys.modules[name]) for name in {type(module).__module__ for module in modules_of(model)}]
     exchanged = [(home, name) for home in homes for name, row in rows.items() if home.get(name) is row.theirs]
     masked = [home for home in homes if home.get(MAKES_MASKS) is base.create_attention_mask]
     for home, name in exchanged:
