@@ -87,6 +87,7 @@ TIERS = {
     "integration": {
         "changed_package",
         "hub_stand_in",
+        "prepared",
         "ranks",
         "serving_process",
         "studio_client",

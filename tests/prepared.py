@@ -25,9 +25,9 @@ from pathlib import Path
 
 SWITCH = "MLX_LORA_TEST_PROCESSES"
 IMPORTED = ("mlx_lora.cli.train", "mlx_lora.trainer.run", "mlx_lora.objectives.sft", "mlx_lora.reports.run_report")
-# Variables that nothing reads while the package is imported, and those that a server is started with.
+# Variables that nothing reads while the package is imported (DIE_AT is a test's own), and those that a server is started with.
 READ_LATER = {
-    SWITCH, "MLX_RANK", "MLX_HOSTFILE", "MLX_BFS_MAX_WIDTH", "MLX_LORA_CACHE", "MLX_LORA_MEASURE_KERNELS", "MLX_LORA_TEST_MODELS", "PATH",
+    SWITCH, "DIE_AT", "MLX_RANK", "MLX_HOSTFILE", "MLX_BFS_MAX_WIDTH", "MLX_LORA_CACHE", "MLX_LORA_MEASURE_KERNELS", "MLX_LORA_TEST_MODELS", "PATH",
     "PYTEST_CURRENT_TEST", "PYTEST_VERSION", "TOKENIZERS_PARALLELISM", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "TRANSFORMERS_VERBOSITY",
 }  # fmt: skip
 OF_SERVERS = {"PYTHONPATH", "OPENBLAS_NUM_THREADS"}
