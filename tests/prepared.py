@@ -77,7 +77,11 @@ class Prepared:
 
 
 class _Server:
-    """The process that forks."""
+    """The process that forks.
+
+    Attributes:
+        can_fork: False if something that it imported has started a thread, which a fork would lose.
+    """
 
     def __init__(self, environment: dict[str, str]):
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -90,6 +94,7 @@ class _Server:
                 pass_fds=[theirs.fileno()],
             )
         atexit.register(self.end)
+        self.can_fork = self._answer() == 1
 
     def end(self) -> None:
         """End the server; what it forked runs on."""
@@ -102,6 +107,9 @@ class _Server:
             [json.dumps(request).encode()],
             [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))] if files else [],
         )
+        return self._answer()
+
+    def _answer(self) -> int:
         answer = self._socket.recv(64)
         if not answer:
             raise RuntimeError("the server of prepared processes has ended")
@@ -126,12 +134,12 @@ def start_python(
         number: of processes that run together: neighbors come from different servers.
     """
     with open(out, "w") as to_out, open(err, "w") if err != out else to_out as to_err:
-        if not _may_fork(environment):
+        own = tuple((name, environment[name]) for name in sorted(OF_SERVERS & environment.keys()))
+        server = _server(number % 2, own) if _may_fork(environment) else None
+        if server is None or not server.can_fork:
             command = [sys.executable, *words]
             return subprocess.Popen(command, stdout=to_out, stderr=to_err, env=dict(environment), cwd=cwd)
-        own = tuple((name, environment[name]) for name in sorted(OF_SERVERS & environment.keys()))
         request = {"words": list(words), "environment": dict(environment), "cwd": str(cwd or Path.cwd())}
-        server = _server(number % 2, own)
         return Prepared(server, server.ask(request, to_out.fileno(), to_err.fileno()))
 
 
@@ -143,6 +151,8 @@ def _may_fork(environment: Mapping[str, str]) -> bool:
 
     return (
         sys.platform == "linux"
+        and hasattr(os, "pidfd_open")
+        and environment.get("OPENBLAS_NUM_THREADS") == "1"  # its threads would not be in a fork
         and not device.on_gpu()
         and environment.get(SWITCH) != "real"
         and read_at_import(environment) == read_at_import(AT_FIRST)
@@ -208,8 +218,9 @@ def main(descriptor: int) -> None:
     sys.path.pop(0)  # the folder of this file
     for name in IMPORTED:
         importlib.import_module(name)
-    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot fork"
-    asked = serve(socket.socket(fileno=descriptor))
+    requests, can_fork = socket.socket(fileno=descriptor), len(os.listdir("/proc/self/task")) == 1
+    requests.send(b"1" if can_fork else b"0")
+    asked = serve(requests) if can_fork else None
     if asked is not None:
         become(*asked)
         run(asked[0]["words"])
