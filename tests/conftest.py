@@ -43,6 +43,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 FEW_TOKENS = 8
 MEASURE = machine.measure_ceilings
+TRACED_CHUNKS = model_shape.MOST_TRACED_CHUNKS
 TINY = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -166,6 +167,8 @@ def _own_cache(tmp_path_factory):
         patch.setenv("MLX_LORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         # Kernels as the table has them: the clock of a busy machine must not decide what a test runs.
         patch.setenv(SWITCH, "0")
+        # A plan looks for the longest row that fits, and the graphs of its MLPs in up to 16 chunks took nearly all of its time.
+        patch.setattr(model_shape, "MOST_TRACED_CHUNKS", 4)
         # After each run, 4 training rows instead of 32 are asked for word for word, which was a fifth of a tiny run.
         patch.setattr("mlx_lora.trainer.report_callback.MOST_ROWS", 4)
         # One text before and after each run instead of three, and a few words of it unless a test says how many.
@@ -205,6 +208,12 @@ def remembered_checks(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mlx_lora.losses.check.may_measure", lambda: True)
         yield
+
+
+@pytest.fixture
+def all_chunks_traced(monkeypatch):
+    """Trace as many chunks of an MLP as a user's plan does."""
+    monkeypatch.setattr(model_shape, "MOST_TRACED_CHUNKS", TRACED_CHUNKS)
 
 
 @pytest.fixture
