@@ -45,7 +45,7 @@ test-all: setup
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[dev,parity,studio-test]'
 	$(BIN)/python scripts/get_models.py
 	$(BIN)/python scripts/get_models.py --gemma
-	$(BIN)/python -m pytest -m "not metal and not cuda"
+	MLX_LORA_TEST_PROCESSES=real $(BIN)/python -m pytest -m "not metal and not cuda"
 
 # More than a thousand bad inputs through the commands, and a table of what became of them (docs/security.md).
 CASES ?= 1200

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -42,6 +43,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 FEW_TOKENS = 8
 MEASURE = machine.measure_ceilings
+TRACED_CHUNKS = model_shape.MOST_TRACED_CHUNKS
 TINY = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -65,6 +67,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """With --rehearse, let this process be a Mac before any test is imported; and let numpy read what a GPU computes."""
+    # Files are dealt to workers as `pytest_collection_modifyitems` orders them, not those of many tests first: a file of few tests
+    # that start processes would come last and be waited for.
+    config.option.loadscopereorder = False
+    gc.disable()  # until all tests are collected: what is imported is no garbage, and looking for some takes a fifth of the time
     if config.getoption("--rehearse"):
         from rehearsal import installing
 
@@ -82,6 +88,7 @@ TIERS = {
     "integration": {
         "changed_package",
         "hub_stand_in",
+        "prepared",
         "ranks",
         "serving_process",
         "studio_client",
@@ -103,6 +110,9 @@ def pytest_collection_modifyitems(config, items):
     """Mark each test with its tier. A GPU, also one of a rehearsal, leaves out what only a CPU does, with its reason."""
     for item in items:
         item.add_marker(tier_of(item.path))
+    if hasattr(config, "workerinput"):  # of several workers: the longest files first
+        tests, order = Counter(item.path for item in items), ["integration", "page", "cli", "unit"]
+        items.sort(key=lambda item: (order.index(tier_of(item.path)), -tests[item.path], str(item.path)))
     if device.on_gpu():
         for item in items:
             if mark := item.get_closest_marker("cpu"):
@@ -111,6 +121,7 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_collection_finish():
     """Let Python's garbage collection leave alone what is loaded by now, and look less often: it takes a tenth of the time."""
+    gc.enable()
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
@@ -156,6 +167,10 @@ def _own_cache(tmp_path_factory):
         patch.setenv("MLX_LORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         # Kernels as the table has them: the clock of a busy machine must not decide what a test runs.
         patch.setenv(SWITCH, "0")
+        # A plan looks for the longest row that fits, and the graphs of its MLPs in up to 16 chunks took nearly all of its time.
+        patch.setattr(model_shape, "MOST_TRACED_CHUNKS", 4)
+        # After each run, 4 training rows instead of 32 are asked for word for word, which was a fifth of a tiny run.
+        patch.setattr("mlx_lora.trainer.report_callback.MOST_ROWS", 4)
         # One text before and after each run instead of three, and a few words of it unless a test says how many.
         patch.setattr("mlx_lora.trainer.report_callback.TEXTS", 1)
         patch.setattr(report_callback, "greedy_text", _short_text)
@@ -179,6 +194,26 @@ def _one_measurement():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "measure_ceilings", cache(MEASURE))
         yield
+
+
+@pytest.fixture(autouse=True)
+def remembered_checks(request):
+    """Check loss and kernels once per model, as users' runs do, though nothing is measured here.
+
+    A test that replaces something checks anew: a check is remembered by the model and the package's source, not by patches.
+    """
+    if "monkeypatch" in request.fixturenames:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_lora.losses.check.may_measure", lambda: True)
+        yield
+
+
+@pytest.fixture
+def all_chunks_traced(monkeypatch):
+    """Trace as many chunks of an MLP as a user's plan does."""
+    monkeypatch.setattr(model_shape, "MOST_TRACED_CHUNKS", TRACED_CHUNKS)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from child_environment import REPOSITORY, child_environment
+from prepared import start_python
 
 from mlx_lora.utils.supervise import last_given
 
@@ -102,19 +103,14 @@ class Started:
         self.outs = [folder / f"rank{rank}.out" for rank in range(len(commands))]
         self.processes = []
         for rank, command in enumerate(commands):
-            with self.logs[rank].open("w") as log, self.outs[rank].open("w") as out:
-                self.processes.append(
-                    subprocess.Popen(
-                        [
-                            *(prefixes[rank] if prefixes else ()),
-                            sys.executable,
-                            *last_given([str(word) for word in command]),
-                        ],
-                        stdout=out,
-                        stderr=log,
-                        env={**environment, "MLX_RANK": str(rank)},
-                    )
-                )
+            own = {**environment, "MLX_RANK": str(rank)}
+            words = last_given([str(word) for word in command])
+            if prefixes:
+                with self.logs[rank].open("w") as log, self.outs[rank].open("w") as out:
+                    whole = [*prefixes[rank], sys.executable, *words]
+                    self.processes.append(subprocess.Popen(whole, stdout=out, stderr=log, env=own))
+            else:
+                self.processes.append(start_python(words, own, self.outs[rank], self.logs[rank], number=rank))
 
     def wait_for(self, path: Path) -> None:
         """Wait until a path is there, while all ranks run; end them when one has ended or it takes too long."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from child_environment import child_environment
+from prepared import start_python
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,14 +25,8 @@ class Server:
         port: int = 0,
     ):
         self.log = log
-        with open(log, "w") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlx_lora", command, *map(str, arguments), "--port", str(port)],
-                cwd=cwd,
-                stderr=out,
-                stdout=out,
-                env=child_environment(**(environment or {})),
-            )
+        words = ["-m", "mlx_lora", command, *map(str, arguments), "--port", str(port)]
+        self.process = start_python(words, child_environment(ROOT / "tests", **(environment or {})), log, log, cwd)
 
     def __enter__(self) -> Server:
         for _ in range(1200):

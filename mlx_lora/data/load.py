@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,7 @@ from mlx_lora.data.tokenize import Encoded, Encoder
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, one_at_a_time, replacing_folder, sha256_of, shown_data
 from mlx_lora.utils.progress import long_task
-from mlx_lora.utils.text import counted
+from mlx_lora.utils.text import counted, package_version
 
 if TYPE_CHECKING:
     from mlx_lora.data.image_tokens import ImageReader
@@ -491,7 +491,7 @@ def entry_folder(
         "seed": seed,
         "mixed": mixed,
         "code": _code_hash(),
-        "packages": [metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")],
+        "packages": [package_version(name) for name in ("transformers", "tokenizers", "jinja2")],
     }
     return cache_dir("encoded") / sha256_of(json.dumps(parts, sort_keys=True, default=str))[:32]
 

@@ -24,7 +24,7 @@ import mlx.nn as nn
 from mlx_lm.models import gated_delta, ssm
 
 from mlx_lora.kernels.gated_delta import chunked_gated_delta_update, fused_gated_delta_update
-from mlx_lora.kernels.measure import MLX, Figures, Kernel, Outputs, ShapeClass, TimingInputs, size_class
+from mlx_lora.kernels.measure import MLX, Figures, Kernel, Outputs, ShapeClass, TimingInputs, modules_of, size_class
 from mlx_lora.kernels.state_space import (
     in_lanes,
     lanes_for,
@@ -58,13 +58,13 @@ def recurrent_kernels(model: nn.Module) -> Iterator[list[str]]:
     Yields:
         Descriptions of what was replaced, for the run's header.
     """
-    classes = {cls for kind in {type(module) for module in model.modules()} for cls in kind.__mro__}
+    classes = {cls for kind in {type(module) for module in modules_of(model)} for cls in kind.__mro__}
     owners = [*classes, *{sys.modules[cls.__module__] for cls in classes}]
     exchanged = [
         (owner, name, own)
         for owner in owners
-        for name, own in vars(owner).items()
-        if isinstance(own, FunctionType) and (own.__module__, own.__qualname__) in EXCHANGES
+        for name in EXCHANGED_NAMES & vars(owner).keys()
+        if isinstance(own := vars(owner)[name], FunctionType) and (own.__module__, own.__qualname__) in EXCHANGES
     ]
     for owner, name, own in exchanged:
         _, make = EXCHANGES[own.__module__, own.__qualname__]
@@ -230,6 +230,7 @@ EXCHANGES: dict[tuple[str, str], tuple[str, Callable[[Callable[..., Any]], Calla
     ("mlx_lm.models.rwkv7", "Rwkv7TimeMixing._wkv7"): ("RWKV-7's recurrence", rwkv7_scan),
 }
 """(module, qualified name) -> description for the header, and the function that returns our replacement."""
+EXCHANGED_NAMES = frozenset(name.rpartition(".")[2] for _, name in EXCHANGES)
 
 
 # Rows of the table of kernels

@@ -49,6 +49,7 @@ from mlx_lora.kernels.measure import (
     keep_figures,
     may_measure,
     measure,
+    modules_of,
     read_figures,
     size_class,
 )
@@ -164,7 +165,7 @@ def training_kernels(
     """
     windows = Windows() if windows is None else windows
     rows = {row.shared: row for row in kernel_rows(attend, windows)}
-    homes = [vars(sys.modules[name]) for name in {type(module).__module__ for module in model.modules()}]
+    homes = [vars(sys.modules[name]) for name in {type(module).__module__ for module in modules_of(model)}]
     exchanged = [(home, name) for home in homes for name, row in rows.items() if home.get(name) is row.theirs]
     masked = [home for home in homes if home.get(MAKES_MASKS) is base.create_attention_mask]
     for home, name in exchanged:

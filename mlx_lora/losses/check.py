@@ -26,7 +26,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +49,7 @@ from mlx_lora.planner.memory import CHECK_TOKENS, LOSS_TOKENS, RECURRENT_CHECK_T
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.progress import long_task
+from mlx_lora.utils.text import package_version
 
 if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
@@ -450,7 +450,7 @@ def check_name(model: nn.Module, config: dict[str, Any], strategy: Strategy, *co
     facts = (
         device.measured_on(),
         device.compiles(),
-        version("mlx-lm"),
+        package_version("mlx-lm"),
         _package_sum(),
         sources,
         json.dumps(config, sort_keys=True, default=str),

@@ -378,7 +378,7 @@ def _joined(listing: _Listing, first_cut: int, returned: int, varied: int) -> Gr
     maker = {array: node for node in listing.nodes for array in node.outputs}
     seen: dict[tuple, tuple[str, ...]] = {}
     nodes: list[Node] = []
-    for node in _in_order(outputs, maker, name_of):
+    for node in _in_order(outputs, maker, names):
         inputs = tuple(map(name_of, node.inputs))
         shapes = tuple([listing.arrays[array] for array in node.outputs])
         key = (node.name, repr(node.arguments), inputs, shapes)
@@ -393,8 +393,8 @@ def _joined(listing: _Listing, first_cut: int, returned: int, varied: int) -> Gr
     )
 
 
-def _in_order(outputs: list[str], maker: dict[str, Node], name_of: Callable[[str], str]) -> Iterator[Node]:
-    """Yield the nodes that `outputs` need, inputs first."""
+def _in_order(outputs: list[str], maker: dict[str, Node], names: dict[str, str]) -> Iterator[Node]:
+    """Yield the nodes that `outputs` need, inputs first; `names` says what an array is called now, and grows meanwhile."""
     done: set[int] = set()
     for output in outputs:
         waiting = [maker[output]] if output in maker else []
@@ -403,8 +403,13 @@ def _in_order(outputs: list[str], maker: dict[str, Node], name_of: Callable[[str
             if id(node) in done:
                 waiting.pop()
                 continue
-            makers = [maker.get(name_of(name)) for name in reversed(node.inputs)]
-            before = [one for one in makers if one is not None and id(one) not in done]
+            before = []
+            for name in reversed(node.inputs):
+                while name in names:
+                    name = names[name]
+                made_by = maker.get(name)
+                if made_by is not None and id(made_by) not in done:
+                    before.append(made_by)
             if before:
                 waiting += before
             else:

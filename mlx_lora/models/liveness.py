@@ -18,6 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from mlx_lora.models.graph import Graph, Node, Shape
 
@@ -296,6 +297,7 @@ def _donor(node: Node, name: str, number: int, buffers: _Buffers, readers_so_far
     return None
 
 
+@lru_cache(maxsize=4096)
 def _row_strides(shape: Shape) -> Shape:
     """Return the strides, in numbers, of a row-major array."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

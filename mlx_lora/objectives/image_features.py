@@ -18,7 +18,7 @@ import logging
 import shutil
 from collections import OrderedDict
 from functools import cached_property
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ import numpy as np
 from mlx_lora.models.vision import ImageFeatures, VisionTower, arrays_of
 from mlx_lora.utils import device
 from mlx_lora.utils.files import cache_dir
+from mlx_lora.utils.text import package_version
 
 if TYPE_CHECKING:
     from mlx_lora.data.image_tokens import ImageProcessor, ImageTable
@@ -160,7 +161,7 @@ def tower_key(tower: VisionTower, processor: ImageProcessor) -> str:
         picked = flat[::step] if not mx.issubdtype(flat.dtype, mx.floating) else flat[::step].astype(mx.float32)
         digest.update(f"{name} {array.shape} {array.dtype}".encode() + np.asarray(picked).tobytes())
     code = resources.files("mlx_lora.models").joinpath("vision.py").read_bytes()
-    versions = [metadata.version(name) for name in ("mlx", "mlx-vlm", "transformers", "pillow")]
+    versions = [package_version(name) for name in ("mlx", "mlx-vlm", "transformers", "pillow")]
     facts = [processor.identity, versions, device.measured_on(), tower.rescale]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode() + code)
     return digest.hexdigest()[:32]

@@ -21,7 +21,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from importlib.metadata import version
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,6 +34,7 @@ from mlx_lora.data.batch import Batch, nothing_of, share_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.text import package_version
 
 if TYPE_CHECKING:
     from mlx_lora.models.head import OfHidden
@@ -269,7 +269,7 @@ class Strategy:
         Raises:
             InputError: on every rank, with all differences between rank 0 and the first rank that differs.
         """
-        versions = {"mlx": mx.__version__, "mlx_lm": version("mlx-lm"), "mlx_lora": __version__}
+        versions = {"mlx": mx.__version__, "mlx_lm": package_version("mlx-lm"), "mlx_lora": __version__}
         facts = {**versions, "compute dtype": str(device.compute_dtype(settings.model.dtype))}
         facts |= {name: value for name, value in identity.items() if name not in ROWS}
         facts |= {name: value for name, value in settings.to_flat().items() if not ROWS[name].per_machine}

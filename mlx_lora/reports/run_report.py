@@ -23,8 +23,6 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mlx_lora.data.chat_template import spoken_turns, without_markers
 from mlx_lora.data.duplicates import SeenRows
 from mlx_lora.data.report import UNITS
@@ -46,7 +44,7 @@ from mlx_lora.reports.objective_charts import (
 from mlx_lora.trainer.evaluate import ROWS_FILE, Change, KnownRows, read_rows_file
 from mlx_lora.utils.console import finite_values
 from mlx_lora.utils.files import replace_text, replacing_file, sha256_of
-from mlx_lora.utils.parsing import parse_json
+from mlx_lora.utils.parsing import parse_json, parse_yaml
 from mlx_lora.utils.text import counted
 
 Record = dict[str, Any]
@@ -138,7 +136,7 @@ class RunReport:
 
     def _page(self, folder: Path) -> str:
         """Return the page's text, and keep the verdict that is on it."""
-        settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+        settings = parse_yaml((folder / "run.yaml").read_text(encoding="utf-8"))
         records = without_untrained_accuracy(read_records(folder / "metrics.jsonl"), settings)
         found, evaluation = self._verdict_on(folder, records, settings), read_evaluation(folder)
         self.verdict = found.to_dict()

@@ -25,7 +25,7 @@ import json
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from importlib import metadata, resources
+from importlib import resources
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
@@ -51,6 +51,7 @@ from mlx_lora.planner.speed import ROOM_LEFT_BYTES, TrunkPlan, no_use, plan_trun
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import cache_dir, free_on_disk, sha256_of
+from mlx_lora.utils.text import package_version
 
 if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
@@ -271,7 +272,7 @@ def _key(of: TrunkAsked, variant: StepVariant, trunk: Trunk, record: StoredOutpu
         "products": of.base.matmul_paths.describe(),
         "compiled": [variant.compiled, device.compiles()],
         "machine": device.measured_on(),
-        "packages": metadata.version("mlx-lm"),
+        "packages": package_version("mlx-lm"),
         "code": _code_hash(),
     }
     return json.dumps(parts, sort_keys=True, default=str)

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +52,7 @@ from mlx_lora.trainer.progress import Metrics, MetricsFile, PlainProgress, Progr
 from mlx_lora.utils import device
 from mlx_lora.utils.console import in_notebook
 from mlx_lora.utils.progress import tracked
-from mlx_lora.utils.text import this_command
+from mlx_lora.utils.text import package_version, this_command
 
 if TYPE_CHECKING:
     from mlx_lora.data.load import DataSplits
@@ -172,7 +171,7 @@ class RunPage:
             data: of the run.
         """
         base = run.ctx.base
-        versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "mlx-lm"))
+        versions = ", ".join(f"{name} {package_version(name)}" for name in ("mlx", "mlx-lm"))
         held_out = data.valid if data.valid is not None and len(data.valid) else None
         rows = data.train if held_out is None else held_out
         settings = run.folder.settings

@@ -13,14 +13,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_lora import BLAS
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.text import GIB
+from mlx_lora.utils.text import GIB, package_version
 
 ROW_PARTS = 64  # of a row, which are added to each other first
 
@@ -335,7 +334,7 @@ def drop_cached(descriptor: int, begin: int, size: int) -> None:
 
 def measured_on() -> str:
     """Return the cache key of this machine's measurements; with another mlx, chip or BLAS they are repeated."""
-    return f"{current_device().name}|mlx {version('mlx')}|{BLAS.name}"
+    return f"{current_device().name}|mlx {package_version('mlx')}|{BLAS.name}"
 
 
 def end_thread() -> None:

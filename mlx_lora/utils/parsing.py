@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterator
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,12 @@ def parse_yaml(text: str) -> Any:
     Raises:
         ValueError: it is not YAML, is too large or too deep, or has an alias that contains itself.
     """
+    return deepcopy(_parsed_yaml(text))
+
+
+@lru_cache(maxsize=4)
+def _parsed_yaml(text: str) -> Any:
+    """Parse a text once: PyYAML takes some 20 ms for a run.yaml, which the report and the model card both read."""
     if len(text) > MAX_YAML_CHARACTERS:
         raise ValueError(f"it has more than {MAX_YAML_CHARACTERS} characters")
     try:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -149,12 +150,22 @@ def installed_versions() -> dict[str, str | None]:
     return {"mlx-lora": __version__, "python": platform.python_version(), **package_versions(PACKAGES)}
 
 
+@cache
+def package_version(name: str) -> str:
+    """Return the version of an installed package, which is read once per process: each run asks some twenty times.
+
+    Raises:
+        PackageNotFoundError: it is not installed.
+    """
+    return metadata.version(name)
+
+
 def package_versions(names: Iterable[str]) -> dict[str, str | None]:
     """Return the versions of these packages, None for those not installed."""
     versions: dict[str, str | None] = {}
     for name in names:
         try:
-            versions[name] = metadata.version(name)
+            versions[name] = package_version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
     return versions

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from ranks import free_ports, rank_environment
+from ranks import Started
 from run_cli import run
 
 from mlx_lora.cli.cluster import facts_here, files_sum, problems_of
@@ -17,26 +15,15 @@ from mlx_lora.utils.errors import InputError
 
 
 def test_two_processes_find_each_other_equal(tiny_folder, tmp_path):
-    ports = free_ports(2)
-    (tmp_path / "hosts.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "mlx_lora", "cluster", "--model", str(tiny_folder), "--json"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**rank_environment(), "MLX_HOSTFILE": str(tmp_path / "hosts.json"), "MLX_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    outs = [child.communicate(timeout=120) for child in children]
-    assert [child.returncode for child in children] == [0, 0], outs
-    found = json.loads(outs[0][0])
+    words = ["-m", "mlx_lora", "cluster", "--model", tiny_folder, "--json"]
+    ended = Started([words] * 2, tmp_path).wait(120)
+    assert ended.codes == [0, 0], ended.errs
+    found = json.loads(ended.outs[0])
     assert len(found["machines"]) == 2
     assert found["problems"] == []
     assert found["link"]["bytes_per_s"] > 1e6
     assert 0 < found["link"]["latency_s"] < 1
-    assert outs[1][0] == ""
+    assert ended.outs[1] == ""
 
 
 def test_what_differs_is_named(tiny_folder):

@@ -185,7 +185,7 @@ def test_measured_once_and_again_for_another_mlx(own_cache, monkeypatch, logged)
     again = choose_model_kernels(model, [40, 130], "auto", mx.float32)
     assert again == first
     assert len(logged) == 3
-    monkeypatch.setattr(device, "version", lambda package: "99.0")
+    monkeypatch.setattr(device, "package_version", lambda package: "99.0")
     choose_model_kernels(model, [40], "auto", mx.float32)
     assert len(logged) == 5
     (own_cache / "measured/kernels.json").write_text("{damaged")

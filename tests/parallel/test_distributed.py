@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import tiny_model
+from prepared import SWITCH, start_python
 from rank_runs import STEPS, assert_same_run, command, records, train, weights
 from ranks import REPOSITORY, Started, free_ports, namespace_pair, rank_environment
 from run_cli import run
@@ -441,6 +442,40 @@ def test_a_cable_that_is_pulled(namespaces, tiny_folder, chats, tmp_path):
     assert time.monotonic() - start < 30
     assert ended.codes == [1, 1]
     assert all("sent nothing for 20 s" in err for err in ended.errs)
+
+
+TELLS = "import os, sys; print(sys.argv, sys.orig_argv[1], os.environ['MLX_RANK'], os.getcwd(), hash('a')); sys.exit(3)"
+
+
+@pytest.mark.cpu("where the package computes on a GPU, all processes are started anew")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all processes are started anew")
+def test_a_prepared_process_is_like_one_that_was_started(tmp_path, monkeypatch):
+    monkeypatch.delenv(SWITCH, raising=False)
+
+    def start(*words: str, number: int = 0, **variables: str) -> tuple:
+        out, err = tmp_path / "out", tmp_path / "err"
+        process = start_python(words, {**rank_environment(), "MLX_RANK": "7", **variables}, out, err, tmp_path, number)
+        return process, out, err
+
+    told = {}
+    for name, more in {"0": {}, "1": {"number": 1}, "real": {SWITCH: "real"}}.items():
+        process, out, err = start("-c", TELLS, "x", "--y", **more)
+        assert isinstance(process, subprocess.Popen) == (name == "real")
+        assert (process.wait(60), err.read_text()) == (3, "")
+        told[name] = out.read_text().split()
+    assert told["0"][:-1] == told["1"][:-1] == told["real"][:-1]
+    assert told["0"][-1] != told["1"][-1]  # sets have another order
+    process, _, err = start("-c", "raise ValueError('so it is')")
+    assert process.wait(60) == 1
+    assert "ValueError: so it is" in err.read_text()
+    process, out, _ = start("-c", "import time; print('here', flush=True); time.sleep(60)")
+    assert process.poll() is None
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    # The client of the hub reads this while it is imported.
+    process, _, _ = start("-c", "", HF_HUB_OFFLINE="1")
+    assert isinstance(process, subprocess.Popen)
+    process.wait(60)
 
 
 def test_the_environment_of_ranks_finds_this_checkout():

@@ -7,6 +7,7 @@ import importlib
 import re
 import subprocess
 from collections.abc import Iterable, Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -16,7 +17,6 @@ PACKAGE = Path(__file__).parents[2] / "mlx_lora"
 PROJECT = (PACKAGE.parent / "pyproject.toml").read_text()
 OLDEST = (3, int(re.search(r'requires-python = ">=3\.(\d+)"', PROJECT)[1]))
 FILES = sorted(PACKAGE.rglob("*.py"))
-TREES = {path: ast.parse(path.read_text(), feature_version=OLDEST) for path in FILES}
 ROOMS = {
     "adapters", "api", "bench", "cli", "config", "data", "doctor", "evaluation", "exporters", "gguf", "kernels", "losses", "models",
     "objectives", "parallel", "planner", "reports", "rollouts", "serving", "studio", "trainer", "training_server",
@@ -36,10 +36,16 @@ MOST_IMPORTS = 25
 MOST_WITH_IT = {"trainer.step": 21, "trainer.trainer": 25, "objectives.sft": 45}
 
 
+@cache
+def trees() -> dict[Path, ast.Module]:
+    """All files of the package, parsed: once, and not by a process that only collects this file."""
+    return {path: ast.parse(path.read_text(), feature_version=OLDEST) for path in FILES}
+
+
 def names(path: Path, level: str = "") -> list[str]:
     """All modules that a file imports, also in its functions; `from a import b` gives both `a` and `a.b`."""
     found = []
-    for node in ast.walk(TREES[path]):
+    for node in ast.walk(trees()[path]):
         if isinstance(node, ast.ImportFrom) and node.module:
             found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
@@ -84,7 +90,7 @@ def test_data_settings_and_planner_need_no_mlx():
 
 def test_files_and_functions_stay_short():
     long = [str(path) for path in FILES if path.read_text().count("\n") > LONGEST_FILE]
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         for node in ast.walk(tree):
             is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
             if is_function and node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION:
@@ -100,7 +106,7 @@ NEWER = frozenset(
 
 def test_the_oldest_python_that_is_promised_has_all_that_is_used():
     newer = {}
-    for path, tree in TREES.items():
+    for path, tree in trees().items():
         used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         used |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         used |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword) if node.arg}
@@ -177,7 +183,7 @@ def test_no_file_imports_in_a_circle():
     graph = {}
     for name, path in names.items():
         used = set()
-        for node in ast.walk(TREES[path]):
+        for node in ast.walk(trees()[path]):
             if isinstance(node, ast.ImportFrom) and node.module:
                 used.update(m for m in (node.module, *(f"{node.module}.{a.name}" for a in node.names)) if m in names)
         graph[name] = used
@@ -225,14 +231,14 @@ def with_it(graph: dict[str, set[str]], name: str) -> set[str]:
 
 def module_trees() -> dict[str, ast.Module]:
     dotted = {p: ".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__") for p in FILES}
-    return {dotted[path]: tree for path, tree in TREES.items()}
+    return {dotted[path]: tree for path, tree in trees().items()}
 
 
 def test_a_file_needs_few_others_to_be_read():
-    trees = module_trees()
-    wide = {name: len(used) for name, used in modules_imported(trees).items() if len(used) > MOST_IMPORTS}
+    parsed = module_trees()
+    wide = {name: len(used) for name, used in modules_imported(parsed).items() if len(used) > MOST_IMPORTS}
     assert not wide
-    graph = modules_imported(trees, at_import=True)
+    graph = modules_imported(parsed, at_import=True)
     sizes = {name: len(with_it(graph, f"mlx_lora.{name}")) for name in MOST_WITH_IT}
     assert all(sizes[name] <= most for name, most in MOST_WITH_IT.items()), sizes
 

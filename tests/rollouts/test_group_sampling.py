@@ -41,20 +41,20 @@ def probabilities(model, tokens: list[int], temperature: float = 1.0) -> np.ndar
 
 
 def test_frequencies_are_the_models_probabilities(model):
-    """20,000 draws of the first and the second token: chi-square against the softmax."""
-    draws, options = 20_000, SamplingOptions(10_000, 2, temperature=1.3)
+    """6,000 draws of the first and the second token: chi-square against the softmax."""
+    draws, options = 6_000, SamplingOptions(3_000, 2, temperature=0.7)
     found = []
     for rollout in range(draws // options.group):
         found += sample_groups(model, PROMPTS[:1], options, NO_END, answer_keys(3, rollout, options.group))
     tokens = np.array(found)
     vocabulary = model.args.vocab_size
-    wanted = probabilities(model, PROMPTS[0], 1.3)
+    wanted = probabilities(model, PROMPTS[0], 0.7)
     assert chi_square_surprise(np.bincount(tokens[:, 0], minlength=vocabulary), wanted) < 4
     uniform = np.full(vocabulary, 1 / vocabulary)
     assert chi_square_surprise(np.bincount(tokens[:, 0], minlength=vocabulary), uniform) > 20
     likeliest = int(wanted.argmax())
     after = tokens[tokens[:, 0] == likeliest, 1]
-    wanted = probabilities(model, [*PROMPTS[0], likeliest], 1.3)
+    wanted = probabilities(model, [*PROMPTS[0], likeliest], 0.7)
     assert chi_square_surprise(np.bincount(after, minlength=vocabulary), wanted) < 4
 
 
@@ -65,9 +65,9 @@ FILTERS = {"top_p": {"top_p": 0.6}, "min_p": {"min_p": 0.05}, "both, and a tempe
     "name", [name if "," in name else pytest.param(name, marks=pytest.mark.slow) for name in FILTERS]
 )
 def test_frequencies_within_the_nucleus_are_the_models_probabilities(name, model):
-    """20,000 draws with filters: of the tokens that are left, each is as frequent as at the temperature."""
+    """6,000 draws with filters: of the tokens that are left, each is as frequent as at the temperature."""
     temperature, filters = 0.7 if "temperature" in name else 1.0, FILTERS[name]
-    options = SamplingOptions(20_000, 1, temperature, **filters)
+    options = SamplingOptions(6_000, 1, temperature, **filters)
     found = sample_groups(model, PROMPTS[:1], options, NO_END, answer_keys(4, 0, options.group))
     counts = np.bincount([answer[0] for answer in found], minlength=model.args.vocab_size)
     plain = probabilities(model, PROMPTS[0])

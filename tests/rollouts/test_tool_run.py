@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from child_environment import child_environment
 from conftest import tiny_model, write_folder
+from prepared import start_python
 from run_cli import one_line, run
 from tool_model import SHELF, shelf_folder
 
@@ -52,11 +51,11 @@ def test_a_run_that_is_killed_within_an_episode_resumes_to_the_same_bytes(shelf,
     assert all(line["tools/turns"] > 1 for line in lines)
     died_at = round(sum(calls[:4])) + 3  # within the fifth step's episodes
     words = [str(word) for word in command(shelf, killed, *asked, "--max-restarts", 0)]
-    died = subprocess.run(
-        [sys.executable, "-m", "mlx_lora.train", *words[1:]], capture_output=True, text=True,
-        env=child_environment(DIE_AT=str(died_at)),
-    )  # fmt: skip
-    assert died.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), died.stderr
+    err = tmp_path / "err"
+    died = start_python(
+        ["-m", "mlx_lora.train", *words[1:]], child_environment(DIE_AT=str(died_at)), tmp_path / "out", err
+    )
+    assert died.wait(240) in (-signal.SIGKILL, 128 + signal.SIGKILL), err.read_text()
     kept = sorted(path.name for path in (killed / "checkpoints").iterdir())
     assert kept[-1].endswith("4")
     ran = run(*command(shelf, killed, *asked, "--resume"))

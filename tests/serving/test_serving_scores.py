@@ -85,7 +85,7 @@ def test_documents_are_ordered_as_jinas_and_coheres_clients_ask(http, tiny_folde
     ours = mlx_lora.rerank(str(tiny_folder), "q7", documents, folders["order"])
     for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
         found = http.post(path, json={"model": "order", "query": "q7", "documents": documents}).json()["results"]
-        assert [one["index"] for one in found[:2]] == [1, 3]
+        assert sorted(one["index"] for one in found[:2]) == [1, 3]  # equal texts
         assert len(found) == len(documents)
         assert [one["relevance_score"] for one in found] == pytest.approx([one["score"] for one in ours], abs=1e-4)
         assert "document" not in found[0]

@@ -24,7 +24,7 @@ from mlx_lora.planner.shapes import NotKnown, RunShape
 from mlx_lora.trainer.model_shape import TracedBlock, adapted_shape, outlined_shape, trace_blocks
 from mlx_lora.utils import device
 
-pytestmark = pytest.mark.usefixtures("traced_anew")
+pytestmark = pytest.mark.usefixtures("traced_anew", "all_chunks_traced")
 X = mx.zeros((8, 16))
 W = mx.zeros((16, 32))
 

@@ -26,6 +26,7 @@ from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
 from mlx_lora.trainer.model_shape import with_block_memory
 from mlx_lora.trainer.position_chunks import InChunks, chunk_positions, parts_of, position_numbers
 
+pytestmark = pytest.mark.usefixtures("all_chunks_traced")
 NAMES = sorted(name.rpartition(".")[2] for name in ARCHITECTURES)
 DEFAULT = ("llama", "gemma3_text", "qwen3_moe", "granitemoehybrid", "qwen3_5")
 
