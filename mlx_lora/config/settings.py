@@ -227,7 +227,7 @@ class LoopSettings:
         "memory: on (also the flag without a value), off, or auto (if the run does not fit without).",
         MEMORY, may_change=True, per_machine=True, choices=("auto", "on", "off"), alone="on")
     offload_activations: bool = setting(False,
-        "With --offload-base on: also keep on the disk what blocks keep for the backward pass, for very long rows.",
+        "With --offload-base on: also keep on the disk what blocks keep for the backward pass, for long rows.",
         MEMORY, may_change=True, per_machine=True)
     parallel: str = setting("data",
         "What the processes of a run divide: data (rows), tensor (attention heads and MLP columns, for links of low "
