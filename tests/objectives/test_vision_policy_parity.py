@@ -112,7 +112,8 @@ def on_torch(judge, processor, records, read, batch):
         given = judge_inputs(processor, records[number]["prompt"], [picture(one) for one in PICTURES[number]])
         begun = given["input_ids"][0].tolist()
         tokens = batch.inputs[row]
-        assert tokens[: len(begun)].tolist() == begun  # and then what the template writes before an answer
+        # Then comes what the template writes before an answer; an input that is only a target is not there.
+        assert tokens[: len(begun) - 1].tolist() == begun[:-1]
         own = {**given, "input_ids": torch.tensor(tokens[None].astype(np.int64))}
         for name in ("mm_token_type_ids", "token_type_ids"):
             if name in own:
