@@ -27,6 +27,7 @@ TRAINED_BYTES = 16  # of a trained number: its float32 master, gradient and two 
 # Arrays of Gemma 4's tower that nobody trains: bounds of its clipped layers, and what standardizes its output.
 BUFFERS = frozenset({"input_min", "input_max", "output_min", "output_max", "std_bias", "std_scale"})
 AT_ENDS = 34  # arrays as wide as the tower that a picture takes besides its blocks
+OF_CONNECTOR = 4  # those of a trained connector behind a frozen tower
 
 
 def tower_targets(tower: nn.Module, adapter: AdapterSettings) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -103,7 +104,8 @@ def kept_by_tower(config: Mapping[str, Any], settings: TrainSettings, table: Ima
     width = vision.get("embed_dim") or vision["hidden_size"]
     inner = vision.get("intermediate_size") or int(vision.get("mlp_ratio", 4) * width)
     blocks = vision.get("num_hidden_layers") or vision.get("depth") or 1
-    each = AT_ENDS * width + (blocks * (6 * width + 3 * inner) if settings.adapter.train_vision else 0)
+    whole = AT_ENDS * width + blocks * (6 * width + 3 * inner)
+    each = whole if settings.adapter.train_vision else OF_CONNECTOR * width
     return int(min(tokens, most) * _patches_of_token(config) * each * device.compute_dtype(settings.model.dtype).size)
 
 

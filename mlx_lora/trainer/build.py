@@ -102,7 +102,9 @@ def build_run(ctx: RunContext, data: DataSplits) -> BuiltRun:
     ctx.resumed = found.identity if found else None
     objective.lay_out(ctx, data.train)
     ctx.compute = ctx.compute or choose_compute(ctx.settings, base, data.train, strategy)
-    asked, shape = ctx.settings, shape_of(ctx.settings, base, ctx.chosen, strategy)
+    asked = ctx.settings
+    # What this run's objective says of other models, because it knows its data and what it has loaded.
+    shape = replace(shape_of(asked, base, ctx.chosen, strategy), beside_bytes=objective.other_models_bytes(asked))
     settled, arranged = objective.settled(asked), objective.arrange(data)
     ctx.settings, ctx.memory = fit_settings(settled, shape, arranged, ctx.chosen, strategy, ctx.resumed)
     data = objective.after_fit(ctx, data, shape)

@@ -25,6 +25,7 @@ from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages, positions_of, with_images
 from mlx_lora.objectives.image_features import ImageFeatureCache
+from mlx_lora.objectives.vision_sft import VisionSFT
 from mlx_lora.trainer.step import differentiation
 from mlx_lora.utils.errors import InputError
 
@@ -196,6 +197,29 @@ def test_training_the_tower_is_planned_and_refused_where_it_cannot_be(model, col
     )
     one_line(run(*sft, "--train-vision", "full"), "--objective sft")
     one_line(run(*sft, "--objective", "vision_sft", "--train-vision", "lora", "--method", "full"), "give full")
+
+
+def test_a_run_plans_its_own_pictures_and_tower(model, colors, tmp_path, monkeypatch):
+    asked = []
+    own = VisionSFT.other_models_bytes
+
+    def noted(self, settings):
+        asked.append((own(self, settings), len(self.table.pictures)))
+        return asked[-1][0]
+
+    monkeypatch.setattr(VisionSFT, "other_models_bytes", noted)
+    ran = run(*command(model, colors / "train.jsonl", tmp_path / "out", "--train-vision", "full", "--iters", 1))
+    assert ran.code == 0, ran.err
+    last, pictures = asked[-1]
+    assert pictures == 24
+    planned = json.loads((tmp_path / "out/report.json").read_text())["planned_peak_bytes"]
+    monkeypatch.setattr(VisionSFT, "other_models_bytes", lambda self, settings: own(self, settings) + 10**6)
+    assert (
+        run(*command(model, colors / "train.jsonl", tmp_path / "more", "--train-vision", "full", "--iters", 1)).code
+        == 0
+    )
+    more = json.loads((tmp_path / "more/report.json").read_text())["planned_peak_bytes"]
+    assert (last > 0, more - planned) == (True, 10**6)
 
 
 def test_a_resumed_run_of_the_tower_ends_with_the_same_bytes(seeing, model, colors, tmp_path):
