@@ -27,6 +27,7 @@ from mlx_lora.utils.text import gigabytes
 if TYPE_CHECKING:
     from mlx_lora.data.load import DataSplits
     from mlx_lora.models.meta import Outline
+    from mlx_lora.objectives.base import Objective
     from mlx_lora.trainer.checkpoint import Checkpoint
 
 
@@ -56,13 +57,13 @@ def _planned(settings: TrainSettings) -> dict[str, Any]:
 
     found = find_checkpoint(settings.loop, ALONE)
 
-    def read(outline: Outline) -> DataSplits | None:
+    def read(outline: Outline, objective: Objective) -> DataSplits | None:
         if readable_data(settings)[0].data is None:
             log.info(
                 "Data: the model writes the prompts itself when the run begins; planned for rows of --max-seq-length"
             )
             return None
-        splits = read_splits(settings, folder, outline.config, first_day(settings.loop))
+        splits = read_splits(settings, folder, outline.config, objective, first_day(settings.loop))
         log.info(splits.report.render())
         if settings.objective.teacher:
             tokenizer = load_folder_tokenizer(folder, outline.config, model.trust_remote_code)

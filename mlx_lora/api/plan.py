@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,7 @@ from mlx_lora.utils.errors import InputError
 if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
     from mlx_lora.data.load import DataSplits
+    from mlx_lora.objectives.base import Objective
     from mlx_lora.planner.shapes import Machine, ModelShape, RunShape
 
 log = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ def plan_run(
     chip: str | None = None,
     memory_gb: int | None = None,
     all_chips: bool = False,
-    read: Callable[[Outline], DataSplits | None] | None = None,
+    read: Callable[[Outline, Objective], DataSplits | None] | None = None,
     identity: Mapping[str, Any] | None = None,
     parts: PlanParts | None = None,
 ) -> dict[str, Any]:
@@ -178,13 +179,15 @@ def plan_run(
     outline, shape = parts.shape(settings, dtype, kernels)
     check_kind(outline.model, str(settings.model.model), objective)
     machine = with_kernels(settings, shape, machine, kernels)
-    splits = read(outline) if read else local_data(settings, outline)
+    splits = (read or partial(local_data, settings))(outline, objective)
     size = None
     if splits is not None:
         check_splits(settings, splits, outline)
         settings, size = measure_data(settings, splits, outline, shape)
         settings = replace(settings, data=replace(settings.data, max_seq_length=max(2, size.longest)))
-        shape = replace(shape, trained_share=size.trained_share)
+        # Of other models, the objective that read the data says what its pictures take.
+        others = objective.other_models_bytes(settings)
+        shape = replace(shape, trained_share=size.trained_share, beside_bytes=others)
     problems = [rate_problem(settings, shape.model_type, shape.width)]
     settings = with_learning_rate(settings, shape.model_type, shape.width)
     offloads = settings.loop.offload_base == "on"

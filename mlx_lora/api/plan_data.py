@@ -20,6 +20,7 @@ from mlx_lora.gguf.tokenizer import gguf_tokenizer_folder
 from mlx_lora.models.load import check_highest, embedding_rows
 from mlx_lora.models.meta import Outline
 from mlx_lora.models.tokenizer import load_folder_tokenizer
+from mlx_lora.objectives.base import Objective
 from mlx_lora.objectives.prefix_sharing import joined, layout_problem
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.objectives.teacher_answers import readable_data
@@ -123,7 +124,7 @@ def steps_and_validation(
     return steps, validation, len(plan) * objective.updates / loop.grad_accumulation_steps
 
 
-def local_data(settings: TrainSettings, outline: Outline) -> DataSplits | None:
+def local_data(settings: TrainSettings, outline: Outline, objective: Objective) -> DataSplits | None:
     """Return the run's data; None if some of it is not on this disk, or the model's folder has no tokenizer.
 
     Raises:
@@ -143,14 +144,15 @@ def local_data(settings: TrainSettings, outline: Outline) -> DataSplits | None:
         folder = gguf_tokenizer_folder(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    return read_splits(settings, folder, outline.config)
+    return read_splits(settings, folder, outline.config, objective)
 
 
-def read_splits(settings: TrainSettings, folder: Path, config: dict[str, Any], today: date | None = None) -> DataSplits:
-    """Return the run's data, encoded with the tokenizer in a model's folder."""
+def read_splits(
+    settings: TrainSettings, folder: Path, config: dict[str, Any], objective: Objective, today: date | None = None
+) -> DataSplits:
+    """Return the run's data, encoded with the tokenizer in a model's folder; the objective then knows its pictures."""
     tokenizer = load_folder_tokenizer(folder, config, settings.model.trust_remote_code)
     data, room = readable_data(settings)
-    objective = objective_of(settings.objective)
     records, asked = UNCACHED if room else objective.records, replace(settings, data=data)
     splits = objective.read_planned(asked, tokenizer._tokenizer, folder, config, today, records)
     if tools := objective.shown_tools(settings.objective, {}):

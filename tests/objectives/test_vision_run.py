@@ -222,6 +222,12 @@ def test_a_run_plans_its_own_pictures_and_tower(model, colors, tmp_path, monkeyp
     assert (last > 0, more - planned) == (True, 10**6)
 
 
+def test_a_plan_counts_the_pictures_of_its_data(model, colors):
+    asked = ("plan", "--model", model, "--objective", "vision_sft", "--train-vision", "full", "--json")
+    with_data, without = (json.loads(run(*asked, *more).out) for more in (("--data", colors / "train.jsonl"), ()))
+    assert with_data["parts"]["other models"] > without["parts"]["other models"]
+
+
 def test_a_resumed_run_of_the_tower_ends_with_the_same_bytes(seeing, model, colors, tmp_path):
     folder, _ = seeing
     copy = stopped_after(folder, tmp_path / "copy", 3)

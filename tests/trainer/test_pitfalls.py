@@ -238,6 +238,7 @@ ELSEWHERE = {
     "grad_checkpoint": "test_checkpointing.py: memory, not numbers",
     "quantized_matmul": "test_matmul_paths.py: each path is really taken when forced",
     "offload_base": "test_offloaded_base.py: the losses of the run in memory, in less of it",
+    "offload_activations": "test_activation_files.py: the same bytes as without it, in less memory",
     "shard_base": "test_shared_base.py: ranks with a part of the base each have the losses of one process",
     "parallel": "test_tensor_parallel.py: ranks with a part of each layer have the losses of one process",
     "cache_trunk": "test_trunk.py: kept output has the losses of computing it, and the planner decides",
