@@ -137,7 +137,7 @@ def test_a_merged_adapter_gives_vectors_as_its_parts_do(models, adapters, tmp_pa
     settings = (adapter / "run.yaml").read_text()
     assert "pooling: mean" in settings
     (tmp_path / "other/run.yaml").write_text(settings.replace("pooling: mean", "pooling: last"))
-    with pytest.raises(InputError, match=r"--pooling last, .*--pooling mean"):
+    with pytest.raises(InputError, match="pooling"):
         mlx_lora.merge(model, parts, out=tmp_path / "b", evaluate=False)
     assert not (tmp_path / "b").exists()
 
