@@ -25,11 +25,28 @@ from pathlib import Path
 
 SWITCH = "MLX_LORA_TEST_PROCESSES"
 IMPORTED = ("mlx_lora.cli.train", "mlx_lora.trainer.run", "mlx_lora.objectives.sft", "mlx_lora.reports.run_report")
-# Variables that nothing reads while the package is imported (DIE_AT is a test's own), and those that a server is started with.
+# Variables of these kinds that nothing reads while the package is imported.
 READ_LATER = {
-    SWITCH, "DIE_AT", "MLX_RANK", "MLX_HOSTFILE", "MLX_BFS_MAX_WIDTH", "MLX_LORA_CACHE", "MLX_LORA_MEASURE_KERNELS", "MLX_LORA_TEST_MODELS", "PATH",
-    "PYTEST_CURRENT_TEST", "PYTEST_VERSION", "TOKENIZERS_PARALLELISM", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "TRANSFORMERS_VERBOSITY",
+    SWITCH, "MLX_RANK", "MLX_HOSTFILE", "MLX_BFS_MAX_WIDTH", "MLX_LORA_CACHE", "MLX_LORA_MEASURE_KERNELS", "MLX_LORA_TEST_MODELS",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS", "TRANSFORMERS_VERBOSITY",
 }  # fmt: skip
+# What a variable begins with that is read while the package is imported. Others, which libraries set meanwhile, get to what is forked.
+AT_IMPORT = (
+    "MLX",
+    "OPENBLAS",
+    "OMP",
+    "MKL",
+    "HF",
+    "HUGGINGFACE",
+    "TRANSFORMERS",
+    "PYTHON",
+    "LD",
+    "LC",
+    "LANG",
+    "HOME",
+    "XDG",
+    "USE",
+)
 OF_SERVERS = {"PYTHONPATH", "OPENBLAS_NUM_THREADS"}
 AT_FIRST = dict(os.environ)
 LONGEST_REQUEST = 1 << 20
@@ -147,7 +164,8 @@ def _may_fork(environment: Mapping[str, str]) -> bool:
     from mlx_lora.utils import device
 
     def read_at_import(variables: Mapping[str, str]) -> dict[str, str]:
-        return {name: value for name, value in variables.items() if name not in READ_LATER | OF_SERVERS}
+        names = {name for name in variables if name.startswith(AT_IMPORT)}
+        return {name: variables[name] for name in names - READ_LATER - OF_SERVERS}
 
     return (
         sys.platform == "linux"

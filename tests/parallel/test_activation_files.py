@@ -28,7 +28,7 @@ GEMMA2 = {
     "model_type": "gemma2", "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16,
     "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "vocab_size": 288,
 }  # fmt: skip
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
 ON = ("--offload-base", "--offload-activations", "--steps-per-report", 1)
 
 

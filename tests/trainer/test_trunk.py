@@ -256,13 +256,14 @@ def test_what_cannot_be_kept_is_refused_in_one_line(tiny_folder, chats, tmp_path
     assert "--num-layers N" in ran.lines[-1]
     one_line(run(*command(tiny_folder, chats, tmp_path / "a", "--cache-trunk", "yes")), "--cache-trunk", "not one of")
     settings = train_settings({"model": "m", "cache_trunk": "on", "num_layers": 1})
-    unused = (None, SimpleNamespace(rows=SimpleNamespace(starts=np.zeros(1))), None, 2.0, None)
+    base = SimpleNamespace(model=tiny_model())
+    unused = (base, SimpleNamespace(rows=SimpleNamespace(starts=np.zeros(1))), None, 2.0, None)
     imitation, rated = objective_of(ObjectiveSettings()), objective_of(ObjectiveSettings("kto", loss_type="kto"))
     for ranks, objective, words in ((2, imitation, "2 processes"), (1, imitation, "--shared-prefix off")):
         strategy = SimpleNamespace(ranks=SimpleNamespace(size=ranks))
         with pytest.raises(InputError, match=words):
             choose_trunk(TrunkAsked(settings, *unused, strategy), StepVariant(PLAIN, None), objective)
-    apart = (None, SimpleNamespace(rows=SimpleNamespace(starts=None)), None, 2.0, None)
+    apart = (base, SimpleNamespace(rows=SimpleNamespace(starts=None)), None, 2.0, None)
     with pytest.raises(InputError, match="compared with others"):
         choose_trunk(TrunkAsked(settings, *apart), StepVariant(PLAIN, None), rated)
 
