@@ -28,7 +28,7 @@ IMPORTED = ("mlx_lora.cli.train", "mlx_lora.trainer.run", "mlx_lora.objectives.s
 # Variables of these kinds that nothing reads while the package is imported.
 READ_LATER = {
     SWITCH, "MLX_RANK", "MLX_HOSTFILE", "MLX_BFS_MAX_WIDTH", "MLX_LORA_CACHE", "MLX_LORA_MEASURE_KERNELS", "MLX_LORA_TEST_MODELS",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS", "TRANSFORMERS_VERBOSITY",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS", "TRANSFORMERS_VERBOSITY", "HF_XET_HIGH_PERFORMANCE",
 }  # fmt: skip
 # What a variable begins with that is read while the package is imported. Others, which libraries set meanwhile, get to what is forked.
 AT_IMPORT = (
