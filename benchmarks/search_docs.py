@@ -122,7 +122,9 @@ def main() -> None:
     parser.add_argument("--headings", type=int, default=150)
     parser.add_argument("--max-seq-length", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=None)
-    parser.add_argument("--reranker", default=None, help="Model to train as a reranker: a language model or an encoder.")
+    parser.add_argument(
+        "--reranker", default=None, help="Model to train as a reranker: a language model or an encoder."
+    )
     parser.add_argument("--reranker-rows", type=int, default=120)
     parser.add_argument("--reranker-length", type=int, default=128)
     parser.add_argument("--reranker-rate", type=float, default=None, help="Learning rate; default: the run chooses.")
