@@ -22,7 +22,7 @@ import numpy as np
 from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
-from mlx_lora.api.run_data import data_of_run, held_out_rows, with_columns_of_run
+from mlx_lora.api.run_data import data_of_run, held_out_rows, with_settings_of_run
 from mlx_lora.api.train import data_source, run_settings
 from mlx_lora.data.duplicates import seen_rows
 from mlx_lora.exporters.adapter_folder import run_of
@@ -101,7 +101,7 @@ def evaluate(
         raise InputError(f"--batch-tokens {batch_tokens}: must be at least 2")
     check_show(resolved, show)
     folder = None if adapter is None else resolve_adapter(os.fspath(adapter), None)
-    resolved = with_columns_of_run(resolved, settings, folder)
+    resolved = with_settings_of_run(resolved, settings, folder)
     with base.loaded.lent() as lent:
         found = measure_loss(resolved, lent, EvaluationRequest(folder, ignore_fingerprint, batch_tokens, show))
     return found | {"adapter_path": None if adapter is None else os.fspath(adapter), "data": source}

@@ -25,7 +25,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_lora.api.forgetting import GENERAL, Readout, log_probabilities
-from mlx_lora.api.run_data import data_of_run, with_columns_of_run
+from mlx_lora.api.run_data import data_of_run, with_settings_of_run
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.batch import Batch
@@ -261,7 +261,7 @@ def _affordable(base: Base, batches: list[Batch], rows: EncodedSet, seconds: flo
 
 def given_rows(data: str, adapter: Path, base: Base) -> tuple[EncodedSet, str]:
     """Return the rows of --data, read with the columns of the run that trained the adapter, and their source in words."""
-    settings = with_columns_of_run(train_settings({"data": data}), ("data",), adapter)
+    settings = with_settings_of_run(train_settings({"data": data}), ("data",), adapter)
     rows = load_eval_set(data, settings.data, base.hf_tokenizer)
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data}")
     return rows, f"rows of {data}"

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,49 @@ log = logging.getLogger(__name__)
 # Settings of a run that say how its data is read: of columns, of chat exports, and all that decide which rows it has.
 NAMES = (*COLUMNS, "label_column", "turn_names")
 CHAT_COLUMNS = ("speaker", "conversation_gap")
+HOW_COMPUTED = ("shared_prefix", "reward_errors", "reward_timeout")  # settings of an objective that change no loss
 DATA_FIELDS = (*(field.name for field in dataclasses.fields(DataSettings)), "seed", "objective")
 
 
-def with_columns_of_run(settings: TrainSettings, given: Collection[str], adapter: Path | None) -> TrainSettings:
-    """Return the settings with the limits, columns and turn names of the run that made the adapter, columns if the data has them.
+def with_settings_of_run(settings: TrainSettings, given: Collection[str], adapter: Path | None) -> TrainSettings:
+    """Return the settings with those of the run that made the adapter: limits, objective, and columns if the data has them.
 
     Args:
         settings: of the evaluation.
-        given: settings that the user gave; if one names columns, format or turns, it decides, and not the run; so does a limit.
+        given: settings that the user gave; each of them decides, and not the run. If one names columns, format or turns, the
+            run's columns are not used.
         adapter: the adapter's folder; one without run.yaml changes nothing.
     """
     if adapter is None:
         return settings
     settings = replace(settings, data=with_limits_of_run(settings.data, given, adapter))
+    return _with_columns_of_run(_with_objective_of_run(settings, given, adapter), given, adapter)
+
+
+def _with_objective_of_run(settings: TrainSettings, given: Collection[str], adapter: Path) -> TrainSettings:
+    """Return the settings with what decides the loss of the run, such as its beta, if it had the same objective."""
+    run, ours = run_of(adapter), asdict(settings.objective)
+    if run.get("objective") != ours["objective"]:
+        return settings
+    found = {
+        name: run[name]
+        for name, value in ours.items()
+        if name in run and name not in {*given, *HOW_COMPUTED} and run[name] != value
+    }
+    changed = replace(settings, objective=replace(settings.objective, **found))
+    if not found or settings_problems(changed.to_flat()):
+        return settings
+    log.info(f"As in the run that trained {adapter}: {_flags(found)}")
+    return changed
+
+
+def _flags(settings: Mapping[str, Any]) -> str:
+    """Return settings as flags, for a message."""
+    return ", ".join(flag_of(name) if value is True else f"{flag_of(name)} {value}" for name, value in settings.items())
+
+
+def _with_columns_of_run(settings: TrainSettings, given: Collection[str], adapter: Path) -> TrainSettings:
+    """Return the settings with the columns and turn names of the run, if the data has the columns and none are given."""
     if not settings.data.data or not {*NAMES, *CHAT_COLUMNS, "data_format"}.isdisjoint(given):
         return settings
     run = run_of(adapter)
@@ -56,8 +85,7 @@ def with_columns_of_run(settings: TrainSettings, given: Collection[str], adapter
     changed = replace(settings, data=replace(settings.data, **found))
     if not found or settings_problems(changed.to_flat()) or not _has_columns(settings.data.data, found):
         return settings
-    named = ", ".join(f"{flag_of(name)} {value}" for name, value in found.items())
-    log.info(f"Columns as in the run that trained {adapter}: {named}")
+    log.info(f"Columns as in the run that trained {adapter}: {_flags(found)}")
     return changed
 
 

@@ -22,7 +22,7 @@ import click
 from mlx_lora.api.embed import measure_embeddings
 from mlx_lora.api.evaluate import EvaluationRequest, check_adapter, check_show, compares, measure_loss, normalized
 from mlx_lora.api.forgetting import CHAT, TEXT, ForgettingRequest, measure_forgetting, verdict_rows, write_page
-from mlx_lora.api.run_data import settings_of_run, with_columns_of_run
+from mlx_lora.api.run_data import settings_of_run, with_settings_of_run
 from mlx_lora.cli import options as flags
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
@@ -157,7 +157,7 @@ def main(
     if page is not None and not compares(settings):
         raise InputError("--report: only imitation with the whole base has a page; leave it out, or use --json")
     if not held_out:
-        settings = with_columns_of_run(settings, given, folder)
+        settings = with_settings_of_run(settings, given, folder)
     if show is None and not (page is not None or (sys.stdout.isatty() and not as_json)):
         show = 0  # answers take long, and a script asks for them
     with sharing_ranks(settings.loop.shard_base, console.describe_error) as ranks, interrupt_flag(STOPPING) as stopped:
@@ -230,7 +230,7 @@ def _forgetting(
     as_json: bool,
 ) -> int:  # fmt: skip
     """Measure and print what adapters made the model forget, and return the exit code."""
-    settings = with_columns_of_run(settings, given, adapters[0])
+    settings = with_settings_of_run(settings, given, adapters[0])
     base = load_base(settings.model)
     with interrupt_flag(STOPPING) as stopped:
         found = measure_forgetting(base, adapters, replace(asked, task=settings.data, stopped=stopped))

@@ -18,7 +18,7 @@ from typing import IO, Any
 import click
 
 from mlx_lora.api.predict import example_of, load_scorer, predicted_records
-from mlx_lora.api.run_data import with_columns_of_run
+from mlx_lora.api.run_data import with_settings_of_run
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.examples import Fields
@@ -60,7 +60,7 @@ def main(
     if path is not None and (path.suffix.lower() not in FORMS or not path.parent.is_dir()):
         raise InputError(f"--out {out}: give a file that ends in {' or '.join(FORMS)}, in an existing folder")
     folder: Any = adapter.folder()
-    settings = with_columns_of_run(settings, given, folder)
+    settings = with_settings_of_run(settings, given, folder)
     examples = []
     for text in texts:
         found = example_of({"text": text}, replace(settings.data, text_column=None, chat_column=None))

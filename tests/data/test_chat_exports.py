@@ -8,7 +8,7 @@ from datetime import datetime
 import pytest
 from byte_tokenizer import CHATML, byte_tokenizer
 
-from mlx_lora.api.run_data import with_columns_of_run
+from mlx_lora.api.run_data import with_settings_of_run
 from mlx_lora.config.checks import settings_problems
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings
@@ -343,7 +343,7 @@ def test_evaluate_takes_the_speaker_of_the_run(tmp_path, logged):
 
     def taken(data, *given):
         settings = train_settings({"model": "m", "data": str(data), **dict(given)})
-        return with_columns_of_run(settings, dict(given), tmp_path).data
+        return with_settings_of_run(settings, dict(given), tmp_path).data
 
     assert (taken(chat).speaker, taken(chat).conversation_gap) == ("Marta", 3.0)
     assert "--speaker Marta" in logged[0]

@@ -190,6 +190,24 @@ def test_evaluate_reports_what_training_does(tiny_folder, data, tmp_path):
     assert after["rows"] == 24
 
 
+def test_evaluate_takes_the_settings_of_the_loss_from_the_run(tiny_folder, data, tmp_path):
+    trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 8)
+    shape = ("--beta", 0.7, "--reference-adapter", tmp_path / "a")
+    trained(tmp_path / "b", tiny_folder, data, "dpo", "--iters", 8, *shape)
+    common = ("--model", tiny_folder, "--data", data["pairs"], "--adapter-path", tmp_path / "b", "--json")
+    ways = {"run": (), "named": shape, "other": ("--beta", 0.1)}
+    found = {
+        name: json.loads(run("evaluate", *common, "--objective", "dpo", *more).out)["loss"]
+        for name, more in ways.items()
+    }
+    assert found["run"] == pytest.approx(found["named"], rel=1e-6)
+    assert found["other"] != pytest.approx(found["run"], rel=1e-3)
+    # A run of another objective has other settings under the same names.
+    other = run("evaluate", *common, "--objective", "orpo")
+    assert other.out == run("evaluate", *common, "--objective", "orpo", "--beta", 0.1).out
+    assert "0.7" not in other.err
+
+
 def test_another_adapter_can_be_the_reference(tiny_folder, data, tmp_path):
     trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 8)
     plain = trained(tmp_path / "b", tiny_folder, data, "dpo")

@@ -18,7 +18,7 @@ from tiny_vision import MAKERS, write_model_here
 from vision_rows import SIZES, chats_of, conversation, picture, read_rows, write_rows
 
 from mlx_lora.api import image_answers
-from mlx_lora.api.run_data import with_columns_of_run
+from mlx_lora.api.run_data import with_settings_of_run
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.image_tokens import ImageTable
 from mlx_lora.losses.check import choose_loss
@@ -342,7 +342,7 @@ def test_a_picture_has_the_pixels_that_it_had_in_the_run(trained, model, colors,
     (tmp_path / "a/run.yaml").write_text(settings.replace("max_pixels: null", "max_pixels: 900"))
     asked = {"model": str(model), "data": str(colors / "train.jsonl"), "objective": "vision_sft"}
     for more, pixels in (({}, 900), ({"max_pixels": 500}, 500)):
-        found = with_columns_of_run(train_settings({**asked, **more}), {**asked, **more}, tmp_path / "a")
+        found = with_settings_of_run(train_settings({**asked, **more}), {**asked, **more}, tmp_path / "a")
         assert found.data.max_pixels == pixels
 
     def told(*given):
