@@ -12,6 +12,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlx_lora.api.base import TextSettings
 from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.downloads import is_on_web
 from mlx_lora.data.image_prompts import encode_question
 from mlx_lora.data.image_tokens import ImageReader, ImageTable
 from mlx_lora.models.image_inputs import ModelWithImages
@@ -36,7 +37,7 @@ def image_answer_pieces(
     Args:
         base: with or without an adapter.
         question: its text, which follows the pictures.
-        pictures: files, at least one.
+        pictures: files or web addresses, at least one; whoever names an address here wants it downloaded.
         template: Jinja text of the chat template; None: the model's own.
         system_prompt: a system message before it.
         settings: how.
@@ -45,14 +46,16 @@ def image_answer_pieces(
     Raises:
         InputError: a picture cannot be used, or the model sees none.
     """
-    files = [Path(picture).expanduser().resolve() for picture in pictures]
+    names = [
+        str(picture) if is_on_web(str(picture)) else str(Path(picture).expanduser().resolve()) for picture in pictures
+    ]
     table = ImageTable.empty()
     vision = VisionEncoder.of(base, DataSettings(max_pixels=max_pixels), table, open_tower(base))
     template = template or image_template(base.hf_tokenizer, base.folder, vision.processor.family)
     if template is None:
         raise InputError(f"--model {base.model_id}: has no chat template, so it cannot be asked about pictures")
-    reader = ImageReader(vision.processor, [file.parent for file in files], table, vision.tower.token)
-    names = [str(file) for file in files]
+    roots = [Path(name).parent for name in names if not is_on_web(name)]
+    reader = ImageReader(vision.processor, roots, table, vision.tower.token).fetching(True)
     tokens, digests = encode_question(reader, base.hf_tokenizer, template, question, names, system_prompt)
     check_token_ids(base, max(tokens), "--prompt")
     arrays = vision.arrays(np.array([tokens], np.int32), [digests])

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
@@ -205,7 +204,7 @@ class ChatLines:
                 self._compare,
                 True,
             ),
-            "image": SlashCommand("/image FILE", "shows a picture with the next question", self._image, True),
+            "image": SlashCommand("/image FILE|URL", "shows a picture with the next question", self._image, True),
             "load": SlashCommand("/load NAME=DIR", "loads an adapter, or replaces one", self._load, True),
             "system": SlashCommand(
                 "/system TEXT", "sets the system prompt; without TEXT, removes it", self._system, None
@@ -317,7 +316,7 @@ class ChatLines:
             console.echo(f"{'*' if name == self._chat.name else ' '} {name}: {about}")
 
     def _image(self, rest: str) -> None:
-        self._chat.attach(Path(rest))
+        self._chat.attach(rest)
         console.echo(f"{rest}: shown with the next question")
 
     def _load(self, rest: str) -> None:

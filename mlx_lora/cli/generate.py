@@ -43,7 +43,7 @@ from mlx_lora.utils.errors import InputError
     "images",
     multiple=True,
     type=click.Path(),
-    metavar="FILE",
+    metavar="FILE|URL",
     help="Picture that the prompt is about; may be given several times. Needs a vision-language model.",
 )
 @flags.setting_option("max_pixels")

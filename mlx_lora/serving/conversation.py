@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mlx_lora.data.chat_template import encode_chat, own_template
-from mlx_lora.data.downloads import downloaded, is_on_web
+from mlx_lora.data.downloads import ImageDownloads, downloaded, is_on_web
 from mlx_lora.data.examples import FormatError
 from mlx_lora.data.images import mark
 from mlx_lora.serving.adapter_store import base_name
@@ -240,15 +240,22 @@ class ChatSession:
             question, self.attached = self.attached + question, ""
             self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer.text}]
 
-    def attach(self, file: Path) -> None:
+    def attach(self, picture: str | Path) -> None:
         """Show a picture with the next question.
+
+        Args:
+            picture: a file, or a web address, from which it is downloaded.
 
         Raises:
             InputError: it cannot be used, or the model sees no pictures.
         """
+        try:
+            file = ImageDownloads().file(str(picture)) if is_on_web(str(picture)) else Path(picture)
+        except FormatError as error:
+            raise InputError(f"/image {picture}: {error}") from None
         path = file.expanduser().resolve()
         if not path.is_file():
-            raise InputError(f"/image {file}: there is no such file; give the path of a picture")
+            raise InputError(f"/image {picture}: there is no such file; give the path of a picture")
         found = mark(str(path), self._sources)
         self._rendered([{"role": "user", "content": found + "x"}], self.adapter)
         self.attached += found

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import io
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from picture_server import picture_server
+from picture_server import picture_server, png
 from PIL import Image
 from starlette.testclient import TestClient
 from tiers import by_default
@@ -49,12 +50,10 @@ def served(request, tmp_path_factory):
     engine.close()
 
 
-def generated(root, number: int) -> str:
+def generated(root, picture: str | Path) -> str:
     base = load_base(ModelSettings(model=str(root / "model"), dtype="float32"))
     how = TextSettings(max_tokens=6, temperature=0.0)
-    return "".join(
-        piece.text for piece in image_answer_pieces(base, "What?", [root / f"{number}.png"], None, None, how)
-    )
+    return "".join(piece.text for piece in image_answer_pieces(base, "What?", [picture], None, None, how))
 
 
 def test_a_chat_answers_about_pictures_as_generate_does(served):
@@ -64,7 +63,7 @@ def test_a_chat_answers_about_pictures_as_generate_does(served):
         chats[number].attach(root / f"{number}.png")
     answers = [chat.ask("What?", None) for chat in chats]  # one batch, with a row of text
     texts = ["".join(answer) for answer in answers]
-    assert texts[:2] == [generated(root, number) for number in range(2)]
+    assert texts[:2] == [generated(root, root / f"{number}.png") for number in range(2)]
     assert texts[0] != texts[1]
     chats[0].keep("What?", answers[0])
     again = chats[0].ask("And?", None)  # the picture is still in the conversation
@@ -74,6 +73,26 @@ def test_a_chat_answers_about_pictures_as_generate_does(served):
         chats[0].attach(root / "none.png")
     chats[0].reset()
     assert len(engine.prompt_cache) <= 2  # of rows without pictures only
+
+
+def test_a_picture_that_is_named_by_its_web_address_is_downloaded(served, monkeypatch, tmp_path):
+    root, engine = served
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    with picture_server() as server:
+        web = f"http://127.0.0.1:{server.server_address[1]}/"
+        (tmp_path / "0.png").write_bytes(png(0))
+        expected = generated(root, tmp_path / "0.png")
+        assert generated(root, f"{web}0.png") == expected
+        chat = ChatSession(engine, GREEDY)
+        chat.attach(f"{web}0.png")
+        assert "".join(chat.ask("What?", None)) == expected
+        for broken in ("none", "page"):
+            with pytest.raises(InputError):
+                generated(root, web + broken)
+            with pytest.raises(InputError):
+                chat.attach(web + broken)
 
 
 def data_url(image: Image.Image) -> str:
