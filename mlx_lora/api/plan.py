@@ -181,6 +181,8 @@ def plan_run(
     machine = with_kernels(settings, shape, machine, kernels)
     splits = (read or partial(local_data, settings))(outline, objective)
     size = None
+    if splits is None and 0 < shape.most_tokens < settings.data.max_seq_length:
+        settings = replace(settings, data=replace(settings.data, max_seq_length=shape.most_tokens))
     if splits is not None:
         check_splits(settings, splits, outline)
         settings, size = measure_data(settings, splits, outline, shape)

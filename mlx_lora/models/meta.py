@@ -38,6 +38,7 @@ from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.kernels.table import traced_calls
 from mlx_lora.models.convert import build_model, cast_model, has_bits, quantization_entries
+from mlx_lora.models.encoder import Model as Encoder
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign, read_safetensors_header, short
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.quantize import Quantization, choose_quantization, layer_choice
@@ -266,6 +267,7 @@ def model_shape(model: nn.Module, config: Mapping[str, Any], source_bytes: int =
         plain_loss=not whole,
         source_bytes=source_bytes,
         parameters=count_parameters(model),
+        most_tokens=model.args.longest if isinstance(model, Encoder) else 0,
     )
 
 

@@ -232,7 +232,8 @@ def largest_sequence(
     """Return the longest row that fits in a batch of one example, in positions; a pair has two rows of that length."""
     budget, rows = budget_of(settings.loop, machine), settings.objective.trained_rows_per_example
     return largest_that_fits(
-        lambda width: plan_memory(shape, run_of(settings, rows, width, mode), machine, budget).fits, most
+        lambda width: plan_memory(shape, run_of(settings, rows, width, mode), machine, budget).fits,
+        min(most, shape.most_tokens or most),
     )
 
 

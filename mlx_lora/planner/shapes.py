@@ -223,6 +223,7 @@ class ModelShape:
         parameters: of the model without its adapter, packed ones unpacked.
         trained_share: of the positions of a batch, by the data; 1 if not known. Fewer positions make wider tiles of logits,
             which take more of a quantized head at a time.
+        most_tokens: of a row; 0: any number. An encoder has an embedding for each of its positions and no more.
     """
 
     model_type: str
@@ -247,6 +248,7 @@ class ModelShape:
     caches: tuple[LayerCache, ...] = ()
     parameters: int = 0
     trained_share: float = 1.0
+    most_tokens: int = 0
 
     @property
     def slice_rows(self) -> int:

@@ -185,6 +185,14 @@ def test_a_run_is_planned(models, trained):
         assert ran.code == 0, ran.err
 
 
+def test_a_plan_without_data_has_rows_that_the_model_can_take(models):
+    for kind in ("bert", "xlm-roberta"):
+        longest = load_base(ModelSettings(model=str(models[kind]))).model.args.longest
+        found = mlx_lora.plan(models[kind], objective="classify")
+        assert 0 < found["settings"]["row_tokens"] <= longest
+        assert all(0 < most <= longest for most in found["largest_sequence"].values())
+
+
 # Where a head begins
 
 
