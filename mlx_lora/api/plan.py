@@ -283,11 +283,11 @@ def reading_of(outline: Outline, shape: ModelShape, folder: Path | None) -> Read
         shape: of it.
         folder: that may have the files on this machine, whose disk is then measured; None: another machine is planned for.
     """
-    blocks, stored = units_of(outline.model).blocks, stored_tensors(folder) if folder and folder.is_dir() else {}
+    units, stored = units_of(outline.model), stored_tensors(folder) if folder and folder.is_dir() else {}
+    rates, source = (ASSUMED_BYTES_PER_S, ASSUMED_COPIED_PER_S), "assumed"
     if stored:
-        rates = read_rate(list(stored.values())), copy_rate(max(blocks))
-        return Reading(blocks, shape.first_trained, *rates, "measured here")
-    return Reading(blocks, shape.first_trained, ASSUMED_BYTES_PER_S, ASSUMED_COPIED_PER_S, "assumed")
+        rates, source = (read_rate(list(stored.values())), copy_rate(max(units.blocks))), "measured here"
+    return Reading(units.blocks, shape.first_trained, *rates, source, head=units.head_bytes)
 
 
 def choose_machine(settings: TrainSettings, chip: str | None, memory_gb: int | None) -> tuple[Machine, Ceilings]:

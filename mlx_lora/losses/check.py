@@ -143,20 +143,22 @@ def choose_loss(
     if kernel == PLAIN_LOGITS:
         return plain("plain cross-entropy (measured)")
     # A head that ranks share is at hand a slice at a time, which whole rows of logits cannot use.
-    others = [other for other in loss_kernels() if other != kernel and not (other == ROWS and len(head.parts()) > 1)]
+    others = [other for other in loss_kernels() if other != kernel and not (other == ROWS and not head.is_whole)]
     part, whole_because = (head, whole_because) if whole_because else with_last_block(head, model)
     first = head_loss(part, kernel, loss_tile_bytes(), whole_because, strategy)
     check = check_name(model, config, strategy, "loss", first.description)
     if has_passed(check):
         return first
+    # Of a head in files, all logits and what they are computed from are kept until a gradient is there (parallel/stored_tables.py).
+    tokens = LOSS_TOKENS if head.is_whole or strategy.lockstep else LOSS_TOKENS // 4
     # Two passes over one block of each kind, unless the first candidate is wrong.
     with long_task(CHECKING_LOSS, 2, "computations") as task, _few_blocks(model, strategy):
-        expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary, LOSS_TOKENS, strategy), []
+        expected, reasons = _own_probe(model, config, PLAIN, head.vocabulary, tokens, strategy), []
         task.advance()
         for name in (kernel, *others):
             for one in [head] if part is head else [part, head]:
                 loss = head_loss(one, name, loss_tile_bytes(), whole_because, strategy)
-                problem = _problem(model, expected, loss, head.vocabulary, tokens=LOSS_TOKENS, strategy=strategy)
+                problem = _problem(model, expected, loss, head.vocabulary, tokens=tokens, strategy=strategy)
                 if problem is None:
                     keep_passed(check if loss.description == first.description else "", loss.description)
                     return loss

@@ -100,8 +100,7 @@ def fused_token_losses(
     """
     parts = head.parts()
 
-    @mx.custom_function
-    def forward(hidden: mx.array, targets: mx.array, weights: mx.array):
+    def computed(hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
         powers_of, unit = _exact_powers, 1.0
         if polynomial and exponentials.usable(hidden):
             # Scaling the hidden states spares a pass over the logits, if those are nothing but products.
@@ -128,6 +127,8 @@ def fused_token_losses(
             return mx.zeros((0,)), mx.zeros_like(hidden)
         losses, slopes = zip(*results, strict=True)
         return mx.concatenate(losses), mx.concatenate(slopes) if gradient else mx.zeros_like(hidden)
+
+    forward = mx.custom_function(head.at_once(computed))
 
     @forward.vjp
     def forward_vjp(primals, cotangents, outputs):

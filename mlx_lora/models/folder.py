@@ -20,7 +20,7 @@ import traceback
 import zlib
 from collections.abc import Collection, Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -499,6 +499,12 @@ class StoredTensor:
     def bytes(self) -> int:
         """How many bytes it takes."""
         return self.count * self.dtype.size
+
+    def part(self, rows: slice) -> StoredTensor:
+        """Return where some rows are stored."""
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.size
+        begin, count = self.begin + rows.start * row_bytes, rows.stop - rows.start
+        return replace(self, begin=begin, shape=(count, *self.shape[1:]))
 
     def rows(self, rows: slice) -> mx.array:
         """Read rows, and return them in their stored dtype."""

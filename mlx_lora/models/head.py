@@ -149,6 +149,15 @@ class Head:
             return self.layer.parts()
         return [(slice(0, self.vocabulary), lambda before: nullcontext())]
 
+    def at_once(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that uses all parts, as it may be called while a step is planned (parallel/stored_tables.py)."""
+        return self.layer.at_once(function) if hasattr(self.layer, "at_once") else function
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether `arrays` have all tokens, whenever they are asked for."""
+        return not hasattr(self.layer, "parts")
+
     @property
     def arrays(self) -> list[mx.array]:
         """The head's weight as it is stored: `[weight]`, or packed `[weight, scales(, biases)]`."""

@@ -24,6 +24,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lora.adapters.base import mix_in
@@ -71,19 +72,46 @@ class Call:
 
 @dataclass
 class Walk:
-    """Where a walk is; shared by the blocks of a model.
+    """Where a walk is; shared by the blocks of a model, and by tables outside of them that are read from files.
 
     Attributes:
         mode: what blocks do.
         calls: of the forward pass.
         given: x of each call between the blocks, as far as they were called.
         files: where x, z and what is kept wait for the backward pass; None: in memory.
+        results: of what was computed at once between the blocks, in order; None: the walk only plans what is there.
+        repeated: how many of them the plan of now has had.
     """
 
     mode: Mode = Mode.AT_ONCE
     calls: list[Call] = field(default_factory=list)
     given: list[list[mx.array]] = field(default_factory=list)
     files: ActivationFiles | None = None
+    results: list[list[mx.array]] | None = None
+    repeated: int = 0
+
+    @property
+    def only_plans(self) -> bool:
+        """Whether what is between the blocks is planned alone, now, and not computed."""
+        return self.mode in (Mode.PLANNED, Mode.FORWARD) or (self.mode is Mode.BETWEEN and self.results is None)
+
+    def outside(self, function: Callable[..., Sequence[mx.array]], *arrays: mx.array) -> Sequence[mx.array]:
+        """Return `function(*arrays)`, computed at once, unless it is only planned.
+
+        What is between the blocks is planned anew for each block, always in the same way, so it is computed the first time, and
+        its results are kept until the step ends.
+        """
+        if self.only_plans:
+            return function(*arrays)
+        if self.mode is Mode.BETWEEN and self.results is not None and self.repeated < len(self.results):
+            self.repeated += 1
+            return self.results[self.repeated - 1]
+        made = list(function(*arrays))
+        mx.eval(made)
+        if self.mode is Mode.BETWEEN and self.results is not None:
+            self.results.append(made)
+            self.repeated += 1
+        return made
 
     @contextmanager
     def set_to(self, mode: Mode) -> Iterator[None]:
@@ -111,7 +139,7 @@ class Walk:
 
     def end(self) -> None:
         """Forget the step."""
-        self.calls, self.given = [], []
+        self.calls, self.given, self.results = [], [], None
         if self.files is not None:
             self.files.clear()
 
@@ -262,7 +290,7 @@ class _Between:
         for call, outputs in zip(self._walk.calls, self._outputs, strict=True):
             call.outputs = [next(rest) for _ in outputs]
         self._model.update(tree_unflatten(list(zip(self._names, rest, strict=True))))
-        self._walk.given = []
+        self._walk.given, self._walk.repeated = [], 0
         try:
             with self._walk.set_to(Mode.BETWEEN):
                 return self._loss()
@@ -293,11 +321,22 @@ class _Between:
             for n, one in enumerate(given)
             for x, dx in zip(one, self.known.get(n, [None] * len(one)), strict=True)
         ]
+        if self._walk.results is None:
+            self._walk.results = []
         cotangents = [mx.ones_like(self._leaves[0]), *map(mx.zeros_like, self._leaves[1:]), *known]
         made, pulled = mx.vjp(function, self._primals(), cotangents)
         if not self._is_known:
             self._leaves, self._is_known = made[: len(self._leaves)], True
         return pulled
+
+
+def apart(array: mx.array) -> mx.array:
+    """Return a copy that no gradient is taken of: what is computed from it while a gradient is planned keeps nothing."""
+    mx.eval(array)
+    if array.size == 0:
+        return mx.zeros(array.shape, array.dtype)
+    bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.dtype.size]
+    return mx.array(np.array(mx.stop_gradient(array).view(bits), copy=False)).view(array.dtype)
 
 
 def _arrays(tree: Any) -> list[mx.array]:

@@ -8,12 +8,14 @@ Shapes: N ranks, E bytes of one of N equal parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, ClassVar
 
 import mlx.core as mx
+
+from mlx_lora.models.folder import StoredTensor, read_rows
 
 if TYPE_CHECKING:
     from mlx_lora.parallel.ranks import SeveralRanks
@@ -50,6 +52,10 @@ class Messages:
         return Unit(arrays, self)
 
     table_unit = unit
+
+    def rows_unit(self, path: str, arrays: Named, rows: slice, stored: Mapping[str, StoredTensor]) -> Unit:
+        """Keep this rank's part of some rows of a table's arrays, which are read from their files alone if possible."""
+        return Unit([(name, read_rows(f"{path}.{name}", array, rows, stored)) for name, array in arrays], self)
 
     def gather(self, even: mx.array, rest: mx.array, at: slice, before: Sequence[mx.array]) -> list[mx.array]:
         """Return a unit's bytes, lazily: those of its even part and those of the rest.

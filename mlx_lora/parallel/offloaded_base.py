@@ -7,7 +7,7 @@
 
 The host walks the blocks (parallel/block_walk.py): it waits for each one to be computed before it plans the next one, so that
 two blocks are in memory, whatever the device plans ahead. Nothing is written: the safetensors files of the base are the store. Embedding and head stay in
-memory as they are stored, and are computed with in slices. So do arrays that mlx-lm changes while it loads them.
+the files, too (parallel/stored_tables.py). Arrays that mlx-lm changes while it loads them stay in memory.
 
 Source: FlexGen, arXiv 2303.06865, and ZeRO-Infinity, arXiv 2104.07857, without what training a base takes.
 """
@@ -28,12 +28,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_lora.models.folder import StoredTensor
+from mlx_lora.models.folder import StoredTensor, read_rows
 from mlx_lora.parallel.activation_files import ActivationFiles
 from mlx_lora.parallel.base_reader import BaseReader, read_rate
 from mlx_lora.parallel.block_walk import Mode, Walk, value_and_grad, walk_over
 from mlx_lora.parallel.messages import Named
 from mlx_lora.parallel.sharded_base import share_modules, units_of
+from mlx_lora.parallel.stored_tables import StoredRows, StoredTable, stored_mixin
 from mlx_lora.parallel.strategy import DISK_WAIT, Strategy, offloaded
 from mlx_lora.planner.machine import ceilings_here, this_machine
 from mlx_lora.planner.reading import Reading, hidden_from
@@ -99,6 +100,7 @@ class BaseFiles:
     Attributes:
         flag: that asks for it, for messages.
         reader: reads them.
+        tables: path -> rows of an embedding or a head that is read.
     """
 
     flag: ClassVar[str] = "--offload-base"
@@ -118,6 +120,7 @@ class BaseFiles:
                 self._stored[id(array)] = at
         self._versions = {at.file: _version(at.file) for at in self._stored.values()}
         self.reader = reader or BaseReader(self.flag)
+        self.tables: dict[str, StoredRows] = {}
 
     def unit(self, arrays: Named) -> OffloadedUnit:
         """Return a unit of arrays that are read when they are used, if they are stored as the model has them."""
@@ -133,6 +136,15 @@ class BaseFiles:
     def table_unit(self, arrays: Named) -> OffloadedUnit:
         """Return a unit of arrays that stay in memory."""
         return OffloadedUnit([], arrays, self.reader)
+
+    def rows_unit(self, path: str, arrays: Named, rows: slice, stored: Mapping[str, StoredTensor]) -> OffloadedUnit:
+        """Return a unit of rows of a table, which are read when they are used, if all of its arrays are stored as the model has them."""
+        places = [self._stored.get(id(array)) for _, array in arrays]
+        if None in places:
+            return self.table_unit([(name, read_rows(f"{path}.{name}", array, rows, stored)) for name, array in arrays])
+        found = [(name, at, array.dtype) for (name, array), at in zip(arrays, places, strict=True) if at is not None]
+        self.tables.setdefault(path, StoredRows(found, self.flag))
+        return OffloadedUnit([(name, at.part(rows), dtype) for name, at, dtype in found], [], self.reader)
 
     def check(self) -> None:
         """Refuse files that were changed since the run began.
@@ -191,6 +203,8 @@ class OffloadedBase(Strategy):
         self._files: BaseFiles | None = None
         self._walk: Walk | None = None
         self._blocks: Sequence[OffloadedUnit] = ()
+        self._units: Sequence[OffloadedUnit] = ()
+        self._head_bytes = 0
         self._tensors: Sequence[StoredTensor] = ()
         self._waited_s = 0.0
 
@@ -200,22 +214,25 @@ class OffloadedBase(Strategy):
                 "--offload-base on: the base is in memory already, or its files cannot be read array by array; leave it out, or "
                 "give the model's name instead of a loaded one"
             )
-        alive = units_of(base.model).largest
+        parts = units_of(base.model)
+        self._head_bytes = parts.head_bytes
         self._files = BaseFiles(base.model, base.stored, self._reader)
-        units = share_modules(base.model, self._files, base.stored)
-        blocks = units[: len(base.model.layers)]
+        units = share_modules(base.model, self._files, base.stored, stored_mixin)
         self._walk = walk_over(base.model.layers)
+        for path, module in base.model.named_modules():
+            if isinstance(module, StoredTable):
+                module._walk, module._rows = self._walk, self._files.tables[path]
         if self._activations is not None:
             self._walk.files = ActivationFiles(self._activations)
-        device.wait_beyond(mx.get_active_memory() + alive)  # until the run has a plan
+        device.wait_beyond(mx.get_active_memory() + parts.largest)  # until the run has a plan
         read, held = sum(unit.bytes for unit in units), sum(unit.kept_bytes for unit in units)
-        self._blocks, self._tensors = blocks, list(base.stored.values())
+        self._units, self._blocks, self._tensors = units, units[: len(base.model.layers)], list(base.stored.values())
         if not read:
             raise InputError(
                 "--offload-base on: mlx-lm changes every array of this model while it loads it, so that none can be read alone; "
                 "write the model as mlx-lm has it (mlx-lora convert), and give that folder"
             )
-        self.words = f"base read from its files ({read / 1e6:,.0f} MB in blocks, {held / 1e6:,.0f} MB stay in memory)"
+        self.words = f"base read from its files ({read / 1e6:,.0f} MB; {held / 1e6:,.0f} MB stay in memory)"
         if self._activations is not None:
             self.words += f"; what blocks keep for the backward pass is in {self._activations}"
         return offloaded(settings)
@@ -223,13 +240,18 @@ class OffloadedBase(Strategy):
     def hidden_from(self, settings: TrainSettings, shape: ModelShape, width: int) -> int:
         blocks, dtype = [unit.bytes for unit in self._blocks], settings.model.dtype
         reading = Reading(
-            blocks, shape.first_trained, read_rate(self._tensors), copy_rate(max(blocks)), "measured here"
+            blocks,
+            shape.first_trained,
+            read_rate(self._tensors),
+            copy_rate(max(blocks)),
+            "measured here",
+            head=self._head_bytes,
         )
         return hidden_from(reading, settings, shape, this_machine(dtype), ceilings_here(dtype), width)
 
     def part_of(self, shape: ModelShape, model: nn.Module) -> ModelShape:
         return replace(
-            shape, base_bytes=shape.base_bytes + sum(unit.kept_bytes for unit in self._blocks)
+            shape, base_bytes=shape.base_bytes + sum(unit.kept_bytes for unit in self._units)
         )  # an outline does not know of these
 
     def check_checkpointing(self, config: dict, left_out: bool) -> None:

@@ -41,7 +41,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.base import mix_in
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.models.folder import StoredTensor, read_rows
+from mlx_lora.models.folder import StoredTensor
 from mlx_lora.models.head import EMBEDDING_HEADS, FLOAT_HEADS, QUANTIZED_HEADS, AtHand
 from mlx_lora.parallel.messages import Messages, Named
 from mlx_lora.planner.several_macs import Units
@@ -71,7 +71,11 @@ class Store(Protocol):
         ...
 
     def table_unit(self, arrays: Named) -> Any:
-        """Return the same for arrays of modules outside of the blocks, or rows of them."""
+        """Return the same for arrays of modules outside of the blocks."""
+        ...
+
+    def rows_unit(self, path: str, arrays: Named, rows: slice, stored: Mapping[str, StoredTensor]) -> Any:
+        """Return the same for rows of a table's arrays; `stored` says where lazy ones are stored, by path."""
         ...
 
 
@@ -245,20 +249,43 @@ def share_base(
     return share_modules(model, Messages(ranks, [share / sum(wanted) for share in wanted]), stored)
 
 
-def share_modules(model: nn.Module, store: Store, stored: Mapping[str, StoredTensor]) -> list[Any]:
-    """Let blocks and tables have their weights from a store, and return the units; arguments as in `share_base`."""
+def shared_mixin(table: nn.Module, units: Sequence[Any]) -> type[SharedTable]:
+    """Return the mixin of a table whose slices ranks share."""
+    return SharedEmbedding if isinstance(table, EMBEDDING_HEADS) else SharedLinear
+
+
+def share_modules(
+    model: nn.Module,
+    store: Store,
+    stored: Mapping[str, StoredTensor],
+    mixin_of: Callable[[nn.Module, Sequence[Any]], type[SharedTable]] = shared_mixin,
+) -> list[Any]:
+    """Let blocks and tables have their weights from a store, and return the units.
+
+    Args:
+        model, stored: as in `share_base`.
+        store: where the weights come from.
+        mixin_of: (table, units of its slices) -> what makes it use them.
+    """
     tables, most = tables_of(model), slice_bytes(model)  # before the blocks are cut
     checkpoint_blocks(model.layers, products=False)
     units = share_blocks(model.layers, store)
     paths = {id(module): path for path, module in model.named_modules()}
     for table in tables:
-        units += _share_table(table, paths[id(table)], store, most, stored)
+        units += _share_table(table, paths[id(table)], store, most, stored, mixin_of)
     mx.eval(model.parameters())
     return units
 
 
-def _share_table(table: Any, path: str, store: Store, most_bytes: int, stored: Mapping[str, StoredTensor]) -> list[Any]:
-    """Let a module outside of the blocks have its weights from a store; arguments as in `share_base`."""
+def _share_table(
+    table: Any,
+    path: str,
+    store: Store,
+    most_bytes: int,
+    stored: Mapping[str, StoredTensor],
+    mixin_of: Callable[[nn.Module, Sequence[Any]], type[SharedTable]],
+) -> list[Any]:
+    """Let a module outside of the blocks have its weights from a store; arguments as in `share_modules`."""
     if not isinstance(table, FLOAT_HEADS + QUANTIZED_HEADS):
         table._held = Held(table, store.table_unit)
         mix_in(SharedWhole, table)
@@ -269,15 +296,16 @@ def _share_table(table: Any, path: str, store: Store, most_bytes: int, stored: M
     slices = [
         Slice(
             rows,
-            store.table_unit([(name, read_rows(f"{path}.{name}", array, rows, stored)) for name, array in arrays]),
+            store.rows_unit(path, arrays, rows, stored),
             tree_unflatten(instead),
         )
         for rows in slices_of(table, most_bytes)
     ]
     table.update(tree_unflatten(instead))
     table._slices = Slices(tuple(slices))
-    mix_in(SharedEmbedding if isinstance(table, EMBEDDING_HEADS) else SharedLinear, table)
-    return [one.unit for one in slices]
+    units = [one.unit for one in slices]
+    mix_in(mixin_of(table, units), table)
+    return units
 
 
 def tables_of(model: nn.Module) -> list[nn.Module]:
@@ -355,6 +383,19 @@ class SharedTable(nn.Module):
         """Return each slice's rows, with a context in which the module has them alone."""
         return [(one.rows, partial(one.at_hand, self)) for one in self._slices.every]
 
+    def at_once(self, function: Callable[..., Any], cuts: bool = False) -> Callable[..., Any]:
+        """Return a function that uses all parts, as it may be called while a step is planned.
+
+        Args:
+            function: returns arrays.
+            cuts: whether it calls `done` after each part.
+        """
+        return function
+
+    def done(self, array: mx.array) -> mx.array:
+        """Return what a part gave, before the next part is at hand."""
+        return array
+
     def _products(self, call: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
         """Return (..., V), made slice by slice.
 
@@ -363,22 +404,28 @@ class SharedTable(nn.Module):
             x: (..., D).
         """
 
-        @mx.custom_function
-        def run(x: mx.array) -> mx.array:
+        def products(x: mx.array) -> list[mx.array]:
             made: list[mx.array] = []
             for _, at_hand in self.parts():
                 with at_hand(made[-1:] or [x]):
-                    made.append(call(x))
-            return mx.concatenate(made, axis=-1)
+                    made.append(self.done(call(x)))
+            return [mx.concatenate(made, axis=-1)]
 
-        @run.vjp
-        def run_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        def pulled(x: mx.array, cotangent: mx.array) -> list[mx.array]:
             total: Any = None
             for rows, at_hand in self.parts():
                 with at_hand([cotangent if total is None else total]):
                     [pull] = mx.vjp(call, [x], [cotangent[..., rows]])[1]
-                total = pull if total is None else total + pull
-            return total
+                    total = self.done(pull if total is None else total + pull)
+            return [total]
+
+        @mx.custom_function
+        def run(x: mx.array) -> mx.array:
+            return self.at_once(products, cuts=True)(x)[0]
+
+        @run.vjp
+        def run_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+            return self.at_once(pulled, cuts=True)(x, cotangent)[0]
 
         return run(x)
 

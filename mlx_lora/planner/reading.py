@@ -38,6 +38,7 @@ class Reading:
         copied_per_s: bytes per second, from the buffer that is read into to arrays.
         source: of these two: `measured here` or `assumed`.
         block_planned_s: seconds of Python for a block in one pass.
+        head: bytes of the head, which is read between the two passes, a slice at a time.
     """
 
     blocks: Sequence[int]
@@ -46,11 +47,12 @@ class Reading:
     copied_per_s: float
     source: str
     block_planned_s: float = BLOCK_PLANNED_S
+    head: int = 0
 
     @property
     def forward_bytes(self) -> int:
-        """Read in the forward pass."""
-        return sum(self.blocks[1:])
+        """Read in the forward pass, with the head."""
+        return sum(self.blocks[1:]) + self.head
 
     @property
     def backward_bytes(self) -> int:

@@ -71,6 +71,11 @@ class Units:
         """Of the two largest units, which are in memory while one is computed and the next one comes in."""
         return sum(sorted((*self.blocks, *self.tables))[-2:])
 
+    @property
+    def head_bytes(self) -> int:
+        """Of the head's slices."""
+        return sum(self.tables if self.tied else self.tables[len(self.tables) // 2 :])
+
     def in_order(self, first_trained: int) -> list[tuple[int, int]]:
         """Return each message of a micro-batch: its bytes, and how many products of each of its weights wait for it.
 

@@ -186,15 +186,15 @@ def outlined_shape(
         cut_layers(outline.model, config, RankPosition(0, cut_by), Wire(lambda x: x))
         config = cut_config(config, cut_by)
     shape = replace(adapted_shape(outline.model, config, settings, outline.cast_bytes, kernels), loss_ranks=cut_by)
-    return without_read_blocks(shape, outline.model) if settings.loop.offload_base == "on" else shape
+    return without_read_parts(shape, outline.model) if settings.loop.offload_base == "on" else shape
 
 
-def without_read_blocks(shape: ModelShape, model: nn.Module) -> ModelShape:
-    """Return the shape of a model whose blocks are read from files when they are used: two of them are in memory at a time."""
+def without_read_parts(shape: ModelShape, model: nn.Module) -> ModelShape:
+    """Return the shape of a model whose blocks and tables are read from files when they are used: two parts are in memory at a time."""
     from mlx_lora.parallel.sharded_base import units_of  # a base in memory has none of these
 
     units = units_of(model)
-    read = sum(units.blocks) - sum(sorted(units.blocks)[-2:])
+    read = units.bytes - units.largest
     return replace(shape, base_bytes=shape.base_bytes - read, source_bytes=0, shared=True, head_rows=units.head_rows)
 
 
@@ -210,7 +210,7 @@ def teacher_shape(settings: TrainSettings) -> ModelShape | None:
     outline = outline_of(name, None, device.compute_dtype(settings.model.dtype))
     outline.model.freeze()
     shape = model_shape(outline.model, outline.config, outline.cast_bytes)
-    return without_read_blocks(shape, outline.model) if settings.loop.offload_base == "on" else shape
+    return without_read_parts(shape, outline.model) if settings.loop.offload_base == "on" else shape
 
 
 def with_caches(shape: ModelShape, model: nn.Module) -> ModelShape:
