@@ -79,7 +79,7 @@ class Walk:
         calls: of the forward pass.
         given: x of each call between the blocks, as far as they were called.
         files: where x, z and what is kept wait for the backward pass; None: in memory.
-        results: of what was computed at once between the blocks, in order; None: the walk only plans what is there.
+        results: of what was computed at once between the blocks, in order.
         repeated: how many of them the plan of now has had.
     """
 
@@ -87,28 +87,23 @@ class Walk:
     calls: list[Call] = field(default_factory=list)
     given: list[list[mx.array]] = field(default_factory=list)
     files: ActivationFiles | None = None
-    results: list[list[mx.array]] | None = None
+    results: list[list[mx.array]] = field(default_factory=list)
     repeated: int = 0
-
-    @property
-    def only_plans(self) -> bool:
-        """Whether what is between the blocks is planned alone, now, and not computed."""
-        return self.mode in (Mode.PLANNED, Mode.FORWARD) or (self.mode is Mode.BETWEEN and self.results is None)
 
     def outside(self, function: Callable[..., Sequence[mx.array]], *arrays: mx.array) -> Sequence[mx.array]:
         """Return `function(*arrays)`, computed at once, unless it is only planned.
 
-        What is between the blocks is planned anew for each block, always in the same way, so it is computed the first time, and
-        its results are kept until the step ends.
+        What is between the blocks is planned anew for each block, always in the same way. So it is computed in the forward pass, where
+        nothing is kept for a gradient, or else the first time, and its results are kept until the step ends.
         """
-        if self.only_plans:
+        if self.mode is Mode.PLANNED:
             return function(*arrays)
-        if self.mode is Mode.BETWEEN and self.results is not None and self.repeated < len(self.results):
+        if self.mode is Mode.BETWEEN and self.repeated < len(self.results):
             self.repeated += 1
             return self.results[self.repeated - 1]
         made = list(function(*arrays))
         mx.eval(made)
-        if self.mode is Mode.BETWEEN and self.results is not None:
+        if self.mode is not Mode.AT_ONCE:
             self.results.append(made)
             self.repeated += 1
         return made
@@ -139,7 +134,7 @@ class Walk:
 
     def end(self) -> None:
         """Forget the step."""
-        self.calls, self.given, self.results = [], [], None
+        self.calls, self.given, self.results = [], [], []
         if self.files is not None:
             self.files.clear()
 
@@ -201,7 +196,7 @@ def value_and_grad(walk: Walk, model: nn.Module, loss: Callable[..., Any]) -> Ca
         walk.end()
         try:
             with walk.set_to(Mode.FORWARD):
-                loss(*args)  # of which only the blocks are computed
+                loss(*args)  # of which only the blocks are computed, and what is computed at once
             return _backward(walk, model, lambda: loss(*args))
         finally:
             walk.end()
@@ -321,17 +316,16 @@ class _Between:
             for n, one in enumerate(given)
             for x, dx in zip(one, self.known.get(n, [None] * len(one)), strict=True)
         ]
-        if self._walk.results is None:
-            self._walk.results = []
         cotangents = [mx.ones_like(self._leaves[0]), *map(mx.zeros_like, self._leaves[1:]), *known]
-        made, pulled = mx.vjp(function, self._primals(), cotangents)
+        with self._walk.set_to(Mode.BETWEEN):  # a table has gradients of its own
+            made, pulled = mx.vjp(function, self._primals(), cotangents)
         if not self._is_known:
             self._leaves, self._is_known = made[: len(self._leaves)], True
         return pulled
 
 
 def apart(array: mx.array) -> mx.array:
-    """Return a copy that no gradient is taken of: what is computed from it while a gradient is planned keeps nothing."""
+    """Return a copy that does not keep what it was computed from, as an array does that is computed while a gradient is planned."""
     mx.eval(array)
     if array.size == 0:
         return mx.zeros(array.shape, array.dtype)

@@ -383,18 +383,13 @@ class SharedTable(nn.Module):
         """Return each slice's rows, with a context in which the module has them alone."""
         return [(one.rows, partial(one.at_hand, self)) for one in self._slices.every]
 
-    def at_once(self, function: Callable[..., Any], cuts: bool = False) -> Callable[..., Any]:
-        """Return a function that uses all parts, as it may be called while a step is planned.
-
-        Args:
-            function: returns arrays.
-            cuts: whether it calls `done` after each part.
-        """
+    def at_once(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that uses all parts, as it may be called while a step is planned."""
         return function
 
-    def done(self, array: mx.array) -> mx.array:
-        """Return what a part gave, before the next part is at hand."""
-        return array
+    def pulled(self, call: Callable[[mx.array], mx.array], x: mx.array, cotangent: mx.array) -> mx.array:
+        """Return the gradient of x, (..., D), from that of its product with the rows at hand, (..., S)."""
+        return mx.vjp(call, [x], [cotangent])[1][0]
 
     def _products(self, call: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
         """Return (..., V), made slice by slice.
@@ -408,24 +403,24 @@ class SharedTable(nn.Module):
             made: list[mx.array] = []
             for _, at_hand in self.parts():
                 with at_hand(made[-1:] or [x]):
-                    made.append(self.done(call(x)))
+                    made.append(call(x))
             return [mx.concatenate(made, axis=-1)]
 
         def pulled(x: mx.array, cotangent: mx.array) -> list[mx.array]:
             total: Any = None
             for rows, at_hand in self.parts():
                 with at_hand([cotangent if total is None else total]):
-                    [pull] = mx.vjp(call, [x], [cotangent[..., rows]])[1]
-                    total = self.done(pull if total is None else total + pull)
+                    pull = self.pulled(call, x, cotangent[..., rows])
+                    total = pull if total is None else total + pull
             return [total]
 
         @mx.custom_function
         def run(x: mx.array) -> mx.array:
-            return self.at_once(products, cuts=True)(x)[0]
+            return self.at_once(products)(x)[0]
 
         @run.vjp
         def run_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-            return self.at_once(pulled, cuts=True)(x, cotangent)[0]
+            return self.at_once(pulled)(x, cotangent)[0]
 
         return run(x)
 

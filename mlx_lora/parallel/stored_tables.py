@@ -20,13 +20,18 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.models.head import EMBEDDING_HEADS, AtHand
+from mlx_lora.kernels.quantized_matmul import packed_arrays
+from mlx_lora.models.head import EMBEDDING_HEADS, FLOAT_HEADS, QUANTIZED_HEADS, AtHand
 from mlx_lora.parallel.block_walk import Mode, Walk, apart
 from mlx_lora.parallel.sharded_base import SharedEmbedding, SharedLinear, SharedTable, Slice, shared_mixin, stand_ins
 from mlx_lora.utils.errors import RunError
 
 if TYPE_CHECKING:
     from mlx_lora.models.folder import StoredTensor
+
+
+OURS = f"{__name__.partition('.')[0]}."  # classes that compute the same in another way
+PULLED_ROWS = 4096  # of a head that are unpacked at a time for the gradient of whole logits
 
 
 class StoredTable(SharedTable):
@@ -38,20 +43,34 @@ class StoredTable(SharedTable):
     def parts(self) -> list[tuple[slice, AtHand]]:
         return [(one.rows, partial(self._read, one)) for one in self._slices.every]
 
-    def at_once(self, function: Callable[..., Any], cuts: bool = False) -> Callable[..., Any]:
-        def of_values(*arrays: mx.array) -> Any:
-            return function(*(arrays if cuts or self._walk.only_plans else map(apart, arrays)))
+    def at_once(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(self._walk.outside, function)
 
-        return partial(self._walk.outside, of_values)
-
-    def done(self, array: mx.array) -> mx.array:
-        """Return what a slice gave, computed, and without the slice: while a gradient is planned, all of them would be kept."""
-        return array if self._walk.only_plans else apart(array)
+    def pulled(self, call: Callable[[mx.array], mx.array], x: mx.array, cotangent: mx.array) -> mx.array:
+        """Return the same, unpacking few rows at a time: within a gradient that is being planned, MLX keeps all that was computed."""
+        own = next(
+            kind
+            for kind in type(self).__mro__
+            if not kind.__module__.startswith(OURS) and not issubclass(kind, SharedTable)
+        )
+        if self._walk.mode is Mode.PLANNED or own not in FLOAT_HEADS + QUANTIZED_HEADS:
+            return super().pulled(call, x, cotangent)
+        table: Any = self
+        packed = own in QUANTIZED_HEADS
+        arrays, total = packed_arrays(table) if packed else [table.weight], mx.zeros(x.shape)
+        layout = {"group_size": table.group_size, "bits": table.bits, "mode": table.mode} if packed else {}
+        slopes = apart(cotangent)
+        for start in range(0, slopes.shape[-1], PULLED_ROWS):
+            rows = [array[start : start + PULLED_ROWS] for array in arrays]
+            dense = mx.dequantize(*rows, **layout) if layout else rows[0]
+            part = slopes[..., start : start + PULLED_ROWS] @ dense.astype(slopes.dtype)
+            total = apart(total + part.astype(mx.float32))
+        return total.astype(x.dtype)
 
     @contextmanager
     def _read(self, one: Slice, before: Sequence[mx.array]) -> Iterator[None]:
         """Give the module a slice's rows inside this context, once what is before was computed; in a plan, stand-ins of them."""
-        if self._walk.only_plans:
+        if self._walk.mode is Mode.PLANNED:
             arrays = [(name, array[one.rows]) for name, array in tree_flatten(one.stand_ins)]
             self.update(tree_unflatten(stand_ins(arrays)))
             yield

@@ -123,7 +123,7 @@ def test_a_step_reads_each_slice_of_the_head_once(tmp_path, monkeypatch):
     blocks = [unit for unit in used if unit not in own]
     assert blocks == [*range(3), *reversed(range(3))]
     assert strategy._walk is not None
-    assert strategy._walk.results is None
+    assert not strategy._walk.results
     assert strategy._walk.mode is Mode.AT_ONCE
 
 
