@@ -266,14 +266,12 @@ def converted(model: str, forms: Mapping[str, Sequence[str]], folder: Path) -> d
     """
     for form, flags in forms.items():
         if not (folder / form / "config.json").is_file():
-            command = [
-                sys.executable,
-                "-m",
-                "mlx_lora",
-                "convert",
-                *as_words({"--model": model, "--out": folder / form}),
-            ]
-            run_child([*command, *flags], folder / f"convert-{form}.log", timeout_s=3600)
+            given = as_words({"--model": model, "--out": folder / form})
+            run_child(
+                [sys.executable, "-m", "mlx_lora", "convert", *given, *flags],
+                folder / f"convert-{form}.log",
+                timeout_s=3600,
+            )
     return {form: str(folder / form) for form in forms}
 
 

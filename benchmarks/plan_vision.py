@@ -97,13 +97,8 @@ def write_rows(folder: Path, side: int, count: int) -> Path:
     rows = []
     for number in range(count):
         Image.new("RGB", (side, side), (40 * number % 256, 90, 200)).save(folder / f"{number}.png")
-        rows.append(
-            {
-                "images": [f"{number}.png"],
-                "prompt": f"What is shown here, in picture {number}?",
-                "completion": "A color. " * 12,
-            }
-        )
+        question = f"What is shown here, in picture {number}?"
+        rows.append({"images": [f"{number}.png"], "prompt": question, "completion": "A color. " * 12})
     file = folder / "train.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return file

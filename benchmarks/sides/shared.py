@@ -95,17 +95,13 @@ class StepLog:
         end_s = time.perf_counter() - self._started_s
         if not self._steps:
             self._first_step_unix_s = time.time()
-        self._steps.append(
-            {
-                "end_s": round(end_s, 4),
-                "cpu_s": time.process_time(),
-                "loss": loss,
-                "supervised": int(sum(self._rows.mask(row)[1:].sum() for row in rows)),
-                "real": int(sum(len(self._rows.tokens(row)) - 1 for row in rows)),
-                "positions": int(np.prod(shape)),
-                "shape": [int(size) for size in shape],
-            }
-        )
+        counts = {
+            "supervised": int(sum(self._rows.mask(row)[1:].sum() for row in rows)),
+            "real": int(sum(len(self._rows.tokens(row)) - 1 for row in rows)),
+        }
+        shape = [int(size) for size in shape]
+        clocks = {"end_s": round(end_s, 4), "cpu_s": time.process_time()}
+        self._steps.append({**clocks, "loss": loss, **counts, "positions": int(np.prod(shape)), "shape": shape})
         if self._limit is not None:
             return len(self._steps) >= self._limit
         if self._seconds is None:
@@ -133,6 +129,24 @@ class StepLog:
         """The steps, the wall clock at the end of the first, and how many pairs were drawn and how many differ."""
         drawn = {"drawn": len(self._drawn), "different": len(set(self._drawn))} if self._drawn else {}
         return {"steps": self._steps, "first_step_unix_s": self._first_step_unix_s, **drawn}
+
+
+class StepTimes:
+    """Wall clock and processor seconds of each step, from the end of the one before, with what else is noted of it."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Start the clocks; what came before is no step."""
+        self._before = time.perf_counter(), time.process_time()
+
+    def end(self, **noted: float) -> None:
+        """Note the end of a step."""
+        now = time.perf_counter(), time.process_time()
+        self.steps.append({"wall_s": now[0] - self._before[0], "cpu_s": now[1] - self._before[1], **noted})
+        self._before = now
 
 
 class Enough(Exception):
