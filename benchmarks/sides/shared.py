@@ -1,8 +1,7 @@
 """What every side's child process shares: its job, the encoded rows, the log of its steps, its main function. numpy only.
 
 A side that trains is `prepare` (load), `steps` (its own loop, which ends when the log has had enough) and `figures` (what it
-took and computed in); on rows also `check` (the loss of the check rows). A side that stays loaded is a `step` function, which
-`serve` calls for each line of standard input.
+took and computed in); on rows also `check` (the loss of the check rows).
 """
 
 from __future__ import annotations
@@ -202,17 +201,6 @@ def run(side: Side) -> None:
     log = StepLog(rows, job)
     side.steps(log)
     write_result(job, {**log.result(), **side.figures()})
-
-
-def serve(step: Callable[..., dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Answer each line of standard input, a question in JSON, with what `step` returns and the time that it took."""
-    print("@" + json.dumps(facts), flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        begun, cpu = time.perf_counter(), time.process_time()
-        answer = step(**asked)
-        spent = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}
-        print("@" + json.dumps({**spent, **answer}), flush=True)
 
 
 def read_job() -> dict[str, Any]:
