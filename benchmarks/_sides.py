@@ -16,7 +16,7 @@ from typing import Any
 
 from _figures import pair_figures, run_figures
 from _harness import ChildFailed, Ended, as_words, run_side
-from _ours import read_metrics, train_timed
+from _ours import read_metrics, train_command, train_timed
 from peers import peer_python
 
 OURS = "mlx_lora"
@@ -226,14 +226,11 @@ def _run_ours(
         "--model": given["model"], "--data": bench.folder / f"{data}.jsonl", "--adapter-path": folder,
         "--resume-adapter-file": bench.folder / f"{adapter}.safetensors", "--rank": given["rank"],
         "--alpha": given["scale"] * given["rank"], "--batch-tokens": given["batch_tokens"],
-        "--max-seq-length": given["max_seq_length"], "--lr-schedule": "constant", "--warmup": 0, "--valid-fraction": 0,
-        "--val-batches": 0, "--save-every": 0, "--steps-per-report": 1,
+        "--max-seq-length": given["max_seq_length"], "--lr-schedule": "constant", "--warmup": 0,
     }  # fmt: skip
-    command = [sys.executable, "-m", "mlx_lora.train", *as_words(flags)]
-    command += ["--grad-checkpoint"] if given["grad_checkpoint"] else []
-    command += (
-        ["--sample-tokens", "0"] if given["quick"] else []
-    )  # no texts for the report, which are not counted anyway
+    command = train_command(*as_words(flags), last=["--grad-checkpoint"] if given["grad_checkpoint"] else [])
+    if given["quick"]:  # no texts for the report, which are not counted anyway
+        command += ["--sample-tokens", "0"]
     command += [*as_words(changes), "--force", *own_flags(bench, side), *map(str, last)]
     more |= {"timeout_s": given["timeout"], "seconds": None if data == "check" else given["seconds"]}
     run, ended = train_timed(command, folder, bench.folder / f"{name}.log", **more)

@@ -12,26 +12,42 @@ is one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from _harness import REPOSITORY, options, record
 
 import mlx_lora  # loads the BLAS before mlx.core
 from mlx_lora.api.embed import Corpus, ranks_of
 from mlx_lora.data.pairs import Passage, read_passages
 from mlx_lora.losses.contrastive import retrieval
 
-HERE = Path(__file__).parent
+QUESTIONS = Path(__file__).with_name("search_questions.jsonl")
 HELD_OUT = 0.4  # of the pages that have questions
 MEASURES = ("recall_at_10", "mrr_at_10", "ndcg_at_10")
 CANDIDATES = 20  # of the embedder, which the reranker reads
 NEGATIVES = 3
 MARGIN = 0.95  # passages with more than this share of the right one's cosine may be right too
+OPTIONS = (
+    ("--model", ..., "The embedder to train."),
+    ("--docs", str(REPOSITORY / "docs"), "Folder of the pages."),
+    ("--seeds", 5, "Each with other held-out pages."),
+    ("--first-seed", 0, "The seeds are this one and those after it."),
+    ("--epochs", 2.0, "Of the embedder's training."),
+    ("--headings", 150, "Headings that are trained on in addition to the questions."),
+    ("--max-seq-length", 64, "Tokens of a text for the embedder."),
+    ("--learning-rate", float, "Of the embedder; default: the run chooses."),
+    ("--reranker", str, "Model to train as a reranker: a language model or an encoder."),
+    ("--reranker-rows", 120, "Rows that it is trained on."),
+    ("--reranker-length", 128, "Tokens of a row for it."),
+    ("--reranker-rate", float, "Its learning rate; default: the run chooses."),
+    ("--reranker-epochs", 1.0, "Of its training."),
+)
 
 
 def heading(passage: Passage) -> str:
@@ -62,18 +78,15 @@ def searched(questions: Sequence[dict], passages: Sequence[Passage], pages: set[
     number = {text: place for place, text in enumerate(documents)}
     asked = [one for one in questions if one["page"] in pages]
     own = [
-        sorted({number[p.text] for p in passages if (p.file, heading(p)) == (one["page"], one["heading"])})
-        for one in asked
+        sorted({number[p.text] for p in passages if (p.file, heading(p)) == (q["page"], q["heading"])}) for q in asked
     ]
     return Corpus([one["question"] for one in asked], documents, own)
 
 
 def vectors(base: mlx_lora.Base, corpus: Corpus, length: int, adapter: Path | None = None) -> list[np.ndarray]:
     """Return the vectors of queries and documents."""
-    return [
-        mlx_lora.embed(base, texts, adapter, query=side == 0, max_seq_length=length)
-        for side, texts in enumerate((corpus.queries, corpus.documents))
-    ]
+    queries = mlx_lora.embed(base, corpus.queries, adapter, query=True, max_seq_length=length)
+    return [queries, mlx_lora.embed(base, corpus.documents, adapter, max_seq_length=length)]
 
 
 def with_negatives(rows: Sequence[dict], base: mlx_lora.Base, adapter: Path, length: int) -> list[dict]:
@@ -112,79 +125,61 @@ def reranked(corpus: Corpus, near: np.ndarray, model: mlx_lora.Base, adapter: Pa
     return ranks
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--docs", default=str(HERE.parent / "docs"))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--headings", type=int, default=150)
-    parser.add_argument("--max-seq-length", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=None)
-    parser.add_argument(
-        "--reranker", default=None, help="Model to train as a reranker: a language model or an encoder."
-    )
-    parser.add_argument("--reranker-rows", type=int, default=120)
-    parser.add_argument("--reranker-length", type=int, default=128)
-    parser.add_argument("--reranker-rate", type=float, default=None, help="Learning rate; default: the run chooses.")
-    parser.add_argument("--reranker-epochs", type=float, default=1)
-    asked = parser.parse_args()
-    questions = [
-        json.loads(line) for line in (HERE / "search_questions.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    passages, base = read_passages(asked.docs), mlx_lora.load(asked.model)
-    reader = None if asked.reranker is None else mlx_lora.load(asked.reranker)
-    kept: np.ndarray | None = None
-    pages, found = sorted({one["page"] for one in questions}), []
-    for seed in range(asked.first_seed, asked.first_seed + asked.seeds):
-        chosen = np.random.default_rng(seed).permutation(pages)
-        held_out = set(chosen[: round(HELD_OUT * len(pages))].tolist())
-        others = {passage.file for passage in passages} - held_out
-        corpus, rows = (
-            searched(questions, passages, held_out),
-            training_rows(questions, passages, others, asked.headings, seed),
-        )
-        asking = mlx_lora.embed(base, corpus.queries, query=True, max_seq_length=asked.max_seq_length)
-        if kept is None:  # the documents are the same for every seed
-            kept = mlx_lora.embed(base, corpus.documents, max_seq_length=asked.max_seq_length)
-        before = retrieval(ranks_of(asking, kept, corpus.own))
-        with tempfile.TemporaryDirectory() as folder:
-            given = {} if asked.learning_rate is None else {"learning_rate": asked.learning_rate}
-            run = mlx_lora.train(
-                base, rows, Path(folder) / "a", objective="embed", seed=seed, epochs=asked.epochs, valid_fraction=0.0,
-                max_seq_length=asked.max_seq_length, **given,
-            )  # fmt: skip
-            pair = vectors(base, corpus, asked.max_seq_length, run.adapter)
-            stages = [before, retrieval(ranks_of(*pair, corpus.own))]
-            if reader is not None:
-                chosen = np.random.default_rng(seed).permutation(len(rows))[: asked.reranker_rows]
-                mined = with_negatives([rows[n] for n in chosen], base, run.adapter, asked.max_seq_length)
-                second = mlx_lora.train(
-                    reader, mined, Path(folder) / "r", objective="rerank", seed=seed, epochs=asked.reranker_epochs,
-                    valid_fraction=0.0, max_seq_length=asked.reranker_length,
-                    **({} if asked.reranker_rate is None else {"learning_rate": asked.reranker_rate}),
-                )  # fmt: skip
-                stages.append(retrieval(reranked(corpus, pair[0] @ pair[1].T, reader, second.adapter)))
-        found.append(stages)
-        words = ", ".join(f"{name} {' to '.join(f'{one[name]:.3f}' for one in stages)}" for name in MEASURES)
-        print(
-            f"seed {seed}: {len(corpus.queries)} questions, {len(corpus.documents)} passages, {len(rows)} rows: {words}",
-            flush=True,
-        )
-    summary = {}
+def training(base: mlx_lora.Base, rows: Sequence[dict], folder: Path, rate: float | None, **asked: Any) -> Path:
+    """Train on some rows with no held-out ones, at the rate that the run chooses if none is given; return the adapter's folder."""
+    given = {} if rate is None else {"learning_rate": rate}
+    return mlx_lora.train(base, rows, folder, valid_fraction=0.0, **asked, **given).adapter
+
+
+def summarized(found: Sequence[Sequence[dict[str, float]]]) -> dict[str, Any]:
+    """Print and return the means over the seeds of each measure before and after each stage, and the spread of the gain."""
+    summary: dict[str, Any] = {}
     for name in MEASURES:
         summary[name] = {}
         for number, stage in enumerate(("trained", "reranked")[: len(found[0]) - 1], 1):
             gains = [stages[number][name] - stages[number - 1][name] for stages in found]
             spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
-            columns = [statistics.mean(stages[number - side][name] for stages in found) for side in (1, 0)]
-            summary[name][stage] = {"before": columns[0], "after": columns[1], "stdev_of_gain": spread}
-            print(
-                f"{name}, {stage}: {columns[0]:.3f} to {columns[1]:.3f}, gain {statistics.mean(gains):+.3f} "
-                f"(standard deviation {spread:.3f})"
-            )
-    print(json.dumps({"model": Path(asked.model).name, "seeds": asked.seeds, **summary}))
+            before, after = (statistics.mean(stages[number - side][name] for stages in found) for side in (1, 0))
+            summary[name][stage] = {"before": before, "after": after, "stdev_of_gain": spread}
+            gain = f"{statistics.mean(gains):+.3f} (standard deviation {spread:.3f})"
+            print(f"{name}, {stage}: {before:.3f} to {after:.3f}, gain {gain}")
+    return summary
+
+
+def main() -> None:
+    """Train and search with each seed, and end with one line of JSON."""
+    asked = options(__doc__, *OPTIONS).parse_args()
+    questions = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
+    passages, base = read_passages(asked.docs), mlx_lora.load(asked.model)
+    reader = None if asked.reranker is None else mlx_lora.load(asked.reranker)
+    kept: np.ndarray | None = None
+    pages, found, length = sorted({one["page"] for one in questions}), [], asked.max_seq_length
+    for seed in range(asked.first_seed, asked.first_seed + asked.seeds):
+        chosen = np.random.default_rng(seed).permutation(pages)
+        held_out = set(chosen[: round(HELD_OUT * len(pages))].tolist())
+        others = {passage.file for passage in passages} - held_out
+        corpus = searched(questions, passages, held_out)
+        rows = training_rows(questions, passages, others, asked.headings, seed)
+        asking = mlx_lora.embed(base, corpus.queries, query=True, max_seq_length=length)
+        if kept is None:  # the documents are the same for every seed
+            kept = mlx_lora.embed(base, corpus.documents, max_seq_length=length)
+        stages = [retrieval(ranks_of(asking, kept, corpus.own))]
+        with tempfile.TemporaryDirectory() as folder:
+            how = {"objective": "embed", "seed": seed, "epochs": asked.epochs, "max_seq_length": length}
+            adapter = training(base, rows, Path(folder) / "a", asked.learning_rate, **how)
+            pair = vectors(base, corpus, length, adapter)
+            stages.append(retrieval(ranks_of(*pair, corpus.own)))
+            if reader is not None:
+                few = np.random.default_rng(seed).permutation(len(rows))[: asked.reranker_rows]
+                mined = with_negatives([rows[n] for n in few], base, adapter, length)
+                how |= {"objective": "rerank", "epochs": asked.reranker_epochs, "max_seq_length": asked.reranker_length}
+                second = training(reader, mined, Path(folder) / "r", asked.reranker_rate, **how)
+                stages.append(retrieval(reranked(corpus, pair[0] @ pair[1].T, reader, second)))
+        found.append(stages)
+        words = ", ".join(f"{name} {' to '.join(f'{one[name]:.3f}' for one in stages)}" for name in MEASURES)
+        counts = f"{len(corpus.queries)} questions, {len(corpus.documents)} passages, {len(rows)} rows"
+        print(f"seed {seed}: {counts}: {words}", flush=True)
+    record({"model": Path(asked.model).name, "seeds": asked.seeds, **summarized(found)})
 
 
 if __name__ == "__main__":
