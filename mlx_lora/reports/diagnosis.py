@@ -2,7 +2,7 @@
 
 A run has learned, had too few steps, overfitted, memorized, changed nothing, or become worse. `diagnose` is a pure function of
 `Evidence`, which a run folder holds: metrics.jsonl, held_out_rows.jsonl, and the texts before and after in report.json.
-benchmarks/verdicts.py measures how often it names a run rightly.
+docs/overfitting.md says how often it names a run rightly.
 """
 
 from __future__ import annotations
