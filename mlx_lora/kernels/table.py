@@ -36,7 +36,7 @@ import mlx.nn as nn
 from mlx_lm.models import activations, base
 
 from mlx_lora.kernels.activations import lean_swiglu, polynomial_swiglu
-from mlx_lora.kernels.attention import AttentionCall, Tiles, attend
+from mlx_lora.kernels.attention import AttentionCall, Tiles, Windows, attend
 from mlx_lora.kernels.measure import (
     MLX,
     POLYNOMIAL,
@@ -54,7 +54,6 @@ from mlx_lora.kernels.measure import (
     size_class,
 )
 from mlx_lora.kernels.recurrent import gated_delta_row, recurrent_kernels, state_space_row
-from mlx_lora.kernels.windows import Windows
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.prefix_attention import SharedPrefix, shared_caches
 from mlx_lora.planner.memory import tile_queries

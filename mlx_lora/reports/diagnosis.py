@@ -16,7 +16,7 @@ from typing import Any
 from mlx_lora.config.objectives import LABELED, RANKED
 from mlx_lora.reports.charts import perplexity
 from mlx_lora.reports.classes import CLASSES_FILE, measured_words, read_classes
-from mlx_lora.reports.objective_headlines import (
+from mlx_lora.reports.objectives import (
     BAD,
     GOOD,
     PLAIN,
