@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -256,61 +255,3 @@ def cpu_seconds(pid: int) -> float | None:
 def last_lines(log: Path, count: int = 15) -> str:
     """Return the end of a log."""
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
-
-
-def converted(model: str, forms: Mapping[str, Sequence[str]], folder: Path) -> dict[str, str]:
-    """Return a folder for each form of a model, after converting it with the form's flags where the folder is missing.
-
-    Raises:
-        ChildFailed: a conversion ended with an error.
-    """
-    for form, flags in forms.items():
-        if not (folder / form / "config.json").is_file():
-            command = [
-                sys.executable,
-                "-m",
-                "mlx_lora",
-                "convert",
-                *as_words({"--model": model, "--out": folder / form}),
-            ]
-            run_child([*command, *flags], folder / f"convert-{form}.log", timeout_s=3600)
-    return {form: str(folder / form) for form in forms}
-
-
-class Child:
-    """A side's process that stays loaded: it answers one line of JSON after another, so that sides can take turns.
-
-    Lines of its standard output that begin with @ are its answers; the others go unread. See `serve` in sides/shared.py.
-    """
-
-    def __init__(self, name: str, command: Sequence[str], log: Path, checkout: str | None = None):
-        """Start it, with its standard error in `log`, and with the `mlx_lora` of a checkout instead of the installed one."""
-        self.name, self._log = name, log
-        variables = child_environment() | ({"PYTHONPATH": checkout} if checkout else {})
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        with log.open("w", encoding="utf-8") as errors:
-            self._process = subprocess.Popen(list(command), text=True, env=variables, stderr=errors, **pipes)
-
-    def __enter__(self) -> Child:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End the process; it holds nothing that it would have to write."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe:
-                pipe.close()
-
-    def ask(self, **question: Any) -> dict[str, Any]:
-        """Return its answer to one line."""
-        with suppress(BrokenPipeError):  # if it has ended, what it left is read below
-            print(json.dumps(question), file=self._process.stdin, flush=True)
-        return self.wait()
-
-    def wait(self) -> dict[str, Any]:
-        """Return its next answer; the first comes when its model is loaded."""
-        for line in self._process.stdout or ():
-            if line.startswith("@"):
-                return json.loads(line[1:])
-        raise ChildFailed(f"{self.name} ended with {self._process.wait()}:\n{last_lines(self._log)}")

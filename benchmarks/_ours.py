@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from _figures import steps_from_metrics
-from _harness import ChildFailed, Ended, cpu_seconds, run_child
+from _harness import ChildFailed, Ended, as_words, cpu_seconds, run_child
 
 MIN_STEPS = 2
+# A report of every step, and nothing else that takes time.
+STEPS_ALONE = {"--steps-per-report": 1, "--valid-fraction": 0, "--val-batches": 0, "--save-every": 0}
 
 
 class Watch:
@@ -52,6 +56,19 @@ class Watch:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Read the lines of a run folder's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def train_command(*flags: str, last: Sequence[str] = ()) -> list[str]:
+    """Return our command that trains and only reports its steps, whatever these flags say; `last` flags beat that."""
+    return [sys.executable, "-m", "mlx_lora.train", *flags, *as_words(STEPS_ALONE), *last]
+
+
+def last_report(
+    command: list[str], folder: Path, log: Path, timeout_s: float, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Run a command that trains into `folder`, and return the last line of its metrics."""
+    run_child([*command, "--adapter-path", str(folder)], log, timeout_s=timeout_s, environment=environment)
+    return read_metrics(folder)[-1]
 
 
 def train_timed(

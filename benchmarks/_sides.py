@@ -16,7 +16,7 @@ from typing import Any
 
 from _figures import pair_figures, run_figures
 from _harness import ChildFailed, Ended, as_words, run_side
-from _ours import read_metrics, train_timed
+from _ours import read_metrics, train_command, train_timed
 from peers import peer_python
 
 OURS = "mlx_lora"
@@ -81,16 +81,16 @@ SIDES = _by_name(
     _peft("padded", "random --batch-size rows"),
     _peft("packed", "whole rows in --batch-tokens bins"),
     _peft("grouped", "like lengths, --batch-tokens"),
-    Side("unsloth-zoo", "unsloth_zoo_side.py", "MLXTrainer with its chunked loss, --batch-size rows of like length", peer="unsloth-zoo"),
+    Side("unsloth-zoo", "unsloth_side.py", "MLXTrainer with its chunked loss, --batch-size rows of like length", peer="unsloth-zoo"),
 )  # fmt: skip
 PAIR_SIDES = _by_name(
     Side(OURS, None, "python -m mlx_lora.train --objective dpo, batches by token budget", OURS_ONCE),
     Side(f"{OURS}-pairs", None, "the same with --batch-size pairs per step, as the others", OURS_ONCE, {"by_pairs": True}),
     Side("mlx-lm-lora", "mlx_lm_lora_side.py", "train_dpo, --batch-size pairs of like length",
          "in each step, by a second copy of the base in memory", peer="mlx-lm-lora"),
-    Side("unsloth-zoo", "unsloth_dpo_side.py", "MLXDPOTrainer with its chunked loss, --batch-size pairs of like length",
+    Side("unsloth-zoo", "unsloth_side.py", "MLXDPOTrainer with its chunked loss, --batch-size pairs of like length",
          ADAPTER_OFF, IN_STEP, peer="unsloth-zoo"),
-    Side("unsloth-zoo-precomputed", "unsloth_dpo_side.py", "the same with precompute_ref_log_probs", ONCE, BEFORE, peer="unsloth-zoo"),
+    Side("unsloth-zoo-precomputed", "unsloth_side.py", "the same with precompute_ref_log_probs", ONCE, BEFORE, peer="unsloth-zoo"),
     Side("trl", "trl_side.py", "DPOTrainer on torch with PEFT, --batch-size random pairs", ADAPTER_OFF, IN_STEP, packages=TRL),
     Side("trl-precomputed", "trl_side.py", "the same with precompute_ref_log_probs, and pairs of like length in a batch",
          ONCE, BEFORE, packages=TRL),
@@ -226,14 +226,11 @@ def _run_ours(
         "--model": given["model"], "--data": bench.folder / f"{data}.jsonl", "--adapter-path": folder,
         "--resume-adapter-file": bench.folder / f"{adapter}.safetensors", "--rank": given["rank"],
         "--alpha": given["scale"] * given["rank"], "--batch-tokens": given["batch_tokens"],
-        "--max-seq-length": given["max_seq_length"], "--lr-schedule": "constant", "--warmup": 0, "--valid-fraction": 0,
-        "--val-batches": 0, "--save-every": 0, "--steps-per-report": 1,
+        "--max-seq-length": given["max_seq_length"], "--lr-schedule": "constant", "--warmup": 0,
     }  # fmt: skip
-    command = [sys.executable, "-m", "mlx_lora.train", *as_words(flags)]
-    command += ["--grad-checkpoint"] if given["grad_checkpoint"] else []
-    command += (
-        ["--sample-tokens", "0"] if given["quick"] else []
-    )  # no texts for the report, which are not counted anyway
+    command = train_command(*as_words(flags), last=["--grad-checkpoint"] if given["grad_checkpoint"] else [])
+    if given["quick"]:  # no texts for the report, which are not counted anyway
+        command += ["--sample-tokens", "0"]
     command += [*as_words(changes), "--force", *own_flags(bench, side), *map(str, last)]
     more |= {"timeout_s": given["timeout"], "seconds": None if data == "check" else given["seconds"]}
     run, ended = train_timed(command, folder, bench.folder / f"{name}.log", **more)

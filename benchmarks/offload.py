@@ -52,6 +52,10 @@ OPTIONS = (
     ("--rounds", 3, "Of both ways."),
     ("--seed", 0, "Of the tokens."),
 )
+HEAD = (
+    "disk, GB/s", "tokens", "in memory, s", "offloaded, s", "difference", "processor time", "waited, s", "planned wait, s",
+    "predicted step",
+)  # fmt: skip
 
 
 def slow(bytes_per_s: float) -> Callable[[int, memoryview, int], int] | None:
@@ -144,18 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{found['offloaded_cpu_s'] / found['memory_cpu_s'] - 1:+.0%}", f"{found['waited_s']:.2f}", f"{waits_s:.2f}",
                 f"{predicted_s / found['offloaded_s'] - 1:+.0%}",
             ])  # fmt: skip
-    head = (
-        "disk, GB/s",
-        "tokens",
-        "in memory, s",
-        "offloaded, s",
-        "difference",
-        "processor time",
-        "waited, s",
-        "planned wait, s",
-        "predicted step",
-    )
-    say(table(head, rows))
+    say(table(HEAD, rows))
     return 0
 
 

@@ -25,9 +25,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _harness import child_environment, environment, options, run_child, say
+from _harness import child_environment, environment, options, say
 from _harness import table as markdown
-from _ours import read_metrics
+from _ours import last_report, train_command
 
 TIMEOUT_S = 3600.0
 WORDS = [
@@ -99,10 +99,8 @@ def measure(case: dict[str, Any], iters: int, more: Sequence[str] = ()) -> dict[
                 write_text(data, max(60_000, 2 * case["length"]))  # a word has at least one token
             else:
                 write_answers(data, objective, case["length"])
-        command = [sys.executable, "-m", "mlx_lora.train", *flags, "--adapter-path", str(folder / "run")]
-        command += ["--valid-fraction", "0", "--val-batches", "0", "--save-every", "0", "--steps-per-report", "1"]
-        run_child([*command, "--sample-tokens", "0", *more], folder / "log", timeout_s=TIMEOUT_S)
-        report = read_metrics(folder / "run")[-1]
+        command = train_command(*flags, last=["--sample-tokens", "0", *more])
+        report = last_report(command, folder / "run", folder / "log", TIMEOUT_S)
     return {name: report[name] for name in ("peak_memory_bytes", "process_peak_bytes", "shapes", "supervised_tokens")}
 
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _harness import REPOSITORY, as_words, environment, options, record, run_child, say, table
-from _ours import read_metrics
+from _harness import REPOSITORY, as_words, environment, options, record, say, table
+from _ours import last_report, train_command
 
 OPTIONS = (
     ("--out", ..., "Folder for models, rows and runs; models that are there are used again."),
@@ -97,13 +97,8 @@ def write_rows(folder: Path, side: int, count: int) -> Path:
     rows = []
     for number in range(count):
         Image.new("RGB", (side, side), (40 * number % 256, 90, 200)).save(folder / f"{number}.png")
-        rows.append(
-            {
-                "images": [f"{number}.png"],
-                "prompt": f"What is shown here, in picture {number}?",
-                "completion": "A color. " * 12,
-            }
-        )
+        question = f"What is shown here, in picture {number}?"
+        rows.append({"images": [f"{number}.png"], "prompt": question, "completion": "A color. " * 12})
     file = folder / "train.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return file
@@ -128,12 +123,9 @@ def measured(name: str, case: Case, asked: Any, out: Path) -> dict[str, Any]:
                       **case.more})  # fmt: skip
     run = out / "run"
     shutil.rmtree(run, ignore_errors=True)
-    command = [sys.executable, "-m", "mlx_lora.train", *flags, "--adapter-path", str(run), "--val-batches", "0", "--save-every", "0",
-               "--steps-per-report", "1", "--sample-tokens", "0"]  # fmt: skip
-    variables = {"MLX_LORA_CACHE": str(out / "cache")}
     shutil.rmtree(out / "cache" / "pictures", ignore_errors=True)
-    run_child(command, out / "log", timeout_s=3600, environment=variables)
-    report = read_metrics(run)[-1]
+    cache = {"MLX_LORA_CACHE": str(out / "cache")}
+    report = last_report(train_command(*flags, "--sample-tokens", "0"), run, out / "log", 3600, cache)
     plan = planned(flags)
     found = {"case": name, "planned": plan["peak_bytes"], "measured": report["peak_memory_bytes"], "phase": plan["phase"],
              "parts": plan["parts"], "phases": plan["phases"], "shapes": report.get("shapes")}  # fmt: skip

@@ -21,7 +21,7 @@ from typing import Any
 
 from _figures import run_figures
 from _harness import ChildFailed, as_words, environment, options, record, run_side, say, table
-from _ours import train_timed
+from _ours import train_command, train_timed
 
 BASE = {"tokens": 1024, "sequence": 512, "vocabulary": 8_000, "rank": 8, "rows": 64}
 VALUES = {
@@ -58,9 +58,9 @@ def measure(point: dict[str, int], args: argparse.Namespace, folder: Path) -> di
     flags = {
         "--model": folder / "model", "--data": folder / "train.jsonl", "--adapter-path": folder / "run",
         "--rank": point["rank"], "--max-seq-length": point["sequence"], "--batch-tokens": point["tokens"],
-        "--iters": args.steps, "--steps-per-report": 1, "--save-every": 0, "--valid-fraction": 0, "--val-batches": 0,
+        "--iters": args.steps,
     }  # fmt: skip
-    command = [sys.executable, "-m", "mlx_lora.train", *as_words(flags), *shlex.split(args.ours)]
+    command = train_command(*as_words(flags), last=shlex.split(args.ours))
     run, ended = train_timed(command, folder / "run", folder / "train.log", timeout_s=args.timeout)
     figures = run_figures(run["steps"], run["first_step_unix_s"] - ended.started_unix_s)
     spent_s = run["steps"][-1]["end_s"] - run["steps"][0]["end_s"]

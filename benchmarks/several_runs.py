@@ -29,30 +29,16 @@ OPTIONS = (
     ("--timeout", 3600.0, "Seconds allowed for each process."),
     ("--out", str, "JSON file of everything."),
 )
+HEAD = (
+    "runs", "a step of all, cpu s", "one after another", "times as fast", "by the clock", "peak GB", "N times one, GB",
+    "N times mlx-lm, cpu s", "N times mlx-lm, GB",
+)  # fmt: skip
 STEPS = 4
 FURTHER = 200  # rows of a text, so that its last one, which is shorter, is hardly ever drawn
 WORDS = [
-    "the",
-    "a",
-    "sea",
-    "king",
-    "asks",
-    "why",
-    "morning",
-    "stones",
-    "travel",
-    "slowly",
-    "over",
-    "green",
-    "hills",
-    "and",
-    "nobody",
-    "knows",
-    "which",
-    "lamp",
-    "was",
-    "first",
-]
+    "the", "a", "sea", "king", "asks", "why", "morning", "stones", "travel", "slowly", "over", "green", "hills", "and", "nobody",
+    "knows", "which", "lamp", "was", "first",
+]  # fmt: skip
 
 
 def write_run(folder: Path, number: int, width: int, args: argparse.Namespace) -> Path:
@@ -110,17 +96,6 @@ def main() -> None:
             other = mlx_lm(args, width, folder) if args.mlx_lm else {"found": [], "peak_bytes": None}
             result["widths"][width] = {**side, "summary": found, "mlx_lm": other}
             say(f"\nRows of {width} tokens, {args.rows} to a run's step\n")
-            head = (
-                "runs",
-                "a step of all, cpu s",
-                "one after another",
-                "times as fast",
-                "by the clock",
-                "peak GB",
-                "N times one, GB",
-                "N times mlx-lm, cpu s",
-                "N times mlx-lm, GB",
-            )
             rows = [
                 (
                     one["runs"], cell(one["cpu_s"], digits=2), cell(one["one_after_another_cpu_s"], digits=2),
@@ -131,7 +106,7 @@ def main() -> None:
                 )
                 for one in found
             ]  # fmt: skip
-            say(table(head, rows))
+            say(table(HEAD, rows))
     record(result, args.out, ("settings", "widths"))
 
 

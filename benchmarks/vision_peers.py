@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from _harness import cell, environment, options, paired_ratio, record, run_side, say, spread, table, take_turns
+from _small_vlm import KINDS, draw, run, write_base
 from PIL import Image
-from small_vlm import KINDS, draw, run, write_base
 
 TOWER = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}
 SIDE, PATCH = 224, 16
@@ -161,7 +161,7 @@ def main() -> None:
     asked = options(__doc__, *OPTIONS).parse_args()
     out = Path(asked.out)
     out.mkdir(parents=True, exist_ok=True)
-    model = as_published(write_base(Path(asked.model), out / "base", asked.blocks, 0, TOWER, SIDE, PATCH))
+    model = as_published(write_base(Path(asked.model), out / "base", asked.blocks, TOWER, SIDE, PATCH))
     kinds = write_kinds(out / "kinds")
     masks, _ = run_side(
         "vision_side.py", {"who": "masks", "model": str(model), "data": str(kinds)}, out, "masks", timeout_s=1800

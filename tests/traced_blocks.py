@@ -18,7 +18,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_lora.kernels.windows import Windows
+from mlx_lora.kernels.attention import Windows
 from mlx_lora.trainer import model_shape
 from mlx_lora.utils import device
 

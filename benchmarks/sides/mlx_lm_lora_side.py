@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import inspect
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from on_mlx import facts_of, put_factors  # isort: skip  (first: it gives MLX the same fast BLAS as us)
+from on_mlx import facts_of, loop_settings, put_factors  # isort: skip  (first: it gives MLX the same fast BLAS as us)
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
@@ -19,7 +18,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.utils import load
 from mlx_lm_lora.trainer.dpo_trainer import DPOTrainingArgs, train_dpo
 from mlx_lm_lora.utils import from_pretrained
-from shared import NEVER, Enough, Rows, StepLog, run
+from shared import Enough, Rows, StepLog, run
 
 WORKING_SET = "max_recommended_working_set_size"
 # What it names logits are the summed log-probabilities; the metrics that it names so are per token.
@@ -98,12 +97,7 @@ class MlxLmLora:
     def steps(self, log: StepLog) -> None:
         """Run its loop until the log has had enough."""
         job, pairs = self.job, NotedPairs(self.rows, self.job["batch_size"])
-        settings = DPOTrainingArgs(
-            batch_size=job["batch_size"], iters=NEVER, val_batches=0, steps_per_report=1, steps_per_eval=NEVER,
-            steps_per_save=NEVER, adapter_file=str(Path(job["result"]).with_suffix(".safetensors")),
-            max_seq_length=job["max_seq_length"], grad_checkpoint=job["grad_checkpoint"], beta=job["beta"],
-            loss_type="sigmoid",
-        )  # fmt: skip
+        settings = DPOTrainingArgs(**loop_settings(job), beta=job["beta"], loss_type="sigmoid")
         rate, decay = job["learning_rate"], job["weight_decay"]
         optimizer = optim.AdamW(learning_rate=rate, weight_decay=decay, bias_correction=True)
         log.begin()

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from on_mlx import facts_of, gemm_gflops, put_factors  # isort: skip  (first: it gives mlx-lm the same fast BLAS as us)
+from on_mlx import facts_of, gemm_gflops, loop_settings, put_factors  # isort: skip  (first: it gives mlx-lm the same fast BLAS as us)
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
@@ -22,7 +22,7 @@ from mlx_lm.tuner.datasets import CacheDataset, create_dataset
 from mlx_lm.tuner.trainer import TrainingArgs, default_loss, iterate_batches, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load
-from shared import NEVER, Enough, Rows, StepLog, run
+from shared import Enough, Rows, StepLog, run
 
 
 class NotedRows(CacheDataset):
@@ -101,11 +101,7 @@ class MlxLm:
         """Run mlx-lm's loop until the log has had enough."""
         job, noted = self.job, NotedRows(self.dataset)
         clock = Clock(log, noted)
-        settings = TrainingArgs(
-            batch_size=job["batch_size"], iters=NEVER, val_batches=0, steps_per_report=1, steps_per_eval=NEVER,
-            steps_per_save=NEVER, adapter_file=str(Path(job["result"]).with_suffix(".safetensors")),
-            max_seq_length=job["max_seq_length"], grad_checkpoint=job["grad_checkpoint"],
-        )  # fmt: skip
+        settings = TrainingArgs(**loop_settings(job))
         log.begin()
         with suppress(Enough):
             optimizer = optim.AdamW(learning_rate=job["learning_rate"])

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from shared import NEVER, Enough
-
-import on_mlx  # noqa: F401  isort: skip  (first: it gives mlx-lm the same fast BLAS as us)
+from on_mlx import loop_settings  # isort: skip  (first: it gives mlx-lm the same fast BLAS as us)
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
@@ -20,26 +14,23 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import TrainingArgs, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load
+from shared import Enough, StepTimes, read_job, write_result
 
 
 class Clock(TrainingCallback):
-    """Notes wall clock and processor seconds of each step after the first, and ends the run."""
+    """Notes the times of each step, and ends the run after the first and some others."""
 
     def __init__(self, steps: int):
-        self.steps, self.found = steps, []
-        self.before: tuple[float, float] | None = None
+        self._most, self.times = 1 + steps, StepTimes()
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-        now = time.perf_counter(), time.process_time()
-        if self.before is not None:
-            self.found.append({"wall_s": now[0] - self.before[0], "cpu_s": now[1] - self.before[1]})
-        self.before = now
-        if len(self.found) == self.steps:
+        self.times.end()
+        if len(self.times.steps) == self._most:
             raise Enough
 
 
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    job = read_job()
     model, tokenizer = load(job["model"])
     model.freeze()
     linear_to_lora_layers(model, -1, {"rank": job["rank"], "scale": 2.0, "dropout": 0.0})
@@ -51,16 +42,11 @@ def main() -> None:
             yield mx.array(tokens), mx.array([[1, job["width"] + 1]] * job["rows"])
 
     clock = Clock(job["steps"])
-    settings = TrainingArgs(
-        batch_size=job["rows"], iters=NEVER, val_batches=0, steps_per_report=1, steps_per_eval=NEVER, steps_per_save=NEVER,
-        adapter_file=str(Path(job["result"]).with_suffix(".safetensors")), max_seq_length=job["width"] + 1,
-    )  # fmt: skip
+    given = {"batch_size": job["rows"], "max_seq_length": job["width"] + 1, "grad_checkpoint": False}
+    settings, optimizer = TrainingArgs(**loop_settings(job | given)), optim.Adam(learning_rate=1e-5)
     with suppress(Enough):
-        train(
-            model, optim.Adam(learning_rate=1e-5), [], None, settings, iterate_batches=batches, training_callback=clock
-        )
-    result = {"found": clock.found, "peak_bytes": float(mx.get_peak_memory())}
-    Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
+        train(model, optimizer, [], None, settings, iterate_batches=batches, training_callback=clock)
+    write_result(job, {"found": clock.times.steps[1:], "peak_bytes": float(mx.get_peak_memory())})
 
 
 if __name__ == "__main__":

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from mlx_lora.config.load import read_settings, train_settings  # before mlx: it loads the fast BLAS
@@ -15,6 +12,7 @@ from mlx_lora.trainer.step import Step
 
 import mlx.core as mx  # isort: skip
 from mlx.utils import tree_flatten
+from shared import read_job, write_result
 
 
 def timed(function: Callable[[], Any]) -> dict[str, float]:
@@ -39,7 +37,7 @@ def state_bytes(step: Step) -> int:
 
 
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+    job = read_job()
     started = time.process_time()
     runs = SeveralRuns.open([train_settings({}, read_settings(file, {})) for file in job["files"]])
     found: dict[str, list[dict[str, float]]] = {"alone": [], **{str(count): [] for count in job["runs"]}}
@@ -77,7 +75,7 @@ def main() -> None:
             "held_bytes": mx.get_active_memory(),
             "positions": sum(batch.inputs.size for batch in wanted[0].batches),
         }
-    Path(job["result"]).write_text(json.dumps(result))
+    write_result(job, result)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """What every side's child process shares: its job, the encoded rows, the log of its steps, its main function. numpy only.
 
 A side that trains is `prepare` (load), `steps` (its own loop, which ends when the log has had enough) and `figures` (what it
-took and computed in); on rows also `check` (the loss of the check rows). A side that stays loaded is a `step` function, which
-`serve` calls for each line of standard input.
+took and computed in); on rows also `check` (the loss of the check rows).
 """
 
 from __future__ import annotations
@@ -95,17 +94,13 @@ class StepLog:
         end_s = time.perf_counter() - self._started_s
         if not self._steps:
             self._first_step_unix_s = time.time()
-        self._steps.append(
-            {
-                "end_s": round(end_s, 4),
-                "cpu_s": time.process_time(),
-                "loss": loss,
-                "supervised": int(sum(self._rows.mask(row)[1:].sum() for row in rows)),
-                "real": int(sum(len(self._rows.tokens(row)) - 1 for row in rows)),
-                "positions": int(np.prod(shape)),
-                "shape": [int(size) for size in shape],
-            }
-        )
+        counts = {
+            "supervised": int(sum(self._rows.mask(row)[1:].sum() for row in rows)),
+            "real": int(sum(len(self._rows.tokens(row)) - 1 for row in rows)),
+        }
+        shape = [int(size) for size in shape]
+        clocks = {"end_s": round(end_s, 4), "cpu_s": time.process_time()}
+        self._steps.append({**clocks, "loss": loss, **counts, "positions": int(np.prod(shape)), "shape": shape})
         if self._limit is not None:
             return len(self._steps) >= self._limit
         if self._seconds is None:
@@ -133,6 +128,24 @@ class StepLog:
         """The steps, the wall clock at the end of the first, and how many pairs were drawn and how many differ."""
         drawn = {"drawn": len(self._drawn), "different": len(set(self._drawn))} if self._drawn else {}
         return {"steps": self._steps, "first_step_unix_s": self._first_step_unix_s, **drawn}
+
+
+class StepTimes:
+    """Wall clock and processor seconds of each step, from the end of the one before, with what else is noted of it."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Start the clocks; what came before is no step."""
+        self._before = time.perf_counter(), time.process_time()
+
+    def end(self, **noted: float) -> None:
+        """Note the end of a step."""
+        now = time.perf_counter(), time.process_time()
+        self.steps.append({"wall_s": now[0] - self._before[0], "cpu_s": now[1] - self._before[1], **noted})
+        self._before = now
 
 
 class Enough(Exception):
@@ -188,17 +201,6 @@ def run(side: Side) -> None:
     log = StepLog(rows, job)
     side.steps(log)
     write_result(job, {**log.result(), **side.figures()})
-
-
-def serve(step: Callable[..., dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Answer each line of standard input, a question in JSON, with what `step` returns and the time that it took."""
-    print("@" + json.dumps(facts), flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        begun, cpu = time.perf_counter(), time.process_time()
-        answer = step(**asked)
-        spent = {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - cpu}
-        print("@" + json.dumps({**spent, **answer}), flush=True)
 
 
 def read_job() -> dict[str, Any]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +16,7 @@ from on_mlx import facts_of  # isort: skip  (first: it gives both the same fast 
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-
-Steps = list[dict[str, float]]
-
-
-class Log:
-    """Wall clock and processor seconds of each step, and its loss."""
-
-    def __init__(self) -> None:
-        self.steps: Steps = []
-        self.begin()
-
-    def begin(self) -> None:
-        self._before = time.perf_counter(), time.process_time()
-
-    def end(self, loss: float) -> None:
-        now = time.perf_counter(), time.process_time()
-        self.steps.append({"wall_s": now[0] - self._before[0], "cpu_s": now[1] - self._before[1], "loss": loss})
-        self._before = now
+from shared import StepTimes, read_job, write_result
 
 
 def ours(job: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +26,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     shutil.rmtree(cache / "pictures", ignore_errors=True)
     import mlx_lora
 
-    log = Log()
+    log = StepTimes()
 
     class Clock(mlx_lora.Callback):
         def on_start(self, facts: dict[str, Any]) -> None:
@@ -53,7 +34,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
 
         def on_report(self, facts: dict[str, Any]) -> None:
             if facts.get("loss") is not None:
-                log.end(facts["loss"])
+                log.end(loss=facts["loss"])
 
     base = mlx_lora.load(job["model"])
     if job.get("anew"):
@@ -87,11 +68,11 @@ def mlx_vlm(job: dict[str, Any]) -> dict[str, Any]:
     from mlx_vlm.trainer.datasets.loading import load as load_rows
     from mlx_vlm.trainer.vlm.config import VLMTrainingArgs
 
-    log = Log()
+    log = StepTimes()
 
     class Clock(TrainingCallback):
         def on_train_loss_report(self, train_info: dict) -> None:
-            log.end(float(train_info["train_loss"]))
+            log.end(loss=float(train_info["train_loss"]))
 
     model, processor = load(job["model"])
     model = prepare_model_for_training(model, checkpoint_path=job["exported"], verbose=False)
@@ -118,7 +99,7 @@ def masks(job: dict[str, Any]) -> dict[str, Any]:
 
     from mlx_lora.config.settings import DataSettings
     from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable
-    from mlx_lora.data.load import load_eval_set
+    from mlx_lora.data.load import Seen, load_eval_set
     from mlx_lora.data.read import PICTURES
 
     model, processor = load(job["model"])
@@ -137,7 +118,7 @@ def masks(job: dict[str, Any]) -> dict[str, Any]:
         config["image_token_id"],
     )
     tokenizer = getattr(processor, "tokenizer", processor)
-    rows = load_eval_set(job["data"], DataSettings(), tokenizer, PICTURES, pictures=reader)
+    rows = load_eval_set(job["data"], DataSettings(), tokenizer, PICTURES, Seen(pictures=reader))
     assert len(rows) == len(records)
     found = []
     for number, record in enumerate(records):
@@ -166,6 +147,7 @@ def masks(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    result = {"ours": ours, "ours, seen anew": ours, "mlx-vlm": mlx_vlm, "masks": masks}[asked["who"]](asked)
-    Path(asked["result"]).write_text(json.dumps(result), encoding="utf-8")
+    asked = read_job()
+    write_result(
+        asked, {"ours": ours, "ours, seen anew": ours, "mlx-vlm": mlx_vlm, "masks": masks}[asked["who"]](asked)
+    )

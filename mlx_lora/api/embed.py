@@ -18,11 +18,11 @@ from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
 from mlx_lora.api.train import run_settings
-from mlx_lora.config.settings import TrainSettings
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.data.pairs import TextRows, read_eval_pairs, read_passages
 from mlx_lora.losses.contrastive import retrieval, spearman
 from mlx_lora.models.load import Base
-from mlx_lora.objectives.text_vectors import TextEmbedder, open_embedder
+from mlx_lora.objectives.text_vectors import TextEmbedder, VectorOptions, open_embedder
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_adapter
 
@@ -63,7 +63,8 @@ def embed(
     resolved = run_settings(loaded.settings, {**settings, "objective": "embed"})
     folder = None if adapter is None else resolve_adapter(os.fspath(adapter), None)
     with loaded.loaded.lent() as lent:
-        return open_embedder(resolved, lent, folder, given=settings, dims=dims, normalize=normalize)(texts, query)
+        how = VectorOptions(dims, normalize)
+        return open_embedder(resolved, lent, folder, given=settings, how=how)(texts, query)
 
 
 # Search
@@ -129,7 +130,7 @@ def measure_embeddings(
     ignore_fingerprint: bool = False,
     corpus: str | None = None,
     given: Collection[str] = (),
-    **more: Any,
+    batch_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Return what `evaluate --objective embed --json` prints: measures of the model, and with an adapter those of its base.
 
@@ -140,12 +141,13 @@ def measure_embeddings(
         ignore_fingerprint: as for `load_adapter`.
         corpus: files with more documents to search in.
         given: as for `open_embedder`.
-        more: of `TextEmbedder`.
+        batch_tokens: most positions of a batch; None: the default.
 
     Raises:
         InputError: adapter or data that cannot be used.
     """
-    plain = open_embedder(settings, base, None, **more)
+    how = VectorOptions(batch_tokens=batch_tokens or DEFAULT_BATCH_TOKENS)
+    plain = open_embedder(settings, base, how=how)
     rows, scored = read_eval_pairs(settings.data, plain.form)
     if scored and corpus:
         raise InputError(f"--corpus {corpus}: pairs with a score are compared with each other alone; leave it out")
@@ -154,7 +156,7 @@ def measure_embeddings(
     found: dict[str, Any] = {}
     if adapter:  # the base with the adapter's own prompts would be another model than the one it began as
         found |= {f"base_{name}": value for name, value in _measured(plain, rows, of).items()}
-        plain = open_embedder(settings, base, adapter, ignore_fingerprint, given, **more)
+        plain = open_embedder(settings, base, adapter, ignore_fingerprint, given, how)
     found = _measured(plain, rows, of) | found
     counts = {"rows": len(rows.pairs)} | (
         {} if of is None else {"queries": len(of.queries), "documents": len(of.documents)}

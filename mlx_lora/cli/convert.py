@@ -21,7 +21,7 @@ from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.gguf.weights import Target
-from mlx_lora.models.convert import REPORT_TOKENS, Conversion, Learn, compare_on_text, convert_model
+from mlx_lora.models.convert import REPORT_TOKENS, Conversion, Learned, compare_on_text, convert_model
 from mlx_lora.models.folder import read_config
 from mlx_lora.models.learned_quantization import QUANTIZERS, check_quantizer, learn_quantization
 from mlx_lora.models.quantize import MODES, Quantization, choose_quantization
@@ -73,36 +73,30 @@ def main(model: str, out: Path, revision: str | None, report: Path | None, **fla
     dtype = compute_dtype(flags["dtype"])
     trust = flags["trust_remote_code"]
     source = resolve_model(model, revision, trust_remote_code=trust)
-    learn = _learn(source, target, flags)
-    if learn and text is None:
+    learned = _learned(source, target, flags)
+    if learned and text is None:
         text = "\n\n".join(row["text"] for row in map(json.loads, GENERAL_TEXT.read_text("utf-8").splitlines()))
     conversion = convert_model(
         source,
         out,
-        target=target,
+        target=learned or target,
         dtype=dtype,
         force=flags["force"],
         measure=report is not None,
         trust_remote_code=trust,
-        learn=learn,
     )
     result = {"out": str(out), "source": source.model_id, **conversion.summary()}
     _print_summary(out, conversion)
     if text is not None:
-        plain = _quantization(target) if learn else None
+        plain = learned.quantization if learned else None
         result["perplexity"] = compare_on_text(source, out, text, trust, plain)
         _print_perplexity(report or "general texts", result["perplexity"])
     if flags["as_json"]:
         console.print_json(result)
 
 
-def _quantization(target: Target | None) -> Quantization:
-    """Return what a Hugging Face folder is quantized to."""
-    return target if isinstance(target, Quantization) else choose_quantization(None, None, None)
-
-
-def _learn(source: ModelSource, target: Target | None, flags: dict[str, Any]) -> Learn | None:
-    """Return what learns the quantization; None: it is rounded.
+def _learned(source: ModelSource, target: Target | None, flags: dict[str, Any]) -> Learned | None:
+    """Return the quantization that is learned; None: it is rounded.
 
     Raises:
         InputError: it is not a float folder, the quantizer cannot do it, or there are no rows.
@@ -121,12 +115,12 @@ def _learn(source: ModelSource, target: Target | None, flags: dict[str, Any]) ->
     config = read_config(source.path, flags["trust_remote_code"])
     if "quantization" in config or "quantization_config" in config:
         raise InputError(f"--calibrate: {source.path} is quantized already; give the float model that it was made from")
-    quantization = _quantization(target)
+    quantization = target if isinstance(target, Quantization) else choose_quantization(None, None, None)
     check_quantizer(name, config, quantization)
     tokenizer = load_folder_tokenizer(source.path, config, flags["trust_remote_code"])._tokenizer
     rows = load_eval_set(data, train_settings({"data": data}).data, tokenizer)
     several = [rows.row(number)[0] for number in range(len(rows))]
-    return lambda model, config: learn_quantization(model, config, quantization, name, several)
+    return Learned(quantization, lambda model, config: learn_quantization(model, config, quantization, name, several))
 
 
 def _target(flags: dict[str, Any]) -> Target | None:

@@ -18,10 +18,10 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS
 from mlx_lora.data.pairs import Passage, read_passages
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.text_vectors import open_embedder
+from mlx_lora.objectives.text_vectors import VectorOptions, open_embedder
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import check_writable, replacing_file
+from mlx_lora.utils.files import replacing_file
 from mlx_lora.utils.text import counted
 
 SUFFIXES = (".npy", ".parquet")
@@ -56,7 +56,10 @@ class FileCommand(flags.ShortCommand):
     "--query", is_flag=True, help="The texts are queries, not documents; this chooses the prompt before them."
 )
 @click.option("--dims", type=click.IntRange(min=1), default=None, help="Keep only the first N numbers of each vector.")
-@click.option("--no-normalize", is_flag=True, help="Do not scale the vectors to length one.")
+@click.option(
+    "--no-normalize", "normalize", is_flag=True, callback=lambda ctx, param, value: not value,
+    help="Do not scale the vectors to length one.",
+)  # fmt: skip
 @click.option(
     "--batch-tokens",
     type=click.IntRange(min=2),
@@ -66,20 +69,24 @@ class FileCommand(flags.ShortCommand):
 )
 @click.option("--force", is_flag=True, help="Replace --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@flags.as_one("how", VectorOptions)
+@flags.as_one("file", flags.NewFile)
 def main(
-    adapter: flags.OneAdapter, data: str, out: Path, text_column: str | None, query: bool, dims: int | None, no_normalize: bool,
-    batch_tokens: int, force: bool, as_json: bool, **options: Any,
+    adapter: flags.OneAdapter, data: str, file: flags.NewFile, text_column: str | None, query: bool, how: VectorOptions,
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Write the vectors of texts: a .npy file with the texts in a .jsonl file beside it, or one .parquet file with both."""
-    _check_out(out, force)
+    out = file.out
+    if out.suffix not in SUFFIXES:
+        raise InputError(f"--out {out}: its name must end in {' or '.join(SUFFIXES)}")
+    file.check()
+    if out.suffix == ".parquet":
+        _arrow()
     given = flags.given(options)
     settings = train_settings(given | {"objective": "embed"})
     passages = read_passages(data, text_column)
     base = load_base(settings.model)
-    embedder = open_embedder(
-        settings, base, adapter.folder(), adapter.ignore_fingerprint, given,
-        dims=dims, normalize=not no_normalize, batch_tokens=batch_tokens,
-    )  # fmt: skip
+    embedder = open_embedder(settings, base, adapter.folder(), adapter.ignore_fingerprint, given, how)
     vectors = embedder([one.text for one in passages], query)
     write_vectors(out, vectors, passages)
     if as_json:
@@ -88,17 +95,6 @@ def main(
     else:
         beside = f", and the texts in {out.with_suffix(TEXTS)}" if out.suffix == ".npy" else ""
         click.echo(f"{counted(len(vectors), 'vector')} of {vectors.shape[1]} numbers in {out}{beside}")
-
-
-def _check_out(out: Path, force: bool) -> None:
-    """Refuse a file that cannot be written, before any work is done."""
-    if out.suffix not in SUFFIXES:
-        raise InputError(f"--out {out}: its name must end in {' or '.join(SUFFIXES)}")
-    if out.exists() and not force:
-        raise InputError(f"--out {out}: exists; give another name, or --force to replace it")
-    if out.suffix == ".parquet":
-        _arrow()
-    check_writable(out.absolute().parent, "--out", needed_bytes=1_000_000)
 
 
 def write_vectors(out: Path, vectors: np.ndarray, passages: list[Passage]) -> None:

@@ -178,8 +178,7 @@ def _retrieval(
 ) -> int:  # fmt: skip
     """Measure and print how well vectors find documents, and return the exit code."""
     base = load_base(settings.model)
-    more = {} if batch_tokens is None else {"batch_tokens": batch_tokens}
-    found = measure_embeddings(settings, base, folder, adapter.ignore_fingerprint, corpus, given, **more)
+    found = measure_embeddings(settings, base, folder, adapter.ignore_fingerprint, corpus, given, batch_tokens)
     if as_json:
         console.print_json({**found, "adapter_path": adapter.adapter_path, "data": settings.data.data})
         return 0

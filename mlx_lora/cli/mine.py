@@ -19,7 +19,7 @@ from mlx_lora.models.load import load_base
 from mlx_lora.objectives.text_vectors import open_embedder
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import check_writable, replacing_file
+from mlx_lora.utils.files import replacing_file
 from mlx_lora.utils.text import counted
 
 
@@ -36,8 +36,9 @@ from mlx_lora.utils.text import counted
 @click.option("--corpus", type=str, default=None, help="Files or folder with more documents to search in.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON-lines file to write.")
 @click.option(
-    "--count", type=click.IntRange(min=1), default=5, show_default=True, help="Negatives of each query, at most."
-)
+    "--count", "negatives", type=click.IntRange(min=1), default=5, show_default=True,
+    help="Negatives of each query, at most.",
+)  # fmt: skip
 @click.option(
     "--skip", type=click.IntRange(min=0), default=0, show_default=True,
     help="Leave out this many of the nearest documents, which are often answers that nobody marked.",
@@ -48,14 +49,13 @@ from mlx_lora.utils.text import counted
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@flags.as_one("how", MineOptions)
+@flags.as_one("file", flags.NewFile)
 def main(
-    adapter: flags.OneAdapter, corpus: str | None, out: Path, count: int, skip: int, margin: float, force: bool, as_json: bool,
-    **options: Any,
-) -> None:  # fmt: skip
+    adapter: flags.OneAdapter, corpus: str | None, file: flags.NewFile, how: MineOptions, as_json: bool, **options: Any
+) -> None:
     """Write the queries of --data and their documents, each with the nearest documents that are not its own."""
-    if out.exists() and not force:
-        raise InputError(f"--out {out}: exists; give another name, or --force to replace it")
-    check_writable(out.absolute().parent, "--out", needed_bytes=1_000_000)
+    file.check()
     given = flags.given(options)
     settings = train_settings(given | {"objective": "embed"})
     base = load_base(settings.model)
@@ -64,13 +64,15 @@ def main(
     if scored:
         raise InputError(f"--data {settings.data.data}: its pairs have scores; give queries and their documents")
     more = [one.text for one in read_passages(corpus)] if corpus else []
-    with replacing_file(out) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with replacing_file(file.out) as temporary, temporary.open("w", encoding="utf-8") as lines:
 
         def write(record: dict[str, Any]) -> None:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-        queries, found = mine(embedder, rows, more, MineOptions(count, skip, margin), write)
+        queries, found = mine(embedder, rows, more, how, write)
     if as_json:
-        console.print_json({"rows": len(rows.pairs), "with_negatives": queries, "negatives": found, "out": str(out)})
+        console.print_json(
+            {"rows": len(rows.pairs), "with_negatives": queries, "negatives": found, "out": str(file.out)}
+        )
     else:
-        click.echo(f"{counted(found, 'negative')} for {queries:,} of {counted(len(rows.pairs), 'row')} in {out}")
+        click.echo(f"{counted(found, 'negative')} for {queries:,} of {counted(len(rows.pairs), 'row')} in {file.out}")

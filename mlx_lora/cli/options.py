@@ -19,6 +19,7 @@ from mlx_lora.config.load import instead_of, recipe_names
 from mlx_lora.config.settings import COMMAND_SECTIONS, FIELDS, MODEL, SECTIONS
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import check_writable
 
 KEY_VARIABLE = "MLX_LORA_API_KEY"
 METAVARS = {str: "TEXT", int: "N", float: "X"}
@@ -221,7 +222,19 @@ def text_options(max_tokens: int, kind: type, top_k: bool = False) -> Callable[[
 
 
 def _together(options: Sequence[Callable], name: str, kind: type) -> Callable[[Callable], Callable]:
-    """Add options whose values a function takes as one argument: a dataclass with fields of the same names."""
+    """Add options whose values a function takes as one argument; see `as_one`."""
+
+    def decorate(function: Callable) -> Callable:
+        call = as_one(name, kind)(function)
+        for option in reversed(options):
+            option(call)
+        return call
+
+    return decorate
+
+
+def as_one(name: str, kind: type) -> Callable[[Callable], Callable]:
+    """Give a function the values of some options as one argument `name`: a dataclass with fields of the options' names."""
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
@@ -229,11 +242,27 @@ def _together(options: Sequence[Callable], name: str, kind: type) -> Callable[[C
             values = {field.name: given.pop(field.name) for field in dataclasses.fields(kind) if field.name in given}
             return function(**given, **{name: kind(**values)})
 
-        for option in reversed(options):
-            option(call)
         return call
 
     return decorate
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """The file that a command writes: --out, and whether --force replaces one that is there."""
+
+    out: Path
+    force: bool
+
+    def check(self) -> None:
+        """Refuse a file that cannot be written, before any work is done.
+
+        Raises:
+            InputError: it exists, or its folder cannot be written to.
+        """
+        if self.out.exists() and not self.force:
+            raise InputError(f"--out {self.out}: exists; give another name, or --force to replace it")
+        check_writable(self.out.absolute().parent, "--out", needed_bytes=1_000_000)
 
 
 def settings_options(*sections: str, leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:

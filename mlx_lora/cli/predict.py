@@ -23,7 +23,7 @@ from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.examples import Fields
 from mlx_lora.models.load import load_base
-from mlx_lora.objectives.text_scores import ERROR
+from mlx_lora.objectives.scored_texts import ERROR
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replacing_file

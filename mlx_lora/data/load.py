@@ -125,14 +125,26 @@ class Seen:
     """What is seen beside the records.
 
     Attributes:
-        teacher_prompt: By a teacher alone.
-        tools: Schemas that prompts show.
-        pictures: Turns pictures into tokens.
+        teacher_prompt: A text that only a teacher sees (--teacher-prompt); the rows then have its rows beside them.
+        tools: Schemas of tools that prompts show.
+        pictures: Turns pictures into tokens, for records that may have some.
     """
 
     teacher_prompt: str | None = None
     tools: Sequence[dict[str, Any]] | None = None
     pictures: ImageReader | None = None
+
+    @property
+    def key(self) -> str:
+        """What tells rows with a teacher's prompt apart, for the key of encoded data."""
+        return "" if self.teacher_prompt is None else f", seen with {sha256_of(self.teacher_prompt)}"
+
+    def fetching(self, images: bool) -> Seen:
+        """Return the same, with or without fetching pictures from the network."""
+        return self if self.pictures is None else replace(self, pictures=self.pictures.fetching(images))
+
+
+NOTHING_ELSE = Seen()
 
 
 def load_data(
@@ -141,9 +153,7 @@ def load_data(
     seed: int,
     today: date | None = None,
     records: str = "examples",
-    teacher_prompt: str | None = None,
-    tools: Sequence[dict[str, Any]] | None = None,
-    pictures: ImageReader | None = None,
+    seen: Seen = NOTHING_ELSE,
 ) -> DataSplits:
     """Return the data of a run, encoded and split, or taken from the cache of an earlier run.
 
@@ -153,9 +163,7 @@ def load_data(
         seed: Of the held-out split.
         today: The day for templates that show the date, unless the settings name one; None: today.
         records: `examples`, `pairs`, `rated`, `prompts`, or another kind of data/read.py: what the run's objective trains on.
-        teacher_prompt: A text that only a teacher sees (--teacher-prompt); the rows then have its rows beside them.
-        tools: Schemas of tools that prompts show.
-        pictures: Turns pictures into tokens, for records that may have some.
+        seen: What is seen beside the records.
 
     Returns:
         The sets and the report. Without a validation file, `valid_fraction` of the rows, or the last part of a single
@@ -171,7 +179,7 @@ def load_data(
         if "train" not in one.splits:
             raise InputError(f"--data {one.name} has no train file, only {', '.join(one.splits)}; add train.jsonl")
     day = chat_day(settings, tokenizer, today)
-    kind = f"{records} splits{_seen_with(teacher_prompt)}"
+    kind = f"{records} splits{seen.key}"
     folder = entry_folder(kind, _paths(sets), settings, tokenizer, seed, day, _mixed(sets))
     with one_at_a_time(folder):  # ranks on one machine encode once
         if records not in NOT_KEPT and (entry := read_entry(folder)):
@@ -179,18 +187,12 @@ def load_data(
             report = replace(DataReport.from_dict(details["report"]), data=shown_data(settings.data or ""))
             splits = DataSplits(rows["train"], rows.get("valid"), rows.get("test"), report, details["chat_template"])
         else:
-            seen = Seen(teacher_prompt, tools, pictures and pictures.fetching(settings.fetch_images))
-            splits = _make_splits(sets, settings, tokenizer, seed, day, records, seen)
+            splits = _make_splits(sets, settings, tokenizer, seed, day, records, seen.fetching(settings.fetch_images))
             if records not in NOT_KEPT:
                 rows = {"train": splits.train, "valid": splits.valid, "test": splits.test}
                 details = {"report": splits.report.to_dict(), "chat_template": splits.chat_template}
                 _keep(folder, {name: part for name, part in rows.items() if part is not None}, details)
         return replace(splits, chat_day=day)
-
-
-def _seen_with(teacher_prompt: str | None) -> str:
-    """Return what tells rows with a teacher's prompt apart, for the key of encoded data."""
-    return "" if teacher_prompt is None else f", seen with {sha256_of(teacher_prompt)}"
 
 
 def chat_day(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, today: date | None) -> date | None:
@@ -297,9 +299,7 @@ def load_eval_set(
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     records: str = "examples",
-    teacher_prompt: str | None = None,
-    tools: Sequence[dict[str, Any]] | None = None,
-    pictures: ImageReader | None = None,
+    seen: Seen = NOTHING_ELSE,
 ) -> EncodedSet:
     """Return the encoded set for `evaluate --data`: all rows of a file, or a folder's test or else validation file.
 
@@ -307,7 +307,7 @@ def load_eval_set(
         data: As `--data`.
         settings: Format, template, length and mask; its `data` is ignored.
         tokenizer: A fast tokenizer.
-        records, teacher_prompt, tools, pictures: As for `load_data`.
+        records, seen: As for `load_data`.
 
     Raises:
         InputError: as for `load_data`.
@@ -324,7 +324,7 @@ def load_eval_set(
             raise InputError(f"--data {one.name} has no {name} file, and others have; name the files themselves")
     day = chat_day(settings, tokenizer, None)
     chosen = {name: files[name]}
-    kind = f"{records} evaluation{_seen_with(teacher_prompt)}"
+    kind = f"{records} evaluation{seen.key}"
     folder = entry_folder(kind, chosen, settings, tokenizer, 0, day, _mixed(sets))
     cached = records not in NOT_KEPT
     if cached and (entry := read_entry(folder)):
@@ -336,8 +336,7 @@ def load_eval_set(
     repeated = cut_repeated_prompts([(parts[EVALUATION], 0)])
     check_speaker(parts.values(), settings)
     encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer, day)
-    seen = Seen(teacher_prompt, tools, pictures and pictures.fetching(settings.fetch_images))
-    encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, seen)}
+    encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, seen.fetching(settings.fetch_images))}
     _check(settings, parts, encoded)
     notes = [f"Note: {note}" for note in repeated_notes([repeated])]
     notes += evaluation_notes(parts[EVALUATION], encoded[EVALUATION])

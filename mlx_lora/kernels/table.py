@@ -36,7 +36,7 @@ import mlx.nn as nn
 from mlx_lm.models import activations, base
 
 from mlx_lora.kernels.activations import lean_swiglu, polynomial_swiglu
-from mlx_lora.kernels.attention import AttentionCall, Tiles, attend
+from mlx_lora.kernels.attention import AttentionCall, Tiles, Windows, attend
 from mlx_lora.kernels.measure import (
     MLX,
     POLYNOMIAL,
@@ -54,7 +54,6 @@ from mlx_lora.kernels.measure import (
     size_class,
 )
 from mlx_lora.kernels.recurrent import gated_delta_row, recurrent_kernels, state_space_row
-from mlx_lora.kernels.windows import Windows
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
 from mlx_lora.models.prefix_attention import SharedPrefix, shared_caches
 from mlx_lora.planner.memory import tile_queries
@@ -95,7 +94,7 @@ def kernel_rows(attend: AttentionCall = attend, windows: Windows | None = None) 
             theirs=base.scaled_dot_product_attention,
             candidates={kernel: _attention(attend, kernel, windows) for kernel in names},
             assumed="tiled",
-            class_of=partial(_attention_class, windows),
+            class_of=_attention_classes(windows),
             trial=partial(_attention_trial, windows),
             words=_attention_words,
             count=_count_attention,
@@ -239,24 +238,22 @@ def keys_class(keys: int) -> int:
     return size_class(keys, 64, LONGEST) if keys < LONG_ROW else LONG_ROW
 
 
-def _attention_class(
-    windows: Windows,
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    cache: Any,
-    scale: float,
-    mask: mx.array | str | None,
-    sinks: mx.array | None = None,
-) -> ShapeClass | None:
-    # A float mask may carry a gradient (DeepSeek's position scores); any other cache means generation.
-    if not isinstance(cache, SharedPrefix | None) or (isinstance(mask, mx.array) and mask.dtype != mx.bool_):
-        return None
-    (_, heads, _, width), (_, key_heads, seen, _) = queries.shape, keys.shape
-    window = windows.of(mask)
-    kind = "array" if isinstance(mask, mx.array) else mask or "none"
-    kind = "window" if window is not None and seen > MANY_WINDOWS * window else kind
-    return attention_class(heads, key_heads, width, values.shape[-1], seen, kind, sinks is not None)
+def _attention_classes(windows: Windows) -> Callable[..., ShapeClass | None]:
+    """Return a function that classifies a call of attention, with mlx-lm's signature."""
+
+    def class_of(
+        queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, sinks: Any = None
+    ) -> ShapeClass | None:
+        # A float mask may carry a gradient (DeepSeek's position scores); any other cache means generation.
+        if not isinstance(cache, SharedPrefix | None) or (isinstance(mask, mx.array) and mask.dtype != mx.bool_):
+            return None
+        (_, heads, _, width), (_, key_heads, seen, _) = queries.shape, keys.shape
+        window = windows.of(mask)
+        kind = "array" if isinstance(mask, mx.array) else mask or "none"
+        kind = "window" if window is not None and seen > MANY_WINDOWS * window else kind
+        return attention_class(heads, key_heads, width, values.shape[-1], seen, kind, sinks is not None)
+
+    return class_of
 
 
 def _attention_words(shape: ShapeClass) -> str:

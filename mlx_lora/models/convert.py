@@ -68,8 +68,18 @@ TIED_BY_WEIGHTS = ("gemma3_text", "recurrent_gemma")
 
 # Conversion
 
-Learn = Callable[[nn.Module, dict[str, Any]], nn.Module]
-"""(float model, config) -> quantized model (models/learned_quantization.py)."""
+
+@dataclass(frozen=True)
+class Learned:
+    """A quantization that is learned from rows, instead of rounding to the nearest codes.
+
+    Attributes:
+        quantization: what each layer is quantized to.
+        quantize: (float model, config) -> quantized model (models/learned_quantization.py).
+    """
+
+    quantization: Quantization
+    quantize: Callable[[nn.Module, dict[str, Any]], nn.Module]
 
 
 @dataclass
@@ -119,12 +129,11 @@ def convert_model(
     source: ModelSource,
     out: Path,
     *,
-    target: Target | None = None,
+    target: Target | Learned | None = None,
     dtype: mx.Dtype = mx.float32,
     force: bool = False,
     measure: bool = False,
     trust_remote_code: bool = False,
-    learn: Learn | None = None,
 ) -> Conversion:
     """Write `source` as a model folder; an error leaves nothing half-written.
 
@@ -136,7 +145,6 @@ def convert_model(
         force: replace an existing model folder.
         measure: compute quantization errors for a Hugging Face source too (reads all weights into memory).
         trust_remote_code: let a Hugging Face folder run its own model code.
-        learn: quantizes a Hugging Face folder's float model instead of rounding.
 
     Raises:
         InputError: the source cannot be used, or `out` must not be written.
@@ -151,18 +159,23 @@ def convert_model(
         raise InputError(f"--out {out}: contains the source {source.path}; give another folder")
     if target == "carry" and source.kind != "gguf":
         raise InputError(f"{source.path}: only the blocks of a GGUF file can be kept; give --bits or --no-quantize")
+    if isinstance(target, Learned) and source.kind == "gguf":
+        raise InputError(
+            f"{source.path}: a quantization is learned of a float folder; convert it with --no-quantize first"
+        )
     with replacing_folder(out) as folder:
-        if source.kind == "gguf":
+        if source.kind == "gguf" and not isinstance(target, Learned):
             conversion = _convert_gguf(source, folder, target or "carry", dtype)
         else:
-            conversion = _convert_folder(source, folder, target, dtype, measure, trust_remote_code, learn)
+            conversion = _convert_folder(source, folder, target, dtype, measure, trust_remote_code)
         load_weights(folder, trust_remote_code)  # check that mlx-lm can load it before it appears at `out`
     conversion.elapsed_s = time.perf_counter() - start
     return conversion
 
 
-def _least_bytes(source: ModelSource, target: Target | None) -> int:
+def _least_bytes(source: ModelSource, target: Target | Learned | None) -> int:
     """Return a lower bound of the bytes to write, from file sizes; a float source has at most 32 bits per weight."""
+    target = target.quantization if isinstance(target, Learned) else target
     files = [source.path] if source.path.is_file() else source.path.glob("*.safetensors")
     size = sum(file.stat().st_size for file in files)
     bits = target.bits if isinstance(target, Quantization) else 4 if target is None else 32
@@ -232,11 +245,10 @@ def quantization_entries(quantizations: dict[str, Quantization]) -> dict[str, An
 def _convert_folder(
     source: ModelSource,
     folder: Path,
-    target: Target | None,
+    target: Target | Learned | None,
     dtype: mx.Dtype,
     measure: bool,
     trust_remote_code: bool,
-    learn: Learn | None,
 ) -> Conversion:
     model, config = load_weights(source.path, trust_remote_code)
     heads = {n: value.astype(dtype) for n, value in model.stored_head.items()} if is_encoder(model) else {}
@@ -250,8 +262,8 @@ def _convert_folder(
     names = tree_flatten(model.parameters())
     n_values = sum(array.size for _, array in names)
     conversion = Conversion(config["model_type"], dtype=_dtype_name(dtype), n_values=n_values)
-    if learn is not None:
-        model = learn(model, config)
+    if isinstance(target, Learned):
+        model = target.quantize(model, config)
         config |= quantization_entries(layouts_of(model))
     elif isinstance(target, Quantization):
         model, config, conversion.skipped, errors = quantize_model(model, config, target, measure=measure)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.data.load import DataSplits, load_data, load_eval_set
+from mlx_lora.data.load import DataSplits, Seen, load_data, load_eval_set
 from mlx_lora.data.prompts import read_teacher_prompt
 from mlx_lora.losses.cross_entropy import Arrays, Loss
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
@@ -341,15 +341,15 @@ class Objective:
     def read_data(self, ctx: RunContext, data: DataSettings, teacher_prompt: str | None = None) -> DataSplits:
         """Read some data for this objective; see `load_data`."""
         seed = ctx.settings.loop.seed
-        tools = self.shown_tools(ctx.settings.objective, ctx.functions)
-        splits = load_data(data, ctx.base.hf_tokenizer, seed, ctx.today, self.records, teacher_prompt, tools)
+        seen = Seen(teacher_prompt, self.shown_tools(ctx.settings.objective, ctx.functions))
+        splits = load_data(data, ctx.base.hf_tokenizer, seed, ctx.today, self.records, seen)
         return splits.changed(lambda sets: {name: self.targets_of(rows) for name, rows in sets.items()})
 
     def read_set(self, ctx: RunContext, data: DataSettings) -> EncodedSet:
         """Read one set to measure; see `load_data`."""
         prompt = read_teacher_prompt(ctx.settings.objective.teacher_prompt)
-        tools = self.shown_tools(ctx.settings.objective, ctx.functions)
-        return load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, self.records, prompt, tools)
+        seen = Seen(prompt, self.shown_tools(ctx.settings.objective, ctx.functions))
+        return load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, self.records, seen)
 
     def read_planned(
         self,
@@ -370,8 +370,8 @@ class Objective:
             today, records: as for `load_data`.
         """
         prompt = read_teacher_prompt(settings.objective.teacher_prompt)
-        tools = self.shown_tools(settings.objective, {})
-        return load_data(settings.data, tokenizer, settings.loop.seed, today, records, prompt, tools)
+        seen = Seen(prompt, self.shown_tools(settings.objective, {}))
+        return load_data(settings.data, tokenizer, settings.loop.seed, today, records, seen)
 
     def settled_by(self, settings: TrainSettings, rows: EncodedSet) -> TrainSettings:
         """Return the settings of a plan with what the training rows decide in a run."""

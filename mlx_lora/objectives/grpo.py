@@ -92,9 +92,9 @@ class Policy(SampledObjective):
     def make_rollouts(self, ctx: RunContext, loss: Loss, form: SamplingForm) -> Rollouts:
         loss = self.token_loss(ctx, loss)
         env = environment_of(ctx.settings, self.rewards, ctx.base, ctx.today, ctx.functions)
-        return Rollouts.of(
-            ctx.base, ctx.settings, env, loss, form, joining=self.layout.joining, ranks=ctx.strategy.ranks
-        )
+        start = ctx.base.model.trainable_parameters()
+        joining, ranks = self.layout.joining, ctx.strategy.ranks
+        return Rollouts(ctx.base, ctx.settings, env, loss, start, form, joining=joining, ranks=ranks)
 
     def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet | None = None) -> Loss:
         return at_temperature(loss, ctx.base.model, ctx.base.config, ctx.settings.objective.temp)

@@ -108,7 +108,8 @@ class OnPolicyDistillation(WithTeacher, SampledObjective):
         if self.scorer is None:
             raise ValueError("sampled answers of a student without a teacher")
         env = environment_of(ctx.settings, (), ctx.base)
-        return Rollouts.of(ctx.base, ctx.settings, env, loss, form, scorer=self.scorer, ranks=ctx.strategy.ranks)
+        start, ranks = ctx.base.model.trainable_parameters(), ctx.strategy.ranks
+        return Rollouts(ctx.base, ctx.settings, env, loss, start, form, scorer=self.scorer, ranks=ranks)
 
     def token_loss(self, ctx: RunContext, loss: Loss, rows: EncodedSet) -> Loss:
         options = self.options if self.scorer is None else self.scorer.options

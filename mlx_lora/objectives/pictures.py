@@ -32,7 +32,7 @@ import mlx.nn as nn
 
 from mlx_lora.data.files import find_sets
 from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable
-from mlx_lora.data.load import DataSplits, load_data, load_eval_set
+from mlx_lora.data.load import DataSplits, Seen, load_data, load_eval_set
 from mlx_lora.data.read import PICTURES
 from mlx_lora.models.image_inputs import ImageInputSpec, prepare_rotation, with_images
 from mlx_lora.models.vision import VisionTower, compute_dtype, image_token, load_tower, open_tower
@@ -169,7 +169,7 @@ class WithPictures(Objective):
         """Read rows that may have pictures; see `Objective.read_data`."""
         reader, tokenizer = self._reader(data, self.vision.processor, ctx.base.config), ctx.base.hf_tokenizer
         put_template(tokenizer, ctx.base.folder, data, reader.processor.family)
-        splits = load_data(data, tokenizer, ctx.settings.loop.seed, ctx.today, self.read_as, pictures=reader)
+        splits = load_data(data, tokenizer, ctx.settings.loop.seed, ctx.today, self.read_as, Seen(pictures=reader))
         ctx.record.identity["pictures"] = self.vision.identity()
         ctx.record.lines.append(self.vision.words())
         return splits.changed(lambda sets: {name: self.targets_of(rows) for name, rows in sets.items()})
@@ -178,7 +178,7 @@ class WithPictures(Objective):
         """Read one set to measure; see `Objective.read_set`."""
         reader = self._reader(data, self.vision.processor, ctx.base.config)
         put_template(ctx.base.hf_tokenizer, ctx.base.folder, data, reader.processor.family)
-        return load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, self.read_as, pictures=reader)
+        return load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, self.read_as, Seen(pictures=reader))
 
     def read_planned(
         self,
@@ -193,7 +193,7 @@ class WithPictures(Objective):
         data = settings.data
         reader = self._reader(data, ImageProcessor(folder, config, data.max_pixels), config)
         put_template(tokenizer, folder, data, reader.processor.family)
-        return load_data(data, tokenizer, settings.loop.seed, today, self.read_as, pictures=reader)
+        return load_data(data, tokenizer, settings.loop.seed, today, self.read_as, Seen(pictures=reader))
 
     def _reader(self, data: DataSettings, processor: ImageProcessor, config: dict[str, Any]) -> ImageReader:
         files = [file.path for one in find_sets(data.data or "") for files in one.splits.values() for file in files]

@@ -1,17 +1,36 @@
-"""What classifiers and rerankers have in common: a score head over a language model or over an encoder.
+"""What classifiers and rerankers have in common: a score head over a language model or over an encoder, in training and afterwards.
 
 An encoder cannot take a text that is longer than its table of positions, so --max-seq-length is at most that.
+
+A trained head scores texts in batches of similar length. A text's scores do not depend on the others in its batch but for
+rounding.
+
+Shapes: N texts, K outputs of the head.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
+from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings
+from mlx_lora.data.candidates import query_with
+from mlx_lora.data.chat_template import resolve_template
+from mlx_lora.data.dataset import EncodedSet
+from mlx_lora.data.examples import Conversation, Text
+from mlx_lora.data.labeled import encode_texts
+from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.data.tokenize import Encoder
+from mlx_lora.losses.classification import NUMBER, SEVERAL, SINGLE, probabilities
 from mlx_lora.models.encoder import ENCODERS, Model, ModelArgs
 from mlx_lora.models.encoder_head import start_words
+from mlx_lora.models.head import SCORE, body_of, scores_at
+from mlx_lora.models.load import Base
 from mlx_lora.objectives.base import Objective
 from mlx_lora.utils.errors import InputError
 
@@ -21,10 +40,11 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from mlx_lora.config.settings import DataSettings, TrainSettings
-    from mlx_lora.data.dataset import EncodedSet
+    from mlx_lora.config.settings import TrainSettings
     from mlx_lora.data.load import DataSplits
     from mlx_lora.objectives.base import RunContext
+
+PREDICTED, ERROR = "predicted", "error"
 
 
 @dataclass(eq=False)
@@ -74,3 +94,121 @@ def within_positions(data: DataSettings, model: nn.Module) -> DataSettings:
 
 def _at_most(data: DataSettings, longest: int) -> DataSettings:
     return replace(data, max_seq_length=min(data.max_seq_length, longest))
+
+
+# Scores of a trained head
+
+
+@dataclass(frozen=True)
+class TextScorer:
+    """A model with a score head, which is ready to score texts.
+
+    Attributes:
+        base: with the adapter on it.
+        head: what the outputs mean, as `Objective.head` has it.
+        data: template and length.
+        batch_tokens: the most positions of a batch, padding included.
+    """
+
+    base: Base
+    head: dict[str, Any]
+    data: DataSettings = field(default_factory=DataSettings)
+    batch_tokens: int = DEFAULT_BATCH_TOKENS
+
+    @classmethod
+    def of(
+        cls, base: Base, head: dict[str, Any] | None, data: DataSettings, batch_tokens: int | None = None
+    ) -> TextScorer:
+        """Return the scorer of a model with an adapter; outputs without names get transformers', LABEL_0 and so on.
+
+        Raises:
+            InputError: the model has no score head.
+        """
+        if SCORE not in base.model:
+            raise InputError(f"--model {base.model_id}: has no score head; give an adapter of --objective classify")
+        outputs = base.model.score.weight.shape[0]
+        if head is None:
+            named = [f"LABEL_{number}" for number in range(outputs)] if outputs > 1 else []
+            head = {"objective": "classify", "problem_type": SINGLE if outputs > 1 else NUMBER, "labels": named}
+        return cls(base, head, data, batch_tokens or DEFAULT_BATCH_TOKENS)
+
+    def encode(self, texts: Sequence[Text | Conversation]) -> tuple[dict[int, np.ndarray], dict[int, str]]:
+        """Return number -> tokens of texts, and why others have none.
+
+        Raises:
+            InputError: there is a chat, and no template.
+        """
+        tokenizer: Any = self.base.hf_tokenizer
+        chats = any(isinstance(text, Conversation) for text in texts)
+        template = resolve_template(self.data.chat_template, tokenizer)[0] if chats else None
+        encoder = Encoder(
+            tokenizer,
+            template,
+            max_seq_length=within_positions(self.data, self.base.model).max_seq_length,
+            allow_special_tokens=self.data.allow_special_tokens,
+        )
+        return encode_texts(encoder, texts)[:2]
+
+    def score(self, encoded: Mapping[int, np.ndarray], count: int) -> np.ndarray:
+        """Return the scores of texts, (count, K) float32, NaN for numbers without tokens.
+
+        Args:
+            encoded: number -> tokens.
+            count: of all numbers.
+        """
+        model, rows, places = self.base.model, list(encoded.values()), list(encoded)
+        scores = np.full((count, model.score.weight.shape[0]), np.nan, np.float32)
+        if not rows:
+            return scores
+        texts = EncodedSet.from_rows([(tokens, np.zeros(len(tokens), bool)) for tokens in rows]).with_end_scores()
+        plan = BatchPlan(texts, batch_tokens=self.batch_tokens, batch_size=None, seed=0)
+        body, at = body_of(model), np.array(places)
+        for batch in plan.batches():
+            found = np.array(scores_at(model, body, mx.array(batch.inputs), mx.array(batch.positions)))  # (P, K)
+            real: Any = batch.weights > 0
+            numbers: Any = batch.numbers
+            scores[at[numbers[batch.positions[real] // batch.inputs.shape[1]]]] = found[real]
+        return scores
+
+    def answers(self, scores: np.ndarray, dropped: dict[int, str]) -> list[dict[str, Any]]:
+        """Return what is predicted of each text, as JSON values.
+
+        For one label `predicted` is its name and `probability` its own; for several `predicted` is a list of those above
+        their thresholds; for a number it is the number. `probabilities` has those of all labels. A text that cannot be used
+        has only `error`.
+        """
+        problem, labels = self.head["problem_type"], self.head["labels"]
+        thresholds = self.head.get("thresholds") or [0.5] * len(labels)
+        found: list[dict[str, Any]] = []
+        for number, chances in enumerate(probabilities(problem, scores)):
+            if number in dropped:
+                found.append({ERROR: dropped[number]})
+            elif problem == NUMBER:
+                found.append({PREDICTED: float(chances[0])})
+            else:
+                named = dict(zip(labels, map(float, chances), strict=True))
+                if problem == SEVERAL:
+                    over = [name for name, least in zip(labels, thresholds, strict=True) if named[name] > least]
+                    found.append({PREDICTED: over, "probabilities": named})
+                else:
+                    best = labels[int(chances.argmax())]
+                    found.append({PREDICTED: best, "probability": named[best], "probabilities": named})
+        return found
+
+    def rank(self, query: str, documents: Sequence[str]) -> tuple[np.ndarray, int]:
+        """Return how well documents answer a query, (N,) float64 between 0 and 1, and the number of tokens that were read."""
+        encoded, dropped = self.encode([query_with(query, one) for one in documents])
+        if dropped:
+            raise InputError(f"a document cannot be used: {next(iter(dropped.values()))}")
+        scores = self.score(encoded, len(documents))[:, 0].astype(np.float64)
+        return 1 / (1 + np.exp(-scores)), sum(map(len, encoded.values()))
+
+    def predict(self, texts: Sequence[Text | Conversation]) -> list[dict[str, Any]]:
+        """Return what is predicted of each text; see `answers`."""
+        encoded, dropped = self.encode(texts)
+        return self.answers(self.score(encoded, len(texts)), dropped)
+
+
+def in_order(scores: np.ndarray) -> list[tuple[int, float]]:
+    """Return (number, score) of documents, the highest score first; equal ones keep their order."""
+    return [(int(i), float(scores[i])) for i in np.argsort(-scores, kind="stable")]

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -31,6 +30,24 @@ STEP = 8  # widths of batches are multiples of this
 
 
 @dataclass(frozen=True)
+class VectorOptions:
+    """What is kept of vectors, and how many are computed together.
+
+    Attributes:
+        dims: the first so many numbers are kept; None: all.
+        normalize: whether vectors have length one.
+        batch_tokens: most positions of a batch.
+    """
+
+    dims: int | None = None
+    normalize: bool = True
+    batch_tokens: int = DEFAULT_BATCH_TOKENS
+
+
+WHOLE_VECTORS = VectorOptions()
+
+
+@dataclass(frozen=True)
 class TextEmbedder:
     """Computes the vectors of texts.
 
@@ -38,17 +55,13 @@ class TextEmbedder:
         base: the model, with or without an adapter.
         form: how texts become rows.
         embedder: of the model.
-        dims: the first so many numbers are kept; None: all.
-        normalize: whether vectors have length one.
-        batch_tokens: most positions of a batch.
+        how: what is kept of the vectors.
     """
 
     base: Base
     form: TextForm
     embedder: Embedder
-    dims: int | None = None
-    normalize: bool = True
-    batch_tokens: int = DEFAULT_BATCH_TOKENS
+    how: VectorOptions = WHOLE_VECTORS
 
     def __call__(self, texts: Sequence[str], query: bool = False, words: str = "Computing vectors") -> np.ndarray:
         """Return the vectors of texts, (N, D) float32, in their order.
@@ -68,8 +81,8 @@ class TextEmbedder:
         if empty := [number for number, row in enumerate(rows) if not len(row)]:
             raise InputError(f"text {empty[0] + 1}: is empty; fill it, or remove it")
         check_token_ids(self.base, max((int(row.max()) for row in rows), default=0), "the texts")
-        found = np.zeros((len(rows), self.dims or self.embedder.width), np.float32)
-        batches = batches_of([len(row) for row in rows], self.batch_tokens)
+        found = np.zeros((len(rows), self.how.dims or self.embedder.width), np.float32)
+        batches = batches_of([len(row) for row in rows], self.how.batch_tokens)
         self.base.model.eval()
         for numbers in tracked(batches, words, len(batches), "batches"):
             found[numbers] = np.array(self._vectors([rows[number] for number in numbers]))
@@ -80,8 +93,8 @@ class TextEmbedder:
         inputs = np.zeros((len(rows), -(-int(lengths.max()) // STEP) * STEP), np.int32)
         for place, row in enumerate(rows):
             inputs[place, : len(row)] = row
-        vectors = self.embedder(mx.array(inputs), mx.array(lengths))[:, : self.dims]
-        return normalized(vectors) if self.normalize else vectors
+        vectors = self.embedder(mx.array(inputs), mx.array(lengths))[:, : self.how.dims]
+        return normalized(vectors) if self.how.normalize else vectors
 
 
 def batches_of(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -123,7 +136,7 @@ def open_embedder(
     adapter: Path | None = None,
     ignore_fingerprint: bool = False,
     given: Collection[str] = (),
-    **more: Any,
+    how: VectorOptions = WHOLE_VECTORS,
 ) -> TextEmbedder:
     """Return what computes the vectors of a model, with an adapter's choices of pooling and prompts if it has one.
 
@@ -133,7 +146,7 @@ def open_embedder(
         adapter: its folder.
         ignore_fingerprint: as for `load_adapter`.
         given: names of the settings that the user gave; if --max-seq-length is among them, it decides, too.
-        more: of `TextEmbedder`.
+        how: what is kept of the vectors.
 
     Raises:
         InputError: the adapter does not fit the base, or the model's hidden states cannot be read.
@@ -149,6 +162,8 @@ def open_embedder(
     if adapter:
         load_adapter(base, adapter, ignore_fingerprint)
     embedder = Embedder.of(base.model, asked.pooling or "")
-    if (dims := more.get("dims")) and dims > embedder.width:
-        raise InputError(f"--dims {dims}: the model's vectors have {embedder.width} numbers; give at most that many")
-    return TextEmbedder(base, form, embedder, **more)
+    if how.dims and how.dims > embedder.width:
+        raise InputError(
+            f"--dims {how.dims}: the model's vectors have {embedder.width} numbers; give at most that many"
+        )
+    return TextEmbedder(base, form, embedder, how)

@@ -12,7 +12,7 @@ from mlx_lora.config.checks import offload_problems
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
 from mlx_lora.planner.memory import ROLLOUT, MemoryPlan, plan_memory
-from mlx_lora.planner.several_runs import held_bytes, most_that_fit
+from mlx_lora.planner.several_adapters import held_bytes, most_that_fit
 from mlx_lora.planner.shapes import Machine, ModelShape, Rollout, RunShape
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import gigabytes

@@ -2,7 +2,7 @@
 
 A run has learned, had too few steps, overfitted, memorized, changed nothing, or become worse. `diagnose` is a pure function of
 `Evidence`, which a run folder holds: metrics.jsonl, held_out_rows.jsonl, and the texts before and after in report.json.
-benchmarks/verdicts.py measures how often it names a run rightly.
+docs/overfitting.md says how often it names a run rightly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from mlx_lora.config.objectives import LABELED, RANKED
 from mlx_lora.reports.charts import perplexity
 from mlx_lora.reports.classes import CLASSES_FILE, measured_words, read_classes
-from mlx_lora.reports.objective_headlines import (
+from mlx_lora.reports.objectives import (
     BAD,
     GOOD,
     PLAIN,

@@ -28,18 +28,17 @@ from mlx_lora.data.duplicates import SeenRows
 from mlx_lora.data.report import UNITS
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.objectives.table import OWN_OPTIONS
-from mlx_lora.reports.charts import COMMON, OF_TOOLS, WIDE, Series, line_chart, number, render_page
+from mlx_lora.reports.charts import COMMON, WIDE, Series, line_chart, number, render_page
 from mlx_lora.reports.classes import CLASSES_FILE, classes_page, read_classes
 from mlx_lora.reports.diagnosis import Verdict, VerdictContext, change_words, kept_step, verdict
-from mlx_lora.reports.objective_charts import (
-    Chart,
-    both_curves,
+from mlx_lora.reports.objectives import (
     class_charts,
     curve,
-    of_labels,
-    of_rankings,
     preference_charts,
+    rollout_charts,
     teacher_charts,
+    trains_classifier,
+    trains_reranker,
 )
 from mlx_lora.trainer.evaluate import ROWS_FILE, Change, KnownRows, read_rows_file
 from mlx_lora.utils.console import finite_values
@@ -285,7 +284,7 @@ def charts(records: list[dict[str, Any]], planned_peak_bytes: int | None) -> lis
         while_sampling = [r for r in trained if r.get("rollout_tokens_per_s") is not None]
         tokens.append(curve("sampled, while sampling", "rollout_tokens_per_s", while_sampling))
     counted = "rated answer" if any("divergence" in r for r in records) else "pair" if preferences else "trained token"
-    counted = "text" if of_labels(records) else "query" if of_rankings(records) else counted
+    counted = "text" if trains_classifier(records) else "query" if trains_reranker(records) else counted
     wanted = [
         *rollout_charts(records),
         (f"Loss per {'answer' if sampled else counted}", losses, "", False),
@@ -324,7 +323,6 @@ def _duration(seconds: float) -> str:
 ANSWERS_FILE = "answers.jsonl"
 MOST_PROMPTS, MOST_VALIDATIONS = 3, 10  # on the page
 MOST_CHARACTERS, MOST_OF_TURN = 600, 800  # of an answer, and of a prompt's turn, on the page
-MOST_REWARDS = 12  # charts of single rewards
 
 
 @dataclass(frozen=True)
@@ -436,32 +434,6 @@ def first_and_kept(records: Sequence[Record], kept_step: int | None) -> list[tup
     step = records[-1]["step"] if records and kept_step is None else kept_step
     last = [record for record in records if record["step"] == step]
     return [(next(one for one in records if one["prompt"] == end["prompt"]), end) for end in last]
-
-
-def rollout_charts(records: list[Record]) -> list[Chart]:
-    """Return charts of what an objective reports that samples answers; none for other runs."""
-    sampled = [r for r in records if "length" in r]
-    rewarded = any("reward" in r for r in sampled)
-    own = dict.fromkeys(name for r in records for name in r if name.startswith("reward/"))
-    wanted = [("Reward", "reward", False)]
-    wanted += [(f"Reward: {name.removeprefix('reward/')}", name, False) for name in list(own)[:MOST_REWARDS]]
-    wanted += [
-        ("Spread of a prompt's rewards", "reward_std", True),
-        ("Prompts whose answers all have the same reward", "frac_reward_zero_std", True),
-        ("Tokens of an answer", "length", True),
-        ("Answers cut at --max-new-tokens", "truncated", True),
-        *([("Divergence from the untrained model", "kl", True)] if rewarded else []),  # else from a teacher
-        ("Ratios beyond --epsilon", "clipped", True),
-        *((title, name, True) for title, name in OF_TOOLS),
-        ("Share of the time in rollouts", "rollout_share", True),
-    ]
-    charts = []
-    for title, name, from_zero in wanted:
-        if from_zero and not any(r.get(name) for r in sampled):
-            continue  # nothing but zeros, as of a divergence that is not measured
-        series = both_curves(sampled, name)
-        charts += [(title, series, "", from_zero)] if series else []
-    return charts
 
 
 # What evaluate measured

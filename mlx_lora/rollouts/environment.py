@@ -217,30 +217,42 @@ Sample = Callable[[int, list[int], list[list[int]], list[int]], list[list[int]]]
 episodes, so that the tokens of a prompt are those of G neighbors."""
 
 
+@dataclass(frozen=True)
+class Agent:
+    """The model as it acts in episodes.
+
+    Attributes:
+        sample: returns what it says.
+        room: the most tokens that may follow a prompt; a first observation takes some of them.
+        ends: tokens that end a completion.
+    """
+
+    sample: Sample
+    room: int
+    ends: frozenset[int]
+
+
 def play(
     env: VectorEnv,
+    agent: Agent,
     prompts: Sequence[list[int]],
     facts: Sequence[Facts],
     seeds: Sequence[int],
     group: int,
-    room: int,
-    sample: Sample,
-    ends: frozenset[int],
 ) -> Played:
     """Play G episodes after each prompt.
 
     Args:
-        env: answers and rewards the model.
+        env: answers and rewards the agent.
+        agent: acts in the environment.
         prompts, facts, seeds: of each prompt; see `VectorEnv.reset`.
         group: G.
-        room: the most tokens that may follow a prompt; a first observation takes some of them.
-        sample: returns what the model says.
-        ends: tokens that end a completion.
 
     Raises:
-        RunError: a reward or a user's environment failed, or a first observation is longer than the room.
+        RunError: a reward or a user's environment failed, or a first observation is longer than the agent's room.
     """
     notes: list[str] = []
+    room = agent.room
     begun = env.reset(prompts, facts, group, seeds, notes.append)
     left = [room + len(prompt) - len(now) for prompt, now in zip(prompts, begun, strict=True) for _ in range(group)]
     if min(left, default=1) < 1:
@@ -251,7 +263,7 @@ def play(
     playing, turn = list(range(len(left))), 0
     while playing:
         before = [begun[number // group] + played.episodes[number].tokens for number in playing]
-        completions = sample(turn, playing, before, [left[number] for number in playing])
+        completions = agent.sample(turn, playing, before, [left[number] for number in playing])
         found = env.step(playing, completions, notes.append)
         _add(played.rewards, playing, found.rewards)
         going_on = []
@@ -259,7 +271,7 @@ def play(
             episode, observation = played.episodes[number], found.observations[place]
             episode.tokens += completion
             left[number] -= len(completion)
-            cut = not left[number] and completion[-1] not in ends
+            cut = not left[number] and completion[-1] not in agent.ends
             episode.truncated = cut or (not found.done[place] and left[number] <= len(observation))
             if found.done[place] or episode.truncated:
                 continue

@@ -42,14 +42,14 @@ def greedy_answers(rollouts: Rollouts, prompts: Sequence[FixedPrompt]) -> list[d
     Raises:
         RunError: a reward failed.
     """
-    base, most, env = rollouts.base, rollouts.settings.objective.max_new_tokens, rollouts.env
+    base, env = rollouts.base, rollouts.env
     training, count = base.model.training, len(prompts)
     tokens, facts = [prompt.tokens for prompt in prompts], [prompt.fact for prompt in prompts]
-    options = SamplingOptions(1, most, min_p=LIKELIEST)
-    greedy = rollouts.sample(options, lambda turn: answer_keys(0, 0, count, turn), facts)
+    options = SamplingOptions(1, rollouts.settings.objective.max_new_tokens, min_p=LIKELIEST)
+    greedy = rollouts.agent(options, lambda turn: answer_keys(0, 0, count, turn), facts)
     base.model.eval()
     try:
-        played = play(env, tokens, facts, seeds_of(0, 0, range(count)), 1, most, greedy, rollouts.ends)
+        played = play(env, greedy, tokens, facts, seeds_of(0, 0, range(count)), group=1)
     finally:
         base.model.train(training)
     for note in played.notes:

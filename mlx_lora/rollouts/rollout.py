@@ -34,7 +34,7 @@ from mlx_lora.objectives.policy_arrays import ADVANTAGES, LENGTHS, OLD, REFERENC
 from mlx_lora.objectives.prefix_sharing import Joining, apart, by_answer, slots_of, sums_of_answers
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.rollouts.decode import SamplingForm
-from mlx_lora.rollouts.environment import Facts, Played, Sample, SingleTurnEnv, VectorEnv, play, seeds_of
+from mlx_lora.rollouts.environment import Agent, Facts, Played, SingleTurnEnv, VectorEnv, play, seeds_of
 from mlx_lora.rollouts.kept_caches import Held, KeptCaches
 from mlx_lora.rollouts.rewards import TrainerState, reports_of, summed
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, sample_groups
@@ -106,22 +106,6 @@ class Rollouts:
     spent: Spent = field(default_factory=Spent)
     ranks: Ranks = ALONE
 
-    @classmethod
-    def of(
-        cls,
-        base: Base,
-        settings: TrainSettings,
-        env: VectorEnv,
-        loss: Loss,
-        form: SamplingForm,
-        scorer: Scorer | None = None,
-        joining: Joining | None = None,
-        ranks: Ranks = ALONE,
-    ) -> Rollouts:
-        """Return it for an adapted base that is not yet trained."""
-        start = base.model.trainable_parameters()
-        return cls(base, settings, env, loss, start, form, scorer, joining, ranks=ranks)
-
     def run(self, batches: Sequence[Batch], rows: EncodedSet, first: int, state: TrainerState) -> list[Batch]:
         """Return the batches of a step with sampled answers in their rows; all ranks get all of them.
 
@@ -182,24 +166,19 @@ class Rollouts:
             return every[mx.array(chosen)].reshape(-1, 2)
 
         facts, seeds = [planned.facts[prompt] for prompt in chosen], seeds_of(seed, planned.rollout, chosen)
-        sample = self.sample(options, keys, facts)
-        return play(self.env, prompts, facts, seeds, group, objective.max_new_tokens, sample, self.ends)
+        return play(self.env, self.agent(options, keys, facts), prompts, facts, seeds, group)
 
-    @property
-    def ends(self) -> frozenset[int]:
-        """The tokens that end an answer."""
-        return frozenset(self.base.tokenizer.eos_token_ids)
-
-    def sample(self, options: SamplingOptions, keys: Callable[[int], mx.array], facts: Sequence[Facts]) -> Sample:
-        """Return what the model says in episodes.
+    def agent(self, options: SamplingOptions, keys: Callable[[int], mx.array], facts: Sequence[Facts]) -> Agent:
+        """Return the model as it acts in episodes.
 
         Args:
-            options: how.
+            options: how it samples.
             keys: returns those of all episodes at a turn, (E, 2) uint32.
             facts: of each prompt.
         """
 
         held: dict[int, Held] = {}
+        ends = frozenset(self.base.tokenizer.eos_token_ids)
         several = not isinstance(self.env, SingleTurnEnv)
 
         def completions(turn: int, episodes: list[int], before: list[list[int]], left: list[int]) -> list[list[int]]:
@@ -212,13 +191,13 @@ class Rollouts:
             held = {}
             with self.form.model_of(self.base) as model:
                 found, _ = sample_groups(
-                    model, before[::group], replace(options, group=group), self.ends, own, limits=left, kept=kept
+                    model, before[::group], replace(options, group=group), ends, own, limits=left, kept=kept
                 )
             held |= {episodes[row]: one for row, one in kept.ended.items()} if kept else {}
             self.spent.seconds += time.perf_counter() - start
             return found
 
-        return completions
+        return Agent(completions, options.max_new_tokens, ends)
 
     def computed_prompts(self, facts: Sequence[Facts], group: int) -> KeptCaches | None:
         """Return what computes the prompts of single answers; None: they are text, which the sampler computes.

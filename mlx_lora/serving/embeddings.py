@@ -81,7 +81,8 @@ class EmbeddingRequests:
             raise ApiError(
                 400, f"encoding_format: found {form!r}; send float or base64", "invalid_value", "encoding_format"
             )
-        embedder = replace(embedder, dims=dimensions_of(body.get("dimensions"), embedder.embedder.width))
+        dims = dimensions_of(body.get("dimensions"), embedder.embedder.width)
+        embedder = replace(embedder, how=replace(embedder.how, dims=dims))
         given = body.get("input_type")
         if given not in (None, *QUERY, *DOCUMENT):
             known = ", ".join((*QUERY, *DOCUMENT))

@@ -28,7 +28,7 @@ from mlx_lora.data.examples import Text
 from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
-from mlx_lora.objectives.text_scores import ERROR, PREDICTED, TextScorer, in_order
+from mlx_lora.objectives.scored_texts import ERROR, PREDICTED, TextScorer, in_order
 from mlx_lora.serving.adapter_store import base_name
 from mlx_lora.serving.app import api_error
 from mlx_lora.serving.engine import Engine, Stopped

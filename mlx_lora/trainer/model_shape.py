@@ -25,11 +25,10 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lora.adapters.base import Wire
 from mlx_lora.adapters.inject import adapt_model, adapter_layers
 from mlx_lora.adapters.qat import begin_qat
-from mlx_lora.kernels.attention import Tiles, attend
+from mlx_lora.kernels.attention import Tiles, Windows, attend
 from mlx_lora.kernels.measure import MLX, left_unchanged
 from mlx_lora.kernels.quantized_matmul import has_two_ways, use_measured_matmul
 from mlx_lora.kernels.table import Choose, KernelChoice, assumed, planned_kernels, training_kernels
-from mlx_lora.kernels.windows import Windows
 from mlx_lora.losses.cross_entropy import PLAIN_LOGITS
 from mlx_lora.models.folder import FOREIGN_ERRORS
 from mlx_lora.models.graph import as_on_gpu, gradient_graph, uncollected

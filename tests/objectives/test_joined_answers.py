@@ -34,7 +34,6 @@ from mlx_lora.objectives.policy_arrays import ADVANTAGES, LENGTHS, OLD, REFERENC
 from mlx_lora.objectives.prefix_sharing import Joining, apart, joined, joined_batch, slots_of, sums_of_answers, work_of
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
-from mlx_lora.rollouts.decode import SamplingForm
 from mlx_lora.rollouts.environment import MultiTurnEnv, SingleTurnEnv
 from mlx_lora.rollouts.rewards import Reward, no_function
 from mlx_lora.rollouts.rollout import Rollouts
@@ -104,7 +103,7 @@ def sampled_batches(
     found = []
     for how, planned in ((None, rows), (joining, shared or rows)):
         moved(base, 1)
-        answering = Rollouts.of(base, settings, env, loss, SamplingForm(), joining=how)
+        answering = Rollouts(base, settings, env, loss, base.model.trainable_parameters(), joining=how)
         moved(base, 2)
         plan = BatchPlan(planned, batch_tokens=10**6, batch_size=4, seed=0)
         batch = plan.batch(0, 0)

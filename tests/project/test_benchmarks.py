@@ -603,7 +603,7 @@ def test_scaling_measures_its_curves(tmp_path):
 def test_a_steps_operations_are_counted_by_hand(module):
     model = tiny_model()
     inject(model, select_targets(model).paths, 4, 2.0)
-    parts = module("_counts").count_step(model, TINY, rows=3, width=10, supervised=20)
+    parts = module("profile_step").count_step(model, TINY, rows=3, width=10, supervised=20)
     # Per block: q and o 64 x 64, k and v 64 x 32, gate, up and down 64 x 96; two blocks, 30 tokens.
     weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
     sides = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
@@ -617,7 +617,7 @@ def test_a_steps_operations_are_counted_by_hand(module):
 
 
 def test_a_part_takes_the_longer_of_computing_and_moving(module):
-    count = module("_counts").Count(flops=2e12, moved_bytes=1e9)
+    count = module("profile_step").Count(flops=2e12, moved_bytes=1e9)
     assert count.seconds(tflops=1, gb_per_s=1) == 2
     assert count.seconds(tflops=4, gb_per_s=1) == 1
 

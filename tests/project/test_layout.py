@@ -31,6 +31,7 @@ ABOVE = {
     "evaluation": {"api", "cli", "studio", "trainer"},
 }  # fmt: skip
 LONGEST_FILE, LONGEST_FUNCTION = 600, 80
+MOST_ARGUMENTS, MOST_WITH_MANY = 7, 10
 # Modules of ours that a module may import itself, and those that come with it.
 MOST_IMPORTS = 25
 MOST_WITH_IT = {"trainer.step": 21, "trainer.trainer": 25, "objectives.sft": 45}
@@ -96,6 +97,20 @@ def test_files_and_functions_stay_short():
             if is_function and node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION:
                 long.append(f"{path}: {node.name}")
     assert not long
+
+
+def test_functions_take_few_arguments():
+    """What belongs together is one object; the functions that Python users call, and those with mlx-lm's signature, take many."""
+    many = []
+    for path, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                if len([one for one in taken if one.arg not in ("self", "cls")]) > MOST_ARGUMENTS:
+                    many.append(f"{path.relative_to(PACKAGE)}: {node.name}")
+    others = [one for one in many if not one.startswith(("api/", "kernels/"))]
+    assert others == ["rollouts/verifiers_host.py: launch"]  # the signature of the package that calls it
+    assert len(many) <= MOST_WITH_MANY
 
 
 # What Python's standard library got after 3.11, of that which is used in programs like this one.

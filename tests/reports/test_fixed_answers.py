@@ -18,6 +18,7 @@ from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.grpo import fixed_prompts
 from mlx_lora.reports.diagnosis import verdict
+from mlx_lora.reports.objectives import rollout_charts
 from mlx_lora.reports.run_report import (
     MOST_CHARACTERS,
     MOST_VALIDATIONS,
@@ -25,7 +26,6 @@ from mlx_lora.reports.run_report import (
     add_answers,
     keep_answers,
     read_answers,
-    rollout_charts,
     shown_answers,
     tiles,
 )

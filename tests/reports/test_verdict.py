@@ -26,7 +26,7 @@ from mlx_lora.reports.diagnosis import (
     diagnose,
     verdict,
 )
-from mlx_lora.reports.objective_headlines import of_labels
+from mlx_lora.reports.objectives import of_labels
 from mlx_lora.trainer.evaluate import RowLosses, RowsFile, paired_change, read_rows_file
 from mlx_lora.trainer.header import told_after
 

@@ -19,6 +19,7 @@ from mlx_lora.data.prompts import observation_tokens, with_observation
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.objectives.policy_arrays import LENGTHS, REWARDS, TRUNCATED
 from mlx_lora.rollouts.environment import (
+    Agent,
     Episode,
     MultiTurnEnv,
     Played,
@@ -79,7 +80,7 @@ def played(env, answers: list[list[str]], room: int = 12, **columns) -> Played:
         return [[*tokens_of(text), END][:most] for text, most in zip(texts, left, strict=True)]
 
     facts, seeds = [fact(text, **columns) for text in prompts], [4] * len(prompts)
-    return play(env, list(map(tokens_of, prompts)), facts, seeds, 2, room, sample, frozenset([END]))
+    return play(env, Agent(sample, room, frozenset([END])), list(map(tokens_of, prompts)), facts, seeds, 2)
 
 
 def test_an_episode_has_all_its_turns_and_only_the_models_are_sampled():

@@ -17,7 +17,7 @@ from mlx_lora.data.chat_template import chat_tokens
 from mlx_lora.data.examples import Completion
 from mlx_lora.data.prompts import encode_prompts, parse_prompt, prompt_tokens
 from mlx_lora.data.tokenize import Encoder
-from mlx_lora.rollouts.environment import Played, play
+from mlx_lora.rollouts.environment import Agent, Played, play
 from mlx_lora.rollouts.fixed_prompts import talk_text
 from mlx_lora.rollouts.make_environment import check_environment, episode_rewards, own_reward, toolbox_of
 from mlx_lora.rollouts.rewards import module_of, reward_files, reward_names, rewards_of
@@ -66,7 +66,7 @@ def played(env: ToolEnv, answers: list[list[str]], seed: int = 4, room: int = 40
             env.tokenizer.encode(text, add_special_tokens=False)[:most] for text, most in zip(texts, left, strict=True)
         ]
 
-    return play(env, prompts, facts, [seed] * len(prompts), 2, room, sample, env.ends)
+    return play(env, Agent(sample, room, env.ends), prompts, facts, [seed] * len(prompts), 2)
 
 
 QWEN = "qwen3_thinking"

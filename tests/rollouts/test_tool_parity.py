@@ -27,7 +27,7 @@ from mlx_lora.losses.check import choose_loss
 from mlx_lora.objectives.policy_arrays import ADVANTAGES, OLD, REFERENCE, REWARDS, token_logps
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.strategy import SINGLE_DEVICE
-from mlx_lora.rollouts.environment import play
+from mlx_lora.rollouts.environment import Agent, play
 from mlx_lora.rollouts.rewards import Reward
 from mlx_lora.rollouts.rollout import Rollouts
 from mlx_lora.rollouts.tool_calls import CallReader
@@ -77,7 +77,7 @@ def frozen_episodes():
         return [tokenizer.encode(answers[number][turn], add_special_tokens=False) for number in episodes]
 
     tokens = [prompts.row(number)[0].tolist() for number in range(2)]
-    played = play(env, tokens, prompts.facts, [0, 1], GROUP, ROOM, sample, env.ends)
+    played = play(env, Agent(sample, ROOM, env.ends), tokens, prompts.facts, [0, 1], GROUP)
     width = max(map(len, tokens)) + ROOM
     planned = collate(prompts.with_room(GROUP, ROOM), np.arange(2), width, 2 * GROUP * ROOM)
     rows = np.flatnonzero(planned.real)

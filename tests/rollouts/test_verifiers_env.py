@@ -20,7 +20,7 @@ from mlx_lora.data.prompts import encode_prompts, parse_prompt
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.data.verifiers_tasks import verifiers_file
 from mlx_lora.rollouts import verifiers_env
-from mlx_lora.rollouts.environment import Played, play
+from mlx_lora.rollouts.environment import Agent, Played, play
 from mlx_lora.rollouts.rewards import summed
 from mlx_lora.rollouts.tool_env import CALLS, CUT, FAILURES
 from mlx_lora.rollouts.tool_env import TURNS as ANSWERS
@@ -82,7 +82,7 @@ def played(env: VerifiersEnv, tasks: list[int], answers: list[list[str]], room: 
         ]
 
     group = len(answers) // len(tasks)
-    found = play(env, prompts, encoded.rows.facts, [4] * len(tasks), group, room, sample, env.ends)
+    found = play(env, Agent(sample, room, env.ends), prompts, encoded.rows.facts, [4] * len(tasks), group)
     assert found.prompts == prompts or env.settings.objective.environment == "verifiers:vf_wrong"
     return found
 

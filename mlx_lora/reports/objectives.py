@@ -1,16 +1,28 @@
-"""Say in one sentence how a run went whose objective has a measure of its own, and whether that is good.
+"""What reports show of single objectives: how a run went in one sentence, and charts of what only they measure.
 
-Each function takes the validations of metrics.jsonl and the one of the adapter that was kept, and returns (headline, tone). A
-number that guessing reaches as well is not called good.
+A headline's function takes the validations of metrics.jsonl and the one of the adapter that was kept, and returns (headline,
+tone). A number that guessing reaches as well is not called good. A chart's function takes all records of metrics.jsonl, and
+returns no chart for a run of another objective.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+from mlx_lora.reports.charts import OF_TOOLS, Series
 
 GOOD, BAD, PLAIN = "good", "bad", "plain"
 SAME = 0.005  # a smaller relative change of a divergence is none
 CERTAIN = 1.645  # standard deviations above the mean, which 95% of random orders do not exceed
+Chart = tuple[str, list[Series], str, bool]
+WHEN = {"training": "loss", "held out": "val_loss"}  # a curve's name -> the loss that its records have
+OF_LABELS = ("macro_f1", "mse")  # what only a classifier reports
+MOST_REWARDS = 12  # charts of single rewards
+OF_RANKINGS = ("mrr",)  # what only a reranker reports
+
+
+# Headlines
 
 
 def of_preferences(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tuple[str, str]:
@@ -103,3 +115,104 @@ def of_divergence(validations: list[dict[str, Any]], kept: dict[str, Any]) -> tu
         return f"{words}, unchanged", PLAIN
     change = abs(last / first - 1)
     return (f"{words}, {change:.0%} lower", GOOD) if last < first else (f"{words}, {change:.0%} higher", BAD)
+
+
+# Charts
+
+
+def curve(name: str, key: str, rows: list[dict[str, Any]], scale: float = 1.0) -> Series:
+    """Return a metric over the steps."""
+    points = [(r["step"], math.nan if r[key] is None else r[key] * scale) for r in rows]
+    return Series(name, points, markers=name.startswith("held out"))
+
+
+def both_curves(records: list[dict[str, Any]], key: str, ending: str = "") -> list[Series]:
+    """Return the curves of a metric over training and over validations, those that there are."""
+    having = [r for r in records if r.get(key) is not None]
+    parts = {when: [r for r in having if r[loss] is not None] for when, loss in WHEN.items()}
+    return [curve(f"{when}{ending}", key, rows) for when, rows in parts.items() if rows]
+
+
+def teacher_charts(records: list[dict[str, Any]]) -> list[Chart]:
+    """Return a chart of KL(teacher, student) where the loss is another divergence; none for other runs."""
+    having = [r for r in records if r.get("kl") is not None and "reward" not in r]
+    if all(abs(r["kl"] - (r["val_loss"] if r["loss"] is None else r["loss"] or 0.0)) < 1e-6 for r in having):
+        return []
+    return [("KL of teacher and student per token", both_curves(having, "kl"), "", True)]
+
+
+def preference_charts(records: list[dict[str, Any]]) -> list[Chart]:
+    """Return charts of what an objective on preferences reports; none for other runs."""
+    titles = {
+        "Pairs preferred as labeled": ("accuracy",),
+        "Margin of rewards": ("margin",),
+        "Rewards": ("chosen_rewards", "rejected_rewards"),
+        "Divergence from the reference": ("divergence",),
+    }
+    # Rounded, so that a first value that is 0 but for rounding does not open the axis below 0.
+    reported = [
+        {**r, **{name: round(r[name], 4) for names in titles.values() for name in names if r.get(name) is not None}}
+        for r in records
+        if "margin" in r
+    ]
+    charts = []
+    for title, names in titles.items():
+        endings = {name: f", {name.split('_')[0]}" if len(names) > 1 else "" for name in names}
+        series = [one for name in names for one in both_curves(reported, name, endings[name])]
+        charts += [(title, series, "", False)] if series else []
+    return charts
+
+
+def trains_classifier(records: list[dict[str, Any]]) -> bool:
+    """Return whether a run trains a classifier."""
+    return any(name in one for one in records for name in OF_LABELS)
+
+
+def trains_reranker(records: list[dict[str, Any]]) -> bool:
+    """Return whether a run trains a reranker."""
+    return any(name in one for one in records for name in OF_RANKINGS)
+
+
+def class_charts(records: list[dict[str, Any]]) -> list[Chart]:
+    """Return charts of what a classifier or a reranker reports; none for other runs."""
+    if not trains_classifier(records) and not trains_reranker(records):
+        return []
+    titles = {
+        "Queries with the best document first" if trains_reranker(records) else "Texts whose labels are all right": (
+            "accuracy",
+        ),
+        "Rank of the first relevant document (MRR), and all grades (nDCG)": ("mrr", "ndcg"),
+        "Mean F1 of the labels": ("macro_f1",),
+        "Correlation with the labels": ("pearson", "spearman"),
+    }
+    charts = []
+    for title, names in titles.items():
+        series = [one for name in names for one in both_curves(records, name, f", {name}" if len(names) > 1 else "")]
+        charts += [(title, series, "", True)] if series else []
+    return charts
+
+
+def rollout_charts(records: list[dict[str, Any]]) -> list[Chart]:
+    """Return charts of what an objective reports that samples answers; none for other runs."""
+    sampled = [r for r in records if "length" in r]
+    rewarded = any("reward" in r for r in sampled)
+    own = dict.fromkeys(name for r in records for name in r if name.startswith("reward/"))
+    wanted = [("Reward", "reward", False)]
+    wanted += [(f"Reward: {name.removeprefix('reward/')}", name, False) for name in list(own)[:MOST_REWARDS]]
+    wanted += [
+        ("Spread of a prompt's rewards", "reward_std", True),
+        ("Prompts whose answers all have the same reward", "frac_reward_zero_std", True),
+        ("Tokens of an answer", "length", True),
+        ("Answers cut at --max-new-tokens", "truncated", True),
+        *([("Divergence from the untrained model", "kl", True)] if rewarded else []),  # else from a teacher
+        ("Ratios beyond --epsilon", "clipped", True),
+        *((title, name, True) for title, name in OF_TOOLS),
+        ("Share of the time in rollouts", "rollout_share", True),
+    ]
+    charts = []
+    for title, name, from_zero in wanted:
+        if from_zero and not any(r.get(name) for r in sampled):
+            continue  # nothing but zeros, as of a divergence that is not measured
+        series = both_curves(sampled, name)
+        charts += [(title, series, "", from_zero)] if series else []
+    return charts

@@ -1,7 +1,9 @@
-"""unsloth-zoo's MLX trainer as a side, with its chunked loss; in a Python of its own (peers.py).
+"""unsloth-zoo's MLX trainers as sides, with their chunked losses; in a Python of their own (peers.py).
 
-Its own loader, LoRA layers, batches, loss and loop. Rows go in as token ids with labels made from our masks. A
-wrapper around the plan's last call before each step notes which rows and shape the step gets.
+Their own loader, LoRA layers, batches, loss and loop. Rows go in as token ids with labels made from our masks, and pairs as
+token ids, in place of their own tokenization of a row. A wrapper around the plan's last call before each step notes which
+rows and shape the step gets. On pairs, the reference is the same model with its adapter off: in each step, or with
+`precompute` once before.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from on_mlx import facts_of, put_factors  # isort: skip  (first: it gives MLX th
 import mlx.core as mx
 import numpy as np
 from datasets import Dataset
-from shared import Rows, StepLog, run
+from shared import REPORTS, Rows, StepLog, Stopwatch, read_job, run
+from unsloth_zoo.mlx import preference, trainer
 from unsloth_zoo.mlx.loader import FastMLXModel
-from unsloth_zoo.mlx.trainer import MLXTrainer, MLXTrainingConfig
+from unsloth_zoo.mlx.preference import FinitePreferenceBatchPlan, TokenizedPreferenceRow
+from unsloth_zoo.mlx.trainer import MLXDPOConfig, MLXDPOTrainer, MLXTrainer, MLXTrainingConfig
 from unsloth_zoo.mlx.utils import FiniteTextBatchPlan, make_cce_loss_fn
 
 IGNORED = -100
@@ -37,7 +41,7 @@ def common_settings(job: dict[str, Any]) -> dict[str, Any]:
 
 
 class UnslothZoo:
-    """See the module."""
+    """Its trainer on rows."""
 
     def prepare(self, job: dict[str, Any], rows: Rows) -> None:
         """Load the model with the job's factors in its LoRA layers."""
@@ -74,7 +78,7 @@ class UnslothZoo:
         numbers = {tuple(self.rows.tokens(row).tolist()): row for row in every}
         records = [{"input_ids": self.rows.tokens(i).tolist(), "labels": self.labels(i).tolist()} for i in every]
         settings = MLXTrainingConfig(**common_settings(self.job), append_eos=False)
-        trainer = MLXTrainer(self.model, self.tokenizer, Dataset.from_list(records), args=settings)
+        running = MLXTrainer(self.model, self.tokenizer, Dataset.from_list(records), args=settings)
         prepare, now = FiniteTextBatchPlan.prepare_cce_batch, {}
 
         def noted(plan: FiniteTextBatchPlan, index: int, batch: Any) -> Any:
@@ -85,12 +89,12 @@ class UnslothZoo:
 
         def after_step(step: int, total: int, loss: float, *rest: Any) -> None:
             if log.end_step(now["rows"], now["shape"], loss):
-                trainer.stop_requested = True
+                running.stop_requested = True
 
         FiniteTextBatchPlan.prepare_cce_batch = noted  # the plan's last call before a step
-        trainer.add_step_callback(after_step)
+        running.add_step_callback(after_step)
         log.begin()
-        trainer.train()
+        running.train()
 
     def figures(self) -> dict[str, Any]:
         """Return MLX's peak and what this side computes in."""
@@ -98,5 +102,61 @@ class UnslothZoo:
         return {"peak_allocator_bytes": mx.get_peak_memory(), "facts": facts}
 
 
+class UnslothDpo(UnslothZoo):
+    """Its trainer on pairs."""
+
+    def steps(self, log: StepLog) -> None:
+        """Run its loop until the log has had enough."""
+        job, rows, numbers, now = self.job, self.rows, self.rows.number_of(), {}
+        prepare = FinitePreferenceBatchPlan.prepare_cce_batch
+
+        def as_given(tokenizer: Any, row: dict[str, int], **_: Any) -> TokenizedPreferenceRow:
+            prompt, chosen, rejected = (tuple(ids) for ids in rows.parts(row["pair"]))
+            return TokenizedPreferenceRow(prompt, chosen, prompt, rejected)
+
+        def noted(plan: FinitePreferenceBatchPlan, index: int, batch: Any) -> Any:
+            chosen = [plan.rows[i] for i in plan.schedule[index]]
+            now["pairs"] = [numbers[row.chosen, row.rejected] for row in chosen]
+            now["width"] = batch[0].shape[1] - 1
+            return prepare(plan, index, batch)
+
+        preference.tokenize_preference_row = as_given
+        FinitePreferenceBatchPlan.prepare_cce_batch = noted  # the plan's last call before a step
+        self.watch = trainer.precompute_reference_logps = Stopwatch(trainer.precompute_reference_logps)
+        settings = MLXDPOConfig(
+            **common_settings(job), weight_decay=job["weight_decay"], max_grad_norm=0.0, max_grad_leaf_norm=0.0,
+            max_length=job["max_seq_length"], max_prompt_length=None, beta=job["beta"],
+            precompute_ref_log_probs=job["precompute"],
+        )  # fmt: skip
+        given = [{"pair": pair} for pair in range(rows.pairs())]
+        running = MLXDPOTrainer(self.model, self.tokenizer, given, args=settings)
+        running.add_callback(_Clock(running, now, log))
+        log.begin()
+        running.train()
+
+    def figures(self) -> dict[str, Any]:
+        """Return MLX's peak, the seconds of the pass over the reference, and what this side computes in."""
+        return {**super().figures(), "reference_s": self.watch.read(), "notes": []}
+
+
+class _Clock:
+    """Logs each step from what the trainer logs, and ends the run."""
+
+    def __init__(self, running: MLXDPOTrainer, now: dict[str, Any], log: StepLog):
+        self._running, self._now, self._log = running, now, log
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "loss" not in logs:
+            return  # the summary at the end
+        reports = {name: float(logs[theirs]) for name, theirs in REPORTS.items()}
+        if self._log.end_pairs(self._now["pairs"], self._now["width"], float(logs["loss"]), reports):
+            self._running.stop_requested = True
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("on_"):
+            return lambda *args, **kwargs: None
+        raise AttributeError(name)
+
+
 if __name__ == "__main__":
-    run(UnslothZoo())
+    run(UnslothDpo() if "precompute" in read_job() else UnslothZoo())
