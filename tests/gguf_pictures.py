@@ -1,0 +1,92 @@
+"""llama.cpp's own words about a picture, with a tiny model's two GGUF files, beside ours."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import urllib.error
+import urllib.request
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import mlx.core as mx
+import numpy as np
+import tiny_vision
+from byte_tokenizer import byte_tokenizer
+
+from mlx_lora.config.settings import DataSettings, ModelSettings
+from mlx_lora.data.image_tokens import ImageReader, ImageTable
+from mlx_lora.models.image_inputs import ModelWithImages
+from mlx_lora.models.load import Base, load_base
+from mlx_lora.models.vision import open_tower
+from mlx_lora.objectives.vision_encoder import VisionEncoder
+
+# llama.cpp looks for the token of two line ends, which SmolVLM's tokenizer has.
+MERGES = (("a", "b"), ("Ċ", "Ċ"))
+BEFORE, AFTER = "ab what", " is it?"
+
+
+def write_model(family: str, folder: Path, **more: Any) -> Path:
+    """Write a tiny vision-language model whose tokenizer has a merge: without any it is none that GGUF knows."""
+    with patch.object(tiny_vision, "byte_tokenizer", partial(byte_tokenizer, merges=MERGES)):
+        return tiny_vision.write_model_here(family, folder, **more)
+
+
+def load(folder: Path) -> Base:
+    return load_base(ModelSettings(model=str(folder), dtype="float32"))
+
+
+def picture(folder: Path, width: int, height: int, seed: int = 0, smooth: bool = False) -> Path:
+    """Write a picture of random pixels, or one of slopes, which all ways of making it smaller leave as they are."""
+    from PIL import Image
+
+    random = np.random.default_rng(seed)
+    pixels = random.integers(0, 256, (height, width, 3), np.uint8)
+    if smooth:
+        rows, columns = np.linspace(0, 120, height)[:, None, None], np.linspace(0, 120, width)[:, None]
+        slopes = rows * random.uniform(-1, 1, 3) + columns * random.uniform(-1, 1, 3)
+        pixels = np.round(slopes - slopes.min((0, 1))).astype(np.uint8)
+    file = folder / f"{width}x{height}-{seed}.png"
+    Image.fromarray(pixels).save(file)
+    return file
+
+
+def ours(base: Base, file: Path, new: int = 1) -> tuple[list[int], np.ndarray]:
+    """Return the prompt's tokens and the log-probabilities of its next token, (vocabulary,)."""
+    table = ImageTable.empty()
+    vision = VisionEncoder.of(base, DataSettings(), table, open_tower(base))
+    reader = ImageReader(vision.processor, [file.parent], table, vision.tower.token)
+    digests = tuple(reader.open_all([str(file)], {str(file): str(file)}))
+    shown = table.shown[digests[0]].text.strip("\n")  # llama.cpp has no such line ends around a picture of Gemma 3
+    around = ("<|vision_start|>", "<|vision_end|>") if "<|image_pad|>" in shown else ("", "")
+    text = BEFORE + shown.join(around) + AFTER
+    tokens = base.hf_tokenizer(text)["input_ids"]
+    model = ModelWithImages(base.model, vision.spec, vision.arrays(np.array([tokens], np.int32), [digests]), tokens)
+    logits = model(mx.array([tokens]), cache=model.caches())[0, -1].astype(mx.float32)
+    return tokens, np.array(logits - mx.logsumexp(logits))
+
+
+def theirs(server: Any, file: Path) -> tuple[int, dict[int, float]]:
+    """Return the number of the prompt's tokens, and llama.cpp's log-probabilities of the likeliest next tokens."""
+    properties = _get(server, "/props")
+    prompt = {
+        "prompt_string": BEFORE + properties.get("media_marker", "<__media__>") + AFTER,
+        "multimodal_data": [base64.b64encode(file.read_bytes()).decode()],
+    }
+    body = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": 40, "cache_prompt": False}
+    reply = _get(server, "/completion", body)
+    (step,) = reply["completion_probabilities"]
+    return reply["tokens_evaluated"], {top["id"]: top["logprob"] for top in step["top_logprobs"]}
+
+
+def _get(server: Any, path: str, body: dict[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(server.listening_address + path, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request) as reply:
+            return json.load(reply)
+    except urllib.error.HTTPError as error:
+        raise AssertionError(error.read().decode()) from error
