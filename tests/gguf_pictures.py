@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 import tiny_vision
 from byte_tokenizer import byte_tokenizer
+from gguf_judge import LIKELY, N_PRINTABLE
 
 from mlx_lora.config.settings import DataSettings, ModelSettings
 from mlx_lora.data.image_tokens import ImageReader, ImageTable
@@ -27,6 +28,7 @@ from mlx_lora.objectives.vision_encoder import VisionEncoder
 # llama.cpp looks for the token of two line ends, which SmolVLM's tokenizer has.
 MERGES = (("a", "b"), ("Ċ", "Ċ"))
 BEFORE, AFTER = "ab what", " is it?"
+NEW_TOKENS = 4
 
 
 def write_model(family: str, folder: Path, **more: Any) -> Path:
@@ -54,32 +56,39 @@ def picture(folder: Path, width: int, height: int, seed: int = 0, smooth: bool =
     return file
 
 
-def ours(base: Base, file: Path, new: int = 1) -> tuple[list[int], np.ndarray]:
-    """Return the prompt's tokens and the log-probabilities of its next token, (vocabulary,)."""
+def ours(base: Base, file: Path, new: list[int]) -> tuple[int, np.ndarray]:
+    """Return the number of the prompt's tokens, and log-probabilities (new, vocabulary) of each token that follows it.
+
+    Args:
+        base: adapted or not.
+        file: the picture.
+        new: the tokens that follow.
+    """
     table = ImageTable.empty()
     vision = VisionEncoder.of(base, DataSettings(), table, open_tower(base))
     reader = ImageReader(vision.processor, [file.parent], table, vision.tower.token)
     digests = tuple(reader.open_all([str(file)], {str(file): str(file)}))
     shown = table.shown[digests[0]].text.strip("\n")  # llama.cpp has no such line ends around a picture of Gemma 3
     around = ("<|vision_start|>", "<|vision_end|>") if "<|image_pad|>" in shown else ("", "")
-    text = BEFORE + shown.join(around) + AFTER
-    tokens = base.hf_tokenizer(text)["input_ids"]
-    model = ModelWithImages(base.model, vision.spec, vision.arrays(np.array([tokens], np.int32), [digests]), tokens)
-    logits = model(mx.array([tokens]), cache=model.caches())[0, -1].astype(mx.float32)
-    return tokens, np.array(logits - mx.logsumexp(logits))
+    prompt = base.hf_tokenizer(BEFORE + shown.join(around) + AFTER)["input_ids"]
+    arrays = vision.arrays(np.array([prompt + new[:-1]], np.int32), [digests])
+    model = ModelWithImages(base.model, vision.spec, arrays, prompt + new[:-1])
+    logits = model(mx.array([prompt + new[:-1]]), cache=model.caches())[0, len(prompt) - 1 :].astype(mx.float32)
+    return len(prompt), np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
 
-def theirs(server: Any, file: Path) -> tuple[int, dict[int, float]]:
-    """Return the number of the prompt's tokens, and llama.cpp's log-probabilities of the likeliest next tokens."""
-    properties = _get(server, "/props")
+def theirs(server: Any, file: Path) -> tuple[int, list[int], list[dict[int, float]]]:
+    """Return the number of the prompt's tokens, greedy tokens, and llama.cpp's log-probabilities of likely ones at each."""
     prompt = {
-        "prompt_string": BEFORE + properties.get("media_marker", "<__media__>") + AFTER,
+        "prompt_string": BEFORE + _get(server, "/props")["media_marker"] + AFTER,
         "multimodal_data": [base64.b64encode(file.read_bytes()).decode()],
     }
-    body = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": 40, "cache_prompt": False}
-    reply = _get(server, "/completion", body)
-    (step,) = reply["completion_probabilities"]
-    return reply["tokens_evaluated"], {top["id"]: top["logprob"] for top in step["top_logprobs"]}
+    # It tells no probabilities of half a character.
+    others = [[i, False] for i in range(N_PRINTABLE, tiny_vision.VOCABULARY)]
+    body = {"prompt": prompt, "n_predict": NEW_TOKENS, "temperature": 0, "n_probs": 60, "cache_prompt": False}
+    reply = _get(server, "/completion", {**body, "logit_bias": others, "return_tokens": True})
+    steps = [{top["id"]: top["logprob"] for top in step["top_logprobs"]} for step in reply["completion_probabilities"]]
+    return reply["tokens_evaluated"], reply["tokens"], steps
 
 
 def _get(server: Any, path: str, body: dict[str, Any] | None = None) -> Any:

@@ -281,7 +281,9 @@ def _pixtral_settings(facts: TowerFacts) -> Keys:
 QWEN = "vision_tower."
 
 
-def _qwen(facts: TowerFacts, norms: tuple[str, ...], layers: Mapping[str, str], merger: Mapping[str, str]) -> Tensors:
+def _qwen(
+    facts: TowerFacts, norms: tuple[str, ...], layers: Mapping[str, str], merger: Mapping[str, str], split: bool = True
+) -> Tensors:
     """Return what the towers of Qwen-VL share.
 
     Args:
@@ -289,6 +291,7 @@ def _qwen(facts: TowerFacts, norms: tuple[str, ...], layers: Mapping[str, str], 
         norms: the parameters of a norm: without a bias if it only divides by the size.
         layers: of a block's feed-forward part.
         merger: of the connector, without its norm.
+        split: whether queries, keys and values are tensors of their own.
     """
     patches = f"{QWEN}patch_embed.proj.weight"
     found: Tensors = {
@@ -300,10 +303,12 @@ def _qwen(facts: TowerFacts, norms: tuple[str, ...], layers: Mapping[str, str], 
         found |= pairs({f"{theirs}ln{n}": f"{ours}norm{n}" for n in (1, 2)}, norms)
         found |= pairs({f"{theirs}attn_out": f"{ours}attn.proj"})
         found |= pairs({theirs + name: f"{ours}mlp.{own}" for name, own in layers.items()})
-        for number, kind in enumerate("qkv"):
-            for part in ("weight", "bias"):
-                joined = VisionTensor(f"{ours}attn.qkv.{part}", _third(number))
-                found[f"{theirs}attn_{kind}.{part}"] = joined
+        for part in ("weight", "bias"):
+            joined = f"{ours}attn.qkv.{part}"
+            if split:
+                found |= {f"{theirs}attn_{kind}.{part}": VisionTensor(joined, _third(n)) for n, kind in enumerate("qkv")}
+            else:
+                found[f"{theirs}attn_qkv.{part}"] = VisionTensor(joined)
     return found | pairs({theirs: f"{QWEN}merger.{ours}" for theirs, ours in merger.items()})
 
 
@@ -340,21 +345,23 @@ def _qwen25(facts: TowerFacts) -> Tensors:
 
 
 def _qwen25_settings(facts: TowerFacts) -> Keys:
+    facts.known("vision_config.window_size", facts.vision["window_size"], (112,))
     whole = list(facts.vision["fullatt_block_indexes"])
     every = whole[0] + 1 if whole else 0
-    if whole != list(range(every - 1, facts.layers(f"{QWEN}blocks."), every or 1)):
-        facts.problems.append(f"vision_config.fullatt_block_indexes {whole}, which are not evenly spaced")
+    # llama.cpp ends if no block has windows.
+    if every < 2 or whole != list(range(every - 1, facts.layers(f"{QWEN}blocks."), every)):
+        facts.problems.append(f"vision_config.fullatt_block_indexes {whole}, not one in every N blocks")
     return _qwen_settings(facts, facts.vision["num_heads"]) | {
         "projector_type": "qwen2.5vl_merger",
         "use_silu": True,
         "vision.n_wa_pattern": every,
-        "vision.window_size": facts.vision["window_size"],
     }
 
 
 def _qwen3(facts: TowerFacts) -> Tensors:
     own = {"ffn_up": "linear_fc1", "ffn_down": "linear_fc2"}
-    found = _qwen(facts, ("weight", "bias"), own, {"v.post_ln": "norm", "mm.0": "linear_fc1", "mm.2": "linear_fc2"})
+    merger = {"v.post_ln": "norm", "mm.0": "linear_fc1", "mm.2": "linear_fc2"}
+    found = _qwen(facts, ("weight", "bias"), own, merger, split=False)
     found["v.patch_embd.bias"] = VisionTensor(f"{QWEN}patch_embed.proj.bias")
     found["v.position_embd.weight"] = VisionTensor(f"{QWEN}pos_embed.weight", exact=True)
     deep = {"norm": "norm", "fc1": "linear_fc1", "fc2": "linear_fc2"}
@@ -376,9 +383,9 @@ def _qwen3_settings(facts: TowerFacts) -> Keys:
     }
 
 
-def _siglip_row(tensors: Any, settings: Any, tower: str) -> ProjectorFamily:
-    blocks = f"{tower}encoder.layers."
-    return ProjectorFamily(tensors, settings, f"{tower}embeddings.patch_embedding.weight", blocks, "mlp.fc1.weight")
+def _siglip_row(tensors: Any, settings: Any, tower: str, *left_out: str) -> ProjectorFamily:
+    blocks, patches = f"{tower}encoder.layers.", f"{tower}embeddings.patch_embedding.weight"
+    return ProjectorFamily(tensors, settings, patches, blocks, "mlp.fc1.weight", left_out)
 
 
 def _qwen_row(tensors: Any, settings: Any, width: str) -> ProjectorFamily:
@@ -394,7 +401,7 @@ PROJECTORS: dict[str, ProjectorFamily] = {
     "smolvlm": IDEFICS3_ROW,
     "idefics3": IDEFICS3_ROW,
     "gemma3": _siglip_row(_gemma3, _gemma3_settings, GEMMA),
-    "llava": _siglip_row(_llava, _llava_settings, GEMMA),
+    "llava": _siglip_row(_llava, _llava_settings, GEMMA, f"{GEMMA}post_layernorm."),  # of the last block's states
     "pixtral": PIXTRAL_ROW,
     "mistral3": PIXTRAL_ROW,
     "qwen2_vl": _qwen_row(_qwen2, _qwen2_settings, "mlp.fc1.weight"),
