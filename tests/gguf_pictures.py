@@ -16,29 +16,71 @@ import mlx.core as mx
 import numpy as np
 import tiny_vision
 from byte_tokenizer import byte_tokenizer
-from gguf_judge import LIKELY, N_PRINTABLE
+from gguf_judge import N_PRINTABLE
+from mlx.utils import tree_flatten
 
-from mlx_lora.config.settings import DataSettings, ModelSettings
+from mlx_lora.adapters.inject import adapter_parameters, inject
+from mlx_lora.adapters.targets import select_targets
+from mlx_lora.config.settings import AdapterSettings, DataSettings, ModelSettings
 from mlx_lora.data.image_tokens import ImageReader, ImageTable
+from mlx_lora.exporters.adapter_folder import AdapterInfo, save_adapter
 from mlx_lora.models.image_inputs import ModelWithImages
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.models.vision import open_tower
+from mlx_lora.objectives.tower_training import tower_targets
 from mlx_lora.objectives.vision_encoder import VisionEncoder
 
 # llama.cpp looks for the token of two line ends, which SmolVLM's tokenizer has.
 MERGES = (("a", "b"), ("Ċ", "Ċ"))
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": True}
+# llama.cpp's tower of Qwen2.5-VL has windows of 112 pixels, and it turns each third pair of features by time, which models
+# of Qwen's sizes have and those of tiny_vision.py do not.
+CHANGES: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {"vision_config": {"window_size": 112}},
+    "qwen3_vl": {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}}},
+    "qwen3_5": {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2], "partial_rotary_factor": 0.25}}},
+}
 BEFORE, AFTER = "ab what", " is it?"
 NEW_TOKENS = 4
 
 
-def write_model(family: str, folder: Path, **more: Any) -> Path:
+def write_model(family: str, folder: Path) -> Path:
     """Write a tiny vision-language model whose tokenizer has a merge: without any it is none that GGUF knows."""
     with patch.object(tiny_vision, "byte_tokenizer", partial(byte_tokenizer, merges=MERGES)):
-        return tiny_vision.write_model_here(family, folder, **more)
+        return tiny_vision.write_model_here(family, folder, changes=CHANGES.get(family))
 
 
 def load(folder: Path) -> Base:
     return load_base(ModelSettings(model=str(folder), dtype="float32"))
+
+
+def adapt(model: Path, folder: Path, tower: bool, strength: float = 0.05) -> Path:
+    """Write an adapter of random factors on the language model, and if asked, on the tower, with a whole connector."""
+    base = load(model)
+    chosen = select_targets(base.model, "all-linear", -1)
+    layers: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    if tower:
+        asked = AdapterSettings(train_vision="lora", train_connector="full")
+        layers, modules = tower_targets(open_tower(base).model, asked)
+    inject(base.model, [*chosen.paths, *layers], 4, 1.5, seed=3)
+    full = tuple(
+        name for name, _ in tree_flatten(base.model.parameters()) if name.rpartition(".")[0] in modules
+    )
+    mx.random.seed(5)
+    changed = {name for name in adapter_parameters(base.model) if name.endswith("lora_b")} | set(full)
+    moved = [
+        (name, value + strength * mx.random.normal(value.shape))
+        for name, value in tree_flatten(base.model.parameters())
+        if name in changed
+    ]
+    base.model.load_weights(moved, strict=False)
+    info = AdapterInfo(
+        "lora", 4, 6.0, 1.5, 0.0, chosen.num_layers, (*chosen.keys, *layers), base.model_id, None, base.fingerprint,
+        full=full,
+    )  # fmt: skip
+    save_adapter(folder, base.model, info)
+    return folder
 
 
 def picture(folder: Path, width: int, height: int, seed: int = 0, smooth: bool = False) -> Path:

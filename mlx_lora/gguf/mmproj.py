@@ -3,8 +3,8 @@
     NAME.gguf          language model                       gguf/write.py
     mmproj-NAME.gguf   pixels -> tower -> connector -> embeddings of a picture's tokens
 
-Matrices are F16, or what --gguf-type says of f32 and bf16; llama.cpp has no smaller towers that are worth it. If an adapter
-changed the tower, its changes are folded in.
+Matrices are F16, or with --gguf-type f32 or bf16, of that type: a tower is small, and quantizing it costs much. If an adapter changed
+the tower, its changes are folded in.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gguf import GGUFWriter, LlamaFileType
 
 from mlx_lora.data.image_tokens import ImageProcessor
 from mlx_lora.gguf.arch import text_model
-from mlx_lora.gguf.vision import LINE_END, LINE_TOKEN, ProjectorFamily, TowerFacts, VisionTensor, projector_of
+from mlx_lora.gguf.vision import LINE_END, LINE_TOKEN, REFUSED, ProjectorFamily, TowerFacts, VisionTensor, projector_of
 from mlx_lora.gguf.write import TYPES, TensorSource, add_metadata, merged_parameters
 from mlx_lora.models.image_inputs import text_body
 from mlx_lora.models.load import Base
@@ -31,7 +31,11 @@ from mlx_lora.models.vision import ATTACHED, stored_tower
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable, replacing_file
 
-PREFIX = "mmproj-"
+
+
+def mmproj_path(model: Path) -> Path:
+    """Return where the tower of a GGUF file is written: beside it, by the name by which llama.cpp and LM Studio find it."""
+    return model.with_name(f"mmproj-{model.name}")
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def mmproj_of(base: Base, gguf_type: str) -> Mmproj:
     kind = str(base.config.get("model_type"))
     family = projector_of(base.config)
     if family is None:
-        raise InputError(f"llama.cpp's towers were not compared with that of {kind}")
+        raise InputError(REFUSED.get(kind, f"no tower of llama.cpp was compared with that of {kind}"))
     sources, vision = _tower_sources(base)
     shapes = {name: source.shape for name, source in sources.items()}
     asked, problems = ImageProcessor(base.folder, base.config).identity, []
@@ -137,10 +141,10 @@ def mmproj_of(base: Base, gguf_type: str) -> Mmproj:
     for name in ("do_rescale", "do_normalize"):
         facts.known(name, asked["processor"].get(name, True), (True,))
     used = {one.name for one in tensors.values()}
-    missing, unplaced = sorted(used - shapes.keys()), sorted(name for name in shapes.keys() - used if not family.unused(name))
-    problems += [f"{', '.join(names[:3])} {what}" for names, what in ((missing, "missing"), (unplaced, "not in llama.cpp's")) if names]
+    problems += [f"{name} missing" for name in sorted(used - shapes.keys())[:3]]
+    problems += [f"{name} has no tensor" for name in sorted(shapes.keys() - used)[:3]]
     if problems:
-        raise InputError(f"llama.cpp's tower of {kind} does not support this: {'; '.join(problems)}")
+        raise InputError(f"llama.cpp's tower for {kind} does not support this: {'; '.join(problems)}")
     float_kind, file_type = TYPES[gguf_type if gguf_type in ("f32", "bf16") else "f16"]
     planned = [_planned(name, one, sources[one.name], float_kind) for name, one in tensors.items()]
     if LINE_TOKEN in base.hf_tokenizer.get_vocab() and settings["projector_type"] == "pixtral":

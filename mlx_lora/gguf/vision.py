@@ -4,7 +4,6 @@ llama.cpp reads a picture with a second file beside the language model's. Each r
 
     idefics3           SmolVLM, Idefics 3
     gemma3             Gemma 3
-    mlp                LLaVA 1.5
     pixtral            Pixtral, Mistral 3
     qwen2vl_merger     Qwen2-VL
     qwen2.5vl_merger   Qwen2.5-VL
@@ -91,7 +90,6 @@ class ProjectorFamily:
         patches: mlx-vlm's name of the kernel that makes patches of a picture.
         blocks: the prefix of its blocks' names.
         width: mlx-vlm's name of a parameter whose first axis is the width between a block's two feed-forward layers.
-        left_out: what names of parameters begin with that nothing reads.
     """
 
     tensors: Callable[[TowerFacts], Tensors]
@@ -99,11 +97,6 @@ class ProjectorFamily:
     patches: str
     blocks: str
     width: str
-    left_out: tuple[str, ...] = ()
-
-    def unused(self, name: str) -> bool:
-        """Return whether a parameter changes nothing of what the language model gets."""
-        return name.startswith(self.left_out)
 
 
 def pairs(names: Mapping[str, str], suffixes: tuple[str, ...] = ("weight", "bias")) -> Tensors:
@@ -131,7 +124,7 @@ def _rotated(heads: int) -> Callable[[np.ndarray], np.ndarray]:
     return lambda values: values[rope_order(heads).to_file(len(values))]
 
 
-# SigLIP and CLIP: SmolVLM, Gemma 3, LLaVA
+# SigLIP: SmolVLM, Gemma 3
 
 SIGLIP = {
     "ln1": "layer_norm1", "ln2": "layer_norm2", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
@@ -154,22 +147,16 @@ def _siglip(facts: TowerFacts, tower: str) -> Tensors:
     return found | pairs(names)
 
 
-def _siglip_settings(facts: TowerFacts, epsilon: float, positions: str, beside: int = 0) -> Keys:
-    """Return what SigLIP and CLIP share.
-
-    Args:
-        facts: of the model.
-        epsilon: of the norms, if the config has none.
-        positions: mlx-vlm's name of the embedding of places.
-        beside: places in it that are of no patch.
-    """
-    patch = facts.vision["patch_size"]
-    side = math.isqrt(facts.shapes[positions][0] - beside) * patch
+def _siglip_settings(facts: TowerFacts, tower: str) -> Keys:
+    """Return what SigLIP's towers share."""
+    facts.known("vision_config.hidden_act", facts.vision.get("hidden_act", TANH[0]), TANH)
+    patch, positions = facts.vision["patch_size"], facts.shapes[f"{tower}embeddings.position_embedding.weight"]
     return {
-        "vision.image_size": side,
+        "use_gelu": True,
+        "vision.image_size": math.isqrt(positions[0]) * patch,
         "vision.patch_size": patch,
         "vision.attention.head_count": facts.vision["num_attention_heads"],
-        "vision.attention.layer_norm_epsilon": float(facts.vision.get("layer_norm_eps") or epsilon),
+        "vision.attention.layer_norm_epsilon": float(facts.vision.get("layer_norm_eps") or 1e-6),
     }
 
 
@@ -180,17 +167,13 @@ def _idefics3(facts: TowerFacts) -> Tensors:
 
 
 def _idefics3_settings(facts: TowerFacts) -> Keys:
-    facts.known("vision_config.hidden_act", facts.vision.get("hidden_act", TANH[0]), TANH)
-    shared = _siglip_settings(facts, 1e-6, f"{SMOLVLM}embeddings.position_embedding.weight")
+    shared = _siglip_settings(facts, SMOLVLM)
+    facts.known("do_image_splitting", facts.processor.get("do_image_splitting", True), (True,))
     size = facts.processor.get("size") or {}
-    splits = facts.processor.get("do_image_splitting", True)
     return shared | {
-        "use_gelu": True,
         "projector_type": "idefics3",
         "vision.projector.scale_factor": facts.config.get("scale_factor", 2),
-        "vision.preproc_image_size": size.get("longest_edge", shared["vision.image_size"])
-        if splits
-        else shared["vision.image_size"],
+        "vision.preproc_image_size": size.get("longest_edge", shared["vision.image_size"]),
     }
 
 
@@ -204,34 +187,11 @@ def _gemma3(facts: TowerFacts) -> Tensors:
 
 
 def _gemma3_settings(facts: TowerFacts) -> Keys:
-    facts.known("vision_config.hidden_act", facts.vision.get("hidden_act", TANH[0]), TANH)
-    shared = _siglip_settings(facts, 1e-6, f"{GEMMA}embeddings.position_embedding.weight")
+    shared = _siglip_settings(facts, GEMMA)
     across = shared["vision.image_size"] // shared["vision.patch_size"]
     pooled = math.isqrt(facts.config.get("mm_tokens_per_image", 256))
-    return shared | {
-        "use_gelu": True,
-        "projector_type": "gemma3",
-        "vision.projector.scale_factor": across // pooled,
-    }
-
-
-def _llava(facts: TowerFacts) -> Tensors:
-    found = _siglip(facts, GEMMA) | pairs({"v.pre_ln": f"{GEMMA}pre_layrnorm"})
-    projector = {"mm.0": "multi_modal_projector.linear_1", "mm.2": "multi_modal_projector.linear_2"}
-    return found | {"v.class_embd": VisionTensor(f"{GEMMA}embeddings.class_embedding")} | pairs(projector)
-
-
-def _llava_settings(facts: TowerFacts) -> Keys:
-    facts.known("vision_config.hidden_act", facts.vision.get("hidden_act", "quick_gelu"), ("quick_gelu",))
-    strategy = facts.config.get("vision_feature_select_strategy", "default")
-    facts.known("vision_feature_select_strategy", strategy, ("default",))
-    facts.known("vision_feature_layer", facts.config.get("vision_feature_layer", -2), (-2,))
-    positions = f"{GEMMA}embeddings.position_embedding.weight"
-    return _siglip_settings(facts, 1e-5, positions, beside=1) | {
-        "projector_type": "mlp",
-        "has_llava_projector": True,
-        "use_gelu": False,
-    }
+    facts.known("do_pan_and_scan", bool(facts.processor.get("do_pan_and_scan")), (False,))
+    return shared | {"projector_type": "gemma3", "vision.projector.scale_factor": across // pooled}
 
 
 # Pixtral and Mistral 3
@@ -383,9 +343,9 @@ def _qwen3_settings(facts: TowerFacts) -> Keys:
     }
 
 
-def _siglip_row(tensors: Any, settings: Any, tower: str, *left_out: str) -> ProjectorFamily:
+def _siglip_row(tensors: Any, settings: Any, tower: str) -> ProjectorFamily:
     blocks, patches = f"{tower}encoder.layers.", f"{tower}embeddings.patch_embedding.weight"
-    return ProjectorFamily(tensors, settings, patches, blocks, "mlp.fc1.weight", left_out)
+    return ProjectorFamily(tensors, settings, patches, blocks, "mlp.fc1.weight")
 
 
 def _qwen_row(tensors: Any, settings: Any, width: str) -> ProjectorFamily:
@@ -401,13 +361,19 @@ PROJECTORS: dict[str, ProjectorFamily] = {
     "smolvlm": IDEFICS3_ROW,
     "idefics3": IDEFICS3_ROW,
     "gemma3": _siglip_row(_gemma3, _gemma3_settings, GEMMA),
-    "llava": _siglip_row(_llava, _llava_settings, GEMMA, f"{GEMMA}post_layernorm."),  # of the last block's states
     "pixtral": PIXTRAL_ROW,
     "mistral3": PIXTRAL_ROW,
     "qwen2_vl": _qwen_row(_qwen2, _qwen2_settings, "mlp.fc1.weight"),
     "qwen2_5_vl": _qwen_row(_qwen25, _qwen25_settings, "mlp.up_proj.weight"),
     "qwen3_vl": QWEN3_ROW,
     "qwen3_5": QWEN3_ROW,
+}
+
+
+# Why llama.cpp gets no tower of a family that it has, or might be thought to have.
+REFUSED = {
+    "llava": "llama.cpp 2026.10 reads LLaVA's patches one place too far, so that its answers are another model's",
+    "paligemma": "llama.cpp has none for PaliGemma",
 }
 
 
