@@ -47,7 +47,13 @@ NEW_TOKENS = 4
 def write_model(family: str, folder: Path) -> Path:
     """Write a tiny vision-language model whose tokenizer has a merge: without any it is none that GGUF knows."""
     with patch.object(tiny_vision, "byte_tokenizer", partial(byte_tokenizer, merges=MERGES)):
-        return tiny_vision.write_model_here(family, folder, changes=CHANGES.get(family))
+        tiny_vision.write_model_here(family, folder, changes=CHANGES.get(family))
+    if family == "qwen2_5_vl":  # a picture of several windows
+        file = folder / "preprocessor_config.json"
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content["size"]["longest_edge"] = 280**2
+        file.write_text(json.dumps(content), encoding="utf-8")
+    return folder
 
 
 def load(folder: Path) -> Base:

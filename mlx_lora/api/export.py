@@ -391,19 +391,21 @@ def _write_gguf(job: Export) -> None:
     if out.resolve() == Path(job.base.model_id).expanduser().resolve():
         raise InputError(f"--out {out}: is the base; give another file")
     tower = _mmproj(job)
-    if tower:
+    if isinstance(tower, Mmproj):
         _check_gguf_file(mmproj_path(out), job.settings.force)
-    elif has_tower(job.base.config) and mmproj_path(out).exists():
+    elif tower and mmproj_path(out).exists():
         raise InputError(f"--out {out}: {mmproj_path(out)} is beside it and of another export; remove it")
     template = job.info and job.info.chat_template
     write_gguf_model(out, job.base, gguf_type=job.gguf_type, name=out.stem, chat_template=template)
-    if tower:
+    if isinstance(tower, Mmproj):
         size = tower.write(mmproj_path(out), out.stem)
         log.info(f"{mmproj_path(out)}: the vision tower and the connector, {size / 1e6:,.1f} MB")
+    elif tower:
+        log.info(f"Note: without a file for the vision tower, so the GGUF model sees no pictures: {tower}")
 
 
-def _mmproj(job: Export) -> Mmproj | None:
-    """Return the tower of a vision-language model; None, with the reason in the log, if llama.cpp gets none.
+def _mmproj(job: Export) -> Mmproj | str | None:
+    """Return the tower of a vision-language model, or why llama.cpp gets none; None for a model of text.
 
     Raises:
         InputError: it gets none, and the adapter changed it.
@@ -415,8 +417,7 @@ def _mmproj(job: Export) -> Mmproj | None:
     except InputError as error:
         if job.adapter and trains_tower(job.adapter):
             raise InputError(f"--to gguf: the adapter changes the vision tower, and {error}; fuse it instead") from error
-        log.info(f"Note: without a file for the vision tower, so the GGUF model sees no pictures: {error}")
-        return None
+        return str(error)
 
 
 def _gguf_files(job: Export) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -90,10 +91,10 @@ def test_an_adapter_of_the_tower_is_folded_in(family, folders, tmp_path):
     plain = read_gguf(tmp_path / "plain.gguf").tensors
     base = load(folders(family))
     load_adapter(base, adapter)
-    layer = {"smolvlm": base.model.vision_model, "gemma3": base.model.vision_tower.vision_model}[family].encoder.layers[1]
+    tower = base.model.vision_model if family == "smolvlm" else base.model.vision_tower.vision_model
     name = "v.blk.1.attn_q.weight"
     update = found[name].dequantize() - plain[name].dequantize()
-    np.testing.assert_allclose(update, np.array(layer.self_attn.q_proj.delta()), atol=1e-5)
+    np.testing.assert_allclose(update, np.array(tower.encoder.layers[1].self_attn.q_proj.delta()), atol=1e-5)
     assert np.abs(update).max() > 0.01
     connector = {"smolvlm": "mm.model.fc.weight", "gemma3": "mm.input_projection.weight"}[family]
     assert np.abs(found[connector].dequantize() - plain[connector].dequantize()).max() > 0.01
@@ -159,7 +160,7 @@ UNSUPPORTED = [
 @pytest.mark.parametrize(("family", "part", "changes", "words"), UNSUPPORTED, ids=[row[3] for row in UNSUPPORTED])
 def test_what_llamacpps_tower_lacks_is_refused(family, part, changes, words, folders):
     base = load(folders(family))
-    base.config = {**base.config, part: {**base.config[part], **changes}}
+    base = replace(base, config={**base.config, part: {**base.config[part], **changes}})
     with pytest.raises(InputError, match=words):
         mmproj_of(base, "f16")
 
