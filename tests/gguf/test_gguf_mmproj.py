@@ -142,8 +142,9 @@ def test_paligemma_is_refused(folders, tmp_path):
 
 
 def test_without_mlx_vlm_the_language_model_is_written_and_the_missing_package_named(folders, tmp_path, monkeypatch):
+    folder = folders("smolvlm")
     monkeypatch.setitem(sys.modules, "mlx_vlm.utils", None)
-    ran = export(folders("smolvlm"), tmp_path / "m.gguf")
+    ran = export(folder, tmp_path / "m.gguf")
     assert ran.code == 0, ran.err
     assert "mlx-lora[vision]" in ran.err
     assert not (tmp_path / "mmproj-m.gguf").exists()
