@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import urllib.error
 import urllib.request
@@ -38,7 +37,9 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_interleaved": Tru
 CHANGES: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"vision_config": {"window_size": 112}},
     "qwen3_vl": {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}}},
-    "qwen3_5": {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2], "partial_rotary_factor": 0.25}}},
+    "qwen3_5": {
+        "text_config": {"rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2], "partial_rotary_factor": 0.25}}
+    },
 }
 BEFORE, AFTER = "ab what", " is it?"
 NEW_TOKENS = 4
@@ -70,9 +71,7 @@ def adapt(model: Path, folder: Path, tower: bool, strength: float = 0.05) -> Pat
         asked = AdapterSettings(train_vision="lora", train_connector="full")
         layers, modules = tower_targets(open_tower(base).model, asked)
     inject(base.model, [*chosen.paths, *layers], 4, 1.5, seed=3)
-    full = tuple(
-        name for name, _ in tree_flatten(base.model.parameters()) if name.rpartition(".")[0] in modules
-    )
+    full = tuple(name for name, _ in tree_flatten(base.model.parameters()) if name.rpartition(".")[0] in modules)
     mx.random.seed(5)
     changed = {name for name in adapter_parameters(base.model) if name.endswith("lora_b")} | set(full)
     moved = [

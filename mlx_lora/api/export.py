@@ -416,7 +416,9 @@ def _mmproj(job: Export) -> Mmproj | str | None:
         return mmproj_of(job.base, job.gguf_type)
     except InputError as error:
         if job.adapter and trains_tower(job.adapter):
-            raise InputError(f"--to gguf: the adapter changes the vision tower, and {error}; fuse it instead") from error
+            raise InputError(
+                f"--to gguf: the adapter changes the vision tower, and {error}; fuse it instead"
+            ) from error
         return str(error)
 
 
@@ -447,7 +449,9 @@ def _write_ollama(job: Export) -> None:
     for note in write_ollama(asked.out, job.base, job.info, **options):
         log.info(f"  {note}")
     if has_tower(job.base.config):
-        log.info("  without the vision tower, so the model in Ollama sees no pictures; --to gguf writes it for llama.cpp")
+        log.info(
+            "  without the vision tower, so the model in Ollama sees no pictures; --to gguf writes it for llama.cpp"
+        )
 
 
 def _use_ollama(job: Export) -> list[str]:
@@ -509,9 +513,7 @@ FORMATS = {
     "gguf-adapter": ExportFormat(
         "llama.cpp (--lora, on the base as GGUF)", _write_gguf_adapter, _use_gguf_adapter, holds_base=False
     ),
-    "gguf": ExportFormat(
-        "llama.cpp and LM Studio", _write_gguf, _use_gguf, merged_gguf=True, files=_gguf_files
-    ),
+    "gguf": ExportFormat("llama.cpp and LM Studio", _write_gguf, _use_gguf, merged_gguf=True, files=_gguf_files),
     "ollama": ExportFormat(
         "Ollama (ollama create NAME -f {out}/Modelfile, then ollama run NAME)",
         _write_ollama,

@@ -49,6 +49,11 @@ def gguf_architecture(file: GGUFFile) -> GgufFamily:
         InputError: the table has no such architecture, or the file is one part of a split model.
     """
     name = file.metadata.get("general.architecture")
+    if name == "clip":
+        raise InputError(
+            f"{file.path}: a vision tower (mmproj) without a language model; give the language model's GGUF file, or for "
+            "training on pictures, the model's Hugging Face weights"
+        )
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         shown = f"{str(name)[:40]!r}"
@@ -179,9 +184,7 @@ def gguf_weights(model: nn.Module) -> tuple[str, dict[str, TensorMapping]]:
     """
     prefix, text = text_model(model)
     kinds = dict.fromkeys((model.args.model_type, text.args.model_type))  # SmolVLM's text part is a llama
-    found = [
-        name for kind in kinds for name, family in WRITTEN.items() if kind in (family.model_type, *family.also)
-    ]
+    found = [name for kind in kinds for name, family in WRITTEN.items() if kind in (family.model_type, *family.also)]
     if not found:
         known = ", ".join(family.model_type for family in WRITTEN.values())
         raise InputError(

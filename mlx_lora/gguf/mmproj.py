@@ -32,7 +32,6 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable, replacing_file
 
 
-
 def mmproj_path(model: Path) -> Path:
     """Return where the tower of a GGUF file is written: beside it, by the name by which llama.cpp and LM Studio find it."""
     return model.with_name(f"mmproj-{model.name}")
@@ -67,7 +66,9 @@ class PlannedVisionTensor:
         values = np.ascontiguousarray(self.values(), np.float32)
         largest = np.abs(values).max()
         if not np.isfinite(largest):
-            raise InputError(f"--to gguf: {self.name} has values that are not finite; the adapter or the base is broken")
+            raise InputError(
+                f"--to gguf: {self.name} has values that are not finite; the adapter or the base is broken"
+            )
         if self.kind is Kind.F16 and largest > np.finfo(np.float16).max:
             raise InputError(f"--gguf-type: {self.name} has {largest:g}, too large for F16; use bf16 or f32")
         return np.ascontiguousarray(gguf.quants.quantize(values, self.kind))

@@ -266,7 +266,9 @@ def _qwen(
         for part in ("weight", "bias"):
             joined = f"{ours}attn.qkv.{part}"
             if split:
-                found |= {f"{theirs}attn_{kind}.{part}": VisionTensor(joined, _third(n)) for n, kind in enumerate("qkv")}
+                found |= {
+                    f"{theirs}attn_{kind}.{part}": VisionTensor(joined, _third(n)) for n, kind in enumerate("qkv")
+                }
             else:
                 found[f"{theirs}attn_qkv.{part}"] = VisionTensor(joined)
     return found | pairs({theirs: f"{QWEN}merger.{ours}" for theirs, ours in merger.items()})
@@ -276,7 +278,10 @@ def _qwen_settings(facts: TowerFacts, heads: int) -> Keys:
     patch, merge = facts.vision["patch_size"], facts.vision["spatial_merge_size"]
     facts.known("vision_config.temporal_patch_size", facts.vision.get("temporal_patch_size", 2), (2,))
     size = facts.processor.get("size") or {}
-    limits = {f"vision.image_{kind}_pixels": size.get(edge) for kind, edge in (("min", "shortest_edge"), ("max", "longest_edge"))}
+    limits = {
+        f"vision.image_{kind}_pixels": size.get(edge)
+        for kind, edge in (("min", "shortest_edge"), ("max", "longest_edge"))
+    }
     return {
         "vision.image_size": 560,  # llama.cpp only measures memory with it; pictures keep their size
         "vision.patch_size": patch,
@@ -353,7 +358,11 @@ def _qwen_row(tensors: Any, settings: Any, width: str) -> ProjectorFamily:
 
 
 PIXTRAL_ROW = ProjectorFamily(
-    _pixtral, _pixtral_settings, f"{GEMMA}patch_conv.weight", f"{GEMMA}transformer.layers.", "feed_forward.up_proj.weight"
+    _pixtral,
+    _pixtral_settings,
+    f"{GEMMA}patch_conv.weight",
+    f"{GEMMA}transformer.layers.",
+    "feed_forward.up_proj.weight",
 )
 IDEFICS3_ROW = _siglip_row(_idefics3, _idefics3_settings, SMOLVLM)
 QWEN3_ROW = _qwen_row(_qwen3, _qwen3_settings, "mlp.linear_fc1.weight")

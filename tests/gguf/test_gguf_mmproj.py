@@ -48,7 +48,9 @@ def test_every_parameter_of_the_tower_is_in_the_file(family, folders, tmp_path):
     file = read_gguf(tmp_path / "mmproj.gguf")
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, 200).mapping.values()
     names = {name for _, name in known}
-    assert not [name for name in file.tensors if name.removesuffix(".1").rpartition(".")[0] not in names | {"v.token_embd"}]
+    assert not [
+        name for name in file.tensors if name.removesuffix(".1").rpartition(".")[0] not in names | {"v.token_embd"}
+    ]
     written = sum(int(np.prod(tensor.shape)) for tensor in file.tensors.values())
     model, _ = stored_tower(folders(family))
     whole = sum(array.size for _, array in tree_flatten(model.parameters()))
@@ -176,7 +178,9 @@ def test_what_the_image_processor_must_do_is_checked(tmp_path):
 
 @pytest.mark.parametrize(("family", "architecture"), [("qwen2_vl", "qwen2vl"), ("qwen2_5_vl", "qwen2vl"), ("qwen3_vl", "qwen3vl"),
                          ("gemma3", "gemma3"), ("mistral3", "llama"), ("smolvlm", "llama"), ("qwen3_5", "qwen35")])  # fmt: skip
-def test_the_language_model_has_the_architecture_that_llamacpp_puts_pictures_into(family, architecture, folders, tmp_path):
+def test_the_language_model_has_the_architecture_that_llamacpp_puts_pictures_into(
+    family, architecture, folders, tmp_path
+):
     ran = export(folders(family), tmp_path / "m.gguf")
     assert ran.code == 0, ran.err
     metadata = read_gguf(tmp_path / "m.gguf").metadata
@@ -184,3 +188,24 @@ def test_the_language_model_has_the_architecture_that_llamacpp_puts_pictures_int
     if architecture.startswith("qwen"):
         assert metadata[f"{architecture}.rope.dimension_sections"].sum() == 8
     assert metadata.get("qwen3vl.n_deepstack_layers") == (2 if architecture == "qwen3vl" else None)
+
+
+# As --model
+
+
+def test_a_gguf_model_beside_its_tower_says_that_it_sees_no_pictures(folders, tmp_path, caplog):
+    assert export(folders("gemma3"), tmp_path / "m.gguf").code == 0
+    with caplog.at_level("INFO"):
+        base = load(tmp_path / "m.gguf")
+    assert "mmproj-m.gguf" in caplog.text
+    assert "vision_config" not in base.config
+    caplog.clear()
+    (tmp_path / "mmproj-m.gguf").rename(tmp_path / "tower.bin")
+    with caplog.at_level("INFO"):
+        load(tmp_path / "m.gguf")
+    assert "mmproj" not in caplog.text
+
+
+def test_a_tower_as_the_model_is_refused(folders, tmp_path):
+    mmproj_of(load(folders("smolvlm")), "f16").write(tmp_path / "mmproj-m.gguf", "tiny")
+    one_line(run("plan", "--model", tmp_path / "mmproj-m.gguf"), "vision tower", "language model")

@@ -111,7 +111,9 @@ def test_bounds_and_scales_of_gemma_4s_tower_are_never_trained(family, tmp_path)
 def test_an_adapter_with_a_whole_connector_is_read_again(family, tmp_path):
     """PaliGemma's connector, and each layer of Gemma 4's, is called `linear`, as the base inside an adapted layer is."""
     folder = adapt(write_model_here(family, tmp_path / "model"), tmp_path / "adapter", tower=True)
-    stored = {name: value for name, value in mx.load(str(folder / "adapters.safetensors")).items() if of_connector(name)}
+    stored = {
+        name: value for name, value in mx.load(str(folder / "adapters.safetensors")).items() if of_connector(name)
+    }
     base = load(tmp_path / "model")
     info = load_adapter(base, folder)
     found = dict(tree_flatten(base.model.parameters()))
