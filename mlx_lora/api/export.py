@@ -413,7 +413,7 @@ def _mmproj(job: Export) -> Mmproj | str | None:
     if not has_tower(job.base.config):
         return None
     try:
-        return mmproj_of(job.base, job.gguf_type)
+        return mmproj_of(job.base, job.gguf_type, job.info.full if job.info else ())
     except InputError as error:
         if job.adapter and trains_tower(job.adapter):
             raise InputError(

@@ -20,6 +20,8 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter, LlamaFileType
 
+from mlx_lora.adapters.base import AdapterLayer
+from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.data.image_tokens import ImageProcessor
 from mlx_lora.gguf.arch import text_model
 from mlx_lora.gguf.vision import LINE_END, LINE_TOKEN, REFUSED, ProjectorFamily, TowerFacts, VisionTensor, projector_of
@@ -120,12 +122,13 @@ class Mmproj:
         return file.stat().st_size
 
 
-def mmproj_of(base: Base, gguf_type: str) -> Mmproj:
+def mmproj_of(base: Base, gguf_type: str, full: tuple[str, ...] = ()) -> Mmproj:
     """Return what the mmproj file of a vision-language model holds, with the changes of an adapter on its tower folded in.
 
     Args:
         base: adapted or not; not changed.
         gguf_type: as for the language model.
+        full: names of parameters that the adapter trained in full.
 
     Raises:
         InputError: llama.cpp does not have such a tower, or mlx-vlm, which loads it, is missing.
@@ -134,7 +137,7 @@ def mmproj_of(base: Base, gguf_type: str) -> Mmproj:
     family = projector_of(base.config)
     if family is None:
         raise InputError(REFUSED.get(kind, f"no tower of llama.cpp was compared with that of {kind}"))
-    sources, vision = _tower_sources(base)
+    sources, vision = _tower_sources(base, full)
     shapes = {name: source.shape for name, source in sources.items()}
     asked, problems = ImageProcessor(base.folder, base.config).identity, []
     facts = TowerFacts(base.config, vision, shapes, asked["processor"], problems)
@@ -153,17 +156,26 @@ def mmproj_of(base: Base, gguf_type: str) -> Mmproj:
     return Mmproj(_metadata(base, family, facts, settings, file_type), planned)
 
 
-def _tower_sources(base: Base) -> tuple[dict[str, TensorSource], dict[str, Any]]:
-    """Return the parameters of a base's tower and connector by mlx-vlm's names, and its vision_config with defaults."""
-    attached = vars(base.model).get(ATTACHED)
-    if attached is None:
-        model, _ = stored_tower(base.folder)
-        sources = dict(merged_parameters(model))
-    else:
-        model = attached.model
-        sources = {name: source for name, source in merged_parameters(base.model) if of_tower(name)}
+def _tower_sources(base: Base, full: tuple[str, ...]) -> tuple[dict[str, TensorSource], dict[str, Any]]:
+    """Return the parameters of a base's tower and connector by mlx-vlm's names, and its vision_config with defaults.
+
+    What an adapter changed is added to the weights as they are stored, which may be finer than those that a run computes with.
+    """
+    model, _ = stored_tower(base.folder)
+    sources = dict(merged_parameters(model))
+    if ATTACHED in vars(base.model):
+        # An adapted layer's bias has the layer's name once more.
+        trained = {*full, *(name.replace(".linear.bias", ".bias") for name in full)}
+        sources |= {n: one for n, one in merged_parameters(base.model) if of_tower(n) and n in trained}
+        for path, layer in adapter_layers(base.model).items():
+            if of_tower(path):
+                sources[f"{path}.weight"] = _with_update(sources[f"{path}.weight"], layer)
     given = {name: value for name, value in base.config["vision_config"].items() if value is not None}
     return sources, {**vars(model.config.vision_config), **given}
+
+
+def _with_update(source: TensorSource, layer: AdapterLayer) -> TensorSource:
+    return TensorSource(source.shape, lambda: source.values() + layer.delta())
 
 
 def _planned(name: str, tensor: VisionTensor, source: TensorSource, kind: Kind) -> PlannedVisionTensor:
