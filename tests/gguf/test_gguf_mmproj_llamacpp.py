@@ -84,3 +84,23 @@ def test_llamacpp_sees_what_we_see(family, tower, judge, tmp_path, capsys):  # n
         assert (np.argmax(found[:, :N_PRINTABLE], axis=1) == new).all()
         assert apart(ours(base, other, new)[1], steps) > 10 * BAR
         assert apart(ours(bare, one, new)[1], steps) > 10 * BAR
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "qwen3_vl"])
+def test_an_adapter_file_beside_model_and_tower_sees_the_same(family, judge, tmp_path):  # noqa: F811
+    """And the tower is of 16 bits here, as it is unless asked otherwise."""
+    model = write_model(family, tmp_path / "m")
+    adapter = adapt(model, tmp_path / "a", tower=False)
+    for out, *more in (("m.gguf", "--to", "gguf"), ("a.gguf", "--to", "gguf-adapter", "--adapter-path", adapter)):
+        assert run("export", "--model", model, "--out", tmp_path / out, *more).code == 0
+    files = tmp_path / "m.gguf", tmp_path / "a.gguf"
+    server = judge.start_llamacpp(*files, flash_attention=False, mmproj=tmp_path / "mmproj-m.gguf")
+    base, bare = load(model), load(model)
+    load_adapter(base, adapter)
+    one = picture(tmp_path, *CASES[family][0], 1, family in SMOOTH)
+    tokens, new, steps = theirs(server, one)
+    counted, found = ours(base, one, new)
+    assert counted == tokens
+    worst = apart(found, steps)
+    assert worst < 0.1
+    assert apart(ours(bare, one, new)[1], steps) > 4 * worst
