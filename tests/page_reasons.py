@@ -30,6 +30,7 @@ NOT_RUN = {
     r"mlx-lora export .*--push-to-hub": "needs an account on the hub; test_hub.py uploads to a stand-in",
     r"ollama ": "needs Ollama; test_ollama.py reads its Modelfile",
     r"llama-cli ": "needs llama.cpp; test_gguf_adapter.py judges with its library",
+    r"llama-mtmd-cli ": "needs llama.cpp; test_gguf_mmproj_llamacpp.py judges with its library",
     r"hf upload": "needs an account on the hub",
     r"(ssh|ssh-keygen|ssh-copy-id|rsync|git clone|cd|ibv_devices)( |$)": "sets up two Macs",
     r"mlx-lora (cluster|plan .*--hostfile) ?": "needs two Macs; test_cluster.py and test_macs_plan.py run it in two processes",

@@ -23,12 +23,14 @@ from mlx_lora.exporters.mlx_vlm import write_mlx_vlm
 from mlx_lora.exporters.ollama import write_ollama
 from mlx_lora.exporters.peft import write_peft
 from mlx_lora.exporters.sentence_transformers import BODIES, EmbeddingForm, peft_of_body, with_names_of_body, write_form
+from mlx_lora.gguf.mmproj import Mmproj, mmproj_of, mmproj_path
 from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES, STORED, write_gguf_adapter, write_gguf_model
 from mlx_lora.models.convert import copy_side_files
 from mlx_lora.models.encoder import ENCODERS
 from mlx_lora.models.folder import write_json
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
+from mlx_lora.models.vision import has_tower
 from mlx_lora.objectives.text_vectors import form_of_run
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable
@@ -144,7 +146,7 @@ def write_export(
     if adapter and trains_tower(adapter) and settings.to not in WITH_TOWER:
         raise InputError(
             f"--to {settings.to}: the adapter changes the vision tower, which that form does not have; use --to "
-            f"{' or '.join(WITH_TOWER)}, or fuse it"
+            f"{', '.join(WITH_TOWER[:-1])} or {WITH_TOWER[-1]}, or fuse it"
         )
     if form.merged_gguf and not keep_dtype:
         take_stored_dtypes(base, info.full if info else (), casts_full=False)
@@ -157,12 +159,13 @@ def write_export(
     if uses := form.uses(job):
         log.info("What to do next:\n" + "\n".join(f"    {line}" for line in uses))
     if repo:
-        log.info(f"{repo}: uploaded, {push(out, repo, settings.private)}")
+        for path in form.files(job):
+            log.info(f"{repo}: uploaded, {push(path, repo, settings.private)}")
     return job
 
 
-# Forms that have a place for factors on a vision tower.
-WITH_TOWER = ("peft", "mlx-vlm")
+# Forms that have a place for a changed vision tower.
+WITH_TOWER = ("gguf", "peft", "mlx-vlm")
 
 # Checks before the work
 
@@ -382,17 +385,58 @@ def _use_gguf_adapter(job: Export) -> list[str]:
 
 
 def _write_gguf(job: Export) -> None:
-    """Write the merged model as one GGUF file."""
+    """Write the merged model as one GGUF file, and the tower of a vision-language model as another."""
     out = job.settings.out
     _check_gguf_file(out, job.settings.force)
     if out.resolve() == Path(job.base.model_id).expanduser().resolve():
         raise InputError(f"--out {out}: is the base; give another file")
+    tower = _mmproj(job)
+    if isinstance(tower, Mmproj):
+        _check_gguf_file(mmproj_path(out), job.settings.force)
+    elif tower and mmproj_path(out).exists():
+        raise InputError(f"--out {out}: {mmproj_path(out)} is beside it and of another export; remove it")
     template = job.info and job.info.chat_template
     write_gguf_model(out, job.base, gguf_type=job.gguf_type, name=out.stem, chat_template=template)
+    if isinstance(tower, Mmproj):
+        size = tower.write(mmproj_path(out), out.stem)
+        log.info(f"{mmproj_path(out)}: the vision tower and the connector, {size / 1e6:,.1f} MB")
+    elif tower:
+        log.info(f"Note: without a file for the vision tower, so the GGUF model sees no pictures: {tower}")
+
+
+def _mmproj(job: Export) -> Mmproj | str | None:
+    """Return the tower of a vision-language model, or why llama.cpp gets none; None for a model of text.
+
+    Raises:
+        InputError: it gets none, and the adapter changed it.
+    """
+    if not has_tower(job.base.config):
+        return None
+    try:
+        return mmproj_of(job.base, job.gguf_type, job.info.full if job.info else ())
+    except InputError as error:
+        if job.adapter and trains_tower(job.adapter):
+            raise InputError(
+                f"--to gguf: the adapter changes the vision tower, and {error}; fuse it instead"
+            ) from error
+        return str(error)
+
+
+def _gguf_files(job: Export) -> list[Path]:
+    """Return the model, and its tower if one was written."""
+    out = job.settings.out
+    tower = mmproj_path(out)
+    return [out, tower] if has_tower(job.base.config) and tower.is_file() else [out]
 
 
 def _use_gguf(job: Export) -> list[str]:
-    lines = [f"llama-cli -m {job.path}", f"lms import {job.path}  # LM Studio; or put it into {LMSTUDIO}"]
+    _, *towers = _gguf_files(job)
+    if towers:
+        tower = towers[0]
+        run = f"llama-mtmd-cli -m {job.path} --mmproj {shlex.quote(str(tower))} --image FILE -p 'What is it?'"
+        lines = [run, f"mkdir -p {LMSTUDIO} && cp {job.path} {shlex.quote(str(tower))} {LMSTUDIO}  # LM Studio"]
+    else:
+        lines = [f"llama-cli -m {job.path}", f"lms import {job.path}  # LM Studio; or put it into {LMSTUDIO}"]
     if job.gguf_type in FLOATS:
         small = shlex.quote(str(job.settings.out.with_name(f"{job.settings.out.stem}-Q4_K_M.gguf")))
         lines.append(f"llama-quantize {job.path} {small} Q4_K_M  # a smaller file")
@@ -404,6 +448,10 @@ def _write_ollama(job: Export) -> None:
     options = {"gguf_type": job.gguf_type, "ollama_base": asked.ollama_base, "force": asked.force}
     for note in write_ollama(asked.out, job.base, job.info, **options):
         log.info(f"  {note}")
+    if has_tower(job.base.config):
+        log.info(
+            "  without the vision tower, so the model in Ollama sees no pictures; --to gguf writes it for llama.cpp"
+        )
 
 
 def _use_ollama(job: Export) -> list[str]:
@@ -428,6 +476,7 @@ class ExportFormat:
         merged_gguf: whether it needs no adapter, and has a --gguf-type.
         for_scores: whether a reward model has this format.
         card_library: the library that its model card names; None: it has no card.
+        files: returns what was written, to upload it.
     """
 
     reader: str
@@ -437,6 +486,7 @@ class ExportFormat:
     merged_gguf: bool = False
     for_scores: bool = False
     card_library: Literal["mlx", "peft"] | None = None
+    files: Callable[[Export], list[Path]] = lambda job: [job.settings.out]
 
 
 FORMATS = {
@@ -463,7 +513,7 @@ FORMATS = {
     "gguf-adapter": ExportFormat(
         "llama.cpp (--lora, on the base as GGUF)", _write_gguf_adapter, _use_gguf_adapter, holds_base=False
     ),
-    "gguf": ExportFormat("llama.cpp and LM Studio (lms import {out})", _write_gguf, _use_gguf, merged_gguf=True),
+    "gguf": ExportFormat("llama.cpp and LM Studio", _write_gguf, _use_gguf, merged_gguf=True, files=_gguf_files),
     "ollama": ExportFormat(
         "Ollama (ollama create NAME -f {out}/Modelfile, then ollama run NAME)",
         _write_ollama,

@@ -330,9 +330,14 @@ def _stored_rank(header: dict[str, Any], path: str, default: int) -> int:
 def _check_full(model: nn.Module, names: tuple[str, ...], file: Path) -> None:
     """Refuse parameters trained in full that the model does not have, before anything is changed."""
     modules = dict(model.named_modules())
-    # An adapted layer's base has its own name inside the layer.
-    outer = [re.sub(r"\.(linear|embedding)(?=\.[^.]+$)", "", name).rpartition(".") for name in names]
-    lost = [".".join((path, leaf)) for path, _, leaf in outer if not is_parameter(modules.get(path), leaf)]
+
+    def held(name: str) -> bool:
+        path, _, leaf = name.rpartition(".")
+        return is_parameter(modules.get(path), leaf)
+
+    # An adapted layer's base has its own name inside the layer; some layers of towers are called `linear` themselves.
+    outer = {name: re.sub(r"\.(linear|embedding)(?=\.[^.]+$)", "", name) for name in names}
+    lost = [plain for name, plain in outer.items() if not held(name) and not held(plain)]
     if lost:
         raise InputError(f"{file}: the model does not have {', '.join(lost[:5])}; give the base it was trained on")
 

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.gguf.dense import GEMMA3, GPT_OSS, LLAMA, PHI3, QWEN2, QWEN3, QWEN3_MOE
+from mlx_lora.gguf.dense import GEMMA3, GPT_OSS, LLAMA, PHI3, QWEN2, QWEN2_VL, QWEN3, QWEN3_MOE, QWEN3_VL
 from mlx_lora.gguf.hybrid import GEMMA4, LFM2, QWEN35, QWEN35_MOE
 from mlx_lora.gguf.mapping import GgufFamily, Settings, TensorMapping, shared_fields
 from mlx_lora.gguf.reader import GGUFFile
@@ -33,6 +33,8 @@ ARCHITECTURES: dict[str, GgufFamily] = {
     "lfm2": LFM2,
     "phi3": PHI3,
 }
+# Also the text parts of vision-language models that have an architecture of their own in llama.cpp.
+WRITTEN = {**ARCHITECTURES, "qwen2vl": QWEN2_VL, "qwen3vl": QWEN3_VL}
 # Some files join two tensors in one: the rows of the second follow those of the first.
 JOINED = {"ffn_gate_up_exps.weight": ("ffn_gate_exps.weight", "ffn_up_exps.weight")}
 
@@ -47,6 +49,11 @@ def gguf_architecture(file: GGUFFile) -> GgufFamily:
         InputError: the table has no such architecture, or the file is one part of a split model.
     """
     name = file.metadata.get("general.architecture")
+    if name == "clip":
+        raise InputError(
+            f"{file.path}: a vision tower (mmproj) without a language model; give the language model's GGUF file, or for "
+            "training on pictures, the model's Hugging Face weights"
+        )
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         shown = f"{str(name)[:40]!r}"
@@ -175,20 +182,23 @@ def gguf_weights(model: nn.Module) -> tuple[str, dict[str, TensorMapping]]:
     Raises:
         InputError: the architecture is not in the table.
     """
-    kind = model.args.model_type
-    found = [name for name, family in ARCHITECTURES.items() if kind in (family.model_type, *family.also)]
+    prefix, text = text_model(model)
+    kinds = dict.fromkeys((model.args.model_type, text.args.model_type))  # SmolVLM's text part is a llama
+    found = [name for kind in kinds for name, family in WRITTEN.items() if kind in (family.model_type, *family.also)]
     if not found:
-        known = ", ".join(family.model_type for family in ARCHITECTURES.values())
-        raise InputError(f"model_type {kind}: cannot be written as GGUF (supported: {known}); export to another format")
-    prefix, _ = text_model(model)
-    return found[0], _mappings(ARCHITECTURES[found[0]], text_arguments(model), prefix)
+        known = ", ".join(family.model_type for family in WRITTEN.values())
+        raise InputError(
+            f"model_type {' with a text part of type '.join(kinds)}: cannot be written as GGUF (supported: {known}); "
+            "export to another format"
+        )
+    return found[0], _mappings(WRITTEN[found[0]], text_arguments(model), prefix)
 
 
 def gguf_settings(model: nn.Module, architecture: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the settings that llama.cpp needs in addition to a model's weights and tokenizer.
 
     Args:
-        model: an mlx-lm model of an architecture in ARCHITECTURES.
+        model: an mlx-lm model of an architecture in WRITTEN.
         architecture: llama.cpp's name for it.
 
     Returns:
@@ -199,7 +209,7 @@ def gguf_settings(model: nn.Module, architecture: str) -> tuple[dict[str, Any], 
     """
     args = text_arguments(model)
     problems: list[str] = []
-    own, tensors = ARCHITECTURES[architecture].settings(args, problems)
+    own, tensors = WRITTEN[architecture].settings(args, problems)
     if problems:
         raise InputError(
             f"--to gguf: {'; '.join(problems)}: llama.cpp's {architecture} does not support this; use --to peft or hf"

@@ -11,6 +11,7 @@ tensor (E, out, in), in GGUF and in mlx-lm. GPT-OSS' are MXFP4 blocks, a format 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from mlx_lora.gguf.mapping import (
@@ -132,6 +133,27 @@ QWEN3 = GgufFamily(
     _qwen3_fields,
     _qwen_settings,
 )
+
+
+# Qwen-VL's text parts: those of Qwen2 and Qwen3 under names of their own, by which llama.cpp turns a picture's tokens by
+# time, row and column. gguf/vision.py has the sections of the rotation, which mlx-lm's arguments lack.
+
+
+def _qwen_vl_settings(args: Config, problems: list[str]) -> Written:
+    # For text alone, the three positions of a token are equal.
+    return _qwen_settings(args if kind_of(args) != "mrope" else {**args, "rope_scaling": None}, problems)
+
+
+def _qwen_vl(text: GgufFamily, model_class: str, *model_types: str) -> GgufFamily:
+    """Return the row for writing a text part; files of these architectures are not read."""
+    names = (*model_types, *(f"{name}_text" for name in model_types))
+    return dataclasses.replace(
+        text, model_type=names[0], model_class=model_class, settings=_qwen_vl_settings, also=names[1:]
+    )
+
+
+QWEN2_VL = _qwen_vl(QWEN2, "Qwen2VLForConditionalGeneration", "qwen2_vl", "qwen2_5_vl")
+QWEN3_VL = _qwen_vl(QWEN3, "Qwen3VLForConditionalGeneration", "qwen3_vl")
 
 
 # Gemma 3

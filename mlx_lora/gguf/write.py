@@ -37,11 +37,13 @@ from mlx_lora.adapters.qat import FakeQuantized, fused_layer
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.gguf.arch import gguf_settings, gguf_weights, text_model
 from mlx_lora.gguf.mapping import TensorMapping
+from mlx_lora.gguf.vision import picture_settings
 from mlx_lora.gguf.vocabulary import tokenizer_metadata, tokenizer_vocabulary
 from mlx_lora.gguf.weights import MXFP4, affine_blocks, mxfp4_blocks, stored_kind
 from mlx_lora.models.folder import FUSED_KEY, fused_mark, merge_mark
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import PackedWeight, Quantization
+from mlx_lora.models.tower_files import of_tower
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import check_writable, replacing_file
 from mlx_lora.utils.progress import tracked
@@ -155,6 +157,7 @@ def write_gguf_model(
     kind, file_type = TYPES.get(gguf_type, (None, None))
     architecture, mappings = gguf_weights(base.model)
     settings, extra = gguf_settings(base.model, architecture)
+    settings |= picture_settings(base.config, architecture)
     planned = _plan(base.model, architecture, mappings, kind)
     n_rows = text_model(base.model)[1].args.vocab_size
     template = chat_template or own_template(base.hf_tokenizer)
@@ -168,9 +171,9 @@ def write_gguf_model(
         writer.add_file_type(_file_type(planned) if file_type is None else file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in settings.items():
-            _add_metadata(writer, f"{architecture}.{key}", value)
+            add_metadata(writer, f"{architecture}.{key}", value)
         for key, value in tokenizer_metadata(vocabulary).items():
-            _add_metadata(writer, key, value)
+            add_metadata(writer, key, value)
         mark = merge_mark(base.model, base.config) if adapter_layers(base.model) else fused_mark(base.config)
         if mark:
             writer.add_string(FUSED_KEY, mark)
@@ -212,7 +215,8 @@ def _plan(
     Raises:
         InputError: the model has parameters that the file cannot hold, or lacks some that it needs.
     """
-    sources = dict(merged_parameters(model, stored=kind is None))
+    merged = merged_parameters(model, stored=kind is None)
+    sources = {name: source for name, source in merged if not of_tower(name)}  # gguf/mmproj.py writes the others
     known = {name for mapping in mappings.values() for name in mapping.names}
     unplaced = [name for name in sources if name not in known]
     if unplaced:
@@ -344,7 +348,7 @@ def _floats(array: mx.array) -> Callable[[], mx.array]:
     return lambda: array.astype(mx.float32)
 
 
-def _add_metadata(writer: GGUFWriter, key: str, value: Any) -> None:
+def add_metadata(writer: GGUFWriter, key: str, value: Any) -> None:
     """Add one metadata entry with the GGUF type for its Python type."""
     if isinstance(value, list):
         writer.add_array(key, value)  # of int32, bool or text: GGUF takes the first one's type

@@ -6,6 +6,7 @@ The number of token ids that a model has rows for is found by watching its embed
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,8 @@ from mlx_lora.utils.hub import resolve_model
 
 if TYPE_CHECKING:
     from mlx_lora.config.settings import ModelSettings
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,11 @@ def load_base(settings: ModelSettings, read: bool = True) -> Base:
         raise InputError("--model is required: a hub id, a folder or a .gguf file")
     source = resolve_model(settings.model, settings.revision, trust_remote_code=settings.trust_remote_code)
     folder = folder_of(settings, source)
+    if source.kind == "gguf" and (towers := sorted(source.path.parent.glob("*mmproj*.gguf"))):
+        log.info(
+            f"Note: {towers[0].name}, beside the model, is not read: a GGUF model sees no pictures here. Its Hugging Face "
+            "weights do"
+        )
     watched = None if read else Watched()
     model, config = load_weights(folder, settings.trust_remote_code, watched)
     stored = {} if watched is None else watched.unchanged(model, folder)

@@ -232,20 +232,30 @@ def load_tower(folder: Path, dtype: mx.Dtype) -> VisionTower:
     Raises:
         InputError: mlx-vlm is not installed, does not know the model, or its tensors are missing.
     """
+    model, config = stored_tower(folder)
+    tower = without_language_model(model, config, image_token(config), dtype)
+    mx.eval(model.parameters())
+    return tower
+
+
+def stored_tower(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Return mlx-vlm's model of a folder without its language model, in the dtypes of the files and not computed, and config.json.
+
+    Raises:
+        InputError: as `load_tower`.
+    """
     config = read_json(folder / "config.json", "download the model again")
     kind = config.get("model_type")
     if not has_tower(config):
         raise InputError(f"{folder}: a {kind} model, which sees no pictures; choose one with a vision_config")
-    token = image_token(config)
+    image_token(config)  # refuses a config without one
     try:
         model = build_tower(config)
         weights = _tower_weights(folder, _module_of(config), model)
         _load(model, weights, config)
     except FOREIGN_ERRORS as error:
         raise InputError(f"{folder}: mlx-vlm cannot load the tower of this {kind} model ({short(error)})") from error
-    tower = without_language_model(model, config, token, dtype)
-    mx.eval(model.parameters())
-    return tower
+    return model, config
 
 
 def without_language_model(model: Any, config: Mapping[str, Any], token: int, dtype: mx.Dtype) -> VisionTower:

@@ -162,6 +162,8 @@ def tower_key(tower: VisionTower, processor: ImageProcessor) -> str:
         digest.update(f"{name} {array.shape} {array.dtype}".encode() + np.asarray(picked).tobytes())
     code = resources.files("mlx_lora.models").joinpath("vision.py").read_bytes()
     versions = [package_version(name) for name in ("mlx", "mlx-vlm", "transformers", "pillow")]
-    facts = [processor.identity, versions, device.measured_on(), tower.rescale]
+    # The same weights see something else with another window or epsilon.
+    own = {name: v for name, v in processor.config.items() if name == "vision_config" or not isinstance(v, dict)}
+    facts = [processor.identity, own, versions, device.measured_on(), tower.rescale]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode() + code)
     return digest.hexdigest()[:32]

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from architectures.images import try_family
+from gguf_pictures import adapt, load
 from mlx.utils import tree_flatten
 from run_cli import one_line, run
 from tiers import by_default
@@ -18,11 +19,12 @@ from mlx_lora.adapters.inject import inject
 from mlx_lora.adapters.targets import select_targets
 from mlx_lora.config.settings import AdapterSettings, ModelSettings
 from mlx_lora.data.image_tokens import FAMILIES, ImageProcessor, family_of
+from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.image_inputs import ImageInputSpec, PositionsAndMask, PositionsAndWindowMask
 from mlx_lora.models.load import load_base
-from mlx_lora.models.tower_files import of_tower
-from mlx_lora.models.vision import load_tower
+from mlx_lora.models.tower_files import of_connector, of_tower
+from mlx_lora.models.vision import arrays_of, load_tower
 from mlx_lora.objectives.tower_training import BUFFERS, tower_targets
 from mlx_lora.serving.pictures import PictureReader
 from mlx_lora.trainer.gradient_checkpointing import apply_checkpointing
@@ -103,6 +105,22 @@ def test_bounds_and_scales_of_gemma_4s_tower_are_never_trained(family, tmp_path)
     _, whole = tower_targets(tower, AdapterSettings(train_vision="full", train_connector="full"))
     assert whole
     assert all(BUFFERS.isdisjoint(parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize("family", ["paligemma", "gemma4", "smolvlm"])
+def test_an_adapter_with_a_whole_connector_is_read_again(family, tmp_path):
+    """PaliGemma's connector, and each layer of Gemma 4's, is called `linear`, as the base inside an adapted layer is."""
+    folder = adapt(write_model_here(family, tmp_path / "model"), tmp_path / "adapter", tower=True)
+    stored = {
+        name: value for name, value in mx.load(str(folder / "adapters.safetensors")).items() if of_connector(name)
+    }
+    base = load(tmp_path / "model")
+    info = load_adapter(base, folder)
+    found = dict(tree_flatten(base.model.parameters()))
+    assert set(info.full) == {name for name in stored if "lora" not in name}
+    assert all(mx.array_equal(found[name], stored[name]) for name in info.full)
+    untouched = arrays_of(load_tower(tmp_path / "model", mx.float32).model)
+    assert not any(mx.array_equal(untouched[name], stored[name]) for name in info.full)
 
 
 def test_small_gemma_4_gives_blocks_the_padding_of_image_tokens(tmp_path):

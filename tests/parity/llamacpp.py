@@ -42,13 +42,16 @@ PROMPTS = (
 NEW_TOKENS = 24
 
 
-def start_llamacpp(path: Path, adapter: Path | None = None, *, flash_attention: bool = True) -> xllamacpp.Server:
+def start_llamacpp(
+    path: Path, adapter: Path | None = None, *, flash_attention: bool = True, mmproj: Path | None = None
+) -> xllamacpp.Server:
     """Load a GGUF file on the CPU with a float32 cache and one thread, because its threads spin while they wait.
 
     Args:
         path: the model.
         adapter: a LoRA GGUF to apply.
         flash_attention: allow it, which rounds queries to 16 bits; without it attention is float32.
+        mmproj: its tower, for pictures.
     """
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
@@ -56,6 +59,8 @@ def start_llamacpp(path: Path, adapter: Path | None = None, *, flash_attention: 
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.warmup, params.verbosity = False, -1
+    if mmproj is not None:
+        params.mmproj.path = str(mmproj)
     if not flash_attention:
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if adapter is not None:

@@ -1,0 +1,411 @@
+"""The table of vision towers that llama.cpp's `mmproj` files hold, with the names and settings that it has for them.
+
+llama.cpp reads a picture with a second file beside the language model's. Each row of the table is one of its projector types:
+
+    idefics3           SmolVLM, Idefics 3
+    gemma3             Gemma 3
+    pixtral            Pixtral, Mistral 3
+    qwen2vl_merger     Qwen2-VL
+    qwen2.5vl_merger   Qwen2.5-VL
+    qwen3vl_merger     Qwen3-VL, Qwen3.5
+
+Tensors are those of mlx-vlm's model (models/vision.py), whose names are on the right of each mapping. A convolution's kernel is
+(out, rows, columns, in) there and (out, in, rows, columns) in the file; a kernel over two frames becomes two kernels.
+
+Source: ggml-org/llama.cpp, convert_hf_to_gguf.py and tools/mtmd/clip.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlx_lora.gguf.mapping import rope_order
+from mlx_lora.models.image_inputs import ImageInputSpec
+
+Config = Mapping[str, Any]
+Keys = dict[str, Any]
+# The tanh form of GELU, which is llama.cpp's `use_gelu`.
+TANH = ("gelu_pytorch_tanh", "gelu_new")
+
+
+@dataclass(frozen=True)
+class VisionTensor:
+    """One tensor of an mmproj file.
+
+    Attributes:
+        name: of mlx-vlm's parameter.
+        change: its values as the file holds them.
+        exact: whether it is F32 in every file: norms and biases (which have one axis) are anyway.
+    """
+
+    name: str
+    change: Callable[[np.ndarray], np.ndarray] = lambda values: values
+    exact: bool = False
+
+
+Tensors = dict[str, VisionTensor]
+
+
+@dataclass(frozen=True)
+class TowerFacts:
+    """What a row of the table gets of a model.
+
+    Attributes:
+        config: config.json.
+        vision: its vision_config, with mlx-vlm's defaults.
+        shapes: of the tower's parameters, by mlx-vlm's name.
+        processor: settings of the image processor, with transformers' defaults.
+        problems: gets what llama.cpp does not support.
+    """
+
+    config: Config
+    vision: Config
+    shapes: Mapping[str, tuple[int, ...]]
+    processor: Config
+    problems: list[str]
+
+    def layers(self, prefix: str) -> int:
+        """Return the number of blocks whose parameters begin with a prefix and a number."""
+        numbers = [int(name.removeprefix(prefix).split(".")[0]) for name in self.shapes if name.startswith(prefix)]
+        return 1 + max(numbers, default=-1)
+
+    def known(self, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+        """Note a problem if a setting has another value than those that llama.cpp computes with."""
+        if value not in allowed:
+            self.problems.append(f"{name} {value}, not {' or '.join(str(one) for one in allowed)}")
+
+
+@dataclass(frozen=True)
+class ProjectorFamily:
+    """One projector type: a row of the table.
+
+    Attributes:
+        tensors: facts -> {name in the file: tensor}.
+        settings: facts -> {key without `clip.`: value} that add to the shared ones.
+        patches: mlx-vlm's name of the kernel that makes patches of a picture.
+        blocks: the prefix of its blocks' names.
+        width: mlx-vlm's name of a parameter whose first axis is the width between a block's two feed-forward layers.
+    """
+
+    tensors: Callable[[TowerFacts], Tensors]
+    settings: Callable[[TowerFacts], Keys]
+    patches: str
+    blocks: str
+    width: str
+
+
+def pairs(names: Mapping[str, str], suffixes: tuple[str, ...] = ("weight", "bias")) -> Tensors:
+    """Return the tensors of layers, by their name without `.weight` or `.bias`."""
+    return {f"{theirs}.{s}": VisionTensor(f"{ours}.{s}") for theirs, ours in names.items() for s in suffixes}
+
+
+def _kernel(values: np.ndarray) -> np.ndarray:
+    """(out, rows, columns, in) -> (out, in, rows, columns)."""
+    return values.transpose(0, 3, 1, 2)
+
+
+def _frame(number: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what takes the kernel of one frame: (out, frames, rows, columns, in) -> (out, in, rows, columns)."""
+    return lambda values: _kernel(values[:, number])
+
+
+def _third(number: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what takes the rows of queries, keys or values of a joined projection."""
+    return lambda values: np.split(values, 3)[number]
+
+
+def _rotated(heads: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what puts rows of queries or keys into llama.cpp's order (see gguf/mapping.py)."""
+    return lambda values: values[rope_order(heads).to_file(len(values))]
+
+
+# SigLIP: SmolVLM, Gemma 3
+
+SIGLIP = {
+    "ln1": "layer_norm1", "ln2": "layer_norm2", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_out": "self_attn.out_proj", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2",
+}  # fmt: skip
+SMOLVLM, GEMMA = "vision_model.", "vision_tower.vision_model."
+
+
+def _siglip(facts: TowerFacts, tower: str) -> Tensors:
+    names = {
+        f"v.blk.{i}.{theirs}": f"{tower}encoder.layers.{i}.{ours}"
+        for i in range(facts.layers(f"{tower}encoder.layers."))
+        for theirs, ours in SIGLIP.items()
+    }
+    patches, positions = (f"{tower}embeddings.{kind}_embedding" for kind in ("patch", "position"))
+    found = {
+        "v.patch_embd.weight": VisionTensor(f"{patches}.weight", _kernel, exact=True),
+        "v.position_embd.weight": VisionTensor(f"{positions}.weight", exact=True),
+    }
+    return found | pairs(names)
+
+
+def _siglip_settings(facts: TowerFacts, tower: str) -> Keys:
+    """Return what SigLIP's towers share."""
+    facts.known("vision_config.hidden_act", facts.vision.get("hidden_act", TANH[0]), TANH)
+    patch, positions = facts.vision["patch_size"], facts.shapes[f"{tower}embeddings.position_embedding.weight"]
+    return {
+        "use_gelu": True,
+        "vision.image_size": math.isqrt(positions[0]) * patch,
+        "vision.patch_size": patch,
+        "vision.attention.head_count": facts.vision["num_attention_heads"],
+        "vision.attention.layer_norm_epsilon": float(facts.vision.get("layer_norm_eps") or 1e-6),
+    }
+
+
+def _idefics3(facts: TowerFacts) -> Tensors:
+    found = _siglip(facts, SMOLVLM) | pairs({"v.post_ln": f"{SMOLVLM}post_layernorm"})
+    found["v.patch_embd.bias"] = VisionTensor(f"{SMOLVLM}embeddings.patch_embedding.bias")
+    return found | {"mm.model.fc.weight": VisionTensor("connector.modality_projection.proj.weight")}
+
+
+def _idefics3_settings(facts: TowerFacts) -> Keys:
+    shared = _siglip_settings(facts, SMOLVLM)
+    facts.known("do_image_splitting", facts.processor.get("do_image_splitting", True), (True,))
+    size = facts.processor.get("size") or {}
+    return shared | {
+        "projector_type": "idefics3",
+        "vision.projector.scale_factor": facts.config.get("scale_factor", 2),
+        "vision.preproc_image_size": size.get("longest_edge", shared["vision.image_size"]),
+    }
+
+
+def _gemma3(facts: TowerFacts) -> Tensors:
+    found = _siglip(facts, GEMMA) | pairs({"v.post_ln": f"{GEMMA}post_layernorm"})
+    found["v.patch_embd.bias"] = VisionTensor(f"{GEMMA}embeddings.patch_embedding.bias")
+    return found | {
+        "mm.input_projection.weight": VisionTensor("multi_modal_projector.mm_input_projection_weight"),
+        "mm.soft_emb_norm.weight": VisionTensor("multi_modal_projector.mm_soft_emb_norm.weight", lambda w: w + 1),
+    }
+
+
+def _gemma3_settings(facts: TowerFacts) -> Keys:
+    shared = _siglip_settings(facts, GEMMA)
+    across = shared["vision.image_size"] // shared["vision.patch_size"]
+    pooled = math.isqrt(facts.config.get("mm_tokens_per_image", 256))
+    facts.known("do_pan_and_scan", bool(facts.processor.get("do_pan_and_scan")), (False,))
+    return shared | {"projector_type": "gemma3", "vision.projector.scale_factor": across // pooled}
+
+
+# Pixtral and Mistral 3
+
+PIXTRAL = {
+    "ln1": "attention_norm", "ln2": "ffn_norm", "attn_v": "attention.v_proj", "attn_out": "attention.o_proj",
+    "ffn_gate": "feed_forward.gate_proj", "ffn_up": "feed_forward.up_proj", "ffn_down": "feed_forward.down_proj",
+}  # fmt: skip
+# llama.cpp takes the embedding of the token that ends a line of patches from the mmproj.
+LINE_END, LINE_TOKEN = "v.token_embd.img_break", "[IMG_BREAK]"
+
+
+def _pixtral(facts: TowerFacts) -> Tensors:
+    blocks, heads = f"{GEMMA}transformer.layers.", facts.vision["num_attention_heads"]
+    names = {"v.pre_ln": f"{GEMMA}ln_pre"}
+    found: Tensors = {"v.patch_embd.weight": VisionTensor(f"{GEMMA}patch_conv.weight", _kernel)}
+    for i in range(facts.layers(blocks)):
+        names |= {f"v.blk.{i}.{theirs}": f"{blocks}{i}.{ours}" for theirs, ours in PIXTRAL.items()}
+        for kind in "qk":
+            ours = f"{blocks}{i}.attention.{kind}_proj.weight"
+            found[f"v.blk.{i}.attn_{kind}.weight"] = VisionTensor(ours, _rotated(heads))
+    projector = {"mm.1": "multi_modal_projector.linear_1", "mm.2": "multi_modal_projector.linear_2"}
+    found |= pairs(names, ("weight",)) | pairs(projector)
+    if facts.config.get("model_type") == "mistral3":
+        merger = {"mm.input_norm": "norm", "mm.patch_merger": "patch_merger.merging_layer"}
+        found |= pairs({theirs: f"multi_modal_projector.{ours}" for theirs, ours in merger.items()}, ("weight",))
+    return {name: one for name, one in found.items() if one.name in facts.shapes or not name.endswith(".bias")}
+
+
+def _pixtral_settings(facts: TowerFacts) -> Keys:
+    own: Keys = {"projector_type": "pixtral", "use_silu": True}
+    theta = facts.vision.get("rope_theta", 10000.0)
+    facts.known("vision_config.rope_theta", theta, (10000.0,))
+    if facts.config.get("model_type") == "mistral3":
+        own["vision.spatial_merge_size"] = facts.config.get("spatial_merge_size", 2)
+    size = facts.processor.get("size") or {}
+    return own | {
+        "vision.image_size": size.get("longest_edge", facts.vision["image_size"]),
+        "vision.patch_size": facts.vision["patch_size"],
+        "vision.attention.head_count": facts.vision["num_attention_heads"],
+        "vision.attention.layer_norm_epsilon": 1e-5,
+    }
+
+
+# Qwen-VL
+
+QWEN = "vision_tower."
+
+
+def _qwen(
+    facts: TowerFacts, norms: tuple[str, ...], layers: Mapping[str, str], merger: Mapping[str, str], split: bool = True
+) -> Tensors:
+    """Return what the towers of Qwen-VL share.
+
+    Args:
+        facts: of the model.
+        norms: the parameters of a norm: without a bias if it only divides by the size.
+        layers: of a block's feed-forward part.
+        merger: of the connector, without its norm.
+        split: whether queries, keys and values are tensors of their own.
+    """
+    patches = f"{QWEN}patch_embed.proj.weight"
+    found: Tensors = {
+        "v.patch_embd.weight": VisionTensor(patches, _frame(0)),
+        "v.patch_embd.weight.1": VisionTensor(patches, _frame(1)),
+    }
+    for i in range(facts.layers(f"{QWEN}blocks.")):
+        theirs, ours = f"v.blk.{i}.", f"{QWEN}blocks.{i}."
+        found |= pairs({f"{theirs}ln{n}": f"{ours}norm{n}" for n in (1, 2)}, norms)
+        found |= pairs({f"{theirs}attn_out": f"{ours}attn.proj"})
+        found |= pairs({theirs + name: f"{ours}mlp.{own}" for name, own in layers.items()})
+        for part in ("weight", "bias"):
+            joined = f"{ours}attn.qkv.{part}"
+            if split:
+                found |= {
+                    f"{theirs}attn_{kind}.{part}": VisionTensor(joined, _third(n)) for n, kind in enumerate("qkv")
+                }
+            else:
+                found[f"{theirs}attn_qkv.{part}"] = VisionTensor(joined)
+    return found | pairs({theirs: f"{QWEN}merger.{ours}" for theirs, ours in merger.items()})
+
+
+def _qwen_settings(facts: TowerFacts, heads: int) -> Keys:
+    patch, merge = facts.vision["patch_size"], facts.vision["spatial_merge_size"]
+    facts.known("vision_config.temporal_patch_size", facts.vision.get("temporal_patch_size", 2), (2,))
+    size = facts.processor.get("size") or {}
+    limits = {
+        f"vision.image_{kind}_pixels": size.get(edge)
+        for kind, edge in (("min", "shortest_edge"), ("max", "longest_edge"))
+    }
+    return {
+        "vision.image_size": 560,  # llama.cpp only measures memory with it; pictures keep their size
+        "vision.patch_size": patch,
+        "vision.spatial_merge_size": merge,
+        "vision.attention.head_count": heads,
+        "vision.attention.layer_norm_epsilon": 1e-6,
+        **{key: value for key, value in limits.items() if isinstance(value, int)},
+    }
+
+
+def _qwen2(facts: TowerFacts) -> Tensors:
+    own = {"ffn_up": "fc1", "ffn_down": "fc2"}
+    found = _qwen(facts, ("weight", "bias"), own, {"mm.0": "mlp.0", "mm.2": "mlp.2"})
+    return found | pairs({"v.post_ln": f"{QWEN}merger.ln_q"})
+
+
+def _qwen2_settings(facts: TowerFacts) -> Keys:
+    facts.known("vision_config.hidden_act", facts.vision.get("hidden_act", "quick_gelu"), ("quick_gelu",))
+    return _qwen_settings(facts, facts.vision["num_heads"]) | {"projector_type": "qwen2vl_merger"}
+
+
+def _qwen25(facts: TowerFacts) -> Tensors:
+    own = {"ffn_gate": "gate_proj", "ffn_up": "up_proj", "ffn_down": "down_proj"}
+    found = _qwen(facts, ("weight",), own, {"mm.0": "mlp.0", "mm.2": "mlp.2"})
+    return found | pairs({"v.post_ln": f"{QWEN}merger.ln_q"}, ("weight",))
+
+
+def _qwen25_settings(facts: TowerFacts) -> Keys:
+    facts.known("vision_config.window_size", facts.vision["window_size"], (112,))
+    whole = list(facts.vision["fullatt_block_indexes"])
+    every = whole[0] + 1 if whole else 0
+    # llama.cpp ends if no block has windows.
+    if every < 2 or whole != list(range(every - 1, facts.layers(f"{QWEN}blocks."), every)):
+        facts.problems.append(f"vision_config.fullatt_block_indexes {whole}, not one in every N blocks")
+    return _qwen_settings(facts, facts.vision["num_heads"]) | {
+        "projector_type": "qwen2.5vl_merger",
+        "use_silu": True,
+        "vision.n_wa_pattern": every,
+    }
+
+
+def _qwen3(facts: TowerFacts) -> Tensors:
+    own = {"ffn_up": "linear_fc1", "ffn_down": "linear_fc2"}
+    merger = {"v.post_ln": "norm", "mm.0": "linear_fc1", "mm.2": "linear_fc2"}
+    found = _qwen(facts, ("weight", "bias"), own, merger, split=False)
+    found["v.patch_embd.bias"] = VisionTensor(f"{QWEN}patch_embed.proj.bias")
+    found["v.position_embd.weight"] = VisionTensor(f"{QWEN}pos_embed.weight", exact=True)
+    deep = {"norm": "norm", "fc1": "linear_fc1", "fc2": "linear_fc2"}
+    for number, block in enumerate(facts.vision.get("deepstack_visual_indexes") or ()):
+        ours = f"{QWEN}deepstack_merger_list.{number}."
+        found |= pairs({f"v.deepstack.{block}.{name}": ours + part for name, part in deep.items()})
+    return found
+
+
+def _qwen3_settings(facts: TowerFacts) -> Keys:
+    facts.known("vision_config.hidden_act", facts.vision.get("hidden_act", TANH[0]), TANH)
+    deep = set(facts.vision.get("deepstack_visual_indexes") or ())
+    side = math.isqrt(facts.shapes[f"{QWEN}pos_embed.weight"][0]) * facts.vision["patch_size"]
+    return _qwen_settings(facts, facts.vision["num_heads"]) | {
+        "projector_type": "qwen3vl_merger",
+        "use_gelu": True,
+        "vision.image_size": side,
+        "vision.is_deepstack_layers": [i in deep for i in range(facts.layers(f"{QWEN}blocks."))],
+    }
+
+
+def _siglip_row(tensors: Any, settings: Any, tower: str) -> ProjectorFamily:
+    blocks, patches = f"{tower}encoder.layers.", f"{tower}embeddings.patch_embedding.weight"
+    return ProjectorFamily(tensors, settings, patches, blocks, "mlp.fc1.weight")
+
+
+def _qwen_row(tensors: Any, settings: Any, width: str) -> ProjectorFamily:
+    return ProjectorFamily(tensors, settings, f"{QWEN}patch_embed.proj.weight", f"{QWEN}blocks.", width)
+
+
+PIXTRAL_ROW = ProjectorFamily(
+    _pixtral,
+    _pixtral_settings,
+    f"{GEMMA}patch_conv.weight",
+    f"{GEMMA}transformer.layers.",
+    "feed_forward.up_proj.weight",
+)
+IDEFICS3_ROW = _siglip_row(_idefics3, _idefics3_settings, SMOLVLM)
+QWEN3_ROW = _qwen_row(_qwen3, _qwen3_settings, "mlp.linear_fc1.weight")
+PROJECTORS: dict[str, ProjectorFamily] = {
+    "smolvlm": IDEFICS3_ROW,
+    "idefics3": IDEFICS3_ROW,
+    "gemma3": _siglip_row(_gemma3, _gemma3_settings, GEMMA),
+    "pixtral": PIXTRAL_ROW,
+    "mistral3": PIXTRAL_ROW,
+    "qwen2_vl": _qwen_row(_qwen2, _qwen2_settings, "mlp.fc1.weight"),
+    "qwen2_5_vl": _qwen_row(_qwen25, _qwen25_settings, "mlp.up_proj.weight"),
+    "qwen3_vl": QWEN3_ROW,
+    "qwen3_5": QWEN3_ROW,
+}
+
+
+# Why llama.cpp gets no tower of a family that it has, or might be thought to have.
+REFUSED = {
+    "llava": "llama.cpp 2026.10 reads LLaVA's patches one place too far, so that its answers are another model's",
+    "paligemma": "llama.cpp has none for PaliGemma",
+}
+
+
+def projector_of(config: Config) -> ProjectorFamily | None:
+    """Return the row for a model's config.json; None if the table has none."""
+    kind = str(config.get("model_type"))
+    if kind == "llava" and (config.get("vision_config") or {}).get("model_type") == "pixtral":
+        kind = "pixtral"  # as transformers writes it
+    return PROJECTORS.get(kind)
+
+
+def picture_settings(config: Config, architecture: str) -> Keys:
+    """Return the settings of a language model's file by which llama.cpp puts pictures into it.
+
+    Args:
+        config: config.json of the whole model.
+        architecture: llama.cpp's name for the language model.
+
+    Returns:
+        {key without the architecture's prefix: value}; nothing for models without pictures, or that need none.
+    """
+    if architecture not in ("qwen2vl", "qwen3vl"):
+        return {}
+    spec = ImageInputSpec.of(config)
+    sections = {"rope.dimension_sections": [*(spec.sections or ()), 0]}  # time, row, column, and one that nobody uses
+    return sections | ({"n_deepstack_layers": spec.deep} if architecture == "qwen3vl" else {})
