@@ -17,7 +17,7 @@ import heapq
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from mlx_lora.models.graph import Graph, Node, Shape
@@ -98,14 +98,15 @@ class KeptArrays:
     window_bytes: int
 
 
-def count_memory(graph: Graph, lag: int) -> KeptArrays:
+def count_memory(graph: Graph, lag: int, fuses: bool = True) -> KeptArrays:
     """Return a graph's memory.
 
     Args:
         graph: a function with its gradient.
         lag: see the module's docstring.
+        fuses: whether it is compiled.
     """
-    buffers = _Buffers(graph)
+    buffers = _Buffers(graph, fuses)
     forward = _before(graph, graph.returned)
     kept = {
         buffers.of[name]
@@ -118,6 +119,14 @@ def count_memory(graph: Graph, lag: int) -> KeptArrays:
     start = max(forward, default=-1)
     peak = max((live for number, live in _live(graph, buffers, lag) if number > start), default=kept_bytes)
     return KeptArrays(kept_bytes, max(0, peak - kept_bytes))
+
+
+def forward_peak(graph: Graph, lag: int, fuses: bool = True) -> int:
+    """Return the most bytes that are allocated while the function is computed without its gradient; arguments as above."""
+    needed = _before(graph, graph.returned)
+    nodes = [node for number, node in enumerate(graph.nodes) if number in needed]
+    alone = replace(graph, nodes=nodes, gradients=())
+    return max((live for _, live in _live(alone, _Buffers(alone, fuses), lag)), default=0)
 
 
 def _before(graph: Graph, names: tuple[str, ...]) -> set[int]:
@@ -142,7 +151,7 @@ class _Buffers:
         last_reader: buffer -> number of the last node that reads it.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, fuses: bool) -> None:
         self.arrays = graph.arrays
         self.of = {name: name for name in graph.arrays}
         self.strides = {name: _row_strides(info.shape) for name, info in graph.arrays.items()}
@@ -150,7 +159,7 @@ class _Buffers:
         self.maker: dict[str, int] = {}
         self.copied: dict[int, int] = defaultdict(int)
         self.last_reader: dict[str, int] = {}
-        inner = _fused_away(graph)
+        inner = _fused_away(graph) if fuses else set()
         for number, node in enumerate(graph.nodes):
             for index, name in enumerate(node.outputs):
                 view = self._view(node, index)

@@ -476,3 +476,21 @@ class Objective:
     def other_models_bytes(self, settings: TrainSettings) -> int:
         """Return the bytes of models that stay in memory beside the base, such as reward models."""
         return 0
+
+    def outlined(self, model: nn.Module, settings: TrainSettings) -> AdapterSettings:
+        """Return the settings by which a model without weights is adapted for a plan, as `adapted` does for a run.
+
+        Args:
+            model: gets what this objective puts beside its language model.
+            settings: of the run.
+        """
+        return settings.adapter
+
+    def with_pictures(self, shape: ModelShape, settings: TrainSettings, model: nn.Module) -> ModelShape:
+        """Return the shape of a run's model with the memory of the pictures in the data, which were read.
+
+        Args:
+            shape, settings: of the run.
+            model: the adapted one, with weights or without.
+        """
+        return shape

@@ -35,9 +35,19 @@ from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable
 from mlx_lora.data.load import DataSplits, load_data, load_eval_set
 from mlx_lora.data.read import PICTURES
 from mlx_lora.models.image_inputs import ImageInputSpec, prepare_rotation, with_images
-from mlx_lora.models.vision import VisionTower, compute_dtype, image_token, load_tower, open_tower
+from mlx_lora.models.vision import (
+    VisionTower,
+    attach_tower,
+    attached_tower,
+    compute_dtype,
+    image_token,
+    load_tower,
+    open_tower,
+)
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
-from mlx_lora.objectives.tower_training import kept_by_tower, planned_tower_bytes, tower_targets
+from mlx_lora.objectives.image_features import most_kept_bytes
+from mlx_lora.objectives.tower_memory import with_tower
+from mlx_lora.objectives.tower_training import frozen_tower_bytes, outlined_tower, tower_targets, trains_tower
 from mlx_lora.objectives.vision_encoder import VisionEncoder, put_template
 from mlx_lora.utils.errors import InputError
 
@@ -51,6 +61,7 @@ if TYPE_CHECKING:
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.sampler import BatchPlan
     from mlx_lora.losses.cross_entropy import Loss
+    from mlx_lora.planner.shapes import ModelShape
 
 
 @dataclass(eq=False)
@@ -64,6 +75,8 @@ class WithPictures(Objective):
         self._eyes: VisionEncoder | None = None
         self._attached = False  # whether the tower is a part of the model
         self._token: int | None = None  # of pictures, as far as it is known
+        self._processor: ImageProcessor | None = None  # of the rows that were read
+        self._outlines: dict[str, VisionTower | None] = {}  # of plans, by dtype
         # Of tower and connector: modules that are trained in full, and layers that get factors.
         self._whole: tuple[str, ...] = ()
         self._layers: tuple[str, ...] = ()
@@ -99,7 +112,7 @@ class WithPictures(Objective):
         """
         self._check(ctx)
         adapter, base = ctx.settings.adapter, ctx.base
-        trains = ctx.trains and bool(adapter.train_connector or adapter.train_vision)
+        trains = ctx.trains and trains_tower(adapter)
         self._attached = trains or not ctx.trains  # a tower that is measured may be an adapter's, which is put on later
         tower = open_tower(base) if self._attached else load_tower(base.folder, compute_dtype(base))
         self._eyes = VisionEncoder.of(ctx.base, ctx.settings.data, self.table, tower, trains)
@@ -145,13 +158,42 @@ class WithPictures(Objective):
         return replace(settings, loop=replace(settings.loop, cache_trunk="off", sample_tokens=0))
 
     def other_models_bytes(self, settings: TrainSettings) -> int:
-        """Return the bytes of the tower, and of what it saw, as far as they stay in memory."""
+        """Return the bytes of a tower that is not a part of the model, and of what it saw, as far as they stay in memory."""
         others = super().other_models_bytes(settings)
-        if self._eyes is None:
-            return others + planned_tower_bytes(settings, self.table)
-        if self.vision.trained:  # tower and connector are among the model's own parameters
-            return others + kept_by_tower(self.vision.processor.config, settings, self.table)
-        return others + self.vision.tower.size_bytes + min(self.vision.seen.most_bytes, self.vision.pictures_bytes())
+        tower = None if trains_tower(settings.adapter) else self._tower(settings)
+        if tower is None:  # tower and connector are among the model's own parameters
+            return others
+        deep = 0 if self._processor is None else ImageInputSpec.of(self._processor.config).deep
+        return others + frozen_tower_bytes(tower, deep, self.table, most_kept_bytes())
+
+    def outlined(self, model: nn.Module, settings: TrainSettings) -> AdapterSettings:
+        """Put the tower on a model without weights if it is to be trained; see `Objective.outlined`.
+
+        Raises:
+            InputError: a part that is to be trained has no such layer.
+        """
+        adapter = settings.adapter
+        tower = outlined_tower(settings) if trains_tower(adapter) else None
+        if tower is None:
+            return adapter
+        attach_tower(model, tower)
+        self._layers, self._whole = tower_targets(tower.model, adapter)
+        return self.adapted(adapter)
+
+    def with_pictures(self, shape: ModelShape, settings: TrainSettings, model: nn.Module) -> ModelShape:
+        """Add what the tower takes of the pictures; see `Objective.with_pictures`."""
+        tower = attached_tower(model) if trains_tower(settings.adapter) else self._tower(settings)
+        if tower is None or self._processor is None:
+            return shape
+        return with_tower(shape, tower, self._processor, self.table, settings.objective.trained_rows_per_example)
+
+    def _tower(self, settings: TrainSettings) -> VisionTower | None:
+        """Return the tower that is not trained, or one without weights if none is loaded."""
+        if self._eyes is not None:
+            return self._eyes.tower
+        if settings.model.dtype not in self._outlines:
+            self._outlines[settings.model.dtype] = outlined_tower(settings)
+        return self._outlines[settings.model.dtype]
 
     def header_words(self, plan: BatchPlan, ctx: RunContext) -> list[str]:
         """Return words on the tower for the run's header."""
@@ -198,7 +240,7 @@ class WithPictures(Objective):
     def _reader(self, data: DataSettings, processor: ImageProcessor, config: dict[str, Any]) -> ImageReader:
         files = [file.path for one in find_sets(data.data or "") for files in one.splits.values() for file in files]
         roots = list(dict.fromkeys(path.parent for path in files))
-        self._token = image_token(config)
+        self._token, self._processor = image_token(config), processor
         return ImageReader(processor, roots, self.table, self._token)
 
     def targets_of(self, rows: EncodedSet) -> EncodedSet:

@@ -141,6 +141,43 @@ class Block:
         return sum((layer.inputs + layer.outputs) * layer.active for layer in self.layers)
 
 
+@dataclass(frozen=True)
+class TowerBytes:
+    """The bytes that a vision tower takes for the pictures of one batch.
+
+    Attributes:
+        kept: from its forward to its backward pass; 0 if nothing of it is trained.
+        window: what its backward pass adds to that at its peak, its gradients included; if nothing is trained, the peak of its
+            forward pass, which computes one picture at a time before the batch.
+    """
+
+    kept: float
+    window: float
+
+
+class TowerMemory(Protocol):
+    """Returns the bytes that a tower takes for the pictures of a batch."""
+
+    def at(self, rows: int, on_gpu: bool) -> TowerBytes:
+        """Return the bytes for so many rows with different pictures."""
+        ...
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """The vision tower of a run, with its connector.
+
+    Attributes:
+        memory: what it takes for pictures.
+        trained: the numbers of both that are trained; they are part of `ModelShape.trained`.
+        rows_each: rows of a batch that show the same pictures, such as the two answers of a pair.
+    """
+
+    memory: TowerMemory = field(compare=False)
+    trained: int = 0
+    rows_each: int = 1
+
+
 CACHE_STEP = 256  # tokens by which a cache of mlx-lm grows
 
 
@@ -224,6 +261,7 @@ class ModelShape:
         trained_share: of the positions of a batch, by the data; 1 if not known. Fewer positions make wider tiles of logits,
             which take more of a quantized head at a time.
         most_tokens: of a row; 0: any number. An encoder has an embedding for each of its positions and no more.
+        tower: that sees the pictures of the data; None: there are none.
     """
 
     model_type: str
@@ -249,6 +287,7 @@ class ModelShape:
     parameters: int = 0
     trained_share: float = 1.0
     most_tokens: int = 0
+    tower: TowerShape | None = None
 
     @property
     def slice_rows(self) -> int:
