@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from mlx_lora.losses.divergence import DivergenceOptions
     from mlx_lora.losses.policy import PolicyOptions
     from mlx_lora.models.load import Base
+    from mlx_lora.objectives.picture_texts import PromptPictures
     from mlx_lora.planner.memory import MemoryPlan
     from mlx_lora.planner.shapes import ModelShape
     from mlx_lora.trainer.state import StepsDone
@@ -494,3 +495,11 @@ class Objective:
             model: the adapted one, with weights or without.
         """
         return shape
+
+    def pictures_of(self, number: int | None) -> PromptPictures | None:
+        """Return the pictures of a row; None: it has none.
+
+        Args:
+            number: that the row has for its pictures (`EncodedSet.pictures`); None: it has no pictures.
+        """
+        return None

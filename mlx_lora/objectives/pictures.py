@@ -46,6 +46,7 @@ from mlx_lora.models.vision import (
 )
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
 from mlx_lora.objectives.image_features import most_kept_bytes
+from mlx_lora.objectives.picture_texts import PromptPictures
 from mlx_lora.objectives.tower_memory import with_tower
 from mlx_lora.objectives.tower_training import frozen_tower_bytes, outlined_tower, tower_targets, trains_tower
 from mlx_lora.objectives.vision_encoder import VisionEncoder, put_template
@@ -153,9 +154,9 @@ class WithPictures(Objective):
         )
 
     def settled(self, settings: TrainSettings) -> TrainSettings:
-        """Return the settings without what would compute rows without their pictures."""
+        """Return the settings without the kept output of frozen blocks, which would know no pictures."""
         settings = super().settled(settings)
-        return replace(settings, loop=replace(settings.loop, cache_trunk="off", sample_tokens=0))
+        return replace(settings, loop=replace(settings.loop, cache_trunk="off"))
 
     def other_models_bytes(self, settings: TrainSettings) -> int:
         """Return the bytes of a tower that is not a part of the model, and of what it saw, as far as they stay in memory."""
@@ -209,7 +210,7 @@ class WithPictures(Objective):
 
     def read_data(self, ctx: RunContext, data: DataSettings, teacher_prompt: str | None = None) -> DataSplits:
         """Read rows that may have pictures; see `Objective.read_data`."""
-        reader, tokenizer = self._reader(data, self.vision.processor, ctx.base.config), ctx.base.hf_tokenizer
+        reader, tokenizer = self.reader(data, self.vision.processor, ctx.base.config), ctx.base.hf_tokenizer
         put_template(tokenizer, ctx.base.folder, data, reader.processor.family)
         splits = load_data(data, tokenizer, ctx.settings.loop.seed, ctx.today, self.read_as, pictures=reader)
         ctx.record.identity["pictures"] = self.vision.identity()
@@ -218,7 +219,7 @@ class WithPictures(Objective):
 
     def read_set(self, ctx: RunContext, data: DataSettings) -> EncodedSet:
         """Read one set to measure; see `Objective.read_set`."""
-        reader = self._reader(data, self.vision.processor, ctx.base.config)
+        reader = self.reader(data, self.vision.processor, ctx.base.config)
         put_template(ctx.base.hf_tokenizer, ctx.base.folder, data, reader.processor.family)
         return load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, self.read_as, pictures=reader)
 
@@ -233,11 +234,18 @@ class WithPictures(Objective):
     ) -> DataSplits:
         """Read a run's data for a plan; see `Objective.read_planned`."""
         data = settings.data
-        reader = self._reader(data, ImageProcessor(folder, config, data.max_pixels), config)
+        reader = self.reader(data, ImageProcessor(folder, config, data.max_pixels), config)
         put_template(tokenizer, folder, data, reader.processor.family)
         return load_data(data, tokenizer, settings.loop.seed, today, self.read_as, pictures=reader)
 
-    def _reader(self, data: DataSettings, processor: ImageProcessor, config: dict[str, Any]) -> ImageReader:
+    def reader(self, data: DataSettings, processor: ImageProcessor, config: dict[str, Any]) -> ImageReader:
+        """Return what turns the pictures below the data's folders into tokens.
+
+        Args:
+            data: names the files.
+            processor: of the model.
+            config: config.json of the model.
+        """
         files = [file.path for one in find_sets(data.data or "") for files in one.splits.values() for file in files]
         roots = list(dict.fromkeys(path.parent for path in files))
         self._token, self._processor = image_token(config), processor
@@ -252,6 +260,11 @@ class WithPictures(Objective):
         if found.mask is rows.mask or self._token is None or self.likelihood != "rows":
             return found
         return replace(found, mask=found.mask & (found.tokens != self._token))
+
+    def pictures_of(self, number: int | None) -> PromptPictures | None:
+        """Return the pictures of a row; see `Objective.pictures_of`."""
+        digests = self.table.rows[number] if number is not None else ()
+        return PromptPictures(self.vision, digests) if digests else None
 
     # The loss
 
