@@ -92,10 +92,15 @@ class KeptArrays:
     Attributes:
         kept_bytes: of arrays that the forward pass makes and the backward pass reads.
         window_bytes: what the backward pass adds to that at its peak.
+        early_bytes: what the first operations of the backward pass add at their peak: those that are prepared while the last ones
+            before it still hold their inputs.
+        forward_bytes: the peak of the forward pass, with what it keeps.
     """
 
     kept_bytes: int
     window_bytes: int
+    early_bytes: int
+    forward_bytes: int
 
 
 def count_memory(graph: Graph, lag: int, fuses: bool = True) -> KeptArrays:
@@ -117,8 +122,13 @@ def count_memory(graph: Graph, lag: int, fuses: bool = True) -> KeptArrays:
     }
     kept_bytes = sum(buffers.size.get(name, 0) for name in kept)
     start = max(forward, default=-1)
-    peak = max((live for number, live in _live(graph, buffers, lag) if number > start), default=kept_bytes)
-    return KeptArrays(kept_bytes, max(0, peak - kept_bytes))
+    live = list(_live(graph, buffers, lag))
+    done = max((operations for number, _, operations in live if number <= start), default=0)
+    peak = max((bytes_ for number, bytes_, _ in live if number > start), default=kept_bytes)
+    first = (bytes_ for number, bytes_, operations in live if number > start and operations <= done + lag)
+    early = max(first, default=kept_bytes)
+    before = max((bytes_ for number, bytes_, _ in live if number <= start), default=0)
+    return KeptArrays(kept_bytes, max(0, peak - kept_bytes), max(0, early - kept_bytes), before)
 
 
 def forward_peak(graph: Graph, lag: int, fuses: bool = True) -> int:
@@ -126,7 +136,7 @@ def forward_peak(graph: Graph, lag: int, fuses: bool = True) -> int:
     needed = _before(graph, graph.returned)
     nodes = [node for number, node in enumerate(graph.nodes) if number in needed]
     alone = replace(graph, nodes=nodes, gradients=())
-    return max((live for _, live in _live(alone, _Buffers(alone, fuses), lag)), default=0)
+    return max((live for _, live, _ in _live(alone, _Buffers(alone, fuses), lag)), default=0)
 
 
 def _before(graph: Graph, names: tuple[str, ...]) -> set[int]:
@@ -266,8 +276,8 @@ def _chain(
     return found
 
 
-def _live(graph: Graph, buffers: _Buffers, lag: int) -> Iterator[tuple[int, int]]:
-    """Yield each node's number and the bytes that are allocated when it has been prepared."""
+def _live(graph: Graph, buffers: _Buffers, lag: int) -> Iterator[tuple[int, int, int]]:
+    """Yield each node's number, the bytes that are allocated when it has been prepared, and how many operations were before."""
     live, operations = 0, 0
     waiting: list[tuple[int, int]] = []  # (operation whose end frees it, bytes)
     readers_so_far: dict[str, int] = defaultdict(int)
@@ -285,7 +295,7 @@ def _live(graph: Graph, buffers: _Buffers, lag: int) -> Iterator[tuple[int, int]
         if buffers.copied[number]:
             live += buffers.copied[number]
             heapq.heappush(waiting, (operations, buffers.copied[number]))
-        yield number, live
+        yield number, live, operations
         for buffer in {buffers.of[name] for name in (*node.inputs, *made)}:
             readers_so_far[buffer] += buffer not in made
             ends_here = buffers.last_reader[buffer] == number

@@ -174,7 +174,9 @@ class TracedTower:
                 found = count_memory(graph, LAG, fuses=False)
         finally:
             model.train(was_training)
-        return TowerBytes(found.kept_bytes + pixels_bytes, found.window_bytes)
+        # If the connector alone is trained, the forward pass of the tower before it may take more than the gradient.
+        window = max(found.window_bytes, found.forward_bytes - found.kept_bytes)
+        return TowerBytes(found.kept_bytes + pixels_bytes, window)
 
 
 def _of_area(size: Size, share: float) -> Size:

@@ -364,14 +364,15 @@ def _backward_parts(
     Args:
         shape, run, machine: as for `plan_memory`.
         kept: as `_kept_by_blocks` returns it.
-        last_tile: bytes of the loss that are not free yet when the last block begins.
+        last_tile: bytes of the loss that are not free yet while the first operations of the last block are prepared.
     """
     moments: list[dict[str, int]] = [{"activations": 0, "block": 0, "work ahead": last_tile}]
     for number, block in enumerate(shape.blocks[shape.first_trained :]):
-        again = kept[number][1]
-        tile = 0 if again or number + 1 < len(kept) else last_tile
-        ahead = int(_window(block, run, machine)) + tile
-        moments.append({"activations": _together(kept[: number + 1], run), "block": int(again), "work ahead": ahead})
+        again, ahead = kept[number][1], _window(block, run, machine)
+        if number + 1 == len(kept) and not again:
+            ahead = max(ahead, _window(block, run, machine, early=True) + last_tile)
+        activations = _together(kept[: number + 1], run)
+        moments.append({"activations": activations, "block": int(again), "work ahead": int(ahead)})
     return max(moments, key=lambda parts: sum(parts.values()))
 
 
@@ -386,12 +387,13 @@ def _backward_window(shape: ModelShape, run: RunShape, machine: Machine) -> int:
     return int(max((_window(block, run, machine) for block in shape.blocks), default=0))
 
 
-def _window(block: Block, run: RunShape, machine: Machine) -> float:
-    """Return the bytes that a block's backward pass allocates at a time, in addition to what it keeps."""
+def _window(block: Block, run: RunShape, machine: Machine, early: bool = False) -> float:
+    """Return the bytes that a block's backward pass, or its beginning, allocates at a time, in addition to what it keeps."""
     memory = _memory(block, run)
     if memory is not None:
-        case = run.rows, run.width, machine.backend != "cpu"
-        return _at_trained(block, run, memory.at(*case).window, block.at_one and block.at_one.at(*case).window)
+        case, name = (run.rows, run.width, machine.backend != "cpu"), "early" if early else "window"
+        at_one = None if block.at_one is None else getattr(block.at_one.at(*case), name)
+        return _at_trained(block, run, getattr(memory.at(*case), name), at_one)
     size = machine.number_bytes
     layers = BACKWARD_AHEAD * block.widths * run.positions * size
     scores = _scores_ahead(run, machine) * run.rows * block.heads * run.width * size

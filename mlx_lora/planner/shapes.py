@@ -81,12 +81,14 @@ class BlockBytes:
         window: what its backward pass adds to that at its peak.
         ends: its input and attention's output, which a checkpointed block keeps.
         nodes: the number of operations in its graph.
+        early: what the beginning of its backward pass adds, while arrays of the loss are still there.
     """
 
     kept: float
     window: float
     ends: float
     nodes: float = 0
+    early: float = 0
 
     def plus(self, other: BlockBytes) -> BlockBytes:
         """Return the sum, field by field."""
@@ -147,8 +149,8 @@ class TowerBytes:
 
     Attributes:
         kept: from its forward to its backward pass; 0 if nothing of it is trained.
-        window: what its backward pass adds to that at its peak, its gradients included; if nothing is trained, the peak of its
-            forward pass, which computes one picture at a time before the batch.
+        window: what its backward pass adds to that at its peak, its gradients included, or its forward pass if that takes more; if
+            nothing is trained, the peak of its forward pass, which computes one picture at a time before the batch.
     """
 
     kept: float

@@ -490,7 +490,8 @@ def _read_block(
     with uncollected():
         counted = count_memory(graph, SCAN_LAG if scans else lag)
     inputs = sum(leaf.nbytes for leaf in floats[:1])
-    return BlockBytes(inputs + counted.kept_bytes, counted.window_bytes, inputs + sum(attended), len(graph.nodes))
+    ends, nodes = inputs + sum(attended), len(graph.nodes)
+    return BlockBytes(inputs + counted.kept_bytes, counted.window_bytes, ends, nodes, counted.early_bytes)
 
 
 @dataclass
