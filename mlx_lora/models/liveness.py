@@ -139,6 +139,42 @@ def forward_peak(graph: Graph, lag: int, fuses: bool = True) -> int:
     return max((live for _, live, _ in _live(alone, _Buffers(alone, fuses), lag)), default=0)
 
 
+WIDTH = 20  # arrays that MLX's search has open at a time
+
+
+def as_evaluated(graph: Graph) -> Graph:
+    """Return the graph with its nodes in the order in which MLX computes them, which matters where parts do not need one another.
+
+    MLX searches from what is asked for to what that needs, breadth first as long as the search is narrow, and computes what it
+    found from the end. So the forward passes of several pictures are computed side by side (mlx/transforms.cpp, `eval_impl`).
+    """
+    maker = {name: number for number, node in enumerate(graph.nodes) for name in node.outputs}
+    asked, needed_by = (*graph.returned, *graph.gradients), defaultdict(int)
+    for names in (asked, *(node.inputs for node in graph.nodes)):
+        for name in names:
+            if name in maker:
+                needed_by[maker[name]] += 1
+    found: list[int | None] = [None]  # which stands for what is asked for
+    later: list[tuple[int | None, int]] = []
+    at = 0
+    while at < len(found) or later:
+        if at < len(found):
+            number, first = found[at], 0
+            at += 1
+        else:
+            number, first = later.pop()
+        names = asked if number is None else graph.nodes[number].inputs
+        for place, name in enumerate(names[first:], first):
+            if len(found) - at >= WIDTH:
+                later.append((number, place))
+                break
+            if name in maker:
+                needed_by[maker[name]] -= 1
+                if not needed_by[maker[name]]:
+                    found.append(maker[name])
+    return replace(graph, nodes=[graph.nodes[number] for number in reversed(found) if number is not None])
+
+
 def _before(graph: Graph, names: tuple[str, ...]) -> set[int]:
     """Return the numbers of all nodes that are needed to compute some arrays."""
     needed, found = set(names), set()

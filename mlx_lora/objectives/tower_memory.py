@@ -2,9 +2,12 @@
 
 A trained tower keeps arrays of each picture from its forward to its backward pass, attention's scores of all pairs of patches
 among them, so that large pictures take more than their share. Its graph is listed as a block's is (trainer/model_shape.py),
-for one picture as large as the largest of the data, for two of them, and for one of half the area: bytes per token are
-interpolated between the two sizes, which is exact for what grows with the tokens or with their square. A frozen tower keeps
-nothing, and its forward pass is counted.
+for one picture as large as the largest of the data, and for one of half the area: bytes per token are interpolated between
+the two sizes, which is exact for what grows with the tokens or with their square. A frozen tower keeps nothing, and its forward
+pass is counted.
+
+MLX computes the pictures of a batch side by side, so what it allocates meanwhile grows with them: it is also read for two and
+for four pictures. That counts where the connector alone is trained, and the tower before it keeps nothing.
 
 Neither is compiled, since mlx-vlm's towers read sizes of pictures while they run, so no operations are joined.
 """
@@ -22,7 +25,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.models.folder import FOREIGN_ERRORS, short
 from mlx_lora.models.graph import as_on_gpu, gradient_graph, uncollected
-from mlx_lora.models.liveness import count_memory, forward_peak
+from mlx_lora.models.liveness import as_evaluated, count_memory, forward_peak
 from mlx_lora.planner.shapes import ModelShape, NotKnown, TowerBytes, TowerShape
 from mlx_lora.utils import device
 
@@ -33,7 +36,9 @@ if TYPE_CHECKING:
 LAG = 40  # operations that MLX prepares ahead, as for blocks (docs/planner.md)
 # Towers that compute each window of a picture apart have graphs that grow with the picture. Beyond this many tokens, a smaller
 # one is read, and continued.
-MOST_TRACED_TOKENS = 512
+MOST_TRACED_TOKENS = 256
+SEVERAL = 4  # pictures that are read together; of more, each is counted as what the last ones add
+MOST_NODES = 6000  # of one picture's graph, beyond which two of them are read together
 SHRINKINGS = 8  # tries to get there; some image processors make all pictures equally large
 
 Size = tuple[int, int]
@@ -73,6 +78,7 @@ class TracedTower:
     table: ImageTable
     _known: dict[tuple[Size, int, bool], TowerBytes] = field(default_factory=dict)
     _answers: dict[tuple[int, bool], TowerBytes] = field(default_factory=dict)
+    _nodes: int = 0  # of one picture's graph, as far as it was read
 
     @cached_property
     def trained_numbers(self) -> int:
@@ -97,14 +103,26 @@ class TracedTower:
     def _of_rows(self, rows: int, on_gpu: bool) -> TowerBytes:
         most = max(self._tokens(size) for size in self._sizes)
         if not self.trained_numbers:
-            return TowerBytes(0, self._of_tokens(most, 1, on_gpu).window)
-        each = {
-            tokens: self._of_tokens(tokens, 1, on_gpu).kept for tokens in {self._tokens(one) for one in self._sizes}
-        }
+            return TowerBytes(0, self._of_tokens(most, on_gpu).window)
+        each = {tokens: self._of_tokens(tokens, on_gpu).kept for tokens in {self._tokens(one) for one in self._sizes}}
         pictures = {digest: each[shown.tokens] for digest, shown in self.table.shown.items()}
         whole = sorted((sum(pictures[digest] for digest in row) for row in self.table.rows), reverse=True)
-        several = sum(sorted(map(len, self.table.rows), reverse=True)[:rows]) > 1
-        return TowerBytes(sum(whole[:rows]), self._of_tokens(most, 1 + several, on_gpu).window)
+        count = sum(sorted(map(len, self.table.rows), reverse=True)[:rows])
+        return TowerBytes(sum(whole[:rows]), self._of_tokens(most, on_gpu).window * self._side_by_side(count, on_gpu))
+
+    def _side_by_side(self, count: int, on_gpu: bool) -> float:
+        """Return what so many pictures allocate while they are computed, as a multiple of what one allocates."""
+        size, most = self._traced[0], SEVERAL
+        one = self._read(size, 1, on_gpu).window
+        if count <= 1 or not one:
+            return 1.0
+        if self._nodes > MOST_NODES:
+            most = 2
+        few, more = max(1, most // 2), min(count, most)
+        found = self._read(size, more, on_gpu).window
+        if count > most:
+            found += (count - most) * max(0.0, found - self._read(size, few, on_gpu).window) / (most - few)
+        return max(1.0, found / one)
 
     @cached_property
     def _sizes(self) -> set[Size]:
@@ -123,18 +141,22 @@ class TracedTower:
     def _tokens(self, size: Size) -> int:
         return self.processor.shown(size).tokens
 
-    def _of_tokens(self, tokens: int, count: int, on_gpu: bool) -> TowerBytes:
-        """Return the bytes of some pictures of so many tokens each."""
-        large, small = (self._read(size, count, on_gpu) for size in self._traced)
+    def _of_tokens(self, tokens: int, on_gpu: bool) -> TowerBytes:
+        """Return the bytes of one picture of so many tokens."""
+        large, small = (self._read(size, 1, on_gpu) for size in self._traced)
         high, low = (self._tokens(size) for size in self._traced)
         if high == low:
             return TowerBytes(large.kept * tokens / high, large.window * tokens / high)
         share = (tokens - low) / (high - low)
 
         def between(at_low: float, at_high: float) -> float:
-            return max(0.0, at_low / low + share * (at_high / high - at_low / low)) * tokens
+            rise = at_high / high - at_low / low  # of the bytes per token; a fall does not go on beyond
+            return (at_high / high + (share - 1) * (max(0.0, rise) if share > 1 else rise)) * tokens
 
-        return TowerBytes(between(small.kept, large.kept), between(small.window, large.window))
+        window = between(small.window, large.window)
+        # Which moment of a pass decides changes with the size. In large pictures it is one with attention's scores.
+        window = max(window, large.window * (tokens / high) ** 2) if share > 1 else window
+        return TowerBytes(between(small.kept, large.kept), window)
 
     def _read(self, size: Size, count: int, on_gpu: bool) -> TowerBytes:
         case = (size, count, on_gpu)
@@ -155,23 +177,26 @@ class TracedTower:
         pixels_bytes = count * sum(array.nbytes for array in pixels.values())
         own = dict(tree_flatten(model.parameters()))
         trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
-        names = trained + [name for name in own if name not in set(trained)]
+        frozen = [name for name in own if name not in set(trained)]
 
         def function(varied: list[mx.array], fixed: list[mx.array]) -> list[mx.array]:
-            model.update(tree_unflatten(list(zip(names, varied + fixed, strict=True))))
+            given = zip(trained + frozen, (varied if trained else []) + fixed, strict=True)
+            model.update(tree_unflatten(list(given)))
             seen = [self.tower(pixels, tokens) for _ in range(count)]
-            return [array for one in seen for array in (one.embeddings, one.deep) if array is not None]
+            found = [array for one in seen for array in (one.embeddings, one.deep) if array is not None]
+            return found if trained else [array + varied[0] for array in found]
 
         was_training = model.training
         model.train(bool(trained))
         try:
             with left_unchanged(model), uncollected():
-                varied, fixed = [own[name] for name in names[: len(trained)]], [own[n] for n in names[len(trained) :]]
-                # Of a frozen one, only the forward pass counts.
-                graph = gradient_graph(function, varied or fixed[:1], fixed if varied else fixed[1:])
+                # Of a frozen one, only the forward pass counts, and a number beside it is all that has a gradient.
+                varied = [own[name] for name in trained] or [mx.zeros(1)]
+                graph = gradient_graph(function, varied, [own[name] for name in frozen])
                 if not trained:
                     return TowerBytes(0, forward_peak(graph, LAG, fuses=False) + pixels_bytes)
-                found = count_memory(graph, LAG, fuses=False)
+                found = count_memory(as_evaluated(graph), LAG, fuses=False)
+                self._nodes = max(self._nodes, len(graph.nodes) // count)
         finally:
             model.train(was_training)
         # If the connector alone is trained, the forward pass of the tower before it may take more than the gradient.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -13,7 +13,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from run_cli import run
 from tiny_vision import write_model_here
 
-from mlx_lora.config.settings import AdapterSettings, ModelSettings, TrainSettings
+from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import AdapterSettings, ModelSettings
 from mlx_lora.data.image_tokens import ImageProcessor, ImageTable
 from mlx_lora.models.load import load_base
 from mlx_lora.models.vision import open_tower
@@ -44,7 +46,7 @@ def table_of(processor: ImageProcessor, *rows: tuple[tuple[int, int], ...]) -> I
 
 def traced_in(folder, *rows, train="full"):
     """The tower of a model, all of whose numbers are trained or none, with the memory for these rows."""
-    settings = TrainSettings(model=ModelSettings(model=str(folder)))
+    settings = train_settings({"model": str(folder)})
     tower = outlined_tower(settings)
     assert tower is not None
     if train:
@@ -54,7 +56,7 @@ def traced_in(folder, *rows, train="full"):
 
 
 def test_a_batch_takes_the_rows_whose_pictures_take_the_most(smolvlm):
-    small, large = (50, 50), (200, 100)
+    small, large = (200, 100), (50, 50)  # of which this processor makes two tiles, and four
     traced = traced_in(smolvlm, (small,), (large, small), (small, large), (large,))
     one = traced_in(smolvlm, (small,)).at(1, False).kept
     other = traced_in(smolvlm, (large,)).at(1, False).kept
@@ -66,6 +68,9 @@ def test_a_batch_takes_the_rows_whose_pictures_take_the_most(smolvlm):
 
 def test_attention_of_large_pictures_takes_more_than_their_share(tmp_path):
     folder = write_model_here("qwen2_5_vl", tmp_path / "model")
+    file = folder / "preprocessor_config.json"
+    size = {"shortest_edge": 28**2, "longest_edge": 448**2}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "size": size}))
     sides = (112, 448)
     small, large = (traced_in(folder, ((side, side),)).at(1, False).kept for side in sides)
     assert large > 1.05 * 16 * small
@@ -85,8 +90,6 @@ def test_what_a_trained_tower_takes_is_what_is_measured(smolvlm, vision, connect
     base = load_base(ModelSettings(model=str(smolvlm)))
     tower = open_tower(base)
     adapter = AdapterSettings(train_vision=vision, train_connector=connector)
-    from mlx_lora.adapters.inject import adapt_model
-
     layers, whole = tower_targets(tower.model, adapter)
     targets = ",".join((adapter.target_modules, *layers))
     adapt_model(base.model, replace(adapter, target_modules=targets, modules_to_save=",".join(whole) or None), 0)
@@ -111,7 +114,8 @@ def test_what_a_trained_tower_takes_is_what_is_measured(smolvlm, vision, connect
     measured = mx.get_peak_memory() - before
     of_pixels = sum(array.nbytes for one in pixels for array in one.values())  # were there before
     assert planned.kept - of_pixels < 1.02 * measured
-    assert 0.95 < (planned.kept + planned.window - of_pixels) / measured < 1.35
+    # At least: copies of the pixels, which SmolVLM makes before its tower begins, are not counted.
+    assert 0.8 < (planned.kept + planned.window - of_pixels) / measured < 1.35
 
 
 def test_a_tower_that_cannot_be_read_is_not_known(smolvlm):
@@ -126,9 +130,12 @@ def test_a_tower_that_cannot_be_read_is_not_known(smolvlm):
     assert any("tower" in reason for reason in shape.not_known)
 
 
+@dataclass
 class Fixed:
+    kept: int = 1000
+
     def at(self, rows: int, on_gpu: bool) -> TowerBytes:
-        return TowerBytes(1000 * rows, 70)
+        return TowerBytes(self.kept * rows, 70)
 
 
 def test_pictures_are_in_memory_from_the_loss_to_the_gradients_of_the_tower():
@@ -142,8 +149,8 @@ def test_pictures_are_in_memory_from_the_loss_to_the_gradients_of_the_tower():
     assert added == {"load": 0, "loss": 2000, "backward": 2000, "last": 2000, "update": 0}
     accumulating = phase_parts(shape, RunShape(4, 8, accumulates=True), MACHINE)
     assert accumulating["tower"]["gradients"] == 30 * 4
-    frozen = phase_parts(replace(shape, tower=TowerShape(Fixed())), RunShape(4, 8), MACHINE)
-    assert ("pictures" in frozen, "tower" in frozen) == (False, True)
+    frozen = phase_parts(replace(shape, trained=10, tower=TowerShape(Fixed(kept=0))), RunShape(4, 8), MACHINE)
+    assert ("pictures" in frozen, "tower" in frozen) == (True, False)
 
 
 @pytest.mark.parametrize("more", [(), ("--train-vision", "lora"), ("--train-vision", "--train-connector")])
