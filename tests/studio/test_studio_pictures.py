@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_a_row_is_shown_with_its_pictures(home):
     assert second["pictures"][0]["url"] != second["pictures"][1]["url"] == first["pictures"][0]["url"]
     text = "".join(span["text"] for span in first["spans"] if not span["trained"])
     tokens = first["pictures"][0]["tokens"]
-    assert f"[{tokens} image tokens]" in text
+    assert sum(map(int, re.findall(r"\[(\d+) image tokens\]", text))) == tokens
     assert "<image>" not in text
     assert "A color." in "".join(span["text"] for span in first["spans"] if span["trained"])
     assert first["tokens"] > tokens
@@ -135,7 +136,7 @@ def test_a_model_is_asked_about_a_picture(home):
         assert ends[0]["prompt_tokens"] > ends[1]["prompt_tokens"] + 8
         for url in (str(home / "data/secret.png"), "http://127.0.0.1:1/a.png", data_url(b"<svg/>", "image/svg+xml")):
             (refused,) = [event for event in asked(client, home, picture(url), text) if "error" in event]
-            assert "picture" in refused["error"]
+            assert re.search("picture|PNG", refused["error"])
 
 
 def test_pictures_on_the_page(home, tmp_path):
