@@ -405,7 +405,7 @@ def shown_answers(records: Sequence[Record]) -> list[ShownPrompt]:
     latest = sorted(by_prompt.values(), key=lambda one: one[-1]["step"])[-MOST_PROMPTS:]
     latest.sort(key=lambda one: one[-1].get("number", 0))
     return [
-        ShownPrompt(_turns(one[0]["prompt"]), [_shown(record) for record in _thinned(one)], _asked(one[0])[1])
+        ShownPrompt(_turns(*_asked(one[0])), [_shown(record) for record in _thinned(one)], _asked(one[0])[1])
         for one in latest
     ]
 
@@ -416,8 +416,10 @@ def _asked(record: Record) -> tuple[Any, list[str]]:
     return record["prompt"], [str(one) for one in pictures] if isinstance(pictures, list) else []
 
 
-def _turns(prompt: Any) -> list[tuple[str, str]]:
-    """Return a prompt, a text or messages, as (role, content)."""
+def _turns(prompt: Any, pictures: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Return a prompt, a text or messages, as (role, content), without the places of pictures that are shown beside it."""
+    if pictures and isinstance(prompt, str):
+        prompt = prompt.replace("<image>", "")
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     return [
         (str(turn.get("role", "")).capitalize(), _cut(_written(turn.get("content", "")), MOST_OF_TURN))
