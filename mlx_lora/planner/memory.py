@@ -47,8 +47,9 @@ from mlx_lora.planner.shapes import (
     Rollout,
     RunShape,
     in_steps,
+    pictures_kept,
+    tower_phase,
 )
-from mlx_lora.planner.tower import pictures_kept, tower_phase
 
 ROLLOUT = "rollout"  # the phase in which answers are sampled
 SINGLE = 4  # bytes of a float32
