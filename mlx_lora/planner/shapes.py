@@ -451,9 +451,8 @@ def tower_phase(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str,
     if not shape.tower.trained:
         return {"pictures": ahead}
     # Its own gradients are part of the window, unless those of earlier micro-batches are there.
-    return {
-        "tower": {"gradients": 4 * (shape.trained - shape.tower.trained * (not run.accumulates)), **ahead}
-    }  # float32
+    others = shape.trained - (0 if run.accumulates else shape.tower.trained)
+    return {"tower": {"gradients": 4 * others, **ahead}}  # in float32
 
 
 def _bytes_of(tower: TowerShape | None, run: RunShape, machine: Machine) -> TowerBytes:
