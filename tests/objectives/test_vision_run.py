@@ -260,6 +260,19 @@ def test_a_plan_counts_the_pictures_of_its_data(model, colors):
     assert with_data["phases"].keys() - without["phases"].keys() == {"tower"}
 
 
+def test_a_trained_tower_sees_a_picture_of_several_rows_once(model, colors):
+    rows = read_rows(model, colors / "train.jsonl", train_vision="full")
+    tokens, _ = rows.rows.row(0)
+    digests = rows.objective.table.rows[int(rows.rows.pictures[0])]
+    vision = rows.objective.vision
+    (unseen,) = vision.arrays(np.stack([tokens, tokens]), [digests, digests])
+    assert (len(unseen.pixels), unseen.which) == (1, [0, 0])
+    (alone,) = vision.arrays(tokens[None], [digests])
+    both, one = (dict(zip(vision.spec.names, vision.shown([given]), strict=True)) for given in (unseen, alone))
+    count = vision.table.shown[digests[0]].tokens
+    assert np.array_equal(np.array(both["embeddings"])[count : 2 * count], np.array(one["embeddings"])[:count])
+
+
 def test_a_resumed_run_of_the_tower_ends_with_the_same_bytes(seeing, model, colors, tmp_path):
     folder, _ = seeing
     copy = stopped_after(folder, tmp_path / "copy", 3)
