@@ -177,8 +177,8 @@ def _own_cache(tmp_path_factory):
         yield
 
 
-def _short_text(base, prompt: list[int], max_tokens: int, whole=report_callback.greedy_text) -> str:
-    return whole(base, prompt, FEW_TOKENS if max_tokens == LoopSettings().sample_tokens else max_tokens)
+def _short_text(base, prompt: list[int], max_tokens: int, *pictures, whole=report_callback.greedy_text) -> str:
+    return whole(base, prompt, FEW_TOKENS if max_tokens == LoopSettings().sample_tokens else max_tokens, *pictures)
 
 
 @pytest.fixture(autouse=True, scope="session")

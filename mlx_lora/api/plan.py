@@ -139,7 +139,12 @@ class PlanParts:
     def shape(self, settings: TrainSettings, dtype: str, kernels: KernelChoice | None) -> tuple[Outline, ModelShape]:
         """Return the outline of the model, in a dtype, and its shape with the adapter of the settings."""
         outline = outline_for(settings.model, device.compute_dtype(dtype))
-        return outline, outlined_shape(outline, settings, kernels)
+        return outline, outlined_shape(outline, _of_dtype(settings, dtype), kernels)
+
+
+def _of_dtype(settings: TrainSettings, dtype: str) -> TrainSettings:
+    """Return the settings with the dtype of what stands beside the language model."""
+    return replace(settings, model=replace(settings.model, dtype=dtype))
 
 
 def plan_run(
@@ -187,9 +192,8 @@ def plan_run(
         check_splits(settings, splits, outline)
         settings, size = measure_data(settings, splits, outline, shape)
         settings = replace(settings, data=replace(settings.data, max_seq_length=max(2, size.longest)))
-        # Of other models, the objective that read the data says what its pictures take.
-        others = objective.other_models_bytes(settings)
-        shape = replace(shape, trained_share=size.trained_share, beside_bytes=others)
+        # Of other models and towers, the objective that read the data says what its pictures take.
+        shape = _with_data(shape, _of_dtype(settings, dtype), size, objective, outline)
     problems = [rate_problem(settings, shape.model_type, shape.width)]
     settings = with_learning_rate(settings, shape.model_type, shape.width)
     offloads = settings.loop.offload_base == "on"
@@ -214,11 +218,21 @@ def plan_run(
         limits = DataLimits(size.rows, size.prompts) if size else NO_DATA
         result["advice"] = advice(settings, shape, machine, planned.width, quantized, limits)
     if all_chips:
-        ways = [of_macs(settings, parts, shape.trained_share)]
+        data = None if size is None else (size, objective)
+        ways = [of_macs(settings, parts, data)]
         if asked.loop.offload_base == AUTO and not offload_problems(asked.to_flat()):
-            ways.append(of_macs(offloaded(settings), parts, shape.trained_share))
+            ways.append(of_macs(offloaded(settings), parts, data))
         result["chips"] = _chip_rows(ways, size)
     return result
+
+
+def _with_data(
+    shape: ModelShape, settings: TrainSettings, size: DataSize, objective: Objective, outline: Outline
+) -> ModelShape:
+    """Return a run's shape with what its data say: the share of trained positions, and the memory of pictures."""
+    others = objective.other_models_bytes(settings)
+    shape = replace(shape, trained_share=size.trained_share, beside_bytes=others)
+    return objective.with_pictures(shape, settings, outline.model)
 
 
 MOST_AT_ONCE = 256  # runs that a plan counts
@@ -239,18 +253,19 @@ class OfMacs:
     reading: Reading | None
 
 
-def of_macs(settings: TrainSettings, parts: PlanParts, trained_share: float) -> OfMacs:
+def of_macs(settings: TrainSettings, parts: PlanParts, data: tuple[DataSize, Objective] | None) -> OfMacs:
     """Return what a run is on other Macs: as with `--chip`, in 16 bits if --dtype is open, with kernels that were not measured.
 
     Args:
         settings: of the run.
         parts: makes an outline of its own, since a block's graph is only read when it is asked for.
-        trained_share: of the data.
+        data: their size, and the objective that read them; None: they were not read.
     """
     dtype = "bfloat16" if settings.model.dtype == "auto" else settings.model.dtype
     outline, shape = parts.shape(settings, dtype, KernelChoice(settings.loop.kernels))
     reading = reading_of(outline, shape, None) if settings.loop.offload_base == "on" else None
-    return OfMacs(settings, replace(shape, trained_share=trained_share), reading)
+    shape = shape if data is None else _with_data(shape, _of_dtype(settings, dtype), *data, outline)
+    return OfMacs(settings, shape, reading)
 
 
 def _chip_rows(ways: Sequence[OfMacs], size: DataSize | None) -> list[dict[str, Any]]:

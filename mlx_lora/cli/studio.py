@@ -80,6 +80,7 @@ def main(
     from mlx_lora.studio.app import make_studio
     from mlx_lora.studio.folders import Folders
     from mlx_lora.studio.places.data import UPLOAD
+    from mlx_lora.studio.places.talk import MOST_TALK_BYTES, TALK
     from mlx_lora.trainer.run_folder import runs_file
 
     found = {name: folders_of(flag_of(name.removesuffix("s")), paths) for name, paths in more.items()}
@@ -97,6 +98,7 @@ def main(
         read_timeout_s=HEAD_TIMEOUT_S,
         open_folder="/static/",
         streamed=(UPLOAD,),
+        larger={TALK: MOST_TALK_BYTES},
     )
     with only_one(folders.home):
         run_studio(make_studio(folders, guard, parse_size(max_upload)), host, port, browser)

@@ -17,7 +17,7 @@ import heapq
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from mlx_lora.models.graph import Graph, Node, Shape
@@ -92,20 +92,26 @@ class KeptArrays:
     Attributes:
         kept_bytes: of arrays that the forward pass makes and the backward pass reads.
         window_bytes: what the backward pass adds to that at its peak.
+        early_bytes: what the first operations of the backward pass add at their peak: those that are prepared while the last ones
+            before it still hold their inputs.
+        forward_bytes: the peak of the forward pass, with what it keeps.
     """
 
     kept_bytes: int
     window_bytes: int
+    early_bytes: int
+    forward_bytes: int
 
 
-def count_memory(graph: Graph, lag: int) -> KeptArrays:
+def count_memory(graph: Graph, lag: int, fuses: bool = True) -> KeptArrays:
     """Return a graph's memory.
 
     Args:
         graph: a function with its gradient.
         lag: see the module's docstring.
+        fuses: whether it is compiled.
     """
-    buffers = _Buffers(graph)
+    buffers = _Buffers(graph, fuses)
     forward = _before(graph, graph.returned)
     kept = {
         buffers.of[name]
@@ -116,8 +122,57 @@ def count_memory(graph: Graph, lag: int) -> KeptArrays:
     }
     kept_bytes = sum(buffers.size.get(name, 0) for name in kept)
     start = max(forward, default=-1)
-    peak = max((live for number, live in _live(graph, buffers, lag) if number > start), default=kept_bytes)
-    return KeptArrays(kept_bytes, max(0, peak - kept_bytes))
+    live = list(_live(graph, buffers, lag))
+    done = max((operations for number, _, operations in live if number <= start), default=0)
+    peak = max((bytes_ for number, bytes_, _ in live if number > start), default=kept_bytes)
+    first = (bytes_ for number, bytes_, operations in live if number > start and operations <= done + lag)
+    early = max(first, default=kept_bytes)
+    before = max((bytes_ for number, bytes_, _ in live if number <= start), default=0)
+    return KeptArrays(kept_bytes, max(0, peak - kept_bytes), max(0, early - kept_bytes), before)
+
+
+def forward_peak(graph: Graph, lag: int, fuses: bool = True) -> int:
+    """Return the most bytes that are allocated while the function is computed without its gradient; arguments as above."""
+    needed = _before(graph, graph.returned)
+    nodes = [node for number, node in enumerate(graph.nodes) if number in needed]
+    alone = replace(graph, nodes=nodes, gradients=())
+    return max((live for _, live, _ in _live(alone, _Buffers(alone, fuses), lag)), default=0)
+
+
+WIDTH = 20  # arrays that MLX's search has open at a time
+
+
+def as_evaluated(graph: Graph) -> Graph:
+    """Return the graph with its nodes in the order in which MLX computes them, which matters where parts do not need one another.
+
+    MLX searches from what is asked for to what that needs, breadth first as long as the search is narrow, and computes what it
+    found from the end. So the forward passes of several pictures are computed side by side (mlx/transforms.cpp, `eval_impl`).
+    """
+    maker = {name: number for number, node in enumerate(graph.nodes) for name in node.outputs}
+    asked, needed_by = (*graph.returned, *graph.gradients), defaultdict(int)
+    for names in (asked, *(node.inputs for node in graph.nodes)):
+        for name in names:
+            if name in maker:
+                needed_by[maker[name]] += 1
+    found: list[int | None] = [None]  # which stands for what is asked for
+    later: list[tuple[int | None, int]] = []
+    at = 0
+    while at < len(found) or later:
+        if at < len(found):
+            number, first = found[at], 0
+            at += 1
+        else:
+            number, first = later.pop()
+        names = asked if number is None else graph.nodes[number].inputs
+        for place, name in enumerate(names[first:], first):
+            if len(found) - at >= WIDTH:
+                later.append((number, place))
+                break
+            if name in maker:
+                needed_by[maker[name]] -= 1
+                if not needed_by[maker[name]]:
+                    found.append(maker[name])
+    return replace(graph, nodes=[graph.nodes[number] for number in reversed(found) if number is not None])
 
 
 def _before(graph: Graph, names: tuple[str, ...]) -> set[int]:
@@ -142,7 +197,7 @@ class _Buffers:
         last_reader: buffer -> number of the last node that reads it.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, fuses: bool) -> None:
         self.arrays = graph.arrays
         self.of = {name: name for name in graph.arrays}
         self.strides = {name: _row_strides(info.shape) for name, info in graph.arrays.items()}
@@ -150,7 +205,7 @@ class _Buffers:
         self.maker: dict[str, int] = {}
         self.copied: dict[int, int] = defaultdict(int)
         self.last_reader: dict[str, int] = {}
-        inner = _fused_away(graph)
+        inner = _fused_away(graph) if fuses else set()
         for number, node in enumerate(graph.nodes):
             for index, name in enumerate(node.outputs):
                 view = self._view(node, index)
@@ -257,8 +312,8 @@ def _chain(
     return found
 
 
-def _live(graph: Graph, buffers: _Buffers, lag: int) -> Iterator[tuple[int, int]]:
-    """Yield each node's number and the bytes that are allocated when it has been prepared."""
+def _live(graph: Graph, buffers: _Buffers, lag: int) -> Iterator[tuple[int, int, int]]:
+    """Yield each node's number, the bytes that are allocated when it has been prepared, and how many operations were before."""
     live, operations = 0, 0
     waiting: list[tuple[int, int]] = []  # (operation whose end frees it, bytes)
     readers_so_far: dict[str, int] = defaultdict(int)
@@ -276,7 +331,7 @@ def _live(graph: Graph, buffers: _Buffers, lag: int) -> Iterator[tuple[int, int]
         if buffers.copied[number]:
             live += buffers.copied[number]
             heapq.heappush(waiting, (operations, buffers.copied[number]))
-        yield number, live
+        yield number, live, operations
         for buffer in {buffers.of[name] for name in (*node.inputs, *made)}:
             readers_so_far[buffer] += buffer not in made
             ends_here = buffers.last_reader[buffer] == number

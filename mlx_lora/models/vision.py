@@ -197,14 +197,24 @@ def open_tower(base: Base) -> VisionTower:
     Raises:
         InputError: see `load_tower`.
     """
-    tower = vars(base.model).get(ATTACHED)
+    tower = attached_tower(base.model)
     if tower is None:
         tower = load_tower(base.folder, compute_dtype(base))
-        setattr(base.model, ATTACHED, tower)
-        for name, part in tower.model.children().items():
-            if of_tower(name):
-                base.model[name] = part
+        attach_tower(base.model, tower)
     return tower
+
+
+def attach_tower(model: nn.Module, tower: VisionTower) -> None:
+    """Make a tower a part of its language model."""
+    setattr(model, ATTACHED, tower)
+    for name, part in tower.model.children().items():
+        if of_tower(name):
+            model[name] = part
+
+
+def attached_tower(model: nn.Module) -> VisionTower | None:
+    """Return the tower that is a part of a model; None if none is."""
+    return vars(model).get(ATTACHED)
 
 
 def take_tower(model: nn.Module) -> dict[str, mx.array]:

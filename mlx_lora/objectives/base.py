@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from mlx_lora.losses.divergence import DivergenceOptions
     from mlx_lora.losses.policy import PolicyOptions
     from mlx_lora.models.load import Base
+    from mlx_lora.objectives.picture_texts import PromptPictures
     from mlx_lora.planner.memory import MemoryPlan
     from mlx_lora.planner.shapes import ModelShape
     from mlx_lora.trainer.state import StepsDone
@@ -476,3 +477,29 @@ class Objective:
     def other_models_bytes(self, settings: TrainSettings) -> int:
         """Return the bytes of models that stay in memory beside the base, such as reward models."""
         return 0
+
+    def outlined(self, model: nn.Module, settings: TrainSettings) -> AdapterSettings:
+        """Return the settings by which a model without weights is adapted for a plan, as `adapted` does for a run.
+
+        Args:
+            model: gets what this objective puts beside its language model.
+            settings: of the run.
+        """
+        return settings.adapter
+
+    def with_pictures(self, shape: ModelShape, settings: TrainSettings, model: nn.Module) -> ModelShape:
+        """Return the shape of a run's model with the memory of the pictures in the data, which were read.
+
+        Args:
+            shape, settings: of the run.
+            model: the adapted one, with weights or without.
+        """
+        return shape
+
+    def pictures_of(self, number: int | None) -> PromptPictures | None:
+        """Return the pictures of a row; None: it has none.
+
+        Args:
+            number: that the row has for its pictures (`EncodedSet.pictures`); None: it has no pictures.
+        """
+        return None

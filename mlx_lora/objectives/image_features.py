@@ -61,7 +61,7 @@ class ImageFeatureCache:
             writes: whether the disk is used.
         """
         self.tower, self.processor, self.table = tower, processor, table
-        self._most = int(device.current_device().memory_bytes * MEMORY_SHARE) if most_bytes is None else most_bytes
+        self._most = most_kept_bytes() if most_bytes is None else most_bytes
         self._kept: OrderedDict[str, ImageFeatures] = OrderedDict()
         self._bytes = 0
         self._uses_disk = self._writes = writes
@@ -71,11 +71,6 @@ class ImageFeatureCache:
     def _folder(self) -> Path:
         """Named when a picture is first seen: an adapter may be put on the tower until then."""
         return cache_dir(KIND) / tower_key(self.tower, self.processor)
-
-    @property
-    def most_bytes(self) -> int:
-        """The bytes that are kept in memory at most."""
-        return self._most
 
     def of(self, digest: str) -> ImageFeatures:
         """Return what is seen of a picture.
@@ -142,6 +137,11 @@ class ImageFeatureCache:
         except (OSError, RuntimeError) as error:
             self._writes = False
             log.info(f"Note: pictures cannot be kept for the next epoch: {self._folder}: {error}")
+
+
+def most_kept_bytes() -> int:
+    """Return the bytes that are kept in this machine's memory at most."""
+    return int(device.current_device().memory_bytes * MEMORY_SHARE)
 
 
 def _size(seen: ImageFeatures) -> int:

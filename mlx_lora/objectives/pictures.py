@@ -35,9 +35,20 @@ from mlx_lora.data.image_tokens import ImageProcessor, ImageReader, ImageTable
 from mlx_lora.data.load import DataSplits, Seen, load_data, load_eval_set
 from mlx_lora.data.read import PICTURES
 from mlx_lora.models.image_inputs import ImageInputSpec, prepare_rotation, with_images
-from mlx_lora.models.vision import VisionTower, compute_dtype, image_token, load_tower, open_tower
+from mlx_lora.models.vision import (
+    VisionTower,
+    attach_tower,
+    attached_tower,
+    compute_dtype,
+    image_token,
+    load_tower,
+    open_tower,
+)
 from mlx_lora.objectives.base import BoundObjective, Objective, RunContext
-from mlx_lora.objectives.tower_training import kept_by_tower, planned_tower_bytes, tower_targets
+from mlx_lora.objectives.image_features import most_kept_bytes
+from mlx_lora.objectives.picture_texts import PromptPictures
+from mlx_lora.objectives.tower_memory import with_tower
+from mlx_lora.objectives.tower_training import frozen_tower_bytes, outlined_tower, tower_targets, trains_tower
 from mlx_lora.objectives.vision_encoder import VisionEncoder, put_template
 from mlx_lora.utils.errors import InputError
 
@@ -51,6 +62,7 @@ if TYPE_CHECKING:
     from mlx_lora.data.dataset import EncodedSet
     from mlx_lora.data.sampler import BatchPlan
     from mlx_lora.losses.cross_entropy import Loss
+    from mlx_lora.planner.shapes import ModelShape
 
 
 @dataclass(eq=False)
@@ -64,6 +76,8 @@ class WithPictures(Objective):
         self._eyes: VisionEncoder | None = None
         self._attached = False  # whether the tower is a part of the model
         self._token: int | None = None  # of pictures, as far as it is known
+        self._processor: ImageProcessor | None = None  # of the rows that were read
+        self._outlines: dict[str, VisionTower | None] = {}  # of plans, by dtype
         # Of tower and connector: modules that are trained in full, and layers that get factors.
         self._whole: tuple[str, ...] = ()
         self._layers: tuple[str, ...] = ()
@@ -99,7 +113,7 @@ class WithPictures(Objective):
         """
         self._check(ctx)
         adapter, base = ctx.settings.adapter, ctx.base
-        trains = ctx.trains and bool(adapter.train_connector or adapter.train_vision)
+        trains = ctx.trains and trains_tower(adapter)
         self._attached = trains or not ctx.trains  # a tower that is measured may be an adapter's, which is put on later
         tower = open_tower(base) if self._attached else load_tower(base.folder, compute_dtype(base))
         self._eyes = VisionEncoder.of(ctx.base, ctx.settings.data, self.table, tower, trains)
@@ -140,18 +154,47 @@ class WithPictures(Objective):
         )
 
     def settled(self, settings: TrainSettings) -> TrainSettings:
-        """Return the settings without what would compute rows without their pictures."""
+        """Return the settings without the kept output of frozen blocks, which would know no pictures."""
         settings = super().settled(settings)
-        return replace(settings, loop=replace(settings.loop, cache_trunk="off", sample_tokens=0))
+        return replace(settings, loop=replace(settings.loop, cache_trunk="off"))
 
     def other_models_bytes(self, settings: TrainSettings) -> int:
-        """Return the bytes of the tower, and of what it saw, as far as they stay in memory."""
+        """Return the bytes of a tower that is not a part of the model, and of what it saw, as far as they stay in memory."""
         others = super().other_models_bytes(settings)
-        if self._eyes is None:
-            return others + planned_tower_bytes(settings, self.table)
-        if self.vision.trained:  # tower and connector are among the model's own parameters
-            return others + kept_by_tower(self.vision.processor.config, settings, self.table)
-        return others + self.vision.tower.size_bytes + min(self.vision.seen.most_bytes, self.vision.pictures_bytes())
+        tower = None if trains_tower(settings.adapter) else self._tower(settings)
+        if tower is None:  # tower and connector are among the model's own parameters
+            return others
+        deep = 0 if self._processor is None else ImageInputSpec.of(self._processor.config).deep
+        return others + frozen_tower_bytes(tower, deep, self.table, most_kept_bytes())
+
+    def outlined(self, model: nn.Module, settings: TrainSettings) -> AdapterSettings:
+        """Put the tower on a model without weights if it is to be trained; see `Objective.outlined`.
+
+        Raises:
+            InputError: a part that is to be trained has no such layer.
+        """
+        adapter = settings.adapter
+        tower = outlined_tower(settings) if trains_tower(adapter) else None
+        if tower is None:
+            return adapter
+        attach_tower(model, tower)
+        self._layers, self._whole = tower_targets(tower.model, adapter)
+        return self.adapted(adapter)
+
+    def with_pictures(self, shape: ModelShape, settings: TrainSettings, model: nn.Module) -> ModelShape:
+        """Add what the tower takes of the pictures; see `Objective.with_pictures`."""
+        tower = attached_tower(model) if trains_tower(settings.adapter) else self._tower(settings)
+        if tower is None or self._processor is None:
+            return shape
+        return with_tower(shape, tower, self._processor, self.table, settings.objective.trained_rows_per_example)
+
+    def _tower(self, settings: TrainSettings) -> VisionTower | None:
+        """Return the tower that is not trained, or one without weights if none is loaded."""
+        if self._eyes is not None:
+            return self._eyes.tower
+        if settings.model.dtype not in self._outlines:
+            self._outlines[settings.model.dtype] = outlined_tower(settings)
+        return self._outlines[settings.model.dtype]
 
     def header_words(self, plan: BatchPlan, ctx: RunContext) -> list[str]:
         """Return words on the tower for the run's header."""
@@ -167,7 +210,7 @@ class WithPictures(Objective):
 
     def read_data(self, ctx: RunContext, data: DataSettings, teacher_prompt: str | None = None) -> DataSplits:
         """Read rows that may have pictures; see `Objective.read_data`."""
-        reader, tokenizer = self._reader(data, self.vision.processor, ctx.base.config), ctx.base.hf_tokenizer
+        reader, tokenizer = self.reader(data, self.vision.processor, ctx.base.config), ctx.base.hf_tokenizer
         put_template(tokenizer, ctx.base.folder, data, reader.processor.family)
         splits = load_data(data, tokenizer, ctx.settings.loop.seed, ctx.today, self.read_as, Seen(pictures=reader))
         ctx.record.identity["pictures"] = self.vision.identity()
@@ -176,7 +219,7 @@ class WithPictures(Objective):
 
     def read_set(self, ctx: RunContext, data: DataSettings) -> EncodedSet:
         """Read one set to measure; see `Objective.read_set`."""
-        reader = self._reader(data, self.vision.processor, ctx.base.config)
+        reader = self.reader(data, self.vision.processor, ctx.base.config)
         put_template(ctx.base.hf_tokenizer, ctx.base.folder, data, reader.processor.family)
         return load_eval_set(data.data or "", data, ctx.base.hf_tokenizer, self.read_as, Seen(pictures=reader))
 
@@ -191,14 +234,21 @@ class WithPictures(Objective):
     ) -> DataSplits:
         """Read a run's data for a plan; see `Objective.read_planned`."""
         data = settings.data
-        reader = self._reader(data, ImageProcessor(folder, config, data.max_pixels), config)
+        reader = self.reader(data, ImageProcessor(folder, config, data.max_pixels), config)
         put_template(tokenizer, folder, data, reader.processor.family)
         return load_data(data, tokenizer, settings.loop.seed, today, self.read_as, Seen(pictures=reader))
 
-    def _reader(self, data: DataSettings, processor: ImageProcessor, config: dict[str, Any]) -> ImageReader:
+    def reader(self, data: DataSettings, processor: ImageProcessor, config: dict[str, Any]) -> ImageReader:
+        """Return what turns the pictures below the data's folders into tokens.
+
+        Args:
+            data: names the files.
+            processor: of the model.
+            config: config.json of the model.
+        """
         files = [file.path for one in find_sets(data.data or "") for files in one.splits.values() for file in files]
         roots = list(dict.fromkeys(path.parent for path in files))
-        self._token = image_token(config)
+        self._token, self._processor = image_token(config), processor
         return ImageReader(processor, roots, self.table, self._token)
 
     def targets_of(self, rows: EncodedSet) -> EncodedSet:
@@ -210,6 +260,11 @@ class WithPictures(Objective):
         if found.mask is rows.mask or self._token is None or self.likelihood != "rows":
             return found
         return replace(found, mask=found.mask & (found.tokens != self._token))
+
+    def pictures_of(self, number: int | None) -> PromptPictures | None:
+        """Return the pictures of a row; see `Objective.pictures_of`."""
+        digests = self.table.rows[number] if number is not None else ()
+        return PromptPictures(self.vision, digests) if digests else None
 
     # The loss
 

@@ -1,19 +1,17 @@
-"""What is trained of a vision tower and its connector, and the memory that the tower takes in a plan."""
+"""What is trained of a vision tower and its connector, and the tower of a model that is only planned."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.base import LINEAR, base_dims
+from mlx_lora.adapters.base import LINEAR
 from mlx_lora.adapters.targets import has_weights
-from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS
 from mlx_lora.models.folder import FOREIGN_ERRORS
 from mlx_lora.models.tower_files import of_connector, of_tower
-from mlx_lora.models.vision import LANGUAGE, arrays_of, build_tower
+from mlx_lora.models.vision import VisionTower, arrays_of, build_tower, image_token, without_language_model
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.hub import resolve_config
@@ -23,11 +21,13 @@ if TYPE_CHECKING:
     from mlx_lora.config.settings import AdapterSettings, TrainSettings
     from mlx_lora.data.image_tokens import ImageTable
 
-TRAINED_BYTES = 16  # of a trained number: its float32 master, gradient and two moments
 # Arrays of Gemma 4's tower that nobody trains: bounds of its clipped layers, and what standardizes its output.
 BUFFERS = frozenset({"input_min", "input_max", "output_min", "output_max", "std_bias", "std_scale"})
-AT_ENDS = 34  # arrays as wide as the tower that a picture takes besides its blocks
-OF_CONNECTOR = 4  # those of a trained connector behind a frozen tower
+
+
+def trains_tower(adapter: AdapterSettings) -> bool:
+    """Return whether tower or connector are trained."""
+    return bool(adapter.train_connector or adapter.train_vision)
 
 
 def tower_targets(tower: nn.Module, adapter: AdapterSettings) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -64,60 +64,35 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, LINEAR)
 
 
-def planned_tower_bytes(settings: TrainSettings, table: ImageTable) -> int:
-    """Return the bytes of a model's tower, and of its training, by its config alone; 0 if that does not tell.
+def outlined_tower(settings: TrainSettings) -> VisionTower | None:
+    """Return the tower of a model by its config alone, without weights; None if it cannot be made: loading reports why.
 
     Args:
         settings: of the run.
-        table: of the pictures, as far as the data were read.
-
-    Raises:
-        InputError: a part that is to be trained has no such layer.
     """
     try:
         file = resolve_config(settings.model.model or "", settings.model.revision) / "config.json"
         config = read_json(file, "download the model again")
-        tower = build_tower(config)
+        dtype = device.compute_dtype(settings.model.dtype)
+        return without_language_model(build_tower(config), config, image_token(config), dtype)
     except (InputError, *FOREIGN_ERRORS):
-        return 0  # loading reports what is wrong with the model
-    size = device.compute_dtype(settings.model.dtype).size
-    stored = sum(array.size * size for name, array in arrays_of(tower).items() if not name.startswith(LANGUAGE))
-    adapter = settings.adapter
-    if not (adapter.train_connector or adapter.train_vision):
-        return stored
-    (layers, whole), modules = tower_targets(tower, adapter), dict(tower.named_modules())
-    numbers = sum(value.size for path in whole for value in modules[path].values() if isinstance(value, mx.array))
-    numbers += sum(adapter.rank * sum(base_dims(modules[path])) for path in layers)
-    return stored + TRAINED_BYTES * numbers + kept_by_tower(config, settings, table)
+        return None
 
 
-def kept_by_tower(config: Mapping[str, Any], settings: TrainSettings, table: ImageTable) -> int:
-    """Return the bytes that a trained tower keeps of a batch's pictures from its forward to its backward pass.
+def frozen_tower_bytes(tower: VisionTower, deep: int, table: ImageTable, most_bytes: int) -> int:
+    """Return the bytes of a tower that is not trained, and of what it saw, as far as they stay in memory.
 
-    An estimate: numbers per patch, fitted to towers of 4 and 8 blocks without checkpointing. With a frozen tower and a trained
-    connector, nothing of the tower is kept.
+    Args:
+        tower: loaded or outlined.
+        deep: how many blocks get more of a picture than its embeddings.
+        table: of the pictures.
+        most_bytes: that are kept of what it saw (objectives/image_features.py).
     """
-    vision, loop = config["vision_config"], settings.loop
-    tokens = sum(shown.tokens for shown in table.shown.values())
-    rows = [sum(table.shown[digest].tokens for digest in row) for row in table.rows]
-    most = loop.batch_size * max(rows, default=0) if loop.batch_size else loop.batch_tokens or DEFAULT_BATCH_TOKENS
-    width = vision.get("embed_dim") or vision["hidden_size"]
-    inner = vision.get("intermediate_size") or int(vision.get("mlp_ratio", 4) * width)
-    blocks = vision.get("num_hidden_layers") or vision.get("depth") or 1
-    whole = AT_ENDS * width + blocks * (6 * width + 3 * inner)
-    each = whole if settings.adapter.train_vision else OF_CONNECTOR * width
-    return int(min(tokens, most) * _patches_of_token(config) * each * device.compute_dtype(settings.model.dtype).size)
+    of_token = tower.width * dtype_of(tower).size * (1 + deep)
+    return tower.size_bytes + min(most_bytes, of_token * sum(shown.tokens for shown in table.shown.values()))
 
 
-def _patches_of_token(config: Mapping[str, Any]) -> float:
-    """Return how many patches of a picture become one token."""
-    vision = config["vision_config"]
-    if "spatial_merge_size" in vision:
-        return vision["spatial_merge_size"] ** 2
-    if "pooling_kernel_size" in vision:  # Gemma 4
-        return vision["pooling_kernel_size"] ** 2
-    if config.get("model_type") == "mistral3":
-        return config.get("spatial_merge_size", 2) ** 2
-    if "mm_tokens_per_image" in config:
-        return (vision["image_size"] // vision["patch_size"]) ** 2 / config["mm_tokens_per_image"]
-    return config.get("scale_factor", 1) ** 2
+def dtype_of(tower: VisionTower) -> mx.Dtype:
+    """Return the dtype of a tower's weights."""
+    floats = (a for a in arrays_of(tower.model).values() if mx.issubdtype(a.dtype, mx.floating))
+    return max(floats, key=lambda array: array.size).dtype

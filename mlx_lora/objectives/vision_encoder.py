@@ -88,11 +88,6 @@ class VisionEncoder:
             f"{np.mean(tokens):.0f} on average"
         )
 
-    def pictures_bytes(self) -> int:
-        """Return the bytes of what the tower sees of all pictures."""
-        each = self.tower.width * 4 * (1 + self.spec.deep)
-        return each * sum(shown.tokens for shown in self.table.shown.values())
-
     def arrays(self, inputs: np.ndarray, rows: list[tuple[str, ...]], prompts: np.ndarray | None = None) -> list[Any]:
         """Return the arrays that `with_images` takes for a batch, or if the tower is trained, what `shown` makes them of.
 
@@ -122,7 +117,9 @@ class VisionEncoder:
             found = [positions_of(row, grid) for row, grid in zip(is_picture, grids, strict=True)]
             given["positions"] = mx.array(np.stack(found, axis=1))  # (3, B, T)
         if self.trained:
-            return [UnseenPictures(given, [self._pixels(digest) for digest in digests])]
+            each = list(dict.fromkeys(digests))
+            which = [each.index(digest) for digest in digests]
+            return [UnseenPictures(given, [self._pixels(digest) for digest in each], which)]
         return self._with_embeddings(given, [self.seen.of(digest) for digest in digests])
 
     def prompt_arrays(self, tokens: Sequence[int], digests: tuple[str, ...]) -> list[mx.array]:
@@ -142,7 +139,8 @@ class VisionEncoder:
         """Return the arrays that `with_images` takes; a trained tower is asked about the pictures here."""
         if len(arrays) != 1 or not isinstance(arrays[0], UnseenPictures):
             return arrays
-        return self._with_embeddings(arrays[0].given, [self.tower(*one) for one in arrays[0].pixels])
+        seen = [self.tower(*one) for one in arrays[0].pixels]
+        return self._with_embeddings(arrays[0].given, [seen[number] for number in arrays[0].which])
 
     def _pixels(self, digest: str) -> tuple[dict[str, mx.array], int]:
         """Return what the tower takes of a picture, and the number of its tokens."""
@@ -176,11 +174,13 @@ class UnseenPictures:
 
     Attributes:
         given: the batch's arrays that do not depend on it, by name.
-        pixels: for each picture, what the tower takes, and the number of its tokens.
+        pixels: for each different picture, what the tower takes, and the number of its tokens.
+        which: of `pixels`, for each place of a picture in the batch; answers to one prompt show the same one.
     """
 
     given: dict[str, mx.array]
     pixels: list[tuple[dict[str, mx.array], int]]
+    which: list[int]
 
 
 def image_template(tokenizer: PreTrainedTokenizerBase, folder: Path, family: Family) -> str | None:

@@ -5,7 +5,10 @@ A run has phases, and its peak is that of the largest phase:
     load       the weights, and what casts and checks hold temporarily
     check      one block of each kind, and the plain loss of a few tokens, with whole logits (losses/cross_entropy.py)
     loss       everything that the blocks keep, and tiles of logits (losses/fused.py)
-    backward   everything that the blocks keep, and the gradients of one block
+    backward   everything that the blocks keep, and the gradients of one block; or less and less of what they keep, and
+               those of an earlier block
+    tower      what a trained vision tower keeps of a batch's pictures (in the two before, too), and its gradients
+    pictures   if the tower is frozen, its forward pass for one picture, before the batch
     last       the adapter's gradients, and one block
     update     gradients, and the new optimizer state in addition to the old
     teacher    the base, a teacher's weights, and its forward pass; only with --teacher. Before the first step, or if it
@@ -28,7 +31,7 @@ Source: arXiv 2205.05198, section 4 (activations of a block).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 
@@ -44,6 +47,8 @@ from mlx_lora.planner.shapes import (
     Rollout,
     RunShape,
     in_steps,
+    pictures_kept,
+    tower_phase,
 )
 
 ROLLOUT = "rollout"  # the phase in which answers are sampled
@@ -186,13 +191,14 @@ def phase_parts(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str,
     }
     if shape.teacher is not None and shape.teacher_stays:
         held["teacher"] = shape.teacher.base_bytes
-    kept, most = _kept_by_blocks(shape, run, machine)
-    activations = {"activations": kept, "gradients": masters * run.accumulates}
+    kept = _kept_by_blocks(shape, run, machine)
+    activations = {"activations": _together(kept, run), "gradients": masters * run.accumulates}
+    of_pictures, of_tower = pictures_kept(shape.tower, run, machine), tower_phase(shape, run, machine)
+    activations |= of_pictures
     activations |= {} if run.teacher_top_k is None else {"records": _record_bytes(shape, run)}
     ahead = _backward_window(shape, run, machine)
     one_block = int(max((kept_by(block, run, machine) for block in shape.blocks), default=0))
     check, check_gradients, logits = _check_parts(shape, machine)
-    again = 0 if run.checkpointing == "none" else most
     last_tile = 0 if shape.plain_loss else min(2 * machine.tile_bytes, 2 * SINGLE * run.slots * shape.vocabulary)
     phases = {
         "load": {
@@ -202,10 +208,11 @@ def phase_parts(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str,
         },
         "check": {**held, "optimizer": 0, "activations": check, "gradients": check_gradients, "logits": logits},
         "loss": {**held, **activations, "logits": _loss_window(shape, run, machine)},
-        "backward": {**held, **activations, "block": again, "work ahead": ahead + (0 if again else last_tile)},
-        "last": {**held, "gradients": masters, "block": one_block, "work ahead": ahead},
+        "backward": {**held, **activations, **_backward_parts(shape, run, machine, kept, last_tile)},
+        "last": {**held, **of_pictures, "gradients": masters, "block": one_block, "work ahead": ahead},
         "update": {**held, "gradients": masters, "new state": int(copies * masters)},
     }
+    phases |= {name: {**held, **of_pictures, **parts} for name, parts in of_tower.items()}
     if shape.teacher is not None:
         beside = held if shape.teacher_stays else {"base": shape.base_bytes}
         phases["teacher"] = {**beside, **_teacher_parts(shape.teacher, run, machine)}
@@ -236,13 +243,20 @@ def kept_by(block: Block, run: RunShape, machine: Machine) -> float:
     case = run.rows, run.width, machine.backend != "cpu"
     memory = _memory(block, run)
     if memory is not None:
-        whole = memory.at(*case).kept
-        if block.at_one is None:
-            return whole
-        part = block.at_one.at(*case).kept  # attention's; the rest grows with the trained positions
-        return part + max(0.0, whole - part) * run.slots / run.positions
+        return _at_trained(block, run, memory.at(*case).kept, block.at_one and block.at_one.at(*case).kept)
     own = block_numbers(block, run, machine) * run.positions + probabilities(block, run, machine) * run.rows
     return own * machine.number_bytes
+
+
+def _at_trained(block: Block, run: RunShape, whole: float, at_one: float | None) -> float:
+    """Return a block's bytes where only trained positions are computed beyond attention, which is the last block of some models.
+
+    Args:
+        block, run: of them.
+        whole: its bytes if all positions are computed.
+        at_one: if only one is; the rest grows with the trained positions. None: all of them are.
+    """
+    return whole if at_one is None else at_one + max(0.0, whole - at_one) * run.slots / run.positions
 
 
 def _memory(block: Block, run: RunShape) -> BlockMemory | None:
@@ -317,25 +331,50 @@ def probabilities(block: Block, run: RunShape, machine: Machine) -> float:
     return block.heads * run.width * run.width * (tiles + 1) / (2 * tiles)
 
 
-def _kept_by_blocks(shape: ModelShape, run: RunShape, machine: Machine) -> tuple[int, int]:
-    """Return the bytes that all blocks keep, and the most that one checkpointed block computes again."""
-    every = checkpoint_every(run.checkpointing)
-    kept, most, largest = 0.0, 0.0, 0.0
-    for index, block in enumerate(shape.blocks):
-        if index < shape.first_trained:
-            continue
+def _kept_by_blocks(shape: ModelShape, run: RunShape, machine: Machine) -> list[tuple[float, float]]:
+    """Return of each block that has a backward pass the bytes that it keeps, and those that it computes again if checkpointed."""
+    every, found = checkpoint_every(run.checkpointing), []
+    for index, block in enumerate(shape.blocks[shape.first_trained :], shape.first_trained):
         everything = kept_by(block, run, machine)
         if every is None or index % every:
-            kept += everything
+            found.append((everything, 0.0))
             continue
-        ends = _ends(block, run, machine)
-        largest = max(largest, ends)
-        kept += ends
+        kept = _ends(block, run, machine)
         if run.checkpointing == "selective":  # also keeps every layer's output, except that of the last product
             products = sum(layer.outputs * layer.active for layer in block.layers) - _width(block)
             kept += products * run.positions * machine.number_bytes
-        most = max(most, everything)
-    return int(min(kept, OFFLOADED_ENDS * largest) if run.offloads_activations else kept), int(most)
+        found.append((kept, everything))
+    return found
+
+
+def _together(kept: Sequence[tuple[float, float]], run: RunShape) -> int:
+    """Return the bytes that some blocks keep together."""
+    together = sum(bytes_ for bytes_, _ in kept)
+    largest = max((bytes_ for bytes_, again in kept if again), default=0.0)
+    return int(min(together, OFFLOADED_ENDS * largest) if run.offloads_activations else together)
+
+
+def _backward_parts(
+    shape: ModelShape, run: RunShape, machine: Machine, kept: Sequence[tuple[float, float]], last_tile: int
+) -> dict[str, int]:
+    """Return what the backward pass of the blocks holds at its peak, in addition to what is held anyway.
+
+    It begins with the last block, and each block's kept arrays are free before the block before it is differentiated. So where
+    the last block is computed at few positions, the one before it may decide.
+
+    Args:
+        shape, run, machine: as for `plan_memory`.
+        kept: as `_kept_by_blocks` returns it.
+        last_tile: bytes of the loss that are not free yet while the first operations of the last block are prepared.
+    """
+    moments: list[dict[str, int]] = [{"activations": 0, "block": 0, "work ahead": last_tile}]
+    for number, block in enumerate(shape.blocks[shape.first_trained :]):
+        again, ahead = kept[number][1], _window(block, run, machine)
+        if number + 1 == len(kept) and not again:
+            ahead = max(ahead, _window(block, run, machine, early=True) + last_tile)
+        activations = _together(kept[: number + 1], run)
+        moments.append({"activations": activations, "block": int(again), "work ahead": int(ahead)})
+    return max(moments, key=lambda parts: sum(parts.values()))
 
 
 def offloaded_bytes(shape: ModelShape, run: RunShape, machine: Machine) -> int:
@@ -349,10 +388,13 @@ def _backward_window(shape: ModelShape, run: RunShape, machine: Machine) -> int:
     return int(max((_window(block, run, machine) for block in shape.blocks), default=0))
 
 
-def _window(block: Block, run: RunShape, machine: Machine) -> float:
+def _window(block: Block, run: RunShape, machine: Machine, early: bool = False) -> float:
+    """Return the bytes that a block's backward pass, or its beginning, allocates at a time, in addition to what it keeps."""
     memory = _memory(block, run)
     if memory is not None:
-        return memory.at(run.rows, run.width, machine.backend != "cpu").window
+        case, name = (run.rows, run.width, machine.backend != "cpu"), "early" if early else "window"
+        at_one = None if block.at_one is None else getattr(block.at_one.at(*case), name)
+        return _at_trained(block, run, getattr(memory.at(*case), name), at_one)
     size = machine.number_bytes
     layers = BACKWARD_AHEAD * block.widths * run.positions * size
     scores = _scores_ahead(run, machine) * run.rows * block.heads * run.width * size
@@ -435,12 +477,14 @@ def _check_parts(shape: ModelShape, machine: Machine) -> tuple[int, int, int]:
         run = RunShape(1, CHECK_TOKENS)
         kinds = {(block, id(block.memory)): block for block in shape.blocks}
         kept = sum(kept_by(block, run, machine) for block in kinds.values())
+        # The tower is checked in whole: it has no blocks that could be left out.
+        of_tower = 0 if shape.tower is None else 2 * SINGLE * shape.tower.trained
         share = len(kinds) / max(1, len(shape.blocks))
-        return int(kept), int(gradients * share), _check_bytes(shape, machine, tokens)
+        return int(kept), of_tower + int((gradients - of_tower) * share), _check_bytes(shape, machine, tokens)
     run = RunShape(1, CHECK_TOKENS, checkpointing="block")
-    kept, most = _kept_by_blocks(shape, run, machine)
-    block = most + _backward_window(shape, run, machine)
-    return kept, gradients, max(_check_bytes(shape, machine, tokens), block)
+    kept = _kept_by_blocks(shape, run, machine)
+    block = int(max((again for _, again in kept), default=0)) + _backward_window(shape, run, machine)
+    return _together(kept, run), gradients, max(_check_bytes(shape, machine, tokens), block)
 
 
 def _load_window(shape: ModelShape) -> int:

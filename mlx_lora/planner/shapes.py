@@ -81,12 +81,14 @@ class BlockBytes:
         window: what its backward pass adds to that at its peak.
         ends: its input and attention's output, which a checkpointed block keeps.
         nodes: the number of operations in its graph.
+        early: what the beginning of its backward pass adds, while arrays of the loss are still there.
     """
 
     kept: float
     window: float
     ends: float
     nodes: float = 0
+    early: float = 0
 
     def plus(self, other: BlockBytes) -> BlockBytes:
         """Return the sum, field by field."""
@@ -139,6 +141,43 @@ class Block:
     def widths(self) -> int:
         """The sum of the input and output widths of the matrices that each position uses."""
         return sum((layer.inputs + layer.outputs) * layer.active for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class TowerBytes:
+    """The bytes that a vision tower takes for the pictures of one batch.
+
+    Attributes:
+        kept: from its forward to its backward pass; 0 if nothing of it is trained.
+        window: what its backward pass adds to that at its peak, its gradients included, or its forward pass if that takes more; if
+            nothing is trained, the peak of its forward pass, which computes one picture at a time before the batch.
+    """
+
+    kept: float
+    window: float
+
+
+class TowerMemory(Protocol):
+    """Returns the bytes that a tower takes for the pictures of a batch."""
+
+    def at(self, rows: int, on_gpu: bool) -> TowerBytes:
+        """Return the bytes for so many rows with different pictures."""
+        ...
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """The vision tower of a run, with its connector.
+
+    Attributes:
+        memory: what it takes for pictures.
+        trained: the numbers of both that are trained; they are part of `ModelShape.trained`.
+        rows_each: rows of a batch that show the same pictures, such as the two answers of a pair.
+    """
+
+    memory: TowerMemory = field(compare=False)
+    trained: int = 0
+    rows_each: int = 1
 
 
 CACHE_STEP = 256  # tokens by which a cache of mlx-lm grows
@@ -224,6 +263,7 @@ class ModelShape:
         trained_share: of the positions of a batch, by the data; 1 if not known. Fewer positions make wider tiles of logits,
             which take more of a quantized head at a time.
         most_tokens: of a row; 0: any number. An encoder has an embedding for each of its positions and no more.
+        tower: that sees the pictures of the data; None: there are none.
     """
 
     model_type: str
@@ -249,6 +289,7 @@ class ModelShape:
     parameters: int = 0
     trained_share: float = 1.0
     most_tokens: int = 0
+    tower: TowerShape | None = None
 
     @property
     def slice_rows(self) -> int:
@@ -385,3 +426,36 @@ class RunShape:
     def slots(self) -> int:
         """The number of slots for trained targets, P."""
         return self.positions if self.trained_positions is None else min(self.trained_positions, self.positions)
+
+
+# What a vision tower holds, and when. A trained one sees the pictures of a batch before the language model reads them, and is
+# differentiated after it: what it keeps is in memory all that time. A frozen one sees one picture at a time, before the batch, and
+# keeps nothing.
+
+
+def pictures_kept(tower: TowerShape | None, run: RunShape, machine: Machine) -> dict[str, int]:
+    """Return the bytes that a trained tower keeps of a batch's pictures, by the name of the part; nothing if it is frozen."""
+    kept = int(_bytes_of(tower, run, machine).kept)
+    return {"pictures": kept} if kept else {}
+
+
+def tower_phase(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str, dict[str, int]]:
+    """Return the phase in which the tower decides, and its parts beside what is held and what `pictures_kept` says.
+
+    Its backward pass is `tower`, which begins when the blocks' gradients are there; the forward pass of a frozen one is `pictures`.
+    """
+    found = _bytes_of(shape.tower, run, machine)
+    if shape.tower is None or not found.window:
+        return {}
+    ahead = {"work ahead": int(found.window)}
+    if not shape.tower.trained:
+        return {"pictures": ahead}
+    # Its own gradients are part of the window, unless those of earlier micro-batches are there.
+    others = shape.trained - (0 if run.accumulates else shape.tower.trained)
+    return {"tower": {"gradients": 4 * others, **ahead}}  # in float32
+
+
+def _bytes_of(tower: TowerShape | None, run: RunShape, machine: Machine) -> TowerBytes:
+    if tower is None:
+        return TowerBytes(0, 0)
+    return tower.memory.at(-(-run.rows // tower.rows_each), machine.backend != "cpu")

@@ -61,6 +61,7 @@ class Sample:
         specials: the tokenizer's special tokens in them.
         teacher: the text of a teacher that the model learns from; None: there is no teacher, or its text is not known.
         expected: the row's own answer, cut like the model's; None: not known.
+        pictures: the digests of those in the prompt, in order (`RunReport.pictures`).
     """
 
     prompt: str
@@ -69,6 +70,7 @@ class Sample:
     specials: list[str] = field(default_factory=list)
     teacher: str | None = None
     expected: str | None = None
+    pictures: list[str] = field(default_factory=list)
 
     @property
     def turns(self) -> list[tuple[str, str]]:
@@ -96,6 +98,7 @@ class RunReport:
         known: how many training rows the model answers word for word; None: nobody asked.
         verdict: `Verdict.to_dict()` of the last `write`; the studio reads it.
         date: the day of the run, as in 2026-11-28; empty: today.
+        pictures: digest -> data URL of a small JPEG, of the pictures in the prompts of texts and answers.
     """
 
     command: str
@@ -112,6 +115,7 @@ class RunReport:
     known: KnownRows | None = None
     verdict: dict[str, Any] = field(default_factory=dict)
     date: str = ""
+    pictures: dict[str, str] = field(default_factory=dict)
 
     def keep_samples_of(self, folder: Path) -> bool:
         """Copy the texts of the run that this one resumes, and return whether there are any."""
@@ -346,10 +350,17 @@ class ShownAnswer:
 
 @dataclass(frozen=True)
 class ShownPrompt:
-    """A fixed prompt, as (role, content) of each turn, with its answers in the order of the validations."""
+    """A fixed prompt.
+
+    Attributes:
+        turns: (role, content) of each.
+        answers: in the order of the validations.
+        pictures: the digests of those in it.
+    """
 
     turns: list[tuple[str, str]]
     answers: list[ShownAnswer]
+    pictures: list[str] = field(default_factory=list)
 
 
 def keep_answers(file: Path, resumed_at: int | None) -> None:
@@ -387,19 +398,38 @@ def shown_answers(records: Sequence[Record]) -> list[ShownPrompt]:
     """Return what the page shows: of each prompt at most ten validations, the first and the last among them."""
     by_prompt: dict[str, list[Record]] = {}
     for record in records:
-        by_prompt.setdefault(json.dumps(record["prompt"], default=str), []).append(record)
+        by_prompt.setdefault(json.dumps(_asked(record), default=str), []).append(record)
     # A resumed run whose data differ has other prompts; the last ones are shown.
     latest = sorted(by_prompt.values(), key=lambda one: one[-1]["step"])[-MOST_PROMPTS:]
     latest.sort(key=lambda one: one[-1].get("number", 0))
-    return [ShownPrompt(_turns(one[0]["prompt"]), [_shown(record) for record in _thinned(one)]) for one in latest]
+    return [
+        ShownPrompt(_turns(*_asked(one[0])), [_shown(record) for record in _thinned(one)], _asked(one[0])[1])
+        for one in latest
+    ]
 
 
-def _turns(prompt: Any) -> list[tuple[str, str]]:
-    """Return a prompt, a text or messages, as (role, content)."""
+def _asked(record: Record) -> tuple[Any, list[str]]:
+    """Return what tells prompts apart: their texts, and the pictures in them."""
+    pictures = record.get("pictures")
+    return record["prompt"], [str(one) for one in pictures] if isinstance(pictures, list) else []
+
+
+def _turns(prompt: Any, pictures: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Return a prompt, a text or messages, as (role, content), without the places of pictures that are shown beside it."""
+    if pictures and isinstance(prompt, str):
+        prompt = prompt.replace("<image>", "")
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     return [
-        (str(turn.get("role", "")).capitalize(), _cut(str(turn.get("content", "")), MOST_OF_TURN)) for turn in turns
+        (str(turn.get("role", "")).capitalize(), _cut(_written(turn.get("content", "")), MOST_OF_TURN))
+        for turn in turns
     ]
+
+
+def _written(content: Any) -> str:
+    """Return the content of a turn as text; pictures among its parts are shown beside it."""
+    if not isinstance(content, list):
+        return str(content)
+    return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
 
 
 def _thinned(records: list[Record]) -> list[Record]:
@@ -433,7 +463,7 @@ def first_and_kept(records: Sequence[Record], kept_step: int | None) -> list[tup
     """Return the first answer to each prompt, and the one at the step whose adapter is kept; None: at the last step."""
     step = records[-1]["step"] if records and kept_step is None else kept_step
     last = [record for record in records if record["step"] == step]
-    return [(next(one for one in records if one["prompt"] == end["prompt"]), end) for end in last]
+    return [(next(one for one in records if _asked(one) == _asked(end)), end) for end in last]
 
 
 # What evaluate measured

@@ -28,9 +28,17 @@ def fixed_prompts(rows: EncodedSet, most: int) -> list[FixedPrompt]:
     for example in spaced_by_length(rows, min(most, rows.examples)).tolist():
         tokens, mask = rows.row(example * rows.group)
         begun = tokens[: int(np.argmax(mask))].tolist()
-        if rows.facts is not None and begun not in [one.tokens for one in found]:
-            found.append(FixedPrompt(begun, rows.facts[example]))
+        if rows.facts is None:
+            continue
+        prompt = FixedPrompt(begun, rows.facts[example])
+        if _asked(prompt) not in map(_asked, found):
+            found.append(prompt)
     return found
+
+
+def _asked(prompt: FixedPrompt) -> tuple[list[int], Any]:
+    """Return what tells prompts apart: the same question may be asked about several pictures."""
+    return prompt.tokens, prompt.fact.get("pictures")
 
 
 def greedy_answers(rollouts: Rollouts, prompts: Sequence[FixedPrompt]) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ import json
 import signal
 import socket
 from collections import Counter
-from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -57,6 +57,7 @@ class GuardLimits:
         streamed: paths whose body is a file of any size, which their route reads, and limits, itself.
         key_header: another header that may have the key, in lower case; None: there is none.
         binary: paths whose body is a protocol buffer instead of JSON.
+        larger: paths whose body may be larger, and how large.
     """
 
     api_key: str | None
@@ -68,6 +69,7 @@ class GuardLimits:
     streamed: tuple[str, ...] = ()
     key_header: str | None = None
     binary: tuple[str, ...] = ()
+    larger: Mapping[str, int] = field(default_factory=dict)
 
 
 def is_local(host: str) -> bool:
@@ -101,7 +103,7 @@ class Guard:
         try:
             self._check(scope, headers)
             streamed = scope["path"] in self._limits.streamed
-            body = None if streamed else await self._body(headers, receive)
+            body = None if streamed else await self._body(scope["path"], headers, receive)
         except ApiError as error:
             await error_response(error, close=True)(scope, receive, counted)
             return
@@ -142,13 +144,13 @@ class Guard:
         folder = self._limits.open_folder
         return path in OPEN_PATHS or (folder is not None and path.startswith(folder))
 
-    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
+    async def _body(self, path: str, headers: dict[str, str], receive: Receive) -> bytes:
         """Return the complete body.
 
         Raises:
             ApiError: 413 if it is too large, 408 if it is too slow, 400 if the client disconnects.
         """
-        most = self._limits.max_body_bytes
+        most = self._limits.larger.get(path, self._limits.max_body_bytes)
         too_large = ApiError(413, f"the body is larger than {most} bytes; send less", "body_too_large")
         declared = headers.get("content-length", "0")
         if declared.isdecimal() and int(declared[:20]) > most:

@@ -1,6 +1,7 @@
 """Show a run's data as it will be trained: encoded once into arrays on disk, from which any page of rows is read fast.
 
 FOLDER/tokens.npy mask.npy offsets.npy     the rows, as `train` would encode them
+       pictures.npy pictures.json          and their pictures (studio/preview_pictures.py)
        examples.npy                        (E, 6) int32: file, line, form, whether cut, the first equal example or -1, split
        meta.json                           names, counts, histogram, refused records, notes
 
@@ -50,6 +51,7 @@ from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.model_stores import local_model
+from mlx_lora.studio.preview_pictures import RowPictures, in_runs, reader_for, write_pictures
 from mlx_lora.studio.tasks import BackgroundTask, Tasks
 from mlx_lora.studio.web import in_page_words
 from mlx_lora.utils import console
@@ -57,6 +59,7 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, replace_text, replacing_folder, sha256_of
 from mlx_lora.utils.hub import HUB_ID, resolve_config, resolve_tokenizer
 from mlx_lora.utils.parsing import read_json
+from mlx_lora.utils.text import counted
 
 SPLITS = ("train", "valid", "test")
 BARS = 40
@@ -91,11 +94,14 @@ def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda don
     """
     settings = train_settings({name: value for name, value in asked.items() if name != "tokenizer"})
     tokenizer = _load_tokenizer(Path(asked["tokenizer"]))
-    parts, repeated = _read(settings.data, objective_of(settings.objective).records, report)
+    seen = reader_for(settings, Path(asked["tokenizer"]), tokenizer)
+    records = objective_of(settings.objective).records if seen is None else seen[1]
+    parts, repeated = _read(settings.data, records, report)
     joined = SplitRows()
     for one in parts.values():
         joined.entries += one.rows.entries
     encoder = prompt_encoder(joined, settings.data, tokenizer, None)
+    encoder = encoder if seen is None else seen[0].encoder(encoder)
     total, before = len(joined.entries), 0
     teacher_prompt = read_teacher_prompt(settings.objective.teacher_prompt)
     for one in parts.values():
@@ -118,6 +124,10 @@ def build_index(asked: dict[str, Any], folder: Path, report: Report = lambda don
     known = {"files": files, "forms": names, "notes": notes, "max_seq_length": settings.data.max_seq_length}
     with replacing_folder(folder) as temporary:
         _write(temporary, parts, table, known)
+        if seen is not None:
+            numbers = [part.encoded.rows.pictures for part in parts.values() if len(part.encoded.rows)]
+            found = np.concatenate([np.zeros(0, np.int32), *(one for one in numbers if one is not None)])
+            write_pictures(temporary, found, seen[0].table, seen[0].token)
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -251,7 +261,7 @@ if __name__ == "__main__":
 
 # Pages of rows
 
-VERSION = 1
+VERSION = 2
 AT_ONCE_BYTES = 1_000_000  # files up to here are encoded while the page waits
 KEPT_FOLDERS, KEPT_OPEN, KEPT_TOKENIZERS = 8, 4, 2
 MOST_ROW_TOKENS, MOST_ROW_CHARS = 4096, 20_000
@@ -261,6 +271,7 @@ FILTERS = ("all", "cut", "doubled", "refused")
 COUNTED = (
     "data", "data_format", "prompt_column", "completion_column", "system_column", "chat_column", "text_column", "turn_names",
     "speaker", "conversation_gap", "max_seq_length", "mask_prompt", "chat_template", "chat_date", "pairs", "objective", "teacher_prompt", "on_policy",
+    "images", "max_pixels", "fetch_images",
 )  # fmt: skip
 
 
@@ -269,6 +280,7 @@ class Index:
 
     def __init__(self, folder: Path):
         self.meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        self.pictures = RowPictures.of(folder)
         self.tokens, self.mask, self.offsets, self.examples = (
             np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "mask", "offsets", "examples")
         )
@@ -386,17 +398,17 @@ def _row(number: int, place: dict[str, Any]) -> dict[str, Any]:
     return {
         "index": number, "file": place["file"], "line": place["line"], "unit": place["unit"], "split": place["split"],
         "form": "", "part": "", "tokens": 0, "trained_tokens": 0, "cut": False, "doubled_of": None, "spans": [],
-        "more_characters": 0, "why": None,
+        "more_characters": 0, "why": None, "pictures": [],
     }  # fmt: skip
 
 
 def _encoded_row(index: Index, tokenizer: Any, example: int, part: int) -> dict[str, Any]:
     """Return an example's row, with its text in pieces; a long one is cut for the page."""
     facts, group = index.examples[example], index.meta["group"]
-    tokens, mask = index.row(example * group + part)
-    pieces = row_pieces(tokens[:MOST_ROW_TOKENS], mask[:MOST_ROW_TOKENS], tokenizer)
+    number = example * group + part
+    tokens, mask = index.row(number)
     spans, left, more = [], MOST_ROW_CHARS, 0
-    for text, trained in pieces:
+    for text, trained in _pieces(index, tokens[:MOST_ROW_TOKENS], mask[:MOST_ROW_TOKENS], tokenizer):
         if left > 0:
             spans.append({"text": text[:left], "trained": trained})
         more += max(0, len(text) - max(0, left))
@@ -409,7 +421,22 @@ def _encoded_row(index: Index, tokenizer: Any, example: int, part: int) -> dict[
         "tokens": len(tokens), "trained_tokens": int(mask.sum()), "cut": bool(facts[CUT]),
         "doubled_of": None if doubled < 0 else index.place(doubled), "spans": spans,
         "more_characters": more, "more_tokens": max(0, len(tokens) - MOST_ROW_TOKENS),
+        "pictures": [] if index.pictures is None else index.pictures.of_row(number),
     }  # fmt: skip
+
+
+def _pieces(index: Index, tokens: np.ndarray, mask: np.ndarray, tokenizer: Any) -> list[tuple[str, bool]]:
+    """Return a row as decoded pieces, (text, trained); of image tokens their number."""
+    if index.pictures is None:
+        return row_pieces(tokens, mask, tokenizer)
+    pieces: list[tuple[str, bool]] = []
+    for part, trained, shown in in_runs(tokens, mask, index.pictures.token):
+        of_part = [(f"[{counted(shown, 'image token')}]", False)] if shown else row_pieces(part, trained, tokenizer)
+        if pieces and of_part[0][1] == pieces[-1][1]:
+            pieces[-1] = (pieces[-1][0] + of_part[0][0], of_part[0][1])
+            of_part = of_part[1:]
+        pieces += of_part
+    return pieces
 
 
 def tokenizer_folder(model: str) -> Path:

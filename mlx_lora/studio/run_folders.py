@@ -37,6 +37,7 @@ from mlx_lora.reports.run_report import (
 )
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.folders import Folders
+from mlx_lora.studio.preview_pictures import pictures_of_text
 from mlx_lora.studio.web import in_page_words
 from mlx_lora.trainer.checkpoint import LOCK_FILE, lock_holder, numbered
 from mlx_lora.trainer.run_folder import CHECKPOINTS, KnownRun
@@ -336,13 +337,14 @@ def samples_of(folder: Path, facts: dict[str, Any], step: int) -> list[dict[str,
     found = []
     answers = read_answers(folder / ANSWERS_FILE) if (folder / ANSWERS_FILE).exists() else []
     for one in answers[-MOST_SAMPLES:]:
-        found.append(_sample(one.get("step"), one.get("prompt"), one.get("answer"), ()))
+        found.append(_sample(one.get("step"), one.get("prompt"), one.get("answer"), ()) | pictures_of_text(one, facts))
     for sample in facts.get("samples") or [] if not found else []:
         prompt, specials = sample.get("prompt"), sample.get("specials") or ()
         expected = sample.get("expected")
-        found.append(_sample(0, prompt, sample.get("before"), specials, expected))
+        pictures = pictures_of_text(sample, facts)
+        found.append(_sample(0, prompt, sample.get("before"), specials, expected) | pictures)
         if sample.get("after") is not None:
-            found.append(_sample(step, prompt, sample["after"], specials, expected))
+            found.append(_sample(step, prompt, sample["after"], specials, expected) | pictures)
     return found
 
 

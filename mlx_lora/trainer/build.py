@@ -105,6 +105,7 @@ def build_run(ctx: RunContext, data: DataSplits) -> BuiltRun:
     asked = ctx.settings
     # What this run's objective says of other models, because it knows its data and what it has loaded.
     shape = replace(shape_of(asked, base, ctx.chosen, strategy), beside_bytes=objective.other_models_bytes(asked))
+    shape = objective.with_pictures(shape, asked, base.model)
     settled, arranged = objective.settled(asked), objective.arrange(data)
     ctx.settings, ctx.memory = fit_settings(settled, shape, arranged, ctx.chosen, strategy, ctx.resumed)
     data = objective.after_fit(ctx, data, shape)

@@ -167,9 +167,9 @@ def outlined_shape(
         ValueError: the outline has an adapter already. Graphs of blocks are read when they are asked for, so a second
             adapter would count in the first shape as well.
     """
-    adapter = settings.adapter
     if adapter_layers(outline.model):
         raise ValueError("this outline has an adapter already; each shape needs an outline of its own")
+    adapter = objective_of(settings.objective).outlined(outline.model, settings)
     if adapter.method == "pissa":  # its initial factors need weights, which an outline does not have
         adapter = replace(adapter, method="lora")
     adapt_model(outline.model, adapter, settings.loop.seed)
@@ -489,7 +489,8 @@ def _read_block(
     with uncollected():
         counted = count_memory(graph, SCAN_LAG if scans else lag)
     inputs = sum(leaf.nbytes for leaf in floats[:1])
-    return BlockBytes(inputs + counted.kept_bytes, counted.window_bytes, inputs + sum(attended), len(graph.nodes))
+    ends, nodes = inputs + sum(attended), len(graph.nodes)
+    return BlockBytes(inputs + counted.kept_bytes, counted.window_bytes, ends, nodes, counted.early_bytes)
 
 
 @dataclass

@@ -13,6 +13,7 @@ measured: how many of them the model would answer word for word.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
@@ -51,6 +52,7 @@ from mlx_lora.trainer.held_out import held_out_loss
 from mlx_lora.trainer.progress import Metrics, MetricsFile, PlainProgress, Progress
 from mlx_lora.utils import device
 from mlx_lora.utils.console import in_notebook
+from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.progress import tracked
 from mlx_lora.utils.text import package_version, this_command
 
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from mlx_lora.data.load import DataSplits
     from mlx_lora.models.load import Base
     from mlx_lora.objectives.base import FixedPrompt, Objective, RunContext
+    from mlx_lora.objectives.picture_texts import PromptPictures
     from mlx_lora.trainer.build import BuiltRun
     from mlx_lora.trainer.callbacks import Callbacks
 
@@ -150,6 +153,7 @@ class RunPage:
         report: the page's facts in addition to metrics and settings.
         objective: of the run; one that samples answers has prompts of its own answered.
         fixed: held-out prompts that are answered at every validation; those answers are the page's texts.
+        pictures: of each of `prompts`, or of `fixed`; None where a prompt has none.
     """
 
     folder: Path
@@ -161,6 +165,7 @@ class RunPage:
     objective: Objective
     fixed: Sequence[FixedPrompt] = ()
     answers: Sequence[list[int]] = ()
+    pictures: Sequence[PromptPictures | None] = ()
 
     @classmethod
     def begin(cls, run: BuiltRun, data: DataSplits) -> RunPage:
@@ -180,6 +185,9 @@ class RunPage:
         if run.validation is not None and tokens and settings.loop.val_batches != 0:
             fixed = objective.fixed_prompts(run.validation.rows, TEXTS)
         beginnings = held_out_prompts(rows, TEXTS, _word_beginnings(base)) if tokens and not fixed else []
+        beginnings, pictures = with_pictures(objective, rows, beginnings)
+        if fixed:
+            pictures = [objective.pictures_of(prompt.fact.get("pictures")) for prompt in fixed]
         # An adapter to start from, or another model, is not the teacher.
         other = settings.adapter.resume_adapter_file or settings.objective.teacher
         teacher = None if other else rows.teacher
@@ -203,7 +211,9 @@ class RunPage:
             objective,
             fixed,
             [row_answer(rows, number) for number, _ in beginnings],
+            pictures,
         )
+        page._keep_thumbnails()
         kept = run.found and page.report.keep_samples_of(page.folder)
         changed = settings.adapter.resume_adapter_file or full_parameters(base.model)
         if page.prompts and not kept and changed:
@@ -221,7 +231,15 @@ class RunPage:
             RunError: a reward failed.
         """
         if self.fixed:
-            add_answers(self.folder / ANSWERS_FILE, step, self.objective.greedy_answers(self.fixed))
+            answers = self.objective.greedy_answers(self.fixed)
+            shown = [{} if one is None else {"pictures": one.digests} for one in self.pictures]
+            add_answers(self.folder / ANSWERS_FILE, step, [a | b for a, b in zip(answers, shown, strict=True)])
+
+    def _keep_thumbnails(self) -> None:
+        """Keep a thumbnail of each picture for the page; without a picture, a run's texts are still worth reading."""
+        for one in self.pictures:
+            with contextlib.suppress(InputError):
+                self.report.pictures |= {} if one is None else one.thumbnails()
 
     def _write_texts(self, what: str) -> None:
         """Add a text of the present model for each prompt, or fewer if the first ones show that all would take long."""
@@ -229,7 +247,8 @@ class RunPage:
         for number, prompt in enumerate(tracked(self.prompts, what, len(self.prompts), "texts")):
             if number and time.perf_counter() - start > MOST_TEXTS_S * number / (number + 1):
                 break
-            sample = self._sample(str(tokenizer.decode(prompt)), self._text(prompt))
+            sample = self._sample(self._words(prompt, number), self._text(prompt, number))
+            sample.pictures = self._digests(number)
             sample.teacher = self._text(self.seen[number]) if self.seen else None
             answer = self.answers[number] if self.answers else []
             if answer:
@@ -242,19 +261,39 @@ class RunPage:
         known = [token.content for token in tokens if token.special and token.content in prompt]
         return Sample(prompt, before, after, known)
 
+    def _words(self, prompt: list[int], number: int) -> str:
+        """Return a prompt as a text, in which no tokens stand for pictures."""
+        shown = self.pictures[number]
+        return str(self.base.hf_tokenizer.decode(prompt if shown is None else shown.without_places(prompt)))
+
+    def _digests(self, number: int) -> list[str]:
+        shown = self.pictures[number]
+        return [] if shown is None else list(shown.digests)
+
     def _samples_of_answers(self, kept_step: int | None) -> list[Sample]:
         """Return the first answer to each fixed prompt, and that of the kept adapter, as texts before and after."""
-        decode = self.base.hf_tokenizer.decode
         pairs = first_and_kept(read_answers(self.folder / ANSWERS_FILE), kept_step)
-        return [
-            self._sample(str(decode(prompt.tokens)), first["answer"], last["answer"])
-            for prompt, (first, last) in zip(self.fixed, pairs, strict=False)
-        ]
+        found = []
+        for number, (prompt, (first, last)) in enumerate(zip(self.fixed, pairs, strict=False)):
+            sample = self._sample(self._words(prompt.tokens, number), first["answer"], last["answer"])
+            sample.pictures = self._digests(number)
+            found.append(sample)
+        return found
 
-    def _text(self, prompt: list[int]) -> str:
-        """Return the model's continuation, or why there is none: a run must not end because of a missing text."""
+    def _text(self, prompt: list[int], number: int | None = None) -> str:
+        """Return the model's continuation, or why there is none: a run must not end because of a missing text.
+
+        Args:
+            prompt: token ids.
+            number: of the prompt, whose pictures are shown; None: it has none.
+        """
+        shown = None if number is None else self.pictures[number]
         try:
-            return greedy_text(self.base, prompt, self.max_tokens)
+            if shown is None:
+                return greedy_text(self.base, prompt, self.max_tokens)
+            return greedy_text(self.base, prompt, self.max_tokens, shown)
+        except InputError as error:
+            return f"(no text: {short(error, 200)})"
         except FOREIGN_ERRORS as error:
             if not is_foreign(error):
                 raise
@@ -279,8 +318,10 @@ class RunPage:
                 with without_adapters(self.base.model):
                     self._write_texts("Writing texts of the model as it was")
             pairs = list(zip(self.report.samples, self.prompts, strict=False))  # kept ones may be fewer
-            for sample, prompt in tracked(pairs, "Writing texts after training", len(pairs), "texts"):
-                sample.after = self._text(prompt)
+            for number, (sample, prompt) in enumerate(
+                tracked(pairs, "Writing texts after training", len(pairs), "texts")
+            ):
+                sample.after = self._text(prompt, number)
         self.write()
 
 
@@ -325,9 +366,14 @@ def held_out_prompts(
     found: dict[int, list[int]] = {}
     for number in sorted(order, key=lambda number: abs(order.index(number) - middle)):
         beginning = _beginning(*rows.row(number), begins_word)
-        if len(found) < most and beginning not in found.values():
+        alike = any(beginning == one and _same_pictures(rows, number, other) for other, one in found.items())
+        if len(found) < most and not alike:
             found[number] = beginning
     return list(found.items())
+
+
+def _same_pictures(rows: EncodedSet, one: int, other: int) -> bool:
+    return rows.pictures is None or rows.pictures[one] == rows.pictures[other]
 
 
 def _beginning(tokens: np.ndarray, mask: np.ndarray, begins_word: Callable[[int, int], bool]) -> list[int]:
@@ -340,6 +386,30 @@ def _beginning(tokens: np.ndarray, mask: np.ndarray, begins_word: Callable[[int,
         ends = (n for n in range(most, most // 2, -1) if begins_word(int(tokens[n - 1]), int(tokens[n])))
         end = next(ends, most)
     return tokens[max(0, end - MOST_PROMPT_TOKENS) : max(end, 1)].tolist()
+
+
+def with_pictures(
+    objective: Objective, rows: EncodedSet, beginnings: list[tuple[int, list[int]]]
+) -> tuple[list[tuple[int, list[int]]], list[PromptPictures | None]]:
+    """Return beginnings of rows, those with pictures up to the first answer, and the pictures of each.
+
+    Args:
+        objective: knows the pictures.
+        rows: that they are from.
+        beginnings: the numbers of rows, each with its first tokens. One that would end inside a picture is left out.
+    """
+    if rows.pictures is None:
+        return beginnings, [None] * len(beginnings)
+    kept: list[tuple[int, list[int]]] = []
+    pictures: list[PromptPictures | None] = []
+    for number, beginning in beginnings:
+        whole = objective.pictures_of(int(rows.pictures[number]))
+        tokens = beginning if whole is None else before_answer(rows, number)
+        shown = None if whole is None else whole.within(tokens)
+        if whole is None or shown is not None:
+            kept.append((number, tokens))
+            pictures.append(shown)
+    return kept, pictures
 
 
 def before_answer(rows: EncodedSet, number: int) -> list[int]:
@@ -359,19 +429,28 @@ def row_answer(rows: EncodedSet, number: int) -> list[int]:
     return tokens[trained[0] : end].tolist()
 
 
-def greedy_text(base: Base, prompt: list[int], max_tokens: int) -> str:
+def greedy_text(base: Base, prompt: list[int], max_tokens: int, pictures: PromptPictures | None = None) -> str:
     """Return the model's continuation of a prompt; this draws no random number and keeps the model's mode.
 
     Args:
         base: with or without an adapter.
         prompt: token ids.
         max_tokens: the most tokens to generate; a text that ends there ends with a whole word and three dots.
+        pictures: of the prompt; None: it is text alone.
+
+    Raises:
+        InputError: a picture's file has changed.
     """
     training = base.model.training
     base.model.eval()
     try:
         with held_weights(base):
-            made = stream_generate(TokenSteps(base.model), base.tokenizer, prompt, max_tokens=max_tokens)  # pyright: ignore[reportArgumentType] # it is called as a model
+            model, more = TokenSteps(base.model), {}
+            if pictures is not None:
+                model = pictures.model(base.model, prompt)
+                # In one piece: the tokens of a picture may have to see one another.
+                more = {"prompt_cache": model.caches(), "prefill_step_size": len(prompt)}
+            made = stream_generate(model, base.tokenizer, prompt, max_tokens=max_tokens, **more)  # pyright: ignore[reportArgumentType] # it is called as a model
             pieces = list(continued(made, base.tokenizer))
         text = "".join(piece.text for piece in pieces)
         return whole_words(text) if pieces and pieces[-1].finish_reason == "length" else text

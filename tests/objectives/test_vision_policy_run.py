@@ -86,6 +86,20 @@ def test_a_run_learns_what_a_picture_is_rewarded_for(trained):
     assert rewards[-1] > rewards[0] + 0.1
 
 
+def test_the_answers_at_validations_are_shown_with_their_pictures(model, colors, tmp_path):
+    folder = tmp_path / "out"
+    more = ("--iters", 2, "--valid-fraction", 0.5, "--val-batches", 1, "--group-size", 2, "--steps-per-eval", 1)
+    ran = run(*command(model, colors, folder, *more))
+    assert ran.code == 0, ran.err
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    facts = json.loads((folder / "report.json").read_text())
+    assert {one["step"] for one in answers} >= {0, 2}
+    assert all(len(one["pictures"]) == 1 and one["pictures"][0] in facts["pictures"] for one in answers)
+    page = (folder / "report.html").read_text()
+    assert facts["pictures"][answers[0]["pictures"][0]] in page
+    assert '<div class="said">Which color?</div>' in page, "without the place of the picture, which is beside it"
+
+
 def test_a_resumed_run_ends_with_the_same_bytes(trained, model, colors, tmp_path):
     folder, _ = trained
     copy = stopped_after(folder, tmp_path / "copy", 6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
 from pathlib import Path
@@ -26,6 +28,7 @@ from mlx_lora.losses.cross_entropy import PLAIN
 from mlx_lora.models.image_inputs import ImageInputSpec, ModelWithImages, positions_of, with_images
 from mlx_lora.objectives.image_features import ImageFeatureCache
 from mlx_lora.objectives.vision_sft import VisionSFT
+from mlx_lora.trainer.report_callback import before_answer
 from mlx_lora.trainer.step import differentiation
 from mlx_lora.utils.errors import InputError
 
@@ -89,6 +92,38 @@ def test_a_run_learns_what_pictures_show(trained, model, colors):
     answer = run("generate", "--model", model, "--adapter-path", folder, "--image", colors / "1.png", "--prompt", "Which color?",
                  "--max-tokens", 4, "--json")  # fmt: skip
     assert json.loads(answer.out)["tokens"] == 4
+
+
+def test_the_report_shows_the_pictures_of_its_texts(trained, model, colors, tmp_path):
+    folder, _ = trained
+    facts, page = json.loads((folder / "report.json").read_text()), (folder / "report.html").read_text()
+    (sample,) = facts["samples"]
+    (digest,) = sample["pictures"]
+    url = facts["pictures"][digest]
+    assert page.count(url) == 1
+    shown = np.array(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
+    expected = COLORS[sample["expected"].split("<")[0]]
+    assert np.abs(shown.mean(axis=(0, 1)) - expected).max() < 15, "the picture is another row's"
+    assert "<image>" not in sample["prompt"]
+    assert "Which color?" in sample["prompt"]
+    assert len(url) < 30_000
+    quiet = run(*command(model, colors / "train.jsonl", tmp_path / "quiet", "--iters", 1, "--sample-tokens", 0))
+    assert quiet.code == 0, quiet.err
+    assert "data:image" not in (tmp_path / "quiet/report.html").read_text()
+
+
+def test_a_text_of_the_report_depends_on_its_picture(model, colors):
+    rows = read_rows(model, colors / "train.jsonl")
+    prompt = before_answer(rows.rows, 0)
+    all_pictures = [rows.objective.pictures_of(int(number)) for number in rows.rows.pictures]
+    found = [shown for one in all_pictures if one is not None and (shown := one.within(prompt)) is not None]
+    logits = [np.array(one.model(rows.base.model, prompt)(mx.array([prompt]))[0, -1]) for one in found[:2]]
+    assert np.abs(logits[0] - logits[1]).max() > 1e-4
+    assert found[0].within(prompt[:-1]) is not None, "the prompt ends with text"
+    image = prompt.index(rows.objective.vision.tower.token)
+    assert found[0].within(prompt[:image]) is None
+    assert found[0].within(prompt[: image + 1]) is None
+    assert rows.objective.pictures_of(0) is None
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(trained, model, colors, tmp_path):
@@ -180,7 +215,7 @@ def test_training_the_tower_is_planned_and_refused_where_it_cannot_be(model, col
     def planned(*more: object) -> int:
         ran = run("plan", "--model", model, "--data", colors / "train.jsonl", "--objective", "vision_sft", "--batch-size", 4, "--json", *more)  # fmt: skip
         assert ran.code == 0, ran.err
-        return json.loads(ran.out)["parts"]["other models"]
+        return json.loads(ran.out)["peak_bytes"]
 
     sizes = [planned(), planned("--train-connector"), planned("--train-connector", "--train-vision", "lora")]
     assert sizes == sorted(set(sizes))
@@ -208,16 +243,13 @@ def test_a_run_plans_its_own_pictures_and_tower(model, colors, tmp_path, monkeyp
         return asked[-1][0]
 
     monkeypatch.setattr(VisionSFT, "other_models_bytes", noted)
-    ran = run(*command(model, colors / "train.jsonl", tmp_path / "out", "--train-vision", "full", "--iters", 1))
+    ran = run(*command(model, colors / "train.jsonl", tmp_path / "out", "--iters", 1))
     assert ran.code == 0, ran.err
     last, pictures = asked[-1]
     assert pictures == 24
     planned = json.loads((tmp_path / "out/report.json").read_text())["planned_peak_bytes"]
     monkeypatch.setattr(VisionSFT, "other_models_bytes", lambda self, settings: own(self, settings) + 10**6)
-    assert (
-        run(*command(model, colors / "train.jsonl", tmp_path / "more", "--train-vision", "full", "--iters", 1)).code
-        == 0
-    )
+    assert run(*command(model, colors / "train.jsonl", tmp_path / "more", "--iters", 1)).code == 0
     more = json.loads((tmp_path / "more/report.json").read_text())["planned_peak_bytes"]
     assert (last > 0, more - planned) == (True, 10**6)
 
@@ -225,7 +257,20 @@ def test_a_run_plans_its_own_pictures_and_tower(model, colors, tmp_path, monkeyp
 def test_a_plan_counts_the_pictures_of_its_data(model, colors):
     asked = ("plan", "--model", model, "--objective", "vision_sft", "--train-vision", "full", "--json")
     with_data, without = (json.loads(run(*asked, *more).out) for more in (("--data", colors / "train.jsonl"), ()))
-    assert with_data["parts"]["other models"] > without["parts"]["other models"]
+    assert with_data["phases"].keys() - without["phases"].keys() == {"tower"}
+
+
+def test_a_trained_tower_sees_a_picture_of_several_rows_once(model, colors):
+    rows = read_rows(model, colors / "train.jsonl", train_vision="full")
+    tokens, _ = rows.rows.row(0)
+    digests = rows.objective.table.rows[int(rows.rows.pictures[0])]
+    vision = rows.objective.vision
+    (unseen,) = vision.arrays(np.stack([tokens, tokens]), [digests, digests])
+    assert (len(unseen.pixels), unseen.which) == (1, [0, 0])
+    (alone,) = vision.arrays(tokens[None], [digests])
+    both, one = (dict(zip(vision.spec.names, vision.shown([given]), strict=True)) for given in (unseen, alone))
+    count = vision.table.shown[digests[0]].tokens
+    assert np.array_equal(np.array(both["embeddings"])[count : 2 * count], np.array(one["embeddings"])[:count])
 
 
 def test_a_resumed_run_of_the_tower_ends_with_the_same_bytes(seeing, model, colors, tmp_path):

@@ -208,7 +208,8 @@ function Curves({ run, metrics, drawn }) {
 
 // The newest text of each prompt beside the base's; those between them a click away.
 function Samples({ samples }) {
-  const prompts = [...new Set(samples.map((one) => one.prompt))];
+  const keyOf = (one) => [one.prompt, ...(one.pictures || [])].join("\n"); // a question may be asked about several pictures
+  const prompts = [...new Set(samples.map(keyOf))];
   if (!prompts.length) return null;
   const text = (one, key) => html`
     <div key=${key} class="sample-said">
@@ -219,12 +220,20 @@ function Samples({ samples }) {
   return html`
     <${Card} title="Sample texts" note="the same beginning, before and after">
       ${prompts.map((prompt) => {
-        const own = samples.filter((one) => one.prompt === prompt);
+        const own = samples.filter((one) => keyOf(one) === prompt);
         const newest = own[own.length - 1];
         const between = own.slice(1, -1);
         return html`
           <article key=${prompt} class="sample">
-            <p class="sample-prompt">${prompt}</p>
+            ${
+              newest.pictures &&
+              html`
+                <ul class="plain turn-pictures sample-pictures">
+                  ${newest.pictures.map((url, n) => html`<li key=${n}><img src=${url} alt=${`Picture ${n + 1}`} /></li>`)}
+                </ul>
+              `
+            }
+            <p class="sample-prompt">${newest.prompt}</p>
             ${newest.expected && html`<p class="soft">Expected: ${newest.expected}</p>`}
             <div class="sample-pair">
               ${own.length > 1 && text(own[0], "first")}

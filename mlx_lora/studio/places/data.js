@@ -290,6 +290,27 @@ function shortened({ text, trained }) {
     : `${text.slice(0, ENDS).replace(/\s+\S*$/, "")} … ${text.slice(-ENDS).replace(/^\S*\s+/, "")}`;
 }
 
+// Pictures come as small JPEGs that the studio made; one that cannot be shown has its name.
+function Pictures({ pictures }) {
+  const more = pictures.filter((one) => !one.url).length;
+  return html`
+    <ul class="plain row-pictures" aria-label="Pictures of this row">
+      ${pictures.map((one, n) => {
+        const facts = `${count(one.width)} x ${count(one.height)} pixels, ${counted(one.tokens, "token")}`;
+        return (
+          one.url &&
+          html`
+            <li key=${n}>
+              <img src=${one.url} alt=${`Picture ${n + 1}${one.name ? `, ${one.name}` : ""}, ${facts}`} title=${facts} />
+            </li>
+          `
+        );
+      })}
+      ${more > 0 && html`<li class="soft number">${counted(more, "picture")} not shown</li>`}
+    </ul>
+  `;
+}
+
 function DataRow({ row }) {
   const [open, set] = useState(false);
   const short = row.spans.map((span) => ({ ...span, text: shortened(span) }));
@@ -319,7 +340,10 @@ function DataRow({ row }) {
           `
         }
       </header>
-      <${Spans} spans=${open ? row.spans : short} />
+      <div class=${row.pictures?.length ? "beside-pictures" : ""}>
+        ${row.pictures?.length > 0 && html`<${Pictures} pictures=${row.pictures} />`}
+        <${Spans} spans=${open ? row.spans : short} />
+      </div>
       ${
         open &&
         (row.more_characters || row.more_tokens) > 0 &&

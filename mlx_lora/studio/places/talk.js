@@ -4,6 +4,7 @@ import { html, Button, Card, Empty, Field, Heading, Problem, Segments, Waiting }
 import { go, machine, project, tell, useAsked, useStore } from "../pages/state.js";
 import { counted, lastPart, rate } from "../pages/format.js";
 import { Ship } from "../pages/ship.js";
+import { contentOf, MOST, Pictures, readPicture } from "../pages/pictures.js";
 import { numberReader, Typed } from "../pages/typed.js";
 import * as api from "../pages/api.js";
 
@@ -123,6 +124,7 @@ function Answer({ side, name, answer }) {
 function Turn({ turn }) {
   return html`
     <section class="turn">
+      <${Pictures} pictures=${turn.pictures} />
       <p class="question">${turn.question}</p>
       <div class=${"answers n" + turn.answers.length}>
         ${turn.answers.map(
@@ -138,7 +140,7 @@ const spoken = (turns, n) =>
   turns
     .filter((turn) => turn.answers[n]?.text)
     .flatMap((turn) => [
-      { role: "user", content: turn.question },
+      { role: "user", content: contentOf(turn.question, turn.pictures) },
       { role: "assistant", content: turn.answers[n].text },
     ]);
 
@@ -149,11 +151,12 @@ function useTalk(model, columns, adapters, options) {
   const [said, setSaid] = useState("");
   const live = useRef([]);
   const show = () => setTurns([...live.current]);
-  const ask = async (question) => {
+  const ask = async (question, pictures) => {
     const control = new AbortController();
     const before = live.current;
     const turn = {
       question,
+      pictures,
       names: columns.map((one) => nameOf(one, adapters)),
       answers: columns.map(() => ({ text: "" })),
     };
@@ -185,7 +188,8 @@ function useTalk(model, columns, adapters, options) {
       else change(event.column, { text: turn.answers[event.column].text + event.text });
     };
     // Each column has its own conversation: what the other said is not among its messages.
-    const messages = columns.map((_, n) => [...spoken(before, n), { role: "user", content: question }]);
+    const asking = { role: "user", content: contentOf(question, pictures) };
+    const messages = columns.map((_, n) => [...spoken(before, n), asking]);
     const same = messages.every((one) => JSON.stringify(one) === JSON.stringify(messages[0]));
     const asked = { model, ...options, messages: messages[0] }; // the server leaves out what is null
     let refused = false;
@@ -265,6 +269,61 @@ function Beginnings({ onAsk }) {
   `;
 }
 
+// The form of a question, which takes pictures that are dropped on it or pasted.
+function AskForm({ onSubmit, onFiles, children }) {
+  const [over, setOver] = useState(false);
+  const filesOf = (from) => [...(from?.files || [])];
+  const hover = (is) => (event) => {
+    event.preventDefault();
+    setOver(is);
+  };
+  const drop = (event) => {
+    hover(false)(event);
+    const files = filesOf(event.dataTransfer);
+    if (files.length) onFiles(files);
+  };
+  const paste = (event) => {
+    const files = filesOf(event.clipboardData);
+    if (!files.length) return;
+    event.preventDefault();
+    onFiles(files);
+  };
+  return html`
+    <form
+      class=${"ask" + (over ? " over" : "")}
+      onSubmit=${onSubmit}
+      onDragOver=${hover(true)}
+      onDragLeave=${hover(false)}
+      onDrop=${drop}
+      onPaste=${paste}
+    >
+      ${children}
+    </form>
+  `;
+}
+
+function PictureButton({ onFiles, disabled }) {
+  const input = useRef(null);
+  return html`
+    <${Button} disabled=${disabled} onClick=${() => input.current.click()} title="Or drop pictures on the message">
+      Add pictures
+    <//>
+    <input
+      ref=${input}
+      class="unseen"
+      type="file"
+      accept="image/*"
+      multiple
+      tabindex="-1"
+      aria-label="Pictures for the message"
+      onChange=${(event) => {
+        onFiles([...event.target.files]);
+        event.target.value = "";
+      }}
+    />
+  `;
+}
+
 function Chat({ model, adapters, first }) {
   const own = adapters.filter((one) => !one.base || one.base === model);
   const list = own.length ? own : adapters;
@@ -275,6 +334,8 @@ function Chat({ model, adapters, first }) {
   ]);
   const [options, setOptions] = useState({ temperature: 0.7, max_tokens: 256, seed: null, system: "" });
   const [question, setQuestion] = useState("");
+  const [pictures, setPictures] = useState([]);
+  const [unread, setUnread] = useState("");
   const shown = columns.slice(0, two ? 2 : 1);
   const { turns, ask, stop, reset, problem, said } = useTalk(model, shown, adapters, options);
   const end = useRef(null);
@@ -285,7 +346,19 @@ function Chat({ model, adapters, first }) {
   const put = async (text) => {
     if (!text || stop) return;
     setQuestion("");
-    if (!(await ask(text))) setQuestion(text);
+    setPictures([]);
+    if (await ask(text, pictures)) return;
+    setQuestion(text);
+    setPictures(pictures);
+  };
+  const take = async (files) => {
+    setUnread("");
+    try {
+      const read = await Promise.all(files.slice(0, MOST).map(readPicture));
+      setPictures((before) => [...before, ...read].slice(0, MOST));
+    } catch (error) {
+      setUnread(error.message);
+    }
   };
   const send = (event) => {
     event.preventDefault();
@@ -333,9 +406,13 @@ function Chat({ model, adapters, first }) {
           `
         }
       </div>
-      <form class="ask" onSubmit=${send}>
-        <${Problem}>${problem}<//>
+      <${AskForm} onSubmit=${send} onFiles=${take}>
+        <${Problem}>${problem || unread}<//>
         ${said && html`<p class="soft waiting" role="status">${said}</p>`}
+        <${Pictures}
+          pictures=${pictures}
+          onRemove=${(at) => setPictures(pictures.filter((_, n) => n !== at))}
+        />
         <textarea
           rows="2"
           aria-label="Message"
@@ -348,9 +425,10 @@ function Chat({ model, adapters, first }) {
           <button class="button first" disabled=${Boolean(stop) || !question.trim()}>Send</button>
           <${Button} disabled=${!stop} onClick=${() => stop?.()}>Stop<//>
           <${Button} onClick=${reset} disabled=${!turns.length}>New chat<//>
+          <${PictureButton} onFiles=${take} disabled=${pictures.length >= MOST} />
           <span class="soft keys">Enter sends, Shift+Enter starts a new line, Escape stops</span>
         </div>
-      </form>
+      <//>
       <div ref=${end}></div>
     </div>
   `;

@@ -31,8 +31,9 @@ from mlx_lora.gguf.write import TYPES
 from mlx_lora.models.load import load_base
 from mlx_lora.serving.adapter_store import DEFAULT_CONTEXT, AdapterSource, AdapterStore, context_of
 from mlx_lora.serving.app import api_error
-from mlx_lora.serving.conversation import chat_tokens
+from mlx_lora.serving.conversation import chat_tokens, picture_prompt
 from mlx_lora.serving.engine import Engine, Event, Limits, Request, Ticket
+from mlx_lora.serving.pictures import PicturePrompt, PictureReader
 from mlx_lora.serving.schema import ApiError, Ask, is_number, read_chat, read_json
 from mlx_lora.studio.folders import safe_name
 from mlx_lora.studio.places import Studio
@@ -40,6 +41,8 @@ from mlx_lora.studio.web import events, json_route
 from mlx_lora.utils.device import current_device
 from mlx_lora.utils.text import command_line, gigabytes
 
+TALK = "/api/talk"
+MOST_TALK_BYTES = 32 * 10**6  # of a conversation, which has its pictures in it
 MOST_COLUMNS, MOST_PARTS = 4, 8
 MOST_WEIGHT = 100.0
 ADAPTER_BYTES = 4 * 10**9  # of adapters in memory; those used longest ago leave it
@@ -61,6 +64,7 @@ class Talk:
         self._engine: Engine | None = None
         self._model: str | None = None
         self._lock = threading.Lock()
+        self._pictures: PictureReader | None = None
         self._one_at_a_time = anyio.CapacityLimiter(1)  # tokenizers are not thread-safe
 
     def close(self) -> None:
@@ -73,7 +77,7 @@ class Talk:
         if self._engine is None:
             return
         self._engine.close()
-        self._engine = self._model = None
+        self._engine = self._model = self._pictures = None
         gc.collect()
         mx.clear_cache()
 
@@ -97,15 +101,32 @@ class Talk:
             engine = await anyio.to_thread.run_sync(self._ready, model)
             names = await asyncio.wrap_future(engine.call(lambda store: _named(store, columns)))
             limit = context_of(engine.base.config) or DEFAULT_CONTEXT
-            tokens = [
-                await anyio.to_thread.run_sync(_tokens, engine, ask, name, limit, limiter=self._one_at_a_time)
+            prompts = [
+                await anyio.to_thread.run_sync(self._prompt, engine, ask, name, limit, limiter=self._one_at_a_time)
                 for ask, name in zip(asks, names, strict=True)
             ]
         except Exception as error:  # api_error raises what is nobody's input
             yield {"error": str(error if isinstance(error, ApiError) else api_error(error))}
             return
-        async for piece in _pieces(engine, asks[0], names, tokens):
+        async for piece in _pieces(engine, asks[0], names, prompts):
             yield piece
+
+    def _prompt(
+        self, engine: Engine, ask: Ask, adapter: str | None, limit: int
+    ) -> tuple[list[int], PicturePrompt | None]:
+        """Return a conversation's tokens, and what is needed of its pictures; None: it has none.
+
+        Raises:
+            ApiError: the model's context is too short for it, or a picture cannot be used.
+            InputError: the template refuses it.
+        """
+        if not ask.pictures:
+            return _checked_length(_tokens(engine, ask, adapter), limit), None
+        with self._lock:
+            reader = self._pictures = self._pictures or PictureReader(engine.base)
+        card = engine.store.cards[adapter] if adapter else None
+        prompt = picture_prompt(reader, ask, card and card.chat_template, card.max_pixels if card else None)
+        return _checked_length(prompt.tokens, limit), prompt
 
     def _ready(self, model: str) -> Engine:
         """Return the engine of a model; another one is freed first."""
@@ -154,11 +175,10 @@ def _named(store: AdapterStore, columns: list[list[tuple[Path, float]]]) -> list
     return names
 
 
-def _tokens(engine: Engine, ask: Ask, adapter: str | None, limit: int) -> list[int]:
+def _tokens(engine: Engine, ask: Ask, adapter: str | None) -> list[int]:
     """Return the conversation's tokens with the column's own template.
 
     Raises:
-        ApiError: the model's context is too short for it.
         InputError: the template refuses it.
     """
     base = engine.base
@@ -166,9 +186,16 @@ def _tokens(engine: Engine, ask: Ask, adapter: str | None, limit: int) -> list[i
     template = (card and card.chat_template) or own_template(base.hf_tokenizer)
     messages = ask.messages or []
     if template:
-        tokens = chat_tokens(base.hf_tokenizer, messages, template, engine.vocabulary)
-    else:
-        tokens = base.hf_tokenizer.encode("\n".join(message["content"] for message in messages))
+        return chat_tokens(base.hf_tokenizer, messages, template, engine.vocabulary)
+    return base.hf_tokenizer.encode("\n".join(message["content"] for message in messages))
+
+
+def _checked_length(tokens: list[int], limit: int) -> list[int]:
+    """Return a prompt's tokens.
+
+    Raises:
+        ApiError: the model's context is too short for them.
+    """
     if not tokens or len(tokens) + 1 > limit:
         raise ApiError(400, f"messages: {len(tokens):,} tokens, and this model takes {limit:,}; begin a new conversation",
             "context_length_exceeded", "messages")  # fmt: skip
@@ -176,7 +203,7 @@ def _tokens(engine: Engine, ask: Ask, adapter: str | None, limit: int) -> list[i
 
 
 async def _pieces(
-    engine: Engine, ask: Ask, names: list[str | None], prompts: list[list[int]]
+    engine: Engine, ask: Ask, names: list[str | None], prompts: list[tuple[list[int], PicturePrompt | None]]
 ) -> AsyncIterator[dict[str, Any] | None]:
     """Submit a request for each column, and yield their events in the order in which they come."""
     loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
@@ -192,9 +219,9 @@ async def _pieces(
         return emit
 
     try:
-        for column, (name, tokens) in enumerate(zip(names, prompts, strict=True)):
+        for column, (name, (tokens, pictures)) in enumerate(zip(names, prompts, strict=True)):
             most = min(ask.max_tokens or 512, limit - len(tokens))
-            request = Request(tokens, name, most, ask.sampling, ask.stops)
+            request = Request(tokens, name, most, ask.sampling, ask.stops, pictures=pictures)
             tickets.append(engine.submit(request, emit_of(column)))
         left = len(tickets)
         while left:
@@ -247,7 +274,7 @@ def routes(studio: Studio) -> list[BaseRoute]:
     talk = Talk(studio.listing.going_on, current_device().working_set_bytes)
     studio.closing.callback(talk.close)
     return [
-        Route("/api/talk", partial(answer, studio, talk), methods=["POST"]),
+        Route(TALK, partial(answer, studio, talk), methods=["POST"]),
         json_route("/api/talk/close", lambda request, body: talk.close() or {"closed": True}, "POST"),
         json_route("/api/export", partial(export, studio), "POST"),
         json_route("/api/export/needs", lambda request, body: needs()),
