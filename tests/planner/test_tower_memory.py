@@ -114,8 +114,8 @@ def test_what_a_trained_tower_takes_is_what_is_measured(smolvlm, vision, connect
     measured = mx.get_peak_memory() - before
     of_pixels = sum(array.nbytes for one in pixels for array in one.values())  # were there before
     assert planned.kept - of_pixels < 1.02 * measured
-    # At least: copies of the pixels, which SmolVLM makes before its tower begins, are not counted.
-    assert 0.8 < (planned.kept + planned.window - of_pixels) / measured < 1.35
+    # Not counted are copies of the pixels, which SmolVLM makes before its tower begins: much where the tower is this small.
+    assert (0.7 if vision is None else 0.9) < (planned.kept + planned.window - of_pixels) / measured < 1.35
 
 
 def test_a_tower_that_cannot_be_read_is_not_known(smolvlm):
