@@ -243,7 +243,8 @@ def kept_by(block: Block, run: RunShape, machine: Machine) -> float:
     case = run.rows, run.width, machine.backend != "cpu"
     memory = _memory(block, run)
     if memory is not None:
-        return _at_trained(block, run, memory.at(*case).kept, block.at_one and block.at_one.at(*case).kept)
+        at_one = None if block.at_one is None else block.at_one.at(*case).kept
+        return _at_trained(block, run, memory.at(*case).kept, at_one)
     own = block_numbers(block, run, machine) * run.positions + probabilities(block, run, machine) * run.rows
     return own * machine.number_bytes
 
