@@ -83,7 +83,8 @@ class TracedTower:
     @cached_property
     def trained_numbers(self) -> int:
         """How many numbers of tower and connector are trained."""
-        return sum(array.size for _, array in tree_flatten(self.tower.model.trainable_parameters()))
+        arrays = dict(tree_flatten(self.tower.model.trainable_parameters()))
+        return sum(array.size for array in arrays.values())
 
     def at(self, rows: int, on_gpu: bool) -> TowerBytes:
         """Return the bytes for a batch of the rows whose pictures take the most.
