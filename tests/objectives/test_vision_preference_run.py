@@ -99,7 +99,8 @@ def test_a_plan_counts_the_pictures(model, colors, tmp_path):
     blind.write_text("\n".join(json.dumps({**row, "images": []}) for row in rows))
     without = planned(blind)
     assert seen["data"]["tokens"] > without["data"]["tokens"] + 32 * 4
-    assert seen["parts"]["other models"] == without["parts"]["other models"] > 0  # the tower, frozen
+    # The tower, frozen, and what it makes of pictures.
+    assert seen["parts"]["other models"] > without["parts"]["other models"] > 0
 
 
 @pytest.mark.parametrize("objective", ["orpo", "kto"])

@@ -496,14 +496,16 @@ def pairs(tmp_path_factory) -> Path:
 
 
 def test_an_objectives_rows_and_its_reference_are_planned(tiny_folder, pairs):
-    flags = ("--model", tiny_folder, "--data", pairs, "--valid-fraction", 0.25, "--batch-size", 4, "--chip", "M2")
+    flags = ("--model", tiny_folder, "--data", pairs, "--valid-fraction", 0.25, "--batch-size", 8, "--chip", "M2")
     apart = ("--shared-prefix", "off")
     dpo, orpo = (planned(*flags, "--objective", name, *apart) for name in ("dpo", "orpo"))
     kto = planned(*flags, "--objective", "kto")
     # A pair has two rows and both are trained; of a rated answer and the one beside it, only the first.
-    assert [plan["settings"]["rows"] for plan in (dpo, orpo, kto)] == [8, 8, 4]
+    assert [plan["settings"]["rows"] for plan in (dpo, orpo, kto)] == [16, 16, 8]
     assert (dpo["data"]["rows"], kto["data"]["rows"]) == (18, 36)
-    assert kto["parts"]["activations"] == pytest.approx(dpo["parts"]["activations"] / 2, rel=0.1)
+    assert kto["phase"] == dpo["phase"]
+    for part in ("block", "work ahead"):
+        assert kto["parts"][part] == pytest.approx(dpo["parts"][part] / 2, rel=0.1)
     assert "other answers" in kto["predicted"]["parts_s"]
     assert "other answers" not in dpo["predicted"]["parts_s"]
     # ORPO trains the chosen rows whole, and has no reference; the others measure one once, on held-out answers too.

@@ -208,7 +208,8 @@ function Curves({ run, metrics, drawn }) {
 
 // The newest text of each prompt beside the base's; those between them a click away.
 function Samples({ samples }) {
-  const keyOf = (one) => [one.prompt, ...(one.pictures || [])].join("\n"); // a question may be asked about several pictures
+  // A question may be asked about several pictures.
+  const keyOf = (one) => [one.prompt, ...(one.pictures || [])].join("\n");
   const prompts = [...new Set(samples.map(keyOf))];
   if (!prompts.length) return null;
   const text = (one, key) => html`
@@ -229,7 +230,9 @@ function Samples({ samples }) {
               newest.pictures &&
               html`
                 <ul class="plain turn-pictures sample-pictures">
-                  ${newest.pictures.map((url, n) => html`<li key=${n}><img src=${url} alt=${`Picture ${n + 1}`} /></li>`)}
+                  ${newest.pictures.map(
+                    (url, n) => html`<li key=${n}><img src=${url} alt=${`Picture ${n + 1}`} /></li>`,
+                  )}
                 </ul>
               `
             }

@@ -1,4 +1,5 @@
-// Pictures of a question: read from files, made small enough to send, and shown. A picture leaves this page as a JPEG only.
+// Pictures of a question: read from files, made small enough to send, and shown.
+// A picture leaves this page as a JPEG only.
 import { html, Icon } from "./parts.js";
 
 const LONGEST_SIDE = 2048; // pixels; no model reads more of a side at once

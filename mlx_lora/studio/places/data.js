@@ -297,11 +297,12 @@ function Pictures({ pictures }) {
     <ul class="plain row-pictures" aria-label="Pictures of this row">
       ${pictures.map((one, n) => {
         const facts = `${count(one.width)} x ${count(one.height)} pixels, ${counted(one.tokens, "token")}`;
+        const name = one.name ? `, ${one.name}` : "";
         return (
           one.url &&
           html`
             <li key=${n}>
-              <img src=${one.url} alt=${`Picture ${n + 1}${one.name ? `, ${one.name}` : ""}, ${facts}`} title=${facts} />
+              <img src=${one.url} alt=${`Picture ${n + 1}${name}, ${facts}`} title=${facts} />
             </li>
           `
         );
