@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 # Settings of a run that say how its data is read: of columns, of chat exports, and all that decide which rows it has.
 NAMES = (*COLUMNS, "label_column", "turn_names")
 CHAT_COLUMNS = ("speaker", "conversation_gap")
+# Settings of an objective that name code to run or what to fetch: an adapter may be a stranger's, so its run.yaml must not choose them.
+NAMED_BY_USER = ("reward", "reward_weights", "environment", "tools", "teacher", "teacher_prompt", "own_prompts")
 HOW_COMPUTED = ("shared_prefix", "reward_errors", "reward_timeout")  # settings of an objective that change no loss
 DATA_FIELDS = (*(field.name for field in dataclasses.fields(DataSettings)), "seed", "objective")
 
@@ -52,14 +54,14 @@ def with_settings_of_run(settings: TrainSettings, given: Collection[str], adapte
 
 
 def _with_objective_of_run(settings: TrainSettings, given: Collection[str], adapter: Path) -> TrainSettings:
-    """Return the settings with what decides the loss of the run, such as its beta, if it had the same objective."""
+    """Return the settings with what decides the loss of the run, such as its beta, if it had the same objective; no code."""
     run, ours = run_of(adapter), asdict(settings.objective)
     if run.get("objective") != ours["objective"]:
         return settings
     found = {
         name: run[name]
         for name, value in ours.items()
-        if name in run and name not in {*given, *HOW_COMPUTED} and run[name] != value
+        if name in run and name not in {*given, *HOW_COMPUTED, *NAMED_BY_USER} and run[name] != value
     }
     changed = replace(settings, objective=replace(settings.objective, **found))
     if not found or settings_problems(changed.to_flat()):

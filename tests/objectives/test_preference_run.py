@@ -15,6 +15,8 @@ from conftest import tiny_model, write_folder
 from run_cli import one_line, run
 from tiers import by_default
 
+from mlx_lora.api.run_data import with_settings_of_run
+from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import IMITATION, LABELED, RANKED, SAMPLING, ObjectiveSettings
 from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS
 from mlx_lora.trainer import trainer
@@ -206,6 +208,24 @@ def test_evaluate_takes_the_settings_of_the_loss_from_the_run(tiny_folder, data,
     other = run("evaluate", *common, "--objective", "orpo")
     assert other.out == run("evaluate", *common, "--objective", "orpo", "--beta", 0.1).out
     assert "0.7" not in other.err
+
+
+def test_the_run_of_a_strangers_adapter_names_no_code(tmp_path):
+    stored = {
+        "objective": "grpo",
+        "reward": "evil.py:f",
+        "environment": "evil.py:E",
+        "tools": "evil.py",
+        "teacher": "evil/model",
+        "kl_beta": 0.3,
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(stored))
+    asked = {"objective": "grpo", "reward": "length:10"}
+    found = with_settings_of_run(train_settings(asked), asked, tmp_path).objective
+    assert found.kl_beta == 0.3
+    assert (found.reward, found.environment, found.tools, found.teacher) == ("length:10", None, None, None)
+    unnamed = with_settings_of_run(train_settings({"objective": "grpo"}), {"objective"}, tmp_path).objective
+    assert unnamed.reward is None
 
 
 def test_another_adapter_can_be_the_reference(tiny_folder, data, tmp_path):
