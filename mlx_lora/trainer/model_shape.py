@@ -61,6 +61,8 @@ LOOP_NODES = 1500
 LAG = 40
 # The same if ranks share the base, on a CPU: memory beyond the plan is waited for (trainer/fit.py).
 SHARED_LAG = 20
+# The same if blocks are computed one at a time (parallel/block_walk.py): fitted to eight runs of two models (docs/measurements.md).
+WALKED_LAG = 8
 # A scan over tokens has thousands of small operations, of which MLX prepares more: fitted to Mamba only. It has several of them
 # for each token; tiles of attention in a long row have about one.
 SCAN_NODES, NODES_PER_TOKEN, SCAN_LAG = 4000, 2, 80
@@ -147,7 +149,8 @@ def _adapted_shape(
     others = objective_of(settings.objective).other_models_bytes(settings)
     shape = replace(shape, plain_loss=plain_loss, beside_bytes=others)
     choice = known_kernels(settings, shape) if kernels is None else kernels
-    lag = SHARED_LAG if settings.loop.shard_base != "off" or settings.loop.offload_base == "on" else LAG
+    walked, shared = settings.loop.offload_base == "on", settings.loop.shard_base != "off"
+    lag = WALKED_LAG if walked else SHARED_LAG if shared else LAG
     shape = with_block_memory(shape, model, dict(config), choice, lag)
     shape = replace(shape, teacher=teacher_shape(settings), teacher_stays=settings.objective.on_policy)
     return with_caches(shape, model) if settings.objective.samples else shape
