@@ -54,6 +54,7 @@ AtHand = Callable[[Sequence[mx.array]], AbstractContextManager]
 FLOAT_HEADS = (nn.Linear, nn.Embedding)
 QUANTIZED_HEADS = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 EMBEDDING_HEADS = (nn.Embedding, nn.QuantizedEmbedding)
+NEVER_WRITTEN = "_dummy_tokenizer_ids"  # Phi-3-small's tokens whose logits are minus infinity
 # The names that mlx-lm's families have for their parts; the first that a model has is used.
 BODIES = ("model.language_model", "model", "transformer", "backbone")
 HEADS = ("lm_head", "output")
@@ -253,6 +254,8 @@ def find_head(model: nn.Module, config: dict[str, Any]) -> Head | str:
         return "the head is a bare array"
     if not isinstance(layer, FLOAT_HEADS + QUANTIZED_HEADS):
         return f"the head is {type(layer).__name__}"
+    if NEVER_WRITTEN in model:
+        return "it gives no logits to some tokens, which the fused loss would count"
     if layer.trainable_parameters():
         return "the head itself is trained"  # the fused loss has no gradient for it
     return Head(body, layer, _scale(config, isinstance(layer, EMBEDDING_HEADS)), _soft_cap(config), inner)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -374,9 +374,28 @@ def with_block_memory(
             reasons.append(str(error))
             traced = None
         found.append(replace(block, memory=traced, chunked=None if traced is None else traced.chunked))
+    found *= passes_over_blocks(model, config)
     if found and found[-1].memory is not None:
         found[-1] = replace(found[-1], at_one=trace_last_at_one(model, config, choose, lag))
     return replace(shape, blocks=tuple(found), not_known=tuple(dict.fromkeys(reasons)))
+
+
+def passes_over_blocks(model: nn.Module, config: dict[str, Any]) -> int:
+    """Return how often the model runs all of its blocks for one batch: more than once if it is a looped model (Nanbeige).
+
+    A block's activations of each pass are kept for the backward pass, and its work is done again.
+    """
+    head, calls = find_head(model, config), [0] * len(model.layers)
+
+    def count(number: int, args: tuple, kwargs: dict) -> None:
+        calls[number] += 1
+
+    try:
+        with _noted_calls(model.layers, count), device.uncompiled():
+            (head.hidden if isinstance(head, Head) else model)(mx.zeros((1, LOOP_WIDTHS[0]), mx.int32))
+    except FOREIGN_ERRORS:
+        return 1  # what the blocks keep is not known either, and the plan says so
+    return max(1, min(calls, default=1))
 
 
 def trace_blocks(
@@ -541,26 +560,35 @@ class _EnoughRecorded(Exception):
 def _recorded(blocks: list[nn.Module], last: int) -> Iterator[dict[int, tuple[tuple, dict]]]:
     """Record each block's arguments inside this context, which ends with the call of block `last`."""
     found: dict[int, tuple[tuple, dict]] = {}
+
+    def record(number: int, args: tuple, kwargs: dict) -> None:
+        found[number] = (args, kwargs)
+        if found.keys() >= set(range(last + 1)):
+            raise _EnoughRecorded
+
+    with suppress(_EnoughRecorded), _noted_calls(blocks, record):
+        yield found
+
+
+@contextmanager
+def _noted_calls(blocks: list[nn.Module], note: Callable[[int, tuple, dict], None]) -> Iterator[None]:
+    """Call `note` with a block's number and arguments before each of its calls inside this context."""
     types = [type(block) for block in blocks]
     for number, block in enumerate(blocks):
-        block.__class__ = _recording(types[number], number, found, last)
+        block.__class__ = _noting(types[number], number, note)
     try:
-        yield found
-    except _EnoughRecorded:
-        pass
+        yield
     finally:
         for block, own in zip(blocks, types, strict=True):
             block.__class__ = own
 
 
-def _recording(base: type, number: int, found: dict[int, tuple[tuple, dict]], last: int) -> type:
+def _noting(base: type, number: int, note: Callable[[int, tuple, dict], None]) -> type:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        found[number] = (args, kwargs)
-        if found.keys() >= set(range(last + 1)):
-            raise _EnoughRecorded
+        note(number, args, kwargs)
         return base.__call__(self, *args, **kwargs)
 
-    return type(f"Recorded{base.__name__}", (base,), {"__call__": call})
+    return type(f"Noted{base.__name__}", (base,), {"__call__": call})
 
 
 def _is_float(leaf: Any) -> bool:

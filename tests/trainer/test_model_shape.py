@@ -150,6 +150,28 @@ def test_blocks_of_every_kind_are_known(name):
         assert 0 < one.window < longer.window
 
 
+def test_a_looped_model_keeps_its_blocks_of_each_pass():
+    config = tiny_config("nanbeige")
+    once, twice, often = (
+        outlined_shape(outline_of_config({**config, "num_loops": loops}, mx.float32), train_settings({"model": "x", "rank": 4}))
+        for loops in (1, 2, 4)
+    )
+    assert len(often.blocks) == 2 * len(twice.blocks) == 4 * len(once.blocks)
+    assert once.base_bytes == twice.base_bytes == often.base_bytes
+    kept = [
+        sum(kept_by(block, RunShape(1, 64), this_machine()) for block in shape.blocks) for shape in (once, twice, often)
+    ]
+    assert kept[0] < kept[1] == pytest.approx(2 * kept[0], rel=0.3)
+    assert kept[2] == pytest.approx(2 * kept[1], rel=0.3)
+    assert [block.at_one is None for block in twice.blocks[:-1]] == [True] * (len(twice.blocks) - 1)
+
+
+def test_a_head_that_leaves_tokens_out_is_planned_with_whole_logits():
+    settings = train_settings({"model": "x", "rank": 4})
+    assert outlined_shape(outline_of_config(tiny_config("phi3small"), mx.float32), settings).plain_loss
+    assert not shape_of("llama").plain_loss
+
+
 def test_between_two_widths_it_is_interpolated():
     block = shape_of("llama").blocks[0].memory
     low, middle, high = (block.at(1, width, on_gpu=False).kept for width in (64, 96, 128))
