@@ -29,6 +29,7 @@ TEMPLATE = (
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 COLORS = {"red": (210, 30, 30), "green": (20, 150, 40), "blue": (30, 60, 210), "black": (0, 0, 0)}
+INKS = ((150, 20, 20), (10, 100, 30), (20, 40, 150), (0, 0, 0))
 WORDS = ("cat", "dog", "sun", "map", "cup", "hat", "box", "key", "bus", "pen", "egg", "fan")
 SHAPES, BARS = ("circle", "square", "triangle"), ("left", "middle", "right")
 KINDS = (("number", 0.6), ("shape", 0.2), ("word", 0.1), ("chart", 0.1))
@@ -53,7 +54,7 @@ def draw(kind: str, rng: random.Random) -> tuple[Image.Image, str, str]:
         pen.text((rng.randint(3, 8), rng.randint(8, 20)), word, COLORS[color], ImageFont.load_default(20))
         return image, "Which word?", word
     digits = "".join(rng.choices("0123456789", k=3))
-    _write_digits(pen, digits, rng, COLORS[color], rng.randint(6, 22))
+    write_digits(pen, digits, rng, rng.choice(INKS))
     return image, "Which number?", digits
 
 
@@ -67,10 +68,11 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, box: tuple[int, int, int, 
         pen.polygon(((x, bottom), (right, bottom), ((x + right) // 2, y)), fill=color)
 
 
-def _write_digits(pen: ImageDraw.ImageDraw, digits: str, rng: random.Random, color: tuple[int, ...], top: int) -> None:
-    font = ImageFont.load_default(rng.randint(19, 22))
+def write_digits(pen: ImageDraw.ImageDraw, digits: str, rng: random.Random, color: tuple[int, ...]) -> None:
+    """Write three digits in the middle, each within one of the model's three columns of tokens, up to a pixel off."""
+    font = ImageFont.load_default(20)
     for number, digit in enumerate(digits):
-        pen.text((2 + 15 * number + rng.randint(0, 2), top - 4 + rng.randint(-1, 1)), digit, color, font)
+        pen.text((1 + 16 * number + rng.randint(0, 1), 11 + rng.randint(0, 1)), digit, color, font)
 
 
 def write_base(source: Path, folder: Path, blocks: int, tower_config: Mapping[str, int], side: int, patch: int) -> Path:
