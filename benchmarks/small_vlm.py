@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 PATCH = 8  # pixels of a side; 6 x 6 patches become 3 x 3 tokens
 TOWER = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
-TASK = "Give the total as JSON."
+TASK = "Give the total in cents as JSON."
 OPTIONS = (
     ("--model", ..., "SmolLM2 as a folder in float32."),
     ("--out", ..., "Folder for pictures, runs and models; finished parts are used again."),
@@ -52,7 +52,7 @@ def receipt(rng: random.Random) -> tuple[Image.Image, str, str]:
     for top in (2, 7, 39, 44):
         pen.rectangle((4, top, rng.randint(20, 44), top + 2), fill=(170, 170, 170))
     write_digits(pen, digits, rng, (40, 40, 40))
-    return image, TASK, json.dumps({"total": f"{digits[0]}.{digits[1:]}"})
+    return image, TASK, f'{{"total": {digits}}}'
 
 
 def write_rows(
