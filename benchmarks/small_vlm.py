@@ -52,7 +52,7 @@ def receipt(rng: random.Random) -> tuple[Image.Image, str, str]:
     for top in (2, 7, 39, 44):
         pen.rectangle((4, top, rng.randint(20, 44), top + 2), fill=(170, 170, 170))
     write_digits(pen, digits, rng, (40, 40, 40))
-    return image, TASK, f'{{"total": {digits}}}'
+    return image, TASK, json.dumps({"total": digits})
 
 
 def write_rows(
