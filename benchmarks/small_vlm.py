@@ -20,7 +20,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 PATCH = 8  # pixels of a side; 6 x 6 patches become 3 x 3 tokens
 TOWER = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
-# A model that was asked in one way only finds the digits by their distance from the answer: it reads nothing if asked otherwise.
-WAYS = (
-    ("Which number?", "{}"), ("What does the picture say?", "It says {}."), ("Give the number in quotes.", '"{}"'),
-    ("Read the number that is written in this picture.", "The number is {}."), ("Number, as a row of a table:", "| number | {} |"),
-    ("What is the price?", "price={}"), ("Read, please.", "I read {} there."), ("How much is it, in words of yours?", "It costs {} in all."),
-)  # fmt: skip
-TASK = "Give the total in cents as JSON."
-Drawn = Callable[[random.Random], tuple[Image.Image, str, str]]
+TASK = "Give the total as JSON."
 OPTIONS = (
     ("--model", ..., "SmolLM2 as a folder in float32."),
     ("--out", ..., "Folder for pictures, runs and models; finished parts are used again."),
     ("--blocks", 2, "Blocks of SmolLM2 that are kept, the first ones."),
     ("--pictures", 16000, "Pictures that the model is trained on, each once."),
-    ("--asked-otherwise", 8000, "Further pictures, whose numbers are asked for in several ways."),
     ("--batch-size", 8, "Of that training."),
     ("--learning-rate", 1e-3, "Of that training."),
     ("--task-rows", 300, "Pictures that the LoRA is trained on."),
@@ -56,35 +48,22 @@ OPTIONS = (
 def receipt(rng: random.Random) -> tuple[Image.Image, str, str]:
     """Return a picture with lines of gray, like text too small to read, and a total between them."""
     image = Image.new("RGB", (DRAWN, DRAWN), (250, 248, 240))
-    pen, digits = ImageDraw.Draw(image), "".join(rng.choices("0123456789", k=3))
+    pen, digits = ImageDraw.Draw(image), str(rng.randint(100, 999))
     for top in (2, 7, 39, 44):
         pen.rectangle((4, top, rng.randint(20, 44), top + 2), fill=(170, 170, 170))
     write_digits(pen, digits, rng, (40, 40, 40))
-    return image, TASK, json.dumps({"total": digits})
-
-
-def any_picture(rng: random.Random) -> tuple[Image.Image, str, str]:
-    """Return a picture of any kind, with a question and the answer."""
-    return draw(rng.choices([kind for kind, _ in KINDS], [share for _, share in KINDS])[0], rng)
-
-
-def asked_otherwise(rng: random.Random) -> tuple[Image.Image, str, str]:
-    """Return a picture of any kind; for its number is asked in one of several ways."""
-    image, question, answer = any_picture(rng)
-    if question == WAYS[0][0]:
-        question, form = rng.choice(WAYS)
-        answer = form.format(answer)
-    return image, question, answer
+    return image, TASK, json.dumps({"total": int(digits)})
 
 
 def write_rows(
-    folder: Path, name: str, count: int, seed: int, drawn: Drawn, known: Sequence[str] = ()
+    folder: Path, name: str, count: int, seed: int, task: bool, known: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """Draw pictures into a folder, and write a data file about them; return its rows, none of which has a known answer."""
     rng, rows = random.Random(seed), []
     folder.mkdir(parents=True, exist_ok=True)
     while len(rows) < count:
-        image, question, answer = drawn(rng)
+        kind = rng.choices([kind for kind, _ in KINDS], [share for _, share in KINDS])[0]
+        image, question, answer = receipt(rng) if task else draw(kind, rng)
         if answer in known:
             continue
         file = f"{name}-{len(rows):05d}.png"
@@ -173,13 +152,11 @@ def main() -> None:
     out = Path(asked.out)
     base = write_base(Path(asked.model), out / "base", asked.blocks, TOWER, DRAWN, PATCH)
     general, task = out / "general", out / "task"
-    write_rows(general, "train", asked.pictures, asked.seed, any_picture)
-    write_rows(out / "ways", "train", asked.asked_otherwise, asked.seed + 4, asked_otherwise)
-    known = write_rows(out / "general-held-out", "test", asked.held_out, asked.seed + 1, any_picture)
-    seen = [row["completion"] for row in write_rows(task, "train", asked.task_rows, asked.seed + 2, receipt)]
-    held_out = write_rows(out / "task-held-out", "test", asked.held_out, asked.seed + 3, receipt, known=seen)
-    first, seconds = taught(base, general, out / "taught", asked)
-    model, further_s = taught(first, out / "ways", out / "taught-further", asked)
+    write_rows(general, "train", asked.pictures, asked.seed, task=False)
+    known = write_rows(out / "general-held-out", "test", asked.held_out, asked.seed + 1, task=False)
+    seen = [row["completion"] for row in write_rows(task, "train", asked.task_rows, asked.seed + 2, task=True)]
+    held_out = write_rows(out / "task-held-out", "test", asked.held_out, asked.seed + 3, task=True, known=seen)
+    model, seconds = taught(base, general, out / "taught", asked)
     adapter = out / "lora"
     shutil.rmtree(adapter, ignore_errors=True)
     begin = time.perf_counter()
@@ -200,7 +177,7 @@ def main() -> None:
     show(out / "answers.png", shown, held_out[:6], both)
     print(table(("exact answers", "own picture", "another's", "blank"), [(name, *(f"{v:.0%}" for v in row.values())) for name, row in found.items()]))  # fmt: skip
     print(table(("kind", "exact"), [(name, f"{value:.0%}") for name, value in by_kind.items()]))
-    result = {"environment": environment(), "options": vars(asked), "exact": found, "by_kind": by_kind, "taught_s": [seconds, further_s], "lora_s": lora_s}  # fmt: skip
+    result = {"environment": environment(), "options": vars(asked), "exact": found, "by_kind": by_kind, "taught_s": seconds, "lora_s": lora_s}  # fmt: skip
     record(result, asked.record, ("exact", "by_kind", "taught_s", "lora_s"))
 
 
