@@ -153,7 +153,9 @@ def test_blocks_of_every_kind_are_known(name):
 def test_a_looped_model_keeps_its_blocks_of_each_pass():
     config = tiny_config("nanbeige")
     once, twice, often = (
-        outlined_shape(outline_of_config({**config, "num_loops": loops}, mx.float32), train_settings({"model": "x", "rank": 4}))
+        outlined_shape(
+            outline_of_config({**config, "num_loops": loops}, mx.float32), train_settings({"model": "x", "rank": 4})
+        )
         for loops in (1, 2, 4)
     )
     assert len(often.blocks) == 2 * len(twice.blocks) == 4 * len(once.blocks)
