@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import astuple, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -383,18 +384,20 @@ def with_block_memory(
 def passes_over_blocks(model: nn.Module, config: dict[str, Any]) -> int:
     """Return how often the model runs all of its blocks for one batch: more than once if it is a looped model (Nanbeige).
 
-    A block's activations of each pass are kept for the backward pass, and its work is done again.
+    A block's activations of each pass are kept for the backward pass, and its work is done again. No block is computed here: a few
+    look at numbers, which an outline does not have.
     """
     head, calls = find_head(model, config), [0] * len(model.layers)
 
-    def count(number: int, args: tuple, kwargs: dict) -> None:
+    def count(own: Callable[..., Any], number: int, args: tuple, kwargs: dict) -> Any:
         calls[number] += 1
+        return args[0]
 
     try:
-        with _noted_calls(model.layers, count), device.uncompiled():
+        with _calls_through(model.layers, count), device.uncompiled():
             (head.hidden if isinstance(head, Head) else model)(mx.zeros((1, LOOP_WIDTHS[0]), mx.int32))
     except FOREIGN_ERRORS:
-        return 1  # what the blocks keep is not known either, and the plan says so
+        return 1  # blocks that take or return more than hidden states; looped models of this kind are not known
     return max(1, min(calls, default=1))
 
 
@@ -561,21 +564,22 @@ def _recorded(blocks: list[nn.Module], last: int) -> Iterator[dict[int, tuple[tu
     """Record each block's arguments inside this context, which ends with the call of block `last`."""
     found: dict[int, tuple[tuple, dict]] = {}
 
-    def record(number: int, args: tuple, kwargs: dict) -> None:
+    def record(own: Callable[..., Any], number: int, args: tuple, kwargs: dict) -> Any:
         found[number] = (args, kwargs)
         if found.keys() >= set(range(last + 1)):
             raise _EnoughRecorded
+        return own(*args, **kwargs)
 
-    with suppress(_EnoughRecorded), _noted_calls(blocks, record):
+    with suppress(_EnoughRecorded), _calls_through(blocks, record):
         yield found
 
 
 @contextmanager
-def _noted_calls(blocks: list[nn.Module], note: Callable[[int, tuple, dict], None]) -> Iterator[None]:
-    """Call `note` with a block's number and arguments before each of its calls inside this context."""
+def _calls_through(blocks: list[nn.Module], through: Callable[..., Any]) -> Iterator[None]:
+    """Let each call of a block return `through(the block's own call, its number, args, kwargs)` inside this context."""
     types = [type(block) for block in blocks]
     for number, block in enumerate(blocks):
-        block.__class__ = _noting(types[number], number, note)
+        block.__class__ = _going_through(types[number], number, through)
     try:
         yield
     finally:
@@ -583,10 +587,9 @@ def _noted_calls(blocks: list[nn.Module], note: Callable[[int, tuple, dict], Non
             block.__class__ = own
 
 
-def _noting(base: type, number: int, note: Callable[[int, tuple, dict], None]) -> type:
+def _going_through(base: type, number: int, through: Callable[..., Any]) -> type:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        note(number, args, kwargs)
-        return base.__call__(self, *args, **kwargs)
+        return through(partial(base.__call__, self), number, args, kwargs)
 
     return type(f"Noted{base.__name__}", (base,), {"__call__": call})
 

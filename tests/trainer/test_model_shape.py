@@ -21,7 +21,7 @@ from mlx_lora.planner.fit import planned_words
 from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.memory import kept_by, plan_memory
 from mlx_lora.planner.shapes import NotKnown, RunShape
-from mlx_lora.trainer.model_shape import TracedBlock, adapted_shape, outlined_shape, trace_blocks
+from mlx_lora.trainer.model_shape import TracedBlock, adapted_shape, outlined_shape, passes_over_blocks, trace_blocks
 from mlx_lora.utils import device
 
 pytestmark = pytest.mark.usefixtures("traced_anew", "all_chunks_traced")
@@ -166,6 +166,20 @@ def test_a_looped_model_keeps_its_blocks_of_each_pass():
     assert kept[0] < kept[1] == pytest.approx(2 * kept[0], rel=0.3)
     assert kept[2] == pytest.approx(2 * kept[1], rel=0.3)
     assert [block.at_one is None for block in twice.blocks[:-1]] == [True] * (len(twice.blocks) - 1)
+
+
+def test_passes_are_counted_without_computing_a_block():
+    called = []
+
+    class Noting(Doubling):
+        def __call__(self, x, mask=None, cache=None):
+            called.append(self)
+            return super().__call__(x, mask, cache)
+
+    outline = outline_of_config({**tiny_config("nanbeige"), "num_loops": 3}, mx.float32)
+    outline.model.model.layers[0] = Noting()
+    assert passes_over_blocks(outline.model, outline.config) == 3
+    assert not called
 
 
 def test_a_head_that_leaves_tokens_out_is_planned_with_whole_logits():
