@@ -42,6 +42,8 @@ NONE = 0.002  # a fall that is none
 LARGE = 0.4  # a fall after which a short run is not too short
 RISE = 0.004  # a rise above the lowest held-out loss, as a share of that
 RISE_SHARE = 0.05  # and the share of the fall before it that is lost again
+LOST = 0.5  # the share from which a rise counts even if it may be chance in so few rows, where the training rows are learned by heart:
+BY_HEART = 0.6  # so much is left of the training loss, or less
 STILL_FALLING = 0.25  # share of the whole fall in the last third of the run, from which more steps are worth it
 MOST_ALIKE = 0.5  # share of held-out rows that nearly repeat training rows, from which they measure memory
 AVERAGED = 3  # training reports that are compared as one, because single ones are noisy
@@ -115,7 +117,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         return Diagnosis(MEMORIZED, **found)
     best_step, best = min(held_out, key=lambda pair: pair[1])
     if last_step > best_step and _rose(evidence, best_step, last_step, first - best):
-        fell, looked = _training_fell(evidence, best_step), best_step > first_step or len(held_out) < 3
+        fell, looked = _training_left(evidence, best_step) < 1, best_step > first_step or len(held_out) < 3
         if fell and looked:
             return Diagnosis(OVER_FITTED, **found, best_step=best_step, best=best)
         if last >= first:
@@ -127,6 +129,10 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         or not _is_certain(change)
         or (evidence.texts and evidence.same_texts == len(evidence.texts) and gain < SMALL)
     ):
+        if gain < SMALL and _training_left(evidence, first_step) <= BY_HEART:
+            return Diagnosis(
+                OVER_FITTED, **found, best_step=first_step, best=first
+            )  # what it learned is in its own rows only
         return Diagnosis(UNCHANGED, **found)
     if gain < SMALL and still_falling(held_out):
         return Diagnosis(TOO_FEW_STEPS, **found)
@@ -162,17 +168,25 @@ def _is_certain(change: Change) -> bool:
 
 
 def _rose(evidence: Evidence, best_step: int, last_step: int, fall: float) -> bool:
-    """Return whether the held-out loss rose from its lowest by more than chance and by a share of the fall before."""
+    """Return whether the held-out loss rose from its lowest, by a share of the fall before, and by more than chance.
+
+    Few held-out rows make any rise look like chance. A rise that takes back most of the fall, while the training rows are learned
+    by heart, is none.
+    """
     rise, best = change_between(evidence, best_step, last_step), dict(evidence.held_out)[best_step]
-    return rise.change >= max(RISE * best, RISE_SHARE * fall) and _is_certain(rise)
+    if rise.change < max(RISE * best, RISE_SHARE * fall):
+        return False
+    return _is_certain(rise) or (rise.change >= LOST * fall and _training_left(evidence, best_step) <= BY_HEART)
 
 
-def _training_fell(evidence: Evidence, since: int) -> bool:
-    """Return whether the training loss went on falling after a step."""
+def _training_left(evidence: Evidence, since: int) -> float:
+    """Return the training loss at the end as a share of that around a step; 1 if there was no report after it."""
     losses = [(step, loss) for step, loss in evidence.losses if math.isfinite(loss)]
     before = [loss for step, loss in losses if step <= since][-AVERAGED:] or [loss for _, loss in losses[:1]]
     after = [loss for step, loss in losses if step > since][-AVERAGED:]
-    return bool(after) and sum(after) / len(after) < sum(before) / len(before)
+    if not after or not sum(before) > 0:
+        return 1.0
+    return (sum(after) / len(after)) / (sum(before) / len(before))
 
 
 # What mends it: a sentence, and a command
