@@ -165,10 +165,15 @@ def _early_stopping(settings: TrainSettings, loop: LoopSettings, data: DataFacts
         return {}
     steps = steps_per_epoch(loop, data) * int(loop.epochs or 1)
     return {
-        "steps_per_eval": max(5, math.ceil(steps / VALIDATIONS)),
+        "steps_per_eval": validated_every(steps),
         "keep_best": True,
         "early_stopping_patience": PATIENCE,
     }
+
+
+def validated_every(steps: int) -> int:
+    """Return the steps between validations of a run that looks for its lowest held-out loss."""
+    return max(5, math.ceil(steps / VALIDATIONS))
 
 
 def chosen_words(asked: TrainSettings, chosen: TrainSettings, model: str, data: DataFacts, steps: int) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mlx_lora.config.defaults import validated_every
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.config.sweep import Candidate, Rung, TooShort, candidates, work
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE
@@ -98,7 +99,8 @@ def find_learning_rate(
         _take_over(best, folder)
         for trial in tried:
             shutil.rmtree(trial.folder, ignore_errors=True)
-        return with_rate(settings, best.settings.optimizer.learning_rate, resume="auto"), base
+        chosen = with_rate(settings, best.settings.optimizer.learning_rate, resume="auto")
+        return keeping_best(chosen, max(sweep.state.totals.values())), base
     shutil.rmtree(folder / TRIALS, ignore_errors=True)
     least = math.ceil(FEWEST_STEPS / rounds_for(len(AROUND_DEFAULT[-1]))[0].share)
     raise InputError(
@@ -119,6 +121,21 @@ def with_rate(settings: TrainSettings, rate: object, resume: str | None = None) 
     """Return the settings with a rate, and with --resume if it is given."""
     optimizer = replace(settings.optimizer, learning_rate=rate)
     return replace(settings, optimizer=optimizer, loop=replace(settings.loop, resume=resume or settings.loop.resume))
+
+
+def keeping_best(settings: TrainSettings, steps: int) -> TrainSettings:
+    """Return the settings of a run that ends with the adapter of its lowest held-out loss, unless they say otherwise.
+
+    The rate was chosen by a few steps. Over several epochs on few rows, such a rate may be right at first, and overfit later.
+
+    Args:
+        settings: of the run.
+        steps: that it has.
+    """
+    loop = settings.loop
+    if loop.keep_best is not None or loop.steps_per_eval is not None or not loop.save_every:
+        return settings
+    return replace(settings, loop=replace(loop, keep_best=True, steps_per_eval=validated_every(steps)))
 
 
 def trials_around(settings: TrainSettings, factors: Sequence[float]) -> list[Trial]:
