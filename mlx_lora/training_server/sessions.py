@@ -350,9 +350,8 @@ class Registry:
         try:
             found = await asyncio.wait_for(asyncio.shield(pending.answer), self.limits.poll_s)
         except TimeoutError:
-            if pending.answer.done():
-                raise  # of the request itself
-            return None
+            # The answer may come just when the waiting ends; and the request may have failed with a TimeoutError of its own.
+            return pending.answer.result() if pending.answer.done() else None
         finally:
             if pending.answer.done():
                 pending.fetched = pending.fetched or time.monotonic()

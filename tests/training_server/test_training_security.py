@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
+from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -296,6 +299,21 @@ def test_a_request_whose_predecessor_never_comes_fails(http, session, monkeypatc
     outcome = fetch(http, answer.json()["request_id"])
     assert "request 1 of this model did not arrive" in outcome["error"]
     assert "bytes" in send(http, message(model, 3)), "the model goes on"
+
+
+def test_an_answer_that_comes_just_when_the_waiting_ends_is_told(http, session, monkeypatch):
+    async def late(answer, timeout):
+        with suppress(Exception):
+            await answer
+        raise TimeoutError
+
+    monkeypatch.setattr("mlx_lora.training_server.sessions.GAP_S", 0.5)
+    monkeypatch.setattr(
+        "mlx_lora.training_server.sessions.asyncio", SimpleNamespace(**{**vars(asyncio), "wait_for": late})
+    )
+    model = make_model(http, session)
+    answer = http.post("/api/v1/optim_step", json={"model_id": model, "adam_params": {}, "seq_id": 2})
+    assert "did not arrive" in fetch(http, answer.json()["request_id"])["error"]
 
 
 def test_who_asks_too_early_is_told_to_ask_again(server, http, session):
