@@ -74,7 +74,10 @@ def find_learning_rate(
     if ranks.size > 1:
         raise InputError("--learning-rate auto: works in a single process only; give a number to several")
     if loop.resume not in (None, "auto") or (loop.resume and (folder / CHECKPOINTS).is_dir()):
-        return with_rate(settings, None), base  # a resumed run keeps the rate that it has
+        resumed = with_rate(settings, None)  # a resumed run keeps the rate that it has
+        if not (folder / TRIALS / SWEEP_FILE).is_file():
+            return resumed, base  # it was begun with a number
+        return keeping_best(resumed, max(SweepState.read(folder / TRIALS).totals.values(), default=0)), base
     check_request(settings, ranks)
     usual = replace(settings, optimizer=replace(settings.optimizer, learning_rate=None))
     steps = 0

@@ -437,6 +437,12 @@ def test_trials_that_were_stopped_go_on(brief, tiny_folder, data, tmp_path, monk
             find_learning_rate(auto(tiny_folder, data, tmp_path / "b", iters=iters))
     resumed, _ = find_learning_rate(auto(tiny_folder, data, tmp_path / "b", iters=iters, resume="auto"))
     assert resumed.optimizer == settings.optimizer
+    # Killed after that, it still ends with the best adapter.
+    later, _ = find_learning_rate(auto(tiny_folder, data, tmp_path / "b", iters=iters, resume="auto"))
+    assert later.loop == resumed.loop == replace(settings.loop, adapter_path=later.loop.adapter_path)
+    assert later.loop.keep_best
+    last = find_learning_rate(auto(tiny_folder, data, tmp_path / "b", iters=iters, resume="auto", keep_best=False))[0]
+    assert (last.loop.keep_best, last.loop.steps_per_eval) == (False, None)
     at = "checkpoints/" + sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())[-1]
     assert np.array_equal(factors(tmp_path / "a" / at), factors(tmp_path / "b" / at))
 
