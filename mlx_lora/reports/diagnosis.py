@@ -42,8 +42,8 @@ NONE = 0.002  # a fall that is none
 LARGE = 0.4  # a fall after which a short run is not too short
 RISE = 0.004  # a rise above the lowest held-out loss, as a share of that
 RISE_SHARE = 0.05  # and the share of the fall before it that is lost again
-LOST = 0.5  # the share from which a rise counts even if it may be chance in so few rows, where the training rows are learned by heart:
-BY_HEART = 0.6  # so much is left of the training loss, or less
+BY_HEART = 0.6  # share of the training loss that is left, from which the training rows are learned by heart
+LOST = 0.5  # share of the fall that a rise takes back, from which it counts in such a run even if few rows leave room for chance
 STILL_FALLING = 0.25  # share of the whole fall in the last third of the run, from which more steps are worth it
 MOST_ALIKE = 0.5  # share of held-out rows that nearly repeat training rows, from which they measure memory
 AVERAGED = 3  # training reports that are compared as one, because single ones are noisy
@@ -129,10 +129,9 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         or not _is_certain(change)
         or (evidence.texts and evidence.same_texts == len(evidence.texts) and gain < SMALL)
     ):
+        # What it learned is in its own rows only.
         if gain < SMALL and _training_left(evidence, first_step) <= BY_HEART:
-            return Diagnosis(
-                OVER_FITTED, **found, best_step=first_step, best=first
-            )  # what it learned is in its own rows only
+            return Diagnosis(OVER_FITTED, **found, best_step=first_step, best=first)
         return Diagnosis(UNCHANGED, **found)
     if gain < SMALL and still_falling(held_out):
         return Diagnosis(TOO_FEW_STEPS, **found)
