@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlx_lora.config.defaults import validated_every
+from mlx_lora.config.presets import PRESETS
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.config.sweep import Candidate, Rung, TooShort, candidates, work
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE
@@ -127,7 +128,7 @@ def with_rate(settings: TrainSettings, rate: object, resume: str | None = None) 
 
 
 def keeping_best(settings: TrainSettings, steps: int) -> TrainSettings:
-    """Return the settings of a run that ends with the adapter of its lowest held-out loss, unless they say otherwise.
+    """Return the settings of a run that ends with the adapter of its lowest held-out loss, unless they say otherwise or the method has a schedule.
 
     The rate was chosen by a few steps. Over several epochs on few rows, such a rate may be right at first, and overfit later.
 
@@ -136,7 +137,8 @@ def keeping_best(settings: TrainSettings, steps: int) -> TrainSettings:
         steps: that it has.
     """
     loop = settings.loop
-    if loop.keep_best is not None or loop.steps_per_eval is not None or not loop.save_every:
+    whole = PRESETS[settings.adapter.method].events != "none"  # AdaLoRA's and ReLoRA's schedules need their end
+    if whole or loop.keep_best is not None or loop.steps_per_eval is not None or not loop.save_every:
         return settings
     return replace(settings, loop=replace(loop, keep_best=True, steps_per_eval=validated_every(steps)))
 
