@@ -174,7 +174,7 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
     check_token_ids(base, int(rows.tokens.max(initial=0)), f"--data {data.data}")
     rows = objective.targets_of(rows)
     if compares(settings):
-        near = {"near_training": _near_training(adapter, base, rows, trained)} if adapter else {}
+        near = {"near_training": near_training(adapter, base, rows, trained)} if adapter else {}
         return _compared(settings, base, rows, asked) | near
     rows = objective.compare(ctx, {"rows": rows})["rows"]  # before the adapter: the base may be the teacher
     if adapter:
@@ -206,8 +206,15 @@ def check_show(settings: TrainSettings, show: int) -> None:
         raise InputError(f"--show {show} with {what}: only imitation with the whole base shows answers; leave it out")
 
 
-def _near_training(adapter: Path, base: Base, rows: EncodedSet, trained: EncodedSet | None) -> dict[str, Any] | None:
-    """Return how many rows the adapter's run has seen, as JSON values; None where its training rows are not known."""
+def near_training(adapter: Path, base: Base, rows: EncodedSet, trained: EncodedSet | None) -> dict[str, Any] | None:
+    """Return how many rows the adapter's run has seen, as JSON values; None where its training rows are not known.
+
+    Args:
+        adapter: its folder.
+        base: for the tokenizer.
+        rows: that are measured.
+        trained: the run's training rows, if they are read already.
+    """
     if trained is None:
         if not run_of(adapter).get("data"):
             return None

@@ -37,7 +37,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.api.evaluate import never, without_adapter
+from mlx_lora.api.evaluate import near_training, never, without_adapter
+from mlx_lora.api.run_data import held_out_rows
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings
 from mlx_lora.data.batch import Batch
 from mlx_lora.data.chat_template import encode_prompt, own_template, resolve_template
@@ -140,6 +141,7 @@ class ForgettingRequest:
         general: set -> file or id, instead of the package's.
         ignore_fingerprint: as for load_adapter.
         batch_tokens: positions per batch; None: the default.
+        held_out: the task is what the first adapter's run held out; `task` then only says how data is read.
         stopped: asked before each batch and question whether to end; a set that was begun is of the batches so far.
     """
 
@@ -147,6 +149,7 @@ class ForgettingRequest:
     general: Mapping[str, str] = field(default_factory=dict)
     ignore_fingerprint: bool = False
     batch_tokens: int | None = None
+    held_out: bool = False
     stopped: Callable[[], bool] = never
 
 
@@ -154,7 +157,8 @@ def measure_forgetting(base: Base, folders: Sequence[Path], asked: ForgettingReq
     """Measure the adapters in some folders against the base, which is unadapted and is not changed.
 
     Raises:
-        InputError: an adapter does not fit, adapters have different templates, or data have no trained token.
+        InputError: an adapter does not fit, adapters have different templates, data have no trained token, or no rows were
+            held out.
     """
     settings, general, stopped = asked.task, asked.general, asked.stopped
     models, adapters, template = _put_adapters(base, folders, asked.ignore_fingerprint)
@@ -166,8 +170,13 @@ def measure_forgetting(base: Base, folders: Sequence[Path], asked: ForgettingReq
     vocabulary = base.model(mx.array([[0]])).shape[-1]
     sets: dict[str, dict[str, Drift]] = {}
     for where, source in takewhile(lambda _: not stopped(), sources.items()):
-        chosen = settings if where == TASK else without_names(settings)
-        rows = load_eval_set(str(source), chosen, base.hf_tokenizer)
+        if where == TASK and asked.held_out:
+            rows, trained = held_out_rows(folders[0], base.hf_tokenizer)
+        else:
+            chosen, trained = settings if where == TASK else without_names(settings), None
+            rows = load_eval_set(str(source), chosen, base.hf_tokenizer)
+        if where == TASK:
+            near_training(folders[0], base, rows, trained)
         check_token_ids(base, int(rows.tokens.max(initial=0)), str(source))
         plan = BatchPlan(rows, batch_tokens=asked.batch_tokens or DEFAULT_BATCH_TOKENS, batch_size=None, seed=0)
         log.info(f"Measuring the set '{where}': {int(rows.supervised_counts.sum())} tokens in {len(rows)} rows")
@@ -181,9 +190,8 @@ def measure_forgetting(base: Base, folders: Sequence[Path], asked: ForgettingReq
             raise InputError(f"--data {source}: {error}; give rows with something to answer") from None
     log.info(f"Asking {len(models) + 1} models the probe questions")
     probes = ask_probes({"base": base, **models}, _chat_template(base, settings), stopped)
-    shown = {
-        where: str(source) if where == TASK or where in general else "built in" for where, source in sources.items()
-    }
+    named = {TASK: f"held-out rows of {settings.data}" if asked.held_out else settings.data, **general}
+    shown = {where: str(named.get(where, "built in")) for where in sources}
     return Forgetting(base.model_id, adapters, sets, shown, probes)
 
 

@@ -122,10 +122,6 @@ def main(
     if forgetting:
         if show is not None:
             raise InputError("--show with --forgetting: it asks questions of its own; leave out one of the two")
-        if not settings.data.data:
-            raise InputError(
-                "--data is required with --forgetting: a data file, or a folder with a test or valid split"
-            )
         if flag := dividing_flag(settings.loop):
             raise InputError(f"--forgetting with {flag}: it needs the whole base; leave out one of the two")
         if not adapter.adapter_path:
@@ -137,6 +133,7 @@ def main(
             {name: source for name, source in general.items() if source},
             adapter.ignore_fingerprint,
             batch_tokens,
+            held_out=not settings.data.data,
         )
         return _forgetting(settings, given, [folder for folder in folders if folder], asked, page, as_json)
     if useless := [flag_of(name) for name, value in only.items() if value]:
@@ -229,7 +226,10 @@ def _forgetting(
     as_json: bool,
 ) -> int:  # fmt: skip
     """Measure and print what adapters made the model forget, and return the exit code."""
-    settings = with_settings_of_run(settings, given, adapters[0])
+    if asked.held_out:
+        settings = settings_of_run(adapters[0], given)
+    else:
+        settings = with_settings_of_run(settings, given, adapters[0])
     base = load_base(settings.model)
     with interrupt_flag(STOPPING) as stopped:
         found = measure_forgetting(base, adapters, replace(asked, task=settings.data, stopped=stopped))

@@ -13,6 +13,13 @@ OF_SAMPLING = ("group_size", "max_new_tokens", "temp", "top_p", "min_p", "mask_t
 OF_WRITING = ("max_new_tokens", "temp", "top_p", "min_p")
 LABELED = ("classify",)  # objectives whose records are texts with labels
 RANKED = ("rerank",)  # objectives whose records are queries with documents
+NO_TEXT = (
+    *LABELED,
+    *RANKED,
+    "embed",
+    "reward",
+    "vision_sft",
+)  # objectives whose adapters do not answer a text with one
 IMITATION = ("sft", "distill", "vision_sft")  # objectives that train the answers of the data, token by token
 PAIRS = ("dpo", "orpo", "simpo", "cpo", "reward")  # objectives whose examples are pairs of answers
 PROBLEMS = ("auto", "single_label_classification", "multi_label_classification", "regression")

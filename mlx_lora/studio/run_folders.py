@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.api.forgetting import badges
+from mlx_lora.config.objectives import NO_TEXT
 from mlx_lora.data.chat_template import spoken_turns, without_markers
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from mlx_lora.reports.run_report import (
@@ -413,8 +414,7 @@ def _cut(text: Any) -> str:
 # What `evaluate` measured
 
 FACTS = "studio/forgetting.json"
-ASKED = 20  # questions
-MOST_SAID = 2000  # characters of one
+ASKED, MOST_SAID = 20, 2000  # questions, and characters of an answer
 OF_MODEL = ("model", "revision", "bits")
 
 
@@ -443,27 +443,31 @@ def side_by_side(folder: Path, settings: dict[str, Any], report: dict[str, Any] 
     return {"evaluation": found, "evaluation_command": command_line(words_of_asking(folder, settings, report))}
 
 
-def words_of_measuring(folder: Path, settings: dict[str, Any]) -> list[str]:
-    """Return the words of the command that measures what a run's adapter forgot."""
-    given = [word for name in ("model", "data") if settings.get(name) for word in (f"--{name}", str(settings[name]))]
+def words_of_measuring(folder: Path, settings: dict[str, Any]) -> list[str] | None:
+    """Return the words of the command that measures what a run's adapter forgot, None if it does not answer texts."""
+    if settings.get("objective", "sft") in NO_TEXT or settings.get("images"):
+        return None
+    # What an imitating run held out, and not --data: a file of it has the training rows too.
+    names = OF_MODEL if settings.get("objective", "sft") == "sft" else (*OF_MODEL, "data")
+    given = [word for name in names if settings.get(name) for word in (f"--{name}", str(settings[name]))]
     return ["evaluate", *given, "--adapter-path", str(folder), "--forgetting", "--json"]
 
 
 def what_was_forgotten(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return `forgetting`, as the page shows it, or None; and the command that measures it."""
-    command = command_line(words_of_measuring(folder, settings))
+    """Return `forgetting`, as the page shows it, or None; and the command that measures it, or None."""
+    words = words_of_measuring(folder, settings)
+    measured_by = {"forgetting_command": words and command_line(words)}
     try:
         facts = read_json(folder / FACTS, "measure it again")
         [about] = badges(facts)
         drifts = [(name, *one["adapters"].values()) for name, one in facts["sets"].items()]
     except (InputError, OSError, KeyError, TypeError, ValueError):
-        return {"forgetting": None, "forgetting_command": command}
-    names = {"base": "base_loss", "adapter": "loss", "change": "change", "verdict": "verdict"}
-    rows = [{"set": where, **{name: one[key] for name, key in names.items()}} for where, one in drifts]
+        return {"forgetting": None} | measured_by
+    names = (("base", "base_loss"), ("adapter", "loss"), ("change", "change"), ("verdict", "verdict"))
+    rows = [{"set": where, **{name: one[key] for name, key in names}} for where, one in drifts]
     right = facts["probes"]["right"]
     probes = {"right": right[about["adapter"]], "base_right": right["base"], "of": facts["probes"]["questions"]}
-    found = {"sentence": f"It {about['sentence']}.", "rows": rows, "probes": probes}
-    return {"forgetting": found, "forgetting_command": command}
+    return {"forgetting": {"sentence": f"It {about['sentence']}.", "rows": rows, "probes": probes}} | measured_by
 
 
 # metrics.jsonl

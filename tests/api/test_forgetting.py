@@ -237,6 +237,23 @@ def test_losses_are_those_of_evaluate_alone(measured):
     assert set(facts["probes"]["right"]) == {"base", "weak", strong}
 
 
+def test_without_data_the_task_is_what_the_run_held_out(tiny_folder, chats, tmp_path):
+    adapter = tmp_path / "a"
+    common = ("--model", tiny_folder, "--adapter-path", adapter)
+    trained = run("train", *common, "--data", chats, "--iters", 2, "--valid-fraction", 0.3, "--max-seq-length", 64)
+    assert trained.code == 0, trained.err
+    few = ("--forgetting", "--general-text", chats, "--general-chat", chats, "--json")
+    facts = json.loads(run("evaluate", *common, *few).out)
+    held_out = json.loads(run("evaluate", *common, "--json").out)
+    [drift] = facts["sets"]["task"]["adapters"].values()
+    assert drift["tokens"] == held_out["supervised_tokens"]
+    assert drift["loss"] == pytest.approx(held_out["loss"], rel=by_dtype(1e-5, 1e-3))
+    assert str(chats) in facts["sets"]["task"]["source"]
+    whole = run("evaluate", *common, "--data", chats, *few)
+    assert json.loads(whole.out)["sets"]["task"]["adapters"]["a"]["tokens"] > drift["tokens"]
+    assert "rows" in whole.err  # that the run has trained on some of them
+
+
 def test_the_page_shows_it_and_runs_nothing(measured):
     facts, page, _, _ = measured
     text = page.read_text()

@@ -157,7 +157,6 @@ def test_the_rows_that_a_run_held_out_are_measured_without_data(evaluate, made, 
     assert found["loss"] == pytest.approx(last["val_loss"], rel=1e-4)
     one_line(evaluate("--max-seq-length", 64), "--max-seq-length", "--data")
     one_line(run("evaluate", "--model", tiny_folder), "--data")
-    one_line(evaluate("--forgetting"), "--data")
     config = (folder / "run.yaml").read_text()
     other = tmp_path / "other.jsonl"
     other.write_text("".join(made[1].read_text().splitlines(keepends=True)[:30]))
@@ -165,6 +164,7 @@ def test_the_rows_that_a_run_held_out_are_measured_without_data(evaluate, made, 
     one_line(evaluate(), "changed", "--data")
     (folder / "run.yaml").write_text(config.replace(str(made[1]), str(tmp_path / "gone.jsonl")))
     one_line(evaluate(), "--data")
+    one_line(evaluate("--forgetting"), "--data")
 
 
 def test_rows_that_the_run_has_seen_are_counted(evaluate, made, tmp_path):

@@ -12,7 +12,7 @@ from studio_real import PATIENCE_MS
 from studio_real import studio as real_studio
 
 from mlx_lora.reports.run_report import EVALUATION_FILE, keep_evaluation
-from mlx_lora.studio.run_folders import MOST_SAID, run_id, words_of_asking
+from mlx_lora.studio.run_folders import MOST_SAID, run_id, words_of_asking, words_of_measuring
 from mlx_lora.studio.tasks import Tasks
 
 CHANGE = {"change": -1.0, "low": -1.5, "high": -0.5, "rows": 9}
@@ -72,6 +72,23 @@ def test_rows_of_plain_text_are_only_measured(tmp_path):
     text = {"splits": {"train": {"rows": 9, "tokens": 90, "supervised_tokens": 81}}}
     assert "--show" in words_of_asking(tmp_path, settings, CHATS)
     assert "--show" not in words_of_asking(tmp_path, settings, text)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"objective": "classify"}, {"objective": "vision_sft"}, {"objective": "dpo", "images": True}]
+)
+def test_what_was_forgotten_is_not_asked_where_texts_are_not_answered(home, settings):
+    folder = write_run(home / "runs" / "a", **settings)
+    with studio(home) as client:
+        path = f"/api/runs/{run_id(folder)}"
+        assert client.get(path).json()["forgetting_command"] is None
+        assert client.post(f"{path}/forgetting", json={}).status_code == 409
+
+
+def test_what_was_forgotten_is_measured_on_rows_that_were_not_trained(tmp_path):
+    settings = {"model": "m", "data": "d.jsonl"}
+    assert "--data" not in words_of_measuring(tmp_path, settings)
+    assert "--data" in words_of_measuring(tmp_path, settings | {"objective": "dpo"})
 
 
 def test_names_of_a_terminals_run_start_where_it_began(tmp_path, home, monkeypatch):

@@ -250,6 +250,7 @@ function Forgetting({ run, again }) {
         ${busy ? "Measuring" : forgetting ? "Measure again" : "Measure"}
       <//>
     `;
+  if (!command) return null;
   if (!forgetting)
     return html`
       <${Card} title="What was forgotten" actions=${button}>

@@ -181,13 +181,19 @@ def measure(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str,
     """POST /api/runs/ID/forgetting measures what its adapter forgot, as a task.
 
     Raises:
-        ApiError: 409, the run has no adapter yet, or goes on.
+        ApiError: 409, the run has no adapter yet, or goes on, or its adapter does not answer texts.
     """
     run, folder = _finished_run(studio, request)
     words = words_of_measuring(folder, run["settings"])
+    if words is None:
+        raise ApiError(
+            409, f"{run['name']}: it does not answer texts, so there are no questions to ask it", "no_answers"
+        )
+
+    cwd = studio.listing.begun_in(folder)  # the names in its run.yaml start there
 
     def work(task: BackgroundTask) -> dict[str, str]:
-        studio.tasks.run_child(task, words, folder / LOG, output=folder / PART)
+        studio.tasks.run_child(task, words, folder / LOG, output=folder / PART, cwd=cwd)
         os.replace(folder / PART, folder / FACTS)
         return {"path": str(folder / FACTS)}
 
