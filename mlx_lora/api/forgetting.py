@@ -46,6 +46,7 @@ from mlx_lora.data.formats import without_names
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter
+from mlx_lora.kernels.long_rows import long_row_kernels
 from mlx_lora.losses.cross_entropy import log_sum_exp
 from mlx_lora.models.head import Head, find_head
 from mlx_lora.models.load import Base, check_token_ids
@@ -319,6 +320,7 @@ class Readout:
             config: its config.json.
         """
         head = find_head(model, config)
+        self._model = model
         self._body, self._head = (head.hidden, head) if isinstance(head, Head) else (model, None)
         if self._head is None:
             return
@@ -332,13 +334,15 @@ class Readout:
         """Return a readout that only has `logits`, so that the model's blocks may be let go."""
         alone = copy.copy(self)
         if isinstance(self._head, Head):
+            alone._model = nn.Module()
             alone._head = dataclasses.replace(self._head, body=nn.Module(), last=None)
             alone._body = alone._head.hidden
         return alone
 
     def states(self, inputs: mx.array, positions: mx.array) -> mx.array:
         """Return the input of `logits` for (P,) flat positions of the (B, T) inputs: (P, D), or (P, V) if not split."""
-        out = self._body(inputs)
+        with long_row_kernels(self._model):
+            out = self._body(inputs)
         return out.reshape(-1, out.shape[-1])[positions]
 
     def logits(self, states: mx.array) -> mx.array:

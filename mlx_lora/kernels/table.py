@@ -3,8 +3,8 @@
 mlx-lm's architectures share one attention function, one gated activation and one function for each common recurrence,
 which each imports by name. A row of the table names one of these functions and the functions that may replace it, and tells
 how to classify a call by its shapes and how to try out a class. The
-names are replaced in the modules of this model's classes while the step is traced, and then restored, so generation and
-evaluation do not change. A call's shapes decide which function takes it.
+names are replaced in the modules of this model's classes while the step is traced, and then restored, so generation does not
+change, and of measuring a loss only long rows do (kernels/long_rows.py). A call's shapes decide which function takes it.
 
 Candidates are chosen by measuring once per (device, mlx version, dtype, shape class):
 
@@ -163,23 +163,29 @@ def training_kernels(
         The names of the kernels that the model uses, those of the table first.
     """
     windows = Windows() if windows is None else windows
-    rows = {row.shared: row for row in kernel_rows(attend, windows)}
+    rows = kernel_rows(attend, windows)
+    with exchanged_kernels(model, rows, choose, windows) as names, recurrent_kernels(model) as recurrent:
+        yield [*names, *recurrent]
+
+
+@contextmanager
+def exchanged_kernels(
+    model: nn.Module, rows: Iterable[Kernel], choose: Choose, windows: Windows
+) -> Iterator[list[str]]:
+    """Replace the functions of some rows of the table in the modules of a model's classes inside the block, and yield the rows' names."""
+    by_name = {row.shared: row for row in rows}
     homes = [vars(sys.modules[name]) for name in {type(module).__module__ for module in modules_of(model)}]
-    exchanged = [(home, name) for home in homes for name, row in rows.items() if home.get(name) is row.theirs]
+    exchanged = [(home, name) for home in homes for name, row in by_name.items() if home.get(name) is row.theirs]
     masked = [home for home in homes if home.get(MAKES_MASKS) is base.create_attention_mask]
     for home, name in exchanged:
-        home[name] = _by_shape(rows[name], choose)
+        home[name] = _by_shape(by_name[name], choose)
     for home in masked:
         home[MAKES_MASKS] = windows.noting(base.create_attention_mask)
     try:
-        with recurrent_kernels(model) as recurrent:
-            yield [
-                *(row.name for name, row in rows.items() if any(name == other for _, other in exchanged)),
-                *recurrent,
-            ]
+        yield [row.name for name, row in by_name.items() if any(name == other for _, other in exchanged)]
     finally:
         for home, name in exchanged:
-            home[name] = rows[name].theirs
+            home[name] = by_name[name].theirs
         for home in masked:
             home[MAKES_MASKS] = base.create_attention_mask
 

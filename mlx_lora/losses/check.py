@@ -35,6 +35,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.base import Dropout
+from mlx_lora.kernels.long_rows import long_row_kernels
 from mlx_lora.kernels.measure import MLX, left_unchanged, may_measure, read_store, write_store
 from mlx_lora.kernels.table import AUTO, OURS, KernelChoice, choose_model_kernels, has_recurrence, training_kernels
 from mlx_lora.losses.cross_entropy import PLAIN, PLAIN_LOGITS, ROWS, TILES, Arrays, Loss, plain
@@ -128,6 +129,13 @@ def choose_loss(
     Raises:
         InputError: the model's own forward pass fails.
     """
+    found = _agreeing_loss(model, config, asked, measure, whole_because, strategy)
+    return replace(found, measuring=long_row_kernels)
+
+
+def _agreeing_loss(
+    model: nn.Module, config: dict[str, Any], asked: str, measure: bool, whole_because: str, strategy: Strategy
+) -> Loss:
     if asked == MLX:
         return plain(f"plain cross-entropy (--kernels {MLX})")
     if strategy.lockstep:  # what one rank measures, another might not

@@ -14,6 +14,7 @@ Shapes: B batch, T time, P supervised positions (padded), D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -68,6 +69,7 @@ class Loss:
         kernel: its name; `plain` computes the model's own logits, of all positions at once.
         part_of_last: whether the model's last block computes only the supervised positions.
         measure_tokens: `tokens` without a gradient; None: use `tokens`.
+        measuring: model -> context in which `measure` and `measure_tokens` are computed; it may exchange kernels of the model.
     """
 
     train: LossFunction
@@ -77,6 +79,7 @@ class Loss:
     kernel: str = PLAIN_LOGITS
     part_of_last: bool = False
     measure_tokens: TokenLosses | None = None
+    measuring: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext
 
 
 def plain_loss(

@@ -177,7 +177,8 @@ def token_logps(model: nn.Module, loss: Loss, batch: Batch) -> np.ndarray:
     """Return the log-probabilities of a batch's trained targets under the model as it is, (B, T) float32."""
     tokens = loss.measure_tokens or loss.tokens
     found = np.zeros(batch.mask.shape, np.float32).ravel()
-    logps = np.array(-tokens(model, *Arrays.of(batch), *starts_of(batch)).astype(mx.float32))
+    with loss.measuring(model):
+        logps = np.array(-tokens(model, *Arrays.of(batch), *starts_of(batch)).astype(mx.float32))
     real = batch.weights > 0
     found[batch.positions[real]] = logps[real]
     return found.reshape(batch.mask.shape)

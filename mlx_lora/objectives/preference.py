@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +33,7 @@ from mlx_lora.exporters.adapter_folder import (
     read_adapter_config,
 )
 from mlx_lora.exporters.initial_adapter import resume_file
+from mlx_lora.kernels.long_rows import long_row_kernels
 from mlx_lora.kernels.table import KernelChoice, training_kernels
 from mlx_lora.losses import preference as pair_losses
 from mlx_lora.losses.check import choose_loss
@@ -337,7 +337,7 @@ def _logps_of(
     computes = ranks.from_first(kept is None) if together else ranks.leads and kept is None
     if computes:
         start = time.perf_counter()
-        with nullcontext() if kernels is None else training_kernels(base.model, choose=kernels):
+        with long_row_kernels(base.model) if kernels is None else training_kernels(base.model, choose=kernels):
             logps = _compute(objective, settings, base, rows, loss, strategy if together else SINGLE_DEVICE)
         log.info(f"Reference: {len(rows):,} answers computed in {time.perf_counter() - start:.2f} s")
         if ranks.leads:

@@ -54,13 +54,20 @@ def mean_loss(
 ) -> Measured:
     """Return the mean loss over the batches of all ranks, to each of which `batches` gives its own.
 
-    Meanwhile, the model is in eval mode (no dropout).
+    Meanwhile, the model is in eval mode (no dropout), and long rows have attention in tiles.
     """
     training = model.training
     model.eval()
+    try:
+        with bound.loss.measuring(model):
+            return _mean_loss(model, bound, batches, strategy)
+    finally:
+        model.train(training)
+
+
+def _mean_loss(model: nn.Module, bound: BoundObjective, batches: Iterable[Batch], strategy: Strategy) -> Measured:
     if bound.whole_set:
         loss, count, means = bound.whole_set(model, bound.arrays_of, batches, strategy)
-        model.train(training)
         return Measured(loss, count, bound.finish(means) if count else {})
     sums, rows = mx.zeros((2 + len(bound.reports),)), []
     tokens = bound.loss.measure_tokens or bound.loss.tokens
@@ -78,7 +85,6 @@ def mean_loss(
                 rows.append(of_batch(part, np.array(losses)))
     # Ranks finish at different times. On a GPU, the host must wait for the others, not the device: see `SeveralRanks.sum`.
     total, count, *reported = strategy.sum(sums).tolist()
-    model.train(training)
     if not count:
         return Measured(math.nan, 0)
     means = {name: value / count for name, value in zip(bound.reports, reported, strict=True)}

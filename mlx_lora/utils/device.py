@@ -126,6 +126,9 @@ def own_memory_limit() -> Iterator[None]:
         mx.set_memory_limit(before)
 
 
+FUSED_WIDTHS = (64, 80, 128)  # of heads, for which Metal's attention is one kernel
+
+
 def on_gpu() -> bool:
     """Return whether MLX computes on a GPU."""
     return mx.default_device() != mx.Device(mx.cpu)
@@ -200,6 +203,14 @@ def vectorizes_compiled_sums() -> bool:
 def multiplies_16_bit_experts() -> bool:
     """Return whether mlx can multiply by 16-bit experts on this device; on a CPU, it can only multiply in float32."""
     return mx.default_device() != mx.Device(mx.cpu)
+
+
+def fuses_attention(width: int, value_width: int) -> bool:
+    """Return whether mlx computes attention forward without keeping its scores, for heads of a width: a GPU does for some.
+
+    From mlx's `ScaledDotProductAttention::use_fallback`; not measured on a Mac.
+    """
+    return on_gpu() and width == value_width and width in FUSED_WIDTHS
 
 
 def keep_exponentials() -> bool:
