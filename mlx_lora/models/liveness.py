@@ -4,9 +4,10 @@ It follows MLX's rules:
 
     views        reshape, transpose, slice, split ... share their input's buffer if strides allow it
     fusion       compiling joins a chain of elementwise operations, and only stores what other operations read
-    donation     an elementwise result takes over the buffer of an input that nothing else reads
+    donation     an elementwise result takes over the buffer of an input that nothing else reads, also through a view of it
     lag          MLX prepares operations ahead of those that run, and frees an input when the last operation that reads
-                 it has run, up to `lag` operations later
+                 it has run, up to `lag` dispatches later. A CPU's stream gets a dispatch for an operation and one that lets go of its
+                 inputs; a view has the second alone
 
 Sizes are in bytes.
 """
@@ -82,6 +83,9 @@ ELEMENTWISE = frozenset(UNARY + SEVERAL)
 RESHAPES = frozenset(["Copy", "ExpandDims", "Flatten", "Reshape", "Squeeze", "StopGradient", "Unflatten"])
 DONATES = ELEMENTWISE | {"Softmax", "SliceUpdate", "Scatter", "ScatterAxis"}
 PRODUCTS = frozenset(["AddMM", "GatherMM", "Matmul"])
+# Dispatches that MLX prepares ahead: it waits while more than 10 tasks are not done, and 10 dispatches are a task (MAX_ACTIVE_TASKS
+# in mlx/transforms.cpp, DISPATCHES_PER_TASK in mlx/backend/cpu/encoder.h); the task that is being filled counts by half.
+AHEAD = 105
 DEEPEST_FUSION = 11  # mlx's bound on a chain
 
 
@@ -123,9 +127,9 @@ def count_memory(graph: Graph, lag: int, fuses: bool = True) -> KeptArrays:
     kept_bytes = sum(buffers.size.get(name, 0) for name in kept)
     start = max(forward, default=-1)
     live = list(_live(graph, buffers, lag))
-    done = max((operations for number, _, operations in live if number <= start), default=0)
+    done = max((dispatches for number, _, dispatches in live if number <= start), default=0)
     peak = max((bytes_ for number, bytes_, _ in live if number > start), default=kept_bytes)
-    first = (bytes_ for number, bytes_, operations in live if number > start and operations <= done + lag)
+    first = (bytes_ for number, bytes_, dispatches in live if number > start and dispatches <= done + lag)
     early = max(first, default=kept_bytes)
     before = max((bytes_ for number, bytes_, _ in live if number <= start), default=0)
     return KeptArrays(kept_bytes, max(0, peak - kept_bytes), max(0, early - kept_bytes), before)
@@ -313,13 +317,13 @@ def _chain(
 
 
 def _live(graph: Graph, buffers: _Buffers, lag: int) -> Iterator[tuple[int, int, int]]:
-    """Yield each node's number, the bytes that are allocated when it has been prepared, and how many operations were before."""
-    live, operations = 0, 0
-    waiting: list[tuple[int, int]] = []  # (operation whose end frees it, bytes)
+    """Yield each node's number, the bytes that are allocated when it has been prepared, and how many dispatches were before."""
+    live, dispatches = 0, 0
+    waiting: list[tuple[int, int]] = []  # (dispatch whose end frees it, bytes)
     readers_so_far: dict[str, int] = defaultdict(int)
     donated: set[str] = set()
     for number, node in enumerate(graph.nodes):
-        while waiting and waiting[0][0] + lag <= operations:
+        while waiting and waiting[0][0] + lag <= dispatches:
             live -= heapq.heappop(waiting)[1]
         made = [name for name in node.outputs if buffers.of[name] == name and buffers.size.get(name)]
         for name in made:
@@ -330,14 +334,15 @@ def _live(graph: Graph, buffers: _Buffers, lag: int) -> Iterator[tuple[int, int,
             live += buffers.size[name]
         if buffers.copied[number]:
             live += buffers.copied[number]
-            heapq.heappush(waiting, (operations, buffers.copied[number]))
-        yield number, live, operations
+            heapq.heappush(waiting, (dispatches, buffers.copied[number]))
+        yield number, live, dispatches
+        is_view = all(buffers.of[name] != name for name in node.outputs)  # which holds no buffer while it waits
         for buffer in {buffers.of[name] for name in (*node.inputs, *made)}:
-            readers_so_far[buffer] += buffer not in made
+            readers_so_far[buffer] += buffer not in made and not is_view
             ends_here = buffers.last_reader[buffer] == number
             if ends_here and buffer not in donated and buffers.size.get(buffer):
-                heapq.heappush(waiting, (operations, buffers.size[buffer]))
-        operations += bool(made)
+                heapq.heappush(waiting, (dispatches, buffers.size[buffer]))
+        dispatches += 2 if made else int(is_view)
 
 
 def _donor(node: Node, name: str, number: int, buffers: _Buffers, readers_so_far: dict[str, int]) -> str | None:

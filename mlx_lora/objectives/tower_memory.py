@@ -25,7 +25,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lora.kernels.measure import left_unchanged
 from mlx_lora.models.folder import FOREIGN_ERRORS, short
 from mlx_lora.models.graph import as_on_gpu, gradient_graph, uncollected
-from mlx_lora.models.liveness import as_evaluated, count_memory, forward_peak
+from mlx_lora.models.liveness import AHEAD, as_evaluated, count_memory, forward_peak
 from mlx_lora.planner.shapes import ModelShape, NotKnown, TowerBytes, TowerShape
 from mlx_lora.utils import device
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from mlx_lora.data.image_tokens import ImageProcessor, ImageTable
     from mlx_lora.models.vision import VisionTower
 
-LAG = 40  # operations that MLX prepares ahead, as for blocks (docs/planner.md)
 # Towers that compute each window of a picture apart have graphs that grow with the picture. Beyond this many tokens, a smaller
 # one is read, and continued.
 MOST_TRACED_TOKENS = 256
@@ -195,8 +194,8 @@ class TracedTower:
                 varied = [own[name] for name in trained] or [mx.zeros(1)]
                 graph = gradient_graph(function, varied, [own[name] for name in frozen])
                 if not trained:
-                    return TowerBytes(0, forward_peak(graph, LAG, fuses=False) + pixels_bytes)
-                found = count_memory(as_evaluated(graph), LAG, fuses=False)
+                    return TowerBytes(0, forward_peak(graph, AHEAD, fuses=False) + pixels_bytes)
+                found = count_memory(as_evaluated(graph), AHEAD, fuses=False)
                 self._nodes = max(self._nodes, len(graph.nodes) // count)
         finally:
             model.train(was_training)

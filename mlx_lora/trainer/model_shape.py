@@ -34,12 +34,12 @@ from mlx_lora.losses.cross_entropy import PLAIN_LOGITS
 from mlx_lora.models.folder import FOREIGN_ERRORS
 from mlx_lora.models.graph import as_on_gpu, gradient_graph, uncollected
 from mlx_lora.models.head import Head, find_head, only_at, with_last_block
-from mlx_lora.models.liveness import count_memory
+from mlx_lora.models.liveness import AHEAD, count_memory
 from mlx_lora.models.meta import Outline, block_kind, layer_caches, model_shape, outline_for, outline_of
 from mlx_lora.objectives.table import objective_of
 from mlx_lora.planner.memory import position_chunks
 from mlx_lora.planner.shapes import BlockBytes, KernelTerms, Machine, ModelShape, NotKnown
-from mlx_lora.trainer.position_chunks import in_chunks, is_in_chunks, number_bytes, parts_of, position_numbers
+from mlx_lora.trainer.position_chunks import in_chunks, number_bytes, parts_of, position_numbers
 from mlx_lora.utils import device
 
 if TYPE_CHECKING:
@@ -58,15 +58,8 @@ MOST_TRACED_CHUNKS = 16
 # The graph of a block that MLX runs a position at a time grows with the row, so it is only read in short rows.
 LOOP_WIDTHS = (16, 32)
 LOOP_NODES = 1500
-# The number of operations that MLX prepares ahead: fitted to peaks measured on a CPU (docs/planner.md).
-LAG = 40
-# The same if ranks share the base, on a CPU: memory beyond the plan is waited for (trainer/fit.py).
-SHARED_LAG = 20
-# The same if blocks are computed one at a time (parallel/block_walk.py): fitted to eight runs of two models (docs/measurements.md).
-WALKED_LAG = 8
-# A scan over tokens has thousands of small operations, of which MLX prepares more: fitted to Mamba only. It has several of them
-# for each token; tiles of attention in a long row have about one.
-SCAN_NODES, NODES_PER_TOKEN, SCAN_LAG = 4000, 2, 80
+# The dispatches that MLX prepares ahead on a CPU where memory beyond the plan is waited for (trainer/fit.py): less than it would.
+BOUNDED_LAG = 50
 
 # The model
 
@@ -151,7 +144,7 @@ def _adapted_shape(
     shape = replace(shape, plain_loss=plain_loss, beside_bytes=others)
     choice = known_kernels(settings, shape) if kernels is None else kernels
     walked, shared = settings.loop.offload_base == "on", settings.loop.shard_base != "off"
-    lag = WALKED_LAG if walked else SHARED_LAG if shared else LAG
+    lag = BOUNDED_LAG if walked or shared else AHEAD
     shape = with_block_memory(shape, model, dict(config), choice, lag)
     shape = replace(shape, teacher=teacher_shape(settings), teacher_stays=settings.objective.on_policy)
     return with_caches(shape, model) if settings.objective.samples else shape
@@ -356,7 +349,7 @@ def _beyond(low: BlockBytes, high: BlockBytes, share: float) -> BlockBytes:
 
 
 def with_block_memory(
-    shape: ModelShape, model: nn.Module, config: dict[str, Any], choose: Choose = assumed, lag: int = LAG
+    shape: ModelShape, model: nn.Module, config: dict[str, Any], choose: Choose = assumed, lag: int = AHEAD
 ) -> ModelShape:
     """Return the shape with the memory of every block whose graph can be read.
 
@@ -402,7 +395,7 @@ def passes_over_blocks(model: nn.Module, config: dict[str, Any]) -> int:
 
 
 def trace_blocks(
-    model: nn.Module, config: dict[str, Any], choose: Choose = assumed, lag: int = LAG
+    model: nn.Module, config: dict[str, Any], choose: Choose = assumed, lag: int = AHEAD
 ) -> list[TracedBlock]:
     """Return the memory of each block of an adapted model; blocks of the same kind share one object."""
     head = find_head(model, config)
@@ -431,7 +424,7 @@ def _traced(
 
 
 def trace_last_at_one(
-    model: nn.Module, config: dict[str, Any], choose: Choose = assumed, lag: int = LAG
+    model: nn.Module, config: dict[str, Any], choose: Choose = assumed, lag: int = AHEAD
 ) -> TracedBlock | None:
     """Return the memory of the last block with a single trained position, None if the whole block is computed anyway."""
     head = find_head(model, config)
@@ -464,7 +457,7 @@ def _reader(
                 call = calls.of(number, rows, width)
                 only = nullcontext() if positions is None else only_at(block, positions, rows * width)
                 with only, in_chunks(block, chunks) if chunks > 1 else nullcontext():
-                    return _read_block(block, choose, LAG if on_gpu else lag, calls.windows, *call)
+                    return _read_block(block, choose, AHEAD if on_gpu else lag, calls.windows, *call)
         except FOREIGN_ERRORS as error:
             raise NotKnown(f"{type(block).__name__}: {' '.join(str(error).split())[:120]}") from error
 
@@ -509,10 +502,8 @@ def _read_block(
             graph = gradient_graph(function, floats + [of[n] for n in trained], others + [of[n] for n in frozen])
     finally:
         block.train(was_training)
-    tokens = floats[0].shape[1] if floats and floats[0].ndim > 1 else 0
-    scans = len(graph.nodes) >= max(SCAN_NODES, NODES_PER_TOKEN * tokens) and not is_in_chunks(block)
     with uncollected():
-        counted = count_memory(graph, SCAN_LAG if scans else lag)
+        counted = count_memory(graph, lag, fuses=device.on_gpu())  # on a CPU, most runs are not compiled
     inputs = sum(leaf.nbytes for leaf in floats[:1])
     ends, nodes = inputs + sum(attended), len(graph.nodes)
     return BlockBytes(inputs + counted.kept_bytes, counted.window_bytes, ends, nodes, counted.early_bytes)

@@ -113,11 +113,6 @@ def parts_of(block: nn.Module) -> list[Any]:
     return [part for part in found if part is not None and not any(isinstance(one, Exit) for one in part.modules())]
 
 
-def is_in_chunks(block: nn.Module) -> bool:
-    """Return whether parts of a block may be computed in chunks now."""
-    return any(isinstance(part, InChunks) for part in block.modules())
-
-
 def position_numbers(part: nn.Module, config: Mapping[str, Any]) -> int:
     """Return the outputs of a part's layers for one position."""
     text = {**config, **(config.get("text_config") or {})}
