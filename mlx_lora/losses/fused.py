@@ -341,11 +341,10 @@ def chunk_logits(head: Head, arrays: list[mx.array], h: mx.array) -> mx.array:
         arrays: its weight.
         h: (R, D) hidden states.
     """
-    after = [mx.depends(array, h) for array in arrays]
-    parts = [
-        head.finish((h @ head.dense([array[kept] for array in after], h.dtype).T).astype(mx.float32), kept)
-        for kept in _slices(head)
-    ]
+    parts: list[mx.array] = []
+    for kept in _slices(head):
+        after = [mx.depends(array, [h, *parts[-1:]])[kept] for array in arrays]  # one slice at a time
+        parts.append(head.finish((h @ head.dense(after, h.dtype).T).astype(mx.float32), kept))
     return mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
 
 
@@ -354,11 +353,10 @@ def chunk_gradient(head: Head, arrays: list[mx.array], h: mx.array, logits: mx.a
     if head.soft_cap is not None:
         d_logits = d_logits * head.slope(logits)
     # After the logits, so that a quantized slice is dequantized again and not kept.
-    after = [mx.depends(array, d_logits) for array in arrays]
-    pulls = [
-        (d_logits[:, kept].astype(h.dtype) @ head.dense([array[kept] for array in after], h.dtype)).astype(mx.float32)
-        for kept in _slices(head)
-    ]
+    pulls: list[mx.array] = []
+    for kept in _slices(head):
+        after = [mx.depends(array, [d_logits, *pulls[-1:]])[kept] for array in arrays]
+        pulls.append((d_logits[:, kept].astype(h.dtype) @ head.dense(after, h.dtype)).astype(mx.float32))
     return (sum(pulls[1:], pulls[0]) * head.scale).astype(h.dtype)
 
 
@@ -466,8 +464,11 @@ def measure_loss(head: Head, dtype: mx.Dtype) -> dict[str, Figures]:
     weights, tile_bytes = mx.ones((positions,)), loss_tile_bytes()
 
     def exactly(hidden: mx.array) -> mx.array:
-        dense = head.dense(head.arrays, mx.float32)
-        return of_logits(head.finish(hidden.astype(mx.float32) @ dense.T, slice(None)), targets)
+        logits: list[mx.array] = []
+        rows = max(1, tile_bytes // (4 * width))  # a large head as floats would be more than the run takes
+        for start in range(0, vocabulary, rows):
+            logits.append(_exact_logits(head, hidden, slice(start, start + rows), logits[-1:]))
+        return of_logits(mx.concatenate(logits, axis=-1), targets)
 
     candidates: dict[str, Any] = {
         name: lambda hidden, kernel=kernel: kernel(head, hidden, targets, weights, tile_bytes=tile_bytes)
@@ -484,6 +485,24 @@ def measure_loss(head: Head, dtype: mx.Dtype) -> dict[str, Figures]:
 
     figures = measured(candidates)
     return figures if any(one.correct for one in figures.values()) else {**figures, **measured(all_logits)}
+
+
+def _exact_logits(head: Head, hidden: mx.array, kept: slice, after: list[mx.array]) -> mx.array:
+    """Return float32 logits of a slice of the vocabulary, (R, S), whose weight is dequantized again for the gradient.
+
+    Args:
+        head: of the model.
+        hidden: (R, D).
+        kept: the slice.
+        after: what is computed first, so that slices are not in memory together.
+    """
+
+    @mx.checkpoint
+    def logits(hidden: mx.array) -> mx.array:
+        arrays = [mx.depends(array, [hidden, *after])[kept] for array in head.arrays]
+        return head.finish(hidden.astype(mx.float32) @ head.dense(arrays, mx.float32).T, kept)
+
+    return logits(hidden)
 
 
 def head_class(head: Head) -> ShapeClass:

@@ -117,7 +117,7 @@ def test_what_a_trained_tower_takes_is_what_is_measured(smolvlm, vision, connect
     of_pixels = sum(array.nbytes for one in pixels for array in one.values())  # were there before
     assert planned.kept - of_pixels < 1.02 * measured
     # Not counted are copies of the pixels, which SmolVLM makes before its tower begins: much where the tower is this small.
-    assert (0.7 if vision is None else 0.9) < (planned.kept + planned.window - of_pixels) / measured < 1.5
+    assert (0.65 if vision is None else 0.9) < (planned.kept + planned.window - of_pixels) / measured < 1.5
 
 
 def test_a_tower_that_cannot_be_read_is_not_known(smolvlm):
