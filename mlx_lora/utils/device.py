@@ -126,9 +126,6 @@ def own_memory_limit() -> Iterator[None]:
         mx.set_memory_limit(before)
 
 
-FUSED_WIDTHS = (64, 80, 128)  # of heads, for which Metal's attention is one kernel
-
-
 def on_gpu() -> bool:
     """Return whether MLX computes on a GPU."""
     return mx.default_device() != mx.Device(mx.cpu)
@@ -203,6 +200,9 @@ def vectorizes_compiled_sums() -> bool:
 def multiplies_16_bit_experts() -> bool:
     """Return whether mlx can multiply by 16-bit experts on this device; on a CPU, it can only multiply in float32."""
     return mx.default_device() != mx.Device(mx.cpu)
+
+
+FUSED_WIDTHS = (64, 80, 128)  # of heads, for which Metal's attention is one kernel
 
 
 def fuses_attention(width: int, value_width: int) -> bool:
