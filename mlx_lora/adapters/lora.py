@@ -170,7 +170,8 @@ class DoRALayer(AdapterLayer):
     def merged(self) -> mx.array:
         """Return the adapted weight, float32."""
         turned = self.weight + self.product()
-        return turned * (self.m / mx.maximum(mx.linalg.norm(turned, axis=-1), 1e-15))[..., None]
+        lengths = mx.stop_gradient(mx.maximum(mx.linalg.norm(turned, axis=-1), 1e-15))
+        return turned * (self.m / lengths)[..., None]
 
     def delta(self) -> mx.array:
         """Return the change of the weight, float32."""

@@ -6,16 +6,23 @@ mode), where an affine base keeps its grid (models/quantize.py):
 
     y = x Q(W + D)^T,   D = the layer's update
 
-so the loss is that of the fused model. Rounding has no useful gradient. The gradient by x is that of Q(W + D), and the
-gradient by the factors is the one that they would have without Q (straight-through estimator):
+so the loss is that of the fused model. The gradient by x is that of Q(W + D). Rounding has no useful gradient. A
+straight-through estimator gives the factors the one that they would have without Q:
 
     y = x stop(Q(W + D))^T + (u - stop(u)),   u = what the layer computes from stop(x)
 
-One layer's dense weight is at hand at a time: it is computed again in the backward pass. While texts are generated, each
+An affine linear layer has a better one. A small update changes no code, and what is left of it is what scales and biases
+can follow: in each group, its projection P on the codes and on ones (models/quantize.py). That part has the true gradient,
+and the rest, which only counts when a code changes, a share of the straight-through one:
+
+    dL/dD = P G + STRAIGHT (1 - P) G,   G = dL/dQ
+
+On SmolLM2 this learned more than either part alone (docs/methods.md). One layer's dense weight is at hand at a time: it is computed again in the backward pass. While texts are generated, each
 layer holds its fused weight, packed (`hold`).
 
-Source: Bengio et al., arXiv 1308.3432, section 4 (straight-through); LLM-QAT, arXiv 2305.17888.
-Shapes: T positions, E experts; in and out are the base's widths.
+Source: Bengio et al., arXiv 1308.3432, section 4 (straight-through); LLM-QAT, arXiv 2305.17888; a gradient for the scale,
+too: LSQ, arXiv 1902.08153, section 2.1.
+Shapes: T positions, E experts, G groups of a row, g numbers of a group; in and out are the base's widths.
 """
 
 from __future__ import annotations
@@ -36,6 +43,8 @@ from mlx_lora.utils.errors import InputError
 
 # A flag in the layer's arrays. A compiled step reads them, so it is traced again when the flags appear.
 FLAG = "_fake_quantized"
+
+STRAIGHT = 0.3  # of the gradient that scales and biases cannot follow
 
 FUSED_ONLY = "was trained with --qat, and is right in its fused form only; use fuse, or --to gguf or hf"
 
@@ -68,9 +77,10 @@ class FakeQuantized(AdapterLayer):
             )
             y = y + mx.expand_dims(self.base.bias[indices], -2) if "bias" in self.base else y
             return _straight_through(y, super().__call__(mx.stop_gradient(x), *args, **kwargs))
-        y = self._with_dense(lambda x, weight: x @ weight.T, x)
+        fitted = self.base.mode == "affine"
+        y = self._with_dense(lambda x, weight: x @ weight.T, x, fitted=fitted)
         y = y + self.base.bias if "bias" in self.base else y
-        return _straight_through(y, self._update(mx.stop_gradient(x)))
+        return y if fitted else _straight_through(y, self._update(mx.stop_gradient(x)))
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return the logits of a tied head."""
@@ -88,20 +98,28 @@ class FakeQuantized(AdapterLayer):
         a, b = self.effective_factors()  # without the product with the base, which has no gradient here
         return (x @ a.astype(x.dtype)) @ (self.scale * b).astype(x.dtype)
 
-    def _with_dense(self, function: Callable[[mx.array, mx.array], mx.array], x: mx.array) -> mx.array:
-        """Return function(x, fused weight), for which the backward pass computes the weight again."""
-        names, arrays = zip(*tree_flatten(self.parameters()), strict=True)
-        tokens = not mx.issubdtype(x.dtype, mx.floating)  # they have no gradient
+    def _with_dense(
+        self, function: Callable[[mx.array, mx.array], mx.array], x: mx.array, *, fitted: bool = False
+    ) -> mx.array:
+        """Return function(x, fused weight), for which the backward pass computes the weight again.
 
-        def dense(arrays: Sequence[mx.array], after: mx.array) -> mx.array:
+        Args:
+            function: of x and the weight.
+            x: floats, or tokens, which have no gradient.
+            fitted: give the trained arrays the gradient of the fit (module docstring); else they get none here.
+        """
+        names, arrays = zip(*tree_flatten(self.parameters()), strict=True)
+        tokens = not mx.issubdtype(x.dtype, mx.floating)
+
+        def fused(arrays: Sequence[mx.array], after: mx.array) -> tuple[mx.array, mx.array | None]:
             own = dict(zip(names, (mx.depends(array, after) for array in arrays), strict=True))
-            weight = _fused_weight(self, own)
-            return weight if tokens else weight.astype(x.dtype)
+            weight, codes = _fused_weight(self, own)
+            return weight if tokens else weight.astype(x.dtype), codes
 
         @mx.custom_function
         def product(x: mx.array, *arrays: mx.array) -> mx.array:
             # Depend on x: a checkpointed block's second pass has another x, and is not merged with the first.
-            return function(x, dense(arrays, x))
+            return function(x, fused(arrays, x)[0])
 
         @product.vjp
         def product_vjp(primals, cotangent, _):
@@ -110,16 +128,29 @@ class FakeQuantized(AdapterLayer):
             frozen = [mx.zeros_like(array) for array in arrays]
             if tokens:
                 return (mx.zeros_like(x), *frozen)
-            weight = dense(arrays, cotangent)
-            _, [by_x] = mx.vjp(lambda x: function(x, weight), [x], [cotangent])
-            return (by_x, *frozen)
+            weight, codes = fused(arrays, cotangent)
+            # The weight is an argument also where nobody reads its gradient: to look for x, mx.vjp would else walk the
+            # whole step's graph behind the weight, in each layer.
+            _, [by_x, by_weight] = mx.vjp(lambda x, weight: [function(x, weight)], [x, weight], [cotangent])
+            if not fitted:
+                return (by_x, *frozen)
+            by_update = _through_fit(by_weight.astype(mx.float32), codes)
+            trained = {name: array for name, array in zip(names, arrays, strict=True) if name in self.trained}
+
+            def merged(*own: mx.array) -> list[mx.array]:
+                given = {**dict(zip(names, arrays, strict=True)), **dict(zip(trained, own, strict=True))}
+                return [_without_rounding(self, given).merged()]
+
+            _, found = mx.vjp(merged, list(trained.values()), [by_update])
+            by_name = {**dict(zip(names, frozen, strict=True)), **dict(zip(trained, found, strict=True))}
+            return (by_x, *by_name.values())
 
         return product(x, *arrays)
 
     def merged(self) -> mx.array:
         if FLAG not in self:
             return super().merged()
-        return _fused_weight(self, dict(tree_flatten(self.parameters()))).astype(mx.float32)
+        return _fused_weight(self, dict(tree_flatten(self.parameters())))[0].astype(mx.float32)
 
     def delta(self) -> mx.array:
         return self.merged() - self.weight if FLAG in self else super().delta()
@@ -151,32 +182,54 @@ def _straight_through(value: mx.array, update: mx.array) -> mx.array:
     return through(value, update)
 
 
-def _without_rounding(layer: AdapterLayer) -> AdapterLayer:
-    """Return a copy with the same arrays that computes with the base and its update."""
+def _through_fit(gradient: mx.array, codes: mx.array) -> mx.array:
+    """Return the gradient by the update, (out, in), of the one by the fused weight (module docstring).
+
+    Args:
+        gradient: (out, in) float32.
+        codes: (out, G, g) of the fused weight.
+    """
+    by_code = gradient.reshape(codes.shape)
+    spread = codes - codes.mean(axis=-1, keepdims=True)
+    squares = mx.square(spread).sum(axis=-1, keepdims=True)
+    slope = (spread * by_code).sum(axis=-1, keepdims=True) / mx.where(squares == 0, 1.0, squares)
+    followed = by_code.mean(axis=-1, keepdims=True) + spread * slope
+    return (STRAIGHT * by_code + (1 - STRAIGHT) * followed).reshape(gradient.shape)
+
+
+def _without_rounding(layer: AdapterLayer, arrays: Mapping[str, mx.array] | None = None) -> AdapterLayer:
+    """Return a copy that computes with the base and its update.
+
+    Args:
+        layer: to copy.
+        arrays: its parameters by name; None: the same as now.
+    """
     twin = copy.copy(layer)
     twin.pop(FLAG, None)
+    if arrays is not None:
+        tree, base = tree_unflatten([item for item in arrays.items() if item[0] != FLAG]), copy.copy(layer.base)
+        for name, array in tree.pop(layer.holds).items():
+            base[name] = array
+        twin.update(tree)
+        twin[layer.holds] = base
     return twin
 
 
-def _fused_weight(layer: AdapterLayer, arrays: Mapping[str, mx.array]) -> mx.array:
-    """Return the weight of the fused layer as it will be read back, in the base's float dtype.
+def _fused_weight(layer: AdapterLayer, arrays: Mapping[str, mx.array]) -> tuple[mx.array, mx.array | None]:
+    """Return the weight of the fused layer as it will be read back, in the base's float dtype, and its codes if it is affine.
 
     Args:
         layer: whose arrays are replaced.
         arrays: its parameters by name.
     """
-    base, twin = copy.copy(layer.base), _without_rounding(layer)
-    tree = tree_unflatten(list(arrays.items()))
-    for name, array in tree.pop(layer.holds).items():
-        base[name] = array
-    twin.update(tree)
-    twin[layer.holds] = base
-    merged = twin.merged()
-    if base.mode == "affine":
-        codes, scales, biases = round_on_grid(merged, base.scales, base.biases, base.group_size, base.bits)
-        return (codes * scales[..., None] + biases[..., None]).reshape(merged.shape).astype(base.scales.dtype)
+    merged, base = _without_rounding(layer, arrays).merged(), layer.base
     layout = {"group_size": base.group_size, "bits": base.bits, "mode": base.mode}
-    return mx.dequantize(*mx.quantize(merged.astype(mx.bfloat16), **layout), **layout)  # as fusing quantizes it
+    if base.mode != "affine":  # rounded as fusing does
+        return mx.dequantize(*mx.quantize(merged.astype(mx.bfloat16), **layout), **layout), None
+    scales, biases = (arrays[f"{layer.holds}.{name}"] for name in ("scales", "biases"))
+    codes, scales, biases = round_on_grid(merged, scales, biases, base.group_size, base.bits)
+    weight = (codes * scales[..., None] + biases[..., None]).reshape(merged.shape)
+    return weight.astype(base.scales.dtype), codes
 
 
 def fused_layer(layer: AdapterLayer) -> nn.Module:

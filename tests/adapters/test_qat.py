@@ -8,9 +8,19 @@ import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from mlx_lora.adapters.base import AdapterLayer
+from mlx_lora.adapters import qat
+from mlx_lora.adapters.base import LINEAR, AdapterLayer
 from mlx_lora.adapters.lora import DoRALinear, LoRAEmbedding, LoRALinear, LoRASwitchLinear
-from mlx_lora.adapters.qat import FLAG, FakeQuantized, begin_qat, end_qat, fused_layer, hold_fused, release_fused
+from mlx_lora.adapters.qat import (
+    FLAG,
+    STRAIGHT,
+    FakeQuantized,
+    begin_qat,
+    end_qat,
+    fused_layer,
+    hold_fused,
+    release_fused,
+)
 from mlx_lora.utils.errors import InputError
 
 IN, OUT, R, EXPERTS = 96, 33, 5, 3
@@ -63,6 +73,8 @@ def gradients(layer: AdapterLayer, call, *arguments: mx.array, names=("lora_a", 
 
 def assert_fused_forward_and_straight_backward(layer: AdapterLayer, call, *arguments, names=("lora_a", "lora_b")):
     plain = gradients(layer, call, *arguments, names=names)
+    if layer.OVER is LINEAR and layer.base.mode == "affine" and call is called:
+        plain |= gradients(layer, through_the_fit, *arguments, names=names)
     fused, without = fused_layer(layer), np.array(call(layer, *arguments))
     wanted = np.array(call(fused, *arguments))
     aware = with_qat(layer)
@@ -83,28 +95,67 @@ def assert_fused_forward_and_straight_backward(layer: AdapterLayer, call, *argum
         assert not np.allclose(found["x"], plain["x"], rtol=1e-3, atol=1e-3 * np.abs(plain["x"]).max())
 
 
-def call(layer, x, *more):
+def called(layer, x, *more):
     return layer(x, *more)
+
+
+def through_the_fit(layer: AdapterLayer, x: mx.array) -> mx.array:
+    """Return the output with a weight whose gradient is, in each group, that of its least-squares fit to the codes.
+
+    The projection on the codes and ones is made by numpy, group by group.
+    """
+    base, merged = layer.base, layer.merged()
+    ones = mx.ones_like(base.scales)
+    codes = np.array(
+        mx.dequantize(fused_layer(layer).weight, ones, 0 * ones, group_size=base.group_size, bits=base.bits)
+    )
+    projections = []
+    for group in codes.reshape(-1, base.group_size):
+        basis = np.stack([group, np.ones_like(group)], axis=1)
+        projections.append(basis @ np.linalg.pinv(basis))
+    projection = mx.array(np.array(projections, np.float32))
+    followed = (projection @ merged.reshape(-1, base.group_size, 1)).reshape(merged.shape)
+    weight = STRAIGHT * merged + (1 - STRAIGHT) * followed
+    return x @ weight.T
 
 
 @pytest.mark.parametrize(("mode", "bits", "group"), FORMATS)
 def test_a_linear_layer_of_every_format(mode, bits, group):
     mx.random.seed(3)
     assert_fused_forward_and_straight_backward(
-        linear(LoRALinear, mode, bits, group), call, mx.random.normal((2, 7, IN))
+        linear(LoRALinear, mode, bits, group), called, mx.random.normal((2, 7, IN))
     )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_small_update_has_the_true_gradient_of_the_fused_layer(bits, monkeypatch):
+    monkeypatch.setattr(qat, "STRAIGHT", 0.0)
+    layer, x = with_qat(linear(bits=bits)), mx.random.normal((2, 7, IN))
+    layer.lora_b = layer.lora_b * 2.0**-bits / 16  # below half a step, so that no code changes
+    found = gradients(layer, called, x)
+    weights = mx.random.normal((2, 7, OUT), key=mx.random.key(7))
+    for name in ("lora_a", "lora_b"):
+        array, way = layer[name], mx.random.normal(layer[name].shape, key=mx.random.key(1))
+        step = 0.1 * float(mx.abs(array).max().item())
+        ends = []
+        for sign in (1, -1):
+            layer[name] = array + sign * step * way
+            ends.append(np.array(fused_layer(layer)(x) - layer.base(x), np.float64))
+        layer[name] = array
+        wanted = (np.array(weights) * (ends[0] - ends[1])).sum() / (2 * step)
+        assert np.isclose((found[name] * np.array(way)).sum(), wanted, rtol=0.02), name
 
 
 def test_dora_trains_its_lengths_too():
     layer = linear(DoRALinear)
     layer.m = layer.m * (1 + 0.2 * mx.random.normal(layer.m.shape))
     assert_fused_forward_and_straight_backward(
-        layer, call, mx.random.normal((2, 7, IN)), names=("lora_a", "lora_b", "m")
+        layer, called, mx.random.normal((2, 7, IN)), names=("lora_a", "lora_b", "m")
     )
 
 
 def test_an_embedding_and_its_tied_head():
-    assert_fused_forward_and_straight_backward(embedding(), call, mx.array([[3, 0, 10], [3, 3, 32]]))
+    assert_fused_forward_and_straight_backward(embedding(), called, mx.array([[3, 0, 10], [3, 3, 32]]))
     assert_fused_forward_and_straight_backward(
         embedding(), lambda layer, x: layer.as_linear(x), mx.random.normal((2, 4, IN))
     )
