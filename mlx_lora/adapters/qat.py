@@ -132,7 +132,7 @@ class FakeQuantized(AdapterLayer):
             # The weight is an argument also where nobody reads its gradient: to look for x, mx.vjp would else walk the
             # whole step's graph behind the weight, in each layer.
             _, [by_x, by_weight] = mx.vjp(lambda x, weight: [function(x, weight)], [x, weight], [cotangent])
-            if not fitted:
+            if not fitted or codes is None:
                 return (by_x, *frozen)
             by_update = _through_fit(by_weight.astype(mx.float32), codes)
             trained = {name: array for name, array in zip(names, arrays, strict=True) if name in self.trained}

@@ -33,6 +33,7 @@ from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt
 
 from mlx_lora.adapters.base import LINEAR, QUANTIZED, SWITCH, base_dims
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.adapters.qat import FakeQuantized
 from mlx_lora.adapters.targets import block_paths
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.kernels.measure import left_unchanged
@@ -319,7 +320,7 @@ def _window(cache: Any) -> int | None:
 
 def _block(block: nn.Module, config: Mapping[str, Any], window: int | None) -> Block:
     """Return one block's shape."""
-    adapted = {id(layer.base): (layer.rank, layer.KEEPS_PRODUCT) for layer in adapter_layers(block).values()}
+    adapted = {id(layer.base): layer for layer in adapter_layers(block).values()}
     active = config.get("num_experts_per_tok") or config.get("moe_topk") or 1
     layers = []
     for path, module in block.named_modules():
@@ -327,7 +328,7 @@ def _block(block: nn.Module, config: Mapping[str, Any], window: int | None) -> B
             continue
         parent, _, name = path.removesuffix(".linear").rpartition(".")
         experts = module.weight.shape[0] if isinstance(module, SWITCH) else 1
-        rank, keeps_product = adapted.get(id(module), (0, False))
+        adapter = adapted.get(id(module))
         layers.append(
             Layer(
                 parent,
@@ -336,8 +337,9 @@ def _block(block: nn.Module, config: Mapping[str, Any], window: int | None) -> B
                 experts=experts,
                 active=active if experts > 1 else 1,
                 packed=isinstance(module, QUANTIZED),
-                rank=rank,
-                keeps_product=keeps_product,
+                rank=adapter.rank if adapter else 0,
+                keeps_product=adapter is not None and adapter.KEEPS_PRODUCT,
+                rounds_to=module.mode if isinstance(adapter, FakeQuantized) else None,
             )
         )
     layers.sort(key=lambda layer: layer.is_end)  # the end of a branch last, for any order in the module

@@ -24,6 +24,7 @@ class Layer:
         packed: whether it is quantized.
         rank: of its adapter; 0 without one.
         keeps_product: whether its adapter also keeps the output that it scales, as DoRA does.
+        rounds_to: the format (`affine`, `mxfp4`) in which it computes its fused weight, with --qat; None: it does not.
     """
 
     parent: str
@@ -35,6 +36,7 @@ class Layer:
     packed: bool = False
     rank: int = 0
     keeps_product: bool = False
+    rounds_to: str | None = None
 
     @property
     def numbers(self) -> int:

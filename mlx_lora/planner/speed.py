@@ -20,7 +20,7 @@ M5 at 122 of 153 GB/s, press.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from math import isfinite
 
 from mlx_lora.config.settings import checkpoint_every
@@ -122,6 +122,11 @@ def _plain(name: str) -> str:
 # Chips
 LAUNCH_S = 5e-6  # the host's time to launch one operation on a GPU
 LAUNCHES_PER_BLOCK = 160  # forward and backward, counted in docs/performance.md: 4,832 for 30 blocks
+# Passes over a layer's dense weight in single precision with --qat (adapters/qat.py): one for each array that an operation
+# reads or writes while it computes the fused weight, and then while it computes the gradient by an affine one. On a GPU,
+# the compiled step does a chain of operations in one pass (counted, not measured).
+FUSED_PASSES, FIT_PASSES = {"cpu": 37, "gpu": 14}, {"cpu": 22, "gpu": 9}
+CPU_FP4_PASSES = 340  # as long as MLX's CPU code takes, which rounds one number after the other
 # Assumed, not measured: what was just written comes from the system's page cache as long as it fits there.
 DISK_BYTES_PER_S = 0.5e9
 # `auto` leaves the rest of the free disk to others, and does not fill a disk for a small gain.
@@ -169,6 +174,10 @@ class Count:
     moved_bytes: float = 0.0
     exponentials: float = 0.0
 
+    def plus(self, other: Count) -> Count:
+        """Return the sum, field by field."""
+        return Count(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
     def seconds(self, ceilings: Ceilings) -> float:
         """Return how long it takes."""
         computing, moving = self.flops / ceilings.flops_per_s, self.moved_bytes / ceilings.bytes_per_s
@@ -211,6 +220,7 @@ def count_step(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str, 
     every = checkpoint_every(run.checkpointing)
     base = adapter = attention = scores_exp = scores_bytes = dense = gate_exp = 0.0
     moved = adapter_bytes = 0.0
+    rounding = Count()
     for index, block in enumerate(shape.blocks):
         trained = index >= shape.first_trained
         again = trained and every is not None and index % every == 0
@@ -219,6 +229,7 @@ def count_step(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str, 
         factors = sum((layer.inputs + layer.outputs) * layer.rank * layer.active for layer in block.layers)
         base += 2 * weights * tokens * products
         dense += products * sum(layer.numbers for layer in block.layers if layer.packed)
+        rounding = rounding.plus(_fake_quantization(block, tokens, products, trained, machine))
         adapter += 2 * factors * tokens * (1 + 2 * trained + again)
         adapter_bytes += (2 + 2 * trained) * sum(
             (layer.inputs + layer.outputs) * layer.active for layer in block.layers if layer.rank
@@ -235,11 +246,36 @@ def count_step(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str, 
     return {
         "products": Count(base, size * dense * 3),
         "adapters": Count(adapter, size * tokens * adapter_bytes),
+        **({"fake quantization": rounding} if rounding.moved_bytes else {}),
         "attention": Count(attention, scores_bytes, scores_exp),
         "elementwise": Count(0.0, size * tokens * moved, gate_exp),
         "loss": Count(4 * logits * shape.width, SINGLE * 9 * logits, logits),
         "optimizer": Count(0.0, SINGLE * 14 * shape.trained),
     }
+
+
+def _fake_quantization(block: Block, tokens: int, products: int, trained: bool, machine: Machine) -> Count:
+    """Return the work of computing a block's layers with their fused weights, beyond that of their products.
+
+    Args:
+        block: its layers.
+        tokens: of the batch.
+        products: how often each fused weight is computed.
+        trained: whether a gradient reaches the block.
+        machine: to run on.
+    """
+    flops = passes = 0.0
+    kind = "cpu" if machine.backend == "cpu" else "gpu"
+    for layer in block.layers:
+        if layer.rounds_to is None:
+            continue
+        fitted = trained and layer.rounds_to == "affine"
+        once = CPU_FP4_PASSES if kind == "cpu" and layer.rounds_to in ("mxfp4", "nvfp4") else FUSED_PASSES[kind]
+        passes += layer.numbers * (products * once + fitted * FIT_PASSES[kind])
+        flops += 2 * layer.numbers * layer.rank * products
+        # The gradient by the weight, and by the factors from it.
+        flops += 2 * fitted * (layer.inputs * layer.outputs * layer.active * tokens + 2 * layer.numbers * layer.rank)
+    return Count(flops, SINGLE * passes)
 
 
 def _scores(block: Block, run: RunShape) -> float:

@@ -290,7 +290,9 @@ class TracedBlock:
         return at_low.times(1 - share).plus(at_high.times(share)).times(width)
 
     def _all_widths(self, on_gpu: bool) -> tuple[int, ...]:
-        return LOOP_WIDTHS if self._read(1, LOOP_WIDTHS[-1], on_gpu).nodes > LOOP_NODES else WIDTHS
+        short, long = (self._read(1, width, on_gpu).nodes for width in LOOP_WIDTHS)
+        # A graph may also be large because its weights are rounded in it (--qat), whatever the row's length.
+        return LOOP_WIDTHS if long > LOOP_NODES and long > 1.5 * short else WIDTHS
 
     def _read(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
         case = (rows, width, on_gpu)

@@ -10,6 +10,7 @@ import pytest
 from conftest import quantized, tiny_model
 
 from mlx_lora.adapters.inject import adapt_layers
+from mlx_lora.adapters.qat import begin_qat
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.models.meta import model_shape
@@ -27,6 +28,7 @@ from mlx_lora.planner.speed import (
     working_set,
 )
 from mlx_lora.trainer.fit import batch_shapes, training_plan
+from mlx_lora.trainer.model_shape import with_block_memory
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import GIB
 
@@ -198,6 +200,33 @@ def test_predicted_time_is_the_products_and_more():
     tiny, waits = step_seconds(SHAPE, RunShape(1, 2), M2, Ceilings(1e18, 1e18, launch_s=5e-6))
     assert tiny == pytest.approx(5e-6 * 160 * 32)
     assert "waiting for launches" in waits
+
+
+@pytest.mark.parametrize("machine", [CPU, M2])
+def test_rounding_in_each_step_takes_time_and_one_more_product_of_the_batch(machine):
+    def rounding_to(mode: str) -> ModelShape:
+        layers = tuple(replace(layer, rounds_to=mode) for layer in SHAPE.blocks[0].layers)
+        return replace(SHAPE, blocks=(replace(SHAPE.blocks[0], layers=layers),) * len(SHAPE.blocks))
+
+    ceilings = Ceilings(1e13, 1e11)
+    plain, parts = step_seconds(SHAPE, RUN, machine, ceilings)
+    affine, fp4 = (count_step(rounding_to(mode), RUN, machine)["fake quantization"] for mode in ("affine", "mxfp4"))
+    assert "fake quantization" not in parts
+    assert step_seconds(rounding_to("affine"), RUN, machine, ceilings)[0] > plain
+    weights = sum(layer.numbers for block in SHAPE.blocks for layer in block.layers)
+    assert affine.flops - fp4.flops == pytest.approx(2 * weights * (2048 + 2 * 16))  # the gradient by the weight
+    again = count_step(rounding_to("affine"), replace(RUN, checkpointing="block"), machine)["fake quantization"]
+    assert 1.3 < again.moved_bytes / affine.moved_bytes < 1.5  # the fused weights a third time
+
+
+def test_a_blocks_graph_that_is_large_for_any_row_is_not_read_as_one_position_after_the_other():
+    model, config = quantized(tiny_model()), {"vocab_size": 288}
+    adapt_layers(model, {path: (4, 1.0) for path, _ in model.named_modules() if path.endswith("_proj")})
+    begin_qat(model)
+    shape = with_block_memory(model_shape(model, config), model, config)
+    assert all(layer.rounds_to == "affine" for layer in shape.blocks[0].layers)
+    short, long = (shape.blocks[0].memory.at(1, width, False) for width in (32, 256))
+    assert long.nodes < 2 * short.nodes
 
 
 def test_the_check_takes_one_block_of_each_kind_and_slices_of_the_head():
