@@ -227,9 +227,9 @@ def _fused_weight(layer: AdapterLayer, arrays: Mapping[str, mx.array]) -> tuple[
     if base.mode != "affine":  # rounded as fusing does
         return mx.dequantize(*mx.quantize(merged.astype(mx.bfloat16), **layout), **layout), None
     scales, biases = (arrays[f"{layer.holds}.{name}"] for name in ("scales", "biases"))
-    codes, scales, biases = round_on_grid(merged, scales, biases, base.group_size, base.bits)
-    weight = (codes * scales[..., None] + biases[..., None]).reshape(merged.shape)
-    return weight.astype(base.scales.dtype), codes
+    codes, *fitted = round_on_grid(merged, scales, biases, base.group_size, base.bits)
+    s, b = (array.astype(base.scales.dtype).astype(mx.float32)[..., None] for array in fitted)  # as they are written
+    return (codes * s + b).reshape(merged.shape).astype(base.scales.dtype), codes
 
 
 def fused_layer(layer: AdapterLayer) -> nn.Module:

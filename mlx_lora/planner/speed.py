@@ -122,11 +122,11 @@ def _plain(name: str) -> str:
 # Chips
 LAUNCH_S = 5e-6  # the host's time to launch one operation on a GPU
 LAUNCHES_PER_BLOCK = 160  # forward and backward, counted in docs/performance.md: 4,832 for 30 blocks
-# Passes over a layer's dense weight in single precision with --qat (adapters/qat.py): one for each array that an operation
-# reads or writes while it computes the fused weight, and then while it computes the gradient by an affine one. On a GPU,
-# the compiled step does a chain of operations in one pass (counted, not measured).
-FUSED_PASSES, FIT_PASSES = {"cpu": 37, "gpu": 14}, {"cpu": 22, "gpu": 9}
-CPU_FP4_PASSES = 340  # as long as MLX's CPU code takes, which rounds one number after the other
+# What --qat adds for each of a layer's weights, in passes over the dense weight in single precision (adapters/qat.py): computing
+# the fused weight, and the gradient by an affine one. A CPU's are what it took (its cache helps), a GPU's are counted: its
+# compiled step does a chain of operations in one pass.
+FUSED_PASSES, FIT_PASSES = {"cpu": 27, "gpu": 14}, {"cpu": 8, "gpu": 9}
+CPU_FP4_PASSES = 340  # MLX's CPU code rounds to 4-bit floats one number after the other
 # Assumed, not measured: what was just written comes from the system's page cache as long as it fits there.
 DISK_BYTES_PER_S = 0.5e9
 # `auto` leaves the rest of the free disk to others, and does not fill a disk for a small gain.

@@ -127,6 +127,15 @@ def test_a_linear_layer_of_every_format(mode, bits, group):
     )
 
 
+def test_scales_and_biases_are_rounded_as_they_will_be_written():
+    layer = linear()
+    layer.base.set_dtype(mx.bfloat16)
+    fused = fused_layer(layer)
+    as_floats = [array.astype(mx.float32) for array in (fused.scales, fused.biases)]
+    written = np.array(mx.dequantize(fused.weight, *as_floats, group_size=32, bits=4))
+    assert np.allclose(np.array(with_qat(layer).merged()), written, rtol=2**-8, atol=1e-6)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_small_update_has_the_true_gradient_of_the_fused_layer(bits, monkeypatch):
     monkeypatch.setattr(qat, "STRAIGHT", 0.0)
