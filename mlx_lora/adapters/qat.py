@@ -11,7 +11,7 @@ straight-through estimator gives the factors the one that they would have withou
 
     y = x stop(Q(W + D))^T + (u - stop(u)),   u = what the layer computes from stop(x)
 
-An affine linear layer has a better one. A small update changes no code, and what is left of it is what scales and biases
+An affine linear layer, and affine experts, have a better one. A small update changes no code, and what is left of it is what scales and biases
 can follow: in each group, its projection P on the codes and on ones (models/quantize.py). That part has the true gradient,
 and the rest, which only counts when a code changes, a share of the straight-through one:
 
@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -37,6 +38,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, SWITCH, AdapterLayer, mix_in, with_weight
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.adapters.lora import through_experts
 from mlx_lora.kernels.quantized_matmul import MEASURED
 from mlx_lora.models.quantize import quantized_like, round_on_grid
 from mlx_lora.utils.errors import InputError
@@ -67,20 +69,20 @@ class FakeQuantized(AdapterLayer):
             y = self._with_dense(lambda tokens, weight: weight[tokens], x)
             return _straight_through(y, super().__call__(x, *args, **kwargs))
         kwargs.pop("key", None)  # there is no dropout
+        affine, fixed = self.base.mode == "affine", mx.stop_gradient(x)
         if self.OVER is SWITCH:
-            indices, in_order = args[0], kwargs.get("sorted_indices", args[1] if len(args) > 1 else False)
-            y = self._with_dense(
-                lambda x, weight: mx.gather_mm(
-                    x, weight.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=in_order
-                ),
-                x,
-            )
-            y = y + mx.expand_dims(self.base.bias[indices], -2) if "bias" in self.base else y
-            return _straight_through(y, super().__call__(mx.stop_gradient(x), *args, **kwargs))
-        fitted = self.base.mode == "affine"
-        y = self._with_dense(lambda x, weight: x @ weight.T, x, fitted=fitted)
+            y = self._experts(x, *args, **kwargs)
+            return y if affine else _straight_through(y, super().__call__(fixed, *args, **kwargs))
+        y = self._with_dense(lambda x, weight: x @ weight.T, x, _by_weight)
         y = y + self.base.bias if "bias" in self.base else y
-        return y if fitted else _straight_through(y, self._update(mx.stop_gradient(x)))
+        return y if affine else _straight_through(y, self._update(fixed))
+
+    def _experts(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """Return the output of the fused experts; arguments as of LoRASwitchLinear."""
+        chosen = {"indices": indices, "sorted_indices": sorted_indices}
+        by_weight = partial(_by_experts, **chosen, experts=self.base.weight.shape[0])
+        y = self._with_dense(partial(through_experts, **chosen), x, by_weight)
+        return y + mx.expand_dims(self.base.bias[indices], -2) if "bias" in self.base else y
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return the logits of a tied head."""
@@ -99,14 +101,18 @@ class FakeQuantized(AdapterLayer):
         return (x @ a.astype(x.dtype)) @ (self.scale * b).astype(x.dtype)
 
     def _with_dense(
-        self, function: Callable[[mx.array, mx.array], mx.array], x: mx.array, *, fitted: bool = False
+        self,
+        function: Callable[[mx.array, mx.array], mx.array],
+        x: mx.array,
+        by_weight: Callable[[mx.array, mx.array], mx.array] | None = None,
     ) -> mx.array:
         """Return function(x, fused weight), for which the backward pass computes the weight again.
 
         Args:
             function: of x and the weight.
             x: floats, or tokens, which have no gradient.
-            fitted: give the trained arrays the gradient of the fit (module docstring); else they get none here.
+            by_weight: x, cotangent -> the gradient by the weight, of which the trained arrays of an affine layer get the part that
+                its fit can follow (module docstring); None: they get none here.
         """
         names, arrays = zip(*tree_flatten(self.parameters()), strict=True)
         tokens = not mx.issubdtype(x.dtype, mx.floating)
@@ -129,12 +135,12 @@ class FakeQuantized(AdapterLayer):
             if tokens:
                 return (mx.zeros_like(x), *frozen)
             weight, codes = fused(arrays, cotangent)
-            # The weight is an argument also where nobody reads its gradient: to look for x, mx.vjp would else walk the
-            # whole step's graph behind the weight, in each layer.
-            _, [by_x, by_weight] = mx.vjp(lambda x, weight: [function(x, weight)], [x, weight], [cotangent])
-            if not fitted or codes is None:
+            # The weight is an argument, although its gradient is not computed: to look for x, mx.vjp would else walk the whole
+            # step's graph behind the weight, in each layer.
+            _, [by_x, _] = mx.vjp(lambda x, weight: [function(x, weight)], [x, weight], [cotangent])
+            if by_weight is None or codes is None:
                 return (by_x, *frozen)
-            by_update = _through_fit(by_weight.astype(mx.float32), codes)
+            by_update = _through_fit(by_weight(x, cotangent).astype(mx.float32), codes)
             trained = {name: array for name, array in zip(names, arrays, strict=True) if name in self.trained}
 
             def merged(*own: mx.array) -> list[mx.array]:
@@ -182,11 +188,36 @@ def _straight_through(value: mx.array, update: mx.array) -> mx.array:
     return through(value, update)
 
 
+def _by_weight(x: mx.array, cotangent: mx.array) -> mx.array:
+    """Return the gradient by a linear layer's weight, (out, in), of x (..., in) and the output's cotangent (..., out)."""
+    return cotangent.reshape(-1, cotangent.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+
+
+def _by_experts(x: mx.array, cotangent: mx.array, indices: mx.array, sorted_indices: bool, experts: int) -> mx.array:
+    """Return the gradient by the experts' weights, (E, out, in).
+
+    Args:
+        x: rows (..., 1, in), or (..., 1, 1, in) that the experts of a token share.
+        cotangent: of the output, (..., 1, out).
+        indices: of the expert of each row, of the output's shape without its last two axes.
+        sorted_indices: whether they are in order.
+        experts: E.
+    """
+    rows = mx.broadcast_to(x.squeeze(-2), (*indices.shape, x.shape[-1])).reshape(-1, x.shape[-1])
+    slopes, of = cotangent.reshape(-1, cotangent.shape[-1]), indices.reshape(-1)
+    if not sorted_indices:
+        order = mx.argsort(of)
+        rows, slopes, of = rows[order], slopes[order], of[order]
+    counts = mx.zeros((experts,), mx.uint32).at[of].add(mx.array(1, mx.uint32))
+    ends = mx.cumsum(counts)
+    return mx.segmented_mm(slopes.T, rows, mx.stack([ends - counts, ends], axis=1))
+
+
 def _through_fit(gradient: mx.array, codes: mx.array) -> mx.array:
     """Return the gradient by the update, (out, in), of the one by the fused weight (module docstring).
 
     Args:
-        gradient: (out, in) float32.
+        gradient: (out, in), or of experts, float32.
         codes: (out, G, g) of the fused weight.
     """
     by_code = gradient.reshape(codes.shape)

@@ -9,7 +9,7 @@ import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_lora.adapters import qat
-from mlx_lora.adapters.base import LINEAR, AdapterLayer
+from mlx_lora.adapters.base import EMBEDDING, AdapterLayer
 from mlx_lora.adapters.lora import DoRALinear, LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lora.adapters.qat import (
     FLAG,
@@ -73,7 +73,7 @@ def gradients(layer: AdapterLayer, call, *arguments: mx.array, names=("lora_a", 
 
 def assert_fused_forward_and_straight_backward(layer: AdapterLayer, call, *arguments, names=("lora_a", "lora_b")):
     plain = gradients(layer, call, *arguments, names=names)
-    if layer.OVER is LINEAR and layer.base.mode == "affine" and call is called:
+    if layer.OVER is not EMBEDDING and layer.base.mode == "affine":
         plain |= gradients(layer, through_the_fit, *arguments, names=names)
     fused, without = fused_layer(layer), np.array(call(layer, *arguments))
     wanted = np.array(call(fused, *arguments))
@@ -99,10 +99,10 @@ def called(layer, x, *more):
     return layer(x, *more)
 
 
-def through_the_fit(layer: AdapterLayer, x: mx.array) -> mx.array:
+def through_the_fit(layer: AdapterLayer, x: mx.array, indices: mx.array | None = None) -> mx.array:
     """Return the output with a weight whose gradient is, in each group, that of its least-squares fit to the codes.
 
-    The projection on the codes and ones is made by numpy, group by group.
+    The projection on the codes and ones is made by numpy, group by group, and each row is multiplied by its expert alone.
     """
     base, merged = layer.base, layer.merged()
     ones = mx.ones_like(base.scales)
@@ -116,7 +116,7 @@ def through_the_fit(layer: AdapterLayer, x: mx.array) -> mx.array:
     projection = mx.array(np.array(projections, np.float32))
     followed = (projection @ merged.reshape(-1, base.group_size, 1)).reshape(merged.shape)
     weight = STRAIGHT * merged + (1 - STRAIGHT) * followed
-    return x @ weight.T
+    return x @ weight.T if indices is None else x @ weight[indices].swapaxes(-1, -2)
 
 
 @pytest.mark.parametrize(("mode", "bits", "group"), FORMATS)
@@ -173,16 +173,24 @@ def test_an_embedding_and_its_tied_head():
 @pytest.mark.parametrize("in_order", [False, True])
 def test_experts(in_order):
     indices = mx.array([0, 0, 1, 1, 2, 2, 2]) if in_order else mx.array([0, 2, 1, 1, 0, 2, 2])
-    assert_fused_forward_and_straight_backward(
-        experts(), lambda layer, x: layer(x, indices, sorted_indices=in_order), mx.random.normal((7, 1, IN))
-    )
+
+    def call(layer, x, indices):
+        return layer(x, indices, sorted_indices=in_order)
+
+    assert_fused_forward_and_straight_backward(experts(), call, mx.random.normal((7, 1, IN)), indices)
+
+
+def test_an_expert_that_no_row_chose_has_no_gradient():
+    layer = with_qat(experts())
+    found = gradients(layer, called, mx.random.normal((4, 1, IN)), mx.array([2, 0, 0, 2]))
+    assert not found["lora_a"][1].any()
+    assert not found["lora_b"][1].any()
+    assert found["lora_a"][2].any()
 
 
 def test_a_tokens_experts_share_its_input():
     indices = mx.array([[[0, 2], [1, 0], [2, 1]]])
-    assert_fused_forward_and_straight_backward(
-        experts(), lambda layer, x: layer(x, indices), mx.random.normal((1, 3, 1, 1, IN))
-    )
+    assert_fused_forward_and_straight_backward(experts(), called, mx.random.normal((1, 3, 1, 1, IN)), indices)
 
 
 def test_it_ends_and_is_held_for_generation():
