@@ -11,13 +11,13 @@ straight-through estimator gives the factors the one that they would have withou
 
     y = x stop(Q(W + D))^T + (u - stop(u)),   u = what the layer computes from stop(x)
 
-An affine linear layer, and affine experts, have a better one. A small update changes no code, and what is left of it is what scales and biases
-can follow: in each group, its projection P on the codes and on ones (models/quantize.py). That part has the true gradient,
-and the rest, which only counts when a code changes, a share of the straight-through one:
+Affine linear layers and experts have a better gradient. A small update changes no code, and what is left of it is what scales
+and biases can follow: in each group, its projection P on the codes and on ones (models/quantize.py). That part has its true
+gradient, and the rest, which only counts when a code changes, a share of the straight-through one (docs/decisions.md):
 
     dL/dD = P G + STRAIGHT (1 - P) G,   G = dL/dQ
 
-On SmolLM2 this learned more than either part alone (docs/methods.md). One layer's dense weight is at hand at a time: it is computed again in the backward pass. While texts are generated, each
+One layer's dense weight is at hand at a time: it is computed again in the backward pass. While texts are generated, each
 layer holds its fused weight, packed (`hold`).
 
 Source: Bengio et al., arXiv 1308.3432, section 4 (straight-through); LLM-QAT, arXiv 2305.17888; a gradient for the scale,
