@@ -33,7 +33,7 @@ from mlx_lora.models.quantize import PackedWeight, Quantization, pack_codes
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to the diagonal; GPTQ's
 BLOCK = 64  # columns whose errors are fed to all later columns together
-FIT_BYTES = 64_000_000  # of the largest array while scales are fitted
+FIT_BYTES = 30_000_000  # of the largest array while scales are fitted
 FIT_DAMPING = 1e-4  # of the diagonal: a group with equal codes has scale and bias in one direction
 # The codes of the value 1, in E2M1 and E4M3, and of the scale 1, in E8M0 and E4M3.
 ONE = {"mxfp4": 2, "nvfp4": 2, "mxfp8": 0x38}
@@ -145,7 +145,8 @@ class Grid:
         size, groups = self.quantization.group_size, self.scales.shape[1]
         rows = max(1, FIT_BYTES // (4 * groups * len(hessian)))
         left = (weight - self.values(codes)) @ hessian  # (O, I)
-        by_group = hessian.reshape(-1, groups, size).swapaxes(0, 1)  # (G, I, g)
+        # (G, I, g), in order: a product would else copy all of H for each few rows.
+        by_group = mx.contiguous(hessian.reshape(-1, groups, size).swapaxes(0, 1))
         ones = hessian.reshape(groups, size, groups, size).sum(axis=(1, 3))  # (G, G): F^T H F of the biases
         changes = []
         for start in range(0, len(codes), rows):
