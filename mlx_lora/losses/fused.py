@@ -499,7 +499,9 @@ def _exact_logits(head: Head, hidden: mx.array, kept: slice, after: list[mx.arra
 
     @mx.checkpoint
     def logits(hidden: mx.array) -> mx.array:
-        arrays = [mx.depends(array, [hidden, *after])[kept] for array in head.arrays]
+        # No gradient goes through the order: 4-bit floats are looked up by their codes, which have none.
+        waiting = mx.depends(list(head.arrays), [hidden, *after])
+        arrays = [mx.stop_gradient(array[kept]) for array in waiting]
         return head.finish(hidden.astype(mx.float32) @ head.dense(arrays, mx.float32).T, kept)
 
     return logits(hidden)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from architectures.build import tiny_architecture
 from comparing import by_dtype
-from conftest import TINY, tiny_model
+from conftest import TINY, quantized, tiny_model
 from mlx.utils import tree_flatten
 from run_cli import run
 from tiers import by_default
@@ -403,6 +403,17 @@ def test_the_heads_loss_is_measured_on_the_models_own_head(own_cache, monkeypatc
     assert loss.kernel == loss_choice.choose_kernel(found)
     choose_loss(model, TINY, measure=True)
     assert len(logged) == 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("mode", "bits", "group"), [("affine", 4, 32), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
+)
+def test_the_loss_is_measured_on_a_head_of_every_format(mode, bits, group, tied, own_cache, monkeypatch):
+    monkeypatch.setattr(device, "trial_flops", lambda: 1e5)
+    model = quantized(tiny_model(tie_word_embeddings=tied), bits, group, mode)
+    found = loss_choice.measure_loss(find_head(model, TINY), mx.float32)
+    assert all(one.correct for one in found.values())
 
 
 def test_the_models_own_loss_is_measured_if_no_kernel_is_right(own_cache, monkeypatch):
