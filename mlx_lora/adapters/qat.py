@@ -1,4 +1,4 @@
-"""Quantization-aware training: compute with the weights that fusing will write, and train the factors straight through.
+"""Quantization-aware training: compute with the weights that fusing will write.
 
 An adapter layer adds scale * A B to a quantized weight. Fused, the sum is quantized again, and a small update gets lost in the
 steps of the grid. Here the forward pass already computes with the fused weight, in the base's own format (bits, group,
@@ -17,7 +17,7 @@ gradient, and the rest, which only counts when a code changes, a share of the st
 
     dL/dD = P G + STRAIGHT (1 - P) G,   G = dL/dQ
 
-One layer's dense weight is at hand at a time: it is computed again in the backward pass. While texts are generated, each
+A layer's dense weight is computed when it is needed, and again in the backward pass. While texts are generated, each
 layer holds its fused weight, packed (`hold`).
 
 Source: Bengio et al., arXiv 1308.3432, section 4 (straight-through); LLM-QAT, arXiv 2305.17888; a gradient for the scale,
@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, SWITCH, AdapterLayer, mix_in, with_weight
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.adapters.lora import through_experts
 from mlx_lora.kernels.quantized_matmul import MEASURED
 from mlx_lora.models.quantize import quantized_like, round_on_grid
 from mlx_lora.utils.errors import InputError
@@ -49,6 +49,60 @@ FLAG = "_fake_quantized"
 STRAIGHT = 0.3  # of the gradient that scales and biases cannot follow
 
 FUSED_ONLY = "was trained with --qat, and is right in its fused form only; use fuse, or --to gguf or hf"
+
+
+@dataclass(frozen=True)
+class Product:
+    """The product of a kind of layer, and its gradients.
+
+    They are written out: a nested `mx.vjp` would walk the whole step's graph behind the weight, or behind the indices of
+    experts, in each layer, only to find that neither gets a gradient there.
+
+    Attributes:
+        forward: x, weight -> output.
+        by_x, by_weight: x, the output's cotangent, weight -> the gradient.
+    """
+
+    forward: Callable[[mx.array, mx.array], mx.array]
+    by_x: Callable[[mx.array, mx.array, mx.array], mx.array]
+    by_weight: Callable[[mx.array, mx.array, mx.array], mx.array]
+
+
+PLAIN = Product(
+    lambda x, weight: x @ weight.T,
+    lambda x, d, weight: d @ weight,
+    lambda x, d, weight: d.reshape(-1, d.shape[-1]).T @ x.reshape(-1, x.shape[-1]),
+)
+"""x (..., in) with (out, in)."""
+
+
+def _experts_product(indices: mx.array, sorted_indices: bool) -> Product:
+    """Return the product of x, (..., 1, in), or (..., 1, 1, in) that the experts of a token share, with (E, out, in).
+
+    Args:
+        indices: of the expert of each row, of the output's shape without its last two axes.
+        sorted_indices: whether they are in order.
+    """
+    through = partial(mx.gather_mm, rhs_indices=indices, sorted_indices=sorted_indices)
+
+    def by_x(x: mx.array, d: mx.array, weight: mx.array) -> mx.array:
+        rows = through(d, weight)  # (..., 1, in)
+        shared = [axis for axis, (of_x, of_rows) in enumerate(zip(x.shape, rows.shape, strict=True)) if of_x < of_rows]
+        return rows.sum(axis=shared, keepdims=True) if shared else rows
+
+    def by_weight(x: mx.array, d: mx.array, weight: mx.array) -> mx.array:
+        width, of = x.shape[-1], indices.reshape(-1)
+        rows = mx.broadcast_to(x.squeeze(-2), (*indices.shape, width)).reshape(-1, width)
+        slopes = d.reshape(-1, d.shape[-1])
+        if not sorted_indices:
+            order = mx.argsort(of)
+            rows, slopes, of = rows[order], slopes[order], of[order]
+        counts = mx.zeros((len(weight),), mx.uint32).at[of].add(mx.array(1, mx.uint32))
+        ends = mx.cumsum(counts)
+        segments = mx.stack([ends - counts, ends], axis=1)
+        return mx.segmented_mm(slopes.T.astype(mx.float32), rows.astype(mx.float32), segments)
+
+    return Product(lambda x, weight: through(x, weight.swapaxes(-1, -2)), by_x, by_weight)
 
 
 class FakeQuantized(AdapterLayer):
@@ -66,22 +120,20 @@ class FakeQuantized(AdapterLayer):
         if held := self._held:
             return held[0](x, *args, **kwargs)
         if self.OVER is EMBEDDING:
-            y = self._with_dense(lambda tokens, weight: weight[tokens], x)
+            y = self._looked_up(x)
             return _straight_through(y, super().__call__(x, *args, **kwargs))
         kwargs.pop("key", None)  # there is no dropout
         affine, fixed = self.base.mode == "affine", mx.stop_gradient(x)
         if self.OVER is SWITCH:
             y = self._experts(x, *args, **kwargs)
             return y if affine else _straight_through(y, super().__call__(fixed, *args, **kwargs))
-        y = self._with_dense(lambda x, weight: x @ weight.T, x, _by_weight)
+        y = self._with_dense(PLAIN, x)
         y = y + self.base.bias if "bias" in self.base else y
         return y if affine else _straight_through(y, self._update(fixed))
 
     def _experts(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """Return the output of the fused experts; arguments as of LoRASwitchLinear."""
-        chosen = {"indices": indices, "sorted_indices": sorted_indices}
-        by_weight = partial(_by_experts, **chosen, experts=self.base.weight.shape[0])
-        y = self._with_dense(partial(through_experts, **chosen), x, by_weight)
+        y = self._with_dense(_experts_product(indices, sorted_indices), x)
         return y + mx.expand_dims(self.base.bias[indices], -2) if "bias" in self.base else y
 
     def as_linear(self, x: mx.array) -> mx.array:
@@ -90,7 +142,7 @@ class FakeQuantized(AdapterLayer):
             return super().as_linear(x)  # pyright: ignore[reportAttributeAccessIssue] # an embedding's
         if held := self._held:
             return held[0].as_linear(x)
-        y = self._with_dense(lambda x, weight: x @ weight.T, x)
+        y = self._with_dense(PLAIN, x, fitted=False)
         return _straight_through(y, super().as_linear(mx.stop_gradient(x)))  # pyright: ignore[reportAttributeAccessIssue] # an embedding's
 
     def _update(self, x: mx.array) -> mx.array:
@@ -100,47 +152,44 @@ class FakeQuantized(AdapterLayer):
         a, b = self.effective_factors()  # without the product with the base, which has no gradient here
         return (x @ a.astype(x.dtype)) @ (self.scale * b).astype(x.dtype)
 
-    def _with_dense(
-        self,
-        function: Callable[[mx.array, mx.array], mx.array],
-        x: mx.array,
-        by_weight: Callable[[mx.array, mx.array], mx.array] | None = None,
-    ) -> mx.array:
-        """Return function(x, fused weight), for which the backward pass computes the weight again.
+    def _looked_up(self, tokens: mx.array) -> mx.array:
+        """Return rows of the fused weight of an embedding; nothing gets a gradient here."""
+        names, arrays = zip(*tree_flatten(self.parameters()), strict=True)
+        frozen = (mx.stop_gradient(mx.depends(array, tokens)) for array in arrays)
+        return _fused_weight(self, dict(zip(names, frozen, strict=True)))[0][tokens]
+
+    def _with_dense(self, product: Product, x: mx.array, *, fitted: bool = True) -> mx.array:
+        """Return the product with the fused weight, which the backward pass computes again.
 
         Args:
-            function: of x and the weight.
-            x: floats, or tokens, which have no gradient.
-            by_weight: x, cotangent -> the gradient by the weight, of which the trained arrays of an affine layer get the part that
-                its fit can follow (module docstring); None: they get none here.
+            product: of the layer's kind.
+            x: floats.
+            fitted: give the trained arrays of an affine layer the gradient of the fit (module docstring); else they get none here.
         """
         names, arrays = zip(*tree_flatten(self.parameters()), strict=True)
-        tokens = not mx.issubdtype(x.dtype, mx.floating)
 
         def fused(arrays: Sequence[mx.array], after: mx.array) -> tuple[mx.array, mx.array | None]:
             own = dict(zip(names, (mx.depends(array, after) for array in arrays), strict=True))
             weight, codes = _fused_weight(self, own)
-            return weight if tokens else weight.astype(x.dtype), codes
+            return weight.astype(x.dtype), codes
 
         @mx.custom_function
-        def product(x: mx.array, *arrays: mx.array) -> mx.array:
+        def output(x: mx.array, *arrays: mx.array) -> mx.array:
             # Depend on x: a checkpointed block's second pass has another x, and is not merged with the first.
-            return function(x, fused(arrays, x)[0])
+            return product.forward(x, fused(arrays, x)[0])
 
-        @product.vjp
-        def product_vjp(primals, cotangent, _):
+        @output.vjp
+        def output_vjp(primals, cotangent, _):
             # Depend on the cotangent: else the weights of all layers would be computed as soon as there is time.
             x, *arrays = primals
-            frozen = [mx.zeros_like(array) for array in arrays]
-            if tokens:
-                return (mx.zeros_like(x), *frozen)
             weight, codes = fused(arrays, cotangent)
-            # The weight is an argument, although its gradient is not computed: to look for x, mx.vjp would else walk the whole
-            # step's graph behind the weight, in each layer.
-            _, [by_x, _] = mx.vjp(lambda x, weight: [function(x, weight)], [x, weight], [cotangent])
-            if by_weight is None or codes is None:
-                return (by_x, *frozen)
-            by_update = _through_fit(by_weight(x, cotangent).astype(mx.float32), codes)
+            by_x, by_name = (
+                product.by_x(x, cotangent, weight),
+                {n: mx.zeros_like(a) for n, a in zip(names, arrays, strict=True)},
+            )
+            if not fitted or codes is None:
+                return (by_x, *by_name.values())
+            by_update = _through_fit(product.by_weight(x, cotangent, weight).astype(mx.float32), codes)
             trained = {name: array for name, array in zip(names, arrays, strict=True) if name in self.trained}
 
             def merged(*own: mx.array) -> list[mx.array]:
@@ -148,10 +197,12 @@ class FakeQuantized(AdapterLayer):
                 return [_without_rounding(self, given).merged()]
 
             _, found = mx.vjp(merged, list(trained.values()), [by_update])
-            by_name = {**dict(zip(names, frozen, strict=True)), **dict(zip(trained, found, strict=True))}
+            by_name |= dict(zip(trained, found, strict=True))
+            # The layer before waits for them: they need arrays of the weight's size, which would else pile up.
+            [by_x] = mx.depends([by_x], found)
             return (by_x, *by_name.values())
 
-        return product(x, *arrays)
+        return output(x, *arrays)
 
     def merged(self) -> mx.array:
         if FLAG not in self:
@@ -188,31 +239,6 @@ def _straight_through(value: mx.array, update: mx.array) -> mx.array:
     return through(value, update)
 
 
-def _by_weight(x: mx.array, cotangent: mx.array) -> mx.array:
-    """Return the gradient by a linear layer's weight, (out, in), of x (..., in) and the output's cotangent (..., out)."""
-    return cotangent.reshape(-1, cotangent.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-
-
-def _by_experts(x: mx.array, cotangent: mx.array, indices: mx.array, sorted_indices: bool, experts: int) -> mx.array:
-    """Return the gradient by the experts' weights, (E, out, in).
-
-    Args:
-        x: rows (..., 1, in), or (..., 1, 1, in) that the experts of a token share.
-        cotangent: of the output, (..., 1, out).
-        indices: of the expert of each row, of the output's shape without its last two axes.
-        sorted_indices: whether they are in order.
-        experts: E.
-    """
-    rows = mx.broadcast_to(x.squeeze(-2), (*indices.shape, x.shape[-1])).reshape(-1, x.shape[-1])
-    slopes, of = cotangent.reshape(-1, cotangent.shape[-1]), indices.reshape(-1)
-    if not sorted_indices:
-        order = mx.argsort(of)
-        rows, slopes, of = rows[order], slopes[order], of[order]
-    counts = mx.zeros((experts,), mx.uint32).at[of].add(mx.array(1, mx.uint32))
-    ends = mx.cumsum(counts)
-    return mx.segmented_mm(slopes.T, rows, mx.stack([ends - counts, ends], axis=1))
-
-
 def _through_fit(gradient: mx.array, codes: mx.array) -> mx.array:
     """Return the gradient by the update, (out, in), of the one by the fused weight (module docstring).
 
@@ -238,7 +264,7 @@ def _without_rounding(layer: AdapterLayer, arrays: Mapping[str, mx.array] | None
     twin = copy.copy(layer)
     twin.pop(FLAG, None)
     if arrays is not None:
-        tree, base = tree_unflatten([item for item in arrays.items() if item[0] != FLAG]), copy.copy(layer.base)
+        tree, base = tree_unflatten(list(arrays.items())), copy.copy(layer.base)
         for name, array in tree.pop(layer.holds).items():
             base[name] = array
         twin.update(tree)

@@ -33,7 +33,7 @@ from mlx_lora.models.quantize import PackedWeight, Quantization, pack_codes
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to the diagonal; GPTQ's
 BLOCK = 64  # columns whose errors are fed to all later columns together
-FIT_BYTES = 30_000_000  # of the largest array while scales are fitted
+FIT_BYTES = 30_000_000  # of the largest array of some rows while scales are fitted
 FIT_DAMPING = 1e-4  # of the diagonal: a group with equal codes has scale and bias in one direction
 # The codes of the value 1, in E2M1 and E4M3, and of the scale 1, in E8M0 and E4M3.
 ONE = {"mxfp4": 2, "nvfp4": 2, "mxfp8": 0x38}

@@ -195,10 +195,12 @@ def _cutting() -> Iterator[_Cuts]:
     """Replace `mx.custom_function` inside the block; functions that use it look it up when they are called."""
     cuts = _Cuts()
     cut_function = type("_CutFunction", (_CustomFunction,), {"cuts": cuts})
-    theirs = {name: vars(mx)[name] for name in ("custom_function", "gather_mm", "contiguous")}
+    theirs = {name: vars(mx)[name] for name in ("custom_function", "gather_mm", "segmented_mm", "contiguous")}
     mx.custom_function = cut_function
     mx.gather_mm = partial(_gather_mm, theirs["gather_mm"], cut_function)
-    mx.contiguous = lambda array, *_, **__: array * 1  # a copy that MLX can list
+    # MLX can list neither a product of segments nor a copy.
+    mx.segmented_mm = lambda a, b, segments: _kernel(((len(segments), a.shape[0], b.shape[1]), a.dtype), a, b, segments)
+    mx.contiguous = lambda array, *_, **__: array * 1
     try:
         # MLX cannot list separately compiled functions either.
         with _kernels_as_nodes() if device.compiles_kernels() else nullcontext(), device.uncompiled():

@@ -260,6 +260,7 @@ class ModelShape:
         not_known: kinds of blocks whose memory could not be read, each with the reason.
         teacher: a model that is in memory beside the base, before the first step only; None: there is none.
         teacher_stays: whether it is in memory during the whole run.
+        rounded_share: of the steps, those in which layers with `rounds_to` compute with their fused weights.
         caches: what its layers keep while answers are sampled; only for a run that samples.
         parameters: of the model without its adapter, packed ones unpacked.
         trained_share: of the positions of a batch, by the data; 1 if not known. Fewer positions make wider tiles of logits,
@@ -287,6 +288,7 @@ class ModelShape:
     not_known: tuple[str, ...] = ()
     teacher: ModelShape | None = None
     teacher_stays: bool = False
+    rounded_share: float = 1.0
     caches: tuple[LayerCache, ...] = ()
     parameters: int = 0
     trained_share: float = 1.0

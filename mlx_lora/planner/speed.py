@@ -178,6 +178,10 @@ class Count:
         """Return the sum, field by field."""
         return Count(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
+    def times(self, factor: float) -> Count:
+        """Return this with each field multiplied by `factor`."""
+        return Count(*(factor * a for a in astuple(self)))
+
     def seconds(self, ceilings: Ceilings) -> float:
         """Return how long it takes."""
         computing, moving = self.flops / ceilings.flops_per_s, self.moved_bytes / ceilings.bytes_per_s
@@ -211,7 +215,7 @@ def forward_seconds(shape: ModelShape, run: RunShape, machine: Machine, ceilings
 
 
 def count_step(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str, Count]:
-    """Return the work of a step, part by part.
+    """Return the work of a step, part by part; with --qat for a share of the steps, that of the mean step.
 
     Each position is multiplied by a frozen weight twice (output, input gradient), and by a factor three times; the
     forward pass of a checkpointed block runs again. Blocks before the first adapted layer have no backward pass.
@@ -246,7 +250,7 @@ def count_step(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str, 
     return {
         "products": Count(base, size * dense * 3),
         "adapters": Count(adapter, size * tokens * adapter_bytes),
-        **({"fake quantization": rounding} if rounding.moved_bytes else {}),
+        **({"fake quantization": rounding.times(shape.rounded_share)} if rounding.moved_bytes else {}),
         "attention": Count(attention, scores_bytes, scores_exp),
         "elementwise": Count(0.0, size * tokens * moved, gate_exp),
         "loss": Count(4 * logits * shape.width, SINGLE * 9 * logits, logits),

@@ -141,7 +141,8 @@ def _adapted_shape(
     shape = model_shape(model, config, source_bytes, FROZEN_COPIES.get(settings.adapter.method, 0))
     plain_loss = shape.plain_loss or settings.loop.kernels == MLX
     others = objective_of(settings.objective).other_models_bytes(settings)
-    shape = replace(shape, plain_loss=plain_loss, beside_bytes=others)
+    rounded = settings.adapter.qat or 1.0  # without --qat, no layer has it
+    shape = replace(shape, plain_loss=plain_loss, beside_bytes=others, rounded_share=rounded)
     choice = known_kernels(settings, shape) if kernels is None else kernels
     walked, shared = settings.loop.offload_base == "on", settings.loop.shard_base != "off"
     lag = BOUNDED_LAG if walked or shared else AHEAD
@@ -290,9 +291,11 @@ class TracedBlock:
         return at_low.times(1 - share).plus(at_high.times(share)).times(width)
 
     def _all_widths(self, on_gpu: bool) -> tuple[int, ...]:
-        short, long = (self._read(1, width, on_gpu).nodes for width in LOOP_WIDTHS)
+        short, long = LOOP_WIDTHS
+        found = self._read(1, long, on_gpu).nodes
         # A graph may also be large because its weights are rounded in it (--qat), whatever the row's length.
-        return LOOP_WIDTHS if long > LOOP_NODES and long > 1.5 * short else WIDTHS
+        loops = found > LOOP_NODES and found - self._read(1, short, on_gpu).nodes >= long - short
+        return LOOP_WIDTHS if loops else WIDTHS
 
     def _read(self, rows: int, width: int, on_gpu: bool) -> BlockBytes:
         case = (rows, width, on_gpu)

@@ -1,4 +1,4 @@
-"""Quantization-aware training: the output is the fused layer's, the gradients are those without rounding, and it ends and resumes."""
+"""Quantization-aware training: the output is the fused layer's, the gradients are those of the fit or those without rounding, and it ends and resumes."""
 
 from __future__ import annotations
 
@@ -104,7 +104,9 @@ def through_the_fit(layer: AdapterLayer, x: mx.array, indices: mx.array | None =
 
     The projection on the codes and ones is made by numpy, group by group, and each row is multiplied by its expert alone.
     """
-    base, merged = layer.base, layer.merged()
+    base, merged = layer.base, layer.weight + layer.product()
+    if "m" in layer:  # DoRA's lengths, without gradient
+        merged = merged * (layer.m / mx.stop_gradient(mx.linalg.norm(merged, axis=-1)))[..., None]
     ones = mx.ones_like(base.scales)
     codes = np.array(
         mx.dequantize(fused_layer(layer).weight, ones, 0 * ones, group_size=base.group_size, bits=base.bits)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
+import mlx.nn as nn
 import numpy as np
 import pytest
+from architectures.build import tiny_architecture, tiny_config
 from conftest import quantized, tiny_model
 
 from mlx_lora.adapters.inject import adapt_layers
@@ -215,6 +217,8 @@ def test_rounding_in_each_step_takes_time_and_one_more_product_of_the_batch(mach
     assert step_seconds(rounding_to("affine"), RUN, machine, ceilings)[0] > plain
     weights = sum(layer.numbers for block in SHAPE.blocks for layer in block.layers)
     assert affine.flops - fp4.flops == pytest.approx(2 * weights * (2048 + 2 * 16))  # the gradient by the weight
+    third = count_step(replace(rounding_to("affine"), rounded_share=0.3), RUN, machine)["fake quantization"]
+    assert third.moved_bytes == pytest.approx(0.3 * affine.moved_bytes)
     again = count_step(rounding_to("affine"), replace(RUN, checkpointing="block"), machine)["fake quantization"]
     assert 1.3 < again.moved_bytes / affine.moved_bytes < 1.5  # the fused weights a third time
 
@@ -227,6 +231,30 @@ def test_a_blocks_graph_that_is_large_for_any_row_is_not_read_as_one_position_af
     assert all(layer.rounds_to == "affine" for layer in shape.blocks[0].layers)
     short, long = (shape.blocks[0].memory.at(1, width, False) for width in (32, 256))
     assert long.nodes < 2 * short.nodes
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_the_memory_of_experts_that_are_rounded_in_each_step_is_known(name):
+    model, config = quantized(tiny_architecture(name)), tiny_config(name)
+    experts = [path for path, layer in model.named_modules() if type(layer).__name__ == "QuantizedSwitchLinear"]
+    adapt_layers(model, dict.fromkeys(experts, (4, 1.0)))
+    windows = []
+    for begin in (lambda _: None, begin_qat):
+        begin(model)
+        shape = with_block_memory(model_shape(model, config), model, config)
+        assert not shape.not_known
+        windows.append(max(block.memory.at(1, 64, False).window for block in shape.blocks))
+    assert windows[1] > windows[0]
+
+
+def test_a_block_that_runs_a_position_at_a_time_is_still_found_if_it_is_rounded_in_each_step():
+    model, config = quantized(tiny_architecture("rwkv7")), tiny_config("rwkv7")
+    linear = [path for path, layer in model.named_modules() if isinstance(layer, nn.QuantizedLinear)]
+    adapt_layers(model, {path: (4, 1.0) for path in linear if ".layers.0." in path})
+    begin_qat(model)
+    shape = with_block_memory(model_shape(model, config), model, config)
+    nodes = [shape.blocks[0].memory.at(1, width, False).nodes for width in (32, 4096)]
+    assert nodes[1] == pytest.approx(nodes[0] * 4096 / 32)  # extrapolated, not read
 
 
 def test_the_check_takes_one_block_of_each_kind_and_slices_of_the_head():
