@@ -125,7 +125,7 @@ LAUNCHES_PER_BLOCK = 160  # forward and backward, counted in docs/performance.md
 # What --qat adds for each of a layer's weights, in passes over the dense weight in single precision (adapters/qat.py): computing
 # the fused weight, and the gradient by an affine one. A CPU's are what it took (its cache helps), a GPU's are counted: its
 # compiled step does a chain of operations in one pass.
-FUSED_PASSES, FIT_PASSES = {"cpu": 27, "gpu": 14}, {"cpu": 8, "gpu": 9}
+FUSED_PASSES, FIT_PASSES = {"cpu": 20, "gpu": 14}, {"cpu": 6, "gpu": 9}
 CPU_FP4_PASSES = 340  # MLX's CPU code rounds to 4-bit floats one number after the other
 # Assumed, not measured: what was just written comes from the system's page cache as long as it fits there.
 DISK_BYTES_PER_S = 0.5e9
