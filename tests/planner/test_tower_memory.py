@@ -116,8 +116,9 @@ def test_what_a_trained_tower_takes_is_what_is_measured(smolvlm, vision, connect
         measured = max(measured, mx.get_peak_memory() - before)
     of_pixels = sum(array.nbytes for one in pixels for array in one.values())  # were there before
     assert planned.kept - of_pixels < 1.02 * measured
-    # Not counted are copies of the pixels, which SmolVLM makes before its tower begins: much where the tower is this small.
-    assert (0.65 if vision is None else 0.9) < (planned.kept + planned.window - of_pixels) / measured < 1.5
+    # Not counted is a copy of the pixels, which SmolVLM makes before its tower begins: much where so little of it is trained.
+    copied = of_pixels if vision is None else 0
+    assert 0.9 < (planned.kept + planned.window - of_pixels + copied) / measured < 1.5
 
 
 def test_a_tower_that_cannot_be_read_is_not_known(smolvlm):
