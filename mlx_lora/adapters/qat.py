@@ -183,10 +183,8 @@ class FakeQuantized(AdapterLayer):
             # Depend on the cotangent: else the weights of all layers would be computed as soon as there is time.
             x, *arrays = primals
             weight, codes = fused(arrays, cotangent)
-            by_x, by_name = (
-                product.by_x(x, cotangent, weight),
-                {n: mx.zeros_like(a) for n, a in zip(names, arrays, strict=True)},
-            )
+            by_x = product.by_x(x, cotangent, weight)
+            by_name = {name: mx.zeros_like(array) for name, array in zip(names, arrays, strict=True)}
             if not fitted or codes is None:
                 return (by_x, *by_name.values())
             by_update = _through_fit(product.by_weight(x, cotangent, weight).astype(mx.float32), codes)
