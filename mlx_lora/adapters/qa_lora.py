@@ -39,7 +39,7 @@ class QALoRALayer(AdapterLayer):
     @classmethod
     def refusal(cls, base: nn.Module) -> str | None:
         if not isinstance(base, QUANTIZED):
-            return "is not quantized; use --method lora, which fuses without loss there"
+            return "is not quantized; use --method lora, which fuses without loss there, or leave it out of --target-modules"
         if base.mode != "affine":
             return (
                 f"is in {base.mode}, which has no biases to merge into; convert the model with --bits 4 (affine), or use "

@@ -48,7 +48,8 @@ FLAG = "_fake_quantized"
 
 STRAIGHT = 0.3  # of the gradient that scales and biases cannot follow
 
-FUSED_ONLY = "was trained with --qat, and is right in its fused form only; use fuse, or --to gguf or hf"
+RIGHT_FUSED = "was trained with --qat, and is right in its fused form only"
+FUSED_ONLY = f"{RIGHT_FUSED}; use fuse, or --to gguf or hf"
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class FakeQuantized(AdapterLayer):
     mostly broken, model. So all that this layer is asked for is that of its fused form.
     """
 
-    NOT_IN_PEFT = NOT_IN_GGUF = NOT_FOR_A_ROW = FUSED_ONLY
+    NOT_IN_PEFT = NOT_IN_GGUF = RIGHT_FUSED
+    NOT_FOR_A_ROW = "was trained with --qat"
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         if FLAG not in self:
@@ -297,14 +299,22 @@ def fused_layer(layer: AdapterLayer) -> nn.Module:
 
 
 def begin_qat(model: nn.Module) -> None:
-    """Let every adapter layer of a model compute with its fused weight from now on.
+    """Let the adapter layers of a model compute with their fused weights from now on, but for those of float layers.
 
     Raises:
-        InputError: a layer's base is not quantized, or fuses without rounding.
+        InputError: no layer's base is quantized, so all fuse without rounding, or one cannot be computed.
     """
-    for path, layer in adapter_layers(model).items():
+    layers = adapter_layers(model)
+    rounded = {path: layer for path, layer in layers.items() if isinstance(layer.base, QUANTIZED)}
+    if layers and not rounded:
+        raise InputError(
+            f"--qat: {next(iter(layers))} is not quantized, and neither is another layer of the adapter, so it fuses "
+            "without rounding; quantize the model (--bits 4), or leave --qat out"
+        )
+    for path, layer in rounded.items():
+        if "global_scale" in layer.base:
+            raise InputError(f"--qat: {path} has a scale for each expert, which is not supported; leave --qat out")
         if not isinstance(layer, FakeQuantized):
-            refuse_qat(path, layer)
             mix_in(FakeQuantized, layer)
         layer[FLAG], layer._held = mx.array(True), ()
 
@@ -313,21 +323,6 @@ def end_qat(model: nn.Module) -> None:
     """Let every adapter layer of a model compute with its base and its update again, as before `begin_qat`."""
     for layer in adapter_layers(model).values():
         layer.pop(FLAG, None)
-
-
-def refuse_qat(path: str, layer: AdapterLayer) -> None:
-    """Refuse a layer whose fused form is not rounded, or cannot be computed.
-
-    Raises:
-        InputError: naming it.
-    """
-    base = layer.base
-    if not isinstance(base, QUANTIZED):
-        raise InputError(
-            f"--qat: {path} is not quantized, and fuses without rounding; quantize the model (--bits 4), or leave --qat out"
-        )
-    if "global_scale" in base:
-        raise InputError(f"--qat: {path} has a scale for each expert, which is not supported; leave --qat out")
 
 
 def hold_fused(model: nn.Module) -> None:

@@ -194,6 +194,11 @@ def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
     asked = settings.objective.objective
     measured = ["--objective", asked, *(["--images"] if settings.objective.images else [])]
     measured += ["--data", str(settings.data.data), *(["--fetch-images"] if settings.data.fetch_images else [])]
+    # Fused on the base of the run: what is made for its rounding has no other.
+    fused, fuse = f"{path}-fused", ["fuse", *trained_on, *adapter, "--out", f"{path}-fused"]
+    peft = ["export", *model, *adapter, "--to", "peft", "--out", f"{path}-peft"]
+    only_fused = info.method == "full" or info.qat
+    whole = only_fused or bool(info.full)
     if asked == "embed":
         lines = [
             ["embed", "FILE", *trained_on, *adapter, "--out", "vectors.npy"],
@@ -204,8 +209,8 @@ def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
         lines = [
             ["generate", *trained_on, *adapter, "--image", "FILE", "--prompt", "What is in this picture?"],
             ["evaluate", *measured, *trained_on, *adapter],
-            ["fuse", *model, *adapter, "--out", f"{path}-fused"]  # a tower trained in full has no other form
-            if info.full or info.qat
+            fuse  # a tower trained in full has no other form
+            if whole
             else ["export", *model, *adapter, "--to", "mlx-vlm", "--out", f"{path}-mlx-vlm"],
         ]
     elif info.scores:
@@ -213,22 +218,18 @@ def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo, samp
         lines = [
             *labels,
             ["evaluate", *trained_on, *adapter, *measured],
-            ["export", *model, *adapter, "--to", "peft", "--out", f"{path}-peft"],
+            [*fuse, *(["--dequantize"] if info.qat else [])] if only_fused else peft,  # transformers reads it
         ]
     else:
         name = folder.resolve().name
-        out = ["fuse", *model, *adapter, "--out", f"{path}-fused"]
-        if info.method != "full":
-            out = ["export", *model, *adapter, "--to", "peft", "--out", f"{path}-peft"]
         # The rows that the run held out, and what base and adapter answer to them.
         judge = [["evaluate", *trained_on, *adapter, "--show", "5"]] if settings.objective.objective == "sft" else []
-        lines = [
-            ["chat", *trained_on, "--adapter", f"{name}={path}"],
-            ["generate", *trained_on, *adapter, "--prompt", _own_prompt(samples)],
-            *judge,
-            out,
-            ["serve", *trained_on, "--adapter", f"{name}={path}"],
-        ]
+        lines = [["generate", *trained_on, *adapter, "--prompt", _own_prompt(samples)], *judge]
+        if whole:  # chat and serve give each row its adapter, and so take factors only
+            lines += [fuse, ["chat", "--model", fused], ["serve", "--model", fused]]
+        else:
+            named = [*trained_on, "--adapter", f"{name}={path}"]
+            lines = [["chat", *named], *lines, fuse if info.method == "qa-lora" else peft, ["serve", *named]]
     return [command_line(line) for line in lines]
 
 

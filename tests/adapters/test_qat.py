@@ -218,6 +218,17 @@ def test_a_float_base_is_refused_by_name():
         begin_qat(model)
 
 
+def test_a_float_layer_beside_quantized_ones_stays_as_it_is():
+    model, x = nn.Module(), mx.random.normal((2, IN))
+    model.rounded, model.proj = linear(), LoRALinear.from_base(nn.Linear(IN, OUT), factors((IN, R), (R, OUT)), 1.0)
+    plain = np.array(model.proj(x))
+    begin_qat(model)
+    assert FLAG in model.rounded
+    assert not isinstance(model.proj, FakeQuantized)
+    assert np.array_equal(model.proj(x), plain)
+    end_qat(model)
+
+
 def test_a_compiled_function_is_traced_again_when_it_begins():
     layer, x = linear(), mx.random.normal((2, IN))
     model = nn.Sequential(layer)

@@ -337,7 +337,7 @@ def test_the_next_commands_have_a_prompt_of_the_data(german_run):
     assert "--prompt 'Wie viel ist " in said
     assert "--prompt Hello" not in said
     settings = train_settings({"model": "m", "data": "d"})
-    info = type("Info", (), {"scores": False, "method": "lora"})
+    info = type("Info", (), {"scores": False, "method": "lora", "full": (), "qat": False})
     long = "<|im_start|>user\n" + "It's a long\nquestion, " * 20 + "<|im_end|>\n<|im_start|>assistant\n"
     *_, prompt = shlex.split(next_commands(Path("runs/a"), settings, info, [Sample(long, "")])[1])
     assert 60 < len(prompt) <= 80
