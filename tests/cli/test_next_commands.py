@@ -23,7 +23,7 @@ def labeled(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "base, flags",
+    ("base", "flags"),
     [
         ("tiny_folder", ()),
         ("tiny_folder", ("--bits", 4)),
