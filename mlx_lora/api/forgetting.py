@@ -264,6 +264,7 @@ def ask_probes(
 # The largest rise in loss that counts as no change, and the largest that counts as small: 2% and 10% of perplexity.
 NO_CHANGE, SMALL_CHANGE = 0.02, 0.1
 CHECK_TOKENS = 16
+FEWEST_READ = 64  # positions; of fewer, most of the time on a CPU is spent on making a quantized head dense
 
 
 @dataclass(frozen=True)
@@ -364,7 +365,7 @@ def measure_drifts(
     Raises:
         ValueError: there is no trained token.
     """
-    step = max(1, loss_tile_bytes() // (4 * vocabulary))
+    step = read_at_once(vocabulary)
     columns: dict[str, list[np.ndarray]] = {name: [] for name in tuned}
     rows, row_count = [], 0
     for batch in batches:
@@ -406,6 +407,11 @@ def _drift(columns: np.ndarray, rows: np.ndarray) -> Drift:
         kl_error=_standard_error(kls, rows),
         same_top=float(same.mean()),
     )
+
+
+def read_at_once(vocabulary: int) -> int:
+    """Return how many positions' logits are computed together."""
+    return max(FEWEST_READ, loss_tile_bytes() // (4 * vocabulary))
 
 
 def log_probabilities(logits: mx.array) -> mx.array:

@@ -24,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_lora.api.forgetting import GENERAL, Readout, log_probabilities
+from mlx_lora.api.forgetting import GENERAL, Readout, log_probabilities, read_at_once
 from mlx_lora.api.run_data import data_of_run, with_settings_of_run
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ModelSettings
@@ -35,7 +35,6 @@ from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.exporters.compensate import CalibrationTokens
 from mlx_lora.models.convert import convert_model
 from mlx_lora.models.load import Base, check_token_ids, load_base
-from mlx_lora.planner.machine import loss_tile_bytes
 from mlx_lora.trainer.adapter import adapter_template
 from mlx_lora.trainer.held_out import held_out_plan
 from mlx_lora.utils.hub import resolve_model
@@ -181,7 +180,7 @@ class _States:
     def tiles(self) -> Iterator[tuple[mx.array, mx.array]]:
         """Yield (R, V) log-probabilities and (R,) targets, a few positions at a time."""
         first = self.readout.logits(self.states[:1]) if len(self.targets) else self.states
-        step = max(1, loss_tile_bytes() // (4 * first.shape[-1]))
+        step = read_at_once(first.shape[-1])
         for start in range(0, len(self.targets), step):
             tile = slice(start, start + step)
             yield log_probabilities(self.readout.logits(self.states[tile])), self.targets[tile]
