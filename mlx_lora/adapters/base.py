@@ -134,7 +134,7 @@ class AdapterLayer(nn.Module):
     @property
     def weight(self) -> mx.array:
         """The frozen layer's weight in float32: (out, in), (vocabulary, width) or (E, out, in)."""
-        return dense_weight(self.base).astype(mx.float32)
+        return exact_weight(self.base)
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -331,6 +331,23 @@ def dense_weight(base: nn.Module) -> mx.array:
     return dequantized_weight(base) if isinstance(base, QUANTIZED) else base.weight
 
 
+def exact_weight(base: nn.Module) -> mx.array:
+    """Return the base's weight in float32; 16-bit scales are widened before they multiply, not their rounded products."""
+    if isinstance(base, QUANTIZED) and base.mode == "affine":
+        scales, biases = (base[name].astype(mx.float32) for name in ("scales", "biases"))
+        return mx.dequantize(base.weight, scales, biases, group_size=base.group_size, bits=base.bits, mode=base.mode)
+    return dense_weight(base).astype(mx.float32)
+
+
+def float_dtype(base: nn.Module) -> mx.Dtype:
+    """Return the dtype that `dense_weight` has: of the weight, or of affine scales; bfloat16 for most microscaling modes."""
+    if not isinstance(base, QUANTIZED):
+        return base.weight.dtype
+    if base.mode == "affine":
+        return base.scales.dtype
+    return mx.float32 if "global_scale" in base else mx.bfloat16
+
+
 def with_weight(base: nn.Module, weight: mx.array, dtype: mx.Dtype | None = None) -> nn.Module:
     """Return a dense layer of the base's kind with this weight and the base's bias.
 
@@ -347,7 +364,7 @@ def with_weight(base: nn.Module, weight: mx.array, dtype: mx.Dtype | None = None
         dense = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in base)
     if "bias" in base:
         dense.bias = base.bias
-    dense.weight = weight.astype(dtype or dense_weight(base).dtype)
+    dense.weight = weight.astype(dtype or float_dtype(base))
     return dense
 
 

@@ -28,6 +28,7 @@ Shapes: T positions, E experts, G groups of a row, g numbers of a group; in and 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,8 +41,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, SWITCH, AdapterLayer, mix_in, with_weight
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.kernels.quantized_matmul import MEASURED
-from mlx_lora.models.quantize import quantized_like, round_on_grid
+from mlx_lora.models.quantize import Quantization, quantized_like, round_on_grid
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.text import counted
 
 # A flag in the layer's arrays. A compiled step reads them, so it is traced again when the flags appear.
 FLAG = "_fake_quantized"
@@ -323,6 +325,16 @@ def end_qat(model: nn.Module) -> None:
     """Let every adapter layer of a model compute with its base and its update again, as before `begin_qat`."""
     for layer in adapter_layers(model).values():
         layer.pop(FLAG, None)
+
+
+def rounded_to(model: nn.Module) -> str:
+    """Return in words how the adapted layers of a model are quantized; empty: none is.
+
+    An adapter that was trained with the rounding of one format is another model in another format.
+    """
+    layers = [layer.base for layer in adapter_layers(model).values() if isinstance(layer.base, QUANTIZED)]
+    counts = Counter(str(Quantization(base.bits, base.group_size, base.mode)) for base in layers)
+    return "; ".join(f"{form}: {counted(count, 'layer')}" for form, count in sorted(counts.items()))
 
 
 def hold_fused(model: nn.Module) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mlx_lora.adapters.base import SWITCH
+from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.qat import FUSED_ONLY
 from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
@@ -140,6 +142,8 @@ def write_export(
         What was written.
     """
     out, form, repo = settings.out, FORMATS[settings.to], settings.push_to_hub
+    if adapter and adapter.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"--out {out}: holds the adapter {adapter}; give another folder")
     scores = None if form.for_scores else False
     # Only merged files need no adapter.
     info: Any = load_adapter(base, adapter, ignore_fingerprint, scores) if adapter else None
@@ -283,7 +287,21 @@ def _write_mlx_lm(job: Export) -> None:
     check_new_folder(job.settings.out, job.settings.force)
     if job.info.qat:
         raise InputError(f"--to mlx-lm: the adapter {FUSED_ONLY}")
+    _check_factors(job)
     save_adapter(job.settings.out, job.base.model, job.info, same_rank=True)
+
+
+def _check_factors(job: Export) -> None:
+    """Refuse an adapter that stock mlx-lm and mlx-vlm would not load, or would read as another one."""
+    layers, why = adapter_layers(job.base.model), None
+    if job.info.full and job.info.method != "full":
+        why = f"trains {job.info.full[0]} in full, which they do not load beside factors"
+    elif apart := [path for path, layer in layers.items() if not layer.adapts_head]:
+        why = f"adapts {apart[0]} without the head that is tied to it, and they adapt both"
+    elif experts := [path for path, layer in layers.items() if layer.OVER is SWITCH and layer.BESIDE]:
+        why = f"has a {layers[experts[0]].LAYER_TYPE} on the experts of {experts[0]}, which they do not have"
+    if why:
+        raise InputError(f"--to {job.settings.to}: the adapter {why}; fuse it instead (mlx-lora fuse)")
 
 
 def _use_mlx_lm(job: Export) -> list[str]:
@@ -297,6 +315,7 @@ def _write_mlx_vlm(job: Export) -> None:
     kind = str(job.base.config.get("model_type"))
     if not isinstance(job.base.config.get("vision_config"), dict):
         raise InputError(f"--to mlx-vlm: a {kind} model sees no pictures; use --to mlx-lm")
+    _check_factors(job)
     write_mlx_vlm(job.settings.out, job.base.model, job.info, kind)
 
 

@@ -110,11 +110,15 @@ def fuse(model: ModelSettings, adapter: Path, asked: FuseSettings, ignore_finger
         RunError: the written model cannot be read back.
     """
     ways: list[Rounding] = []
+    if adapter.resolve().is_relative_to(asked.out.resolve()):
+        raise InputError(f"--out {asked.out}: holds the adapter {adapter}; give another folder")
 
     def write(out: Path, number: int, *, force: bool) -> tuple[Fused, bool]:
         """Write the model rounded in one of the ways, and return what was written and whether it predicts tokens."""
         base = load_base(model)  # again for each way: writing changes it
         info = load_adapter(base, adapter, ignore_fingerprint, scores=None)
+        if info.chat_template:  # rows are measured with it, and layers rounded for them
+            base.hf_tokenizer.chat_template = info.chat_template
         scores, form = SCORE_WEIGHT in info.full, form_of_run(base, adapter)
         if asked.data and (scores or form):
             what, objective = ("a reward model has", "reward") if scores else ("embeddings have", "embed")
@@ -168,8 +172,9 @@ def ways_to_round(base: Base, adapter: Path, asked: FuseSettings) -> list[Roundi
         tokens = calibration_tokens(base, adapter, asked.rows)
         if isinstance(tokens, str):
             flag = "--compensate" if asked.compensate else "--bits-budget"
-            raise InputError(f"{flag}: needs rows like those of the run, and {tokens}; give --compensate FILE")
-        return [replace(way, tokens=tokens)]
+            instead = " instead of --no-compensate" if asked.compensate is False else ""
+            raise InputError(f"{flag}: needs rows like those of the run, and {tokens}; give --compensate FILE{instead}")
+        return [replace(way, tokens=tokens, compensate=asked.compensate is not False)]
     linear = [layer for layer in layers if layer.OVER is LINEAR]
     bits = asked.bits or min((layer.base.bits for layer in layers), default=FINE_BITS)
     if linear and bits < FINE_BITS and asked.compensate is None:

@@ -90,7 +90,7 @@ def main(adapter: flags.OneAdapter, data: str | None, **options: Any) -> None:
     written = write_export(asked, base, folder, adapter.ignore_fingerprint, keep_dtype)
     del base  # the next lines load models
     kind, rounds = written.gguf_type if FORMATS[asked.to].merged_gguf else "float", written.rounds
-    scores = written.scores
+    scores, qat = written.scores, written.info is not None and written.info.qat
     del written  # it holds the base
     if folder is None or merged is None or scores:
         return
@@ -101,10 +101,10 @@ def main(adapter: flags.OneAdapter, data: str | None, **options: Any) -> None:
     gain = GainMeter.of_adapter(settings, folder, data, adapter.ignore_fingerprint).compare(read_back(merged()))
     console.echo(f"{asked.out}: {gain.words()}")
     if gain.kept is not None and gain.kept < FADED:
-        console.echo(
-            f"Warning: that is less than {FADED:.0%}. To keep more: --gguf-type q8_0 or f16 (larger), or --to gguf-adapter "
-            "(the adapter apart from the base)"
-        )
+        ways = ["--gguf-type q8_0 or f16 (larger)"] if FORMATS[asked.to].merged_gguf else []
+        ways += [] if qat else ["--to gguf-adapter or peft (the adapter apart from the base)"]
+        more = f". To keep more: {', or '.join(ways)}" if ways else ""
+        console.echo(f"Warning: that is less than {FADED:.0%}{more}")
 
 
 def merged_file(asked: ExportSettings) -> Callable[[], Path] | None:

@@ -54,7 +54,7 @@ def own_problems(config: dict[str, Any]) -> list[str]:
         return []
     if not isinstance(own, dict):
         return ["mlx_lora is not an object"]
-    texts = ("base_model", "base_revision", "base_fingerprint", "chat_template")
+    texts = ("base_model", "base_revision", "base_fingerprint", "chat_template", "rounded_to")
     checks: dict[str, Check] = dict.fromkeys(texts, (is_text, "a string"))
     checks |= {
         "method": (lambda value: isinstance(value, str) and value in PRESETS, "a method of this version"),

@@ -36,7 +36,7 @@ from mlx.utils import tree_flatten
 from mlx_lora import __version__
 from mlx_lora.adapters.base import LINEAR, QUANTIZED, AdapterLayer, is_parameter
 from mlx_lora.adapters.inject import adapt_layers, adapter_layers, adapter_parameters, train_in_full
-from mlx_lora.adapters.qat import begin_qat
+from mlx_lora.adapters.qat import RIGHT_FUSED, begin_qat, rounded_to
 from mlx_lora.adapters.targets import LAYER_TYPES, select_targets
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.exporters.adapter_config import (
@@ -80,6 +80,7 @@ class AdapterInfo:
         chat_template: the Jinja text it was trained with if that is not the model's own, else None.
         full: names of parameters trained in full, alone or in addition to factors.
         qat: whether it was trained with the rounding of its fused form, and is right in that form only.
+        rounded_to: with `qat`, how its layers were quantized, in words (adapters/qat.py); None: not known, or no `qat`.
         head: what the outputs of its score head mean, as `Objective.head` has it; None: it has none, or one output.
     """
 
@@ -96,6 +97,7 @@ class AdapterInfo:
     chat_template: str | None = None
     full: tuple[str, ...] = ()
     qat: bool = False
+    rounded_to: str | None = None
     head: dict[str, Any] | None = None
 
     @property
@@ -285,6 +287,7 @@ def load_adapter(
     if not ignore_fingerprint:
         _check_not_fused(base, own, folder)
     if own.get("qat") is True:
+        _check_rounding(base, own, folder, ignore_fingerprint)
         begin_qat(base.model)
     _finish(base.model)
     return AdapterInfo(
@@ -301,6 +304,7 @@ def load_adapter(
         chat_template=own.get("chat_template"),
         full=full,
         qat=own.get("qat") is True,
+        rounded_to=own.get("rounded_to"),
         head=head_of(config, folder),
     )
 
@@ -318,6 +322,16 @@ def _check_not_fused(base: Base, own: dict[str, Any], origin: Path) -> None:
         raise InputError(
             f"{origin}: --model {base.model_id} already contains this adapter ({share:.0%} of its update is in the weights); "
             f"use the model as it is, or give {own.get('base_model')}, or --ignore-fingerprint to add it once more"
+        )
+
+
+def _check_rounding(base: Base, own: dict[str, Any], origin: Path, ignore_fingerprint: bool) -> None:
+    """Refuse an adapter of --qat on a base that is quantized in another way, or not at all."""
+    trained, here = own.get("rounded_to"), rounded_to(base.model)
+    if not here or (trained not in (None, here) and not ignore_fingerprint):
+        raise InputError(
+            f"{origin}: {RIGHT_FUSED}, on layers of {trained or 'a quantized base'}; --model {base.model_id} has "
+            f"{here or 'float layers'}; give {own.get('base_model')} as it was trained on"
         )
 
 

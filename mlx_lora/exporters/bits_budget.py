@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_lora.adapters.base import float_dtype
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.exporters.compensate import CalibrationTokens, layer_inputs, target_quantization
 from mlx_lora.models.quantize import quantize_weight
@@ -108,7 +109,7 @@ def choose_bits(
     room = budget.room(size_bytes)
     costs: dict[str, LayerCost] = {}
     layers = adapter_layers(model)
-    for block in tracked(layer_inputs(model, tokens), "Measuring layers", len(model.layers), "blocks"):
+    for block in tracked(layer_inputs(model, tokens, stored), "Measuring layers", len(model.layers), "blocks"):
         for inputs in block:
             for path in inputs.paths:
                 costs[path] = _cost(layers[path].merged(), inputs.hessian, stored[path])
@@ -127,7 +128,7 @@ def _cost(weight: mx.array, hessian: mx.array, base: Any) -> LayerCost:
         packed = quantize_weight(weight, target_quantization(base, bits))
         difference = weight - packed.dequantize().astype(mx.float32)
         losses[bits] = ((difference @ hessian) * difference).sum().item() / max(whole, 1e-30)
-        scale_bytes = base.scales.dtype.size / 4 if packed.quantization.mode == "affine" else 1  # ours are float32
+        scale_bytes = float_dtype(base).size / 4 if packed.quantization.mode == "affine" else 1  # ours are float32
         sizes[bits] = int(packed.arrays[0].nbytes + scale_bytes * sum(array.nbytes for array in packed.arrays[1:]))
     return LayerCost(losses, sizes)
 

@@ -12,7 +12,7 @@ Shapes: B rows, T columns, I inputs of a layer, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.adapters.base import LINEAR, QUANTIZED, AdapterLayer
+from mlx_lora.adapters.base import LINEAR, AdapterLayer, float_dtype
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
 from mlx_lora.models.block_walk import BlockWalk
@@ -113,7 +113,7 @@ def compensated_layers(
         bits: of layers that get more than their base has.
     """
     layers, found, shares = adapter_layers(model), {}, []
-    blocks = layer_inputs(model, tokens)
+    blocks = layer_inputs(model, tokens, stored)
     for block in tracked(blocks, "Compensating", len(model.layers), "blocks"):
         for inputs in block:
             curvature = Curvature.of(inputs.hessian)
@@ -154,7 +154,7 @@ def target_quantization(base: Any, bits: int | None) -> Quantization:
 
 def _grids(weight: mx.array, quantization: Quantization, bases: list[Any]) -> list[Grid]:
     """Return the grids to round on: a new one, and the one with the old weights in it if the new bits have it."""
-    dtypes = {base.biases.dtype for base in bases if "biases" in base}
+    dtypes = {float_dtype(base) for base in bases}
     grids = [Grid.of_weight(weight, quantization, dtypes.pop() if len(dtypes) == 1 else mx.float32)]
     own = [Quantization(base.bits, base.group_size, base.mode) for base in bases]
     if all(one.group_size == quantization.group_size and one.mode == quantization.mode for one in own):
@@ -163,18 +163,16 @@ def _grids(weight: mx.array, quantization: Quantization, bases: list[Any]) -> li
     return grids
 
 
-def layer_inputs(model: nn.Module, tokens: CalibrationTokens) -> Iterator[list[LayerInputs]]:
-    """Yield, for one block after the other, the inputs of its adapted linear layers that are quantized.
+def layer_inputs(model: nn.Module, tokens: CalibrationTokens, paths: Iterable[str]) -> Iterator[list[LayerInputs]]:
+    """Yield, for one block after the other, the inputs of some of its adapted linear layers.
 
     Args:
         model: adapted, in eval mode; the adapters are on.
         tokens: to compute.
+        paths: of the layers; those of another kind are left out.
     """
-    layers = {
-        path: layer
-        for path, layer in adapter_layers(model).items()
-        if layer.OVER is LINEAR and isinstance(layer.base, QUANTIZED)
-    }
+    adapted = adapter_layers(model)
+    layers = {path: adapted[path] for path in paths if adapted[path].OVER is LINEAR}
     walk = BlockWalk(model, tokens.ids)
     for number in range(len(model.layers) + 1):
         inside = {id(m) for m in model.layers[number].modules()} if number < len(model.layers) else None

@@ -27,7 +27,7 @@ import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.adapters.base import QUANTIZED, dense_weight, with_weight
+from mlx_lora.adapters.base import LINEAR, QUANTIZED, exact_weight, float_dtype, with_weight
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.qa_lora import group_update
 from mlx_lora.adapters.qat import FakeQuantized, fused_layer
@@ -35,7 +35,7 @@ from mlx_lora.exporters.adapter_config import check_fusing, classifier_config, p
 from mlx_lora.exporters.adapter_folder import AdapterInfo
 from mlx_lora.exporters.bits_budget import Budget, choose_bits
 from mlx_lora.exporters.compensate import CalibrationTokens, compensated_layers, target_quantization
-from mlx_lora.exporters.peft_experts import peft_path
+from mlx_lora.exporters.peft_experts import own_path, peft_path
 from mlx_lora.models.convert import copy_side_files
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.models.folder import ShardWriter, check_out, load_weights, merge_mark
@@ -87,6 +87,13 @@ class Rounding:
         layers = adapter_layers(base.model).values()
         if not any(isinstance(layer.base, QUANTIZED) for layer in layers):
             raise InputError(f"{flag}: --model is not quantized, and fuses without loss; leave it out")
+        if not any(is_rounded(layer, self) for layer in layers):
+            raise InputError(f"{flag}: this adapter fuses without rounding (--qat or --method qa-lora); leave it out")
+        if not any(is_rounded(layer, self) and layer.OVER is LINEAR for layer in layers):
+            raise InputError(
+                f"{flag}: is for linear layers, and this adapter has only others that are rounded (experts, embeddings); "
+                "use --fused-bits 8"
+            )
 
 
 @dataclass(frozen=True)
@@ -130,23 +137,26 @@ def fuse_adapter(
         InputError: an embedding's tied head is not adapted, and one weight cannot be both adapted and not.
     """
     survival, fused, rounded = {}, [], rounded or {}
-    layers = adapter_layers(model)
+    layers, tied = adapter_layers(model), own_path("lm_head", dict(model.named_modules())) is None
     for path, layer in tracked(layers.items(), "Fusing", len(layers), "layers"):
-        layer.check_tied_head(path, tied="lm_head" not in model)
+        layer.check_tied_head(path, tied=tied)
         base, own_bits = layer.base, (chosen or {}).get(path, bits)
         update = None if dequantize or own_bits or path in rounded else group_update(layer)
         if update is not None:
             whole = with_biases(base, base.biases.astype(mx.float32) + update)
             survival[path] = _survival(base.biases, whole.biases, update, base.bits)
         else:
-            quantizes = isinstance(base, QUANTIZED) and not dequantize and path not in rounded
-            exact = quantizes and base.mode == "affine"
-            if quantizes and own_bits is None and isinstance(layer, FakeQuantized):
+            if path in rounded:
+                whole = rounded[path]
+                if "bias" in base:
+                    whole.bias = base.bias  # it has its stored dtype by now
+            elif dequantize or not isinstance(base, QUANTIZED):
+                whole = layer.fuse()
+            elif own_bits is None and isinstance(layer, FakeQuantized):
                 whole = fused_layer(layer)
             else:
-                whole = rounded.get(path) or (with_weight(base, layer.merged(), mx.float32) if exact else layer.fuse())
-                whole = _quantized_like(base, whole, own_bits, new_grid) if quantizes else whole
-            survival[path] = _survival(dense_weight(base), dense_weight(whole), layer.delta(), bits_of(whole))
+                whole = _quantized_like(base, layer.merged(), own_bits, new_grid)
+            survival[path] = _survival(exact_weight(base), exact_weight(whole), layer.delta(), bits_of(whole))
         fused.append((path, whole))
     model.update_modules(tree_unflatten(fused))
     return survival
@@ -171,14 +181,24 @@ def is_rounded(layer: Any, rounding: Rounding) -> bool:
     return rounding.bits is not None or not (isinstance(layer, FakeQuantized) or group_update(layer) is not None)
 
 
-def _quantized_like(base: Any, whole: Any, bits: int | None, new_grid: bool) -> Any:
-    """Return a float layer quantized like its base, or if its base has fewer bits than asked for, with so many."""
+def _quantized_like(base: Any, weight: mx.array, bits: int | None, new_grid: bool) -> Any:
+    """Return a weight quantized like a base layer, or if that has fewer bits than asked for, with so many.
+
+    Args:
+        base: quantized.
+        weight: float32.
+        bits: asked for; None: the base's.
+        new_grid: choose a new affine grid, instead of the base's.
+    """
     quantization = target_quantization(base, bits)
-    same = (quantization.bits, quantization.mode) == (base.bits, base.mode)
-    if same and not (new_grid and base.mode == "affine"):
+    if quantization.mode != "affine":
+        return quantized_like(base, with_weight(base, weight))
+    whole = with_weight(base, weight, mx.float32)
+    if quantization.bits == base.bits and base.mode == "affine" and not new_grid:
         return quantized_like(base, whole)
-    # In the base's float dtype, which the scales get.
-    return with_weight(base, whole.weight).to_quantized(**quantization.layout)
+    grid = whole.to_quantized(**quantization.layout)
+    grid.scales, grid.biases = (array.astype(float_dtype(base)) for array in (grid.scales, grid.biases))
+    return quantized_like(grid, whole)  # the codes for the scales as they are written
 
 
 def _survival(before: mx.array, after: mx.array, update: mx.array, bits: int | None) -> Survival:
@@ -225,7 +245,7 @@ def write_fused(
         raise InputError(f"--out {out}: holds the base {base.folder}; give another folder")
     mark = merge_mark(base.model, base.config)
     dequantize = rounding.dequantize
-    chosen, rounded = _measured_rounding(base, rounding, keep_dtype)
+    chosen, rounded = _measured_rounding(base, rounding, info.full, keep_dtype)
     if not keep_dtype and not (dequantize and base.quantization):
         take_stored_dtypes(base, info.full)
     survival = fuse_adapter(base.model, dequantize, rounding.bits, chosen, rounded, new_grid=rounding.new_grid)
@@ -256,7 +276,9 @@ def write_fused(
     return survival
 
 
-def _measured_rounding(base: Base, rounding: Rounding, keep_dtype: bool) -> tuple[dict[str, int], dict[str, nn.Module]]:
+def _measured_rounding(
+    base: Base, rounding: Rounding, full: tuple[str, ...], keep_dtype: bool
+) -> tuple[dict[str, int], dict[str, nn.Module]]:
     """Return the bits that layers get within the budget, and the layers that are compensated."""
     tokens, model = rounding.tokens, base.model
     if tokens is None:
@@ -270,7 +292,7 @@ def _measured_rounding(base: Base, rounding: Rounding, keep_dtype: bool) -> tupl
     }
     chosen: dict[str, int] = {}
     if rounding.budget is not None:
-        size = sum(p.nbytes for _, p in tree_flatten(untouched.parameters()))
+        size = _size_with(dict(tree_flatten(untouched.parameters())), dict(tree_flatten(model.parameters())), full)
         chosen = choose_bits(model, tokens, stored, rounding.budget, size)
     if not rounding.compensate:
         return chosen, {}
@@ -283,6 +305,41 @@ def _measured_rounding(base: Base, rounding: Rounding, keep_dtype: bool) -> tupl
         f"{made.kept_error:.0%} of the error that plain rounding makes{rest}"
     )
     return chosen, made.layers
+
+
+def _size_with(stored: Mapping[str, mx.array], now: Mapping[str, mx.array], full: tuple[str, ...]) -> int:
+    """Return the bytes of a model's arrays, with those that were trained in full, as floats, for its own.
+
+    Args:
+        stored: name -> array of the base's files.
+        now: of the model.
+        full: names that were trained in full.
+    """
+    floats = _floats_of(stored)
+    names = {name: _without_adapter(name) for name in full}
+    modules = {name.rpartition(".")[0] for name in names.values() if name.endswith(".weight")}
+    replaced = {f"{module}.{name}" for module in modules for name in ("scales", "biases")} | set(names.values())
+    kept = sum(p.nbytes for name, p in stored.items() if name not in replaced)
+    return kept + sum(now[name].size * _dtype_of(plain, floats).size for name, plain in names.items())
+
+
+def _floats_of(stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    return {name: p for name, p in stored.items() if mx.issubdtype(p.dtype, mx.floating)}
+
+
+def _without_adapter(name: str) -> str:
+    """Return a parameter's name in the base's files."""
+    return name.replace(".linear.", ".").replace(".embedding.", ".")
+
+
+def _dtype_of(name: str, floats: Mapping[str, mx.array]) -> mx.Dtype:
+    """Return the dtype of a float of the base's files, or if it is none of them, of most of these."""
+    if name in floats:
+        return floats[name].dtype
+    sizes: dict[mx.Dtype, int] = {}
+    for p in floats.values():
+        sizes[p.dtype] = sizes.get(p.dtype, 0) + p.nbytes
+    return max(sizes, key=sizes.__getitem__)
 
 
 def _has_own_code(base: Base) -> bool:
@@ -301,20 +358,15 @@ def take_stored_dtypes(base: Base, full: tuple[str, ...], casts_full: bool = Tru
         casts_full: give these the dtype of those that they replace; else they stay as they are.
     """
     untouched, _ = load_weights(base.folder, trust_remote_code=_has_own_code(base))
-    stored = {name: p for name, p in tree_flatten(untouched.parameters()) if mx.issubdtype(p.dtype, mx.floating)}
-    sizes: dict[mx.Dtype, int] = {}
-    for p in stored.values():
-        sizes[p.dtype] = sizes.get(p.dtype, 0) + p.nbytes
-    usual = max(sizes, key=sizes.__getitem__)
-    changed = []
+    stored, changed = _floats_of(dict(tree_flatten(untouched.parameters()))), []
     for name, p in tree_flatten(base.model.parameters()):
-        plain = name.replace(".linear.", ".").replace(".embedding.", ".")  # the name without the adapter
+        plain = _without_adapter(name)
         if name == SCORE_WEIGHT:
             continue  # stays float32
         if name in full and not casts_full:
             continue
         if name in full:
-            changed.append((name, p.astype(stored[plain].dtype if plain in stored else usual)))
+            changed.append((name, p.astype(_dtype_of(plain, stored))))
         elif plain in stored and stored[plain].shape == p.shape and stored[plain].dtype != p.dtype:
             changed.append((name, stored[plain]))
     base.model.load_weights(changed, strict=False)
@@ -354,9 +406,8 @@ def check_bits(base: Base, bits: int | None, dequantize: bool) -> None:
     if not own:
         raise InputError(f"--fused-bits {bits}: --model is not quantized, and fuses without loss; leave it out")
     if min(own) >= bits:
-        raise InputError(
-            f"--fused-bits {bits}: the base's layers have {min(own)} bits already; give more, or leave it out"
-        )
+        more = "leave it out" if min(own) >= 8 else "give more, or leave it out"
+        raise InputError(f"--fused-bits {bits}: the base's layers have {min(own)} bits already; {more}")
 
 
 def _check_written(folder: Path, model: nn.Module, out: Path, *, trust_remote_code: bool) -> None:

@@ -354,7 +354,8 @@ def own_path(layer: str, modules: dict[str, nn.Module]) -> str | None:
         for ours, theirs in pairs
         if f"{layer}.".startswith(theirs)
     ]
-    return next((path for path in (layer, other, *renamed) if path in modules), None)
+    head = ["language_model.lm_head"] if layer == "lm_head" else []
+    return next((path for path in (layer, other, *head, *renamed) if path in modules), None)
 
 
 def peft_path(path: str, kind: str) -> str:
@@ -367,6 +368,8 @@ def peft_path(path: str, kind: str) -> str:
     for ours, theirs in RENAMED.get(kind, ()):
         if f"{path}.".startswith(ours):
             return (theirs + f"{path}.".removeprefix(ours)).removesuffix(".")
+    if path == "language_model.lm_head":
+        return "lm_head"
     return re.sub(r"^language_model\.model\.", "model.language_model.", path)
 
 

@@ -30,7 +30,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter, LlamaFileType
 
-from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, AdapterLayer, base_dims, dense_weight, joined_experts
+from mlx_lora.adapters.base import EMBEDDING, QUANTIZED, AdapterLayer, base_dims, exact_weight, joined_experts
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.qa_lora import group_update
 from mlx_lora.adapters.qat import FakeQuantized, fused_layer
@@ -330,18 +330,10 @@ def _bias_source(path: str, base: nn.Module) -> Iterator[tuple[str, TensorSource
 
 def _merged(base: nn.Module, adapter: nn.Module | None) -> Callable[[], mx.array]:
     def values() -> mx.array:
-        weight = _exact_weight(base)
+        weight = exact_weight(base)
         return weight if adapter is None else weight + adapter.delta()
 
     return values
-
-
-def _exact_weight(base: nn.Module) -> mx.array:
-    """Return a layer's weight in float32; 16-bit scales are widened before they multiply, not their rounded products."""
-    if isinstance(base, QUANTIZED) and base.mode == "affine":
-        scales, biases = (base[name].astype(mx.float32) for name in ("scales", "biases"))
-        return mx.dequantize(base.weight, scales, biases, group_size=base.group_size, bits=base.bits, mode=base.mode)
-    return dense_weight(base).astype(mx.float32)
 
 
 def _floats(array: mx.array) -> Callable[[], mx.array]:

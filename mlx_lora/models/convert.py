@@ -263,7 +263,12 @@ def _convert_folder(
     n_values = sum(array.size for _, array in names)
     conversion = Conversion(config["model_type"], dtype=_dtype_name(dtype), n_values=n_values)
     if isinstance(target, Learned):
+        widths = {path: m.weight.shape[-1] for path, m in model.named_modules() if hasattr(m, "to_quantized")}
         model = target.quantize(model, config)
+        kept = {path for path, module in model.named_modules() if hasattr(module, "to_quantized")}
+        conversion.skipped = [
+            path for path, width in widths.items() if path in kept and not target.quantization.fits(width)
+        ]
         config |= quantization_entries(layouts_of(model))
     elif isinstance(target, Quantization):
         model, config, conversion.skipped, errors = quantize_model(model, config, target, measure=measure)

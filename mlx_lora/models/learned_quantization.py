@@ -116,7 +116,8 @@ def _dwq(model: nn.Module, config: dict[str, Any], quantization: Quantization, r
         (p.dtype for _, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)),
         key=lambda dtype: dtype.size,
     )
-    cut = [(row[start : start + WINDOW_TOKENS], 0) for row in rows for start in range(0, len(row), WINDOW_TOKENS)]
+    width = min(WINDOW_TOKENS, sum(map(len, rows)) // 2)  # some are held out
+    cut = [(row[start : start + width], 0) for row in rows for start in range(0, len(row), width)]
     cut = [row for row in cut if len(row[0]) > 1]
     held_out = max(1, len(cut) // 10)
     batch = min(BATCH_ROWS, held_out, len(cut) - held_out)

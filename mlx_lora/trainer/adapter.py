@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.nn as nn
 
 from mlx_lora.adapters.inject import Adapted, adapt_model
-from mlx_lora.adapters.qat import begin_qat, end_qat
+from mlx_lora.adapters.qat import begin_qat, end_qat, rounded_to
 from mlx_lora.exporters.adapter_config import head_of
 from mlx_lora.exporters.adapter_folder import AdapterInfo, check_writes_text, load_adapter, read_adapter_config
 from mlx_lora.exporters.initial_adapter import put_start, read_start
@@ -68,6 +68,7 @@ def adapt(
         chat_template=None if own_template else chat_template,
         full=adapted.full + full,
         qat=bool(adapter.qat),
+        rounded_to=rounded_to(base.model) if adapter.qat else None,
         head=objective.head,
     )
 
