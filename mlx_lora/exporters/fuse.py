@@ -196,9 +196,15 @@ def _quantized_like(base: Any, weight: mx.array, bits: int | None, new_grid: boo
     whole = with_weight(base, weight, mx.float32)
     if quantization.bits == base.bits and base.mode == "affine" and not new_grid:
         return quantized_like(base, whole)
-    grid = whole.to_quantized(**quantization.layout)
-    grid.scales, grid.biases = (array.astype(float_dtype(base)) for array in (grid.scales, grid.biases))
-    return quantized_like(grid, whole)  # the codes for the scales as they are written
+    new = whole.to_quantized(**quantization.layout)
+    new.scales, new.biases = (array.astype(float_dtype(base)) for array in (new.scales, new.biases))
+    grids, more = [new], quantization.bits - base.bits
+    if more and base.mode == "affine" and quantization.group_size == base.group_size:
+        finer = copy.copy(new)  # it has all values of the base's grid: its steps are halved for each bit
+        finer.scales, finer.biases = base.scales / 2**more, base.biases
+        grids.append(finer)
+    rounded = [quantized_like(grid, whole) for grid in grids]  # the codes for the scales as they are written
+    return min(rounded, key=lambda layer: mx.square(exact_weight(layer) - weight).sum().item())
 
 
 def _survival(before: mx.array, after: mx.array, update: mx.array, bits: int | None) -> Survival:

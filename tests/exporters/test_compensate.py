@@ -65,7 +65,12 @@ def test_inputs_of_layers_are_those_of_a_whole_pass(keeps, tiny_4bit_folder, tmp
     if not keeps:
         monkeypatch.setattr(block_walk, "_same", lambda *_: False)
     assert BlockWalk(model, given.ids).keeps is keeps
-    found = {path: one.hessian for block in layer_inputs(model, given, adapter_layers(model)) for one in block for path in one.paths}
+    found = {
+        path: one.hessian
+        for block in layer_inputs(model, given, adapter_layers(model))
+        for one in block
+        for path in one.paths
+    }
     layers = adapter_layers(model)
     assert found.keys() == layers.keys()
     for path in layers:
