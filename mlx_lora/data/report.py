@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -384,3 +384,13 @@ def _visible(text: str) -> str:
     """Return the text with visible line ends, tabs, and spaces at the end of lines."""
     text = re.sub(r" +(?=\n|$)", lambda spaces: "␣" * len(spaces[0]), text.replace("\t", "→"))
     return CONTROL.sub("·", text.replace("\n", "↵\n"))
+
+
+def has_questions(splits: Mapping[str, Any]) -> bool:
+    """Tell whether a run's rows have prompts: of plain text, every token but the first is trained.
+
+    Args:
+        splits: of `DataReport.to_dict`, as report.json has it.
+    """
+    train = splits.get("train") or {}
+    return train.get("supervised_tokens", 0) < train.get("tokens", 1) - train.get("rows", 0)

@@ -49,6 +49,7 @@ from mlx_lora.exporters.peft_experts import (
     EXPERT_LAYOUTS,
     PREFIX,
     TENSOR,
+    ExpertTensor,
     check_reached,
     expert_tensors,
     folded_rows,
@@ -228,16 +229,9 @@ def write_peft(
     """
     layers = adapter_layers(model)
     groups = _groups_for_qalora(layers) if qalora else None
-    apart = [f"{path} {layer.NOT_IN_PEFT}" for path, layer in layers.items() if layer.NOT_IN_PEFT]
-    if apart:
-        more = f" (and {len(apart) - 1} more)" if len(apart) > 1 else ""
-        raise InputError(f"--to peft: {apart[0]}{more}; fuse the adapter instead")
     if not layers:
         raise InputError(f"--out {folder}: the model has no adapter to write")
-    check_reached(model.model_type, [*layers, *(name.rpartition(".")[0] for name in full if name.endswith(".weight"))])
-    if SCORE_WEIGHT in full:
-        classifier_of(model.model_type)
-    experts = expert_tensors(model.model_type, layers)
+    experts = check_peft(model, full)
     tied = own_path("lm_head", dict(model.named_modules())) is None
     tensors: dict[str, mx.array] = {}
     shapes: dict[str, tuple[int, float]] = {}
@@ -269,6 +263,29 @@ def write_peft(
         if SCORE_WEIGHT in full:
             config["task_type"] = SEQ_CLS
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def check_peft(model: nn.Module, full: tuple[str, ...] = ()) -> list[ExpertTensor]:
+    """Return the adapters of a model's experts in PEFT's layout, if PEFT has all of an adapter's layers.
+
+    Args:
+        model: adapted.
+        full: names of parameters trained in full.
+
+    Raises:
+        InputError: it has not, or there is no adapter.
+    """
+    layers = adapter_layers(model)
+    if not layers:
+        raise InputError("--to peft: the model has no adapter")
+    apart = [f"{path} {layer.NOT_IN_PEFT}" for path, layer in layers.items() if layer.NOT_IN_PEFT]
+    if apart:
+        more = f" (and {len(apart) - 1} more)" if len(apart) > 1 else ""
+        raise InputError(f"--to peft: {apart[0]}{more}; fuse the adapter instead")
+    check_reached(model.model_type, [*layers, *(name.rpartition(".")[0] for name in full if name.endswith(".weight"))])
+    if SCORE_WEIGHT in full:
+        classifier_of(model.model_type)
+    return expert_tensors(model.model_type, layers)
 
 
 def _groups_for_qalora(layers: dict[str, AdapterLayer]) -> int:

@@ -29,7 +29,7 @@ from mlx_lora.reports.objectives import (
 )
 from mlx_lora.trainer.checkpoint import numbered
 from mlx_lora.trainer.evaluate import FEWEST_ROWS, Change, KnownRows, RowLosses, paired_change
-from mlx_lora.utils.text import command_line, counted, format_duration
+from mlx_lora.utils.text import command_line, counted, format_duration, model_flags
 
 # What became of a run
 
@@ -280,7 +280,7 @@ def _new_questions(run: FinishedRun, *flags: str) -> str:
     """Return the command that measures an adapter on another file; nothing without a folder."""
     if run.folder is None:
         return ""
-    words = ["evaluate", "--model", str(run.settings.get("model")), "--adapter-path", str(run.folder)]
+    words = ["evaluate", *model_flags(run.settings), "--adapter-path", str(run.folder)]
     return command_line([*words, "--data", "new-questions.jsonl", *flags])
 
 

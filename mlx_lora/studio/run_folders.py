@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.api.forgetting import badges
-from mlx_lora.config.objectives import NO_TEXT
 from mlx_lora.data.chat_template import spoken_turns, without_markers
+from mlx_lora.data.report import has_questions
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from mlx_lora.reports.run_report import (
     ANSWERS_FILE,
@@ -45,7 +45,7 @@ from mlx_lora.trainer.run_folder import CHECKPOINTS, KnownRun
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replace_text
 from mlx_lora.utils.parsing import parse_yaml, read_json
-from mlx_lora.utils.text import command_line, start_mark
+from mlx_lora.utils.text import command_line, model_flags, start_mark
 
 SIDE = "studio"
 STARTED_FILE, LOG_FILE, NOTES_FILE = f"{SIDE}/started.json", f"{SIDE}/output.log", f"{SIDE}/notes.txt"
@@ -415,22 +415,18 @@ def _cut(text: Any) -> str:
 
 FACTS = "studio/forgetting.json"
 ASKED, MOST_SAID = 20, 2000  # questions, and characters of an answer
-OF_MODEL = ("model", "revision", "bits")
 
 
 def words_of_asking(
     folder: Path, settings: dict[str, Any], report: dict[str, Any] | None, data: str | None = None
 ) -> list[str]:
     """Return the words of the command that puts base and adapter side by side, on `data` or on what the run held out."""
-    given = [word for name in OF_MODEL if settings.get(name) for word in (f"--{name}", str(settings[name]))]
-    words = ["evaluate", *given, *(("--data", data) if data else ()), "--adapter-path", str(folder)]
-    return words if data is None and not _has_questions(report) else [*words, "--show", str(ASKED)]
-
-
-def _has_questions(report: dict[str, Any] | None) -> bool:
-    """Tell whether rows have prompts: of plain text, every token but the first is trained."""
-    train = ((report or {}).get("splits") or {}).get("train") or {}
-    return train.get("supervised_tokens", 0) < train.get("tokens", 1) - train.get("rows", 0)
+    words = ["evaluate", *model_flags(settings), *(("--data", data) if data else ()), "--adapter-path", str(folder)]
+    return (
+        words
+        if data is None and not has_questions((report or {}).get("splits") or {})
+        else [*words, "--show", str(ASKED)]
+    )
 
 
 def side_by_side(folder: Path, settings: dict[str, Any], report: dict[str, Any] | None) -> dict[str, Any]:
@@ -444,13 +440,13 @@ def side_by_side(folder: Path, settings: dict[str, Any], report: dict[str, Any] 
 
 
 def words_of_measuring(folder: Path, settings: dict[str, Any]) -> list[str] | None:
-    """Return the words of the command that measures what a run's adapter forgot, None if it does not answer texts."""
-    if settings.get("objective", "sft") in NO_TEXT or settings.get("images"):
+    """Return the words of the command that measures what a run's adapter forgot, None if its rows are not answers."""
+    objective = settings.get("objective", "sft")
+    if objective not in ("sft", "distill") or settings.get("images"):  # others' rows have no answers to imitate
         return None
     # What an imitating run held out, and not --data: a file of it has the training rows too.
-    names = OF_MODEL if settings.get("objective", "sft") == "sft" else (*OF_MODEL, "data")
-    given = [word for name in names if settings.get(name) for word in (f"--{name}", str(settings[name]))]
-    return ["evaluate", *given, "--adapter-path", str(folder), "--forgetting", "--json"]
+    data = [] if objective == "sft" else ["--data", str(settings.get("data"))]
+    return ["evaluate", *model_flags(settings), *data, "--adapter-path", str(folder), "--forgetting", "--json"]
 
 
 def what_was_forgotten(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

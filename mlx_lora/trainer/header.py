@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.inject import Adapted, adapter_parameters, starting_rank
 from mlx_lora.config.defaults import chosen_words, length_problem, rate_problem
-from mlx_lora.config.objectives import LABELED
-from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo
-from mlx_lora.reports.run_report import REPORT_FILE, Sample
+from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.trainer.fit import data_facts
 from mlx_lora.trainer.run_folder import CHECKPOINTS
 from mlx_lora.trainer.schedules import restart_every
@@ -155,98 +152,6 @@ def left_by(loop: LoopSettings, outcome: Outcome) -> str:
     saved = f"the adapter of step {outcome.steps} is saved in {loop.adapter_path}"
     again = "continue with --resume" if loop.save_every else "start again"
     return f"{saved}; correct the callback, or leave it out, and {again}"
-
-
-def closing_words(folder: Path, settings: TrainSettings, info: AdapterInfo, samples: list[Sample]) -> str:
-    """Return what is said after a run: a text before and after, the report's path, and the commands that come next.
-
-    Args:
-        folder: of the run.
-        settings: of the run.
-        info: of the adapter.
-        samples: texts of the report; the first with both is shown.
-    """
-    parts = []
-    for sample in [one for one in samples if one.after is not None][:1]:
-        turns = [(role or "Text", content) for role, content in sample.turns[-1:]]
-        turns += [("Expected", sample.said(sample.expected))] if sample.expected is not None else []
-        turns.append(("Before", sample.said(sample.before)))
-        turns += [("Teacher", sample.said(sample.teacher))] if sample.teacher is not None else []
-        turns.append(("After", sample.said(sample.after or "")))
-        parts.append("\n".join(["", "One text, before and after training:", *(_spoken(*turn) for turn in turns)]))
-    parts.append(f"\nReport: {folder / REPORT_FILE}")
-    parts.append(
-        "\n".join(["What to do next:", *(f"    {line}" for line in next_commands(folder, settings, info, samples))])
-    )
-    return "\n".join(parts)
-
-
-def next_commands(folder: Path, settings: TrainSettings, info: AdapterInfo, samples: list[Sample]) -> list[str]:
-    """Return the commands that use an adapter, as the user can paste them.
-
-    Args:
-        folder, settings, info: of the run.
-        samples: texts of the report; the first one's beginning is the prompt to try.
-    """
-    path, model = str(folder), ["--model", str(settings.model.model)]
-    trained_on = model if settings.model.bits is None else [*model, "--bits", str(settings.model.bits)]
-    adapter = ["--adapter-path", path]
-    asked = settings.objective.objective
-    measured = ["--objective", asked, *(["--images"] if settings.objective.images else [])]
-    measured += ["--data", str(settings.data.data), *(["--fetch-images"] if settings.data.fetch_images else [])]
-    # Fused on the base of the run: what is made for its rounding has no other.
-    fused, fuse = f"{path}-fused", ["fuse", *trained_on, *adapter, "--out", f"{path}-fused"]
-    peft = ["export", *model, *adapter, "--to", "peft", "--out", f"{path}-peft"]
-    only_fused = info.method == "full" or info.qat
-    whole = only_fused or bool(info.full)
-    if asked == "embed":
-        lines = [
-            ["embed", "FILE", *trained_on, *adapter, "--out", "vectors.npy"],
-            ["evaluate", *measured, *trained_on, *adapter],
-            ["export", *model, *adapter, "--to", "sentence-transformers", "--out", f"{path}-search"],
-        ]
-    elif settings.objective.sees:
-        lines = [
-            ["generate", *trained_on, *adapter, "--image", "FILE", "--prompt", "What is in this picture?"],
-            ["evaluate", *measured, *trained_on, *adapter],
-            fuse  # a tower trained in full has no other form
-            if whole
-            else ["export", *model, *adapter, "--to", "mlx-vlm", "--out", f"{path}-mlx-vlm"],
-        ]
-    elif info.scores:
-        labels = [["predict", *trained_on, *adapter, "--text", "a text of yours"]] if asked in LABELED else []
-        lines = [
-            *labels,
-            ["evaluate", *trained_on, *adapter, *measured],
-            [*fuse, *(["--dequantize"] if info.qat else [])] if only_fused else peft,  # transformers reads it
-        ]
-    else:
-        name = folder.resolve().name
-        # The rows that the run held out, and what base and adapter answer to them.
-        judge = [["evaluate", *trained_on, *adapter, "--show", "5"]] if settings.objective.objective == "sft" else []
-        lines = [["generate", *trained_on, *adapter, "--prompt", _own_prompt(samples)], *judge]
-        if whole:  # chat and serve give each row its adapter, and so take factors only
-            lines += [fuse, ["chat", "--model", fused], ["serve", "--model", fused]]
-        else:
-            named = [*trained_on, "--adapter", f"{name}={path}"]
-            lines = [["chat", *named], *lines, fuse if info.method == "qa-lora" else peft, ["serve", *named]]
-    return [command_line(line) for line in lines]
-
-
-def _own_prompt(samples: list[Sample]) -> str:
-    """Return the last turn of the first text's beginning, cut to a few words; `Hello` if there is none."""
-    for sample in samples:
-        for _, content in sample.turns[-1:]:
-            words = textwrap.shorten(console.printable(content, 10**6), MOST_PROMPT, placeholder="")
-            if words:
-                return words
-    return "Hello"
-
-
-def _spoken(who: str, text: str) -> str:
-    """Return one speaker's words, cut to a few lines beside the name."""
-    text = console.printable(text, 10**6)  # on one line, and without control characters
-    return f"    {who:<10}{textwrap.shorten(text, MOST_SHOWN, placeholder=' ...')}"
 
 
 def interrupted_line(folder: str, outcome: Outcome) -> str:

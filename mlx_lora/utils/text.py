@@ -12,10 +12,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from mlx_lora import __version__
 from mlx_lora.utils.errors import InputError
@@ -123,6 +124,21 @@ def command_line(words: list[str]) -> str:
         words: the command's name, and its arguments.
     """
     return f"{SCRIPT} {shlex.join(words)}" if _has_script() else f"python -m {MODULE} {shlex.join(words)}"
+
+
+def model_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Return the words of a command that load the model that a run was trained on.
+
+    Args:
+        settings: of the run, by name.
+    """
+    words = [
+        word
+        for name in ("model", "revision", "bits")
+        if settings.get(name)
+        for word in (f"--{name}", str(settings[name]))
+    ]
+    return [*words, *(["--trust-remote-code"] if settings.get("trust_remote_code") else [])]
 
 
 def this_command() -> str:

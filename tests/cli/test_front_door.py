@@ -20,7 +20,7 @@ from mlx_lora.models.load import load_base
 from mlx_lora.reports.run_report import Sample
 from mlx_lora.serving.adapter_store import named_source
 from mlx_lora.serving.engine import failed_words
-from mlx_lora.trainer.header import next_commands
+from mlx_lora.trainer.next_commands import Uses, next_commands
 from mlx_lora.utils import text as program
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import closest, did_you_mean, similar_paths
@@ -339,10 +339,10 @@ def test_the_next_commands_have_a_prompt_of_the_data(german_run):
     settings = train_settings({"model": "m", "data": "d"})
     info = type("Info", (), {"scores": False, "method": "lora", "full": (), "qat": False})
     long = "<|im_start|>user\n" + "It's a long\nquestion, " * 20 + "<|im_end|>\n<|im_start|>assistant\n"
-    *_, prompt = shlex.split(next_commands(Path("runs/a"), settings, info, [Sample(long, "")])[1])
+    *_, prompt = shlex.split(next_commands(Path("runs/a"), settings, info, [Sample(long, "")], Uses("llama"))[1])
     assert 60 < len(prompt) <= 80
     assert ("It's a long question, " * 4).startswith(prompt)
-    assert next_commands(Path("runs/a"), settings, info, [])[1].endswith("--prompt Hello")
+    assert next_commands(Path("runs/a"), settings, info, [], Uses("llama"))[1].endswith("--prompt Hello")
 
 
 def test_commands_are_spelled_as_a_person_can_start_them(monkeypatch, tmp_path):

@@ -6,10 +6,16 @@ import io
 import json
 import shlex
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import tiny_model, write_folder
 from run_cli import run
+from tiny_moe import tiny_moe
+
+from mlx_lora.config.load import train_settings
+from mlx_lora.trainer.next_commands import Uses, next_commands
 
 SHORT = ("--iters", 2, "--batch-tokens", 240, "--rank", 4, "--val-batches", 1, "--sample-tokens", 2)
 
@@ -22,36 +28,103 @@ def labeled(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def plain_text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{n} foxes jump over {n * n} dogs."}) + "\n" for n in range(20)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def without_template(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("plain") / "base", tiny_model(), chat_template=None)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("moe") / "base", *tiny_moe("qwen3_moe"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "rows.jsonl"
+    path.write_text("".join(json.dumps({"anchor": f"what is {n}", "positive": f"it is {n}"}) + "\n" for n in range(40)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder_of_labels(tmp_path_factory, labeled):
+    folder = tmp_path_factory.mktemp("folder")
+    (folder / "train.jsonl").write_bytes(labeled.read_bytes())
+    return folder
+
+
+CLASSIFY, EMBED, BITS = ("--objective", "classify"), ("--objective", "embed"), ("--bits", 4)
+
+
 @pytest.mark.parametrize(
-    ("base", "flags"),
+    ("base", "data", "flags"),
     [
-        ("tiny_folder", ()),
-        ("tiny_folder", ("--bits", 4)),
-        ("tiny_folder", ("--bits", 4, "--qat")),
-        ("tiny_folder", ("--bits", 4, "--method", "qa-lora", "--target-modules", "q_proj,v_proj")),
-        ("tiny_folder", ("--method", "full")),
-        ("tiny_folder", ("--method", "dora")),
-        ("tiny_folder", ("--modules-to-save", "model.norm")),
-        ("tiny_4bit_folder", ("--qat",)),
-        ("tiny_folder", ("--objective", "classify")),
-        ("tiny_folder", ("--objective", "classify", "--method", "full")),
-        ("tiny_4bit_folder", ("--objective", "classify", "--qat")),
+        ("tiny_folder", "chats", ()),
+        ("tiny_folder", "chats", BITS),
+        ("tiny_folder", "chats", (*BITS, "--qat")),
+        ("tiny_folder", "chats", (*BITS, "--method", "qa-lora", "--target-modules", "q_proj,v_proj")),
+        ("tiny_folder", "chats", ("--method", "full")),
+        ("tiny_folder", "chats", ("--method", "dora")),
+        ("tiny_folder", "chats", ("--modules-to-save", "model.norm")),
+        ("tiny_folder", "chats", ("--valid-fraction", 0)),
+        ("tiny_folder", "plain_text", ()),
+        ("tiny_4bit_folder", "chats", ("--qat",)),
+        ("without_template", "plain_text", ()),
+        ("without_template", "plain_text", ("--method", "full")),
+        ("experts", "chats", ()),
+        ("experts", "chats", ("--method", "dora")),
+        ("tiny_folder", "labeled", CLASSIFY),
+        ("tiny_folder", "folder_of_labels", CLASSIFY),
+        ("tiny_folder", "labeled", (*CLASSIFY, "--method", "full")),
+        ("tiny_4bit_folder", "labeled", (*CLASSIFY, "--qat")),
+        ("experts", "labeled", (*CLASSIFY, "--method", "full")),
+        ("tiny_folder", "pairs", EMBED),
+        ("tiny_folder", "pairs", (*EMBED, *BITS, "--qat")),
+        ("experts", "pairs", EMBED),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)) or "lora",
 )
-def test_each_next_command_works(base, flags, request, chats, labeled, tmp_path, monkeypatch):
-    data = labeled if "classify" in flags else chats
+def test_each_next_command_works(base, data, flags, request, tmp_path, monkeypatch):
+    data = request.getfixturevalue(data)
     words = ("--model", request.getfixturevalue(base), "--data", data, "--adapter-path", tmp_path / "a")
     ran = run("train", *words, *flags, *SHORT)
     assert ran.code == 0, ran.err
     told = ran.lines[ran.lines.index("What to do next:") + 1 :]
     commands = [shlex.split(line)[1:] for line in told if line.strip().startswith("mlx-lora ")]
-    assert len(commands) >= 3
+    assert commands
     named = {command[0]: command[1:] for command in commands}
-    assert named.get("serve") == named.get("chat")  # the same engine reads both
+    assert named.get("chat") in (None, named.get("serve"))  # the same engine reads both
+    questions = tmp_path / "FILE.txt"
+    questions.write_text("a text of mine\n")
+    monkeypatch.chdir(tmp_path)
     for name, *given in commands:
         if name == "serve":
             continue
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"Hi\n"), isatty=lambda: False))
         followed = run(name, *given)
-        assert followed.code == 0, followed.err
+        assert followed.code == 0, (name, followed.err)
+
+
+def test_a_folder_that_is_named_like_the_base_is_not_taken_for_it(tiny_folder, chats, tmp_path):
+    adapter = tmp_path / tiny_folder.name
+    ran = run("train", "--model", tiny_folder, "--data", chats, "--adapter-path", adapter, *SHORT)
+    [chat] = [line for line in ran.lines if "mlx-lora chat" in line]
+    assert f"--adapter {tiny_folder.name}-adapter={adapter}" in chat
+
+
+def test_the_commands_load_the_model_as_the_run_did(tmp_path):
+    model = {"model": "owner/name", "revision": "v2", "bits": 4, "trust_remote_code": True}
+    settings, info = (
+        train_settings({**model, "data": "d"}),
+        SimpleNamespace(scores=False, method="lora", full=(), qat=False),
+    )
+    for line in next_commands(Path("runs/a"), settings, info, [], Uses("llama")):
+        assert "--model owner/name --revision v2" in line
+        assert "--trust-remote-code" in line
+        assert ("--bits 4" in line) is ("export" not in line)

@@ -88,7 +88,8 @@ def test_what_was_forgotten_is_not_asked_where_texts_are_not_answered(home, sett
 def test_what_was_forgotten_is_measured_on_rows_that_were_not_trained(tmp_path):
     settings = {"model": "m", "data": "d.jsonl"}
     assert "--data" not in words_of_measuring(tmp_path, settings)
-    assert "--data" in words_of_measuring(tmp_path, settings | {"objective": "dpo"})
+    assert "--data" in words_of_measuring(tmp_path, settings | {"objective": "distill"})
+    assert words_of_measuring(tmp_path, settings | {"objective": "dpo"}) is None
 
 
 def test_names_of_a_terminals_run_start_where_it_began(tmp_path, home, monkeypatch):

@@ -187,7 +187,9 @@ def measure(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str,
     words = words_of_measuring(folder, run["settings"])
     if words is None:
         raise ApiError(
-            409, f"{run['name']}: it does not answer texts, so there are no questions to ask it", "no_answers"
+            409,
+            f"{run['name']}: its rows are not questions and answers, so what it forgot cannot be measured on them",
+            "no_answers",
         )
 
     cwd = studio.listing.begun_in(folder)  # the names in its run.yaml start there
