@@ -305,8 +305,12 @@ def _check_factors(job: Export) -> None:
 
 
 def _use_mlx_lm(job: Export) -> list[str]:
-    base = shlex.quote(job.base.model_id)
-    return [f"mlx_lm.generate --model {base} --adapter-path {job.path} --prompt Hello"]
+    base = job.base.model_id
+    if Path(base).expanduser().is_dir() or ("/" in base and not Path(base).expanduser().exists()):
+        return [f"mlx_lm.generate --model {shlex.quote(base)} --adapter-path {job.path} --prompt Hello"]
+    # A GGUF file, or a small model that we get from elsewhere: stock mlx-lm has no such name.
+    folder = shlex.quote(str(job.base.folder))
+    return [f"mlx_lm.generate --model {folder} --adapter-path {job.path} --prompt Hello"]
 
 
 def _write_mlx_vlm(job: Export) -> None:

@@ -139,5 +139,5 @@ def ways_out(bits: int, used: tuple[str, ...] = ()) -> str:
     ]
     return (
         f"To keep more: {', '.join(named)}, train with `--qat` or `--method qa-lora`, or leave the adapter apart, as "
-        "`mlx-lora serve --adapter` and `mlx-lora export` do"
+        "`mlx-lora generate --adapter-path` does"
     )

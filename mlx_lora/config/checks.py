@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.objectives import IMITATION, LABELED, PAIRS, RANKED, SAMPLING, VERIFIERS
-from mlx_lora.config.presets import PRESETS
+from mlx_lora.config.presets import PRESETS, START_ANEW
 from mlx_lora.config.settings import FIELDS, LOGGERS, ROWS, SHARDING, parse_pattern
 from mlx_lora.utils.text import command_line
 
@@ -375,10 +375,14 @@ def _adapter_problems(adapter: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"--dropout {adapter['dropout']:g} with --qat: a fused weight has no input of its own to drop; leave one of them out"
         )
-    if method in ("pissa", "adalora", "relora") and adapter["resume_adapter_file"]:
+    if method in START_ANEW and adapter["resume_adapter_file"]:
         problems.append(
             f"--resume-adapter-file with --method {method}: it cannot start from LoRA factors; "
-            "continue with --method lora and the file's rank"
+            + (
+                "fuse them, and train on the fused model"
+                if method == "adalora"
+                else "continue with --method lora and the file's rank"
+            )
         )
     if method == "adalora" and (
         adapter["rank_pattern"] or (adapter["adalora_init_rank"] or adapter["rank"]) < adapter["rank"]

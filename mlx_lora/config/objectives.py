@@ -13,11 +13,10 @@ OF_SAMPLING = ("group_size", "max_new_tokens", "temp", "top_p", "min_p", "mask_t
 OF_WRITING = ("max_new_tokens", "temp", "top_p", "min_p")
 LABELED = ("classify",)  # objectives whose records are texts with labels
 RANKED = ("rerank",)  # objectives whose records are queries with documents
+WITH_SCORES = (*LABELED, *RANKED, "reward")  # objectives that train a score head
 NO_TEXT = (
-    *LABELED,
-    *RANKED,
+    *WITH_SCORES,
     "embed",
-    "reward",
     "vision_sft",
 )  # objectives whose adapters do not answer a text with one
 IMITATION = ("sft", "distill", "vision_sft")  # objectives that train the answers of the data, token by token

@@ -49,3 +49,8 @@ PRESETS = {
     "relora": Method(events="restarts"),
     "full": Method(layer_type="full"),
 }
+START_ANEW = (
+    "pissa",
+    "adalora",
+    "relora",
+)  # methods that have a start of their own, and cannot begin from plain factors

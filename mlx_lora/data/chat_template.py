@@ -291,7 +291,9 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if "default" in chat_template:
         return chat_template["default"]
     names = ", ".join(map(str, chat_template))
-    raise InputError(f"the model has several chat templates ({names}), none of them default; give --chat-template")
+    raise InputError(
+        f"the model has several chat templates ({names}), none of them default; train with --chat-template, or generate with --ignore-chat-template"
+    )
 
 
 def _built_in(name: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -468,7 +468,9 @@ def _record_text(record: Fields, column: str | None, place: str) -> str:
     names = [column] if column else [name for name in ("text", *DOCUMENTS, *QUERIES) if name in record]
     value = record.get(names[0]) if names else None
     if not names or not isinstance(value, str):
-        raise InputError(f"{place}: found {keys_of(record)} and no text; name its column with --text-column")
+        raise InputError(
+            f"{place}: found {keys_of(record)} and no text; rename its column to text, or with embed, give --text-column"
+        )
     if not value.strip():
         raise InputError(f"{place}: {names[0]} is empty; fill it, or remove the row")
     return value

@@ -331,7 +331,7 @@ def _check_rounding(base: Base, own: dict[str, Any], origin: Path, ignore_finger
     if not here or (trained not in (None, here) and not ignore_fingerprint):
         raise InputError(
             f"{origin}: {RIGHT_FUSED}, on layers of {trained or 'a quantized base'}; --model {base.model_id} has "
-            f"{here or 'float layers'}; give {own.get('base_model')} as it was trained on"
+            f"{here or 'float layers'}; give {own.get('base_model')} quantized as in the run (with its --bits, if it had some)"
         )
 
 

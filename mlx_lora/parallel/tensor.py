@@ -207,7 +207,7 @@ def _check_groups(modules: dict[str, nn.Module]) -> None:
         if isinstance(module, QUANTIZED) and base_dims(module)[0] != module.scales.shape[-1] * module.group_size:
             raise InputError(
                 f"--parallel tensor: {path} has {base_dims(module)[0]} inputs for each process, which cannot be divided into groups of "
-                f"{module.group_size} quantized weights; use --parallel data, or a smaller --group-size"
+                f"{module.group_size} quantized weights; use --parallel data, or convert the model with a smaller --group-size"
             )
 
 

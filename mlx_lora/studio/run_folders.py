@@ -37,6 +37,7 @@ from mlx_lora.reports.run_report import (
     shown_evaluation,
 )
 from mlx_lora.serving.schema import ApiError
+from mlx_lora.studio.adapter_uses import takers
 from mlx_lora.studio.folders import Folders
 from mlx_lora.studio.preview_pictures import pictures_of_text
 from mlx_lora.studio.web import in_page_words
@@ -303,9 +304,10 @@ class RunListing:
         found, elsewhere = [], self._folders.runs_elsewhere()
         for number, folder in self.folders().items():
             if (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file():
-                base = _with_whole_model(read_settings_of(folder, None), elsewhere.get(folder)).get("model")
+                settings = _with_whole_model(read_settings_of(folder, None), elsewhere.get(folder))
                 changed = _time(folder / WEIGHTS_FILE) or 0
-                found.append((changed, {"name": folder.name, "path": str(folder), "base": base, "run": number}))
+                one = {"name": folder.name, "path": str(folder), "base": settings.get("model"), "run": number}
+                found.append((changed, one | takers(settings)))
         return [one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 

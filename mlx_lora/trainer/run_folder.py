@@ -27,6 +27,7 @@ import mlx.core as mx
 import yaml
 
 from mlx_lora.config.checks import is_day
+from mlx_lora.config.presets import START_ANEW
 from mlx_lora.config.settings import FIELDS, ROWS, LoopSettings, TrainSettings
 from mlx_lora.exporters.adapter_config import head_of, own_entries
 from mlx_lora.exporters.adapter_folder import (
@@ -375,6 +376,22 @@ HASHED = {"base": "the base model has changed", "rows": "the rows of the data ha
 HASHED |= {"batches": "the batches have other shapes"}
 
 
+def flags_to_go_on(run: Path) -> list[str] | None:
+    """Return what a new run needs, beside the settings of an earlier one, to start from its adapter (--resume-adapter-file).
+
+    None: it cannot, because layers have ranks, or the run has settings, that another method does not take.
+    """
+    try:
+        settings = parse_yaml((run / "run.yaml").read_text(encoding="utf-8"))
+        rank = read_adapter_config(run)["lora_parameters"]["rank"]
+    except (InputError, OSError, ValueError, KeyError, TypeError):
+        return []
+    method = settings.get("method")
+    if method == "pissa":  # it stores plain factors, of twice the rank
+        return ["--method", "lora", "--rank", str(rank)]
+    return None if method in START_ANEW else ["--qat"] if settings.get("qat") else []
+
+
 def check_continuation(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
     """Refuse to resume from another run's checkpoint.
 
@@ -392,10 +409,15 @@ def check_continuation(checkpoint: Checkpoint, identity: dict[str, Any]) -> None
     if "rows" in hashed:
         run = checkpoint.folder.parents[1]
         again = ["train", "--config", str(run / "run.yaml"), "--data", "NEW.jsonl", "--resume-adapter-file"]
-        again += [str(run / WEIGHTS_FILE), "--adapter-path", f"{run}-2"]
+        flags = flags_to_go_on(run)
+        again += [str(run / WEIGHTS_FILE), "--adapter-path", f"{run}-2", *(flags or [])]
+        start = (
+            "fuse it, and train on the fused model"
+            if flags is None
+            else f"start a new run from it: {command_line(again)}"
+        )
         advice = (
-            "--resume goes on with the same rows only; to train this adapter further on other or more data, start a new run from "
-            f"it: {command_line(again)}"
+            f"--resume goes on with the same rows only; to train this adapter further on other or more data, {start}"
         )
     raise InputError(f"--resume {checkpoint.folder}: it is from another run: {'; '.join(shown)}; {advice}")
 

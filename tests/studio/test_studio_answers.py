@@ -67,6 +67,33 @@ def test_the_command_asks_on_what_was_chosen(home, monkeypatch):
     assert len(begun) == 2
 
 
+def test_an_adapter_is_offered_what_takes_it_and_goes_with_its_base(home, monkeypatch):
+    begun = []
+    monkeypatch.setattr(Tasks, "child", lambda self, kind, title, words, *rest, **named: begun.append(words) or self.begin(kind, title, lambda task: None))  # fmt: skip
+    model = str(home / "models" / "tiny")
+    kinds = {
+        "plain": {}, "qat": {"bits": 4, "qat": 1.0}, "full": {"method": "full"}, "norm": {"modules_to_save": ["norm"]},
+        "labels": {"objective": "classify", "bits": 4}, "vectors": {"objective": "embed"},
+    }  # fmt: skip
+    for name, settings in kinds.items():
+        write_run(home / "runs" / name, **{"model": model, **settings})
+    with studio(home) as client:
+        found = {one["name"]: one for one in client.get("/api/adapters").json()["adapters"]}
+        assert {name for name, one in found.items() if one["talks"]} == {"plain"}
+        assert not found["plain"]["refused"]
+        assert {"peft", "mlx-lm"} <= set(found["qat"]["refused"]) & set(found["full"]["refused"])
+        assert "gguf" in found["labels"]["refused"]
+        assert "peft" not in found["labels"]["refused"]
+        for name, to, flags in (
+            ("qat", "hf", {"--bits"}),
+            ("labels", "fuse", {"--bits", "--dequantize"}),
+            ("plain", "fuse", set()),
+        ):
+            asked = {"model": model, "adapter": found[name]["path"], "to": to, "out": f"{name}-out"}
+            assert client.post("/api/export", json=asked).status_code == 200
+            assert {"--bits", "--dequantize"} & set(begun[-1]) == flags
+
+
 def test_rows_of_plain_text_are_only_measured(tmp_path):
     settings = {"model": "m"}
     text = {"splits": {"train": {"rows": 9, "tokens": 90, "supervised_tokens": 81}}}

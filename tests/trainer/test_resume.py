@@ -255,8 +255,29 @@ def test_what_kills_left_half_written_goes_and_the_users_own_files_stay(finished
     assert [path.name for path in stopped.rglob(".*")] == [".notes.txt"]
 
 
-def test_more_data_is_answered_with_the_command_that_continues(tiny_folder, chats, tmp_path):
-    given = ("--model", tiny_folder, "--rank", 3, "--batch-tokens", 256, "--sample-tokens", 0, "--val-batches", 0)
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        ("--method", "pissa"),
+        ("--bits", 4, "--target-modules", "q_proj", "--qat", 0.5),
+    ],
+    ids=str,
+)
+def test_more_data_is_answered_with_the_command_that_continues(extra, tiny_folder, chats, tmp_path):
+    given = (
+        "--model",
+        tiny_folder,
+        "--rank",
+        3,
+        "--batch-tokens",
+        256,
+        "--sample-tokens",
+        0,
+        "--val-batches",
+        0,
+        *extra,
+    )
     folder, more = tmp_path / "a", tmp_path / "more.jsonl"
     more.write_text(chats.read_text() + '{"instruction": "And this?", "output": "More."}\n')
     assert run("train", *given, "--data", chats, "--adapter-path", folder, "--iters", 2).code == 0

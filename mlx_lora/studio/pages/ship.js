@@ -43,7 +43,7 @@ export function Ship({ model, adapters }) {
   const offered = own.length ? own : adapters;
   const [type, setType] = useState("");
   const [path, setPath] = useState(offered[0]?.path || "");
-  const [to, setTo] = useState("gguf");
+  const [target, setTo] = useState("gguf");
   const [out, setOut] = useState("");
   const [sent, setSent] = useState(null);
   const [problem, setProblem] = useState("");
@@ -59,6 +59,9 @@ export function Ship({ model, adapters }) {
         <//>
       <//>
     `;
+  const refused = offered.find((one) => one.path === path)?.refused || [];
+  const targets = TARGETS.filter(([id]) => !refused.includes(id));
+  const to = refused.includes(target) ? targets[0][0] : target;
   const usual = `${adapterName(path)}-${to}${to.startsWith("gguf") ? ".gguf" : ""}`;
   const send = async (event) => {
     event.preventDefault();
@@ -96,7 +99,7 @@ export function Ship({ model, adapters }) {
       <${Card} title="For which program">
         <fieldset class="presets targets">
           <legend class="unseen">Target</legend>
-          ${TARGETS.map(
+          ${targets.map(
             ([id, title, words]) => html`
               <${Target}
                 key=${id}

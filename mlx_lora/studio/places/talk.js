@@ -325,8 +325,10 @@ function PictureButton({ onFiles, disabled }) {
 }
 
 function Chat({ model, adapters, first }) {
-  const own = adapters.filter((one) => !one.base || one.base === model);
-  const list = own.length ? own : adapters;
+  // The others are right in one model with their base only, or do not write.
+  const talking = adapters.filter((one) => one.talks !== false);
+  const own = talking.filter((one) => !one.base || one.base === model);
+  const list = own.length ? own : talking;
   const [two, setTwo] = useState(true);
   const [columns, setColumns] = useState(() => [
     { adapters: [] },
@@ -509,7 +511,7 @@ export function Place({ path }) {
                   key=${model}
                   model=${model}
                   adapters=${adapters}
-                  first=${wanted?.base === model ? wanted : null}
+                  first=${wanted?.base === model && wanted.talks !== false ? wanted : null}
                 />
               `
               : html`<${Ship} key=${model} model=${model} adapters=${adapters} home=${machine.get()?.home} />`

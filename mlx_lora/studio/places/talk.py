@@ -25,6 +25,7 @@ from starlette.routing import BaseRoute, Route
 
 from mlx_lora.api.export import FORMATS, ExportSettings
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.objectives import WITH_SCORES
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.gguf.write import TYPES
@@ -37,9 +38,10 @@ from mlx_lora.serving.pictures import PicturePrompt, PictureReader
 from mlx_lora.serving.schema import ApiError, Ask, is_number, read_chat, read_json
 from mlx_lora.studio.folders import safe_name
 from mlx_lora.studio.places import Studio
+from mlx_lora.studio.run_folders import read_settings_of
 from mlx_lora.studio.web import events, json_route
 from mlx_lora.utils.device import current_device
-from mlx_lora.utils.text import command_line, gigabytes
+from mlx_lora.utils.text import command_line, gigabytes, model_flags
 
 TALK = "/api/talk"
 MOST_TALK_BYTES = 32 * 10**6  # of a conversation, which has its pictures in it
@@ -335,7 +337,9 @@ def export(studio: Studio, request: HttpRequest, body: dict[str, Any]) -> dict[s
         raise ApiError(409, f"out: there is {name} already; choose another name", "name_taken", "out")
     if kind == FUSE:
         return _fuse(studio, model, adapter, out, force)
-    words = ["export", "--model", model, *(["--adapter-path", str(adapter)] if adapter else []), "--to", kind]
+    settings = read_settings_of(adapter, None) if adapter else {}
+    base = model_flags({"bits": settings.get("bits") if settings.get("qat") else None, "model": model})
+    words = ["export", *base, *(["--adapter-path", str(adapter)] if adapter else []), "--to", kind]
     words += ["--out", str(out), *(["--force"] if force else [])]
     given = {name: str(options[name]) for name in OPTIONS if options.get(name)}
     for option, value in given.items():
@@ -358,16 +362,10 @@ def _fuse(studio: Studio, model: str, adapter: Path | None, out: Path, force: bo
     """Begin `fuse`, whose last line says how much of the adapter the model keeps."""
     if adapter is None:
         raise ApiError(400, "adapter: a model is fused with one; give its folder", "invalid_value", "adapter")
-    words = [
-        "fuse",
-        "--model",
-        model,
-        "--adapter-path",
-        str(adapter),
-        "--out",
-        str(out),
-        *(["--force"] if force else []),
-    ]
+    settings = read_settings_of(adapter, None)
+    scores = settings.get("objective") in WITH_SCORES
+    words = ["fuse", *model_flags({"model": model, "bits": settings.get("bits")}), "--adapter-path", str(adapter)]
+    words += ["--out", str(out), *(["--force"] if force else []), *(["--dequantize"] if scores else [])]
     result = {"path": str(out), "to": FUSE, "next": f"mlx-lora chat --model {out}"}
     task = studio.tasks.child("export", f"Fuse {adapter.name}", words, result)
     return {"task": task.public(), "command": command_line(words)}
