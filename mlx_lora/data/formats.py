@@ -386,8 +386,8 @@ def _by_usual_names(record: Fields) -> tuple[str, Example]:
     found = question_and_answer(record)
     if found is None:
         raise MissingColumn(
-            f"found {columns_of(record)}; rename yours to prompt and completion, or name them: {_column_flags(record)}, or "
-            "--chat-column, or --text-column"
+            f"found {columns_of(record)}; name yours: {_column_flags(record)}, or --chat-column, or --text-column, or rename "
+            "them to prompt and completion"
         )
     columns, example = found
     for pair in PREFERENCE_PAIRS:

@@ -49,6 +49,7 @@ from mlx_lora.reports.run_report import (
 from mlx_lora.rollouts.decode import TokenSteps, held_weights
 from mlx_lora.trainer.evaluate import ROWS_FILE, KnownRows, RowsFile
 from mlx_lora.trainer.held_out import held_out_loss
+from mlx_lora.trainer.next_commands import Uses, closing_words
 from mlx_lora.trainer.progress import Metrics, MetricsFile, PlainProgress, Progress
 from mlx_lora.utils import device
 from mlx_lora.utils.console import in_notebook
@@ -57,6 +58,7 @@ from mlx_lora.utils.progress import tracked
 from mlx_lora.utils.text import package_version, this_command
 
 if TYPE_CHECKING:
+    from mlx_lora.config.settings import TrainSettings
     from mlx_lora.data.load import DataSplits
     from mlx_lora.models.load import Base
     from mlx_lora.objectives.base import FixedPrompt, Objective, RunContext
@@ -166,6 +168,10 @@ class RunPage:
     fixed: Sequence[FixedPrompt] = ()
     answers: Sequence[list[int]] = ()
     pictures: Sequence[PromptPictures | None] = ()
+
+    def closing_words(self, settings: TrainSettings, info: AdapterInfo, data: DataSplits) -> str:
+        """Return what is said after a run (trainer/next_commands.py)."""
+        return closing_words(self.folder, settings, info, self.report.samples, Uses.of_run(self.base, info, data))
 
     @classmethod
     def begin(cls, run: BuiltRun, data: DataSplits) -> RunPage:

@@ -26,7 +26,6 @@ from mlx_lora.trainer.choose_strategy import choose_strategy
 from mlx_lora.trainer.guards import MemoryGuard, interrupt_flag
 from mlx_lora.trainer.header import left_by, loss_words, outcome_line, told_after
 from mlx_lora.trainer.held_out import held_out_loss
-from mlx_lora.trainer.next_commands import Uses, closing_words
 from mlx_lora.trainer.report_callback import RunPage, known_rows, leave_card, reporting
 from mlx_lora.trainer.run_folder import check_room, first_day, own_folder
 from mlx_lora.trainer.state import LOSS, TASK, Diverged
@@ -270,8 +269,7 @@ def take_steps(
         log.info(outcome_line(settings.loop, outcome, best, settings.objective.rewarded))
         if not outcome.interrupted:
             log.info(told_after(page.report.verdict))
-            uses = Uses.of_run(base, folder.info, data)
-            log.info(closing_words(folder.path, settings, folder.info, page.report.samples, uses))
+            log.info(page.closing_words(settings, folder.info, data))
     told.raise_failure(left_by(settings.loop, outcome))
     return outcome
 
