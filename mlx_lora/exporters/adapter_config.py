@@ -69,13 +69,14 @@ def own_problems(config: dict[str, Any]) -> list[str]:
 def _is_head(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
-    labels, thresholds = (value.get(name) or [] for name in ("labels", "thresholds"))
+    labels, thresholds, weights = (value.get(name) or [] for name in ("labels", "thresholds", "weights"))
     return (
         all(is_text(value.get(name)) for name in ("objective", "problem_type"))
         and is_names(labels)
-        and isinstance(thresholds, list)
-        and all(is_number(one) for one in thresholds)
-        and len(thresholds) in (0, len(labels))
+        and all(
+            isinstance(numbers, list) and all(is_number(one) for one in numbers) and len(numbers) in (0, len(labels))
+            for numbers in (thresholds, weights)
+        )
     )
 
 

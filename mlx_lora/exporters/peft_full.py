@@ -21,6 +21,8 @@ from mlx_lora.models.tower_files import of_tower
 # A weight with more axes is a convolution's, whose channels are last here and second in torch.
 LINEAR_AXES = 3
 HEADS_OF_SEQ_CLS = ("classifier", "score")
+SHIFTED_KINDS = ("qwen3_5", "qwen3_next")
+SHIFTED_NORMS = (".input_layernorm", ".post_attention_layernorm", ".model.norm", ".q_norm", ".k_norm")
 
 
 def full_tensors(config: dict[str, Any], names: Iterable[str]) -> tuple[dict[str, tuple[str, str]], list[str]]:
@@ -106,6 +108,21 @@ def head_problems(
     ]
 
 
+def shift_of(kind: str, path: str, leaf: str) -> float:
+    """Return what mlx-lm adds to a parameter when it loads a published model: 1 to norms that compute x (1 + w).
+
+    Args:
+        kind: the model's type.
+        path: mlx-lm's, of the layer.
+        leaf: of the parameter.
+    """
+    if leaf != "weight":
+        return 0.0
+    if kind == "step3p5":
+        return float("norm" in path)
+    return float(kind.startswith(SHIFTED_KINDS) and f".{path}".endswith(SHIFTED_NORMS))
+
+
 def full_values(
     full: dict[str, tuple[str, str]], stored: dict[str, mx.array], model: nn.Module
 ) -> dict[tuple[str, str], mx.array]:
@@ -122,7 +139,8 @@ def full_values(
         if path is None:  # a tied head's weight is the embedding's
             continue
         folded = folded_rows(model, path, len(stored[name])) if leaf == "weight" else None
-        values[path, leaf] = stored[name] if folded is None else stored[name] * folded
+        value = stored[name] if folded is None else stored[name] * folded
+        values[path, leaf] = value + shift_of(model.model_type, path, leaf)
         if of_tower(path) and stored[name].ndim > LINEAR_AXES:
             values[path, leaf] = mx.moveaxis(stored[name], 1, -1)
     return values
@@ -149,7 +167,7 @@ def full_for_peft(model: nn.Module, full: tuple[str, ...], tied: bool) -> tuple[
         adapted.append(inside)
         plain = path.rpartition(".")[0] if inside else path
         own = peft_path(plain, kind) + (".base_layer" if inside else "")
-        value = parameters[name]
+        value = parameters[name] - shift_of(kind, plain, leaf)
         folded = folded_rows(model, plain, len(value)) if leaf == "weight" else None
         tensors[f"{PREFIX}{own}.{leaf}"] = value if folded is None else value / folded
         if tied and path.endswith("embed_tokens"):

@@ -90,9 +90,9 @@ def class_measures(truth: np.ndarray, found: np.ndarray, names: list[str]) -> di
     }
 
 
-def macro_f1(classes: dict[str, Any]) -> float:
-    """Return the mean F1 of the labels that some text has or gets, as scikit-learn's."""
-    seen = [one["f1"] for one in classes.values() if one["texts"] or one["predicted"]]
+def macro_f1(classes: dict[str, Any], problem: str = SINGLE) -> float:
+    """Return the mean F1 of the labels, as scikit-learn's: of those that some text has or gets, or with several labels, of all."""
+    seen = [one["f1"] for one in classes.values() if problem == SEVERAL or one["texts"] or one["predicted"]]
     return float(np.mean(seen)) if seen else 0.0
 
 

@@ -9,8 +9,10 @@ Text that continues a prompt keeps its first space. mlx-lm's detokenizers remove
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mlx_lora.data.sandbox import tokenizer_panics
 from mlx_lora.models.folder import CONFIG_FILE, FOREIGN_ERRORS, inside, short
@@ -189,6 +192,30 @@ class Continuation:
         text = self._detokenizer.text
         segment, self._told = text[self._told :], len(text)
         return segment
+
+
+def spelling(tokenizer: Any, token: int) -> tuple[str, bytes]:
+    """Return a token's text, and its own bytes, which may be a part of a character.
+
+    `decode` gives U+FFFD for such a part, and drops the space before a SentencePiece token that stands alone.
+    """
+    piece, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token])
+    if not isinstance(piece, str):
+        return text, text.encode()
+    if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+        return text, bytes([int(piece[3:5], 16)])
+    if piece.startswith("\u2581") and not text.startswith(" "):
+        text = f" {text}"
+    spelled = _byte_values()
+    if "\ufffd" in text and all(letter in spelled for letter in piece):
+        return text, bytes(spelled[letter] for letter in piece)
+    return text, text.encode()
+
+
+@cache
+def _byte_values() -> dict[str, int]:
+    """Return the byte that each letter of a byte-level vocabulary stands for."""
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 def continued(responses: Iterable[GenerationResponse], tokenizer: TokenizerWrapper) -> Iterator[GenerationResponse]:

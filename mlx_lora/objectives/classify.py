@@ -77,6 +77,7 @@ class Classify(ScoredTexts):
     weights: np.ndarray | None = None
     thresholds: list[float] | None = None
     _chosen: list[float] | None = field(default=None, repr=False)
+    _kept_weights: np.ndarray | None = field(default=None, repr=False)
     _details: dict[str, Any] = field(default_factory=dict, repr=False)
 
     # What the labels are
@@ -88,12 +89,18 @@ class Classify(ScoredTexts):
     @property
     def head(self) -> dict[str, Any]:
         found = {"objective": self.name, "problem_type": self.problem, "labels": list(self.labels)}
-        return found | ({"thresholds": self._chosen or [0.5] * len(self.labels)} if self.problem == SEVERAL else {})
+        found |= {"thresholds": self._chosen or [0.5] * len(self.labels)} if self.problem == SEVERAL else {}
+        balanced = self.asked_weights == BALANCED and self.weights is not None
+        return found | ({"weights": self.weights.tolist()} if balanced else {})
 
     def measures_with(self, head: Mapping[str, Any] | None) -> None:
         if head is not None:
             self.problem, self.labels = head["problem_type"], self.labels or tuple(head["labels"])
             self.thresholds = head.get("thresholds")
+            if self.asked_weights == BALANCED and head.get(
+                "weights"
+            ):  # of the training rows, and not of those that are measured
+                self._kept_weights = np.array(head["weights"])
 
     def goes_on_with(self, head: Mapping[str, Any] | None) -> None:
         self._chosen = (head or {}).get("thresholds")
@@ -145,7 +152,10 @@ class Classify(ScoredTexts):
             raise InputError(
                 f"--objective {self.name}: found {only} in {texts} texts; a classifier needs at least two labels"
             )
-        self.weights = weights_of(self.asked_weights, self.labels, counts, texts, self.problem)
+        if self._kept_weights is not None and len(self._kept_weights) == self.outputs:
+            self.weights = self._kept_weights
+        else:
+            self.weights = weights_of(self.asked_weights, self.labels, counts, texts, self.problem)
 
     def load_data(self, ctx: RunContext) -> DataSplits:
         data = super().load_data(ctx)
@@ -238,7 +248,11 @@ class Classify(ScoredTexts):
             self._details["confusion"] = confusion(own, best, self.outputs)
             right = own == best
             more = {"majority": float(hot[own].mean(axis=0).max())}
-        return loss, {ACCURACY: float(right.mean()), "macro_f1": macro_f1(self._details["classes"]), **more}
+        return loss, {
+            ACCURACY: float(right.mean()),
+            "macro_f1": macro_f1(self._details["classes"], self.problem),
+            **more,
+        }
 
 
 def classify(settings: ObjectiveSettings) -> Classify:

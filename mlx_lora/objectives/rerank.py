@@ -9,6 +9,7 @@ Shapes: B rows of a batch, E = B / K queries, T columns, P positions (one for ea
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -25,11 +26,14 @@ from mlx_lora.losses.ranking import LISTWISE, PAIRWISE, best_first, random_mrr, 
 from mlx_lora.models.head import body_of, scores_at, with_last_block
 from mlx_lora.objectives.base import BoundObjective
 from mlx_lora.objectives.scored_texts import ScoredTexts
+from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
     from mlx_lora.config.objectives import ObjectiveSettings
     from mlx_lora.data.batch import Batch
     from mlx_lora.parallel.strategy import Strategy
+
+log = logging.getLogger(__name__)
 
 ACCURACY, QUERIES = "accuracy", "queries"
 NONE = -1.0  # the grade of a row that holds no document
@@ -66,6 +70,11 @@ class Rerank(ScoredTexts):
         facts: Any = rows.facts or ()
         chosen = [_chosen(np.array(fact[GRADES]), self.candidates) for fact in facts]
         most = max(map(len, chosen), default=1)
+        if longer := [len(fact[GRADES]) for fact in facts if len(fact[GRADES]) > self.candidates]:
+            log.info(
+                f"Ranked among {self.candidates} documents, those with the best grades and the worst one, where a query has more: "
+                f"{counted(len(longer), 'query', 'queries')}, of up to {max(longer):,}; --candidates {max(longer)} ranks all"
+            )
         found, grades = [], []
         for fact, numbers in zip(facts, chosen, strict=True):
             tokens = [fact[ROWS][number] for number in numbers]

@@ -148,12 +148,14 @@ class TokenReport:
     Attributes:
         text: the text of the token alone.
         logprob: natural logarithm.
-        top: (text, logprob) of the likeliest tokens, best first.
+        top: (text, logprob, bytes) of the likeliest tokens, best first.
+        data: the token's own bytes, which may be a part of a character.
     """
 
     text: str
     logprob: float
-    top: tuple[tuple[str, float], ...]
+    top: tuple[tuple[str, float, bytes], ...]
+    data: bytes = b""
 
 
 @dataclass(frozen=True)

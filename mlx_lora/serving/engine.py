@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lora.models.load import Base
-from mlx_lora.models.tokenizer import Continuation
+from mlx_lora.models.tokenizer import Continuation, spelling
 from mlx_lora.rollouts.decode import ANSWERS, TokenSteps, hold_weights
 from mlx_lora.serving.adapter_store import AdapterStore, NoRoom, Resident, UnknownAdapter
 from mlx_lora.serving.batch import (
@@ -430,8 +430,10 @@ class Engine:
     def _report(self, token: int, likelihoods: Likelihoods | None) -> TokenReport | None:
         if likelihoods is None:
             return None
-        top = tuple((self._tokenizer.decode([other]), value) for other, value in likelihoods.top())
-        return TokenReport(self._tokenizer.decode([token]), likelihoods.token.item(), top)
+        spelled = [(*spelling(self._tokenizer, other), value) for other, value in likelihoods.top()]
+        text, data = spelling(self._tokenizer, token)
+        top = tuple((other, value, own) for other, own, value in spelled)
+        return TokenReport(text, likelihoods.token.item(), top, data)
 
     def _usage(self, work: _Work) -> Usage:
         return Usage(len(work.ticket.request.tokens), work.cached, work.made)

@@ -370,7 +370,8 @@ class CompletionReply:
         return {
             "tokens": [report.text for report in reports],
             "token_logprobs": [report.logprob for report in reports],
-            "top_logprobs": [dict(report.top) for report in reports],
+            # Texts may be the same, of parts of a character, say: the likeliest of them is kept.
+            "top_logprobs": [{text: value for text, value, _ in reversed(report.top)} for report in reports],
             "text_offset": offsets,
         }
 
@@ -394,13 +395,13 @@ def _chat_logprobs(reports: list[TokenReport] | tuple[TokenReport, ...]) -> dict
         return None
     content = [
         {
-            **_token(report.text, report.logprob),
-            "top_logprobs": [_token(text, logprob) for text, logprob in report.top],
+            **_token(report.text, report.logprob, report.data),
+            "top_logprobs": [_token(*one) for one in report.top],
         }
         for report in reports
     ]
     return {"content": content, "refusal": None}
 
 
-def _token(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _token(text: str, logprob: float, data: bytes) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(data)}

@@ -236,7 +236,7 @@ class Step:
     def _update(self, loss_sum: mx.array, count: mx.array, reports: dict, grads: dict) -> StepResult:
         """Update masters and optimizer by summed gradients; traced once."""
         optimizer, rates = self.optimizer, self._rates
-        grads = scaled(grads, 1 / mx.maximum(count, 1))
+        grads = scaled(grads, 1 / mx.where(count > 0, count, 1))  # weights may add up to less than 1
         if self.events is not None:
             grads = self._with_penalty(grads)
         norm, factor = clip_scale(grads, self._max_grad_norm)

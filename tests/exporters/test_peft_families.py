@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm.models.falcon_h1
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.exporters.peft import PEFT_WEIGHTS
 from mlx_lora.exporters.peft_experts import folded_rows, own_path, peft_path
+from mlx_lora.exporters.peft_full import full_for_peft, full_values, shift_of
 from mlx_lora.models.load import load_base
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("FutureWarning", "UserWarning")]
@@ -146,3 +148,20 @@ def test_the_folded_numbers_are_mlx_lms_own():
     rows = folded_rows(model, f"{block}mamba.in_proj", 84)[:, 0]
     assert len(set(rows.tolist())) == 5
     assert mx.allclose(folded_rows(model, f"{block}self_attn.v_proj", 16), mx.ones((16, 1)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"), [("qwen3_next", "model.norm"), ("qwen3_5", "model.q_norm"), ("step3p5", "model.norm")]
+)
+def test_norms_that_mlx_lm_shifts_are_shifted_back(kind, path):
+    """transformers computes x (1 + w) with them, and mlx-lm adds the 1 when it loads a published model."""
+    model = nn.Module()
+    model.model_type, model.model = kind, nn.Module()
+    model.model.norm, model.model.q_norm = nn.RMSNorm(4), nn.RMSNorm(4)
+    model.update({"model": {path.rpartition(".")[2]: {"weight": mx.array([1.5, 1.0, 0.5, 2.0])}}})
+    [(name, theirs)] = full_for_peft(model, (f"{path}.weight",), False)[0].items()
+    assert theirs.tolist() == [0.5, 0.0, -0.5, 1.0]
+    back = full_values({name: (path, "weight")}, {name: theirs}, model)
+    assert back[path, "weight"].tolist() == [1.5, 1.0, 0.5, 2.0]
+    assert shift_of("qwen3_next", "model.layers.0.linear_attn.norm", "weight") == 0
+    assert shift_of("qwen3", "model.norm", "weight") == 0

@@ -20,7 +20,7 @@ from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import EmptyPart, FormatError
 from mlx_lora.data.labeled import parse_labeled
-from mlx_lora.losses.classification import NUMBER, SEVERAL, SINGLE
+from mlx_lora.losses.classification import NUMBER, SEVERAL, SINGLE, class_measures, macro_f1
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.objectives.classify import problem_of
 from mlx_lora.objectives.table import objective_of
@@ -367,6 +367,67 @@ def test_labels_say_what_they_are():
 def rows_with(labels: list) -> EncodedSet:
     rows = [(np.array([1, 2], np.int32), np.zeros(2, bool))] * len(labels)
     return EncodedSet.from_rows(rows).with_facts([{"label": label} for label in labels])
+
+
+def test_balanced_weights_are_those_of_the_training_rows(tiny_folder, data, tmp_path):
+    rows = [row for row in texts() if row["label"] == "cold"] + texts(12)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "train.jsonl", rows)
+    write(folder / "valid.jsonl", [row for row in texts(24) if row["label"] != "hot"])  # others are more frequent here
+    flags = ("--model", tiny_folder, "--data", folder, *QUICK, "--iters", 3, "--class-weights", "balanced")
+    ran = run("train", *flags, "--adapter-path", tmp_path / "a", "--val-batches", -1, "--sample-tokens", 0)
+    assert ran.code == 0, ran.err
+    kept = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["mlx_lora"]["head"]["weights"]
+    assert kept[0] < min(kept[1:])  # cold is the most frequent label
+    losses = [json.loads(line).get("val_loss") for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    given = (
+        "--model",
+        tiny_folder,
+        "--adapter-path",
+        tmp_path / "a",
+        "--data",
+        folder,
+        "--objective",
+        "classify",
+        "--json",
+    )
+    found = json.loads(run("evaluate", *given).out)
+    assert found["loss"] == pytest.approx([one for one in losses if one is not None][-1], rel=by_dtype(1e-4, 2e-2))
+
+
+def test_the_scale_of_weights_does_not_change_the_step(tiny_folder, tmp_path):
+    """The gradient is that of a mean: it is divided by the sum of the weights, also where that is below 1."""
+    file, norms = write(tmp_path / "rows.jsonl", texts(4)), []
+    for weights in ("cold=0.1,hot=0.2,mild=0.1", "cold=1,hot=2,mild=1"):
+        flags = (
+            "--model",
+            tiny_folder,
+            "--data",
+            file,
+            *QUICK,
+            "--iters",
+            1,
+            "--batch-size",
+            4,
+            "--valid-fraction",
+            0,
+            "--force",
+        )
+        ran = run("train", *flags, "--class-weights", weights, "--adapter-path", tmp_path / "a", "--sample-tokens", 0)
+        assert ran.code == 0, ran.err
+        norms += [json.loads(line)["grad_norm"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert norms[0] == pytest.approx(norms[1], rel=by_dtype(1e-3, 5e-2))
+
+
+def test_macro_f1_is_scikit_learns():
+    truth = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [1, 0, 0]], bool)
+    found = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 0], [1, 0, 0]], bool)
+    several = class_measures(truth, found, ["a", "b", "c"])
+    assert macro_f1(several, SEVERAL) == pytest.approx(
+        5 / 9
+    )  # f1_score(truth, found, average="macro"): label c counts as 0
+    assert macro_f1(several, SINGLE) == pytest.approx(5 / 6)  # f1_score of numbers of labels leaves c out
 
 
 def test_labels_get_numbers_in_their_order():

@@ -181,13 +181,14 @@ def test_rows_of_one_query_are_one_example(tiny_folder, tmp_path):
     assert "train      4 query lists" in ran.err
 
 
-def test_queries_get_rows_of_their_best_documents_and_the_worst():
+def test_queries_get_rows_of_their_best_documents_and_the_worst(logged):
     objective = objective_of(ObjectiveSettings("rerank", candidates=3))
     tokens = [np.arange(1, 3 + n, dtype=np.int32) for n in range(4)]
     facts = [{ROWS: tokens, "grades": [1.0, 1.0, 1.0, 0.0]}, {ROWS: tokens[:2], "grades": [0.0, 1.0]}]
     rows = EncodedSet.from_rows([(tokens[0], np.zeros(2, bool))] * 2).with_facts(facts)
     found = objective.targets_of(rows)
     assert found.group == 3
+    assert "1 query, of up to 4; --candidates 4" in " ".join(logged)
     assert np.array(found.labels).tolist() == [1, 1, 0, 1, 0, -1]
     assert [len(found.row(i)[0]) for i in range(6)] == [3, 4, 6, 4, 3, 2]  # one more each, which is only a target
 

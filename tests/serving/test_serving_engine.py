@@ -106,7 +106,7 @@ def test_log_probabilities_in_a_mixed_batch_are_those_alone(engine, adapters):
     for name, answer in mixed.items():
         for one, other in zip(answer.wait().reports, alone[name], strict=True):
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
-            assert one.top[0] == (one.text, one.logprob), "greedy takes the likeliest"
+            assert one.top[0] == (one.text, one.logprob, one.data), "greedy takes the likeliest"
             assert len(one.top) == 3
 
 

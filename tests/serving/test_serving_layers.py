@@ -13,9 +13,11 @@ from mlx.utils import tree_flatten
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.models.load import load_base
+from mlx_lora.models.tokenizer import spelling
 from mlx_lora.serving.adapter_store import AdapterSource, AdapterStore, UnknownAdapter, read_factors
 from mlx_lora.serving.batch import Sampler, Sampling, TextStream, TokenReport, sample_rows
 from mlx_lora.serving.pools import ROUTED, LayerFactors, LayerPools, Routing, route, unrouted_twin
+from mlx_lora.serving.schema import _chat_logprobs
 from mlx_lora.utils.errors import InputError
 
 TOKENS = mx.array([[3, 1, 4], [1, 5, 9], [2, 6, 5], [3, 5, 8], [9, 7, 9]])
@@ -215,3 +217,35 @@ def test_text_that_may_begin_a_stop_is_held_back():
     stream = TextStream(Letters(), ("stop",))
     assert [stream.add(ord(c)).text for c in "xsto"] == ["x", "", "", ""]
     assert stream.add(ord("y")).text == "stoy"
+
+
+class Vocabulary:
+    """A tokenizer of a few pieces, as byte-level and SentencePiece vocabularies have them."""
+
+    PIECES = (
+        "\u00c3",
+        "\u00a9",
+        "<0xE2>",
+        "\u2581the",
+        "the",
+        "\u0120a",
+    )  # the first two are the bytes of "e" with an acute
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return self.PIECES[token]
+
+    def decode(self, tokens: list[int]) -> str:
+        return ("\ufffd", "\ufffd", "\ufffd", "the", "the", " a")[tokens[0]]
+
+
+def test_a_token_is_spelled_with_its_own_bytes():
+    found = [spelling(Vocabulary(), token) for token in range(6)]
+    assert b"".join(data for _, data in found[:2]).decode() == "\u00e9"
+    assert found[2] == ("\ufffd", b"\xe2")
+    assert [text for text, _ in found[3:]] == [" the", "the", " a"]
+
+
+def test_the_likeliest_of_tokens_with_one_text_is_kept():
+    report = TokenReport("\ufffd", -0.1, (("\ufffd", -0.1, b"\xc3"), ("\ufffd", -5.0, b"\xa9")), b"\xc3")
+    assert _chat_logprobs([report])["content"][0]["bytes"] == [0xC3]
+    assert [one["bytes"] for one in _chat_logprobs([report])["content"][0]["top_logprobs"]] == [[0xC3], [0xA9]]
