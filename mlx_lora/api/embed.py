@@ -6,7 +6,7 @@ Shapes: N texts, Q queries, M documents, D width.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,8 @@ def embed(
     if isinstance(texts, str) or not all(isinstance(text, str) and text.strip() for text in texts):
         raise InputError("texts: give a list of texts, none of which is empty")
     loaded = as_base(base, "embed")
-    resolved = run_settings(loaded.settings, {**settings, "objective": "embed"})
+    resolved = run_settings(loaded.settings, {**settings, "objective": "embed"}, of=("data", "objective"))
+    check_prompts(settings, query)
     folder = None if adapter is None else resolve_adapter(os.fspath(adapter), None)
     with loaded.loaded.lent() as lent:
         how = VectorOptions(dims, normalize)
@@ -68,6 +69,22 @@ def embed(
 
 
 # Search
+
+
+def check_prompts(given: Mapping[str, Any], query: bool) -> None:
+    """Refuse the prompt of the side that is not embedded.
+
+    Args:
+        given: settings that the user gave.
+        query: whether the texts are queries, or documents.
+
+    Raises:
+        InputError: naming it.
+    """
+    if query and given.get("document_prompt") is not None:
+        raise InputError("--document-prompt with --query: the texts are queries; give --query-prompt")
+    if not query and given.get("query_prompt") is not None:
+        raise InputError("--query-prompt: the texts are documents; add --query, or give --document-prompt")
 
 
 def ranks_of(queries: np.ndarray, documents: np.ndarray, own: Sequence[Sequence[int]]) -> list[np.ndarray]:

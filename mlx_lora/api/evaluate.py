@@ -95,7 +95,9 @@ def evaluate(
         InputError: base, adapter, data or a setting that cannot be used.
     """
     base, source = as_base(base, "evaluate"), data_source(data)
-    resolved = run_settings(base.settings, {**settings, "objective": objective, "data": source})
+    resolved = run_settings(
+        base.settings, {**settings, "objective": objective, "data": source}, of=("data", "objective")
+    )
     check_adapter(resolved, adapter)
     if batch_tokens is not None and batch_tokens < 2:
         raise InputError(f"--batch-tokens {batch_tokens}: must be at least 2")

@@ -12,6 +12,7 @@ from typing import Any
 from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
+from mlx_lora.api.run_data import with_settings_of_runs
 from mlx_lora.api.train import data_source, run_settings
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.evaluation.judge import judge_pairs, pairs_of
@@ -113,13 +114,18 @@ def evaluate_tasks(
     """
     loaded = as_base(base, "evaluate_tasks")
     given = [tasks] if isinstance(tasks, str) else list(tasks)
-    rows = None
+    rows, sources = None, _sources(adapters)
+    if not isinstance(chat_template, bool):
+        raise InputError("chat_template: True or False; rows of your own are asked in the form of each adapter's run")
     if data is not None:
-        resolved = run_settings(loaded.settings, {**settings, "data": data_source(data)})
-        rows = RowsAsked(resolved.data, max_tokens, limit)
+        resolved = run_settings(loaded.settings, {**settings, "data": data_source(data)}, of=("data",))
+        folders = [source.folder for source in sources.values() if source.folder]
+        rows = RowsAsked(with_settings_of_runs(resolved, settings, folders).data, max_tokens, limit)
+    elif settings:
+        raise InputError(f"{', '.join(settings)}: settings of data; give data, or leave them out")
     asked = TasksRequest(
         given, rows, [metrics] if isinstance(metrics, str) else list(metrics), None if judge is None else os.fspath(judge),
-        chat_template, fewshot, limit, _sources(adapters), ignore_fingerprint, batch_tokens,
+        chat_template, fewshot, limit, sources, ignore_fingerprint, batch_tokens,
     )  # fmt: skip
     metric_list = check_tasks(asked)
     with loaded.loaded.lent() as lent:

@@ -197,7 +197,7 @@ def planned_on(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> dict[
 def _asked(model: SharedModel, macs: Sequence[MacSpec]) -> tuple[list[Mac], RunShape, list[float]]:
     """Return the Macs, the largest batch and each Mac's part of the base, as the settings ask for them."""
     settings = model.settings
-    chosen = [_mac(mac, model.number_bytes) for mac in macs]
+    chosen = [_mac(mac, model.number_bytes, settings.loop.memory_budget) for mac in macs]
     mode = "block" if settings.loop.grad_checkpoint == "auto" else settings.loop.grad_checkpoint
     tokens = settings.loop.batch_tokens or DEFAULT_BATCH_TOKENS
     rows, width = largest_batch(settings.data.max_seq_length - 1, settings, tokens)
@@ -276,11 +276,14 @@ def split_of(settings: TrainSettings) -> str:
     return "memory" if settings.loop.shard_base == "off" else settings.loop.shard_base
 
 
-def _mac(given: MacSpec, number_bytes: int) -> Mac:
+def _mac(given: MacSpec, number_bytes: int, budget_gb: float | None) -> Mac:
+    """Return a Mac, which may use what its system allows, and no more than --memory-budget."""
     chip = find_chip(given.chip)
     machine = dataclasses.replace(chip.machine(given.memory_gb, number_bytes), kernels=KernelTerms())
     if given.working_set_bytes:
         machine = dataclasses.replace(machine, working_set_bytes=given.working_set_bytes)
+    if budget_gb is not None:
+        machine = dataclasses.replace(machine, working_set_bytes=min(machine.working_set_bytes, int(budget_gb * 1e9)))
     return Mac(machine, listed_ceilings(chip, number_bytes))
 
 

@@ -54,7 +54,7 @@ def predict(
         InputError: base, adapter or a setting that cannot be used, or an empty text.
     """
     base = as_base(base, "predict")
-    data = run_settings(base.settings, {**settings, "objective": "classify"}).data
+    data = run_settings(base.settings, {**settings, "objective": "classify"}, of=("data", "objective")).data
     given: list[Any] = [texts] if isinstance(texts, str) else list(texts)
     examples = []
     for number, one in enumerate(given):
@@ -131,7 +131,7 @@ def rerank(
         InputError: base, adapter or a setting that cannot be used, or an empty text.
     """
     base = as_base(base, "rerank")
-    data = run_settings(base.settings, {**settings, "objective": "rerank"}).data
+    data = run_settings(base.settings, {**settings, "objective": "rerank"}, of=("data", "objective")).data
     if not all(isinstance(text, str) and text.strip() for text in (query, *documents)):
         raise InputError("rerank: the query and each document must be a text that is not empty")
     folder: Any = resolve_adapter(os.fspath(adapter), None)

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 # Settings of a run that say how its data is read: of columns, of chat exports, and all that decide which rows it has.
 NAMES = (*COLUMNS, "label_column", "turn_names")
 CHAT_COLUMNS = ("speaker", "conversation_gap")
+TRAINED_PARTS = ("mask_prompt", "allow_special_tokens")
 # Settings of an objective that name code to run or what to fetch: an adapter may be a stranger's, so its run.yaml must not choose them.
 NAMED_BY_USER = ("reward", "reward_weights", "environment", "tools", "teacher", "teacher_prompt", "own_prompts")
 HOW_COMPUTED = ("shared_prefix", "reward_errors", "reward_timeout")  # settings of an objective that change no loss
@@ -50,7 +51,23 @@ def with_settings_of_run(settings: TrainSettings, given: Collection[str], adapte
     if adapter is None:
         return settings
     settings = replace(settings, data=with_limits_of_run(settings.data, given, adapter))
+    settings = _with_trained_parts_of_run(settings, given, adapter)
     return _with_columns_of_run(_with_objective_of_run(settings, given, adapter), given, adapter)
+
+
+def _with_trained_parts_of_run(settings: TrainSettings, given: Collection[str], adapter: Path) -> TrainSettings:
+    """Return the settings with what decides which tokens of a row the run trained."""
+    run, ours = run_of(adapter), asdict(settings.data)
+    found = {
+        name: run[name]
+        for name in TRAINED_PARTS
+        if name not in given and isinstance(run.get(name), bool) and run[name] != ours[name]
+    }
+    changed = replace(settings, data=replace(settings.data, **found))
+    if not found or run.get("objective") != settings.objective.objective or settings_problems(changed.to_flat()):
+        return settings
+    log.info(f"As in the run that trained {adapter}: {_flags(found)}")
+    return changed
 
 
 def _with_objective_of_run(settings: TrainSettings, given: Collection[str], adapter: Path) -> TrainSettings:
@@ -72,7 +89,13 @@ def _with_objective_of_run(settings: TrainSettings, given: Collection[str], adap
 
 def _flags(settings: Mapping[str, Any]) -> str:
     """Return settings as flags, for a message."""
-    return ", ".join(flag_of(name) if value is True else f"{flag_of(name)} {value}" for name, value in settings.items())
+    words = {True: "{}", False: "--no-{}"}
+    return ", ".join(
+        words[value].format(flag_of(name) if value else flag_of(name).removeprefix("--"))
+        if isinstance(value, bool)
+        else f"{flag_of(name)} {value}"
+        for name, value in settings.items()
+    )
 
 
 def _with_columns_of_run(settings: TrainSettings, given: Collection[str], adapter: Path) -> TrainSettings:
@@ -89,6 +112,22 @@ def _with_columns_of_run(settings: TrainSettings, given: Collection[str], adapte
         return settings
     log.info(f"Columns as in the run that trained {adapter}: {_flags(found)}")
     return changed
+
+
+def with_settings_of_runs(settings: TrainSettings, given: Collection[str], adapters: Collection[Path]) -> TrainSettings:
+    """Return the settings as `with_settings_of_run` does, for rows that several adapters answer.
+
+    Raises:
+        InputError: their runs read other columns.
+    """
+    found = {folder: with_settings_of_run(settings, given, folder) for folder in adapters}
+    columns = {tuple(getattr(one.data, name) for name in (*NAMES, *CHAT_COLUMNS)) for one in found.values()}
+    if len(columns) > 1:
+        raise InputError(
+            f"--data {settings.data.data}: the runs of {', '.join(map(str, found))} read other columns; name those to read "
+            "(--prompt-column, --completion-column)"
+        )
+    return next(iter(found.values()), settings)
 
 
 def _is_chat(data: str) -> bool:

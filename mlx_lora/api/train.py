@@ -29,7 +29,7 @@ import mlx.core as mx
 from mlx_lora.api.base import Base, PathLike, as_base
 from mlx_lora.api.errors import speaks_python
 from mlx_lora.config.load import train_settings
-from mlx_lora.config.settings import AUTO, ModelSettings, TrainSettings
+from mlx_lora.config.settings import AUTO, FIELDS, SECTIONS, ModelSettings, TrainSettings
 from mlx_lora.data.files import SPLIT_NAMES
 from mlx_lora.parallel.launch import find_launch
 from mlx_lora.reports.run_report import REPORT_FILE, read_records
@@ -233,18 +233,22 @@ ONLY_COMMAND = {
 }
 
 
-def run_settings(model: ModelSettings, given: Mapping[str, Any]) -> TrainSettings:
+def run_settings(model: ModelSettings, given: Mapping[str, Any], of: Sequence[str] = ()) -> TrainSettings:
     """Return the settings of a run on a loaded model.
 
     Args:
         model: that the base was loaded with.
         given: settings by name, as the caller wrote them.
+        of: the sections whose settings are used (`data`, `objective`); empty: all.
 
     Raises:
         InputError: unknown names, values that are not allowed, or settings of `load` or of the command.
     """
     problems = [f"{name}: belongs to the model; give it to mlx_lora.load" for name in given if name in MODEL_FIELDS]
     problems += [f"{name}: not available in Python; {advice}" for name, advice in ONLY_COMMAND.items() if name in given]
+    used = {field.name for section in of for field in fields(SECTIONS[section])} if of else set(FIELDS)
+    unused = [name for name in given if name in FIELDS and name not in {*used, *MODEL_FIELDS, *ONLY_COMMAND}]
+    problems += [f"{name}: a setting of training, which is not used here; leave it out" for name in unused]
     if problems:
         raise InputError("; ".join(problems))
     return replace(train_settings(plain(given)), model=model)

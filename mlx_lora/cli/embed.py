@@ -13,6 +13,7 @@ from typing import Any
 import click
 import numpy as np
 
+from mlx_lora.api.embed import check_prompts
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS
@@ -83,6 +84,7 @@ def main(
     if out.suffix == ".parquet":
         _arrow()
     given = flags.given(options)
+    check_prompts(given, query)
     settings = train_settings(given | {"objective": "embed"})
     passages = read_passages(data, text_column)
     base = load_base(settings.model)

@@ -13,7 +13,7 @@ import math
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from mlx_lora.cli import options as flags
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import LABELED, RANKED
-from mlx_lora.config.settings import TrainSettings
+from mlx_lora.config.settings import SECTIONS, TrainSettings
 from mlx_lora.data.report import UNITS
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.table import objective_of
@@ -126,6 +126,15 @@ def main(
             raise InputError(f"--forgetting with {flag}: it needs the whole base; leave out one of the two")
         if not adapter.adapter_path:
             raise InputError("--forgetting: no adapter; give --adapter-path")
+        idle = ["--corpus"] if corpus else []
+        idle += [
+            flag_of(name)
+            for name in given
+            if name in {field.name for field in fields(SECTIONS["objective"])}
+            and (name != "objective" or given[name] != "sft")
+        ]
+        if idle:
+            raise InputError(f"{', '.join(idle)} with --forgetting: it measures the loss of texts; leave it out")
         folders = [adapter.folder(), *(resolve_adapter(flags.adapter_source(one)) for one in only["against"])]
         general = {TEXT: only["general_text"], CHAT: only["general_chat"]}
         asked = ForgettingRequest(

@@ -9,14 +9,18 @@ python -m mlx_lora evaluate --model DIR --data questions.jsonl --judge mlx-commu
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mlx_lora.api.evaluate_tasks import TasksRequest, check_tasks, measure_tasks
+from mlx_lora.api.run_data import with_settings_of_runs
 from mlx_lora.cli import options as flags
+from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import DataSettings
 from mlx_lora.evaluation.own_rows import RowsAsked
 from mlx_lora.evaluation.results import TaskResults
 from mlx_lora.models.load import load_base
@@ -37,6 +41,9 @@ class TasksCommand(flags.SettingsCommand):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, list(flags.repeated(args, SEVERAL)))
+
+
+OF_TASKS_ONLY = {"fewshot": "--num-fewshot", "apply_chat_template": "--apply-chat-template"}
 
 
 @click.command(cls=TasksCommand)
@@ -99,9 +106,18 @@ def main(
         print_names(as_json)
         return 0
     page = _page(report)
-    settings = train_settings(flags.given(options))
-    rows = RowsAsked(settings.data, own["max_tokens"], own["limit"]) if settings.data.data else None
-    sources = adapter_sources(named.adapters, named.blends)
+    given = flags.given(options)
+    settings, sources = train_settings(given), adapter_sources(named.adapters, named.blends)
+    if settings.data.data:
+        if not split and (useless := [flag for name, flag in OF_TASKS_ONLY.items() if own[name]]):
+            raise InputError(f"{', '.join(useless)}: only with --tasks; leave it out")
+        folders = [source.folder for source in sources.values() if source.folder]
+        settings = with_settings_of_runs(settings, given, folders)
+        rows = RowsAsked(settings.data, own["max_tokens"], own["limit"])
+    else:
+        if useless := [flag_of(name) for name in given if name in {field.name for field in fields(DataSettings)}]:
+            raise InputError(f"{', '.join(useless)}: only with --data, and tasks have their own rows; leave it out")
+        rows = None
     asked = TasksRequest(
         split, rows, metrics, own["judge"], own["apply_chat_template"], own["fewshot"], own["limit"], sources,
         named.ignore_fingerprint, batch_tokens,

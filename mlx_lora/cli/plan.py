@@ -111,6 +111,13 @@ def main(
     hostfile, link_gbit = options.pop("hostfile"), options.pop("link_gbit")
     sweep, clients = options.pop("sweep"), options.pop("clients")
     budget = None if sweep is None else read_budget(sweep)
+    several = macs is not None or hostfile is not None
+    if budget is not None and (several or all_chips):
+        raise InputError(
+            "--sweep with --macs, --hostfile or --all-chips: it is planned for one machine; leave out one of them"
+        )
+    if link_gbit is not None and not several:
+        raise InputError("--link-gbit: only for --macs or --hostfile; add one of them, or leave it out")
     given = flags.given(options)
     settings = train_settings(given, read_settings(config_file, given))
     if clients is not None:

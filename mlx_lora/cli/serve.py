@@ -17,6 +17,7 @@ import click
 
 from mlx_lora.cli import options as flags
 from mlx_lora.cli.chat import begun_engine
+from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import serve_settings
 from mlx_lora.config.settings import ModelSettings, ServeSettings
 from mlx_lora.exporters.adapter_config import head_of
@@ -34,18 +35,27 @@ SHUTDOWN_S = 5
 KEY_PREFIX = "tml-"
 
 
+FOR_TRAINING = ("model_name", "checkpoints", "join_clients", "max_sessions", "session_timeout")
+NOT_FOR_TRAINING = ("prompt_cache", "request_timeout", "max_waiting")
+
+
 @click.command(cls=flags.SettingsCommand)
 @flags.settings_options("model", "serve")
 @flags.named_adapters_options()
 def main(named: flags.NamedAdapters, **options: Any) -> None:
     """Serve --model, with and without each --adapter, until you press Ctrl-C."""
-    model, settings = serve_settings(flags.given(options))
+    given = flags.given(options)
+    model, settings = serve_settings(given)
+    useless = [flag_of(name) for name in given if name in (NOT_FOR_TRAINING if settings.training else FOR_TRAINING)]
+    if useless:
+        kind = (
+            "with --training: clients bring it, or it has no use there" if settings.training else "only for --training"
+        )
+        raise InputError(f"{', '.join(useless)}: {kind}; leave it out")
     key = flags.server_key("serve", settings.host, settings.api_key)
     if settings.training:
         serve_training(model, settings, key, named)
         return
-    if settings.model_name or settings.join_clients:
-        raise InputError("--model-name, --join-clients: only for --training; add it, or leave them out")
     if settings.adapters_from and not Path(settings.adapters_from).expanduser().is_dir():
         raise InputError(f"--adapters-from {settings.adapters_from}: no such folder; create it, or leave it out")
     if settings.images_from and not Path(settings.images_from).expanduser().is_dir():

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.objectives import IMITATION, LABELED, PAIRS, RANKED, SAMPLING, VERIFIERS
+from mlx_lora.config.optimizers import OPTIMIZERS
 from mlx_lora.config.presets import PRESETS, START_ANEW
 from mlx_lora.config.settings import FIELDS, LOGGERS, ROWS, SHARDING, parse_pattern
 from mlx_lora.utils.text import command_line
@@ -48,8 +49,25 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
     loggers = [name.strip().lower() for name in (settings["report_to"] or "").split(",")]
     if settings["report_to"] and not set(loggers) <= set(LOGGERS):
         problems.append(f"--report-to {settings['report_to']}: only {', '.join(LOGGERS)}, by comma")
-    problems += _data_problems(settings) + _validation_problems(settings)
+    problems += _idle_problems(settings) + _data_problems(settings) + _validation_problems(settings)
     return problems + _rollout_problems(settings) + _teacher_problems(settings)
+
+
+def _idle_problems(settings: Mapping[str, Any]) -> list[str]:
+    """Return a problem for each setting that another one makes idle."""
+    problems, optimizer = [], settings["optimizer"]
+    decay = settings["weight_decay"]
+    if (
+        decay not in (0, FIELDS["weight_decay"].default)
+        and optimizer in OPTIMIZERS
+        and not OPTIMIZERS[optimizer].takes_decay
+    ):
+        problems.append(
+            f"--weight-decay {decay:g} with --optimizer {optimizer}: it has none; use adamw, or leave it out"
+        )
+    if settings["project_name"] and not settings["report_to"]:
+        problems.append("--project-name without --report-to: nothing is reported; add it, or leave the name out")
+    return problems
 
 
 def _teacher_problems(settings: Mapping[str, Any]) -> list[str]:

@@ -31,7 +31,7 @@ LENGTHS = ("iters", "epochs")
 # What a sweep sets itself.
 OWN = {"seed": "give --seeds"}
 # Settings of a run that a sweep sets for each of its runs.
-SET_BY_SWEEP = ("adapter_path", "resume", "force", "train", "test", "test_batches", "max_restarts")
+SET_BY_SWEEP = ("adapter_path", "resume", "force", "train", "test", "test_batches", "max_restarts", "short_buffers")
 _EXAMPLE = "write it like learning_rate=5e-5..2e-3 or rank=8,16,32"
 
 Candidate = dict[str, Any]

@@ -151,7 +151,7 @@ def test_rows_are_those_of_transformers(family, tmp_path):
         assert any(mask)
         kinds = np.array((out.get("mm_token_type_ids") or out["token_type_ids"])[0])
         assert (found == image).tolist() == (kinds == 1).tolist()
-        digests = table.of_labels(rows.labels, len(rows))[number]
+        digests = table.of_numbers(rows.labels, len(rows))[number]
         sizes = [table.pictures[digest].size for digest in digests]
         assert sizes == [one.size for one in pictures_of(messages)]
         assert sum(table.shown[digest].tokens for digest in digests) == int((found == image).sum())

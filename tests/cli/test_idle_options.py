@@ -1,0 +1,110 @@
+"""An option that would have no effect is refused, or what it decides is taken from the run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from run_cli import one_line, run
+
+import mlx_lora
+from mlx_lora.utils.errors import InputError
+
+SHORT = ("--iters", 1, "--rank", 2, "--batch-tokens", 256, "--sample-tokens", 0)
+
+
+@pytest.fixture(scope="module")
+def two_columns(tmp_path_factory):
+    path = tmp_path_factory.mktemp("columns") / "two.jsonl"
+    rows = [{"prompt": f"Say {n}", "completion": f"long answer {n}", "short": f"S{n}"} for n in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def trained(tiny_folder, data, folder, *flags):
+    ran = run("train", "--model", tiny_folder, "--data", data, "--adapter-path", folder, *SHORT, *flags)
+    assert ran.code == 0, ran.err
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("train", "--optimizer", "adam", "--weight-decay", 10), "--weight-decay"),
+        (("train", "--project-name", "p"), "--report-to"),
+        (("generate", "--prompt", "Hi", "--top-p", 0.8), "--temp"),
+        (("generate", "--prompt", "Hi", "--seed", 3), "--temp"),
+        (("evaluate", "--tasks", "arc_easy", "--prompt-column", "q"), "--data"),
+        (("evaluate", "--metric", "exact_match", "--data", "chats", "--num-fewshot", 3), "--tasks"),
+        (("evaluate", "--forgetting", "--adapter-path", "a", "--objective", "dpo"), "--objective"),
+        (("evaluate", "--forgetting", "--adapter-path", "a", "--corpus", "x"), "--corpus"),
+        (("serve", "--max-sessions", 3), "--training"),
+        (("plan", "--link-gbit", 10), "--macs"),
+        (("plan", "--all-chips", "--sweep", "4x"), "--sweep"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else value,
+)
+def test_an_option_without_effect_is_one_line(words, said, tiny_folder, chats, tmp_path):
+    command, *rest = (chats if word == "chats" else word for word in words)
+    data = ("--data", chats, "--adapter-path", tmp_path / "a") if command == "train" else ()
+    one_line(run(command, "--model", tiny_folder, *data, *rest), said)
+
+
+def test_prompts_of_texts_are_for_the_side_that_is_embedded(tiny_folder, tmp_path):
+    (tmp_path / "t.txt").write_text("a text\n")
+    given = ("embed", tmp_path / "t.txt", "--model", tiny_folder, "--out", tmp_path / "v.npy")
+    one_line(run(*given, "--query-prompt", "q: "), "--query-prompt", "--query")
+    one_line(run(*given, "--document-prompt", "d: ", "--query"), "--document-prompt", "--query")
+    assert run(*given, "--query-prompt", "q: ", "--query").code == 0
+
+
+def test_python_refuses_settings_that_it_would_not_use(tiny_folder, chats):
+    base = mlx_lora.load(str(tiny_folder))
+    with pytest.raises(InputError, match="rank"):
+        mlx_lora.evaluate(base, str(chats), rank=64)
+    with pytest.raises(InputError, match="nonsense"):
+        mlx_lora.evaluate_tasks(base, "arc_easy", nonsense=3)
+    with pytest.raises(InputError, match="seed"):
+        base.generate("Hi", seed=1)
+    assert mlx_lora.evaluate(base, str(chats), mask_prompt=False)["loss"] > 0
+
+
+def test_evaluate_counts_the_tokens_that_the_run_trained(tiny_folder, chats, tmp_path):
+    adapter = trained(tiny_folder, chats, tmp_path / "a", "--no-mask-prompt", "--val-batches", 0)
+    given = ("evaluate", "--model", tiny_folder, "--adapter-path", adapter, "--data", chats, "--json")
+    found, masked = run(*given), run(*given, "--mask-prompt")
+    assert "--no-mask-prompt" in found.err
+    assert json.loads(found.out)["supervised_tokens"] > 2 * json.loads(masked.out)["supervised_tokens"]
+
+
+def test_answers_are_compared_with_the_column_that_the_run_trained(tiny_folder, two_columns, tmp_path):
+    columns = ("--prompt-column", "prompt", "--completion-column", "short")
+    adapter = trained(tiny_folder, two_columns, tmp_path / "a", *columns, "--val-batches", 0)
+    other = trained(tiny_folder, two_columns, tmp_path / "b", "--val-batches", 0)
+    given = (
+        "evaluate",
+        "--model",
+        tiny_folder,
+        "--data",
+        two_columns,
+        "--metric",
+        "exact_match",
+        "--max-tokens",
+        2,
+        "--json",
+    )
+    ran = run(*given, "--adapter", adapter)
+    assert ran.code == 0, ran.err
+    assert "--completion-column short" in ran.err
+    assert '"S' in ran.out
+    assert "long answer" not in ran.out
+    refused = run(*given, "--adapter", adapter, "--adapter", other)
+    assert refused.code == 2
+    assert "columns" in refused.lines[-1]
+
+
+def test_a_plan_for_several_macs_keeps_to_the_budget(tiny_folder):
+    given = ("plan", "--model", tiny_folder, "--macs", "M4 Pro:48,M2 Max:32", "--json")
+    free, tight = (json.loads(run(*given, *more).out) for more in ((), ("--memory-budget", 0.001)))
+    assert json.dumps(free) != json.dumps(tight)
+    assert str(free).count("True") > str(tight).count("True")
