@@ -267,7 +267,8 @@ def render(result: dict[str, Any]) -> str:
         + ", ".join(f"{mode} {gigabytes(size)}" for mode, size in result["peak_bytes_by_checkpointing"].items()),
         f"Chosen: --learning-rate {chosen['learning_rate']:g} {_length(result)}--batch-tokens {chosen['batch_tokens']} "
         f"({counted(chosen['rows'], 'row')} of {chosen['row_tokens']:,}) "
-        f"--grad-checkpoint {chosen['grad_checkpoint']} --rank {chosen['rank']}",
+        f"--grad-checkpoint {chosen['grad_checkpoint']}"
+        + ("" if chosen["method"] == "full" else f" --rank {chosen['rank']}"),
         *(
             f"Largest with --grad-checkpoint {mode}: one {'pair of answers' if paired else 'row'} of "
             f"{result['largest_sequence'][mode]:,} tokens{' each' if paired else ''}, "

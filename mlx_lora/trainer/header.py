@@ -11,6 +11,8 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.adapters.inject import Adapted, adapter_parameters, starting_rank
 from mlx_lora.config.defaults import chosen_words, length_problem, rate_problem
+from mlx_lora.config.fields import flag_of
+from mlx_lora.config.settings import FIELDS
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.trainer.fit import data_facts
 from mlx_lora.trainer.run_folder import CHECKPOINTS
@@ -35,7 +37,8 @@ MOST_PROMPT = 80  # characters of the prompt in a command to try
 def describe_method(adapter: AdapterSettings, steps: int) -> str:
     """Return the method and its own numbers, for the run header."""
     if adapter.method == "full":
-        return "full"
+        idle = [flag_of(name) for name in ("rank", "alpha") if getattr(adapter, name) != FIELDS[name].default]
+        return f"full ({' and '.join(idle)} without effect)" if idle else "full"
     words = f"{adapter.method}, rank {adapter.rank}, alpha {adapter.alpha:g}"
     if adapter.method == "adalora":
         words += f", from rank {starting_rank(adapter)} down"

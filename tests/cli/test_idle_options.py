@@ -34,6 +34,7 @@ def trained(tiny_folder, data, folder, *flags):
         (("train", "--project-name", "p"), "--report-to"),
         (("generate", "--prompt", "Hi", "--top-p", 0.8), "--temp"),
         (("generate", "--prompt", "Hi", "--seed", 3), "--temp"),
+        (("chat", "--top-p", 0.5), "--temp"),
         (("evaluate", "--tasks", "arc_easy", "--prompt-column", "q"), "--data"),
         (("evaluate", "--metric", "exact_match", "--data", "chats", "--num-fewshot", 3), "--tasks"),
         (("evaluate", "--forgetting", "--adapter-path", "a", "--objective", "dpo"), "--objective"),
