@@ -220,7 +220,7 @@ class TextSettings:
             f"--top-k {self.top_k}: must be at least 0": self.top_k >= 0,
             f"--seed {self.seed}: must be from 0 to 2^63 - 1": self.seed is None or 0 <= self.seed < 2**63,
         }
-        sampling = {"--top-p": 0 < self.top_p < 1, "--top-k": self.top_k > 0, "--seed": self.seed is not None}
+        sampling = {"--top-p": 0 < self.top_p < 1, "--top-k": self.top_k > 0}  # a seed is right for a greedy text, too
         if self.temperature == 0 and (useless := [flag for flag, is_given in sampling.items() if is_given]):
             rules[f"{', '.join(useless)} with --temp 0: nothing is sampled; add --temp, such as 0.7"] = False
         if problems := [words for words, kept in rules.items() if not kept]:

@@ -246,7 +246,7 @@ def run_settings(model: ModelSettings, given: Mapping[str, Any], of: Sequence[st
     """
     problems = [f"{name}: belongs to the model; give it to mlx_lora.load" for name in given if name in MODEL_FIELDS]
     problems += [f"{name}: not available in Python; {advice}" for name, advice in ONLY_COMMAND.items() if name in given]
-    used = {field.name for section in of for field in fields(SECTIONS[section])} if of else set(FIELDS)
+    used = {field.name for section in of for field in fields(SECTIONS[section])} | {"seed"} if of else set(FIELDS)
     unused = [name for name in given if name in FIELDS and name not in {*used, *MODEL_FIELDS, *ONLY_COMMAND}]
     problems += [f"{name}: a setting of training, which is not used here; leave it out" for name in unused]
     if problems:

@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from mlx_lora.cli import options as flags
+from mlx_lora.config.checks import idle_notes
 from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.config.settings import AUTO, MODEL, TRAINING, TrainSettings
 from mlx_lora.parallel.launch import find_launch, together
@@ -65,6 +66,8 @@ def main(config_file: str | None, runs: tuple[str, ...], dry_run: bool, **option
     if runs:
         return run_several(runs, given, {"--config": config_file, "--dry-run": dry_run})
     settings = train_settings(given, read_settings(config_file, given))
+    for note in idle_notes(settings.to_flat(), given):
+        console.echo(f"note: {note}")
     try:
         return run(settings, dry_run)
     except InputError as refused:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import date
 from typing import Any
 
@@ -49,25 +49,34 @@ def settings_problems(settings: Mapping[str, Any]) -> list[str]:
     loggers = [name.strip().lower() for name in (settings["report_to"] or "").split(",")]
     if settings["report_to"] and not set(loggers) <= set(LOGGERS):
         problems.append(f"--report-to {settings['report_to']}: only {', '.join(LOGGERS)}, by comma")
-    problems += _idle_problems(settings) + _data_problems(settings) + _validation_problems(settings)
+    problems += _data_problems(settings) + _validation_problems(settings)
     return problems + _rollout_problems(settings) + _teacher_problems(settings)
 
 
-def _idle_problems(settings: Mapping[str, Any]) -> list[str]:
-    """Return a problem for each setting that another one makes idle."""
-    problems, optimizer = [], settings["optimizer"]
-    decay = settings["weight_decay"]
+def idle_notes(settings: Mapping[str, Any], given: Collection[str]) -> list[str]:
+    """Return a line for each setting that the user gave and that another one makes idle.
+
+    They are not refused: a run of an earlier version has them in its run.yaml and in its identity, and other programs' files too.
+
+    Args:
+        settings: all of them by field name.
+        given: names of those that the user gave as flags.
+    """
+    notes, optimizer = [], settings["optimizer"]
     if (
-        decay not in (0, FIELDS["weight_decay"].default)
+        "weight_decay" in given
+        and settings["weight_decay"]
         and optimizer in OPTIMIZERS
         and not OPTIMIZERS[optimizer].takes_decay
     ):
-        problems.append(
-            f"--weight-decay {decay:g} with --optimizer {optimizer}: it has none; use adamw, or leave it out"
+        notes.append(
+            f"--weight-decay {settings['weight_decay']:g} has no effect with --optimizer {optimizer}; adamw has it"
         )
-    if settings["project_name"] and not settings["report_to"]:
-        problems.append("--project-name without --report-to: nothing is reported; add it, or leave the name out")
-    return problems
+    if "project_name" in given and not settings["report_to"]:
+        notes.append("--project-name has no effect without --report-to")
+    if "test_batches" in given and not settings["test"]:
+        notes.append("--test-batches has no effect without --test")
+    return notes
 
 
 def _teacher_problems(settings: Mapping[str, Any]) -> list[str]:

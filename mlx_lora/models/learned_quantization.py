@@ -119,6 +119,8 @@ def _dwq(model: nn.Module, config: dict[str, Any], quantization: Quantization, r
     width = min(WINDOW_TOKENS, sum(map(len, rows)) // 2)  # some are held out
     cut = [(row[start : start + width], 0) for row in rows for start in range(0, len(row), width)]
     cut = [row for row in cut if len(row[0]) > 1]
+    if len(cut) < 2:
+        raise InputError("--calibrate: the rows are single tokens; give texts")
     held_out = max(1, len(cut) // 10)
     batch = min(BATCH_ROWS, held_out, len(cut) - held_out)
     model.freeze()

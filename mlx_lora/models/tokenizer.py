@@ -204,8 +204,8 @@ def spelling(tokenizer: Any, token: int) -> tuple[str, bytes]:
         return text, text.encode()
     if re.fullmatch("<0x[0-9A-F]{2}>", piece):
         return text, bytes([int(piece[3:5], 16)])
-    if piece.startswith("\u2581") and not text.startswith(" "):
-        text = f" {text}"
+    if spaces := len(piece) - len(piece.lstrip("\u2581")):
+        text = " " * spaces + text.lstrip(" ")
     spelled = _byte_values()
     if "\ufffd" in text and all(letter in spelled for letter in piece):
         return text, bytes(spelled[letter] for letter in piece)

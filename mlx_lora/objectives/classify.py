@@ -159,7 +159,9 @@ class Classify(ScoredTexts):
 
     def load_data(self, ctx: RunContext) -> DataSplits:
         data = super().load_data(ctx)
-        ctx.record.identity["head"] = {name: value for name, value in self.head.items() if name != "thresholds"}
+        ctx.record.identity["head"] = {
+            name: value for name, value in self.head.items() if name not in ("thresholds", "weights")
+        }
         if self.problem == NUMBER:
             if ctx.settings.loop.metric_for_best_model != "loss":
                 raise InputError(

@@ -54,8 +54,13 @@ class Uses:
     asks: bool = True
 
     @classmethod
-    def of_run(cls, base: Base, info: AdapterInfo, data: DataSplits) -> Uses:
-        """Read it from a run at its end, whose adapter is on the base."""
+    def of_run(cls, base: Base, info: AdapterInfo, data: DataSplits, given: str) -> Uses:
+        """Read it from a run at its end, whose adapter is on the base.
+
+        Args:
+            base, info, data: of the run.
+            given: its --data.
+        """
         kind, layers = str(base.config.get("model_type")), adapter_layers(base.model).values()
         try:
             check_peft(base.model, info.full)
@@ -68,7 +73,7 @@ class Uses:
             not info.full and not any(layer.NOT_FOR_A_ROW for layer in layers),
             in_peft,
             bool(base.hf_tokenizer.chat_template or info.chat_template),
-            bool(data.test or data.valid) and all(is_local(name) for name, _ in named_sets(data.report.data)),
+            bool(data.test or data.valid) and all(is_local(name) for name, _ in named_sets(given)),
             has_questions(data.report.to_dict()["splits"]),
         )
 
@@ -195,9 +200,15 @@ def _measuring(settings: TrainSettings, words: _Words) -> list[list[str]]:
 def _data_to_measure(data: str) -> str | None:
     """Return what `evaluate --data` takes of a run's data: of a folder with training rows alone their file; None: nothing."""
     names = [name for name, _ in named_sets(data)]
-    if len(names) > 1 or not Path(names[0]).is_dir():
-        return None if any(Path(name).is_dir() for name in names) else ",".join(names)
-    [one] = find_sets(names[0])
+    folders = [name for name in names if Path(name).expanduser().is_dir()]
+    if not folders:
+        return ",".join(names)
+    try:
+        [one] = find_sets(names[0]) if len(names) == 1 else [None]
+    except InputError:  # it has changed meanwhile
+        return None
+    if one is None:
+        return None
     if one.splits.keys() & {"test", "valid"}:
         return names[0]
     return str(one.splits["train"][0].path) if len(one.splits.get("train", ())) == 1 else None

@@ -171,7 +171,8 @@ class RunPage:
 
     def closing_words(self, settings: TrainSettings, info: AdapterInfo, data: DataSplits) -> str:
         """Return what is said after a run (trainer/next_commands.py)."""
-        return closing_words(self.folder, settings, info, self.report.samples, Uses.of_run(self.base, info, data))
+        uses = Uses.of_run(self.base, info, data, str(settings.data.data))
+        return closing_words(self.folder, settings, info, self.report.samples, uses)
 
     @classmethod
     def begin(cls, run: BuiltRun, data: DataSplits) -> RunPage:

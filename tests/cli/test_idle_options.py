@@ -30,10 +30,7 @@ def trained(tiny_folder, data, folder, *flags):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("train", "--optimizer", "adam", "--weight-decay", 10), "--weight-decay"),
-        (("train", "--project-name", "p"), "--report-to"),
         (("generate", "--prompt", "Hi", "--top-p", 0.8), "--temp"),
-        (("generate", "--prompt", "Hi", "--seed", 3), "--temp"),
         (("chat", "--top-p", 0.5), "--temp"),
         (("evaluate", "--tasks", "arc_easy", "--prompt-column", "q"), "--data"),
         (("evaluate", "--metric", "exact_match", "--data", "chats", "--num-fewshot", 3), "--tasks"),
@@ -65,9 +62,30 @@ def test_python_refuses_settings_that_it_would_not_use(tiny_folder, chats):
         mlx_lora.evaluate(base, str(chats), rank=64)
     with pytest.raises(InputError, match="nonsense"):
         mlx_lora.evaluate_tasks(base, "arc_easy", nonsense=3)
-    with pytest.raises(InputError, match="seed"):
-        base.generate("Hi", seed=1)
+    with pytest.raises(InputError, match=r"top[-_]p"):
+        base.generate("Hi", top_p=0.5)
     assert mlx_lora.evaluate(base, str(chats), mask_prompt=False)["loss"] > 0
+
+
+def test_a_training_flag_without_effect_is_told(tiny_folder, chats, tmp_path):
+    flags = (
+        "--optimizer",
+        "adam",
+        "--weight-decay",
+        0.1,
+        "--project-name",
+        "p",
+        "--test-batches",
+        3,
+        "--val-batches",
+        0,
+    )
+    ran = run("train", "--model", tiny_folder, "--data", chats, "--adapter-path", tmp_path / "a", *SHORT, *flags)
+    assert ran.code == 0, ran.err
+    told = [line for line in ran.lines if "no effect" in line]
+    assert [line.split()[1] for line in told] == ["--weight-decay", "--project-name", "--test-batches"]
+    again = run("train", "--config", tmp_path / "a" / "run.yaml", "--adapter-path", tmp_path / "b")
+    assert again.code == 0, again.err  # a file of these is not refused
 
 
 def test_evaluate_counts_the_tokens_that_the_run_trained(tiny_folder, chats, tmp_path):

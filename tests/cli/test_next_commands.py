@@ -96,7 +96,11 @@ def test_each_next_command_works(base, data, flags, request, tmp_path, monkeypat
     ran = run("train", *words, *flags, *SHORT)
     assert ran.code == 0, ran.err
     told = ran.lines[ran.lines.index("What to do next:") + 1 :]
-    commands = [shlex.split(line)[1:] for line in told if line.strip().startswith("mlx-lora ")]
+    commands = [
+        shlex.split(one[2])
+        for line in told
+        if (one := line.partition("mlx-lora ") if "mlx-lora " in line else line.partition("mlx_lora "))[2]
+    ]
     assert commands
     named = {command[0]: command[1:] for command in commands}
     assert named.get("chat") in (None, named.get("serve"))  # the same engine reads both
