@@ -90,8 +90,8 @@ class Classify(ScoredTexts):
     def head(self) -> dict[str, Any]:
         found = {"objective": self.name, "problem_type": self.problem, "labels": list(self.labels)}
         found |= {"thresholds": self._chosen or [0.5] * len(self.labels)} if self.problem == SEVERAL else {}
-        balanced = self.asked_weights == BALANCED and self.weights is not None
-        return found | ({"weights": self.weights.tolist()} if balanced else {})
+        weights = self.weights if self.asked_weights == BALANCED else None
+        return found | ({} if weights is None else {"weights": weights.tolist()})
 
     def measures_with(self, head: Mapping[str, Any] | None) -> None:
         if head is not None:
