@@ -25,6 +25,7 @@ from mlx_lora.exporters.fuse import fuse_adapter
 from mlx_lora.models.load import load_base
 
 LAYOUT = {"group_size": 32, "bits": 4, "mode": "affine"}
+MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +76,16 @@ def test_more_bits_round_the_exact_weight(dtype):
     assert survival["layer"].bits == 8
 
 
-@pytest.mark.parametrize("extra", [(), ("--bits-budget", "+60%")])
-@pytest.mark.parametrize("mode", [{}, {"group_size": 32, "bits": 4, "mode": "mxfp4"}])
+@pytest.mark.parametrize(
+    ("mode", "extra"),
+    [
+        ({}, ()),
+        (MXFP4, ("--bits-budget", "+60%")),
+        pytest.param({}, ("--bits-budget", "+60%"), marks=pytest.mark.slow),
+        pytest.param(MXFP4, (), marks=pytest.mark.slow),
+    ],
+    ids=["affine", "mxfp4, a budget", "affine, a budget", "mxfp4"],
+)
 def test_a_compensated_model_has_the_files_dtypes(mode, extra, rows, tmp_path):
     layout = mode or LAYOUT
     model = tiny_model(attention_bias=True, intermediate_size=128)

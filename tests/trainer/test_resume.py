@@ -260,7 +260,7 @@ def test_what_kills_left_half_written_goes_and_the_users_own_files_stay(finished
     [
         (),
         ("--method", "pissa"),
-        ("--bits", 4, "--target-modules", "q_proj", "--qat", 0.5),
+        pytest.param(("--bits", 4, "--target-modules", "q_proj", "--qat", 0.5), marks=pytest.mark.slow),
     ],
     ids=str,
 )
