@@ -122,6 +122,7 @@ def test_answers_are_compared_with_the_column_that_the_run_trained(tiny_folder, 
     assert "columns" in refused.lines[-1]
 
 
+@pytest.mark.slow
 def test_a_plan_for_several_macs_keeps_to_the_budget(tiny_folder):
     given = ("plan", "--model", tiny_folder, "--macs", "M4 Pro:48,M2 Max:32", "--json")
     free, tight = (json.loads(run(*given, *more).out) for more in ((), ("--memory-budget", 0.001)))

@@ -67,14 +67,14 @@ CLASSIFY, EMBED, BITS = ("--objective", "classify"), ("--objective", "embed"), (
     [
         ("tiny_folder", "chats", ()),
         ("tiny_folder", "chats", (*BITS, "--qat")),
-        ("tiny_folder", "chats", ("--modules-to-save", "model.norm")),
         ("without_template", "plain_text", ()),
         ("experts", "chats", ()),
-        ("tiny_folder", "folder_of_labels", CLASSIFY),
-        ("tiny_folder", "pairs", (*EMBED, *BITS, "--qat")),
         *(
             pytest.param(*one, marks=pytest.mark.slow)
             for one in (
+                ("tiny_folder", "chats", ("--modules-to-save", "model.norm")),
+                ("tiny_folder", "folder_of_labels", CLASSIFY),
+                ("tiny_folder", "pairs", (*EMBED, *BITS, "--qat")),
                 ("tiny_folder", "chats", BITS),
                 ("tiny_folder", "chats", (*BITS, "--method", "qa-lora", "--target-modules", "q_proj,v_proj")),
                 ("tiny_folder", "chats", ("--method", "full")),

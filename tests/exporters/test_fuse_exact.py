@@ -80,7 +80,7 @@ def test_more_bits_round_the_exact_weight(dtype):
     ("mode", "extra"),
     [
         ({}, ()),
-        (MXFP4, ("--bits-budget", "+60%")),
+        pytest.param(MXFP4, ("--bits-budget", "+60%"), marks=pytest.mark.slow),
         pytest.param({}, ("--bits-budget", "+60%"), marks=pytest.mark.slow),
         pytest.param(MXFP4, (), marks=pytest.mark.slow),
     ],
@@ -118,7 +118,7 @@ def test_a_budget_counts_what_was_trained_in_full(tiny_4bit_folder, chats, tmp_p
     one_line(ran, "--bits-budget", "already")
 
 
-@pytest.mark.parametrize("flags", [("--method", "qa-lora"), ("--qat",)])
+@pytest.mark.parametrize("flags", [pytest.param(("--method", "qa-lora"), marks=pytest.mark.slow), ("--qat",)])
 def test_what_fuses_without_rounding_needs_no_compensation(flags, tiny_4bit_folder, chats, rows, tmp_path):
     words = ("--model", tiny_4bit_folder, "--data", chats, "--iters", 2, "--rank", 2, "--batch-tokens", 128)
     ran = run("train", *words, *flags, "--adapter-path", tmp_path / "a", "--val-batches", 0, "--sample-tokens", 0)
