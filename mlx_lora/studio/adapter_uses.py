@@ -8,7 +8,7 @@ from typing import Any
 from mlx_lora.config.objectives import WITH_SCORES
 
 
-def takers(settings: Mapping[str, Any]) -> dict[str, Any]:
+def uses_of_adapter(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return whether an adapter can be talked to beside its base (`talks`), and what it is not exported to (`refused`).
 
     Args:

@@ -37,7 +37,7 @@ from mlx_lora.reports.run_report import (
     shown_evaluation,
 )
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.studio.adapter_uses import takers
+from mlx_lora.studio.adapter_uses import uses_of_adapter
 from mlx_lora.studio.folders import Folders
 from mlx_lora.studio.preview_pictures import pictures_of_text
 from mlx_lora.studio.web import in_page_words
@@ -307,7 +307,7 @@ class RunListing:
                 settings = _with_whole_model(read_settings_of(folder, None), elsewhere.get(folder))
                 changed = _time(folder / WEIGHTS_FILE) or 0
                 one = {"name": folder.name, "path": str(folder), "base": settings.get("model"), "run": number}
-                found.append((changed, one | takers(settings)))
+                found.append((changed, one | uses_of_adapter(settings)))
         return [one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
