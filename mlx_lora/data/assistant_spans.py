@@ -27,7 +27,7 @@ THINKING = (
     "</thinking>",
     "</seed:think>",
 )  # texts that end the thinking inside a content
-BESIDE_A_CALL = "text beside a tool call"
+BESIDE_A_CALL, THINKING_INSIDE = "text beside a tool call", "thinking in its content"
 PRIVATE = range(0xE000, 0xF900)  # private-use characters, which should not occur in data
 
 
@@ -149,9 +149,9 @@ class AssistantTurns:
         except FormatError:
             return None
         try:
-            prompt = self._render(before, True)
+            prompt = asked = self._render(before, True)
         except FormatError:
-            prompt = ""
+            prompt = asked = ""
         if not (prompt and last.startswith(prompt)):
             found = self._after_marks(last, number, prompt)
             if found is None:
@@ -164,11 +164,29 @@ class AssistantTurns:
         self._check_calls(turn)
         if message.get("reasoning_content", "").strip() not in turn.written:
             self.unshown.add("reasoning_content")
-        if message["content"].strip() not in turn.written and "tool_calls" in message:
+        if message["content"].strip() in turn.written:
+            return turn
+        if "tool_calls" in message:
             self.unshown.add(BESIDE_A_CALL)
-        elif message["content"].strip() not in turn.written and not has_thinking(message):
+        elif not has_thinking(message):
             raise FormatError(f"the chat template does not show the text of message {number + 1}")
+        elif _removed_thinking(message["content"], turn.written):
+            return self._with_thinking(turn, asked)
         return turn
+
+    def _with_thinking(self, turn: Turn, asked: str) -> Turn:
+        """Return a turn with the thinking in its content, which the template removes (DeepSeek-R1's distilled models).
+
+        Args:
+            turn: As the template shows it.
+            asked: The messages before it with the generation prompt, which may open the thinking; empty: not known.
+        """
+        if not asked:
+            self.unshown.add(THINKING_INSIDE)
+            return turn
+        content = self._messages[turn.number]["content"].strip()
+        shared = next((n for n in range(min(len(content), 32), 0, -1) if asked.endswith(content[:n])), 0)
+        return Turn(turn.number, asked, content[shared:] + turn.closing, turn.closing, turn.tail)
 
     def _after_marks(self, last: str, number: int, prompt: str) -> tuple[str, int] | None:
         """Return the prompt and the start of a last turn that does not begin with its own prompt.
@@ -353,6 +371,12 @@ def has_thinking(message: Message) -> bool:
     if message["role"] != "assistant":
         return False
     return "reasoning_content" in message or any(end in message["content"] for end in THINKING)
+
+
+def _removed_thinking(content: str, written: str) -> bool:
+    """Tell whether a text lacks the thinking that a content has, up to its last words."""
+    thoughts = [content.rpartition(end)[0].strip() for end in THINKING if end in content]
+    return any(thought and thought[-64:] not in written for thought in thoughts)
 
 
 def common_prefix(a: str, b: str) -> int:

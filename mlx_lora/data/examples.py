@@ -184,7 +184,11 @@ def conversation(turns: Any, tools: Any, system: Any, functions: Any = None) -> 
     """
     turns = as_list(turns, "messages")
     messages = _joined([_message(turn, number) for number, turn in enumerate(turns, 1)])
-    if system is not None and as_string(system, "system") and not (messages and messages[0]["role"] == "system"):
+    if (
+        system is not None
+        and as_string(system, "system")
+        and not (messages and messages[0]["role"] in ("system", "developer"))
+    ):
         messages.insert(0, {"role": "system", "content": system})
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:

@@ -38,7 +38,10 @@ SPLIT_NAMES = {
 TINY_SHAKESPEARE = "tiny-shakespeare"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SHARD = re.compile(r"(?P<split>[a-z]+)(-\d{5}-of-\d{5}.*)?")  # the hub's names for the parts of one split
-NOT_DATA = re.compile(r"(readme|license|requirements|dataset_infos?|config|notice)\b.*", re.IGNORECASE)
+# Files that describe a data set; of texts, only those whose whole name says so, because the others may be someone's notes.
+ABOUT = "readme|license|requirements|dataset_infos?|config|notice"
+NOT_DATA = re.compile(rf"({ABOUT})\b.*", re.IGNORECASE)
+NOT_TEXT = re.compile(rf"({ABOUT})(\.[a-z]+)?", re.IGNORECASE)
 MAX_WEIGHT = 1000.0
 
 
@@ -214,15 +217,16 @@ def is_dataset_id(data: str) -> bool:
 
 
 def _folder_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
-    for subfolder in (folder, folder / "data", folder / "default"):
+    documents = _are_notes(folder)
+    for subfolder in () if documents else (folder, folder / "data", folder / "default"):
         splits = _named_splits(subfolder)
         if splits:
             return {name: splits[name] for name in ("train", "valid", "test") if name in splits}
-    files = [file for file in _data_files(folder) if not NOT_DATA.fullmatch(file.name)]
+    if documents:
+        return {"train": _documents(folder)}
+    files = [file for file in _data_files(folder) if not _describes(file)]
     if len(files) == 1:
         return {"train": (files[0],)}
-    if files and all(file.suffix.lower() in DOCUMENTS for file in files):
-        return {"train": _documents(folder)}
     found = ", ".join(file.name for file in files[:8]) or ", ".join(sorted(p.name for p in folder.iterdir())[:8])
     raise InputError(
         f"{folder} has no train.jsonl (or train{' train'.join(SUFFIXES[1:])}); "
@@ -230,13 +234,32 @@ def _folder_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
     )
 
 
+def _are_notes(folder: Path) -> bool:
+    """Tell whether a folder has several texts, no other data, and no train split: then test.md is a note, and no split."""
+    files = [file for file in _visible(folder) if file.suffix.lower() in SUFFIXES and not _describes(file)]
+    if len(files) < 2 or any(file.suffix.lower() not in DOCUMENTS for file in files):
+        return False
+    names = {name for file in files for name in (_split_of(file), *file.relative_to(folder).parts[:-1])}
+    splits = {SPLIT_NAMES[name] for name in names & SPLIT_NAMES.keys()}
+    return "train" not in names and not ("train" in splits and len(splits) > 1)
+
+
+def _split_of(file: Path) -> str:
+    match = SHARD.fullmatch(file.stem)
+    return match["split"] if match else ""
+
+
+def _describes(file: Path) -> bool:
+    """Tell whether a file's name says that it describes the data."""
+    return bool((NOT_TEXT if file.suffix.lower() in DOCUMENTS else NOT_DATA).fullmatch(file.name))
+
+
 def _named_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
     """Return the files of each split: those with its name in `folder`, and all in subfolders with its name."""
     candidates: dict[str, list[Path]] = {}
     for file in _data_files(folder):
-        match = SHARD.fullmatch(file.stem)
-        if match and match["split"] in SPLIT_NAMES:
-            candidates.setdefault(SPLIT_NAMES[match["split"]], []).append(file)
+        if split := SPLIT_NAMES.get(_split_of(file)):
+            candidates.setdefault(split, []).append(file)
     for name, split in SPLIT_NAMES.items():
         candidates.setdefault(split, []).extend(_data_files(folder / name))
     for split, files in candidates.items():
@@ -259,9 +282,13 @@ def _data_files(folder: Path) -> list[Path]:
 
 def _documents(folder: Path) -> tuple[Path, ...]:
     """Return the texts in a folder and its subfolders, without hidden ones."""
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in DOCUMENTS and p.is_file())
-    seen = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    return tuple(sorted(p for p in seen if not NOT_DATA.fullmatch(p.name)))
+    return tuple(p for p in _visible(folder) if p.suffix.lower() in DOCUMENTS and not _describes(p))
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Return the files in a folder and its subfolders, without hidden ones, ordered by name."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def _not_found(data: str, path: Path) -> str:

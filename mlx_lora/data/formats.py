@@ -52,14 +52,14 @@ PREFERENCE_PAIRS = (
 ANSWER_LISTS, RATING_COLUMNS = ("completions", "answers"), ("label", "kto_tag")
 # What a row has in addition to its prompt and answers, under names of our own.
 _COMPARED = tuple(name for pair in PREFERENCE_PAIRS for name in pair)
-_BESIDE = ("system", "history", "tools", "functions", "chat_template_kwargs", "margin")
+_BESIDE = (*SYSTEM, "history", "tools", "functions", "chat_template_kwargs", "margin")
 _WHOLE = ("messages", "conversations", "conversation", "text")
 # Format -> the columns that it reads.
 _READ = {
-    "messages": {"messages", "tools", "functions"},
-    "sharegpt": {"conversations", "conversation", "system", "tools", "functions"},
-    "alpaca": {"instruction", "input", "output", "system", "history"},
-    "completions": {"prompt", "completion", "tools", "functions"},
+    "messages": {"messages", *SYSTEM, "tools", "functions"},
+    "sharegpt": {"conversations", "conversation", *SYSTEM, "tools", "functions"},
+    "alpaca": {"instruction", "input", "output", *SYSTEM, "history"},
+    "completions": {"prompt", "completion", *SYSTEM, "history", "tools", "functions"},
     "text": {"text"},
 }
 KEPT = frozenset((*_BESIDE, *RATING_COLUMNS, *ANSWER_LISTS, *_COMPARED))
@@ -236,11 +236,9 @@ def question_and_answer(record: Fields) -> tuple[str, Fields] | None:
     if not asked or len(answers) != 1:
         return None
     found = {"instruction": joined_parts(record, asked), "output": _text(record[answers[0]], answers[0])}
-    system = [name for name in record if _plain(name) in SYSTEM]
-    if len(system) == 1:
-        found["system"] = _text(record[system[0]], system[0])
-    else:
-        system = []
+    system = [name for name in record if _plain(name) in SYSTEM and record[name] != ""][:1]
+    for name in system:
+        found["system"] = _text(record[name], name)
     if "history" in record:
         found["history"] = record["history"]
     return " + ".join([*system, *asked, *answers]), found
@@ -276,15 +274,15 @@ def ignored_columns(record: Fields, kind: str) -> list[str]:
         record: As in the file.
         kind: The format, or the names of the columns, that it was read by.
     """
-    read = _READ.get(kind) or {*map(_plain, kind.split(" + ")), "history"}
+    read = _READ.get(kind) or {*map(_plain, kind.split(" + ")), *SYSTEM, "history"}
     return [
         key
         for key, value in record.items()
-        if value not in (None, "", [], {}) and (name := _plain(key)) not in read and not _is_id(name)
+        if value not in (None, "", [], {}) and (name := _plain(key)) not in read and not is_id(name)
     ]
 
 
-def _is_id(name: str) -> bool:
+def is_id(name: str) -> bool:
     """Tell whether a column, in lower case, numbers or names a row and tells nothing about it."""
     return name in ("id", "idx", "index", "uuid", "row", "row_idx", "__index_level_0__") or name.endswith("_id")
 
@@ -324,7 +322,8 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
-ANSWERED = ({"prompt", "completion"}, {"messages"}, {"conversations"})  # what a row may have that rates an answer
+# What a row may have that rates an answer.
+ANSWERED = ({"prompt", "completion"}, {"instruction", "output"}, {"messages"}, {"conversations"}, {"conversation"})
 EXPECTED = {
     "alpaca": "instruction, output (and optionally input, system, history)",
     "sharegpt": "conversations: [{from, value}, ...] (and optionally system, tools)",
@@ -367,7 +366,17 @@ def _format_of(record: Fields) -> str | None:
         return "completions"
     if "instruction" in record and "output" in record:
         return "alpaca"
-    return "text" if "text" in record else None  # last: Alpaca's own set repeats each row as one text
+    # Last: Alpaca's own set, and many others, repeat each row as one text.
+    return "text" if "text" in record and not _asks_and_answers(record) else None
+
+
+def _asks_and_answers(record: Fields) -> bool:
+    """Tell whether a record has one question and one answer with content under the usual names."""
+    asked, answers = usual_question(record), usual_answers(record, [])
+    if len(answers) != 1 or not any(_plain(name) in QUESTIONS for name in asked):
+        return False
+    cells = [record[name] for name in (*asked, *answers)]
+    return all(isinstance(cell, str) for cell in cells) and bool(cells[-1].strip()) and any(map(str.strip, cells[:-1]))
 
 
 def _by_usual_names(record: Fields) -> tuple[str, Example]:
@@ -443,15 +452,15 @@ def _alpaca(record: Fields) -> Conversation:
 
 
 def opening(record: Fields) -> list[Message]:
-    """Return the turns that a record's columns `system` and `history` give.
+    """Return the turns that a record's columns `system` (or `system_prompt`) and `history` give.
 
     Raises:
         FormatError: one of them is not a text, or not a list of pairs.
     """
     messages: list[Message] = []
-    if system := as_string(record.get("system", ""), "system"):
+    if system := system_text(record):
         messages.append({"role": "system", "content": system})
-    for pair in as_list(record.get("history", []), "history"):
+    for pair in as_list(record.get("history") or [], "history"):
         if not isinstance(pair, list) or len(pair) != 2:
             raise FormatError("history must be a list of [instruction, output] pairs")
         messages.append({"role": "user", "content": as_string(pair[0], "history")})
@@ -459,14 +468,33 @@ def opening(record: Fields) -> list[Message]:
     return messages
 
 
+def opened(record: Fields, turns: list[Any]) -> list[Any]:
+    """Return turns after those that their record's columns give, or as they are if they begin with a system text."""
+    first = turns[0] if turns else None
+    own = isinstance(first, dict) and first.get("role") in ("system", "developer")
+    return turns if own else [*opening(record), *turns]
+
+
+def system_text(record: Fields) -> str:
+    """Return the system text that a record has in a column of its own; empty if it has none.
+
+    Raises:
+        FormatError: it is not a text.
+    """
+    return next((text for name in SYSTEM if (text := as_string(record.get(name) or "", name)).strip()), "")
+
+
 def _sharegpt(record: Fields) -> Conversation:
     key = "conversations" if "conversations" in record else "conversation"
     turns = as_list(_need(record, key, "sharegpt"), key)
-    if turns and all(isinstance(turn, dict) and "role" in turn and "from" not in turn for turn in turns):
-        return conversation(
-            turns, record.get("tools"), record.get("system"), record.get("functions")
-        )  # OpenAI's turns under this key
-    return conversation(sharegpt_messages(turns), record.get("tools"), record.get("system"), record.get("functions"))
+    if not (turns and all(isinstance(turn, dict) and "role" in turn and "from" not in turn for turn in turns)):
+        turns = sharegpt_messages(turns)  # else OpenAI's turns under this key
+    return _chat(turns, record)
+
+
+def _chat(turns: Any, record: Fields) -> Conversation:
+    """Return turns with the tools that their record has, and its system text if they have none."""
+    return conversation(turns, record.get("tools"), system_text(record), record.get("functions"))
 
 
 def sharegpt_messages(turns: Any) -> list[Message]:
@@ -492,8 +520,7 @@ def sharegpt_messages(turns: Any) -> list[Message]:
 
 
 def _messages(record: Fields) -> Conversation:
-    turns = _need(record, "messages", "messages")
-    return conversation(turns, record.get("tools"), None, record.get("functions"))
+    return _chat(_need(record, "messages", "messages"), record)
 
 
 def _completions(record: Fields) -> Conversation | Completion:
@@ -501,12 +528,18 @@ def _completions(record: Fields) -> Conversation | Completion:
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
             raise EmptyPart("empty completion")
-        return Completion(prompt, completion)
+        if not (opening(record) or record.get("tools") or record.get("functions")):
+            return Completion(prompt, completion)
+        prompt, completion = _spoken("user", prompt), _spoken("assistant", completion)  # only a chat can have these
     if isinstance(prompt, list) and isinstance(completion, list):
         # TRL's conversational format: only the completion is trained, whatever roles the prompt has.
-        context = [{**turn, "weight": 0} if isinstance(turn, dict) else turn for turn in prompt]
-        return conversation(context + completion, record.get("tools"), None, record.get("functions"))
+        context = [{**turn, "weight": 0} if isinstance(turn, dict) else turn for turn in opened(record, prompt)]
+        return _chat(context + completion, record)
     raise FormatError("prompt and completion must both be strings, or both lists of messages")
+
+
+def _spoken(role: str, text: str) -> list[Message]:
+    return [{"role": role, "content": text}]
 
 
 def _plain_text(record: Fields) -> Text:

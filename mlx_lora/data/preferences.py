@@ -6,6 +6,7 @@
                     chosen_messages, rejected_messages
     Axolotl         prompt, input, question, instruction or conversation, and system, with chosen, rejected or with
                     completion, label; completion as a whole dialogue
+    others          query, problem or context, and system_prompt, in any case, with chosen, rejected
     OpenAI          input: {messages}, preferred_output, non_preferred_output
     UltraFeedback   instruction, completions: [{response, overall_score}, ...]
     Nectar          prompt, answers: [{answer, rank}, ...]
@@ -38,7 +39,19 @@ from mlx_lora.data.examples import (
     number_of,
     usual_role,
 )
-from mlx_lora.data.formats import ANSWER_LISTS, opening, parse_record, sharegpt_messages, usual_names
+from mlx_lora.data.formats import (
+    ANSWER_LISTS,
+    ANSWERS,
+    GIVEN,
+    KEPT,
+    columns_of,
+    is_id,
+    opened,
+    opening,
+    parse_record,
+    sharegpt_messages,
+    usual_names,
+)
 
 Answer = Conversation | Completion
 ASKER, SPEAKER = "\n\nHuman:", "\n\nAssistant:"  # start a question and an answer in a dialogue of Anthropic's HH
@@ -140,15 +153,36 @@ OUR_NAMES = {
     "llama2-13b-chat": "rejected",
 }
 
-_COMPARED = frozenset(("chosen", "rejected", *OUR_NAMES, *ANSWER_LISTS, *LABELS))
+CHATS = ("conversations", "conversation", "messages")  # the turns before the answers
+
+
+def columns_not_read(record: Fields, named: str | None) -> list[str]:
+    """Return the columns of a record of preferences that have content and are not read.
+
+    Args:
+        record: as in the file; one that could be read.
+        named: the columns that the settings name, as in `NamedColumns.renamed`; None: none.
+    """
+    record = _our_columns(record)
+    read = named.split(" + ") if named else _before_answers(record)
+    if any(name in record for name in LABELS):  # one answer, of any format
+        read = [*read, *ANSWERS, *CHATS, "prompt"]
+    return [
+        key
+        for key, value in record.items()
+        if value not in ("", [], {}) and key not in (*read, *KEPT) and not is_id(key)
+    ]
+
+
+def _our_columns(record: Fields) -> Fields:
+    """Return a record without absent values, with our names of its columns."""
+    record = {OUR_NAMES.get(key, key): value for key, value in record.items() if value is not None}
+    return {OUR_NAMES.get(key, key): value for key, value in usual_names(record).items()}
 
 
 def _known(record: Fields) -> Fields:
-    """Return a record without absent values, with our names of its columns."""
-    record = {key: value for key, value in record.items() if value is not None}
-    if record.keys().isdisjoint(_COMPARED):  # else they are ours as they are
-        record = usual_names(record)
-    record = {OUR_NAMES.get(key, key): value for key, value in record.items()}
+    """Return a record with our columns, if it is one of texts."""
+    record = _our_columns(record)
     for name in MEDIA:
         if record.get(name):
             hint = "; a vision-language model is trained on pictures with --images" if "image" in name else ""
@@ -217,6 +251,11 @@ def _text_pair(record: Fields, chosen: str, rejected: str, margin: float) -> Pai
     shared = chosen[: common_prefix(chosen, rejected)]
     if SPEAKER in shared:
         shared = shared[: shared.rindex(SPEAKER) + len(SPEAKER)]
+    elif others := [name for name in columns_not_read(record, None) if isinstance(record[name], str | list)]:
+        raise MissingColumn(
+            f"found {columns_of(record)}; none of them is known as the prompt; name it with --prompt-column, or remove "
+            f"{', '.join(others[:3])} if chosen and rejected begin with it"
+        )
     elif shared.endswith(" "):
         shared = shared[:-1]  # the space belongs to the next word's token
     if not shared:
@@ -231,19 +270,32 @@ def _context(record: Fields, *answers: Any) -> list[Message] | None:
     if isinstance(given := record.get("input"), dict):  # OpenAI's
         return as_list(given.get("messages"), "input.messages")
     if isinstance(prompt := record.get("prompt"), list):
-        return _turns(prompt) if all(isinstance(turn, dict) for turn in prompt) else prompt
+        return opened(record, _turns(prompt)) if all(isinstance(turn, dict) for turn in prompt) else prompt
+    names = _before_answers(record)
+    if names and names[0] in CHATS:
+        return opened(record, _turns(as_list(record[names[0]], names[0])))
     turns = opening(record)
-    for name in ("conversations", "conversation", "messages"):
-        if name in record:
-            own = _turns(as_list(record[name], name))
-            return own if own and own[0].get("role") == "system" else turns + own
-    question = record.get("instruction", record.get("question"))
-    if question is not None or (prompt is None and isinstance(given, str)):
-        asked = [as_string(part, "instruction or input") for part in (question, given) if part is not None]
+    if names and names != ["prompt"]:
+        asked = [as_string(record[name], name) for name in names]
         return [*turns, {"role": "user", "content": "\n".join(part for part in asked if part.strip())}]
     if isinstance(prompt, str) and (turns or not all(isinstance(answer, str) for answer in answers)):
         return [*turns, {"role": "user", "content": prompt}]
     return None
+
+
+def _before_answers(record: Fields) -> list[str]:
+    """Return the columns that what comes before the answers is read from: one of turns, or those of a question."""
+    if isinstance(record.get("input"), dict):
+        return ["input"]
+    if isinstance(prompt := record.get("prompt"), list):
+        return ["prompt"]
+    if chat := next((name for name in CHATS if name in record), None):
+        return [chat]
+    asking = ("instruction", "question") if isinstance(prompt, str) else ("instruction", "question", "query", "problem")
+    question = [name for name in asking if name in record][:1]
+    if isinstance(prompt, str) and not question:
+        return ["prompt"]
+    return [*question, *(name for name in record if name in GIVEN and isinstance(record[name], str))]
 
 
 def _turns(turns: list[Any]) -> list[Message]:

@@ -23,7 +23,7 @@ import numpy as np
 from mlx_lora.data.chat_template import chat_tokens, controls_of, tokens_after_turn
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation, Example, Fields, FormatError, Message, Text, keys_of
-from mlx_lora.data.formats import parse_record, usual_names
+from mlx_lora.data.formats import GIVEN, QUESTIONS, opened, opening, parse_record, usual_names
 from mlx_lora.data.sandbox import CLOCK
 from mlx_lora.data.tokenize import Encoded, Encoder
 from mlx_lora.utils.errors import InputError
@@ -415,16 +415,20 @@ def _as_example(record: Fields) -> Conversation | Completion | None:
 def _with_stand_in(record: Fields) -> Fields:
     """Return a record that has only a prompt with an answer after it."""
     stand_in = {"role": "assistant", "content": STAND_IN}
+    tools = {name: record[name] for name in ("tools", "functions") if record.get(name)}
     for name in ("messages", "prompt"):
         if isinstance(record.get(name), list):
-            return {"messages": [*record[name], stand_in], "tools": record.get("tools")}
-    asked = next((name for name in ("prompt", "question", "instruction", "query", "problem") if name in record), None)
+            return {"messages": [*opened(record, record[name]), stand_in], **tools}
+    asked = next((name for name in QUESTIONS if name in record), None)
     if asked is None or not isinstance(record[asked], str):
         return record
-    if "system" in record or "input" in record:
-        given = {name: record[name] for name in ("system", "input") if name in record}
-        return {**given, "instruction": record[asked], "output": STAND_IN}
-    return {"prompt": record[asked], "completion": STAND_IN}
+    given = [
+        record[name] for name in record if name in GIVEN and isinstance(record[name], str) and record[name].strip()
+    ]
+    if not (given or tools or opening(record)):
+        return {"prompt": record[asked], "completion": STAND_IN}
+    question = "\n".join(part for part in (record[asked], *given) if part.strip())
+    return {"messages": [*opening(record), {"role": "user", "content": question}, stand_in], **tools}
 
 
 def _has_turns(record: Fields) -> bool:

@@ -43,7 +43,7 @@ from mlx_lora.data.examples import (
 )
 from mlx_lora.data.files import DataFile
 from mlx_lora.data.formats import NamedColumns, are_empty, empty_cells, ignored_columns, parse_record
-from mlx_lora.data.preferences import Answer, Pair, Rated, parse_pairs, parse_rated
+from mlx_lora.data.preferences import Answer, Pair, Rated, columns_not_read, parse_pairs, parse_rated
 from mlx_lora.data.prompts import Prompt, encode_prompts, parse_prompt, with_teacher_rows
 from mlx_lora.data.records import read_records
 from mlx_lora.data.report import MAX_LISTED, DroppedRow, Location, where
@@ -332,6 +332,8 @@ def parse_rows(
             continue
         if records == "examples" and not record.form:
             rows.ignored.update(ignored_columns(record.value, kind))
+        elif records in ("pairs", "rated"):
+            rows.ignored.update(columns_not_read(record.value, columns))
         rows.add(name, record, kind, entries)
 
 

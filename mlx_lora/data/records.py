@@ -16,6 +16,8 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
+from datetime import date, time, timedelta
+from decimal import Decimal
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -153,7 +155,9 @@ def read_xlsx(path: Path, sheet: str | None = None) -> Iterator[Record | BadRow]
             if others
             else "it is the only one; fill it in"
         )
-        yield from _sheet_rows(path, book[sheet].iter_rows(values_only=True), empty)
+        page = book[sheet]
+        page.reset_dimensions()  # else it reads only as far as the file claims; some programs write less than there is
+        yield from _sheet_rows(path, page.iter_rows(values_only=True), empty)
     except broken as error:
         raise InputError(f"{path} is not a readable .xlsx file ({_reason(error)}); save it again as .xlsx") from error
     finally:
@@ -173,6 +177,7 @@ def _sheet_rows(path: Path, rows: Iterator[tuple[Any, ...]], empty: str) -> Iter
         if any(cells[len(header) :]):
             yield BadRow(number, f"{len(cells)} columns, the first row has {len(header)}", "row")
             continue
+        cells += [None] * (len(header) - len(cells))
         record = {name: cell for name, cell in zip(header, cells, strict=False) if name}
         yield checked(number, record, json.dumps(record, ensure_ascii=False), "row")
     if not header:
@@ -222,21 +227,29 @@ def read_parquet(path: Path) -> Iterator[Record | BadRow]:
                     for row in range(batch.num_rows):
                         number += 1
                         (value,) = batch.slice(row, 1).to_pylist()
-                        yield allowance.record(number, _with_data_urls(value))
+                        yield allowance.record(number, {key: _jsonable(item) for key, item in value.items()})
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path} is not a readable parquet file: {reason}") from error
 
 
-def _with_data_urls(value: Any) -> Any:
-    """Return a row with the hub's pictures, `{"bytes": ..., "path": ...}`, as data URLs, which JSON can hold."""
+def _jsonable(value: Any) -> Any:
+    """Return a cell of a table as JSON can hold it.
+
+    Pictures, as bytes or as the hub's `{"bytes": ..., "path": ...}`, become data URLs; dates and exact decimals become text. An object loses
+    its absent fields: a column has one type, so each object has the fields of all rows (tools' arguments, for example).
+    """
     if isinstance(value, list):
-        return [_with_data_urls(item) for item in value]
+        return [_jsonable(item) for item in value]
+    if isinstance(value, date | time | timedelta | Decimal):  # a datetime is a date
+        return str(value)
+    if isinstance(value, bytes):
+        return {"url": f"data:;base64,{base64.b64encode(value).decode()}"}
     if not isinstance(value, dict):
         return value
     if value.keys() == {"bytes", "path"} and isinstance(value["bytes"], bytes):
-        return {"url": f"data:;base64,{base64.b64encode(value['bytes']).decode()}"}
-    return {key: _with_data_urls(item) for key, item in value.items()}
+        return _jsonable(value["bytes"])
+    return {key: _jsonable(item) for key, item in value.items() if item is not None}
 
 
 class _Allowance:
@@ -258,9 +271,7 @@ class _Allowance:
         try:
             text = json.dumps(value, ensure_ascii=False)
         except (TypeError, ValueError):
-            return BadRow(
-                number, "has a value that JSON does not support (bytes, a date); keep texts, numbers and lists", "row"
-            )
+            return BadRow(number, "has a value that JSON does not support; keep texts, numbers and lists", "row")
         if len(text) > MAX_LINE_BYTES:
             return BadRow(number, f"row longer than {MAX_LINE_BYTES // 2**20} MiB", "row")
         self._left -= len(text)

@@ -143,6 +143,23 @@ def test_a_prompt_that_opens_the_thinking_is_not_trained():
     assert trained(tokenizer, encoded) == ["one<|im_end|>", "hm\n</think>\n\ntwo<|im_end|>"]
 
 
+def test_thinking_that_a_template_removes_from_every_turn_is_trained():
+    tokenizer = byte_tokenizer(template("thinking_removed"))
+    thought = "<think>\nI add one.\n</think>\n\n"
+    encoded = encoder(tokenizer).encode([chat("q", thought + "one", "q2", thought + "two")])
+    written = "I add one.\n</think>\n\n"
+    assert [trained(tokenizer, encoded, row) for row in (0, 1)] == [[f"{written}{n}<|im_end|>"] for n in ("one", "two")]
+    # What precedes it is the prompt at inference, in which the template has opened the thinking and shows none of the turns before.
+    second = tokenizer.decode(encoded.rows.row(1)[0].tolist())
+    assert second.startswith(
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n\n\none<|im_end|>\n<|im_start|>user\nq2<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\nI add one."
+    )
+    assert not encoded.unshown
+    # The paired inequality: an answer without thinking is trained as the template shows it.
+    assert trained(tokenizer, encoder(tokenizer).encode([chat("q", "one")])) == ["one<|im_end|>"]
+
+
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
 
 
