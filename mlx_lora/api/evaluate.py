@@ -167,6 +167,8 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
     ctx = RunContext(settings, objective, base, strategy, trains=False)
     check_kind(base.model, base.model_id, objective)
     objective.open(ctx)  # before an adapter is on the base
+    if objective.reference:
+        ctx.untrained = without_adapter(base)
     if adapter:
         objective.measures_with(adapter_head(adapter, objective))
     if asked.held_out and adapter:

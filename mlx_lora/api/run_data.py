@@ -23,6 +23,7 @@ from mlx_lora.data.files import find_sets, is_local, named_sets
 from mlx_lora.data.load import DataSplits, load_data
 from mlx_lora.data.records import read_records
 from mlx_lora.exporters.adapter_folder import run_of, with_limits_of_run
+from mlx_lora.exporters.initial_adapter import with_reference_of_run
 from mlx_lora.reports.run_report import read_facts
 from mlx_lora.utils.errors import InputError
 
@@ -40,7 +41,7 @@ DATA_FIELDS = (*(field.name for field in dataclasses.fields(DataSettings)), "see
 
 
 def with_settings_of_run(settings: TrainSettings, given: Collection[str], adapter: Path | None) -> TrainSettings:
-    """Return the settings with those of the run that made the adapter: limits, objective, and columns if the data has them.
+    """Return the settings with those of the run that made the adapter: limits, objective, reference, and columns if the data has them.
 
     Args:
         settings: of the evaluation.
@@ -52,7 +53,8 @@ def with_settings_of_run(settings: TrainSettings, given: Collection[str], adapte
         return settings
     settings = replace(settings, data=with_limits_of_run(settings.data, given, adapter))
     settings = _with_trained_parts_of_run(settings, given, adapter)
-    return _with_columns_of_run(_with_objective_of_run(settings, given, adapter), given, adapter)
+    settings = _with_columns_of_run(_with_objective_of_run(settings, given, adapter), given, adapter)
+    return with_reference_of_run(settings, adapter)
 
 
 def _with_trained_parts_of_run(settings: TrainSettings, given: Collection[str], adapter: Path) -> TrainSettings:

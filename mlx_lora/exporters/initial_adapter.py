@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.exporters.adapter_config import check_use
-from mlx_lora.exporters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, check_base, load_factors, read_adapter_config
+from mlx_lora.exporters.adapter_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_base,
+    load_factors,
+    read_adapter_config,
+    run_of,
+)
 from mlx_lora.exporters.peft import PEFT_WEIGHTS, PeftAdapter, is_peft, read_peft
 from mlx_lora.models.load import Base
 from mlx_lora.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import TrainSettings
 
 FLAG = "--resume-adapter-file"
 
@@ -48,6 +59,47 @@ def resume_file(given: str) -> Path:
     if found is None:
         raise InputError(f"{FLAG} {given}: the folder has no {WEIGHTS_FILE} and no {PEFT_WEIGHTS}; give an adapter's")
     return found
+
+
+def start_folder(given: str) -> Path:
+    """Return the folder of the adapter that a run began with, to be measured against.
+
+    Args:
+        given: As the run had --resume-adapter-file; a folder or a file on this disk.
+
+    Raises:
+        InputError: It is gone, or has no config.
+    """
+    folder = Path(given).expanduser()
+    folder = folder if folder.is_dir() else folder.parent
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(
+            f"{FLAG} {given}: the adapter that the run began with, which is its reference, is not there; give its folder "
+            "as --reference-adapter"
+        )
+    return resume_file(str(folder)).parent
+
+
+def with_reference_of_run(settings: TrainSettings, adapter: Path) -> TrainSettings:
+    """Return the settings of a measurement with what the reference of an adapter's run was, if it had the same objective.
+
+    A run.yaml may be a stranger's. Only paths of adapters are taken from it, which are read from this disk, as data.
+
+    Args:
+        settings: Of the measurement; what they name already is kept.
+        adapter: The folder of the adapter that is measured.
+    """
+    run, objective, own = run_of(adapter), settings.objective, settings.adapter
+    if run.get("objective") != objective.objective:
+        return settings
+    reference, start = (run.get(name) for name in ("reference_adapter", "resume_adapter_file"))
+    if not objective.reference_adapter and not own.resume_adapter_file and isinstance(reference, str):
+        objective = replace(objective, reference_adapter=reference)
+    if not own.resume_adapter_file and isinstance(start, str):
+        own = replace(own, resume_adapter_file=start)
+    if own.resume_adapter_file and run.get("qat") == 1:  # then the start was rounded, too
+        own = replace(own, qat=1.0)
+    return replace(settings, objective=objective, adapter=own)
 
 
 def read_start(base: Base, given: str, scores: bool) -> Start:

@@ -22,6 +22,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.adapters.inject import remove_adapters
+from mlx_lora.adapters.qat import begin_qat
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.exporters.adapter_config import own_entries
@@ -32,7 +33,7 @@ from mlx_lora.exporters.adapter_folder import (
     load_adapter,
     read_adapter_config,
 )
-from mlx_lora.exporters.initial_adapter import resume_file
+from mlx_lora.exporters.initial_adapter import resume_file, start_folder
 from mlx_lora.kernels.long_rows import long_row_kernels
 from mlx_lora.kernels.table import KernelChoice, training_kernels
 from mlx_lora.losses import preference as pair_losses
@@ -89,7 +90,10 @@ class Preference(Objective):
     def compare(self, ctx: RunContext, sets: dict[str, EncodedSet]) -> dict[str, EncodedSet]:
         if not self.reference or (ctx.trains and not ctx.settings.objective.reference_adapter):
             return sets  # the untrained model is the reference, which a run computes in batches that fit
-        return with_reference(self, ctx.settings, ctx.plain_base, sets, ctx.strategy)
+        put_reference(ctx)
+        found = with_reference(self, ctx.settings, ctx.plain_base, sets, ctx.strategy)
+        remove_adapters(ctx.plain_base.model)
+        return found
 
     def lay_out(self, ctx: RunContext, rows: EncodedSet) -> None:
         self.layout = lay_out(ctx, self, rows)
@@ -265,6 +269,27 @@ def _weights(text: str | None, names: list[str]) -> list[float]:
 # The reference: each answer's log-probability under the untrained or another adapter
 
 
+def put_reference(ctx: RunContext) -> None:
+    """Put the reference's adapter on the plain base: --reference-adapter, or where one is measured, the one its run began with.
+
+    Raises:
+        InputError: the adapter is gone, does not fit the base, or has parameters trained in full that would stay on it.
+    """
+    named, adapter, base = ctx.settings.objective.reference_adapter, ctx.settings.adapter, ctx.plain_base
+    if named:
+        info = _load_reference(base, Path(named), f"--reference-adapter {named}")
+        if info.full and ctx.untrained is None:
+            raise InputError(
+                f"--reference-adapter {named}: trained {info.full[0]} in full, which cannot be removed from the "
+                "base again; fuse it and train on the fused model"
+            )
+    elif start := adapter.resume_adapter_file:
+        _load_reference(base, start_folder(start), f"the adapter that the run began with, {start}")
+        log.info(f"Reference: {start}, with which the run began")
+        if adapter.qat == 1:
+            begin_qat(base.model)
+
+
 def with_reference(
     objective: Preference,
     settings: TrainSettings,
@@ -278,42 +303,28 @@ def with_reference(
 
     Args:
         objective: of the run.
-        settings: of the run; with --reference-adapter, that adapter is the reference instead of the untrained model.
-        base: not yet adapted if there is a --reference-adapter, otherwise adapted but not yet trained.
+        settings: of the run.
+        base: the reference: the model with another adapter, or adapted but not yet trained.
         sets: pairs or rated answers.
         strategy: rank 0 computes the reference, or all in lockstep, and all get the same numbers.
         loss: the loss to compute it with, that of the run's steps; None: choose one.
         kernels: the kernels to compute it with; None: the model's own.
-
-    Raises:
-        InputError: the reference adapter does not fit the base, or has parameters trained in full.
     """
-    folder = settings.objective.reference_adapter
-    if folder:
-        info = _put_reference(base, Path(folder))
-        if info.full:
-            raise InputError(
-                f"--reference-adapter {folder}: trained {info.full[0]} in full, which cannot be removed from the "
-                "base again; fuse it and train on the fused model"
-            )
-    found = {
+    return {
         name: replace(rows, reference=_logps_of(objective, settings, base, rows, strategy, loss, kernels))
         for name, rows in sets.items()
     }
-    if folder:
-        remove_adapters(base.model)
-    return found
 
 
-def _put_reference(base: Base, folder: Path) -> AdapterInfo:
+def _load_reference(base: Base, folder: Path, given: str) -> AdapterInfo:
     """Put the reference's adapter on the base; for an adapter of another base, the advice is not that of other commands."""
     config = read_adapter_config(folder)
     try:
         check_base(base, config, folder)
     except InputError:
         raise InputError(
-            f"--reference-adapter {folder}: was trained on another base, {own_entries(config).get('base_model')}; "
-            f"give an adapter of --model {base.model_id}, or leave it out to compare with the model as it is"
+            f"{given}: was trained on another base, {own_entries(config).get('base_model')}; give one of --model "
+            f"{base.model_id} as --reference-adapter, or train without one to compare with the model as it is"
         ) from None
     return load_adapter(base, folder)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE
+from mlx_lora.exporters.initial_adapter import with_reference_of_run
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import OBJECTIVES, check_kind, objective_of
@@ -100,6 +101,7 @@ def run_steps(
     check_kind(base.model, base.model_id, objective)
     objective.open(ctx)  # before an adapter is on
     if not trains:
+        ctx.settings = with_reference_of_run(settings, Path(settings.loop.adapter_path))
         ctx.untrained = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
         objective.measures_with(adapter_head(Path(settings.loop.adapter_path), objective))
         put_adapter(base, Path(settings.loop.adapter_path), settings.data, objective)

@@ -18,10 +18,12 @@ from tiers import by_default
 from mlx_lora.api.run_data import with_settings_of_run
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import IMITATION, LABELED, RANKED, SAMPLING, ObjectiveSettings
+from mlx_lora.exporters.initial_adapter import start_folder
 from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS
 from mlx_lora.trainer import trainer
 from mlx_lora.trainer.evaluate import Measured
 from mlx_lora.trainer.state import Position
+from mlx_lora.utils.errors import InputError
 
 QUICK = ("--iters", 3, "--learning-rate", "5e-3", "--batch-size", 4, "--sample-tokens", 0, "--kernels", "ours",
          "--val-batches", 1, "--steps-per-report", 1, "--rank", 4)  # fmt: skip
@@ -240,6 +242,53 @@ def test_another_adapter_can_be_the_reference(tiny_folder, data, tmp_path):
     assert same[0]["val_loss"] == pytest.approx(0.6931, abs=1e-4)
     from_file = trained(tmp_path / "e", tiny_folder, data, "dpo", *more[:2])  # the model as the run starts
     assert from_file[0]["val_loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_an_adapter_is_measured_against_the_one_that_its_run_began_with(name, tiny_folder, data, tmp_path):
+    """It was measured against the base: an untrained policy had an accuracy of 1."""
+    start, folder = tmp_path / "start", tmp_path / "a"
+    trained(start, tiny_folder, data, "orpo", "--iters", 8)
+    more = ("--resume-adapter-file", start / "adapters.safetensors", "--learning-rate", "1e-9", "--iters", 1)
+    told = trained(folder, tiny_folder, data, name, *more, "--val-batches", -1)
+    split = tmp_path / "data"
+    for part in ("train", "test"):
+        split.mkdir(exist_ok=True)
+        shutil.copy(data["rated" if name == "kto" else "pairs"], split / f"{part}.jsonl")
+    common = ("--model", tiny_folder, "--data", split, "--objective", name, "--adapter-path", folder)
+    found = json.loads(run("evaluate", *common, "--json").out)
+    assert found["margin"] == pytest.approx(0, abs=1e-4)
+    assert found["loss"] == pytest.approx(told[0]["val_loss"], abs=1e-3)
+    for given in ((), more[:2]):
+        alone = run("train", *common, "--test", *given)
+        assert f"Test loss {found['loss']:.4f}" in alone.err
+    other = json.loads(run("evaluate", *common, "--json", "--reference-adapter", folder).out)
+    assert other["loss"] == pytest.approx(found["loss"], abs=1e-4)
+    shutil.rmtree(start)
+    for command, flags in (("evaluate", ()), ("train", ("--test",))):
+        refused = run(command, *common, *flags)
+        assert refused.code == 2
+        assert all(word in refused.lines[-1] for word in (f"Error: --resume-adapter-file {start}", "--reference-adapter"))
+
+
+def test_a_run_that_began_with_another_whose_norms_were_trained_is_measured(tiny_folder, data, tmp_path):
+    full = ("--modules-to-save", "*norm")
+    trained(tmp_path / "start", tiny_folder, data, "orpo", *full)
+    more = (*full, "--resume-adapter-file", tmp_path / "start", "--learning-rate", "1e-9", "--iters", 1)
+    trained(tmp_path / "a", tiny_folder, data, "dpo", *more)
+    common = ("--model", tiny_folder, "--data", data["pairs"], "--objective", "dpo", "--adapter-path", tmp_path / "a")
+    assert json.loads(run("evaluate", *common, "--json").out)["loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_only_adapters_of_this_disk_become_the_reference_of_a_strangers_adapter(tmp_path):
+    settings = train_settings({"objective": "dpo"})
+    found = []
+    for given in ("owner/name", 7):
+        (tmp_path / "run.yaml").write_text(json.dumps({"objective": "dpo", "resume_adapter_file": given}))
+        found.append(with_settings_of_run(settings, {"objective"}, tmp_path).adapter.resume_adapter_file)
+    assert found == ["owner/name", None]
+    with pytest.raises(InputError, match="--reference-adapter"):
+        start_folder("owner/name")
 
 
 def test_a_merged_model_has_a_reference_of_its_own(tiny_folder, data, tmp_path, monkeypatch):
