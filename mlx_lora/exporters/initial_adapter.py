@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.exporters.adapter_config import check_use
+from mlx_lora.exporters.adapter_config import check_use, head_of
 from mlx_lora.exporters.adapter_folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -20,6 +20,7 @@ from mlx_lora.exporters.adapter_folder import (
     run_of,
 )
 from mlx_lora.exporters.peft import PEFT_WEIGHTS, PeftAdapter, is_peft, read_peft
+from mlx_lora.models.head import SCORE
 from mlx_lora.models.load import Base
 from mlx_lora.utils.errors import InputError
 
@@ -38,12 +39,38 @@ class Start:
         peft: What was read of a PEFT adapter; None: the file is in our layout.
         scale: The factor on the stored products; None: that of the run.
         qat: Whether they are right with the rounding of their fused form only.
+        head: What the outputs of their score head mean; None: not known, or there is none.
     """
 
     file: Path
     peft: PeftAdapter | None
     scale: float | None
     qat: bool = False
+    head: dict[str, Any] | None = None
+
+    def order_of(self, head: dict[str, Any] | None) -> mx.array | None:
+        """Return the numbers of its outputs in the order of a run's, (K,) int; None: in the same order, as far as is known.
+
+        Args:
+            head: What the run's outputs mean, as `Objective.head` has it.
+
+        Raises:
+            InputError: The run has other labels, or another kind of them.
+        """
+        if self.head is None or head is None:
+            return None
+        theirs, ours = (list(one.get("labels") or []) for one in (self.head, head))
+        compared = {
+            "--problem-type": (self.head.get("problem_type"), head.get("problem_type")),
+            "--labels": (",".join(sorted(theirs)), ",".join(sorted(ours))),
+        }
+        for flag, (before, now) in compared.items():
+            if before != now:
+                raise InputError(
+                    f"{FLAG} {self.file}: was trained with {flag} {before}, this run has {now}; give {flag} {before} and data "
+                    "that fit, or train a new adapter"
+                )
+        return None if theirs == ours else mx.array([theirs.index(label) for label in ours])
 
 
 def resume_file(given: str) -> Path:
@@ -122,24 +149,37 @@ def read_start(base: Base, given: str, scores: bool) -> Start:
         return Start(file, read_peft(file.parent, config, base.model), None)
     check_base(base, config, file)
     qat = (config.get("mlx_lora") or {}).get("qat") is True
-    return Start(file, None, config.get("lora_parameters", {}).get("scale"), qat)
+    return Start(file, None, config.get("lora_parameters", {}).get("scale"), qat, head_of(config, file.parent))
 
 
-def put_start(model: nn.Module, start: Start, fresh: tuple[str, ...]) -> None:
+def put_start(
+    model: nn.Module, start: Start, fresh: tuple[str, ...], head: dict[str, Any] | None = None
+) -> None:
     """Load the factors into the adapter layers of a model.
 
     Args:
         model: Adapted.
         start: From `read_start`.
         fresh: Names of parameters that stay as they are where the file does not have them.
+        head: What the outputs of the run's score head mean; those of the start are put in their order.
 
     Raises:
-        InputError: layers or shapes differ.
+        InputError: layers, shapes or labels differ.
     """
+    order = start.order_of(head)
     if start.peft is None:
         load_factors(model, start.file, start.scale, fresh=fresh)
-        return
-    adapter, layers = start.peft, adapter_layers(model)
+    else:
+        _put_peft(model, start.file, start.peft, fresh)
+    if order is not None:
+        score = model[SCORE]
+        score.update({name: value[order] for name, value in score.parameters().items()})
+        mx.eval(score.parameters())
+
+
+def _put_peft(model: nn.Module, file: Path, adapter: PeftAdapter, fresh: tuple[str, ...]) -> None:
+    """Load the factors of a PEFT adapter; see `put_start`."""
+    layers = adapter_layers(model)
     problems = [f"{path} is missing" for path in layers if path not in adapter.factors]
     problems += [f"{path} is not adapted in this run" for path in adapter.factors if path not in layers]
     problems += [f"{path}.{leaf} was trained in full" for path, leaf in adapter.full if f"{path}.{leaf}" not in fresh]
@@ -153,7 +193,7 @@ def put_start(model: nn.Module, start: Start, fresh: tuple[str, ...]) -> None:
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise InputError(
-            f"{start.file}: does not fit this run: {shown}; give its --rank, --target-modules and --method"
+            f"{file}: does not fit this run: {shown}; give its --rank, --target-modules and --method"
         )
     for path, layer in layers.items():
         a, b = adapter.factors[path]

@@ -51,7 +51,7 @@ def adapt(
         put_head(base, settings.loop.seed, objective.outputs, objective.head_scale, labels)
         full = head_parameters(base.model)
     if start:
-        put_start(base.model, start, full)
+        put_start(base.model, start, full, objective.head)
     if adapter.qat:
         begin_qat(base.model)
     return adapted, AdapterInfo(

@@ -134,6 +134,30 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bytes(tiny_folder, data, trained
     assert ran.code == 2
 
 
+def test_a_run_that_starts_from_a_classifier_goes_on_with_its_labels(tiny_folder, data, trained, tmp_path):
+    """Rows of the head were matched by their place, so that labels in another order had each other's rows."""
+    more = ("--resume-adapter-file", trained, "--iters", 1, "--learning-rate", "1e-9", "--val-batches", -1)
+    known = {}
+    for name, labels in (("same", ()), ("other", ("--labels", "mild,cold,hot"))):
+        folder = tmp_path / name
+        ran = run("train", "--model", tiny_folder, "--data", data, "--adapter-path", folder, *QUICK, *more, *labels)
+        assert ran.code == 0, ran.err
+        known[name] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert known["other"]["accuracy"] == known["same"]["accuracy"] > 0.8
+    assert known["other"]["val_loss"] == pytest.approx(known["same"]["val_loss"], rel=1e-4)
+
+
+def test_a_run_that_starts_from_a_classifier_of_other_labels_is_refused(tiny_folder, trained, tmp_path):
+    for label, word in (("warm", "--labels"), (["hot", "cold"], "--problem-type")):
+        rows = [{**row, "label": label if row["label"] == "hot" else row["label"]} for row in texts()]
+        file = write(tmp_path / "rows.jsonl", rows)
+        ran = run("train", "--model", tiny_folder, "--data", file, "--adapter-path", tmp_path / "a", *QUICK,
+                  "--resume-adapter-file", trained)  # fmt: skip
+        assert ran.code == 2
+        assert f"{word} " in ran.lines[-1]
+        assert str(trained) in ran.lines[-1]
+
+
 def test_the_best_validation_is_the_most_accurate(tiny_folder, data, tmp_path):
     more = ("--metric-for-best-model", "accuracy", "--keep-best", "--steps-per-eval", 6, "--save-every", 6)
     command = ("train", "--model", tiny_folder, "--data", data, *QUICK, *more)
