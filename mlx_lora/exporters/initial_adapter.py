@@ -95,16 +95,22 @@ def start_folder(given: str) -> Path:
         given: As the run had --resume-adapter-file; a folder or a file on this disk.
 
     Raises:
-        InputError: It is gone, or has no config.
+        InputError: It is gone, has no config, or is one of several files in its folder.
     """
-    folder = Path(given).expanduser()
-    folder = folder if folder.is_dir() else folder.parent
-    if not (folder / CONFIG_FILE).is_file():
+    path = Path(given).expanduser()
+    folder = path if path.is_dir() else path.parent
+    named = (WEIGHTS_FILE, PEFT_WEIGHTS) if path == folder else (path.name,)
+    if not (folder / CONFIG_FILE).is_file() or not any((folder / name).is_file() for name in named):
         raise InputError(
             f"{FLAG} {given}: the adapter that the run began with, which is its reference, is not there; give its folder "
             "as --reference-adapter"
         )
-    return resume_file(str(folder)).parent
+    if path != folder and path.name not in (WEIGHTS_FILE, PEFT_WEIGHTS):
+        raise InputError(
+            f"{FLAG} {given}: the run began with this file, and only a whole folder can be measured against; copy it with "
+            f"{CONFIG_FILE} to a folder as {WEIGHTS_FILE}, and give that as --reference-adapter"
+        )
+    return folder
 
 
 def with_reference_of_run(settings: TrainSettings, adapter: Path) -> TrainSettings:

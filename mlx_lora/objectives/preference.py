@@ -22,7 +22,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_lora.adapters.inject import remove_adapters
-from mlx_lora.adapters.qat import begin_qat
+from mlx_lora.adapters.qat import begin_qat, is_rounded
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.exporters.adapter_config import own_entries
@@ -395,11 +395,12 @@ def _key(
         files = [sha256_of(file) for file in adapter_files(folder)]
     elif adapter.resume_adapter_file:
         start = resume_file(adapter.resume_adapter_file)
-        files = [sha256_of(file) for file in (start, *adapter_files(start.parent))] + [adapter.rank, adapter.alpha]
+        files = [sha256_of(file) for file in (start, *adapter_files(start.parent))]
+        files += [adapter.rank, adapter.alpha, adapter.rank_pattern, adapter.alpha_pattern]
     facts = [base.fingerprint, model_sample(base.folder), base.describe(), rows.fingerprint]
     facts += [str(device.compute_dtype(settings.model.dtype))]
     facts += [settings.loop.kernels, adapter.method, device.measured_on(), _shares(settings)]
-    facts += [kernels and kernels.names(), *files, *objective.reference_facts]
+    facts += [kernels and kernels.names(), is_rounded(base.model), *files, *objective.reference_facts]
     return sha256_of(json.dumps(facts))[:32]
 
 

@@ -5,18 +5,21 @@ What differs from one objective to another are calls of its methods, in the orde
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from mlx_lora.adapters.qat import begin_qat, end_qat, is_rounded
 from mlx_lora.exporters.adapter_config import head_of
 from mlx_lora.exporters.adapter_folder import read_adapter_config
 from mlx_lora.kernels.attention import attend
 from mlx_lora.kernels.table import assumed, exchanging
 from mlx_lora.losses.check import choose_compute
 from mlx_lora.planner.fit import planned_words
-from mlx_lora.trainer.adapter import adapt
+from mlx_lora.trainer.adapter import adapt, first_qat_step
 from mlx_lora.trainer.checkpoint import Checkpoint, take_first_ranks
 from mlx_lora.trainer.fit import fit_settings, training_plan
 from mlx_lora.trainer.frozen_prefix import KeptTrunk, TrunkAsked, blocks_before, choose_trunk
@@ -108,11 +111,12 @@ def build_run(ctx: RunContext, data: DataSplits) -> BuiltRun:
     shape = objective.with_pictures(shape, asked, base.model)
     settled, arranged = objective.settled(asked), objective.arrange(data)
     ctx.settings, ctx.memory = fit_settings(settled, shape, arranged, ctx.chosen, strategy, ctx.resumed)
-    data = objective.after_fit(ctx, data, shape)
+    epochs = found.identity["price_epochs"] if found else ctx.settings.loop.epochs or 1.0
+    with _rounded_as_at_first(ctx, data, epochs):
+        data = objective.after_fit(ctx, data, shape)
     fingerprint = data.train.fingerprint  # of the rows apart, so that a run may be resumed whatever shares a row
     data = objective.arrange(data)
     loop = ctx.settings.loop
-    epochs = found.identity["price_epochs"] if found else loop.epochs or 1.0
     plan = training_plan(loop, data.train, epochs)
     steps, per_epoch = total_steps(plan, loop, objective.updates), len(plan) * objective.updates
     held_out = choose_held_out(data.valid, loop, plan, steps, ctx.resumed, objective.updates)
@@ -139,6 +143,23 @@ def build_run(ctx: RunContext, data: DataSplits) -> BuiltRun:
     folder = RunFolder(ctx.settings, info, identity, strategy, step, beginning(found, loop), lambda: objective.head)
     validation = objective.held_out(held_out.plan) if held_out.plan is not None else None
     return BuiltRun(ctx, folder, bound, plan, validation, steps, found, words, trunk, data.test)
+
+
+@contextmanager
+def _rounded_as_at_first(ctx: RunContext, data: DataSplits, epochs: float) -> Iterator[None]:
+    """Let a model that is the reference compute as at the first step: with --qat X it is not rounded there."""
+    adapter, loop, objective, model = ctx.settings.adapter, ctx.settings.loop, ctx.objective, ctx.base.model
+    later = objective.reference and is_rounded(model) and adapter.qat < 1
+    if later:
+        plan = training_plan(loop, objective.arrange(data).train, epochs)
+        later = bool(first_qat_step(adapter, total_steps(plan, loop, objective.updates)))
+    if later:
+        end_qat(model)
+    try:
+        yield
+    finally:
+        if later:
+            begin_qat(model)
 
 
 def beginning(found: Checkpoint | None, loop: LoopSettings) -> Position:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import tiny_model, write_folder
+from conftest import quantized, tiny_model, write_folder
 from run_cli import one_line, run
 from tiers import by_default
 
@@ -269,6 +269,34 @@ def test_an_adapter_is_measured_against_the_one_that_its_run_began_with(name, ti
         refused = run(command, *common, *flags)
         assert refused.code == 2
         assert all(word in refused.lines[-1] for word in (f"Error: --resume-adapter-file {start}", "--reference-adapter"))
+
+
+@pytest.mark.slow
+def test_the_reference_is_rounded_where_the_first_step_is(data, tmp_path, monkeypatch):
+    """Runs with --qat took the stored reference of one without it; with a share of it, theirs was rounded, and they were not."""
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    model = write_folder(
+        tmp_path / "model", quantized(tiny_model()), {"quantization": {"group_size": 32, "bits": 4}}
+    )
+    trained(tmp_path / "start", model, data, "orpo", "--iters", 6)
+    more = ("--resume-adapter-file", tmp_path / "start", "--learning-rate", "1e-9", "--iters", 2)
+    for name, flags in (("plain", ()), ("half", ("--qat", 0.5)), ("all", ("--qat",)), ("nearly", ("--qat", 0.9))):
+        first = trained(tmp_path / name, model, data, "dpo", *more, *flags)[0]
+        assert first["margin"] == pytest.approx(0, abs=1e-4), name
+    assert len(list((tmp_path / "cache/reference").iterdir())) == 4  # train and validation, rounded or not
+    common = ("--model", model, "--data", data["pairs"], "--objective", "dpo", "--adapter-path", tmp_path / "all")
+    assert json.loads(run("evaluate", *common, "--json").out)["margin"] == pytest.approx(0, abs=1e-4)
+
+
+def test_another_alpha_of_some_layers_is_another_reference(tiny_folder, data, tmp_path, monkeypatch):
+    """Factors without a config have the scale of the run that starts from them."""
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    trained(tmp_path / "start", tiny_folder, data, "orpo")
+    bare = tmp_path / "bare.safetensors"
+    shutil.copy(tmp_path / "start/adapters.safetensors", bare)
+    for name, flags in (("plain", ()), ("pattern", ("--alpha-pattern", "*down_proj=200"))):
+        more = ("--resume-adapter-file", bare, "--iters", 1, *flags)
+        assert trained(tmp_path / name, tiny_folder, data, "dpo", *more)[0]["margin"] == pytest.approx(0, abs=1e-4)
 
 
 def test_a_run_that_began_with_another_whose_norms_were_trained_is_measured(tiny_folder, data, tmp_path):
