@@ -115,7 +115,7 @@ class ObjectiveSettings:
     kl_beta: float = setting(0.0, "grpo, rloo: weight of the divergence from the untrained model (TRL's beta).",
         OBJECTIVE, at_least=0, at_most=1000)
     scale_rewards: str = setting("group", "grpo: divide advantages by the standard deviation of the rewards of the "
-        "prompt's group, of the whole batch, or not at all.", OBJECTIVE, choices=("group", "batch", "none"))
+        "prompt's group, of the whole step's batch, or not at all.", OBJECTIVE, choices=("group", "batch", "none"))
     mask_truncated: bool = setting(False, "grpo, rloo, --on-policy: do not train answers that were cut at --max-new-tokens.",
         OBJECTIVE)
     updates_per_rollout: int = setting(1, "grpo, rloo, --on-policy: how often each sampled answer is trained on.",

@@ -102,13 +102,16 @@ def policy_loss(sampled: SampledTokens, options: PolicyOptions) -> tuple[mx.arra
     return of_answers, {name: sampled.by_answer(values) / tokens for name, values in reports.items()}
 
 
-def group_advantages(rewards: np.ndarray, group: int, scale: str = "group") -> np.ndarray:
+def group_advantages(
+    rewards: np.ndarray, group: int, scale: str = "group", step: np.ndarray | None = None
+) -> np.ndarray:
     """Return how much better each answer is than the mean of those to its prompt (arXiv 2402.03300, section 4.1.2).
 
     Args:
         rewards: (A,) float; NaN for an answer that could not be rewarded, which takes no part.
         group: G, answers to one prompt, which are neighbors.
         scale: what the difference is divided by: the standard deviation of the `group`, of the whole `batch`, or `none`.
+        step: rewards of all answers of the optimizer step, which is the `batch`; None: those given.
 
     Returns:
         (A,) float32, 0 for an answer without a reward.
@@ -118,7 +121,8 @@ def group_advantages(rewards: np.ndarray, group: int, scale: str = "group") -> n
     if scale == "group":
         difference = difference / (group_deviation(by_prompt) + TINY)
     elif scale == "batch":
-        difference = difference / (group_deviation(by_prompt.reshape(1, -1)) + TINY)
+        whole = (rewards if step is None else step).reshape(1, -1).astype(np.float64)
+        difference = difference / (group_deviation(whole) + TINY)
     return np.nan_to_num(difference, nan=0.0).astype(np.float32).ravel()
 
 

@@ -147,7 +147,8 @@ class Rollouts:
             for note in (note for played in every for note in played.notes):
                 log.info(note)
             mine = [prompts[ranks.rank] for prompts in dealt]
-            return [self._trained(*of, trains, ranks) for of in zip(planned, every, mine, strict=True)]
+            step = None if self.scorer else np.concatenate([summed(one.rewards, self.env.rewards) for one in every])
+            return [self._trained(*of, trains, ranks, step) for of in zip(planned, every, mine, strict=True)]
         finally:
             model.train(training)
 
@@ -212,8 +213,23 @@ class Rollouts:
         """Return the log-probabilities of a batch's trained targets under the model as it is, (B, T) float32."""
         return token_logps(self.base.model, self.loss, batch)
 
-    def _trained(self, planned: Planned, played: Played, prompts: list[int], trains: bool, ranks: Ranks) -> Batch:
-        """Return the batch that is trained on, or measured; its log-probabilities of `prompts` are computed by this rank."""
+    def _trained(
+        self,
+        planned: Planned,
+        played: Played,
+        prompts: list[int],
+        trains: bool,
+        ranks: Ranks,
+        step: np.ndarray | None,
+    ) -> Batch:
+        """Return the batch that is trained on, or measured.
+
+        Args:
+            planned, played: it, and its answers.
+            prompts: whose log-probabilities are computed by this rank.
+            trains, ranks: as for `answer`.
+            step: rewards of all answers of the step; None: a teacher scores them.
+        """
         batch, objective = planned.batch, self.settings.objective
         rows = np.flatnonzero(batch.real)
         filled, begins, ends = self._filled(batch, rows, played)
@@ -225,7 +241,7 @@ class Rollouts:
             filled = self._with_logps(filled, own, ranks)
         if self.scorer is not None:
             return self.scorer.scored(filled, planned.rows, own, ranks)
-        return self._with_rewards(filled, rows, played.rewards)
+        return self._with_rewards(filled, rows, played.rewards, step)
 
     def _filled(self, batch: Batch, rows: np.ndarray, played: Played) -> tuple[Batch, np.ndarray, np.ndarray]:
         """Put episodes into the rows of a planned batch, and cut columns that none of them needs.
@@ -277,13 +293,14 @@ class Rollouts:
             model.update(now)
         return replace(batch, sampled=sampled)
 
-    def _with_rewards(self, batch: Batch, rows: np.ndarray, found: np.ndarray) -> Batch:
+    def _with_rewards(self, batch: Batch, rows: np.ndarray, found: np.ndarray, step: np.ndarray | None) -> Batch:
         """Add rewards and advantages, those of an answer without a reward being 0, as in TRL.
 
         Args:
             batch: in any layout.
             rows: (A,) the numbers of the real answers.
             found: (A, F) what each reward gives them.
+            step: rewards of all answers of the step.
         """
         objective, sampled = self.settings.objective, dict(batch.sampled or {})
         rewards, group = summed(found, self.env.rewards), objective.answers_per_prompt
@@ -293,7 +310,7 @@ class Rollouts:
         elif objective.objective == "rloo":
             advantages = leave_one_out_advantages(rewards, group)
         else:
-            advantages = group_advantages(rewards, group, objective.scale_rewards)
+            advantages = group_advantages(rewards, group, objective.scale_rewards, step)
         known = np.isfinite(rewards)
         shown = np.where(known, rewards, rewards[known].mean() if known.any() else 0.0)  # does not change the mean
         more = reports_of(found, self.env.rewards, group)

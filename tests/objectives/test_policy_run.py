@@ -6,12 +6,16 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from run_cli import one_line, run
 
 from mlx_lora.config.objectives import SAMPLING
+from mlx_lora.losses.policy import group_advantages
 from mlx_lora.objectives.grpo import POLICY_REPORTS
+from mlx_lora.objectives.policy_arrays import ADVANTAGES, REWARDS
 from mlx_lora.objectives.table import OWN_OPTIONS
+from mlx_lora.rollouts.rollout import Rollouts
 
 REWARD = """
 def odd(prompts, completions, completion_ids, answer, **columns):
@@ -106,6 +110,32 @@ def test_a_killed_run_resumes_to_the_same_bytes(flags, tiny_folder, data, tmp_pa
     other = tmp_path / "other"
     assert run(*command(tiny_folder, data, other, *asked, "--seed", 1)).code == 0
     assert (other / "adapters.safetensors").read_bytes() != weights[0]
+
+
+def test_the_batch_whose_deviation_scales_rewards_is_the_step(tiny_folder, data, tmp_path, monkeypatch):
+    """It was the micro-batch: with one prompt in each, `batch` was the same as `group`."""
+    (tmp_path / "levels.py").write_text(
+        "def levels(completions, answer, **columns):\n"
+        "    return [int(one) ** 2 * (n % 2) for n, one in enumerate(answer)]\n"
+    )
+    seen, answer = [], Rollouts.answer
+
+    def kept(self, planned, trains, *more):
+        found = answer(self, planned, trains, *more)
+        seen.extend([found] if trains else [])
+        return found
+
+    monkeypatch.setattr(Rollouts, "answer", kept)
+    one_each = ("--batch-size", 1, "--grad-accumulation-steps", 4, "--group-size", 2, "--shared-prefix", "off")
+    ran = run(*command(tiny_folder, data, tmp_path / "a", "grpo", *one_each, "--iters", 1, "--scale-rewards", "batch",
+                       "--reward", f"{tmp_path / 'levels.py'}:levels"))  # fmt: skip
+    assert ran.code == 0, ran.err
+    [step] = seen
+    rewards, advantages = (
+        np.concatenate([batch.sampled[name][batch.real] for batch in step]) for name in (REWARDS, ADVANTAGES)
+    )
+    assert len(rewards) == 8
+    np.testing.assert_allclose(advantages, group_advantages(rewards, 2, "batch"), rtol=1e-5)
 
 
 def test_a_second_update_uses_the_ratio(tiny_folder, data, tmp_path):
