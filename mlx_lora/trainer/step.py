@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class StepResult(NamedTuple):
         loss_sum: summed loss.
         count: the number of trained tokens, or of examples for an objective whose loss is a mean over examples.
         grad_norm: global norm of the mean gradient before the clip.
-        applied: False when the update was skipped because loss or gradient was not finite.
+        applied: False when the update was skipped because loss or gradient was not finite, or nothing was trained.
         reports: sums of the numbers that the objective reports.
         asked: how many ranks had been asked to stop when they took the step; None for a single process.
     """
@@ -40,6 +41,11 @@ class StepResult(NamedTuple):
     applied: mx.array
     reports: dict[str, mx.array]
     asked: mx.array | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether no token was trained and all is finite: there was nothing to update by. Waits for the device."""
+        return not self.count.item() and math.isfinite(self.loss_sum.item() + self.grad_norm.item())
 
 
 class StepSums(NamedTuple):
@@ -241,7 +247,8 @@ class Step:
             grads = self._with_penalty(grads)
         norm, factor = clip_scale(grads, self._max_grad_norm)
         # Nothing to count means no gradient: momentum and decay alone must not move the factors.
-        applied = mx.isfinite(loss_sum) & mx.isfinite(norm) & (count > 0)
+        finite = mx.isfinite(loss_sum) & mx.isfinite(norm)
+        applied, counted = finite & (count > 0), finite & (count >= 0)
         state = tree_map(lambda a: a, optimizer.state)
         grads = scaled(grads, factor)
         updated = optimizer.apply_gradients(grads, self.masters.arrays)
@@ -253,7 +260,12 @@ class Step:
         # Chosen on the device: the host need not wait for the answer.
         self.masters.put(_choose(applied, updated, self.masters.arrays))
         # In place, because the compiled function captured this dict.
-        optimizer.state.update(_choose(applied, optimizer.state, state))
+        progress = {name: optimizer.state[name] for name in ("step", "learning_rate") if name in optimizer.state}
+        # A step without anything to train on is one of the run's steps: its number is that of `taken`, which a resumed run takes from it.
+        optimizer.state.update(
+            _choose(applied, optimizer.state, state)
+            | _choose(counted, progress, {name: state[name] for name in progress})
+        )
         return StepResult(loss_sum, count, norm, applied, reports)
 
     @property

@@ -6,6 +6,7 @@ step is computed: `alone` at once, trainer/several_runs.py together with other r
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from mlx_lora.objectives.base import BoundObjective, HeldOutBatches, Objective
     from mlx_lora.planner.memory import MemoryPlan
     from mlx_lora.trainer.step import Step, StepResult
+
+log = logging.getLogger(__name__)
 
 # This many skipped updates in a row mean that the run has diverged, not that one batch was bad.
 MAX_SKIPPED_IN_A_ROW = 10
@@ -243,6 +246,7 @@ class Trainer:
         self.total = total_steps(self.plan, self.settings, self.objective.updates)
         self._window, self._begun_s = Window(), time.perf_counter()
         self._saved_at = self.at.taken if self.at.taken else None
+        self._told_idle = False
         self._previous: StepResult | None = None  # the device works on it while the host prepares the next
 
     def fit(self) -> Outcome:
@@ -305,7 +309,7 @@ class Trainer:
             self._save()
         # The device works on this step while the host waits for the one before: one step ahead, no more.
         self._interrupted.hear(previous)
-        if previous is not None and diverged(at, previous):
+        if previous is not None and self._diverged(previous):
             raise Diverged(at)
         self._previous = result
         at.taken, at.consumed = at.taken + 1, at.consumed + len(chosen)
@@ -325,7 +329,7 @@ class Trainer:
         gone = False
         if to_report or to_validate or to_save:
             self._interrupted.hear(result)
-            gone = diverged(at, result) or at.skipped_in_a_row == self.total
+            gone = self._diverged(result) or at.skipped_in_a_row == self.total
             self._previous = None  # already counted: do not count it again
         if to_report:
             self._report()
@@ -335,6 +339,16 @@ class Trainer:
             best = to_validate and self.validate()
             if to_save or self._stopped_early() or (best and settings.save_every):
                 self._save()
+
+    def _diverged(self, result: StepResult) -> bool:
+        """Return whether the run has diverged with a step; one without anything to train on says nothing of that."""
+        if result.applied.item() or not result.idle:
+            return diverged(self.at, result)
+        if not self._told_idle:
+            self._told_idle = True
+            why = ", because all of its answers were cut: raise --max-new-tokens" if self.objective.samples else ""
+            log.info(f"Note: a step trained no token and changed nothing{why}")
+        return False
 
     def _report(self) -> None:
         """Report the steps since the last report."""

@@ -94,6 +94,19 @@ def test_evaluate_and_test_measure_sampled_answers(tiny_folder, teacher, data, t
     assert after["kl"] < before["kl"]
 
 
+def test_steps_whose_answers_are_all_cut_are_no_divergence(tiny_folder, teacher, data, tmp_path):
+    """The run ended with exit code 1 and the advice to lower the rate."""
+    asked = ("--teacher", teacher, "--mask-truncated", "--max-new-tokens", 1, "--save-every", 1)
+    ran = run(*command(tiny_folder, data, tmp_path / "a", *asked, "--iters", 3))
+    assert ran.code == 0, ran.err
+    [note] = [line for line in ran.lines if "trained no token" in line]
+    assert "--max-new-tokens" in note
+    assert all(line["skipped_steps"] == 0 for line in lines(tmp_path / "a"))
+    longer = run(*command(tiny_folder, data, tmp_path / "a", *asked, "--iters", 4, "--resume"))
+    assert longer.code == 0, longer.err
+    assert lines(tmp_path / "a")[-1]["step"] == 4
+
+
 def test_the_base_is_its_own_teacher(tiny_folder, data, tmp_path):
     """Without --teacher, the base with the adapter off is the teacher: the same bytes as with a second copy of it."""
     asked = ("--teacher-prompt", data / "persona.txt", "--iters", 3)

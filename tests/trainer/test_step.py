@@ -52,10 +52,16 @@ def test_padding_and_masked_targets_do_not_reach_the_loss():
 
 def test_empty_mask_gives_zero_and_no_update():
     model = adapted()
-    before = factors(model)
-    result = make_step(model)([batch(2, 8, seed=0, share=-1)])
+    before, step = factors(model), make_step(model, weight_decay=0.1)
+    moments = {name: np.array(value) for name, value in tree_flatten(step.optimizer.state)}
+    result = step([batch(2, 8, seed=0, share=-1)])
     assert (result.loss_sum.item(), result.count.item(), result.applied.item()) == (0, 0, False)
+    assert result.idle
     assert (factors(model) == before).all()
+    # It is a step of the run all the same: a resumed run counts as this one does.
+    assert step.optimizer.state["step"].item() == step.taken == 1
+    after = dict(tree_flatten(step.optimizer.state))
+    assert all((np.array(after[name]) == value).all() for name, value in moments.items() if name != "step")
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -135,6 +141,7 @@ def test_non_finite_step_is_skipped_whole(poison):
     step_clean([good[0]]), step_dirty([good[0]])
     skipped = step_dirty([bad])
     assert not skipped.applied.item()
+    assert not skipped.idle
     step_clean([good[1]])
     assert step_dirty([good[1]]).applied.item()
     assert np.array_equal(factors(clean), factors(dirty))
