@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.config.objectives import POOLINGS
 from mlx_lora.exporters.adapter_config import check_use, head_of
 from mlx_lora.exporters.adapter_folder import (
     CONFIG_FILE,
@@ -135,6 +136,22 @@ def with_reference_of_run(settings: TrainSettings, adapter: Path) -> TrainSettin
     return replace(settings, objective=objective, adapter=own)
 
 
+def vectors_of_start(settings: TrainSettings) -> dict[str, str]:
+    """Return pooling and prompts of the run that made the adapter to start from, where they are known, and open in the settings."""
+    given, names = settings.adapter.resume_adapter_file, ("pooling", "query_prompt", "document_prompt")
+    if given is None:
+        return {}
+    path = Path(given).expanduser()
+    run = run_of(path if path.is_dir() else path.parent)
+    if run.get("objective") != "embed" or run.get("pooling") not in (None, *POOLINGS):
+        return {}
+    return {
+        name: run[name]
+        for name in names
+        if getattr(settings.objective, name) is None and isinstance(run.get(name), str)
+    }
+
+
 def read_start(base: Base, given: str, scores: bool) -> Start:
     """Read what --resume-adapter-file names, before the base is adapted.
 
@@ -158,9 +175,7 @@ def read_start(base: Base, given: str, scores: bool) -> Start:
     return Start(file, None, config.get("lora_parameters", {}).get("scale"), qat, head_of(config, file.parent))
 
 
-def put_start(
-    model: nn.Module, start: Start, fresh: tuple[str, ...], head: dict[str, Any] | None = None
-) -> None:
+def put_start(model: nn.Module, start: Start, fresh: tuple[str, ...], head: dict[str, Any] | None = None) -> None:
     """Load the factors into the adapter layers of a model.
 
     Args:
@@ -198,9 +213,7 @@ def _put_peft(model: nn.Module, file: Path, adapter: PeftAdapter, fresh: tuple[s
             problems.append(f"{path} is {'not ' if 'm' in layer else ''}a DoRA layer, unlike in this run")
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise InputError(
-            f"{file}: does not fit this run: {shown}; give its --rank, --target-modules and --method"
-        )
+        raise InputError(f"{file}: does not fit this run: {shown}; give its --rank, --target-modules and --method")
     for path, layer in layers.items():
         a, b = adapter.factors[path]
         layer.lora_a, layer.lora_b = a, b * (adapter.shapes[path][1] / layer.scale)

@@ -34,6 +34,7 @@ from mlx_lora.adapters.base import base_dims
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSettings
 from mlx_lora.data.pairs import TextForm, load_pairs
+from mlx_lora.exporters.initial_adapter import vectors_of_start
 from mlx_lora.kernels.table import training_kernels
 from mlx_lora.losses.check import choose_compute
 from mlx_lora.losses.contrastive import (
@@ -76,6 +77,7 @@ POOLED = {
     CLS: ("cls", "cls_token"),
 }  # sentence-transformers' names
 MODE = "pooling_mode_"
+PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}  # its names, of which the first counts
 COMPUTED = {"Transformer", "Pooling", "Normalize", "Dropout"}  # modules of sentence-transformers
 ACCURACY = "accuracy"  # the share of queries whose own document is nearer than all other documents of the step
 NEGATIVES = 32  # examples of a step, unless the settings say how large a batch is
@@ -173,9 +175,9 @@ def stored_choices(folder: Path) -> dict[str, Any]:
             f"{file}: leaves the prompt out of the mean (include_prompt), which is not supported; choose another model"
         )
     prompts = _read_json(folder / "config_sentence_transformers.json").get("prompts")
-    for side in ("query", "document"):
-        if isinstance(prompts, dict) and isinstance(prompts.get(side), str):
-            found[f"{side}_prompt"] = prompts[side]
+    for side, names in PROMPTS.items() if isinstance(prompts, dict) else ():
+        if texts := [prompts[name] for name in names if isinstance(prompts.get(name), str)]:
+            found[f"{side}_prompt"] = texts[0]
     return found
 
 
@@ -272,7 +274,10 @@ class Embed(Objective):
             )
         if ctx.settings.loop.cache_trunk == "on":
             raise InputError("--cache-trunk on with --objective embed: a row holds several texts; leave it out")
-        self.asked = with_choices(ctx.settings.objective, ModelFiles.of(ctx.base))
+        kept = vectors_of_start(ctx.settings) if ctx.trains else {}
+        self.asked = with_choices(replace(ctx.settings.objective, **kept), ModelFiles.of(ctx.base))
+        if words := ", ".join(f"{name.replace('_', ' ')} {text!r}" for name, text in kept.items()):
+            ctx.record.lines.append(f"As in the run that trained {ctx.settings.adapter.resume_adapter_file}: {words}")
         width = Embedder.of(ctx.base.model, self.pooling).width
         if too_wide := [dim for dim in self.options.dims if dim > width]:
             raise InputError(f"--matryoshka-dims {too_wide[0]}: the model's vectors have {width} numbers; give less")
@@ -302,7 +307,7 @@ class Embed(Objective):
         records: str,
     ) -> DataSplits:
         model = ModelFiles.of_config(folder, config)
-        self.asked = with_choices(settings.objective, model)
+        self.asked = with_choices(replace(settings.objective, **vectors_of_start(settings)), model)
         form = form_of(replace(settings, objective=self.asked), model)
         splits, scored = load_pairs(settings.data, form, tokenizer, settings.loop.seed)
         self.settle(splits.train, scored)
@@ -347,11 +352,8 @@ class Embed(Objective):
         return replace(settings, loop=loop)
 
     def settled(self, settings: TrainSettings) -> TrainSettings:
-        sizes = (
-            {}
-            if self.batch is None
-            else {name: getattr(self.batch, name) for name in ("batch_tokens", "grad_accumulation_steps")}
-        )
+        names = () if self.batch is None else ("batch_tokens", "grad_accumulation_steps")
+        sizes = {name: getattr(self.batch, name) for name in names}
         loop = replace(settings.loop, sample_tokens=0, cache_trunk="off", **sizes)  # there is no text to write
         return replace(settings, objective=self.asked, loop=loop)
 

@@ -383,6 +383,32 @@ def test_a_run_learns_and_keeps_what_its_vectors_are(trained):
     assert "embed_loss: infonce" in settings
 
 
+def test_a_run_that_starts_from_an_adapter_keeps_what_its_vectors_are(tiny_folder, data, tmp_path):
+    """It went on with the model's own pooling and without prompts, so that its first vectors were not those of the start."""
+    train(tiny_folder, data, tmp_path / "a", "--pooling", "mean", "--query-prompt", "query: ")
+    more = ("--resume-adapter-file", tmp_path / "a", "--iters", 1, "--learning-rate", "1e-9")
+    found, said = (train(tiny_folder, data, tmp_path / name, *more, *flags)[0]["val_loss"]
+                   for name, flags in (("b", ()), ("c", ("--pooling", "mean", "--query-prompt", "query: "))))  # fmt: skip
+    assert found == said
+    for line in ("pooling: mean", "query_prompt: 'query: '"):
+        assert line in (tmp_path / "b/run.yaml").read_text()
+    train(tiny_folder, data, tmp_path / "d", *more, "--pooling", "last")
+    assert "pooling: last" in (tmp_path / "d/run.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "found"),
+    [
+        ({"passage": "p: ", "corpus": "c: "}, {"document_prompt": "p: "}),
+        ({"corpus": "c: ", "document": "d: ", "query": "q: "}, {"query_prompt": "q: ", "document_prompt": "d: "}),
+        (["p: "], {}),
+    ],
+)
+def test_a_models_document_prompt_may_have_three_names(prompts, found, tmp_path):
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+    assert stored_choices(tmp_path) == found
+
+
 def test_its_adapter_writes_no_text(trained, tiny_folder, tmp_path):
     says = "gives vectors, not text"
     one_line(run("generate", "--model", tiny_folder, "--adapter-path", trained, "--prompt", "x"), says)

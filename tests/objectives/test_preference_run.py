@@ -268,16 +268,16 @@ def test_an_adapter_is_measured_against_the_one_that_its_run_began_with(name, ti
     for command, flags in (("evaluate", ()), ("train", ("--test",))):
         refused = run(command, *common, *flags)
         assert refused.code == 2
-        assert all(word in refused.lines[-1] for word in (f"Error: --resume-adapter-file {start}", "--reference-adapter"))
+        assert all(
+            word in refused.lines[-1] for word in (f"Error: --resume-adapter-file {start}", "--reference-adapter")
+        )
 
 
 @pytest.mark.slow
 def test_the_reference_is_rounded_where_the_first_step_is(data, tmp_path, monkeypatch):
     """Runs with --qat took the stored reference of one without it; with a share of it, theirs was rounded, and they were not."""
     monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
-    model = write_folder(
-        tmp_path / "model", quantized(tiny_model()), {"quantization": {"group_size": 32, "bits": 4}}
-    )
+    model = write_folder(tmp_path / "model", quantized(tiny_model()), {"quantization": {"group_size": 32, "bits": 4}})
     trained(tmp_path / "start", model, data, "orpo", "--iters", 6)
     more = ("--resume-adapter-file", tmp_path / "start", "--learning-rate", "1e-9", "--iters", 2)
     for name, flags in (("plain", ()), ("half", ("--qat", 0.5)), ("all", ("--qat",)), ("nearly", ("--qat", 0.9))):
