@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from mlx_lora.utils.errors import InputError
 ANSWER_COLUMNS = ("answer", "solution", "completion", "output", "response")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 FINAL_MARK = "####"  # before the result in GSM8K's answers
+RewardFunction = Callable[..., list[float | None]]
 THINKING = re.compile(r"^\s*<think>(?!.*<think>).*?</think>\s*\S.*$", re.DOTALL)
 
 
@@ -50,27 +50,41 @@ def think_format(completions: Sequence[Any], **columns: Any) -> list[float | Non
     return [float(THINKING.match(text_of(completion)) is not None) for completion in completions]
 
 
-def length(completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], most: int, **columns: Any) -> list:
-    """Give 0 up to `most` tokens, and beyond, minus the share by which an answer is longer."""
-    return [-max(0, len(tokens) - most) / most for tokens in completion_ids]
+# Rewards with an argument: it is no keyword of theirs, because the data may have a column of any name.
 
 
-def matches(completions: Sequence[Any], pattern: re.Pattern, **columns: Any) -> list[float | None]:
-    """Give 1 for an answer in which the pattern is found, else 0."""
-    return [float(pattern.search(text_of(completion)) is not None) for completion in completions]
+def length(most: int) -> RewardFunction:
+    """Return what gives 0 up to `most` tokens, and beyond, minus the share by which an answer is longer."""
+
+    def reward(completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], **columns: Any) -> list:
+        return [-max(0, len(tokens) - most) / most for tokens in completion_ids]
+
+    return reward
 
 
-def fits_schema(completions: Sequence[Any], validator: Any, **columns: Any) -> list[float | None]:
-    """Give 1 for an answer that is JSON and fits the schema, half for JSON that does not fit, else 0."""
-    found: list[float | None] = []
-    for completion in completions:
+def matches(pattern: re.Pattern) -> RewardFunction:
+    """Return what gives 1 for an answer in which the pattern is found, else 0."""
+
+    def reward(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        return [float(pattern.search(text_of(completion)) is not None) for completion in completions]
+
+    return reward
+
+
+def fits_schema(validator: Any) -> RewardFunction:
+    """Return what gives 1 for an answer that is JSON and fits the schema, half for JSON that does not fit, else 0."""
+
+    def score(text: str) -> float:
         try:
-            value = json.loads(text_of(completion))
+            value = json.loads(text)
         except ValueError:
-            found.append(0.0)
-        else:
-            found.append(1.0 if validator.is_valid(value) else 0.5)
-    return found
+            return 0.0
+        return 1.0 if validator.is_valid(value) else 0.5
+
+    def reward(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        return [score(text_of(completion)) for completion in completions]
+
+    return reward
 
 
 def math_verify(completions: Sequence[Any], **columns: Any) -> list[float | None]:
@@ -118,7 +132,7 @@ def _with_tuples(value: Any) -> Any:
 
 
 MATH = "math-verify"
-PLAIN: dict[str, Callable[..., list[float | None]]] = {
+PLAIN: dict[str, RewardFunction] = {
     "exact_match": exact_match,
     "number_match": number_match,
     "think_format": think_format,
@@ -146,13 +160,13 @@ def ready_reward(name: str) -> Callable[..., Any] | None:
     if kind == "length":
         if not argument.isdecimal() or not int(argument):
             raise InputError(f"--reward {name}: write a number of tokens, as in length:200")
-        return partial(length, most=int(argument))
+        return length(int(argument))
     if kind == "regex":
         try:
-            return partial(matches, pattern=re.compile(argument, re.DOTALL))
+            return matches(re.compile(argument, re.DOTALL))
         except re.error as error:
             raise InputError(f"--reward {name}: not a regular expression ({error}); correct it") from None
-    return partial(fits_schema, validator=_validator(name, Path(argument))) if kind == "json_schema" else None
+    return fits_schema(_validator(name, Path(argument))) if kind == "json_schema" else None
 
 
 def _validator(name: str, file: Path) -> Any:

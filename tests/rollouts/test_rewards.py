@@ -46,6 +46,9 @@ def test_ready_rewards():
     assert given("think_format", *thoughts, chat=True) == [1.0, 0.0, 0.0, 0.0]
     assert given("length:4", "abcd", "abcdef") == [0.0, -0.5]
     assert given("regex:^\\d+$", "12", "a12") == [1.0, 0.0]
+    columns = {"pattern": ["a", "b"], "most": [1, 2]}  # of the data, and nothing else
+    assert given("regex:^\\d+$", "12", "a12", **columns) == [1.0, 0.0]
+    assert given("length:2", "12", "a12", **columns) == [0, -0.5]
 
 
 def test_mathematics():
@@ -66,6 +69,7 @@ def test_json_schema(tmp_path):
     schema = tmp_path / "s.json"
     schema.write_text('{"type": "object", "required": ["name"]}')
     assert given(f"json_schema:{schema}", '{"name": 1}', "{}", "name") == [1.0, 0.5, 0.0]
+    assert given(f"json_schema:{schema}", "{}", validator=["of the data"]) == [0.5]
     schema.write_text('{"type": 5}')
     with pytest.raises(InputError, match="holds no JSON schema"):
         ready_reward(f"json_schema:{schema}")
