@@ -23,8 +23,8 @@ from mlx_lora.data.files import find_sets, is_local, named_sets
 from mlx_lora.data.load import DataSplits, load_data
 from mlx_lora.data.records import read_records
 from mlx_lora.exporters.adapter_folder import run_of, with_limits_of_run
-from mlx_lora.exporters.initial_adapter import with_reference_of_run
 from mlx_lora.reports.run_report import read_facts
+from mlx_lora.trainer.adapter import with_reference_of_run
 from mlx_lora.utils.errors import InputError
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,28 +112,6 @@ def start_folder(given: str) -> Path:
             f"{CONFIG_FILE} to a folder as {WEIGHTS_FILE}, and give that as --reference-adapter"
         )
     return folder
-
-
-def with_reference_of_run(settings: TrainSettings, adapter: Path) -> TrainSettings:
-    """Return the settings of a measurement with what the reference of an adapter's run was, if it had the same objective.
-
-    A run.yaml may be a stranger's. Only paths of adapters are taken from it, which are read from this disk, as data.
-
-    Args:
-        settings: Of the measurement; what they name already is kept.
-        adapter: The folder of the adapter that is measured.
-    """
-    run, objective, own = run_of(adapter), settings.objective, settings.adapter
-    if run.get("objective") != objective.objective:
-        return settings
-    reference, start = (run.get(name) for name in ("reference_adapter", "resume_adapter_file"))
-    if not objective.reference_adapter and not own.resume_adapter_file and isinstance(reference, str):
-        objective = replace(objective, reference_adapter=reference)
-    if not own.resume_adapter_file and isinstance(start, str):
-        own = replace(own, resume_adapter_file=start)
-    if own.resume_adapter_file and run.get("qat") == 1:  # then the start was rounded, too
-        own = replace(own, qat=1.0)
-    return replace(settings, objective=objective, adapter=own)
 
 
 def vectors_of_start(settings: TrainSettings) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import mlx.nn as nn
 from mlx_lora.adapters.inject import Adapted, adapt_model
 from mlx_lora.adapters.qat import begin_qat, end_qat, rounded_to
 from mlx_lora.exporters.adapter_config import head_of
-from mlx_lora.exporters.adapter_folder import AdapterInfo, check_writes_text, load_adapter, read_adapter_config
+from mlx_lora.exporters.adapter_folder import AdapterInfo, check_writes_text, load_adapter, read_adapter_config, run_of
 from mlx_lora.exporters.initial_adapter import put_start, read_start
 from mlx_lora.models.encoder_head import head_parameters
 from mlx_lora.models.head import put_head
@@ -99,6 +100,28 @@ def adapter_head(folder: Path, objective: Objective) -> dict[str, Any] | None:
     if made_by != objective.name:
         raise InputError(f"--objective {objective.name}: the adapter was trained with --objective {made_by}; give that")
     return head
+
+
+def with_reference_of_run(settings: TrainSettings, adapter: Path) -> TrainSettings:
+    """Return the settings of a measurement with what the reference of an adapter's run was, if it had the same objective.
+
+    A run.yaml may be a stranger's. Only paths of adapters are taken from it, which are read from this disk, as data.
+
+    Args:
+        settings: of the measurement; what they name already is kept.
+        adapter: the folder of the adapter that is measured.
+    """
+    run, objective, own = run_of(adapter), settings.objective, settings.adapter
+    if run.get("objective") != objective.objective:
+        return settings
+    reference, start = (run.get(name) for name in ("reference_adapter", "resume_adapter_file"))
+    if not objective.reference_adapter and not own.resume_adapter_file and isinstance(reference, str):
+        objective = replace(objective, reference_adapter=reference)
+    if not own.resume_adapter_file and isinstance(start, str):
+        own = replace(own, resume_adapter_file=start)
+    if own.resume_adapter_file and run.get("qat") == 1:  # then the start was rounded, too
+        own = replace(own, qat=1.0)
+    return replace(settings, objective=objective, adapter=own)
 
 
 def adapter_template(folder: Path | None) -> str | None:

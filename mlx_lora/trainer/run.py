@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE
-from mlx_lora.exporters.initial_adapter import with_reference_of_run
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import OBJECTIVES, check_kind, objective_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.trainer.adapter import adapter_head, put_adapter, qat_from
+from mlx_lora.trainer.adapter import adapter_head, put_adapter, qat_from, with_reference_of_run
 from mlx_lora.trainer.build import BuiltRun, build_run
 from mlx_lora.trainer.callbacks import Callback, Callbacks, logger_callbacks
 from mlx_lora.trainer.checkpoint import take_first_ranks
