@@ -166,9 +166,9 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
     strategy = strategy_of(settings, ranks)
     ctx = RunContext(settings, objective, base, strategy, trains=False)
     check_kind(base.model, base.model_id, objective)
-    objective.open(ctx)  # before an adapter is on the base
-    if objective.reference:
+    if objective.reference and settings.adapter.resume_adapter_file:  # the reference is a copy with that adapter
         ctx.untrained = without_adapter(base)
+    objective.open(ctx)  # before an adapter is on the base
     if adapter:
         objective.measures_with(adapter_head(adapter, objective))
     if asked.held_out and adapter:

@@ -98,10 +98,11 @@ def run_steps(
             base = load_base(settings.model, read=not strategy.divides_base)
     ctx = RunContext(settings, objective, base, strategy, functions, first_day(settings.loop, ranks), trains)
     check_kind(base.model, base.model_id, objective)
-    objective.open(ctx)  # before an adapter is on
     if not trains:
         ctx.settings = with_reference_of_run(settings, Path(settings.loop.adapter_path))
         ctx.untrained = replace(base, model=copy.deepcopy(base.model))  # copies modules, not their arrays
+    objective.open(ctx)  # before an adapter is on
+    if not trains:
         objective.measures_with(adapter_head(Path(settings.loop.adapter_path), objective))
         put_adapter(base, Path(settings.loop.adapter_path), settings.data, objective)
     with waiting("Reading the data"):

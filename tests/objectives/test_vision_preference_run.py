@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,21 @@ def test_a_run_learns_which_answer_a_picture_asks_for(trained, model, colors):
     # Both answers are right for half of the pictures, so who does not look is right in half of the pairs.
     assert measured["accuracy"] > 0.8
     assert measured["rows"] == 16
+
+
+@pytest.mark.slow
+def test_an_adapter_is_measured_against_the_one_that_its_run_began_with(trained, model, colors, tmp_path):
+    more = ("--resume-adapter-file", trained[0], "--learning-rate", "1e-9", "--iters", 1)
+    ran = run(*command(model, colors / "train.jsonl", tmp_path / "a", *more))
+    assert ran.code == 0, ran.err
+    asked = ("--objective", "dpo", "--images", "--model", model, "--data", colors / "train.jsonl")
+    found = run("evaluate", *asked, "--adapter-path", tmp_path / "a", "--json")
+    assert json.loads(found.out)["margin"] == pytest.approx(0, abs=1e-4)
+    shutil.copytree(colors, tmp_path / "data")
+    shutil.copy(colors / "train.jsonl", tmp_path / "data/test.jsonl")
+    alone = run("train", *asked, "--data", tmp_path / "data", "--adapter-path", tmp_path / "a", "--test")
+    assert alone.code == 0, alone.err
+    assert "margin 0.0000" in alone.err or "margin -0.0000" in alone.err
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(trained, model, colors, tmp_path):
