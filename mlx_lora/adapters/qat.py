@@ -327,6 +327,11 @@ def end_qat(model: nn.Module) -> None:
         layer.pop(FLAG, None)
 
 
+def rounds(model: nn.Module) -> bool:
+    """Tell whether adapter layers of a model compute with their fused weights now."""
+    return any(FLAG in layer for layer in adapter_layers(model).values())
+
+
 def rounded_to(model: nn.Module) -> str:
     """Return in words how the adapted layers of a model are quantized; empty: none is.
 
