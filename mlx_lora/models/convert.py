@@ -12,10 +12,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +41,8 @@ from mlx_lora.models.folder import (
     write_json,
 )
 from mlx_lora.models.quantize import Quantization, choose_quantization, dequantize_model, quantize_model
+from mlx_lora.models.side_files import copy_side_files
 from mlx_lora.models.tokenizer import load_folder_tokenizer
-from mlx_lora.models.tower_files import copy_tower
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, check_writable, one_at_a_time, replacing_folder, sha256_of
@@ -56,12 +55,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The files that belong to a model folder in addition to weights and config: tokenizer, templates, license.
-_SIDE_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "chat_template*", "*.jinja", "*.tiktoken", "generation_config.json", "LICENSE*", "NOTICE*", "*.py",
-    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-)  # fmt: skip
 # mlx-lm's architectures whose `sanitize` removes the head if the weights hold none.
 TIED_BY_WEIGHTS = ("gemma3_text", "recurrent_gemma")
 
@@ -298,23 +291,6 @@ def layouts_of(model: nn.Module) -> dict[str, Quantization]:
     }
 
 
-def copy_side_files(source: Path, folder: Path, tower: Mapping[str, mx.array] | None = None) -> None:
-    """Copy tokenizer, templates, license and what is needed to see, and write a tokenizer.json if there is only a SentencePiece model.
-
-    Args:
-        source, folder, tower: as for `copy_tower`.
-    """
-    for pattern in _SIDE_FILES:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)  # follows links, which the hub cache uses
-    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
-        from mlx_lora.models.spm_tokenizer import write_tokenizer_from_spm
-
-        write_tokenizer_from_spm(folder / "tokenizer.model", source, folder)
-    copy_tower(source, folder, tower)
-
-
 def _provenance(source: ModelSource, conversion: Conversion, config: dict[str, Any]) -> dict[str, Any]:
     """Return config.json's `mlx_lora` entry, which records where the weights come from; mlx-lm ignores it."""
     mark = fused_mark(config)
@@ -500,7 +476,7 @@ def token_logprobs(model: nn.Module, ids: list[int]) -> mx.array:
 # Converted models in the cache
 
 # Part of the cache key of converted models: raise it when the same file would convert differently.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def folder_of(settings: ModelSettings, source: ModelSource) -> Path:
@@ -557,7 +533,8 @@ def cached_quantized_folder(
     target = choose_quantization(bits, None, None)
     if source.kind == "folder" and has_bits(read_config(source.path, trust_remote_code), bits, source.model_id):
         return source.path
-    files = sorted(source.path.glob("*.*")) if source.kind == "folder" else [source.path]
+    copied = [*source.path.glob("*.*"), *source.path.glob("1_Pooling/*")]
+    files = sorted(copied) if source.kind == "folder" else [source.path]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     sees = "|tower" if any(name == "preprocessor_config.json" for name, *_ in stats) else ""
     key = sha256_of(f"{_FORMAT}|{source.path.resolve()}|{target}|{dtype}|{stats}{sees}")

@@ -18,12 +18,14 @@ from gguf_cases import IDS, SHARED, write_case
 from gguf_cases import tiny_model as any_model
 from mlx.utils import tree_flatten
 from real_models import gemma3_gguf, smollm2_gguf
+from tiny_encoders import tiny_encoder
 
 from mlx_lora.cli.convert import main
 from mlx_lora.models import convert as converting
-from mlx_lora.models.convert import cached_gguf_folder, convert_model, measure_text_loss
+from mlx_lora.models.convert import cached_gguf_folder, cached_quantized_folder, convert_model, measure_text_loss
 from mlx_lora.models.folder import ShardWriter
 from mlx_lora.models.quantize import Quantization
+from mlx_lora.objectives.embed import stored_choices
 from mlx_lora.utils.device import compute_dtype
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.hub import resolve_model
@@ -282,6 +284,26 @@ def test_sentencepiece_only_folder_gets_a_fast_tokenizer(tmp_path: Path) -> None
     reference = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     text = "the quick fox jumps"
     assert tokenizer.encode(text, add_special_tokens=False) == reference.encode(text)
+
+
+def test_an_embedding_model_keeps_its_pooling_prompts_and_length(tmp_path: Path) -> None:
+    source = tiny_encoder("bert", tmp_path / "m")
+    files = {
+        "modules.json": [{"type": "sentence_transformers.models.Transformer"}],
+        "1_Pooling/config.json": {"pooling_mode_cls_token": True},
+        "config_sentence_transformers.json": {"prompts": {"query": "Q: "}},
+        "sentence_bert_config.json": {"max_seq_length": 40},
+    }
+    (source / "1_Pooling").mkdir()
+    for name, content in files.items():
+        (source / name).write_text(json.dumps(content))
+    assert run("--model", source, "--out", tmp_path / "out", "--group-size", 32).exit_code == 0
+    assert {name: json.loads((tmp_path / "out" / name).read_text()) for name in files} == files
+    cached = [cached_quantized_folder(resolve_model(str(source)), 8, mx.float32)]
+    assert stored_choices(cached[0]) == {"pooling": "cls", "query_prompt": "Q: "}
+    (source / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    cached += [cached_quantized_folder(resolve_model(str(source)), 8, mx.float32)]
+    assert [stored_choices(folder)["pooling"] for folder in cached] == ["cls", "mean"]
 
 
 def test_gguf_is_converted_into_the_cache_once(gguf_file: Path, monkeypatch) -> None:
