@@ -42,6 +42,7 @@ from mlx_lora.models.config import (
     translate_config,
 )
 from mlx_lora.utils.errors import InputError, RunError, first_line
+from mlx_lora.utils.files import check_replaceable
 from mlx_lora.utils.parsing import read_json
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -288,6 +289,7 @@ def check_out(out: Path, *, force: bool) -> None:
         raise InputError(f"--out {out}: is a file; give a new folder")
     if not any(out.iterdir()):
         return
+    check_replaceable(out)
     if not force:
         raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force to replace it")
     if not (out / "config.json").is_file():
