@@ -32,6 +32,8 @@ from mlx_lora.utils.parsing import MAX_DEPTH, read_json
 
 # How many times longer a normalizer may make a text; published ones reach 3 for a single character.
 MOST_GROWTH = 1000
+# Part of the cache key of rebuilt tokenizers: raise it when the same files would be rebuilt differently.
+REBUILD = 2
 
 
 def load_folder_tokenizer(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> TokenizerWrapper:
@@ -145,8 +147,9 @@ def _tokenizer_folder(folder: Path) -> Path:
     model_file = folder / "tokenizer.model"
     if (folder / "tokenizer.json").exists() or not model_file.exists():
         return folder
-    stat = model_file.stat()
-    key = f"{model_file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    files = sorted([model_file, *folder.glob("*.json"), *folder.glob("*.jinja")])
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = f"{REBUILD}|{folder.resolve()}|{stats}"
     rebuilt = cache_dir("converted") / f"tokenizer-{sha256_of(key)[:12]}"
     if not rebuilt.exists():
         with replacing_folder(rebuilt) as temporary:
