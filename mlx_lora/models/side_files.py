@@ -10,10 +10,10 @@ import mlx.core as mx
 
 from mlx_lora.models.tower_files import copy_tower
 
-# Tokenizer, templates, license.
+# Tokenizer, templates, license. Vocabularies have many names: tiktoken.model, spiece.model, rwkv_vocab_v20230424.txt.
 _SIDE_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "chat_template*", "*.jinja", "*.tiktoken", "generation_config.json", "LICENSE*", "NOTICE*", "*.py",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "*.txt", "*.model", "*.tiktoken",
+    "chat_template*", "*.jinja", "generation_config.json", "LICENSE*", "NOTICE*", "*.py",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 # What sentence-transformers does before and after the model: without it, texts get other vectors.

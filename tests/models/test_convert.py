@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,6 +26,7 @@ from mlx_lora.models import convert as converting
 from mlx_lora.models.convert import cached_gguf_folder, cached_quantized_folder, convert_model, measure_text_loss
 from mlx_lora.models.folder import ShardWriter
 from mlx_lora.models.quantize import Quantization
+from mlx_lora.models.side_files import copy_side_files
 from mlx_lora.objectives.embed import stored_choices
 from mlx_lora.utils.device import compute_dtype
 from mlx_lora.utils.errors import InputError, RunError
@@ -304,6 +306,15 @@ def test_an_embedding_model_keeps_its_pooling_prompts_and_length(tmp_path: Path)
     (source / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
     cached += [cached_quantized_folder(resolve_model(str(source)), 8, mx.float32)]
     assert [stored_choices(folder)["pooling"] for folder in cached] == ["cls", "mean"]
+
+
+def test_vocabularies_of_any_name_come_along(tiny_folder: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_folder, tmp_path / "m")
+    names = ("tiktoken.model", "spiece.model", "sentencepiece.bpe.model", "rwkv_vocab_v20230424.txt", "merges.txt")
+    for name in names:
+        (source / name).write_text(name)
+    copy_side_files(source, tmp_path)
+    assert [(tmp_path / name).read_text() for name in names] == list(names)
 
 
 def test_gguf_is_converted_into_the_cache_once(gguf_file: Path, monkeypatch) -> None:
