@@ -31,6 +31,7 @@ from mlx_lora.models.config import architecture_of, check_rotation, translate_co
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.models.folder import (
     FOREIGN_ERRORS,
+    TYPES,
     ShardWriter,
     check_out,
     complete_module,
@@ -38,6 +39,7 @@ from mlx_lora.models.folder import (
     import_architecture,
     load_weights,
     read_config,
+    read_safetensors_header,
     write_json,
 )
 from mlx_lora.models.quantize import Quantization, choose_quantization, dequantize_model, quantize_model
@@ -57,6 +59,7 @@ log = logging.getLogger(__name__)
 
 # mlx-lm's architectures whose `sanitize` removes the head if the weights hold none.
 TIED_BY_WEIGHTS = ("gemma3_text", "recurrent_gemma")
+FLOATS = ("F32", "F16", "BF16")  # safetensors' names
 
 
 # Conversion
@@ -147,7 +150,7 @@ def convert_model(
     if target is None and source.kind == "gguf":
         target = "carry"
     check_out(out, force=force)
-    check_writable(out, "--out", _least_bytes(source, target))
+    check_writable(out, "--out", _least_bytes(source, target, dtype))
     if source.path.resolve().is_relative_to(out):
         raise InputError(f"--out {out}: contains the source {source.path}; give another folder")
     if target == "carry" and source.kind != "gguf":
@@ -166,13 +169,20 @@ def convert_model(
     return conversion
 
 
-def _least_bytes(source: ModelSource, target: Target | Learned | None) -> int:
-    """Return a lower bound of the bytes to write, from file sizes; a float source has at most 32 bits per weight."""
+def _least_bytes(source: ModelSource, target: Target | Learned | None, dtype: mx.Dtype) -> int:
+    """Return a lower bound of the bytes to write, from the sizes of the files and of the float tensors in them."""
     target = target.quantization if isinstance(target, Learned) else target
-    files = [source.path] if source.path.is_file() else source.path.glob("*.safetensors")
-    size = sum(file.stat().st_size for file in files)
-    bits = target.bits if isinstance(target, Quantization) else 4 if target is None else 32
-    return size * bits // 32 if source.kind == "folder" or isinstance(target, Quantization) else size
+    target = Quantization(4, 64) if target is None else target
+    if source.kind == "gguf":
+        size = source.path.stat().st_size
+        return size * target.bits // 32 if isinstance(target, Quantization) else size
+    bits = target.bits if isinstance(target, Quantization) else 8 * dtype.size
+    files = list(source.path.glob("model*.safetensors"))  # what the loader reads
+    floats = [entry for file in files for entry in read_safetensors_header(file).values() if entry["dtype"] in FLOATS]
+    values = sum(math.prod(entry["shape"]) for entry in floats)
+    stored = sum(math.prod(entry["shape"]) * TYPES[entry["dtype"]].size for entry in floats)
+    packed = sum(file.stat().st_size for file in files) - stored  # at most 32 bits per weight
+    return values * bits // 8 + (packed * bits // 32 if isinstance(target, Quantization) else packed)
 
 
 def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.Dtype) -> Conversion:

@@ -27,6 +27,7 @@ from mlx_lora.models.convert import cached_gguf_folder, cached_quantized_folder,
 from mlx_lora.models.folder import ShardWriter
 from mlx_lora.models.quantize import Quantization
 from mlx_lora.models.side_files import copy_side_files
+from mlx_lora.models.tower_files import copy_tower
 from mlx_lora.objectives.embed import stored_choices
 from mlx_lora.utils.device import compute_dtype
 from mlx_lora.utils.errors import InputError, RunError
@@ -315,6 +316,30 @@ def test_vocabularies_of_any_name_come_along(tiny_folder: Path, tmp_path: Path) 
         (source / name).write_text(name)
     copy_side_files(source, tmp_path)
     assert [(tmp_path / name).read_text() for name in names] == list(names)
+
+
+def test_another_form_of_the_weights_is_not_a_tower(tmp_path: Path) -> None:
+    source, out = tmp_path / "m", tmp_path / "out"
+    for folder in (source, out):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"vision_config": {}}))
+    weights = {"model.layers.0.x": mx.zeros(4), "vision_tower.y": mx.ones(4)}
+    mx.save_safetensors(str(source / "model.safetensors"), weights)
+    mx.save_safetensors(str(source / "consolidated.safetensors"), {"layers.0.x": mx.zeros(4)})
+    for before, after in ((source, out), (out, source)):  # a folder that was written like this too
+        copy_tower(before, after)
+        assert list(mx.load(str(after / "tower.safetensors"))) == ["vision_tower.y"]
+
+
+def test_the_disk_is_checked_for_the_dtype_that_is_written(tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    source = shutil.copytree(tiny_folder, tmp_path / "m")
+    shutil.copy(source / "model.safetensors", source / "consolidated.safetensors")
+    needed = []
+    monkeypatch.setattr(converting, "check_writable", lambda *asked: needed.append(asked[2]))
+    for asked in ({"target": "float", "dtype": mx.bfloat16}, {"target": "float", "dtype": mx.float32}):
+        written = convert_model(resolve_model(str(source)), tmp_path / "out", **asked).size_bytes
+        assert 0.95 * written < needed[-1] < 1.1 * written
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_gguf_is_converted_into_the_cache_once(gguf_file: Path, monkeypatch) -> None:
