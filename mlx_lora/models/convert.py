@@ -263,9 +263,12 @@ def _convert_folder(
     model, config = dequantize_model(model, config)
     cast_model(model, dtype)
     names = tree_flatten(model.parameters())
+    # Before weights are packed, which would hide it; computed when they are written.
+    fits = {name: mx.isfinite(array).all() for name, array in names} if dtype == mx.float16 else {}
     n_values = sum(array.size for _, array in names)
     conversion = Conversion(config["model_type"], dtype=_dtype_name(dtype), n_values=n_values)
     if isinstance(target, Learned):
+        mx.eval(fits)  # learning reads all weights; they are not kept longer for this
         widths = {path: m.weight.shape[-1] for path, m in model.named_modules() if hasattr(m, "to_quantized")}
         model = target.quantize(model, config)
         kept = {path for path, module in model.named_modules() if hasattr(module, "to_quantized")}
@@ -283,9 +286,12 @@ def _convert_folder(
     del model, names
     # One by one, so that the arrays of a written shard are freed; the work is done where an array is computed.
     for name in tracked(list(parameters), "Converting", len(parameters), "tensors"):
-        mx.eval(parameters[name])
+        mx.eval(parameters[name], fits.get(name))
+        if name in fits and not fits.pop(name).item():
+            raise InputError(f"{source.path}: {name}: float16 cannot hold its values; use --dtype bfloat16 or float32")
         writer.add({name: parameters.pop(name)})
     conversion.size_bytes = writer.close()
+    config |= dict.fromkeys({"torch_dtype", "dtype"} & config.keys() | {"torch_dtype"}, conversion.dtype)
     config["mlx_lora"] = _provenance(source, conversion, config)
     mlx_lm.utils.save_config(config, folder / "config.json")
     copy_side_files(source.path, folder)

@@ -104,6 +104,11 @@ def load_weights(
             ) from error
         raise InputError(f"{folder}: mlx-lm cannot build this {config['model_type']} model ({short(error)})") from error
     check_rotation(model, config, folder / CONFIG_FILE)
+    for path, layer in model.named_modules():  # mx.load gives the bytes of fp8 weights, which some models bring without scales
+        if hasattr(layer, "to_quantized") and not mx.issubdtype(layer.weight.dtype, mx.floating):
+            raise InputError(
+                f"{folder}: {path}.weight is {str(layer.weight.dtype).removeprefix('mlx.core.')}, not float; use the model's bfloat16 weights"
+            )
     check_config(config, folder / GENERATION_FILE, n_tensors)  # mlx-lm has merged that file's end ids into the config
     return model, config
 

@@ -123,6 +123,41 @@ def test_folder_no_quantize_only_changes_the_dtype(tiny_folder: Path, tmp_path: 
         assert mx.array_equal(array.astype(mx.float16), after[name])
 
 
+def with_weight(folder: Path, change) -> Path:
+    """Change one weight of a folder."""
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights["model.layers.0.mlp.up_proj.weight"] = change(weights["model.layers.0.mlp.up_proj.weight"])
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return folder
+
+
+@pytest.mark.parametrize("packed", [("--no-quantize",), (), ("--mode", "mxfp4")])
+def test_values_that_float16_cannot_hold_are_refused(packed, tmp_path: Path) -> None:
+    source = with_weight(write_folder(tmp_path / "m", tiny_model()), lambda weight: weight * (1e5 / weight[0, 0]))
+    refused = run("--model", source, "--out", tmp_path / "out", *packed, "--dtype", "float16")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert "up_proj.weight" in refused.stderr
+    assert "bfloat16" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    assert run("--model", source, "--out", tmp_path / "out", *packed, "--dtype", "bfloat16").exit_code == 0
+
+
+@pytest.mark.parametrize("packed", [("--no-quantize",), ()])
+def test_bytes_of_fp8_are_no_weights(packed, tmp_path: Path) -> None:
+    source = with_weight(write_folder(tmp_path / "m", tiny_model()), mx.to_fp8)
+    refused = run("--model", source, "--out", tmp_path / "out", *packed)
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert "up_proj.weight is uint8" in refused.stderr
+
+
+def test_the_config_has_the_dtype_that_is_written(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "m", tiny_model(), {"dtype": "bfloat16"})
+    assert run("--model", source, "--out", tmp_path / "out", "--no-quantize", "--dtype", "float32").exit_code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["torch_dtype"], config["dtype"]) == ("float32", "float32")
+
+
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
 def test_microscaling_modes_load_in_mlx_lm(mode: str, tiny_folder: Path, tmp_path: Path) -> None:
     assert run("--model", tiny_folder, "--out", tmp_path / "out", "--mode", mode).exit_code == 0
