@@ -575,6 +575,8 @@ def has_bits(config: dict[str, Any], bits: int, model_id: str) -> bool:
         InputError: it is quantized at others.
     """
     found = config.get("quantization") or config.get("quantization_config")
+    if found and found.get("quant_method") == "fp8":
+        return False  # as it is published; a conversion makes floats of it first
     if found and found.get("bits") != bits:
         raise InputError(
             f"--bits {bits}: {model_id} is already quantized ({found.get('bits', '?')} bits); leave --bits out, or give the "

@@ -17,7 +17,12 @@ _SIDE_FILES = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 # What sentence-transformers does before and after the model: without it, texts get other vectors.
-_EMBEDDING_FILES = ("modules.json", "1_Pooling/config.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+_EMBEDDING_FILES = (
+    "modules.json",
+    "1_Pooling/config.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+)
 
 
 def copy_side_files(source: Path, folder: Path, tower: Mapping[str, mx.array] | None = None) -> None:

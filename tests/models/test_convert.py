@@ -447,6 +447,17 @@ def test_a_learned_quantization_is_reported_beside_plain_rounding(quantizer, cal
     assert loaded(IDS).shape == (1, IDS.shape[1], 288)
 
 
+def test_what_predicts_no_tokens_has_no_perplexity(calibration, tmp_path):
+    _, rows = calibration
+    source = tiny_encoder("bert", tmp_path / "m")
+    for given in (("--report", rows), ("--calibrate", rows)):
+        result = run("--model", source, "--out", tmp_path / "q", *given)
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert given[0] in result.stderr
+        assert "encoder" in result.stderr
+        assert not (tmp_path / "q").exists()
+
+
 def test_a_quantization_that_cannot_be_learned_is_one_line(calibration, gguf_file, tmp_path):
     model, rows = calibration
     quantized = tmp_path / "quantized"
@@ -455,6 +466,7 @@ def test_a_quantization_that_cannot_be_learned_is_one_line(calibration, gguf_fil
     short.write_text('{"text": "a fox"}\n')
     other = tmp_path / "other"
     write_folder(other, tiny_model(), {"model_type": "olmo2"})
+    joined = write_folder(tmp_path / "joined", tiny_model(), {"model_type": "afm7"})
     for source, data, extra, said in (
         (model, None, ("--quantizer", "awq"), "--calibrate"),
         (model, rows, ("--mode", "mxfp4"), "affine"),
@@ -465,6 +477,7 @@ def test_a_quantization_that_cannot_be_learned_is_one_line(calibration, gguf_fil
         (model, tmp_path / "none.jsonl", (), "none.jsonl"),
         (quantized, rows, (), "quantized already"),
         (other, rows, ("--quantizer", "awq"), "not olmo2"),
+        (joined, rows, ("--quantizer", "gptq"), "afm7"),
         (gguf_file, rows, (), "GGUF"),
     ):
         given = () if data is None else ("--calibrate", data)

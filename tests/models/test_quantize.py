@@ -116,7 +116,9 @@ def test_latent_attention_becomes_float_too(mode, tmp_path):
     assert relative_error(back(IDS), model(IDS)) < 0.05
     convert_model(resolve_model(str(packed)), again, target=Quantization(8, 32))
     finer, _ = load_weights(again, trust_remote_code=False)
-    assert {path: layer.bits for path, layer in finer.named_modules() if hasattr(layer, "bits")} == dict.fromkeys(bits, 8)
+    assert {path: layer.bits for path, layer in finer.named_modules() if hasattr(layer, "bits")} == dict.fromkeys(
+        bits, 8
+    )
 
 
 def test_layers_that_do_not_divide_are_skipped_and_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,7 +59,10 @@ def test_templates_and_added_text_of_the_folder_are_kept(tmp_path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     n_pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).get_piece_size()
     added = [{"content": "<tool>", "special": False}, {"content": "<end>", "special": True}]
-    config = {"added_tokens_decoder": {str(n_pieces + i): token for i, token in enumerate(added)}, "chat_template": "old"}
+    config = {
+        "added_tokens_decoder": {str(n_pieces + i): token for i, token in enumerate(added)},
+        "chat_template": "old",
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     tokenizer = load_folder_tokenizer(tmp_path, {"model_type": "llama"}, False)._tokenizer

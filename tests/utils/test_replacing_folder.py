@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,16 +66,18 @@ def test_a_mount_point_is_filled_from_inside(mounted, tmp_path):
             (temporary / text).mkdir()
         assert sorted(path.name for path in mounted.iterdir()) == ["file", text]
         assert (mounted / "file").read_text() == text
-    with pytest.raises(ValueError, match="broken"), replacing_folder(mounted) as temporary:
-        (temporary / "file").write_text("third")
+    with pytest.raises(ValueError, match="broken"), replacing_folder(mounted):
         raise ValueError("broken")
     assert (mounted / "file").read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["disk"]
 
 
-def test_a_mount_point_keeps_its_files_when_the_new_ones_cannot_move(mounted, monkeypatch):
+def test_a_mount_point_keeps_its_files_when_the_new_ones_cannot_move(mounted, tmp_path, monkeypatch):
     (mounted / "file").write_text("first")
-    real = Path.replace
+    made, real = tmp_path / "made", Path.replace
+    made.mkdir()
+    for name in ("file", "z"):
+        (made / name).write_text("second")
 
     def refuse_last(self, target):
         if self.name == "z" and Path(target).parent == mounted:
@@ -83,8 +86,7 @@ def test_a_mount_point_keeps_its_files_when_the_new_ones_cannot_move(mounted, mo
 
     monkeypatch.setattr(Path, "replace", refuse_last)
     with pytest.raises(OSError, match="no space"), replacing_folder(mounted) as temporary:
-        for name in ("file", "z"):
-            (temporary / name).write_text("second")
+        shutil.copytree(made, temporary, dirs_exist_ok=True)
     assert {path.name: path.read_text() for path in mounted.iterdir()} == {"file": "first"}
 
 
