@@ -204,19 +204,22 @@ def context_length(model: nn.Module, config: dict[str, Any]) -> int:
         model: an mlx-lm model.
         config: its config.json.
     """
-    from transformers import CONFIG_MAPPING  # slow to import, and reading a file does not need it
-
     text = config.get("text_config")
     parts = [text if isinstance(text, dict) else {}, config]
-    kinds = [part.get("model_type") for part in parts]
     found = [part.get("max_position_embeddings") for part in parts]
-    found += [
-        getattr(CONFIG_MAPPING[kind]().get_text_config(), "max_position_embeddings", None)
-        for kind in kinds
-        if kind in CONFIG_MAPPING
-    ]
+    if not any(found):
+        found = [_usual_context(part.get("model_type")) for part in parts]
     found += [text_arguments(model).get("max_position_embeddings"), 2048]  # llama.cpp requires one
     return int(next(value for value in found if value))
+
+
+def _usual_context(kind: Any) -> int | None:
+    """Return the context length that transformers gives a kind of model by default; None: it does not know it."""
+    from transformers import CONFIG_MAPPING  # slow to import, and most files do not need it
+
+    if kind not in CONFIG_MAPPING:
+        return None
+    return getattr(CONFIG_MAPPING[kind]().get_text_config(), "max_position_embeddings", None)
 
 
 def gguf_settings(model: nn.Module, architecture: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
