@@ -26,6 +26,7 @@ from mlx_lm.tokenizer_utils import StreamingDetokenizer
 
 from mlx_lora.models.tokenizer import Continuation
 from mlx_lora.rollouts.decode import TokenSteps
+from mlx_lora.rollouts.row_batches import extract_row, merge_rows
 from mlx_lora.serving.pools import Routing
 
 # Tokens
@@ -303,7 +304,7 @@ class RunningBatch:
 
     def join(self, prefill: Prefill) -> None:
         """Add a row whose prompt is computed except for its last token."""
-        merged = [cache.merge([cache]) for cache in prefill.caches]
+        merged = merge_rows(self._model, [prefill.caches])
         if self._caches:
             for own, new in zip(self._caches, merged, strict=True):
                 own.extend(new)
@@ -332,7 +333,7 @@ class RunningBatch:
 
     def extract(self, row: BatchRow) -> list[Any]:
         """Return the caches of one row, for the prompt cache."""
-        return [cache.extract(self.rows.index(row)) for cache in self._caches]
+        return [extract_row(cache, self.rows.index(row)) for cache in self._caches]
 
     def leave(self, leaving: list[BatchRow]) -> None:
         """Remove rows."""
