@@ -354,6 +354,7 @@ class _Writing:
         self._vocabulary = models.base.token_rows or len(models.base.hf_tokenizer)
         self._batch, self._known = RunningBatch(steps, routing), PromptCache(PROMPT_CACHE_BYTES)
         self._room = 0
+        routing.rows = ()  # the model may be tried now, with rows of its own
         self._most_rows = 1 if one_row_because(steps) else MOST_ROWS
 
     def texts(self, asked: Sequence[TextRequest], stopped: Callable[[], bool]) -> list[Written]:
