@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -162,6 +163,15 @@ def _tokenizer_folder(folder: Path) -> Path:
 # Text that continues a prompt
 
 
+def add_token(detokenizer: Any, token: int) -> None:
+    """Add a token to mlx-lm's detokenizer; an id that the tokenizer does not have adds no text.
+
+    A model may have more rows than its tokenizer has tokens, as padding, and samples such an id now and then.
+    """
+    with suppress(IndexError, TypeError):  # beyond the detokenizer's table, or without an entry in it
+        detokenizer.add_token(token)
+
+
 class Continuation:
     """A detokenizer for tokens that follow others, with the interface of mlx-lm's detokenizers."""
 
@@ -178,7 +188,7 @@ class Continuation:
 
     def add_token(self, token: int) -> None:
         """Add the next token."""
-        self._detokenizer.add_token(token)
+        add_token(self._detokenizer, token)
 
     def finalize(self) -> None:
         """Release the text that was held back until more tokens came."""

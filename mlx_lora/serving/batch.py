@@ -24,7 +24,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from mlx_lm.sample_utils import apply_top_k, apply_top_p
 from mlx_lm.tokenizer_utils import StreamingDetokenizer
 
-from mlx_lora.models.tokenizer import Continuation
+from mlx_lora.models.tokenizer import Continuation, add_token
 from mlx_lora.rollouts.decode import TokenSteps
 from mlx_lora.rollouts.row_batches import extract_row, merge_rows
 from mlx_lora.serving.pools import Routing
@@ -193,7 +193,7 @@ class TextStream:
         """Add the next token and return the text that can be sent now."""
         if report is not None:
             self._waiting.append((len(self._detokenizer.text), report))
-        self._detokenizer.add_token(token)
+        add_token(self._detokenizer, token)
         text = self._detokenizer.text
         return self._stopped(text) or self._released(text, len(text) - self._held(text))
 

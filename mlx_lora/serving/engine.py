@@ -200,7 +200,7 @@ class Engine:
         """
         self.limits, self.counts = limits, Counts()
         self._inbox: queue.SimpleQueue[Ticket | Callable[[], None] | None] = queue.SimpleQueue()
-        self._ignore_fingerprint = ignore_fingerprint
+        self.ignore_fingerprint = ignore_fingerprint
         self._pending = 0
         self._lock = threading.Lock()
         self._stopping = False
@@ -316,7 +316,7 @@ class Engine:
         routing = Routing()
         self.prompt_cache = PromptCache(self.limits.prompt_cache_bytes)
         self.store = AdapterStore(
-            base, routing, logits.dtype, self.limits.adapter_bytes, self._ignore_fingerprint, self.prompt_cache.drop
+            base, routing, logits.dtype, self.limits.adapter_bytes, self.ignore_fingerprint, self.prompt_cache.drop
         )
         self._model, self._routing, self._tokenizer = TokenSteps(base.model), routing, base.tokenizer
         self.batch = RunningBatch(self._model, routing)

@@ -207,7 +207,7 @@ def load_scorer(engine: Engine, folder: Path) -> TextScorer:
         InputError: it does not fit the base.
     """
     twin = twin_of(engine.base)
-    info = load_adapter(twin, folder, scores=True)
+    info = load_adapter(twin, folder, engine.ignore_fingerprint, scores=True)
     if info.chat_template:
         twin.hf_tokenizer.chat_template = info.chat_template
     return TextScorer.of(twin, info.head, with_limits_of_run(DataSettings(), (), folder))
