@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import secrets
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -151,12 +151,14 @@ class TokenReport:
         logprob: natural logarithm.
         top: (text, logprob, bytes) of the likeliest tokens, best first.
         data: the token's own bytes, which may be a part of a character.
+        start: where in the answer its text begins, in characters.
     """
 
     text: str
     logprob: float
     top: tuple[tuple[str, float, bytes], ...]
     data: bytes = b""
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -187,12 +189,12 @@ class TextStream:
         self._detokenizer = detokenizer
         self._stops = stops
         self._sent = 0
-        self._waiting: list[tuple[int, TokenReport]] = []
+        self._waiting: list[TokenReport] = []
 
     def add(self, token: int, report: TokenReport | None = None) -> Piece:
         """Add the next token and return the text that can be sent now."""
         if report is not None:
-            self._waiting.append((len(self._detokenizer.text), report))
+            self._waiting.append(replace(report, start=len(self._detokenizer.text)))
         add_token(self._detokenizer, token)
         text = self._detokenizer.text
         return self._stopped(text) or self._released(text, len(text) - self._held(text))
@@ -221,7 +223,7 @@ class TextStream:
         return 0
 
     def _released(self, text: str, end: int, rest: bool = False) -> Piece:
-        ready = [report for start, report in self._waiting if rest or start < end]
+        ready = [report for report in self._waiting if rest or report.start < end]
         self._waiting = self._waiting[len(ready) :]
         piece = Piece(text[self._sent : end], tuple(ready))
         self._sent = max(self._sent, end)
