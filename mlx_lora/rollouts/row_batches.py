@@ -48,7 +48,7 @@ Rows = Sequence[Sequence[Any]]
 class GroupedRows(BatchKVCache):
     """Keys and values of rows, for scores of shape (B, heads of keys, heads that share them, T, S), as in Gemma 2."""
 
-    def make_mask(self, N: int, return_array: bool = False, **window: Any) -> Any:  # noqa: N803 # mlx-lm's name
+    def make_mask(self, N: int, return_array: bool = False, **window: Any) -> Any:  # mlx-lm's name
         """Return the mask, (B, 1, 1, T, S)."""
         mask = super().make_mask(N, return_array, **window)
         return mask[:, None] if isinstance(mask, mx.array) and mask.ndim == 4 else mask
@@ -125,7 +125,8 @@ def one_row_because(model: Any) -> str:
         setattr(plain, TRIED, why)
         if why:
             log.warning(
-                "--model: mlx-lm's code for it cannot decode several rows together (%s); they are decoded one at a time", why
+                "--model: mlx-lm's code for it cannot decode several rows together (%s); they are decoded one at a time",
+                why,
             )
     return getattr(plain, TRIED)
 
@@ -144,7 +145,9 @@ def _try_rows(model: nn.Module) -> str:
     except Exception as error:
         if describe_gpu_failure(error):
             raise
-        raise InputError(f"--model: mlx-lm's code fails to generate from it ({_words(error)}); choose another") from error
+        raise InputError(
+            f"--model: mlx-lm's code fails to generate from it ({_words(error)}); choose another"
+        ) from error
     try:
         together = _distributions(model, last, rows)
     except Exception as error:

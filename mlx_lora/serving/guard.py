@@ -85,9 +85,7 @@ def is_local(host: str) -> bool:
 class Guard:
     """ASGI middleware that checks requests and counts answers by path and status."""
 
-    def __init__(
-        self, app: App, limits: GuardLimits, answers: Counter[tuple[str, int]], known: Sequence[str] = ()
-    ):
+    def __init__(self, app: App, limits: GuardLimits, answers: Counter[tuple[str, int]], known: Sequence[str] = ()):
         """Prepare.
 
         Args:
