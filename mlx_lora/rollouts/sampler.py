@@ -98,11 +98,12 @@ def sample_groups(
     caches = kept.joined(model, prompts) if kept else None
     caches = caches or _group_caches(model, prompts, options.group)
     if not one_by_one:
-        return _sampled(model, caches, last, options, ends, keys, limits, prompts, kept)
+        held = [len(prompt) - 1 for prompt in prompts for _ in range(options.group)]
+        return _sampled(model, caches, last, (options, ends), keys, limits, None if kept is None else (kept, held))
     answers, found = [], []
     for row, token in enumerate(last):
         own = merge_rows(model, [[extract_row(cache, row) for cache in caches]])
-        got = _sampled(model, own, [token], options, ends, keys[row : row + 1], limits[row : row + 1])
+        got = _sampled(model, own, [token], (options, ends), keys[row : row + 1], limits[row : row + 1])
         answers, found = answers + got[0], found + got[1]
     return answers, found
 
@@ -111,14 +112,20 @@ def _sampled(
     model: nn.Module,
     caches: list[Any],
     last: Sequence[int],
-    options: SamplingOptions,
-    ends: frozenset[int],
+    how: tuple[SamplingOptions, frozenset[int]],
     keys: mx.array,
     limits: Sequence[int],
-    prompts: Sequence[Sequence[int]] = (),
-    kept: KeptCaches | None = None,
+    kept: tuple[KeptCaches, Sequence[int]] | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Sample an answer in each row, as `sample_groups`, from caches that hold the prompts without their `last` tokens."""
+    """Sample an answer in each row, as `sample_groups`, from caches that hold the prompts without their `last` tokens.
+
+    Args:
+        model, caches, last: see there.
+        how: options, and the tokens that end an answer.
+        keys, limits: of the rows.
+        kept: gets the rows that end; and the tokens that the caches hold of each at first.
+    """
+    options, ends = how
     answers: list[list[int]] = [[] for _ in last]
     found: list[list[float]] = [[] for _ in last]
     tokens = mx.array(last, mx.uint32)
@@ -134,8 +141,7 @@ def _sampled(
                 ended[place] = token in ends or len(answers[rows[place]]) == limits[rows[place]]
                 if kept is not None and token in ends:
                     row = rows[place]
-                    held = len(prompts[row // options.group]) + len(answers[row]) - 1
-                    kept.keep(row, place, held, caches)
+                    kept[0].keep(row, place, kept[1][row] + len(answers[row]), caches)
         if all(ended):
             break
         if sum(ended) >= ENDED_SHARE * len(ended):

@@ -20,7 +20,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from functools import partial
@@ -41,6 +41,7 @@ from starlette.routing import BaseRoute, Route
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.reports.charts import tokens_css
 from mlx_lora.serving.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name
+from mlx_lora.serving.client_errors import client_error, without_paths
 from mlx_lora.serving.conversation import AnswerLimits, picture_prompt, prompt_tokens, with_downloads
 from mlx_lora.serving.engine import Engine, Event, QueueFull, Request, Stopped
 from mlx_lora.serving.guard import Guard, GuardLimits, error_response, not_here
@@ -226,52 +227,10 @@ async def _as_json(request: HttpRequest, error: Any) -> Response:
 # One answer, from the engine's thread to its client
 
 Reply = ChatReply | CompletionReply
-RETRY_AFTER_S = 1
 
 
 class ClientGone(Exception):
     """The client has closed the connection."""
-
-
-def api_error(error: Exception) -> ApiError:
-    """Return the error that a client gets for an error of the engine."""
-    if isinstance(error, UnknownAdapter):
-        return ApiError(
-            404, f"no model or adapter {str(error)!r}; GET /v1/models lists them", "model_not_found", "model"
-        )
-    if isinstance(error, QueueFull):
-        return ApiError(429, f"{error}; try again later", "queue_full", retry_after_s=RETRY_AFTER_S)
-    if isinstance(error, NoRoom):
-        return ApiError(503, f"{error}; try again later", "no_room", retry_after_s=RETRY_AFTER_S)
-    if isinstance(error, Stopped):
-        return ApiError(503, f"{error}", "shutting_down")
-    if isinstance(error, (InputError, OSError)):
-        return ApiError(400, " ".join(str(error).split()), "invalid_adapter")
-    raise error
-
-
-def client_error(engine: Engine, error: Exception, folders: Iterable[Path] = ()) -> ApiError:
-    """Return the error that a client gets, without paths of this machine.
-
-    Args:
-        engine: whose base and adapters are known.
-        error: of the engine, or one that is an answer already.
-        folders: further ones that the text may name.
-    """
-    told = error if isinstance(error, ApiError) else api_error(error)
-    told.args = (without_paths(str(told), engine, folders),)
-    return told
-
-
-def without_paths(text: str, engine: Engine, folders: Iterable[Path] = ()) -> str:
-    """Return a text in which the folders of the base and the adapters, and further ones, are only their names."""
-    base = engine.base
-    known = [*folders, *engine.store.folders, base.folder]
-    names = {str(form): folder.name for folder in known for form in (folder, folder.resolve())}
-    names[base.model_id] = base_name(base)
-    for path in sorted((path for path, name in names.items() if name), key=len, reverse=True):
-        text = text.replace(path, names[path])
-    return text
 
 
 class HttpAnswer:

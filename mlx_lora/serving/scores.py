@@ -30,7 +30,7 @@ from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.scored_texts import ERROR, PREDICTED, TextScorer, in_order
 from mlx_lora.serving.adapter_store import base_name
-from mlx_lora.serving.app import api_error, without_paths
+from mlx_lora.serving.client_errors import api_error, without_paths
 from mlx_lora.serving.engine import Engine, Stopped
 from mlx_lora.serving.pools import unrouted_twin
 from mlx_lora.serving.schema import ApiError, read_json
