@@ -48,7 +48,8 @@ def without_paths(text: str, engine: Engine, folders: Iterable[Path] = ()) -> st
     base = engine.base
     known = [*folders, *engine.store.folders, base.folder]
     names = {str(form): folder.name for folder in known for form in (folder, folder.resolve())}
-    names[base.model_id] = base_name(base)
+    name = base_name(base)
+    names[base.model_id] = Path(name).name if Path(name).is_absolute() else name  # a folder may be gone by now
     for path in sorted((path for path, name in names.items() if name), key=len, reverse=True):
         text = text.replace(path, names[path])
     return text
