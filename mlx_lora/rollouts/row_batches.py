@@ -167,7 +167,7 @@ def _begun(model: nn.Module, prompt: Sequence[int]) -> list[Any]:
 
 def _distributions(model: nn.Module, last: Sequence[int], rows: Rows) -> mx.array:
     """Return the distribution of the token after the last of each row, (B, V) float32."""
-    logits = model(mx.array(last)[:, None], cache=merge_rows(model, rows))[:, -1]
+    logits = model(mx.array(list(last))[:, None], cache=merge_rows(model, rows))[:, -1]
     found = mx.softmax(logits.astype(mx.float32), axis=-1)
     mx.eval(found)
     return found

@@ -128,7 +128,7 @@ def _sampled(
     options, ends = how
     answers: list[list[int]] = [[] for _ in last]
     found: list[list[float]] = [[] for _ in last]
-    tokens = mx.array(last, mx.uint32)
+    tokens = mx.array(list(last), mx.uint32)
     rows, ended = list(range(len(answers))), [False] * len(answers)
     for step in range(max(limits, default=0)):
         logits = model(tokens[:, None], cache=caches)[:, -1]  # (rows, V)
