@@ -108,6 +108,35 @@ def _experts_product(indices: mx.array, sorted_indices: bool) -> Product:
     return Product(lambda x, weight: through(x, weight.swapaxes(-1, -2)), by_x, by_weight)
 
 
+class Turn:
+    """The order of layers that read one input (query, key, value; gate, up): each waits for the one before.
+
+    MLX would compute their dense weights side by side, which takes the memory of all of them.
+
+    Attributes:
+        slopes: the gradient by the input of the layer that had its backward pass last; empty before the first.
+    """
+
+    _latest: tuple[mx.array, mx.array, Turn] | None = None
+
+    def __init__(self) -> None:
+        self.slopes: list[mx.array] = []
+
+    @classmethod
+    def of(cls, x: mx.array) -> tuple[Turn, mx.array]:
+        """Return the turn of a layer that reads `x`, and the output to wait for; `x` itself for the first layer."""
+        latest = cls._latest
+        return (latest[2], latest[1]) if latest is not None and latest[0] is x else (cls(), x)
+
+    def done(self, x: mx.array, y: mx.array) -> None:
+        """Note the output of a layer that reads `x`, until another layer or the backward pass begins."""
+        Turn._latest = (x, y, self)
+
+    def follow(self, by_x: mx.array) -> None:
+        """Note a gradient by the input, for which the next layer's backward pass waits."""
+        self.slopes, Turn._latest = [by_x], None
+
+
 class FakeQuantized(AdapterLayer):
     """A mixin that comes before an adapter layer's own class: its output is that of the fused and quantized layer.
 
@@ -171,26 +200,28 @@ class FakeQuantized(AdapterLayer):
             fitted: give the trained arrays of an affine layer the gradient of the fit (module docstring); else they get none here.
         """
         names, arrays = zip(*tree_flatten(self.parameters()), strict=True)
+        turn, before = Turn.of(x)
 
-        def fused(arrays: Sequence[mx.array], after: mx.array) -> tuple[mx.array, mx.array | None]:
-            own = dict(zip(names, (mx.depends(array, after) for array in arrays), strict=True))
+        def fused(arrays: Sequence[mx.array], after: Sequence[mx.array]) -> tuple[mx.array, mx.array | None]:
+            own = dict(zip(names, (mx.depends(array, list(after)) for array in arrays), strict=True))
             weight, codes = _fused_weight(self, own)
             return weight.astype(x.dtype), codes
 
         @mx.custom_function
-        def output(x: mx.array, *arrays: mx.array) -> mx.array:
+        def output(x: mx.array, before: mx.array, *arrays: mx.array) -> mx.array:
             # Depend on x: a checkpointed block's second pass has another x, and is not merged with the first.
-            return product.forward(x, fused(arrays, x)[0])
+            return product.forward(x, fused(arrays, (x, before))[0])
 
         @output.vjp
         def output_vjp(primals, cotangent, _):
             # Depend on the cotangent: else the weights of all layers would be computed as soon as there is time.
-            x, *arrays = primals
-            weight, codes = fused(arrays, cotangent)
-            by_x = product.by_x(x, cotangent, weight)
+            x, before, *arrays = primals
+            weight, codes = fused(arrays, (cotangent, *turn.slopes))
+            by_x, no_slope = product.by_x(x, cotangent, weight), mx.zeros_like(before)
             by_name = {name: mx.zeros_like(array) for name, array in zip(names, arrays, strict=True)}
             if not fitted or codes is None:
-                return (by_x, *by_name.values())
+                turn.follow(by_x)
+                return (by_x, no_slope, *by_name.values())
             by_update = _through_fit(product.by_weight(x, cotangent, weight).astype(mx.float32), codes)
             trained = {name: array for name, array in zip(names, arrays, strict=True) if name in self.trained}
 
@@ -202,9 +233,12 @@ class FakeQuantized(AdapterLayer):
             by_name |= dict(zip(trained, found, strict=True))
             # The layer before waits for them: they need arrays of the weight's size, which would else pile up.
             [by_x] = mx.depends([by_x], found)
-            return (by_x, *by_name.values())
+            turn.follow(by_x)
+            return (by_x, no_slope, *by_name.values())
 
-        return output(x, *arrays)
+        y = output(x, mx.stop_gradient(before).reshape(-1)[:1], *arrays)
+        turn.done(x, y)
+        return y
 
     def merged(self) -> mx.array:
         if FLAG not in self:

@@ -27,11 +27,11 @@ from mlx_lora.exporters.peft import write_peft
 from mlx_lora.exporters.sentence_transformers import BODIES, EmbeddingForm, peft_of_body, with_names_of_body, write_form
 from mlx_lora.gguf.mmproj import Mmproj, mmproj_of, mmproj_path
 from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES, STORED, write_gguf_adapter, write_gguf_model
-from mlx_lora.models.convert import copy_side_files
 from mlx_lora.models.encoder import ENCODERS
 from mlx_lora.models.folder import write_json
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
+from mlx_lora.models.side_files import copy_side_files
 from mlx_lora.models.vision import has_tower
 from mlx_lora.objectives.text_vectors import form_of_run
 from mlx_lora.utils.errors import InputError
@@ -337,7 +337,10 @@ def _write_hf(job: Export) -> None:
             "use --to peft and merge in PEFT"
         )
     out, force = job.settings.out, job.settings.force
+    form = form_of_run(job.base, job.adapter) if job.adapter else None
     write_fused(job.base, out, job.info, Rounding(dequantize=True), force=force, keep_dtype=job.keep_dtype)
+    if form:  # instead of the base's, which the run may have changed
+        write_form(out, form, job.base.hf_tokenizer)
 
 
 def _use_hf(job: Export) -> list[str]:

@@ -27,7 +27,7 @@ from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.objectives.text_vectors import form_of_run
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replacing_folder
+from mlx_lora.utils.files import place_beside, replacing_folder
 
 # A larger error of rounding, relative to the update, is not taken for harmless without measuring.
 HARMLESS = 0.05
@@ -142,7 +142,7 @@ def fuse(model: ModelSettings, adapter: Path, asked: FuseSettings, ignore_finger
     for number in range(1, len(ways)):
         if best.gain is not None and best.gain.kept is not None and best.gain.kept >= FADED:
             break
-        with TemporaryDirectory(prefix=f".{asked.out.name}.", dir=asked.out.parent) as folder:
+        with TemporaryDirectory(prefix=f".{asked.out.name}.", dir=place_beside(asked.out)) as folder:
             out = Path(folder) / asked.out.name
             other, _ = write(out, number, force=False)
             other = replace(other, gain=meter.compare(read(out)))

@@ -21,6 +21,7 @@ from mlx_lora.config.fields import flag_of
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.load import load_eval_set
 from mlx_lora.gguf.weights import Target
+from mlx_lora.models.config import names_encoder
 from mlx_lora.models.convert import REPORT_TOKENS, Conversion, Learned, compare_on_text, convert_model
 from mlx_lora.models.folder import read_config
 from mlx_lora.models.learned_quantization import QUANTIZERS, check_quantizer, learn_quantization
@@ -73,6 +74,8 @@ def main(model: str, out: Path, revision: str | None, report: Path | None, **fla
     dtype = compute_dtype(flags["dtype"])
     trust = flags["trust_remote_code"]
     source = resolve_model(model, revision, trust_remote_code=trust)
+    if text is not None or flags["calibrate"]:
+        _check_predicts(source, "--report" if text is not None else "--calibrate", trust)
     learned = _learned(source, target, flags)
     if learned and text is None:
         text = "\n\n".join(row["text"] for row in map(json.loads, GENERAL_TEXT.read_text("utf-8").splitlines()))
@@ -93,6 +96,16 @@ def main(model: str, out: Path, revision: str | None, report: Path | None, **fla
         _print_perplexity(report or "general texts", result["perplexity"])
     if flags["as_json"]:
         console.print_json(result)
+
+
+def _check_predicts(source: ModelSource, flag: str, trust_remote_code: bool) -> None:
+    """Refuse what needs the probabilities of tokens for a model that predicts none.
+
+    Raises:
+        InputError: the model is an encoder.
+    """
+    if source.kind == "folder" and names_encoder(read_config(source.path, trust_remote_code)):
+        raise InputError(f"{flag}: {source.model_id} is an encoder, which predicts no tokens; leave it out")
 
 
 def _learned(source: ModelSource, target: Target | None, flags: dict[str, Any]) -> Learned | None:

@@ -17,7 +17,7 @@ class Optimizer:
     """One optimizer.
 
     Attributes:
-        class_name: of the class in mlx.optimizers.
+        class_name: of the class.
         state_copies: float32 numbers that it keeps for each trained number.
         update_copies: float32 numbers that one update allocates for each trained number, in addition to the state and
             the gradient; measured on arrays of at least a megabyte.
@@ -25,6 +25,7 @@ class Optimizer:
         takes_decay: whether it has a decoupled weight decay.
         uncompiled_copies: `update_copies` in a step that is not compiled (utils/device.py); None: as many.
         options: further arguments of the class.
+        module: that has the class.
     """
 
     class_name: str
@@ -34,10 +35,11 @@ class Optimizer:
     takes_decay: bool
     uncompiled_copies: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    module: str = "mlx.optimizers"
 
     def mlx_class(self) -> type:
         """Return the class; mlx is imported here, not above, because the planner works without it."""
-        return getattr(import_module("mlx.optimizers"), self.class_name)
+        return getattr(import_module(self.module), self.class_name)
 
     def build(self, learning_rate: Any, weight_decay: float) -> Any:
         """Return a new mlx optimizer.
@@ -59,7 +61,7 @@ OPTIMIZERS = {
     "adam": Optimizer(
         "Adam", 2, 9.0, uncompiled_copies=10.0, elementwise=True, takes_decay=False, options={"bias_correction": True}
     ),
-    "muon": Optimizer("Muon", 1, 8.5, elementwise=False, takes_decay=True),
+    "muon": Optimizer("Muon", 1, 8.5, elementwise=False, takes_decay=True, module="mlx_lora.trainer.muon"),
     "sgd": Optimizer("SGD", 1, 4.0, uncompiled_copies=5.0, elementwise=True, takes_decay=True),
     "adafactor": Optimizer(
         "Adafactor",

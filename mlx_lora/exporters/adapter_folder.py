@@ -293,7 +293,7 @@ def load_adapter(
     return AdapterInfo(
         method=own.get("method", layer_type),
         rank=shape["rank"],
-        alpha=float(own.get("alpha", shape["scale"] * shape["rank"])),
+        alpha=float(shape["scale"] * shape["rank"] if own.get("alpha") is None else own["alpha"]),
         scale=float(shape["scale"]),
         dropout=float(shape.get("dropout", 0.0)),
         num_layers=config["num_layers"],

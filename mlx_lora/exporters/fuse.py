@@ -36,12 +36,12 @@ from mlx_lora.exporters.adapter_folder import AdapterInfo
 from mlx_lora.exporters.bits_budget import Budget, choose_bits
 from mlx_lora.exporters.compensate import CalibrationTokens, compensated_layers, target_quantization
 from mlx_lora.exporters.peft_experts import own_path, peft_path
-from mlx_lora.models.convert import copy_side_files
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.models.folder import ShardWriter, check_out, load_weights, merge_mark
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
 from mlx_lora.models.quantize import dequantize_model, quantized_like
+from mlx_lora.models.side_files import copy_side_files
 from mlx_lora.models.vision import take_tower
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import check_writable, replacing_folder

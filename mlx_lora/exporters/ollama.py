@@ -22,7 +22,7 @@ from mlx_lora.exporters.adapter_folder import AdapterInfo
 from mlx_lora.gguf.write import write_gguf_adapter, write_gguf_model
 from mlx_lora.models.load import Base
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import replacing_folder
+from mlx_lora.utils.files import check_replaceable, replacing_folder
 
 Messages = list[dict[str, str]]
 MODELFILE = "Modelfile"
@@ -251,6 +251,7 @@ def write_ollama(
 
 def _check_folder(out: Path, base: Base, force: bool) -> None:
     """Check that `out` can be written, before the work."""
+    check_replaceable(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not force:
             raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force to replace it")

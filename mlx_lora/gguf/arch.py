@@ -194,6 +194,34 @@ def gguf_weights(model: nn.Module) -> tuple[str, dict[str, TensorMapping]]:
     return found[0], _mappings(WRITTEN[found[0]], text_arguments(model), prefix)
 
 
+def context_length(model: nn.Module, config: dict[str, Any]) -> int:
+    """Return how many tokens a model is made for, beyond which llama.cpp refuses a prompt.
+
+    mlx-lm's arguments only have what mlx-lm uses, and its defaults are not always the published models' (Gemma 3). So
+    the config decides, and what it leaves out is transformers' default, by which it was saved.
+
+    Args:
+        model: an mlx-lm model.
+        config: its config.json.
+    """
+    text = config.get("text_config")
+    parts = [text if isinstance(text, dict) else {}, config]
+    found = [part.get("max_position_embeddings") for part in parts]
+    if not any(found):
+        found = [_usual_context(part.get("model_type")) for part in parts]
+    found += [text_arguments(model).get("max_position_embeddings"), 2048]  # llama.cpp requires one
+    return int(next(value for value in found if value))
+
+
+def _usual_context(kind: Any) -> int | None:
+    """Return the context length that transformers gives a kind of model by default; None: it does not know it."""
+    from transformers import CONFIG_MAPPING  # slow to import, and most files do not need it
+
+    if kind not in CONFIG_MAPPING:
+        return None
+    return getattr(CONFIG_MAPPING[kind]().get_text_config(), "max_position_embeddings", None)
+
+
 def gguf_settings(model: nn.Module, architecture: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the settings that llama.cpp needs in addition to a model's weights and tokenizer.
 
@@ -202,7 +230,8 @@ def gguf_settings(model: nn.Module, architecture: str) -> tuple[dict[str, Any], 
         architecture: llama.cpp's name for it.
 
     Returns:
-        {key without the architecture's prefix: value, or a list of one per layer}, and tensors that hold settings.
+        {key without the architecture's prefix: value, or a list of one per layer}, without the context length, and
+        tensors that hold settings.
 
     Raises:
         InputError: llama.cpp does not support a setting for the architecture; the message has all of them.
@@ -221,8 +250,6 @@ def _shared_settings(args: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that all architectures have; a family's own settings override them."""
     settings: dict[str, Any] = {
         "block_count": args["num_hidden_layers"],
-        # llama.cpp requires a context length; mlx-lm's llama may have none.
-        "context_length": args["max_position_embeddings"] if args.get("max_position_embeddings") else 2048,
         "embedding_length": args["hidden_size"],
         "attention.head_count": args["num_attention_heads"],
         "attention.head_count_kv": args["num_key_value_heads"],

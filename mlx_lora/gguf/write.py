@@ -35,7 +35,7 @@ from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.qa_lora import group_update
 from mlx_lora.adapters.qat import FakeQuantized, fused_layer
 from mlx_lora.data.chat_template import own_template
-from mlx_lora.gguf.arch import gguf_settings, gguf_weights, text_model
+from mlx_lora.gguf.arch import context_length, gguf_settings, gguf_weights, text_model
 from mlx_lora.gguf.mapping import TensorMapping
 from mlx_lora.gguf.vision import picture_settings
 from mlx_lora.gguf.vocabulary import tokenizer_metadata, tokenizer_vocabulary
@@ -158,6 +158,7 @@ def write_gguf_model(
     architecture, mappings = gguf_weights(base.model)
     settings, extra = gguf_settings(base.model, architecture)
     settings |= picture_settings(base.config, architecture)
+    settings["context_length"] = context_length(base.model, base.config)
     planned = _plan(base.model, architecture, mappings, kind)
     n_rows = text_model(base.model)[1].args.vocab_size
     template = chat_template or own_template(base.hf_tokenizer)

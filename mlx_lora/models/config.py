@@ -125,6 +125,11 @@ OWN_ARCHITECTURES = {
 }
 
 
+def names_encoder(config: Values) -> bool:
+    """Return whether a config.json is an encoder's, which gives vectors of texts and predicts no tokens."""
+    return OWN_ARCHITECTURES.get(str(config.get("model_type"))) == ENCODER_FILE
+
+
 def architecture_of(config: Values) -> tuple[type, type]:
     """Return the classes of a model and of its arguments: ours for an encoder or the text part of some VLMs, else mlx-lm's.
 

@@ -12,10 +12,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ from mlx_lora.models.config import architecture_of, check_rotation, translate_co
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.models.folder import (
     FOREIGN_ERRORS,
+    TYPES,
     ShardWriter,
     check_out,
     complete_module,
@@ -39,11 +39,12 @@ from mlx_lora.models.folder import (
     import_architecture,
     load_weights,
     read_config,
+    read_safetensors_header,
     write_json,
 )
 from mlx_lora.models.quantize import Quantization, choose_quantization, dequantize_model, quantize_model
+from mlx_lora.models.side_files import copy_side_files
 from mlx_lora.models.tokenizer import load_folder_tokenizer
-from mlx_lora.models.tower_files import copy_tower
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, check_writable, one_at_a_time, replacing_folder, sha256_of
@@ -56,14 +57,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The files that belong to a model folder in addition to weights and config: tokenizer, templates, license.
-_SIDE_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "chat_template*", "*.jinja", "*.tiktoken", "generation_config.json", "LICENSE*", "NOTICE*", "*.py",
-    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-)  # fmt: skip
 # mlx-lm's architectures whose `sanitize` removes the head if the weights hold none.
 TIED_BY_WEIGHTS = ("gemma3_text", "recurrent_gemma")
+FLOATS = ("F32", "F16", "BF16")  # safetensors' names
 
 
 # Conversion
@@ -154,7 +150,7 @@ def convert_model(
     if target is None and source.kind == "gguf":
         target = "carry"
     check_out(out, force=force)
-    check_writable(out, "--out", _least_bytes(source, target))
+    check_writable(out, "--out", _least_bytes(source, target, dtype))
     if source.path.resolve().is_relative_to(out):
         raise InputError(f"--out {out}: contains the source {source.path}; give another folder")
     if target == "carry" and source.kind != "gguf":
@@ -173,13 +169,20 @@ def convert_model(
     return conversion
 
 
-def _least_bytes(source: ModelSource, target: Target | Learned | None) -> int:
-    """Return a lower bound of the bytes to write, from file sizes; a float source has at most 32 bits per weight."""
+def _least_bytes(source: ModelSource, target: Target | Learned | None, dtype: mx.Dtype) -> int:
+    """Return a lower bound of the bytes to write, from the sizes of the files and of the float tensors in them."""
     target = target.quantization if isinstance(target, Learned) else target
-    files = [source.path] if source.path.is_file() else source.path.glob("*.safetensors")
-    size = sum(file.stat().st_size for file in files)
-    bits = target.bits if isinstance(target, Quantization) else 4 if target is None else 32
-    return size * bits // 32 if source.kind == "folder" or isinstance(target, Quantization) else size
+    target = Quantization(4, 64) if target is None else target
+    if source.kind == "gguf":
+        size = source.path.stat().st_size
+        return size * target.bits // 32 if isinstance(target, Quantization) else size
+    bits = target.bits if isinstance(target, Quantization) else 8 * dtype.size
+    files = list(source.path.glob("model*.safetensors"))  # what the loader reads
+    floats = [entry for file in files for entry in read_safetensors_header(file).values() if entry["dtype"] in FLOATS]
+    values = sum(math.prod(entry["shape"]) for entry in floats)
+    stored = sum(math.prod(entry["shape"]) * TYPES[entry["dtype"]].size for entry in floats)
+    packed = sum(file.stat().st_size for file in files) - stored  # at most 32 bits per weight
+    return values * bits // 8 + (packed * bits // 32 if isinstance(target, Quantization) else packed)
 
 
 def _convert_gguf(source: ModelSource, folder: Path, target: Target, dtype: mx.Dtype) -> Conversion:
@@ -260,9 +263,12 @@ def _convert_folder(
     model, config = dequantize_model(model, config)
     cast_model(model, dtype)
     names = tree_flatten(model.parameters())
+    # Before weights are packed, which would hide it; computed when they are written.
+    fits = {name: mx.isfinite(array).all() for name, array in names} if dtype == mx.float16 else {}
     n_values = sum(array.size for _, array in names)
     conversion = Conversion(config["model_type"], dtype=_dtype_name(dtype), n_values=n_values)
     if isinstance(target, Learned):
+        mx.eval(fits)  # learning reads all weights; they are not kept longer for this
         widths = {path: m.weight.shape[-1] for path, m in model.named_modules() if hasattr(m, "to_quantized")}
         model = target.quantize(model, config)
         kept = {path for path, module in model.named_modules() if hasattr(module, "to_quantized")}
@@ -280,9 +286,12 @@ def _convert_folder(
     del model, names
     # One by one, so that the arrays of a written shard are freed; the work is done where an array is computed.
     for name in tracked(list(parameters), "Converting", len(parameters), "tensors"):
-        mx.eval(parameters[name])
+        mx.eval(parameters[name], fits.get(name))
+        if name in fits and not fits.pop(name).item():
+            raise InputError(f"{source.path}: {name}: float16 cannot hold its values; use --dtype bfloat16 or float32")
         writer.add({name: parameters.pop(name)})
     conversion.size_bytes = writer.close()
+    config |= dict.fromkeys({"torch_dtype", "dtype"} & config.keys() | {"torch_dtype"}, conversion.dtype)
     config["mlx_lora"] = _provenance(source, conversion, config)
     mlx_lm.utils.save_config(config, folder / "config.json")
     copy_side_files(source.path, folder)
@@ -296,23 +305,6 @@ def layouts_of(model: nn.Module) -> dict[str, Quantization]:
         for path, layer in model.named_modules()
         if "scales" in layer and hasattr(layer, "bits")
     }
-
-
-def copy_side_files(source: Path, folder: Path, tower: Mapping[str, mx.array] | None = None) -> None:
-    """Copy tokenizer, templates, license and what is needed to see, and write a tokenizer.json if there is only a SentencePiece model.
-
-    Args:
-        source, folder, tower: as for `copy_tower`.
-    """
-    for pattern in _SIDE_FILES:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)  # follows links, which the hub cache uses
-    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
-        from mlx_lora.models.spm_tokenizer import write_tokenizer_from_spm
-
-        write_tokenizer_from_spm(folder / "tokenizer.model", source, folder)
-    copy_tower(source, folder, tower)
 
 
 def _provenance(source: ModelSource, conversion: Conversion, config: dict[str, Any]) -> dict[str, Any]:
@@ -500,7 +492,7 @@ def token_logprobs(model: nn.Module, ids: list[int]) -> mx.array:
 # Converted models in the cache
 
 # Part of the cache key of converted models: raise it when the same file would convert differently.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def folder_of(settings: ModelSettings, source: ModelSource) -> Path:
@@ -557,7 +549,8 @@ def cached_quantized_folder(
     target = choose_quantization(bits, None, None)
     if source.kind == "folder" and has_bits(read_config(source.path, trust_remote_code), bits, source.model_id):
         return source.path
-    files = sorted(source.path.glob("*.*")) if source.kind == "folder" else [source.path]
+    copied = [*source.path.glob("*.*"), *source.path.glob("1_Pooling/*")]
+    files = sorted(copied) if source.kind == "folder" else [source.path]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     sees = "|tower" if any(name == "preprocessor_config.json" for name, *_ in stats) else ""
     key = sha256_of(f"{_FORMAT}|{source.path.resolve()}|{target}|{dtype}|{stats}{sees}")
@@ -582,6 +575,8 @@ def has_bits(config: dict[str, Any], bits: int, model_id: str) -> bool:
         InputError: it is quantized at others.
     """
     found = config.get("quantization") or config.get("quantization_config")
+    if found and found.get("quant_method") == "fp8":
+        return False  # as it is published; a conversion makes floats of it first
     if found and found.get("bits") != bits:
         raise InputError(
             f"--bits {bits}: {model_id} is already quantized ({found.get('bits', '?')} bits); leave --bits out, or give the "

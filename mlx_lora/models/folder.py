@@ -34,14 +34,14 @@ from safetensors import SafetensorError, safe_open
 
 import mlx_lora
 from mlx_lora.models.config import (
-    ENCODER_FILE,
-    OWN_ARCHITECTURES,
     architecture_of,
     check_config,
     check_rotation,
+    names_encoder,
     translate_config,
 )
 from mlx_lora.utils.errors import InputError, RunError, first_line
+from mlx_lora.utils.files import check_replaceable
 from mlx_lora.utils.parsing import read_json
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -103,6 +103,14 @@ def load_weights(
             ) from error
         raise InputError(f"{folder}: mlx-lm cannot build this {config['model_type']} model ({short(error)})") from error
     check_rotation(model, config, folder / CONFIG_FILE)
+    for (
+        path,
+        layer,
+    ) in model.named_modules():  # mx.load gives the bytes of fp8 weights, which some models bring without scales
+        if hasattr(layer, "to_quantized") and not mx.issubdtype(layer.weight.dtype, mx.floating):
+            raise InputError(
+                f"{folder}: {path}.weight is {str(layer.weight.dtype).removeprefix('mlx.core.')}, not float; use the model's bfloat16 weights"
+            )
     check_config(config, folder / GENERATION_FILE, n_tensors)  # mlx-lm has merged that file's end ids into the config
     return model, config
 
@@ -189,7 +197,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     config = read_json(file, "download the model again")
     if "model_type" not in config:
         raise InputError(f"{file}: has no model_type; give a language model's folder")
-    if is_classifier(config) and OWN_ARCHITECTURES.get(str(config["model_type"])) != ENCODER_FILE:
+    if is_classifier(config) and not names_encoder(config):
         raise InputError(
             f"{file}: a classifier or reward model, which gives scores, not text; give the language model that it was "
             "made from, with its adapter"
@@ -288,6 +296,7 @@ def check_out(out: Path, *, force: bool) -> None:
         raise InputError(f"--out {out}: is a file; give a new folder")
     if not any(out.iterdir()):
         return
+    check_replaceable(out)
     if not force:
         raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force to replace it")
     if not (out / "config.json").is_file():

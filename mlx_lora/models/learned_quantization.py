@@ -61,6 +61,8 @@ def check_quantizer(name: str, config: dict[str, Any], quantization: Quantizatio
         raise InputError(
             f"{flag} with --bits {quantization.bits}: mlx-lm's gptq has 2, 4 and 8 bits; give one of them, or --quantizer dwq"
         )
+    if name == "gptq" and kind == "afm7":
+        raise InputError(f"{flag}: mlx-lm cannot load afm7's joined layers as its gptq packs them; use --quantizer dwq")
     if name == "dwq" and quantization.bits >= 8:
         raise InputError(
             f"{flag} with --bits {quantization.bits}: mlx-lm's dwq trains layers of less than 8 bits; give fewer, or no --quantizer"

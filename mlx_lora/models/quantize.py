@@ -14,6 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 import numpy as np
+from mlx.utils import tree_unflatten
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 
 from mlx_lora.utils.errors import InputError
 
@@ -296,10 +298,10 @@ def dequantized_weight(layer: nn.Module) -> mx.array:
     """Return a quantized layer's weight as floats.
 
     Args:
-        layer: mlx's QuantizedLinear or QuantizedEmbedding, or mlx-lm's QuantizedSwitchLinear.
+        layer: mlx's QuantizedLinear or QuantizedEmbedding, or mlx-lm's QuantizedSwitchLinear or QuantizedMultiLinear.
 
     Returns:
-        (out, in), or (E, out, in) for experts, in the dtype of the scales (bfloat16 for the microscaling modes,
+        (out, in), or (E, out, in) for experts and heads, in the dtype of the scales (bfloat16 for the microscaling modes,
         float32 for nvfp4 experts with scales of their own).
     """
     layout = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
@@ -315,5 +317,14 @@ def dequantize_model(model: nn.Module, config: dict[str, Any]) -> tuple[nn.Modul
     # mlx-lm's function ignores the scales that nvfp4 experts have of their own.
     scaled = {path: dequantized_weight(layer) for path, layer in model.named_modules() if "global_scale" in layer}
     model = mlx_lm.utils.dequantize_model(model)
+    # It leaves out the products of each head that latent attention has (DeepSeek and its kin).
+    heads = {path: layer for path, layer in model.named_modules() if isinstance(layer, QuantizedMultiLinear)}
+    model.update_modules(tree_unflatten([(path, _dense_heads(layer)) for path, layer in heads.items()]))
     model.load_weights([(f"{path}.weight", weight) for path, weight in scaled.items()], strict=False)
     return model, plain
+
+
+def _dense_heads(layer: QuantizedMultiLinear) -> MultiLinear:
+    dense = MultiLinear(1, 1, 1)
+    dense.weight = dequantized_weight(layer)
+    return dense

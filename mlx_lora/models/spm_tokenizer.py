@@ -39,8 +39,8 @@ def write_tokenizer_from_spm(model_file: Path, folder: Path, out: Path) -> None:
 
     Args:
         model_file: the `tokenizer.model`.
-        folder: the model's folder; its tokenizer_config.json, added_tokens.json and generation_config.json are used if
-            they exist.
+        folder: the model's folder; its tokenizer_config.json, added_tokens.json, generation_config.json and *.jinja are
+            used if they exist.
         out: folder to write into; created if it does not exist.
 
     Raises:
@@ -58,23 +58,25 @@ def write_tokenizer_from_spm(model_file: Path, folder: Path, out: Path) -> None:
     config = _read_json(folder / "tokenizer_config.json")
     vocabulary = _vocabulary(proto, config, _added_tokens(folder, config, len(proto.pieces)))
     write_folder(vocabulary, _build(vocabulary, proto), out)
-    own = folder / "generation_config.json"
-    if own.is_file() and own.resolve() != (out / own.name).resolve():
-        shutil.copyfile(own, out / own.name)
+    for own in (folder / "generation_config.json", *folder.glob("*.jinja")):
+        if own.is_file() and own.resolve() != (out / own.name).resolve():
+            shutil.copyfile(own, out / own.name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     return read_json(path, "download it again") if path.is_file() else {}
 
 
-def _added_tokens(folder: Path, config: dict[str, Any], n_pieces: int) -> list[str]:
-    """Return the tokens that follow the pieces, in the order of their ids.
+def _added_tokens(folder: Path, config: dict[str, Any], n_pieces: int) -> dict[str, int]:
+    """Return the tokens that follow the pieces, in the order of their ids: CONTROL, or USER_DEFINED if they are text.
 
     Raises:
         InputError: their ids have gaps.
     """
     try:
-        by_id = {int(i): str(token["content"]) for i, token in config.get("added_tokens_decoder", {}).items()}
+        stored = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
+        by_id = {i: str(token["content"]) for i, token in stored.items()}
+        texts = {by_id[i] for i, token in stored.items() if token.get("special") is False}
         by_id.update({int(i): token for token, i in _read_json(folder / "added_tokens.json").items()})
     except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError(f"{folder}: its added tokens are not in a tokenizer's format; download it again") from None
@@ -83,13 +85,13 @@ def _added_tokens(folder: Path, config: dict[str, Any], n_pieces: int) -> list[s
         raise InputError(
             f"{folder}: added token ids do not follow the model's {n_pieces} pieces; use a copy with tokenizer.json"
         )
-    return [by_id[i] for i in ids]
+    return {by_id[i]: USER_DEFINED if by_id[i] in texts else CONTROL for i in ids}
 
 
-def _vocabulary(proto: Any, config: dict[str, Any], added: list[str]) -> Vocabulary:
+def _vocabulary(proto: Any, config: dict[str, Any], added: dict[str, int]) -> Vocabulary:
     """Return one vocabulary with the pieces, the folder's settings and its added tokens."""
     pieces = proto.pieces
-    tokens = [piece.piece for piece in pieces] + added
+    tokens = [piece.piece for piece in pieces] + list(added)
     ids = {token: i for i, token in enumerate(tokens)}
     spec = proto.trainer_spec
     special = {"bos": spec.bos_id, "eos": spec.eos_id, "unk": spec.unk_id, "pad": spec.pad_id}
@@ -102,7 +104,7 @@ def _vocabulary(proto: Any, config: dict[str, Any], added: list[str]) -> Vocabul
     return Vocabulary(
         model="llama",
         tokens=tokens,
-        types=[piece.type for piece in pieces] + [CONTROL] * len(added),
+        types=[piece.type for piece in pieces] + list(added.values()),
         scores=[piece.score for piece in pieces] + [0.0] * len(added),
         merges=[],
         pre="default",
@@ -117,7 +119,8 @@ def _vocabulary(proto: Any, config: dict[str, Any], added: list[str]) -> Vocabul
 def _build(vocabulary: Vocabulary, proto: Any) -> Tokenizer:
     """Return SentencePiece's own pipeline: normalize, keep user-defined symbols whole, merge."""
     vocab = {token: i for i, token in enumerate(vocabulary.tokens)}
-    user_defined = [t for t, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == USER_DEFINED]
+    kinds = list(zip(vocabulary.tokens, vocabulary.types, strict=True))
+    user_defined = [piece for piece, kind in kinds[: len(proto.pieces)] if kind == USER_DEFINED]
     # A user-defined symbol is split off as a word of its own, which ignore_merges then keeps whole.
     tokenizer = Tokenizer(
         models.BPE(
@@ -139,9 +142,9 @@ def _build(vocabulary: Vocabulary, proto: Any) -> Tokenizer:
     )
     tokenizer.add_tokens(
         [
-            AddedToken(token, normalized=False, special=True)
-            for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
-            if kind in (UNKNOWN, CONTROL)
+            AddedToken(token, normalized=False, special=kind != USER_DEFINED)
+            for number, (token, kind) in enumerate(kinds)
+            if kind in (UNKNOWN, CONTROL) or number >= len(proto.pieces)
         ]
     )
     template = bos_eos_template(vocabulary)

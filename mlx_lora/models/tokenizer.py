@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -32,6 +33,8 @@ from mlx_lora.utils.parsing import MAX_DEPTH, read_json
 
 # How many times longer a normalizer may make a text; published ones reach 3 for a single character.
 MOST_GROWTH = 1000
+# Part of the cache key of rebuilt tokenizers: raise it when the same files would be rebuilt differently.
+REBUILD = 2
 
 
 def load_folder_tokenizer(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> TokenizerWrapper:
@@ -145,8 +148,9 @@ def _tokenizer_folder(folder: Path) -> Path:
     model_file = folder / "tokenizer.model"
     if (folder / "tokenizer.json").exists() or not model_file.exists():
         return folder
-    stat = model_file.stat()
-    key = f"{model_file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    files = sorted([model_file, *folder.glob("*.json"), *folder.glob("*.jinja")])
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = f"{REBUILD}|{folder.resolve()}|{stats}"
     rebuilt = cache_dir("converted") / f"tokenizer-{sha256_of(key)[:12]}"
     if not rebuilt.exists():
         with replacing_folder(rebuilt) as temporary:
@@ -157,6 +161,15 @@ def _tokenizer_folder(folder: Path) -> Path:
 
 
 # Text that continues a prompt
+
+
+def add_token(detokenizer: Any, token: int) -> None:
+    """Add a token to mlx-lm's detokenizer; an id that the tokenizer does not have adds no text.
+
+    A model may have more rows than its tokenizer has tokens, as padding, and samples such an id now and then.
+    """
+    with suppress(IndexError, TypeError):  # beyond the detokenizer's table, or without an entry in it
+        detokenizer.add_token(token)
 
 
 class Continuation:
@@ -175,7 +188,7 @@ class Continuation:
 
     def add_token(self, token: int) -> None:
         """Add the next token."""
-        self._detokenizer.add_token(token)
+        add_token(self._detokenizer, token)
 
     def finalize(self) -> None:
         """Release the text that was held back until more tokens came."""

@@ -38,6 +38,11 @@ def of_connector(path: str) -> bool:
     return of_tower(path) and not CONNECTORS.isdisjoint(path.split("."))
 
 
+def files_with_tower(folder: Path) -> list[Path]:
+    """Return the files of a model's weights, but not another form of it beside them, such as consolidated.safetensors."""
+    return sorted([*folder.glob("model*.safetensors"), *folder.glob(TOWER_FILE)])
+
+
 def copy_tower(source: Path, folder: Path, trained: Mapping[str, mx.array] | None = None) -> None:
     """Copy the tensors that are not of the language model, if the source's config has a `vision_config`.
 
@@ -51,7 +56,7 @@ def copy_tower(source: Path, folder: Path, trained: Mapping[str, mx.array] | Non
     if not isinstance(vision, dict):
         return
     tensors: dict[str, mx.array] = {}
-    for file in sorted(source.glob("*.safetensors")):
+    for file in files_with_tower(source):
         names = [name for name in read_safetensors_header(file) if not name.startswith(OF_LANGUAGE)]
         if names:
             stored = mx.load(str(file))  # lazy: the language model is not read

@@ -33,7 +33,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lora.models.folder import FOREIGN_ERRORS, short
 from mlx_lora.models.load import Base
-from mlx_lora.models.tower_files import of_tower
+from mlx_lora.models.tower_files import files_with_tower, of_tower
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import read_json
@@ -369,7 +369,7 @@ def _tower_weights(folder: Path, module: ModuleType, model: Any) -> dict[str, mx
     """Return the tensors of a folder that are not of the language model, under mlx-vlm's names."""
     utils = importlib.import_module("mlx_vlm.utils")
     weights: dict[str, mx.array] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in files_with_tower(folder):
         weights.update(mx.load(str(file)))  # pyright: ignore[reportArgumentType, reportCallIssue] # one file, a dict
     weights = utils.sanitize_weights(model, weights)
     for name, part in (("VisionModel", "vision_config"), ("LanguageModel", "text_config")):

@@ -485,7 +485,7 @@ class Turns:
     def begin(self, caches: list[Any]) -> None:
         """Start a step; the caches of a batch are all at the same positions, so they get one array for these."""
         self.active = True
-        rows = [cache for cache in caches if type(cache) is BatchKVCache]
+        rows = [cache for cache in caches if isinstance(cache, BatchKVCache)]
         if rows and all(cache._idx == rows[0]._idx for cache in rows):
             self.offset = rows[0].offset
             for cache in rows[1:]:

@@ -15,6 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, CacheList, KVCache
 
+from mlx_lora.rollouts.row_batches import extract_row, merge_rows
+
 Held = tuple[int, list[Any]]
 """The number of tokens whose keys and values are held, and one cache for each layer."""
 
@@ -49,7 +51,7 @@ class KeptCaches:
         if not padded:  # a recurrent layer's state would take in the padding
             for tokens, caches in zip(new, rows, strict=True):
                 _compute(model, [tokens], caches)
-        joined = [layer[0].merge(list(layer)) for layer in zip(*rows, strict=True)]
+        joined = merge_rows(model, rows)
         mx.eval([cache.state for cache in joined])
         del rows
         if padded:
@@ -71,7 +73,7 @@ class KeptCaches:
             caches: of the batch, one for each layer.
         """
         if all(map(_can_be_kept, caches)):
-            taken = [cache.extract(place) for cache in caches]
+            taken = [extract_row(cache, place) for cache in caches]
             mx.eval([cache.state for cache in taken])
             self.ended[row] = tokens, taken
 

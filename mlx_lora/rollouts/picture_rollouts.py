@@ -20,6 +20,7 @@ from mlx_lora.models.image_inputs import ModelWithImages
 from mlx_lora.rollouts.environment import Facts
 from mlx_lora.rollouts.kept_caches import KeptCaches
 from mlx_lora.rollouts.rollout import Rollouts
+from mlx_lora.rollouts.row_batches import merge_rows
 
 if TYPE_CHECKING:
     from mlx_lora.data.image_tokens import ImageTable
@@ -94,8 +95,7 @@ class PromptsWithPictures(KeptCaches):
             arrays = self.vision.prompt_arrays(prompt, digests)
             shown = ModelWithImages(model.model, self.vision.spec, arrays)
             found.append(shown.prefilled(prompt[:-1]))
-        layers = zip(*found, strict=True)
-        return [layer[0].merge([cache for cache in layer for _ in range(self.group)]) for layer in layers]
+        return merge_rows(model, [caches for caches in found for _ in range(self.group)])
 
     def keep(self, row: int, place: int, tokens: int, caches: Sequence[Any]) -> None:
         """Keep nothing: an episode is one answer."""

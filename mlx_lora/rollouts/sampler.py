@@ -22,7 +22,7 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_p
 
 from mlx_lora.rollouts.decode import TokenSteps, held_weights
 from mlx_lora.rollouts.kept_caches import KeptCaches
-from mlx_lora.utils.errors import InputError
+from mlx_lora.rollouts.row_batches import check_rows, extract_row, merge_rows, one_row_because
 
 if TYPE_CHECKING:
     from mlx_lora.models.load import Base
@@ -63,12 +63,7 @@ def check_groups(model: nn.Module, model_id: str) -> None:
     Raises:
         InputError: its caches cannot be merged.
     """
-    rowless = [cache for cache in make_prompt_cache(model) if not hasattr(cache, "merge")]
-    if rowless:
-        raise InputError(
-            f"--model {model_id}: mlx-lm keeps its keys and values in a {type(rowless[0]).__name__}, which cannot hold "
-            "several answers; choose another model, or --objective dpo or sft"
-        )
+    check_rows(model, model_id, "choose another model, or --objective dpo or sft")
 
 
 def sample_groups(
@@ -95,13 +90,46 @@ def sample_groups(
         The tokens of each answer, (A,) lists, with its end token if it ended; and the log-probability of each token at the
         temperature, before top_p and min_p.
     """
-    answers: list[list[int]] = [[] for _ in range(len(prompts) * options.group)]
-    found: list[list[float]] = [[] for _ in answers]
+    last = [prompt[-1] for prompt in prompts for _ in range(options.group)]
+    limits = [options.max_new_tokens] * len(last) if limits is None else limits
+    one_by_one = len(last) > 1 and bool(one_row_because(model))
+    if one_by_one and kept is not None and kept.begun:  # it would compute the turn's tokens for all rows together
+        kept = None
     caches = kept.joined(model, prompts) if kept else None
     caches = caches or _group_caches(model, prompts, options.group)
-    tokens = mx.array([prompt[-1] for prompt in prompts for _ in range(options.group)], mx.uint32)
+    if not one_by_one:
+        held = [len(prompt) - 1 for prompt in prompts for _ in range(options.group)]
+        return _sampled(model, caches, last, (options, ends), keys, limits, None if kept is None else (kept, held))
+    answers, found = [], []
+    for row, token in enumerate(last):
+        own = merge_rows(model, [[extract_row(cache, row) for cache in caches]])
+        got = _sampled(model, own, [token], (options, ends), keys[row : row + 1], limits[row : row + 1])
+        answers, found = answers + got[0], found + got[1]
+    return answers, found
+
+
+def _sampled(
+    model: nn.Module,
+    caches: list[Any],
+    last: Sequence[int],
+    how: tuple[SamplingOptions, frozenset[int]],
+    keys: mx.array,
+    limits: Sequence[int],
+    kept: tuple[KeptCaches, Sequence[int]] | None = None,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Sample an answer in each row, as `sample_groups`, from caches that hold the prompts without their `last` tokens.
+
+    Args:
+        model, caches, last: see there.
+        how: options, and the tokens that end an answer.
+        keys, limits: of the rows.
+        kept: gets the rows that end; and the tokens that the caches hold of each at first.
+    """
+    options, ends = how
+    answers: list[list[int]] = [[] for _ in last]
+    found: list[list[float]] = [[] for _ in last]
+    tokens = mx.array(list(last), mx.uint32)
     rows, ended = list(range(len(answers))), [False] * len(answers)
-    limits = [options.max_new_tokens] * len(answers) if limits is None else limits
     for step in range(max(limits, default=0)):
         logits = model(tokens[:, None], cache=caches)[:, -1]  # (rows, V)
         keys, tokens, logps = _drawn(logits, keys, options)
@@ -113,8 +141,7 @@ def sample_groups(
                 ended[place] = token in ends or len(answers[rows[place]]) == limits[rows[place]]
                 if kept is not None and token in ends:
                     row = rows[place]
-                    held = len(prompts[row // options.group]) + len(answers[row]) - 1
-                    kept.keep(row, place, held, caches)
+                    kept[0].keep(row, place, kept[1][row] + len(answers[row]), caches)
         if all(ended):
             break
         if sum(ended) >= ENDED_SHARE * len(ended):
@@ -185,8 +212,7 @@ def _group_caches(model: nn.Module, prompts: Sequence[Sequence[int]], group: int
         caches = copy.deepcopy(begun) if common else make_prompt_cache(model)  # copies no array
         _compute(model, prompt[len(common) : -1], caches)
         of_prompts.append(caches)
-    layers = zip(*of_prompts, strict=True)
-    return [layer[0].merge([cache for cache in layer for _ in range(group)]) for layer in layers]
+    return merge_rows(model, [caches for caches in of_prompts for _ in range(group)])
 
 
 def _common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:

@@ -30,10 +30,12 @@ from mlx_lora.config.settings import DataSettings
 from mlx_lora.exporters.adapter_folder import check_writes_text, load_adapter, trains_tower, with_limits_of_run
 from mlx_lora.models.load import Base
 from mlx_lora.serving.pools import LayerFactors, Routing, route, unrouted_twin
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import InputError, describe_gpu_failure, first_line
 from mlx_lora.utils.hub import HUB_ID, no_adapter_folder, resolve_adapter
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# The path of a layer of one expert in a list of them, as DBRX has it: it is called with single tokens, whose rows are not known.
+ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
 
 class UnknownAdapter(Exception):
@@ -46,10 +48,23 @@ class NoRoom(Exception):
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """Where an adapter comes from: a folder, or other adapters with weights."""
+    """Where an adapter comes from: a folder, or other adapters with weights.
+
+    Attributes:
+        folder: of an adapter that is no blend.
+        blend: name -> weight of the adapters that are blended.
+        parts: name -> source of these, as they were when the blend was added, so that it does not change when it is read again.
+    """
 
     folder: Path | None = None
     blend: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, AdapterSource] = field(default_factory=dict)
+
+    @property
+    def folders(self) -> list[Path]:
+        """All folders that it is read from."""
+        own = [self.folder] if self.folder is not None else []
+        return own + [folder for part in self.parts.values() for folder in part.folders]
 
     def describe(self) -> str:
         """Return a short text for lists: of a folder only its name, because clients must not see its path."""
@@ -145,6 +160,11 @@ class AdapterStore:
         """Bytes of all adapters in memory."""
         return sum(resident.nbytes for resident in (*self._residents.values(), *self._retired))
 
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of all known adapters; may be read from any thread."""
+        return [folder for source in list(self._sources.values()) for folder in source.folders]
+
     def add(self, named: Mapping[str, AdapterSource]) -> list[Card]:
         """Read adapters into memory, all or none; one with a known name replaces the earlier adapter.
 
@@ -152,28 +172,28 @@ class AdapterStore:
             InputError: a name is invalid, or an adapter does not fit the base or the budget.
             NoRoom: the budget is in use.
         """
-        read = {}
+        read, known = {}, {**self._sources, **named}
         for name, source in named.items():
             if not NAME.fullmatch(name):
                 raise InputError(f"adapter name {name!r}: must be at most 64 letters, digits, . _ or -")
-            self._check_blend(name, source, {**self._sources, **named})
+            self._check_blend(name, source, known)
             read[name] = self._read(source, read)
         self._make_room(sum(factors.nbytes for factors in read.values()))
-        for name in named:
+        for name, source in named.items():
             self._retire(name)
-            self._sources[name] = named[name]
+            self._sources[name] = dataclasses.replace(source, parts={part: known[part] for part in source.blend})
         self._install(read)
         return [self.cards[name] for name in named]
 
     def reload(self, name: str) -> Card:
-        """Read an adapter again from its source; running rows keep the old one.
+        """Read an adapter again from its source, a blend from what its parts are now; running rows keep the old one.
 
         Raises:
             UnknownAdapter, InputError, NoRoom: as for `add`.
         """
         if name not in self._sources:
             raise UnknownAdapter(name)
-        return self.add({name: self._sources[name]})[0]
+        return self.add({name: dataclasses.replace(self._sources[name], parts={})})[0]
 
     def remove(self, name: str) -> None:
         """Forget an adapter; running rows keep it until they end.
@@ -229,9 +249,25 @@ class AdapterStore:
             beside: adapters that are read together with it, by name.
         """
         if source.folder is not None:
-            return read_factors(self._base, source.folder, self._dtype, self._ignore_fingerprint)
-        parts = [(part, self._current(part, beside), weight) for part, weight in source.blend.items()]
+            return self._of_folder(source.folder)
+        parts = [
+            (part, self._read(source.parts[part], {}) if source.parts else self._current(part, beside), weight)
+            for part, weight in source.blend.items()
+        ]
         return blend_factors(parts)
+
+    def _of_folder(self, folder: Path) -> AdapterFactors:
+        """Return the factors in a folder; whatever is wrong with it is an InputError, which does not end the server."""
+        try:
+            return read_factors(self._base, folder, self._dtype, self._ignore_fingerprint)
+        except (InputError, OSError):
+            raise
+        except Exception as error:
+            if describe_gpu_failure(error):
+                raise
+            raise InputError(
+                f"{folder}: cannot be read as an adapter ({type(error).__name__}: {first_line(error)}); train or convert it again"
+            ) from error
 
     def _current(self, name: str, beside: Mapping[str, AdapterFactors]) -> AdapterFactors:
         """Return the factors of a known adapter, without keeping it in memory."""
@@ -378,7 +414,10 @@ def read_factors(base: Base, folder: Path, dtype: mx.Dtype, ignore_fingerprint: 
     info = load_adapter(twin, folder, ignore_fingerprint)
     layers = adapter_layers(twin.model)
     problems = [f"trains {len(info.full)} parameters in full ({info.full[0]} ...)"] if info.full else []
-    problems += sorted({layer.NOT_FOR_A_ROW for layer in layers.values() if layer.NOT_FOR_A_ROW})
+    reasons = {layer.NOT_FOR_A_ROW for layer in layers.values() if layer.NOT_FOR_A_ROW}
+    if any(ONE_EXPERT.search(path) for path in layers):
+        reasons.add("adapts a mixture's experts")
+    problems += sorted(reasons)
     if problems:
         raise InputError(
             f"{folder}: {' and '.join(problems)}, which cannot differ by row of a batch; "

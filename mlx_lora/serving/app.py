@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from starlette.routing import BaseRoute, Route
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.reports.charts import tokens_css
 from mlx_lora.serving.adapter_store import NAME, AdapterSource, Card, NoRoom, UnknownAdapter, base_name
+from mlx_lora.serving.client_errors import client_error, without_paths
 from mlx_lora.serving.conversation import AnswerLimits, picture_prompt, prompt_tokens, with_downloads
 from mlx_lora.serving.engine import Engine, Event, QueueFull, Request, Stopped
 from mlx_lora.serving.guard import Guard, GuardLimits, error_response, not_here
@@ -55,7 +57,7 @@ from mlx_lora.serving.schema import (
     read_json,
 )
 from mlx_lora.utils.errors import InputError, RunError
-from mlx_lora.utils.hub import resolve_adapter
+from mlx_lora.utils.hub import HUB_ID, resolve_adapter
 
 
 def make_app(
@@ -105,7 +107,7 @@ def make_app(
             Route("/metrics", metrics),
             *more_routes,
         ],
-        middleware=[*([cors] if guard.origins else []), Middleware(Guard, limits=guard, answers=answers)],
+        middleware=[*([cors] if guard.origins else []), Middleware(Guard, limits=guard, answers=answers, known=KNOWN)],
         exception_handlers={ApiError: _as_json, HTTPException: _as_json},
         lifespan=lifespan,
     )
@@ -161,9 +163,12 @@ class Completions:
 
     def _tokens(self, ask: Ask, card: Card | None) -> tuple[list[int], PicturePrompt | None]:
         template = card.chat_template if card else None
-        if not ask.pictures:
-            return prompt_tokens(self._engine.base.hf_tokenizer, ask, template, self._engine.vocabulary), None
-        prompt = picture_prompt(self._pictures, ask, template, card.max_pixels if card else None)
+        try:
+            if not ask.pictures:
+                return prompt_tokens(self._engine.base.hf_tokenizer, ask, template, self._engine.vocabulary), None
+            prompt = picture_prompt(self._pictures, ask, template, card.max_pixels if card else None)
+        except ApiError as error:
+            raise client_error(self._engine, error, self._pictures.folders) from None
         return prompt.tokens, prompt
 
     def _card(self, model: str | None) -> Card | None:
@@ -222,28 +227,10 @@ async def _as_json(request: HttpRequest, error: Any) -> Response:
 # One answer, from the engine's thread to its client
 
 Reply = ChatReply | CompletionReply
-RETRY_AFTER_S = 1
 
 
 class ClientGone(Exception):
     """The client has closed the connection."""
-
-
-def api_error(error: Exception) -> ApiError:
-    """Return the error that a client gets for an error of the engine."""
-    if isinstance(error, UnknownAdapter):
-        return ApiError(
-            404, f"no model or adapter {str(error)!r}; GET /v1/models lists them", "model_not_found", "model"
-        )
-    if isinstance(error, QueueFull):
-        return ApiError(429, f"{error}; try again later", "queue_full", retry_after_s=RETRY_AFTER_S)
-    if isinstance(error, NoRoom):
-        return ApiError(503, f"{error}; try again later", "no_room", retry_after_s=RETRY_AFTER_S)
-    if isinstance(error, Stopped):
-        return ApiError(503, f"{error}", "shutting_down")
-    if isinstance(error, (InputError, OSError)):
-        return ApiError(400, " ".join(str(error).split()), "invalid_adapter")
-    raise error
 
 
 class HttpAnswer:
@@ -264,11 +251,13 @@ class HttpAnswer:
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.time() + timeout_s
         self._timeout_s = timeout_s
+        folders = request.pictures.reader.folders if request.pictures else ()
+        self._told = partial(client_error, engine, folders=folders)
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         try:
             self._ticket = engine.submit(request, self._emit)
         except (QueueFull, Stopped) as error:
-            raise api_error(error) from None
+            raise self._told(error) from None
         self._gone = self._loop.create_task(_until_gone(receive))
 
     def _emit(self, event: Event) -> None:
@@ -293,7 +282,7 @@ class HttpAnswer:
         while True:
             event = await self._within_time(self._events.get())
             if event.error is not None:
-                raise api_error(event.error)
+                raise self._told(event.error)
             yield event
             if event.last:
                 return
@@ -431,16 +420,13 @@ def metrics_text(engine: Engine, answers: Counter[tuple[str, int]]) -> str:
 
     Args:
         engine: read without a lock, because numbers of different steps do no harm.
-        answers: (path, status) -> count.
+        answers: (one of `KNOWN` or "other", status) -> count.
     """
     store, prompts = engine.store, engine.prompt_cache
     lines = ["# TYPE mlx_lora_answers_total counter"]
-    by_route: Counter[tuple[str, int]] = Counter()
-    for (path, status), count in answers.items():
-        by_route[next((known for known in KNOWN if path.startswith(known)), "other"), status] += count
     lines += [
         f'mlx_lora_answers_total{{path="{path}",status="{status}"}} {count}'
-        for (path, status), count in sorted(by_route.items())
+        for (path, status), count in sorted(answers.items())
     ]
     totals = {
         **asdict(engine.counts),
@@ -469,6 +455,7 @@ def metrics_text(engine: Engine, answers: Counter[tuple[str, int]]) -> str:
 # Adapters
 
 FIELDS = {"name", "path", "hub", "revision", "blend"}
+MOST_OF_ID = 200  # characters of a hub id: its two names have at most 96 each
 
 
 class Adapters:
@@ -531,10 +518,7 @@ class Adapters:
         try:
             return await asyncio.wrap_future(self._engine.call(function))
         except (UnknownAdapter, NoRoom, Stopped, InputError, OSError) as error:
-            told = api_error(error)
-            if folder is not None:  # do not tell clients the path on this machine
-                told.args = (str(told).replace(str(folder), folder.name),)
-            raise told from None
+            raise client_error(self._engine, error, [] if folder is None else [folder]) from None
 
     async def _source(self, body: dict[str, Any], kind: str) -> AdapterSource:
         if kind == "blend":
@@ -544,12 +528,13 @@ class Adapters:
         if not self._allow_hub:
             raise ApiError(403, "hub: loading from the hub is off; start the server with --allow-hub", "hub_off", "hub")
         hub, revision = body["hub"], body.get("revision")
-        if not isinstance(hub, str) or Path(hub).expanduser().exists() or not isinstance(revision, (str, type(None))):
+        is_id = isinstance(hub, str) and HUB_ID.fullmatch(hub) and len(hub) <= MOST_OF_ID and not Path(hub).exists()
+        if not is_id or not isinstance(revision, (str, type(None))):
             raise ApiError(400, "hub: must be an id such as owner/name", "invalid_value", "hub")
         try:
             return AdapterSource(folder=await anyio.to_thread.run_sync(resolve_adapter, hub, revision))
-        except (InputError, RunError) as error:
-            raise ApiError(400, str(error), "invalid_adapter", "hub") from None
+        except (InputError, RunError, OSError) as error:
+            raise ApiError(400, without_paths(str(error), self._engine), "invalid_adapter", "hub") from None
 
     def _folder_of(self, path: Any) -> Path:
         """Return the folder that a client asks for, if it is allowed."""
@@ -560,10 +545,14 @@ class Adapters:
         if not isinstance(path, str) or not path or "\0" in path:
             raise ApiError(400, "path: must be a folder below the server's --adapters-from", "invalid_value", "path")
         root = self._folder.resolve()
-        folder = (root / path).resolve()
+        try:
+            folder = (root / path).resolve()
+            found = folder.is_dir()
+        except (OSError, RuntimeError):  # a name that is too long, or a circle of links
+            raise ApiError(404, "path: no such folder", "not_found", "path") from None
         if folder == root or not folder.is_relative_to(root):
             raise ApiError(403, "path: outside the server's --adapters-from", "path_outside", "path")
-        if not folder.is_dir():
+        if not found:
             raise ApiError(404, "path: no such folder", "not_found", "path")
         return folder
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import secrets
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -24,8 +24,9 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from mlx_lm.sample_utils import apply_top_k, apply_top_p
 from mlx_lm.tokenizer_utils import StreamingDetokenizer
 
-from mlx_lora.models.tokenizer import Continuation
+from mlx_lora.models.tokenizer import Continuation, add_token
 from mlx_lora.rollouts.decode import TokenSteps
+from mlx_lora.rollouts.row_batches import extract_row, merge_rows
 from mlx_lora.serving.pools import Routing
 
 # Tokens
@@ -150,12 +151,14 @@ class TokenReport:
         logprob: natural logarithm.
         top: (text, logprob, bytes) of the likeliest tokens, best first.
         data: the token's own bytes, which may be a part of a character.
+        start: where in the answer its text begins, in characters.
     """
 
     text: str
     logprob: float
     top: tuple[tuple[str, float, bytes], ...]
     data: bytes = b""
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -186,13 +189,13 @@ class TextStream:
         self._detokenizer = detokenizer
         self._stops = stops
         self._sent = 0
-        self._waiting: list[tuple[int, TokenReport]] = []
+        self._waiting: list[TokenReport] = []
 
     def add(self, token: int, report: TokenReport | None = None) -> Piece:
         """Add the next token and return the text that can be sent now."""
         if report is not None:
-            self._waiting.append((len(self._detokenizer.text), report))
-        self._detokenizer.add_token(token)
+            self._waiting.append(replace(report, start=len(self._detokenizer.text)))
+        add_token(self._detokenizer, token)
         text = self._detokenizer.text
         return self._stopped(text) or self._released(text, len(text) - self._held(text))
 
@@ -220,7 +223,7 @@ class TextStream:
         return 0
 
     def _released(self, text: str, end: int, rest: bool = False) -> Piece:
-        ready = [report for start, report in self._waiting if rest or start < end]
+        ready = [report for report in self._waiting if rest or report.start < end]
         self._waiting = self._waiting[len(ready) :]
         piece = Piece(text[self._sent : end], tuple(ready))
         self._sent = max(self._sent, end)
@@ -303,7 +306,7 @@ class RunningBatch:
 
     def join(self, prefill: Prefill) -> None:
         """Add a row whose prompt is computed except for its last token."""
-        merged = [cache.merge([cache]) for cache in prefill.caches]
+        merged = merge_rows(self._model, [prefill.caches])
         if self._caches:
             for own, new in zip(self._caches, merged, strict=True):
                 own.extend(new)
@@ -332,7 +335,7 @@ class RunningBatch:
 
     def extract(self, row: BatchRow) -> list[Any]:
         """Return the caches of one row, for the prompt cache."""
-        return [cache.extract(self.rows.index(row)) for cache in self._caches]
+        return [extract_row(cache, self.rows.index(row)) for cache in self._caches]
 
     def leave(self, leaving: list[BatchRow]) -> None:
         """Remove rows."""

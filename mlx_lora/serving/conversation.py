@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from mlx_lora.data.chat_template import encode_chat, own_template
+from mlx_lora.data.chat_template import encode_chat, own_template, template_shows
 from mlx_lora.data.downloads import ImageDownloads, downloaded, is_on_web
 from mlx_lora.data.examples import FormatError
 from mlx_lora.data.images import mark
@@ -409,7 +409,7 @@ def check_source(source: str | bytes, reads_files: bool) -> None:
 def _chat_tokens(tokenizer: PreTrainedTokenizerBase, ask: Ask, template: str | None, vocabulary: int) -> list[int]:
     if not template:
         raise ApiError(400, "this model has no chat template; use /v1/completions", "no_chat_template", "messages")
-    if ask.tools and "tools" not in template:
+    if ask.tools and not template_shows(tokenizer, ask.messages or [], template, ask.tools):
         message = "tools: this model's chat template does not show them; leave them out"
         raise ApiError(400, message, "no_tools", "tools")
     return chat_tokens(tokenizer, ask.messages or [], template, vocabulary, ask.tools)

@@ -125,7 +125,7 @@ def load_embedder(engine: Engine, folder: Path | None) -> TextEmbedder:
         InputError: the adapter does not fit the base.
     """
     settings = train_settings({"model": str(engine.base.folder), "objective": OBJECTIVE})
-    return open_embedder(settings, twin_of(engine.base), folder)
+    return open_embedder(settings, twin_of(engine.base), folder, engine.ignore_fingerprint)
 
 
 def dimensions_of(given: Any, width: int) -> int | None:

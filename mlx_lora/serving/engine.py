@@ -12,15 +12,15 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import Continuation, spelling
 from mlx_lora.rollouts.decode import ANSWERS, TokenSteps, hold_weights
+from mlx_lora.rollouts.row_batches import check_rows, one_row_because
 from mlx_lora.serving.adapter_store import AdapterStore, NoRoom, Resident, UnknownAdapter
 from mlx_lora.serving.batch import (
     BatchRow,
@@ -200,7 +200,7 @@ class Engine:
         """
         self.limits, self.counts = limits, Counts()
         self._inbox: queue.SimpleQueue[Ticket | Callable[[], None] | None] = queue.SimpleQueue()
-        self._ignore_fingerprint = ignore_fingerprint
+        self.ignore_fingerprint = ignore_fingerprint
         self._pending = 0
         self._lock = threading.Lock()
         self._stopping = False
@@ -307,19 +307,16 @@ class Engine:
 
     def _prepare(self, base: Base) -> None:
         device.set_cache_limit()
-        rowless = [cache for cache in make_prompt_cache(base.model) if not hasattr(cache, "merge")]
-        if rowless:
-            raise InputError(
-                f"--model {base.model_id}: mlx-lm keeps its keys and values in a {type(rowless[0]).__name__}, which "
-                "cannot hold a batch; use mlx-lora generate instead"
-            )
+        check_rows(base.model, base.model_id, "use mlx-lora generate instead")
         self.weights = hold_weights(base, min(ANSWERS, self.limits.max_batch))
+        if self.limits.max_batch > 1 and one_row_because(base.model):
+            self.limits = replace(self.limits, max_batch=1)
         logits = base.model(mx.array([[0]]))
         self.vocabulary, self._eos = logits.shape[-1], frozenset(base.tokenizer.eos_token_ids)
         routing = Routing()
         self.prompt_cache = PromptCache(self.limits.prompt_cache_bytes)
         self.store = AdapterStore(
-            base, routing, logits.dtype, self.limits.adapter_bytes, self._ignore_fingerprint, self.prompt_cache.drop
+            base, routing, logits.dtype, self.limits.adapter_bytes, self.ignore_fingerprint, self.prompt_cache.drop
         )
         self._model, self._routing, self._tokenizer = TokenSteps(base.model), routing, base.tokenizer
         self.batch = RunningBatch(self._model, routing)

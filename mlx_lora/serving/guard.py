@@ -18,7 +18,7 @@ import json
 import signal
 import socket
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -85,8 +85,16 @@ def is_local(host: str) -> bool:
 class Guard:
     """ASGI middleware that checks requests and counts answers by path and status."""
 
-    def __init__(self, app: App, limits: GuardLimits, answers: Counter[tuple[str, int]]):
-        self._app, self._limits, self._answers = app, limits, answers
+    def __init__(self, app: App, limits: GuardLimits, answers: Counter[tuple[str, int]], known: Sequence[str] = ()):
+        """Prepare.
+
+        Args:
+            app: gets the requests.
+            limits: of requests.
+            answers: counts them by path and status.
+            known: beginnings of paths that are counted as these; all others are "other", so that clients cannot fill memory.
+        """
+        self._app, self._limits, self._answers, self._known = app, limits, answers, known
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Refuse the request, or pass it on with its complete body."""
@@ -96,7 +104,8 @@ class Guard:
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._answers[scope["path"], message["status"]] += 1
+                path = next((known for known in self._known if scope["path"].startswith(known)), "other")
+                self._answers[path, message["status"]] += 1
             await send(message)
 
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}

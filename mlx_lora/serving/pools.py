@@ -239,6 +239,11 @@ class RoutedEmbedding(nn.Module):
         self.embedding = embedding
         self.pools = LayerPools(routing)
 
+    @property
+    def weight(self) -> mx.array:
+        """The base layer's weight, which some architectures read for a tied output head."""
+        return self.embedding.weight
+
     def __call__(self, tokens: mx.array) -> mx.array:
         y = self.embedding(tokens)  # (B, T, width)
         for group in self.pools.groups():

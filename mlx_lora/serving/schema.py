@@ -199,7 +199,7 @@ def _check_fields(body: dict[str, Any], known: set[str]) -> None:
 
 def _stops(body: dict[str, Any]) -> tuple[str, ...]:
     stops = body.get("stop")
-    stops = [stops] if isinstance(stops, str) else stops or []
+    stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
         raise _bad("stop", body["stop"], f"a string or up to {MAX_STOPS} of them, none empty")
     return tuple(stops)
@@ -344,7 +344,6 @@ class CompletionReply:
             "created": int(time.time()),
             "model": model,
         }
-        self._offset = 0
 
     def chunk(self, event: Event) -> dict[str, Any]:
         """Return a chunk with the new text."""
@@ -363,16 +362,12 @@ class CompletionReply:
     def _logprobs(self, reports: list[TokenReport] | tuple[TokenReport, ...]) -> dict[str, Any] | None:
         if not reports:
             return None
-        offsets = []
-        for report in reports:
-            offsets.append(self._offset)
-            self._offset += len(report.text)
         return {
             "tokens": [report.text for report in reports],
             "token_logprobs": [report.logprob for report in reports],
             # Texts may be the same, of parts of a character, say: the likeliest of them is kept.
             "top_logprobs": [{text: value for text, value, _ in reversed(report.top)} for report in reports],
-            "text_offset": offsets,
+            "text_offset": [report.start for report in reports],
         }
 
 

@@ -30,7 +30,7 @@ from mlx_lora.models.load import Base
 from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.objectives.scored_texts import ERROR, PREDICTED, TextScorer, in_order
 from mlx_lora.serving.adapter_store import base_name
-from mlx_lora.serving.app import api_error
+from mlx_lora.serving.client_errors import api_error, without_paths
 from mlx_lora.serving.engine import Engine, Stopped
 from mlx_lora.serving.pools import unrouted_twin
 from mlx_lora.serving.schema import ApiError, read_json
@@ -173,7 +173,8 @@ async def a_few_at_a_time(
     except Stopped as error:
         raise api_error(error) from None
     except InputError as error:
-        raise ApiError(400, " ".join(str(error).split()), "invalid_value") from None
+        text = without_paths(" ".join(str(error).split()), engine)
+        raise ApiError(400, text, "invalid_value") from None
     return np.concatenate(found), tokens
 
 
@@ -207,7 +208,7 @@ def load_scorer(engine: Engine, folder: Path) -> TextScorer:
         InputError: it does not fit the base.
     """
     twin = twin_of(engine.base)
-    info = load_adapter(twin, folder, scores=True)
+    info = load_adapter(twin, folder, engine.ignore_fingerprint, scores=True)
     if info.chat_template:
         twin.hf_tokenizer.chat_template = info.chat_template
     return TextScorer.of(twin, info.head, with_limits_of_run(DataSettings(), (), folder))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mlx_lora.config.settings import AdapterSettings, DataSettings, TrainSettings
     from mlx_lora.models.load import Base
     from mlx_lora.objectives.base import Objective
+    from mlx_lora.trainer.state import Position
 
 
 def adapt(
@@ -139,7 +140,7 @@ def first_qat_step(settings: AdapterSettings, steps: int) -> int | None:
 
 
 def qat_from(
-    settings: AdapterSettings, model: nn.Module, steps: int, taken: int, on_step: Callable[[int], None]
+    settings: AdapterSettings, model: nn.Module, steps: int, at: Position, on_step: Callable[[int], None]
 ) -> Callable[[int], None]:
     """Set an adapted model to what its next step needs, and return what is to be called after each step.
 
@@ -147,17 +148,18 @@ def qat_from(
         settings: of the adapter.
         model: that is trained.
         steps: of the whole run.
-        taken: steps that are done.
+        at: the run's position; where rounding begins, the best validation is looked for anew.
         on_step: is called with the number of steps done, after the change.
     """
     first = first_qat_step(settings, steps)
-    if first is None or taken >= first:
+    if first is None or at.taken >= first:
         return on_step
     end_qat(model)
 
     def after(step: int) -> None:
         if step == first:
             begin_qat(model)
+            at.compare_anew()
         on_step(step)
 
     return after

@@ -102,6 +102,10 @@ def restore_arrays(step: Step, arrays: dict[str, mx.array]) -> None:
     def part(prefix: str) -> dict[str, mx.array]:
         return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
 
+    for path, layer in layers.items():
+        for leaf in FROZEN:  # ReLoRA's factors of a cycle that had not ended
+            if leaf in layer and f"layers.{path}.{leaf}" not in arrays:
+                layer.pop(leaf)
     for name, value in part("layers.").items():
         path, _, leaf = name.rpartition(".")
         layers[path][leaf] = value
@@ -290,9 +294,16 @@ def numbered(room: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def thin_out(room: Path, keep: int, best_at: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one; 0 keeps all."""
+def thin_out(room: Path, keep: int, best_at: int | None, newest: int) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one; 0 keeps all.
+
+    Those after `newest`, the step just saved, are of a run that went on from an earlier step another time.
+    """
     found = numbered(room)
+    for number, folder in found:
+        if number > newest:
+            shutil.rmtree(folder, ignore_errors=True)
+    found = [(number, folder) for number, folder in found if number <= newest]
     for number, folder in found[keep:] if keep else []:
         if number != best_at:
             shutil.rmtree(folder, ignore_errors=True)

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.exporters.adapter_folder import CONFIG_FILE
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import OBJECTIVES, check_kind, objective_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
-from mlx_lora.trainer.adapter import adapter_head, put_adapter, qat_from, with_reference_of_run
+from mlx_lora.trainer.adapter import adapter_head, first_qat_step, put_adapter, qat_from, with_reference_of_run
 from mlx_lora.trainer.build import BuiltRun, build_run
 from mlx_lora.trainer.callbacks import Callback, Callbacks, logger_callbacks
 from mlx_lora.trainer.checkpoint import take_first_ranks
@@ -27,7 +26,7 @@ from mlx_lora.trainer.guards import MemoryGuard, interrupt_flag
 from mlx_lora.trainer.header import left_by, loss_words, outcome_line, told_after
 from mlx_lora.trainer.held_out import held_out_loss
 from mlx_lora.trainer.report_callback import RunPage, known_rows, leave_card, reporting
-from mlx_lora.trainer.run_folder import check_room, first_day, own_folder
+from mlx_lora.trainer.run_folder import check_room, continues_here, first_day, holds_adapter, own_folder
 from mlx_lora.trainer.state import LOSS, TASK, Diverged
 from mlx_lora.trainer.trainer import LoopHooks, Outcome, Steps, Trainer, alone
 from mlx_lora.trainer.validation_task import check_task, scorer_of
@@ -158,7 +157,7 @@ def check_request(
         return
     folder = Path(loop.adapter_path)
     check_writable(folder, "--adapter-path", needed_bytes=1_000_000)
-    if (folder / CONFIG_FILE).exists() and not loop.force and loop.resume is None:
+    if holds_adapter(folder) and not (loop.force or continues_here(loop)):
         raise InputError(
             f"--adapter-path {folder}: already holds an adapter; choose another folder, --resume to continue, or --force to overwrite it"
         )
@@ -240,7 +239,7 @@ def take_steps(
     with told.around(run.steps, settings.to_flat()) as ending:
         try:
             with folder.kept_if_it_fails(), reporting(run, told, show, page) as (report, shown, watch):
-                on_step = qat_from(settings.adapter, base.model, run.steps, at.taken, shown)
+                on_step = qat_from(settings.adapter, base.model, run.steps, at, shown)
                 hooks = LoopHooks(report, save, on_step, told.failed, watch, score)
                 trainer = Trainer(
                     step,
@@ -254,6 +253,7 @@ def take_steps(
                     guard,
                     strategy,
                     memory,
+                    first_qat_step(settings.adapter, run.steps) or 0,
                 )
                 outcome = yield from trainer.steps(flag or interrupt_flag())
                 best = None if outcome.interrupted else folder.put_best()

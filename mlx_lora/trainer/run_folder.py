@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import yaml
 
+from mlx_lora.adapters.qat import is_rounded
 from mlx_lora.config.checks import is_day
 from mlx_lora.config.presets import START_ANEW
 from mlx_lora.config.settings import FIELDS, ROWS, LoopSettings, TrainSettings
@@ -57,9 +58,10 @@ from mlx_lora.trainer.checkpoint import (
 )
 from mlx_lora.trainer.evaluate import ROWS_FILE
 from mlx_lora.trainer.state import LOSS, Diverged, Position, score_words
-from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.errors import InputError, RunError, describe_gpu_failure
 from mlx_lora.utils.files import cache_dir, check_writable, one_at_a_time, replacing_file, replacing_folder
 from mlx_lora.utils.parsing import parse_yaml
+from mlx_lora.utils.supervise import RESTARTS_LEFT, restarts
 from mlx_lora.utils.text import command_line
 
 if TYPE_CHECKING:
@@ -84,12 +86,19 @@ ASIDE = "earlier-run"
 
 @contextmanager
 def own_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Lock a run folder; if this run ends before it saves anything, restore the earlier run's results."""
+    """Lock a run folder; if this run ends before it saves anything, restore the earlier run's results.
+
+    They stay aside if a supervisor starts the run again at once: it must not go on from the earlier run's checkpoints.
+    """
     with locked(folder) if ranks.leads else nullcontext():
+        begins_again = False
         try:
             yield
+        except RuntimeError as error:
+            begins_again = describe_gpu_failure(error) is not None and restarts(RESTARTS_LEFT) > 0
+            raise
         finally:
-            if ranks.leads:
+            if ranks.leads and not begins_again:
                 _end_aside(folder)
 
 
@@ -161,15 +170,25 @@ class RunFolder:
         done = found is not None and self.at.taken >= steps
         if found:
             restore_arrays(self.step, found.arrays)
+            self.step.taken = self.at.taken  # the optimizer does not count skipped updates
             left = f"; all {steps} steps are done, so raise --iters or --epochs to train further" if done else ""
             log.info(f"Resuming from step {self.at.taken} ({found.folder}){left}")
         if not self.strategy.ranks.leads:
             return
         self._clear_leftovers()
+        loop = self.settings.loop
+        here = found is not None and continues_here(loop)
+        # A run that was killed before its first checkpoint, and begins again, has nothing to lose.
+        if not here and (found is not None or loop.resume is None or holds_adapter(self.path)):
+            _set_aside(self.path)
+        if found is not None and not here:
+            self._take_best(found.folder.parent)
+        elif found is not None and (later := [n for n, _ in numbered(self.path / CHECKPOINTS) if n > self.at.taken]):
+            log.info(
+                f"Checkpoints after step {self.at.taken} ({', '.join(map(str, later))}) are removed at the next save"
+            )
         if done and found is not None:
             self._save_adapter(self.path, self._overlap_of(found.folder))
-        elif self.settings.loop.resume is None:
-            _set_aside(self.path)
         with replacing_file(self.path / "run.yaml") as temporary:  # `--config run.yaml` repeats the run
             # Repeating a run neither continues nor overwrites one.
             repeated = {**self.settings.to_flat(), "resume": None, "force": False}
@@ -181,6 +200,19 @@ class RunFolder:
             with replacing_folder(self.path / WRITTEN) as copied:
                 for file in written.glob("*.jsonl"):
                     shutil.copyfile(file, copied / file.name)
+
+    def _take_best(self, room: Path) -> None:
+        """Copy the best checkpoint of a run that goes on in this folder; if it is gone, the best is looked for anew."""
+        at = self.at
+        best = None if at.best_at is None else room / f"step-{at.best_at:06d}"
+        if best is None or not at.best_at or not self.settings.loop.keep_best:
+            return
+        if not best.is_dir():
+            log.info(f"{best}, the best checkpoint so far, is not there; the best is chosen from here on")
+            at.compare_anew()
+            return
+        with replacing_folder(self.path / CHECKPOINTS / best.name) as copied:
+            shutil.copytree(best, copied, dirs_exist_ok=True)
 
     def _clear_leftovers(self) -> None:
         """Remove the temporary files of killed runs; no other process writes here while the folder is locked."""
@@ -202,8 +234,12 @@ class RunFolder:
 
     def _save_adapter(self, folder: Path, overlap: dict[str, float] | None, checkpoint: Path | None = None) -> None:
         """Write the adapter; one that comes from a checkpoint has the head's facts from there."""
-        head = head_of(read_adapter_config(checkpoint), checkpoint) if checkpoint else self.head()
-        save_adapter(folder, self.step.model, replace(self.info, head=head), overlap=overlap)
+        config = read_adapter_config(checkpoint) if checkpoint else {}
+        head = head_of(config, checkpoint) if checkpoint else self.head()
+        info = replace(self.info, head=head)
+        if not (own_entries(config).get("qat") if checkpoint else is_rounded(self.step.model)):
+            info = replace(info, qat=False, rounded_to=None)  # --qat 0.3 has not begun: it is an ordinary adapter
+        save_adapter(folder, self.step.model, info, overlap=overlap)
 
     def _overlap_of(self, checkpoint: Path | None) -> dict[str, float] | None:
         """Return the overlap that a checkpoint's adapter has on record if ranks measure it together; None: measure it again."""
@@ -253,7 +289,7 @@ class RunFolder:
                 name = f"step-{self.at.taken:06d}"
                 save = partial(self._save_adapter, overlap=overlap)
                 write_checkpoint(room / name, self.at, self.identity, run_arrays(self.step), save)
-                thin_out(room, self.settings.loop.keep, self.at.best_at)
+                thin_out(room, self.settings.loop.keep, self.at.best_at, self.at.taken)
             _end_aside(self.path)
         self.strategy.ranks.meet()  # wait until everything is on disk
 
@@ -315,18 +351,36 @@ def check_room(loop: LoopSettings, steps: int, adapter_bytes: int) -> None:
 # Resuming
 
 
+def holds_adapter(folder: Path) -> bool:
+    """Tell whether a run folder has results that another run would replace."""
+    return (folder / CONFIG_FILE).exists() or (folder / WEIGHTS_FILE).exists()
+
+
+def continues_here(loop: LoopSettings) -> bool:
+    """Tell whether --resume goes on with the run of this folder, and not with a checkpoint of another folder."""
+    if loop.resume in (None, "auto"):
+        return loop.resume == "auto"
+    return Path(loop.resume or "").resolve().parent == (Path(loop.adapter_path) / CHECKPOINTS).resolve()
+
+
 def find_checkpoint(loop: LoopSettings, ranks: Ranks) -> Checkpoint | None:
     """Return the checkpoint for `--resume`, None without `--resume` or if there is no checkpoint yet.
 
     Rank 0 reads it and sends it to all ranks with its arrays: the other machines need not have the run folder.
 
     Raises:
-        InputError: on rank 0, if a named checkpoint is damaged or missing.
+        InputError: on rank 0, if a named checkpoint is damaged or missing, or there is none beside a trained adapter.
     """
     found = None
     if ranks.leads and loop.resume == "auto":
         room = Path(loop.adapter_path) / CHECKPOINTS
         found = newest_checkpoint(room)
+        # A supervised run that died between its adapter and its first checkpoint begins again.
+        if found is None and holds_adapter(Path(loop.adapter_path)) and not (loop.force or restarts()):
+            raise InputError(
+                f"--resume: {loop.adapter_path} holds an adapter, and no complete checkpoint to go on from; begin another run "
+                f"from it with --resume-adapter-file {loop.adapter_path}, or replace it with --force"
+            )
         if found is None:
             log.info(f"--resume: no complete checkpoint in {room}; the run starts at the beginning")
     elif ranks.leads and loop.resume is not None:

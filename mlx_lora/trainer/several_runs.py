@@ -20,7 +20,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,17 +38,15 @@ from mlx_lora.parallel.strategy import SINGLE_DEVICE
 from mlx_lora.planner.fit import SMALLEST_BATCH, fit
 from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.several_adapters import held_bytes, most_that_fit
-from mlx_lora.trainer.checkpoint import numbered
 from mlx_lora.trainer.guards import interrupt_flag
 from mlx_lora.trainer.model_shape import outlined_shape, shared_shapes, with_kernels
 from mlx_lora.trainer.run import check_request, run_steps, wants_training
-from mlx_lora.trainer.run_folder import CHECKPOINTS
+from mlx_lora.trainer.several_resume import TOGETHER_FILE, Left, length_of, refuse_to_lose, resumed
 from mlx_lora.trainer.stacked_step import StackedStep
 from mlx_lora.trainer.trainer import Outcome, StepWanted
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import replacing_file
-from mlx_lora.utils.parsing import read_json
 from mlx_lora.utils.progress import waiting
 from mlx_lora.utils.text import counted
 
@@ -60,7 +58,6 @@ log = logging.getLogger(__name__)
 
 # Objectives whose rows do not depend on each other, and whose loss is computed from the losses of tokens.
 OBJECTIVES = ("sft", "dpo", "orpo", "simpo", "cpo", "kto")
-TOGETHER_FILE = "together.json"
 
 # What is asked for
 
@@ -129,64 +126,6 @@ def prepared(settings: TrainSettings) -> TrainSettings:
         settings,
         loop=replace(loop, cache_trunk="off", offload_base="off", keep=2 if loop.keep == 1 else loop.keep),
     )
-
-
-# Where to go on
-
-
-@dataclass(frozen=True)
-class Left:
-    """What an earlier start of a run left in its folder.
-
-    Attributes:
-        steps: of its checkpoints.
-        ended: the step after which it was over; None: it was not.
-        error: what ended it, if it failed.
-    """
-
-    steps: frozenset[int]
-    ended: int | None = None
-    error: str | None = None
-
-    def is_over(self, at: int) -> bool:
-        """Return whether the run had ended by a round, and so need not go on from there."""
-        return self.ended is not None and 0 < self.ended <= at
-
-    @classmethod
-    def of(cls, folder: Path) -> Left:
-        """Read a run folder."""
-        steps = frozenset(step for step, _ in numbered(folder / CHECKPOINTS))
-        file = folder / TOGETHER_FILE
-        state = read_json(file, "start the runs again with --force") if file.is_file() else {}
-        ended, error = state.get("ended"), state.get("error")
-        return cls(steps, ended if type(ended) is int else None, error if isinstance(error, str) else None)
-
-
-def common_round(left: Sequence[Left]) -> int:
-    """Return the last round at which every run has a checkpoint, or was over; 0: they begin."""
-    rounds = sorted({0}.union(*(run.steps for run in left)), reverse=True)
-    return next(at for at in rounds if not at or all(at in run.steps or run.is_over(at) for run in left))
-
-
-def resumed(runs: Sequence[TrainSettings]) -> tuple[list[TrainSettings], list[Left], int]:
-    """Return settings that go on from where all runs were last together, what each had left, and the round."""
-    left = [Left.of(Path(settings.loop.adapter_path)) for settings in runs]
-    at = common_round(left)
-    found = []
-    for settings in runs:
-        place = str(Path(settings.loop.adapter_path) / CHECKPOINTS / f"step-{at:06d}") if at else None
-        found.append(replace(settings, loop=replace(settings.loop, resume=place, force=at == 0)))
-    return found, left, at
-
-
-def refuse_to_lose(runs: Sequence[TrainSettings], names: Sequence[str], left: Sequence[Left]) -> None:
-    """Raise InputError if runs have checkpoints and none in common, unless a kill during the first saving left them so."""
-    saved = frozenset[int]().union(*(one.steps for one in left))
-    begun = all((Path(settings.loop.adapter_path) / "run.yaml").is_file() for settings in runs)
-    if saved and not (begun and len(saved) == 1):
-        last = ", ".join(f"{name}: {max(one.steps, default='none')}" for name, one in zip(names, left, strict=True))
-        advice = "resume each by itself, or to begin all again, give --force instead"
-        raise InputError(f"--resume: the runs have no checkpoint in common (last steps: {last}); {advice}")
 
 
 # A run
@@ -334,7 +273,7 @@ class SeveralRuns:
         self._base = base
         self.joint: StackedStep | None = None
         for member, own in zip(members, left, strict=False):
-            if own.is_over(at) and own.ended is not None:
+            if own.is_over(at) and own.ended is not None and not own.goes_on(member.settings, at):
                 member.error = own.error
                 member.outcome = None if own.error else Outcome(own.ended, None, False)
 
@@ -366,7 +305,7 @@ class SeveralRuns:
         own = [prepared(settings) for settings in runs]
         if any(settings.loop.resume is not None for settings in runs):
             own, left, at = resumed(own)
-            if not at and not may_restart:
+            if not at and not may_restart and not all(settings.loop.force for settings in runs):
                 refuse_to_lose(own, names, left)
         for settings in own:
             check_request(settings, ALONE)
@@ -519,6 +458,8 @@ class SeveralRuns:
             "ended": self.at if member.outcome is None else member.outcome.steps,
             "error": member.error,
         }
+        if member.outcome is not None and not member.outcome.stopped_early:
+            state["length"] = length_of(member.settings)
         member.folder.mkdir(parents=True, exist_ok=True)
         with replacing_file(member.folder / TOGETHER_FILE) as temporary:
             temporary.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")

@@ -65,6 +65,11 @@ class Position:
             self.best_score = score if metric != LOSS else None
         return better
 
+    def compare_anew(self) -> None:
+        """Forget the validations so far, because those from here on measure something else."""
+        self.best_loss = self.best_score = self.best_at = None
+        self.worse = 0
+
 
 def score_words(metric: str) -> str:
     """Return in words what the best validation is chosen by, if it is not the loss."""

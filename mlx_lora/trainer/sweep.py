@@ -31,7 +31,8 @@ from mlx_lora.reports.run_report import read_records
 from mlx_lora.reports.sweep_page import WHOLE, SweepResults
 from mlx_lora.trainer.model_shape import outlined_shape, shared_shapes
 from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
-from mlx_lora.trainer.several_runs import ConcurrentRun, Left, SeveralRuns, TooManyRuns, common_round, how_many_fit
+from mlx_lora.trainer.several_resume import Left, common_round
+from mlx_lora.trainer.several_runs import ConcurrentRun, SeveralRuns, TooManyRuns, how_many_fit
 from mlx_lora.trainer.state import LOSS
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError

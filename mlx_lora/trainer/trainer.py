@@ -227,6 +227,7 @@ class Trainer:
         guard: watches memory; None: nothing is watched.
         strategy: how processes divide the work; each has the whole plan.
         memory: the run's memory plan, for who takes its steps together with others; None: not planned.
+        ends_from: the step before which validations that do not get better do not end the run (--qat 0.3).
     """
 
     step: Step
@@ -240,6 +241,7 @@ class Trainer:
     guard: MemoryGuard | None = None
     strategy: Strategy = SINGLE_DEVICE
     memory: MemoryPlan | None = None
+    ends_from: int = 0
 
     def __post_init__(self) -> None:
         self._guard = self.guard or MemoryGuard(self.at)
@@ -361,7 +363,7 @@ class Trainer:
 
     def _stopped_early(self) -> bool:
         patience = self.settings.early_stopping_patience
-        return bool(patience) and self.at.worse >= patience
+        return bool(patience) and self.at.worse >= patience and self.at.taken >= self.ends_from
 
     def validate(self) -> bool:
         """Measure the held-out batches and report them; returns whether this is the best validation so far."""

@@ -29,9 +29,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lora.models.folder import save_tensors
 from mlx_lora.models.load import Base
 from mlx_lora.rollouts.decode import TokenSteps
+from mlx_lora.rollouts.row_batches import one_row_because, rowless
 from mlx_lora.serving.batch import BatchRow, Likelihoods, Prefill, RunningBatch, Sampler, Sampling
 from mlx_lora.serving.pools import LayerFactors, Routing, route, unrouted_twin
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import InputError, first_line
 
 # Tokens of a prompt that are computed at once; with their log-probabilities, all logits of so many are in memory.
 PROMPT_PART, SCORED_PART = 512, 128
@@ -243,10 +244,13 @@ class SampleLoop:
         self._waiting: deque[SampleTicket] = deque()
         self._fresh: deque[tuple[SampleTicket, int, list[Any]]] = deque()  # samples whose prompt is computed
         self._batch = RunningBatch(self._model, weights.routing)
-        rowless = [cache for cache in make_prompt_cache(weights.model) if not hasattr(cache, "merge")]
-        self._refusal = (
-            f"mlx-lm keeps this model's state in a {type(rowless[0]).__name__}, without rows" if rowless else ""
-        )
+        kind = rowless(weights.model)
+        self._refusal = f"mlx-lm keeps this model's state in a {kind}, without rows" if kind else ""
+        try:
+            if not kind and one_row_because(weights.model):
+                self._most_rows = 1
+        except InputError as error:  # training goes on without samples
+            self._refusal = first_line(error)
         self.vocabulary = weights.model(mx.array([[0]])).shape[-1]
 
     @property

@@ -62,18 +62,45 @@ def replace_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def cannot_move(folder: Path) -> bool:
+    """Return whether a folder exists and cannot be renamed: it is a mount point, or the folder around it cannot be written."""
+    return folder.is_dir() and (folder.is_mount() or not os.access(folder.parent, os.W_OK))
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to replace a folder with files that cannot be renamed, before the work.
+
+    Raises:
+        InputError: it is one.
+    """
+    if cannot_move(folder) and any(folder.iterdir()):
+        raise InputError(
+            f"--out {folder}: not empty, and cannot be replaced (a mount point, or the folder around it cannot be written); "
+            "give a folder inside it"
+        )
+
+
+def place_beside(folder: Path) -> Path:
+    """Return where a temporary folder can be made whose files are moved into `folder` later: beside it, or in it."""
+    return folder if cannot_move(folder) else folder.parent
+
+
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, which replaces `path` when the block ends without an error.
 
     The earlier folder is renamed, and deleted only when the new one has its name; if that fails, it gets its name back.
+    If `path` cannot be renamed, the temporary folder is in it, and its files replace those of `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=place_beside(path)))
     earlier = temporary.with_name(f"{temporary.name}.earlier")
     try:
         temporary.chmod(0o755)
         yield temporary
+        if temporary.parent == path:
+            _replace_files(path, temporary, earlier)
+            return
         if path.exists():
             path.replace(earlier)
         try:
@@ -85,6 +112,24 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _replace_files(folder: Path, new: Path, earlier: Path) -> None:
+    """Move the entries of a folder to `earlier`, and those of `new` up in their place; both are in the folder."""
+    there, made = [one for one in folder.iterdir() if one != new], list(new.iterdir())
+    earlier.mkdir()
+    try:
+        for entry in there:
+            entry.replace(earlier / entry.name)
+        for entry in made:
+            entry.replace(folder / entry.name)
+    except OSError:
+        for entry in made:
+            if not (new / entry.name).exists():
+                (folder / entry.name).replace(new / entry.name)
+        for entry in list(earlier.iterdir()):
+            entry.replace(folder / entry.name)
+        raise
 
 
 @contextmanager

@@ -231,6 +231,8 @@ def keep_text(path: Path, text: bytes, source: str) -> Path:
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<pick>[^:/]+))?")
 CONFIG_AND_TOKENIZER = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
 DATA_FILES = ["*.json", "*.jsonl", "*.csv", "*.parquet", "*.txt"]
+# Files in folders, but for 1_Pooling/config.json, which embedding models have.
+IN_FOLDERS = ["[!1]*/*", "1/*", "1[!_]*/*", "1_[!P]*/*", "*/*/*"]
 # These are listed one by one, because a repository may also have a merged model.
 ADAPTER_FILES = ["adapters.safetensors", "adapter_model.safetensors", "*.json", "*.jinja", "README.md"]
 NOT_DATA = ["dataset_info*.json", "requirements*.txt", "*LICENSE*", "*README*"]
@@ -242,8 +244,7 @@ SMALL_MODEL = "smollm2"
 # What else people call it; an error names the one that works.
 SMALL_MODEL_NAMES = (SMALL_MODEL, "smollm2-135m", "smollm2-135m-instruct", "smollm")
 
-# The errors of failed requests. The client's HTTP library differs by version, but its base error is always a base class
-# of HfHubHTTPError.
+# The errors of failed requests. HTTP libraries differ by client version, but HfHubHTTPError inherits their base error.
 REQUEST_ERRORS: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)  # pyright: ignore[reportAssignmentType]
 
 
@@ -426,7 +427,7 @@ def _patterns(names: list[str], gguf_file: str | None, trust_remote_code: bool) 
     # Some repositories also hold consolidated.safetensors; the loader only reads model*.safetensors.
     named = any(fnmatch(name, "model*.safetensors") for name in names)
     code = ["*.py"] if trust_remote_code else []
-    return [*CONFIG_AND_TOKENIZER, "model*.safetensors" if named else "*.safetensors", *code], ["*/*"]
+    return [*CONFIG_AND_TOKENIZER, "model*.safetensors" if named else "*.safetensors", *code], IN_FOLDERS
 
 
 @overload
@@ -527,7 +528,7 @@ def resolve_tokenizer(repo: str, revision: str | None = None) -> Path:
     Raises:
         InputError: the hub does not provide them.
     """
-    return _snapshot(f"model {repo!r}", repo, revision, CONFIG_AND_TOKENIZER, ["*/*"])
+    return _snapshot(f"model {repo!r}", repo, revision, CONFIG_AND_TOKENIZER, IN_FOLDERS)
 
 
 @covered()  # the bars of the download take the place of the work that needs it

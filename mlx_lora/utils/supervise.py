@@ -18,8 +18,8 @@ import subprocess
 import sys
 from types import FrameType
 
-# The environment variable that holds the supervisor's process id.
-SUPERVISOR = "MLX_LORA_SUPERVISOR"
+# Environment variables: the supervisor's process id; how often it has restarted the run; how often it still can.
+SUPERVISOR, RESTARTS, RESTARTS_LEFT = "MLX_LORA_SUPERVISOR", "MLX_LORA_RESTARTS", "MLX_LORA_RESTARTS_LEFT"
 REPEATED = (
     "--adapter",
     "--blend",
@@ -46,7 +46,8 @@ def run(command: list[str], max_restarts: int) -> int:
     extra: list[str] = []
     of_memory, name = 0, ""
     for restarts in range(max_restarts + 1):
-        code = run_once(last_given([*command, *extra]))
+        told = {RESTARTS: str(restarts), RESTARTS_LEFT: str(max_restarts - restarts)}
+        code = run_once(last_given([*command, *extra]), told)
         if code == OUT_OF_TIME:
             name, why = "the GPU worked too long at a time", ""
         elif code == OUT_OF_MEMORY:
@@ -94,9 +95,15 @@ def last_given(words: list[str]) -> list[str]:
     return [word for group in kept for word in group]
 
 
-def run_once(command: list[str]) -> int:
-    """Run a command until it ends, and return its exit code, or minus the number of the signal that ended it."""
-    child = subprocess.Popen(command, env={**os.environ, SUPERVISOR: str(os.getpid())}, start_new_session=True)
+def run_once(command: list[str], told: dict[str, str]) -> int:
+    """Run a command until it ends, and return its exit code, or minus the number of the signal that ended it.
+
+    Args:
+        command: words.
+        told: environment variables for it.
+    """
+    environment = {**os.environ, SUPERVISOR: str(os.getpid()), **told}
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         child.send_signal(number)
@@ -110,6 +117,12 @@ def run_once(command: list[str]) -> int:
 def say(line: str) -> None:
     """Print on standard error, as training does."""
     print(line, file=sys.stderr, flush=True)
+
+
+def restarts(name: str = RESTARTS) -> int:
+    """Return how often a supervisor has restarted this process, or how often it still can (RESTARTS_LEFT); 0 without one."""
+    value = os.environ.get(name, "")
+    return int(value) if SUPERVISOR in os.environ and value.isdecimal() else 0
 
 
 def run_supervised(max_restarts: int) -> None:

@@ -239,3 +239,29 @@ def test_a_compiled_function_is_traced_again_when_it_begins():
     assert not np.allclose(compiled(x), plain, atol=1e-3)
     end_qat(model)
     assert np.allclose(compiled(x), plain, atol=1e-5)
+
+
+def test_layers_that_read_one_input_compute_their_weights_one_after_the_other():
+    class Siblings(nn.Module):
+        def __init__(self, count: int):
+            super().__init__()
+            bases = [nn.Linear(512, 512, bias=False).to_quantized(32, 4) for _ in range(count)]
+            self.parts = [LoRALinear.from_base(base, factors((512, R), (R, 512)), 1.5) for base in bases]
+
+        def __call__(self, x):
+            x = mx.tanh(x)
+            return sum(part(x) for part in self.parts)
+
+    def peak_bytes(count: int) -> int:
+        model = nn.Sequential(Siblings(count))
+        begin_qat(model)
+        x = mx.random.normal((4, 512))
+        step = mx.value_and_grad(lambda params, x: model.update(params)(x).sum(), argnums=(0, 1))
+        mx.eval(model.parameters(), x)
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(step(model.trainable_parameters(), x))
+        return mx.get_peak_memory() - before
+
+    assert peak_bytes(4) < 1.5 * peak_bytes(1)

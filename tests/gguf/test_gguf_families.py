@@ -23,7 +23,7 @@ from tiny_moe import with_quantized_experts
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.config.settings import ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
-from mlx_lora.gguf.arch import ARCHITECTURES, gguf_settings, model_config, weight_map
+from mlx_lora.gguf.arch import ARCHITECTURES, context_length, gguf_settings, model_config, weight_map
 from mlx_lora.gguf.mapping import Order, TensorMapping
 from mlx_lora.gguf.reader import GGUFFile, GGUFTensor, read_gguf
 from mlx_lora.gguf.weights import carry_blocks, check_shapes, import_weights, mxfp4_blocks
@@ -368,6 +368,28 @@ def test_an_adapter_file_holds_the_update_of_each_tensor(name, targets, tensor, 
         deltas = [np.zeros_like(deltas[0]), *deltas]
     np.testing.assert_allclose(update, np.concatenate(deltas, axis=-2), rtol=1e-4, atol=1e-5)
     assert np.abs(update).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ({"max_position_embeddings": 4096, "model_type": "gpt_oss"}, 4096),
+        ({"model_type": "gpt_oss"}, 131072),  # which mlx-lm has no argument for
+        ({"text_config": {"max_position_embeddings": 8192}, "max_position_embeddings": 5}, 8192),
+        # Published multimodal Gemma 3 leaves it to transformers, whose default is not mlx-lm's.
+        ({"text_config": {"model_type": "gemma3_text"}, "model_type": "gemma3"}, 131072),
+        ({"text_config": {}, "model_type": "gemma3"}, 131072),
+        ({"model_type": "unheard-of"}, 128),
+    ],
+)
+def test_the_context_is_the_configs_then_transformers(config, wanted):
+    model, _ = tiny_family("qwen3moe", changes={"max_position_embeddings": 128})
+    assert context_length(model, config) == wanted
+
+
+def test_the_file_has_the_context_of_the_config(written):
+    base, path = written("gpt-oss")
+    assert read_gguf(path).metadata["gpt-oss.context_length"] == base.config["max_position_embeddings"] != 2048
 
 
 # --- refusals

@@ -119,6 +119,13 @@ def test_a_model_that_has_these_bits_is_used_as_it_is(tiny_4bit_folder):
     assert load_base(ModelSettings(model=str(tiny_4bit_folder), bits=4)).folder == tiny_4bit_folder
 
 
+def test_a_model_published_in_fp8_is_quantized(tmp_path):
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    folder = write_folder(tmp_path / "m", tiny_model(), {"quantization_config": fp8})
+    for wrap in (load_base, lambda asked: outline_for(asked, mx.float32)):
+        assert wrap(ModelSettings(model=str(folder), bits=4)).config["quantization"]["bits"] == 4
+
+
 def test_the_teacher_is_not_quantized(tiny_folder, chats, tmp_path):
     words = ("--objective", "distill", "--teacher", tiny_folder, "--bits", 4, "--data", chats)
     ran = run("train", "--model", tiny_folder, "--adapter-path", tmp_path / "a", *words, *SHORT)

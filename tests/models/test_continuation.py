@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_lora.models.tokenizer import Continuation
+from mlx_lora.serving.batch import TextStream
 
 
 def spm_tokenizer() -> PreTrainedTokenizerFast:
@@ -56,6 +57,14 @@ def test_the_first_space_stays(name):
     assert text.text == "".join([*segments, text.last_segment]) == " calmer and"
     if name != "naive bpe":
         assert anew.text == "calmer and"
+
+
+def test_an_id_that_the_tokenizer_does_not_have_adds_no_text():
+    """A model has more rows than its tokenizer has tokens, and samples one of them."""
+    tokenizer = WRAPPED["spm"]
+    served, continued = TextStream(tokenizer.detokenizer, ()), TextStream(Continuation(tokenizer), ())
+    for token in (3, 3584, 4):
+        assert served.add(token).text + continued.add(token).text in ("and and", " calm calm", "")
 
 
 def test_a_text_without_a_space_gets_none():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,12 +19,16 @@ from gguf_cases import IDS, SHARED, write_case
 from gguf_cases import tiny_model as any_model
 from mlx.utils import tree_flatten
 from real_models import gemma3_gguf, smollm2_gguf
+from tiny_encoders import tiny_encoder
 
 from mlx_lora.cli.convert import main
 from mlx_lora.models import convert as converting
-from mlx_lora.models.convert import cached_gguf_folder, convert_model, measure_text_loss
+from mlx_lora.models.convert import cached_gguf_folder, cached_quantized_folder, convert_model, measure_text_loss
 from mlx_lora.models.folder import ShardWriter
 from mlx_lora.models.quantize import Quantization
+from mlx_lora.models.side_files import copy_side_files
+from mlx_lora.models.tower_files import copy_tower
+from mlx_lora.objectives.embed import stored_choices
 from mlx_lora.utils.device import compute_dtype
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.hub import resolve_model
@@ -116,6 +121,41 @@ def test_folder_no_quantize_only_changes_the_dtype(tiny_folder: Path, tmp_path: 
     assert set(before) == set(after)
     for name, array in before.items():
         assert mx.array_equal(array.astype(mx.float16), after[name])
+
+
+def with_weight(folder: Path, change) -> Path:
+    """Change one weight of a folder."""
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights["model.layers.0.mlp.up_proj.weight"] = change(weights["model.layers.0.mlp.up_proj.weight"])
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return folder
+
+
+@pytest.mark.parametrize("packed", [("--no-quantize",), (), ("--mode", "mxfp4")])
+def test_values_that_float16_cannot_hold_are_refused(packed, tmp_path: Path) -> None:
+    source = with_weight(write_folder(tmp_path / "m", tiny_model()), lambda weight: weight * (1e5 / weight[0, 0]))
+    refused = run("--model", source, "--out", tmp_path / "out", *packed, "--dtype", "float16")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert "up_proj.weight" in refused.stderr
+    assert "bfloat16" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    assert run("--model", source, "--out", tmp_path / "out", *packed, "--dtype", "bfloat16").exit_code == 0
+
+
+@pytest.mark.parametrize("packed", [("--no-quantize",), ()])
+def test_bytes_of_fp8_are_no_weights(packed, tmp_path: Path) -> None:
+    source = with_weight(write_folder(tmp_path / "m", tiny_model()), mx.to_fp8)
+    refused = run("--model", source, "--out", tmp_path / "out", *packed)
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert "up_proj.weight is uint8" in refused.stderr
+
+
+def test_the_config_has_the_dtype_that_is_written(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "m", tiny_model(), {"dtype": "bfloat16"})
+    assert run("--model", source, "--out", tmp_path / "out", "--no-quantize", "--dtype", "float32").exit_code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["torch_dtype"], config["dtype"]) == ("float32", "float32")
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
@@ -284,6 +324,59 @@ def test_sentencepiece_only_folder_gets_a_fast_tokenizer(tmp_path: Path) -> None
     assert tokenizer.encode(text, add_special_tokens=False) == reference.encode(text)
 
 
+def test_an_embedding_model_keeps_its_pooling_prompts_and_length(tmp_path: Path) -> None:
+    source = tiny_encoder("bert", tmp_path / "m")
+    files = {
+        "modules.json": [{"type": "sentence_transformers.models.Transformer"}],
+        "1_Pooling/config.json": {"pooling_mode_cls_token": True},
+        "config_sentence_transformers.json": {"prompts": {"query": "Q: "}},
+        "sentence_bert_config.json": {"max_seq_length": 40},
+    }
+    (source / "1_Pooling").mkdir()
+    for name, content in files.items():
+        (source / name).write_text(json.dumps(content))
+    assert run("--model", source, "--out", tmp_path / "out", "--group-size", 32).exit_code == 0
+    assert {name: json.loads((tmp_path / "out" / name).read_text()) for name in files} == files
+    cached = [cached_quantized_folder(resolve_model(str(source)), 8, mx.float32)]
+    assert stored_choices(cached[0]) == {"pooling": "cls", "query_prompt": "Q: "}
+    (source / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    cached += [cached_quantized_folder(resolve_model(str(source)), 8, mx.float32)]
+    assert [stored_choices(folder)["pooling"] for folder in cached] == ["cls", "mean"]
+
+
+def test_vocabularies_of_any_name_come_along(tiny_folder: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_folder, tmp_path / "m")
+    names = ("tiktoken.model", "spiece.model", "sentencepiece.bpe.model", "rwkv_vocab_v20230424.txt", "merges.txt")
+    for name in names:
+        (source / name).write_text(name)
+    copy_side_files(source, tmp_path)
+    assert [(tmp_path / name).read_text() for name in names] == list(names)
+
+
+def test_another_form_of_the_weights_is_not_a_tower(tmp_path: Path) -> None:
+    source, out = tmp_path / "m", tmp_path / "out"
+    for folder in (source, out):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"vision_config": {}}))
+    weights = {"model.layers.0.x": mx.zeros(4), "vision_tower.y": mx.ones(4)}
+    mx.save_safetensors(str(source / "model.safetensors"), weights)
+    mx.save_safetensors(str(source / "consolidated.safetensors"), {"layers.0.x": mx.zeros(4)})
+    for before, after in ((source, out), (out, source)):  # a folder that was written like this too
+        copy_tower(before, after)
+        assert list(mx.load(str(after / "tower.safetensors"))) == ["vision_tower.y"]
+
+
+def test_the_disk_is_checked_for_the_dtype_that_is_written(tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    source = shutil.copytree(tiny_folder, tmp_path / "m")
+    shutil.copy(source / "model.safetensors", source / "consolidated.safetensors")
+    needed = []
+    monkeypatch.setattr(converting, "check_writable", lambda *asked: needed.append(asked[2]))
+    for asked in ({"target": "float", "dtype": mx.bfloat16}, {"target": "float", "dtype": mx.float32}):
+        written = convert_model(resolve_model(str(source)), tmp_path / "out", **asked).size_bytes
+        assert 0.95 * written < needed[-1] < 1.1 * written
+        shutil.rmtree(tmp_path / "out")
+
+
 def test_gguf_is_converted_into_the_cache_once(gguf_file: Path, monkeypatch) -> None:
     source = resolve_model(str(gguf_file))
     folder = cached_gguf_folder(source)
@@ -354,6 +447,17 @@ def test_a_learned_quantization_is_reported_beside_plain_rounding(quantizer, cal
     assert loaded(IDS).shape == (1, IDS.shape[1], 288)
 
 
+def test_what_predicts_no_tokens_has_no_perplexity(calibration, tmp_path):
+    _, rows = calibration
+    source = tiny_encoder("bert", tmp_path / "m")
+    for given in (("--report", rows), ("--calibrate", rows)):
+        result = run("--model", source, "--out", tmp_path / "q", *given)
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert given[0] in result.stderr
+        assert "encoder" in result.stderr
+        assert not (tmp_path / "q").exists()
+
+
 def test_a_quantization_that_cannot_be_learned_is_one_line(calibration, gguf_file, tmp_path):
     model, rows = calibration
     quantized = tmp_path / "quantized"
@@ -362,6 +466,7 @@ def test_a_quantization_that_cannot_be_learned_is_one_line(calibration, gguf_fil
     short.write_text('{"text": "a fox"}\n')
     other = tmp_path / "other"
     write_folder(other, tiny_model(), {"model_type": "olmo2"})
+    joined = write_folder(tmp_path / "joined", tiny_model(), {"model_type": "afm7"})
     for source, data, extra, said in (
         (model, None, ("--quantizer", "awq"), "--calibrate"),
         (model, rows, ("--mode", "mxfp4"), "affine"),
@@ -372,6 +477,7 @@ def test_a_quantization_that_cannot_be_learned_is_one_line(calibration, gguf_fil
         (model, tmp_path / "none.jsonl", (), "none.jsonl"),
         (quantized, rows, (), "quantized already"),
         (other, rows, ("--quantizer", "awq"), "not olmo2"),
+        (joined, rows, ("--quantizer", "gptq"), "afm7"),
         (gguf_file, rows, (), "GGUF"),
     ):
         given = () if data is None else ("--calibrate", data)

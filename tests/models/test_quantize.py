@@ -100,6 +100,27 @@ def test_quantized_model_is_close_to_the_float_one(form: Quantization) -> None:
     assert relative_error(back(IDS), model(IDS)) < 0.05
 
 
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_latent_attention_becomes_float_too(mode, tmp_path):
+    """The products of each head, which mlx-lm's own function leaves packed."""
+    source = write_architecture(tmp_path / "float", "deepseek_v3")
+    packed, plain, again = (tmp_path / name for name in ("packed", "plain", "again"))
+    form = Quantization(4, 32, mode)
+    convert_model(resolve_model(str(source)), packed, target=form)
+    model, _ = load_weights(packed, trust_remote_code=False)
+    bits = {path: layer.bits for path, layer in model.named_modules() if hasattr(layer, "bits")}
+    assert any(path.endswith("unembed_out") for path in bits)
+    convert_model(resolve_model(str(packed)), plain, target="float")
+    back, _ = load_weights(plain, trust_remote_code=False)
+    assert not any("scales" in layer for layer in back.modules())
+    assert relative_error(back(IDS), model(IDS)) < 0.05
+    convert_model(resolve_model(str(packed)), again, target=Quantization(8, 32))
+    finer, _ = load_weights(again, trust_remote_code=False)
+    assert {path: layer.bits for path, layer in finer.named_modules() if hasattr(layer, "bits")} == dict.fromkeys(
+        bits, 8
+    )
+
+
 def test_layers_that_do_not_divide_are_skipped_and_named(capsys: pytest.CaptureFixture[str]) -> None:
     model, _, skipped, _ = quantize_model(tiny_model(), TINY, Quantization(4, 64))
     assert sorted(skipped) == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from varied_strings import varied_strings
 
 from mlx_lora.models.spm_tokenizer import write_tokenizer_from_spm
+from mlx_lora.models.tokenizer import load_folder_tokenizer
 from mlx_lora.utils.errors import InputError
 
 # SentencePiece reads these as plain text, transformers as the tokens they name (the last: a byte's, if alone).
@@ -51,6 +52,29 @@ def test_settings_and_added_tokens_of_the_folder_are_kept(tmp_path) -> None:
     assert tokenizer.eos_token_id == n_pieces
     assert tokenizer.chat_template == "{{ messages }}"
     assert tokenizer.decode(tokenizer.encode(" two  spaces é🙂\n")) == " two  spaces é🙂\n"
+
+
+def test_templates_and_added_text_of_the_folder_are_kept(tmp_path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(spm_model())
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    n_pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model")).get_piece_size()
+    added = [{"content": "<tool>", "special": False}, {"content": "<end>", "special": True}]
+    config = {
+        "added_tokens_decoder": {str(n_pieces + i): token for i, token in enumerate(added)},
+        "chat_template": "old",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    tokenizer = load_folder_tokenizer(tmp_path, {"model_type": "llama"}, False)._tokenizer
+    assert tokenizer.chat_template == "{{ messages }}"
+    ids = tokenizer.encode("a<tool>b<end>", add_special_tokens=False)
+    assert {n_pieces, n_pieces + 1} <= set(ids)
+    decoded = tokenizer.decode(ids, skip_special_tokens=True)
+    assert "<tool>" in decoded
+    assert "<end>" not in decoded
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }} and more")  # not what is in the cache
+    again = load_folder_tokenizer(tmp_path, {"model_type": "llama"}, False)._tokenizer
+    assert again.chat_template == "{{ messages }} and more"
 
 
 def test_other_files_are_refused_in_one_line(tmp_path) -> None:

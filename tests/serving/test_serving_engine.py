@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from architectures.build import write_architecture
 from conftest import quantized, tiny_model, write_folder
 from make_adapters import make_adapter
 from run_cli import run
@@ -309,3 +310,66 @@ def test_a_closed_engine_wants_nothing_more_of_python(folder):
 def test_loading_fails_as_a_command_fails(tmp_path):
     with pytest.raises(InputError, match="no such file or folder"):
         started(tmp_path / "nothing")
+
+
+def test_a_blend_that_is_read_again_has_the_parts_it_was_made_of(folder, adapters):
+    size = started_size(folder, adapters["four"])
+    engine = started(folder, {"a": adapters["four"], "b": adapters["four-too"]}, adapter_bytes=int(4.5 * size))
+    engine.call(lambda store: store.add({"mix": AdapterSource(blend={"a": 0.5, "b": 0.5})})).result(60)
+    before = Answer(engine, asked("mix")).text
+    engine.call(lambda store: store.add({"a": AdapterSource(adapters["one-block"])})).result(60)
+    engine.call(lambda store: store.remove("b")).result(60)
+    for name in "xyzw":
+        engine.call(lambda store, name=name: store.add({name: AdapterSource(adapters["four-too"])})).result(60)
+    assert not engine.store.cards["mix"].resident
+    assert Answer(engine, asked("mix")).text == before
+    with pytest.raises(InputError, match="'b', which is not loaded"):  # asked to blend anew, of what they are now
+        engine.call(lambda store: store.reload("mix")).result(60)
+    engine.close()
+
+
+def started_size(folder, adapter) -> int:
+    engine = started(folder, {"a": adapter})
+    engine.close()
+    return engine.store.cards["a"].nbytes
+
+
+def test_an_adapter_that_cannot_be_read_never_ends_the_engine(folder, adapters, tmp_path, monkeypatch):
+    shutil.copytree(adapters["four"], tmp_path / "four")
+    engine = started(folder, {"four": tmp_path / "four"}, adapter_bytes=10**9)
+    config = json.loads((tmp_path / "four" / "adapter_config.json").read_text())
+    config["mlx_lora"]["alpha"] = None  # as if it were not there
+    (tmp_path / "four" / "adapter_config.json").write_text(json.dumps(config))
+    engine.call(lambda store: store.reload("four")).result(60)
+
+    def broken(*given):
+        raise TypeError("one of many")
+
+    monkeypatch.setattr(adapter_store, "read_factors", broken)
+    engine.call(lambda store: store._retire("four")).result(60)  # as if evicted
+    failed = Answer(engine, asked("four")).wait().end.error
+    assert isinstance(failed, InputError)
+    assert "one of many" in str(failed)
+    with pytest.raises(InputError, match="one of many"):
+        engine.call(lambda store: store.reload("four")).result(60)
+    assert Answer(engine, asked(None)).text
+    engine.close()
+
+
+def test_an_embedding_whose_weight_the_head_reads_takes_adapters(tmp_path):
+    folder = write_architecture(tmp_path / "base", "seed_oss", True)
+    adapter = make_adapter(folder, tmp_path / "a", targets="embed_tokens,q_proj")
+    engine = started(folder, {"a": adapter})
+    for name, path in ((None, None), ("a", adapter)):
+        assert Answer(engine, asked(name, count=6)).text == generated(folder, path, count=6)
+    engine.close()
+
+
+def test_experts_that_are_called_with_single_tokens_are_refused(tmp_path):
+    folder = write_architecture(tmp_path / "base", "dbrx")
+    make_adapter(folder, tmp_path / "experts")
+    make_adapter(folder, tmp_path / "attention", targets="Wqkv,out_proj")
+    engine = started(folder, {"attention": tmp_path / "attention"})
+    with pytest.raises(InputError, match="experts"):
+        engine.call(lambda store: store.add({"a": AdapterSource(tmp_path / "experts")})).result(60)
+    engine.close()

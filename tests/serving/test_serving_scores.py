@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +18,11 @@ from run_cli import one_line, run
 from serving_process import Server
 
 import mlx_lora
+from mlx_lora.config.settings import ModelSettings
+from mlx_lora.models.load import load_base
+from mlx_lora.serving.engine import Engine, Limits
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.serving.scores import a_few_at_a_time
+from mlx_lora.serving.scores import Scores, a_few_at_a_time
 from mlx_lora.utils.errors import InputError
 
 LABELS = ("cold", "hot", "mild")
@@ -138,12 +143,31 @@ def test_what_cannot_be_scored_says_why(http):
 
 def test_a_text_that_cannot_be_used_is_no_invalid_adapter():
     def refuse(part):
-        raise InputError("a text cannot be used: no token")
+        raise InputError("--model /the/base: a text cannot be used: no token")
 
-    engine: Any = SimpleNamespace(call=lambda function: in_thread.submit(function, None))
+    base = SimpleNamespace(folder=Path("/the/base"), model_id="/the/base")
+    engine: Any = SimpleNamespace(
+        call=lambda function: in_thread.submit(function, None), base=base, store=SimpleNamespace(folders=[])
+    )
     with ThreadPoolExecutor(1) as in_thread, pytest.raises(ApiError, match="no token") as refused:
         asyncio.run(a_few_at_a_time(engine, 60, refuse, ["\u200b"]))
     assert (refused.value.status, refused.value.code) == (400, "invalid_value")
+    assert "/the" not in str(refused.value)
+
+
+def test_a_classifier_of_another_base_is_accepted_if_asked(tiny_folder, folders, tmp_path):
+    adapter = shutil.copytree(folders["days"], tmp_path / "days")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["mlx_lora"]["base_fingerprint"] = "0123456789abcdef"
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    for ignored in (True, False):
+        engine = Engine(lambda: load_base(ModelSettings(model=str(tiny_folder))), Limits(), ignore_fingerprint=ignored)
+        if ignored:
+            assert Scores(engine, {"days": adapter}, 30.0).describe()
+        else:
+            with pytest.raises(InputError, match="fingerprint"):
+                Scores(engine, {"days": adapter}, 30.0)
+        engine.close()
 
 
 def test_names_are_given_once(tiny_folder, folders):

@@ -23,7 +23,8 @@ from mlx_lora.api.several import train_several
 from mlx_lora.config.load import train_settings
 from mlx_lora.trainer import several_runs, stacked_step
 from mlx_lora.trainer.run import train_run
-from mlx_lora.trainer.several_runs import Left, SeveralRuns, common_round
+from mlx_lora.trainer.several_resume import Left, common_round
+from mlx_lora.trainer.several_runs import SeveralRuns
 from mlx_lora.utils.errors import InputError
 
 FOUR_BITS = {"quantization": {"group_size": 32, "bits": 4, "mode": "affine"}}
@@ -356,3 +357,22 @@ def test_the_command_trains_runs_from_their_files(models, tmp_path):
     one_line(run("train", "--runs", files[0], "--iters", 2, exactly=True), "--runs")
     one_line(run("train", "--runs", *files, "--adapter-path", tmp_path / "x", exactly=True), "--adapter-path")
     one_line(run("train", "--runs", *files, "--config", files[0], exactly=True), "--config")
+
+
+def test_runs_that_are_over_go_on_if_they_are_to_be_longer(models, tmp_path):
+    def runs(place: str, iters: int, **changes: Any) -> list[Any]:
+        return [
+            settings_of(models("dense"), tmp_path / f"{place}-{n}", n, rank=4, save_every=3, iters=iters, **changes)
+            for n in range(2)
+        ]
+
+    SeveralRuns.open(runs("a", 6)).train()
+    longer = SeveralRuns.open(runs("a", 9, resume="auto"))
+    longer.train()
+    assert [member.outcome.steps for member in longer.members] == [9, 9]
+    assert [lines(tmp_path / f"a-{n}")[-1]["step"] for n in range(2)] == [9, 9]
+    # Without checkpoints, what was trained is not replaced.
+    for n in range(2):
+        shutil.rmtree(tmp_path / f"a-{n}" / "checkpoints")
+    with pytest.raises(InputError, match="--force"):
+        SeveralRuns.open(runs("a", 9, resume="auto"))

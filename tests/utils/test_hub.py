@@ -67,6 +67,14 @@ def test_hub_downloads_are_pinned_and_hold_no_more_than_needed(endpoint, tmp_pat
     assert data["files"] == ["data/train.jsonl"]
 
 
+def test_an_embedding_model_comes_with_its_pooling(endpoint, tmp_path) -> None:
+    """`files` of resolve_tokenizer has paths, that of resolve_model names at the top."""
+    parts, whole = calls(tmp_path, endpoint, ("resolve_tokenizer", ("org/embedder",)), model("org/embedder"))
+    few = ["1_Pooling/config.json", "config.json", "config_sentence_transformers.json", "modules.json"]
+    assert parts["files"] == few
+    assert whole["files"] == ["1_Pooling", *few[1:3], "model.safetensors", "modules.json"]
+
+
 def test_hub_refusals_are_one_line_each(endpoint, tmp_path) -> None:
     results = calls(
         tmp_path,

@@ -31,7 +31,7 @@ from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.gguf.write import TYPES
 from mlx_lora.models.load import load_base
 from mlx_lora.serving.adapter_store import DEFAULT_CONTEXT, AdapterSource, AdapterStore, context_of
-from mlx_lora.serving.app import api_error
+from mlx_lora.serving.client_errors import api_error
 from mlx_lora.serving.conversation import chat_tokens, picture_prompt
 from mlx_lora.serving.engine import Engine, Event, Limits, Request, Ticket
 from mlx_lora.serving.pictures import PicturePrompt, PictureReader
