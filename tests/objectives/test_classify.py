@@ -223,7 +223,7 @@ def test_a_text_is_cut_where_the_run_cut_it(tiny_folder, data, trained, tmp_path
     assert found == mlx_lora.predict(base, text, trained, max_seq_length=10)
     assert found != mlx_lora.predict(base, text, trained)
     assert found != mlx_lora.predict(base, text, tmp_path / "short", max_seq_length=20)
-    engine: Any = SimpleNamespace(base=base.loaded)
+    engine: Any = SimpleNamespace(base=base.loaded, ignore_fingerprint=False)
     assert serving.load_scorer(engine, tmp_path / "short").data.max_seq_length == 10
     # A length that is asked for counts, the usual one, too.
     assert mlx_lora.predict(base, text, tmp_path / "short", max_seq_length=2048) == mlx_lora.predict(
