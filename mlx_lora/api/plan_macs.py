@@ -112,10 +112,10 @@ class SharedModel:
         """Of an activation."""
         return 4 if self.settings.model.dtype == "float32" else 2
 
-    def with_batch(self, max_seq_length: int, batch_tokens: int) -> SharedModel:
-        """Return the same with other batches."""
+    def with_batch(self, max_seq_length: int, **size: int) -> SharedModel:
+        """Return the same with other batches; `size` is of batch_tokens or batch_size."""
         data = dataclasses.replace(self.settings.data, max_seq_length=max_seq_length)
-        loop = dataclasses.replace(self.settings.loop, batch_tokens=batch_tokens, batch_size=None)
+        loop = dataclasses.replace(self.settings.loop, **size)
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, data=data, loop=loop))
 
 
@@ -264,11 +264,15 @@ def _smaller_adapters(model: SharedModel) -> Iterator[tuple[str, SharedModel]]:
 
 def _shorter_rows(model: SharedModel, count: int) -> Iterator[tuple[str, SharedModel]]:
     """Yield the model with a row for each of `count` Macs, of the asked length and shorter, with the flags."""
-    longest = model.settings.data.max_seq_length
+    longest, by_examples = model.settings.data.max_seq_length, model.settings.loop.batch_size is not None
+    examples = max(1, count // model.settings.objective.rows_per_example)
     for length in (longest, *(shorter for shorter in LENGTHS if shorter < longest)):
         words = "" if length == longest else f"--max-seq-length {length} "
-        tokens = count * (length - 1)
-        yield f"{words}--batch-tokens {tokens}", model.with_batch(length, tokens)
+        if by_examples:  # which --batch-tokens does not change
+            yield f"{words}--batch-size {examples}", model.with_batch(length, batch_size=examples)
+        else:
+            tokens = count * (length - 1)
+            yield f"{words}--batch-tokens {tokens}", model.with_batch(length, batch_tokens=tokens)
 
 
 def split_of(settings: TrainSettings) -> str:

@@ -127,6 +127,11 @@ def test_flags_that_fit_are_suggested(tiny_folder):
     assert found is not None
     assert "--batch-tokens" in found.words
     assert planned_on(found.model, tight, Link(5e9))["fits"]
+    of_examples = shared_model(train_settings({"model": str(tiny_folder), "rank": 16, "batch_size": 64}))
+    found = suggested(of_examples, tight, Link(5e9))
+    assert found is not None
+    assert "--batch-size 2" in found.words
+    assert planned_on(found.model, tight, Link(5e9))["fits"]
     hopeless = [replace(mac, working_set_bytes=1 << 20) for mac in roomy]
     assert suggested(asked, hopeless, Link(5e9)) is None
 
