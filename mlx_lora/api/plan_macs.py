@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from mlx_lora.config.checks import shard_parts, whole_base_reasons
-from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
+from mlx_lora.config.checks import shard_parts, sharing_problems, whole_base_reasons
+from mlx_lora.config.settings import DATA, DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.kernels.table import KernelChoice
 from mlx_lora.models.meta import outline_for
 from mlx_lora.parallel.sharded_base import units_of
@@ -145,7 +145,7 @@ def plan_on_macs(settings: TrainSettings, macs: Sequence[MacSpec], link: Link) -
     """
     model = shared_model(settings)
     planned = planned_on(model, macs, link)
-    found = None if planned["fits"] else suggested(model, macs, link)
+    found = None if planned["fits"] or planned["problem"] else suggested(model, macs, link)
     return {**planned, "suggested": found and found.words}
 
 
@@ -164,8 +164,10 @@ def planned_on(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> dict[
     """Return a model's plan on some Macs, as JSON values."""
     chosen, run, shares = _asked(model, macs)
     found = plan_macs(model.shape, model.units, run, chosen, shares, link)
+    problem = sharing_problem(model.settings)
     return {
-        "fits": found.fits,
+        "fits": found.fits and not problem,
+        "problem": problem or None,
         "macs": [
             {
                 "name": mac.machine.name,
@@ -280,6 +282,11 @@ def split_of(settings: TrainSettings) -> str:
     return "memory" if settings.loop.shard_base == "off" else settings.loop.shard_base
 
 
+def sharing_problem(settings: TrainSettings) -> str:
+    """Return why the processes of a run cannot share its base, as `train` would say; empty: they can."""
+    return next(iter(sharing_problems({**settings.to_flat(), "shard_base": split_of(settings)})), "")
+
+
 def _mac(given: MacSpec, number_bytes: int, budget_gb: float | None) -> Mac:
     """Return a Mac, which may use what its system allows, and no more than --memory-budget."""
     chip = find_chip(given.chip)
@@ -334,8 +341,9 @@ def predicted_splits(
         macs, link: what it runs on.
         shared: the plan with a shared base.
     """
+    problem = sharing_problem(settings)
     splits = [
-        split_with_shared_base(shared, batch.positions),
+        Split(DATA, True, problem=problem) if problem else split_with_shared_base(shared, batch.positions),
         split_by_rows(shape, batch, macs, link),
         _by_tensor(settings, batch, macs, link),
     ]

@@ -136,6 +136,24 @@ def test_flags_that_fit_are_suggested(tiny_folder):
     assert suggested(asked, hopeless, Link(5e9)) is None
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--grad-checkpoint", "none"), ("--objective", "grpo"), ("--method", "full")]
+)
+def test_a_base_that_train_would_not_share_is_not_planned_to_be(flag, value, tiny_folder):
+    flags = ["--model", tiny_folder, "--macs", "M2:8,M2:8", flag, value, "--batch-tokens", 128, "--max-seq-length", 64]
+    plan = json.loads(run("plan", *flags, "--json").out)
+    shared, whole, _ = plan["splits"]
+    assert not plan["fits"]
+    assert flag in plan["problem"]
+    assert flag in shared["verdict"]
+    assert not shared["best"]
+    assert whole["fits"]
+    assert plan["suggested"] is None
+    text = run("plan", *flags).out
+    assert flag in text.splitlines()[0]
+    assert "To fit" not in text
+
+
 def test_all_pairs_of_equal_macs(tiny_folder):
     ran = run("plan", "--model", tiny_folder, "--macs", 2, "--all-chips")
     assert "| 2 x M4 Pro, 48 GB |" in ran.out, ran.err
