@@ -10,6 +10,7 @@ from run_cli import run
 
 from mlx_lora.api.plan_macs import parse_macs, plan_on_macs, planned_on, shared_model, suggested
 from mlx_lora.config.load import train_settings
+from mlx_lora.parallel.divided_base import shares_of
 from mlx_lora.planner.several_macs import Link, Mac, Units, least_tokens, memory_shares, plan_macs, rank_part, sending
 from mlx_lora.planner.shapes import Block, Layer, ModelShape, RunShape
 from mlx_lora.planner.speed import find_chip, listed_ceilings
@@ -152,6 +153,17 @@ def test_a_base_that_train_would_not_share_is_not_planned_to_be(flag, value, tin
     text = run("plan", *flags).out
     assert flag in text.splitlines()[0]
     assert "To fit" not in text
+
+
+def test_a_rank_keeps_the_part_that_its_budget_allows():
+    class Beside:
+        size = 2
+
+        def everyone(self, own: int) -> list[int]:
+            return [own, 3 * 10**6]
+
+    settings = train_settings({"model": "x", "shard_base": "memory", "memory_budget": 1e-3})
+    assert shares_of(settings, Beside()) == [0.25, 0.75]
 
 
 def test_all_pairs_of_equal_macs(tiny_folder):
