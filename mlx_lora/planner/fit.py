@@ -14,7 +14,7 @@ from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSe
 from mlx_lora.planner.memory import ROLLOUT, MemoryPlan, plan_memory
 from mlx_lora.planner.several_adapters import held_bytes, most_that_fit
 from mlx_lora.planner.shapes import Machine, ModelShape, Rollout, RunShape
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import DoesNotFitError
 from mlx_lora.utils.text import gigabytes
 
 # Fastest first. Checkpointing is tried before smaller batches, because it does not change the run's results.
@@ -274,7 +274,7 @@ def check_fits(
         quantized: returns the shape with a 4-bit base, or None if it is already quantized.
 
     Raises:
-        InputError: the run does not fit; the message has the nearest settings that do.
+        DoesNotFitError: the run does not fit; the message has the nearest settings that do.
     """
     memory = fitted.memory
     if memory.fits or not settings.loop.memory_check or shape.not_known:
@@ -283,7 +283,7 @@ def check_fits(
     moment = "while answers are sampled" if memory.phase == ROLLOUT else "at its peak"
     reads = settings.loop.offload_base != "on" and not offload_problems(settings.to_flat())
     disk = ", or --offload-base to read the base from the disk" if reads else ""
-    raise InputError(
+    raise DoesNotFitError(
         f"this run: needs {gigabytes(memory.needed_bytes)} {moment} by the plan, but {limit} is "
         f"{gigabytes(memory.budget_bytes)}; {advice(settings, shape, machine, width, quantized, data)}{disk}, or "
         "--no-memory-check to try it anyway"
