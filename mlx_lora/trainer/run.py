@@ -93,8 +93,12 @@ def run_steps(
     fits = base is not None or not wants_training(settings)
     with waiting("Planning the run"):
         settings, strategy = choose_strategy(settings, ranks, fits)
+
+    def take(run: BuiltRun, data: DataSplits) -> Steps:
+        return take_steps(run, data, show, told, flag)
+
     try:
-        return (yield from _steps_of(settings, strategy, show, base, told, functions, flag))
+        return (yield from _steps_of(settings, strategy, base, functions, take))
     except DoesNotFitError:  # with the batches of the data, which are read by now
         if fits or not may_read_base(settings, ranks):
             raise
@@ -102,17 +106,15 @@ def run_steps(
     device.release_memory()
     log.info(READ_WORDS)
     settings = offloaded(settings)
-    return (yield from _steps_of(settings, strategy_of(settings, ranks), show, base, told, functions, flag, again=True))
+    return (yield from _steps_of(settings, strategy_of(settings, ranks), base, functions, take, again=True))
 
 
 def _steps_of(
     settings: TrainSettings,
     strategy: Strategy,
-    show: Callable[[int], Progress] | None,
     base: Base | None,
-    told: Callbacks,
     functions: Mapping[str, Callable[..., Any]],
-    flag: AbstractContextManager[Callable[[], bool]] | None,
+    take: Callable[[BuiltRun, DataSplits], Steps],
     again: bool = False,
 ) -> Steps:
     """Load the model and the data, and train; see `run_steps`.
@@ -120,8 +122,8 @@ def _steps_of(
     Args:
         settings: of the run, with what its processes divide.
         strategy: of that.
-        show, base, functions, flag: see `run_steps`.
-        told: the callbacks.
+        base, functions: see `run_steps`.
+        take: takes the steps of the built run.
         again: whether the data were reported on before.
 
     Raises:
@@ -145,7 +147,7 @@ def _steps_of(
         with own_folder(Path(settings.loop.adapter_path), ranks), device.own_memory_limit():
             with waiting("Preparing the run: memory, batches, kernels"):
                 run = build_run(ctx, data)
-            outcome, test = (yield from take_steps(run, data, show, told, flag)), run.test
+            outcome, test = (yield from take(run, data)), run.test
     elif test is not None:
         test = objective.compare(ctx, {"test": test})["test"]
     if settings.loop.test and test is not None and not outcome.interrupted:

@@ -43,7 +43,8 @@ def test_the_rank_with_the_least_memory_decides_an_open_batch(tiny_folder: Path)
         return fit_settings(settings, shape, splits, chosen, strategy)[0].loop.batch_tokens
 
     alone = batch_tokens(Strategy())
-    assert alone is not None and alone > 100
+    assert alone is not None
+    assert alone > 100
     assert batch_tokens(BesideAnother(100)) == 100
     assert batch_tokens(BesideAnother(2 * alone)) == alone
     assert batch_tokens(BesideAnother(100), batch_tokens=200) == 200
