@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from mlx_lora.config.checks import shard_parts, whole_base_reasons
-from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, TrainSettings
+from mlx_lora.config.checks import shard_parts, sharing_problems, whole_base_reasons
+from mlx_lora.config.settings import DATA, DEFAULT_BATCH_TOKENS, TrainSettings
 from mlx_lora.kernels.table import KernelChoice
 from mlx_lora.models.meta import outline_for
 from mlx_lora.parallel.sharded_base import units_of
@@ -112,10 +112,10 @@ class SharedModel:
         """Of an activation."""
         return 4 if self.settings.model.dtype == "float32" else 2
 
-    def with_batch(self, max_seq_length: int, batch_tokens: int) -> SharedModel:
-        """Return the same with other batches."""
+    def with_batch(self, max_seq_length: int, **size: int) -> SharedModel:
+        """Return the same with other batches; `size` is of batch_tokens or batch_size."""
         data = dataclasses.replace(self.settings.data, max_seq_length=max_seq_length)
-        loop = dataclasses.replace(self.settings.loop, batch_tokens=batch_tokens, batch_size=None)
+        loop = dataclasses.replace(self.settings.loop, **size)
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, data=data, loop=loop))
 
 
@@ -145,7 +145,7 @@ def plan_on_macs(settings: TrainSettings, macs: Sequence[MacSpec], link: Link) -
     """
     model = shared_model(settings)
     planned = planned_on(model, macs, link)
-    found = None if planned["fits"] else suggested(model, macs, link)
+    found = None if planned["fits"] or planned["problem"] else suggested(model, macs, link)
     return {**planned, "suggested": found and found.words}
 
 
@@ -164,8 +164,10 @@ def planned_on(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> dict[
     """Return a model's plan on some Macs, as JSON values."""
     chosen, run, shares = _asked(model, macs)
     found = plan_macs(model.shape, model.units, run, chosen, shares, link)
+    problem = sharing_problem(model.settings)
     return {
-        "fits": found.fits,
+        "fits": found.fits and not problem,
+        "problem": problem or None,
         "macs": [
             {
                 "name": mac.machine.name,
@@ -264,16 +266,25 @@ def _smaller_adapters(model: SharedModel) -> Iterator[tuple[str, SharedModel]]:
 
 def _shorter_rows(model: SharedModel, count: int) -> Iterator[tuple[str, SharedModel]]:
     """Yield the model with a row for each of `count` Macs, of the asked length and shorter, with the flags."""
-    longest = model.settings.data.max_seq_length
+    longest, by_examples = model.settings.data.max_seq_length, model.settings.loop.batch_size is not None
+    examples = max(1, count // model.settings.objective.rows_per_example)
     for length in (longest, *(shorter for shorter in LENGTHS if shorter < longest)):
         words = "" if length == longest else f"--max-seq-length {length} "
-        tokens = count * (length - 1)
-        yield f"{words}--batch-tokens {tokens}", model.with_batch(length, tokens)
+        if by_examples:  # which --batch-tokens does not change
+            yield f"{words}--batch-size {examples}", model.with_batch(length, batch_size=examples)
+        else:
+            tokens = count * (length - 1)
+            yield f"{words}--batch-tokens {tokens}", model.with_batch(length, batch_tokens=tokens)
 
 
 def split_of(settings: TrainSettings) -> str:
     """Return the --shard-base that a plan is for; without one, parts follow each Mac's memory."""
     return "memory" if settings.loop.shard_base == "off" else settings.loop.shard_base
+
+
+def sharing_problem(settings: TrainSettings) -> str:
+    """Return why the processes of a run cannot share its base, as `train` would say; empty: they can."""
+    return next(iter(sharing_problems({**settings.to_flat(), "shard_base": split_of(settings)})), "")
 
 
 def _mac(given: MacSpec, number_bytes: int, budget_gb: float | None) -> Mac:
@@ -330,8 +341,9 @@ def predicted_splits(
         macs, link: what it runs on.
         shared: the plan with a shared base.
     """
+    problem = sharing_problem(settings)
     splits = [
-        split_with_shared_base(shared, batch.positions),
+        Split(DATA, True, problem=problem) if problem else split_with_shared_base(shared, batch.positions),
         split_by_rows(shape, batch, macs, link),
         _by_tensor(settings, batch, macs, link),
     ]

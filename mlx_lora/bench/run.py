@@ -18,10 +18,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import mlx_lora
 from mlx_lora.bench.machine import DROPPED_VARIABLES, answer, describe_power
@@ -381,6 +381,7 @@ class EnergyMeter:
     def __init__(self, counter: Path = PACKAGE_COUNTER):
         self._counter, self._child, self._joules = counter, None, 0.0
         self._last: int | None = None
+        self._closed = False
         if sys.platform == "darwin":
             self.source = self._start_powermetrics()
         else:
@@ -403,8 +404,12 @@ class EnergyMeter:
 
     def close(self) -> None:
         """Stop reading."""
-        if self._child is not None:
+        if self._child is None:
+            return
+        with suppress(PermissionError, ProcessLookupError):  # under sudo it is root's, and only root may end it
             self._child.terminate()
+        self._closed = True  # nobody reads its next sample, which ends it
+        with suppress(subprocess.TimeoutExpired):  # it holds no figures
             self._child.wait(timeout=10)
 
     def _start_powermetrics(self) -> str:
@@ -414,20 +419,26 @@ class EnergyMeter:
             return "none: powermetrics needs root (run as root, or allow it in sudoers without a password)"
         command = [*prefix, "powermetrics", "--samplers", "cpu_power,gpu_power", "-i", str(SAMPLE_MS)]
         try:
-            self._child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            self._begin(command)
         except OSError as error:
             return f"none: powermetrics did not start ({error.strerror})"
-        threading.Thread(target=self._follow, daemon=True).start()
         return "powermetrics, combined power"
 
-    def _follow(self) -> None:
-        """Add up the samples, each of which is the mean power since the one before."""
+    def _begin(self, command: list[str]) -> None:
+        self._child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        threading.Thread(target=self._follow, args=(self._child.stdout,), daemon=True).start()
+
+    def _follow(self, samples: IO[str]) -> None:
+        """Add up the samples, each of which is the mean power since the one before, until the meter is closed."""
         before = time.monotonic()
-        for line in (self._child and self._child.stdout) or ():
-            if found := POWER.search(line):
-                now = time.monotonic()
-                self._joules += int(found[1]) / 1000 * (now - before)
-                before = now
+        with samples:
+            for line in samples:
+                if self._closed:
+                    return
+                if found := POWER.search(line):
+                    now = time.monotonic()
+                    self._joules += int(found[1]) / 1000 * (now - before)
+                    before = now
 
     def _read_counter(self) -> int | None:
         try:

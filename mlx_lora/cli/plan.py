@@ -410,8 +410,12 @@ def render_macs(plan: dict[str, Any], link: str = ASSUMED) -> str:
     """
     speed, count = plan["predicted"], len(plan["macs"])
     verdict = "fits" if plan["fits"] else "does not fit"
+    shared = f"{counted(count, 'Mac')} that share the base of {gigabytes(plan['whole_base_bytes'])}"
+    if plan["problem"]:
+        first = f"{shared}: not possible ({plan['problem']})"
+        return "\n".join([first, splits_line(plan["splits"]), PREDICTED.format(link=link)])
     lines = [
-        f"{counted(count, 'Mac')} that share the base of {gigabytes(plan['whole_base_bytes'])}: {verdict}",
+        f"{shared}: {verdict}",
         f"Planned for: --shard-base {plan['shard_base']} --rank {plan['rank']} --batch-tokens {plan['batch_tokens']} "
         f"--max-seq-length {plan['max_seq_length']} --grad-checkpoint {plan['grad_checkpoint']}",
         "",
@@ -473,7 +477,8 @@ def render_equal_macs(plans: list[dict[str, Any]], link: str = ASSUMED) -> str:
     lines.append("|---|---|---|---|---|---|---|---|")
     for plan in plans:
         mac, speed = plan["macs"][0], plan["predicted"]
-        end = "- | does not fit |" if not plan["fits"] else f"{speed['decides']} | {speed['tokens_per_s']:,.0f} |"
+        lacking = "not possible" if plan["problem"] else "does not fit"
+        end = f"- | {lacking} |" if not plan["fits"] else f"{speed['decides']} | {speed['tokens_per_s']:,.0f} |"
         lines.append(
             f"| {len(plan['macs'])} x {mac['name']} | {gigabytes(mac['budget_bytes'])} | {gigabytes(mac['needed_bytes'])} "
             f"| {speed['computing_s']:.1f} | {speed['link_s']:.1f} | {speed['step_s']:.1f} | {end}"

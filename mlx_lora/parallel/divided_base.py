@@ -27,6 +27,7 @@ from mlx_lora.parallel.sharded_base import (
 )
 from mlx_lora.parallel.strategy import DataParallel, reseed
 from mlx_lora.parallel.tensor import cut_model, divided, in_branches, wire_among
+from mlx_lora.planner.fit import budget_of
 from mlx_lora.planner.machine import this_machine
 from mlx_lora.planner.several_macs import rank_part
 from mlx_lora.utils import device
@@ -108,7 +109,7 @@ def shares_of(settings: TrainSettings, ranks: Ranks) -> list[float]:
     """
     asked = settings.loop.shard_base
     if asked == "memory":
-        parts: Sequence[float] = ranks.everyone(this_machine(settings.model.dtype).working_set_bytes)
+        parts: Sequence[float] = ranks.everyone(budget_of(settings.loop, this_machine(settings.model.dtype)))
     else:
         parts = shard_parts(asked) or [1.0] * ranks.size
     if len(parts) != ranks.size:

@@ -14,7 +14,7 @@ from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, LoopSettings, TrainSe
 from mlx_lora.planner.memory import ROLLOUT, MemoryPlan, plan_memory
 from mlx_lora.planner.several_adapters import held_bytes, most_that_fit
 from mlx_lora.planner.shapes import Machine, ModelShape, Rollout, RunShape
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import DoesNotFitError
 from mlx_lora.utils.text import gigabytes
 
 # Fastest first. Checkpointing is tried before smaller batches, because it does not change the run's results.
@@ -274,7 +274,7 @@ def check_fits(
         quantized: returns the shape with a 4-bit base, or None if it is already quantized.
 
     Raises:
-        InputError: the run does not fit; the message has the nearest settings that do.
+        DoesNotFitError: the run does not fit; the message has the nearest settings that do.
     """
     memory = fitted.memory
     if memory.fits or not settings.loop.memory_check or shape.not_known:
@@ -283,7 +283,7 @@ def check_fits(
     moment = "while answers are sampled" if memory.phase == ROLLOUT else "at its peak"
     reads = settings.loop.offload_base != "on" and not offload_problems(settings.to_flat())
     disk = ", or --offload-base to read the base from the disk" if reads else ""
-    raise InputError(
+    raise DoesNotFitError(
         f"this run: needs {gigabytes(memory.needed_bytes)} {moment} by the plan, but {limit} is "
         f"{gigabytes(memory.budget_bytes)}; {advice(settings, shape, machine, width, quantized, data)}{disk}, or "
         "--no-memory-check to try it anyway"
@@ -322,9 +322,9 @@ def _nearest(
     while widths[-1] > SMALLEST_BATCH:
         widths.append(max(SMALLEST_BATCH, widths[-1] // 2))
     for columns in widths:
-        for loop in _easier(settings.loop, columns):
-            eased = replace(settings, loop=loop)
-            found = fit(eased, shape, machine, columns, data)
+        fitted = lambda loop, columns=columns: fit(replace(settings, loop=loop), shape, machine, columns, data)  # noqa: E731
+        for loop in _easier(settings.loop, columns, fitted):
+            found = fitted(loop)
             if found.memory.fits:
                 return _flags(settings.loop, loop, found, columns if columns < width else None)
     return None
@@ -367,18 +367,25 @@ def _fewer_answers(objective: ObjectiveSettings) -> Iterator[ObjectiveSettings]:
         group //= 2
 
 
-def _easier(loop: LoopSettings, width: int) -> Iterator[LoopSettings]:
-    """Yield settings with more and more checkpointing and smaller batches."""
-    yield replace(loop, grad_checkpoint="auto")
-    yield replace(loop, grad_checkpoint="auto", batch_size=None, batch_tokens=None)
-    yield replace(loop, grad_checkpoint="block", batch_size=None, batch_tokens=max(2, min(width, SMALLEST_BATCH)))
+def _easier(loop: LoopSettings, width: int, fitted: Callable[[LoopSettings], Fitted]) -> Iterator[LoopSettings]:
+    """Yield settings with more and more checkpointing and smaller batches: of examples where these are counted."""
+    auto = replace(loop, grad_checkpoint="auto")
+    yield auto
+    if loop.batch_size is not None:  # which --batch-tokens does not change
+        fits = lambda examples: fitted(replace(auto, batch_size=examples)).memory.fits  # noqa: E731
+        yield replace(auto, batch_size=max(1, largest_that_fits(fits, loop.batch_size - 1, step=1)))
+        return
+    yield replace(auto, batch_tokens=None)
+    yield replace(loop, grad_checkpoint="block", batch_tokens=max(2, min(width, SMALLEST_BATCH)))
 
 
 def _flags(before: LoopSettings, after: LoopSettings, found: Fitted, width: int | None) -> list[str]:
     flags = []
     if before.grad_checkpoint not in ("auto", found.checkpointing):
         flags.append(f"--grad-checkpoint {found.checkpointing}")
-    if (before.batch_size, before.batch_tokens) != (after.batch_size, after.batch_tokens):
+    if before.batch_size != after.batch_size:
+        flags.append(f"--batch-size {after.batch_size}")
+    if before.batch_tokens != after.batch_tokens:
         flags.append(f"--batch-tokens {found.batch_tokens}")
     if width is not None:
         flags.append(f"--max-seq-length {width + 1}")

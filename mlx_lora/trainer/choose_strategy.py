@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+READ_WORDS = "Base: does not fit in memory, so its blocks are read from its files when they are used (--offload-base)"
 
 
 def choose_strategy(settings: TrainSettings, ranks: Ranks, fits: bool = False) -> tuple[TrainSettings, Strategy]:
@@ -87,7 +88,7 @@ def settled_offload(settings: TrainSettings, ranks: Ranks) -> TrainSettings:
     on = offloaded(settings)
     if settings.loop.offload_base == "on":
         settings = on
-    if settings.loop.offload_base != AUTO or ranks.size > 1 or offload_problems(settings.to_flat()):
+    if not may_read_base(settings, ranks):
         check_base_fits(settings)
         return settings
     try:
@@ -97,11 +98,14 @@ def settled_offload(settings: TrainSettings, ranks: Ranks) -> TrainSettings:
             check_base_fits(on)
         except InputError:
             raise problem from None
-        log.info(
-            "Base: does not fit in memory, so its blocks are read from its files when they are used (--offload-base)"
-        )
+        log.info(READ_WORDS)
         return on
     return settings
+
+
+def may_read_base(settings: TrainSettings, ranks: Ranks) -> bool:
+    """Return whether it is open whether the base is read from files, and a run can."""
+    return settings.loop.offload_base == AUTO and ranks.size == 1 and not offload_problems(settings.to_flat())
 
 
 def settled_parallel(settings: TrainSettings, ranks: Ranks) -> TrainSettings:

@@ -92,7 +92,13 @@ def fit_settings(
     facts = data_facts(splits.train, splits.valid)
     width, open_batch = longest(splits.train), asked.loop.batch_tokens is None and asked.loop.batch_size is None
     hidden_from = strategy.hidden_from(asked, shape, width) if open_batch else 0
-    fitted = fit_run(asked, shape, splits.train, chosen.terms, strategy.data_ranks.size, facts, hidden_from)
+    size = strategy.data_ranks.size
+    fitted = fit_run(asked, shape, splits.train, chosen.terms, size, facts, hidden_from)
+    # A batch is that of all ranks, so the one with the least memory decides.
+    least = min(strategy.everyone(fitted.batch_tokens))
+    if open_batch and least < fitted.batch_tokens:
+        asked = replace(asked, loop=replace(asked.loop, batch_tokens=least))
+        fitted = fit_run(asked, shape, splits.train, chosen.terms, size, facts)
     if hidden_from and fitted.batch_tokens > batch_tokens_for(asked, facts):
         log.info(
             f"Batches: larger than usual for these data, because from {hidden_from:,} tokens on no step waits for the disk"

@@ -17,11 +17,12 @@ from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import OBJECTIVES, check_kind, objective_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
+from mlx_lora.parallel.strategy import offloaded
 from mlx_lora.trainer.adapter import adapter_head, first_qat_step, put_adapter, qat_from, with_reference_of_run
 from mlx_lora.trainer.build import BuiltRun, build_run
 from mlx_lora.trainer.callbacks import Callback, Callbacks, logger_callbacks
 from mlx_lora.trainer.checkpoint import take_first_ranks
-from mlx_lora.trainer.choose_strategy import choose_strategy
+from mlx_lora.trainer.choose_strategy import READ_WORDS, choose_strategy, may_read_base, strategy_of
 from mlx_lora.trainer.guards import MemoryGuard, interrupt_flag
 from mlx_lora.trainer.header import left_by, loss_words, outcome_line, told_after
 from mlx_lora.trainer.held_out import held_out_loss
@@ -31,13 +32,14 @@ from mlx_lora.trainer.state import LOSS, TASK, Diverged
 from mlx_lora.trainer.trainer import LoopHooks, Outcome, Steps, Trainer, alone
 from mlx_lora.trainer.validation_task import check_task, scorer_of
 from mlx_lora.utils import console, device
-from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.errors import DoesNotFitError, InputError
 from mlx_lora.utils.files import check_writable
 from mlx_lora.utils.progress import waiting
 
 if TYPE_CHECKING:
     from mlx_lora.config.settings import TrainSettings
     from mlx_lora.data.load import DataSplits
+    from mlx_lora.parallel.strategy import Strategy
     from mlx_lora.trainer.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -86,12 +88,48 @@ def run_steps(
         flag: tells, inside its context, whether the run is to end; None: a signal asks it to.
     """
     told = Callbacks([*callbacks, *logger_callbacks(settings)] if ranks.leads else ())
-    objective = objective_of(settings.objective)
     check_request(settings, ranks, functions)
     device.compile_for(steps=settings.loop.iters or 0)  # until `build_run` knows how many there are
-    trains = wants_training(settings)
+    fits = base is not None or not wants_training(settings)
     with waiting("Planning the run"):
-        settings, strategy = choose_strategy(settings, ranks, fits=base is not None or not trains)
+        settings, strategy = choose_strategy(settings, ranks, fits)
+
+    def take(run: BuiltRun, data: DataSplits) -> Steps:
+        return take_steps(run, data, show, told, flag)
+
+    try:
+        return (yield from _steps_of(settings, strategy, base, functions, take))
+    except DoesNotFitError:  # with the batches of the data, which are read by now
+        if fits or not may_read_base(settings, ranks):
+            raise
+    # Beyond the handler, nothing holds the whole base any more.
+    device.release_memory()
+    log.info(READ_WORDS)
+    settings = offloaded(settings)
+    return (yield from _steps_of(settings, strategy_of(settings, ranks), base, functions, take, again=True))
+
+
+def _steps_of(
+    settings: TrainSettings,
+    strategy: Strategy,
+    base: Base | None,
+    functions: Mapping[str, Callable[..., Any]],
+    take: Callable[[BuiltRun, DataSplits], Steps],
+    again: bool = False,
+) -> Steps:
+    """Load the model and the data, and train; see `run_steps`.
+
+    Args:
+        settings: of the run, with what its processes divide.
+        strategy: of that.
+        base, functions: see `run_steps`.
+        take: takes the steps of the built run.
+        again: whether the data were reported on before.
+
+    Raises:
+        DoesNotFitError: the batches of the data do not fit in memory; no step was taken.
+    """
+    objective, trains, ranks = objective_of(settings.objective), wants_training(settings), strategy.ranks
     if base is None:
         with waiting("Loading the model"):
             base = load_base(settings.model, read=not strategy.divides_base)
@@ -105,13 +143,13 @@ def run_steps(
         objective.measures_with(adapter_head(Path(settings.loop.adapter_path), objective))
         put_adapter(base, Path(settings.loop.adapter_path), settings.data, objective)
     with waiting("Reading the data"):
-        data = read_data(ctx)
+        data = read_data(ctx, tell=not again)
     outcome, test = Outcome(0, None, False), data.test
     if trains:
         with own_folder(Path(settings.loop.adapter_path), ranks), device.own_memory_limit():
             with waiting("Preparing the run: memory, batches, kernels"):
                 run = build_run(ctx, data)
-            outcome, test = (yield from take_steps(run, data, show, told, flag)), run.test
+            outcome, test = (yield from take(run, data)), run.test
     elif test is not None:
         test = objective.compare(ctx, {"test": test})["test"]
     if settings.loop.test and test is not None and not outcome.interrupted:
@@ -182,8 +220,8 @@ def check_test_split(settings: TrainSettings, splits: DataSplits) -> None:
         )
 
 
-def read_data(ctx: RunContext) -> DataSplits:
-    """Read the data, check that the base can take them, and log what is trained on what.
+def read_data(ctx: RunContext, tell: bool = True) -> DataSplits:
+    """Read the data, check that the base can take them, and log what is trained on what unless `tell` is false.
 
     Raises:
         InputError: no usable data, --test without a test split, or tokens that the base does not have.
@@ -192,9 +230,10 @@ def read_data(ctx: RunContext) -> DataSplits:
     check_test_split(ctx.settings, data)
     for rows in filter(None, (data.train, data.valid, data.test)):
         check_token_ids(ctx.base, int(rows.tokens.max(initial=0)), f"--data {data.report.data}")
-    log.info(device.current_device().header())
-    log.info(f"Base: {ctx.base.model_id}: {ctx.base.describe()}")
-    log.info(data.report.render(color=console.wants_color()))
+    if tell:
+        log.info(device.current_device().header())
+        log.info(f"Base: {ctx.base.model_id}: {ctx.base.describe()}")
+        log.info(data.report.render(color=console.wants_color()))
     return data
 
 

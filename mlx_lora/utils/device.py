@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import math
 import os
 import sys
@@ -67,12 +68,38 @@ def free_bytes() -> int:
     if not on_gpu() and sys.platform == "linux":
         with open("/proc/meminfo", encoding="ascii") as lines:
             known = dict(line.split(":", 1) for line in lines)
-        return int(known["MemAvailable"].split()[0]) * 1024
+        return min(int(known["MemAvailable"].split()[0]) * 1024, container_memory()[1])
     return max(0, current_device().working_set_bytes - mx.get_active_memory())
 
 
 def _system_memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(memory, container_memory()[0]) if sys.platform == "linux" else memory
+
+
+CGROUPS = Path("/sys/fs/cgroup")
+NO_LIMIT = 1 << 62
+
+
+def container_memory(folder: Path = CGROUPS) -> tuple[int, int]:
+    """Return the memory that a container's limit allows, and what of it is free, in bytes; no limit is a very large one.
+
+    Args:
+        folder: where Linux shows this container's group (cgroup v2 or v1).
+    """
+    for files in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        try:
+            limit, used, stat = ((folder / name).read_text(encoding="ascii") for name in files)
+            # Files that were read and are not in use are given up when memory is needed.
+            kept = dict(line.split() for line in stat.splitlines())
+            cached = int(kept.get("total_inactive_file", kept.get("inactive_file", 0)))
+            return int(limit), max(0, int(limit) - max(0, int(used) - cached))
+        except (OSError, ValueError):  # there is no such group, or its limit is "max"
+            continue
+    return NO_LIMIT, NO_LIMIT
 
 
 def compute_dtype(name: str = "auto") -> mx.Dtype:
@@ -103,6 +130,13 @@ def set_cache_limit(budget_bytes: int | None = None) -> int:
     bound = (budget_bytes or current_device().working_set_bytes) // 16
     mx.set_cache_limit(bound)
     return bound
+
+
+def release_memory() -> None:
+    """Give back the memory of a model that nothing refers to any more, and forget the peak that it caused."""
+    gc.collect()  # modules refer to each other in circles
+    mx.clear_cache()
+    mx.reset_peak_memory()
 
 
 def wait_beyond(bound_bytes: int) -> None:

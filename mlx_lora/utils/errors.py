@@ -18,6 +18,10 @@ class InputError(Exception):
     """
 
 
+class DoesNotFitError(InputError):
+    """A run needs more memory than it may use."""
+
+
 class RunError(Exception):
     """A failure while running (full disk, divergence): one line and exit code 1; earlier results are kept."""
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -370,3 +371,21 @@ def test_workloads_of_one_model_share_its_shape():
     assert model_shape_of(chat) is not model_shape_of(floats)
     embedded, hub = BY_NAME["embedded-smollm2-135m-chat-qlora"], BY_NAME["smollm2-135m-chat-lora"]
     assert model_shape_of(embedded).base_bytes < model_shape_of(hub).base_bytes
+
+
+def test_a_meter_of_another_users_process_is_closed(tmp_path, monkeypatch):
+    """As with sudo, whose child only root may end: it ends when nobody reads its samples any more."""
+
+    def refuse():
+        raise PermissionError(1, "Operation not permitted")
+
+    meter = EnergyMeter(tmp_path)
+    sampling = "while True: print('Combined Power (CPU + GPU + ANE): 1000 mW', flush=True); time.sleep(0.02)"
+    meter._begin([sys.executable, "-c", f"import time\n{sampling}"])
+    child = meter._child
+    monkeypatch.setattr(child, "terminate", refuse)
+    while not meter.joules():
+        time.sleep(0.01)
+    meter.close()
+    assert child.poll() is not None
+    assert meter.joules() > 0

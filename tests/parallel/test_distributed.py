@@ -101,6 +101,16 @@ def test_two_go_on_from_the_checkpoint_of_one_which_only_rank_0_has(alone, tiny_
     assert not elsewhere.exists()
 
 
+@pytest.mark.slow
+def test_ranks_with_unequal_memory_take_the_same_batches(tiny_folder, chats, tmp_path):
+    words = ["--model", tiny_folder, "--data", chats, "--max-seq-length", 96, "--iters", 2]
+    need = json.loads(run("plan", *words, "--json").out)["peak_bytes"]
+    words += ["--adapter-path", tmp_path / "a", "--val-batches", 0, "--sample-tokens", 0, "--kernels", "mlx"]
+    programs = [train(*words), train(*words, "--memory-budget", 0.8 * need / 1e9)]
+    ended = Started(programs, tmp_path / "ranks").wait()
+    assert ended.codes == [0, 0], ended.errs
+
+
 @pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_others(killed, tiny_folder, chats, tmp_path):
     words = train(*command(tiny_folder, chats, tmp_path / "a", "--iters", LONG, "--steps-per-report", 1000))

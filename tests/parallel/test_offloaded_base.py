@@ -31,6 +31,7 @@ from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel import base_reader, offloaded_base
 from mlx_lora.parallel.offloaded_base import BaseFiles, OffloadedBase
 from mlx_lora.planner.memory import MAX_SLICE
+from mlx_lora.trainer import choose_strategy
 from mlx_lora.trainer.adapter import adapt
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import RunError
@@ -331,6 +332,35 @@ def test_what_does_not_fit_is_read_from_the_disk_by_itself(chats, tmp_path):
     ran = trained(folder, chats, tmp_path / "auto", *budget)
     assert "base read from its files" in ran.err
     assert "base read from its files" not in trained(folder, chats, tmp_path / "room", "--iters", 2).err
+
+
+def test_rows_that_do_not_fit_beside_the_base_are_trained_with_a_base_that_is_read(chats, tmp_path, monkeypatch):
+    """What is known only of the data counts for `train` as for `plan`: its batches."""
+    wide = {**WIDE, "num_hidden_layers": 8}
+    folder = write_folder(tmp_path / "base", tiny_model(**wide), wide)
+    asked = ("--model", folder, "--data", chats, "--batch-size", 2)
+    whole = run("plan", *asked, "--grad-checkpoint", "block", "--offload-base", "off", "--json")
+    asked = (*asked, "--memory-budget", 0.9 * json.loads(whole.out)["peak_bytes"] / 1e9)
+    assert json.loads(run("plan", *asked, "--json").out)["predicted"]["reading"]
+    monkeypatch.setattr(choose_strategy, "check_base_fits", lambda settings: None)  # as a short row would
+    more = (
+        "--iters",
+        1,
+        "--val-batches",
+        0,
+        "--sample-tokens",
+        0,
+        "--kernels",
+        "mlx",
+        "--adapter-path",
+        tmp_path / "a",
+    )
+    ran = run("train", *asked, *more)
+    assert ran.code == 0, ran.err
+    assert ran.err.count("rows read") == 1
+    assert yaml.safe_load((tmp_path / "a" / "run.yaml").read_text())["offload_base"] == "on"
+    refused = run("train", *asked, *more, "--adapter-path", tmp_path / "b", "--offload-base", "off")
+    assert (refused.code, "--memory-budget" in refused.lines[-1]) == (2, True)
 
 
 @pytest.mark.parametrize(("extra", "word"), [

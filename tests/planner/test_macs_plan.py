@@ -10,6 +10,7 @@ from run_cli import run
 
 from mlx_lora.api.plan_macs import parse_macs, plan_on_macs, planned_on, shared_model, suggested
 from mlx_lora.config.load import train_settings
+from mlx_lora.parallel.divided_base import shares_of
 from mlx_lora.planner.several_macs import Link, Mac, Units, least_tokens, memory_shares, plan_macs, rank_part, sending
 from mlx_lora.planner.shapes import Block, Layer, ModelShape, RunShape
 from mlx_lora.planner.speed import find_chip, listed_ceilings
@@ -127,8 +128,42 @@ def test_flags_that_fit_are_suggested(tiny_folder):
     assert found is not None
     assert "--batch-tokens" in found.words
     assert planned_on(found.model, tight, Link(5e9))["fits"]
+    of_examples = shared_model(train_settings({"model": str(tiny_folder), "rank": 16, "batch_size": 64}))
+    found = suggested(of_examples, tight, Link(5e9))
+    assert found is not None
+    assert "--batch-size 2" in found.words
+    assert planned_on(found.model, tight, Link(5e9))["fits"]
     hopeless = [replace(mac, working_set_bytes=1 << 20) for mac in roomy]
     assert suggested(asked, hopeless, Link(5e9)) is None
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--grad-checkpoint", "none"), ("--objective", "grpo"), ("--method", "full")]
+)
+def test_a_base_that_train_would_not_share_is_not_planned_to_be(flag, value, tiny_folder):
+    flags = ["--model", tiny_folder, "--macs", "M2:8,M2:8", flag, value, "--batch-tokens", 128, "--max-seq-length", 64]
+    plan = json.loads(run("plan", *flags, "--json").out)
+    shared, whole, _ = plan["splits"]
+    assert not plan["fits"]
+    assert flag in plan["problem"]
+    assert flag in shared["verdict"]
+    assert not shared["best"]
+    assert whole["fits"]
+    assert plan["suggested"] is None
+    text = run("plan", *flags).out
+    assert flag in text.splitlines()[0]
+    assert "To fit" not in text
+
+
+def test_a_rank_keeps_the_part_that_its_budget_allows():
+    class Beside:
+        size = 2
+
+        def everyone(self, own: int) -> list[int]:
+            return [own, 3 * 10**6]
+
+    settings = train_settings({"model": "x", "shard_base": "memory", "memory_budget": 1e-3})
+    assert shares_of(settings, Beside()) == [0.25, 0.75]
 
 
 def test_all_pairs_of_equal_macs(tiny_folder):

@@ -132,3 +132,21 @@ def test_a_short_run_on_a_cpu_does_without_the_compiler(gpu, steps, wanted, monk
     monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
     device.compile_for(steps)
     assert said[-1] == "off"
+
+
+def test_a_containers_limit_bounds_its_memory(tmp_path):
+    v2, v1 = tmp_path / "v2", tmp_path / "v1" / "memory"
+    for folder in (v2, v1):
+        folder.mkdir(parents=True)
+    (v2 / "memory.current").write_text("700\n")
+    (v2 / "memory.stat").write_text("anon 300\ninactive_file 250\n")
+    (v2 / "memory.max").write_text("1000\n")
+    assert device.container_memory(v2) == (1000, 550)
+    (v2 / "memory.max").write_text("max\n")
+    unlimited = device.container_memory(v2)
+    assert min(unlimited) > 10**15
+    (v1 / "memory.limit_in_bytes").write_text("2000\n")
+    (v1 / "memory.usage_in_bytes").write_text("2100\n")
+    (v1 / "memory.stat").write_text("inactive_file 10\ntotal_inactive_file 50\n")
+    assert device.container_memory(v1.parent) == (2000, 0)
+    assert device.container_memory(tmp_path / "none") == unlimited
