@@ -164,7 +164,7 @@ def measure_loss(settings: TrainSettings, base: Base, asked: EvaluationRequest, 
     if not data.chat_template and (template := adapter_template(adapter)):
         base.hf_tokenizer.chat_template = template
     strategy = strategy_of(settings, ranks)
-    ctx = RunContext(settings, objective, base, strategy, trains=False)
+    ctx = RunContext(settings, objective, base, strategy, trains=False, ignore_fingerprint=asked.ignore_fingerprint)
     check_kind(base.model, base.model_id, objective)
     if objective.reference and settings.adapter.resume_adapter_file:  # the reference is a copy with that adapter
         ctx.untrained = without_adapter(base)

@@ -185,8 +185,10 @@ class AssistantTurns:
             self.unshown.add(THINKING_INSIDE)
             return turn
         content = self._messages[turn.number]["content"].strip()
-        shared = next((n for n in range(min(len(content), 32), 0, -1) if asked.endswith(content[:n])), 0)
-        return Turn(turn.number, asked, content[shared:] + turn.closing, turn.closing, turn.tail)
+        for opening in map(_opening, THINKING):
+            if asked.rstrip().endswith(opening) and content.startswith(opening):
+                content = content.removeprefix(opening).lstrip()
+        return Turn(turn.number, asked, content + turn.closing, turn.closing, turn.tail)
 
     def _after_marks(self, last: str, number: int, prompt: str) -> tuple[str, int] | None:
         """Return the prompt and the start of a last turn that does not begin with its own prompt.
@@ -375,8 +377,13 @@ def has_thinking(message: Message) -> bool:
 
 def _removed_thinking(content: str, written: str) -> bool:
     """Tell whether a text lacks the thinking that a content has, up to its last words."""
-    thoughts = [content.rpartition(end)[0].strip() for end in THINKING if end in content]
+    thoughts = [content.rpartition(end)[0].rpartition(_opening(end))[2].strip() for end in THINKING if end in content]
     return any(thought and thought[-64:] not in written for thought in thoughts)
+
+
+def _opening(end: str) -> str:
+    """Return the text that begins the thinking that `end` ends."""
+    return end.replace("/", "")
 
 
 def common_prefix(a: str, b: str) -> int:

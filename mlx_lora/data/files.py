@@ -227,6 +227,8 @@ def _folder_splits(folder: Path) -> dict[str, tuple[Path, ...]]:
     files = [file for file in _data_files(folder) if not _describes(file)]
     if len(files) == 1:
         return {"train": (files[0],)}
+    if files and all(file.suffix.lower() in DOCUMENTS for file in files):  # with other data in a subfolder
+        return {"train": _documents(folder)}
     found = ", ".join(file.name for file in files[:8]) or ", ".join(sorted(p.name for p in folder.iterdir())[:8])
     raise InputError(
         f"{folder} has no train.jsonl (or train{' train'.join(SUFFIXES[1:])}); "

@@ -33,6 +33,7 @@ from mlx_lora.data.examples import (
     conversation,
     keys_of,
     parsed,
+    tools_of,
 )
 from mlx_lora.utils.text import closest, did_you_mean
 
@@ -278,8 +279,29 @@ def ignored_columns(record: Fields, kind: str) -> list[str]:
     return [
         key
         for key, value in record.items()
-        if value not in (None, "", [], {}) and (name := _plain(key)) not in read and not is_id(name)
+        if value not in (None, "", [], {})
+        and ((name := _plain(key)) not in read or not fits(name, value))
+        and not is_id(name)
     ]
+
+
+def fits(name: str, value: Any) -> bool:
+    """Tell whether a column beside prompts and answers has what its name says: a system text, a history, tools."""
+    try:
+        if name in SYSTEM:
+            return isinstance(value, str)
+        if name == "history":
+            return all(isinstance(pair, list) and len(pair) == 2 for pair in as_list(value or [], name))
+        if name in ("tools", "functions"):
+            tools_of(value)
+    except FormatError:
+        return False
+    return True
+
+
+def fitting(record: Fields) -> Fields:
+    """Return a record without the columns beside its prompt and answer that are something else."""
+    return {name: value for name, value in record.items() if fits(name, value)}
 
 
 def is_id(name: str) -> bool:
@@ -520,10 +542,15 @@ def sharegpt_messages(turns: Any) -> list[Message]:
 
 
 def _messages(record: Fields) -> Conversation:
-    return _chat(_need(record, "messages", "messages"), record)
+    turns, system = (
+        _need(record, "messages", "messages"),
+        system_text({k: record[k] for k in SYSTEM if fits(k, record.get(k))}),
+    )
+    return conversation(turns, record.get("tools"), system, record.get("functions"))
 
 
 def _completions(record: Fields) -> Conversation | Completion:
+    record = fitting(record)
     prompt, completion = _need(record, "prompt", "completions"), _need(record, "completion", "completions")
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():

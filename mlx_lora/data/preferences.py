@@ -228,6 +228,8 @@ def _pair(record: Fields, chosen: Any, rejected: Any, margin: float = 0.0) -> Pa
 
 def _check_prompt(record: Fields, context: list[Message], dialogues: list[list[Message]]) -> None:
     """Refuse a record if one of its two dialogues does not begin with its prompt."""
+    if not {"query", "problem", "context"}.isdisjoint(_before_answers(record)):
+        return  # often a source of the dialogues, in other words
     prompt, bare = record.get("prompt"), context[len(opening(record)) :]
     for name, dialogue in zip(("chosen", "rejected"), dialogues, strict=True):
         if isinstance(prompt, str):  # in some data sets the first question, in others the last
@@ -251,7 +253,7 @@ def _text_pair(record: Fields, chosen: str, rejected: str, margin: float) -> Pai
     shared = chosen[: common_prefix(chosen, rejected)]
     if SPEAKER in shared:
         shared = shared[: shared.rindex(SPEAKER) + len(SPEAKER)]
-    elif others := [name for name in columns_not_read(record, None) if isinstance(record[name], str | list)]:
+    elif others := [name for name in columns_not_read(record, None) if _may_ask(record[name], shared)]:
         raise MissingColumn(
             f"found {columns_of(record)}; none of them is known as the prompt; name it with --prompt-column, or remove "
             f"{', '.join(others[:3])} if chosen and rejected begin with it"
@@ -263,6 +265,13 @@ def _text_pair(record: Fields, chosen: str, rejected: str, margin: float) -> Pai
             "chosen and rejected begin differently, and there is no prompt; both must answer the same prompt"
         )
     return Pair(Completion(shared, chosen[len(shared) :]), Completion(shared, rejected[len(shared) :]), margin)
+
+
+def _may_ask(value: Any, shared: str) -> bool:
+    """Tell whether a column that is not read may be the prompt: turns, or a text of several words that the answers do not share."""
+    return isinstance(value, list) or (
+        isinstance(value, str) and len(value.split()) > 2 and value.strip() not in shared
+    )
 
 
 def _context(record: Fields, *answers: Any) -> list[Message] | None:

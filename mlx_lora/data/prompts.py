@@ -23,7 +23,7 @@ import numpy as np
 from mlx_lora.data.chat_template import chat_tokens, controls_of, tokens_after_turn
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation, Example, Fields, FormatError, Message, Text, keys_of
-from mlx_lora.data.formats import GIVEN, QUESTIONS, opened, opening, parse_record, usual_names
+from mlx_lora.data.formats import GIVEN, QUESTIONS, fitting, opened, opening, parse_record, usual_names
 from mlx_lora.data.sandbox import CLOCK
 from mlx_lora.data.tokenize import Encoded, Encoder
 from mlx_lora.utils.errors import InputError
@@ -415,6 +415,7 @@ def _as_example(record: Fields) -> Conversation | Completion | None:
 def _with_stand_in(record: Fields) -> Fields:
     """Return a record that has only a prompt with an answer after it."""
     stand_in = {"role": "assistant", "content": STAND_IN}
+    record = fitting(record)
     tools = {name: record[name] for name in ("tools", "functions") if record.get(name)}
     for name in ("messages", "prompt"):
         if isinstance(record.get(name), list):

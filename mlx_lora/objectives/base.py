@@ -155,6 +155,7 @@ class RunContext:
         compute: what computes the numbers; None: not chosen yet.
         memory: the plan; None: not planned yet.
         record: what is said and kept.
+        ignore_fingerprint: whether adapters of another base are taken.
     """
 
     settings: TrainSettings
@@ -169,6 +170,7 @@ class RunContext:
     compute: Compute | None = None
     memory: MemoryPlan | None = None
     record: RunRecord = field(default_factory=RunRecord)
+    ignore_fingerprint: bool = False
 
     @property
     def plain_base(self) -> Base:

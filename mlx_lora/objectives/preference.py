@@ -277,14 +277,14 @@ def put_reference(ctx: RunContext) -> None:
     """
     named, adapter, base = ctx.settings.objective.reference_adapter, ctx.settings.adapter, ctx.plain_base
     if named:
-        info = _load_reference(base, Path(named), f"--reference-adapter {named}")
+        info = _load_reference(ctx, Path(named), f"--reference-adapter {named}")
         if info.full and ctx.untrained is None:
             raise InputError(
                 f"--reference-adapter {named}: trained {info.full[0]} in full, which cannot be removed from the "
                 "base again; fuse it and train on the fused model"
             )
     elif start := adapter.resume_adapter_file:
-        _load_reference(base, start_folder(start), f"the adapter that the run began with, {start}")
+        _load_reference(ctx, start_folder(start), f"the adapter that the run began with, {start}")
         log.info(f"Reference: {start}, with which the run began")
         if adapter.qat == 1:
             begin_qat(base.model)
@@ -316,17 +316,18 @@ def with_reference(
     }
 
 
-def _load_reference(base: Base, folder: Path, given: str) -> AdapterInfo:
+def _load_reference(ctx: RunContext, folder: Path, given: str) -> AdapterInfo:
     """Put the reference's adapter on the base; for an adapter of another base, the advice is not that of other commands."""
-    config = read_adapter_config(folder)
+    config, base = read_adapter_config(folder), ctx.plain_base
     try:
-        check_base(base, config, folder)
+        if not ctx.ignore_fingerprint:
+            check_base(base, config, folder)
     except InputError:
         raise InputError(
             f"{given}: was trained on another base, {own_entries(config).get('base_model')}; give one of --model "
             f"{base.model_id} as --reference-adapter, or train without one to compare with the model as it is"
         ) from None
-    return load_adapter(base, folder)
+    return load_adapter(base, folder, ctx.ignore_fingerprint)
 
 
 def _logps_of(

@@ -173,17 +173,24 @@ class RunFolder:
             self.step.taken = self.at.taken  # the optimizer does not count skipped updates
             left = f"; all {steps} steps are done, so raise --iters or --epochs to train further" if done else ""
             log.info(f"Resuming from step {self.at.taken} ({found.folder}){left}")
-        if not self.strategy.ranks.leads:
+        loop, ranks = self.settings.loop, self.strategy.ranks
+        elsewhere = found is not None and bool(ranks.from_first(not continues_here(loop)))
+        best = self._best_beside(found.folder.parent) if found is not None and elsewhere else None
+        if not ranks.leads:
             return
         self._clear_leftovers()
-        loop = self.settings.loop
-        here = found is not None and continues_here(loop)
+        here = found is not None and not elsewhere
         # A run that was killed before its first checkpoint, and begins again, has nothing to lose.
         if not here and (found is not None or loop.resume is None or holds_adapter(self.path)):
             _set_aside(self.path)
-        if found is not None and not here:
-            self._take_best(found.folder.parent)
-        elif found is not None and (later := [n for n, _ in numbered(self.path / CHECKPOINTS) if n > self.at.taken]):
+        if best is not None:
+            with replacing_folder(self.path / CHECKPOINTS / best.name) as copied:
+                shutil.copytree(best, copied, dirs_exist_ok=True)
+        if (
+            here
+            and found is not None
+            and (later := [n for n, _ in numbered(self.path / CHECKPOINTS) if n > self.at.taken])
+        ):
             log.info(
                 f"Checkpoints after step {self.at.taken} ({', '.join(map(str, later))}) are removed at the next save"
             )
@@ -201,18 +208,17 @@ class RunFolder:
                 for file in written.glob("*.jsonl"):
                     shutil.copyfile(file, copied / file.name)
 
-    def _take_best(self, room: Path) -> None:
-        """Copy the best checkpoint of a run that goes on in this folder; if it is gone, the best is looked for anew."""
+    def _best_beside(self, room: Path) -> Path | None:
+        """Return the best checkpoint of a run that goes on in this folder; if it is gone, every rank looks for the best anew."""
         at = self.at
-        best = None if at.best_at is None else room / f"step-{at.best_at:06d}"
-        if best is None or not at.best_at or not self.settings.loop.keep_best:
-            return
-        if not best.is_dir():
-            log.info(f"{best}, the best checkpoint so far, is not there; the best is chosen from here on")
-            at.compare_anew()
-            return
-        with replacing_folder(self.path / CHECKPOINTS / best.name) as copied:
-            shutil.copytree(best, copied, dirs_exist_ok=True)
+        if not at.best_at or not self.settings.loop.keep_best:
+            return None
+        best = room / f"step-{at.best_at:06d}"
+        if self.strategy.ranks.from_first(best.is_dir()):
+            return best
+        log.info(f"{best}, the best checkpoint so far, is not there; the best is chosen from here on")
+        at.compare_anew()
+        return None
 
     def _clear_leftovers(self) -> None:
         """Remove the temporary files of killed runs; no other process writes here while the folder is locked."""

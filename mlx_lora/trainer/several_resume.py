@@ -87,14 +87,15 @@ def resumed(runs: Sequence[TrainSettings]) -> tuple[list[TrainSettings], list[Le
 def refuse_to_lose(runs: Sequence[TrainSettings], names: Sequence[str], left: Sequence[Left]) -> None:
     """Raise InputError if runs have checkpoints and none in common, unless a kill during the first saving left them so.
 
-    So it does if runs have adapters and no checkpoints at all.
+    So it does if all have adapters and no checkpoints, or one has an adapter and no checkpoint because it was over.
     """
     trained = [
         name
         for name, settings, one in zip(names, runs, left, strict=True)
         if not one.steps and holds_adapter(Path(settings.loop.adapter_path))
     ]
-    if len(trained) == len(runs):
+    over = [name for name, one in zip(names, left, strict=True) if one.ended is not None and one.error is None]
+    if len(trained) == len(runs) or set(trained) & set(over):
         raise InputError(
             f"--resume: {', '.join(trained)} hold adapters, and no checkpoints to go on from; give --force to replace them"
         )

@@ -50,9 +50,33 @@ def test_a_common_beginning_is_no_prompt_where_a_column_may_be_it():
         parse_pairs({"trajectory": "Question number 2?", **PAIR})
     [pair] = parse_pairs({"id": "7", **PAIR})
     assert pair.chosen.prompt == "The answer is"
+    [pair] = parse_pairs({"source": "my forum", "chosen": "Q: x A: good", "rejected": "Q: x A: bad"})
+    assert pair.chosen.prompt == "Q: x A:"
     dialogue = "\n\nHuman: Hi\n\nAssistant: {}"
     [pair] = parse_pairs({"source": "hh", "chosen": dialogue.format("Hello"), "rejected": dialogue.format("No")})
     assert pair.chosen.prompt == dialogue.format("")[:-1]
+
+
+def test_dialogues_beside_their_source_are_what_they_are():
+    chosen = [{"role": "user", "content": "Solve: 1 + 1"}, {"role": "assistant", "content": "2"}]
+    rejected = [chosen[0], {"role": "assistant", "content": "3"}]
+    [pair] = parse_pairs({"problem": "1 + 1", "chosen": chosen, "rejected": rejected})
+    assert texts(pair.chosen) == ["Solve: 1 + 1", "2"]
+
+
+@pytest.mark.parametrize(
+    "beside", [{"tools": "calculator"}, {"tools": ["search"]}, {"history": "some text"}, {"system": 3}]
+)
+def test_a_column_that_is_something_else_is_left_out_and_counted(beside):
+    for record in (
+        {"prompt": "q", "completion": "a", **beside},
+        {"prompt": TURNS[:1], "completion": TURNS[1:], **beside},
+    ):
+        rows = SplitRows()
+        parse_rows([Record(1, record, "line")], "x", DataSettings(), "examples", rows)
+        assert (len(rows.entries), rows.dropped) == (1, [])
+        assert set(rows.ignored) == set(beside)
+    assert isinstance(parse_prompt({"prompt": "q", **beside}).example, Completion)
 
 
 def test_columns_of_pairs_and_rated_answers_that_are_not_read_are_counted():
@@ -180,6 +204,13 @@ def test_a_note_is_read_whatever_its_name(names, tmp_path):
     splits = find_splits(str(tmp_path))
     assert sorted(str(path.relative_to(tmp_path)) for path in splits["train"]) == sorted(names)
     assert len(splits) == 1
+
+
+def test_notes_with_a_table_in_a_subfolder_are_read(tmp_path):
+    for name in ("a.md", "b.md", "att/table.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text\n")
+    assert [path.name for path in find_splits(str(tmp_path))["train"]] == ["a.md", "b.md"]
 
 
 def test_texts_in_splits_stay_splits(tmp_path):

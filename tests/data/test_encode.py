@@ -156,6 +156,14 @@ def test_thinking_that_a_template_removes_from_every_turn_is_trained():
         "<|im_start|>assistant\n<think>\nI add one."
     )
     assert not encoded.unshown
+    # However the tags are spaced: the prompt has opened the thinking once.
+    for thought, writes in (("<think>ok</think>", "ok</think>"), ("<think>\n\nok\n</think>\n", "ok\n</think>\n")):
+        assert trained(tokenizer, encoder(tokenizer).encode([chat("q", thought + "Hi")])) == [writes + "Hi<|im_end|>"]
+    # A template that shows short thoughts in its own spacing has removed nothing.
+    other = FAMILIES["qwen3_thinking"][0]()
+    assert trained(other, encoder(other).encode([chat("q", "<think>ok</think>Hi")])) == [
+        "<think>\nok\n</think>\n\nHi<|im_end|>"
+    ]
     # The paired inequality: an answer without thinking is trained as the template shows it.
     assert trained(tokenizer, encoder(tokenizer).encode([chat("q", "one")])) == ["one<|im_end|>"]
 

@@ -91,6 +91,7 @@ def test_templates_in_go():
         assert "{eos}" not in text
 
 
+@pytest.mark.slow
 def test_the_merged_model_with_its_template(folder, tmp_path):
     adapt_and_save(folder, tmp_path / "a")
     ran = export(folder, tmp_path / "out", "--adapter-path", tmp_path / "a", "--gguf-type", "q8_0")

@@ -105,6 +105,7 @@ def most_kept(model_folder, tmp_path, activations, monkeypatch) -> tuple[int, di
     return most, gradients
 
 
+@pytest.mark.slow
 def test_what_blocks_keep_does_not_add_up(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "base", tiny_model(**WIDE), dict(WIDE))
     row = 1024 * WIDE["hidden_size"] * 4

@@ -156,6 +156,7 @@ def test_rows_that_cannot_be_read_are_one_line(tmp_path, monkeypatch):
         base.model(mx.array([[3, 4]]))
 
 
+@pytest.mark.slow
 def test_a_run_with_a_large_vocabulary_says_that_nothing_stays(tmp_path, chats):
     folder, out = written(tmp_path / "base", "untied", "4-bit"), tmp_path / "run"
     ran = run("train", "--model", folder, "--data", chats, "--adapter-path", out, "--offload-base", "--iters", 2, "--batch-size", 2,

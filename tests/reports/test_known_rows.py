@@ -22,6 +22,7 @@ def trained(folder, tmp_path, rows=ROWS, **settings):
     return base, read_report(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_rows_that_are_counted_are_answered_word_for_word(tiny_folder, tmp_path):
     base, report = trained(tiny_folder, tmp_path, iters=150)
     assert report.known is not None

@@ -240,7 +240,7 @@ def test_a_row_trains_the_models_tokens_alone(cut):
     assert (begins.tolist(), ends.tolist()) == ([2, 2], [7, 3])
     assert filled.sampled[LENGTHS].tolist() == [3, 1]
     assert filled.sampled[TRUNCATED].tolist() == [1, 0]
-    rewarded = sampling._with_rewards(filled, rows, made.rewards)
+    rewarded = sampling._with_rewards(filled, rows, made.rewards, None)
     assert rewarded.sampled[REWARDS].tolist() == [1, 3]
 
 

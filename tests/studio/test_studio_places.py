@@ -87,6 +87,7 @@ def test_every_setting_is_there_with_its_help(client):
     assert all(row["help"] for row in rows.values())
 
 
+@pytest.mark.slow
 def test_a_plan_comes_from_the_config_alone_and_is_kept(client, named):
     body = {"model": named[0], "settings": {"rank": 4, "max_seq_length": 64}}
     plan = client.post("/api/models/plan", json=body).json()

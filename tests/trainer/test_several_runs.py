@@ -304,7 +304,8 @@ def test_runs_that_do_not_belong_together_keep_their_checkpoints(models, tmp_pat
     (tmp_path / "a-2" / "run.yaml").write_text("")
     for step in (3, 4):
         shutil.rmtree(tmp_path / "a-1" / "checkpoints" / f"step-{step:06d}", ignore_errors=True)
-    (tmp_path / "a-1" / several_runs.TOGETHER_FILE).unlink()
+    for name in ("a-0", "a-1"):
+        (tmp_path / name / several_runs.TOGETHER_FILE).unlink()
     assert SeveralRuns.open(asked).at == 0  # as a kill during the first saving leaves them
 
 
@@ -374,5 +375,9 @@ def test_runs_that_are_over_go_on_if_they_are_to_be_longer(models, tmp_path):
     # Without checkpoints, what was trained is not replaced.
     for n in range(2):
         shutil.rmtree(tmp_path / f"a-{n}" / "checkpoints")
+    with pytest.raises(InputError, match="--force"):
+        SeveralRuns.open(runs("a", 9, resume="auto"))
+    # Nor is one of them if the other never saved.
+    shutil.rmtree(tmp_path / "a-1")
     with pytest.raises(InputError, match="--force"):
         SeveralRuns.open(runs("a", 9, resume="auto"))

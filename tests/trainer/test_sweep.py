@@ -172,6 +172,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(found, tiny_folder, 
     assert contents(out) == contents(found.sweep.folder)
 
 
+@pytest.mark.slow
 def test_as_many_at_once_as_fit(found, tiny_folder, data, tmp_path, monkeypatch):
     groups, own = [], SeveralRuns.open.__func__
 
@@ -428,6 +429,7 @@ def test_python_and_command_find_the_same_rate(brief, tiny_folder, data, tmp_pat
     assert "trying" not in again.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("after", "iters"), by_default([(1, 40), (3, 40), (3, 30)], (3, 30)))
 def test_trials_that_were_stopped_go_on(brief, tiny_folder, data, tmp_path, monkeypatch, after, iters):
     settings, _ = find_learning_rate(auto(tiny_folder, data, tmp_path / "a", iters=iters))
