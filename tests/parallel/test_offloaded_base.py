@@ -334,6 +334,7 @@ def test_what_does_not_fit_is_read_from_the_disk_by_itself(chats, tmp_path):
     assert "base read from its files" not in trained(folder, chats, tmp_path / "room", "--iters", 2).err
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_fit_beside_the_base_are_trained_with_a_base_that_is_read(chats, tmp_path, monkeypatch):
     """What is known only of the data counts for `train` as for `plan`: its batches."""
     wide = {**WIDE, "num_hidden_layers": 8}
