@@ -108,7 +108,7 @@ def _experts_product(indices: mx.array, sorted_indices: bool) -> Product:
     return Product(lambda x, weight: through(x, weight.swapaxes(-1, -2)), by_x, by_weight)
 
 
-class Turn:
+class SharedInput:
     """The order of layers that read one input (query, key, value; gate, up): each waits for the one before.
 
     MLX would compute their dense weights side by side, which takes the memory of all of them.
@@ -117,24 +117,24 @@ class Turn:
         slopes: the gradient by the input of the layer that had its backward pass last; empty before the first.
     """
 
-    _latest: tuple[mx.array, mx.array, Turn] | None = None
+    _latest: tuple[mx.array, mx.array, SharedInput] | None = None
 
     def __init__(self) -> None:
         self.slopes: list[mx.array] = []
 
     @classmethod
-    def of(cls, x: mx.array) -> tuple[Turn, mx.array]:
-        """Return the turn of a layer that reads `x`, and the output to wait for; `x` itself for the first layer."""
+    def of(cls, x: mx.array) -> tuple[SharedInput, mx.array]:
+        """Return the layers that read `x`, and the output to wait for; `x` itself for the first layer."""
         latest = cls._latest
         return (latest[2], latest[1]) if latest is not None and latest[0] is x else (cls(), x)
 
     def done(self, x: mx.array, y: mx.array) -> None:
         """Note the output of a layer that reads `x`, until another layer or the backward pass begins."""
-        Turn._latest = (x, y, self)
+        SharedInput._latest = (x, y, self)
 
     def follow(self, by_x: mx.array) -> None:
         """Note a gradient by the input, for which the next layer's backward pass waits."""
-        self.slopes, Turn._latest = [by_x], None
+        self.slopes, SharedInput._latest = [by_x], None
 
 
 class FakeQuantized(AdapterLayer):
@@ -200,7 +200,7 @@ class FakeQuantized(AdapterLayer):
             fitted: give the trained arrays of an affine layer the gradient of the fit (module docstring); else they get none here.
         """
         names, arrays = zip(*tree_flatten(self.parameters()), strict=True)
-        turn, before = Turn.of(x)
+        siblings, before = SharedInput.of(x)
 
         def fused(arrays: Sequence[mx.array], after: Sequence[mx.array]) -> tuple[mx.array, mx.array | None]:
             own = dict(zip(names, (mx.depends(array, list(after)) for array in arrays), strict=True))
@@ -216,11 +216,11 @@ class FakeQuantized(AdapterLayer):
         def output_vjp(primals, cotangent, _):
             # Depend on the cotangent: else the weights of all layers would be computed as soon as there is time.
             x, before, *arrays = primals
-            weight, codes = fused(arrays, (cotangent, *turn.slopes))
+            weight, codes = fused(arrays, (cotangent, *siblings.slopes))
             by_x, no_slope = product.by_x(x, cotangent, weight), mx.zeros_like(before)
             by_name = {name: mx.zeros_like(array) for name, array in zip(names, arrays, strict=True)}
             if not fitted or codes is None:
-                turn.follow(by_x)
+                siblings.follow(by_x)
                 return (by_x, no_slope, *by_name.values())
             by_update = _through_fit(product.by_weight(x, cotangent, weight).astype(mx.float32), codes)
             trained = {name: array for name, array in zip(names, arrays, strict=True) if name in self.trained}
@@ -233,11 +233,11 @@ class FakeQuantized(AdapterLayer):
             by_name |= dict(zip(trained, found, strict=True))
             # The layer before waits for them: they need arrays of the weight's size, which would else pile up.
             [by_x] = mx.depends([by_x], found)
-            turn.follow(by_x)
+            siblings.follow(by_x)
             return (by_x, no_slope, *by_name.values())
 
         y = output(x, mx.stop_gradient(before).reshape(-1)[:1], *arrays)
-        turn.done(x, y)
+        siblings.done(x, y)
         return y
 
     def merged(self) -> mx.array:

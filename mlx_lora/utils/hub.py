@@ -231,8 +231,7 @@ def keep_text(path: Path, text: bytes, source: str) -> Path:
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<pick>[^:/]+))?")
 CONFIG_AND_TOKENIZER = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
 DATA_FILES = ["*.json", "*.jsonl", "*.csv", "*.parquet", "*.txt"]
-# Files in folders, but for 1_Pooling/config.json, which embedding models have.
-IN_FOLDERS = ["[!1]*/*", "1/*", "1[!_]*/*", "1_[!P]*/*", "*/*/*"]
+IN_FOLDERS = ["[!1]*/*", "1/*", "1[!_]*/*", "1_[!P]*/*", "*/*/*"]  # but for 1_Pooling/config.json of embedding models
 # These are listed one by one, because a repository may also have a merged model.
 ADAPTER_FILES = ["adapters.safetensors", "adapter_model.safetensors", "*.json", "*.jinja", "README.md"]
 NOT_DATA = ["dataset_info*.json", "requirements*.txt", "*LICENSE*", "*README*"]

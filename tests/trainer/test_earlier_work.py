@@ -27,6 +27,13 @@ def finished(tiny_folder, chats, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def best_at_4(monkeypatch):
+    """Let the validation after step 4 be the best, whatever was learned."""
+    own = Position.validated
+    monkeypatch.setattr(Position, "validated", lambda self, loss, *rest: own(self, loss + abs(self.taken - 4), *rest))
+
+
 def copied(folder, place):
     shutil.copytree(folder, place)
     return place
@@ -71,27 +78,13 @@ def test_a_checkpoint_of_another_folder_does_not_replace_an_adapter(finished, ti
     assert not (other / "earlier-run").exists()
 
 
-def test_the_best_step_comes_along_into_another_folder(tiny_folder, chats, tmp_path):
-    best = (
-        "--keep-best",
-        "--steps-per-eval",
-        2,
-        "--save-every",
-        2,
-        "--learning-rate",
-        0.3,
-        "--lr-schedule",
-        "constant",
-    )
-    assert run(*command(tiny_folder, chats, tmp_path / "a", *best, "--keep", 0)).code == 0
-    losses = held_out(tmp_path / "a")
-    at = min((step for step in losses if 0 < step < STEPS), key=losses.__getitem__)
-    if losses[STEPS] <= losses[at]:
-        pytest.skip("the last step is the best on this machine")
-    stopped = tmp_path / "a" / "checkpoints" / f"step-{10:06d}"
+def test_the_best_step_comes_along_into_another_folder(tiny_folder, chats, tmp_path, best_at_4):
+    best = ("--keep-best", "--steps-per-eval", 2, "--save-every", 2, "--keep", 0)
+    assert run(*command(tiny_folder, chats, tmp_path / "a", *best)).code == 0
+    stopped = tmp_path / "a" / "checkpoints" / "step-000010"
     ran = run(*command(tiny_folder, chats, tmp_path / "b", *best, "--resume", stopped))
     assert ran.code == 0, ran.err
-    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+    assert weights(tmp_path / "b") == weights(tmp_path / "a") == weights(tmp_path / "a" / "checkpoints" / "step-000004")
 
 
 def test_later_checkpoints_of_another_way_are_gone_after_the_next_save(finished, tiny_folder, chats, tmp_path):
@@ -128,11 +121,7 @@ def test_a_supervised_run_that_begins_again_leaves_the_earlier_one_aside(finishe
     assert weights(folder) == weights(finished)
 
 
-def test_the_best_step_of_relora_is_without_later_cycles(tiny_folder, chats, tmp_path, monkeypatch):
-    validated = Position.validated
-    monkeypatch.setattr(
-        Position, "validated", lambda self, loss, *rest: validated(self, loss + abs(self.taken - 4), *rest)
-    )
+def test_the_best_step_of_relora_is_without_later_cycles(tiny_folder, chats, tmp_path, best_at_4):
     relora = (
         "--method",
         "relora",
