@@ -110,7 +110,13 @@ def test_a_slow_disk_makes_open_batches_larger_and_leaves_given_ones(tiny_folder
 
 
 @pytest.mark.float32("a loss near 0 is compared within float32's rounding")
-@pytest.mark.parametrize("own", [False, True], ids=["a teacher's files", "the base with a prompt"])
+@pytest.mark.parametrize(
+    "own",
+    [
+        pytest.param(False, id="a teacher's files"),
+        pytest.param(True, id="the base with a prompt", marks=pytest.mark.slow),
+    ],
+)
 def test_a_teacher_is_read_from_its_files_too(own, tiny_4bit_folder, tiny_folder, chats, tmp_path, monkeypatch):
     """Its table has what a teacher in memory says, and the student learns the same."""
     (tmp_path / "prompt.txt").write_text("Answer as a pirate.\n")

@@ -473,12 +473,17 @@ def test_hub_ids_are_planned_without_their_weights(tmp_path):
         done = run_with_hub(
             tmp_path / "home", server.endpoint, ["-m", "mlx_lora", "plan", "--model", "org/tiny", "--json"]
         )
-        picked = run_with_hub(
-            tmp_path / "home", server.endpoint, ["-m", "mlx_lora", "plan", "--model", "org/ggufs:Q8_0"]
-        )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["fits"]
     assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_gguf_file_of_the_hub_is_planned_once_it_is_here(tmp_path):
+    with hub_server() as server:
+        picked = run_with_hub(
+            tmp_path / "home", server.endpoint, ["-m", "mlx_lora", "plan", "--model", "org/ggufs:Q8_0"]
+        )
     assert picked.returncode == 2
     assert "download it" in picked.stderr
 
