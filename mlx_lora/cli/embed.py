@@ -17,7 +17,7 @@ from mlx_lora.api.embed import check_prompts
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS
-from mlx_lora.data.pairs import Passage, read_passages
+from mlx_lora.data.pairs import Passage, passage_files, read_passages
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.text_vectors import VectorOptions, open_embedder
 from mlx_lora.utils import console
@@ -68,7 +68,7 @@ class FileCommand(flags.ShortCommand):
     show_default=True,
     help="Tokens per batch.",
 )
-@click.option("--force", is_flag=True, help="Replace --out.")
+@click.option("--force", is_flag=True, help="Replace --out, and the texts beside it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @flags.as_one("how", VectorOptions)
 @flags.as_one("file", flags.NewFile)
@@ -80,7 +80,8 @@ def main(
     out = file.out
     if out.suffix not in SUFFIXES:
         raise InputError(f"--out {out}: its name must end in {' or '.join(SUFFIXES)}")
-    file.check()
+    texts = [out.with_suffix(TEXTS)] if out.suffix == ".npy" else []
+    file.check([one.path for one in passage_files(data)], texts)
     if out.suffix == ".parquet":
         _arrow()
     given = flags.given(options)

@@ -14,7 +14,8 @@ import click
 from mlx_lora.api.embed import MineOptions, mine
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
-from mlx_lora.data.pairs import read_eval_pairs, read_passages
+from mlx_lora.data.files import all_files
+from mlx_lora.data.pairs import passage_files, read_eval_pairs, read_passages
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.text_vectors import open_embedder
 from mlx_lora.utils import console
@@ -55,9 +56,10 @@ def main(
     adapter: flags.OneAdapter, corpus: str | None, file: flags.NewFile, how: MineOptions, as_json: bool, **options: Any
 ) -> None:
     """Write the queries of --data and their documents, each with the nearest documents that are not its own."""
-    file.check()
     given = flags.given(options)
     settings = train_settings(given | {"objective": "embed"})
+    read = all_files(settings.data.data) if settings.data.data else []
+    file.check(one.path for one in [*read, *(passage_files(corpus) if corpus else [])])
     base = load_base(settings.model)
     embedder = open_embedder(settings, base, adapter.folder(), adapter.ignore_fingerprint, given)
     rows, scored = read_eval_pairs(settings.data, embedder.form)

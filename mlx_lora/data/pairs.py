@@ -30,7 +30,7 @@ from mlx_lora.config.fields import flag_of
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import BadRow, EmptyRecord, Fields, FormatError, MissingColumn, keys_of, number_of
-from mlx_lora.data.files import DataFile, find_sets
+from mlx_lora.data.files import DataFile, all_files, find_sets
 from mlx_lora.data.load import DataSplits
 from mlx_lora.data.mix import joined_groups, split_by_group
 from mlx_lora.data.passages import passages_of
@@ -434,7 +434,7 @@ def read_passages(data: str, column: str | None = None) -> list[Passage]:
         InputError: a file cannot be read, a record has no text, or there is none.
     """
     found: list[Passage] = []
-    for file in _files(data):
+    for file in passage_files(data):
         for record in read_records(file.path, file.sheet):
             if isinstance(record, BadRow):
                 if file.path.suffix.lower() in DOCUMENT_FILES:
@@ -450,7 +450,7 @@ def read_passages(data: str, column: str | None = None) -> list[Passage]:
     return found
 
 
-def _files(data: str) -> list[DataFile]:
+def passage_files(data: str) -> list[DataFile]:
     """Return the files to read: all documents in a folder and below it, whatever their names, else as for training."""
     folder = Path(data).expanduser()
     documents = (
@@ -461,7 +461,7 @@ def _files(data: str) -> list[DataFile]:
         DataFile(folder / path, str(path)) for path in own if not any(part.startswith(".") for part in path.parts)
     ]:
         return named
-    return [file for one in find_sets(data) for files in one.splits.values() for file in files]
+    return all_files(data)
 
 
 def _record_text(record: Fields, column: str | None, place: str) -> str:

@@ -149,6 +149,23 @@ def test_mined_negatives_are_near_and_not_the_querys_own(tiny_folder, data, tmp_
     assert trained.code == 0, trained.err
 
 
+def test_a_file_that_is_read_is_never_replaced(tiny_folder, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "one"}\n')
+    notes, pairs = tmp_path / "a.md", tmp_path / "pairs.jsonl"
+    notes.write_text("one")
+    pairs.write_text('{"query": "a", "positive": "b"}\n')
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    out, model = tmp_path / "texts.npy", ("--model", tiny_folder)
+    one_line(run("embed", notes, *model, "--out", out), "texts.jsonl")  # someone's file
+    one_line(run("embed", texts, *model, "--out", out, "--force"), "texts.jsonl")
+    one_line(run("mine", *model, "--data", pairs, "--out", pairs, "--force"), "pairs.jsonl")
+    one_line(run("mine", *model, "--data", pairs, "--corpus", texts, "--out", texts, "--force"), "texts.jsonl")
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert run("embed", notes, *model, "--out", out, "--force").code == 0
+    assert texts.read_bytes() != before[texts]
+
+
 def test_bad_input_is_one_line(tiny_folder, data, tmp_path):
     common = ("--model", tiny_folder, "--out", tmp_path / "v.npy")
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
