@@ -124,7 +124,9 @@ def test_mined_negatives_are_near_and_not_the_querys_own(tiny_folder, data, tmp_
     ran = run(*common, "--margin", 0, "--json")
     assert ran.code == 0, ran.err
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert json.loads(ran.out)["negatives"] == sum(len(row["negatives"]) for row in rows) > 24
+    counts = json.loads(ran.out)
+    assert counts["negatives"] + counts["kept"] == sum(len(row["negatives"]) for row in rows) > 48
+    assert [row["negatives"][0] for row in rows] == [f"Dog {n}." for n in range(24)]
     base = mlx_lora.load(str(tiny_folder))
 
     def cosines(row: dict) -> np.ndarray:
@@ -134,19 +136,41 @@ def test_mined_negatives_are_near_and_not_the_querys_own(tiny_folder, data, tmp_
 
     for row in rows[:4]:
         assert row["positive"] not in row["negatives"]
-        own, *others = cosines(row)
+        own, *others = cosines({**row, "negatives": row["negatives"][1:]})  # the first is the row's own
         assert all(other <= own + 1e-5 for other in others)
         assert others == sorted(others, reverse=True)
     one_line(run(*common), "exists")
     assert run(*common, "--force", "--margin", 0.5).code == 0
     for line in out.read_text().splitlines()[:4]:
-        own, *others = cosines(json.loads(line))
+        row = json.loads(line)
+        own, *others = cosines({**row, "negatives": row["negatives"][1:]})
         assert all(other <= own / 2 + 1e-5 for other in others)
     again = tmp_path / "b"
     trained = run(
         "train", "--objective", "embed", "--model", tiny_folder, "--data", out, "--adapter-path", again, "--iters", 1,
     )  # fmt: skip
     assert trained.code == 0, trained.err
+
+
+def test_mined_negatives_follow_those_of_each_pair(tiny_folder, tmp_path):
+    rows = [
+        {"query": "q", "positive": "a", "negatives": ["x", "y"]},
+        {"query": "q", "positive": "b", "negatives": ["x"]},
+        {"query": "q", "positive": "a", "negatives": ["y", "z"]},
+        {"query": "r", "positive": "c"},
+    ]
+    file, out = tmp_path / "pairs.jsonl", tmp_path / "mined.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ran = run("mine", "--model", tiny_folder, "--data", file, "--out", out, "--count", 9, "--margin", 0, "--json")
+    assert ran.code == 0, ran.err
+    found = {(row["query"], row["positive"]): row["negatives"] for row in map(json.loads, out.read_text().splitlines())}
+    assert found["q", "a"][:3] == ["x", "y", "z"]
+    assert found["q", "b"][0] == "x"
+    assert all(len(set(negatives)) == len(negatives) for negatives in found.values())
+    assert not {"a", "b"} & {*found["q", "a"], *found["q", "b"]}
+    counts = json.loads(ran.out)
+    assert counts["kept"] == 4
+    assert counts["negatives"] == sum(map(len, found.values())) - 4
 
 
 def test_a_file_that_is_read_is_never_replaced(tiny_folder, tmp_path):
