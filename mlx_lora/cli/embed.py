@@ -52,7 +52,12 @@ class FileCommand(flags.ShortCommand):
     help="File or folder of texts; Markdown and .txt files are divided into passages.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write: .npy or .parquet.")
-@click.option("--text-column", type=str, default=None, help="Column of the text [default: text, or a usual name].")
+@click.option(
+    "--text-column",
+    type=str,
+    default=None,
+    help="Column of the text [default: text, or a usual name; with --query, first those of queries].",
+)
 @click.option(
     "--query", is_flag=True, help="The texts are queries, not documents; this chooses the prompt before them."
 )
@@ -87,17 +92,20 @@ def main(
     given = flags.given(options)
     check_prompts(given, query)
     settings = train_settings(given | {"objective": "embed"})
-    passages = read_passages(data, text_column)
+    passages = read_passages(data, text_column, query)
     base = load_base(settings.model)
     embedder = open_embedder(settings, base, adapter.folder(), adapter.ignore_fingerprint, given, how)
     vectors = embedder([one.text for one in passages], query)
     write_vectors(out, vectors, passages)
+    columns = list(dict.fromkeys(one.column for one in passages if one.column))
     if as_json:
         facts = {"texts": len(vectors), "width": vectors.shape[1], "model": base.model_id, "out": str(out)}
+        facts |= {"columns": columns}
         console.print_json(facts | {"pooling": embedder.embedder.pooling, "adapter_path": adapter.adapter_path})
     else:
         beside = f", and the texts in {out.with_suffix(TEXTS)}" if out.suffix == ".npy" else ""
-        click.echo(f"{counted(len(vectors), 'vector')} of {vectors.shape[1]} numbers in {out}{beside}")
+        of = f"; the column {' and '.join(columns)} was read" if columns else ""
+        click.echo(f"{counted(len(vectors), 'vector')} of {vectors.shape[1]} numbers in {out}{beside}{of}")
 
 
 def write_vectors(out: Path, vectors: np.ndarray, passages: list[Passage]) -> None:

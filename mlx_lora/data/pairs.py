@@ -417,23 +417,26 @@ def _shown(text: str) -> str:
 
 @dataclass(frozen=True)
 class Passage:
-    """A text to search for, and the file that it is from."""
+    """A text to search for, and the file that it is from, with the column; None: a document."""
 
     text: str
     file: str
+    column: str | None = None
 
 
-def read_passages(data: str, column: str | None = None) -> list[Passage]:
+def read_passages(data: str, column: str | None = None, query: bool = False) -> list[Passage]:
     """Return the texts of some files: passages of documents, and of records one column each.
 
     Args:
         data: a folder, of which all Markdown and text files are taken; or as --data names files.
         column: of the records' text; None: `text`, or a name that a document or a query usually has.
+        query: whether queries are meant, whose names then come first.
 
     Raises:
         InputError: a file cannot be read, a record has no text, or there is none.
     """
     found: list[Passage] = []
+    names = [column] if column else [*QUERIES, "text", *DOCUMENTS] if query else ["text", *DOCUMENTS, *QUERIES]
     for file in passage_files(data):
         for record in read_records(file.path, file.sheet):
             if isinstance(record, BadRow):
@@ -443,8 +446,8 @@ def read_passages(data: str, column: str | None = None) -> list[Passage]:
             if column is None and file.path.suffix.lower() in DOCUMENT_FILES:
                 found += [Passage(text, file.name) for text in passages_of(str(record.value["text"]))]
             else:
-                text = _record_text(record.value, column, f"{file.name} {record.unit} {record.line}")
-                found.append(Passage(text, file.name))
+                text, own = _record_text(record.value, names, f"{file.name} {record.unit} {record.line}")
+                found.append(Passage(text, file.name, own))
     if not found:
         raise InputError(f"{shown_data(data)}: has no text; give a file or a folder with some")
     return found
@@ -464,13 +467,14 @@ def passage_files(data: str) -> list[DataFile]:
     return all_files(data)
 
 
-def _record_text(record: Fields, column: str | None, place: str) -> str:
-    names = [column] if column else [name for name in ("text", *DOCUMENTS, *QUERIES) if name in record]
-    value = record.get(names[0]) if names else None
-    if not names or not isinstance(value, str):
+def _record_text(record: Fields, names: Sequence[str], place: str) -> tuple[str, str]:
+    """Return a record's text, and the column that has it: the first of these names that it has."""
+    name = next((name for name in names if name in record), None)
+    value = record[name] if name else None
+    if name is None or not isinstance(value, str):
         raise InputError(
             f"{place}: found {keys_of(record)} and no text; rename its column to text, or with embed, give --text-column"
         )
     if not value.strip():
-        raise InputError(f"{place}: {names[0]} is empty; fill it, or remove the row")
-    return value
+        raise InputError(f"{place}: {name} is empty; fill it, or remove the row")
+    return value, name

@@ -44,7 +44,7 @@ def test_a_folder_of_notes_becomes_vectors_with_their_texts(tiny_folder, adapter
     ran = run("embed", tmp_path / "notes", "--model", tiny_folder, "--adapter-path", adapter, "--out", out, "--json")
     assert ran.code == 0, ran.err
     assert json.loads(ran.out) | {"model": ""} == {
-        "texts": 2, "width": 64, "model": "", "out": str(out), "pooling": "mean", "adapter_path": str(adapter),
+        "texts": 2, "width": 64, "model": "", "out": str(out), "columns": [], "pooling": "mean", "adapter_path": str(adapter),
     }  # fmt: skip
     vectors, texts = np.load(out), [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
     assert vectors.shape == (2, 64)
@@ -85,6 +85,15 @@ def test_a_table_has_vectors_beside_their_texts(tiny_folder, data, tmp_path):
     table = parquet.read_table(out).to_pydict()
     assert table["text"][3] == "Where is cat 3?"
     assert np.array(table["embedding"]).shape == (24, 64)
+
+
+@pytest.mark.parametrize(("query", "column"), [(["--query"], "query"), ([], "positive")])
+def test_queries_of_pairs_are_read_as_queries(tiny_folder, data, tmp_path, query, column):
+    out = tmp_path / "v.npy"
+    ran = run("embed", data, "--model", tiny_folder, *query, "--out", out, "--json")
+    assert json.loads(ran.out)["columns"] == [column]
+    texts = [json.loads(line)["text"] for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert texts == [json.loads(line)[column] for line in data.read_text().splitlines()]
 
 
 def test_search_is_measured_for_base_and_adapter(tiny_folder, data, adapter, tmp_path):
