@@ -147,6 +147,11 @@ class OwnEntry(ABC):
     def shown(self) -> Example:
         """The example by which records are compared, and which is shown."""
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What rewards see of the record by name; empty where there are none."""
+        return {}
+
     @classmethod
     @abstractmethod
     def parse(cls, record: Fields, settings: Any) -> OwnEntry:

@@ -268,6 +268,17 @@ def read_rows(
     return rows
 
 
+def share_columns(parts: Iterable[SplitRows]) -> None:
+    """Give each prompt the columns of all, with None for what it lacks, so that rewards get the same ones in every batch.
+
+    TRL does so, too: its data sets have each column in every row.
+    """
+    columns = [entry.columns for rows in parts for entry in rows.entries if isinstance(entry, Prompt | OwnEntry)]
+    names = dict.fromkeys(name for own in columns for name in own)
+    for own in columns:
+        own |= {name: None for name in names if name not in own}
+
+
 def file_records(file: DataFile, settings: DataSettings, rows: SplitRows) -> Iterator[Record | BadRow]:
     """Yield the records of a file; those of a chat export are conversations, and `rows` gets what was made of it.
 

@@ -38,6 +38,7 @@ def given(name: str, *texts: str, chat: bool = False, **columns):
 def test_ready_rewards():
     assert given("exact_match", " 4\n", "5", answer=["4", "4"]) == [1.0, 0.0]
     assert given("exact_match", "x", solution=[None]) == [None]
+    assert given("exact_match", "x", "y", answer=[None, "z"], solution=["x", "y"]) == [1.0, 0.0]
     gsm8k = ["She has 3 + 4.\n#### 7", "#### 1,200"]
     assert given("number_match", "I think 3 and then 7.", "1200.0", answer=gsm8k) == [1.0, 1.0]
     assert given("number_match", "#### 7 because 8", "12", answer=gsm8k) == [1.0, 0.0]
