@@ -14,6 +14,9 @@ from mlx_lora.utils.errors import InputError
 
 ANSWER_COLUMNS = ("answer", "solution", "completion", "output", "response")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+ESCAPED_COMMA = re.compile(
+    r"(?<!\\)((?:\\\\)*)\\x2c", re.IGNORECASE
+)  # \x2c, which is no comma between the numbers of {1,3}
 FINAL_MARK = "####"  # before the result in GSM8K's answers
 RewardFunction = Callable[..., list[float | None]]
 THINKING = re.compile(r"^\s*<think>(?!.*<think>).*?</think>\s*\S.*$", re.DOTALL)
@@ -166,7 +169,7 @@ def ready_reward(name: str) -> Callable[..., Any] | None:
         return length(int(argument))
     if kind == "regex":
         try:
-            return matches(re.compile(argument, re.DOTALL))
+            return matches(re.compile(ESCAPED_COMMA.sub(r"\1,", argument), re.DOTALL))
         except re.error as error:
             raise InputError(f"--reward {name}: not a regular expression ({error}); correct it") from None
     return fits_schema(_validator(name, Path(argument))) if kind == "json_schema" else None

@@ -35,7 +35,7 @@ import numpy as np
 
 from mlx_lora.config.objectives import VERIFIERS
 from mlx_lora.losses.policy import group_deviation
-from mlx_lora.rollouts.ready_rewards import GIVE, PLAIN, ready_reward
+from mlx_lora.rollouts.ready_rewards import GIVE, PLAIN, WITH_ARGUMENT, ready_reward
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.files import sha256_of
 
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 RewardFunction = Callable[..., Sequence[float | None]]
 Functions = Mapping[str, RewardFunction]
 NO_FUNCTIONS: Functions = MappingProxyType({})
+REGEX = "regex:"  # before a pattern
 IN_PYTHON = "python:"  # before the name of a function that was given in Python
 
 
@@ -83,10 +84,17 @@ def rewards_of(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS)
         raise InputError(f"--objective {settings.objective} requires --reward: {GIVE}")
     weights, names = _weights(settings.reward_weights, len(asked)), reward_names(settings)
     models = [_model_folder(text) for text in asked]
-    return [
-        Reward(name, no_function if model else functions.get(text) or _function(text), weight, model)
-        for name, text, weight, model in zip(names, asked, weights, models, strict=True)
-    ]
+    found = []
+    for place, (name, text, weight, model) in enumerate(zip(names, asked, weights, models, strict=True)):
+        try:
+            function = no_function if model else functions.get(text) or _function(text)
+        except InputError as error:
+            near_pattern = asked[place - 1 : place] + asked[place : place + 1] * (place + 1 < len(asked))
+            if not any(one.startswith(REGEX) for one in near_pattern):
+                raise
+            raise InputError(f"{error} (if this comma is part of the pattern, write it as \\x2c)") from None
+        found.append(Reward(name, function, weight, model))
+    return found
 
 
 def reward_names(settings: ObjectiveSettings) -> list[str]:
@@ -133,8 +141,22 @@ def reward_files(settings: ObjectiveSettings) -> dict[str, str]:
 
 
 def _asked(settings: ObjectiveSettings) -> list[str]:
-    """Return what --reward names, one text each."""
-    return [text.strip() for text in (settings.reward or "").split(",") if text.strip()]
+    """Return what --reward names, one text each; a comma in a pattern belongs to it unless a reward begins there."""
+    found: list[str] = []
+    for part in (settings.reward or "").split(","):
+        if found and found[-1].startswith(REGEX) and not _begins_reward(part.strip()):
+            found[-1] += f",{part}"
+        elif part.strip():
+            found.append(part.lstrip())
+    return [text.strip() for text in found]
+
+
+def _begins_reward(text: str) -> bool:
+    """Tell whether what follows a comma is a reward; names that are nearly right are, too, so that they are refused."""
+    if text.startswith((IN_PYTHON, "/", "./", "../", "~")) or text.endswith(".py") or ".py:" in text:
+        return True
+    kind = text.partition(":")[0]
+    return bool(get_close_matches(kind, [*PLAIN, *WITH_ARGUMENT], n=1, cutoff=0.8)) or _model_folder(text) is not None
 
 
 def _model_folder(text: str) -> Path | None:
