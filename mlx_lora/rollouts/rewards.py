@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib.util
 import inspect
 import math
 import os
@@ -26,9 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,8 +34,8 @@ import numpy as np
 from mlx_lora.config.objectives import VERIFIERS
 from mlx_lora.losses.policy import group_deviation
 from mlx_lora.rollouts.ready_rewards import GIVE, PLAIN, WITH_ARGUMENT, ready_reward
+from mlx_lora.rollouts.user_files import from_file, one_line
 from mlx_lora.utils.errors import InputError, RunError
-from mlx_lora.utils.files import sha256_of
 
 if TYPE_CHECKING:
     from mlx_lora.config.objectives import ObjectiveSettings
@@ -204,50 +202,6 @@ def _function(name: str) -> RewardFunction:
     return from_file("--reward", name, "function")
 
 
-def from_file(flag: str, name: str, what: str) -> Any:
-    """Return a function or class of a user's file.
-
-    Args:
-        flag: that names it, for messages.
-        name: FILE.py:NAME.
-        what: it is, for messages.
-
-    Raises:
-        InputError: there is no such file, it cannot be run, or it has no such name.
-    """
-    path, _, attribute = name.rpartition(":")
-    module = module_of(path, f"{flag} {name}")
-    if not callable(vars(module).get(attribute)):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise InputError(f"{flag} {name}: {path} has no {what} {attribute}; it has {', '.join(known) or 'none'}")
-    return vars(module)[attribute]
-
-
-def module_of(path: str, asked: str) -> ModuleType:
-    """Return a user's file, which `asked` names, as a module; errors as of `from_file`.
-
-    A file is run once, so that a reward sees the class that its file also defines for --environment.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise InputError(f"{asked}: there is no file {file}; give its path")
-    try:
-        return _module(file.resolve(), sha256_of(file))
-    except Exception as error:  # a user's code may raise anything
-        raise InputError(f"{asked}: {file} cannot be run ({one_line(error)}); correct it") from error
-
-
-@lru_cache(maxsize=16)
-def _module(file: Path, content: str) -> ModuleType:
-    """Run a file with this check sum."""
-    spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise ImportError("not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 # Calls
 
 STATE = "trainer_state"
@@ -354,11 +308,6 @@ def guarded(
     except Exception as error:  # a user's code may raise anything
         fail(f"{name} failed ({one_line(error)}) for {_shown(answers, 0)}", settings, note)
     return None
-
-
-def one_line(error: BaseException) -> str:
-    """Return the kind of an error and the first line of its message."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 class TooLong(BaseException):

@@ -31,10 +31,9 @@ from mlx_lora.rollouts.rewards import (
     TooLong,
     at_most,
     awaited,
-    from_file,
-    module_of,
 )
 from mlx_lora.rollouts.tool_calls import Call
+from mlx_lora.rollouts.user_files import from_file, module_of
 from mlx_lora.utils.errors import InputError
 
 Tool = Callable[..., Any]

@@ -20,9 +20,10 @@ from mlx_lora.data.tokenize import Encoder
 from mlx_lora.rollouts.environment import Agent, Played, play
 from mlx_lora.rollouts.fixed_prompts import talk_text
 from mlx_lora.rollouts.make_environment import check_environment, episode_rewards, own_reward, toolbox_of
-from mlx_lora.rollouts.rewards import module_of, reward_files, reward_names, rewards_of
+from mlx_lora.rollouts.rewards import reward_files, reward_names, rewards_of
 from mlx_lora.rollouts.tool_env import CALLS, CUT, FAILURES, TURNS, ToolEnv, failures_of_calls, with_ids
 from mlx_lora.rollouts.tools import asked_tools, begin, plain_tools
+from mlx_lora.rollouts.user_files import module_of
 from mlx_lora.utils.errors import InputError, RunError
 
 ASKED = {"model": "m", "data": "d", "objective": "grpo", "group_size": 2, "max_new_tokens": 4000, "reward_timeout": 0.2}
