@@ -35,7 +35,7 @@ from mlx_lora.data.load import DataSplits
 from mlx_lora.data.mix import joined_groups, split_by_group
 from mlx_lora.data.passages import passages_of
 from mlx_lora.data.records import DOCUMENTS as DOCUMENT_FILES
-from mlx_lora.data.records import read_records
+from mlx_lora.data.records import read_records, without_empty_cells
 from mlx_lora.data.report import MAX_LISTED, DataReport, DroppedRow, Location, SplitReport, cut, reasons
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import sha256_of, shown_data
@@ -57,7 +57,6 @@ DOCUMENTS = (
 NEGATIVES = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?")
 SCORES = ("score", "similarity", "similarity_score")
 LABEL = "label"  # a score, between two sentences
-TABLES = (".csv", ".tsv")
 ABSENT = -1.0  # as in losses/contrastive.py
 READ = (
     "data",
@@ -216,11 +215,8 @@ def read_texts(files: Sequence[DataFile], form: TextForm, rows: TextRows | None 
             if isinstance(record, BadRow):
                 rows.dropped.append(DroppedRow(file.name, record.line, record.why, record.unit))
                 continue
-            value = record.value
-            if file.path.suffix.lower() in TABLES:  # where a cell without a negative is an empty text
-                value = {name: cell for name, cell in value.items() if cell or not NEGATIVES.fullmatch(name.lower())}
             try:
-                found = parse_texts(value, form)
+                found = parse_texts(without_empty_cells(record.value, file.path.name, NEGATIVES), form)
                 if form.needs_negatives and not found[0].negatives:
                     raise FormatError(
                         "it has no negative, and --embed-loss triplet compares with one: add it, or use infonce"

@@ -45,7 +45,7 @@ from mlx_lora.data.files import DataFile
 from mlx_lora.data.formats import NamedColumns, are_empty, empty_cells, ignored_columns, parse_record
 from mlx_lora.data.preferences import Answer, Pair, Rated, columns_not_read, parse_pairs, parse_rated
 from mlx_lora.data.prompts import Prompt, encode_prompts, parse_prompt, with_teacher_rows
-from mlx_lora.data.records import read_records
+from mlx_lora.data.records import read_records, without_empty_cells
 from mlx_lora.data.report import MAX_LISTED, DroppedRow, Location, where
 from mlx_lora.data.tokenize import Encoded, Encoder
 from mlx_lora.utils.errors import InputError
@@ -329,7 +329,9 @@ def parse_rows(
             elif records == "rated":
                 kind, entries = records, parse_rated(value)
             elif records in OWN_ENTRIES:
-                kind, entries = records, [own_entry(records).parse(value, settings)]
+                own = own_entry(records)
+                value = without_empty_cells(value, name, own.optional) if own.optional else value
+                kind, entries = records, [own.parse(value, settings)]
             else:
                 kind, entries = records, [parse_prompt(value)]
         except FormatError as error:
