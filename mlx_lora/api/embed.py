@@ -208,37 +208,63 @@ class MineOptions:
     margin: float = 0.05
 
 
+@dataclass
+class Mined:
+    """What `mine` found.
+
+    Attributes:
+        with_some: pairs of a query and a document that have negatives now.
+        found, kept: negatives that were found, and those that the rows had.
+    """
+
+    with_some: int = 0
+    found: int = 0
+    kept: int = 0
+
+
 def mine(
     embedder: TextEmbedder,
     rows: TextRows,
     more: Sequence[str],
     options: MineOptions,
     on_row: Callable[[dict[str, Any]], None],
-) -> tuple[int, int]:
-    """Find documents that are near to a query and not its own, and return how many queries have some, and how many were found.
+) -> Mined:
+    """Add documents that are near to a query and not its own to the negatives that its pairs have.
 
     Args:
         embedder: of the model to mine with.
         rows: queries and their documents.
         more: documents to search in addition to those of the rows.
         options: which documents are taken.
-        on_row: takes each record: query, positive, negatives.
+        on_row: takes each record: query, positive, negatives, first those that the rows had.
 
     Source: sentence-transformers' mine_hard_negatives, with its relative margin (NV-Retriever, arXiv 2407.15831).
     """
-    corpus = Corpus.of(rows, more)
+    corpus, had = Corpus.of(rows, more), _negatives_of(rows)
     queries, documents = embedder(corpus.queries, True, "Queries"), embedder(corpus.documents, False, "Documents")
-    with_some = total = 0
+    mined = Mined()
     for first in range(0, len(queries), QUERIES_AT_A_TIME):
         part = np.array(mx.array(queries[first : first + QUERIES_AT_A_TIME]) @ mx.array(documents).T)
         for place, row in enumerate(part, first):
-            own = corpus.own[place]
+            query, own = corpus.queries[place], corpus.own[place]
             nearest = [number for number in np.argsort(-row, kind="stable").tolist() if number not in own]
             for number in own:
+                positive = corpus.documents[number]
+                kept = had[query, positive]
                 limit = row[number] - abs(row[number]) * options.margin
-                chosen = [other for other in nearest[options.skip :] if row[other] <= limit][: options.negatives]
-                texts = [corpus.documents[other] for other in chosen]
-                texts = [text for text in texts if text != corpus.queries[place]]
-                on_row({"query": corpus.queries[place], "positive": corpus.documents[number], "negatives": texts})
-                with_some, total = with_some + bool(texts), total + len(texts)
-    return with_some, total
+                known = {query, *kept}
+                near = [other for other in nearest if corpus.documents[other] not in known][options.skip :]
+                found = [corpus.documents[other] for other in near if row[other] <= limit][: options.negatives]
+                on_row({"query": query, "positive": positive, "negatives": [*kept, *found]})
+                mined.with_some += bool(kept or found)
+                mined.found += len(found)
+                mined.kept += len(kept)
+    return mined
+
+
+def _negatives_of(rows: TextRows) -> dict[tuple[str, str], list[str]]:
+    """Return the negatives that rows have for each query and document, each once."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for pair in rows.pairs:
+        found.setdefault((pair.query, pair.document), {}).update(dict.fromkeys(pair.negatives))
+    return {pair: list(negatives) for pair, negatives in found.items()}

@@ -14,7 +14,7 @@ from mlx_lora.api.errors import speaks_python
 from mlx_lora.api.train import run_settings
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.examples import BadRow, Conversation, Fields, FormatError, Text
-from mlx_lora.data.files import find_sets
+from mlx_lora.data.files import all_files
 from mlx_lora.data.labeled import parse_labeled
 from mlx_lora.data.records import read_records
 from mlx_lora.exporters.adapter_folder import load_adapter, with_limits_of_run
@@ -150,8 +150,8 @@ def example_of(record: Fields, data: DataSettings) -> Text | Conversation | str:
         return str(error)
 
 
-def predicted_records(scorer: TextScorer, data: DataSettings) -> Iterator[Fields]:
-    """Yield the records of --data with what is predicted of each; one that cannot be used has `error`.
+def predicted_records(scorer: TextScorer, data: DataSettings) -> Iterator[tuple[Fields, bool]]:
+    """Yield the records of --data with what is predicted of each, and whether that failed; then it has `error`.
 
     Raises:
         InputError: --data is a folder, or cannot be read.
@@ -162,7 +162,7 @@ def predicted_records(scorer: TextScorer, data: DataSettings) -> Iterator[Fields
         answers = dict(zip(places, scorer.predict([one for one in read if not isinstance(one, str)]), strict=True))
         for number, (record, found) in enumerate(zip(chunk, read, strict=True)):
             answer = answers.get(number, {ERROR: found})
-            yield {**(record if isinstance(record, dict) else {}), **answer}
+            yield {**(record if isinstance(record, dict) else {}), **answer}, ERROR in answer
 
 
 def records_of(data: DataSettings) -> Iterator[Fields | str]:
@@ -170,11 +170,14 @@ def records_of(data: DataSettings) -> Iterator[Fields | str]:
     name = data.data or ""
     if Path(name).expanduser().is_dir():
         raise InputError(f"--data {name}: is a folder; name a file in it")
-    for one in find_sets(name):
-        for files in one.splits.values():
-            for file in files:
-                for record in read_records(file.path, file.sheet):
-                    yield record.why if isinstance(record, BadRow) else record.value
+    for file in all_files(name):
+        for record in read_records(file.path, file.sheet):
+            yield record.why if isinstance(record, BadRow) else record.value
+
+
+def data_columns(data: DataSettings) -> dict[str, None]:
+    """Return the names of the columns that the records of --data have, in order; errors as of `predicted_records`."""
+    return {str(name): None for record in records_of(data) if isinstance(record, dict) for name in record}
 
 
 def _chunks(records: Iterator[Fields | str]) -> Iterator[list[Fields | str]]:

@@ -17,7 +17,7 @@ from mlx_lora.api.embed import check_prompts
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS
-from mlx_lora.data.pairs import Passage, read_passages
+from mlx_lora.data.pairs import Passage, passage_files, read_passages
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.text_vectors import VectorOptions, open_embedder
 from mlx_lora.utils import console
@@ -52,7 +52,12 @@ class FileCommand(flags.ShortCommand):
     help="File or folder of texts; Markdown and .txt files are divided into passages.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write: .npy or .parquet.")
-@click.option("--text-column", type=str, default=None, help="Column of the text [default: text, or a usual name].")
+@click.option(
+    "--text-column",
+    type=str,
+    default=None,
+    help="Column of the text [default: text, or a usual name; with --query, first those of queries].",
+)
 @click.option(
     "--query", is_flag=True, help="The texts are queries, not documents; this chooses the prompt before them."
 )
@@ -68,7 +73,7 @@ class FileCommand(flags.ShortCommand):
     show_default=True,
     help="Tokens per batch.",
 )
-@click.option("--force", is_flag=True, help="Replace --out.")
+@click.option("--force", is_flag=True, help="Replace --out, and the texts beside it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @flags.as_one("how", VectorOptions)
 @flags.as_one("file", flags.NewFile)
@@ -80,23 +85,27 @@ def main(
     out = file.out
     if out.suffix not in SUFFIXES:
         raise InputError(f"--out {out}: its name must end in {' or '.join(SUFFIXES)}")
-    file.check()
+    texts = [out.with_suffix(TEXTS)] if out.suffix == ".npy" else []
+    file.check([one.path for one in passage_files(data)], texts)
     if out.suffix == ".parquet":
         _arrow()
     given = flags.given(options)
     check_prompts(given, query)
     settings = train_settings(given | {"objective": "embed"})
-    passages = read_passages(data, text_column)
+    passages = read_passages(data, text_column, query)
     base = load_base(settings.model)
     embedder = open_embedder(settings, base, adapter.folder(), adapter.ignore_fingerprint, given, how)
     vectors = embedder([one.text for one in passages], query)
     write_vectors(out, vectors, passages)
+    columns = list(dict.fromkeys(one.column for one in passages if one.column))
     if as_json:
         facts = {"texts": len(vectors), "width": vectors.shape[1], "model": base.model_id, "out": str(out)}
+        facts |= {"columns": columns}
         console.print_json(facts | {"pooling": embedder.embedder.pooling, "adapter_path": adapter.adapter_path})
     else:
         beside = f", and the texts in {out.with_suffix(TEXTS)}" if out.suffix == ".npy" else ""
-        click.echo(f"{counted(len(vectors), 'vector')} of {vectors.shape[1]} numbers in {out}{beside}")
+        of = f"; the column {' and '.join(columns)} was read" if columns else ""
+        click.echo(f"{counted(len(vectors), 'vector')} of {vectors.shape[1]} numbers in {out}{beside}{of}")
 
 
 def write_vectors(out: Path, vectors: np.ndarray, passages: list[Passage]) -> None:

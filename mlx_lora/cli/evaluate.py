@@ -117,7 +117,7 @@ def main(
     """
     only = {name: options.pop(name) for name in ("against", "general_text", "general_chat")}
     corpus = options.pop("corpus")
-    given, page = flags.given(options), _page(report)
+    given, page = flags.given(options), flags.report_page(report)
     settings = train_settings(given)
     if forgetting:
         if show is not None:
@@ -197,18 +197,6 @@ def _retrieval(
     if "queries" in found:
         click.echo(f"{found['queries']:,} queries in {found['documents']:,} documents")
     return 0
-
-
-def _page(report: str | None) -> Path | None:
-    """Return the file of --report.
-
-    Raises:
-        InputError: it cannot be one.
-    """
-    page = Path(report).expanduser() if report else None
-    if page is not None and (page.is_dir() or not page.parent.is_dir()):
-        raise InputError(f"--report {report}: not a file in an existing folder; name one, as in answers.html")
-    return page
 
 
 def _keep(facts: dict[str, Any], adapter: Path | None, page: Path | None) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import click
@@ -105,7 +104,7 @@ def main(
     if split == [LIST]:
         print_names(as_json)
         return 0
-    page = _page(report)
+    page = flags.report_page(report)
     given = flags.given(options)
     settings, sources = train_settings(given), adapter_sources(named.adapters, named.blends)
     if settings.data.data:
@@ -136,18 +135,6 @@ def main(
     else:
         print_scores(found)
     return 0
-
-
-def _page(report: str | None) -> Path | None:
-    """Return the file of --report.
-
-    Raises:
-        InputError: it cannot be one.
-    """
-    page = Path(report).expanduser() if report else None
-    if page is not None and (page.is_dir() or not page.parent.is_dir()):
-        raise InputError(f"--report {report}: not a file in an existing folder; name one, as in scores.html")
-    return page
 
 
 def print_names(as_json: bool) -> None:

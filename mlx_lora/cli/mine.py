@@ -14,7 +14,8 @@ import click
 from mlx_lora.api.embed import MineOptions, mine
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
-from mlx_lora.data.pairs import read_eval_pairs, read_passages
+from mlx_lora.data.files import all_files
+from mlx_lora.data.pairs import passage_files, read_eval_pairs, read_passages
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.text_vectors import open_embedder
 from mlx_lora.utils import console
@@ -37,7 +38,7 @@ from mlx_lora.utils.text import counted
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON-lines file to write.")
 @click.option(
     "--count", "negatives", type=click.IntRange(min=1), default=5, show_default=True,
-    help="Negatives of each query, at most.",
+    help="Negatives to add to each pair, at most.",
 )  # fmt: skip
 @click.option(
     "--skip", type=click.IntRange(min=0), default=0, show_default=True,
@@ -54,10 +55,11 @@ from mlx_lora.utils.text import counted
 def main(
     adapter: flags.OneAdapter, corpus: str | None, file: flags.NewFile, how: MineOptions, as_json: bool, **options: Any
 ) -> None:
-    """Write the queries of --data and their documents, each with the nearest documents that are not its own."""
-    file.check()
+    """Write the queries of --data and their documents, each with its negatives and the nearest documents that are not its own."""
     given = flags.given(options)
     settings = train_settings(given | {"objective": "embed"})
+    read = all_files(settings.data.data) if settings.data.data else []
+    file.check(one.path for one in [*read, *(passage_files(corpus) if corpus else [])])
     base = load_base(settings.model)
     embedder = open_embedder(settings, base, adapter.folder(), adapter.ignore_fingerprint, given)
     rows, scored = read_eval_pairs(settings.data, embedder.form)
@@ -69,10 +71,11 @@ def main(
         def write(record: dict[str, Any]) -> None:
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-        queries, found = mine(embedder, rows, more, how, write)
+        mined = mine(embedder, rows, more, how, write)
     if as_json:
-        console.print_json(
-            {"rows": len(rows.pairs), "with_negatives": queries, "negatives": found, "out": str(file.out)}
-        )
-    else:
-        click.echo(f"{counted(found, 'negative')} for {queries:,} of {counted(len(rows.pairs), 'row')} in {file.out}")
+        facts = {"rows": len(rows.pairs), "with_negatives": mined.with_some, "negatives": mined.found}
+        console.print_json(facts | {"kept": mined.kept, "out": str(file.out)})
+        return
+    own = f" and {mined.kept:,} of the data's own" if mined.kept else ""
+    found, rows_in = counted(mined.found, "negative"), counted(len(rows.pairs), "row")
+    click.echo(f"{found}{own} for {mined.with_some:,} of {rows_in} in {file.out}")

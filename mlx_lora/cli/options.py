@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -254,15 +254,45 @@ class NewFile:
     out: Path
     force: bool
 
-    def check(self) -> None:
+    def check(self, read: Iterable[Path] = (), beside: Sequence[Path] = ()) -> None:
         """Refuse a file that cannot be written, before any work is done.
 
+        Args:
+            read: files that the command reads, which even --force does not replace.
+            beside: files that are written in addition.
+
         Raises:
-            InputError: it exists, or its folder cannot be written to.
+            InputError: one exists, is read or is a folder, or its folder cannot be written to.
         """
-        if self.out.exists() and not self.force:
-            raise InputError(f"--out {self.out}: exists; give another name, or --force to replace it")
+        inputs = [file for file in read if file.exists()]
+        for file in (file for file in (self.out, *beside) if file.exists()):
+            what = (
+                f"--out {self.out}: " if file == self.out else f"--out {self.out}: {file}, which is written beside it, "
+            )
+            if file.is_dir():
+                raise InputError(f"{what}is a folder; give the name of a file")
+            if any(file.samefile(one) for one in inputs):
+                raise InputError(f"{what}is a file that this command reads; give another name")
+            if not self.force:
+                raise InputError(f"{what}exists; give another name, or --force to replace it")
         check_writable(self.out.absolute().parent, "--out", needed_bytes=1_000_000)
+
+
+def report_page(report: str | None) -> Path | None:
+    """Return the file of --report, which is replaced if it is there.
+
+    Raises:
+        InputError: it cannot be one.
+    """
+    page = Path(report).expanduser() if report else None
+    if page is not None and (page.is_dir() or not page.parent.is_dir()):
+        raise InputError(f"--report {report}: not a file in an existing folder; name one, as in scores.html")
+    if page is not None and page.suffix.lower() not in (
+        ".html",
+        ".htm",
+    ):  # it may be data, for which convert has a --report
+        raise InputError(f"--report {report}: a page is written there; give a name that ends in .html")
+    return page
 
 
 def settings_options(*sections: str, leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:

@@ -17,11 +17,12 @@ from typing import IO, Any
 
 import click
 
-from mlx_lora.api.predict import example_of, load_scorer, predicted_records
+from mlx_lora.api.predict import data_columns, example_of, load_scorer, predicted_records
 from mlx_lora.api.run_data import with_settings_of_run
 from mlx_lora.cli import options as flags
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.examples import Fields
+from mlx_lora.data.files import all_files
 from mlx_lora.models.load import load_base
 from mlx_lora.objectives.scored_texts import ERROR
 from mlx_lora.utils import console
@@ -47,9 +48,15 @@ FORMS = (".jsonl", ".csv")
     default=None,
     help="Write to this .jsonl or .csv file (default: lines of JSON on standard output).",
 )
+@click.option("--force", is_flag=True, help="Replace --out.")
 @click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")
 def main(
-    adapter: flags.OneAdapter, texts: tuple[str, ...], out: str | None, batch_tokens: int | None, **options: Any
+    adapter: flags.OneAdapter,
+    texts: tuple[str, ...],
+    out: str | None,
+    force: bool,
+    batch_tokens: int | None,
+    **options: Any,
 ) -> None:
     """Label each --text, or each record of --data, with a classifier."""
     given = flags.given(options)
@@ -59,6 +66,12 @@ def main(
     path = Path(out).expanduser() if out else None
     if path is not None and (path.suffix.lower() not in FORMS or not path.parent.is_dir()):
         raise InputError(f"--out {out}: give a file that ends in {' or '.join(FORMS)}, in an existing folder")
+    columns = None
+    if path is not None:
+        read = [] if texts else all_files(settings.data.data or "")
+        flags.NewFile(path, force).check(one.path for one in read)
+        if path.suffix.lower() == ".csv":
+            columns = ["text"] if texts else data_columns(settings.data)
     folder: Any = adapter.folder()
     settings = with_settings_of_run(settings, given, folder)
     examples = []
@@ -69,11 +82,13 @@ def main(
         examples.append(found)
     base = load_base(settings.model)
     scorer = load_scorer(base, folder, settings.data, batch_tokens, adapter.ignore_fingerprint)
-    records: Iterable[Fields] = predicted_records(scorer, settings.data)
     if texts:
-        records = ({"text": text, **answer} for text, answer in zip(texts, scorer.predict(examples), strict=True))
+        answers = scorer.predict(examples)
+        records = (({"text": text, **one}, ERROR in one) for text, one in zip(texts, answers, strict=True))
+    else:
+        records = predicted_records(scorer, settings.data)
     with _writer(path) as file:
-        done, refused = write(records, file, path is not None and path.suffix.lower() == ".csv")
+        done, refused = write(records, file, columns)
     if path is not None:
         console.echo(f"{counted(done, 'text')} in {path}")
     if refused:
@@ -90,25 +105,30 @@ def _writer(path: Path | None) -> Iterator[IO[str]]:
         yield file
 
 
-def write(records: Iterable[Fields], file: IO[str], as_csv: bool) -> tuple[int, int]:
-    """Write records as lines of JSON, or as CSV, and return how many there are, and how many have an error.
+def write(records: Iterable[tuple[Fields, bool]], file: IO[str], columns: Iterable[str] | None) -> tuple[int, int]:
+    """Write records as lines of JSON, or as CSV, and return how many there are, and how many could not be labeled.
 
     In CSV, a column for the error follows the others, labels of a text are joined with semicolons, and the probabilities of all
     labels are left out: JSON has them.
+
+    Args:
+        records: each with whether it could not be labeled.
+        file: to write to.
+        columns: of the data, for CSV; None: lines of JSON.
     """
     done = refused = 0
     table: Any = None
-    for record in records:
-        done, refused = done + 1, refused + (ERROR in record)
-        if not as_csv:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            continue
+    if columns is not None:
+        names = [name for name in columns if name not in ("probabilities", ERROR)]
+        names += [name for name in ("predicted", "probability") if name not in names]
+        table = csv.DictWriter(file, [*names, ERROR], extrasaction="ignore")
+        table.writeheader()
+    for record, failed in records:
+        done, refused = done + 1, refused + failed
         if table is None:
-            names = [name for name in record if name not in ("probabilities", ERROR)]
-            names += [name for name in ("predicted", "probability") if name not in names]
-            table = csv.DictWriter(file, [*names, ERROR], extrasaction="ignore")
-            table.writeheader()
-        table.writerow({name: _cell(value) for name, value in record.items()})
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        else:
+            table.writerow({name: _cell(value) for name, value in record.items()})
     return done, refused
 
 

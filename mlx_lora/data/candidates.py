@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -45,6 +45,8 @@ class Candidates(OwnEntry):
         documents: their texts.
         grades: a number for each, higher for what answers better, at least 0.
     """
+
+    optional: ClassVar[re.Pattern[str] | None] = NEGATIVES
 
     query: str
     documents: tuple[str, ...]

@@ -12,10 +12,11 @@ An example is a conversation, a completion or plain text. A record that cannot b
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from mlx_lora.utils.parsing import check_value, parse_json
 
@@ -140,12 +141,23 @@ Example = Conversation | Completion | Text
 
 
 class OwnEntry(ABC):
-    """A record that is read and encoded by a class of its own, beside the formats of imitation: a row of `OWN_ENTRIES`."""
+    """A record that is read and encoded by a class of its own, beside the formats of imitation: a row of `OWN_ENTRIES`.
+
+    Attributes:
+        optional: matches the names of columns whose empty cells in a table say nothing; None: all cells count.
+    """
+
+    optional: ClassVar[re.Pattern[str] | None] = None
 
     @property
     @abstractmethod
     def shown(self) -> Example:
         """The example by which records are compared, and which is shown."""
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What rewards see of the record by name; empty where there are none."""
+        return {}
 
     @classmethod
     @abstractmethod

@@ -103,6 +103,11 @@ def find_sets(data: str) -> list[DataSet]:
     ]
 
 
+def all_files(data: str) -> list[DataFile]:
+    """Return the files of all splits of all sets that `--data` names; errors as of `find_sets`."""
+    return [file for one in find_sets(data) for files in one.splits.values() for file in files]
+
+
 def named_sets(data: str) -> list[tuple[str, float]]:
     """Return the names of the sets that `--data` names, each with its weight, without looking into them.
 

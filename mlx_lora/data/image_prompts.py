@@ -119,9 +119,13 @@ class ImagePrompt(OwnEntry):
     def shown(self) -> Example:
         return self.example
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        return self.fact["columns"]
+
     @classmethod
     def parse(cls, record: Fields, settings: DataSettings) -> ImagePrompt:
-        record = {key: value for key, value in record.items() if value is not None}
+        whole, record = record, {key: value for key, value in record.items() if value is not None}
         named = NamedColumns.of(settings)
         asking = {*TURNS, *QUESTIONS, *COLUMNS, (settings.prompt_column or "").split(",")[0].strip()}
         if isinstance(record.get("completion"), str):
@@ -135,7 +139,7 @@ class ImagePrompt(OwnEntry):
         example = _as_conversation(prompt.example)
         if any(MARK.search(str(turn.get("content"))) for turn in example.messages if turn["role"] == "assistant"):
             raise FormatError("a picture in an answer; vision-language models cannot write pictures")
-        columns = {**record, **({"answer": prompt.columns["answer"]} if "answer" in prompt.columns else {})}
+        columns = {**whole, **({"answer": prompt.columns["answer"]} if "answer" in prompt.columns else {})}
         shown = replace(prompt, example=_without_marks(prompt.example))
         asked_as = _with_parts(prompt) if prompt.chat else prompt_of(shown)
         fact = {"prompt": asked_as, "chat": prompt.chat, "columns": columns, "example": shown.example}

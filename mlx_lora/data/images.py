@@ -56,6 +56,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SEVERAL = ("MPO",)  # phones put a depth picture behind the photo
 MOST_BYTES = 64 << 20
 MOST_PIXELS = 64_000_000
+DECODING = 2  # version of the pixels that a file gives, for what is cached of them
 MOST_STRETCH = 200  # longest side by shortest, as in transformers' processors
 
 
@@ -355,7 +356,7 @@ def _picture(content: bytes, source: Path | bytes) -> ImageFile:
 
 
 def _decoded(content: bytes) -> Image:
-    """Return a picture in RGB, rotated as its camera says.
+    """Return a picture in RGB, rotated as its camera says; whoever changes its pixels counts DECODING up.
 
     Raises:
         FormatError: it is damaged, of another format, or too large.
@@ -371,8 +372,7 @@ def _decoded(content: bytes) -> Image:
             known = [name for name in FORMATS if name in Image.OPEN]  # a few builds of Pillow have no WEBP
             with Image.open(io.BytesIO(content), formats=known) as opened:
                 _check(opened)
-                rotated = ImageOps.exif_transpose(opened)
-                return rotated.convert("RGB")
+                return _in_rgb(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError as error:
         raise FormatError(f"is none of {', '.join(FORMATS)}, or its beginning is damaged") from error
     except (
@@ -385,6 +385,16 @@ def _decoded(content: bytes) -> Image:
         OverflowError,
     ) as error:
         raise FormatError(f"cannot be decoded ({' '.join(str(error).split())[:100]})") from error
+
+
+def _in_rgb(picture: Image) -> Image:
+    """Return a picture in RGB, on white where it is transparent, as transformers' `convert_to_rgb` does."""
+    if "A" not in picture.getbands() and picture.info.get("transparency") is None:
+        return picture.convert("RGB")
+    from PIL import Image
+
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def _check(opened: Image) -> None:

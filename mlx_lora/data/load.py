@@ -57,6 +57,7 @@ from mlx_lora.data.read import (
     encode_entries,
     read_rows,
     repeated_notes,
+    share_columns,
 )
 from mlx_lora.data.report import (
     MAX_LISTED,
@@ -335,6 +336,7 @@ def load_eval_set(
     parts = {EVALUATION: read_rows([file for one in sets for file in one.splits[name]], settings, records)}
     repeated = cut_repeated_prompts([(parts[EVALUATION], 0)])
     check_speaker(parts.values(), settings)
+    share_columns(parts.values())
     encoder, _, _ = _make_encoder(parts.values(), settings, tokenizer, day)
     encoded = {EVALUATION: _encode(parts[EVALUATION], encoder, seen.fetching(settings.fetch_images))}
     _check(settings, parts, encoded)

@@ -21,7 +21,7 @@ from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation, Example, Text
 from mlx_lora.data.files import DataSet
-from mlx_lora.data.read import Repeated, SplitRows, check_speaker, cut_repeated_prompts, read_rows
+from mlx_lora.data.read import Repeated, SplitRows, check_speaker, cut_repeated_prompts, read_rows, share_columns
 from mlx_lora.data.report import SetReport
 from mlx_lora.data.tokenize import Encoded
 from mlx_lora.utils.files import sha256_of
@@ -79,6 +79,7 @@ def read_sets(
             valid.locations.append(train.locations[first])
         parts.append(Part(one.name, one.weight, first, len(train.entries), train.rows_read - read, held_out))
     check_speaker(rows.values(), settings)
+    share_columns(rows.values())
     return rows, parts, repeated
 
 

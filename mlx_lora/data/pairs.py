@@ -30,12 +30,12 @@ from mlx_lora.config.fields import flag_of
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import BadRow, EmptyRecord, Fields, FormatError, MissingColumn, keys_of, number_of
-from mlx_lora.data.files import DataFile, find_sets
+from mlx_lora.data.files import DataFile, all_files, find_sets
 from mlx_lora.data.load import DataSplits
 from mlx_lora.data.mix import joined_groups, split_by_group
 from mlx_lora.data.passages import passages_of
 from mlx_lora.data.records import DOCUMENTS as DOCUMENT_FILES
-from mlx_lora.data.records import read_records
+from mlx_lora.data.records import read_records, without_empty_cells
 from mlx_lora.data.report import MAX_LISTED, DataReport, DroppedRow, Location, SplitReport, cut, reasons
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import sha256_of, shown_data
@@ -57,7 +57,6 @@ DOCUMENTS = (
 NEGATIVES = re.compile(r"(hard_)?neg(ative)?s?(_\d+)?")
 SCORES = ("score", "similarity", "similarity_score")
 LABEL = "label"  # a score, between two sentences
-TABLES = (".csv", ".tsv")
 ABSENT = -1.0  # as in losses/contrastive.py
 READ = (
     "data",
@@ -216,11 +215,8 @@ def read_texts(files: Sequence[DataFile], form: TextForm, rows: TextRows | None 
             if isinstance(record, BadRow):
                 rows.dropped.append(DroppedRow(file.name, record.line, record.why, record.unit))
                 continue
-            value = record.value
-            if file.path.suffix.lower() in TABLES:  # where a cell without a negative is an empty text
-                value = {name: cell for name, cell in value.items() if cell or not NEGATIVES.fullmatch(name.lower())}
             try:
-                found = parse_texts(value, form)
+                found = parse_texts(without_empty_cells(record.value, file.path.name, NEGATIVES), form)
                 if form.needs_negatives and not found[0].negatives:
                     raise FormatError(
                         "it has no negative, and --embed-loss triplet compares with one: add it, or use infonce"
@@ -417,24 +413,27 @@ def _shown(text: str) -> str:
 
 @dataclass(frozen=True)
 class Passage:
-    """A text to search for, and the file that it is from."""
+    """A text to search for, and the file that it is from, with the column; None: a document."""
 
     text: str
     file: str
+    column: str | None = None
 
 
-def read_passages(data: str, column: str | None = None) -> list[Passage]:
+def read_passages(data: str, column: str | None = None, query: bool = False) -> list[Passage]:
     """Return the texts of some files: passages of documents, and of records one column each.
 
     Args:
         data: a folder, of which all Markdown and text files are taken; or as --data names files.
         column: of the records' text; None: `text`, or a name that a document or a query usually has.
+        query: whether queries are meant, whose names then come first.
 
     Raises:
         InputError: a file cannot be read, a record has no text, or there is none.
     """
     found: list[Passage] = []
-    for file in _files(data):
+    names = [column] if column else [*QUERIES, "text", *DOCUMENTS] if query else ["text", *DOCUMENTS, *QUERIES]
+    for file in passage_files(data):
         for record in read_records(file.path, file.sheet):
             if isinstance(record, BadRow):
                 if file.path.suffix.lower() in DOCUMENT_FILES:
@@ -443,14 +442,14 @@ def read_passages(data: str, column: str | None = None) -> list[Passage]:
             if column is None and file.path.suffix.lower() in DOCUMENT_FILES:
                 found += [Passage(text, file.name) for text in passages_of(str(record.value["text"]))]
             else:
-                text = _record_text(record.value, column, f"{file.name} {record.unit} {record.line}")
-                found.append(Passage(text, file.name))
+                text, own = _record_text(record.value, names, f"{file.name} {record.unit} {record.line}")
+                found.append(Passage(text, file.name, own))
     if not found:
         raise InputError(f"{shown_data(data)}: has no text; give a file or a folder with some")
     return found
 
 
-def _files(data: str) -> list[DataFile]:
+def passage_files(data: str) -> list[DataFile]:
     """Return the files to read: all documents in a folder and below it, whatever their names, else as for training."""
     folder = Path(data).expanduser()
     documents = (
@@ -461,16 +460,17 @@ def _files(data: str) -> list[DataFile]:
         DataFile(folder / path, str(path)) for path in own if not any(part.startswith(".") for part in path.parts)
     ]:
         return named
-    return [file for one in find_sets(data) for files in one.splits.values() for file in files]
+    return all_files(data)
 
 
-def _record_text(record: Fields, column: str | None, place: str) -> str:
-    names = [column] if column else [name for name in ("text", *DOCUMENTS, *QUERIES) if name in record]
-    value = record.get(names[0]) if names else None
-    if not names or not isinstance(value, str):
+def _record_text(record: Fields, names: Sequence[str], place: str) -> tuple[str, str]:
+    """Return a record's text, and the column that has it: the first of these names that it has."""
+    name = next((name for name in names if name in record), None)
+    value = record[name] if name else None
+    if name is None or not isinstance(value, str):
         raise InputError(
             f"{place}: found {keys_of(record)} and no text; rename its column to text, or with embed, give --text-column"
         )
     if not value.strip():
-        raise InputError(f"{place}: {names[0]} is empty; fill it, or remove the row")
-    return value
+        raise InputError(f"{place}: {name} is empty; fill it, or remove the row")
+    return value, name

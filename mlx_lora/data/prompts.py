@@ -216,7 +216,8 @@ class Prompt:
 
     Attributes:
         example: the prompt as a conversation or a completion, with the record's own answer or a stand-in.
-        columns: the record's columns, for rewards; `answer` is its answer, if it has one under any usual name.
+        columns: the record's columns, for rewards, with None where it has nothing; `answer` is its answer, if it has one under
+            any usual name.
         chat: whether the record has the prompt as messages; rewards then get messages, as in TRL.
         answered: whether the record has an answer of its own.
     """
@@ -233,14 +234,14 @@ def parse_prompt(record: Fields) -> Prompt:
     Raises:
         FormatError: it has no prompt.
     """
+    columns = dict(record)
     record = {key: value for key, value in record.items() if value is not None}
     plain, chat = usual_names(record), _has_turns(record)
     answered = _as_example(record)
     example = answered or _as_example(_with_stand_in(plain))
     if example is None:
         raise FormatError(f"found {keys_of(record)}; a prompt needs {PROMPT_EXPECTED}")
-    columns = dict(record)
-    if answered is not None and "answer" not in columns:
+    if answered is not None and columns.get("answer") is None:
         columns["answer"] = _answer_of(answered)
     return Prompt(example, columns, chat, answered is not None)
 

@@ -45,7 +45,7 @@ from mlx_lora.data.files import DataFile
 from mlx_lora.data.formats import NamedColumns, are_empty, empty_cells, ignored_columns, parse_record
 from mlx_lora.data.preferences import Answer, Pair, Rated, columns_not_read, parse_pairs, parse_rated
 from mlx_lora.data.prompts import Prompt, encode_prompts, parse_prompt, with_teacher_rows
-from mlx_lora.data.records import read_records
+from mlx_lora.data.records import read_records, without_empty_cells
 from mlx_lora.data.report import MAX_LISTED, DroppedRow, Location, where
 from mlx_lora.data.tokenize import Encoded, Encoder
 from mlx_lora.utils.errors import InputError
@@ -268,6 +268,17 @@ def read_rows(
     return rows
 
 
+def share_columns(parts: Iterable[SplitRows]) -> None:
+    """Give each prompt the columns of all, with None for what it lacks, so that rewards get the same ones in every batch.
+
+    TRL does so, too: its data sets have each column in every row.
+    """
+    columns = [entry.columns for rows in parts for entry in rows.entries if isinstance(entry, Prompt | OwnEntry)]
+    names = dict.fromkeys(name for own in columns for name in own)
+    for own in columns:
+        own |= {name: None for name in names if name not in own}
+
+
 def file_records(file: DataFile, settings: DataSettings, rows: SplitRows) -> Iterator[Record | BadRow]:
     """Yield the records of a file; those of a chat export are conversations, and `rows` gets what was made of it.
 
@@ -318,7 +329,9 @@ def parse_rows(
             elif records == "rated":
                 kind, entries = records, parse_rated(value)
             elif records in OWN_ENTRIES:
-                kind, entries = records, [own_entry(records).parse(value, settings)]
+                own = own_entry(records)
+                value = without_empty_cells(value, name, own.optional) if own.optional else value
+                kind, entries = records, [own.parse(value, settings)]
             else:
                 kind, entries = records, [parse_prompt(value)]
         except FormatError as error:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 from xml.etree.ElementTree import ParseError
 
-from mlx_lora.data.examples import MAX_LINE_BYTES, BadRow, Record, as_record, checked
+from mlx_lora.data.examples import MAX_LINE_BYTES, BadRow, Fields, Record, as_record, checked
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_json, parse_yaml
 
@@ -284,6 +284,7 @@ class _Allowance:
 MARKDOWN = (".md", ".markdown")
 DOCUMENTS = (".txt", *MARKDOWN)  # a file is one text
 FRONT_MATTER = re.compile(r"---[ \t]*\n(?P<settings>.*?\n)(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.DOTALL)
+TABLES = (".csv", ".tsv")  # where a cell without a value is an empty text
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet", *DOCUMENTS)
 INSTEAD = {  # what to do with files of other kinds
     **dict.fromkeys((".xls", ".ods", ".numbers"), "save it as .xlsx or .csv"),
@@ -324,6 +325,20 @@ def read_records(path: Path, sheet: str | None = None) -> Iterator[Record | BadR
         ".parquet": read_parquet,
     }
     yield from readers.get(path.suffix.lower(), _document)(path)
+
+
+def without_empty_cells(record: Fields, file: str, columns: re.Pattern[str]) -> Fields:
+    """Return a record of a .csv or .tsv file without the empty cells of some columns, which every row has there.
+
+    Args:
+        record: as it was read.
+        file: the name of its file; records of other files stay as they are.
+        columns: matches names in lower case, with `_` for spaces.
+    """
+    if not file.lower().endswith(TABLES):
+        return record
+    names = {name: "_".join(str(name).lower().replace("-", " ").split()) for name in record}
+    return {name: cell for name, cell in record.items() if cell or not columns.fullmatch(names[name])}
 
 
 def check_file(path: Path) -> None:

@@ -23,8 +23,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_lora.rollouts.ready_rewards import ANSWER_COLUMNS, MATH, PLAIN, ready_reward
-from mlx_lora.rollouts.rewards import TrainerState, call_reward, from_file, one_line, problem_of
+from mlx_lora.rollouts.rewards import TrainerState, call_reward, problem_of
 from mlx_lora.rollouts.tool_calls import Said
+from mlx_lora.rollouts.user_files import from_file, one_line
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.text import closest
 

@@ -5,7 +5,7 @@ In memory up to a bound, the least recently used ones leave first; and on disk:
     <cache>/pictures/<key>/<digest>.safetensors     embeddings (n, D), and deep (L, n, D) for models that have them
 
 The key covers everything that the numbers depend on besides the picture: tower and connector, image processor, dtype,
---max-pixels, the version of mlx-vlm and this package's code for towers. All keys together hold at most MOST_DISK_BYTES; when it is full,
+--max-pixels, the version of mlx-vlm and this package's code for towers and for files. All keys together hold at most MOST_DISK_BYTES; when it is full,
 pictures are seen again in each epoch unless memory holds them. Numbers are stored as they were computed, so a run that reads
 them, or is resumed, takes the same steps.
 """
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
+from mlx_lora.data.images import DECODING
 from mlx_lora.models.vision import ImageFeatures, VisionTower, arrays_of
 from mlx_lora.utils import device
 from mlx_lora.utils.files import cache_dir
@@ -164,6 +165,6 @@ def tower_key(tower: VisionTower, processor: ImageProcessor) -> str:
     versions = [package_version(name) for name in ("mlx", "mlx-vlm", "transformers", "pillow")]
     # The same weights see something else with another window or epsilon.
     own = {name: v for name, v in processor.config.items() if name == "vision_config" or not isinstance(v, dict)}
-    facts = [processor.identity, own, versions, device.measured_on(), tower.rescale]
+    facts = [processor.identity, own, versions, device.measured_on(), tower.rescale, DECODING]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode() + code)
     return digest.hexdigest()[:32]

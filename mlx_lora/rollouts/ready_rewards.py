@@ -14,6 +14,9 @@ from mlx_lora.utils.errors import InputError
 
 ANSWER_COLUMNS = ("answer", "solution", "completion", "output", "response")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+ESCAPED_COMMA = re.compile(
+    r"(?<!\\)((?:\\\\)*)\\x2c", re.IGNORECASE
+)  # \x2c, which is no comma between the numbers of {1,3}
 FINAL_MARK = "####"  # before the result in GSM8K's answers
 RewardFunction = Callable[..., list[float | None]]
 THINKING = re.compile(r"^\s*<think>(?!.*<think>).*?</think>\s*\S.*$", re.DOTALL)
@@ -117,6 +120,9 @@ def gym_score(completions: Sequence[Any], **columns: Any) -> list[float | None]:
     answers = columns.get("answer") or [None] * len(completions)  # of tasks with many right answers, none is known
     found: list[float | None] = []
     for said, answer, about in zip(completions, answers, columns["metadata"], strict=True):
+        if about is None:  # a record of other data
+            found.append(None)
+            continue
         score, text = package.get_score_answer_fn(about["source_dataset"]), text_of(said).strip()
         # JSON has no tuples, and some tasks compare what they find in an answer with tuples.
         forms = (about, _with_tuples(about))
@@ -163,7 +169,7 @@ def ready_reward(name: str) -> Callable[..., Any] | None:
         return length(int(argument))
     if kind == "regex":
         try:
-            return matches(re.compile(argument, re.DOTALL))
+            return matches(re.compile(ESCAPED_COMMA.sub(r"\1,", argument), re.DOTALL))
         except re.error as error:
             raise InputError(f"--reward {name}: not a regular expression ({error}); correct it") from None
     return fits_schema(_validator(name, Path(argument))) if kind == "json_schema" else None
@@ -185,11 +191,11 @@ def _validator(name: str, file: Path) -> Any:
 
 
 def _right_answers(completions: Sequence[Any], columns: dict[str, Any], name: str) -> Sequence[Any]:
-    """Return the record's own answer for each completion."""
-    for column in ANSWER_COLUMNS:
-        if column in columns:
-            return columns[column]
-    raise ValueError(f"{name} needs the right answer in a column of the data: {', '.join(ANSWER_COLUMNS)}")
+    """Return the record's own answer for each completion: its first column with one; None where it has none."""
+    found = [columns[column] for column in ANSWER_COLUMNS if column in columns]
+    if not found:
+        raise ValueError(f"{name} needs the right answer in a column of the data: {', '.join(ANSWER_COLUMNS)}")
+    return [next((one for one in own if one is not None), None) for own in zip(*found, strict=True)]
 
 
 def _number(text: str) -> float | None:

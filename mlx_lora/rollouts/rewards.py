@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import importlib.util
 import inspect
 import math
 import os
@@ -26,18 +25,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mlx_lora.config.objectives import VERIFIERS
 from mlx_lora.losses.policy import group_deviation
-from mlx_lora.rollouts.ready_rewards import GIVE, PLAIN, ready_reward
+from mlx_lora.rollouts.ready_rewards import GIVE, PLAIN, WITH_ARGUMENT, ready_reward
+from mlx_lora.rollouts.user_files import from_file, one_line
 from mlx_lora.utils.errors import InputError, RunError
-from mlx_lora.utils.files import sha256_of
 
 if TYPE_CHECKING:
     from mlx_lora.config.objectives import ObjectiveSettings
@@ -48,6 +46,7 @@ if TYPE_CHECKING:
 RewardFunction = Callable[..., Sequence[float | None]]
 Functions = Mapping[str, RewardFunction]
 NO_FUNCTIONS: Functions = MappingProxyType({})
+REGEX = "regex:"  # before a pattern
 IN_PYTHON = "python:"  # before the name of a function that was given in Python
 
 
@@ -83,10 +82,17 @@ def rewards_of(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS)
         raise InputError(f"--objective {settings.objective} requires --reward: {GIVE}")
     weights, names = _weights(settings.reward_weights, len(asked)), reward_names(settings)
     models = [_model_folder(text) for text in asked]
-    return [
-        Reward(name, no_function if model else functions.get(text) or _function(text), weight, model)
-        for name, text, weight, model in zip(names, asked, weights, models, strict=True)
-    ]
+    found = []
+    for place, (name, text, weight, model) in enumerate(zip(names, asked, weights, models, strict=True)):
+        try:
+            function = no_function if model else functions.get(text) or _function(text)
+        except InputError as error:
+            near_pattern = asked[place - 1 : place] + asked[place : place + 1] * (place + 1 < len(asked))
+            if not any(one.startswith(REGEX) for one in near_pattern):
+                raise
+            raise InputError(f"{error} (if this comma is part of the pattern, write it as \\x2c)") from None
+        found.append(Reward(name, function, weight, model))
+    return found
 
 
 def reward_names(settings: ObjectiveSettings) -> list[str]:
@@ -133,8 +139,22 @@ def reward_files(settings: ObjectiveSettings) -> dict[str, str]:
 
 
 def _asked(settings: ObjectiveSettings) -> list[str]:
-    """Return what --reward names, one text each."""
-    return [text.strip() for text in (settings.reward or "").split(",") if text.strip()]
+    """Return what --reward names, one text each; a comma in a pattern belongs to it unless a reward begins there."""
+    found: list[str] = []
+    for part in (settings.reward or "").split(","):
+        if found and found[-1].startswith(REGEX) and not _begins_reward(part.strip()):
+            found[-1] += f",{part}"
+        elif part.strip():
+            found.append(part.lstrip())
+    return [text.strip() for text in found]
+
+
+def _begins_reward(text: str) -> bool:
+    """Tell whether what follows a comma is a reward; names that are nearly right are, too, so that they are refused."""
+    if text.startswith((IN_PYTHON, "/", "./", "../", "~")) or text.endswith(".py") or ".py:" in text:
+        return True
+    kind = text.partition(":")[0]
+    return bool(get_close_matches(kind, [*PLAIN, *WITH_ARGUMENT], n=1, cutoff=0.8)) or _model_folder(text) is not None
 
 
 def _model_folder(text: str) -> Path | None:
@@ -180,50 +200,6 @@ def _function(name: str) -> RewardFunction:
         hint = f"did you mean {near[0]}?" if near else f"give {GIVE}"
         raise InputError(f"--reward {name}: {hint}")
     return from_file("--reward", name, "function")
-
-
-def from_file(flag: str, name: str, what: str) -> Any:
-    """Return a function or class of a user's file.
-
-    Args:
-        flag: that names it, for messages.
-        name: FILE.py:NAME.
-        what: it is, for messages.
-
-    Raises:
-        InputError: there is no such file, it cannot be run, or it has no such name.
-    """
-    path, _, attribute = name.rpartition(":")
-    module = module_of(path, f"{flag} {name}")
-    if not callable(vars(module).get(attribute)):
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise InputError(f"{flag} {name}: {path} has no {what} {attribute}; it has {', '.join(known) or 'none'}")
-    return vars(module)[attribute]
-
-
-def module_of(path: str, asked: str) -> ModuleType:
-    """Return a user's file, which `asked` names, as a module; errors as of `from_file`.
-
-    A file is run once, so that a reward sees the class that its file also defines for --environment.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise InputError(f"{asked}: there is no file {file}; give its path")
-    try:
-        return _module(file.resolve(), sha256_of(file))
-    except Exception as error:  # a user's code may raise anything
-        raise InputError(f"{asked}: {file} cannot be run ({one_line(error)}); correct it") from error
-
-
-@lru_cache(maxsize=16)
-def _module(file: Path, content: str) -> ModuleType:
-    """Run a file with this check sum."""
-    spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise ImportError("not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # Calls
@@ -332,11 +308,6 @@ def guarded(
     except Exception as error:  # a user's code may raise anything
         fail(f"{name} failed ({one_line(error)}) for {_shown(answers, 0)}", settings, note)
     return None
-
-
-def one_line(error: BaseException) -> str:
-    """Return the kind of an error and the first line of its message."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 class TooLong(BaseException):

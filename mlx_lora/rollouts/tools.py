@@ -31,10 +31,9 @@ from mlx_lora.rollouts.rewards import (
     TooLong,
     at_most,
     awaited,
-    from_file,
-    module_of,
 )
 from mlx_lora.rollouts.tool_calls import Call
+from mlx_lora.rollouts.user_files import from_file, module_of
 from mlx_lora.utils.errors import InputError
 
 Tool = Callable[..., Any]
@@ -256,12 +255,13 @@ def begin(environment: Any, columns: Mapping[str, Any], seed: int) -> str | None
     Args:
         environment: an instance.
         columns: of the record.
-        seed: given as `seed` if it takes one, unless a column has this name.
+        seed: given as `seed` if it takes one, unless the record has one of its own in a column of this name.
 
     Raises:
         TypeError: it returned neither a text nor None.
     """
-    given = {"seed": seed, **columns}
+    own = columns.get("seed")
+    given = {**columns, "seed": seed if own is None else own}
     parameters = inspect.signature(environment.reset).parameters.values()
     if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters):
         given = {one.name: given[one.name] for one in parameters if one.name in given}

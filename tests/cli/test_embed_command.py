@@ -44,7 +44,7 @@ def test_a_folder_of_notes_becomes_vectors_with_their_texts(tiny_folder, adapter
     ran = run("embed", tmp_path / "notes", "--model", tiny_folder, "--adapter-path", adapter, "--out", out, "--json")
     assert ran.code == 0, ran.err
     assert json.loads(ran.out) | {"model": ""} == {
-        "texts": 2, "width": 64, "model": "", "out": str(out), "pooling": "mean", "adapter_path": str(adapter),
+        "texts": 2, "width": 64, "model": "", "out": str(out), "columns": [], "pooling": "mean", "adapter_path": str(adapter),
     }  # fmt: skip
     vectors, texts = np.load(out), [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
     assert vectors.shape == (2, 64)
@@ -87,6 +87,15 @@ def test_a_table_has_vectors_beside_their_texts(tiny_folder, data, tmp_path):
     assert np.array(table["embedding"]).shape == (24, 64)
 
 
+@pytest.mark.parametrize(("query", "column"), [(["--query"], "query"), ([], "positive")])
+def test_queries_of_pairs_are_read_as_queries(tiny_folder, data, tmp_path, query, column):
+    out = tmp_path / "v.npy"
+    ran = run("embed", data, "--model", tiny_folder, *query, "--out", out, "--json")
+    assert json.loads(ran.out)["columns"] == [column]
+    texts = [json.loads(line)["text"] for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert texts == [json.loads(line)[column] for line in data.read_text().splitlines()]
+
+
 def test_search_is_measured_for_base_and_adapter(tiny_folder, data, adapter, tmp_path):
     corpus = tmp_path / "more.jsonl"
     corpus.write_text("".join(json.dumps({"text": f"Another text, {n}."}) + "\n" for n in range(5)))
@@ -124,7 +133,9 @@ def test_mined_negatives_are_near_and_not_the_querys_own(tiny_folder, data, tmp_
     ran = run(*common, "--margin", 0, "--json")
     assert ran.code == 0, ran.err
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert json.loads(ran.out)["negatives"] == sum(len(row["negatives"]) for row in rows) > 24
+    counts = json.loads(ran.out)
+    assert counts["negatives"] + counts["kept"] == sum(len(row["negatives"]) for row in rows) > 48
+    assert [row["negatives"][0] for row in rows] == [f"Dog {n}." for n in range(24)]
     base = mlx_lora.load(str(tiny_folder))
 
     def cosines(row: dict) -> np.ndarray:
@@ -134,19 +145,58 @@ def test_mined_negatives_are_near_and_not_the_querys_own(tiny_folder, data, tmp_
 
     for row in rows[:4]:
         assert row["positive"] not in row["negatives"]
-        own, *others = cosines(row)
+        own, *others = cosines({**row, "negatives": row["negatives"][1:]})  # the first is the row's own
         assert all(other <= own + 1e-5 for other in others)
         assert others == sorted(others, reverse=True)
     one_line(run(*common), "exists")
     assert run(*common, "--force", "--margin", 0.5).code == 0
     for line in out.read_text().splitlines()[:4]:
-        own, *others = cosines(json.loads(line))
+        row = json.loads(line)
+        own, *others = cosines({**row, "negatives": row["negatives"][1:]})
         assert all(other <= own / 2 + 1e-5 for other in others)
     again = tmp_path / "b"
     trained = run(
         "train", "--objective", "embed", "--model", tiny_folder, "--data", out, "--adapter-path", again, "--iters", 1,
     )  # fmt: skip
     assert trained.code == 0, trained.err
+
+
+def test_mined_negatives_follow_those_of_each_pair(tiny_folder, tmp_path):
+    rows = [
+        {"query": "q", "positive": "a", "negatives": ["x", "y"]},
+        {"query": "q", "positive": "b", "negatives": ["x"]},
+        {"query": "q", "positive": "a", "negatives": ["y", "z"]},
+        {"query": "r", "positive": "c"},
+    ]
+    file, out = tmp_path / "pairs.jsonl", tmp_path / "mined.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ran = run("mine", "--model", tiny_folder, "--data", file, "--out", out, "--count", 9, "--margin", 0, "--json")
+    assert ran.code == 0, ran.err
+    found = {(row["query"], row["positive"]): row["negatives"] for row in map(json.loads, out.read_text().splitlines())}
+    assert found["q", "a"][:3] == ["x", "y", "z"]
+    assert found["q", "b"][0] == "x"
+    assert all(len(set(negatives)) == len(negatives) for negatives in found.values())
+    assert not {"a", "b"} & {*found["q", "a"], *found["q", "b"]}
+    counts = json.loads(ran.out)
+    assert counts["kept"] == 4
+    assert counts["negatives"] == sum(map(len, found.values())) - 4
+
+
+def test_a_file_that_is_read_is_never_replaced(tiny_folder, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "one"}\n')
+    notes, pairs = tmp_path / "a.md", tmp_path / "pairs.jsonl"
+    notes.write_text("one")
+    pairs.write_text('{"query": "a", "positive": "b"}\n')
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    out, model = tmp_path / "texts.npy", ("--model", tiny_folder)
+    one_line(run("embed", notes, *model, "--out", out), "texts.jsonl")  # someone's file
+    one_line(run("embed", texts, *model, "--out", out, "--force"), "texts.jsonl")
+    one_line(run("mine", *model, "--data", pairs, "--out", pairs, "--force"), "pairs.jsonl")
+    one_line(run("mine", *model, "--data", pairs, "--corpus", texts, "--out", texts, "--force"), "texts.jsonl")
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert run("embed", notes, *model, "--out", out, "--force").code == 0
+    assert texts.read_bytes() != before[texts]
 
 
 def test_bad_input_is_one_line(tiny_folder, data, tmp_path):

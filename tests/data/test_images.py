@@ -223,6 +223,34 @@ def test_a_rotated_picture_is_upright(folder):
     assert not np.array_equal(np.asarray(found.pixels()), np.asarray(image.transpose(Image.Transpose.ROTATE_90)))
 
 
+def transparent() -> dict[str, bytes]:
+    """Return pictures of two pixels, the left one red and the right one transparent, in each form that files have."""
+    alpha = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    alpha.putpixel((0, 0), (255, 0, 0, 255))
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 0])
+    palette.putpixel((1, 0), 1)
+    rgb = alpha.convert("RGB")
+    return {
+        "RGBA": as_bytes(alpha), "webp": as_bytes(alpha, "WEBP", lossless=True), "gif": as_bytes(palette, "GIF", transparency=1),
+        "palette": as_bytes(palette, transparency=1), "one color of RGB": as_bytes(rgb, transparency=(0, 0, 0)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", transparent())
+def test_what_is_transparent_is_white(name):
+    pixels = np.asarray(ImageFiles([]).open(transparent()[name]).pixels())
+    assert pixels.tolist() == [[[255, 0, 0], [255, 255, 255]]]
+
+
+def test_what_is_half_transparent_is_half_white():
+    image = noise(8, 8).convert("RGBA")
+    image.putalpha(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4))
+    rgb, alpha = np.asarray(image)[..., :3].astype(float), np.asarray(image)[..., 3:] / 255
+    found = np.asarray(ImageFiles([]).open(as_bytes(image)).pixels())
+    assert np.abs(found - (rgb * alpha + 255 * (1 - alpha))).max() <= 1
+
+
 def test_a_picture_that_has_changed_is_told(folder):
     file = folder / "changing.png"
     file.write_bytes(WHOLE)

@@ -179,6 +179,7 @@ def test_predictions_are_written_as_lines_of_json_and_as_csv(tiny_folder, data, 
     assert sum(found[0]["probabilities"].values()) == pytest.approx(1)
     rows = [*texts(4), {"text": "  "}]
     file = write(tmp_path / "in.jsonl", rows)
+    kept = file.read_text()
     ran = run(*common, "--data", file, "--out", tmp_path / "out.csv")
     assert "1 text could not be labeled" in ran.err
     with (tmp_path / "out.csv").open(newline="") as opened:
@@ -194,6 +195,22 @@ def test_predictions_are_written_as_lines_of_json_and_as_csv(tiny_folder, data, 
     one_line(run(*common, "--text", ""), "empty text")
     one_line(run(*common, "--data", file, "--out", "x.txt"), ".jsonl or .csv")
     one_line(run(*common, "--data", data), "is a folder")
+    one_line(run(*common, "--data", file, "--out", tmp_path / "out.csv"), "exists")
+    one_line(run(*common, "--data", file, "--out", file, "--force"), str(file))
+    assert file.read_text() == kept
+
+
+def test_a_table_of_predictions_has_the_columns_of_all_records(tiny_folder, trained, tmp_path):
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.csv"
+    rows = [{"text": "day 3: aaa", "id": 1, "error": "none"}, {"text": "day 4: bbb", "shop": "north"}, {"text": " "}]
+    file.write_text("{\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    ran = run("predict", "--model", tiny_folder, "--adapter-path", trained, "--data", file, "--out", out)
+    assert "2 texts could not be labeled" in ran.err
+    with out.open(newline="") as opened:
+        table = list(csv.DictReader(opened))
+    assert list(table[0]) == ["text", "id", "shop", "predicted", "probability", "error"]
+    assert [row["predicted"] for row in table] == ["", "cold", "hot", ""]
+    assert (table[1]["id"], table[1]["error"], table[2]["shop"]) == ("1", "none", "north")
 
 
 def test_python_predicts_what_the_command_does(tiny_folder, trained):

@@ -15,9 +15,12 @@ from run_cli import one_line, run
 
 import mlx_lora
 from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.candidates import GRADES, ROWS, pair_text, parse_candidates
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import EmptyPart, FormatError
+from mlx_lora.data.files import DataFile
+from mlx_lora.data.read import read_rows
 from mlx_lora.data.sampler import BatchPlan
 from mlx_lora.losses.check import choose_loss
 from mlx_lora.losses.ranking import (
@@ -170,6 +173,21 @@ def test_records_in_all_forms():
             parse_candidates(record)
     with pytest.raises(EmptyPart):
         parse_candidates({"query": " ", "document": "a", "label": 1})
+
+
+@pytest.mark.parametrize(("suffix", "between"), [(".csv", ","), (".tsv", "\t")])
+def test_an_empty_cell_of_a_table_is_no_negative(tmp_path, suffix, between):
+    lines = (
+        ("query", "positive", "negative_1", "Negative 2"),
+        ("q", "a", "b", ""),
+        ("r", "a", "b", "c"),
+        ("s", "a", "", ""),
+    )
+    file = tmp_path / f"rows{suffix}"
+    file.write_text("".join(between.join(line) + "\n" for line in lines))
+    rows = read_rows([DataFile(file, file.name)], DataSettings(), "candidates")
+    assert [entry.documents for entry in rows.entries] == [("a", "b"), ("a", "b", "c")]
+    assert len(rows.dropped) == 1  # without any
 
 
 def test_rows_of_one_query_are_one_example(tiny_folder, tmp_path):

@@ -25,6 +25,7 @@ from mlx_lora.models.image_inputs import ImageInputSpec, PositionsAndMask, Posit
 from mlx_lora.models.load import load_base
 from mlx_lora.models.tower_files import of_connector, of_tower
 from mlx_lora.models.vision import arrays_of, load_tower
+from mlx_lora.objectives import image_features
 from mlx_lora.objectives.image_features import tower_key
 from mlx_lora.objectives.tower_training import BUFFERS, tower_targets
 from mlx_lora.serving.pictures import PictureReader
@@ -124,8 +125,8 @@ def test_an_adapter_with_a_whole_connector_is_read_again(family, tmp_path):
     assert not any(mx.array_equal(untouched[name], stored[name]) for name in info.full)
 
 
-def test_what_a_tower_saw_is_kept_by_its_settings_too(tmp_path):
-    """The same weights see something else with smaller windows."""
+def test_what_a_tower_saw_is_kept_by_its_settings_too(tmp_path, monkeypatch):
+    """The same weights see something else with smaller windows, and with pictures that are decoded in another way."""
     keys = []
     for window in (56, 112, 56):
         folder = tmp_path / str(len(keys))
@@ -133,6 +134,8 @@ def test_what_a_tower_saw_is_kept_by_its_settings_too(tmp_path):
         config = json.loads((folder / "config.json").read_text())
         keys.append(tower_key(load_tower(folder, mx.float32), ImageProcessor(folder, config)))
     assert keys[0] == keys[2] != keys[1]
+    monkeypatch.setattr(image_features, "DECODING", 1)
+    assert tower_key(load_tower(folder, mx.float32), ImageProcessor(folder, config)) not in keys
 
 
 def test_small_gemma_4_gives_blocks_the_padding_of_image_tokens(tmp_path):

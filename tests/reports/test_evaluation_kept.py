@@ -117,6 +117,9 @@ def test_a_page_of_its_own(evaluate, folder, tiny_folder, chats, tmp_path):
     assert text.count("<th>") == 4
     one_line(evaluate("--data", chats, "--report", tmp_path / "no" / "page.html"), "--report", "page.html")
     one_line(evaluate("--data", chats, "--objective", "dpo", "--report", page), "--report")
+    before = chats.read_bytes()
+    one_line(evaluate("--data", chats, "--report", chats), ".html")
+    assert chats.read_bytes() == before
     alone = run("evaluate", "--model", tiny_folder, "--data", chats, "--show", 1, "--report", tmp_path / "base.html")
     assert alone.code == 0, alone.err
     assert (tmp_path / "base.html").read_text().count("<th>") == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import mlx.core as mx
@@ -15,6 +16,9 @@ from mlx_lora.data.batch import collate
 from mlx_lora.data.chat_template import chat_tokens
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.examples import Completion, Conversation
+from mlx_lora.data.files import find_sets
+from mlx_lora.data.load import load_eval_set
+from mlx_lora.data.mix import read_sets
 from mlx_lora.data.prompts import observation_tokens, with_observation
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.objectives.policy_arrays import LENGTHS, REWARDS, TRUNCATED
@@ -28,6 +32,7 @@ from mlx_lora.rollouts.environment import (
     seeds_of,
 )
 from mlx_lora.rollouts.make_environment import check_environment
+from mlx_lora.rollouts.ready_rewards import exact_match
 from mlx_lora.rollouts.rewards import Reward, TrainerState, no_function, reward_files
 from mlx_lora.rollouts.rollout import Rollouts
 from mlx_lora.rollouts.sampler import answer_keys
@@ -257,6 +262,32 @@ def test_one_turn_gives_every_answer_to_the_rewards_at_once():
     assert calls == [(["p0"] * 2, ["a", "bb"], ids, [3, 3], 7)]
     assert found.rewards.tolist() == [[1], [2]]
     assert found.episodes[0].sampled.all()
+
+
+@pytest.mark.parametrize("pictures", [False, True])
+def test_every_batch_has_the_columns_of_all_rows(tmp_path, pictures):
+    """A batch without a hint gives the reward None for it, as TRL does, and so does a split without one."""
+    rows = [{"prompt": f"p{number}", "answer": None} for number in range(6)]
+    rows[2] |= {"hint": "h", "tip": None}
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "valid.jsonl").write_text('{"prompt": "other"}\n')
+    asked = replace(SETTINGS.data, data=str(tmp_path))
+    parts, _, _ = read_sets(find_sets(str(tmp_path)), asked, "picture prompts" if pictures else "prompts")
+    found = [entry.columns for split in ("train", "valid") for entry in parts[split].entries]
+    assert [sorted(columns) for columns in found] == [["answer", "hint", "prompt", "tip"]] * 7
+    assert [columns["hint"] for columns in found] == [None, None, "h", None, None, None, None]
+    if pictures:
+        return
+    one = load_eval_set(str(tmp_path / "train.jsonl"), asked, PLAIN, "prompts").facts[0]
+
+    def reward(completions, hint, tip, **columns):
+        return [float(hint == [None] * 2 == tip)] * 2
+
+    env = SingleTurnEnv([Reward("r", reward), Reward("e", exact_match)], SETTINGS.objective, PLAIN)
+    env.reset([tokens_of("p0")], [one], 2, [0], print)
+    rewards = env.step([0, 1], [tokens_of("a")] * 2, print).rewards
+    assert rewards[:, 0].tolist() == [1, 1]
+    assert np.isnan(rewards[:, 1]).all()
 
 
 def test_what_is_no_environment_is_one_line(tmp_path):

@@ -38,6 +38,7 @@ def given(name: str, *texts: str, chat: bool = False, **columns):
 def test_ready_rewards():
     assert given("exact_match", " 4\n", "5", answer=["4", "4"]) == [1.0, 0.0]
     assert given("exact_match", "x", solution=[None]) == [None]
+    assert given("exact_match", "x", "y", answer=[None, "z"], solution=["x", "y"]) == [1.0, 0.0]
     gsm8k = ["She has 3 + 4.\n#### 7", "#### 1,200"]
     assert given("number_match", "I think 3 and then 7.", "1200.0", answer=gsm8k) == [1.0, 1.0]
     assert given("number_match", "#### 7 because 8", "12", answer=gsm8k) == [1.0, 0.0]
@@ -143,12 +144,43 @@ def test_what_is_reported_of_rewards():
 
 
 @pytest.mark.parametrize(
+    ("reward", "parts"),
+    [
+        (r"regex:^\d{1,3}$", [r"regex:^\d{1,3}$"]),
+        (r"exact_match, regex:^a, b$ ,length:200", ["exact_match", "regex:^a, b$", "length:200"]),
+        ("regex:a,regex:b,c,mine.py:f,python:g", ["regex:a", "regex:b,c", "mine.py:f", "python:g"]),
+        ("regex:[,;],tests", ["regex:[,;]", "tests"]),  # a folder
+        ("exact_match,number_match,", ["exact_match", "number_match"]),
+    ],
+)
+def test_a_comma_in_a_pattern_is_part_of_it(reward, parts, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").mkdir()
+    found = rewards_of(replace(ASKED, reward=reward), dict.fromkeys(parts, len))
+    assert len(found) == len(parts)
+    assert all(one.model or one.function is len for one in found)
+
+
+def test_a_pattern_may_count():
+    [one] = rewards_of(replace(ASKED, reward=r"regex:^\d{1,3}$"))
+    assert one.function(["12", "1234"]) == [1.0, 0.0]
+
+
+def test_an_escaped_comma_is_one():
+    assert given(r"regex:^\d{1\x2c3}$", "12", "1234") == [1.0, 0.0]
+    assert given(r"regex:^a\x2c[\x2C]$", "a,,", "a,;") == [1.0, 0.0]
+    assert given(r"regex:^\\x2c$", "\\x2c", ",") == [1.0, 0.0]  # a backslash before x2c
+
+
+@pytest.mark.parametrize(
     ("reward", "weights", "words"),
     [
         (None, None, "requires --reward"),
         ("exact_mach", None, "did you mean exact_match"),
         ("length:x", None, "as in length:200"),
         ("regex:(", None, "not a regular expression"),
+        ("regex:(a,length:3)", None, "x2c"),
+        ("regex:^a$,exact_mach", None, "did you mean exact_match.*x2c"),
         ("missing.py:f", None, "there is no file"),
         ("exact_match", "1,2", "give 1 numbers"),
         ("exact_match", "nan", "give 1 numbers"),

@@ -20,9 +20,10 @@ from mlx_lora.data.tokenize import Encoder
 from mlx_lora.rollouts.environment import Agent, Played, play
 from mlx_lora.rollouts.fixed_prompts import talk_text
 from mlx_lora.rollouts.make_environment import check_environment, episode_rewards, own_reward, toolbox_of
-from mlx_lora.rollouts.rewards import module_of, reward_files, reward_names, rewards_of
+from mlx_lora.rollouts.rewards import reward_files, reward_names, rewards_of
 from mlx_lora.rollouts.tool_env import CALLS, CUT, FAILURES, TURNS, ToolEnv, failures_of_calls, with_ids
-from mlx_lora.rollouts.tools import asked_tools, plain_tools
+from mlx_lora.rollouts.tools import asked_tools, begin, plain_tools
+from mlx_lora.rollouts.user_files import module_of
 from mlx_lora.utils.errors import InputError, RunError
 
 ASKED = {"model": "m", "data": "d", "objective": "grpo", "group_size": 2, "max_new_tokens": 4000, "reward_timeout": 0.2}
@@ -246,6 +247,15 @@ def test_random_numbers_belong_to_the_episode(file):
     assert first[0] == first[1]
     assert luck(4) == first
     assert luck(5) != first
+
+
+def test_a_column_may_give_the_seed_and_one_that_is_empty_does_not():
+    class Begun:
+        def reset(self, seed, hint):
+            return f"{seed} {hint}"
+
+    assert begin(Begun(), {"hint": None, "seed": None}, 4) == "4 None"
+    assert begin(Begun(), {"hint": "h", "seed": 0}, 4) == "0 h"
 
 
 @pytest.mark.parametrize("errors", ["stop", "skip"])

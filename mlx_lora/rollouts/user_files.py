@@ -1,0 +1,99 @@
+"""Run a user's Python file that has rewards, metrics, tools, or environments.
+
+A file may import what is beside it and what is in the current folder, as with `python FILE.py`, also later, in a function.
+Two files of one name in different folders are two modules, each with what is beside it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import sha256_of
+
+_neighbors: dict[str, Path] = {}  # modules that users' files imported from the folder beside them
+
+
+def from_file(flag: str, name: str, what: str) -> Any:
+    """Return a function or class of a user's file.
+
+    Args:
+        flag: that names it, for messages.
+        name: FILE.py:NAME.
+        what: it is, for messages.
+
+    Raises:
+        InputError: there is no such file, it cannot be run, or it has no such name.
+    """
+    path, _, attribute = name.rpartition(":")
+    module = module_of(path, f"{flag} {name}")
+    if not callable(vars(module).get(attribute)):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise InputError(f"{flag} {name}: {path} has no {what} {attribute}; it has {', '.join(known) or 'none'}")
+    return vars(module)[attribute]
+
+
+def module_of(path: str, asked: str) -> ModuleType:
+    """Return a user's file, which `asked` names, as a module; errors as of `from_file`.
+
+    A file is run once, so that a reward sees the class that its file also defines for --environment.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise InputError(f"{asked}: there is no file {file}; give its path")
+    try:
+        return _module(file.resolve(), sha256_of(file))
+    except Exception as error:  # a user's code may raise anything
+        raise InputError(f"{asked}: {file} cannot be run ({one_line(error)}); correct it") from error
+
+
+@lru_cache(maxsize=16)
+def _module(file: Path, content: str) -> ModuleType:
+    """Run a file with this check sum."""
+    name = f"{re.sub(r'[^a-zA-Z0-9]', '_', file.stem)}_{sha256_of(f'{file} {content}')[:12]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError("not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses and pickle look for it
+    try:
+        with _importing_from(file.parent):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """Let imports find a folder and the current one: in here first, and afterwards last, for those in functions."""
+    here = {one.stem if one.suffix == ".py" else one.name for one in folder.iterdir()}
+    for name, other in list(_neighbors.items()):
+        if other != folder and name.partition(".")[0] in here:  # another folder's; who imported it keeps it
+            sys.modules.pop(name, None)
+            del _neighbors[name]
+    before, own = set(sys.modules), list(dict.fromkeys([str(folder), os.getcwd()]))
+    sys.path[:0] = own
+    try:
+        yield
+    finally:
+        for one in own:
+            if one in sys.path:
+                sys.path.remove(one)
+        sys.path += [one for one in own if one not in sys.path]
+        _neighbors.update({name: folder for name in set(sys.modules) - before if name.partition(".")[0] in here})
+
+
+def one_line(error: BaseException) -> str:
+    """Return the kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

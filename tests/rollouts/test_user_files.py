@@ -1,0 +1,77 @@
+"""Files of a user's own code: what they may import, and that two files of one name stay apart."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+
+import pytest
+
+from mlx_lora.rollouts.user_files import from_file
+from mlx_lora.utils.errors import InputError
+
+REWARD = """
+from __future__ import annotations
+from dataclasses import dataclass
+from user_helpers import number
+
+@dataclass
+class Score:
+    value: float
+
+def mine(completions, **columns):
+    return [Score(float(number))] * len(completions)
+
+def late(completions, **columns):
+    import user_later
+    return [user_later.number] * len(completions)
+"""
+
+
+@pytest.fixture
+def paths(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name in ("user_helpers", "user_later", "user_here"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def folders(tmp_path, paths):
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "rewards.py").write_text(REWARD)
+        (folder / "user_helpers.py").write_text(f"number = {number}\n")
+        (folder / "user_later.py").write_text("number = 3\n")
+    return tmp_path
+
+
+def test_a_file_may_have_dataclasses_and_import_what_is_beside_it(folders):
+    mine = from_file("--reward", f"{folders / '1' / 'rewards.py'}:mine", "function")
+    [score] = mine(["a"])
+    assert score.value == 1
+    assert pickle.loads(pickle.dumps(score)) == score
+    assert from_file("--reward", f"{folders / '1' / 'rewards.py'}:late", "function")(["a"]) == [3]
+
+
+def test_files_of_one_name_in_two_folders_are_two(folders):
+    functions = [from_file("--reward", f"{folders / name / 'rewards.py'}:mine", "function") for name in ("1", "2")]
+    assert [function(["a"])[0].value for function in functions] == [1, 2]
+    assert len({type(function(["a"])[0]) for function in functions}) == 2
+
+
+def test_a_file_may_import_from_the_current_folder(tmp_path, paths, monkeypatch):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "user_here.py").write_text("number = 4\n")
+    (tmp_path / "code" / "r.py").write_text("from user_here import number\ndef f(): return number\n")
+    monkeypatch.chdir(tmp_path)
+    assert from_file("--reward", "code/r.py:f", "function")() == 4
+
+
+def test_a_file_that_fails_leaves_nothing(tmp_path, paths):
+    (tmp_path / "broken.py").write_text("import sys\nassert __name__ in sys.modules\n1 / 0\n")
+    before = set(sys.modules)
+    with pytest.raises(InputError, match="ZeroDivisionError"):
+        from_file("--reward", f"{tmp_path / 'broken.py'}:f", "function")
+    assert set(sys.modules) == before
