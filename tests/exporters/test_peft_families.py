@@ -159,7 +159,7 @@ def test_norms_that_mlx_lm_shifts_are_shifted_back(kind, path):
     model.model_type, model.model = kind, nn.Module()
     model.model.norm, model.model.q_norm = nn.RMSNorm(4), nn.RMSNorm(4)
     model.update({"model": {path.rpartition(".")[2]: {"weight": mx.array([1.5, 1.0, 0.5, 2.0])}}})
-    [(name, theirs)] = full_for_peft(model, (f"{path}.weight",), False)[0].items()
+    [(name, theirs)] = full_for_peft(model, (f"{path}.weight",), None)[0].items()
     assert theirs.tolist() == [0.5, 0.0, -0.5, 1.0]
     back = full_values({name: (path, "weight")}, {name: theirs}, model)
     assert back[path, "weight"].tolist() == [1.5, 1.0, 0.5, 2.0]
