@@ -288,7 +288,7 @@ class AdapterLayer(nn.Module):
         Args:
             name: of the layer in transformers.
             row_factors: (out, 1), the factors by which mlx-lm multiplies the base's rows on loading; None for none.
-            tied: whether the model's output head is its embedding.
+            tied: whether this layer is an embedding that is the model's output head, too.
         """
         a, b = self.transposed_factors()
         return {name: {"lora_A.weight": a, "lora_B.weight": b if row_factors is None else b / row_factors}}

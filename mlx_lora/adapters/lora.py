@@ -220,7 +220,9 @@ class DoRALinear(DoRALayer):
     def to_peft(self, name: str, row_factors: mx.array | None, tied: bool) -> dict[str, dict[str, mx.array]]:
         """Return the factors and the lengths in PEFT's format."""
         own = super().to_peft(name, row_factors, tied)[name]
-        return {name: {**own, "lora_magnitude_vector": self.m if row_factors is None else self.m / row_factors[:, 0]}}
+        lengths = self.m if row_factors is None else self.m / row_factors[:, 0]
+        # PEFT itself writes the name without `.weight` and reads both; transformers finds only this one.
+        return {name: {**own, "lora_magnitude_vector.weight": lengths}}
 
     def serving_factors(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array | None]:
         """Return the arrays for a row of a served batch; the gains are m / |W + D|."""

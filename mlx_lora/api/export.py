@@ -17,13 +17,13 @@ from mlx_lora.adapters.qat import FUSED_ONLY
 from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
-from mlx_lora.exporters.adapter_config import LABELS_FILE, SAME_LAYOUT, label_names
-from mlx_lora.exporters.adapter_folder import load_adapter, save_adapter, trains_tower
+from mlx_lora.exporters.adapter_config import LABELS_FILE, SAME_LAYOUT, TEMPLATE_FILE, label_names, remove_earlier
+from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, load_adapter, save_adapter, trains_tower
 from mlx_lora.exporters.card import CARD_FILE, check_repo, push, read_facts, write_card
 from mlx_lora.exporters.fuse import Rounding, take_stored_dtypes, write_fused
 from mlx_lora.exporters.mlx_vlm import write_mlx_vlm
 from mlx_lora.exporters.ollama import write_ollama
-from mlx_lora.exporters.peft import write_peft
+from mlx_lora.exporters.peft import PEFT_WEIGHTS, write_peft
 from mlx_lora.exporters.sentence_transformers import BODIES, EmbeddingForm, peft_of_body, with_names_of_body, write_form
 from mlx_lora.gguf.mmproj import Mmproj, mmproj_of, mmproj_path
 from mlx_lora.gguf.write import DEFAULT_TYPE, GGUF_TYPES, STORED, write_gguf_adapter, write_gguf_model
@@ -160,6 +160,11 @@ def write_export(
         card = write_card(out, form.card_library, base, info, read_facts(adapter), settings.base_id, repo)
         log.info(f"{out / CARD_FILE}: {'the model card' if card else 'your own file, left as it is'}")
     log.info(f"{out}: written for {form.reader.format(out=out)}")
+    if info and info.chat_template and settings.to in WITHOUT_TEMPLATE:
+        log.info(
+            f"Note: the adapter was trained with a chat template of its own, and --to {settings.to} has no place for it, so "
+            "the base's is used there; fuse, or export a merged model, to keep it"
+        )
     if uses := form.uses(job):
         log.info("What to do next:\n" + "\n".join(f"    {line}" for line in uses))
     if repo:
@@ -170,6 +175,8 @@ def write_export(
 
 # Forms that have a place for a changed vision tower.
 WITH_TOWER = ("gguf", "peft", "mlx-vlm")
+# Forms whose readers take the chat template of the base.
+WITHOUT_TEMPLATE = ("mlx-lm", "mlx-vlm", "gguf-adapter")
 
 # Checks before the work
 
@@ -278,8 +285,23 @@ def _write_peft(job: Export) -> None:
     base_id = job.settings.base_id or job.info.base_model
     qalora = job.settings.to == "peft-qalora"
     write_peft(job.settings.out, job.base.model, base_id, job.info.dropout, job.info.full, qalora)
+    remove_earlier(job.settings.out, PEFT_WEIGHTS)
     if job.info.head:
         write_json(job.settings.out / LABELS_FILE, {**label_names(job.info.head), "mlx_lora": job.info.head})
+    _write_own_template(job)
+
+
+def _write_own_template(job: Export) -> None:
+    """Write an adapter's own chat template beside it, in the tokenizer's files, as TRL does."""
+    if not job.info.chat_template:
+        return
+    tokenizer = job.base.hf_tokenizer
+    before, tokenizer.chat_template = tokenizer.chat_template, job.info.chat_template
+    try:
+        tokenizer.save_pretrained(job.settings.out)
+    finally:
+        tokenizer.chat_template = before
+    (job.settings.out / TEMPLATE_FILE).write_text(job.info.chat_template, encoding="utf-8")
 
 
 def _write_mlx_lm(job: Export) -> None:
@@ -289,6 +311,7 @@ def _write_mlx_lm(job: Export) -> None:
         raise InputError(f"--to mlx-lm: the adapter {FUSED_ONLY}")
     _check_factors(job)
     save_adapter(job.settings.out, job.base.model, job.info, same_rank=True)
+    remove_earlier(job.settings.out, WEIGHTS_FILE)
 
 
 def _check_factors(job: Export) -> None:
@@ -321,6 +344,7 @@ def _write_mlx_vlm(job: Export) -> None:
         raise InputError(f"--to mlx-vlm: a {kind} model sees no pictures; use --to mlx-lm")
     _check_factors(job)
     write_mlx_vlm(job.settings.out, job.base.model, job.info, kind)
+    remove_earlier(job.settings.out, WEIGHTS_FILE)
 
 
 def _use_mlx_vlm(job: Export) -> list[str]:
@@ -368,6 +392,7 @@ def _write_sentence_transformers_peft(job: Export) -> None:
     _write_peft(job)
     peft_of_body(out)
     copy_side_files(job.base.folder, out)
+    _write_own_template(job)  # instead of the base's
     write_form(out, form, job.base.hf_tokenizer)
 
 

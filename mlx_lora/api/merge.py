@@ -26,7 +26,8 @@ from mlx_lora.api.fused_gain import affordable_batches, given_rows, loss_on, row
 from mlx_lora.config.fields import flag_of
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.files import find_sets
-from mlx_lora.exporters.adapter_folder import AdapterInfo, load_adapter, run_of, save_adapter
+from mlx_lora.exporters.adapter_config import remove_earlier
+from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, AdapterInfo, load_adapter, run_of, save_adapter
 from mlx_lora.exporters.card import CardFacts, write_card
 from mlx_lora.models.folder import write_json
 from mlx_lora.models.load import Base
@@ -285,6 +286,7 @@ class MergeJob:
         ranks = [part.rank for part in factors.values()]
         merged = Merged(self.out, self.settings, self.weights, max(ranks), len(ranks))
         template = self._write(base, sources, factors, CardFacts(objective=vectors.get("objective", "sft")))
+        remove_earlier(self.out, WEIGHTS_FILE, FACTS_FILE)
         if vectors:
             with replacing_file(self.out / RUN_FILE) as temporary:
                 temporary.write_text(yaml.safe_dump(vectors, sort_keys=False, allow_unicode=True), encoding="utf-8")

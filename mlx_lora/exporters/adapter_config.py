@@ -1,5 +1,7 @@
 """Check the contents of an adapter_config.json (ours, mlx-lm's or PEFT's) before they are used, and describe score heads.
 
+Also what lies beside it: a chat template, and files of an earlier adapter that would make a new one another.
+
 A reward model and a classifier have a score head. transformers calls both sequence classification, a reward model with one label,
 and reads the scores at the last token that is not padding. So the padding token must never end a text: if a tokenizer pads with its end token, we choose another token.
 """
@@ -154,10 +156,54 @@ def is_names(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= MAX_KEYS and all(isinstance(name, str) for name in value)
 
 
+# What lies beside it
+
+TEMPLATE_FILE = "chat_template.jinja"  # beside PEFT's config, as TRL writes it
+LABELS_FILE = "labels.json"  # beside PEFT's config: transformers' names of labels, and ours
+# Files, ours or another program's, that decide what an adapter is, or how it is used.
+DECIDING = (
+    "adapters.safetensors", "adapter_model.safetensors", "adapter_model.bin", LABELS_FILE, "run.yaml", "merge.json",
+    TEMPLATE_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json", "sentence_bert_config.json",
+)  # fmt: skip
+
+
+def remove_earlier(folder: Path, *kept: str) -> None:
+    """Remove what an earlier adapter left in a folder, so that it changes nothing about a new one; other files stay.
+
+    Args:
+        folder: with the new adapter's config.
+        kept: files of the new adapter.
+    """
+    for name in DECIDING:
+        if name not in kept:
+            (folder / name).unlink(missing_ok=True)
+
+
+def template_beside(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> str | None:
+    """Return the chat template in a PEFT adapter's folder; None if there is none, or it is the model's own.
+
+    Args:
+        folder: of the adapter.
+        tokenizer: of the model; None: its own templates are not known.
+
+    Raises:
+        InputError: the file is not text.
+    """
+    file = folder / TEMPLATE_FILE
+    if not file.is_file():
+        return None
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); export the adapter again, or remove the file") from None
+    own: Any = None if tokenizer is None else tokenizer.chat_template
+    return None if text in (own.values() if isinstance(own, dict) else (own,)) else text
+
+
 # Score heads: reward models and classifiers
 
 SEQ_CLS = "SEQ_CLS"  # PEFT's task
-LABELS_FILE = "labels.json"  # beside PEFT's config: transformers' names of labels, and ours
 # The families with transformers' names and layouts in mlx-lm; it renames or stacks (experts) others while loading.
 SAME_LAYOUT = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 

@@ -47,6 +47,7 @@ from mlx_lora.exporters.adapter_config import (
     own_entries,
     own_problems,
     shape_problems,
+    template_beside,
 )
 from mlx_lora.exporters.peft import PEFT_WEIGHTS, PeftAdapter, is_peft, read_peft
 from mlx_lora.exporters.peft_experts import PREFIX, TOWERS
@@ -266,7 +267,7 @@ def load_adapter(
         info = _load_peft(base, read_peft(folder, config, base.model))
         if info.scores:
             check_whole_head(base, info.full, folder)
-        return replace(info, head=head_of(config, folder))
+        return replace(info, head=head_of(config, folder), chat_template=template_beside(folder, base.hf_tokenizer))
     own = own_entries(config)
     if not ignore_fingerprint:
         check_base(base, config, folder)

@@ -224,7 +224,9 @@ class _Card:
     def _mlx_lm(self, ranks: set[int]) -> list[str]:
         """Return how mlx-lm runs the adapter: unchanged if it can, else exported to mlx-lm's format, else fused."""
         ours = f"--model {self.model} --adapter-path {self.location}"
-        if _is_gguf(self.model) or (self.info.full and self.info.method != "full"):
+        # mlx-lm would render chats with the base's template.
+        apart = bool(self.info.chat_template) or (self.info.full and self.info.method != "full")
+        if _is_gguf(self.model) or apart:
             fuse = f"mlx-lora fuse {ours} --out fused"
             return _block("bash", fuse, 'mlx_lm.generate --model fused --prompt "Hello"')
         folder, first = "adapter", []
@@ -253,33 +255,35 @@ class _Card:
                 "The base here is quantized for MLX; transformers needs the float model that it was made from:",
                 "",
             ]
-        tokenizer = self.base.hf_tokenizer
+        tokenizer, own = self.base.hf_tokenizer, self.info.chat_template
+        tokens = location if own else model  # an adapter with a chat template of its own comes with the tokenizer
         if self.info.scores:
             padding = padding_token(tokenizer, self.base.config)
-            return lines + _block("python", *_score_code(model, location, padding, self.info.head))
-        return lines + _block("python", *_peft_code(model, location, bool(tokenizer.chat_template)))
+            return lines + _block("python", *_score_code(model, location, tokens, padding, self.info.head))
+        return lines + _block("python", *_peft_code(model, location, tokens, bool(own or tokenizer.chat_template)))
 
 
-def _peft_code(model: str, location: str, is_chat: bool) -> list[str]:
-    """Return a program that generates text with PEFT."""
+def _peft_code(model: str, location: str, tokens: str, is_chat: bool) -> list[str]:
+    """Return a program that generates text with PEFT; arguments as for `_score_code`."""
     chat = 'tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, '
     encode = chat + 'return_dict=True, return_tensors="pt")' if is_chat else 'tokenizer("Hello", return_tensors="pt")'
     return [
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{model}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{tokens}")',
         f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "{location}")',
         f"inputs = {encode}",
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))",
     ]
 
 
-def _score_code(model: str, location: str, padding: str | None, head: dict[str, Any] | None) -> list[str]:
+def _score_code(model: str, location: str, tokens: str, padding: str | None, head: dict[str, Any] | None) -> list[str]:
     """Return a program that scores a conversation, or labels a text, with PEFT.
 
     Args:
         model, location: of the base and the adapter.
+        tokens: location of the tokenizer.
         padding: the token to pad with; None: there is none, and texts are scored one by one.
         head: of a classifier; None: of a reward model.
     """
@@ -296,7 +300,7 @@ def _score_code(model: str, location: str, padding: str | None, head: dict[str, 
         "from peft import PeftModel",
         "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
         "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{model}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{tokens}")',
         *pad,
         f'base = AutoModelForSequenceClassification.from_pretrained("{model}", num_labels={outputs}{option})',
         f'model = PeftModel.from_pretrained(base, "{location}").eval()',

@@ -189,11 +189,18 @@ def _put_peft(model: nn.Module, file: Path, adapter: PeftAdapter, fresh: tuple[s
         problems += [f"{path} has rank {rank}, the run {layer.rank}"] if rank != layer.rank else []
         if path in adapter.factors and ("m" in layer) != (path in adapter.magnitudes):
             problems.append(f"{path} is {'not ' if 'm' in layer else ''}a DoRA layer, unlike in this run")
+    factors = {}
+    for path, layer in layers.items() if not problems else ():
+        try:
+            pairs = zip(("lora_a", "lora_b"), adapter.factors[path], strict=True)
+            factors[path] = [layer.from_stored(name, array) for name, array in pairs]
+        except ValueError as error:
+            problems.append(f"{path}.{error}")
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise InputError(f"{file}: does not fit this run: {shown}; give its --rank, --target-modules and --method")
     for path, layer in layers.items():
-        a, b = adapter.factors[path]
+        a, b = factors[path]
         layer.lora_a, layer.lora_b = a, b * (adapter.shapes[path][1] / layer.scale)
         if path in adapter.magnitudes:
             layer.m = adapter.magnitudes[path]

@@ -2,16 +2,16 @@
 
 adapter_model.safetensors   base_model.model.<layer>.lora_A.weight (r, in), .lora_B.weight (out, r); for an
                             embedding .lora_embedding_A (r, vocabulary), .lora_embedding_B (width, r);
-                            for DoRA .lora_magnitude_vector (out,) as well; for AdaLoRA .lora_A, .lora_B
+                            for DoRA .lora_magnitude_vector.weight (out,) as well; for AdaLoRA .lora_A, .lora_B
                             and the gains .lora_E (r, 1)
                             what is trained in full (modules_to_save and biases) under its own names
 adapter_config.json         r, lora_alpha, their patterns by layer, use_rslora, target_modules, modules_to_save, bias
 
 Both factors are the transposes of ours. A setting that we do not support is an error that names it; none is ignored.
 
-A tied head and the embedding are one weight. Our adapter changes both; PEFT adapts `embed_tokens` and `lm_head`
-separately. So our adapter is written as two adapters with the same factors, and if a PEFT adapter has only
-`embed_tokens`, our head is not adapted.
+A tied head and the embedding are one weight. Our adapter changes both; PEFT adapts the embedding (`embed_tokens`, in GPT-2
+`wte`) and `lm_head` separately. So our adapter is written as two adapters with the same factors, and if a PEFT adapter has
+only the embedding's, our head is not adapted.
 
 Source: huggingface/peft, LoraConfig and get_peft_model_state_dict.
 """
@@ -60,15 +60,15 @@ from mlx_lora.exporters.peft_experts import (
     take_experts,
 )
 from mlx_lora.exporters.peft_full import (
+    check_full,
     full_for_peft,
     full_problems,
     full_tensors,
     full_values,
     head_problems,
-    saved_modules,
 )
 from mlx_lora.models.folder import read_safetensors_header, save_tensors
-from mlx_lora.models.head import SCORE_WEIGHT
+from mlx_lora.models.head import SCORE_WEIGHT, tied_embedding
 from mlx_lora.models.quantize import relative_error
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replacing_file
@@ -141,14 +141,14 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     _refuse(folder, peft_problems(config))
     header = read_safetensors_header(file)
     modules = dict(model.named_modules())
-    full, others = full_tensors(config, header)
+    tied = tied_embedding(model)
+    full, others = full_tensors(config, header, modules, tied)
     found, copies, strangers = _sorted_tensors(others)
     problems = _unsupported(config, model.model_type) + [f"tensor {name} is not a LoRA factor" for name in strangers]
-    problems += full_problems(saved_modules(config, full), full, modules, header)
+    problems += full_problems(config, full, model, header, tied)
     experts, unfit = take_experts(model.model_type, found, header, modules)
     problems += unfit
     problems += [] if found or experts else ["it has no LoRA factors"]
-    tied = own_path("lm_head", modules) is None and "lm_head" in found
     head = found.pop("lm_head", None) if tied else None
     paths: dict[str, Any] = {layer: own_path(layer, modules) for layer in found}
     problems += _missing_problems(config, found, paths)
@@ -156,7 +156,7 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     problems += [] if problems else rank_problems(config, found, header)
     _refuse(folder, problems)
     stored = mx.load(str(file))
-    _refuse(folder, _copy_problems(copies, stored, modules) + head_problems(full, stored, modules))
+    _refuse(folder, _copy_problems(copies, stored, modules, tied) + head_problems(full, stored, modules, tied))
     factors, magnitudes, shapes = {}, {}, {}
     for layer, sides in found.items():
         a, b = (stored[sides[side]].astype(mx.float32).T for side in "AB")
@@ -173,17 +173,16 @@ def read_peft(folder: Path, config: dict[str, Any], model: nn.Module) -> PeftAda
     for one in experts:
         for path, (a, b, scale) in one.factors(stored, partial(_scale, config)).items():
             factors[path], shapes[path] = (a, b), (a.shape[1], scale)
-    embedding = next((layer for layer in found if layer.endswith("embed_tokens")), None)
+    embedding = next((layer for layer in found if paths[layer] == tied), None)
     if head is not None:
-        _refuse(folder, _tied_problems(config, stored, head, found.get(embedding or "")))
-    leaves_head = embedding is not None and head is None and own_path("lm_head", modules) is None
+        _refuse(folder, _tied_problems(config, stored, head, embedding, found.get(embedding or "")))
     return PeftAdapter(
         factors,
         magnitudes,
         shapes,
         float(config.get("lora_dropout") or 0.0),
         config.get("base_model_name_or_path"),
-        leaves_head=paths[embedding or ""] if leaves_head else None,
+        leaves_head=tied if embedding is not None and head is None else None,
         full=full_values(full, stored, model),
     )
 
@@ -232,7 +231,7 @@ def write_peft(
     if not layers:
         raise InputError(f"--out {folder}: the model has no adapter to write")
     experts = check_peft(model, full)
-    tied = own_path("lm_head", dict(model.named_modules())) is None
+    tied = tied_embedding(model)
     tensors: dict[str, mx.array] = {}
     shapes: dict[str, tuple[int, float]] = {}
     for tensor in experts:
@@ -243,13 +242,13 @@ def write_peft(
         if layer.OVER is SWITCH:
             continue
         folded = folded_rows(model, path, layer.lora_b.shape[1])
-        for module, own in layer.to_peft(peft_path(path, model.model_type), folded, tied).items():
+        for module, own in layer.to_peft(peft_path(path, model.model_type), folded, path == tied).items():
             shapes[module] = layer.rank, layer.scale
             if groups:
                 a, b = own["lora_A.weight"][:, ::groups], own["lora_B.weight"]
                 own = {"lora_A.weight": a, "lora_B.weight": b * (groups / a.shape[1])}
             tensors |= {f"{PREFIX}{module}.{name}": tensor for name, tensor in own.items()}
-    is_dora = any(name.endswith(".lora_magnitude_vector") for name in tensors)
+    is_dora = any(".lora_magnitude_vector" in name for name in tensors)
     whole, saved, bias = full_for_peft(model, full, tied)
     tensors = {name: mx.contiguous(array.astype(mx.float32)) for name, array in (tensors | whole).items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -282,7 +281,8 @@ def check_peft(model: nn.Module, full: tuple[str, ...] = ()) -> list[ExpertTenso
     if apart:
         more = f" (and {len(apart) - 1} more)" if len(apart) > 1 else ""
         raise InputError(f"--to peft: {apart[0]}{more}; fuse the adapter instead")
-    check_reached(model.model_type, [*layers, *(name.rpartition(".")[0] for name in full if name.endswith(".weight"))])
+    check_full(model, full)
+    check_reached(model.model_type, layers, full)
     if SCORE_WEIGHT in full:
         classifier_of(model.model_type)
     return expert_tensors(model.model_type, layers)
@@ -428,13 +428,16 @@ def _shape_problems(
     return problems
 
 
-def _copy_problems(copies: dict[str, str], stored: dict[str, mx.array], modules: dict[str, nn.Module]) -> list[str]:
+def _copy_problems(
+    copies: dict[str, str], stored: dict[str, mx.array], modules: dict[str, nn.Module], tied: str | None
+) -> list[str]:
     """Return saved copies of embeddings and heads that differ from the base's; PEFT also saves adapted ones as a whole."""
     problems = []
     for name, layer in copies.items():
-        path = own_path(layer, modules)
-        # Here a tied head is not a module.
-        path = path or next(p for p in modules if p.endswith("embed_tokens"))
+        path = own_path(layer, modules) or tied  # here a tied head is not a module
+        if path is None:
+            problems.append(f"{name} is not in the model")
+            continue
         base, copied = modules[path], stored[name]
         weight, folded = dense_weight(base), folded_rows(modules[""], path, len(copied))
         allowed = QUANTIZED_COPY if isinstance(base, QUANTIZED) else FLOAT_COPY
@@ -446,11 +449,15 @@ def _copy_problems(copies: dict[str, str], stored: dict[str, mx.array], modules:
 
 
 def _tied_problems(
-    config: dict[str, Any], stored: dict[str, mx.array], head: dict[str, str], embedding: dict[str, str] | None
+    config: dict[str, Any],
+    stored: dict[str, mx.array],
+    head: dict[str, str],
+    layer: str | None,
+    embedding: dict[str, str] | None,
 ) -> list[str]:
     """Return the problems of an adapted tied head, which must have the embedding's factors and scale."""
     advice = "adapts the tied head separately from the embedding, which is one weight in MLX"
-    if embedding is None or len(head) != 2:
+    if layer is None or embedding is None or len(head) != 2:
         return [f"lm_head {advice}"]
     same = all(
         stored[head[one]].shape == stored[embedding[other]].T.shape
@@ -458,7 +465,7 @@ def _tied_problems(
         for one, other in (("A", "B"), ("B", "A"))
     )
     rank = stored[head["A"]].shape[0]
-    same = same and _scale(config, "lm_head", rank) == _scale(config, "model.embed_tokens", rank)
+    same = same and _scale(config, "lm_head", rank) == _scale(config, layer, rank)
     return [] if same else [f"lm_head {advice}"]
 
 

@@ -54,6 +54,11 @@ class ExpertLayout:
     router: str
     in_turns: bool = False
 
+    @property
+    def their_router(self) -> str:
+        """Path of the router within a block of transformers."""
+        return f"{THEIRS.partition('.')[0]}.{self.router.rpartition('.')[2]}"
+
 
 EXPERT_LAYOUTS = {
     "gpt_oss": ExpertLayout("mlp.experts", "mlp.router", in_turns=True),
@@ -241,9 +246,11 @@ def _fitting(
 
 # Layers that PEFT cannot adapt, and scaled rows
 
+_RENAMED_ROUTER = "its router has another name or form in transformers"
 _DIRECT = "transformers multiplies by its weight directly, so PEFT's adapter has no effect"
 _SPLIT = "it is part of a larger matrix in transformers"
 _NORMED = "mlx-lm divides the head by its rows' lengths"
+_ROUTER = r"\.block_sparse_moe(\.gate|\.router\.layer|)"
 _STATE_SPACE = r"\.(out_proj|dt_proj|conv1d)"
 # model_type -> (pattern for the end of a layer's path, why PEFT cannot adapt it).
 UNREACHED = {
@@ -253,7 +260,11 @@ UNREACHED = {
     "mamba2": (_STATE_SPACE, _DIRECT),
     "nemotron_h": (_STATE_SPACE, _DIRECT),
     "hunyuan": (r"\.(q|k|v|gate|up)_proj", _SPLIT),
-    "granitemoehybrid": (r"\.mlp\.(gate|up|down)_proj", _SPLIT),
+    "granitemoe": (_ROUTER, _RENAMED_ROUTER),
+    "granitemoehybrid": (rf"\.mlp\.(gate|up|down)_proj|{_ROUTER}", "it has another form in transformers"),
+    "minimax": (_ROUTER, _RENAMED_ROUTER),
+    "minimax_m3_vl": (_ROUTER, _RENAMED_ROUTER),
+    "phimoe": (_ROUTER, _RENAMED_ROUTER),
     "kimi_k3": (r"\.qkv_proj", "transformers has three matrices for it"),
     "muse_spark": (r"\.qkvg?_proj", "transformers has several matrices for it"),
     "bailing_moe": (r"lm_head", _NORMED),
@@ -265,18 +276,22 @@ UNREACHED = {
 }
 
 
-def check_reached(kind: str, paths: Iterable[str]) -> None:
+def check_reached(kind: str, layers: Iterable[str], full: Iterable[str] = ()) -> None:
     """Refuse layers that PEFT would refuse, or adapt without effect.
 
     Args:
         kind: the config's model_type.
-        paths: of all adapted layers.
+        layers: paths of all adapted layers.
+        full: names of parameters trained in full.
 
     Raises:
         InputError: there are such layers; the message has the first and the reason.
     """
     end, reason = UNREACHED.get(kind, ("", ""))
-    lost = [path for path in paths if reason and re.search(rf"(?:{end})$", path)]
+    # A bias that PEFT writes by its own name is found wherever transformers has it.
+    whole = [name for name in full if name.endswith(".weight") or reason != _DIRECT]
+    paths = [*layers, *(re.sub(r"(\.(linear|embedding))?\.[^.]+$", "", name) for name in whole)]
+    lost = [path for path in dict.fromkeys(paths) if reason and re.search(rf"(?:{end})$", path)]
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise InputError(
@@ -355,7 +370,12 @@ def own_path(layer: str, modules: dict[str, nn.Module]) -> str | None:
         if f"{layer}.".startswith(theirs)
     ]
     head = ["language_model.lm_head"] if layer == "lm_head" else []
-    return next((path for path in (layer, other, *head, *renamed) if path in modules), None)
+    routers = [
+        layer.removesuffix(own.their_router) + own.router
+        for own in EXPERT_LAYOUTS.values()
+        if layer.endswith(f".{own.their_router}")
+    ]
+    return next((path for path in (layer, other, *head, *renamed, *routers) if path in modules), None)
 
 
 def peft_path(path: str, kind: str) -> str:
@@ -370,6 +390,9 @@ def peft_path(path: str, kind: str) -> str:
             return (theirs + f"{path}.".removeprefix(ours)).removesuffix(".")
     if path == "language_model.lm_head":
         return "lm_head"
+    layout = EXPERT_LAYOUTS.get(kind)
+    if layout is not None and path.endswith(f".{layout.router}"):
+        return path.removesuffix(layout.router) + layout.their_router
     return re.sub(r"^language_model\.model\.", "model.language_model.", path)
 
 

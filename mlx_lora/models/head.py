@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.base import EMBEDDING, base_dims
+from mlx_lora.adapters.base import EMBEDDING, AdapterLayer, base_dims
 from mlx_lora.adapters.initialize import path_key
 from mlx_lora.kernels.quantized_matmul import packed_arrays
 from mlx_lora.models.encoder import is_encoder
@@ -58,6 +58,8 @@ NEVER_WRITTEN = "_dummy_tokenizer_ids"  # Phi-3-small's tokens whose logits are 
 # The names that mlx-lm's families have for their parts; the first that a model has is used.
 BODIES = ("model.language_model", "model", "transformer", "backbone")
 HEADS = ("lm_head", "output")
+# Parts of a multimodal wrapper that text passes straight through.
+WRAPPERS = ("language_model", "model.language_model")
 # The embedding in the body, which is the head of a model without a separate one.
 EMBEDDINGS = (
     "embed_tokens",
@@ -237,7 +239,7 @@ def find_head(model: nn.Module, config: dict[str, Any]) -> Head | str:
     """
     config = {**config, **(config.get("text_config") or {})}
     head = _first(model, HEADS)
-    for wrapper in ("language_model", "model.language_model"):  # multimodal wrappers pass text straight through
+    for wrapper in WRAPPERS:
         inside = None if head is not None else _part(model, wrapper)
         if inside is not None:
             return find_head(inside, config)
@@ -259,6 +261,31 @@ def find_head(model: nn.Module, config: dict[str, Any]) -> Head | str:
     if layer.trainable_parameters():
         return "the head itself is trained"  # the fused loss has no gradient for it
     return Head(body, layer, _scale(config, isinstance(layer, EMBEDDING_HEADS)), _soft_cap(config), inner)
+
+
+def tied_embedding(model: nn.Module) -> str | None:
+    """Return the path of the embedding that is the output head, too; None if the head has a matrix of its own, or there is none.
+
+    Args:
+        model: an mlx-lm model, adapted or not.
+    """
+    if (
+        is_encoder(model) or _first(model, HEADS) is not None
+    ):  # an encoder's model here has logits, transformers' body has none
+        return None
+    for wrapper in WRAPPERS:
+        if (inside := _part(model, wrapper)) is not None:
+            found = tied_embedding(inside)
+            return None if found is None else f"{wrapper}.{found}"
+    if _first(model, INNER_HEADS) is not None:
+        paths = INNER_HEADS
+    else:
+        body = next((name for name in BODIES if _part(model, name) is not None), None)
+        paths = tuple(f"{body}.{name}" for name in EMBEDDINGS)
+    path = next((path for path in paths if _part(model, path) is not None), None)
+    layer = None if path is None else _part(model, path)
+    layer = layer.base if isinstance(layer, AdapterLayer) else layer
+    return path if isinstance(layer, EMBEDDING_HEADS) else None
 
 
 def with_last_block(head: Head, model: nn.Module) -> tuple[Head, str]:

@@ -12,9 +12,10 @@ import mlx.nn as nn
 
 from mlx_lora.adapters.inject import Adapted, adapt_model
 from mlx_lora.adapters.qat import begin_qat, end_qat, rounded_to
-from mlx_lora.exporters.adapter_config import head_of
+from mlx_lora.exporters.adapter_config import head_of, own_entries, template_beside
 from mlx_lora.exporters.adapter_folder import AdapterInfo, check_writes_text, load_adapter, read_adapter_config, run_of
 from mlx_lora.exporters.initial_adapter import put_start, read_start
+from mlx_lora.exporters.peft import is_peft
 from mlx_lora.models.encoder_head import head_parameters
 from mlx_lora.models.head import put_head
 from mlx_lora.utils.errors import InputError
@@ -127,8 +128,10 @@ def with_reference_of_run(settings: TrainSettings, adapter: Path) -> TrainSettin
 
 def adapter_template(folder: Path | None) -> str | None:
     """Return the chat template that an adapter was trained with, None where it is the model's own."""
-    own = read_adapter_config(folder).get("mlx_lora") if folder else None
-    return own.get("chat_template") if isinstance(own, dict) else None
+    if folder is None:
+        return None
+    config = read_adapter_config(folder)
+    return template_beside(folder) if is_peft(config) else own_entries(config).get("chat_template")
 
 
 # Quantization-aware training

@@ -181,6 +181,38 @@ def test_what_peft_trained_in_full_loads_here_and_goes_back(name, biased_folder,
 
 
 @pytest.mark.parity
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["embed_tokens", "lm_head"], ["lm_head"]])
+def test_what_peft_trained_in_full_and_tied_loads_here(saved, tiny_folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved, ensure_weight_tying=True)
+    model = peft.get_peft_model(torch_base(tiny_folder), config).eval()
+    torch.manual_seed(0)
+    for value in model.parameters():
+        if value.requires_grad:
+            value.data += 0.1 * torch.randn(value.shape)
+    model.save_pretrained(tmp_path / "a")
+    expected = torch_logits(model)
+    assert np.allclose(our_logits(tiny_folder, tmp_path / "a"), expected, atol=CLOSE)
+    assert not np.allclose(our_logits(tiny_folder), expected, atol=FAR)
+
+
+@pytest.mark.parity
+def test_transformers_itself_reads_our_dora(tiny_folder, tmp_path):
+    """It loads PEFT's folders with a loader of its own, and not the magnitudes under the name that PEFT writes."""
+    peft = pytest.importorskip("peft")
+    make_adapter(tiny_folder, tmp_path / "p", form="dora", peft=True)
+    model = torch_base(tiny_folder)
+    model.load_adapter(str(tmp_path / "p"))
+    found = torch_logits(model.eval())
+    assert np.allclose(found, our_logits(tiny_folder, tmp_path / "p"), atol=CLOSE)
+    assert not np.allclose(found, our_logits(tiny_folder), atol=FAR)
+    assert np.allclose(
+        torch_logits(peft.PeftModel.from_pretrained(torch_base(tiny_folder), tmp_path / "p").eval()), found, atol=CLOSE
+    )
+
+
+@pytest.mark.parity
 @pytest.mark.parametrize("steps", [1, 6])
 def test_an_adalora_that_peft_made_loads_here(steps, untied_folder, tmp_path):
     peft = pytest.importorskip("peft")

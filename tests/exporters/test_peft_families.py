@@ -13,9 +13,10 @@ from byte_tokenizer import byte_tokenizer
 from make_adapters import TOKENS, adapt_and_save
 from run_cli import run
 
-from mlx_lora.config.settings import ModelSettings
+from mlx_lora.adapters.inject import adapt_model, adapter_parameters
+from mlx_lora.config.settings import AdapterSettings, ModelSettings
 from mlx_lora.exporters.adapter_folder import load_adapter
-from mlx_lora.exporters.peft import PEFT_WEIGHTS
+from mlx_lora.exporters.peft import PEFT_WEIGHTS, write_peft
 from mlx_lora.exporters.peft_experts import folded_rows, own_path, peft_path
 from mlx_lora.exporters.peft_full import full_for_peft, full_values, shift_of
 from mlx_lora.models.load import load_base
@@ -44,12 +45,22 @@ CASES = {  # transformers' config, what is adapted
         {"vocab_size": 288, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
         "c_attn,c_proj,c_fc",
     ),
+    "gpt2 tied": (
+        "GPT2Config",
+        {"vocab_size": 288, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        "c_attn,wte,wpe",
+    ),
     "gpt_neox": (
         "GPTNeoXConfig",
         {**COMMON, "intermediate_size": 128, "num_attention_heads": 4, "hidden_act": "gelu_new"},
         "query_key_value,dense,dense_h_to_4h,dense_4h_to_h,embed_out",
     ),
     "mamba": ("MambaConfig", {**COMMON, "state_size": 8, "time_step_rank": 4, "use_cache": False}, "in_proj,x_proj"),
+    "mamba tied": (
+        "MambaConfig",
+        {**COMMON, "state_size": 8, "time_step_rank": 4, "use_cache": False},
+        "in_proj,embeddings",
+    ),
 }
 
 
@@ -63,7 +74,9 @@ def published(case: str, folder):
     for name, value in model.named_parameters():
         if value.ndim == 2 and "conv" not in name and "A_log" not in name:
             value.data = torch.randn(value.shape) * (0.5 / value.shape[-1] ** 0.5)
-    (model.transformer if case == "gpt2" else model).save_pretrained(folder)  # GPT-2's has names without a prefix
+    (model.transformer if case.startswith("gpt2") else model).save_pretrained(
+        folder
+    )  # GPT-2's has names without a prefix
     byte_tokenizer().save_pretrained(folder)
     # What published files have and transformers 5 no longer writes.
     config = json.loads((folder / "config.json").read_text())
@@ -107,6 +120,23 @@ def test_peft_on_transformers_gives_our_logits(case, tmp_path):
     assert effect > 1e-2
     assert np.abs(found - expected).max() < 1e-3 * effect
     assert np.allclose(ours(folder, tmp_path / "p"), expected, atol=1e-4)  # and back
+
+
+@pytest.mark.parametrize(
+    ("case", "saved"), [("gpt2", "attn.c_proj,wte,ln_f"), ("gpt2", "c_fc,wpe"), ("mamba", "embeddings,norm_f")]
+)
+@pytest.mark.parity
+def test_whole_modules_in_peft_give_our_logits(case, saved, tmp_path):
+    folder, out = tmp_path / "base", tmp_path / "p"
+    targets = published(case, folder).split(",")[0]
+    base = load_base(ModelSettings(model=str(folder)))
+    adapted = adapt_model(base.model, AdapterSettings(rank=4, target_modules=targets, modules_to_save=saved), 0)
+    mx.random.seed(1)
+    moved = [(name, v + 0.1 * mx.random.normal(v.shape)) for name, v in adapter_parameters(base.model).items()]
+    base.model.load_weights(moved, strict=False)
+    write_peft(out, base.model, str(folder), 0.0, adapted.full)
+    expected = np.array(base.model(TOKENS))
+    assert np.abs(theirs(folder, out) - expected).max() < 1e-3 * np.abs(expected - ours(folder)).max()
 
 
 @pytest.mark.parametrize(("case", "targets"), [("falcon_h1", "all-linear"), ("mamba", "in_proj,dt_proj")])
@@ -159,7 +189,7 @@ def test_norms_that_mlx_lm_shifts_are_shifted_back(kind, path):
     model.model_type, model.model = kind, nn.Module()
     model.model.norm, model.model.q_norm = nn.RMSNorm(4), nn.RMSNorm(4)
     model.update({"model": {path.rpartition(".")[2]: {"weight": mx.array([1.5, 1.0, 0.5, 2.0])}}})
-    [(name, theirs)] = full_for_peft(model, (f"{path}.weight",), False)[0].items()
+    [(name, theirs)] = full_for_peft(model, (f"{path}.weight",), None)[0].items()
     assert theirs.tolist() == [0.5, 0.0, -0.5, 1.0]
     back = full_values({name: (path, "weight")}, {name: theirs}, model)
     assert back[path, "weight"].tolist() == [1.5, 1.0, 0.5, 2.0]
