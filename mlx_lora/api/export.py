@@ -224,7 +224,9 @@ def check_push(repo: str | None, private: bool) -> None:
 
 
 def check_new_folder(out: Path, force: bool) -> None:
-    """Refuse a folder that is not empty or cannot be written."""
+    """Refuse a folder that is not empty or cannot be written, and one of a model even with --force."""
+    if any(out.glob("model*.safetensors")):
+        raise InputError(f"--out {out}: holds a model; give another folder for the adapter")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
         raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force")
     check_writable(out, "--out", needed_bytes=1_000_000)

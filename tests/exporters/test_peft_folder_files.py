@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import mlx.core as mx
 import pytest
@@ -132,3 +133,12 @@ def saved(base, folder):
     )  # fmt: skip
     save_adapter(folder, base.model, info)
     return folder
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx-lm"])
+def test_a_models_folder_is_not_replaced(to, tiny_folder, adapter, tmp_path):
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    ran = run("export", "--model", tiny_folder, "--adapter-path", adapter, "--to", to, "--out", model, "--force")
+    assert (ran.code, len(ran.lines)) == (2, 1)
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
