@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.config.fields import read_value
+from mlx_lora.config.fields import field_type, read_value
 from mlx_lora.config.load import recipe_names
-from mlx_lora.config.settings import FIELDS
+from mlx_lora.config.objectives import VERIFIERS
+from mlx_lora.config.settings import FIELDS, ROWS
 from mlx_lora.data.files import TINY_SHAKESPEARE, find_splits, is_dataset_id, named_sets
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.web import OWN
@@ -21,16 +23,18 @@ from mlx_lora.utils.hub import HUB_ID
 # A run's, an upload's or an export's name: it becomes a folder or a file, and never a path.
 NAME = re.compile(r"[\w][\w .+-]{0,99}")
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
-# Settings whose value may be a file or folder; a reward or an environment may be FILE.py:NAME, which runs that file.
-PATHS = (
-    "resume_adapter_file",
-    "chat_template",
-    "reference_adapter",
-    "teacher",
-    "teacher_prompt",
-    "reward",
-    "environment",
-    "tools",
+# Settings whose text never names a file: names, patterns, numbers, and texts for the model.
+WORDS = frozenset((
+    "revision", "prompt_column", "completion_column", "system_column", "chat_column", "text_column", "label_column", "turn_names",
+    "speaker", "chat_date", "rank_pattern", "alpha_pattern", "modules_to_save", "target_modules", "objective", "loss_type",
+    "loss_weights", "reward_weights", "labels", "class_weights", "matryoshka_dims", "query_prompt", "document_prompt",
+    "grad_checkpoint", "shard_base", "report_to", "project_name",
+))  # fmt: skip
+# All other texts may be a file or folder, also as FILE.py:NAME, which runs that file. So a new setting is checked, too.
+PATHS = tuple(
+    name
+    for name, field in FIELDS.items()
+    if field_type(field) is str and not ROWS[name].choices and name not in (*WORDS, *OWN, "model", "data")
 )
 
 
@@ -198,6 +202,8 @@ class Checker:
                 for file in _files_of(path):  # a folder may hold links out of it
                     within(str(file), self._folders.all_data, "data")
                 name = f"{path}{mark}{sheet}"
+            elif not known:
+                _check_revision(name.partition("@")[2], "data")
             parts.append(name if weight == 1 else f"{name}={weight:g}")
         return ",".join(parts)
 
@@ -217,21 +223,43 @@ class Checker:
             )  # fmt: skip
         kept = {name: value for name, value in given.items() if value is not None and value != ""}
         for name in PATHS:
-            for part in str(kept.get(name, "")).split(","):
-                self._named_file(name, part.strip())
+            self._check_files(name, str(kept.get(name, "")))
+        _check_revision(str(kept.get("revision", "")), "revision")
         if "model" in kept:
             kept["model"] = self.model(kept["model"])
         if "data" in kept:
             kept["data"] = self.data(kept["data"])
         return {name: value for name, value in kept.items() if not _is_default(name, value)}
 
-    def _named_file(self, name: str, value: str) -> None:
-        """Refuse a value that names a file outside the folders of this studio."""
-        file = re.sub(r"(?<=\.py):\w+$", "", value).removeprefix("json_schema:")
-        if not file or not (Path(file).expanduser().exists() or file[0] in "/~." or ".." in file):
-            return
+    def _check_files(self, name: str, value: str) -> None:
+        """Refuse a value that names a file outside the folders of this studio, alone or in a list with commas."""
         folders = (*self._folders.all_data, *self._folders.all_runs, *self._models, self._folders.home)
-        within(file, folders, name, self._folders.runs_elsewhere())
+        elsewhere = self._folders.runs_elsewhere()
+        for part in dict.fromkeys((value, *value.split(","))):
+            file = _file_in(part.strip())
+            # The whole value is a list or a file's name with commas in it, which is then there.
+            looks_like = part != value or "," not in value
+            if os.path.exists(os.path.expanduser(file)) or (looks_like and _is_path(file)):
+                path = within(file, folders, name, elsewhere)
+                for linked in _files_of(path) if name == "eval_tasks" else ():  # its folder is read as data
+                    within(str(linked), folders, name, elsewhere)
+
+
+def _file_in(text: str) -> str:
+    """Return the file that a text like FILE.py:NAME or json_schema:FILE names; any other text as it is."""
+    text = text.removeprefix("json_schema:").removeprefix(VERIFIERS)
+    path, colon, _ = text.rpartition(":")
+    return path if colon and path.endswith(".py") else text
+
+
+def _is_path(text: str) -> bool:
+    return text.startswith(("/", "~", ".")) or ".." in text
+
+
+def _check_revision(text: str, field: str) -> None:
+    """Refuse a revision that is a path; without network the hub's client would read there."""
+    if _is_path(text) or "\\" in text:
+        raise ApiError(400, f"{field}: {text[:80]!r} is not a branch, tag or commit of the hub", "invalid_value", field)
 
 
 def _files_of(path: Path) -> list[Path]:
