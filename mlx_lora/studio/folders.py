@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,21 +235,27 @@ class Checker:
         """Refuse a value that names a file outside the folders of this studio, alone or in a list with commas."""
         folders = (*self._folders.all_data, *self._folders.all_runs, *self._models, self._folders.home)
         elsewhere = self._folders.runs_elsewhere()
-        for part in dict.fromkeys((value, *value.split(","))):
-            file = _file_in(part.strip())
-            # The whole value is a list or a file's name with commas in it, which is then there.
-            looks_like = part != value or "," not in value
-            if os.path.exists(os.path.expanduser(file)) or (looks_like and _is_path(file)):
+        for file, may_be_gone in _named_in(value):
+            if os.path.exists(file) or (may_be_gone and _is_path(file)):
                 path = within(file, folders, name, elsewhere)
                 for linked in _files_of(path) if name == "eval_tasks" else ():  # its folder is read as data
                     within(str(linked), folders, name, elsewhere)
 
 
-def _file_in(text: str) -> str:
-    """Return the file that a text like FILE.py:NAME or json_schema:FILE names; any other text as it is."""
-    text = text.removeprefix("json_schema:").removeprefix(VERIFIERS)
-    path, colon, _ = text.rpartition(":")
-    return path if colon and path.endswith(".py") else text
+def files_in(value: str) -> list[str]:
+    """Return the files and folders that are there of those that a setting's value names."""
+    return [file for file, _ in _named_in(value) if os.path.exists(file)]
+
+
+def _named_in(value: str) -> Iterator[tuple[str, bool]]:
+    """Yield what a value like FILE.py:NAME, json_schema:FILE, or several by comma may name, and whether it also does if it is not there.
+
+    The whole value is a list, or the name of a file with commas in it, which is then there.
+    """
+    for part in dict.fromkeys((value, *value.split(","))):
+        text = part.strip().removeprefix("json_schema:").removeprefix(VERIFIERS)
+        path, colon, _ = text.rpartition(":")
+        yield os.path.expanduser(path if colon and path.endswith(".py") else text), part != value or "," not in value
 
 
 def _is_path(text: str) -> bool:

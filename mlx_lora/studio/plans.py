@@ -43,6 +43,7 @@ from mlx_lora.planner.speed import Ceilings
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.model_stores import local_model
 from mlx_lora.studio.tasks import BackgroundTask, Tasks
+from mlx_lora.studio.versions import stamps, stamps_at, stamps_of_settings
 from mlx_lora.studio.web import fields_in, in_page_words
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_json
@@ -252,9 +253,11 @@ def refused_plan(problem: str) -> dict[str, Any]:
 def _key(settings: Mapping[str, Any]) -> str:
     """Return a text that changes with all that a plan depends on, the versions of files among it."""
     counted = {name: value for name, value in settings.items() if name not in NOT_PLANNED}
-    versions = [_version(settings.get("model"))]
+    versions = [stamps_of_settings(settings)]
+    if settings.get("model"):
+        versions.append(stamps_at(Path(settings["model"]).expanduser()))
     if settings.get("data"):
-        versions += [_version(str(file.path)) for file in _files(settings["data"])]
+        versions.append(stamps(file.path for file in _files(settings["data"])))
     return json.dumps([sorted(counted.items()), versions], default=str)
 
 
