@@ -91,10 +91,13 @@ class Folders:
         """The folders whose subfolders are runs, the studio's own first."""
         return tuple(dict.fromkeys((self.runs, *self.runs_folders)))
 
+    def noted_runs(self) -> dict[Path, KnownRun]:
+        """What `train` noted of runs, by folder; each is still there and has a run.yaml."""
+        return {one.folder: one for one in (known_runs(self.known_runs) if self.known_runs else [])}
+
     def runs_elsewhere(self) -> dict[Path, KnownRun]:
-        """The listed runs whose folders lie in none of those, by folder; each is still there and has a run.yaml."""
-        listed = known_runs(self.known_runs) if self.known_runs else []
-        return {one.folder: one for one in listed if one.folder.parent not in self.all_runs}
+        """Those of them whose folders lie in none of the folders of runs."""
+        return {folder: one for folder, one in self.noted_runs().items() if folder.parent not in self.all_runs}
 
     @property
     def all_data(self) -> tuple[Path, ...]:

@@ -169,6 +169,7 @@ class RunListing:
         self._folders = folders
         self._kept: dict[Path, tuple[Any, dict[str, Any]]] = {}
         self._clocks: dict[Path, RunClock] = {}
+        self._noted: tuple[Any, dict[Path, KnownRun]] = (None, {})
         self._lock = threading.Lock()
 
     def folders(self) -> dict[str, Path]:
@@ -190,20 +191,23 @@ class RunListing:
         return folder.parent not in self._folders.all_runs
 
     def settings_of(self, folder: Path, started: Started | None) -> dict[str, Any]:
-        """Return a run's settings; of a run elsewhere, with a local model as a whole path."""
-        known = self._folders.runs_elsewhere().get(folder) if self.elsewhere(folder) else None
-        return _with_whole_model(read_settings_of(folder, started), known)
+        """Return a run's settings, with a local model as a whole path."""
+        return _with_whole_model(read_settings_of(folder, started), self.begun_in(folder))
 
     def begun_in(self, folder: Path) -> str | None:
-        """Return the folder that the names in the settings of a terminal's run start from, if that is known."""
-        known = self._folders.runs_elsewhere().get(folder)
+        """Return the folder that the names in a run's settings start from, if `train` noted it."""
+        file = self._folders.known_runs
+        version = stamp(file) if file else None
+        if version != self._noted[0]:  # the list has up to a thousand runs, and this is asked for each of them
+            self._noted = (version, self._folders.noted_runs())
+        known = self._noted[1].get(folder)
         return known.cwd if known else None
 
     def bases(self) -> list[Path]:
-        """Return the local base models of runs elsewhere, resolved: those may be talked to as well."""
-        elsewhere = self._folders.runs_elsewhere().items()
-        named = [_with_whole_model(read_settings_of(folder, None), known).get("model") for folder, known in elsewhere]
-        return [Path(model).resolve() for model in named if isinstance(model, str) and Path(model).is_absolute()]
+        """Return the local base models of runs that `train` noted, resolved: those may be talked to as well."""
+        noted = self._folders.noted_runs()
+        models = [self.summary(folder)["model"] for folder in self.folders().values() if folder in noted]
+        return [Path(model).resolve() for model in models if isinstance(model, str) and Path(model).is_absolute()]
 
     def folder(self, number: str) -> Path:
         """Return a run's folder.
@@ -228,7 +232,7 @@ class RunListing:
 
     def summary(self, folder: Path, queued: bool = False) -> dict[str, Any]:
         """Return a run's line."""
-        version = [stamp(folder / name) for name in WATCHED]
+        version = [*(stamp(folder / name) for name in WATCHED), self.begun_in(folder)]
         with self._lock:
             kept = self._kept.get(folder)
         if kept is not None and kept[0] == version:
@@ -305,10 +309,10 @@ class RunListing:
 
     def adapters(self) -> list[dict[str, Any]]:
         """Return the adapters that finished, stopped or paused runs left, the newest first."""
-        found, elsewhere = [], self._folders.runs_elsewhere()
+        found = []
         for number, folder in self.folders().items():
             if (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file():
-                settings = _with_whole_model(read_settings_of(folder, None), elsewhere.get(folder))
+                settings = self.settings_of(folder, None)
                 changed = _time(folder / WEIGHTS_FILE) or 0
                 one = {"name": folder.name, "path": str(folder), "base": settings.get("model"), "run": number}
                 found.append((changed, one | uses_of_adapter(settings)))
@@ -324,12 +328,12 @@ def read_settings_of(folder: Path, started: Started | None) -> dict[str, Any]:
     return found if isinstance(found, dict) else dict(started.settings) if started else {}
 
 
-def _with_whole_model(settings: dict[str, Any], known: KnownRun | None) -> dict[str, Any]:
+def _with_whole_model(settings: dict[str, Any], cwd: str | None) -> dict[str, Any]:
     """Return settings with a local model as a whole path; a terminal's run may name it relative to where it began."""
     model = settings.get("model")
-    if known is None or not isinstance(model, str):
+    if cwd is None or not isinstance(model, str):
         return settings
-    local = Path(known.cwd, Path(model).expanduser())
+    local = Path(cwd, Path(model).expanduser())
     return {**settings, "model": str(local)} if local.exists() else settings
 
 

@@ -17,6 +17,7 @@ from mlx_lora.studio.control import resolved, run_yaml, train_words
 from mlx_lora.studio.folders import safe_name
 from mlx_lora.studio.places import Studio
 from mlx_lora.studio.plans import CARDS, USUAL_CARD, cards_at_once, own_settings, refused_plan, shown_plan
+from mlx_lora.studio.tasks import SWEEP
 from mlx_lora.studio.web import json_route, setting_groups
 from mlx_lora.trainer.sweep import PAGE_FILE, SWEEP_FILE, SweepState
 from mlx_lora.utils.errors import InputError
@@ -114,7 +115,7 @@ def sweep(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, A
     at = words.index("--adapter-path")
     out = studio.folders.home / SWEEPS / name
     words = ["sweep", *words[1:at], *words[at + 2 :], "--out", str(out), *(["--resume"] if out.exists() else [])]
-    task = studio.tasks.child("sweep", f"Learning rates for {name}", words, {"name": name, "path": str(out)})
+    task = studio.tasks.child(SWEEP, f"Learning rates for {name}", words, {"name": name, "path": str(out)})
     return {"task": task.public(), "command": command_line(words)}
 
 
