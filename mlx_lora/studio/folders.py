@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -152,6 +153,12 @@ def safe_name(name: object, field: str = "name") -> str:
             "invalid_value",
         )  # fmt: skip
     return text
+
+
+def free_path(wanted: Path) -> Path:
+    """Return a path at which there is nothing: the wanted one, or NAME-2, NAME-3 ..."""
+    numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([wanted], numbered) if not path.exists())
 
 
 def is_hub_model(value: Any) -> bool:

@@ -57,6 +57,7 @@ WATCHED = (SETTINGS, METRICS, FACTS_FILE, STARTED_FILE, CONFIG_FILE, LOCK_FILE)
 STEPS = re.compile(r"^Run: ([\d,]+) steps?,|^step \d+/(\d+)[,. ]")
 MOST_TEXT, MOST_SAMPLES = 4000, 60
 MOST_RUNS = 5000
+OF_BASE = ("revision", "bits")  # settings that make another base of the same model
 RESUMABLE = ("paused", "stopped", "killed", "failed")
 
 
@@ -315,6 +316,7 @@ class RunListing:
                 settings = self.settings_of(folder, None)
                 changed = _time(folder / WEIGHTS_FILE) or 0
                 one = {"name": folder.name, "path": str(folder), "base": settings.get("model"), "run": number}
+                one |= {name: settings.get(name) for name in OF_BASE}
                 found.append((changed, one | uses_of_adapter(settings)))
         return [one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
