@@ -155,10 +155,10 @@ def safe_name(name: object, field: str = "name") -> str:
     return text
 
 
-def free_path(wanted: Path) -> Path:
-    """Return a path at which there is nothing: the wanted one, or NAME-2, NAME-3 ..."""
-    numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
-    return next(path for path in itertools.chain([wanted], numbered) if not path.exists())
+def numbered_paths(wanted: Path) -> Iterator[Path]:
+    """Yield a path, and then NAME-2, NAME-3 and so on beside it."""
+    yield wanted
+    yield from (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
 
 
 def is_hub_model(value: Any) -> bool:
