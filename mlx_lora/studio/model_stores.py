@@ -166,7 +166,7 @@ def bytes_in_memory(path: Path, bits: int | None = None) -> float:
         return path.stat().st_size
     # A repository may also have the same weights in one file.
     files = list(path.glob("model*.safetensors")) or list(path.glob("*.safetensors"))
-    stored, numbers = sum(file.stat().st_size for file in files), folder_facts(path)["parameters"]
+    stored, numbers = sum(file.stat().st_size for file in files), bits and folder_facts(path)["parameters"]
     return min(stored, numbers * (bits + BITS_OF_SCALES) / 8) if bits and numbers else stored
 
 

@@ -29,7 +29,6 @@ import numpy as np
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import DataSettings
-from mlx_lora.data.chat_template import shows_date
 from mlx_lora.data.examples import BadRow, Record
 from mlx_lora.data.files import DataFile, find_sets
 from mlx_lora.data.load import chat_day, prompt_encoder
@@ -337,7 +336,8 @@ class Previews:
         with self._lock:
             loaded = self._tokenizer(tokenizer, version)
         # A template may show the day on which the run begins.
-        today = date.today() if "chat_date" not in asked and shows_date(asked.get("chat_template"), loaded) else None
+        shown = DataSettings(chat_template=asked.get("chat_template"))
+        today = None if "chat_date" in asked else chat_day(shown, loaded, None)
         key, size = _key(asked, version, today)
         folder = cache_dir("previews") / key
         if not (folder / META).is_file():

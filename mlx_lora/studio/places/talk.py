@@ -321,7 +321,7 @@ def _base(studio: Studio, model: str, columns: list[list[tuple[Path, float]]], b
         InputError: there are no such bits.
     """
     if body.keys() & set(OF_BASE):
-        asked = {name: body.get(name) for name in OF_BASE}
+        asked: dict[str, Any] = {name: body.get(name) for name in OF_BASE}
     else:
         folders = {folder for parts in columns for folder, _ in parts}
         runs = [studio.listing.settings_of(folder, None) for folder in folders]
