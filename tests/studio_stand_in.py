@@ -38,7 +38,7 @@ def run_row(n: int, state: str | None = None) -> dict[str, Any]:
         "id": f"run-{n:03}", "name": f"tutor-qwen3-0.6b-{n:03}", "path": f"/home/me/mlx-lora-studio/runs/run-{n:03}",
         "state": state or STATES[n % len(STATES)], "step": 120 + n, "steps": 240, "loss": 1.1 + 0.01 * n, "val_loss": 1.2 + 0.01 * n,
         "model": "Qwen/Qwen3-0.6B", "method": ("lora", "dora")[n % 2], "objective": "sft", "started": 1795700000 - 3600 * n,
-        "seconds": 600.0 + n, "peak_bytes": 3 * GB, "tokens_per_s": 610.0 + n, "adapter": True,
+        "seconds": 600.0 + n, "step_s": 1.5, "peak_bytes": 3 * GB, "tokens_per_s": 610.0 + n, "adapter": True,
     }  # fmt: skip
 
 
@@ -275,7 +275,15 @@ def hour() -> tuple[dict[str, Any], ...]:
                 }
             )
         events.append(
-            {"type": "state", "state": "running", "step": step, "steps": 4000, "loss": 1.1, "seconds": float(second)}
+            {
+                "type": "state",
+                "state": "running",
+                "step": step,
+                "steps": 4000,
+                "loss": 1.1,
+                "seconds": float(second),
+                "step_s": 1.0,
+            }
         )
     return tuple(events)
 

@@ -32,7 +32,7 @@ from mlx_lora.studio.run_folders import (
     run_id,
     state_of,
 )
-from mlx_lora.studio.tasks import start_child
+from mlx_lora.studio.tasks import SWEEP, Tasks, start_child
 from mlx_lora.trainer.run_folder import forget_run
 from mlx_lora.utils.files import replace_text
 from mlx_lora.utils.text import start_mark
@@ -46,8 +46,8 @@ ASK_AGAIN_S = 10.0  # a second signal ends a run without saving, so it is not se
 class RunControl:
     """The runs that the page starts, and the queue."""
 
-    def __init__(self, folders: Folders, listing: RunListing):
-        self._folders, self._listing = folders, listing
+    def __init__(self, folders: Folders, listing: RunListing, tasks: Tasks):
+        self._folders, self._listing, self._tasks = folders, listing, tasks
         self._lock = threading.RLock()
         self._children: dict[Path, subprocess.Popen] = {}
         self._asked: dict[Path, float] = {}
@@ -123,11 +123,13 @@ class RunControl:
                         started.code = child.returncode
                         started.write(folder)
 
-    def going_on(self) -> Path | None:
-        """Return the folder of a run of this studio that goes on."""
-        for folder in self._listing.folders().values():
-            if folder.parent == self._folders.runs and state_of(folder, read_started(folder))[0] == "running":
-                return folder
+    def going_on(self) -> str | None:
+        """Return what trains now, in words: a run, also of a terminal, or a search of the learning rate; None: nothing does."""
+        for run in self._listing.going_on():
+            return f"the run {run['name']}"
+        for task in self._tasks.listed():
+            if task["kind"] == SWEEP and task["state"] == "running":
+                return f"the task “{task['title']}”"
         return None
 
     # --- runs
@@ -158,9 +160,7 @@ class RunControl:
                 )
             busy = self.going_on()
             if busy is not None and not queue:
-                raise ApiError(
-                    409, f"the run {busy.name} is still running; put this one into the queue, or stop that one", "busy"
-                )
+                raise ApiError(409, f"{busy} is still running; put this run into the queue, or stop that one", "busy")
             words = train_words(settings, folder)
             started = Started(name, settings, words, time.time(), peak_bytes, steps)
             started.write(folder)
@@ -172,9 +172,9 @@ class RunControl:
 
     def _launch(self, folder: Path, started: Started, resume: bool = False) -> None:
         words = [*started.words, "--resume"] if resume else started.words
-        # The names in a terminal's run.yaml are relative to where its command was given.
-        known = self._folders.runs_elsewhere().get(folder)
-        child = start_child(words, folder / LOG_FILE, append=resume, cwd=known.cwd if known else None)
+        # The names in run.yaml are relative to where the run's command was given.
+        cwd = self._listing.begun_in(folder) if resume else None
+        child = start_child(words, folder / LOG_FILE, append=resume, cwd=cwd)
         started.pid, started.mark, started.asked, started.code = child.pid, start_mark(child.pid), None, None
         started.at = time.time()
         started.write(folder)
@@ -229,7 +229,7 @@ class RunControl:
                 )
             busy = self.going_on()
             if busy is not None:
-                raise ApiError(409, f"the run {busy.name} is still running; wait for it, or stop it first", "busy")
+                raise ApiError(409, f"{busy} is still running; wait for it, or stop it first", "busy")
             if started is None:  # of a terminal
                 words = ["train", "--config", str(folder / SETTINGS), "--adapter-path", str(folder)]
                 started = Started(folder.name, {}, words, (folder / SETTINGS).stat().st_mtime)

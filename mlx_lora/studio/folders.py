@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_lora.config.fields import read_value
+from mlx_lora.config.fields import field_type, read_value
 from mlx_lora.config.load import recipe_names
-from mlx_lora.config.settings import FIELDS
+from mlx_lora.config.objectives import VERIFIERS
+from mlx_lora.config.settings import FIELDS, ROWS
 from mlx_lora.data.files import TINY_SHAKESPEARE, find_splits, is_dataset_id, named_sets
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.web import OWN
@@ -21,16 +24,18 @@ from mlx_lora.utils.hub import HUB_ID
 # A run's, an upload's or an export's name: it becomes a folder or a file, and never a path.
 NAME = re.compile(r"[\w][\w .+-]{0,99}")
 RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
-# Settings whose value may be a file or folder; a reward or an environment may be FILE.py:NAME, which runs that file.
-PATHS = (
-    "resume_adapter_file",
-    "chat_template",
-    "reference_adapter",
-    "teacher",
-    "teacher_prompt",
-    "reward",
-    "environment",
-    "tools",
+# Settings whose text never names a file: names, patterns, numbers, and texts for the model.
+WORDS = frozenset((
+    "revision", "prompt_column", "completion_column", "system_column", "chat_column", "text_column", "label_column", "turn_names",
+    "speaker", "chat_date", "rank_pattern", "alpha_pattern", "modules_to_save", "target_modules", "objective", "loss_type",
+    "loss_weights", "reward_weights", "labels", "class_weights", "matryoshka_dims", "query_prompt", "document_prompt",
+    "grad_checkpoint", "shard_base", "report_to", "project_name",
+))  # fmt: skip
+# All other texts may be a file or folder, also as FILE.py:NAME, which runs that file. So a new setting is checked, too.
+PATHS = tuple(
+    name
+    for name, field in FIELDS.items()
+    if field_type(field) is str and not ROWS[name].choices and name not in (*WORDS, *OWN, "model", "data")
 )
 
 
@@ -87,10 +92,13 @@ class Folders:
         """The folders whose subfolders are runs, the studio's own first."""
         return tuple(dict.fromkeys((self.runs, *self.runs_folders)))
 
+    def noted_runs(self) -> dict[Path, KnownRun]:
+        """What `train` noted of runs, by folder; each is still there and has a run.yaml."""
+        return {one.folder: one for one in (known_runs(self.known_runs) if self.known_runs else [])}
+
     def runs_elsewhere(self) -> dict[Path, KnownRun]:
-        """The listed runs whose folders lie in none of those, by folder; each is still there and has a run.yaml."""
-        listed = known_runs(self.known_runs) if self.known_runs else []
-        return {one.folder: one for one in listed if one.folder.parent not in self.all_runs}
+        """Those of them whose folders lie in none of the folders of runs."""
+        return {folder: one for folder, one in self.noted_runs().items() if folder.parent not in self.all_runs}
 
     @property
     def all_data(self) -> tuple[Path, ...]:
@@ -147,6 +155,12 @@ def safe_name(name: object, field: str = "name") -> str:
     return text
 
 
+def numbered_paths(wanted: Path) -> Iterator[Path]:
+    """Yield a path, and then NAME-2, NAME-3 and so on beside it."""
+    yield wanted
+    yield from (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
+
+
 def is_hub_model(value: Any) -> bool:
     """Tell whether a request's model is a hub id, and neither a path nor a flag."""
     found = HUB_ID.fullmatch(value) if isinstance(value, str) else None
@@ -198,6 +212,8 @@ class Checker:
                 for file in _files_of(path):  # a folder may hold links out of it
                     within(str(file), self._folders.all_data, "data")
                 name = f"{path}{mark}{sheet}"
+            elif not known:
+                _check_revision(name.partition("@")[2], "data")
             parts.append(name if weight == 1 else f"{name}={weight:g}")
         return ",".join(parts)
 
@@ -217,21 +233,49 @@ class Checker:
             )  # fmt: skip
         kept = {name: value for name, value in given.items() if value is not None and value != ""}
         for name in PATHS:
-            for part in str(kept.get(name, "")).split(","):
-                self._named_file(name, part.strip())
+            self._check_files(name, str(kept.get(name, "")))
+        _check_revision(str(kept.get("revision", "")), "revision")
         if "model" in kept:
             kept["model"] = self.model(kept["model"])
         if "data" in kept:
             kept["data"] = self.data(kept["data"])
         return {name: value for name, value in kept.items() if not _is_default(name, value)}
 
-    def _named_file(self, name: str, value: str) -> None:
-        """Refuse a value that names a file outside the folders of this studio."""
-        file = re.sub(r"(?<=\.py):\w+$", "", value).removeprefix("json_schema:")
-        if not file or not (Path(file).expanduser().exists() or file[0] in "/~." or ".." in file):
-            return
+    def _check_files(self, name: str, value: str) -> None:
+        """Refuse a value that names a file outside the folders of this studio, alone or in a list with commas."""
         folders = (*self._folders.all_data, *self._folders.all_runs, *self._models, self._folders.home)
-        within(file, folders, name, self._folders.runs_elsewhere())
+        elsewhere = self._folders.runs_elsewhere()
+        for file, may_be_gone in _named_in(value):
+            if os.path.exists(file) or (may_be_gone and _is_path(file)):
+                path = within(file, folders, name, elsewhere)
+                for linked in _files_of(path) if name == "eval_tasks" else ():  # its folder is read as data
+                    within(str(linked), folders, name, elsewhere)
+
+
+def files_in(value: str) -> list[str]:
+    """Return the files and folders that are there of those that a setting's value names."""
+    return [file for file, _ in _named_in(value) if os.path.exists(file)]
+
+
+def _named_in(value: str) -> Iterator[tuple[str, bool]]:
+    """Yield what a value like FILE.py:NAME, json_schema:FILE, or several by comma may name, and whether it also does if it is not there.
+
+    The whole value is a list, or the name of a file with commas in it, which is then there.
+    """
+    for part in dict.fromkeys((value, *value.split(","))):
+        text = part.strip().removeprefix("json_schema:").removeprefix(VERIFIERS)
+        path, colon, _ = text.rpartition(":")
+        yield os.path.expanduser(path if colon and path.endswith(".py") else text), part != value or "," not in value
+
+
+def _is_path(text: str) -> bool:
+    return text.startswith(("/", "~", ".")) or ".." in text
+
+
+def _check_revision(text: str, field: str) -> None:
+    """Refuse a revision that is a path; without network the hub's client would read there."""
+    if _is_path(text) or "\\" in text:
+        raise ApiError(400, f"{field}: {text[:80]!r} is not a branch, tag or commit of the hub", "invalid_value", field)
 
 
 def _files_of(path: Path) -> list[Path]:

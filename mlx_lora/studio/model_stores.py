@@ -45,6 +45,7 @@ MOST_MODELS = 2000
 MOST_SMALL_BYTES = 8 << 20  # a manifest or a config.json
 GGUF_LAYER = "application/vnd.ollama.image.model"
 ADAPTER = "adapter_config.json"
+BITS_OF_SCALES = 0.5  # a weight's share of its group's scale and bias, 16 bits each for 64 weights
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,30 @@ def local_model(model: str) -> str:
     snapshots = Path(HF_HUB_CACHE) / f"models--{found['repo'].replace('/', '--')}" / "snapshots"
     files = [file for file in sorted(snapshots.glob("*/*.gguf")) if found["pick"].lower() in file.name.lower()]
     return str(files[-1]) if files else model
+
+
+def files_of_model(model: str, revision: str | None = None) -> Path | None:
+    """Return the file or folder on this disk that `--model` and `--revision` mean, without asking the hub; None: there is none."""
+    path, found = Path(local_model(model)).expanduser(), HUB_ID.fullmatch(model)
+    if path.exists():
+        return path
+    if not found or found["pick"]:
+        return None
+    cached = Path(HF_HUB_CACHE) / f"models--{found['repo'].replace('/', '--')}"
+    named = cached / "refs" / (revision or "main")
+    commit = named.read_text(encoding="utf-8").strip() if named.is_file() else revision
+    snapshots = [path for path in cached.glob("snapshots/*") if commit in (path.name, None)]
+    return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def bytes_in_memory(path: Path, bits: int | None = None) -> float:
+    """Return about how much memory a model's weights take; with `bits`, as `--bits` quantizes them."""
+    if path.is_file():
+        return path.stat().st_size
+    # A repository may also have the same weights in one file.
+    files = list(path.glob("model*.safetensors")) or list(path.glob("*.safetensors"))
+    stored, numbers = sum(file.stat().st_size for file in files), bits and folder_facts(path)["parameters"]
+    return min(stored, numbers * (bits + BITS_OF_SCALES) / 8) if bits and numbers else stored
 
 
 def folder_models(root: Path, depth: int = DEPTH) -> list[LocalModel]:

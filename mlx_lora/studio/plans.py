@@ -31,7 +31,7 @@ from mlx_lora.api.plan import PlanParts, plan_run
 from mlx_lora.config.defaults import DataFacts, learning_rate_for, preset_settings, rows_per_step, with_length
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import AUTO, TrainSettings
-from mlx_lora.data.files import find_sets, is_local, named_sets
+from mlx_lora.data.files import DataFile, find_sets, is_local, named_sets
 from mlx_lora.data.records import read_records
 from mlx_lora.gguf.arch import model_config
 from mlx_lora.gguf.reader import is_gguf, read_gguf
@@ -43,6 +43,7 @@ from mlx_lora.planner.speed import Ceilings
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.model_stores import local_model
 from mlx_lora.studio.tasks import BackgroundTask, Tasks
+from mlx_lora.studio.versions import stamps, stamps_at, stamps_of_settings
 from mlx_lora.studio.web import fields_in, in_page_words
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_json
@@ -129,7 +130,7 @@ class Plans:
         if not data or not all(is_local(name) for name, _ in named_sets(data)):
             return self.of_config(settings), None
         key = _key(settings)
-        if key in self._kept or sum(file.path.stat().st_size for file in _files(data)) <= AT_ONCE_BYTES:
+        if key in self._kept or sum(file.path.stat().st_size for file in local_files(data)) <= AT_ONCE_BYTES:
             return self._planned(settings), None
         with self._lock:
             if key not in self._reading or self._reading[key].state != "running":
@@ -252,9 +253,11 @@ def refused_plan(problem: str) -> dict[str, Any]:
 def _key(settings: Mapping[str, Any]) -> str:
     """Return a text that changes with all that a plan depends on, the versions of files among it."""
     counted = {name: value for name, value in settings.items() if name not in NOT_PLANNED}
-    versions = [_version(settings.get("model"))]
+    versions = [stamps_of_settings(settings)]
+    if settings.get("model"):
+        versions.append(stamps_at(Path(settings["model"]).expanduser()))
     if settings.get("data"):
-        versions += [_version(str(file.path)) for file in _files(settings["data"])]
+        versions.append(stamps(file.path for file in local_files(settings["data"])))
     return json.dumps([sorted(counted.items()), versions], default=str)
 
 
@@ -268,7 +271,8 @@ def _version(path: str | None) -> list[Any]:
     return [str(file), stat.st_size, stat.st_mtime_ns]
 
 
-def _files(data: str) -> list[Any]:
+def local_files(data: str) -> list[DataFile]:
+    """Return the files that `--data` names; none if a set of it is on the hub."""
     if not all(is_local(name) for name, _ in named_sets(data)):
         return []
     return [file for one in find_sets(data) for files in one.splits.values() for file in files]

@@ -19,6 +19,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.model_stores import local_model
 from mlx_lora.studio.preview_pictures import RowPictures, in_runs, reader_for, write_pictures
 from mlx_lora.studio.tasks import BackgroundTask, Tasks
+from mlx_lora.studio.versions import Stamps, stamps, stamps_at, stamps_of_settings
 from mlx_lora.studio.web import in_page_words
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
@@ -269,9 +271,9 @@ POLL_S = 0.2
 FILTERS = ("all", "cut", "doubled", "refused")
 # The settings that decide how data is encoded; others do not make another index.
 COUNTED = (
-    "data", "data_format", "prompt_column", "completion_column", "system_column", "chat_column", "text_column", "turn_names",
-    "speaker", "conversation_gap", "max_seq_length", "mask_prompt", "chat_template", "chat_date", "pairs", "objective", "teacher_prompt", "on_policy",
-    "images", "max_pixels", "fetch_images",
+    "data", "data_format", "prompt_column", "completion_column", "system_column", "chat_column", "text_column", "label_column", "turn_names",
+    "speaker", "conversation_gap", "max_seq_length", "mask_prompt", "chat_template", "chat_date", "allow_special_tokens", "pairs", "objective",
+    "teacher_prompt", "on_policy", "images", "max_pixels", "fetch_images",
 )  # fmt: skip
 
 
@@ -310,7 +312,8 @@ class Previews:
 
     def __init__(self, tasks: Tasks, logs: Path):
         self._tasks, self._logs = tasks, logs
-        self._opened, self._tokenizer = lru_cache(KEPT_OPEN)(Index), lru_cache(KEPT_TOKENIZERS)(_load_tokenizer)
+        self._opened = lru_cache(KEPT_OPEN)(Index)
+        self._tokenizer = lru_cache(KEPT_TOKENIZERS)(lambda folder, version: _load_tokenizer(folder))
         self._lock = threading.Lock()  # tokenizers are not thread-safe
         self._building: dict[str, BackgroundTask] = {}
 
@@ -329,7 +332,13 @@ class Previews:
             raise ApiError(400, f"filter: must be one of {', '.join(FILTERS)}", "invalid_value", "filter")
         tokenizer = tokenizer_folder(local_model(settings["model"]))
         asked = {name: settings[name] for name in COUNTED if name in settings} | {"tokenizer": str(tokenizer)}
-        key, size = _key(asked)
+        version = stamps_at(tokenizer)
+        with self._lock:
+            loaded = self._tokenizer(tokenizer, version)
+        # A template may show the day on which the run begins.
+        shown = DataSettings(chat_template=asked.get("chat_template"))
+        today = None if "chat_date" in asked else chat_day(shown, loaded, None)
+        key, size = _key(asked, version, today)
         folder = cache_dir("previews") / key
         if not (folder / META).is_file():
             if size > AT_ONCE_BYTES:
@@ -338,7 +347,7 @@ class Previews:
                 build_index(asked, folder)
             _evict(folder.parent)
         with self._lock:
-            return self._page(self._opened(folder), self._tokenizer(tokenizer), offset, limit, chosen)
+            return self._page(self._opened(folder), loaded, offset, limit, chosen)
 
     def _begin(self, key: str, asked: dict[str, Any], folder: Path) -> BackgroundTask:
         with self._lock:
@@ -459,12 +468,18 @@ def tokenizer_folder(model: str) -> Path:
     return folder
 
 
-def _key(asked: dict[str, Any]) -> tuple[str, int]:
-    """Return the name of an index, which changes with the files, and the bytes of the data."""
-    files = [file.path for one in find_sets(asked["data"]) for part in one.splits.values() for file in part]
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = sha256_of(json.dumps([VERSION, sorted(asked.items()), stats], default=str))
-    return key[:32], sum(size for _, size, _ in stats)
+def _key(asked: dict[str, Any], tokenizer: Stamps, today: date | None) -> tuple[str, int]:
+    """Return the name of an index, which changes with all that the rows depend on, and the bytes of the data.
+
+    Args:
+        asked: as for `build_index`.
+        tokenizer: the stamps of its files.
+        today: the day that the rows show, None if they show none or the settings name it.
+    """
+    data = stamps(file.path for one in find_sets(asked["data"]) for part in one.splits.values() for file in part)
+    named = stamps_of_settings(asked)  # a template's, a teacher's prompt
+    key = sha256_of(json.dumps([VERSION, sorted(asked.items()), data, named, tokenizer, today], default=str))
+    return key[:32], sum(size for _, size, _ in data)
 
 
 def _nothing() -> dict[str, Any]:

@@ -12,13 +12,11 @@ A folder is read again only if one of its files changed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,7 @@ from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.adapter_uses import uses_of_adapter
 from mlx_lora.studio.folders import Folders
 from mlx_lora.studio.preview_pictures import pictures_of_text
+from mlx_lora.studio.run_metrics import RunClock, last_values, read_columns, tail_lines
 from mlx_lora.studio.web import in_page_words
 from mlx_lora.trainer.checkpoint import LOCK_FILE, lock_holder, numbered
 from mlx_lora.trainer.run_folder import CHECKPOINTS, KnownRun
@@ -58,6 +57,7 @@ WATCHED = (SETTINGS, METRICS, FACTS_FILE, STARTED_FILE, CONFIG_FILE, LOCK_FILE)
 STEPS = re.compile(r"^Run: ([\d,]+) steps?,|^step \d+/(\d+)[,. ]")
 MOST_TEXT, MOST_SAMPLES = 4000, 60
 MOST_RUNS = 5000
+OF_BASE = ("revision", "bits")  # settings that make another base of the same model
 RESUMABLE = ("paused", "stopped", "killed", "failed")
 
 
@@ -169,6 +169,8 @@ class RunListing:
     def __init__(self, folders: Folders):
         self._folders = folders
         self._kept: dict[Path, tuple[Any, dict[str, Any]]] = {}
+        self._clocks: dict[Path, RunClock] = {}
+        self._noted: tuple[Any, dict[Path, KnownRun]] = (None, {})
         self._lock = threading.Lock()
 
     def folders(self) -> dict[str, Path]:
@@ -190,20 +192,23 @@ class RunListing:
         return folder.parent not in self._folders.all_runs
 
     def settings_of(self, folder: Path, started: Started | None) -> dict[str, Any]:
-        """Return a run's settings; of a run elsewhere, with a local model as a whole path."""
-        known = self._folders.runs_elsewhere().get(folder) if self.elsewhere(folder) else None
-        return _with_whole_model(read_settings_of(folder, started), known)
+        """Return a run's settings, with a local model as a whole path."""
+        return _with_whole_model(read_settings_of(folder, started), self.begun_in(folder))
 
     def begun_in(self, folder: Path) -> str | None:
-        """Return the folder that the names in the settings of a terminal's run start from, if that is known."""
-        known = self._folders.runs_elsewhere().get(folder)
+        """Return the folder that the names in a run's settings start from, if `train` noted it."""
+        file = self._folders.known_runs
+        version = stamp(file) if file else None
+        if version != self._noted[0]:  # the list has up to a thousand runs, and this is asked for each of them
+            self._noted = (version, self._folders.noted_runs())
+        known = self._noted[1].get(folder)
         return known.cwd if known else None
 
     def bases(self) -> list[Path]:
-        """Return the local base models of runs elsewhere, resolved: those may be talked to as well."""
-        elsewhere = self._folders.runs_elsewhere().items()
-        named = [_with_whole_model(read_settings_of(folder, None), known).get("model") for folder, known in elsewhere]
-        return [Path(model).resolve() for model in named if isinstance(model, str) and Path(model).is_absolute()]
+        """Return the local base models of runs that `train` noted, resolved: those may be talked to as well."""
+        noted = self._folders.noted_runs()
+        models = [self.summary(folder)["model"] for folder in self.folders().values() if folder in noted]
+        return [Path(model).resolve() for model in models if isinstance(model, str) and Path(model).is_absolute()]
 
     def folder(self, number: str) -> Path:
         """Return a run's folder.
@@ -222,12 +227,13 @@ class RunListing:
         with self._lock:
             for gone in self._kept.keys() - set(found.values()):
                 del self._kept[gone]
+                self._clocks.pop(gone, None)
         lines = [self.summary(folder, number in queued) for number, folder in found.items()]
         return sorted(lines, key=lambda line: line["started"] or 0, reverse=True)
 
     def summary(self, folder: Path, queued: bool = False) -> dict[str, Any]:
         """Return a run's line."""
-        version = [stamp(folder / name) for name in WATCHED]
+        version = [*(stamp(folder / name) for name in WATCHED), self.begun_in(folder)]
         with self._lock:
             kept = self._kept.get(folder)
         if kept is not None and kept[0] == version:
@@ -255,12 +261,15 @@ class RunListing:
         steps = (started.steps if started else None) or settings.get("iters") or _steps_said(folder)
         steps = steps or _steps_of_epochs(settings.get("epochs"), last)
         facts = read_facts(folder)
+        with self._lock:
+            clock = self._clocks.setdefault(folder, RunClock(folder / METRICS))
+        seconds, step_s = clock.read()
         return {
             "id": run_id(folder), "name": folder.name, "path": str(folder),
             "step": last.get("step", 0), "steps": steps, "loss": last.get("loss"), "val_loss": last.get("val_loss"),
             "val_step": last.get("val_step"),
             "model": settings.get("model"), "method": settings.get("fine_tune_type") or settings.get("method") or "lora",
-            "objective": settings.get("objective") or "sft", "started": begun, "seconds": last.get("elapsed_s"),
+            "objective": settings.get("objective") or "sft", "started": begun, "seconds": seconds, "step_s": step_s,
             "peak_bytes": last.get("peak_bytes"), "tokens_per_s": last.get("tokens_per_s"),
             "plan_peak_bytes": facts.get("planned_peak_bytes") or (started.plan_peak_bytes if started else None),
             "in_studio": started is not None, "elsewhere": self.elsewhere(folder),
@@ -301,12 +310,13 @@ class RunListing:
 
     def adapters(self) -> list[dict[str, Any]]:
         """Return the adapters that finished, stopped or paused runs left, the newest first."""
-        found, elsewhere = [], self._folders.runs_elsewhere()
+        found = []
         for number, folder in self.folders().items():
             if (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file():
-                settings = _with_whole_model(read_settings_of(folder, None), elsewhere.get(folder))
+                settings = self.settings_of(folder, None)
                 changed = _time(folder / WEIGHTS_FILE) or 0
                 one = {"name": folder.name, "path": str(folder), "base": settings.get("model"), "run": number}
+                one |= {name: settings.get(name) for name in OF_BASE}
                 found.append((changed, one | uses_of_adapter(settings)))
         return [one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
@@ -320,12 +330,12 @@ def read_settings_of(folder: Path, started: Started | None) -> dict[str, Any]:
     return found if isinstance(found, dict) else dict(started.settings) if started else {}
 
 
-def _with_whole_model(settings: dict[str, Any], known: KnownRun | None) -> dict[str, Any]:
+def _with_whole_model(settings: dict[str, Any], cwd: str | None) -> dict[str, Any]:
     """Return settings with a local model as a whole path; a terminal's run may name it relative to where it began."""
     model = settings.get("model")
-    if known is None or not isinstance(model, str):
+    if cwd is None or not isinstance(model, str):
         return settings
-    local = Path(known.cwd, Path(model).expanduser())
+    local = Path(cwd, Path(model).expanduser())
     return {**settings, "model": str(local)} if local.exists() else settings
 
 
@@ -466,132 +476,3 @@ def what_was_forgotten(folder: Path, settings: dict[str, Any]) -> dict[str, Any]
     right = facts["probes"]["right"]
     probes = {"right": right[about["adapter"]], "base_right": right["base"], "of": facts["probes"]["questions"]}
     return {"forgetting": {"sentence": f"It {about['sentence']}.", "rows": rows, "probes": probes}} | measured_by
-
-
-# metrics.jsonl
-
-MOST_POINTS = 2000  # of a curve
-TAIL_BYTES = 64 << 10
-MOST_AT_ONCE = 1 << 20  # bytes of new lines that are read at a time
-NOT_CURVES = ("shapes",)
-
-
-def read_columns(path: Path, most: int = MOST_POINTS) -> dict[str, list[Any]]:
-    """Return metrics.jsonl by columns of equal length, thinned evenly to `most` rows; validations are kept."""
-    rows: list[dict[str, Any]] = []
-    kept_of, count = 1, 0
-    for record in records(path):
-        held_out = record.get("loss") is None
-        if held_out or count % kept_of == 0:
-            rows.append(record)
-        count += not held_out
-        if len(rows) > 2 * most:  # memory stays the same however long the file is
-            rows, kept_of = thinned(rows, most), kept_of * 2
-    rows = thinned(rows, most) if len(rows) > most else rows
-    names = dict.fromkeys(name for row in rows for name in row if name not in NOT_CURVES)
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
-def thinned(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """Return at most `most` rows: the validations first, and others at even distances, the first and last among them."""
-
-    def even(places: list[int], most: int) -> list[int]:
-        last = (len(places) - 1) / max(1, most - 1)
-        return places if len(places) <= most else [places[int(i * last)] for i in range(most)]
-
-    held = even([i for i, row in enumerate(rows) if row.get("val_loss") is not None], most // 2)
-    others = even([i for i, row in enumerate(rows) if row.get("val_loss") is None], most - len(held))
-    return [rows[i] for i in sorted({*held, *others})]
-
-
-def records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of metrics.jsonl one at a time, without incomplete lines."""
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if (record := parsed(line)) is not None:
-                    yield record
-    except OSError:
-        return
-
-
-def parsed(line: str) -> dict[str, Any] | None:
-    """Return a line's record; None if it is incomplete, or none of ours."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
-
-
-def last_values(path: Path) -> dict[str, Any]:
-    """Return the last step, losses, speed and the largest peak in the end of metrics.jsonl.
-
-    The validation before the first step is of the base, and no result of the run: it is left out.
-    """
-    found: dict[str, Any] = {}
-    for line in tail_lines(path, TAIL_BYTES):
-        record = parsed(line)
-        if record is None:
-            continue
-        found["step"] = record["step"]
-        if record.get("val_loss") is not None and record["step"] > 0:
-            found["val_loss"], found["val_step"] = record["val_loss"], record["step"]
-        for name in ("loss", "tokens_per_s", "elapsed_s", "epoch", "reward", "accuracy"):
-            if record.get(name) is not None and (record.get("loss") is not None or name != "tokens_per_s"):
-                found[name] = record[name]
-        peak = record.get("peak_memory_bytes")
-        found["peak_bytes"] = max(found.get("peak_bytes") or 0, peak if isinstance(peak, int) else 0) or None
-    return found
-
-
-def tail_lines(path: Path, size: int, most: int | None = None, end: int | None = None) -> list[str]:
-    """Return the last whole lines of a text file, from at most `size` bytes before position `end`; none without a file."""
-    try:
-        with path.open("rb") as file:
-            end = file.seek(0, 2) if end is None else end
-            start = max(0, end - size)
-            file.seek(start)
-            text = file.read(end - start).decode("utf-8", "replace")
-    except OSError:
-        return []
-    lines = text.splitlines()
-    lines = lines[1:] if start and len(lines) > 1 else lines
-    return lines[-most:] if most else lines
-
-
-class Tail:
-    """Gives the lines that are added to a file; holds a position and nothing else."""
-
-    def __init__(self, path: Path):
-        self._path, self._at, self._inode = path, 0, None
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            stat = os.fstat(file.fileno())
-            start = max(0, stat.st_size - TAIL_BYTES)
-            file.seek(start)
-            whole = file.read(stat.st_size - start).rfind(b"\n") + 1  # a line that is being written comes later
-            self._at, self._inode = start + whole if whole else stat.st_size, stat.st_ino
-
-    def earlier_lines(self, size: int) -> list[str]:
-        """Return the last lines before this position, of at most `size` bytes; `new_lines` gives none of them again."""
-        return tail_lines(self._path, size, end=self._at)
-
-    def new_lines(self) -> list[str]:
-        """Return the complete lines since the last call; a file that was replaced or cut is read from its start."""
-        try:
-            stat = self._path.stat()
-            if stat.st_size < self._at or (self._inode is not None and stat.st_ino != self._inode):
-                self._at = 0
-            self._inode = stat.st_ino
-            if stat.st_size == self._at:
-                return []
-            with self._path.open("rb") as file:
-                file.seek(self._at)
-                data = file.read(MOST_AT_ONCE)
-        except OSError:
-            return []
-        end = data.rfind(b"\n") + 1
-        if not end and len(data) == MOST_AT_ONCE:
-            end = len(data)  # one line longer than that is cut
-        self._at += end
-        return data[:end].decode("utf-8", "replace").splitlines()

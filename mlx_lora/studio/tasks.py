@@ -29,6 +29,7 @@ from mlx_lora.utils.text import MODULE
 KEPT = 50  # finished tasks that are still listed
 POLL_S = 0.3
 TERMINATE_S = 5.0
+SWEEP = "sweep"  # the kind of a task that trains
 PUBLIC = ("id", "kind", "title", "state", "done", "total", "unit", "seconds_left", "message", "result")
 
 
@@ -41,7 +42,7 @@ class BackgroundTask:
     """A piece of work.
 
     Attributes:
-        kind: download, convert, export, data, plan, forgetting or evaluation.
+        kind: download, convert, export, data, plan, forgetting, evaluation or sweep.
         title: what the page shows.
         state: running, done, failed or cancelled.
         done, total, unit: how far it is; None: not known.

@@ -22,7 +22,7 @@ from mlx_lora.config.settings import FIELDS, ROWS
 from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS
 from mlx_lora.serving.guard import App, Message, Receive, Send, not_here
 from mlx_lora.serving.schema import ApiError, is_number, read_json
-from mlx_lora.utils.console import printable
+from mlx_lora.utils.console import finite_values, printable
 from mlx_lora.utils.errors import InputError, RunError
 
 # The page's words
@@ -174,7 +174,7 @@ def json_route(path: str, handler: Handler, method: str = "GET") -> Route:
     async def endpoint(request: Request) -> Response:
         raw = await request.body()
         body = read_json(raw) if method != "GET" and raw else {}
-        return JSONResponse(await anyio.to_thread.run_sync(handler, request, body))
+        return JSONResponse(finite_values(await anyio.to_thread.run_sync(handler, request, body)))
 
     return Route(path, endpoint, methods=[method])
 
@@ -193,7 +193,7 @@ def events(request: Request, lines: AsyncIterator[dict[str, Any] | None]) -> Str
             if request.app.state.ending():
                 return
             if line is not None:
-                yield b"data: " + json.dumps(line).encode() + b"\n\n"
+                yield b"data: " + json.dumps(finite_values(line)).encode() + b"\n\n"
             elif time.monotonic() - told_s < ALIVE_S:
                 continue
             else:

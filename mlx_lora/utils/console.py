@@ -111,6 +111,8 @@ def finite_values(value: Any) -> Any:
     """Return a value with NaN and infinity, which JSON does not have, replaced by None."""
     if isinstance(value, dict):
         return {key: finite_values(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_values(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

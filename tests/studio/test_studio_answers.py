@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from run_cli import run
@@ -11,9 +13,12 @@ from studio_client import furnish, studio, write_run
 from studio_real import PATIENCE_MS
 from studio_real import studio as real_studio
 
+from mlx_lora.config.settings import ModelSettings
 from mlx_lora.reports.run_report import EVALUATION_FILE, keep_evaluation
+from mlx_lora.studio.places.talk import Talk
 from mlx_lora.studio.run_folders import MOST_SAID, run_id, words_of_asking, words_of_measuring
 from mlx_lora.studio.tasks import Tasks
+from mlx_lora.utils.errors import InputError
 
 CHANGE = {"change": -1.0, "low": -1.5, "high": -0.5, "rows": 9}
 EXAMPLE = {"question": "q" * 9000, "expected": "Yes.", "base": "No", "adapter": "yes", "exact": {"base": False, "adapter": True}}  # fmt: skip
@@ -92,6 +97,94 @@ def test_an_adapter_is_offered_what_takes_it_and_goes_with_its_base(home, monkey
             asked = {"model": model, "adapter": found[name]["path"], "to": to, "out": f"{name}-out"}
             assert client.post("/api/export", json=asked).status_code == 200
             assert {"--bits", "--dequantize"} & set(begun[-1]) == flags
+
+
+def test_an_adapter_is_talked_to_on_the_base_that_it_was_trained_on(home, monkeypatch):
+    loaded = []
+
+    def load(settings):
+        loaded.append((settings.model, settings.revision, settings.bits))
+        raise InputError("not loaded here")
+
+    monkeypatch.setattr("mlx_lora.studio.places.talk.load_base", load)
+    model = str(home / "models" / "tiny")
+    runs = {
+        "four": {"bits": 4},
+        "two": {"bits": 2},
+        "plain": {},
+        "old": {"model": "org/model", "revision": "v1", "bits": 4},
+    }
+    paths = {name: str(write_run(home / "runs" / name, **{"model": model, **own})) for name, own in runs.items()}
+    with studio(home) as client:
+        found = {one["name"]: one for one in client.get("/api/adapters").json()["adapters"]}
+        assert {name: (one["revision"], one["bits"]) for name, one in found.items()} == {
+            "four": (None, 4), "two": (None, 2), "plain": (None, None), "old": ("v1", 4),
+        }  # fmt: skip
+
+        def talk(model, *names, **more):
+            columns = [{"adapters": [{"path": paths[name]}] if name else []} for name in names]
+            said = [{"role": "user", "content": "Say 1."}]
+            return client.post("/api/talk", json={"model": model, "columns": columns, "messages": said, **more})
+
+        for asked in (
+            (model, "", "four"),
+            (model, "four"),
+            (model, "two"),
+            (model, "plain"),
+            ("org/model", "old"),
+            ("org/model", ""),
+        ):
+            assert "not loaded here" in talk(*asked).text
+        assert loaded == [
+            (model, None, 4), (model, None, 4), (model, None, 2), (model, None, None), ("org/model", "v1", 4), ("org/model", None, None),
+        ]  # fmt: skip
+        assert talk(model, "four", "two").status_code == 400, "one base is in memory at a time"
+        assert "not loaded here" in talk(model, "four", bits=None, revision=None).text
+        assert loaded[-1] == (model, None, None), "what is asked for comes first"
+        for wrong in ({"bits": 99}, {"bits": "x"}, {"revision": "../../x"}):
+            assert talk(model, "four", **wrong).status_code == 400
+
+
+def test_exports_take_the_revision_and_an_upload_is_tried_as_often_as_one_likes(home, monkeypatch):
+    begun = []
+    monkeypatch.setattr(Tasks, "child", lambda self, kind, title, words, *rest, **named: begun.append(words) or self.begin(kind, title, lambda task: None))  # fmt: skip
+    folder = write_run(home / "runs" / "a", model="org/model", revision="v1")
+    order = {"model": "org/model", "adapter": str(folder), "out": "a-hub", "to": "hub", "options": {"repo": "me/a"}}
+    with studio(home) as client:
+        for more in ({}, {}, {"to": "hf", "out": "a-hf"}, {"to": "fuse", "out": "a-fuse"}):
+            assert client.post("/api/export", json=order | more).status_code == 200
+            words = begun[-1]
+            assert words[words.index("--revision") + 1] == "v1"
+            Path(words[words.index("--out") + 1]).mkdir()  # left by an upload that failed, too
+        assert client.post("/api/export", json=order | {"model": str(home / "models" / "tiny")}).status_code == 200
+        assert "--revision" not in begun[-1]
+        assert client.post("/api/export", json=order | {"to": "hf", "out": "a-hf"}).status_code == 409
+    assert len({words[words.index("--out") + 1] for words in begun}) == len(begun)
+
+
+def test_a_model_of_the_hub_is_weighed_before_it_is_loaded_beside_a_run(tmp_path, monkeypatch):
+    snapshots = tmp_path / "models--org--big" / "snapshots"
+    (tmp_path / "models--org--big" / "refs").mkdir(parents=True)
+    (tmp_path / "models--org--big" / "refs" / "main").write_text("new")
+    for name, numbers in (("new", 4 * 10**6), ("old", 10**6)):
+        (snapshots / name).mkdir(parents=True)
+        (snapshots / name / "config.json").write_text('{"model_type": "llama"}')
+        header = json.dumps({"w": {"dtype": "BF16", "shape": [numbers], "data_offsets": [0, 2 * numbers]}}).encode()
+        with (snapshots / name / "model.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + 2 * numbers)
+        shutil.copyfile(snapshots / name / "model.safetensors", snapshots / name / "consolidated.safetensors")
+    monkeypatch.setattr("mlx_lora.studio.model_stores.HF_HUB_CACHE", str(tmp_path))
+    talk = Talk(lambda: [{"name": "r", "peak_bytes": 10 * 10**6}], 15 * 10**6)
+
+    def warned(**settings):
+        return talk._memory_warning(ModelSettings(**{"model": "org/big", **settings})) is not None
+
+    assert warned()
+    assert not warned(revision="old")
+    assert not warned(bits=4)
+    assert warned(model=str(snapshots / "new"))
+    assert not warned(model="org/unknown")
 
 
 def test_rows_of_plain_text_are_only_measured(tmp_path):

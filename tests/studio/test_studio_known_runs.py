@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import threading
+import time
 
 import pytest
-from studio_client import furnish, studio, write_run
+from studio_client import furnish, studio, wait_for, write_run
 
 from mlx_lora.cli.train import main as train
-from mlx_lora.studio.run_folders import run_id
+from mlx_lora.studio.control import POLL_S, RunControl
+from mlx_lora.studio.folders import Folders
+from mlx_lora.studio.run_folders import RunListing, run_id
+from mlx_lora.studio.tasks import Tasks
+from mlx_lora.trainer.checkpoint import locked
 from mlx_lora.trainer.run_folder import KnownRun, known_runs, note_run, runs_file
 
 
@@ -47,6 +54,68 @@ def test_train_notes_its_folder_and_the_studio_shows_it(tiny_folder, chats, tmp_
             assert client.post("/api/talk", json={"model": model, "columns": []}).status_code == status
     with studio(tmp_path / "another-home") as client:
         assert client.get("/api/runs").json()["runs"] == []
+
+
+@pytest.mark.parametrize("listed", ["in a runs folder", "by its note alone"])
+def test_names_of_a_run_start_where_its_command_was_given(tmp_path, file, tiny_folder, monkeypatch, listed):
+    project, started = (tmp_path / "project").resolve(), []
+    folder = write_run(project / "runs" / "mine", ended=False, model="base")
+    (project / "base").symlink_to(tiny_folder)
+    monkeypatch.chdir(project)
+    note_run(folder)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()  # another model of that name, where the studio is started
+
+    def start(words, log, **how):
+        started.append(how["cwd"])
+        child = subprocess.Popen(["true"])
+        child.wait()
+        return child
+
+    monkeypatch.setattr("mlx_lora.studio.control.start_child", start)
+    runs = {"runs_folders": (project / "runs",)} if listed == "in a runs folder" else {}
+    with studio(tmp_path / "home", known_runs=file, **runs) as client:
+        (run,) = client.get("/api/runs").json()["runs"]
+        (adapter,) = client.get("/api/adapters").json()["adapters"]
+        detail = client.get(f"/api/runs/{run['id']}").json()
+        assert run["model"] == adapter["base"] == detail["settings"]["model"] == str(project / "base")
+        ask = {"model": adapter["base"], "columns": []}
+        assert client.post("/api/talk", json=ask).status_code == 400, "it may be talked to"
+        assert client.post(f"/api/runs/{run['id']}/resume", json={}).status_code == 200
+    assert started == [str(project)]
+
+
+def test_one_run_trains_at_a_time_wherever_it_was_started(tmp_path, file, monkeypatch):
+    folder = write_run(tmp_path / "theirs", ended=False)
+    note_run(folder)
+    launched = []
+    monkeypatch.setattr(
+        "mlx_lora.studio.control.RunControl._launch", lambda self, folder, *_, **__: launched.append(folder.name)
+    )
+    monkeypatch.setattr("mlx_lora.studio.control.resolved", lambda *_: None)
+    paused = write_run(tmp_path / "home" / "runs" / "paused", ended=False)
+    order = {"settings": {"model": "org/model", "data": "tiny-shakespeare", "iters": 3}, "card": "balanced"}
+    with studio(tmp_path / "home", known_runs=file) as client:
+        with locked(folder):
+            assert client.post("/api/train/start", json={**order, "name": "one"}).status_code == 409
+            assert client.post("/api/train/start", json={**order, "name": "one", "queue": True}).status_code == 200
+            assert client.post(f"/api/runs/{run_id(paused.resolve())}/resume", json={}).status_code == 409
+            time.sleep(2 * POLL_S)
+            assert launched == []
+        wait_for(lambda: launched == ["one"], 20)
+
+
+def test_a_search_of_the_learning_rate_trains_too(tmp_path):
+    folders, tasks, end = Folders(tmp_path), Tasks(tmp_path), threading.Event()
+    control = RunControl(folders, RunListing(folders), tasks)
+    assert control.going_on() is None
+    tasks.begin("export", "Copy", lambda task: end.wait(60))
+    assert control.going_on() is None
+    search = tasks.begin("sweep", "Rates", lambda task: end.wait(60))
+    assert "Rates" in (control.going_on() or "")
+    end.set()
+    wait_for(lambda: search.state == "done", 20)
+    assert control.going_on() is None
 
 
 def test_a_run_is_listed_once_and_leaves_with_its_folder(tmp_path, file):

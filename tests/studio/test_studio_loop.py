@@ -56,7 +56,7 @@ def whole_loop(
         page.locator(".column-choice.side-B .chosen-name", has_text="loop").wait_for()
         page.get_by_text("Sampling and system prompt").click()
         page.get_by_label("Max tokens").fill("12")
-        page.get_by_label("Message").fill("Say 3.")
+        page.get_by_label("Message", exact=True).fill("Say 3.")
         page.keyboard.press("Enter")
         page.get_by_text("tokens/s, first token").nth(1).wait_for()
         assert [len(text) > 0 for text in page.locator(".said").all_inner_texts()] == [True, True]

@@ -119,7 +119,7 @@ def test_a_hostile_row_and_a_hostile_answer_are_text(studio):
     studio.go("data", HOSTILE)
     assert page.get_by_text(HOSTILE).count() == 1
     studio.go("talk", "Column B")
-    page.get_by_label("Message").fill("How do I boil an egg?")
+    page.get_by_label("Message", exact=True).fill("How do I boil an egg?")
     page.keyboard.press("Enter")
     page.get_by_text("tokens/s, first token").nth(1).wait_for()
     assert page.get_by_text(HOSTILE).count() == 2
@@ -131,14 +131,39 @@ def test_each_column_has_its_own_conversation(studio, server):
     page = studio.page
     studio.go("talk", "Column B")
     for question in ("One?", "Two?"):
-        page.get_by_label("Message").fill(question)
+        page.get_by_label("Message", exact=True).fill(question)
         page.keyboard.press("Enter")
         page.get_by_text(question).wait_for()
         page.get_by_role("button", name="Stop", exact=True).and_(page.locator(":disabled")).wait_for()
     asked = [body for path, body in server.asked if path == "talk"][-1]
     assert [len(column["adapters"]) for column in asked["columns"]] == [0, 1]
     assert [one["role"] for one in asked["messages"]] == ["user", "assistant", "user"]
-    assert page.get_by_label("Message").input_value() == ""
+    assert page.get_by_label("Message", exact=True).input_value() == ""
+
+
+def test_one_talks_on_the_base_that_an_adapter_was_trained_on(browser):
+    runs = [{"name": "four", "bits": 4}, {"name": "plain"}, {"name": "old", "revision": "v1", "bits": 4}]
+    adapters = [{"path": f"/runs/{one['name']}", "base": MODEL, "run": one["name"], **one} for one in runs]
+    with StandIn(answers={"adapters": {"adapters": adapters}}) as server:
+        watched = open_studio(browser, server.url, project=PROJECT)
+        page = watched.page
+        heard = []
+        for place, at in (("talk", None), ("talk", 1), ("talk/old", None)):
+            page.reload()
+            watched.go(place, "Column B")
+            if at is not None:
+                page.get_by_label("Model", exact=True).select_option(index=at)
+            page.get_by_label("Message", exact=True).fill("Why?")
+            page.keyboard.press("Enter")
+            page.get_by_role("button", name="Stop", exact=True).and_(page.locator(":disabled")).wait_for()
+            body = [body for path, body in server.asked if path == "talk"][-1]
+            heard.append((body["model"], body["revision"], body["bits"], body["columns"][1]["adapters"][0]["path"]))
+        assert heard == [
+            (MODEL, None, 4, "/runs/four"), (MODEL, None, None, "/runs/plain"), (MODEL, "v1", 4, "/runs/old"),
+        ]  # fmt: skip
+        assert page.get_by_label("Model", exact=True).locator("option").count() == 3
+        assert watched.problems == []
+        watched.page.close()
 
 
 def test_a_plan_follows_the_settings(studio, server):

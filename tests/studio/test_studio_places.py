@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import time
 from concurrent.futures.process import BrokenProcessPool
+from datetime import date
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,8 +15,10 @@ from studio_client import furnish, studio, upload, wait_for
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import FIELDS
+from mlx_lora.studio import previews
 from mlx_lora.studio.model_stores import ollama_models
 from mlx_lora.studio.plans import KeptParts, Plans
+from mlx_lora.studio.plans import _key as key_of_plan
 from mlx_lora.studio.tasks import Tasks
 from mlx_lora.studio.web import OWN
 
@@ -185,6 +189,58 @@ def test_a_preview_shows_rows_as_they_are_trained(client, named):
     assert [row["line"] for row in second["rows"]] == [39, 40]
 
 
+def test_a_preview_follows_the_files_that_it_depends_on(tmp_path, tiny_folder, chats):
+    model, data = furnish(tmp_path / "home", tiny_folder, chats)
+    template, own = tmp_path / "home" / "data" / "mine.jinja", Path(model) / "chat_template.jinja"
+
+    def first_row(settings: dict[str, str]) -> str:
+        with studio(tmp_path / "home") as client:  # also after a new start
+            asked = {"model": model, "data": [{"path": data, "weight": 1}], "settings": settings, "limit": 1}
+            rows = [client.post("/api/data/preview", json=asked).json()["rows"] for _ in range(2)]
+            assert rows[0] == rows[1]
+            return "".join(span["text"] for span in rows[0][0]["spans"])
+
+    for file, settings in ((template, {"chat_template": str(template)}), (own, {})):
+        for mark in ("[", "<<"):
+            file.write_text(f"{{% for m in messages %}}{mark}{{{{ m['content'] }}}}\n{{% endfor %}}")
+            assert first_row(settings).startswith(f"{mark}Say 0"), file
+
+
+def test_a_preview_reads_the_label_and_the_control_tokens_that_were_asked_for(client, named):
+    rows = [
+        {
+            "text": f"{n}",
+            "prompt": f"<|im_end|>{n}",
+            "completion": "yes",
+            "label": "a",
+            "verdict": "good" if n % 2 else "bad",
+        }
+        for n in range(4)
+    ]
+    data = upload(client, "verdicts.jsonl", "\n".join(map(json.dumps, rows)).encode()).json()["path"]
+    other = {"objective": "classify", "label_column": "nothing"}
+    found = [
+        preview(client, named[0], data, settings=one).json()
+        for one in ({"objective": "classify"}, other, {}, {"allow_special_tokens": True})
+    ]
+    assert found[0]["counts"]["rows"] == 4
+    assert found[1]["counts"]["rows"] == 0, "no record has that column"
+    assert found[3]["counts"]["tokens"] < found[2]["counts"]["tokens"], "<|im_end|> is one token"
+
+
+def test_the_keys_of_a_preview_and_a_plan_have_the_files_that_are_read(tmp_path):
+    for name in ("rows.jsonl", "teacher.txt"):
+        (tmp_path / name).write_text("{}\n")
+    asked = {"data": str(tmp_path / "rows.jsonl"), "teacher_prompt": str(tmp_path / "teacher.txt")}
+    settings = {"model": str(tmp_path), **asked}
+    kept = [previews._key(asked, (), None)[0], previews._key(asked, (), date(2026, 1, 1))[0], key_of_plan(settings)]
+    (tmp_path / "teacher.txt").write_text("You know more.\n")
+    assert previews._key(asked, (), None)[0] not in kept[:2]
+    changed = key_of_plan(settings)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert len({kept[2], changed, key_of_plan(settings)}) == 3, "a plan reads the same files"
+
+
 def test_rows_that_are_cut_doubled_or_refused_have_their_lines(client, named):
     long = {"prompt": "a", "completion": "b" * 500}
     good = {"prompt": "a", "completion": "b"}
@@ -280,8 +336,6 @@ def test_a_server_that_ends_waits_for_no_plan(tmp_path):
 
 @pytest.mark.slow
 def test_large_data_is_read_in_a_process_of_its_own(client, named, monkeypatch):
-    from mlx_lora.studio import previews
-
     monkeypatch.setattr(previews, "AT_ONCE_BYTES", 10)
     first = preview(client, *named, settings={"max_seq_length": 61}).json()
     assert first["counts"] is None

@@ -12,9 +12,11 @@ import time
 import pytest
 from studio_client import metric, state_of, studio, write_run
 
+from mlx_lora.reports.run_report import elapsed_s
 from mlx_lora.studio.places.runs import RunNews
-from mlx_lora.studio.run_folders import MOST_POINTS, Started, Tail, read_columns, read_started, run_id
+from mlx_lora.studio.run_folders import Started, read_started, run_id
 from mlx_lora.studio.run_folders import state_of as state_of_folder
+from mlx_lora.studio.run_metrics import MOST_POINTS, Tail, read_columns
 from mlx_lora.trainer.checkpoint import lock_holder, locked
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import start_mark
@@ -144,10 +146,37 @@ def test_news_come_once(tmp_path):
         assert news.read()[0]["metrics"]["step"] == 7, "an incomplete line waits"
 
 
+def test_the_time_of_a_resumed_run_is_that_of_all_its_processes(home):
+    first = [metric(step, elapsed_s=10.0 * step) for step in range(0, 901, 100)]
+    # It was killed at step 900 and continued from 800, twice as fast; before its second report the old speed is the best guess.
+    again = [
+        metric(850, elapsed_s=300.0),
+        metric(900, elapsed_s=550.0),
+        metric(900, loss=None, val_loss=1.0, elapsed_s=560.0),
+    ]
+    folder = write_run(home / "runs" / "resumed", steps=0, iters=1000)
+    path = folder / "metrics.jsonl"
+
+    def told(rows, rest=""):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows) + rest)
+        (run,) = client.get("/api/runs").json()["runs"]
+        assert run["seconds"] == pytest.approx(elapsed_s(rows))
+        return run["seconds"], run["step_s"]
+
+    with studio(home) as client:
+        assert told(first[:2]) == (1000, 10)
+        assert told(first, '{"step": 950, "elapsed_s": 1') == (9000, 10)
+        assert told([*first[:9], again[0]]) == (8300, 10)
+        assert told([*first[:9], *again]) == (8560, pytest.approx(260 / 50))
+    with studio(home) as client:
+        assert told([*first[:9], *again]) == (8560, pytest.approx(260 / 50)), "a new server reads it again"
+
+
 # In a process of its own: threads that earlier tests left behind would be counted too.
 MEMORY_OF_NEWS = """
 import json, sys, tracemalloc
 from pathlib import Path
+from mlx_lora.reports.run_report import elapsed_s
 from mlx_lora.studio.places.runs import RunNews
 
 folder, row = Path(sys.argv[1]), json.loads(sys.argv[2])

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 from studio_client import UPLOAD, furnish, studio, upload, write_run
 
+from mlx_lora.config.fields import field_type
+from mlx_lora.config.settings import FIELDS, ROWS
 from mlx_lora.studio import previews
+from mlx_lora.studio.folders import WORDS
 from mlx_lora.studio.run_folders import run_id
-from mlx_lora.studio.web import POLICY
+from mlx_lora.studio.web import OWN, POLICY
 from mlx_lora.utils.errors import InputError
 
 KEY = "correct horse"
@@ -28,6 +32,9 @@ ALL = [
     *(("POST", path) for path in WRITE),
     ("PUT", "/api/runs/x/notes"),
     ("DELETE", "/api/runs/x"),
+]
+TEXTS = [
+    name for name, field in FIELDS.items() if field_type(field) is str and not ROWS[name].choices and name not in OWN
 ]
 OUTSIDE = ("/etc/passwd", "/etc", "../../outside", "~/.ssh", "LINK", "HOME/../outside")
 
@@ -137,6 +144,54 @@ def test_a_path_outside_the_folders_gets_403_wherever_it_is_named(client, home, 
             assert answer.status_code == 403, (route, body, answer.text)
         assert "secret" not in answer.text
     assert client.post("/api/train/rule", json={"settings": {"model": of["models"]}}).status_code in (403, 404)
+
+
+@pytest.mark.parametrize("name", [name for name in TEXTS if name not in WORDS])
+def test_no_setting_names_a_file_outside_the_folders(client, unplanned, home, name, monkeypatch):
+    """Also as code, as a task, as one of several, and relative to where the studio was started."""
+    outside = home.parent / "outside"
+    for file in ("evil.py", "task.yaml", "a,b.py"):
+        (outside / file).write_text("")
+    monkeypatch.chdir(outside)
+    at, inside = str(outside), str(home / "data" / "chats.jsonl")
+    values = [f"{at}/evil.py", f"{at}/evil.py:score", f"{at}/task.yaml", at, f"{at}/gone.py:score"]
+    values += ["evil.py:score", "task.yaml", str(home / "data" / "link" / "train.jsonl")]
+    if name != "model":
+        values.append(f"{inside},{at}/evil.py:score")
+    if name not in ("model", "data"):  # these have a form of their own
+        values += [f"json_schema:{at}/evil.py", f"verifiers:{at}/task.yaml", "a,b.py:score", "evil.py:no-name"]
+    for value in values:
+        answer = client.post("/api/train/plan", json={"settings": {name: value}})
+        assert answer.status_code == 403, (value, answer.text)
+
+
+@pytest.mark.parametrize("name", sorted(WORDS))
+def test_a_setting_that_is_not_checked_names_no_file(name):
+    assert name in TEXTS
+    assert not re.search(r"\b(file|folder|FILE)\b", ROWS[name].help)
+
+
+def test_a_metric_and_a_task_of_the_studios_folders_are_taken(client, unplanned, home):
+    rows, code = home / "data" / "chats.jsonl", home / "data" / "mine.py"
+    code.write_text("")
+    for more in (
+        {"eval_metric": f"{code}:score"},
+        {"eval_metric": "exact_match"},
+        {"reward": f"{code}:f,{code}:g,length:9"},
+    ):
+        answer = client.post("/api/train/plan", json={"settings": {"eval_tasks": str(rows), **more}})
+        assert answer.status_code == 200, answer.text
+    folder = home / "data" / "asked"
+    folder.mkdir()
+    os.symlink(home.parent / "outside" / "train.jsonl", folder / "train.jsonl")
+    answer = client.post("/api/train/plan", json={"settings": {"eval_tasks": str(folder)}})
+    assert answer.status_code == 403, "a folder of rows may hold links out of it"
+
+
+@pytest.mark.parametrize("revision", ["../../../outside", "/etc/hostname", "~/x", "a\\b"])
+def test_a_revision_is_no_path(client, revision):
+    for settings in ({"revision": revision}, {"data": f"org/data@{revision}"}):
+        assert client.post("/api/train/plan", json={"settings": settings}).status_code in (400, 403)
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "valid.jsonl"])

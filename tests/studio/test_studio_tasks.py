@@ -18,6 +18,7 @@ from serving_process import ROOT, Server
 from studio_client import wait_for
 
 from mlx_lora.cli.studio import only_one
+from mlx_lora.config.settings import ModelSettings
 from mlx_lora.studio import tasks as tasks_module
 from mlx_lora.studio.places.talk import Talk
 from mlx_lora.studio.tasks import Cancelled, Tasks
@@ -111,9 +112,9 @@ def test_a_cancelled_child_is_ended(tasks, monkeypatch):
 def test_talk_beside_a_run_warns_if_both_do_not_fit(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)
     runs = [{"name": "bard", "peak_bytes": 10**9}]
-    assert Talk(lambda: runs, 2 * 10**9)._memory_warning(str(tmp_path)) is None
-    assert Talk(lambda: [], 1)._memory_warning(str(tmp_path)) is None
-    line = Talk(lambda: runs, 10**9)._memory_warning(str(tmp_path))
+    assert Talk(lambda: runs, 2 * 10**9)._memory_warning(ModelSettings(str(tmp_path))) is None
+    assert Talk(lambda: [], 1)._memory_warning(ModelSettings(str(tmp_path))) is None
+    line = Talk(lambda: runs, 10**9)._memory_warning(ModelSettings(str(tmp_path)))
     assert "bard" in line
     assert "(predicted)" in line
 

@@ -134,12 +134,11 @@ export function Steering({ run, asked, onAsk, onChange }) {
 // What the buttons do, and, once one was pressed, what the run still does before it ends.
 function Ends({ run, asked }) {
   if (run.state !== "running") return null;
-  const step_s = run.step && run.seconds ? run.seconds / run.step : null;
   if (asked)
     return html`
       <p class="note waiting" role="status">
         ${asked === "pause" ? "Pausing" : "Stopping"}: the step that is being computed is finished
-        ${step_s > 2 ? ` (a step takes about ${duration(step_s)})` : ""}, then everything is saved.
+        ${run.step_s > 2 ? ` (a step takes about ${duration(run.step_s)})` : ""}, then everything is saved.
       </p>
     `;
   return html`
@@ -361,8 +360,7 @@ export function LiveRun({ id, title, onState }) {
         <${Waiting}>Reading the run<//>
       <//>
     `;
-  const left =
-    run.state === "running" && run.step && run.steps ? (run.seconds / run.step) * (run.steps - run.step) : null;
+  const left = run.state === "running" && run.step_s && run.steps ? run.step_s * (run.steps - run.step) : null;
   // The tiles say what the curves end with: both come from the same rows.
   const held = lastHeld(metrics.columns);
   const now = {

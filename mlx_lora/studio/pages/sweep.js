@@ -49,7 +49,7 @@ export function Sweep({ whole, card, name, stopped }) {
     api.startSweep(whole, card, name).then(
       (answer) => {
         setProblem("");
-        setSent({ id: answer.task.id, command: answer.command, name });
+        setSent({ id: answer.task.id, command: answer.command, name: answer.name });
       },
       (error) => setProblem(error.message),
     );

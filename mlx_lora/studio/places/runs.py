@@ -22,9 +22,6 @@ from mlx_lora.studio.run_folders import (
     FACTS,
     LOG_FILE,
     METRICS,
-    TAIL_BYTES,
-    Tail,
-    parsed,
     read_started,
     samples_of,
     stamp,
@@ -32,6 +29,7 @@ from mlx_lora.studio.run_folders import (
     words_of_asking,
     words_of_measuring,
 )
+from mlx_lora.studio.run_metrics import TAIL_BYTES, Tail, parsed
 from mlx_lora.studio.tasks import BackgroundTask
 from mlx_lora.studio.web import events, json_route, text_of, whole_number
 from mlx_lora.utils.text import command_line

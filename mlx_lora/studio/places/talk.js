@@ -28,6 +28,13 @@ function Said({ text, busy }) {
   return html`<div class="said" ref=${box} aria-busy=${busy}></div>`;
 }
 
+// A base is a model in one revision and with its own or fewer bits; each is another one in memory.
+const baseOf = ({ base, revision = null, bits = null }) => ({ model: base, revision, bits });
+const keyOf = ({ model, revision, bits }) => JSON.stringify([model, revision, bits]);
+const labelOf = ({ model, revision, bits }) =>
+  [lastPart(model), revision, bits && `${bits} bits`].filter(Boolean).join(", ");
+const isOn = (base) => (adapter) => !adapter.base || keyOf(baseOf(adapter)) === keyOf(base);
+
 const nameOf = (column, adapters) =>
   column.adapters.length
     ? column.adapters
@@ -144,7 +151,7 @@ const spoken = (turns, n) =>
       { role: "assistant", content: turn.answers[n].text },
     ]);
 
-function useTalk(model, columns, adapters, options) {
+function useTalk(base, columns, adapters, options) {
   const [turns, setTurns] = useState([]);
   const [stop, setStop] = useState(null);
   const [problem, setProblem] = useState("");
@@ -191,7 +198,7 @@ function useTalk(model, columns, adapters, options) {
     const asking = { role: "user", content: contentOf(question, pictures) };
     const messages = columns.map((_, n) => [...spoken(before, n), asking]);
     const same = messages.every((one) => JSON.stringify(one) === JSON.stringify(messages[0]));
-    const asked = { model, ...options, messages: messages[0] }; // the server leaves out what is null
+    const asked = { ...base, ...options, messages: messages[0] }; // the server leaves out what is null
     let refused = false;
     try {
       await api.talk(
@@ -324,10 +331,10 @@ function PictureButton({ onFiles, disabled }) {
   `;
 }
 
-function Chat({ model, adapters, first }) {
+function Chat({ base, adapters, first }) {
   // The others are right in one model with their base only, or do not write.
   const talking = adapters.filter((one) => one.talks !== false);
-  const own = talking.filter((one) => !one.base || one.base === model);
+  const own = talking.filter(isOn(base));
   const list = own.length ? own : talking;
   const [two, setTwo] = useState(true);
   const [columns, setColumns] = useState(() => [
@@ -339,7 +346,7 @@ function Chat({ model, adapters, first }) {
   const [pictures, setPictures] = useState([]);
   const [unread, setUnread] = useState("");
   const shown = columns.slice(0, two ? 2 : 1);
-  const { turns, ask, stop, reset, problem, said } = useTalk(model, shown, adapters, options);
+  const { turns, ask, stop, reset, problem, said } = useTalk(base, shown, adapters, options);
   const end = useRef(null);
   useEffect(() => {
     const near = innerHeight + scrollY > document.documentElement.scrollHeight - 240;
@@ -441,13 +448,19 @@ export function Place({ path }) {
   const [view, setView] = useState("talk");
   const [answer, problem, again] = useAsked(() => Promise.all([api.readAdapters(), api.readModels()]), []);
   const adapters = answer?.[0].adapters || [];
-  const bases = useMemo(
-    () => [...new Set([chosen, ...adapters.map((one) => one.base)].filter(Boolean))],
-    [answer, chosen],
-  );
+  const bases = useMemo(() => {
+    const talking = adapters.filter((one) => one.talks !== false);
+    const all = [...talking, { base: chosen }, ...adapters].filter((one) => one.base).map(baseOf);
+    return [...new Map(all.map((one) => [keyOf(one), one])).values()];
+  }, [answer, chosen]);
   const [picked, pick] = useState(null);
   const wanted = adapters.find((one) => one.run === path[0]);
-  const model = picked || wanted?.base || (bases.includes(chosen) && chosen) || bases[0];
+  // Of the chosen model the base of its newest adapter.
+  const base =
+    bases.find((one) => keyOf(one) === picked) ||
+    (wanted?.base && baseOf(wanted)) ||
+    bases.find((one) => one.model === chosen) ||
+    bases[0];
   const free = () =>
     api.closeTalk().then(
       () => tell("The model left the memory"),
@@ -476,7 +489,7 @@ export function Place({ path }) {
     ${!answer && !problem && html`<${Waiting}>Looking for adapters<//>`}
     ${
       answer &&
-      !model &&
+      !base &&
       html`
         <${Card}>
           <${Empty}
@@ -491,14 +504,18 @@ export function Place({ path }) {
     }
     ${
       answer &&
-      model &&
+      base &&
       html`
         <div class="stack">
           <div class="toolbar">
             <${Field} label="Model" id="talk-model">
               <select id="talk-model" onChange=${(event) => pick(event.target.value)}>
                 ${bases.map(
-                  (one) => html`<option key=${one} value=${one} selected=${one === model}>${lastPart(one)}</option>`,
+                  (one) => html`
+                    <option key=${keyOf(one)} value=${keyOf(one)} selected=${keyOf(one) === keyOf(base)}>
+                      ${labelOf(one)}
+                    </option>
+                  `,
                 )}
               </select>
             <//>
@@ -508,13 +525,13 @@ export function Place({ path }) {
             view === "talk"
               ? html`
                 <${Chat}
-                  key=${model}
-                  model=${model}
+                  key=${keyOf(base)}
+                  base=${base}
                   adapters=${adapters}
-                  first=${wanted?.base === model && wanted.talks !== false ? wanted : null}
+                  first=${wanted?.base && isOn(base)(wanted) && wanted.talks !== false ? wanted : null}
                 />
               `
-              : html`<${Ship} key=${model} model=${model} adapters=${adapters} home=${machine.get()?.home} />`
+              : html`<${Ship} key=${base.model} model=${base.model} adapters=${adapters} home=${machine.get()?.home} />`
           }
         </div>
       `

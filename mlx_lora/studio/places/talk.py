@@ -26,6 +26,7 @@ from starlette.routing import BaseRoute, Route
 from mlx_lora.api.export import FORMATS, ExportSettings
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.objectives import WITH_SCORES
+from mlx_lora.config.settings import ModelSettings
 from mlx_lora.data.chat_template import own_template
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.gguf.write import TYPES
@@ -36,9 +37,10 @@ from mlx_lora.serving.conversation import chat_tokens, picture_prompt
 from mlx_lora.serving.engine import Engine, Event, Limits, Request, Ticket
 from mlx_lora.serving.pictures import PicturePrompt, PictureReader
 from mlx_lora.serving.schema import ApiError, Ask, is_number, read_chat, read_json
-from mlx_lora.studio.folders import safe_name
+from mlx_lora.studio.folders import numbered_paths, safe_name
+from mlx_lora.studio.model_stores import bytes_in_memory, files_of_model
 from mlx_lora.studio.places import Studio
-from mlx_lora.studio.run_folders import read_settings_of
+from mlx_lora.studio.run_folders import OF_BASE, read_settings_of
 from mlx_lora.studio.web import events, json_route
 from mlx_lora.utils.device import current_device
 from mlx_lora.utils.text import command_line, gigabytes, model_flags
@@ -64,7 +66,7 @@ class Talk:
         """
         self._running, self._limit = running, working_set_bytes
         self._engine: Engine | None = None
-        self._model: str | None = None
+        self._base: ModelSettings | None = None
         self._lock = threading.Lock()
         self._pictures: PictureReader | None = None
         self._one_at_a_time = anyio.CapacityLimiter(1)  # tokenizers are not thread-safe
@@ -79,28 +81,29 @@ class Talk:
         if self._engine is None:
             return
         self._engine.close()
-        self._engine = self._model = self._pictures = None
+        self._engine = self._base = self._pictures = None
         gc.collect()
         mx.clear_cache()
 
     async def answer(
-        self, model: str, columns: list[Any], body: dict[str, Any], own: list[Any]
+        self, base: ModelSettings, columns: list[Any], body: dict[str, Any], own: list[Any]
     ) -> AsyncIterator[dict[str, Any] | None]:
         """Yield the pieces of all columns' answers, as they come.
 
         Args:
-            model: as `--model`, checked.
+            base: the model, its revision and bits, checked.
             columns: lists of (folder, weight), checked.
             body: messages and sampling, as OpenAI's chat has them.
             own: of each column the messages of its own conversation; None: those of the body.
         """
         try:
             asks = [read_chat({**body, "messages": messages} if messages else body) for messages in own]
-            if self._model != model:
-                if warning := self._memory_warning(model):
+            if self._base != base:
+                if warning := await anyio.to_thread.run_sync(self._memory_warning, base):
                     yield {"warning": warning}
-                yield {"status": f"Loading {Path(model).name}"}
-            engine = await anyio.to_thread.run_sync(self._ready, model)
+                bits = f" in {base.bits} bits" if base.bits else ""
+                yield {"status": f"Loading {Path(base.model or '').name}{bits}"}
+            engine = await anyio.to_thread.run_sync(self._ready, base)
             names = await asyncio.wrap_future(engine.call(lambda store: _named(store, columns)))
             limit = context_of(engine.base.config) or DEFAULT_CONTEXT
             prompts = [
@@ -130,24 +133,23 @@ class Talk:
         prompt = picture_prompt(reader, ask, card and card.chat_template, card.max_pixels if card else None)
         return _checked_length(prompt.tokens, limit), prompt
 
-    def _ready(self, model: str) -> Engine:
-        """Return the engine of a model; another one is freed first."""
+    def _ready(self, base: ModelSettings) -> Engine:
+        """Return the engine of a base; another one is freed first."""
         with self._lock:
-            if self._engine is not None and (self._model != model or not self._engine.alive):
+            if self._engine is not None and (self._base != base or not self._engine.alive):
                 self._free()
             if self._engine is None:
-                settings = train_settings({"model": model}).model
                 limits = Limits(max_batch=MOST_COLUMNS * 2, max_waiting=16, adapter_bytes=ADAPTER_BYTES)
-                self._engine = Engine(lambda: load_base(settings), limits)
-                self._model = model
+                self._engine = Engine(lambda: load_base(base), limits)
+                self._base = base
             return self._engine
 
-    def _memory_warning(self, model: str) -> str | None:
+    def _memory_warning(self, base: ModelSettings) -> str | None:
         """Return a line if a run that goes on leaves too little memory for the model."""
-        runs = self._running()
-        if not runs:
+        runs, files = self._running(), files_of_model(base.model or "", base.revision)
+        if not runs or files is None:
             return None
-        needed = ROOM * _size(Path(model).expanduser())
+        needed = ROOM * bytes_in_memory(files, base.bits)
         taken = sum(run.get("peak_bytes") or run.get("plan_peak_bytes") or 0 for run in runs)
         if needed + taken <= self._limit:
             return None
@@ -258,12 +260,6 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:20]
 
 
-def _size(path: Path) -> int:
-    """Return the bytes of a model's weights."""
-    files = [path] if path.is_file() else list(path.glob("*.safetensors"))
-    return sum(file.stat().st_size for file in files)
-
-
 # Routes
 
 FIELDS = ("messages", "max_tokens", "temperature", "seed", "top_p", "top_k", "stop")
@@ -288,13 +284,14 @@ async def answer(studio: Studio, talk: Talk, request: HttpRequest) -> Response:
     body = read_json(await request.body())
     model = await anyio.to_thread.run_sync(studio.checker.model, body.get("model"))
     columns = await anyio.to_thread.run_sync(_columns, studio, body.get("columns"))
+    base = await anyio.to_thread.run_sync(_base, studio, model, columns, body)
     asked = {name: body[name] for name in FIELDS if body.get(name) is not None}
     own = [column.get("messages") for column in body["columns"]]
     if system := body.get("system"):
         first = {"role": "system", "content": system}
         asked["messages"] = [first, *_list(asked.get("messages"))]
         own = [messages and [first, *_list(messages)] for messages in own]
-    return events(request, talk.answer(model, columns, asked, own))
+    return events(request, talk.answer(base, columns, asked, own))
 
 
 def _columns(studio: Studio, given: Any) -> list[list[tuple[Path, float]]]:
@@ -316,6 +313,28 @@ def _columns(studio: Studio, given: Any) -> list[list[tuple[Path, float]]]:
     return columns
 
 
+def _base(studio: Studio, model: str, columns: list[list[tuple[Path, float]]], body: dict[str, Any]) -> ModelSettings:
+    """Return the base of a request: with the revision and bits that it names, else with those of its adapters' runs.
+
+    Raises:
+        ApiError: the adapters were trained on several bases; one is in memory at a time.
+        InputError: there are no such bits.
+    """
+    if body.keys() & set(OF_BASE):
+        asked: dict[str, Any] = {name: body.get(name) for name in OF_BASE}
+    else:
+        folders = {folder for parts in columns for folder, _ in parts}
+        runs = [studio.listing.settings_of(folder, None) for folder in folders]
+        bases = {tuple(run.get(name) for name in OF_BASE) for run in runs if run.get("model") == model}
+        if len(bases) > 1:
+            raise ApiError(
+                400, "columns: these adapters were trained on several revisions or bits of the model; talk to one after the other",
+                "invalid_value", "columns",
+            )  # fmt: skip
+        asked = dict(zip(OF_BASE, bases.pop(), strict=True)) if bases else {}
+    return train_settings(studio.checker.settings({"model": model, **asked})).model
+
+
 def export(studio: Studio, request: HttpRequest, body: dict[str, Any]) -> dict[str, Any]:
     """POST /api/export."""
     model, to, name = studio.checker.model(body.get("model")), body.get("to"), safe_name(body.get("out"), "out")
@@ -332,13 +351,17 @@ def export(studio: Studio, request: HttpRequest, body: dict[str, Any]) -> dict[s
     if kind in ("gguf", "gguf-adapter") and not name.endswith(".gguf"):
         name += ".gguf"
     out = studio.folders.exports / name
+    if to == HUB:  # the page names the repository, not the folder
+        out = next(path for path in numbered_paths(out) if not path.exists())
     force = bool(options.get("force"))
     if out.exists() and not force:
-        raise ApiError(409, f"out: there is {name} already; choose another name", "name_taken", "out")
+        raise ApiError(409, f"out: there is {out.name} already; choose another name", "name_taken", "out")
     if kind == FUSE:
         return _fuse(studio, model, adapter, out, force)
     settings = read_settings_of(adapter, None) if adapter else {}
-    base = model_flags({"bits": settings.get("bits") if settings.get("qat") else None, "model": model})
+    revision = settings.get("revision") if settings.get("model") == model else None
+    bits = settings.get("bits") if settings.get("qat") else None
+    base = model_flags({"model": model, "revision": revision, "bits": bits})
     words = ["export", *base, *(["--adapter-path", str(adapter)] if adapter else []), "--to", kind]
     words += ["--out", str(out), *(["--force"] if force else [])]
     given = {name: str(options[name]) for name in OPTIONS if options.get(name)}
@@ -364,7 +387,8 @@ def _fuse(studio: Studio, model: str, adapter: Path | None, out: Path, force: bo
         raise ApiError(400, "adapter: a model is fused with one; give its folder", "invalid_value", "adapter")
     settings = read_settings_of(adapter, None)
     scores = settings.get("objective") in WITH_SCORES
-    words = ["fuse", *model_flags({"model": model, "bits": settings.get("bits")}), "--adapter-path", str(adapter)]
+    of_base = {name: settings.get(name) for name in OF_BASE if name == "bits" or settings.get("model") == model}
+    words = ["fuse", *model_flags({"model": model, **of_base}), "--adapter-path", str(adapter)]
     words += ["--out", str(out), *(["--force"] if force else []), *(["--dequantize"] if scores else [])]
     result = {"path": str(out), "to": FUSE, "next": f"mlx-lora chat --model {out}"}
     task = studio.tasks.child("export", f"Fuse {adapter.name}", words, result)

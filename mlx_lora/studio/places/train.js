@@ -211,7 +211,7 @@ function Start({ whole, card, plan, runs, onStarted }) {
         busy &&
         html`
           <p class="soft">
-            A run is going on. Two at once share the machine; the queue starts one after the other.
+            A run is going on, and one trains at a time: in the queue, this one starts when that one has ended.
           </p>
         `
       }

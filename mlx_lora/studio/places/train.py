@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
@@ -10,15 +11,19 @@ from starlette.routing import BaseRoute
 
 from mlx_lora.api.demo import ITERS as STEPS
 from mlx_lora.api.demo import QUESTIONS, RECIPE, SHORT_STEPS
+from mlx_lora.config.load import train_settings
+from mlx_lora.config.settings import FIELDS
 from mlx_lora.config.sweep import SET_BY_SWEEP
 from mlx_lora.reports.sweep_page import SweepResults, advice
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.control import resolved, run_yaml, train_words
-from mlx_lora.studio.folders import safe_name
+from mlx_lora.studio.folders import numbered_paths, safe_name
 from mlx_lora.studio.places import Studio
-from mlx_lora.studio.plans import CARDS, USUAL_CARD, cards_at_once, own_settings, refused_plan, shown_plan
+from mlx_lora.studio.plans import CARDS, USUAL_CARD, cards_at_once, local_files, own_settings, refused_plan, shown_plan
+from mlx_lora.studio.tasks import SWEEP
 from mlx_lora.studio.web import json_route, setting_groups
 from mlx_lora.trainer.sweep import PAGE_FILE, SWEEP_FILE, SweepState
+from mlx_lora.utils.console import finite_values
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir
 from mlx_lora.utils.hub import SMOLLM2_GGUF
@@ -101,7 +106,11 @@ def still_read(card: str) -> ApiError:
 
 
 def sweep(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-    """POST /api/train/sweep: search the learning rate for these settings, as a task; one of the same name goes on."""
+    """POST /api/train/sweep: search the learning rate for these settings, as a task; a search with the same settings goes on.
+
+    Raises:
+        ApiError: 409, something else trains.
+    """
     settings, card = studio.checker.settings(body.get("settings")), card_of(body)
     if missing := [name for name in ("model", "data") if not settings.get(name)]:
         raise ApiError(400, f"no {' and no '.join(missing)} yet; choose them first", "missing")
@@ -109,13 +118,33 @@ def sweep(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, A
     own, reads = own_settings(studio.plans, card, settings, body["settings"])
     if reads:
         raise still_read(card)
+    if busy := studio.control.going_on():
+        raise ApiError(409, f"{busy} is still running; wait for it, or stop it first", "busy")
     settings = {key: value for key, value in {**own, **settings}.items() if key not in (*SET_BY_SWEEP, "learning_rate")}
     words = train_words(settings, studio.folders.runs / name)
     at = words.index("--adapter-path")
-    out = studio.folders.home / SWEEPS / name
+    out = sweep_folder(studio.folders.home / SWEEPS / name, settings)
     words = ["sweep", *words[1:at], *words[at + 2 :], "--out", str(out), *(["--resume"] if out.exists() else [])]
-    task = studio.tasks.child("sweep", f"Learning rates for {name}", words, {"name": name, "path": str(out)})
-    return {"task": task.public(), "command": command_line(words)}
+    task = studio.tasks.child(SWEEP, f"Learning rates for {out.name}", words, {"name": out.name, "path": str(out)})
+    return {"task": task.public(), "command": command_line(words), "name": out.name}
+
+
+def sweep_folder(wanted: Path, settings: dict[str, Any]) -> Path:
+    """Return the folder of the sweep with these settings, to go on with it, or one that is not there yet: NAME, NAME-2 ..."""
+    return next(path for path in numbered_paths(wanted) if not path.exists() or _goes_on(path, settings))
+
+
+def _goes_on(folder: Path, settings: dict[str, Any]) -> bool:
+    """Tell whether a folder holds a sweep with these settings and the data as it is now."""
+    try:
+        before, written = SweepState.read(folder).asked["settings"], (folder / SWEEP_FILE).stat().st_mtime
+        changed = any(file.path.stat().st_mtime > written for file in local_files(settings["data"]))
+    except (InputError, OSError, KeyError, TypeError):
+        return False
+    asked = finite_values(train_settings(settings).to_flat())
+    return not changed and all(
+        before.get(name, FIELDS[name].default) == value for name, value in asked.items() if name not in SET_BY_SWEEP
+    )
 
 
 def swept(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, Any]:
