@@ -19,9 +19,18 @@ from mlx_lora.api.base import Base, PathLike, as_base
 from mlx_lora.api.errors import speaks_python
 from mlx_lora.api.train import Run, data_source, run_settings, shown_figure
 from mlx_lora.config.load import train_settings
-from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import ROWS, TrainSettings
-from mlx_lora.config.sweep import BUDGET, Candidate, candidates, read_budget, read_vary, rungs, words
+from mlx_lora.config.sweep import (
+    BUDGET,
+    Candidate,
+    candidates,
+    check_varied,
+    read_budget,
+    read_vary,
+    rungs,
+    with_candidate,
+    words,
+)
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.reports.sweep_page import SweepResults, advice, write_page
@@ -96,8 +105,8 @@ class SweepJob:
         placed = replace(settings.loop, adapter_path=str(out / WINNER), resume=None, force=True)
         check_request(replace(settings, loop=placed), ALONE)
         vary = read_vary(asked.vary) if asked.vary else {"learning_rate": rates_around(settings, AROUND_DEFAULT)}
-        _check_comparable(vary, settings)
         found = candidates(vary)
+        check_varied(found, settings.to_flat())
         if len(found) < 2:
             raise InputError(
                 f"--vary {', '.join(vary)}: has one value only, so there is nothing to compare; give several"
@@ -181,7 +190,7 @@ class SweepJob:
             raise ValueError("the sweep has no winner yet")
         begun = (folder / CHECKPOINTS).is_dir()
         own = {"adapter_path": str(folder), "resume": "auto" if begun else None, "force": not begun}
-        return train_settings({**self.settings.to_flat(), **state.candidates[state.winner], **own})
+        return train_settings({**with_candidate(self.settings.to_flat(), state.candidates[state.winner]), **own})
 
     def plan_words(self) -> str:
         """Return a sentence on what the sweep is going to do."""
@@ -203,16 +212,6 @@ class SweepJob:
         else:
             log.info(advice(compared))
         write_page(self.sweep.folder / PAGE_FILE, compared)
-
-
-def _check_comparable(vary: Mapping[str, Any], settings: TrainSettings) -> None:
-    """Refuse to vary what the loss itself depends on: held-out losses then say nothing about which candidate is better."""
-    for name in vary.keys() & ObjectiveSettings.__dataclass_fields__.keys():
-        if name == "objective" or settings.loop.metric_for_best_model == "loss":
-            advice = "vary another setting" + (
-                "" if name == "objective" else ", or for preferences compare with --metric-for-best-model accuracy"
-            )
-            raise InputError(f"--vary {name}: changes the loss itself, so held-out losses cannot be compared; {advice}")
 
 
 # Python

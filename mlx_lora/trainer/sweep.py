@@ -24,7 +24,15 @@ from typing import Any
 from mlx_lora.config.defaults import learning_rate_for
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import TrainSettings
-from mlx_lora.config.sweep import Candidate, Rung, TooShort, check_long_enough, without_last_round, words
+from mlx_lora.config.sweep import (
+    Candidate,
+    Rung,
+    TooShort,
+    check_long_enough,
+    with_candidate,
+    without_last_round,
+    words,
+)
 from mlx_lora.models.load import Base
 from mlx_lora.models.meta import outline_for
 from mlx_lora.reports.run_report import read_records
@@ -109,7 +117,7 @@ def trials_of(settings: TrainSettings, found: Sequence[Candidate], seeds: int, f
                 "report_to": None, "max_restarts": 0, "short_buffers": False, "save_every": flat["save_every"] or 100, "keep": 2,
             }  # fmt: skip
             said = words(candidate) + (f" --seed {seed}" if seeds > 1 else "")
-            trials.append(Trial(name, number, said, train_settings({**flat, **candidate, **own})))
+            trials.append(Trial(name, number, said, train_settings({**with_candidate(flat, candidate), **own})))
     return trials
 
 

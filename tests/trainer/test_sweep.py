@@ -200,6 +200,16 @@ def test_a_rate_that_diverges_is_the_last(tiny_folder, data, tmp_path):
     assert list(scores)[-1] == 2
 
 
+@pytest.mark.parametrize(("given", "vary"), [({}, "epochs=1,2"), ({"iters": None, "epochs": 1.0}, "iters=10,20")])
+def test_a_length_varies_whatever_the_settings_call_it(tiny_folder, data, tmp_path, given, vary):
+    job = job_of(settings_of(tiny_folder, data, **given), tmp_path / "out", vary)
+    name = vary.split("=")[0]
+    job.sweep.state.winner = 1
+    chosen = [trial.settings for trial in job.sweep.trials] + [job.winner_settings()]
+    assert [settings.to_flat()[name] for settings in chosen] == [*job.sweep.state.asked["vary"][name], chosen[1].to_flat()[name]]
+    assert all((settings.loop.iters is None) != (settings.loop.epochs is None) for settings in chosen)
+
+
 @pytest.mark.slow
 def test_lengths_may_vary(tiny_folder, data, tmp_path):
     job = job_of(settings_of(tiny_folder, data, learning_rate=5e-3), tmp_path / "out", "iters=10,30", budget=2.6)
