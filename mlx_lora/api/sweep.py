@@ -43,6 +43,7 @@ from mlx_lora.trainer.sweep import (
     WINNER,
     Sweep,
     SweepState,
+    check_validates,
     held_out_curve,
     rates_around,
     trials_of,
@@ -104,6 +105,7 @@ class SweepJob:
         budget = read_budget(asked.budget)
         placed = replace(settings.loop, adapter_path=str(out / WINNER), resume=None, force=True)
         check_request(replace(settings, loop=placed), ALONE)
+        check_validates(settings)
         vary = read_vary(asked.vary) if asked.vary else {"learning_rate": rates_around(settings, AROUND_DEFAULT)}
         found = candidates(vary)
         check_varied(found, settings.to_flat())
@@ -150,9 +152,7 @@ class SweepJob:
             shutil.rmtree(out / name, ignore_errors=True)
         for name in (SWEEP_FILE, PAGE_FILE):
             (out / name).unlink(missing_ok=True)
-        state = SweepState(facts, found)
-        state.write(out)
-        return state
+        return SweepState(facts, found)
 
     def run(self, base: Loaded | None = None, show: Callable[[int], Progress] | None = None) -> Outcome:
         """Train what is left to train, and return how the winner's own run ended.
@@ -170,6 +170,7 @@ class SweepJob:
                 base = load_base(self.settings.model)
         sweep, state = self.sweep, self.sweep.state
         if not state.rounds:
+            state.write(sweep.folder)  # not before the model is there, so that a wrong name leaves nothing behind
             log.info(self.plan_words())
         sweep.choose(base, self._after_round)
         settings = self.winner_settings()

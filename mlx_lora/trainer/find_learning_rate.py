@@ -13,6 +13,7 @@ import logging
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,9 +33,11 @@ from mlx_lora.trainer.sweep import (
     FEWEST_STEPS,
     PAGE_FILE,
     SWEEP_FILE,
+    NothingHeldOut,
     Sweep,
     SweepState,
     Trial,
+    check_validates,
     rates_around,
     trials_of,
 )
@@ -98,6 +101,9 @@ def find_learning_rate(
         except TooShort:
             steps = min(sweep.state.totals.values())
             continue
+        except NothingHeldOut as refused:
+            _leave_nothing(folder)
+            raise _refusal(refused) from None
         log.info(_reason(sweep, best))
         write_page(folder / TRIALS / PAGE_FILE, sweep.compared())
         _take_over(best, folder)
@@ -105,7 +111,7 @@ def find_learning_rate(
             shutil.rmtree(trial.folder, ignore_errors=True)
         chosen = with_rate(settings, best.settings.optimizer.learning_rate, resume="auto")
         return keeping_best(chosen, max(sweep.state.totals.values())), base
-    shutil.rmtree(folder / TRIALS, ignore_errors=True)
+    _leave_nothing(folder)
     least = math.ceil(FEWEST_STEPS / rounds_for(len(AROUND_DEFAULT[-1]))[0].share)
     raise InputError(
         f"--learning-rate auto: the run has {counted(steps, 'step')}, too few steps to try rates in a fifth of its work; leave "
@@ -116,9 +122,21 @@ def find_learning_rate(
 def _check(tried: list[Trial]) -> None:
     """Refuse a run whose rates cannot be tried."""
     try:
+        check_validates(tried[0].settings)
         check_trials([trial.settings for trial in tried])
     except InputError as refused:
-        raise InputError(f"--learning-rate auto: {refused}; or give the rate as a number") from None
+        raise _refusal(refused) from None
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Remove the trials of a run that was refused, and its folder if nothing else is there."""
+    shutil.rmtree(folder / TRIALS, ignore_errors=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _refusal(problem: InputError) -> InputError:
+    return InputError(f"--learning-rate auto: {problem}; or give the rate as a number")
 
 
 def with_rate(settings: TrainSettings, rate: object, resume: str | None = None) -> TrainSettings:

@@ -11,12 +11,12 @@ each round; a sweep that was killed goes on from there, and each trial from its 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,26 @@ OF_LENGTH = ("iters", "epochs", "batch_size", "batch_tokens", "grad_accumulation
 
 
 # Trials
+
+
+class NothingHeldOut(InputError):
+    """Refuses candidates that cannot be compared, because the run has no held-out rows."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "candidates are compared on held-out rows, and the run has none; give --valid-fraction 0.05, or add a validation file "
+            "to the data"
+        )
+
+
+def check_validates(settings: TrainSettings) -> None:
+    """Refuse a run without validations, before anything is loaded.
+
+    Raises:
+        InputError: candidates could not be compared.
+    """
+    if settings.loop.val_batches == 0:
+        raise InputError("--val-batches 0: candidates are compared on held-out rows; leave it out, or give -1 for all of them")
 
 
 @dataclass(frozen=True)
@@ -132,17 +152,14 @@ def score_of(trial: Trial, until: int) -> Score:
     """Return a trial's score after so many steps, from its folder.
 
     Raises:
-        InputError: it has no held-out rows.
+        NothingHeldOut: it has no held-out rows.
     """
     if Left.of(trial.folder).error is not None:
         return DIVERGED
     records = read_records(trial.folder / "metrics.jsonl")
     validations = [line for line in records if _is_validation(line) and 0 < line["step"] <= until]
     if not validations:
-        raise InputError(
-            "a sweep compares held-out losses, and there are none; give the data a validation file, or leave --valid-fraction and "
-            "--val-batches at their defaults"
-        )
+        raise NothingHeldOut
     metric = trial.settings.loop.metric_for_best_model
     scores = [
         Score(0.0 if metric == LOSS else 1 + _number(line.get(metric), -1), _number(line["val_loss"]))
@@ -192,7 +209,7 @@ class OnlyWarnings(logging.Handler):
             handler.emit(record)
 
 
-@contextmanager
+@contextlib.contextmanager
 def quieter(first: str, header: bool) -> Iterator[OnlyWarnings]:
     """Log only warnings of trials in this block, and with `header` what the first one says as it begins."""
     before = console.LOGGER.handlers
@@ -266,7 +283,13 @@ class Rounds:
                 self._to(runs, rung.steps(self.totals[kind]))
 
     def _learn(self, kind: str, member: ConcurrentRun) -> None:
-        """Note how many steps a whole run has, as soon as the first of its kind has begun."""
+        """Note how many steps a whole run has, as soon as the first of its kind has begun; refuse it if it cannot be compared.
+
+        Raises:
+            NothingHeldOut: it has no held-out rows.
+        """
+        if member.wanted is not None and member.wanted.trainer.validation is None:
+            raise NothingHeldOut
         if kind not in self.totals and member.wanted is not None:
             self.totals[kind] = member.wanted.trainer.total
             self.check(self.totals[kind])
@@ -369,8 +392,16 @@ class Sweep:
 
         Raises:
             Interrupted: a signal ended a round.
-            InputError: all candidates diverged, the rounds are too short, or nothing fits in memory.
+            InputError: all candidates diverged, the rounds are too short, nothing is held out, or nothing fits in memory. If
+                nothing was trained, nothing is left in the folder.
         """
+        try:
+            return self._choose(base, told, header)
+        except InputError:
+            self._forget_unbegun()
+            raise
+
+    def _choose(self, base: Base, told: Callable[[], None], header: bool) -> int:
         state = self.state
         rounds = Rounds(base, header and not state.rounds, dict(state.totals))
         rounds.check = self._check_length
@@ -381,6 +412,17 @@ class Sweep:
                 told()
                 self._drop_checkpoints()
         return state.winner
+
+    def _forget_unbegun(self) -> None:
+        """Remove what planning left in the folder, so that the same command works when it has been corrected."""
+        if self.state.rounds or any((trial.folder / CHECKPOINTS).is_dir() for trial in self.trials):
+            return
+        for trial in self.trials:
+            shutil.rmtree(trial.folder, ignore_errors=True)
+        (self.folder / SWEEP_FILE).unlink(missing_ok=True)
+        for folder in dict.fromkeys((*(trial.folder.parent for trial in self.trials), self.folder)):
+            with contextlib.suppress(OSError):  # what else is there is the user's
+                folder.rmdir()
 
     def _round(self, rounds: Rounds) -> None:
         """Train the next round, and note its scores."""

@@ -313,6 +313,35 @@ def test_what_cannot_be_compared_is_refused(tiny_folder, data, tmp_path, changes
     assert "\n" not in str(refused.value)
 
 
+REFUSED = [
+    ({"valid_fraction": 0}, "--valid-fraction 0.05"),
+    ({"val_batches": 0}, "--val-batches 0"),
+    ({"iters": 6}, "too few"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), REFUSED)
+def test_what_is_refused_trains_no_step_and_leaves_nothing(tiny_folder, data, tmp_path, monkeypatch, changes, said):
+    monkeypatch.setattr(SeveralRuns, "round", lambda runs: pytest.fail("a step was taken"))
+    with pytest.raises(InputError, match=said):
+        job_of(settings_of(tiny_folder, data, **changes), tmp_path / "out", budget=2.0).run()
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=rf"--learning-rate auto: .*{said}"):
+        find_learning_rate(auto(tiny_folder, data, tmp_path / "auto", **{"iters": 100, **changes}))
+    assert not (tmp_path / "auto").exists()
+
+
+def test_what_is_refused_leaves_the_files_that_were_there(tiny_folder, data, tmp_path):
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(InputError, match="--valid-fraction"):
+        job_of(settings_of(tiny_folder, data, valid_fraction=0), tmp_path, budget=2.9).run()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    job = job_of(settings_of(tiny_folder, data), tmp_path, budget=2.9)
+    (job.sweep.trials[0].folder / "checkpoints").mkdir(parents=True)  # steps of an earlier start
+    job.sweep._forget_unbegun()
+    assert job.sweep.trials[0].folder.is_dir()
+
+
 def test_the_command(tiny_folder, data, tmp_path):
     flags = (
         "--model",
