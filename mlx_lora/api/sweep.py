@@ -33,7 +33,7 @@ from mlx_lora.config.sweep import (
 )
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import ALONE
-from mlx_lora.reports.sweep_page import SweepResults, advice, write_page
+from mlx_lora.reports.sweep_page import LOSS, SweepResults, advice, write_page
 from mlx_lora.trainer.run import check_request, train_run
 from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
 from mlx_lora.trainer.several_runs import check_trials
@@ -43,9 +43,11 @@ from mlx_lora.trainer.sweep import (
     WINNER,
     Sweep,
     SweepState,
+    Trial,
     check_validates,
     held_out_curve,
     rates_around,
+    score_of,
     trials_of,
 )
 from mlx_lora.utils import console, device
@@ -180,6 +182,9 @@ class SweepJob:
         if not outcome.interrupted:
             curve = held_out_curve(sweep.folder / WINNER)
             state.val_loss = outcome.val_loss if outcome.val_loss is not None else curve[-1][1] if curve else None
+            if settings.loop.metric_for_best_model != LOSS:
+                error = score_of(Trial(WINNER, state.winner or 0, "", settings), outcome.steps).error
+                state.val_score = 1 - error if math.isfinite(error) else None
             state.write(sweep.folder)
             self._after_round()
         return outcome
@@ -205,11 +210,9 @@ class SweepJob:
         state, compared = self.sweep.state, self.sweep.compared()
         number = len(state.rounds)
         if state.val_loss is None:
-            best = list(state.scores(number - 1).items())[:3]
-            said = "; ".join(f"{words(state.candidates[candidate])}: {score.loss:.4f}" for candidate, score in best)
-            log.info(
-                f"Round {number} of {len(self.sweep.rungs)}, held-out loss at step {state.rounds[-1][0]['step']}: {said}"
-            )
+            at = state.rounds[-1][0]["step"]
+            said = "; ".join(list(compared.round_words(number - 1))[:3])
+            log.info(f"Round {number} of {len(self.sweep.rungs)}, {compared.measure} at step {at}: {said}")
         else:
             log.info(advice(compared))
         write_page(self.sweep.folder / PAGE_FILE, compared)
@@ -226,7 +229,8 @@ class SweepResult:
         folder: with `sweep.html`, `sweep.json`, the trials, and the winner's run.
         best: the winner's settings that were varied.
         run: the winner's own run, over all its steps.
-        table: a row for each candidate: its settings, `step` and `loss` (mean over seeds) where it was last measured, best first.
+        table: a row for each candidate: its settings, `step` and `loss` (mean over seeds) where it was last measured, and what
+            decides if it is not the loss, such as `accuracy`; best first.
         advice: one sentence.
         compared: what the page is made of.
     """
@@ -240,7 +244,7 @@ class SweepResult:
 
     @speaks_python()
     def plot(self) -> Any:
-        """Return the losses against the first setting that varied, one line for each round, as a figure that a notebook shows.
+        """Return what decides against the first setting that varied, one line for each round, as a figure that a notebook shows.
 
         Raises:
             InputError: matplotlib is not installed.
@@ -250,19 +254,22 @@ class SweepResult:
         tried = {candidate[name] for candidate in self.compared.candidates}
         for number, trials in enumerate(self.compared.rounds):
             best: dict[Any, float] = {}  # of several candidates with a value
-            for of, losses in self.compared.losses(number).items():
-                value = self.compared.candidates[of][name]
-                best[value] = min(best.get(value, math.inf), sum(losses) / len(losses))
+            for of, measured in self.compared.values(number).items():  # the best first
+                best.setdefault(self.compared.candidates[of][name], sum(measured) / len(measured))
             values = sorted(best, key=str if isinstance(self.best[name], str) else None)
             lines = axes.plot(values, [best[value] for value in values], label=f"step {trials[0]['step']}")
-            seeds = [(self.compared.candidates[trial["candidate"]][name], trial["loss"]) for trial in trials]
+            seeds = [
+                (self.compared.candidates[of][name], one)
+                for of, measured in self.compared.values(number).items()
+                for one in measured
+            ]
             axes.plot(*zip(*seeds, strict=True), "o", color=lines[0].get_color(), markersize=3)
         if isinstance(self.best[name], (int, float)) and self.best[name] > 0:
             axes.set_xscale("log")
             axes.set_xticks(sorted(tried), [f"{value:g}" for value in sorted(tried)], rotation=45)
             axes.set_xticks([], minor=True)
         axes.axvline(self.best[name], color="gray", linestyle=":")
-        axes.set(xlabel=name.replace("_", " "), ylabel="held-out loss")
+        axes.set(xlabel=name.replace("_", " "), ylabel=self.compared.measure)
         axes.legend()
         return figure
 

@@ -170,6 +170,19 @@ def check_varied(found: Sequence[Candidate], flat: Mapping[str, Any]) -> None:
             raise InputError(f"--vary: {idle[0]}; leave it out, or change the other setting")
 
 
+def order_of(error: float, loss: float, found: Sequence[Candidate]) -> tuple[float, float]:
+    """Return what a candidate is ordered by, the least first.
+
+    Args:
+        error: 1 minus the number that decides; 0 if the loss does, infinite if there is none.
+        loss: on held-out rows, which decides between equal errors, if it means the same for all candidates.
+        found: all candidates.
+    """
+    comparable = not found or OF_LOSS.isdisjoint(found[0])
+    # The mean over seeds of equal numbers may differ in its last digits.
+    return round(error, 9), loss if comparable or not math.isfinite(loss) else 0.0
+
+
 def words(candidate: Candidate) -> str:
     """Return a candidate's settings as flags."""
     return " ".join(f"{flag_of(name)} {_shown(value)}" for name, value in candidate.items())

@@ -195,16 +195,15 @@ def _state(settings: TrainSettings, folder: Path, tried: Sequence[Trial]) -> Swe
 
 def _reason(sweep: Sweep, chosen: Trial) -> str:
     """Return a line that says what was tried, and why a rate was chosen."""
-    parts = []
-    for number, trials in enumerate(sweep.state.rounds):
-        losses = "; ".join(
-            f"{sweep.trials[of].words}: {score.loss:.4f}" for of, score in sweep.state.scores(number).items()
-        )
-        parts.append(f"at step {trials[0]['step']}, {losses}")
+    found = sweep.compared()
+    parts = [
+        f"at step {trials[0]['step']}, {'; '.join(found.round_words(number))}"
+        for number, trials in enumerate(found.rounds)
+    ]
     step, extra = sweep.state.rounds[-1][0]["step"], work(sweep.rungs, 1) - sweep.rungs[-1].share
     said = ". ".join(part[0].upper() + part[1:] for part in parts).replace("--learning-rate ", "")
     return (
-        f"Learning rate: {chosen.settings.optimizer.learning_rate:g}, which has the lowest held-out loss; the run goes on from its step "
+        f"Learning rate: {chosen.settings.optimizer.learning_rate:g}, which has the {found.best_is} {found.measure}; the run goes on from its step "
         f"{step}. {said}. The other rates took {extra:.0%} of a run's work."
     )
 

@@ -4,7 +4,7 @@
     Sweep(folder, SweepState(asked, candidates), trials, rungs(len(candidates), seeds, budget)).choose(base)
 
 The whole job, with the winner's own run and the page, is api/sweep.py; `--learning-rate auto` is find_learning_rate.py. A trial is an ordinary run (trainer/several_runs.py) that is stopped and saved at the end of a round, and resumed exactly in the next.
-Trials are compared by their loss on the held-out rows, which are the same for all trials of a seed. Runs that are computed together are rounded together,
+Trials are compared on the held-out rows, which are the same for all trials of a seed: by their loss, or by --metric-for-best-model. Runs that are computed together are rounded together,
 so the winner is trained again by itself: its folder is what `train` gives with these settings, byte for byte. sweep.json is written after
 each round; a sweep that was killed goes on from there, and each trial from its last checkpoint.
 """
@@ -29,6 +29,7 @@ from mlx_lora.config.sweep import (
     Rung,
     TooShort,
     check_long_enough,
+    order_of,
     with_candidate,
     without_last_round,
     words,
@@ -41,7 +42,7 @@ from mlx_lora.trainer.model_shape import outlined_shape, shared_shapes
 from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
 from mlx_lora.trainer.several_resume import Left, common_round
 from mlx_lora.trainer.several_runs import ConcurrentRun, SeveralRuns, TooManyRuns, how_many_fit
-from mlx_lora.trainer.state import LOSS
+from mlx_lora.trainer.state import LOSS, TASK
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replace_text
@@ -77,7 +78,9 @@ def check_validates(settings: TrainSettings) -> None:
         InputError: candidates could not be compared.
     """
     if settings.loop.val_batches == 0:
-        raise InputError("--val-batches 0: candidates are compared on held-out rows; leave it out, or give -1 for all of them")
+        raise InputError(
+            "--val-batches 0: candidates are compared on held-out rows; leave it out, or give -1 for all of them"
+        )
 
 
 @dataclass(frozen=True)
@@ -179,12 +182,16 @@ def _number(value: Any, sign: int = 1) -> float:
     return sign * float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.inf
 
 
-def held_out_curve(folder: Path) -> list[tuple[int, float]]:
-    """Return the steps and losses of a run's validations."""
+def held_out_curve(folder: Path, metric: str = LOSS) -> list[tuple[int, float]]:
+    """Return the steps of a run's validations, and the loss or another number at each.
+
+    An objective's own numbers are only rounding before the first step (see `Position.validated`), so it has none there.
+    """
+    name, first = ("val_loss", 0) if metric == LOSS else (metric, 0 if metric == TASK else 1)
     return [
-        (line["step"], line["val_loss"])
+        (line["step"], line[name])
         for line in read_records(folder / "metrics.jsonl")
-        if isinstance(line["val_loss"], (int, float))
+        if _is_validation(line) and line["step"] >= first and isinstance(line.get(name), (int, float))
     ]
 
 
@@ -323,6 +330,7 @@ class SweepState:
         rounds: of each that is done, an entry for each trial: `name`, `candidate`, `seed`, `step`, `loss`, `error`.
         winner: number of the best candidate; None: not known yet.
         val_loss: of its own run; None: not trained yet, or not measured.
+        val_score: of its own run, if another number than the loss decides.
     """
 
     asked: dict[str, Any]
@@ -331,6 +339,7 @@ class SweepState:
     rounds: list[list[dict[str, Any]]] = field(default_factory=list)
     winner: int | None = None
     val_loss: float | None = None
+    val_score: float | None = None
 
     def write(self, folder: Path) -> None:
         """Write the file, whole or not at all."""
@@ -358,7 +367,16 @@ class SweepState:
         for trial in self.rounds[number]:
             found.setdefault(trial["candidate"], []).append(Score(_number(trial["error"]), _number(trial["loss"])))
         means = {candidate: Score.mean(scores) for candidate, scores in found.items()}
-        return dict(sorted(means.items(), key=lambda item: (item[1], item[0])))
+        orders = {of: order_of(score.error, score.loss, self.candidates) for of, score in means.items()}
+        return dict(sorted(means.items(), key=lambda item: (orders[item[0]], item[0])))
+
+
+def results_of(state: SweepState, metric: str, curves: Mapping[str, list[tuple[int, float]]]) -> SweepResults:
+    """Return what the page of a sweep is made of, by the number that decides."""
+    total = max(state.totals.values(), default=0)
+    return SweepResults(
+        state.candidates, state.rounds, state.winner, state.val_loss, total, curves, metric, state.val_score
+    )
 
 
 class Sweep:
@@ -484,9 +502,9 @@ class Sweep:
     def compared(self) -> SweepResults:
         """Return what the page of the sweep is made of."""
         folders = {trial.name: trial.folder for trial in self.trials} | {WHOLE: self.folder / WINNER}
-        curves = {name: held_out_curve(folder) for name, folder in folders.items()}
-        state, total = self.state, max(self.state.totals.values(), default=0)
-        return SweepResults(state.candidates, state.rounds, state.winner, state.val_loss, total, curves)
+        metric = self.trials[0].settings.loop.metric_for_best_model
+        curves = {name: held_out_curve(folder, metric) for name, folder in folders.items()}
+        return results_of(self.state, metric, curves)
 
     def _drop_checkpoints(self) -> None:
         """Remove the checkpoints of trials that do not go on."""

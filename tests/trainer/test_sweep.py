@@ -206,7 +206,10 @@ def test_a_length_varies_whatever_the_settings_call_it(tiny_folder, data, tmp_pa
     name = vary.split("=")[0]
     job.sweep.state.winner = 1
     chosen = [trial.settings for trial in job.sweep.trials] + [job.winner_settings()]
-    assert [settings.to_flat()[name] for settings in chosen] == [*job.sweep.state.asked["vary"][name], chosen[1].to_flat()[name]]
+    assert [settings.to_flat()[name] for settings in chosen] == [
+        *job.sweep.state.asked["vary"][name],
+        chosen[1].to_flat()[name],
+    ]
     assert all((settings.loop.iters is None) != (settings.loop.epochs is None) for settings in chosen)
 
 

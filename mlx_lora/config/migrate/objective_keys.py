@@ -213,7 +213,7 @@ def read_rows(sheet: Sheet, names: Names) -> None:
     sheet.leave(names.length, names.packing)
 
 
-def _put_prompts(sheet: Sheet, key: str, count: int, accumulation: int, group: int) -> None:
+def _put_prompts(sheet: Sheet, key: str, count: float, accumulation: float, group: int) -> None:
     """Set a batch's prompts from the answers of a micro-batch, `count`, and accumulation."""
     prompts, rest = divmod(count * accumulation, group)
     if rest or not prompts:

@@ -11,14 +11,14 @@ from starlette.routing import BaseRoute
 from mlx_lora.api.demo import ITERS as STEPS
 from mlx_lora.api.demo import QUESTIONS, RECIPE, SHORT_STEPS
 from mlx_lora.config.sweep import SET_BY_SWEEP
-from mlx_lora.reports.sweep_page import SweepResults, advice
+from mlx_lora.reports.sweep_page import LOSS, advice
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.control import resolved, run_yaml, train_words
 from mlx_lora.studio.folders import safe_name
 from mlx_lora.studio.places import Studio
 from mlx_lora.studio.plans import CARDS, USUAL_CARD, cards_at_once, own_settings, refused_plan, shown_plan
 from mlx_lora.studio.web import json_route, setting_groups
-from mlx_lora.trainer.sweep import PAGE_FILE, SWEEP_FILE, SweepState
+from mlx_lora.trainer.sweep import PAGE_FILE, SWEEP_FILE, SweepState, results_of
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir
 from mlx_lora.utils.hub import SMOLLM2_GGUF
@@ -124,9 +124,7 @@ def swept(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, A
     if not (folder / SWEEP_FILE).is_file():
         raise ApiError(404, "there is no such sweep; start it again", "not_found")
     state = SweepState.read(folder)
-    found = SweepResults(
-        state.candidates, state.rounds, state.winner, state.val_loss, max(state.totals.values(), default=0), {}
-    )
+    found = results_of(state, state.asked.get("settings", {}).get("metric_for_best_model", LOSS), {})
     rate = None if state.winner is None else state.candidates[state.winner]["learning_rate"]
     return {"advice": advice(found), "rows": found.table(), "learning_rate": rate, "page": str(folder / PAGE_FILE)}
 
