@@ -89,6 +89,7 @@ log = logging.getLogger(__name__)
 # What a plan's JSON has of the settings and of a MemoryPlan.
 CHOSEN = (
     "learning_rate", "epochs", "iters", "early_stopping_patience", "max_seq_length", "method", "rank", "optimizer", "dtype",
+    "batch_size",
 )  # fmt: skip
 MEMORY_FACTS = ("fits", "peak_bytes", "parts", "cache_bytes", "needed_bytes", "budget_bytes", "phase", "phases")
 
@@ -379,13 +380,22 @@ class MachinePlan:
         share = self.size.supervised_tokens / max(1, self.size.tokens - self.size.rows)
         return replace(run, trained_positions=round(share * run.positions))
 
+    @property
+    def passes(self) -> float:
+        """How often the run sees its data: --epochs, or what the steps of --iters are of the batches that the data has."""
+        loop, size = self.chosen.loop, self.size
+        if loop.iters is None or size is None:
+            return loop.epochs or 1.0
+        batches = size.batches(self.fitted.batch_tokens) * objective_of(self.chosen.objective).updates
+        return loop.iters * loop.grad_accumulation_steps / max(1, batches)
+
     def tokens(self, positions: int) -> float | None:
-        """Return about how many tokens the run trains on with micro-batches of so many positions, if known."""
+        """Return about how many tokens the run trains on, if known; without its data, its micro-batches have so many positions."""
         loop, data = self.chosen.loop, self.chosen.data.data
+        if self.size is not None:
+            return self.size.tokens * self.passes
         if loop.iters is not None:
             return float(loop.iters * loop.grad_accumulation_steps * positions)
-        if self.size is not None:
-            return self.size.tokens * (loop.epochs or 1.0)
         if data is None or not Path(data).is_file():
             return None
         return Path(data).stat().st_size / CHARACTERS_PER_TOKEN * (loop.epochs or 1.0)
@@ -449,10 +459,9 @@ class MachinePlan:
         if size is None or not self.shape.first_trained or settings.loop.cache_trunk == "off":
             return None
         run = self.largest_run
-        passes = (self.tokens(run.positions) or 0) / max(1, size.tokens)
         # The disk of another machine is not known.
         free = free_bytes() if self.machine == this_machine(settings.model.dtype) else 10**15
-        planned = plan_trunk(self.shape, run, self.machine, self.ceilings, size.tokens - size.rows, passes, free)
+        planned = plan_trunk(self.shape, run, self.machine, self.ceilings, size.tokens - size.rows, self.passes, free)
         problem = rows_problem(settings.objective.shared_prefix == "on", objective_of(settings.objective))
         problem = problem or planned.problem(settings.loop.cache_trunk)
         return {

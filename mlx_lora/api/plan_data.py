@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -31,7 +31,7 @@ from mlx_lora.planner.fit import (
 from mlx_lora.planner.shapes import ModelShape
 from mlx_lora.rollouts.make_environment import check_template
 from mlx_lora.trainer.fit import (
-    batch_shapes,
+    batches_by_tokens,
     data_facts,
     prompts_of,
     trained_share,
@@ -62,6 +62,7 @@ class DataSize:
         prompts, shapes: that answers are sampled to, and of the batches, as `fit` takes them.
         facts: what the defaults follow.
         trained_share: of the positions of trained rows.
+        batches: tokens of a batch -> how many batches the rows are divided into.
     """
 
     rows: int
@@ -73,6 +74,7 @@ class DataSize:
     facts: DataFacts
     trained_share: float
     shapes: Shapes | None
+    batches: Callable[[int], int]
 
     def numbers(self) -> dict[str, int]:
         """Return the counts by name."""
@@ -98,9 +100,12 @@ def measure_data(
         rows, parts = joined(rows), [joined(part) for part in parts]
     longest, measured = int(rows.lengths.max(initial=2)), sum(len((part.teacher or part).tokens) for part in parts)
     prompts, facts = prompts_of(settings.objective, rows), data_facts(rows, splits.valid)
-    share, shapes = trained_share(settings.objective, rows), batch_shapes(settings, rows, facts)
-    tokens, supervised = len(rows.tokens), rows.supervised_tokens
-    return settings, DataSize(len(rows), longest, tokens, supervised, measured, prompts, facts, share, shapes)
+    share, planned = trained_share(settings.objective, rows), batches_by_tokens(settings, rows, facts)
+    return settings, DataSize(
+        rows=len(rows), longest=longest, tokens=len(rows.tokens), supervised_tokens=rows.supervised_tokens,
+        measured_tokens=measured, prompts=prompts, facts=facts, trained_share=share,
+        shapes=lambda tokens: planned(tokens)[1], batches=lambda tokens: planned(tokens)[0],
+    )  # fmt: skip
 
 
 def steps_and_validation(

@@ -180,6 +180,7 @@ def planned_on(model: SharedModel, macs: Sequence[MacSpec], link: Link) -> dict[
         "shard_base": split_of(model.settings),
         "rank": model.settings.adapter.rank,
         "batch_tokens": run.positions,
+        "batch_size": model.settings.loop.batch_size,
         "max_seq_length": run.width + 1,
         "grad_checkpoint": run.checkpointing,
         "units": {

@@ -19,12 +19,21 @@ from mlx_lora.api.base import Base, PathLike, as_base
 from mlx_lora.api.errors import speaks_python
 from mlx_lora.api.train import Run, data_source, run_settings, shown_figure
 from mlx_lora.config.load import train_settings
-from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import ROWS, TrainSettings
-from mlx_lora.config.sweep import BUDGET, Candidate, candidates, read_budget, read_vary, rungs, words
+from mlx_lora.config.sweep import (
+    BUDGET,
+    Candidate,
+    candidates,
+    check_varied,
+    read_budget,
+    read_vary,
+    rungs,
+    with_candidate,
+    words,
+)
 from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import ALONE
-from mlx_lora.reports.sweep_page import SweepResults, advice, write_page
+from mlx_lora.reports.sweep_page import LOSS, SweepResults, advice, write_page
 from mlx_lora.trainer.run import check_request, train_run
 from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
 from mlx_lora.trainer.several_runs import check_trials
@@ -34,8 +43,11 @@ from mlx_lora.trainer.sweep import (
     WINNER,
     Sweep,
     SweepState,
+    Trial,
+    check_validates,
     held_out_curve,
     rates_around,
+    score_of,
     trials_of,
 )
 from mlx_lora.utils import console, device
@@ -95,9 +107,10 @@ class SweepJob:
         budget = read_budget(asked.budget)
         placed = replace(settings.loop, adapter_path=str(out / WINNER), resume=None, force=True)
         check_request(replace(settings, loop=placed), ALONE)
+        check_validates(settings)
         vary = read_vary(asked.vary) if asked.vary else {"learning_rate": rates_around(settings, AROUND_DEFAULT)}
-        _check_comparable(vary, settings)
         found = candidates(vary)
+        check_varied(found, settings.to_flat())
         if len(found) < 2:
             raise InputError(
                 f"--vary {', '.join(vary)}: has one value only, so there is nothing to compare; give several"
@@ -141,9 +154,7 @@ class SweepJob:
             shutil.rmtree(out / name, ignore_errors=True)
         for name in (SWEEP_FILE, PAGE_FILE):
             (out / name).unlink(missing_ok=True)
-        state = SweepState(facts, found)
-        state.write(out)
-        return state
+        return SweepState(facts, found)
 
     def run(self, base: Loaded | None = None, show: Callable[[int], Progress] | None = None) -> Outcome:
         """Train what is left to train, and return how the winner's own run ended.
@@ -161,6 +172,7 @@ class SweepJob:
                 base = load_base(self.settings.model)
         sweep, state = self.sweep, self.sweep.state
         if not state.rounds:
+            state.write(sweep.folder)  # not before the model is there, so that a wrong name leaves nothing behind
             log.info(self.plan_words())
         sweep.choose(base, self._after_round)
         settings = self.winner_settings()
@@ -170,6 +182,9 @@ class SweepJob:
         if not outcome.interrupted:
             curve = held_out_curve(sweep.folder / WINNER)
             state.val_loss = outcome.val_loss if outcome.val_loss is not None else curve[-1][1] if curve else None
+            if settings.loop.metric_for_best_model != LOSS:
+                error = score_of(Trial(WINNER, state.winner or 0, "", settings), outcome.steps).error
+                state.val_score = 1 - error if math.isfinite(error) else None
             state.write(sweep.folder)
             self._after_round()
         return outcome
@@ -181,7 +196,7 @@ class SweepJob:
             raise ValueError("the sweep has no winner yet")
         begun = (folder / CHECKPOINTS).is_dir()
         own = {"adapter_path": str(folder), "resume": "auto" if begun else None, "force": not begun}
-        return train_settings({**self.settings.to_flat(), **state.candidates[state.winner], **own})
+        return train_settings({**with_candidate(self.settings.to_flat(), state.candidates[state.winner]), **own})
 
     def plan_words(self) -> str:
         """Return a sentence on what the sweep is going to do."""
@@ -195,24 +210,12 @@ class SweepJob:
         state, compared = self.sweep.state, self.sweep.compared()
         number = len(state.rounds)
         if state.val_loss is None:
-            best = list(state.scores(number - 1).items())[:3]
-            said = "; ".join(f"{words(state.candidates[candidate])}: {score.loss:.4f}" for candidate, score in best)
-            log.info(
-                f"Round {number} of {len(self.sweep.rungs)}, held-out loss at step {state.rounds[-1][0]['step']}: {said}"
-            )
+            at = state.rounds[-1][0]["step"]
+            said = "; ".join(list(compared.round_words(number - 1))[:3])
+            log.info(f"Round {number} of {len(self.sweep.rungs)}, {compared.measure} at step {at}: {said}")
         else:
             log.info(advice(compared))
         write_page(self.sweep.folder / PAGE_FILE, compared)
-
-
-def _check_comparable(vary: Mapping[str, Any], settings: TrainSettings) -> None:
-    """Refuse to vary what the loss itself depends on: held-out losses then say nothing about which candidate is better."""
-    for name in vary.keys() & ObjectiveSettings.__dataclass_fields__.keys():
-        if name == "objective" or settings.loop.metric_for_best_model == "loss":
-            advice = "vary another setting" + (
-                "" if name == "objective" else ", or for preferences compare with --metric-for-best-model accuracy"
-            )
-            raise InputError(f"--vary {name}: changes the loss itself, so held-out losses cannot be compared; {advice}")
 
 
 # Python
@@ -226,7 +229,8 @@ class SweepResult:
         folder: with `sweep.html`, `sweep.json`, the trials, and the winner's run.
         best: the winner's settings that were varied.
         run: the winner's own run, over all its steps.
-        table: a row for each candidate: its settings, `step` and `loss` (mean over seeds) where it was last measured, best first.
+        table: a row for each candidate: its settings, `step` and `loss` (mean over seeds) where it was last measured, and what
+            decides if it is not the loss, such as `accuracy`; best first.
         advice: one sentence.
         compared: what the page is made of.
     """
@@ -240,7 +244,7 @@ class SweepResult:
 
     @speaks_python()
     def plot(self) -> Any:
-        """Return the losses against the first setting that varied, one line for each round, as a figure that a notebook shows.
+        """Return what decides against the first setting that varied, one line for each round, as a figure that a notebook shows.
 
         Raises:
             InputError: matplotlib is not installed.
@@ -250,19 +254,22 @@ class SweepResult:
         tried = {candidate[name] for candidate in self.compared.candidates}
         for number, trials in enumerate(self.compared.rounds):
             best: dict[Any, float] = {}  # of several candidates with a value
-            for of, losses in self.compared.losses(number).items():
-                value = self.compared.candidates[of][name]
-                best[value] = min(best.get(value, math.inf), sum(losses) / len(losses))
+            for of, measured in self.compared.values(number).items():  # the best first
+                best.setdefault(self.compared.candidates[of][name], sum(measured) / len(measured))
             values = sorted(best, key=str if isinstance(self.best[name], str) else None)
             lines = axes.plot(values, [best[value] for value in values], label=f"step {trials[0]['step']}")
-            seeds = [(self.compared.candidates[trial["candidate"]][name], trial["loss"]) for trial in trials]
+            seeds = [
+                (self.compared.candidates[of][name], one)
+                for of, measured in self.compared.values(number).items()
+                for one in measured
+            ]
             axes.plot(*zip(*seeds, strict=True), "o", color=lines[0].get_color(), markersize=3)
         if isinstance(self.best[name], (int, float)) and self.best[name] > 0:
             axes.set_xscale("log")
             axes.set_xticks(sorted(tried), [f"{value:g}" for value in sorted(tried)], rotation=45)
             axes.set_xticks([], minor=True)
         axes.axvline(self.best[name], color="gray", linestyle=":")
-        axes.set(xlabel=name.replace("_", " "), ylabel="held-out loss")
+        axes.set(xlabel=name.replace("_", " "), ylabel=self.compared.measure)
         axes.legend()
         return figure
 

@@ -265,7 +265,7 @@ def render(result: dict[str, Any]) -> str:
         f"  {gigabytes(result['needed_bytes']):>10}  = needed",
         "Peak by --grad-checkpoint: "
         + ", ".join(f"{mode} {gigabytes(size)}" for mode, size in result["peak_bytes_by_checkpointing"].items()),
-        f"Chosen: --learning-rate {chosen['learning_rate']:g} {_length(result)}--batch-tokens {chosen['batch_tokens']} "
+        f"Chosen: --learning-rate {chosen['learning_rate']:g} {_length(result)}{_batch(chosen)} "
         f"({counted(chosen['rows'], 'row')} of {chosen['row_tokens']:,}) "
         f"--grad-checkpoint {chosen['grad_checkpoint']}"
         + ("" if chosen["method"] == "full" else f" --rank {chosen['rank']}"),
@@ -354,6 +354,13 @@ def _length(result: dict[str, Any]) -> str:
     return "" if steps is None else f"--epochs {chosen['epochs']:g} ({counted(steps, 'step')}) "
 
 
+def _batch(chosen: dict[str, Any]) -> str:
+    """Return the size of a batch as the flag that decides it."""
+    if chosen["batch_size"] is not None:
+        return f"--batch-size {chosen['batch_size']}"
+    return f"--batch-tokens {chosen['batch_tokens']}"
+
+
 def _data_words(result: dict[str, Any]) -> list[str]:
     """Return the lines about the data, and about what an objective other than imitation computes."""
     size, objective = result["data"], result["objective"]
@@ -416,7 +423,7 @@ def render_macs(plan: dict[str, Any], link: str = ASSUMED) -> str:
         return "\n".join([first, splits_line(plan["splits"]), PREDICTED.format(link=link)])
     lines = [
         f"{shared}: {verdict}",
-        f"Planned for: --shard-base {plan['shard_base']} --rank {plan['rank']} --batch-tokens {plan['batch_tokens']} "
+        f"Planned for: --shard-base {plan['shard_base']} --rank {plan['rank']} {_batch(plan)} "
         f"--max-seq-length {plan['max_seq_length']} --grad-checkpoint {plan['grad_checkpoint']}",
         "",
         "| Mac | keeps of the base | needs | may use | computing a step |",

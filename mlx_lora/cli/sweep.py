@@ -75,6 +75,7 @@ def main(
                 "out": str(out),
                 "best": best,
                 "val_loss": compared.val_loss,
+                "val_score": compared.val_score,
                 "table": compared.table(),
                 "advice": advice(compared),
             }

@@ -72,6 +72,12 @@ def idle_notes(settings: Mapping[str, Any], given: Collection[str]) -> list[str]
         notes.append(
             f"--weight-decay {settings['weight_decay']:g} has no effect with --optimizer {optimizer}; adamw has it"
         )
+    if settings["method"] == "full":
+        notes += [
+            f"{flag_of(name)} has no effect with --method full, which has no factors"
+            for name in ("rank", "alpha")
+            if name in given
+        ]
     if "project_name" in given and not settings["report_to"]:
         notes.append("--project-name has no effect without --report-to")
     if "test_batches" in given and not settings["test"]:

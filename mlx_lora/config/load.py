@@ -17,7 +17,7 @@ from typing import Any
 from mlx_lora.config.checks import settings_problems
 from mlx_lora.config.fields import flag_of, read_value, row_of
 from mlx_lora.config.objectives import VERIFIERS
-from mlx_lora.config.settings import FIELDS, SECTIONS, ModelSettings, ServeSettings, TrainSettings
+from mlx_lora.config.settings import FIELDS, SECTIONS, ModelSettings, ServeSettings, TrainSettings, decided_by
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import MAX_YAML_CHARACTERS, parse_yaml
 from mlx_lora.utils.text import closest
@@ -147,10 +147,6 @@ def instead_of(name: str, known: Collection[str], spell: Callable[[str], str], l
 
 
 # Names that are gone
-# Pairs of settings with the same meaning: a flag for either overrides both in the file.
-TWO_NAMES = (
-    ("iters", "epochs"), ("batch_size", "batch_tokens"), ("data", "own_prompts")
-)  # fmt: skip
 RECIPES = Path(__file__).parents[1] / "recipes"
 FILES = ("data", "teacher_prompt")  # settings that name a recipe's own files
 
@@ -186,11 +182,6 @@ def train_settings(flags: Mapping[str, Any], content: Mapping[str, Any] | None =
     if problems:
         raise InputError("; ".join(problems))
     return settings
-
-
-def decided_by(flags: Mapping[str, Any]) -> set[str]:
-    """Return the settings that a file cannot change, because they were given as flags by either name."""
-    return {*flags, *(name for pair in TWO_NAMES if not flags.keys().isdisjoint(pair) for name in pair)}
 
 
 def _table_settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,7 +239,7 @@ def read_settings(path: str | None, flags: Mapping[str, Any]) -> dict[str, Any]:
     content = with_recipe_paths(read_yaml(str(recipe_file(path)))) if names_recipe(path) else read_yaml(path)
     from mlx_lora.config.migrate import migrate  # only files need it
 
-    return migrate(content, decided_by(flags), path, flags.get("objective"))
+    return migrate(content, flags, path)
 
 
 def read_yaml(path: str) -> dict[str, Any]:

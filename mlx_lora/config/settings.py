@@ -7,6 +7,7 @@ and the rules of resumed and distributed runs follow from the rows, so a new set
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -386,6 +387,22 @@ class TrainSettings:
     def to_flat(self) -> dict[str, Any]:
         """Return the contents of run.yaml: one flat dict, with flags' names and underscores."""
         return {name: value for part in SECTIONS for name, value in dataclasses.asdict(getattr(self, part)).items()}
+
+
+# Settings with the same meaning
+
+# Pairs of which a run has one: a flag for either overrides both in the file.
+TWO_NAMES = (("iters", "epochs"), ("batch_size", "batch_tokens"), ("data", "own_prompts"))
+
+
+def other_names(name: str) -> set[str]:
+    """Return the settings with the same meaning as one."""
+    return {other for pair in TWO_NAMES if name in pair for other in pair} - {name}
+
+
+def decided_by(flags: Iterable[str]) -> set[str]:
+    """Return the settings that a file cannot change, because they were given as flags by either name."""
+    return {one for name in flags for one in (name, *other_names(name))}
 
 
 # Values with a form of their own

@@ -17,8 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_lora.config.checks import idle_notes
 from mlx_lora.config.fields import field_type, flag_of, read_value
-from mlx_lora.config.settings import FIELDS, ROWS, SECTIONS
+from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.config.settings import FIELDS, ROWS, SECTIONS, other_names
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import closest, counted
 
@@ -28,6 +30,8 @@ MOST_CANDIDATES = 256
 MOST_VALUES = 64
 # Settings that change a result, though a resumed run may have others.
 LENGTHS = ("iters", "epochs")
+# Settings that the loss depends on: candidates that differ in one have losses of different kinds.
+OF_LOSS = frozenset(ObjectiveSettings.__dataclass_fields__)
 # What a sweep sets itself.
 OWN = {"seed": "give --seeds"}
 # Settings of a run that a sweep sets for each of its runs.
@@ -128,6 +132,55 @@ def _range(name: str, text: str) -> list[float]:
 def candidates(vary: Mapping[str, Sequence[Any]]) -> list[Candidate]:
     """Return all combinations of the values."""
     return [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
+
+
+def with_candidate(flat: Mapping[str, Any], candidate: Candidate) -> dict[str, Any]:
+    """Return a run's settings with a candidate's instead, which also override those of the same meaning (`iters` with `epochs`)."""
+    others = {other for name in candidate for other in other_names(name)}
+    return {name: value for name, value in flat.items() if name not in others} | candidate
+
+
+def check_varied(found: Sequence[Candidate], flat: Mapping[str, Any]) -> None:
+    """Refuse to vary what has no effect on a run, or what the loss itself depends on.
+
+    Otherwise a sweep would recommend one of several runs that are the same, or whose held-out losses mean different things.
+
+    Args:
+        found: the candidates.
+        flat: all settings of a run, before anything is varied.
+
+    Raises:
+        InputError: says what to vary instead.
+    """
+    names = list(found[0])
+    for name in names:
+        if name == "objective" or (name in OF_LOSS and flat["metric_for_best_model"] == "loss"):
+            advice = "vary another setting" + (
+                "" if name == "objective" else ", or for preferences compare with --metric-for-best-model accuracy"
+            )
+            raise InputError(f"--vary {name}: changes the loss itself, so held-out losses cannot be compared; {advice}")
+        if twice := other_names(name) & set(names):
+            raise InputError(f"--vary {name} and {twice.pop()}: a run has only one of the two; vary one of them")
+    if "batch_tokens" in names and flat["batch_size"] is not None:
+        raise InputError(
+            f"--vary batch_tokens: has no effect with --batch-size {flat['batch_size']}; leave that out, or vary batch_size"
+        )
+    for candidate in found:
+        if idle := idle_notes({**flat, **candidate}, names):
+            raise InputError(f"--vary: {idle[0]}; leave it out, or change the other setting")
+
+
+def order_of(error: float, loss: float, found: Sequence[Candidate]) -> tuple[float, float]:
+    """Return what a candidate is ordered by, the least first.
+
+    Args:
+        error: 1 minus the number that decides; 0 if the loss does, infinite if there is none.
+        loss: on held-out rows, which decides between equal errors, if it means the same for all candidates.
+        found: all candidates.
+    """
+    comparable = not found or OF_LOSS.isdisjoint(found[0])
+    # The mean over seeds of equal numbers may differ in its last digits.
+    return round(error, 9), loss if comparable or not math.isfinite(loss) else 0.0
 
 
 def words(candidate: Candidate) -> str:

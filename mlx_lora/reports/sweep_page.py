@@ -1,22 +1,34 @@
-"""The page of a sweep: curves, loss against what varied with its spread over seeds, all candidates, and one sentence of advice."""
+"""The page of a sweep: curves, what decides against what varied with its spread over seeds, all candidates, and one sentence of advice."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from mlx_lora.config.fields import flag_of
-from mlx_lora.config.sweep import words
+from mlx_lora.config.sweep import order_of, words
 from mlx_lora.reports.charts import COMMON, WIDE, Series, line_chart, number, render_page
 from mlx_lora.utils.files import replace_text
 from mlx_lora.utils.text import counted
 
 WHOLE = "winner"  # the curve of its own run
 MOST_CURVES = 6  # that can be told apart
-AS_GOOD = 0.01  # candidates within this share of the least loss are called as good
+AS_GOOD = 0.01  # candidates whose loss is within this share of the best one's are called as good
+MOST_NAMED = 3  # equal candidates that the advice names
+LOSS = "loss"
+# What decides -> what a reader calls it, short and long; of all but the loss, the highest is the best.
+MEASURES = {
+    LOSS: ("loss", "held-out loss"),
+    "accuracy": ("accuracy", "held-out accuracy"),
+    "macro_f1": ("macro F1", "held-out macro F1"),
+    "mrr": ("MRR", "held-out MRR"),
+    "ndcg": ("nDCG", "held-out nDCG"),
+    "task": ("score", "score of --eval-tasks"),
+}
 
 
 @dataclass(frozen=True)
@@ -25,11 +37,14 @@ class SweepResults:
 
     Attributes:
         candidates: the settings of each.
-        rounds: of each that is done, an entry for each trial: `name`, `candidate`, `seed`, `step`, `loss`; None: it diverged.
+        rounds: of each that is done, an entry for each trial: `name`, `candidate`, `seed`, `step`, `loss`, `error` (as of `Score`
+            in trainer/sweep.py); loss None: it diverged.
         winner: number of the best candidate; None: not known yet.
         val_loss: of its own run; None: not there yet.
         total: steps of a whole run.
-        curves: trial, or WHOLE -> steps and held-out losses.
+        curves: trial, or WHOLE -> steps, and what decides at each.
+        metric: what decides (--metric-for-best-model).
+        val_score: of the winner's own run, if it is not the loss that decides; None: not there yet.
     """
 
     candidates: Sequence[dict[str, Any]]
@@ -38,25 +53,64 @@ class SweepResults:
     val_loss: float | None
     total: int
     curves: Mapping[str, list[tuple[int, float]]]
+    metric: str = LOSS
+    val_score: float | None = None
+
+    @property
+    def measure(self) -> str:
+        """What decides, in words."""
+        return MEASURES[self.metric][1]
+
+    @property
+    def best_is(self) -> str:
+        """Which number is the best."""
+        return "lowest" if self.metric == LOSS else "highest"
+
+    @property
+    def value(self) -> float | None:
+        """What decides, of the winner's own run; None: not there yet."""
+        return self.val_loss if self.metric == LOSS else self.val_score
+
+    def _numbers(self, number: int, name: str) -> dict[int, list[float]]:
+        found: dict[int, list[float]] = {}
+        for trial in self.rounds[number]:
+            found.setdefault(trial["candidate"], []).append(math.inf if trial[name] is None else float(trial[name]))
+        return found
 
     def losses(self, number: int) -> dict[int, list[float]]:
         """Return the losses of each candidate of a round, one for each seed; infinite where it diverged."""
-        found: dict[int, list[float]] = {}
-        for trial in self.rounds[number]:
-            found.setdefault(trial["candidate"], []).append(math.inf if trial["loss"] is None else float(trial["loss"]))
-        return found
+        return self._numbers(number, "loss")
+
+    def values(self, number: int) -> dict[int, list[float]]:
+        """Return what decides, of each candidate of a round, one for each seed, the best candidate first.
+
+        Infinite (of a loss) or minus infinite where there is none.
+        """
+        losses, errors = self.losses(number), self._numbers(number, "error")
+        orders = {of: order_of(_mean(errors[of]), _mean(losses[of]), self.candidates) for of in losses}
+        best_first = sorted(orders, key=lambda of: (orders[of], of))
+        if self.metric == LOSS:
+            return {of: losses[of] for of in best_first}
+        return {of: [round(1 - error, 9) for error in errors[of]] for of in best_first}
 
     def last(self) -> dict[int, tuple[int, list[float]]]:
-        """Return each candidate's last round and its losses there, the best first."""
-        found = {of: (at, losses) for at in range(len(self.rounds)) for of, losses in self.losses(at).items()}
-        return dict(sorted(found.items(), key=lambda item: (-item[1][0], _mean(item[1][1]), item[0])))
+        """Return each candidate's last round and what decides there, the best first."""
+        found: dict[int, tuple[int, list[float]]] = {}
+        for at in reversed(range(len(self.rounds))):
+            found |= {of: (at, values) for of, values in self.values(at).items() if of not in found}
+        return found
+
+    def round_words(self, number: int) -> Iterator[str]:
+        """Yield each candidate of a round with what decides, the best first."""
+        for of, values in self.values(number).items():
+            yield f"{words(self.candidates[of])}: {_shown(_mean(values))}"
 
     def table(self) -> list[dict[str, Any]]:
-        """Return a row for each candidate, the best first: its settings, and `step` and `loss` where it was last measured."""
+        """Return a row for each candidate, the best first: its settings, and `step`, `loss` and what decides where it was last measured."""
         steps = [trials[0]["step"] for trials in self.rounds]
         return [
-            {**self.candidates[of], "step": steps[at], "loss": _mean(losses)}
-            for of, (at, losses) in self.last().items()
+            {**self.candidates[of], "step": steps[at], "loss": _mean(self.losses(at)[of]), self.metric: _mean(values)}
+            for of, (at, values) in self.last().items()
         ]
 
     def work(self) -> float:
@@ -74,26 +128,54 @@ def advice(found: SweepResults) -> str:
     if not found.rounds:
         return "Nothing has been measured yet."
     last = len(found.rounds) - 1
-    means = {of: _mean(losses) for of, losses in found.losses(last).items()}
-    best = found.winner if found.winner is not None else min(means, key=lambda of: (means[of], of))
-    loss = found.val_loss if found.val_loss is not None else means[best]
-    at = "after its whole run" if found.val_loss is not None else f"at step {found.rounds[last][0]['step']}"
-    sentence = f"Use {words(found.candidates[best])}: held-out loss {loss:.4f} {at}"
-    if near := _as_good(found, best):
-        sentence += f"; {near}"
-    if edge := _at_edge(found, best):
-        sentence += f"; {edge}"
-    return sentence + "."
+    values = found.values(last)
+    best = found.winner if found.winner is not None else next(iter(values))
+    value = found.value if found.value is not None else _mean(values[best])
+    at = "after its whole run" if found.value is not None else f"at step {found.rounds[last][0]['step']}"
+    sentence = f"Use {words(found.candidates[best])}: {found.measure} {value:.4f} {at}"
+    more = (_equal(found, best), _as_good(found, best), _at_edge(found, best))
+    return "; ".join([sentence, *filter(None, more)]) + "."
+
+
+def _equal(found: SweepResults, best: int) -> str:
+    """Say which candidates had the same number as the best one where they were last compared, and what decided between them."""
+    if found.metric == LOSS:
+        return ""
+    ties = {
+        of: at
+        for of, (at, values) in found.last().items()
+        if of != best and math.isclose(_mean(values), _mean(found.values(at)[best]), abs_tol=1e-9)
+    }
+    if not ties:
+        return ""
+    who = ", ".join(words(found.candidates[of]) for of in ties)
+    who = who if len(ties) <= MOST_NAMED else counted(len(ties), "other candidate")
+    means = {
+        of: [order_of(0, _mean(found.losses(at)[one]), found.candidates) for one in (of, best)]
+        for of, at in ties.items()
+    }
+    why = (
+        "and a higher loss"
+        if all(other > own for other, own in means.values())
+        else "so the one that was given first was taken"
+    )
+    return f"{who} had the same {MEASURES[found.metric][0]}, {why}"
 
 
 def _as_good(found: SweepResults, best: int) -> str:
-    """Say which values of a single setting were as good, in the first round, which all candidates took part in."""
+    """Say from which to which value of a single setting the loss was about the same, in the first round, which had all candidates."""
     names = list(found.candidates[best])
-    if len(names) != 1:
+    if len(names) != 1 or found.metric != LOSS:
         return ""
-    means = {of: _mean(losses) for of, losses in found.losses(0).items()}
-    near = [found.candidates[of][names[0]] for of, mean in means.items() if mean <= means[best] * (1 + AS_GOOD)]
-    if len(near) < 2 or not all(isinstance(value, (int, float)) for value in near):
+    tried = {found.candidates[of][names[0]]: _mean(losses) for of, losses in found.losses(0).items()}
+    if not all(isinstance(value, (int, float)) for value in tried):
+        return ""
+    own, loss = found.candidates[best][names[0]], tried[found.candidates[best][names[0]]]
+    alike = lambda value: abs(tried[value] - loss) <= AS_GOOD * abs(loss)  # noqa: E731
+    # Outward from the best one, up to the first that was better or worse.
+    near = [*takewhile(alike, sorted(value for value in tried if value >= own))]
+    near += takewhile(alike, sorted((value for value in tried if value < own), reverse=True))
+    if len(near) < 2:
         return ""
     return f"from {min(near):g} to {max(near):g}, the loss was within {AS_GOOD:.0%} of it in the first round"
 
@@ -122,12 +204,13 @@ def write_page(path: Path, found: SweepResults) -> None:
     ]
     charts = [_curves(found)] + [_against(found, name) for name in numeric]
     rows = []
-    for of, (at, losses) in found.last().items():
+    rounds = [found.values(place) for place in range(len(found.rounds))]
+    for of, (at, values) in found.last().items():
         row = {"settings": words(found.candidates[of])}
-        for place, trials in enumerate(found.rounds):
-            mean = found.losses(place).get(of)
-            row[f"loss at step {trials[0]['step']}"] = "" if mean is None else _shown(_mean(mean))
-        seeds = f"{_shown(min(losses))} to {_shown(max(losses))}" if len(losses) > 1 else ""
+        for trials, measured in zip(found.rounds, rounds, strict=True):
+            told = _shown(_mean(measured[of])) if of in measured else ""
+            row[f"{MEASURES[found.metric][0]} at step {trials[0]['step']}"] = told
+        seeds = f"{_shown(min(values))} to {_shown(max(values))}" if len(values) > 1 else ""
         rows.append({**row, "between seeds": seeds, "best": of == found.winner and at == len(found.rounds) - 1})
     page = render_page(
         COMMON,
@@ -139,22 +222,23 @@ def write_page(path: Path, found: SweepResults) -> None:
         count=counted(len(found.candidates), "candidate"),
         work=f"{found.work():.1f}",
         total=found.total,
+        measure=found.measure,
         winner=found.val_loss is not None,
     )
     replace_text(path, page)
 
 
-def _shown(loss: float) -> str:
-    return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
+def _shown(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "diverged" if value > 0 else "none"
 
 
 def _curves(found: SweepResults) -> dict[str, Any]:
-    """Return the chart of held-out loss by step, of the best candidates."""
+    """Return the chart of what decides by step, of the best candidates."""
     best = list(found.last())[:MOST_CURVES]
     first = {trial["candidate"]: trial["name"] for trials in reversed(found.rounds) for trial in reversed(trials)}
     names = {of: WHOLE if of == found.winner and found.curves.get(WHOLE) else first[of] for of in best}
     series = [Series(words(found.candidates[of]), found.curves.get(names[of], [])) for of in best]
-    title = "Held-out loss"
+    title = found.measure[0].upper() + found.measure[1:]
     return {
         "title": f"{title} of the best {len(series)}" + (", and of the winner’s whole run" if WHOLE in names.values() else ""), "legend": [one.name for one in series], "wide": True,
         "svg": line_chart(title, series, size=WIDE),
@@ -162,24 +246,23 @@ def _curves(found: SweepResults) -> dict[str, Any]:
 
 
 def _against(found: SweepResults, name: str) -> dict[str, Any]:
-    """Return the chart of loss against a setting: a line through the means of each round, and a dot for each seed."""
+    """Return the chart of what decides against a setting: a line through the means of each round, and a dot for each seed."""
     series = []
     for place, trials in enumerate(found.rounds):
         points = {
-            float(found.candidates[of][name]): _mean(losses)
-            for of, losses in sorted(found.losses(place).items(), key=lambda item: -_mean(item[1]))
+            float(found.candidates[of][name]): _mean(values) for of, values in reversed(found.values(place).items())
         }  # of several candidates with a value, the best
         line = [(math.log10(x), y) for x, y in sorted(points.items())]
         series.append(Series(f"step {trials[0]['step']}", line))
     shown = series[-MOST_CURVES:]
     seeds = [
-        (math.log10(found.candidates[of][name]), loss)
-        for of, losses in found.losses(len(found.rounds) - 1).items()
-        for loss in losses
+        (math.log10(found.candidates[of][name]), value)
+        for of, values in found.values(len(found.rounds) - 1).items()
+        for value in values
     ]
     if len(found.losses(len(found.rounds) - 1)) < len(seeds):
         apart = [point for one in sorted(seeds) for point in (one, (one[0], math.nan))]  # dots without a line
         shown = [*shown[-MOST_CURVES + 1 :], Series("each seed", apart, markers=True)]
-    title = f"Held-out loss against {flag_of(name)}"
+    title = f"{found.measure[0].upper()}{found.measure[1:]} against {flag_of(name)}"
     chart = line_chart(title, shown, along="", label=lambda x: number(float(f"{10**x:.1e}")))
     return {"title": title, "legend": [one.name for one in shown], "wide": False, "svg": chart}

@@ -13,6 +13,7 @@ import logging
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,9 +33,11 @@ from mlx_lora.trainer.sweep import (
     FEWEST_STEPS,
     PAGE_FILE,
     SWEEP_FILE,
+    NothingHeldOut,
     Sweep,
     SweepState,
     Trial,
+    check_validates,
     rates_around,
     trials_of,
 )
@@ -98,6 +101,9 @@ def find_learning_rate(
         except TooShort:
             steps = min(sweep.state.totals.values())
             continue
+        except NothingHeldOut as refused:
+            _leave_nothing(folder)
+            raise _refusal(refused) from None
         log.info(_reason(sweep, best))
         write_page(folder / TRIALS / PAGE_FILE, sweep.compared())
         _take_over(best, folder)
@@ -105,7 +111,7 @@ def find_learning_rate(
             shutil.rmtree(trial.folder, ignore_errors=True)
         chosen = with_rate(settings, best.settings.optimizer.learning_rate, resume="auto")
         return keeping_best(chosen, max(sweep.state.totals.values())), base
-    shutil.rmtree(folder / TRIALS, ignore_errors=True)
+    _leave_nothing(folder)
     least = math.ceil(FEWEST_STEPS / rounds_for(len(AROUND_DEFAULT[-1]))[0].share)
     raise InputError(
         f"--learning-rate auto: the run has {counted(steps, 'step')}, too few steps to try rates in a fifth of its work; leave "
@@ -116,9 +122,21 @@ def find_learning_rate(
 def _check(tried: list[Trial]) -> None:
     """Refuse a run whose rates cannot be tried."""
     try:
+        check_validates(tried[0].settings)
         check_trials([trial.settings for trial in tried])
     except InputError as refused:
-        raise InputError(f"--learning-rate auto: {refused}; or give the rate as a number") from None
+        raise _refusal(refused) from None
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Remove the trials of a run that was refused, and its folder if nothing else is there."""
+    shutil.rmtree(folder / TRIALS, ignore_errors=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _refusal(problem: InputError) -> InputError:
+    return InputError(f"--learning-rate auto: {problem}; or give the rate as a number")
 
 
 def with_rate(settings: TrainSettings, rate: object, resume: str | None = None) -> TrainSettings:
@@ -177,16 +195,15 @@ def _state(settings: TrainSettings, folder: Path, tried: Sequence[Trial]) -> Swe
 
 def _reason(sweep: Sweep, chosen: Trial) -> str:
     """Return a line that says what was tried, and why a rate was chosen."""
-    parts = []
-    for number, trials in enumerate(sweep.state.rounds):
-        losses = "; ".join(
-            f"{sweep.trials[of].words}: {score.loss:.4f}" for of, score in sweep.state.scores(number).items()
-        )
-        parts.append(f"at step {trials[0]['step']}, {losses}")
+    found = sweep.compared()
+    parts = [
+        f"at step {trials[0]['step']}, {'; '.join(found.round_words(number))}"
+        for number, trials in enumerate(found.rounds)
+    ]
     step, extra = sweep.state.rounds[-1][0]["step"], work(sweep.rungs, 1) - sweep.rungs[-1].share
     said = ". ".join(part[0].upper() + part[1:] for part in parts).replace("--learning-rate ", "")
     return (
-        f"Learning rate: {chosen.settings.optimizer.learning_rate:g}, which has the lowest held-out loss; the run goes on from its step "
+        f"Learning rate: {chosen.settings.optimizer.learning_rate:g}, which has the {found.best_is} {found.measure}; the run goes on from its step "
         f"{step}. {said}. The other rates took {extra:.0%} of a run's work."
     )
 

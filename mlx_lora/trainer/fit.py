@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -130,12 +130,21 @@ def batch_shapes(settings: TrainSettings, rows: EncodedSet, facts: DataFacts | N
 
     Short rows may take more memory together than the longest one: a batch of them is fuller.
     """
+    planned = batches_by_tokens(settings, rows, facts)
+    return lambda tokens: planned(tokens)[1]
 
-    def shapes(tokens: int) -> list[tuple[int, int]]:
+
+def batches_by_tokens(
+    settings: TrainSettings, rows: EncodedSet, facts: DataFacts | None
+) -> Callable[[int], tuple[int, list[tuple[int, int]]]]:
+    """Return what gives, by the tokens of a batch, how many batches some rows are divided into, and their shapes."""
+
+    def planned(tokens: int) -> tuple[int, list[tuple[int, int]]]:
         loop = with_length(settings, tokens, facts).loop
-        return [(count, width) for count, width, _ in training_plan(loop, rows, loop.epochs or 1.0).shapes]
+        plan = training_plan(loop, rows, loop.epochs or 1.0)
+        return len(plan), [(count, width) for count, width, _ in plan.shapes]
 
-    return lru_cache(shapes)
+    return lru_cache(planned)
 
 
 def training_plan(loop: LoopSettings, rows: EncodedSet, epochs: float) -> BatchPlan:

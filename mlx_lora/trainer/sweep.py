@@ -4,19 +4,19 @@
     Sweep(folder, SweepState(asked, candidates), trials, rungs(len(candidates), seeds, budget)).choose(base)
 
 The whole job, with the winner's own run and the page, is api/sweep.py; `--learning-rate auto` is find_learning_rate.py. A trial is an ordinary run (trainer/several_runs.py) that is stopped and saved at the end of a round, and resumed exactly in the next.
-Trials are compared by their loss on the held-out rows, which are the same for all trials of a seed. Runs that are computed together are rounded together,
+Trials are compared on the held-out rows, which are the same for all trials of a seed: by their loss, or by --metric-for-best-model. Runs that are computed together are rounded together,
 so the winner is trained again by itself: its folder is what `train` gives with these settings, byte for byte. sweep.json is written after
 each round; a sweep that was killed goes on from there, and each trial from its last checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,16 @@ from typing import Any
 from mlx_lora.config.defaults import learning_rate_for
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import TrainSettings
-from mlx_lora.config.sweep import Candidate, Rung, TooShort, check_long_enough, without_last_round, words
+from mlx_lora.config.sweep import (
+    Candidate,
+    Rung,
+    TooShort,
+    check_long_enough,
+    order_of,
+    with_candidate,
+    without_last_round,
+    words,
+)
 from mlx_lora.models.load import Base
 from mlx_lora.models.meta import outline_for
 from mlx_lora.reports.run_report import read_records
@@ -33,7 +42,7 @@ from mlx_lora.trainer.model_shape import outlined_shape, shared_shapes
 from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
 from mlx_lora.trainer.several_resume import Left, common_round
 from mlx_lora.trainer.several_runs import ConcurrentRun, SeveralRuns, TooManyRuns, how_many_fit
-from mlx_lora.trainer.state import LOSS
+from mlx_lora.trainer.state import LOSS, TASK
 from mlx_lora.utils import console, device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replace_text
@@ -50,6 +59,28 @@ OF_LENGTH = ("iters", "epochs", "batch_size", "batch_tokens", "grad_accumulation
 
 
 # Trials
+
+
+class NothingHeldOut(InputError):
+    """Refuses candidates that cannot be compared, because the run has no held-out rows."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "candidates are compared on held-out rows, and the run has none; give --valid-fraction 0.05, or add a validation file "
+            "to the data"
+        )
+
+
+def check_validates(settings: TrainSettings) -> None:
+    """Refuse a run without validations, before anything is loaded.
+
+    Raises:
+        InputError: candidates could not be compared.
+    """
+    if settings.loop.val_batches == 0:
+        raise InputError(
+            "--val-batches 0: candidates are compared on held-out rows; leave it out, or give -1 for all of them"
+        )
 
 
 @dataclass(frozen=True)
@@ -109,7 +140,7 @@ def trials_of(settings: TrainSettings, found: Sequence[Candidate], seeds: int, f
                 "report_to": None, "max_restarts": 0, "short_buffers": False, "save_every": flat["save_every"] or 100, "keep": 2,
             }  # fmt: skip
             said = words(candidate) + (f" --seed {seed}" if seeds > 1 else "")
-            trials.append(Trial(name, number, said, train_settings({**flat, **candidate, **own})))
+            trials.append(Trial(name, number, said, train_settings({**with_candidate(flat, candidate), **own})))
     return trials
 
 
@@ -124,17 +155,14 @@ def score_of(trial: Trial, until: int) -> Score:
     """Return a trial's score after so many steps, from its folder.
 
     Raises:
-        InputError: it has no held-out rows.
+        NothingHeldOut: it has no held-out rows.
     """
     if Left.of(trial.folder).error is not None:
         return DIVERGED
     records = read_records(trial.folder / "metrics.jsonl")
     validations = [line for line in records if _is_validation(line) and 0 < line["step"] <= until]
     if not validations:
-        raise InputError(
-            "a sweep compares held-out losses, and there are none; give the data a validation file, or leave --valid-fraction and "
-            "--val-batches at their defaults"
-        )
+        raise NothingHeldOut
     metric = trial.settings.loop.metric_for_best_model
     scores = [
         Score(0.0 if metric == LOSS else 1 + _number(line.get(metric), -1), _number(line["val_loss"]))
@@ -154,12 +182,16 @@ def _number(value: Any, sign: int = 1) -> float:
     return sign * float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.inf
 
 
-def held_out_curve(folder: Path) -> list[tuple[int, float]]:
-    """Return the steps and losses of a run's validations."""
+def held_out_curve(folder: Path, metric: str = LOSS) -> list[tuple[int, float]]:
+    """Return the steps of a run's validations, and the loss or another number at each.
+
+    An objective's own numbers are only rounding before the first step (see `Position.validated`), so it has none there.
+    """
+    name, first = ("val_loss", 0) if metric == LOSS else (metric, 0 if metric == TASK else 1)
     return [
-        (line["step"], line["val_loss"])
+        (line["step"], line[name])
         for line in read_records(folder / "metrics.jsonl")
-        if isinstance(line["val_loss"], (int, float))
+        if _is_validation(line) and line["step"] >= first and isinstance(line.get(name), (int, float))
     ]
 
 
@@ -184,7 +216,7 @@ class OnlyWarnings(logging.Handler):
             handler.emit(record)
 
 
-@contextmanager
+@contextlib.contextmanager
 def quieter(first: str, header: bool) -> Iterator[OnlyWarnings]:
     """Log only warnings of trials in this block, and with `header` what the first one says as it begins."""
     before = console.LOGGER.handlers
@@ -258,7 +290,13 @@ class Rounds:
                 self._to(runs, rung.steps(self.totals[kind]))
 
     def _learn(self, kind: str, member: ConcurrentRun) -> None:
-        """Note how many steps a whole run has, as soon as the first of its kind has begun."""
+        """Note how many steps a whole run has, as soon as the first of its kind has begun; refuse it if it cannot be compared.
+
+        Raises:
+            NothingHeldOut: it has no held-out rows.
+        """
+        if member.wanted is not None and member.wanted.trainer.validation is None:
+            raise NothingHeldOut
         if kind not in self.totals and member.wanted is not None:
             self.totals[kind] = member.wanted.trainer.total
             self.check(self.totals[kind])
@@ -292,6 +330,7 @@ class SweepState:
         rounds: of each that is done, an entry for each trial: `name`, `candidate`, `seed`, `step`, `loss`, `error`.
         winner: number of the best candidate; None: not known yet.
         val_loss: of its own run; None: not trained yet, or not measured.
+        val_score: of its own run, if another number than the loss decides.
     """
 
     asked: dict[str, Any]
@@ -300,6 +339,7 @@ class SweepState:
     rounds: list[list[dict[str, Any]]] = field(default_factory=list)
     winner: int | None = None
     val_loss: float | None = None
+    val_score: float | None = None
 
     def write(self, folder: Path) -> None:
         """Write the file, whole or not at all."""
@@ -327,7 +367,16 @@ class SweepState:
         for trial in self.rounds[number]:
             found.setdefault(trial["candidate"], []).append(Score(_number(trial["error"]), _number(trial["loss"])))
         means = {candidate: Score.mean(scores) for candidate, scores in found.items()}
-        return dict(sorted(means.items(), key=lambda item: (item[1], item[0])))
+        orders = {of: order_of(score.error, score.loss, self.candidates) for of, score in means.items()}
+        return dict(sorted(means.items(), key=lambda item: (orders[item[0]], item[0])))
+
+
+def results_of(state: SweepState, metric: str, curves: Mapping[str, list[tuple[int, float]]]) -> SweepResults:
+    """Return what the page of a sweep is made of, by the number that decides."""
+    total = max(state.totals.values(), default=0)
+    return SweepResults(
+        state.candidates, state.rounds, state.winner, state.val_loss, total, curves, metric, state.val_score
+    )
 
 
 class Sweep:
@@ -361,8 +410,16 @@ class Sweep:
 
         Raises:
             Interrupted: a signal ended a round.
-            InputError: all candidates diverged, the rounds are too short, or nothing fits in memory.
+            InputError: all candidates diverged, the rounds are too short, nothing is held out, or nothing fits in memory. If
+                nothing was trained, nothing is left in the folder.
         """
+        try:
+            return self._choose(base, told, header)
+        except InputError:
+            self._forget_unbegun()
+            raise
+
+    def _choose(self, base: Base, told: Callable[[], None], header: bool) -> int:
         state = self.state
         rounds = Rounds(base, header and not state.rounds, dict(state.totals))
         rounds.check = self._check_length
@@ -373,6 +430,17 @@ class Sweep:
                 told()
                 self._drop_checkpoints()
         return state.winner
+
+    def _forget_unbegun(self) -> None:
+        """Remove what planning left in the folder, so that the same command works when it has been corrected."""
+        if self.state.rounds or any((trial.folder / CHECKPOINTS).is_dir() for trial in self.trials):
+            return
+        for trial in self.trials:
+            shutil.rmtree(trial.folder, ignore_errors=True)
+        (self.folder / SWEEP_FILE).unlink(missing_ok=True)
+        for folder in dict.fromkeys((*(trial.folder.parent for trial in self.trials), self.folder)):
+            with contextlib.suppress(OSError):  # what else is there is the user's
+                folder.rmdir()
 
     def _round(self, rounds: Rounds) -> None:
         """Train the next round, and note its scores."""
@@ -434,9 +502,9 @@ class Sweep:
     def compared(self) -> SweepResults:
         """Return what the page of the sweep is made of."""
         folders = {trial.name: trial.folder for trial in self.trials} | {WHOLE: self.folder / WINNER}
-        curves = {name: held_out_curve(folder) for name, folder in folders.items()}
-        state, total = self.state, max(self.state.totals.values(), default=0)
-        return SweepResults(state.candidates, state.rounds, state.winner, state.val_loss, total, curves)
+        metric = self.trials[0].settings.loop.metric_for_best_model
+        curves = {name: held_out_curve(folder, metric) for name, folder in folders.items()}
+        return results_of(self.state, metric, curves)
 
     def _drop_checkpoints(self) -> None:
         """Remove the checkpoints of trials that do not go on."""

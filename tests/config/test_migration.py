@@ -49,7 +49,7 @@ CASES = {
             "model": "someone/qwen", "data": "rows/train.jsonl", "data_format": "auto", "chat_template": "chatml",
             "method": "dora", "rank": 16, "alpha": 128.0, "target_modules": "up_proj,down_proj,q_proj", "batch_size": 1,
             "grad_accumulation_steps": 1, "learning_rate": "1e-4", "lr_schedule": "cosine", "optimizer": "adamw",
-            "max_seq_length": 512, "weight_decay": 0.0, "valid_fraction": 0.0,
+            "max_seq_length": 512, "epochs": 1.0, "weight_decay": 0.0, "valid_fraction": 0.0,
         },
         "plugins liger_rope",
     ),
@@ -189,7 +189,7 @@ CASES = {
         {
             "model": "someone/phi", "train": True, "data": "data", "method": "full", "num_layers": 4,
             "learning_rate": 1e-5, "lr_schedule": "linear", "warmup": 0, "batch_tokens": 4096, "optimizer": "adam",
-            "batch_size": 4, "iters": 1000, "max_grad_norm": 0.0, "mask_prompt": False, "valid_fraction": 0.0,
+            "iters": 1000, "max_grad_norm": 0.0, "mask_prompt": False, "valid_fraction": 0.0,
         },
         "",
     ),
@@ -293,7 +293,7 @@ def read(name: str, folder: Path) -> tuple[dict, list[str]]:
     content = yaml.safe_load((FOREIGN / name).read_text().replace("{folder}", str(folder)))
     said: list[str] = []
     with console.log_to(said.append):
-        return migrate(content, (), name), said
+        return migrate(content, {}, name), said
 
 
 def from_file(file: Path, flags=MappingProxyType({})) -> config.TrainSettings:
@@ -384,7 +384,8 @@ def test_other_files_are_ours(text):
     content = yaml.safe_load(text)
     assert find_dialect(content) is None
     said: list[str] = []
-    assert migrate(content, (), "f", said.append) == content
+    with console.log_to(said.append):
+        assert migrate(content, {}, "f") == content
     assert said == []
 
 
@@ -639,7 +640,7 @@ def test_types_of_axolotls_preference_data(kind, template, told, logged):
     content = yaml.safe_load(
         f"base_model: m\nadapter: lora\nrl: orpo\nval_set_size: 0\ndatasets: [{{path: d, type: {kind}}}]\n"
     )
-    found = migrate(content, (), "f")
+    found = migrate(content, {}, "f")
     assert (found.get("chat_template"), found.get("data_format")) == (template, None)
     assert any((told or "datasets.type") in line for line in logged) == bool(told)
 
@@ -670,7 +671,8 @@ AXOLOTL_SET = "base_model: m\nadapter: lora\ndatasets: [{{path: d, {}}}]\n"
 )  # fmt: skip
 def test_names_of_columns_and_turns_are_read(text, wanted):
     said: list[str] = []
-    found = migrate(yaml.safe_load(text), (), "f", said.append)
+    with console.log_to(said.append):
+        found = migrate(yaml.safe_load(text), {}, "f")
     names = ("prompt_column", "completion_column", "system_column", "chat_column", "text_column", "turn_names")
     assert {name: found[name] for name in names if name in found} == wanted
     assert not any("field" in key or "feature" in key for key in left_out(said))
@@ -679,6 +681,6 @@ def test_names_of_columns_and_turns_are_read(text, wanted):
 
 def test_sets_that_are_read_alike_are_joined():
     two = "base_model: m\nadapter: lora\ndatasets: [{path: a, type: alpaca}, {path: b, type: %s}]\n"
-    assert migrate(yaml.safe_load(two % "alpaca"), (), "f")["data"] == "a,b"
-    assert migrate(yaml.safe_load(two % "sharegpt"), (), "f")["data"] == "a"
-    assert migrate(yaml.safe_load("model: m\nhf_dataset: [{path: a}, {path: b}]\n"), (), "f")["data"] == "a,b"
+    assert migrate(yaml.safe_load(two % "alpaca"), {}, "f")["data"] == "a,b"
+    assert migrate(yaml.safe_load(two % "sharegpt"), {}, "f")["data"] == "a"
+    assert migrate(yaml.safe_load("model: m\nhf_dataset: [{path: a}, {path: b}]\n"), {}, "f")["data"] == "a,b"

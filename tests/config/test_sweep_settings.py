@@ -6,15 +6,18 @@ import itertools
 
 import pytest
 
+from mlx_lora.config.load import train_settings
 from mlx_lora.config.sweep import (
     BUDGET,
     Rung,
     TooShort,
     candidates,
     check_long_enough,
+    check_varied,
     read_budget,
     read_vary,
     rungs,
+    with_candidate,
     without_last_round,
     words,
     work,
@@ -130,3 +133,44 @@ def test_rounds_that_are_too_short_say_what_would_do():
         check_long_enough(rounds, 40, 1, 5)
     enough = float(str(refused.value).split("--budget ")[1].split("x")[0])
     check_long_enough(rungs(12, 1, enough), 40, 1, 5)
+
+
+@pytest.mark.parametrize(
+    ("vary", "given", "said"),
+    [
+        ({"batch_tokens": [64, 512]}, {"batch_size": 4}, "--batch-size 4"),
+        ({"weight_decay": [0.0, 0.1]}, {"optimizer": "adam"}, "--optimizer adam"),
+        ({"weight_decay": [0.01, 0.1], "optimizer": ["adam", "adamw"]}, {}, "--optimizer adam"),
+        ({"rank": [4, 8]}, {"method": "full"}, "--method full"),
+        ({"iters": [10, 20], "epochs": [1.0, 2.0]}, {}, "only one of the two"),
+        ({"beta": [0.1, 0.3]}, {"objective": "dpo"}, "changes the loss"),
+    ],
+)
+def test_what_changes_nothing_is_not_varied(vary, given, said):
+    flat = train_settings(given).to_flat()
+    with pytest.raises(InputError, match=said) as refused:
+        check_varied(candidates(vary), flat)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("vary", "given"),
+    [
+        ({"batch_tokens": [64, 512]}, {}),
+        ({"batch_size": [2, 4]}, {"batch_tokens": 512}),
+        ({"weight_decay": [0.01, 0.1]}, {}),
+        ({"rank": [4, 8]}, {}),
+        ({"beta": [0.1, 0.3]}, {"objective": "dpo", "metric_for_best_model": "accuracy"}),
+    ],
+)
+def test_what_changes_a_run_is_varied(vary, given):
+    check_varied(candidates(vary), train_settings(given).to_flat())
+
+
+@pytest.mark.parametrize(
+    ("given", "varied"), [("iters", "epochs"), ("epochs", "iters"), ("batch_tokens", "batch_size")]
+)
+def test_a_candidate_overrides_the_setting_of_the_same_meaning(given, varied):
+    flat = train_settings({given: 30, "rank": 3}).to_flat()
+    found = train_settings(with_candidate(flat, {varied: 2})).to_flat()
+    assert (found[given], found[varied], found["rank"]) == (None, 2, 3)

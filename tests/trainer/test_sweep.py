@@ -200,6 +200,19 @@ def test_a_rate_that_diverges_is_the_last(tiny_folder, data, tmp_path):
     assert list(scores)[-1] == 2
 
 
+@pytest.mark.parametrize(("given", "vary"), [({}, "epochs=1,2"), ({"iters": None, "epochs": 1.0}, "iters=10,20")])
+def test_a_length_varies_whatever_the_settings_call_it(tiny_folder, data, tmp_path, given, vary):
+    job = job_of(settings_of(tiny_folder, data, **given), tmp_path / "out", vary)
+    name = vary.split("=")[0]
+    job.sweep.state.winner = 1
+    chosen = [trial.settings for trial in job.sweep.trials] + [job.winner_settings()]
+    assert [settings.to_flat()[name] for settings in chosen] == [
+        *job.sweep.state.asked["vary"][name],
+        chosen[1].to_flat()[name],
+    ]
+    assert all((settings.loop.iters is None) != (settings.loop.epochs is None) for settings in chosen)
+
+
 @pytest.mark.slow
 def test_lengths_may_vary(tiny_folder, data, tmp_path):
     job = job_of(settings_of(tiny_folder, data, learning_rate=5e-3), tmp_path / "out", "iters=10,30", budget=2.6)
@@ -301,6 +314,35 @@ def test_what_cannot_be_compared_is_refused(tiny_folder, data, tmp_path, changes
             settings_of(tiny_folder, data, **changes), SweepSettings(tmp_path / "out", **{"vary": (RATES,), **asked})
         ).run()
     assert "\n" not in str(refused.value)
+
+
+REFUSED = [
+    ({"valid_fraction": 0}, "--valid-fraction 0.05"),
+    ({"val_batches": 0}, "--val-batches 0"),
+    ({"iters": 6}, "too few"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), REFUSED)
+def test_what_is_refused_trains_no_step_and_leaves_nothing(tiny_folder, data, tmp_path, monkeypatch, changes, said):
+    monkeypatch.setattr(SeveralRuns, "round", lambda runs: pytest.fail("a step was taken"))
+    with pytest.raises(InputError, match=said):
+        job_of(settings_of(tiny_folder, data, **changes), tmp_path / "out", budget=2.0).run()
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=rf"--learning-rate auto: .*{said}"):
+        find_learning_rate(auto(tiny_folder, data, tmp_path / "auto", **{"iters": 100, **changes}))
+    assert not (tmp_path / "auto").exists()
+
+
+def test_what_is_refused_leaves_the_files_that_were_there(tiny_folder, data, tmp_path):
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(InputError, match="--valid-fraction"):
+        job_of(settings_of(tiny_folder, data, valid_fraction=0), tmp_path, budget=2.9).run()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    job = job_of(settings_of(tiny_folder, data), tmp_path, budget=2.9)
+    (job.sweep.trials[0].folder / "checkpoints").mkdir(parents=True)  # steps of an earlier start
+    job.sweep._forget_unbegun()
+    assert job.sweep.trials[0].folder.is_dir()
 
 
 def test_the_command(tiny_folder, data, tmp_path):

@@ -8,7 +8,7 @@ Any other file is read as ours, where an unknown key is an error.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mlx_lora.config.migrate.axolotl import AXOLOTL
@@ -16,6 +16,7 @@ from mlx_lora.config.migrate.common import Dialect, Sheet
 from mlx_lora.config.migrate.llama_factory import LLAMA_FACTORY
 from mlx_lora.config.migrate.mlx_lm import MLX_LM, MLX_LM_LORA
 from mlx_lora.config.migrate.trl import TRL
+from mlx_lora.config.settings import decided_by
 
 log = logging.getLogger(__name__)
 
@@ -24,17 +25,16 @@ DIALECTS = (AXOLOTL, LLAMA_FACTORY, TRL, MLX_LM_LORA, MLX_LM)
 
 def migrate(
     content: dict[str, Any],
-    given: Collection[str],
+    flags: Mapping[str, Any],
     file: str,
-    objective: str | None = None,
 ) -> dict[str, Any]:
     """Return a file's settings with our names; a file of ours is returned as it is.
 
     Args:
         content: the file's content, with underscores in keys.
-        given: settings given as flags, for which the other trainer's defaults are not printed.
+        flags: settings given as flags. What the file's values are converted with is taken from them first, and the other
+            trainer's defaults for them are not printed.
         file: its name, for messages.
-        objective: the value of the flag --objective, for files that do not name their objective.
 
     Raises:
         InputError: the file asks for another kind of training, or has an invalid value.
@@ -42,8 +42,8 @@ def migrate(
     dialect = find_dialect(content)
     if dialect is None:
         return content
-    sheet = dialect.read(content, file, objective)
-    for line in account(sheet, dialect, given):
+    sheet = dialect.read(content, file, flags)
+    for line in account(sheet, dialect, decided_by(flags)):
         log.info(line)
     return sheet.found
 

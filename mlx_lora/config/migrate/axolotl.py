@@ -22,7 +22,7 @@ MARKS = (
 NAMES = Names(
     epochs="num_epochs", rows="micro_batch_size", length="sequence_len", packing="sample_packing", schedule="lr_scheduler",
     optimizer="optimizer", held_out="val_set_size", targets="lora_target_modules", all_layers="all-linear",
-    modules_to_save="lora_modules_to_save", default_rows=1, default_length=512, default_epochs=None,
+    modules_to_save="lora_modules_to_save", default_rows=1, default_length=512, default_epochs=1.0,
 )  # fmt: skip
 RL = {"dpo": "dpo", "ipo": "dpo", "orpo": "orpo", "simpo": "simpo", "kto": "kto"}  # `rl` -> our objective
 # Its names of preference options -> ours.
@@ -299,6 +299,8 @@ def read_template(sheet: Sheet) -> None:
 def read_loop(sheet: Sheet) -> None:
     """Set length, batch, schedule, optimizer, intervals."""
     rows = sheet.rest.get("micro_batch_size")
+    if not objective_keys.samples(sheet):  # whose batches are counted in prompts here
+        rows = sheet.told("batch_size", rows)
     if "gradient_accumulation_steps" in sheet.rest or not isinstance(rows, int) or rows < 1:
         sheet.leave("batch_size")  # rows of the whole step, which the other two keys decide
     elif "batch_size" in sheet.rest:

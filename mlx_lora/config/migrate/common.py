@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_lora.config.settings import LOGGERS
+from mlx_lora.config.settings import LOGGERS, other_names
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import hashable
 
@@ -24,7 +24,7 @@ class Sheet:
     Attributes:
         file: its name, for errors.
         rest: keys that have not been read yet.
-        objective: the value of the flag --objective, for files that do not name their objective; None: not given.
+        flags: settings given as flags, which override the file; see `told`.
         prefix: of a mapping's keys in messages, such as `trl.`.
         found: our settings, with values from the file; a mapping writes into those of its file.
         assumed: those of `found` that the file leaves out, with its trainer's defaults.
@@ -34,7 +34,7 @@ class Sheet:
 
     file: str
     rest: dict[str, Any]
-    objective: str | None = None
+    flags: Mapping[str, Any] = field(default_factory=dict)
     prefix: str = ""
     found: dict[str, Any] = field(default_factory=dict)
     assumed: dict[str, Any] = field(default_factory=dict)
@@ -44,6 +44,18 @@ class Sheet:
     def take(self, key: str) -> Any:
         """Return a key's value and mark it as read; None if the file does not set it."""
         return self.rest.pop(key, None)
+
+    @property
+    def objective(self) -> str | None:
+        """The value of the flag --objective, for files that do not name their objective; None: not given."""
+        return self.flags.get("objective")
+
+    def told(self, name: str, default: Any = None) -> Any:
+        """Return one of our settings as the run will have it: the flag's value, or else the file's.
+
+        What is computed from a setting (alpha = 2 * rank) must follow the flag, or a flag would change its meaning.
+        """
+        return self.flags.get(name, self.found.get(name, default))
 
     def number(self, key: str) -> int | float | None:
         """Take a number; a text such as 2e-5, which YAML does not read as a number, is accepted.
@@ -93,12 +105,12 @@ class Sheet:
     def within(self, rest: dict[str, Any], key: str) -> Sheet:
         """Return a sheet of a mapping in this one."""
         prefix = f"{self.prefix}{key}."
-        return Sheet(self.file, rest, self.objective, prefix, self.found, self.assumed, self.notes, self.left_out)
+        return Sheet(self.file, rest, self.flags, prefix, self.found, self.assumed, self.notes, self.left_out)
 
     def assume(self, **values: Any) -> None:
-        """Set ours to the other trainer's defaults, unless the file set them."""
+        """Set ours to the other trainer's defaults, unless the file set them, by either of two names (epochs or iters)."""
         for name, value in values.items():
-            if name not in self.found:
+            if name not in self.found and self.found.keys().isdisjoint(other_names(name)):
                 self.found[name] = self.assumed[name] = value
 
     def drop(self, usual: Mapping[str, Collection[Any]]) -> None:
@@ -140,13 +152,18 @@ class Dialect:
     names: Mapping[str, str]
     defaults: Mapping[str, Any]
 
-    def read(self, content: Mapping[str, Any], file: str, objective: str | None = None) -> Sheet:
+    def read(self, content: Mapping[str, Any], file: str, flags: Mapping[str, Any] | None = None) -> Sheet:
         """Return a file of this dialect, read.
+
+        Args:
+            content: of the file.
+            file: its name, for messages.
+            flags: settings given as flags.
 
         Raises:
             InputError: it asks for another kind of training, or has an invalid value.
         """
-        sheet = Sheet(file, filled(content), objective)
+        sheet = Sheet(file, filled(content), flags or {})
         for rule in self.rules:
             rule(sheet)
         sheet.copy(self.names)
@@ -174,7 +191,7 @@ class Names:
         all_layers: the value of `targets` that means all linear layers.
         rows: key of the rows per micro-batch.
         packing: key that is true if rows are packed to the longest sequence.
-        default_rows, default_length, default_epochs: None: as here.
+        default_rows, default_length, default_epochs: what the trainer does without the key.
     """
 
     length: str
@@ -189,7 +206,7 @@ class Names:
     schedule: str = "lr_scheduler_type"
     optimizer: str = "optim"
     default_rows: int = 8
-    default_epochs: float | None = 3.0
+    default_epochs: float = 3.0
 
 
 # Keys with the same meaning in each of these trainers.
@@ -222,8 +239,7 @@ def read_loop(sheet: Sheet, names: Names, rows: Callable[[Sheet, Names], None] |
         sheet.found["iters"] = steps
     elif passes is not None:
         sheet.found["epochs"] = passes
-    if "iters" not in sheet.found and names.default_epochs:
-        sheet.assume(epochs=names.default_epochs)
+    sheet.assume(epochs=names.default_epochs)
     (rows or read_batch)(sheet, names)
     read_warmup(sheet, names.schedule)
     read_optimizer(sheet, names.optimizer)
@@ -250,7 +266,7 @@ def read_batch(sheet: Sheet, names: Names) -> None:
         sheet.found["max_seq_length"] = tokens
     sheet.assume(max_seq_length=names.default_length)
     if packed:
-        budget = (count or names.default_rows) * (tokens or names.default_length)
+        budget = (count or names.default_rows) * sheet.told("max_seq_length")
         sheet.found["batch_tokens"] = budget
         sheet.note(
             f"{names.packing}: rows of similar length share a batch of {budget} tokens instead; rows are not joined"
@@ -274,7 +290,7 @@ def read_warmup(sheet: Sheet, schedule: str) -> None:
         shape = "linear" if "linear" in str(name) or "polynomial" in str(name) else "cosine"
         sheet.found["lr_schedule"] = shape
         sheet.note(f"{schedule} {name}: not supported; a {shape} decay to zero is used instead")
-    if name == "constant":  # in transformers this schedule has no warm-up, whatever the file says
+    if sheet.told("lr_schedule") == name == "constant":  # it has no warm-up in transformers, whatever the file says
         sheet.found["warmup"] = 0
 
 
@@ -358,11 +374,12 @@ def choose_method(sheet: Sheet, on: Mapping[str, str | None], ratio: float | Non
     for other, key in on.items():
         if other == method or key is None:
             continue
-        rank, alpha = sheet.found.get("rank"), sheet.found.get("alpha")
-        if other == "rslora" and method != "full" and rank and alpha:
+        rank, alpha = sheet.told("rank"), sheet.found.get("alpha")
+        # With the flag --method rslora, the method itself scales so.
+        if other == "rslora" and sheet.told("method") not in ("full", "rslora") and rank and alpha:
             sheet.found["alpha"] = alpha * rank**0.5
             sheet.note(
-                f"{key}: with {method}, alpha {alpha:g} / sqrt({rank}) becomes alpha {sheet.found['alpha']:g} / {rank}"
+                f"{key}: with {sheet.told('method')}, alpha {alpha:g} / sqrt({rank}) becomes alpha {sheet.found['alpha']:g} / {rank}"
             )
         else:
             sheet.left_out.append(key)

@@ -121,7 +121,7 @@ def read_method(sheet: Sheet) -> None:
     if kind == "lora":
         sheet.copy({"lora_rank": "rank", "lora_alpha": "alpha"}, Sheet.number)
         sheet.assume(rank=8)
-        sheet.assume(alpha=2 * sheet.found["rank"])
+        sheet.assume(alpha=2 * sheet.told("rank"))
     on = common.switched(sheet, {"dora": "use_dora", "rslora": "use_rslora", "pissa": "pissa_init"})
     on |= {
         "lora-plus": "loraplus_lr_ratio" if ratio is not None else None,

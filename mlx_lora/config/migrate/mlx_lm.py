@@ -45,10 +45,11 @@ def read_shape(sheet: Sheet, default_scale: float = DEFAULT_SCALE) -> None:
         return
     shape = sheet.part("lora_parameters")
     rank, scale = shape.number("rank"), shape.number("scale")
-    alpha = (default_scale if scale is None else scale) * (rank or DEFAULT_RANK)
     if rank is not None:
         sheet.found["rank"] = rank
+    sheet.copy({"rank": "rank"}, Sheet.number)  # a setting of ours, which mlx-lm ignores
     sheet.assume(rank=DEFAULT_RANK)
+    alpha = (default_scale if scale is None else scale) * sheet.told("rank")
     if scale is not None:
         sheet.found["alpha"] = alpha
         sheet.note(f"lora_parameters.scale {scale:g}: alpha {alpha:g}, because the scale here is alpha / rank")
@@ -95,7 +96,7 @@ def read_optimizer(sheet: Sheet) -> None:
     if name := str(sheet.take("optimizer") or "").lower():
         sheet.found["optimizer"] = name
     sheet.assume(optimizer="adam")
-    chosen = sheet.found["optimizer"]
+    chosen = sheet.told("optimizer")
     part = sheet.part("optimizer_config").part(chosen)
     corrected = part.switch("bias_correction")
     part.copy({"weight_decay": "weight_decay"})
@@ -134,10 +135,10 @@ def read_features(sheet: Sheet) -> None:
 
 def read_counts(sheet: Sheet) -> None:
     """Convert mlx-lm's counts of micro-batches to counts of optimizer steps."""
-    window = sheet.number("grad_accumulation_steps")
+    sheet.copy({"grad_accumulation_steps": "grad_accumulation_steps"}, Sheet.number)
+    window = sheet.told("grad_accumulation_steps")
     if window is None or window <= 1:
         return
-    sheet.found["grad_accumulation_steps"] = window
     for name, default in COUNTED.items():
         if name == "iters" and "epochs" in sheet.rest:
             continue

@@ -194,22 +194,13 @@ def read_rows(sheet: Sheet, names: Names) -> None:
     if not samples(sheet):
         read_batch(sheet, names)
         return
-    count, group = sheet.number(names.rows) or names.default_rows, max(1, sheet.found["group_size"])
+    count, group = sheet.number(names.rows) or names.default_rows, max(1, sheet.told("group_size"))
     known = sheet.found.get("grad_accumulation_steps")  # Axolotl may say it by the rows of a whole step
     accumulation = sheet.number("gradient_accumulation_steps") or known or 1
-    prompts, rest = divmod(count * accumulation, group)
-    if rest or not prompts:
-        raise sheet.refusal(
-            f"{names.rows} {count} x gradient_accumulation_steps {accumulation}: {count * accumulation} answers in a step "
-            f"cannot be divided into groups of {group}; fix the file, or give --batch-size in prompts"
-        )
-    whole = count % group == 0
-    sheet.found["batch_size"] = count // group if whole else 1
-    sheet.found["grad_accumulation_steps"] = accumulation if whole else prompts
-    sheet.note(
-        f"{names.rows} {count}: answers there, prompts here: batch_size {sheet.found['batch_size']}, "
-        f"grad_accumulation_steps {sheet.found['grad_accumulation_steps']}"
-    )
+    if "batch_size" in sheet.flags:  # in prompts: nothing to convert
+        sheet.found["grad_accumulation_steps"] = accumulation
+    else:
+        _put_prompts(sheet, names.rows, count, accumulation, group)
     for key in WHOLE_ROLLOUT:
         asked, usual = sheet.take(key), accumulation if key == "steps_per_generation" else count * accumulation
         if asked not in (None, usual):
@@ -222,9 +213,26 @@ def read_rows(sheet: Sheet, names: Names) -> None:
     sheet.leave(names.length, names.packing)
 
 
+def _put_prompts(sheet: Sheet, key: str, count: float, accumulation: float, group: int) -> None:
+    """Set a batch's prompts from the answers of a micro-batch, `count`, and accumulation."""
+    prompts, rest = divmod(count * accumulation, group)
+    if rest or not prompts:
+        raise sheet.refusal(
+            f"{key} {count} x gradient_accumulation_steps {accumulation}: {count * accumulation} answers in a step "
+            f"cannot be divided into groups of {group}; fix the file, or give --batch-size in prompts"
+        )
+    whole = count % group == 0
+    sheet.found["batch_size"] = count // group if whole else 1
+    sheet.found["grad_accumulation_steps"] = accumulation if whole else prompts
+    sheet.note(
+        f"{key} {count}: answers there, prompts here: batch_size {sheet.found['batch_size']}, "
+        f"grad_accumulation_steps {sheet.found['grad_accumulation_steps']}"
+    )
+
+
 def keep_cycles(sheet: Sheet) -> None:
     """Set intervals that end with the last update on the same answers, where the file leaves them to us."""
-    updates = sheet.found.get("updates_per_rollout") or 1
+    updates = sheet.told("updates_per_rollout") or 1
     if updates > 1:
         for name, usual in (("save_every", 100), ("steps_per_eval", 200)):
             sheet.assume(**{name: -(-usual // updates) * updates})

@@ -147,7 +147,7 @@ def read_distill(sheet: Sheet) -> None:
     beta = sheet.number("beta")
     beta = BETA if beta is None else beta
     sheet.found["divergence"] = DIVERGENCES.get(beta, "jsd")
-    if 0 < beta < 1:
+    if 0 < beta < 1 and sheet.told("divergence") == "jsd":
         sheet.found["jsd_beta"] = beta
     if SHARES[share]:
         sheet.found["on_policy"] = True

@@ -8,6 +8,8 @@ import * as api from "./api.js";
 function Found({ name, version }) {
   const [found] = useAsked(() => api.readSweep(name), [version]);
   if (!found?.rows?.length) return null;
+  const own = found.metric !== "loss"; // another number decides
+  const number = (one) => (one === null ? "diverged" : one.toFixed(4));
   const use = () => {
     changeSettings({ learning_rate: found.learning_rate });
     tell("The learning rate was taken over");
@@ -19,6 +21,7 @@ function Found({ name, version }) {
     <table class="small numbers">
       <tr>
         <th>learning rate</th>
+        ${own && html`<th>${found.metric}</th>`}
         <th>held-out loss</th>
         <th>at step</th>
       </tr>
@@ -26,7 +29,8 @@ function Found({ name, version }) {
         (row) => html`
           <tr key=${row.learning_rate}>
             <td>${row.learning_rate}</td>
-            <td>${row.loss === null ? "diverged" : row.loss.toFixed(4)}</td>
+            ${own && html`<td>${number(row[found.metric])}</td>`}
+            <td>${number(row.loss)}</td>
             <td>${row.step}</td>
           </tr>
         `,

@@ -14,7 +14,7 @@ from mlx_lora.api.demo import QUESTIONS, RECIPE, SHORT_STEPS
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import FIELDS
 from mlx_lora.config.sweep import SET_BY_SWEEP
-from mlx_lora.reports.sweep_page import SweepResults, advice
+from mlx_lora.reports.sweep_page import LOSS, advice
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.control import resolved, run_yaml, train_words
 from mlx_lora.studio.folders import numbered_paths, safe_name
@@ -22,7 +22,7 @@ from mlx_lora.studio.places import Studio
 from mlx_lora.studio.plans import CARDS, USUAL_CARD, cards_at_once, local_files, own_settings, refused_plan, shown_plan
 from mlx_lora.studio.tasks import SWEEP
 from mlx_lora.studio.web import json_route, setting_groups
-from mlx_lora.trainer.sweep import PAGE_FILE, SWEEP_FILE, SweepState
+from mlx_lora.trainer.sweep import PAGE_FILE, SWEEP_FILE, SweepState, results_of
 from mlx_lora.utils.console import finite_values
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir
@@ -153,11 +153,12 @@ def swept(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, A
     if not (folder / SWEEP_FILE).is_file():
         raise ApiError(404, "there is no such sweep; start it again", "not_found")
     state = SweepState.read(folder)
-    found = SweepResults(
-        state.candidates, state.rounds, state.winner, state.val_loss, max(state.totals.values(), default=0), {}
-    )
+    found = results_of(state, state.asked.get("settings", {}).get("metric_for_best_model", LOSS), {})
     rate = None if state.winner is None else state.candidates[state.winner]["learning_rate"]
-    return {"advice": advice(found), "rows": found.table(), "learning_rate": rate, "page": str(folder / PAGE_FILE)}
+    return {
+        "advice": advice(found), "rows": found.table(), "metric": found.metric, "learning_rate": rate,
+        "page": str(folder / PAGE_FILE),
+    }  # fmt: skip
 
 
 def card_of(body: dict[str, Any]) -> str:
