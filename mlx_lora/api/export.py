@@ -17,7 +17,14 @@ from mlx_lora.adapters.qat import FUSED_ONLY
 from mlx_lora.api.base import Base as PublicBase
 from mlx_lora.api.base import PathLike, as_base
 from mlx_lora.api.errors import speaks_python
-from mlx_lora.exporters.adapter_config import LABELS_FILE, SAME_LAYOUT, TEMPLATE_FILE, label_names, remove_earlier
+from mlx_lora.exporters.adapter_config import (
+    LABELS_FILE,
+    SAME_LAYOUT,
+    TEMPLATE_FILE,
+    check_replaceable,
+    label_names,
+    remove_earlier,
+)
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE, load_adapter, save_adapter, trains_tower
 from mlx_lora.exporters.card import CARD_FILE, check_repo, push, read_facts, write_card
 from mlx_lora.exporters.fuse import Rounding, take_stored_dtypes, write_fused
@@ -224,11 +231,10 @@ def check_push(repo: str | None, private: bool) -> None:
 
 
 def check_new_folder(out: Path, force: bool) -> None:
-    """Refuse a folder that is not empty or cannot be written, and one of a model even with --force."""
-    if any(out.glob("model*.safetensors")):
-        raise InputError(f"--out {out}: holds a model; give another folder for the adapter")
+    """Refuse a folder that is not empty or cannot be written; some even with --force."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
         raise InputError(f"--out {out}: exists and is not empty; give a new folder, or --force")
+    check_replaceable(out)
     check_writable(out, "--out", needed_bytes=1_000_000)
 
 

@@ -166,13 +166,29 @@ DECIDING = (
     TEMPLATE_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json", "sentence_bert_config.json",
 )  # fmt: skip
+# Files of a model, or of a folder of sentence-transformers with one.
+OF_MODEL = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "modules.json")
+MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*", "*.gguf")
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to write an adapter where something else is that a new one would break: a model, or a run with its checkpoints.
+
+    Raises:
+        InputError: it is one.
+    """
+    if (folder / "checkpoints").is_dir():
+        raise InputError(f"--out {folder}: holds a run with its checkpoints; give another folder")
+    model = not (folder / "adapter_config.json").exists() and any((folder / name).exists() for name in OF_MODEL)
+    if model or any(file for pattern in MODEL_WEIGHTS for file in folder.glob(pattern)):
+        raise InputError(f"--out {folder}: holds a model; give another folder for the adapter")
 
 
 def remove_earlier(folder: Path, *kept: str) -> None:
     """Remove what an earlier adapter left in a folder, so that it changes nothing about a new one; other files stay.
 
     Args:
-        folder: with the new adapter's config.
+        folder: with the new adapter's config; `check_replaceable` found no model there.
         kept: files of the new adapter.
     """
     for name in DECIDING:

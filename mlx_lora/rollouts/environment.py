@@ -43,6 +43,7 @@ from mlx_lora.rollouts.rewards import (
     problem_of,
     rewards_for,
 )
+from mlx_lora.rollouts.user_files import without_defaults
 from mlx_lora.utils.errors import RunError
 
 Facts = Mapping[str, Any]
@@ -444,7 +445,8 @@ class MultiTurnEnv:
 
         def begin() -> list[Any]:
             made = [self.make() for _ in columns]
-            return list(zip(made, [one.reset(**given) for one, given in zip(made, columns, strict=True)], strict=True))
+            both = zip(made, columns, strict=True)
+            return [(one, one.reset(**without_defaults(one.reset, given))) for one, given in both]
 
         begun = self._guarded(begin, range(len(columns)), [""] * len(columns), note) or []
         self.episodes = [one for one, _ in begun]

@@ -33,7 +33,7 @@ import numpy as np
 
 from mlx_lora.config.objectives import VERIFIERS
 from mlx_lora.losses.policy import group_deviation
-from mlx_lora.rollouts.ready_rewards import GIVE, PLAIN, WITH_ARGUMENT, ready_reward
+from mlx_lora.rollouts.ready_rewards import GIVE, PLAIN, ready_reward
 from mlx_lora.rollouts.user_files import from_file, one_line
 from mlx_lora.utils.errors import InputError, RunError
 
@@ -47,6 +47,7 @@ RewardFunction = Callable[..., Sequence[float | None]]
 Functions = Mapping[str, RewardFunction]
 NO_FUNCTIONS: Functions = MappingProxyType({})
 REGEX = "regex:"  # before a pattern
+REWARD_NAME = re.compile(r"[\w./~ -]+(:.*)?")  # a ready reward, FILE.py:NAME or a folder
 IN_PYTHON = "python:"  # before the name of a function that was given in Python
 
 
@@ -139,22 +140,21 @@ def reward_files(settings: ObjectiveSettings) -> dict[str, str]:
 
 
 def _asked(settings: ObjectiveSettings) -> list[str]:
-    """Return what --reward names, one text each; a comma in a pattern belongs to it unless a reward begins there."""
+    """Return what --reward names, one text each; a comma in a pattern belongs to it unless a reward may begin there."""
     found: list[str] = []
     for part in (settings.reward or "").split(","):
-        if found and found[-1].startswith(REGEX) and not _begins_reward(part.strip()):
+        if found and found[-1].startswith(REGEX) and _goes_on(found[-1], part.strip()):
             found[-1] += f",{part}"
         elif part.strip():
             found.append(part.lstrip())
     return [text.strip() for text in found]
 
 
-def _begins_reward(text: str) -> bool:
-    """Tell whether what follows a comma is a reward; names that are nearly right are, too, so that they are refused."""
-    if text.startswith((IN_PYTHON, "/", "./", "../", "~")) or text.endswith(".py") or ".py:" in text:
-        return True
-    kind = text.partition(":")[0]
-    return bool(get_close_matches(kind, [*PLAIN, *WITH_ARGUMENT], n=1, cutoff=0.8)) or _model_folder(text) is not None
+def _goes_on(pattern: str, text: str) -> bool:
+    """Tell whether what follows a comma is of the pattern: in brackets, or where it can be no reward's name, right or wrong."""
+    plain = re.sub(r"\\.|\[[^]]*\]", "", pattern)  # without escapes and sets
+    opened = any(plain.count(one) > plain.count(other) for one, other in ("()", "{}", "[]"))
+    return opened or not (text.startswith(IN_PYTHON) or REWARD_NAME.fullmatch(text) or _model_folder(text))
 
 
 def _model_folder(text: str) -> Path | None:

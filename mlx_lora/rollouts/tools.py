@@ -33,7 +33,7 @@ from mlx_lora.rollouts.rewards import (
     awaited,
 )
 from mlx_lora.rollouts.tool_calls import Call
-from mlx_lora.rollouts.user_files import from_file, module_of
+from mlx_lora.rollouts.user_files import from_file, module_of, without_defaults
 from mlx_lora.utils.errors import InputError
 
 Tool = Callable[..., Any]
@@ -261,7 +261,7 @@ def begin(environment: Any, columns: Mapping[str, Any], seed: int) -> str | None
         TypeError: it returned neither a text nor None.
     """
     own = columns.get("seed")
-    given = {**columns, "seed": seed if own is None else own}
+    given = without_defaults(environment.reset, {**columns, "seed": seed if own is None else own})
     parameters = inspect.signature(environment.reset).parameters.values()
     if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters):
         given = {one.name: given[one.name] for one in parameters if one.name in given}

@@ -1,16 +1,18 @@
 """Run a user's Python file that has rewards, metrics, tools, or environments.
 
 A file may import what is beside it and what is in the current folder, as with `python FILE.py`, also later, in a function.
-Two files of one name in different folders are two modules, each with what is beside it.
+Two files of one name in different folders are two modules, each with what is beside it. Only an import in a function cannot tell
+two folders apart: of neighbors with the same name, it finds the one beside the file that was run first.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +22,8 @@ from typing import Any
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import sha256_of
 
-_neighbors: dict[str, Path] = {}  # modules that users' files imported from the folder beside them
+_folders: set[Path] = set()  # of users' files that were run
+_ours: set[str] = set()  # modules from before the first of them
 
 
 def from_file(flag: str, name: str, what: str) -> Any:
@@ -78,11 +81,12 @@ def _module(file: Path, content: str) -> ModuleType:
 def _importing_from(folder: Path) -> Iterator[None]:
     """Let imports find a folder and the current one: in here first, and afterwards last, for those in functions."""
     here = {one.stem if one.suffix == ".py" else one.name for one in folder.iterdir()}
-    for name, other in list(_neighbors.items()):
-        if other != folder and name.partition(".")[0] in here:  # another folder's; who imported it keeps it
-            sys.modules.pop(name, None)
-            del _neighbors[name]
-    before, own = set(sys.modules), list(dict.fromkeys([str(folder), os.getcwd()]))
+    _ours.update(() if _folders else sys.modules)
+    for name in [name for name in sys.modules if name not in _ours and name.partition(".")[0] in here]:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and any(Path(file).is_relative_to(other) for other in _folders - {folder}):
+            del sys.modules[name]  # another folder's; who imported it keeps it
+    own = list(dict.fromkeys([str(folder), os.getcwd()]))
     sys.path[:0] = own
     try:
         yield
@@ -91,7 +95,14 @@ def _importing_from(folder: Path) -> Iterator[None]:
             if one in sys.path:
                 sys.path.remove(one)
         sys.path += [one for one in own if one not in sys.path]
-        _neighbors.update({name: folder for name in set(sys.modules) - before if name.partition(".")[0] in here})
+        _folders.add(folder)
+
+
+def without_defaults(function: Callable[..., Any], columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return columns as arguments of a function, without those that have nothing where it has a default of its own."""
+    parameters = inspect.signature(function).parameters.values()
+    own = {one.name for one in parameters if one.default is not inspect.Parameter.empty}
+    return {name: value for name, value in columns.items() if value is not None or name not in own}
 
 
 def one_line(error: BaseException) -> str:

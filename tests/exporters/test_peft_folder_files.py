@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import mlx.core as mx
 import pytest
@@ -135,10 +134,22 @@ def saved(base, folder):
     return folder
 
 
-@pytest.mark.parametrize("to", ["peft", "mlx-lm"])
-def test_a_models_folder_is_not_replaced(to, tiny_folder, adapter, tmp_path):
-    model = shutil.copytree(tiny_folder, tmp_path / "model")
-    before = {path.name: path.read_bytes() for path in model.iterdir()}
-    ran = run("export", "--model", tiny_folder, "--adapter-path", adapter, "--to", to, "--out", model, "--force")
+OTHERS = {
+    "a model": ("config.json", "model.safetensors"),
+    "a model with other names": ("config.json", "tokenizer.json", "weights.safetensors"),
+    "a GGUF file": ("model-q4.gguf", "tokenizer.json"),
+    "a run": ("adapter_config.json", "adapters.safetensors", "run.yaml", "checkpoints/step-1/state.json"),
+}
+
+
+@pytest.mark.parametrize(("to", "what"), [("peft", what) for what in OTHERS] + [("mlx-lm", "a model")])
+def test_what_is_no_exported_adapter_is_not_replaced(to, what, tiny_folder, adapter, tmp_path):
+    for name in OTHERS[what]:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text(name)
+    out = tmp_path / "out"
+    ran = run("export", "--model", tiny_folder, "--adapter-path", adapter, "--to", to, "--out", out, "--force")
     assert (ran.code, len(ran.lines)) == (2, 1)
-    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    assert {str(path.relative_to(out)): path.read_text() for path in out.rglob("*.*") if path.is_file()} == {
+        name: name for name in OTHERS[what]
+    }

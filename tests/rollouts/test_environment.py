@@ -148,6 +148,16 @@ def test_episodes_of_a_prompt_must_begin_alike():
         played(echo(Other), [["q"], ["q"]])
 
 
+def test_a_column_without_a_value_leaves_resets_default():
+    class Greets(Echo):
+        def reset(self, seed, greeting="Hi", **columns):
+            return super().reset(seed, greeting)
+
+    empty, named = (played(echo(Greets), [["q"], ["q"]], greeting=greeting) for greeting in (None, "Hi"))
+    assert empty.prompts == named.prompts
+    assert empty.prompts != played(echo(Greets), [["q"], ["q"]], greeting="Ho").prompts
+
+
 BROKEN = {
     "no tuple": (lambda self, text: 1.0, "return observation, reward, done"),
     "a text as the reward": (lambda self, text: ("x", "1", True), "a str, not a number"),

@@ -148,7 +148,7 @@ def test_what_is_reported_of_rewards():
     [
         (r"regex:^\d{1,3}$", [r"regex:^\d{1,3}$"]),
         (r"exact_match, regex:^a, b$ ,length:200", ["exact_match", "regex:^a, b$", "length:200"]),
-        ("regex:a,regex:b,c,mine.py:f,python:g", ["regex:a", "regex:b,c", "mine.py:f", "python:g"]),
+        ("regex:a,regex:b+,c+,mine.py:f,python:g", ["regex:a", "regex:b+,c+", "mine.py:f", "python:g"]),
         ("regex:[,;],tests", ["regex:[,;]", "tests"]),  # a folder
         ("exact_match,number_match,", ["exact_match", "number_match"]),
     ],
@@ -179,7 +179,9 @@ def test_an_escaped_comma_is_one():
         ("exact_mach", None, "did you mean exact_match"),
         ("length:x", None, "as in length:200"),
         ("regex:(", None, "not a regular expression"),
-        ("regex:(a,length:3)", None, "x2c"),
+        ("regex:a,yes", None, "x2c"),
+        (r"regex:\d,format", None, "x2c"),
+        (r"regex:\(,reward_model:f", None, "x2c"),
         ("regex:^a$,exact_mach", None, "did you mean exact_match.*x2c"),
         ("missing.py:f", None, "there is no file"),
         ("exact_match", "1,2", "give 1 numbers"),

@@ -258,6 +258,15 @@ def test_a_column_may_give_the_seed_and_one_that_is_empty_does_not():
     assert begin(Begun(), {"hint": "h", "seed": 0}, 4) == "0 h"
 
 
+def test_an_empty_column_leaves_a_default_as_it_is():
+    class Begun:
+        def reset(self, level=1, hint=None, **others):
+            return f"{level} {hint} {others}"
+
+    assert begin(Begun(), {"level": None, "hint": None, "more": None}, 4) == "1 None {'more': None, 'seed': 4}"
+    assert begin(Begun(), {"level": 3, "hint": "h"}, 4) == "3 h {'seed': 4}"
+
+
 @pytest.mark.parametrize("errors", ["stop", "skip"])
 def test_a_failing_reset_ends_the_run_or_is_skipped(errors, file):
     file.write_text(TOOLS + "\n\nclass Broken(Counter):\n    def reset(self, **k):\n        return {}['key']\n")

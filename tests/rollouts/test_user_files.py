@@ -75,3 +75,12 @@ def test_a_file_that_fails_leaves_nothing(tmp_path, paths):
     with pytest.raises(InputError, match="ZeroDivisionError"):
         from_file("--reward", f"{tmp_path / 'broken.py'}:f", "function")
     assert set(sys.modules) == before
+
+
+def test_a_neighbor_that_a_function_imported_is_not_another_folders(folders):
+    """The first folder's is at hand when a file beside another of this name is run."""
+    first = from_file("--reward", f"{folders / '1' / 'rewards.py'}:late", "function")
+    assert first(["a"]) == [3]
+    (folders / "2" / "user_later.py").write_text("number = 5\n")
+    (folders / "2" / "at_once.py").write_text("from user_later import number\ndef f(): return number\n")
+    assert from_file("--reward", f"{folders / '2' / 'at_once.py'}:f", "function")() == 5
