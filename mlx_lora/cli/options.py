@@ -287,10 +287,8 @@ def report_page(report: str | None) -> Path | None:
     page = Path(report).expanduser() if report else None
     if page is not None and (page.is_dir() or not page.parent.is_dir()):
         raise InputError(f"--report {report}: not a file in an existing folder; name one, as in scores.html")
-    if page is not None and page.suffix.lower() not in (
-        ".html",
-        ".htm",
-    ):  # it may be data, for which convert has a --report
+    # Another file may be data: convert's --report is one.
+    if page is not None and page.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--report {report}: a page is written there; give a name that ends in .html")
     return page
 

@@ -153,20 +153,28 @@ FULL = {
 }
 
 
-@pytest.mark.parity
-@pytest.mark.parametrize("name", FULL)
-def test_what_peft_trained_in_full_loads_here_and_goes_back(name, biased_folder, tmp_path):
-    peft = pytest.importorskip("peft")
-    torch = pytest.importorskip("torch")
-    model = peft.get_peft_model(torch_base(biased_folder), peft.LoraConfig(r=4, lora_alpha=6, **FULL[name])).eval()
+def loads_here(model, folder, out):
+    """Change what a PEFT model trains, save it, check that it loads here with the same logits, and return them."""
+    import torch
+
     torch.manual_seed(0)
     for value in model.parameters():
         if value.requires_grad:
             value.data += 0.1 * torch.randn(value.shape)
-    model.save_pretrained(tmp_path / "a")
+    model.save_pretrained(out)
     expected = torch_logits(model)
-    assert np.allclose(our_logits(biased_folder, tmp_path / "a"), expected, atol=CLOSE)
-    assert not np.allclose(our_logits(biased_folder), expected, atol=FAR)
+    assert np.allclose(our_logits(folder, out), expected, atol=CLOSE)
+    assert not np.allclose(our_logits(folder), expected, atol=FAR)
+    return expected
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", FULL)
+def test_what_peft_trained_in_full_loads_here_and_goes_back(name, biased_folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("torch")
+    model = peft.get_peft_model(torch_base(biased_folder), peft.LoraConfig(r=4, lora_alpha=6, **FULL[name])).eval()
+    expected = loads_here(model, biased_folder, tmp_path / "a")
     ran = run(
         "export", "--model", biased_folder, "--adapter-path", tmp_path / "a", "--to", "peft", "--out", tmp_path / "b"
     )
@@ -184,17 +192,10 @@ def test_what_peft_trained_in_full_loads_here_and_goes_back(name, biased_folder,
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["embed_tokens", "lm_head"], ["lm_head"]])
 def test_what_peft_trained_in_full_and_tied_loads_here(saved, tiny_folder, tmp_path):
     peft = pytest.importorskip("peft")
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved, ensure_weight_tying=True)
     model = peft.get_peft_model(torch_base(tiny_folder), config).eval()
-    torch.manual_seed(0)
-    for value in model.parameters():
-        if value.requires_grad:
-            value.data += 0.1 * torch.randn(value.shape)
-    model.save_pretrained(tmp_path / "a")
-    expected = torch_logits(model)
-    assert np.allclose(our_logits(tiny_folder, tmp_path / "a"), expected, atol=CLOSE)
-    assert not np.allclose(our_logits(tiny_folder), expected, atol=FAR)
+    loads_here(model, tiny_folder, tmp_path / "a")
 
 
 @pytest.mark.parity
