@@ -168,22 +168,24 @@ def ways_to_round(base: Base, adapter: Path, asked: FuseSettings) -> list[Roundi
     way = asked.rounding
     way.check(base)
     layers = [layer for layer in adapter_layers(base.model).values() if is_rounded(layer, way)]
+    bits = asked.bits or min((layer.base.bits for layer in layers), default=FINE_BITS)
+    linear = [layer for layer in layers if layer.OVER is LINEAR]
     if asked.compensate or asked.budget:
         tokens = calibration_tokens(base, adapter, asked.rows)
         if isinstance(tokens, str):
             flag = "--compensate" if asked.compensate else "--bits-budget"
             instead = " instead of --no-compensate" if asked.compensate is False else ""
             raise InputError(f"{flag}: needs rows like those of the run, and {tokens}; give --compensate FILE{instead}")
-        return [replace(way, tokens=tokens, compensate=asked.compensate is not False)]
-    linear = [layer for layer in layers if layer.OVER is LINEAR]
-    bits = asked.bits or min((layer.base.bits for layer in layers), default=FINE_BITS)
-    if linear and bits < FINE_BITS and asked.compensate is None:
+        way = replace(way, tokens=tokens, compensate=asked.compensate is not False)
+    elif linear and bits < FINE_BITS and asked.compensate is None:
         tokens = calibration_tokens(base, adapter, None)
         if isinstance(tokens, CalibrationTokens):
             way = replace(way, compensate=True, tokens=tokens)
     plain = [layer for layer in layers if not way.compensate or layer.OVER is not LINEAR]
-    has_grid = asked.bits is None and any(layer.base.mode == "affine" for layer in plain)
-    return [way, replace(way, new_grid=True)] if has_grid else [way]
+    if bits >= FINE_BITS or not any(layer.base.mode == "affine" for layer in plain):
+        return [way]
+    grids = [way, replace(way, new_grid=True)]
+    return grids[::-1] if way.budget and not way.compensate else grids  # more bits make a new grid's error smaller
 
 
 def _keeps_more(one: Gain | None, other: Gain | None) -> bool:

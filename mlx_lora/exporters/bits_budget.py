@@ -1,6 +1,6 @@
 """Choose which fused layers get 5, 6 or 8 bits, so that the outputs lose least within a size that the user names.
 
-    loss of a layer at b bits = tr (W - V_b) H (W - V_b)^T / tr W H W^T       V_b: W rounded plainly, H = X X^T
+    loss of a layer at b bits = tr (W - V_b) H (W - V_b)^T / tr W H W^T       V_b: W rounded for itself, H = X X^T
 
 which is the relative squared error of its outputs on some tokens. It needs no gradient. The step from one number of bits to
 the next that takes most of this loss away per byte is taken first, until no step fits.
@@ -19,9 +19,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lora.adapters.base import float_dtype
+from mlx_lora.adapters.base import exact_weight, float_dtype
 from mlx_lora.adapters.inject import adapter_layers
-from mlx_lora.exporters.compensate import CalibrationTokens, layer_inputs, target_quantization
+from mlx_lora.exporters.compensate import CalibrationTokens, layer_inputs
+from mlx_lora.exporters.rounding import rounded_layer, target_quantization
 from mlx_lora.models.quantize import quantize_weight
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.progress import tracked
@@ -92,7 +93,13 @@ class LayerCost:
 
 
 def choose_bits(
-    model: nn.Module, tokens: CalibrationTokens, stored: Mapping[str, Any], budget: Budget, size_bytes: int
+    model: nn.Module,
+    tokens: CalibrationTokens,
+    stored: Mapping[str, Any],
+    budget: Budget,
+    size_bytes: int,
+    *,
+    new_grid: bool,
 ) -> dict[str, int]:
     """Return path -> bits of the layers that get more than their base has.
 
@@ -102,6 +109,7 @@ def choose_bits(
         stored: path -> the base's quantized layer as its files have it.
         budget: of the whole model.
         size_bytes: of the model with the base's own bits.
+        new_grid: measure layers on new grids, instead of their base's (rounding.py).
 
     Raises:
         InputError: the model is larger than the budget already.
@@ -112,7 +120,7 @@ def choose_bits(
     for block in tracked(layer_inputs(model, tokens, stored), "Measuring layers", len(model.layers), "blocks"):
         for inputs in block:
             for path in inputs.paths:
-                costs[path] = _cost(layers[path].merged(), inputs.hessian, stored[path])
+                costs[path] = _cost(layers[path].merged(), inputs.hessian, stored[path], new_grid)
     chosen = allocate(costs, room)
     taken = sum(costs[path].sizes[bits] - next(iter(costs[path].sizes.values())) for path, bits in chosen.items())
     counts = Counter(chosen.values())
@@ -121,15 +129,19 @@ def choose_bits(
     return chosen
 
 
-def _cost(weight: mx.array, hessian: mx.array, base: Any) -> LayerCost:
+def _cost(weight: mx.array, hessian: mx.array, base: Any, new_grid: bool) -> LayerCost:
     whole = ((weight @ hessian) * weight).sum().item()
     losses, sizes = {}, {}
     for bits in (base.bits, *(more for more in MORE_BITS if more > base.bits)):
-        packed = quantize_weight(weight, target_quantization(base, bits))
-        difference = weight - packed.dequantize().astype(mx.float32)
+        quantization = target_quantization(base, bits)
+        if new_grid:
+            rounded = quantize_weight(weight, quantization).dequantize()
+        else:
+            rounded = exact_weight(rounded_layer(base, weight, bits, new_grid=False))
+        difference = weight - rounded.astype(mx.float32)
         losses[bits] = ((difference @ hessian) * difference).sum().item() / max(whole, 1e-30)
-        scale_bytes = float_dtype(base).size / 4 if packed.quantization.mode == "affine" else 1  # ours are float32
-        sizes[bits] = int(packed.arrays[0].nbytes + scale_bytes * sum(array.nbytes for array in packed.arrays[1:]))
+        scale_bytes = 2 * float_dtype(base).size if quantization.mode == "affine" else 1  # of a group, with its bias
+        sizes[bits] = weight.size * bits // 8 + weight.size // quantization.group_size * scale_bytes
     return LayerCost(losses, sizes)
 
 

@@ -24,13 +24,13 @@ import numpy as np
 from mlx_lora.adapters.base import LINEAR, AdapterLayer, float_dtype
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
+from mlx_lora.exporters.rounding import target_quantization
 from mlx_lora.models.block_walk import BlockWalk
 from mlx_lora.models.gptq import Curvature, Grid, round_weight
 from mlx_lora.models.quantize import Quantization, quantize_weight
 from mlx_lora.utils.progress import tracked
 
 BATCH_POSITIONS = 1024
-LEAST_GROUP = 32  # weights of an affine group; nvfp4 has groups of 16
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,6 @@ def _by_quantization(
     for path in paths:
         groups.setdefault(target_quantization(stored[path], bits.get(path)), []).append(path)
     return groups
-
-
-def target_quantization(base: Any, bits: int | None) -> Quantization:
-    """Return a base layer's quantization, or if it has fewer bits than asked for, affine with so many."""
-    if bits is None or base.bits >= bits:
-        return Quantization(base.bits, base.group_size, base.mode)
-    return Quantization(bits, max(base.group_size, LEAST_GROUP), "affine")
 
 
 def _grids(weight: mx.array, quantization: Quantization, bases: list[Any]) -> list[Grid]:

@@ -27,20 +27,21 @@ import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_lora.adapters.base import LINEAR, QUANTIZED, exact_weight, float_dtype, with_weight
+from mlx_lora.adapters.base import LINEAR, QUANTIZED, exact_weight
 from mlx_lora.adapters.inject import adapter_layers
 from mlx_lora.adapters.qa_lora import group_update
 from mlx_lora.adapters.qat import FakeQuantized, fused_layer
 from mlx_lora.exporters.adapter_config import check_fusing, classifier_config, padding_token, set_padding_token
 from mlx_lora.exporters.adapter_folder import AdapterInfo
 from mlx_lora.exporters.bits_budget import Budget, choose_bits
-from mlx_lora.exporters.compensate import CalibrationTokens, compensated_layers, target_quantization
+from mlx_lora.exporters.compensate import CalibrationTokens, compensated_layers
 from mlx_lora.exporters.peft_experts import own_path, peft_path
+from mlx_lora.exporters.rounding import rounded_layer
 from mlx_lora.models.encoder import is_encoder
 from mlx_lora.models.folder import ShardWriter, check_out, load_weights, merge_mark
 from mlx_lora.models.head import SCORE_WEIGHT
 from mlx_lora.models.load import Base
-from mlx_lora.models.quantize import dequantize_model, quantized_like
+from mlx_lora.models.quantize import dequantize_model
 from mlx_lora.models.side_files import copy_side_files
 from mlx_lora.models.vision import take_tower
 from mlx_lora.utils.errors import InputError, RunError
@@ -155,7 +156,7 @@ def fuse_adapter(
             elif own_bits is None and isinstance(layer, FakeQuantized):
                 whole = fused_layer(layer)
             else:
-                whole = _quantized_like(base, layer.merged(), own_bits, new_grid)
+                whole = rounded_layer(base, layer.merged(), own_bits, new_grid=new_grid)
             survival[path] = _survival(exact_weight(base), exact_weight(whole), layer.delta(), bits_of(whole))
         fused.append((path, whole))
     model.update_modules(tree_unflatten(fused))
@@ -179,32 +180,6 @@ def is_rounded(layer: Any, rounding: Rounding) -> bool:
     if rounding.dequantize or not isinstance(layer.base, QUANTIZED):
         return False
     return rounding.bits is not None or not (isinstance(layer, FakeQuantized) or group_update(layer) is not None)
-
-
-def _quantized_like(base: Any, weight: mx.array, bits: int | None, new_grid: bool) -> Any:
-    """Return a weight quantized like a base layer, or if that has fewer bits than asked for, with so many.
-
-    Args:
-        base: quantized.
-        weight: float32.
-        bits: asked for; None: the base's.
-        new_grid: choose a new affine grid, instead of the base's.
-    """
-    quantization = target_quantization(base, bits)
-    if quantization.mode != "affine":
-        return quantized_like(base, with_weight(base, weight))
-    whole = with_weight(base, weight, mx.float32)
-    if quantization.bits == base.bits and base.mode == "affine" and not new_grid:
-        return quantized_like(base, whole)
-    new = whole.to_quantized(**quantization.layout)
-    new.scales, new.biases = (array.astype(float_dtype(base)) for array in (new.scales, new.biases))
-    grids, more = [new], quantization.bits - base.bits
-    if more and base.mode == "affine" and quantization.group_size == base.group_size:
-        finer = copy.copy(new)  # it has all values of the base's grid: its steps are halved for each bit
-        finer.scales, finer.biases = base.scales / 2**more, base.biases
-        grids.append(finer)
-    rounded = [quantized_like(grid, whole) for grid in grids]  # the codes for the scales as they are written
-    return min(rounded, key=lambda layer: mx.square(exact_weight(layer) - weight).sum().item())
 
 
 def _survival(before: mx.array, after: mx.array, update: mx.array, bits: int | None) -> Survival:
@@ -299,7 +274,8 @@ def _measured_rounding(
     chosen: dict[str, int] = {}
     if rounding.budget is not None:
         size = _size_with(dict(tree_flatten(untouched.parameters())), dict(tree_flatten(model.parameters())), full)
-        chosen = choose_bits(model, tokens, stored, rounding.budget, size)
+        new_grid = rounding.compensate or rounding.new_grid
+        chosen = choose_bits(model, tokens, stored, rounding.budget, size, new_grid=new_grid)
     if not rounding.compensate:
         return chosen, {}
     bits = dict.fromkeys(stored, rounding.bits) if rounding.bits else chosen

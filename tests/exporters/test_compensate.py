@@ -13,11 +13,15 @@ from make_adapters import adapt_and_save, make_adapter
 from run_cli import one_line, run
 from tiny_moe import tiny_moe, with_quantized_experts
 
+from mlx_lora.adapters.base import exact_weight
 from mlx_lora.adapters.inject import adapter_layers
+from mlx_lora.api.fuse import FuseSettings, ways_to_round
 from mlx_lora.config.settings import ModelSettings
+from mlx_lora.exporters import bits_budget
 from mlx_lora.exporters.adapter_folder import load_adapter
 from mlx_lora.exporters.bits_budget import Budget, LayerCost, allocate
 from mlx_lora.exporters.compensate import CalibrationTokens, compensated_layers, layer_inputs
+from mlx_lora.exporters.rounding import rounded_layer
 from mlx_lora.models import block_walk
 from mlx_lora.models.block_walk import BlockWalk
 from mlx_lora.models.load import load_base
@@ -35,7 +39,7 @@ def tokens(ids=IDS) -> CalibrationTokens:
 
 
 def adapted(folder, tmp_path, **more):
-    make_adapter(folder, tmp_path / "a", strength=0.05, **more)
+    make_adapter(folder, tmp_path / "a", **{"strength": 0.05} | more)
     base = load_base(ModelSettings(model=str(folder)))
     load_adapter(base, tmp_path / "a")
     return base
@@ -170,6 +174,48 @@ def test_a_budget_gives_bits_where_most_is_lost_and_is_kept(tiny_4bit_folder, ro
     assert set(chosen[2].values()) <= {5, 6, 8}
     assert kls[2] < kls[1] < kls[0]
     assert load_base(ModelSettings(model=str(tmp_path / "f"))).model(IDS[0]).shape[-1] == 288
+
+
+@pytest.mark.parametrize("new_grid", [False, True])
+def test_a_budget_measures_layers_on_the_grid_that_they_get(new_grid, tiny_4bit_folder, tmp_path, monkeypatch):
+    model, given, costs = adapted(tiny_4bit_folder, tmp_path, strength=0.01).model, tokens(), {}
+    monkeypatch.setattr(bits_budget, "allocate", lambda measured, room: costs.update(measured) or {})
+    layers = adapter_layers(model)
+    stored = {path: layer.base for path, layer in layers.items()}
+    bits_budget.choose_bits(model, given, stored, Budget.parse("+15%"), 100_000, new_grid=new_grid)
+    assert costs.keys() == layers.keys()
+    for block in layer_inputs(model, given, stored):
+        for path, hessian in ((path, one.hessian) for one in block for path in one.paths):
+            weight, cost = layers[path].merged(), costs[path]
+            whole = ((weight @ hessian) * weight).sum().item()
+            for bits, loss in cost.losses.items():
+                written = rounded_layer(stored[path], weight, bits, new_grid=new_grid)
+                difference = weight - exact_weight(written)
+                assert ((difference @ hessian) * difference).sum().item() / whole == pytest.approx(loss, rel=0.3)
+                assert cost.sizes[bits] == sum(written[name].nbytes for name in ("weight", "scales", "biases"))
+
+
+def test_more_bits_on_a_new_grid_leave_the_grid_of_the_base(tiny_4bit_folder, tmp_path):
+    base = next(iter(adapter_layers(adapted(tiny_4bit_folder, tmp_path).model).values())).base
+    old = exact_weight(base)
+    own, new = (rounded_layer(base, old, 5, new_grid=new) for new in (False, True))
+    assert mx.allclose(exact_weight(own), old, atol=1e-6)  # all old values are on it
+    assert own.bits == new.bits == 5
+    assert mx.abs(exact_weight(new) - old).max().item() > 1e-4
+
+
+def test_grids_are_tried_for_all_bits_that_lose(tiny_4bit_folder, rows, tmp_path):
+    make_adapter(tiny_4bit_folder, tmp_path / "a")
+    base = load_base(ModelSettings(model=str(tiny_4bit_folder)))
+    load_adapter(base, tmp_path / "a")
+
+    def grids(**asked) -> list[bool]:
+        return [way.new_grid for way in ways_to_round(base, tmp_path / "a", FuseSettings(tmp_path, **asked))]
+
+    budget = Budget.parse("+10%")
+    assert grids() == grids(bits=5) == [False, True]
+    assert grids(bits=8) == grids(budget=budget, rows=str(rows)) == [False]
+    assert grids(budget=budget, rows=str(rows), compensate=False) == [True, False]
 
 
 def test_steps_that_help_most_per_byte_come_first():
