@@ -58,30 +58,45 @@ def test_frequencies_are_the_models_probabilities(model):
     assert chi_square_surprise(np.bincount(after, minlength=vocabulary), wanted) < 4
 
 
-FILTERS = {"top_p": {"top_p": 0.6}, "min_p": {"min_p": 0.05}, "both, and a temperature": {"top_p": 0.8, "min_p": 0.02}}
+FILTERS = {
+    "top_p": (1.0, {"top_p": 0.6}),
+    "min_p": (1.0, {"min_p": 0.05}),
+    "a temperature below 1": (0.7, {"top_p": 0.8, "min_p": 0.02}),
+    "a temperature above 1": (1.5, {"top_p": 0.8, "min_p": 0.1}),
+}
 
 
 @pytest.mark.parametrize(
-    "name", [name if "," in name else pytest.param(name, marks=pytest.mark.slow) for name in FILTERS]
+    "name", [name if "above" in name else pytest.param(name, marks=pytest.mark.slow) for name in FILTERS]
 )
-def test_frequencies_within_the_nucleus_are_the_models_probabilities(name, model):
-    """6,000 draws with filters: of the tokens that are left, each is as frequent as at the temperature."""
-    temperature, filters = 0.7 if "temperature" in name else 1.0, FILTERS[name]
+def test_filtered_frequencies_are_those_of_transformers_warpers(name, model):
+    """6,000 draws with filters: the tempered probabilities, of which unlikely tokens are left out."""
+    temperature, filters = FILTERS[name]
     options = SamplingOptions(6_000, 1, temperature, **filters)
-    found = sample_groups(model, PROMPTS[:1], options, NO_END, answer_keys(4, 0, options.group))
-    counts = np.bincount([answer[0] for answer in found], minlength=model.args.vocab_size)
-    plain = probabilities(model, PROMPTS[0])
-    order = np.argsort(-plain)
-    before = np.cumsum(plain[order]) - plain[order]  # the mass of likelier tokens
-    kept = np.zeros(len(plain), bool)
-    kept[order] = before < filters.get("top_p", 1.0)
-    kept &= plain >= filters.get("min_p", 0.0) * plain.max()
-    assert 3 < kept.sum() < len(plain)
-    wanted = np.where(kept, probabilities(model, PROMPTS[0], temperature), 0)
+    found, logps = group_sampling.sample_groups(model, PROMPTS[:1], options, NO_END, answer_keys(4, 0, options.group))
+    tokens = np.array(found)[:, 0]
+    counts = np.bincount(tokens, minlength=model.args.vocab_size)
+    tempered = probabilities(model, PROMPTS[0], temperature)
+    kept = warped(tempered, **filters)
+    assert 3 < kept.sum() < len(tempered)
     assert not counts[~kept].any()
+    wanted = np.where(kept, tempered, 0)
     assert chi_square_surprise(counts, wanted / wanted.sum()) < 4
-    flat = kept / kept.sum()
-    assert chi_square_surprise(counts, flat) > 20
+    assert chi_square_surprise(counts, kept / kept.sum()) > 20
+    if temperature != 1:  # filters before the temperature would leave others
+        assert kept.tolist() != warped(probabilities(model, PROMPTS[0]), **filters).tolist()
+    # What the objective compares with is of all tokens, as in TRL.
+    np.testing.assert_allclose(np.array(logps)[:, 0], np.log(tempered[tokens]), atol=1e-4)
+
+
+def warped(tempered: np.ndarray, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
+    """Return which tokens transformers' TopPLogitsWarper and then MinPLogitsWarper keep after the temperature."""
+    order = np.argsort(tempered)
+    kept = np.zeros(len(tempered), bool)
+    kept[order] = np.cumsum(tempered[order]) > 1 - top_p  # from the least likely token up
+    kept[order[-1]] = True
+    left = np.where(kept, tempered, 0) / tempered[kept].sum()
+    return kept & (left >= min_p * left.max())
 
 
 def chi_square_surprise(counts: np.ndarray, wanted: np.ndarray) -> float:
