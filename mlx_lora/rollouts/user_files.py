@@ -3,15 +3,23 @@
 A file may import what is beside it and what is in the current folder, as with `python FILE.py`, also later, in a function.
 Two files of one name in different folders are two modules, each with what is beside it. Only an import in a function cannot tell
 two folders apart: of neighbors with the same name, it finds the one beside the file that was run first.
+
+A file may also start processes. One that multiprocessing spawns, as it does on macOS, begins empty and imports the module of
+a function that it gets by name. For these, a temporary folder on sys.path, which they inherit, has a module of this name:
+
+    mlx_lora_users_x1y2/rewards_0123456789ab.py     calls `run_as`, which runs the user's rewards.py under this name
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import inspect
 import os
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -24,6 +32,10 @@ from mlx_lora.utils.files import sha256_of
 
 _folders: set[Path] = set()  # of users' files that were run
 _ours: set[str] = set()  # modules from before the first of them
+
+LOADER = """from mlx_lora.rollouts.user_files import run_as
+run_as(__name__, {path!r})
+"""
 
 
 def from_file(flag: str, name: str, what: str) -> Any:
@@ -63,6 +75,16 @@ def module_of(path: str, asked: str) -> ModuleType:
 def _module(file: Path, content: str) -> ModuleType:
     """Run a file with this check sum."""
     name = f"{re.sub(r'[^a-zA-Z0-9]', '_', file.stem)}_{sha256_of(f'{file} {content}')[:12]}"
+    folder = _loaders()
+    (folder / f"{name}.py").write_text(LOADER.format(path=str(file)), encoding="utf-8")
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    return run_as(name, str(file))
+
+
+def run_as(name: str, path: str) -> ModuleType:
+    """Run a user's file as the module `name`, in place of one that is being imported under it."""
+    file = Path(path)
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError("not a Python file")
@@ -75,6 +97,19 @@ def _module(file: Path, content: str) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+@lru_cache(maxsize=1)
+def _loaders() -> Path:
+    """Return the folder of the modules that spawned processes import; only its owner can write to it."""
+    folder, owner = tempfile.mkdtemp(prefix="mlx_lora_users_"), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not a forked child that ends
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return Path(folder)
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +14,9 @@ from mlx_lora.utils.errors import InputError
 
 REWARD = """
 from __future__ import annotations
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from user_helpers import number
 
 @dataclass
@@ -25,6 +29,13 @@ def mine(completions, **columns):
 def late(completions, **columns):
     import user_later
     return [user_later.number] * len(completions)
+
+def check(text):
+    return Score(len(text) + number), __file__
+
+def pooled(completions, **columns):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(check, completions))
 """
 
 
@@ -59,6 +70,44 @@ def test_files_of_one_name_in_two_folders_are_two(folders):
     functions = [from_file("--reward", f"{folders / name / 'rewards.py'}:mine", "function") for name in ("1", "2")]
     assert [function(["a"])[0].value for function in functions] == [1, 2]
     assert len({type(function(["a"])[0]) for function in functions}) == 2
+
+
+def test_a_reward_may_spawn_processes(folders):
+    """As multiprocessing does on macOS; each file's processes see what is beside that file."""
+    for number in (1, 2):
+        file = folders / str(number) / "rewards.py"
+        mine, pooled = (from_file("--reward", f"{file}:{name}", "function") for name in ("mine", "pooled"))
+        [(score, path)] = pooled(["abc"])
+        assert (score.value, path) == (3 + number, str(file))
+        assert type(score) is type(mine(["a"])[0])
+
+
+def test_what_spawned_processes_import_is_private_and_removed(tmp_path):
+    (tmp_path / "r.py").write_text("def f(): return 1\n")
+    script = """if True:
+        import os, sys
+        from mlx_lora.rollouts.user_files import from_file
+        from_file("--reward", sys.argv[1], "function")
+        [folder] = {one for one in sys.path if os.path.basename(one).startswith("mlx_lora_users_")}
+        if os.fork() == 0:
+            sys.exit()
+        os.wait()
+        print(folder, oct(os.stat(folder).st_mode)[-3:], len(os.listdir(folder)))
+    """
+    command = [sys.executable, "-c", script, f"{tmp_path / 'r.py'}:f"]
+    folder, mode, files = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert (mode, files) == ("700", "1")
+    assert not Path(folder).exists()
+
+
+def test_a_spawned_process_does_not_load_training_again():
+    """It runs the main module again, `python -m mlx_lora.train`, under another name."""
+    script = """if True:
+        import runpy, sys
+        runpy.run_module("mlx_lora.train", run_name="__mp_main__", alter_sys=True)
+        assert not {"mlx.core", "mlx_lora.api.train", "mlx_lora.cli.train"} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_a_file_may_import_from_the_current_folder(tmp_path, paths, monkeypatch):
