@@ -196,7 +196,8 @@ class ToolEnv:
         if self.toolbox.environment is not None:
             arguments["environments"] = self.pool[: len(self.talks)]
         whole = [Conversation([*talk.prompt, *with_ids(talk.turns)], self.toolbox.schemas) for talk in self.talks]
-        found = rewards_for(self.rewards, arguments, self.settings.objective, note, whole, self.state)
+        with self.talks[0].random.used():  # `get_reward` may draw, too
+            found = rewards_for(self.rewards, arguments, self.settings.objective, note, whole, self.state)
         self.silent.watch([reward.name for reward in self.rewards], found, note)
         return found
 
@@ -214,14 +215,26 @@ class ToolEnv:
         def begun() -> list[Any]:
             found = []
             for number, (fact, random, seed) in enumerate(zip(self.facts, randoms, seeds, strict=True)):
-                with random.used():
-                    if number == len(self.pool):
+                if number == len(self.pool):
+                    with self._random_of_instance(number).used():
                         self.pool.append(make())
+                with random.used():
                     found.append(begin(self.pool[number], fact["columns"], seed))
             return found
 
         answers = {"prompts": [fact["prompt"] for fact in self.facts], "completions": [""] * len(self.facts)}
         return guarded(begun, f"--environment {self.toolbox.name}", answers, self.settings.objective, note)
+
+    def _random_of_instance(self, number: int) -> OwnRandom:
+        """Return what an instance draws from when it is made, alike for those that play a prompt's episodes in training.
+
+        It follows from the run's seed and the instance's place alone: which episodes come first in a process is another
+        after it resumed.
+        """
+        place = number // self.settings.objective.answers_per_prompt
+        return OwnRandom(
+            int(np.random.SeedSequence(self.settings.loop.seed, spawn_key=(1, place)).generate_state(1)[0])
+        )
 
     def _answered(self, talk: EpisodeTurns, completion: list[int], note: Callable[[str], None]) -> list[int] | None:
         """Take what the model said in an episode; return the tokens of the results of its calls, or None if it is over."""

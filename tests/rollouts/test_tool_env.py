@@ -249,6 +249,46 @@ def test_random_numbers_belong_to_the_episode(file):
     assert luck(5) != first
 
 
+DRAWING = """
+import random
+import numpy
+
+class Drawing:
+    def __init__(self):
+        self.salt = random.random(), numpy.random.rand()
+
+    def reset(self, **columns):
+        self.luck = random.random(), numpy.random.rand()
+
+    def pull(self) -> str:
+        \"\"\"
+        Pull the lever.
+        \"\"\"
+        return "nothing"
+
+    def get_reward(self):
+        return random.random()
+"""
+
+
+def test_episodes_repeat_in_a_process_that_has_not_played_the_ones_before(tmp_path):
+    """As after --resume, also if instances draw when they are made, and when they reward."""
+    (tmp_path / "drawing.py").write_text(DRAWING)
+
+    def episodes(*seeds: int, **asked) -> list:
+        env = environment(QWEN, tmp_path / "drawing.py", environment="Drawing", **asked)
+        for seed in seeds:
+            random.seed(seed * len(seeds))  # the process's own numbers are others, too
+            found = played(env, [[RED]] * 4, seed=seed)
+        return [(one.salt, one.luck, reward) for one, [reward] in zip(env.pool, found.rewards.tolist(), strict=True)]
+
+    resumed = episodes(5)
+    assert episodes(4, 5) == resumed
+    salts = [salt for salt, _, _ in resumed]
+    assert salts[0] == salts[1] != salts[2] == salts[3]  # those of a prompt begin alike
+    assert salts[0] != episodes(5, seed=1)[0][0]
+
+
 def test_a_column_may_give_the_seed_and_one_that_is_empty_does_not():
     class Begun:
         def reset(self, seed, hint):
