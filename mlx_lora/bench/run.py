@@ -27,7 +27,7 @@ import mlx_lora
 from mlx_lora.bench.machine import DROPPED_VARIABLES, answer, describe_power
 from mlx_lora.bench.workloads import Workload, batches_of, listed_flops, measured_machine, predict
 from mlx_lora.config.fields import flag_of
-from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.errors import InputError, RunError, first_line
 from mlx_lora.utils.files import sha256_of
 from mlx_lora.utils.hub import SMOLLM2_GGUF, embedded_model
 
@@ -144,44 +144,54 @@ def run_workload(
         length: the workload's own, or another.
         model: train this instead of the workload's own model (for tests).
     """
+    text = workload.shape.rows.text()
+    entry = _new_entry(workload, length, text)
+    try:
+        return {**entry, **_outcome(workload, machine, work, length, text, model)}
+    except (OSError, RunError) as error:  # a full disk, for example; other workloads may still run
+        return {**entry, "status": "failed", "reason": _without_home(first_line(error))}
+
+
+def _outcome(
+    workload: Workload, machine: dict[str, Any], work: Path, length: Length, text: str, model: str | None
+) -> dict[str, Any]:
+    """Run a workload on the training data `text`, and return what changes in its entry."""
     folder = work / workload.name
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "train.jsonl"
-    entry = _new_entry(workload, length, data)
+    data.write_text(text, encoding="utf-8")
     try:
         embedded = workload.tier == "embedded" and not model
         source = str(prepare_embedded(workload.packed, work)) if embedded else model or workload.source
     except (InputError, RunError) as error:
-        return {**entry, "reason": _without_home(str(error))}
+        return {"reason": _without_home(str(error))}
     run = folder / "run"
     with energy_meter() as meter:
         watch = Watch(run / "metrics.jsonl", length.seconds, meter)
         ended = run_process(train_command(workload, source, data, run, length), folder / "log.txt", watch)
         joules = meter.joules()
-    entry["power_after"] = describe_power()
+    after = {"power_after": describe_power()}
     if ended.code not in (0, INTERRUPTED) or watch.first_step_s is None:
-        return {**entry, **_failure(ended)}
+        return {**after, **_failure(ended)}
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     try:
         figures = run_figures(records, watch.first_step_s)
     except ValueError as error:
-        return {**entry, "status": "failed", "reason": str(error)}
+        return {**after, "status": "failed", "reason": str(error)}
     figures["energy_j"] = None if joules is None or watch.joules is None else joules - watch.joules
     figures["energy_source"] = meter.source
     predicted = _against_plan(workload, machine, records, figures)
-    return {**entry, "status": "measured", "base": _base_of(run, workload), "figures": figures, "predicted": predicted}
+    return {**after, "status": "measured", "base": _base_of(run, workload), "figures": figures, "predicted": predicted}
 
 
-def _new_entry(workload: Workload, length: Length, data: Path) -> dict[str, Any]:
-    """Write the training data, and return an entry for a workload that has not run."""
-    text = workload.shape.rows.text()
-    data.write_text(text, encoding="utf-8")
+def _new_entry(workload: Workload, length: Length, text: str) -> dict[str, Any]:
+    """Return an entry for a workload that has not run; `text` is its training data."""
     return {
         "workload": workload.definition(),
         "status": "not run",
         "reason": None,
         "shortened": length.changed,
-        "data_sha256": sha256_of(data),
+        "data_sha256": sha256_of(text),
         "base": None,
         "power_before": describe_power(),
         "power_after": None,

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import write_folder
-from made_results import made_entry, made_rates
+from made_results import made_entry, made_rates, made_result
 from run_cli import run
 from tiers import by_default
 
@@ -20,7 +20,7 @@ from mlx_lora.bench import run as running
 from mlx_lora.bench.machine import measure_rates
 from mlx_lora.bench.results import read_result
 from mlx_lora.bench.run import POWER, EnergyMeter, Length, run_figures, run_process, run_workload, spread, train_command
-from mlx_lora.bench.schema import RATES, field_problems
+from mlx_lora.bench.schema import RATES, field_problems, problems_of
 from mlx_lora.bench.workloads import (
     MODELS,
     ROW_SHAPES,
@@ -37,6 +37,7 @@ from mlx_lora.bench.workloads import (
     predict_sizes,
     typical_batches,
 )
+from mlx_lora.utils.errors import RunError
 
 BY_NAME = {one.name: one for one in WORKLOADS}
 CHAT = BY_NAME["embedded-smollm2-135m-chat-qlora"]
@@ -317,6 +318,58 @@ def test_an_interrupted_run_keeps_what_is_done(tmp_path, monkeypatch):
     nothing = run("bench", "run", "--workload", HUB.name, "--out", tmp_path / "none.json")
     assert nothing.code == 130
     assert not (tmp_path / "none.json").exists()
+
+
+def test_a_result_is_written_after_each_workload(tmp_path, monkeypatch):
+    out, written = tmp_path / "mine.json", []
+
+    def one(workload, *rest):
+        written.append(len(read_result(out).content["results"]) if out.exists() else 0)
+        if workload is HUB:
+            raise ZeroDivisionError  # a bug of ours, in the third
+        return made_entry(workload)
+
+    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", lambda work: PROBE)
+    monkeypatch.setattr("mlx_lora.cli.bench.run_one", one)
+    names = [word for workload in (CHAT, DPO, HUB) for word in ("--workload", workload.name)]
+    with pytest.raises(ZeroDivisionError):
+        run("bench", "run", *names, "--out", out)
+    assert written == [0, 1, 2]
+    assert len(read_result(out).content["results"]) == 2
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(tmp_path, monkeypatch):
+    def measure(work):
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", measure)
+    (tmp_path / "notes").write_text("x")
+    (tmp_path / "mine.json").write_text("{}")
+    (tmp_path / "folder.json").mkdir()
+    for out in ("notes", "notes/mine.json", "mine.json", "folder.json"):
+        ran = run("bench", "run", "--workload", CHAT.name, "--out", tmp_path / out)
+        assert (ran.code, len(ran.lines)) == (2, 1), out
+    assert (tmp_path / "mine.json").read_text() == "{}"
+
+
+def test_a_chips_folder_that_cannot_be_written_is_refused_before_the_workloads(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", lambda work: PROBE)
+    monkeypatch.setattr("mlx_lora.cli.bench.run_one", lambda *rest: pytest.fail("it was measured"))
+    monkeypatch.setattr("mlx_lora.bench.results.machine_name", lambda content: "chip")
+    (tmp_path / "chip").write_text("not a folder")
+    assert run("bench", "run", "--workload", CHAT.name, "--out", tmp_path).code == 2
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RunError("it broke")])
+def test_a_workload_that_cannot_be_run_is_an_entry(error, tmp_path, monkeypatch):
+    def fail(*rest):
+        raise error
+
+    monkeypatch.setattr(running, "run_process", fail)
+    entry = run_workload(CHAT, PROBE, tmp_path, Length(), "model")
+    assert (entry["status"], entry["figures"]) == ("failed", None)
+    assert str(error) in entry["reason"]
+    assert problems_of(made_result(entries=[entry])) == []
 
 
 def test_an_interrupted_process_is_ended(tmp_path, monkeypatch):
