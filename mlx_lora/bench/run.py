@@ -130,7 +130,7 @@ def train_command(workload: Workload, model: str, data: Path, folder: Path, leng
 
 def run_workload(
     workload: Workload,
-    machine: dict[str, Any],
+    result: dict[str, Any],
     work: Path,
     length: Length,
     model: str | None = None,
@@ -139,7 +139,7 @@ def run_workload(
 
     Args:
         workload: the workload.
-        machine: `device` and `rates` from `measure_rates`.
+        result: its `machine`, `device` and `rates` are read.
         work: folder for data, models and run folders.
         length: the workload's own, or another.
         model: train this instead of the workload's own model (for tests).
@@ -147,13 +147,13 @@ def run_workload(
     text = workload.shape.rows.text()
     entry = _new_entry(workload, length, text)
     try:
-        return {**entry, **_outcome(workload, machine, work, length, text, model)}
+        return {**entry, **_outcome(workload, result, work, length, text, model)}
     except (OSError, RunError) as error:  # a full disk, for example; other workloads may still run
         return {**entry, "status": "failed", "reason": _without_home(first_line(error))}
 
 
 def _outcome(
-    workload: Workload, machine: dict[str, Any], work: Path, length: Length, text: str, model: str | None
+    workload: Workload, result: dict[str, Any], work: Path, length: Length, text: str, model: str | None
 ) -> dict[str, Any]:
     """Run a workload on the training data `text`, and return what changes in its entry."""
     folder = work / workload.name
@@ -180,7 +180,7 @@ def _outcome(
         return {**after, "status": "failed", "reason": str(error)}
     figures["energy_j"] = None if joules is None or watch.joules is None else joules - watch.joules
     figures["energy_source"] = meter.source
-    predicted = _against_plan(workload, machine, records, figures)
+    predicted = _against_plan(workload, result, records, figures)
     return {**after, "status": "measured", "base": _base_of(run, workload), "figures": figures, "predicted": predicted}
 
 
@@ -224,16 +224,16 @@ def _base_of(run: Path, workload: Workload) -> dict[str, Any]:
 
 
 def _against_plan(
-    workload: Workload, machine: dict[str, Any], records: Sequence[dict[str, Any]], figures: dict[str, Any]
+    workload: Workload, result: dict[str, Any], records: Sequence[dict[str, Any]], figures: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the planner's figures for the counted steps, and add the utilization to the measured `figures`."""
     _, counted = counted_records(records)
-    where, ceilings = measured_machine(machine["device"], machine["rates"]["ceilings"])
+    where, ceilings = measured_machine(result["device"], result["rates"]["ceilings"])
     expected = predict(workload, where, ceilings, batches_of(counted))
     useful = expected.pop("flops_per_token") * figures["tokens_per_s"]["median"]
-    listed = listed_flops(machine["device"])
+    listed = listed_flops(result["device"], result["machine"]["gpu_cores"])
     figures["useful_flops_per_s"] = useful
-    figures["mfu"] = useful / machine["rates"]["gemm_flops_per_s"][machine["device"]["compute_dtype"]]
+    figures["mfu"] = useful / result["rates"]["gemm_flops_per_s"][result["device"]["compute_dtype"]]
     figures["mfu_listed"] = None if listed is None else useful / listed
     return {**expected, "ceilings": ceilings.source}
 

@@ -192,7 +192,11 @@ FIGURES = (
             "operations per second that the model itself needs, without padding and without what checkpointing repeats, at the median speed",
         ),
         ("mfu", "number", "`useful_flops_per_s` divided by the measured speed of matrix products in the compute dtype"),
-        ("mfu_listed", "number?", "`useful_flops_per_s` divided by the chip's listed peak"),
+        (
+            "mfu_listed",
+            "number?",
+            "`useful_flops_per_s` divided by the listed peak of the chip with this machine's GPU cores",
+        ),
         ("energy_j", "number?", "energy from the end of the first step to the end of the run, in joules"),
         ("energy_source", "text", "where the energy was read, or why it could not be read"),
     ),

@@ -87,7 +87,7 @@ def run_command(
         check_out(path)  # a chip's folder may be another user's, if an earlier run measured energy as root
         try:
             for workload in workloads:
-                result["results"].append(run_one(workload, probe, Path(folder), length))
+                result["results"].append(run_one(workload, result, Path(folder), length))
                 write_result(
                     path, result
                 )  # a tier takes an hour, and what is measured must outlive all that may follow
@@ -119,10 +119,10 @@ def check_out(out: Path) -> None:
     check_writable(out, "--out", needed_bytes=1_000_000)
 
 
-def run_one(workload: Workload, probe: dict[str, Any], folder: Path, length: Length) -> dict[str, Any]:
+def run_one(workload: Workload, result: dict[str, Any], folder: Path, length: Length) -> dict[str, Any]:
     """Run a workload, and print its result."""
     console.echo(f"{workload.name} ...")
-    entry = run_workload(workload, probe, folder, length)
+    entry = run_workload(workload, result, folder, length)
     figures = entry["figures"]
     if figures is None:
         console.echo(f"  {entry['status']}: {entry['reason']}")

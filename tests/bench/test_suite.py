@@ -51,7 +51,7 @@ DEVICE = {
     "blas": "OpenBLAS",
     "compute_dtype": "float32",
 }
-PROBE = {"device": DEVICE, "rates": made_rates("float32")}
+PROBE = {"machine": {"gpu_cores": None}, "device": DEVICE, "rates": made_rates("float32")}
 
 # A workload never changes. One that must gets `version` + 1 and a new line here; old results then have no ratio to it.
 DEFINITIONS = "4abe672225abb440"
@@ -149,9 +149,21 @@ def test_batches_are_those_of_the_metrics():
 
 def test_listed_peaks_are_of_chips_in_the_table():
     mac = {**DEVICE, "name": "Apple M2 Pro", "backend": "metal", "compute_dtype": "bfloat16"}
-    assert listed_flops(mac) == 6.8e12
-    assert listed_flops({**mac, "name": "Apple M5"}) == 4 * 3.8e12
-    assert listed_flops(DEVICE) is None
+    assert listed_flops(mac, None) == 6.8e12
+    assert listed_flops({**mac, "name": "Apple M5"}, 10) == 4 * 3.8e12
+    assert listed_flops(DEVICE, None) is None
+
+
+def test_the_listed_peak_is_that_of_the_machines_cores():
+    mac = {**DEVICE, "name": "Apple M3 Max", "backend": "metal", "compute_dtype": "bfloat16"}
+    reached = []
+    for cores in (40, 30):
+        result = {"machine": {"gpu_cores": cores}, "device": mac, "rates": made_rates()}
+        records = [step(n, n * 1.0) for n in range(1, 7)]
+        figures = run_figures(records, 1.0)
+        running._against_plan(CHAT, result, records, figures)
+        reached.append(figures["mfu_listed"])
+    assert reached[1] == pytest.approx(reached[0] * 40 / 30)
 
 
 # --- what is recorded
