@@ -133,6 +133,7 @@ def run_workload(
     result: dict[str, Any],
     work: Path,
     length: Length,
+    load_before: float,
     model: str | None = None,
 ) -> dict[str, Any]:
     """Run one workload and return its entry of the result; if it cannot run, the entry has the reason.
@@ -142,10 +143,13 @@ def run_workload(
         result: its `machine`, `device` and `rates` are read.
         work: folder for data, models and run folders.
         length: the workload's own, or another.
+        load_before: the load average before anything was measured.
         model: train this instead of the workload's own model (for tests).
     """
     text = workload.shape.rows.text()
     entry = _new_entry(workload, length, text)
+    # The load average now is that of the micro-benchmarks or of the workload before, and would pass for other programs.
+    entry["power_before"]["load_average"] = load_before
     try:
         return {**entry, **_outcome(workload, result, work, length, text, model)}
     except (OSError, RunError) as error:  # a full disk, for example; other workloads may still run

@@ -150,7 +150,11 @@ POWER = fields_of(
     ("low_power_mode", "yes/no?", "whether macOS's low power mode, or Linux's low-power platform profile, is on"),
     ("thermal_state", "text?", "macOS's thermal state: `nominal`, `fair`, `serious` or `critical`"),
     ("temperature_c", "number?", "temperature of the hottest sensor; Linux only"),
-    ("load_average", "number", "system load over the last minute; after the workload, it includes the workload"),
+    (
+        "load_average",
+        "number",
+        "system load over a minute: before the first measurement of the whole result; after the workload, with the workload's own load",
+    ),
 )
 FIGURES = (
     *fields_of("", ("tokens_per_s", "mapping", "tokens per second in a step, without padding")),

@@ -87,10 +87,8 @@ def run_command(
         check_out(path)  # a chip's folder may be another user's, if an earlier run measured energy as root
         try:
             for workload in workloads:
-                result["results"].append(run_one(workload, result, Path(folder), length))
-                write_result(
-                    path, result
-                )  # a tier takes an hour, and what is measured must outlive all that may follow
+                result["results"].append(run_one(workload, result, Path(folder), length, power["load_average"]))
+                write_result(path, result)  # a tier takes an hour: what is measured must outlive what may follow
         except KeyboardInterrupt:
             code = 130
             if result["results"]:  # it may have come before the last one was written
@@ -119,10 +117,12 @@ def check_out(out: Path) -> None:
     check_writable(out, "--out", needed_bytes=1_000_000)
 
 
-def run_one(workload: Workload, result: dict[str, Any], folder: Path, length: Length) -> dict[str, Any]:
+def run_one(
+    workload: Workload, result: dict[str, Any], folder: Path, length: Length, load_before: float
+) -> dict[str, Any]:
     """Run a workload, and print its result."""
     console.echo(f"{workload.name} ...")
-    entry = run_workload(workload, result, folder, length)
+    entry = run_workload(workload, result, folder, length, load_before)
     figures = entry["figures"]
     if figures is None:
         console.echo(f"  {entry['status']}: {entry['reason']}")

@@ -19,7 +19,17 @@ from mlx_lora.bench import machine
 from mlx_lora.bench import run as running
 from mlx_lora.bench.machine import measure_rates
 from mlx_lora.bench.results import read_result
-from mlx_lora.bench.run import POWER, EnergyMeter, Length, run_figures, run_process, run_workload, spread, train_command
+from mlx_lora.bench.run import (
+    POWER,
+    Ended,
+    EnergyMeter,
+    Length,
+    run_figures,
+    run_process,
+    run_workload,
+    spread,
+    train_command,
+)
 from mlx_lora.bench.schema import RATES, field_problems, problems_of
 from mlx_lora.bench.workloads import (
     MODELS,
@@ -314,7 +324,7 @@ def test_a_run_is_measured_recorded_and_read_again(workload, tiny_folder, tmp_pa
 
 
 def test_an_interrupted_run_keeps_what_is_done(tmp_path, monkeypatch):
-    def one(workload, probe, folder, length):
+    def one(workload, *rest):
         if workload is HUB:
             raise KeyboardInterrupt
         return made_entry(workload)
@@ -378,10 +388,29 @@ def test_a_workload_that_cannot_be_run_is_an_entry(error, tmp_path, monkeypatch)
         raise error
 
     monkeypatch.setattr(running, "run_process", fail)
-    entry = run_workload(CHAT, PROBE, tmp_path, Length(), "model")
+    entry = run_workload(CHAT, PROBE, tmp_path, Length(), 0.5, "model")
     assert (entry["status"], entry["figures"]) == ("failed", None)
     assert str(error) in entry["reason"]
     assert problems_of(made_result(entries=[entry])) == []
+
+
+def test_the_load_of_a_workload_is_not_that_of_other_programs(tiny_folder, tmp_path, monkeypatch):
+    loads = [0.25]
+
+    def busy(*rest):
+        loads[0] = 9.0
+        return Ended(2, "Error: it did not fit")
+
+    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", lambda work: busy() and PROBE)
+    monkeypatch.setattr(running, "prepare_embedded", lambda packed, work: tiny_folder)
+    monkeypatch.setattr(running, "run_process", busy)
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: loads * 3)
+    out = tmp_path / "mine.json"
+    ran = run("bench", "run", "--workload", CHAT.name, "--workload", DPO.name, "--out", out)
+    assert ran.code == 0, ran.err
+    entries = read_result(out).content["results"]
+    assert [entry["power_before"]["load_average"] for entry in entries] == [0.25, 0.25]
+    assert [entry["power_after"]["load_average"] for entry in entries] == [9.0, 9.0]
 
 
 def test_an_interrupted_process_is_ended(tmp_path, monkeypatch):
@@ -404,7 +433,7 @@ def test_an_interrupted_process_is_ended(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_model_that_cannot_be_trained_is_an_entry(tmp_path):
     (tmp_path / "empty").mkdir()
-    entry = run_workload(CHAT, PROBE, tmp_path, Length(steps=3), str(tmp_path / "empty"))
+    entry = run_workload(CHAT, PROBE, tmp_path, Length(steps=3), 0.5, str(tmp_path / "empty"))
     assert entry["status"] == "not run"
     assert "neither config.json nor a .gguf file" in entry["reason"]
     assert entry["figures"] is None
@@ -412,7 +441,7 @@ def test_a_model_that_cannot_be_trained_is_an_entry(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_ends_after_its_seconds(tiny_folder, tmp_path):
-    entry = run_workload(CHAT, PROBE, tmp_path, Length(seconds=0.2), str(tiny_folder))
+    entry = run_workload(CHAT, PROBE, tmp_path, Length(seconds=0.2), 0.5, str(tiny_folder))
     assert entry["status"] == "measured", entry["reason"]
     assert entry["shortened"]
     assert entry["figures"]["counted_s"] < 20
@@ -423,7 +452,7 @@ def test_a_whole_workload_leaves_out_its_first_pass(tmp_path):
     from conftest import tiny_model
 
     folder = write_folder(tmp_path / "model", tiny_model())
-    entry = run_workload(CHAT, PROBE, tmp_path, Length(), str(folder))
+    entry = run_workload(CHAT, PROBE, tmp_path, Length(), 0.5, str(folder))
     figures = entry["figures"]
     assert not entry["shortened"]
     assert figures["counted_steps"] == 2 * figures["warmup_steps"]
