@@ -16,6 +16,7 @@ from typing import Any
 from mlx_lora.bench.schema import SCHEMA, VERSION, problems_of
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replace_text
+from mlx_lora.utils.text import counted
 
 # Files
 
@@ -41,9 +42,9 @@ class ResultFile:
         return machine_name(self.content)
 
     @property
-    def label(self) -> str:
-        """Chip and memory, as in `M2 Pro, 16 GB`."""
-        return f"{self.chip}, {round(self.content['machine']['memory_bytes'] / 2**30)} GB"
+    def memory(self) -> str:
+        """The machine's memory, as in `16 GB`."""
+        return f"{round(self.content['machine']['memory_bytes'] / 2**30)} GB"
 
 
 def machine_name(content: dict[str, Any]) -> str:
@@ -128,14 +129,15 @@ def read_results(paths: Iterable[Path]) -> tuple[list[ResultFile], list[str]]:
     Raises:
         InputError: a path does not exist, or there is no valid result.
     """
-    files: list[Path] = []
+    files: dict[Path, Path] = {}
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: no such file or folder; give result files or folders of them")
         found = sorted(one for one in path.rglob("*.json") if one.is_file()) if path.is_dir() else [path]
-        files += [one for one in found if one not in files]
+        for one in found:
+            files.setdefault(one.resolve(), one)  # a file that is named twice is one result
     results, problems = [], []
-    for file in files:
+    for file in files.values():
         try:
             results.append(read_result(file))
         except InputError as error:
@@ -206,16 +208,48 @@ class Table:
 
 
 def labels_of(results: Sequence[ResultFile]) -> list[str]:
-    """Return a label for each result's machine; results from equal machines also get the date or the file name."""
-    plain = [one.label for one in results]
-    dated = [f"{label} · {one.content['created'][:10]}" for label, one in zip(plain, results, strict=True)]
-    named = [f"{label} · {one.path.stem}" for label, one in zip(plain, results, strict=True)]
-    found = []
-    for number, label in enumerate(plain):
-        if plain.count(label) > 1:
-            label = dated[number] if dated.count(dated[number]) == 1 else named[number]
-        found.append(label)
-    return found
+    """Return a label for each result's machine, as in `M2 Pro, 16 GB`.
+
+    Where machines have one label, the numbers of their cores tell them apart: `M2 Pro, 19 GPU cores, 16 GB`. Results of equal
+    machines also get the date, or the part of the path that differs.
+    """
+    parts = [[one.chip, one.memory] for one in results]
+    for kind in ("GPU", "CPU"):
+        cores = [one.content["machine"][f"{kind.lower()}_cores"] for one in results]
+        for alike in _alike([", ".join(part) for part in parts]):
+            if len({cores[n] for n in alike}) > 1:
+                for n in alike:
+                    # Not at the end, because charts cut long labels in the middle.
+                    parts[n][-1:-1] = [counted(cores[n], f"{kind} core")] if cores[n] else []
+    labels = [", ".join(part) for part in parts]
+    for alike in _alike(labels):
+        dates = [results[n].content["created"][:10] for n in alike]
+        names = distinct_names([results[n].path for n in alike])
+        for n, date, name in zip(alike, dates, names, strict=True):
+            labels[n] += f" · {date if dates.count(date) == 1 else name}"
+    return labels
+
+
+def _alike(labels: Sequence[str]) -> list[list[int]]:
+    """Return the positions of each label that occurs several times."""
+    found = [[n for n, one in enumerate(labels) if one == label] for label in dict.fromkeys(labels)]
+    return [alike for alike in found if len(alike) > 1]
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Return a short name for each file: its own, or that of a folder if the files have one name in several folders."""
+    parts = [path.with_suffix("").parts for path in paths]
+    if len(set(parts)) < len(parts):
+        return [str(path) for path in paths]
+    while len({one[-1] for one in parts}) == 1 and all(Path(*one[:-1]).name not in ("", "..") for one in parts):
+        parts = [one[:-1] for one in parts]  # what all have in common, up to a folder that has a name
+    names = []
+    for mine in parts:
+        size = 1
+        while sum(one[-size:] == mine[-size:] for one in parts) > 1:
+            size += 1
+        names.append(Path(*mine[-size:]).as_posix())
+    return names
 
 
 def compare(results: Sequence[ResultFile], across_versions: bool = False) -> list[Table]:
@@ -250,6 +284,7 @@ def _table(name: str, results: Sequence[ResultFile], labels: Sequence[str], acro
                 notes += versions
             else:
                 mismatch += versions
+            notes += variables_differ(one.content, first[1].content)
             commits = {content["software"]["commit"] for content in (one.content, first[1].content)}
             notes += [f"commit {one.content['software']['commit'] or 'unknown'}"] if len(commits) > 1 else []
             if not mismatch:
@@ -282,6 +317,19 @@ def versions_differ(content: dict[str, Any], reference: dict[str, Any]) -> list[
         f"{name} {ours.get(name)} against {theirs.get(name)}"
         for name in SAME_VERSIONS
         if ours.get(name) != theirs.get(name)
+    ]
+
+
+def variables_differ(content: dict[str, Any], reference: dict[str, Any]) -> list[str]:
+    """Return the environment variables in which two results differ, without those that were removed before measuring."""
+    ours, theirs = (
+        {name: value for name, value in software["variables"].items() if name not in software["removed_variables"]}
+        for software in (content["software"], reference["software"])
+    )
+    return [
+        f"{name} {ours.get(name) or 'unset'} against {theirs.get(name) or 'unset'}"
+        for name in dict.fromkeys([*ours, *theirs])
+        if (ours.get(name) or None) != (theirs.get(name) or None)
     ]
 
 

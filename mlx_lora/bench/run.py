@@ -27,7 +27,7 @@ import mlx_lora
 from mlx_lora.bench.machine import DROPPED_VARIABLES, answer, describe_power
 from mlx_lora.bench.workloads import Workload, batches_of, listed_flops, measured_machine, predict
 from mlx_lora.config.fields import flag_of
-from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.errors import InputError, RunError, first_line
 from mlx_lora.utils.files import sha256_of
 from mlx_lora.utils.hub import SMOLLM2_GGUF, embedded_model
 
@@ -130,58 +130,72 @@ def train_command(workload: Workload, model: str, data: Path, folder: Path, leng
 
 def run_workload(
     workload: Workload,
-    machine: dict[str, Any],
+    result: dict[str, Any],
     work: Path,
     length: Length,
+    load_before: float,
     model: str | None = None,
 ) -> dict[str, Any]:
     """Run one workload and return its entry of the result; if it cannot run, the entry has the reason.
 
     Args:
         workload: the workload.
-        machine: `device` and `rates` from `measure_rates`.
+        result: its `machine`, `device` and `rates` are read.
         work: folder for data, models and run folders.
         length: the workload's own, or another.
+        load_before: the load average before anything was measured.
         model: train this instead of the workload's own model (for tests).
     """
+    text = workload.shape.rows.text()
+    entry = _new_entry(workload, length, text)
+    # The load average now is that of the micro-benchmarks or of the workload before, and would pass for other programs.
+    entry["power_before"]["load_average"] = load_before
+    try:
+        return {**entry, **_outcome(workload, result, work, length, text, model)}
+    except (OSError, RunError) as error:  # a full disk, for example; other workloads may still run
+        return {**entry, "status": "failed", "reason": _without_home(first_line(error))}
+
+
+def _outcome(
+    workload: Workload, result: dict[str, Any], work: Path, length: Length, text: str, model: str | None
+) -> dict[str, Any]:
+    """Run a workload on the training data `text`, and return what changes in its entry."""
     folder = work / workload.name
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "train.jsonl"
-    entry = _new_entry(workload, length, data)
+    data.write_text(text, encoding="utf-8")
     try:
         embedded = workload.tier == "embedded" and not model
         source = str(prepare_embedded(workload.packed, work)) if embedded else model or workload.source
     except (InputError, RunError) as error:
-        return {**entry, "reason": _without_home(str(error))}
+        return {"reason": _without_home(str(error))}
     run = folder / "run"
     with energy_meter() as meter:
         watch = Watch(run / "metrics.jsonl", length.seconds, meter)
         ended = run_process(train_command(workload, source, data, run, length), folder / "log.txt", watch)
         joules = meter.joules()
-    entry["power_after"] = describe_power()
+    after = {"power_after": describe_power()}
     if ended.code not in (0, INTERRUPTED) or watch.first_step_s is None:
-        return {**entry, **_failure(ended)}
+        return {**after, **_failure(ended)}
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     try:
         figures = run_figures(records, watch.first_step_s)
     except ValueError as error:
-        return {**entry, "status": "failed", "reason": str(error)}
+        return {**after, "status": "failed", "reason": str(error)}
     figures["energy_j"] = None if joules is None or watch.joules is None else joules - watch.joules
     figures["energy_source"] = meter.source
-    predicted = _against_plan(workload, machine, records, figures)
-    return {**entry, "status": "measured", "base": _base_of(run, workload), "figures": figures, "predicted": predicted}
+    predicted = _against_plan(workload, result, records, figures)
+    return {**after, "status": "measured", "base": _base_of(run, workload), "figures": figures, "predicted": predicted}
 
 
-def _new_entry(workload: Workload, length: Length, data: Path) -> dict[str, Any]:
-    """Write the training data, and return an entry for a workload that has not run."""
-    text = workload.shape.rows.text()
-    data.write_text(text, encoding="utf-8")
+def _new_entry(workload: Workload, length: Length, text: str) -> dict[str, Any]:
+    """Return an entry for a workload that has not run; `text` is its training data."""
     return {
         "workload": workload.definition(),
         "status": "not run",
         "reason": None,
         "shortened": length.changed,
-        "data_sha256": sha256_of(data),
+        "data_sha256": sha256_of(text),
         "base": None,
         "power_before": describe_power(),
         "power_after": None,
@@ -214,16 +228,16 @@ def _base_of(run: Path, workload: Workload) -> dict[str, Any]:
 
 
 def _against_plan(
-    workload: Workload, machine: dict[str, Any], records: Sequence[dict[str, Any]], figures: dict[str, Any]
+    workload: Workload, result: dict[str, Any], records: Sequence[dict[str, Any]], figures: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the planner's figures for the counted steps, and add the utilization to the measured `figures`."""
     _, counted = counted_records(records)
-    where, ceilings = measured_machine(machine["device"], machine["rates"]["ceilings"])
+    where, ceilings = measured_machine(result["device"], result["rates"]["ceilings"])
     expected = predict(workload, where, ceilings, batches_of(counted))
     useful = expected.pop("flops_per_token") * figures["tokens_per_s"]["median"]
-    listed = listed_flops(machine["device"])
+    listed = listed_flops(result["device"], result["machine"]["gpu_cores"])
     figures["useful_flops_per_s"] = useful
-    figures["mfu"] = useful / machine["rates"]["gemm_flops_per_s"][machine["device"]["compute_dtype"]]
+    figures["mfu"] = useful / result["rates"]["gemm_flops_per_s"][result["device"]["compute_dtype"]]
     figures["mfu_listed"] = None if listed is None else useful / listed
     return {**expected, "ceilings": ceilings.source}
 

@@ -150,7 +150,11 @@ POWER = fields_of(
     ("low_power_mode", "yes/no?", "whether macOS's low power mode, or Linux's low-power platform profile, is on"),
     ("thermal_state", "text?", "macOS's thermal state: `nominal`, `fair`, `serious` or `critical`"),
     ("temperature_c", "number?", "temperature of the hottest sensor; Linux only"),
-    ("load_average", "number", "system load over the last minute; after the workload, it includes the workload"),
+    (
+        "load_average",
+        "number",
+        "system load over a minute: before the first measurement of the whole result; after the workload, with the workload's own load",
+    ),
 )
 FIGURES = (
     *fields_of("", ("tokens_per_s", "mapping", "tokens per second in a step, without padding")),
@@ -192,7 +196,11 @@ FIGURES = (
             "operations per second that the model itself needs, without padding and without what checkpointing repeats, at the median speed",
         ),
         ("mfu", "number", "`useful_flops_per_s` divided by the measured speed of matrix products in the compute dtype"),
-        ("mfu_listed", "number?", "`useful_flops_per_s` divided by the chip's listed peak"),
+        (
+            "mfu_listed",
+            "number?",
+            "`useful_flops_per_s` divided by the listed peak of the chip with this machine's GPU cores",
+        ),
         ("energy_j", "number?", "energy from the end of the first step to the end of the run, in joules"),
         ("energy_source", "text", "where the energy was read, or why it could not be read"),
     ),

@@ -536,12 +536,13 @@ def measured_machine(device: dict[str, Any], ceilings: dict[str, Any]) -> tuple[
     return machine, rates
 
 
-def listed_flops(device: dict[str, Any]) -> float | None:
-    """Return a chip's listed peak in the run's dtype, None if the chip is not in the table."""
+def listed_flops(device: dict[str, Any], gpu_cores: int | None) -> float | None:
+    """Return the listed peak in the run's dtype of a chip with this many GPU cores, None if the chip is not in the table."""
     chip = known_chip(device["name"]) if device["backend"] == "metal" else None
     if chip is None:
         return None
-    return chip.tflops * 1e12 * (chip.half_rate if NUMBER_BYTES[device["compute_dtype"]] == 2 else 1.0)
+    share = gpu_cores / chip.gpu_cores if gpu_cores else 1.0  # the table has full chips
+    return share * chip.tflops * 1e12 * (chip.half_rate if NUMBER_BYTES[device["compute_dtype"]] == 2 else 1.0)
 
 
 def predict_chips(workload: Workload) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from mlx_lora.bench.run import Length, measure_rates, run_workload
 from mlx_lora.bench.workloads import TIERS, Workload, choose_workloads
 from mlx_lora.utils import console
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import check_writable
 from mlx_lora.utils.text import counted
 
 RESULTS = Path("benchmarks/results")
@@ -69,6 +70,7 @@ def run_command(
     if not tiers and not names:
         tiers = ("embedded",)
     workloads = choose_workloads(tiers, names)
+    check_out(Path(out))
     length = Length(steps, seconds)
     created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     machine, power = describe_machine(), describe_power()
@@ -81,26 +83,46 @@ def run_command(
         console.echo("Micro-benchmarks")
         probe = measure_rates(Path(folder))
         result = new_result(created, tiers, machine, describe_software(), probe)
+        path = Path(out) if out.endswith(".json") else default_path(result, Path(out))
+        check_out(path)  # a chip's folder may be another user's, if an earlier run measured energy as root
         try:
             for workload in workloads:
-                result["results"].append(run_one(workload, probe, Path(folder), length))
+                result["results"].append(run_one(workload, result, Path(folder), length, power["load_average"]))
+                write_result(path, result)  # a tier takes an hour: what is measured must outlive what may follow
         except KeyboardInterrupt:
             code = 130
+            if result["results"]:  # it may have come before the last one was written
+                write_result(path, result)
     if not result["results"]:
         console.echo("Interrupted before the first workload ended, so no result was written")
         return 130
-    path = Path(out) if out.endswith(".json") else default_path(result, Path(out))
-    write_result(path, result)
     console.echo(f"Written to {path}{' (interrupted: workloads are missing)' if code else ''}")
     if as_json:
         console.print_json(result)
     return code
 
 
-def run_one(workload: Workload, probe: dict[str, Any], folder: Path, length: Length) -> dict[str, Any]:
+def check_out(out: Path) -> None:
+    """Refuse a file that exists, or a place that cannot be written, before anything is measured.
+
+    Raises:
+        InputError: it is one.
+    """
+    if out.name.endswith(".json"):
+        if out.exists():
+            raise InputError(
+                f"--out {out}: exists; give another name, or a folder, where each result gets its own name"
+            )
+        out = out.absolute().parent
+    check_writable(out, "--out", needed_bytes=1_000_000)
+
+
+def run_one(
+    workload: Workload, result: dict[str, Any], folder: Path, length: Length, load_before: float
+) -> dict[str, Any]:
     """Run a workload, and print its result."""
     console.echo(f"{workload.name} ...")
-    entry = run_workload(workload, probe, folder, length)
+    entry = run_workload(workload, result, folder, length, load_before)
     figures = entry["figures"]
     if figures is None:
         console.echo(f"  {entry['status']}: {entry['reason']}")
@@ -146,6 +168,9 @@ def report_command(paths: tuple[Path, ...], out: Path, across_versions: bool) ->
     """Write an HTML page from result files, or folders of them (default: benchmarks/results)."""
     if not paths and not RESULTS.exists():
         raise InputError(f"no result named, and there is no {RESULTS}; name files or folders")
+    # Another file may be a result, such as the one that is read.
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--out {out}: a page is written there; give a name that ends in .html")
     results, problems = read_results(paths or (RESULTS,))
     for line in problems:
         console.echo(line)

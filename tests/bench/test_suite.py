@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import write_folder
-from made_results import made_entry, made_rates
+from made_results import made_entry, made_rates, made_result
 from run_cli import run
 from tiers import by_default
 
@@ -19,8 +19,18 @@ from mlx_lora.bench import machine
 from mlx_lora.bench import run as running
 from mlx_lora.bench.machine import measure_rates
 from mlx_lora.bench.results import read_result
-from mlx_lora.bench.run import POWER, EnergyMeter, Length, run_figures, run_process, run_workload, spread, train_command
-from mlx_lora.bench.schema import RATES, field_problems
+from mlx_lora.bench.run import (
+    POWER,
+    Ended,
+    EnergyMeter,
+    Length,
+    run_figures,
+    run_process,
+    run_workload,
+    spread,
+    train_command,
+)
+from mlx_lora.bench.schema import RATES, field_problems, problems_of
 from mlx_lora.bench.workloads import (
     MODELS,
     ROW_SHAPES,
@@ -37,6 +47,7 @@ from mlx_lora.bench.workloads import (
     predict_sizes,
     typical_batches,
 )
+from mlx_lora.utils.errors import RunError
 
 BY_NAME = {one.name: one for one in WORKLOADS}
 CHAT = BY_NAME["embedded-smollm2-135m-chat-qlora"]
@@ -50,7 +61,7 @@ DEVICE = {
     "blas": "OpenBLAS",
     "compute_dtype": "float32",
 }
-PROBE = {"device": DEVICE, "rates": made_rates("float32")}
+PROBE = {"machine": {"gpu_cores": None}, "device": DEVICE, "rates": made_rates("float32")}
 
 # A workload never changes. One that must gets `version` + 1 and a new line here; old results then have no ratio to it.
 DEFINITIONS = "4abe672225abb440"
@@ -148,9 +159,21 @@ def test_batches_are_those_of_the_metrics():
 
 def test_listed_peaks_are_of_chips_in_the_table():
     mac = {**DEVICE, "name": "Apple M2 Pro", "backend": "metal", "compute_dtype": "bfloat16"}
-    assert listed_flops(mac) == 6.8e12
-    assert listed_flops({**mac, "name": "Apple M5"}) == 4 * 3.8e12
-    assert listed_flops(DEVICE) is None
+    assert listed_flops(mac, None) == 6.8e12
+    assert listed_flops({**mac, "name": "Apple M5"}, 10) == 4 * 3.8e12
+    assert listed_flops(DEVICE, None) is None
+
+
+def test_the_listed_peak_is_that_of_the_machines_cores():
+    mac = {**DEVICE, "name": "Apple M3 Max", "backend": "metal", "compute_dtype": "bfloat16"}
+    reached = []
+    for cores in (40, 30):
+        result = {"machine": {"gpu_cores": cores}, "device": mac, "rates": made_rates()}
+        records = [step(n, n * 1.0) for n in range(1, 7)]
+        figures = run_figures(records, 1.0)
+        running._against_plan(CHAT, result, records, figures)
+        reached.append(figures["mfu_listed"])
+    assert reached[1] == pytest.approx(reached[0] * 40 / 30)
 
 
 # --- what is recorded
@@ -301,7 +324,7 @@ def test_a_run_is_measured_recorded_and_read_again(workload, tiny_folder, tmp_pa
 
 
 def test_an_interrupted_run_keeps_what_is_done(tmp_path, monkeypatch):
-    def one(workload, probe, folder, length):
+    def one(workload, *rest):
         if workload is HUB:
             raise KeyboardInterrupt
         return made_entry(workload)
@@ -317,6 +340,77 @@ def test_an_interrupted_run_keeps_what_is_done(tmp_path, monkeypatch):
     nothing = run("bench", "run", "--workload", HUB.name, "--out", tmp_path / "none.json")
     assert nothing.code == 130
     assert not (tmp_path / "none.json").exists()
+
+
+def test_a_result_is_written_after_each_workload(tmp_path, monkeypatch):
+    out, written = tmp_path / "mine.json", []
+
+    def one(workload, *rest):
+        written.append(len(read_result(out).content["results"]) if out.exists() else 0)
+        if workload is HUB:
+            raise ZeroDivisionError  # a bug of ours, in the third
+        return made_entry(workload)
+
+    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", lambda work: PROBE)
+    monkeypatch.setattr("mlx_lora.cli.bench.run_one", one)
+    names = [word for workload in (CHAT, DPO, HUB) for word in ("--workload", workload.name)]
+    with pytest.raises(ZeroDivisionError):
+        run("bench", "run", *names, "--out", out)
+    assert written == [0, 1, 2]
+    assert len(read_result(out).content["results"]) == 2
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(tmp_path, monkeypatch):
+    def measure(work):
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", measure)
+    (tmp_path / "notes").write_text("x")
+    (tmp_path / "mine.json").write_text("{}")
+    (tmp_path / "folder.json").mkdir()
+    for out in ("notes", "notes/mine.json", "mine.json", "folder.json"):
+        ran = run("bench", "run", "--workload", CHAT.name, "--out", tmp_path / out)
+        assert (ran.code, len(ran.lines)) == (2, 1), out
+    assert (tmp_path / "mine.json").read_text() == "{}"
+
+
+def test_a_chips_folder_that_cannot_be_written_is_refused_before_the_workloads(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", lambda work: PROBE)
+    monkeypatch.setattr("mlx_lora.cli.bench.run_one", lambda *rest: pytest.fail("it was measured"))
+    monkeypatch.setattr("mlx_lora.bench.results.machine_name", lambda content: "chip")
+    (tmp_path / "chip").write_text("not a folder")
+    assert run("bench", "run", "--workload", CHAT.name, "--out", tmp_path).code == 2
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RunError("it broke")])
+def test_a_workload_that_cannot_be_run_is_an_entry(error, tmp_path, monkeypatch):
+    def fail(*rest):
+        raise error
+
+    monkeypatch.setattr(running, "run_process", fail)
+    entry = run_workload(CHAT, PROBE, tmp_path, Length(), 0.5, "model")
+    assert (entry["status"], entry["figures"]) == ("failed", None)
+    assert str(error) in entry["reason"]
+    assert problems_of(made_result(entries=[entry])) == []
+
+
+def test_the_load_of_a_workload_is_not_that_of_other_programs(tiny_folder, tmp_path, monkeypatch):
+    loads = [0.25]
+
+    def busy(*rest):
+        loads[0] = 9.0
+        return Ended(2, "Error: it did not fit")
+
+    monkeypatch.setattr("mlx_lora.cli.bench.measure_rates", lambda work: busy() and PROBE)
+    monkeypatch.setattr(running, "prepare_embedded", lambda packed, work: tiny_folder)
+    monkeypatch.setattr(running, "run_process", busy)
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: loads * 3)
+    out = tmp_path / "mine.json"
+    ran = run("bench", "run", "--workload", CHAT.name, "--workload", DPO.name, "--out", out)
+    assert ran.code == 0, ran.err
+    entries = read_result(out).content["results"]
+    assert [entry["power_before"]["load_average"] for entry in entries] == [0.25, 0.25]
+    assert [entry["power_after"]["load_average"] for entry in entries] == [9.0, 9.0]
 
 
 def test_an_interrupted_process_is_ended(tmp_path, monkeypatch):
@@ -339,7 +433,7 @@ def test_an_interrupted_process_is_ended(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_model_that_cannot_be_trained_is_an_entry(tmp_path):
     (tmp_path / "empty").mkdir()
-    entry = run_workload(CHAT, PROBE, tmp_path, Length(steps=3), str(tmp_path / "empty"))
+    entry = run_workload(CHAT, PROBE, tmp_path, Length(steps=3), 0.5, str(tmp_path / "empty"))
     assert entry["status"] == "not run"
     assert "neither config.json nor a .gguf file" in entry["reason"]
     assert entry["figures"] is None
@@ -347,7 +441,7 @@ def test_a_model_that_cannot_be_trained_is_an_entry(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_ends_after_its_seconds(tiny_folder, tmp_path):
-    entry = run_workload(CHAT, PROBE, tmp_path, Length(seconds=0.2), str(tiny_folder))
+    entry = run_workload(CHAT, PROBE, tmp_path, Length(seconds=0.2), 0.5, str(tiny_folder))
     assert entry["status"] == "measured", entry["reason"]
     assert entry["shortened"]
     assert entry["figures"]["counted_s"] < 20
@@ -358,7 +452,7 @@ def test_a_whole_workload_leaves_out_its_first_pass(tmp_path):
     from conftest import tiny_model
 
     folder = write_folder(tmp_path / "model", tiny_model())
-    entry = run_workload(CHAT, PROBE, tmp_path, Length(), str(folder))
+    entry = run_workload(CHAT, PROBE, tmp_path, Length(), 0.5, str(folder))
     figures = entry["figures"]
     assert not entry["shortened"]
     assert figures["counted_steps"] == 2 * figures["warmup_steps"]

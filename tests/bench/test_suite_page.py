@@ -67,6 +67,9 @@ def test_report_command(page, tmp_path):
     assert ran.code == 0
     assert "3 results in" in ran.err
     assert (tmp_path / "mine.html").read_text() == page.read_text()
+    result = write(tmp_path / "result.json", made_result())
+    assert run("bench", "report", result, "--out", result).code == 2
+    assert read_results([result])[0][0].content == made_result()
     bad = run("bench", "report", tmp_path / "nowhere")
     assert bad.code == 2
     assert len(bad.lines) == 1

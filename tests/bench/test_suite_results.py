@@ -14,6 +14,8 @@ from mlx_lora.bench.results import (
     ResultFile,
     compare,
     default_path,
+    distinct_names,
+    labels_of,
     read_result,
     read_results,
     render_tables,
@@ -211,6 +213,61 @@ def test_two_results_of_one_kind_of_machine_have_their_own_names():
     assert labels == ["M2 Pro, 16 GB · 2026-01-02", "M2 Pro, 16 GB · 2026-05-05", "M1, 16 GB"]
     same_day = [row.label for row in compare(results_of(made_result(), made_result()))[0].rows]
     assert same_day == ["M2 Pro, 16 GB · 0", "M2 Pro, 16 GB · 1"]
+
+
+def test_machines_that_differ_in_cores_have_their_own_names():
+    smaller, larger, other_day = made_result(), made_result(), made_result(created="2026-05-05T00:00:00+0000")
+    larger["machine"]["gpu_cores"] = 19
+    assert labels_of(results_of(smaller, larger)) == ["M2 Pro, 16 GPU cores, 16 GB", "M2 Pro, 19 GPU cores, 16 GB"]
+    assert labels_of(results_of(smaller, other_day, larger))[1:] == [
+        "M2 Pro, 16 GPU cores, 16 GB · 2026-05-05",
+        "M2 Pro, 19 GPU cores, 16 GB",
+    ]
+    servers = [made_result("AMD EPYC"), made_result("AMD EPYC")]
+    for cores, server in zip((2, 64), servers, strict=True):
+        server["machine"] |= {"gpu_cores": None, "cpu_cores": cores}
+    assert labels_of(results_of(*servers)) == ["AMD EPYC, 2 CPU cores, 16 GB", "AMD EPYC, 64 CPU cores, 16 GB"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["me/m2/day.json", "you/m2/day.json"], ["me", "you"]),
+        (["a/me/day.json", "a/you/day.json", "a/you/day-2.json"], ["me/day", "you/day", "day-2"]),
+        (["day.json", "you/day.json"], ["day", "you/day"]),
+        (["/day.json", "/you/day.json"], ["/day", "you/day"]),
+        (["../day.json", "you/day.json"], ["../day", "you/day"]),
+        (["day.json", "day.txt"], ["day.json", "day.txt"]),
+    ],
+)
+def test_files_of_one_name_are_named_by_what_differs(paths, names):
+    assert distinct_names([Path(path) for path in paths]) == names
+    content = made_result()
+    assert labels_of([ResultFile(Path(path), content) for path in paths]) == [
+        f"M2 Pro, 16 GB · {name}" for name in names
+    ]
+
+
+def test_a_file_that_is_named_twice_is_one_result(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = write(Path("a.json"), made_result())
+    results, _ = read_results([file, file.resolve(), tmp_path])
+    assert [one.path for one in results] == [file]
+
+
+def test_environment_variables_that_differ_are_noted():
+    plain, one_thread = made_result("Apple M1"), made_result()
+    plain["software"] |= {"variables": {"OMP_NUM_THREADS": None, "OPENBLAS_L2_SIZE": None}}
+    one_thread["software"] |= {
+        "variables": {"OMP_NUM_THREADS": "1", "OPENBLAS_L2_SIZE": "7"},
+        "removed_variables": ["OPENBLAS_L2_SIZE"],
+    }
+    for pair in ([plain, one_thread], [one_thread, plain]):
+        (table,) = compare(results_of(*pair))
+        assert table.rows[0].notes == ()
+        (note,) = table.rows[1].notes
+        assert "OMP_NUM_THREADS" in note
+        assert table.rows[1].speed_ratio == 1.0
 
 
 def test_compare_command(tmp_path):
