@@ -28,13 +28,13 @@ from mlx_lora.rollouts.rewards import (
     NO_FUNCTIONS,
     Functions,
     Reward,
-    awaited,
     no_function,
     reward_names,
 )
 from mlx_lora.rollouts.tool_calls import CallReader
 from mlx_lora.rollouts.tool_env import TOOL_REPORTS, Toolbox, ToolEnv
 from mlx_lora.rollouts.tools import OWN_REWARD, RESET, STEP, plain_tools, tool_methods, tool_schemas
+from mlx_lora.rollouts.user_calls import awaited
 from mlx_lora.rollouts.user_files import from_file
 from mlx_lora.rollouts.verifiers_env import (
     VerifiersEnv,
