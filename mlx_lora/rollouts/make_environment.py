@@ -131,7 +131,7 @@ def own_reward(environment: type[Any] | None) -> Reward | None:
         found = [one.get_reward() for one in environments]
         return [awaited(value) if inspect.isawaitable(value) else value for value in found]
 
-    return Reward(environment.__name__, get_reward)
+    return Reward(environment.__name__, get_reward, alone=True)
 
 
 def check_environment(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS) -> None:

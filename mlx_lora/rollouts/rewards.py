@@ -58,12 +58,14 @@ class Reward:
         function: see the module.
         weight: of its values in the sum.
         model: folder of a reward model, whose function takes conversations and has no time limit; None: a function.
+        alone: whether the function is called for each answer on its own, so that one that fails leaves the others theirs.
     """
 
     name: str
     function: RewardFunction
     weight: float = 1.0
     model: Path | None = None
+    alone: bool = False
 
 
 def rewards_of(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS) -> list[Reward]:
@@ -252,6 +254,10 @@ def _called(
 ) -> list[Any] | None:
     """Return a function's values, None if it failed and that is skipped."""
     count, name = len(answers["completions"]), f"--reward {reward.name}"
+    if reward.alone and count > 1:
+        every = [{key: values[row : row + 1] for key, values in answers.items()} for row in range(count)]
+        found = [_called(reward, one, (), settings, note, state) for one in every]
+        return [None if values is None else values[0] for values in found]
     if reward.model is None:
         values = guarded(lambda: call_reward(reward.function, answers, state), name, answers, settings, note)
     else:
