@@ -83,7 +83,7 @@ def test_the_time_limit_interrupts_and_the_next_call_works(place, blocks, monkey
 
     async def slow():
         try:
-            time.sleep(3) if blocks else await asyncio.sleep(30)
+            time.sleep(30) if blocks else await asyncio.sleep(30)
         finally:
             ended.append(True)
 
@@ -97,7 +97,7 @@ def test_the_time_limit_interrupts_and_the_next_call_works(place, blocks, monkey
     start = time.perf_counter()
     with pytest.raises(TooLong):
         place(limited)
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 20
     assert ended or blocks  # it does not go on beside the next one
     assert place(lambda: awaited(quick())) == 4
 
