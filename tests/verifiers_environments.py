@@ -66,6 +66,7 @@ __all__ = ["Guesses", "Hints"]
 """
 
 TOOLS = '''
+import sys
 import verifiers.v1 as vf
 
 COLORS = {"apple": "red", "pear": "green"}
@@ -76,7 +77,7 @@ class Shelf(vf.Toolset[vf.SharedToolsetConfig]):
     @vf.tool
     def look_up(self, word: str) -> str:
         """Look up the color of a thing."""
-        return COLORS[word]
+        return sys.exit(1) if word == "exit" else COLORS[word]
 
 class Data(vf.TaskData):
     color: str
@@ -156,6 +157,7 @@ if __name__ == "__main__":
 # An environment whose tasks go wrong in ways that their prompts name.
 WRONG = """
 import asyncio
+import sys
 import verifiers.v1 as vf
 
 class Data(vf.TaskData):
@@ -178,11 +180,13 @@ class Odd(vf.Task[Data]):
     async def judged(self, trace: vf.Trace) -> float | dict:
         if self.data.what == "reward" and trace.last_reply == "bad":
             raise ValueError("cannot judge this")
+        if self.data.what == "exits" and trace.last_reply == "bad":
+            sys.exit(0)
         return {"other": 1.0} if self.data.what == "names" else 1.0
 
 class Odds(vf.Taskset[Odd]):
     def load(self):
-        for what in ("fine", "setup", "slow", "rewritten", "reward", "names", "twice", "begins", "forgets", "picture"):
+        for what in ("fine", "setup", "slow", "rewritten", "reward", "names", "twice", "begins", "forgets", "picture", "exits"):
             yield Odd(Data(prompt=what, what=what), self.config.task)
 
 class Play(vf.Env[vf.SingleAgentEnvConfig]):
@@ -215,6 +219,28 @@ class Play(vf.Env[vf.SingleAgentEnvConfig]):
             await talk.turn("and now?")
 
 __all__ = ["Odds", "Play"]
+"""
+# Tasks of two classes, whose rewards have different names.
+TWO_KINDS = """
+import verifiers.v1 as vf
+
+class Word(vf.Task):
+    @vf.reward
+    async def says(self, trace: vf.Trace) -> float:
+        return 1.0
+
+class Sum(Word):
+    @vf.reward
+    async def right(self, trace: vf.Trace) -> float:
+        return 1.0
+
+class Both(vf.Taskset[vf.Task]):
+    def load(self):
+        yield Word(vf.TaskData(prompt="Say apple"))
+        yield Word(vf.TaskData(prompt="Say pear"))
+        yield Sum(vf.TaskData(prompt="1+1"))
+
+__all__ = ["Both"]
 """
 TWO_AGENTS = """
 import verifiers.v1 as vf

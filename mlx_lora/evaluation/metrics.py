@@ -25,6 +25,7 @@ from typing import Any
 from mlx_lora.rollouts.ready_rewards import ANSWER_COLUMNS, MATH, PLAIN, ready_reward
 from mlx_lora.rollouts.rewards import TrainerState, call_reward, problem_of
 from mlx_lora.rollouts.tool_calls import Said
+from mlx_lora.rollouts.user_calls import FAILURES
 from mlx_lora.rollouts.user_files import from_file, one_line
 from mlx_lora.utils.errors import InputError, RunError
 from mlx_lora.utils.text import closest
@@ -147,7 +148,7 @@ def _functional(shown: str, name: str, function: Any) -> Metric:
             found = call_reward(function, arguments, TrainerState())
         except InputError:
             raise
-        except Exception as error:  # a user's code may raise anything
+        except FAILURES as error:  # a user's code may raise anything
             if name in PLAIN:  # of ours, which says what its rows lack
                 raise InputError(f"--metric {name}: {one_line(error).partition(': ')[2]}") from error
             raise RunError(f"--metric {name} failed ({one_line(error)}); correct it") from error

@@ -413,7 +413,8 @@ class MultiTurnEnv:
         tokenizer: not mlx-lm's wrapper.
         day: that the chat template shows as today; None: today.
         state: where the run is.
-        episodes: those that were begun; none if that failed, which is skipped.
+        episodes: of each; None: it failed, which is skipped.
+        totals: rewards of each so far, NaN for none.
         facts: of each episode's prompt.
         encoder: of prompts and observations; None: no episode was begun yet.
     """
@@ -424,7 +425,8 @@ class MultiTurnEnv:
     tokenizer: PreTrainedTokenizerBase
     day: date | None = None
     state: TrainerState = field(default_factory=TrainerState)
-    episodes: list[Env] = field(default_factory=list)
+    episodes: list[Env | None] = field(default_factory=list)
+    totals: list[float] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     facts: list[Facts] = field(default_factory=list)
     encoder: Encoder | None = None
@@ -438,51 +440,30 @@ class MultiTurnEnv:
         note: Callable[[str], None],
     ) -> list[list[int]]:
         self.facts = [fact for fact in facts for _ in range(group)]
-        self.turns = [0] * len(self.facts)
-        columns = [
-            {**fact["columns"], "seed": seed} for fact, seed in zip(facts, seeds, strict=True) for _ in range(group)
-        ]
-
-        def begin() -> list[Any]:
-            made = [self.make() for _ in columns]
-            both = zip(made, columns, strict=True)
-            return [(one, one.reset(**without_defaults(one.reset, given))) for one, given in both]
-
-        begun = self._guarded(begin, range(len(columns)), [""] * len(columns), note) or []
-        self.episodes = [one for one, _ in begun]
-        if not begun:
-            return list(prompts)
-        first = same_beginnings([text for _, text in begun], group, f"--environment {self.rewards[0].name}")
-        encoder = self._encoder()
-        return [
-            prompt if not text else prompt_tokens(encoder, with_observation(fact["example"], text))
-            for prompt, fact, text in zip(prompts, facts, first, strict=True)
-        ]
+        self.turns, self.totals = [0] * len(self.facts), [np.nan] * len(self.facts)
+        begun = [self._begun(number, seeds[number // group], note) for number in range(len(self.facts))]
+        self.episodes = [None if one is None else one[0] for one in begun]
+        found = []
+        for place, (prompt, fact) in enumerate(zip(prompts, facts, strict=True)):
+            texts = [one[1] for one in begun[place * group : (place + 1) * group] if one is not None]
+            first = same_beginnings(texts, max(1, len(texts)), f"--environment {self.rewards[0].name}")
+            for text in filter(None, first):  # none, or one
+                prompt = prompt_tokens(self._encoder(), with_observation(fact["example"], text))
+            found.append(prompt)
+        return found
 
     def step(
         self, episodes: Sequence[int], completions: Sequence[list[int]], note: Callable[[str], None]
     ) -> StepResults:
-        texts = [self.text_of(completion) for completion in completions]
-
-        def steps() -> list[Any]:
-            return [_checked(self.episodes[number].step(text)) for number, text in zip(episodes, texts, strict=True)]
-
-        found = self._guarded(steps, episodes, texts, note) if self.episodes else None
-        if found is None:
-            nothing = np.full((len(completions), 1), np.nan)
-            return StepResults([[] for _ in completions], nothing, [True] * len(completions))
         observations, done = [], []
-        for number, (text, _, over) in zip(episodes, found, strict=True):
-            self.turns[number] += 1
-            over = over or self.turns[number] >= self.settings.objective.max_turns
-            example = self.facts[number]["example"]
-            observations.append([] if over else observation_tokens(self._encoder(), example, text))
-            done.append(over)
-        rewards = [np.nan if reward is None else float(reward) for _, reward, _ in found]
-        return StepResults(observations, np.array(rewards)[:, None], done)
+        for number, completion in zip(episodes, completions, strict=True):
+            text, example = self._answered(number, self.text_of(completion), note), self.facts[number]["example"]
+            observations.append([] if text is None else observation_tokens(self._encoder(), example, text))
+            done.append(text is None)
+        return StepResults(observations, np.full((len(done), 1), np.nan), done)
 
     def finish(self, episodes: Sequence[Episode], note: Callable[[str], None]) -> np.ndarray | None:
-        return None
+        return np.array(self.totals)[:, None]
 
     def text_of(self, tokens: Sequence[int]) -> str:
         return text_of(self.tokenizer, tokens)
@@ -494,13 +475,40 @@ class MultiTurnEnv:
             self.encoder = prompt_encoder(rows, self.settings.data, self.tokenizer, self.day)
         return self.encoder
 
+    def _begun(self, number: int, seed: int, note: Callable[[str], None]) -> tuple[Env, str | None] | None:
+        """Begin an episode, and return it with what is added to its prompt; None if that failed and is skipped."""
+
+        def begin() -> list[Any]:
+            made = self.make()
+            columns = {**self.facts[number]["columns"], "seed": seed}
+            return [made, made.reset(**without_defaults(made.reset, columns))]
+
+        begun = self._guarded(begin, number, "", note)
+        return None if begun is None else (begun[0], begun[1])
+
+    def _answered(self, number: int, text: str, note: Callable[[str], None]) -> str | None:
+        """Tell an episode what the model said, and return the observation; None: it is over.
+
+        An episode that fails is over, and so that it is not compared with whole ones, it has no reward for earlier turns.
+        """
+        episode = self.episodes[number]
+        if episode is None:
+            return None
+        found = self._guarded(lambda: list(_checked(episode.step(text))), number, text, note)
+        if found is None:
+            self.episodes[number], self.totals[number] = None, np.nan
+            return None
+        observation, reward, over = found
+        if reward is not None:
+            self.totals[number] = float(np.nan_to_num(self.totals[number])) + float(reward)
+        self.turns[number] += 1
+        return None if over or self.turns[number] >= self.settings.objective.max_turns else observation
+
     def _guarded(
-        self, function: Callable[[], list[Any]], episodes: Sequence[int], texts: list[str], note: Callable[[str], None]
+        self, function: Callable[[], list[Any]], number: int, text: str, note: Callable[[str], None]
     ) -> list[Any] | None:
-        """Return what the user's environments return, None if one failed and that is skipped."""
-        if not texts:
-            return []
-        answers = {"prompts": [self.facts[number]["prompt"] for number in episodes], "completions": texts}
+        """Return what an episode of the user's returns, None if it failed and that is skipped."""
+        answers = {"prompts": [self.facts[number]["prompt"]], "completions": [text]}
         return guarded(function, f"--environment {self.rewards[0].name}", answers, self.settings.objective, note)
 
 

@@ -28,13 +28,13 @@ from mlx_lora.rollouts.rewards import (
     NO_FUNCTIONS,
     Functions,
     Reward,
-    awaited,
     no_function,
     reward_names,
 )
 from mlx_lora.rollouts.tool_calls import CallReader
 from mlx_lora.rollouts.tool_env import TOOL_REPORTS, Toolbox, ToolEnv
 from mlx_lora.rollouts.tools import OWN_REWARD, RESET, STEP, plain_tools, tool_methods, tool_schemas
+from mlx_lora.rollouts.user_calls import awaited
 from mlx_lora.rollouts.user_files import from_file
 from mlx_lora.rollouts.verifiers_env import (
     VerifiersEnv,
@@ -131,7 +131,7 @@ def own_reward(environment: type[Any] | None) -> Reward | None:
         found = [one.get_reward() for one in environments]
         return [awaited(value) if inspect.isawaitable(value) else value for value in found]
 
-    return Reward(environment.__name__, get_reward)
+    return Reward(environment.__name__, get_reward, alone=True)
 
 
 def check_environment(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS) -> None:

@@ -11,18 +11,14 @@ Shapes: A answers, F functions, G answers to one prompt.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import inspect
 import math
 import os
 import re
-import signal
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -34,8 +30,10 @@ import numpy as np
 from mlx_lora.config.objectives import VERIFIERS
 from mlx_lora.losses.policy import group_deviation
 from mlx_lora.rollouts.ready_rewards import GIVE, PLAIN, ready_reward
+from mlx_lora.rollouts.user_calls import FAILURES, TooLong, at_most, awaited
 from mlx_lora.rollouts.user_files import from_file, one_line
 from mlx_lora.utils.errors import InputError, RunError
+from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
     from mlx_lora.config.objectives import ObjectiveSettings
@@ -60,12 +58,14 @@ class Reward:
         function: see the module.
         weight: of its values in the sum.
         model: folder of a reward model, whose function takes conversations and has no time limit; None: a function.
+        alone: whether the function is called for each answer on its own, so that one that fails leaves the others theirs.
     """
 
     name: str
     function: RewardFunction
     weight: float = 1.0
     model: Path | None = None
+    alone: bool = False
 
 
 def rewards_of(settings: ObjectiveSettings, functions: Functions = NO_FUNCTIONS) -> list[Reward]:
@@ -244,20 +244,6 @@ def _takes_state(function: Callable[..., Any]) -> bool:
     return STATE in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
-def awaited(values: Any) -> Any:
-    """Wait for an `async def` reward; a notebook has an event loop of its own, which cannot run another's."""
-
-    async def wait() -> Any:
-        return await values
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(wait())
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(asyncio.run, wait()).result()
-
-
 def _called(
     reward: Reward,
     answers: dict[str, Any],
@@ -268,6 +254,10 @@ def _called(
 ) -> list[Any] | None:
     """Return a function's values, None if it failed and that is skipped."""
     count, name = len(answers["completions"]), f"--reward {reward.name}"
+    if reward.alone and count > 1:
+        every = [{key: values[row : row + 1] for key, values in answers.items()} for row in range(count)]
+        found = [_called(reward, one, (), settings, note, state) for one in every]
+        return [None if values is None else values[0] for values in found]
     if reward.model is None:
         values = guarded(lambda: call_reward(reward.function, answers, state), name, answers, settings, note)
     else:
@@ -303,34 +293,11 @@ def guarded(
         with at_most(settings.reward_timeout) if limited else nullcontext():
             return function()
     except TooLong:
-        words = f"{settings.reward_timeout:g} s for {len(answers['completions'])} answers"
+        words = f"{settings.reward_timeout:g} s for {counted(len(answers['completions']), 'answer')}"
         fail(f"{name} took longer than {words}", settings, note, "--reward-timeout")
-    except Exception as error:  # a user's code may raise anything
+    except FAILURES as error:  # a user's code may raise anything
         fail(f"{name} failed ({one_line(error)}) for {_shown(answers, 0)}", settings, note)
     return None
-
-
-class TooLong(BaseException):
-    """A reward took longer than allowed; not an Exception, so that the user's code does not catch it."""
-
-
-@contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raise TooLong in here after some seconds; only in the main thread, the others have no signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: Any) -> None:
-        raise TooLong
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def fail(what: str, settings: ObjectiveSettings, note: Callable[[str], None], flag: str = "") -> None:

@@ -10,7 +10,6 @@ it fails, the model reads {'error': ...}, as in TRL, and the run goes on.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import random
 from collections import Counter
@@ -24,15 +23,9 @@ import numpy as np
 from transformers.utils.chat_template_utils import get_json_schema
 
 from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.rollouts.rewards import (
-    IN_PYTHON,
-    NO_FUNCTIONS,
-    Functions,
-    TooLong,
-    at_most,
-    awaited,
-)
+from mlx_lora.rollouts.rewards import IN_PYTHON, NO_FUNCTIONS, Functions
 from mlx_lora.rollouts.tool_calls import Call
+from mlx_lora.rollouts.user_calls import FAILURES, TooLong, at_most, awaited
 from mlx_lora.rollouts.user_files import from_file, module_of, without_defaults
 from mlx_lora.utils.errors import InputError
 
@@ -189,7 +182,7 @@ def called(tools: Mapping[str, Tool], call: Call, limit_s: float) -> Result:
             return Result(value if isinstance(value, list) else str(value))
     except TooLong:
         return _failed(f"{name} took longer than {limit_s:g} s", "TimeoutError")
-    except (Exception, asyncio.CancelledError) as error:  # a user's code may raise anything
+    except FAILURES as error:  # a user's code may raise anything
         return _failed(str(error), type(error).__name__)
 
 

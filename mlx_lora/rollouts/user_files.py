@@ -27,6 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mlx_lora.rollouts.user_calls import FAILURES
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import sha256_of
 
@@ -67,7 +68,7 @@ def module_of(path: str, asked: str) -> ModuleType:
         raise InputError(f"{asked}: there is no file {file}; give its path")
     try:
         return _module(file.resolve(), sha256_of(file))
-    except Exception as error:  # a user's code may raise anything
+    except FAILURES as error:  # a user's code may raise anything
         raise InputError(f"{asked}: {file} cannot be run ({one_line(error)}); correct it") from error
 
 

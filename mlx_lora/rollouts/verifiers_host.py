@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from mcp import MCPError  # pyright: ignore[reportMissingImports]
 from verifiers.v1 import (  # pyright: ignore[reportMissingImports]
     AssistantMessage,
     ModelContext,
@@ -267,6 +268,8 @@ class ChatHarness(NullHarness):
                 failed = str(content) if result.is_error else None
             except TimeoutError:
                 failed = f"{name} took longer than {self.config.tool_timeout:g} s"
+            except MCPError as error:  # the server's own: the tool ended its process, for example
+                failed = f"{name} failed ({error.message})"
         if failed is not None:
             self.failures(trace, name, failed)
             content = content or f"error: {failed}"
@@ -335,7 +338,10 @@ class Host:
 
         def run() -> None:
             asyncio.set_event_loop(loop)
-            loop.run_until_complete(serve())
+            serving = loop.create_task(serve())
+            while not serving.done():
+                with contextlib.suppress(SystemExit):  # of an episode, which ends with it
+                    loop.run_until_complete(serving)
             loop.close()
 
         thread = threading.Thread(target=run, name="verifiers", daemon=True)
@@ -448,7 +454,7 @@ class Host:
             cut_short = found.is_timeout or any(trace.is_timeout for trace in found.traces)
         except asyncio.CancelledError:
             problem = "it was ended"
-        except Exception as error:  # the package keeps what an environment raises; this is its own
+        except (Exception, SystemExit) as error:  # the package keeps what an environment raises; not all of it
             problem = one_line(error)
         self.changed(episode, ended=True, problem=episode.problem or problem, cut_short=cut_short, question=None)
 

@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from verifiers_environments import OWN, PROGRAM, SINGLE, TURNS, TWO_AGENTS, plain, write_environments
+from verifiers_environments import OWN, PROGRAM, SINGLE, TURNS, TWO_AGENTS, TWO_KINDS, plain, write_environments
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.files import find_sets
@@ -26,6 +26,7 @@ def modules(monkeypatch, tmp_path):
         "vt_seen": plain(f"yield One(vf.TaskData(prompt=[{picture}]), self.config.task)"),
         "vt_opened": plain("yield One(vf.TaskData(system_prompt='Wait.'), self.config.task)"),
         "vt_own": OWN, "vt_program": PROGRAM, "vt_broken": "import no_such_package",
+        "vt_kinds": TWO_KINDS,
     }  # fmt: skip
     folder = write_environments(tmp_path, **made)
     monkeypatch.syspath_prepend(str(folder))
@@ -105,6 +106,7 @@ BAD = {
     "vt_seen": "has a picture",
     "vt_program": "vt_program. lets the model run commands",
     "vt_broken": "No module named 'no_such_package'",
+    "vt_kinds": "task 2 .Sum. has the reward right",
 }
 
 
@@ -113,6 +115,10 @@ def test_an_environment_that_cannot_be_used_is_one_line(name, modules):
     with pytest.raises(InputError, match=BAD[name]) as refused:
         records(f"verifiers:{name}")
     assert "\n" not in str(refused.value)
+
+
+def test_only_the_tasks_of_a_run_must_have_the_same_rewards(modules):
+    assert len(records("verifiers:vt_kinds:2")) == 2
 
 
 AGENT = "[env.taskset]\nid = 'vt_words'\n[env.agent]\n"

@@ -60,13 +60,16 @@ def test_functions_of_a_file(tmp_path):
         "def short(prompts, completions, answer, **columns):\n    return [float(len(c) < len(a)) for c, a in zip(completions, answer)]\n"
         "def wrong(completions, **columns):\n    return ['x' for _ in completions]\n"
         "def fails(completions, **columns):\n    raise KeyError('no')\n"
+        "def ends(completions, **columns):\n    raise SystemExit(0)\n"
     )
     assert values(f"{file}:short", [("four", "two"), ("a", "long")]) == {"short": [1.0, 0.0]}
     with pytest.raises(RunError, match="a str, not a number"):
         values(f"{file}:wrong", [("a", "b")])
     with pytest.raises(RunError, match="KeyError"):
         values(f"{file}:fails", [("a", "b")])
-    with pytest.raises(InputError, match="it has short, wrong, fails"):
+    with pytest.raises(RunError, match="SystemExit"):
+        values(f"{file}:ends", [("a", "b")])
+    with pytest.raises(InputError, match="it has short, wrong, fails, ends"):
         metric_of(f"{file}:other")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from dataclasses import replace
 
 import mlx.core as mx
@@ -178,6 +180,41 @@ def test_a_failing_environment_ends_the_run_or_is_skipped(case):
     assert not np.isnan(played(echo(), [["q"], ["q"]]).rewards).any()
 
 
+class Number(Echo):
+    """Gives 0.1 for the first answer, and 1 for the number 7 as the second."""
+
+    def reset(self, seed, **columns):
+        self.said = []
+
+    def step(self, completion):
+        self.said.append(completion)
+        return ("?", 0.1, False) if len(self.said) == 1 else (None, float(int(completion) == 7), True)
+
+
+class Quits(Number):
+    def step(self, completion):
+        return sys.exit(0) if completion == "b" else super().step(completion)
+
+
+class Waits(Number):
+    def step(self, completion):
+        return time.sleep(30) if completion == "b" else super().step(completion)
+
+
+@pytest.mark.parametrize("make", [Number, Quits, Waits])
+def test_an_episode_that_fails_loses_its_rewards_and_the_others_go_on(make):
+    env = echo(make, reward_errors="skip", reward_timeout=0.2)
+    found = played(env, [["a", "7"], ["a", "b"], ["7", "7"], ["a", "3"]], room=40)
+    assert np.isnan(found.rewards.ravel()).tolist() == [False, True, False, False]
+    assert found.rewards.ravel()[[0, 2, 3]].tolist() == [1.1, 1.1, 0.1]
+    assert [len(episode.observed) for episode in found.episodes] == [1] * 4
+    [note] = found.notes
+    assert make is Waits or "'b'" in note  # its own answer
+    with pytest.raises(RunError) as stopped:
+        played(echo(make, reward_timeout=0.2), [["a", "7"], ["a", "b"]], room=40)
+    assert "\n" not in str(stopped.value)
+
+
 def test_a_failing_reset_is_skipped_too():
     broken = type("Broken", (Echo,), {"reset": lambda self, seed, **columns: {}["key"]})
     with pytest.raises(RunError, match="KeyError"):
@@ -185,6 +222,20 @@ def test_a_failing_reset_is_skipped_too():
     found = played(echo(broken, reward_errors="skip"), [["a"], ["q"]])
     assert np.isnan(found.rewards).all()
     assert [len(episode.observed) for episode in found.episodes] == [0, 0]
+
+
+def test_the_episodes_of_a_prompt_go_on_without_one_that_does_not_begin():
+    count = iter(range(9))
+
+    class Third(Echo):
+        def reset(self, seed, **columns):
+            super().reset(seed)
+            return sys.exit("no") if next(count) == 2 else "Hi"
+
+    found = played(echo(Third, reward_errors="skip"), [["q"], ["q"], ["q"], ["a", "q"]])
+    assert np.isnan(found.rewards.ravel()).tolist() == [False, False, True, False]
+    assert found.prompts == [tokens_of("p0Hi"), tokens_of("p1Hi")]
+    assert [len(episode.observed) for episode in found.episodes] == [0, 0, 0, 1]
 
 
 def test_seeds_depend_on_run_rollout_and_prompt_alone():

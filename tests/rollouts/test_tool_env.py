@@ -150,6 +150,22 @@ def test_a_class_may_reward_itself(file):
     assert own_reward(environment(QWEN, file, environment="Counter", reward="reached").toolbox.environment) is None
 
 
+@pytest.mark.parametrize("ends", ["1 / 0", "import sys; sys.exit(0)"])
+def test_an_episode_without_a_reward_of_its_own_leaves_the_others_theirs(ends, file):
+    reward = (
+        "    async def get_reward(self) -> float:\n        if not self.value: {}\n        return float(self.value)\n"
+    )
+    file.write_text(TOOLS + f"\n\nclass Strict(Counter):\n{reward.format(ends)}")
+    done = answer_text(QWEN, "Done.")
+    answers = [[call("step_by", count=3), done], [done], [call("step_by", count=2), done], [done]]
+    found = played(environment(QWEN, file, environment="Strict", reward_errors="skip"), answers)
+    assert np.isnan(found.rewards.ravel()).tolist() == [False, True, False, True]
+    assert found.rewards.ravel()[::2].tolist() == [3.0, 2.0]
+    assert ["p0" in note for note in found.notes] == [True, False]
+    with pytest.raises(RunError):
+        played(environment(QWEN, file, environment="Strict"), answers)
+
+
 def test_functions_and_a_class_may_stand_together_and_be_async(file):
     env = environment(QWEN, file, environment="Counter", tools="add", reward="reached")
     [one, _] = played(env, [[call("add", a=4), call("step_by", count=1), RED], [RED]]).episodes

@@ -118,10 +118,11 @@ def test_a_file_may_import_from_the_current_folder(tmp_path, paths, monkeypatch)
     assert from_file("--reward", "code/r.py:f", "function")() == 4
 
 
-def test_a_file_that_fails_leaves_nothing(tmp_path, paths):
-    (tmp_path / "broken.py").write_text("import sys\nassert __name__ in sys.modules\n1 / 0\n")
+@pytest.mark.parametrize(("last", "named"), [("1 / 0", "ZeroDivisionError"), ("sys.exit()", "SystemExit")])
+def test_a_file_that_fails_leaves_nothing(last, named, tmp_path, paths):
+    (tmp_path / "broken.py").write_text(f"import sys\nassert __name__ in sys.modules\n{last}\n")
     before = set(sys.modules)
-    with pytest.raises(InputError, match="ZeroDivisionError"):
+    with pytest.raises(InputError, match=named):
         from_file("--reward", f"{tmp_path / 'broken.py'}:f", "function")
     assert set(sys.modules) == before
 

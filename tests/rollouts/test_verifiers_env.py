@@ -161,6 +161,18 @@ def test_tools_are_called_and_their_results_are_not_trained(family):
         assert own == [token for text in texts for token in env.tokenizer.encode(text, add_special_tokens=False)]
 
 
+@pytest.mark.slow  # the package asks such a server six times
+def test_a_tool_that_ends_its_process_is_told_to_the_model():
+    env, red = environment("vf_shelf"), said("It is red.")
+    calls = [call_text(QWEN, "look_up", {"word": word}) for word in ("exit", "apple")]
+    found = played(env, [0], [[calls[0], red], [calls[1], red]])
+    assert found.rewards.ravel().tolist() == [1, 1]
+    assert [one.counts[FAILURES] for one in found.episodes] == [1, 0]
+    assert found.episodes[0].messages[1]["content"].startswith("error: ")
+    again = played(env, [0], [[calls[1], red], [red]])  # it is there for the next call
+    assert again.episodes[0].messages[1]["content"] == "red"
+
+
 def test_a_result_is_as_the_template_writes_it_and_thinking_stays():
     env = environment("vf_shelf")
     thought = "<think>\nHm.\n</think>\n\n" + call_text(QWEN, "look_up", {"word": "apple"})
@@ -192,7 +204,7 @@ def test_a_loop_ends_at_the_most_turns():
     assert found.rewards.ravel().tolist() == [0, 1]
 
 
-TASKS = ("fine", "setup", "slow", "rewritten", "reward", "names", "twice", "begins", "forgets", "picture")
+TASKS = ("fine", "setup", "slow", "rewritten", "reward", "names", "twice", "begins", "forgets", "picture", "exits")
 PROBLEMS = {
     "setup": "no such shelf",
     "rewritten": "other tokens",
@@ -201,6 +213,7 @@ PROBLEMS = {
     "twice": "several conversations",
     "forgets": "rewrites the conversation",
     "picture": "has a picture",
+    "exits": "SystemExit",
 }
 
 
@@ -213,7 +226,7 @@ def test_what_goes_wrong_in_an_episode_is_named(what):
     assert "\n" not in str(stopped.value)
     found = played(environment("vf_wrong", reward_errors="skip"), [0, task], [[said("fine")] * 3] * 2 + bad)
     assert found.rewards.ravel()[:2].tolist() == [1, 1]  # the others count
-    lost = [True, what != "reward"]
+    lost = [True, what not in ("reward", "exits")]
     assert np.isnan(found.rewards.ravel()[2:]).tolist() == lost
     assert [one.counts[ERRORS] for one in found.episodes] == [0, 0, *map(float, lost)]
     assert sum(PROBLEMS[what] in note for note in found.notes) == sum(lost)
