@@ -161,7 +161,7 @@ class Walk:
         """Note what a block is called with, and return what the walk says that it returns."""
         call = self.calls[len(self.given)]
         self.given.append(given)
-        mx.random.seed(self.seeds[len(self.given)])  # a block draws nothing now, and what follows it draws the same as then
+        mx.random.seed(self.seeds[len(self.given)])  # what follows the block draws the same as then
         return call.segment.result(call.outputs)
 
 
