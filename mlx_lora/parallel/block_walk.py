@@ -9,7 +9,8 @@ was computed from. So the walk does what it does in parts, each of which is comp
 
 What a model computes between its blocks, with embedding, head and loss, is the function (z of all blocks) -> (x of all blocks,
 loss), in which blocks return their z without computing anything. dz is its product with the dx that are known by then. An x that
-is the z of the block before, as in most models, is needed by no other dz, so its dx is let go after that.
+is the z of the block before, as in most models, is needed by no other dz, so its dx is let go after that. This function draws the
+same random numbers whenever it is planned: those of the forward pass (dropout of an embedding's or a head's adapter).
 
 Source: reverse mode over a program cut at checkpoints, Griewank and Walther, Evaluating Derivatives, chapter 12.
 """
@@ -81,6 +82,7 @@ class Walk:
         files: where x, z and what is kept wait for the backward pass; None: in memory.
         results: of what was computed at once between the blocks, in order.
         repeated: how many of them the plan of now has had.
+        seeds: of the random state at the beginning of the forward pass, and after each of its calls.
     """
 
     mode: Mode = Mode.AT_ONCE
@@ -89,6 +91,7 @@ class Walk:
     files: ActivationFiles | None = None
     results: list[list[mx.array]] = field(default_factory=list)
     repeated: int = 0
+    seeds: list[int] = field(default_factory=list)
 
     def outside(self, function: Callable[..., Sequence[mx.array]], *arrays: mx.array) -> Sequence[mx.array]:
         """Return `function(*arrays)`, computed at once, unless it is only planned.
@@ -109,6 +112,21 @@ class Walk:
         return made
 
     @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Let blocks be computed and noted inside this context."""
+        self.seeds = [_seed_of_state()]
+        with self.set_to(Mode.FORWARD):
+            yield
+
+    @contextmanager
+    def between(self) -> Iterator[None]:
+        """Let blocks return what they returned in the forward pass inside this context, as if it were made again."""
+        self.given, self.repeated = [], 0
+        mx.random.seed(self.seeds[0])
+        with self.set_to(Mode.BETWEEN):
+            yield
+
+    @contextmanager
     def set_to(self, mode: Mode) -> Iterator[None]:
         """Let blocks do something else inside this context."""
         before, self.mode = self.mode, mode
@@ -122,6 +140,7 @@ class Walk:
         outputs, kept = segment.forward(segment.primals)
         mx.eval(outputs, kept)
         self.calls.append(self._noted(segment, outputs, kept))
+        self.seeds.append(_seed_of_state())
         return segment.result(outputs)
 
     def _noted(self, segment: Segment, outputs: list[mx.array], kept: list[mx.array]) -> Call:
@@ -134,7 +153,7 @@ class Walk:
 
     def end(self) -> None:
         """Forget the step."""
-        self.calls, self.given, self.results = [], [], []
+        self.calls, self.given, self.results, self.seeds = [], [], [], []
         if self.files is not None:
             self.files.clear()
 
@@ -142,6 +161,7 @@ class Walk:
         """Note what a block is called with, and return what the walk says that it returns."""
         call = self.calls[len(self.given)]
         self.given.append(given)
+        mx.random.seed(self.seeds[len(self.given)])  # what follows the block draws the same as then
         return call.segment.result(call.outputs)
 
 
@@ -195,7 +215,7 @@ def value_and_grad(walk: Walk, model: nn.Module, loss: Callable[..., Any]) -> Ca
     def function(*args: Any) -> tuple[Any, dict]:
         walk.end()
         try:
-            with walk.set_to(Mode.FORWARD):
+            with walk.forward():
                 loss(*args)  # of which only the blocks are computed, and what is computed at once
             return _backward(walk, model, lambda: loss(*args))
         finally:
@@ -285,9 +305,8 @@ class _Between:
         for call, outputs in zip(self._walk.calls, self._outputs, strict=True):
             call.outputs = [next(rest) for _ in outputs]
         self._model.update(tree_unflatten(list(zip(self._names, rest, strict=True))))
-        self._walk.given, self._walk.repeated = [], 0
         try:
-            with self._walk.set_to(Mode.BETWEEN):
+            with self._walk.between():
                 return self._loss()
         finally:
             self._model.update(tree_unflatten(list(zip(self._names, self._outer, strict=True))))
@@ -331,6 +350,12 @@ def apart(array: mx.array) -> mx.array:
         return mx.zeros(array.shape, array.dtype)
     bits = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.dtype.size]
     return mx.array(np.array(mx.stop_gradient(array).view(bits), copy=False)).view(array.dtype)
+
+
+def _seed_of_state() -> int:
+    """Return the seed that leads to the random state of now; it cannot be assigned a key, but a seed is a key's two halves."""
+    high, low = mx.random.state[0].tolist()
+    return high << 32 | low
 
 
 def _arrays(tree: Any) -> list[mx.array]:

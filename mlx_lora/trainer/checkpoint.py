@@ -64,7 +64,7 @@ def run_arrays(step: Step) -> dict[str, mx.array]:
 
 
 def take_first_ranks(strategy: Strategy, step: Step) -> None:
-    """Copy the arrays of rank 0's run to every rank, unless they are already equal.
+    """Copy the arrays of rank 0's run to every rank, and say so unless they are already equal.
 
     Ranks start equal and apply the same sums, so they stay equal, except for rounding: if a backend adds in a different
     order on each rank, or different processors computed the initial factors.
@@ -72,13 +72,21 @@ def take_first_ranks(strategy: Strategy, step: Step) -> None:
     Args:
         strategy, step: of this run.
     """
+    if send_first_ranks(strategy, step):
+        log.info("The ranks' parameters were not exactly equal; all ranks continue with those of rank 0")
+
+
+def send_first_ranks(strategy: Strategy, step: Step) -> bool:
+    """Copy the arrays of rank 0's run to every rank, and return whether any of them had others.
+
+    Args:
+        strategy, step: of this run.
+    """
     arrays = run_arrays(step)
     first = strategy.first_arrays(arrays, [name for name in arrays if name != "random"])  # each rank has its own
-    if first is None:
-        return
-    log.info("The ranks' parameters were not exactly equal; all ranks continue with those of rank 0")
-    if not strategy.ranks.leads:
+    if first is not None and not strategy.ranks.leads:
         restore_arrays(step, first)
+    return first is not None
 
 
 def finite(step: Step) -> bool:
@@ -125,14 +133,22 @@ def restore_arrays(step: Step, arrays: dict[str, mx.array]) -> None:
 
 
 def _check_arrays(own: dict[str, mx.array], stored: dict[str, mx.array], layers: Mapping[str, nn.Module]) -> None:
-    """Refuse arrays that differ from the run's, except those that a method adds during the run."""
+    """Refuse arrays that differ from the run's, except those that a method adds during the run.
+
+    Either may have such arrays alone: a resumed run gets them from its checkpoint, and AdaLoRA's best step may be from before
+    the first cut of ranks.
+    """
     added = [name for name in stored if name not in own]
     strange = [name for name in added if not name.startswith("extras.") and not _is_frozen(name, layers)]
     wrong = [
         name
         for name, value in own.items()
         if not _is_frozen(name, layers)
-        and (name not in stored or (stored[name].shape, stored[name].dtype) != (value.shape, value.dtype))
+        and (
+            not name.startswith("extras.")
+            if name not in stored
+            else (stored[name].shape, stored[name].dtype) != (value.shape, value.dtype)
+        )
     ]
     if wrong or strange:
         raise InputError(

@@ -296,7 +296,6 @@ def take_steps(
                 )
                 outcome = yield from trainer.steps(flag or interrupt_flag())
                 best = None if outcome.interrupted else folder.put_best()
-                take_first_ranks(strategy, step)  # rank 0 restored the best adapter
         except Diverged as diverged:
             raise folder.roll_back(diverged) from diverged
         ending.update(asdict(outcome))

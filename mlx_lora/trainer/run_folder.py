@@ -53,6 +53,7 @@ from mlx_lora.trainer.checkpoint import (
     read_checkpoint,
     restore_arrays,
     run_arrays,
+    send_first_ranks,
     thin_out,
     write_checkpoint,
 )
@@ -330,10 +331,16 @@ class RunFolder:
         return f"; no checkpoint was written before, so no adapter is saved; {advice}"
 
     def put_best(self) -> str | None:
-        """Restore the adapter with the best validation (--keep-best), and return a sentence about it."""
-        at = self.at
-        if not self.settings.loop.keep_best or not self.strategy.ranks.leads:
+        """Restore the adapter with the best validation (--keep-best) on all ranks, and return rank 0's sentence about it."""
+        if not self.settings.loop.keep_best:
             return None
+        words = self._put_best() if self.strategy.ranks.leads else None
+        send_first_ranks(self.strategy, self.step)
+        return words
+
+    def _put_best(self) -> str:
+        """Restore the best adapter on this rank and in the folder, and return a sentence about it."""
+        at = self.at
         if not at.best_at:
             return "no validation was better than the one before training, so the last adapter is kept"
         if at.best_at != at.taken:

@@ -59,7 +59,7 @@ class Events(Protocol):
         ...
 
     def restore(self, extras: dict[str, mx.array]) -> None:
-        """Restore what `extras` returned."""
+        """Restore what `extras` returned; what is not there is as before the first step."""
 
 
 # From a run's settings
@@ -208,7 +208,7 @@ class Restarts:
 
     def restore(self, extras: dict[str, mx.array]) -> None:
         """Restore the count of cycles."""
-        self.cycles = int(extras["cycles"].item())
+        self.cycles = int(extras["cycles"].item()) if "cycles" in extras else 1
 
     def _pruned(self, name: str, entry: dict, masters: Masters) -> dict:
         """Return one array's moments with all but the largest of each parameter set to zero.

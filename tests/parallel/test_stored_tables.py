@@ -52,9 +52,9 @@ def written(folder, family: str, layout: str):
     return write_folder(folder, model, config)
 
 
-def opened(folder, offload: bool) -> tuple[Base, OffloadedBase | None]:
+def opened(folder, offload: bool, **more) -> tuple[Base, OffloadedBase | None]:
     """Return an adapted model, whose B is not zero, in memory or in its files."""
-    settings = train_settings({"model": str(folder), "data": "x", "sample_tokens": 0, "rank": 4})
+    settings = train_settings({"model": str(folder), "data": "x", "sample_tokens": 0, "rank": 4, **more})
     base = load_base(settings.model, read=not offload)
     adapt(settings, base, objective_of(settings.objective), None)
     strategy = OffloadedBase() if offload else None
@@ -97,6 +97,32 @@ def test_loss_and_gradients_are_those_of_the_model_in_memory(family, layout, tmp
         assert ours[1].keys() == theirs[1].keys()
         for name, gradient in theirs[1].items():
             assert np.linalg.norm(ours[1][name] - gradient) <= by_dtype(1e-4, 5e-2) * np.linalg.norm(gradient), name
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "method"),
+    [("tied", "float", "lora"), ("untied", "float", "dora"), ("tied", "4-bit", "qa-lora"), ("untied", "4-bit", "lora")],
+)
+def test_dropout_outside_of_blocks_is_that_of_the_forward_pass(family, layout, method, tmp_path):
+    """What is between the blocks is planned once for each block; all of these plans belong to one forward pass."""
+    folder = written(tmp_path / "base", family, layout)
+    targets = "embed_tokens,lm_head,q_proj" if family == "untied" else "embed_tokens,q_proj"
+    more = {"dropout": 0.5, "target_modules": targets, "method": method}
+    found = []
+    for offload, seed in ((False, 7), (True, 7), (True, 8)):
+        base, strategy = opened(folder, offload, **more)
+        base.model.train()
+        mx.random.seed(seed)
+        value, gradients = loss_and_gradients(base, PLAIN, check_arrays(VOCABULARY, 24), strategy)
+        found.append((value, gradients, mx.random.state[0].tolist()))
+    theirs, ours, others = found
+    assert ours[0] == pytest.approx(theirs[0], rel=by_dtype(1e-5, 1e-2))
+    assert ours[2] == theirs[2]  # and the next step goes on as in memory
+    assert ours[1].keys() == theirs[1].keys()
+    for name, gradient in theirs[1].items():
+        size = np.linalg.norm(gradient)
+        assert np.linalg.norm(ours[1][name] - gradient) <= by_dtype(1e-4, 5e-2) * size, name
+        assert np.linalg.norm(others[1][name] - gradient) > 0.1 * size > 0, name
 
 
 def loss_and_gradients(base: Base, loss, arrays: Arrays, strategy: OffloadedBase | None):

@@ -7,14 +7,24 @@ import shutil
 
 import mlx.core as mx
 import pytest
+from conftest import TINY, tiny_model
 from resumed_runs import STEPS, command, stopped_after, weights
 from run_cli import run
+from tiny_steps import batch
 
+from mlx_lora.adapters.inject import adapt_model
+from mlx_lora.config.load import train_settings
 from mlx_lora.config.optimizers import OPTIMIZERS
-from mlx_lora.parallel.ranks import ALONE
-from mlx_lora.trainer.run_folder import own_folder
+from mlx_lora.config.settings import AdapterSettings, OptimizerSettings
+from mlx_lora.losses.check import choose_loss
+from mlx_lora.parallel.ranks import ALONE, OneRank
+from mlx_lora.parallel.strategy import Strategy
+from mlx_lora.trainer.checkpoint import run_arrays
+from mlx_lora.trainer.optimizer import build_optimizer
+from mlx_lora.trainer.run_folder import RunFolder, own_folder
+from mlx_lora.trainer.schedules import make_events
 from mlx_lora.trainer.state import Position
-from mlx_lora.trainer.step import Step
+from mlx_lora.trainer.step import Step, StepOptions
 from mlx_lora.utils import supervise
 
 
@@ -46,6 +56,10 @@ def steps_of(folder) -> list[int]:
 def held_out(folder) -> dict[int, float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["val_loss"] for line in lines if line["val_loss"] is not None}
+
+
+def checkpoint_of(folder, step: int):
+    return folder / "checkpoints" / f"step-{step:06d}"
 
 
 def own_facts(folder) -> dict:
@@ -138,6 +152,75 @@ def test_the_best_step_of_relora_is_without_later_cycles(tiny_folder, chats, tmp
     ran = run(*command(tiny_folder, chats, tmp_path / "a", *relora))
     assert ran.code == 0, ran.err
     assert weights(tmp_path / "a") == weights(tmp_path / "a" / "checkpoints" / "step-000004")
+
+
+def test_the_best_step_of_adalora_may_be_before_the_first_cut(tiny_folder, chats, tmp_path, best_at_4):
+    """Its checkpoint has no list of the ranks that are off, and the run has one by then."""
+    adalora = (
+        "--method",
+        "adalora",
+        "--adalora-tinit",
+        5,
+        "--adalora-tfinal",
+        2,
+        "--adalora-delta-t",
+        1,
+        "--keep-best",
+    )
+    each = ("--steps-per-eval", 2, "--save-every", 2, "--keep", 0)
+    ran = run(*command(tiny_folder, chats, tmp_path / "a", *adalora, *each))
+    assert ran.code == 0, ran.err
+    stored = {step: mx.load(str(checkpoint_of(tmp_path / "a", step) / "state.safetensors")) for step in (4, 8)}
+    assert [any(name.startswith("extras.") for name in arrays) for arrays in stored.values()] == [False, True]
+    assert (
+        weights(tmp_path / "a")
+        == weights(checkpoint_of(tmp_path / "a", 4))
+        != weights(checkpoint_of(tmp_path / "a", 8))
+    )
+    stopped = stopped_after(tmp_path / "a", tmp_path / "b", 4)
+    assert run(*command(tiny_folder, chats, stopped, *adalora, *each, "--resume")).code == 0
+    assert weights(checkpoint_of(stopped, STEPS)) == weights(checkpoint_of(tmp_path / "a", STEPS))
+
+
+class OtherRank(OneRank):
+    """Rank 1 of a run whose first rank has other arrays."""
+
+    rank, size, leads = 1, 2, False
+
+    def __init__(self, first: dict[str, mx.array]):
+        self._first = first
+
+    def same_bits(self, arrays: dict[str, mx.array]) -> bool:
+        return False
+
+    def arrays_from_first(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        return self._first
+
+
+def test_ranks_above_0_take_the_best_step_and_say_nothing(caplog):
+    """Rank 0 alone restored it, so that they are not equal is as it should be."""
+    model, settings = (
+        tiny_model(),
+        AdapterSettings(method="adalora", rank=2, adalora_tinit=1, adalora_tfinal=1, adalora_delta_t=1),
+    )
+    adapt_model(model, settings, seed=1)
+    optimizer = build_optimizer(OptimizerSettings(learning_rate=1e-2), 6)
+    events = make_events(settings, model, 4, seed=0)
+    step = Step(model, optimizer, choose_loss(model, TINY).train, 1.0, StepOptions(compiled=False, events=events))
+    best: dict[str, mx.array] = {}
+    for number in range(4):
+        step([batch(2, 9, seed=number)])
+        best = best or {name: mx.array(value) for name, value in run_arrays(step).items()}
+    assert run_arrays(step).keys() != best.keys()
+    whole = train_settings({"model": "m", "data": "d", "keep_best": True})
+    strategy = Strategy(OtherRank(best))  # pyright: ignore[reportArgumentType]
+    folder = RunFolder(whole, None, {}, strategy, step, Position(4, best_at=1))  # pyright: ignore[reportArgumentType]
+    with caplog.at_level("DEBUG", logger="mlx_lora"):
+        assert folder.put_best() is None
+    assert not caplog.records
+    found = run_arrays(step)
+    assert found.keys() == best.keys()
+    assert all(mx.array_equal(found[name], value) for name, value in best.items())
 
 
 def test_a_run_with_a_skipped_update_resumes_to_the_same_bytes(tiny_folder, chats, tmp_path, monkeypatch):
