@@ -18,10 +18,22 @@ OF_TEXTS = {
 }
 
 
+PAIRS = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No" + "!" * (n % 5)} for n in range(24)]
+OBJECTIVES = ["dpo", "orpo", "kto", "reward", "classify", "rerank", "embed"]
+SHARED = [
+    "reward",
+    "classify",
+    "rerank",
+    "embed",
+]  # the second rank has no batch of the validation, and computes one without rows
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto", "reward", "classify", "rerank", "embed"])
-def test_two_ranks_take_the_steps_of_one(objective, tiny_folder, tmp_path):
-    rows = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No" + "!" * (n % 5)} for n in range(24)]
+@pytest.mark.parametrize(
+    ("objective", "shared"), [*((name, False) for name in OBJECTIVES), *((name, True) for name in SHARED)]
+)
+def test_two_ranks_take_the_steps_of_one(objective, shared, tiny_folder, tmp_path):
+    rows = PAIRS
     if objective == "kto":
         rows = [
             {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
@@ -35,7 +47,8 @@ def test_two_ranks_take_the_steps_of_one(objective, tiny_folder, tmp_path):
     for count in (1, 2):
         command = ["-m", "mlx_lora.train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / str(count),
                    "--objective", objective, "--iters", 4, "--learning-rate", "5e-3", "--batch-size", 6, "--sample-tokens", 0,
-                   "--steps-per-report", 1, "--val-batches", 2, "--kernels", "ours"]  # fmt: skip
+                   "--steps-per-report", 1, "--val-batches", 1 if shared else 2, "--kernels", "ours"]  # fmt: skip
+        command += ["--shard-base"] if shared and count > 1 else []
         ended = Started([command] * count, tmp_path / f"hosts{count}").wait()
         assert ended.codes == [0] * count, ended.errs
         lines = [json.loads(line) for line in (tmp_path / str(count) / "metrics.jsonl").read_text().splitlines()]
