@@ -6,12 +6,18 @@ import json
 from types import SimpleNamespace
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from conftest import TINY, tiny_model
 from embedding_cases import bound, random_examples
 
+from mlx_lora.config.objectives import ObjectiveSettings
 from mlx_lora.config.settings import ModelSettings
+from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.data.sampler import BatchPlan
+from mlx_lora.losses.check import choose_loss
 from mlx_lora.models.load import load_base
+from mlx_lora.objectives.table import objective_of
 from mlx_lora.parallel.strategy import DataParallel
 from mlx_lora.trainer.evaluate import mean_loss
 
@@ -54,6 +60,23 @@ def measured_in(size: int, model, task, plan, kind=DataParallel):
         strategy = kind(ranks)
         found = mean_loss(model, task, strategy.held_out(plan, -1), strategy)
     return found
+
+
+@pytest.mark.parametrize("kind", [DataParallel, Lockstep, Together])
+def test_each_held_out_row_is_known_once_and_in_order(kind):
+    random = np.random.default_rng(2)
+    lengths = random.integers(4, 30, 11)
+    rows = EncodedSet.from_rows([(random.integers(0, 288, n).astype(np.int32), np.arange(n) > 1) for n in lengths])
+    model, plan = tiny_model(), BatchPlan(rows, batch_tokens=64, batch_size=None, seed=0)
+    task = objective_of(ObjectiveSettings()).bind(choose_loss(model, TINY), model)
+    alone = mean_loss(model, task, plan.batches())
+    assert len(plan) % 4  # one of four ranks has a batch without rows, or fewer batches
+    for size in (2, 4):
+        found = measured_in(size, model, task, plan, kind)
+        assert found.loss == pytest.approx(alone.loss, rel=1e-5)
+        assert found.rows.tokens.tolist() == alone.rows.tokens.tolist() == (lengths - 2).tolist()
+        assert found.rows.sums == pytest.approx(alone.rows.sums, rel=1e-6)
+        assert found.rows.loss == pytest.approx(found.loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", [DataParallel, Lockstep, Together])
