@@ -1,4 +1,4 @@
-"""Objectives on more than single rows, in two processes, take the steps of one."""
+"""Objectives on more than single rows, in two processes, take the steps of one, or say that they do not."""
 
 from __future__ import annotations
 
@@ -16,16 +16,10 @@ OF_TEXTS = {
     ],
     "embed": [{"query": f"Where is {n}?", "positive": f"{n} is by the river."} for n in range(36)],
 }
-
-
 PAIRS = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No" + "!" * (n % 5)} for n in range(24)]
 OBJECTIVES = ["dpo", "orpo", "kto", "reward", "classify", "rerank", "embed"]
-SHARED = [
-    "reward",
-    "classify",
-    "rerank",
-    "embed",
-]  # the second rank has no batch of the validation, and computes one without rows
+# On a shared base, the second rank has no batch of the validation and computes one without rows.
+SHARED = ["reward", "classify", "rerank", "embed"]
 
 
 @pytest.mark.slow
@@ -62,6 +56,18 @@ def test_two_ranks_take_the_steps_of_one(objective, shared, tiny_folder, tmp_pat
     for name, value in alone.items():
         assert np.allclose(np.array(value), np.array(together[name]), rtol=1e-3, atol=1e-5), name
     assert one[-1]["val_loss"] != pytest.approx(one[0]["val_loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_ranks_say_that_each_sorts_its_own_pairs(tiny_folder, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, PAIRS)))
+    for loss_type, told in (("aot", [1, 0]), ("sigmoid", [0, 0])):
+        command = ["-m", "mlx_lora.train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / loss_type,
+                   "--objective", "dpo", "--loss-type", loss_type, "--iters", 2, "--batch-size", 6]  # fmt: skip
+        ended = Started([command] * 2, tmp_path / f"hosts-{loss_type}").wait()
+        assert ended.codes == [0, 0], ended.errs
+        assert [err.count("--loss-type aot") for err in ended.errs] == told
 
 
 @pytest.mark.slow
