@@ -153,6 +153,8 @@ def main(
             raise InputError(
                 "--objective embed: give --data with queries and their documents, and neither --report nor --show"
             )
+        if flag := dividing_flag(settings.loop):
+            raise InputError(f"--objective embed with {flag}: it needs the whole base; leave out one of the two")
         return _retrieval(settings, given, adapter, folder, batch_tokens, corpus, as_json)
     if corpus:
         raise InputError(f"--corpus {corpus}: only --objective embed searches in one; leave it out")

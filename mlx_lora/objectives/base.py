@@ -241,6 +241,7 @@ class Objective:
         finish: turns the means of these numbers into the numbers that users see.
         updates: steps on the same batches; a run is saved and ended between them only.
         compiles: whether the loss and its gradient may be compiled.
+        sorts: the losses that sort the pairs of a batch, in words, so that a batch in parts has another loss; empty: none does.
     """
 
     name: str
@@ -260,6 +261,7 @@ class Objective:
     finish: Callable[[dict[str, float]], dict[str, float]] = dict
     updates: int = 1
     compiles: bool = True
+    sorts: str = ""
 
     needs_data: ClassVar[bool] = True  # False: the run can write its own
 

@@ -559,8 +559,10 @@ class EmbeddedSet:
         for batch in batches:
             arrays = arrays_of(batch)
             own = np.array(compute(model, *arrays))
-            if strategy.counts:
-                real = np.array(arrays[5]) > 0
+            real = np.array(arrays[5]) > 0
+            if (
+                strategy.counts and real.any()
+            ):  # a list of no rows would lose its other dimensions on the way to the others
                 vectors.append(own[real])
                 numbers.append(np.array(arrays[4])[real])
         if strategy.ranks.size > 1:

@@ -75,6 +75,7 @@ REWARD_REPORTS: tuple[str, ...] = ("accuracy", "margin", "chosen_rewards", "reje
 PAIR_REPORTS = (*REWARD_REPORTS, "chosen_logps", "rejected_logps")
 RATED_REPORTS = ("rewards_good", "rewards_bad", "good", "divergence")
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")  # the losses of DPO's family that use --label-smoothing
+SORTING = ("aot", "aot_unpaired")  # those of a pair whose loss depends on the other pairs of its batch
 
 
 @dataclass(eq=False)
@@ -143,7 +144,10 @@ def dpo(settings: ObjectiveSettings) -> Preference:
     words = " + ".join(
         name if weight == 1 else f"{weight:g} {name}" for name, weight in zip(names, weights, strict=True)
     )
-    return _pairwise("dpo", settings, words, parts, reference=True, likelihood="answers" if "sft" in names else "none")
+    likelihood = "answers" if "sft" in names else "none"
+    objective = _pairwise("dpo", settings, words, parts, reference=True, likelihood=likelihood)
+    objective.sorts = " and ".join(name for name in names if name in SORTING)
+    return objective
 
 
 def orpo(settings: ObjectiveSettings) -> Preference:

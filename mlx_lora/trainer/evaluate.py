@@ -40,7 +40,7 @@ class Measured:
         loss: mean over `count`; NaN without any.
         count: trained tokens, or examples if the objective's loss is a mean over examples.
         reports: the numbers that the objective reports, as means over `count`.
-        rows: the loss of each row that this rank measured, for a loss that is a mean over tokens; None: another loss.
+        rows: the loss of each row that the ranks measured, for a loss that is a mean over tokens; None: another loss.
     """
 
     loss: float
@@ -88,12 +88,13 @@ def _mean_loss(model: nn.Module, bound: BoundObjective, batches: Iterable[Batch]
     if not count:
         return Measured(math.nan, 0)
     means = {name: value / count for name, value in zip(bound.reports, reported, strict=True)}
-    return Measured(total / count, int(count), bound.finish(means), RowLosses.gathered(rows))
+    return Measured(total / count, int(count), bound.finish(means), None if bound.reports else of_ranks(rows, strategy))
 
 
 # Losses of single rows
 
 ROWS_FILE = "held_out_rows.jsonl"
+RowsOfBatch = tuple[np.ndarray, np.ndarray, np.ndarray]  # numbers, sums and tokens
 FEWEST_ROWS = 3  # fewer give no interval that is worth a word
 
 
@@ -115,7 +116,7 @@ class RowLosses:
         return float(self.sums.sum() / self.tokens.sum())
 
     @classmethod
-    def gathered(cls, parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> RowLosses | None:
+    def gathered(cls, parts: Iterable[RowsOfBatch]) -> RowLosses | None:
         """Put the rows of several batches into the order of their numbers; None: there are none.
 
         Args:
@@ -129,7 +130,21 @@ class RowLosses:
         return cls(sums[order], tokens[order]) if len(numbers) else None
 
 
-def of_batch(batch: Batch, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def of_ranks(parts: list[RowsOfBatch], strategy: Strategy) -> RowLosses | None:
+    """Return the losses of all ranks' rows, in the order in which one process has them.
+
+    Args:
+        parts: this rank's, as `of_batch` returns them.
+        strategy: how the ranks divide the batches; all of them must call this, and have just waited for each other.
+    """
+    if strategy.ranks.size > 1:
+        own = [[column.tolist() for column in part] for part in parts] if strategy.counts else []
+        told = [part for of_rank in strategy.ranks.everyone(own) for part in of_rank]
+        parts = [(np.array(a, np.int64), np.array(b, np.float64), np.array(c, np.int64)) for a, b, c in told]
+    return RowLosses.gathered(parts)
+
+
+def of_batch(batch: Batch, losses: np.ndarray) -> RowsOfBatch:
     """Return the numbers, summed losses and trained tokens of a batch's rows; rows without a trained token are left out.
 
     Args:

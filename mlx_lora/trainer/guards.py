@@ -3,9 +3,11 @@
 The first signal asks the loop to save and end, the second ends the process at once.
 
 A run that exceeds its memory limit goes on with its batches in parts. That changes no update: a loss is a sum over trained
-tokens and is divided once, after all parts, so two halves give the gradient of the whole. An allocation that fails cannot
-be caught: MLX then ends the process, on every backend. utils/supervise.py restarts it from the last checkpoint, in smaller
-parts.
+tokens and is divided once, after all parts, so two halves give the gradient of the whole. An exception is a loss that sorts
+the pairs of a batch (`Objective.sorts`); a run says when it cuts theirs.
+
+An allocation that fails cannot be caught: MLX then ends the process, on every backend. utils/supervise.py restarts it from
+the last checkpoint, in smaller parts.
 """
 
 from __future__ import annotations
@@ -139,11 +141,12 @@ class MemoryGuard:
         """Return the batches of one optimizer step, in parts."""
         return [part for batch in batches for part in split_rows(batch, self.at.parts)]
 
-    def watch(self, rows: int) -> None:
+    def watch(self, rows: int, same_updates: bool = True) -> None:
         """Double the parts when the peak since the last change is over the limit.
 
         Args:
             rows: of the largest batch in parts; a single row cannot be cut.
+            same_updates: whether the loss is a sum over rows, so that parts have the updates of the whole.
         """
         peak = mx.get_peak_memory()
         if self.limit_bytes is None or peak <= self.limit_bytes:
@@ -151,7 +154,8 @@ class MemoryGuard:
         over = f"step {self.at.taken}: {peak / 1e9:.2f} GB were in use, the limit is {self.limit_bytes / 1e9:.2f} GB"
         if rows > 1:
             self.at.parts *= 2
-            log.info(f"{over}; from now on, batches run in {self.at.parts} parts, with the same updates")
+            effect = ", with the same updates" if same_updates else ""
+            log.info(f"{over}; from now on, batches run in {self.at.parts} parts{effect}")
             self._earlier_peak_bytes = self.peak_bytes
             mx.reset_peak_memory()
         elif not self._told:

@@ -207,5 +207,8 @@ def test_bad_input_is_one_line(tiny_folder, data, tmp_path):
     one_line(run("embed", data, "--model", tiny_folder, "--out", tmp_path / "v.txt"), ".npy or .parquet")
     one_line(run("embed", data, *common, "--text-column", "no"), "--text-column")
     one_line(run("embed", data, *common, "--dims", 100), "64 numbers")
+    for flags in (("--offload-base", "on"), ("--shard-base",)):  # which would be left unused
+        measured = ("evaluate", "--objective", "embed", "--model", tiny_folder, "--data", data, *flags)
+        one_line(run(*measured), f"--objective embed with {flags[0]}")
     with pytest.raises(ValueError, match="none of which is empty"):
         mlx_lora.embed(tiny_folder, ["a", ""])

@@ -174,6 +174,26 @@ def test_parts_and_accumulation_are_the_same_update(tiny_folder, data, tmp_path)
     assert other["loss"] != pytest.approx(whole["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("loss_type", "parts", "told"), [("aot", 2, 1), ("sigmoid,aot_unpaired", 2, 1), ("aot", 1, 0), ("sigmoid", 2, 0)]
+)
+def test_a_loss_that_sorts_pairs_says_that_its_batches_are_cut(loss_type, parts, told, tiny_folder, data, tmp_path):
+    words = (
+        "train",
+        "--model",
+        tiny_folder,
+        "--data",
+        data["pairs"],
+        "--adapter-path",
+        tmp_path / "a",
+        "--objective",
+        "dpo",
+    )
+    ran = run(*words, *QUICK, "--loss-type", loss_type, "--batch-size", 4, "--batch-parts", parts, "--iters", 3)
+    assert ran.code == 0, ran.err
+    assert len([line for line in ran.lines if "--loss-type aot" in line]) == told
+
+
 def test_evaluate_reports_what_training_does(tiny_folder, data, tmp_path):
     trained(tmp_path / "a", tiny_folder, data, "dpo", "--iters", 8)
     common = ("--model", tiny_folder, "--data", data["pairs"], "--objective", "dpo", "--json")

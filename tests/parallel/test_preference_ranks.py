@@ -1,4 +1,4 @@
-"""Objectives on more than single rows, in two processes, take the steps of one."""
+"""Objectives on more than single rows, in two processes, take the steps of one, or say that they do not."""
 
 from __future__ import annotations
 
@@ -16,12 +16,18 @@ OF_TEXTS = {
     ],
     "embed": [{"query": f"Where is {n}?", "positive": f"{n} is by the river."} for n in range(36)],
 }
+PAIRS = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No" + "!" * (n % 5)} for n in range(24)]
+OBJECTIVES = ["dpo", "orpo", "kto", "reward", "classify", "rerank", "embed"]
+# On a shared base, the second rank has no batch of the validation and computes one without rows.
+SHARED = ["reward", "classify", "rerank", "embed"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto", "reward", "classify", "rerank", "embed"])
-def test_two_ranks_take_the_steps_of_one(objective, tiny_folder, tmp_path):
-    rows = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No" + "!" * (n % 5)} for n in range(24)]
+@pytest.mark.parametrize(
+    ("objective", "shared"), [*((name, False) for name in OBJECTIVES), *((name, True) for name in SHARED)]
+)
+def test_two_ranks_take_the_steps_of_one(objective, shared, tiny_folder, tmp_path):
+    rows = PAIRS
     if objective == "kto":
         rows = [
             {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
@@ -35,7 +41,8 @@ def test_two_ranks_take_the_steps_of_one(objective, tiny_folder, tmp_path):
     for count in (1, 2):
         command = ["-m", "mlx_lora.train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / str(count),
                    "--objective", objective, "--iters", 4, "--learning-rate", "5e-3", "--batch-size", 6, "--sample-tokens", 0,
-                   "--steps-per-report", 1, "--val-batches", 2, "--kernels", "ours"]  # fmt: skip
+                   "--steps-per-report", 1, "--val-batches", 1 if shared else 2, "--kernels", "ours"]  # fmt: skip
+        command += ["--shard-base"] if shared and count > 1 else []
         ended = Started([command] * count, tmp_path / f"hosts{count}").wait()
         assert ended.codes == [0] * count, ended.errs
         lines = [json.loads(line) for line in (tmp_path / str(count) / "metrics.jsonl").read_text().splitlines()]
@@ -49,6 +56,18 @@ def test_two_ranks_take_the_steps_of_one(objective, tiny_folder, tmp_path):
     for name, value in alone.items():
         assert np.allclose(np.array(value), np.array(together[name]), rtol=1e-3, atol=1e-5), name
     assert one[-1]["val_loss"] != pytest.approx(one[0]["val_loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_ranks_say_that_each_sorts_its_own_pairs(tiny_folder, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, PAIRS)))
+    for loss_type, told in (("aot", [1, 0]), ("sigmoid", [0, 0])):
+        command = ["-m", "mlx_lora.train", "--model", tiny_folder, "--data", data, "--adapter-path", tmp_path / loss_type,
+                   "--objective", "dpo", "--loss-type", loss_type, "--iters", 2, "--batch-size", 6]  # fmt: skip
+        ended = Started([command] * 2, tmp_path / f"hosts-{loss_type}").wait()
+        assert ended.codes == [0, 0], ended.errs
+        assert [err.count("--loss-type aot") for err in ended.errs] == told
 
 
 @pytest.mark.slow
