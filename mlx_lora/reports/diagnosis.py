@@ -475,16 +475,20 @@ def headline_of(found: Diagnosis, evidence: Evidence) -> str:
 
 
 def change_words(change: Change | None) -> str:
-    """Return a change of the loss as one of perplexity, with its interval: `35% lower (95% interval 31% to 39%, 12 rows)`."""
+    """Return a change of the loss as one of perplexity: `35% lower (95% interval 31% to 39%, 12 rows)`.
+
+    The interval is in the unit of the change, as in `3 times as high (95% interval 2.5 to 3.6 times, 12 rows)`.
+    """
     if change is None:
         return "measured once"
-    ratio = math.exp(min(change.change, 700.0))
+    ratio, low, high = (math.exp(min(nats, 700.0)) for nats in (change.change, change.low, change.high))
     lower = ratio <= 1
     words = f"{ratio:.3g} times as high" if ratio > 2 else f"{abs(1 - ratio):.0%} {'lower' if lower else 'higher'}"
     if not math.isfinite(change.low):
         return f"{words} ({counted(change.rows, 'row')}, too few for an interval)" if change.rows else words
-    ends = sorted((math.exp(min(end, 700.0)) - 1) * (-1 if lower else 1) for end in (change.low, change.high))
-    return f"{words} (95% interval {ends[0]:.0%} to {ends[1]:.0%}, {counted(change.rows, 'row')})"
+    ends = sorted((end - 1) * (-1 if lower else 1) for end in (low, high))
+    interval = f"{low:.3g} to {high:.3g} times" if ratio > 2 else f"{ends[0]:.0%} to {ends[1]:.0%}"
+    return f"{words} (95% interval {interval}, {counted(change.rows, 'row')})"
 
 
 def _loss_note(found: Diagnosis, run: FinishedRun) -> str:

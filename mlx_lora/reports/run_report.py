@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
@@ -223,12 +224,12 @@ def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     if not trained:
         return [steps]
     # The first report includes compilations.
-    speeds = sorted(r["supervised_tokens_per_s"] for r in trained[1:] or trained)
+    speed = statistics.median(r["supervised_tokens_per_s"] for r in trained[1:] or trained)
     return [
         steps,
         ("time", _duration(elapsed_s(records))),
         ("trained tokens", f"{sum(r['supervised_tokens'] for r in trained):,}"),
-        ("trained tokens/s, median", number(speeds[len(speeds) // 2])),
+        ("trained tokens/s, median", number(speed)),
         *_outcomes(records),
         ("peak memory, MLX", f"{max(r['peak_memory_bytes'] for r in records) / 1e9:.2f} GB"),
         ("peak memory, process", f"{max(r['process_peak_bytes'] for r in records) / 1e9:.2f} GB"),

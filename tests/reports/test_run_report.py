@@ -75,6 +75,8 @@ def test_tiles_are_the_metrics():
     assert len(shown) == 8
     assert dict(tiles([one for one in RECORDS if one["val_loss"] is None]))["held-out loss"] == "not measured"
     assert tiles([]) == [("steps", "0")]
+    of_three = dict(tiles([record(n, 1.0) for n in (1, 10, 30)]))  # the first is left out, and two have a middle
+    assert of_three["trained tokens/s, median"] == "120"
 
 
 def test_a_page_of_pairs_shows_both_answers_and_no_accuracy_of_rounding(tmp_path):

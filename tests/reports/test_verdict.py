@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from mlx_lora.reports.diagnosis import (
     verdict,
 )
 from mlx_lora.reports.objectives import of_labels
-from mlx_lora.trainer.evaluate import RowLosses, RowsFile, paired_change, read_rows_file
+from mlx_lora.trainer.evaluate import Change, RowLosses, RowsFile, paired_change, read_rows_file
 from mlx_lora.trainer.header import told_after
 
 MESSAGES = [
@@ -182,6 +183,19 @@ def test_the_interval_is_over_rows_and_pairs_them():
     # Longer rows count for more.
     long = RowLosses(np.array([10.0, 300.0]), np.array([10, 100]))
     assert long.loss == pytest.approx(310 / 110)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "numbers"),
+    [
+        ((3.0, 2.5, 3.6), ["3", "2.5", "3.6"]),
+        ((1.8, 1.5, 2.5), ["80%", "50%", "150%"]),
+        ((0.5, 0.4, 0.6), ["50%", "40%", "60%"]),
+    ],
+)
+def test_a_change_and_its_interval_have_the_same_unit(ratios, numbers):
+    words = change_words(Change(*map(math.log, ratios), 20)).replace("95% interval", "")
+    assert re.findall(r"[\d.]+%?", words) == [*numbers, "20"]
 
 
 def test_a_short_run_is_told_how_long_a_longer_one_takes(tmp_path):
