@@ -159,6 +159,11 @@ class RunFolder:
         """The folder of the results."""
         return Path(self.settings.loop.adapter_path)
 
+    @property
+    def kept_step(self) -> int:
+        """The step whose adapter a run's end leaves: the best one's with --keep-best, if any was better, else the last one's."""
+        return (self.settings.loop.keep_best and self.at.best_at) or self.at.taken
+
     def begin(self, found: Checkpoint | None, steps: int, written: Path | None = None) -> None:
         """Restore a checkpoint, or without --resume set an earlier run's results aside, and write run.yaml.
 

@@ -227,6 +227,23 @@ def test_a_rise_on_one_row_sends_to_the_answers_instead_of_another_run(tmp_path)
     )
 
 
+def test_validations_of_other_rows_are_not_compared_without_a_word():
+    """After `--resume --val-batches -1`: the new rows have a higher loss, which is no rise."""
+    held_out = {0: (3.0, 11), 20: (1.5, 11), 40: (2.0, 24), 60: (1.9, 24)}
+    rows = {step: losses_of(loss, rows=count) for step, (loss, count) in held_out.items()}
+    records = run_of([loss for loss, _ in held_out.values()], FALLING)
+    for one in records:
+        one["step"] *= 2
+    found = verdict(records, {}, context=VerdictContext(rows=rows))
+    assert found.name == LEARNED
+    assert all(count in found.headline for count in ("11 rows", "24"))
+    same = verdict(records, {}, context=VerdictContext(rows={step: losses_of(one.loss) for step, one in rows.items()}))
+    assert same.name == OVER_FITTED
+    # As many rows, but others.
+    other = rows | {60: RowLosses(rows[0].sums * 1.9 / 3, rows[0].tokens + 1)}
+    assert verdict(records, {}, context=VerdictContext(rows=other)).change["rows"] == 0
+
+
 def test_rows_of_validations_are_kept_and_resumed(tmp_path):
     path = tmp_path / "rows.jsonl"
     file = RowsFile(path)
