@@ -381,7 +381,7 @@ class VerdictContext:
         near_duplicates: held-out rows that nearly repeat a training row; None: nobody looked.
         known: how many training rows the model answers word for word; None: nobody asked.
         seconds: that the run took.
-        kept_step, rounded_from: see `RunReport`.
+        kept_step, rounded_from, begins_at: see `RunReport`.
     """
 
     folder: Path | None = None
@@ -393,6 +393,7 @@ class VerdictContext:
     seconds: float = 0.0
     kept_step: int | None = None
     rounded_from: int | None = None
+    begins_at: int = 0
 
 
 def verdict(
@@ -411,9 +412,13 @@ def verdict(
     validations = [r for r in records if r["val_loss"] is not None]
     notes = [note for note in (_alike(records), _skipped(records)) if note]
     run = facts_of_run(records, settings, context)
+    begins_at = max(context.begins_at, validations[0]["step"] if validations else 0)
+    begins = f"; counted from step {begins_at:,}, because nothing earlier is on record" if begins_at else ""
     if not validations:
         losses = [r["loss"] for r in records if r["loss"] is not None]
-        words = f"Training loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "No step has been reported yet"
+        words = (
+            f"Training loss {losses[0]:.3f} to {losses[-1]:.3f}{begins}" if losses else "No step has been reported yet"
+        )
         mend, command = mending(Diagnosis(UNKNOWN), run) if losses else ("", "")
         nothing = "No held-out data was measured, so this run shows no effect on new text."
         return Verdict(words, PLAIN, [nothing, *notes], UNKNOWN, mend, command)
@@ -443,13 +448,14 @@ def verdict(
             headline, tone = words_of_objective(validations, kept)
             if words_of_objective is not of_rewards:  # the loss of sampled answers says nothing about that
                 notes = [note for note in (_loss_note(diagnose(evidence), run),) if note] + notes
-            return Verdict(headline, tone, notes)
+            return Verdict(headline + begins, tone, notes)
     found = diagnose(evidence)
     if found.name == UNKNOWN:
         return Verdict(f"Held-out perplexity {perplexity(kept['val_loss'])}, measured once", PLAIN, notes, UNKNOWN)
     mend, command = mending(found, run, context.known)
     change = found.change and asdict(found.change)
-    return Verdict(headline_of(found, evidence), TONES.get(found.name, PLAIN), notes, found.name, mend, command, change)
+    headline, tone = headline_of(found, evidence) + begins, TONES.get(found.name, PLAIN)
+    return Verdict(headline, tone, notes, found.name, mend, command, change)
 
 
 def evidence_of(records: Sequence[Mapping[str, Any]], kept: int | None, context: VerdictContext) -> Evidence:
@@ -479,7 +485,8 @@ def facts_of_run(
     """Return what the commands that mend a run need."""
     steps = max((r["step"] for r in records), default=0)
     epochs = max((float(r.get("epoch") or 0) for r in records), default=0.0)
-    return FinishedRun(context.folder, settings, steps, epochs, context.seconds / steps if steps else 0.0)
+    timed = steps - context.begins_at
+    return FinishedRun(context.folder, settings, steps, epochs, context.seconds / timed if timed > 0 else 0.0)
 
 
 def headline_of(found: Diagnosis, evidence: Evidence) -> str:

@@ -102,6 +102,7 @@ class RunReport:
         pictures: digest -> data URL of a small JPEG, of the pictures in the prompts of texts and answers.
         kept_step: the step of the adapter in the folder; None: the run has not ended, or an earlier version did not write it.
         rounded_from: the step from which validations are with rounding (--qat); None: none is, or it was not written.
+        begins_at: the step before which nothing is on record, because the run went on from a checkpoint alone.
     """
 
     command: str
@@ -121,14 +122,24 @@ class RunReport:
     pictures: dict[str, str] = field(default_factory=dict)
     kept_step: int | None = None
     rounded_from: int | None = None
+    begins_at: int = 0
 
-    def keep_samples_of(self, folder: Path) -> bool:
-        """Copy the texts of the run that this one resumes, and return whether there are any."""
-        try:
-            earlier = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))["samples"]
-            self.samples = [Sample(**one) for one in earlier]
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+    def goes_on(self, run: Path | None, step: int) -> bool:
+        """Take over the texts of the run that this one resumes, and what is on record of it.
+
+        Args:
+            run: its folder; None: nobody knows.
+            step: that this run goes on from.
+
+        Returns:
+            Whether there are texts.
+        """
+        earlier = read_facts(run) if run else {}
+        known = run is not None and (run / "metrics.jsonl").exists()
+        begins_at = earlier.get("begins_at", 0) if known else step
+        self.begins_at = begins_at if type(begins_at) is int else 0
+        with contextlib.suppress(KeyError, TypeError):
+            self.samples = [Sample(**one) for one in earlier["samples"]]
         return bool(self.samples)
 
     def write(self, folder: Path) -> None:
@@ -177,6 +188,7 @@ class RunReport:
             seconds=elapsed_s(records),
             kept_step=self.kept_step,
             rounded_from=self.rounded_from,
+            begins_at=self.begins_at,
         )
 
 

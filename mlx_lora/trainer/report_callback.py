@@ -52,6 +52,7 @@ from mlx_lora.trainer.evaluate import ROWS_FILE, KnownRows, RowsFile
 from mlx_lora.trainer.held_out import held_out_loss
 from mlx_lora.trainer.next_commands import Uses, closing_words
 from mlx_lora.trainer.progress import Metrics, MetricsFile, PlainProgress, Progress
+from mlx_lora.trainer.run_folder import run_of_checkpoint
 from mlx_lora.utils import device
 from mlx_lora.utils.console import in_notebook
 from mlx_lora.utils.errors import InputError
@@ -223,7 +224,7 @@ class RunPage:
             pictures,
         )
         page._keep_thumbnails()
-        kept = run.found and page.report.keep_samples_of(page.folder)
+        kept = run.found and page.report.goes_on(run_of_checkpoint(run.found.folder), run.found.position.taken)
         changed = settings.adapter.resume_adapter_file or full_parameters(base.model)
         if page.prompts and not kept and changed:
             page._write_texts("Writing texts before training")

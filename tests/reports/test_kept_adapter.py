@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
+from resumed_runs import command
 from run_cli import run
 
 from mlx_lora.config.load import train_settings
 from mlx_lora.exporters.card import read_facts as read_card_facts
 from mlx_lora.reports.diagnosis import OVER_FITTED, UNCHANGED, WORSE, VerdictContext, measured_adapter, verdict
-from mlx_lora.reports.run_report import read_facts, read_records
+from mlx_lora.reports.run_report import RunReport, read_facts, read_records
 from mlx_lora.trainer import sweep
+from mlx_lora.trainer.evaluate import read_rows_file
+from mlx_lora.trainer.run_folder import run_of_checkpoint
 
 STEPS = 8
 # Rounding begins after step 70. The best before it is no candidate any more.
@@ -95,3 +101,51 @@ def test_a_run_with_rounding_at_its_end_tells_the_loss_of_its_own_adapter(tiny_f
     trial = sweep.Trial("a", 0, "", train_settings({"model": str(tiny_folder), "adapter_path": str(folder)}))
     assert sweep.score_of(trial, STEPS).loss == losses[kept]
     assert sweep.score_of(trial, 5).loss == min(losses[2], losses[4])
+
+
+def test_a_run_that_goes_on_elsewhere_is_told_from_its_beginning(tiny_folder, chats, tmp_path):
+    first, second, third = (tmp_path / name for name in ("a", "b", "c"))
+    words = (
+        "--keep-best",
+        "--save-every",
+        4,
+        "--keep",
+        0,
+        "--sample-tokens",
+        0,
+        "--val-batches",
+        1,
+        "--steps-per-report",
+        4,
+    )
+    assert run(*command(tiny_folder, chats, first, *words, "--iters", 8)).code == 0
+    half = first / "checkpoints" / "step-000004"
+    assert run(*command(tiny_folder, chats, second, *words, "--iters", 8, "--resume", half)).code == 0
+
+    def history(folder):
+        records = read_records(folder / "metrics.jsonl")
+        return [(r["step"], r["loss"], r["val_loss"]) for r in records], read_rows_file(folder / "held_out_rows.jsonl")
+
+    (whole, rows), (gone_on, rows_too) = history(first), history(second)
+    assert gone_on == whole
+    assert list(rows_too) == list(rows) == [0, 4, 8]
+    of_first, of_second = (read_facts(folder) for folder in (first, second))
+    assert of_second["verdict"]["headline"] == of_first["verdict"]["headline"]
+    assert of_second["begins_at"] == 0
+    # A checkpoint alone: what was before is not known, and that is said, also after a further stop.
+    alone = shutil.copytree(half, tmp_path / half.name)
+    for steps, resume in ((8, ("--resume", alone)), (10, ("--resume",))):
+        ran = run(*command(tiny_folder, chats, third, *words, "--no-keep-best", "--iters", steps, *resume))
+        assert ran.code == 0, ran.err
+        assert read_facts(third)["begins_at"] == 4
+    assert "from step 8" in read_facts(third)["verdict"]["headline"]
+
+
+def test_texts_of_another_run_in_the_folder_are_not_this_runs(tmp_path):
+    for name, text in (("mine", "of this run"), ("other", "of another")):
+        (tmp_path / name / "checkpoints" / "step-000004").mkdir(parents=True)
+        (tmp_path / name / "report.json").write_text(json.dumps({"samples": [{"prompt": "p", "before": text}]}))
+    report = RunReport("", "", "", "", "", {})
+    assert report.goes_on(run_of_checkpoint(tmp_path / "mine" / "checkpoints" / "step-000004"), 4)
+    assert [one.before for one in report.samples] == ["of this run"]
+    assert run_of_checkpoint(tmp_path / "step-000004") is None

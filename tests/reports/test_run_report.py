@@ -148,9 +148,9 @@ def test_texts_of_the_run_before_are_kept(folder, tmp_path):
     report = RunReport("", "", "", "", "", facts["data"])
     old = {key: facts["samples"][0][key] for key in ("prompt", "before", "after")}  # as an earlier version wrote it
     (tmp_path / "report.json").write_text(json.dumps({**facts, "samples": [old]}))
-    assert report.keep_samples_of(folder)
+    assert report.goes_on(folder, 5)
     assert report.samples == [Sample(EVIL, EVIL, EVIL)]
-    assert not RunReport("", "", "", "", "", {}).keep_samples_of(folder / "nowhere")
+    assert not RunReport("", "", "", "", "", {}).goes_on(folder / "nowhere", 5)
 
 
 @pytest.mark.slow
