@@ -52,7 +52,7 @@ class CardFacts:
 
 
 def read_facts(folder: Path) -> CardFacts:
-    """Read a run folder's run.yaml and metrics.jsonl, if they exist and are readable."""
+    """Read a run folder's run.yaml and metrics.jsonl, and from report.json which adapter it kept, if they exist and are readable."""
     try:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         taken = [(record["step"], record["val_loss"]) for record in map(parse_json, lines)]
@@ -63,8 +63,13 @@ def read_facts(folder: Path) -> CardFacts:
         settings = parse_yaml((folder / "run.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         settings = None
+    try:
+        report = parse_json((folder / "report.json").read_bytes())
+    except (OSError, ValueError):
+        report = None
     steps = max((step for step, _ in taken), default=None)
-    losses = [loss for step, loss in taken if step == steps and loss is not None]
+    kept = report.get("kept_step") if isinstance(report, dict) else None  # with --keep-best an earlier one
+    losses = [loss for step, loss in taken if step == (steps if kept is None else kept) and loss is not None]
     data = settings.get("data") if isinstance(settings, dict) else None
     data = data if isinstance(data, str) else None
     objective = settings.get("objective", "sft") if isinstance(settings, dict) else "sft"

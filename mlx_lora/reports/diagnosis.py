@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mlx_lora.config.objectives import LABELED, RANKED
 from mlx_lora.reports.charts import perplexity
 from mlx_lora.reports.classes import CLASSES_FILE, measured_words, read_classes
+from mlx_lora.reports.kept import kept_validation, rounding_begins
 from mlx_lora.reports.objectives import (
     BAD,
     GOOD,
@@ -62,6 +65,7 @@ class Evidence:
         texts: the model's texts before and after.
         held_out_rows: how many rows are held out.
         near_duplicates: held-out rows that nearly repeat a training row; None: nobody looked.
+        rounded_from: the step from which validations are with rounding (--qat 0.3); 0: all of them are, or none.
     """
 
     steps: int
@@ -72,6 +76,7 @@ class Evidence:
     texts: Sequence[tuple[str, str]] = ()
     held_out_rows: int = 0
     near_duplicates: int | None = None
+    rounded_from: int = 0
 
     @property
     def same_texts(self) -> int:
@@ -89,6 +94,7 @@ class Diagnosis:
         change: from one to the other, with its interval; None: there are no two validations.
         best_step: where the held-out loss was lowest, if the run is overfitted or worse; else None.
         best: that loss; NaN where `best_step` is None.
+        undone: whether the beginning of rounding took back most of the fall before it.
     """
 
     name: str
@@ -97,32 +103,39 @@ class Diagnosis:
     change: Change | None = None
     best_step: int | None = None
     best: float = math.nan
+    undone: bool = False
 
 
 def diagnose(evidence: Evidence) -> Diagnosis:
     """Return what became of a run.
 
     The order decides where two are true: rows that the model has seen make every held-out figure void, a rise is
-    certain, and few steps explain why nothing changed.
+    certain, and few steps explain why nothing changed. A rise is one among validations that measure the same: rounding
+    makes the loss rise, and so may other rows.
     """
     held_out = [(step, loss) for step, loss in evidence.held_out if math.isfinite(loss)]
     if len(held_out) < 2:
         return Diagnosis(UNKNOWN, held_out[0][1] if held_out else math.nan)
     (first_step, first), (last_step, last) = held_out[0], _kept(evidence, held_out)
     change = change_between(evidence, first_step, last_step)
-    found: dict[str, Any] = {"first": first, "last": last, "change": change}
+    rounded_from = evidence.rounded_from if last_step >= evidence.rounded_from else 0
+    same = [pair for pair in held_out if pair[0] >= rounded_from and not rows_differ(evidence, pair[0], last_step)]
+    evidence = replace(evidence, losses=[pair for pair in evidence.losses if pair[0] > rounded_from])
+    fall_before = first - min((loss for step, loss in held_out if step < rounded_from), default=first)
+    undone = fall_before >= SMALL * first and first - last < LOST * fall_before
+    found: dict[str, Any] = {"first": first, "last": last, "change": change, "undone": undone}
     gain = -change.change / first if first > 0 else 0.0
     alike = (evidence.near_duplicates or 0) / max(1, evidence.held_out_rows)
     if alike >= MOST_ALIKE and gain > NONE:
         return Diagnosis(MEMORIZED, **found)
-    best_step, best = min(held_out, key=lambda pair: pair[1])
+    best_step, best = min([held_out[0], *same], key=lambda pair: pair[1])
     if last_step > best_step and _rose(evidence, best_step, last_step, first - best):
-        fell, looked = _training_left(evidence, best_step) < 1, best_step > first_step or len(held_out) < 3
-        if fell and looked:
+        looked = best_step > first_step or (len(held_out) < 3 and same[0] == held_out[0])
+        if looked and _training_left(evidence, best_step) < 1:
             return Diagnosis(OVER_FITTED, **found, best_step=best_step, best=best)
         if last >= first:
             return Diagnosis(WORSE, **found, best_step=best_step, best=best)
-    if evidence.steps < ENOUGH_STEPS and gain < LARGE and (gain < SMALL or still_falling(held_out)):
+    if evidence.steps < ENOUGH_STEPS and gain < LARGE and (gain < SMALL or still_falling(same)):
         return Diagnosis(TOO_FEW_STEPS, **found)
     if (
         gain < NONE
@@ -130,10 +143,10 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         or (evidence.texts and evidence.same_texts == len(evidence.texts) and gain < SMALL)
     ):
         # What it learned is in its own rows only.
-        if gain < SMALL and _training_left(evidence, first_step) <= BY_HEART:
+        if gain < SMALL and not undone and _training_left(evidence, first_step) <= BY_HEART:
             return Diagnosis(OVER_FITTED, **found, best_step=first_step, best=first)
         return Diagnosis(UNCHANGED, **found)
-    if gain < SMALL and still_falling(held_out):
+    if gain < SMALL and still_falling(same):
         return Diagnosis(TOO_FEW_STEPS, **found)
     return Diagnosis(LEARNED, **found)
 
@@ -141,14 +154,20 @@ def diagnose(evidence: Evidence) -> Diagnosis:
 def change_between(evidence: Evidence, before: int, after: int) -> Change:
     """Return the change of the held-out loss from one validation to another, by rows where their losses are known."""
     one, other = evidence.rows.get(before), evidence.rows.get(after)
-    if one is not None and other is not None and len(one.tokens) == len(other.tokens):
+    if one is not None and other is not None and not rows_differ(evidence, before, after):
         return paired_change(one, other)
     losses = dict(evidence.held_out)
     return Change(losses[after] - losses[before], -math.inf, math.inf, 0)
 
 
+def rows_differ(evidence: Evidence, one: int, other: int) -> bool:
+    """Return whether two validations are known to have measured other rows, as after `--resume --val-batches -1`."""
+    rows = evidence.rows
+    return one in rows and other in rows and not np.array_equal(rows[one].tokens, rows[other].tokens)
+
+
 def still_falling(held_out: Sequence[tuple[int, float]]) -> bool:
-    """Return whether the last third of the run brought more of the fall than a run that is nearly done would have."""
+    """Return whether the last third of the validations brought more of the fall than a run that is nearly done would have."""
     (first_step, first), (last_step, last) = held_out[0], held_out[-1]
     earlier = [pair for pair in held_out if pair[0] <= first_step + (last_step - first_step) * 2 / 3]
     if first <= last or len(held_out) < 3:
@@ -246,6 +265,11 @@ def mending(diagnosis: Diagnosis, run: FinishedRun, known: KnownRows | None = No
     if known is not None and diagnosis.name == OVER_FITTED and known.share >= MOST_KNOWN:
         mend, command = mending(diagnosis, run)
         return f"{known.words()} If the rows are facts to remember, keep this adapter. If not: {mend}", command
+    if diagnosis.undone and diagnosis.name in (TOO_FEW_STEPS, UNCHANGED, WORSE):
+        return (
+            "Rounding in the last steps alone took back most of what was learned before; with --qat and no share, all steps are rounded.",
+            run.train_again("--qat"),
+        )
     if diagnosis.name == TOO_FEW_STEPS:
         return _more_steps(run)
     if diagnosis.name in (OVER_FITTED, WORSE) and diagnosis.change and 0 < diagnosis.change.rows < FEWEST_ROWS:
@@ -357,6 +381,7 @@ class VerdictContext:
         near_duplicates: held-out rows that nearly repeat a training row; None: nobody looked.
         known: how many training rows the model answers word for word; None: nobody asked.
         seconds: that the run took.
+        kept_step, rounded_from, begins_at: see `RunReport`.
     """
 
     folder: Path | None = None
@@ -366,6 +391,9 @@ class VerdictContext:
     near_duplicates: int | None = None
     known: KnownRows | None = None
     seconds: float = 0.0
+    kept_step: int | None = None
+    rounded_from: int | None = None
+    begins_at: int = 0
 
 
 def verdict(
@@ -380,16 +408,26 @@ def verdict(
         context: what else is known of the run.
     """
     context = context or VerdictContext()
+    context = replace(context, rounded_from=rounding_begins(records, settings, context.rounded_from))
     validations = [r for r in records if r["val_loss"] is not None]
     notes = [note for note in (_alike(records), _skipped(records)) if note]
     run = facts_of_run(records, settings, context)
+    begins_at = max(context.begins_at, validations[0]["step"] if validations else 0)
+    begins = f"; counted from step {begins_at:,}, because nothing earlier is on record" if begins_at else ""
     if not validations:
         losses = [r["loss"] for r in records if r["loss"] is not None]
-        words = f"Training loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "No step has been reported yet"
+        words = (
+            f"Training loss {losses[0]:.3f} to {losses[-1]:.3f}{begins}" if losses else "No step has been reported yet"
+        )
         mend, command = mending(Diagnosis(UNKNOWN), run) if losses else ("", "")
         nothing = "No held-out data was measured, so this run shows no effect on new text."
         return Verdict(words, PLAIN, [nothing, *notes], UNKNOWN, mend, command)
-    kept = _kept_validation(validations, settings) if ended else validations[-1]
+    kept = measured_adapter(records, settings, ended, context)
+    if kept is None:
+        words = f"The adapter is that of step {context.kept_step:,}, of which no validation is on record"
+        return Verdict(words, PLAIN, notes, UNKNOWN)
+    if 0 < (context.rounded_from or 0) <= kept["step"]:
+        notes.append(f"Rounding began after step {context.rounded_from:,}; the best step is looked for from there on.")
     if kept is not validations[-1]:
         notes.append(f"--keep-best kept the adapter of step {kept['step']:,}, and the headline is about that one.")
     if context.folder is not None and (
@@ -410,13 +448,14 @@ def verdict(
             headline, tone = words_of_objective(validations, kept)
             if words_of_objective is not of_rewards:  # the loss of sampled answers says nothing about that
                 notes = [note for note in (_loss_note(diagnose(evidence), run),) if note] + notes
-            return Verdict(headline, tone, notes)
+            return Verdict(headline + begins, tone, notes)
     found = diagnose(evidence)
     if found.name == UNKNOWN:
         return Verdict(f"Held-out perplexity {perplexity(kept['val_loss'])}, measured once", PLAIN, notes, UNKNOWN)
     mend, command = mending(found, run, context.known)
     change = found.change and asdict(found.change)
-    return Verdict(headline_of(found, evidence), TONES.get(found.name, PLAIN), notes, found.name, mend, command, change)
+    headline, tone = headline_of(found, evidence) + begins, TONES.get(found.name, PLAIN)
+    return Verdict(headline, tone, notes, found.name, mend, command, change)
 
 
 def evidence_of(records: Sequence[Mapping[str, Any]], kept: int | None, context: VerdictContext) -> Evidence:
@@ -436,6 +475,7 @@ def evidence_of(records: Sequence[Mapping[str, Any]], kept: int | None, context:
         texts=context.texts,
         held_out_rows=context.held_out_rows,
         near_duplicates=context.near_duplicates,
+        rounded_from=context.rounded_from or 0,
     )
 
 
@@ -445,13 +485,15 @@ def facts_of_run(
     """Return what the commands that mend a run need."""
     steps = max((r["step"] for r in records), default=0)
     epochs = max((float(r.get("epoch") or 0) for r in records), default=0.0)
-    return FinishedRun(context.folder, settings, steps, epochs, context.seconds / steps if steps else 0.0)
+    timed = steps - context.begins_at
+    return FinishedRun(context.folder, settings, steps, epochs, context.seconds / timed if timed > 0 else 0.0)
 
 
 def headline_of(found: Diagnosis, evidence: Evidence) -> str:
     """Return a diagnosis as a sentence."""
     measured = (
         f"held-out perplexity {perplexity(found.first)} to {perplexity(found.last)}, {change_words(found.change)}"
+        f"{_rows_words(evidence)}"
     )
     if found.name == OVER_FITTED and not found.best_step:
         return f"Overfitted: {measured}, while the training loss fell"
@@ -474,17 +516,30 @@ def headline_of(found: Diagnosis, evidence: Evidence) -> str:
     return f"{found.name.capitalize()}: {measured}"
 
 
+def _rows_words(evidence: Evidence) -> str:
+    """Return on how many rows the two validations of a headline were measured, if not on the same ones; else an empty string."""
+    first, last = evidence.held_out[0][0], _kept(evidence, evidence.held_out)[0]
+    if not rows_differ(evidence, first, last):
+        return ""
+    counts = [len(evidence.rows[step].tokens) for step in (first, last)]
+    return f" (on other rows: {counted(counts[0], 'row')} at step {first:,}, {counts[1]:,} at step {last:,})"
+
+
 def change_words(change: Change | None) -> str:
-    """Return a change of the loss as one of perplexity, with its interval: `35% lower (95% interval 31% to 39%, 12 rows)`."""
+    """Return a change of the loss as one of perplexity: `35% lower (95% interval 31% to 39%, 12 rows)`.
+
+    The interval is in the unit of the change, as in `3 times as high (95% interval 2.5 to 3.6 times, 12 rows)`.
+    """
     if change is None:
         return "measured once"
-    ratio = math.exp(min(change.change, 700.0))
+    ratio, low, high = (math.exp(min(nats, 700.0)) for nats in (change.change, change.low, change.high))
     lower = ratio <= 1
     words = f"{ratio:.3g} times as high" if ratio > 2 else f"{abs(1 - ratio):.0%} {'lower' if lower else 'higher'}"
     if not math.isfinite(change.low):
         return f"{words} ({counted(change.rows, 'row')}, too few for an interval)" if change.rows else words
-    ends = sorted((math.exp(min(end, 700.0)) - 1) * (-1 if lower else 1) for end in (change.low, change.high))
-    return f"{words} (95% interval {ends[0]:.0%} to {ends[1]:.0%}, {counted(change.rows, 'row')})"
+    ends = sorted((end - 1) * (-1 if lower else 1) for end in (low, high))
+    interval = f"{low:.3g} to {high:.3g} times" if ratio > 2 else f"{ends[0]:.0%} to {ends[1]:.0%}"
+    return f"{words} (95% interval {interval}, {counted(change.rows, 'row')})"
 
 
 def _loss_note(found: Diagnosis, run: FinishedRun) -> str:
@@ -496,24 +551,15 @@ def _loss_note(found: Diagnosis, run: FinishedRun) -> str:
     return f"The held-out loss was lowest {where} ({found.best:.3f}) and ended at {found.last:.3f}. {mend}"
 
 
-def kept_step(records: Sequence[dict[str, Any]], settings: dict[str, Any], ended: bool) -> int | None:
-    """Return the step of the last validation, after a run's end that of the adapter in the folder; None without any."""
+def measured_adapter(
+    records: Sequence[dict[str, Any]], settings: dict[str, Any], ended: bool, context: VerdictContext
+) -> dict[str, Any] | None:
+    """Return the last validation, after a run's end that of the adapter in the folder; None: there is none."""
     validations = [r for r in records if r["val_loss"] is not None]
-    if not validations:
-        return None
-    return (_kept_validation(validations, settings) if ended else validations[-1])["step"]
-
-
-def _kept_validation(validations: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the validation of the adapter that is in the folder."""
-    later = [r for r in validations if r["step"]]
-    if not settings.get("keep_best") or not later:
-        return validations[-1]
-    metric = settings.get("metric_for_best_model") or "loss"
-    if metric not in ("loss", "task"):
-        return max(later, key=lambda r: (r.get(metric) or 0.0, -r["val_loss"]))
-    best = max(validations, key=lambda r: (r.get(metric) or 0.0 if metric == "task" else 0.0, -r["val_loss"]))
-    return best if best["step"] else validations[-1]
+    if not ended or not validations:
+        return validations[-1] if validations else None
+    rounded_from = rounding_begins(records, settings, context.rounded_from)
+    return kept_validation(validations, settings, context.kept_step, rounded_from)
 
 
 def _alike(records: list[dict[str, Any]]) -> str:

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
@@ -30,7 +31,7 @@ from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.objectives.table import OWN_OPTIONS
 from mlx_lora.reports.charts import COMMON, WIDE, Series, line_chart, number, render_page
 from mlx_lora.reports.classes import CLASSES_FILE, classes_page, read_classes
-from mlx_lora.reports.diagnosis import Verdict, VerdictContext, change_words, kept_step, verdict
+from mlx_lora.reports.diagnosis import VerdictContext, change_words, measured_adapter, verdict
 from mlx_lora.reports.objectives import (
     class_charts,
     curve,
@@ -99,6 +100,9 @@ class RunReport:
         verdict: `Verdict.to_dict()` of the last `write`; the studio reads it.
         date: the day of the run, as in 2026-11-28; empty: today.
         pictures: digest -> data URL of a small JPEG, of the pictures in the prompts of texts and answers.
+        kept_step: the step of the adapter in the folder; None: the run has not ended, or an earlier version did not write it.
+        rounded_from: the step from which validations are with rounding (--qat); None: none is, or it was not written.
+        begins_at: the step before which nothing is on record, because the run went on from a checkpoint alone.
     """
 
     command: str
@@ -116,14 +120,26 @@ class RunReport:
     verdict: dict[str, Any] = field(default_factory=dict)
     date: str = ""
     pictures: dict[str, str] = field(default_factory=dict)
+    kept_step: int | None = None
+    rounded_from: int | None = None
+    begins_at: int = 0
 
-    def keep_samples_of(self, folder: Path) -> bool:
-        """Copy the texts of the run that this one resumes, and return whether there are any."""
-        try:
-            earlier = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))["samples"]
-            self.samples = [Sample(**one) for one in earlier]
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+    def goes_on(self, run: Path | None, step: int) -> bool:
+        """Take over the texts of the run that this one resumes, and what is on record of it.
+
+        Args:
+            run: its folder; None: nobody knows.
+            step: that this run goes on from.
+
+        Returns:
+            Whether there are texts.
+        """
+        earlier = read_facts(run) if run else {}
+        known = run is not None and (run / "metrics.jsonl").exists()
+        begins_at = earlier.get("begins_at", 0) if known else step
+        self.begins_at = begins_at if type(begins_at) is int else 0
+        with contextlib.suppress(KeyError, TypeError):
+            self.samples = [Sample(**one) for one in earlier["samples"]]
         return bool(self.samples)
 
     def write(self, folder: Path) -> None:
@@ -141,7 +157,9 @@ class RunReport:
         """Return the page's text, and keep the verdict that is on it."""
         settings = parse_yaml((folder / "run.yaml").read_text(encoding="utf-8"))
         records = without_untrained_accuracy(read_records(folder / "metrics.jsonl"), settings)
-        found, evaluation = self._verdict_on(folder, records, settings), read_evaluation(folder)
+        context, evaluation = self._context(folder, records), read_evaluation(folder)
+        found = verdict(records, settings, self.ended, context)
+        kept = measured_adapter(records, settings, self.ended, context)
         self.verdict = found.to_dict()
         return render_page(
             COMMON,
@@ -154,13 +172,13 @@ class RunReport:
             charts=charts(records, self.planned_peak_bytes),
             answers=shown_answers(read_answers(folder / ANSWERS_FILE)),
             evaluation=shown_evaluation(evaluation) if evaluation else None,
-            classes=classes_page(read_classes(folder / CLASSES_FILE, kept_step(records, settings, self.ended))),
+            classes=classes_page(read_classes(folder / CLASSES_FILE, kept["step"] if kept else None)),
             settings=settings,
         )
 
-    def _verdict_on(self, folder: Path, records: list[dict[str, Any]], settings: dict[str, Any]) -> Verdict:
+    def _context(self, folder: Path, records: list[dict[str, Any]]) -> VerdictContext:
         splits, near = self.data.get("splits", {}), self.data.get("near_duplicates") or {}
-        context = VerdictContext(
+        return VerdictContext(
             folder=folder,
             rows=read_rows_file(folder / ROWS_FILE),
             texts=[(one.before, one.after) for one in self.samples if one.after is not None],
@@ -168,8 +186,10 @@ class RunReport:
             near_duplicates=near.get("held_out_rows"),
             known=self.known,
             seconds=elapsed_s(records),
+            kept_step=self.kept_step,
+            rounded_from=self.rounded_from,
+            begins_at=self.begins_at,
         )
-        return verdict(records, settings, self.ended, context)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -223,12 +243,12 @@ def tiles(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
     if not trained:
         return [steps]
     # The first report includes compilations.
-    speeds = sorted(r["supervised_tokens_per_s"] for r in trained[1:] or trained)
+    speed = statistics.median(r["supervised_tokens_per_s"] for r in trained[1:] or trained)
     return [
         steps,
         ("time", _duration(elapsed_s(records))),
         ("trained tokens", f"{sum(r['supervised_tokens'] for r in trained):,}"),
-        ("trained tokens/s, median", number(speeds[len(speeds) // 2])),
+        ("trained tokens/s, median", number(speed)),
         *_outcomes(records),
         ("peak memory, MLX", f"{max(r['peak_memory_bytes'] for r in records) / 1e9:.2f} GB"),
         ("peak memory, process", f"{max(r['process_peak_bytes'] for r in records) / 1e9:.2f} GB"),
@@ -461,7 +481,8 @@ def _cut(text: str, most: int) -> str:
 
 def first_and_kept(records: Sequence[Record], kept_step: int | None) -> list[tuple[Record, Record]]:
     """Return the first answer to each prompt, and the one at the step whose adapter is kept; None: at the last step."""
-    step = records[-1]["step"] if records and kept_step is None else kept_step
+    last_step = records[-1]["step"] if records else 0  # a run may end a few steps after its last validation
+    step = last_step if kept_step is None else min(kept_step, last_step)
     last = [record for record in records if record["step"] == step]
     return [(next(one for one in records if _asked(one) == _asked(end)), end) for end in last]
 

@@ -137,9 +137,9 @@ def adapter_template(folder: Path | None) -> str | None:
 # Quantization-aware training
 
 
-def first_qat_step(settings: AdapterSettings, steps: int) -> int | None:
-    """Return how many of a run's steps are without it, from 0; None: all are."""
-    return steps - math.ceil(settings.qat * steps) if settings.qat else None
+def first_qat_step(share: float, steps: int) -> int | None:
+    """Return how many of a run's steps are without it (--qat SHARE), from 0; None: all are."""
+    return steps - math.ceil(share * steps) if share else None
 
 
 def qat_from(
@@ -154,7 +154,7 @@ def qat_from(
         at: the run's position; where rounding begins, the best validation is looked for anew.
         on_step: is called with the number of steps done, after the change.
     """
-    first = first_qat_step(settings, steps)
+    first = first_qat_step(settings.qat, steps)
     if first is None or at.taken >= first:
         return on_step
     end_qat(model)

@@ -152,7 +152,7 @@ def _rounded_as_at_first(ctx: RunContext, data: DataSplits, epochs: float) -> It
     later = objective.reference and is_rounded(model) and adapter.qat < 1
     if later:
         plan = training_plan(loop, objective.arrange(data).train, epochs)
-        later = bool(first_qat_step(adapter, total_steps(plan, loop, objective.updates)))
+        later = bool(first_qat_step(adapter.qat, total_steps(plan, loop, objective.updates)))
     if later:
         end_qat(model)
     try:

@@ -47,10 +47,12 @@ from mlx_lora.reports.run_report import (
     read_answers,
 )
 from mlx_lora.rollouts.decode import TokenSteps, held_weights
+from mlx_lora.trainer.adapter import first_qat_step
 from mlx_lora.trainer.evaluate import ROWS_FILE, KnownRows, RowsFile
 from mlx_lora.trainer.held_out import held_out_loss
 from mlx_lora.trainer.next_commands import Uses, closing_words
 from mlx_lora.trainer.progress import Metrics, MetricsFile, PlainProgress, Progress
+from mlx_lora.trainer.run_folder import run_of_checkpoint
 from mlx_lora.utils import device
 from mlx_lora.utils.console import in_notebook
 from mlx_lora.utils.errors import InputError
@@ -213,6 +215,7 @@ class RunPage:
                 planned_peak_bytes=run.memory.peak_bytes,
                 step=run.words[-1],
                 held_out=held_out is not None,
+                rounded_from=first_qat_step(settings.adapter.qat, run.steps),
             ),
             [] if teacher is None else [before_answer(teacher, number) for number, _ in beginnings],
             objective,
@@ -221,7 +224,7 @@ class RunPage:
             pictures,
         )
         page._keep_thumbnails()
-        kept = run.found and page.report.keep_samples_of(page.folder)
+        kept = run.found and page.report.goes_on(run_of_checkpoint(run.found.folder), run.found.position.taken)
         changed = settings.adapter.resume_adapter_file or full_parameters(base.model)
         if page.prompts and not kept and changed:
             page._write_texts("Writing texts before training")
@@ -315,9 +318,9 @@ class RunPage:
 
         Args:
             interrupted: whether the run was interrupted; then no text is generated, because the user does not want to wait.
-            kept_step: the step whose adapter was put back; None: the last one's is there.
+            kept_step: the step whose adapter is in the folder; None: that of the last validation.
         """
-        self.report.ended = not interrupted
+        self.report.ended, self.report.kept_step = not interrupted, None if interrupted else kept_step
         if not interrupted and self.fixed:
             self.report.samples = self._samples_of_answers(kept_step)
         elif not interrupted:

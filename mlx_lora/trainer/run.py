@@ -292,7 +292,7 @@ def take_steps(
                     guard,
                     strategy,
                     memory,
-                    first_qat_step(settings.adapter, run.steps) or 0,
+                    first_qat_step(settings.adapter.qat, run.steps) or 0,
                 )
                 outcome = yield from trainer.steps(flag or interrupt_flag())
                 best = None if outcome.interrupted else folder.put_best()
@@ -304,7 +304,7 @@ def take_steps(
     if page is not None:
         if not outcome.interrupted and strategy.ranks.size == 1 and not folder.info.scores:
             page.report.known = known_rows(run.ctx, data.train)
-        page.end(outcome.interrupted, at.best_at if settings.loop.keep_best and at.best_at else None)
+        page.end(outcome.interrupted, folder.kept_step)
         leave_card(folder.path, base, folder.info)
         log.info(outcome_line(settings.loop, outcome, best, settings.objective.rewarded))
         if not outcome.interrupted:

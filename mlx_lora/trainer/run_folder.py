@@ -82,6 +82,8 @@ RESULTS = (
     WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", ROWS_FILE, ANSWERS_FILE, CLASSES_FILE, REPORT_FILE, FACTS_FILE, CHECKPOINTS,
     WRITTEN, EVALUATION_FILE,
 )  # fmt: skip
+# What is appended to, and cut to the step of a checkpoint where a run goes on from it.
+HISTORY = ("metrics.jsonl", ROWS_FILE, ANSWERS_FILE, CLASSES_FILE)
 ASIDE = "earlier-run"
 
 
@@ -160,6 +162,11 @@ class RunFolder:
         """The folder of the results."""
         return Path(self.settings.loop.adapter_path)
 
+    @property
+    def kept_step(self) -> int:
+        """The step whose adapter a run's end leaves: the best one's with --keep-best, if any was better, else the last one's."""
+        return (self.settings.loop.keep_best and self.at.best_at) or self.at.taken
+
     def begin(self, found: Checkpoint | None, steps: int, written: Path | None = None) -> None:
         """Restore a checkpoint, or without --resume set an earlier run's results aside, and write run.yaml.
 
@@ -184,6 +191,8 @@ class RunFolder:
         # A run that was killed before its first checkpoint, and begins again, has nothing to lose.
         if not here and (found is not None or loop.resume is None or holds_adapter(self.path)):
             _set_aside(self.path)
+        if found is not None and elsewhere and (run := run_of_checkpoint(found.folder)):
+            self._copy_history(run)
         if best is not None:
             with replacing_folder(self.path / CHECKPOINTS / best.name) as copied:
                 shutil.copytree(best, copied, dirs_exist_ok=True)
@@ -221,6 +230,13 @@ class RunFolder:
         at.compare_anew()
         return None
 
+    def _copy_history(self, run: Path) -> None:
+        """Copy what another run folder has of the steps so far; where these files are opened, later steps are cut off."""
+        for name in HISTORY:
+            if (run / name).is_file():
+                with replacing_file(self.path / name) as temporary:
+                    shutil.copyfile(run / name, temporary)
+
     def _clear_leftovers(self) -> None:
         """Remove the temporary files of killed runs; no other process writes here while the folder is locked."""
         for path in (self.path / CHECKPOINTS).glob(".step-*"):
@@ -230,7 +246,7 @@ class RunFolder:
             WEIGHTS_FILE,
             CONFIG_FILE,
             "run.yaml",
-            ANSWERS_FILE,
+            *HISTORY,
             REPORT_FILE,
             FACTS_FILE,
             CARD_FILE,
@@ -374,6 +390,12 @@ def continues_here(loop: LoopSettings) -> bool:
     if loop.resume in (None, "auto"):
         return loop.resume == "auto"
     return Path(loop.resume or "").resolve().parent == (Path(loop.adapter_path) / CHECKPOINTS).resolve()
+
+
+def run_of_checkpoint(checkpoint: Path) -> Path | None:
+    """Return the run folder that a checkpoint is in; None for one that was moved out of it."""
+    room = checkpoint.resolve().parent
+    return room.parent if room.name == CHECKPOINTS else None
 
 
 def find_checkpoint(loop: LoopSettings, ranks: Ranks) -> Checkpoint | None:

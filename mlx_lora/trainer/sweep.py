@@ -36,7 +36,8 @@ from mlx_lora.config.sweep import (
 )
 from mlx_lora.models.load import Base
 from mlx_lora.models.meta import outline_for
-from mlx_lora.reports.run_report import read_records
+from mlx_lora.reports.kept import compared_validations, rounding_begins
+from mlx_lora.reports.run_report import read_facts, read_records
 from mlx_lora.reports.sweep_page import WHOLE, SweepResults
 from mlx_lora.trainer.model_shape import outlined_shape, shared_shapes
 from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
@@ -163,12 +164,15 @@ def score_of(trial: Trial, until: int) -> Score:
     validations = [line for line in records if _is_validation(line) and 0 < line["step"] <= until]
     if not validations:
         raise NothingHeldOut
+    used = parse_yaml((trial.folder / "run.yaml").read_text(encoding="utf-8"))
+    if used["keep_best"]:
+        rounded_from = rounding_begins(records, used, read_facts(trial.folder).get("rounded_from"))
+        validations = compared_validations(validations, rounded_from)
     metric = trial.settings.loop.metric_for_best_model
     scores = [
         Score(0.0 if metric == LOSS else 1 + _number(line.get(metric), -1), _number(line["val_loss"]))
         for line in validations
     ]
-    used = parse_yaml((trial.folder / "run.yaml").read_text(encoding="utf-8"))
     return min(scores) if used["keep_best"] else scores[-1]
 
 

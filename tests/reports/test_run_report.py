@@ -75,6 +75,8 @@ def test_tiles_are_the_metrics():
     assert len(shown) == 8
     assert dict(tiles([one for one in RECORDS if one["val_loss"] is None]))["held-out loss"] == "not measured"
     assert tiles([]) == [("steps", "0")]
+    of_three = dict(tiles([record(n, 1.0) for n in (1, 10, 30)]))  # the first is left out, and two have a middle
+    assert of_three["trained tokens/s, median"] == "120"
 
 
 def test_a_page_of_pairs_shows_both_answers_and_no_accuracy_of_rounding(tmp_path):
@@ -146,9 +148,9 @@ def test_texts_of_the_run_before_are_kept(folder, tmp_path):
     report = RunReport("", "", "", "", "", facts["data"])
     old = {key: facts["samples"][0][key] for key in ("prompt", "before", "after")}  # as an earlier version wrote it
     (tmp_path / "report.json").write_text(json.dumps({**facts, "samples": [old]}))
-    assert report.keep_samples_of(folder)
+    assert report.goes_on(folder, 5)
     assert report.samples == [Sample(EVIL, EVIL, EVIL)]
-    assert not RunReport("", "", "", "", "", {}).keep_samples_of(folder / "nowhere")
+    assert not RunReport("", "", "", "", "", {}).goes_on(folder / "nowhere", 5)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from mlx_lora.reports.diagnosis import (
     verdict,
 )
 from mlx_lora.reports.objectives import of_labels
-from mlx_lora.trainer.evaluate import RowLosses, RowsFile, paired_change, read_rows_file
+from mlx_lora.trainer.evaluate import Change, RowLosses, RowsFile, paired_change, read_rows_file
 from mlx_lora.trainer.header import told_after
 
 MESSAGES = [
@@ -184,6 +185,19 @@ def test_the_interval_is_over_rows_and_pairs_them():
     assert long.loss == pytest.approx(310 / 110)
 
 
+@pytest.mark.parametrize(
+    ("ratios", "numbers"),
+    [
+        ((3.0, 2.5, 3.6), ["3", "2.5", "3.6"]),
+        ((1.8, 1.5, 2.5), ["80%", "50%", "150%"]),
+        ((0.5, 0.4, 0.6), ["50%", "40%", "60%"]),
+    ],
+)
+def test_a_change_and_its_interval_have_the_same_unit(ratios, numbers):
+    words = change_words(Change(*map(math.log, ratios), 20)).replace("95% interval", "")
+    assert re.findall(r"[\d.]+%?", words) == [*numbers, "20"]
+
+
 def test_a_short_run_is_told_how_long_a_longer_one_takes(tmp_path):
     records = [{**one, "epoch": 1.0} for one in run_of([3.0, 2.98], [0, 2.9])]
     found = verdict(
@@ -211,6 +225,23 @@ def test_a_rise_on_one_row_sends_to_the_answers_instead_of_another_run(tmp_path)
         "evaluate"
         not in verdict(records, {"model": "m"}, context=VerdictContext(tmp_path / "run", rows=of_many)).command
     )
+
+
+def test_validations_of_other_rows_are_not_compared_without_a_word():
+    """After `--resume --val-batches -1`: the new rows have a higher loss, which is no rise."""
+    held_out = {0: (3.0, 11), 20: (1.5, 11), 40: (2.0, 24), 60: (1.9, 24)}
+    rows = {step: losses_of(loss, rows=count) for step, (loss, count) in held_out.items()}
+    records = run_of([loss for loss, _ in held_out.values()], FALLING)
+    for one in records:
+        one["step"] *= 2
+    found = verdict(records, {}, context=VerdictContext(rows=rows))
+    assert found.name == LEARNED
+    assert all(count in found.headline for count in ("11 rows", "24"))
+    same = verdict(records, {}, context=VerdictContext(rows={step: losses_of(one.loss) for step, one in rows.items()}))
+    assert same.name == OVER_FITTED
+    # As many rows, but others.
+    other = rows | {60: RowLosses(rows[0].sums * 1.9 / 3, rows[0].tokens + 1)}
+    assert verdict(records, {}, context=VerdictContext(rows=other)).change["rows"] == 0
 
 
 def test_rows_of_validations_are_kept_and_resumed(tmp_path):
