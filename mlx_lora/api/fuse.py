@@ -182,7 +182,7 @@ def ways_to_round(base: Base, adapter: Path, asked: FuseSettings) -> list[Roundi
         if isinstance(tokens, CalibrationTokens):
             way = replace(way, compensate=True, tokens=tokens)
     plain = [layer for layer in layers if not way.compensate or layer.OVER is not LINEAR]
-    if bits >= FINE_BITS or not any(layer.base.mode == "affine" for layer in plain):
+    if (asked.bits or 0) >= FINE_BITS or not any(layer.base.mode == "affine" for layer in plain):
         return [way]
     grids = [way, replace(way, new_grid=True)]
     return grids[::-1] if way.budget and not way.compensate else grids  # more bits make a new grid's error smaller

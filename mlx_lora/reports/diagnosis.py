@@ -267,7 +267,8 @@ def mending(diagnosis: Diagnosis, run: FinishedRun, known: KnownRows | None = No
         return f"{known.words()} If the rows are facts to remember, keep this adapter. If not: {mend}", command
     if diagnosis.undone and diagnosis.name in (TOO_FEW_STEPS, UNCHANGED, WORSE):
         return (
-            "Rounding in the last steps alone took back most of what was learned before; with --qat and no share, all steps are rounded.",
+            "The cause is that rounding in the last steps alone took back most of what was learned before. With --qat and no share, all "
+            "steps are rounded.",
             run.train_again("--qat"),
         )
     if diagnosis.name == TOO_FEW_STEPS:
@@ -396,6 +397,14 @@ class VerdictContext:
     begins_at: int = 0
 
 
+def _begins(begins_at: int, validations: Sequence[Mapping[str, Any]]) -> str:
+    """Return from which step a headline counts, if not from the first."""
+    first = validations[0]["step"] if validations else begins_at
+    if begins_at:
+        return f"; counted from step {max(begins_at, first):,}, because the checkpoint was not in its run folder"
+    return f"; counted from step {first:,}, the first validation" if first else ""
+
+
 def verdict(
     records: list[dict[str, Any]], settings: dict[str, Any], ended: bool = True, context: VerdictContext | None = None
 ) -> Verdict:
@@ -412,8 +421,7 @@ def verdict(
     validations = [r for r in records if r["val_loss"] is not None]
     notes = [note for note in (_alike(records), _skipped(records)) if note]
     run = facts_of_run(records, settings, context)
-    begins_at = max(context.begins_at, validations[0]["step"] if validations else 0)
-    begins = f"; counted from step {begins_at:,}, because nothing earlier is on record" if begins_at else ""
+    begins = _begins(context.begins_at, validations)
     if not validations:
         losses = [r["loss"] for r in records if r["loss"] is not None]
         words = (
@@ -427,7 +435,7 @@ def verdict(
         words = f"The adapter is that of step {context.kept_step:,}, of which no validation is on record"
         return Verdict(words, PLAIN, notes, UNKNOWN)
     if 0 < (context.rounded_from or 0) <= kept["step"]:
-        notes.append(f"Rounding began after step {context.rounded_from:,}; the best step is looked for from there on.")
+        notes.append(f"Rounding began after step {context.rounded_from:,}; validations are compared from there on.")
     if kept is not validations[-1]:
         notes.append(f"--keep-best kept the adapter of step {kept['step']:,}, and the headline is about that one.")
     if context.folder is not None and (

@@ -40,6 +40,7 @@ from mlx_lora.rollouts.rewards import (
     SilentRewards,
     TrainerState,
     guarded,
+    one_note,
     problem_of,
     rewards_for,
 )
@@ -441,7 +442,8 @@ class MultiTurnEnv:
     ) -> list[list[int]]:
         self.facts = [fact for fact in facts for _ in range(group)]
         self.turns, self.totals = [0] * len(self.facts), [np.nan] * len(self.facts)
-        begun = [self._begun(number, seeds[number // group], note) for number in range(len(self.facts))]
+        with one_note(note) as skipped:
+            begun = [self._begun(number, seeds[number // group], skipped) for number in range(len(self.facts))]
         self.episodes = [None if one is None else one[0] for one in begun]
         found = []
         for place, (prompt, fact) in enumerate(zip(prompts, facts, strict=True)):
@@ -456,10 +458,11 @@ class MultiTurnEnv:
         self, episodes: Sequence[int], completions: Sequence[list[int]], note: Callable[[str], None]
     ) -> StepResults:
         observations, done = [], []
-        for number, completion in zip(episodes, completions, strict=True):
-            text, example = self._answered(number, self.text_of(completion), note), self.facts[number]["example"]
-            observations.append([] if text is None else observation_tokens(self._encoder(), example, text))
-            done.append(text is None)
+        with one_note(note) as skipped:
+            for number, completion in zip(episodes, completions, strict=True):
+                text, example = self._answered(number, self.text_of(completion), skipped), self.facts[number]["example"]
+                observations.append([] if text is None else observation_tokens(self._encoder(), example, text))
+                done.append(text is None)
         return StepResults(observations, np.full((len(done), 1), np.nan), done)
 
     def finish(self, episodes: Sequence[Episode], note: Callable[[str], None]) -> np.ndarray | None:

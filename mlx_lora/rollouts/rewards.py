@@ -17,8 +17,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -256,7 +256,8 @@ def _called(
     count, name = len(answers["completions"]), f"--reward {reward.name}"
     if reward.alone and count > 1:
         every = [{key: values[row : row + 1] for key, values in answers.items()} for row in range(count)]
-        found = [_called(reward, one, (), settings, note, state) for one in every]
+        with one_note(note) as skipped:
+            found = [_called(reward, one, (), settings, skipped, state) for one in every]
         return [None if values is None else values[0] for values in found]
     if reward.model is None:
         values = guarded(lambda: call_reward(reward.function, answers, state), name, answers, settings, note)
@@ -306,6 +307,15 @@ def fail(what: str, settings: ObjectiveSettings, note: Callable[[str], None], fl
         note(f"Note: {what}; skipped")
         return
     raise RunError(f"{what}; correct it{f', raise {flag}' if flag else ''}, or give --reward-errors skip")
+
+
+@contextmanager
+def one_note(note: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
+    """Take the notes on what is skipped in here, and pass on the first, with how many more there were."""
+    found: list[str] = []
+    yield found.append
+    if found:
+        note(found[0] + (f", with {counted(len(found) - 1, 'more failure')} in this batch" if len(found) > 1 else ""))
 
 
 def problem_of(value: Any) -> str | None:

@@ -93,8 +93,20 @@ def _in_this_thread(outcome: Coroutine[Any, Any, Any]) -> Any:
 @atexit.register
 def _close() -> None:
     """End what still waits in the main thread's loop; else Python warns of it."""
-    if (runner := _runners.pop(os.getpid(), None)) is not None:
-        runner.close()
+    runner = _runners.pop(os.getpid(), None)
+    if runner is None:
+        return
+    loop = runner.get_loop()
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        with suppress(SystemExit, KeyboardInterrupt):
+            # Not `runner.close()` before this: it waits without a limit, also for a task that takes no notice.
+            _, left = loop.run_until_complete(asyncio.wait(tasks, timeout=GRACE_S))
+            if left:
+                return
+    runner.close()
 
 
 def _beside(outcome: Coroutine[Any, Any, Any]) -> Any:

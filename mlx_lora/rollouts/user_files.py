@@ -21,7 +21,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -76,10 +76,11 @@ def module_of(path: str, asked: str) -> ModuleType:
 def _module(file: Path, content: str) -> ModuleType:
     """Run a file with this check sum."""
     name = f"{re.sub(r'[^a-zA-Z0-9]', '_', file.stem)}_{sha256_of(f'{file} {content}')[:12]}"
-    folder = _loaders()
-    (folder / f"{name}.py").write_text(LOADER.format(path=str(file)), encoding="utf-8")
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
+    with suppress(OSError):  # without a temporary folder, all but spawned processes works
+        folder = _loaders()
+        (folder / f"{name}.py").write_text(LOADER.format(path=str(file)), encoding="utf-8")
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
     return run_as(name, str(file))
 
 

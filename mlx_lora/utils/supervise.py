@@ -2,8 +2,8 @@
 
 If memory runs out, the process aborts (134), has a segmentation fault on the CPU (139), is killed by the system (137), or, on
 a GPU since mlx 0.32, gets an error and exits with OUT_OF_MEMORY. So another process restarts it from the last checkpoint, with
-batches in smaller parts, then also with every block checkpointed: both give the same updates (docs/preference.md has an exception). If macOS ended work that kept
-the GPU too long (OUT_OF_TIME), it is restarted with short command buffers. A training process that exits by itself with
+batches in smaller parts, then also with every block checkpointed: both give the same updates (docs/preference.md has an
+exception). If macOS ended work that kept the GPU too long (OUT_OF_TIME), it is restarted with short command buffers. A training process that exits by itself with
 another code is not restarted.
 
 This file is run as a script, so that only the standard library is in memory beside the training. The training has its

@@ -218,6 +218,14 @@ def test_grids_are_tried_for_all_bits_that_lose(tiny_4bit_folder, rows, tmp_path
     assert grids(budget=budget, rows=str(rows), compensate=False) == [True, False]
 
 
+def test_a_base_of_8_bits_gets_the_better_grid_too(tmp_path):
+    model, layout = tiny_model(), {"group_size": 32, "bits": 8, "mode": "affine"}
+    nn.quantize(model, **layout)
+    folder = write_folder(tmp_path / "base", model, {"quantization": layout})
+    base = adapted(folder, tmp_path)
+    assert [way.new_grid for way in ways_to_round(base, tmp_path / "a", FuseSettings(tmp_path))] == [False, True]
+
+
 def test_steps_that_help_most_per_byte_come_first():
     costs = {
         "a": LayerCost({4: 8.0, 5: 2.0, 8: 0.0}, {4: 100, 5: 120, 8: 200}),

@@ -171,3 +171,21 @@ with asyncio.Runner() as other:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_task_that_takes_no_notice_does_not_hold_the_interpreter():
+    code = """
+import asyncio
+from mlx_lora.rollouts.user_calls import awaited
+async def stays():
+    while True:
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            pass
+async def leaves():
+    asyncio.get_running_loop().left = asyncio.create_task(stays())
+    await asyncio.sleep(0)
+awaited(leaves())
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False).returncode == 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_lora.rollouts import user_files
 from mlx_lora.rollouts.user_files import from_file
 from mlx_lora.utils.errors import InputError
 
@@ -108,6 +109,16 @@ def test_a_spawned_process_does_not_load_training_again():
         assert not {"mlx.core", "mlx_lora.api.train", "mlx_lora.cli.train"} & set(sys.modules)
     """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_file_needs_no_temporary_folder(tmp_path, paths, monkeypatch):
+    (tmp_path / "alone.py").write_text("def f(): return 5\n")
+
+    def full() -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr(user_files, "_loaders", full)
+    assert from_file("--reward", f"{tmp_path / 'alone.py'}:f", "function")() == 5
 
 
 def test_a_file_may_import_from_the_current_folder(tmp_path, paths, monkeypatch):
