@@ -4,7 +4,7 @@ A quantized base is rounded again, and no rule says beforehand which rounding is
 and update, all weights are rounded once more, and on the base's own grid, updates below half a step are lost. So without
 a flag that chooses, layers are compensated if the rows that the adapter was trained on are on this disk. Where weights are
 rounded each for itself (without these rows; experts and embeddings), the base's own grid is tried, then if too little is
-kept a new one, and the better of the two is what is left in the folder.
+kept a new one (with a budget of bits, in the other order), and the better of the two is what is left in the folder.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@
     new grid   the one that `mx.quantize` chooses for the sum: the whole weight is rounded once more, which adds an error many
                times the update's size, but one that points everywhere, and the update is in it
 
-Neither squared error tells which one a model bears better. On SmolLM2 in Q4_0, the outputs of a layer err by 0.8 to 1.0 times
-what the update changes them by on the own grid, with 5 and 6 bits too, and by 10 to 100 times on a new one of 4 bits.
+Their squared errors do not tell which one a model bears better (docs/decisions.md, `--bits-budget`).
 """
 
 from __future__ import annotations
@@ -48,10 +47,9 @@ def rounded_layer(base: Any, weight: mx.array, bits: int | None, *, new_grid: bo
         return quantized_like(base, whole)
     new = whole.to_quantized(**quantization.layout)
     new.scales, new.biases = (array.astype(float_dtype(base)) for array in (new.scales, new.biases))
-    grids = [new]
-    if keeps_grid:
-        finer = copy.copy(new)  # it has all values of the base's grid: its steps are halved for each bit
-        finer.scales, finer.biases = base.scales / 2**more, base.biases
-        grids.append(finer)
-    rounded = [quantized_like(grid, whole) for grid in grids]  # the codes for the scales as they are written
+    if not keeps_grid:
+        return quantized_like(new, whole)  # the codes for the scales as they are written
+    finer = copy.copy(new)  # it has all values of the base's grid: its steps are halved for each bit
+    finer.scales, finer.biases = base.scales / 2**more, base.biases
+    rounded = [quantized_like(grid, whole) for grid in (new, finer)]
     return min(rounded, key=lambda layer: mx.square(exact_weight(layer) - weight).sum().item())

@@ -560,9 +560,8 @@ class EmbeddedSet:
             arrays = arrays_of(batch)
             own = np.array(compute(model, *arrays))
             real = np.array(arrays[5]) > 0
-            if (
-                strategy.counts and real.any()
-            ):  # a list of no rows would lose its other dimensions on the way to the others
+            # A list of no rows would lose its other dimensions on the way to the other ranks.
+            if strategy.counts and real.any():
                 vectors.append(own[real])
                 numbers.append(np.array(arrays[4])[real])
         if strategy.ranks.size > 1:

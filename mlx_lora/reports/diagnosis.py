@@ -432,7 +432,7 @@ def verdict(
         return Verdict(words, PLAIN, [nothing, *notes], UNKNOWN, mend, command)
     kept = measured_adapter(records, settings, ended, context)
     if kept is None:
-        words = f"The adapter is that of step {context.kept_step:,}, of which no validation is on record"
+        words = f"The adapter is that of step {context.kept_step:,}, for which no validation was recorded"
         return Verdict(words, PLAIN, notes, UNKNOWN)
     if 0 < (context.rounded_from or 0) <= kept["step"]:
         notes.append(f"Rounding began after step {context.rounded_from:,}; validations are compared from there on.")

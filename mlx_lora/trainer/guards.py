@@ -122,15 +122,20 @@ def compiler_spared() -> Iterator[None]:
 class MemoryGuard:
     """Watches a run's memory, and says in how many parts its batches run."""
 
-    def __init__(self, at: Position, limit_bytes: int | None = None):
+    def __init__(self, at: Position, limit_bytes: int | None = None, sorts: str = "", ranks: int = 1):
         """Begin to watch.
 
         Args:
             at: of the run; `at.parts` is kept here, so that a resumed run keeps it.
             limit_bytes: for MLX's buffers in use, None for no limit; buffers that it keeps for reuse have another limit.
+            sorts: as of the run's `Objective`.
+            ranks: that the rows of a batch are divided among.
         """
         self.at, self.limit_bytes = at, limit_bytes
+        self._sorts, self._told_cut = sorts, False
         self._told, self._earlier_peak_bytes = False, 0
+        if ranks > 1:
+            self._tell_cut("each process sorts its own")
 
     @property
     def peak_bytes(self) -> int:
@@ -139,14 +144,25 @@ class MemoryGuard:
 
     def divide(self, batches: list[Batch]) -> list[Batch]:
         """Return the batches of one optimizer step, in parts."""
-        return [part for batch in batches for part in split_rows(batch, self.at.parts)]
+        parts = [part for batch in batches for part in split_rows(batch, self.at.parts)]
+        if len(parts) > len(batches):
+            self._tell_cut("each part of a batch is sorted by itself")
+        return parts
 
-    def watch(self, rows: int, same_updates: bool = True) -> None:
+    def _tell_cut(self, own: str) -> None:
+        """Say once that batches are cut, if that changes the loss."""
+        if self._sorts and not self._told_cut:
+            self._told_cut = True
+            log.info(
+                f"--loss-type {self._sorts} compares pairs in sorted order, and {own}: losses and updates are not those of whole "
+                "batches in one process"
+            )
+
+    def watch(self, rows: int) -> None:
         """Double the parts when the peak since the last change is over the limit.
 
         Args:
             rows: of the largest batch in parts; a single row cannot be cut.
-            same_updates: whether the loss is a sum over rows, so that parts have the updates of the whole.
         """
         peak = mx.get_peak_memory()
         if self.limit_bytes is None or peak <= self.limit_bytes:
@@ -154,7 +170,7 @@ class MemoryGuard:
         over = f"step {self.at.taken}: {peak / 1e9:.2f} GB were in use, the limit is {self.limit_bytes / 1e9:.2f} GB"
         if rows > 1:
             self.at.parts *= 2
-            effect = ", with the same updates" if same_updates else ""
+            effect = "" if self._sorts else ", with the same updates"
             log.info(f"{over}; from now on, batches run in {self.at.parts} parts{effect}")
             self._earlier_peak_bytes = self.peak_bytes
             mx.reset_peak_memory()

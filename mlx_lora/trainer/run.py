@@ -266,7 +266,7 @@ def take_steps(
         check_room(settings.loop, run.steps, sum(p.nbytes for p in adapter_parameters(base.model).values()))
         page = RunPage.begin(run, data)
     folder.begin(run.found, run.steps, data.written)
-    guard = MemoryGuard(at, memory.budget_bytes)
+    guard = MemoryGuard(at, memory.budget_bytes, run.ctx.objective.sorts, strategy.data_ranks.size)
 
     def save(step_number: int) -> None:
         take_first_ranks(strategy, step)

@@ -248,7 +248,7 @@ class Trainer:
         self.total = total_steps(self.plan, self.settings, self.objective.updates)
         self._window, self._begun_s = Window(), time.perf_counter()
         self._saved_at = self.at.taken if self.at.taken else None
-        self._told_idle = self._told_cut = False
+        self._told_idle = False
         self._previous: StepResult | None = None  # the device works on it while the host prepares the next
 
     def fit(self) -> Outcome:
@@ -306,7 +306,6 @@ class Trainer:
         """Take a step over some micro-batches, then report, validate and save if it is time."""
         at, guard, previous = self.at, self._guard, self._previous
         parts = self.strategy.split(chosen, guard.divide)
-        self._tell_cut(chosen, parts)
         wanted = StepWanted(self, parts, self._interrupted.asked(), guard.divide)
         while (result := (yield wanted)) is None:
             self._save()
@@ -318,25 +317,8 @@ class Trainer:
         at.taken, at.consumed = at.taken + 1, at.consumed + len(chosen)
         self._window.add(parts, result)
         self.hooks.on_step(at.taken)
-        guard.watch(
-            -(-max(len(batch.inputs) for batch in chosen) // (self.strategy.ranks.size * at.parts)),
-            not self.objective.sorts,
-        )
+        guard.watch(-(-max(len(batch.inputs) for batch in chosen) // (self.strategy.ranks.size * at.parts)))
         self._tell(result)
-
-    def _tell_cut(self, chosen: list[Batch], parts: list[Batch]) -> None:
-        """Say once that micro-batches are cut, into `parts` or among ranks, if that changes the loss."""
-        sorts, several = self.objective.sorts, self.strategy.data_ranks.size > 1
-        if not sorts or self._told_cut or not (several or len(parts) > len(chosen)):
-            return
-        if all(batch.examples < 2 for batch in chosen):  # nothing to cut
-            return
-        self._told_cut = True
-        own = "each process sorts its own" if several else "each part of a batch is sorted by itself"
-        log.info(
-            f"--loss-type {sorts} compares pairs in sorted order, and {own}: losses and updates are not those of whole batches in "
-            "one process"
-        )
 
     def _tell(self, result: StepResult) -> None:
         """Report, validate and save, each if it is time after the step just taken."""

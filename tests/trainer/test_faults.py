@@ -429,7 +429,7 @@ def test_over_its_limit_the_guard_doubles_the_parts_until_rows_are_single(logged
     guard = MemoryGuard(at, device.current_device().working_set_bytes)
     guard.watch(rows=8)
     assert (at.parts, len(logged)) == (2, 2)
-    MemoryGuard(at, 1).watch(rows=8, same_updates=False)
+    MemoryGuard(at, 1, sorts="aot").watch(rows=8)
     assert (at.parts, "same updates" in logged[2]) == (4, False)
 
 
