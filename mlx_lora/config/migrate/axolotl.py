@@ -109,9 +109,11 @@ def read_kind(sheet: Sheet) -> None:
         if asked == "simpo":
             objective_keys.note_plain_simpo(sheet)
         objective_keys.put_objective(sheet, RL[asked], RL_OPTIONS)
+        objective_keys.turn_off_dropout(sheet)
         sheet.take("precompute_ref_log_probs")  # we always do
     if sheet.switch("reward_model"):
         objective_keys.put_objective(sheet, "reward", {"center_rewards_coefficient": "center_rewards"})
+        objective_keys.turn_off_dropout(sheet)
     if asked := sheet.take("process_reward_model"):
         raise sheet.refusal(f"process_reward_model {asked}: only reward_model is supported; use Axolotl for it")
 

@@ -144,6 +144,7 @@ class Dialect:
         rules: functions that each read the keys of one topic; they run in order.
         names: key -> our setting with the same meaning; read after the rules.
         defaults: our setting -> the trainer's default, if it differs from ours and changes the result.
+        nulls: key -> what null means, if that is not the trainer's default.
     """
 
     name: str
@@ -151,6 +152,7 @@ class Dialect:
     rules: tuple[Callable[[Sheet], None], ...]
     names: Mapping[str, str]
     defaults: Mapping[str, Any]
+    nulls: Mapping[str, Any] = field(default_factory=dict)
 
     def read(self, content: Mapping[str, Any], file: str, flags: Mapping[str, Any] | None = None) -> Sheet:
         """Return a file of this dialect, read.
@@ -163,7 +165,8 @@ class Dialect:
         Raises:
             InputError: it asks for another kind of training, or has an invalid value.
         """
-        sheet = Sheet(file, filled(content), flags or {})
+        off = {key: value for key, value in self.nulls.items() if content.get(key, value) in (None, "None")}
+        sheet = Sheet(file, filled(content) | off, flags or {})
         for rule in self.rules:
             rule(sheet)
         sheet.copy(self.names)
@@ -209,6 +212,7 @@ class Names:
     default_epochs: float = 3.0
 
 
+UNCUT = 10**8  # tokens, more than a row has: nothing is cut
 # Keys with the same meaning in each of these trainers.
 SHARED = {
     "trust_remote_code": "trust_remote_code", "learning_rate": "learning_rate", "weight_decay": "weight_decay",

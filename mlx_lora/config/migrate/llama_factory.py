@@ -107,6 +107,7 @@ def read_preference(sheet: Sheet, stage: str) -> None:
     if loss_type:
         sheet.rest["pref_loss"] = loss_type
     objective_keys.put_objective(sheet, objective, PREFERENCE_OPTIONS)
+    objective_keys.turn_off_dropout(sheet)
     objective_keys.read_reference(sheet, "model_name_or_path", "ref_model")
     if stage == "dpo" and objective == "kto":
         sheet.note("pref_loss kto_pair: each pair becomes a good and a bad answer for kto")
@@ -189,6 +190,7 @@ LLAMA_FACTORY = Dialect(
         "swanlab_project": "project_name",
     },
     defaults={"learning_rate": 5e-5, "lr_schedule": "linear", "warmup": 0, "weight_decay": 0.0},
+    nulls={"max_grad_norm": 0},
 )
 
 

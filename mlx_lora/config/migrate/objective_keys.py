@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_lora.config.migrate.common import Names, Sheet, read_batch
+from mlx_lora.config.migrate.common import UNCUT, Names, Sheet, read_batch
 from mlx_lora.config.objectives import IMITATION, SAMPLING
 
 OF_SAMPLING = (
@@ -86,6 +86,12 @@ def read_reference(sheet: Sheet, model: str, reference: str) -> None:
             f"{reference} {asked}: the reference is --model itself or an adapter on it (--reference-adapter); leave it out"
         )
     sheet.left_out.append(reference)
+
+
+def turn_off_dropout(sheet: Sheet, hint: str = "") -> None:
+    """Leave the file's dropout out, because its trainer turns dropout off before it trains; `hint` ends the note."""
+    if asked := sheet.number("lora_dropout"):
+        sheet.note(f"lora_dropout {asked:g}: not used, as there: it is turned off for {sheet.found['objective']}{hint}")
 
 
 def note_plain_simpo(sheet: Sheet) -> None:
@@ -209,7 +215,8 @@ def read_rows(sheet: Sheet, names: Names) -> None:
     longest = sheet.number("max_prompt_length")
     if longest is not None:
         sheet.found["max_seq_length"] = longest
-        sheet.note(f"max_prompt_length {longest}: longer prompts are left out, not cut")
+        if longest < UNCUT:
+            sheet.note(f"max_prompt_length {longest}: longer prompts are left out, not cut")
     sheet.leave(names.length, names.packing)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_lora.config.migrate import common, objective_keys
-from mlx_lora.config.migrate.common import SHARED, Dialect, Names, Sheet
+from mlx_lora.config.migrate.common import SHARED, UNCUT, Dialect, Names, Sheet
 from mlx_lora.config.objectives import SAMPLING
 
 MARKS = ("dataset_name", "dataset_train_split", "dataset_test_split", "use_peft", "lora_target_modules", "datasets")
@@ -51,6 +51,8 @@ ANSWERS = {
 LEARNING_RATES = {"sft": 2e-5, "distill": 2e-5, "reward": 1e-4}
 LEARNING_RATE = 1e-6
 PEFT_TARGETS = "q_proj,v_proj"  # of most architectures
+# Objective -> what `max_length: null` means in TRL; for the others, no row is cut.
+NULL_LENGTHS = {"orpo": 512, "cpo": 512, "simpo": 512, "distill": 1024}
 # Of GKD.
 BETA, LMBDA = 0.5, 0.5  # its defaults
 SHARES: dict[float, bool] = {0: False, 1: True}  # lmbda -> whether the answers are sampled during the run
@@ -112,7 +114,7 @@ def read_preference(sheet: Sheet, objective: str) -> None:
         objective_keys.note_plain_simpo(sheet)
     objective_keys.put_objective(sheet, objective, PREFERENCES)
     sheet.take("precompute_ref_log_probs")  # always done here
-    sheet.drop({"truncation_mode": ("keep_start",)})
+    sheet.drop({"truncation_mode": ("keep_start",), "max_prompt_length": (UNCUT,)})
 
 
 def read_sampling(sheet: Sheet, objective: str) -> None:
@@ -159,18 +161,23 @@ def read_distill(sheet: Sheet) -> None:
         sheet.note(
             "TRL compares all tokens of the vocabulary, here the teacher's 64 likeliest; --teacher-top-k 0 is all"
         )
-    if sheet.take("disable_dropout") is not False:
-        sheet.leave("lora_dropout")  # TRL turns it off
-        sheet.assume(dropout=0.0)
     sheet.leave("teacher_model_init_kwargs")
 
 
 def read_method(sheet: Sheet) -> None:
-    """Set rank, alpha and method; without use_peft the model itself is trained, as in TRL."""
+    """Set rank, alpha, dropout and method; without use_peft the model itself is trained, as in TRL.
+
+    TRL's trainers of preferences, rewards and GKD turn off all dropout of the adapted model, unless the file says otherwise.
+    """
     adapts = sheet.switch("use_peft")
+    without = sheet.found["objective"] not in ("sft", *SAMPLING)
+    if "disable_dropout" in sheet.rest:
+        without = sheet.switch("disable_dropout")
     if adapts:
+        if without:
+            objective_keys.turn_off_dropout(sheet, "; disable_dropout: false keeps it")
         sheet.copy(ADAPTER, Sheet.number)
-        sheet.assume(rank=16, alpha=32, dropout=0.05)
+        sheet.assume(rank=16, alpha=32, dropout=0.0 if without else 0.05)
     on = common.switched(sheet, {"dora": "use_dora", "rslora": "use_rslora"})
     common.choose_method(sheet, on | {"full": None if adapts else "use_peft"})
     common.read_layers(sheet, NAMES)
@@ -216,6 +223,8 @@ def read_loop(sheet: Sheet) -> None:
             sheet.rest[kind] = True
     if "max_seq_length" in sheet.rest:  # its name until 2025
         sheet.rest["max_length"] = sheet.take("max_seq_length")
+    if sheet.rest.get("max_length") == UNCUT:
+        sheet.rest["max_length"] = NULL_LENGTHS.get(sheet.found["objective"], UNCUT)
     common.read_loop(sheet, NAMES, objective_keys.read_rows)
     common.read_loggers(sheet)
     sheet.copy({"gradient_checkpointing": "grad_checkpoint"}, Sheet.switch)
@@ -229,4 +238,5 @@ TRL = Dialect(
     rules=(read_kind, read_method, read_data, read_loop),
     names={**SHARED, "model_name_or_path": "model", "model_revision": "revision", "overwrite_output_dir": "force"},
     defaults={"lr_schedule": "linear", "warmup": 0, "weight_decay": 0.0},
+    nulls={"max_length": UNCUT, "max_prompt_length": UNCUT, "max_grad_norm": 0},
 )
