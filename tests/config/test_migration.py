@@ -13,6 +13,7 @@ from run_cli import run
 from mlx_lora.config import settings as config
 from mlx_lora.config.load import read_settings, train_settings
 from mlx_lora.config.migrate import DIALECTS, find_dialect, migrate, objective_keys
+from mlx_lora.config.migrate.common import UNCUT
 from mlx_lora.objectives.preference import SMOOTHED
 from mlx_lora.objectives.table import OBJECTIVES, OWN_OPTIONS, objective_of
 from mlx_lora.utils import console
@@ -20,7 +21,7 @@ from mlx_lora.utils.errors import InputError
 
 FOREIGN = Path(__file__).parents[1] / "foreign"
 KNOWN = set(config.FIELDS)
-LEFT_OUT = "keys without a counterpart here, left out: "
+LEFT_OUT = "keys without a counterpart here that "
 
 # File -> what it must become, and every key that it must leave out.
 CASES = {
@@ -225,7 +226,7 @@ CASES = {
         {"bits": 4,
             "model": "someone/qwen2.5-0.5b", "data": "someone/ultrafeedback", "objective": "dpo",
             "loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "beta": 0.2, "method": "lora",
-            "rank": 32, "alpha": 32, "dropout": 0.05, "target_modules": "q_proj,v_proj", "max_seq_length": 512,
+            "rank": 32, "alpha": 32, "dropout": 0.0, "target_modules": "q_proj,v_proj", "max_seq_length": 512,
             "batch_size": 2, "grad_accumulation_steps": 8, "iters": 100, "val_batches": 0, "report_to": "wandb",
             "adapter_path": "out/dpo", "learning_rate": 1e-6, "lr_schedule": "linear", "warmup": 0, "weight_decay": 0.0,
             "valid_fraction": 0.0,
@@ -302,10 +303,8 @@ def from_file(file: Path, flags=MappingProxyType({})) -> config.TrainSettings:
 
 
 def left_out(said: list[str]) -> list[str]:
-    """Return the keys of the one line that lists them."""
-    lines = [line.strip() for line in said if LEFT_OUT in line]
-    assert len(lines) <= 1
-    return lines[0].removeprefix(LEFT_OUT).split(", ") if lines else []
+    """Return the keys of the two lines that list them."""
+    return [key for line in said if LEFT_OUT in line for key in line.split(", left out: ")[1].split(", ")]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -320,6 +319,15 @@ def test_every_key_is_mapped_or_listed(name, folder):
     assert sorted(left_out(said)) == sorted(part.replace("|", " ") for part in without.split())
     dialect = name.split("-")[0]
     assert dialect in said[0].lower().replace("llama-factory", "llama").split(" settings file of ")[1]
+
+
+def test_keys_that_may_change_the_result_are_told_apart(folder):
+    _, said = read("llama-factory-sft.yaml", folder)
+    [others] = [line for line in said if f"{LEFT_OUT}may change" in line]
+    [harmless] = [line for line in said if f"{LEFT_OUT}change no" in line]
+    assert others.endswith(", left out: max_samples")
+    assert "overwrite_cache" in harmless
+    assert "max_samples" not in harmless
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -468,7 +476,7 @@ def test_train_runs_an_axolotl_file(tiny_folder, chats, tmp_path):
     )
     ran = run("train", "--config", file, "--learning-rate", "2e-3")
     assert ran.code == 0, ran.err
-    assert f"{LEFT_OUT}flash_attention" in ran.err
+    assert f"{LEFT_OUT}change no result, left out: flash_attention" in ran.err
     assert ran.out == ""
     written = yaml.safe_load((tmp_path / "run/run.yaml").read_text())
     assert written["model"] == str(tiny_folder)
@@ -592,6 +600,58 @@ def test_gkd_with_sampled_answers_is_on_policy(tmp_path):
     file.write_text("model_name_or_path: m\ndataset_name: d\nteacher_model_name_or_path: big\nlmbda: 1\nbeta: 1\n")
     found = train_settings({}, read_settings(str(file), {})).objective
     assert (found.on_policy, found.temp, found.max_new_tokens, found.divergence) == (True, 0.9, 128, "reverse_kl")
+
+
+TRL_FILE = "model_name_or_path: m\ndataset_name: d\nuse_peft: true\nlora_dropout: 0.1\n"
+AXOLOTL_FILE = "base_model: m\nadapter: lora\nlora_r: 8\nlora_dropout: 0.1\n"
+FACTORY_FILE = "model_name_or_path: m\nfinetuning_type: lora\nlora_rank: 8\nlora_dropout: 0.1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "objective", "dropout"),
+    [
+        *((TRL_FILE, name, 0) for name in ("dpo", "orpo", "simpo", "cpo", "kto", "reward")),
+        *((TRL_FILE, name, 0.1) for name in ("sft", "grpo", "rloo")),
+        (TRL_FILE + "disable_dropout: false\n", "dpo", 0.1),
+        (TRL_FILE + "disable_dropout: true\nnum_generations: 8\n", "grpo", 0),
+        (TRL_FILE.replace("lora_dropout: 0.1\n", ""), "kto", 0),
+        (TRL_FILE.replace("lora_dropout: 0.1\n", "disable_dropout: false\n"), "kto", 0.05),
+        (TRL_FILE + "teacher_model_name_or_path: big\nlmbda: 0\ndisable_dropout: false\n", None, 0.1),
+        *((AXOLOTL_FILE + f"rl: {name}\n", None, 0) for name in ("dpo", "ipo", "orpo", "simpo", "kto")),
+        (AXOLOTL_FILE + "reward_model: true\n", None, 0),
+        (AXOLOTL_FILE + "rl: grpo\nmicro_batch_size: 8\n", None, 0.1),
+        (AXOLOTL_FILE, None, 0.1),
+        *((FACTORY_FILE + f"stage: dpo\npref_loss: {name}\n", None, 0) for name in ("sigmoid", "orpo", "simpo", "kto_pair")),
+        (FACTORY_FILE + "stage: kto\n", None, 0),
+        (FACTORY_FILE + "stage: rm\n", None, 0.1),
+        (FACTORY_FILE + "stage: sft\n", None, 0.1),
+    ],
+)  # fmt: skip
+def test_dropout_is_off_where_the_files_trainer_turns_it_off(text, objective, dropout, logged):
+    flags = {"objective": objective} if objective else {}
+    assert train_settings(flags, migrate(yaml.safe_load(text), flags, "f")).adapter.dropout == dropout
+    assert train_settings({**flags, "dropout": 0.2}, migrate(yaml.safe_load(text), flags, "f")).adapter.dropout == 0.2
+    assert any("lora_dropout 0.1: not used" in line for line in logged) == (dropout == 0 and "lora_dropout" in text)
+
+
+@pytest.mark.parametrize(
+    ("text", "objective", "name", "value"),
+    [
+        *((TRL_FILE + "max_length: null\n", one, "max_seq_length", UNCUT) for one in ("sft", "dpo", "kto", "reward")),
+        (TRL_FILE + "max_length: None\n", "dpo", "max_seq_length", UNCUT),
+        (TRL_FILE + "max_length: null\n", "orpo", "max_seq_length", 512),  # of TRL, which then warns
+        (TRL_FILE, "dpo", "max_seq_length", 1024),
+        (TRL_FILE + "max_prompt_length: null\n", "dpo", "max_seq_length", 1024),
+        (TRL_FILE + "max_prompt_length: null\nnum_generations: 8\n", "grpo", "max_seq_length", UNCUT),
+        (TRL_FILE + "max_grad_norm: null\n", "dpo", "max_grad_norm", 0),
+        (FACTORY_FILE + "max_grad_norm: null\n", None, "max_grad_norm", 0),
+        (AXOLOTL_FILE + "max_grad_norm: null\n", None, "max_grad_norm", 1),  # it hands on what is not empty
+    ],
+)  # fmt: skip
+def test_null_is_what_it_is_there(text, objective, name, value, logged):
+    flags = {"objective": objective} if objective else {}
+    assert train_settings(flags, migrate(yaml.safe_load(text), flags, "f")).to_flat()[name] == value
+    assert not any("max_prompt_length" in line for line in logged)
 
 
 def test_the_flag_says_what_a_file_of_trl_is_for(tmp_path, logged):

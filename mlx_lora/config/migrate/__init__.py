@@ -20,6 +20,21 @@ from mlx_lora.config.settings import decided_by
 
 log = logging.getLogger(__name__)
 
+# Keys about speed, memory, logging, saving and validation. Any other key without a counterpart may change what is trained.
+HARMLESS = {
+    "attn_implementation", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor",
+    "dataset_num_proc", "dataset_prepared_path", "dataset_processes", "dataset_test_split", "ddp_timeout",
+    "deepspeed", "disable_tqdm", "do_eval", "eager_attention", "eval_batch_size", "eval_sample_packing",
+    "eval_steps", "eval_strategy", "evals_per_epoch", "evaluation_strategy", "flash_attention", "flash_attn",
+    "fsdp", "fsdp_config", "gradient_checkpointing_kwargs", "hub_model_id", "include_num_input_tokens_seen",
+    "local_rank", "log_completions", "logging_dir", "logging_first_step", "logging_steps", "logging_strategy",
+    "low_cpu_mem_usage", "num_processes", "overwrite_cache", "pad_to_sequence_len", "per_device_eval_batch_size",
+    "plot_loss", "preprocessing_num_workers", "push_to_hub", "relora_cpu_offload", "report_to", "run_name",
+    "save_only_model", "save_safetensors", "save_steps", "save_strategy", "save_total_limit", "saves_per_epoch",
+    "sdp_attention", "swanlab_mode", "swanlab_run_name", "test_datasets", "tf32", "torch_compile", "use_cpu",
+    "use_liger_kernel", "use_vllm", "vllm_gpu_memory_utilization", "vllm_mode", "wandb_entity", "wandb_log_model",
+    "wandb_name", "wandb_run_id", "wandb_watch", "xformers_attention",
+}  # fmt: skip
 DIALECTS = (AXOLOTL, LLAMA_FACTORY, TRL, MLX_LM_LORA, MLX_LM)
 
 
@@ -63,6 +78,8 @@ def account(sheet: Sheet, dialect: Dialect, given: Collection[str]) -> list[str]
     ]
     if told:
         lines.append(f"  {dialect.name}'s defaults for what it leaves out: {', '.join(told)}")
-    if sheet.left_out:
-        lines.append(f"  keys without a counterpart here, left out: {', '.join(dict.fromkeys(sheet.left_out))}")
+    if others := [key for key in dict.fromkeys(sheet.left_out) if key.rpartition(".")[2] not in HARMLESS]:
+        lines.append(f"  keys without a counterpart here that may change the result, left out: {', '.join(others)}")
+    if harmless := [key for key in dict.fromkeys(sheet.left_out) if key not in others]:
+        lines.append(f"  keys without a counterpart here that change no result, left out: {', '.join(harmless)}")
     return lines

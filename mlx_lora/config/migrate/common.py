@@ -165,8 +165,11 @@ class Dialect:
         Raises:
             InputError: it asks for another kind of training, or has an invalid value.
         """
-        off = {key: value for key, value in self.nulls.items() if content.get(key, value) in (None, "None")}
-        sheet = Sheet(file, filled(content) | off, flags or {})
+        sheet = Sheet(
+            file,
+            filled(content) | {key: off for key, off in self.nulls.items() if content.get(key, off) in (None, "None")},
+            flags or {},
+        )
         for rule in self.rules:
             rule(sheet)
         sheet.copy(self.names)

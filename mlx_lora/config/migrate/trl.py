@@ -3,7 +3,7 @@ and of its GKDTrainer.
 
 The file does not say which command it is for; --objective says so, or else keys that only one command has. For what the
 file leaves out, TRL's defaults are used if they change the result: the model itself is trained unless use_peft is set,
-rank 16, alpha 32, dropout 0.05, 8 rows per micro-batch, three epochs with linear decay, 1,024 tokens, nothing held out.
+rank 16, alpha 32, dropout 0.05 where its trainer keeps dropout, 8 rows per micro-batch, three epochs with linear decay, 1,024 tokens, nothing held out.
 """
 
 from __future__ import annotations
@@ -170,9 +170,11 @@ def read_method(sheet: Sheet) -> None:
     TRL's trainers of preferences, rewards and GKD turn off all dropout of the adapted model, unless the file says otherwise.
     """
     adapts = sheet.switch("use_peft")
-    without = sheet.found["objective"] not in ("sft", *SAMPLING)
-    if "disable_dropout" in sheet.rest:
-        without = sheet.switch("disable_dropout")
+    without = (
+        sheet.switch("disable_dropout")
+        if "disable_dropout" in sheet.rest
+        else sheet.found["objective"] not in ("sft", *SAMPLING)
+    )
     if adapts:
         if without:
             objective_keys.turn_off_dropout(sheet, "; disable_dropout: false keeps it")
