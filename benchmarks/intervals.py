@@ -334,7 +334,9 @@ def picture(result: dict[str, Any], file: str) -> None:
             better.plot(at, cells, line, marker="o", color=color, label=way if line == "-" else None)
         power.plot(at, [100 * share for share in result["better"][way]["found"][8]], marker="o", color=color, label=way)
     better.axhline(3, color="gray", linestyle=":")
-    better.set(title="Called better, nothing changed, 8 validations", ylim=(-1, 30), ylabel="% of runs (dashed: independent)")
+    better.set(
+        title="Called better, nothing changed, 8 validations", ylim=(-1, 30), ylabel="% of runs (dashed: independent)"
+    )
     power.set(title=f"A true fall of {FALL} is found, 8 validations, walk", ylabel="% of runs")
     for axis in (covers, better, power):
         axis.set_xticks(list(at), [str(rows) for rows in ROWS])

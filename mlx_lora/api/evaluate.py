@@ -87,9 +87,9 @@ def evaluate(
     Returns:
         `loss`, `perplexity` (or what the objective reports), `supervised_tokens` (`answers` if they were sampled), `rows`,
         `model`, `adapter_path`, `data`. For imitation with an adapter also `base_loss`, `base_perplexity`, and `change`:
-        the `change` of the loss, `low` and `high` of its 95% interval, and over how many `rows`; and `near_training`, how many
-        rows repeat or nearly repeat rows that the adapter's run trained on (None: not known). With `show` also `examples`, and
-        `exact_match` and `base_exact_match`: the share of answers that are the expected ones, of those for
+        the `change` of the loss, `low` and `high` of its 95% interval, over how many `rows`, and among how many `choices`
+        these rows chose the adapter; and `near_training`, how many rows repeat or nearly repeat rows that the adapter's run
+        trained on (None: not known). With `show` also `examples`, and `exact_match` and `base_exact_match`: the share of answers that are the expected ones, of those for
         which at most 8 words are expected.
 
     Raises:

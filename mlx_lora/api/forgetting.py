@@ -185,8 +185,8 @@ def measure_forgetting(base: Base, folders: Sequence[Path], asked: ForgettingReq
         try:
             begun = takewhile(lambda _: not stopped(), plan.batches())
             batches = tracked(begun, f"Measuring {where}", len(plan), "batches")
-            held_out = where == TASK and asked.held_out
-            choices = {name: choices_of(one) for name, one in zip(models, folders, strict=True)} if held_out else {}
+            chose = zip(models, folders, strict=True) if where == TASK and asked.held_out else ()
+            choices = {name: choices_of(folder) for name, folder in chose}
             sets[where] = measure_drifts(own, readouts, batches, vocabulary, choices)
         except ValueError as error:
             if stopped():

@@ -355,7 +355,7 @@ class Verdict:
         name: what became of the run, as in `Diagnosis`; empty for objectives that have a measure of their own.
         mend: what to do, a sentence; empty: nothing is to mend.
         command: that does it; may be empty.
-        change: of the held-out loss in nats per token, `change`, `low`, `high`, `rows`; None: not known.
+        change: of the held-out loss in nats per token, the fields of `Change`; None: not known.
     """
 
     headline: str
