@@ -83,7 +83,7 @@ def _quantiles(choices: int) -> tuple[np.ndarray, np.ndarray]:
 
 def quantile(freedom: np.ndarray | float, choices: int = 1) -> np.ndarray:
     """Return Student's quantiles of many degrees of freedom."""
-    return np.interp(freedom, *_quantiles(choices))
+    return np.asarray(np.interp(freedom, *_quantiles(choices)))
 
 
 def linearized(tokens: np.ndarray, sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

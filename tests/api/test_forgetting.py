@@ -234,7 +234,9 @@ def test_losses_are_those_of_evaluate_alone(measured):
             assert drifts[name]["tokens"] == alone["base"]["supervised_tokens"]
     task = facts["sets"]["task"]["adapters"]
     assert task[strong]["kl"] > 10 * task["weak"]["kl"] > 0
-    assert facts["sets"]["general text"]["adapters"]["weak"]["change_error"] is None  # of one row there is none
+    of_one_row = facts["sets"]["general text"]["adapters"]["weak"]  # which has no error
+    assert [of_one_row[name] for name in ("change_error", "change_reach")] == [None, None]
+    assert "too few rows" in of_one_row["verdict"]
     assert set(facts["probes"]["right"]) == {"base", "weak", strong}
 
 
