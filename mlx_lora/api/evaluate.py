@@ -12,6 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -32,7 +33,7 @@ from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.table import check_kind, objective_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.strategy import divides_base, dividing_flag
-from mlx_lora.reports.run_report import MODELS, SHORT_WORDS, Sample
+from mlx_lora.reports.run_report import MODELS, SHORT_WORDS, Sample, read_facts
 from mlx_lora.trainer.adapter import adapter_head, adapter_template, put_adapter
 from mlx_lora.trainer.choose_strategy import strategy_of
 from mlx_lora.trainer.evaluate import RowLosses, mean_loss, paired_change
@@ -86,9 +87,9 @@ def evaluate(
     Returns:
         `loss`, `perplexity` (or what the objective reports), `supervised_tokens` (`answers` if they were sampled), `rows`,
         `model`, `adapter_path`, `data`. For imitation with an adapter also `base_loss`, `base_perplexity`, and `change`:
-        the `change` of the loss, `low` and `high` of its 95% interval, and over how many `rows`; and `near_training`, how many
-        rows repeat or nearly repeat rows that the adapter's run trained on (None: not known). With `show` also `examples`, and
-        `exact_match` and `base_exact_match`: the share of answers that are the expected ones, of those for
+        the `change` of the loss, `low` and `high` of its 95% interval, over how many `rows`, and among how many `choices`
+        these rows chose the adapter; and `near_training`, how many rows repeat or nearly repeat rows that the adapter's run
+        trained on (None: not known). With `show` also `examples`, and `exact_match` and `base_exact_match`: the share of answers that are the expected ones, of those for
         which at most 8 words are expected.
 
     Raises:
@@ -233,6 +234,13 @@ def near_training(adapter: Path, base: Base, rows: EncodedSet, trained: EncodedS
     return asdict(seen)
 
 
+def choices_of(adapter: Path) -> int:
+    """Return among how many its run chose an adapter by the rows that it held out, as report.json says; 1: it did not."""
+    with suppress(KeyError, TypeError, ValueError):
+        return max(1, int(read_facts(adapter)["verdict"]["change"]["choices"]))
+    return 1
+
+
 def _compared(settings: TrainSettings, base: Base, rows: EncodedSet, asked: EvaluationRequest) -> dict[str, Any]:
     """Measure base and adapter on the same rows, and ask both what some rows ask."""
     models, objective, questions = {BASE: base}, objective_of(settings.objective), questions_of(rows, asked.show)
@@ -241,7 +249,8 @@ def _compared(settings: TrainSettings, base: Base, rows: EncodedSet, asked: Eval
         put_adapter(base, asked.adapter, settings.data, objective, asked.ignore_fingerprint)
     found, whole = measure_rows(models, rows, settings.loop, objective, asked.stopped)
     examples, answered = ask(models, rows, questions, asked.stopped) if questions and whole else ([], whole)
-    result = Compared(found, whole and answered, examples).to_dict()
+    choices = choices_of(asked.adapter) if asked.held_out and asked.adapter else 1
+    result = Compared(found, whole and answered, examples, choices).to_dict()
     measured = next(iter(found.values())).tokens if found else []
     counts = {"supervised_tokens": int(sum(measured)), "rows": len(measured)}
     losses = {name: result.pop(name) for name in ("loss", "perplexity") if name in result}
@@ -270,11 +279,13 @@ class Compared:
         rows: model -> its row losses: `base`, and `adapter` if there is one.
         whole: whether all rows were measured, and all that were asked answered.
         examples: what was asked; see `ask`.
+        choices: among how many the adapter was chosen by these rows.
     """
 
     rows: dict[str, RowLosses]
     whole: bool
     examples: list[dict[str, Any]] = field(default_factory=list)
+    choices: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values: those of the model that was asked for by their own names, those of the base with `base_`."""
@@ -284,7 +295,7 @@ class Compared:
             prefix = "" if name == last else f"{name}_"
             found |= {f"{prefix}loss": rows.loss, f"{prefix}perplexity": perplexity(rows.loss)}
         if len(self.rows) == 2:
-            found["change"] = asdict(paired_change(self.rows[BASE], self.rows[ADAPTER]))
+            found["change"] = asdict(paired_change(self.rows[BASE], self.rows[ADAPTER], self.choices))
         for name in self.rows if self.examples else ():
             exact = [one["exact"][name] for one in self.examples if one["exact"] is not None]
             found[f"{'' if name == last else f'{name}_'}exact_match"] = sum(exact) / len(exact) if exact else None

@@ -12,8 +12,8 @@ For each trained token x of the held-out rows, given the tokens before it:
     KL     = sum over the vocabulary of p_base (log p_base - log p_tuned)    nats; how far the tuned model has moved
 
 On the new task, this KL correlates with forgetting across methods (arXiv 2509.04259). LoRA forgets less than full
-fine-tuning, and learns less (arXiv 2405.09673). Errors are standard errors of a ratio of sums over rows, because the
-tokens of one row are not independent.
+fine-tuning, and learns less (arXiv 2405.09673). Errors are standard errors over rows (utils/statistics.py), because the tokens
+of one row are not independent.
 
 Shapes: B rows, T columns, P trained positions, R of them at a time, D width, V vocabulary.
 """
@@ -37,7 +37,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lora.api.evaluate import near_training, never, without_adapter
+from mlx_lora.api.evaluate import choices_of, near_training, never, without_adapter
 from mlx_lora.api.run_data import held_out_rows
 from mlx_lora.config.settings import DEFAULT_BATCH_TOKENS, DataSettings
 from mlx_lora.data.batch import Batch
@@ -56,6 +56,7 @@ from mlx_lora.trainer.report_callback import greedy_text
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import replace_text
 from mlx_lora.utils.progress import tracked
+from mlx_lora.utils.statistics import ratio_error
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,9 @@ def measure_forgetting(base: Base, folders: Sequence[Path], asked: ForgettingReq
         try:
             begun = takewhile(lambda _: not stopped(), plan.batches())
             batches = tracked(begun, f"Measuring {where}", len(plan), "batches")
-            sets[where] = measure_drifts(own, readouts, batches, vocabulary)
+            chose = zip(models, folders, strict=True) if where == TASK and asked.held_out else ()
+            choices = {name: choices_of(folder) for name, folder in chose}
+            sets[where] = measure_drifts(own, readouts, batches, vocabulary, choices)
         except ValueError as error:
             if stopped():
                 break
@@ -274,7 +277,7 @@ class Drift:
     Attributes:
         rows, tokens: how many the set has.
         base_loss, loss: nats per token, of the base and of the tuned model.
-        change_error: standard error of loss - base_loss.
+        change_error, change_reach: of loss - base_loss, the standard error and half of the 95% interval.
         kl, kl_error: nats per token, and its standard error.
         same_top: fraction of tokens for which both models have the same most likely token.
     """
@@ -284,6 +287,7 @@ class Drift:
     base_loss: float
     loss: float
     change_error: float
+    change_reach: float
     kl: float
     kl_error: float
     same_top: float
@@ -299,10 +303,10 @@ class Drift:
         Args:
             learned: whether the set is of the trained task, so that a fall is wanted.
         """
-        if abs(self.change) <= 2 * self.change_error:
+        if abs(self.change) <= self.change_reach:
             if learned:
                 return "not learned"
-            return "kept" if self.change + 2 * self.change_error <= SMALL_CHANGE else "unclear, too few rows"
+            return "kept" if self.change + self.change_reach <= SMALL_CHANGE else "unclear, too few rows"
         if learned:
             return "learned" if self.change < 0 else "worse than the base"
         if self.change <= NO_CHANGE:
@@ -352,7 +356,11 @@ class Readout:
 
 
 def measure_drifts(
-    base: Readout, tuned: Mapping[str, Readout], batches: Iterable[Batch], vocabulary: int
+    base: Readout,
+    tuned: Mapping[str, Readout],
+    batches: Iterable[Batch],
+    vocabulary: int,
+    choices: Mapping[str, int] | None = None,
 ) -> dict[str, Drift]:
     """Measure the same batches with the base, once, and with every tuned model.
 
@@ -361,6 +369,7 @@ def measure_drifts(
         tuned: name -> model, with the same vocabulary.
         batches: held-out rows, each once.
         vocabulary: V, which decides how many positions are read together.
+        choices: name -> among how many the model was chosen by these rows; None: none was.
 
     Raises:
         ValueError: there is no trained token.
@@ -386,25 +395,32 @@ def measure_drifts(
     if not sum(map(len, rows)):
         raise ValueError("no trained token in the set")
     numbers = np.unique(np.concatenate(rows), return_inverse=True)[1]
-    return {name: _drift(np.concatenate(parts, axis=1).astype(np.float64), numbers) for name, parts in columns.items()}
+    return {
+        name: _drift(np.concatenate(parts, axis=1).astype(np.float64), numbers, (choices or {}).get(name, 1))
+        for name, parts in columns.items()
+    }
 
 
-def _drift(columns: np.ndarray, rows: np.ndarray) -> Drift:
+def _drift(columns: np.ndarray, rows: np.ndarray, choices: int) -> Drift:
     """Summarize the columns that `_compare` returned.
 
     Args:
         columns: (4, tokens).
         rows: (tokens,) each token's row, from 0.
+        choices: as for `ratio_error`.
     """
     base_losses, losses, kls, same = columns
+    counts = np.bincount(rows)
+    change_error, change_reach = ratio_error(np.bincount(rows, losses - base_losses), counts, choices)
     return Drift(
         rows=int(rows.max()) + 1,
         tokens=len(rows),
         base_loss=float(base_losses.mean()),
         loss=float(losses.mean()),
-        change_error=_standard_error(losses - base_losses, rows),
+        change_error=change_error,
+        change_reach=change_reach,
         kl=float(kls.mean()),
-        kl_error=_standard_error(kls, rows),
+        kl_error=ratio_error(np.bincount(rows, kls), counts)[0],
         same_top=float(same.mean()),
     )
 
@@ -426,15 +442,6 @@ def _compare(base_logs: mx.array, tuned_logs: mx.array, targets: mx.array) -> mx
     kl = (mx.exp(base_logs) * (base_logs - tuned_logs)).sum(axis=-1)
     same = (base_logs.argmax(axis=-1) == tuned_logs.argmax(axis=-1)).astype(mx.float32)
     return mx.stack([*losses, kl, same])
-
-
-def _standard_error(values: np.ndarray, rows: np.ndarray) -> float:
-    """Return the standard error of the mean of `values` per token, with rows as the samples; nan for one row."""
-    counts = np.bincount(rows)
-    if len(counts) < 2:
-        return math.nan
-    spread = np.bincount(rows, values) - values.mean() * counts
-    return float(np.sqrt((spread**2).sum() * len(counts) / (len(counts) - 1)) / counts.sum())
 
 
 # The page

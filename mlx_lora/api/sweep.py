@@ -22,6 +22,10 @@ from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import ROWS, TrainSettings
 from mlx_lora.config.sweep import (
     BUDGET,
+    PAGE_FILE,
+    SWEEP_FILE,
+    TRIALS,
+    WINNER,
     Candidate,
     candidates,
     check_varied,
@@ -35,12 +39,9 @@ from mlx_lora.models.load import load_base
 from mlx_lora.parallel.ranks import ALONE
 from mlx_lora.reports.sweep_page import LOSS, SweepResults, advice, write_page
 from mlx_lora.trainer.run import check_request, train_run
-from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
+from mlx_lora.trainer.run_folder import CHECKPOINTS
 from mlx_lora.trainer.several_runs import check_trials
 from mlx_lora.trainer.sweep import (
-    PAGE_FILE,
-    SWEEP_FILE,
-    WINNER,
     Sweep,
     SweepState,
     Trial,

@@ -24,6 +24,9 @@ from mlx_lora.config.settings import FIELDS, ROWS, SECTIONS, other_names
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.text import closest, counted
 
+# What a sweep writes into its folder, and `--learning-rate auto` into TRIALS in the run's.
+SWEEP_FILE, PAGE_FILE, WINNER = "sweep.json", "sweep.html", "winner"
+TRIALS = "trials"  # a folder of short runs that are compared (trainer/sweep.py); the list of runs leaves them out
 ETA = 3  # of the candidates, this share goes on, and trains this many times as long
 BUDGET = 3.0  # runs of work, the winner's own run included
 MOST_CANDIDATES = 256

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_lora.utils.statistics import CONFIDENCE, student_quantile
+from mlx_lora.utils.statistics import CONFIDENCE, ratio_error, student_quantile
 
 Aggregate = Callable[[Sequence[Any]], float]
 """All rows' values -> one number."""
@@ -112,8 +112,7 @@ def compare(
     if np.isin(both, (0, 1)).all():
         gained, lost = int((second > first).sum()), int((second < first).sum())
         return Comparison(difference, *score_interval(gained, lost, rows), rows, better, share)
-    error = float((second - first).std(ddof=1)) / math.sqrt(rows)
-    half = student_quantile(rows - 1) * error
+    half = ratio_error(second - first, np.ones(rows))[1]
     return Comparison(difference, difference - half, difference + half, rows, better, share)
 
 

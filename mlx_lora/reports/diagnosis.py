@@ -18,7 +18,7 @@ import numpy as np
 from mlx_lora.config.objectives import LABELED, RANKED
 from mlx_lora.reports.charts import perplexity
 from mlx_lora.reports.classes import CLASSES_FILE, measured_words, read_classes
-from mlx_lora.reports.kept import kept_validation, rounding_begins
+from mlx_lora.reports.kept import choices, kept_validation, rounding_begins
 from mlx_lora.reports.objectives import (
     BAD,
     GOOD,
@@ -66,6 +66,7 @@ class Evidence:
         held_out_rows: how many rows are held out.
         near_duplicates: held-out rows that nearly repeat a training row; None: nobody looked.
         rounded_from: the step from which validations are with rounding (--qat 0.3); 0: all of them are, or none.
+        choices: among how many measurements of the held-out rows the adapter was chosen.
     """
 
     steps: int
@@ -77,6 +78,7 @@ class Evidence:
     held_out_rows: int = 0
     near_duplicates: int | None = None
     rounded_from: int = 0
+    choices: int = 1
 
     @property
     def same_texts(self) -> int:
@@ -117,7 +119,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     if len(held_out) < 2:
         return Diagnosis(UNKNOWN, held_out[0][1] if held_out else math.nan)
     (first_step, first), (last_step, last) = held_out[0], _kept(evidence, held_out)
-    change = change_between(evidence, first_step, last_step)
+    change = change_between(evidence, first_step, last_step, evidence.choices)
     rounded_from = evidence.rounded_from if last_step >= evidence.rounded_from else 0
     same = [pair for pair in held_out if pair[0] >= rounded_from and not rows_differ(evidence, pair[0], last_step)]
     evidence = replace(evidence, losses=[pair for pair in evidence.losses if pair[0] > rounded_from])
@@ -151,11 +153,11 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     return Diagnosis(LEARNED, **found)
 
 
-def change_between(evidence: Evidence, before: int, after: int) -> Change:
+def change_between(evidence: Evidence, before: int, after: int, choices: int = 1) -> Change:
     """Return the change of the held-out loss from one validation to another, by rows where their losses are known."""
     one, other = evidence.rows.get(before), evidence.rows.get(after)
     if one is not None and other is not None and not rows_differ(evidence, before, after):
-        return paired_change(one, other)
+        return paired_change(one, other, choices)
     losses = dict(evidence.held_out)
     return Change(losses[after] - losses[before], -math.inf, math.inf, 0)
 
@@ -353,7 +355,7 @@ class Verdict:
         name: what became of the run, as in `Diagnosis`; empty for objectives that have a measure of their own.
         mend: what to do, a sentence; empty: nothing is to mend.
         command: that does it; may be empty.
-        change: of the held-out loss in nats per token, `change`, `low`, `high`, `rows`; None: not known.
+        change: of the held-out loss in nats per token, the fields of `Change`; None: not known.
     """
 
     headline: str
@@ -450,7 +452,8 @@ def verdict(
         (settings.get("objective") in RANKED, of_rankings),
         (settings.get("objective") == "embed", of_search),
     )
-    evidence = evidence_of(records, kept["step"], context)
+    chosen = choices(validations, settings if ended else {}, context.rounded_from or 0, context.folder)
+    evidence = replace(evidence_of(records, kept["step"], context), choices=chosen)
     for applies, words_of_objective in of_its_own:
         if applies:
             headline, tone = words_of_objective(validations, kept)
@@ -547,7 +550,8 @@ def change_words(change: Change | None) -> str:
         return f"{words} ({counted(change.rows, 'row')}, too few for an interval)" if change.rows else words
     ends = sorted((end - 1) * (-1 if lower else 1) for end in (low, high))
     interval = f"{low:.3g} to {high:.3g} times" if ratio > 2 else f"{ends[0]:.0%} to {ends[1]:.0%}"
-    return f"{words} (95% interval {interval}, {counted(change.rows, 'row')})"
+    chosen = f" for the best of {change.choices} measurements" if change.choices > 1 else ""
+    return f"{words} (95% interval {interval}{chosen}, {counted(change.rows, 'row')})"
 
 
 def _loss_note(found: Diagnosis, run: FinishedRun) -> str:

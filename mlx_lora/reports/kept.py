@@ -1,4 +1,4 @@
-"""Tell which validation measured the adapter that is in a run's folder.
+"""Tell which validation measured the adapter that is in a run's folder, and among how many it was chosen.
 
 The trainer knows its step and writes it into report.json. Folders of earlier versions do not have it; there it is found from the metrics,
 by the rules of `Position.validated` and `Position.compare_anew`.
@@ -7,9 +7,13 @@ by the rules of `Position.validated` and `Position.compare_anew`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from mlx_lora.config.sweep import SWEEP_FILE, TRIALS, WINNER
 from mlx_lora.trainer.adapter import first_qat_step
+from mlx_lora.utils.parsing import parse_json
 
 Record = dict[str, Any]
 
@@ -57,3 +61,24 @@ def kept_validation(
         return max(later, key=lambda r: (r.get(metric) or 0.0, -r["val_loss"]))
     best = max(compared, key=lambda r: (r.get(metric) or 0.0 if metric == "task" else 0.0, -r["val_loss"]))
     return best if best["step"] else last
+
+
+def choices(validations: list[Record], settings: Mapping[str, Any], rounded_from: int, folder: Path | None) -> int:
+    """Return among how many measurements of the held-out rows the adapter was chosen; 1: it was not.
+
+    With --keep-best, all validations after the first count. The other rates of `--learning-rate auto` and the other candidates
+    of a sweep count as well.
+
+    Args:
+        validations: at least one.
+        settings: of run.yaml; `keep_best` counts only once the run has ended.
+        rounded_from: see `rounding_begins`.
+        folder: of the run; None: not known.
+    """
+    later = [r for r in compared_validations(validations, rounded_from) if r is not validations[0]]
+    count = max(1, len(later)) if settings.get("keep_best") else 1
+    if folder is not None:
+        sweep = folder.parent if folder.name == WINNER else folder / TRIALS
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            count += len(parse_json((sweep / SWEEP_FILE).read_bytes())["candidates"]) - 1
+    return count

@@ -1,8 +1,8 @@
 """Measure a loss without training: its mean over batches, and whether a change from one measurement to another could be chance.
 
 Rows differ far more from each other than a row differs before and after training, so two measurements are compared row by
-row. The change of the mean loss per token is a ratio of sums over rows; its standard error is that of such a ratio, because
-the tokens of one row are not independent (as in api/forgetting.py), and its interval is Student's, because rows are few.
+row. The change of the mean loss per token is a ratio of sums over rows, because the tokens of one row are not independent.
+utils/statistics.py has its interval, and docs/measurements.md says how often it holds.
 
 Shapes: R rows.
 """
@@ -22,7 +22,7 @@ import numpy as np
 
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.utils.parsing import parse_json
-from mlx_lora.utils.statistics import student_quantile
+from mlx_lora.utils.statistics import ratio_error
 from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
@@ -168,12 +168,14 @@ class Change:
         change: nats; below 0 the second model is better.
         low, high: the ends of its 95% interval; infinite if there are too few rows for one.
         rows: how many.
+        choices: the second model was chosen among so many by these rows, and the interval is wider for it.
     """
 
     change: float
     low: float
     high: float
     rows: int
+    choices: int = 1
 
     @property
     def certain(self) -> bool:
@@ -181,16 +183,12 @@ class Change:
         return self.low > 0 or self.high < 0
 
 
-def paired_change(before: RowLosses, after: RowLosses) -> Change:
-    """Return the change of the mean loss from one measurement of some rows to another of the same rows."""
+def paired_change(before: RowLosses, after: RowLosses, choices: int = 1) -> Change:
+    """Return the change of the mean loss from one measurement of some rows to another of the same rows; see `Change`."""
     differences, tokens, rows = after.sums - before.sums, after.tokens, len(after.tokens)
     change = float(differences.sum() / tokens.sum())
-    if rows < FEWEST_ROWS:
-        return Change(change, -math.inf, math.inf, rows)
-    spread = differences - change * tokens
-    error = math.sqrt(float((spread**2).sum()) * rows / (rows - 1)) / float(tokens.sum())
-    half = student_quantile(rows - 1) * error
-    return Change(change, change - half, change + half, rows)
+    half = math.inf if rows < FEWEST_ROWS else ratio_error(differences, tokens, choices)[1]
+    return Change(change, change - half, change + half, rows, choices)
 
 
 @dataclass(frozen=True)

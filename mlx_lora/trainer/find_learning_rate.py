@@ -20,19 +20,17 @@ from pathlib import Path
 from mlx_lora.config.defaults import validated_every
 from mlx_lora.config.presets import PRESETS
 from mlx_lora.config.settings import TrainSettings
-from mlx_lora.config.sweep import Candidate, Rung, TooShort, candidates, work
+from mlx_lora.config.sweep import PAGE_FILE, SWEEP_FILE, TRIALS, Candidate, Rung, TooShort, candidates, work
 from mlx_lora.exporters.adapter_folder import CONFIG_FILE
 from mlx_lora.models.load import Base, load_base
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.reports.sweep_page import write_page
 from mlx_lora.trainer.evaluate import ROWS_FILE
 from mlx_lora.trainer.run import check_request
-from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS, remove_results
+from mlx_lora.trainer.run_folder import CHECKPOINTS, remove_results
 from mlx_lora.trainer.several_runs import check_trials
 from mlx_lora.trainer.sweep import (
     FEWEST_STEPS,
-    PAGE_FILE,
-    SWEEP_FILE,
     NothingHeldOut,
     Sweep,
     SweepState,

@@ -30,6 +30,7 @@ from mlx_lora.adapters.qat import is_rounded
 from mlx_lora.config.checks import is_day
 from mlx_lora.config.presets import START_ANEW
 from mlx_lora.config.settings import FIELDS, ROWS, LoopSettings, TrainSettings
+from mlx_lora.config.sweep import TRIALS
 from mlx_lora.exporters.adapter_config import head_of, own_entries
 from mlx_lora.exporters.adapter_folder import (
     CONFIG_FILE,
@@ -76,7 +77,6 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 WRITTEN = "written"  # records that models wrote for the run
-TRIALS = "trials"  # a folder of short runs that are compared (trainer/sweep.py); the list of runs leaves them out
 # A run's results, and the folder that keeps an earlier run's results until this run has saved something.
 RESULTS = (
     WEIGHTS_FILE, CONFIG_FILE, "run.yaml", "metrics.jsonl", ROWS_FILE, ANSWERS_FILE, CLASSES_FILE, REPORT_FILE, FACTS_FILE, CHECKPOINTS,

@@ -25,6 +25,9 @@ from mlx_lora.config.defaults import learning_rate_for
 from mlx_lora.config.load import train_settings
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.config.sweep import (
+    SWEEP_FILE,
+    TRIALS,
+    WINNER,
     Candidate,
     Rung,
     TooShort,
@@ -40,7 +43,7 @@ from mlx_lora.reports.kept import compared_validations, rounding_begins
 from mlx_lora.reports.run_report import read_facts, read_records
 from mlx_lora.reports.sweep_page import WHOLE, SweepResults
 from mlx_lora.trainer.model_shape import outlined_shape, shared_shapes
-from mlx_lora.trainer.run_folder import CHECKPOINTS, TRIALS
+from mlx_lora.trainer.run_folder import CHECKPOINTS
 from mlx_lora.trainer.several_resume import Left, common_round
 from mlx_lora.trainer.several_runs import ConcurrentRun, SeveralRuns, TooManyRuns, how_many_fit
 from mlx_lora.trainer.state import LOSS, TASK
@@ -319,8 +322,6 @@ class Rounds:
 
 
 # The sweep
-
-SWEEP_FILE, PAGE_FILE, WINNER = "sweep.json", "sweep.html", "winner"
 
 
 @dataclass

@@ -178,6 +178,35 @@ def test_what_cannot_be_shown_is_refused(words, tiny_folder, tmp_path):
     assert run("evaluate", "--model", tiny_folder, "--data", text).code == 0
 
 
-@pytest.mark.parametrize(("freedom", "quantile"), [(2, 4.303), (4, 2.776), (11, 2.201), (1000, 1.962)])
-def test_students_quantile(freedom, quantile):
-    assert student_quantile(freedom) == pytest.approx(quantile, rel=0.01)
+@pytest.mark.parametrize(
+    ("freedom", "confidence", "quantile"),
+    [
+        (1, 0.95, 12.7062), (1.5, 0.95, 6.0167), (2.7, 0.95, 3.3921), (11, 0.95, 2.2010), (1000, 0.95, 1.9623),
+        (4, 1 - 0.05 / 8, 5.2611), (30, 0.999, 3.6460),
+    ],
+)  # fmt: skip
+def test_students_quantile(freedom, confidence, quantile):
+    assert student_quantile(freedom, confidence) == pytest.approx(quantile, rel=1e-3)
+
+
+def test_rows_that_chose_the_adapter_widen_the_interval_and_others_do_not(tiny_folder, chats, tmp_path):
+    adapter, model = ("--adapter-path", tmp_path / "a"), ("--model", tiny_folder)
+    chosen_by = ("--iters", 4, "--valid-fraction", 0.3, "--keep-best", "--steps-per-eval", 1, "--save-every", 1)
+    assert run("train", *model, *adapter, "--data", chats, *chosen_by).code == 0
+    report, held_out = tmp_path / "a" / "report.json", ("evaluate", *model, *adapter, "--json")
+    facts = json.loads(report.read_text())
+    assert facts["verdict"]["change"]["choices"] == 4
+    chosen, others = (json.loads(run(*held_out, *more).out)["change"] for more in ((), ("--data", chats)))
+    assert [one["choices"] for one in (chosen, others)] == [4, 1]
+    facts["verdict"]["change"]["choices"] = 1
+    report.write_text(json.dumps(facts))
+    plain = json.loads(run(*held_out).out)["change"]
+    assert chosen["change"] == pytest.approx(plain["change"])
+    assert chosen["high"] - chosen["low"] > 1.2 * (plain["high"] - plain["low"])
+    facts["verdict"]["change"]["choices"] = 4
+    report.write_text(json.dumps(facts))
+    few = ("--forgetting", "--general-text", chats, "--general-chat", chats)
+    forgetting = json.loads(run(*held_out, *few).out)["sets"]["task"]["adapters"]["a"]
+    assert forgetting["change_reach"] == pytest.approx((chosen["high"] - chosen["low"]) / 2, rel=1e-2)
+    report.write_text('{"verdict": []}')
+    assert json.loads(run(*held_out).out)["change"]["choices"] == 1
