@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.config.checks import settings_problems
+from mlx_lora.config.code import check_code
 from mlx_lora.config.fields import flag_of, read_value, row_of
 from mlx_lora.config.objectives import VERIFIERS
 from mlx_lora.config.settings import FIELDS, SECTIONS, ModelSettings, ServeSettings, TrainSettings, decided_by
@@ -224,22 +225,29 @@ def _read(values: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], pr
 # The file of --config
 
 
-def read_settings(path: str | None, flags: Mapping[str, Any]) -> dict[str, Any]:
+def read_settings(path: str | None, flags: Mapping[str, Any], allow_code: bool = False) -> dict[str, Any]:
     """Return the settings in a file with our names; empty without a file.
 
     Args:
         path: the YAML file, or the name of a recipe.
         flags: the settings given on the command line; other trainers' defaults for these are not reported.
+        allow_code: whether the file may name code to run (config/code.py).
 
     Raises:
-        InputError: there is no such file or recipe, or the file is not UTF-8 YAML, not a mapping, or cannot be read as ours.
+        InputError: there is no such file or recipe, or the file is not UTF-8 YAML, not a mapping, or cannot be read as ours; or it
+            names code, and nobody agreed to run it.
     """
     if not path:
+        if allow_code:
+            raise InputError("--allow-code: only for the file of --config or --runs; leave it out")
         return {}
     content = with_recipe_paths(read_yaml(str(recipe_file(path)))) if names_recipe(path) else read_yaml(path)
     from mlx_lora.config.migrate import migrate  # only files need it
 
-    return migrate(content, flags, path)
+    content = migrate(content, flags, path)
+    if not allow_code:
+        check_code(path, content, flags)
+    return content
 
 
 def read_yaml(path: str) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from mlx_lora.config.settings import FIELDS
 from mlx_lora.config.sweep import SET_BY_SWEEP
 from mlx_lora.reports.sweep_page import LOSS, advice
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.studio.control import resolved, run_yaml, train_words
+from mlx_lora.studio.control import resolved, run_yaml
 from mlx_lora.studio.folders import numbered_paths, safe_name
 from mlx_lora.studio.places import Studio
 from mlx_lora.studio.plans import CARDS, USUAL_CARD, cards_at_once, local_files, own_settings, refused_plan, shown_plan
+from mlx_lora.studio.run_folders import train_words
 from mlx_lora.studio.tasks import SWEEP
 from mlx_lora.studio.web import json_route, setting_groups
 from mlx_lora.trainer.sweep import PAGE_FILE, SWEEP_FILE, SweepState, results_of
