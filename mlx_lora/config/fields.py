@@ -26,7 +26,7 @@ class SettingRow:
         alone: the value of a flag without a value, and of `true` in a settings file.
         also: mlx-lm's spelling of the flag, which the command line takes too.
         word: a word that is allowed instead of a number.
-        runs: a pattern of the values that run Python (config/code.py); empty: none does.
+        runs: a pattern of the values that run Python (config/load.py); empty: none does.
     """
 
     help: str

@@ -16,8 +16,7 @@ from typing import Any
 
 import yaml
 
-from mlx_lora.config.code import allow_code, asked_about, code_of, unknown_code
-from mlx_lora.config.load import read_settings, train_settings
+from mlx_lora.config.load import asked_about, code_of, keep_allowed, read_settings, train_settings, unknown_code
 from mlx_lora.config.settings import TrainSettings
 from mlx_lora.serving.schema import ApiError
 from mlx_lora.studio.folders import Checker, Folders, safe_name
@@ -116,9 +115,7 @@ class RunControl:
                 folder = self._listing.folders().get(queue[0])
                 if folder is not None and (started := read_started(folder)) is not None:
                     with contextlib.suppress(ApiError, InputError):  # "Resume" says why it does not go on
-                        words, code = self._words_of(folder, started)
-                        if not code:
-                            self._launch(folder, started, words)
+                        self._launch(folder, started)
 
     def _note_ends(self) -> None:
         """Write down the exit codes of children that ended; this also frees their entries in the process table."""
@@ -170,35 +167,34 @@ class RunControl:
                 raise ApiError(409, f"{busy} is still running; put this run into the queue, or stop that one", "busy")
             started = Started(name, settings, time.time(), peak_bytes, steps)
             started.write(folder)
-            allow_code(folder / SETTINGS, code_of(settings))
+            keep_allowed(folder / SETTINGS, code_of(settings))
             if busy is None and not self.queue:
-                self._launch(folder, started, train_words(settings, folder))
+                self._launch(folder, started)
             else:
                 self._write_queue([*self.queue, run_id(folder)])
         return run_id(folder)
 
-    def _words_of(self, folder: Path, started: Started | None) -> tuple[list[str], dict[str, str]]:
-        """Return the words that begin a run or go on with it, and the code that it runs and nobody here agreed to.
+    def _launch(self, folder: Path, started: Started, agreed: Any = None) -> None:
+        """Begin a run, or go on with it, by its settings; see `resume`.
 
         Raises:
-            ApiError: it did not begin on this machine, and names files outside the studio's folders.
+            ApiError: it did not begin on this machine, and names files outside the studio's folders, or code.
             InputError: its settings cannot be used.
         """
-        file, cwd = folder / SETTINGS, self._listing.begun_in(folder)
-        settings = started.settings if started else {}
-        if file.exists():
+        # The names in run.yaml are relative to where the run's command was given.
+        file, cwd, settings = folder / SETTINGS, self._listing.begun_in(folder), started.settings
+        resume = file.exists()
+        if resume:
             settings = train_settings({}, read_settings(str(file), {}, allow_code=True)).to_flat()
         code = unknown_code(file, code_of(settings, cwd or ""))
         if cwd is None:
             settings = self._checker.settings({name: value for name, value in settings.items() if name not in OWN})
-        if file.exists():
-            return ["train", "--config", str(file), "--adapter-path", str(folder), "--resume"], code
-        return train_words(settings, folder), code
-
-    def _launch(self, folder: Path, started: Started, words: list[str]) -> None:
-        # The names in run.yaml are relative to where the run's command was given.
-        cwd = self._listing.begun_in(folder)
-        child = start_child(words, folder / LOG_FILE, append="--resume" in words, cwd=cwd)
+        if code and agreed != (question := in_page_words(asked_about(file, code))):
+            raise ApiError(409, question, "runs_code")
+        keep_allowed(file, code)
+        again = ["train", "--config", str(file), "--adapter-path", str(folder), "--resume"]
+        words = again if resume else train_words(settings, folder)
+        child = start_child(words, folder / LOG_FILE, append=resume, cwd=cwd)
         started.pid, started.mark, started.asked, started.code = child.pid, start_mark(child.pid), None, None
         started.at = time.time()
         started.write(folder)
@@ -245,7 +241,7 @@ class RunControl:
 
         Raises:
             ApiError: 409, it goes on, or is done, or another run goes on; or it would run code, and nobody agreed to that: the
-                code of the error is then runs_code, and its message the question. Others: as of `_words_of`.
+                code of the error is then runs_code, and its message the question. Others: as of `_launch`.
         """
         folder = self._listing.folder(number)
         with self._lock:
@@ -259,13 +255,9 @@ class RunControl:
             busy = self.going_on()
             if busy is not None:
                 raise ApiError(409, f"{busy} is still running; wait for it, or stop it first", "busy")
-            words, code = self._words_of(folder, started)
-            if code and agreed != (question := in_page_words(asked_about(folder / SETTINGS, code))):
-                raise ApiError(409, question, "runs_code")
-            allow_code(folder / SETTINGS, code)
             if started is None:  # of a terminal
                 started = Started(folder.name, {}, (folder / SETTINGS).stat().st_mtime)
-            self._launch(folder, started, words)
+            self._launch(folder, started, agreed)
 
     def note(self, number: str, text: Any) -> None:
         """Keep notes on a run."""

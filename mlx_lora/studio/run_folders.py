@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lora.api.forgetting import badges
-from mlx_lora.config.code import code_of, unknown_code
 from mlx_lora.config.fields import field_type, flag_of
+from mlx_lora.config.load import code_of, unknown_code
 from mlx_lora.config.settings import FIELDS
 from mlx_lora.data.chat_template import spoken_turns, without_markers
 from mlx_lora.data.report import has_questions
@@ -104,7 +104,7 @@ def read_started(folder: Path) -> Started | None:
         found = json.loads((folder / STARTED_FILE).read_text(encoding="utf-8"))
         settings = {name: value for name, value in found["settings"].items() if name in FIELDS and name not in OWN}
         known = {one.name: found[one.name] for one in fields(Started) if one.name in found}
-        return Started(**{**known, "settings": settings})
+        return Started(**known | {"settings": settings})
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
 
@@ -484,10 +484,8 @@ def words_of_measuring(folder: Path, settings: dict[str, Any]) -> list[str] | No
     objective = settings.get("objective", "sft")
     if objective not in ("sft", "distill") or settings.get("images"):  # others' rows have no answers to imitate
         return None
-    if objective == "distill" and not settings.get("data"):
-        return None
     # What an imitating run held out, and not --data: a file of it has the training rows too.
-    data = [] if objective == "sft" else ["--data", str(settings.get("data"))]
+    data = ["--data", str(settings["data"])] if objective == "distill" and settings.get("data") else []
     return ["evaluate", *model_flags(settings), *data, "--adapter-path", str(folder), "--forgetting", "--json"]
 
 

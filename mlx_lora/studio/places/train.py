@@ -16,11 +16,10 @@ from mlx_lora.config.settings import FIELDS
 from mlx_lora.config.sweep import SET_BY_SWEEP
 from mlx_lora.reports.sweep_page import LOSS, advice
 from mlx_lora.serving.schema import ApiError
-from mlx_lora.studio.control import resolved, run_yaml
+from mlx_lora.studio.control import resolved, run_yaml, train_words
 from mlx_lora.studio.folders import numbered_paths, safe_name
 from mlx_lora.studio.places import Studio
 from mlx_lora.studio.plans import CARDS, USUAL_CARD, cards_at_once, local_files, own_settings, refused_plan, shown_plan
-from mlx_lora.studio.run_folders import train_words
 from mlx_lora.studio.tasks import SWEEP
 from mlx_lora.studio.web import json_route, setting_groups
 from mlx_lora.trainer.sweep import PAGE_FILE, SWEEP_FILE, SweepState, results_of
@@ -122,10 +121,8 @@ def sweep(studio: Studio, request: Request, body: dict[str, Any]) -> dict[str, A
     if busy := studio.control.going_on():
         raise ApiError(409, f"{busy} is still running; wait for it, or stop it first", "busy")
     settings = {key: value for key, value in {**own, **settings}.items() if key not in (*SET_BY_SWEEP, "learning_rate")}
-    words = train_words(settings, studio.folders.runs / name)
-    at = words.index("--adapter-path")
     out = sweep_folder(studio.folders.home / SWEEPS / name, settings)
-    words = ["sweep", *words[1:at], *words[at + 2 :], "--out", str(out), *(["--resume"] if out.exists() else [])]
+    words = ["sweep", *train_words(settings, out)[1:-2], "--out", str(out), *(["--resume"] if out.exists() else [])]
     task = studio.tasks.child(SWEEP, f"Learning rates for {out.name}", words, {"name": out.name, "path": str(out)})
     return {"task": task.public(), "command": command_line(words), "name": out.name}
 
