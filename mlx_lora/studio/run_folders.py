@@ -104,7 +104,7 @@ def read_started(folder: Path) -> Started | None:
         found = json.loads((folder / STARTED_FILE).read_text(encoding="utf-8"))
         settings = {name: value for name, value in found["settings"].items() if name in FIELDS and name not in OWN}
         known = {one.name: found[one.name] for one in fields(Started) if one.name in found}
-        return Started(**known | {"settings": settings})
+        return Started(**{**known, "settings": settings})
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
 
