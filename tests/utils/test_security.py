@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import threading
 import time
@@ -15,10 +17,13 @@ import pytest
 from byte_tokenizer import TEMPLATES, byte_tokenizer
 from made_conversations import conversations
 from mask_reference import unmarked
-from run_cli import run
+from run_cli import one_line, run
 from template_judge import REFUSED, rendered_by_both
 from transformers.utils import chat_template_utils
 
+from mlx_lora.config.fields import flag_of
+from mlx_lora.config.load import keep_allowed, unknown_code
+from mlx_lora.config.settings import ROWS
 from mlx_lora.data import sandbox
 from mlx_lora.data.formats import parse_record
 from mlx_lora.data.sandbox import render_chat
@@ -186,6 +191,200 @@ def test_remote_code_is_never_asked_about(tiny_folder, tmp_path, monkeypatch):
     assert "--trust-remote-code" in run("generate", "--model", folder, "--prompt", "x").lines[-1]
     ran = run("generate", "--model", folder, "--prompt", "x", "--trust-remote-code")
     assert "not in that folder" in ran.lines[-1]
+
+
+# Settings of strangers that run code
+
+EVIL = """
+import pathlib
+pathlib.Path({mark!r}).touch()
+def score(completions, **columns): return [1.0] * len(completions)
+def tool(a: int) -> int:
+    \"\"\"
+    Add.
+
+    Args:
+        a: A number.
+    \"\"\"
+    return a
+class Game:
+    def reset(self, seed, **columns): return None
+    def step(self, completion): return None, 1.0, True
+"""
+OWN_FILES = (
+    {"trust_remote_code": True},
+    {"reward": "evil.py:score"},
+    {"reward": ["number_match", "evil.py:score"]},
+    {"tools": "evil.py", "reward": "number_match"},
+    {"tools": "evil.py:tool", "reward": "number_match"},
+    {"environment": "evil.py:Game"},
+    {"environment": "verifiers:evil"},
+    {"environment": "verifiers:evil.toml"},
+    {"data": "verifiers:evil"},
+    {"eval_tasks": "rows.jsonl", "eval_metric": "evil.py:score"},
+    {"eval_tasks": "task.yaml"},
+)
+
+
+@pytest.fixture
+def strangers(tiny_folder, chats, tmp_path, monkeypatch):
+    """Return a function that writes a stranger's settings file, and the file that its code makes."""
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    theirs, mark = tmp_path / "theirs", tmp_path / "ran"
+    shutil.copytree(tiny_folder, theirs / "model")
+    (theirs / "evil.py").write_text(EVIL.format(mark=str(mark)))
+    shutil.copyfile(theirs / "evil.py", theirs / "model" / "own.py")
+    config = json.loads((theirs / "model" / "config.json").read_text())
+    (theirs / "model" / "config.json").write_text(json.dumps({**config, "model_file": "own.py"}))
+    (theirs / "evil.toml").write_text("[env.taskset]\nid = 'evil'\n")
+    (theirs / "task.yaml").write_text("task: evil\ndoc_to_text: !function evil.score\n")
+    shutil.copyfile(chats, theirs / "rows.jsonl")
+    monkeypatch.chdir(theirs)
+    monkeypatch.syspath_prepend(str(theirs))
+
+    def write(name="x.yaml", **settings):
+        model = "model" if settings.get("trust_remote_code") else str(tiny_folder)
+        usual = {
+            "model": model,
+            "data": "rows.jsonl",
+            "iters": 2,
+            "max_seq_length": 64,
+            "sample_tokens": 0,
+            "val_batches": 1,
+        }
+        if {"reward", "tools", "environment"} & settings.keys():
+            usual |= {"objective": "grpo", "group_size": 2, "max_new_tokens": 2, "save_every": 1}
+        (theirs / name).write_text(json.dumps({**usual, "adapter_path": str(tmp_path / name[:-5]), **settings}))
+        return theirs / name
+
+    return write, mark
+
+
+@pytest.mark.parametrize("settings", OWN_FILES, ids=str)
+def test_a_file_of_settings_runs_no_code_without_a_word_on_the_command_line(strangers, settings, tmp_path):
+    write, mark = strangers
+    file, other = write(**settings), write("y.yaml")
+    for words in (
+        ("train", "--config", file),
+        ("train", "--config", file, "--dry-run"),
+        ("train", "--runs", other, file),
+        ("plan", "--config", file),
+        ("sweep", "--config", file, "--out", tmp_path / "swept"),
+    ):
+        ran = run(*words)
+        assert not mark.exists(), words
+        assert ran.code == 2, words
+        assert "--allow-code" in ran.lines[-1], words
+        runs = [name for name, value in settings.items() if ROWS[name].runs and re.search(ROWS[name].runs, str(value))]
+        assert all(flag_of(name) in ran.lines[-1] for name in runs)
+        assert not (tmp_path / "x").exists()
+
+
+def test_other_trainers_files_and_tables_of_data_run_no_code_either(strangers, tmp_path):
+    _, mark = strangers
+    trl = "model_name_or_path: m\ndataset_name: rows.jsonl\nreward_funcs: [evil.score]\nnum_generations: 2\nuse_peft: true\n"
+    axolotl = "base_model: m\nrl: grpo\nmicro_batch_size: 8\ndatasets: [{path: rows.jsonl}]\ntrl: {reward_funcs: [evil.score]}\n"
+    factory = "model_name_or_path: model\nstage: sft\ndataset: x\ntemplate: default\ntrust_remote_code: true\n"
+    for text in (trl, axolotl, factory):
+        (tmp_path / "c.yaml").write_text(text)
+        ran = run("train", "--config", tmp_path / "c.yaml")
+        assert (ran.code, "--allow-code" in ran.lines[-1]) == (2, True)
+    (tmp_path / "table").mkdir()
+    for source in ({"hf_hub_url": "verifiers:evil"}, {"file_name": "rows.jsonl,verifiers:evil"}):
+        (tmp_path / "table" / "dataset_info.json").write_text(json.dumps({"x": source}))
+        assert run("train", "--model", "model", "--data", tmp_path / "table" / "x").code == 2
+    assert not mark.exists()
+
+
+def test_flags_and_a_persons_word_run_the_code_of_a_file(strangers, tmp_path, monkeypatch):
+    write, mark = strangers
+    file = write(reward="evil.py:score", data="q.jsonl")
+    (file.parent / "q.jsonl").write_text("".join(f'{{"prompt": "{n}?", "answer": "1"}}\n' for n in range(12)))
+    assert run("train", "--config", file, "--reward", "evil.py:score", "--dry-run").code == 0, "the flag names it"
+    asked = []
+    monkeypatch.setattr(
+        "mlx_lora.utils.console.agreed", lambda question, usual: asked.append((question, usual)) or True
+    )
+    for _ in range(2):
+        assert run("train", "--config", file, "--dry-run").code == 0
+    [(question, usual)] = asked
+    assert str(file) in question
+    assert str(file.parent / "evil.py") in question
+    assert not usual, "the return key is no yes"
+    (file.parent / "evil.py").write_text(EVIL.format(mark=str(mark)) + "# other code\n")
+    assert run("train", "--config", file, "--dry-run").code == 0
+    write(reward="evil.py:score", tools="evil.py", data="q.jsonl")
+    run("train", "--config", file, "--dry-run")
+    assert len(asked) == 3, "code that changed, and code that is new, are asked about again"
+    assert "--reward" not in asked[2][0]
+    monkeypatch.undo()
+    one_line(run("train", "--model", "m", "--data", "d", "--allow-code"), "--config")
+
+
+def test_a_run_of_this_machine_goes_on_without_a_question_and_a_copy_does_not(strangers, tmp_path, monkeypatch):
+    write, mark = strangers
+    (tmp_path / "theirs" / "q.jsonl").write_text("".join(f'{{"prompt": "{n}?"}}\n' for n in range(12)))
+    file = write(reward="evil.py:score", data="q.jsonl")
+    assert run("train", "--config", file, "--allow-code").code == 0
+    (tmp_path / "theirs" / "evil.py").write_text(EVIL.format(mark=str(mark)) + "# mended\n")
+    shutil.copytree(tmp_path / "x", tmp_path / "copy")
+    words = ("--resume", "--iters", 3)
+    assert run("train", "--config", tmp_path / "x" / "run.yaml", *words).code == 0, "its own reward may be mended"
+    mark.unlink()
+    (tmp_path / "theirs" / "evil.py").write_text(EVIL.format(mark=str(mark)) + "# run anew in this process\n")
+    copied = ("--config", tmp_path / "copy" / "run.yaml", "--adapter-path", tmp_path / "copy", *words)
+    one_line(run("train", *copied), "--allow-code", str(tmp_path / "theirs" / "evil.py"))
+    monkeypatch.setattr("mlx_lora.config.load.cache_dir", lambda kind: tmp_path / "theirs" / "evil.py" / kind)
+    one_line(run("train", "--config", tmp_path / "x" / "run.yaml", *words), "--allow-code")
+    assert not mark.exists()
+    assert run("train", *copied, "--allow-code").code == 0
+    assert mark.exists()
+
+
+def test_what_is_agreed_to_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_LORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("mlx_lora.config.load.MOST_ALLOWED", 3)
+    files = [tmp_path / f"{n}.yaml" for n in range(5)]
+    for file in files:
+        keep_allowed(file, {"reward": "a.py:f"})
+        for one in (tmp_path / "cache" / "code").iterdir():
+            os.utime(one, (one.stat().st_atime, one.stat().st_mtime - 10))
+    assert [bool(unknown_code(file, {"reward": "a.py:f"})) for file in files] == [True, True, False, False, False]
+
+
+def test_the_candidates_of_a_resumed_sweep_are_those_of_its_flags(strangers, tmp_path):
+    write, mark = strangers
+    words = ("sweep", "--config", write(iters=12), "--vary", "rank=2,4", "--budget", "3x", "--out", tmp_path / "out")
+    assert run(*words).code == 0
+    state = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    state["candidates"] = [
+        {**one, "eval_tasks": "rows.jsonl", "eval_metric": "evil.py:score"} for one in state["candidates"]
+    ]
+    (tmp_path / "out" / "sweep.json").write_text(json.dumps(state))
+    shutil.rmtree(tmp_path / "out" / "winner")
+    run(*words, "--resume")
+    assert (tmp_path / "out" / "winner" / "run.yaml").exists()
+    assert not mark.exists()
+
+
+def test_held_out_rows_of_an_adapter_are_never_made_by_code(strangers, tiny_folder, tmp_path):
+    write, mark = strangers
+    assert run("train", "--config", write()).code == 0
+    settings = parse_yaml((tmp_path / "x" / "run.yaml").read_text())
+    (tmp_path / "x" / "run.yaml").write_text(json.dumps({**settings, "data": "verifiers:evil"}))
+    (tmp_path / "theirs" / "verifiers:evil").write_text("{}")
+    assert run("evaluate", "--model", tiny_folder, "--adapter-path", tmp_path / "x").code == 2
+    assert not mark.exists()
+
+
+def test_every_setting_that_runs_code_says_so_in_its_row():
+    named = {
+        name
+        for name, row in ROWS.items()
+        if re.search(r"\.py\b|FILE\.py|VERIFIERS|verifiers:|own tokenizer code|YAML file", row.help)
+    }
+    metrics = {"eval_metric"}  # its help refers to that of `evaluate`
+    assert {name for name, row in ROWS.items() if row.runs} == named | metrics
 
 
 def test_token_ids_beyond_the_embedding_are_not_looked_up(tiny_folder, tmp_path):
