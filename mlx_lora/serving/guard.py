@@ -42,7 +42,7 @@ PAGE = "/"
 # secrets, and asks the user for the key.
 OPEN_PATHS = ("/health", PAGE)
 # What a Host header may have: a name or an address, and a port. HTTP/1.0 has none.
-HOST = re.compile(r"([a-z0-9._-]*|\[[0-9a-f:.]+\])(:[0-9]*)?", re.IGNORECASE)
+HOST = re.compile(r"([a-z0-9._-]*|\[[0-9a-f]*:[0-9a-f:.]*\])(:[0-9]*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
