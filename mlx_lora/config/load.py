@@ -115,6 +115,7 @@ _OTHER_WAYS = {
     "pref_ftx": _LIKELIHOOD,
     "length_normalize": "use --loss-type sigmoid_norm",
     "clear_cache_threshold": "use --memory-budget; MLX's buffer cache is a sixteenth of it",
+    "fetch_images": "only train and evaluate download pictures; send serve a data URL, or the name of a file of --images-from",
     "packing": "leave it out; rows of similar length share a batch of --batch-tokens",
 }
 # Settings of earlier versions -> their values in a file, such as run.yaml, that changed nothing; others are refused with advice.

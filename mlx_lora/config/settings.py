@@ -324,8 +324,6 @@ class ServeSettings:
         "Folder whose subfolders clients may load as adapters (default: none).", SERVER, common=True)
     images_from: str | None = setting(None,
         "Folder below which clients may name pictures as files (default: none; data URLs always work).", SERVER)
-    fetch_images: bool = setting(False,
-        "Download pictures that clients name by a web address, from public servers only (default: refuse them).", SERVER)
     allow_hub: bool = setting(False, "Let clients load adapters from the hub.", SERVER)
     adapter_memory: str | None = setting(None,
         "Limit on memory for adapters, such as 2GB; the least recently used are evicted (default: no limit).", LIMITS)

@@ -91,7 +91,8 @@ def test_every_route_needs_the_key_refuses_other_origins_and_has_the_policy(lock
         answer = locked.request(method, path, headers=headers)
         assert answer.status_code == 401
         assert answer.headers["www-authenticate"] == "Bearer"
-    for headers in ({"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Host": "evil.example"}):
+    for headers in ({"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Host": "evil.example"},
+                    {"Host": "[::1"}, {"Origin": "http://[::1"}):  # fmt: skip
         answer = locked.request(method, path, headers=headers)
         assert answer.status_code == 403, headers
         assert answer.headers["content-security-policy"] == POLICY

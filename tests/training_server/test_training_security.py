@@ -122,10 +122,16 @@ def test_a_wrong_or_missing_key_gets_401(server):
 
 
 def test_pages_of_other_origins_and_other_hosts_get_403(http):
-    for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
+    for headers in (
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://[::1"},
+        {"Sec-Fetch-Site": "cross-site"},
+    ):
         for method, path in PATHS:
             assert code(http.request(method, path, headers=headers)) == (403, "cross_origin")
-    assert code(http.get("/api/v1/sessions", headers={"Host": "evil.example"})) == (403, "wrong_host")
+    for host in ("evil.example", "[::1"):
+        assert code(http.get("/api/v1/sessions", headers={"Host": host})) == (403, "wrong_host")
 
 
 def test_a_body_of_another_kind_gets_415(http):
