@@ -42,11 +42,12 @@ from mlx_lora.utils.files import sha256_of
 MAX_TEMPLATE_CHARACTERS = 500_000  # the longest published ones have 30,000
 RENDER_S = 10.0  # for one conversation, which usually takes a millisecond
 RENDER_BYTES = 512 << 20  # of the worker
-LOOK_S = 0.2  # between looks at the worker's memory, where the system does not limit it
+LIMITS_MEMORY = sys.platform != "darwin"  # whether the system does; elsewhere this process looks every LOOK_S seconds
+LOOK_S = 0.2
 PATIENCE_S = 60.0  # with a worker that neither answers nor ends, for example because it was stopped
 HEAD_BYTES = 8  # the length of a message
-# The worker needs no packages but jinja2, and no folder that this process happens to be in.
-COMMAND = [sys.executable or "", "-s", "-S", "-P", os.path.abspath(template_worker.__file__)]
+# The worker reads no settings from the environment, and finds no packages but jinja2 as it is here.
+COMMAND = [sys.executable or "", "-I", "-S", os.path.abspath(template_worker.__file__)]
 PACKAGES = list(dict.fromkeys(str(Path(package.__file__).resolve().parents[1]) for package in (jinja2, markupsafe)))
 
 
@@ -239,12 +240,14 @@ def _started() -> subprocess.Popen[bytes]:
             stderr=subprocess.DEVNULL,
         )
     except OSError as error:
-        raise InputError(f"the process that renders chat templates does not start ({error}); start Python again") from error
+        raise InputError(
+            f"the process that renders chat templates does not start ({error}); start Python again"
+        ) from error
 
 
 def _takes_too_much(process: int) -> bool:
-    """Return whether a process has too much memory; only macOS does not see to that itself."""
-    if sys.platform != "darwin":
+    """Return whether a process has too much memory, where the system does not see to that itself."""
+    if LIMITS_MEMORY:
         return False
     asked = subprocess.run(["ps", "-o", "rss=", "-p", str(process)], capture_output=True, text=True, check=False)
     return int(asked.stdout or 0) << 10 > RENDER_BYTES
@@ -253,7 +256,9 @@ def _takes_too_much(process: int) -> bool:
 def _error(kind: str, message: str, line: int | None) -> Exception:
     """Return an error that the worker reports."""
     if line is None:
-        return {"TypeError": TypeError, "ValueError": ValueError, "InputError": InputError}.get(kind, jinja2.TemplateError)(message)
+        return {"TypeError": TypeError, "ValueError": ValueError, "InputError": InputError}.get(
+            kind, jinja2.TemplateError
+        )(message)
     error = jinja2.TemplateSyntaxError(message, line)
     error.translated = True  # its text is the message alone, as if it had been raised here
     return error

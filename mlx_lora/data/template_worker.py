@@ -113,7 +113,9 @@ def render(template: str, values: dict[str, Any], now: Sequence[int]) -> str:
 # The process
 
 
-def answer(rows: Sequence[bytes], template: str, common: dict[str, Any], now: Sequence[int], limit_s: float) -> list[Any]:
+def answer(
+    rows: Sequence[bytes], template: str, common: dict[str, Any], now: Sequence[int], limit_s: float
+) -> list[Any]:
     """Return the outcome of each conversation, at least of the first; the system ends this process if one takes longer than `limit_s`.
 
     Args:
