@@ -45,10 +45,11 @@ RENDER_BYTES = 512 << 20  # of the worker
 LIMITS_MEMORY = sys.platform != "darwin"  # whether the system does; elsewhere this process looks every LOOK_S seconds
 LOOK_S = 0.2
 PATIENCE_S = 60.0  # with a worker that neither answers nor ends, for example because it was stopped
-HEAD_BYTES = 8  # the length of a message
 # The worker reads no settings from the environment, and finds no packages but jinja2 as it is here.
 COMMAND = [sys.executable or "", "-I", "-S", os.path.abspath(template_worker.__file__)]
-PACKAGES = list(dict.fromkeys(str(Path(package.__file__).resolve().parents[1]) for package in (jinja2, markupsafe)))
+PACKAGES = list(
+    dict.fromkeys(str(Path(str(package.__file__)).resolve().parents[1]) for package in (jinja2, markupsafe))
+)
 
 
 def render_chat(
@@ -127,7 +128,7 @@ def _variables(
     chats: Sequence[tuple[list[dict[str, Any]], bool]],
     tools: list[dict[str, Any]] | None,
     day: date | None,
-) -> tuple[list[dict[str, Any]], dict[str, Any], list[int]]:
+) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
     """Return the variables of each conversation, those of all, and the time that the template shows."""
     moment = datetime.combine(day, time_of_day()) if day else datetime.now()
     try:
@@ -142,7 +143,7 @@ def _variables(
         ]
     except RecursionError:
         raise jinja2.TemplateRuntimeError("the conversation is nested too deeply") from None
-    return rows, common, [*moment.timetuple()[:6], moment.microsecond]
+    return rows, common, moment.isoformat()
 
 
 def _as_templates_take_it(message: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +180,7 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def outcomes(
-        self, rows: list[dict[str, Any]], template: str, common: dict[str, Any], now: list[int]
+        self, rows: list[dict[str, Any]], template: str, common: dict[str, Any], now: str
     ) -> list[str | Exception]:
         """Return the text or the error of each conversation; the last ones may be missing, the first is there.
 
@@ -187,14 +188,17 @@ class _Worker:
             InputError: one of them takes too much time or memory, or the process does not start.
         """
         body = marshal.dumps(([marshal.dumps(row) for row in rows], template, common, now, RENDER_S))
-        request = len(body).to_bytes(HEAD_BYTES) + body
-        with self._lock:
-            line, code = self._line(request)
-            if code == -signal.SIGKILL:  # by something else, for example by the system when memory is short
+        request = len(body).to_bytes(8) + body
+        try:
+            with self._lock:
                 line, code = self._line(request)
+                if code == -signal.SIGKILL:  # by something else, for example by the system when memory is short
+                    line, code = self._line(request)
+        except OSError as error:
+            raise InputError(f"the process for chat templates does not start ({error}); start Python again") from error
         if code in (-signal.SIGALRM, -signal.SIGKILL, template_worker.OUT_OF_MEMORY):
             raise TooMuch
-        if code:
+        if not line:
             raise InputError(
                 f"the chat template ends the process that renders it (exit code {code}); use another with --chat-template"
             )
@@ -202,11 +206,16 @@ class _Worker:
 
     def _line(self, request: bytes) -> tuple[bytes, int]:
         """Return the answer to a message, and 0; if the process ends instead, its exit code."""
-        if self._process is None or self._process.poll() is not None:
-            self.end()
-            self._process = _started()
-        process = self._process
         try:
+            if self._process is None or self._process.poll() is not None:
+                self.end()
+                self._process = subprocess.Popen(
+                    [*COMMAND, str(RENDER_BYTES), *PACKAGES],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                )
+            process: Any = self._process  # both of its pipes are there
             with suppress(BrokenPipeError):
                 while request:
                     request = request[os.write(process.stdin.fileno(), request) :]
@@ -229,20 +238,6 @@ class _Worker:
         with process:  # closes the pipes, and waits
             process.kill()
         return process.returncode
-
-
-def _started() -> subprocess.Popen[bytes]:
-    try:
-        return subprocess.Popen(
-            [*COMMAND, str(RENDER_BYTES), *PACKAGES],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-    except OSError as error:
-        raise InputError(
-            f"the process that renders chat templates does not start ({error}); start Python again"
-        ) from error
 
 
 def _takes_too_much(process: int) -> bool:

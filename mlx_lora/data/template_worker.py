@@ -87,19 +87,21 @@ SANDBOX.globals.update(raise_exception=_raise_exception, namespace=_Namespace)
 _compiled = functools.lru_cache(maxsize=128)(SANDBOX.from_string)
 
 
-def render(template: str, values: dict[str, Any], now: Sequence[int]) -> str:
+def render(template: str, values: dict[str, Any], now: str) -> str:
     """Return a conversation as text.
 
     Args:
         template: Jinja text.
         values: the template's variables, plain data.
-        now: the time that the template shows, from the year to the microsecond.
+        now: the time that the template shows, in ISO format.
 
     Raises:
         jinja2.TemplateError, TypeError, ValueError: the template is invalid, refuses the conversation, or fails on it.
     """
     try:
-        text = _compiled(template).render(values | {DATE_FUNCTION: lambda format: datetime(*now).strftime(format)})
+        text = _compiled(template).render(
+            values | {DATE_FUNCTION: lambda format: datetime.fromisoformat(now).strftime(format)}
+        )
     except (jinja2.TemplateError, TypeError, ValueError, MemoryError):
         raise
     except RecursionError:
@@ -113,9 +115,7 @@ def render(template: str, values: dict[str, Any], now: Sequence[int]) -> str:
 # The process
 
 
-def answer(
-    rows: Sequence[bytes], template: str, common: dict[str, Any], now: Sequence[int], limit_s: float
-) -> list[Any]:
+def answer(rows: Sequence[bytes], template: str, common: dict[str, Any], now: str, limit_s: float) -> list[Any]:
     """Return the outcome of each conversation, at least of the first; the system ends this process if one takes longer than `limit_s`.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from mlx_lora.data.render import Renderer
 from mlx_lora.data.sandbox import is_known, render_chat
 from mlx_lora.data.tokenize import Encoder
 from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.text import start_mark
 
 ROOT = Path(__file__).parents[2]
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -39,12 +41,6 @@ def process() -> subprocess.Popen[bytes]:
     assert shown() == "a"
     assert sandbox.WORKER._process is not None
     return sandbox.WORKER._process
-
-
-def is_there(number: int) -> bool:
-    """Return whether a process runs; one that has ended and was not asked for its exit code does not."""
-    asked = subprocess.run(["ps", "-o", "stat=", "-p", str(number)], capture_output=True, text=True, check=False)
-    return asked.stdout.strip()[:1] not in ("", "Z")
 
 
 def wait_until(happened) -> None:
@@ -140,7 +136,11 @@ def test_a_worker_that_was_killed_is_started_again():
 
 
 def test_a_worker_that_cannot_work_is_an_error(monkeypatch):
-    for command, words in ((["/nowhere"], "does not start"), ([sys.executable, "-c", "exit(3)"], "exit code 3")):
+    for command, words in (
+        (["/nowhere"], "does not start"),
+        ([sys.executable, "-c", "exit(3)"], "exit code 3"),
+        (["true"], "exit code 0"),
+    ):
         sandbox.WORKER.end()
         monkeypatch.setattr(sandbox, "COMMAND", command)
         with pytest.raises(InputError, match=words):
@@ -166,9 +166,11 @@ def test_a_worker_that_was_stopped_is_given_up(monkeypatch):
     monkeypatch.setattr(sandbox, "PATIENCE_S", 0.5)
     with pytest.raises(InputError, match="takes more than"):
         shown()
+    monkeypatch.undo()
     assert shown() == "a"
 
 
+@pytest.mark.skipif(shutil.which("ps") is None, reason="asks ps")
 def test_memory_is_looked_at_where_the_system_does_not_limit_it(monkeypatch):
     sandbox.WORKER.end()
     monkeypatch.setattr(sandbox, "RENDER_BYTES", 8 << 30)
@@ -225,12 +227,12 @@ def test_the_worker_ends_with_its_parent():
     with started() as parent:  # that ends by itself
         text, number = parent.stdout.readline().split()
     assert (text, parent.returncode) == ("ab", 0)
-    assert not is_there(int(number))
+    assert start_mark(int(number)) is None
     with started(ENDLESS) as parent:
         number = int(parent.stdout.readline().split()[1])
-        assert is_there(number)
+        assert start_mark(number)
         parent.kill()
-    wait_until(lambda: not is_there(number))  # it runs until its own time is over
+    wait_until(lambda: start_mark(number) is None)  # it runs until its own time is over
 
 
 def test_the_worker_needs_neither_the_folder_nor_the_environment_of_its_parent(tmp_path):
@@ -299,9 +301,9 @@ def test_slow_rows_are_not_rendered_ahead(monkeypatch):
     rows = [json.loads("{}")] * 5
     encoded = [template_worker.marshal.dumps(row) for row in rows]
     monkeypatch.setattr(template_worker, "AHEAD_CHARACTERS", 2)
-    assert template_worker.answer(encoded, "xy", {}, [2026, 1, 5], 10.0) == ["xy", "xy"]
+    assert template_worker.answer(encoded, "xy", {}, "2026-01-05", 10.0) == ["xy", "xy"]
     monkeypatch.setattr(template_worker, "AHEAD_S", -1.0)
-    assert template_worker.answer(encoded, "xy", {}, [2026, 1, 5], 10.0) == ["xy"]
+    assert template_worker.answer(encoded, "xy", {}, "2026-01-05", 10.0) == ["xy"]
     renderer = Renderer(byte_tokenizer(), SHOWS + "{# #}")
     renderer.render_ahead(chats(3))
     assert len(renderer._ahead) == 3
