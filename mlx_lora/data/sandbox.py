@@ -1,7 +1,7 @@
 """Render chat templates, those of strangers in a process with limits; report a tokenizer that crashes as an error.
 
 A template is rendered in this process if its hash is in data/templates/known.txt: the built-in ones, and published ones that
-the tests render. Any other is rendered by a worker (data/template_worker.py). A worker is a process of its own: the system
+the tests render. Any other, and a very long conversation, is rendered by a worker (data/template_worker.py). A worker is a process of its own: the system
 ends it if a conversation takes too much time or memory, even inside a single operation, and this process goes on. It is
 started when it is first needed, and kept for the next conversation. All threads share it.
 
@@ -40,6 +40,7 @@ from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import sha256_of
 
 MAX_TEMPLATE_CHARACTERS = 500_000  # the longest published ones have 30,000
+MOST_MESSAGES = 200  # with a known template; some compare each message with all others
 RENDER_S = 10.0  # for one conversation, which usually takes a millisecond
 RENDER_BYTES = 512 << 20  # of the worker
 LIMITS_MEMORY = sys.platform != "darwin"  # whether the system does; elsewhere this process looks every LOOK_S seconds
@@ -77,7 +78,7 @@ def render_chat(
     if not messages:
         raise ValueError("the conversation is empty")
     rows, common, now = _variables(tokenizer, [(messages, add_generation_prompt)], tools, day)
-    if is_known(template):
+    if is_known(template) and len(messages) <= MOST_MESSAGES:
         return template_worker.render(template, common | rows[0], now)
     outcome = WORKER.outcomes(rows, template, common, now)[0]
     if isinstance(outcome, Exception):
