@@ -37,7 +37,7 @@ from mlx_lora.data.examples import (
     conversation,
 )
 from mlx_lora.data.formats import columns_of, not_there, sharegpt_messages, usual_names
-from mlx_lora.data.sandbox import CLOCK, tokenizer_panics
+from mlx_lora.data.sandbox import tokenizer_panics
 from mlx_lora.data.tokenize import Encoded, Encoder
 from mlx_lora.utils.errors import InputError
 
@@ -186,15 +186,14 @@ def encode_texts(
             if encoder.template is None:
                 raise InputError("chats require a chat template, but none was given; give one with --chat-template")
             try:
-                with CLOCK.held():
-                    ids[number] = chat_tokens(
-                        tokenizer,
-                        example.messages,
-                        encoder.template,
-                        example.tools,
-                        encoder.day,
-                        encoder.allow_special_tokens,
-                    )
+                ids[number] = chat_tokens(
+                    tokenizer,
+                    example.messages,
+                    encoder.template,
+                    example.tools,
+                    encoder.day,
+                    encoder.allow_special_tokens,
+                )
             except (jinja2.TemplateError, TypeError, ValueError) as error:
                 dropped[number] = f"the chat template refuses it ({error})"
     dropped |= {number: "no token" for number, tokens in ids.items() if not tokens}

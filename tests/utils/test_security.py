@@ -6,9 +6,6 @@ import json
 import os
 import re
 import shutil
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -33,6 +30,7 @@ from mlx_lora.exporters.peft_experts import names_layer
 from mlx_lora.models.config import check_config
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.parsing import parse_json, parse_yaml
+from mlx_lora.utils.text import peak_bytes
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
 
@@ -108,31 +106,72 @@ def test_transformers_keeps_its_own_sandbox():
     render_chat(tokenizer, [Watched(TURNS[0])], "x")
     assert seen
     assert set(seen) == {jinja2.sandbox.ImmutableSandboxedEnvironment}
-    with pytest.raises(jinja2.TemplateError, match="not allowed"):
+    with pytest.raises(InputError, match="writes 20,000,000 characters"):
         render_chat(tokenizer, TURNS, costly)
     assert len(tokenizer.apply_chat_template(TURNS, chat_template=costly, tokenize=False)) == 20_000_000
 
 
-COSTLY = {
+# Each takes hours or gigabytes, or reaches for what is not its own.
+HOSTILE = {
+    "comparison": "{{ ('a' * 9000000 ~ 'b') in (['a' * 9000000 ~ 'c'] * 100000) }}",
+    "output in a loop": "{% for i in range(99999) %}{{ 'a' * 30000 }}{% endfor %}",
+    "output": "{{ 'a' * 9000000 }}",
+    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "loop that calls itself": "{% for x in [[1]] recursive %}{{ loop([x]) }}{% endfor %}",
+    "macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "macro of many calls": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "range": "{{ range(10 ** 12) | list }}",
     "power": "{{ 9 ** (9 ** 9) }}",
+    "product": "{% set n = namespace(x=3) %}{% for i in range(99999) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "number": "{{ ('9' * 4000000) | int }}{{ (10 ** 3000000) | string | length }}",
     "repetition": "{{ 'a' * 10 ** 10 }}",
     "list": "{{ [0] * 9999999999 }}",
+    "namespace": "{% set n = namespace(x='aaaa') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "width": "{{ '%09999999999d' % 1 }}",
     "format": "{{ '{:>{n}}'.format(1, n=9999999999) }}",
+    "date": "{{ strftime_now('%Y' * 9999999) }}",
     "method": "{{ 'a'.ljust(9999999999) }}",
-    "filter": "{{ 'a' | center(9999999999) }}",
+    "center": "{{ 'a' | center(9999999999) }}",
     "indent": "{{ messages | tojson(indent=9999999999) }}",
-    "replace": "{{ ('a' * 9999).replace('a', 'b' * 9999) }}",
+    "replace": "{{ ('a' * 9999).replace('a', 'b' * 99999) }}",
     "join": "{{ range(99999) | join('b' * 9999) }}",
+    "sort": "{{ (['a' * 9000000 ~ 'b', 'a' * 9000000 ~ 'a'] * 100000) | sort | length }}",
+    "unique": "{% for i in range(99999) %}{{ range(99999) | map('string') | unique | list | length }}{% endfor %}",
+    "sum": "{{ ([[0] * 10000] * 9999) | sum(start=[]) | length }}",
+    "wrap": "{{ ('ab ' * 3000000) | wordwrap(1, wrapstring='x' * 1000) }}",
+    "tags": "{{ ('<' * 3000000) | striptags }}",
+    "links": "{{ ('a.' * 100000 ~ '@') | urlize }}",
+    "cycler": "{% set c = cycler(*range(99999)) %}{% for i in range(99999) %}{% for j in range(99999) %}{% set x = c.next() %}"
+    "{% endfor %}{% endfor %}",
+    "batch": "{{ range(99999) | batch(999999999, 'x') | list | length }}",
+    "slice": "{{ messages | slice(999999999) | list | length }}",
+    "lipsum": "{{ lipsum(n=99999999) }}",
+    "json": "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | tojson }}",
+    "json of itself": "{% set n = namespace() %}{% set n.x = n %}{{ n | tojson }}",
+    "error": "{{ raise_exception('a' * 9000000) }}",
+    "brackets": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "blocks": "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
     "objects": "{{ ''.__class__.__mro__ }}",
+    "attributes": "{{ messages | map(attribute='__class__.__init__.__globals__') | list }}",
+    "attributes by a filter": "{{ ('' | attr('__class__')).mro() }}",
+    "globals": "{{ lipsum.__globals__['os'].system('touch pwned') }}",
+    "globals in a format": "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
     "files": "{% include '/etc/passwd' %}",
+    "modules": "{% import '/etc/passwd' as x %}",
 }
 
 
-@pytest.mark.parametrize("name", COSTLY)
-def test_templates_cannot_make_huge_things_or_reach_out(name):
-    with pytest.raises((jinja2.TemplateError, TypeError), match=r"not allowed|unsafe|no loader"):
-        render_chat(byte_tokenizer(), TURNS, COSTLY[name])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_templates_are_refused(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(sandbox, "RENDER_S", 0.3)
+    monkeypatch.chdir(tmp_path)
+    before = peak_bytes()
+    with pytest.raises((InputError, jinja2.TemplateError, TypeError), match=r"\w") as refused:
+        render_chat(byte_tokenizer(), TURNS, HOSTILE[name])
+    assert len(str(refused.value)) < 300
+    assert peak_bytes() - before < 200 << 20
+    assert not list(tmp_path.iterdir())
+    assert render_chat(byte_tokenizer(), TURNS, "{{ messages[0].content }}") == "a", "the next one is rendered"
 
 
 def test_what_templates_do_need_is_allowed():
@@ -140,39 +179,23 @@ def test_what_templates_do_need_is_allowed():
         "{{ '  ' * 3 }}{{ '%s-%5d' % ('a', 2) }}{{ 'a' | center(5) }}{{ ['a', 'b'] | join(', ') }}{{ 7 % 2 + 3 ** 2 }}"
     )
     assert render_chat(byte_tokenizer(), TURNS, text) == "      a-    2  a  a, b10"
+    long = [{"role": "user", "content": "é\n" * 10**6}]
+    assert render_chat(byte_tokenizer(), long, "{{ messages | tojson }}").count("é") == 10**6
 
 
-@pytest.mark.parametrize("where", ["main thread", "another thread"])  # a server renders in another
-@pytest.mark.parametrize("loop", ["{% for j in range(99999) %}{% endfor %}", "{% set ns.x = ns.x ~ ns.x %}"])
-def test_templates_are_stopped(loop, where, monkeypatch):
-    monkeypatch.setattr(sandbox, "RENDER_S", 0.3)
-    monkeypatch.setattr(sandbox, "RENDER_BYTES", 64 << 20)
-    start = time.monotonic()
-    template = "{% set ns = namespace(x='aaaa') %}{% for i in range(99999) %}" + loop + "{% endfor %}"
-    with ThreadPoolExecutor(1) as threads:
-        elsewhere = lambda *given: threads.submit(render_chat, *given).result()  # noqa: E731
-        render = render_chat if where == "main thread" else elsewhere
-        with pytest.raises(InputError, match="takes more than"):
-            render(byte_tokenizer(), TURNS, template)
-    assert time.monotonic() - start < 20
-
-
-def test_a_watch_in_another_thread_ends_with_its_rendering(monkeypatch):
-    render_chat(byte_tokenizer(), TURNS, "x")  # the first imports and compiles
-    monkeypatch.setattr(sandbox, "RENDER_S", 2.0)
-
-    def render_and_stay() -> str:
-        texts = {render_chat(byte_tokenizer(), TURNS, "x") for _ in range(20)}
-        with sandbox.CLOCK.held():
-            texts.add(render_chat(byte_tokenizer(), TURNS, "x"))
-            for _ in range(250):
-                time.sleep(0.01)  # where an exception that comes late would be raised
-        return " ".join(texts)
-
-    with ThreadPoolExecutor(1) as threads:
-        assert threads.submit(render_and_stay).result() == "x"
-    time.sleep(2 * sandbox.TICK_S)
-    assert not [thread for thread in threading.enumerate() if thread.name == "mlx-lora-template"]
+@pytest.mark.parametrize("command", ["generate", "train"])
+def test_a_model_with_a_hostile_template_is_refused_in_one_line(command, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sandbox, "RENDER_S", 0.5)
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"messages": TURNS[:2]}) + "\n")
+    words = {
+        "generate": ("--prompt", "x", "--max-tokens", 1),
+        "train": ("--data", data, "--adapter-path", tmp_path / "out", "--iters", 1),
+    }
+    for name in ("comparison", "output in a loop"):
+        (folder / "chat_template.jinja").write_text(HOSTILE[name])
+        one_line(run(command, "--model", folder, *words[command]), "the chat template takes more than")
 
 
 def test_remote_code_is_never_asked_about(tiny_folder, tmp_path, monkeypatch):
