@@ -7,7 +7,6 @@ among good ones is a BadRow, which the caller counts and reports. A .csv file's 
 
 from __future__ import annotations
 
-import base64
 import codecs
 import contextlib
 import csv
@@ -16,8 +15,6 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
-from datetime import date, time, timedelta
-from decimal import Decimal
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,11 +22,10 @@ from typing import Any, BinaryIO, TextIO
 from xml.etree.ElementTree import ParseError
 
 from mlx_lora.data.examples import MAX_LINE_BYTES, BadRow, Fields, Record, as_record, checked
-from mlx_lora.utils.errors import InputError
+from mlx_lora.data.parquet import LEAST_UNPACKED_BYTES, LONG_ROW, MOST_UNPACKED, TOO_MUCH, Allowance, read_parquet
+from mlx_lora.utils.errors import InputError, first_line
 from mlx_lora.utils.parsing import parse_json, parse_yaml
 
-# Real texts can be compressed to a tenth, repeated ones even more.
-LEAST_UNPACKED_BYTES, MOST_UNPACKED, LEAST_ROWS = 256 * 2**20, 100, 10_000
 SEPARATORS = ",;\t"
 PROBED_ROWS = 20
 EXCEL_HINT = "Excel calls that 'CSV UTF-8'"
@@ -142,7 +138,9 @@ def read_xlsx(path: Path, sheet: str | None = None) -> Iterator[Record | BadRow]
             book = openpyxl.load_workbook(path, read_only=True, data_only=True)
             names = [page.title for page in book.worksheets]
     except broken as error:
-        raise InputError(f"{path} is not a readable .xlsx file ({_reason(error)}); save it again as .xlsx") from error
+        raise InputError(
+            f"{path} is not a readable .xlsx file ({first_line(error)[:200]}); save it again as .xlsx"
+        ) from error
     try:
         if sheet is not None and sheet not in names:
             raise InputError(f"{path} has no sheet {sheet!r}; its sheets are {', '.join(names[:8]) or 'none'}")
@@ -159,7 +157,9 @@ def read_xlsx(path: Path, sheet: str | None = None) -> Iterator[Record | BadRow]
         page.reset_dimensions()  # else it reads only as far as the file claims; some programs write less than there is
         yield from _sheet_rows(path, page.iter_rows(values_only=True), empty)
     except broken as error:
-        raise InputError(f"{path} is not a readable .xlsx file ({_reason(error)}); save it again as .xlsx") from error
+        raise InputError(
+            f"{path} is not a readable .xlsx file ({first_line(error)[:200]}); save it again as .xlsx"
+        ) from error
     finally:
         book.close()
 
@@ -167,6 +167,7 @@ def read_xlsx(path: Path, sheet: str | None = None) -> Iterator[Record | BadRow]
 def _sheet_rows(path: Path, rows: Iterator[tuple[Any, ...]], empty: str) -> Iterator[Record | BadRow]:
     """Yield the rows below the header, the first row that has content; `empty` is the error if there is none."""
     header: list[str] = []
+    allowance = Allowance(path, 0)  # many cells may have the same text, which is in the file once
     for number, values in enumerate(rows, 1):
         cells = [None if value is None else _cell(value) for value in values]
         if not any(cells):
@@ -177,9 +178,12 @@ def _sheet_rows(path: Path, rows: Iterator[tuple[Any, ...]], empty: str) -> Iter
         if any(cells[len(header) :]):
             yield BadRow(number, f"{len(cells)} columns, the first row has {len(header)}", "row")
             continue
+        if sum(len(cell or "") for cell in cells) > MAX_LINE_BYTES:
+            yield BadRow(number, LONG_ROW, "row")
+            continue
         cells += [None] * (len(header) - len(cells))
         record = {name: cell for name, cell in zip(header, cells, strict=False) if name}
-        yield checked(number, record, json.dumps(record, ensure_ascii=False), "row")
+        yield allowance.record(number, record)
     if not header:
         raise InputError(empty)
 
@@ -191,93 +195,12 @@ def _cell(value: Any) -> str:
     return str(value)  # a date and a time as in 2026-11-26 09:30:00
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
 def _check_unpacked(path: Path) -> None:
     """Refuse a file whose parts would unpack to far more than its size."""
     with zipfile.ZipFile(path) as parts:
         unpacked = sum(part.file_size for part in parts.infolist())
     if unpacked > LEAST_UNPACKED_BYTES + path.stat().st_size * MOST_UNPACKED:
-        raise InputError(f"{path} unpacks to more than {MOST_UNPACKED} times its size; is it a data file?")
-
-
-def read_parquet(path: Path) -> Iterator[Record | BadRow]:
-    """Yield the rows of a .parquet file, numbered from 1.
-
-    Raises:
-        InputError: pyarrow is not installed, or the file cannot be read.
-    """
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise InputError(f"{path} requires pyarrow, which is not installed; pip install 'mlx-lora[parquet]'") from error
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            allowance = _Allowance(path, file.metadata.num_rows)
-            # Read texts as dictionaries: a repeated text is only stored once until its row is read.
-            texts = [
-                c.path for c in map(file.schema.column, range(len(file.schema))) if c.physical_type == "BYTE_ARRAY"
-            ]
-            with parquet.ParquetFile(path, read_dictionary=texts) as file:
-                for batch in file.iter_batches(batch_size=256):
-                    for row in range(batch.num_rows):
-                        number += 1
-                        (value,) = batch.slice(row, 1).to_pylist()
-                        yield allowance.record(number, {key: _jsonable(item) for key, item in value.items()})
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} is not a readable parquet file: {reason}") from error
-
-
-def _jsonable(value: Any) -> Any:
-    """Return a cell of a table as JSON can hold it.
-
-    Pictures, as bytes or as the hub's `{"bytes": ..., "path": ...}`, become data URLs; dates and exact decimals become text. An object loses
-    its absent fields: a column has one type, so each object has the fields of all rows (tools' arguments, for example).
-    """
-    if isinstance(value, list):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, date | time | timedelta | Decimal):  # a datetime is a date
-        return str(value)
-    if isinstance(value, bytes):
-        return {"url": f"data:;base64,{base64.b64encode(value).decode()}"}
-    if not isinstance(value, dict):
-        return value
-    if value.keys() == {"bytes", "path"} and isinstance(value["bytes"], bytes):
-        return _jsonable(value["bytes"])
-    return {key: _jsonable(item) for key, item in value.items() if item is not None}
-
-
-class _Allowance:
-    """A limit on what a compressed file may unpack to: a few kilobytes could unpack to terabytes."""
-
-    def __init__(self, path: Path, rows: int):
-        """Refuse a file that claims to have more rows than bytes."""
-        self._path, size = path, path.stat().st_size
-        self._left = LEAST_UNPACKED_BYTES + size * MOST_UNPACKED
-        if rows > size + LEAST_ROWS:
-            raise InputError(f"{path}: {size} bytes that claim to hold {rows} rows; download it again")
-
-    def record(self, number: int, value: dict[str, Any]) -> Record | BadRow:
-        """Return a row, and count it against the limit.
-
-        Raises:
-            InputError: the limit is exceeded.
-        """
-        try:
-            text = json.dumps(value, ensure_ascii=False)
-        except (TypeError, ValueError):
-            return BadRow(number, "has a value that JSON does not support; keep texts, numbers and lists", "row")
-        if len(text) > MAX_LINE_BYTES:
-            return BadRow(number, f"row longer than {MAX_LINE_BYTES // 2**20} MiB", "row")
-        self._left -= len(text)
-        if self._left < 0:
-            raise InputError(f"{self._path} unpacks to more than {MOST_UNPACKED} times its size; is it a data file?")
-        return checked(number, value, text, "row")
+        raise InputError(f"{path} {TOO_MUCH}")
 
 
 # Tables

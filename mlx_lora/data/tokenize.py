@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
+from itertools import accumulate, groupby
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,12 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlx_lora.data.chat_template import controls_of, prefix_tokens
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.examples import Completion, Conversation, Example, FormatError, Text
+from mlx_lora.data.examples import Completion, Conversation, Example, FormatError, Text, tokenizable
 from mlx_lora.data.render import Rendered, Renderer, Rendering
 from mlx_lora.data.sandbox import CLOCK, tokenizer_panics
 from mlx_lora.utils.errors import InputError
 
-BATCH_ROWS = 1000
+BATCH_ROWS, BATCH_CHARACTERS = 1000, 2_000_000
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,16 @@ class Encoder:
         with ThreadPoolExecutor(max_workers=1) as pool:
             waiting: tuple[list[tuple[int, Rendered]], Future[list[Encoding]]] | None = None
             for start in range(0, len(examples), BATCH_ROWS):
-                rendered = self._render_batch(examples[start : start + BATCH_ROWS], start, found)
-                texts = [text.text for _, text in rendered]
-                ahead = pool.submit(self._backend.encode_batch, texts, add_special_tokens=False)
-                if waiting:
-                    self._add_rows(examples, *waiting, found)
-                    on_rows(start)
-                waiting = rendered, ahead
+                rows = self._render_batch(examples[start : start + BATCH_ROWS], start, found)
+                ends = accumulate(len(text.text) for _, text in rows)
+                for _, part in groupby(zip(rows, ends, strict=True), lambda one: one[1] // BATCH_CHARACTERS):
+                    rendered = [row for row, _ in part]
+                    texts = [text.text for _, text in rendered]
+                    ahead = pool.submit(self._backend.encode_batch, texts, add_special_tokens=False)
+                    if waiting:
+                        self._add_rows(examples, *waiting, found)
+                    waiting = rendered, ahead
+                on_rows(start)
             if waiting:
                 self._add_rows(examples, *waiting, found)
         return found.result()
@@ -148,6 +152,8 @@ class Encoder:
             for number, example in enumerate(examples, first):
                 try:
                     rendering = self._render(example)
+                    for row in rendering.rows:
+                        tokenizable(row.text)
                 except FormatError as error:
                     found.dropped[number] = str(error)
                     continue
