@@ -175,11 +175,10 @@ def _sheet_rows(path: Path, rows: Iterator[tuple[Any, ...]], empty: str) -> Iter
         if not header:  # the first row that has content
             header = _header(path, [cell or "" for cell in cells])
             continue
-        if any(cells[len(header) :]):
-            yield BadRow(number, f"{len(cells)} columns, the first row has {len(header)}", "row")
-            continue
-        if sum(len(cell or "") for cell in cells) > MAX_LINE_BYTES:
-            yield BadRow(number, LONG_ROW, "row")
+        too_many, too_long = any(cells[len(header) :]), sum(len(cell or "") for cell in cells) > MAX_LINE_BYTES
+        if too_many or too_long:
+            why = f"{len(cells)} columns, the first row has {len(header)}" if too_many else LONG_ROW
+            yield BadRow(number, why, "row")
             continue
         cells += [None] * (len(header) - len(cells))
         record = {name: cell for name, cell in zip(header, cells, strict=False) if name}

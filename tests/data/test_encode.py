@@ -29,6 +29,20 @@ def encoder(tokenizer, name=None, **settings):
     return Encoder(tokenizer, text, **{"max_seq_length": 4096, **settings})
 
 
+def test_long_texts_are_encoded_in_small_batches_and_too_long_ones_refused(monkeypatch):
+    tokenizer = byte_tokenizer()
+    examples = [Text("a" * length) for length in (1, 90, 300, 20, 0, 100, 99, 1)]
+    whole = encoder(tokenizer).encode(examples)
+    monkeypatch.setattr("mlx_lora.data.tokenize.BATCH_CHARACTERS", 50)
+    divided = encoder(tokenizer).encode(examples)
+    assert np.array_equal(whole.source, divided.source)
+    assert divided.dropped == whole.dropped
+    for row in range(len(whole.source)):
+        assert np.array_equal(whole.rows.row(row), divided.rows.row(row))
+    monkeypatch.setattr("mlx_lora.data.examples.MOST_CHARACTERS", 99)
+    assert encoder(tokenizer).encode(examples).dropped.keys() - whole.dropped.keys() == {2, 5}
+
+
 def trained(tokenizer, encoded, row=0):
     """The trained text of one row, a string per run of trained tokens."""
     tokens, mask = encoded.rows.row(row)
