@@ -67,6 +67,7 @@ def read_parquet(path: Path) -> Iterator[Record | BadRow]:
         ValueError,
         LookupError,
         AttributeError,
+        TypeError,
         ArithmeticError,
         RecursionError,
     ) as error:
@@ -132,7 +133,8 @@ def _unpacked_bytes(array: Any) -> int:
     import pyarrow.compute as compute
 
     if hasattr(array, "dictionary"):
-        return compute.sum(compute.binary_length(array.dictionary).take(array.indices)).as_py() or 0
+        lengths = compute.call_function("binary_length", [array.dictionary])
+        return compute.call_function("sum", [lengths.take(array.indices)]).as_py() or 0
     if not array.type.num_fields:
         return array.nbytes
     parts = (

@@ -154,18 +154,14 @@ class TrainingRoutes:
             try:
                 return await handler(request)
             except (ApiError, InputError) as error:
-                refusal = error
-
-            def refused() -> Payload:
-                raise refusal
-
-            # The same errors come again if the body is not JSON, the model is unknown, or the client has to try again.
-            with contextlib.suppress(ApiError):
-                asked = protocol.read_json(await request.body())
-                if isinstance(asked.get("seq_id"), int) and isinstance(asked.get("model_id"), str):
-                    record = self._registry.model(asked["model_id"], owner(request))
-                    self._registry.submit(record, asked["seq_id"], refused)
-            raise refusal
+                words = {"error": str(error), "category": types.RequestErrorCategory.User.value}
+                # The same error comes again if the body is not JSON, the model is unknown, or the client has to try again.
+                with contextlib.suppress(ApiError):
+                    asked = protocol.read_json(await request.body())
+                    if isinstance(asked.get("seq_id"), int) and isinstance(asked.get("model_id"), str):
+                        record = self._registry.model(asked["model_id"], owner(request))
+                        self._registry.submit(record, asked["seq_id"], lambda: words)
+                raise
 
         return handle
 

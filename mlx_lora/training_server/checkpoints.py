@@ -187,11 +187,9 @@ class CheckpointFolder:
             expires, words = about.get("expires"), about.get("user_metadata") or {}
             for moment in (about.get("created", 0.0), 0.0 if expires is None else expires):
                 datetime.fromtimestamp(moment, UTC)
-            kinds = [type(value) for value in asdict(shape).values()]
-            if state["version"] != VERSION or kinds != [int, int, bool, bool, bool]:
-                raise ValueError("another version")
-            if not all(isinstance(word, str) for word in words.values()):
-                raise ValueError("metadata that is no text")
+            kinds = [type(value) for value in (*asdict(shape).values(), *words.values())]
+            if state["version"] != VERSION or kinds != [int, int, bool, bool, bool] + [str] * len(words):
+                raise ValueError("another version, or values of other types")
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError):
             raise InputError(
                 f"{place.path}: its {STATE} or {ABOUT} is damaged or of another version; use another checkpoint"
