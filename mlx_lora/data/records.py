@@ -7,25 +7,33 @@ among good ones is a BadRow, which the caller counts and reports. A .csv file's 
 
 from __future__ import annotations
 
+import base64
 import codecs
 import contextlib
 import csv
+import io
 import json
+import os
 import re
 import warnings
 import zipfile
 from collections.abc import Iterator
+from datetime import date, time, timedelta
+from decimal import Decimal
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 from xml.etree.ElementTree import ParseError
 
 from mlx_lora.data.examples import MAX_LINE_BYTES, BadRow, Fields, Record, as_record, checked
-from mlx_lora.data.parquet import LEAST_UNPACKED_BYTES, LONG_ROW, MOST_UNPACKED, TOO_MUCH, Allowance, read_parquet
 from mlx_lora.utils.errors import InputError, first_line
-from mlx_lora.utils.parsing import parse_json, parse_yaml
+from mlx_lora.utils.parsing import page_bytes, parse_json, parse_yaml
 
+# Real texts can be compressed to a tenth, repeated ones even more.
+LEAST_UNPACKED_BYTES, MOST_UNPACKED, LEAST_ROWS = 32 * 2**20, 100, 10_000
+TOO_MUCH = f"unpacks to more than {MOST_UNPACKED} times its size; is it a data file?"
+LONG_ROW = f"row longer than {MAX_LINE_BYTES // 2**20} MiB"
 SEPARATORS = ",;\t"
 PROBED_ROWS = 20
 EXCEL_HINT = "Excel calls that 'CSV UTF-8'"
@@ -167,7 +175,7 @@ def read_xlsx(path: Path, sheet: str | None = None) -> Iterator[Record | BadRow]
 def _sheet_rows(path: Path, rows: Iterator[tuple[Any, ...]], empty: str) -> Iterator[Record | BadRow]:
     """Yield the rows below the header, the first row that has content; `empty` is the error if there is none."""
     header: list[str] = []
-    allowance = Allowance(path, 0)  # many cells may have the same text, which is in the file once
+    allowance = _Allowance(path, 0)  # many cells may have the same text, which is in the file once
     for number, values in enumerate(rows, 1):
         cells = [None if value is None else _cell(value) for value in values]
         if not any(cells):
@@ -200,6 +208,117 @@ def _check_unpacked(path: Path) -> None:
         unpacked = sum(part.file_size for part in parts.infolist())
     if unpacked > LEAST_UNPACKED_BYTES + path.stat().st_size * MOST_UNPACKED:
         raise InputError(f"{path} {TOO_MUCH}")
+
+
+def read_parquet(path: Path) -> Iterator[Record | BadRow]:
+    """Yield the rows of a .parquet file, numbered from 1.
+
+    Raises:
+        InputError: pyarrow is not installed, the file cannot be read, or it unpacks to too much.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise InputError(f"{path} requires pyarrow, which is not installed; pip install 'mlx-lora[parquet]'") from error
+    number = 0
+    try:
+        with path.open("rb") as opened:
+            opened.seek(-8, os.SEEK_END)
+            opened.seek(-8 - int.from_bytes(opened.read(4), "little"), os.SEEK_END)
+            # Without the Arrow types that it may name, among them lists of a fixed size, which a single bit makes large.
+            footer = parquet.read_metadata(io.BytesIO(opened.read().replace(b"ARROW:schema", b"arrow:schema")))
+        with parquet.ParquetFile(path, metadata=footer) as file:
+            allowance = _Allowance(path, footer.num_rows)
+            if sum(page_bytes(path, file)) > allowance.left:
+                raise InputError(f"{path} {TOO_MUCH}")
+            columns = [file.schema.column(place) for place in range(len(file.schema))]
+        # Read texts as dictionaries: a repeated text is only stored once until its row is read.
+        texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+        with parquet.ParquetFile(path, metadata=footer, read_dictionary=texts) as file:
+            for batch in map(pyarrow.RecordBatch.to_struct_array, file.iter_batches(batch_size=256)):
+                fits = _unpacked_bytes(batch) <= MAX_LINE_BYTES
+                for row in map(batch.slice, range(len(batch)), repeat(1)):
+                    number += 1
+                    if not fits and _unpacked_bytes(row) > MAX_LINE_BYTES:
+                        yield BadRow(number, LONG_ROW, "row")
+                        continue
+                    (value,) = row.to_pylist()
+                    yield allowance.record(number, {key: _jsonable(item) for key, item in value.items()})
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise InputError(f"{path} is not a readable parquet file: {first_line(error)}") from error
+
+
+def _unpacked_bytes(array: Any) -> int:
+    """Return the bytes of the values of an Arrow array; a text counts each time that it is used."""
+    import pyarrow.compute as compute
+
+    if hasattr(array, "dictionary"):
+        lengths = compute.call_function("binary_length", [array.dictionary])
+        return compute.call_function("sum", [lengths.take(array.indices)]).as_py() or 0
+    if not array.type.num_fields:
+        return array.nbytes
+    parts = (
+        array.flatten()
+        if hasattr(array, "field")
+        else [array.values[array.offsets[0].as_py() : array.offsets[-1].as_py()]]
+    )
+    return sum(map(_unpacked_bytes, parts))
+
+
+def _jsonable(value: Any) -> Any:
+    """Return a cell of a table as JSON can hold it.
+
+    Pictures, as bytes or as the hub's `{"bytes": ..., "path": ...}`, become data URLs; dates and exact decimals become text. An object loses
+    its absent fields: a column has one type, so each object has the fields of all rows (tools' arguments, for example).
+    """
+    if isinstance(value, list):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, date | time | timedelta | Decimal):  # a datetime is a date
+        return str(value)
+    if isinstance(value, bytes):
+        return {"url": f"data:;base64,{base64.b64encode(value).decode()}"}
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"bytes", "path"} and isinstance(value["bytes"], bytes):
+        return _jsonable(value["bytes"])
+    return {key: _jsonable(item) for key, item in value.items() if item is not None}
+
+
+class _Allowance:
+    """A limit on what a compressed file may unpack to: a few kilobytes could unpack to terabytes."""
+
+    def __init__(self, path: Path, rows: int):
+        """Refuse a file that claims to have more rows than bytes."""
+        self._path, size = path, path.stat().st_size
+        self.left = LEAST_UNPACKED_BYTES + size * MOST_UNPACKED
+        if rows > size + LEAST_ROWS:
+            raise InputError(f"{path}: {size} bytes that claim to hold {rows} rows; download it again")
+
+    def record(self, number: int, value: dict[str, Any]) -> Record | BadRow:
+        """Return a row, and count it against the limit.
+
+        Raises:
+            InputError: the limit is exceeded.
+        """
+        try:
+            text = json.dumps(value, ensure_ascii=False)
+        except (TypeError, ValueError):
+            return BadRow(number, "has a value that JSON does not support; keep texts, numbers and lists", "row")
+        if len(text) > MAX_LINE_BYTES:
+            return BadRow(number, LONG_ROW, "row")
+        self.left -= len(text)
+        if self.left < 0:
+            raise InputError(f"{self._path} {TOO_MUCH}")
+        return checked(number, value, text, "row")
 
 
 # Tables

@@ -103,7 +103,7 @@ def test_an_excel_file_counts_a_text_each_time_that_it_is_used(tmp_path, monkeyp
     pytest.importorskip("openpyxl")
     from openpyxl import Workbook
 
-    monkeypatch.setattr("mlx_lora.data.parquet.LEAST_UNPACKED_BYTES", 100_000)
+    monkeypatch.setattr("mlx_lora.data.records.LEAST_UNPACKED_BYTES", 100_000)
     book = Workbook()
     book.active.append(["text"])
     for _ in range(500):
