@@ -24,7 +24,7 @@ from mlx_lora.data.render import Rendered, Renderer, Rendering
 from mlx_lora.data.sandbox import CLOCK, tokenizer_panics
 from mlx_lora.utils.errors import InputError
 
-BATCH_ROWS, BATCH_CHARACTERS = 1000, 2_000_000
+BATCH_ROWS, BATCH_CHARACTERS = 1000, 1_000_000
 
 
 @dataclass(frozen=True)
