@@ -35,6 +35,7 @@ from mlx_lora.data.examples import (
     OwnEntry,
     Text,
     conversation,
+    tokenizable,
 )
 from mlx_lora.data.formats import columns_of, not_there, sharegpt_messages, usual_names
 from mlx_lora.data.sandbox import tokenizer_panics
@@ -148,6 +149,7 @@ def _chat(turns: Any, tools: Any) -> Conversation:
         isinstance(turn, dict) and turn.get("role") == "assistant" for turn in turns
     )
     chat = conversation(turns if answered else [*turns, ANSWER], tools, None)
+    tokenizable("".join(turn["content"] for turn in chat.messages))
     return chat if answered else replace(chat, messages=chat.messages[:-1])
 
 
@@ -160,7 +162,7 @@ def _text(values: Sequence[Any], names: Sequence[str]) -> Text:
     text = "\n".join(part for part in texts if part.strip())
     if not text.strip():
         raise EmptyPart("empty text")
-    return Text(text, ends=False, pair=texts if tuple(names) in PAIRS else None)  # pyright: ignore[reportArgumentType]
+    return Text(tokenizable(text), ends=False, pair=texts if tuple(names) in PAIRS else None)  # pyright: ignore[reportArgumentType]
 
 
 def encode_texts(

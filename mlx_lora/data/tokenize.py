@@ -18,12 +18,12 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlx_lora.data.chat_template import controls_of, prefix_tokens
 from mlx_lora.data.dataset import EncodedSet
-from mlx_lora.data.examples import Completion, Conversation, Example, FormatError, Text
+from mlx_lora.data.examples import Completion, Conversation, Example, FormatError, Text, tokenizable
 from mlx_lora.data.render import Rendered, Renderer, Rendering
 from mlx_lora.data.sandbox import tokenizer_panics
 from mlx_lora.utils.errors import InputError
 
-BATCH_ROWS, BATCH_CHARACTERS = 1000, 4_000_000  # a batch ends with the first row that makes it longer
+BATCH_ROWS, BATCH_CHARACTERS = 1000, 1_000_000  # a batch ends with the first row that makes it longer
 AHEAD_ROWS = 100
 
 
@@ -155,6 +155,8 @@ class Encoder:
                     self.renderer.render_ahead([one for one in chats[number - start :] if type(one) is Conversation])
             try:
                 rendering = self._render(chats[number - start])
+                for row in rendering.rows:
+                    tokenizable(row.text)
             except FormatError as error:
                 found.dropped[number] = str(error)
                 continue

@@ -307,6 +307,23 @@ def test_a_request_whose_predecessor_never_comes_fails(http, session, monkeypatc
     assert "bytes" in send(http, message(model, 3)), "the model goes on"
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ttl_seconds": 0}, {"ttl_seconds": "soon"}, {"ttl_seconds": 10**400}, {"path": 1}, {"user_metadata": [1]}, {"overwrite": "x"},
+        {"user_metadata": {"a": "b" * 17_000}}, {"unknown": 1}, {"type": "other"},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["save_weights", "save_weights_for_sampler", "load_weights", "optim_step"])
+def test_the_request_after_a_refused_one_does_not_wait(http, session, path, wrong, monkeypatch):
+    monkeypatch.setattr("mlx_lora.training_server.sessions.GAP_S", 1e9)
+    model = make_model(http, session)
+    given = {"optim_params": {}} if path == "optim_step" else {"path": "a"}
+    refused = http.post(f"/api/v1/{path}", json={"model_id": model, "seq_id": 1, **given, **wrong})
+    assert refused.status_code in (200, 422), refused.text
+    assert "bytes" in send(http, message(model, seq=2))
+
+
 def test_an_answer_that_comes_just_when_the_waiting_ends_is_told(http, session, monkeypatch):
     async def late(answer, timeout):
         with suppress(Exception):
