@@ -299,14 +299,14 @@ def test_a_run_of_few_steps_on_a_cpu_is_planned_as_not_compiled():
 def test_a_full_batch_of_short_rows_may_take_more_than_the_longest_row():
     settings = train_settings({"grad_checkpoint": "none", "batch_tokens": 835})
     longest = fit(settings, SHAPE, M2, 466)
-    shapes = {835: [(1, 466), (5, 152), (7, 100)]}
+    shapes = {835: [(1, 466, 466), (5, 152, 760), (7, 100, 700)]}
     found = fit(settings, SHAPE, M2, 466, DataLimits(shapes=shapes.__getitem__))
     assert (longest.rows, longest.width) == (1, 466)
     assert (found.rows, found.width) == (5, 152)
     assert found.memory.peak_bytes > longest.memory.peak_bytes
     # With pairs, a shape has the rows of both answers.
     pairs = train_settings({"grad_checkpoint": "none", "batch_tokens": 835, "objective": "dpo"})
-    assert fit(pairs, SHAPE, M2, 466, DataLimits(shapes=lambda tokens: [(4, 200)])).rows == 4
+    assert fit(pairs, SHAPE, M2, 466, DataLimits(shapes=lambda tokens: [(4, 200, 800)])).rows == 4
 
 
 def test_the_shapes_are_those_of_the_run():
@@ -314,7 +314,8 @@ def test_the_shapes_are_those_of_the_run():
     settings = train_settings({"batch_tokens": 835, "epochs": 2.0})
     found = batch_shapes(settings, rows, None)(835)
     plan = training_plan(settings.loop, rows, 2.0)
-    assert sorted(found) == sorted({plan.batch(0, n).inputs.shape for n in range(len(plan))})
+    batches = [plan.batch(0, n) for n in range(len(plan))]
+    assert sorted(found) == sorted({(*batch.inputs.shape, len(batch.positions)) for batch in batches})
 
 
 @pytest.mark.parametrize("bits", [None, 4], ids=["float", "4-bit"])
