@@ -210,7 +210,7 @@ def phase_parts(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str,
         "load": {
             "base": shape.base_bytes,
             "other models": shape.beside_bytes,
-            "weights being cast": _load_window(shape),
+            "weights being cast": shape.source_bytes // 3,  # are read but not cast yet, because MLX reads ahead
         },
         "check": {**held, "optimizer": 0, "activations": check, "gradients": check_gradients, "logits": logits},
         "loss": {**held, **activations, "logits": _loss_window(shape, run, machine)},
@@ -493,11 +493,6 @@ def _check_parts(shape: ModelShape, machine: Machine) -> tuple[int, int, int]:
     kept = _kept_by_blocks(shape, run, machine)
     block = int(max((again for _, again in kept), default=0)) + _backward_window(shape, run, machine)
     return _together(kept, run), gradients, max(_check_bytes(shape, machine, tokens), block)
-
-
-def _load_window(shape: ModelShape) -> int:
-    """Return the bytes of stored weights that are read but not cast yet: about a third, because MLX reads ahead."""
-    return shape.source_bytes // 3
 
 
 def tile_shape(positions: int, vocabulary: int, tile_bytes: int) -> tuple[int, int]:
