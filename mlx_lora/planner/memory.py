@@ -88,7 +88,7 @@ FEW_TILES = {
 }  # if there are few tiles, each has more than the two arrays of one that is ahead
 PACKED_TILES_AHEAD = (2.7, 1.95)  # the same with a quantized head
 ROW_ARRAYS = 5.0  # arrays of a chunk's logits if they are computed in whole rows
-TOP_K_ARRAYS, ALL_TOKENS_ARRAYS = 8.6, 22.0  # the same with a teacher's likeliest tokens, and with all of them
+TOP_K_ARRAYS, ALL_TOKENS_ARRAYS = 8.3, 22.0  # the same with a teacher's likeliest tokens, and with all of them
 PACKED_COPIES = 3  # copies of a quantized head as floats, in the same case
 HEAD_COPIES = 2.5  # the same where the model's own head computes all logits; times `Machine.dense_copies`
 BACKWARD_AHEAD = 1.45  # of a block's layers, widths in and out summed, per position
