@@ -168,7 +168,8 @@ def _print_summary(out: Path, conversion: Conversion) -> None:
         console.echo(f"  {words}; --dtype float32 keeps the file's values")
     for kind, errors in conversion.summary()["errors"].items():
         figures = f"mean {errors['mean']:.2%}, max {errors['max']:.2%}"
-        console.echo(f"  {kind} requantized: {errors['tensors']} tensors, relative error {figures}")
+        form = f" as {conversion.stored[kind]}" if kind in conversion.stored else ""
+        console.echo(f"  {kind} requantized{form}: {errors['tensors']} tensors, relative error {figures}")
     if conversion.skipped:
         shown = ", ".join(conversion.skipped[:4]) + (" ..." if len(conversion.skipped) > 4 else "")
         console.echo(f"  left in float, width not a multiple of the group: {len(conversion.skipped)} ({shown})")

@@ -241,6 +241,7 @@ PHASE_WORDS = {
     "loss": "while the loss is computed",
     "backward": "in the backward pass",
     "last": "at the end of the backward pass",
+    "measure": "while losses are measured without a gradient",
     "update": "in the optimizer's update",
     "teacher": "while the teacher is asked",
     "rollout": "while answers are sampled",

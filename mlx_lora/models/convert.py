@@ -88,6 +88,7 @@ class Conversion:
         rounded: of `lossless`, the tensors whose codes are the file's, but whose scales have more bits than `dtype`.
         dtype: of float weights and of scales.
         errors: source type -> relative error of each tensor that was quantized again.
+        stored: source type of a GGUF file -> how its tensors are stored that were quantized again.
         skipped: layers left in float because their width does not divide into groups.
         size_bytes: of all tensors written.
         n_values: the number of weights, counted before packing.
@@ -101,6 +102,7 @@ class Conversion:
     rounded: int = 0
     dtype: str = "float32"
     errors: dict[str, list[float]] = field(default_factory=dict)
+    stored: dict[str, str] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     size_bytes: int = 0
     n_values: int = 0
@@ -234,6 +236,7 @@ def _count(conversion: Conversion, tensor: Imported, could_pack: bool) -> None:
     else:
         conversion.requantized += 1
         conversion.errors.setdefault(tensor.source_type, []).append(tensor.error)
+        conversion.stored[tensor.source_type] = str(tensor.quantization)
 
 
 def quantization_entries(quantizations: dict[str, Quantization]) -> dict[str, Any]:

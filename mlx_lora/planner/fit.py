@@ -24,8 +24,8 @@ FEWEST_NEW_TOKENS = 32  # of an answer, that the advice goes down to
 LONGEST_SEQUENCE = 1 << 20
 
 
-Shapes = Callable[[int], Sequence[tuple[int, int]]]
-"""Tokens of a batch -> (rows, width) of the batches that the data are divided into."""
+Shapes = Callable[[int], Sequence[tuple[int, int, int]]]
+"""Tokens of a batch -> (rows, width, slots for trained targets) of the batches that the data are divided into."""
 Prompts = Sequence[tuple[int, int]]
 """Lengths of the prompts that answers are sampled to, in tokens, each with how many prompts are no longer."""
 
@@ -105,6 +105,7 @@ def run_of(settings: TrainSettings, rows: int, width: int, mode: str, slots: int
         rollout=_rollout_of(settings.objective, rows // together, width),
         steps=loop.iters,
         offloads_activations=loop.offload_activations,
+        measures=settings.objective.objective in ("dpo", "kto") or loop.val_batches != 0,
     )
 
 
@@ -176,9 +177,9 @@ def fit(
     budget, together = budget_of(settings.loop, machine), settings.objective.trained_rows_per_example
     for tokens, mode in _choices(settings.loop, width * settings.objective.rows_per_example, data.most_tokens):
         found: Fitted | None = None
-        for rows, columns in _batches(data, width, settings, tokens):
+        for rows, columns, slots in _batches(data, width, settings, tokens):
             rows = -(-rows // (together * ranks)) * together
-            run = run_of(settings, rows, columns, mode)
+            run = run_of(settings, rows, columns, mode, slots if ranks * settings.loop.batch_parts == 1 else None)
             run = replace(run, rollout=largest_rollout(settings, tokens, data.prompts) or run.rollout)
             one = Fitted(tokens, mode, plan_memory(shape, run, machine, budget), rows, columns)
             if found is None or one.memory.peak_bytes > found.memory.peak_bytes:
@@ -189,21 +190,25 @@ def fit(
     return found
 
 
-def _batches(data: DataLimits, width: int, settings: TrainSettings, tokens: int) -> list[tuple[int, int]]:
-    """Return (trained rows, width) of the batches that may take the most: none has both fewer positions and a shorter row."""
+def _batches(data: DataLimits, width: int, settings: TrainSettings, tokens: int) -> list[tuple[int, int, int | None]]:
+    """Return (trained rows, width, slots) of the batches that may take the most; without known shapes, slots are None.
+
+    None has both fewer positions and a shorter row than another.
+    """
+    largest = (*largest_batch(width, settings, tokens, data.most_rows), None)
     if data.shapes is None or settings.objective.samples:
-        return [largest_batch(width, settings, tokens, data.most_rows)]
+        return [largest]
     objective, wide = settings.objective, 0
     trained = [
-        (rows // objective.rows_per_example * objective.trained_rows_per_example, columns)
-        for rows, columns in data.shapes(tokens)
+        (rows // objective.rows_per_example * objective.trained_rows_per_example, columns, slots)
+        for rows, columns, slots in data.shapes(tokens)
     ]
     found = []
-    for rows, columns in sorted(trained, key=lambda one: (one[0] * one[1], one[1]), reverse=True):
+    for rows, columns, slots in sorted(trained, key=lambda one: (one[0] * one[1], one[1], one[2]), reverse=True):
         if columns > wide:
-            found.append((rows, columns))
+            found.append((rows, columns, slots))
             wide = columns
-    return found or [largest_batch(width, settings, tokens, data.most_rows)]
+    return found or [largest]
 
 
 def _choices(loop: LoopSettings, longest: int, most_tokens: int) -> Iterator[tuple[int, str]]:

@@ -10,6 +10,7 @@ A run has phases, and its peak is that of the largest phase:
     tower      what a trained vision tower keeps of a batch's pictures (in the two before, too), and its gradients
     pictures   if the tower is frozen, its forward pass for one picture, before the batch
     last       the adapter's gradients, and one block
+    measure    tiles of logits without a gradient, of which more are ahead: a reference, or a validation
     update     gradients, and the new optimizer state in addition to the old
     teacher    the base, a teacher's weights, and its forward pass; only with --teacher. Before the first step, or if it
                scores sampled answers, between the steps
@@ -79,10 +80,15 @@ CHUNKED_FROM_BYTES, CHUNK_BYTES = 256 << 20, 64 << 20
 # What MLX allocates at a time, including work that it has not run yet; fitted on a CPU. It runs a fixed number of operations
 # ahead, so a tile that takes more of them is ahead fewer times: dequantizing takes some, and a step that is not compiled
 # has one for each that compiling would join.
-TILES_AHEAD = (4.6, 3.4)  # tiles of the loss with a float head: compiled, not compiled
+TILES_AHEAD = (4.6, 3.55)  # tiles of the loss with a float head: compiled, not compiled
+MEASURED_AHEAD = (5.6, 4.1)  # the same without a gradient, where a tile takes fewer operations
+FEW_TILES = {
+    "tiles": 1.15,
+    "polynomial": 1.5,
+}  # if there are few tiles, each has more than the two arrays of one that is ahead
 PACKED_TILES_AHEAD = (2.7, 1.95)  # the same with a quantized head
 ROW_ARRAYS = 5.0  # arrays of a chunk's logits if they are computed in whole rows
-TOP_K_ARRAYS, ALL_TOKENS_ARRAYS = 6.5, 22.0  # the same with a teacher's likeliest tokens, and with all of them
+TOP_K_ARRAYS, ALL_TOKENS_ARRAYS = 8.3, 22.0  # the same with a teacher's likeliest tokens, and with all of them
 PACKED_COPIES = 3  # copies of a quantized head as floats, in the same case
 HEAD_COPIES = 2.5  # the same where the model's own head computes all logits; times `Machine.dense_copies`
 BACKWARD_AHEAD = 1.45  # of a block's layers, widths in and out summed, per position
@@ -204,7 +210,7 @@ def phase_parts(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str,
         "load": {
             "base": shape.base_bytes,
             "other models": shape.beside_bytes,
-            "weights being cast": _load_window(shape),
+            "weights being cast": shape.source_bytes // 3,  # are read but not cast yet, because MLX reads ahead
         },
         "check": {**held, "optimizer": 0, "activations": check, "gradients": check_gradients, "logits": logits},
         "loss": {**held, **activations, "logits": _loss_window(shape, run, machine)},
@@ -212,6 +218,8 @@ def phase_parts(shape: ModelShape, run: RunShape, machine: Machine) -> dict[str,
         "last": {**held, **of_pictures, "gradients": masters, "block": one_block, "work ahead": ahead},
         "update": {**held, "gradients": masters, "new state": int(copies * masters)},
     }
+    if run.measures:
+        phases["measure"] = {**held, "logits": _loss_window(shape, run, machine, gradient=False)}
     phases |= {name: {**held, **of_pictures, **parts} for name, parts in of_tower.items()}
     if shape.teacher is not None:
         beside = held if shape.teacher_stays else {"base": shape.base_bytes}
@@ -420,8 +428,8 @@ def _dense_path(layer: Layer, machine: Machine) -> bool:
 # Loss, check and loading
 
 
-def _loss_window(shape: ModelShape, run: RunShape, machine: Machine) -> int:
-    """Return the bytes of the loss: tiles of logits and exponentials, slices of the head, sums of the gradient."""
+def _loss_window(shape: ModelShape, run: RunShape, machine: Machine, gradient: bool = True) -> int:
+    """Return the bytes of the loss: tiles of logits and exponentials, slices of the head, sums of the gradient if there is one."""
     slots, size = -(-run.slots // shape.loss_ranks), machine.number_bytes
     if shape.plain_loss:
         # The logits, their softmax and their gradient, and the head as floats, in both directions.
@@ -434,25 +442,20 @@ def _loss_window(shape: ModelShape, run: RunShape, machine: Machine) -> int:
         rows = chunk_rows(slots, shape.vocabulary, machine.tile_bytes)
         dense = PACKED_COPIES * shape.vocabulary * shape.width * size if shape.head_packed else 0
         logits = rows * shape.vocabulary * SINGLE
-        window = max(ROW_ARRAYS * logits + dense, _compared_arrays(run) * logits)
+        compared = TOP_K_ARRAYS if run.teacher_top_k else 0.0 if run.teacher_top_k is None else ALL_TOKENS_ARRAYS
+        window = max(ROW_ARRAYS * logits + dense, compared * logits)
         return int(window + 2 * slots * shape.width * size)
     rows, columns = tile_shape(slots, shape.slice_rows, machine.tile_bytes)
     tiles = -(-slots // rows) * -(-shape.vocabulary // columns)
     logits = rows * columns * (2 * SINGLE + (2 * size if size < SINGLE else 0))
     pulled = 2 * rows * shape.width * SINGLE
     dense = columns * shape.width * size * machine.dense_copies if shape.head_packed else 0
-    ahead = min(tiles, run.of_step(*(PACKED_TILES_AHEAD if shape.head_packed else TILES_AHEAD), machine))
+    most = PACKED_TILES_AHEAD if shape.head_packed else TILES_AHEAD if gradient else MEASURED_AHEAD
+    ahead = min(FEW_TILES[machine.kernels.loss] * tiles, run.of_step(*most, machine))
     if shape.shared:
         # All positions keep their sums and their targets' rows; nothing is allocated ahead (`_check_parts`).
         return int(logits + dense + slots * shape.width * (2 * SINGLE + 2 * size))
     return int(ahead * (logits + pulled + dense) + 2 * slots * shape.width * size)
-
-
-def _compared_arrays(run: RunShape) -> float:
-    """Return the arrays of a chunk's logits that a comparison with a teacher takes; 0 without one."""
-    if run.teacher_top_k is None:
-        return 0.0
-    return TOP_K_ARRAYS if run.teacher_top_k else ALL_TOKENS_ARRAYS
 
 
 def _check_bytes(shape: ModelShape, machine: Machine, tokens: int) -> int:
@@ -462,7 +465,11 @@ def _check_bytes(shape: ModelShape, machine: Machine, tokens: int) -> int:
     dense = rows * shape.width * size * machine.dense_copies if shape.head_packed else 0
     logits = 2 * tokens * shape.vocabulary * (SINGLE + (size if size < SINGLE else 0))
     # Slice by slice, the last one is dequantized while there are no whole logits yet.
-    return max(dense + logits // 2, logits) if shape.shared else dense + logits
+    if shape.shared:
+        return max(dense + logits // 2, logits)
+    # It is compared with the run's own loss, at three in four of the tokens (losses/check.py).
+    fused = 0 if shape.plain_loss else _loss_window(shape, RunShape(1, tokens, tokens * 3 // 4), machine)
+    return max(dense + logits, fused)
 
 
 def _check_parts(shape: ModelShape, machine: Machine) -> tuple[int, int, int]:
@@ -486,11 +493,6 @@ def _check_parts(shape: ModelShape, machine: Machine) -> tuple[int, int, int]:
     kept = _kept_by_blocks(shape, run, machine)
     block = int(max((again for _, again in kept), default=0)) + _backward_window(shape, run, machine)
     return _together(kept, run), gradients, max(_check_bytes(shape, machine, tokens), block)
-
-
-def _load_window(shape: ModelShape) -> int:
-    """Return the bytes of stored weights that are read but not cast yet: about a third, because MLX reads ahead."""
-    return shape.source_bytes // 3
 
 
 def tile_shape(positions: int, vocabulary: int, tile_bytes: int) -> tuple[int, int]:

@@ -401,6 +401,7 @@ class RunShape:
         rollout: the answers that are sampled for that batch; None: the data have them.
         steps: of the run, which decide whether it is compiled; None: not known.
         offloads_activations: whether what blocks keep for the backward pass is on the disk.
+        measures: whether losses are also computed without a gradient: of a reference, or of a validation.
     """
 
     rows: int
@@ -414,6 +415,7 @@ class RunShape:
     rollout: Rollout | None = None
     steps: int | None = None
     offloads_activations: bool = False
+    measures: bool = False
 
     def of_step(self, compiled: float, uncompiled: float, machine: Machine) -> float:
         """Return the number for a compiled step or one that is not; if the run's length is not known, their mean."""

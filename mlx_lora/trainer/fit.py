@@ -136,13 +136,13 @@ def batch_shapes(settings: TrainSettings, rows: EncodedSet, facts: DataFacts | N
 
 def batches_by_tokens(
     settings: TrainSettings, rows: EncodedSet, facts: DataFacts | None
-) -> Callable[[int], tuple[int, list[tuple[int, int]]]]:
+) -> Callable[[int], tuple[int, list[tuple[int, int, int]]]]:
     """Return what gives, by the tokens of a batch, how many batches some rows are divided into, and their shapes."""
 
-    def planned(tokens: int) -> tuple[int, list[tuple[int, int]]]:
+    def planned(tokens: int) -> tuple[int, list[tuple[int, int, int]]]:
         loop = with_length(settings, tokens, facts).loop
         plan = training_plan(loop, rows, loop.epochs or 1.0)
-        return len(plan), [(count, width) for count, width, _ in plan.shapes]
+        return len(plan), list(plan.shapes)
 
     return lru_cache(planned)
 

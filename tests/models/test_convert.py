@@ -80,6 +80,8 @@ def test_gguf_no_quantize_and_bits(gguf_file: Path, tmp_path: Path) -> None:
     report = json.loads(result.stdout)
     assert report["requantized"] == 23
     assert 0 < report["errors"]["Q4_1"]["mean"] <= report["errors"]["Q4_1"]["max"] < 0.3
+    assert report["stored"]["Q4_1"] == str(Quantization(3, 32))
+    assert f"Q4_1 requantized as {Quantization(3, 32)}" in result.stderr
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     assert config["quantization"]["bits"] == 3
     mlx_lm.load(str(tmp_path / "b"))

@@ -16,9 +16,9 @@ from mlx_lora.adapters.qat import begin_qat
 from mlx_lora.config.load import train_settings
 from mlx_lora.data.dataset import EncodedSet
 from mlx_lora.models.meta import model_shape
-from mlx_lora.planner.fit import DataLimits, fit
+from mlx_lora.planner.fit import DataLimits, fit, run_of
 from mlx_lora.planner.memory import plan_memory
-from mlx_lora.planner.shapes import Block, Layer, Machine, ModelShape, RunShape
+from mlx_lora.planner.shapes import Block, KernelTerms, Layer, Machine, ModelShape, RunShape
 from mlx_lora.planner.speed import (
     CHIPS,
     Ceilings,
@@ -282,6 +282,43 @@ def test_the_share_of_trained_positions_decides_how_wide_the_tiles_of_logits_are
     assert peak(replace(SHAPE, trained_share=0.5)) == peak(trained_positions=1024)
 
 
+def test_a_run_that_measures_losses_without_a_gradient_has_more_tiles_ahead_than_its_loss():
+    """Where blocks keep little, the reference of dpo peaks higher than its step: measured 136.5 MB, and planned 127."""
+    tiny = replace(llama(2, 64, 192), vocabulary=49152)
+    run = replace(RUN, rows=10, width=98, trained_positions=616, steps=3)
+    cpu = replace(CPU, compiles_from=200)
+    alone, measured = (plan_memory(tiny, replace(run, measures=measures), cpu) for measures in (False, True))
+    assert (alone.phase, measured.phase) == ("loss", "measure")
+    assert measured.peak_bytes > alone.peak_bytes
+    assert (
+        measured.phases["measure"] - tiny.base_bytes > 8 * 616 * 6144 * 4
+    )  # eight arrays of a tile's size were measured
+    asked = [{"objective": "dpo", "val_batches": 0}, {"objective": "orpo", "val_batches": 0}, {"objective": "orpo"}]
+    assert [run_of(train_settings(one), 4, 64, "none").measures for one in asked] == [True, False, True]
+
+
+def test_the_trained_slots_of_a_plan_are_those_of_the_batches():
+    settings = train_settings({"grad_checkpoint": "none", "objective": "kto"})
+    limits = DataLimits(
+        shapes=lambda tokens: [(10, 98, 616)]
+    )  # five of these rows are trained, with as many slots as fit
+    few = replace(SHAPE, trained_share=0.1)
+    found = fit(settings, few, CPU, 98, limits).memory.phases["loss"]
+    assert found == plan_memory(few, run_of(settings, 5, 98, "none", 490), CPU).phases["loss"]
+    parts = replace(settings, loop=replace(settings.loop, batch_parts=2))  # whose slots are not those of the batch
+    assert fit(parts, few, CPU, 98, limits).memory.phases["loss"] < found
+
+
+def test_the_check_counts_the_runs_own_loss_if_its_few_tiles_take_more_than_whole_logits():
+    tiny = replace(llama(2, 64, 192), vocabulary=49152)
+    of = [
+        plan_memory(tiny, RUN, replace(CPU, kernels=KernelTerms(loss=name))).phases["check"]
+        for name in ("tiles", "polynomial")
+    ]
+    assert of[1] > of[0]
+    assert of[1] - tiny.base_bytes > 6 * 48 * 24576 * 4  # two tiles of 48 tokens, three arrays each
+
+
 def test_a_run_of_few_steps_on_a_cpu_is_planned_as_not_compiled():
     cpu, loss = replace(CPU, compiles_from=200), replace(SHAPE, head_packed=True)
     short, long, unknown = (plan_memory(loss, replace(RUN, steps=steps), cpu).phases for steps in (3, 200, None))
@@ -299,14 +336,14 @@ def test_a_run_of_few_steps_on_a_cpu_is_planned_as_not_compiled():
 def test_a_full_batch_of_short_rows_may_take_more_than_the_longest_row():
     settings = train_settings({"grad_checkpoint": "none", "batch_tokens": 835})
     longest = fit(settings, SHAPE, M2, 466)
-    shapes = {835: [(1, 466), (5, 152), (7, 100)]}
+    shapes = {835: [(1, 466, 466), (5, 152, 760), (7, 100, 700)]}
     found = fit(settings, SHAPE, M2, 466, DataLimits(shapes=shapes.__getitem__))
     assert (longest.rows, longest.width) == (1, 466)
     assert (found.rows, found.width) == (5, 152)
     assert found.memory.peak_bytes > longest.memory.peak_bytes
     # With pairs, a shape has the rows of both answers.
     pairs = train_settings({"grad_checkpoint": "none", "batch_tokens": 835, "objective": "dpo"})
-    assert fit(pairs, SHAPE, M2, 466, DataLimits(shapes=lambda tokens: [(4, 200)])).rows == 4
+    assert fit(pairs, SHAPE, M2, 466, DataLimits(shapes=lambda tokens: [(4, 200, 800)])).rows == 4
 
 
 def test_the_shapes_are_those_of_the_run():
@@ -314,7 +351,8 @@ def test_the_shapes_are_those_of_the_run():
     settings = train_settings({"batch_tokens": 835, "epochs": 2.0})
     found = batch_shapes(settings, rows, None)(835)
     plan = training_plan(settings.loop, rows, 2.0)
-    assert sorted(found) == sorted({plan.batch(0, n).inputs.shape for n in range(len(plan))})
+    batches = [plan.batch(0, n) for n in range(len(plan))]
+    assert sorted(found) == sorted({(*batch.inputs.shape, len(batch.positions)) for batch in batches})
 
 
 @pytest.mark.parametrize("bits", [None, 4], ids=["float", "4-bit"])

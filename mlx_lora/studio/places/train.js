@@ -58,7 +58,7 @@ const METHODS = {
   rslora: "LoRA whose scale suits high ranks",
   dora: "LoRA that learns the size of each weight's direction, slower",
   "lora-plus": "LoRA whose second factor learns faster",
-  "qa-lora": "LoRA that merges into a 4-bit model without loss",
+  "qa-lora": "LoRA that merges into the biases of a 4-bit model",
   pissa: "LoRA that begins at the weights' main directions",
   adalora: "LoRA that deals its rank to where it helps",
   relora: "LoRA in several rounds, for a higher rank in the end",
