@@ -73,7 +73,7 @@ def read_json(path: Path, advice: str, check: bool = True) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
+            data = file.read(min(path.stat().st_size, MAX_JSON_BYTES) + 1)
         if len(data) > MAX_JSON_BYTES:
             raise ValueError(f"more than {MAX_JSON_BYTES >> 20} MiB")
         value = parse_json(data) if check else json.loads(data.decode("utf-8-sig"))

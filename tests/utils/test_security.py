@@ -6,6 +6,10 @@ import json
 import os
 import re
 import shutil
+import threading
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -29,7 +33,7 @@ from mlx_lora.exporters.card import plain
 from mlx_lora.exporters.peft_experts import names_layer
 from mlx_lora.models.config import check_config
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.parsing import parse_json, parse_yaml
+from mlx_lora.utils.parsing import parse_json, parse_yaml, read_json
 from mlx_lora.utils.text import peak_bytes
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
@@ -486,3 +490,12 @@ def test_configs_of_published_models_pass():
     ):
         with pytest.raises(InputError, match=next(iter(wrong.get("text_config", wrong)))):
             check_config({**published, **wrong}, Path("config.json"), n_tensors=1000)
+
+
+def test_a_small_json_file_takes_little_memory(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    tracemalloc.start()
+    assert read_json(tmp_path / "a.json", "use another") == {"a": 1}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**6
