@@ -34,7 +34,7 @@ LONGEST_FILE, LONGEST_FUNCTION = 600, 80
 MOST_ARGUMENTS, MOST_WITH_MANY = 7, 10
 # Modules of ours that a module may import itself, and those that come with it.
 MOST_IMPORTS = 25
-MOST_WITH_IT = {"trainer.step": 21, "trainer.trainer": 25, "objectives.sft": 45}
+MOST_WITH_IT = {"trainer.step": 21, "trainer.trainer": 25, "objectives.sft": 46}
 
 
 @cache
