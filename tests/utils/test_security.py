@@ -6,10 +6,7 @@ import json
 import os
 import re
 import shutil
-import threading
-import time
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
