@@ -100,6 +100,7 @@ class DataSplits:
         chat_template: Jinja text that the chats were rendered with; None if nothing was rendered.
         chat_day: The day that it shows as today; None if it shows none.
         written: The folder of what models wrote for the run, in the same splits; None: nothing.
+        asked: The questions of --ask, which are never trained; None: there are none.
     """
 
     train: EncodedSet
@@ -109,6 +110,7 @@ class DataSplits:
     chat_template: str | None
     chat_day: date | None = None
     written: Path | None = None
+    asked: EncodedSet | None = None
 
     @property
     def sets(self) -> dict[str, EncodedSet]:
@@ -486,7 +488,7 @@ def entry_folder(
     parts = {
         "kind": kind,
         "files": {name: [(path.name, sha256_of(path)) for path in paths] for name, paths in files.items()},
-        "settings": {**asdict(settings), "data": None, "chat_date": day and day.isoformat()},
+        "settings": {**asdict(settings), "data": None, "ask": None, "chat_date": day and day.isoformat()},
         "template": _template_hash(settings.chat_template),
         "tokenizer": _tokenizer_hash(tokenizer),
         "seed": seed,

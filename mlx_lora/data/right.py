@@ -22,14 +22,10 @@ SHORT_WORDS = 8  # an expected answer of at most so many words without numbers a
 YES, NO = frozenset(("yes", "true", "ja", "sí", "oui")), frozenset(("no", "false", "nein", "non"))
 # Words with a capital letter that say what a number counts, so that nobody has to repeat them.
 _UNITS = frozenset(
-    "i uhr euro euros eur usd gbp chf dollar franken kronen kc prozent grad kilo gramm liter meter kilometer stuck personen minute "
-    "minuten stunde stunden tag tage tagen woche wochen monat monate monaten jahr jahre jahren".split()
+    ["i", "uhr", "euro", "euros", "eur", "usd", "gbp", "chf", "dollar", "franken", "kronen", "kc", "prozent", "grad", "kilo", "gramm", "liter", "meter", "kilometer", "stuck", "personen", "minute", "minuten", "stunde", "stunden", "tag", "tage", "tagen", "woche", "wochen", "monat", "monate", "monaten", "jahr", "jahre", "jahren"]
 )
-_SMALL = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-_TENS = dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10), strict=True))
+_SMALL = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+_TENS = dict(zip(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], range(20, 100, 10), strict=True))
 _WORDS = re.compile(
     rf"\b(?:(?P<tens>{'|'.join(_TENS)})(?:[- ](?P<more>{'|'.join(_SMALL[1:10])}))?|(?P<small>{'|'.join(_SMALL)}))?"
     r"(?P<hundred>(?<=\w) hundred|\bhundred)?\b",

@@ -1,8 +1,8 @@
-"""Tell from a run's metrics what became of it: one headline, notes on what went wrong, and the command that mends it.
+"""Tell what became of a run: one headline, notes on what went wrong, and the command that mends it.
 
-A run has learned, had too few steps, overfitted, memorized, changed nothing, or become worse. `diagnose` is a pure function of
-`Evidence`, which a run folder holds: metrics.jsonl, held_out_rows.jsonl, and the texts before and after in report.json.
-docs/overfitting.md says how often it names a run rightly.
+`diagnose` is a pure function of `Evidence`, which a run folder holds. Right answers count first (reports/answers.py): to trained
+questions, and to questions in new words. Where answers cannot be checked, the losses of the held-out rows tell, if there are
+enough of them. docs/overfitting.md says how often a run is named rightly.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.config.objectives import LABELED, RANKED
+from mlx_lora.reports.answers import CLEAR, Answer, Count, counts_of, counts_words
 from mlx_lora.reports.charts import perplexity
 from mlx_lora.reports.classes import CLASSES_FILE, measured_words, read_classes
 from mlx_lora.reports.kept import choices, kept_validation, rounding_begins
@@ -31,13 +32,14 @@ from mlx_lora.reports.objectives import (
     of_search,
 )
 from mlx_lora.trainer.checkpoint import numbered
-from mlx_lora.trainer.evaluate import FEWEST_ROWS, Change, KnownRows, RowLosses, paired_change
+from mlx_lora.trainer.evaluate import Change, RowLosses, paired_change
 from mlx_lora.utils.text import command_line, counted, format_duration, model_flags
 
 # What became of a run
 
 LEARNED, TOO_FEW_STEPS, OVER_FITTED = "learned", "too few steps", "overfitted"
 MEMORIZED, UNCHANGED, WORSE, UNKNOWN = "memorized", "nothing changed", "worse", "not measured"
+YOUR_WORDS, LITTLE, AS_BASE = "your words only", "little", "as the base"
 ENOUGH_STEPS = 40  # updates; a LoRA that took fewer has rarely learned what it can
 # Falls are shares of the first held-out loss, so that they mean the same for any tokenizer.
 SMALL = 0.05  # a fall that is little: a loss of 2.5 to 2.375, 12% of perplexity
@@ -46,8 +48,10 @@ LARGE = 0.4  # a fall after which a short run is not too short
 RISE = 0.004  # a rise above the lowest held-out loss, as a share of that
 RISE_SHARE = 0.05  # and the share of the fall before it that is lost again
 BY_HEART = 0.6  # share of the training loss that is left, from which the training rows are learned by heart
-LOST = 0.5  # share of the fall that a rise takes back, from which it counts in such a run even if few rows leave room for chance
+LOST = 0.5  # share of the fall before rounding that its beginning takes back, from which it is to blame
 STILL_FALLING = 0.25  # share of the whole fall in the last third of the run, from which more steps are worth it
+SOUND_ROWS = 20  # held-out rows from which on their loss has an interval in words, and decides alone
+FEWEST_AGREEING = 6  # fewer rows than `SOUND_ROWS` tell if the loss of each fell: of six, by chance once in 64 runs
 MOST_ALIKE = 0.5  # share of held-out rows that nearly repeat training rows, from which they measure memory
 AVERAGED = 3  # training reports that are compared as one, because single ones are noisy
 
@@ -67,6 +71,7 @@ class Evidence:
         near_duplicates: held-out rows that nearly repeat a training row; None: nobody looked.
         rounded_from: the step from which validations are with rounding (--qat 0.3); 0: all of them are, or none.
         choices: among how many measurements of the held-out rows the adapter was chosen.
+        own, new: right answers in the words of the training rows, and in new words; None: nobody asked, or nobody can tell.
     """
 
     steps: int
@@ -79,6 +84,8 @@ class Evidence:
     near_duplicates: int | None = None
     rounded_from: int = 0
     choices: int = 1
+    own: Count | None = None
+    new: Count | None = None
 
     @property
     def same_texts(self) -> int:
@@ -109,7 +116,27 @@ class Diagnosis:
 
 
 def diagnose(evidence: Evidence) -> Diagnosis:
-    """Return what became of a run.
+    """Return what became of a run: by its answers if they can be checked, or else by its losses."""
+    found = _by_losses(evidence)
+    counts = [count for count in (evidence.own, evidence.new) if count is not None]
+    if not counts:
+        return found
+    main, short, fell = counts[-1], evidence.steps < ENOUGH_STEPS, _training_left(evidence, 0) <= 1 - SMALL
+    if any(count.fell for count in counts):
+        overfitted = main.fell and not main.half and len(counts) == 2 and not counts[0].fell and counts[0].gain > 0
+        name = OVER_FITTED if overfitted else WORSE
+    elif any(count.half for count in counts):
+        clear = any(count.gain >= CLEAR * count.of for count in counts)
+        name = AS_BASE if not clear else LEARNED if main.half else YOUR_WORDS
+    elif short or (fell and still_falling(evidence.losses)):
+        name = TOO_FEW_STEPS
+    else:  # with not one more right, the form of the answers may have been learned
+        name = LITTLE if fell or any(count.gain > 0 for count in counts) else UNCHANGED
+    return replace(found, name=name)
+
+
+def _by_losses(evidence: Evidence) -> Diagnosis:
+    """Return what became of a run by the losses of its held-out rows.
 
     The order decides where two are true: rows that the model has seen make every held-out figure void, a rise is
     certain, and few steps explain why nothing changed. A rise is one among validations that measure the same: rounding
@@ -126,12 +153,13 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     fall_before = first - min((loss for step, loss in held_out if step < rounded_from), default=first)
     undone = fall_before >= SMALL * first and first - last < LOST * fall_before
     found: dict[str, Any] = {"first": first, "last": last, "change": change, "undone": undone}
-    gain = -change.change / first if first > 0 else 0.0
+    gain, few = -change.change / first if first > 0 else 0.0, 0 < change.rows < SOUND_ROWS
     alike = (evidence.near_duplicates or 0) / max(1, evidence.held_out_rows)
     if alike >= MOST_ALIKE and gain > NONE:
         return Diagnosis(MEMORIZED, **found)
     best_step, best = min([held_out[0], *same], key=lambda pair: pair[1])
-    if last_step > best_step and _rose(evidence, best_step, last_step, first - best):
+    rose = last_step > best_step and _rose(evidence, best_step, last_step, first - best)
+    if rose and not few:
         looked = best_step > first_step or (len(held_out) < 3 and same[0] == held_out[0])
         if looked and _training_left(evidence, best_step) < 1:
             return Diagnosis(OVER_FITTED, **found, best_step=best_step, best=best)
@@ -139,14 +167,15 @@ def diagnose(evidence: Evidence) -> Diagnosis:
             return Diagnosis(WORSE, **found, best_step=best_step, best=best)
     if evidence.steps < ENOUGH_STEPS and gain < LARGE and (gain < SMALL or still_falling(same)):
         return Diagnosis(TOO_FEW_STEPS, **found)
-    if (
-        gain < NONE
-        or not _is_certain(change)
-        or (evidence.texts and evidence.same_texts == len(evidence.texts) and gain < SMALL)
-    ):
+    same_texts = bool(evidence.texts) and evidence.same_texts == len(evidence.texts) and gain < SMALL
+    if few:
+        unchanged = same_texts or abs(gain) < NONE
+        learned = gain >= SMALL and not rose and _each_fell(evidence, first_step, last_step)
+        return Diagnosis(UNCHANGED if unchanged else LEARNED if learned else UNKNOWN, **found)
+    if gain < NONE or not _is_certain(change) or same_texts:
         # What it learned is in its own rows only.
         if gain < SMALL and not undone and _training_left(evidence, first_step) <= BY_HEART:
-            return Diagnosis(OVER_FITTED, **found, best_step=first_step, best=first)
+            return Diagnosis(YOUR_WORDS, **found, best_step=first_step, best=first)
         return Diagnosis(UNCHANGED, **found)
     if gain < SMALL and still_falling(same):
         return Diagnosis(TOO_FEW_STEPS, **found)
@@ -169,12 +198,12 @@ def rows_differ(evidence: Evidence, one: int, other: int) -> bool:
 
 
 def still_falling(held_out: Sequence[tuple[int, float]]) -> bool:
-    """Return whether the last third of the validations brought more of the fall than a run that is nearly done would have."""
+    """Return whether the last third of the losses brought more of the fall than a run that is nearly done would have."""
+    if len(held_out) < 3:
+        return False  # two validations do not say how it fell
     (first_step, first), (last_step, last) = held_out[0], held_out[-1]
     earlier = [pair for pair in held_out if pair[0] <= first_step + (last_step - first_step) * 2 / 3]
-    if first <= last or len(held_out) < 3:
-        return False  # two validations do not say how it fell
-    return (earlier[-1][1] - last) / (first - last) >= STILL_FALLING
+    return first > last and (earlier[-1][1] - last) / (first - last) >= STILL_FALLING
 
 
 def _kept(evidence: Evidence, held_out: Sequence[tuple[int, float]]) -> tuple[int, float]:
@@ -183,20 +212,21 @@ def _kept(evidence: Evidence, held_out: Sequence[tuple[int, float]]) -> tuple[in
 
 
 def _is_certain(change: Change) -> bool:
-    """Return whether a change is not chance; with too few rows for an interval nobody knows, and its size decides."""
+    """Return whether a change is not chance; without the losses of rows nobody knows, and its size decides."""
     return change.certain or not math.isfinite(change.low)
 
 
-def _rose(evidence: Evidence, best_step: int, last_step: int, fall: float) -> bool:
-    """Return whether the held-out loss rose from its lowest, by a share of the fall before, and by more than chance.
+def _each_fell(evidence: Evidence, before: int, after: int) -> bool:
+    """Return whether the loss of each row fell, and there are enough rows for that to be no chance."""
+    sums = [evidence.rows[step].sums for step in (before, after)]
+    return len(sums[0]) >= FEWEST_AGREEING and bool((sums[1] < sums[0]).all())
 
-    Few held-out rows make any rise look like chance. A rise that takes back most of the fall, while the training rows are learned
-    by heart, is none.
-    """
+
+def _rose(evidence: Evidence, best_step: int, last_step: int, fall: float) -> bool:
+    """Return whether the held-out loss rose from its lowest, by a share of the fall before, and if rows can tell, beyond chance."""
     rise, best = change_between(evidence, best_step, last_step), dict(evidence.held_out)[best_step]
-    if rise.change < max(RISE * best, RISE_SHARE * fall):
-        return False
-    return _is_certain(rise) or (rise.change >= LOST * fall and _training_left(evidence, best_step) <= BY_HEART)
+    certain = _is_certain(rise) or rise.rows < SOUND_ROWS
+    return rise.change >= max(RISE * best, RISE_SHARE * fall) and certain
 
 
 def _training_left(evidence: Evidence, since: int) -> float:
@@ -216,7 +246,6 @@ VALIDATIONS = 8  # in a run that looks for the lowest held-out loss
 LOW_RATE = 1e-4  # below this, a run that changed nothing had too low a rate
 FACTOR = 5  # between the rate that was wrong and the one to try, and between epochs for a form and for facts
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 40  # of a run over facts
-FEW_KNOWN, MOST_KNOWN = 0.5, 0.9  # shares of training rows that are answered word for word
 
 
 @dataclass(frozen=True)
@@ -251,54 +280,57 @@ class FinishedRun:
         )
 
 
-def mending(diagnosis: Diagnosis, run: FinishedRun, known: KnownRows | None = None) -> tuple[str, str]:
+def mending(found: Diagnosis, run: FinishedRun, own: Count | None = None, new: Count | None = None) -> tuple[str, str]:
     """Return what mends a run as a sentence, and as a command; both empty if nothing is to mend.
 
     Args:
-        diagnosis: what became of it.
+        found: what became of it.
         run: for the command.
-        known: how many training rows it answers word for word; None: nobody asked.
+        own, new: right answers, as in `Evidence`.
     """
-    if known is not None and diagnosis.name == LEARNED and known.share < FEW_KNOWN:
-        epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, math.ceil(FACTOR * run.epochs)))
-        flags = ["--epochs", str(epochs), "--no-keep-best", "--early-stopping-patience", "0"]
-        if epochs > run.epochs:
-            return f"{known.words()} If the rows are facts to remember, train for more epochs:", run.train_again(*flags)
-    if known is not None and diagnosis.name == OVER_FITTED and known.share >= MOST_KNOWN:
-        mend, command = mending(diagnosis, run)
-        return f"{known.words()} If the rows are facts to remember, keep this adapter. If not: {mend}", command
-    if diagnosis.undone and diagnosis.name in (TOO_FEW_STEPS, UNCHANGED, WORSE):
+    asked = own is not None or new is not None
+    if found.undone and found.name in (TOO_FEW_STEPS, UNCHANGED, WORSE):
         return (
             "The cause is that rounding in the last steps alone took back most of what was learned before. With --qat and no share, all "
             "steps are rounded.",
             run.train_again("--qat"),
         )
-    if diagnosis.name == TOO_FEW_STEPS:
+    if found.name == LEARNED and asked and new is None:
+        words = "Try it in other words than those of the rows: write questions of your own, and their answers, into a file."
+        return words, _new_questions(run, "--show", "20")
+    if found.name == YOUR_WORDS and asked and not run.settings.get("rephrase"):
+        words = "Each question stands there in one wording, or in few: --rephrase 3 adds three to each."
+        return words, run.train_again("--rephrase", "3")
+    if found.name in (TOO_FEW_STEPS, LITTLE, YOUR_WORDS) and asked:
+        epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, math.ceil(FACTOR * run.epochs)))
+        if epochs <= run.epochs:
+            return "More epochs would hardly help; a larger model, or a higher --rank, remembers more.", ""
+        flags = ["--epochs", str(epochs), "--no-keep-best", "--early-stopping-patience", "0"]
+        return "Facts take more epochs than the form of the answers:", run.train_again(*flags)
+    if found.name == TOO_FEW_STEPS:
         return _more_steps(run)
-    if diagnosis.name in (OVER_FITTED, WORSE) and diagnosis.change and 0 < diagnosis.change.rows < FEWEST_ROWS:
-        few = counted(diagnosis.change.rows, "held-out row")
-        return (
-            f"{few} cannot tell: before you train again, look at the answers to questions that are not in the training rows.",
-            _new_questions(run, "--show", "10"),
-        )
-    if diagnosis.name == OVER_FITTED:
-        return _earlier(diagnosis, run)
-    if diagnosis.name == MEMORIZED:
+    if found.name == UNKNOWN and found.change is not None:
+        few = counted(found.change.rows, "held-out row")
+        words = f"{few} cannot tell: look at the answers to questions that are not in the training rows."
+        return words, _new_questions(run, "--show", "10")
+    if found.name in (OVER_FITTED, YOUR_WORDS):
+        return _earlier(found, run)
+    if found.name == MEMORIZED:
         return "Measure on questions that are not in the training rows.", _new_questions(run)
-    if diagnosis.name == UNCHANGED:
+    if found.name == UNCHANGED:
         if run.rate < LOW_RATE:
             rate = f"{min(2e-4, run.rate * FACTOR * 20):.0e}"
             return f"The learning rate of {run.rate:g} is low; try {float(rate):g}.", run.train_again(
                 "--learning-rate", rate
             )
         return _more_steps(run)
-    if diagnosis.name == WORSE:
+    if found.name == WORSE:
         rate = run.rate / FACTOR
         return (
             f"Try a lower learning rate, such as {rate:.1g}, and check that the held-out rows are like the training rows.",
             run.train_again("--learning-rate", f"{rate:.1g}"),
         )
-    if diagnosis.name == UNKNOWN and math.isnan(diagnosis.first):
+    if found.name == UNKNOWN and math.isnan(found.first):
         return "Hold some rows out to see it.", run.train_again("--valid-fraction", "0.1")
     return "", ""
 
@@ -342,6 +374,8 @@ def _earlier(diagnosis: Diagnosis, run: FinishedRun) -> tuple[str, str]:
 # Nothing is learned from a prompt whose rewards have no spread; from this share of such prompts on, a note says so.
 MOST_WITHOUT_SPREAD = 0.5
 TONES = {LEARNED: GOOD, OVER_FITTED: BAD, WORSE: BAD}
+# How a headline about answers begins, where not by the name itself.
+HEADS = {YOUR_WORDS: "Knows mostly your wording", LITTLE: "Learned little", AS_BASE: "No better than the base"}
 
 
 @dataclass(frozen=True)
@@ -356,6 +390,8 @@ class Verdict:
         mend: what to do, a sentence; empty: nothing is to mend.
         command: that does it; may be empty.
         change: of the held-out loss in nats per token, `change`, `low`, `high`, `rows`; None: not known.
+        figures: the perplexity, one sentence, where the headline is about answers; else empty.
+        right_in_your_words, right_in_new_words: right answers; None: nobody asked, or nobody can tell.
     """
 
     headline: str
@@ -365,6 +401,9 @@ class Verdict:
     mend: str = ""
     command: str = ""
     change: dict[str, float] | None = None
+    figures: str = ""
+    right_in_your_words: Count | None = None
+    right_in_new_words: Count | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -382,7 +421,8 @@ class VerdictContext:
         texts: the model's texts before and after.
         held_out_rows: how many rows are held out.
         near_duplicates: held-out rows that nearly repeat a training row; None: nobody looked.
-        known: how many training rows the model answers word for word; None: nobody asked.
+        answers: of the model, as report.json has them.
+        evaluation: what `evaluate` measured since; None: nothing.
         seconds: that the run took.
         kept_step, rounded_from, begins_at: see `RunReport`.
     """
@@ -392,7 +432,8 @@ class VerdictContext:
     texts: Sequence[tuple[str, str]] = ()
     held_out_rows: int = 0
     near_duplicates: int | None = None
-    known: KnownRows | None = None
+    answers: Sequence[Answer] = ()
+    evaluation: Mapping[str, Any] | None = None
     seconds: float = 0.0
     kept_step: int | None = None
     rounded_from: int | None = None
@@ -424,7 +465,9 @@ def verdict(
     notes = [note for note in (_alike(records), _skipped(records)) if note]
     run = facts_of_run(records, settings, context)
     begins = _begins(context.begins_at, validations)
-    if not validations:
+    own, new = counts_of(context.answers, context.evaluation)
+    counts = {"right_in_your_words": own, "right_in_new_words": new}
+    if not validations and not (own or new):
         losses = [r["loss"] for r in records if r["loss"] is not None]
         words = (
             f"Training loss {losses[0]:.3f} to {losses[-1]:.3f}{begins}" if losses else "No step has been reported yet"
@@ -433,15 +476,16 @@ def verdict(
         nothing = "No held-out data was measured, so this run shows no effect on new text."
         return Verdict(words, PLAIN, [nothing, *notes], UNKNOWN, mend, command)
     kept = measured_adapter(records, settings, ended, context)
-    if kept is None:
+    if kept is None and validations:
         words = f"The adapter is that of step {context.kept_step:,}, for which no validation was recorded"
         return Verdict(words, PLAIN, notes, UNKNOWN)
-    if 0 < (context.rounded_from or 0) <= kept["step"]:
+    kept_step = kept["step"] if kept else max(r["step"] for r in records)
+    if 0 < (context.rounded_from or 0) <= kept_step and validations:
         notes.append(f"Rounding began after step {context.rounded_from:,}; validations are compared from there on.")
-    if kept is not validations[-1]:
+    if kept and kept is not validations[-1]:
         notes.append(f"--keep-best kept the adapter of step {kept['step']:,}, and the headline is about that one.")
     if context.folder is not None and (
-        words := measured_words(read_classes(context.folder / CLASSES_FILE, kept["step"]))
+        words := measured_words(read_classes(context.folder / CLASSES_FILE, kept_step))
     ):
         notes.insert(0, words)
     of_its_own = (
@@ -452,8 +496,8 @@ def verdict(
         (settings.get("objective") in RANKED, of_rankings),
         (settings.get("objective") == "embed", of_search),
     )
-    chosen = choices(validations, settings if ended else {}, context.rounded_from or 0, context.folder)
-    evidence = replace(evidence_of(records, kept["step"], context), choices=chosen)
+    chosen = choices(validations, settings if ended else {}, context.rounded_from or 0, context.folder) if validations else 1
+    evidence = replace(evidence_of(records, kept_step, context), choices=chosen, own=own, new=new)
     for applies, words_of_objective in of_its_own:
         if applies:
             headline, tone = words_of_objective(validations, kept)
@@ -461,12 +505,13 @@ def verdict(
                 notes = [note for note in (_loss_note(diagnose(evidence), run),) if note] + notes
             return Verdict(headline + begins, tone, notes)
     found = diagnose(evidence)
-    if found.name == UNKNOWN:
-        return Verdict(f"Held-out perplexity {perplexity(kept['val_loss'])}, measured once", PLAIN, notes, UNKNOWN)
-    mend, command = mending(found, run, context.known)
-    change = found.change and asdict(found.change)
-    headline, tone = headline_of(found, evidence) + begins, TONES.get(found.name, PLAIN)
-    return Verdict(headline, tone, notes, found.name, mend, command, change)
+    mend, command = mending(found, run, own, new)
+    change, tone = found.change and asdict(found.change), TONES.get(found.name, PLAIN)
+    if own or new:
+        headline = f"{HEADS.get(found.name, found.name.capitalize())}: {counts_words(own, new)}"
+        figures = f"{_perplexities(found, evidence)}{begins}." if validations else ""
+        return Verdict(headline, tone, notes, found.name, mend, command, change, figures, **counts)
+    return Verdict(headline_of(found, evidence) + begins, tone, notes, found.name, mend, command, change)
 
 
 def evidence_of(records: Sequence[Mapping[str, Any]], kept: int | None, context: VerdictContext) -> Evidence:
@@ -500,12 +545,22 @@ def facts_of_run(
     return FinishedRun(context.folder, settings, steps, epochs, context.seconds / timed if timed > 0 else 0.0)
 
 
+def _perplexities(found: Diagnosis, evidence: Evidence) -> str:
+    """Return the perplexities of a run's held-out rows, with their change, as the beginning of a sentence."""
+    if found.change is None:
+        return f"Held-out perplexity {perplexity(found.first)}, measured once"
+    ends = f"{perplexity(found.first)} to {perplexity(found.last)}"
+    return f"Held-out perplexity {ends}, {change_words(found.change)}{_rows_words(evidence)}"
+
+
 def headline_of(found: Diagnosis, evidence: Evidence) -> str:
-    """Return a diagnosis as a sentence."""
-    measured = (
-        f"held-out perplexity {perplexity(found.first)} to {perplexity(found.last)}, {change_words(found.change)}"
-        f"{_rows_words(evidence)}"
-    )
+    """Return a diagnosis by losses as a sentence."""
+    measured = _perplexities(found, evidence)
+    if found.name == UNKNOWN:
+        return measured
+    measured = measured[0].lower() + measured[1:]
+    if found.name == YOUR_WORDS:
+        return f"Knows its own rows only: {measured}, while the training loss fell"
     if found.name == OVER_FITTED and not found.best_step:
         return f"Overfitted: {measured}, while the training loss fell"
     if found.name == OVER_FITTED:
@@ -536,22 +591,25 @@ def _rows_words(evidence: Evidence) -> str:
     return f" (on other rows: {counted(counts[0], 'row')} at step {first:,}, {counts[1]:,} at step {last:,})"
 
 
-def change_words(change: Change | None) -> str:
-    """Return a change of the loss as one of perplexity: `35% lower (95% interval 31% to 39%, 12 rows)`.
+def change_words(change: Change) -> str:
+    """Return a change of the loss as one of perplexity: `35% lower (95% interval 31% to 39% lower, 24 rows)`.
 
-    The interval is in the unit of the change, as in `3 times as high (95% interval 2.5 to 3.6 times, 12 rows)`.
+    Fewer rows than `SOUND_ROWS` have no interval.
     """
-    if change is None:
-        return "measured once"
     ratio, low, high = (math.exp(min(nats, 700.0)) for nats in (change.change, change.low, change.high))
-    lower = ratio <= 1
-    words = f"{ratio:.3g} times as high" if ratio > 2 else f"{abs(1 - ratio):.0%} {'lower' if lower else 'higher'}"
-    if not math.isfinite(change.low):
-        return f"{words} ({counted(change.rows, 'row')}, too few for an interval)" if change.rows else words
-    ends = sorted((end - 1) * (-1 if lower else 1) for end in (low, high))
-    interval = f"{low:.3g} to {high:.3g} times" if ratio > 2 else f"{ends[0]:.0%} to {ends[1]:.0%}"
+    words = f"{ratio:.3g} times as high" if ratio > 2 else _percent(ratio)
+    if change.rows < SOUND_ROWS or not math.isfinite(change.low):
+        return f"{words} ({counted(change.rows, 'row')})" if change.rows else words
+    first, last = (high, low) if high <= 1 else (low, high)
+    interval = f"{low:.3g} to {high:.3g} times" if ratio > 2 else f"{_percent(first)} to {_percent(last)}"
+    if ratio <= 2 and (low <= 1) == (high <= 1):
+        interval = f"{abs(1 - first):.0%} to {_percent(last)}"
     chosen = f" for the best of {change.choices} measurements" if change.choices > 1 else ""
     return f"{words} (95% interval {interval}{chosen}, {counted(change.rows, 'row')})"
+
+
+def _percent(ratio: float) -> str:
+    return f"{abs(1 - ratio):.0%} {'lower' if ratio <= 1 else 'higher'}"
 
 
 def _loss_note(found: Diagnosis, run: FinishedRun) -> str:

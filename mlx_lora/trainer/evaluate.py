@@ -23,7 +23,6 @@ import numpy as np
 from mlx_lora.parallel.strategy import SINGLE_DEVICE, Strategy
 from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.statistics import ratio_error
-from mlx_lora.utils.text import counted
 
 if TYPE_CHECKING:
     from mlx_lora.data.batch import Batch
@@ -189,29 +188,6 @@ def paired_change(before: RowLosses, after: RowLosses, choices: int = 1) -> Chan
     change = float(differences.sum() / tokens.sum())
     half = math.inf if rows < FEWEST_ROWS else ratio_error(differences, tokens, choices)[1]
     return Change(change, change - half, change + half, rows, choices)
-
-
-@dataclass(frozen=True)
-class KnownRows:
-    """How many of some training rows are known.
-
-    Attributes:
-        known: rows whose whole answer has a probability above 1/2, so that greedy decoding writes it. A lower bound: it may
-            write others, too.
-        rows: that were measured.
-    """
-
-    known: int
-    rows: int
-
-    @property
-    def share(self) -> float:
-        """Known rows of all."""
-        return self.known / self.rows
-
-    def words(self) -> str:
-        """Return a sentence."""
-        return f"Of {counted(self.rows, 'training row')}, it answers {self.known} word for word."
 
 
 class RowsFile:

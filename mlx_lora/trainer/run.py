@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_lora.adapters.inject import adapter_parameters
 from mlx_lora.config.objectives import ObjectiveSettings
+from mlx_lora.data.examples import Text
+from mlx_lora.data.files import all_files
+from mlx_lora.data.read import read_rows
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.base import RunContext
 from mlx_lora.objectives.table import OBJECTIVES, check_kind, objective_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.strategy import offloaded
 from mlx_lora.trainer.adapter import adapter_head, first_qat_step, put_adapter, qat_from, with_reference_of_run
+from mlx_lora.trainer.ask import ask_run
 from mlx_lora.trainer.build import BuiltRun, build_run
 from mlx_lora.trainer.callbacks import Callback, Callbacks, logger_callbacks
 from mlx_lora.trainer.checkpoint import take_first_ranks
@@ -26,7 +30,7 @@ from mlx_lora.trainer.choose_strategy import READ_WORDS, choose_strategy, may_re
 from mlx_lora.trainer.guards import MemoryGuard, interrupt_flag
 from mlx_lora.trainer.header import left_by, loss_words, outcome_line, told_after
 from mlx_lora.trainer.held_out import held_out_loss
-from mlx_lora.trainer.report_callback import RunPage, known_rows, leave_card, reporting
+from mlx_lora.trainer.report_callback import RunPage, leave_card, reporting
 from mlx_lora.trainer.run_folder import check_room, continues_here, first_day, holds_adapter, own_folder
 from mlx_lora.trainer.state import LOSS, TASK, Diverged
 from mlx_lora.trainer.trainer import LoopHooks, Outcome, Steps, Trainer, alone
@@ -176,9 +180,8 @@ def check_request(
     if not objective.needs_data:
         del needed["--data"]  # without it, the model writes the prompts itself
     missing = [flag for flag, value in needed.items() if not value]
-    alone = [
-        flag for flag, asked in (("--test without --train", not trains), ("--max-restarts", loop.max_restarts)) if asked
-    ]
+    single = {"--test without --train": not trains, "--max-restarts": loop.max_restarts, "--ask": settings.data.ask}
+    alone = [flag for flag, asked in single.items() if asked]
     if alone and ranks.size > 1:
         raise InputError(
             f"{' and '.join(alone)} in {ranks.size} processes: works in a single process only; start it without a launcher"
@@ -191,6 +194,12 @@ def check_request(
         raise InputError(f"--shard-base {loop.shard_base} with --test alone: only training shares a base; leave it out")
     if not trains and loop.parallel != "data":
         raise InputError(f"--parallel {loop.parallel} with --test alone: only training cuts a base; leave it out")
+    if settings.data.ask:
+        if objective.name != "sft":
+            raise InputError(f"--ask with --objective {objective.name}: only sft answers questions; leave it out")
+        asked = read_rows(all_files(settings.data.ask), settings.data, "examples").entries
+        if all(isinstance(one, Text) for one in asked):
+            raise InputError(f"--ask {settings.data.ask}: no question with its answer; give rows such as prompt and completion")
     if not trains or not ranks.leads:
         return
     folder = Path(loop.adapter_path)
@@ -228,6 +237,9 @@ def read_data(ctx: RunContext, tell: bool = True) -> DataSplits:
     """
     data = ctx.objective.load_data(ctx)
     check_test_split(ctx.settings, data)
+    if ask := ctx.settings.data.ask:
+        own = replace(ctx.settings.data, data=ask, mask_prompt=True)
+        data = replace(data, asked=ctx.objective.read_set(ctx, own))
     for rows in filter(None, (data.train, data.valid, data.test)):
         check_token_ids(ctx.base, int(rows.tokens.max(initial=0)), f"--data {data.report.data}")
     if tell:
@@ -303,7 +315,7 @@ def take_steps(
         run.trunk.end()
     if page is not None:
         if not outcome.interrupted and strategy.ranks.size == 1 and not folder.info.scores:
-            page.report.known = known_rows(run.ctx, data.train)
+            page.report.answers = ask_run(run.ctx, data)
         page.end(outcome.interrupted, folder.kept_step)
         leave_card(folder.path, base, folder.info)
         log.info(outcome_line(settings.loop, outcome, best, settings.objective.rewarded))
