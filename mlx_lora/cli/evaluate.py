@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,7 @@ from mlx_lora.reports.run_report import (
     keep_evaluation,
     loss_words,
     read_report,
-    right_words,
-    shown_answers_to,
+    shown_evaluation,
     write_evaluation_page,
 )
 from mlx_lora.trainer.checkpoint import lock_holder
@@ -264,7 +263,7 @@ def print_loss(settings: TrainSettings, result: dict[str, Any], as_json: bool) -
         if isinstance(value, float) and name not in aside and (name != "loss" or not sampled)
     )
     unit = UNITS[objective_of(settings.objective).records][: -1 if result["rows"] == 1 else None]
-    for line in side_by_side(result.get("examples", [])):
+    for line in side_by_side(shown_evaluation(result)) if "examples" in result else ():
         click.echo(line)
     counted_tokens = "" if labeled else f"{result[unit_name]} {words_of(unit_name)} in "
     click.echo(f"{words}, {counted_tokens}{result['rows']} {unit}")
@@ -277,15 +276,21 @@ def print_loss(settings: TrainSettings, result: dict[str, Any], as_json: bool) -
         console.echo(STOPPED)
 
 
-def side_by_side(examples: list[dict[str, Any]]) -> list[str]:
-    """Return lines with question, expected answer and the models' answers under each other, and how many are right."""
-    found, lines = shown_answers_to(examples), []
+def side_by_side(found: Mapping[str, Any]) -> list[str]:
+    """Return lines with question, expected answer and the models' answers under each other, and how many are right.
+
+    Args:
+        found: as `shown_evaluation` returns it.
+    """
+    lines = []
     for number, row in enumerate(found["rows"], 1):
         lines.append(f"{number}. {'question':<10}{_line(row['question'])}")
         lines.append(f"   {'expected':<10}{_line(row['expected'])}")
         for name, (text, right) in zip(found["models"], row["said"], strict=True):
-            lines.append(f"   {name:<10}{_line(text)}{'' if right is None else '  (right)' if right else '  (not right)'}")
-    return [*lines, *filter(None, [right_words(examples)]), ""] if lines else []
+            lines.append(
+                f"   {name:<10}{_line(text)}{'' if right is None else '  (right)' if right else '  (not right)'}"
+            )
+    return [*lines, *filter(None, [found["right"]]), ""]
 
 
 def _line(text: str) -> str:

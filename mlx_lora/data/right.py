@@ -22,10 +22,53 @@ SHORT_WORDS = 8  # an expected answer of at most so many words without numbers a
 YES, NO = frozenset(("yes", "true", "ja", "sí", "oui")), frozenset(("no", "false", "nein", "non"))
 # Words with a capital letter that say what a number counts, so that nobody has to repeat them.
 _UNITS = frozenset(
-    ["i", "uhr", "euro", "euros", "eur", "usd", "gbp", "chf", "dollar", "franken", "kronen", "kc", "prozent", "grad", "kilo", "gramm", "liter", "meter", "kilometer", "stuck", "personen", "minute", "minuten", "stunde", "stunden", "tag", "tage", "tagen", "woche", "wochen", "monat", "monate", "monaten", "jahr", "jahre", "jahren"]
+    re.findall(
+        r"\w+",
+        "i uhr euro euros eur usd gbp chf dollar franken kronen kc prozent grad kilo gramm liter meter kilometer stuck personen "
+        "minute minuten stunde stunden tag tage tagen woche wochen monat monate monaten jahr jahre jahren",
+    )
 )
-_SMALL = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
-_TENS = dict(zip(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], range(20, 100, 10), strict=True))
+_SMALL = re.findall(
+    r"\w+",
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+    "nineteen",
+)
+_TENS = {
+    name: 10 * n
+    for n, name in enumerate(("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"), 2)
+}
+_WORDS = 8  # an expected answer of at most so many words without numbers and names has to be given exactly
+YES, NO = frozenset(("yes", "true", "ja", "sí", "oui")), frozenset(("no", "false", "nein", "non"))
+# Words with a capital letter that say what a number counts, so that nobody has to repeat them.
+_UNITS = frozenset(
+    "i uhr euro euros eur usd gbp chf dollar franken kronen kc prozent grad kilo gramm liter meter kilometer stuck personen minute "  # noqa: SIM905
+    "minuten stunde stunden tag tage tagen woche wochen monat monate monaten jahr jahre jahren".split()
+)
+_SMALL = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_TENS = dict(
+    zip(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], range(20, 100, 10), strict=True)
+)
 _WORDS = re.compile(
     rf"\b(?:(?P<tens>{'|'.join(_TENS)})(?:[- ](?P<more>{'|'.join(_SMALL[1:10])}))?|(?P<small>{'|'.join(_SMALL)}))?"
     r"(?P<hundred>(?<=\w) hundred|\bhundred)?\b",
@@ -115,9 +158,13 @@ def _digits(match: re.Match[str]) -> str:
 def _numbers(text: str) -> list[frozenset[str]]:
     """Return the numbers that are written as one: the parts of a date are several, and 1.250 may be 1250 as well."""
     parts = re.split("[.,]", text)
-    thousands = all(len(part) == 3 for part in parts[1:]) and parts[0].lstrip("-") not in ("", "0") and len(parts[0]) < 5
+    thousands = (
+        all(len(part) == 3 for part in parts[1:]) and parts[0].lstrip("-") not in ("", "0") and len(parts[0]) < 5
+    )
     may_be = ["".join(parts)] if len(parts) > 1 and thousands else []
-    if len(parts) == 2 or (len(parts) > 2 and all(len(part) == 3 for part in parts[1:-1]) and "." in text and "," in text):
+    if len(parts) == 2 or (
+        len(parts) > 2 and all(len(part) == 3 for part in parts[1:-1]) and "." in text and "," in text
+    ):
         may_be.append(f"{''.join(parts[:-1])}.{parts[-1]}")
     if may_be:
         return [frozenset(_plain(one) for one in may_be)]

@@ -8,10 +8,21 @@ models' texts), `base_right` and `right` (None: nobody can tell, see data/right.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_lora.utils.text import counted
+
+# What became of a run
+
+LEARNED, TOO_FEW_STEPS, OVER_FITTED = "learned", "too few steps", "overfitted"
+MEMORIZED, UNCHANGED, WORSE, UNKNOWN = "memorized", "nothing changed", "worse", "not measured"
+YOUR_WORDS, LITTLE, AS_BASE = "your words only", "little", "as the base"
+# How a headline about answers begins, where not by the name itself.
+HEADS = {YOUR_WORDS: "Knows mostly your wording", LITTLE: "Learned little", AS_BASE: "No better than the base"}
+
+MODELS = ("base", "adapter")
 HALF = 0.5  # share of right answers from which a run has learned
 CLEAR = 0.1  # of all answers, by so many more than the base's: 17 of 32 instead of 16 are no skill
 CHANCE = 0.05
@@ -64,7 +75,9 @@ def judged(answer: Answer) -> bool | None:
     return answer.get("right") if answer.get("ticked") is None else answer["ticked"]
 
 
-def counts_of(answers: Iterable[Answer], evaluation: Mapping[str, Any] | None = None) -> tuple[Count | None, Count | None]:
+def counts_of(
+    answers: Iterable[Answer], evaluation: Mapping[str, Any] | None = None
+) -> tuple[Count | None, Count | None]:
     """Return the counts of right answers in the words of the training rows, and in new words.
 
     Args:
@@ -80,6 +93,26 @@ def counts_of(answers: Iterable[Answer], evaluation: Mapping[str, Any] | None = 
     return own, new
 
 
+def named_by(counts: Sequence[Count], begun: bool, fell: bool) -> str:
+    """Return what became of a run by its right answers.
+
+    Args:
+        counts: in the words of the training rows, in new words, or both.
+        begun: whether it has only begun: it took few steps, or the training loss still falls.
+        fell: whether the training loss fell. With not one more right, the form of the answers may have been learned.
+    """
+    main = counts[-1]
+    if any(count.fell for count in counts):
+        own_rose = len(counts) == 2 and not counts[0].fell and counts[0].gain > 0
+        return OVER_FITTED if own_rose and not main.half else WORSE
+    if any(count.half for count in counts):
+        clear = any(count.gain >= CLEAR * count.of for count in counts)
+        return AS_BASE if not clear else LEARNED if main.half else YOUR_WORDS
+    if begun:
+        return TOO_FEW_STEPS
+    return LITTLE if fell or any(count.gain > 0 for count in counts) else UNCHANGED
+
+
 def counts_words(own: Count | None, new: Count | None) -> str:
     """Return two counts as words: `30 of 32 right in your words, 14 of 20 in new words (the base: 0 and 1)`."""
     named = [(own, "in your words"), (new, "in new words")]
@@ -88,3 +121,32 @@ def counts_words(own: Count | None, new: Count | None) -> str:
     bases = [str(count.base) for count, _ in counts if count.base is not None]
     base = f" (the base: {' and '.join(bases)})" if bases else ""
     return f"{', '.join(words)}{base}{'' if new else ', not tried in new words'}"
+
+
+def shown_rows(examples: Sequence[Answer]) -> dict[str, Any]:
+    """Return what pages show of questions and answers: `models`, the names of those that were asked, and `rows`.
+
+    A row has `question`, `expected`, and `said`: the text of each model, and whether it is right, or None where nobody can tell.
+    """
+    models = [name for name in MODELS if examples and name in examples[0]]
+    rows = [
+        {
+            "question": str(one["question"]),
+            "expected": str(one["expected"]),
+            "said": [(str(one[name]), one["base_right"] if name == MODELS[0] else judged(one)) for name in models],
+        }
+        for one in examples
+    ]
+    return {"models": models, "rows": rows}
+
+
+def right_words(examples: Sequence[Answer]) -> str:
+    """Return how many answers of each model are right; empty if none can be checked."""
+    said = [row["said"] for row in shown_rows(examples)["rows"]]
+    checked = [[right for _, right in one] for one in said if any(right is not None for _, right in one)]
+    if not checked:
+        return ""
+    counts = ", ".join(
+        f"{name} {sum(map(bool, column))}" for name, column in zip(MODELS, zip(*checked, strict=True), strict=False)
+    )
+    return f"right answers to the {counted(len(checked), 'question')} that can be checked: {counts}"

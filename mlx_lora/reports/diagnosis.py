@@ -1,8 +1,7 @@
 """Tell what became of a run: one headline, notes on what went wrong, and the command that mends it.
 
-`diagnose` is a pure function of `Evidence`, which a run folder holds. Right answers count first (reports/answers.py): to trained
-questions, and to questions in new words. Where answers cannot be checked, the losses of the held-out rows tell, if there are
-enough of them. docs/overfitting.md says how often a run is named rightly.
+`diagnose` is a pure function of `Evidence`, which a run folder holds. Right answers count first (reports/answers.py). Where they
+cannot be checked, the losses of the held-out rows tell. docs/overfitting.md says how often a run is named rightly.
 """
 
 from __future__ import annotations
@@ -16,15 +15,33 @@ from typing import Any
 import numpy as np
 
 from mlx_lora.config.objectives import LABELED, RANKED
-from mlx_lora.reports.answers import CLEAR, Answer, Count, counts_of, counts_words
+from mlx_lora.reports.answers import (
+    HEADS,
+    LEARNED,
+    LITTLE,
+    MEMORIZED,
+    OVER_FITTED,
+    TOO_FEW_STEPS,
+    UNCHANGED,
+    UNKNOWN,
+    WORSE,
+    YOUR_WORDS,
+    Answer,
+    Count,
+    counts_of,
+    counts_words,
+    named_by,
+)  # fmt: skip
 from mlx_lora.reports.charts import perplexity
 from mlx_lora.reports.classes import CLASSES_FILE, measured_words, read_classes
-from mlx_lora.reports.kept import choices, kept_validation, rounding_begins
+from mlx_lora.reports.kept import choices, measured_adapter, rounding_begins
 from mlx_lora.reports.objectives import (
+    AVERAGED,
     BAD,
     GOOD,
     PLAIN,
     of_divergence,
+    of_equal_rewards,
     of_labels,
     of_preferences,
     of_rankings,
@@ -32,14 +49,11 @@ from mlx_lora.reports.objectives import (
     of_search,
 )
 from mlx_lora.trainer.checkpoint import numbered
-from mlx_lora.trainer.evaluate import Change, RowLosses, paired_change
+from mlx_lora.trainer.evaluate import SOUND_ROWS, Change, RowLosses, paired_change
 from mlx_lora.utils.text import command_line, counted, format_duration, model_flags
 
 # What became of a run
 
-LEARNED, TOO_FEW_STEPS, OVER_FITTED = "learned", "too few steps", "overfitted"
-MEMORIZED, UNCHANGED, WORSE, UNKNOWN = "memorized", "nothing changed", "worse", "not measured"
-YOUR_WORDS, LITTLE, AS_BASE = "your words only", "little", "as the base"
 ENOUGH_STEPS = 40  # updates; a LoRA that took fewer has rarely learned what it can
 # Falls are shares of the first held-out loss, so that they mean the same for any tokenizer.
 SMALL = 0.05  # a fall that is little: a loss of 2.5 to 2.375, 12% of perplexity
@@ -50,10 +64,8 @@ RISE_SHARE = 0.05  # and the share of the fall before it that is lost again
 BY_HEART = 0.6  # share of the training loss that is left, from which the training rows are learned by heart
 LOST = 0.5  # share of the fall before rounding that its beginning takes back, from which it is to blame
 STILL_FALLING = 0.25  # share of the whole fall in the last third of the run, from which more steps are worth it
-SOUND_ROWS = 20  # held-out rows from which on their loss has an interval in words, and decides alone
 FEWEST_AGREEING = 6  # fewer rows than `SOUND_ROWS` tell if the loss of each fell: of six, by chance once in 64 runs
 MOST_ALIKE = 0.5  # share of held-out rows that nearly repeat training rows, from which they measure memory
-AVERAGED = 3  # training reports that are compared as one, because single ones are noisy
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,7 @@ class Diagnosis:
     """What became of a run.
 
     Attributes:
-        name: one of the words from LEARNED to UNKNOWN.
+        name: one of the words of reports/answers.py.
         first, last: the held-out losses that are compared; NaN without any.
         change: from one to the other, with its interval; None: there are no two validations.
         best_step: where the held-out loss was lowest, if the run is overfitted or worse; else None.
@@ -117,22 +129,12 @@ class Diagnosis:
 
 def diagnose(evidence: Evidence) -> Diagnosis:
     """Return what became of a run: by its answers if they can be checked, or else by its losses."""
-    found = _by_losses(evidence)
-    counts = [count for count in (evidence.own, evidence.new) if count is not None]
+    found, counts = _by_losses(evidence), [count for count in (evidence.own, evidence.new) if count is not None]
     if not counts:
         return found
-    main, short, fell = counts[-1], evidence.steps < ENOUGH_STEPS, _training_left(evidence, 0) <= 1 - SMALL
-    if any(count.fell for count in counts):
-        overfitted = main.fell and not main.half and len(counts) == 2 and not counts[0].fell and counts[0].gain > 0
-        name = OVER_FITTED if overfitted else WORSE
-    elif any(count.half for count in counts):
-        clear = any(count.gain >= CLEAR * count.of for count in counts)
-        name = AS_BASE if not clear else LEARNED if main.half else YOUR_WORDS
-    elif short or (fell and still_falling(evidence.losses)):
-        name = TOO_FEW_STEPS
-    else:  # with not one more right, the form of the answers may have been learned
-        name = LITTLE if fell or any(count.gain > 0 for count in counts) else UNCHANGED
-    return replace(found, name=name)
+    fell = _training_left(evidence, 0) <= 1 - SMALL
+    begun = evidence.steps < ENOUGH_STEPS or (fell and still_falling(evidence.losses))
+    return replace(found, name=named_by(counts, begun, fell))
 
 
 def _by_losses(evidence: Evidence) -> Diagnosis:
@@ -170,7 +172,8 @@ def _by_losses(evidence: Evidence) -> Diagnosis:
     same_texts = bool(evidence.texts) and evidence.same_texts == len(evidence.texts) and gain < SMALL
     if few:
         unchanged = same_texts or abs(gain) < NONE
-        learned = gain >= SMALL and not rose and _each_fell(evidence, first_step, last_step)
+        each_fell = evidence.rows[last_step].sums < evidence.rows[first_step].sums
+        learned = gain >= SMALL and not rose and change.rows >= FEWEST_AGREEING and each_fell.all()
         return Diagnosis(UNCHANGED if unchanged else LEARNED if learned else UNKNOWN, **found)
     if gain < NONE or not _is_certain(change) or same_texts:
         # What it learned is in its own rows only.
@@ -214,12 +217,6 @@ def _kept(evidence: Evidence, held_out: Sequence[tuple[int, float]]) -> tuple[in
 def _is_certain(change: Change) -> bool:
     """Return whether a change is not chance; without the losses of rows nobody knows, and its size decides."""
     return change.certain or not math.isfinite(change.low)
-
-
-def _each_fell(evidence: Evidence, before: int, after: int) -> bool:
-    """Return whether the loss of each row fell, and there are enough rows for that to be no chance."""
-    sums = [evidence.rows[step].sums for step in (before, after)]
-    return len(sums[0]) >= FEWEST_AGREEING and bool((sums[1] < sums[0]).all())
 
 
 def _rose(evidence: Evidence, best_step: int, last_step: int, fall: float) -> bool:
@@ -296,7 +293,9 @@ def mending(found: Diagnosis, run: FinishedRun, own: Count | None = None, new: C
             run.train_again("--qat"),
         )
     if found.name == LEARNED and asked and new is None:
-        words = "Try it in other words than those of the rows: write questions of your own, and their answers, into a file."
+        words = (
+            "Try it in other words than those of the rows: write questions of your own, and their answers, into a file."
+        )
         return words, _new_questions(run, "--show", "20")
     if found.name == YOUR_WORDS and asked and not run.settings.get("rephrase"):
         words = "Each question stands there in one wording, or in few: --rephrase 3 adds three to each."
@@ -320,16 +319,15 @@ def mending(found: Diagnosis, run: FinishedRun, own: Count | None = None, new: C
     if found.name == UNCHANGED:
         if run.rate < LOW_RATE:
             rate = f"{min(2e-4, run.rate * FACTOR * 20):.0e}"
-            return f"The learning rate of {run.rate:g} is low; try {float(rate):g}.", run.train_again(
-                "--learning-rate", rate
-            )
+            words = f"The learning rate of {run.rate:g} is low; try {float(rate):g}."
+            return words, run.train_again("--learning-rate", rate)
         return _more_steps(run)
     if found.name == WORSE:
-        rate = run.rate / FACTOR
-        return (
-            f"Try a lower learning rate, such as {rate:.1g}, and check that the held-out rows are like the training rows.",
-            run.train_again("--learning-rate", f"{rate:.1g}"),
+        rate = f"{run.rate / FACTOR:.1g}"
+        words = (
+            f"Try a lower learning rate, such as {rate}, and check that the held-out rows are like the training rows."
         )
+        return words, run.train_again("--learning-rate", rate)
     if found.name == UNKNOWN and math.isnan(found.first):
         return "Hold some rows out to see it.", run.train_again("--valid-fraction", "0.1")
     return "", ""
@@ -371,11 +369,7 @@ def _earlier(diagnosis: Diagnosis, run: FinishedRun) -> tuple[str, str]:
 
 # The verdict, with which a report begins
 
-# Nothing is learned from a prompt whose rewards have no spread; from this share of such prompts on, a note says so.
-MOST_WITHOUT_SPREAD = 0.5
 TONES = {LEARNED: GOOD, OVER_FITTED: BAD, WORSE: BAD}
-# How a headline about answers begins, where not by the name itself.
-HEADS = {YOUR_WORDS: "Knows mostly your wording", LITTLE: "Learned little", AS_BASE: "No better than the base"}
 
 
 @dataclass(frozen=True)
@@ -462,20 +456,17 @@ def verdict(
     context = context or VerdictContext()
     context = replace(context, rounded_from=rounding_begins(records, settings, context.rounded_from))
     validations = [r for r in records if r["val_loss"] is not None]
-    notes = [note for note in (_alike(records), _skipped(records)) if note]
+    notes = [note for note in (of_equal_rewards(records), _skipped(records)) if note]
     run = facts_of_run(records, settings, context)
     begins = _begins(context.begins_at, validations)
     own, new = counts_of(context.answers, context.evaluation)
-    counts = {"right_in_your_words": own, "right_in_new_words": new}
     if not validations and not (own or new):
         losses = [r["loss"] for r in records if r["loss"] is not None]
-        words = (
-            f"Training loss {losses[0]:.3f} to {losses[-1]:.3f}{begins}" if losses else "No step has been reported yet"
-        )
+        loss = f"Training loss {losses[0]:.3f} to {losses[-1]:.3f}{begins}" if losses else ""
         mend, command = mending(Diagnosis(UNKNOWN), run) if losses else ("", "")
         nothing = "No held-out data was measured, so this run shows no effect on new text."
-        return Verdict(words, PLAIN, [nothing, *notes], UNKNOWN, mend, command)
-    kept = measured_adapter(records, settings, ended, context)
+        return Verdict(loss or "No step has been reported yet", PLAIN, [nothing, *notes], UNKNOWN, mend, command)
+    kept = measured_adapter(records, settings if ended else None, context.kept_step, context.rounded_from)
     if kept is None and validations:
         words = f"The adapter is that of step {context.kept_step:,}, for which no validation was recorded"
         return Verdict(words, PLAIN, notes, UNKNOWN)
@@ -484,9 +475,7 @@ def verdict(
         notes.append(f"Rounding began after step {context.rounded_from:,}; validations are compared from there on.")
     if kept and kept is not validations[-1]:
         notes.append(f"--keep-best kept the adapter of step {kept['step']:,}, and the headline is about that one.")
-    if context.folder is not None and (
-        words := measured_words(read_classes(context.folder / CLASSES_FILE, kept_step))
-    ):
+    if context.folder is not None and (words := measured_words(read_classes(context.folder / CLASSES_FILE, kept_step))):
         notes.insert(0, words)
     of_its_own = (
         (any(r.get("reward") is not None for r in validations), of_rewards),
@@ -496,7 +485,9 @@ def verdict(
         (settings.get("objective") in RANKED, of_rankings),
         (settings.get("objective") == "embed", of_search),
     )
-    chosen = choices(validations, settings if ended else {}, context.rounded_from or 0, context.folder) if validations else 1
+    chosen = (
+        choices(validations, settings if ended else {}, context.rounded_from or 0, context.folder) if validations else 1
+    )
     evidence = replace(evidence_of(records, kept_step, context), choices=chosen, own=own, new=new)
     for applies, words_of_objective in of_its_own:
         if applies:
@@ -510,7 +501,7 @@ def verdict(
     if own or new:
         headline = f"{HEADS.get(found.name, found.name.capitalize())}: {counts_words(own, new)}"
         figures = f"{_perplexities(found, evidence)}{begins}." if validations else ""
-        return Verdict(headline, tone, notes, found.name, mend, command, change, figures, **counts)
+        return Verdict(headline, tone, notes, found.name, mend, command, change, figures, own, new)
     return Verdict(headline_of(found, evidence) + begins, tone, notes, found.name, mend, command, change)
 
 
@@ -550,7 +541,7 @@ def _perplexities(found: Diagnosis, evidence: Evidence) -> str:
     if found.change is None:
         return f"Held-out perplexity {perplexity(found.first)}, measured once"
     ends = f"{perplexity(found.first)} to {perplexity(found.last)}"
-    return f"Held-out perplexity {ends}, {change_words(found.change)}{_rows_words(evidence)}"
+    return f"Held-out perplexity {ends}, {found.change.words()}{_rows_words(evidence)}"
 
 
 def headline_of(found: Diagnosis, evidence: Evidence) -> str:
@@ -559,10 +550,9 @@ def headline_of(found: Diagnosis, evidence: Evidence) -> str:
     if found.name == UNKNOWN:
         return measured
     measured = measured[0].lower() + measured[1:]
-    if found.name == YOUR_WORDS:
-        return f"Knows its own rows only: {measured}, while the training loss fell"
-    if found.name == OVER_FITTED and not found.best_step:
-        return f"Overfitted: {measured}, while the training loss fell"
+    if found.name in (YOUR_WORDS, OVER_FITTED) and not found.best_step:
+        head = "Overfitted" if found.name == OVER_FITTED else "Knows its own rows only"
+        return f"{head}: {measured}, while the training loss fell"
     if found.name == OVER_FITTED:
         return (
             f"Overfitted from step {found.best_step:,} on: the held-out loss was lowest there ({found.best:.3f}) and rose to "
@@ -577,8 +567,9 @@ def headline_of(found: Diagnosis, evidence: Evidence) -> str:
         return f"Too few steps: {counted(evidence.steps, 'update')}, {measured}"
     if found.name == UNCHANGED:
         same = evidence.same_texts
-        texts = f", and {same} of {counted(len(evidence.texts), 'text')} the same as before" if same else ""
-        return f"Nothing changed: {measured}{texts}"
+        return f"Nothing changed: {measured}" + (
+            f", and {same} of {counted(len(evidence.texts), 'text')} as before" if same else ""
+        )
     return f"{found.name.capitalize()}: {measured}"
 
 
@@ -591,27 +582,6 @@ def _rows_words(evidence: Evidence) -> str:
     return f" (on other rows: {counted(counts[0], 'row')} at step {first:,}, {counts[1]:,} at step {last:,})"
 
 
-def change_words(change: Change) -> str:
-    """Return a change of the loss as one of perplexity: `35% lower (95% interval 31% to 39% lower, 24 rows)`.
-
-    Fewer rows than `SOUND_ROWS` have no interval.
-    """
-    ratio, low, high = (math.exp(min(nats, 700.0)) for nats in (change.change, change.low, change.high))
-    words = f"{ratio:.3g} times as high" if ratio > 2 else _percent(ratio)
-    if change.rows < SOUND_ROWS or not math.isfinite(change.low):
-        return f"{words} ({counted(change.rows, 'row')})" if change.rows else words
-    first, last = (high, low) if high <= 1 else (low, high)
-    interval = f"{low:.3g} to {high:.3g} times" if ratio > 2 else f"{_percent(first)} to {_percent(last)}"
-    if ratio <= 2 and (low <= 1) == (high <= 1):
-        interval = f"{abs(1 - first):.0%} to {_percent(last)}"
-    chosen = f" for the best of {change.choices} measurements" if change.choices > 1 else ""
-    return f"{words} (95% interval {interval}{chosen}, {counted(change.rows, 'row')})"
-
-
-def _percent(ratio: float) -> str:
-    return f"{abs(1 - ratio):.0%} {'lower' if ratio <= 1 else 'higher'}"
-
-
 def _loss_note(found: Diagnosis, run: FinishedRun) -> str:
     """Return a note on the loss of an objective whose headline is about another number."""
     if found.name not in (OVER_FITTED, WORSE):
@@ -619,30 +589,6 @@ def _loss_note(found: Diagnosis, run: FinishedRun) -> str:
     where = f"at step {found.best_step:,}" if found.best_step else "before training"
     mend, _ = mending(found, run)
     return f"The held-out loss was lowest {where} ({found.best:.3f}) and ended at {found.last:.3f}. {mend}"
-
-
-def measured_adapter(
-    records: Sequence[dict[str, Any]], settings: dict[str, Any], ended: bool, context: VerdictContext
-) -> dict[str, Any] | None:
-    """Return the last validation, after a run's end that of the adapter in the folder; None: there is none."""
-    validations = [r for r in records if r["val_loss"] is not None]
-    if not ended or not validations:
-        return validations[-1] if validations else None
-    rounded_from = rounding_begins(records, settings, context.rounded_from)
-    return kept_validation(validations, settings, context.kept_step, rounded_from)
-
-
-def _alike(records: list[dict[str, Any]]) -> str:
-    """Return a note if the answers to most prompts of the last reports all had the same reward; else an empty string."""
-    shares = [r["frac_reward_zero_std"] for r in records if r["loss"] is not None and "frac_reward_zero_std" in r]
-    last = shares[-AVERAGED:]
-    share = sum(last) / len(last) if last else 0.0
-    if share < MOST_WITHOUT_SPREAD:
-        return ""
-    return (
-        f"At the end, all answers to {share:.0%} of the prompts had the same reward, and nothing is learned from those. "
-        "Mix easier or harder prompts in, reward more finely, or raise --group-size or --temp."
-    )
 
 
 def _skipped(records: list[dict[str, Any]]) -> str:

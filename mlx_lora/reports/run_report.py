@@ -29,10 +29,11 @@ from mlx_lora.data.duplicates import SeenRows
 from mlx_lora.data.report import UNITS
 from mlx_lora.exporters.adapter_folder import WEIGHTS_FILE
 from mlx_lora.objectives.table import OWN_OPTIONS
-from mlx_lora.reports.answers import judged
+from mlx_lora.reports.answers import right_words, shown_rows
 from mlx_lora.reports.charts import COMMON, WIDE, Series, line_chart, number, render_page
 from mlx_lora.reports.classes import CLASSES_FILE, classes_page, read_classes
-from mlx_lora.reports.diagnosis import VerdictContext, change_words, measured_adapter, verdict
+from mlx_lora.reports.diagnosis import VerdictContext, verdict
+from mlx_lora.reports.kept import measured_adapter
 from mlx_lora.reports.objectives import (
     class_charts,
     curve,
@@ -156,7 +157,7 @@ class RunReport:
         records = without_untrained_accuracy(read_records(folder / "metrics.jsonl"), settings)
         context = self._context(folder, records)
         found = verdict(records, settings, self.ended, context)
-        kept = measured_adapter(records, settings, self.ended, context)
+        kept = measured_adapter(records, settings if self.ended else None, self.kept_step, self.rounded_from)
         self.verdict = found.to_dict()
         return render_page(
             COMMON,
@@ -168,9 +169,7 @@ class RunReport:
             tiles=tiles(records),
             charts=charts(records, self.planned_peak_bytes),
             answers=shown_answers(read_answers(folder / ANSWERS_FILE)),
-            asked=[
-                shown_answers_to([one for one in self.answers if one["new_words"] is new]) for new in (False, True)
-            ],
+            asked=[shown_rows([one for one in self.answers if one["new_words"] is new]) for new in (False, True)],
             evaluation=shown_evaluation(context.evaluation) if context.evaluation else None,
             classes=classes_page(read_classes(folder / CLASSES_FILE, kept["step"] if kept else None)),
             settings=settings,
@@ -490,7 +489,6 @@ def first_and_kept(records: Sequence[Record], kept_step: int | None) -> list[tup
 # What evaluate measured
 
 EVALUATION_FILE = "evaluation.json"
-MODELS = ("base", "adapter")
 
 
 def keep_evaluation(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -530,7 +528,7 @@ def shown_evaluation(facts: Mapping[str, Any]) -> dict[str, Any]:
         facts: what `evaluate --json` prints; `held_out` and `date` where they are known.
 
     Returns:
-        `source`, `date`, `loss`, `right` and `seen` (sentences, empty where there is nothing to say), and what `shown_answers_to`
+        `source`, `date`, `loss`, `right` and `seen` (sentences, empty where there is nothing to say), and what `shown_rows`
         returns.
     """
     examples = facts.get("examples") or []
@@ -541,25 +539,8 @@ def shown_evaluation(facts: Mapping[str, Any]) -> dict[str, Any]:
         "loss": loss_words(facts).replace("->", "→").capitalize(),
         "right": right_words(examples).capitalize(),
         "seen": SeenRows(**facts["near_training"]).words() if facts.get("near_training") else "",
-        **shown_answers_to(examples),
+        **shown_rows(examples),
     }
-
-
-def shown_answers_to(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what pages show of questions and answers: `models`, the names of those that were asked, and `rows`.
-
-    A row has `question`, `expected`, and `said`: the text of each model, and whether it is right, or None where nobody can tell.
-    """
-    models = [name for name in MODELS if examples and name in examples[0]]
-    rows = [
-        {
-            "question": str(one["question"]),
-            "expected": str(one["expected"]),
-            "said": [(str(one[name]), one["base_right"] if name == MODELS[0] else judged(one)) for name in models],
-        }
-        for one in examples
-    ]
-    return {"models": models, "rows": rows}
 
 
 def tick(folder: Path, index: int, right: bool | None) -> None:
@@ -588,17 +569,7 @@ def loss_words(facts: Mapping[str, Any]) -> str:
     if "base_loss" not in facts:
         return f"base {facts['loss']:.4f}"
     change: dict[str, Any] = {name: math.nan if value is None else value for name, value in facts["change"].items()}
-    return f"base {facts['base_loss']:.4f} -> adapter {facts['loss']:.4f}, perplexity {change_words(Change(**change))}"
-
-
-def right_words(examples: Sequence[Mapping[str, Any]]) -> str:
-    """Return how many answers of each model are right; empty if none can be checked."""
-    said = [row["said"] for row in shown_answers_to(examples)["rows"]]
-    checked = [[right for _, right in one] for one in said if any(right is not None for _, right in one)]
-    if not checked:
-        return ""
-    counts = ", ".join(f"{name} {sum(map(bool, column))}" for name, column in zip(MODELS, zip(*checked, strict=True), strict=False))
-    return f"right answers to the {counted(len(checked), 'question')} that can be checked: {counts}"
+    return f"base {facts['base_loss']:.4f} -> adapter {facts['loss']:.4f}, perplexity {Change(**change).words()}"
 
 
 def write_evaluation_page(path: Path, facts: Mapping[str, Any], command: str, device: str) -> None:

@@ -19,8 +19,9 @@ from mlx_lora.adapters.inject import full_parameters, without_adapters
 from mlx_lora.data.dataset import EncodedSet, spaced_by_length
 from mlx_lora.data.right import is_right, normalized
 from mlx_lora.models.folder import FOREIGN_ERRORS, is_foreign
+from mlx_lora.reports.answers import MODELS
 from mlx_lora.reports.diagnosis import MOST_ALIKE
-from mlx_lora.reports.run_report import MODELS, Sample
+from mlx_lora.reports.run_report import Sample
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, write_texts
 from mlx_lora.trainer.report_callback import before_answer, greedy_text, row_answer, whole_words
 from mlx_lora.utils.errors import InputError
@@ -172,7 +173,9 @@ def _reworded(base: Base, data: DataSplits) -> list[int]:
             known.add(answer)
             asked.add(normalized(question_of(base, data.train, number)["question"]))
     numbers = [
-        n for n, answer in held.items() if answer in known and normalized(question_of(base, rows, n)["question"]) not in asked
+        n
+        for n, answer in held.items()
+        if answer in known and normalized(question_of(base, rows, n)["question"]) not in asked
     ]
     return _spaced(_checkable(base, rows, numbers), MOST_NEW)
 

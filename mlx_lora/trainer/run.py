@@ -12,13 +12,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mlx_lora.adapters.inject import adapter_parameters
-from mlx_lora.config.objectives import ObjectiveSettings
-from mlx_lora.data.examples import Text
-from mlx_lora.data.files import all_files
-from mlx_lora.data.read import read_rows
 from mlx_lora.models.load import Base, check_token_ids, load_base
 from mlx_lora.objectives.base import RunContext
-from mlx_lora.objectives.table import OBJECTIVES, check_kind, objective_of
+from mlx_lora.objectives.table import check_kind, objective_of
 from mlx_lora.parallel.ranks import ALONE, Ranks
 from mlx_lora.parallel.strategy import offloaded
 from mlx_lora.trainer.adapter import adapter_head, first_qat_step, put_adapter, qat_from, with_reference_of_run
@@ -32,7 +28,7 @@ from mlx_lora.trainer.header import left_by, loss_words, outcome_line, told_afte
 from mlx_lora.trainer.held_out import held_out_loss
 from mlx_lora.trainer.report_callback import RunPage, leave_card, reporting
 from mlx_lora.trainer.run_folder import check_room, continues_here, first_day, holds_adapter, own_folder
-from mlx_lora.trainer.state import LOSS, TASK, Diverged
+from mlx_lora.trainer.state import Diverged
 from mlx_lora.trainer.trainer import LoopHooks, Outcome, Steps, Trainer, alone
 from mlx_lora.trainer.validation_task import check_task, scorer_of
 from mlx_lora.utils import console, device
@@ -171,7 +167,6 @@ def check_request(
     settings: TrainSettings, ranks: Ranks, functions: Mapping[str, Callable[..., Any]] = NO_FUNCTIONS
 ) -> None:
     """Refuse, before anything is loaded, a run whose results could not be written or would overwrite others'."""
-    check_metric(settings)
     objective = objective_of(settings.objective)
     objective.check(settings.objective, functions)
     check_task(settings, objective)
@@ -194,12 +189,6 @@ def check_request(
         raise InputError(f"--shard-base {loop.shard_base} with --test alone: only training shares a base; leave it out")
     if not trains and loop.parallel != "data":
         raise InputError(f"--parallel {loop.parallel} with --test alone: only training cuts a base; leave it out")
-    if settings.data.ask:
-        if objective.name != "sft":
-            raise InputError(f"--ask with --objective {objective.name}: only sft answers questions; leave it out")
-        asked = read_rows(all_files(settings.data.ask), settings.data, "examples").entries
-        if all(isinstance(one, Text) for one in asked):
-            raise InputError(f"--ask {settings.data.ask}: no question with its answer; give rows such as prompt and completion")
     if not trains or not ranks.leads:
         return
     folder = Path(loop.adapter_path)
@@ -207,17 +196,6 @@ def check_request(
     if holds_adapter(folder) and not (loop.force or continues_here(loop)):
         raise InputError(
             f"--adapter-path {folder}: already holds an adapter; choose another folder, --resume to continue, or --force to overwrite it"
-        )
-
-
-def check_metric(settings: TrainSettings) -> None:
-    """Refuse an objective that cannot be trained as asked, or that does not report what the best validation is chosen by."""
-    metric = settings.loop.metric_for_best_model
-    if metric not in (LOSS, TASK, *objective_of(settings.objective).metrics):
-        reporting_it = [name for name in OBJECTIVES if metric in objective_of(ObjectiveSettings(name)).metrics]
-        raise InputError(
-            f"--metric-for-best-model {metric} with --objective {settings.objective.objective}: only "
-            f"{', '.join(reporting_it)} report it; leave it out to keep the validation with the lowest loss"
         )
 
 

@@ -25,7 +25,6 @@ from mlx_lora.reports.diagnosis import (
     YOUR_WORDS,
     Evidence,
     VerdictContext,
-    change_words,
     diagnose,
     verdict,
 )
@@ -187,7 +186,7 @@ def test_the_interval_is_over_rows_and_pairs_them():
     assert not paired_change(before, losses_of(2.5, 1.5)).certain
     few = paired_change(losses_of(3.0, rows=2), losses_of(2.5, rows=2))
     assert (few.low, few.high) == (-math.inf, math.inf)
-    assert "2 rows" in change_words(few), "a figure of two rows says that it is one"
+    assert "2 rows" in few.words(), "a figure of two rows says that it is one"
     # Longer rows count for more.
     long = RowLosses(np.array([10.0, 300.0]), np.array([10, 100]))
     assert long.loss == pytest.approx(310 / 110)
@@ -258,7 +257,7 @@ def test_an_interval_is_wider_for_each_measurement_that_chose(tmp_path):
     ],
 )
 def test_a_change_and_its_interval_have_the_same_unit(ratios, numbers):
-    words = change_words(Change(*map(math.log, ratios), 20)).replace("95% interval", "")
+    words = Change(*map(math.log, ratios), 20).words().replace("95% interval", "")
     assert re.findall(r"[\d.]+%?", words) == [*numbers, "20"]
 
 
