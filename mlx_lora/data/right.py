@@ -37,38 +37,6 @@ _TENS = {
     name: 10 * n
     for n, name in enumerate(("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"), 2)
 }
-_WORDS = 8  # an expected answer of at most so many words without numbers and names has to be given exactly
-YES, NO = frozenset(("yes", "true", "ja", "sí", "oui")), frozenset(("no", "false", "nein", "non"))
-# Words with a capital letter that say what a number counts, so that nobody has to repeat them.
-_UNITS = frozenset(
-    "i uhr euro euros eur usd gbp chf dollar franken kronen kc prozent grad kilo gramm liter meter kilometer stuck personen minute "  # noqa: SIM905
-    "minuten stunde stunden tag tage tagen woche wochen monat monate monaten jahr jahre jahren".split()
-)
-_SMALL = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
-_TENS = dict(
-    zip(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], range(20, 100, 10), strict=True)
-)
 _WORDS = re.compile(
     rf"\b(?:(?P<tens>{'|'.join(_TENS)})(?:[- ](?P<more>{'|'.join(_SMALL[1:10])}))?|(?P<small>{'|'.join(_SMALL)}))?"
     r"(?P<hundred>(?<=\w) hundred|\bhundred)?\b",
@@ -139,7 +107,7 @@ def _facts(text: str, names: bool = False) -> list[frozenset[str]]:
     for match in _NUMBER.finditer(text):
         found += _numbers(match[0].replace("\u2212", "-"))
     for match in _WORD.finditer(text):
-        before, word = text[: match.start()].rstrip(_OPENING), _folded(match[0])
+        before, word = text[max(0, match.start() - 8) : match.start()].rstrip(_OPENING), _folded(match[0])
         named = match[0] != match[0].lower() and word not in _UNITS and before and before[-1] not in ".!?:\n"
         if named or not names:
             found.append(frozenset({word}))

@@ -485,12 +485,10 @@ def verdict(
         (settings.get("objective") in RANKED, of_rankings),
         (settings.get("objective") == "embed", of_search),
     )
-    chosen = (
-        choices(validations, settings if ended else {}, context.rounded_from or 0, context.folder) if validations else 1
-    )
+    chosen = choices(validations, settings if ended else {}, context.rounded_from or 0, context.folder)
     evidence = replace(evidence_of(records, kept_step, context), choices=chosen, own=own, new=new)
     for applies, words_of_objective in of_its_own:
-        if applies:
+        if applies and kept:
             headline, tone = words_of_objective(validations, kept)
             if words_of_objective is not of_rewards:  # the loss of sampled answers says nothing about that
                 notes = [note for note in (_loss_note(diagnose(evidence), run),) if note] + notes

@@ -87,7 +87,7 @@ def choices(validations: list[Record], settings: Mapping[str, Any], rounded_from
     of a sweep count as well.
 
     Args:
-        validations: at least one.
+        validations: in order.
         settings: of run.yaml; `keep_best` counts only once the run has ended.
         rounded_from: see `rounding_begins`.
         folder: of the run; None: not known.

@@ -125,7 +125,7 @@ def ask_run(ctx: RunContext, data: DataSplits) -> list[dict[str, Any]]:
     if ctx.objective.name != "sft" or not ctx.settings.loop.sample_tokens or data.train.pictures is not None:
         return []
     own = _trained(base, data.train) if ctx.settings.data.mask_prompt else []
-    given = data.asked and [n for n in range(len(data.asked)) if row_answer(data.asked, n)]
+    given = [n for n in range(len(data.asked)) if row_answer(data.asked, n)] if data.asked is not None else []
     new = _spaced(given, MOST_GIVEN) if given else _reworded(base, data) if own else []
     for rows, numbers, new_words in ((data.train, own, False), (data.asked or data.valid, new, True)):
         if not numbers or rows is None:
