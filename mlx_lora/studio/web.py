@@ -41,6 +41,7 @@ LABELS = {
     "num_layers": "Adapted blocks, from the last",
     "val_batches": "Batches per validation",
     "valid_fraction": "Share of rows held out",
+    "ask": "Test questions of your own",
     "prompt_column": "Column of the prompt",
     "completion_column": "Column of the answer",
     "system_column": "Column of a system prompt",
