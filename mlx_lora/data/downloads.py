@@ -144,7 +144,13 @@ class NoAnswer(FormatError):
     """A server cannot be reached, or says nothing."""
 
 
-def download(url: str, public_only: bool = False, most_bytes: int = MOST_BYTES, seconds: float = WHOLE_S) -> bytes:
+def download(
+    url: str,
+    public_only: bool = False,
+    most_bytes: int = MOST_BYTES,
+    seconds: float = WHOLE_S,
+    body: bytes | None = None,
+) -> bytes:
     """Return the file at a web address.
 
     Args:
@@ -152,19 +158,20 @@ def download(url: str, public_only: bool = False, most_bytes: int = MOST_BYTES, 
         public_only: allow no address of the local network, and use no proxy.
         most_bytes: of the file.
         seconds: until it is there.
+        body: JSON that is sent to the address, whose server may think until then; None: nothing is sent.
 
     Raises:
         FormatError: it cannot be downloaded; the message is the reason.
     """
     try:
-        asked = _Request(_quoted(url), public_only)
+        asked = _Request(_quoted(url), public_only, body=body)
     except ValueError as error:
         raise FormatError(f"is no web address ({first_line(error)})") from error
     late = threading.Timer(seconds, asked.stop)  # a server that sends a byte now and then
     late.daemon = True
     late.start()
     try:
-        return _content(_opener(public_only), asked, most_bytes, min(ANSWER_S, seconds))
+        return _content(_opener(public_only), asked, most_bytes, seconds if body else min(ANSWER_S, seconds))
     except FormatError:
         raise
     except HTTPError as error:
@@ -227,8 +234,9 @@ class _Request(web.Request):
         is_late: whether the request was stopped.
     """
 
-    def __init__(self, url: str, public_only: bool, before: _Request | None = None):
-        super().__init__(url, headers={"User-Agent": AGENT, "Accept": "image/*"})
+    def __init__(self, url: str, public_only: bool, before: _Request | None = None, body: bytes | None = None):
+        headers = {"User-Agent": AGENT, "Accept": "image/*"} if body is None else {"Content-Type": "application/json"}
+        super().__init__(url, body, headers)
         self.public_only, self.is_local = public_only, False
         self.first = before.first if before else self
         self.turns: int = before.turns + 1 if before else 0

@@ -215,7 +215,7 @@ class RunFolder:
             note_run(self.path)
         if written is not None and written.resolve() != (self.path / WRITTEN).resolve():
             with replacing_folder(self.path / WRITTEN) as copied:
-                for file in written.glob("*.jsonl"):
+                for file in written.iterdir():
                     shutil.copyfile(file, copied / file.name)
 
     def _best_beside(self, room: Path) -> Path | None:
