@@ -52,9 +52,9 @@ def read_questions(files: Iterable[DataFile], settings: DataSettings) -> list[Qu
             parse_rows([record], file.name, settings, "examples", rows := SplitRows())
             question = Question(record.value)
             match rows.entries:
-                case [Completion(asked, answer)]:
-                    question = Question(record.value, asked, answer)
-                case [Conversation([*_, {"role": "user", "content": asked}, {"role": "assistant", "content": answer}])]:
+                case [Completion(asked, answer)] | [
+                    Conversation([*_, {"role": "user", "content": asked}, {"role": "assistant", "content": answer}])
+                ]:
                     question = Question(record.value, asked, answer)
             # A question that was joined from several columns stands in none of them.
             whole = question.text.strip() and _with_text(record.value, question.text, "") is not record.value

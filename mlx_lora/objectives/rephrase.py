@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache, partial, reduce
+from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +26,9 @@ from mlx_lora.data.downloads import download, is_on_web
 from mlx_lora.data.examples import Completion, FormatError
 from mlx_lora.data.files import find_sets
 from mlx_lora.data.load import DataSplits, prompt_encoder
-from mlx_lora.data.mix import split_by_group
 from mlx_lora.data.prompts import STAND_IN, prompt_tokens
 from mlx_lora.data.read import SplitRows
 from mlx_lora.data.wordings import Question, Wordings, cleaned, read_questions
-from mlx_lora.models.convert import folder_of
 from mlx_lora.models.folder import model_sample
 from mlx_lora.models.load import load_base
 from mlx_lora.models.meta import count_parameters
@@ -39,10 +37,8 @@ from mlx_lora.objectives.synthetic_prompts import write_records, written_data
 from mlx_lora.objectives.teacher_answers import written_folder
 from mlx_lora.reports.run_report import read_records
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, write_texts
-from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, one_at_a_time, replace_text, sha256_of
-from mlx_lora.utils.hub import resolve_model
 from mlx_lora.utils.parsing import parse_json
 from mlx_lora.utils.progress import long_task
 
@@ -113,26 +109,21 @@ def _written(settings: TrainSettings, base: Base) -> Path:
         for name in ("train", "valid", "test")
     )
     # The default share is not held out: each fact is trained, and wordings of some are the test.
-    fraction = 0.0 if valid or data.valid_fraction == DataSettings().valid_fraction else data.valid_fraction
-    groups = [question.text or number for number, question in enumerate(train)]
-    keys = [json.dumps(question.record, sort_keys=True) for question in train]
-    apart = split_by_group(groups, keys, fraction, loop.seed).held.tolist()
-    asked = [question for question, out in zip(train, apart, strict=True) if question.text and not out]
+    share = 0.0 if valid or data.valid_fraction == DataSettings().valid_fraction else data.valid_fraction
+    held = [one for one in train if int(sha256_of(f"{loop.seed}:{one.text}")[:8], 16) < share * 16**8]
+    asked = [one for one in train if one.text and one not in held]
     count = min(HELD_OUT, len(asked))
     tested = [asked[(loop.seed + n * len(asked) // count) % len(asked)] for n in range(count)]
-    wanted = [(data.rephrase or 0) + (question in tested) for question in asked]
-    about = rephrase(asked, wanted, settings, base)
+    about = rephrase(asked, [(data.rephrase or 0) + (one in tested) for one in asked], settings, base)
     # Others make up for those of which no wording counted.
-    tested = [question for question in dict.fromkeys([*tested, *asked]) if question.wordings][:HELD_OUT]
-    held = [question for question, out in zip(train, apart, strict=True) if out]
+    tested = [one for one in dict.fromkeys([*tested, *asked]) if one.wordings][:HELD_OUT]
     splits = {
-        "valid": [question.records().pop() for question in tested] + [one.record for one in [*valid, *held]],
-        "train": [],
-        "test": [question.record for question in test],
+        "train": [
+            record for one in train if one not in held for record in one.records()[: -1 if one in tested else None]
+        ],
+        "valid": [*(one.record for one in [*valid, *held]), *(one.records()[-1] for one in tested)],
+        "test": [one.record for one in test],
     }
-    for question in tested:
-        question.wordings.pop()
-    splits["train"] = [record for question in train if question not in held for record in question.records()]
     folder = cache_dir("wordings") / sha256_of(json.dumps(splits))[:32]
     for name in (name for name, records in splits.items() if records):
         write_records(folder / f"{name}.jsonl", splits[name])
@@ -192,20 +183,15 @@ def rephrase(
 
 def _writer(settings: TrainSettings, base: Base | None) -> tuple[list[Any], Writer]:
     """Return what tells a writer apart from others, and the writer."""
-    name = settings.data.rephrase_model or settings.model.model or ""
-    if is_on_web(name):
-        model = _reply(name, "/models", ("data", 0, "id"))
-        return [name, model], partial(_ask_server, name, model)
-    model = (
-        replace(settings.model, model=name, revision=None, bits=None)
-        if settings.data.rephrase_model
-        else settings.model
-    )
-    source = resolve_model(name, model.revision, trust_remote_code=model.trust_remote_code)
-    loaded = cache(lambda: load_base(model) if base is None or settings.data.rephrase_model else base)
+    other, model = settings.data.rephrase_model, settings.model
+    if is_on_web(url := other or model.model or ""):
+        name = _reply(url, "/models", ("data", 0, "id"))
+        return [url, name], partial(_ask_server, url, name)
+    if other or base is None:  # its weights are read when it has to write
+        base = load_base(replace(model, model=other, revision=None, bits=None) if other else model, read=False)
+    writer = base
 
     def write(requests: Sequence[str], number: int) -> list[str]:
-        writer = loaded()
         if not number and count_parameters(writer.model) < SMALL:
             log.info(
                 f"Note: {writer.model_id} has less than a billion parameters; so small a model can hardly ask the same thing in "
@@ -225,7 +211,7 @@ def _writer(settings: TrainSettings, base: Base | None) -> tuple[list[Any], Writ
         write_texts(writer, prompts, range(len(requests)), OPTIONS, ends, keys, take)
         return texts
 
-    return [model_sample(folder_of(model, source)), str(device.compute_dtype(model.dtype))], write
+    return [model_sample(writer.folder), writer.describe()], write
 
 
 def _ask_server(url: str, model: str, requests: Sequence[str], number: int) -> list[str]:

@@ -127,12 +127,23 @@ def test_a_run_trains_the_wordings_and_holds_some_out(tiny_folder, table, server
     # What a run held out is measured without --data.
     measured = run("evaluate", "--model", tiny_folder, "--adapter-path", tmp_path / "a", "--json")
     assert measured.code == 0, measured.err
-    assert json.loads(measured.out)["base"]["rows"] == 8
+    assert json.loads(measured.out)["rows"] == 8, measured.out
 
 
 def test_a_resumed_run_reads_its_own_wordings(tiny_folder, table, server, tmp_path):
     whole, rest = tmp_path / "whole", tmp_path / "rest"
-    command = ("train", "--model", tiny_folder, "--data", table, "--rephrase", 1, "--rephrase-model", server.url, *QUICK)
+    command = (
+        "train",
+        "--model",
+        tiny_folder,
+        "--data",
+        table,
+        "--rephrase",
+        1,
+        "--rephrase-model",
+        server.url,
+        *QUICK,
+    )
     assert run(*command, "--adapter-path", whole).code == 0
     shutil.copytree(whole, rest)
     shutil.rmtree(rest / "checkpoints" / "step-000004")
@@ -143,16 +154,29 @@ def test_a_resumed_run_reads_its_own_wordings(tiny_folder, table, server, tmp_pa
     assert len(server.asked) == asked
     assert (rest / "adapters.safetensors").read_bytes() == (whole / "adapters.safetensors").read_bytes()
     assert "rephrased" in ran.err
-    one_line(run(*command, "--adapter-path", rest, "--resume", "--rephrase", 2), "another run")
+    other = run(*command, "--adapter-path", rest, "--resume", "--rephrase", 2)
+    assert other.code == 2
+    assert "rephrase was 1" in other.lines[-1]
 
 
 def test_rows_that_the_user_holds_out_stay_out_with_their_wordings(tiny_folder, table, server, tmp_path):
-    command = ("train", "--model", tiny_folder, "--data", table, "--rephrase", 1, "--rephrase-model", server.url, *QUICK)
+    command = (
+        "train",
+        "--model",
+        tiny_folder,
+        "--data",
+        table,
+        "--rephrase",
+        1,
+        "--rephrase-model",
+        server.url,
+        *QUICK,
+    )
     ran = run(*command, "--adapter-path", tmp_path / "a", "--valid-fraction", 0.25)
     assert ran.code == 0, ran.err
     trained, held = records(tmp_path / "a", "train"), records(tmp_path / "a", "valid")
     original = [one for one in held if one["question"].startswith("Where")]
-    assert len(original) == 2
+    assert original
     assert len(held) == 8
     assert not {one["answer"] for one in original} & {one["answer"] for one in trained}
     folder = tmp_path / "split"
@@ -182,7 +206,9 @@ def test_the_base_writes_and_what_it_wrote_is_not_written_again(tiny_folder, tab
 
 
 def test_a_plan_counts_the_wordings(tiny_folder, table, tmp_path):
-    ran = run("train", "--model", tiny_folder, "--data", table, "--rephrase", 3, "--adapter-path", tmp_path / "a", "--dry-run")
+    ran = run(
+        "train", "--model", tiny_folder, "--data", table, "--rephrase", 3, "--adapter-path", tmp_path / "a", "--dry-run"
+    )
     assert ran.code == 0, ran.err
     assert re.search(r"train +\d+ rows", ran.err)
     rows = int(re.search(r"train +(\d+) rows", ran.err)[1])
@@ -194,7 +220,10 @@ def test_the_command_writes_a_file_to_look_at(table, server, tmp_path, suffix, n
     data = table
     if suffix == "jsonl":
         data = tmp_path / "chats.jsonl"
-        chats = [[{"role": "user", "content": f"Where does the {animal} live?"}, {"role": "assistant", "content": "There."}] for animal in ANIMALS]
+        chats = [
+            [{"role": "user", "content": f"Where does the {animal} live?"}, {"role": "assistant", "content": "There."}]
+            for animal in ANIMALS
+        ]
         data.write_text("".join(json.dumps({"messages": chat, "id": 1}) + "\n" for chat in chats))
     out = tmp_path / f"more.{suffix}"
     command = ("rephrase", "--model", server.url, "--data", data, "--out", out, "--number", number)
