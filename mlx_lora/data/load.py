@@ -83,12 +83,8 @@ log = logging.getLogger(__name__)
 
 EVALUATION = "evaluation"  # what errors call the data that is only measured
 UNCACHED = "prompts"  # what rewards see of these records is not stored
-NOT_KEPT = (
-    UNCACHED,
-    PICTURES,
-    *WITHOUT_PICTURES,
-    *OWN_ENTRIES,
-)  # records whose columns or pictures are needed in addition to their tokens
+# Records whose columns or pictures are needed in addition to their tokens.
+NOT_KEPT = (UNCACHED, PICTURES, *WITHOUT_PICTURES, *OWN_ENTRIES)
 
 
 @dataclass(frozen=True)

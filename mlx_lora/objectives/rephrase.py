@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_lora.config.settings import DataSettings
 from mlx_lora.data.downloads import download, is_on_web
-from mlx_lora.data.examples import Completion, FormatError
+from mlx_lora.data.examples import Completion, FormatError, Record
 from mlx_lora.data.files import find_sets
 from mlx_lora.data.load import DataSplits, prompt_encoder
 from mlx_lora.data.prompts import STAND_IN, prompt_tokens
 from mlx_lora.data.read import SplitRows
+from mlx_lora.data.records import read_records
 from mlx_lora.data.wordings import Question, Wordings, cleaned, read_questions
 from mlx_lora.models.folder import model_sample
 from mlx_lora.models.load import load_base
@@ -35,7 +36,6 @@ from mlx_lora.models.meta import count_parameters
 from mlx_lora.objectives.base import Objective, RunContext
 from mlx_lora.objectives.synthetic_prompts import write_records, written_data
 from mlx_lora.objectives.teacher_answers import written_folder
-from mlx_lora.reports.run_report import read_records
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, write_texts
 from mlx_lora.utils.errors import InputError
 from mlx_lora.utils.files import cache_dir, one_at_a_time, replace_text, sha256_of
@@ -155,7 +155,8 @@ def rephrase(
     key = sha256_of(json.dumps([VERSION, identity, texts, list(wanted), settings.loop.seed]))
     file, rules, dropped = cache_dir("wordings") / f"{key[:32]}.jsonl", Wordings(questions), Counter[str]()
     with one_at_a_time(file), long_task("Rephrasing", sum(wanted), "wordings") as task:
-        rounds = read_records(file)
+        read = read_records(file) if file.exists() else ()  # but for a line that a kill left incomplete
+        rounds = [record.value for record in read if isinstance(record, Record)]
         for number in range(TRIES * max(wanted)):
             asked = [place for place, one in enumerate(questions) if len(one.wordings) < wanted[place]]
             if not asked:
