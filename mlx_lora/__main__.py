@@ -23,6 +23,7 @@ COMMANDS = {
     "fuse": "Merge an adapter into its base model.",
     "sweep": "Find good settings with many short runs.",
     "embed": "Compute the vectors of texts, for search.",
+    "rephrase": "Write other wordings of the questions in a data file, to look at and edit before training.",
     "mine": "Find documents that look like answers but are not, to train embeddings with.",
     "merge": "Merge several adapters of one base into one adapter.",
     "demo": "Train a small model to answer in verse. This takes a few minutes.",

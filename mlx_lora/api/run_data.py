@@ -23,8 +23,10 @@ from mlx_lora.data.files import find_sets, is_local, named_sets
 from mlx_lora.data.load import DataSplits, load_data
 from mlx_lora.data.records import read_records
 from mlx_lora.exporters.adapter_folder import run_of, with_limits_of_run
+from mlx_lora.objectives.synthetic_prompts import written_data
 from mlx_lora.reports.run_report import read_facts
 from mlx_lora.trainer.adapter import with_reference_of_run
+from mlx_lora.trainer.run_folder import WRITTEN
 from mlx_lora.utils.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -213,7 +215,9 @@ def data_of_run(
             return "the data of its run is not on this disk"
         if _bytes_of(data) > most_bytes:
             return "the data of its run is large"
-        splits = load_data(settings.data, tokenizer, settings.loop.seed)
+        written = settings.data.rephrase and (adapter / WRITTEN).is_dir()
+        asked = written_data(settings.data, adapter / WRITTEN) if written else settings.data
+        splits = load_data(asked, tokenizer, settings.loop.seed)
     except InputError as error:
         return f"the data of its run cannot be read ({error})"
     return splits if _as_it_was(adapter, splits) else "the data of its run has changed"

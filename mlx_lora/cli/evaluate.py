@@ -82,7 +82,10 @@ OF_TASKS = ("--tasks", "--metric", "--judge")
 
 @click.command(cls=EvaluateCommand)
 @flags.settings_options(
-    "model", "data", "objective", leave_out=("decode_weights", "valid_fraction", "shared_prefix", "ask")
+    "model",
+    "data",
+    "objective",
+    leave_out=("decode_weights", "valid_fraction", "shared_prefix", "ask", "rephrase", "rephrase_model"),
 )
 @flags.adapter_options(help="Adapter folder, or hub id, to put on the model.")
 @click.option("--batch-tokens", type=click.IntRange(min=2), default=None, help="Tokens per batch, padding included.")

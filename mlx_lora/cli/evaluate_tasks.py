@@ -46,7 +46,7 @@ OF_TASKS_ONLY = {"fewshot": "--num-fewshot", "apply_chat_template": "--apply-cha
 
 
 @click.command(cls=TasksCommand)
-@flags.settings_options("model", "data", leave_out=("valid_fraction", "ask"))
+@flags.settings_options("model", "data", leave_out=("valid_fraction", "ask", "rephrase", "rephrase_model"))
 @flags.named_adapters_options(" All are measured in the same batches as the base.")
 @click.option(
     "--tasks",

@@ -262,6 +262,14 @@ def _data_problems(settings: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"--pairs {settings['pairs']} with --objective {objective}: it reads no pairs; leave --pairs out"
         )
+    if settings["rephrase"] is not None and objective != "sft":
+        problems.append(
+            f"--rephrase with --objective {objective}: only sft trains on rephrased questions; leave it out"
+        )
+    if settings["rephrase_model"] is not None and settings["rephrase"] is None:
+        problems.append(
+            "--rephrase-model without --rephrase: say how many wordings of each question, as in --rephrase 3"
+        )
     if settings["fetch_images"] and objective != "vision_sft" and not settings["images"]:
         problems.append(
             f"--fetch-images with --objective {objective}: pictures are only shown with --objective vision_sft or --images; "

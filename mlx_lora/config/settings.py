@@ -110,6 +110,12 @@ class DataSettings:
         MODEL, choices=PAIRS)
     valid_fraction: float = setting(0.05, "Share of rows held out when there is no validation file.",
         MODEL, at_least=0, at_most=0.9)
+    rephrase: int | None = setting(None,
+        "sft: let a model write this many other wordings of each question, and train them with the same answer; up to 20 more are "
+        "never trained, and measure whether the answer is known in new words.", MODEL, at_least=1, at_most=100)
+    rephrase_model: str | None = setting(None,
+        "With --rephrase: the model that writes the wordings, given as for --model, or the address of a server with OpenAI's "
+        "protocol, such as http://127.0.0.1:1234/v1 of LM Studio (default: the base).", MODEL, may_change=True, per_machine=True)
     strict: bool = setting(False, "Stop if the data has unusable rows, instead of skipping them.",
         MODEL, may_change=True, per_machine=True)
 

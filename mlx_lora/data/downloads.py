@@ -140,18 +140,19 @@ class NoAnswer(FormatError):
     """A server cannot be reached, or says nothing."""
 
 
-def download(url: str, most_bytes: int = MOST_BYTES, seconds: float = WHOLE_S) -> bytes:
+def download(url: str, most_bytes: int = MOST_BYTES, seconds: float = WHOLE_S, body: bytes | None = None) -> bytes:
     """Return the file at a web address.
 
     Args:
         url: http or https.
         most_bytes: of the file.
         seconds: until it is there.
+        body: JSON that is sent to the address, whose server may think until then; None: nothing is sent.
 
     Raises:
         FormatError: it cannot be downloaded; the message is the reason.
     """
-    way = _Way(min(ANSWER_S, seconds))
+    way = _Way(seconds if body else min(ANSWER_S, seconds), body)
     late = threading.Timer(seconds, way.stop)  # a server that sends a byte now and then
     late.daemon = True
     late.start()
@@ -164,7 +165,7 @@ def download(url: str, most_bytes: int = MOST_BYTES, seconds: float = WHOLE_S) -
                 raise FormatError(f"{what} ({first_line(error)})") from error
             with way.reply(parts) as reply:
                 moved = reply.headers.get("Location") if reply.status in MOVED else None
-                if moved is None:
+                if moved is None or body:
                     return _content(reply, most_bytes, way)
             # A header has bytes, which http.client reads as Latin-1.
             url = urljoin(parts.geturl(), quote(moved, safe=string.punctuation, encoding="latin-1"))
@@ -222,9 +223,9 @@ class _Way:
         is_late: whether it was stopped.
     """
 
-    def __init__(self, answer_s: float):
+    def __init__(self, answer_s: float, body: bytes | None):
         self.public_only = self.is_late = False
-        self._answer_s = answer_s
+        self._answer_s, self._body = answer_s, body
         self._socket: socket.socket | None = None
 
     @contextmanager
@@ -262,7 +263,8 @@ class _Way:
             self._socket = connection.sock
             if self.is_late:
                 raise TimeoutError
-            connection.request("GET", path, headers=headers)
+            sent = {"Content-Type": "application/json"} if self._body else {}
+            connection.request("POST" if self._body else "GET", path, self._body, headers | sent)
             with connection.getresponse() as reply:
                 yield reply
 

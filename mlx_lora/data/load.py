@@ -64,6 +64,7 @@ from mlx_lora.data.report import (
     DataReport,
     DroppedRow,
     Location,
+    NearDuplicates,
     SetReport,
     SplitReport,
     example_pieces,
@@ -254,7 +255,8 @@ def _make_splits(
     mixed = mix(encoded["train"], keys["train"], repeats.groups, train_parts, settings.valid_fraction, seed)
     train, held = mixed.train, mixed.held
     _check_sets(mixed.sets)
-    near = repeats.across(mixed.held_records)
+    # Wordings that are held out are meant to be near the trained ones.
+    near = NearDuplicates() if settings.rephrase else repeats.across(mixed.held_records)
     rows = {name: part.rows for name, part in encoded.items() if len(part.rows)} | {"train": train}
     own = _valid_sources(sets, train_parts, held)
     if valid := joined_sets(rows.get("valid"), held):

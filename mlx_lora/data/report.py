@@ -156,6 +156,7 @@ class DataReport:
     records: str = "examples"
     sets: list[SetReport] = field(default_factory=list)
     near_duplicates: NearDuplicates = NearDuplicates()
+    rephrased: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values for JSON."""
@@ -205,6 +206,9 @@ class DataReport:
         lines += [cut(f"  {row.location}: {_clean(row.why)}", MAX_REASON_CHARS) for row in self.dropped_rows]
         if self.dropped > len(self.dropped_rows):
             lines.append(f"  and {self.dropped - len(self.dropped_rows):,} more")
+        lines += [
+            _line("rephrased", line) if line is self.rephrased[0] else f"  {_clean(line)}" for line in self.rephrased
+        ]
         lines += [_line("note", note) for note in self.notes]
         if self.example:
             mark = "in green" if color else "between ⟦ and ⟧"

@@ -38,7 +38,7 @@ from mlx_lora.models.folder import model_sample
 from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, write_texts
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import cache_dir, one_at_a_time, replacing_file, sha256_of
+from mlx_lora.utils.files import cache_dir, one_at_a_time, replace_text, sha256_of
 from mlx_lora.utils.progress import LongTask, long_task
 from mlx_lora.utils.text import counted
 
@@ -98,15 +98,13 @@ def read_prompts(settings: DataSettings) -> dict[str, SplitRows]:
 
 def write_records(file: Path, records: Iterable[Fields]) -> None:
     """Write records as JSON lines that a person can read and edit."""
-    with replacing_file(file) as temporary:
-        temporary.write_text(
-            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
-        )
+    replace_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def written_data(settings: DataSettings, data: Path) -> DataSettings:
-    """Return settings for data that `write_records` wrote."""
-    defaults: Mapping[str, Any] = {name: getattr(DataSettings(), name) for name in RECORD_SETTINGS}
+    """Return settings for data that `write_records` wrote; rephrased records have the names that the user's have."""
+    names = RECORD_SETTINGS if settings.rephrase is None else ("speaker", "conversation_gap")
+    defaults: Mapping[str, Any] = {name: getattr(DataSettings(), name) for name in names}
     return replace(settings, data=str(data), **defaults)
 
 

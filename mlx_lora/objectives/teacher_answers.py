@@ -23,6 +23,7 @@ import mlx.core as mx
 
 from mlx_lora.config.fields import flag_of
 from mlx_lora.config.objectives import OF_WRITING, ObjectiveSettings
+from mlx_lora.data.files import named_sets
 from mlx_lora.data.load import DataSplits, prompt_encoder
 from mlx_lora.data.prompts import Prompt, encode_prompts, read_teacher_prompt, with_answer
 from mlx_lora.data.read import SplitRows
@@ -41,7 +42,7 @@ from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, write_texts
 from mlx_lora.trainer.run_folder import WRITTEN
 from mlx_lora.utils import device
 from mlx_lora.utils.errors import InputError
-from mlx_lora.utils.files import cache_dir, one_at_a_time, replacing_file, sha256_of
+from mlx_lora.utils.files import cache_dir, one_at_a_time, replace_text, sha256_of
 from mlx_lora.utils.progress import long_task
 from mlx_lora.utils.text import counted
 
@@ -50,28 +51,12 @@ if TYPE_CHECKING:
     from mlx_lora.data.examples import Fields
     from mlx_lora.losses.divergence import DivergenceOptions
     from mlx_lora.models.load import Base
-    from mlx_lora.parallel.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
 VERSION = 1  # of how answers are written; a higher one leaves older ones unused
 STREAM = 1 << 41  # the number of the answers' random streams
 DISTILL = "distill"
-
-
-@dataclass(frozen=True)
-class AnsweredData:
-    """The data of a run, after a teacher has answered what had no answer.
-
-    Attributes:
-        data: settings that name it.
-        folder: of what was written for the run; None: nothing was.
-        words: what reports call the data, if something was written.
-    """
-
-    data: DataSettings
-    folder: Path | None = None
-    words: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,47 +68,45 @@ class Answer:
     ended: bool
 
 
-def data_with_answers(
-    settings: TrainSettings, base: Base, ranks: Ranks, today: date, trains: bool = True
-) -> AnsweredData:
-    """Return the data of a run; what a teacher or the base has to write first is written here.
-
-    Args:
-        settings: of the run.
-        base: without an adapter.
-        ranks: the processes of the run; rank 0 writes, and all get the same.
-        today: the day for templates that show the date.
-        trains: whether the run trains; if not, what its run folder holds is read.
-
-    Raises:
-        InputError: the data, the model or the settings do not permit it.
-    """
-    data, objective = settings.data, settings.objective
-    if objective.objective != DISTILL or (objective.on_policy and data.data is not None):
-        return AnsweredData(data)  # nobody writes, or the student does, during the run
-    if data.data is not None and not has_unanswered(data):
-        _refuse_sampling(objective)
-        return AnsweredData(data)
+def read_answered(objective: Objective, ctx: RunContext) -> DataSplits:
+    """Read the data of a run of distillation, after a teacher has answered what had no answer; see `Objective.load_data`."""
+    settings, asked, data = ctx.settings, ctx.settings.objective, ctx.settings.data
+    teacher_prompt = read_teacher_prompt(asked.teacher_prompt)
+    # Otherwise nobody writes, or the student does, during the run.
+    writes = asked.objective == DISTILL and not (asked.on_policy and data.data is not None)
+    if not writes or (data.data is not None and not has_unanswered(data)):
+        if writes:
+            _refuse_sampling(asked)
+        return objective.read_data(ctx, data, teacher_prompt)
     if settings.loop.offload_base == "on":
         raise InputError(
             f"--data {data.data or 'is not given'} with --offload-base on: somebody has to write answers, token by token, for which the "
             "whole model must be in memory; give data with answers, or leave --offload-base out"
         )
-    words = f"{data.data or 'prompts that the model wrote'}{'' if objective.on_policy else ', answered by the teacher'}"
-    folder = None
-    if ranks.leads:
-        folder = kept_folder(settings.loop, trains) or _written(settings, base, today)
-    folder = _on_every_rank(folder, ranks)
-    return AnsweredData(written_data(data, folder), folder, words)
+    words = f"{data.data or 'prompts that the model wrote'}{'' if asked.on_policy else ', answered by the teacher'}"
+    folder = written_folder(ctx, lambda: _written(settings, ctx.plain_base, ctx.today or date.today()))
+    splits = objective.read_data(ctx, written_data(data, folder), teacher_prompt)
+    return replace(splits, report=replace(splits.report, data=words), written=folder)
 
 
-def read_answered(objective: Objective, ctx: RunContext) -> DataSplits:
-    """Read the data of a run of distillation, after a teacher has answered what had no answer; see `Objective.load_data`."""
-    given = data_with_answers(ctx.settings, ctx.plain_base, ctx.strategy.ranks, ctx.today or date.today(), ctx.trains)
-    splits = objective.read_data(ctx, given.data, read_teacher_prompt(ctx.settings.objective.teacher_prompt))
-    if given.folder is None:
-        return splits
-    return replace(splits, report=replace(splits.report, data=given.words), written=given.folder)
+def written_folder(ctx: RunContext, write: Callable[[], Path]) -> Path:
+    """Return the folder of what models wrote for a run: its own if the run has one already, else what `write` returns.
+
+    The first rank writes, and all get the same.
+    """
+    ranks = ctx.strategy.ranks
+    folder = (kept_folder(ctx.settings.loop, ctx.trains) or write()) if ranks.leads else None
+    texts = ranks.from_first(
+        {file.name: file.read_text(encoding="utf-8") for file in sorted(folder.iterdir())} if folder else {}
+    )
+    if folder is not None:
+        return folder
+    copied = (
+        cache_dir("answers") / sha256_of(json.dumps(texts))[:32] / "data"
+    )  # this machine may not have the first rank's
+    for name, text in texts.items():
+        replace_text(copied / name, text)
+    return copied
 
 
 class WithTeacher(Objective):
@@ -158,19 +141,6 @@ def _written(settings: TrainSettings, base: Base, today: date) -> Path:
     return _answered(settings, base, today)
 
 
-def _on_every_rank(folder: Path | None, ranks: Ranks) -> Path:
-    """Return the folder of the first rank's files, on other ranks a copy of them, since their machines may not have it."""
-    files = [] if folder is None else sorted(folder.glob("*.jsonl"))
-    texts = ranks.from_first({file.name: file.read_text(encoding="utf-8") for file in files})
-    if folder is not None:
-        return folder
-    copied = cache_dir("answers") / sha256_of(json.dumps(texts))[:32] / "data"
-    for name, text in texts.items():
-        with replacing_file(copied / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return copied
-
-
 def _refuse_sampling(objective: ObjectiveSettings) -> None:
     """Refuse settings of sampling if nothing is sampled."""
     given = [flag_of(name) for name in OF_WRITING if getattr(objective, name) != getattr(ObjectiveSettings(), name)]
@@ -195,11 +165,15 @@ def readable_data(settings: TrainSettings) -> tuple[DataSettings, int]:
     These are 0 for data that has answers, or whose prompts the student answers.
     """
     data, objective = settings.data, settings.objective
+    kept = kept_folder(settings.loop)
+    if data.rephrase:  # planned as if every question got all of its wordings
+        times = data.rephrase + 1
+        more = ",".join(f"{name}={weight * times:g}" for name, weight in named_sets(data.data or ""))
+        return (replace(data, data=more) if kept is None else written_data(data, kept)), 0
     if objective.objective != DISTILL or (objective.on_policy and data.data is not None):
         return data, 0
     if data.data is not None and not has_unanswered(data):
         return data, 0
-    kept = kept_folder(settings.loop)
     return (data, objective.max_new_tokens) if kept is None else (written_data(data, kept), 0)
 
 

@@ -217,7 +217,7 @@ class RunFolder:
             keep_allowed(self.path / "run.yaml", code_of(repeated))
         if written is not None and written.resolve() != (self.path / WRITTEN).resolve():
             with replacing_folder(self.path / WRITTEN) as copied:
-                for file in written.glob("*.jsonl"):
+                for file in written.iterdir():
                     shutil.copyfile(file, copied / file.name)
 
     def _best_beside(self, room: Path) -> Path | None:

@@ -1,0 +1,69 @@
+"""Write other wordings of the questions in a data file, to look at and edit before training.
+
+python -m mlx_lora rephrase --model DIR --data faq.csv --out faq-3.csv
+python -m mlx_lora rephrase --model http://127.0.0.1:1234/v1 --data faq.csv --out faq-3.csv --number 5
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_lora.cli import options as flags
+from mlx_lora.config.load import train_settings
+from mlx_lora.data.files import find_sets
+from mlx_lora.data.wordings import read_questions
+from mlx_lora.objectives.rephrase import rephrase
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import replacing_file
+from mlx_lora.utils.text import command_line
+
+TABLES = (".csv", ".tsv", ".xlsx")
+
+
+@click.command(cls=flags.ShortCommand)
+@flags.settings_options("model", leave_out=("decode_weights",))
+@flags.setting_option("data")
+@flags.setting_option("data_format")
+@flags.setting_option("prompt_column")
+@flags.setting_option("completion_column")
+@flags.setting_option("chat_column")
+@flags.setting_option("turn_names")
+@flags.setting_option("seed")
+@click.option("--number", type=click.IntRange(1, 100), default=3, show_default=True, help="Wordings of each question.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="File to write: .csv for a table, else .jsonl."
+)
+@click.option("--force", is_flag=True, help="Replace --out.")
+@flags.as_one("file", flags.NewFile)
+def main(file: flags.NewFile, number: int, **options: Any) -> None:
+    """Write the records of --data, each followed by itself with other wordings of its question.
+
+    --model is a model, or the address of a server with OpenAI's protocol, such as LM Studio's or Ollama's. Only training
+    rows are read.
+    """
+    settings = train_settings(flags.given(options))
+    read = [one for data in find_sets(settings.data.data or "") for one in data.splits.get("train", ())]
+    file.check(one.path for one in read)
+    table = all(one.path.suffix.lower() in TABLES for one in read)
+    if file.out.suffix.lower() != (form := ".csv" if table else ".jsonl"):
+        raise InputError(f"--out {file.out}: the rows of --data are written as {form}; give a name that ends so")
+    questions = read_questions(read, settings.data)
+    asked = [question for question in questions if question.text]
+    lines = rephrase(asked, [number] * len(asked), settings, None)
+    records = [record for question in questions for record in question.records()]
+    with replacing_file(file.out) as temporary, temporary.open("w", encoding="utf-8", newline="") as out:
+        if table:
+            rows = csv.DictWriter(out, list(dict.fromkeys(name for record in records for name in record)))
+            rows.writeheader()
+            rows.writerows(records)
+        else:
+            out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    click.echo("\n  ".join([f"{len(records):,} rows in {file.out}: {lines[0]}", *lines[1:]]))
+    click.echo(
+        f"Look at them, change what you do not like, and train: {command_line(['train', '--data', str(file.out)])}"
+    )

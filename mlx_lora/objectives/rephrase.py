@@ -1,0 +1,241 @@
+"""Let a model write other wordings of the questions in --data, so that what is learned is found under other words too.
+
+    <cache>/wordings/<key>.jsonl                  what the model wrote, a line for each round
+                     <key>/train.jsonl ...        the records to train on; valid.jsonl has wordings that are never trained
+
+In each round the model writes one wording of every question that lacks some; `data/wordings.py` says which count. The writer
+is the base without an adapter, another model, or a server with OpenAI's protocol (--rephrase-model). As with a teacher's
+answers, the run's folder gets a copy as `written`, from which a resumed run reads.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial, reduce
+from operator import getitem
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_lora.config.settings import DataSettings
+from mlx_lora.data.downloads import download, is_on_web
+from mlx_lora.data.examples import Completion, FormatError, Record
+from mlx_lora.data.files import find_sets
+from mlx_lora.data.load import DataSplits, prompt_encoder
+from mlx_lora.data.prompts import STAND_IN, prompt_tokens
+from mlx_lora.data.read import SplitRows
+from mlx_lora.data.records import read_records
+from mlx_lora.data.wordings import Question, Wordings, cleaned, read_questions
+from mlx_lora.models.folder import model_sample
+from mlx_lora.models.load import load_base
+from mlx_lora.models.meta import count_parameters
+from mlx_lora.objectives.base import Objective, RunContext
+from mlx_lora.objectives.synthetic_prompts import write_records, written_data
+from mlx_lora.objectives.teacher_answers import written_folder
+from mlx_lora.rollouts.sampler import SamplingOptions, answer_keys, write_texts
+from mlx_lora.utils.errors import InputError
+from mlx_lora.utils.files import cache_dir, one_at_a_time, replace_text, sha256_of
+from mlx_lora.utils.parsing import parse_json
+from mlx_lora.utils.progress import long_task
+
+if TYPE_CHECKING:
+    from mlx_lora.config.settings import TrainSettings
+    from mlx_lora.models.load import Base
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of requests and rules; a higher one leaves older texts unused
+STREAM = 3 << 40  # the number of the wordings' random streams
+TRIES = 3  # texts for each wording that is wanted, at most
+HELD_OUT = 20  # wordings that are never trained
+SHOWN = 5
+SMALL = 0.9e9  # parameters; smaller models hardly ask the same thing in other words
+OPTIONS = SamplingOptions(1, 64, 0.8, 0.95)
+REPLY_S, REPLY_BYTES, REPLY_TOKENS, AT_A_TIME = 120.0, 1 << 20, 2000, 4  # of a server, which may think first
+ABOUT = "README.md"
+STYLES = (
+    "in everyday words, as a customer would say it",
+    "very short, as typed in a hurry on a phone",
+    "politely, as in an email",
+    "as someone would ask who does not know the right word for it",
+    "after a few words about one's situation",
+)
+REQUEST = """\
+Write the question in other words. The new question must have the same answer. Keep names, numbers and codes, and add no \
+others. Do not answer it. Write one line, in the language of the question.
+
+Question: How long is the guarantee on the Velor 3 bike?
+In other words, in everyday words, as a customer would say it: If my Velor 3 bike breaks, until when is a repair free?
+
+Question: which bus goes to the museum
+In other words, politely, as in an email: Could you please tell me which bus line takes me to the museum?
+
+Question: Who looks after the garden?
+In other words, very short, as typed in a hurry on a phone: gardener's name?
+
+Question: {question}
+In other words, {style}:"""
+
+Writer = Callable[[Sequence[str], int], list[str]]
+"""Takes requests and the number of the round, and returns a text for each."""
+
+
+def read_rephrased(objective: Objective, ctx: RunContext) -> DataSplits:
+    """Read the data of a run with other wordings of its questions, which are written first; see `Objective.load_data`."""
+    folder = written_folder(ctx, lambda: _written(ctx.settings, ctx.plain_base))
+    splits = objective.read_data(ctx, written_data(ctx.settings.data, folder))
+    about = (folder / ABOUT).read_text(encoding="utf-8").splitlines() if (folder / ABOUT).is_file() else []
+    report = replace(splits.report, data=f"{ctx.settings.data.data}, rephrased", rephrased=about)
+    return replace(splits, report=report, written=folder)
+
+
+def _written(settings: TrainSettings, base: Base) -> Path:
+    """Return the folder of a run's records with other wordings of their questions."""
+    data, loop = settings.data, settings.loop
+    if not data.rephrase_model and (loop.offload_base == "on" or loop.shard_base != "off" or loop.parallel != "data"):
+        raise InputError(
+            f"--rephrase {data.rephrase}: the base writes the wordings, for which one process needs all of it in memory; give "
+            "--rephrase-model, or leave out what divides the base (--offload-base, --shard-base, --parallel)"
+        )
+    sets = find_sets(data.data or "")
+    if weighted := [f"{one.name}={one.weight:g}" for one in sets if one.weight != 1]:
+        raise InputError(f"--rephrase {data.rephrase} with --data {weighted[0]}: a weight; leave it out")
+    train, valid, test = (
+        read_questions([file for one in sets for file in one.splits.get(name, ())], data)
+        for name in ("train", "valid", "test")
+    )
+    # The default share is not held out: each fact is trained, and wordings of some are the test.
+    share = 0.0 if valid or data.valid_fraction == DataSettings().valid_fraction else data.valid_fraction
+    held = [one for one in train if int(sha256_of(f"{loop.seed}:{one.text}")[:8], 16) < share * 16**8]
+    asked = [one for one in train if one.text and one not in held]
+    count = min(HELD_OUT, len(asked))
+    tested = [asked[(loop.seed + n * len(asked) // count) % len(asked)] for n in range(count)]
+    about = rephrase(asked, [(data.rephrase or 0) + (one in tested) for one in asked], settings, base)
+    # Others make up for those of which no wording counted.
+    tested = [one for one in dict.fromkeys([*tested, *asked]) if one.wordings][:HELD_OUT]
+    splits = {
+        "train": [
+            record for one in train if one not in held for record in one.records()[: -1 if one in tested else None]
+        ],
+        "valid": [*(one.record for one in [*valid, *held]), *(one.records()[-1] for one in tested)],
+        "test": [one.record for one in test],
+    }
+    folder = cache_dir("wordings") / sha256_of(json.dumps(splits))[:32]
+    for name in (name for name, records in splits.items() if records):
+        write_records(folder / f"{name}.jsonl", splits[name])
+    replace_text(folder / ABOUT, "\n".join(about) + "\n")
+    return folder
+
+
+def rephrase(
+    questions: Sequence[Question], wanted: Sequence[int], settings: TrainSettings, base: Base | None
+) -> list[str]:
+    """Give questions other wordings, from the cache as far as they were written before, and return lines to report.
+
+    Args:
+        questions: those that have some text; they get the wordings.
+        wanted: how many wordings of each.
+        settings: the writer (--rephrase-model, else --model), the seed, and the data for messages.
+        base: without an adapter, if --model is loaded.
+
+    Raises:
+        InputError: there is no question or no writer, or the server cannot be used.
+    """
+    if not questions:
+        raise InputError(
+            f"--data {settings.data.data}: no record has a question of its own (a prompt, one column, or the last turn of a "
+            "user before an answer), so there is nothing to rephrase"
+        )
+    identity, write = _writer(settings, base)
+    texts = [text for question in questions for text in (question.text, question.answer)]
+    key = sha256_of(json.dumps([VERSION, identity, texts, list(wanted), settings.loop.seed]))
+    file, rules, dropped = cache_dir("wordings") / f"{key[:32]}.jsonl", Wordings(questions), Counter[str]()
+    with one_at_a_time(file), long_task("Rephrasing", sum(wanted), "wordings") as task:
+        read = read_records(file) if file.exists() else ()  # but for a line that a kill left incomplete
+        rounds = [record.value for record in read if isinstance(record, Record)]
+        for number in range(TRIES * max(wanted)):
+            asked = [place for place, one in enumerate(questions) if len(one.wordings) < wanted[place]]
+            if not asked:
+                break
+            if number == len(rounds):
+                styles = [STYLES[(number + place) % len(STYLES)] for place in asked]
+                requests = [
+                    REQUEST.format(question=questions[place].text, style=style)
+                    for place, style in zip(asked, styles, strict=True)
+                ]
+                rounds.append({"texts": write(requests, number)})
+                write_records(file, rounds)
+            for place, text in zip(asked, rounds[number]["texts"], strict=True):
+                if why := rules.take(questions[place], cleaned(text)):
+                    dropped[why] += 1
+            task.reach(sum(len(one.wordings) for one in questions))
+    kept = sum(len(one.wordings) for one in questions)
+    why = ", ".join(f"{count:,} {why}" for why, count in dropped.most_common())
+    pairs = [f"{one.text} -> {one.wordings[0]}" for one in questions if one.wordings]
+    return [
+        f"{kept:,} of {kept + dropped.total():,} wordings kept{f' (dropped: {why})' if why else ''}",
+        *pairs[:: max(1, len(pairs) // SHOWN)][:SHOWN],
+    ]
+
+
+def _writer(settings: TrainSettings, base: Base | None) -> tuple[list[Any], Writer]:
+    """Return what tells a writer apart from others, and the writer."""
+    other, model = settings.data.rephrase_model, settings.model
+    if is_on_web(url := other or model.model or ""):
+        name = _reply(url, "/models", ("data", 0, "id"))
+        return [url, name], partial(_ask_server, url, name)
+    if other or base is None:  # its weights are read when it has to write
+        base = load_base(replace(model, model=other, revision=None, bits=None) if other else model, read=False)
+    writer = base
+
+    def write(requests: Sequence[str], number: int) -> list[str]:
+        if not number and count_parameters(writer.model) < SMALL:
+            log.info(
+                f"Note: {writer.model_id} has less than a billion parameters; so small a model can hardly ask the same thing in "
+                "other words. --rephrase-model takes a larger one, or the address of a server such as LM Studio's or Ollama's"
+            )
+        encoder = prompt_encoder(
+            SplitRows(entries=[Completion("", STAND_IN)]), DataSettings(), writer.hf_tokenizer, None
+        )
+        prompts = [prompt_tokens(encoder, Completion(request, STAND_IN)) for request in requests]
+        texts, ends = [""] * len(requests), frozenset(writer.tokenizer.eos_token_ids)
+
+        def take(batch: list[int], found: list[list[int]]) -> None:
+            for place, tokens in zip(batch, found, strict=True):
+                texts[place] = str(writer.hf_tokenizer.decode(tokens, skip_special_tokens=True))
+
+        keys = answer_keys(settings.loop.seed, STREAM + number, len(requests))
+        write_texts(writer, prompts, range(len(requests)), OPTIONS, ends, keys, take)
+        return texts
+
+    return [model_sample(writer.folder), writer.describe()], write
+
+
+def _ask_server(url: str, model: str, requests: Sequence[str], number: int) -> list[str]:
+    """Return a server's texts, as a `Writer` does."""
+    how = {"model": model, "temperature": OPTIONS.temperature, "top_p": OPTIONS.top_p, "max_tokens": REPLY_TOKENS}
+    chats = [{**how, "messages": [{"role": "user", "content": request}]} for request in requests]
+    reply = partial(_reply, url, "/chat/completions", ("choices", 0, "message", "content"))
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        return list(pool.map(reply, chats))
+
+
+def _reply(url: str, path: str, part: Sequence[str | int], asked: dict[str, Any] | None = None) -> str:
+    """Return a part of what a server answers, by its keys and places.
+
+    Raises:
+        InputError: it cannot be reached, or answers otherwise.
+    """
+    try:
+        body = None if asked is None else json.dumps(asked).encode()
+        found = parse_json(download(url.rstrip("/") + path, most_bytes=REPLY_BYTES, seconds=REPLY_S, body=body))
+        return str(reduce(getitem, part, found) or "")
+    except FormatError as error:
+        why = str(error)
+    except (ValueError, LookupError, TypeError):
+        why = "the answer is not that of a server with OpenAI's protocol"
+    raise InputError(f"{url}{path}: {why}; give an address such as http://127.0.0.1:1234/v1")
