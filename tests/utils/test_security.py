@@ -407,7 +407,7 @@ def test_every_setting_that_runs_code_says_so_in_its_row():
         for name, row in ROWS.items()
         if re.search(r"\.py\b|FILE\.py|VERIFIERS|verifiers:|own tokenizer code|YAML file", row.help)
     }
-    metrics = {"eval_metric"}  # its help refers to that of `evaluate`
+    metrics = {"eval_metric", "ask"}  # their help refers to those of `evaluate --metric` and --data
     assert {name for name, row in ROWS.items() if row.runs} == named | metrics
 
 
