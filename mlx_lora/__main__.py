@@ -43,6 +43,10 @@ class LazyGroup(console.Group):
             args = [*args[1:2], "--help"]
         elif args == ["version"]:
             args = ["--version"]
+        elif args[1:] and args[0] in COMMANDS:
+            from mlx_lora.cli.options import look_at_flags  # --version needs none of it
+
+            look_at_flags(args[0], args[1:])
         return super().parse_args(ctx, args)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
