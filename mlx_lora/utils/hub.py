@@ -441,11 +441,11 @@ def _from_hub(repo: str, pick: str | None, revision: str | None, trust_remote_co
 def _patterns(names: list[str], gguf_file: str | None, trust_remote_code: bool) -> tuple[list[str], list[str]]:
     """Return the file patterns to download and those to leave out."""
     if gguf_file:
-        return [gguf_file], []
+        return [gguf_file, "README.md"], []  # the card may name the float model
     # Some repositories also hold consolidated.safetensors; the loader only reads model*.safetensors.
     named = any(fnmatch(name, "model*.safetensors") for name in names)
     code = ["*.py"] if trust_remote_code else []
-    return [*CONFIG_AND_TOKENIZER, "model*.safetensors" if named else "*.safetensors", *code], IN_FOLDERS
+    return [*CONFIG_AND_TOKENIZER, "README.md", "model*.safetensors" if named else "*.safetensors", *code], IN_FOLDERS
 
 
 @overload
