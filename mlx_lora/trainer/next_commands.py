@@ -43,6 +43,7 @@ class Uses:
         has_template: whether chats can be rendered.
         held_out: whether `evaluate` finds the rows again that the run held out.
         asks: whether rows have questions.
+        question: of the data's example, as its user wrote it; empty: it has none.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Uses:
     has_template: bool = True
     held_out: bool = True
     asks: bool = True
+    question: str = ""
 
     @classmethod
     def of_run(cls, base: Base, info: AdapterInfo, data: DataSplits, given: str) -> Uses:
@@ -67,6 +69,8 @@ class Uses:
             in_peft = True
         except InputError:
             in_peft = False
+        example = "".join(text for text, _ in data.report.example)
+        turns = spoken_turns(example, base.hf_tokenizer.all_special_tokens)
         return cls(
             kind,
             bool(base.quantization),
@@ -75,6 +79,7 @@ class Uses:
             bool(base.hf_tokenizer.chat_template or info.chat_template),
             bool(data.test or data.valid) and all(is_local(name) for name, _ in named_sets(given)),
             has_questions(data.report.to_dict()["splits"]),
+            next((content for role, content in turns if role == "User"), ""),
         )
 
 
