@@ -25,7 +25,7 @@ COMMANDS = {
     "embed": "Compute the vectors of texts, for search.",
     "mine": "Find documents that look like answers but are not, to train embeddings with.",
     "merge": "Merge several adapters of one base into one adapter.",
-    "demo": "Train a small model to answer in verse. This takes a few minutes.",
+    "demo": "Train a small model to answer in verse. This takes two to six minutes.",
     "doctor": "Check that this machine is ready to train.",
     "cluster": "Check that several machines are ready to train together.",
     "export": "Export an adapter, or a model with it, for PEFT, transformers, llama.cpp or Ollama.",

@@ -332,7 +332,7 @@ def _check_factors(job: Export) -> None:
     """Refuse an adapter that stock mlx-lm and mlx-vlm would not load, or would read as another one."""
     layers, why = adapter_layers(job.base.model), None
     if job.info.full and job.info.method != "full":
-        why = f"trains {job.info.full[0]} in full, which they do not load beside factors"
+        why = f"trains {job.info.full[0]} in full, which they do not load beside adapter weights"
     elif apart := [path for path, layer in layers.items() if not layer.adapts_head]:
         why = f"adapts {apart[0]} without the head that is tied to it, and they adapt both"
     elif experts := [path for path, layer in layers.items() if layer.OVER is SWITCH and layer.BESIDE]:

@@ -228,6 +228,7 @@ class DataReport:
         if split is None:
             return _line(name, "none")
         source = f", {self.valid_source}" if name == "valid" else ""
+        source += " (not trained on, to measure)" if "held out" in source else ""
         trained = f", {split.supervised_tokens:,} trained ({100 * split.supervised_share:.0f}%)"
         trained = (
             "" if self.records in ("labeled", "candidates") else trained

@@ -312,7 +312,7 @@ class _Card:
         lines, location = [], self.location
         if PRESETS[self.info.method].layer_type == "full":
             return [
-                "It has no LoRA factors, so PEFT cannot load it; `mlx-lora export --to hf` writes the whole model.",
+                "It has no LoRA weights, so PEFT cannot load it; `mlx-lora export --to hf` writes the whole model.",
                 "",
             ]
         if self.format == "mlx":
